@@ -247,6 +247,10 @@ def import_command(
         str | None, typer.Option(help="The model's name; default: from the file name.")
     ] = None,
     overwrite: Overwrite = False,
+    reset_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Reset streams every N events: the window it was trained on."),
+    ] = None,
     memory_mib: Annotated[
         int, typer.Option(min=1, help="Memory limit for reading and verifying the model, in MiB.")
     ] = 8192,
@@ -294,7 +298,13 @@ def import_command(
                 triton=triton,
             )
             imported = import_onnx_model(
-                model, out, name=name, options=options, overwrite=overwrite, limits=limits
+                model,
+                out,
+                name=name,
+                options=options,
+                overwrite=overwrite,
+                reset_every=reset_every,
+                limits=limits,
             )
             typer.echo(f"{out}: model {imported.artifact.spec.name}, {imported.artifact.version}")
             for line in imported.lines():
@@ -307,7 +317,9 @@ def import_command(
             )
         from models.importing.keras_model import import_keras_model
 
-        report = import_keras_model(model, out, name=name, overwrite=overwrite, limits=limits)
+        report = import_keras_model(
+            model, out, name=name, overwrite=overwrite, reset_every=reset_every, limits=limits
+        )
         typer.echo(
             f"{out}: model {report.artifact.spec.name}, version {report.artifact.version}; "
             f"equal to the original within {report.largest_difference:.1e} on "

@@ -50,6 +50,7 @@ def import_keras_model(
     *,
     name: str | None = None,
     overwrite: bool = False,
+    reset_every: int | None = None,
     limits: Limits | None = None,
 ) -> ImportReport:
     """Package the model of a `.keras` or `.h5` file.
@@ -59,6 +60,7 @@ def import_keras_model(
         out: the directory to make.
         name: the packaged model's name, a lower-case slug; the file's by default.
         overwrite: whether an artifact that is already there is replaced.
+        reset_every: the model's `reset_every`.
         limits: resource limits for reading and verifying the model.
 
     Raises:
@@ -68,11 +70,17 @@ def import_keras_model(
     """
     path = Path(path)
     conversion, weights = convert_isolated(path, name or slug(path.stem), limits or Limits())
-    return package(path, conversion, weights, out, overwrite=overwrite)
+    return package(path, conversion, weights, out, overwrite=overwrite, reset_every=reset_every)
 
 
 def package(
-    path: Path, conversion: Conversion, weights: bytes, out: Path, *, overwrite: bool = False
+    path: Path,
+    conversion: Conversion,
+    weights: bytes,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    reset_every: int | None = None,
 ) -> ImportReport:
     """Write the artifact of a converted model.
 
@@ -82,13 +90,15 @@ def package(
         weights: safetensors; validated here.
         out: the directory to make.
         overwrite: whether an artifact that is already there is replaced.
+        reset_every: the model's `reset_every`.
 
     Raises:
         ImportedModelError: specification and weights do not fit each other.
         ArtifactError: `out` is occupied.
     """
     try:
-        spec = parse_spec(conversion.spec, f"{path}: the imported model")
+        data = {**conversion.spec, "reset_every": reset_every}
+        spec = parse_spec(data, f"{path}: the imported model")
         arrays = read_weights(spec, weights, str(path))
     except (SpecError, ArtifactError) as error:
         raise ImportedModelError(str(error)) from error

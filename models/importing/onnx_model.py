@@ -124,6 +124,7 @@ def import_onnx_model(
     name: str | None = None,
     options: OnnxOptions | None = None,
     overwrite: bool = False,
+    reset_every: int | None = None,
     limits: Limits | None = None,
 ) -> OnnxReport:
     """Package an ONNX graph whose states are inputs and outputs.
@@ -134,6 +135,7 @@ def import_onnx_model(
         name: the packaged model's name, a lower-case slug; the file's by default.
         options: what is known of the graph; the rest is found.
         overwrite: whether an artifact that is already there is replaced.
+        reset_every: the model's `reset_every`.
         limits: resource limits for reading and measuring the model.
 
     Raises:
@@ -145,7 +147,9 @@ def import_onnx_model(
     conversion, initial, graph = convert_onnx_isolated(
         path, name or slug(path.stem), options or OnnxOptions(), limits or Limits()
     )
-    return package_onnx(path, conversion, initial, graph, out, overwrite=overwrite)
+    return package_onnx(
+        path, conversion, initial, graph, out, overwrite=overwrite, reset_every=reset_every
+    )
 
 
 def package_onnx(
@@ -156,6 +160,7 @@ def package_onnx(
     out: Path,
     *,
     overwrite: bool = False,
+    reset_every: int | None = None,
 ) -> OnnxReport:
     """Write the artifact of a converted graph.
 
@@ -166,13 +171,15 @@ def package_onnx(
         graph: the ONNX file, with all its data.
         out: the directory to make.
         overwrite: whether an artifact that is already there is replaced.
+        reset_every: the model's `reset_every`.
 
     Raises:
         ImportedModelError: signature, initial values and graph do not fit each other.
         ArtifactError: `out` is occupied.
     """
     try:
-        spec = parse_spec(conversion.spec, f"{path}: the imported model")
+        data = {**conversion.spec, "reset_every": reset_every}
+        spec = parse_spec(data, f"{path}: the imported model")
         weights = read_weights(spec, initial, str(path))
     except (SpecError, ArtifactError) as error:
         raise ImportedModelError(str(error)) from error

@@ -27,15 +27,20 @@ def save_model(model: keras.Model, path: Path, seed: int = 17) -> Path:
     return path
 
 
-def import_here(path: Path, out: Path, name: str | None = None) -> ImportReport:
+def import_here(
+    path: Path, out: Path, name: str | None = None, reset_every: int | None = None
+) -> ImportReport:
     """As `import_keras_model`, in this process: a process for each test would take seconds."""
     conversion, weights = convert(path, name or slug(path.stem), str(path))
-    return package(path, conversion, weights_bytes(weights), out)
+    return package(path, conversion, weights_bytes(weights), out, reset_every=reset_every)
 
 
-def import_model(model: keras.Model, folder: Path, seed: int = 17) -> ImportReport:
+def import_model(
+    model: keras.Model, folder: Path, seed: int = 17, reset_every: int | None = None
+) -> ImportReport:
     """Import a model and return the report; the artifact is `folder / "out"`."""
-    return import_here(save_model(model, folder / "My Model.keras", seed), folder / "out")
+    path = save_model(model, folder / "My Model.keras", seed)
+    return import_here(path, folder / "out", reset_every=reset_every)
 
 
 def import_error(model: keras.Model, folder: Path) -> str:

@@ -43,8 +43,9 @@ def test_sequential_model_equals_the_original(tmp_path: Path) -> None:
             kl.Softmax(),
         ]
     )
-    report = import_model(model, tmp_path)
+    report = import_model(model, tmp_path, reset_every=7)
     assert report.artifact.spec.name == "my-model"
+    assert report.artifact.spec.reset_every == 7
     assert report.largest_difference < 1e-5
     assert report.lengths_steps == (1, 2, 7)
     kinds = [layer.kind for layer in report.artifact.spec.layers]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from models.artifact.artifact import write_artifact
+from models.artifact.artifact import load_artifact, write_artifact
 from models.errors import ArtifactError, ImportedModelError
 from models.importing.onnx_model import import_onnx_model
 from models.importing.onnx_proof import Prover
@@ -115,9 +115,11 @@ def test_the_recipe_writes_the_files_of_the_examples(
 def test_the_command_reports_what_it_found_and_measured(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["import", str(EXAMPLES / "residual_lstm.onnx"), str(out), "--name", "residual"]
+    command += ["--reset-every", "32"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "residual, " in result.output
+    assert load_artifact(out).spec.reset_every == 32
     assert "features: x, 4 columns, batch_major" in result.output
     assert "h_in -> h_out float32 [2, 8], batch axis 1" in result.output
     assert "chunking: invisible; measured: batch equals alone" in result.output
