@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from service.replay.metrics import Counted
-from service.replay.run import Tally
 from service.replay.skill import Skill
+from service.replay.tally import Tally
 from service.replay.verify import Verification
 
 RECENT = 256
