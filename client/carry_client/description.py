@@ -15,6 +15,7 @@ from carry_client.types import Json
 
 _KINDS: Final = {"number": "numeric", "string": "categorical", "boolean": "boolean"}
 _RESERVED_LABELS: Final = ("<unknown>", "<absent>")
+_RESET: Final = "reset"
 
 
 class Field(NamedTuple):
@@ -134,7 +135,7 @@ def read_description(description: object) -> ModelDescription:
             version=str(document["version"]),
             runtimes=tuple(document["runtimes"]),
             codes=tuple(int(column.get("codes", 0)) for column in document["columns"]),
-            fields=_fields(document["events"], labels),
+            fields=_fields(document["events"], labels, document["columns"]),
             outputs=tuple(
                 Output(
                     name,
@@ -156,10 +157,14 @@ def read_description(description: object) -> ModelDescription:
         ) from error
 
 
-def _fields(schema: Any, labels: Mapping[str, tuple[str, ...]]) -> tuple[Field, ...] | None:
+def _fields(
+    schema: Any, labels: Mapping[str, tuple[str, ...]], columns: Any
+) -> tuple[Field, ...] | None:
     if schema is None:
         return None
     required = schema.get("required", ())
+    # without a column it is no field, but the member of an event that resets the state
+    is_mark = all(column.get("field") != _RESET for column in columns)
     return tuple(
         Field(
             name,
@@ -169,6 +174,7 @@ def _fields(schema: Any, labels: Mapping[str, tuple[str, ...]]) -> tuple[Field, 
             labels.get(name, ()),
         )
         for name, value in schema["properties"].items()
+        if name != _RESET or not is_mark
     )
 
 

@@ -53,6 +53,8 @@ def test_models_are_listed_and_described(carry: Carry) -> None:
     carry.wait_until_ready()
     assert {model.name for model in carry.models()} == {"flights", "post-gru", "post-lstm"}
     description = carry.model("flights").describe()
+    # the mark that resets the state is a member of an event, and no field
+    assert "reset" not in {field.name for field in description.fields or ()}
     (served,) = (model for model in carry.models() if model.name == "flights")
     assert (served.version, served.takes_events) == (description.version, True)
     assert served.outputs == tuple(output.name for output in description.outputs)
