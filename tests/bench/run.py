@@ -162,9 +162,10 @@ class Bench:
         """Enter a context, which is left with the scope."""
         return self.scope.enter_context(context)
 
-    def start_store(self) -> RealServer:
+    def start_store(self, *options: str) -> RealServer:
         """An empty store."""
-        store: RealServer = self.start(real_server("valkey", prepare=pin_child(self.cores.others)))
+        server = real_server("valkey", *options, prepare=pin_child(self.cores.others))
+        store: RealServer = self.start(server)
         return store
 
     def start_server(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from models.artifact.artifact import Artifact
-from service.core.values import StreamKey
+from service.core.values import Feed, StreamKey
 from service.store.codec import encode_state
 from service.store.settings import StoreSettings
 from tests.bench import workloads
@@ -27,10 +27,11 @@ from tests.bench.generator import Connection, make_streams, run_closed, run_open
 from tests.bench.processes import await_start, helper_process, running_process
 from tests.bench.results import MIB
 from tests.bench.run import CONNECTIONS, Bench, Row, Server, carry_command
-from tests.bench.traffic import Media, Traffic, TrafficSpec, read_positions, write_request
-from tests.bench.workloads import FEW, KINDS, PLAIN, STEPS, Bodies, make_traffic, random_stream
+from tests.bench.traffic import Media, Traffic, read_positions, write_request
+from tests.bench.workloads import FEW, KINDS, PLAIN, STEPS, Bodies, make_traffic
 from tests.support.machine import Cores, read_usage
-from tests.support.servers import RealServer, free_port, until
+from tests.support.servers import free_port
+from tests.support.streams import Streams
 
 BASELINES = ("fastapi", "competent")
 BESIDE_CONNECTIONS = (1, 8, 16, 32, 64)
@@ -46,9 +47,8 @@ LONG_STEPS = 10_000
 CACHES = {"uncached": {"CARRY_STATE_CACHE_BYTES": "0"}, "cached": {}}
 """The two servers on each store; each has half of its streams, named by its own prefix."""
 
-FILL_BATCH, DISTINCT_STATES = 2_000, 512
+FILL_BATCH = 2_000
 STATE_BYTES = (256, 512, 1024, 2048, 4096, 16384)
-REWRITTEN_WITHIN_S = 600.0
 FIRST_REPLY_WITHIN_S = 180.0
 WORKER_CONNECTIONS = (32, 64, 128)
 """With the first, each of two workers has batches of half the size that one has alone."""
@@ -204,16 +204,20 @@ def measure_streams(bench: Bench, kind: str) -> None:
     """Few and very many streams in the store, cached or not, and the bytes of each."""
     many, results, rows = bench.options.many_streams, bench.results, {}
     for count in (FEW, many):
-        store = bench.start_store()
+        # the file is not rewritten while it is measured
+        store = bench.start_store("--auto-aof-rewrite-percentage", "0")
+        state = _random_state(bench.artifact.state.float_size, bench.artifact)
         for cache, environment in CACHES.items():
             key = f"{count}-{cache}"
             server = bench.start_server(kind, store=store, environment=environment, name=key)
             spec = make_traffic(bench.artifact, bench.bodies, cache, count // 2, position=STEPS)
             bench.say(f"filling the store with {spec.streams:,} streams")
-            fill_store(store, spec, bench.artifact)
+            keys = [_state_key(spec.name(number)) for number in range(spec.streams)]
+            with store.client() as client:
+                for first in range(0, len(keys), FILL_BATCH):
+                    client.mset(dict.fromkeys(keys[first : first + FILL_BATCH], state))
             bench.warm(server, key, spec)
             rows[key] = Row(f"streams/{key}/{kind}", server, key)
-        rewrite_file(store)
     bench.measure_rounds([*rows.values()])
     for name, above, below in (
         (f"{many} over {FEW}", f"{many}-uncached", f"{FEW}-uncached"),
@@ -226,41 +230,22 @@ def measure_streams(bench: Bench, kind: str) -> None:
     with store.client() as client:
         for raw in STATE_BYTES:
             key = _state_key(f"size-{raw}")
-            client.set(key, encode_state(random_stream(raw, raw // 4, bench.artifact.fingerprint)))
+            client.set(key, _random_state(raw // 4, bench.artifact))
             used = client.memory_usage(key, samples=0)
             results.figure(f"streams/bytes of a stream with {raw} bytes of state", [used])
             shares.append(used / (1.25 * raw + 200))
     results.figure("streams/bytes over bound", [max(shares)])
 
 
-def fill_store(store: RealServer, spec: TrafficSpec, artifact: Artifact) -> None:
-    """Write every stream of a spec as the service would have left it after a first chunk."""
-    size, fingerprint = artifact.state.float_size, artifact.fingerprint
-    states = [
-        encode_state(random_stream(seed, size, fingerprint)) for seed in range(DISTINCT_STATES)
-    ]
-    with store.client() as client:
-        for start in range(0, spec.streams, FILL_BATCH):
-            numbers = range(start, min(spec.streams, start + FILL_BATCH))
-            client.mset({_state_key(spec.name(n)): states[n % DISTINCT_STATES] for n in numbers})
+def _random_state(floats: int, artifact: Artifact) -> bytes:
+    """A stream as the service leaves it after a first chunk."""
+    streams = Streams()
+    stream = streams.after(streams.begin(floats=floats, ints=0), STEPS)
+    return encode_state(stream._replace(fingerprint=artifact.fingerprint, feed=Feed.INPUTS))
 
 
 def _state_key(stream: str) -> Any:
     return StoreSettings("unix:///nowhere").keys.state(StreamKey("bench", stream))
-
-
-def rewrite_file(store: RealServer) -> None:
-    """Let the server rewrite its file now, so that it does not while it is measured."""
-    with store.client() as client:
-
-        def is_done() -> bool:
-            info = client.info("persistence")
-            return not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"]
-
-        # It may have started one by itself.
-        until(is_done, "the end of the file's rewriting", REWRITTEN_WITHIN_S)
-        client.bgrewriteaof()
-        until(is_done, "the end of the file's rewriting", REWRITTEN_WITHIN_S)
 
 
 def measure_cold_start(bench: Bench, kind: str) -> None:

@@ -44,7 +44,6 @@ BRIEF = {
         "WIDTHS": (8,),
         "LENGTHS": (1, 16),
         "LONG_STEPS": 500,
-        "DISTINCT_STATES": 2,
         "KINDS": {name: workloads.KINDS[name] for name in KINDS},
     },
     workloads: {"COMPUTE_S": 0.01},

@@ -27,8 +27,6 @@ from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
 from models.examples.flights.data import flight_events
 from models.spec.model import parse_spec
-from models.spec.state import State
-from service.core.values import Feed, LastChunk, StreamHead, StreamState
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import open_runtime
 from tests.bench.traffic import Media, TrafficSpec
@@ -154,19 +152,6 @@ def measure_step(name: str, path: Path, batch: int, steps: int = STEPS) -> Rate 
         calls += 1
     cpu_s = time.process_time() - cpu_before_s
     return Rate(calls * batch / passed_s, cpu_s / (calls * batch) * 1e6)
-
-
-def random_stream(seed: int, floats: int, fingerprint: bytes) -> StreamState:
-    """A stream after one chunk, with a random state."""
-    random = np.random.default_rng(seed)
-    return StreamState(
-        head=StreamHead(random.bytes(8), random.bytes(16), STEPS),
-        feed=Feed.INPUTS,
-        fingerprint=fingerprint,
-        last=LastChunk(0, random.bytes(16)),
-        updated_ms=1_700_000_000_000,
-        state=State(random.uniform(-1, 1, floats).astype(np.float32), np.zeros(0, np.int64)),
-    )
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,11 @@
-"""The stage of a chunk, derived from traffic that arrives byte by byte."""
+"""The stages of chunks, derived from traffic that arrives byte by byte."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
-from tests.faults.traffic import (
-    BEFORE_LOAD,
-    COMMIT_SENT,
-    COMPUTING,
-    REPLY_UNSENT,
-    PendingChunk,
-    Traffic,
-)
+from tests.faults.traffic import BEFORE_LOAD, COMMIT_SENT, COMPUTING, REPLY_UNSENT, Traffic
 from tests.support.proxy import Connection
 
 STATE, REPLY = "carry{p0017}:s:keeps-all:s001", "carry{p0017}:r:keeps-all:s001"
@@ -25,85 +16,63 @@ def command(*parts: str) -> tuple[str, bytes]:
     return "request", b"*%d\r\n" % len(parts) + body
 
 
-LOAD = command("MGET", STATE)
+LOAD, OTHER = command("MGET", STATE), command("GET", "carry:epoch")
 COMMIT = command("EVALSHA", "sha", "2", STATE, REPLY, "0", "600000", "", "state", "reply")
 DELETE = command("EVALSHA", "sha", "2", STATE, REPLY, "", "tombstone", "600000")
 LOADED, DELETED = ("reply", b"*1\r\n$-1\r\n"), ("reply", b"*1\r\n:1\r\n")
 WRITTEN, REFUSED = ("reply", b"*1\r\n*1\r\n:1\r\n"), ("reply", b"*1\r\n*2\r\n:0\r\n$1\r\nx\r\n")
 FAILED = ("reply", b"-NOSCRIPT no\r\n")
-SENT = "a chunk is sent"
-
-
-def observe(*passing: tuple[str, bytes] | str, owner: str = "a") -> Traffic:
-    """Bytes between a worker and the store, one at a time, and a chunk that is sent in between."""
-    traffic, store, client = Traffic(), Connection(None, owner), Connection(None, "a")
-    traffic.proxies.append(SimpleNamespace(owner="a", connections=[client]))
-    for event in passing:
-        if event == SENT:
-            client.notes = PendingChunk("s001")
-        else:
-            for byte in event[1]:
-                traffic.watch_store(store, event[0], bytes([byte]))
-    return traffic
 
 
 @pytest.mark.parametrize(
-    ("passing", "expected"),
+    ("passing", "stages"),
     [
-        ((SENT,), BEFORE_LOAD),
-        ((SENT, LOAD), BEFORE_LOAD),
-        ((SENT, LOAD, LOADED), COMPUTING),
-        ((SENT, LOAD, LOADED, COMMIT), COMMIT_SENT),
-        ((SENT, COMMIT), COMMIT_SENT),
-        ((SENT, COMMIT, WRITTEN), REPLY_UNSENT),
-        ((SENT, COMMIT, REFUSED), BEFORE_LOAD),
-        ((SENT, COMMIT, FAILED), BEFORE_LOAD),
-        ((SENT, DELETE, DELETED), BEFORE_LOAD),
-        ((SENT, COMMIT, WRITTEN, LOAD, LOADED), REPLY_UNSENT),
-        # only what comes after the request counts
-        ((COMMIT, WRITTEN, SENT), BEFORE_LOAD),
+        ((LOAD, LOADED), [COMPUTING]),
+        ((LOAD, FAILED), []),
+        ((OTHER, LOADED), []),
+        ((COMMIT, WRITTEN), [COMMIT_SENT, REPLY_UNSENT]),
+        ((COMMIT, REFUSED), [COMMIT_SENT]),
+        ((COMMIT, FAILED, COMMIT), [COMMIT_SENT, COMMIT_SENT]),
+        ((DELETE, DELETED), []),
+        ((LOAD, COMMIT, LOADED, WRITTEN), [COMMIT_SENT, COMPUTING, REPLY_UNSENT]),
     ],
 )
-def test_stage_of_a_pending_chunk(passing: tuple[object, ...], expected: str) -> None:
-    traffic = observe(*passing)
-    assert [chunk.stage for chunk in traffic.pending("a")] == [expected]
+def test_stages_follow_from_commands_and_answers(
+    passing: tuple[tuple[str, bytes], ...], stages: list[str]
+) -> None:
+    traffic, store, seen = Traffic(), Connection(None, "a"), []
+    traffic.hook = lambda worker, stage: seen.append(stage)
+    for direction, data in passing:
+        for byte in data:
+            traffic.watch_store(store, direction, bytes([byte]))
+    assert seen == stages
     assert traffic.conflicts == (REFUSED in passing)
+    assert traffic.has_pending_commit(store) == (passing[-1] == COMMIT)
 
 
 def test_connections_of_no_worker_are_ignored() -> None:
-    assert observe(SENT, ("request", b"\x00 no command"), owner="").pending("a")
-
-
-def frame(kind: int, payload: bytes) -> bytes:
-    """A frame of HTTP/2."""
-    return len(payload).to_bytes(3) + bytes([kind, 0]) + bytes(4) + payload
+    Traffic().watch_store(Connection(None, ""), "request", b"\x00 no command")
 
 
 MESSAGE = ModelInferRequest(model_name="keeps-all")
 MESSAGE.parameters["sequence_id"].string_param = "s001"
-PATH, PING = b" /v1/models/keeps-all/streams/s001", frame(6, bytes(8))
-IN_FLIGHT = {
-    "a chunk over HTTP": ((b"POST" + PATH + b"/chunks HTTP/1.1",), b"H", True),
-    "another request": ((b"GET" + PATH + b" HTTP/1.1",), b"H", False),
-    "the opening of a live socket": ((b"GET" + PATH + b"/live HTTP/1.1",), b"H", False),
-    "a frame of a live socket": ((b"GET" + PATH + b"/live HTTP/1.1", b"frame"), b"H", True),
-    "a call over gRPC": ((PING + frame(1, b"path"),), frame(1, b"status"), False),
-    "its message": ((frame(0, MESSAGE.SerializeToString()),), PING + frame(1, b"status"), True),
-}
-"""What a client sends, the beginning of the reply, and whether a chunk is pending in between."""
+PATH = b" /v1/models/keeps-all/streams/s001"
 
 
-@pytest.mark.parametrize(("sent", "reply", "is_pending"), IN_FLIGHT.values(), ids=IN_FLIGHT)
-def test_chunk_is_pending_until_its_reply_begins(
-    sent: tuple[bytes, ...], reply: bytes, is_pending: bool
-) -> None:
-    traffic, connection = Traffic(), Connection(None, "a")
-    traffic.proxies.append(SimpleNamespace(owner="a", connections=[connection]))
+@pytest.mark.parametrize(
+    ("sent", "chunks"),
+    [
+        ([b"POST" + PATH + b"/chunks HTTP/1.1"], 1),
+        ([b"POST /v2/models/keeps-all/infer HTTP/1.1"], 1),
+        ([b"GET" + PATH + b" HTTP/1.1"], 0),
+        ([b"GET" + PATH + b"/live HTTP/1.1", b"frame", b"frame"], 2),
+        ([b"headers of a call", b"frame" + MESSAGE.SerializeToString()], 1),
+    ],
+)
+def test_chunk_begins_with_its_request_frame_or_message(sent: list[bytes], chunks: int) -> None:
+    traffic, connection, seen = Traffic(), Connection(None, "a"), []
+    traffic.hook = lambda worker, stage: seen.append((worker, stage))
     for data in sent:
         traffic.watch_clients(connection, "request", data)
-    if reply.startswith(PING):
-        # a frame of the connection itself is no reply
-        traffic.watch_clients(connection, "reply", PING)
-    assert [chunk.stream for chunk in traffic.pending("a")] == ["s001"] * is_pending
-    traffic.watch_clients(connection, "reply", reply)
-    assert not traffic.pending("a")
+        traffic.watch_clients(connection, "reply", data)
+    assert seen == [("a", BEFORE_LOAD)] * chunks

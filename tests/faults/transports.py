@@ -5,7 +5,7 @@ draws one of those that the run allows. `send` returns the members of version 1'
 position, outputs, replayed), whatever form they have on the wire, or raises `Problem`: of status 0
 where the request may or may not have been carried out, otherwise with version 1's code; its
 document holds the stream's head where it is named. `Traffic.begins_chunk` has to recognize the
-requests, so that the stage of their chunks is known when a worker is killed.
+requests.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ from tests.faults.history import NO_HEAD, Chunk, Head, Reply
 from tests.faults.network import MODEL, OUTPUT
 
 TIMEOUT_S: Final = 2.5
-STREAM_HEADER: Final = "chunk-of-stream"
-"""Names the stream to the proxies, where the address does not; the service ignores it."""
 _REJECTIONS: Final = frozenset(
     {"position_ahead", "position_behind", "already_applied", "state_changed", "epoch_mismatch"}
 )
@@ -100,8 +98,7 @@ class V2:
         self.close = self._carry.close
 
     async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
-        rows = chunk.rows.astype("<f4")
-        headers = conditions.headers(**{STREAM_HEADER: chunk.stream})
+        rows, headers = chunk.rows.astype("<f4"), conditions.headers()
         tensor: dict[str, Any] = {"name": "inputs", "datatype": "FP32", "shape": rows.shape}
         if self._is_binary:
             tensor["parameters"] = {"binary_data_size": rows.nbytes}
@@ -122,6 +119,9 @@ class V2:
 class Kept:
     """Connections that are kept while their requests are answered, one request at a time."""
 
+    open: Callable[[str], Awaitable[Any]]
+    drop: Callable[[Any], Awaitable[None]]
+
     def __init__(self) -> None:
         self._idle: dict[str, list[Any]] = defaultdict(list)
 
@@ -141,14 +141,6 @@ class Kept:
                 idle.append(connection)
             else:
                 await self.drop(connection)
-
-    async def open(self, key: str) -> Any:
-        """A new connection."""
-        raise NotImplementedError
-
-    async def drop(self, connection: Any) -> None:
-        """End a connection."""
-        raise NotImplementedError
 
     async def close(self) -> None:
         """Close the connections."""

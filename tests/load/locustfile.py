@@ -192,7 +192,8 @@ class Load:
         chunks = sum(entry.num_requests for entry in entries)
         retries = stats.get(name, "POST").num_requests - chunks
         errors = sum(entry.num_failures for entry in entries)
-        first, scheduled = entries[0], scenario.user_s * scenario.pace
+        first, duration_s = entries[0], self.options.duration_s
+        users = sum(count * share for count, share in scenario.stages)
         p95_ms, p99_ms = (
             first.get_response_time_percentile(share) if first.num_requests else None
             for share in (0.95, 0.99)
@@ -203,8 +204,8 @@ class Load:
             "max_retry_share": _ratio(retries, chunks),
             "max_p95_ms": p95_ms,
             "max_p99_ms": p99_ms,
-            "min_chunks_per_s": _ratio(chunks - errors, scenario.running_s),
-            "min_rate_share": _ratio(chunks - errors, scheduled),
+            "min_chunks_per_s": (chunks - errors) / duration_s,
+            "min_rate_share": _ratio(chunks - errors, users * duration_s * scenario.pace),
             "min_compared_events": compared,
         }
         checks = check_limits({"max_wrong_answers": 0.0, **scenario.limits}, values)
@@ -212,7 +213,7 @@ class Load:
             "scenario": name,
             "passed": all(check.passed for check in checks),
             "users": scenario.most_users(),
-            "duration_s": scenario.running_s,
+            "duration_s": duration_s,
             "chunks": chunks,
             "errors": errors,
             "retries": retries,

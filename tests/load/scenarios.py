@@ -51,9 +51,6 @@ class ScenarioUser(FastHttpUser):
     appends: ClassVar[bool] = False
     limits: ClassVar[Limits]
     streams: ClassVar[Streams]
-    # how long it ran, and that of its users together
-    running_s: ClassVar[float] = 0.0
-    user_s: ClassVar[float] = 0.0
     chunks: ClassVar[int] = 0
 
     @classmethod
@@ -192,7 +189,6 @@ class InTurn(LoadTestShape):
     waiting: ClassVar[list[type[ScenarioUser]]]
     duration_s: ClassVar[float]
     _began_s: float | None = None
-    _last_s = 0.0
 
     def tick(self) -> tuple[int, float] | tuple[int, float, list[type[ScenarioUser]]] | None:
         """The users of the present stage; Locust asks once a second."""
@@ -201,10 +197,7 @@ class InTurn(LoadTestShape):
             if users > 0:
                 # Locust starts users of another class, but stops none for them
                 return 0, SPAWNED_PER_S
-            self._began_s = self._last_s = now_s
-        scenario.running_s += now_s - self._last_s
-        scenario.user_s += (now_s - self._last_s) * users
-        self._last_s = now_s
+            self._began_s = now_s
         share = (now_s - self._began_s) / self.duration_s
         if share < 1:
             return scenario.users_at(share), SPAWNED_PER_S, [scenario]
