@@ -25,7 +25,7 @@ FINGERPRINT_BYTES = 16
 _NUMERICS = 1
 """Incremented when the same spec and weights have other outputs (encoding, gate order)."""
 
-_IGNORED_FIELD_OPTIONS = {"description", "max_vocabulary"}
+_IGNORED_FIELD_OPTIONS = {"description", "max_vocabulary", "coerce", "epoch", "without_offset"}
 _IGNORED_LAYER_OPTIONS = {"dropout", "recurrent_dropout", "rate"}
 _IGNORED_HEAD_OPTIONS = {"dense": {"targets"}, "label": {"column"}}
 _IGNORED_DECODER_OPTIONS = {"max_horizon"}

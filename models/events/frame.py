@@ -1,10 +1,12 @@
 """Reads event columns from a table, for training, evaluation and replay.
 
-Validation is less strict than for requests in four ways, as tables are written: a NaN
-is a missing number, integers may represent categories (by their digits) and booleans
-(0 and 1), and a date and time without an offset is in the schema's time zone (of two
-possible times the earlier). Everything else is rejected with row and column; so are integers
-that are probably epoch seconds (`EPOCH_SECONDS`), which would be dates in 1970.
+Validation is less strict than for requests in two ways, as tables are written: a NaN is a missing
+number, and integers may represent categories (by their digits). Booleans as 0 and 1 or as text, and
+dates and times without an offset (in the schema's time zone, of two possible times the earlier) are
+read unless the field's options say otherwise; `settle_forms` makes what a training table has the
+option of both, so that the service takes what training took. Everything else is rejected with row
+and column; so are integers that are probably epoch seconds (`EPOCH_SECONDS`), which would be dates
+in 1970.
 
 Polars is used here and in `fit`, but not in serving.
 """
@@ -43,6 +45,10 @@ EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
 """Integer columns with all values in this range are rejected as epoch seconds. As seconds these are
 times of 1979 to 2103; as milliseconds, of January and February 1970."""
 
+TRUTH = {"true": True, "false": False, "1": True, "0": False}
+"""Texts of booleans, in lower case."""
+
+_HAS_OFFSET = r"([Zz]|[+-]\d{2}:?\d{2})$"
 _STRINGS = (pl.String, pl.Categorical, pl.Enum)
 
 
@@ -77,6 +83,35 @@ def columns_from_frame(schema: EventSchema, frame: pl.DataFrame) -> EventColumns
     return EventColumns(frame.height, present, values)
 
 
+def settle_forms(schema: EventSchema, frame: pl.DataFrame) -> EventSchema:
+    """The schema with the forms of its values that the table has, where it leaves them open.
+
+    So the service takes events as the model's training took them: booleans that are written as
+    numbers or texts, and times without an offset.
+    """
+
+    def settle(field: EventField) -> EventField:
+        if isinstance(field, BooleanField) and field.coerce is None and field.name in frame:
+            dtype = frame[field.name].dtype
+            return field.model_copy(update={"coerce": dtype not in (pl.Boolean, pl.Null)})
+        is_open = isinstance(field, TimestampField) and field.without_offset is None
+        if is_open and field.name in frame:
+            is_local = bool(_local_times(frame[field.name]).any())
+            return field.model_copy(update={"without_offset": "local" if is_local else "reject"})
+        return field
+
+    return schema.model_copy(update={"fields": tuple(settle(field) for field in schema.fields)})
+
+
+def _local_times(column: pl.Series) -> pl.Series:
+    """Which times have no offset."""
+    dtype = column.dtype
+    if dtype == pl.String:
+        return (~column.str.contains(_HAS_OFFSET)).fill_null(False)
+    has_none = dtype == pl.Date or (isinstance(dtype, pl.Datetime) and dtype.time_zone is None)
+    return column.is_not_null() & pl.Series([has_none])
+
+
 def _read(
     schema: EventSchema, field: EventField, column: pl.Series
 ) -> tuple[BoolArray, NDArray[Any]]:
@@ -91,9 +126,9 @@ def _read(
         case CategoricalField():
             return _categorical(column)
         case BooleanField():
-            return _boolean(column)
+            return _boolean(field, column)
         case TimestampField():
-            return _timestamp(schema, column)
+            return _timestamp(schema, field, column)
 
 
 def _numeric(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
@@ -128,10 +163,29 @@ def _categorical(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
     return present, values
 
 
-def _boolean(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
-    if column.dtype != pl.Boolean and not column.dtype.is_integer():
+def _boolean(field: BooleanField, column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
+    is_text = isinstance(column.dtype, _STRINGS)
+    if column.dtype != pl.Boolean and not column.dtype.is_integer() and not is_text:
         raise _wrong_type(column, "booleans")
     present = column.is_not_null().to_numpy()
+    if column.dtype != pl.Boolean and field.coerce is False and present.any():
+        row = int(np.argmax(present))
+        raise DataError(
+            index=row,
+            field=column.name,
+            expected="true or false (with `coerce: true` in the field also 1, 0 and texts)",
+            got=repr(column[row]),
+        )
+    if is_text:
+        lower = column.cast(pl.String).str.strip_chars().str.to_lowercase()
+        parsed = lower.replace_strict(TRUTH, default=None, return_dtype=pl.Boolean)
+        wrong = column.is_not_null() & parsed.is_null()
+        if wrong.any():
+            row = int(wrong.arg_true()[0])
+            raise DataError(
+                index=row, field=column.name, expected="true or false", got=repr(column[row])
+            )
+        column = parsed
     values = column.fill_null(False if column.dtype == pl.Boolean else 0).to_numpy()
     if column.dtype != pl.Boolean:
         wrong = (values != 0) & (values != 1)
@@ -141,10 +195,26 @@ def _boolean(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
     return present, values.astype(np.bool_)
 
 
-def _timestamp(schema: EventSchema, column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
+def _timestamp(
+    schema: EventSchema, field: TimestampField, column: pl.Series
+) -> tuple[BoolArray, NDArray[Any]]:
     present = column.is_not_null().to_numpy()
     dtype = column.dtype
-    if dtype.is_integer():
+    if field.without_offset == "reject":
+        without = _local_times(column)
+        if without.any():
+            row = int(without.arg_true()[0])
+            raise DataError(
+                index=row,
+                field=column.name,
+                expected="an offset, such as Z or +01:00 (with `without_offset: local` in the "
+                f"field, times of {schema.timezone} have none)",
+                got=f"{column[row]}",
+            )
+    if field.epoch == "s" and dtype.is_numeric():
+        seconds = column.cast(pl.Float64).fill_nan(None).fill_null(0.0).to_numpy()
+        values = np.round(np.clip(seconds, -1e11, 1e11) * 1000).astype(np.int64)
+    elif dtype.is_integer():
         # Integers that overflow int64 are out of range, and must not wrap around into it.
         values = column.cast(pl.Int64, strict=False).fill_null(MAX_TIMESTAMP_MS).to_numpy()
         _check_milliseconds(column.name, values, present)
@@ -180,7 +250,8 @@ def _check_milliseconds(name: str, values: NDArray[np.int64], present: BoolArray
             index=row,
             field=name,
             expected="epoch milliseconds",
-            got=f"{values[row]}, which is {moment}Z in epoch seconds: multiply by 1,000",
+            got=f"{values[row]}, which is {moment}Z in epoch seconds: multiply by 1,000, or write "
+            "`epoch: s` in the field",
         )
 
 

@@ -3,10 +3,12 @@
 The event schema becomes a pydantic type, so that events are validated while their JSON is
 parsed, errors have their location, and the same type generates the JSON Schema. Python objects
 (from MessagePack) are validated by the same type with the same rules: a number is never
-accepted as a string, nor a boolean as a number, and nothing is coerced.
+accepted as a string, nor a boolean as a number, and nothing is coerced but what the schema's fields
+say.
 
 Rejected are unknown fields, missing required fields, NaN and infinity, empty or too long
-categories, timestamps without an offset or outside 1900 to 2200.
+categories, timestamps without an offset (unless local ones are
+accepted) or outside 1900 to 2200.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Annotated, Any, NotRequired
 
+import numpy as np
 from pydantic import (
     ConfigDict,
     Field,
@@ -36,6 +39,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
+from models.events.zones import zone_table
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MIN = datetime(1900, 1, 1, tzinfo=UTC)
@@ -102,6 +106,102 @@ def _timestamp_schema() -> CoreSchema:
     )
 
 
+class _CoercedBoolean:
+    """Type of a boolean that may be written as a number or a text; validated to bool."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        number = core_schema.int_schema(strict=True, ge=0, le=1)
+        text = core_schema.str_schema(strict=True, to_lower=True, pattern="(?i)^(true|false|1|0)$")
+        forms = core_schema.union_schema(
+            [core_schema.bool_schema(strict=True), number, text],
+            mode="left_to_right",
+            custom_error_type="boolean",
+            custom_error_message="Input should be true or false, or 1 or 0, or a text of these",
+        )
+        return core_schema.no_info_after_validator_function(
+            lambda value: value in (True, "true", "1"), forms
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"enum": [True, False, 1, 0, "true", "false", "1", "0"]}
+
+
+class _OtherTimestamp:
+    """Type of a timestamp in the forms that its field's options name; validated to epoch ms."""
+
+    def __init__(self, field: TimestampField, timezone: str):
+        self._field, self._timezone = field, timezone
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        if self._field.epoch == "s":
+            lowest_s, highest_s = MIN_TIMESTAMP_MS / 1000, MAX_TIMESTAMP_MS / 1000
+            number: CoreSchema = core_schema.no_info_after_validator_function(
+                seconds_to_ms, core_schema.float_schema(strict=True, ge=lowest_s, lt=highest_s)
+            )
+            text = core_schema.chain_schema(
+                [core_schema.str_schema(strict=True), _timestamp_schema()]
+            )
+            forms: list[CoreSchema | tuple[CoreSchema, str]] = [
+                number,
+                core_schema.no_info_after_validator_function(timestamp_ms, text),
+            ]
+            numbers = "epoch seconds"
+        else:
+            forms = [
+                core_schema.no_info_after_validator_function(timestamp_ms, _timestamp_schema())
+            ]
+            numbers = "integer epoch milliseconds"
+        offset = " with an offset (Z, or one such as -05:00)"
+        if self._field.without_offset == "local":
+            local = core_schema.no_info_after_validator_function(
+                lambda text: local_ms(text, self._timezone), core_schema.str_schema(strict=True)
+            )
+            forms.append(local)
+            offset = f", without an offset in {self._timezone}"
+        return core_schema.union_schema(
+            forms,
+            mode="left_to_right",
+            custom_error_type="timestamp",
+            custom_error_message=(
+                f"Input should be an RFC 3339 timestamp{offset}, for example {_EXAMPLE_TIMESTAMP}, "
+                f"or {numbers}; from 1900-01-01 to before 2200-01-01"
+            ),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string"}, {"type": "number"}]}
+
+
+def seconds_to_ms(seconds: float) -> int:
+    """Epoch seconds to epoch milliseconds, rounded."""
+    return round(seconds * 1000)
+
+
+def local_ms(text: str, timezone: str) -> int:
+    """Epoch milliseconds of a date and time without an offset, of two possible ones the earlier.
+
+    Raises:
+        ValueError: it is none, has an offset, is skipped by clocks, or is out of range.
+    """
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is not None:
+        raise ValueError("expected no offset")
+    moments, exists = zone_table(timezone).to_utc(
+        np.array([timestamp_ms(moment.replace(tzinfo=UTC))], np.int64)
+    )
+    if not exists[0] or not MIN_TIMESTAMP_MS <= moments[0] < MAX_TIMESTAMP_MS:
+        raise ValueError(f"expected a local time that exists in {timezone}")
+    return int(moments[0])
+
+
 @cache
 def timestamp_validator() -> SchemaValidator:
     """The validator of one timestamp, the same as in an event."""
@@ -136,7 +236,7 @@ def event_type(schema: EventSchema, name: str = "Event", *, marks_resets: bool =
         A type whose validated values are plain dicts of float, str, bool and, for the
         timestamp, aware datetime or int epoch milliseconds. Build it once per model.
     """
-    fields = {field.name: _annotation(field) for field in schema.fields}
+    fields = {field.name: _annotation(field, schema.timezone) for field in schema.fields}
     if marks_resets and can_mark_resets(schema):
         described = Field(description="Whether the state is reset before this event.")
         fields[RESET] = NotRequired[Annotated[bool, described]]
@@ -167,17 +267,21 @@ def example_event(schema: EventSchema) -> dict[str, Any]:
     return {field.name: _example(field) for field in schema.fields}
 
 
-def _annotation(field: EventField) -> Any:
+def _annotation(field: EventField, timezone: str) -> Any:
     value: Any
     match field:
         case NumericField():
             value = float
         case CategoricalField():
             value = Annotated[str, Field(min_length=1, max_length=MAX_CATEGORY_CHARS)]
+        case BooleanField(coerce=True):
+            value = Annotated[Any, _CoercedBoolean()]
         case BooleanField():
             value = bool
-        case TimestampField():
+        case TimestampField(epoch="ms", without_offset=None | "reject"):
             value = Timestamp
+        case TimestampField():
+            value = Annotated[Any, _OtherTimestamp(field, timezone)]
     described = Field(description=_description(field), examples=[_example(field)])
     if field.optional:
         return NotRequired[Annotated[value | None, described]]
@@ -190,10 +294,16 @@ def _description(field: EventField) -> str:
             how = "A category; one that training did not see counts as unknown."
         case TimestampField():
             how = "RFC 3339 with an offset, or integer epoch milliseconds."
+            if field.epoch == "s":
+                how = "RFC 3339 with an offset, or epoch seconds."
+            if field.without_offset == "local":
+                how = how.replace(" with an offset", ", without an offset in local time")
         case NumericField():
             how = "A finite number."
         case BooleanField():
             how = "true or false."
+            if field.coerce:
+                how = "true or false, also as 1 or 0, or as text."
     absent = " May be absent or null." if field.optional else ""
     return f"{field.description} {how}{absent}".strip()
 

@@ -265,5 +265,8 @@ def _annotation(field: EventField) -> Any:
             return _CATEGORY
         case BooleanField():
             return bool
+        case TimestampField(epoch="s"):
+            # The strict type converts numbers.
+            return str
         case TimestampField():
             return _EPOCH_MS | str

@@ -13,7 +13,15 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 
@@ -37,6 +45,23 @@ class Frozen(BaseModel):
         """
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self).model_validate({**values, **(update or {})})
+
+
+class WithForms(Frozen):
+    """Base of fields whose values may be written in other forms, if options say so.
+
+    Options at their defaults are left out of manifests, so that older versions read them.
+    """
+
+    @model_serializer(mode="wrap")
+    def _omit_default_forms(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = serialise(self)
+        defaults = {"coerce": None, "without_offset": None, "epoch": "ms"}
+        return {
+            name: value
+            for name, value in data.items()
+            if name not in defaults or value != defaults[name]
+        }
 
 
 class NumericField(Frozen):
@@ -114,12 +139,17 @@ class CategoricalField(Frozen):
         return ("<unknown>", *(self.vocabulary or ()), *absent)
 
 
-class BooleanField(Frozen):
-    """true or false, encoded as 1 or 0; `optional` adds the column `<name>.missing`."""
+class BooleanField(WithForms):
+    """true or false, encoded as 1 or 0; `optional` adds the column `<name>.missing`.
+
+    With `coerce`, also the numbers 1 and 0 and the texts true, false, 1 and 0 in any case, in
+    tables and in requests. By default as the table that it is trained on.
+    """
 
     kind: Literal["boolean"] = "boolean"
     name: FieldName
     optional: bool = False
+    coerce: bool | None = None
     description: str = ""
 
     @property
@@ -128,8 +158,12 @@ class BooleanField(Frozen):
         return True
 
 
-class TimestampField(Frozen):
-    """The time of the event: RFC 3339 or epoch milliseconds, at most one per schema.
+class TimestampField(WithForms):
+    """The time of the event: RFC 3339 or an epoch time, at most one per schema.
+
+    Numbers are epoch milliseconds, or seconds with `epoch: s`. Dates and times without an offset
+    are `local` to the schema's time zone or rejected, in tables and in requests; by default as the
+    table that it is trained on.
 
     Columns: `<name>.gap` (log(1 + seconds since the stream's last event), standardised; 0
     seconds for the first event and for one out of order), and the hour of the day and day
@@ -140,6 +174,8 @@ class TimestampField(Frozen):
     kind: Literal["timestamp"] = "timestamp"
     name: FieldName
     optional: bool = False
+    epoch: Literal["ms", "s"] = "ms"
+    without_offset: Literal["local", "reject"] | None = None
     gap_mean: float | None = None
     gap_std: Annotated[float, Field(gt=0)] | None = None
     description: str = ""

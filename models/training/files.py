@@ -16,6 +16,7 @@ import polars as pl
 import simdjson
 
 from models.errors import DataError
+from models.events.frame import TRUTH
 from models.events.schema import (
     BooleanField,
     CategoricalField,
@@ -27,10 +28,10 @@ from models.spec.model import ModelSpec
 from models.training.data import schema_of
 
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
+_NUMBER = r"^-?\d+(\.\d+)?$"
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """Byte order marks of other encodings than UTF-8."""
 _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-_TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
 def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
@@ -224,11 +225,11 @@ def _parse_columns(
             case NumericField():
                 cast, kind = column.str.strip_chars().cast(pl.Float64, strict=False), "a number"
             case BooleanField():
-                lower = column.str.strip_chars().str.to_lowercase()
-                cast = lower.replace_strict(_TRUTH, default=None, return_dtype=pl.Boolean)
-                kind = "true or false"
-            case TimestampField() if column.drop_nulls().head(1).str.contains(r"^-?\d+$").all():
+                cast, kind = _parse_booleans(column), "true or false"
+            case TimestampField() if column.drop_nulls().head(1).str.contains(_NUMBER).all():
                 cast, kind = column.cast(pl.Int64, strict=False), "epoch milliseconds"
+                if field.epoch == "s":
+                    cast, kind = column.cast(pl.Float64, strict=False), "epoch seconds"
             case TimestampField() | CategoricalField():
                 continue
         invalid = column.is_not_null() & cast.is_null()
@@ -241,3 +242,15 @@ def _parse_columns(
             )
         frame = frame.with_columns(cast.alias(field.name))
     return frame
+
+
+def _parse_booleans(column: pl.Series) -> pl.Series:
+    """Cells as booleans, as integers if all are 1 or 0, or as texts if some are; null if none."""
+    lower = column.str.strip_chars().str.to_lowercase()
+    known = lower.is_in(list(TRUTH))
+    if lower.filter(known).is_in(["1", "0"]).any():
+        kept = pl.select(pl.when(known).then(lower)).to_series()
+        return (
+            kept.cast(pl.Int8, strict=False) if not lower.is_in(["true", "false"]).any() else kept
+        )
+    return lower.replace_strict(TRUTH, default=None, return_dtype=pl.Boolean)

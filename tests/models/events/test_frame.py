@@ -93,7 +93,9 @@ def test_columns_of_booleans_are_read() -> None:
     )
     assert refusal("boolean", [1, 0, 2]).index == 2
     assert refusal("boolean", [True, None]).index == 1
-    assert "booleans" in refusal("boolean", ["true"]).expected
+    assert one("boolean", ["true", "False", "1"]) == ([True, False, True], [True] * 3)
+    assert refusal("boolean", ["true", "yes"]).index == 1
+    assert "booleans" in refusal("boolean", [1.5]).expected
 
 
 MOMENT = datetime(2013, 7, 1, 12, 0, 0, 1999, tzinfo=UTC)

@@ -1,0 +1,119 @@
+"""Values in other forms are taken alike by tables and requests, as the schema's fields say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import orjson
+import polars as pl
+import pytest
+from pydantic import ValidationError
+
+from models.errors import DataError
+from models.events.columns import EventColumns, columns_from_events
+from models.events.frame import columns_from_frame, settle_forms
+from models.events.parse import event_adapter, event_json_schema
+from models.events.reader import EventReader
+from models.events.schema import EventSchema
+
+NOON_MS = 1_750_413_600_000
+"""2025-06-20T10:00:00Z, noon in Vienna."""
+
+
+def schema_of(**options: Any) -> EventSchema:
+    kind = "boolean" if "coerce" in options else "timestamp"
+    field = {"kind": kind, "name": "x", **options}
+    return EventSchema.model_validate({"timezone": "Europe/Vienna", "fields": [field]})
+
+
+def served(schema: EventSchema, values: list[Any]) -> EventColumns:
+    """As the service reads them: by the fast decoder, or if it leaves them, by the strict type."""
+    events = [{"x": value} for value in values]
+    adapter = event_adapter(schema)
+    strict = columns_from_events(schema, [adapter.validate_python(event) for event in events])
+    again = [adapter.validate_json(orjson.dumps(event)) for event in events]
+    np.testing.assert_array_equal(
+        columns_from_events(schema, again).values["x"], strict.values["x"]
+    )
+    fast = EventReader(schema).from_json(orjson.dumps(events))
+    if fast is not None:
+        np.testing.assert_array_equal(fast.values["x"], strict.values["x"])
+    return strict
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "expected"),
+    [
+        ({"coerce": None}, [1, 0], [True, False]),
+        ({"coerce": None}, ["true", "False", "1", "0"], [True, False, True, False]),
+        ({"coerce": None}, [True, False], [True, False]),
+        ({}, ["2025-06-20T12:00:00", "2025-06-20 12:00:01"], [NOON_MS, NOON_MS + 1000]),
+        ({}, ["2025-06-20T12:00:00+02:00", "2025-06-20T12:00"], [NOON_MS, NOON_MS]),
+        ({"epoch": "s"}, [NOON_MS // 1000, NOON_MS // 1000 + 7], [NOON_MS, NOON_MS + 7000]),
+        ({"epoch": "s"}, [NOON_MS / 1000 + 0.5], [NOON_MS + 500]),
+        ({"epoch": "s"}, ["2025-06-20T12:00:00+02:00"], [NOON_MS]),
+        ({}, [NOON_MS], [NOON_MS]),
+    ],
+    ids=str,
+)
+def test_what_a_table_is_trained_on_is_served(
+    options: dict[str, Any], values: list[Any], expected: list[Any]
+) -> None:
+    frame = pl.DataFrame({"x": values})
+    schema = settle_forms(schema_of(**options), frame)
+    trained = columns_from_frame(schema, frame)
+    assert trained.values["x"].tolist() == expected
+    assert served(schema, values).values["x"].tolist() == expected
+    assert EventSchema.model_validate(schema.model_dump()) == schema
+
+
+@pytest.mark.parametrize(
+    ("options", "usual", "other", "table", "request_"),
+    [
+        ({"coerce": None}, [True], [1], r"event 0.*`coerce: true`", "valid boolean"),
+        ({"coerce": None}, [True], ["true"], r"event 0.*`coerce: true`", "valid boolean"),
+        (
+            {},
+            ["2025-06-20T12:00:00Z"],
+            ["2025-06-20T12:00:00"],
+            r"event 0.*`without_offset: local`",
+            "with an offset",
+        ),
+        ({}, [NOON_MS], [NOON_MS // 1000], "`epoch: s`", None),
+        ({"epoch": "s"}, [NOON_MS // 1000], [NOON_MS], "2200-01-01", "epoch seconds"),
+        (
+            {"without_offset": "local"},
+            ["2025-03-30T01:00"],
+            ["2025-03-30T02:30"],
+            "clocks skipped",
+            "Europe/Vienna",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_table_was_not_trained_on_is_rejected_by_both(
+    options: dict[str, Any],
+    usual: list[Any],
+    other: list[Any],
+    table: str,
+    request_: str | None,
+) -> None:
+    schema = settle_forms(schema_of(**options), pl.DataFrame({"x": usual}))
+    served(schema, usual)
+    with pytest.raises(DataError, match=table):
+        columns_from_frame(schema, pl.DataFrame({"x": other}))
+    if request_ is not None:
+        with pytest.raises(ValidationError, match=request_):
+            served(schema, other)
+
+
+def test_options_of_the_schema_are_kept_and_documented() -> None:
+    local = pl.DataFrame({"x": ["2025-06-20T12:00"]})
+    schema = schema_of(without_offset="reject")
+    assert settle_forms(schema, local) == schema
+    assert "without_offset" not in schema_of().model_dump()["fields"][0]
+    described = event_json_schema(settle_forms(schema_of(epoch="s"), local))["properties"]["x"]
+    assert "epoch seconds" in described["description"]
+    assert "without an offset in local time" in described["description"]
+    assert "text" in event_json_schema(schema_of(coerce=True))["properties"]["x"]["description"]

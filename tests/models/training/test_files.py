@@ -1,0 +1,122 @@
+"""Spoilt files are rejected in one line: the place, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from models.errors import DataError
+from models.spec.model import ModelSpec, parse_spec
+from models.training.data import streams_of
+from models.training.files import read_batches, read_data
+
+HEADER = "id,at,x,flag,name"
+ROWS = ["a,2025-01-01T00:00:00Z,1.5,true,é", "b,2025-01-01T01:00:00Z,,false,u"]
+GOOD = "\n".join([HEADER, *ROWS, ""]).encode()
+
+
+@pytest.fixture(scope="module")
+def spec() -> ModelSpec:
+    return parse_spec(
+        {
+            "name": "t",
+            "events": {
+                "fields": [
+                    {"kind": "timestamp", "name": "at"},
+                    {"kind": "numeric", "name": "x", "optional": True},
+                    {"kind": "boolean", "name": "flag"},
+                    {"kind": "categorical", "name": "name"},
+                    {"kind": "numeric", "name": "later", "optional": True},
+                ]
+            },
+            "layers": [{"kind": "lstm", "units": 2}],
+            "heads": [{"kind": "sequence", "name": "y"}],
+            "training": {"stream": "id"},
+        }
+    )
+
+
+def changed(old: str, new: str) -> bytes:
+    return GOOD.replace(old.encode(), new.encode())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"a table with one row per event, got an empty file"),
+        (f"{HEADER}\n".encode(), r"at least one row, got none"),
+        (
+            changed(",", ";"),
+            r"line 1: columns separated by commas, got semicolons: 'id;at.*separator=';'",
+        ),
+        (changed(",", "\t"), r"line 1: columns separated by commas, got tabs"),
+        (GOOD.decode().encode("latin-1"), r"line 2: UTF-8, got the byte 0xe9.*iconv -f ISO-8859-1"),
+        (GOOD.decode().encode("utf-16"), r"UTF-8, got UTF-16; convert it: iconv -f UTF-16"),
+        (changed("flag", "x"), r"line 1: columns of different names, got 'x' as columns 3, 4"),
+        (changed(",u", ",u,v"), r"row 2: 5 cells, as in the header, got 6"),
+        (changed("false", "no"), r"row 2: true or false, got 'no'"),
+        (changed("1.5", "1,5"), r"row 1: 5 cells, as in the header, got 6"),
+        (changed("1.5", "'1.5'"), r"row 1: a number, got "),
+        (changed("T01:00", " noon"), r"row 2: an RFC 3339 timestamp from 1900"),
+        (changed("b,", ","), r"row 2: a stream's name, got none"),
+        (changed("flag", "flags"), r"field 'flag': expected .*: a column of that name, got \['id'"),
+        (changed("id,", "key,"), r"field 'id': expected .*: a column of that name, got \['key'"),
+    ],
+    ids=lambda value: "",
+)
+def test_spoilt_csv_files_are_rejected(
+    spec: ModelSpec, tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "events.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        streams_of(spec, read_data(path, spec), str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("events.parquet", b"PAR", r"a table in parquet form"),
+        ("events.jsonl", b'[{"id": 1}]', r"a table in jsonl form"),
+        ("events.jsonl", b'{"id": "\xe9"}', r"line 1: UTF-8, got the byte 0xe9"),
+        ("events.xlsx", b"PK", r"a file ending in \.csv, \.jsonl, \.ndjson, \.parquet"),
+    ],
+    ids=["parquet", "array", "encoding", "suffix"],
+)
+def test_spoilt_files_of_other_kinds_are_rejected(
+    spec: ModelSpec, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for read in (
+        lambda path: read_data(path, spec),
+        lambda path: list(read_batches(path, spec, 9)),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / name)
+    with pytest.raises(DataError, match="an existing file"):
+        read_data(tmp_path / "none.csv", spec)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_batches_have_the_rows_of_the_table(spec: ModelSpec, tmp_path: Path, mark: bytes) -> None:
+    """A byte order mark is skipped; columns of optional fields may be missing."""
+    path = tmp_path / "events.csv"
+    path.write_bytes(mark + GOOD)
+    frame = read_data(path, spec)
+    assert frame.columns == HEADER.split(",")
+    assert frame["x"].to_list() == [1.5, None]
+    assert frame["flag"].to_list() == [True, False]
+    assert pl.concat(read_batches(path, spec, 1)).equals(frame)
+    assert pl.concat(read_batches(path, spec, 1, skip=1)).equals(frame[1:])
+    assert streams_of(spec, frame).columns.present["later"].tolist() == [False, False]
+
+
+def test_errors_of_batches_count_rows_from_the_beginning(spec: ModelSpec, tmp_path: Path) -> None:
+    path = tmp_path / "events.csv"
+    path.write_bytes(changed("false", "no"))
+    with pytest.raises(DataError, match="row 2: true or false"):
+        list(read_batches(path, spec, 1, skip=1))
