@@ -19,15 +19,19 @@ from typing import Any
 
 import h5py
 import keras
+from keras.src.ops import numpy as operations
 
 from models.errors import ImportedModelError
-from models.importing.layers import is_known, reason_unsupported
+from models.importing.layers import is_known
+from models.importing.reasons import NOT_LOADED, OWN_CLASS, has_reason, reason_unsupported
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
 _MODELS = ("Sequential", "Functional", "Model")
-_TENSORS = ("__keras_tensor__", "__tensor__", "__numpy__")
-"""Classes that represent a tensor among a layer's arguments: a name, or numbers."""
+_TENSORS = ("__keras_tensor__", "__tensor__", "__numpy__", "__slice__", "__ellipsis__")
+"""Classes that represent a tensor or a slice among a layer's arguments: a name, or numbers."""
+_OPERATIONS = "keras.src.ops.numpy"
+"""Module of operations that are no layers, such as `x[...]` and the masks that Keras computes."""
 _LAYERS = tuple(
     f"keras.src.layers.{package}."
     for package in (
@@ -38,6 +42,8 @@ _LAYERS = tuple(
         "merging",
         "normalization",
         "pooling",
+        "preprocessing.normalization",
+        "preprocessing.rescaling",
         "regularization",
         "reshaping",
         "rnn",
@@ -72,14 +78,16 @@ def read_keras_model(path: Path, where: str) -> Any:
         config = _read_config(path)
         if config.get("class_name") not in _MODELS:
             raise ImportedModelError(
-                f"expected a Sequential or functional model, got {config.get('class_name')!r}"
+                f"expected a Sequential or functional model, got {config.get('class_name')!r}, a "
+                f"class of its own, {NOT_LOADED}"
             )
         # the model is loaded uncompiled; those nested in it are compiled as they were
         foreign = list(_foreign({**config, "compile_config": None}))
         unknown = list(_unknown(config))
     except (OSError, KeyError, ValueError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise ImportedModelError(
-            f"{where}: expected a whole Keras model with its configuration, got {error}"
+            f"{where}: expected a whole Keras model with its configuration, as "
+            f"model.save('model.keras') writes it (save_weights does not), got {error}"
         ) from error
     except ImportedModelError as error:
         raise ImportedModelError(f"{where}: {error}") from error
@@ -140,16 +148,19 @@ def _foreign(config: Any, name: str = "") -> Iterator[str]:
 def _why_foreign(kind: str, module: Any, registered: Any) -> str:
     """Why an object must not be built; "" if it may."""
     if module is not None and str(module).partition(".")[0] != "keras":
-        return f"it comes from {str(module)!r}, which is not loaded"
+        return f"it comes from {str(module)!r}, {NOT_LOADED}"
     if ">" in str(registered) or ">" in kind:
-        return "it is a class of its own, which is not loaded"
+        return OWN_CLASS
     parts = (getattr(part, kind, None) for part in _PARTS)
+    operation = getattr(operations, kind, None) if module == _OPERATIONS else None
+    if isinstance(operation, type) and issubclass(operation, keras.Operation):
+        return ""
     if kind in (*_MODELS, *_TENSORS) or any(isinstance(part, type) for part in parts):
         return ""
     layer = getattr(keras.layers, kind, None)
     if not isinstance(layer, type):
-        return "it is a class of its own, which is not loaded"
-    harmless = kind != "Lambda" and layer.__module__.startswith(_LAYERS)
+        return reason_unsupported(kind) if has_reason(kind) else OWN_CLASS
+    harmless = kind != "Lambda" and f"{layer.__module__}.".startswith(_LAYERS)
     return "" if harmless else reason_unsupported(kind)
 
 
@@ -163,6 +174,6 @@ def _unknown(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         kind, own = str(entry.get("class_name")), entry.get("config")
         if kind in _MODELS:
             yield from _unknown(entry)
-        elif not is_known(kind):
+        elif entry.get("module") != _OPERATIONS and not is_known(kind):
             name = own.get("name") if isinstance(own, dict) else None
             yield kind, str(name or entry.get("name"))

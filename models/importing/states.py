@@ -1,25 +1,30 @@
-"""Initial states of recurrent Keras layers: their own state, or one passed within the call.
+"""Tensors of a Keras model's calls, and the initial states among them.
 
-Keras accepts any tensor as `initial_state`. Supported is a hand-off: all states that one recurrent
-layer returned, in its order, passed to a layer with the same states. That is `starts_from` in a
-`ModelSpec`; everything else is unsupported, with the reason.
+Keras accepts any tensor as `initial_state`. Supported are two patterns; everything else is
+unsupported, with the reason:
+
+    explicit states   inputs of the model, whose new values the model returns: they are the
+                      stream's state, which the service keeps in place of the caller
+    hand-off          all states that one recurrent layer returned, in its order, passed to a layer
+                      with the same states: `starts_from` in a `ModelSpec`
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import layers as kl
 
-from models.importing.layers import UnsupportedLayerError
+from models.importing.converted import UnsupportedLayerError
+from models.importing.recurrent import state_parts
 
 _FROM_ELSEWHERE = (
-    "a layer starts from its own state of the stream, or from the states that another returned "
-    "in the same call"
+    "a layer starts from its own state of the stream, from inputs of the model that are its whole "
+    "state, or from the states that another returned in the same call"
 )
 
 
@@ -28,11 +33,14 @@ class Value:
     """One tensor of the Keras model.
 
     Attributes:
-        name: the layer of the `ModelSpec` that computes it.
+        name: the layer of the `ModelSpec` that computes it; "" for a model's input.
         shape: the Keras shape.
         owner: class and name of the Keras layer, for messages.
         part: which part of a recurrent layer's returned state it is, or None.
         refused: whether its layer is unsupported.
+        columns: the columns of the model's inputs that it is, or None if a layer computes it.
+        state_input: which input of the model it is, if it is one that holds a state.
+        mask: whether it marks the steps that are no padding.
     """
 
     name: str
@@ -40,6 +48,9 @@ class Value:
     owner: str
     part: str | None = None
     refused: bool = False
+    columns: range | None = None
+    state_input: int | None = None
+    mask: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +60,12 @@ class Call:
     Attributes:
         reads: the input tensors.
         initial: each tensor of its `initial_state`; None if it is not one of the model's.
-        masked: whether it was called with a `mask`.
+        mask: its `mask`, if it was called with one.
     """
 
     reads: Sequence[Any]
     initial: Sequence[Any] = ()
-    masked: bool = False
+    mask: Any = None
 
 
 def call_of(node: Any) -> Call:
@@ -68,26 +79,73 @@ def call_of(node: Any) -> Call:
     return Call(
         [arguments["sequences"]],
         [state if isinstance(state, keras.KerasTensor) else None for state in states],
-        arguments.get("mask") is not None,
+        arguments.get("mask"),
     )
 
 
-def state_parts(layer: Any) -> tuple[str, ...]:
-    """The parts of the state that a Keras layer starts from and returns, in Keras' order."""
+def state_inputs(graph: Any) -> set[int]:
+    """Which inputs of a graph are a recurrent layer's initial state, nested models included."""
+    index = {id(tensor): place for place, tensor in enumerate(graph.inputs)}
+    states: set[int] = set()
+    for nodes in graph._nodes_by_depth.values():
+        for node in nodes:
+            if node.is_input:
+                continue
+            tensors = call_of(node).initial
+            inner = node.operation
+            if isinstance(inner, keras.Model) and hasattr(inner, "_nodes_by_depth"):
+                tensors = [node.input_tensors[place] for place in state_inputs(inner)]
+            states.update(index[id(tensor)] for tensor in tensors if id(tensor) in index)
+    return states
+
+
+def explicit_states(
+    layer: Any, initial: Sequence[Value | None], names: Sequence[str]
+) -> dict[int, str]:
+    """The state parts that inputs of the model hold, for a layer that starts from inputs.
+
+    Args:
+        layer: the Keras layer.
+        initial: the tensors of its `initial_state`.
+        names: the layers of the `ModelSpec` that it becomes.
+
+    Returns:
+        Index of the input -> state part; empty if the layer does not start from inputs.
+
+    Raises:
+        UnsupportedLayerError: it starts from some inputs and from something else, or they are not
+            its whole state.
+    """
+    inputs = [v.state_input for v in initial if v is not None and v.state_input is not None]
+    if not inputs:
+        return {}
+    parts = [
+        f"{name}.{part}"
+        for name, own in zip(names, state_parts(layer), strict=True)
+        for part in own
+    ]
     if isinstance(layer, kl.Bidirectional):
-        inner = state_parts(layer.forward_layer)
-        return tuple(f"{side}.{part}" for side in ("forward", "backward") for part in inner)
-    if isinstance(layer, kl.LSTM):
-        return ("hidden", "carry")
-    return ("hidden",) if isinstance(layer, kl.GRU) else ()
+        raise UnsupportedLayerError(
+            "its initial_state is given as inputs, and a bidirectional layer has no state that "
+            "goes on; leave initial_state out"
+        )
+    if len(set(inputs)) != len(parts) or len(initial) != len(parts):
+        raise UnsupportedLayerError(
+            f"its initial_state is given by {len(set(inputs))} inputs of the model; expected one "
+            f"for each of its states {parts}, in this order"
+        )
+    return dict(zip(inputs, parts, strict=True))
 
 
-def starts_from(layer: Any, initial: Sequence[Value | None]) -> str:
-    """The layer of the `ModelSpec` whose returned state a Keras layer is called with.
+def starts_from(layer: Any, initial: Sequence[Value | None]) -> list[str]:
+    """The layers of the `ModelSpec` whose returned states a Keras layer is called with.
 
     Args:
         layer: the Keras layer.
         initial: the tensors of its `initial_state`; None for one that is no layer's.
+
+    Returns:
+        One layer for each layer of the `ModelSpec` that this one becomes.
 
     Raises:
         UnsupportedLayerError: they are anything else than one layer's whole state in its order.
@@ -106,22 +164,15 @@ def starts_from(layer: Any, initial: Sequence[Value | None]) -> str:
         raise UnsupportedLayerError(
             f"its initial_state comes from {' and '.join(owners)}; expected one layer's"
         )
-    actual, expected = [value.part for value in states], list(state_parts(layer))
-    if actual != expected and not any(value.refused for value in states):
+    cells = state_parts(layer)
+    actual, expected = [value.part for value in states], [part for own in cells for part in own]
+    names, place = [], 0
+    for own in cells:
+        names.append({value.name for value in states[place : place + len(own)]})
+        place += len(own)
+    of_one = all(len(name) == 1 for name in names)
+    if (actual != expected or not of_one) and not any(value.refused for value in states):
         raise UnsupportedLayerError(
             f"its initial_state is {actual} of {owners[0]}; expected its {expected}, in this order"
         )
-    return states[0].name
-
-
-def initial_inputs(graph: Any) -> Iterator[str]:
-    """For each layer that starts from inputs of the model, why it is unsupported."""
-    names = {id(tensor): tensor.name for tensor in graph.inputs}
-    for nodes in graph._nodes_by_depth.values():
-        for node in nodes:
-            if node.is_input:
-                continue
-            inputs = [names[id(t)] for t in call_of(node).initial if id(t) in names]
-            if inputs:
-                owner = f"{type(node.operation).__name__} {node.operation.name!r}"
-                yield f"{owner}: its initial_state is given as inputs {inputs}; {_FROM_ELSEWHERE}"
+    return [next(iter(name), "") for name in names]

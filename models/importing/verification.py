@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from models.errors import ImportedModelError
 from models.importing.graph import Translation, functional_of
 from models.networks.build import StepNetwork
-from models.spec.layout import output_spec, state_spec
+from models.spec.layout import network_state, output_spec, state_spec
 from models.spec.state import State
 
 ABSOLUTE_TOLERANCE = 1e-5
@@ -50,24 +50,26 @@ def verify(model: Any, translation: Translation, where: str) -> tuple[tuple[int,
     network = StepNetwork(translation.spec)
     network.set_weights(translation.weights)
     chunking = translation.spec.chunking
-    fixed_batch, fixed_steps, features = tuple(functional_of(model).inputs[0].shape)
-    batch = int(fixed_batch or BATCH)
-    lengths = (int(fixed_steps),) * 3 if fixed_steps else LENGTHS_STEPS
+    graph = functional_of(model)
+    batches = {tensor.shape[0] for tensor in graph.inputs} - {None}
+    batch = int(max(batches, default=BATCH))
+    fixed_steps = translation.fixed_steps
+    lengths = (fixed_steps,) * 3 if fixed_steps else LENGTHS_STEPS
     is_stateful = _reset(model) and chunking != "whole"
     if chunking == "per_chunk":
         _keep_states(model, batch)
-        is_stateful = fixed_steps is not None  # the sequences are the chunks then
+    if fixed_steps and (chunking == "per_chunk" or translation.states):
+        is_stateful = True  # the sequences are the chunks then
     random = np.random.default_rng(SEED)
-    zero = np.zeros((batch, network.state_size), np.float32)
-    state, largest = zero, 0.0
+    state, largest = _initial_state(translation, batch, random), 0.0
     for length in lengths:
-        rows = random.standard_normal((batch, length, features)).astype(np.float32)
+        rows = _random_rows(translation, batch, length, random)
         if not is_stateful:
             _reset(model)
-            state = zero
+            state = _initial_state(translation, batch, random)
         in_chunks = chunking == "per_chunk" and fixed_steps is None
         for call in _split(rows, random) if in_chunks else [rows]:
-            expected = _run_original(model, call)
+            expected = _run_original(model, translation, call, state)
             chunks = _split(call, random) if chunking == "invisible" else [call]
             outputs, state = _run_imported(network, chunks, state)
             for output in translation.outputs:
@@ -79,8 +81,41 @@ def verify(model: Any, translation: Translation, where: str) -> tuple[tuple[int,
     return lengths, batch, largest
 
 
-def _run_original(model: Any, rows: Floats) -> list[Floats]:
-    inputs = keras.tree.map_structure(lambda _: rows, functional_of(model).input)
+def _random_rows(
+    translation: Translation, batch: int, length: int, random: np.random.Generator
+) -> Floats:
+    """Standard normal numbers and uniform codes, float32 [B, T, F]."""
+    columns = translation.spec.columns
+    rows = random.standard_normal((batch, length, len(columns))).astype(np.float32)
+    for index, column in enumerate(columns):
+        if column.codes is not None:
+            lowest = min(translation.lowest_code, column.codes - 1)
+            rows[..., index] = random.integers(lowest, column.codes, (batch, length))
+    return rows
+
+
+def _initial_state(translation: Translation, batch: int, random: np.random.Generator) -> Floats:
+    """Zero, except for the parts that inputs of the original hold: these are random."""
+    layout = network_state(translation.spec)
+    state = np.zeros((batch, layout.float_size), np.float32)
+    for part in translation.states.values():
+        columns = layout.slices[part]
+        state[:, columns] = random.uniform(-1, 1, state[:, columns].shape)
+    return state
+
+
+def _run_original(
+    model: Any, translation: Translation, rows: Floats, state: Floats
+) -> list[Floats]:
+    """Call the original on rows, and on the states before them where its inputs hold states."""
+    slices, values = network_state(translation.spec).slices, []
+    for index, own in enumerate(translation.inputs):
+        if own.columns is None:
+            values.append(state[:, slices[translation.states[index]]])
+            continue
+        read = rows[..., own.columns.start : own.columns.stop]
+        values.append((read[..., 0] if own.rank == 2 else read).astype(own.dtype))
+    inputs = keras.tree.pack_sequence_as(functional_of(model)._inputs_struct, values)
     return [np.asarray(value) for value in keras.tree.flatten(model(inputs, training=False))]
 
 

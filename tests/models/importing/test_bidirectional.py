@@ -64,7 +64,7 @@ def test_every_merge_mode_and_cell_equals_the_original(
     assert report.lengths_steps == (1, 2, 7)
     rows = random_rows(9, 2)
     np.testing.assert_allclose(
-        predict_whole(tmp_path, rows)["output"], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
+        predict_whole(tmp_path, rows)["both"], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
     )
 
 

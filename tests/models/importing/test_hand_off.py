@@ -210,14 +210,6 @@ def test_other_initial_states_are_rejected(
     assert message in import_error(keras.Model(rows, network(rows)), tmp_path)
 
 
-def test_states_as_inputs_of_the_model_are_rejected(tmp_path: Path) -> None:
-    rows, hidden, carry = kl.Input((None, 2)), kl.Input((3,), name="h"), kl.Input((3,), name="c")
-    outputs = CELLS["lstm"](name="above")(rows, initial_state=[hidden, carry])
-    error = import_error(keras.Model([rows, hidden, carry], outputs), tmp_path)
-    assert "expected one input" in error
-    assert "LSTM 'above': its initial_state is given as inputs ['h', 'c']" in error
-
-
 def test_states_of_a_rejected_layer_are_not_reported_again(tmp_path: Path) -> None:
     rows = kl.Input((None, 2))
     sequence, *states = CELLS["lstm"](return_state=True, go_backwards=True, name="back")(rows)

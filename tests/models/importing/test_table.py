@@ -1,0 +1,147 @@
+"""The table of Keras models: each is served exactly, or rejected with a way on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import keras
+import numpy as np
+import pytest
+
+from models.errors import ImportedModelError
+from models.importing import verification
+from models.importing.keras_model import ImportReport
+from tests.models.importing.saving import import_error, import_here, save_model
+from tests.models.importing.table import ACCEPTED, REFUSED, STEPS, Accepted
+from tests.support.service import running
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+WINDOWED = "window-reset"
+"""The model `window`, whose state is reset after each window."""
+
+Import = tuple[Any, ImportReport | ImportedModelError]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Import]:
+    """Every accepted model: the original and what it was imported as."""
+    models: dict[str, Import]
+    folder, models = tmp_path_factory.mktemp("keras"), {}
+    (folder / "models").mkdir()
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(verification, "LENGTHS_STEPS", (3,))
+    for seed, (name, case) in enumerate(ACCEPTED.items()):
+        model = case.build()
+        path = save_model(model, folder / f"{name}.keras", seed)
+        try:
+            models[name] = model, import_here(path, folder / "models" / name)
+        except ImportedModelError as error:
+            models[name] = model, error
+    window = folder / "window.keras"
+    reset = import_here(window, folder / "models" / WINDOWED, WINDOWED, reset_every=STEPS)
+    models[WINDOWED] = models["window"][0], reset
+    monkeypatch.undo()
+    return models
+
+
+@pytest.fixture(scope="module")
+def client(
+    imported: dict[str, Import], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    """A client of one service of them all."""
+    reports = (report for _, report in imported.values() if isinstance(report, ImportReport))
+    folder = next(reports).artifact.path.parent
+    with (
+        running(tmp_path_factory.mktemp("served"), folder) as service,
+        httpx.Client(base_url=service.url, timeout=60) as up,
+    ):
+        yield up
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_chunks_equal_keras_on_the_whole_sequence(
+    name: str, imported: dict[str, Import], client: httpx.Client
+) -> None:
+    case, (model, report) = ACCEPTED[name], imported[name]
+    assert isinstance(report, ImportReport), report
+    random = np.random.default_rng(len(name))
+    rows = _rows(case, random)
+    expected = _keras_outputs(case, model, rows)
+    assert tuple(output.name for output in report.artifact.outputs.outputs) == case.heads
+    for words in case.notes:
+        assert any(words in note for note in report.notes), report.notes
+    if report.artifact.spec.chunking == "whole":
+        body = {"sequences": [{"inputs": rows[0].tolist()}]}
+        reply = client.post(f"/v1/models/{name}/predict", json=body).raise_for_status().json()
+        outputs = reply["predictions"][0]["outputs"]
+    else:
+        whole = report.artifact.spec.chunking == "per_chunk"
+        cuts = [] if whole else sorted(random.choice(np.arange(1, STEPS), 3, replace=False))
+        outputs = _send_chunks(client, name, np.split(rows[0], cuts))
+    sequences = [value for index, value in enumerate(expected) if index not in case.states]
+    for head, value in zip(case.heads, sequences, strict=True):
+        got = outputs[head] if value.ndim == 3 else outputs[head][-1]
+        np.testing.assert_allclose(got, value[0], **CLOSE)
+    if case.states:
+        stored = client.get(f"/v1/models/{name}/streams/one/state").raise_for_status().json()
+        for index, part in case.states.items():
+            np.testing.assert_allclose(stored["state"][part], expected[index][0], **CLOSE)
+
+
+def test_a_window_can_begin_from_the_zero_state_each_time(
+    imported: dict[str, Import], client: httpx.Client
+) -> None:
+    model, rows = imported[WINDOWED][0], np.random.default_rng(9).normal(size=(3 * STEPS, 3))
+    outputs = _send_chunks(client, WINDOWED, np.split(rows, [3, STEPS + 5, 2 * STEPS]))["output"]
+    windows = rows.reshape(3, STEPS, 3).astype(np.float32)
+    np.testing.assert_allclose(outputs[STEPS - 1 :: STEPS], np.asarray(model(windows)), **CLOSE)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_models_are_rejected_with_a_way_on(name: str, tmp_path: Path) -> None:
+    case = REFUSED[name]
+    error = import_error(case.build(), tmp_path)
+    assert error.startswith(str(tmp_path / "My Model.keras"))
+    for words in case.words:
+        assert words in error, error
+
+
+def test_weights_without_a_model_are_rejected_with_a_way_on(tmp_path: Path) -> None:
+    path = tmp_path / "m.weights.h5"
+    ACCEPTED["lstm"].build().save_weights(path)
+    with pytest.raises(ImportedModelError, match=r"model\.save\('model\.keras'\)"):
+        import_here(path, tmp_path / "out")
+
+
+def _rows(case: Accepted, random: np.random.Generator) -> np.ndarray:
+    rows = random.normal(size=(1, STEPS, case.features)).astype(np.float32)
+    for column, codes in case.codes.items():
+        rows[..., column] = random.integers(1, codes, STEPS)
+    return rows
+
+
+def _keras_outputs(case: Accepted, model: Any, rows: np.ndarray) -> list[np.ndarray]:
+    """All outputs on the whole sequence, from the zero state, in Keras' order."""
+    for layer in model._flatten_layers():
+        if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
+            layer.reset_state()
+    return [np.asarray(value) for value in keras.tree.flatten(model(case.inputs(rows)))]
+
+
+def _send_chunks(
+    client: httpx.Client, name: str, chunks: list[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The outputs of one stream, by name."""
+    outputs: dict[str, list[np.ndarray]] = {}
+    for chunk in chunks:
+        url = f"/v1/models/{name}/streams/one/chunks"
+        reply = client.post(url, json={"inputs": chunk.tolist()}).raise_for_status().json()
+        for head, values in reply["outputs"].items():
+            outputs.setdefault(head, []).append(np.asarray(values))
+    return {head: np.concatenate(values) for head, values in outputs.items()}
