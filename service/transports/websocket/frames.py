@@ -2,13 +2,14 @@
 
 A client's frame is the body of a chunk request with further members: `id`, which is returned with
 the outcome, `stream` on a socket for many streams, and `if_match`. This module separates them from
-the body, which v1's reader validates. JSON comes in text frames and MessagePack in binary ones; an
-outcome has the media type of its frame.
+the body, which v1's reader validates; a long frame is split by v1's long reader, and its envelope
+is read here. JSON comes in text frames and MessagePack in binary ones; an outcome has the media
+type of its frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -22,9 +23,11 @@ from service.transports.http.bodies.duplicates import (
     find_duplicate,
     packed_length,
 )
+from service.transports.http.long_bodies.splitting import SplitObject
 from service.transports.http.media import Encoded, Media, dumps, encoded_object, malformed
 from service.transports.http.problems import problem
 from service.transports.http.request_fields import parse_if_match, stream_name
+from service.transports.websocket.leading_members import leading_members
 
 MAX_ID_CHARS: Final = 128
 MAX_MEMBERS: Final = 32
@@ -64,7 +67,7 @@ class Frame(NamedTuple):
     id: FrameId | None
     members: Envelope | None
     media: Media
-    data: bytes
+    data: bytes | bytearray
 
     def stream(self) -> str:
         """The stream that the frame names.
@@ -83,10 +86,14 @@ class Frame(NamedTuple):
         text = self._text("if_match", required=False)
         return None if text is None else parse_if_match(text, "if_match", bare=True)
 
-    def body(self, *envelope: str) -> bytes:
+    def has(self, name: str) -> bool:
+        """Whether the frame has this member, as far as it is read."""
+        return self.members is not None and name in self.members
+
+    def body(self, envelope: Collection[str]) -> bytes:
         """The frame without these members: the body of a chunk request."""
         if self.members is None:
-            return self.data
+            return bytes(self.data)
         body: dict[str, Encoded] = {
             name: memoryview(raw) for name, raw in self.members.items() if name not in envelope
         }
@@ -107,8 +114,8 @@ class Frame(NamedTuple):
         raise InvalidInput(f"{name}: expected a text, got {got}", at=name, expected="a text")
 
 
-def read_frame(media: Media, data: bytes) -> Frame:
-    """Separate the envelope of a frame from its body, which is not validated.
+def read_frame(media: Media, data: bytes | bytearray) -> Frame:
+    """Separate the envelope of a short frame from its body, which is not validated.
 
     Raises:
         MalformedBody, InvalidInput
@@ -125,8 +132,38 @@ def read_frame(media: Media, data: bytes) -> Frame:
     if len(members) > MAX_MEMBERS:
         expected = f"at most {MAX_MEMBERS} members"
         raise InvalidInput(f"body: expected {expected}, got {len(members)}", at="body")
-    _check_no_duplicates(media, data, members)
-    frame_id = None
+    _check_no_duplicates(media, bytes(data), members)
+    return Frame(_frame_id(media, members), members, media, data)
+
+
+def read_long_frame(media: Media, data: bytes | bytearray) -> Frame:
+    """Read the beginning of a long frame: its members before the first list.
+
+    Raises:
+        InvalidInput
+    """
+    members = leading_members(media, data)
+    return Frame(_frame_id(media, members), members, media, data)
+
+
+def split_frame(frame: Frame, split: SplitObject, envelope: Collection[str]) -> Frame:
+    """A long frame with all of its envelope, which is taken out of its split body.
+
+    Raises:
+        InvalidInput
+    """
+    taken = {name: split.members.pop(name) for name in envelope if name in split.members}
+    members = {name: msgspec.Raw(value) for name, value in taken.items()}
+    return Frame(_frame_id(frame.media, members), members, frame.media, frame.data)
+
+
+def _frame_id(media: Media, members: Envelope) -> FrameId | None:
+    """The id of a frame with these members.
+
+    Raises:
+        InvalidInput
+    """
+    frame_id: FrameId | None = None
     if (raw := members.get("id")) is not None:
         try:
             frame_id = _decode(media, raw, _ID)
@@ -134,7 +171,7 @@ def read_frame(media: Media, data: bytes) -> Frame:
             raise InvalidInput(
                 f"id: expected {_ID_EXPECTED}", at="id", expected=_ID_EXPECTED
             ) from None
-    return Frame(frame_id, members, media, data)
+    return frame_id
 
 
 def _check_no_duplicates(media: Media, data: bytes, members: Envelope) -> None:

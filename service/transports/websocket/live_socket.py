@@ -9,6 +9,7 @@ connection buffers one read from the socket, one incomplete message and the outc
 from __future__ import annotations
 
 import asyncio
+import codecs
 import logging
 import time
 from typing import Final, NamedTuple
@@ -21,6 +22,7 @@ from websockets.server import ServerProtocol
 
 from service.transports.http.connection.connections import Connections, Phase
 from service.transports.http.media import Media
+from service.transports.websocket.fragments import Fragmenter
 from service.transports.websocket.session import Session
 
 PIECE_BYTES: Final = 4 * 1024
@@ -29,6 +31,8 @@ PIECE_BYTES: Final = 4 * 1024
 TURN_S: Final = 0.005
 """A turn of the event loop processes received bytes no longer than this, and a piece: one read from
 the socket may have ten thousands of frames."""
+
+_UTF8: Final = codecs.getincrementaldecoder("utf-8")
 
 ELSEWHERE: Final = "the service is stopping: connect again, and continue at your position"
 
@@ -59,6 +63,8 @@ class LiveSocket(asyncio.Protocol):
     __slots__ = (
         "_buffered",
         "_connections",
+        "_decoder",
+        "_fragmenter",
         "_has_pinged",
         "_is_draining",
         "_is_lingering",
@@ -104,9 +110,11 @@ class LiveSocket(asyncio.Protocol):
         self._websocket = ServerProtocol(
             state=State.OPEN, max_size=limits.max_frame_bytes, logger=logger
         )
+        self._fragmenter = Fragmenter(limits.max_frame_bytes)
         self._session: Session | None = None
-        self._messages: list[tuple[Media, bytes]] = []
+        self._messages: list[tuple[Media, bytes | bytearray]] = []
         self._message: bytearray | None = None
+        self._decoder: codecs.IncrementalDecoder | None = None
         self._media = Media.JSON
         self._buffered = b""
         # nothing is to be read before the handshake is answered
@@ -214,8 +222,9 @@ class LiveSocket(asyncio.Protocol):
         self._read()
 
     def _set_reading(self) -> None:
-        """Read from the socket exactly when nothing that was read is waiting."""
-        is_waiting = self._is_blocked or bool(self._buffered) or bool(self._messages)
+        """Read from the socket exactly when nothing that was read is waiting: also while the next
+        message would have to wait, since only a socket that is read notices a disconnect."""
+        is_waiting = bool(self._buffered) or bool(self._messages)
         pauses = not self._is_lingering and is_waiting
         if pauses == self._is_read_paused or self._transport.is_closing():
             return
@@ -226,10 +235,14 @@ class LiveSocket(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _parse(self, data: bytes) -> None:
-        self._websocket.receive_data(data)
+        self._websocket.receive_data(self._fragmenter.split(data))
         for event in self._websocket.events_received():
             if isinstance(event, Frame):
-                self._collect(event)
+                try:
+                    self._collect(event)
+                except UnicodeDecodeError as error:
+                    self._fail(CloseCode.INVALID_DATA, f"expected UTF-8 in a text: {error.reason}")
+                    break
         self._write()
         incomplete = len(self._websocket.reader.buffer) + len(self._message or b"")
         if incomplete or self.body_bytes:
@@ -238,18 +251,30 @@ class LiveSocket(asyncio.Protocol):
             self._connections.set_body_bytes(self, incomplete)
 
     def _collect(self, frame: Frame) -> None:
-        """Add a frame to its message."""
+        """Add a frame to its message.
+
+        Raises:
+            UnicodeDecodeError: a text is not UTF-8, up to this frame.
+        """
         if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
-            self._media = Media.JSON if frame.opcode is Opcode.TEXT else Media.MSGPACK
-            if frame.fin:
-                self._messages.append((self._media, bytes(frame.data)))
-            else:
-                self._message = bytearray(frame.data)
-        elif frame.opcode is Opcode.CONT and self._message is not None:
-            self._message += frame.data
-            if frame.fin:
-                self._messages.append((self._media, bytes(self._message)))
-                self._message = None
+            is_text = frame.opcode is Opcode.TEXT
+            self._media = Media.JSON if is_text else Media.MSGPACK
+            if not frame.fin:
+                self._message = bytearray()
+                self._decoder = _UTF8() if is_text else None
+            elif is_text and not (text := bytes(frame.data)).isascii():
+                text.decode()
+        elif frame.opcode is not Opcode.CONT:
+            return
+        if self._message is None:
+            self._messages.append((self._media, bytes(frame.data)))
+            return
+        if self._decoder is not None:
+            self._decoder.decode(frame.data, final=frame.fin)
+        self._message += frame.data
+        if frame.fin:
+            self._messages.append((self._media, self._message))
+            self._message = self._decoder = None
 
     def _write(self) -> None:
         """Write what the library has to send; an empty part is the end of the stream."""
@@ -277,7 +302,7 @@ class LiveSocket(asyncio.Protocol):
         self._is_lingering = True
         if self._session is not None:
             self._session.cancel()
-        self._message = None
+        self._message = self._decoder = None
         self._connections.set_body_bytes(self, 0)
         if self._transport.is_closing():
             return

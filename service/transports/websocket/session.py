@@ -22,6 +22,7 @@ from structlog.contextvars import bound_contextvars
 from service.core.errors import CarryError, PreviousFailed
 from service.core.values import Chunk, Reply, StreamKey
 from service.transports.failed_streams import FailedStreams
+from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.error_handling import log_failure, log_unexpected_failure
 from service.transports.http.limits import LONG_BYTES
@@ -33,7 +34,9 @@ from service.transports.websocket.frames import (
     FrameId,
     error_frame,
     read_frame,
+    read_long_frame,
     reply_frame,
+    split_frame,
 )
 
 PendingReply = asyncio.Future[list[Reply | CarryError]]
@@ -94,6 +97,7 @@ class Session:
 
     __slots__ = (
         "_api",
+        "_envelope",
         "_failed",
         "_is_open",
         "_model",
@@ -131,6 +135,7 @@ class Session:
         self._request_id = request_id.decode()
         self._send = send
         self._on_progress = on_progress
+        self._envelope = ("id", "if_match", *(() if stream is not None else ("stream",)))
         self._streams: dict[str, StreamEntries] = {}
         self._failed = FailedStreams()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -152,7 +157,7 @@ class Session:
             self._is_open = False
             self._api.recorder.record_websockets(self._model, -1)
 
-    def receive(self, media: Media, data: bytes) -> None:
+    def receive(self, media: Media, data: bytes | bytearray) -> None:
         """Start the chunk of a frame, or answer what is wrong with it."""
         self.chunks += 1
         deadline_s = time.monotonic() + self._timeout_s
@@ -161,20 +166,22 @@ class Session:
             entry = self._add(Entry(None, media, self._stream, deadline_s))
         frame_id = None
         try:
-            frame = read_frame(media, data)
+            is_long = len(data) >= LONG_BYTES
+            frame = read_long_frame(media, data) if is_long else read_frame(media, data)
             frame_id = frame.id
-            if entry is None:
-                entry = self._add(Entry(frame_id, media, frame.stream(), deadline_s))
-            entry.frame_id = frame_id
             wire = self._api.wire(self._model)
-            self._check_admission(entry)
-            if len(data) >= LONG_BYTES:
+            if entry is None and (not is_long or frame.has("stream")):
+                entry = self._add(Entry(frame_id, media, frame.stream(), deadline_s))
+            if entry is not None:
+                entry.frame_id = frame_id
+                self._check_admission(entry)
+            if is_long or entry is None:
                 self.is_reading = True
-                self._run(self._read_long(wire, entry, frame))
+                self._run(self._read_long(wire, entry, frame, deadline_s))
                 return
             precondition = frame.precondition()
-            body = self._body(frame)
-            chunk = wire.reader.chunk(body, media, entry.stream, precondition)
+            body, origin = frame.body(self._envelope), Origin(beside=self._envelope)
+            chunk = wire.reader.chunk(body, media, entry.stream, precondition, origin)
         except CarryError as error:
             self._reject(media, frame_id, entry, error)
         except Exception as error:
@@ -200,11 +207,6 @@ class Session:
         self.unanswered += 1
         return entry
 
-    def _body(self, frame: Frame) -> bytes:
-        if self._stream is None:
-            return frame.body("id", "if_match", "stream")
-        return frame.body("id", "if_match")
-
     def _check_admission(self, entry: Entry) -> None:
         """Reject a chunk that has to wait too long: before its body is read, and again before it
         is queued, since others may have been queued meanwhile.
@@ -218,19 +220,34 @@ class Session:
         if rejection is not None:
             raise type(rejection)(rejection.detail, **rejection.facts)
 
-    async def _read_long(self, wire: ModelWire, entry: Entry, frame: Frame) -> None:
-        """Read a long body in blocks, and start its chunk."""
-        media = frame.media
+    async def _read_long(
+        self, wire: ModelWire, entry: Entry | None, frame: Frame, deadline_s: float
+    ) -> None:
+        """Read a long frame in blocks, and start its chunk.
+
+        Args:
+            entry: None if the stream is not among the leading members.
+        """
+        media, envelope = frame.media, self._envelope
         try:
-            precondition = frame.precondition()
-            body = self._body(frame)
-            async with self._api.long_bodies.admit(body, entry.deadline_s) as checkpoint:
-                chunk = await wire.long.chunk(body, media, checkpoint, entry.stream, precondition)
+            async with self._api.long_bodies.admit(frame.data, deadline_s) as checkpoint:
+                split = await wire.long.split_chunk(
+                    memoryview(frame.data), media, envelope, checkpoint
+                )
+                frame = split_frame(frame, split, envelope)
+                if entry is None:
+                    entry = self._add(Entry(frame.id, media, frame.stream(), deadline_s))
+                    self._check_admission(entry)
+                precondition = frame.precondition()
+                chunk = await wire.long.chunk_of(
+                    split, media, checkpoint, entry.stream, precondition, envelope
+                )
         except CarryError as error:
             self._reject(media, frame.id, entry, error)
         except Exception as error:
             self._reject(media, frame.id, entry, log_unexpected_failure(error))
         else:
+            entry.frame_id = frame.id
             self._start_in_order(entry, chunk)
         finally:
             self.is_reading = False

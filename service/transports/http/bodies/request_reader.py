@@ -34,7 +34,7 @@ from service.transports.http.bodies.fast_decoder import (
     count_parts,
 )
 from service.transports.http.bodies.strict_validator import StrictValidator, validate_body
-from service.transports.http.bodies.validation_errors import Origin
+from service.transports.http.bodies.validation_errors import BODY, Origin
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Encoded, Media, encoded_list, encoded_object, loads
 from service.transports.http.request_fields import parse_if_match, stream_name
@@ -95,7 +95,12 @@ class RequestReader:
             )
 
     def chunk(
-        self, body: bytes, media: Media, stream: str, precondition: Precondition | None
+        self,
+        body: bytes,
+        media: Media,
+        stream: str,
+        precondition: Precondition | None,
+        origin: Origin = BODY,
     ) -> Chunk:
         """The one chunk of a body.
 
@@ -109,7 +114,7 @@ class RequestReader:
             return decoded
         try:
             self.check_accepts_chunks()
-            validated = self.strict.validate(self.strict.types[media].chunk, media, body)
+            validated = self.strict.validate(self.strict.types[media].chunk, media, body, origin)
             steps = self.strict.chunk_steps(validated, "")
         except CarryError as error:
             raise with_stream(stream, error) from error

@@ -306,7 +306,7 @@ class StrictValidator:
         return steps
 
     def _read(self, body: StepsBody, origin: Origin, most: Limit, least: int = 1) -> Steps:
-        inside, first = origin
+        inside, first, _ = origin
         lead = f"{inside}." if inside else ""
         if (body.events is None) == (body.inputs is None):
             raise self._not_exactly_one(

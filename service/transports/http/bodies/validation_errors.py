@@ -43,10 +43,12 @@ class Origin(NamedTuple):
     Attributes:
         inside: its place, such as `chunks[2]`; empty for the body.
         first: index in the request of the first element of its list.
+        beside: members that were read before and are not in the part; errors name them too.
     """
 
     inside: str = ""
     first: int = 0
+    beside: Sequence[str] = ()
 
     def place(self, loc: Place) -> str:
         """Translate a place in the part into one in the request."""
@@ -80,7 +82,7 @@ def invalid_body(
     reported = [
         {
             "at": origin.place(item["loc"]),
-            "expected": _expected(item, members),
+            "expected": _expected(item, members, origin),
             "got": "nothing" if item["type"] == "missing" else shown(item["input"]),
         }
         for item in errors[:MAX_REPORTED]
@@ -94,13 +96,15 @@ def invalid_body(
     return InvalidInput(detail, **reported[0], **more)
 
 
-def _expected(item: ErrorDetails, members: Members) -> str:
+def _expected(item: ErrorDetails, members: Members, origin: Origin) -> str:
     context = item.get("ctx", {})
     match item["type"]:
         case "missing":
             return "this member, which is required"
         case "extra_forbidden":
-            return f"one of the members {', '.join(members(item['loc'][:-1]))}"
+            inside = item["loc"][:-1]
+            known = [*members(inside), *(() if inside else origin.beside)]
+            return f"one of the members {', '.join(known)}"
         case "string_pattern_mismatch":
             return f"text matching {context['pattern']}"
         case "string_too_short":

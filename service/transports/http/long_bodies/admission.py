@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sized
 from contextlib import asynccontextmanager
 
 from service.core.errors import DeadlineExceeded, Overloaded
@@ -48,7 +48,7 @@ class LongBodyAdmission:
         self._lock = asyncio.Lock()
 
     @asynccontextmanager
-    async def admit(self, body: bytes, deadline_s: float) -> AsyncIterator[Checkpoint]:
+    async def admit(self, body: Sized, deadline_s: float) -> AsyncIterator[Checkpoint]:
         """Wait until this body may be validated, and block the others during the context.
 
         Args:

@@ -84,11 +84,39 @@ class LongReader:
         precondition: Precondition | None,
     ) -> Chunk:
         """The one chunk of a body."""
+        try:
+            split = await self.split_chunk(body, media, (), checkpoint)
+        except CarryError as error:
+            raise with_stream(stream, error) from error
+        return await self.chunk_of(split, media, checkpoint, stream, precondition, ())
+
+    async def split_chunk(
+        self, body: Encoded, media: Media, envelope: Sequence[str], checkpoint: Checkpoint
+    ) -> SplitObject:
+        """The body of a chunk, split.
+
+        Args:
+            envelope: members that it may have besides.
+        """
+        self._reader.check_accepts_chunks()
+        limits = self._limits(self._reader.strict.types[media].chunk, media)
+        limits = limits._replace(members=[*limits.members, *envelope])
+        return await self._split_object(memoryview(body), media, limits, "", checkpoint, _LONG)
+
+    async def chunk_of(
+        self,
+        split: SplitObject,
+        media: Media,
+        checkpoint: Checkpoint,
+        stream: str,
+        precondition: Precondition | None,
+        envelope: Sequence[str],
+    ) -> Chunk:
+        """The chunk of a body that `split_chunk` split, without its envelope."""
         reader = self._reader
         try:
-            reader.check_accepts_chunks()
-            kind = reader.strict.types[media].chunk
-            chunk, steps = await self._steps(memoryview(body), media, kind, "", checkpoint)
+            kind, origin = reader.strict.types[media].chunk, Origin(beside=envelope)
+            chunk, steps = await self._steps_of(split, media, kind, origin, checkpoint)
         except CarryError as error:
             raise with_stream(stream, error) from error
         key = reader.key(stream)
@@ -228,7 +256,8 @@ class LongReader:
             limits = self._limits(kind, media)
             split = await self._split_object(item, media, limits, inside, checkpoint, _LONG)
             stream = _stream_of(split, media, f"{inside}.stream")
-            validated, steps = await self._steps_of(split, media, kind, inside, checkpoint)
+            origin = Origin(inside)
+            validated, steps = await self._steps_of(split, media, kind, origin, checkpoint)
             precondition = None
             if validated.if_match is not None:
                 precondition = parse_if_match(validated.if_match, f"{inside}.if_match", bare=True)
@@ -252,7 +281,7 @@ class LongReader:
         """The body of a chunk or sequence without its list, and its steps."""
         limits = self._limits(kind, media)
         split = await self._split_object(body, media, limits, inside, checkpoint, _LONG)
-        return await self._steps_of(split, media, kind, inside, checkpoint)
+        return await self._steps_of(split, media, kind, Origin(inside), checkpoint)
 
     def _limits(self, kind: type[StepsBody], media: Media) -> ObjectLimits:
         limit = self._reader.strict.limit_of(kind)
@@ -264,14 +293,19 @@ class LongReader:
         )
 
     async def _steps_of(
-        self, split: SplitObject, media: Media, kind: type[S], inside: str, checkpoint: Checkpoint
+        self,
+        split: SplitObject,
+        media: Media,
+        kind: type[S],
+        origin: Origin,
+        checkpoint: Checkpoint,
     ) -> tuple[S, Steps]:
-        strict = self._reader.strict
+        strict, inside = self._reader.strict, origin.inside
         rows = split.members.get("inputs")
         packed = rows is not None and media is Media.MSGPACK and rows[0] in _IS_BYTES
         if packed:
             split.members["inputs"] = memoryview(_NO_BYTES)
-        validated = self._validate_rest(kind, media, split, Origin(inside))
+        validated = self._validate_rest(kind, media, split, origin)
         if packed and rows is not None:
             validated.inputs = msgspec.msgpack.decode(rows, type=bytes)
         filled = [name for name, elements in split.lists.items() if elements]
@@ -292,8 +326,8 @@ class LongReader:
             else:
                 self._check_row(group, at)
             try:
-                origin = Origin(inside, done)
-                parts.append(self._reader.part_of_steps(media, name, group, origin))
+                part_of = Origin(inside, done)
+                parts.append(self._reader.part_of_steps(media, name, group, part_of))
             except MalformedBody as error:
                 raise malformed(media, f"it cannot be parsed at {at}") from error
             done += len(group)

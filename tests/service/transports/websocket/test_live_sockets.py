@@ -308,12 +308,17 @@ async def test_long_frames_and_replies_keep_the_order(
 
 
 async def test_a_client_that_leaves_during_a_long_frame_is_forgotten(large_api: Harness) -> None:
+    long_bodies = large_api.app.state.api.long_bodies
     async with live(large_api) as sockets:
-        async with sockets.open() as (client, _):
-            await client.send(text(rows(7_000), 0))
-            await becomes(lambda: sockets.served()[0]._session.is_reading, "a long frame")
+        # its frame is not read to the end before it leaves
+        async with long_bodies.admit(b"", float("inf")), sockets.open() as (client, _):
+            await client.send(text(rows(2_000), 0))
+            session = sockets.served()[0]._session
+            await becomes(lambda: session.is_reading, "a long frame")
             client.transport.abort()
-        await sockets.ended()
+            await sockets.ended()
+            await becomes(lambda: not session._tasks, "the end of the reading")
         async with sockets.open("probe/streams/t/live") as (client, _):
-            await client.send(text(rows(7_000), 0))
+            await client.send(text(rows(2_000), 0))
             await reply(client)
+    assert large_api.position() is None

@@ -119,12 +119,93 @@ def test_duplicates_of_long_frames_are_found_without_parsing_their_values(
     events = b'[{"x":"' + b"\\u00e9" * 20_000 + b'"}]'
     for frame in (b'{"id":1,"events":%b}', b'{"id":1,"position":0,"events":%b,"other":%b}'):
         frame = frame.replace(b"%b", events)
-        assert frames.read_frame(Media.JSON, frame).body("id").endswith(b"}")
+        assert frames.read_frame(Media.JSON, frame).body(("id",)).endswith(b"}")
         with pytest.raises(InvalidInput, match="id: expected each member of an object once"):
             frames.read_frame(Media.JSON, frame[:-1] + b',"i\\u0064":2}')
         with pytest.raises(InvalidInput, match="body: expected each member once"):
             frames.read_frame(Media.JSON, frame[:-1] + b',"e\\u0076ents":[]}')
     assert max(parsed) < 100
+
+
+async def test_an_unknown_member_is_answered_with_all_that_a_frame_may_have(
+    large_api: Harness,
+) -> None:
+    async with (
+        live(large_api) as sockets,
+        sockets.open() as (client, _),
+        sockets.open("probe/live") as (many, _),
+    ):
+        for steps in (1, 2_000):
+            await client.send(text(rows(steps), 0, unknown=1))
+            of_one = await error(client, "invalid_input")
+            await many.send(text(rows(steps), 0, unknown=1, stream="s"))
+            of_many = await error(many, "invalid_input")
+            assert of_one["at"] == of_many["at"] == "unknown"
+            assert of_one["expected"].endswith("dry_run, id, if_match")
+            assert of_many["expected"].endswith("dry_run, id, if_match, stream")
+
+
+LONG = "x" * 70_000
+WRONG_LONG_FRAMES = {
+    "too many steps": (text(rows(11_000), 0, id=1), "chunk_too_long", 1),
+    "unknown text": (text(rows(2), 0, id=2, unknown=LONG), "invalid_input", 2),
+    "id last": ('{"inputs": [[0, 0, "' + LONG + '"]], "id": 3}', "invalid_input", 3),
+    "id of another type": ('{"id": [1], "x": "' + LONG + '"}', "invalid_input", None),
+    "id twice": ('{"id": 4, "x": "' + LONG + '", "id": 5}', "invalid_input", 4),
+    "no JSON": ('{"id": 6, "inputs": [[' + LONG, "malformed_body", 6),
+    "a list": ("[" + " " * 70_000 + "]", "invalid_input", None),
+    "packed": (binary(rows(70_000), 0, id=7), "chunk_too_long", 7),
+    "packed garbage": (b"\x83\xa2id\x08\xc1" + bytes(70_000), "malformed_body", 8),
+    "no map": (bytes(70_000), "invalid_input", None),
+    "cut": (b"\x85" + b"\xa1a\xda\xff\xff" + bytes(65_535), "invalid_input", None),
+}  # fmt: skip
+
+
+async def test_a_wrong_long_frame_is_answered_with_its_id_and_leaves_the_socket_usable(
+    large_api: Harness,
+) -> None:
+    async with live(large_api) as sockets, sockets.open() as (client, _):
+        for position, (name, (frame, code, frame_id)) in enumerate(WRONG_LONG_FRAMES.items()):
+            await client.send(frame)
+            problem = await error(client, code)
+            assert problem["id"] == frame_id, name
+            assert problem["stream"] == "s"
+            await client.send(text(rows(1), position))
+            await reply(client)
+
+
+async def test_long_frames_for_many_streams_name_theirs_anywhere(large_api: Harness) -> None:
+    inputs = rows(2_000)
+    async with live(large_api) as sockets, sockets.open("probe/live") as (client, _):
+        members = {"id": 1, "stream": "a", "inputs": inputs.tolist(), "position": 0}
+        for names in (members, dict(reversed(members.items()))):
+            await client.send(orjson.dumps({name: members[name] for name in names}).decode())
+            assert (await outcome(client))["id"] == 1
+        await client.send(text(inputs, 0, id=2))
+        problem = await error(client, "invalid_input")
+    assert (problem["at"], problem["id"]) == ("stream", 2)
+    assert large_api.position("a") == 2_000
+
+
+async def test_a_text_that_is_not_utf_8_closes_the_socket(api: Harness) -> None:
+    wrong = b'{"id": "\xff"}'
+    async with live(api) as sockets:
+        for fragments in ([wrong], [wrong[:9], wrong[9:]], [b'{"id": "\xc3', b'"}']):
+            async with sockets.open() as (client, _):
+                last = len(fragments) - 1
+                for at, part in enumerate(fragments):
+                    opcode = Opcode.CONT if at else Opcode.TEXT
+                    frame = Frame(opcode, part, fin=at == last)
+                    client.transport.write(frame.serialize(mask=True))
+                assert "UTF-8" in await closed(client, 1007)
+            await sockets.ended()
+        async with sockets.open() as (client, _):
+            message = '{"id": "\u00e9", "position": 0, "inputs": [[0, 0, 0]]}'.encode()
+            cut = message.index(0xC3) + 1
+            for part, opcode in ((message[:cut], Opcode.TEXT), (message[cut:], Opcode.CONT)):
+                frame = Frame(opcode, part, fin=opcode is Opcode.CONT)
+                client.transport.write(frame.serialize(mask=True))
+            assert (await outcome(client))["id"] == "\u00e9"
 
 
 async def test_errors_name_their_place_and_their_frame(api: Harness) -> None:
