@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,11 +23,13 @@ class Chunk:
     Attributes:
         start: the position of the first event.
         is_final: no event follows; only such a chunk may be empty.
+        resets: ascending indexes of the events before which the state is reset.
     """
 
     start: int
     steps: Steps
     is_final: bool = False
+    resets: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -44,13 +47,16 @@ class ChunkReader:
         chunk_events: int,
         linger_s: float | None,
         clock: Callable[[], float],
+        resets: Sequence[int] = (),
     ) -> None:
         """Nothing is read yet.
 
         Args:
             position: of the source's first event.
             linger_s: longest wait of an event for those after it; None without a limit.
+            resets: ascending positions of the events before which the state is reset.
         """
+        self._resets = resets
         self._source, self._position = source, position
         self._chunk_events, self._linger_s, self._clock = chunk_events, linger_s, clock
         self._reader: Any = None
@@ -99,7 +105,10 @@ class ChunkReader:
                 break
         if not len(self._rest):
             return None
-        chunk = Chunk(self._position, self._rest[:size])
+        start, steps = self._position, self._rest[:size]
+        own = self._resets[bisect_left(self._resets, start) :]
+        own = own[: bisect_left(own, start + len(steps))]
+        chunk = Chunk(start, steps, resets=tuple(position - start for position in own))
         self._rest, self._position = self._rest[size:], chunk.end
         return chunk
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -69,11 +70,27 @@ class ModelCore:
         return min(limit, chunk_events or DEFAULT_CHUNK_EVENTS)
 
     def predict(
-        self, sequences: Iterable[Events], params: Mapping[str, str]
+        self,
+        sequences: Iterable[Events],
+        params: Mapping[str, str],
+        *,
+        tokens: Sequence[bytes | None] | None,
+        resets: Sequence[Sequence[int]] | None,
     ) -> Call[list[Prediction]]:
-        """Compute whole sequences from the zero state."""
+        """Compute sequences from the initial state, or from the states of their tokens."""
+        encoding = self.session.encoding
         steps = [to_steps(sequence) for sequence in sequences]
-        body = {"sequences": [body_member(each, self.session.encoding) for each in steps]}
+        members = [body_member(each, encoding) for each in steps]
+        for name, given in (("state_tokens", tokens), ("resets", resets)):
+            if given is not None and len(given) != len(steps):
+                raise ValueError(f"{name}: expected one for each sequence, got {len(given)}")
+        for member, token in zip(members, tokens or (), strict=False):
+            if token is not None:
+                is_json = encoding == "json"
+                member["state_token"] = b64encode(token).decode() if is_json else token
+        for member, own in zip(members, resets or (), strict=False):
+            member["resets"] = list(own)
+        body = {"sequences": members}
         path = f"{self.path}/predict"
         document = yield from self.session.request("POST", path, body, params=params)
         description = yield from self.description(document)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ class Prediction(Table):
         state: the state after the last event, with `return_state=True`.
         attention: with `return_attention=True`, by layer the weight of each step, float32 [T].
         first_position: the position of the first row's event.
+        state_token: of a predicted sequence with `return_state_token=True`, its last state, signed.
     """
 
     outputs: dict[str, FloatArray]
@@ -65,6 +67,7 @@ class Prediction(Table):
     attention: dict[str, FloatArray] | None
     first_position: int
     layout: tuple[Output, ...]
+    state_token: bytes | None
 
     def __len__(self) -> int:
         """T, or 1 if all outputs are those of the last event."""
@@ -228,7 +231,12 @@ def read_outputs(model: ModelDescription, document: Any, first_position: int) ->
         else {name: np.asarray(weights, np.float32) for name, weights in attention.items()},
         "first_position": first_position,
         "layout": model.outputs,
+        "state_token": _read_token(document.get("state_token")),
     }
+
+
+def _read_token(token: Any) -> bytes | None:
+    return b64decode(token) if isinstance(token, str) else token
 
 
 def read_reply(model: ModelDescription, document: Any, first_position: int) -> Reply:
@@ -322,7 +330,9 @@ def _missing(error: ModuleNotFoundError, library: str) -> ModuleNotFoundError:
 
 
 def _head(document: Mapping[str, Any]) -> Head:
-    return Head(int(document["position"]), str(document["epoch"]), str(document["tag"]))
+    # epoch and tag are null in a dry run of a stream that does not exist
+    epoch, tag = document["epoch"] or "", document["tag"] or ""
+    return Head(int(document["position"]), str(epoch), str(tag))
 
 
 def unreadable(error: Exception, document: object) -> Problem:

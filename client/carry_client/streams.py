@@ -12,7 +12,7 @@ caller's `replay_from`. Their replies are dropped, since they were returned befo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -112,6 +112,7 @@ class StreamCore:
         self._buffer: deque[Chunk] = deque()
         self._buffered = 0
         self._chunk_events: int | None = None
+        self._resets: Sequence[int] = ()
         self._is_resending = self.is_uncertain = False
         self._lock = Lock()
 
@@ -177,12 +178,34 @@ class StreamCore:
 
     # Chunks
 
-    def send(self, events: Events, params: Mapping[str, str], *, is_final: bool) -> Call[Reply]:
+    def send(
+        self,
+        events: Events,
+        params: Mapping[str, str],
+        *,
+        is_final: bool,
+        resets: Sequence[int] = (),
+    ) -> Call[Reply]:
         """Send one chunk at the stream's position."""
         with self.in_use():
             head = yield from self.known_head()
-            chunk = Chunk(head.position, to_steps(events), is_final)
+            chunk = Chunk(head.position, to_steps(events), is_final, tuple(resets))
             return (yield from self.deliver(chunk, params))
+
+    def dry_run(
+        self, events: Events, params: Mapping[str, str], *, resets: Sequence[int]
+    ) -> Call[Reply]:
+        """The reply that the chunk would get; nothing is applied, and the head stays."""
+        head = yield from self.known_head(needs_history=False)
+        chunk = Chunk(head.position, to_steps(events), resets=tuple(resets))
+        document = yield from self.session.request(
+            "POST",
+            f"{self.path}/chunks",
+            {"position": chunk.start, "dry_run": True, **self.member(chunk)},
+            if_match=head.etag if head.epoch else None,
+            params=params,
+        )
+        return (yield from self._read_reply(chunk, document, params))
 
     def deliver(self, chunk: Chunk, params: Mapping[str, str]) -> Call[Reply]:
         """Send a chunk until it is applied; the stream is at its start.
@@ -220,13 +243,12 @@ class StreamCore:
     def member(self, chunk: Chunk) -> dict[str, Any]:
         """The members of a body that hold a chunk's events."""
         final = {"final": True} if chunk.is_final else {}
-        return {**body_member(chunk.steps, self.session.encoding), **final}
+        resets = {"resets": list(chunk.resets)} if chunk.resets else {}
+        return {**body_member(chunk.steps, self.session.encoding), **final, **resets}
 
     def accept_reply(self, chunk: Chunk, document: Any, params: Mapping[str, str]) -> Call[Reply]:
         """Read a chunk's reply and move to its head."""
-        is_last_alone = params.get("return_sequences") == "false"
-        description = yield from self.model.description(document)
-        reply = read_reply(description, document, chunk.end - 1 if is_last_alone else chunk.start)
+        reply = yield from self._read_reply(chunk, document, params)
         if reply.position != chunk.end or reply.stream != self.name:
             detail = (
                 f"expected stream {self.name!r} at position {chunk.end}, got stream "
@@ -235,6 +257,11 @@ class StreamCore:
             raise Problem(200, "unreadable_reply", detail)
         self.accept(chunk, reply.head)
         return reply
+
+    def _read_reply(self, chunk: Chunk, document: Any, params: Mapping[str, str]) -> Call[Reply]:
+        is_last_alone = params.get("return_sequences") == "false"
+        description = yield from self.model.description(document)
+        return read_reply(description, document, chunk.end - 1 if is_last_alone else chunk.start)
 
     def accept(self, chunk: Chunk, head: Head) -> None:
         """Move to the head after a chunk, and keep its events."""
@@ -291,7 +318,7 @@ class StreamCore:
     def _replay(self, source: AsyncSource, start: int, stop: int) -> Call[None]:
         """Send the caller's events of start..stop-1."""
         size = yield from self.model.chunk_events(self._chunk_events)
-        reader = ChunkReader(source, start, size, None, self.session.clock)
+        reader = ChunkReader(source, start, size, None, self.session.clock, self._resets)
         while start < stop:
             chunk = yield from reader.next_chunk(stop - start)
             if chunk is None:
@@ -320,6 +347,7 @@ class StreamCore:
         linger_s: float | None,
         first_position: int | None,
         is_final: bool,
+        resets: Sequence[int],
         progress: Callable[[Progress], None] | None,
     ) -> Call[None]:
         """Send a source in chunks; emits the reply of each."""
@@ -339,11 +367,12 @@ class StreamCore:
         if own_replay is None and is_sliceable(source):
             self._replay_from = _rewind(source, first, self.name)
         self._chunk_events = chunk_events
+        self._resets = sorted(first + reset for reset in resets)
         try:
             if head.position < first:
                 yield from self._resend(Head(first), head, first)
             size = yield from self.model.chunk_events(chunk_events)
-            with closing(ChunkReader(source, first, size, linger_s, clock)) as reader:
+            with closing(ChunkReader(source, first, size, linger_s, clock, self._resets)) as reader:
                 yield from reader.skip_to(self.head_position)
                 chunks = skipped = 0
                 while True:
@@ -366,7 +395,7 @@ class StreamCore:
                         elapsed_s = clock() - began_s
                         progress(Progress(self.head_position, total, chunks, *counts, elapsed_s))
         finally:
-            self._replay_from, self._chunk_events = own_replay, None
+            self._replay_from, self._chunk_events, self._resets = own_replay, None, ()
 
     def _check_gap(self, head: Head, first: int) -> None:
         """Raise if a source begins after the stream, whose missing events nobody has."""

@@ -249,21 +249,34 @@ class Model:
         self,
         sequences: Iterable[Events],
         *,
+        state_tokens: Sequence[bytes | None] | None = None,
+        resets: Sequence[Sequence[int]] | None = None,
+        return_state_token: bool = False,
         return_sequences: bool = True,
         return_state: bool = False,
         return_attention: bool = False,
     ) -> list[Prediction]:
-        """Compute whole sequences from the zero state; no stream is read or changed.
+        """Compute sequences, from the model's initial state unless tokens say otherwise; no stream
+        is read or changed.
 
         Args:
             sequences: each as `Stream.send` takes it.
+            state_tokens: for each sequence the `state_token` of a prediction that it continues.
+            resets: for each sequence as for `Stream.send`.
+            return_state_token: each prediction has the state after it as a token, with which a
+                later sequence continues: the state is held by the caller alone.
             return_sequences, return_state, return_attention: as for `Stream.send`.
 
         Raises:
-            InvalidInput, ChunkTooLong, Problem
+            StateTokenInvalid, StateTokenOfOtherModel, StateTokenOfOtherVersion, InvalidInput,
+                ChunkTooLong, Problem
         """
         params = reply_params(return_sequences, return_state, return_attention)
-        return self._driver.run(self._core.predict(sequences, params))
+        token = {"return_state_token": "true"} if return_state_token else {}
+        call = self._core.predict(
+            sequences, {**params, **token}, tokens=state_tokens, resets=resets
+        )
+        return self._driver.run(call)
 
 
 class Stream:
@@ -300,6 +313,7 @@ class Stream:
         events: Events,
         *,
         final: bool = False,
+        resets: Sequence[int] = (),
         return_sequences: bool = True,
         return_state: bool = False,
         return_attention: bool = False,
@@ -310,6 +324,8 @@ class Stream:
             events: a list of events, a dict of columns, a DataFrame, or rows [T, F] of encoded
                 values. Times are epoch milliseconds, RFC 3339 strings or aware datetimes.
             final: no event follows, for a model with blocks.
+            resets: ascending indexes of the events before which the state becomes the model's
+                initial state; an event may also have `reset=True` itself.
             return_sequences: outputs of every event, [T, ...]; otherwise of the last alone, [...].
             return_state: the reply has the state after the last event.
             return_attention: the reply has the weights of layers that attend over the chunk.
@@ -322,7 +338,32 @@ class Stream:
             ValueError, TypeError: these are no events.
         """
         params = reply_params(return_sequences, return_state, return_attention)
-        return self._driver.run(self._core.send(events, params, is_final=final))
+        return self._driver.run(self._core.send(events, params, is_final=final, resets=resets))
+
+    def dry_run(
+        self,
+        events: Events,
+        *,
+        resets: Sequence[int] = (),
+        return_sequences: bool = True,
+        return_state: bool = False,
+        return_attention: bool = False,
+    ) -> Reply:
+        """Compute the chunk that `send` would apply now; nothing is applied or created.
+
+        Args:
+            events, resets, return_sequences, return_state, return_attention: as for `send`.
+
+        Returns:
+            The reply, whose head is that of the stream as it is.
+
+        Raises:
+            InvalidInput, ChunkTooLong: as `send`.
+            StateChanged, PositionAhead: the stream is elsewhere than this client left it.
+            Problem
+        """
+        params = reply_params(return_sequences, return_state, return_attention)
+        return self._driver.run(self._core.dry_run(events, params, resets=resets))
 
     def send_all(
         self,
@@ -333,6 +374,7 @@ class Stream:
         linger_s: float | None = None,
         first_position: int | None = 0,
         final: bool = False,
+        resets: Sequence[int] = (),
         progress: Callable[[Progress], None] | None = None,
         return_sequences: bool = True,
         return_state: bool = False,
@@ -353,6 +395,7 @@ class Stream:
             first_position: the position of the source's first event; None: the source continues
                 the stream.
             final: end the stream after the last event, for a model with blocks.
+            resets: indexes of the source's events before which the state becomes the initial one.
             progress: called after each chunk.
             return_sequences, return_state, return_attention: as for `send`.
 
@@ -368,6 +411,7 @@ class Stream:
             linger_s=linger_s,
             first_position=first_position,
             is_final=final,
+            resets=resets,
             progress=progress,
         )
         yield from self._driver.iterate(calls)

@@ -109,6 +109,60 @@ def test_rows_of_encoded_values(carry: Carry) -> None:
     assert stream.delete()
 
 
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_resets_dry_runs_and_state_tokens(service: Service, events: Events, encoding: Any) -> None:
+    with Carry(service.url, encoding=encoding) as carry:
+        model = carry.model("flights")
+        parts = [events[:2], events[2:5], events[5:9]]
+        sessions = model.predict(parts)
+        expected = np.concatenate([part.outputs["delay"] for part in sessions])
+        marked = [{**event, "reset": True} if at == 2 else event for at, event in enumerate(events)]
+
+        stream = model.stream(f"sdk-resets-{encoding}")
+        dry = stream.dry_run(marked[:9], resets=[5])
+        assert (dry.head, stream.position) == (Head(), 0)
+        with pytest.raises(errors.StreamNotFound):
+            stream.info()
+        replies = list(stream.send_all(events[:9], chunk_events=4, resets=[2, 5]))
+        found = np.concatenate([reply.outputs["delay"] for reply in replies])
+        (whole,) = model.predict([events[:9]], resets=[[2, 5]])
+        for outputs in (dry.outputs["delay"], found, whole.outputs["delay"]):
+            np.testing.assert_allclose(outputs, expected, **TOLERANCE)
+        head = stream.head
+        dry = stream.dry_run(events[9:12])
+        assert dry.head == head == stream.head == stream.info().head
+        reply = stream.send(events[9:12])
+        np.testing.assert_allclose(reply.outputs["late"], dry.outputs["late"], **TOLERANCE)
+        model.delete_streams("sdk-")
+
+        (first,) = model.predict([events[:4]], return_state_token=True)
+        assert first.state_token is not None
+        (second,) = model.predict([events[4:9]], state_tokens=[first.state_token])
+        assert second.state_token is None
+        (whole,) = model.predict([events[:9]])
+        late = np.concatenate([first.outputs["late"], second.outputs["late"]])
+        np.testing.assert_allclose(late, whole.outputs["late"], **TOLERANCE)
+        with pytest.raises(errors.StateTokenInvalid):
+            model.predict([events[4:9]], state_tokens=[first.state_token[:-1]])
+        with pytest.raises(errors.StateTokenOfOtherModel):
+            carry.model("post-lstm").predict([np.zeros((2, 1))], state_tokens=[first.state_token])
+        with pytest.raises(ValueError, match="state_tokens: expected one for each sequence"):
+            model.predict([events], state_tokens=[])
+
+
+def test_resets_are_sent_again_after_a_rollback(
+    flights: Model, events: Events, roll_back: Callable[[str], Callable[[], None]]
+) -> None:
+    stream = flights.stream("sdk-reset-again")
+    stream.send(events[:2])
+    restore = roll_back("sdk-reset-again")
+    stream.send(events[2:6], resets=[1])
+    restore()
+    reply = stream.send(events[6:8])
+    (_, whole) = flights.predict([events[:3], events[3:8]])
+    np.testing.assert_allclose(reply.outputs["late"], whole.outputs["late"][3:], **TOLERANCE)
+
+
 def test_state_is_restored_and_forked(flights: Model, events: Events) -> None:
     stream, copy, fork = (flights.stream(f"sdk-{name}") for name in ("one", "copy", "fork"))
     stream.send(events[:4])

@@ -357,6 +357,10 @@ class ModelDetail(TypedDict):
     """How a bidirectional network follows a stream; null if events are answered at once."""
     max_chunk_steps: int | None
     """Maximum steps of what the model sees as a whole; null if there is no limit."""
+    reset_every: int | None
+    """The state becomes the initial one before each position that this divides; null: never."""
+    session_gap_s: float | None
+    """After a longer gap between timestamps the state becomes the initial one; null: never."""
     runtimes: list[str]
     forecast: ForecastInfo | None
     """Null for a model without a decoder."""

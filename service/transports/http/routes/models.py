@@ -88,6 +88,8 @@ def detail(served: ServedModel, limits: ApiLimits) -> ModelDetail:
         "chunking": served.artifact.spec.chunking,
         "blocks": _blocks(served),
         "max_chunk_steps": served.chunk_limit,
+        "reset_every": served.artifact.spec.reset_every,
+        "session_gap_s": served.artifact.spec.session_gap_s,
         "runtimes": [served.runtime.name],
         "forecast": _forecast(served.artifact.spec.decoder),
         "limits": {
