@@ -306,7 +306,9 @@ def import_command(
                 reset_every=reset_every,
                 limits=limits,
             )
-            typer.echo(f"{out}: model {imported.artifact.spec.name}, {imported.artifact.version}")
+            typer.echo(
+                f"{out}: model {imported.artifact.spec.name}, version {imported.artifact.version}"
+            )
             for line in imported.lines():
                 typer.echo(line)
             return

@@ -54,7 +54,7 @@ class OnnxReport:
         )
         outputs = ", ".join(f"{output.name} {list(output.shape)}" for output in network.outputs)
         measured = [
-            f"{name.replace('_', ' ')} within {checks[name]:.1e}"
+            f"{name.replace('_', ' ')} {_within(checks[name])}"
             for name in ("batch_equals_alone", "cut_equals_whole", "padding_invisible")
             if name in checks
         ]
@@ -188,6 +188,10 @@ def package_onnx(
         out, spec, weights, network=graph, training={"imported": origin}, overwrite=overwrite
     )
     return OnnxReport(artifact, conversion.notes, conversion.verified)
+
+
+def _within(distance: float) -> str:
+    return f"within {distance:.1e}" if distance else "exactly"
 
 
 def _split(option: str, given: Sequence[str], form: str) -> dict[str, str]:

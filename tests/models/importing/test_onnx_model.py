@@ -118,7 +118,7 @@ def test_the_command_reports_what_it_found_and_measured(tmp_path: Path) -> None:
     command += ["--reset-every", "32"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "residual, " in result.output
+    assert "model residual, version " in result.output
     assert load_artifact(out).spec.reset_every == 32
     assert "features: x, 4 columns, batch_major" in result.output
     assert "h_in -> h_out float32 [2, 8], batch axis 1" in result.output
