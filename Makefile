@@ -65,7 +65,7 @@ format: ## apply the fixes of the linter and the formatter
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: ## measure Carry beside baselines (ARGS="--only peak --jsonl bench.jsonl")
+bench: ## measure Carry beside baselines (ARGS="--only peak")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench $(ARGS)
 

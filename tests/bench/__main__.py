@@ -1,15 +1,14 @@
 """`make bench`: Carry and its baselines, interleaved in one run.
 
-    python -m tests.bench [--only peak,many,...] [--jsonl FILE] [--report]
+    python -m tests.bench [--only peak,many,...]
     python -m tests.bench --beside ../before --rounds 40 --seconds 0.5
 
 The servers share the first core, the store and the load generator the last; everything stays
 on the loopback, every section is bounded in time, every reply's position is checked and some
 outputs are compared with the tests' float64 oracle. Prints tables of medians, the ratios with
-their spread, and the targets with `reached` or `not reached`. `--report` writes
-docs/reference/performance.md from the file of `--jsonl`; alone with `--only none` it measures
-nothing. `--beside` compares this checkout with another one, in turns. Ends with 1 where a section
-failed, and with `--strict` where a target that was measured is not reached.
+their spread, and the targets with `reached` or `not reached`, in Markdown. `--beside` compares this
+checkout with another one, in turns. Ends with 1 where a section failed, and with `--strict` where a
+target that was measured is not reached.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from tests.bench.answers import WrongOutputsError
 from tests.bench.processes import CannotStartError
-from tests.bench.results import MISSED, Results, check_targets, read_results, show, write_page
+from tests.bench.results import MISSED, Results, check_targets, show
 from tests.bench.run import Bench, Options
 from tests.bench.sections import BESIDE, SECTIONS
 from tests.bench.traffic import WrongReplyError
@@ -39,24 +38,14 @@ FAILURES = (
 )
 """What ends a section and not the run."""
 
-PAGE = machine.REPOSITORY / "docs" / "reference" / "performance.md"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections, print the results, and keep them where it is asked for."""
-    options = read_options(arguments)
-    failed: list[str] = []
-    results = Results(machine.describe_run())
-    if options.only:
-        try:
-            failed = measure(options, results)
-        finally:
-            print(f"\n{show(results)}")
-            if options.jsonl is not None:
-                results.write(options.jsonl)
-    if options.report and options.jsonl is not None:
-        write_page(read_results(options.jsonl), PAGE)
-        print(f"wrote {PAGE}")
+    """Run the sections and print the results."""
+    options, results = read_options(arguments), Results(machine.describe_run())
+    try:
+        failed = measure(options, results)
+    finally:
+        print(f"\n{show(results)}")
     is_missed = any(verdict == MISSED for *_, verdict in check_targets(results))
     return int(bool(failed) or (options.strict and is_missed))
 
@@ -65,20 +54,18 @@ def read_options(arguments: Sequence[str] | None) -> Options:
     """The command's arguments."""
 
     def names(text: str) -> list[str]:
-        return [name for name in text.split(",") if name != "none"]
+        return text.split(",")
 
     parser = argparse.ArgumentParser(prog="make bench", description="Measures Carry.")
     add = parser.add_argument
-    add("--only", type=names, help="sections, or none; all by default")
+    add("--only", type=names, help="sections; all by default")
     add("--beside", type=Path, help="another checkout of Carry, measured in turns")
     add("--rounds", type=int, help="of every row")
     add("--seconds", type=float, help="of a round")
     add("--streams", type=int, help="by default 1000")
     add("--many-streams", type=int)
     add("--runtimes", type=names, help="of Carry")
-    add("--jsonl", type=Path, help="append every line to this file")
     add("--strict", action="store_true", help="fail where a target is not reached")
-    add("--report", action="store_true", help="write docs/reference/performance.md")
     options = parser.parse_args(arguments, Options())
     if options.only is None:
         options.only = [name for name in SECTIONS if (name == BESIDE) == bool(options.beside)]
@@ -88,8 +75,6 @@ def read_options(arguments: Sequence[str] | None) -> Options:
         options.beside = options.beside.resolve()
         if not (options.beside / "service" / "cli.py").is_file():
             parser.error(f"--beside: expected a checkout of Carry, got {options.beside}")
-    if options.report and options.jsonl is None:
-        parser.error("--report needs --jsonl FILE, which it reads")
     return options
 
 

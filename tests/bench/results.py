@@ -1,20 +1,16 @@
 """Results of a run: rows of rounds, figures made of them, the targets, and how they are shown.
 
 A row is one server under one load, measured in several rounds; a figure is mostly the ratio of two
-rows taken round by round, so that what the machine did meanwhile cancels out. The terminal, and
-the page that `performance.template.md` becomes, show the same tables.
+rows taken round by round, so that what the machine did meanwhile cancels out. Tables are in
+Markdown, for docs/reference/performance.md.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +20,6 @@ from tests.bench.workloads import FEW, MANY
 
 MIB = 2**20
 MISSED = "not reached"
-TEMPLATE = Path(__file__).with_name("performance.template.md")
 COLUMNS = {
     "chunks/s": ("chunks_per_s", "{:,.0f}"),
     "events/s": ("events_per_s", "{:,.0f}"),
@@ -131,7 +126,7 @@ class Results:
     """Everything of one run, in the order in which it was measured.
 
     Attributes:
-        about: commit, machine and date; part of every line.
+        about: commit, machine and date.
         rows: the rounds by `section/load/server`.
         figures: by `section/name`.
         notes: what was left out and why, and remarks.
@@ -164,41 +159,6 @@ class Results:
         costs = ([sample.cpu_us_per_chunk for sample in side] for side in (theirs, ours))
         self.ratio(f"{name}, by CPU", *costs)
 
-    def write(self, file: Path) -> None:
-        """Append rows, figures and notes to a file of JSON lines."""
-        lines = [
-            *({"row": name, "rounds": rounds} for name, rounds in self.rows.items()),
-            *({"figure": name, "spread": spread} for name, spread in self.figures.items()),
-            *({"note": note} for note in self.notes),
-        ]
-        with file.open("a") as output:
-            output.writelines(json.dumps({**line, **self.about}) + "\n" for line in lines)
-
-
-def read_results(file: Path) -> Results:
-    """The results of the last commit and machine in a file of JSON lines.
-
-    Sections may be run one after another into one file: lines of the same commit and machine are
-    joined, and a later line of a name replaces an earlier one. The date is that of the last.
-
-    Raises:
-        ValueError: there is no line.
-    """
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line]
-    if not lines:
-        raise ValueError(f"{file}: expected lines of a run, got none")
-    results = Results({name: lines[-1][name] for name in ("commit", "machine", "date")})
-    for line in lines:
-        if any(line[name] != lines[-1][name] for name in ("commit", "machine")):
-            continue
-        if "row" in line:
-            results.rows[line["row"]] = [Sample(*sample) for sample in line["rounds"]]
-        elif "figure" in line:
-            results.figures[line["figure"]] = Figure(*line["spread"])
-        elif line["note"] not in results.notes:
-            results.notes.append(line["note"])
-    return results
-
 
 def show_section(results: Results, section: str) -> str:
     """A section's rows as medians, and its figures with their spread over the rounds."""
@@ -229,26 +189,14 @@ def check_targets(results: Results) -> list[list[str]]:
     return rows
 
 
-def show_targets(results: Results) -> str:
-    """The table of the targets."""
-    return _table(["target", "bound", "measured", "verdict"], check_targets(results))
-
-
 def show(results: Results) -> str:
     """Every table, and the notes."""
+    targets = _table(["target", "bound", "measured", "verdict"], check_targets(results))
     sections = dict.fromkeys(name.partition("/")[0] for name in [*results.rows, *results.figures])
     tables = [f"{section}\n\n{show_section(results, section)}" for section in sections]
+    about = "".join(f"- {name}: {text}\n" for name, text in results.about.items())
     notes = "".join(f"- {note}\n" for note in results.notes)
-    return "\n".join(filter(None, [*tables, show_targets(results), notes]))
-
-
-def write_page(results: Results, page: Path) -> None:
-    """Write the page of performance."""
-    template = Template(TEMPLATE.read_text())
-    parts = {name: show_section(results, name) for name in template.get_identifiers()}
-    parts |= {"targets": show_targets(results), **results.about}
-    parts["notes"] = "\n".join(f"- {note}" for note in results.notes)
-    page.write_text(re.sub(r"\n{3,}", "\n\n", template.substitute(parts)).rstrip() + "\n")
+    return "\n".join(filter(None, [about, *tables, targets, notes]))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -49,9 +49,7 @@ class Options:
     many_streams: int = 100_000
     runtimes: Sequence[str] = ("tensorflow", "onnxruntime")
     beside: Path | None = None
-    jsonl: Path | None = None
     strict: bool = False
-    report: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.bench.answers import WrongOutputsError, check_answers
 from tests.bench.generator import Load
-from tests.bench.results import Results, Sample, read_results, show, write_page
+from tests.bench.results import Results, Sample, show
 from tests.bench.traffic import Sampled
 from tests.bench.workloads import Bodies, make_traffic, standard_model
 from tests.support.oracle import oracle_step
@@ -45,36 +45,16 @@ def test_ratio_is_taken_round_by_round() -> None:
     assert figures[f"peak/{CARRY} over fastapi, by CPU"] == pytest.approx((1 / 0.9, 0.8, 1.25))
 
 
-def test_lines_of_one_commit_are_joined(tmp_path: Path) -> None:
-    file = tmp_path / "lines"
-    earlier = {**ABOUT, "date": "2026-01-01T00:00:00+00:00"}
-    for name, about in (("s", earlier), ("MiB", {**ABOUT, "commit": "0"})):
-        other = Results(about)
-        other.figure(f"cold/carry-tensorflow {name}", [9.0])
-        other.write(file)
-    results = make_results()
-    results.write(file)
-    read = read_results(file)
-    assert read.figures.pop("cold/carry-tensorflow s").value == 9.0
-    assert read == results
-
-
-def test_page_shows_the_same_tables_as_the_terminal(tmp_path: Path) -> None:
-    write_page(make_results(), tmp_path / "page.md")
-    page, shown = (tmp_path / "page.md").read_text(), show(make_results())
-    for text in (page, shown):
-        lines = {" ".join(line.split()) for line in text.splitlines()}
-        row = f"| `32/{CARRY}` | 900 | 16,000 | 900 | 1.50 | 4.00 | 9.00 | 120 | 50% | 25% |"
-        assert row in lines
-        assert f"| {CARRY} over fastapi | 0.9 (0.8 to 1.25) |" in lines
-        assert "- something was left out" in lines
-        verdicts = [line.split(" | ")[1:] for line in lines if "| reached" in line]
-        assert verdicts == [[">= 0.8", "0.9 (0.8 to 1.25)", "reached |"]]
-        missed = {line.split(" | ")[1] for line in lines if "| not reached" in line}
-        assert missed == {">= 1", "<= 2"}
-    assert "$" not in page
-    assert "`abc123`" in page
-    assert page.count("Not measured in this run.") == 9
+def test_tables_show_rows_figures_targets_and_notes() -> None:
+    lines = {" ".join(line.split()) for line in show(make_results()).splitlines()}
+    row = f"| `32/{CARRY}` | 900 | 16,000 | 900 | 1.50 | 4.00 | 9.00 | 120 | 50% | 25% |"
+    assert row in lines
+    assert f"| {CARRY} over fastapi | 0.9 (0.8 to 1.25) |" in lines
+    assert {"- commit: abc123", "- something was left out"} <= lines
+    verdicts = [line.split(" | ")[1:] for line in lines if "| reached" in line]
+    assert verdicts == [[">= 0.8", "0.9 (0.8 to 1.25)", "reached |"]]
+    missed = {line.split(" | ")[1] for line in lines if "| not reached" in line}
+    assert missed == {">= 1", "<= 2"}
 
 
 @pytest.mark.parametrize(

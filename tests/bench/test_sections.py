@@ -95,7 +95,6 @@ def test_geometric_mean_of_ratios_has_its_error() -> None:
     [
         (["--beside", "tests"], "expected a checkout of Carry"),
         (["--only", "peak,speed"], "got speed"),
-        (["--report"], "--report needs --jsonl"),
     ],
 )
 def test_wrong_options_are_rejected(

@@ -14,7 +14,6 @@ import numpy as np
 import orjson
 
 from carry_client import Field, ModelDescription
-from tests.load.verdict import LoadError
 
 FIRST_MS = 1_356_998_400_000
 GAP_MS = 61_000
@@ -139,21 +138,10 @@ def longest_chunk(model: ModelDescription) -> int:
     return max(1, min(model.max_chunk_steps, longest_request(model, event_bytes)))
 
 
-def make_feeds(model: ModelDescription, longest_steps: int, feed: str, seed: int) -> list[Feed]:
-    """Feeds that the streams of a scenario use in turn.
-
-    Args:
-        longest_steps: of any chunk.
-        feed: `inputs`, `events`, or `both`, which is `inputs` for a model without events.
-
-    Raises:
-        LoadError: events for a model without events.
-    """
-    if feed == "events" and model.fields is None:
-        raise LoadError(f"--feed events: model {model.name!r} takes no events")
+def make_feeds(model: ModelDescription, longest_steps: int, seed: int) -> list[Feed]:
+    """Feeds that the streams of a scenario use in turn, for chunks of so many events."""
     length = max(MIN_LENGTH, longest_steps)
-    kinds = [EventsFeed] if feed != "inputs" and model.fields is not None else []
-    kinds += [InputsFeed] if feed != "events" else []
+    kinds = [InputsFeed] if model.fields is None else [EventsFeed, InputsFeed]
     return [kind(model, length, seed) for kind in kinds]
 
 

@@ -43,9 +43,7 @@ def add_options(parser: Any, **_: Any) -> None:
     add("--scenario", **more, choices=SCENARIOS, help="may be repeated; every one by default")
     add("--duration-s", type=_positive, default=30.0, help="of each scenario")
     add("--threshold", **more, **limit, help="another limit; `none` disables it; may be repeated")
-    add("--feed", choices=("both", "inputs", "events"), default="both", help="what streams send")
     add("--compare-streams", type=_positive, default=64, help="how many are compared")
-    add("--compare-events", type=_positive, default=10_000, help="of each stream, at most")
     add("--patience-s", type=_positive, default=30.0, help="how long one chunk is tried")
     add("--seed", type=int, default=1, help="of the events and the cuts")
     add("--summary", default=".carry/load-summary.json", help="a JSON file; - for the output")
@@ -142,7 +140,7 @@ class Load:
         shared = 1 if scenario.appends else scenario.most_users()
         scenario.streams = Streams(
             model=model,
-            feeds=make_feeds(model, longest, options.feed, options.seed),
+            feeds=make_feeds(model, longest, options.seed),
             prefix=f"{self.prefix}{name}-",
             random=Random(options.seed),
             stream_events=scenario.stream_events,
@@ -186,8 +184,7 @@ class Load:
     def _check(self, environment: Environment, scenario: type[ScenarioUser]) -> dict[str, Any]:
         """Compare a scenario's outputs and check its thresholds."""
         streams, name, stats = scenario.streams, scenario.scenario(), environment.stats
-        limits = int(self.options.compare_streams), int(self.options.compare_events)
-        compared = streams.compare(self._post, *limits)
+        compared = streams.compare(self._post, int(self.options.compare_streams))
         entries = [stats.get(f"{name} {kind}", "chunk") for kind in scenario.kinds]
         chunks = sum(entry.num_requests for entry in entries)
         retries = stats.get(name, "POST").num_requests - chunks

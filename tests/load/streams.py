@@ -261,12 +261,11 @@ class Streams:
         if len(examples) < EXAMPLES_PER_CODE:
             examples.append(failure.detail[:EXAMPLE_CHARS])
 
-    def compare(self, post: Post, max_streams: int, max_events: int) -> int:
+    def compare(self, post: Post, max_streams: int) -> int:
         """Check every history, and the outputs of some streams; how many events were compared.
 
         Args:
             max_streams: compared at most, drawn evenly from all.
-            max_events: longest beginning of a stream that is compared.
         """
         histories, events = {}, 0
         for stream in self.every:
@@ -276,7 +275,7 @@ class Streams:
                 self.add_failure(error)
         candidates = [stream for stream, history in histories.items() if history]
         for stream in self.random.sample(candidates, min(max_streams, len(candidates))):
-            limit = min(max_events, longest_request(self.model, stream.feed.event_bytes))
+            limit = longest_request(self.model, stream.feed.event_bytes)
             history = [each for each in histories[stream] if each.end <= limit]
             received = [each for each in history if each.outputs is not None]
             wanted = stream.recompute(history, post) if received else None

@@ -85,7 +85,7 @@ class Service:
         return self.streams.every[0]
 
     def compare(self) -> int:
-        return self.streams.compare(self.recompute, 16, 10_000)
+        return self.streams.compare(self.recompute, 16)
 
     def post(self, path: str, body: bytes) -> Any:
         self.bodies.append(body)
