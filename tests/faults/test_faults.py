@@ -61,7 +61,7 @@ async def run_without_findings(options: RunOptions) -> History:
 @pytest.mark.parametrize("store", ["valkey", pytest.param("redis", marks=needs_redis)])
 async def test_nothing_is_lost_doubled_or_mixed(store: str) -> None:
     faults = len(kinds_of(store))
-    options = RunOptions(store, new_seed(), 12_000, faults, 32, SENT_BY[store], longest_s=LONGEST_S)
+    options = RunOptions(store, new_seed(), 6_000, faults, 16, SENT_BY[store], longest_s=LONGEST_S)
     history = await run_without_findings(options)
     assert history.seen.keys() >= set(kinds_of(store))
 
@@ -70,9 +70,7 @@ async def test_nothing_is_lost_doubled_or_mixed_where_a_cluster_fails_over() -> 
     plan = tuple(
         Fault(kind, LONGEST_S, gap_s=0.1, pick=pick) for pick, kind in enumerate(ON_A_CLUSTER)
     )
-    options = RunOptions(
-        "cluster", new_seed(), 12_000, len(plan), 32, SENT_BY["cluster"], plan=plan
-    )
+    options = RunOptions("cluster", new_seed(), 6_000, len(plan), 16, SENT_BY["cluster"], plan=plan)
     history = await run_without_findings(options)
     assert history.seen.keys() >= set(ON_A_CLUSTER)
     assert history.seen["refused position_ahead"] > 0
