@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -41,6 +42,26 @@ class JsonMember(NamedTuple):
     name: str
     start: int
     stop: int
+
+
+class JsonElements:
+    """The elements of a list, cut out of the text as they are read: to make an object for each of a
+    hundred thousand would hold the event loop.
+
+    Args:
+        bounds: offsets of the list's brackets and of the commas between.
+    """
+
+    def __init__(self, text: memoryview, bounds: list[int]):
+        self._text = text
+        self._bounds = bounds
+
+    def __len__(self) -> int:
+        return max(0, len(self._bounds) - 1)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for start, stop in pairwise(self._bounds):
+            yield self._text[start + 1 : stop]
 
 
 class JsonStructure:
@@ -130,7 +151,7 @@ class JsonStructure:
             members.append(JsonMember(*name, stop))
         return members
 
-    def split_elements(self, member: JsonMember) -> list[memoryview] | None:
+    def split_elements(self, member: JsonMember) -> JsonElements | None:
         """The elements of a member of a scanned text; None if it is not a list."""
         value = self._text[member.start : member.stop]
         span = _find_brackets(value, b"[]")
@@ -138,11 +159,10 @@ class JsonStructure:
             return None
         begin, end = span
         if _skip_whitespace(value, begin + 1) == end:
-            return []
+            return JsonElements(value, [])
         commas = np.concatenate([np.zeros(0, np.int64), *self._elements]) - member.start
         within = commas[(commas > begin) & (commas < end)].tolist()
-        bounds = zip([begin, *within], [*within, end], strict=True)
-        return [value[start + 1 : stop] for start, stop in bounds]
+        return JsonElements(value, [begin, *within, end])
 
 
 def _is_structural(text: NDArray[np.uint8]) -> NDArray[np.bool_]:

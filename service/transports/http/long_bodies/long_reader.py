@@ -35,6 +35,7 @@ from service.transports.http.limits import LONG_BYTES
 from service.transports.http.long_bodies.admission import Checkpoint
 from service.transports.http.long_bodies.splitting import (
     MORE,
+    Elements,
     ObjectLimits,
     SplitObject,
     group_by_size,
@@ -235,7 +236,7 @@ class LongReader:
 
     async def _parts(
         self, body: bytes, media: Media, kind: type[StrictBody], name: str, checkpoint: Checkpoint
-    ) -> list[memoryview]:
+    ) -> Elements:
         """The items or sequences of a request."""
         most = self._reader.limits.max_items
         limits = ObjectLimits(

@@ -9,7 +9,7 @@ because its parts parse only if it was split between elements.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -25,7 +25,11 @@ from service.transports.http.bodies.duplicates import (
     packed_parts,
 )
 from service.transports.http.long_bodies.admission import Checkpoint
-from service.transports.http.long_bodies.json_structure import JsonStructure, is_blank
+from service.transports.http.long_bodies.json_structure import (
+    JsonElements,
+    JsonStructure,
+    is_blank,
+)
 from service.transports.http.media import Media, malformed
 
 Exceeded = Callable[[str], CarryError]
@@ -50,6 +54,23 @@ _TEXT_HEADERS: Final = {0xDA: 3, 0xDB: 5}
 _LIST: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
 
+class PackedElements:
+    """The elements of a list in MessagePack."""
+
+    def __init__(self, elements: list[msgspec.Raw]):
+        self._elements = elements
+
+    def __len__(self) -> int:
+        return len(self._elements)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return map(memoryview, self._elements)
+
+
+Elements = JsonElements | PackedElements
+"""The encoded elements of a list; each is a view, made when it is read."""
+
+
 class SplitObject(NamedTuple):
     """The parts of an object.
 
@@ -59,7 +80,7 @@ class SplitObject(NamedTuple):
     """
 
     members: dict[str, memoryview]
-    lists: dict[str, list[memoryview]]
+    lists: dict[str, Elements]
 
 
 class ObjectLimits(NamedTuple):
@@ -160,7 +181,7 @@ async def _split_packed(
             raise _too_long(limits, name, inside)
         if name in limits.lists and is_packed_array(part):
             await checkpoint()
-            split.lists[name] = [memoryview(element) for element in _LIST.decode(part)]
+            split.lists[name] = PackedElements(_LIST.decode(part))
         else:
             split.members[name] = part
     return split
@@ -205,7 +226,7 @@ def _bounded(members: tuple[str, ...], most: int) -> msgspec.msgpack.Decoder[Any
 
 
 def group_by_size(
-    media: Media, elements: Sequence[memoryview], size: int
+    media: Media, elements: Iterable[memoryview], size: int
 ) -> Iterator[list[memoryview]]:
     """Group consecutive elements up to a size in bytes; a longer element is a group of its own.
 
@@ -213,20 +234,23 @@ def group_by_size(
         MalformedBody: a group has no element, since nothing is between two commas; next to other
             elements, their decoder rejects this.
     """
-    first = length = 0
-    for at, element in enumerate(elements):
+    group: list[memoryview] = []
+    length = 0
+    for element in elements:
         length += len(element)
-        if length > size and at > first:
-            yield _checked_group(media, elements[first:at])
-            first, length = at, len(element)
-    if elements:
-        yield _checked_group(media, elements[first:])
+        if length > size and group:
+            _check_group(media, group)
+            yield group
+            group, length = [], len(element)
+        group.append(element)
+    if group:
+        _check_group(media, group)
+        yield group
 
 
-def _checked_group(media: Media, group: Sequence[memoryview]) -> list[memoryview]:
+def _check_group(media: Media, group: Sequence[memoryview]) -> None:
     if media is Media.JSON and len(group) == 1 and is_blank(group[0]):
         raise malformed(media, "an element is missing beside a comma")
-    return list(group)
 
 
 def member_place(inside: str, name: str) -> str:
