@@ -192,8 +192,7 @@ def test_description_gives_fields_and_outputs() -> None:
     }
     found = read_description(document)
     shape = [(field.name, field.kind, field.optional) for field in event_schema(found).fields]
-    fields = [(field.name, field.kind, field.optional) for field in FULL_SCHEMA.fields]
-    assert shape == [*fields, ("reset", "boolean", True)]
+    assert shape == [(field.name, field.kind, field.optional) for field in FULL_SCHEMA.fields]
     assert found.outputs == (Output("q", (2, 3), False),)
     assert found.is_cut_invariant
     assert not read_description({**document, "chunking": "per_chunk"}).is_cut_invariant
