@@ -236,9 +236,19 @@ HEAD = Head(5, "e", "t")
 
 
 def _reply(value: float = 1, **changed: Any) -> Reply:
-    outputs = {"q": np.full((1, 2), value, np.float32)}
-    given = {"stream": "s", "head": HEAD, "is_replayed": False, **changed}
-    return Reply(outputs, None, None, 4, (), version="v", is_created=False, **given)
+    given: dict[str, Any] = {
+        "outputs": {"q": np.full((1, 2), value, np.float32)},
+        "layout": (),
+        **dict.fromkeys(("state", "attention", "state_token")),
+        "stream": "s",
+        "head": HEAD,
+        "first_position": 4,
+        "version": "v",
+        "is_replayed": False,
+        "is_created": False,
+        **changed,
+    }
+    return Reply(**given)
 
 
 def _problem(code: str, position: int) -> Problem:
