@@ -19,10 +19,19 @@ from models.artifact.fingerprint import compute_fingerprint
 from models.errors import SpecError
 from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
+from models.spec.decoder import known_schema
 from models.spec.model import parse_spec
 from service.core.delivery import chunk_digest
 from service.core.errors import InvalidInput, PositionBehind, StreamNotFound
-from service.core.values import NO_STREAM, Chunk, Feed, SequenceInput, Steps, StreamKey
+from service.core.values import (
+    NO_STREAM,
+    Chunk,
+    Feed,
+    ForecastRequest,
+    SequenceInput,
+    Steps,
+    StreamKey,
+)
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
@@ -62,6 +71,15 @@ def _specs() -> list[dict[str, Any]]:
         {**SMALL, "name": "sessions", "session_gap_s": GAP_S},
         {**SMALL, "name": "both", "session_gap_s": GAP_S, "reset_every": 3},
         {**SMALL, "name": "events"},
+        {
+            "name": "per-chunk",
+            "features": 3,
+            "heads": DENSE,
+            "layers": [
+                {"kind": "lstm", "units": 3},
+                {"kind": "attention", "over": "chunk", "units": 3},
+            ],
+        },
         {"name": "whole", "features": 3, "heads": DENSE, "layers": BOTH_WAYS, "reset_every": 6},
         {
             "name": "blocks",
@@ -356,3 +374,49 @@ def test_a_model_without_resets_can_be_read_by_versions_that_know_none(
     assert dumped["both"]["reset_every"] == 3
     assert dumped["both"]["session_gap_s"] == GAP_S
     assert parse_spec(dumped["both"]) == artifacts["both"].spec
+
+
+async def test_a_model_that_sees_the_chunk_sees_each_segment_by_itself(
+    workers: list[Pipeline], artifacts: dict[str, Artifact]
+) -> None:
+    artifact = artifacts["per-chunk"]
+    stream = Given(artifact, 11, [3, 4], [1] * STEPS)
+    assert stream.rows is not None
+    zero = state = artifact.state.zero().floats
+    found = []
+    for start, stop in ((0, 9), (9, STEPS)):
+        found.append((await workers[0].process(stream.chunk("seen", start, stop))).outputs)
+    expected = []
+    for start, stop in ((0, 3), (3, 4), (4, 9), (9, STEPS)):
+        before = state if start == 9 else zero
+        outputs, state = oracle_step(
+            artifact.spec, artifact.weights, stream.rows[start:stop], before
+        )
+        expected.append(outputs)
+    # the weights of attention are padded to the chunk
+    np.testing.assert_allclose(
+        np.concatenate(found)[:, :2], np.concatenate(expected)[:, :2], rtol=1e-4, atol=1e-5
+    )
+
+
+async def test_a_forecast_knows_nothing_from_before_a_reset(
+    workers: list[Pipeline], artifacts: dict[str, Artifact]
+) -> None:
+    pipeline = workers[0]
+    gaps_s = [3600] * STEPS
+    stream = Given(artifacts["decoder"], 12, [6], gaps_s)
+    rest = Given(artifacts["decoder"], 12, [], gaps_s)
+    await pipeline.process(stream.chunk("origin", 0, 10))
+    await pipeline.process(stream.chunk("origin", 10, STEPS))
+    alone = rest.chunk("alone", 6, STEPS)._replace(position=0)
+    await pipeline.process(alone)
+    spec = artifacts["decoder"].spec
+    known = known_schema(spec.events, spec.decoder, timed=False)
+    future = columns_from_events(known, [{"holiday": False, "tariff": "day", "wind": 1.0}] * 3)
+    request = ForecastRequest(3, future=future)
+    first, second = [
+        await pipeline.forecast(StreamKey("decoder", name), request) for name in ("origin", "alone")
+    ]
+    assert (first.head.position, second.head.position) == (STEPS, STEPS - 6)
+    assert first.times_ms == second.times_ms
+    np.testing.assert_array_equal(first.forecast.quantiles, second.forecast.quantiles)
