@@ -6,9 +6,11 @@ import asyncio
 
 import pytest
 
+from service.core.errors import StoreRefused
 from service.store.base import Conflicted, StateStore
 from service.store.outputs import Output
 from service.store.redis.output_channel import RedisOutputChannel
+from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async
 from tests.support.streams import OpenStore, Streams, committed, key, same_reply
@@ -106,6 +108,30 @@ async def test_a_broken_connection_is_replaced_and_its_streams_are_read(
     await becomes(lambda: key("a") in stores[1].outputs.watched, "the announcement")
     await committed(stores[1], streams.creation(key("a")))
     await becomes(lambda: recorder.outputs, "an output")
+
+
+@pytest.mark.parametrize("missing", ["-subscribe", "-publish", "resetchannels"])
+async def test_a_user_without_a_permission_is_told_which_ones_watching_needs(
+    pipeline_server: RealServer, missing: str
+) -> None:
+    with pipeline_server.client() as admin:
+        everything = ("on", "nopass", "~*", "&*", "+@all")
+        admin.execute_command("ACL", "SETUSER", "watcher", *everything, missing)
+        path = pipeline_server.url.partition("://")[2]
+        channel = RedisOutputChannel(StoreSettings(f"unix://watcher:any@{path}", wait_s=30))
+        await channel.start()
+        try:
+            for recorder in (Recorder(), Recorder()):
+                with pytest.raises(StoreRefused, match="SUBSCRIBE, UNSUBSCRIBE and PUBLISH"):
+                    async with asyncio.timeout(10):
+                        await channel.subscribe(key("a"), recorder)
+                channel.unsubscribe(key("a"), recorder)
+            admin.execute_command("ACL", "SETUSER", "watcher", *everything)
+            await becomes(lambda: channel._refusal is None, "the permission")
+            await channel.subscribe(key("a"), Recorder())
+        finally:
+            await channel.close()
+            admin.execute_command("ACL", "DELUSER", "watcher")
 
 
 async def test_publications_beyond_the_bound_are_dropped(

@@ -309,7 +309,7 @@ OUTPUTS = _route(
     ],
     errors.InvalidName,
     errors.ModelNotFound,
-    errors.StoreUnavailable,
+    *_STORE,
     errors.ShuttingDown,
 )
 STATE = _route(
