@@ -155,7 +155,7 @@ def create_app() -> FastAPI:
     if settings.grpc_port is not None:
         grpc_server = _grpc_server(settings, settings.grpc_port, inference, recorder)
     sockets = SocketLimits(
-        settings.websocket_window, settings.websocket_idle_s, settings.max_body_bytes
+        settings.pipelining_window, settings.websocket_idle_s, settings.max_body_bytes
     )
     add_live_sockets(api, sockets, settings.websocket_origins)
     add_watching(api, Watches(store, recorder))
@@ -173,6 +173,7 @@ def _grpc_server(
         max_pending_bytes=settings.max_pending_body_bytes,
         receive_s=settings.body_timeout_s + settings.max_body_bytes / BODY_BYTES_PER_S,
         max_calls=settings.grpc_max_calls,
+        stream_window=settings.pipelining_window,
         drain_s=settings.drain_s,
     )
     return GrpcServer(

@@ -183,10 +183,10 @@ class Settings(BaseSettings):
     """Longest time that a client may take to read the next 64 KiB of its replies, in seconds; then
     the connection is closed. Longer than a client pauses between reads."""
 
-    websocket_window: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Maximum unanswered chunks of one WebSocket. Beyond it the socket is not read, so that its
-    client waits. More than arrive during the round trip of a chunk; each takes memory for its
-    frame and its reply."""
+    pipelining_window: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Maximum unanswered chunks of one WebSocket, and of one gRPC stream. Beyond it no more are
+    read, so that the client waits. More than arrive during the round trip of a chunk; each takes
+    memory for its message and its reply."""
 
     websocket_ping_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
     """A WebSocket gets a ping after at most this long of silence, at least half of it, and is

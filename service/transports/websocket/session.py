@@ -1,27 +1,21 @@
-"""Chunks of one live socket: their order, their window, and their outcomes.
+"""Chunks of one live socket: read, started in their order, and answered with frames.
 
-Each frame gets one outcome, a reply or an error. The outcomes of a stream's frames are sent in the
-order of the frames. A chunk with a position is handed to the pipeline at once (pipelining): if one
-before it fails, the pipeline rejects it by its position. A chunk without a position would silently
-be applied in place of one that failed. So it is not started before all earlier chunks of its
-stream have been applied, and after a failed one it is rejected (`previous_failed`) until a chunk
-with a position has been applied.
+Each frame gets one outcome, a reply or an error; `stream_order` has the order of the chunks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from structlog.contextvars import bound_contextvars
 
-from service.core.errors import CarryError, PreviousFailed
+from service.core.errors import CarryError
 from service.core.values import Chunk, Reply, StreamKey
-from service.transports.failed_streams import FailedStreams
+from service.transports.common.stream_order import StreamOrder, Turn
 from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.error_handling import log_failure, log_unexpected_failure
@@ -43,7 +37,7 @@ PendingReply = asyncio.Future[list[Reply | CarryError]]
 Send = Callable[[Media, bytes], None]
 
 
-class Entry:
+class Entry(Turn):
     """A chunk that has not been answered.
 
     Attributes:
@@ -53,31 +47,17 @@ class Entry:
         outcome: the frame to send, once it is known.
     """
 
-    __slots__ = ("chunk", "deadline_s", "frame_id", "media", "outcome", "result", "stream")
+    __slots__ = ("chunk", "deadline_s", "frame_id", "media", "result")
+
+    outcome: bytes | None
 
     def __init__(self, frame_id: FrameId | None, media: Media, stream: str, deadline_s: float):
+        super().__init__(stream)
         self.frame_id = frame_id
         self.media = media
-        self.stream = stream
         self.deadline_s = deadline_s
         self.chunk: Chunk | None = None
         self.result: PendingReply | None = None
-        self.outcome: bytes | None = None
-
-
-class StreamEntries:
-    """The unanswered chunks of one stream, in order.
-
-    Attributes:
-        unanswered: all of them.
-        waiting: those that are not started.
-    """
-
-    __slots__ = ("unanswered", "waiting")
-
-    def __init__(self) -> None:
-        self.unanswered: deque[Entry] = deque()
-        self.waiting: deque[Entry] = deque()
 
 
 class Session:
@@ -90,7 +70,6 @@ class Session:
         on_progress: called when chunks have been answered, or a long frame has been read.
 
     Attributes:
-        unanswered: number of chunks that have not been answered.
         is_reading: whether a long frame is being read; no other may be received meanwhile.
         chunks, errors: number of frames received, and of those answered with an error.
     """
@@ -98,21 +77,19 @@ class Session:
     __slots__ = (
         "_api",
         "_envelope",
-        "_failed",
         "_is_open",
         "_model",
         "_on_progress",
         "_options",
+        "_order",
         "_request_id",
         "_send",
         "_stream",
-        "_streams",
         "_tasks",
         "_timeout_s",
         "chunks",
         "errors",
         "is_reading",
-        "unanswered",
     )
 
     def __init__(
@@ -136,11 +113,11 @@ class Session:
         self._send = send
         self._on_progress = on_progress
         self._envelope = ("id", "if_match", *(() if stream is not None else ("stream",)))
-        self._streams: dict[str, StreamEntries] = {}
-        self._failed = FailedStreams()
+        self._order: StreamOrder[Entry] = StreamOrder(
+            self._begin, self._resolve, self._release, overlaps=True
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_open = False
-        self.unanswered = 0
         self.is_reading = False
         self.chunks = 0
         self.errors = 0
@@ -157,13 +134,18 @@ class Session:
             self._is_open = False
             self._api.recorder.record_websockets(self._model, -1)
 
+    @property
+    def unanswered(self) -> int:
+        """The number of chunks that have not been answered."""
+        return self._order.unanswered
+
     def receive(self, media: Media, data: bytes | bytearray) -> None:
         """Start the chunk of a frame, or answer what is wrong with it."""
         self.chunks += 1
         deadline_s = time.monotonic() + self._timeout_s
         entry: Entry | None = None
         if self._stream is not None:
-            entry = self._add(Entry(None, media, self._stream, deadline_s))
+            entry = self._order.add(Entry(None, media, self._stream, deadline_s))
         frame_id = None
         try:
             is_long = len(data) >= LONG_BYTES
@@ -171,7 +153,7 @@ class Session:
             frame_id = frame.id
             wire = self._api.wire(self._model)
             if entry is None and (not is_long or frame.has("stream")):
-                entry = self._add(Entry(frame_id, media, frame.stream(), deadline_s))
+                entry = self._order.add(Entry(frame_id, media, frame.stream(), deadline_s))
             if entry is not None:
                 entry.frame_id = frame_id
                 self._check_admission(entry)
@@ -193,19 +175,10 @@ class Session:
         """Drop the chunks of a client that disconnected, unless they are already in a batch."""
         for task in self._tasks:
             task.cancel()
-        for entries in self._streams.values():
-            for entry in entries.unanswered:
-                if entry.result is not None and not entry.result.done() and entry.chunk:
-                    self._api.pipeline.cancel(entry.chunk, entry.result)
-        self._streams.clear()
-
-    def _add(self, entry: Entry) -> Entry:
-        entries = self._streams.get(entry.stream)
-        if entries is None:
-            entries = self._streams[entry.stream] = StreamEntries()
-        entries.unanswered.append(entry)
-        self.unanswered += 1
-        return entry
+        for entry in self._order:
+            if entry.result is not None and not entry.result.done() and entry.chunk:
+                self._api.pipeline.cancel(entry.chunk, entry.result)
+        self._order.clear()
 
     def _check_admission(self, entry: Entry) -> None:
         """Reject a chunk that has to wait too long: before its body is read, and again before it
@@ -236,7 +209,7 @@ class Session:
                 )
                 frame = split_frame(frame, split, envelope)
                 if entry is None:
-                    entry = self._add(Entry(frame.id, media, frame.stream(), deadline_s))
+                    entry = self._order.add(Entry(frame.id, media, frame.stream(), deadline_s))
                     self._check_admission(entry)
                 precondition = frame.precondition()
                 chunk = await wire.long.chunk_of(
@@ -255,41 +228,24 @@ class Session:
 
     def _start_in_order(self, entry: Entry, chunk: Chunk) -> None:
         entry.chunk = chunk
-        entries = self._streams[entry.stream]
-        entries.waiting.append(entry)
-        self._start(entries)
+        entry.appends = chunk.position is None
+        self._order.set_ready(entry)
 
-    def _start(self, entries: StreamEntries) -> None:
-        """Start the waiting chunks whose turn it is."""
-        while entries.waiting:
-            entry = entries.waiting[0]
-            chunk = entry.chunk
-            if chunk is None:
-                raise RuntimeError("a waiting chunk was not read")
-            appends = chunk.position is None
-            if appends and entries.unanswered[0] is not entry:
-                return
-            entries.waiting.popleft()
-            if appends and entry.stream in self._failed:
-                detail = (
-                    "expected a chunk with a position, since an earlier chunk of the stream failed "
-                    "on this socket"
-                )
-                self._resolve(entries, entry, PreviousFailed(detail, stream=entry.stream))
-                continue
-            try:
-                self._check_admission(entry)
-            except CarryError as error:
-                self._resolve(entries, entry, error)
-                continue
-            entry.result = result = self._api.pipeline.enqueue(chunk, entry.deadline_s)
-            result.add_done_callback(partial(self._on_result, entry))
+    def _begin(self, entry: Entry) -> None:
+        """Hand a chunk to the pipeline."""
+        if entry.chunk is None:
+            raise RuntimeError("a chunk that was not read cannot start")
+        try:
+            self._check_admission(entry)
+        except CarryError as error:
+            self._resolve(entry, error)
+            return
+        entry.result = result = self._api.pipeline.enqueue(entry.chunk, entry.deadline_s)
+        result.add_done_callback(partial(self._on_result, entry))
 
     def _on_result(self, entry: Entry, result: PendingReply) -> None:
-        entries = self._streams.get(entry.stream)
-        # without entries the client disconnected
-        if entries is not None and not result.cancelled():
-            self._resolve(entries, entry, result.result()[0])
+        if not self._order.is_cleared and not result.cancelled():
+            self._resolve(entry, result.result()[0])
             self._on_progress()
 
     def _reject(
@@ -300,51 +256,37 @@ class Session:
             self._send(media, self._error_frame(media, frame_id, error, None))
         else:
             entry.frame_id = frame_id
-            self._resolve(self._streams[entry.stream], entry, error)
+            self._resolve(entry, error)
 
-    def _resolve(self, entries: StreamEntries, entry: Entry, result: Reply | CarryError) -> None:
+    def _resolve(self, entry: Entry, result: Reply | CarryError) -> None:
         """Encode an outcome, and send it when it is its turn."""
         if isinstance(result, CarryError):
             if entry.chunk is None or not entry.chunk.dry_run:
-                self._failed.add(entry.stream)
-            entry.outcome = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
-            self._flush(entries, entry.stream)
+                self._order.settle(entry, failed=True)
+            frame = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
+            self._order.answer(entry, frame)
             return
-        has_position = entry.chunk is not None and entry.chunk.position is not None
-        if has_position and not result.dry_run:
-            self._failed.discard(entry.stream)
+        if not result.dry_run:
+            self._order.settle(entry, failed=False)
         wire = self._api.wire(self._model)
         is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES
         if is_short and self._options == EVERY_STEP:
             reply = wire.writer.reply_bytes(result, entry.media)
-            entry.outcome = reply_frame(entry.media, entry.frame_id, reply)
-            self._flush(entries, entry.stream)
+            self._order.answer(entry, reply_frame(entry.media, entry.frame_id, reply))
         else:
-            self._run(self._write_in_pieces(wire, entries, entry, result))
+            self._run(self._write_in_pieces(wire, entry, result))
 
-    async def _write_in_pieces(
-        self, wire: ModelWire, entries: StreamEntries, entry: Entry, reply: Reply
-    ) -> None:
+    async def _write_in_pieces(self, wire: ModelWire, entry: Entry, reply: Reply) -> None:
         """Encode a reply in pieces, while the event loop runs."""
         pieces = []
         for piece in encode_pieces(entry.media, wire.writer.reply(reply, self._options)):
             pieces.append(piece)
             await asyncio.sleep(0)
-        entry.outcome = reply_frame(entry.media, entry.frame_id, b"".join(pieces))
-        self._flush(entries, entry.stream)
+        self._order.answer(entry, reply_frame(entry.media, entry.frame_id, b"".join(pieces)))
         self._on_progress()
 
-    def _flush(self, entries: StreamEntries, stream: str) -> None:
-        """Send the outcomes whose turn it is, and start the chunks that waited for them."""
-        unanswered = entries.unanswered
-        while unanswered and unanswered[0].outcome is not None:
-            entry = unanswered.popleft()
-            self.unanswered -= 1
-            self._send(entry.media, entry.outcome or b"")
-        if not unanswered:
-            self._streams.pop(stream, None)
-        elif entries.waiting:
-            self._start(entries)
+    def _release(self, entry: Entry) -> None:
+        self._send(entry.media, entry.outcome or b"")
 
     def _error_frame(
         self, media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None

@@ -1,21 +1,17 @@
-"""One ModelStreamInfer call: requests of many sequences, answered in the order of the requests.
+"""The requests of one `ModelStreamInfer` call, answered in their order.
 
-Requests of different sequences run at the same time, up to a window, beyond which no further
-request is read. Those of one sequence run one after the other. After one that failed, a request
-without a position would be applied in its place; so such requests of that sequence are rejected
-(`previous_failed`) until one with a position, or one that starts the sequence, has been applied.
-An error is a response with `error_message`, and the call continues.
+Requests of different sequences run at the same time, those of one sequence one after the other:
+`stream_order` has their order. An error is a response with `error_message`, and the call continues.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, Final
 
-from service.core.errors import CarryError, PreviousFailed, ShuttingDown
-from service.transports.failed_streams import FailedStreams
+from service.core.errors import CarryError, ShuttingDown
+from service.transports.common.stream_order import StreamOrder, Turn
 from service.transports.http.media import Media, dumps
 from service.transports.http.problems import problem
 from service.transports.kserve.grpc import v2_pb2 as pb
@@ -26,20 +22,36 @@ from service.transports.kserve.grpc.messages import decode_parameters, encode_re
 from service.transports.kserve.parameters import parse_parameters
 from service.transports.kserve.values import InferReply
 
-WINDOW: Final = 64
-"""Maximum unanswered requests of one call."""
-
 WINDOW_BYTES: Final = 1024 * 1024
 """No further request of a call is read while those that are not yet applied have as many bytes."""
 
 Requests = AsyncIterator[bytes]
 Responses = AsyncIterator[pb.ModelStreamInferResponse]
-_Task = asyncio.Task[pb.ModelStreamInferResponse]
+
+_Response = asyncio.Future[pb.ModelStreamInferResponse]
 
 Infer = Callable[[InferMessage], Awaitable[InferReply]]
 Answer = Callable[[str, Callable[[], Awaitable[InferReply]]], Awaitable[InferReply | CarryError]]
 """Runs the work of one request of a model, and returns its reply, or its error, logged and
 counted."""
+
+
+class _Request(Turn):
+    """A request that has not been answered.
+
+    Attributes:
+        message: None if it cannot be parsed, and once it was applied.
+        response: resolved once the response may be sent.
+    """
+
+    __slots__ = ("message", "response")
+
+    outcome: pb.ModelStreamInferResponse | None
+
+    def __init__(self, message: InferMessage | None, sequence: str | None, response: _Response):
+        super().__init__(sequence or "")
+        self.message = message
+        self.response = response
 
 
 class InferStream:
@@ -49,20 +61,30 @@ class InferStream:
         infer: answers one request.
         answer: as above.
         messages: counts the requests.
+        window: maximum unanswered requests.
         stopping: set when the service stops: what was read is answered, and no more is read.
     """
 
     def __init__(
-        self, infer: Infer, answer: Answer, messages: MessageAdmission, stopping: asyncio.Event
+        self,
+        infer: Infer,
+        answer: Answer,
+        messages: MessageAdmission,
+        window: int,
+        stopping: asyncio.Event,
     ):
         self._infer = infer
         self._answer = answer
         self._messages = messages
+        self._window = asyncio.Semaphore(window)
         self._stopping = stopping
-        self._last: dict[str, _Task] = {}
-        self._failed = FailedStreams()
+        self._order: StreamOrder[_Request] = StreamOrder(
+            self._begin, self._reject, self._release, overlaps=False
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
         self._held_bytes = 0
         self._has_room = asyncio.Event()
+        self._responses: asyncio.Queue[_Response | None] = asyncio.Queue()
 
     async def responses(self, requests: Requests) -> Responses:
         """The response to each request, in their order.
@@ -70,107 +92,108 @@ class InferStream:
         Raises:
             ShuttingDown: the service stops.
         """
-        unanswered: asyncio.Queue[_Task | None] = asyncio.Queue()
-        window = asyncio.Semaphore(WINDOW)
-        tasks: set[_Task] = set()
-
-        def forget(size: int, task: _Task) -> None:
-            tasks.discard(task)
-            self._messages.count(size, 0)
-            self._held_bytes -= size
-            self._has_room.set()
-
-        async def receive() -> None:
-            incoming = aiter(requests)
-            try:
-                while True:
-                    # a request that was read is always answered, so there is room for it before
-                    await window.acquire()
-                    while self._held_bytes >= WINDOW_BYTES:
-                        self._has_room.clear()
-                        await self._has_room.wait()
-                    await self._messages.wait_for_room()
-                    data = await anext(incoming)
-                    size = len(data)
-                    self._held_bytes += size
-                    self._messages.count(0, size)
-                    task = self._start(data)
-                    # waiting for the next one must not keep it in memory
-                    del data
-                    tasks.add(task)
-                    task.add_done_callback(partial(forget, size))
-                    unanswered.put_nowait(task)
-            except StopAsyncIteration:
-                pass
-            finally:
-                unanswered.put_nowait(None)
-
-        receiving = asyncio.create_task(receive())
+        receiving = asyncio.create_task(self._receive(aiter(requests)))
         stop = asyncio.create_task(self._stopping.wait())
         stop.add_done_callback(lambda _: receiving.cancel())
         try:
-            while (task := await unanswered.get()) is not None:
-                yield await task
-                window.release()
+            while (response := await self._responses.get()) is not None:
+                yield await response
+                self._window.release()
         finally:
-            for each in (receiving, stop, *tasks):
+            for each in (receiving, stop, *self._tasks):
                 each.cancel()
+            self._order.clear()
+            self._messages.count(self._held_bytes, 0)
         if self._stopping.is_set():
             raise ShuttingDown("the service is stopping and reads no more requests")
 
-    def _start(self, data: bytes) -> _Task:
-        """Start a request, after the one before it in its sequence."""
+    async def _receive(self, requests: Requests) -> None:
+        try:
+            while True:
+                # a request that was read is always answered, so there is room for it before
+                await self._window.acquire()
+                while self._held_bytes >= WINDOW_BYTES:
+                    self._has_room.clear()
+                    await self._has_room.wait()
+                await self._messages.wait_for_room()
+                self._add(await anext(requests))
+        except StopAsyncIteration:
+            pass
+        finally:
+            self._responses.put_nowait(None)
+
+    def _add(self, data: bytes) -> None:
+        """Start a request as soon as it is its turn."""
+        response: _Response = asyncio.get_running_loop().create_future()
+        self._responses.put_nowait(response)
         try:
             message = InferMessage(data)
         except CarryError as error:
-            return asyncio.create_task(self._reject(error))
-        sequence = message.sequence()
-        if sequence is None:
-            return asyncio.create_task(self._respond(message, None, None))
-        task = asyncio.create_task(self._respond(message, sequence, self._last.get(sequence)))
-        self._last[sequence] = task
-        task.add_done_callback(lambda task: self._forget(sequence, task))
-        return task
+            self._reject(_Request(None, None, response), error)
+            return
+        self._count(message.size)
+        request = _Request(message, message.sequence(), response)
+        if not request.stream:
+            self._begin(request)
+            return
+        request.appends = _appends(message.head)
+        self._order.add(request)
+        self._order.set_ready(request)
 
-    async def _reject(self, error: CarryError) -> pb.ModelStreamInferResponse:
-        """The response to a message that cannot be parsed."""
+    def _begin(self, request: _Request) -> None:
+        self._run(self._respond(request, None))
 
-        async def fail() -> InferReply:
-            raise error
+    def _reject(self, request: _Request, error: CarryError) -> None:
+        self._run(self._respond(request, error))
 
-        await self._answer("", fail)
-        return _error_response(error, pb.ModelInferRequest())
+    async def _respond(self, request: _Request, error: CarryError | None) -> None:
+        message = request.message
+        head = pb.ModelInferRequest() if message is None else message.head
 
-    def _forget(self, sequence: str, task: _Task) -> None:
-        if self._last.get(sequence) is task:
-            del self._last[sequence]
+        async def work() -> InferReply:
+            if error is not None or message is None:
+                raise error or RuntimeError("a request without a message cannot start")
+            return await self._infer(message)
 
-    async def _respond(
-        self, message: InferMessage, sequence: str | None, previous: _Task | None
-    ) -> pb.ModelStreamInferResponse:
-        if previous is not None:
-            await asyncio.wait([previous])
-        head = message.head
-        result = await self._answer(head.model_name, lambda: self._apply(message, sequence))
-        if not isinstance(result, CarryError):
-            return pb.ModelStreamInferResponse(infer_response=encode_reply(result))
-        if sequence is not None and not _is_dry_run(head):
-            self._failed.add(sequence)
-        return _error_response(result, head)
+        result = await self._answer(head.model_name, work)
+        failed = isinstance(result, CarryError)
+        if request.stream and not _is_dry_run(head):
+            self._order.settle(request, failed=failed)
+        if isinstance(result, CarryError):
+            response = _error_response(result, head)
+        else:
+            response = pb.ModelStreamInferResponse(infer_response=encode_reply(result))
+        if message is not None:
+            self._count(-message.size)
+            request.message = None
+        if request.stream:
+            self._order.answer(request, response)
+        else:
+            request.response.set_result(response)
 
-    async def _apply(self, message: InferMessage, sequence: str | None) -> InferReply:
-        parameters = parse_parameters(decode_parameters(message.head))
-        appends = parameters.position is None and not parameters.starts_over
-        if appends and sequence is not None and sequence in self._failed:
-            raise PreviousFailed(
-                "expected a request with a position, or one that starts the sequence, since an "
-                "earlier one of this sequence failed on this call",
-                stream=parameters.stream,
-            )
-        reply = await self._infer(message)
-        if sequence is not None and not parameters.dry_run:
-            self._failed.discard(sequence)
-        return reply
+    def _release(self, request: _Request) -> None:
+        if request.outcome is not None:
+            request.response.set_result(request.outcome)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _count(self, change: int) -> None:
+        """Count bytes that are not yet applied."""
+        self._messages.count(self._held_bytes, self._held_bytes + change)
+        self._held_bytes += change
+        self._has_room.set()
+
+
+def _appends(request: pb.ModelInferRequest) -> bool:
+    """Whether a request could take the place of one that failed."""
+    try:
+        parameters = parse_parameters(decode_parameters(request))
+    except CarryError:
+        return True
+    return parameters.position is None and not parameters.starts_over
 
 
 def _is_dry_run(request: pb.ModelInferRequest) -> bool:

@@ -42,6 +42,7 @@ class GrpcLimits:
         max_pending_bytes: most bytes of requests that are received or held.
         receive_s: longest time in which a request may arrive.
         max_calls: maximum concurrent calls; further ones get RESOURCE_EXHAUSTED.
+        stream_window: most unanswered requests of a stream.
         drain_s: how long calls may take to finish when the server stops.
     """
 
@@ -49,6 +50,7 @@ class GrpcLimits:
     max_pending_bytes: int
     receive_s: float
     max_calls: int
+    stream_window: int
     drain_s: float
 
 
@@ -74,7 +76,7 @@ class GrpcServer:
         messages = MessageAdmission(
             limits.max_pending_bytes, limits.max_message_bytes, limits.receive_s
         )
-        self._servicer = InferenceServicer(inference, statistics, messages)
+        self._servicer = InferenceServicer(inference, statistics, messages, limits.stream_window)
         self._health = _HealthServicer(self._servicer)
         self._limits = limits
         self._host = f"[{host}]" if ":" in host else host

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from service.core.errors import BodyTooLarge, CarryError
 from service.ops.logs import RequestIds, current_request_id, log_request
@@ -66,13 +66,21 @@ class InferenceServicer:
     Args:
         statistics: returns the totals of every model; called in a thread.
         messages: admits what calls receive.
+        stream_window: most unanswered requests of a stream.
 
     Attributes:
         stopping: set when the server stops, which ends the streams.
     """
 
-    def __init__(self, inference: Inference, statistics: Statistics, messages: MessageAdmission):
+    def __init__(
+        self,
+        inference: Inference,
+        statistics: Statistics,
+        messages: MessageAdmission,
+        stream_window: int,
+    ):
         self._messages = messages
+        self._stream_window = stream_window
         self._inference = inference
         self._api = inference.api
         self._statistics = statistics
@@ -145,8 +153,14 @@ class InferenceServicer:
             return encode_reply(await self._infer(message, context.time_remaining()))
 
     async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
+        # the call has a context of its own, which the tasks of its requests inherit
+        bind_contextvars(request_id=self._request_id(context))
         stream = InferStream(
-            self._infer_in_stream, self._answer_in_stream, self._messages, self.stopping
+            self._infer_in_stream,
+            self._answer_in_stream,
+            self._messages,
+            self._stream_window,
+            self.stopping,
         )
         try:
             async for response in stream.responses(requests):
@@ -160,8 +174,7 @@ class InferenceServicer:
     async def _answer_in_stream(
         self, model: str, work: Callable[[], Awaitable[T]]
     ) -> T | CarryError:
-        with bound_contextvars(request_id=self._ids.next().decode()):
-            return await self._answer("ModelStreamInfer", Model(model), work)
+        return await self._answer("ModelStreamInfer", Model(model), work)
 
     async def _answer(
         self, method: str, model: Model, work: Callable[[], Awaitable[T]]
@@ -189,10 +202,17 @@ class InferenceServicer:
         return result
 
     def _request_id(self, context: Context) -> str:
+        """The id of a call, as for HTTP: the client's if it is a token, else a new one; the client
+        reads it from the trailing metadata."""
+        request_id = self._sent_request_id(context) or self._ids.next().decode()
+        context.set_trailing_metadata(((REQUEST_ID, request_id),))
+        return request_id
+
+    def _sent_request_id(self, context: Context) -> str | None:
         for name, value in context.invocation_metadata() or ():
             if name == REQUEST_ID and isinstance(value, str) and is_request_id(value.encode()):
                 return value
-        return self._ids.next().decode()
+        return None
 
     async def _infer(self, message: InferMessage, remaining_s: float | None) -> InferReply:
         """Answer a request whose client waits for so long; None if it does not say."""
@@ -254,7 +274,8 @@ class Model:
 
 async def _abort(context: Context, error: CarryError) -> NoReturn:
     """End a call with the status of an error."""
-    await context.abort(status_code(error), status_details(error), trailing_metadata(error))
+    metadata = (*context.trailing_metadata(), *trailing_metadata(error))
+    await context.abort(status_code(error), status_details(error), metadata)
 
 
 def _log(method: str, status: grpc.StatusCode, began_s: float) -> None:

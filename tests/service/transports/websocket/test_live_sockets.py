@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from service.core.errors import StoreRefused
-from service.transports import failed_streams
+from service.transports.common import failed_streams
 from service.transports.http.limits import LONG_BYTES
 from tests.service.transports.http.harness import Harness, rows
 from tests.service.transports.http.raw_http import becomes

@@ -276,7 +276,8 @@ async def test_tiny_frames_are_bounded_by_one_piece(
         await becomes(lambda: sockets.served()[0]._session.unanswered == 1, "a chunk")
         client.transport.write(Frame(Opcode.TEXT, b"").serialize(mask=True) * 100_000)
         [served] = sockets.served()
-        await becomes(lambda: served._is_read_paused, "a full window")
+        await becomes(lambda: served._session.unanswered >= hello["window"], "a full window")
+        assert served._is_read_paused
         assert served._session.unanswered == hello["window"]
         assert len(served._messages) <= 8192 // 6
         client.transport.abort()

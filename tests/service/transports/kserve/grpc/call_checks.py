@@ -26,14 +26,15 @@ from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.kserve.grpc import incoming
 from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.grpc.incoming import InferMessage, parse
-from service.transports.kserve.grpc.infer_stream import WINDOW, WINDOW_BYTES, InferStream
+from service.transports.kserve.grpc.infer_stream import WINDOW_BYTES, InferStream
 from service.transports.kserve.grpc.message_admission import MessageAdmission
 from service.transports.kserve.grpc.server import GrpcLimits, GrpcServer
 from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer, Model
 from service.transports.kserve.values import InferReply, InferRequest, OutputTensor
 from tests.service.transports.http.raw_http import becomes
 
-LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=100, drain_s=0.0)
+WINDOW = 64
+LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=100, stream_window=WINDOW, drain_s=0.0)
 UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
 
 
@@ -62,7 +63,7 @@ class Call:
 
     async def run(self) -> None:
         """Answer the requests."""
-        stream = InferStream(self._infer, _answer, UNLIMITED, self.is_stopping)
+        stream = InferStream(self._infer, _answer, UNLIMITED, WINDOW, self.is_stopping)
         async for response in stream.responses(self._requests()):
             self.ids.append(response.infer_response.id)
 
@@ -113,7 +114,7 @@ async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> No
     """Else requests of many MiB accumulate until the next collection, which counts objects."""
     recorder = SimpleNamespace(record_error=lambda model, code: None)
     inference: Any = SimpleNamespace(api=SimpleNamespace(recorder=recorder))
-    servicer = InferenceServicer(inference, dict, UNLIMITED)
+    servicer = InferenceServicer(inference, dict, UNLIMITED, WINDOW)
     freed: list[weakref.ref[Call]] = []
 
     async def reject() -> InferReply:

@@ -18,10 +18,11 @@ import uvloop
 from service.core.errors import CarryError, ShuttingDown
 from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.grpc.incoming import InferMessage
-from service.transports.kserve.grpc.infer_stream import WINDOW, InferStream
+from service.transports.kserve.grpc.infer_stream import InferStream
 from service.transports.kserve.grpc.message_admission import MessageAdmission
 from service.transports.kserve.values import InferReply
 
+WINDOW = 64
 UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
 
 
@@ -52,7 +53,7 @@ class Call:
         return await work()
 
     async def run(self) -> None:
-        stream = InferStream(self.infer, self.answer, UNLIMITED, self.stopping)
+        stream = InferStream(self.infer, self.answer, UNLIMITED, WINDOW, self.stopping)
         try:
             async for response in stream.responses(self.requests()):
                 self.answered.append(int(response.infer_response.id))

@@ -269,6 +269,23 @@ def test_rejection_has_a_status_and_the_problem_document(stub: Any, sequence: st
     assert (problem["code"], problem["position"]) == ("position_ahead", 0)
 
 
+def test_id_of_a_call_is_that_of_its_requests(stub: Any, sequence: str) -> None:
+    """A new one, if the client's is no token."""
+    sent = (("x-request-id", "call-7"),)
+    _, call = stub.ModelInfer.with_call(request_of(), metadata=sent)
+    assert dict(call.trailing_metadata())["x-request-id"] == "call-7"
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(request_of(sequence, position=3), metadata=(("x-request-id", "not one"),))
+    rejected: Any = caught.value
+    metadata = dict(rejected.trailing_metadata())
+    assert len(metadata["x-request-id"]) == 16
+    assert json.loads(metadata["carry-problem-bin"])["request_id"] == metadata["x-request-id"]
+    wrong = request_of(sequence, position=3)
+    for response in stub.ModelStreamInfer(iter([wrong, wrong]), metadata=sent):
+        problem = json.loads(parameters_of(response.infer_response)["carry_problem"])
+        assert problem["request_id"] == "call-7"
+
+
 def wrong_requests() -> Iterator[tuple[str, Any, str]]:
     yield "truncated", request_of(raw=b"\0" * 19), "inputs[0].data: expected 20 bytes"
     yield "not finite", request_of(raw=np.full(5, np.nan, "<f4").tobytes()), "finite"

@@ -1,0 +1,163 @@
+"""The order of pipelined chunks on one connection, for WebSockets and gRPC alike.
+
+Each chunk gets one outcome, a reply or an error, and the outcomes of a stream leave in the order of
+its chunks. A chunk with a position may start at once: if one before it fails, the pipeline rejects
+it by its position. One without would silently be applied in place of one that failed. So it starts
+once all earlier chunks of its stream have been answered, and after a failed one it is rejected
+(`previous_failed`) until a chunk that cannot take another's place has been applied: one with a
+position, or one that starts the stream over.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from service.core.errors import PreviousFailed
+from service.transports.common.failed_streams import FailedStreams
+
+
+class Turn:
+    """A chunk that has not been answered.
+
+    Attributes:
+        stream: its stream.
+        appends: whether it could take another's place; known when it is ready.
+        outcome: what answers it, once that is known.
+    """
+
+    __slots__ = ("appends", "outcome", "stream")
+
+    def __init__(self, stream: str):
+        self.stream = stream
+        self.appends = True
+        self.outcome: Any = None
+
+
+T = TypeVar("T", bound=Turn)
+
+
+class _Turns(Generic[T]):
+    """The chunks of one stream, in order.
+
+    Attributes:
+        unanswered: all of them.
+        waiting: those that are ready and have not started.
+    """
+
+    __slots__ = ("is_starting", "unanswered", "waiting")
+
+    def __init__(self) -> None:
+        self.unanswered: deque[T] = deque()
+        self.waiting: deque[T] = deque()
+        self.is_starting = False
+
+
+class StreamOrder(Generic[T]):
+    """The unanswered chunks of one connection.
+
+    Args:
+        begin: starts a chunk whose turn it is.
+        reject: answers a chunk that may not start, by calling `answer`.
+        release: sends the outcome of a chunk.
+        overlaps: whether a chunk with a position starts before earlier ones have been answered.
+
+    Attributes:
+        unanswered: number of chunks that have not been answered.
+        is_cleared: whether the client disconnected.
+    """
+
+    __slots__ = (
+        "_begin",
+        "_failed",
+        "_overlaps",
+        "_reject",
+        "_release",
+        "_streams",
+        "is_cleared",
+        "unanswered",
+    )
+
+    def __init__(
+        self,
+        begin: Callable[[T], None],
+        reject: Callable[[T, PreviousFailed], None],
+        release: Callable[[T], None],
+        *,
+        overlaps: bool,
+    ):
+        self._begin = begin
+        self._reject = reject
+        self._release = release
+        self._overlaps = overlaps
+        self._streams: dict[str, _Turns[T]] = {}
+        self._failed = FailedStreams()
+        self.unanswered = 0
+        self.is_cleared = False
+
+    def __iter__(self) -> Iterator[T]:
+        """The chunks that have not been answered."""
+        for turns in self._streams.values():
+            yield from turns.unanswered
+
+    def add(self, turn: T) -> T:
+        """Add a chunk that was received."""
+        turns = self._streams.get(turn.stream)
+        if turns is None:
+            turns = self._streams[turn.stream] = _Turns()
+        turns.unanswered.append(turn)
+        self.unanswered += 1
+        return turn
+
+    def set_ready(self, turn: T) -> None:
+        """Start a chunk as soon as it is its turn; `appends` is set."""
+        turns = self._streams[turn.stream]
+        turns.waiting.append(turn)
+        self._start(turns)
+
+    def settle(self, turn: T, *, failed: bool) -> None:
+        """Note whether a chunk was applied or failed; not for a dry run, which changes nothing."""
+        if failed:
+            self._failed.add(turn.stream)
+        elif not turn.appends:
+            self._failed.discard(turn.stream)
+
+    def answer(self, turn: T, outcome: object) -> None:
+        """Send an outcome when it is its turn, and start the chunks that waited for it."""
+        if self.is_cleared:
+            return
+        turn.outcome = outcome
+        turns = self._streams[turn.stream]
+        unanswered = turns.unanswered
+        while unanswered and unanswered[0].outcome is not None:
+            self.unanswered -= 1
+            self._release(unanswered.popleft())
+        if not unanswered:
+            self._streams.pop(turn.stream, None)
+        elif not turns.is_starting:
+            self._start(turns)
+
+    def clear(self) -> None:
+        """Forget all chunks: the client disconnected."""
+        self._streams.clear()
+        self.is_cleared = True
+
+    def _start(self, turns: _Turns[T]) -> None:
+        # not recursive, since a window may have thousands of chunks that are rejected one by one
+        turns.is_starting = True
+        while turns.waiting:
+            turn = turns.waiting[0]
+            waits = turn.appends or not self._overlaps
+            if waits and turns.unanswered[0] is not turn:
+                break
+            turns.waiting.popleft()
+            if turn.appends and turn.stream in self._failed:
+                detail = (
+                    "expected a chunk with a position, or one that starts the stream over, since "
+                    "an earlier chunk of the stream failed on this connection"
+                )
+                self._reject(turn, PreviousFailed(detail, stream=turn.stream))
+            else:
+                self._begin(turn)
+        turns.is_starting = False

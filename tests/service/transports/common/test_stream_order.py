@@ -1,0 +1,110 @@
+"""The order of pipelined chunks on one connection."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.core.errors import PreviousFailed
+from service.transports.common.stream_order import StreamOrder, Turn
+
+
+class Connection:
+    """A connection that records what happens to the chunks, each "stream number".
+
+    Attributes:
+        events: chunks that began ("+"), were rejected ("-"), and whose outcome was sent (">").
+    """
+
+    def __init__(self, *, overlaps: bool):
+        self.events: list[str] = []
+        self._names: dict[Turn, str] = {}
+        self.order: StreamOrder[Turn] = StreamOrder(
+            self._begin, self._reject, self._release, overlaps=overlaps
+        )
+
+    def receive(self, name: str, *, appends: bool = True) -> Turn:
+        turn = Turn(name[0])
+        turn.appends = appends
+        self._names[turn] = name
+        self.order.add(turn)
+        self.order.set_ready(turn)
+        return turn
+
+    def answer(self, turn: Turn, *, failed: bool = False) -> None:
+        self.order.settle(turn, failed=failed)
+        self.order.answer(turn, "outcome")
+
+    def _begin(self, turn: Turn) -> None:
+        self.events.append("+" + self._names[turn])
+
+    def _reject(self, turn: Turn, error: PreviousFailed) -> None:
+        self.events.append("-" + self._names[turn])
+        self.answer(turn, failed=True)
+
+    def _release(self, turn: Turn) -> None:
+        self.events.append(">" + self._names[turn])
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_chunk_without_a_position_waits_for_the_chunks_of_its_stream(overlaps: bool) -> None:
+    connection = Connection(overlaps=overlaps)
+    first = connection.receive("a1", appends=False)
+    second = connection.receive("a2")
+    other = connection.receive("b1")
+    assert connection.events == ["+a1", "+b1"]
+    connection.answer(other)
+    connection.answer(first)
+    connection.answer(second)
+    assert connection.events == ["+a1", "+b1", ">b1", ">a1", "+a2", ">a2"]
+    assert connection.order.unanswered == 0
+
+
+def test_chunks_with_positions_overlap_and_are_answered_in_their_order() -> None:
+    connection = Connection(overlaps=True)
+    first = connection.receive("a1", appends=False)
+    second = connection.receive("a2", appends=False)
+    assert connection.events == ["+a1", "+a2"]
+    connection.answer(second)
+    assert connection.events == ["+a1", "+a2"]
+    connection.answer(first)
+    assert connection.events[2:] == [">a1", ">a2"]
+
+
+def test_without_overlap_chunks_with_positions_wait_as_well() -> None:
+    connection = Connection(overlaps=False)
+    first = connection.receive("a1", appends=False)
+    connection.receive("a2", appends=False)
+    assert connection.events == ["+a1"]
+    connection.answer(first)
+    assert connection.events == ["+a1", ">a1", "+a2"]
+
+
+def test_after_a_failure_chunks_are_rejected_until_one_with_a_position_is_applied() -> None:
+    connection = Connection(overlaps=True)
+    connection.answer(connection.receive("a1"), failed=True)
+    connection.receive("a2")
+    connection.answer(connection.receive("a3", appends=False), failed=True)
+    connection.receive("a4")
+    connection.answer(connection.receive("a5", appends=False))
+    connection.answer(connection.receive("a6"))
+    expected = "+a1 >a1 -a2 >a2 +a3 >a3 -a4 >a4 +a5 >a5 +a6 >a6"
+    assert connection.events == expected.split()
+
+
+def test_thousands_of_waiting_chunks_are_rejected_without_recursion() -> None:
+    connection = Connection(overlaps=True)
+    first = connection.receive("a0")
+    names = [f"a{at}" for at in range(1, 4096)]
+    for name in names:
+        connection.receive(name)
+    connection.answer(first, failed=True)
+    assert connection.events[2:] == [sign + name for name in names for sign in "->"]
+
+
+def test_outcome_after_a_disconnect_is_dropped() -> None:
+    connection = Connection(overlaps=True)
+    first = connection.receive("a1")
+    connection.receive("a2")
+    connection.order.clear()
+    connection.order.answer(first, "outcome")
+    assert connection.events == ["+a1"]
