@@ -65,7 +65,7 @@ def test_make_targets_and_their_options_exist() -> None:
                 if module is not None and "$(" not in module[1]:
                     assert option in help_of(module[1]), f"{page}: make {target} {option}"
                     named.add(target)
-    assert named >= {"bench", "faults", "load", "model", "overload"}
+    assert named >= {"bench", "faults", "load", "model"}
 
 
 @pytest.mark.parametrize("command", ["replay", "serve", "streams", "train", "import", "evaluate"])
