@@ -164,7 +164,7 @@ class StreamState:
     Attributes:
         fingerprint: of the model that wrote it.
         feed: `events` or `inputs`.
-        values: by name, float32 or int64.
+        values: by name: float32, or float64 for values that float32 does not hold; int64; bool.
     """
 
     model: str
@@ -355,7 +355,13 @@ def _read_output(output: Output, values: Any) -> FloatArray:
 
 def _read_state(values: Mapping[str, Any]) -> dict[str, Column]:
     arrays = {name: np.asarray(value) for name, value in values.items()}
-    return {
-        name: array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
-        for name, array in arrays.items()
-    }
+    return {name: _exact(array) for name, array in arrays.items()}
+
+
+def _exact(array: Column) -> Column:
+    """Floats as float32 if it holds them all, else as float64; integers as int64."""
+    if array.dtype.kind != "f":
+        return array if array.dtype.kind == "b" else array.astype(np.int64)
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float32)
+    return narrow if np.array_equal(narrow, array) else array

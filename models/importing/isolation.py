@@ -212,7 +212,7 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
     if status < 0:
         raise ImportedModelError(
             f"{path}: the process that read it was ended by {signal.Signals(-status).name}; "
-            f"it may have needed more than {_memory_limit(limits)}"
+            f"it may have needed more than {_memory_limit(limits)}{_crash_hint(copy)}"
         )
     if status > 0:
         with stderr_path.open("rb") as stderr:
@@ -234,6 +234,15 @@ def _read_output(file: Path, most: int, path: Path) -> bytes:
 
 def _timeout_message(limits: Limits) -> str:
     return f"reading it took longer than {limits.time_s:g} s"
+
+
+def _crash_hint(copy: Path) -> str:
+    if copy.suffix != ".onnx":
+        return ""
+    return (
+        ", or have an operator for an element type that ONNX Runtime does not support: export the "
+        "graph in float32"
+    )
 
 
 def _memory_limit(limits: Limits) -> str:

@@ -77,7 +77,7 @@ def find_network(
     reasons: list[str] = []
     for each in possible:
         try:
-            reading = _read(each, signature, pairs, features, steps)
+            reading = _read(each, signature, pairs, features)
             fitting.append(_probe(reading, signature, pairs, features, steps, outputs))
         except _UnfitError as error:
             reasons.append(f"{each}: {error}")
@@ -86,7 +86,7 @@ def find_network(
             "expected features [B, T, F] (batch_major), [T, B, F] (time_major) or [B, F] (step), "
             f"with states of one batch axis; got {'; '.join(reasons)}{signature}"
         )
-    if len(fitting) > 1:
+    if len(fitting) > 1 and features[0].shape[:2] != (1, 1):
         raise ImportedModelError(
             f"the graph runs as {' and as '.join(each.axes for each in fitting)}; say which with "
             f"`--axes {fitting[0].axes}`, or name the axes in the graph: {_DYNAMIC}{signature}"
@@ -111,7 +111,6 @@ def _read(
     signature: Signature,
     pairs: dict[str, str],
     features: Sequence[Tensor],
-    steps: StepsInput | None,
 ) -> _Reading:
     first = features[0]
     leading = 1 if axes == "step" else 2
@@ -164,7 +163,10 @@ def _batch_axis(state: Tensor, batch_size: int | str | None) -> int:
             )
         place = fixed[-1] if len(state.shape) == 3 and len(fixed) == 2 else fixed[0]
     if dynamic - {place}:
-        raise _UnfitError(f"the state {state} has several axes without a fixed size")
+        raise _UnfitError(
+            f"the state {state} has several axes without a fixed size; a state that grows with its "
+            "stream has no bound, so keep a window of fixed size"
+        )
     return place
 
 
@@ -188,7 +190,7 @@ def _probe(
         except Exception as error:  # its exceptions have no common base
             raise _UnfitError(
                 f"ONNX Runtime fails on a batch of {batch} and {count} steps: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"{' '.join(str(error).split())[:300]}; {_failure_hint(signature)}"
             ) from error
         found = {name: np.shape(value) for name, value in zip(names, values, strict=True)}
         for state in states:
@@ -231,6 +233,13 @@ def _probe(
         batching="step" if one_by_one else "equal",
         batch_size=reading.batch,
     )
+
+
+def _failure_hint(signature: Signature) -> str:
+    dtypes = {tensor.dtype for tensor in (*signature.inputs, *signature.outputs)}
+    if dtypes & {"float16", "float64"}:
+        return "export it in float32, for which ONNX Runtime has every operator"
+    return "its export may have fixed the sizes of its example: export it with dynamic axes"
 
 
 def _feeds(

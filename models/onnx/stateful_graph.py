@@ -101,29 +101,40 @@ class StatefulGraph:
     def _run(
         self, rows: Floats, lengths: NDArray[np.int32] | None, states: Floats
     ) -> tuple[Floats, Floats]:
-        """Run rows whose failures are isolated; `lengths` is None if all have the same."""
-        most = self.network.batch_size
-        if most is not None and len(rows) != most:
-            return self._run_in_groups(rows, lengths, states, most)
-        try:
-            return self.call(rows, lengths, states)
-        except Exception:  # its exceptions have no common base
-            if len(rows) > 1 and most is None:
-                return self._run_in_groups(rows, lengths, states, 1)
-            failed = np.full((*rows.shape[:2], self._width), np.nan, np.float32)
-            return failed, np.full_like(states, np.nan)
+        """Run rows, in groups if the graph has a fixed batch; `lengths` is None if all are equal.
 
-    def _run_in_groups(
-        self, rows: Floats, lengths: NDArray[np.int32] | None, states: Floats, size: int
-    ) -> tuple[Floats, Floats]:
-        """Run rows in groups of a size; the last group is padded with copies of its last row."""
-        outputs = np.empty((*rows.shape[:2], self._width), np.float32)
-        after = np.empty_like(states)
+        The last group is padded with copies of its last row.
+        """
+        size = self.network.batch_size or len(rows)
+        if size == len(rows):
+            return self._run_isolated(rows, lengths, states)
+        outputs, after = self._empty(rows, states)
         for start in range(0, len(rows), size):
             which = np.minimum(np.arange(start, start + size), len(rows) - 1)
             own = None if lengths is None else lengths[which]
-            outputs[which], after[which] = self._run(rows[which], own, states[which])
+            outputs[which], after[which] = self._run_isolated(rows[which], own, states[which])
         return outputs, after
+
+    def _run_isolated(
+        self, rows: Floats, lengths: NDArray[np.int32] | None, states: Floats
+    ) -> tuple[Floats, Floats]:
+        """Make one call; if it fails, one for each row, so that only the rows at fault fail."""
+        try:
+            return self.call(rows, lengths, states)
+        except Exception:  # its exceptions have no common base
+            outputs, after = self._empty(rows, states)
+            for at in range(len(rows)):
+                which = np.full(self.network.batch_size or 1, at)
+                own = None if lengths is None else lengths[which]
+                try:
+                    alone = self.call(rows[which], own, states[which])
+                    outputs[at], after[at] = alone[0][0], alone[1][0]
+                except Exception:
+                    outputs[at], after[at] = np.nan, np.nan
+            return outputs, after
+
+    def _empty(self, rows: Floats, states: Floats) -> tuple[Floats, Floats]:
+        return np.empty((*rows.shape[:2], self._width), np.float32), np.empty_like(states)
 
     def call(
         self, rows: Floats, lengths: NDArray[np.int32] | None, states: Floats

@@ -18,6 +18,7 @@ import numpy as np
 import ormsgpack
 import pytest
 
+from carry_client import Carry
 from tests.support.onnx_graphs import EXAMPLE_GRAPHS, Example, import_here
 from tests.support.onnx_variants import VARIANTS, Variant
 from tests.support.service import Service, running
@@ -149,3 +150,38 @@ def test_a_row_that_the_graph_fails_on_fails_alone(service: Service) -> None:
         reply = client.post("/v1/models/codes/chunks", json={"chunks": chunks}).json()
         assert [item["status"] for item in reply["results"]] == [200, 500, 200]
         assert reply["results"][1]["error"]["code"] == "output_not_finite"
+
+
+@pytest.mark.parametrize("name", ["double", "counters"])
+def test_the_python_client_restores_every_dtype_exactly(service: Service, name: str) -> None:
+    rows = np.random.default_rng(SEED).standard_normal((5, VARIANTS[name].features))
+    with Carry(service.url) as carry:
+        model = carry.model(name)
+        model.stream("first").send(rows)
+        state = model.stream("first").state()
+        model.stream("second").restore(state)
+        again = model.stream("second").state()
+    for part, values in state.values.items():
+        assert values.tolist() == again.values[part].tolist()
+    if name == "double":
+        (values,) = state.values.values()
+        assert values.dtype == np.float64
+        expected = VARIANTS[name].reference(rows.astype(np.float32).astype(np.float64))[1]["h_in"]
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+def test_triton_requests_continue_a_sequence(service: Service) -> None:
+    example = EXAMPLE_GRAPHS["counting-gru"]
+    rows = np.random.default_rng(SEED).standard_normal((3, 4)).astype(np.float32)
+    outputs = []
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        for at, row in enumerate(rows):
+            tensor = {"name": "inputs", "shape": [1, 4], "datatype": "FP32", "data": row.tolist()}
+            parameters = {"sequence_id": 7, "sequence_start": at == 0, "sequence_end": False}
+            body = {"inputs": [tensor], "parameters": parameters}
+            reply = client.post("/v2/models/counting-gru/infer", json=body).raise_for_status()
+            (output,) = reply.json()["outputs"]
+            assert output["name"] == "OUTPUT"
+            outputs += output["data"]
+    expected, _ = example.whole(rows)
+    np.testing.assert_allclose(outputs, expected.ravel(), **CLOSE)

@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from models.artifact.artifact import load_artifact, write_artifact
+from models.artifact.artifact import Artifact, write_artifact
 from models.errors import ArtifactError, ImportedModelError
 from models.importing.onnx_model import import_onnx_model
 from models.importing.onnx_proof import Prover
+from models.importing.onnx_signature import read_signature
 from models.onnx.library import open_session
 from models.onnx.stateful_graph import StatefulGraph
 from models.spec.onnx_network import OnnxNetwork
 from service.cli import app
 from tests.support.onnx_graphs import EXAMPLE_GRAPHS, EXAMPLES, graphs, import_here
-from tests.support.onnx_variants import F, H, scanned, step_nodes
+from tests.support.onnx_variants import F, H, W, scanned, step_nodes
 
 Write = Callable[[Path], Any]
 F64 = NDArray[np.float64]
@@ -365,11 +366,67 @@ def test_refusals_name_the_reason_and_a_way_on(tmp_path: Path, case: str) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_a_graph_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    message = r"at most 1000 bytes with its weights.*store the weights as float16"
+    with pytest.raises(ImportedModelError, match=message):
+        read_signature(EXAMPLES / "min_gru.onnx", EXAMPLES, 1000)
+    outside("m.data")(tmp_path / "m.onnx")
+    (tmp_path / "m.data").write_bytes(bytes(5000))
+    with pytest.raises(ImportedModelError, match=r"weights of at most 4000 bytes"):
+        read_signature(tmp_path / "m.onnx", tmp_path, 4000)
+
+
 def test_the_isolated_import_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"\x00nothing")
     with pytest.raises(ImportedModelError, match=rf"^{path}: expected an ONNX file"):
         import_onnx_model(path, tmp_path / "out")
+
+
+def runner(path: Path, out: Path, **changes: Any) -> tuple[StatefulGraph, Artifact]:
+    """A graph, imported and run with changes of its signature."""
+    artifact = import_here(path, out).artifact
+    assert artifact.spec.onnx is not None
+    assert artifact.network is not None
+    network = artifact.spec.onnx.model_copy(update=changes)
+    session = open_session(artifact.network, 1, "m")
+    return StatefulGraph(network, artifact.network_state, session), artifact
+
+
+@pytest.mark.parametrize("batching", ["padded", "cut", "equal", "step"])
+def test_every_way_of_batching_gives_what_each_row_gives_alone(
+    tmp_path: Path, batching: str
+) -> None:
+    path = EXAMPLES / "residual_lstm.onnx"
+    graph, artifact = runner(path, tmp_path / "out", batching=batching)
+    random = np.random.default_rng(3)
+    lengths = np.array([3, 7, 1, 7, 4], np.int32)
+    rows = random.standard_normal((5, 7, 4)).astype(np.float32)
+    states = random.standard_normal((5, artifact.state.float_size)).astype(np.float32)
+    outputs, after = graph.step(rows, lengths, states)
+    for at, length in enumerate(lengths.tolist()):
+        alone = graph.call(rows[at : at + 1, :length], None, states[at : at + 1])
+        np.testing.assert_allclose(outputs[at, :length], alone[0][0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(after[at], alone[1][0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_fixed_batch_is_filled_and_isolates_failures(tmp_path: Path) -> None:
+    g = graphs.Builder("pair", 1)
+    rows, last = scanned(g, g.add("Gather", g.constant(np.eye(F, dtype=np.float32)), "x"), "h_in")
+    g.add("Identity", rows, outputs=["y"])
+    g.add("Identity", last, outputs=["h_out"])
+    codes = {"x": (TensorProto.INT64, [2, "time"]), "h_in": [2, H]}
+    g.save(tmp_path / "m.onnx", codes, {"y": [2, "time", H], "h_out": [2, H]})
+    graph, artifact = runner(tmp_path / "m.onnx", tmp_path / "out")
+    assert graph.network.batch_size == 2
+    values = np.array([0, 1, 9, 2, 1], np.float32).reshape(5, 1, 1)
+    states = np.tile(artifact.state.initial().floats, (5, 1))
+    outputs, after = graph.step(values, np.ones(5, np.int32), states)
+    failed = [not np.isfinite(row).all() for row in outputs]
+    assert failed == [False, False, True, False, False]
+    assert [not np.isfinite(row).all() for row in after] == failed
+    np.testing.assert_array_equal(outputs[1], outputs[4])
+    np.testing.assert_allclose(outputs[0, 0], 0.25 * W[0], rtol=1e-6)
 
 
 def mutants() -> Sequence[tuple[str, Any]]:
