@@ -9,7 +9,7 @@ cut and batched.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -182,12 +182,12 @@ class Bodies:
         return tuple(orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY) for rows in self.rows)
 
 
-def flights_bodies(artifact: Artifact, lengths: Sequence[int] = ()) -> Bodies:
-    """Consecutive real departures, in chunks of these lengths or of 1 to 64, as events and rows."""
+def flights_bodies(artifact: Artifact) -> Bodies:
+    """Consecutive real departures, in chunks of 1 to 64, as events and rows."""
     schema = artifact.spec.events
     assert schema is not None
     random = np.random.default_rng(1)
-    cuts = lengths or random.integers(1, LONGEST_STEPS, CUTS, endpoint=True).tolist()
+    cuts = random.integers(1, LONGEST_STEPS, CUTS, endpoint=True).tolist()
     frame = flight_events().filter(pl.col("stream") == STREAM_OF_FLIGHTS).head(sum(cuts))
     rows, _ = encode(schema, columns_from_frame(schema, frame), Clock())
     wire = frame.select(

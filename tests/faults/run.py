@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from typing import Any, Final
 
 import numpy as np
@@ -65,9 +65,7 @@ async def _drive(options: RunOptions, deployment: Deployment, history: History) 
         for number, child in enumerate(random.spawn(options.appenders))
     ]
     injector = FaultInjector(deployment, clients, history, *random.spawn(1))
-    plan = options.plan
-    if plan is None:
-        plan = tuple(make_plan(options.store, options.faults, random, options.longest_s))
+    plan = options.plan or make_plan(options.store, options.faults, random, options.longest_s)
 
     async def inject(fault: Fault) -> None:
         if options.verbose:
@@ -84,19 +82,17 @@ async def _drive(options: RunOptions, deployment: Deployment, history: History) 
                 return
             await asyncio.sleep(0.02)
 
-    def start(coroutines: Iterable[Coroutine[Any, Any, None]]) -> list[asyncio.Task[None]]:
-        return [group.create_task(each) for each in coroutines]
-
-    async def finish(tasks: Iterable[asyncio.Task[None]]) -> None:
-        """Wait for the clients' tasks; one that does not end in time fails the run."""
-        _, pending = await asyncio.wait(tasks, timeout=_FINISH_S)
+    async def finish(*running: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
+        """Wait for clients; one that does not end in time fails the run."""
+        _, pending = await asyncio.wait(map(asyncio.ensure_future, running), timeout=_FINISH_S)
         history.unexpected += [f"a client did not end within {_FINISH_S} s" for _ in pending]
         for task in pending:
             task.cancel()
 
     async with asyncio.TaskGroup() as group:
-        tasks = start(client.run(stop) for client in clients)
-        tasks += start(each.run(stop, options.append_pause_s) for each in appenders)
+        running = [group.create_task(client.run(stop)) for client in clients]
+        pause_s = options.append_pause_s
+        running += [group.create_task(each.run(stop, pause_s)) for each in appenders]
         for place, fault in enumerate(plan):
             await wait_for_events(options.events * place // len(plan))
             await inject(fault)
@@ -106,8 +102,8 @@ async def _drive(options: RunOptions, deployment: Deployment, history: History) 
         await wait_for_events(options.events)
         await deployment.wait_until_up()
         stop.set()
-        await finish(tasks)
-        await finish(start(client.finish() for client in clients))
+        await finish(*running)
+        await finish(*(client.finish() for client in clients))
     history.seen["conflicts"] = deployment.traffic.conflicts
     history.seen["events"] = events()
     history.seen["seconds"] = round(time.monotonic() - history.began_s)

@@ -13,11 +13,8 @@ is answered, the reply goes out. `Traffic.hook` is called when a chunk of a work
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
-
-import hiredis
+from typing import Final
 
 from tests.support.proxy import Connection, Direction, Proxy, Target
 
@@ -33,7 +30,11 @@ CHUNK_REQUEST: Final = re.compile(
 """The beginning of a request with a chunk, or within it its message of gRPC."""
 
 _LIVE_SOCKET: Final = re.compile(rb"^GET /v1/models/[^/ ]+/streams/[^/ ]+/live")
-_MORE: Final = object()
+_LOAD: Final = re.compile(rb"GET\r\n\$\d+\r\n[^\r]+\}:s:")
+_COMMIT: Final = re.compile(rb"EVAL.*CRRY\x01[^\x04]", re.DOTALL)
+"""A script that writes a state, by docs/reference/store.md; a deletion writes a tombstone."""
+_WRITTEN, _REFUSED = b"*1\r\n:1\r\n", b"*2\r\n:0\r\n"
+"""Of one stream in the answer to a commit."""
 
 Watch = Callable[[Connection, Direction, bytes], None]
 """Receives all bytes before they are forwarded."""
@@ -63,21 +64,11 @@ class FaultProxy(Proxy):
             self._watch(connection, direction, data)
 
 
-class _Error(Exception):
-    """An error reply."""
-
-
-class _StoreNotes:
-    """Of one connection to the store: parsers, and the commands that have no answer yet."""
-
-    def __init__(self) -> None:
-        how = {"notEnoughData": _MORE, "replyError": _Error}
-        self.requests, self.replies = hiredis.Reader(**how), hiredis.Reader(**how)
-        self.unanswered: deque[str] = deque()
-
-
 class Traffic:
     """Watches the proxies of all workers and of the store.
+
+    The notes of a worker's connection to the store are its last command, until that is answered;
+    those of a client's live socket are `live`.
 
     Attributes:
         proxies: of the workers' clients; each has a worker as its owner.
@@ -104,22 +95,24 @@ class Traffic:
         return connection.notes == "live" or CHUNK_REQUEST.search(data) is not None
 
     def watch_store(self, connection: Connection, direction: Direction, data: bytes) -> None:
-        """Read commands and replies of workers."""
+        """Notice loads and commits of workers, and their answers."""
         worker = self.owner_of(connection)
         if not worker:
             return
-        if connection.notes is None:
-            connection.notes = _StoreNotes()
-        notes: _StoreNotes = connection.notes
-        reader = notes.requests if direction == "request" else notes.replies
-        reader.feed(data)
-        for value in iter(reader.gets, _MORE):
-            if direction == "request":
-                notes.unanswered.append(_kind_of(value))
-                if notes.unanswered[-1] == "commit":
-                    self.hook(worker, COMMIT_SENT)
-            elif notes.unanswered:
-                self._read_answer(worker, notes.unanswered.popleft(), value)
+        if direction == "request":
+            if _COMMIT.search(data):
+                connection.notes = "commit"
+                self.hook(worker, COMMIT_SENT)
+            elif _LOAD.search(data):
+                connection.notes = "load"
+            return
+        command, connection.notes = connection.notes, None
+        if command == "load" and data[:1] != b"-":
+            self.hook(worker, COMPUTING)
+        elif command == "commit":
+            self.conflicts += data.count(_REFUSED)
+            if _WRITTEN in data:
+                self.hook(worker, REPLY_UNSENT)
 
     def owner_of(self, connection: Connection) -> str:
         """The worker that made a connection to the store, looked up once; empty for others."""
@@ -128,26 +121,5 @@ class Traffic:
         return connection.owner
 
     def has_pending_commit(self, connection: Connection) -> bool:
-        """Whether a commit on this connection has no answer yet."""
-        return connection.notes is not None and "commit" in connection.notes.unanswered
-
-    def _read_answer(self, worker: str, kind: str, value: Any) -> None:
-        if kind == "load" and not isinstance(value, _Error):
-            self.hook(worker, COMPUTING)
-        # a script that failed wrote nothing, and will be sent again
-        if kind == "commit" and isinstance(value, list):
-            self.conflicts += sum(outcome[0] == 0 for outcome in value)
-            if [1] in value:
-                self.hook(worker, REPLY_UNSENT)
-
-
-def _kind_of(command: Any) -> str:
-    """`load` and `commit` of streams; empty for any other command."""
-    name = command[0].upper() if isinstance(command, list) and command else b""
-    if name in (b"MGET", b"GET") and b"}:s:" in command[1]:
-        return "load"
-    if name in (b"EVALSHA", b"EVAL"):
-        # a commit has two common arguments, then two keys and three arguments for each stream
-        keys = int(command[2])
-        return "commit" if keys and 2 * (len(command) - 3 - keys - 2) == 3 * keys else ""
-    return ""
+        """Whether the last command on this connection is a commit without an answer."""
+        return bool(connection.notes == "commit")
