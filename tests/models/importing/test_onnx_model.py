@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import ArtifactError, ImportedModelError
 from models.importing.onnx_model import import_onnx_model
 from models.importing.onnx_proof import Prover
