@@ -25,10 +25,18 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
+from models.spec.resets import EventTimes, ResetPolicy, find_resets, segments_of
+
+NO_POLICY = ResetPolicy()
 
 
 def fit_schema(
-    schema: EventSchema, frame: pl.DataFrame, *, stream: str, order: str | None = None
+    schema: EventSchema,
+    frame: pl.DataFrame,
+    *,
+    stream: str,
+    order: str | None = None,
+    resets: ResetPolicy = NO_POLICY,
 ) -> EventSchema:
     """Fit every number and vocabulary that the schema does not specify.
 
@@ -43,6 +51,7 @@ def fit_schema(
         stream: column with the name of each row's stream.
         order: column that orders a stream's events; ties, and all rows if
             it is None, keep their order.
+        resets: when the model resets states by itself: the first event of a session has no gap.
 
     Raises:
         DataError: a missing column, a value that the schema rejects, or numbers too
@@ -55,11 +64,13 @@ def fit_schema(
     ordered = frame.sort(keys, maintain_order=True)
     columns = columns_from_frame(schema, ordered)
     lengths = ordered[stream].rle().struct.field("len").to_numpy()
-    fields = [_fit(field, columns, lengths) for field in schema.fields]
+    fields = [_fit(field, columns, lengths, resets) for field in schema.fields]
     return schema.model_copy(update={"fields": tuple(fields)})
 
 
-def _fit(field: EventField, columns: EventColumns, lengths: NDArray[Any]) -> EventField:
+def _fit(
+    field: EventField, columns: EventColumns, lengths: NDArray[Any], resets: ResetPolicy
+) -> EventField:
     present = columns.present[field.name]
     values = columns.values[field.name]
     if field.fitted:
@@ -78,7 +89,7 @@ def _fit(field: EventField, columns: EventColumns, lengths: NDArray[Any]) -> Eve
             ranked = sorted(counts, key=lambda name: (-counts[name], name))
             return field.model_copy(update={"vocabulary": tuple(ranked[: field.max_vocabulary])})
         case TimestampField():
-            mean, std = _moments(field.name, _log_gaps(present, values, lengths))
+            mean, std = _moments(field.name, _log_gaps(present, values, lengths, resets))
             return field.model_copy(
                 update={
                     "gap_mean": mean if field.gap_mean is None else field.gap_mean,
@@ -105,12 +116,18 @@ def _moments(name: str, values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _log_gaps(
-    present: NDArray[np.bool_], times_ms: NDArray[np.int64], lengths: NDArray[Any]
+    present: NDArray[np.bool_],
+    times_ms: NDArray[np.int64],
+    lengths: NDArray[Any],
+    resets: ResetPolicy,
 ) -> NDArray[np.float64]:
     gaps = [np.zeros(0, np.int64)]
     start = 0
     for length in lengths.tolist():
-        cut = slice(start, start + length)
-        gaps.append(gaps_ms(times_ms[cut][present[cut]], Clock())[0])
-        start += length
+        stop = start + length
+        times = EventTimes(times_ms[start:stop], present[start:stop])
+        for first, end in segments_of(length, find_resets(resets, length, 0, times=times)):
+            session = times.times_ms[first:end][times.present[first:end]]
+            gaps.append(gaps_ms(session, Clock())[0])
+        start = stop
     return log_gap(np.concatenate(gaps))

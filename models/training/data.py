@@ -229,7 +229,7 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
         raise DataError(expected="events before `validate_from`", got="none")
     # the rows are already in the order of streams and times
     settled = settle_forms(schema_of(spec), streams.frame)
-    schema = fit_schema(settled, training_frame, stream=training.stream)
+    schema = fit_schema(settled, training_frame, stream=training.stream, resets=spec.resets)
     return spec.model_copy(update={"events": schema})
 
 

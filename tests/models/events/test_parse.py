@@ -20,6 +20,7 @@ from models.events.parse import (
     example_event,
     timestamp_ms,
 )
+from models.events.reader import EventReader
 from models.events.schema import EventSchema
 from tests.support.events import FULL_SCHEMA, GOOD, SPARSE_TIMES, events
 
@@ -249,3 +250,16 @@ def test_the_type_has_the_given_name() -> None:
 def test_milliseconds_are_rounded_down() -> None:
     assert timestamp_ms(datetime(1969, 12, 31, 23, 59, 59, 999_001, tzinfo=UTC)) == -1
     assert timestamp_ms(datetime(2150, 6, 1, 0, 0, 0, 999_999, tzinfo=UTC)) == 5_693_328_000_999
+
+
+def test_a_field_called_reset_is_a_field() -> None:
+    schema = EventSchema.model_validate({"fields": [{"kind": "numeric", "name": "reset"}]})
+    for marks_resets in (True, False):
+        event: TypeAdapter[Any] = TypeAdapter(event_type(schema, marks_resets=marks_resets))
+        assert event.validate_python({"reset": 1.5}) == {"reset": 1.5}
+    assert EventReader(schema).marked_event is None
+    other = EventSchema.model_validate({"fields": [{"kind": "numeric", "name": "x"}]})
+    event = TypeAdapter(event_type(other, marks_resets=True))
+    assert event.validate_python({"x": 1.5, "reset": True}) == {"x": 1.5, "reset": True}
+    with pytest.raises(ValidationError):
+        event_adapter(other).validate_python({"x": 1.5, "reset": True})

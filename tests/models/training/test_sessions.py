@@ -64,6 +64,22 @@ def oracle(spec: ModelSpec, weights: Any, streams: Streams) -> np.ndarray:
 
 
 @pytest.mark.parametrize("resets", RESETS, ids=str)
+def test_the_gaps_that_are_fitted_are_those_of_serving(
+    frame: pl.DataFrame, resets: dict[str, Any]
+) -> None:
+    spec, streams = given(frame, resets)
+    gaps_s = np.concatenate(
+        [
+            np.diff(streams.moments_ms[start:stop], prepend=streams.moments_ms[start]) / 1000
+            for start, stop in sessions_of(spec, streams)
+        ]
+    )[streams.moments_ms < 16 * HOUR_MS]
+    field = spec.events.timestamp
+    assert field.gap_mean == pytest.approx(np.log1p(gaps_s).mean())
+    assert field.gap_std == pytest.approx(np.log1p(gaps_s).std())
+
+
+@pytest.mark.parametrize("resets", RESETS, ids=str)
 def test_training_starts_each_session_from_the_initial_state(
     frame: pl.DataFrame, resets: dict[str, Any]
 ) -> None:
