@@ -7,7 +7,6 @@ from its first byte and makes the errors. Responses have the same bytes as the s
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from functools import lru_cache, partial
@@ -19,22 +18,19 @@ from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError
 from service.core.values import Chunk, Reply, StreamKey
-from service.ops.logs import RequestIds, log_request
+from service.ops.logs import RequestIds
 from service.transports.http.connection.fast_path import (
-    CLIENT_DISCONNECTED,
     MAX_HEADERS_BYTES,
     MAX_REQUEST_BYTES,
+    FastRoute,
     IncompleteRequest,
-    PendingReply,
     RejectedRequest,
     parse_common_headers,
 )
-from service.transports.http.connection.rejections import CLOSE, OverloadResponses, response_bytes
+from service.transports.http.connection.rejections import CLOSE, response_bytes
 from service.transports.http.context import ModelWire
-from service.transports.http.error_handling import log_client_disconnect, log_failure
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media, encode_json
-from service.transports.http.problems import status_of
 from service.transports.http.replies.pieces import LONG_VALUES
 from service.transports.kserve.calls import ResolvedCall, Signature, output_shape, read_values
 from service.transports.kserve.http_body import (
@@ -125,17 +121,16 @@ class _Headers(NamedTuple):
     timeout_s: float
 
 
-class FastInferPath:
-    """Parses and answers the requests of one application: a `FastRoute[FastInferRequest]`."""
+class FastInferPath(FastRoute[FastInferRequest]):
+    """Parses and answers the requests of one application."""
 
     def __init__(self, inference: Inference, ids: RequestIds):
+        super().__init__(inference.api, ROUTE, _error_response)
         self._inference = inference
-        self._api = inference.api
         self._ids = ids
         # cached, since clients repeat their shapes and headers
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
         self._max_bytes = min(MAX_REQUEST_BYTES, inference.api.limits.max_body_bytes)
-        self._overload_responses = OverloadResponses(_error_response)
         self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, inference.api.limits))
 
     def parse(self, data: bytes) -> FastInferRequest | RejectedRequest | IncompleteRequest | None:
@@ -236,36 +231,15 @@ class FastInferPath:
             outputs_json = encode_json(reply_document(reply, binary)["outputs"])
         return _Plan(wire, signature, binary, outputs_json)
 
-    def start(self, request: FastInferRequest) -> PendingReply:
-        """Hand the chunk to the pipeline."""
-        return self._api.pipeline.enqueue(request.chunk, request.deadline_s)
-
-    def cancel(self, request: FastInferRequest, reply: PendingReply) -> None:
-        """Drop a request whose client disconnected, unless its chunk is already in a batch."""
-        self._api.pipeline.cancel(request.chunk, reply)
-        with bound_contextvars(request_id=request.request_id.decode()):
-            log_client_disconnect("POST")
-        _log(request, CLIENT_DISCONNECTED)
-
-    def rejection(self, request: RejectedRequest) -> bytes:
-        """The whole response to a rejected request."""
-        self._api.recorder.record_error(request.wire.served.name, request.error.code)
-        _log(request, status_of(request.error))
-        return self._overload_responses.response(request.error, Media.JSON, request.request_id)
-
     def response(
         self, request: FastInferRequest, result: Reply | CarryError, *, closes: bool
     ) -> bytes:
         """The whole response; with `closes`, the connection is closed after it."""
         header_lines = CLOSE if closes else b""
         if isinstance(result, CarryError):
-            self._api.recorder.record_error(request.plan.wire.served.name, result.code)
-            with bound_contextvars(request_id=request.request_id.decode()):
-                log_failure(result)
-            _log(request, status_of(result))
-            return _error_response(result, Media.JSON, request.request_id, header_lines)
+            return self.failure(request, request.plan.wire, result, Media.JSON, header_lines)
         body, json_bytes = self._encode(request, result)
-        _log(request, 200)
+        self.log(request, 200)
         head = _RESPONSE_HEAD % (json_bytes, len(body), request.request_id, header_lines)
         return head + body
 
@@ -294,11 +268,6 @@ def _error_response(
 ) -> bytes:
     with bound_contextvars(request_id=request_id.decode()):
         return response_bytes(error_answer(error), request_id, header_lines)
-
-
-def _log(request: FastInferRequest | RejectedRequest, status: int) -> None:
-    ms = round((time.monotonic() - request.received_s) * 1000, 2)
-    log_request(logging.INFO, request.request_id.decode(), "POST", ROUTE, status, ms)
 
 
 def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:

@@ -15,8 +15,10 @@ import asyncio
 import logging
 import re
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from structlog.contextvars import bound_contextvars
 
@@ -76,8 +78,6 @@ _TIMEOUT = TIMEOUT_HEADER.encode()
 PendingReply = asyncio.Future[list[Reply | CarryError]]
 """Resolves to one reply or error."""
 
-R = TypeVar("R")
-
 
 class IncompleteRequest(NamedTuple):
     """A request whose body is still arriving; `total_bytes` is its length when complete."""
@@ -96,24 +96,85 @@ class RejectedRequest(NamedTuple):
     total_bytes: int
 
 
-class FastRoute(Protocol[R]):
-    """Recognises, starts and answers the requests of one route."""
+class ParsedRequest(Protocol):
+    """What every fast route knows of a request; attributes as those of `FastRequest`."""
 
+    @property
+    def chunk(self) -> Chunk:
+        """The chunk."""
+
+    @property
+    def request_id(self) -> bytes:
+        """Its id."""
+
+    @property
+    def received_s(self) -> float:
+        """When it was complete."""
+
+    @property
+    def deadline_s(self) -> float:
+        """Until when its client waits."""
+
+
+R = TypeVar("R", bound=ParsedRequest)
+
+
+class FastRoute(ABC, Generic[R]):
+    """Recognises, starts and answers the requests of one route.
+
+    Args:
+        route: as it is logged.
+        serialize: makes the whole response to an error, as for `OverloadResponses`.
+    """
+
+    def __init__(self, api: ApiContext, route: str, serialize: Callable[..., bytes]):
+        self._api = api
+        self._route = route
+        self._serialize = serialize
+        self._overload_responses = OverloadResponses(serialize)
+
+    @abstractmethod
     def parse(self, data: bytes) -> R | RejectedRequest | IncompleteRequest | None:
         """The request at the beginning of these bytes; None leaves it to the next route, and at
         last to the slow path. A request has `total_bytes`."""
 
+    @abstractmethod
+    def response(self, request: R, result: Reply | CarryError, *, closes: bool) -> bytes:
+        """The whole response; with `closes`, the connection is closed after it."""
+
     def start(self, request: R) -> PendingReply:
         """Hand the chunk to the pipeline, at once after `parse`, which checked its admission."""
+        return self._api.pipeline.enqueue(request.chunk, request.deadline_s)
 
     def cancel(self, request: R, reply: PendingReply) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
+        self._api.pipeline.cancel(request.chunk, reply)
+        with bound_contextvars(request_id=request.request_id.decode()):
+            log_client_disconnect("POST")
+        self.log(request, CLIENT_DISCONNECTED)
 
     def rejection(self, request: RejectedRequest) -> bytes:
         """The whole response to a rejected request."""
+        error = request.error
+        self._api.recorder.record_error(request.wire.served.name, error.code)
+        self.log(request, STATUS[Overloaded])
+        return self._overload_responses.response(error, request.reply_media, request.request_id)
 
-    def response(self, request: R, result: Reply | CarryError, *, closes: bool) -> bytes:
-        """The whole response; with `closes`, the connection is closed after it."""
+    def failure(
+        self, request: R, wire: ModelWire, error: CarryError, media: Media, header_lines: bytes
+    ) -> bytes:
+        """The whole response to a request that failed."""
+        self._api.recorder.record_error(wire.served.name, error.code)
+        with bound_contextvars(request_id=request.request_id.decode()):
+            log_failure(error)
+        self.log(request, status_of(error))
+        return self._serialize(error, media, request.request_id, header_lines)
+
+    def log(self, request: R | RejectedRequest, status: int) -> None:
+        """Log that a request was answered."""
+        # `round` to digits takes four times as long
+        ms = round((time.monotonic() - request.received_s) * 100_000) / 100
+        log_request(logging.INFO, request.request_id.decode(), "POST", self._route, status, ms)
 
 
 class FastRequest(NamedTuple):
@@ -150,14 +211,13 @@ class _Headers(NamedTuple):
     timeout_s: float
 
 
-class FastPath:
-    """Parses and answers the chunk requests of one application: a `FastRoute[FastRequest]`."""
+class FastPath(FastRoute[FastRequest]):
+    """Parses and answers the chunk requests of one application."""
 
     def __init__(self, api: ApiContext, ids: RequestIds):
-        self._api = api
+        super().__init__(api, ROUTE, error_response)
         self._ids = ids
         self._max_bytes = min(MAX_REQUEST_BYTES, api.limits.max_body_bytes)
-        self._overload_responses = OverloadResponses(error_response)
         # cached, since clients repeat their headers
         self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, api.limits))
 
@@ -202,58 +262,21 @@ class FastPath:
             wire, chunk, reply_media, request_id, received_s, deadline_s, total_bytes
         )
 
-    def start(self, request: FastRequest) -> PendingReply:
-        """Hand the chunk to the pipeline."""
-        return self._api.pipeline.enqueue(request.chunk, request.deadline_s)
-
-    def cancel(self, request: FastRequest, reply: PendingReply) -> None:
-        """Drop a request whose client disconnected, unless its chunk is already in a batch."""
-        self._api.pipeline.cancel(request.chunk, reply)
-        with bound_contextvars(request_id=request.request_id.decode()):
-            log_client_disconnect("POST")
-        _log(request, CLIENT_DISCONNECTED)
-
-    def rejection(self, request: RejectedRequest) -> bytes:
-        """The whole response to a rejected request."""
-        self._api.recorder.record_error(request.wire.served.name, request.error.code)
-        response = self._overload_responses.response(
-            request.error, request.reply_media, request.request_id
-        )
-        _log(request, STATUS[Overloaded])
-        return response
-
     def response(self, request: FastRequest, result: Reply | CarryError, *, closes: bool) -> bytes:
-        """The whole response.
-
-        Args:
-            closes: whether the connection is closed after it.
-        """
+        """The whole response; with `closes`, the connection is closed after it."""
         header_lines = CLOSE if closes else b""
-        status = 200
         if isinstance(result, CarryError):
-            status = status_of(result)
-            self._api.recorder.record_error(request.wire.served.name, result.code)
-            with bound_contextvars(request_id=request.request_id.decode()):
-                log_failure(result)
-            response = error_response(result, request.reply_media, request.request_id, header_lines)
-        else:
-            body = request.wire.writer.reply_bytes(result, request.reply_media)
-            head = _RESPONSE_HEADS[request.reply_media] % (
-                result.head.etag.encode(),
-                server_timing(result.timing),
-                len(body),
-                request.request_id,
-                header_lines,
-            )
-            response = head + body
-        _log(request, status)
-        return response
-
-
-def _log(request: FastRequest | RejectedRequest, status: int) -> None:
-    # `round` to digits takes four times as long
-    ms = round((time.monotonic() - request.received_s) * 100_000) / 100
-    log_request(logging.INFO, request.request_id.decode(), "POST", ROUTE, status, ms)
+            return self.failure(request, request.wire, result, request.reply_media, header_lines)
+        body = request.wire.writer.reply_bytes(result, request.reply_media)
+        head = _RESPONSE_HEADS[request.reply_media] % (
+            result.head.etag.encode(),
+            server_timing(result.timing),
+            len(body),
+            request.request_id,
+            header_lines,
+        )
+        self.log(request, 200)
+        return head + body
 
 
 def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
