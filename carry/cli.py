@@ -15,6 +15,8 @@ from service.cli import main as run  # noqa: E402
 def main() -> None:
     """Run a command; its processes ignore modules of the working directory."""
     os.environ["PYTHONSAFEPATH"] = "1"
+    # TensorFlow logs its start to stderr from C++; errors are still logged
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     run()
 
 
