@@ -42,7 +42,10 @@ MANY_LOADS: dict[str, dict[str, Any]] = {
     "json-64": {"media": "json", "items": 64},
     "msgpack-1": {"media": "msgpack"},
 }
-OPEN_PERCENTS = (50, 80)
+BESIDE_LONG = "open-50-long"
+OPEN_LOADS = {"open-50": 50, "open-80": 80, BESIDE_LONG: 50}
+"""Shares of the peak, in percent."""
+
 LONG_STEPS = 10_000
 CACHES = {"uncached": {"CARRY_STATE_CACHE_BYTES": "0"}, "cached": {}}
 """The two servers on each store; each has half of its streams, named by its own prefix."""
@@ -177,27 +180,19 @@ def measure_latency(bench: Bench, kind: str) -> None:
     for seed in range(1, bench.options.rounds + 1):
         bench.measure_closed(Row(f"latency/unloaded/{kind}", server, kind, 1))
         peak = bench.measure_closed(Row(f"latency/peak/{kind}", server, kind)).chunks_per_s
-        loads = {
-            share: partial(
-                bench.run, run_open, kind, server.port, peak * share / 100, seconds, seed
-            )
-            for share in OPEN_PERCENTS
-        }
-        for percent, load in loads.items():
-            bench.measure(f"latency/open-{percent}/{kind}", server, load)
-        long = long_driver.submit(run_closed, "long", server.port, 1, seconds)
-        bench.measure(f"latency/open-50-long/{kind}", server, loads[50])
+        for name, percent in OPEN_LOADS.items():
+            load = (run_open, kind, server.port, peak * percent / 100, seconds, seed)
+            if name == BESIDE_LONG:
+                long = long_driver.submit(run_closed, "long", server.port, 1, seconds)
+            bench.measure(f"latency/{name}/{kind}", server, partial(bench.run, *load))
         bench.say(f"  {long.result().chunks} chunks of {LONG_STEPS} events beside it")
+    p99_ms = {name: results.values(f"latency/{name}/{kind}", "p99_ms") for name in OPEN_LOADS}
     unloaded = results.values(f"latency/unloaded/{kind}", "p50_ms")
-    p99 = {
-        load: results.values(f"latency/open-{load}/{kind}", "p99_ms")
-        for load in ("50", "80", "50-long")
-    }
-    for percent in OPEN_PERCENTS:
+    for percent in (50, 80):
         name = f"latency/{kind} p99 at {percent} % over unloaded p50"
-        results.ratio(name, p99[str(percent)], unloaded)
+        results.ratio(name, p99_ms[f"open-{percent}"], unloaded)
     name = f"latency/{kind} p99 beside long chunks over without"
-    results.ratio(name, p99["50-long"], p99["50"])
+    results.ratio(name, p99_ms[BESIDE_LONG], p99_ms["open-50"])
 
 
 def measure_streams(bench: Bench, kind: str) -> None:

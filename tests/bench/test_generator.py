@@ -105,14 +105,6 @@ def test_rejected_chunk_is_followed_by_another_at_its_position() -> None:
         run_closed(answer, traffic(1), 1)
 
 
-def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
-    moments = draw_arrivals(1000, 20, 7)
-    gaps = np.diff(moments)
-    assert 0 <= moments[0] < moments[-1] < 20
-    assert len(moments) == pytest.approx(20_000, rel=0.05)
-    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)
-
-
 def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
     stalled, never = threading.Event(), threading.Event()
 

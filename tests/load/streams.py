@@ -14,7 +14,7 @@ same chunks on a second stream.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from carry_client import (
     model_path,
     stream_path,
 )
+from carry_client.replies import read_reply
 from tests.load.feeds import FIRST_TAG, Chunk, Feed, longest_request, next_tag
 
 NEW_STREAM_SHARE = 0.5
@@ -117,36 +118,31 @@ class LoadStream:
         else:
             self._accept(chunk, reply, is_retry=retry.failures > 0)
 
-    def _accept(self, chunk: Chunk, reply: Mapping[str, Any], *, is_retry: bool) -> None:
+    def _accept(self, chunk: Chunk, document: Any, *, is_retry: bool) -> None:
         """Record a correct reply, which may be the stored one after a retry."""
         try:
-            position, epoch = int(reply["position"]), str(reply["epoch"])
-            start = position - chunk.steps if self.appends else self.position
-            tag = b"" if self.appends else next_tag(self.tag, start, self.feed, chunk)
-            replayed, created = reply["replayed"], bool(reply.get("created"))
-            names = (reply["model"], reply["stream"])
-            may_be_created = created == (start == 0) or (start == 0 and replayed)
-            for code, is_right, received in (
-                ("wrong_stream", names == (self.model.name, self.name), names),
-                ("wrong_position", position == start + chunk.steps and start >= 0, position),
-                ("wrong_epoch", self.epoch in ("", epoch), epoch),
-                ("wrong_replay", is_retry or not replayed, replayed),
-                ("wrong_beginning", may_be_created, created),
-                ("wrong_tag", not tag or reply["tag"] == tag.hex(), reply["tag"]),
-            ):
-                if not is_right:
-                    raise self._wrong(code, f"chunk of {chunk.steps} at {start}: got {received}")
-            raw = dict(reply["outputs"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._wrong("unreadable", f"{type(error).__name__}: {error}") from error
-        try:
-            outputs = self.model.pack(raw, chunk.steps)
-            if not np.isfinite(outputs).all():
-                raise ValueError("expected finite numbers")
-        except ValueError as error:
-            raise self._wrong("wrong_outputs", f"at position {start}: {error}") from error
+            reply = read_reply(self.model, document, 0)
+            outputs = self.model.pack(reply.outputs, chunk.steps)
+        except (Problem, ValueError) as error:
+            raise self._wrong("unreadable", str(error)) from error
+        position, epoch, tag = reply.head
+        start = position - chunk.steps if self.appends else self.position
+        own_tag = b"" if self.appends else next_tag(self.tag, start, self.feed, chunk)
+        names = document.get("model"), reply.stream
+        may_be_created = reply.is_created == (start == 0) or (start == 0 and reply.is_replayed)
+        for code, is_right, received in (
+            ("wrong_stream", names == (self.model.name, self.name), names),
+            ("wrong_position", position == start + chunk.steps and start >= 0, position),
+            ("wrong_epoch", self.epoch in ("", epoch), epoch),
+            ("wrong_replay", is_retry or not reply.is_replayed, reply.is_replayed),
+            ("wrong_beginning", may_be_created, reply.is_created),
+            ("wrong_tag", not own_tag or tag == own_tag.hex(), tag),
+            ("wrong_outputs", np.isfinite(outputs).all(), outputs),
+        ):
+            if not is_right:
+                raise self._wrong(code, f"chunk of {chunk.steps} at {start}: got {received}")
         self.epoch = epoch
-        self._append(chunk, start, tag, outputs)
+        self._append(chunk, start, own_tag, outputs)
 
     def _append(self, chunk: Chunk, start: int, tag: bytes, outputs: Any) -> None:
         self.applied.append(Applied(chunk, start, outputs))

@@ -116,6 +116,7 @@ class Service:
         stream.rows += rows
         stream.reply = {
             "model": "probe",
+            "version": MODEL.version,
             "stream": path.split("/")[-2],
             "epoch": "ab" * 8,
             "position": start + len(rows),
@@ -158,7 +159,7 @@ def put(**members: Any) -> Callable[[Service, str, Json], Json]:
 WRONG_ANSWERS: dict[str, tuple[Callable[[Service, str, Json], Json], str]] = {
     "a wrong output": (nudge, "wrong_outputs"),
     "another stream's outputs": (swap, "wrong_outputs"),
-    "one output too few": (put(outputs={"out": [[0.0, 0.0]] * 3}), "wrong_outputs"),
+    "one output too few": (put(outputs={"out": [[0.0, 0.0]] * 3}), "unreadable"),
     "an infinite output": (put(outputs={"out": [[float("inf"), 0.0]] * 4}), "wrong_outputs"),
     "another position": (put(position=7), "wrong_position"),
     "another stream's name": (put(stream="other"), "wrong_stream"),
