@@ -7,16 +7,21 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from tests.support.pipelines import make_artifact, oracle_outputs, rows_of
 from tests.support.sender import LONG_S, Sender, send_all
 from tests.support.servers import real_server, until
 from tests.support.service import Service, running
+
+SESSIONS = "/v1/models/probe/streams/sessions"
+PREDICT = "/v1/models/probe/predict"
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +57,14 @@ async def test_kills_and_a_graceful_shutdown_lose_nothing(
     await send_all(own_service.url, senders, 30)
 
     valkey = own_service.valkey_pid()
+    rows = rows_of(np.random.default_rng(7), 6)
+    before, token = _send_session(own_service.url, rows[:4])
     own_service.kill()
     own_service.start()
     assert own_service.valkey_pid() == valkey, "left behind, and adopted"
+    again, _ = _send_session(own_service.url, rows[:4])
+    assert again == {**before, "replayed": True}
+    _continue_session(own_service.url, probe, rows, token)
     await send_all(own_service.url, senders, 50)
 
     # Requests wait while the store comes back.
@@ -86,6 +96,30 @@ async def test_kills_and_a_graceful_shutdown_lose_nothing(
     for sender in senders:
         expected = oracle_outputs(probe, sender.rows)
         np.testing.assert_allclose(sender.outputs, expected, rtol=1e-5, atol=1e-5)
+
+
+def _send_session(url: str, rows: NDArray[np.float32]) -> tuple[Any, str]:
+    """The reply to a chunk with a reset, and the token of the same rows as a sequence."""
+    with httpx.Client(base_url=url, timeout=60) as client:
+        body = {"position": 0, "inputs": rows.tolist(), "resets": [2]}
+        reply = client.post(f"{SESSIONS}/chunks", json=body).raise_for_status().json()
+        body = {"sequences": [{"inputs": rows.tolist()}]}
+        predicted = client.post(f"{PREDICT}?return_state_token=true", json=body).raise_for_status()
+        return reply, predicted.json()["predictions"][0]["state_token"]
+
+
+def _continue_session(url: str, probe: Artifact, rows: NDArray[np.float32], token: str) -> None:
+    """Send the rest of both, which equals the oracle from the reset, and on the whole sequence."""
+    rest = {"inputs": rows[4:].tolist()}
+    sequence = {**rest, "state_token": token}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        reply = client.post(f"{SESSIONS}/chunks", json={**rest, "position": 4}).raise_for_status()
+        predicted = client.post(PREDICT, json={"sequences": [sequence]}).raise_for_status()
+    for found, first in ((reply.json(), 2), (predicted.json()["predictions"][0], 0)):
+        expected = probe.outputs.by_name(oracle_outputs(probe, rows[first:]).astype(np.float32))
+        np.testing.assert_allclose(
+            found["outputs"]["out"], expected["out"][4 - first :], rtol=1e-5, atol=1e-5
+        )
 
 
 async def _kill(pid: int) -> None:
