@@ -23,9 +23,18 @@ from carry_client.replies import (
     StreamState,
 )
 from carry_client.retry import Retry
-from carry_client.streams import Progress
 from carry_client.sync import Carry, Model, Stream
-from carry_client.types import AsyncSource, Columns, Encoding, Event, Events, Head, Json, Source
+from carry_client.types import (
+    AsyncSource,
+    Columns,
+    Encoding,
+    Event,
+    Events,
+    Head,
+    Json,
+    Progress,
+    Source,
+)
 from carry_client.wire import encode_body, model_path, read_response, stream_path
 
 __all__ = [

@@ -18,8 +18,8 @@ from carry_client.heads import Save, open_save
 from carry_client.models import ModelCore, list_models
 from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
 from carry_client.steps import sort_frame
-from carry_client.streams import AsyncReplayFrom, Progress, StreamCore
-from carry_client.types import AsyncSource, Encoding, Events, Head, Json
+from carry_client.streams import AsyncReplayFrom, StreamCore
+from carry_client.types import AsyncSource, Encoding, Events, Head, Json, Progress
 from carry_client.wire import Addresses, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Final
 
@@ -43,36 +42,13 @@ from carry_client.replies import (
     read_state,
 )
 from carry_client.steps import body_member, cut, is_sliceable, length, to_steps
-from carry_client.types import AsyncSource, Events, Head, Json, Source
+from carry_client.types import AsyncSource, Events, Head, Json, Progress, Source
 from carry_client.wire import stream_path
 
 REMEMBERED_HEADS: Final = 4096
 ReplayFrom = Callable[[int], Source]
 AsyncReplayFrom = Callable[[int], AsyncSource]
 """Given a position, the stream's events from there on."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far `send_all` is.
-
-    Attributes:
-        position: of the stream.
-        total: the position at the end of the source; None if its length is unknown.
-        chunks: applied chunks.
-        retries: failed attempts.
-        rollbacks: how often the service had lost events, which were sent again.
-        skipped: events whose outputs are lost, because their reply was lost and no longer stored.
-        elapsed_s: since the first chunk.
-    """
-
-    position: int
-    total: int | None
-    chunks: int = 0
-    retries: int = 0
-    rollbacks: int = 0
-    skipped: int = 0
-    elapsed_s: float = 0.0
 
 
 class StreamCore:
@@ -215,7 +191,7 @@ class StreamCore:
             StreamRolledBack, StreamDiverged, Problem
         """
         body = {"position": chunk.start, **self.member(chunk)}
-        self.is_uncertain = True
+        was_uncertain, self.is_uncertain = self.is_uncertain, True
         while True:
             attempts = Attempts(self.session)
             head = self.head or Head()
@@ -230,7 +206,7 @@ class StreamCore:
                 )
             except OTHER_HEAD as problem:
                 actual = problem.head
-                self._check_rollback(problem, head)
+                self._check_rollback(problem, head, was_uncertain)
             except AlreadyApplied as problem:
                 self.accept(chunk, problem.head)
                 raise
@@ -274,14 +250,16 @@ class StreamCore:
 
     # Rollbacks
 
-    def _check_rollback(self, problem: Problem, head: Head) -> None:
+    def _check_rollback(self, problem: Problem, head: Head, was_uncertain: bool) -> None:
         """Raise unless the service is at an earlier head of this client's history."""
         actual = problem.head
         if actual == head:
             raise problem
         is_before_memory = actual.epoch == head.epoch and actual.position < self._heads[0].position
         if actual.epoch and actual not in self._heads and not is_before_memory:
-            raise StreamDiverged("was changed by others", self.name, head, actual) from problem
+            own = ", or by a send of this client that failed" if was_uncertain else ""
+            detail = f"was changed by others{own}; refresh() accepts that"
+            raise StreamDiverged(detail, self.name, head, actual) from problem
 
     def _resend(self, head: Head, actual: Head, stop: int) -> Call[None]:
         """Send the events from a rolled-back head up to a position again.

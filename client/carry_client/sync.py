@@ -18,9 +18,9 @@ from carry_client.heads import Save, open_save
 from carry_client.models import ModelCore, list_models
 from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
 from carry_client.steps import sort_frame
-from carry_client.streams import Progress, ReplayFrom, StreamCore
+from carry_client.streams import ReplayFrom, StreamCore
 from carry_client.sync_driver import Driver
-from carry_client.types import Encoding, Events, Head, Json, Source
+from carry_client.types import Encoding, Events, Head, Json, Progress, Source
 from carry_client.wire import Addresses, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -72,3 +73,26 @@ class Head(NamedTuple):
     def etag(self) -> str:
         """The value that `If-Match` takes."""
         return f'"{self.epoch}-{self.tag}"'
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far `send_all` is.
+
+    Attributes:
+        position: of the stream.
+        total: the position at the end of the source; None if its length is unknown.
+        chunks: applied chunks.
+        retries: failed attempts.
+        rollbacks: how often the service had lost events, which were sent again.
+        skipped: events whose outputs are lost, because their reply was lost and no longer stored.
+        elapsed_s: since the first chunk.
+    """
+
+    position: int
+    total: int | None
+    chunks: int = 0
+    retries: int = 0
+    rollbacks: int = 0
+    skipped: int = 0
+    elapsed_s: float = 0.0

@@ -106,6 +106,18 @@ def test_a_source_that_begins_after_the_stream_is_rejected(
         assert late(sent) == pytest.approx(right[20:], abs=1e-6)
 
 
+def test_other_events_after_a_send_of_unknown_outcome_name_that_send(
+    small: Stream, standin: Standin, events: Events
+) -> None:
+    small.send(events[:2])
+    standin.fault = failing("outcome_unknown_for_good")
+    with pytest.raises(errors.OutcomeUnknown):
+        small.send(events[2:4])
+    with pytest.raises(StreamDiverged, match=r"or by a send of this client that failed; refresh"):
+        small.send(events[2:3])
+    assert small.refresh().position == 4
+
+
 @pytest.mark.parametrize("how", ["source", "buffer", "replay_from"])
 def test_rolled_back_events_are_sent_again(
     background: str,
