@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.service.transports.http.harness import harness, rows
 from tests.service.transports.kserve.conftest import add_v2
 from tests.service.transports.kserve.v2 import (
     V2,
+    V2Reply,
     binary_body,
     error_of,
     json_body,
@@ -90,6 +92,40 @@ async def test_end_leaves_a_stream_that_others_continued(
         reply = await V2(api).infer(ROWS, sequence_id=5, sequence_end=True)
         assert "deleted" not in reply.parameters
         assert api.position("5") == 8
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
+async def test_ends_that_race_with_chunks_lose_and_double_nothing(
+    pipeline_server: RealServer, models: dict[str, Artifact], binary: bool
+) -> None:
+    """Each epoch has its chunks once, in some order, and a deletion is its last event."""
+    probe, sent = models["probe"], rows(40)
+    async with harness(pipeline_server, models, extend=add_deleting) as api:
+        v2 = V2(api)
+
+        async def send(client: int) -> list[tuple[int, V2Reply]]:
+            replies = []
+            for at in range(client, len(sent), 2):
+                ends = {"sequence_end": True} if at % 3 == 0 else {}
+                reply = await v2.infer(sent[at : at + 1], binary=binary, sequence_id=5, **ends)
+                replies.append((at, reply))
+            return replies
+
+        replies = sum(await asyncio.gather(send(0), send(1)), [])
+    epochs: dict[str, dict[int, tuple[int, V2Reply]]] = {}
+    for at, reply in replies:
+        applied = epochs.setdefault(str(reply.parameters["epoch"]), {})
+        assert reply.parameters["position"] not in applied
+        applied[int(reply.parameters["position"])] = at, reply
+    assert len(epochs) > 1
+    for applied in epochs.values():
+        assert sorted(applied) == list(range(1, len(applied) + 1))
+        order = [applied[position] for position in sorted(applied)]
+        assert not any("deleted" in reply.parameters for _, reply in order[:-1])
+        expected = oracle_outputs(probe, sent[[at for at, _ in order]])
+        for name, values in probe.outputs.by_name(expected).items():
+            outputs = np.concatenate([reply.outputs[name] for _, reply in order])
+            np.testing.assert_allclose(outputs, values, rtol=1e-4, atol=1e-5)
 
 
 async def test_end_closes_a_stream_of_blocks_and_computes_what_is_pending(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+import tritonclient.grpc.aio as triton_async
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -187,6 +188,22 @@ def test_long_request_has_the_outputs_of_short_ones(
     for whole, parts in zip(outputs[0], zip(*replies, strict=True), strict=True):
         values = np.frombuffer(b"".join(parts), np.float32)
         np.testing.assert_allclose(np.frombuffer(whole, np.float32), values, rtol=1e-4, atol=1e-5)
+
+
+async def test_asynchronous_client_infers_and_streams(service: Service, sequence: str) -> None:
+    async with triton_async.InferenceServerClient(service.grpc_address()) as client:
+        first = await client.infer(LSTM, [tensor(INPUT[:2])], sequence_id=sequence)
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            for value in INPUT[2:]:
+                inputs = [tensor([value])]
+                yield {"model_name": LSTM, "inputs": inputs, "sequence_id": sequence}
+
+        outputs = [first.as_numpy("output").ravel()]
+        async for result, error in client.stream_infer(requests()):
+            assert error is None
+            outputs.append(result.as_numpy("output").ravel())
+    np.testing.assert_allclose(np.concatenate(outputs), LSTM_OUTPUTS, atol=PRINTED)
 
 
 def test_message_that_cannot_be_parsed_is_rejected(channel: grpc.Channel, stub: Any) -> None:
