@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ async def test_ends_that_race_with_chunks_lose_and_double_nothing(
                 replies.append((at, reply))
             return replies
 
-        replies = sum(await asyncio.gather(send(0), send(1)), [])
+        replies = chain.from_iterable(await asyncio.gather(send(0), send(1)))
     epochs: dict[str, dict[int, tuple[int, V2Reply]]] = {}
     for at, reply in replies:
         applied = epochs.setdefault(str(reply.parameters["epoch"]), {})
