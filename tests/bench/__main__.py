@@ -22,7 +22,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tests.bench.answers import WrongOutputsError
-from tests.bench.processes import CannotStartError
 from tests.bench.results import MISSED, Results, check_targets, show
 from tests.bench.run import Bench, Options
 from tests.bench.sections import BESIDE, SECTIONS
@@ -32,10 +31,7 @@ from tests.support import machine
 BUSY_S, BUSY_CORES = 1.0, 0.2
 """How long others are watched before the run, and how many cores' worth is worth a note."""
 
-FAILURES = (
-    *(CannotStartError, WrongOutputsError, WrongReplyError),
-    *(BrokenProcessPool, OSError, AssertionError),
-)
+FAILURES = (WrongOutputsError, WrongReplyError, BrokenProcessPool, OSError, AssertionError)
 """What ends a section and not the run."""
 
 

@@ -140,6 +140,14 @@ class Connection:
         self._pieces.clear()
 
 
+def try_connect(port: int, timeout_s: float = GRACE_S) -> Connection | None:
+    """A connection, if anything listens."""
+    try:
+        return Connection(port, timeout_s)
+    except OSError:
+        return None
+
+
 class Run:
     """The connections of one load, and what is measured on them."""
 

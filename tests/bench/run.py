@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -18,17 +17,17 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import HTTPError
 
 from models.artifact.artifact import Artifact
 from tests.bench.answers import TOLERANCE, check_answers
-from tests.bench.generator import HOST, Connection, Load, make_streams, run_closed
-from tests.bench.processes import await_start, helper_process, running_process
+from tests.bench.generator import Connection, Load, make_streams, run_closed, try_connect
+from tests.bench.processes import helper_process, running_process
 from tests.bench.results import Results, Sample
 from tests.bench.traffic import Traffic, TrafficSpec
 from tests.bench.workloads import STEPS, Bodies, make_traffic, standard_model
 from tests.support.machine import REPOSITORY, Cores, pin_child, read_usage
-from tests.support.servers import RealServer, free_port, real_server
+from tests.support.servers import RealServer, free_port, real_server, until
+from tests.support.service import running
 
 CONNECTIONS = 32
 WARM_S = 0.5
@@ -79,25 +78,6 @@ class Row(NamedTuple):
     server: Server
     key: str
     connections: int = CONNECTIONS
-
-
-def carry_command(models: Path, port: int, *options: str) -> list[str]:
-    """`carry serve` on one model, or a folder of them."""
-    return [
-        *(sys.executable, "-m", "service.cli", "serve", "--port", str(port)),
-        *("--models", str(models), *options),
-    ]
-
-
-def _is_ready(port: int) -> bool:
-    """Whether a server answers: Carry with readiness, the others with anything."""
-    try:
-        urllib.request.urlopen(f"http://{HOST}:{port}/health/ready", timeout=5).close()
-    except HTTPError as error:
-        return error.code < 500
-    except OSError:
-        return False
-    return True
 
 
 @dataclass
@@ -190,23 +170,36 @@ class Bench:
             checkout: whose code it runs, on this one's packages.
 
         Raises:
-            CannotStartError
+            AssertionError: it did not start; with its log.
         """
         self.say(f"starting {name or kind}")
         artifact, store, port = artifact or self.artifact, store or self.store, free_port()
+        folder = self.folder / f"{kind}-{port}"
+        folder.mkdir()
         if kind.startswith("carry-"):
-            command = carry_command(models or artifact.path, port, "--redis-url", store.url)
-            command += ["--workers", str(workers)] if workers > 1 else []
-            variables = {"CARRY_RUNTIME": kind.removeprefix("carry-"), **(environment or {})}
+            service = running(
+                folder,
+                models or artifact.path,
+                *(("--workers", str(workers)) if workers > 1 else ()),
+                *("--port", str(port)),
+                redis_url=store.url,
+                checkout=checkout,
+                prepare=pin_child(self.cores.servers),
+                CARRY_RUNTIME=kind.removeprefix("carry-"),
+                **(environment or {}),
+            )
+            process = self.start(service).process
         else:
             module = f"tests.bench.baselines.{'echo' if kind == 'fastapi' else kind}:app"
             command = [*(sys.executable, "-m", "uvicorn", "--port", str(port), module)]
             command += ["--log-level", "warning", "--no-server-header", "--no-date-header"]
             variables = {"BENCH_ARTIFACT": str(artifact.path), "BENCH_SOCKET": store.socket}
             variables |= {"BENCH_REPLY_BYTES": str(reply_bytes)}
-        log = self.folder / f"{kind}-{port}.log"
-        process = self.start(running_process(command, self.cores.servers, log, variables, checkout))
-        await_start(process, lambda: _is_ready(port), log)
+            log = folder / "log"
+            process = self.start(running_process(command, self.cores.servers, log, variables))
+            connected = until(lambda: process.poll() is not None or try_connect(port), kind)
+            assert isinstance(connected, Connection), log.read_text()
+            connected.close()
         server = Server(name or kind, port, process.pid, artifact, store)
         self._await_rest(server)
         return server

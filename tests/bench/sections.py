@@ -6,6 +6,7 @@ Most are rows in turns (`Bench.measure_rounds`) and ratios of them. `SECTIONS` n
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -23,14 +24,15 @@ from service.store.codec import encode_state
 from service.store.settings import StoreSettings
 from tests.bench import workloads
 from tests.bench.answers import TRAINED_TOLERANCE, check_answers
-from tests.bench.generator import Connection, make_streams, run_closed, run_open
-from tests.bench.processes import await_start, helper_process, running_process
+from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
+from tests.bench.processes import helper_process
 from tests.bench.results import MIB
-from tests.bench.run import CONNECTIONS, Bench, Row, Server, carry_command
+from tests.bench.run import CONNECTIONS, Bench, Row, Server
 from tests.bench.traffic import Media, Traffic, read_positions, write_request
 from tests.bench.workloads import FEW, KINDS, PLAIN, STEPS, Bodies, make_traffic
-from tests.support.machine import Cores, read_usage
-from tests.support.servers import free_port
+from tests.support.machine import Cores, pin_child, read_usage
+from tests.support.servers import free_port, until
+from tests.support.service import Service
 from tests.support.streams import Streams
 
 BASELINES = ("fastapi", "competent")
@@ -255,27 +257,23 @@ def _start_cold(bench: Bench, kind: str, name: str) -> tuple[float, float]:
     spec = make_traffic(bench.artifact, bench.bodies, name, 1, sampled=1)
     traffic, port = Traffic(spec), free_port()
     request, ticket = traffic.request()
-    log, data = bench.folder / f"{name}-{port}.log", bench.folder / f"data-{port}"
-    command = carry_command(bench.artifact.path, port, "--data-dir", str(data))
-    runtime = {"CARRY_RUNTIME": kind.removeprefix("carry-")}
+    pinned = pin_child(bench.cores.servers)
+    service = Service(bench.folder, bench.artifact.path, "--port", str(port), prepare=pinned)
+    shutil.rmtree(service.data_dir, ignore_errors=True)
     started_s = time.perf_counter()
-    with running_process(command, bench.cores.servers, log, runtime) as process:
+    service.launch(CARRY_RUNTIME=kind.removeprefix("carry-"))
+    try:
         # The port is bound before anything slow begins: the answer comes when it can.
-        with closing(await_start(process, lambda: _connect(port), log)) as connection:
+        with closing(until(lambda: try_connect(port, FIRST_REPLY_WITHIN_S))) as connection:
             reply = connection.ask(request)
         seconds = time.perf_counter() - started_s
-        mib = read_usage(process.pid).rss_bytes / MIB
+        mib = read_usage(service.process.pid).rss_bytes / MIB
+    finally:
+        service.stop()
     traffic.accept(ticket, reply)
     check_answers(bench.artifact, spec, bench.bodies.rows, traffic.sampled)
     bench.say(f"  cold start of {kind}: {seconds:.2f} s, {mib:.0f} MiB")
     return seconds, mib
-
-
-def _connect(port: int) -> Connection | None:
-    try:
-        return Connection(port, FIRST_REPLY_WITHIN_S)
-    except OSError:
-        return None
 
 
 def measure_workers(bench: Bench, kind: str) -> None:

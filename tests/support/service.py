@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,17 @@ POLL_S = 0.025
 class Service:
     """One `carry serve` process and its log."""
 
-    def __init__(self, folder: Path, models: Path, *options: str, redis_url: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        models: Path,
+        *options: str,
+        redis_url: str | None = None,
+        checkout: Path | None = None,
+        prepare: Callable[[], None] | None = None,
+    ):
         self.folder = folder
+        self._process_options = {"cwd": checkout, "preexec_fn": prepare}
         self.data_dir = folder / "data"
         self._command = [
             *(COMMAND, "serve", "--port", "0"),
@@ -62,6 +71,7 @@ class Service:
                 stderr=output,
                 env={**inherited, **environment},
                 start_new_session=True,
+                **self._process_options,
             )
 
     def log(self) -> str:
@@ -153,10 +163,22 @@ def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
 
 @contextmanager
 def running(
-    folder: Path, models: Path, *options: str, redis_url: str | None = None, **environment: str
+    folder: Path,
+    models: Path,
+    *options: str,
+    redis_url: str | None = None,
+    checkout: Path | None = None,
+    prepare: Callable[[], None] | None = None,
+    **environment: str,
 ) -> Iterator[Service]:
-    """Run a service; stop it afterwards, together with an orphaned embedded server."""
-    service = Service(folder, models, *options, redis_url=redis_url)
+    """Run a service; stop it afterwards, together with an orphaned embedded server.
+
+    Args:
+        checkout: whose code it runs, by default this one's.
+        prepare: runs in its process first.
+    """
+    process = {"redis_url": redis_url, "checkout": checkout, "prepare": prepare}
+    service = Service(folder, models, *options, **process)
     try:
         service.start(**environment)
         yield service
