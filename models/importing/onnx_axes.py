@@ -18,6 +18,7 @@ from models.errors import ImportedModelError
 from models.importing.onnx_signature import Signature, Tensor
 from models.spec.onnx_network import (
     Axes,
+    ControlInput,
     GraphInput,
     GraphOutput,
     OnnxNetwork,
@@ -54,6 +55,7 @@ def find_network(
     features: Sequence[Tensor],
     steps: StepsInput | None,
     *,
+    controls: Sequence[ControlInput] = (),
     axes: Axes | None = None,
     outputs: Sequence[str] = (),
 ) -> OnnxNetwork:
@@ -62,6 +64,7 @@ def find_network(
     Args:
         pairs: state output by state input.
         features: the inputs of features.
+        controls: inputs about the sequence.
         axes: their order, if the user gives it.
         outputs: outputs that replies contain; by default all that are no states.
 
@@ -78,7 +81,7 @@ def find_network(
     for each in possible:
         try:
             reading = _read(each, signature, pairs, features)
-            fitting.append(_probe(reading, signature, pairs, features, steps, outputs))
+            fitting.append(_probe(reading, signature, pairs, features, steps, controls, outputs))
         except _UnfitError as error:
             reasons.append(f"{each}: {error}")
     if not fitting:
@@ -176,6 +179,7 @@ def _probe(
     pairs: dict[str, str],
     features: Sequence[Tensor],
     steps: StepsInput | None,
+    controls: Sequence[ControlInput],
     wanted: Sequence[str],
 ) -> OnnxNetwork:
     """Run the graph at two sizes, and read the outputs' axes off their shapes."""
@@ -185,6 +189,9 @@ def _probe(
     sizes = [(reading.batch or batch, reading.steps or count) for batch, count in SIZES]
     for batch, count in sizes:
         feeds = dict(_feeds(reading, states, features, steps, batch, count))
+        feeds.update(
+            {each.name: np.zeros((batch, 1)[: each.rank], each.dtype) for each in controls}
+        )
         try:
             values = signature.session.run(names, feeds)
         except Exception as error:  # its exceptions have no common base
@@ -230,6 +237,7 @@ def _probe(
             for state, axis in zip(states, reading.batch_axes, strict=True)
         ),
         steps=steps,
+        controls=tuple(controls),
         batching="step" if one_by_one else "equal",
         batch_size=reading.batch,
     )

@@ -20,11 +20,11 @@ from models.importing.onnx_options import OnnxConversion, OnnxOptions
 from models.importing.onnx_proof import Prover
 from models.importing.onnx_signature import Signature, Tensor, read_signature
 from models.importing.state_pairs import find_pairs, require_one_input
-from models.importing.triton_config import TritonConfig
+from models.importing.triton_config import TritonConfig, TritonControl
 from models.onnx.library import onnxruntime
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec
-from models.spec.onnx_network import StepsInput
+from models.spec.onnx_network import ControlInput, StepsInput
 from models.spec.state import Dtype, StatePart, StateSpec
 
 MAX_LONG_VALUES = 65_535
@@ -49,17 +49,24 @@ def convert_onnx(
             way on.
         MemoryError: the process reached its memory limit.
     """
-    options, initial = _with_triton(options)
+    options, initial, declared = _with_triton(options)
     signature = read_signature(path, folder)
     steps = _steps_input(signature, options)
-    others = [*options.inputs, *([steps.name] if steps else [])]
+    controls = [_control(signature, each) for each in declared]
+    others = [*options.inputs, *([steps.name] if steps else []), *(each.name for each in controls)]
     _check_names(signature, options)
     pairs = find_pairs(signature, options.states, others)
     features = _features(signature, options, pairs, others)
     wanted = [each for each in options.outputs if each not in pairs.values()] or options.outputs
     try:
         network = find_network(
-            signature, pairs, features, steps, axes=options.axes, outputs=tuple(wanted)
+            signature,
+            pairs,
+            features,
+            steps,
+            controls=controls,
+            axes=options.axes,
+            outputs=tuple(wanted),
         )
         spec = ModelSpec(name=name, features=network.features, onnx=network, layers=(), heads=())
     except ValidationError as error:
@@ -81,10 +88,16 @@ def convert_onnx(
     return conversion, signature.graph, dict(layout.initial_values)
 
 
-def _with_triton(options: OnnxOptions) -> tuple[OnnxOptions, dict[str, NDArray[Any]]]:
-    """The options with what Triton's configuration says; the command line takes precedence."""
+def _with_triton(
+    options: OnnxOptions,
+) -> tuple[OnnxOptions, dict[str, NDArray[Any]], tuple[TritonControl, ...]]:
+    """The options with what Triton's configuration says; the command line takes precedence.
+
+    Returns:
+        The options, the initial values and the control inputs.
+    """
     if options.triton is None:
-        return options, {}
+        return options, {}, ()
     folder = None if options.triton_folder is None else Path(options.triton_folder)
     config = TritonConfig(options.triton, folder)
     merged = options.model_copy(
@@ -94,7 +107,20 @@ def _with_triton(options: OnnxOptions) -> tuple[OnnxOptions, dict[str, NDArray[A
             "outputs": options.outputs or config.outputs,
         }
     )
-    return merged, dict(config.initial_values())
+    return merged, dict(config.initial_values()), config.controls
+
+
+def _control(signature: Signature, declared: TritonControl) -> ControlInput:
+    tensor = next((each for each in signature.inputs if each.name == declared.name), None)
+    if tensor is None or not tensor.is_usable or len(tensor.shape) not in (1, 2):
+        found = "none" if tensor is None else str(tensor)
+        raise ImportedModelError(
+            f"config.pbtxt: control_input {declared.name!r}: expected an input [B] or [B, 1] of "
+            f"the graph, got {found}{signature}"
+        )
+    return ControlInput.model_validate(
+        {**declared._asdict(), "dtype": tensor.dtype, "rank": len(tensor.shape)}
+    )
 
 
 def _check_names(signature: Signature, options: OnnxOptions) -> None:

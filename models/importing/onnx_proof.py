@@ -144,8 +144,9 @@ class Prover:
         """A different state for each row, which random rows have led to."""
         initial = self._layout.pack(self._layout.initial())
         states = np.tile(initial, (ROWS, 1))
-        _, states = self._run(self._network, self._random_rows(ROWS, WARM_STEPS), states)
-        return states
+        result = self._run(self._network, self._random_rows(ROWS, WARM_STEPS), states)
+        self._check_finite(result)
+        return result[1]
 
     def _check_finite(self, result: Result) -> None:
         outputs, states = result

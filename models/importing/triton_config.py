@@ -15,7 +15,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +35,24 @@ _DTYPES = {
     **{f"TYPE_INT{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"TYPE_UINT{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
+_CONTROLS = {f"CONTROL_SEQUENCE_{kind.upper()}": kind for kind in ("start", "ready", "end")}
 _TOKEN = re.compile(
     r"""\s+|\#[^\n]*|(?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
     r"""|(?P<word>[A-Za-z_][\w.]*)|(?P<number>-?[\d.][\w.+-]*)|(?P<mark>[{}<>\[\]:,;-])"""
 )
+
+
+class TritonControl(NamedTuple):
+    """A control input.
+
+    Attributes:
+        kind: `start`, `ready` or `end`.
+        values: of false and of true.
+    """
+
+    name: str
+    kind: str
+    values: tuple[float, float]
 
 
 class TritonConfig:
@@ -49,7 +63,8 @@ class TritonConfig:
         folder: the model's folder, where `initial_state/` is.
 
     Raises:
-        ImportedModelError: it is no such file, or declares control inputs.
+        ImportedModelError: it is no such file, has no state pairs, or a control input that Carry
+            cannot give.
     """
 
     def __init__(self, text: str, folder: Path | None = None):
@@ -68,13 +83,7 @@ class TritonConfig:
                 "config.pbtxt: expected `sequence_batching { state [...] }` with the state pairs, "
                 "found none; name them with `--state IN=OUT`"
             )
-        controls = [str(_last(each, "name")) for each in self._sequence.get("control_input", [])]
-        if controls:
-            raise ImportedModelError(
-                f"config.pbtxt: the model has the control inputs {controls}, by which Triton tells "
-                "it where a sequence begins; Carry begins a stream from its initial state instead. "
-                "Export the model without them, and remove `control_input`"
-            )
+        self.controls = tuple(map(_control, self._sequence.get("control_input", [])))
         self.inputs = tuple(str(_last(each, "name")) for each in config.get("input", []))
         self.outputs = tuple(str(_last(each, "name")) for each in config.get("output", []))
         self.pairs = {
@@ -112,6 +121,28 @@ class TritonConfig:
                 f"got {len(data)} bytes"
             )
         return values.reshape(dims)
+
+
+def _control(declared: Message) -> TritonControl:
+    """One control input: its name, kind, and the values of false and true."""
+    name, control = str(_last(declared, "name")), _last(declared, "control", {})
+    kind = str(_last(control, "kind"))
+    if kind not in _CONTROLS:
+        raise ImportedModelError(
+            f"config.pbtxt: control_input {name!r}: expected one of {sorted(_CONTROLS)}, got "
+            f"{kind}; Carry's streams have names instead of correlation ids, so export the model "
+            "without it"
+        )
+    values = next((control[key] for key in control if key.endswith("_false_true")), ["0", "1"])
+    numbers = [{"false": 0.0, "true": 1.0}.get(str(each), each) for each in values]
+    try:
+        no, yes = (float(each) for each in numbers)
+    except (TypeError, ValueError) as error:
+        raise ImportedModelError(
+            f"config.pbtxt: control_input {name!r}: expected the values of false and true, got "
+            f"{values}"
+        ) from error
+    return TritonControl(name, _CONTROLS[kind], (no, yes))
 
 
 def _tokens(text: str) -> Iterator[str]:

@@ -28,7 +28,8 @@ class StatefulGraph:
 
     Args:
         network: the graph's signature.
-        layout: the layout of its state, of one part for each state pair.
+        layout: the layout of its state, of one part for each state pair; `STARTED` is the last
+            part of a graph with an input `start`.
         session: a session of the graph, from `models.onnx.library`.
     """
 
@@ -39,7 +40,7 @@ class StatefulGraph:
         names = [output.name for output in network.outputs]
         self._names = list(dict.fromkeys([*names, *(pair.output for pair in network.states)]))
         self._width = sum(prod(output.shape) for output in network.outputs)
-        pairs = zip(network.states, layout.parts, strict=True)
+        pairs = zip(network.states, layout.parts, strict=False)
         parts = [_Part(pair, part, self._columns(part)) for pair, part in pairs]
         self._parts = sorted(parts, key=lambda part: part.columns.start)
         ends = [0, *accumulate(each.columns for each in network.inputs)]
@@ -161,6 +162,8 @@ class StatefulGraph:
     ) -> dict[str, NDArray[Any]]:
         """Outputs and state outputs by name."""
         feeds = {**self._feed_rows(rows, lengths), **self._feed_states(states)}
+        if self.network.controls:
+            feeds.update(self._feed_controls(states))
         return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
 
     def _output(self, output: GraphOutput, value: NDArray[Any]) -> NDArray[Any]:
@@ -198,8 +201,21 @@ class StatefulGraph:
     def _feed_states(self, states: Floats) -> dict[str, NDArray[Any]]:
         return {part.pair.input: part.unpack(states) for part in self._parts}
 
+    def _feed_controls(self, states: Floats) -> dict[str, NDArray[Any]]:
+        feeds: dict[str, NDArray[Any]] = {}
+        for control in self.network.controls:
+            is_true = np.full(len(states), control.kind == "ready")
+            if control.kind == "start":  # the last column is STARTED, an int64
+                is_true = np.ascontiguousarray(states[:, -2:]).view(np.int64)[:, 0] == 0
+            no, yes = control.values
+            value = np.where(is_true, yes, no).astype(control.dtype)
+            feeds[control.name] = value if control.rank == 1 else value[:, np.newaxis]
+        return feeds
+
     def _pack(self, values: dict[str, NDArray[Any]]) -> Floats:
         parts = [part.pack(values[part.pair.output]) for part in self._parts]
+        if self.network.has_start:
+            parts.append(np.ones((len(parts[0]), 1), np.int64).view(np.float32))
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 

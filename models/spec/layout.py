@@ -56,6 +56,7 @@ from models.spec.layers import (
     returned_state,
 )
 from models.spec.model import ModelSpec
+from models.spec.onnx_network import STARTED
 from models.spec.state import StatePart, StateSpec
 
 CLOCK_LAST_MS = "clock.last_ms"
@@ -146,9 +147,10 @@ def network_state(spec: ModelSpec) -> StateSpec:
     """The parts that the network reads and writes: of stateful layers, heads and the decoder, or
     the state pairs of an imported graph."""
     if spec.onnx is not None:
-        return StateSpec(
-            tuple(StatePart(pair.input, pair.shape, pair.dtype) for pair in spec.onnx.states)
-        )
+        parts = [StatePart(pair.input, pair.shape, pair.dtype) for pair in spec.onnx.states]
+        if spec.onnx.has_start:
+            parts.append(StatePart(STARTED, (), "bool"))
+        return StateSpec(tuple(parts))
     widths = layer_widths(spec)
     parts = [
         StatePart(f"{layer.name}.{part}", shape, "float32")

@@ -19,6 +19,9 @@ GraphDtype = Literal[Dtype, "uint64"]
 Axes = Literal["batch_major", "time_major", "step"]
 Batching = Literal["padded", "cut", "equal", "step"]
 
+STARTED = "sequence.started"
+"""Part of the state of a graph that has to know the first call of a stream: true after it."""
+
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
 
@@ -96,6 +99,23 @@ class StepsInput(Frozen):
     dtype: GraphDtype
 
 
+class ControlInput(Frozen):
+    """An input by which Triton tells a model about the sequence; [B], or [B, 1].
+
+    Attributes:
+        kind: `start`, true in the first call of a stream and after a reset; `ready`, always true;
+            `end`, always false, since a stream has no end.
+        rank: number of its axes.
+        values: of false and of true.
+    """
+
+    name: Name
+    kind: Literal["start", "ready", "end"]
+    dtype: GraphDtype
+    rank: Annotated[int, Field(ge=1, le=2)]
+    values: tuple[float, float] = (0, 1)
+
+
 class OnnxNetwork(Frozen):
     """The signature of the graph, and how batches are run on it.
 
@@ -106,6 +126,7 @@ class OnnxNetwork(Frozen):
         outputs: which the replies contain.
         states: the state pairs, in the order of the parts of a state.
         steps: the input by which it ignores padding; None if there is none.
+        controls: inputs about the sequence.
         batching: how rows of different lengths share a batch: `padded` (one call, in which the
             graph ignores the padding), `cut` (one call for each distinct length, which continues
             every longer row), `equal` (one call for the rows of each length) or `step` (one call
@@ -119,6 +140,7 @@ class OnnxNetwork(Frozen):
     outputs: Annotated[tuple[GraphOutput, ...], Field(min_length=1, max_length=256)]
     states: Annotated[tuple[StatePair, ...], Field(min_length=1, max_length=1024)]
     steps: StepsInput | None = None
+    controls: tuple[ControlInput, ...] = ()
     batching: Batching
     batch_size: Annotated[int, Field(ge=1, le=64)] | None = None
     chunking: Literal["invisible", "per_chunk"] = "invisible"
@@ -126,6 +148,7 @@ class OnnxNetwork(Frozen):
     @model_validator(mode="after")
     def _check_consistency(self) -> OnnxNetwork:
         names = [each.name for each in self.inputs] + [pair.input for pair in self.states]
+        names += [control.name for control in self.controls]
         if self.steps is not None:
             names.append(self.steps.name)
         for kind, found in (
@@ -149,6 +172,11 @@ class OnnxNetwork(Frozen):
         if self.batching != "step" and not all(output.has_time for output in self.outputs):
             raise ValueError("batching: expected 'step' for outputs without an axis of time")
         return self
+
+    @property
+    def has_start(self) -> bool:
+        """Whether a call depends on its being the first of a stream; `STARTED` is then a part."""
+        return any(control.kind == "start" for control in self.controls)
 
     @property
     def features(self) -> int:

@@ -35,6 +35,7 @@ class Variant:
         reference: outputs [T, O] and last states of rows [T, F], from the initial state.
         options: options of the import.
         integers: whether its rows are codes 0 to 3.
+        config: text of Triton's configuration.
     """
 
     write: Callable[[Path], None]
@@ -42,6 +43,15 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     features: int = F
     integers: bool = False
+    config: str | None = None
+
+    def arguments(self, path: Path) -> dict[str, Any]:
+        """Write the file, and its configuration of Triton; returns the options of the import."""
+        self.write(path)
+        if self.config is None:
+            return dict(self.options)
+        path.with_suffix(".pbtxt").write_text(self.config)
+        return {**self.options, "triton": path.with_suffix(".pbtxt")}
 
 
 def leaky(rows: Rows, start: float | Rows = 0.0) -> Rows:
@@ -223,6 +233,40 @@ def write_learned(path: Path) -> None:
     )
 
 
+def write_started(path: Path) -> None:
+    """As for Triton: the model sets its own first state when `START` says so."""
+    g = graphs.Builder("started", 1)
+    begins = g.add("Greater", "START", g.constant(np.float32(2)))
+    h = g.add("Where", begins, g.constant(START), "h_in")
+    h = step_nodes(g, "x", h)
+    ready = g.add("Cast", "READY", to=TensorProto.FLOAT)
+    _rename(g, h_out=g.add("Mul", h, g.add("Unsqueeze", ready, g.constant([1]))), y=h)
+    state = ["batch", H]
+    g.save(
+        path,
+        {"x": ["batch", F], "h_in": state, "START": ["batch", 1]}
+        | {"READY": (TensorProto.BOOL, ["batch"])},
+        {"y": ["batch", H], "h_out": state},
+    )
+
+
+STARTED_CONFIG = """\
+sequence_batching {
+  control_input [
+    { name: "START" control [ { kind: CONTROL_SEQUENCE_START fp32_false_true: [ 1, 3 ] } ] },
+    { name: "READY" control [ { kind: CONTROL_SEQUENCE_READY bool_false_true: [ false, true ] } ] }
+  ]
+  state [ { input_name: "h_in" output_name: "h_out" data_type: TYPE_FP32 dims: [ 5 ] } ]
+}
+"""
+
+
+def started(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
+    """What `write_started` computes."""
+    states = leaky(rows, START)
+    return states, {"h_in": states[-1], "sequence.started": np.array(True)}
+
+
 def _plain(start: float | Rows = 0.0) -> Reference:
     def reference(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
         states = leaky(rows, start)
@@ -239,5 +283,6 @@ VARIANTS = {
     "fixed-batch": Variant(write_fixed_batch, _plain(0.5), {"initial": ("h_in=0.5",)}),
     "last-step": Variant(write_last_step, _plain()),
     "codes": Variant(write_codes, codes, features=1, integers=True),
+    "started": Variant(write_started, started, config=STARTED_CONFIG),
     "learned": Variant(write_learned, _plain(START)),
 }

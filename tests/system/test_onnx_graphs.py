@@ -83,8 +83,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service of all graphs."""
     folder = tmp_path_factory.mktemp("onnx")
     for name, variant in VARIANTS.items():
-        variant.write(folder / f"{name}.onnx")
-        import_here(folder / f"{name}.onnx", folder / "models" / name, name, **variant.options)
+        path = folder / f"{name}.onnx"
+        import_here(path, folder / "models" / name, name, **variant.arguments(path))
     for name, example in EXAMPLE_GRAPHS.items():
         import_here(example.path, folder / "models" / name, name, **example.options)
     with running(folder, folder / "models") as up:
@@ -131,9 +131,10 @@ def test_a_restored_state_continues_bit_by_bit(service: Service) -> None:
             assert states[0] == states[1]
 
 
-def test_a_reset_returns_to_the_initial_values(service: Service) -> None:
+@pytest.mark.parametrize("name", ["learned", "started"])
+def test_a_reset_returns_to_the_initial_values(service: Service, name: str) -> None:
     with httpx.Client(base_url=service.url, timeout=60) as client:
-        url = "/v1/models/learned/streams/sessions/chunks"
+        url = f"/v1/models/{name}/streams/sessions/chunks"
         rows = [[0.1, 0.2, 0.3]]
         first = client.post(url, json={"inputs": rows}).json()["outputs"]
         client.post(url, json={"inputs": rows}).raise_for_status()

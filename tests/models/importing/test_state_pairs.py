@@ -107,8 +107,14 @@ def test_every_form_of_the_text_format_is_read(text: str) -> None:
         ("a { b } c", r"expected a value, got '\}'"),
         ("a " + "{ a " * 5000, r"nested too deeply"),
         (
-            f"sequence_batching {{ state {{ {STATE} }} control_input [ {{ name: 'START' }} ] }}",
-            r"control inputs \['START'\].*Export the model without them",
+            f"sequence_batching {{ state {{ {STATE} }} control_input {{ name: 'ID' "
+            "control { kind: CONTROL_SEQUENCE_CORRID } } }",
+            r"control_input 'ID': expected one of .*SEQUENCE_START.*export the model without it",
+        ),
+        (
+            f"sequence_batching {{ state {{ {STATE} }} control_input {{ name: 'S' "
+            "control { kind: CONTROL_SEQUENCE_START int32_false_true: 1 } } }",
+            r"control_input 'S': expected the values of false and true, got \['1'\]",
         ),
     ],
 )
