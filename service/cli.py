@@ -8,6 +8,7 @@ usage errors exit with 2.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -355,6 +356,10 @@ def version_command() -> None:
 
 def main() -> None:
     """The console script."""
+    # TensorFlow logs its import to stderr from C++; errors are still logged. Without oneDNN sums
+    # are in the same order on every processor, as in the service.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     app(prog_name="carry")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,8 @@ from models.importing.result import (
     Conversion,
 )
 
+METADATA_NAME = "keras_metadata.pb"
+"""The configuration of a Keras 2 model in a SavedModel folder."""
 MAGIC_BYTES = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\r\n\x1a\n"}
 """File extensions, by which Keras chooses a reader, and the first bytes of such a file."""
 WORKER_ARGUMENTS = (
@@ -52,6 +55,7 @@ _ENVIRONMENT = {
     "KERAS_BACKEND": "tensorflow",
     "MALLOC_ARENA_MAX": "2",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
 }
@@ -86,7 +90,7 @@ def convert_isolated(path: Path, name: str, limits: Limits) -> tuple[Conversion,
             its extension; a limit was reached; the process died.
     """
     with tempfile.TemporaryDirectory(prefix="carry-import-") as folder:
-        copy = Path(folder) / f"model{_suffix(path)}"
+        copy = Path(folder) / ("model" if path.is_dir() else f"model{_suffix(path)}")
         _run_in(path, copy, {"name": name}, limits)
         return _results(path, Conversion, copy.parent, (WEIGHTS_NAME,), limits)
 
@@ -120,7 +124,10 @@ def _run_in(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> Non
     Raises:
         ImportedModelError: the process reported an error, or ended without a result.
     """
-    _copy(path, copy, limits)
+    if path.is_dir():
+        _copy_folder(path, copy, limits)
+    else:
+        _copy(path, copy, limits)
     _run(path, copy, task, limits)
     error = copy.parent / ERROR_NAME
     if error.exists():
@@ -149,6 +156,38 @@ def _suffix(path: Path) -> str:
     raise ImportedModelError(
         f"{path}: expected a .keras or .h5 file, by whose name Keras knows how to read it"
     )
+
+
+def _copy_folder(path: Path, copy: Path, limits: Limits) -> None:
+    """Copy the configuration and the variables of a SavedModel folder.
+
+    Raises:
+        ImportedModelError: it has no configuration of a Keras model, or is too large.
+    """
+    variables = sorted(
+        file.relative_to(path)
+        for file in path.glob("variables/*")
+        if re.fullmatch(r"variables\.(index|data-\d{5}-of-\d{5})", file.name)
+    )
+    if not (path / METADATA_NAME).exists() or not variables:
+        raise ImportedModelError(
+            f"{path}: expected a .keras or .h5 file, or a SavedModel folder with {METADATA_NAME}, "
+            "as Keras 2 writes it; a folder of model.export() holds a program without the model's "
+            "layers: save the model with model.save('model.keras'), or export it to ONNX"
+        )
+    size_bytes = 0
+    try:
+        for name in (Path(METADATA_NAME), *variables):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            with open_regular(path / name, path) as source, (copy / name).open("xb") as target:
+                size_bytes += os.fstat(source.fileno()).st_size
+                if size_bytes > limits.file_bytes:
+                    raise ImportedModelError(
+                        f"{path}: expected at most {limits.file_bytes} bytes, got {size_bytes}"
+                    )
+                shutil.copyfileobj(source, target)
+    except OSError as error:
+        raise ImportedModelError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _copy(path: Path, copy: Path, limits: Limits) -> None:

@@ -53,10 +53,10 @@ def import_keras_model(
     reset_every: int | None = None,
     limits: Limits | None = None,
 ) -> ImportReport:
-    """Package the model of a `.keras` or `.h5` file.
+    """Package the model of a `.keras` or `.h5` file, or of a SavedModel folder of Keras 2.
 
     Args:
-        path: the file.
+        path: the file or folder.
         out: the directory to make.
         name: the packaged model's name, a lower-case slug; the file's by default.
         overwrite: whether an artifact that is already there is replaced.

@@ -12,6 +12,8 @@ and without compiling.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,8 @@ _LAYERS = tuple(
     )
 )
 """Packages of layers that only compute; except Lambda, which is in `core`."""
+_INNER = ("layer", "backward_layer", "cell", "cells")
+"""Members of a layer's configuration that are layers."""
 _PARTS = (
     keras.constraints,
     keras.dtype_policies,
@@ -64,18 +68,35 @@ _PARTS = (
 
 
 def read_keras_model(path: Path, where: str) -> Any:
-    """Load a `.keras` or `.h5` file.
+    """Load a `.keras` or `.h5` file, or a SavedModel folder of Keras 2.
 
     Args:
-        path: the file; no other process may write to it.
+        path: the file or folder; no other process may write to it.
         where: the file's name, for errors.
 
     Raises:
         ImportedModelError: it is not a Keras model, it contains code, or Keras cannot load it.
         MemoryError: the process reached its memory limit.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return _read(path, Path(folder) / "model.h5", where)
+
+
+def _read(path: Path, rewritten: Path, where: str) -> Any:
+    """Check and load a model; files of Keras 2 are rewritten for Keras 3."""
     try:
+        if path.is_dir():
+            from models.importing.saved_model import saved_model_to_hdf5
+
+            saved_model_to_hdf5(path, rewritten)
+            path = rewritten
         config = _read_config(path)
+        if _modernise(config):
+            if path != rewritten:
+                shutil.copyfile(path, rewritten)
+                path = rewritten
+            with h5py.File(path, "r+") as file:
+                file.attrs["model_config"] = json.dumps(config)
         if config.get("class_name") not in _MODELS:
             raise ImportedModelError(
                 f"expected a Sequential or functional model, got {config.get('class_name')!r}, a "
@@ -123,6 +144,34 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError("a configuration that is no object")
     return config
+
+
+def _modernise(config: Any) -> bool:
+    """Write what Keras 2 wrote otherwise as Keras 3 reads it.
+
+    Options that Keras 3 does not know are removed if they have no effect, and layers inside others
+    get the module by which Keras 3 finds them.
+
+    Returns:
+        Whether anything was changed.
+    """
+    changed = False
+    if isinstance(config, dict):
+        own = config.get("config")
+        if isinstance(own, dict) and own.get("time_major") is False:
+            del own["time_major"]
+            changed = True
+        for name in _INNER:
+            inner = config.get(name)
+            for layer in inner if isinstance(inner, list) else [inner]:
+                if isinstance(layer, dict) and "class_name" in layer and "module" not in layer:
+                    layer |= {"module": "keras.layers", "registered_name": None}
+                    changed = True
+    children = config.values() if isinstance(config, dict) else config
+    if isinstance(config, dict | list):
+        for child in children:
+            changed = _modernise(child) or changed
+    return changed
 
 
 def _foreign(config: Any, name: str = "") -> Iterator[str]:
