@@ -32,9 +32,28 @@ from service.transports.kserve.values import (
 
 INPUTS: Final = "inputs"
 EVENTS: Final = "events"
+
+ATTENTION: Final = "attention."
+"""Before the name of a layer that attends over the chunk: the output of its weights."""
+
+STATE: Final = "state."
+"""Before the name of a part of the state: the output of its values after the chunk."""
 RESET: Final = "reset"
 
 _EVENT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class SelectedOutput(NamedTuple):
+    """An output to return.
+
+    Attributes:
+        output: None for a part of the state.
+        columns: of the packed rows of outputs.
+    """
+
+    name: str
+    output: Output | None = None
+    columns: slice = slice(0)
 
 
 class Signature(NamedTuple):
@@ -46,7 +65,7 @@ class Signature(NamedTuple):
         batch: length of the leading axis of the outputs; None if there is none.
     """
 
-    outputs: Sequence[Output]
+    outputs: Sequence[SelectedOutput]
     steps: int
     batch: int | None
 
@@ -112,12 +131,22 @@ def output_shape(output: Output) -> tuple[int, ...]:
     return output.shape or ((1,) if output.per == "chunk" else ())
 
 
-def _selected_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[Output]:
-    """The outputs with these names, in this order; all of them without names."""
-    outputs = served.outputs.outputs
+def _selected_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[SelectedOutput]:
+    """The outputs with these names, in this order; without names all outputs of the model."""
+    layout = served.outputs
+    known = {
+        output.name: SelectedOutput(output.name, output, layout.slices[output.name])
+        for output in layout.outputs
+    }
     if not names:
-        return outputs
-    known = {output.name: output for output in outputs}
+        return list(known.values())
+    first = layout.size - len(layout.attention)
+    for at, layer in enumerate(layout.attention, start=first):
+        name = f"{ATTENTION}{layer}"
+        known.setdefault(name, SelectedOutput(name, Output(name, ()), slice(at, at + 1)))
+    for part in served.state.parts:
+        name = f"{STATE}{part.name}"
+        known.setdefault(name, SelectedOutput(name))
     for at, name in enumerate(names):
         if name not in known or name in names[:at]:
             expected = f"each once of {', '.join(known)}"

@@ -204,8 +204,13 @@ def reply_document(reply: InferReply, binary: BinaryOutputs) -> dict[str, Any]:
     if reply.parameters:
         document["parameters"] = reply.parameters
     outputs: list[dict[str, Any]] = []
-    for name, values in reply.outputs:
-        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(values.shape)}
+    for tensor in reply.outputs:
+        name, values = tensor
+        output: dict[str, Any] = {
+            "name": name,
+            "datatype": tensor.datatype,
+            "shape": list(values.shape),
+        }
         if binary.has(name):
             output["parameters"] = {"binary_data_size": values.nbytes}
         else:

@@ -221,10 +221,10 @@ class FastInferPath(FastRoute[FastInferRequest]):
         is_binary = [binary.has(output.name) for output in signature.outputs]
         if not any(is_binary) or signature.steps * layout.size > LONG_VALUES:
             return None
-        first = signature.outputs[0]
-        is_fixed = is_binary == [True] and first.per == "step" and wire.served.blocks is None
+        first = signature.outputs[0].output
+        is_only = is_binary == [True] and first is not None and first.size == layout.size
         outputs_json = None
-        if is_fixed and first.size == layout.size:
+        if is_only and first is not None and first.per == "step" and wire.served.blocks is None:
             lead = () if signature.batch is None else (1,)
             values = np.zeros((*lead, signature.steps, *output_shape(first)), np.float32)
             reply = InferReply("", "", "", {}, [OutputTensor(first.name, values)])

@@ -30,12 +30,14 @@ digests are the same.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from models.spec.layout import Output
 from service.core.errors import CarryError, ModelNotFound
@@ -44,6 +46,7 @@ from service.core.values import (
     Chunk,
     FloatRows,
     Precondition,
+    Prediction,
     Reply,
     SequenceInput,
     StreamKey,
@@ -56,6 +59,7 @@ from service.transports.http.long_bodies.admission import Checkpoint
 from service.transports.kserve.calls import (
     INPUTS,
     RESET,
+    STATE,
     ResolvedCall,
     Signature,
     check_chunk,
@@ -194,7 +198,7 @@ class Inference:
         if isinstance(work, list):
             name = call.wire.served.name
             predictions = await self.api.pipeline.predict(name, work, deadline_s)
-            return self._reply(call, {}, [each.outputs for each in predictions])
+            return self._reply(call, {}, predictions)
         reply = await self.api.pipeline.process(work, deadline_s)
         deletes = self.delete_at_end and call.parameters.ends and not reply.dry_run
         is_deleted = deletes and await self._delete(reply)
@@ -308,32 +312,45 @@ class Inference:
             parameters["output_position"] = reply.output_position
         if is_deleted:
             parameters["deleted"] = True
-        return self._reply(call, parameters, [reply.outputs])
+        return self._reply(call, parameters, [reply])
 
     def _reply(
-        self, call: ResolvedCall, parameters: dict[str, Parameter], outputs: list[FloatRows]
+        self,
+        call: ResolvedCall,
+        parameters: dict[str, Parameter],
+        results: Sequence[Reply | Prediction],
     ) -> InferReply:
-        """The reply with these packed outputs, [T, O] of each sequence."""
-        request, served = call.request, call.wire.served
-        rows = outputs[0]
-        if call.signature.batch is not None:
-            rows = np.stack(outputs) if len(outputs) > 1 else rows[np.newaxis]
-        return InferReply(
-            served.name,
-            VERSION,
-            request.id,
-            parameters,
-            [_output_tensor(served, output, rows) for output in call.signature.outputs],
-        )
+        """The reply with the results of each sequence, which have packed outputs [T, O]."""
+        request, served, outputs = call.request, call.wire.served, call.signature.outputs
+        has_batch = call.signature.batch is not None
+        rows = _stack([result.outputs for result in results], has_batch)
+        states: list[Mapping[str, NDArray[Any]]] = []
+        if any(output.output is None for output in outputs):
+            states = [served.state.by_name(result.state) for result in results]
+        tensors = []
+        for name, output, columns in outputs:
+            if output is None:
+                part = name.removeprefix(STATE)
+                values = _stack([state[part] for state in states], has_batch)
+                tensors.append(OutputTensor(name, np.ascontiguousarray(values)))
+            else:
+                tensors.append(OutputTensor(name, _output_values(output, rows[..., columns])))
+        return InferReply(served.name, VERSION, request.id, parameters, tensors)
 
 
-def _output_tensor(served: ServedModel, output: Output, rows: FloatRows) -> OutputTensor:
-    """An output of packed rows [..., T, O]: [..., T, *shape], or once [..., *shape]."""
-    cut = rows[..., served.outputs.slices[output.name]]
+def _stack(values: Sequence[NDArray[Any]], has_batch: bool) -> NDArray[Any]:
+    """The values of each sequence [B, ...], or of the only one [...]."""
+    if not has_batch:
+        return values[0]
+    return np.stack(values) if len(values) > 1 else values[0][np.newaxis]
+
+
+def _output_values(output: Output, cut: FloatRows) -> FloatRows:
+    """An output of its columns [..., T, O]: [..., T, *shape], or once [..., *shape]."""
     if output.per == "chunk":
         cut = cut[..., -1, :]
     shape = (*cut.shape[:-1], *output_shape(output))
-    return OutputTensor(output.name, np.ascontiguousarray(cut).reshape(shape))
+    return np.ascontiguousarray(cut).reshape(shape)
 
 
 def _deadline_s(call: ResolvedCall, deadline_s: float) -> float:

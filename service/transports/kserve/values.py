@@ -28,6 +28,19 @@ FP32: Final = "FP32"
 BYTES: Final = "BYTES"
 BOOL: Final = "BOOL"
 
+_DATATYPES: Final = {
+    "float32": FP32,
+    "float16": "FP16",
+    "float64": "FP64",
+    "bool": BOOL,
+    **{
+        f"{kind}{bits}": f"{kind}{bits}".upper()
+        for kind in ("int", "uint")
+        for bits in (8, 16, 32, 64)
+    },
+}
+"""By the name of NumPy's type."""
+
 _F4: Final = np.dtype("<f4")
 _LENGTH: Final = struct.Struct("<I")
 _OPENING: Final = re.compile(rb"[ \t\r\n]*\[")
@@ -85,15 +98,20 @@ class InputTensor(NamedTuple):
 
 
 class OutputTensor(NamedTuple):
-    """An output of a reply: float32 values of any shape, in C order."""
+    """An output of a reply: values of any shape, in C order."""
 
     name: str
-    values: NDArray[np.float32]
+    values: NDArray[Any]
+
+    @property
+    def datatype(self) -> str:
+        """The datatype of the values."""
+        return _DATATYPES[self.values.dtype.name]
 
     @property
     def data(self) -> bytes:
         """The binary format."""
-        return self.values.astype(_F4, copy=False).tobytes()
+        return self.values.astype(self.values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 class InferRequest(NamedTuple):

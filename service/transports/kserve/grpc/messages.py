@@ -52,7 +52,7 @@ def encode_reply(reply: InferReply) -> pb.ModelInferResponse:
         id=reply.id,
         outputs=[
             pb.ModelInferResponse.InferOutputTensor(
-                name=output.name, datatype=FP32, shape=output.values.shape
+                name=output.name, datatype=output.datatype, shape=output.values.shape
             )
             for output in reply.outputs
         ],

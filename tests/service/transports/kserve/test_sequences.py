@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import ModelSpec
@@ -17,6 +18,7 @@ from service.core.errors import StoreUnavailable
 from service.core.values import Reply
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
+from service.transports.kserve.values import OutputTensor
 from tests.service.transports.http import test_blocks, test_per_chunk, test_whole
 from tests.service.transports.http.harness import harness, rows
 from tests.service.transports.kserve.conftest import add_v2
@@ -29,7 +31,7 @@ from tests.service.transports.kserve.v2 import (
     reply_of,
 )
 from tests.support.oracle import contracting_weights, oracle_in_blocks
-from tests.support.pipelines import chunk_of, oracle_outputs
+from tests.support.pipelines import SPEC, chunk_of, oracle_outputs
 from tests.support.servers import RealServer
 
 ROWS = rows(4)
@@ -195,6 +197,48 @@ async def test_output_per_chunk_has_no_axis_of_steps(
             values = np.array(chunk.json()["outputs"][name], np.float32)
             assert reply.outputs[name].shape == shape
             np.testing.assert_array_equal(reply.outputs[name][0], values)
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
+async def test_attention_and_state_are_outputs_that_a_request_may_select(
+    pipeline_server: RealServer, tmp_path: Path, binary: bool
+) -> None:
+    """In the order of the request, of chunks and of predictions; the last has several sequences."""
+    whole = artifact_of(test_per_chunk.SPEC, tmp_path)
+    probe = artifact_of(SPEC, tmp_path)
+    models = {"whole": whole, "probe": probe}
+    async with harness(pipeline_server, models, extend=add_v2) as api:
+        v2 = V2(api)
+
+        async def select(
+            model: str, sent: NDArray[np.float32], names: list[str], **parameters: Any
+        ) -> dict[str, NDArray[Any]]:
+            outputs = [{"name": name} for name in names]
+            if binary:
+                parameters["binary_data_output"] = True
+            body, headers = binary_body(sent, parameters, outputs=outputs)
+            reply = reply_of(await v2.post(body, headers, model=model))
+            assert list(reply.outputs) == names
+            return reply.outputs
+
+        address = "/v1/models/whole/streams/2/chunks?return_attention=true"
+        chunk = await api.client.post(address, json={"inputs": ROWS.tolist()})
+        weights = np.array(chunk.json()["attention"]["focus"], np.float32)
+        found = await select("whole", ROWS, ["attention.focus", "each"], sequence_id=1, position=0)
+        np.testing.assert_array_equal(found["attention.focus"], weights)
+        parts = probe.state.by_name(probe.state.zero())
+        names = ["out", *(f"state.{part}" for part in parts)]
+        found = await select("probe", ROWS, names, sequence_id=1, position=0)
+        stored = (await api.client.get("/v1/models/probe/streams/1/state")).json()["state"]
+        both = await select("probe", np.stack([ROWS, ROWS]), names)
+        for part in parts:
+            np.testing.assert_array_equal(found[f"state.{part}"], np.float32(stored[part]))
+            np.testing.assert_allclose(both[f"state.{part}"][1], stored[part], rtol=1e-4, atol=1e-6)
+        body = json_body(ROWS, outputs=[{"name": "state.none"}])
+        error = error_of(await v2.post(body, model="probe"), 422, "invalid_input")
+        assert "expected each once of last, out, steep, state." in error["error"]
+    clock = OutputTensor("state.clock", np.array([2**40], ">i8"))
+    assert (clock.datatype, clock.data) == ("INT64", (2**40).to_bytes(8, "little"))
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])

@@ -103,7 +103,7 @@ BODIES: dict[str, tuple[Any, str]] = {
     ),
     "an unknown output": (
         json_body(ROWS, outputs=[{"name": "x"}]),
-        "outputs[0].name: expected each once of last, out, steep, got 'x'",
+        "outputs[0].name: expected each once of last, out, steep, state.lstm_1.hidden, ",
     ),
     "an output twice": (
         json_body(ROWS, outputs=[{"name": "out"}, {"name": "out"}]),
