@@ -69,6 +69,20 @@ async def test_empty_calls_return_empty_results(store: StateStore) -> None:
     assert await store.commit([]) == []
 
 
+async def test_the_token_key_is_drawn_once_for_all_workers(
+    store: StateStore, open_on: OpenStore, server: RealServer | Cluster
+) -> None:
+    first, other = await asyncio.gather(store.token_key(), (await open_on()).token_key())
+    assert first == other == await store.token_key()
+    assert len(first) == 32
+    emptied(server)
+    assert await store.token_key() != first
+    with server.client() as client:
+        client.set("carry:token-key", b"short")
+    with pytest.raises(StoreRefused, match="carry:token-key"):
+        await store.token_key()
+
+
 async def test_a_stream_is_not_created_twice(store: StateStore, streams: Streams) -> None:
     first, second = streams.creation(key("a")), streams.creation(key("a"))
     await committed(store, first)
