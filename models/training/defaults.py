@@ -17,6 +17,7 @@ import numpy as np
 
 from models.errors import DataError
 from models.events.schema import EventSchema
+from models.events.zones import DAY_MS
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
 from models.spec.model import ModelSpec
 from models.spec.training import ResolvedTraining, TrainingSpec
@@ -36,6 +37,7 @@ MIN_EPOCHS, MAX_EPOCHS = 20, 150
 MIN_PATIENCE = 3
 LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
 TIME_LIMIT_S = 600.0
+WEEK_DAYS = 7
 
 
 def resolve_training(
@@ -91,6 +93,19 @@ def _split(
         test_ms = max(rest[int(share * len(rest))], later[0]) if len(later) else validate_ms + 1
         derived["test_from"] = _moment(schema, test_ms)
     return derived
+
+
+def calendar_warning(spec: ModelSpec, streams: Streams, before_ms: int) -> str | None:
+    """A line if training sees less than a week of a timestamp, whose weekdays it encodes."""
+    time = schema_of(spec).timestamp
+    days = (before_ms - int(np.min(streams.moments_ms))) / DAY_MS
+    if time is None or days >= WEEK_DAYS:
+        return None
+    return (
+        f"the events before `validate_from` span {days:.1f} days, so that the network meets "
+        f"weekdays that it never saw: have two weeks, or leave {time.name!r} out of `fields` and "
+        "name it in `training.order_by`"
+    )
 
 
 def _moment(schema: EventSchema, moment: Any) -> str:

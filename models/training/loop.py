@@ -36,7 +36,7 @@ from models.training.windows import Window, groups_of, windows_of
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 WARM_UP_WINDOWS = 50
-"""Windows over which the learning rate rises, or a tenth of all if that is less."""
+"""Windows over which the learning rate rises, or a fifth of all if that is less."""
 SCORING_WINDOW_STEPS = 256
 
 FloatArray = NDArray[np.float32]
@@ -90,7 +90,7 @@ class Loop:
         self.network.reseed(self._seed * 100_003 + epoch)
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self.plan.groups))
         total = self.windows_per_epoch * training.epochs
-        warm_up = max(1, min(WARM_UP_WINDOWS, total // 10))
+        warm_up = max(1, min(WARM_UP_WINDOWS, total // 5))
         for group in (self.plan.groups[index] for index in order):
             state = self._begin([self.plan.segments[i].before for i in group])
             for window in self._cut(group):

@@ -31,7 +31,7 @@ from models.training.checkpoint import (
     write_checkpoint,
 )
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
-from models.training.defaults import resolve_training
+from models.training.defaults import calendar_warning, resolve_training
 from models.training.ensemble import check_members, merge_members
 from models.training.labels import labels_of
 from models.training.loop import Loop
@@ -153,6 +153,7 @@ def train(
     if not keep_checkpoint:
         run.path.unlink(missing_ok=True)
     warnings = [stopping_warning(run.of(member), training) for member in range(training.members)]
+    warnings.append(calendar_warning(spec, streams, validate_ms))
     return TrainReport(
         artifact,
         tuple(run.history),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pytest
 
 from models.spec.model import ModelSpec, parse_spec
 
@@ -120,12 +121,22 @@ def both_ways_spec(blocks: dict[str, int] | None = None) -> ModelSpec:
                 "stream": "id",
                 "validate_from": "1970-01-09T18:00:00Z",
                 "test_from": "1970-01-18T12:00:00Z",
-                "epochs": 6,
+                "epochs": 30,
+                "patience": 30,
                 "window_steps": 9,
                 "segment_windows": 1,
-                "batch_streams": 8,
+                # all streams in one window: one shape to compile
+                "batch_streams": 32,
                 "learning_rate": 0.05,
                 "average_decay": 0.5,
             },
         }
     )
+
+
+def train_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Replace the epochs of trainings, which take seconds to compile: weights stay initial."""
+    from models.training.loop import Loop
+
+    patch.setattr(Loop, "train_epoch", lambda loop, epoch: iter([0.0]))
+    patch.setattr(Loop, "validate", lambda loop: {"loss": 0.0})

@@ -10,7 +10,7 @@ import pytest
 from models.errors import DataError
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import streams_of, training_of
-from models.training.defaults import resolve_training
+from models.training.defaults import calendar_warning, resolve_training
 from tests.support.training import HOUR_MS
 
 SIZES = ("window_steps", "segment_windows", "batch_streams", "learning_rate", "epochs", "patience")
@@ -93,6 +93,15 @@ def test_the_split_is_by_shares_of_the_events_in_the_time_zone() -> None:
     assert later["test_from"] == "1970-01-04T23:00:00+01:00"
     earlier = derived(frame_of(3, 100), spec_of(test_from="1970-01-02T10:00:00+01:00"))
     assert earlier["validate_from"] == "1970-01-02T04:00:00+01:00"
+
+
+def test_less_than_a_week_of_timestamps_is_warned_of() -> None:
+    spec = spec_of()
+    streams = streams_of(spec, frame_of(2, 400))
+    warning = calendar_warning(spec, streams, 6 * 24 * HOUR_MS)
+    assert warning is not None
+    assert "span 6.0 days" in warning
+    assert calendar_warning(spec, streams, 7 * 24 * HOUR_MS) is None
 
 
 def test_events_of_a_single_moment_have_no_split() -> None:

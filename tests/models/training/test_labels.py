@@ -23,7 +23,7 @@ from models.training.loop import Loop
 from models.training.plan import plan_of
 from models.training.table import Table, rows_around
 from models.training.trainer import train
-from tests.support.training import HOUR_MS, latch_frame, latch_spec
+from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
 
 VALIDATE, TEST = 16 * HOUR_MS, 22 * HOUR_MS
 
@@ -141,15 +141,18 @@ def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tm
     assert evaluation["scored"] == report["data"]["held_out"]
 
 
-def test_no_report_without_held_out_labels(tmp_path) -> None:
+def test_no_report_without_held_out_labels(tmp_path, monkeypatch) -> None:
     """A head without targets does not cause a report either."""
+    train_nothing(monkeypatch)
     spec = label_spec(UP, {"kind": "sequence", "name": "hidden"}, epochs=1)
     frame = labelled_frame(8).with_columns(up=pl.when(pl.col("at") < TEST).then("up"))
     artifact = train_frame(spec, frame, tmp_path / "model", trees=False, quiet=True)
     assert not (artifact.path / "report.json").exists()
 
 
-def test_a_checkpoint_of_other_labels_is_rejected(tmp_path) -> None:
+def test_a_checkpoint_of_other_labels_is_rejected(tmp_path, monkeypatch) -> None:
+    train_nothing(monkeypatch)
+
     class Stopped(Exception):
         pass
 

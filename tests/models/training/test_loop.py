@@ -47,7 +47,7 @@ def adamw(loop: Loop, schedule: str, average_decay: float) -> list[Arrays]:
         m, v = part(before, "m"), part(before, "v")
         gradients = {n: (x - BETA_1 * m[n]) / (1 - BETA_1) for n, x in part(after, "m").items()}
         used.append(gradients)
-        rate = 0.1 * min(1, count / min(WARM_UP_WINDOWS, total // 10))
+        rate = 0.1 * min(1, count / min(WARM_UP_WINDOWS, total // 5))
         if schedule == "cosine":
             rate *= 0.5 * (1 + cos(pi * count / total))
         decay = min(average_decay, count / (count + 10)) if average_decay else 0.0

@@ -19,7 +19,7 @@ from models.training.table import Table
 from models.training.trees import Trees, tree_features
 from models.training.verdict import MODEL, verdict_line
 from models.training.watch import Watch
-from tests.support.training import HOUR_MS, latch_frame, latch_spec
+from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
 
 VALIDATE, TEST = 16 * HOUR_MS, 22 * HOUR_MS
 
@@ -236,7 +236,8 @@ def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatc
         train_frame(latch_spec(), latch_frame(), out, quiet=True)
 
 
-def test_no_report_without_held_out_events(tmp_path):
+def test_no_report_without_held_out_events(tmp_path, monkeypatch):
+    train_nothing(monkeypatch)
     spec = latch_spec(epochs=1, test_from="1970-02-01")
     train_frame(spec, latch_frame(), tmp_path / "model", quiet=True)
     assert not (tmp_path / "model" / "report.json").exists()

@@ -18,7 +18,7 @@ from models.training.data import streams_of
 from models.training.evaluate import evaluate
 from models.training.files import read_data
 from models.training.trainer import train
-from tests.support.training import HOUR_MS
+from tests.support.training import HOUR_MS, train_nothing
 
 DAY_MS = 24 * HOUR_MS
 VALIDATE_MS, TEST_MS = 12 * HOUR_MS, 18 * HOUR_MS
@@ -179,9 +179,10 @@ def test_a_stream_without_timestamps_is_reported() -> None:
 
 
 def test_heads_without_held_out_targets_are_not_scored(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is the AUC if they have a single class."""
+    train_nothing(monkeypatch)
     frame = table().with_columns(
         extra=pl.when(before(TEST_MS)).then(pl.col("extra")),
         up=before(TEST_MS) & pl.col("up"),

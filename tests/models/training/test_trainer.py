@@ -33,8 +33,24 @@ def frame():
 
 @pytest.fixture(scope="module")
 def uninterrupted(frame, tmp_path_factory):
-    """One training from beginning to end."""
-    return train(latch_spec(), frame, tmp_path_factory.mktemp("whole") / "model", quiet=True)
+    """One training of two members from beginning to end."""
+    out = tmp_path_factory.mktemp("whole") / "model"
+    return train(latch_spec(members=2, epochs=2), frame, out, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(frame, tmp_path_factory):
+    """The checkpoint of the same training, interrupted within its second member."""
+
+    def stop(record):
+        if (record["member"], record["epoch"]) == (2, 1):
+            raise Stopped
+
+    out = tmp_path_factory.mktemp("cut") / "model"
+    with pytest.raises(Stopped):
+        train(latch_spec(members=2, epochs=2), frame, out, quiet=True, after_epoch=stop)
+    assert not out.exists()
+    return checkpoint_path(out).read_bytes()
 
 
 OPTIONS = {"peepholes": True, "layer_normalization": True, "projection": 5}
@@ -81,38 +97,34 @@ def test_the_gradient_stops_between_windows(frame):
     assert float(loss) > 0
 
 
-def test_resumed_training_equals_uninterrupted_training(frame, uninterrupted, tmp_path):
-    assert [record["epoch"] for record in uninterrupted.history] == [1, 2, 3, 4]
-
-    def stop(record):
-        if record["epoch"] == 2:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        train(latch_spec(), frame, tmp_path / "cut", quiet=True, after_epoch=stop)
-    assert not (tmp_path / "cut").exists()
-    resumed = train(latch_spec(), frame, tmp_path / "cut", quiet=True, resume=True)
+def test_resumed_training_equals_uninterrupted_training(frame, uninterrupted, checkpoint, tmp_path):
+    records = [(record["member"], record["epoch"]) for record in uninterrupted.history]
+    assert records == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    out = tmp_path / "model"
+    checkpoint_path(out).write_bytes(checkpoint)
+    spec = latch_spec(members=2, epochs=2)
+    resumed = train(spec, frame, out, quiet=True, resume=True)
     assert resumed.artifact.fingerprint == uninterrupted.artifact.fingerprint
     for one, two in zip(uninterrupted.history, resumed.history, strict=True):
         assert one["validation"] == two["validation"]
-    assert not checkpoint_path(tmp_path / "cut").exists()
-    other = train(latch_spec(seed=2), frame, tmp_path / "other", quiet=True)
-    assert other.artifact.fingerprint != uninterrupted.artifact.fingerprint
+    assert not checkpoint_path(out).exists()
+    # the members are of different seeds
+    assert resumed.history[0]["validation"] != resumed.history[2]["validation"]
 
 
-def test_a_checkpoint_of_another_run_is_rejected(frame, tmp_path):
-    def stop(record):
-        raise Stopped
-
-    with pytest.raises(Stopped):
-        train(latch_spec(), frame, tmp_path / "a", quiet=True, after_epoch=stop)
+def test_a_checkpoint_of_another_run_is_rejected(frame, checkpoint, tmp_path):
+    spec = latch_spec(members=2, epochs=2)
+    path = checkpoint_path(tmp_path / "a")
+    path.write_bytes(checkpoint)
     with pytest.raises(ArtifactError, match="another spec or other data"):
         train(latch_spec(seed=9), frame, tmp_path / "a", quiet=True, resume=True)
+    with pytest.raises(ArtifactError, match="another spec or other data"):
+        train(spec, frame[1:], tmp_path / "a", quiet=True, resume=True)
     with pytest.raises(ArtifactError, match="no checkpoint"):
-        train(latch_spec(), frame, tmp_path / "b", quiet=True, resume=True)
-    checkpoint_path(tmp_path / "a").write_bytes(b"torn")
+        train(spec, frame, tmp_path / "b", quiet=True, resume=True)
+    path.write_bytes(b"torn")
     with pytest.raises(ArtifactError, match="expected a checkpoint"):
-        train(latch_spec(), frame, tmp_path / "a", quiet=True, resume=True)
+        train(spec, frame, tmp_path / "a", quiet=True, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -193,26 +205,6 @@ def test_specs_that_cannot_be_trained_are_rejected(frame, tmp_path):
         train(bare, frame, tmp_path / "a", quiet=True)
     with pytest.raises(SpecError, match="loss_weights"):
         latch_spec(loss_weights={"none": 1.0})
-
-
-def test_members_are_resumed(frame, tmp_path):
-    spec = latch_spec(members=2, epochs=2)
-    uninterrupted = train(spec, frame, tmp_path / "whole", quiet=True)
-    assert [(r["member"], r["epoch"]) for r in uninterrupted.history] == [
-        (1, 1),
-        (1, 2),
-        (2, 1),
-        (2, 2),
-    ]
-
-    def stop(record):
-        if (record["member"], record["epoch"]) == (2, 1):
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        train(spec, frame, tmp_path / "cut", quiet=True, after_epoch=stop)
-    resumed = train(spec, frame, tmp_path / "cut", quiet=True, resume=True)
-    assert resumed.artifact.fingerprint == uninterrupted.artifact.fingerprint
 
 
 def test_unknown_rate_hides_a_share_of_the_categories(frame):
