@@ -66,10 +66,10 @@ class Conditions(NamedTuple):
     etag: str | None = None
     deadline_s: float | None = None
 
-    def headers(self, **more: str) -> dict[str, str]:
+    def headers(self) -> dict[str, str]:
         """Headers of HTTP, without the ETag."""
         seconds = self.deadline_s
-        return more if seconds is None else {**more, "carry-timeout": f"{seconds:.3f}"}
+        return {} if seconds is None else {"carry-timeout": f"{seconds:.3f}"}
 
 
 ALWAYS: Final = Conditions()
@@ -83,9 +83,10 @@ class V1:
         self.close = self._carry.close
 
     async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
-        tag = {} if conditions.etag is None else {"if-match": f'"{conditions.etag}"'}
         body, path = v1_body(chunk, conditions, self._encoding), stream_path(MODEL, chunk.stream)
-        headers = conditions.headers(**tag)
+        headers = conditions.headers()
+        if conditions.etag is not None:
+            headers["if-match"] = f'"{conditions.etag}"'
         reply: Members = await self._carry.request("POST", f"{path}/chunks", body, headers=headers)
         return reply
 
