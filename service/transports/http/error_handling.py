@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import structlog
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -18,17 +17,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.core.errors import (
     CarryError,
-    InternalError,
     MethodNotAllowed,
-    Overloaded,
     RouteNotFound,
-    ServiceFailure,
+)
+from service.transports.common.failure_log import (
+    log_client_disconnect,
+    log_failure,
+    log_unexpected_failure,
 )
 from service.transports.http.context import api_of
 from service.transports.http.problems import problem_response
 from service.transports.http.replies.replies import Header
-
-log = structlog.get_logger(__name__)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -68,23 +67,6 @@ class InternalErrorMiddleware:
                 raise
             internal = log_unexpected_failure(error)
             await _error_response(Request(scope), internal)(scope, receive, send)
-
-
-def log_client_disconnect(method: str) -> None:
-    """Log that a client disconnected before its request was complete, or before its response."""
-    log.info("client_disconnected", method=method)
-
-
-def log_failure(error: CarryError) -> None:
-    """Log an error that this side caused; load shedding is logged elsewhere, once for all."""
-    if isinstance(error, ServiceFailure) and not isinstance(error, Overloaded):
-        log.warning("request_failed", code=error.code, detail=error.detail)
-
-
-def log_unexpected_failure(error: Exception) -> InternalError:
-    """Log an unexpected exception with its traceback, and return the error that answers it."""
-    log.error("request_failed", error=type(error).__name__, exc_info=error)
-    return InternalError("the request failed unexpectedly; the service's log has the reason")
 
 
 async def _on_carry_error(request: Request, error: Exception) -> Response:

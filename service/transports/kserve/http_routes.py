@@ -22,10 +22,10 @@ from service.core.errors import (
 )
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
+from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.context import ApiContext, api_of
 from service.transports.http.disconnects import cancel_on_disconnect
-from service.transports.http.error_handling import log_failure, log_unexpected_failure
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies.replies import Answer, reply

@@ -37,11 +37,11 @@ from service.core.errors import (
 )
 from service.core.values import StreamKey
 from service.ops.logs import RequestIds, log_request
+from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.connection.connections import Connections
 from service.transports.http.connection.framing import Headers
 from service.transports.http.connection.rejections import CLOSE, error_response
 from service.transports.http.context import ApiContext
-from service.transports.http.error_handling import log_failure, log_unexpected_failure
 from service.transports.http.media import Media
 from service.transports.http.problems import status_of
 from service.transports.http.replies.reply_writer import (

@@ -15,10 +15,10 @@ from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError
 from service.core.values import Chunk, Reply, StreamKey
+from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import StreamOrder, Turn
 from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.context import ApiContext, ModelWire
-from service.transports.http.error_handling import log_failure, log_unexpected_failure
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media
 from service.transports.http.replies.pieces import LONG_VALUES, encode_pieces

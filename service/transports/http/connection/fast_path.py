@@ -25,10 +25,10 @@ from structlog.contextvars import bound_contextvars
 from service.core.errors import CarryError, Overloaded
 from service.core.values import Chunk, Precondition, Reply, StreamKey
 from service.ops.logs import RequestIds, log_request
+from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
 from service.transports.http.context import ApiContext, ModelWire
-from service.transports.http.error_handling import log_client_disconnect, log_failure
 from service.transports.http.field_rules import STREAM_NAME
 from service.transports.http.limits import LONG_BYTES, ApiLimits
 from service.transports.http.media import Media, accepted, media_of

@@ -17,7 +17,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service.transports.http.error_handling import log_client_disconnect
+from service.transports.common.failure_log import log_client_disconnect
 from service.transports.kserve.grpc.message_admission import MessageAdmission
 from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer, Statistics
 from service.transports.kserve.inference import Inference

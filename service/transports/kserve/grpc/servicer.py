@@ -23,7 +23,7 @@ from structlog.contextvars import bind_contextvars, bound_contextvars
 from service.core.errors import BodyTooLarge, CarryError
 from service.ops.logs import RequestIds, current_request_id, log_request
 from service.pipeline.recorder import ModelStatistics
-from service.transports.http.error_handling import log_failure, log_unexpected_failure
+from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.request_log import is_request_id
 from service.transports.kserve.grpc import v2_pb2 as pb
