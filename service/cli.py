@@ -285,7 +285,7 @@ def import_command(
         from models.importing.isolation import Limits
 
         limits = Limits(memory_bytes=memory_mib * 2**20, time_s=time_s)
-        if model.suffix == ".onnx":
+        if model.suffix.lower() == ".onnx":
             from models.importing.onnx_model import import_onnx_model, onnx_options
 
             options = onnx_options(

@@ -40,6 +40,7 @@ METADATA_NAME = "keras_metadata.pb"
 """The configuration of a Keras 2 model in a SavedModel folder."""
 MAGIC_BYTES = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\r\n\x1a\n"}
 """File extensions, by which Keras chooses a reader, and the first bytes of such a file."""
+PYTORCH_SUFFIXES = (".pt", ".pth", ".pt2", ".safetensors")
 WORKER_ARGUMENTS = (
     *("-P", "-c"),
     "from carry.own_packages import load_own_packages\n"
@@ -153,8 +154,14 @@ def _suffix(path: Path) -> str:
     for suffix in MAGIC_BYTES:
         if path.name.endswith(suffix):
             return suffix
+    if path.suffix in PYTORCH_SUFFIXES:
+        raise ImportedModelError(
+            f"{path}: expected a Keras model or an ONNX graph, got a file of PyTorch by its name; "
+            "export the model with torch.onnx.export, and import the .onnx file"
+        )
     raise ImportedModelError(
-        f"{path}: expected a .keras or .h5 file, by whose name Keras knows how to read it"
+        f"{path}: expected a .keras or .h5 file, by whose name Keras knows how to read it, or a "
+        ".onnx file"
     )
 
 

@@ -128,6 +128,8 @@ def test_the_command_reports_what_it_found_and_measured(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["import", "model.keras", str(out), "--state", "a=b"])
     assert result.exit_code == 1
     assert "model.keras: expected a .onnx file" in result.output
+    result = CliRunner().invoke(app, ["import", "model.pt", str(out)])
+    assert "export the model with torch.onnx.export" in result.output
 
 
 def plain(path: Path, **changes: Any) -> None:
@@ -477,6 +479,21 @@ def test_proofs_notice_mutants(
     proof = prover.prove()
     assert "padding_invisible" not in proof.verified
     assert proof.network.batching == "cut"
+
+
+def test_a_graph_that_draws_its_own_numbers_is_refused(tmp_path: Path) -> None:
+    artifact = import_here(EXAMPLES / "min_gru.onnx", tmp_path / "out").artifact
+    assert artifact.spec.onnx is not None
+    assert artifact.network is not None
+    session, random = open_session(artifact.network, 1, "m"), np.random.default_rng(1)
+
+    class Noisy:
+        def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+            values = session.run(names, feeds)
+            return [value + np.float32(1e-7 * random.random()) for value in values]
+
+    with pytest.raises(ImportedModelError, match=r"same outputs from the same call.*dropout"):
+        Prover(artifact.spec.onnx, artifact.state, Noisy()).prove()
 
 
 def test_an_artifact_whose_graph_refers_to_files_is_rejected(tmp_path: Path) -> None:
