@@ -43,7 +43,11 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         tmp_path_factory.mktemp("models") / "m", spec, contracting_weights(spec, 11)
     )
     threads = 0 if name == "tensorflow" else 1
-    encoder = open_runtime(name, artifact, threads)
+    with pytest.MonkeyPatch.context() as patched:
+        if name == "tensorflow":
+            # the rung for every batch alone: a compilation takes seconds
+            patched.setattr("service.engine.runtimes.tensorflow.FIRST_RUNGS", ())
+        encoder = open_runtime(name, artifact, threads)
     [decoder] = open_decoders([encoder], [artifact], threads)
     assert decoder is not None
     decoder.warm()
