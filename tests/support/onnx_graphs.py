@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from models.artifact.weights import weights_bytes
 from models.importing.onnx_conversion import convert_onnx
 from models.importing.onnx_model import OnnxReport, onnx_options, package_onnx
+from models.onnx.library import onnxruntime
 
 
 def _recipe(path: Path) -> Any:
