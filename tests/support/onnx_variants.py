@@ -158,14 +158,23 @@ def counters(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
 
 def write_masked(path: Path) -> None:
     """A mask of float32, by which padding is ignored."""
+    _write_masked(path, ["batch", "time"], axis=1)
+
+
+def write_masked_time_major(path: Path) -> None:
+    """The same with the time first."""
+    _write_masked(path, ["time", "batch"], axis=0)
+
+
+def _write_masked(path: Path, lead: list[str], axis: int) -> None:
     g = graphs.Builder("masked", 1)
-    rows, last = scanned(g, "x", "h_in", mask="mask")
+    rows, last = scanned(g, "x", "h_in", mask="mask", axis=axis)
     _rename(g, y=rows, h_out=last)
     state = ["batch", H]
     g.save(
         path,
-        {"x": ["batch", "time", F], "h_in": state, "mask": ["batch", "time"]},
-        {"y": ["batch", "time", H], "h_out": state},
+        {"x": [*lead, F], "h_in": state, "mask": lead},
+        {"y": [*lead, H], "h_out": state},
     )
 
 
@@ -280,6 +289,7 @@ VARIANTS = {
     "half": Variant(write_half, _plain()),
     "counters": Variant(write_counters, counters),
     "masked": Variant(write_masked, _plain()),
+    "masked-time-major": Variant(write_masked_time_major, _plain()),
     "fixed-batch": Variant(write_fixed_batch, _plain(0.5), {"initial": ("h_in=0.5",)}),
     "last-step": Variant(write_last_step, _plain()),
     "codes": Variant(write_codes, codes, features=1, integers=True),

@@ -354,6 +354,16 @@ REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
         {"initial": ("x=1",)},
         r"--initial x: expected a state input, one of \['h_in'\]",
     ),
+    "initial value that is not finite": (
+        plain,
+        {"initial": ("h_in=nan",)},
+        r"--initial h_in: expected finite values of float32, got float64 \[nan\]",
+    ),
+    "initial values in no file": (
+        plain,
+        {"initial": ("h_in=gone.npy",)},
+        r"gone\.npy: cannot be read",
+    ),
     "wrong axes": (plain, {"axes": "time_major"}, r"time_major: ONNX Runtime fails on a batch"),
 }
 
@@ -376,6 +386,34 @@ def test_a_graph_that_is_too_large_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.data").write_bytes(bytes(5000))
     with pytest.raises(ImportedModelError, match=r"weights of at most 4000 bytes"):
         read_signature(tmp_path / "m.onnx", tmp_path, 4000)
+
+
+def test_initial_values_are_read_from_a_file(tmp_path: Path) -> None:
+    plain(tmp_path / "m.onnx")
+    values = np.arange(H, dtype=np.float64) / 3
+    np.save(tmp_path / "h.npy", values)
+    options = {"initial": (f"h_in={tmp_path / 'h.npy'}",)}
+    artifact = import_here(tmp_path / "m.onnx", tmp_path / "out", **options).artifact
+    np.testing.assert_array_equal(artifact.state.initial().floats, values.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((2, H)), r"expected one value or shape \[5\].*got \[2, 5\]"),
+        (np.array([{}], object), r"expected a number or a \.npy file"),
+        (b"not NumPy's", r"expected a number or a \.npy file"),
+    ],
+)
+def test_files_of_initial_values_are_checked(tmp_path: Path, values: Any, message: str) -> None:
+    plain(tmp_path / "m.onnx")
+    file = tmp_path / "h.npy"
+    if isinstance(values, bytes):
+        file.write_bytes(values)
+    else:
+        np.save(file, values)
+    with pytest.raises(ImportedModelError, match=rf"--initial h_in: {message}"):
+        import_here(tmp_path / "m.onnx", tmp_path / "out", initial=(f"h_in={file}",))
 
 
 def test_the_isolated_import_names_the_file(tmp_path: Path) -> None:
