@@ -84,6 +84,6 @@ def test_short_runs_send_by_all_transports() -> None:
 @pytest.mark.parametrize("bug", sorted({*CODE, *SCRIPTS}))
 async def test_planted_bug_is_detected(bug: str) -> None:
     kinds, how = PLANTED[bug]
-    options = RunOptions("redis", new_seed(), 8_000, 0, 24, FASTEST, plant=bug, **how)
+    options = RunOptions("redis", new_seed(), 4_000, 0, 24, FASTEST, plant=bug, **how)
     _, findings = await run(options)
     assert {kind for kind, _ in findings} & kinds
