@@ -55,18 +55,6 @@ class EventColumns:
             block,
         )
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[EventColumns]) -> EventColumns:
-        """Concatenate events of one schema."""
-        if len(parts) == 1:
-            return parts[0]
-        names = list(parts[0].values)
-        return cls(
-            sum(part.steps for part in parts),
-            {name: np.concatenate([part.present[name] for part in parts]) for name in names},
-            {name: np.concatenate([part.values[name] for part in parts]) for name in names},
-        )
-
     def __len__(self) -> int:
         return self.steps
 
@@ -80,6 +68,14 @@ class EventColumns:
             {name: array[cut] for name, array in self.present.items()},
             {name: array[cut] for name, array in self.values.items()},
         )
+
+
+def concatenate_field(
+    parts: Sequence[EventColumns], name: str
+) -> tuple[NDArray[np.bool_], NDArray[Any]]:
+    """The presence and the values of a field in consecutive events of one schema."""
+    present = np.concatenate([part.present[name] for part in parts])
+    return present, np.concatenate([part.values[name] for part in parts])
 
 
 def value_dtype(field: EventField) -> np.dtype[Any]:

@@ -5,8 +5,9 @@ Nothing is loaded and nothing is stored. Sequences are batched; they fail indepe
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import structlog
@@ -18,6 +19,10 @@ from service.engine.fair_queue import BatchControl, Job
 from service.pipeline.recorder import Recorder
 from service.pipeline.segments import infer_segments
 from service.pipeline.served_model import Segment, ServedModel
+
+LONG_STEPS: Final = 5_000
+"""A sequence with more steps is encoded in a thread: it takes milliseconds, and there may be a
+hundred thousand steps."""
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +47,7 @@ class PredictRunner:
 
     async def __call__(self, jobs: list[SequenceJob], control: BatchControl) -> list[SequenceJob]:
         """Run one batch and resolve its jobs."""
-        encoded = [(job, parts) for job in jobs if (parts := self._encode(job)) is not None]
+        encoded = [(job, parts) for job in jobs if (parts := await self._encode(job)) is not None]
         if not encoded:
             return []
         outputs, states, finite = await infer_segments(
@@ -60,16 +65,20 @@ class PredictRunner:
                 )
         return []
 
-    def _encode(self, job: SequenceJob) -> list[Segment] | None:
+    async def _encode(self, job: SequenceJob) -> list[Segment] | None:
         """Encode a sequence; None if that failed, which resolves its job."""
-        served, (steps, before) = self._served, job.payload
-        state, position = (before.state, before.head.position) if before else (served.initial, 0)
         try:
-            resets = served.find_resets(steps, state, position)
-            return served.encode_segments(steps, state, resets)
+            if job.payload.steps.length < LONG_STEPS:
+                return self._encode_segments(job.payload)
+            return await asyncio.to_thread(self._encode_segments, job.payload)
         except CarryError as error:
             job.resolve(error)
         except Exception as error:
-            log.exception("encoding_failed", model=served.name)
+            log.exception("encoding_failed", model=self._served.name)
             job.resolve(InternalError(f"encoding failed: {type(error).__name__}"))
         return None
+
+    def _encode_segments(self, start: SequenceStart) -> list[Segment]:
+        served, (steps, before) = self._served, start
+        state, position = (before.state, before.head.position) if before else (served.initial, 0)
+        return served.encode_segments(steps, state, served.find_resets(steps, state, position))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from service.core.errors import (
     StreamNotFound,
 )
 from service.core.values import Precondition, Reply, Steps, StreamKey
+from service.pipeline import predict
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
 from service.store.base import Commit, CommitResult, Conflicted
@@ -411,6 +414,27 @@ async def test_predict_runs_whole_sequences_and_stores_nothing(
         for rows, prediction in zip(sequences, predictions, strict=True):
             assert_close(prediction.outputs, oracle_outputs(artifact, rows))
         assert (await one.streams.page("probe", "", None, 10)).streams == ()
+
+
+async def test_long_sequences_are_encoded_beside_the_event_loop(
+    store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(18)
+    sequences = [rows_of(random, count) for count in (9, 10, 11)]
+    threads: list[int] = []
+    encode = ServedModel.encode_segments
+
+    def record(*arguments: Any) -> Any:
+        threads.append(threading.get_ident())
+        return encode(*arguments)
+
+    monkeypatch.setattr(predict, "LONG_STEPS", 10)
+    monkeypatch.setattr(ServedModel, "encode_segments", record)
+    async with worker(store_url, artifact) as one:
+        predictions = await one.predict("probe", [sequence_of(rows) for rows in sequences])
+    for rows, prediction in zip(sequences, predictions, strict=True):
+        assert_close(prediction.outputs, oracle_outputs(artifact, rows))
+    assert [each == threading.get_ident() for each in threads] == [True, False, False]
 
 
 async def test_cancelled_caller_does_not_affect_its_neighbours(

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from models.events.columns import EventColumns
+from models.events.columns import EventColumns, concatenate_field
 from models.spec.state import StatePart
 from service.core.errors import (
     CarryError,
@@ -332,7 +333,9 @@ class LongReader:
             except MalformedBody as error:
                 raise malformed(media, f"it cannot be parsed at {at}") from error
             done += len(group)
-        return validated, strict.add_resets(validated, _concatenate(parts), inside)
+        return validated, strict.add_resets(
+            validated, await _concatenate(parts, checkpoint), inside
+        )
 
     async def _split_object(
         self,
@@ -424,7 +427,7 @@ def _part_values(media: Media, part: StatePart, value: memoryview) -> Any:
         raise invalid("state", expected, str(error)) from error
 
 
-def _concatenate(parts: Sequence[Steps]) -> Steps:
+async def _concatenate(parts: Sequence[Steps], checkpoint: Checkpoint) -> Steps:
     """Concatenate consecutive steps."""
     length = 0
     resets: list[int] = []
@@ -435,5 +438,12 @@ def _concatenate(parts: Sequence[Steps]) -> Steps:
     if rows:
         return Steps(Feed.INPUTS, length, rows=np.concatenate(rows), resets=tuple(resets))
     columns = [part.columns for part in parts if part.columns is not None]
-    together = EventColumns.concatenate(columns)
+    together = columns[0]
+    if len(columns) > 1:
+        present: dict[str, NDArray[np.bool_]] = {}
+        values: dict[str, NDArray[Any]] = {}
+        for name in together.values:
+            await checkpoint()
+            present[name], values[name] = concatenate_field(columns, name)
+        together = EventColumns(length, present, values)
     return Steps(Feed.EVENTS, length, columns=together, resets=tuple(resets))
