@@ -341,6 +341,11 @@ def _convert(operation: Any, call: Call, calls: int) -> Converted:
             "it reads an input that is the initial state of a layer too; expected initial_state "
             "to be the inputs themselves, and their only use"
         )
+    if any(value.arranged for value in reads):
+        raise UnsupportedLayerError(
+            "it reads the last step's values as Reshape arranged them; expected Reshape to be the "
+            "last layer"
+        )
     if len({len(value.shape) for value in reads}) > 1:
         raise UnsupportedLayerError(
             "it merges whole sequences with a last step; expected return_sequences=True for all, "
@@ -384,8 +389,9 @@ def _heads(
         except UnsupportedLayerError as error:
             walk.refused.append(f"the model: its output {keras_names[index]!r}: {error}")
             continue
-        heads.append({"kind": "sequence", "name": head, "input": name})
-        model_outputs.append(ModelOutput(index, head=head, last_only=len(value.shape) == 2))
+        heads.append({"kind": "sequence", "name": head, "input": name, "shape": value.arranged})
+        last_only = len(value.shape) == 2 or bool(value.arranged)
+        model_outputs.append(ModelOutput(index, head=head, last_only=last_only))
     if not heads and not walk.refused:
         walk.refused.append(
             "the model: expected an output that is not a layer's state; return the layer's "

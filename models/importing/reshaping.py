@@ -51,10 +51,7 @@ def _reshape(value: Value, shape: tuple[Any, ...], owner: str) -> Value:
     if same or (one_column and len(shape) == 3 and shape[2] == 1):
         return replace(value, shape=shape, owner=owner)
     if len(value.shape) == 2 and value.columns is None:
-        raise UnsupportedLayerError(
-            f"it arranges {list(value.shape[1:])} values as {list(shape[1:])}; leave it out, and "
-            "arrange the outputs where they are read"
-        )
+        return replace(value, shape=shape, owner=owner, arranged=shape[1:])
     raise UnsupportedLayerError(
         f"it rearranges steps and features, {list(value.shape)} to {list(shape)}; expected "
         "[batch, steps] to [batch, steps, 1]: give the rows to the model as they are"

@@ -41,6 +41,7 @@ class Value:
         columns: the columns of the model's inputs that it is, or None if a layer computes it.
         state_input: which input of the model it is, if it is one that holds a state.
         mask: whether it marks the steps that are no padding.
+        arranged: the shape that a `Reshape` gives to the values of the last step, if it does.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Value:
     columns: range | None = None
     state_input: int | None = None
     mask: bool = False
+    arranged: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,7 +217,7 @@ def output_spec(spec: ModelSpec) -> OutputSpec:
 def _output(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> Output:
     match head:
         case SequenceHead():
-            return Output(head.name, (widths[head.input],))
+            return Output(head.name, head.shape or (widths[head.input],))
         case DenseHead():
             return Output(head.name, (head.units,), head.targets)
         case ForecastHead() if head.quantiles:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 from typing import Annotated, Any
 
 from pydantic import (
@@ -49,6 +50,7 @@ from models.spec.heads import (
     ForecastHead,
     Head,
     LabelHead,
+    SequenceHead,
 )
 from models.spec.layers import (
     FEATURES,
@@ -205,6 +207,13 @@ class ModelSpec(Frozen):
                 raise ValueError(
                     f"head {head.name!r} reads {head.input!r}, expected one of {sorted(widths)}"
                 )
+            if isinstance(head, SequenceHead) and head.shape:
+                width = widths[head.input]
+                if prod(head.shape) != width:
+                    raise ValueError(
+                        f"head {head.name!r}: expected a shape of the {width} values of "
+                        f"{head.input!r}, got {list(head.shape)}"
+                    )
             self._check_targets(head)
             if isinstance(head, AnomalyHead) and head.input in non_causal_layers(self.layers):
                 raise ValueError(

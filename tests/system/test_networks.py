@@ -46,7 +46,9 @@ NETWORKS: dict[str, list[dict[str, Any]]] = {
         {"kind": "gru", "units": 4},
         {"kind": "attention", "over": "stream", "units": 3},
         {"kind": "concatenate", "inputs": ["gru_1", "attention_1"]},
+        {"kind": "conv1d", "units": 3, "kernel_size": 3, "dilation": 2},
         {"kind": "lstm", "units": 3},
+        {"kind": "simple_rnn", "units": 3},
     ],
     "focused": [
         {"kind": "gru", "units": 4},

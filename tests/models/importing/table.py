@@ -237,6 +237,10 @@ ACCEPTED: dict[str, Accepted] = {
     "window": Accepted(
         sequential(lstm(return_sequences=False), dense(1), steps=STEPS), notes=(LAST, WINDOW)
     ),
+    "several-steps": Accepted(
+        sequential(lstm(return_sequences=False), dense(6), lambda: kl.Reshape((3, 2))),
+        notes=(LAST,),
+    ),
     "simple-rnn": Accepted(
         sequential(lambda: kl.SimpleRNN(4, return_sequences=True, activation="relu"), dense())
     ),
@@ -454,9 +458,14 @@ REFUSED: dict[str, Refused] = {
         sequential(lstm(), lambda: kl.Flatten(name="flat"), dense(), steps=STEPS),
         ("Flatten 'flat': it makes one row of all steps", "x[:, -1]"),
     ),
-    "forecast-shape": Refused(
-        sequential(lstm(return_sequences=False), dense(6), lambda: kl.Reshape((3, 2), name="grid")),
-        ("Reshape 'grid': it arranges [6] values as [3, 2]", "where they are read"),
+    "reshaped-inside": Refused(
+        sequential(
+            lstm(return_sequences=False),
+            dense(6),
+            lambda: kl.Reshape((3, 2)),
+            lambda: kl.Dense(1, name="after"),
+        ),
+        ("Dense 'after': it reads the last step's values", "expected Reshape to be the last layer"),
     ),
     "shared-layer": Refused(
         shared_layer, ("LSTM 'twice': it is used 2 times", "a layer of its own for each")

@@ -188,7 +188,7 @@ def convolved_codes() -> ModelSpec:
     """Raw rows of three columns, the second one coded, under every layer without gates."""
     layers = [
         {"kind": "affine"},
-        {"kind": "conv1d", "units": 4, "kernel_size": 3, "dilation": 2, "activation": "relu"},
+        {"kind": "conv1d", "units": 4, "kernel_size": 3, "dilation": 2, "activation": "tanh"},
         {"kind": "slice", "start": 1, "stop": 4},
         {"kind": "prelu"},
         {"kind": "simple_rnn", "units": 3},

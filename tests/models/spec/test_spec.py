@@ -95,6 +95,10 @@ def test_columns_of_events_and_of_raw_features() -> None:
             raw(layers=[{"kind": "slice", "start": 1, "stop": 9}, {"kind": "gru", "units": 2}]),
             "layer 'slice_1': expected `stop` within the",
         ),
+        (
+            raw(heads=[{"kind": "sequence", "name": "h", "shape": [3, 2]}]),
+            r"head 'h': expected a shape of the \d values of .* got \[3, 2\]",
+        ),
         (raw(embeddings=[{"column": 9, "codes": 3, "units": 2}]), "embeddings: expected columns 0"),
         (
             raw(embeddings=[{"column": 0, "codes": 3, "units": 2}] * 2),

@@ -122,9 +122,10 @@ def _forecast(decoder: DecoderSpec | None) -> ForecastInfo | None:
 
 def _column(served: ServedModel, column: Column) -> ColumnInfo:
     document: ColumnInfo = {"name": column.name, "field": column.field}
-    if column.codes is not None and column.field is not None and served.events is not None:
-        field = served.events.field(column.field)
+    if column.codes is not None:
         document["codes"] = column.codes
+    if column.field is not None and served.events is not None:
+        field = served.events.field(column.field)
         if isinstance(field, CategoricalField):
             document["labels"] = list(field.labels)
     return document
