@@ -402,6 +402,12 @@ def attending() -> keras.Model:
     return keras.Model(rows, kl.Attention(name="looks")([values, values]))
 
 
+def masked_by_values() -> keras.Model:
+    rows = sequence()
+    late = keras.ops.greater(rows[..., 0], 0.5)
+    return keras.Model(rows, kl.GRU(4, name="cell")(rows, mask=late))
+
+
 def code_and_number() -> keras.Model:
     rows = sequence()
     both = kl.Concatenate()([rows, kl.Embedding(5, 2, name="code")(rows[..., 0])])
@@ -500,6 +506,9 @@ REFUSED: dict[str, Refused] = {
     "masked-inside": Refused(
         sequential(lstm(), lambda: kl.Masking(name="skip"), lstm()),
         ("Masking 'skip': it would skip steps", "at the front"),
+    ),
+    "masked-by-values": Refused(
+        masked_by_values, ("GRU 'cell': it is called with a mask", "use Masking at the front")
     ),
     "series-without-axis": Refused(
         bare_series, ("Dense 'wide': it reads input 'series'", "Reshape((-1, 1))")
