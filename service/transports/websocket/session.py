@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from structlog.contextvars import bound_contextvars
 
@@ -32,6 +32,11 @@ from service.transports.websocket.frames import (
     reply_frame,
     split_frame,
 )
+
+ENVELOPE: Final = ("id", "if_match")
+"""The members of a frame besides those of a chunk's body."""
+ENVELOPE_OF_MANY: Final = (*ENVELOPE, "stream")
+"""The same on a socket for many streams."""
 
 PendingReply = asyncio.Future[list[Reply | CarryError]]
 Send = Callable[[Media, bytes], None]
@@ -112,7 +117,7 @@ class Session:
         self._request_id = request_id.decode()
         self._send = send
         self._on_progress = on_progress
-        self._envelope = ("id", "if_match", *(() if stream is not None else ("stream",)))
+        self._envelope = ENVELOPE_OF_MANY if stream is None else ENVELOPE
         self._order: StreamOrder[Entry] = StreamOrder(
             self._begin, self._resolve, self._release, overlaps=True
         )
