@@ -127,7 +127,10 @@ def _read(path: Path, rewritten: Path, where: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        raise ImportedModelError(f"{where}: Keras cannot load it: {error}") from error
+        way = ""
+        if path == rewritten:
+            way = "; build this model of Keras 2 again with Keras 3, and give it the weights"
+        raise ImportedModelError(f"{where}: Keras cannot load it: {error}{way}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
