@@ -96,7 +96,9 @@ class MessageAdmission:
             while not (await asyncio.wait({acquired}, timeout=SLOW_S))[0]:
                 self._end_slow_call(began_s)
         except BaseException:
-            acquired.cancel()
+            if not acquired.cancel():
+                # it got the room in the same moment
+                self.count(size, 0)
             raise
 
     async def _enqueue(self, size: int) -> None:

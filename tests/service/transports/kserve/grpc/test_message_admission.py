@@ -119,6 +119,24 @@ async def test_call_is_rejected_if_the_room_is_taken_by_messages_that_are_held(
     last.cancel()
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_call_that_is_cancelled_as_it_gets_room_gives_it_back(turns: int) -> None:
+    messages = MessageAdmission(LARGEST, LARGEST, timeout_s=60.0)
+    calls = Calls(messages)
+    messages.count(0, LARGEST)
+    waiting = calls.start(0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    messages.count(LARGEST, 0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    last = calls.start(1)
+    await becomes(lambda: calls.reading == [1], "another call in its place")
+    last.cancel()
+
+
 async def test_stream_waits_while_messages_take_all_room(messages: MessageAdmission) -> None:
     await messages.wait_for_room()
     messages.count(0, 2 * LARGEST + 1)
