@@ -95,6 +95,17 @@ def test_chunks_equal_keras_on_the_whole_sequence(
             np.testing.assert_allclose(stored["state"][part], expected[index][0], **CLOSE)
 
 
+def test_rows_with_unknown_codes_are_rejected(client: httpx.Client) -> None:
+    url = "/v1/models/numbers-and-codes"
+    columns = client.get(url).raise_for_status().json()["columns"]
+    assert [column.get("codes") for column in columns] == [None, None, None, 5, 7]
+    rows = [[0.5, 0.5, 0.5, 1, 2], [0.5, 0.5, 0.5, 5, 2]]
+    reply = client.post(f"{url}/streams/unknown/chunks", json={"inputs": rows})
+    assert reply.status_code == 422
+    for words in ("feature_3", "a whole code from 0 to 4", "5"):
+        assert words in reply.text
+
+
 def test_a_window_can_begin_from_the_zero_state_each_time(
     imported: dict[str, Import], client: httpx.Client
 ) -> None:
