@@ -116,7 +116,7 @@ class AsyncCarry:
         )
 
     async def text(self, path: str) -> str:
-        """The text of a page such as `/metrics`, in one attempt.
+        """The body of a page such as `/metrics`, in one attempt.
 
         Raises:
             Problem

@@ -117,7 +117,7 @@ class Carry:
         )
 
     def text(self, path: str) -> str:
-        """The text of a page such as `/metrics`, in one attempt.
+        """The body of a page such as `/metrics`, in one attempt.
 
         Raises:
             Problem

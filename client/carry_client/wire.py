@@ -201,7 +201,7 @@ def _unencodable(document: object, error: Exception, at: str = "") -> Exception:
         if isinstance(document, int) and -(2**63) <= document < 2**64:
             return error
         kind = ValueError if isinstance(document, (int, float)) else TypeError
-        return kind(f"{at}: expected a number, a text, true, false or nothing, got {document!r}")
+        return kind(f"{at}: expected a number, string, true, false or null, got {document!r}")
     for place, each in items:
         found = _unencodable(each, error, place)
         if found is not error:

@@ -51,13 +51,13 @@ class FieldPosition(NamedTuple):
     Attributes:
         field: the field of the schema.
         row: its row of `numbers`; the gap's for the timestamp.
-        text: index in `texts` of a categorical field.
+        string: index in `strings` of a categorical field.
         absent: row of `absent` of an optional field.
     """
 
     field: EventField
     row: int
-    text: int | None
+    string: int | None
     absent: int | None
 
 
@@ -116,7 +116,7 @@ class Block(NamedTuple):
         steps: T.
         numbers: float64 [K, T], without negative zeros; 0 in the row of the gap and for absent
             values, and the absent code for an absent category.
-        texts: T strings for each categorical; "" if absent.
+        strings: T strings for each categorical; "" if absent.
         times_ms: int64 [T], epoch milliseconds, 0 if absent; None without a timestamp.
         absent: bool [optionals, T]; None if nothing is absent.
     """
@@ -124,7 +124,7 @@ class Block(NamedTuple):
     layout: BlockLayout
     steps: int
     numbers: DoubleArray
-    texts: tuple[Sequence[str], ...]
+    strings: tuple[Sequence[str], ...]
     times_ms: IntArray | None
     absent: BoolArray | None
 
@@ -135,7 +135,7 @@ class Block(NamedTuple):
             self.layout,
             numbers.shape[1],
             numbers,
-            tuple(texts[cut] for texts in self.texts),
+            tuple(strings[cut] for strings in self.strings),
             None if self.times_ms is None else self.times_ms[cut],
             None if self.absent is None else self.absent[:, cut],
         )
@@ -148,8 +148,8 @@ class Block(NamedTuple):
 
     def values(self, position: FieldPosition) -> NDArray[Any]:
         """The values [T] of a field, as in `EventColumns`."""
-        if position.text is not None:
-            return np.array(self.texts[position.text], object)
+        if position.string is not None:
+            return np.array(self.strings[position.string], object)
         if isinstance(position.field, TimestampField) and self.times_ms is not None:
             return self.times_ms
         row: DoubleArray = self.numbers[position.row]
@@ -160,13 +160,13 @@ class Block(NamedTuple):
         numbers, wide = self.numbers.astype("<f8", copy=False).tobytes(), 8 * self.steps
         everywhere = b"\1" * self.steps
         parts: list[bytes] = []
-        for field, row, text, absent in self.layout.positions.values():
+        for field, row, string, absent in self.layout.positions.values():
             if absent is None or self.absent is None:
                 parts.append(everywhere)
             else:
                 parts.append((~self.absent[absent]).tobytes())
-            if text is not None:
-                parts += _canonical_texts(self.texts[text])
+            if string is not None:
+                parts += _canonical_strings(self.strings[string])
             elif field.kind == "numeric":
                 parts.append(numbers[row * wide : (row + 1) * wide])
             elif field.kind == "boolean":
@@ -197,11 +197,11 @@ class LazyArrays(Mapping[str, NDArray[Any]]):
         return len(self._positions)
 
 
-def _canonical_texts(texts: Sequence[str]) -> tuple[bytes, bytes]:
+def _canonical_strings(strings: Sequence[str]) -> tuple[bytes, bytes]:
     """The lengths in UTF-8 bytes as uint32 LE, and the concatenated UTF-8 bytes."""
-    joined = "".join(texts)
-    lengths = map(len, texts) if joined.isascii() else (len(text.encode()) for text in texts)
-    return struct.pack(f"<{len(texts)}I", *lengths), joined.encode()
+    joined = "".join(strings)
+    lengths = map(len, strings) if joined.isascii() else (len(text.encode()) for text in strings)
+    return struct.pack(f"<{len(strings)}I", *lengths), joined.encode()
 
 
 @lru_cache(maxsize=64)
@@ -214,16 +214,16 @@ def new_layout(schema: EventSchema) -> BlockLayout:
     """Compute the layout of a schema's blocks."""
     fields = schema.fields
     order = sorted(range(len(fields)), key=lambda index: _rank(fields[index]))
-    texts = [index for index in order if isinstance(fields[index], CategoricalField)]
+    strings = [index for index in order if isinstance(fields[index], CategoricalField)]
     optional = [index for index in order if fields[index].optional]
     # Categoricals have the last rows and no indicators.
-    marked = [index for index in optional if index not in texts]
+    marked = [index for index in optional if index not in strings]
     starts = _starts(schema)
     positions = {
         field.name: FieldPosition(
             field,
             order.index(index),
-            texts.index(index) if index in texts else None,
+            strings.index(index) if index in strings else None,
             optional.index(index) if index in optional else None,
         )
         for index, field in enumerate(fields)
@@ -236,7 +236,7 @@ def new_layout(schema: EventSchema) -> BlockLayout:
         positions=positions,
         time=time,
         value_fields=tuple(order if time is None else order[GAP_ROW + 1 :]),
-        codes=tuple(_codes(fields[index]) for index in texts),
+        codes=tuple(_codes(fields[index]) for index in strings),
         optionals=len(optional),
         logs=sum(_rank(field) <= _LOGARITHMIC for field in fields),
         fitted=not any(mean is None or std is None for mean, std in scales),

@@ -126,7 +126,7 @@ def block_of(schema: EventSchema, columns: EventColumns) -> Block:
     layout = layout_of(schema)
     numbers = np.zeros((len(layout.columns), columns.steps))
     absent = np.zeros((layout.optionals, columns.steps), np.bool_)
-    texts: list[list[str]] = [[] for _ in layout.codes]
+    strings: list[list[str]] = [[] for _ in layout.codes]
     times_ms = None
     for name, position in layout.positions.items():
         values = columns.values[name]
@@ -134,10 +134,10 @@ def block_of(schema: EventSchema, columns: EventColumns) -> Block:
             absent[position.absent] = ~columns.present[name]
         if isinstance(position.field, TimestampField):
             times_ms = np.asarray(values, np.int64)
-        elif position.text is not None:
-            texts[position.text] = values.tolist()
-            codes = layout.codes[position.text]
-            numbers[position.row] = list(map(codes.__getitem__, texts[position.text]))
+        elif position.string is not None:
+            strings[position.string] = values.tolist()
+            codes = layout.codes[position.string]
+            numbers[position.row] = list(map(codes.__getitem__, strings[position.string]))
             if position.absent is not None:
                 numbers[position.row, absent[position.absent]] = codes[None]
         else:
@@ -148,7 +148,7 @@ def block_of(schema: EventSchema, columns: EventColumns) -> Block:
         layout,
         columns.steps,
         numbers,
-        tuple(texts),
+        tuple(strings),
         times_ms,
         absent if absent.any() else None,
     )

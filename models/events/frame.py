@@ -1,12 +1,12 @@
 """Reads event columns from a table, for training, evaluation and replay.
 
 Validation is less strict than for requests in two ways, as tables are written: a NaN is a missing
-number, and integers may represent categories (by their digits). Booleans as 0 and 1 or as text, and
-dates and times without an offset (in the schema's time zone, of two possible times the earlier) are
-read unless the field's options say otherwise; `settle_forms` makes what a training table has the
-option of both, so that the service takes what training took. Everything else is rejected with row
-and column; so are integers that are probably epoch seconds (`EPOCH_SECONDS`), which would be dates
-in 1970.
+number, and integers may represent categories (by their digits). Booleans as 0 and 1 or as strings,
+and dates and times without an offset (in the schema's time zone, of two possible times the earlier)
+are read unless the field's options reject them. `settle_forms` sets these options to the forms that
+the training table has, so that the service accepts what training accepted. Everything else is
+rejected with row and column; so are integers that are probably epoch seconds (`EPOCH_SECONDS`),
+which would be dates in 1970.
 
 Polars is used here and in `fit`, but not in serving.
 """
@@ -46,7 +46,7 @@ EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
 times of 1979 to 2103; as milliseconds, of January and February 1970."""
 
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
-"""Texts of booleans, in lower case."""
+"""Strings that are booleans, in lower case."""
 
 _HAS_OFFSET = r"([Zz]|[+-]\d{2}:?\d{2})$"
 _STRINGS = (pl.String, pl.Categorical, pl.Enum)
@@ -87,7 +87,7 @@ def settle_forms(schema: EventSchema, frame: pl.DataFrame) -> EventSchema:
     """The schema with the forms of its values that the table has, where it leaves them open.
 
     So the service takes events as the model's training took them: booleans that are written as
-    numbers or texts, and times without an offset.
+    numbers or strings, and times without an offset.
     """
 
     def settle(field: EventField) -> EventField:
@@ -173,7 +173,7 @@ def _boolean(field: BooleanField, column: pl.Series) -> tuple[BoolArray, NDArray
         raise DataError(
             index=row,
             field=column.name,
-            expected="true or false (with `coerce: true` in the field also 1, 0 and texts)",
+            expected="true or false (with `coerce: true` in the field also 1, 0 and strings)",
             got=repr(column[row]),
         )
     if is_text:
@@ -288,7 +288,7 @@ def _from_strings(schema: EventSchema, column: pl.Series, present: BoolArray) ->
 
 
 def _naive(text: str) -> datetime | None:
-    """Parse a date and time without an offset as if in UTC; None for other texts."""
+    """Parse a date and time without an offset as if in UTC; None for other strings."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

@@ -1,9 +1,9 @@
 """Vectorised parsing of RFC 3339 timestamps to epoch milliseconds.
 
-The texts of one client have the same shape: number of decimals, kind of offset.
+The strings of one client have the same shape: number of decimals, kind of offset.
 Such a list is compared with its shape at once, and parsed by one NumPy call;
-any other list is validated text by text by the validator of the event type. Both ways
-accept the same texts and return the same times.
+any other list is validated string by string by the validator of the event type. Both ways
+accept the same strings and return the same times.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def epoch_ms(moments: Sequence[str | int]) -> IntArray | None:
     """Parse timestamps of events to epoch milliseconds, int64 [T].
 
     Args:
-        moments: RFC 3339 texts, or integers that are validated already.
+        moments: RFC 3339 strings, or integers that are validated already.
 
     Returns:
         None if one of them is invalid.
     """
     kinds = set(map(type, moments))
     if kinds == {str}:
-        texts: Sequence[str] = moments  # type: ignore[assignment]
-        alike = parse_uniform_texts(texts)
+        strings: Sequence[str] = moments  # type: ignore[assignment]
+        alike = parse_uniform_strings(strings)
         if alike is not None:
             return alike
     elif kinds <= {int}:
@@ -57,18 +57,18 @@ def epoch_ms(moments: Sequence[str | int]) -> IntArray | None:
         return None
 
 
-def parse_uniform_texts(texts: Sequence[str]) -> IntArray | None:
-    """Parse texts of one shape; None if shapes differ or a text is invalid."""
-    if len(texts[0]) > _LONGEST:
+def parse_uniform_strings(strings: Sequence[str]) -> IntArray | None:
+    """Parse strings of one shape; None if shapes differ or a string is invalid."""
+    if len(strings[0]) > _LONGEST:
         return None
     try:
-        written = "\n".join(texts).encode()
-        parts = _parts(texts[0].encode().translate(_DIGITS))
+        written = "\n".join(strings).encode()
+        parts = _parts(strings[0].encode().translate(_DIGITS))
         if parts is None:
             return None
         shape, dtype = parts
         written += b"\n"
-        if written.translate(_DIGITS) != shape * len(texts):
+        if written.translate(_DIGITS) != shape * len(strings):
             return None
         found = np.frombuffer(written, dtype)
         times_ms = found["local"].astype("datetime64[ms]").view(np.int64)
@@ -81,7 +81,7 @@ def parse_uniform_texts(texts: Sequence[str]) -> IntArray | None:
     return times_ms
 
 
-# Only short texts get here, so the cache is small.
+# Only short strings get here, so the cache is small.
 @lru_cache(maxsize=256)
 def _parts(shape: bytes) -> tuple[bytes, np.dtype[np.void]] | None:
     """A line of a shape and the dtype of its parts; None if no timestamp has that shape."""

@@ -86,7 +86,7 @@ class Timestamp:
 def _timestamp_schema() -> CoreSchema:
     number = core_schema.int_schema(strict=True, ge=MIN_TIMESTAMP_MS, lt=MAX_TIMESTAMP_MS)
     text = core_schema.str_schema(strict=True, pattern=_RFC3339, regex_engine="rust-regex")
-    # Not strict, as it must parse the text that the previous step validated.
+    # Not strict, as it must parse the string that the previous step validated.
     moment = core_schema.datetime_schema(
         strict=False,
         tz_constraint="aware",
@@ -107,7 +107,7 @@ def _timestamp_schema() -> CoreSchema:
 
 
 class _CoercedBoolean:
-    """Type of a boolean that may be written as a number or a text; validated to bool."""
+    """Type of a boolean that may be written as a number or a string; validated to bool."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -118,7 +118,7 @@ class _CoercedBoolean:
             [core_schema.bool_schema(strict=True), number, text],
             mode="left_to_right",
             custom_error_type="boolean",
-            custom_error_message="Input should be true or false, or 1 or 0, or a text of these",
+            custom_error_message="Input should be true or false, or 1 or 0, or a string of these",
         )
         return core_schema.no_info_after_validator_function(
             lambda value: value in (True, "true", "1"), forms
@@ -303,7 +303,7 @@ def _description(field: EventField) -> str:
         case BooleanField():
             how = "true or false."
             if field.coerce:
-                how = "true or false, also as 1 or 0, or as text."
+                how = "true or false, also as 1 or 0, or as a string."
     absent = " May be absent or null." if field.optional else ""
     return f"{field.description} {how}{absent}".strip()
 

@@ -60,13 +60,13 @@ class ReadEvents(NamedTuple):
 
     Attributes:
         members: number of members with a value other than null.
-        texts: number of those values that are strings.
+        strings: number of those values that are strings.
         resets: ascending indexes of the events that are marked by `reset`.
     """
 
     columns: EventColumns
     members: int
-    texts: int
+    strings: int
     resets: tuple[int, ...] = ()
 
 
@@ -86,16 +86,16 @@ class EventReader:
         self._json: msgspec.json.Decoder[Any] = msgspec.json.Decoder(self._list)
         self._msgpack: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(self._list)
         positions = list(self._layout.positions.values())
-        value_fields, texts = self._layout.value_fields, len(self._layout.codes)
-        self._numbers = value_fields[: len(value_fields) - texts]
-        self._texts = value_fields[len(value_fields) - texts :]
+        value_fields, strings = self._layout.value_fields, len(self._layout.codes)
+        self._numbers = value_fields[: len(value_fields) - strings]
+        self._strings = value_fields[len(value_fields) - strings :]
         self._may_be_none = [positions[at].absent is not None for at in self._numbers]
         self._optional = [
             at for at, position in enumerate(positions) if position.absent is not None
         ]
         self._time_at = positions.index(self._layout.time) if self._layout.time else None
-        # Packing fails at a None among numbers, but not among texts and timestamps.
-        self._optional_texts_and_time = tuple(
+        # Packing fails at a None among numbers, but not among strings and timestamps.
+        self._optional_strings_and_time = tuple(
             (at, position.absent)
             for at, position in enumerate(positions)
             if position.absent is not None and at not in self._numbers
@@ -118,8 +118,8 @@ class EventReader:
         try:
             columns = self.columns(msgspec.convert(events, self._list))
             # No parser returns a lone surrogate, but a str may contain one.
-            for texts in columns.block.texts if columns and columns.block else ():
-                "".join(texts).encode()
+            for strings in columns.block.strings if columns and columns.block else ():
+                "".join(strings).encode()
         except (msgspec.MsgspecError, ValueError):
             return None
         return columns
@@ -134,7 +134,7 @@ class EventReader:
         return None if read is None else read.columns
 
     def read(self, events: Sequence[msgspec.Struct]) -> ReadEvents | None:
-        """Convert like `columns`, and count members and texts."""
+        """Convert like `columns`, and count members and strings."""
         if not events:
             return ReadEvents(columns_from_events(self._layout.schema, []), 0, 0)
         steps, layout = len(events), self._layout
@@ -148,13 +148,13 @@ class EventReader:
             times_ms = self._times_ms(by_field[self._time_at])
             if times_ms is None:
                 return None
-        texts: list[Sequence[str]] = [by_field[at] for at in self._texts]
+        strings: list[Sequence[str]] = [by_field[at] for at in self._strings]
         codes: list[int] = []
-        for code_of, column in zip(layout.codes, texts, strict=True):
+        for code_of, column in zip(layout.codes, strings, strict=True):
             codes += map(code_of.__getitem__, column)
         values = chain.from_iterable([by_field[at] for at in self._numbers])
         count = steps * len(layout.value_fields)
-        blanks = any(None in by_field[at] for at, _ in self._optional_texts_and_time)
+        blanks = any(None in by_field[at] for at, _ in self._optional_strings_and_time)
         try:
             packed = struct.pack(f"{count}d", *values, *codes)
         except struct.error:
@@ -168,29 +168,29 @@ class EventReader:
         # -0.0 and 0.0 are equal for clients, so they must be equal for digest and network.
         np.add(np.frombuffer(packed).reshape(-1, steps), 0.0, out=numbers[layout.values])
         absent = self._absent(by_field, numbers) if blanks else None
-        for at, _ in self._optional_texts_and_time if blanks else ():
-            if at in self._texts:
-                texts[self._texts.index(at)] = [text or "" for text in by_field[at]]
+        for at, _ in self._optional_strings_and_time if blanks else ():
+            if at in self._strings:
+                strings[self._strings.index(at)] = [text or "" for text in by_field[at]]
         columns = EventColumns.of_block(
-            Block(layout, steps, numbers, tuple(texts), times_ms, absent)
+            Block(layout, steps, numbers, tuple(strings), times_ms, absent)
         )
-        members, strings = self._count_values(by_field, steps)
+        members, string_count = self._count_values(by_field, steps)
         if not marks:
-            return ReadEvents(columns, members, strings)
+            return ReadEvents(columns, members, string_count)
         resets = tuple(at for at, mark in enumerate(marks) if mark is True)
-        return ReadEvents(columns, members + steps - marks.count(UNSET), strings, resets)
+        return ReadEvents(columns, members + steps - marks.count(UNSET), string_count, resets)
 
     def _count_values(self, by_field: Sequence[Sequence[Any]], steps: int) -> tuple[int, int]:
         """Count the values, and those that are strings."""
-        members, texts = steps * len(by_field), steps * len(self._texts)
+        members, strings = steps * len(by_field), steps * len(self._strings)
         for at in self._optional:
             absent = by_field[at].count(None)
             members -= absent
-            if at in self._texts:
-                texts -= absent
+            if at in self._strings:
+                strings -= absent
         if self._time_at is not None:
-            texts += list(map(type, by_field[self._time_at])).count(str)
-        return members, texts
+            strings += list(map(type, by_field[self._time_at])).count(str)
+        return members, strings
 
     def columns_many(self, chunks: Sequence[Sequence[msgspec.Struct]]) -> list[EventColumns] | None:
         """Convert several chunks in one batch, which is faster; the results share arrays.
@@ -211,7 +211,7 @@ class EventReader:
         np.copyto(numbers, 0.0, where=unknown)
         absent = np.zeros((layout.optionals, numbers.shape[1]), np.bool_)
         absent[:marked] = unknown.take(layout.blanked, axis=0)
-        for at, row in self._optional_texts_and_time:
+        for at, row in self._optional_strings_and_time:
             absent[row] = [value is None for value in by_field[at]]
         numbers[layout.missing] = absent[:marked]
         return absent

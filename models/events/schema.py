@@ -142,7 +142,7 @@ class CategoricalField(Frozen):
 class BooleanField(WithForms):
     """true or false, encoded as 1 or 0; `optional` adds the column `<name>.missing`.
 
-    With `coerce`, also the numbers 1 and 0 and the texts true, false, 1 and 0 in any case, in
+    With `coerce`, also the numbers 1 and 0 and the strings true, false, 1 and 0 in any case, in
     tables and in requests. By default as the table that it is trained on.
     """
 

@@ -19,7 +19,7 @@ class OnnxOptions(BaseModel):
         initial: initial values by state input: a number, or the bytes of a `.npy` file in
             base 64.
         axes: order of the axes; found by the importer by default.
-        triton: text of Triton's `config.pbtxt`.
+        triton: content of Triton's `config.pbtxt`.
         triton_folder: folder of the Triton model, where the files of initial states are.
     """
 

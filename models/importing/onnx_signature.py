@@ -18,11 +18,11 @@ from models.artifact.files import inside, open_regular
 from models.errors import ArtifactError, ImportedModelError
 from models.onnx.decoding import (
     DecodingError,
+    decode_string,
     embed_external_data,
     fields,
     local_functions,
     operators,
-    text,
     walk,
 )
 from models.onnx.library import open_session
@@ -222,7 +222,9 @@ def _default_values(graph: bytes, names: set[str]) -> dict[str, NDArray[Any]]:
         return values
     for kind, message in walk(memoryview(graph)):
         if kind == "tensor":
-            name = next((text(value) for number, value, _ in fields(message) if number == 8), "")
+            name = next(
+                (decode_string(value) for number, value, _ in fields(message) if number == 8), ""
+            )
             if name in names:
                 values[name] = tensor_value(message)
     return values

@@ -59,7 +59,7 @@ class TritonConfig:
     """The sequence batching of one model.
 
     Args:
-        text: the file's text.
+        text: the content of the file.
         folder: the model's folder, where `initial_state/` is.
 
     Raises:
@@ -193,7 +193,7 @@ def _value(tokens: list[str], at: int) -> tuple[Any, int]:
         try:
             return ast.literal_eval(first), at + 1
         except (SyntaxError, ValueError) as error:
-            raise ImportedModelError(f"config.pbtxt: expected text, got {first}") from error
+            raise ImportedModelError(f"config.pbtxt: expected a string, got {first}") from error
     if first in "}>]:,;":
         raise ImportedModelError(f"config.pbtxt: expected a value, got {first!r}")
     return first, at + 1

@@ -15,7 +15,7 @@ from models.errors import ArtifactError
 from models.onnx.messages import encode_bytes
 
 Field = tuple[int, "int | memoryview", memoryview]
-"""Number, value (an integer, or the bytes of text or a message), and the whole field encoded."""
+"""Number, value (an integer, or the bytes of a string or message), and the whole field encoded."""
 
 MAX_DEPTH: Final = 64
 """Deepest nesting of messages: each subgraph of a node is three levels."""
@@ -94,11 +94,13 @@ def operators(model: bytes) -> set[tuple[str, str]]:
     found = set()
     for kind, message in walk(memoryview(model)):
         if kind == "node":
-            texts = {
-                number: text(value) for number, value, _ in fields(message) if number in (4, 7)
+            names = {
+                number: decode_string(value)
+                for number, value, _ in fields(message)
+                if number in (4, 7)
             }
-            domain = texts.get(7, "")
-            found.add(("" if domain == "ai.onnx" else domain, texts.get(4, "")))
+            domain = names.get(7, "")
+            found.add(("" if domain == "ai.onnx" else domain, names.get(4, "")))
     return found
 
 
@@ -107,8 +109,12 @@ def local_functions(model: bytes) -> set[tuple[str, str]]:
     found = set()
     for number, function, _ in fields(memoryview(model)):
         if number == 25 and not isinstance(function, int):
-            texts = {place: text(value) for place, value, _ in fields(function) if place in (1, 10)}
-            found.add((texts.get(10, ""), texts.get(1, "")))
+            names = {
+                place: decode_string(value)
+                for place, value, _ in fields(function)
+                if place in (1, 10)
+            }
+            found.add((names.get(10, ""), names.get(1, "")))
     return found
 
 
@@ -124,7 +130,7 @@ def external_data(tensor: memoryview) -> dict[str, str] | None:
         if number == _TENSOR_LOCATION:
             is_external = value != 0
         elif number == _TENSOR_EXTERNAL and not isinstance(value, int):
-            pair = {place: text(part) for place, part, _ in fields(value)}
+            pair = {place: decode_string(part) for place, part, _ in fields(value)}
             entries[pair.get(1, "")] = pair.get(2, "")
     return entries if is_external or entries else None
 
@@ -162,10 +168,10 @@ def check_self_contained(model: bytes, where: str) -> None:
         )
 
 
-def text(value: int | memoryview) -> str:
-    """The text of a field."""
+def decode_string(value: int | memoryview) -> str:
+    """Decode the UTF-8 string of a field."""
     if isinstance(value, int):
-        raise DecodingError(f"expected text, got the number {value}")
+        raise DecodingError(f"expected a string, got the number {value}")
     return bytes(value).decode("utf-8", "replace")
 
 

@@ -166,9 +166,9 @@ def _attribute(name: str, value: Any) -> bytes:
             integers = b"".join(_integer(8, each) for each in value)
             return head + integers + _integer(20, _AttributeType.INTS)
         case [str(), *_]:
-            texts = b"".join(_text(9, each) for each in value)
-            return head + texts + _integer(20, _AttributeType.STRINGS)
-    raise TypeError(f"attribute {name!r}: expected a number, text or graph, got {value!r}")
+            strings = b"".join(_text(9, each) for each in value)
+            return head + strings + _integer(20, _AttributeType.STRINGS)
+    raise TypeError(f"attribute {name!r}: expected a number, string or graph, got {value!r}")
 
 
 def _integer(field: int, value: int) -> bytes:

@@ -245,7 +245,7 @@ def _parse_columns(
 
 
 def _parse_booleans(column: pl.Series) -> pl.Series:
-    """Cells as booleans, as integers if all are 1 or 0, or as texts if some are; null if none."""
+    """Cells as booleans, as integers if all are 1 or 0, or as strings if some are; null if none."""
     lower = column.str.strip_chars().str.to_lowercase()
     known = lower.is_in(list(TRUTH))
     if lower.filter(known).is_in(["1", "0"]).any():

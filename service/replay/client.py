@@ -66,7 +66,7 @@ class Service:
         return self.models[number % len(self.models)].stream(name, buffer_events=0)
 
     async def metrics(self, url: str) -> str | None:
-        """The text of /metrics at one URL; None if it is not available."""
+        """The body of `/metrics` at one URL; None if it is not available."""
         try:
             return await self._addresses[url].text("/metrics")
         except Problem:

@@ -23,7 +23,7 @@ SampleKey = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class CounterGrowth:
-    """How much each counter of one model grew at one address. Pure; feed it texts in order."""
+    """How much each counter of one model grew at one address, from successive `/metrics` pages."""
 
     def __init__(self, model: str) -> None:
         self._model = model

@@ -135,5 +135,5 @@ def test_a_value_that_a_body_cannot_hold_is_named_with_its_place(
     body = {"position": 0, "events": [{"delay": 1e300}, {"delay": None, "kind": value}]}
     with pytest.raises((TypeError, ValueError)) as raised:
         encode_body(encoding, body)
-    assert str(raised.value).startswith("events[1].kind: expected a number, a text, ")
+    assert str(raised.value).startswith("events[1].kind: expected a number, string, ")
     assert repr(value) in str(raised.value)

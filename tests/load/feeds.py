@@ -103,8 +103,8 @@ class EventsFeed:
             values = [event.get(field.name) for event in events]
             columns.append(bytes(value is not None for value in values))
             if field.kind == "categorical":
-                texts = [(value or "").encode() for value in values]
-                columns += [np.array([len(text) for text in texts], "<u4").tobytes(), *texts]
+                strings = [(value or "").encode() for value in values]
+                columns += [np.array([len(text) for text in strings], "<u4").tobytes(), *strings]
             else:
                 filled = [0 if value is None else value for value in values]
                 columns.append(np.array(filled, DTYPES[field.kind]).tobytes())

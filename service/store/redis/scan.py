@@ -45,7 +45,7 @@ class ScanCursor(NamedTuple):
         """Parse a cursor that `str` wrote.
 
         Raises:
-            ValueError: the text is not a cursor.
+            ValueError: the string is not a cursor.
         """
         match = _CURSOR.fullmatch(text)
         if match is None or int(match[3]) >= 2**64:

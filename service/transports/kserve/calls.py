@@ -246,6 +246,6 @@ def iter_events(tensor: InputTensor) -> Iterator[bytes]:
             got = json_error(error).facts["got"]
             raise invalid(at, "an event: one JSON object", got) from error
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            got = f"text that cannot be parsed ({error})"
+            got = f"a string that cannot be parsed ({error})"
             raise invalid(at, "an event: one JSON object", got) from error
         yield event

@@ -227,7 +227,7 @@ def encode_reply(reply: InferReply, binary: BinaryOutputs) -> tuple[bytes, int]:
 
 
 def may_have_duplicates(text: bytes, decoded: msgspec.Struct) -> bool:
-    """Whether a text may have duplicate members: their quotation marks are not in what was decoded
+    """Whether JSON may have duplicate members: their quotation marks are not in what was decoded
     from it."""
     return text.count(b'"') != _ENCODER.encode(decoded).count(b'"')
 

@@ -13,7 +13,7 @@ from service.core.errors import InvalidInput
 _KINDS: Final = {
     "array": "a list",
     "object": "an object",
-    "str": "a text",
+    "str": "a string",
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",

@@ -89,8 +89,9 @@ def parse_parameters(parameters: Mapping[str, Parameter]) -> InferParameters:
 
 
 def parse_sequence_id(value: Parameter) -> str | None:
-    """The stream that a sequence id names: a number in decimal digits, or a text as it is; None for
-    0 and the empty text, which mean no sequence.
+    """The stream of a sequence id: a number in decimal digits, or the string itself.
+
+    None for 0 and the empty string, which mean no sequence.
 
     Raises:
         InvalidInput, InvalidName
@@ -99,7 +100,7 @@ def parse_sequence_id(value: Parameter) -> str | None:
     if isinstance(value, str):
         return stream_name(value, at) if value else None
     if type(value) is not int or not 0 <= value <= MAX_SEQUENCE_ID:
-        raise invalid(at, f"a whole number up to {MAX_SEQUENCE_ID}, or a text", _shown(value))
+        raise invalid(at, f"a whole number up to {MAX_SEQUENCE_ID}, or a string", _shown(value))
     return str(value) if value else None
 
 

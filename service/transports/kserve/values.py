@@ -76,7 +76,7 @@ class JsonElements:
         except msgspec.ValidationError as error:
             raise json_error(error, f"{at}.data") from error
         except (msgspec.MsgspecError, ValueError) as error:
-            # numbers out of range, and text that is not UTF-8, are first noticed here
+            # numbers out of range, and strings that are not UTF-8, are first detected here
             raise invalid(f"{at}.data", "a list of values of its datatype", str(error)) from error
         for _ in range(depth - 1):
             values = list(chain.from_iterable(values))

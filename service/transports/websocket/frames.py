@@ -46,7 +46,7 @@ _ID: Final = (
     | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
     | None
 )
-_ID_EXPECTED: Final = f"an integer of 64 bits or a text of at most {MAX_ID_CHARS} characters"
+_ID_EXPECTED: Final = f"an integer of 64 bits or a string of at most {MAX_ID_CHARS} characters"
 _MARKS: Final = {
     Media.JSON: (b'"id"', b'"stream"', b'"if_match"'),
     Media.MSGPACK: (b"\xa2id", b"\xa6stream", b"\xa8if_match"),
@@ -111,7 +111,7 @@ class Frame(NamedTuple):
                 got = "another type"
         elif not required:
             return None
-        raise InvalidInput(f"{name}: expected a text, got {got}", at=name, expected="a text")
+        raise InvalidInput(f"{name}: expected a string, got {got}", at=name, expected="a string")
 
 
 def read_frame(media: Media, data: bytes | bytearray) -> Frame:
@@ -125,7 +125,7 @@ def read_frame(media: Media, data: bytes | bytearray) -> Frame:
     try:
         members: Envelope = _MEMBERS[media].decode(data)
     except msgspec.ValidationError:
-        expected = "an object whose names are texts"
+        expected = "an object whose names are strings"
         raise InvalidInput(f"body: expected {expected}", at="body", expected=expected) from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise malformed(media, str(error)) from None
@@ -189,7 +189,7 @@ def _check_no_duplicates(media: Media, data: bytes, members: Envelope) -> None:
     if len(rest) > _MAX_REST:
         expected = f"each member once, and at most {_MAX_REST} bytes besides the values"
         raise InvalidInput(f"body: expected {expected}, got {len(rest)}", at="body")
-    # a name without escapes that comes once in the text is not a duplicate
+    # a name without escapes that occurs once in the frame is not a duplicate
     is_certain = b"\\" not in rest and all(
         rest.count(b'"%b"' % name.encode()) == 1 for name in members
     )

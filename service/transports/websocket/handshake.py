@@ -252,7 +252,7 @@ def parse_origins(text: str) -> frozenset[str]:
 
 
 def _host(origin: str) -> str | None:
-    """Host and port of an origin; None for other text, such as an address with a fragment."""
+    """Host and port of an origin; None for another string, such as a URL with a fragment."""
     match = _ORIGIN.fullmatch(origin)
     return None if match is None else match[1].lower()
 

@@ -35,7 +35,7 @@ _SIZES: Final = {
     **dict.fromkeys((0xCB, 0xCF, 0xD3), 9),
     **dict.fromkeys(range(0xE0, 0x100), 1),
 }
-"""Bytes of a scalar in MessagePack by its first byte; of texts, the short ones."""
+"""Bytes of a scalar in MessagePack by its first byte; of strings, only the short ones."""
 _TEXT_OF_8_BITS: Final = 0xD9
 _TEXT_OF_16_BITS: Final = 0xDA
 

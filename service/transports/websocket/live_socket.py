@@ -241,7 +241,9 @@ class LiveSocket(asyncio.Protocol):
                 try:
                     self._collect(event)
                 except UnicodeDecodeError as error:
-                    self._fail(CloseCode.INVALID_DATA, f"expected UTF-8 in a text: {error.reason}")
+                    self._fail(
+                        CloseCode.INVALID_DATA, f"expected UTF-8 in text frames: {error.reason}"
+                    )
                     break
         self._write()
         incomplete = len(self._websocket.reader.buffer) + len(self._message or b"")
@@ -254,7 +256,7 @@ class LiveSocket(asyncio.Protocol):
         """Add a frame to its message.
 
         Raises:
-            UnicodeDecodeError: a text is not UTF-8, up to this frame.
+            UnicodeDecodeError: a text message is not UTF-8, up to this frame.
         """
         if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
             is_text = frame.opcode is Opcode.TEXT

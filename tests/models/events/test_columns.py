@@ -34,8 +34,10 @@ def canonical_by_hand(schema: EventSchema, chunk: list[dict[str, Any]]) -> bytes
             case "boolean":
                 out += bytes(1 if value else 0 for value in given)
             case "categorical":
-                texts = [(value or "").encode() for value in given]
-                out += b"".join(struct.pack("<I", len(text)) for text in texts) + b"".join(texts)
+                strings = [(value or "").encode() for value in given]
+                out += b"".join(struct.pack("<I", len(text)) for text in strings) + b"".join(
+                    strings
+                )
     return out
 
 

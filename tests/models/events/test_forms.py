@@ -116,4 +116,4 @@ def test_options_of_the_schema_are_kept_and_documented() -> None:
     described = event_json_schema(settle_forms(schema_of(epoch="s"), local))["properties"]["x"]
     assert "epoch seconds" in described["description"]
     assert "without an offset in local time" in described["description"]
-    assert "text" in event_json_schema(schema_of(coerce=True))["properties"]["x"]["description"]
+    assert "string" in event_json_schema(schema_of(coerce=True))["properties"]["x"]["description"]

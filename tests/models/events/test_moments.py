@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.events.moments import _parts, epoch_ms, parse_uniform_texts
+from models.events.moments import _parts, epoch_ms, parse_uniform_strings
 from models.events.parse import (
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
@@ -124,9 +124,9 @@ def test_long_texts_are_not_cached() -> None:
     "ending", ["Z", "+02:00", "-05:30", ".5Z", ".123Z", ".123456+00:00", ".123456789-05:00"]
 )
 def test_common_formats_are_parsed_vectorized(ending: str) -> None:
-    texts = [f"2013-01-01T05:17:0{second}{ending}" for second in range(3)]
+    strings = [f"2013-01-01T05:17:0{second}{ending}" for second in range(3)]
 
-    found = parse_uniform_texts(texts)
+    found = parse_uniform_strings(strings)
 
     assert found is not None
-    assert found.tolist() == one_by_one(list(texts))
+    assert found.tolist() == one_by_one(list(strings))

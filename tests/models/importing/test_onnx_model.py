@@ -344,7 +344,7 @@ REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
     "rows mixed": (mixes_rows, {}, r"values that it has alone.*statistic over the batch"),
     "not finite": (not_finite, {}, r"expected finite outputs on random rows"),
     "flattened output": (flattened, {}, r"y is \[6, 5\] and \[15, 5\].*--output NAME"),
-    "text output": (changed(string_output), {}, r"tensors of numbers, got t .*--output NAME"),
+    "string output": (changed(string_output), {}, r"tensors of numbers, got t .*--output NAME"),
     "unknown output": (plain, {"outputs": ("z",)}, r"--output z: expected an output"),
     "unknown input": (plain, {"inputs": ("z",)}, r"--input z: expected an input"),
     "unknown lengths": (plain, {"lengths": "n"}, r"--lengths n: expected an input"),

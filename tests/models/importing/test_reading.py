@@ -44,7 +44,7 @@ OBJECTS: dict[str, tuple[Edit, str]] = {
     ),
     "class that is none": (change(class_name="Popper"), "Popper 'cell': it is a class of its own"),
     "function of a namespace": (change(class_name="deserialize"), "deserialize 'cell'"),
-    "class that is no text": (change(class_name=["LSTM"]), "['LSTM'] 'cell'"),
+    "class that is no string": (change(class_name=["LSTM"]), "['LSTM'] 'cell'"),
     "lambda": (activation(CODE), "__lambda__ 'cell'"),
     "downloading function": (activation(DOWNLOAD), "get_file 'cell'"),
     "function": (activation(FUNCTION), "function 'cell': it comes from 'builtins'"),

@@ -7,9 +7,9 @@ strict validator accepts, with the same values, and never makes an error: if it 
 strict validator decides.
 
 A decoder silently keeps the last of duplicate members. To detect them, the members that it found,
-and in JSON the texts, are counted and compared with the body: in JSON each is a pair of quotation
+and in JSON the strings, are counted and compared with the body: in JSON each is a pair of quotation
 marks, in MessagePack the header of a map gives its length. A duplicate, a null or a quotation mark
-within a text can only increase the count of the body; only if it is larger is the body searched.
+within a string can only increase the count of the body; the body is searched only if it is larger.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _LARGEST_SQUARES: Final = 1e76
 """A sum of squares below this has no member that overflows float32."""
 
 _PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError, msgspec.MsgspecError)
-"""What simdjson raises, about the text and about what it is asked for, and msgspec."""
+"""What simdjson raises for malformed JSON or a missing member, and what msgspec raises."""
 
 _Position = Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None
 _Resets = list[Annotated[int, Meta(ge=0, le=MAX_POSITION)]] | None
@@ -77,7 +77,7 @@ class DecodedSteps(msgspec.Struct):
 
 
 class DecodedSequence(DecodedSteps):
-    """A sequence to predict; its token is a text in JSON."""
+    """A sequence to predict; its token is a string in JSON."""
 
     state_token: str | bytes | None
 
@@ -110,11 +110,11 @@ class _Decoders(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """The steps of a chunk or sequence, and its number of members and texts, events included."""
+    """The steps of a chunk or sequence, and its number of members and strings, events included."""
 
     steps: Steps
     members: int
-    texts: int
+    strings: int
 
 
 class _PackedChunk(msgspec.Struct):
@@ -262,8 +262,10 @@ class FastDecoder:
             read = self._read_one(decoded)
             self._check_chunk(read.steps)
             members = read.members + (decoded.position is not None) + (decoded.epoch is not None)
-            texts = read.texts + (decoded.epoch is not None)
-            _check_no_duplicates(media, body, members, texts, [(body, decoded.events is not None)])
+            strings = read.strings + (decoded.epoch is not None)
+            _check_no_duplicates(
+                media, body, members, strings, [(body, decoded.events is not None)]
+            )
             return decoded, read.steps
         except _UNDECIDED:
             return None
@@ -317,26 +319,26 @@ class FastDecoder:
     ) -> list[Steps]:
         """The steps of each chunk or sequence of a body."""
         read = self._read_all(decoded)
-        members, texts = 1, 0
+        members, strings = 1, 0
         for part, of_part in zip(decoded, read, strict=True):
             members += of_part.members
-            texts += of_part.texts
+            strings += of_part.strings
             if isinstance(part, DecodedSequence):
                 members += part.state_token is not None
-                texts += isinstance(part.state_token, str)
+                strings += isinstance(part.state_token, str)
             elif isinstance(part, DecodedItem):
                 members += 1 + (part.position is not None)
-                texts += 1
+                strings += 1
                 for text in (part.epoch, part.if_match):
                     if text is not None:
-                        members, texts = members + 1, texts + 1
+                        members, strings = members + 1, strings + 1
         packed: list[tuple[bytes | msgspec.Raw, bool]] = []
         if media is Media.MSGPACK:
             undecoded = _PACKED_PARTS.decode(body)
             raws = [*undecoded.chunks, *undecoded.sequences]
             packed = [(body, False)]
             packed += zip(raws, [part.events is not None for part in decoded], strict=True)
-        _check_no_duplicates(media, body, members, texts, packed)
+        _check_no_duplicates(media, body, members, strings, packed)
         return [of_part.steps for of_part in read]
 
     def _read_one(self, body: DecodedSteps) -> _Read:
@@ -386,7 +388,7 @@ class FastDecoder:
         if read is None:
             raise _UndecidedError
         steps = Steps(Feed.EVENTS, read.columns.steps, read.columns, None, read.resets)
-        return _with_resets(_Read(steps, 1 + read.members, read.texts), body.resets)
+        return _with_resets(_Read(steps, 1 + read.members, read.strings), body.resets)
 
     def _build_decoders(self, media: Media, limits: ApiLimits, event: Any) -> _Decoders:
         features, most = self._features, limits.max_chunk_steps
@@ -426,14 +428,14 @@ def _check_no_duplicates(
     media: Media,
     body: bytes,
     members: int,
-    texts: int,
+    strings: int,
     packed: Iterable[tuple[bytes | msgspec.Raw, bool]],
 ) -> None:
     """Leave a body with duplicate members to the strict validator.
 
     Args:
         members: number of members that the decoder found and that are not null.
-        texts: how many of them are text.
+        strings: how many of them are strings.
         packed: the maps of a MessagePack body, without its events, and whether each has events.
     """
     if media is Media.MSGPACK:
@@ -441,7 +443,7 @@ def _check_no_duplicates(
     else:
         # NumPy counts five times as fast as bytes do.
         quotes = np.count_nonzero(np.frombuffer(body, np.uint8) == _QUOTE)
-        has_no_duplicates = quotes == 2 * (members + texts)
+        has_no_duplicates = quotes == 2 * (members + strings)
     if not has_no_duplicates and find_duplicate(media, body) is not None:
         raise _UndecidedError
 
@@ -483,12 +485,12 @@ def _with_resets(read: _Read, resets: list[int] | None) -> _Read:
     """Add the member `resets` of a body."""
     if resets is None:
         return read
-    steps, members, texts = read
+    steps, members, strings = read
     ascending = all(first < second for first, second in pairwise(resets))
     if not ascending or (resets and resets[-1] >= steps.length):
         raise _UndecidedError
     merged = tuple(sorted({*resets, *steps.resets}))
-    return _Read(steps._replace(resets=merged), members + 1, texts)
+    return _Read(steps._replace(resets=merged), members + 1, strings)
 
 
 def _packed(body: DecodedSteps) -> bytes:

@@ -106,11 +106,11 @@ def _expected(item: ErrorDetails, members: Members, origin: Origin) -> str:
             known = [*members(inside), *(() if inside else origin.beside)]
             return f"one of the members {', '.join(known)}"
         case "string_pattern_mismatch":
-            return f"text matching {context['pattern']}"
+            return f"string matching {context['pattern']}"
         case "string_too_short":
-            return f"text of at least {context['min_length']} characters"
+            return f"string of at least {context['min_length']} characters"
         case "string_too_long":
-            return f"text of at most {context['max_length']} characters"
+            return f"string of at most {context['max_length']} characters"
         case "model_type" | "dict_type":
             return "an object"
         case "list_type":

@@ -1,8 +1,8 @@
 """Structural index of a long JSON text: where the members of its object and their elements end.
 
 NumPy finds brackets and commas outside of strings, a block at a time, so that the elements of a
-list are counted, and the text is split between them, before an object is made for any. Nothing is
-validated: if the text is malformed, so are its parts, and their decoder rejects them.
+list are counted, and the body is split between them, before an object is made for any. Nothing is
+validated: if the JSON is malformed, so are its parts, and their decoder rejects them.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _is_structural(text: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def is_blank(text: memoryview) -> bool:
-    """Whether a text is only white space."""
+    """Whether JSON is only white space."""
     return _skip_whitespace(text) == len(text)
 
 

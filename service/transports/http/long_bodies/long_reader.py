@@ -66,7 +66,7 @@ _ONE: Final = {Media.JSON: b"1", Media.MSGPACK: b"\x01"}
 _NO_BYTES: Final = b"\xc4\x00"
 _IS_BYTES: Final = (0xC4, 0xC5, 0xC6)
 _LONG: Final = ("resets", "state_token")
-"""Members of a chunk or sequence that may be long: a list whose elements are counted, a text."""
+"""Members of a chunk or sequence that may be long: a list whose elements are counted, a string."""
 MAX_EVENT_BYTES: Final = 2**20
 """Largest event of a long body."""
 

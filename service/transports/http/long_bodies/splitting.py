@@ -49,8 +49,8 @@ _SHOWN_NAME_BYTES: Final = 256
 _OBJECT: Final = msgspec.msgpack.Decoder(
     dict[Annotated[str, msgspec.Meta(max_length=_MAX_NAME)], msgspec.Raw]
 )
-_TEXT_HEADERS: Final = {0xDA: 3, 0xDB: 5}
-"""Sizes of the headers of long texts in MessagePack, by their first byte."""
+_STRING_HEADERS: Final = {0xDA: 3, 0xDB: 5}
+"""Sizes of the headers of long strings in MessagePack, by their first byte."""
 _LIST: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
 
@@ -200,7 +200,7 @@ def _long_name(value: memoryview) -> str | None:
             return None
         for raw in packed_parts(value)[::2]:
             name = memoryview(raw)
-            if len(name) > _MAX_NAME and (header := _TEXT_HEADERS.get(name[0])):
+            if len(name) > _MAX_NAME and (header := _STRING_HEADERS.get(name[0])):
                 return bytes(name[header:][:_SHOWN_NAME_BYTES]).decode(errors="replace")
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass

@@ -23,7 +23,7 @@ Elements = Sequence[Any] | NDArray[Any]
 
 
 def count_values(value: Any) -> int:
-    """Count the numbers, texts and other scalars of a document."""
+    """Count the numbers, strings and other scalars of a document."""
     if isinstance(value, np.ndarray):
         return value.size
     if isinstance(value, dict):

@@ -174,8 +174,8 @@ def json_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> byte
     if kind == "sequences":
         more = []
     if kind == "sequences":
-        texts = st.sampled_from(['"aGVsbG8="', '""', '"aGVsbG8"', '"\\u0061GVsbG8="', "null"])
-        more.append(member("state_token", mostly(texts, ODD)))
+        strings = st.sampled_from(['"aGVsbG8="', '""', '"aGVsbG8"', '"\\u0061GVsbG8="', "null"])
+        more.append(member("state_token", mostly(strings, ODD)))
     indexes = st.sampled_from(["[]", "[0]", "[0,1]", "[1,0]", "[1,1]", "[4]", "[-1]", "[0.0]"])
     more.append(member("resets", mostly(indexes, ODD)))
 

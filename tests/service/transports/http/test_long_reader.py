@@ -210,8 +210,8 @@ def test_long_member_name_in_messagepack_is_an_unknown_member(
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_commas_in_strings_are_not_separators(data: st.DataObject) -> None:
-    texts = st.text(st.sampled_from(['"', "\\", ",", "[", "}", "a", "\n", "é"]), max_size=6)
-    value = data.draw(st.dictionaries(texts, st.lists(texts, max_size=4), max_size=4))
+    strings = st.text(st.sampled_from(['"', "\\", ",", "[", "}", "a", "\n", "é"]), max_size=6)
+    value = data.draw(st.dictionaries(strings, st.lists(strings, max_size=4), max_size=4))
     text = json.dumps(value, ensure_ascii=data.draw(st.booleans()), indent=1).encode()
     structure = JsonStructure(text)
     with pytest.MonkeyPatch.context() as patched:

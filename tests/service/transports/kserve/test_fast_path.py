@@ -64,7 +64,7 @@ FAST: dict[str, bytes] = {
     "appended": infer("Content-Type: application/octet-stream", sequence_end=True),
     "ahead": infer(position=9),
     "other epoch": infer(epoch="0123456789abcdef"),
-    "a text as id": infer(sequence_id="a1000"),
+    "a string as id": infer(sequence_id="a1000"),
     "with a version": infer(first="POST /v2/models/probe/versions/1/infer HTTP/1.1"),
     "own timeouts": infer("Carry-Timeout: 2.5", timeout=500_000),
     "own id": infer("X-Request-Id: mine-1"),

@@ -51,7 +51,7 @@ BODIES: dict[str, tuple[Any, str]] = {
     "an unknown tensor": (changed(name="x"), "inputs[0].name: expected inputs, got 'x'"),
     "another dtype": (changed(datatype="FP64"), "inputs[0].datatype: expected FP32, got 'FP64'"),
     "events": (changed(datatype="BYTES"), "inputs[0].datatype: expected FP32, got 'BYTES'"),
-    "texts": (changed(data=["a"] * 12), "inputs[0].data[0]: expected a number, got a text"),
+    "strings": (changed(data=["a"] * 12), "inputs[0].data[0]: expected a number, got a string"),
     "another width": (changed(shape=[3, 4]), "inputs[0].shape: expected [T, 3] or [B, T, 3]"),
     "one axis": (changed(shape=[12]), "inputs[0].shape: expected [T, 3]"),
     "four axes": (changed(shape=[1, 1, 4, 3]), "inputs[0].shape: expected [T, 3]"),
@@ -71,7 +71,7 @@ BODIES: dict[str, tuple[Any, str]] = {
         changed(shape=[1] * 9),
         "shape: expected a list with at most 8 elements",
     ),
-    "a list as a parameter": (with_parameters(a=[1]), "number, a text, got a list"),
+    "a list as a parameter": (with_parameters(a=[1]), "number, a string, got a list"),
     "a list as body": ([], "body: expected an object, got a list"),
     "no steps": (changed(shape=[0, 3], data=[]), "inputs: expected at least one step"),
     "too many steps": (json_body(rows(21), parameters=SEQUENCE), "at most 20 steps"),
@@ -123,10 +123,13 @@ BODIES: dict[str, tuple[Any, str]] = {
         with_parameters(sequence_start=True, position=4),
         "parameters.position: expected 0, since the sequence starts, got 4",
     ),
-    "a text as position": (with_parameters(position="4"), "parameters.position: expected a whole"),
+    "a string as position": (
+        with_parameters(position="4"),
+        "parameters.position: expected a whole",
+    ),
     "a bad epoch": (with_parameters(epoch="xyz"), "parameters.epoch: expected 16 hex digits"),
     "a negative timeout": (with_parameters(timeout=-1), "parameters.timeout: expected a whole"),
-    "a text for binary outputs": (
+    "a string for binary outputs": (
         with_parameters(binary_data_output="yes"),
         "parameters.binary_data_output: expected true or false",
     ),

@@ -90,7 +90,7 @@ WRONG_FRAMES = {
     "packed member twice": (
         b"\x83\xa2id\x01\xa2id\x02\xa6inputs\xc4\x0c" + bytes(12), "invalid_input",
     ),
-    "packed text in place of bytes": (b"\x82\xa2id\x01\xa6inputs\xa3abc", "invalid_input"),
+    "packed string in place of bytes": (b"\x82\xa2id\x01\xa6inputs\xa3abc", "invalid_input"),
     "deep": (b'{"id":' + b"[" * 5000, "malformed_body"),
     "deep text": ('{"id":' + "[" * 5000, "malformed_body"),
 }  # fmt: skip

@@ -128,9 +128,9 @@ def _json() -> Iterator[HugeBody]:
     yield body(
         "open objects", lambda: _filled(b"", b'{"inputs":', between=b""), 400, "malformed_body"
     )
-    yield body("one text", lambda: b'{"epoch":"%b","inputs":[%b]}' % (b"a" * 16_000_000, ROW))
+    yield body("one string", lambda: b'{"epoch":"%b","inputs":[%b]}' % (b"a" * 16_000_000, ROW))
     yield body("escapes", lambda: _filled(b'{"epoch":"', b"\\\\", b'"}', between=b""))
-    yield body("texts for rows", lambda: _filled(inputs, b'"]"', b"]}"), 413, "chunk_too_long")
+    yield body("strings for rows", lambda: _filled(inputs, b'"]"', b"]}"), 413, "chunk_too_long")
     yield body("numbers for items", lambda: _filled(b'{"chunks":[', b"0", b"]}"), path=CHUNKS)
     yield body("numbers for sequences", lambda: _filled(b'{"sequences":[', b"0", b"]}"),
                path=PREDICT)  # fmt: skip
