@@ -39,7 +39,7 @@ from models.events.schema import (
 )
 from models.events.zones import zone_table
 from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
-from models.spec.resets import EventTimes
+from models.spec.resets import EventTimes, gaps_since_latest_ms, segment_numbers
 from models.spec.state import StateSpec
 
 FloatArray = NDArray[np.float32]
@@ -129,13 +129,17 @@ def event_times(
     return EventTimes(columns.values[name], columns.present[name], last_ms)
 
 
-def encode(schema: EventSchema, columns: EventColumns, clock: Clock) -> tuple[FloatArray, Clock]:
+def encode(
+    schema: EventSchema, columns: EventColumns, clock: Clock, resets: Sequence[int] = ()
+) -> tuple[FloatArray, Clock]:
     """Encode T events that follow the clock.
 
     Args:
         schema: a fitted schema.
         columns: T >= 0 events of that schema.
         clock: the stream's clock before the first of them; `Clock()` for a new stream.
+        resets: ascending indexes of the events before which the clock is reset. Many cost as much
+            as one.
 
     Returns:
         Rows, float32 [T, F], finite; and the clock after the last event.
@@ -143,7 +147,7 @@ def encode(schema: EventSchema, columns: EventColumns, clock: Clock) -> tuple[Fl
     Raises:
         DataError: a numeric value that is not finite as a float32 once standardised.
     """
-    rows, clocks = _encoded([block_of(schema, columns)], [clock])
+    rows, clocks = _encoded([block_of(schema, columns)], [clock], resets)
     if not np.isfinite(rows).all():
         raise _not_finite(schema, columns, rows)
     return rows, clocks[0]
@@ -176,8 +180,14 @@ def encode_many(
     return parts, after
 
 
-def _encoded(blocks: Sequence[Block], clocks: Sequence[Clock]) -> tuple[FloatArray, list[Clock]]:
-    """Encode blocks of one layout into consecutive rows, which may contain infinities."""
+def _encoded(
+    blocks: Sequence[Block], clocks: Sequence[Clock], resets: Sequence[int] = ()
+) -> tuple[FloatArray, list[Clock]]:
+    """Encode blocks of one layout into consecutive rows, which may contain infinities.
+
+    Args:
+        resets: where the clock of the only block is reset.
+    """
     layout = blocks[0].layout
     if not layout.fitted:
         raise ValueError("expected a fitted schema: mean and standard deviation are not known")
@@ -188,7 +198,10 @@ def _encoded(blocks: Sequence[Block], clocks: Sequence[Clock]) -> tuple[FloatArr
         absent = numbers[layout.missing] != 0
     after = list(clocks)
     if layout.time is not None:
-        times_ms, gaps, after = _gaps(layout.time, blocks, clocks)
+        if resets:
+            times_ms, gaps, after = _gaps_with_resets(layout.time, blocks[0], clocks[0], resets)
+        else:
+            times_ms, gaps, after = _gaps(layout.time, blocks, clocks)
         np.divide(gaps, 1000.0, out=numbers[GAP_ROW])
         calendar = rows[:, layout.calendar : layout.calendar + _CALENDAR_COLUMNS]
         calendar[:] = _calendar().take(_week_minutes(layout, times_ms), axis=0)
@@ -236,6 +249,19 @@ def _gaps(
         part, there = slice(cuts[at], cuts[at + 1]), blocks[at].presence(position)
         gaps[part][there], after[at] = gaps_ms(times_ms[part][there], clocks[at])
     return times_ms, gaps, after
+
+
+def _gaps_with_resets(
+    position: FieldPosition, block: Block, clock: Clock, resets: Sequence[int]
+) -> tuple[IntArray, IntArray, list[Clock]]:
+    """Compute what `_gaps` returns for one block with resets."""
+    times_ms, there = _times_ms(block), block.presence(position)
+    segments = segment_numbers(block.steps, resets)[there]
+    last_ms = clock.last_ms if clock.seen else None
+    gaps = np.zeros(block.steps, np.int64)
+    gaps[there] = np.maximum(gaps_since_latest_ms(times_ms[there], segments, last_ms), 0)
+    _, after = gaps_ms(times_ms[resets[-1] :][there[resets[-1] :]], Clock())
+    return times_ms, gaps, [after]
 
 
 def _times_ms(block: Block) -> IntArray:

@@ -77,10 +77,10 @@ def find_resets(
     if policy.every is not None:
         resets.update(range(-position % policy.every, steps, policy.every))
     if policy.session_gap_ms is not None and times is not None and steps:
-        for start, stop in segments_of(steps, sorted(resets)):
-            last_ms = None if start in resets else times.last_ms
-            gaps = _gaps_ms(times, start, stop, last_ms)
-            resets.update((np.flatnonzero(gaps > policy.session_gap_ms) + start).tolist())
+        there = np.flatnonzero(times.present)
+        segments = segment_numbers(steps, sorted(resets))[there]
+        gaps = gaps_since_latest_ms(times.times_ms[there], segments, times.last_ms)
+        resets.update(there[gaps > policy.session_gap_ms].tolist())
     return tuple(sorted(resets))
 
 
@@ -94,14 +94,31 @@ def segments_of(steps: int, resets: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise([0, *inner, steps]))
 
 
-def _gaps_ms(times: EventTimes, start: int, stop: int, last_ms: int | None) -> IntArray:
-    """Milliseconds since the latest timestamp before each event of a range, int64; 0 for an event
-    without a timestamp, and for the first with one if there is none before it."""
-    gaps = np.zeros(stop - start, np.int64)
-    present = times.present[start:stop]
-    own_ms = times.times_ms[start:stop][present]
-    if len(own_ms):
-        first_ms = int(own_ms[0]) if last_ms is None else last_ms
-        latest_ms = np.maximum.accumulate(np.concatenate(([np.int64(first_ms)], own_ms)))
-        gaps[present] = own_ms - latest_ms[:-1]
-    return gaps
+def gaps_since_latest_ms(times_ms: IntArray, segments: IntArray, last_ms: int | None) -> IntArray:
+    """Milliseconds since the latest timestamp before each one in its segment, int64 [T].
+
+    0 for the first of a segment; negative for one that is out of order. In time T log T, however
+    many segments there are.
+
+    Args:
+        times_ms: int64 [T].
+        segments: int64 [T], the number of each timestamp's segment, not decreasing.
+        last_ms: the latest timestamp before them in segment 0; None if there is none.
+    """
+    if last_ms is not None:
+        times_ms = np.concatenate(([np.int64(last_ms)], times_ms))
+        segments = np.concatenate(([np.int64(0)], segments))
+    values, ranks = np.unique(times_ms, return_inverse=True)
+    # a later segment's key is always greater, so that the maximum is that of the segment
+    before = segments * len(values)
+    latest = values[np.maximum.accumulate(before + ranks) - before]
+    gaps = np.zeros(len(times_ms), np.int64)
+    np.subtract(times_ms[1:], latest[:-1], out=gaps[1:], where=segments[1:] == segments[:-1])
+    return gaps if last_ms is None else gaps[1:]
+
+
+def segment_numbers(steps: int, resets: Sequence[int]) -> IntArray:
+    """The number of each event's segment, int64 [T]; 0 for the events before the first reset."""
+    marks = np.zeros(steps, np.int64)
+    marks[list(resets)] = 1
+    return np.cumsum(marks)

@@ -46,7 +46,8 @@ class Segment(NamedTuple):
     Attributes:
         state: the state before them: the stream's, or after a reset the initial one.
         rows: float32 [t, F].
-        ints: int64 [M], the int part of the state after them.
+        ints: int64 [M], the int part of the state after them; in a chunk with resets only that of
+            the last segment, whose state is kept.
     """
 
     state: State
@@ -252,35 +253,26 @@ class ServedModel:
             ChunkTooLong, InvalidInput, StateDamaged: as `encode`.
         """
         self.check_length(steps)
+        rows, last = steps.rows, self.initial if resets else state
+        ints = last.ints
+        if rows is None:
+            if steps.columns is None or self.events is None:
+                raise InvalidInput(f"model {self.name!r} has no event schema; send `inputs`")
+            try:
+                rows, clock = encode(self.events, steps.columns, self._clock(state), resets)
+            except DataError as error:
+                raise invalid_data("events", error) from error
+            ints = clock.into_ints(self.state, ints)
         cuts = segments_of(steps.length, resets)
         states = [self.initial] * len(cuts)
         if not resets or resets[0] > 0:
             states[0] = state
-        pairs = list(zip(states, cuts, strict=True))
-        if steps.rows is not None:
-            return [Segment(s, steps.rows[start:stop], s.ints) for s, (start, stop) in pairs]
-        if steps.columns is None or self.events is None:
-            raise InvalidInput(f"model {self.name!r} has no event schema; send `inputs`")
-        clocks = [self._clock(each) for each in states]
-        parts = [steps.columns[start:stop] for start, stop in cuts]
-        try:
-            rows, after = encode_many(self.events, parts, clocks)
-        except DataError:
-            # finds the segment with the error, whose index is relative to it
-            for (start, _), part, clock in zip(cuts, parts, clocks, strict=True):
-                try:
-                    encode(self.events, part, clock)
-                except DataError as error:
-                    index = None if error.index is None else start + error.index
-                    moved = DataError(
-                        expected=error.expected, got=error.got, index=index, field=error.field
-                    )
-                    raise invalid_data("events", moved) from error
-            raise
-        return [
-            Segment(s, part, clock.into_ints(self.state, s.ints))
-            for s, part, clock in zip(states, rows, after, strict=True)
+        segments = [
+            Segment(before, rows[start:stop], before.ints)
+            for before, (start, stop) in zip(states, cuts, strict=True)
         ]
+        segments[-1] = segments[-1]._replace(ints=ints)
+        return segments
 
     def _clock(self, state: State) -> Clock:
         try:

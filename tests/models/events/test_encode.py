@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -407,3 +408,22 @@ def test_rows_of_another_width_are_rejected() -> None:
         check_rows(FULL_SCHEMA.columns, good_rows()[:, 1:])
     with pytest.raises(DataError, match="shape"):
         check_rows(FULL_SCHEMA.columns, good_rows()[0])
+
+
+@settings(max_examples=60)
+@given(
+    chunk=events(SPARSE_TIMES, max_size=12),
+    marks=st.sets(st.integers(0, 11)),
+    clock=st.sampled_from([Clock(), Clock(MONDAY_NOON, 3, 1)]),
+)
+def test_events_with_resets_are_encoded_as_their_segments_by_themselves(
+    chunk: list[dict[str, Any]], marks: set[int], clock: Clock
+) -> None:
+    columns = columns_from_events(SPARSE_TIMES, chunk)
+    resets = sorted(mark for mark in marks if mark < len(chunk))
+    rows, after = encode(SPARSE_TIMES, columns, clock, resets)
+    for number, (start, stop) in enumerate(pairwise([0, *resets, len(chunk)])):
+        part = columns_from_events(SPARSE_TIMES, chunk[start:stop])
+        expected, clock = encode(SPARSE_TIMES, part, Clock() if number else clock)
+        assert rows[start:stop].tobytes() == expected.tobytes()
+    assert after == clock

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +86,16 @@ def test_encoding_errors_are_per_chunk(served: ServedModel) -> None:
     assert not isinstance(last, Exception)
     assert first[0].tobytes() == last[0].tobytes() == served.encode(*good)[0].tobytes()
     assert first[1].tolist() == [NOON_MS, 5, 1]
+
+
+def test_a_chunk_with_many_resets_is_encoded_at_once(served: ServedModel) -> None:
+    # on the event loop: encoded one by one, 10,000 segments would block it for half a second
+    steps = steps_at(*range(NOON_MS, NOON_MS + 500))
+
+    def calls(resets: range) -> int:
+        profile = cProfile.Profile()
+        profile.runcall(served.encode_segments, steps, served.initial, resets)
+        return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+    calls(range(0))
+    assert calls(range(500)) - calls(range(1)) < 10 * 500
