@@ -116,7 +116,7 @@ class Compute:
             return await self._step(runtime, rows, states, on_call)
         most = runtime.max_steps
         slices = [[row[at : at + most] for at in range(0, len(row), most)] for row in rows]
-        return await self.infer_slices(runtime, slices, states, on_call)
+        return await self.infer_slices(runtime, slices, states, on_call, is_slice=is_slice)
 
     async def infer_slices(
         self,
@@ -124,6 +124,8 @@ class Compute:
         slices: Sequence[Sequence[FloatRows]],
         states: FloatRows,
         on_call: OnCall,
+        *,
+        is_slice: bool = False,
     ) -> InferenceResult:
         """Run the network on the slices of each row, one after another.
 
@@ -131,12 +133,13 @@ class Compute:
             slices: one or more of each row, float32 [t, F]; each continues from the state after
                 the one before it.
             states: float32 [B, N]; not modified.
+            is_slice: as in `infer`.
         """
         states = states.copy()
         parts: list[list[FloatRows]] = [[] for _ in slices]
         finite = True
         calls = max(map(len, slices))
-        self._calls += calls == 1
+        self._calls += calls == 1 and not is_slice
         slicer = self.time_slicer()
         for turn in range(calls):
             if turn:

@@ -58,11 +58,14 @@ async def infer_blocks(
     items: Sequence[BlockInput],
     width: int,
     on_call: OnCall,
+    *,
+    is_slice: bool = False,
 ) -> BatchOutput:
     """Compute every block whose window is complete.
 
     Args:
         width: O, values per output row.
+        is_slice: as in `Compute.infer`.
     """
     cuts = [
         cut_blocks(
@@ -80,6 +83,7 @@ async def infer_blocks(
             [cuts[index].windows for index in due],
             np.stack([networks[index] for index in due]),
             on_call,
+            is_slice=is_slice,
         )
         finite = inferred.finite
         for index, output, after in zip(due, inferred.outputs, inferred.states, strict=True):

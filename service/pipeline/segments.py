@@ -45,10 +45,13 @@ async def infer_segments(
     states: dict[int, State] = {}
     finite = True
     slicer = compute.time_slicer()
-    for number, group in enumerate(_groups(segments, served.runtime.max_batch)):
+    groups = list(_groups(segments, served.runtime.max_batch))
+    for number, group in enumerate(groups):
         if number:
             await slicer.yield_to_others()
-        computed = await _infer(compute, served, [segments[at] for at in group], on_call)
+        computed = await _infer(
+            compute, served, [segments[at] for at in group], on_call, is_slice=len(groups) > 1
+        )
         finite = finite and computed.finite
         outputs.update(zip(group, computed.outputs, strict=True))
         states.update(zip(group, computed.states, strict=True))
@@ -67,18 +70,26 @@ async def infer_segments(
 
 
 async def _infer(
-    compute: Compute, served: ServedModel, segments: Sequence[Segment], on_call: OnCall
+    compute: Compute,
+    served: ServedModel,
+    segments: Sequence[Segment],
+    on_call: OnCall,
+    *,
+    is_slice: bool,
 ) -> BatchOutput:
     if served.blocks is not None:
         inputs = [BlockInput(*segment, final=True) for segment in segments]
         width = served.outputs.size
-        return await infer_blocks(compute, served.runtime, served.blocks, inputs, width, on_call)
+        return await infer_blocks(
+            compute, served.runtime, served.blocks, inputs, width, on_call, is_slice=is_slice
+        )
     layout = served.network_state
     outputs, after, finite = await compute.infer(
         served.runtime,
         [segment.rows for segment in segments],
         np.stack([layout.pack(segment.state) for segment in segments]),
         on_call,
+        is_slice=is_slice,
     )
     states = [layout.unpack(row, each.ints) for row, each in zip(after, segments, strict=True)]
     return BatchOutput(outputs, states, finite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import struct
 from collections.abc import AsyncIterator, Sequence
@@ -32,7 +33,9 @@ from service.core.values import (
     Steps,
     StreamKey,
 )
+from service.engine.compute import Compute
 from service.pipeline.pipeline import Pipeline, PipelineLimits
+from service.pipeline.segments import infer_segments
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.decoders import decoder_spec
@@ -266,6 +269,27 @@ async def test_more_resets_than_a_call_has_rows(
     chunks: list[Any] = [stream.chunk("many", 0, STEPS), plain.chunk("none", 0, STEPS)]
     for each, reply in zip((stream, plain), await workers[0].process_many(chunks), strict=True):
         np.testing.assert_allclose(reply.outputs, each.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gru", "blocks"])
+async def test_the_calls_of_many_segments_do_not_wait_for_each_other(
+    artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    served = numpy_served(artifacts[name])
+    stream = Given(artifacts[name], 3, list(range(STEPS)), [1] * STEPS)
+    segments = served.encode_segments(stream.steps(0, STEPS), served.initial, range(STEPS))
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def recorded(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", recorded)
+    compute = Compute()
+    await infer_segments(compute, served, [segments], lambda *_: None)
+    compute.close()
+    assert pauses == [0] * (STEPS // served.runtime.max_batch - 1)
 
 
 @pytest.mark.parametrize("name", ["gru", "sessions"])
