@@ -216,7 +216,7 @@ def read_resets(tensors: Sequence[InputTensor], signature: Signature) -> list[li
     expected = [*batch, signature.steps]
     if list(tensor.shape) != expected:
         raise invalid(f"{at}.shape", f"{expected}, a value for each step", list(tensor.shape)[:16])
-    marks = np.array(flags(tensor, at), np.bool_).reshape(signature.batch or 1, signature.steps)
+    marks = np.array(flags(tensor, at), np.bool_).reshape(expected if batch else [1, *expected])
     return [np.flatnonzero(row).tolist() for row in marks]
 
 

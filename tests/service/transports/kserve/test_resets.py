@@ -133,3 +133,11 @@ async def test_other_bytes_than_0_and_1_and_more_tensors_are_rejected(v2: V2) ->
     ):
         document = error_of(await v2.post({**body, "inputs": inputs}), 422, "invalid_input")
         assert message in document["detail"]
+
+
+async def test_marks_of_no_sequence_are_rejected_as_its_steps_are(v2: V2) -> None:
+    body = json_body(np.zeros((0, *ROWS.shape), np.float32))
+    without = error_of(await v2.post(body), 422, "invalid_input")
+    body["inputs"].append({"name": "reset", "datatype": "BOOL", "shape": [0, 6], "data": []})
+    document = error_of(await v2.post(body), 422, "invalid_input")
+    assert document["detail"] == without["detail"]
