@@ -34,6 +34,10 @@ from service.store.codec import CodecError, decode_state, encode_state
 MAGIC: Final = b"CRRB"
 FORMAT: Final = 1
 PAGE_STREAMS: Final = 1000
+FIRST_STREAMS: Final = 64
+BLOCK_BYTES: Final = 16 * 2**20
+"""About as much is read, written and restored together, or a single larger state."""
+
 MAX_BLOCK_BYTES: Final = 2**30
 WRITE_ATTEMPTS: Final = 8
 
@@ -94,20 +98,39 @@ async def write_backup(
     progress = Progress()
     file.write(_START.pack(MAGIC, FORMAT))
     _write_block(file, [info.created_ms, info.namespace, info.model, info.prefix])
-    async for keys in _pages(store, info):
-        records = []
-        for key, loaded in zip(keys, await store.load(keys), strict=True):
-            if isinstance(loaded, StreamState):
-                records.append((key.model, key.stream, encode_state(loaded)))
-            elif isinstance(loaded, StateDamaged):
-                progress.damaged.append(key)
-            elif isinstance(loaded, CarryError):
-                raise loaded
-        _write_block(file, records)
-        progress.streams += len(records)
-        report(progress)
+    together = FIRST_STREAMS
+    async for page in _pages(store, info):
+        while page:
+            keys, page = page[:together], page[together:]
+            size_bytes = await _write_streams(store, keys, file, progress)
+            together = max(1, min(PAGE_STREAMS, BLOCK_BYTES * len(keys) // max(1, size_bytes)))
+            report(progress)
     _write_block(file, progress.streams)
     return progress
+
+
+async def _write_streams(
+    store: StateStore, keys: Sequence[StreamKey], file: BinaryIO, progress: Progress
+) -> int:
+    """Write streams in one or more blocks; returns the bytes of their states."""
+    records: list[tuple[str, str, bytes]] = []
+    waiting_bytes = written_bytes = 0
+    for key, loaded in zip(keys, await store.load(keys), strict=True):
+        if isinstance(loaded, StreamState):
+            record = (key.model, key.stream, encode_state(loaded))
+            if records and waiting_bytes + len(record[2]) > BLOCK_BYTES:
+                _write_block(file, records)
+                records, waiting_bytes, written_bytes = [], 0, written_bytes + waiting_bytes
+            records.append(record)
+            waiting_bytes += len(record[2])
+            progress.streams += 1
+        elif isinstance(loaded, StateDamaged):
+            progress.damaged.append(key)
+        elif isinstance(loaded, CarryError):
+            raise loaded
+    if records:
+        _write_block(file, records)
+    return written_bytes + waiting_bytes
 
 
 class BackupReader:
@@ -156,7 +179,10 @@ class BackupReader:
             raise BackupError(f"the backup is incomplete: it ends after {streams:,} streams")
         if zlib.crc32(content) != checksum:
             raise BackupError(f"the backup is damaged: wrong checksum after {streams:,} streams")
-        return ormsgpack.unpackb(content)
+        try:
+            return ormsgpack.unpackb(content)
+        except ValueError as error:
+            raise BackupError(f"the block after {streams:,} streams is invalid: {error}") from None
 
 
 async def restore_backup(
@@ -242,6 +268,8 @@ def _continues(head: StreamHead, earlier: StreamHead) -> bool:
 
 def _parse_record(record: Any) -> tuple[StreamKey, StreamState]:
     model, stream, value = record
+    if not isinstance(model, str) or not isinstance(stream, str):
+        raise ValueError("expected the names of a model and a stream")
     state = decode_state(value)
     if not isinstance(state, StreamState):
         raise ValueError("expected a state, got a tombstone")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any
 
+import ormsgpack
 import pytest
 
 from service.core.values import StreamKey, StreamState
+from service.store import backup as module
 from service.store.backup import (
     BackupError,
     BackupInfo,
@@ -16,7 +20,7 @@ from service.store.backup import (
     restore_backup,
     write_backup,
 )
-from service.store.base import StateStore
+from service.store.base import Commit, StateStore
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, opened, real_server
 from tests.support.streams import OpenStore, Streams, committed, key, same_stream
@@ -163,3 +167,29 @@ async def test_missing_block_is_noticed(backup: bytes) -> None:
     file = io.BytesIO(backup[: starts[1]] + backup[starts[2] :])
     with pytest.raises(BackupError, match="expected 3 streams in the backup, got 0"):
         list(BackupReader(file))
+
+
+async def test_large_states_are_written_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BLOCK_BYTES", 4_000)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2_000, raising=False)
+    streams = Streams()
+    sizes = [24] * 40 + [900]
+    new = [streams.begin(floats=size) for size in sizes]
+    commits = [Commit(key(f"s{at}"), None, state, None) for at, state in enumerate(new)]
+    with real_server("valkey") as server:
+        async with opened(server.url) as store:
+            await committed(store, *commits)
+            backup, _ = await backed_up(store)
+    found = {each: state for block in BackupReader(io.BytesIO(backup)) for each, state in block}
+    assert found.keys() == {commit.key for commit in commits}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xc1", "is invalid"), (b"\x91\x93\x01\xa1s\xc4\x00", "expected the names")],
+)
+def test_blocks_with_other_content_are_rejected(content: bytes, message: str) -> None:
+    info = ormsgpack.packb([1, "carry", None, ""])
+    blocks = [struct.pack("<II", len(b), zlib.crc32(b)) + b for b in (info, content)]
+    with pytest.raises(BackupError, match=message):
+        list(BackupReader(io.BytesIO(b"CRRB\x01\0\0\0" + b"".join(blocks))))
