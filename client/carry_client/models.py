@@ -24,7 +24,7 @@ from carry_client.errors import (
     read_problem,
 )
 from carry_client.replies import Prediction, Reply, ServedModel, read_outputs, unreadable
-from carry_client.steps import body_member, to_steps
+from carry_client.steps import Steps, body_member, to_steps
 from carry_client.types import Events
 from carry_client.wire import model_path
 
@@ -69,6 +69,23 @@ class ModelCore:
         limit = (yield from self.description()).max_chunk_steps
         return min(limit, chunk_events or DEFAULT_CHUNK_EVENTS)
 
+    def check_rows(self, steps: Steps) -> Call[None]:
+        """Raise ValueError if rows have another width than the model's.
+
+        The service gets rows as bytes without a shape, and would cut them into other events.
+        """
+        if isinstance(steps, list):
+            return
+        width = steps.shape[1]
+        if width != len((yield from self.description()).codes):
+            # a newer version may take rows of another width
+            features = len((yield from self.describe()).codes)
+            if width != features:
+                raise ValueError(
+                    f"expected rows of shape [T, {features}] for model {self.name!r}, "
+                    f"got shape {list(steps.shape)}"
+                )
+
     def predict(
         self,
         sequences: Iterable[Events],
@@ -80,6 +97,8 @@ class ModelCore:
         """Compute sequences from the initial state, or from the states of their tokens."""
         encoding = self.session.encoding
         steps = [to_steps(sequence) for sequence in sequences]
+        for each in steps:
+            yield from self.check_rows(each)
         members = [body_member(each, encoding) for each in steps]
         for name, given in (("state_tokens", tokens), ("resets", resets)):
             if given is not None and len(given) != len(steps):
@@ -126,6 +145,8 @@ class ModelCore:
         waiting: dict[StreamCore, Chunk] = {}
         outcomes: dict[str, Reply | CarryError] = {}
         steps = [to_steps(events) for _, events in chunks]
+        for each in steps:
+            yield from self.check_rows(each)
         for (stream, _), each in zip(chunks, steps, strict=True):
             try:
                 head = yield from stream.known_head()

@@ -135,7 +135,10 @@ def _to_list(values: Any) -> list[Any]:
 
 def _to_wire(event: Event, *, is_frame: bool = False) -> dict[str, Any]:
     if not isinstance(event, Mapping):
-        raise TypeError(f"expected an event, a mapping of values by field, got {event!r}")
+        raise TypeError(
+            f"expected an event, a mapping of values by field, got {event!r}; "
+            "rows of encoded values are sent as an array [T, F]"
+        )
     wire = {}
     for name, value in event.items():
         if value is None or (is_frame and _is_missing(value)):

@@ -174,6 +174,7 @@ class StreamCore:
         """The reply that the chunk would get; nothing is applied, and the head stays."""
         head = yield from self.known_head(needs_history=False)
         chunk = Chunk(head.position, to_steps(events), resets=tuple(resets))
+        yield from self.model.check_rows(chunk.steps)
         document = yield from self.session.request(
             "POST",
             f"{self.path}/chunks",
@@ -189,7 +190,9 @@ class StreamCore:
         Raises:
             AlreadyApplied: it was applied, and its outputs are lost; the stream is at its end.
             StreamRolledBack, StreamDiverged, Problem
+            ValueError: rows of another width than the model's; nothing was sent.
         """
+        yield from self.model.check_rows(chunk.steps)
         body = {"position": chunk.start, **self.member(chunk)}
         was_uncertain, self.is_uncertain = self.is_uncertain, True
         while True:

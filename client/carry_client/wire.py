@@ -15,7 +15,7 @@ from urllib.parse import quote
 import httpx
 import msgpack
 
-from carry_client.errors import Problem, read_problem
+from carry_client.errors import InvalidName, Problem, read_problem
 from carry_client.types import Encoding, Json
 
 _CONNECT_TIMEOUT_S: Final = 5.0
@@ -143,14 +143,14 @@ def stream_path(model: str, stream: str) -> str:
     """The path of a stream.
 
     Raises:
-        Problem: a name that would be the path of something else; the service checks the others.
+        InvalidName: a name that would be the path of something else; the service checks the others.
     """
     if stream in ("", ".", "..") or "/" in stream:
         detail = (
             "expected 1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and neither . nor .., "
             f"got {stream!r}"
         )
-        raise Problem(0, "invalid_stream_name", detail)
+        raise InvalidName(0, "invalid_name", detail)
     return f"{model_path(model)}/streams/{quote(stream, safe='')}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -148,6 +148,31 @@ def test_resets_dry_runs_and_state_tokens(service: Service, events: Events, enco
             carry.model("post-lstm").predict([np.zeros((2, 1))], state_tokens=[first.state_token])
         with pytest.raises(ValueError, match="state_tokens: expected one for each sequence"):
             model.predict([events], state_tokens=[])
+
+
+@pytest.mark.parametrize("encoding", ["msgpack", "json"])
+def test_rows_of_another_width_are_rejected_before_they_are_sent(
+    service: Service, encoding: Literal["msgpack", "json"]
+) -> None:
+    rows = np.ones((2, 3))  # of as many bytes as six rows of the model
+    with Carry(service.url, encoding=encoding) as carry:
+        model = carry.model("post-lstm")
+        stream = model.stream("sdk-width")
+        sends: list[Callable[[], object]] = [
+            lambda: stream.send(rows),
+            lambda: stream.dry_run(rows),
+            lambda: list(stream.send_all(rows)),
+            lambda: model.send_many({stream: rows}),
+            lambda: model.predict([rows]),
+        ]
+        for send in sends:
+            expected = r"shape \[T, 1\] for model 'post-lstm', got shape \[2, 3\]"
+            with pytest.raises(ValueError, match=expected):
+                send()
+        with pytest.raises(errors.StreamNotFound):
+            stream.info()
+        with pytest.raises(errors.InvalidName):
+            model.stream("of/two")
 
 
 def test_resets_are_sent_again_after_a_rollback(
