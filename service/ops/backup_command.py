@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -166,15 +167,18 @@ def _run(
 
 @contextmanager
 def _written(file: str) -> Iterator[BinaryIO]:
-    """Open a file for writing, which replaces an earlier one only when it is complete."""
+    """Open a file for writing, which replaces an earlier one only when it is complete.
+
+    Its temporary name is random, since another backup into the same file may be running.
+    """
     if file == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
     target = Path(file)
-    temporary = target.with_name(f"{target.name}.incomplete")
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.incomplete")
     try:
-        with temporary.open("wb") as written:
+        with temporary.open("xb") as written:
             yield written
             written.flush()
             os.fsync(written.fileno())

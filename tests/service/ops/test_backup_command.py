@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from service.cli import app
+from service.ops.backup_command import _written
 from service.store.embedded.embedded_valkey import EmbeddedValkey
 from tests.support.servers import opened
 from tests.support.streams import Streams, committed, key, same_stream
@@ -87,3 +88,15 @@ async def test_failed_backup_leaves_the_earlier_file(
     assert done.exit_code == 1
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"earlier"
+
+
+def test_backups_into_one_file_do_not_mix(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    with _written(str(target)) as first:
+        first.write(b"1" * 10_000)
+        first.flush()
+        with _written(str(target)) as second:
+            second.write(b"22")
+        assert target.read_bytes() == b"22"
+    assert target.read_bytes() == b"1" * 10_000
+    assert os.listdir(tmp_path) == ["file"]
