@@ -245,7 +245,8 @@ def import_command(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
     name: Annotated[
-        str | None, typer.Option(help="The model's name; default: from the file name.")
+        str | None,
+        typer.Option(help="The model's name; default: that of the file, or Triton folder."),
     ] = None,
     overwrite: Overwrite = False,
     reset_every: Annotated[

@@ -132,7 +132,7 @@ def import_onnx_model(
     Args:
         path: the file.
         out: the directory to make.
-        name: the packaged model's name, a lower-case slug; the file's by default.
+        name: the packaged model's name, a lower-case slug; `default_name` otherwise.
         options: what is known of the graph; the rest is found.
         overwrite: whether an artifact that is already there is replaced.
         reset_every: the model's `reset_every`.
@@ -143,13 +143,22 @@ def import_onnx_model(
             was reached; the message gives the reason and a way on.
         ArtifactError: `out` is occupied.
     """
-    path = Path(path)
+    path, options = Path(path), options or OnnxOptions()
     conversion, initial, graph = convert_onnx_isolated(
-        path, name or slug(path.stem), options or OnnxOptions(), limits or Limits()
+        path, name or default_name(path, options), options, limits or Limits()
     )
     return package_onnx(
         path, conversion, initial, graph, out, overwrite=overwrite, reset_every=reset_every
     )
+
+
+def default_name(path: Path, options: OnnxOptions) -> str:
+    """The file's name as a model name; the folder's for a model of Triton.
+
+    All files of a Triton repository are called `model.onnx`, and its models are named by folder.
+    """
+    folder = options.triton_folder
+    return slug(path.stem if folder is None else Path(folder).name)
 
 
 def package_onnx(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import ArtifactError, ImportedModelError
-from models.importing.onnx_model import import_onnx_model
+from models.importing.onnx_model import default_name, import_onnx_model, onnx_options
 from models.importing.onnx_proof import Prover
 from models.importing.onnx_signature import read_signature
 from models.onnx.library import open_session
@@ -77,6 +77,14 @@ def gru(rows: F64, kernel: F64, recurrent: F64, bias: F64) -> F64:
         h = (1 - z) * np.tanh(new + r * rn) + z * h
         outputs.append(h)
     return np.array(outputs)
+
+
+def test_name_is_the_file_s_or_the_folder_s_of_a_triton_model() -> None:
+    folder = EXAMPLES / "triton/counting_gru"
+    file = folder / "1/model.onnx"
+    options = onnx_options(triton=folder / "config.pbtxt")
+    assert default_name(file, onnx_options()) == "model"
+    assert default_name(file, options) == "counting-gru"
 
 
 @pytest.mark.parametrize(("name", "cell"), [("torch-lstm", lstm), ("torch-gru", gru)])
