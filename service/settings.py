@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     runtime: Literal["auto", "onnxruntime", "tensorflow"] = "auto"
     """Library that runs the networks. `auto` chooses for each model: `onnxruntime`, which is faster
     and smaller, if it is installed and the model has a graph, otherwise `tensorflow`; the log line
-    `runtime` of each model says which and why."""
+    `runtime` of each model names it and the reason."""
 
     runtime_threads: Annotated[int, Field(ge=1, le=256)] = 1
     """Threads that one step of the network may use. Small recurrent networks gain nothing
@@ -103,8 +103,8 @@ class Settings(BaseSettings):
     Valkey in `data_dir`."""
 
     redis_password_file: Path | None = None
-    """File whose first line is the password of the store's user, instead of a password in
-    `redis_url`: a secret that an orchestrator mounts. Read at the start of each worker."""
+    """File whose first line is the password of the store's user, such as a mounted secret;
+    `redis_url` then contains no password. Read at the start of each worker."""
 
     data_dir: Path = Path(".carry")
     """Folder of the embedded Valkey; unused with `redis_url`. Put it on a persistent disk."""
@@ -185,8 +185,8 @@ class Settings(BaseSettings):
 
     pipelining_window: Annotated[int, Field(ge=1, le=4096)] = 64
     """Maximum unanswered chunks of one WebSocket, and of one gRPC stream. Beyond it no more are
-    read, so that the client waits. More than arrive during the round trip of a chunk; each takes
-    memory for its message and its reply."""
+    read, so that the client waits. Choose more than arrive during the round trip of a chunk; each
+    takes memory for its message and its reply."""
 
     websocket_ping_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
     """A WebSocket gets a ping after at most this long of silence, at least half of it, and is
@@ -279,8 +279,8 @@ class Settings(BaseSettings):
 
     lame_duck_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     """How long the service accepts requests after SIGTERM while `/health/ready` fails, before it
-    drains, in seconds; 0 drains at once. Longer than a load balancer takes to notice that it is not
-    ready."""
+    drains, in seconds; 0 drains at once. Choose longer than a load balancer takes to notice the
+    failing check."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged; `info` has one line for each request."""

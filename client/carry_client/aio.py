@@ -48,8 +48,8 @@ class AsyncCarry:
         """Nothing is requested yet.
 
         Args:
-            url: address of the service, such as `http://127.0.0.1:8000`; or several, of which the
-                next is used once one does not answer or is unavailable (503).
+            url: address of the service, such as `http://127.0.0.1:8000`; or several for
+                failover: the next one is used if one does not answer or is unavailable (503).
             timeout_s: how long one attempt may take, in seconds; sent as `Carry-Timeout`.
             deadline_s: how long a call may take with all its attempts, in seconds. `send_all` has
                 this time for each chunk.
@@ -63,7 +63,7 @@ class AsyncCarry:
             ValueError: another encoding, or `verify` cannot be read or has no certificates.
         """
         addresses = Addresses(url)
-        self.url = addresses.used
+        self.url = addresses.current
         self._session = Session(
             encoding=encoding, timeout_s=timeout_s, deadline_s=deadline_s, headers=headers
         )
@@ -264,7 +264,7 @@ class AsyncModel:
             state_tokens: for each sequence the `state_token` of a prediction that it continues.
             resets: for each sequence as for `AsyncStream.send`.
             return_state_token: each prediction has the state after it as a token, with which a
-                later sequence continues: the state is held by the caller alone.
+                later sequence continues: only the caller keeps the state.
             return_sequences, return_state, return_attention: as for `AsyncStream.send`.
 
         Raises:
@@ -324,8 +324,8 @@ class AsyncStream:
             events: a list of events, a dict of columns, a DataFrame, or rows [T, F] of encoded
                 values. Times are epoch milliseconds, RFC 3339 strings or aware datetimes.
             final: no event follows, for a model with blocks.
-            resets: ascending indexes of the events before which the state becomes the model's
-                initial state; an event may also have `reset=True` itself.
+            resets: ascending indexes of the events before which the state is reset to the
+                model's initial state; an event may also have `reset=True`.
             return_sequences: outputs of every event, [T, ...]; otherwise of the last alone, [...].
             return_state: the reply has the state after the last event.
             return_attention: the reply has the weights of layers that attend over the chunk.
@@ -335,7 +335,7 @@ class AsyncStream:
             AlreadyApplied: it was applied, but the reply was lost and is no longer stored.
             StreamRolledBack, StreamDiverged: see `AsyncModel.stream`.
             Problem: any other; the same call may be repeated if it is retryable.
-            ValueError, TypeError: these are no events.
+            ValueError, TypeError: the arguments are no events.
         """
         params = reply_params(return_sequences, return_state, return_attention)
         return await self._driver.run(
@@ -357,7 +357,7 @@ class AsyncStream:
             events, resets, return_sequences, return_state, return_attention: as for `send`.
 
         Returns:
-            The reply, whose head is that of the stream as it is.
+            The reply, with the current stream head.
 
         Raises:
             InvalidInput, ChunkTooLong: as `send`.
@@ -397,14 +397,14 @@ class AsyncStream:
             first_position: the position of the source's first event; None: the source continues
                 the stream.
             final: end the stream after the last event, for a model with blocks.
-            resets: indexes of the source's events before which the state becomes the initial one.
+            resets: indexes of the source's events before which the state is reset.
             progress: called after each chunk.
             return_sequences, return_state, return_attention: as for `send`.
 
         Raises:
             errors.PositionAhead: `first_position` is beyond the stream's position.
             StreamRolledBack, StreamDiverged, Problem: as `send`.
-            ValueError: the source is shorter than the stream, or these are no events.
+            ValueError: the source is shorter than the stream, or it has no events.
         """
         calls = self._core.send_all(
             source if sort_by is None else sort_frame(source, sort_by),

@@ -45,7 +45,7 @@ class AsyncDriver:
             # connections of a loop that ended, or of the parent process
             self._loop, self._idle = loop, []
         client = self._idle.pop() if self._idle else self._new_client()
-        url = self._addresses.used
+        url = self._addresses.current
         try:
             response = await client.request(
                 request.method,
@@ -56,12 +56,12 @@ class AsyncDriver:
                 timeout=http_timeout(request.timeout_s),
             )
         except httpx.HTTPError as error:
-            self._addresses.leave(url)
+            self._addresses.fail_over(url)
             raise NoAnswer(error, url) from error
         finally:
             self._idle.append(client)
         if response.status_code == UNAVAILABLE:
-            self._addresses.leave(url)
+            self._addresses.fail_over(url)
         return Response.of(response)
 
     async def run(self, call: Call[T]) -> T:

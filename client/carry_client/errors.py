@@ -258,11 +258,11 @@ class ForecastUnsupported(BadRequest, code="forecast_unsupported"):
 
 
 class ResetsUnsupported(BadRequest, code="resets_unsupported"):
-    """The model's streams cannot be reset within."""
+    """Streams of this model cannot be reset."""
 
 
 class StateTokenInvalid(BadRequest, code="state_token_invalid"):
-    """The state token was not written by this service."""
+    """The state token was not issued by this service."""
 
 
 class StateTokenOfOtherModel(BadRequest, code="state_token_of_other_model"):

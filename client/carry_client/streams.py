@@ -97,8 +97,8 @@ class StreamCore:
         """Raise RuntimeError if chunks are being sent meanwhile: they would have one position."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
-                f"stream {self.name!r}: expected one call at a time that sends events, got another "
-                "thread's or task's; send its chunks one after another, or use other streams"
+                f"stream {self.name!r}: expected one send at a time, got a concurrent one from "
+                "another thread or task; send its chunks one after another, or use other streams"
             )
         try:
             yield
@@ -379,7 +379,7 @@ class StreamCore:
             self._replay_from, self._chunk_events, self._resets = own_replay, None, ()
 
     def _check_gap(self, head: Head, first: int) -> None:
-        """Raise if a source begins after the stream, whose missing events nobody has."""
+        """Raise if a source begins after the stream's position, so that events would be missing."""
         was_there = self._saved is not None and self._saved.position >= first
         if head.position < first and self._replay_from is None and not was_there:
             detail = (

@@ -46,7 +46,7 @@ class Driver:
             # after a fork: the connections are the parent's, and closing them might end its TLS
             self._inherited.append(self._client)
             self._client, self._process = self._new_client(), os.getpid()
-        url = self._addresses.used
+        url = self._addresses.current
         try:
             response = self._client.request(
                 request.method,
@@ -57,10 +57,10 @@ class Driver:
                 timeout=http_timeout(request.timeout_s),
             )
         except httpx.HTTPError as error:
-            self._addresses.leave(url)
+            self._addresses.fail_over(url)
             raise NoAnswer(error, url) from error
         if response.status_code == UNAVAILABLE:
-            self._addresses.leave(url)
+            self._addresses.fail_over(url)
         return Response.of(response)
 
     def run(self, call: Call[T]) -> T:

@@ -64,7 +64,7 @@ class Response:
 
 
 def ssl_context(verify: SSLContext | str | PathLike[str] | None = None) -> SSLContext:
-    """How the certificate of a service is verified.
+    """The SSL context that verifies the certificate of a service.
 
     Args:
         verify: a context, or a PEM file of certificates; None for the public authorities.
@@ -98,7 +98,7 @@ def base_url(url: str) -> str:
     """A service's address without a trailing slash.
 
     Raises:
-        Problem: it is no address of HTTP.
+        Problem: it is not an HTTP URL.
     """
     try:
         parsed = httpx.URL(url)
@@ -111,27 +111,27 @@ def base_url(url: str) -> str:
 
 
 class Addresses:
-    """Addresses of one service: one is used, and the next once that does not answer."""
+    """Addresses of one service, with failover: the next one is used if one does not answer."""
 
     def __init__(self, url: str | Sequence[str]) -> None:
-        """Begin with the first.
+        """Start with the first.
 
         Raises:
-            Problem: one is no address of HTTP, or there is none.
+            Problem: one is not an HTTP URL, or there is none.
         """
         urls = [url] if isinstance(url, str) else url
         self._urls = [base_url(each) for each in urls] or [base_url("")]
-        self._used = 0
+        self._index = 0
 
     @property
-    def used(self) -> str:
+    def current(self) -> str:
         """The address of the next request."""
-        return self._urls[self._used]
+        return self._urls[self._index]
 
-    def leave(self, url: str) -> None:
-        """Use the next address, if this one is still used."""
-        if url == self.used:
-            self._used = (self._used + 1) % len(self._urls)
+    def fail_over(self, url: str) -> None:
+        """Use the next address if this one is the current one."""
+        if url == self.current:
+            self._index = (self._index + 1) % len(self._urls)
 
 
 def model_path(model: str) -> str:

@@ -209,7 +209,7 @@ def cfc() -> None:
 
 
 def triton() -> None:
-    """A GRU cell whose state pair is declared in Triton's configuration, beside a counter."""
+    """A GRU cell whose state pair is declared in Triton's configuration, besides a counter."""
     g = Builder("step", 7)
     z = g.add("Sigmoid", g.add("Add", g.dense("INPUT", F, H), g.dense("STATE", H, H)))
     new = g.add("Tanh", g.add("Add", g.dense("INPUT", F, H), g.dense("STATE", H, H)))

@@ -3,7 +3,7 @@
     pip install torch onnx onnxscript
     python torch_models.py
 
-Each `forward` takes the states beside the features and returns the next ones, which makes them
+Each `forward` takes the states besides the features and returns the next ones, which makes them
 inputs and outputs of the graph. The dynamic axes let it run on any batch and any number of steps.
 """
 

@@ -3,8 +3,8 @@
 Validation is less strict than for requests in two ways, as tables are written: a NaN is a missing
 number, and integers may represent categories (by their digits). Booleans as 0 and 1 or as strings,
 and dates and times without an offset (in the schema's time zone, of two possible times the earlier)
-are read unless the field's options reject them. `settle_forms` sets these options to the forms that
-the training table has, so that the service accepts what training accepted. Everything else is
+are read unless the field's options reject them. `resolve_forms` sets these options to the forms
+that the training table has, so that the service accepts what training accepted. Everything else is
 rejected with row and column; so are integers that are probably epoch seconds (`EPOCH_SECONDS`),
 which would be dates in 1970.
 
@@ -83,14 +83,14 @@ def columns_from_frame(schema: EventSchema, frame: pl.DataFrame) -> EventColumns
     return EventColumns(frame.height, present, values)
 
 
-def settle_forms(schema: EventSchema, frame: pl.DataFrame) -> EventSchema:
-    """The schema with the forms of its values that the table has, where it leaves them open.
+def resolve_forms(schema: EventSchema, frame: pl.DataFrame) -> EventSchema:
+    """Resolve options of the schema that are open to the forms of values that the table has.
 
-    So the service takes events as the model's training took them: booleans that are written as
+    So the service accepts the forms that training accepted: booleans that are written as
     numbers or strings, and times without an offset.
     """
 
-    def settle(field: EventField) -> EventField:
+    def resolve(field: EventField) -> EventField:
         if isinstance(field, BooleanField) and field.coerce is None and field.name in frame:
             dtype = frame[field.name].dtype
             return field.model_copy(update={"coerce": dtype not in (pl.Boolean, pl.Null)})
@@ -100,7 +100,7 @@ def settle_forms(schema: EventSchema, frame: pl.DataFrame) -> EventSchema:
             return field.model_copy(update={"without_offset": "local" if is_local else "reject"})
         return field
 
-    return schema.model_copy(update={"fields": tuple(settle(field) for field in schema.fields)})
+    return schema.model_copy(update={"fields": tuple(resolve(field) for field in schema.fields)})
 
 
 def _local_times(column: pl.Series) -> pl.Series:

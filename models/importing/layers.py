@@ -2,7 +2,7 @@
 
 `convert_layer` supports the Keras layers that work step by step with equal results under carried
 state, and `Bidirectional`, which makes a model of whole sequences. Everything else, and every
-option that would change results, is rejected with the reason and a way on. Only exact Keras
+option that would change results, is rejected with the reason and an alternative. Only exact Keras
 classes are supported: a subclass may compute anything.
 """
 

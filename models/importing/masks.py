@@ -1,8 +1,8 @@
 """Masks: padding of training sequences, which streams do not have.
 
-Keras computes the mask of `Masking` and of `Embedding(mask_zero=True)` by operations beside the
+Keras computes the mask of `Masking` and of `Embedding(mask_zero=True)` by operations besides the
 layers: the input differs from a constant. On events that never equal it the mask is all true, and
-the layers compute what they compute without it; so it is left out, and the user is told which
+the layers compute what they compute without it; so it is left out, and a note says which
 events not to send. A mask of anything else is not supported.
 """
 

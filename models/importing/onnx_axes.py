@@ -102,8 +102,8 @@ def _possible_axes(feature: Tensor, states: Sequence[Tensor]) -> list[Axes]:
     shape = feature.shape
     if len(shape) == 1 or (len(shape) == 2 and isinstance(shape[1], int)):
         return ["step"]
-    named = {size for state in states for size in state.shape if isinstance(size, str)}
-    has_name = [size in named for size in shape[:2]]
+    state_dimensions = {size for state in states for size in state.shape if isinstance(size, str)}
+    has_name = [size in state_dimensions for size in shape[:2]]
     if has_name == [True, False]:
         return ["batch_major"]
     return ["time_major"] if has_name == [False, True] else ["batch_major", "time_major"]
@@ -180,7 +180,7 @@ def _probe(
     features: Sequence[Tensor],
     steps: StepsInput | None,
     controls: Sequence[ControlInput],
-    wanted: Sequence[str],
+    output_names: Sequence[str],
 ) -> OnnxNetwork:
     """Run the graph at two sizes, and read the outputs' axes off their shapes."""
     states = [tensor for tensor in signature.inputs if tensor.name in pairs]
@@ -199,16 +199,16 @@ def _probe(
                 f"ONNX Runtime fails on a batch of {batch} and {count} steps: "
                 f"{' '.join(str(error).split())[:300]}; {_failure_hint(signature)}"
             ) from error
-        found = {name: np.shape(value) for name, value in zip(names, values, strict=True)}
+        by_name = {name: np.shape(value) for name, value in zip(names, values, strict=True)}
         for state in states:
             expected = feeds[state.name].shape
-            if found[pairs[state.name]] != expected:
+            if by_name[pairs[state.name]] != expected:
                 raise _UnfitError(
                     f"the state {state.name} is {list(expected)} and {pairs[state.name]} is "
-                    f"{list(found[pairs[state.name]])}"
+                    f"{list(by_name[pairs[state.name]])}"
                 )
-        shapes.append(found)
-    outputs = list(_outputs(reading, signature, pairs, wanted, sizes, shapes))
+        shapes.append(by_name)
+    outputs = list(_outputs(reading, signature, pairs, output_names, sizes, shapes))
     one_by_one = reading.steps == 1 or not all(output.has_time for output in outputs)
     leading = 1 if reading.axes == "step" else 2
     return OnnxNetwork(
@@ -277,20 +277,20 @@ def _outputs(
     reading: _Reading,
     signature: Signature,
     pairs: dict[str, str],
-    wanted: Sequence[str],
+    output_names: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     shapes: Sequence[dict[str, tuple[int, ...]]],
 ) -> Iterator[GraphOutput]:
     """The outputs that replies contain; the states themselves, if there is no other."""
-    declared = {tensor.name: tensor for tensor in signature.outputs}
+    tensors = {tensor.name: tensor for tensor in signature.outputs}
     states = {after: place for place, after in enumerate(pairs.values())}
-    names = list(wanted) or [name for name in declared if name not in states] or list(states)
+    names = list(output_names) or [name for name in tensors if name not in states] or list(states)
     for name in names:
-        if name not in declared:
+        if name not in tensors:
             raise ImportedModelError(f"--output {name}: expected an output of the graph{signature}")
         if name not in shapes[0]:
             raise ImportedModelError(
-                f"expected outputs that are tensors of numbers, got {declared[name]}; name those "
+                f"expected outputs that are tensors of numbers, got {tensors[name]}; name those "
                 f"to serve with `--output NAME`{signature}"
             )
         if name in states:
@@ -299,7 +299,7 @@ def _outputs(
             own = tuple(size for at, size in enumerate(shape) if at != axis)
             yield GraphOutput(name=name, shape=own, has_time=False, state_axis=axis)
             continue
-        yield _output(reading, declared[name], sizes, [each[name] for each in shapes], signature)
+        yield _output(reading, tensors[name], sizes, [each[name] for each in shapes], signature)
 
 
 def _output(
@@ -322,9 +322,9 @@ def _output(
         fits = all(shape[: len(lead)] == lead for shape, lead in zip(shapes, leads, strict=True))
         if fits and rests[0] == rests[1]:
             return GraphOutput(name=tensor.name, shape=rests[0], has_time=has_time)
-    seen = " and ".join(str(list(shape)) for shape in shapes)
+    measured = " and ".join(str(list(shape)) for shape in shapes)
     raise ImportedModelError(
         f"expected outputs that begin with the axes of batch and steps, or of the batch alone; "
-        f"{tensor.name} is {seen} for batches and steps of {list(sizes)}. Leave it out: name the "
-        f"outputs to serve with `--output NAME`{signature}"
+        f"{tensor.name} is {measured} for batches and steps of {list(sizes)}. Leave it out: name "
+        f"the outputs to serve with `--output NAME`{signature}"
     )

@@ -1,4 +1,4 @@
-"""Conversion of an ONNX file with state pairs, proven by measurement, in this process."""
+"""Conversion of an ONNX file with state pairs, verified by measurement, in this process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAX_LONG_VALUES = 65_535
 def convert_onnx(
     path: Path, folder: Path, name: str, options: OnnxOptions
 ) -> tuple[OnnxConversion, bytes, dict[str, NDArray[Any]]]:
-    """Read an ONNX file, find its state pairs and axes, and prove what can be measured.
+    """Read an ONNX file, find its state pairs and axes, and verify what can be measured.
 
     Args:
         path: the file; no other process may write to it.
@@ -45,19 +45,19 @@ def convert_onnx(
         The conversion, the graph with all its data, and the initial values by state part.
 
     Raises:
-        ImportedModelError: the file cannot be read or served; the message gives the reason and a
-            way on.
+        ImportedModelError: the file cannot be read or served; the message gives the reason and an
+            alternative.
         MemoryError: the process reached its memory limit.
     """
-    options, initial, declared = _with_triton(options)
+    options, initial, control_inputs = _with_triton(options)
     signature = read_signature(path, folder)
     steps = _steps_input(signature, options)
-    controls = [_control(signature, each) for each in declared]
+    controls = [_control(signature, each) for each in control_inputs]
     others = [*options.inputs, *([steps.name] if steps else []), *(each.name for each in controls)]
     _check_names(signature, options)
     pairs = find_pairs(signature, options.states, others)
     features = _features(signature, options, pairs, others)
-    wanted = [each for each in options.outputs if each not in pairs.values()] or options.outputs
+    served = [each for each in options.outputs if each not in pairs.values()] or options.outputs
     try:
         network = find_network(
             signature,
@@ -66,7 +66,7 @@ def convert_onnx(
             steps,
             controls=controls,
             axes=options.axes,
-            outputs=tuple(wanted),
+            outputs=tuple(served),
         )
         spec = ModelSpec(name=name, features=network.features, onnx=network, layers=(), heads=())
     except ValidationError as error:
@@ -76,7 +76,7 @@ def convert_onnx(
     layout = state_spec(spec)
     _check_size(layout)
     axes = {pair.input: pair.batch_axis for pair in network.states}
-    initial = {**_defaults(signature, axes), **initial, **_given(options)}
+    initial = {**_defaults(signature, axes), **initial, **_initial_from_options(options)}
     layout = replace(layout, initial_values=_initial_values(layout, initial))
     proof = Prover(network, layout, signature.session).prove()
     spec = spec.model_copy(update={"onnx": proof.network})
@@ -110,16 +110,16 @@ def _with_triton(
     return merged, dict(config.initial_values()), config.controls
 
 
-def _control(signature: Signature, declared: TritonControl) -> ControlInput:
-    tensor = next((each for each in signature.inputs if each.name == declared.name), None)
+def _control(signature: Signature, control: TritonControl) -> ControlInput:
+    tensor = next((each for each in signature.inputs if each.name == control.name), None)
     if tensor is None or not tensor.is_usable or len(tensor.shape) not in (1, 2):
-        found = "none" if tensor is None else str(tensor)
+        got = "none" if tensor is None else str(tensor)
         raise ImportedModelError(
-            f"config.pbtxt: control_input {declared.name!r}: expected an input [B] or [B, 1] of "
-            f"the graph, got {found}{signature}"
+            f"config.pbtxt: control_input {control.name!r}: expected an input [B] or [B, 1] of "
+            f"the graph, got {got}{signature}"
         )
     return ControlInput.model_validate(
-        {**declared._asdict(), "dtype": tensor.dtype, "rank": len(tensor.shape)}
+        {**control._asdict(), "dtype": tensor.dtype, "rank": len(tensor.shape)}
     )
 
 
@@ -135,7 +135,7 @@ def _check_names(signature: Signature, options: OnnxOptions) -> None:
 
 def _steps_input(signature: Signature, options: OnnxOptions) -> StepsInput | None:
     """The input of lengths or of a mask: as given, or by name and shape."""
-    taken = {*options.states, *options.inputs}
+    used = {*options.states, *options.inputs}
     for tensor in signature.inputs:
         if tensor.name in (options.lengths, options.mask):
             kind = "lengths" if tensor.name == options.lengths else "mask"
@@ -150,7 +150,7 @@ def _steps_input(signature: Signature, options: OnnxOptions) -> StepsInput | Non
         if name is not None:
             raise ImportedModelError(f"{option} {name}: expected an input of the graph{signature}")
     for tensor in signature.inputs:
-        if tensor.name in taken or not tensor.is_usable:
+        if tensor.name in used or not tensor.is_usable:
             continue
         is_integer = tensor.dtype.startswith(("int", "uint"))
         if len(tensor.shape) == 1 and is_integer and re.search("len", tensor.name, re.I):
@@ -169,7 +169,7 @@ def _features(
 ) -> list[Tensor]:
     """The inputs of features, in the order of a row's columns."""
     by_name = {tensor.name: tensor for tensor in signature.inputs}
-    left = [
+    remaining = [
         tensor
         for tensor in signature.inputs
         if tensor.name not in pairs
@@ -177,10 +177,11 @@ def _features(
         and tensor.name not in signature.defaults
     ]
     if not options.inputs:
-        require_one_input(signature, left, pairs)
-        return left
-    if left:
-        require_one_input(signature, [*(by_name[name] for name in options.inputs), *left], pairs)
+        require_one_input(signature, remaining, pairs)
+        return remaining
+    if remaining:
+        named = [by_name[name] for name in options.inputs]
+        require_one_input(signature, [*named, *remaining], pairs)
     return [by_name[name] for name in options.inputs]
 
 
@@ -206,7 +207,7 @@ def _defaults(signature: Signature, axes: Mapping[str, int]) -> dict[str, NDArra
     return values
 
 
-def _given(options: OnnxOptions) -> dict[str, NDArray[Any]]:
+def _initial_from_options(options: OnnxOptions) -> dict[str, NDArray[Any]]:
     values: dict[str, NDArray[Any]] = {}
     for name, value in options.initial.items():
         if isinstance(value, str):
@@ -223,12 +224,12 @@ def _given(options: OnnxOptions) -> dict[str, NDArray[Any]]:
 
 
 def _initial_values(
-    layout: StateSpec, given: Mapping[str, NDArray[Any]]
+    layout: StateSpec, initial: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
     """The values in shape and dtype of their parts, without those that are zero."""
     parts = {part.name: part for part in layout.parts}
     values = {}
-    for name, value in given.items():
+    for name, value in initial.items():
         if name not in parts:
             raise ImportedModelError(
                 f"--initial {name}: expected a state input, one of {sorted(parts)}"

@@ -140,7 +140,7 @@ def import_onnx_model(
 
     Raises:
         ImportedModelError: the graph cannot be served, its state pairs are not certain, or a limit
-            was reached; the message gives the reason and a way on.
+            was reached; the message gives the reason and an alternative.
         ArtifactError: `out` is occupied.
     """
     path, options = Path(path), options or OnnxOptions()

@@ -113,7 +113,7 @@ def read_signature(path: Path, folder: Path, most_bytes: int = MAX_GRAPH_BYTES) 
     try:
         if not any(number == 7 for number, _, _ in fields(memoryview(data))):
             raise DecodingError("it contains no graph")
-        found, own = operators(data), local_functions(data)
+        used, local = operators(data), local_functions(data)
         data = embed_external_data(data, _external_reader(folder, most_bytes))
     except DecodingError as error:
         raise ImportedModelError(
@@ -124,7 +124,7 @@ def read_signature(path: Path, folder: Path, most_bytes: int = MAX_GRAPH_BYTES) 
             f"expected a graph of at most {most_bytes} bytes with its weights, the longest "
             f"protobuf message, got {len(data)}; store the weights as float16"
         )
-    _check_operators(found, own)
+    _check_operators(used, local)
     try:
         session = open_session(data, 1, "graph")
     except ArtifactError as error:
@@ -147,15 +147,15 @@ def _tensor(declared: Any) -> Tensor:
     return Tensor(declared.name, shape, _TYPES.get(declared.type, declared.type))
 
 
-def _check_operators(found: set[tuple[str, str]], own: set[tuple[str, str]]) -> None:
-    foreign = sorted(found - own, key=str)
+def _check_operators(used: set[tuple[str, str]], local: set[tuple[str, str]]) -> None:
+    foreign = sorted(used - local, key=str)
     custom = [f"{domain}.{name}" for domain, name in foreign if domain not in _DOMAINS]
     if custom:
         raise ImportedModelError(
             f"expected operators of ONNX (ai.onnx, ai.onnx.ml, com.microsoft), got {custom}; "
             "export the model with standard operators, in PyTorch without custom ones"
         )
-    random = sorted(name for domain, name in found if not domain and name in _RANDOM)
+    random = sorted(name for domain, name in used if not domain and name in _RANDOM)
     if random:
         raise ImportedModelError(
             f"expected a graph without random numbers, got the operators {random}; export the "

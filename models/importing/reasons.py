@@ -1,4 +1,4 @@
-"""Reasons why Keras layers are unsupported, each with a way on."""
+"""Reasons why Keras layers are unsupported, each with an alternative."""
 
 from __future__ import annotations
 
@@ -73,5 +73,5 @@ def has_reason(class_name: str) -> bool:
 
 
 def reason_unsupported(class_name: str) -> str:
-    """Why layers of that class are unsupported, and a way on."""
+    """Why layers of that class are unsupported, and an alternative."""
     return _REASONS.get(class_name, f"layers of this class are not supported; {EXPORT}")

@@ -21,27 +21,27 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 
 def find_pairs(
-    signature: Signature, given: Mapping[str, str], others: Iterable[str]
+    signature: Signature, known: Mapping[str, str], others: Iterable[str]
 ) -> dict[str, str]:
     """State output by state input, in the order of the graph's inputs.
 
     Args:
-        given: pairs that are known.
+        known: pairs that the user names.
         others: inputs that are no states.
 
     Raises:
-        ImportedModelError: a given pair does not exist or cannot be one, or there is none.
+        ImportedModelError: a known pair does not exist or cannot be one, or there is none.
     """
     inputs = {tensor.name: tensor for tensor in signature.inputs}
     outputs = {tensor.name: tensor for tensor in signature.outputs}
-    for before, after in given.items():
-        _check_given(signature, inputs.get(before), outputs.get(after), f"{before}={after}")
-    twice = [name for name in set(given.values()) if list(given.values()).count(name) > 1]
+    for before, after in known.items():
+        _check_known(signature, inputs.get(before), outputs.get(after), f"{before}={after}")
+    twice = [name for name in set(known.values()) if list(known.values()).count(name) > 1]
     if twice:
         raise ImportedModelError(
             f"expected one state input for each state output, got several for {sorted(twice)}"
         )
-    pairs = dict(given)
+    pairs = dict(known)
     free_inputs = [
         tensor
         for tensor in signature.inputs
@@ -65,27 +65,27 @@ def find_pairs(
 
 
 def require_one_input(
-    signature: Signature, left: Sequence[Tensor], pairs: Mapping[str, str]
+    signature: Signature, remaining: Sequence[Tensor], pairs: Mapping[str, str]
 ) -> None:
     """Check that the inputs that are neither states nor lengths are one input of features.
 
     Raises:
         ImportedModelError: there is none, or several.
     """
-    found = ", ".join(f"{before}={after}" for before, after in pairs.items())
-    if not left:
+    known = ", ".join(f"{before}={after}" for before, after in pairs.items())
+    if not remaining:
         raise ImportedModelError(
-            f"expected an input of features beside the states ({found}); name it with "
+            f"expected an input of features besides the states ({known}); name it with "
             f"`--input NAME`, and the state pairs with `--state IN=OUT`{signature}"
         )
-    if len(left) > 1:
-        names = [tensor.name for tensor in left]
+    if len(remaining) > 1:
+        names = [tensor.name for tensor in remaining]
         used = set(pairs.values())
         outputs = [tensor for tensor in signature.outputs if tensor.name not in used]
         inputs = " ".join(f"--input {name}" for name in names)
         raise ImportedModelError(
-            f"expected one input of features, got {names} beside the states ({found}). Name the "
-            f"missing pairs ({_suggestion(signature, left, outputs)}), or if all of them take "
+            f"expected one input of features, got {names} besides the states ({known}). Name the "
+            f"missing pairs ({_suggestion(signature, remaining, outputs)}), or if all of them take "
             f"features, name all, and a row has their columns in this order: {inputs}{signature}"
         )
 
@@ -103,7 +103,7 @@ def compatible(before: Tensor, after: Tensor) -> bool:
     )
 
 
-def _check_given(
+def _check_known(
     signature: Signature, before: Tensor | None, after: Tensor | None, pair: str
 ) -> None:
     if before is None or after is None:

@@ -316,7 +316,7 @@ class ModelSpec(Frozen):
         for name in ("reset_every", "session_gap_s"):
             if self.blocks is not None and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}: expected none in a network with `blocks`, whose windows would reach "
+                    f"{name}: expected none in a network with `blocks`, whose windows would extend "
                     "across a reset; use a stream for each session, closed by `final`"
                 )
         if self.session_gap_s is not None and (

@@ -24,7 +24,7 @@ from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, encode, event_times
 from models.events.fit import fit_schema
-from models.events.frame import columns_from_frame, settle_forms
+from models.events.frame import columns_from_frame, resolve_forms
 from models.events.schema import (
     EventSchema,
     TimestampField,
@@ -228,8 +228,8 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
     if training_frame.height == 0:
         raise DataError(expected="events before `validate_from`", got="none")
     # the rows are already in the order of streams and times
-    settled = settle_forms(schema_of(spec), streams.frame)
-    schema = fit_schema(settled, training_frame, stream=training.stream, resets=spec.resets)
+    resolved = resolve_forms(schema_of(spec), streams.frame)
+    schema = fit_schema(resolved, training_frame, stream=training.stream, resets=spec.resets)
     return spec.model_copy(update={"events": schema})
 
 

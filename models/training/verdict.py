@@ -51,8 +51,8 @@ def verdict_line(verdict: dict[str, Any]) -> str:
         return line
     return (
         f"{line}. This model is worse than the {verdict['worse_than_naive']}: do not serve it for "
-        f"{verdict['head']}. Give the head the event itself beside the recurrent layers "
-        "(`concatenate` of them and `features`), or more data"
+        f"{verdict['head']}. Let the head read the features besides the recurrent layers "
+        "(`concatenate` both), or train on more data"
     )
 
 

@@ -1,4 +1,4 @@
-"""Time and progress of baselines: how long they may take, and who is told what they do."""
+"""Time limit and progress reports of baselines."""
 
 from __future__ import annotations
 

@@ -236,16 +236,16 @@ class ForecastUnsupported(BadRequest):
 
 class ResetsUnsupported(BadRequest):
     code = "resets_unsupported"
-    title = "The model's streams cannot be reset within"
+    title = "Streams of this model cannot be reset"
     remedy = (
-        "Use a stream for each session, and close it with `final`; a model with `blocks` computes "
-        "outputs from later events, so that a reset would reach back."
+        "Use a separate stream for each session, and close it with `final`: a model with `blocks` "
+        "computes outputs from later events, so a reset would change earlier outputs."
     )
 
 
 class StateTokenInvalid(BadRequest):
     code = "state_token_invalid"
-    title = "The state token was not written by this service"
+    title = "The state token was not issued by this service"
     remedy = (
         "Send a token exactly as it was returned; without one the sequence starts from the "
         "initial state. A store that lost its data has another key."

@@ -198,7 +198,7 @@ class Reply(NamedTuple):
         created: whether the chunk created the stream.
         output_position: index of the event of the first output, for models with blocks, whose
             outputs are not one for each event of the chunk.
-        dry_run: whether nothing was applied; `head` is then that of the stream as it is, and
+        dry_run: whether nothing was applied; `head` is then the current stream head, and
             `NO_STREAM` if there is none.
     """
 

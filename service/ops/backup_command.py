@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SHOWN_STREAMS = 10
 
-File = Annotated[str, typer.Argument(metavar="FILE", help="The backup; - for a pipe.")]
+File = Annotated[str, typer.Argument(metavar="FILE", help="The backup; - for stdout or stdin.")]
 Model = Annotated[str | None, typer.Option(help="Only the streams of this model.")]
 Prefix = Annotated[str, typer.Option(help="Only streams whose names begin with this.")]
 RedisUrl = Annotated[
@@ -43,10 +43,10 @@ def backup(
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Write every stream's state into a file, while the service runs or not."""
+    """Write every stream's state into a file, whether the service runs or not."""
     from service.store.backup import BackupInfo, write_backup
 
-    with _settings(redis_url, data_dir) as settings, _written(file) as target:
+    with _settings(redis_url, data_dir) as settings, _open_output(file) as target:
         info = BackupInfo(round(time.time() * 1000), settings.namespace, model, prefix)
 
         async def run(store: StateStore, report: Report) -> Progress:
@@ -70,7 +70,7 @@ def restore(
     model: Model = None,
     prefix: Prefix = "",
     replace: Annotated[
-        bool, typer.Option("--replace", help="Also rewind streams that have gone on since.")
+        bool, typer.Option("--replace", help="Also roll back streams that have later positions.")
     ] = False,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
@@ -82,7 +82,7 @@ def restore(
     """
     from service.store.backup import BackupReader, restore_backup
 
-    with _settings(redis_url, data_dir, create=True) as settings, _read(file) as source:
+    with _settings(redis_url, data_dir, create=True) as settings, _open_input(file) as source:
         if source.seekable():
             for _ in BackupReader(source):
                 pass  # the whole file is valid before anything is written
@@ -166,7 +166,7 @@ def _run(
 
 
 @contextmanager
-def _written(file: str) -> Iterator[BinaryIO]:
+def _open_output(file: str) -> Iterator[BinaryIO]:
     """Open a file for writing, which replaces an earlier one only when it is complete.
 
     Its temporary name is random, since another backup into the same file may be running.
@@ -178,19 +178,19 @@ def _written(file: str) -> Iterator[BinaryIO]:
     target = Path(file)
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.incomplete")
     try:
-        with temporary.open("xb") as written:
-            yield written
-            written.flush()
-            os.fsync(written.fileno())
+        with temporary.open("xb") as output:
+            yield output
+            output.flush()
+            os.fsync(output.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _read(file: str) -> Iterator[BinaryIO]:
+def _open_input(file: str) -> Iterator[BinaryIO]:
     if file == "-":
         yield sys.stdin.buffer
         return
-    with Path(file).open("rb") as read:
-        yield read
+    with Path(file).open("rb") as source:
+        yield source

@@ -217,7 +217,7 @@ class Pipeline:
         return [*await self._store.check(), warm, accepting]
 
     def announce_stop(self) -> None:
-        """Fail readiness from now on, and still accept requests: the service stops soon."""
+        """Fail the readiness check from now on, but accept requests: the lame-duck period."""
         self._stopping = "stopping soon"
 
     def model(self, name: str) -> ServedModel:

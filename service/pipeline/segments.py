@@ -1,6 +1,6 @@
 """Inference for chunks and sequences with resets, cut into segments.
 
-A segment starts from the initial state, the first one of a chunk perhaps from the stream's: so the
+A segment starts from the initial state, the first one of a chunk usually from the stream's: so the
 segments of a chunk do not depend on each other, and all segments of a batch are computed side by
 side, like chunks of different streams. The outputs of a chunk are those of its segments one after
 another, and its state is that after the last one. A model that sees a chunk as a whole sees each

@@ -134,8 +134,7 @@ class ServedModel:
             )
 
     def check_carries_state(self, at: str) -> None:
-        """Reject a request for states in the hands of the client, if a sequence of the model has
-        none that another could continue.
+        """Reject a state token, or a request for one, if no sequence can continue another.
 
         Raises:
             InvalidInput
@@ -225,7 +224,7 @@ class ServedModel:
         return rows, clock.into_ints(self.state, state.ints)
 
     def find_resets(self, steps: Steps, state: State, position: int) -> tuple[int, ...]:
-        """Where the state is reset within a chunk: where the client says, and by the model's own
+        """Where the state is reset within a chunk: by the client's resets, and by the model's
         `reset_every` and `session_gap_s`.
 
         Args:

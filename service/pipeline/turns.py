@@ -1,4 +1,4 @@
-"""Turns of the event loop for work that many tasks have at the same time."""
+"""Throttles tasks that one event wakes: a few continue in each iteration of the event loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from typing import Final
 
 AT_ONCE: Final = 8
-"""Tasks that continue in one turn of the event loop; each works for some tens of microseconds."""
+"""Tasks that continue in one iteration of the loop; each works for some tens of microseconds."""
 
 
 class Turns:
@@ -15,8 +15,8 @@ class Turns:
 
     asyncio runs everything that is ready before it reads from a socket again, so a thousand tasks
     that one event wakes would delay every request by the work of all of them. Here at most
-    `AT_ONCE` continue in one turn of the loop, and then none for as long as that turn took: they
-    leave half of the time to other work.
+    `AT_ONCE` continue in one iteration of the loop, and then none for as long as it took, so that
+    other work gets half of the time.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a replay counts."""
+"""Counters of a replay."""
 
 from __future__ import annotations
 

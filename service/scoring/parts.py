@@ -32,8 +32,8 @@ StreamStates = dict[str, tuple[State, int]]
 """By stream, its state and its position."""
 
 
-class Progressed(NamedTuple):
-    """Rows of the input that are done, and the streams after them."""
+class Progress(NamedTuple):
+    """Number of scored rows, and the streams after them."""
 
     rows: int
     streams: StreamStates
@@ -66,8 +66,8 @@ class Parts:
         status = data.stat()
         self._key = f"{key} {status.st_size} {status.st_mtime_ns}"
 
-    def open(self, *, resume: bool, overwrite: bool) -> Progressed:
-        """Begin, or go on from the checkpoint.
+    def open(self, *, resume: bool, overwrite: bool) -> Progress:
+        """Start, or continue from the checkpoint.
 
         Raises:
             ArtifactError: the output is there already, or there is no checkpoint that fits.
@@ -78,14 +78,14 @@ class Parts:
             return self._read_checkpoint()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        return Progressed(0, {})
+        return Progress(0, {})
 
-    def add(self, part: pl.DataFrame, progressed: Progressed) -> None:
+    def add(self, part: pl.DataFrame, progress: Progress) -> None:
         """Write the next part, and every few seconds a checkpoint."""
         part.write_parquet(self._part(self._written))
         self._written += 1
         if self._now_s() - self._saved_s >= CHECKPOINT_EVERY_S:
-            self._write_checkpoint(progressed)
+            self._write_checkpoint(progress)
             self._saved_s = self._now_s()
 
     def finish(self) -> None:
@@ -104,11 +104,11 @@ class Parts:
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:06d}.parquet"
 
-    def _write_checkpoint(self, progressed: Progressed) -> None:
-        streams = progressed.streams
+    def _write_checkpoint(self, progress: Progress) -> None:
+        streams = progress.streams
         metadata = {
             "key": self._key,
-            "rows": str(progressed.rows),
+            "rows": str(progress.rows),
             "parts": str(self._written),
             "names": json.dumps(list(streams)),
         }
@@ -119,7 +119,7 @@ class Parts:
         }
         replace_file(self._folder / CHECKPOINT, save(arrays, metadata))
 
-    def _read_checkpoint(self) -> Progressed:
+    def _read_checkpoint(self) -> Progress:
         path = self._folder / CHECKPOINT
         try:
             with safe_open(path, framework="numpy") as file:
@@ -139,7 +139,7 @@ class Parts:
         self._written = int(metadata["parts"])
         names = json.loads(metadata["names"])
         states = map(State, floats, ints)
-        return Progressed(
+        return Progress(
             int(metadata["rows"]),
             dict(zip(names, zip(states, positions.tolist(), strict=True), strict=True)),
         )

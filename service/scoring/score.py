@@ -35,7 +35,7 @@ from service.engine.compute import Compute
 from service.engine.runtimes.loading import AUTO, open_runtimes
 from service.pipeline.segments import infer_segments
 from service.pipeline.served_model import Segment, ServedModel
-from service.scoring.parts import Parts, Progressed, StreamStates
+from service.scoring.parts import Parts, Progress, StreamStates
 
 POSITION = "position"
 ROWS_PER_PIECE = 65_536
@@ -44,8 +44,8 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """What was written.
+class ScoreResult:
+    """Result of scoring a file.
 
     Attributes:
         events: rows of the file.
@@ -69,7 +69,7 @@ def score_file(
     rows_per_piece: int = ROWS_PER_PIECE,
     runtime: str = AUTO,
     advance: Advance = lambda rows: None,
-) -> Scored:
+) -> ScoreResult:
     """Write the outputs for a file of events.
 
     Args:
@@ -89,21 +89,21 @@ def score_file(
     artifact = load_artifact(path)
     schema, name = _check(artifact, stream)
     parts = Parts(out, f"{artifact.fingerprint.hex()} {name}", data)
-    progressed = parts.open(resume=resume, overwrite=overwrite)
+    progress = parts.open(resume=resume, overwrite=overwrite)
     (opened,) = open_runtimes(runtime, [artifact], os.cpu_count() or 1)
-    scorer = _Scorer(ServedModel(artifact, opened), schema, name, str(data), progressed)
+    scorer = _Scorer(ServedModel(artifact, opened), schema, name, str(data), progress)
 
     async def run() -> None:
         for frame in read_batches(data, artifact.spec, rows_per_piece, skip=scorer.rows):
             part = await scorer.score(frame)
-            parts.add(part, scorer.progressed)
+            parts.add(part, scorer.progress)
             advance(scorer.rows)
 
     uvloop.run(run())
     parts.finish()
-    states = scorer.progressed.streams.values()
+    states = scorer.progress.streams.values()
     clocks = [Clock.from_ints(artifact.state, state.ints) for state, _ in states]
-    return Scored(scorer.rows, len(clocks), sum(clock.out_of_order for clock in clocks))
+    return ScoreResult(scorer.rows, len(clocks), sum(clock.out_of_order for clock in clocks))
 
 
 def _check(artifact: Artifact, stream: str | None) -> tuple[EventSchema, str]:
@@ -135,22 +135,22 @@ class _Scorer:
         schema: EventSchema,
         stream: str,
         source: str,
-        progressed: Progressed,
+        progress: Progress,
     ):
         self._served, self._schema, self._stream = served, schema, stream
         self._source = source
         self._compute = Compute()
-        self._streams: StreamStates = dict(progressed.streams)
-        self.rows = progressed.rows
+        self._streams: StreamStates = dict(progress.streams)
+        self.rows = progress.rows
         self._outputs = [
             (output.name, Output(output.name, output.shape, False, output.labels).column_names())
             for output in served.outputs.outputs
         ]
 
     @property
-    def progressed(self) -> Progressed:
-        """The rows done, and the streams after them."""
-        return Progressed(self.rows, self._streams)
+    def progress(self) -> Progress:
+        """Number of scored rows, and the streams after them."""
+        return Progress(self.rows, self._streams)
 
     async def score(self, frame: pl.DataFrame) -> pl.DataFrame:
         """The outputs of the next rows, in their order."""

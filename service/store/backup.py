@@ -11,9 +11,9 @@ A file without its last block is incomplete. A backup contains every stream that
 each at the state of one moment, with its epoch, position and last chunk; neither stored replies nor
 tombstones. It is independent of the number of partitions and servers.
 
-A restoration continues histories and rewinds none: a stream that is in the store already is written
-only if the backup has a later position of the same epoch. So it may be repeated, and a stream that
-a listing returned twice gets its latest state.
+A restoration never rolls a stream back: a stream that is in the store already is written only if
+the backup has a later position of the same epoch. So it may be repeated, and a stream that a
+listing returned twice gets its latest state.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ async def test_concurrent_sends_of_one_stream_are_rejected(background: str, even
         assert not isinstance(first, BaseException)
         for error in others:
             assert isinstance(error, RuntimeError)
-            assert "stream 's': expected one call at a time" in str(error)
+            assert "stream 's': expected one send at a time" in str(error)
         assert (await stream.send(events[2:4])).position == 4
 
 

@@ -15,7 +15,7 @@ def log_client_disconnect(method: str) -> None:
 
 
 def log_failure(error: CarryError) -> None:
-    """Log an error that this side caused; load shedding is logged elsewhere, once for all."""
+    """Log an error of the service; load shedding is logged elsewhere, aggregated."""
     if isinstance(error, ServiceFailure) and not isinstance(error, Overloaded):
         log.warning("request_failed", code=error.code, detail=error.detail)
 

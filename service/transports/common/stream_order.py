@@ -18,13 +18,13 @@ from service.core.errors import PreviousFailed
 from service.transports.common.failed_streams import FailedStreams
 
 
-class Turn:
-    """A chunk that has not been answered.
+class PendingChunk:
+    """A received chunk that has not been answered.
 
     Attributes:
         stream: its stream.
-        appends: whether it could take another's place; known when it is ready.
-        outcome: what answers it, once that is known.
+        appends: whether it could be applied in place of another; known when it is ready.
+        outcome: its reply or error, once it is known.
     """
 
     __slots__ = ("appends", "outcome", "stream")
@@ -35,10 +35,10 @@ class Turn:
         self.outcome: Any = None
 
 
-T = TypeVar("T", bound=Turn)
+T = TypeVar("T", bound=PendingChunk)
 
 
-class _Turns(Generic[T]):
+class _PendingChunks(Generic[T]):
     """The chunks of one stream, in order.
 
     Attributes:
@@ -91,73 +91,73 @@ class StreamOrder(Generic[T]):
         self._reject = reject
         self._release = release
         self._overlaps = overlaps
-        self._streams: dict[str, _Turns[T]] = {}
+        self._streams: dict[str, _PendingChunks[T]] = {}
         self._failed = FailedStreams()
         self.unanswered = 0
         self.is_cleared = False
 
     def __iter__(self) -> Iterator[T]:
         """The chunks that have not been answered."""
-        for turns in self._streams.values():
-            yield from turns.unanswered
+        for chunks in self._streams.values():
+            yield from chunks.unanswered
 
-    def add(self, turn: T) -> T:
+    def add(self, chunk: T) -> T:
         """Add a chunk that was received."""
-        turns = self._streams.get(turn.stream)
-        if turns is None:
-            turns = self._streams[turn.stream] = _Turns()
-        turns.unanswered.append(turn)
+        chunks = self._streams.get(chunk.stream)
+        if chunks is None:
+            chunks = self._streams[chunk.stream] = _PendingChunks()
+        chunks.unanswered.append(chunk)
         self.unanswered += 1
-        return turn
+        return chunk
 
-    def set_ready(self, turn: T) -> None:
+    def set_ready(self, chunk: T) -> None:
         """Start a chunk as soon as it is its turn; `appends` is set."""
-        turns = self._streams[turn.stream]
-        turns.waiting.append(turn)
-        self._start(turns)
+        chunks = self._streams[chunk.stream]
+        chunks.waiting.append(chunk)
+        self._start(chunks)
 
-    def settle(self, turn: T, *, failed: bool) -> None:
-        """Note whether a chunk was applied or failed; not for a dry run, which changes nothing."""
+    def record_result(self, chunk: T, *, failed: bool) -> None:
+        """Record whether a chunk was applied or failed; not for dry runs, which change nothing."""
         if failed:
-            self._failed.add(turn.stream)
-        elif not turn.appends:
-            self._failed.discard(turn.stream)
+            self._failed.add(chunk.stream)
+        elif not chunk.appends:
+            self._failed.discard(chunk.stream)
 
-    def answer(self, turn: T, outcome: object) -> None:
+    def answer(self, chunk: T, outcome: object) -> None:
         """Send an outcome when it is its turn, and start the chunks that waited for it."""
         if self.is_cleared:
             return
-        turn.outcome = outcome
-        turns = self._streams[turn.stream]
-        unanswered = turns.unanswered
+        chunk.outcome = outcome
+        chunks = self._streams[chunk.stream]
+        unanswered = chunks.unanswered
         while unanswered and unanswered[0].outcome is not None:
             self.unanswered -= 1
             self._release(unanswered.popleft())
         if not unanswered:
-            self._streams.pop(turn.stream, None)
-        elif not turns.is_starting:
-            self._start(turns)
+            self._streams.pop(chunk.stream, None)
+        elif not chunks.is_starting:
+            self._start(chunks)
 
     def clear(self) -> None:
         """Forget all chunks: the client disconnected."""
         self._streams.clear()
         self.is_cleared = True
 
-    def _start(self, turns: _Turns[T]) -> None:
+    def _start(self, chunks: _PendingChunks[T]) -> None:
         # not recursive, since a window may have thousands of chunks that are rejected one by one
-        turns.is_starting = True
-        while turns.waiting:
-            turn = turns.waiting[0]
-            waits = turn.appends or not self._overlaps
-            if waits and turns.unanswered[0] is not turn:
+        chunks.is_starting = True
+        while chunks.waiting:
+            chunk = chunks.waiting[0]
+            waits = chunk.appends or not self._overlaps
+            if waits and chunks.unanswered[0] is not chunk:
                 break
-            turns.waiting.popleft()
-            if turn.appends and turn.stream in self._failed:
+            chunks.waiting.popleft()
+            if chunk.appends and chunk.stream in self._failed:
                 detail = (
                     "expected a chunk with a position, or one that starts the stream over, since "
                     "an earlier chunk of the stream failed on this connection"
                 )
-                self._reject(turn, PreviousFailed(detail, stream=turn.stream))
+                self._reject(chunk, PreviousFailed(detail, stream=chunk.stream))
             else:
-                self._begin(turn)
-        turns.is_starting = False
+                self._begin(chunk)
+        chunks.is_starting = False

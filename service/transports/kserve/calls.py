@@ -1,6 +1,6 @@
 """Inference requests resolved against their model: the tensor that it takes, and the outputs.
 
-Everything here is pure: it reads no store, waits for nothing and keeps nothing.
+Everything here is pure: no I/O, no waiting, no state.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class Inference:
         parameters = parse_parameters(request.parameters)
         if not 1 <= len(request.inputs) <= 2:
             names = " or ".join(input_names(served))
-            expected = f"one tensor, {names}, and perhaps {RESET} after it"
+            expected = f"one tensor, {names}, optionally followed by {RESET}"
             raise invalid("inputs", expected, len(request.inputs))
         tensor, *others = request.inputs
         name, datatype, shape, _ = tensor

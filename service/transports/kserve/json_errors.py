@@ -1,4 +1,4 @@
-"""Errors of the JSON decoder in the words of the API: the place, what was expected, what came."""
+"""Translates errors of the JSON decoder to API errors: the place, what was expected, what came."""
 
 from __future__ import annotations
 

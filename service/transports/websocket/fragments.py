@@ -1,4 +1,4 @@
-"""Fragments of long WebSocket frames, made on their way to the parser.
+"""Splits long WebSocket frames into fragments before they reach the parser.
 
 The library copies a frame twice when its last byte has arrived: for 16 MiB, the event loop would
 stop for tens of milliseconds. So a long frame is passed on as fragments of one message, as an

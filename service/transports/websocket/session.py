@@ -16,7 +16,7 @@ from structlog.contextvars import bound_contextvars
 from service.core.errors import CarryError
 from service.core.values import Chunk, Reply, StreamKey
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
-from service.transports.common.stream_order import StreamOrder, Turn
+from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.limits import LONG_BYTES
@@ -42,7 +42,7 @@ PendingReply = asyncio.Future[list[Reply | CarryError]]
 Send = Callable[[Media, bytes], None]
 
 
-class Entry(Turn):
+class Entry(PendingChunk):
     """A chunk that has not been answered.
 
     Attributes:
@@ -267,12 +267,12 @@ class Session:
         """Encode an outcome, and send it when it is its turn."""
         if isinstance(result, CarryError):
             if entry.chunk is None or not entry.chunk.dry_run:
-                self._order.settle(entry, failed=True)
+                self._order.record_result(entry, failed=True)
             frame = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
             self._order.answer(entry, frame)
             return
         if not result.dry_run:
-            self._order.settle(entry, failed=False)
+            self._order.record_result(entry, failed=False)
         wire = self._api.wire(self._model)
         is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES
         if is_short and self._options == EVERY_STEP:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from models.errors import DataError
 from models.events.columns import EventColumns, columns_from_events
-from models.events.frame import columns_from_frame, settle_forms
+from models.events.frame import columns_from_frame, resolve_forms
 from models.events.parse import event_adapter, event_json_schema
 from models.events.reader import EventReader
 from models.events.schema import EventSchema
@@ -61,7 +61,7 @@ def test_what_a_table_is_trained_on_is_served(
     options: dict[str, Any], values: list[Any], expected: list[Any]
 ) -> None:
     frame = pl.DataFrame({"x": values})
-    schema = settle_forms(schema_of(**options), frame)
+    schema = resolve_forms(schema_of(**options), frame)
     trained = columns_from_frame(schema, frame)
     assert trained.values["x"].tolist() == expected
     assert served(schema, values).values["x"].tolist() == expected
@@ -99,7 +99,7 @@ def test_what_a_table_was_not_trained_on_is_rejected_by_both(
     table: str,
     request_: str | None,
 ) -> None:
-    schema = settle_forms(schema_of(**options), pl.DataFrame({"x": usual}))
+    schema = resolve_forms(schema_of(**options), pl.DataFrame({"x": usual}))
     served(schema, usual)
     with pytest.raises(DataError, match=table):
         columns_from_frame(schema, pl.DataFrame({"x": other}))
@@ -111,9 +111,9 @@ def test_what_a_table_was_not_trained_on_is_rejected_by_both(
 def test_options_of_the_schema_are_kept_and_documented() -> None:
     local = pl.DataFrame({"x": ["2025-06-20T12:00"]})
     schema = schema_of(without_offset="reject")
-    assert settle_forms(schema, local) == schema
+    assert resolve_forms(schema, local) == schema
     assert "without_offset" not in schema_of().model_dump()["fields"][0]
-    described = event_json_schema(settle_forms(schema_of(epoch="s"), local))["properties"]["x"]
+    described = event_json_schema(resolve_forms(schema_of(epoch="s"), local))["properties"]["x"]
     assert "epoch seconds" in described["description"]
     assert "without an offset in local time" in described["description"]
     assert "string" in event_json_schema(schema_of(coerce=True))["properties"]["x"]["description"]

@@ -1,4 +1,4 @@
-"""Keras models as people have them: what is imported, and what is rejected with which way on.
+"""Keras models as people have them: what is imported, and what is rejected, with which alternative.
 
 A model joins with its name, and every accepted one is served by the same service
 (`test_table`). They are small: the layers count, not their sizes.
@@ -332,7 +332,7 @@ ACCEPTED: dict[str, Accepted] = {
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A model that is rejected, and the words of the reason and of the way on."""
+    """A model that is rejected, and the words of the reason and of the alternative."""
 
     build: Callable[[], keras.Model]
     words: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The table of Keras models: each is served exactly, or rejected with a way on."""
+"""The table of Keras models: each is served exactly, or rejected with an alternative."""
 
 from __future__ import annotations
 

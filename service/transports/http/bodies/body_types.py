@@ -51,8 +51,8 @@ class StepsBody(StrictBody):
     inputs: Any = None
     resets: Resets | None = Field(
         None,
-        description="Ascending indexes of the events or rows before which the state becomes the "
-        "model's initial state; in events the member `reset` says the same.",
+        description="Ascending indexes of the events or rows before which the state is reset to "
+        "the model's initial state; in events the member `reset` has the same effect.",
         examples=[[0, 12]],
     )
 

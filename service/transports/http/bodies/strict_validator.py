@@ -285,7 +285,7 @@ class StrictValidator:
 
         Raises:
             InvalidInput: an index is out of range or out of order.
-            ResetsUnsupported: it is a chunk of a model whose streams cannot be reset within.
+            ResetsUnsupported: it is a chunk of a model whose streams cannot be reset.
         """
         at = f"{inside}.resets" if inside else "resets"
         resets = body.resets or []
@@ -299,7 +299,7 @@ class StrictValidator:
         if steps.resets and isinstance(body, ChunkBody) and self._served.blocks is not None:
             raise ResetsUnsupported(
                 f"{at}: expected none, since model {self._served.name!r} has `blocks`, whose "
-                "windows would reach across a reset",
+                "windows would extend across a reset",
                 at=at,
                 expected="no resets",
             )

@@ -97,7 +97,7 @@ class RejectedRequest(NamedTuple):
 
 
 class ParsedRequest(Protocol):
-    """What every fast route knows of a request; attributes as those of `FastRequest`."""
+    """Attributes of a parsed request on every fast route; see `FastRequest`."""
 
     @property
     def chunk(self) -> Chunk:
@@ -105,15 +105,15 @@ class ParsedRequest(Protocol):
 
     @property
     def request_id(self) -> bytes:
-        """Its id."""
+        """The id of the request."""
 
     @property
     def received_s(self) -> float:
-        """When it was complete."""
+        """When the request was complete, on the monotonic clock."""
 
     @property
     def deadline_s(self) -> float:
-        """Until when its client waits."""
+        """When the client stops waiting, on the monotonic clock."""
 
 
 R = TypeVar("R", bound=ParsedRequest)

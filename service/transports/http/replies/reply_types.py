@@ -99,7 +99,7 @@ class ChunkReply(TypedDict):
     """For a model with `blocks`: index of the event of the first output. The outputs may be
     more or fewer than the chunk's events."""
     dry_run: NotRequired[Literal[True]]
-    """Nothing was applied: epoch, position and tag are those of the stream as it is."""
+    """Nothing was applied: epoch, position and tag are those of the current stream head."""
     created: NotRequired[Literal[True]]
     """Present, and true, in the first reply of a stream."""
     state: NotRequired[
@@ -358,9 +358,9 @@ class ModelDetail(TypedDict):
     max_chunk_steps: int | None
     """Maximum steps of what the model sees as a whole; null if there is no limit."""
     reset_every: int | None
-    """The state becomes the initial one before each position that this divides; null: never."""
+    """The state is reset before each position that is a multiple of this; null: never."""
     session_gap_s: float | None
-    """After a longer gap between timestamps the state becomes the initial one; null: never."""
+    """The state is reset after a longer gap between timestamps, in seconds; null: never."""
     runtimes: list[str]
     forecast: ForecastInfo | None
     """Null for a model without a decoder."""

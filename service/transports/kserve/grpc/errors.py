@@ -56,7 +56,7 @@ def status_details(error: CarryError) -> str:
 
 
 def trailing_metadata(error: CarryError) -> Metadata:
-    """What a client reads beside status and details."""
+    """What a client reads besides status and details."""
     document = problem(error)
     content = dumps(Media.JSON, document)
     metadata: Metadata = (("carry-error", error.code), ("carry-problem-bin", content))

@@ -22,7 +22,7 @@ from service.transports.kserve.parameters import parse_sequence_id
 from service.transports.kserve.values import InferReply, invalid
 
 MAX_FIELDS: Final = 1000
-"""Most fields of a long message, beside the elements of its tensor."""
+"""Most fields of a long message, besides the elements of its tensors."""
 
 FIELDS_AT_ONCE: Final = 2000
 """Fields that are counted in one turn of the event loop, in less than a millisecond."""
@@ -159,7 +159,7 @@ def _head(data: bytes) -> bytes:
             parts.append(data[field.begin : field.end])
     head = b"".join(parts)
     if len(head) >= LONG_BYTES:
-        expected = f"less than {LONG_BYTES} bytes beside the tensors"
+        expected = f"less than {LONG_BYTES} bytes besides the tensors"
         raise invalid("message", expected, f"{len(head)} bytes")
     return head
 

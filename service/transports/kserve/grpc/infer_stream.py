@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from service.core.errors import CarryError, ShuttingDown
-from service.transports.common.stream_order import StreamOrder, Turn
+from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.http.media import Media, dumps
 from service.transports.http.problems import problem
 from service.transports.kserve.grpc import v2_pb2 as pb
@@ -36,7 +36,7 @@ Answer = Callable[[str, Callable[[], Awaitable[InferReply]]], Awaitable[InferRep
 counted."""
 
 
-class _Request(Turn):
+class _Request(PendingChunk):
     """A request that has not been answered.
 
     Attributes:
@@ -158,7 +158,7 @@ class InferStream:
         result = await self._answer(head.model_name, work)
         failed = isinstance(result, CarryError)
         if request.stream and not _is_dry_run(head):
-            self._order.settle(request, failed=failed)
+            self._order.record_result(request, failed=failed)
         if isinstance(result, CarryError):
             response = _error_response(result, head)
         else:

@@ -1,4 +1,4 @@
-"""Admission of messages: bounds the bytes that the calls of one worker receive and hold.
+"""Admission of messages: bounds the bytes that the calls of one worker buffer.
 
 The library receives a message as a whole and does not say how much of it has arrived. So a message
 that is being received counts as the largest, and once it is complete as its length, until its call
@@ -124,8 +124,7 @@ class MessageAdmission:
             scope.reschedule(asyncio.get_running_loop().time())
             return
         raise Overloaded(
-            f"{self._used_bytes} bytes of messages are received or held, of at most "
-            f"{self._limit_bytes}",
+            f"{self._used_bytes} bytes of messages are buffered, of at most {self._limit_bytes}",
             retry_after_s=1,
         )
 

@@ -104,7 +104,7 @@ def decode_parameter(name: str, value: pb.InferParameter) -> Parameter:
 def _inputs(message: pb.ModelInferRequest) -> Sequence[InputTensor]:
     # before anything is made of each of them
     if not 1 <= len(message.inputs) <= 2:
-        expected = "one tensor, and perhaps reset after it"
+        expected = "one tensor, optionally followed by reset"
         raise invalid("inputs", expected, len(message.inputs))
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):

@@ -39,7 +39,7 @@ class GrpcLimits:
 
     Attributes:
         max_message_bytes: largest request.
-        max_pending_bytes: most bytes of requests that are received or held.
+        max_pending_bytes: most bytes of requests that are buffered.
         receive_s: longest time in which a request may arrive.
         max_calls: maximum concurrent calls; further ones get RESOURCE_EXHAUSTED.
         stream_window: most unanswered requests of a stream.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.core.errors import PreviousFailed
-from service.transports.common.stream_order import StreamOrder, Turn
+from service.transports.common.stream_order import PendingChunk, StreamOrder
 
 
 class Connection:
@@ -17,32 +17,32 @@ class Connection:
 
     def __init__(self, *, overlaps: bool):
         self.events: list[str] = []
-        self._names: dict[Turn, str] = {}
-        self.order: StreamOrder[Turn] = StreamOrder(
+        self._names: dict[PendingChunk, str] = {}
+        self.order: StreamOrder[PendingChunk] = StreamOrder(
             self._begin, self._reject, self._release, overlaps=overlaps
         )
 
-    def receive(self, name: str, *, appends: bool = True) -> Turn:
-        turn = Turn(name[0])
-        turn.appends = appends
-        self._names[turn] = name
-        self.order.add(turn)
-        self.order.set_ready(turn)
-        return turn
+    def receive(self, name: str, *, appends: bool = True) -> PendingChunk:
+        chunk = PendingChunk(name[0])
+        chunk.appends = appends
+        self._names[chunk] = name
+        self.order.add(chunk)
+        self.order.set_ready(chunk)
+        return chunk
 
-    def answer(self, turn: Turn, *, failed: bool = False) -> None:
-        self.order.settle(turn, failed=failed)
-        self.order.answer(turn, "outcome")
+    def answer(self, chunk: PendingChunk, *, failed: bool = False) -> None:
+        self.order.record_result(chunk, failed=failed)
+        self.order.answer(chunk, "outcome")
 
-    def _begin(self, turn: Turn) -> None:
-        self.events.append("+" + self._names[turn])
+    def _begin(self, chunk: PendingChunk) -> None:
+        self.events.append("+" + self._names[chunk])
 
-    def _reject(self, turn: Turn, error: PreviousFailed) -> None:
-        self.events.append("-" + self._names[turn])
-        self.answer(turn, failed=True)
+    def _reject(self, chunk: PendingChunk, error: PreviousFailed) -> None:
+        self.events.append("-" + self._names[chunk])
+        self.answer(chunk, failed=True)
 
-    def _release(self, turn: Turn) -> None:
-        self.events.append(">" + self._names[turn])
+    def _release(self, chunk: PendingChunk) -> None:
+        self.events.append(">" + self._names[chunk])
 
 
 @pytest.mark.parametrize("overlaps", [True, False])

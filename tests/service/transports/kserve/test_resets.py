@@ -129,7 +129,7 @@ async def test_other_bytes_than_0_and_1_and_more_tensors_are_rejected(v2: V2) ->
     for inputs, message in (
         ([marks], "inputs[0].name: expected inputs, got 'reset'"),
         ([rows_, rows_], "inputs[1].name: expected reset, got 'inputs'"),
-        ([rows_, marks, marks], "expected one tensor, inputs, and perhaps reset after it, got 3"),
+        ([rows_, marks, marks], "expected one tensor, inputs, optionally followed by reset, got 3"),
     ):
         document = error_of(await v2.post({**body, "inputs": inputs}), 422, "invalid_input")
         assert message in document["detail"]

@@ -94,7 +94,7 @@ BODIES: dict[str, tuple[Any, str]] = {
     ),
     "no tensor": (
         {"inputs": []},
-        "inputs: expected one tensor, inputs, and perhaps reset after it, got 0",
+        "inputs: expected one tensor, inputs, optionally followed by reset, got 0",
     ),
     "no inputs": ({}, "inputs: expected this member, which is required, got nothing"),
     "an unknown member": (

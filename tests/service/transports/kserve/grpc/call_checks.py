@@ -175,7 +175,7 @@ MANY: dict[str, tuple[bytes, str]] = {
     "tensors": (field(5, b"") * LONG, "at most 1000 fields"),
     "members of tensors": (field(5, field(1, b"") * LONG), "at most 1000 fields"),
     "elements": (field(5, field(5, field(8, b"") * LONG)), "at most 50 fields"),
-    "parameters": (field(4, bytes(LONG)), "less than 65536 bytes beside the tensors"),
+    "parameters": (field(4, bytes(LONG)), "less than 65536 bytes besides the tensors"),
     "axes": (field(5, field(3, bytes(LONG))), "inputs: expected less than 65536 bytes"),
     "whole numbers": (field(5, field(5, field(3, bytes(LONG)))), "inputs.contents: expected less"),
     "a truncated field": (field(7, bytes(LONG))[:-1], "cannot be parsed"),

@@ -109,7 +109,7 @@ async def test_call_is_rejected_if_the_room_is_taken_by_messages_that_are_held(
     await becomes(lambda: calls.reading == [0, 1, 2], "three calls that receive")
     for call in range(3):
         calls.send(call, b"x" * LARGEST)
-    with pytest.raises(Overloaded, match="300 bytes of messages are received or held, of at most"):
+    with pytest.raises(Overloaded, match="300 bytes of messages are buffered, of at most"):
         await calls.start(3)
     for call in range(3):
         calls.answer(call)
