@@ -49,6 +49,7 @@ TRUTH = {"true": True, "false": False, "1": True, "0": False}
 """Strings that are booleans, in lower case."""
 
 _HAS_OFFSET = r"([Zz]|[+-]\d{2}:?\d{2})$"
+_EXPECTED_TIME = "an RFC 3339 timestamp from 1900 to before 2200"
 _STRINGS = (pl.String, pl.Categorical, pl.Enum)
 
 
@@ -204,11 +205,14 @@ def _timestamp(
         without = _local_times(column)
         if without.any():
             row = int(without.arg_true()[0])
+            is_time = dtype != pl.String or _naive(column[row]) is not None
             raise DataError(
                 index=row,
                 field=column.name,
                 expected="an offset, such as Z or +01:00 (with `without_offset: local` in the "
-                f"field, times of {schema.timezone} have none)",
+                f"field, times of {schema.timezone} have none)"
+                if is_time
+                else _EXPECTED_TIME,
                 got=f"{column[row]}",
             )
     if field.epoch == "s" and dtype.is_numeric():
@@ -276,7 +280,7 @@ def _from_strings(schema: EventSchema, column: pl.Series, present: BoolArray) ->
                 raise DataError(
                     index=row,
                     field=column.name,
-                    expected="an RFC 3339 timestamp from 1900 to before 2200",
+                    expected=_EXPECTED_TIME,
                     got=repr(text),
                 ) from error
             values[row] = timestamp_ms(local)

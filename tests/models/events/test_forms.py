@@ -80,6 +80,7 @@ def test_what_a_table_is_trained_on_is_served(
             r"event 0.*`without_offset: local`",
             "with an offset",
         ),
+        ({}, ["2025-06-20T12:00:00Z"], ["soon"], "event 0.*RFC 3339", "timestamp"),
         ({}, [NOON_MS], [NOON_MS // 1000], "`epoch: s`", None),
         ({"epoch": "s"}, [NOON_MS // 1000], [NOON_MS], "2200-01-01", "epoch seconds"),
         (
