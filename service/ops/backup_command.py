@@ -53,7 +53,11 @@ def backup(
             return await write_backup(store, target, info, report)
 
         progress = _run(settings, "backing up", run)
-    typer.echo(f"backed up {_count(progress.streams)}", err=True)
+    # another namespace would look like an empty store, and its backup like a good one
+    what = "none of these is" if model is not None or prefix else "none is"
+    none = f"{what} in the namespace {settings.namespace!r} (CARRY_NAMESPACE)"
+    hint = "" if progress.streams or progress.damaged else f": {none}"
+    typer.echo(f"backed up {_count(progress.streams)}{hint}", err=True)
     if progress.damaged:
         names = [f"{model}/{stream}" for model, stream in progress.damaged[:SHOWN_STREAMS]]
         more = len(progress.damaged) - len(names)
@@ -175,7 +179,11 @@ def _open_output(file: str) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
+    from service.store.backup import BackupError
+
     target = Path(file)
+    if not target.parent.is_dir():
+        raise BackupError(f"{target.parent}: expected an existing folder for the backup")
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.incomplete")
     try:
         with temporary.open("xb") as output:

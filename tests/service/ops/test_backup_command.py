@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from service.cli import app
-from service.ops.backup_command import _written
+from service.ops.backup_command import _open_output
 from service.store.embedded.embedded_valkey import EmbeddedValkey
 from tests.support.servers import opened
 from tests.support.streams import Streams, committed, key, same_stream
@@ -36,6 +36,9 @@ async def test_backup_of_a_running_store_is_restored_into_a_new_one(tmp_path: Pa
             done = await carry("backup", tmp_path / "all", "--data-dir", running)
             assert (done.exit_code, done.stderr) == (0, "backed up 2 streams\n")
             piped = await carry("backup", "-", "--data-dir", running, "--prefix", "b")
+            none = await carry("backup", tmp_path / "x", "--data-dir", running, "--model", "x")
+            assert none.exit_code == 0
+            assert "0 streams: none of these is in the namespace 'carry'" in none.stderr
     finally:
         valkey.stop()
 
@@ -88,14 +91,19 @@ async def test_failed_backup_leaves_the_earlier_file(
     assert done.exit_code == 1
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"earlier"
+    done = await carry("backup", tmp_path / "no" / "file", "--redis-url", "unix:///nowhere")
+    assert (done.exit_code, done.stderr) == (
+        1,
+        f"carry: {tmp_path / 'no'}: expected an existing folder for the backup\n",
+    )
 
 
 def test_backups_into_one_file_do_not_mix(tmp_path: Path) -> None:
     target = tmp_path / "file"
-    with _written(str(target)) as first:
+    with _open_output(str(target)) as first:
         first.write(b"1" * 10_000)
         first.flush()
-        with _written(str(target)) as second:
+        with _open_output(str(target)) as second:
             second.write(b"22")
         assert target.read_bytes() == b"22"
     assert target.read_bytes() == b"1" * 10_000
