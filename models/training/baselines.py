@@ -44,8 +44,8 @@ from models.training.scores import (
     truth_of,
 )
 from models.training.table import Baseline, Table, gaussian_nats
+from models.training.time_budget import OutOfTimeError, TimeBudget
 from models.training.trees import Trees
-from models.training.watch import OutOfTimeError, Watch
 
 HALF_LIVES = (None, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Events after which a running mean has forgotten half; None forgets nothing."""
@@ -56,20 +56,20 @@ LAST, RUNNING, TREES = "last value", "running mean", "boosted trees"
 
 
 def baselines_of(
-    table: Table, head: Head, *, trees: bool = True, watch: Watch | None = None
+    table: Table, head: Head, *, trees: bool = True, budget: TimeBudget | None = None
 ) -> list[Baseline]:
     """All baselines of one head with targets.
 
     Args:
         trees: whether boosted trees are among them.
-        watch: the time that the trees may take; those that would take longer are left out.
+        budget: the time that the trees may take; those that would take longer are left out.
     """
-    watch = watch or Watch()
+    budget = budget or TimeBudget()
     plain = _plain_baselines(table, head)
     if not trees:
         return plain
     try:
-        return plain + _tree_baselines(table, head, watch)
+        return plain + _tree_baselines(table, head, budget)
     except OutOfTimeError:
         return plain
 
@@ -90,18 +90,18 @@ def _plain_baselines(table: Table, head: Head) -> list[Baseline]:
             return []
 
 
-def _tree_baselines(table: Table, head: Head, watch: Watch) -> list[Baseline]:
+def _tree_baselines(table: Table, head: Head, budget: TimeBudget) -> list[Baseline]:
     match head:
         case ClassificationHead() if is_binary(table.spec, head):
-            return [_binary_trees(table, head, watch)]
+            return [_binary_trees(table, head, budget)]
         case ClassificationHead():
-            return _classes_trees(table, head, watch)
+            return _classes_trees(table, head, budget)
         case ForecastHead() | DenseHead():
-            return [_forecast_trees(table, head, watch)]
+            return [_forecast_trees(table, head, budget)]
         case AnomalyHead():
-            return [_anomaly_trees(table, head, watch)]
+            return [_anomaly_trees(table, head, budget)]
         case LabelHead():
-            return label_trees(table, head, watch)
+            return label_trees(table, head, budget)
         case _:
             return []
 
@@ -149,9 +149,11 @@ def _binary(table: Table, head: ClassificationHead) -> list[Baseline]:
     return [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
 
 
-def _binary_trees(table: Table, head: ClassificationHead, watch: Watch) -> Baseline:
+def _binary_trees(table: Table, head: ClassificationHead, budget: TimeBudget) -> Baseline:
     truth = _everywhere(table, head)
-    model = Trees.tune("log_loss", table.features, truth, table.train, table.validate, watch=watch)
+    model = Trees.tune(
+        "log_loss", table.features, truth, table.train, table.validate, budget=budget
+    )
     probability = model.probabilities(table.test)[:, 1]
     return Baseline(TREES, score_binary(probability, truth[table.test]), model.settings)
 
@@ -208,14 +210,16 @@ def _classes(table: Table, head: ClassificationHead) -> list[Baseline]:
     return baselines
 
 
-def _classes_trees(table: Table, head: ClassificationHead, watch: Watch) -> list[Baseline]:
+def _classes_trees(table: Table, head: ClassificationHead, budget: TimeBudget) -> list[Baseline]:
     """One baseline, or none if there are too many classes."""
     field = event_field(table.spec, head.target)
     count = field.codes if isinstance(field, CategoricalField) else 2
     if count > MAX_TREE_CLASSES:
         return []
     truth = _everywhere(table, head)
-    model = Trees.tune("log_loss", table.features, truth, table.train, table.validate, watch=watch)
+    model = Trees.tune(
+        "log_loss", table.features, truth, table.train, table.validate, budget=budget
+    )
     probability = np.full((len(table.test), count), 1e-6)
     probability[:, model.classes] = model.probabilities(table.test)
     probability /= probability.sum(axis=1, keepdims=True)
@@ -263,19 +267,19 @@ def _forecast(table: Table, head: ForecastHead | DenseHead) -> list[Baseline]:
     return [choose(LAST, ("last",)), choose(RUNNING, HALF_LIVES)]
 
 
-def _forecast_trees(table: Table, head: ForecastHead | DenseHead, watch: Watch) -> Baseline:
+def _forecast_trees(table: Table, head: ForecastHead | DenseHead, budget: TimeBudget) -> Baseline:
     quantiles = _quantiles(head)
     settings: dict[str, Any] = {}
     values = []
     for target, name in enumerate(head.targets):
-        own = watch.part(len(head.targets) - target, name)
+        own = budget.part(len(head.targets) - target, name)
         model = Trees.tune(
             "quantile",
             table.features,
             table.encoded(name),
             table.train,
             table.validate,
-            watch=own.part(2) if quantiles else own,
+            budget=own.part(2) if quantiles else own,
         )
         settings[name] = model.settings
         fitted = [model.refit(level, own) for level in quantiles or (0.5,)]
@@ -335,16 +339,16 @@ def _anomaly_targets(table: Table, head: AnomalyHead) -> tuple[list[str], Floats
     return numeric, shared
 
 
-def _anomaly_trees(table: Table, head: AnomalyHead, watch: Watch) -> Baseline:
+def _anomaly_trees(table: Table, head: AnomalyHead, budget: TimeBudget) -> Baseline:
     numeric, shared = _anomaly_targets(table, head)
     nats = shared[table.test].copy()
     settings: dict[str, Any] = {}
     for at, name in enumerate(numeric):
-        own = watch.part(len(numeric) - at, name)
+        own = budget.part(len(numeric) - at, name)
 
-        def tune(series: Floats, watch: Watch) -> Trees:
+        def tune(series: Floats, budget: TimeBudget) -> Trees:
             return Trees.tune(
-                "squared_error", table.features, series, table.train, table.validate, watch=watch
+                "squared_error", table.features, series, table.train, table.validate, budget=budget
             )
 
         truth = table.encoded(name)

@@ -24,8 +24,8 @@ from models.spec.chunking import non_causal_layers
 from models.spec.heads import LabelHead
 from models.training.scores import Floats, Scored, score_label
 from models.training.table import Baseline, Table, rows_around
+from models.training.time_budget import TimeBudget
 from models.training.trees import Grid, Trees
-from models.training.watch import Watch
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
 """Inverse strengths of the logistic regression's penalty."""
@@ -50,7 +50,7 @@ def label_baselines(table: Table, head: LabelHead) -> list[Baseline]:
     return [Baseline(BASE, base, {}), _logistic(table, truth, count, score)]
 
 
-def label_trees(table: Table, head: LabelHead, watch: Watch) -> list[Baseline]:
+def label_trees(table: Table, head: LabelHead, budget: TimeBudget) -> list[Baseline]:
     """The baselines of one label head with trees."""
     truth, count, score = _task(table, head)
     tried = [(THIS, SINGLE, False), (LAST_EVENTS, SEVERAL, False)]
@@ -58,7 +58,7 @@ def label_trees(table: Table, head: LabelHead, watch: Watch) -> list[Baseline]:
         tried.append((BOTH, SEVERAL, True))
     return [
         _trees(
-            table, name, truth, count, grid, score, ahead=ahead, watch=watch.part(len(tried) - at)
+            table, name, truth, count, grid, score, ahead=ahead, budget=budget.part(len(tried) - at)
         )
         for at, (name, grid, ahead) in enumerate(tried)
     ]
@@ -113,14 +113,14 @@ def _trees(
     score: Score,
     *,
     ahead: bool,
-    watch: Watch,
+    budget: TimeBudget,
 ) -> Baseline:
     def features(events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
         around = rows_around(table, events - 1, events - 1 if ahead else 0)
         # `Trees` reads the row before its target: here that is the target's own.
         return np.roll(around, -1, axis=0), [False] * around.shape[1]
 
-    model = Trees.tune("log_loss", features, truth, table.train, table.validate, grid, watch)
+    model = Trees.tune("log_loss", features, truth, table.train, table.validate, grid, budget)
     probabilities = _for_all_classes(model.probabilities(table.test), model.classes, count)
     return Baseline(name, score(probabilities, table.test), model.settings)
 

@@ -38,8 +38,8 @@ from models.training.labels import labels_of
 from models.training.plan import trained_network
 from models.training.scores import DayDraws, Scored, has_targets, interval, score_outputs
 from models.training.table import Baseline, Table
+from models.training.time_budget import Note, TimeBudget
 from models.training.verdict import HIGHER_IS_BETTER, MODEL, direction, verdict_line, verdicts
-from models.training.watch import Note, Watch
 
 DRAWS = 1000
 CALIBRATION_BINS = 10
@@ -92,7 +92,7 @@ def make_report(
     Raises:
         DataError: there are no held-out events, or none to fit the baselines to.
     """
-    tell = note or (lambda text: None)
+    note_progress = note or (lambda text: None)
     spec = artifact.spec
     schema, training = schema_of(spec), training_of(spec)
     streams = streams_of(spec, frame, source)
@@ -127,12 +127,12 @@ def make_report(
                 got=f"{len(table.train)} and {len(table.validate)}",
             )
     pieces = "chunk by chunk" if spec.blocks is None else "block by block"
-    tell(f"running the model over all events, {pieces}")
+    note_progress(f"running the model over all events, {pieces}")
     by_name = output_spec(spec).by_name
     outputs = by_name(run_chunks(artifact, streams, chunk=chunk, seed=seed))
     whole_outputs = None
     if spec.blocks is not None:
-        tell("running it over whole sequences, without blocks")
+        note_progress("running it over whole sequences, without blocks")
         whole_outputs = by_name(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
     moments = streams.moments_ms
     days = zone_table(schema.timezone).days(moments)
@@ -140,17 +140,17 @@ def make_report(
     units = days if held_out_days >= MIN_DAYS else _blocks_of_time(moments, test_ms)
     head_reports = {}
     remarks = list(warnings)
-    watch = Watch(trees_s, tell)
+    budget = TimeBudget(trees_s, note_progress)
     for at, head in enumerate(heads):
         table = tables[head.name]
         scored = score_outputs(spec, head, outputs[head.name], streams.columns, labels, table.test)
         if not scored.has_losses:
             remarks.append(f"{head.name} is not scored: none of its targets from {test_from} on")
             continue
-        tell(f"baselines of {head.name}")
-        own = watch.part(len(heads) - at, f"trees for {head.name}")
-        baselines = baselines_of(table, head, trees=trees, watch=own)
-        if trees and own.expired and not any("trees" in each.name for each in baselines):
+        note_progress(f"baselines of {head.name}")
+        own = budget.part(len(heads) - at, f"trees for {head.name}")
+        baselines = baselines_of(table, head, trees=trees, budget=own)
+        if trees and own.is_expired and not any("trees" in each.name for each in baselines):
             remarks.append(
                 f"{head.name} has no boosted trees beside it, which take more than their share of "
                 f"{trees_s:g} s: give them more (`--trees-s`), or none (`--no-trees`)"
@@ -190,7 +190,7 @@ def make_report(
             **chunk_settings(spec, chunk, seed),
         },
         "heads": head_reports,
-        **_decoder_report(artifact, streams, rows, test_ms, validate_ms, tell),
+        **_decoder_report(artifact, streams, rows, test_ms, validate_ms, note_progress),
         "history": list(history),
         "warnings": remarks,
     }
@@ -212,12 +212,12 @@ def _decoder_report(
     rows: NDArray[np.float32],
     test_ms: int,
     validate_ms: int,
-    tell: Note,
+    note_progress: Note,
 ) -> dict[str, Any]:
     """The decoder's part, by step of its horizon; empty for a model without one."""
     if artifact.spec.decoder is None:
         return {}
-    tell("forecasts of the decoder")
+    note_progress("forecasts of the decoder")
     return {"decoder": horizon_report(artifact, streams, rows, test_ms, validate_ms)}
 
 

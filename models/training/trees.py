@@ -23,7 +23,7 @@ from sklearn.metrics import log_loss, mean_absolute_error, mean_squared_error
 from models.events.schema import CategoricalField, NumericField, TimestampField
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
-from models.training.watch import OutOfTimeError, Watch
+from models.training.time_budget import OutOfTimeError, TimeBudget
 
 Features = Callable[[int, bool], tuple[NDArray[np.float32], list[bool]]]
 
@@ -91,7 +91,7 @@ class Trees:
         train: NDArray[np.int64],
         validate: NDArray[np.int64],
         grid: Grid | None = None,
-        watch: Watch | None = None,
+        budget: TimeBudget | None = None,
     ) -> Trees:
         """Choose by validation loss and fit on the training targets.
 
@@ -102,22 +102,22 @@ class Trees:
             truth: float64 [rows], the target at its own row; NaN if absent.
             train, validate: int64, target rows; their features are those of the row before.
             grid: what is tried; `FULL` for probabilities and `SHORT` for numbers by default.
-            watch: time limit, after which the best so far is kept: at least `FIRST_TREES` trees
+            budget: time limit, after which the best so far is kept: at least `FIRST_TREES` trees
                 of the first setting.
         """
-        watch = watch or Watch()
+        budget = budget or TimeBudget()
         trees_model = cls(kind, features, 0.5, grid)
         trees_model._truth, trees_model._train = truth, train[~np.isnan(truth[train])]
         validation_rows = validate[~np.isnan(truth[validate])]
         tried = trees_model._grid.options
         best_settings = {name: options[0] for name, options in tried.items()}
-        best = trees_model._attempt(best_settings, validation_rows, watch)
+        best = trees_model._attempt(best_settings, validation_rows, budget)
         for name, options in tried.items():
             for option in options[1:]:
-                if watch.expired:
+                if budget.is_expired:
                     break
                 changed = {**best_settings, name: option}
-                attempt = trees_model._attempt(changed, validation_rows, watch)
+                attempt = trees_model._attempt(changed, validation_rows, budget)
                 if attempt[0] < best[0]:
                     best, best_settings = attempt, changed
         loss, trees_model._model, trees = best
@@ -129,7 +129,7 @@ class Trees:
         """The classes in the order of `probabilities`."""
         return np.asarray(self._model.classes_, np.int64)
 
-    def refit(self, level: float, watch: Watch | None = None) -> Trees:
+    def refit(self, level: float, budget: TimeBudget | None = None) -> Trees:
         """The same settings fitted to another quantile.
 
         Raises:
@@ -137,9 +137,9 @@ class Trees:
         """
         if self._kind != "quantile" or level == self._level:
             return self
-        if watch is not None:
-            watch.note(f"quantile {level:g}")
-            if watch.expired:
+        if budget is not None:
+            budget.note(f"quantile {level:g}")
+            if budget.is_expired:
                 raise OutOfTimeError
         trees = Trees(self._kind, self._features, level, self._grid)
         trees._truth, trees._train, trees.settings = self._truth, self._train, dict(self.settings)
@@ -199,20 +199,20 @@ class Trees:
         self._model.fit(inputs, self._truth[self._train])
 
     def _attempt(
-        self, settings: dict[str, Any], validation_rows: NDArray[np.int64], watch: Watch
+        self, settings: dict[str, Any], validation_rows: NDArray[np.int64], budget: TimeBudget
     ) -> tuple[float, Any, int]:
         """Loss, model and number of trees of the best stage."""
         count = min(FIRST_TREES, self._grid.most_trees)
         shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-        watch.note(f"{count} trees, {shown}")
+        budget.note(f"{count} trees, {shown}")
         rows = self._fit(settings, count)
         while True:
             losses = self._stage_losses(rows, validation_rows)
             best = min(losses, key=losses.__getitem__)
-            if 2 * best <= count or count == self._grid.most_trees or watch.expired:
+            if 2 * best <= count or count == self._grid.most_trees or budget.is_expired:
                 return losses[best], self._model, best
             count = min(2 * count, self._grid.most_trees)
-            watch.note(f"{count} trees, {shown}, validation {losses[best]:.4f}")
+            budget.note(f"{count} trees, {shown}, validation {losses[best]:.4f}")
             self._grow(rows, count)
 
     def _stage_losses(

@@ -70,7 +70,7 @@ def test_a_file_without_certificates_is_rejected(certificates: Certificates) -> 
             Carry("https://127.0.0.1", verify=file)
 
 
-def test_the_next_address_is_used_once_one_does_not_answer(
+def test_client_fails_over_to_the_next_address(
     background: str, standin: Standin, events: Events
 ) -> None:
     other = background.replace("127.0.0.1", "localhost")

@@ -60,7 +60,7 @@ def test_problem_can_be_pickled() -> None:
     assert (type(copy), copy.code, copy.position) == (errors.PositionAhead, "position_ahead", 3)
 
 
-def test_an_existing_stream_names_the_way_to_replace_it() -> None:
+def test_stream_exists_error_names_overwrite() -> None:
     document = {"code": "stream_exists", "stream": "s", "position": 3, "detail": "send If-Match"}
     text = str(read_problem(409, document))
     assert "stream 's' exists at position 3" in text

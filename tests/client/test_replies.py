@@ -107,9 +107,7 @@ def test_forecast_of_the_reference_is_read() -> None:
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
-def test_a_missing_library_of_tables_is_named(
-    library: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_table_library_is_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     reply = read_reply(MODEL, TWO_STEPS, 3)
     with pytest.raises(ImportError) as raised:

@@ -114,7 +114,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("source", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_what_is_no_table_of_events_is_named(source: Any, words: str) -> None:
+def test_invalid_tables_are_rejected_with_the_reason(source: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError), match=words):
         to_steps(source)
 
@@ -129,7 +129,7 @@ UNENCODABLE = {
 
 
 @pytest.mark.parametrize(("value", "encoding"), UNENCODABLE.values(), ids=UNENCODABLE)
-def test_a_value_that_a_body_cannot_hold_is_named_with_its_place(
+def test_a_value_that_cannot_be_encoded_is_reported_with_its_place(
     value: object, encoding: Any
 ) -> None:
     body = {"position": 0, "events": [{"delay": 1e300}, {"delay": None, "kind": value}]}

@@ -123,7 +123,7 @@ def test_missed_threshold_fails_its_scenario(url: str) -> None:
         (["--threshold", "p95=1"], "--threshold: p95=1: expected one of max_error_share"),
     ],
 )
-def test_load_that_cannot_run_says_why(url: str, options: list[str], message: str) -> None:
+def test_load_that_cannot_run_prints_the_reason(url: str, options: list[str], message: str) -> None:
     values = {"port": free_port(), "url": url}
     status, _, errors = load(*(option.format(**values) for option in options))
     assert status == 2

@@ -54,7 +54,7 @@ def test_the_example_of_the_python_api_runs(project: Path) -> None:
     assert done.stdout.startswith("pumps ")
 
 
-def test_a_foreign_module_that_is_imported_already_is_named(project: Path) -> None:
+def test_a_foreign_module_imported_before_is_named_in_the_error(project: Path) -> None:
     (project / "models" / "__init__.py").write_text("")
     program = "import models, carry; carry.load_artifact"
     done = subprocess.run(
@@ -66,7 +66,7 @@ def test_a_foreign_module_that_is_imported_already_is_named(project: Path) -> No
     assert "the command `carry`" in last
 
 
-def test_the_import_loads_nothing(project: Path) -> None:
+def test_importing_carry_loads_no_libraries(project: Path) -> None:
     program = (
         "import sys; before = set(sys.modules); import carry; "
         "print({name.partition('.')[0] for name in sys.modules} - before); carry.ModelsError"

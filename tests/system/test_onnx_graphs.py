@@ -91,7 +91,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield up
 
 
-def test_chunks_and_kills_give_what_the_whole_sequence_gives(service: Service) -> None:
+def test_chunks_and_kills_do_not_change_outputs(service: Service) -> None:
     random = np.random.default_rng(SEED)
     every = {**EXAMPLE_GRAPHS, **VARIANTS}
     streams = [Stream(name, graph, random) for name, graph in every.items()]

@@ -271,7 +271,9 @@ def test_service_accepts_requests_while_it_is_a_lame_duck(
         assert "worker_killed" not in service.log()
 
 
-def test_lame_duck_drains_by_itself(tmp_path: Path, probe: Artifact, store: RealServer) -> None:
+def test_lame_duck_drains_after_its_time(
+    tmp_path: Path, probe: Artifact, store: RealServer
+) -> None:
     environment = {"CARRY_LAME_DUCK_S": "0.2"}
     with running(tmp_path, probe.path, redis_url=store.url, **environment) as service:
         assert service.stop() == 0

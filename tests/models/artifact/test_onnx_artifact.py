@@ -67,7 +67,7 @@ def test_the_fingerprint_covers_graph_pairs_and_initial_values(artifact: Artifac
     assert artifact.fingerprint in found
 
 
-def test_the_way_of_batching_is_not_part_of_the_fingerprint(artifact: Artifact) -> None:
+def test_batching_does_not_change_the_fingerprint(artifact: Artifact) -> None:
     spec = with_onnx(artifact, batching="step")
     assert compute_fingerprint(spec, artifact.weights, artifact.network) == artifact.fingerprint
 

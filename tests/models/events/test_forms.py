@@ -57,7 +57,7 @@ def served(schema: EventSchema, values: list[Any]) -> EventColumns:
     ],
     ids=str,
 )
-def test_what_a_table_is_trained_on_is_served(
+def test_the_service_accepts_the_forms_of_the_training_table(
     options: dict[str, Any], values: list[Any], expected: list[Any]
 ) -> None:
     frame = pl.DataFrame({"x": values})
@@ -93,7 +93,7 @@ def test_what_a_table_is_trained_on_is_served(
     ],
     ids=str,
 )
-def test_what_a_table_was_not_trained_on_is_rejected_by_both(
+def test_other_forms_are_rejected_in_tables_and_requests(
     options: dict[str, Any],
     usual: list[Any],
     other: list[Any],

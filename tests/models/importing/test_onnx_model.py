@@ -377,7 +377,9 @@ REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_name_the_reason_and_a_way_on(tmp_path: Path, case: str) -> None:
+def test_unsupported_graphs_are_rejected_with_reason_and_alternative(
+    tmp_path: Path, case: str
+) -> None:
     write, options, message = REFUSALS[case]
     path = tmp_path / "m.onnx"
     write(path)
@@ -386,7 +388,7 @@ def test_refusals_name_the_reason_and_a_way_on(tmp_path: Path, case: str) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_a_graph_that_is_too_large_is_refused(tmp_path: Path) -> None:
+def test_a_graph_that_is_too_large_is_rejected(tmp_path: Path) -> None:
     message = r"at most 1000 bytes with its weights.*store the weights as float16"
     with pytest.raises(ImportedModelError, match=message):
         read_signature(EXAMPLES / "min_gru.onnx", EXAMPLES, 1000)
@@ -442,9 +444,7 @@ def runner(path: Path, out: Path, **changes: Any) -> tuple[StatefulGraph, Artifa
 
 
 @pytest.mark.parametrize("batching", ["padded", "cut", "equal", "step"])
-def test_every_way_of_batching_gives_what_each_row_gives_alone(
-    tmp_path: Path, batching: str
-) -> None:
+def test_every_batching_mode_equals_rows_computed_alone(tmp_path: Path, batching: str) -> None:
     path = EXAMPLES / "residual_lstm.onnx"
     graph, artifact = runner(path, tmp_path / "out", batching=batching)
     random = np.random.default_rng(3)
@@ -507,7 +507,7 @@ ORIGINAL_INPUTS = StatefulGraph._feed_rows
     [(0, "the state pairs are not right"), (1, "each row of a batch"), (2, None)],
     ids=["swapped states", "batch axis ignored", "padding not masked"],
 )
-def test_proofs_notice_mutants(
+def test_measurements_detect_mutants_of_the_runner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: int, message: str | None
 ) -> None:
     example = EXAMPLE_GRAPHS["residual-lstm"]
@@ -527,7 +527,7 @@ def test_proofs_notice_mutants(
     assert proof.network.batching == "cut"
 
 
-def test_a_graph_that_draws_its_own_numbers_is_refused(tmp_path: Path) -> None:
+def test_a_graph_with_nondeterministic_outputs_is_rejected(tmp_path: Path) -> None:
     artifact = import_here(EXAMPLES / "min_gru.onnx", tmp_path / "out").artifact
     assert artifact.spec.onnx is not None
     assert artifact.network is not None

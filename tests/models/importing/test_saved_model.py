@@ -66,7 +66,7 @@ def test_a_damaged_saved_model_is_rejected(
         import_here(folder, tmp_path / "out")
 
 
-def test_a_folder_without_a_configuration_is_rejected_with_a_way_on(tmp_path: Path) -> None:
+def test_a_folder_without_a_configuration_is_rejected_with_an_alternative(tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     shutil.copytree(KERAS_2, folder)
     (folder / "keras_metadata.pb").unlink()

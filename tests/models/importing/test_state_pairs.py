@@ -52,7 +52,7 @@ def test_shapes_pair_states_whose_names_say_nothing() -> None:
     assert find_pairs(signature(inputs, outputs), {}, ()) == {"a": "q", "c": "r", "e": "p"}
 
 
-def test_what_is_not_certain_is_not_guessed() -> None:
+def test_ambiguous_state_pairs_are_rejected() -> None:
     twins = signature([state("a"), state("c")], [state("p"), state("q")])
     with pytest.raises(ImportedModelError, match=r"--state a=p --state c=q"):
         find_pairs(twins, {}, ())
@@ -118,7 +118,7 @@ def test_every_form_of_the_text_format_is_read(text: str) -> None:
         ),
     ],
 )
-def test_a_configuration_that_cannot_be_used_is_refused(text: str, message: str) -> None:
+def test_an_unusable_triton_configuration_is_rejected(text: str, message: str) -> None:
     with pytest.raises(ImportedModelError, match=message):
         TritonConfig(text)
 

@@ -116,7 +116,7 @@ def test_a_window_can_begin_from_the_zero_state_each_time(
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_models_are_rejected_with_a_way_on(name: str, tmp_path: Path) -> None:
+def test_unsupported_models_are_rejected_with_an_alternative(name: str, tmp_path: Path) -> None:
     case = REFUSED[name]
     error = import_error(case.build(), tmp_path)
     assert error.startswith(str(tmp_path / "My Model.keras"))
@@ -124,7 +124,7 @@ def test_other_models_are_rejected_with_a_way_on(name: str, tmp_path: Path) -> N
         assert words in error, error
 
 
-def test_weights_without_a_model_are_rejected_with_a_way_on(tmp_path: Path) -> None:
+def test_weights_without_a_model_are_rejected_with_an_alternative(tmp_path: Path) -> None:
     path = tmp_path / "m.weights.h5"
     ACCEPTED["lstm"].build().save_weights(path)
     with pytest.raises(ImportedModelError, match=r"model\.save\('model\.keras'\)"):

@@ -58,7 +58,7 @@ def external(where: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("where", ["initializer", "subgraph", "function"])
-def test_data_in_other_files_is_noticed_and_embedded_at_any_depth(where: str) -> None:
+def test_external_data_is_embedded_at_any_depth(where: str) -> None:
     data = external(where).SerializeToString()
     with pytest.raises(ArtifactError, match=r"m: .*refers to the file 'w\.bin'"):
         check_self_contained(data, "m")
@@ -80,7 +80,7 @@ def test_data_in_other_files_is_noticed_and_embedded_at_any_depth(where: str) ->
     np.testing.assert_array_equal(numpy_helper.to_array(tensor), [1.5, -2])
 
 
-def test_a_model_without_such_data_is_not_changed() -> None:
+def test_a_model_without_external_data_is_unchanged() -> None:
     data = EXAMPLE_GRAPHS["slstm"].path.read_bytes()
     assert embed_external_data(data, lambda entries: b"") == data
 

@@ -147,7 +147,7 @@ def test_a_runtime_row_holds_the_bytes_of_every_value() -> None:
     assert not np.shares_memory(unpacked.floats, row)
 
 
-def test_ints_behind_those_of_the_network_are_kept() -> None:
+def test_unpacking_keeps_ints_that_the_network_does_not_own() -> None:
     state = MIXED.from_names(VALUES)
     longer = State(state.floats, np.append(state.ints, 7))
     unpacked = MIXED.unpack(MIXED.pack(longer), np.append(np.zeros(6, np.int64), 8))
@@ -164,7 +164,7 @@ def test_a_new_stream_starts_from_initial_values() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("part", ["double", "plain", "half"])
-def test_numbers_that_are_not_finite_are_noticed_in_every_float(part: str, value: float) -> None:
+def test_non_finite_values_are_detected_in_every_float_dtype(part: str, value: float) -> None:
     state = MIXED.from_names(VALUES)
     assert MIXED.is_finite(state)
     row = state.ints.view(np.float64) if part == "double" else state.floats

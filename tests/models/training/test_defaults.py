@@ -95,7 +95,7 @@ def test_the_split_is_by_shares_of_the_events_in_the_time_zone() -> None:
     assert earlier["validate_from"] == "1970-01-02T04:00:00+01:00"
 
 
-def test_less_than_a_week_of_timestamps_is_warned_of() -> None:
+def test_less_than_a_week_of_timestamps_causes_a_warning() -> None:
     spec = spec_of()
     streams = streams_of(spec, frame_of(2, 400))
     warning = calendar_warning(spec, streams, 6 * 24 * HOUR_MS)

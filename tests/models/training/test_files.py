@@ -66,7 +66,7 @@ def changed(old: str, new: str) -> bytes:
     ],
     ids=lambda value: "",
 )
-def test_spoilt_csv_files_are_rejected(
+def test_malformed_csv_files_are_rejected(
     spec: ModelSpec, tmp_path: Path, content: bytes, message: str
 ) -> None:
     path = tmp_path / "events.csv"
@@ -87,7 +87,7 @@ def test_spoilt_csv_files_are_rejected(
     ],
     ids=["parquet", "array", "encoding", "suffix"],
 )
-def test_spoilt_files_of_other_kinds_are_rejected(
+def test_malformed_files_of_other_formats_are_rejected(
     spec: ModelSpec, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)

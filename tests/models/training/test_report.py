@@ -16,9 +16,9 @@ from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import scored_rows
 from models.training.report import make_report, report_lines
 from models.training.table import Table
+from models.training.time_budget import TimeBudget
 from models.training.trees import Trees, tree_features
 from models.training.verdict import MODEL, verdict_line
-from models.training.watch import Watch
 from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
 
 VALIDATE, TEST = 16 * HOUR_MS, 22 * HOUR_MS
@@ -98,12 +98,12 @@ def test_no_baseline_is_fitted_on_held_out_events(table):
                 np.testing.assert_array_equal(loss[own], two.scored.losses[metric][own])
 
 
-def test_trees_end_with_their_time(table):
+def test_boosted_trees_stop_at_their_time_limit(table):
     """The best so far is kept; a forecast whose quantiles would take longer has none."""
     up, noise, _ = table.spec.heads
     for head, names in ((up, [LAST, RUNNING, TREES]), (noise, [LAST, RUNNING])):
         notes = []
-        found = baselines_of(table, head, trees=True, watch=Watch(0.0, notes.append))
+        found = baselines_of(table, head, trees=True, budget=TimeBudget(0.0, notes.append))
         assert [baseline.name for baseline in found] == names
         assert sum("trees" in note for note in notes) == 1
 
@@ -124,7 +124,7 @@ def test_an_ensemble_grows_to_its_best_size(monkeypatch):
         rows[:400],
         rows[400:],
         grid,
-        Watch(note=notes.append),
+        TimeBudget(note=notes.append),
     )
     whole = Trees("squared_error", lambda k, categorical: (x, [False, False]), 0.5, grid)
     whole._truth, whole._train = truth, rows[:400]

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from models.training.progress import LINE_EVERY_S, Progress
 from models.training.report import report_lines, verdict_lines
+from models.training.time_budget import TimeBudget
 from models.training.verdict import direction, verdicts
-from models.training.watch import Watch
 
 
 def report_of(model: float, **baselines: float) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def report_of(model: float, **baselines: float) -> dict[str, Any]:
     return {"heads": {"next": {"scores": scores}}, "warnings": ["slow"]}
 
 
-def test_a_model_worse_than_the_last_value_is_said_to_be() -> None:
+def test_a_model_worse_than_the_last_value_gets_that_verdict() -> None:
     report = report_of(0.5, last_value=0.4, running_mean=0.6)
     (found,) = verdicts(report)
     assert found == {
@@ -50,7 +50,7 @@ def test_a_decoder_is_compared_over_its_horizon() -> None:
     assert found["better_than"] == ["seasonal naive"]
 
 
-def test_every_table_states_which_way_is_better() -> None:
+def test_every_table_states_whether_lower_or_higher_is_better() -> None:
     assert direction("auc") == "auc (higher is better)"
     assert direction("nll") == "nll (lower is better)"
     score = {"value": 0.5, "interval": [0.4, 0.6]}
@@ -88,21 +88,21 @@ def test_progress_is_a_line_every_few_seconds_without_a_terminal() -> None:
     assert quiet.getvalue() == ""
 
 
-def test_parts_of_a_watch_share_the_time_that_is_left() -> None:
+def test_parts_of_a_time_budget_share_the_remaining_time() -> None:
     now, notes = [0.0], []
-    watch = Watch(12.0, notes.append, lambda: now[0])
-    first = watch.part(3, "one")
+    budget = TimeBudget(12.0, notes.append, lambda: now[0])
+    first = budget.part(3, "one")
     first.note("fit")
     assert notes == ["one, fit"]
     now[0] = 3.9
-    assert not first.expired
+    assert not first.is_expired
     now[0] = 6.0
-    assert first.expired
-    second = watch.part(2)
+    assert first.is_expired
+    second = budget.part(2)
     now[0] = 8.9
-    assert not second.expired
+    assert not second.is_expired
     now[0] = 9.0
-    assert second.expired
-    assert not watch.expired
+    assert second.is_expired
+    assert not budget.is_expired
     now[0] = np.inf
-    assert not Watch(None, now_s=lambda: now[0]).part(9).expired
+    assert not TimeBudget(None, now_s=lambda: now[0]).part(9).is_expired

@@ -66,7 +66,7 @@ async def test_backup_of_a_running_store_is_restored_into_a_new_one(tmp_path: Pa
         (b"CRRB\x01\0\0\0", "the backup is incomplete: it ends after 0 streams"),
     ],
 )
-async def test_unusable_file_is_one_line(
+async def test_unusable_backup_file_prints_one_line(
     tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -77,7 +77,7 @@ async def test_unusable_file_is_one_line(
     assert done.stderr.count("\n") == 1
 
 
-async def test_failed_backup_leaves_the_earlier_file(
+async def test_failed_backup_keeps_the_earlier_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CARRY_STORE_WAIT_S", "0.2")

@@ -43,7 +43,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> PrometheusRecorder:
     return PrometheusRecorder()
 
 
-async def test_requests_have_series_that_clients_cannot_add_to(
+async def test_clients_cannot_create_series_of_requests(
     recorder: PrometheusRecorder,
 ) -> None:
     route = "/v1/models/{model}"

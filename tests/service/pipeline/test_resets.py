@@ -307,7 +307,7 @@ async def test_a_retry_has_the_same_resets(
             await second.process(stream.chunk("retry", 0, 8, resets=other))
 
 
-def test_digests_of_chunks_without_resets_are_those_of_before() -> None:
+def test_chunks_without_resets_keep_their_digests() -> None:
     rows = np.arange(6, dtype=np.float32).reshape(2, 3)
     digest = chunk_digest(None, Steps(Feed.INPUTS, 2, rows=rows))
     wanted = hashlib.sha256(b"I" + (2).to_bytes(8, "little") + rows.tobytes())
@@ -390,7 +390,7 @@ def test_resets_are_part_of_the_fingerprint_only_if_there_are_any(
     assert plain.fingerprint in prints
 
 
-def test_a_model_without_resets_can_be_read_by_versions_that_know_none(
+def test_manifests_without_resets_are_readable_by_older_versions(
     artifacts: dict[str, Artifact],
 ) -> None:
     dumped = {name: artifact.manifest["spec"] for name, artifact in artifacts.items()}
@@ -400,7 +400,7 @@ def test_a_model_without_resets_can_be_read_by_versions_that_know_none(
     assert parse_spec(dumped["both"]) == artifacts["both"].spec
 
 
-async def test_a_model_that_sees_the_chunk_sees_each_segment_by_itself(
+async def test_a_model_on_whole_chunks_computes_each_segment_separately(
     workers: list[Pipeline], artifacts: dict[str, Artifact]
 ) -> None:
     artifact = artifacts["per-chunk"]
@@ -423,7 +423,7 @@ async def test_a_model_that_sees_the_chunk_sees_each_segment_by_itself(
     )
 
 
-async def test_a_forecast_knows_nothing_from_before_a_reset(
+async def test_a_forecast_ignores_events_before_a_reset(
     workers: list[Pipeline], artifacts: dict[str, Artifact]
 ) -> None:
     pipeline = workers[0]

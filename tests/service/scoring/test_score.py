@@ -152,7 +152,7 @@ def test_a_run_that_is_interrupted_is_resumed(
         score_file(small, data, cut, **options)
 
 
-def test_what_cannot_be_scored_is_rejected_with_its_place(
+def test_unsupported_models_and_data_are_rejected_with_the_place(
     small: Path, frame: pl.DataFrame, tmp_path: Path
 ) -> None:
     data, out = tmp_path / "events.csv", tmp_path / "out.parquet"

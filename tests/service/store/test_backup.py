@@ -86,9 +86,7 @@ async def test_backup_of_one_model_and_prefix(open_on: OpenStore, streams: Strea
     assert (await restored(other, backup, model="other", prefix="a")).streams == 1
 
 
-async def test_restore_continues_histories_and_rewinds_none(
-    open_on: OpenStore, streams: Streams
-) -> None:
+async def test_restore_never_rolls_a_stream_back(open_on: OpenStore, streams: Streams) -> None:
     store, backup_store = await open_on(), await open_on(namespace="other")
     behind, ahead, foreign = (streams.creation(key(name)) for name in ("behind", "ahead", "new"))
     later = streams.next(ahead)
@@ -159,7 +157,7 @@ async def test_incomplete_or_damaged_backup_is_rejected(backup: bytes) -> None:
             read(bytes(flipped))
 
 
-async def test_missing_block_is_noticed(backup: bytes) -> None:
+async def test_missing_block_is_detected(backup: bytes) -> None:
     starts = [8]
     while starts[-1] < len(backup):
         starts.append(starts[-1] + 8 + int.from_bytes(backup[starts[-1] :][:4], "little"))

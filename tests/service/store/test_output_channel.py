@@ -111,7 +111,7 @@ async def test_a_broken_connection_is_replaced_and_its_streams_are_read(
 
 
 @pytest.mark.parametrize("missing", ["-subscribe", "-publish", "resetchannels"])
-async def test_a_user_without_a_permission_is_told_which_ones_watching_needs(
+async def test_permission_error_names_the_commands_that_watching_needs(
     pipeline_server: RealServer, missing: str
 ) -> None:
     with pipeline_server.client() as admin:

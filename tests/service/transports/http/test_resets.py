@@ -55,7 +55,7 @@ def near(found: dict[str, Any], expected: dict[str, Any]) -> None:
     ids=["marked", "listed", "both"],
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["JSON", "MessagePack"])
-async def test_events_are_reset_where_they_say(
+async def test_an_event_with_reset_starts_from_the_initial_state(
     api: Harness, body: dict[str, Any], *, packed: bool
 ) -> None:
     expected = await sessions(api, "small", "events", EVENTS)
@@ -75,7 +75,7 @@ async def test_events_are_reset_where_they_say(
     near(found.json()["predictions"][0]["outputs"], expected)
 
 
-async def test_rows_are_reset_where_the_request_says(api: Harness) -> None:
+async def test_rows_named_in_resets_start_from_the_initial_state(api: Harness) -> None:
     expected = await sessions(api, "probe", "inputs", ROWS.tolist())
     body = {"position": 0, "inputs": ROWS.tolist(), "resets": RESETS}
     first = (await api.chunk(body)).json()

@@ -182,7 +182,7 @@ async def test_a_token_is_bound_to_model_version_and_kind_of_input(
         assert document["expected"] == retrained.fingerprint.hex()
 
 
-async def test_workers_share_the_key_and_notice_another(
+async def test_workers_share_the_key_and_detect_a_new_one(
     store_url: str, pipeline_server: RealServer, artifact: Artifact
 ) -> None:
     first = SequenceInput(Steps(Feed.INPUTS, 4, rows=ROWS[:4]))

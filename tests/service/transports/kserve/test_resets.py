@@ -72,7 +72,7 @@ async def test_a_tensor_marks_the_steps_that_are_reset(v2: V2, *, binary: bool) 
     near({name: values[1] for name, values in outputs.items()}, plain)
 
 
-async def test_events_mark_themselves(v2: V2) -> None:
+async def test_an_event_with_reset_marks_its_step(v2: V2) -> None:
     events = [{**EVENT, "load": at, "at": EVENT_MS + at} for at in range(4)]
 
     async def send(values: list[dict[str, Any]], **parameters: Any) -> dict[str, Any]:

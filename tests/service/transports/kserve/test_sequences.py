@@ -98,7 +98,7 @@ async def test_end_leaves_a_stream_that_others_continued(
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
-async def test_ends_that_race_with_chunks_lose_and_double_nothing(
+async def test_sequence_ends_racing_with_chunks_neither_lose_nor_duplicate_events(
     pipeline_server: RealServer, models: dict[str, Artifact], binary: bool
 ) -> None:
     """Each epoch has its chunks once, in some order, and a deletion is its last event."""

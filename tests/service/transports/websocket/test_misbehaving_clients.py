@@ -127,7 +127,7 @@ def test_duplicates_of_long_frames_are_found_without_parsing_their_values(
     assert max(parsed) < 100
 
 
-async def test_an_unknown_member_is_answered_with_all_that_a_frame_may_have(
+async def test_the_error_of_an_unknown_member_lists_the_allowed_members(
     large_api: Harness,
 ) -> None:
     async with (
@@ -187,7 +187,7 @@ async def test_long_frames_for_many_streams_name_theirs_anywhere(large_api: Harn
     assert large_api.position("a") == 2_000
 
 
-async def test_a_text_that_is_not_utf_8_closes_the_socket(api: Harness) -> None:
+async def test_a_text_frame_that_is_not_utf_8_closes_the_socket(api: Harness) -> None:
     wrong = b'{"id": "\xff"}'
     async with live(api) as sockets:
         for fragments in ([wrong], [wrong[:9], wrong[9:]], [b'{"id": "\xc3', b'"}']):

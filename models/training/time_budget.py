@@ -12,12 +12,12 @@ class OutOfTimeError(Exception):
     """A baseline would take longer than it may; it is left out."""
 
 
-class Watch:
-    """A time limit, divided among parts of the work, and where progress is noted.
+class TimeBudget:
+    """A time limit, divided among parts of the work; it also reports their progress.
 
     Args:
         limit_s: from now; None is no limit.
-        note: called with what is done now.
+        note: called with a line of progress.
         now_s: a monotonic clock.
     """
 
@@ -32,12 +32,12 @@ class Watch:
         self.note = note
 
     @property
-    def expired(self) -> bool:
+    def is_expired(self) -> bool:
         """Whether the time is over."""
         return self._end_s is not None and self._now_s() >= self._end_s
 
-    def part(self, parts: int, name: str = "") -> Watch:
+    def part(self, parts: int, name: str = "") -> TimeBudget:
         """The first of `parts` equal shares of the time left; its notes begin with `name`."""
         left_s = None if self._end_s is None else max(0.0, self._end_s - self._now_s()) / parts
         prefix = f"{name}, " if name else ""
-        return Watch(left_s, lambda text: self.note(f"{prefix}{text}"), self._now_s)
+        return TimeBudget(left_s, lambda text: self.note(f"{prefix}{text}"), self._now_s)
