@@ -226,6 +226,7 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
         **task,
         "file": copy.name,
         "where": str(path),
+        "parent": os.getpid(),
         "limits": {
             "RLIMIT_AS": limits.memory_bytes,
             "RLIMIT_CPU": seconds,

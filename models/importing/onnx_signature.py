@@ -6,6 +6,7 @@ The file is parsed here and by ONNX Runtime, in the importing process only. Noth
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,9 +191,11 @@ def _external_reader(folder: Path, most_bytes: int) -> Callable[[dict[str, str]]
             offset, length = int(entries.get("offset", "0")), int(entries.get("length", "-1"))
         except ValueError as error:
             raise DecodingError(f"the place of its weights in {location!r}: {error}") from error
+        if not 0 <= offset <= sys.maxsize:
+            raise DecodingError(f"the place of its weights in {location!r}: {offset} bytes")
         try:
             with open_regular(folder / location, folder) as stream:
-                stream.seek(max(offset, 0))
+                stream.seek(offset)
                 data = stream.read(min(length, remaining + 1) if length >= 0 else remaining + 1)
         except OSError as error:
             raise ImportedModelError(

@@ -1,23 +1,30 @@
 """The process that reads a foreign model; see `models.importing.isolation`.
 
 It sets its resource limits before it loads any library that reads the file, and writes its result
-into its working directory, as `models.importing.result` defines. Anything else ends it without one.
+into its working directory, as `models.importing.result` defines. Anything else ends it without one,
+also the end of the process that started it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from models.importing.result import ERROR_NAME, OUT_OF_MEMORY, RESULT_NAME, WEIGHTS_NAME
+
+PR_SET_PDEATHSIG: Final = 1
 
 
 def main() -> None:
     """Convert one file, as the JSON object in the first argument says."""
     task = json.loads(sys.argv[1])
+    end_with_parent(task["parent"])
     for name, most in task["limits"].items():
         _set_limit(getattr(resource, name), most)
     try:
@@ -27,6 +34,18 @@ def main() -> None:
             _convert(task)
     except MemoryError:
         _write_error(OUT_OF_MEMORY)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process as soon as its parent has ended, on Linux.
+
+    Args:
+        parent: process id of the parent, which may have ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            sys.exit(1)
 
 
 def _convert(task: dict[str, Any]) -> None:

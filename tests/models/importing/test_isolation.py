@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -140,3 +142,17 @@ def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.keras")
     assert "expected a regular file" in import_failure(tmp_path / "fifo.keras")
     assert "or a SavedModel folder with" in import_failure(tmp_path / "folder.keras")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_the_worker_process_ends_with_its_parent() -> None:
+    child = (
+        "import os, time; from models.importing.worker import end_with_parent; "
+        "end_with_parent(os.getppid()); print('begun', flush=True); time.sleep(3); print('alive')"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.kill()
+        assert process.stdout.read() == b""

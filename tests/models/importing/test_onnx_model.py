@@ -225,7 +225,7 @@ def test_weights_in_a_file_beside_the_model_are_embedded(tmp_path: Path) -> None
     open_session(data, 1, "embedded")
 
 
-def outside(location: str) -> Write:
+def outside(location: str, offset: str = "0") -> Write:
     """A graph whose weights are in another file."""
 
     def write(path: Path) -> None:
@@ -237,6 +237,7 @@ def outside(location: str) -> Write:
                     tensor.ClearField("raw_data")
                     tensor.data_location = TensorProto.EXTERNAL
                     tensor.external_data.add(key="location", value=location)
+                    tensor.external_data.add(key="offset", value=offset)
         path.write_bytes(model.SerializeToString())
 
     return write
@@ -323,6 +324,8 @@ REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
         r"in a file beside it, got the file '\.\./secret'.*external_data=False",
     ),
     "absolute file": (outside("/etc/hostname"), {}, r"got the file '/etc/hostname'"),
+    "negative offset": (outside("m.onnx", "-5"), {}, r"place of its weights in 'm.onnx': -5 bytes"),
+    "huge offset": (outside("m.onnx", "1" + 20 * "0"), {}, r"place of its weights .*0 bytes"),
     "missing file": (outside("gone.data"), {}, r"'gone.data', which cannot be read.*beside"),
     "state inside": (hidden_state, {}, r"found no pair.*`forward\(x, h0, c0\) -> y, hn, cn`"),
     "uncertain pairs": (
