@@ -85,7 +85,7 @@ compose-test: ## build the containers, test that streams survive restarts
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -q -s -m compose tests/compose $(ARGS)
 
-proto: ## generate the messages of gRPC from service/transports/kserve/grpc/v2.proto
+proto: ## generate the gRPC messages from service/transports/kserve/grpc/v2.proto
 	@scripts/setup dev
 	@exec $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/transports/kserve/grpc/v2.proto
 

@@ -1,4 +1,4 @@
-"""Loads Carry's packages whose names others use too, whatever comes first on the import path.
+"""Loads Carry's packages with common names, whatever comes first on the import path.
 
 A project with a `models/` or a `service.py` of its own, in the working directory or on PYTHONPATH,
 would otherwise be imported in their place.
@@ -15,7 +15,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 def load_own_packages(*names: str) -> None:
-    """Load packages that lie beside this one; every later import of their names finds them.
+    """Load the packages in the folder of this one; every later import of their names finds them.
 
     Raises:
         ImportError: a name belongs to another module already, or the package is missing.

@@ -163,7 +163,7 @@ def _bind_port(host: str, port: int, flag: str = "--port") -> Iterator[socket.so
 
 @contextmanager
 def _reserve_grpc_port(host: str, port: int) -> Iterator[int]:
-    """Reserve the port of gRPC, and yield it: each worker listens on it by itself (SO_REUSEPORT).
+    """Reserve the gRPC port, and yield it: each worker listens on it by itself (SO_REUSEPORT).
 
     Without SO_REUSEPORT a port that another service listens on is an error, as it should be; so it
     is bound in that way first.

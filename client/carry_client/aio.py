@@ -385,7 +385,7 @@ class AsyncStream:
         """Send all events of a source in chunks; yields the reply of each.
 
         Failures are retried and rollbacks answered meanwhile; each event's outputs are yielded
-        once. Events that the service has applied before are skipped, so that a second run goes on
+        once. Events that the service has applied before are skipped, so that a second run resumes
         where the first stopped. Nothing is sent until the result is iterated over.
 
         Args:

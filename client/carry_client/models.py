@@ -100,9 +100,9 @@ class ModelCore:
         for each in steps:
             yield from self.check_rows(each)
         members = [body_member(each, encoding) for each in steps]
-        for name, given in (("state_tokens", tokens), ("resets", resets)):
-            if given is not None and len(given) != len(steps):
-                raise ValueError(f"{name}: expected one for each sequence, got {len(given)}")
+        for name, values in (("state_tokens", tokens), ("resets", resets)):
+            if values is not None and len(values) != len(steps):
+                raise ValueError(f"{name}: expected one for each sequence, got {len(values)}")
         for member, token in zip(members, tokens or (), strict=False):
             if token is not None:
                 is_json = encoding == "json"

@@ -188,7 +188,7 @@ def encode_body(encoding: Encoding, document: object) -> bytes:
 
 
 def _unencodable(document: object, error: Exception, at: str = "") -> Exception:
-    """The error with the place of the first value that a body cannot hold."""
+    """The error with the place of the first value that cannot be encoded."""
     if isinstance(document, Mapping):
         items = [(f"{at}.{name}" if at else str(name), each) for name, each in document.items()]
     elif isinstance(document, (list, tuple)):
@@ -203,9 +203,9 @@ def _unencodable(document: object, error: Exception, at: str = "") -> Exception:
         kind = ValueError if isinstance(document, (int, float)) else TypeError
         return kind(f"{at}: expected a number, string, true, false or null, got {document!r}")
     for place, each in items:
-        found = _unencodable(each, error, place)
-        if found is not error:
-            return found
+        located = _unencodable(each, error, place)
+        if located is not error:
+            return located
     return error
 
 

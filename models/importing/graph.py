@@ -32,7 +32,7 @@ from models.spec.layers import FEATURES
 from models.spec.model import ModelSpec, parse_spec
 
 _MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
-"""`x + y` and `x * y` of a functional model: Keras operations that are no layers."""
+"""`x + y` and `x * y` of a functional model: Keras operations that are not layers."""
 _CONSTANT = Value("", (), "a constant")
 _MERGES = ("add", "multiply", "average", "concatenate")
 
@@ -64,7 +64,7 @@ class Translation:
         inputs: the Keras model's inputs, in their order.
         states: index of an input -> the state part that it holds.
         fixed_steps: the number of steps that the Keras model's input fixes, or None.
-        lowest_code: the smallest code that is no padding.
+        lowest_code: the smallest code that is not padding.
         outputs: the Keras model's outputs, in their order.
         layers: Keras name, Keras class and our layer's name ("" if it was left out).
         notes: what the user should know.
@@ -91,7 +91,7 @@ class _Walk:
     notes: list[str] = field(default_factory=list)
     table: list[tuple[str, str, str]] = field(default_factory=list)
     without_state: set[str] = field(default_factory=set)
-    """Layers that start from another one, and keep no state of their own."""
+    """Layers that start from another one, and have no stored state."""
     states: dict[int, str] = field(default_factory=dict)
     """Input of the model -> the state part that it holds."""
     owners: dict[str, str] = field(default_factory=dict)
@@ -106,7 +106,7 @@ def translate(model: Any, name: str) -> Translation:
         name: the packaged model's name, a lower-case slug.
 
     Raises:
-        ImportedModelError: an input is no sequence, or the model has unsupported layers.
+        ImportedModelError: an input is not a sequence, or the model has unsupported layers.
     """
     graph = functional_of(model)
     names = {FEATURES}
@@ -321,7 +321,7 @@ def _convert(operation: Any, call: Call, calls: int) -> Converted:
     if calls > 1:
         raise UnsupportedLayerError(
             f"it is used {calls} times in the model, and each use would need its own state "
-            "and weights; use a layer of its own for each"
+            "and weights; use a separate layer for each"
         )
     merges = converted[0].data.get("kind") in _MERGES
     if len(reads) > 1 and not merges:
@@ -401,7 +401,7 @@ def _heads(
 
 
 def _unreturned_states(walk: _Walk, outputs: Sequence[ModelOutput]) -> list[str]:
-    """Layers whose initial state is an input, and whose new state is no output, as lines."""
+    """Layers whose initial state is an input, and whose new state is not an output, as lines."""
     returned = {output.part for output in outputs}
     missing: dict[str, list[str]] = {}
     for part, owner in walk.owners.items():
@@ -409,6 +409,7 @@ def _unreturned_states(walk: _Walk, outputs: Sequence[ModelOutput]) -> list[str]
             missing.setdefault(owner, []).append(part)
     return [
         f"{owner}: its initial_state is given as inputs, but {' and '.join(parts)} after the call "
-        "is no output of the model; expected all of its new states as outputs (return_state=True)"
+        "is not an output of the model; expected all of its new states as outputs "
+        "(return_state=True)"
         for owner, parts in missing.items()
     ]

@@ -141,7 +141,7 @@ class InputColumns:
                 reader = self._tables[both[0]][0]
                 lines.append(
                     f"{reader}: the model reads its column as a number too; give the codes to the "
-                    "model as an input of their own"
+                    "model as a separate input"
                 )
             for own in self.inputs:
                 whole = own.columns is not None and own.columns.start <= start < own.columns.stop

@@ -26,7 +26,7 @@ def is_mask(node: Any) -> bool:
 
 
 def read_mask(node: Any, reads: Sequence[Value], notes: list[str]) -> Value:
-    """The mask that such a node computes; refused if it depends on anything but padding.
+    """The mask that such a node computes; rejected if it depends on anything but padding.
 
     Args:
         node: the Keras node.

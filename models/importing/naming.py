@@ -27,11 +27,11 @@ def output_names(graph: Any, sequences: int) -> list[str]:
     """The name of each output of a Keras model.
 
     That is its key if the outputs are a dictionary, else the name of its layer; or `output`, if it
-    is the only one that is no state and its layer has no name of its own.
+    is the only one that is not a state and its layer has only an automatic name.
 
     Args:
         graph: the functional model.
-        sequences: how many of its outputs are no states.
+        sequences: how many of its outputs are not states.
     """
     structure = graph._outputs_struct
     keys: dict[int, list[str]] = {}

@@ -25,7 +25,7 @@ def chunking_notes(spec: ModelSpec, model: Any, steps: int | None, *, explicit: 
         )
         return [
             f"chunking per_chunk: states are passed on within a call ({starts}), so a chunk, of at "
-            f"most {spec.chunk_limit} steps, is one call of the original that goes on from the "
+            f"most {spec.chunk_limit} steps, is one call of the original that continues from the "
             "stream's state; other chunk boundaries give other outputs"
         ]
     if spec.chunking == "whole":

@@ -66,7 +66,7 @@ def find_network(
         features: the inputs of features.
         controls: inputs about the sequence.
         axes: their order, if the user gives it.
-        outputs: outputs that replies contain; by default all that are no states.
+        outputs: outputs that replies contain; by default all that are not states.
 
     Returns:
         The network; `batching` is not chosen yet, and works.

@@ -13,7 +13,7 @@ class OnnxOptions(BaseModel):
     Attributes:
         states: state output by state input.
         inputs: inputs of features, in the order of a row's columns.
-        outputs: outputs that replies contain; by default all that are no states.
+        outputs: outputs that replies contain; by default all that are not states.
         lengths: input [B] of the rows' lengths.
         mask: input [B, T] that is true at each step of a row.
         initial: initial values by state input: a number, or the bytes of a `.npy` file in

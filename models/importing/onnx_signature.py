@@ -1,4 +1,4 @@
-"""Reads what an ONNX file declares: inputs, outputs, operators; and refuses what cannot be served.
+"""Reads what an ONNX file declares: inputs, outputs, operators; and rejects what cannot be served.
 
 The file is parsed here and by ONNX Runtime, in the importing process only. Nothing is run.
 """

@@ -33,7 +33,7 @@ _MODELS = ("Sequential", "Functional", "Model")
 _TENSORS = ("__keras_tensor__", "__tensor__", "__numpy__", "__slice__", "__ellipsis__")
 """Classes that represent a tensor or a slice among a layer's arguments: a name, or numbers."""
 _OPERATIONS = "keras.src.ops.numpy"
-"""Module of operations that are no layers, such as `x[...]` and the masks that Keras computes."""
+"""Module of operations that are not layers, such as `x[...]` and the masks that Keras computes."""
 _LAYERS = tuple(
     f"keras.src.layers.{package}."
     for package in (
@@ -100,7 +100,7 @@ def _read(path: Path, rewritten: Path, where: str) -> Any:
         if config.get("class_name") not in _MODELS:
             raise ImportedModelError(
                 f"expected a Sequential or functional model, got {config.get('class_name')!r}, a "
-                f"class of its own, {NOT_LOADED}"
+                f"custom class, {NOT_LOADED}"
             )
         # the model is loaded uncompiled; those nested in it are compiled as they were
         foreign = list(_foreign({**config, "compile_config": None}))
@@ -145,7 +145,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         with h5py.File(path, "r") as file:
             config = json.loads(file.attrs["model_config"])
     if not isinstance(config, dict):
-        raise ValueError("a configuration that is no object")
+        raise ValueError("a configuration that is not an object")
     return config
 
 
@@ -222,7 +222,7 @@ def _unknown(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     entries = inner.get("layers", []) if isinstance(inner, dict) else inner
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict):
-            raise ValueError(f"a layer that is no object: {str(entry)[:60]!r}")
+            raise ValueError(f"a layer that is not an object: {str(entry)[:60]!r}")
         kind, own = str(entry.get("class_name")), entry.get("config")
         if kind in _MODELS:
             yield from _unknown(entry)

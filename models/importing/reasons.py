@@ -7,36 +7,36 @@ NOT_LOADED = (
     "which is not loaded; build the model of Keras' layers with keras.Model(inputs, outputs), or "
     f"{EXPORT}"
 )
-OWN_CLASS = f"it is a class of its own, {NOT_LOADED}"
+OWN_CLASS = f"it is a custom class, {NOT_LOADED}"
 _SHORTER = (
     "it gives fewer outputs than events; leave it out, or use Conv1D with padding='causal' and "
     "dilation_rate"
 )
 _WHOLE = (
-    "it looks at the whole sequence at once, and a stream has only the events that came; take the "
+    "it looks at the whole sequence at once, and a stream has only the events so far; take the "
     "last step (return_sequences=False), or describe attention over the stream in a SPEC.yaml"
 )
 _CONVOLUTION = "it looks at several steps at once; use Conv1D with padding='causal'"
-_CELL = f"this cell is not among those served; use LSTM, GRU or SimpleRNN, or {EXPORT}"
+_CELL = f"this cell is not supported; use LSTM, GRU or SimpleRNN, or {EXPORT}"
 _VOCABULARY = (
-    "it reads a vocabulary; give its codes as an input to Embedding, or describe the field as "
+    "it reads a vocabulary; pass its codes as an input to Embedding, or describe the field as "
     "categorical in a SPEC.yaml"
 )
 _OLD_OPERATION = (
     "it is an operation of Keras 2 outside a layer; build the model again with Keras 3, where a "
-    "slice such as x[:, -1] is known"
+    "slice such as x[:, -1] is supported"
 )
 _REASONS = {
     "ConvLSTM1D": _CELL,
     "ConvLSTM2D": _CELL,
     "ConvLSTM3D": _CELL,
     "Lambda": (
-        "it holds code, which is neither loaded nor run; use a layer of the same effect "
+        "it contains code, which is neither loaded nor run; use a layer of the same effect "
         f"(Rescaling, Activation, a slice such as x[:, -1]), or {EXPORT}"
     ),
     "Flatten": (
-        "it makes one row of all steps, and a stream has no fixed number of them; take the last "
-        "step (return_sequences=False or x[:, -1])"
+        "it flattens all steps into one row, and a stream has no fixed number of them; take the "
+        "last step (return_sequences=False or x[:, -1])"
     ),
     "Permute": "it exchanges steps and features; leave it out",
     "RepeatVector": (
@@ -68,7 +68,7 @@ _REASONS = {
 
 
 def has_reason(class_name: str) -> bool:
-    """Whether there is a reason of its own for that class."""
+    """Whether there is a specific reason for that class."""
     return class_name in _REASONS
 
 

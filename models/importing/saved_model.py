@@ -69,7 +69,7 @@ def _metadata(data: bytes) -> dict[str, dict[str, Any]]:
     try:
         message.ParseFromString(data)
     except Exception as error:
-        raise ValueError(f"{METADATA_NAME} that is no protocol buffer: {error}") from error
+        raise ValueError(f"{METADATA_NAME} that is not a protocol buffer: {error}") from error
     objects = {}
     for node in message.nodes:
         content = json.loads(node.metadata)

@@ -27,7 +27,7 @@ def find_pairs(
 
     Args:
         known: pairs that the user names.
-        others: inputs that are no states.
+        others: inputs that are not states.
 
     Raises:
         ImportedModelError: a known pair does not exist or cannot be one, or there is none.

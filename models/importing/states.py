@@ -40,7 +40,7 @@ class Value:
         refused: whether its layer is unsupported.
         columns: the columns of the model's inputs that it is, or None if a layer computes it.
         state_input: which input of the model it is, if it is one that holds a state.
-        mask: whether it marks the steps that are no padding.
+        mask: whether it marks the steps that are not padding.
         arranged: the shape that a `Reshape` gives to the values of the last step, if it does.
     """
 
@@ -144,7 +144,7 @@ def starts_from(layer: Any, initial: Sequence[Value | None]) -> list[str]:
 
     Args:
         layer: the Keras layer.
-        initial: the tensors of its `initial_state`; None for one that is no layer's.
+        initial: the tensors of its `initial_state`; None for one that no layer returned.
 
     Returns:
         One layer for each layer of the `ModelSpec` that this one becomes.

@@ -63,7 +63,7 @@ class TritonConfig:
         folder: the model's folder, where `initial_state/` is.
 
     Raises:
-        ImportedModelError: it is no such file, has no state pairs, or a control input that Carry
+        ImportedModelError: it is not such a file, has no state pairs, or a control input that Carry
             cannot give.
     """
 

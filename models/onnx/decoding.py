@@ -1,8 +1,8 @@
 """Decoder of the protobuf messages of ONNX files, as far as imported graphs have to be inspected.
 
 It walks the messages in which tensors and nodes can be (by onnx.proto of ONNX 1.18), at any depth,
-and copies no weights. ONNX Runtime reads the file itself; this module answers what it does not tell
-before it runs anything: which operators a graph has, and whether a tensor refers to another file.
+and copies no weights. ONNX Runtime reads the file itself; this module reports what it does not
+report before it runs anything: a graph's operators, and whether a tensor refers to another file.
 The library `onnx` is not used, so that an installation that only serves can check its graphs.
 """
 
@@ -45,7 +45,7 @@ def fields(message: memoryview) -> Iterator[Field]:
     """The fields of one message, in their order.
 
     Raises:
-        DecodingError: the bytes are no protobuf message.
+        DecodingError: the bytes are not a protobuf message.
     """
     at, end = 0, len(message)
     while at < end:
@@ -73,7 +73,7 @@ def walk(data: memoryview, kind: str = "model", depth: int = 0) -> Iterator[tupl
     """Every message inside a message, with its kind, at any depth; the message itself comes first.
 
     Raises:
-        DecodingError: the bytes are no such message.
+        DecodingError: the bytes are not such a message.
     """
     if depth > MAX_DEPTH:
         raise DecodingError(f"expected at most {MAX_DEPTH} messages inside each other")
@@ -122,7 +122,7 @@ def external_data(tensor: memoryview) -> dict[str, str] | None:
     """The entries `location`, `offset` and `length` of a tensor in another file; None for others.
 
     Raises:
-        DecodingError: the bytes are no tensor.
+        DecodingError: the bytes are not a tensor.
     """
     entries: dict[str, str] = {}
     is_external = False

@@ -5,7 +5,7 @@
     session    `session_gap_s`: more than that many seconds have passed since the latest timestamp
 
 A reset concerns the whole state, the encoder's clock included: the event after it has no gap. The
-position goes on counting. Between two resets nothing differs from a stream of its own, so that the
+position keeps counting. Between two resets nothing differs from a separate stream, so that the
 segments of a chunk are independent of each other.
 
 Whether an event is preceded by a reset depends on the events before it in its stream, on its

@@ -18,7 +18,7 @@ Digest and tag are defined here only; `docs/reference/protocol.md` documents the
 `kind` is the byte `I` (inputs) or `E` (events), in lower case for a final chunk. In a chunk with R
 explicit resets the byte `R`, R as uint64 LE and their ascending indexes as uint64 LE precede it:
 other resets make another chunk. (Resets by `reset_every` and session gaps follow from the stream
-and are no part of it.) The canonical bytes are float32 LE, row by row, or those of
+and are not part of it.) The canonical bytes are float32 LE, row by row, or those of
 `models.events.columns.canonical_bytes`; the nonce is 16 random bytes for a chunk without a position
 and empty otherwise, so that two equal appends never share a tag.
 """

@@ -1,8 +1,8 @@
 """`carry score`: the outputs for every event of a file, as the service would answer them.
 
-The file is read in pieces; each stream's state, clock and position go on from piece to piece, and
-pieces are computed by the service's own pipeline, resets included. So the outputs do not depend on
-how the file is cut. Memory holds one piece and a state per stream.
+The file is read in pieces. Each stream's state, clock and position carry over to the next, and
+the service's own pipeline computes the pieces, resets included. So the outputs do not depend on how
+the file is cut. Memory holds one piece and a state per stream.
 
 The events of a stream are processed in the order of the file, as a service would receive them.
 Rejected are models whose outputs depend on the cuts (`chunking` other than invisible, and blocks).

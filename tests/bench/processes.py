@@ -1,4 +1,4 @@
-"""Processes on cores of their own: servers beside Carry, and helpers of the benchmark."""
+"""Processes pinned to their own cores: servers to compare with, and helpers of the benchmark."""
 
 from __future__ import annotations
 

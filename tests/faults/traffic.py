@@ -27,7 +27,7 @@ CHUNK_REQUEST: Final = re.compile(
     rb"^POST /v(?:1/models/[^/ ]+/streams/[^/ ]+/chunks|2/models/[^/ ]+/infer)"
     rb"|\x0a\x0bsequence_id\x12"
 )
-"""The beginning of a request with a chunk, or within it its message of gRPC."""
+"""The beginning of a request with a chunk, or of its gRPC message."""
 
 _LIVE_SOCKET: Final = re.compile(rb"^GET /v1/models/[^/ ]+/streams/[^/ ]+/live")
 _LOAD: Final = re.compile(rb"GET\r\n\$\d+\r\n[^\r]+\}:s:")

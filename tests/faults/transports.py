@@ -67,7 +67,7 @@ class Conditions(NamedTuple):
     deadline_s: float | None = None
 
     def headers(self) -> dict[str, str]:
-        """Headers of HTTP, without the ETag."""
+        """HTTP headers, without the ETag."""
         seconds = self.deadline_s
         return {} if seconds is None else {"carry-timeout": f"{seconds:.3f}"}
 
@@ -117,8 +117,8 @@ class V2:
         return {**reply["parameters"], "outputs": {output["name"]: outputs}}
 
 
-class Kept:
-    """Connections that are kept while their requests are answered, one request at a time."""
+class ConnectionPool:
+    """Pool of connections, each used for one request at a time."""
 
     open: Callable[[str], Awaitable[Any]]
     drop: Callable[[Any], Awaitable[None]]
@@ -127,8 +127,8 @@ class Kept:
         self._idle: dict[str, list[Any]] = defaultdict(list)
 
     @asynccontextmanager
-    async def lend(self, key: str, *, is_kept: bool = True) -> AsyncIterator[Any]:
-        """A connection for one request, whose outcome would otherwise be taken for another's."""
+    async def acquire(self, key: str, *, is_kept: bool = True) -> AsyncIterator[Any]:
+        """Acquire a connection for one request; a shared one could confuse the outcomes of two."""
         idle = self._idle[key] if is_kept else []
         connection, is_answered = idle.pop() if idle else await self.open(key), False
         try:
@@ -149,7 +149,7 @@ class Kept:
             await self.drop(connection)
 
 
-class LiveSockets(Kept):
+class LiveSockets(ConnectionPool):
     """Version 1 over WebSocket: a socket for a stream, kept while its chunks are answered.
 
     A deadline belongs to a socket, so an attempt with one has a socket of its own.
@@ -167,7 +167,7 @@ class LiveSockets(Kept):
         path += "" if deadline_s is None else f"?timeout_s={deadline_s:.3f}"
         is_kept = deadline_s is None and chunk.start is not None
         try:
-            async with self.lend(path, is_kept=is_kept) as socket:
+            async with self.acquire(path, is_kept=is_kept) as socket:
                 await socket.send(frame, text=self._encoding == "json")
                 answer = await socket.recv(decode=False)
                 outcome = json.loads(answer) if answer[:1] == b"{" else msgpack.unpackb(answer)
@@ -197,7 +197,7 @@ class LiveSockets(Kept):
         connection.transport.abort()
 
 
-class Grpc(Kept):
+class Grpc(ConnectionPool):
     """KServe's V2 protocol over gRPC: one call for each chunk. A channel is one connection."""
 
     def __init__(self, url: str):
@@ -211,7 +211,7 @@ class Grpc(Kept):
             setattr(request.parameters[name], kind, value)
         request.inputs.add(name="inputs", datatype="FP32", shape=chunk.rows.shape)
         request.raw_input_contents.append(chunk.rows.astype("<f4").tobytes())
-        async with self.lend("") as channel:
+        async with self.acquire("") as channel:
             try:
                 stub = GRPCInferenceServiceStub(channel)
                 reply = await self.infer(stub, request, conditions.deadline_s)
@@ -283,7 +283,7 @@ TRANSPORTS: Final[dict[str, Callable[[str], Any]]] = {
 
 
 def needs_grpc(transport: str) -> bool:
-    """Whether a transport has gRPC's port."""
+    """Whether a transport needs the gRPC port."""
     return transport.startswith("grpc")
 
 
@@ -292,7 +292,7 @@ class WorkerClient:
     fails unless it is answered in time.
 
     Args:
-        urls: of HTTP and, where a transport needs it, of gRPC.
+        urls: HTTP URLs and, where a transport needs it, gRPC addresses.
     """
 
     def __init__(self, name: str, urls: Sequence[str], transports: Sequence[str], timeout_s: float):

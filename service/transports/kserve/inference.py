@@ -13,7 +13,7 @@ counts an error with `api.recorder.record_error`. `infer` reads the values at on
     reply = await inference.answer(ready)
 
 Between `resolve` and `reply_to_chunk` a transport may also hand the chunk to the pipeline itself,
-as the fast path of HTTP does:
+as the HTTP fast path does:
 
     call = inference.resolve(request)                         # short requests only
     reply = inference.reply_to_chunk(call, await pipeline.process(call.work, deadline_s))

@@ -1,7 +1,7 @@
 """What V2 clients read about the server and its models, as JSON values.
 
 The members are those of Triton's messages (`ModelMetadataResponse`, `ModelConfig`, ...), so that
-`google.protobuf.json_format.ParseDict` makes the messages of gRPC from them. 64-bit integers are
+`google.protobuf.json_format.ParseDict` makes the gRPC messages from them. 64-bit integers are
 numbers.
 """
 

@@ -152,8 +152,8 @@ def split_frame(frame: Frame, split: SplitObject, envelope: Collection[str]) -> 
     Raises:
         InvalidInput
     """
-    taken = {name: split.members.pop(name) for name in envelope if name in split.members}
-    members = {name: msgspec.Raw(value) for name, value in taken.items()}
+    encoded = {name: split.members.pop(name) for name in envelope if name in split.members}
+    members = {name: msgspec.Raw(value) for name, value in encoded.items()}
     return Frame(_frame_id(frame.media, members), members, frame.media, frame.data)
 
 

@@ -435,7 +435,7 @@ REFUSED: dict[str, Refused] = {
         sequential(
             lambda: kl.Lambda(lambda x: x * 2, name="double", output_shape=(None, FEATURES)), lstm()
         ),
-        ("Lambda 'double': it holds code", "Rescaling", "ONNX"),
+        ("Lambda 'double': it contains code", "Rescaling", "ONNX"),
     ),
     "mixed-precision": Refused(
         mixed_precision, ("LSTM 'half': it computes in float16", "set_dtype_policy('float32')")
@@ -474,7 +474,7 @@ REFUSED: dict[str, Refused] = {
         ("Dense 'after': it reads the last step's values", "expected Reshape to be the last layer"),
     ),
     "shared-layer": Refused(
-        shared_layer, ("LSTM 'twice': it is used 2 times", "a layer of its own for each")
+        shared_layer, ("LSTM 'twice': it is used 2 times", "a separate layer for each")
     ),
     "forgotten-states": Refused(
         forgotten_states,
@@ -498,7 +498,7 @@ REFUSED: dict[str, Refused] = {
         ("expected inputs of shape [batch, steps, features]", "[(None, None, 4, 2)]"),
     ),
     "code-and-number": Refused(
-        code_and_number, ("Embedding 'code': ", "as a number too", "an input of their own")
+        code_and_number, ("Embedding 'code': ", "as a number too", "a separate input")
     ),
     "first-step": Refused(
         first_step, ("GetItem ", "[:, 0, :] takes some of the steps", "x[:, -1]")

@@ -228,7 +228,7 @@ def test_code_is_rejected_before_it_is_loaded(tmp_path: Path) -> None:
         ]
     )
     error = import_error(model, tmp_path)
-    assert "Lambda 'code': it holds code" in error
+    assert "Lambda 'code': it contains code" in error
     assert "MaxPooling1D 'pool'" in error
 
 

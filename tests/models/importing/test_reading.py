@@ -34,15 +34,15 @@ CODE = {"class_name": "__lambda__", "config": {"value": "4wAAAA=="}}
 DOWNLOAD = {"module": "keras.utils", "class_name": "get_file", "config": {"origin": "file:///x"}}
 FUNCTION = {"module": "builtins", "class_name": "function", "config": "exec"}
 OBJECTS: dict[str, tuple[Edit, str]] = {
-    "layer of code": (change(class_name="Lambda"), "Lambda 'cell': it holds code"),
+    "layer of code": (change(class_name="Lambda"), "Lambda 'cell': it contains code"),
     "layer that loads a SavedModel": (change(class_name="TFSMLayer"), "TFSMLayer 'cell'"),
     "layer that reads a vocabulary": (change(class_name="StringLookup"), "StringLookup 'cell'"),
     "layer of another library": (change(class_name="TorchModuleWrapper"), "TorchModuleWrapper"),
     "registered class": (
         change(registered_name="own>Evil"),
-        "LSTM 'cell': it is a class of its own",
+        "LSTM 'cell': it is a custom class",
     ),
-    "class that is none": (change(class_name="Popper"), "Popper 'cell': it is a class of its own"),
+    "class that is none": (change(class_name="Popper"), "Popper 'cell': it is a custom class"),
     "function of a namespace": (change(class_name="deserialize"), "deserialize 'cell'"),
     "class that is no string": (change(class_name=["LSTM"]), "['LSTM'] 'cell'"),
     "lambda": (activation(CODE), "__lambda__ 'cell'"),
@@ -72,7 +72,7 @@ def test_the_file_that_is_checked_is_the_one_that_is_loaded(
     monkeypatch.setattr(keras.saving, "load_model", None)
     path = two_models(tmp_path / "m.h5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
     assert zipfile.is_zipfile(path)
-    with pytest.raises(ImportedModelError, match="Lambda 'code': it holds code"):
+    with pytest.raises(ImportedModelError, match="Lambda 'code': it contains code"):
         import_here(path, tmp_path / "out")
 
 

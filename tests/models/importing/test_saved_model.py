@@ -51,7 +51,7 @@ def test_an_hdf5_file_of_keras_2_equals_its_outputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("keras_metadata.pb", b"\xff", "keras_metadata.pb that is no protocol buffer"),
+        ("keras_metadata.pb", b"\xff", "keras_metadata.pb that is not a protocol buffer"),
         ("keras_metadata.pb", b"", "without the model's own configuration"),
         ("variables/variables.index", b"", "variables that cannot be read"),
     ],

@@ -175,7 +175,7 @@ class FramingProtocol(HttpToolsProtocol, ABC):
         except httptools.HttpParserError as error:
             # without `from error`: the application may be handling another exception
             self._fail(
-                self._framing_error or MalformedRequest(f"expected a request of HTTP/1.1: {error}")
+                self._framing_error or MalformedRequest(f"expected an HTTP/1.1 request: {error}")
             )
 
     def _serialize_without_upgrade(self) -> bytes:
