@@ -1,4 +1,4 @@
-"""Many live sockets on one worker: memory of an idle one, latency of active ones and of HTTP requests.
+"""Many live sockets on one worker: memory of an idle one, latency of chunks and HTTP requests.
 
     python -m tests.load.sockets                      # 10,000 idle and 500 active
     python -m tests.load.sockets --idle 1000 --active 50 --seconds 5

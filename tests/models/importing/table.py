@@ -462,7 +462,7 @@ REFUSED: dict[str, Refused] = {
     "attention": Refused(attending, ("Attention 'looks': ", "attention over the stream")),
     "flatten": Refused(
         sequential(lstm(), lambda: kl.Flatten(name="flat"), dense(), steps=STEPS),
-        ("Flatten 'flat': it makes one row of all steps", "x[:, -1]"),
+        ("Flatten 'flat': it flattens all steps into one row", "x[:, -1]"),
     ),
     "reshaped-inside": Refused(
         sequential(
