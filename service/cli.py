@@ -194,9 +194,9 @@ def evaluate_command(
 def score_command(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],
     data: DataFile,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The outputs, as .parquet or .csv.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, .parquet or .csv.")],
     stream: Annotated[
-        str | None, typer.Option(help="The column of the stream's name; default: as trained.")
+        str | None, typer.Option(help="Column of stream names; default: that of training.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
@@ -246,12 +246,12 @@ def import_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
     name: Annotated[
         str | None,
-        typer.Option(help="The model's name; default: that of the file, or Triton folder."),
+        typer.Option(help="The model's name; default: the name of the file or Triton folder."),
     ] = None,
     overwrite: Overwrite = False,
     reset_every: Annotated[
         int | None,
-        typer.Option(min=1, help="Reset streams every N events: the window it was trained on."),
+        typer.Option(min=1, help="Reset streams every N events, the length of training windows."),
     ] = None,
     memory_mib: Annotated[
         int, typer.Option(min=1, help="Memory limit for reading and verifying the model, in MiB.")
@@ -261,20 +261,27 @@ def import_command(
         typer.Option(min=1, help="Time limit for reading and verifying the model, in seconds."),
     ] = 600.0,
     state: Annotated[
-        list[str] | None, typer.Option(metavar="IN=OUT", help="ONNX: a state pair.")
+        list[str] | None,
+        typer.Option(
+            metavar="IN=OUT", help="ONNX: a state input and the output with its next value."
+        ),
     ] = None,
     input_: Annotated[
-        list[str] | None, typer.Option("--input", help="ONNX: an input of features.")
+        list[str] | None, typer.Option("--input", help="ONNX: a feature input.")
     ] = None,
     output: Annotated[list[str] | None, typer.Option(help="ONNX: an output to serve.")] = None,
-    lengths: Annotated[str | None, typer.Option(help="ONNX: the input of lengths [B].")] = None,
-    mask: Annotated[str | None, typer.Option(help="ONNX: the input of a mask [B, T].")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="ONNX: the input with row lengths [B].")
+    ] = None,
+    mask: Annotated[str | None, typer.Option(help="ONNX: the input with the mask [B, T].")] = None,
     initial: Annotated[
         list[str] | None,
-        typer.Option(metavar="IN=VALUE", help="ONNX: initial value, a number or a .npy file."),
+        typer.Option(
+            metavar="IN=VALUE", help="ONNX: a state's initial value, a number or .npy file."
+        ),
     ] = None,
     axes: Annotated[
-        Axes | None, typer.Option(help="ONNX: order of the axes, if it is not certain.")
+        Axes | None, typer.Option(help="ONNX: order of the axes, if it is ambiguous.")
     ] = None,
     triton: Annotated[
         Path | None, typer.Option(metavar="config.pbtxt", help="ONNX: Triton's configuration.")
