@@ -33,10 +33,17 @@ StreamStates = dict[str, tuple[State, int]]
 
 
 class Progress(NamedTuple):
-    """Number of scored rows, and the streams after them."""
+    """How far the input is scored.
+
+    Attributes:
+        rows: number of scored rows.
+        streams: the streams after them.
+        out_of_order: events with an earlier timestamp than one before them in their session.
+    """
 
     rows: int
     streams: StreamStates
+    out_of_order: int
 
 
 class Parts:
@@ -78,7 +85,7 @@ class Parts:
             return self._read_checkpoint()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        return Progress(0, {})
+        return Progress(0, {}, 0)
 
     def add(self, part: pl.DataFrame, progress: Progress) -> None:
         """Write the next part, and every few seconds a checkpoint."""
@@ -109,6 +116,7 @@ class Parts:
         metadata = {
             "key": self._key,
             "rows": str(progress.rows),
+            "out_of_order": str(progress.out_of_order),
             "parts": str(self._written),
             "names": json.dumps(list(streams)),
         }
@@ -142,4 +150,5 @@ class Parts:
         return Progress(
             int(metadata["rows"]),
             dict(zip(names, zip(states, positions.tolist(), strict=True), strict=True)),
+            int(metadata["out_of_order"]),
         )

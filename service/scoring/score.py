@@ -24,9 +24,10 @@ from carry_client.description import Output
 from models.artifact.artifact import Artifact, load_artifact
 from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
-from models.events.encode import Clock
+from models.events.encode import Clock, event_times
 from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
+from models.spec.resets import gaps_since_latest_ms, segment_numbers
 from models.spec.state import State
 from models.training.files import read_batches
 from service.core.errors import CarryError
@@ -50,7 +51,7 @@ class ScoreResult:
     Attributes:
         events: rows of the file.
         streams: streams in it.
-        out_of_order: events with an earlier timestamp than one before them in their stream.
+        out_of_order: events with an earlier timestamp than one before them in their session.
     """
 
     events: int
@@ -101,9 +102,8 @@ def score_file(
 
     uvloop.run(run())
     parts.finish()
-    states = scorer.progress.streams.values()
-    clocks = [Clock.from_ints(artifact.state, state.ints) for state, _ in states]
-    return ScoreResult(scorer.rows, len(clocks), sum(clock.out_of_order for clock in clocks))
+    rows, streams, out_of_order = scorer.progress
+    return ScoreResult(rows, len(streams), out_of_order)
 
 
 def _check(artifact: Artifact, stream: str | None) -> tuple[EventSchema, str]:
@@ -142,6 +142,7 @@ class _Scorer:
         self._compute = Compute()
         self._streams: StreamStates = dict(progress.streams)
         self.rows = progress.rows
+        self._out_of_order = progress.out_of_order
         self._outputs = [
             (output.name, Output(output.name, output.shape, False, output.labels).column_names())
             for output in served.outputs.outputs
@@ -149,8 +150,8 @@ class _Scorer:
 
     @property
     def progress(self) -> Progress:
-        """Number of scored rows, and the streams after them."""
-        return Progress(self.rows, self._streams)
+        """How far the input is scored."""
+        return Progress(self.rows, self._streams, self._out_of_order)
 
     async def score(self, frame: pl.DataFrame) -> pl.DataFrame:
         """The outputs of the next rows, in their order."""
@@ -225,13 +226,21 @@ class _Scorer:
         state, position = before
         try:
             resets = self._served.find_resets(steps, state, position)
-            return self._served.encode_segments(steps, state, resets)
+            segments = self._served.encode_segments(steps, state, resets)
         except CarryError as error:
             raise DataError(
                 expected=f"{self._source}, stream {name!r}, from row {self.rows + rows[0] + 1}: "
                 "events that can be encoded",
                 got=error.detail,
             ) from error
+        clock = Clock.from_ints(self._served.state, state.ints)
+        times = event_times(self._schema, columns, clock)
+        if times is not None:  # counted here, since a reset takes the clock's own count with it
+            there = times.present
+            numbers = segment_numbers(len(rows), resets)[there]
+            gaps = gaps_since_latest_ms(times.times_ms[there], numbers, times.last_ms)
+            self._out_of_order += int(np.count_nonzero(gaps < 0))
+        return segments
 
     def _table(
         self, frame: pl.DataFrame, positions: NDArray[np.int64], packed: FloatRows

@@ -193,3 +193,27 @@ def test_the_command_warns_of_events_out_of_order(
     assert result.exit_code == 0
     assert "300 events of 3 streams" in result.stdout
     assert "297 events are earlier" in result.stdout
+
+
+def test_events_out_of_order_are_counted_in_every_session(
+    small: Path, frame: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = load_artifact(small).spec.events
+    assert schema is not None
+    assert schema.timestamp is not None
+    time = schema.timestamp.name
+    minute, hours = 60_000, 36_000_000
+    times = [START_MS + minute, START_MS, *(START_MS + hours * at for at in range(1, 9))]
+    events = frame.head(10).with_columns(pl.lit("s").alias("stream"), pl.Series(time, times))
+    events.write_parquet(tmp_path / "events.parquet")
+    monkeypatch.setattr(parts, "CHECKPOINT_EVERY_S", 0.0)
+
+    def stop(rows: int) -> None:
+        if rows >= 6:
+            raise KeyboardInterrupt
+
+    files = (small, tmp_path / "events.parquet", tmp_path / "out.parquet")
+    with pytest.raises(KeyboardInterrupt):
+        score_file(*files, stream="stream", rows_per_piece=3, advance=stop)
+    result = score_file(*files, stream="stream", rows_per_piece=3, resume=True)
+    assert (result.events, result.out_of_order) == (10, 1)
