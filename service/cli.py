@@ -334,7 +334,7 @@ def import_command(
         typer.echo(
             f"{out}: model {report.artifact.spec.name}, version {report.artifact.version}; "
             f"equal to the original within {report.largest_difference:.1e} on "
-            f"{report.sequences} sequences each of {list(report.lengths_steps)} steps"
+            f"{report.sequences} sequences each of {sorted(set(report.lengths_steps))} steps"
         )
         for note in report.notes:
             typer.echo(f"note: {note}")

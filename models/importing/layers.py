@@ -24,7 +24,7 @@ from models.importing.converted import (
     expect_float32,
     weights_of,
 )
-from models.importing.reasons import reason_unsupported
+from models.importing.reasons import OPERATION, reason_unsupported
 from models.importing.recurrent import convert_bidirectional, convert_recurrent
 
 LEAKY_RELU_SLOPE = 0.2
@@ -48,10 +48,7 @@ def convert_layer(layer: Any, shape: tuple[Any, ...]) -> Converted:
     """
     kind = type(layer)
     if not isinstance(layer, keras.layers.Layer):
-        raise UnsupportedLayerError(
-            "it is an operation, not a layer; use the layer of the same effect, such as Rescaling "
-            "or Activation"
-        )
+        raise UnsupportedLayerError(OPERATION)
     if kind in _RECURRENT:
         expect_float32(layer)
         return _RECURRENT[kind](layer, len(shape))

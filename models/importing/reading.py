@@ -25,7 +25,13 @@ from keras.src.ops import numpy as operations
 
 from models.errors import ImportedModelError
 from models.importing.layers import is_known
-from models.importing.reasons import NOT_LOADED, OWN_CLASS, has_reason, reason_unsupported
+from models.importing.reasons import (
+    NOT_LOADED,
+    OPERATION,
+    OWN_CLASS,
+    has_reason,
+    reason_unsupported,
+)
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -209,6 +215,8 @@ def _why_foreign(kind: str, module: Any, registered: Any) -> str:
         return ""
     if kind in (*_MODELS, *_TENSORS) or any(isinstance(part, type) for part in parts):
         return ""
+    if str(module).startswith("keras.src.ops."):
+        return OPERATION
     layer = getattr(keras.layers, kind, None)
     if not isinstance(layer, type):
         return reason_unsupported(kind) if has_reason(kind) else OWN_CLASS

@@ -8,6 +8,10 @@ NOT_LOADED = (
     f"{EXPORT}"
 )
 OWN_CLASS = f"it is a custom class, {NOT_LOADED}"
+OPERATION = (
+    "it is an operation of keras.ops, not a layer; use the layer of the same effect, such as "
+    "Activation('tanh') or Rescaling"
+)
 _SHORTER = (
     "it gives fewer outputs than events; leave it out, or use Conv1D with padding='causal' and "
     "dilation_rate"
