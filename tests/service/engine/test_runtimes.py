@@ -108,7 +108,7 @@ def test_a_model_without_a_graph_is_unsupported(without_graph: Artifact) -> None
 def test_models_of_one_service_run_on_two_runtimes(
     with_graph: Artifact, without_graph: Artifact
 ) -> None:
-    opened = open_runtimes("auto", [without_graph, with_graph], 1)
+    opened = open_runtimes("auto", [without_graph, with_graph], 0)
     assert [runtime.name for runtime in opened] == ["tensorflow", "onnxruntime"]
     rows = np.random.default_rng(1).normal(size=(3, 1)).astype(np.float32)
     for runtime, found in zip(opened, (without_graph, with_graph), strict=True):

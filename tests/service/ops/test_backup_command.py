@@ -5,23 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from service.cli import app
 from service.ops.backup_command import _open_output
 from service.store.embedded.embedded_valkey import EmbeddedValkey
+from tests.support import command
+from tests.support.command import Result
 from tests.support.servers import opened
 from tests.support.streams import Streams, committed, key, same_stream
 
 
-async def carry(*words: str | Path, **options: Any) -> Result:
-    """The result of a command; it runs in a thread, since it has an event loop of its own."""
-    return await asyncio.to_thread(
-        CliRunner().invoke, app, [str(word) for word in words], **options
-    )
+async def carry(*words: str | Path, data: bytes = b"") -> Result:
+    """Run a command while the test's event loop runs on."""
+    return await asyncio.to_thread(command.carry, *words, data=data)
 
 
 async def test_backup_of_a_running_store_is_restored_into_a_new_one(tmp_path: Path) -> None:
@@ -42,7 +39,7 @@ async def test_backup_of_a_running_store_is_restored_into_a_new_one(tmp_path: Pa
     finally:
         valkey.stop()
 
-    done = await carry("restore", "-", "--data-dir", new, input=piped.stdout_bytes)
+    done = await carry("restore", "-", "--data-dir", new, data=piped.stdout)
     assert (done.exit_code, done.stderr) == (0, "restored 1 stream\n")
     done = await carry("restore", tmp_path / "all", "--data-dir", new)
     assert done.stderr == "restored 1 stream, kept 1 that the store has already\n"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from typer.testing import CliRunner
 
 import models
 from carry_client import Carry
@@ -16,9 +15,9 @@ from models.artifact.artifact import load_artifact, write_artifact
 from models.errors import ArtifactError, DataError, SpecError
 from models.events.schema import CategoricalField, EventSchema, NumericField, TimestampField
 from models.spec.model import parse_spec
-from service.cli import app
 from service.scoring import parts
 from service.scoring.score import score_file
+from tests.support.command import carry
 from tests.support.models import random_weights, small_spec
 from tests.support.service import Service
 
@@ -189,10 +188,10 @@ def test_the_command_warns_of_events_out_of_order(
 ) -> None:
     frame.reverse().write_parquet(tmp_path / "events.parquet")
     files = [str(small), str(tmp_path / "events.parquet"), str(tmp_path / "out.csv")]
-    result = CliRunner().invoke(app, ["score", *files, "--stream", "stream"])
-    assert result.exit_code == 0
-    assert "300 events of 3 streams" in result.stdout
-    assert "297 events are earlier" in result.stdout
+    result = carry("score", *files, "--stream", "stream")
+    assert result.exit_code == 0, result.stderr
+    assert b"300 events of 3 streams" in result.stdout
+    assert b"297 events are earlier" in result.stdout
 
 
 def test_events_out_of_order_are_counted_in_every_session(
