@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, Final
 
 import ormsgpack
 
+from service.core.delivery import start_epoch
 from service.core.errors import CarryError, StateDamaged
 from service.core.values import StreamHead, StreamKey, StreamState
 from service.store.base import Commit, Committed, Loaded, StateStore
@@ -236,8 +237,9 @@ async def _restore(
             if isinstance(loaded, CarryError):
                 failure = loaded
                 continue
-            if _is_restorable(states[key], loaded, replace):
-                commits.append(Commit(key, loaded.head if loaded else None, states[key], None))
+            state = _restorable(states[key], loaded, replace)
+            if state is not None:
+                commits.append(Commit(key, loaded.head if loaded else None, state, None))
             else:
                 del states[key]
                 progress.kept += 1
@@ -253,13 +255,17 @@ async def _restore(
         raise BackupError(f"model {key.model!r}, stream {key.stream!r} was not restored: {reason}")
 
 
-def _is_restorable(state: StreamState, stored: Loaded, replace: bool) -> bool:
-    """Whether a state of a backup may be written over what is stored."""
-    if not isinstance(stored, StreamState):
-        return True
-    if stored.head == state.head:
-        return False
-    return replace or _continues(state.head, stored.head)
+def _restorable(state: StreamState, stored: Loaded, replace: bool) -> StreamState | None:
+    """The state to write over what is stored; None to keep that.
+
+    A state that replaces another history starts an epoch, as `PUT .../state` does: two histories
+    with one epoch could be taken for one.
+    """
+    if not isinstance(stored, StreamState) or _continues(state.head, stored.head):
+        return state
+    if stored.head == state.head or not replace:
+        return None
+    return start_epoch(state, fingerprint=state.fingerprint, now_ms=state.updated_ms)
 
 
 def _continues(head: StreamHead, earlier: StreamHead) -> bool:

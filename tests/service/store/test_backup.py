@@ -108,8 +108,17 @@ async def test_restore_never_rolls_a_stream_back(open_on: OpenStore, streams: St
 
     assert (await restored(store, backup, replace=True)).streams == 2
     found = await stored(store, behind.key, ahead.key, foreign.key)
-    for state, commit in zip(found, (there, ahead, further), strict=True):
-        assert same_stream(state, commit.new)
+    assert same_stream(found[0], there.new)
+    for state, commit, replaced in zip(found[1:], (ahead, further), (later, foreign), strict=True):
+        started = commit.new._replace(head=state.head, last=None)
+        assert same_stream(state, started)
+        assert state.head.position == commit.new.head.position
+        assert state.head.epoch not in (commit.new.head.epoch, replaced.new.head.epoch)
+
+    # another history of the epoch that the first backup has is not taken for its continuation
+    backup, _ = await backed_up(store)
+    await committed(store, streams.next(Commit(ahead.key, None, found[1], None)))
+    assert (await restored(store, backup)).kept == 3
 
 
 async def test_deleted_and_damaged_streams_are_restored(
