@@ -148,11 +148,11 @@ def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
 def test_the_worker_process_ends_with_its_parent() -> None:
     child = (
         "import os, time; from models.importing.worker import end_with_parent; "
-        "end_with_parent(os.getppid()); print('begun', flush=True); time.sleep(3); print('alive')"
+        "end_with_parent(os.getppid()); print('ready', flush=True); time.sleep(3); print('alive')"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"begun\n"
+        assert process.stdout.readline() == b"ready\n"
         process.kill()
         assert process.stdout.read() == b""
