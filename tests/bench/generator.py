@@ -47,7 +47,7 @@ class Load:
         events: events in them.
         cpu_s: the generator's own processor time.
         rejected: requests that were answered by 429, where that is allowed.
-        unsent: open loop: requests that could not be sent before the end.
+        unanswered: open loop: requests that were not sent, or not answered, before the end.
         sampled: replies of sampled streams.
     """
 
@@ -57,7 +57,7 @@ class Load:
     events: int = 0
     cpu_s: float = 0.0
     rejected: int = 0
-    unsent: int = 0
+    unanswered: int = 0
     sampled: list[Sampled] = field(default_factory=list)
 
     @property
@@ -242,7 +242,7 @@ def run_open(
                 run.send(idle.popleft(), moments.popleft())
             is_free = bool(moments and idle and run.traffic.ready)
             idle += run.replies(max(0.0, moments[0] - clock()) if is_free else GRACE_S)
-    load.unsent = len(moments)
+    load.unanswered = len(moments) + connections - len(idle)
     return load
 
 

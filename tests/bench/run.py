@@ -34,6 +34,7 @@ REST_S, REST_SHARE = 0.5, 0.2
 """A server that used less than this share of a core for so long is at rest."""
 
 RESTS_WITHIN_S = 180.0
+UNANSWERED = "requests were not answered in time"
 
 
 @dataclass
@@ -267,8 +268,8 @@ class Bench:
         before, store_before = read_usage(server.pid), read_usage(server.store.pid)
         load = run()
         after, store_after = read_usage(server.pid), read_usage(server.store.pid)
-        if load.unsent:
-            self.note(f"{row}: did not keep up, {load.unsent} requests were not sent in time")
+        if load.unanswered:
+            self.note(f"{row}: did not keep up, {load.unanswered} {UNANSWERED}")
         cpu_s, store_cpu_s = after.cpu_s - before.cpu_s, store_after.cpu_s - store_before.cpu_s
         sample = Sample.of(load, cpu_s, store_cpu_s, after.rss_bytes)
         self.results.rows.setdefault(row, []).append(sample)

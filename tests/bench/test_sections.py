@@ -12,7 +12,7 @@ import pytest
 from tests.bench import run, sections, workloads
 from tests.bench.__main__ import main
 from tests.bench.results import Results
-from tests.bench.run import Bench, Options
+from tests.bench.run import UNANSWERED, Bench, Options
 from tests.support.machine import REPOSITORY, Cores
 
 CARRY = "carry-onnxruntime"
@@ -26,12 +26,16 @@ FIGURES = {
     "workers": f"{CARRY} lost",
     "events": f"{CARRY} events over inputs",
     "widths": "",
-    "overload": f"{CARRY} memory, last over first",
+    "overload": f"{CARRY} goodput over peak",
     "kinds": f"{CARRY} forecast over lstm, by CPU",
     "beside": "2: chunks/s, this over the other",
 }
 """A figure of each section."""
 
+OVERLOAD_FIGURES = (
+    *("goodput over peak", "goodput over peak, by CPU", "p99 of accepted chunks, s"),
+    *("rejected share", "memory, last over first"),
+)
 KINDS = ("lstm", "bidirectional-blocks", "bidirectional-predict", "forecast")
 BRIEF = {
     run: {"WARM_S": 0.05, "REST_S": 0.02, "RESTS_WITHIN_S": 0.0},
@@ -39,6 +43,7 @@ BRIEF = {
         "RACES": 2,
         "BATCHES": (1, 8),
         "OVERLOAD_PARTS": 3,
+        "OVERLOAD_QUEUE_WAIT_S": 0.1,
         "BESIDE_CONNECTIONS": (2,),
         "WORKER_CONNECTIONS": (2,),
         "WIDTHS": (8,),
@@ -77,10 +82,11 @@ def test_section_runs(section: str, bench: Bench) -> None:
     if section == "workers":
         assert results.figures[f"workers/{CARRY} lost"].high == 0
     if section == "overload":
-        # bounds for a busy machine; `make overload` has the real ones
-        assert results.figures[f"overload/{CARRY} rejected share"].high > 0.1
-        assert results.figures[f"overload/{CARRY} goodput over peak, by CPU"].high > 0.5
-        assert results.figures[f"overload/{CARRY} p99 of accepted chunks, s"].value < 5
+        # `make overload` bounds what depends on the speed of the machine; the work that a rejected
+        # chunk costs is bounded by tests/service/transports/http/test_chunk_cost.py
+        assert results.figures.keys() >= {f"overload/{CARRY} {name}" for name in OVERLOAD_FIGURES}
+        assert results.figures[f"overload/{CARRY} rejected share"].high > 0
+        assert not [note for note in results.notes if UNANSWERED in note]
 
 
 def test_geometric_mean_of_ratios_has_its_error() -> None:

@@ -1,6 +1,7 @@
 """The cost of a chunk on the fast path in Python calls, which no noise of the machine touches.
 
 Calls of functions in `service/` are counted while chunks of different streams arrive together.
+A service keeps its goodput under overload because it spends little on the chunks that it rejects.
 A change that makes the path heavier fails here; one that makes it lighter lowers the figures below:
 
     pytest tests/service/transports/http/test_chunk_cost.py -s
@@ -34,6 +35,9 @@ from tests.support.servers import RealServer
 CALLS_PER_CHUNK = {1: 139.4, 8: 78.5, 32: 76.6, 64: 76.6}
 """Measured calls per chunk, by the number of chunks that arrive together."""
 
+REJECTED_SHARE = 0.233
+"""Measured calls of a rejected chunk, as a share of those of a served one."""
+
 SLACK = 1.05
 WARM_UP_ROUNDS = 3
 ROUNDS = 20
@@ -63,18 +67,22 @@ def counting(counts: list[int]) -> Iterator[None]:
         monitoring.restart_events()
 
 
-async def send_rounds(port: int, together: int) -> float:
-    """Send rounds of chunks that arrive together; returns the calls per chunk."""
+async def send_rounds(port: int, together: int, status: int = 200) -> float:
+    """Send rounds of chunks that arrive together; returns the calls per chunk.
+
+    Args:
+        status: of every response; only a chunk with 200 moves its stream.
+    """
     connections = [await asyncio.open_connection(HOST, port) for _ in range(together)]
     calls = [0]
 
     async def send(number: int) -> None:
-        body = chunk(number * len(INPUTS))
+        body = chunk(number * len(INPUTS) if status == 200 else 0)
         for index, (_, writer) in enumerate(connections):
             writer.write(request(body, stream=f"s{together}-{index}"))
         for reader, _ in connections:
             response = await answer(reader)
-            assert response.startswith(b"HTTP/1.1 200"), response
+            assert response.startswith(b"HTTP/1.1 %d" % status), response
 
     for number in range(WARM_UP_ROUNDS):
         await send(number)
@@ -87,7 +95,12 @@ async def send_rounds(port: int, together: int) -> float:
     return calls[0] / (ROUNDS * together)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring is new in Python 3.12")
+needs_monitoring = pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="sys.monitoring is new in Python 3.12"
+)
+
+
+@needs_monitoring
 async def test_calls_per_chunk_do_not_grow(pipeline_server: RealServer, tmp_path: Path) -> None:
     artifact = make_artifact(tmp_path)
     async with harness(pipeline_server, {"probe": artifact}) as api, serving(api) as server:
@@ -95,3 +108,17 @@ async def test_calls_per_chunk_do_not_grow(pipeline_server: RealServer, tmp_path
     print("calls per chunk:", {n: round(calls, 1) for n, calls in measured.items()})
     for together, calls in measured.items():
         assert calls <= SLACK * CALLS_PER_CHUNK[together], (together, calls)
+
+
+@needs_monitoring
+async def test_rejected_chunk_costs_a_fraction_of_a_served_one(
+    pipeline_server: RealServer, tmp_path: Path
+) -> None:
+    models, together = {"probe": make_artifact(tmp_path)}, max(CALLS_PER_CHUNK)
+    calls = {}
+    for status, options in ((200, {}), (429, {"max_queue": 0})):
+        async with harness(pipeline_server, models, **options) as api, serving(api) as server:
+            calls[status] = await send_rounds(port_of(server), together, status)
+    share = calls[429] / calls[200]
+    print(f"calls of a rejected chunk: {calls[429]:.1f}, of a served one: {calls[200]:.1f}")
+    assert share <= SLACK * REJECTED_SHARE, share
