@@ -36,6 +36,7 @@ from service.pipeline.watching import Watches
 from service.settings import Settings
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
+from service.transports.http.admin import AdminServer
 from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
 from service.transports.http.connection.connections import BODY_BYTES_PER_S
 from service.transports.http.connection.http_protocol import HTTP_STATE
@@ -106,6 +107,8 @@ def create_app() -> FastAPI:
         if grpc_server is not None:
             await grpc_server.start()
             on_stop.append(grpc_server.begin_stop)
+        if admin is not None:
+            await admin.start()
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:
             yield {
@@ -116,6 +119,8 @@ def create_app() -> FastAPI:
         finally:
             if grpc_server is not None:
                 await grpc_server.stop()
+            if admin is not None:
+                await admin.stop()
             await pipeline.stop()
             recorder.flush_requests()
             await store.outputs.close()
@@ -140,6 +145,8 @@ def create_app() -> FastAPI:
         max_pending_body_bytes=settings.max_pending_body_bytes,
         max_pending_reply_bytes=settings.max_pending_reply_bytes,
     )
+    has_admin = settings.admin_port is not None
+    metrics = (lambda: (recorder.render(), recorder.content_type)) if settings.metrics else None
     api = create_api(
         pipeline,
         limits,
@@ -147,8 +154,19 @@ def create_app() -> FastAPI:
         lifespan=lifespan,
         connections=connections,
         fast_path=settings.http_fast_path,
-        metrics=lambda: (recorder.render(), recorder.content_type),
+        metrics=None if has_admin else metrics,
+        docs=settings.docs and not has_admin,
     )
+    admin = None
+    if settings.admin_port is not None:
+        admin = AdminServer(
+            api,
+            connections,
+            metrics=metrics,
+            docs=settings.docs,
+            host=settings.admin_host or settings.host,
+            port=settings.admin_port,
+        )
     inference = Inference(api.state.api, delete_at_end=settings.sequence_end == "delete")
     add_kserve(api, inference, recorder.statistics)
     grpc_server = None

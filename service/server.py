@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import structlog
 import uvicorn
@@ -36,7 +36,12 @@ log = structlog.get_logger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """Signals for a graceful shutdown."""
 
-GRPC_FLAG = "--grpc-port"
+OPTIONS = {
+    "http": "carry serve --port ",
+    "grpc": "carry serve --grpc-port ",
+    "admin": "CARRY_ADMIN_PORT=",
+}
+"""How to set each port, followed by its number."""
 
 
 class CannotServeError(Exception):
@@ -62,8 +67,13 @@ def serve(settings: Settings) -> None:
         listener = stack.enter_context(_bind_port(settings.host, settings.port))
         log.info("port_bound", url=_url(listener), answers="when the models are ready")
         if settings.grpc_port is not None:
-            port = stack.enter_context(_reserve_grpc_port(settings.host, settings.grpc_port))
+            _require_grpc()
+            port = stack.enter_context(_reserve_port(settings.host, settings.grpc_port, "grpc"))
             settings = settings.model_copy(update={"grpc_port": port})
+        if settings.admin_port is not None:
+            host = settings.admin_host or settings.host
+            port = stack.enter_context(_reserve_port(host, settings.admin_port, "admin"))
+            settings = settings.model_copy(update={"admin_port": port})
         if settings.redis_url is None:
             if settings.durability == "replicated":
                 raise CannotServeError(
@@ -147,8 +157,8 @@ def _ignore_stop_signals() -> None:
 
 
 @contextmanager
-def _bind_port(host: str, port: int, flag: str = "--port") -> Iterator[socket.socket]:
-    """The listening socket, bound before models are loaded; errors name the port's flag."""
+def _bind_port(host: str, port: int, option: str = OPTIONS["http"]) -> Iterator[socket.socket]:
+    """The listening socket, bound before models are loaded; errors name the port's option."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     with listener:
@@ -156,23 +166,20 @@ def _bind_port(host: str, port: int, flag: str = "--port") -> Iterator[socket.so
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise _listen_error(error, host, port, flag) from error
+            raise _listen_error(error, host, port, option) from error
         listener.set_inheritable(True)
         yield listener
 
 
 @contextmanager
-def _reserve_grpc_port(host: str, port: int) -> Iterator[int]:
-    """Reserve the gRPC port, and yield it: each worker listens on it by itself (SO_REUSEPORT).
+def _reserve_port(host: str, port: int, kind: Literal["grpc", "admin"]) -> Iterator[int]:
+    """Reserve a second port, and yield it: each worker listens on it by itself (SO_REUSEPORT).
 
     Without SO_REUSEPORT a port that another service listens on is an error, as it should be; so it
     is bound in that way first.
     """
-    if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("grpc_health") is None:
-        raise CannotServeError(
-            "CARRY_GRPC_PORT needs packages that are not installed: pip install ./client '.[grpc]'"
-        )
-    with _bind_port(host, port, GRPC_FLAG) as unused:
+    option = OPTIONS[kind]
+    with _bind_port(host, port, option) as unused:
         address = unused.getsockname()[:2]
     with socket.socket(unused.family, socket.SOCK_STREAM) as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -180,17 +187,25 @@ def _reserve_grpc_port(host: str, port: int) -> Iterator[int]:
             reserved.bind(address)
         except OSError as error:
             # this service's own HTTP port, which is bound and not yet listened on
-            raise _listen_error(error, host, address[1], GRPC_FLAG) from error
-        log.info("grpc_port_bound", host=address[0], port=address[1])
+            raise _listen_error(error, host, address[1], option) from error
+        log.info(f"{kind}_port_bound", host=address[0], port=address[1])
         yield address[1]
 
 
-def _listen_error(error: OSError, host: str, port: int, flag: str) -> CannotServeError:
+def _require_grpc() -> None:
+    if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("grpc_health") is None:
+        raise CannotServeError(
+            "CARRY_GRPC_PORT needs packages that are not installed: pip install ./client '.[grpc]'"
+        )
+
+
+def _listen_error(error: OSError, host: str, port: int, option: str) -> CannotServeError:
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-        remedy = "set CARRY_HOST to an address of this machine, for example 127.0.0.1"
+        setting = "CARRY_ADMIN_HOST" if option == OPTIONS["admin"] else "CARRY_HOST"
+        remedy = f"set {setting} to an address of this machine, for example 127.0.0.1"
     else:
-        remedy = f"choose another port, for example `carry serve {flag} {port + 1}`"
-        if flag == "--port":
+        remedy = f"choose another port, for example `{option}{port + 1}`"
+        if option == OPTIONS["http"]:
             remedy += f" or `make run PORT={port + 1}`"
     return CannotServeError(f"cannot listen on {host}:{port} ({error.strerror}); {remedy}")
 

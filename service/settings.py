@@ -81,6 +81,21 @@ class Settings(BaseSettings):
     """Maximum concurrent gRPC calls of one worker; further ones get `RESOURCE_EXHAUSTED`. More than
     all clients together have open; each stream may take `CARRY_MAX_BODY_BYTES` of memory."""
 
+    metrics: bool = True
+    """Serve `/metrics`; off, the service has none."""
+
+    docs: bool = True
+    """Serve the documentation: `/docs`, `/docs/errors` and `/openapi.json`. It describes the API
+    and the models, not the streams."""
+
+    admin_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """TCP port for `/metrics`, the documentation and the health checks; 0 selects a free one. The
+    clients' port then has the health checks only. Let only the monitoring reach it: it asks for no
+    key."""
+
+    admin_host: Annotated[str | None, StringConstraints(min_length=1)] = None
+    """Address of the admin port, if not `host`; 127.0.0.1 is reachable from this machine only."""
+
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port. Each keeps one to two cores busy and holds its own copy
     of every model; add workers while cores are idle."""

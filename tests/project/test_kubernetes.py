@@ -52,6 +52,11 @@ def test_manifests_are_valid_and_select_the_same_pods(overlay: str) -> None:
     assert (
         not labels.items() & policy["ingress"][0]["from"][0]["podSelector"]["matchLabels"].items()
     )
+    monitor = found["ServiceMonitor"]["spec"]["endpoints"]
+    assert [each["port"] for each in monitor] == ["admin"]
+    reached = {each["ports"][0]["port"]: each["from"] for each in policy["ingress"]}
+    assert set(reached) == {each["name"] for each in found["Service"]["spec"]["ports"]}
+    assert all(set(each) == {"namespaceSelector"} for each in reached["admin"])
     scaler = found.get("ScaledObject") or found["HorizontalPodAutoscaler"]
     assert scaler["spec"]["scaleTargetRef"]["name"] == found["Deployment"]["metadata"]["name"]
 
@@ -76,4 +81,7 @@ def test_settings_and_times_fit_together(overlay: str, monkeypatch: pytest.Monke
     assert settings.lame_duck_s > unready_s
     stopped_s = settings.lame_duck_s + settings.drain_s + MARGIN_S
     assert pod["terminationGracePeriodSeconds"] > stopped_s
-    assert container["ports"] == [{"name": "http", "containerPort": settings.port}]
+    assert container["ports"] == [
+        {"name": "http", "containerPort": settings.port},
+        {"name": "admin", "containerPort": settings.admin_port},
+    ]

@@ -79,7 +79,9 @@ def two_workers(
     folder = tmp_path_factory.mktemp("two")
     with (
         real_server("valkey") as store,
-        running(folder, probe.path, "--workers", "2", redis_url=store.url) as up,
+        running(
+            folder, probe.path, "--workers", "2", redis_url=store.url, CARRY_ADMIN_PORT="0"
+        ) as up,
     ):
         until(lambda: len(lines(up, "worker_ready")) == 2, "both workers", READY_S)
         yield up, store
@@ -104,6 +106,28 @@ def is_live(service: Service) -> bool:
     except httpx.RemoteProtocolError:
         # a draining worker closes a connection on which no request has arrived; clients try again
         return httpx.get(url, verify=False).status_code == 200
+
+
+def test_only_the_admin_port_has_metrics_of_all_workers_and_documentation(
+    two_workers: tuple[Service, RealServer],
+) -> None:
+    service, _ = two_workers
+    (bound,) = lines(service, "admin_port_bound")
+    admin = f"http://{bound['host']}:{bound['port']}"
+    streams = f"{service.url}/v1/models/probe/streams"
+    for index in range(8):
+        reply = httpx.post(f"{streams}/s{index}/chunks", json={"inputs": [[0.5] * 3]}, verify=False)
+        assert reply.status_code == 200
+    # each on a connection of its own, which one of the workers accepts
+    for _ in range(8):
+        text = httpx.get(f"{admin}/metrics", verify=False).text
+        assert 'carry_chunks_total{model="probe"} 8.0' in text
+    for path in ("/metrics", "/docs", "/docs/errors", "/openapi.json"):
+        assert httpx.get(service.url + path, verify=False).status_code == 404, path
+        assert httpx.get(admin + path, verify=False).status_code == 200, path
+    assert httpx.get(f"{admin}/health/ready", verify=False).status_code == 200
+    assert "/v1/models" in httpx.get(f"{admin}/openapi.json", verify=False).json()["paths"]
+    assert httpx.get(f"{admin}/v1/models", verify=False).json()["code"] == "not_found"
 
 
 def test_a_worker_that_fails_to_start_is_restarted_while_others_serve(

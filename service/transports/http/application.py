@@ -7,7 +7,7 @@ decides nothing about streams and keeps nothing between requests.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.responses import HTMLResponse
+from starlette.routing import BaseRoute
 
 from service.ops.logs import RequestIds
 from service.pipeline.pipeline import Pipeline
@@ -48,6 +49,7 @@ def create_api(
     metrics: RenderMetrics | None = None,
     connections: ConnectionLimits | None = None,
     fast_path: bool = True,
+    docs: bool = True,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -58,39 +60,22 @@ def create_api(
         metrics: gives the body and the content type of `/metrics`; without it there is none.
         connections: bounds on the connections of this worker.
         fast_path: whether chunk requests may skip uvicorn's parser and FastAPI.
+        docs: whether it has the documentation: `/docs`, `/docs/errors` and `/openapi.json`.
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
     if metrics is not None:
         routers.append(health.metrics_router(metrics))
     ids = RequestIds()
-    app = FastAPIOffline(
-        title="Carry",
-        version=version("carry"),
-        summary="Stateful recurrent networks over event streams.",
-        description=DESCRIPTION,
-        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        redoc_url=None,
-        static_url="/docs/assets",
-        redirect_slashes=False,
-        # `include_router` would wrap each route once more, 8 us a request
-        routes=[route for router in routers for route in router.routes],
-        # reads the environment at every request, 3 us
-        telemetry={"tracing": False, "metrics": False, "logs": False},
-        lifespan=lifespan,
-    )
+    # `include_router` would wrap each route once more, 8 us a request
+    routes = [route for router in routers for route in router.routes]
+    app = create_application(routes, ids, docs=docs, lifespan=lifespan)
     api = ApiContext(
         pipeline, limits, recorder, now_ms, LongBodyAdmission(limits.max_waiting_bytes)
     )
     app.state.api = api
     for name in pipeline.models:
         api.wire(name)
-    app.add_api_route(
-        REFERENCE, _error_reference, include_in_schema=False, response_class=HTMLResponse
-    )
-    add_error_handlers(app)
-    app.add_middleware(InternalErrorMiddleware)
-    app.add_middleware(RequestLogMiddleware, ids=ids)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -103,6 +88,41 @@ def create_api(
         ConnectionErrors(recorder, ids),
         (FastPath(api, ids),) if fast_path else (),
     )
+    return app
+
+
+def create_application(
+    routes: Iterable[BaseRoute], ids: RequestIds, *, docs: bool, **options: Any
+) -> FastAPI:
+    """An application of these routes, whose errors are problem documents.
+
+    Args:
+        docs: whether it has the documentation.
+        options: of FastAPI.
+    """
+    options = {
+        "title": "Carry",
+        "version": version("carry"),
+        "summary": "Stateful recurrent networks over event streams.",
+        "description": DESCRIPTION,
+        "license_info": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        "redoc_url": None,
+        "redirect_slashes": False,
+        "routes": list(routes),
+        # reads the environment at every request, 3 us
+        "telemetry": {"tracing": False, "metrics": False, "logs": False},
+        **options,
+    }
+    if docs:
+        app = FastAPIOffline(static_url="/docs/assets", **options)
+        app.add_api_route(
+            REFERENCE, _error_reference, include_in_schema=False, response_class=HTMLResponse
+        )
+    else:
+        app = FastAPI(docs_url=None, openapi_url=None, **options)
+    add_error_handlers(app)
+    app.add_middleware(InternalErrorMiddleware)
+    app.add_middleware(RequestLogMiddleware, ids=ids)
     return app
 
 

@@ -81,9 +81,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         raise error
     path, method = request.url.path, request.method
     if error.status_code == 404:
-        return _error_response(
-            request, RouteNotFound(f"expected an address that GET /docs lists, got {path[:300]!r}")
+        expected = (
+            "an address that GET /docs lists" if request.app.openapi_url else "a known address"
         )
+        return _error_response(request, RouteNotFound(f"expected {expected}, got {path[:300]!r}"))
     if error.status_code == 405:
         allowed = _allowed_methods(request)
         not_allowed = MethodNotAllowed(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 from pydantic import TypeAdapter
 
 from service.core.errors import leaf_errors
 from service.core.values import Check
+from service.transports.http.application import create_api
 from service.transports.http.replies import reply_types
-from tests.service.transports.http.harness import EVENT, Harness, problem, rows
+from tests.service.transports.http.harness import EVENT, LIMITS, Harness, problem, rows
 
 
 async def test_models_are_listed_by_name(api: Harness) -> None:
@@ -198,6 +200,17 @@ async def test_documentation_works_without_a_network(api: Harness) -> None:
     for asset in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"):
         assert f"/docs/assets/{asset}" in page.text
         assert (await api.client.get(f"/docs/assets/{asset}")).status_code == 200
+
+
+async def test_an_application_without_documentation_and_metrics_has_none(api: Harness) -> None:
+    app = create_api(api.pipeline, LIMITS, api.counts, docs=False)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
+        for path in ("/docs", "/docs/errors", "/docs/assets/favicon.png", "/openapi.json"):
+            found = problem(await client.get(path), 404, "not_found")
+            assert found["detail"] == f"expected a known address, got '{path}'"
+        problem(await client.get("/metrics"), 404, "not_found")
+        assert (await client.get("/v1/models")).status_code == 200
 
 
 async def test_live_does_not_depend_on_the_store(api: Harness) -> None:

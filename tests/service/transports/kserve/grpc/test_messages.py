@@ -12,7 +12,7 @@ import pytest
 
 from service.core import errors
 from service.core.errors import CarryError
-from service.server import CannotServeError, _bind_port, _reserve_grpc_port
+from service.server import CannotServeError, _bind_port, _reserve_port
 from service.transports.http.statuses import STATUS
 from service.transports.kserve.grpc.errors import STATUS_CODES, status_code
 
@@ -57,7 +57,7 @@ def test_port_that_is_in_use_is_an_error() -> None:
         port = other.getsockname()[1]
         with (
             pytest.raises(CannotServeError, match=f"cannot listen on 127.0.0.1:{port}") as caught,
-            _reserve_grpc_port("127.0.0.1", port),
+            _reserve_port("127.0.0.1", port, "grpc"),
         ):
             pass
     assert f"carry serve --grpc-port {port + 1}`" in str(caught.value)
@@ -69,7 +69,7 @@ def test_port_of_http_is_an_error() -> None:
         port = listener.getsockname()[1]
         with (
             pytest.raises(CannotServeError, match=f"cannot listen on 127.0.0.1:{port}"),
-            _reserve_grpc_port("127.0.0.1", port),
+            _reserve_port("127.0.0.1", port, "grpc"),
         ):
             pass
 
