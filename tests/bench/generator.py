@@ -23,7 +23,7 @@ import httptools
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.bench.traffic import Sampled, Ticket, Traffic, TrafficSpec, WrongReplyError
+from tests.bench.traffic import Ticket, Traffic, TrafficSpec, WrongReplyError
 
 HOST = "127.0.0.1"
 READ_BYTES = 1 << 18
@@ -48,7 +48,7 @@ class Load:
         cpu_s: the generator's own processor time.
         rejected: requests that were answered by 429, where that is allowed.
         unanswered: open loop: requests that were not sent, or not answered, before the end.
-        sampled: replies of sampled streams.
+        sampled: bodies of the first replies to one stream.
     """
 
     seconds: float = 0.0
@@ -58,7 +58,7 @@ class Load:
     cpu_s: float = 0.0
     rejected: int = 0
     unanswered: int = 0
-    sampled: list[Sampled] = field(default_factory=list)
+    sampled: list[bytes] = field(default_factory=list)
 
     @property
     def chunks_per_s(self) -> float:
@@ -122,8 +122,9 @@ class Connection:
         self.sock.sendall(request)
         return self.receive()
 
+    # called by the parser
+
     def on_headers_complete(self) -> None:
-        """Called by the parser."""
         status = self._parser.get_status_code()
         self.is_rejected = self.may_reject and status == 429
         is_expected = status == 200 or self.is_rejected
@@ -131,11 +132,9 @@ class Connection:
             raise WrongReplyError(f"expected status 200 and a length, got status {status}")
 
     def on_body(self, piece: bytes) -> None:
-        """Called by the parser."""
         self._pieces.append(piece)
 
     def on_message_complete(self) -> None:
-        """Called by the parser."""
         self._bodies.append(b"".join(self._pieces))
         self._pieces.clear()
 

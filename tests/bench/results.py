@@ -145,19 +145,19 @@ class Results:
         """Keep the median, minimum and maximum of some values."""
         self.figures[name] = Figure(median(values), min(values), max(values))
 
-    def ratio(self, name: str, above: Sequence[float], below: Sequence[float]) -> None:
-        """Keep the ratio of two series, round by round."""
-        pairs = zip(above, below, strict=True)
+    def ratio(self, name: str, above: Sequence[Any], below: Sequence[Any], of: str) -> None:
+        """Keep the ratio of a field of two rows, round by round."""
+        pairs = [
+            (getattr(one, of), getattr(other, of)) for one, other in zip(above, below, strict=True)
+        ]
         # Processor time is counted in steps of 10 ms: in a very short round it can be zero.
         self.figure(name, [one / other if other else math.inf for one, other in pairs])
 
     def compare(self, name: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
         """Keep the ratio of our chunks/s to theirs, and the same by CPU time of a chunk."""
-        rates = ([sample.chunks_per_s for sample in side] for side in (ours, theirs))
-        self.ratio(name, *rates)
+        self.ratio(name, ours, theirs, "chunks_per_s")
         # Where others use the machine too, this one suffers less.
-        costs = ([sample.cpu_us_per_chunk for sample in side] for side in (theirs, ours))
-        self.ratio(f"{name}, by CPU", *costs)
+        self.ratio(f"{name}, by CPU", theirs, ours, "cpu_us_per_chunk")
 
 
 def show_section(results: Results, section: str) -> str:

@@ -7,6 +7,10 @@ port and the store's address. The store is a Valkey with the options of the serv
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.artifact.artifact import Artifact
 from tests.bench.answers import TOLERANCE, check_answers
 from tests.bench.generator import Connection, Load, make_streams, run_closed, try_connect
-from tests.bench.processes import helper_process, running_process
 from tests.bench.results import Results, Sample
 from tests.bench.traffic import Traffic, TrafficSpec
 from tests.bench.workloads import STEPS, Bodies, make_traffic, standard_model
@@ -34,6 +38,7 @@ REST_S, REST_SHARE = 0.5, 0.2
 """A server that used less than this share of a core for so long is at rest."""
 
 RESTS_WITHIN_S = 180.0
+PR_SET_TIMERSLACK = 29
 UNANSWERED = "requests were not answered in time"
 
 
@@ -190,7 +195,17 @@ class Bench:
             variables = {"BENCH_ARTIFACT": str(artifact.path), "BENCH_SOCKET": store.socket}
             variables |= {"BENCH_REPLY_BYTES": str(reply_bytes)}
             log = folder / "log"
-            process = self.start(running_process(command, self.cores.servers, log, variables))
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    command,
+                    cwd=REPOSITORY,
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, **variables},
+                    preexec_fn=pin_child(self.cores.servers),
+                )
+            self.start(process)
+            self.scope.callback(process.terminate)
             connected = until(lambda: process.poll() is not None or try_connect(port), kind)
             assert isinstance(connected, Connection), log.read_text()
             connected.close()
@@ -230,7 +245,7 @@ class Bench:
         """
         bodies, artifact = bodies or self.bodies, server.artifact
         options |= {} if server.has_positions else {"positions": False}
-        options["sampled"] = int(server.has_positions and not options.get("items"))
+        options["is_sampled"] = server.has_positions and not options.get("items")
         count, prefix = streams or self.options.streams, key.replace("/", "-")
         spec = make_traffic(artifact, bodies, prefix, count, **options)
         if not spec.moves:
@@ -240,7 +255,7 @@ class Bench:
             with closing(Connection(server.port)) as connection:
                 traffic.accept(ticket, connection.ask(request))
         load = self.warm(server, key, spec)
-        if spec.sampled:
+        if spec.is_sampled:
             check_answers(artifact, spec, bodies.rows, load.sampled, tolerance)
         return load
 
@@ -250,12 +265,14 @@ class Bench:
         load: Load = self.run(run_closed, key, server.port, min(CONNECTIONS, spec.streams), WARM_S)
         return load
 
-    def measure_rounds(self, rows: Sequence[Row]) -> None:
-        """Every row in every round, each round beginning with the next one."""
-        for turn in range(self.options.rounds):
+    def measure_rounds(self, rows: Sequence[Row]) -> list[list[Sample]]:
+        """Every row in every round, each round beginning with the next one; the rounds by row."""
+        rounds = self.options.rounds
+        for turn in range(rounds):
             first = turn % len(rows)
             for row in (*rows[first:], *rows[:first]):
                 self.measure_closed(row)
+        return [self.results.rows[row.name][-rounds:] for row in rows]
 
     def measure_closed(self, row: Row) -> Load:
         """One more round of a row."""
@@ -279,3 +296,16 @@ class Bench:
             f" (generator {sample.generator_cpu:.0%}, store {sample.store_cpu:.0%} of their core)"
         )
         return load
+
+
+def helper_process(cores: Sequence[int]) -> ProcessPoolExecutor:
+    """An executor of one process on these cores, without garbage collection, timers exact."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_prepare, initargs=(cores,))
+
+
+def _prepare(cores: Sequence[int]) -> None:
+    pin_child(cores)()
+    gc.disable()
+    if sys.platform == "linux":
+        # Otherwise the kernel may send each request of an open loop 50 us late.
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)

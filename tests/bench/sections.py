@@ -25,9 +25,8 @@ from service.store.settings import StoreSettings
 from tests.bench import workloads
 from tests.bench.answers import TRAINED_TOLERANCE, check_answers
 from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
-from tests.bench.processes import helper_process
 from tests.bench.results import MIB
-from tests.bench.run import CONNECTIONS, Bench, Row, Server
+from tests.bench.run import CONNECTIONS, Bench, Row, Server, helper_process
 from tests.bench.traffic import Media, Traffic, read_positions, write_request
 from tests.bench.workloads import FEW, KINDS, PLAIN, STEPS, Bodies, make_traffic
 from tests.support.machine import Cores, pin_child, read_usage
@@ -86,7 +85,7 @@ def per_runtime(
 def measure_peak(bench: Bench) -> None:
     """Every server: closed loop, 32 connections and 1, interleaved."""
     carry, results = bench.carry_kinds(), bench.results
-    rows: dict[tuple[str, int], Row] = {}
+    rows: list[Row] = []
     reply_bytes = 0
     with bench.scope:
         # Carry first, since the floor imitates its replies.
@@ -94,17 +93,17 @@ def measure_peak(bench: Bench) -> None:
             server = bench.start_server(kind, reply_bytes=reply_bytes)
             load = bench.prepare(server, kind)
             if kind in carry:
-                reply_bytes = len(load.sampled[0].reply)
-            for count in (CONNECTIONS, 1):
-                rows[kind, count] = Row(f"peak/{count}/{kind}", server, kind, count)
-        bench.measure_rounds([*rows.values()])
+                reply_bytes = len(load.sampled[0])
+            rows += [Row(f"peak/{n}/{kind}", server, kind, n) for n in (CONNECTIONS, 1)]
+        bench.measure_rounds(rows)
+    measured = results.rows
     for kind in carry:
-        ours = results.rows[rows[kind, CONNECTIONS].name]
+        ours = measured[f"peak/{CONNECTIONS}/{kind}"]
         for other in BASELINES:
-            theirs = results.rows[rows[other, CONNECTIONS].name]
+            theirs = measured[f"peak/{CONNECTIONS}/{other}"]
             results.compare(f"peak/{kind} over {other}", ours, theirs)
-        p50s = (results.values(rows[each, 1].name, "p50_ms") for each in (kind, "fastapi"))
-        results.ratio(f"peak/p50 at 1, {kind} over fastapi", *p50s)
+        alone = measured[f"peak/1/{kind}"], measured["peak/1/fastapi"]
+        results.ratio(f"peak/p50 at 1, {kind} over fastapi", *alone, "p50_ms")
         results.figure(f"peak/{kind} MiB", [sample.rss_mib for sample in ours])
 
 
@@ -125,10 +124,9 @@ def measure_beside(bench: Bench, kind: str) -> None:
         bench.prepare(server, server.name)
     for count in BESIDE_CONNECTIONS:
         rows = [Row(f"beside/{count}/{s.name}", s, s.name, count) for s in (this, that)]
-        bench.measure_rounds(rows)
-        for shown, field in BESIDE_FIELDS.items():
-            values = [results.values(row.name, field) for row in rows]
-            middle, error = geometric_mean([one / two for one, two in zip(*values, strict=True)])
+        pairs = [*zip(*bench.measure_rounds(rows), strict=True)]
+        for shown, of in BESIDE_FIELDS.items():
+            middle, error = geometric_mean([getattr(a, of) / getattr(b, of) for a, b in pairs])
             spread = [middle / (1 + error), middle, middle * (1 + error)]
             results.figure(f"beside/{count}: {shown}, this over the other", spread)
 
@@ -188,13 +186,14 @@ def measure_latency(bench: Bench, kind: str) -> None:
                 long = long_driver.submit(run_closed, "long", server.port, 1, seconds)
             bench.measure(f"latency/{name}/{kind}", server, partial(bench.run, *load))
         bench.say(f"  {long.result().chunks} chunks of {LONG_STEPS} events beside it")
-    p99_ms = {name: results.values(f"latency/{name}/{kind}", "p99_ms") for name in OPEN_LOADS}
-    unloaded = results.values(f"latency/unloaded/{kind}", "p50_ms")
+    rows = {name: results.rows[f"latency/{name}/{kind}"] for name in ("unloaded", *OPEN_LOADS)}
+    unloaded = [sample.p50_ms for sample in rows["unloaded"]]
     for percent in (50, 80):
+        loaded = zip(rows[f"open-{percent}"], unloaded, strict=True)
         name = f"latency/{kind} p99 at {percent} % over unloaded p50"
-        results.ratio(name, p99_ms[f"open-{percent}"], unloaded)
+        results.figure(name, [sample.p99_ms / p50_ms for sample, p50_ms in loaded])
     name = f"latency/{kind} p99 beside long chunks over without"
-    results.ratio(name, p99_ms[BESIDE_LONG], p99_ms["open-50"])
+    results.ratio(name, rows[BESIDE_LONG], rows["open-50"], "p99_ms")
 
 
 def measure_streams(bench: Bench, kind: str) -> None:
@@ -215,14 +214,13 @@ def measure_streams(bench: Bench, kind: str) -> None:
                     client.mset(dict.fromkeys(keys[first : first + FILL_BATCH], state))
             bench.warm(server, key, spec)
             rows[key] = Row(f"streams/{key}/{kind}", server, key)
-    bench.measure_rounds([*rows.values()])
+    measured = dict(zip(rows, bench.measure_rounds([*rows.values()]), strict=True))
     for name, above, below in (
         (f"{many} over {FEW}", f"{many}-uncached", f"{FEW}-uncached"),
         (f"{FEW}, cache on over off", f"{FEW}-cached", f"{FEW}-uncached"),
         (f"{many}, cache on over off", f"{many}-cached", f"{many}-uncached"),
     ):
-        rates = (results.values(rows[key].name, "chunks_per_s") for key in (above, below))
-        results.ratio(f"streams/{name}", *rates)
+        results.ratio(f"streams/{name}", measured[above], measured[below], "chunks_per_s")
     shares = []
     with store.client() as client:
         for raw in STATE_BYTES:
@@ -254,7 +252,7 @@ def measure_cold_start(bench: Bench, kind: str) -> None:
 
 def _start_cold(bench: Bench, kind: str, name: str) -> tuple[float, float]:
     """Seconds to the whole first reply, and MiB without the embedded store."""
-    spec = make_traffic(bench.artifact, bench.bodies, name, 1, sampled=1)
+    spec = make_traffic(bench.artifact, bench.bodies, name, 1, is_sampled=True)
     traffic, port = Traffic(spec), free_port()
     request, ticket = traffic.request()
     pinned = pin_child(bench.cores.servers)
@@ -285,12 +283,12 @@ def measure_workers(bench: Bench, kind: str) -> None:
     two = bench.start_server(kind, workers=2, name="2")
     for server in (one, two):
         bench.prepare(server, server.name)
-    loads = list(product(WORKER_CONNECTIONS, (one, two)))
-    bench.measure_rounds([Row(f"workers/{n}-{s.name}/{kind}", s, s.name, n) for n, s in loads])
-    for count in WORKER_CONNECTIONS:
-        rows = (f"workers/{count}-{server.name}/{kind}" for server in (two, one))
-        rates = (results.values(row, "chunks_per_s") for row in rows)
-        results.ratio(f"workers/{kind} 2 over 1, {count} connections", *rates)
+    loads = list(product(WORKER_CONNECTIONS, (two, one)))
+    rows = [Row(f"workers/{n}-{s.name}/{kind}", s, s.name, n) for n, s in loads]
+    measured = iter(bench.measure_rounds(rows))
+    for count, ours, theirs in zip(WORKER_CONNECTIONS, measured, measured, strict=True):
+        name = f"workers/{kind} 2 over 1, {count} connections"
+        results.ratio(name, ours, theirs, "chunks_per_s")
     for name, server in ((kind, two), ("competent", bench.start_server("competent"))):
         lost = [race(bench, server, f"race-{turn}") for turn in range(RACES)]
         results.figure(f"workers/{name} lost", [max(lost)])
@@ -321,9 +319,8 @@ def measure_events(bench: Bench, kind: str) -> None:
     for feed, blocks in (("events", bodies), ("inputs", replace(bodies, events=None))):
         bench.prepare(server, feed, blocks, tolerance=TRAINED_TOLERANCE)
         rows.append(Row(f"events/{feed}/{kind}", server, feed))
-    bench.measure_rounds(rows)
-    rates = (bench.results.values(row.name, "chunks_per_s") for row in rows)
-    bench.results.ratio(f"events/{kind} events over inputs", *rates)
+    measured = bench.measure_rounds(rows)
+    bench.results.ratio(f"events/{kind} events over inputs", *measured, "chunks_per_s")
 
 
 def measure_widths(bench: Bench, kind: str) -> None:
@@ -353,9 +350,8 @@ def measure_kinds(bench: Bench, kind: str) -> None:
         rows[name] = Row(f"kinds/{CONNECTIONS}/{name}/{kind}", server, name)
     for name, row in rows.items():
         if name != PLAIN:
-            bench.measure_rounds([row, rows[PLAIN]])
-            theirs = results.rows[rows[PLAIN].name][-bench.options.rounds :]
-            results.compare(f"kinds/{kind} {name} over {PLAIN}", results.rows[row.name], theirs)
+            measured = bench.measure_rounds([row, rows[PLAIN]])
+            results.compare(f"kinds/{kind} {name} over {PLAIN}", *measured)
         bench.measure_rounds([Row(f"kinds/1/{name}/{kind}", server, name, 1)])
 
 

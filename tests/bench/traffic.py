@@ -2,7 +2,7 @@
 
 A `Traffic` hands out requests for streams that have none in flight, in turn, each at the
 stream's next position, and checks every reply: its status by the caller, its position here.
-The replies of a few streams are kept, so that their outputs can be checked after the run.
+The first replies of one stream are kept, so that their outputs can be checked after the run.
 Refuses to go on after a wrong reply: a figure from wrong answers is worth nothing.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -19,7 +19,7 @@ import orjson
 import ormsgpack
 
 SAMPLED_CHUNKS = 24
-"""Chunks of a sampled stream whose replies are kept; the oracle that checks them is slow."""
+"""Chunks of the sampled stream whose replies are kept; the oracle that checks them is slow."""
 
 Media = Literal["json", "msgpack"]
 Ticket = tuple[tuple[int, int], ...]
@@ -85,7 +85,7 @@ class TrafficSpec:
         moves: whether a request advances its stream; a forecast does not.
         positions: whether replies give the position (the floors' and predictions do not).
         may_reject: whether the server may answer 429; otherwise that ends the run.
-        sampled: streams whose first replies are kept.
+        is_sampled: whether the first replies to stream 0 are kept.
     """
 
     path: str
@@ -100,7 +100,7 @@ class TrafficSpec:
     moves: bool = True
     positions: bool = True
     may_reject: bool = False
-    sampled: int = 0
+    is_sampled: bool = False
 
     def name(self, stream: int) -> str:
         """The stream's name."""
@@ -111,29 +111,21 @@ class TrafficSpec:
         return (stream + chunk) % len(self.values)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The body of the reply to one chunk of a sampled stream."""
-
-    stream: int
-    chunk: int
-    reply: bytes
-
-
-@dataclass
 class Traffic:
-    """The streams of one spec, in one generator."""
+    """The streams of one spec, in one generator.
 
-    spec: TrafficSpec
-    sampled: list[Sampled] = field(default_factory=list)
-    events: int = 0
+    Attributes:
+        sampled: bodies of the first replies to stream 0, in order.
+        events: events that were answered.
+    """
 
-    def __post_init__(self) -> None:
-        spec = self.spec
-        order = list(range(spec.sampled, spec.streams))
+    def __init__(self, spec: TrafficSpec):
+        self.spec, self.events = spec, 0
+        self.sampled: list[bytes] = []
+        order = list(range(1, spec.streams))
         random.Random(1).shuffle(order)
-        # Sampled streams come first, so that a slow server reaches them too.
-        self._free = deque([*range(spec.sampled), *order])
+        # the sampled stream comes first, so that a slow server reaches it too
+        self._free = deque([0, *order])
         self._position = [spec.position] * spec.streams
         self._chunks = [0] * spec.streams
         is_json = spec.media == "json"
@@ -179,8 +171,8 @@ class Traffic:
                 )
         for stream, after in ticket:
             chunk = self._chunks[stream]
-            if stream < spec.sampled and chunk < SAMPLED_CHUNKS and not spec.items:
-                self.sampled.append(Sampled(stream, chunk, reply))
+            if spec.is_sampled and stream == 0 and chunk < SAMPLED_CHUNKS:
+                self.sampled.append(reply)
             self.events += spec.steps[spec.body(stream, chunk)]
             self._position[stream] = after
             self._chunks[stream] = chunk + 1
