@@ -1,23 +1,35 @@
-"""Rolling restart of two services behind HAProxy, with the configuration that is shipped."""
+"""Services behind HAProxy, with the configuration that is shipped: rolling restart, TLS."""
 
 from __future__ import annotations
 
+import json
 import os
+import ssl
 import subprocess
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from websockets.sync.client import connect
 
+from tests.support.certificates import Certificates, certificates
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 from tests.support.pipelines import make_artifact
+from tests.support.post_tables import INPUT, LSTM_OUTPUTS, PRINTED
 from tests.support.servers import free_port, real_server, until
 from tests.support.service import POLL_S, Service, running
 
-pytestmark = needs_tools("haproxy")
+__all__ = ["certificates"]
+pytestmark = needs_tools("haproxy", "curl")
 
 ENVIRONMENT = {"CARRY_LAME_DUCK_S": "4", "CARRY_KEEP_ALIVE_S": "10"}
 CLIENTS = 4
@@ -50,6 +62,27 @@ class Feeder(threading.Thread):
                 self.position = answer.json()["position"]
 
 
+@contextmanager
+def balancer(folder: Path, **environment: str) -> Iterator[str]:
+    """HAProxy with the shipped configuration; yields its URL. Its log is in `haproxy.log`."""
+    certificate = environment.get("CERTIFICATE")
+    address = f"127.0.0.1:{free_port()}"
+    url = f"{'https' if certificate else 'http'}://{address}"
+    trusted = ssl.create_default_context(cafile=certificate) if certificate else False
+    with (folder / "haproxy.log").open("wb") as output:
+        process = subprocess.Popen(
+            ["haproxy", "-db", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")],
+            env={**os.environ, "BIND": address, **environment},
+            stdout=output,
+        )
+    try:
+        until(lambda: _answers(url, trusted), "the load balancer", poll_s=POLL_S)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def test_rolling_restart_behind_a_load_balancer_fails_no_request(tmp_path: Path) -> None:
     models = make_artifact(tmp_path / "models").path
     with ExitStack() as stack:
@@ -62,16 +95,8 @@ def test_rolling_restart_behind_a_load_balancer_fails_no_request(tmp_path: Path)
                 tmp_path / name, models, "--port", str(port), redis_url=store.url, **ENVIRONMENT
             )
             services.append(stack.enter_context(service))
-        url = f"http://127.0.0.1:{free_port()}"
-        addresses = [each.url.removeprefix("http://") for each in services]
-        names = ("BIND", "SERVICE_ONE", "SERVICE_TWO")
-        balancer = subprocess.Popen(
-            ["haproxy", "-db", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")],
-            env={**os.environ, **dict(zip(names, (url[7:], *addresses), strict=True))},
-        )
-        stack.callback(balancer.wait)
-        stack.callback(balancer.terminate)
-        until(lambda: _answers(url), "the load balancer", poll_s=POLL_S)
+        one, two = (each.url.removeprefix("http://") for each in services)
+        url = stack.enter_context(balancer(tmp_path, SERVICE_ONE=one, SERVICE_TWO=two))
         feeders = [Feeder(url, f"s{index}") for index in range(CLIENTS)]
         for feeder in feeders:
             feeder.start()
@@ -84,9 +109,117 @@ def test_rolling_restart_behind_a_load_balancer_fails_no_request(tmp_path: Path)
         assert [feeder.problems for feeder in feeders] == [[]] * CLIENTS
 
 
-def _answers(url: str) -> bool:
+@pytest.fixture(scope="module")
+def gateway(
+    service: Service, certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """HAProxy with TLS in front of a service."""
+    folder = tmp_path_factory.mktemp("gateway")
+    pem = folder / "service.pem"
+    pem.write_bytes(
+        b"".join(
+            each.read_bytes()
+            for each in (certificates.key, certificates.certificate, certificates.authority)
+        )
+    )
+    http, grpc = service.url.removeprefix("http://"), service.grpc_address()
+    addresses = {"SERVICE_ONE": http, "SERVICE_TWO": http, "GRPC_ONE": grpc, "GRPC_TWO": grpc}
+    with balancer(folder, CERTIFICATE=str(pem), **addresses) as url:
+        yield Gateway(url, certificates.authority, folder / "haproxy.log")
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A load balancer with TLS, the authority of its certificate, and its log."""
+
+    url: str
+    authority: Path
+    log: Path
+
+
+def assert_outputs(reply: Any) -> None:
+    """Every output of the reply to INPUT is as printed."""
+    (outputs,) = reply["outputs"].values()
+    np.testing.assert_allclose(np.squeeze(outputs), LSTM_OUTPUTS, atol=PRINTED)
+
+
+def test_gateway_speaks_http2_and_logs_the_address_and_id_of_a_request(gateway: Gateway) -> None:
+    url = f"{gateway.url}/v1/models/post-lstm/streams/http2/chunks"
+    chunk = json.dumps({"inputs": [[value] for value in INPUT], "position": 0})
+    done = subprocess.run(
+        [
+            *("curl", "--silent", "--show-error", "--http2", "--cacert", str(gateway.authority)),
+            *("--json", chunk, "--header", "x-request-id: through-the-gateway"),
+            *("--write-out", "\n%{http_version} %{http_code}", url),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reply, outcome = done.stdout.splitlines()
+    assert outcome == "2 200", reply
+    assert_outputs(json.loads(reply))
+    (line,) = until(
+        lambda: [
+            each for each in gateway.log.read_text().splitlines() if "through-the-gateway" in each
+        ],
+        "the line of the request",
+    )
+    assert line.startswith("127.0.0.1:")
+    assert "carry~ services/" in line
+
+
+def test_gateway_routes_grpc(gateway: Gateway) -> None:
+    rows = np.array(INPUT, np.float32).reshape(1, -1, 1)
+    tensor = triton.InferInput("inputs", rows.shape, "FP32")
+    tensor.set_data_from_numpy(rows)
+    address = gateway.url.removeprefix("https://")
+    with triton.InferenceServerClient(
+        address, ssl=True, root_certificates=str(gateway.authority)
+    ) as client:
+        assert client.is_server_ready()
+        result = client.infer("post-lstm", [tensor], sequence_id="grpc", sequence_start=True)
+    outputs = result.as_numpy("output")
+    np.testing.assert_allclose(np.squeeze(outputs), LSTM_OUTPUTS, atol=PRINTED)
+
+
+def test_gateway_passes_websockets_of_pages_of_its_own_host(gateway: Gateway) -> None:
+    trusted = ssl.create_default_context(cafile=gateway.authority)
+    url = f"{gateway.url.replace('https', 'wss')}/v1/models/post-lstm/streams/socket/live"
+    with connect(url, ssl=trusted, origin=gateway.url, proxy=None) as socket:  # type: ignore[arg-type]
+        assert json.loads(socket.recv(timeout=30))["hello"]["position"] == 0
+        socket.send(json.dumps({"inputs": [[value] for value in INPUT], "position": 0}))
+        reply = json.loads(socket.recv(timeout=30))["reply"]
+    assert_outputs(reply)
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers with the headers of the request."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(self.headers.items()).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_gateway_forwards_the_clients_address_and_drops_what_it_claims(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo:
+        threading.Thread(target=echo.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{echo.server_port}"
+        with balancer(tmp_path, SERVICE_ONE=address, SERVICE_TWO=address) as url:
+            claims = {"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Proto": "https"}
+            sent = httpx.get(f"{url}/v1/models", headers=claims).json()
+        echo.shutdown()
+    forwarded = [(name.lower(), value) for name, value in sent if name.lower().startswith("x-f")]
+    assert forwarded == [("x-forwarded-for", "127.0.0.1"), ("x-forwarded-proto", "http")]
+
+
+def _answers(url: str, trusted: ssl.SSLContext | bool) -> bool:
     try:
-        return httpx.get(f"{url}/health/ready").status_code == 200
+        return httpx.get(f"{url}/health/ready", verify=trusted).status_code == 200
     except httpx.HTTPError:
         return False
 
