@@ -29,6 +29,7 @@ from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.logs import configure_logs, observe_requests
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
+from service.ops.sampler import Sampler, TransportLoad
 from service.ops.worker_pool import ON_LAME_DUCK, ON_STOP
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
@@ -101,7 +102,8 @@ def create_app() -> FastAPI:
         began_s = time.monotonic()
         await pipeline.start()
         for model in served:
-            recorder.model(model.name, model.version, model.runtime.name)
+            rows = pipeline.max_batch_rows(model)
+            recorder.model(model.name, model.version, model.runtime.name, rows)
         _tune_garbage_collector()
         on_stop = []
         if grpc_server is not None:
@@ -109,6 +111,8 @@ def create_app() -> FastAPI:
             on_stop.append(grpc_server.begin_stop)
         if admin is not None:
             await admin.start()
+        sampler = Sampler(recorder.registry, sorted(pipeline.models), store, pipeline.cache, loads)
+        sampler.start()
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:
             yield {
@@ -122,6 +126,7 @@ def create_app() -> FastAPI:
             if admin is not None:
                 await admin.stop()
             await pipeline.stop()
+            await sampler.stop()
             recorder.flush_requests()
             await store.outputs.close()
             await store.close()
@@ -167,6 +172,14 @@ def create_app() -> FastAPI:
             host=settings.admin_host or settings.host,
             port=settings.admin_port,
         )
+
+    def loads() -> dict[str, TransportLoad]:
+        by_transport = dict.fromkeys(("http", "websocket"), TransportLoad(0, 0))
+        by_transport |= api.state.http.connections.loads
+        if grpc_server is not None:
+            by_transport["grpc"] = grpc_server.load()
+        return by_transport
+
     inference = Inference(api.state.api, delete_at_end=settings.sequence_end == "delete")
     add_kserve(api, inference, recorder.statistics)
     grpc_server = None

@@ -32,6 +32,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.values import MultiProcessValue
 
 from service.core.values import Timing
 from service.pipeline.recorder import ModelStatistics
@@ -49,6 +50,9 @@ SECONDS = (
 )  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STAGES = ("queue", "load", "infer", "commit")
+
+RESTARTS = "carry_worker_restarts"
+RESTARTS_HELP = "Workers that exited and were started again."
 
 _STATISTICS = (
     "carry_chunks_total",
@@ -80,13 +84,16 @@ class PrometheusRecorder:
     """Recorder of Prometheus metrics (`service.pipeline.recorder.Recorder`); one per process.
 
     Takes some microseconds per chunk. Use from the event loop only.
+
+    Attributes:
+        registry: holds the metrics of this process; others may add theirs.
     """
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
         disable_created_metrics()
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self._served: set[str] = set()
         model = ("model",)
         self._chunks = Counter(
@@ -175,6 +182,15 @@ class PrometheusRecorder:
             registry=registry,
             multiprocess_mode="livemax",
         )
+        self._max_rows = Gauge(
+            "carry_batch_max_rows",
+            "Most streams in a batch.",
+            model,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        # the parent process counts them
+        Counter(RESTARTS, RESTARTS_HELP, registry=registry)
         Gauge(
             "carry_build_info",
             "The service's build; always 1.",
@@ -189,9 +205,11 @@ class PrometheusRecorder:
         self._series = lru_cache(maxsize=None)(self._series_of)
         self._refused = lru_cache(maxsize=None)(self._refusals.labels)
 
-    def model(self, name: str, version: str, runtime: str) -> None:
-        """Register a model that is served; its series start at zero."""
+    def model(self, name: str, version: str, runtime: str, max_rows: int) -> None:
+        """Register a model that is served, in batches of so many streams; its series start at
+        zero."""
         self._served.add(name)
+        self._max_rows.labels(name).set(max_rows)
         self._models.labels(name, version, runtime).set(1)
         self._series(name).queue.set(0)
         self._websockets.labels(name).set(0)
@@ -310,7 +328,7 @@ class PrometheusRecorder:
     def _of_all_workers(self) -> CollectorRegistry:
         directory = os.environ.get(MULTIPROCESS_DIR)
         if not directory:
-            return self._registry
+            return self.registry
         _drop_gauges_of_dead_workers(Path(directory))
         registry = CollectorRegistry()
         MultiProcessCollector(registry, path=directory)
@@ -334,6 +352,22 @@ def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
         counts = Tally([bisect_left(bounds, value) for value in values])
     for bucket, count in counts.items():
         buckets[bucket].inc(count)
+
+
+class WorkerRestarts:
+    """Counts the restarts of workers, in the process that starts them.
+
+    That process serves no metrics: it counts in a file of its own beside those of the workers. The
+    library is imported before it sets `PROMETHEUS_MULTIPROC_DIR`, so it names the class of values.
+    """
+
+    def __init__(self) -> None:
+        name = f"{RESTARTS}_total"
+        self._value = MultiProcessValue()("counter", name, name, (), (), RESTARTS_HELP)
+
+    def count(self) -> None:
+        """Count one."""
+        self._value.inc(1)
 
 
 def _drop_gauges_of_dead_workers(directory: Path) -> None:

@@ -37,6 +37,7 @@ from models.errors import ModelsError
 from service.core.errors import CarryError
 from service.engine.runtimes.loading import RuntimeUnavailableError
 from service.ops.logs import flush_logs
+from service.ops.metrics import WorkerRestarts
 from service.settings import SettingsError
 
 HEARTBEAT_INTERVAL_S: Final = 0.5
@@ -154,6 +155,7 @@ class WorkerPool:
         self._stop = False
         self._stop_now = False
         self._replace_all = False
+        self._restarts = WorkerRestarts()
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -218,6 +220,7 @@ class WorkerPool:
                 self._schedule_restart(slot, slot.worker)
             elif slot.worker is None and self._was_ready and time.monotonic() >= slot.start_at_s:
                 slot.worker = self._start()
+                self._restarts.count()
         self._draining = [worker for worker in self._draining if not worker.has_drained()]
 
     def _schedule_restart(self, slot: _Slot, worker: _Worker) -> None:

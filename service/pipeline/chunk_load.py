@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -53,11 +53,16 @@ class StateCache:
 
     Args:
         max_bytes: bound on the memory of the states; 0 keeps none.
+
+    Attributes:
+        size_bytes: memory of the states.
+        evictions: states that were evicted so far, by model.
     """
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
-        self._bytes = 0
+        self.size_bytes = 0
+        self.evictions: Counter[str] = Counter()
         self._entries: OrderedDict[StreamKey, StreamState] = OrderedDict()
 
     def get(self, key: StreamKey) -> StreamState | None:
@@ -71,18 +76,19 @@ class StateCache:
         """Cache a state whose commit has been sent; evicts the least recently used ones."""
         replaced = self._entries.pop(key, None)
         if replaced is not None:
-            self._bytes -= _size_bytes(replaced)
+            self.size_bytes -= _size_bytes(replaced)
         self._entries[key] = state
-        self._bytes += _size_bytes(state)
-        while self._bytes > self._max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self._bytes -= _size_bytes(oldest)
+        self.size_bytes += _size_bytes(state)
+        while self.size_bytes > self._max_bytes:
+            evicted, oldest = self._entries.popitem(last=False)
+            self.size_bytes -= _size_bytes(oldest)
+            self.evictions[evicted.model] += 1
 
     def drop(self, key: StreamKey) -> None:
         """Invalidate the cached state of a stream, if there is one."""
         state = self._entries.pop(key, None)
         if state is not None:
-            self._bytes -= _size_bytes(state)
+            self.size_bytes -= _size_bytes(state)
 
 
 def _size_bytes(state: StreamState) -> int:

@@ -88,6 +88,7 @@ class Pipeline:
     Attributes:
         models: the served models by name.
         streams: stream administration.
+        cache: the states of recent streams.
 
     A `deadline_s` is the time until which a caller waits, on the monotonic clock.
     """
@@ -107,8 +108,8 @@ class Pipeline:
         self._limits = limits
         self._now_ms = now_ms
         self._reset = on_model_change == "reset"
-        self._cache = StateCache(limits.state_cache_bytes)
-        self.streams = Streams(self.model, store, self._cache, now_ms=now_ms)
+        self.cache = StateCache(limits.state_cache_bytes)
+        self.streams = Streams(self.model, store, self.cache, now_ms=now_ms)
         self._tokens = StateTokens(store.token_key)
         self._compute = Compute()
         self._loop_priority = LoopPriority()
@@ -130,7 +131,7 @@ class Pipeline:
         run = ChunkBatchRunner(
             served,
             self._store,
-            self._cache,
+            self.cache,
             self._compute,
             self._recorder,
             now_ms=self._now_ms,
@@ -167,10 +168,11 @@ class Pipeline:
         on_depth: Callable[[int], None],
         map_error: Callable[[Job[P, R], CarryError], CarryError],
     ) -> Batcher[P, R]:
-        rows = min(self._limits.max_batch_rows, served.runtime.max_batch)
         return Batcher(
             run,
-            BatchLimits(rows, self._limits.max_batch_steps, served.runtime.max_steps),
+            BatchLimits(
+                self.max_batch_rows(served), self._limits.max_batch_steps, served.runtime.max_steps
+            ),
             max_queue=self._limits.max_queue,
             max_in_flight=self._limits.batches_in_flight,
             on_depth=on_depth,
@@ -233,6 +235,10 @@ class Pipeline:
                 f"expected one of the models {names}, got {name!r}", expected=names, got=name
             )
         return served
+
+    def max_batch_rows(self, served: ServedModel) -> int:
+        """Most streams in one call of a model's network."""
+        return min(self._limits.max_batch_rows, served.runtime.max_batch)
 
     def check_admission(
         self, model: str, key: StreamKey | None, left_s: float

@@ -25,6 +25,7 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
+from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
 
 
@@ -72,6 +73,10 @@ class StateStore(Protocol):
     def outputs(self) -> OutputChannel:
         """The channel on which it publishes what it commits to watched streams; not started."""
 
+    @property
+    def telemetry(self) -> StoreTelemetry:
+        """What its connections and checks count, in this process."""
+
     async def start(self) -> None:
         """Connect and check the servers' configuration; once, before use."""
 
@@ -80,6 +85,9 @@ class StateStore(Protocol):
 
     async def check(self) -> list[Check]:
         """Check readiness: whether the store accepts commits as required. Never raises."""
+
+    async def count_streams(self) -> dict[str, StreamCount]:
+        """Count the streams of each model, in bounded time; estimated if there are many."""
 
     def shard(self, key: StreamKey) -> Hashable:
         """The node that stores a stream; None for a single server."""

@@ -61,7 +61,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -315,6 +315,24 @@ def decode_head(header: bytes) -> StreamHead | None:
     if fields[2] == _DELETED:
         return None
     return StreamHead(fields[7], fields[8], fields[9])
+
+
+class StateSummary(NamedTuple):
+    """Size of a stored state, and wall clock of its commit in epoch milliseconds."""
+
+    size_bytes: int
+    updated_ms: int
+
+
+def summarize_state(header: bytes) -> StateSummary | None:
+    """Summarize a state by its first 96 bytes; None for a tombstone and for other bytes."""
+    if len(header) < HEADER_BYTES:
+        return None
+    fields = _STATE.unpack_from(header)
+    if fields[0] != STATE_MAGIC or fields[2] == _DELETED:
+        return None
+    size_bytes = HEADER_BYTES + fields[3] * _INT.itemsize + fields[4] * _FLOAT.itemsize
+    return StateSummary(size_bytes, fields[12])
 
 
 def head_bytes(head: StreamHead) -> bytes:

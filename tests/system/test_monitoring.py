@@ -1,4 +1,4 @@
-"""The shipped dashboard and rules: each query names existing series, and returns data."""
+"""The shipped dashboards and rules: each query names existing series, and returns data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.support.servers import RealServer, free_port, real_server, until
 from tests.support.service import POLL_S, Service, running
 
 RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
-DASHBOARD = ROOT / "deploy" / "grafana" / "carry.json"
+DASHBOARDS = sorted((ROOT / "deploy" / "grafana").glob("*.json"))
 METRICS = ROOT / "docs" / "reference" / "metrics.md"
 ROWS = [[0.5] * 3] * 4
 _METRIC = re.compile(r"\bcarry_[a-z_]+")
@@ -34,9 +35,13 @@ _THRESHOLD = re.compile(r" (>|==) [0-9.]+$")
 
 
 def queries() -> list[str]:
-    """The expressions of the dashboard and of the rules, of alerts without their thresholds."""
-    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
-    shown = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    """The expressions of the dashboards and of the rules, of alerts without their thresholds."""
+    shown = [
+        target["expr"]
+        for dashboard in DASHBOARDS
+        for panel in json.loads(dashboard.read_text(encoding="utf-8"))["panels"]
+        for target in panel["targets"]
+    ]
     groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
     rules = [_THRESHOLD.sub("", rule["expr"]) for group in groups for rule in group["rules"]]
     return [*shown, *rules]
@@ -49,13 +54,35 @@ def codes(kind: type[CarryError] = CarryError) -> set[str]:
 
 def test_queries_name_documented_metrics_and_codes() -> None:
     documented = set(re.findall(r"^\| `(carry_\w+)`", METRICS.read_text(), re.MULTILINE))
-    assert len(queries()) > 25
+    assert len(queries()) > 50
     for query in queries():
         named = {_SUFFIX.sub("", name) for name in _METRIC.findall(query)}
-        assert named or query.startswith("up{"), query
+        assert named or 'up{job="carry"}' in query, query
         assert named <= documented, query
         for listed in _CODES.findall(query):
             assert set(listed.split("|")) <= codes(), query
+
+
+def test_every_metric_is_shown_or_alerts() -> None:
+    documented = set(re.findall(r"^\| `(carry_\w+)`", METRICS.read_text(), re.MULTILINE))
+    used = {_SUFFIX.sub("", name) for query in queries() for name in _METRIC.findall(query)}
+    assert documented == used
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_panels_of_a_dashboard_do_not_overlap(path: Path) -> None:
+    dashboard = json.loads(path.read_text(encoding="utf-8"))
+    assert dashboard["uid"] == path.stem
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = Counter(
+        (x, y)
+        for at in (panel["gridPos"] for panel in panels)
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    )
+    assert set(cells.values()) == {1}
+    assert max(x for x, _ in cells) < 24
 
 
 @pytest.fixture

@@ -269,7 +269,7 @@ class ClusterRouter(Router):
 
     def _connect_to(self, address: Address) -> RedisServer:
         url = node_url(self._settings.url, address)
-        return RedisServer(replace(self._settings, url=url), redirect_handler=self)
+        return RedisServer(replace(self._settings, url=url), self, self.telemetry)
 
     def _address_of(self, connection: PipelinedConnection | None) -> Address | None:
         return next(

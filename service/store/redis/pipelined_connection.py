@@ -38,6 +38,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
 from service.core.errors import StoreRefused
+from service.store.observation import StoreTelemetry
 from service.store.redis.connections import (
     ConnectionFactory,
     abort,
@@ -166,7 +167,12 @@ class PipelinedConnection:
         last_error: the last error, for callers whose deadline expires.
     """
 
-    def __init__(self, factory: ConnectionFactory, redirect_handler: RedirectHandler | None = None):
+    def __init__(
+        self,
+        factory: ConnectionFactory,
+        redirect_handler: RedirectHandler | None = None,
+        telemetry: StoreTelemetry | None = None,
+    ):
         self._factory = factory
         self._redirect_handler = redirect_handler
         self._connection: AbstractConnection = factory.create_connection()
@@ -181,6 +187,9 @@ class PipelinedConnection:
         self._reply_due_since_s: float | None = None
         self._response_timer: asyncio.TimerHandle | None = None
         self._unavailable_since_s: float | None = None
+        self._telemetry = telemetry or StoreTelemetry()
+        self._timed: StoreRequest | None = None
+        self._timed_since_s = 0.0
         self._sequence = 0
         self.generation = 1
         self.last_error: BaseException | None = None
@@ -264,6 +273,7 @@ class PipelinedConnection:
             return
         packed: list[bytes] = []
         dropped: list[StoreRequest] = []
+        first: StoreRequest | None = None
         sequence, generation = self._sequence, self.generation
         for request in self._unwritten:
             if request.future.done() and not request.is_sent:
@@ -272,6 +282,7 @@ class PipelinedConnection:
             # The client library packs in Python, at four times the cost.
             packed.append(hiredis.pack_command(request.command))  # type: ignore[arg-type]
             sequence += 1
+            first = first or request
             request.is_sent, request.generation, request.sequence = True, generation, sequence
         self._sequence = sequence
         if dropped:
@@ -279,6 +290,8 @@ class PipelinedConnection:
             self._pending = deque(r for r in self._pending if r not in dropped)
         self._unwritten.clear()
         self._expect_reply()
+        if self._timed is None:
+            self._timed, self._timed_since_s = first, time.monotonic()
         try:
             writer.writelines(packed)
         except (OSError, RuntimeError) as error:
@@ -293,6 +306,8 @@ class PipelinedConnection:
             try:
                 async with asyncio.timeout(self._factory.response_timeout_s):
                     await self._connection.connect()
+                if self._sequence:
+                    self._telemetry.reconnects += 1
                 self._writer = writer_of(self._connection)
                 drop_unsent_on_close(self._connection)
                 async with asyncio.timeout(None) as self._read_timeout:
@@ -329,6 +344,7 @@ class PipelinedConnection:
             request.is_retry = request.is_retry or request.is_sent
         self._unwritten = list(self._pending)
         self.generation = self._sequence + 1
+        self._timed = None
         self._is_open, self._has_replied = True, False
         self._write()
 
@@ -347,6 +363,9 @@ class PipelinedConnection:
                     raise RedisConnectionError("its requests were taken over")
                 self._record_available()
                 request = self._pending.popleft()
+                if request is self._timed:
+                    self._timed = None
+                    self._telemetry.round_trips_s.append(time.monotonic() - self._timed_since_s)
                 if not request.future.done() and not request.is_asking:
                     request.future.set_result(Reply(value, request.is_retry))
             self._has_replied = True
@@ -360,6 +379,8 @@ class PipelinedConnection:
             RedisError: a transient error, after which everything pending is resent.
         """
         request = self._pending[0]
+        if request is self._timed:
+            self._timed = None
         if is_error_reply(error):
             request.mark_not_executed()
         if isinstance(error, NoScriptError) and request.fallback is not None:

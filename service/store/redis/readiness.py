@@ -94,9 +94,11 @@ class Readiness:
             await self.check()
 
     async def _check(self) -> Check:
+        telemetry = self._router.telemetry
         try:
             layout = await self._router.layout()
         except CarryError as error:
+            telemetry.is_up = False
             self._log_changes([ServerFault(error.detail)])
             return Check("store", False, error.detail)
         probes = self._probes(layout.servers)
@@ -106,13 +108,16 @@ class Readiness:
         faults = [each for each in results if each is not None]
         is_serving = len(faults) < len(layout.servers)
         is_safe = not any(each.is_unsafe for each in faults)
+        telemetry.is_up = is_serving and is_safe
+        telemetry.servers_up = len(layout.servers) - len(faults)
+        telemetry.servers_down = len(faults)
         if layout.coverage_error:
             faults.insert(0, ServerFault(layout.coverage_error))
         self._log_changes(faults)
         detail = "; ".join(each.detail for each in faults)
         return Check(
             "store",
-            is_serving and is_safe,
+            telemetry.is_up,
             detail or f"{self._router.redacted_url} accepts commits",
         )
 

@@ -22,6 +22,7 @@ from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from service.core.errors import StoreUnavailable
+from service.store.observation import StoreTelemetry
 from service.store.redis.connections import ConnectionFactory, describe_error, is_transient
 from service.store.redis.pipelined_connection import (
     BACKOFF_BASE_S,
@@ -41,15 +42,21 @@ class RedisServer:
     Args:
         settings: their address is this server's.
         redirect_handler: takes over redirected requests, if the server is a node of a cluster.
+        telemetry: what the connection for chunks counts, of the whole store.
 
     Raises:
         StoreRefused: the address cannot be used.
     """
 
-    def __init__(self, settings: StoreSettings, redirect_handler: RedirectHandler | None = None):
+    def __init__(
+        self,
+        settings: StoreSettings,
+        redirect_handler: RedirectHandler | None = None,
+        telemetry: StoreTelemetry | None = None,
+    ):
         self._factory = ConnectionFactory(settings)
         self.redacted_url = self._factory.redacted_url
-        self.connection = PipelinedConnection(self._factory, redirect_handler)
+        self.connection = PipelinedConnection(self._factory, redirect_handler, telemetry)
         self._pool = self._factory.create_pool()
 
     async def close(self) -> None:

@@ -57,6 +57,7 @@ from service.store.codec import (
     head_bytes,
     raw_head,
 )
+from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import Output, OutputChannel
 from service.store.redis.cluster_router import ClusterRouter
 from service.store.redis.connections import RETRY_AFTER_S, is_transient
@@ -76,6 +77,7 @@ from service.store.redis.readiness import Readiness
 from service.store.redis.router import Router, SingleServerRouter, first_error
 from service.store.redis.scan import list_streams
 from service.store.redis.server_checks import check_servers
+from service.store.redis.stream_count import count_streams
 from service.store.settings import Durability, StoreSettings
 
 DELETE_ATTEMPTS: Final = 6
@@ -131,6 +133,19 @@ class RedisStore:
     async def check(self) -> list[Check]:
         """Check readiness: whether the servers accept commits and are as durable as required."""
         return [await self._readiness.check()]
+
+    @property
+    def telemetry(self) -> StoreTelemetry:
+        """What its connections and checks count, in this process."""
+        return self._router.telemetry
+
+    async def count_streams(self) -> dict[str, StreamCount]:
+        """Count the streams of each model, in bounded time; estimated if there are many.
+
+        Raises:
+            StoreUnavailable, StoreRefused: the store as a whole.
+        """
+        return await count_streams(self._router, self._keys)
 
     def shard(self, key: StreamKey) -> Hashable:
         """The node that stores a stream; None for a single server."""

@@ -22,6 +22,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from service.core.errors import CarryError, StoreUnavailable
+from service.store.observation import StoreTelemetry
 from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S, describe_error
 from service.store.redis.outcomes import Outcome, Reply, ReplyLost
 from service.store.redis.pipelined_connection import PipelinedConnection, StoreRequest
@@ -48,11 +49,13 @@ class Router(ABC):
 
     Attributes:
         redacted_url: the address without secrets.
+        telemetry: what its connections count.
     """
 
     redacted_url: str
 
     def __init__(self, settings: StoreSettings):
+        self.telemetry = StoreTelemetry()
         self._wait_s = settings.wait_s
         self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
         # Half of the response timeout: a blocked WAIT must not look like an unresponsive server.
@@ -219,7 +222,7 @@ class SingleServerRouter(Router):
 
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
-        self._server = RedisServer(settings)
+        self._server = RedisServer(settings, telemetry=self.telemetry)
         self._connections = (self._server.connection,)
         self.redacted_url = self._server.redacted_url
 

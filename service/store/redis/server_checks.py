@@ -67,6 +67,9 @@ async def check_servers(router: Router, settings: StoreSettings) -> str:
         else:
             await _check_server(server, settings)
     await _check_partitions(router, settings)
+    telemetry = router.telemetry
+    telemetry.is_up = True
+    telemetry.servers_up, telemetry.servers_down = len(descriptions), len(unavailable)
     return "; ".join(dict.fromkeys(descriptions))
 
 

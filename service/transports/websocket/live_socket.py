@@ -57,8 +57,10 @@ class LiveSocket(asyncio.Protocol):
 
     Attributes:
         route: its address, with the names of its parameters.
-        progress, body_bytes, body_began_s: see `connections.Connection`.
+        transport_name, progress, body_bytes, body_began_s: see `connections.Connection`.
     """
+
+    transport_name = "websocket"
 
     __slots__ = (
         "_buffered",
@@ -325,6 +327,11 @@ class LiveSocket(asyncio.Protocol):
         if self._session is None or self._session.unanswered or self._session.is_reading:
             return Phase.SERVICE
         return Phase.BODY if self.body_bytes else Phase.LIVE
+
+    @property
+    def requests(self) -> int:
+        """Chunks that have not been answered."""
+        return 0 if self._session is None else self._session.unanswered
 
     @property
     def unsent_bytes(self) -> int:

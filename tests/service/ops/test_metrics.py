@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,29 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
 from service.core.values import Timing
 from service.ops.metrics import MULTIPROCESS_DIR, SECONDS, PrometheusRecorder, observe_all
 from service.pipeline.recorder import Recorder
+from tests.support.metrics import read, series
 from tests.support.servers import until_async
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-PAGE = REPOSITORY / "docs" / "reference" / "metrics.md"
-
-Series = tuple[str, frozenset[tuple[str, str]]]
-
-
-def read(text: bytes) -> dict[Series, float]:
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text.decode())
-        for sample in family.samples
-    }
-
-
-def series(name: str, **labels: str) -> Series:
-    return name, frozenset(labels.items())
 
 
 @pytest.fixture
@@ -72,8 +56,8 @@ async def _is_counted(recorder: PrometheusRecorder, labels: dict[str, str]) -> b
 
 def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports: Recorder = recorder
-    recorder.model("flights", "a1b2", "tensorflow")
-    recorder.model("post", "c3d4", "tensorflow")
+    recorder.model("flights", "a1b2", "tensorflow", 64)
+    recorder.model("post", "c3d4", "tensorflow", 64)
     first = Timing(queue_s=0.002, load_s=0.03, infer_s=0.4, commit_s=5.0)
     reports.record_chunks("flights", 19, [first, Timing()])
     reports.record_chunks("post", 1, [Timing()])
@@ -141,7 +125,7 @@ def test_observe_all_equals_observe_of_each_value(batches: list[list[float]]) ->
 
 
 def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> None:
-    recorder.model("flights", "a1b2", "tensorflow")
+    recorder.model("flights", "a1b2", "tensorflow", 64)
     found = read(recorder.render())
     for name in ("chunks", "events", "replays", "conflicts", "cache_hits", "cache_misses"):
         assert found[series(f"carry_{name}_total", model="flights")] == 0
@@ -149,7 +133,7 @@ def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> No
 
 
 def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
-    recorder.model("flights", "a1b2", "tensorflow")
+    recorder.model("flights", "a1b2", "tensorflow", 64)
     for name in ("nope", "nope2", "nope3"):
         recorder.record_error(name, "model_not_found")
     found = read(recorder.render())
@@ -169,7 +153,7 @@ from service.core.values import Timing
 from service.ops.metrics import PrometheusRecorder
 
 recorder = PrometheusRecorder()
-recorder.model("flights", "a1b2", "tensorflow")
+recorder.model("flights", "a1b2", "tensorflow", 64)
 recorder.record_chunks("flights", 5, [Timing(infer_s=0.25)])
 recorder.record_chunks("flights", 4, [Timing(queue_s=0.003, infer_s=0.2), Timing(infer_s=0.2)])
 recorder.record_queue_depth("flights", 3)
@@ -221,7 +205,7 @@ def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> No
 
 def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> None:
     reports: Recorder = recorder
-    recorder.model("flights", "a1b2", "tensorflow")
+    recorder.model("flights", "a1b2", "tensorflow", 64)
     first = Timing(queue_s=0.002, load_s=0.03, infer_s=0.4, commit_s=5.0)
     reports.record_chunks("flights", 19, [first, first, Timing()])
     reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
@@ -230,14 +214,3 @@ def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> N
     totals = recorder.statistics()["flights"]
     assert totals[:3] == (3, 1, 2)
     assert totals[3:] == pytest.approx((0.004, 0.06, 0.8, 10.0))
-
-
-async def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
-    recorder.model("flights", "a1b2", "tensorflow")
-    recorder.record_request("GET", "/metrics", 200, 1.0)
-    recorder.flush_requests()
-    recorder.record_error("flights", "conflict")
-    documented = set(re.findall(r"^\| `(carry_\w+)`", PAGE.read_text(), re.MULTILINE))
-    suffix = re.compile(r"_(bucket|sum|count)$")
-    rendered = {suffix.sub("", name) for name, _ in read(recorder.render())}
-    assert documented == {name for name in rendered if name.startswith("carry_")}

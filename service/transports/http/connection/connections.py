@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
 
 import structlog
+
+from service.ops.sampler import TransportLoad
 
 log = structlog.get_logger(__name__)
 
@@ -66,14 +68,20 @@ class Connection(Protocol):
     """What `Connections` needs of a connection.
 
     Attributes:
+        transport_name: its transport, as metrics name it.
         progress: grows whenever a request or reply is complete.
         body_bytes: bytes of request bodies that it buffers.
         body_began_s: when the body that it is receiving began, on the loop's clock.
     """
 
+    transport_name: str
     progress: int
     body_bytes: int
     body_began_s: float
+
+    @property
+    def requests(self) -> int:
+        """Requests that are being answered."""
 
     @property
     def phase(self) -> Phase:
@@ -99,6 +107,7 @@ class Connections:
     Attributes:
         limits: the limits.
         on_drain: called when the graceful shutdown begins, to end responses without an end.
+        loads: the load of each transport at the last check.
     """
 
     def __init__(self, limits: ConnectionLimits | None = None):
@@ -110,6 +119,7 @@ class Connections:
         self._timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self.on_drain: list[Callable[[], None]] = []
+        self.loads: Mapping[str, TransportLoad] = {}
 
     def drain(self) -> None:
         """Begin the graceful shutdown; each connection calls it."""
@@ -138,6 +148,7 @@ class Connections:
         if not self._seen and self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            self.loads = {}
 
     def set_body_bytes(self, connection: Connection, count: int) -> None:
         """Set how many bytes of request bodies a connection buffers.
@@ -175,6 +186,8 @@ class Connections:
     def _check_parts(self, now_s: float) -> Iterator[None]:
         """The same; yields after every `CHECKED_AT_ONCE` connections."""
         unsent_bytes = 0
+        open_ones: Counter[str] = Counter()
+        requests: Counter[str] = Counter()
         seen = list(self._seen.items())
         for number, (connection, (phase, progress, since_s)) in enumerate(seen, start=1):
             if not number % CHECKED_AT_ONCE:
@@ -183,12 +196,17 @@ class Connections:
                 # closed while others were checked
                 continue
             unsent_bytes += connection.unsent_bytes
+            open_ones[connection.transport_name] += 1
+            requests[connection.transport_name] += connection.requests
             if connection.phase is not phase or connection.progress != progress:
                 self._seen[connection] = (connection.phase, connection.progress, now_s)
             elif now_s - since_s > self._timeout_s(connection, phase):
                 if phase not in (Phase.IDLE, Phase.LIVE, Phase.LINGER):
                     self._events[f"{phase.value}_timeout"] += 1
                 connection.expire(phase)
+        self.loads = {
+            name: TransportLoad(count, requests[name]) for name, count in open_ones.items()
+        }
         if unsent_bytes > self.limits.max_pending_reply_bytes:
             self._shed_replies(unsent_bytes)
         if self._events and now_s - self._logged_s >= LOG_INTERVAL_S:

@@ -115,8 +115,10 @@ class HttpProtocol(FramingProtocol):
     """One connection.
 
     Attributes:
-        progress, body_bytes, body_began_s: see `connections.Connection`.
+        transport_name, progress, body_bytes, body_began_s: see `connections.Connection`.
     """
+
+    transport_name = "http"
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -209,6 +211,11 @@ class HttpProtocol(FramingProtocol):
     def _is_busy(self) -> bool:
         """Whether a complete request is being answered."""
         return self._is_cycle_received if self._has_cycle else self._pending is not None
+
+    @property
+    def requests(self) -> int:
+        """Requests that are being answered."""
+        return int(self._is_busy)
 
     @property
     def _has_pending_replies(self) -> bool:

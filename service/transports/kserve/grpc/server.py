@@ -17,9 +17,11 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from service.ops.sampler import TransportLoad
 from service.transports.common.failure_log import log_client_disconnect
 from service.transports.kserve.grpc.message_admission import MessageAdmission
 from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer, Statistics
+from service.transports.kserve.grpc.sockets import count_connections
 from service.transports.kserve.inference import Inference
 
 MAX_METADATA_BYTES: Final = 16 * 1024
@@ -83,6 +85,10 @@ class GrpcServer:
         self.port = port
         self._server: grpc.aio.Server | None = None
         self._stopped: asyncio.Task[None] | None = None
+
+    def load(self) -> TransportLoad:
+        """Its connections and requests; the connections are those of the process."""
+        return TransportLoad(count_connections(), self._servicer.requests)
 
     async def start(self) -> None:
         """Listen.

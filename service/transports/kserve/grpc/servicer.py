@@ -70,6 +70,7 @@ class InferenceServicer:
 
     Attributes:
         stopping: set when the server stops, which ends the streams.
+        requests: requests that are being answered.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class InferenceServicer:
         self._statistics = statistics
         self._ids = RequestIds()
         self.stopping = asyncio.Event()
+        self.requests = 0
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """The handler of each method."""
@@ -182,6 +184,7 @@ class InferenceServicer:
         """The result of a request's work, or its error, counted; either is logged."""
         began_s = time.perf_counter()
         result: T | CarryError
+        self.requests += 1
         try:
             result = await work()
         except CarryError as error:
@@ -192,6 +195,8 @@ class InferenceServicer:
             raise
         except Exception as error:
             result = log_unexpected_failure(error)
+        finally:
+            self.requests -= 1
         if isinstance(result, CarryError):
             # it refers to this frame, which refers to it: the request would not be freed
             result.__traceback__ = None

@@ -425,6 +425,7 @@ class IdleConnection:
     """A connection on which nothing happens."""
 
     phase, progress, unsent_bytes, body_bytes, body_began_s = Phase.IDLE, 0, 0, 0, 0.0
+    transport_name, requests = "http", 1
 
     def __init__(self) -> None:
         self.expired = 0
