@@ -25,6 +25,7 @@ from fastapi import FastAPI
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.manifest import MANIFEST_NAME
 from models.errors import ArtifactError
+from service.access.key_cache import AccessKeys
 from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.logs import configure_logs, observe_requests
 from service.ops.metrics import PrometheusRecorder
@@ -95,10 +96,13 @@ def create_app() -> FastAPI:
         on_model_change=settings.on_model_change,
     )
 
+    keys = AccessKeys(store, required=settings.require_keys)
+
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[dict[str, object]]:
         await store.start()
         await store.outputs.start()
+        await keys.start()
         began_s = time.monotonic()
         await pipeline.start()
         for model in served:
@@ -128,6 +132,7 @@ def create_app() -> FastAPI:
             await pipeline.stop()
             await sampler.stop()
             recorder.flush_requests()
+            await keys.close()
             await store.outputs.close()
             await store.close()
 
@@ -161,6 +166,7 @@ def create_app() -> FastAPI:
         fast_path=settings.http_fast_path,
         metrics=None if has_admin else metrics,
         docs=settings.docs and not has_admin,
+        keys=keys,
     )
     admin = None
     if settings.admin_port is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import importlib.util
+import ipaddress
 import os
 import signal
 import socket
@@ -88,7 +89,9 @@ def serve(settings: Settings) -> None:
             metrics_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
         os.environ.update(_environment(settings))
-        asyncio.run(_check_store(settings))
+        if asyncio.run(_has_access_keys(settings)) or not _may_be_open(settings, listener):
+            # a worker that starts later requires them too, whatever becomes of the keys
+            os.environ[f"{PREFIX}REQUIRE_KEYS"] = "True"
 
         def exit_process() -> NoReturn:
             """Exit the process without waiting for threads that are still compiling a network."""
@@ -215,13 +218,42 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _check_store(settings: Settings) -> None:
-    """Fail the start, in one line, on a store that the workers would reject."""
+async def _has_access_keys(settings: Settings) -> bool:
+    """Whether the store has access keys; fails the start, in one line, on a store that the workers
+    would reject."""
     store = open_store(store_settings(settings))
     try:
         await store.start()
+        stored = await store.access_keys(None)
     finally:
         await store.close()
+    return stored is not None and bool(stored[1])
+
+
+def _may_be_open(settings: Settings, listener: socket.socket) -> bool:
+    """Whether a service without access keys may answer requests without one.
+
+    Raises:
+        CannotServeError: it would be open to others.
+    """
+    if settings.require_keys:
+        return False
+    host = listener.getsockname()[0]
+    if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        return True
+    if not settings.insecure:
+        raise CannotServeError(
+            f"{host} is reachable from other machines, and there is no access key: whoever reaches "
+            "it could read and delete every stream. Make one with `carry keys create NAME`, or set "
+            "CARRY_REQUIRE_KEYS=1 to make it later; or, behind something that checks access, set "
+            "CARRY_INSECURE=1"
+        )
+    log.warning(
+        "insecure",
+        host=host,
+        reason="there is no access key: whoever reaches the port may do everything",
+    )
+    return True
 
 
 def _environment(settings: Settings) -> dict[str, str]:

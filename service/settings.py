@@ -37,6 +37,9 @@ PREFIX = "CARRY_"
 KIB = 1024
 MIB = 1024 * KIB
 
+CLIENT_VARIABLES = ("CARRY_API_KEY", "CARRY_API_KEY_FILE")
+"""Read by clients of a service, such as `carry streams`; no settings of the service itself."""
+
 Origin = Literal["flag", "env", "default"]
 
 
@@ -67,8 +70,8 @@ class Settings(BaseSettings):
     )
 
     host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
-    """Address to listen on. The default is reachable from this machine only. With 0.0.0.0 put a
-    gateway in front: the service has no access keys."""
+    """Address to listen on. The default is reachable from this machine only. Any other one needs
+    access keys (`carry keys create`), `require_keys`, or `insecure`."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port to listen on; 0 selects a free one."""
@@ -95,6 +98,14 @@ class Settings(BaseSettings):
 
     admin_host: Annotated[str | None, StringConstraints(min_length=1)] = None
     """Address of the admin port, if not `host`; 127.0.0.1 is reachable from this machine only."""
+
+    require_keys: bool = False
+    """Answer only requests with an access key, even before the first one is made. Without it, keys
+    are required as soon as there is one."""
+
+    insecure: bool = False
+    """Listen on an address that others reach although there is no access key: everybody who reaches
+    the port may do everything. Only behind something that checks access."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port. Each keeps one to two cores busy and holds its own copy
@@ -423,11 +434,11 @@ def reject_unknown(environ: Mapping[str, str]) -> None:
         SettingsError: naming them all.
     """
     known = [PREFIX + name.upper() for name in Settings.model_fields]
-    links = service_links(environ)
+    others = {*service_links(environ), *CLIENT_VARIABLES}
     unknown = sorted(
         name
         for name in environ
-        if name.upper().startswith(PREFIX) and name.upper() not in known and name not in links
+        if name.upper().startswith(PREFIX) and name.upper() not in known and name not in others
     )
     if not unknown:
         return

@@ -24,6 +24,9 @@
         StateTokenInvalid     state_token_invalid
         StateTokenOfOtherModel    state_token_of_other_model
         StateTokenOfOtherVersion  state_token_of_other_version
+      AccessDenied          the request was not let in; nothing was looked up
+        Unauthenticated       unauthenticated
+        Forbidden             forbidden
       NotFound
         ModelNotFound         model_not_found
         StreamNotFound        stream_not_found
@@ -262,6 +265,27 @@ class StateTokenOfOtherVersion(BadRequest):
     code = "state_token_of_other_version"
     title = "The state token belongs to another version of the model"
     remedy = "Start the sequence over, or serve the version that returned the token."
+
+
+class AccessDenied(CarryError):
+    """The request has no access key that allows it: nothing was looked up and nothing changed."""
+
+
+class Unauthenticated(AccessDenied):
+    code = "unauthenticated"
+    title = "The request has no valid access key"
+    remedy = (
+        "Send `Authorization: Bearer` and a key that `carry keys create` printed; it may have been "
+        "revoked, or have expired."
+    )
+
+
+class Forbidden(AccessDenied):
+    code = "forbidden"
+    title = "The access key does not allow this"
+    remedy = (
+        "Stay within the verbs, models and names that `allowed` states, or ask for another key."
+    )
 
 
 class NotFound(CarryError):

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from models.decoding.forecasts import Forecast
+from service.access.principal import Verb
 from service.core.delivery import check_position
 from service.core.errors import (
     AlreadyApplied,
@@ -221,6 +222,9 @@ class Pipeline:
     def announce_stop(self) -> None:
         """Fail the readiness check from now on, but accept requests: the lame-duck period."""
         self._stopping = "stopping soon"
+
+    def require(self, *verbs: Verb, model: str | None = None, stream: str | None = None) -> None:
+        """Allow everything: the pipeline is the entry of an open service (`entry.Entry`)."""
 
     def model(self, name: str) -> ServedModel:
         """Return the served model of that name.

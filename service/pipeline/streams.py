@@ -82,6 +82,21 @@ class Streams:
             )
         return stored
 
+    async def read_state(
+        self, key: StreamKey, precondition: Precondition | None = None
+    ) -> StreamState:
+        """Read a stream whose state's values are to be shown.
+
+        Raises:
+            StreamNotFound, StateDamaged, StoreUnavailable, StateChanged: as `read`.
+            StateIncompatible: another version of the model wrote the state.
+        """
+        record = await self.read(key, precondition=precondition)
+        served = self._model(key.model)
+        if not served.is_compatible(record):
+            raise served.incompatible(key.stream, record)
+        return record
+
     async def page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
         """List a page of the model's streams whose names start with `prefix`."""
         return await self._store.streams(self._model(model).name, prefix, cursor, limit)

@@ -102,6 +102,7 @@ class Watch:
         self._position = 0
         self._must_read = False
         self._is_draining = False
+        self._error: CarryError | None = None
 
     def resynchronize(self) -> None:
         """Read the stream, after what is buffered."""
@@ -111,6 +112,11 @@ class Watch:
     def drain(self) -> None:
         """End the watch, after what is buffered."""
         self._is_draining = True
+        self._wake()
+
+    def end(self, error: CarryError) -> None:
+        """End the watch at once, with this error."""
+        self._error = error
         self._wake()
 
     async def follow(self, interval_s: float) -> AsyncIterator[list[WatchEvent]]:
@@ -133,7 +139,7 @@ class Watch:
         """Wait for a turn, until something happened or the interval is over."""
         loop = asyncio.get_running_loop()
         self._turn = turn = loop.create_future()
-        if self._must_read or self._is_draining:
+        if self._must_read or self._is_draining or self._error is not None:
             self._turns.request(turn)
         timer = loop.call_later(interval_s, self._turns.request, turn)
         try:
@@ -147,6 +153,8 @@ class Watch:
             self._turns.request(self._turn)
 
     async def _next(self) -> list[WatchEvent]:
+        if self._error is not None:
+            return [Ended(self._error.code)]
         if self._next_output < self._buffer.end:
             return await self._on_outputs(await self._read_buffer())
         if self._is_draining:

@@ -11,7 +11,7 @@ Without it, the timeout of the store's settings applies.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -97,6 +97,24 @@ class StateStore(Protocol):
 
         Raises:
             CarryError: the store does not answer.
+        """
+
+    async def access_keys(
+        self, version: bytes | None, deadline_s: float | None = None
+    ) -> tuple[bytes, Mapping[str, bytes]] | None:
+        """Read the records of the access keys by id, and their version, which is new after each
+        write; None if `version` is the current one.
+
+        Raises:
+            CarryError: the store does not answer.
+        """
+
+    async def write_access_key(self, key_id: str, record: bytes) -> None:
+        """Write the record of an access key.
+
+        Raises:
+            NotDurable: it was written, but is not as durable as the settings require.
+            CarryError: the store does not answer; it may have been written.
         """
 
     async def load(

@@ -5,6 +5,8 @@
     {namespace}{pNNNN}:probe:{name}           trial commit of the readiness check, TTL of 1 ms
     {namespace}:meta                          format and number of partitions of the store
     {namespace}:token-key                     the key that signs state tokens, 32 random bytes
+    {namespace}:keys                          a hash of the access keys' records by id (see
+                                              `service.access.keys`), and their version
 
 The braces around `pNNNN` are literal, a hash tag of Redis Cluster: all streams of a partition are
 stored in one slot. The partition is CRC-32 of `model/stream` modulo P. A model's name contains no
@@ -143,6 +145,11 @@ class KeySpace:
     def token_key(self) -> str:
         """The key of the secret that signs state tokens."""
         return f"{self.namespace}:token-key"
+
+    @property
+    def access_keys(self) -> str:
+        """The key of the access keys' records."""
+        return f"{self.namespace}:keys"
 
     def partition(self, key: StreamKey) -> int:
         """The stream's partition, 0 to P-1; the same on every machine and version."""

@@ -10,11 +10,18 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from service.core.delivery import stream_facts
-from service.core.errors import CarryError, InternalError, OutcomeUnknown, StateDamaged
+from service.core.errors import (
+    CarryError,
+    InternalError,
+    OutcomeUnknown,
+    StateDamaged,
+    StoreRefused,
+    StoreUnavailable,
+)
 from service.core.values import StreamHead, StreamKey
 from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
 from service.store.codec import CodecError, raw_head
-from service.store.redis.connections import RETRY_AFTER_S
+from service.store.redis.connections import RETRY_AFTER_S, is_transient
 
 _CONCURRENT_WRITES: Final = "other writes changed the stream meanwhile"
 
@@ -45,6 +52,23 @@ class Reply(NamedTuple):
 
 
 Outcome = Reply | ReplyLost | CarryError
+
+
+def read_value(outcome: Outcome) -> Any:
+    """The value of a read's reply.
+
+    Raises:
+        StoreUnavailable, StoreRefused: the read has no reply.
+    """
+    if isinstance(outcome, Reply):
+        return outcome.value
+    if isinstance(outcome, CarryError):
+        raise outcome
+    cause = outcome.__cause__ or outcome
+    is_unavailable = isinstance(cause, (TimeoutError, ReplyLost)) or is_transient(cause)
+    raise (StoreUnavailable if is_unavailable else StoreRefused)(
+        f"the store does not answer: {outcome}", retry_after_s=RETRY_AFTER_S
+    ) from outcome
 
 
 def resolve_retried_commit(commit: Commit, result: Conflicted) -> CommitResult:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final
 
 import structlog
@@ -31,7 +31,6 @@ from service.core.errors import (
     Conflict,
     NotDurable,
     StoreRefused,
-    StoreUnavailable,
 )
 from service.core.values import (
     EPOCH_BYTES,
@@ -59,14 +58,16 @@ from service.store.codec import (
 )
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import Output, OutputChannel
+from service.store.redis.access_keys import read_access_keys, write_access_key
 from service.store.redis.cluster_router import ClusterRouter
-from service.store.redis.connections import RETRY_AFTER_S, is_transient
+from service.store.redis.connections import RETRY_AFTER_S
 from service.store.redis.outcomes import (
     Outcome,
     Reply,
     ReplyLost,
     encoding_error,
     outcome_unknown_error,
+    read_value,
     resolve_retried_commit,
     resolve_retried_deletion,
     state_damaged_error,
@@ -159,12 +160,22 @@ class RedisStore:
         value: Any = None
         for command in (("SET", key, drawn, "NX"), ("GET", key)):
             (outcome,) = await self._router.execute(StoreRequest.for_command(*command, slot=slot))
-            value = self._read_value(outcome)
+            value = read_value(outcome)
         if not isinstance(value, bytes) or len(value) != TOKEN_KEY_BYTES:
             raise StoreRefused(
                 f"key {key!r} of the store at {self._router.redacted_url} was not written by Carry"
             )
         return value
+
+    async def access_keys(
+        self, version: bytes | None, deadline_s: float | None = None
+    ) -> tuple[bytes, Mapping[str, bytes]] | None:
+        """Read the records of the access keys; None if they are those of `version`."""
+        return await read_access_keys(self._router, self._keys, version, deadline_s)
+
+    async def write_access_key(self, key_id: str, record: bytes) -> None:
+        """Write the record of an access key, and with it a new version of all keys."""
+        await write_access_key(self._router, self._keys, key_id, record)
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
@@ -184,7 +195,7 @@ class RedisStore:
             (outcome,) = await self._router.execute(
                 StoreRequest.for_command("MGET", *names), deadline_s=deadline_s
             )
-            values = self._read_value(outcome)
+            values = read_value(outcome)
             return [self._decode(key, value) for key, value in zip(keys, values, strict=True)]
         groups = self._group_by_slot(keys)
         outcomes = await self._router.execute(
@@ -199,7 +210,7 @@ class RedisStore:
         results: list[Loaded] = [None] * len(keys)
         for (_, group), outcome in zip(groups, outcomes, strict=True):
             try:
-                values = self._read_value(outcome)
+                values = read_value(outcome)
             except CarryError as error:
                 values = [error] * len(group)
             for index, value in zip(group, values, strict=True):
@@ -423,26 +434,10 @@ class RedisStore:
         (outcome,) = await self._router.execute(
             request, durably=self._is_durable, deadline_s=deadline_s
         )
-        values: list[bytes | None] = self._read_value(outcome)
+        values: list[bytes | None] = read_value(outcome)
         if isinstance(outcome, Reply) and not outcome.is_durable and values[0] is not None:
             raise self._not_durable_error(key)
         return values
-
-    def _read_value(self, outcome: Outcome) -> Any:
-        """The value of a read's reply.
-
-        Raises:
-            StoreUnavailable, StoreRefused: the read has no reply.
-        """
-        if isinstance(outcome, Reply):
-            return outcome.value
-        if isinstance(outcome, CarryError):
-            raise outcome
-        cause = outcome.__cause__ or outcome
-        is_unavailable = isinstance(cause, (TimeoutError, ReplyLost)) or is_transient(cause)
-        raise (StoreUnavailable if is_unavailable else StoreRefused)(
-            f"the store does not answer: {outcome}", retry_after_s=RETRY_AFTER_S
-        ) from outcome
 
     def _not_durable_error(self, key: StreamKey, reason: str = "") -> NotDurable:
         required = f"{self._settings.replicas} replicas"

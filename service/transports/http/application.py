@@ -14,17 +14,21 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.responses import HTMLResponse
-from starlette.routing import BaseRoute
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 
+from service.access.key_cache import AccessKeys
+from service.access.principal import Verb
 from service.ops.logs import RequestIds
+from service.pipeline.entries import Entries
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.transports.http.connection.connections import ConnectionLimits, Connections
 from service.transports.http.connection.fast_path import FastPath
 from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.connection.rejections import ConnectionErrors
-from service.transports.http.context import ApiContext
+from service.transports.http.context import ApiContext, api_of, entry_of
 from service.transports.http.error_handling import InternalErrorMiddleware, add_error_handlers
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
@@ -50,6 +54,7 @@ def create_api(
     connections: ConnectionLimits | None = None,
     fast_path: bool = True,
     docs: bool = True,
+    keys: AccessKeys | None = None,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -61,28 +66,36 @@ def create_api(
         connections: bounds on the connections of this worker.
         fast_path: whether chunk requests may skip uvicorn's parser and FastAPI.
         docs: whether it has the documentation: `/docs`, `/docs/errors` and `/openapi.json`.
+        keys: the access keys; without them the service is open.
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
     if metrics is not None:
-        routers.append(health.metrics_router(metrics))
+        routers.append(health.metrics_router(metrics, entry_of))
     ids = RequestIds()
     # `include_router` would wrap each route once more, 8 us a request
     routes = [route for router in routers for route in router.routes]
     app = create_application(routes, ids, docs=docs, lifespan=lifespan)
     api = ApiContext(
-        pipeline, limits, recorder, now_ms, LongBodyAdmission(limits.max_waiting_bytes)
+        Entries(pipeline, keys),
+        pipeline.readiness,
+        limits,
+        recorder,
+        now_ms,
+        LongBodyAdmission(limits.max_waiting_bytes),
     )
     app.state.api = api
-    for name in pipeline.models:
-        api.wire(name)
+    for served in pipeline.models.values():
+        api.wire(served)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = openapi_document(app, api)
+            app.openapi_schema = openapi_document(app, api, pipeline.models)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+    if docs:
+        _check_access_to_document(app)
     app.state.http = HttpState(
         Connections(connections),
         ConnectionErrors(recorder, ids),
@@ -124,6 +137,21 @@ def create_application(
     app.add_middleware(InternalErrorMiddleware)
     app.add_middleware(RequestLogMiddleware, ids=ids)
     return app
+
+
+def _check_access_to_document(app: FastAPI) -> None:
+    """Let `/openapi.json`, which describes the models, show those that a key may use."""
+
+    async def get_document(request: Request) -> Response:
+        entry = entry_of(request)
+        entry.require(Verb.MODELS)
+        api = api_of(request)
+        is_whole = api.entries.open is not None
+        return JSONResponse(app.openapi() if is_whole else openapi_document(app, api, entry.models))
+
+    for index, route in enumerate(app.router.routes):
+        if isinstance(route, Route) and route.path == app.openapi_url:
+            app.router.routes[index] = Route(route.path, get_document, include_in_schema=False)
 
 
 def _error_reference() -> HTMLResponse:

@@ -57,8 +57,11 @@ def problem(error: CarryError) -> Problem:
 
 
 def problem_headers(document: Problem) -> list[Header]:
-    """The ETag of a problem that names a state, and `Retry-After` of a temporary one."""
+    """The ETag of a problem that names a state, `Retry-After` of a temporary one, and the
+    challenge of a request without a key."""
     headers: list[Header] = []
+    if document["status"] == 401:
+        headers.append((b"www-authenticate", b'Bearer realm="carry"'))
     if "retry_after_s" in document:
         seconds = max(1, math.ceil(document["retry_after_s"]))
         headers.append((b"retry-after", b"%d" % seconds))

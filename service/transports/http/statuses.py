@@ -30,6 +30,8 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.StateTokenInvalid: 422,
     errors.StateTokenOfOtherModel: 422,
     errors.StateTokenOfOtherVersion: 422,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
     errors.ModelNotFound: 404,
     errors.StreamNotFound: 404,
     errors.RouteNotFound: 404,

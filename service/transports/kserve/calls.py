@@ -63,11 +63,13 @@ class Signature(NamedTuple):
         outputs: the outputs to return.
         steps: T.
         batch: length of the leading axis of the outputs; None if there is none.
+        has_state: whether parts of the state are among the outputs.
     """
 
     outputs: Sequence[SelectedOutput]
     steps: int
     batch: int | None
+    has_state: bool
 
 
 class ResolvedCall(NamedTuple):
@@ -172,7 +174,9 @@ def make_signature(
     selected = _selected_outputs(wire.served, outputs)
     _check_tensor(wire.served, name, datatype, shape)
     rank = 2 if name == INPUTS else 1
-    return Signature(selected, shape[-rank], None if len(shape) == rank else shape[0])
+    batch = None if len(shape) == rank else shape[0]
+    has_state = any(output.output is None for output in selected)
+    return Signature(selected, shape[-rank], batch, has_state)
 
 
 def check_chunk(wire: ModelWire, signature: Signature) -> None:

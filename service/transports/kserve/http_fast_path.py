@@ -16,9 +16,11 @@ import msgspec
 import numpy as np
 from structlog.contextvars import bound_contextvars
 
-from service.core.errors import CarryError
+from service.access.principal import Verb
+from service.core.errors import CarryError, Forbidden
 from service.core.values import Chunk, Reply, StreamKey
 from service.ops.logs import RequestIds
+from service.pipeline.entry import Entry
 from service.transports.http.connection.fast_path import (
     MAX_HEADERS_BYTES,
     MAX_REQUEST_BYTES,
@@ -103,6 +105,7 @@ class _Plan(NamedTuple):
 class FastInferRequest(NamedTuple):
     """A complete request for one chunk; attributes as those of `FastRequest`."""
 
+    entry: Entry
     plan: _Plan
     call: ResolvedCall
     chunk: Chunk
@@ -116,6 +119,7 @@ class _Headers(NamedTuple):
     """Parsed headers; attributes as those of `CommonHeaders`."""
 
     length: int
+    authorization: bytes | None
     json_bytes: int
     request_id: bytes | None
     timeout_s: float
@@ -152,10 +156,13 @@ class FastInferPath(FastRoute[FastInferRequest]):
             return IncompleteRequest(total_bytes)
         received_s = time.monotonic()
         model, version = start[1].decode(), (start[2] or b"").decode()
-        if model not in self._api.pipeline.models:
+        entries = self._api.entries
+        # the slow path verifies a new key, and answers what has none
+        entry = entries.open or entries.cached.get(headers.authorization)
+        if entry is None or (served := entry.models.get(model)) is None:
             return None
         body = data[end + 4 : total_bytes]
-        chunk_parts = self._read(self._api.wire(model), version, body, headers.json_bytes)
+        chunk_parts = self._read(self._api.wire(served), version, body, headers.json_bytes)
         if chunk_parts is None:
             return None
         plan, call, stream = chunk_parts
@@ -163,7 +170,12 @@ class FastInferPath(FastRoute[FastInferRequest]):
         if call.parameters.timeout_s is not None:
             timeout_s = min(timeout_s, call.parameters.timeout_s)
         request_id = headers.request_id or self._ids.next()
-        error = self._api.pipeline.check_admission(model, StreamKey(model, stream), timeout_s)
+        try:
+            error = entry.check_admission(model, StreamKey(model, stream), timeout_s)
+            if plan.signature.has_state:
+                entry.require(Verb.READ_STATE, model=model, stream=stream)
+        except Forbidden:
+            return None
         if error is not None:
             return RejectedRequest(
                 plan.wire, error, Media.JSON, request_id, received_s, total_bytes
@@ -173,7 +185,9 @@ class FastInferPath(FastRoute[FastInferRequest]):
         except CarryError:
             return None
         deadline_s = received_s + timeout_s
-        return FastInferRequest(plan, call, chunk, request_id, received_s, deadline_s, total_bytes)
+        return FastInferRequest(
+            entry, plan, call, chunk, request_id, received_s, deadline_s, total_bytes
+        )
 
     def _read(
         self, wire: ModelWire, version: str, body: bytes, json_bytes: int
@@ -278,4 +292,6 @@ def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
     json_bytes = common.values.get(_HEADER_LENGTH, b"")
     if not json_bytes.isdigit() or len(json_bytes) > 9:
         return None
-    return _Headers(common.length, int(json_bytes), common.request_id, common.timeout_s)
+    return _Headers(
+        common.length, common.authorization, int(json_bytes), common.request_id, common.timeout_s
+    )

@@ -14,17 +14,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 
+from service.access.principal import Verb
 from service.core.errors import (
     CarryError,
     MethodNotAllowed,
     RouteNotFound,
     UnsupportedMediaType,
 )
+from service.pipeline.entry import Entry
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.connection.http_protocol import HttpState
-from service.transports.http.context import ApiContext, api_of
+from service.transports.http.context import ApiContext, api_of, entry_of
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, dumps
@@ -117,6 +119,7 @@ def _get(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_get("/v2", "/v2/")
 async def get_server(request: Request) -> Response:
     """Name, version and extensions."""
+    entry_of(request).require(Verb.MODELS)
     query(request)
     return _answer(server_metadata())
 
@@ -137,22 +140,24 @@ async def get_ready(request: Request) -> Response:
 @_get("/v2/models/stats")
 async def get_all_statistics(request: Request) -> Response:
     """Totals of every model, of all workers together."""
+    models = _described(request).models
     query(request)
-    models = _inference(request).api.pipeline.models
     return await _statistics(request, [models[name] for name in sorted(models)])
 
 
 @_get(_MODEL, _VERSION)
 async def get_model(request: Request, model: str, version: str = "") -> Response:
     """The tensors of a model."""
+    entry = _described(request, model)
     query(request)
-    return _answer(model_metadata(_inference(request).served(model, version)))
+    return _answer(model_metadata(_inference(request).served(entry, model, version)))
 
 
 @_get(f"{_MODEL}/ready", f"{_VERSION}/ready")
 async def get_model_ready(request: Request, model: str, version: str = "") -> Response:
     """Whether a model can be used: 200, or 503."""
-    served = _inference(request).served(model, version)
+    entry = _described(request, model)
+    served = _inference(request).served(entry, model, version)
     is_ready = await _is_ready(request)
     return _answer({"name": served.name, "ready": is_ready}, 200 if is_ready else 503)
 
@@ -160,26 +165,27 @@ async def get_model_ready(request: Request, model: str, version: str = "") -> Re
 @_get(f"{_MODEL}/config", f"{_VERSION}/config")
 async def get_config(request: Request, model: str, version: str = "") -> Response:
     """The configuration of a model."""
+    entry = _described(request, model)
     query(request)
     inference = _inference(request)
-    served = inference.served(model, version)
+    served = inference.served(entry, model, version)
     return _answer(model_config(served, inference.api.limits.max_items))
 
 
 @_get(f"{_MODEL}/stats", f"{_VERSION}/stats")
 async def get_statistics(request: Request, model: str, version: str = "") -> Response:
     """Totals of a model, of all workers together."""
+    entry = _described(request, model)
     query(request)
-    return await _statistics(request, [_inference(request).served(model, version)])
+    return await _statistics(request, [_inference(request).served(entry, model, version)])
 
 
 @router.post("/v2/repository/index")
 async def post_index(request: Request) -> Response:
     """The served models; all of them are ready."""
+    models = _described(request).models
     query(request)
-    inference = _inference(request)
-    await read_encoded_body(request, inference.api.limits.max_body_bytes)
-    models = inference.api.pipeline.models
+    await read_encoded_body(request, api_of(request).limits.max_body_bytes)
     return _answer(repository_index(models[name] for name in sorted(models)))
 
 
@@ -187,15 +193,18 @@ async def post_index(request: Request) -> Response:
 @router.post(f"{_MODEL}/infer")
 async def post_infer(request: Request, model: str, version: str = "") -> Response:
     """A chunk of a stream, or without a sequence id a stateless prediction."""
+    entry = entry_of(request)
+    entry.require(Verb.PREDICT, model=model)
     query(request)
     inference = _inference(request)
     deadline_s = deadline(request, inference.api.limits)
-    inference.served(model, version)
+    inference.served(entry, model, version)
     json_bytes = _json_bytes(request)
     body = await _receive(request, inference.api, deadline_s)
     decode = partial(decode_request, json_bytes=json_bytes, model=model, version=version)
     infer = _infer_long if len(body) >= LONG_BYTES else _infer
-    result, binary = await cancel_on_disconnect(request, infer(inference, body, decode, deadline_s))
+    inferring = infer(inference, entry, body, decode, deadline_s)
+    result, binary = await cancel_on_disconnect(request, inferring)
     if not binary.has_any(output.name for output in result.outputs):
         return reply(Media.JSON, reply_document(result, binary))
     content, json_length = encode_reply(result, binary)
@@ -225,25 +234,36 @@ async def reject(request: Request, path: str) -> Response:
 
 
 async def _infer(
-    inference: Inference, body: bytes, decode: Decode, deadline_s: float
+    inference: Inference, entry: Entry, body: bytes, decode: Decode, deadline_s: float
 ) -> tuple[InferReply, BinaryOutputs]:
     request, binary = decode(body)
-    return await inference.infer(request, deadline_s), binary
+    return await inference.infer(entry, request, deadline_s), binary
 
 
 async def _infer_long(
-    inference: Inference, body: bytes, decode: Decode, deadline_s: float
+    inference: Inference, entry: Entry, body: bytes, decode: Decode, deadline_s: float
 ) -> tuple[InferReply, BinaryOutputs]:
     """The same for a body that would block the event loop if it were read at once."""
     async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
         request, binary = decode(body)
-        ready = await inference.read_long(request, deadline_s, checkpoint)
-    return await inference.answer(ready), binary
+        ready = await inference.read_long(entry, request, deadline_s, checkpoint)
+    return await inference.answer(entry, ready), binary
 
 
 def _inference(request: Request) -> Inference:
     inference: Inference = request.app.state.kserve
     return inference
+
+
+def _described(request: Request, model: str | None = None) -> Entry:
+    """The entry of a request for what describes a model, or all models.
+
+    Raises:
+        Unauthenticated, Forbidden
+    """
+    entry = entry_of(request)
+    entry.require(Verb.MODELS, model=model)
+    return entry
 
 
 def _answer(document: Any, status: int = 200) -> Answer:
@@ -252,7 +272,7 @@ def _answer(document: Any, status: int = 200) -> Answer:
 
 async def _is_ready(request: Request) -> bool:
     query(request)
-    return all(check.ok for check in await api_of(request).pipeline.readiness())
+    return all(check.ok for check in await api_of(request).readiness())
 
 
 async def _statistics(request: Request, models: list[ServedModel]) -> Response:

@@ -4,6 +4,9 @@ An address names one stream or a model. The request is checked, and a stream's p
 before the protocol is switched, so that a failure is a problem document as of any other request.
 The hello that follows says where to continue.
 
+A client shows its access key in the header Authorization. A browser cannot set it, and offers the
+subprotocols `carry` and `carry.bearer.` with the key instead; the answer names the first only.
+
 A browser sends cookies and reaches private networks with WebSockets of any page. So a request that
 has an `Origin` is accepted from the service's own host only, or from origins that the settings
 allow; programs send none.
@@ -15,7 +18,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
@@ -26,9 +29,12 @@ from websockets.datastructures import Headers as WebSocketHeaders
 from websockets.exceptions import InvalidUpgrade
 from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
 
+from service.access.principal import Verb
 from service.core.errors import (
     CarryError,
+    DuplicateField,
     InvalidInput,
     MalformedRequest,
     OriginNotAllowed,
@@ -37,6 +43,7 @@ from service.core.errors import (
 )
 from service.core.values import StreamKey
 from service.ops.logs import RequestIds, log_request
+from service.pipeline.entry import Entry
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.connection.connections import Connections
 from service.transports.http.connection.framing import Headers
@@ -60,7 +67,10 @@ MODEL_ROUTE: Final = "/v1/models/{model}/live"
 ANY_ORIGIN: Final = "*"
 _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#@\\\s]+)")
 TIMEOUT_PARAMETER: Final = "timeout_s"
+SUBPROTOCOL: Final = Subprotocol("carry")
+KEY_SUBPROTOCOL: Final = b"carry.bearer."
 
+_PROTOCOLS: Final = b"sec-websocket-protocol"
 _ADDRESS = re.compile(rb"/v1/models/([^/?#]+)(?:/streams/([^/?#]+))?/live(?:\?([^#]*))?")
 
 
@@ -131,12 +141,14 @@ class LiveUpgrader:
         with bound_contextvars(request_id=request_id.decode()):
             try:
                 response = self._accept(url, headers)
-                target = self._target(url)
+                entry = self.api.entries.entry(_authorization(headers))
+                target = self._target(entry, url)
                 model = target.model
-                hello = await self._hello(target)
+                hello = await self._hello(entry, target)
                 response.headers[REQUEST_ID_HEADER.decode()] = request_id.decode()
                 session = Session(
                     self.api,
+                    entry,
                     target.model,
                     target.stream,
                     options=target.options,
@@ -144,6 +156,7 @@ class LiveUpgrader:
                     request_id=request_id,
                     send=socket.send,
                     on_progress=socket.on_progress,
+                    on_end=socket.revoke,
                 )
                 socket.start(session, response.serialize(), hello_frame(hello))
             except Exception as failure:
@@ -167,7 +180,7 @@ class LiveUpgrader:
         received = WebSocketHeaders(
             [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
         )
-        library = ServerProtocol(logger=_library_logger())
+        library = ServerProtocol(logger=_library_logger(), select_subprotocol=_select_subprotocol)
         response = library.accept(Request(url.decode("latin-1"), received))
         failure = library.handshake_exc
         if failure is not None:
@@ -197,17 +210,21 @@ class LiveUpgrader:
                 got=origin[:300],
             )
 
-    def _target(self, url: bytes) -> Target:
+    def _target(self, entry: Entry, url: bytes) -> Target:
         """What an address names.
 
         Raises:
-            ModelNotFound, InvalidName, InvalidInput, DuplicateField, ChunksUnsupported
+            ModelNotFound, InvalidName, InvalidInput, DuplicateField, ChunksUnsupported, Forbidden
         """
         address = _ADDRESS.fullmatch(url)
         if address is None:
             raise RuntimeError("the address is none of a live socket")
-        wire = self.api.wire(_text(address[1]))
-        stream = None if address[2] is None else stream_name(_text(address[2]))
+        model = _text(address[1])
+        stream = None if address[2] is None else _text(address[2])
+        entry.require(Verb.PREDICT, model=model, stream=stream)
+        wire = self.api.wire(entry.model(model))
+        if stream is not None:
+            stream_name(stream)
         wire.reader.check_accepts_chunks()
         query = address[3] or b""
         options, timeout_s = EVERY_STEP, self.api.limits.effective_timeout_s(None)
@@ -218,20 +235,20 @@ class LiveUpgrader:
             options = wire.writer.options(parameters)
         return Target(wire.served.name, stream, options, timeout_s)
 
-    async def _hello(self, target: Target) -> Mapping[str, Any]:
+    async def _hello(self, entry: Entry, target: Target) -> Mapping[str, Any]:
         """What a client has to know first: where its stream is, and what it may send.
 
         Raises:
             StoreUnavailable, StateDamaged
         """
-        served = self.api.wire(target.model).served
+        served = entry.model(target.model)
         facts: dict[str, Any] = {"model": served.name, "version": served.version}
         if target.stream is not None:
             key = StreamKey(served.name, target.stream)
             facts |= {"stream": target.stream, "position": 0}
             try:
                 deadline_s = time.monotonic() + self.api.limits.effective_timeout_s(None)
-                stored = await self.api.pipeline.streams.read(key, deadline_s)
+                stored = await entry.streams.read(key, deadline_s)
                 head = stored.head
                 facts |= {
                     "position": head.position, "epoch": head.epoch.hex(), "tag": head.tag.hex(),
@@ -249,6 +266,32 @@ class LiveUpgrader:
 def parse_origins(text: str) -> frozenset[str]:
     """The origins of a list that is separated by commas."""
     return frozenset(part for part in re.split(r"[,\s]+", text.strip()) if part)
+
+
+def _authorization(headers: Headers) -> bytes | None:
+    """The Authorization of a handshake, also from the subprotocols that a browser offers.
+
+    Raises:
+        DuplicateField
+    """
+    values = [bytes(value) for name, value in headers if name == b"authorization"]
+    if not values:
+        offered = b",".join([value for name, value in headers if name == _PROTOCOLS])
+        keys = [each.strip() for each in offered.split(b",")]
+        values = [
+            b"Bearer " + key.removeprefix(KEY_SUBPROTOCOL)
+            for key in keys
+            if key.startswith(KEY_SUBPROTOCOL)
+        ]
+    if len(values) > 1:
+        raise DuplicateField(
+            f"Authorization: expected one key, got {len(values)}", at="Authorization"
+        )
+    return values[0] if values else None
+
+
+def _select_subprotocol(_: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+    return SUBPROTOCOL if SUBPROTOCOL in offered else None
 
 
 def _host(origin: str) -> str | None:

@@ -20,6 +20,7 @@ from websockets.frames import CloseCode, Frame, Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
+from service.core.errors import CarryError, Unauthenticated
 from service.transports.http.connection.connections import Connections, Phase
 from service.transports.http.media import Media
 from service.transports.websocket.fragments import Fragmenter
@@ -33,6 +34,9 @@ TURN_S: Final = 0.005
 the socket may have ten thousands of frames."""
 
 _UTF8: Final = codecs.getincrementaldecoder("utf-8")
+
+UNAUTHENTICATED: Final = 4401
+"""Close code of a socket whose access key is no longer accepted."""
 
 ELSEWHERE: Final = "the service is stopping: connect again, and continue at your position"
 
@@ -381,6 +385,13 @@ class LiveSocket(asyncio.Protocol):
         self._is_draining = True
         self._drain()
         self._read()
+
+    def revoke(self, error: CarryError) -> None:
+        """Close the socket: its access key is no longer accepted, or cannot be checked."""
+        if self._session is not None:
+            self._session.cancel()
+        is_revoked = isinstance(error, Unauthenticated)
+        self._close(UNAUTHENTICATED if is_revoked else CloseCode.TRY_AGAIN_LATER, error.detail)
 
     def _drain(self) -> None:
         session = self._session

@@ -15,6 +15,7 @@ from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError
 from service.core.values import Chunk, Reply, StreamKey
+from service.pipeline.entry import Entry as PipelineEntry
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.http.bodies.validation_errors import Origin
@@ -69,10 +70,12 @@ class Session:
     """The chunks of one socket.
 
     Args:
+        pipeline: as the client may use it.
         stream: the stream of the socket; None if each frame names its own.
         timeout_s: deadline of each chunk, from the receipt of its frame.
         send: sends a frame.
         on_progress: called when chunks have been answered, or a long frame has been read.
+        on_end: called when the client may not use the pipeline any more.
 
     Attributes:
         is_reading: whether a long frame is being read; no other may be received meanwhile.
@@ -82,11 +85,14 @@ class Session:
     __slots__ = (
         "_api",
         "_envelope",
+        "_forget",
         "_is_open",
         "_model",
+        "_on_end",
         "_on_progress",
         "_options",
         "_order",
+        "_pipeline",
         "_request_id",
         "_send",
         "_stream",
@@ -100,6 +106,7 @@ class Session:
     def __init__(
         self,
         api: ApiContext,
+        pipeline: PipelineEntry,
         model: str,
         stream: str | None,
         *,
@@ -108,8 +115,10 @@ class Session:
         request_id: bytes,
         send: Send,
         on_progress: Callable[[], None],
+        on_end: Callable[[CarryError], None],
     ):
         self._api = api
+        self._pipeline = pipeline
         self._model = model
         self._stream = stream
         self._options = options
@@ -117,6 +126,8 @@ class Session:
         self._request_id = request_id.decode()
         self._send = send
         self._on_progress = on_progress
+        self._on_end = on_end
+        self._forget: Callable[[], None] = lambda: None
         self._envelope = ENVELOPE_OF_MANY if stream is None else ENVELOPE
         self._order: StreamOrder[Entry] = StreamOrder(
             self._begin, self._resolve, self._release, overlaps=True
@@ -130,11 +141,13 @@ class Session:
     def open(self) -> None:
         """Count the socket as open; once."""
         self._is_open = True
+        self._forget = self._api.entries.notify_end(self._pipeline, self._on_end)
         self._api.recorder.record_websockets(self._model, 1)
 
     def close(self) -> None:
         """The connection ended."""
         self.cancel()
+        self._forget()
         if self._is_open:
             self._is_open = False
             self._api.recorder.record_websockets(self._model, -1)
@@ -156,7 +169,7 @@ class Session:
             is_long = len(data) >= LONG_BYTES
             frame = read_long_frame(media, data) if is_long else read_frame(media, data)
             frame_id = frame.id
-            wire = self._api.wire(self._model)
+            wire = self._api.wire(self._pipeline.model(self._model))
             if entry is None and (not is_long or frame.has("stream")):
                 entry = self._order.add(Entry(frame_id, media, frame.stream(), deadline_s))
             if entry is not None:
@@ -182,7 +195,7 @@ class Session:
             task.cancel()
         for entry in self._order:
             if entry.result is not None and not entry.result.done() and entry.chunk:
-                self._api.pipeline.cancel(entry.chunk, entry.result)
+                self._pipeline.cancel(entry.chunk, entry.result)
         self._order.clear()
 
     def _check_admission(self, entry: Entry) -> None:
@@ -194,7 +207,7 @@ class Session:
         """
         key = StreamKey(self._model, entry.stream)
         left_s = entry.deadline_s - time.monotonic()
-        rejection = self._api.pipeline.check_admission(self._model, key, left_s)
+        rejection = self._pipeline.check_admission(self._model, key, left_s)
         if rejection is not None:
             raise type(rejection)(rejection.detail, **rejection.facts)
 
@@ -245,7 +258,7 @@ class Session:
         except CarryError as error:
             self._resolve(entry, error)
             return
-        entry.result = result = self._api.pipeline.enqueue(entry.chunk, entry.deadline_s)
+        entry.result = result = self._pipeline.enqueue(entry.chunk, entry.deadline_s)
         result.add_done_callback(partial(self._on_result, entry))
 
     def _on_result(self, entry: Entry, result: PendingReply) -> None:
@@ -273,7 +286,7 @@ class Session:
             return
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
-        wire = self._api.wire(self._model)
+        wire = self._api.wire(self._pipeline.model(self._model))
         is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES
         if is_short and self._options == EVERY_STEP:
             reply = wire.writer.reply_bytes(result, entry.media)

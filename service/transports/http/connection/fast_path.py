@@ -22,9 +22,10 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from structlog.contextvars import bound_contextvars
 
-from service.core.errors import CarryError, Overloaded
+from service.core.errors import CarryError, Forbidden, Overloaded
 from service.core.values import Chunk, Precondition, Reply, StreamKey
 from service.ops.logs import RequestIds, log_request
+from service.pipeline.entry import Entry
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
@@ -100,6 +101,10 @@ class ParsedRequest(Protocol):
     """Attributes of a parsed request on every fast route; see `FastRequest`."""
 
     @property
+    def entry(self) -> Entry:
+        """The pipeline as the client may use it."""
+
+    @property
     def chunk(self) -> Chunk:
         """The chunk."""
 
@@ -144,11 +149,11 @@ class FastRoute(ABC, Generic[R]):
 
     def start(self, request: R) -> PendingReply:
         """Hand the chunk to the pipeline, at once after `parse`, which checked its admission."""
-        return self._api.pipeline.enqueue(request.chunk, request.deadline_s)
+        return request.entry.enqueue(request.chunk, request.deadline_s)
 
     def cancel(self, request: R, reply: PendingReply) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
-        self._api.pipeline.cancel(request.chunk, reply)
+        request.entry.cancel(request.chunk, reply)
         with bound_contextvars(request_id=request.request_id.decode()):
             log_client_disconnect("POST")
         self.log(request, CLIENT_DISCONNECTED)
@@ -186,6 +191,7 @@ class FastRequest(NamedTuple):
         total_bytes: its length, head and body.
     """
 
+    entry: Entry
     wire: ModelWire
     chunk: Chunk
     reply_media: Media
@@ -199,11 +205,13 @@ class _Headers(NamedTuple):
     """Parsed headers of a request.
 
     Attributes:
-        precondition: If-Match; None if there is no such header, as for `request_id`.
+        authorization: its key, which is not yet verified; None if there is no such header, as for
+            `precondition` (If-Match) and `request_id`.
         timeout_s: the effective timeout of the request.
     """
 
     length: int
+    authorization: bytes | None
     media: Media
     reply_media: Media
     precondition: Precondition | None
@@ -233,7 +241,7 @@ class FastPath(FastRoute[FastRequest]):
         headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
         if headers is None:
             return None
-        length, media, reply_media, precondition, request_id, timeout_s = headers
+        length, authorization, media, reply_media, precondition, request_id, timeout_s = headers
         total_bytes = end + 4 + length
         if total_bytes > self._max_bytes:
             return None
@@ -241,16 +249,20 @@ class FastPath(FastRoute[FastRequest]):
             return IncompleteRequest(total_bytes)
         received_s = time.monotonic()
         model, stream = start[1].decode(), start[2].decode()
-        api, pipeline = self._api, self._api.pipeline
-        served = pipeline.models.get(model)
-        if served is None:
+        api, entries = self._api, self._api.entries
+        # the slow path verifies a new key, and answers what has none
+        entry = entries.open or entries.cached.get(authorization)
+        if entry is None or (served := entry.models.get(model)) is None:
             return None
         wire = api.wires.get(model)
         if wire is None or wire.served is not served:
-            wire = api.wire(model)
+            wire = api.wire(served)
         request_id = request_id or self._ids.next()
         key = StreamKey(model, stream)
-        error = pipeline.check_admission(model, key, timeout_s)
+        try:
+            error = entry.check_admission(model, key, timeout_s)
+        except Forbidden:
+            return None
         if error is not None:
             return RejectedRequest(wire, error, reply_media, request_id, received_s, total_bytes)
         chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], media, key, precondition)
@@ -259,7 +271,7 @@ class FastPath(FastRoute[FastRequest]):
             return None
         deadline_s = received_s + timeout_s
         return FastRequest(
-            wire, chunk, reply_media, request_id, received_s, deadline_s, total_bytes
+            entry, wire, chunk, reply_media, request_id, received_s, deadline_s, total_bytes
         )
 
     def response(self, request: FastRequest, result: Reply | CarryError, *, closes: bool) -> bytes:
@@ -284,7 +296,7 @@ def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
     common = parse_common_headers(limits, block)
     if common is None:
         return None
-    values, length, request_id, timeout_s = common
+    values, length, authorization, request_id, timeout_s = common
     precondition = None
     try:
         media = media_of(_text(values.get(b"content-type")))
@@ -293,7 +305,7 @@ def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
             precondition = parse_if_match(etags, "If-Match")
     except CarryError:
         return None
-    return _Headers(length, media, reply_media, precondition, request_id, timeout_s)
+    return _Headers(length, authorization, media, reply_media, precondition, request_id, timeout_s)
 
 
 class CommonHeaders(NamedTuple):
@@ -301,12 +313,14 @@ class CommonHeaders(NamedTuple):
 
     Attributes:
         values: all headers, their names in lower case.
+        authorization: its key, which is not yet verified; None if there is no such header.
         request_id: None if there is no such header.
         timeout_s: the effective timeout of the request.
     """
 
     values: dict[bytes, bytes]
     length: int
+    authorization: bytes | None
     request_id: bytes | None
     timeout_s: float
 
@@ -337,7 +351,8 @@ def parse_common_headers(limits: ApiLimits, block: bytes) -> CommonHeaders | Non
         if timeout_s is None:
             return None
     timeout_s = limits.effective_timeout_s(timeout_s)
-    return CommonHeaders(values, int(length), request_id, timeout_s)
+    authorization = values.get(b"authorization")
+    return CommonHeaders(values, int(length), authorization, request_id, timeout_s)
 
 
 def _text(value: bytes | None) -> str | None:

@@ -7,6 +7,7 @@ the routes (`Chunk`, `Many`, `Predict`) are any of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -40,8 +41,10 @@ Failures are [problem documents](/docs/errors) with a stable `code`.
 """
 
 
-def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
-    """The whole document, for the models that are served now."""
+def openapi_document(
+    app: FastAPI, api: ApiContext, models: Mapping[str, ServedModel]
+) -> dict[str, Any]:
+    """The whole document, for these models."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -51,8 +54,9 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
         license_info=app.license_info,
         routes=app.routes,
     )
-    models = sorted(api.pipeline.models)
-    types = {name: api.wire(name).reader.strict.types[Media.JSON] for name in models}
+    types = {
+        name: api.wire(models[name]).reader.strict.types[Media.JSON] for name in sorted(models)
+    }
     components = {
         **_with_integer_bounds(document["components"]["schemas"]),
         **_schemas([StateBody, ForkBody]),
@@ -68,7 +72,7 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
         else {"title": "Forecast", "not": {}, "description": "No model has a decoder."}
     )
     document["components"]["schemas"] = dict(sorted(components.items()))
-    for path, examples in _examples(api).items():
+    for path, examples in _examples(models).items():
         content = document["paths"][path]["post"]["requestBody"]["content"]
         content[Media.JSON.value]["examples"] = examples
     return document
@@ -118,11 +122,11 @@ def _kinds(types: BodyTypes) -> list[type[BaseModel]]:
     return kinds if types.forecast is None else [*kinds, types.forecast]
 
 
-def _examples(api: ApiContext) -> dict[str, dict[str, Any]]:
+def _examples(models: Mapping[str, ServedModel]) -> dict[str, dict[str, Any]]:
     chunks: dict[str, Any] = {}
     many: dict[str, Any] = {}
     predict: dict[str, Any] = {}
-    for name, served in sorted(api.pipeline.models.items()):
+    for name, served in sorted(models.items()):
         for feed, steps in _steps(served).items():
             title = f"{name}: {feed}"
             chunks[title] = {"value": {"position": 0, feed: steps}}

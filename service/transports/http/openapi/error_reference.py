@@ -32,15 +32,17 @@ MessagePack if the client accepts it). Use `code`, which is stable; `detail` is 
 | `at`, `expected`, `got` | the place in the request, the expected and the actual value |
 | `errors` | `at`, `expected`, `got` of the first few errors, if there are several |
 | `stream`, `epoch`, `position`, `tag` | the stream and its head, if its state rejects the request |
+| `verb`, `model`, `stream`, `allowed` | what the key does not allow, and what it allows |
 | `retry_after_s` | seconds to wait; also in the header `Retry-After` |
 
-A rejected request changes nothing: the stream keeps its head after every error of the first three
+A rejected request changes nothing: the stream keeps its head after every error of the first four
 sections. A chunk with a position may be sent again after any failure; it is applied once. In a
 request for many streams each item has its own `status` and `error`.
 """
 
 _HEADINGS = {
     "BadRequest": "Invalid requests",
+    "AccessDenied": "Access",
     "NotFound": "Unknown addresses",
     "StreamRejection": "Rejections by the stream",
     "ServiceFailure": "Failures of the service",

@@ -12,6 +12,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from service.access.principal import Verb
+from service.pipeline.entry import Entry
 from service.transports.http.context import api_of
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
@@ -36,7 +38,7 @@ async def get_live(_: Request) -> Response:
 @router.get("/health/ready", summary="Whether requests should be sent here", **operations.READY)
 async def get_ready(request: Request) -> Response:
     """200 if every check passes, otherwise 503; `failing` names the others."""
-    checks = await api_of(request).pipeline.readiness()
+    checks = await api_of(request).readiness()
     failing = [check.name for check in checks if not check.ok]
     document: Ready = {
         "status": "not_ready" if failing else "ready",
@@ -48,8 +50,14 @@ async def get_ready(request: Request) -> Response:
     return reply(Media.JSON, document, 503 if failing else 200)
 
 
-def metrics_router(render: RenderMetrics) -> APIRouter:
-    """The route /metrics over a renderer."""
+def metrics_router(
+    render: RenderMetrics, entry_of: Callable[[Request], Entry] | None = None
+) -> APIRouter:
+    """The route /metrics over a renderer.
+
+    Args:
+        entry_of: gives the entry that must allow metrics; None for a port that asks for no key.
+    """
     metrics = APIRouter(tags=["health"])
 
     # Not a coroutine: it reads files if several workers share their counters.
@@ -59,8 +67,10 @@ def metrics_router(render: RenderMetrics) -> APIRouter:
         response_class=PlainTextResponse,
         response_description="The metrics.",
     )
-    def get_metrics(_: Request) -> Response:
+    def get_metrics(request: Request) -> Response:
         """Prometheus' text format, of all workers together."""
+        if entry_of is not None:
+            entry_of(request).require(Verb.METRICS)
         body, content_type = render()
         return Response(body, headers={"Content-Type": content_type})
 

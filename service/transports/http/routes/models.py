@@ -9,8 +9,9 @@ from starlette.responses import Response
 from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
+from service.access.principal import Verb
 from service.pipeline.served_model import ServedModel
-from service.transports.http.context import api_of
+from service.transports.http.context import api_of, entry_of
 from service.transports.http.limits import ApiLimits
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import reply
@@ -31,9 +32,11 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models", summary="List the models", **operations.MODELS)
 async def get_models(request: Request) -> Response:
     """A summary of every served model."""
+    entry = entry_of(request)
+    entry.require(Verb.MODELS)
     query(request)
     answer = reply_media(request)
-    served = api_of(request).pipeline.models
+    served = entry.models
     document: ModelList = {"models": [_summary(served[name]) for name in sorted(served)]}
     return reply(answer, document)
 
@@ -43,10 +46,11 @@ async def get_models(request: Request) -> Response:
 )
 async def get_model(request: Request, model: ModelPath) -> Response:
     """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
+    entry = entry_of(request)
+    entry.require(Verb.MODELS, model=model)
     query(request)
     answer = reply_media(request)
-    api = api_of(request)
-    return reply(answer, detail(api.pipeline.model(model), api.limits))
+    return reply(answer, detail(entry.model(model), api_of(request).limits))
 
 
 def _summary(served: ServedModel) -> ModelSummary:

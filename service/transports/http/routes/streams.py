@@ -17,11 +17,13 @@ from models.errors import DataError, StateError
 from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
+from service.access.principal import Verb
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
+from service.pipeline.entry import DESCRIBE, Entry
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_body import receive_body
-from service.transports.http.context import ApiContext, api_of
+from service.transports.http.context import ApiContext, api_of, entry_of
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import etag, reply
@@ -57,11 +59,12 @@ router = APIRouter(tags=["streams"])
 )
 async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
+    entry = entry_of(request)
+    entry.require(*DESCRIBE, model=model, stream=stream)
     query(request)
     answer = reply_media(request)
-    key = _stream_key(request, model, stream)
-    precondition = if_match(request)
-    record = await api_of(request).pipeline.streams.read(key, precondition=precondition)
+    key = _stream_key(entry, model, stream)
+    record = await entry.streams.read(key, precondition=if_match(request))
     return reply(answer, _info(request, key, record), headers=[etag(record.head)])
 
 
@@ -73,10 +76,10 @@ async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> 
 )
 async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Deletes its state and its stored reply; its next chunk starts a new stream at position 0."""
+    entry = entry_of(request)
+    entry.require(Verb.DELETE, model=model, stream=stream)
     query(request)
-    await api_of(request).pipeline.streams.delete(
-        _stream_key(request, model, stream), if_match(request)
-    )
+    await entry.streams.delete(_stream_key(entry, model, stream), if_match(request))
     return Response(status_code=204)
 
 
@@ -90,14 +93,13 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
 
     Rejected (`state_incompatible`) if another version of the model wrote it.
     """
+    entry = entry_of(request)
+    entry.require(Verb.READ_STATE, model=model, stream=stream)
     query(request)
     answer = reply_media(request)
-    api = api_of(request)
-    key = _stream_key(request, model, stream)
-    wire = api.wire(key.model)
-    record = await api.pipeline.streams.read(key, precondition=if_match(request))
-    if not wire.served.is_compatible(record):
-        raise wire.served.incompatible(key.stream, record)
+    key = _stream_key(entry, model, stream)
+    wire = api_of(request).wire(entry.model(model))
+    record = await entry.streams.read_state(key, if_match(request))
     document: StateReply = {
         **_stream_record(key, record),
         "state": wire.writer.state(record.state),
@@ -116,10 +118,12 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
     created, 200 if it was overwritten.
     """
+    entry = entry_of(request)
+    entry.require(Verb.WRITE_STATE, model=model, stream=stream)
     query(request)
     api = api_of(request)
-    key = _stream_key(request, model, stream)
-    wire = api.wire(key.model)
+    key = _stream_key(entry, model, stream)
+    wire = api.wire(entry.model(model))
     wire.reader.check_accepts_chunks()
     served = wire.served
     media = body_media(request)
@@ -145,7 +149,7 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
             got="events",
             stream=key.stream,
         )
-    record = await api.pipeline.streams.restore(
+    record = await entry.streams.restore(
         key,
         feed=feed,
         position=body.position,
@@ -167,17 +171,19 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
     of the stream `to`. 201 if it was created, 200 if it was overwritten.
     """
+    entry = entry_of(request)
+    entry.require(Verb.FORK, model=model, stream=stream)
     query(request)
     api = api_of(request)
-    key = _stream_key(request, model, stream)
+    key = _stream_key(entry, model, stream)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
     content = await receive_body(request, media, _deadline(api))
-    wire = api.wire(key.model)
+    wire = api.wire(entry.model(model))
     body = await content.read(wire.reader.fork, wire.long.fork)
     to = StreamKey(key.model, stream_name(body.to, "to"))
-    record = await api.pipeline.streams.fork(key, to.stream, precondition)
+    record = await entry.streams.fork(key, to.stream, precondition)
     return _created_or_overwritten(request, answer, to, record, precondition)
 
 
@@ -188,13 +194,15 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
     A stream that exists throughout a listing comes at least once; a name may come twice, and a
     page may be empty before the last.
     """
+    entry = entry_of(request)
+    entry.require(Verb.LIST, model=model)
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
-    api = api_of(request)
-    name = api.pipeline.model(model).name
-    limit = count(parameters, "limit", default=PAGE_STREAMS, most=api.limits.max_items)
+    name = entry.model(model).name
+    most = api_of(request).limits.max_items
+    limit = count(parameters, "limit", default=PAGE_STREAMS, most=most)
     prefix = stream_prefix(parameters.get("prefix", ""))
-    page = await api.pipeline.streams.page(name, prefix, parameters.get("cursor") or None, limit)
+    page = await entry.streams.page(name, prefix, parameters.get("cursor") or None, limit)
     document: StreamList = {"model": name, "streams": list(page.streams), "cursor": page.cursor}
     return reply(answer, document)
 
@@ -209,26 +217,26 @@ async def delete_streams(request: Request, model: ModelPath) -> Response:
 
     Streams that are created meanwhile may remain.
     """
+    entry = entry_of(request)
+    entry.require(Verb.DELETE, model=model)
     parameters = query(request, ("prefix",))
     answer = reply_media(request)
-    api = api_of(request)
-    name = api.pipeline.model(model).name
+    name = entry.model(model).name
     prefix = stream_prefix(
         required(parameters, "prefix", "which selects the streams to delete (?prefix= for all)")
     )
-    deleted = await api.pipeline.streams.delete_prefix(name, prefix)
+    deleted = await entry.streams.delete_prefix(name, prefix)
     document: Deleted = {"model": name, "deleted": deleted}
     return reply(answer, document)
 
 
-def _stream_key(request: Request, model: str, stream: str) -> StreamKey:
+def _stream_key(entry: Entry, model: str, stream: str) -> StreamKey:
     """The stream of the URL; the model is looked up first.
 
     Raises:
         ModelNotFound, InvalidName
     """
-    name = api_of(request).pipeline.model(model).name
-    return StreamKey(name, stream_name(stream))
+    return StreamKey(entry.model(model).name, stream_name(stream))
 
 
 def _deadline(api: ApiContext) -> float:

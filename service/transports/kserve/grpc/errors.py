@@ -20,6 +20,8 @@ from service.transports.http.problems import problem
 STATUS_CODES: Final[Mapping[type[CarryError], StatusCode]] = {
     errors.BadRequest: StatusCode.INVALID_ARGUMENT,
     errors.RequestTimeout: StatusCode.DEADLINE_EXCEEDED,
+    errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
+    errors.Forbidden: StatusCode.PERMISSION_DENIED,
     errors.NotFound: StatusCode.NOT_FOUND,
     errors.MethodNotAllowed: StatusCode.UNIMPLEMENTED,
     errors.StreamRejection: StatusCode.FAILED_PRECONDITION,

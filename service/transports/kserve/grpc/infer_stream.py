@@ -78,6 +78,8 @@ class InferStream:
         self._messages = messages
         self._window = asyncio.Semaphore(window)
         self._stopping = stopping
+        self._error: CarryError | None = None
+        self._receiving: asyncio.Task[None] | None = None
         self._order: StreamOrder[_Request] = StreamOrder(
             self._begin, self._reject, self._release, overlaps=False
         )
@@ -86,13 +88,20 @@ class InferStream:
         self._has_room = asyncio.Event()
         self._responses: asyncio.Queue[_Response | None] = asyncio.Queue()
 
+    def end(self, error: CarryError) -> None:
+        """Read no more requests, and end with this error once those that were read are answered."""
+        self._error = error
+        if self._receiving is not None:
+            self._receiving.cancel()
+
     async def responses(self, requests: Requests) -> Responses:
         """The response to each request, in their order.
 
         Raises:
             ShuttingDown: the service stops.
+            CarryError: the one that `end` was called with.
         """
-        receiving = asyncio.create_task(self._receive(aiter(requests)))
+        self._receiving = receiving = asyncio.create_task(self._receive(aiter(requests)))
         stop = asyncio.create_task(self._stopping.wait())
         stop.add_done_callback(lambda _: receiving.cancel())
         try:
@@ -104,6 +113,8 @@ class InferStream:
                 each.cancel()
             self._order.clear()
             self._messages.count(self._held_bytes, 0)
+        if self._error is not None:
+            raise self._error
         if self._stopping.is_set():
             raise ShuttingDown("the service is stopping and reads no more requests")
 

@@ -20,8 +20,10 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
-from service.core.errors import BodyTooLarge, CarryError
+from service.access.principal import Verb
+from service.core.errors import BodyTooLarge, CarryError, DuplicateField
 from service.ops.logs import RequestIds, current_request_id, log_request
+from service.pipeline.entry import Entry
 from service.pipeline.recorder import ModelStatistics
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.limits import LONG_BYTES
@@ -48,6 +50,7 @@ from service.transports.kserve.values import InferReply
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID: Final = "x-request-id"
+AUTHORIZATION: Final = "authorization"
 PROBES: Final = ("ServerLive", "ServerReady", "ModelReady")
 """Methods that probes call every few seconds; logged at `debug`."""
 
@@ -56,6 +59,9 @@ Statistics = Callable[[], Mapping[str, ModelStatistics]]
 T = TypeVar("T")
 Work = Callable[["Model", Context], Awaitable[Message]]
 """Receives and answers the message of a call."""
+
+Describe = Callable[[Entry, Any], Awaitable[Message]]
+"""Answers a message for what describes a model, or all models that the entry has."""
 
 _serialize: Final = methodcaller("SerializeToString")
 
@@ -91,9 +97,11 @@ class InferenceServicer:
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """The handler of each method."""
-        unary: dict[str, tuple[type[Message], Callable[[Any], Awaitable[Message]]]] = {
+        probes: dict[str, tuple[type[Message], Callable[[Any], Awaitable[Message]]]] = {
             "ServerLive": (pb.ServerLiveRequest, self._server_live),
             "ServerReady": (pb.ServerReadyRequest, self._server_ready),
+        }
+        descriptions: dict[str, tuple[type[Message], Describe]] = {
             "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
             "ModelReady": (pb.ModelReadyRequest, self._model_ready),
             "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
@@ -101,18 +109,19 @@ class InferenceServicer:
             "ModelStatistics": (pb.ModelStatisticsRequest, self._model_statistics),
             "RepositoryIndex": (pb.RepositoryIndexRequest, self._repository_index),
         }
+        unary: dict[str, Work] = {
+            **{method: partial(self._probe, *probe) for method, probe in probes.items()},
+            **{method: partial(self._describe, *each) for method, each in descriptions.items()},
+            "ModelInfer": self._model_infer,
+        }
         # as streams, since only those leave it to the handler when a message is received;
         # clients see no difference
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             method: grpc.stream_unary_rpc_method_handler(
-                partial(self._call, method, partial(self._read, kind, work)),
-                response_serializer=_serialize,
+                partial(self._call, method, work), response_serializer=_serialize
             )
-            for method, (kind, work) in unary.items()
+            for method, work in unary.items()
         }
-        handlers["ModelInfer"] = grpc.stream_unary_rpc_method_handler(
-            partial(self._call, "ModelInfer", self._model_infer), response_serializer=_serialize
-        )
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
             self._model_stream_infer, response_serializer=_serialize
         )
@@ -129,49 +138,70 @@ class InferenceServicer:
                 return await _abort(context, result)
             return result
 
-    async def _read(
+    async def _probe(
         self,
         kind: type[Message],
         work: Callable[[Any], Awaitable[Message]],
         model: Model,
         context: Context,
     ) -> Message:
-        """Receive and parse a message that is never long, and answer it."""
+        """Answer a call that needs no access key."""
         async with self._messages.receive(context.read) as [data]:
-            if len(data) >= LONG_BYTES:
-                raise BodyTooLarge(
-                    f"message: expected less than {LONG_BYTES} bytes, got {len(data)}",
-                    expected=LONG_BYTES,
-                    got=len(data),
-                )
-            message: Any = parse(kind, data)
+            return await work(_parse_short(kind, data))
+
+    async def _describe(
+        self, kind: type[Message], work: Describe, model: Model, context: Context
+    ) -> Message:
+        """Answer a call for what describes a model, or all models."""
+        entry = self._entry(context)
+        async with self._messages.receive(context.read) as [data]:
+            message: Any = _parse_short(kind, data)
             model.name = getattr(message, "name", "")
-            return await work(message)
+            entry.require(Verb.MODELS, model=model.name or None)
+            return await work(entry, message)
+
+    def _entry(self, context: Context) -> Entry:
+        """The pipeline as the caller may use it.
+
+        Raises:
+            Unauthenticated, StoreUnavailable, DuplicateField
+        """
+        return self._api.entries.entry(_authorization(context))
 
     async def _model_infer(self, model: Model, context: Context) -> pb.ModelInferResponse:
+        entry = self._entry(context)
         async with self._messages.receive(context.read) as received:
             message = InferMessage(received.pop())
             model.name = message.head.model_name
-            return encode_reply(await self._infer(message, context.time_remaining()))
+            return encode_reply(await self._infer(entry, message, context.time_remaining()))
 
     async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
         # the call has a context of its own, which the tasks of its requests inherit
         bind_contextvars(request_id=self._request_id(context))
-        stream = InferStream(
-            self._infer_in_stream,
-            self._answer_in_stream,
-            self._messages,
-            self._stream_window,
-            self.stopping,
-        )
         try:
-            async for response in stream.responses(requests):
-                yield response
+            authorization = _authorization(context)
+            entry = self._api.entries.entry(authorization)
+            stream = InferStream(
+                partial(self._infer_in_stream, authorization),
+                self._answer_in_stream,
+                self._messages,
+                self._stream_window,
+                self.stopping,
+            )
+            forget = self._api.entries.notify_end(entry, stream.end)
+            try:
+                async for response in stream.responses(requests):
+                    yield response
+            finally:
+                forget()
         except CarryError as error:
             await _abort(context, error)
 
-    async def _infer_in_stream(self, message: InferMessage) -> InferReply:
-        return await self._infer(message, None)
+    async def _infer_in_stream(
+        self, authorization: bytes | None, message: InferMessage
+    ) -> InferReply:
+        # the key may have been revoked since the call began
+        return await self._infer(self._api.entries.entry(authorization), message, None)
 
     async def _answer_in_stream(
         self, model: str, work: Callable[[], Awaitable[T]]
@@ -219,10 +249,12 @@ class InferenceServicer:
                 return value
         return None
 
-    async def _infer(self, message: InferMessage, remaining_s: float | None) -> InferReply:
+    async def _infer(
+        self, entry: Entry, message: InferMessage, remaining_s: float | None
+    ) -> InferReply:
         """Answer a request whose client waits for so long; None if it does not say."""
         timeout_s = self._api.limits.effective_timeout_s(remaining_s)
-        return await message.infer(self._inference, time.monotonic() + timeout_s)
+        return await message.infer(self._inference, entry, time.monotonic() + timeout_s)
 
     async def _server_live(self, message: Message) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -230,28 +262,34 @@ class InferenceServicer:
     async def _server_ready(self, message: Message) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=await self.is_ready())
 
-    async def _server_metadata(self, message: Message) -> pb.ServerMetadataResponse:
+    async def _server_metadata(self, entry: Entry, message: Message) -> pb.ServerMetadataResponse:
         return ParseDict(server_metadata(), pb.ServerMetadataResponse())
 
-    async def _model_ready(self, message: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
-        self._inference.served(message.name, message.version)
+    async def _model_ready(
+        self, entry: Entry, message: pb.ModelReadyRequest
+    ) -> pb.ModelReadyResponse:
+        self._inference.served(entry, message.name, message.version)
         return pb.ModelReadyResponse(ready=await self.is_ready())
 
-    async def _model_metadata(self, message: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
-        served = self._inference.served(message.name, message.version)
+    async def _model_metadata(
+        self, entry: Entry, message: pb.ModelMetadataRequest
+    ) -> pb.ModelMetadataResponse:
+        served = self._inference.served(entry, message.name, message.version)
         return ParseDict(model_metadata(served), pb.ModelMetadataResponse())
 
-    async def _model_config(self, message: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
-        served = self._inference.served(message.name, message.version)
+    async def _model_config(
+        self, entry: Entry, message: pb.ModelConfigRequest
+    ) -> pb.ModelConfigResponse:
+        served = self._inference.served(entry, message.name, message.version)
         config = model_config(served, self._api.limits.max_items)
         return ParseDict({"config": config}, pb.ModelConfigResponse())
 
     async def _model_statistics(
-        self, message: pb.ModelStatisticsRequest
+        self, entry: Entry, message: pb.ModelStatisticsRequest
     ) -> pb.ModelStatisticsResponse:
-        models = self._api.pipeline.models
+        models = entry.models
         served = (
-            [self._inference.served(message.name, message.version)]
+            [self._inference.served(entry, message.name, message.version)]
             if message.name
             else [models[name] for name in sorted(models)]
         )
@@ -259,15 +297,15 @@ class InferenceServicer:
         return ParseDict(model_statistics(served, totals), pb.ModelStatisticsResponse())
 
     async def _repository_index(
-        self, message: pb.RepositoryIndexRequest
+        self, entry: Entry, message: pb.RepositoryIndexRequest
     ) -> pb.RepositoryIndexResponse:
-        models = self._api.pipeline.models
+        models = entry.models
         index = repository_index(models[name] for name in sorted(models))
         return ParseDict({"models": index}, pb.RepositoryIndexResponse())
 
     async def is_ready(self) -> bool:
         """Whether requests should be sent here."""
-        return all(check.ok for check in await self._api.pipeline.readiness())
+        return all(check.ok for check in await self._api.readiness())
 
 
 @dataclass(slots=True)
@@ -275,6 +313,38 @@ class Model:
     """The model of a request, once it is known."""
 
     name: str = ""
+
+
+def _parse_short(kind: type[Message], data: bytes) -> Message:
+    """The message in these bytes, which is never long.
+
+    Raises:
+        BodyTooLarge, MalformedBody
+    """
+    if len(data) >= LONG_BYTES:
+        raise BodyTooLarge(
+            f"message: expected less than {LONG_BYTES} bytes, got {len(data)}",
+            expected=LONG_BYTES,
+            got=len(data),
+        )
+    return parse(kind, data)
+
+
+def _authorization(context: Context) -> bytes | None:
+    """The key in a call's metadata, as in the header of HTTP.
+
+    Raises:
+        DuplicateField
+    """
+    values = [value for name, value in context.invocation_metadata() or () if name == AUTHORIZATION]
+    if len(values) > 1:
+        raise DuplicateField(
+            f"{AUTHORIZATION}: expected it once, got it {len(values)} times", at=AUTHORIZATION
+        )
+    if not values:
+        return None
+    [value] = values
+    return value.encode("latin-1", "replace") if isinstance(value, str) else value
 
 
 async def _abort(context: Context, error: CarryError) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 
 import redis
 
@@ -86,6 +86,16 @@ class FaultyStore:
 
     def shard(self, key: StreamKey) -> Hashable:
         return self._store.shard(key)
+
+    async def access_keys(
+        self, version: bytes | None, deadline_s: float | None = None
+    ) -> tuple[bytes, Mapping[str, bytes]] | None:
+        if self.away is not None:
+            raise self.away
+        return await self._store.access_keys(version, deadline_s)
+
+    async def write_access_key(self, key_id: str, record: bytes) -> None:
+        await self._store.write_access_key(key_id, record)
 
     async def token_key(self) -> bytes:
         self._fail()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from uvicorn.server import ServerState
 
 from models.artifact.artifact import Artifact
+from service.access.key_cache import AccessKeys
 from service.core.values import StreamKey
 from service.ops.logs import RequestIds
 from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
@@ -28,6 +29,7 @@ from service.transports.http.application import ApiLimits, create_api
 from service.transports.http.connection.fast_path import FastPath
 from service.transports.http.connection.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from tests.service.transports.http.faulty_store import FaultyStore, StoredStates
+from tests.support.access import new_authorization
 from tests.support.numpy_runtime import numpy_served
 from tests.support.pipelines import Counts
 from tests.support.servers import RealServer
@@ -64,6 +66,18 @@ class Harness:
     counts: Counts
     models: Mapping[str, Artifact]
     clock: list[int]
+    keys: AccessKeys | None
+
+    async def key(self, **scope: Any) -> str:
+        """The Authorization of a new access key, which the application knows."""
+        authorization = await new_authorization(self.store, **scope)
+        await self.refresh_keys()
+        return authorization
+
+    async def refresh_keys(self) -> None:
+        """Read the access keys again, as the service does twice a second."""
+        assert self.keys is not None
+        await self.keys.refresh()
 
     async def chunk(
         self, body: Any, *, stream: str = "s", model: str = "probe", **request: Any
@@ -107,12 +121,15 @@ async def harness(
     limits: ApiLimits = LIMITS,
     on_model_change: OnModelChange = "refuse",
     fast_path: bool = FAST_PATH,
+    requires_keys: bool | None = None,
     extend: Callable[[FastAPI], None] = lambda app: None,
     **pipeline: Any,
 ) -> AsyncIterator[Harness]:
     """An application of its own, on a server that is emptied first.
 
     Args:
+        requires_keys: whether requests need an access key before there is one; None for a service
+            that has no keys at all.
         extend: adds routes to the application.
     """
     settings = StoreSettings(server.url, wait_s=5)
@@ -130,12 +147,17 @@ async def harness(
         on_model_change=on_model_change,
     )
     await built.start()
+    keys = None
+    if requires_keys is not None:
+        keys = AccessKeys(store, required=requires_keys, now_ms=lambda: clock[0])
+        await keys.refresh()
     app = create_api(
         built,
         limits,
         counts,
         metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
         fast_path=fast_path,
+        keys=keys,
         now_ms=lambda: clock[0],
     )
     extend(app)
@@ -143,7 +165,7 @@ async def harness(
         transport = httpx.AsyncHTTPTransport(uds=path, verify=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
             try:
-                yield Harness(app, client, built, store, counts, models, clock)
+                yield Harness(app, client, built, store, counts, models, clock, keys)
             finally:
                 await built.stop()
                 await store.close()

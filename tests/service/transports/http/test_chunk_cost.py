@@ -35,6 +35,9 @@ from tests.support.servers import RealServer
 CALLS_PER_CHUNK = {1: 139.4, 8: 78.5, 32: 76.6, 64: 76.6}
 """Measured calls per chunk, by the number of chunks that arrive together."""
 
+KEY_SHARE = 1.03
+"""Most calls of a chunk whose access key is checked, as a share of those of one without a key."""
+
 REJECTED_SHARE = 0.233
 """Measured calls of a rejected chunk, as a share of those of a served one."""
 
@@ -67,11 +70,12 @@ def counting(counts: list[int]) -> Iterator[None]:
         monitoring.restart_events()
 
 
-async def send_rounds(port: int, together: int, status: int = 200) -> float:
+async def send_rounds(port: int, together: int, status: int = 200, *lines: str) -> float:
     """Send rounds of chunks that arrive together; returns the calls per chunk.
 
     Args:
         status: of every response; only a chunk with 200 moves its stream.
+        lines: further header lines of each request.
     """
     connections = [await asyncio.open_connection(HOST, port) for _ in range(together)]
     calls = [0]
@@ -79,7 +83,7 @@ async def send_rounds(port: int, together: int, status: int = 200) -> float:
     async def send(number: int) -> None:
         body = chunk(number * len(INPUTS) if status == 200 else 0)
         for index, (_, writer) in enumerate(connections):
-            writer.write(request(body, stream=f"s{together}-{index}"))
+            writer.write(request(body, *lines, stream=f"s{together}-{index}"))
         for reader, _ in connections:
             response = await answer(reader)
             assert response.startswith(b"HTTP/1.1 %d" % status), response
@@ -108,6 +112,20 @@ async def test_calls_per_chunk_do_not_grow(pipeline_server: RealServer, tmp_path
     print("calls per chunk:", {n: round(calls, 1) for n, calls in measured.items()})
     for together, calls in measured.items():
         assert calls <= SLACK * CALLS_PER_CHUNK[together], (together, calls)
+
+
+@needs_monitoring
+async def test_checking_an_access_key_costs_little(
+    pipeline_server: RealServer, tmp_path: Path
+) -> None:
+    models, together = {"probe": make_artifact(tmp_path)}, max(CALLS_PER_CHUNK)
+    async with harness(pipeline_server, models) as api, serving(api) as server:
+        without = await send_rounds(port_of(server), together)
+    async with harness(pipeline_server, models, requires_keys=True) as api, serving(api) as server:
+        line = f"Authorization: {await api.key(models=('pro*',), prefix='s')}"
+        checked = await send_rounds(port_of(server), together, 200, line)
+    print(f"calls per chunk: {checked:.1f} with an access key, {without:.1f} without")
+    assert checked <= KEY_SHARE * without
 
 
 @needs_monitoring

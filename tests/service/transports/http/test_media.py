@@ -125,8 +125,8 @@ async def test_a_replaced_model_gets_a_new_wire(
 ) -> None:
     async with harness(pipeline_server, models) as api:
         context = api.app.state.api
-        before = context.wire("probe")
-        assert context.wire("probe") is before
+        before = context.wire(api.pipeline.model("probe"))
+        assert context.wire(api.pipeline.model("probe")) is before
         new = ServedModel(models["probe"], NumpyRuntime(models["probe"]))
         api.pipeline.models = {**api.pipeline.models, "probe": new}
-        assert context.wire("probe").served is new
+        assert context.wire(api.pipeline.model("probe")).served is new

@@ -41,7 +41,7 @@ async def live_application(
     def extend(app: FastAPI) -> None:
         add_live_sockets(app, sockets, ORIGINS)
         api = app.state.api
-        add_watching(app, Watches(api.pipeline._store, api.recorder))
+        add_watching(app, Watches(api.entries.open._store, api.recorder))
 
     async with harness(server, models, limits=limits, extend=extend) as running:
         await running.store.outputs.start()

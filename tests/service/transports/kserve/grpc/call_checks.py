@@ -34,6 +34,9 @@ from service.transports.kserve.values import InferReply, InferRequest, OutputTen
 from tests.service.transports.http.raw_http import becomes
 
 WINDOW = 64
+NOBODY: Any = None
+"""The entry of a caller, which is not used."""
+
 LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=100, stream_window=WINDOW, drain_s=0.0)
 UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
 
@@ -199,7 +202,7 @@ async def test_long_message_is_rejected_before_objects_are_made_of_its_fields(
 
     monkeypatch.setattr(incoming, "parse", record)
     with pytest.raises(BadRequest, match=expected):
-        await InferMessage(data).infer(inference, math.inf)
+        await InferMessage(data).infer(inference, NOBODY, math.inf)
     assert sum(parsed) < LONG
 
 
@@ -219,11 +222,13 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
 ) -> None:
     """The library's other errors are still logged."""
 
-    async def infer(request: InferRequest, deadline_s: float) -> InferReply:
+    async def infer(entry: Any, request: InferRequest, deadline_s: float) -> InferReply:
         return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(2**18, np.float32))])
 
     limits = SimpleNamespace(effective_timeout_s=lambda remaining_s: 1.0)
-    inference: Any = SimpleNamespace(api=SimpleNamespace(limits=limits), infer=infer)
+    entries = SimpleNamespace(entry=lambda authorization: NOBODY)
+    api = SimpleNamespace(limits=limits, entries=entries)
+    inference: Any = SimpleNamespace(api=api, infer=infer)
     server = GrpcServer(inference, dict, LIMITS, "127.0.0.1", 0)
     await server.start()
     try:

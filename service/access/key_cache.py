@@ -1,0 +1,172 @@
+"""The access keys of one process: read from the store, at most a second behind it.
+
+Keys are read again every `REFRESH_S`, as a whole if their version has changed. If the store does
+not answer, the last known keys are accepted for `MAX_STALE_S` more, and then nothing is: a request
+is never let in unchecked. A service without keys is open; it stops being open when the first key is
+made, and does not become open again, whatever happens to the keys.
+
+Use from one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+import structlog
+
+from service.access.keys import AccessKey, AccessKeyError, decode_key, parse_key
+from service.access.principal import Principal
+from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
+
+REFRESH_S: Final = 0.5
+"""Time between two reads of the keys' version."""
+
+READ_S: Final = 0.4
+"""Longest wait for the store when the keys are read again."""
+
+MAX_STALE_S: Final = 60.0
+"""How long the last known keys are accepted while the store does not answer."""
+
+SCHEME: Final = b"bearer "
+_EXPECTED: Final = "expected Authorization: Bearer carry_..., an access key of this service"
+
+log = structlog.get_logger(__name__)
+
+
+class StoredKeys(Protocol):
+    """The records of the access keys in the store (`StateStore`)."""
+
+    async def access_keys(
+        self, version: bytes | None, deadline_s: float | None = None
+    ) -> tuple[bytes, Mapping[str, bytes]] | None:
+        """Read the version and the records by key id; None if `version` is still the current one.
+
+        Raises:
+            StoreUnavailable, StoreRefused
+        """
+
+
+class AccessKeys:
+    """The keys of one process.
+
+    Args:
+        stored: where they are read from.
+        required: whether requests need a key even if there is none.
+        now_ms: wall clock in epoch milliseconds, for expiry.
+        on_refresh: called after each attempt to read the keys, and when `start` has read them.
+
+    Attributes:
+        is_open: whether requests need no key.
+    """
+
+    def __init__(
+        self,
+        stored: StoredKeys,
+        *,
+        required: bool,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ):
+        self._stored = stored
+        self._now_ms = now_ms
+        self.is_open = not required
+        self.on_refresh: Callable[[], None] = lambda: None
+        self._version: bytes | None = None
+        self._keys: dict[str, AccessKey] = {}
+        self._read_s = time.monotonic()
+        self._is_failing = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the keys, and keep reading them; once, after the store is started.
+
+        Raises:
+            StoreUnavailable, StoreRefused
+        """
+        await self._read(None)
+        self.on_refresh()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop reading; once, before the store is closed."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Read the keys again, if the store answers."""
+        try:
+            await self._read(time.monotonic() + READ_S)
+        except CarryError as error:
+            if not self._is_failing:
+                log.warning("access_keys_not_read", code=error.code, reason=error.detail)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+        self.on_refresh()
+
+    async def _read(self, deadline_s: float | None) -> None:
+        began_s = time.monotonic()
+        found = await self._stored.access_keys(self._version, deadline_s)
+        self._read_s = began_s
+        if found is None:
+            return
+        self._version, records = found
+        if records:
+            self.is_open = False
+        keys: dict[str, AccessKey] = {}
+        for key_id, record in records.items():
+            try:
+                keys[key_id] = decode_key(record)
+            except AccessKeyError as error:
+                log.error("access_key_not_readable", key=key_id, reason=str(error))
+        self._keys = keys
+
+    def authenticate(self, authorization: bytes | None) -> Principal:
+        """The holder of the key in an Authorization header.
+
+        Raises:
+            Unauthenticated: there is none, or it is not accepted.
+            StoreUnavailable: the keys could not be read for too long.
+        """
+        self.check_fresh()
+        if authorization is None:
+            raise Unauthenticated(f"{_EXPECTED}, got none")
+        if authorization[: len(SCHEME)].lower() != SCHEME:
+            raise Unauthenticated(f"{_EXPECTED}, got another scheme")
+        text = parse_key(authorization[len(SCHEME) :].strip(b" ").decode("latin-1"))
+        key = None if text is None else self._keys.get(text.key_id)
+        if text is None or key is None or not key.matches(text.secret):
+            raise Unauthenticated(f"{_EXPECTED}, got one that it does not know")
+        status = key.status(self._now_ms())
+        if status != "active":
+            raise Unauthenticated(f"the key {text.key_id} is {status}")
+        return key.principal(text.key_id)
+
+    def check_fresh(self) -> None:
+        """Check that the keys were read recently enough to be relied on.
+
+        Raises:
+            StoreUnavailable
+        """
+        if time.monotonic() - self._read_s > MAX_STALE_S:
+            raise StoreUnavailable(
+                f"the access keys could not be read from the store for {MAX_STALE_S:g} s",
+                retry_after_s=1,
+            )
+
+    def is_current(self, principal: Principal) -> bool:
+        """Whether the principal's key is still accepted, with the same scope."""
+        key = self._keys.get(principal.key_id)
+        return (
+            key is not None
+            and key.status(self._now_ms()) == "active"
+            and key.principal(principal.key_id) == principal
+        )

@@ -1,0 +1,108 @@
+"""Who calls, and what they may do: verbs on the streams of some models.
+
+A scope is a set of verbs, model patterns and a prefix of stream names. It allows a use case if all
+three cover it; nothing else is looked up, so that a rejection says nothing about the store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from re import Match
+from typing import Any, Protocol
+
+from service.core.errors import Forbidden
+
+
+class Verb(StrEnum):
+    """What a key may do. `models` and `metrics` are about no stream."""
+
+    PREDICT = "predict"
+    READ_STATE = "read-state"
+    WRITE_STATE = "write-state"
+    DELETE = "delete"
+    LIST = "list"
+    FORK = "fork"
+    WATCH = "watch"
+    MODELS = "models"
+    METRICS = "metrics"
+
+
+MODEL_PATTERN = r"[a-z0-9_*-]{1,64}"
+"""A model's name, in which each `*` stands for any characters."""
+
+
+class _Covers(Protocol):
+    def __call__(self, model: str, /) -> Match[str] | None:
+        """Whether a pattern covers the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """The holder of an access key.
+
+    Attributes:
+        key_id: public part of the key.
+        name: what the key is for, as its maker called it.
+        verbs: what it may do.
+        models: patterns of the models that it may use.
+        prefix: names of the streams that it may use begin with this; empty for all.
+        expires_ms: epoch milliseconds from which on the key is rejected; None for never.
+        covers_model: matches the name of a model that it may use.
+    """
+
+    key_id: str
+    name: str
+    verbs: frozenset[Verb]
+    models: tuple[str, ...]
+    prefix: str = ""
+    expires_ms: int | None = None
+    covers_model: _Covers = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "covers_model", _pattern(self.models).fullmatch)
+
+    def require(self, verbs: Iterable[Verb], model: str | None, stream: str | None) -> None:
+        """Check that a scope covers one of these verbs, the model and the stream.
+
+        Args:
+            model: None if the use case is about no single model.
+            stream: name of a stream, or the prefix that all of its streams have; None if the use
+                case is about no stream.
+
+        Raises:
+            Forbidden
+        """
+        is_covered = (
+            not self.verbs.isdisjoint(verbs)
+            and (model is None or self.covers_model(model) is not None)
+            and (stream is None or stream.startswith(self.prefix))
+        )
+        if not is_covered:
+            raise self.forbidden(verbs, model, stream)
+
+    def forbidden(self, verbs: Iterable[Verb], model: str | None, stream: str | None) -> Forbidden:
+        """The error for a use case that the scope does not cover."""
+        verb = " or ".join(verbs)
+        facts: dict[str, Any] = {"verb": verb}
+        wanted = verb
+        if model is not None:
+            facts["model"] = model
+            wanted += f" on model {model[:300]!r}"
+        if stream is not None:
+            facts["stream"] = stream
+            wanted += f", streams {stream[:300]!r}"
+        allowed_verbs = sorted(self.verbs)
+        return Forbidden(
+            f"the key {self.key_id} does not allow {wanted}; it allows {', '.join(allowed_verbs)} "
+            f"on models {', '.join(self.models)}, streams whose names begin with {self.prefix!r}",
+            **facts,
+            allowed={"verbs": allowed_verbs, "models": [*self.models], "prefix": self.prefix},
+        )
+
+
+def _pattern(models: Iterable[str]) -> re.Pattern[str]:
+    patterns = [".*".join(map(re.escape, pattern.split("*"))) for pattern in models]
+    return re.compile("|".join(patterns), re.DOTALL)

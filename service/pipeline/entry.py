@@ -1,0 +1,289 @@
+"""The pipeline as one caller may use it: the only place where access is checked.
+
+Transports have no pipeline, only entries (`entries.Entries`). The entry of an open service is the
+pipeline itself. `KeyEntry` is that of an access key: each use case names its verb, model and
+stream, and raises `Forbidden` unless the key's scope covers them, before anything is looked up. So
+a rejection says nothing about streams, and a route cannot forget the check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+from models.spec.state import State
+from service.access.principal import Principal, Verb
+from service.core.errors import CarryError, Forbidden, ModelNotFound, Overloaded
+from service.core.values import (
+    Chunk,
+    Feed,
+    ForecastReply,
+    ForecastRequest,
+    Precondition,
+    Prediction,
+    Reply,
+    SequenceInput,
+    StreamKey,
+    StreamPage,
+    StreamState,
+)
+from service.engine.fair_queue import Results
+from service.pipeline.pipeline import Pipeline
+from service.pipeline.served_model import ServedModel
+
+PREDICT: Final = (Verb.PREDICT,)
+DESCRIBE: Final = (Verb.PREDICT, Verb.LIST)
+"""A stream's position and tag are in each of its replies, and part of a listing's use."""
+
+
+class StreamsEntry(Protocol):
+    """Stream administration; see `streams.Streams`. The methods may raise Forbidden."""
+
+    async def read(
+        self,
+        key: StreamKey,
+        deadline_s: float = math.inf,
+        precondition: Precondition | None = None,
+    ) -> StreamState:
+        """Read a stream's head and record; its state's values are not to be shown."""
+
+    async def read_state(
+        self, key: StreamKey, precondition: Precondition | None = None
+    ) -> StreamState:
+        """Read a stream with its state's values."""
+
+    async def page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+        """List a page of streams."""
+
+    async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
+        """Delete a stream."""
+
+    async def delete_prefix(self, model: str, prefix: str) -> int:
+        """Delete every stream whose name starts with `prefix`."""
+
+    async def restore(
+        self,
+        key: StreamKey,
+        *,
+        feed: Feed,
+        position: int,
+        fingerprint: bytes,
+        state: State,
+        precondition: Precondition | None,
+    ) -> StreamState:
+        """Restore a stream."""
+
+    async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
+        """Create stream `to` from the current state of `key`."""
+
+
+class Entry(Protocol):
+    """What a caller may use; see `pipeline.Pipeline`. The methods may raise Forbidden."""
+
+    @property
+    def models(self) -> Mapping[str, ServedModel]:
+        """The served models that the caller may use, by name."""
+
+    @property
+    def streams(self) -> StreamsEntry:
+        """Stream administration."""
+
+    def require(self, *verbs: Verb, model: str | None = None, stream: str | None = None) -> None:
+        """Check that the caller may do one of these, before more of a request is read.
+
+        Raises:
+            Forbidden
+        """
+
+    def model(self, name: str) -> ServedModel:
+        """Return the served model of that name.
+
+        Raises:
+            ModelNotFound
+        """
+
+    def check_admission(
+        self, model: str, key: StreamKey | None, left_s: float
+    ) -> Overloaded | None:
+        """Return the error that admission control would reject a chunk with now."""
+
+    def enqueue(self, chunk: Chunk, deadline_s: float) -> Results[Reply]:
+        """Queue a chunk that `check_admission` admitted."""
+
+    def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
+        """Cancel an enqueued chunk."""
+
+    async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
+        """Apply one chunk."""
+
+    async def process_many(
+        self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
+    ) -> list[Reply | CarryError]:
+        """Apply chunks of many streams of one model; items outside the scope fail alone."""
+
+    async def predict(
+        self,
+        model: str,
+        sequences: Sequence[SequenceInput],
+        deadline_s: float = math.inf,
+        *,
+        return_tokens: bool = False,
+    ) -> list[Prediction]:
+        """Predict sequences."""
+
+    async def forecast(
+        self, key: StreamKey, request: ForecastRequest, deadline_s: float = math.inf
+    ) -> ForecastReply:
+        """Forecast from a stream's state."""
+
+
+class KeyEntry:
+    """The entry of an access key.
+
+    Attributes:
+        principal: the key's holder.
+        models: the served models that the key may use, when the entry was made.
+        streams: stream administration.
+    """
+
+    def __init__(self, pipeline: Pipeline, principal: Principal):
+        self.principal: Final = principal
+        self._pipeline = pipeline
+        self.models: Mapping[str, ServedModel] = {
+            name: served for name, served in pipeline.models.items() if principal.covers_model(name)
+        }
+        self.streams = KeyStreams(pipeline, principal)
+        self._predicts = Verb.PREDICT in principal.verbs
+        self._covers_model = principal.covers_model
+        self._prefix = principal.prefix
+
+    def require(self, *verbs: Verb, model: str | None = None, stream: str | None = None) -> None:
+        self.principal.require(verbs, model, stream)
+
+    def model(self, name: str) -> ServedModel:
+        self.principal.require(self.principal.verbs, name, None)
+        served = self._pipeline.models.get(name)
+        if served is None:
+            names = sorted(filter(self._covers_model, self._pipeline.models))
+            raise ModelNotFound(
+                f"expected one of the models {names}, got {name!r}", expected=names, got=name
+            )
+        return served
+
+    def check_admission(
+        self, model: str, key: StreamKey | None, left_s: float
+    ) -> Overloaded | None:
+        # written out, since every chunk comes here: one Python call instead of two
+        if not (self._predicts and self._covers_model(model)) or not (
+            key is None or key.stream.startswith(self._prefix)
+        ):
+            raise self.principal.forbidden(PREDICT, model, None if key is None else key.stream)
+        return self._pipeline.check_admission(model, key, left_s)
+
+    def enqueue(self, chunk: Chunk, deadline_s: float) -> Results[Reply]:
+        model, stream = chunk.key
+        if not (self._predicts and self._covers_model(model) and stream.startswith(self._prefix)):
+            raise self.principal.forbidden(PREDICT, model, stream)
+        return self._pipeline.enqueue(chunk, deadline_s)
+
+    def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
+        self._pipeline.cancel(chunk, results)
+
+    async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
+        self.principal.require(PREDICT, *chunk.key)
+        return await self._pipeline.process(chunk, deadline_s)
+
+    async def process_many(
+        self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
+    ) -> list[Reply | CarryError]:
+        checked = [self._check_item(item) for item in items]
+        return await self._pipeline.process_many(checked, deadline_s)
+
+    def _check_item(self, item: Chunk | CarryError) -> Chunk | CarryError:
+        if isinstance(item, CarryError):
+            return item
+        try:
+            self.principal.require(PREDICT, *item.key)
+        except Forbidden as error:
+            return error
+        return item
+
+    async def predict(
+        self,
+        model: str,
+        sequences: Sequence[SequenceInput],
+        deadline_s: float = math.inf,
+        *,
+        return_tokens: bool = False,
+    ) -> list[Prediction]:
+        self.principal.require(PREDICT, model, None)
+        return await self._pipeline.predict(
+            model, sequences, deadline_s, return_tokens=return_tokens
+        )
+
+    async def forecast(
+        self, key: StreamKey, request: ForecastRequest, deadline_s: float = math.inf
+    ) -> ForecastReply:
+        self.principal.require(PREDICT, *key)
+        return await self._pipeline.forecast(key, request, deadline_s)
+
+
+class KeyStreams:
+    """Stream administration with an access key."""
+
+    def __init__(self, pipeline: Pipeline, principal: Principal):
+        self._streams = pipeline.streams
+        self._require = principal.require
+
+    async def read(
+        self,
+        key: StreamKey,
+        deadline_s: float = math.inf,
+        precondition: Precondition | None = None,
+    ) -> StreamState:
+        self._require(DESCRIBE, *key)
+        return await self._streams.read(key, deadline_s, precondition)
+
+    async def read_state(
+        self, key: StreamKey, precondition: Precondition | None = None
+    ) -> StreamState:
+        self._require((Verb.READ_STATE,), *key)
+        return await self._streams.read_state(key, precondition)
+
+    async def page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+        self._require((Verb.LIST,), model, prefix)
+        return await self._streams.page(model, prefix, cursor, limit)
+
+    async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
+        self._require((Verb.DELETE,), *key)
+        await self._streams.delete(key, precondition)
+
+    async def delete_prefix(self, model: str, prefix: str) -> int:
+        self._require((Verb.DELETE,), model, prefix)
+        return await self._streams.delete_prefix(model, prefix)
+
+    async def restore(
+        self,
+        key: StreamKey,
+        *,
+        feed: Feed,
+        position: int,
+        fingerprint: bytes,
+        state: State,
+        precondition: Precondition | None,
+    ) -> StreamState:
+        self._require((Verb.WRITE_STATE,), *key)
+        return await self._streams.restore(
+            key,
+            feed=feed,
+            position=position,
+            fingerprint=fingerprint,
+            state=state,
+            precondition=precondition,
+        )
+
+    async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
+        self._require((Verb.FORK,), *key)
+        self._require((Verb.FORK,), key.model, to)
+        return await self._streams.fork(key, to, precondition)

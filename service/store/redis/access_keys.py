@@ -1,0 +1,52 @@
+"""The records of the access keys in the store: one hash, read whole when its version has changed.
+
+Version and record are written by one command, so that no reader sees one without the other.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Final
+
+from service.core.errors import NotDurable
+from service.store.codec import KeySpace
+from service.store.redis.outcomes import Reply, read_value
+from service.store.redis.pipelined_connection import StoreRequest
+from service.store.redis.router import Router
+
+VERSION: Final = "version"
+"""Field beside the records; no id of a key."""
+
+
+async def read_access_keys(
+    router: Router, keys: KeySpace, version: bytes | None, deadline_s: float | None
+) -> tuple[bytes, Mapping[str, bytes]] | None:
+    """Read version and records (`StateStore.access_keys`)."""
+    name = keys.access_keys
+    slot = router.slot(name)
+    if version is not None:
+        get = StoreRequest.for_command("HGET", name, VERSION, slot=slot)
+        (outcome,) = await router.execute(get, deadline_s=deadline_s)
+        if (read_value(outcome) or b"") == version:
+            return None
+    get_all = StoreRequest.for_command("HGETALL", name, slot=slot)
+    (outcome,) = await router.execute(get_all, deadline_s=deadline_s)
+    fields: list[bytes] = read_value(outcome)
+    names = [field.decode("utf-8", "replace") for field in fields[::2]]
+    records = dict(zip(names, fields[1::2], strict=True))
+    return records.pop(VERSION, b""), records
+
+
+async def write_access_key(router: Router, keys: KeySpace, key_id: str, record: bytes) -> None:
+    """Write a record and a new version (`StateStore.write_access_key`)."""
+    name = keys.access_keys
+    command = ("HSET", name, key_id, record, VERSION, secrets.token_hex(8))
+    request = StoreRequest.for_command(*command, slot=router.slot(name))
+    (outcome,) = await router.execute(request, durably=True)
+    read_value(outcome)
+    if isinstance(outcome, Reply) and not outcome.is_durable:
+        raise NotDurable(
+            f"the access key {key_id} was written, but is not yet as durable as CARRY_DURABILITY "
+            "requires; repeat the command"
+        )

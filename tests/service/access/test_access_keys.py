@@ -1,0 +1,216 @@
+"""Access keys: their text, records, scopes, and the copy that a process has of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.access import key_cache
+from service.access.key_cache import MAX_STALE_S, AccessKeys
+from service.access.keys import (
+    AccessKey,
+    AccessKeyError,
+    decode_key,
+    encode_key,
+    new_key,
+    parse_key,
+)
+from service.access.principal import Principal, Verb
+from service.core.errors import Forbidden, StoreUnavailable, Unauthenticated
+from tests.support.access import new_authorization, revoke
+from tests.support.clock import ManualClock
+
+SCOPE: dict[str, Any] = {
+    "name": "a tenant",
+    "verbs": (Verb.PREDICT,),
+    "models": ("flights",),
+    "prefix": "acme:",
+    "created_ms": 5,
+}
+
+
+class Records:
+    """A store of access keys in memory."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, bytes] = {}
+        self.version = b""
+        self.is_away = False
+        self.reads = 0
+
+    async def access_keys(
+        self, version: bytes | None, deadline_s: float | None = None
+    ) -> tuple[bytes, Mapping[str, bytes]] | None:
+        if self.is_away:
+            raise StoreUnavailable("away")
+        if version == self.version:
+            return None
+        self.reads += 1
+        return self.version, dict(self.records)
+
+    async def write_access_key(self, key_id: str, record: bytes) -> None:
+        self.records[key_id] = record
+        self.version = b"%d" % (int(self.version or b"0") + 1)
+
+
+def authenticate(keys: AccessKeys, authorization: str | None) -> Principal:
+    return keys.authenticate(None if authorization is None else authorization.encode())
+
+
+def test_record_has_the_hash_of_the_secret_only() -> None:
+    text, record = new_key(AccessKey(**SCOPE))
+    assert parse_key(str(text)) == text
+    assert len(bytes.fromhex(text.secret)) == 32
+    stored = encode_key(record)
+    assert text.secret.encode() not in stored
+    assert json.loads(stored)["secret_sha256"] == hashlib.sha256(text.secret.encode()).hexdigest()
+    assert decode_key(stored) == record
+    assert record.matches(text.secret)
+    assert not record.matches(text.secret[:-1] + ("0" if text.secret[-1] != "0" else "1"))
+    assert new_key(AccessKey(**SCOPE))[0] != text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"max_streams": 3},
+        {"verbs": ["predict", "everything"]},
+        {"verbs": []},
+        {"models": []},
+        {"models": ["fl.ights"]},
+        {"prefix": "a/b"},
+    ],
+    ids=str,
+)
+def test_record_that_could_restrict_more_is_rejected(change: dict[str, Any]) -> None:
+    record = json.loads(encode_key(new_key(AccessKey(**SCOPE))[1]))
+    with pytest.raises(AccessKeyError):
+        decode_key(json.dumps({**record, **change}).encode())
+
+
+@pytest.mark.parametrize(
+    ("models", "covered", "others"),
+    [
+        (("flights",), ["flights"], ["flight", "flights2", ""]),
+        (("fl*", "x"), ["fl", "flights", "x"], ["afl", "xx"]),
+        (("*-prod",), ["a-prod", "-prod"], ["a-prod-2", "aprod"]),
+        (("*",), ["anything"], []),
+    ],
+)
+def test_model_patterns_cover_whole_names(
+    models: tuple[str, ...], covered: list[str], others: list[str]
+) -> None:
+    principal = Principal("id", "n", frozenset({Verb.PREDICT}), models)
+    assert all(principal.covers_model(model) for model in covered)
+    assert not any(principal.covers_model(model) for model in others)
+
+
+def test_scope_needs_verb_model_and_prefix() -> None:
+    principal = AccessKey(**SCOPE).principal("0a1b2c3d4e5f")
+    predict = (Verb.PREDICT,)
+    principal.require(predict, "flights", "acme:1")
+    principal.require((Verb.LIST, Verb.PREDICT), "flights", None)
+    for verbs, model, stream in [
+        ((Verb.LIST,), "flights", "acme:1"),
+        (predict, "other", "acme:1"),
+        (predict, "flights", "acme2:1"),
+        (predict, "flights", "ACME:1"),
+        (predict, "flights", ""),
+    ]:
+        with pytest.raises(Forbidden) as caught:
+            principal.require(verbs, model, stream)
+        facts = caught.value.facts
+        assert (facts["verb"], facts["model"], facts["stream"]) == (verbs[0], model, stream)
+        assert facts["allowed"] == {"verbs": ["predict"], "models": ["flights"], "prefix": "acme:"}
+
+
+async def test_each_unusable_key_is_rejected() -> None:
+    stored, clock = Records(), [1000]
+    keys = AccessKeys(stored, required=True, now_ms=lambda: clock[0])
+    good = await new_authorization(stored, **SCOPE)
+    expiring = await new_authorization(stored, expires_ms=2000)
+    await keys.refresh()
+    assert authenticate(keys, good) == AccessKey(**SCOPE).principal(good.split("_")[1])
+    assert authenticate(keys, good.replace("Bearer", "bEARER ")).name == "a tenant"
+    other = f"Bearer carry_{good.split('_')[1]}_{expiring.split('_')[2]}"
+    for wrong in (None, "", "Bearer", "Basic YTpi", good[:-1], good + "0", other, good.upper()):
+        with pytest.raises(Unauthenticated):
+            authenticate(keys, wrong)
+    clock[0] = 1999
+    principal = authenticate(keys, expiring)
+    assert keys.is_current(principal)
+    clock[0] = 2000
+    with pytest.raises(Unauthenticated, match="expired"):
+        authenticate(keys, expiring)
+    assert not keys.is_current(principal)
+    await revoke(stored, good)
+    await keys.refresh()
+    with pytest.raises(Unauthenticated, match="revoked"):
+        authenticate(keys, good)
+
+
+async def test_service_does_not_become_open_again() -> None:
+    stored = Records()
+    keys = AccessKeys(stored, required=False)
+    await keys.refresh()
+    assert keys.is_open
+    await new_authorization(stored)
+    await keys.refresh()
+    assert not keys.is_open
+    stored.records.clear()
+    stored.version = b"lost"
+    await keys.refresh()
+    assert not keys.is_open
+
+
+async def test_keys_are_read_again_only_when_they_changed() -> None:
+    stored = Records()
+    keys = AccessKeys(stored, required=False)
+    for expected in (1, 1, 1):
+        await keys.refresh()
+        assert stored.reads == expected
+    await new_authorization(stored)
+    await keys.refresh()
+    assert stored.reads == 2
+
+
+async def test_last_known_keys_are_accepted_for_a_while_if_the_store_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, stored = ManualClock(), Records()
+    monkeypatch.setattr(key_cache, "time", clock)
+    keys = AccessKeys(stored, required=True, now_ms=lambda: 0)
+    authorization = await new_authorization(stored)
+    await keys.refresh()
+    stored.is_away = True
+    clock.now_s += MAX_STALE_S - 1
+    with capture_logs() as events:
+        await keys.refresh()
+        await keys.refresh()
+    assert [event["event"] for event in events] == ["access_keys_not_read"]
+    authenticate(keys, authorization)
+    clock.now_s += 2
+    with pytest.raises(StoreUnavailable):
+        authenticate(keys, authorization)
+    stored.is_away = False
+    await keys.refresh()
+    authenticate(keys, authorization)
+
+
+async def test_record_that_cannot_be_read_is_no_key_and_counts_as_one() -> None:
+    stored = Records()
+    keys = AccessKeys(stored, required=False)
+    authorization = await new_authorization(stored)
+    stored.records[authorization.split("_")[1]] += b"x"
+    with capture_logs() as events:
+        await keys.refresh()
+    assert [event["event"] for event in events] == ["access_key_not_readable"]
+    assert not keys.is_open
+    with pytest.raises(Unauthenticated):
+        authenticate(keys, authorization)

@@ -1,0 +1,314 @@
+"""Every route of HTTP asks for an access key that allows it; the routes are those of the
+application, so that one without a check fails here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.routing import Route
+
+from models.artifact.artifact import Artifact, write_artifact
+from service.access.principal import Verb
+from service.pipeline.watching import Watches
+from service.transports.kserve.http_routes import add_kserve
+from service.transports.kserve.inference import Inference
+from service.transports.websocket.application import SocketLimits, add_live_sockets
+from service.transports.websocket.watching import add_watching
+from tests.service.transports.http.harness import Harness, harness, problem, rows
+from tests.service.transports.kserve.v2 import binary_body
+from tests.support.access import revoke
+from tests.support.models import random_weights, small_spec
+from tests.support.pipelines import make_artifact
+from tests.support.servers import RealServer
+
+STREAM = "/v1/models/{model}/streams/{stream}"
+MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+NEEDED: Mapping[tuple[str, str], set[Verb]] = {
+    ("POST", f"{STREAM}/chunks"): {Verb.PREDICT},
+    ("POST", "/v1/models/{model}/chunks"): {Verb.PREDICT},
+    ("POST", "/v1/models/{model}/predict"): {Verb.PREDICT},
+    ("POST", f"{STREAM}/forecast"): {Verb.PREDICT},
+    ("GET", STREAM): {Verb.PREDICT, Verb.LIST},
+    ("DELETE", STREAM): {Verb.DELETE},
+    ("GET", f"{STREAM}/state"): {Verb.READ_STATE},
+    ("PUT", f"{STREAM}/state"): {Verb.WRITE_STATE},
+    ("POST", f"{STREAM}/fork"): {Verb.FORK},
+    ("GET", f"{STREAM}/outputs"): {Verb.WATCH},
+    ("GET", f"{STREAM}/live"): set(Verb),
+    ("GET", "/v1/models/{model}/live"): set(Verb),
+    ("GET", "/v1/models/{model}/streams"): {Verb.LIST},
+    ("DELETE", "/v1/models/{model}/streams"): {Verb.DELETE},
+    ("GET", "/v1/models"): {Verb.MODELS},
+    ("GET", "/v1/models/{model}"): {Verb.MODELS},
+    ("GET", "/openapi.json"): {Verb.MODELS},
+    ("GET", "/metrics"): {Verb.METRICS},
+    ("GET", "/v2"): {Verb.MODELS},
+    ("GET", "/v2/"): {Verb.MODELS},
+    ("GET", "/v2/models/stats"): {Verb.MODELS},
+    ("POST", "/v2/repository/index"): {Verb.MODELS},
+    **{("GET", path): {Verb.MODELS} for path in MODELS},
+    **{("GET", f"{path}/ready"): {Verb.MODELS} for path in MODELS},
+    **{("GET", f"{path}/config"): {Verb.MODELS} for path in MODELS},
+    **{("GET", f"{path}/stats"): {Verb.MODELS} for path in MODELS},
+    **{("POST", f"{path}/infer"): {Verb.PREDICT} for path in MODELS},
+}
+"""The verbs of which a route needs one; the live sockets' addresses answer 426 to any key."""
+
+OPEN = {
+    "/health/live",
+    "/health/ready",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/docs/errors",
+    # 404 and 405 for other addresses
+    "/v2/{path:path}",
+}
+"""Routes for everybody: they say nothing of models and streams."""
+
+STATE = [{"name": "state.lstm_1.hidden"}]
+SOCKETS = SocketLimits(window=8, max_frame_bytes=20_000)
+
+
+def add_all(app: FastAPI) -> None:
+    """Add every transport over HTTP."""
+    add_kserve(app, Inference(app.state.api), dict)
+    add_live_sockets(app, SOCKETS)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
+    folder = tmp_path_factory.mktemp("access")
+    spec = small_spec()
+    small = write_artifact(folder / "small", spec, random_weights(spec))
+    return {"small": small, "probe": make_artifact(folder)}
+
+
+@pytest.fixture(params=[True, False], ids=["fast path", "slow path"])
+async def api(
+    request: pytest.FixtureRequest, pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> AsyncIterator[Harness]:
+    """An application that requires keys."""
+    async with harness(
+        pipeline_server, models, fast_path=request.param, requires_keys=True, extend=add_all
+    ) as running:
+        add_watching(running.app, Watches(running.store, running.counts))
+        await running.store.outputs.start()
+        yield running
+        await running.store.outputs.close()
+
+
+def routes(app: FastAPI) -> list[tuple[str, str]]:
+    """Method and path of every route that is not for everybody; HEAD is GET without a body."""
+    found = []
+    for route in app.routes:
+        if getattr(route, "path", None) == "/docs/assets":
+            continue
+        assert isinstance(route, Route), route
+        if route.path not in OPEN:
+            assert route.methods is not None
+            found += [(method, route.path) for method in sorted(route.methods - {"HEAD"})]
+    return found
+
+
+async def status(api: Harness, method: str, path: str, authorization: str | None) -> int:
+    """Send a request without a body to a route; the status of the answer."""
+    address = path.format(model="probe", stream="acme:1", version="1")
+    headers = {} if authorization is None else {"authorization": authorization}
+    async with api.client.stream(method, address, headers=headers) as response:
+        if response.status_code in (401, 403):
+            await response.aread()
+            code = "unauthenticated" if response.status_code == 401 else "forbidden"
+            assert response.json()["code"] == code
+            challenge = response.headers.get("www-authenticate")
+            assert challenge == ('Bearer realm="carry"' if code == "unauthenticated" else None)
+        return response.status_code
+
+
+async def test_every_route_needs_a_valid_key(api: Harness) -> None:
+    api.clock[0] = 5000
+    good = await api.key()
+    expired = await api.key(expires_ms=5000)
+    revoked = await api.key()
+    await revoke(api.store, revoked)
+    await api.refresh_keys()
+    wrong = good[:-8] + "00000000"
+    keys = (None, "Basic Y2Fycnk6eA==", "Bearer carry", wrong, expired, revoked)
+    found = routes(api.app)
+    assert set(found) == set(NEEDED)
+    for method, path in found:
+        statuses = [await status(api, method, path, key) for key in keys]
+        assert statuses == [401] * len(keys), (method, path)
+        assert await status(api, method, path, good) not in (401, 403), (method, path)
+
+
+async def test_every_route_needs_its_verb(api: Harness) -> None:
+    keys = {verb: await api.key(verbs=(verb,)) for verb in Verb}
+    for (method, path), needed in NEEDED.items():
+        allowed = {v for v, key in keys.items() if await status(api, method, path, key) != 403}
+        if path.endswith("/live"):
+            assert allowed == set(Verb)
+        else:
+            assert allowed == needed, (method, path)
+
+
+async def test_every_route_keeps_to_the_models_and_streams_of_its_key(api: Harness) -> None:
+    of_model = await api.key(models=("sm*",))
+    of_prefix = await api.key(prefix="acme2:")
+    within = await api.key(models=("pro*",), prefix="acme:")
+    for method, path in NEEDED:
+        if path.endswith("/live"):
+            continue
+        if "{model}" in path:
+            assert await status(api, method, path, of_model) == 403, (method, path)
+        if "{stream}" in path:
+            assert await status(api, method, path, of_prefix) == 403, (method, path)
+        if (method, path) != ("GET", "/v1/models/{model}/streams"):
+            assert await status(api, method, path, within) != 403, (method, path)
+
+
+async def test_descriptions_show_the_models_of_a_key_only(api: Harness) -> None:
+    headers = {"authorization": await api.key(models=("small",))}
+    for method, path in (
+        ("GET", "/v1/models"),
+        ("GET", "/v2/models/stats"),
+        ("POST", "/v2/repository/index"),
+        ("GET", "/openapi.json"),
+    ):
+        response = await api.client.request(method, path, headers=headers)
+        assert response.status_code == 200
+        assert "small" in response.text
+        assert "probe" not in response.text, path
+    missing = await api.client.get(
+        "/v1/models/smaller", headers={"authorization": await api.key(models=("small*",))}
+    )
+    assert problem(missing, 404, "model_not_found")["expected"] == ["small"]
+
+
+async def send_chunk(api: Harness, authorization: str, stream: str, position: int = 0) -> int:
+    """Send a well-formed chunk by the HTTP API."""
+    body = {"position": position, "inputs": rows(2).tolist()}
+    response = await api.chunk(body, stream=stream, headers={"authorization": authorization})
+    return response.status_code
+
+
+async def send_tensor(api: Harness, authorization: str, stream: str, **members: Any) -> int:
+    """Send a well-formed chunk by the V2 protocol."""
+    parameters = {"sequence_id": stream, "binary_data_output": True}
+    body, headers = binary_body(rows(2), parameters, **members)
+    response = await api.client.post(
+        "/v2/models/probe/infer",
+        content=body,
+        headers={**headers, "authorization": authorization},
+    )
+    return response.status_code
+
+
+async def test_chunks_of_both_protocols_keep_to_the_key_until_it_is_revoked(api: Harness) -> None:
+    key = await api.key(verbs=(Verb.PREDICT,), models=("probe",), prefix="acme:")
+    reader = await api.key(verbs=(Verb.LIST,))
+    for number in range(3):
+        # from the second request on, the fast path knows the key
+        assert await send_chunk(api, key, "acme:1", 2 * number) == 200
+        assert await send_tensor(api, key, "acme:2") == 200
+        assert await send_chunk(api, key, "acme2:1") == 403
+        assert await send_tensor(api, key, "acme2:1") == 403
+        assert await send_tensor(api, key, "acme:2", outputs=STATE) == 403
+        assert await send_chunk(api, reader, "acme:1", 6) == 403
+        assert await send_tensor(api, reader, "acme:2") == 403
+        assert await send_chunk(api, key[:-1] + "-", "acme:1", 6) == 401
+    assert api.position("acme:1") == api.position("acme:2") == 6
+    assert api.position("acme2:1") is None
+    both = await api.key(verbs=(Verb.PREDICT, Verb.READ_STATE))
+    for _ in range(2):
+        assert await send_tensor(api, both, "s", outputs=STATE) == 200
+    await revoke(api.store, key)
+    await api.refresh_keys()
+    assert await send_chunk(api, key, "acme:1", 6) == 401
+    assert await send_tensor(api, key, "acme:2") == 401
+    assert api.position("acme:1") == api.position("acme:2") == 6
+
+
+async def test_items_listings_and_forks_stay_within_the_prefix(api: Harness) -> None:
+    everything = {"authorization": await api.key()}
+    headers = {"authorization": await api.key(models=("probe",), prefix="acme:")}
+    body = {"chunks": [{"stream": s, "inputs": rows(2).tolist()} for s in ("acme:1", "b:1")]}
+    many = (await api.client.post("/v1/models/probe/chunks", json=body, headers=headers)).json()
+    assert [item["status"] for item in many["results"]] == [200, 403]
+    assert many["results"][1]["error"]["code"] == "forbidden"
+    assert api.position("b:1") is None
+    other = {"chunks": body["chunks"][1:]}
+    await api.client.post("/v1/models/probe/chunks", json=other, headers=everything)
+
+    async def ask(method: str, path: str, **request: Any) -> httpx.Response:
+        return await api.client.request(
+            method, f"/v1/models/probe/streams{path}", headers=headers, **request
+        )
+
+    for prefix in ("", "?prefix=", "?prefix=a", "?prefix=b:", "?prefix=ACME:"):
+        document = problem(await ask("GET", prefix), 403, "forbidden")
+        assert document["allowed"]["prefix"] == "acme:"
+        if prefix:
+            problem(await ask("DELETE", prefix), 403, "forbidden")
+    for prefix in ("acme:", "acme:1"):
+        assert (await ask("GET", f"?prefix={prefix}")).json()["streams"] == ["acme:1"]
+    problem(await ask("POST", "/acme:1/fork", json={"to": "b:2"}), 403, "forbidden")
+    problem(await ask("POST", "/b:1/fork", json={"to": "acme:2"}), 403, "forbidden")
+    assert (await ask("POST", "/acme:1/fork", json={"to": "acme:2"})).status_code == 201
+    assert (await ask("DELETE", "?prefix=acme:")).json()["deleted"] == 2
+    assert api.position("b:1") == 2
+
+
+async def test_rejection_is_the_same_whether_the_stream_exists(api: Harness) -> None:
+    await api.client.post(
+        "/v1/models/probe/streams/b:1/chunks",
+        json={"inputs": rows(1).tolist()},
+        headers={"authorization": await api.key()},
+    )
+    headers = {"authorization": await api.key(prefix="acme:")}
+    answers = []
+    for stream in ("b:1", "b:2"):
+        document = (
+            await api.client.get(f"/v1/models/probe/streams/{stream}", headers=headers)
+        ).json()
+        del document["request_id"]
+        answers.append(str(document).replace(stream, "b"))
+    assert answers[0] == answers[1]
+
+
+async def test_two_keys_in_one_request_are_rejected(api: Harness) -> None:
+    key = await api.key()
+    headers = [("authorization", key), ("authorization", key)]
+    problem(await api.client.get("/v1/models", headers=headers), 400, "duplicate_field")
+
+
+async def test_open_service_asks_for_a_key_once_there_is_one(
+    pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> None:
+    async with harness(pipeline_server, models, requires_keys=False, extend=add_all) as api:
+        ignored = "Basic Y2Fycnk6eA=="
+        assert await send_chunk(api, ignored, "s") == 200
+        key = await api.key(prefix="acme:")
+        assert await send_chunk(api, ignored, "s", 2) == 401
+        assert await send_chunk(api, key, "s", 2) == 403
+        assert await send_chunk(api, key, "acme:s") == 200
+
+
+async def test_watch_ends_when_its_key_is_revoked(api: Harness) -> None:
+    key = await api.key(verbs=(Verb.WATCH,))
+    url = "/v1/models/probe/streams/s/outputs"
+    async with api.client.stream("GET", url, headers={"authorization": key}) as response:
+        lines = response.aiter_lines()
+        async with asyncio.timeout(20):
+            assert "event: stream" in [await anext(lines) for _ in range(3)]
+            await revoke(api.store, key)
+            await api.refresh_keys()
+            rest = [line async for line in lines]
+    assert "event: end" in rest
+    assert 'data: {"reason":"unauthenticated"}' in rest
