@@ -6,7 +6,8 @@
         StreamDiverged      in a state that this client has not seen
       Problem               a request without a successful reply
         NoAnswer            the connection broke, or nothing came in time
-        BadRequest          one class for each code of the service below these four
+        BadRequest          one class for each code of the service below these five
+        AccessDenied
         NotFound
         StreamRejection
         ServiceFailure
@@ -154,6 +155,21 @@ class Problem(CarryError):
         return self._text("tag")
 
     @property
+    def verb(self) -> str | None:
+        """What the access key does not allow."""
+        return self._text("verb")
+
+    @property
+    def model(self) -> str | None:
+        """The model for which the access key does not allow it."""
+        return self._text("model")
+
+    @property
+    def allowed(self) -> Json:
+        """What the access key allows: `verbs`, `models` and the `prefix` of stream names."""
+        return self.document.get("allowed")
+
+    @property
     def head(self) -> Head:
         """The stream's head; position 0 and no epoch if the stream is missing."""
         return Head(self.position or 0, self.epoch or "", self.tag or "")
@@ -271,6 +287,18 @@ class StateTokenOfOtherModel(BadRequest, code="state_token_of_other_model"):
 
 class StateTokenOfOtherVersion(BadRequest, code="state_token_of_other_version"):
     """The state token belongs to another version of the model."""
+
+
+class AccessDenied(Problem):
+    """The request has no access key that allows it: nothing was looked up and nothing changed."""
+
+
+class Unauthenticated(AccessDenied, code="unauthenticated"):
+    """The request has no valid access key."""
+
+
+class Forbidden(AccessDenied, code="forbidden"):
+    """The access key does not allow this."""
 
 
 class NotFound(Problem):
