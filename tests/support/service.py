@@ -128,12 +128,13 @@ sys.modules.update(dict.fromkeys(("pandas", "scipy", "sklearn")))
 """A `sitecustomize` for Keras: it imports these packages if they are installed, for a second, and
 in a deployment they are not."""
 
-TWO_RUNGS = """
+ONE_RUNG = """
 from service.engine.runtimes import tensorflow
 
-tensorflow.ROWS_AT = {16: (1,), 64: (32,)}
+tensorflow.ROWS_AT = {64: (32,)}
+tensorflow.DECODER_RUNGS = ((32, 1),)
 """
-"""One with which TensorFlow compiles two programs per model instead of twelve."""
+"""One with which TensorFlow compiles one program per network, not up to twelve."""
 
 
 def customise(folder: Path, code: str) -> None:
@@ -144,7 +145,7 @@ def customise(folder: Path, code: str) -> None:
 def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
     """The environment of a service on a runtime, in which TensorFlow compiles as little as it can.
 
-    Programs are compiled for few shapes (`tests/service/engine` tests all of them), and stored in
+    Programs are compiled for one shape (`tests/service/engine` tests all of them), and stored in
     `folder` for the next start. XLA compares the features of the machine in two spellings and warns
     about the difference.
     """
@@ -152,7 +153,7 @@ def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
         return {"CARRY_RUNTIME": runtime}
     customisation = folder / "sitecustomize"
     customisation.mkdir(exist_ok=True)
-    customise(customisation, LEAN_KERAS + TWO_RUNGS)
+    customise(customisation, LEAN_KERAS + ONE_RUNG)
     return {
         "CARRY_RUNTIME": runtime,
         "PYTHONPATH": str(customisation),
