@@ -27,11 +27,11 @@ from models.artifact.manifest import MANIFEST_NAME
 from models.errors import ArtifactError
 from service.access.key_cache import AccessKeys
 from service.engine.runtimes.loading import open_decoders, open_runtimes
+from service.ops.graceful_server import ON_LAME_DUCK, ON_RETIRE, ON_STOP
 from service.ops.logs import configure_logs, observe_requests
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
 from service.ops.sampler import Sampler, TransportLoad
-from service.ops.worker_pool import ON_LAME_DUCK, ON_STOP
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
 from service.pipeline.watching import Watches
@@ -110,6 +110,7 @@ def create_app() -> FastAPI:
             recorder.model(model.name, model.version, model.runtime.name, rows)
         _tune_garbage_collector()
         on_stop = []
+        connections = api.state.http.connections
         if grpc_server is not None:
             await grpc_server.start()
             on_stop.append(grpc_server.begin_stop)
@@ -121,7 +122,8 @@ def create_app() -> FastAPI:
         try:
             yield {
                 HTTP_STATE: api.state.http,
-                ON_LAME_DUCK: [pipeline.announce_stop],
+                ON_LAME_DUCK: [pipeline.announce_stop, connections.announce_close],
+                ON_RETIRE: [connections.retire, *on_stop],
                 ON_STOP: on_stop,
             }
         finally:
@@ -145,7 +147,7 @@ def create_app() -> FastAPI:
         timeout_s=min(settings.timeout_s, settings.max_timeout_s),
         max_timeout_s=settings.max_timeout_s,
     )
-    connections = ConnectionLimits(
+    connection_limits = ConnectionLimits(
         max_connections=limit_connections_to_open_files(settings.max_connections),
         keep_alive_s=settings.keep_alive_s,
         head_timeout_s=settings.head_timeout_s,
@@ -162,7 +164,7 @@ def create_app() -> FastAPI:
         limits,
         recorder,
         lifespan=lifespan,
-        connections=connections,
+        connections=connection_limits,
         fast_path=settings.http_fast_path,
         metrics=None if has_admin else metrics,
         docs=settings.docs and not has_admin,
@@ -172,7 +174,7 @@ def create_app() -> FastAPI:
     if settings.admin_port is not None:
         admin = AdminServer(
             api,
-            connections,
+            connection_limits,
             metrics=metrics,
             docs=settings.docs,
             host=settings.admin_host or settings.host,

@@ -1,8 +1,8 @@
 """`carry serve`: the parent process, which owns the port, the embedded store and the workers.
 
-With one worker the service runs in this process; with several, a pool keeps that many child
-processes on the one listening socket (see `workers`). The embedded store belongs to the parent, so
-that all workers share it and it survives each of them.
+With one worker the service runs in this process (`single_worker`); with several, a pool keeps that
+many child processes on the one listening socket (`worker_pool`). The embedded store belongs to the
+parent, so that all workers share it and it survives each of them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ import structlog
 import uvicorn
 
 from service.app import LATE_S, store_settings
+from service.ops.graceful_server import Periods
 from service.ops.logs import flush_logs
 from service.ops.open_files import raise_open_files_limit
-from service.ops.worker_pool import SIGHUP, Server, WorkerPool, WorkersFailedError
+from service.ops.single_worker import SingleWorker
+from service.ops.worker_pool import SIGHUP, WorkerPool, WorkersFailedError
 from service.settings import PREFIX, Settings, service_links
 from service.store.embedded.embedded_valkey import EmbeddedValkey
 from service.store.open import open_store
+from service.transports.http.connection.connections import CHECK_INTERVAL_S
 from service.transports.http.connection.http_protocol import HttpProtocol
 
 log = structlog.get_logger(__name__)
@@ -50,7 +53,7 @@ class CannotServeError(Exception):
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; with one worker also until SIGHUP, unless that is ignored.
+    """Serve until SIGTERM or SIGINT; SIGHUP is a rolling restart, unless it is ignored.
 
     The workers get the effective settings through the environment.
 
@@ -121,24 +124,19 @@ def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[],
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
-    if settings.workers > 1:
-        drain_s = settings.drain_s + LATE_S
-        try:
-            WorkerPool(
-                config,
-                listener,
-                size=settings.workers,
-                drain_s=drain_s,
-                lame_duck_s=settings.lame_duck_s,
-            ).run()
-        except WorkersFailedError as error:
-            raise CannotServeError(f"no worker could be started: {error}") from error
+    periods = Periods(
+        lame_duck_s=settings.lame_duck_s,
+        # an idle connection is closed at the second check after its time
+        retire_s=settings.keep_alive_s + 2 * CHECK_INTERVAL_S,
+        drain_s=settings.drain_s + LATE_S,
+    )
+    if settings.workers == 1:
+        SingleWorker(config, listener, exit_process, periods).run()
         return
-    server = Server(config, exit_process, lame_duck_s=settings.lame_duck_s)
-    if SIGHUP in _stop_signals():
-        # uvicorn does not handle SIGHUP, whose default is to kill the process
-        signal.signal(SIGHUP, server.handle_exit)
-    server.run(sockets=[listener])
+    try:
+        WorkerPool(config, listener, periods, size=settings.workers).run()
+    except WorkersFailedError as error:
+        raise CannotServeError(f"no worker could be started: {error}") from error
 
 
 def _stop_signals() -> list[signal.Signals]:

@@ -8,14 +8,14 @@ worker was ever ready: then every start would fail in the same way, and the oper
     SIGTERM            every worker fails its readiness check for the lame-duck time, then drains,
                        within its time; then the pool ends
     SIGINT             the same without the lame-duck time, which a second SIGTERM ends too
-    SIGHUP             rolling restart: each worker is replaced once its successor is ready
+    SIGHUP             rolling restart: one worker after another, each retires once its successor is
+                       ready, and the next one is replaced once it has exited
 
-One pool per process, from the main thread.
+One pool per process. `run` is for the main thread, `supervise` for any.
 """
 
 from __future__ import annotations
 
-import asyncio
 import multiprocessing
 import os
 import signal
@@ -27,7 +27,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from types import FrameType
 from typing import Any, Final, NoReturn
 
 import structlog
@@ -36,6 +35,7 @@ import uvicorn
 from models.errors import ModelsError
 from service.core.errors import CarryError
 from service.engine.runtimes.loading import RuntimeUnavailableError
+from service.ops.graceful_server import SIGRETIRE, GracefulServer, Periods
 from service.ops.logs import flush_logs
 from service.ops.metrics import WorkerRestarts
 from service.settings import SettingsError
@@ -55,12 +55,6 @@ BACKOFF_RESET_S: Final = 60.0
 KILL_MARGIN_S: Final = 5.0
 """How long a worker may take, after its drain time, to close its store and exit."""
 
-ON_LAME_DUCK: Final = "on_lame_duck"
-"""Member of the lifespan's state: functions that are called when the lame-duck time begins."""
-
-ON_STOP: Final = "on_stop"
-"""Member of the lifespan's state: functions that are called when the server begins to drain."""
-
 SIGHUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
 """None on Windows."""
 
@@ -72,56 +66,33 @@ class WorkersFailedError(Exception):
     """No worker was ever ready; the message is the failure of the last one."""
 
 
-class Server(uvicorn.Server):
-    """uvicorn server whose process exits once it is drained, or immediately during start-up.
-
-    uvicorn would finish its start-up before it stops, and the process would wait for threads that
-    are still compiling a network.
+def on_hangup(
+    stop: Callable[[int], None], restart: Callable[[], None]
+) -> Callable[[int, object], None]:
+    """Return a handler of SIGHUP, which has two senders.
 
     Args:
-        exit_process: called in the main thread, also from a signal handler.
-        lame_duck_s: how long it still accepts requests after the first SIGTERM, not ready, so that
-            load balancers stop sending them, in seconds.
+        stop: the terminal of the process, which was closed.
+        restart: an operator.
     """
+    had_terminal = _has_terminal()
 
-    def __init__(
-        self, config: uvicorn.Config, exit_process: Callable[[], NoReturn], *, lame_duck_s: float
-    ):
-        super().__init__(config)
-        self._exit_process = exit_process
-        self._lame_duck_s = lame_duck_s
-        self._loop: asyncio.AbstractEventLoop | None = None
-        # uvicorn replaces these handlers while it runs, and raises the signals again once drained.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: exit_process())
+    def handle(number: int, frame: object) -> None:
+        if had_terminal and not _has_terminal():
+            stop(number)
+        else:
+            restart()
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal, then exit the process."""
-        self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
-        self._exit_process()
+    return handle
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain."""
-        for begin_stop in self.lifespan.state.get(ON_STOP, ()):
-            begin_stop()
-        await super().shutdown(sockets)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM and SIGINT while uvicorn runs."""
-        if not self.started:
-            self._exit_process()
-        if sig == signal.SIGTERM and self._lame_duck_s and self._loop is not None:
-            lame_duck_s, self._lame_duck_s = self._lame_duck_s, 0.0
-            self._loop.call_soon_threadsafe(self._start_lame_duck, lame_duck_s)
-            return
-        super().handle_exit(sig, frame)
-
-    def _start_lame_duck(self, duration_s: float) -> None:
-        log.info("lame_duck", duration_s=duration_s)
-        for announce in self.lifespan.state.get(ON_LAME_DUCK, ()):
-            announce()
-        asyncio.get_running_loop().call_later(duration_s, super().handle_exit, signal.SIGTERM, None)
+def _has_terminal() -> bool:
+    """Whether the process has a controlling terminal that is open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 class WorkerPool:
@@ -130,24 +101,25 @@ class WorkerPool:
     Args:
         config: uvicorn's configuration of a worker.
         listener: the socket that all workers accept from.
+        periods: of the workers' graceful shutdown.
         size: number of workers.
-        drain_s: how long a worker may take to finish accepted requests, in seconds.
-        lame_duck_s: how long the workers accept requests after SIGTERM, in seconds.
+        on_ready: called once, when the first worker is ready.
     """
 
     def __init__(
         self,
         config: uvicorn.Config,
         listener: socket.socket,
+        periods: Periods,
         *,
         size: int,
-        drain_s: float,
-        lame_duck_s: float,
+        on_ready: Callable[[], None] = lambda: None,
     ):
         self._config = config
         self._listener = listener
-        self._lame_duck_s = lame_duck_s
-        self._kill_after_s = drain_s + KILL_MARGIN_S
+        self._periods = periods
+        self._kill_after_s = periods.drain_s + KILL_MARGIN_S
+        self._on_ready = on_ready
         self._slots = [_Slot() for _ in range(size)]
         self._draining: list[_Worker] = []
         self._to_replace: deque[_Slot] = deque()
@@ -163,10 +135,18 @@ class WorkerPool:
         Raises:
             WorkersFailedError: no worker was ever ready.
         """
-        signal.signal(signal.SIGTERM, self._on_stop)
-        signal.signal(signal.SIGINT, self._on_stop)
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
         if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
-            signal.signal(SIGHUP, self._on_hangup)
+            signal.signal(SIGHUP, on_hangup(self.stop, self.replace_all))
+        self.supervise()
+
+    def supervise(self) -> None:
+        """Serve until `stop`.
+
+        Raises:
+            WorkersFailedError: no worker was ever ready.
+        """
         try:
             for slot in self._slots:
                 slot.worker = self._start()
@@ -178,11 +158,13 @@ class WorkerPool:
             for worker in self._workers():
                 worker.kill()
 
-    def _on_stop(self, number: int, frame: object) -> None:
+    def stop(self, number: int, frame: object = None) -> None:
+        """Handle SIGTERM or SIGINT; from a signal handler or another thread."""
         self._stop_now = self._stop or number == signal.SIGINT
         self._stop = True
 
-    def _on_hangup(self, number: int, frame: object) -> None:
+    def replace_all(self) -> None:
+        """Start a rolling restart; from a signal handler or another thread."""
         self._replace_all = True
 
     def _workers(self) -> Iterator[_Worker]:
@@ -191,7 +173,7 @@ class WorkerPool:
         yield from self._draining
 
     def _start(self) -> _Worker:
-        worker = _Worker(self._config, self._listener, self._lame_duck_s)
+        worker = _Worker(self._config, self._listener, self._periods)
         log.info("worker_started", pid=worker.pid)
         return worker
 
@@ -209,8 +191,10 @@ class WorkerPool:
         """Read heartbeats, kill hung workers, and restart those that exited."""
         for worker in self._workers():
             if worker.read_heartbeats():
-                self._was_ready = True
                 log.info("worker_ready", pid=worker.pid, after_s=worker.age_s())
+                if not self._was_ready:
+                    self._was_ready = True
+                    self._on_ready()
             if worker.is_hung():
                 log.error("worker_hangs", pid=worker.pid, unresponsive_s=HEARTBEAT_TIMEOUT_S)
                 worker.kill()
@@ -242,7 +226,10 @@ class WorkerPool:
             raise WorkersFailedError(worker.exit_reason())
 
     def _replace_next(self) -> None:
-        """Continue a rolling restart: one worker at a time, each once its replacement is ready."""
+        """Continue a rolling restart: one worker at a time, each once its replacement is ready.
+
+        So there is at most one process more than workers.
+        """
         if self._replace_all and not self._to_replace:
             self._replace_all = False
             self._to_replace = deque(self._slots)
@@ -251,10 +238,11 @@ class WorkerPool:
             return
         slot = self._to_replace[0]
         if slot.replacement is None:
-            slot.replacement = self._start()
+            if not self._draining:
+                slot.replacement = self._start()
         elif slot.replacement.is_ready:
             if slot.worker is not None:
-                slot.worker.drain(self._kill_after_s)
+                slot.worker.retire(self._periods.retire_s + self._kill_after_s)
                 self._draining.append(slot.worker)
             slot.worker, slot.replacement, slot.failures = slot.replacement, None, 0
             self._to_replace.popleft()
@@ -269,7 +257,7 @@ class WorkerPool:
         log.info("workers_stopping", workers=len(list(self._workers())))
         if not self._stop_now:
             for worker in self._workers():
-                worker.terminate(self._lame_duck_s + self._kill_after_s)
+                worker.terminate(self._periods.lame_duck_s + self._kill_after_s)
         while not all(worker.has_drained() for worker in self._workers()):
             if self._stop_now:
                 self._stop_now = False
@@ -298,10 +286,10 @@ class _Slot:
 class _Worker:
     """The parent's view of one worker process."""
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, lame_duck_s: float):
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, periods: Periods):
         self.heartbeats, child_end = _spawn.Pipe(duplex=False)
         self.process = _spawn.Process(
-            target=_run_worker, args=(config, listener, child_end, lame_duck_s)
+            target=_run_worker, args=(config, listener, child_end, periods)
         )
         self.process.start()
         # Otherwise the pipe would stay open after the worker exits.
@@ -359,6 +347,12 @@ class _Worker:
         self._kill_at_s = time.monotonic() + kill_after_s
         self.process.terminate()
 
+    def retire(self, kill_after_s: float) -> None:
+        """Ask it to close its connections as its clients notice, and to exit."""
+        self._kill_at_s = time.monotonic() + kill_after_s
+        if not self.has_exited() and SIGRETIRE is not None:
+            os.kill(self.pid, SIGRETIRE)
+
     def drain(self, kill_after_s: float) -> None:
         """Ask it to finish accepted requests now, and to exit."""
         self._kill_at_s = time.monotonic() + kill_after_s
@@ -384,7 +378,7 @@ def _run_worker(
     config: uvicorn.Config,
     listener: socket.socket,
     heartbeats: Connection[Any, Any],
-    lame_duck_s: float,
+    periods: Periods,
 ) -> None:
     """Main function of a worker process."""
     if SIGHUP is not None:
@@ -392,7 +386,7 @@ def _run_worker(
         signal.signal(SIGHUP, signal.SIG_IGN)
     # The constructor has configured uvicorn's loggers in the parent process only.
     config.configure_logging()
-    server = Server(config, _exit_process, lame_duck_s=lame_duck_s)
+    server = GracefulServer(config, _exit_process, periods)
     threading.Thread(
         target=_send_heartbeats, args=(server, heartbeats), name="carry-heartbeat", daemon=True
     ).start()
@@ -409,7 +403,7 @@ def _exit_process() -> NoReturn:
     os._exit(0)
 
 
-def _send_heartbeats(server: Server, heartbeats: Connection[Any, Any]) -> None:
+def _send_heartbeats(server: GracefulServer, heartbeats: Connection[Any, Any]) -> None:
     """Send heartbeats to the parent: whether this process is ready."""
     pause = threading.Event()
     try:

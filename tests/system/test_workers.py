@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import termios
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service import server
+from tests.support.feeders import feeding
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server, until
 from tests.support.service import POLL_S, READY_S, Service, customise, running
+
+CHUNKS = "/v1/models/probe/streams/held/chunks"
 
 SLOW = """
 import sys, time
@@ -50,6 +56,21 @@ def fail_once(runtime):
 OnnxRuntime.warm = fail_once
 """
 """A `sitecustomize` that makes the first warm-up fail, after which the others start."""
+
+FAILS_ON_DEMAND = """
+import pathlib
+from service.engine.runtimes.onnx import OnnxRuntime
+
+warm = OnnxRuntime.warm
+
+def fail(runtime):
+    if pathlib.Path({folder!r}, "fail").exists():
+        raise RuntimeError("planted")
+    return warm(runtime)
+
+OnnxRuntime.warm = fail
+"""
+"""A `sitecustomize` that makes the warm-up fail while there is a file."""
 
 IMPATIENT = """
 import service.ops.worker_pool
@@ -100,12 +121,7 @@ def pids(service: Service) -> list[int]:
 
 
 def is_live(service: Service) -> bool:
-    url = f"{service.url}/health/live"
-    try:
-        return httpx.get(url, verify=False).status_code == 200
-    except httpx.RemoteProtocolError:
-        # a draining worker closes a connection on which no request has arrived; clients try again
-        return httpx.get(url, verify=False).status_code == 200
+    return httpx.get(f"{service.url}/health/live", verify=False).status_code == 200
 
 
 def test_only_the_admin_port_has_metrics_of_all_workers_and_documentation(
@@ -233,13 +249,72 @@ def test_sighup_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_sighup_drains_a_single_worker(tmp_path: Path, probe: Artifact) -> None:
-    with running(tmp_path, probe.path) as service:
-        valkey = service.valkey_pid()
-        service.process.send_signal(signal.SIGHUP)
+def test_sighup_replaces_a_single_worker_without_a_failed_request(
+    tmp_path: Path, probe: Artifact
+) -> None:
+    customise(tmp_path, FAILS_ON_DEMAND.format(folder=str(tmp_path)))
+    environment = {"PYTHONPATH": str(tmp_path), "CARRY_KEEP_ALIVE_S": "600"}
+    with running(tmp_path, probe.path, **environment) as service:
+        parent, valkey = service.process, service.valkey_pid()
+        with feeding(service.url) as feeders:
+            (tmp_path / "fail").touch()
+            parent.send_signal(signal.SIGHUP)
+            until(lambda: lines(service, "replacement_failed"), "a failed start", READY_S, POLL_S)
+            feeders.wait_for_more()
+            (tmp_path / "fail").unlink()
+            _replace_with_idle_connections(service)
+            until(lambda: "Finished server process" in service.log(), "its end", poll_s=POLL_S)
+            feeders.wait_for_more()
+            _replace_with_idle_connections(service)
+            first, second = pids(service)
+            until(lambda: not Path(f"/proc/{first}").exists(), "the end of the first successor")
+        assert parent.poll() is None
+        assert service.stop() == 0
+        assert not lines(service, "worker_killed")
+        assert not Path(f"/proc/{valkey}").exists()
+        assert not Path(f"/proc/{second}").exists()
+
+
+def _replace_with_idle_connections(service: Service) -> None:
+    """Replace the worker, which still answers what arrives on connections that were idle.
+
+    One request is for the fast path.
+    """
+    retired = len(lines(service, "worker_retiring"))
+    chunk = json.dumps({"inputs": [[0.5] * 3]})
+    requests = [
+        ("GET", "/health/live", None, {}),
+        ("POST", CHUNKS, chunk, {"Content-Type": "application/json"}),
+    ]
+    connections = [HTTPConnection(service.url.removeprefix("http://")) for _ in requests]
+    for connection, request in zip(connections, requests, strict=True):
+        assert _exchange(connection, request) is None
+    service.process.send_signal(signal.SIGHUP)
+    until(lambda: lines(service, "worker_retiring")[retired:], "its retirement", READY_S, POLL_S)
+    for connection, request in zip(connections, requests, strict=True):
+        assert _exchange(connection, request) == "close"
+
+
+def _exchange(connection: HTTPConnection, request: tuple[str, str, Any, Any]) -> str | None:
+    """Send a request and return the `Connection` of its response."""
+    connection.request(*request)
+    response = connection.getresponse()
+    assert response.status == 200, response.read()
+    response.read()
+    return response.getheader("Connection")
+
+
+def test_a_closed_terminal_stops_the_service(tmp_path: Path, probe: Artifact) -> None:
+    terminal, device = os.openpty()
+
+    def attach() -> None:
+        fcntl.ioctl(device, termios.TIOCSCTTY, 0)
+
+    with running(tmp_path, probe.path, prepare=attach) as service:
+        os.close(device)
+        os.close(terminal)
         assert service.process.wait(60) == 0
         assert lines(service, "valkey_stopped")
-        assert not Path(f"/proc/{valkey}").exists()
 
 
 def test_worker_logs_each_request_once(two_workers: tuple[Service, RealServer]) -> None:
@@ -250,21 +325,27 @@ def test_worker_logs_each_request_once(two_workers: tuple[Service, RealServer]) 
     assert service.log().count("only-one") == 1
 
 
-def test_sighup_replaces_every_worker_without_downtime(
+def test_sighup_replaces_one_worker_after_another_without_a_failed_request(
     two_workers: tuple[Service, RealServer],
 ) -> None:
     service, _ = two_workers
     before, ended = pids(service), len(lines(service, "worker_ended"))
-    service.process.send_signal(signal.SIGHUP)
+    started = len(lines(service, "worker_started"))
+    with feeding(service.url):
+        service.process.send_signal(signal.SIGHUP)
+        most = 0
 
-    def are_replaced() -> bool:
-        assert is_live(service)
-        return len(pids(service)) == len(before) + 2 and not any(
-            Path(f"/proc/{pid}").exists() for pid in before
-        )
+        def are_replaced() -> bool:
+            nonlocal most
+            pids_now = [line["pid"] for line in lines(service, "worker_started")]
+            most = max(most, sum(Path(f"/proc/{pid}").exists() for pid in pids_now))
+            return len(pids(service)) == len(before) + 2 and not any(
+                Path(f"/proc/{pid}").exists() for pid in before
+            )
 
-    until(are_replaced, "the new workers", READY_S, POLL_S)
-    assert is_live(service)
+        until(are_replaced, "the new workers", READY_S, POLL_S)
+    assert most == 3
+    assert len(lines(service, "worker_started")) == started + 2
     assert len(lines(service, "worker_ended")) == ended
 
 
@@ -289,7 +370,8 @@ def test_service_accepts_requests_while_it_is_a_lame_duck(
         until(lambda: len(lines(service, "lame_duck")) == int(workers), "the log lines")
         until(is_failing, "the failing check", poll_s=POLL_S)
         assert is_live(service)
-        assert client.get("/v1/models").status_code == 200
+        answer = client.get("/v1/models")
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         assert not service.ended()
         assert service.stop() == 0
         assert "worker_killed" not in service.log()

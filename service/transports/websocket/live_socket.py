@@ -386,6 +386,10 @@ class LiveSocket(asyncio.Protocol):
         self._drain()
         self._read()
 
+    def retire(self) -> None:
+        """The same: the client connects again, and reaches the process that serves from now on."""
+        self.shutdown()
+
     def revoke(self, error: CarryError) -> None:
         """Close the socket: its access key is no longer accepted, or cannot be checked."""
         if self._session is not None:

@@ -94,6 +94,9 @@ class Connection(Protocol):
     def expire(self, phase: Phase) -> None:
         """Handle the timeout of a phase."""
 
+    def retire(self) -> None:
+        """Close it after the next response, or if it is a live socket as soon as possible."""
+
     def shed_body(self) -> None:
         """Reject the body that it is receiving."""
 
@@ -108,6 +111,7 @@ class Connections:
         limits: the limits.
         on_drain: called when the graceful shutdown begins, to end responses without an end.
         loads: the load of each transport at the last check.
+        close_after_response: whether each connection is closed after its next response.
     """
 
     def __init__(self, limits: ConnectionLimits | None = None):
@@ -120,6 +124,7 @@ class Connections:
         self._is_draining = False
         self.on_drain: list[Callable[[], None]] = []
         self.loads: Mapping[str, TransportLoad] = {}
+        self.close_after_response = False
 
     def drain(self) -> None:
         """Begin the graceful shutdown; each connection calls it."""
@@ -127,6 +132,17 @@ class Connections:
             self._is_draining = True
             for begin in self.on_drain:
                 begin()
+
+    def announce_close(self) -> None:
+        """Close each connection after its next response from now on."""
+        self.close_after_response = True
+
+    def retire(self) -> None:
+        """The same, and end live sockets and responses without an end now."""
+        self.announce_close()
+        self.drain()
+        for connection in list(self._seen):
+            connection.retire()
 
     def __len__(self) -> int:
         return len(self._seen)

@@ -274,7 +274,9 @@ class HttpProtocol(FramingProtocol):
         if reply.cancelled() or self.transport.is_closing():
             return
         [result] = reply.result()
-        closes = self._closes_after_reply
+        closes = self._closes_after_reply or (
+            self._connections.close_after_response and not self._buffered
+        )
         self.transport.write(route.response(request, result, closes=closes))
         if closes:
             self.transport.close()
@@ -395,6 +397,8 @@ class HttpProtocol(FramingProtocol):
         """Parser callback: the head is complete; uvicorn starts the application."""
         self.scope["state"][UNSENT] = self._unsent
         super().on_headers_complete()
+        if self._connections.close_after_response and self._has_cycle:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Parser callback: a part of a body, which is counted if its request is unanswered."""
@@ -437,6 +441,14 @@ class HttpProtocol(FramingProtocol):
             super().shutdown()
         else:
             self._closes_after_reply = True
+
+    def retire(self) -> None:
+        """Close after the current response, or after the next one; until then the client may send.
+
+        Unlike `shutdown`, it does not close an idle connection, on which a request may be arriving.
+        """
+        if self._has_cycle:
+            self.cycle.keep_alive = False
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """The client closed its sending side: it disconnected, or waits for its responses."""

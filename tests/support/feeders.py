@@ -1,0 +1,97 @@
+"""Clients that keep a service busy while it restarts: ordinary HTTP clients, without retries."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from tests.support.servers import until
+
+CLIENTS = 4
+PACE_S = 0.01
+"""Pause between chunks: the tests are about requests during a restart, not about load."""
+
+
+class Feeder(threading.Thread):
+    """Sends the chunks of one stream of the model `probe` in order, on one connection.
+
+    It stops at the first request that fails.
+    """
+
+    def __init__(self, url: str, stream: str, stopped: threading.Event):
+        super().__init__(daemon=True)
+        self._url = f"{url}/v1/models/probe/streams/{stream}"
+        self._stopped = stopped
+        self.problems: list[Any] = []
+        self.chunks = 0
+
+    def run(self) -> None:
+        position = 0
+        with httpx.Client(timeout=30) as client:
+            while not self._stopped.wait(PACE_S):
+                chunk = {"inputs": [[0.5] * 3] * 2, "position": position}
+                try:
+                    answer = client.post(f"{self._url}/chunks", json=chunk)
+                except httpx.HTTPError as error:
+                    self.problems.append(error)
+                    return
+                if answer.status_code != 200:
+                    self.problems.append(answer.text)
+                    return
+                position = answer.json()["position"]
+                self.chunks += 1
+
+
+class Feeders:
+    """Several clients at once, each with its own stream."""
+
+    def __init__(self, url: str):
+        self._stopped = threading.Event()
+        self._feeders = [Feeder(url, f"s{index}", self._stopped) for index in range(CLIENTS)]
+
+    @property
+    def problems(self) -> list[Any]:
+        """Requests that failed."""
+        return [problem for feeder in self._feeders for problem in feeder.problems]
+
+    @property
+    def chunks(self) -> int:
+        """Requests that were answered with 200."""
+        return sum(feeder.chunks for feeder in self._feeders)
+
+    def start(self) -> None:
+        for feeder in self._feeders:
+            feeder.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for feeder in self._feeders:
+            feeder.join()
+
+    def wait_for_more(self) -> None:
+        """Until each client has sent ten more chunks, or failed."""
+        before = [feeder.chunks for feeder in self._feeders]
+        until(
+            lambda: all(
+                feeder.problems or feeder.chunks > chunks + 10
+                for feeder, chunks in zip(self._feeders, before, strict=True)
+            ),
+            "more chunks",
+        )
+
+
+@contextmanager
+def feeding(url: str) -> Iterator[Feeders]:
+    """Feed a service, and assert that no request failed."""
+    feeders = Feeders(url)
+    feeders.start()
+    try:
+        yield feeders
+        feeders.wait_for_more()
+    finally:
+        feeders.stop()
+    assert feeders.problems == []
