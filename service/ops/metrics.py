@@ -32,7 +32,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from prometheus_client.values import MultiProcessValue
+from prometheus_client.values import MultiProcessValue, MutexValue
 
 from service.core.values import Timing
 from service.pipeline.recorder import ModelStatistics
@@ -359,11 +359,13 @@ class WorkerRestarts:
 
     That process serves no metrics: it counts in a file of its own beside those of the workers. The
     library is imported before it sets `PROMETHEUS_MULTIPROC_DIR`, so it names the class of values.
+    A service that started with one worker has no such folder, and nothing reads its count.
     """
 
     def __init__(self) -> None:
         name = f"{RESTARTS}_total"
-        self._value = MultiProcessValue()("counter", name, name, (), (), RESTARTS_HELP)
+        kind = MultiProcessValue() if os.environ.get(MULTIPROCESS_DIR) else MutexValue
+        self._value = kind("counter", name, name, (), (), RESTARTS_HELP)
 
     def count(self) -> None:
         """Count one."""
