@@ -89,6 +89,7 @@ def create_app() -> FastAPI:
             max_queue_wait_s=settings.max_queue_wait_s,
             batches_in_flight=settings.batches_in_flight,
             state_cache_bytes=settings.state_cache_bytes,
+            state_cache_s=settings.tombstone_ttl_s,
             conflict_attempts=settings.conflict_attempts,
             drain_s=min(settings.drain_s, LATE_S),
         ),

@@ -173,7 +173,8 @@ class Settings(BaseSettings):
     tombstone_ttl_s: Annotated[int, Field(ge=1)] = 600
     """How long a deleted stream leaves a tombstone, in seconds, so that writes from before the
     deletion are not applied after it. Longer than a proxy or the network may delay bytes of an
-    abandoned connection."""
+    abandoned connection. A worker drops a stream's state from its cache after as long without a
+    chunk."""
 
     reply_max_bytes: Annotated[int, Field(ge=0)] = 64 * KIB
     """A larger reply is not stored, and a retry of its chunk gets `already_applied`; 0 stores

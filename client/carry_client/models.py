@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CHUNK_EVENTS: Final = 256
 STREAMS_PER_REQUEST: Final = 256
+DELETE_LIMIT: Final = 10_000
+"""About how many streams one request deletes."""
+
 OTHER_HEAD: Final = (StateChanged, PositionAhead, PositionBehind, EpochMismatch)
 """Rejections of a chunk because the stream is not where this client left it."""
 
@@ -216,10 +219,19 @@ class ModelCore:
                 return
 
     def delete_streams(self, prefix: str) -> Call[int]:
-        """Delete all streams of a prefix; how many this attempt deleted."""
-        params = {"prefix": prefix}
-        document = yield from self.session.request("DELETE", f"{self.path}/streams", params=params)
-        return int(document["deleted"])
+        """Delete all streams of a prefix, in requests of bounded size; how many were deleted."""
+        deleted, cursor = 0, None
+        while True:
+            params = {"prefix": prefix, "limit": str(DELETE_LIMIT)}
+            if cursor is not None:
+                params["cursor"] = cursor
+            document = yield from self.session.request(
+                "DELETE", f"{self.path}/streams", params=params
+            )
+            deleted += int(document["deleted"])
+            cursor = document["cursor"]
+            if cursor is None:
+                return deleted
 
 
 def _read_outcome(

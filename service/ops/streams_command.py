@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 CONCURRENT_REQUESTS = 8
 """Number of concurrent requests when a command acts on many streams."""
 
+DELETE_LIMIT = 10_000
+"""About how many streams one request deletes."""
+
 streams_app = typer.Typer(
     help="List, show, delete and reset streams of a running service.", no_args_is_help=True
 )
@@ -152,9 +155,11 @@ def delete_streams(
     """Delete one stream, or all streams with a prefix."""
     _confirm(model, stream, prefix, yes, "Delete {}?")
     with _service(url) as client:
-        outcomes = _apply(client, model, stream, prefix, "deleting", _delete)
-    deleted = f"{outcomes[DELETED]:,} streams" if stream is None else stream
-    typer.echo(f"deleted {deleted}")
+        if prefix is not None:
+            typer.echo(f"deleted {_delete_prefix(client, model, prefix):,} streams")
+            return
+        _apply(client, model, stream, prefix, "deleting", _delete)
+    typer.echo(f"deleted {stream}")
 
 
 @streams_app.command("reset")
@@ -244,6 +249,23 @@ def _apply_to_prefix(
             outcomes[future.result()] += 1
             progress.advance(task)
     return outcomes
+
+
+def _delete_prefix(client: Carry, model: str, prefix: str) -> int:
+    """Delete all streams with a prefix, in requests of bounded size; returns how many."""
+    from rich.console import Console
+
+    deleted: int = 0
+    cursor: str | None = ""
+    with Console(stderr=True).status("deleting") as status:
+        while cursor is not None:
+            page = _request(
+                client, "DELETE", _path(model), prefix=prefix, limit=DELETE_LIMIT, cursor=cursor
+            )
+            deleted += page["deleted"]
+            cursor = page["cursor"]
+            status.update(f"deleted {deleted:,} streams")
+    return deleted
 
 
 def _with_lookahead(futures: Iterator[Future[str]], count: int) -> Iterator[Future[str]]:

@@ -90,6 +90,14 @@ class StateCache:
         if state is not None:
             self.size_bytes -= _size_bytes(state)
 
+    def drop_older(self, committed_ms: int) -> None:
+        """Drop the states of streams that this worker has not used since a commit before then."""
+        while self._entries:
+            key, oldest = next(iter(self._entries.items()))
+            if oldest.updated_ms >= committed_ms:
+                return
+            self.drop(key)
+
 
 def _size_bytes(state: StreamState) -> int:
     floats, ints = state.state

@@ -59,7 +59,9 @@ class StreamsEntry(Protocol):
     async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
         """Delete a stream."""
 
-    async def delete_prefix(self, model: str, prefix: str) -> int:
+    async def delete_prefix(
+        self, model: str, prefix: str, cursor: str | None = None, limit: int | None = None
+    ) -> tuple[int, str | None]:
         """Delete every stream whose name starts with `prefix`."""
 
     async def restore(
@@ -259,9 +261,11 @@ class KeyStreams:
         self._require((Verb.DELETE,), *key)
         await self._streams.delete(key, precondition)
 
-    async def delete_prefix(self, model: str, prefix: str) -> int:
+    async def delete_prefix(
+        self, model: str, prefix: str, cursor: str | None = None, limit: int | None = None
+    ) -> tuple[int, str | None]:
         self._require((Verb.DELETE,), model, prefix)
-        return await self._streams.delete_prefix(model, prefix)
+        return await self._streams.delete_prefix(model, prefix, cursor, limit)
 
     async def restore(
         self,

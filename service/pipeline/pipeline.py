@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 from models.decoding.forecasts import Forecast
 from service.access.principal import Verb
@@ -60,6 +60,9 @@ from service.store.base import StateStore
 P = TypeVar("P")
 R = TypeVar("R")
 
+CACHE_CHECK_S: Final = 60.0
+"""Longest interval at which the age of cached states is checked."""
+
 OnModelChange = Literal["refuse", "reset"]
 """What to do with a stream whose state another model version wrote: reject its chunks, or reset."""
 
@@ -74,6 +77,7 @@ class PipelineLimits:
     max_queue_wait_s: float = math.inf
     batches_in_flight: int = 2
     state_cache_bytes: int = 64 * 2**20
+    state_cache_s: float = 600.0
     conflict_attempts: int = 32
     drain_s: float = 30.0
 
@@ -116,7 +120,7 @@ class Pipeline:
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""
-        self._warming: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._recorder = recorder
         self._chunks = {name: self._chunk_batcher(served) for name, served in self.models.items()}
         self._sequences = {
@@ -192,7 +196,8 @@ class Pipeline:
             if served.decoder is not None:
                 await self._compute.run(served.decoder.warm)
         self._warm = True
-        self._warming = asyncio.get_running_loop().create_task(self._warm_rest())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._warm_rest()), loop.create_task(self._age_cache())]
 
     async def _warm_rest(self) -> None:
         """Compile the remaining shapes while the first requests are served."""
@@ -200,11 +205,17 @@ class Pipeline:
             while await asyncio.to_thread(served.runtime.warm_next):
                 pass
 
+    async def _age_cache(self) -> None:
+        """Drop states of idle streams: another worker may have deleted them."""
+        while True:
+            await asyncio.sleep(min(CACHE_CHECK_S, self._limits.state_cache_s / 10))
+            self.cache.drop_older(self._now_ms() - round(1000 * self._limits.state_cache_s))
+
     async def stop(self) -> None:
         """Shut down gracefully: drain the queues, then stop; once, before the store is closed."""
         self._stopping = "draining"
-        if self._warming is not None:
-            self._warming.cancel()
+        for task in self._tasks:
+            task.cancel()
         drain_s = self._limits.drain_s
         await asyncio.gather(
             *(batcher.drain(drain_s) for batcher in self._chunks.values()),

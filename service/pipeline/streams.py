@@ -6,7 +6,7 @@ independent of the chunks in flight: the store decides which of two writes comes
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import math
 from collections.abc import Callable
 from typing import Final
@@ -28,8 +28,12 @@ from service.pipeline.chunk_load import StateCache
 from service.pipeline.served_model import ServedModel
 from service.store.base import Commit, Committed, StateStore
 
-CONCURRENT_DELETES: Final = 32
-"""Concurrent deletions of a prefix; few enough that chunks hardly wait behind them."""
+DELETE_BATCH_STREAMS: Final = 100
+"""Streams of a prefix that are deleted together; few enough that chunks hardly wait behind them."""
+
+DELETE_PAGE_STREAMS: Final = 1000
+MAX_DELETE_PAGES: Final = 20
+"""Pages that a deletion with a limit reads, each of at most 100,000 keys of the store."""
 
 CREATE_ATTEMPTS: Final = 4
 """Attempts of a restore or fork; each may meet a version conflict with another writer."""
@@ -124,30 +128,42 @@ class Streams:
             f"model {key.model!r} has no stream {key.stream!r}", **stream_facts(key.stream, None)
         )
 
-    async def delete_prefix(self, model: str, prefix: str) -> int:
-        """Delete every stream whose name starts with `prefix`; returns how many.
+    async def delete_prefix(
+        self, model: str, prefix: str, cursor: str | None = None, limit: int | None = None
+    ) -> tuple[int, str | None]:
+        """Delete the streams whose names start with `prefix`.
 
         Safe to repeat after a failure; streams that were deleted before it stay deleted.
 
+        Args:
+            cursor: where an earlier call with a limit ended.
+            limit: ends after about as many streams, or after MAX_DELETE_PAGES pages of the store.
+
+        Returns:
+            How many streams were deleted, and the cursor to continue from, None at the end.
+
         Raises:
+            InvalidInput: the cursor is invalid.
             OutcomeUnknown, NotDurable: of the first stream whose deletion is not certain.
         """
-        deleted, cursor = 0, None
-        while True:
-            page = await self.page(model, prefix, cursor, 500)
-            for first in range(0, len(page.streams), CONCURRENT_DELETES):
-                streams = page.streams[first : first + CONCURRENT_DELETES]
-                keys = [StreamKey(model, stream) for stream in streams]
+        deleted = 0
+        for pages in itertools.count(1):
+            count = min(DELETE_PAGE_STREAMS, (limit or math.inf) - deleted)
+            page = await self.page(model, prefix, cursor, int(count))
+            for first in range(0, len(page.keys), DELETE_BATCH_STREAMS):
+                keys = page.keys[first : first + DELETE_BATCH_STREAMS]
                 for key in keys:
                     self._cache.drop(key)
-                deletions = map(self._store.delete, keys)
-                for result in await asyncio.gather(*deletions, return_exceptions=True):
-                    if isinstance(result, BaseException):
+                for result in await self._store.delete_many(keys):
+                    if isinstance(result, CarryError):
                         raise result
                     deleted += isinstance(result, Committed)
             cursor = page.cursor
-            if cursor is None:
-                return deleted
+            if cursor is None or (
+                limit is not None and (deleted >= limit or pages == MAX_DELETE_PAGES)
+            ):
+                break
+        return deleted, cursor
 
     async def restore(
         self,

@@ -151,6 +151,12 @@ class StateStore(Protocol):
             Committed if a stream was deleted, otherwise Conflicted with the stored head.
         """
 
+    async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
+        """Delete many streams, each as `delete` does without `expected`, in few round trips.
+
+        Streams fail independently. A key may occur once per call.
+        """
+
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
     ) -> StreamPage:

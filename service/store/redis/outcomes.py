@@ -13,15 +13,17 @@ from service.core.delivery import stream_facts
 from service.core.errors import (
     CarryError,
     InternalError,
+    NotDurable,
     OutcomeUnknown,
     StateDamaged,
     StoreRefused,
     StoreUnavailable,
 )
 from service.core.values import StreamHead, StreamKey
-from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
-from service.store.codec import CodecError, raw_head
+from service.store.base import COMMITTED, Commit, CommitResult, Conflicted, Loaded
+from service.store.codec import CodecError, decode_state, raw_head
 from service.store.redis.connections import RETRY_AFTER_S, is_transient
+from service.store.settings import Durability, StoreSettings
 
 _CONCURRENT_WRITES: Final = "other writes changed the stream meanwhile"
 
@@ -134,4 +136,27 @@ def encoding_error(key: StreamKey, error: CodecError) -> InternalError:
     log.error("state_not_encodable", model=key.model, stream=key.stream, reason=str(error))
     return InternalError(
         f"the new state of stream {key.stream!r} cannot be stored: {error}", stream=key.stream
+    )
+
+
+def decode_value(key: StreamKey, value: bytes | None) -> Loaded:
+    """Decode the stored value of a stream; None if nothing is stored."""
+    if value is None:
+        return None
+    try:
+        return decode_state(value)
+    except CodecError as error:
+        return state_damaged_error(key, error, value)
+
+
+def not_durable_error(settings: StoreSettings, key: StreamKey, reason: str = "") -> NotDurable:
+    """The error of a write that is not confirmed to be as durable as the settings require."""
+    required = f"{settings.replicas} replicas"
+    if settings.durability is Durability.FSYNC:
+        required = "the disk"
+    return NotDurable(
+        f"stream {key.stream!r} was written, but {required} did not confirm it in time"
+        + (f": {reason}" if reason else ""),
+        stream=key.stream,
+        retry_after_s=RETRY_AFTER_S,
     )

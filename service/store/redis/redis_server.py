@@ -139,7 +139,8 @@ class RedisServer:
 
 async def _exchange_each(connection: AbstractConnection, commands: Sequence[Command]) -> list[Any]:
     # The client library packs in Python, at four times the cost, and would time every reply.
-    packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]
+    # Joined, because the event loop passes a list to the kernel as one buffer per command.
+    packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
     await connection.send_packed_command(packed)
     replies: list[Any] = []
     transient: RedisError | None = None

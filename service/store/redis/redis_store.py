@@ -18,7 +18,6 @@ earlier commit changes anything when it is delivered late.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final
@@ -29,8 +28,8 @@ from service.core.delivery import new_epoch
 from service.core.errors import (
     CarryError,
     Conflict,
-    NotDurable,
     StoreRefused,
+    StoreUnavailable,
 )
 from service.core.values import (
     EPOCH_BYTES,
@@ -45,11 +44,11 @@ from service.core.values import (
 )
 from service.store.base import COMMITTED, Commit, CommitResult, Conflicted, Loaded
 from service.store.codec import (
+    HEADER_BYTES,
     TOMBSTONE_PREFIX,
     CodecError,
     decode_head,
     decode_reply,
-    decode_state,
     encode_reply,
     encode_state,
     encode_tombstone,
@@ -65,7 +64,9 @@ from service.store.redis.outcomes import (
     Outcome,
     Reply,
     ReplyLost,
+    decode_value,
     encoding_error,
+    not_durable_error,
     outcome_unknown_error,
     read_value,
     resolve_retried_commit,
@@ -79,10 +80,10 @@ from service.store.redis.router import Router, SingleServerRouter, first_error
 from service.store.redis.scan import list_streams
 from service.store.redis.server_checks import check_servers
 from service.store.redis.stream_count import count_streams
+from service.store.redis.token_key import read_token_key
 from service.store.settings import Durability, StoreSettings
 
 DELETE_ATTEMPTS: Final = 6
-TOKEN_KEY_BYTES: Final = 32
 _WRITTEN: Final = [1]
 
 log = structlog.get_logger(__name__)
@@ -154,18 +155,7 @@ class RedisStore:
 
     async def token_key(self) -> bytes:
         """Read the secret of this store that signs state tokens; drawn when it is first read."""
-        key = self._keys.token_key
-        slot = self._router.slot(key)
-        drawn = secrets.token_bytes(TOKEN_KEY_BYTES)
-        value: Any = None
-        for command in (("SET", key, drawn, "NX"), ("GET", key)):
-            (outcome,) = await self._router.execute(StoreRequest.for_command(*command, slot=slot))
-            value = read_value(outcome)
-        if not isinstance(value, bytes) or len(value) != TOKEN_KEY_BYTES:
-            raise StoreRefused(
-                f"key {key!r} of the store at {self._router.redacted_url} was not written by Carry"
-            )
-        return value
+        return await read_token_key(self._router, self._keys)
 
     async def access_keys(
         self, version: bytes | None, deadline_s: float | None = None
@@ -196,7 +186,7 @@ class RedisStore:
                 StoreRequest.for_command("MGET", *names), deadline_s=deadline_s
             )
             values = read_value(outcome)
-            return [self._decode(key, value) for key, value in zip(keys, values, strict=True)]
+            return [decode_value(key, value) for key, value in zip(keys, values, strict=True)]
         groups = self._group_by_slot(keys)
         outcomes = await self._router.execute(
             *(
@@ -215,7 +205,7 @@ class RedisStore:
                 values = [error] * len(group)
             for index, value in zip(group, values, strict=True):
                 failed = isinstance(value, CarryError)
-                results[index] = value if failed else self._decode(keys[index], value)
+                results[index] = value if failed else decode_value(keys[index], value)
         return results
 
     async def load_with_reply(
@@ -232,7 +222,7 @@ class RedisStore:
             StoreUnavailable, StoreRefused: the store as a whole.
         """
         value, reply = await self._read_durably(key, deadline_s)
-        state = self._decode(key, value)
+        state = decode_value(key, value)
         if isinstance(state, CarryError):
             raise state
         if state is None or isinstance(state, Tombstone):
@@ -309,9 +299,6 @@ class RedisStore:
         Without `expected`, each attempt expects the head that the one before found: epoch and tag,
         and after repeated conflicts only the epoch. An attempt that arrives late finds neither.
 
-        Returns:
-            Committed if a stream was deleted, otherwise Conflicted with the stored head.
-
         Raises:
             StoreUnavailable, StoreRefused: the store as a whole; nothing was deleted.
         """
@@ -320,8 +307,7 @@ class RedisStore:
         condition = b"" if expected is None else head_bytes(expected)
         is_stream, may_have_deleted = expected is not None, False
         for attempts_left in reversed(range(DELETE_ATTEMPTS)):
-            tombstone = Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0))
-            outcome = await self._write_tombstone(key, condition, tombstone, deadline_s)
+            outcome = await self._write_tombstone(key, condition, deadline_s)
             if isinstance(outcome, ReplyLost):
                 return outcome_unknown_error(key, expected, outcome)
             if isinstance(outcome, CarryError):
@@ -331,7 +317,7 @@ class RedisStore:
             if outcome.value == _WRITTEN:
                 self.outputs.publish(Output(key, 0, None))
                 if not outcome.is_durable:
-                    return self._not_durable_error(key)
+                    return not_durable_error(self._settings, key)
                 return COMMITTED if is_stream or may_have_deleted else Conflicted(None)
             if expected is not None:
                 result = self._parse_result(key, outcome.value)
@@ -352,16 +338,60 @@ class RedisStore:
             return outcome_unknown_error(key, expected, reason)
         return Conflict(f"stream {key.stream!r} is not deleted: {reason}", stream=key.stream)
 
+    async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
+        """Delete many streams as `delete` does, in two round trips if nobody else writes them."""
+        deadline_s = time.monotonic() + self._settings.wait_s
+        last, absent = HEADER_BYTES - 1, (b"", TOMBSTONE_PREFIX)
+        results: dict[StreamKey, CommitResult] = {}
+        reads = [
+            StoreRequest.for_command(
+                "GETRANGE", self._keys.state(key), 0, last, slot=self._slot(key)
+            )
+            for key in keys
+        ]
+        writes: dict[StreamKey, StoreRequest] = {}
+        read_outcomes = await self._router.execute(*reads, deadline_s=deadline_s)
+        for key, outcome in zip(keys, read_outcomes, strict=True):
+            if isinstance(outcome, StoreUnavailable):
+                results[key] = outcome
+            elif (
+                isinstance(outcome, Reply) and outcome.value[: len(TOMBSTONE_PREFIX)] not in absent
+            ):
+                condition = head_bytes(raw_head(outcome.value))
+                writes[key] = self._tombstone_request(key, condition)
+        write_outcomes = await self._router.execute(
+            *writes.values(), durably=True, deadline_s=deadline_s
+        )
+        for key, outcome in zip(writes, write_outcomes, strict=True):
+            if isinstance(outcome, ReplyLost):
+                results[key] = outcome_unknown_error(key, None, outcome)
+            elif isinstance(outcome, CarryError):
+                results[key] = outcome
+            elif outcome.value == _WRITTEN:
+                self.outputs.publish(Output(key, 0, None))
+                error = not_durable_error(self._settings, key)
+                results[key] = COMMITTED if outcome.is_durable else error
+        for key in keys:
+            if key not in results:  # another writer, a lost reply, or a value of another type
+                try:
+                    results[key] = await self.delete(key)
+                except CarryError as failure:
+                    results[key] = failure
+        return [results[key] for key in keys]
+
     async def _write_tombstone(
-        self, key: StreamKey, condition: bytes, tombstone: Tombstone, deadline_s: float
+        self, key: StreamKey, condition: bytes, deadline_s: float
     ) -> Outcome:
         """Try once to write a tombstone over a value whose head begins with `condition`."""
-        names, slot = list(self._keys.pair(key)), self._slot(key)
-        ttl_ms = self._settings.tombstone_ttl_ms
-        arguments: list[str | bytes | int] = [condition, encode_tombstone(tombstone), ttl_ms]
-        request = StoreRequest.for_script(self._delete_script, names, arguments, slot)
+        request = self._tombstone_request(key, condition)
         (outcome,) = await self._router.execute(request, durably=True, deadline_s=deadline_s)
         return outcome
+
+    def _tombstone_request(self, key: StreamKey, condition: bytes) -> StoreRequest:
+        tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))
+        arguments: list[str | bytes | int] = [condition, tombstone, self._settings.tombstone_ttl_ms]
+        names, slot = list(self._keys.pair(key)), self._slot(key)
+        return StoreRequest.for_script(self._delete_script, names, arguments, slot)
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
@@ -403,7 +433,9 @@ class RedisStore:
         for commit, reply in zip(commits, outcome.value, strict=True):
             if reply == _WRITTEN:
                 results.append(
-                    COMMITTED if outcome.is_durable else self._not_durable_error(commit.key)
+                    COMMITTED
+                    if outcome.is_durable
+                    else not_durable_error(self._settings, commit.key)
                 )
                 continue
             result = self._parse_result(commit.key, reply)
@@ -420,7 +452,7 @@ class RedisStore:
             try:
                 await self._read_durably(key, deadline_s)
             except CarryError as error:
-                return self._not_durable_error(key, error.detail)
+                return not_durable_error(self._settings, key, error.detail)
         return COMMITTED
 
     async def _read_durably(self, key: StreamKey, deadline_s: float | None) -> list[bytes | None]:
@@ -436,19 +468,8 @@ class RedisStore:
         )
         values: list[bytes | None] = read_value(outcome)
         if isinstance(outcome, Reply) and not outcome.is_durable and values[0] is not None:
-            raise self._not_durable_error(key)
+            raise not_durable_error(self._settings, key)
         return values
-
-    def _not_durable_error(self, key: StreamKey, reason: str = "") -> NotDurable:
-        required = f"{self._settings.replicas} replicas"
-        if self._settings.durability is Durability.FSYNC:
-            required = "the disk"
-        return NotDurable(
-            f"stream {key.stream!r} was written, but {required} did not confirm it in time"
-            + (f": {reason}" if reason else ""),
-            stream=key.stream,
-            retry_after_s=RETRY_AFTER_S,
-        )
 
     def _reply_bytes(self, reply: StoredReply | None) -> bytes:
         if reply is None or self._settings.reply_ttl_ms == 0:
@@ -477,11 +498,3 @@ class RedisStore:
             stream=key.stream,
             retry_after_s=RETRY_AFTER_S,
         )
-
-    def _decode(self, key: StreamKey, value: bytes | None) -> Loaded:
-        if value is None:
-            return None
-        try:
-            return decode_state(value)
-        except CodecError as error:
-            return state_damaged_error(key, error, value)

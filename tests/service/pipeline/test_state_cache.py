@@ -16,9 +16,10 @@ def key(name: str) -> StreamKey:
     return StreamKey("model", name)
 
 
-def state(floats: int = FLOATS) -> StreamState:
+def state(floats: int = FLOATS, committed_ms: int = 0) -> StreamState:
     values = State(np.zeros(floats, np.float32), np.zeros(0, np.int64))
-    return StreamState(StreamHead(b"e", FIRST_TAG, 1), Feed.INPUTS, b"f", None, 0, values)
+    head = StreamHead(b"e", FIRST_TAG, 1)
+    return StreamState(head, Feed.INPUTS, b"f", None, committed_ms, values)
 
 
 def kept(cache: StateCache, names: str) -> str:
@@ -57,3 +58,15 @@ def test_a_state_larger_than_the_cache_is_not_cached() -> None:
     assert cache.get(key("large")) is None
     cache.put(key("a"), state())
     assert kept(cache, "a") == "a"
+
+
+def test_states_of_idle_streams_are_dropped() -> None:
+    cache = StateCache(3 * SIZE_BYTES)
+    for time_ms, name in enumerate("abca"):
+        cache.put(key(name), state(committed_ms=time_ms))
+    cache.drop_older(2)
+    assert kept(cache, "abc") == "ac"
+    cache.drop_older(9)
+    assert kept(cache, "abc") == ""
+    cache.put(key("d"), state(3 * FLOATS))
+    assert kept(cache, "d") == "d"

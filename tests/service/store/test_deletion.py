@@ -11,6 +11,7 @@ from service.core.values import StreamHead, StreamState, Tombstone
 from service.store.base import Committed, Conflicted, StateStore
 from service.store.codec import HEADER_BYTES
 from service.store.redis.outcomes import Outcome, resolve_retried_deletion
+from service.store.redis.pipelined_connection import StoreRequest
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
@@ -65,6 +66,51 @@ async def test_a_late_commit_does_not_restore_a_deleted_stream(
     again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
     await committed(store, again)
     assert await store.commit([streams.next(first)]) == [Conflicted(again.new.head)]
+
+
+async def test_many_streams_are_deleted_independently(
+    open_on: OpenStore, streams: Streams, server: RealServer
+) -> None:
+    """Of streams, a tombstone, a missing stream, a damaged state and a value of another type."""
+    store = await open_on()
+    alive = [key(f"s{number}") for number in range(20)]
+    await committed(store, *map(streams.creation, [*alive, key("gone")]))
+    await store.delete(key("gone"))
+    keyspace = StoreSettings(server.url).keys
+    with server.client() as client:
+        client.set(keyspace.state(key("damaged")), b"C")
+        client.rpush(keyspace.state(key("list")), "not a stream")
+    others = [key("gone"), key("missing"), key("damaged"), key("list")]
+    results = await store.delete_many([*others, *alive])
+    assert results == [Conflicted(None)] * 2 + [Committed()] * (2 + len(alive))
+    assert all(isinstance(each, Tombstone) for each in await store.load([*others, *alive]))
+    with server.client() as client:
+        assert client.exists(keyspace.reply(alive[0])) == 0
+    assert await store.delete_many([]) == []
+
+
+async def test_a_stream_that_is_written_while_many_are_deleted_is_deleted(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    await committed(store, streams.creation(key("a")), streams.creation(key("b")))
+    conditions: list[bytes] = []
+
+    class Overtaken(RedisStore):
+        """Another writer is faster than the first deletion."""
+
+        def _tombstone_request(self, key: Any, condition: bytes) -> StoreRequest:
+            conditions.append(condition)
+            return super()._tombstone_request(
+                key, condition if len(conditions) > 1 else b"another head".ljust(24)
+            )
+
+    overtaken = Overtaken(StoreSettings(server.url))
+    await overtaken.start()
+    try:
+        assert await overtaken.delete_many([key("a"), key("b")]) == [Committed()] * 2
+    finally:
+        await overtaken.close()
+    assert [len(condition) for condition in conditions] == [24, 24, 0, 24]
 
 
 # Tombstones

@@ -377,7 +377,11 @@ STREAMS = _route(
 )
 DELETE_STREAMS = _route(
     {200: _reply(reply_types.Deleted, "Forgotten.")},
-    [_parameter("query", "prefix", _PREFIX, _TEXT, required=True)],
+    [
+        _parameter("query", "prefix", _PREFIX, _TEXT, required=True),
+        _parameter("query", "cursor", "The `cursor` of the request before.", _TEXT),
+        _parameter("query", "limit", "About how many streams.", {"type": "integer", "minimum": 1}),
+    ],
     *_NAMED,
     errors.Conflict,
     *_STORE,

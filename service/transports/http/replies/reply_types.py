@@ -244,6 +244,8 @@ class Deleted(TypedDict):
 
     model: ModelName
     deleted: int
+    cursor: str | None
+    """Continue with it; null if every stream of the prefix was visited."""
 
 
 @closed

@@ -47,6 +47,7 @@ from service.transports.http.request_fields import (
 from service.transports.http.routes.routing import ModelPath, StreamPath
 
 PAGE_STREAMS = 100
+MAX_DELETED = 100_000
 VERSION_DIGITS = 12
 
 router = APIRouter(tags=["streams"])
@@ -215,18 +216,24 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
 async def delete_streams(request: Request, model: ModelPath) -> Response:
     """The parameter `prefix` is required; `?prefix=` alone deletes all streams of the model.
 
-    Streams that are created meanwhile may remain.
+    With `limit`, the request ends after about that many; continue with its `cursor` until that is
+    null. Streams that are created meanwhile may remain.
     """
     entry = entry_of(request)
     entry.require(Verb.DELETE, model=model)
-    parameters = query(request, ("prefix",))
+    parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
     name = entry.model(model).name
     prefix = stream_prefix(
         required(parameters, "prefix", "which selects the streams to delete (?prefix= for all)")
     )
-    deleted = await entry.streams.delete_prefix(name, prefix)
-    document: Deleted = {"model": name, "deleted": deleted}
+    limit = None
+    if "limit" in parameters:
+        limit = count(parameters, "limit", default=MAX_DELETED, most=MAX_DELETED)
+    deleted, cursor = await entry.streams.delete_prefix(
+        name, prefix, parameters.get("cursor") or None, limit
+    )
+    document: Deleted = {"model": name, "deleted": deleted, "cursor": cursor}
     return reply(answer, document)
 
 

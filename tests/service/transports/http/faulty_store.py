@@ -132,6 +132,9 @@ class FaultyStore:
         answer = self.on_delete(key)
         return await self._store.delete(key, expected, deadline_s) if answer is None else answer
 
+    async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
+        return [await self.delete(key) for key in keys]
+
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
     ) -> StreamPage:

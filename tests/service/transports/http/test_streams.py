@@ -120,8 +120,23 @@ async def test_deleting_many_streams_requires_a_prefix(api: Harness) -> None:
     assert len(api.store.states) == 3
     response = await api.client.delete(f"{ADDRESS}?prefix=a:")
     TypeAdapter(Deleted).validate_json(response.content)
-    assert response.json() == {"model": "probe", "deleted": 2}
+    assert response.json() == {"model": "probe", "deleted": 2, "cursor": None}
     assert (await api.client.delete(f"{ADDRESS}?prefix=")).json()["deleted"] == 1
+    assert not api.store.states
+
+
+async def test_a_deletion_with_a_limit_continues_with_its_cursor(api: Harness) -> None:
+    for number in range(30):
+        await api.chunk({"inputs": rows(1).tolist()}, stream=f"s{number}")
+    problem(await api.client.delete(f"{ADDRESS}?prefix=&limit=0"), 422, "invalid_input")
+    counts, cursor = [], ""
+    while cursor is not None:
+        query = f"prefix=s&limit=10&cursor={cursor}"
+        document = (await api.client.delete(f"{ADDRESS}?{query}")).json()
+        counts.append(document["deleted"])
+        cursor = document["cursor"]
+    assert sum(counts) == 30
+    assert max(counts) <= 20
     assert not api.store.states
 
 
