@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage model faults check docs format bench load overload example compose-test proto lock clean
+.PHONY: help run test coverage model faults check docs format bench load overload example compose-test proto console lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,9 @@ compose-test: ## build the containers, test that streams survive restarts
 proto: ## generate the gRPC messages from service/transports/kserve/grpc/v2.proto
 	@scripts/setup dev
 	@exec $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/transports/kserve/grpc/v2.proto
+
+console: ## bundle the console from service/console/web into service/console/assets (needs Node.js)
+	@cd service/console/web && npm ci --silent && npm run --silent check && npm run --silent build
 
 lock: ## update the lock files (needs uv; ARGS=--upgrade for newer versions)
 	@scripts/lock $(ARGS)

@@ -26,6 +26,7 @@ from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.manifest import MANIFEST_NAME
 from models.errors import ArtifactError
 from service.access.key_cache import AccessKeys
+from service.console.page import add_console
 from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.graceful_server import ON_LAME_DUCK, ON_RETIRE, ON_STOP
 from service.ops.logs import configure_logs, observe_requests
@@ -159,6 +160,7 @@ def create_app() -> FastAPI:
         max_pending_reply_bytes=settings.max_pending_reply_bytes,
     )
     has_admin = settings.admin_port is not None
+    has_docs = settings.docs and not has_admin
     metrics = (lambda: (recorder.render(), recorder.content_type)) if settings.metrics else None
     api = create_api(
         pipeline,
@@ -168,7 +170,7 @@ def create_app() -> FastAPI:
         connections=connection_limits,
         fast_path=settings.http_fast_path,
         metrics=None if has_admin else metrics,
-        docs=settings.docs and not has_admin,
+        docs=has_docs,
         keys=keys,
     )
     admin = None
@@ -199,6 +201,8 @@ def create_app() -> FastAPI:
     )
     add_live_sockets(api, sockets, settings.websocket_origins)
     add_watching(api, Watches(store, recorder))
+    if has_docs if settings.console is None else settings.console:
+        add_console(api)
     return api
 
 

@@ -91,6 +91,11 @@ class Settings(BaseSettings):
     """Serve the documentation: `/docs`, `/docs/errors` and `/openapi.json`. It describes the API
     and the models, not the streams."""
 
+    console: bool | None = None
+    """Serve the console at `/console/`: a web page that watches models and streams by the public
+    API, with the user's key. Without a value it is served where `/docs` is served beside the
+    API: `docs` is on and there is no admin port."""
+
     admin_port: Annotated[int | None, Field(ge=0, le=65535)] = None
     """TCP port for `/metrics`, the documentation and the health checks; 0 selects a free one. The
     clients' port then has the health checks only. Let only the monitoring reach it: it asks for no

@@ -1,0 +1,138 @@
+// Requests to the public API of the service that serves this page, with the user's API key.
+
+const ROOT = new URL("..", document.baseURI);
+const STORED_KEY = "carry.api-key";
+
+/** A request that the service rejected; the message is the problem document's. */
+export class Problem extends Error {
+  constructor(
+    readonly status: number,
+    readonly code: string,
+    message: string,
+  ) {
+    super(message);
+  }
+}
+
+/** Why a request failed, in a sentence. */
+export const reason = (error: unknown): string =>
+  error instanceof Problem ? error.message : "The service does not answer.";
+
+/** Asks the user for a key; set by the dialog. `wasRejected`: the last one did not work. */
+export const keyDialog = { ask: async (_wasRejected: boolean): Promise<string> => "" };
+let asked: Promise<string> | undefined;
+
+export const forgetKey = (): void => sessionStorage.removeItem(STORED_KEY);
+export const hasKey = (): boolean => sessionStorage.getItem(STORED_KEY) !== null;
+
+/** Requests of the page wait for one dialog; a key that was replaced meanwhile is not asked for. */
+async function renewKey(used: string | null): Promise<void> {
+  if (sessionStorage.getItem(STORED_KEY) !== used) return;
+  asked ??= keyDialog.ask(used !== null).finally(() => (asked = undefined));
+  sessionStorage.setItem(STORED_KEY, await asked);
+}
+
+/** The response to a GET; asks for a key for as long as the service wants another one. */
+export async function get(
+  path: string,
+  signal: AbortSignal,
+  headers: Record<string, string> = {},
+): Promise<Response> {
+  for (;;) {
+    const key = sessionStorage.getItem(STORED_KEY);
+    const response = await fetch(new URL(path, ROOT), {
+      signal,
+      cache: "no-store",
+      headers: key === null ? headers : { ...headers, authorization: `Bearer ${key}` },
+    });
+    if (response.ok) return response;
+    const document = await response.json().catch(() => ({}));
+    if (response.status !== 401)
+      throw new Problem(
+        response.status,
+        document.code ?? "",
+        document.detail ?? `The service answered ${response.status}.`,
+      );
+    await renewKey(key);
+    signal.throwIfAborted();
+  }
+}
+
+export const json = async <T>(path: string, signal: AbortSignal): Promise<T> =>
+  (await get(path, signal)).json();
+
+export interface ServerEvent {
+  event: string;
+  id: string;
+  data: string;
+}
+
+/** The server-sent events of a GET. (An EventSource cannot send a key.) */
+export async function* serverEvents(
+  path: string,
+  signal: AbortSignal,
+  lastId: string,
+): AsyncGenerator<ServerEvent> {
+  const response = await get(path, signal, lastId === "" ? {} : { "last-event-id": lastId });
+  let text = "";
+  for await (const piece of response.body!.pipeThrough(new TextDecoderStream())) {
+    const messages = (text + piece).split("\n\n");
+    text = messages.pop()!;
+    for (const message of messages) {
+      const fields = message.split("\n").map((line) => line.split(/: ?(.*)/s));
+      const field = (name: string) => fields.find(([key]) => key === name)?.[1] ?? "";
+      if (field("data") !== "")
+        yield { event: field("event"), id: field("id"), data: field("data") };
+    }
+  }
+}
+
+/** Waits, shorter if aborted. */
+export const pause = (seconds: number, signal: AbortSignal): Promise<void> =>
+  new Promise((resolve) => {
+    const timer = setTimeout(resolve, seconds * 1000);
+    signal.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
+  });
+
+export interface ModelSummary {
+  name: string;
+  version: string;
+  description: string;
+  runtime: string;
+}
+
+export interface ModelDetail extends ModelSummary {
+  fingerprint: string;
+  input_features: number;
+  events: object | null;
+  outputs: Record<string, { shape: number[]; per: "step" | "chunk"; labels: string[] }>;
+  state: Record<string, { shape: number[]; dtype: string }>;
+  chunking: string;
+  blocks: { size: number; lookahead: number } | null;
+  runtimes: string[];
+  forecast: { targets: string[]; max_horizon: number } | null;
+}
+
+export interface StreamHead {
+  stream: string;
+  version: string;
+  feed: string;
+  epoch: string;
+  position: number;
+  updated_ms: number;
+  state_bytes?: number;
+}
+
+const modelPart = (model: string): string => `models/${encodeURIComponent(model)}`;
+const streamPart = (model: string, stream: string): string =>
+  `${modelPart(model)}/streams/${encodeURIComponent(stream)}`;
+
+/** Paths in the API. */
+export const modelPath = (model: string): string => `v1/${modelPart(model)}`;
+export const streamPath = (model: string, stream: string): string =>
+  `v1/${streamPart(model, stream)}`;
+
+/** Addresses of views of this page. */
+export const modelAddress = (model: string): string => `#/${modelPart(model)}`;
+export const streamAddress = (model: string, stream: string): string =>
+  `#/${streamPart(model, stream)}`;

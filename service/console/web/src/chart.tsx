@@ -1,0 +1,122 @@
+// A line chart (uPlot) with a legend of latest values, redrawn in the colours of the theme.
+import { useEffect, useRef } from "preact/hooks";
+import uPlot from "uplot";
+import { useTheme } from "./theme";
+
+export const MAX_SERIES = 6;
+const HEIGHT = 170;
+
+export interface Series {
+  label: string;
+  values: (number | null)[];
+}
+
+interface ChartProps {
+  title: string;
+  unit: string;
+  /** Shared by the series: seconds of the wall clock, or positions. */
+  x: number[];
+  series: Series[];
+  format: (value: number | null | undefined) => string;
+  isTime?: boolean;
+}
+
+/** The colour of a custom property, for a canvas. */
+function color(name: string): string {
+  const probe = document.createElement("i");
+  probe.style.color = `var(--${name})`;
+  document.body.append(probe);
+  const value = getComputedStyle(probe).color;
+  probe.remove();
+  return value;
+}
+
+function options(props: ChartProps, labels: string[], width: number): uPlot.Options {
+  const axis = {
+    stroke: color("quiet"),
+    font: "12px system-ui, sans-serif",
+    grid: { stroke: color("line"), width: 1 },
+    ticks: { show: false },
+  };
+  return {
+    width,
+    height: HEIGHT,
+    legend: { show: false },
+    padding: [8, 8, 0, 0],
+    cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false } },
+    scales: {
+      x: { time: props.isTime ?? false },
+      y: { range: (_, low, high) => bounds(low, high, props.isTime ?? false) },
+    },
+    axes: [
+      { ...axis, space: 90, size: 28, values: props.isTime ? CLOCK : undefined },
+      { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => props.format(tick)) },
+    ],
+    series: [
+      {},
+      ...labels.map((label, index) => ({
+        label,
+        stroke: color(`series-${index}`),
+        width: 1.75,
+        points: { show: false },
+      })),
+    ],
+  };
+}
+
+const CLOCK = (_: uPlot, ticks: number[]): string[] =>
+  ticks.map((tick) => new Date(tick * 1000).toLocaleTimeString("en-GB"));
+
+/** The range of the y axis; a rate starts at zero. */
+function bounds(low: number | null, high: number | null, isTime: boolean): [number, number] {
+  if (low === null || high === null) return [0, 1];
+  if (isTime) return [0, high > 0 ? high * 1.15 : 1];
+  const margin = (high - low) * 0.1 || Math.abs(high) * 0.1 || 1;
+  return [low - margin, high + margin];
+}
+
+export function Chart(props: ChartProps) {
+  const { title, unit, x, format } = props;
+  const series = props.series.slice(0, MAX_SERIES);
+  const box = useRef<HTMLDivElement>(null);
+  const plot = useRef<uPlot | null>(null);
+  const theme = useTheme();
+  const names = JSON.stringify(series.map(({ label }) => label));
+  const data = [x, ...series.map(({ values }) => values)] as uPlot.AlignedData;
+
+  useEffect(() => {
+    const element = box.current!;
+    const made = new uPlot(options(props, JSON.parse(names), element.clientWidth), data, element);
+    plot.current = made;
+    const observer = new ResizeObserver(() =>
+      made.setSize({ width: element.clientWidth, height: HEIGHT }),
+    );
+    observer.observe(element);
+    return () => (observer.disconnect(), made.destroy());
+  }, [names, theme]);
+  useEffect(() => plot.current?.setData(data));
+
+  const latest = series.map(({ label, values }) => `${label} ${format(values.at(-1))}`);
+  return (
+    <figure class="panel chart">
+      <figcaption>
+        <h3>{title}</h3>
+        <span class="quiet">{unit}</span>
+      </figcaption>
+      <div ref={box} role="img" aria-label={`${title}, latest: ${latest.join(", ") || "none"}`} />
+      <ul class="legend">
+        {series.map(({ label, values }, index) => (
+          <li key={label}>
+            <i style={{ background: `var(--series-${index})` }} />
+            {label}
+            <b>{format(values.at(-1))}</b>
+          </li>
+        ))}
+        {series.length === 0 && <li class="quiet">Nothing yet</li>}
+        {props.series.length > MAX_SERIES && (
+          <li class="quiet">and {props.series.length - MAX_SERIES} more</li>
+        )}
+      </ul>
+    </figure>
+  );
+}

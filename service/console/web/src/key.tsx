@@ -1,0 +1,48 @@
+// The dialog that asks for an API key when the service rejects a request without a valid one.
+import { useEffect, useRef, useState } from "preact/hooks";
+import { keyDialog } from "./api";
+import { Alert } from "./parts";
+
+export function KeyDialog() {
+  const dialog = useRef<HTMLDialogElement>(null);
+  const answer = useRef<((key: string) => void) | null>(null);
+  const [wasRejected, setWasRejected] = useState(false);
+  useEffect(() => {
+    keyDialog.ask = (rejected) => {
+      setWasRejected(rejected);
+      dialog.current?.showModal();
+      return new Promise((resolve) => (answer.current = resolve));
+    };
+  }, []);
+  const submit = (event: SubmitEvent) => {
+    event.preventDefault();
+    const form = event.currentTarget as HTMLFormElement;
+    const key = String(new FormData(form).get("key")).trim();
+    if (key === "") return;
+    form.reset();
+    dialog.current?.close();
+    answer.current?.(key);
+  };
+  return (
+    <dialog ref={dialog} aria-labelledby="key-title" onCancel={(event) => event.preventDefault()}>
+      <form onSubmit={submit}>
+        <h2 id="key-title">API key</h2>
+        <p id="key-help">
+          The service answers only requests with an API key. This tab keeps it until it is closed.
+        </p>
+        <Alert text={wasRejected ? "The service rejected this key." : ""} />
+        <label for="key">Key</label>
+        <input
+          id="key"
+          name="key"
+          type="password"
+          autocomplete="off"
+          required
+          placeholder="carry_…"
+          aria-describedby="key-help"
+        />
+        <button class="primary">Use this key</button>
+      </form>
+    </dialog>
+  );
+}

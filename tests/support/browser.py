@@ -1,0 +1,115 @@
+"""Chromium without a window, driven by its DevTools protocol."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from websockets.asyncio.client import ClientConnection, connect
+
+from tests.support.servers import until, until_async
+
+BROWSER = "chromium"
+
+
+class Page:
+    """One page of a browser.
+
+    Attributes:
+        errors: exceptions and errors on its console, except for requests that got no answer.
+    """
+
+    def __init__(self, connection: ClientConnection):
+        self.errors: list[Any] = []
+        self._connection = connection
+        self._last = 0
+
+    async def call(self, method: str, **parameters: Any) -> Any:
+        """Call a method of the DevTools protocol; its result."""
+        self._last += 1
+        await self._connection.send(
+            json.dumps({"id": self._last, "method": method, "params": parameters})
+        )
+        async for message in self._connection:
+            answer = json.loads(message)
+            self._record(answer)
+            if answer.get("id") == self._last:
+                return answer["result"]
+        raise AssertionError("the browser ended")
+
+    async def open(self, url: str) -> None:
+        """Go to a page."""
+        for domain in ("Page", "Runtime", "Log"):
+            await self.call(f"{domain}.enable")
+        await self.call("Page.navigate", url=url)
+        async for message in self._connection:
+            event = json.loads(message)
+            self._record(event)
+            if event.get("method") == "Page.loadEventFired":
+                return
+
+    async def evaluate(self, script: str) -> Any:
+        """The value, or the resolved promise, of a script."""
+        result = await self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    async def until(self, script: str) -> Any:
+        """Wait until a script has a true value, and return it."""
+        return await until_async(lambda: self.evaluate(script), script)
+
+    async def press(self, key: str, text: str = "") -> None:
+        """Press a key, which may type a text."""
+        await self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, text=text)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key)
+
+    def _record(self, message: Any) -> None:
+        parameters = message.get("params", {})
+        entry = parameters.get("entry", {})
+        is_error = message.get("method") == "Runtime.exceptionThrown"
+        is_error |= parameters.get("type") == "error"
+        is_error |= entry.get("level") == "error" and entry["source"] != "network"
+        if is_error:
+            self.errors.append(parameters)
+
+
+@contextmanager
+def _browser(profile: Path) -> Iterator[str]:
+    """The debugging port of a new browser."""
+    process = subprocess.Popen(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
+            f"--user-data-dir={profile}", "about:blank",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    # written once the browser listens
+    file = profile / "DevToolsActivePort"
+    try:
+        yield until(lambda: file.exists() and file.read_text(), "a browser").splitlines()[0]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@asynccontextmanager
+async def browser_page(profile: Path) -> AsyncIterator[Page]:
+    """The one page of a new browser.
+
+    Args:
+        profile: an empty folder.
+    """
+    with _browser(profile) as port:
+        async with httpx.AsyncClient() as client:
+            pages = (await client.get(f"http://127.0.0.1:{port}/json")).json()
+        address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+        async with connect(address, max_size=None) as connection:
+            yield Page(connection)
