@@ -151,6 +151,7 @@ def create_app() -> FastAPI:
     )
     connection_limits = ConnectionLimits(
         max_connections=limit_connections_to_open_files(settings.max_connections),
+        max_connections_per_address=settings.max_connections_per_address,
         keep_alive_s=settings.keep_alive_s,
         head_timeout_s=settings.head_timeout_s,
         body_timeout_s=settings.body_timeout_s,

@@ -198,6 +198,12 @@ class Settings(BaseSettings):
     `too_many_connections` and closed. Lowered at start, with a warning, to what the limit on open
     files (`ulimit -n`) allows. More than all clients together keep open."""
 
+    max_connections_per_address: Annotated[int, Field(ge=0)] = 0
+    """Maximum concurrent connections of one worker from one address (of IPv6: one /64 network);
+    further ones are answered `too_many_connections` and closed. 0: no limit. Set it where clients
+    connect directly, to more than one of them keeps open; behind a proxy, whose address all
+    connections have, use the proxy's own limit."""
+
     keep_alive_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
     """How long an idle connection stays open, in seconds. Longer than the idle timeout of a proxy
     in front, so that the proxy never sends on a connection that is being closed."""

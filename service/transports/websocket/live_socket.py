@@ -135,7 +135,7 @@ class LiveSocket(asyncio.Protocol):
         self.progress = 0
         self.body_bytes = 0
         self.body_began_s = 0.0
-        connections.add(self, self._loop)
+        connections.add(self, self._loop, transport.get_extra_info("peername"))
         server.connections.add(self)  # type: ignore[arg-type]
 
     def start(self, session: Session, response: bytes, hello: bytes) -> None:

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, Protocol
+from ipaddress import IPv4Address, IPv6Network, ip_address
+from typing import Final, NamedTuple, Protocol
 
 import structlog
 
@@ -29,6 +30,9 @@ CHECKED_AT_ONCE: Final = 500
 LOG_INTERVAL_S: Final = 10.0
 """Minimum time between two log lines about connections that were rejected or closed."""
 
+LOGGED_ADDRESSES: Final = 5
+"""Addresses that a log line names, those with the most rejected connections."""
+
 BODY_BYTES_PER_S: Final = 16 * 1024
 """Minimum rate of an upload: this many bytes of a body extend its timeout by a second."""
 
@@ -42,6 +46,7 @@ class ConnectionLimits:
     """Bounds on the connections of a worker; see the settings of the same names."""
 
     max_connections: int = 10_000
+    max_connections_per_address: int = 0
     keep_alive_s: float = 5.0
     head_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
@@ -62,6 +67,33 @@ class Phase(Enum):
     LIVE = "live"
     SEND = "send"
     LINGER = "linger"
+
+
+class Excess(NamedTuple):
+    """A limit that a new connection exceeds.
+
+    Attributes:
+        number: connections that it applies to, with the new one.
+        limit: how many are accepted.
+        scope: which those are, for the message.
+    """
+
+    number: int
+    limit: int
+    scope: str
+
+
+def client_network(peer: object) -> str:
+    """The address that a client is limited by, from its transport's; empty without one.
+
+    Of IPv6 it is the network of 64 bits, in which a client chooses its addresses.
+    """
+    if not isinstance(peer, tuple) or not peer:
+        return ""
+    address = ip_address(str(peer[0]).partition("%")[0])
+    if isinstance(address, IPv4Address):
+        return str(address)
+    return str(address.ipv4_mapped or IPv6Network((address, 64), strict=False))
 
 
 class Connection(Protocol):
@@ -118,7 +150,10 @@ class Connections:
         self.limits = limits or ConnectionLimits()
         self._seen: dict[Connection, tuple[Phase, int, float]] = {}
         self._body_bytes = 0
+        self._networks: dict[Connection, str] = {}
+        self._per_network: Counter[str] = Counter()
         self._events: Counter[str] = Counter()
+        self._rejected_networks: Counter[str] = Counter()
         self._logged_s = -LOG_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
         self._is_draining = False
@@ -147,20 +182,43 @@ class Connections:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def add(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> bool:
-        """Register a new connection; returns False if it must be rejected, as one too many."""
+    def add(
+        self, connection: Connection, loop: asyncio.AbstractEventLoop, peer: object = None
+    ) -> Excess | None:
+        """Register a new connection; returns which limit it exceeds if it must be rejected.
+
+        Args:
+            peer: the client's address, as a transport gives it.
+        """
         self._seen[connection] = (connection.phase, connection.progress, loop.time())
         if self._timer is None:
             self._timer = loop.call_later(CHECK_INTERVAL_S, self._check, loop)
-        has_room = len(self._seen) <= self.limits.max_connections
-        if not has_room:
-            self._events["rejected"] += 1
-        return has_room
+        limits = self.limits
+        if limits.max_connections_per_address and (network := client_network(peer)):
+            self._networks[connection] = network
+            self._per_network[network] += 1
+            if self._per_network[network] > limits.max_connections_per_address:
+                self._events["rejected_by_address"] += 1
+                self._rejected_networks[network] += 1
+                return Excess(
+                    self._per_network[network],
+                    limits.max_connections_per_address,
+                    f"of a worker from {network}",
+                )
+        if len(self._seen) <= limits.max_connections:
+            return None
+        self._events["rejected"] += 1
+        return Excess(len(self._seen), limits.max_connections, "of a worker")
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection that was closed."""
         self._seen.pop(connection, None)
         self.set_body_bytes(connection, 0)
+        network = self._networks.pop(connection, None)
+        if network is not None:
+            self._per_network[network] -= 1
+            if not self._per_network[network]:
+                del self._per_network[network]
         if not self._seen and self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -227,11 +285,12 @@ class Connections:
             self._shed_replies(unsent_bytes)
         if self._events and now_s - self._logged_s >= LOG_INTERVAL_S:
             self._logged_s = now_s
-            log.warning(
-                "connections_closed", open=len(self), limit=self.limits.max_connections,
-                **self._events,
-            )  # fmt: skip
+            facts: dict[str, object] = {"limit": self.limits.max_connections, **self._events}
+            if self._rejected_networks:
+                facts["addresses"] = dict(self._rejected_networks.most_common(LOGGED_ADDRESSES))
+            log.warning("connections_closed", open=len(self), **facts)
             self._events.clear()
+            self._rejected_networks.clear()
 
     def _shed_replies(self, unsent_bytes: int) -> None:
         """Abort connections whose clients do not read, those that have waited longest first."""

@@ -140,14 +140,15 @@ class HttpProtocol(FramingProtocol):
         """A client connected."""
         super().connection_made(transport)
         self._flow = self.flow = BackpressureFlow(transport)
-        if self._connections.add(self, self.loop):
+        peer = transport.get_extra_info("peername")
+        excess = self._connections.add(self, self.loop, peer)
+        if excess is None:
             return
-        limit = self._connections.limits.max_connections
-        if len(self._connections) > limit + MAX_REJECTED:
+        if excess.number > excess.limit + MAX_REJECTED:
             self.abort()
         else:
             self._send_error(
-                TooManyConnections(f"expected at most {limit} connections of a worker")
+                TooManyConnections(f"expected at most {excess.limit} connections {excess.scope}")
             )
 
     def data_received(self, data: bytes) -> None:

@@ -28,6 +28,7 @@ from service.transports.http.connection.connections import (
     ConnectionLimits,
     Connections,
     Phase,
+    client_network,
 )
 from service.transports.http.connection.fast_path import MAX_REQUEST_BYTES
 from service.transports.http.connection.framing import MAX_DRAIN_BYTES
@@ -250,6 +251,42 @@ async def test_an_answered_request_buffers_nothing(api: Harness, first: str) -> 
             client.writer.write(sent[-1:])
             assert await client.statuses(1) == [b"200"]
             assert client.connection._connections._body_bytes == client.connection.body_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("peer", "network"),
+    [
+        (("192.0.2.7", 4711), "192.0.2.7"),
+        (("2001:db8:0:1:a::7", 4711, 0, 0), "2001:db8:0:1::/64"),
+        (("2001:db8:0:1:b::8", 4711, 0, 0), "2001:db8:0:1::/64"),
+        (("fe80::1%eth0", 4711, 0, 2), "fe80::/64"),
+        (("::ffff:192.0.2.7", 4711, 0, 0), "192.0.2.7"),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_a_client_is_limited_by_its_address_or_network(peer: object, network: str) -> None:
+    assert client_network(peer) == network
+
+
+async def test_connections_of_one_address_over_its_limit_are_rejected(api: Harness) -> None:
+    connections = limit(api, max_connections_per_address=2)
+    async with serving(api) as server, several(server) as open_one:
+        first, _, third = [await open_one() for _ in range(3)]
+        reply = await third[0].read()
+        assert reply.startswith(b"HTTP/1.1 503 ")
+        assert b"at most 2 connections of a worker from 127.0.0.1" in reply
+        third[1].close()
+        first[1].close()
+        await becomes(lambda: len(connections) == 1, "closed connections")
+        reader, writer = await open_one()
+        writer.write(request(chunk(None)))
+        assert (await answer(reader)).startswith(b"HTTP/1.1 200 ")
+        with capture_logs() as logs:
+            connections.check(asyncio.get_running_loop().time())
+        (line,) = logs
+        assert (line["rejected_by_address"], line["addresses"]) == (1, {"127.0.0.1": 1})
+    await becomes(lambda: not connections._per_network, "no connection")
 
 
 async def test_connections_over_the_limit_are_rejected(api: Harness) -> None:
