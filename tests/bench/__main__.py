@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from tests.bench.answers import WrongOutputsError
 from tests.bench.results import MISSED, Results, check_targets, show
 from tests.bench.run import Bench, Options
 from tests.bench.sections import BESIDE, SECTIONS
@@ -31,7 +30,7 @@ from tests.support import machine
 BUSY_S, BUSY_CORES = 1.0, 0.2
 """How long others are watched before the run, and how many cores' worth is worth a note."""
 
-FAILURES = (WrongOutputsError, WrongReplyError, BrokenProcessPool, OSError, AssertionError)
+FAILURES = (WrongReplyError, BrokenProcessPool, OSError, AssertionError)
 """What ends a section and not the run."""
 
 
@@ -75,11 +74,8 @@ def read_options(arguments: Sequence[str] | None) -> Options:
 
 
 def measure(options: Options, results: Results) -> list[str]:
-    """Run the sections with everything they start, and stop it again.
-
-    Returns:
-        The sections that failed: a server did not start, or an answer was wrong.
-    """
+    """Run the sections with everything they start, and stop it again; those that failed, where a
+    server did not start or an answer was wrong."""
     # Leave every `with` block, so that each process started here is ended.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     failed = []

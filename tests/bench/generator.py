@@ -16,7 +16,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import httptools
@@ -27,38 +27,23 @@ from tests.bench.traffic import Ticket, Traffic, TrafficSpec, WrongReplyError
 
 HOST = "127.0.0.1"
 READ_BYTES = 1 << 18
-GRACE_S = 20.0
-"""How long replies are waited for after the last request was sent."""
-
-LEAD_S = 0.05
-"""Between the schedule's making and its first moment."""
-
+GRACE_S = 20.0  # how long replies are waited for after the last request was sent
+LEAD_S = 0.05  # between the schedule's making and its first moment
 OPEN_CONNECTIONS = 256
 
 
 @dataclass(slots=True)
 class Load:
-    """The measurements of one run.
+    """The measurements of one run."""
 
-    Attributes:
-        seconds: from the first request sent to the last answered.
-        latencies_s: one per request, in the order of the replies.
-        chunks: chunks answered.
-        events: events in them.
-        cpu_s: the generator's own processor time.
-        rejected: requests that were answered by 429, where that is allowed.
-        unanswered: open loop: requests that were not sent, or not answered, before the end.
-        sampled: bodies of the first replies to one stream.
-    """
-
-    seconds: float = 0.0
-    latencies_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    chunks: int = 0
-    events: int = 0
-    cpu_s: float = 0.0
-    rejected: int = 0
-    unanswered: int = 0
-    sampled: list[bytes] = field(default_factory=list)
+    seconds: float  # from the first request sent to the last answered
+    latencies_s: NDArray[np.float64]  # one per request, in the order of the replies
+    chunks: int  # answered
+    events: int  # in them
+    cpu_s: float  # the generator's own processor time
+    rejected: int = 0  # requests that were answered by 429, where that is allowed
+    unanswered: int = 0  # open loop: requests that were not sent, or not answered, before the end
+    sampled: list[bytes] = field(default_factory=list)  # the first replies to one stream
 
     @property
     def chunks_per_s(self) -> float:
@@ -75,11 +60,8 @@ def draw_arrivals(rate_per_s: float, seconds: float, seed: int) -> NDArray[np.fl
 
 
 class Connection:
-    """One connection with at most one request in flight.
-
-    Attributes:
-        is_rejected: whether the last reply was 429, which raises unless `may_reject`.
-    """
+    """One connection with at most one request in flight; `is_rejected` after a reply with 429,
+    which raises unless `may_reject`."""
 
     def __init__(self, port: int, timeout_s: float = GRACE_S, *, may_reject: bool = False):
         self.sock = socket.create_connection((HOST, port), timeout_s)
@@ -98,9 +80,8 @@ class Connection:
     def read(self) -> bytes | None:
         """Read once: the body of a reply that is whole now, or None while some of it is missing.
 
-        Raises:
-            WrongReplyError: another status than 200, no length, more than one reply, or the
-                connection was closed.
+        Raises WrongReplyError for another status than 200, no length, more than one reply, and
+        where the connection was closed.
         """
         data = self.sock.recv(READ_BYTES)
         try:
@@ -150,8 +131,9 @@ def try_connect(port: int, timeout_s: float = GRACE_S) -> Connection | None:
 class Run:
     """The connections of one load, and what is measured on them."""
 
-    def __init__(self, traffic: Traffic, port: int, connections: int):
-        self.traffic = traffic
+    def __init__(self, key: str, port: int, connections: int):
+        self.traffic = traffic = _traffic[key]
+        traffic.sampled, traffic.events = [], 0
         # first, because select takes descriptors below 1024 only
         self._selector = selectors.DefaultSelector()
         may_reject = traffic.spec.may_reject
@@ -159,6 +141,21 @@ class Run:
         self.latencies, self.rejected = array("d"), 0
         for connection in self.connections:
             self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+        self._cpu_s, self._started_s = time.process_time(), time.perf_counter()
+
+    def result(self, unanswered: int = 0) -> Load:
+        """What was measured until now."""
+        traffic = self.traffic
+        return Load(
+            time.perf_counter() - self._started_s,
+            np.array(self.latencies),
+            len(self.latencies) * max(1, traffic.spec.items),
+            traffic.events,
+            time.process_time() - self._cpu_s,
+            self.rejected,
+            unanswered,
+            traffic.sampled,
+        )
 
     def close(self) -> None:
         """Close every connection."""
@@ -206,7 +203,7 @@ def make_streams(key: str, spec: TrafficSpec) -> None:
 
 def run_closed(key: str, port: int, connections: int, seconds: float) -> Load:
     """Load a port from connections that each wait for their reply."""
-    with _measured(key, port, connections) as (run, load):
+    with closing(Run(key, port, connections)) as run:
         ends_s, in_flight = time.perf_counter() + seconds, 0
         for connection in run.connections:
             if run.traffic.ready:
@@ -218,7 +215,7 @@ def run_closed(key: str, port: int, connections: int, seconds: float) -> Load:
                     run.send(connection)
                 else:
                     in_flight -= 1
-    return load
+        return run.result()
 
 
 def run_open(
@@ -231,7 +228,7 @@ def run_open(
 ) -> Load:
     """Load a port at moments fixed beforehand; `rate_per_s` counts requests."""
     due, clock = draw_arrivals(rate_per_s, seconds, seed), time.perf_counter
-    with _measured(key, port, connections) as (run, load):
+    with closing(Run(key, port, connections)) as run:
         # in turn, so that no connection is idle for long enough to be closed
         idle = deque(run.connections)
         moments = deque((due + clock() + LEAD_S).tolist())
@@ -241,23 +238,4 @@ def run_open(
                 run.send(idle.popleft(), moments.popleft())
             is_free = bool(moments and idle and run.traffic.ready)
             idle += run.replies(max(0.0, moments[0] - clock()) if is_free else GRACE_S)
-    load.unanswered = len(moments) + connections - len(idle)
-    return load
-
-
-@contextmanager
-def _measured(key: str, port: int, connections: int) -> Iterator[tuple[Run, Load]]:
-    """Open connections, and a load that is complete after the block."""
-    traffic, load = _traffic[key], Load()
-    traffic.sampled, traffic.events = [], 0
-    run = Run(traffic, port, connections)
-    try:
-        cpu_s, started_s = time.process_time(), time.perf_counter()
-        yield run, load
-        load.seconds = time.perf_counter() - started_s
-        load.cpu_s = time.process_time() - cpu_s
-    finally:
-        run.close()
-    load.latencies_s = np.array(run.latencies)
-    load.chunks = len(run.latencies) * max(1, traffic.spec.items)
-    load.events, load.sampled, load.rejected = traffic.events, traffic.sampled, run.rejected
+        return run.result(len(moments) + connections - len(idle))

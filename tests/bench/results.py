@@ -77,24 +77,17 @@ TARGETS = (
 
 
 class Sample(NamedTuple):
-    """One round of one row.
-
-    Attributes:
-        cpu_us_per_chunk: processor time of the server's processes.
-        rss_mib: memory of the server's processes, at the end.
-        generator_cpu: the generator's processor time, as a share of one core.
-        store_cpu: the store's.
-    """
+    """One round of one row."""
 
     chunks_per_s: float
     events_per_s: float
-    cpu_us_per_chunk: float
+    cpu_us_per_chunk: float  # of the server's processes
     p50_ms: float
     p99_ms: float
     p999_ms: float
-    rss_mib: float
-    generator_cpu: float
-    store_cpu: float
+    rss_mib: float  # memory of the server's processes, at the end
+    generator_cpu: float  # the generator's processor time, as a share of one core
+    store_cpu: float  # the store's
 
     @classmethod
     def of(cls, load: Load, cpu_s: float, store_cpu_s: float, rss_bytes: int) -> Sample:
@@ -123,19 +116,12 @@ class Figure(NamedTuple):
 
 @dataclass
 class Results:
-    """Everything of one run, in the order in which it was measured.
+    """Everything of one run, in the order in which it was measured."""
 
-    Attributes:
-        about: commit, machine and date.
-        rows: the rounds by `section/load/server`.
-        figures: by `section/name`.
-        notes: what was left out and why, and remarks.
-    """
-
-    about: Mapping[str, str]
-    rows: dict[str, list[Sample]] = field(default_factory=dict)
-    figures: dict[str, Figure] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    about: Mapping[str, str]  # commit, machine and date
+    rows: dict[str, list[Sample]] = field(default_factory=dict)  # rounds by `section/load/server`
+    figures: dict[str, Figure] = field(default_factory=dict)  # by `section/name`
+    notes: list[str] = field(default_factory=list)  # what was left out and why, and remarks
 
     def values(self, row: str, name: str) -> list[float]:
         """One field of a row, round by round."""

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.artifact.artifact import Artifact
-from tests.bench.answers import TOLERANCE, check_answers
+from tests.bench import workloads
 from tests.bench.generator import Connection, Load, make_streams, run_closed, try_connect
 from tests.bench.results import Results, Sample
 from tests.bench.traffic import Traffic, TrafficSpec
-from tests.bench.workloads import STEPS, Bodies, make_traffic, standard_model
+from tests.bench.workloads import Bodies, make_traffic
 from tests.support.machine import REPOSITORY, Cores, pin_child, read_usage
 from tests.support.servers import RealServer, free_port, real_server, until
 from tests.support.service import running
@@ -58,16 +58,12 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server and its store.
-
-    Attributes:
-        artifact: the network that it serves.
-    """
+    """A running server and its store."""
 
     name: str
     port: int
     pid: int
-    artifact: Artifact
+    artifact: Artifact  # the network that it serves
     store: RealServer
 
     @property
@@ -100,12 +96,12 @@ class Bench:
     @cached_property
     def artifact(self) -> Artifact:
         """The standard network."""
-        return standard_model(self.folder / "models")
+        return workloads.standard_model(self.folder / "models")
 
     @cached_property
     def bodies(self) -> Bodies:
         """The standard chunks."""
-        return Bodies.random(STEPS)
+        return Bodies.random(workloads.STEPS)
 
     @cached_property
     def driver(self) -> ProcessPoolExecutor:
@@ -232,17 +228,11 @@ class Bench:
         bodies: Bodies | None = None,
         *,
         streams: int | None = None,
-        tolerance: float = TOLERANCE,
+        tolerance: float = workloads.TOLERANCE,
         **options: Any,
     ) -> Load:
-        """Make a server's streams at the generator, warm it up, and check some of its outputs.
-
-        Returns:
-            The warming load, with sampled replies.
-
-        Raises:
-            WrongOutputsError
-        """
+        """Make a server's streams at the generator, warm it up, and check some of its outputs; the
+        warming load, with sampled replies. Raises WrongReplyError where an output is wrong."""
         bodies, artifact = bodies or self.bodies, server.artifact
         options |= {} if server.has_positions else {"positions": False}
         options["is_sampled"] = server.has_positions and not options.get("items")
@@ -256,7 +246,7 @@ class Bench:
                 traffic.accept(ticket, connection.ask(request))
         load = self.warm(server, key, spec)
         if spec.is_sampled:
-            check_answers(artifact, spec, bodies.rows, load.sampled, tolerance)
+            workloads.check_answers(artifact, spec, bodies.rows, load.sampled, tolerance)
         return load
 
     def warm(self, server: Server, key: str, spec: TrafficSpec) -> Load:

@@ -23,12 +23,11 @@ from service.core.values import Feed, StreamKey
 from service.store.codec import encode_state
 from service.store.settings import StoreSettings
 from tests.bench import workloads
-from tests.bench.answers import TRAINED_TOLERANCE, check_answers
 from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
 from tests.bench.results import MIB
 from tests.bench.run import CONNECTIONS, Bench, Row, Server, helper_process
 from tests.bench.traffic import Media, Traffic, read_positions, write_request
-from tests.bench.workloads import FEW, KINDS, PLAIN, STEPS, Bodies, make_traffic
+from tests.bench.workloads import FEW, PLAIN, STEPS, Bodies, make_traffic
 from tests.support.machine import Cores, pin_child, read_usage
 from tests.support.servers import free_port, until
 from tests.support.service import Service
@@ -44,9 +43,7 @@ MANY_LOADS: dict[str, dict[str, Any]] = {
     "msgpack-1": {"media": "msgpack"},
 }
 BESIDE_LONG = "open-50-long"
-OPEN_LOADS = {"open-50": 50, "open-80": 80, BESIDE_LONG: 50}
-"""Shares of the peak, in percent."""
-
+OPEN_LOADS = {"open-50": 50, "open-80": 80, BESIDE_LONG: 50}  # shares of the peak, in percent
 LONG_STEPS = 10_000
 CACHES = {"uncached": {"CARRY_STATE_CACHE_BYTES": "0"}, "cached": {}}
 """The two servers on each store; each has half of its streams, named by its own prefix."""
@@ -60,9 +57,7 @@ WORKER_CONNECTIONS = (32, 64, 128)
 RACERS, RACES = 16, 20
 WIDTHS, LENGTHS = (workloads.UNITS, 256), (1, 16, 128)
 MEDIA: tuple[Media, ...] = ("json", "msgpack")
-MOST_ITEMS = 1000
-"""Of one request, by Carry's default."""
-
+MOST_ITEMS = 1000  # of one request, by Carry's default
 OVERLOAD_QUEUE_WAIT_S, OVERLOAD_TIMES, OVERLOAD_PARTS = 0.5, 2.0, 6
 OVERLOAD_STREAMS, OVERLOAD_STEPS = 4096, 64
 
@@ -269,7 +264,7 @@ def _start_cold(bench: Bench, kind: str, name: str) -> tuple[float, float]:
     finally:
         service.stop()
     traffic.accept(ticket, reply)
-    check_answers(bench.artifact, spec, bench.bodies.rows, traffic.sampled)
+    workloads.check_answers(bench.artifact, spec, bench.bodies.rows, traffic.sampled)
     bench.say(f"  cold start of {kind}: {seconds:.2f} s, {mib:.0f} MiB")
     return seconds, mib
 
@@ -317,7 +312,7 @@ def measure_events(bench: Bench, kind: str) -> None:
     bodies = workloads.flights_bodies(artifact)
     server, rows = bench.start_server(kind, artifact), []
     for feed, blocks in (("events", bodies), ("inputs", replace(bodies, events=None))):
-        bench.prepare(server, feed, blocks, tolerance=TRAINED_TOLERANCE)
+        bench.prepare(server, feed, blocks, tolerance=workloads.TRAINED_TOLERANCE)
         rows.append(Row(f"events/{feed}/{kind}", server, feed))
     measured = bench.measure_rounds(rows)
     bench.results.ratio(f"events/{kind} events over inputs", *measured, "chunks_per_s")
@@ -340,7 +335,8 @@ def measure_kinds(bench: Bench, kind: str) -> None:
     """Every kind of network in turns with the plain stacked LSTM of the same size, in one server;
     then each at one connection. `imported` is the plain one's graph, imported again."""
     results, folder = bench.results, bench.folder / f"kinds-{kind}"
-    artifacts = {name: workloads.write_network(folder, name, KINDS[name]) for name in KINDS}
+    kinds = workloads.KINDS
+    artifacts = {name: workloads.write_network(folder, name, kinds[name]) for name in kinds}
     artifacts[IMPORTED] = workloads.imported_model(artifacts[PLAIN], folder, IMPORTED)
     server = bench.start_server(kind, artifacts[PLAIN], models=folder)
     streams = min(bench.options.streams, MOST_ITEMS)
@@ -391,9 +387,7 @@ def measure_overload(bench: Bench, kind: str) -> None:
 
 
 IMPORTED = "imported"
-BESIDE = "beside"
-"""The section of a run with `--beside`, which runs no other by default."""
-
+BESIDE = "beside"  # the section of a run with `--beside`, which runs no other by default
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "peak": measure_peak,
     "many": per_runtime(measure_many),

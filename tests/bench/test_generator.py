@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +17,7 @@ from tests.bench.generator import Load, draw_arrivals, make_streams
 from tests.bench.traffic import TrafficSpec, WrongReplyError
 from tests.bench.workloads import Bodies
 
-Answer = Callable[[bytes], bytes]
-"""From a request's body to the bytes of the reply; none hang up."""
-
+Answer = Callable[[bytes], bytes]  # from a request's body to the bytes of the reply; none hang up
 BODIES = Bodies.random(3, features=2, count=4)
 STALL_S = 0.15
 
@@ -42,23 +40,21 @@ def accept_chunk(body: bytes) -> bytes:
 def stub(answer: Answer) -> Iterator[int]:
     """A server of one connection after another, on its port; requests are short."""
 
-    def serve() -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                with connection:
-                    while request := connection.recv(1 << 16):
-                        if not (reply := answer(request.partition(b"\r\n\r\n")[2])):
-                            break
-                        connection.sendall(reply)
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                while request := self.request.recv(1 << 16):
+                    if not (reply := answer(request.partition(b"\r\n\r\n")[2])):
+                        break
+                    self.request.sendall(reply)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve)
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield listener.getsockname()[1]
+            yield server.server_address[1]
         finally:
-            listener.shutdown(socket.SHUT_RDWR)
+            server.shutdown()
             thread.join()
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import orjson
 import pytest
 
-from tests.bench.answers import WrongOutputsError, check_answers
 from tests.bench.generator import Load
 from tests.bench.results import Results, Sample, show
-from tests.bench.workloads import Bodies, make_traffic, standard_model
+from tests.bench.traffic import WrongReplyError
+from tests.bench.workloads import Bodies, check_answers, make_traffic, standard_model
 from tests.support.oracle import oracle_step
 
 ABOUT = {"commit": "abc123", "machine": "a machine", "date": "2026-01-02T03:04:05+00:00"}
@@ -77,5 +77,5 @@ def test_wrong_outputs_are_detected(
     if message is None:
         check_answers(artifact, spec, bodies.rows, sampled)
         return
-    with pytest.raises(WrongOutputsError, match=message):
+    with pytest.raises(WrongReplyError, match=message):
         check_answers(artifact, spec, bodies.rows, sampled)

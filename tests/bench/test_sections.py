@@ -49,9 +49,8 @@ BRIEF = {
         "WIDTHS": (8,),
         "LENGTHS": (1, 16),
         "LONG_STEPS": 500,
-        "KINDS": {name: workloads.KINDS[name] for name in KINDS},
     },
-    workloads: {"COMPUTE_S": 0.01},
+    workloads: {"COMPUTE_S": 0.01, "KINDS": {name: workloads.KINDS[name] for name in KINDS}},
 }
 
 

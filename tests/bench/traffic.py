@@ -53,11 +53,8 @@ def write_request(path: str, media: Media, content: Any) -> bytes:
 
 
 def read_positions(body: bytes, media: Media) -> list[int | None]:
-    """The position that a reply's body gives for each of its chunks, None where it gives none.
-
-    Raises:
-        WrongReplyError: the body cannot be decoded.
-    """
+    """The position that a reply's body gives for each of its chunks, None where it gives none;
+    raises WrongReplyError where the body cannot be decoded."""
     try:
         reply = _DECODE[media](body)
     except msgspec.MsgspecError as error:
@@ -69,38 +66,21 @@ def read_positions(body: bytes, media: Media) -> list[int | None]:
 
 @dataclass(frozen=True)
 class TrafficSpec:
-    """Everything a generator needs to know; sent to its process.
+    """Everything a generator needs to know; sent to its process."""
 
-    Attributes:
-        path: where requests go; `{}` stands for the stream's name in a request for one stream.
-        media: how bodies are encoded.
-        member: `inputs` or `events` of a chunk, the `sequences` to predict, or the `horizon` of a
-            forecast.
-        values: the member's value in each body: JSON, or the bytes of MessagePack's binary.
-        steps: the events in each of them; of a forecast those that it looks ahead.
-        prefix: begins every stream's name.
-        streams: how many there are.
-        position: of every stream at the start.
-        items: chunks per request; 0 for the route of one stream.
-        moves: whether a request advances its stream; a forecast does not.
-        positions: whether replies give the position (the floors' and predictions do not).
-        may_reject: whether the server may answer 429; otherwise that ends the run.
-        is_sampled: whether the first replies to stream 0 are kept.
-    """
-
-    path: str
+    path: str  # `{}` stands for the stream's name in a request for one stream
     media: Media
-    member: Literal["inputs", "events", "sequences", "horizon"]
-    values: tuple[bytes, ...]
-    steps: tuple[int, ...]
-    prefix: str
-    streams: int
-    position: int = 0
-    items: int = 0
-    moves: bool = True
-    positions: bool = True
-    may_reject: bool = False
-    is_sampled: bool = False
+    member: Literal["inputs", "events", "sequences", "horizon"]  # of a body
+    values: tuple[bytes, ...]  # the member's in each body: JSON, or bytes for MessagePack
+    steps: tuple[int, ...]  # the events in each of them; of a forecast those that it looks ahead
+    prefix: str  # of every stream's name
+    streams: int  # how many there are
+    position: int = 0  # of every stream at the start
+    items: int = 0  # chunks per request; 0 for the route of one stream
+    moves: bool = True  # whether a request advances its stream; a forecast does not
+    positions: bool = True  # whether replies give the position (the floor's, predictions do not)
+    may_reject: bool = False  # whether the server may answer 429; otherwise that ends the run
+    is_sampled: bool = False  # whether the first replies to stream 0 are kept
 
     def name(self, stream: int) -> str:
         """The stream's name."""
@@ -157,11 +137,8 @@ class Traffic:
         return write_request(path, spec.media, content), tuple(ticket)
 
     def accept(self, ticket: Ticket, reply: bytes) -> None:
-        """Check a reply's body, and let its streams continue.
-
-        Raises:
-            WrongReplyError: a position is another than expected, or an item failed.
-        """
+        """Check a reply's body, and let its streams continue; raises WrongReplyError where a
+        position is another than expected, or an item failed."""
         spec = self.spec
         if spec.positions:
             expected, positions = [after for _, after in ticket], read_positions(reply, spec.media)

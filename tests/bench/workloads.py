@@ -1,15 +1,16 @@
-"""The networks that are measured, and what is sent to them.
+"""The networks that are measured, what is sent to them, and the check of what they answer.
 
 The standard workload: two stacked LSTM(64) and Dense(8), 16 features, 16 events a chunk. The
 other kinds of networks have the same size. Weights are contracting, so that every server's
 outputs must equal the tests' float64 oracle within the contract's 1e-5, however the events were
-cut and batched.
+cut and batched. The values of networks whose outputs depend on the cuts are proven on both runtimes
+by `tests/service/engine/test_runtime_contract.py`; here their shapes are checked.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+import ormsgpack
 import polars as pl
 from numpy.typing import NDArray
 
@@ -29,21 +31,22 @@ from models.examples.flights.data import flight_events
 from models.spec.model import parse_spec
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import open_runtime
-from tests.bench.traffic import Media, TrafficSpec
+from tests.bench.traffic import Media, TrafficSpec, WrongReplyError
 from tests.support.onnx_graphs import import_here
-from tests.support.oracle import contracting_weights
+from tests.support.oracle import contracting_weights, oracle_step
 
 FEATURES, STEPS, UNITS = 16, 16, 64
 BODIES = 8
 HORIZON = 24
 TARGET = "x0"
-PLAIN = "lstm"
-"""The kind that the others are compared with; its network is the standard one."""
-
-FEW, MANY = 1_000, 1_000_000
-"""Streams in the store, in the comparison of few and many."""
-
+PLAIN = "lstm"  # the kind that the others are compared with; its network is the standard one
+FEW, MANY = 1_000, 1_000_000  # streams in the store, in the comparison of few and many
 COMPUTE_S = 0.3
+
+TOLERANCE = 1e-5
+TRAINED_TOLERANCE = 1e-3
+"""For weights from training, with heads that exponentiate: the contract's bound is for
+contracting networks, and this check is to find wrong answers, not the last digit."""
 
 STREAM_OF_FLIGHTS = "EWR-UA"
 CUTS, LONGEST_STEPS = 64, 64
@@ -156,15 +159,10 @@ def measure_step(name: str, path: Path, batch: int, steps: int = STEPS) -> Rate 
 
 @dataclass(frozen=True)
 class Bodies:
-    """What the chunks hold: blocks of rows, which a stream is sent in turn.
+    """What the chunks hold: blocks of rows, which a stream is sent in turn."""
 
-    Attributes:
-        rows: float32 [T, F] each.
-        events: the same as events, written as JSON; None where the feed is `inputs`.
-    """
-
-    rows: tuple[FloatRows, ...]
-    events: tuple[bytes, ...] | None = None
+    rows: tuple[FloatRows, ...]  # [T, F] each
+    events: tuple[bytes, ...] | None = None  # the same in JSON; None where the feed is `inputs`
 
     @classmethod
     def random(cls, steps: int, features: int = FEATURES, count: int = BODIES) -> Bodies:
@@ -230,3 +228,47 @@ def make_traffic(
         rest |= {"positions": False}
     path = f"/v1/models/{artifact.spec.name}/{route}"
     return TrafficSpec(path, media, member, values, steps, prefix, streams, items=items, **rest)
+
+
+def check_answers(
+    artifact: Artifact,
+    spec: TrafficSpec,
+    rows: Sequence[FloatRows],
+    sampled: Sequence[bytes],
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Check the replies to stream 0, from its first chunk on; `rows` are those of each body.
+
+    Raises WrongReplyError for another shape or value than the network's, or no reply at all.
+    """
+    read = orjson.loads if spec.media == "json" else ormsgpack.unpackb
+    parts = [_outputs(artifact, read(reply)) for reply in sampled]
+    if not parts or not all(np.isfinite(part).all() for part in parts):
+        raise WrongReplyError(f"expected finite outputs, got {parts[:1]}")
+    model = artifact.spec
+    if model.chunking != "invisible" or model.blocks or model.decoder or model.onnx:
+        return
+    sent = np.concatenate([rows[spec.body(0, chunk)] for chunk in range(len(sampled))])
+    oracle, _ = oracle_step(model, artifact.weights, sent, artifact.state.zero().floats)
+    # the last columns are the weights of attention, which replies do not show here
+    expected = oracle[:, : sum(output.size for output in artifact.outputs.outputs)]
+    answers = np.concatenate(parts)
+    if answers.shape != expected.shape:
+        raise WrongReplyError(f"expected outputs {expected.shape}, got {answers.shape}")
+    difference = np.abs(answers - expected)
+    if not (difference <= tolerance * (1 + np.abs(expected))).all():
+        raise WrongReplyError(
+            f"the outputs differ from the oracle's by up to {difference.max():.2g}, "
+            f"expected {tolerance:g}"
+        )
+
+
+def _outputs(artifact: Artifact, reply: Mapping[str, Any]) -> Any:
+    """The outputs of a reply, float64 [T, O]; of a forecast [H, 1 + Q]."""
+    if "forecast" in reply:
+        target = reply["forecast"][TARGET]
+        return np.column_stack([target["point"], target["quantiles"]]).reshape(HORIZON, -1)
+    named = reply["predictions"][0]["outputs"] if "predictions" in reply else reply["outputs"]
+    outputs = artifact.outputs.outputs
+    columns = [np.asarray(named[one.name], np.float64).reshape(-1, one.size) for one in outputs]
+    return np.concatenate(columns, axis=1)

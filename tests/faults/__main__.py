@@ -1,9 +1,9 @@
 """`python -m tests.faults`: break real processes under load and check every output.
 
 Bounded in faults and events, on the loopback only, each store in a temporary folder of its own.
-The seed is printed first; it repeats the same faults in the same order (what is in flight when
-they are injected depends on the machine). Exits with 1 where anything was lost, doubled or mixed,
-or where an expected event did not occur.
+The seed is printed first; it repeats the same faults in the same order (what is in flight when they
+are injected depends on the machine). Exits with 1 where anything was lost, doubled or mixed, or
+where an expected event did not occur.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import sys
 
 import uvloop
 
-from tests.faults.options import RunOptions
+from tests.faults.deployment import RunOptions
 from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
-from tests.faults.run import describe_failures, new_seed, report, run
+from tests.faults.run import describe_failures, report, run
 from tests.faults.transports import TRANSPORTS
 from tests.support.machine import describe_run
 
@@ -41,18 +41,15 @@ def main() -> int:
     add("--plant", choices=sorted({*CODE, *SCRIPTS}), help="plant a bug in the workers")
     add("--strict", action="store_true", help="cluster: acknowledge when the replicas have it")
     add("--verbose", action="store_true", help="print each fault before it is injected")
-    options = vars(parser.parse_args())
-    options = {"seed": None, "strict": False, "kills_per_stage": KILLS_PER_STAGE, **options}
-    stores, is_strict = options.pop("store", STORES), options.pop("strict")
-    seed = options.pop("seed") or new_seed()
+    options = {"kills_per_stage": KILLS_PER_STAGE, **vars(parser.parse_args())}
     print(*(f"{name}: {value}" for name, value in describe_run().items()), sep="\n", flush=True)
     code = 0
-    for store in stores:
-        if store != "valkey" and shutil.which("redis-server") is None:
+    for store in options.pop("store", STORES):
+        if store == "redis" and shutil.which("redis-server") is None:
             print(f"{store}: redis-server is not on the PATH", flush=True)
             code = 1
             continue
-        one = RunOptions(store, seed, strict=is_strict and store == "cluster", **options)
+        one = RunOptions(store, **options)
         history, findings = uvloop.run(run(one))
         reasons = describe_failures(one, history, findings, whole=True)
         print(*report(one, history, findings), sep="\n")

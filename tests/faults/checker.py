@@ -30,11 +30,8 @@ CHECKED: Final = "replies checked"
 ROLLED_BACK: Final = "acknowledged chunks rolled back by a fault, noticed"
 REMOVED: Final = "acknowledged chunks removed with their stream, noticed"
 _MOST_STATES: Final = 200_000
-_LOOK_BACK: Final = 400
-"""Chunks that are tried as the missing or doubled one."""
-
-Finding = tuple[str, str]
-"""The kind of a violation, and what was seen."""
+_LOOK_BACK: Final = 400  # chunks that are tried as the missing or doubled one
+Finding = tuple[str, str]  # the kind of a violation, and what was seen
 
 
 def check(history: History) -> list[Finding]:
@@ -82,17 +79,13 @@ def check_burst(burst: Burst) -> Iterator[Finding]:
 
 @dataclass(slots=True, eq=False, repr=False)
 class _Node:
-    """A state that the stream may have had: the chunks that lead to it.
-
-    Attributes:
-        outputs: int64 [T, H] of the last chunk, once they were computed.
-    """
+    """A state that the stream may have had: the chunks that lead to it."""
 
     tag: bytes
     position: int
     before: _Node | None = None
     chunk: Chunk | None = None
-    outputs: NDArray[np.int64] | None = None
+    outputs: NDArray[np.int64] | None = None  # [T, H] of the last chunk, once they were computed
 
     def chain(self) -> list[_Node]:
         """The states from the first chunk's to this one."""
@@ -212,11 +205,8 @@ class _StreamCheck:
 
 
 def _states(log: StreamLog, seen: set[bytes | None] | None) -> dict[bytes, _Node]:
-    """The states that chunks lead to, by tag.
-
-    Args:
-        seen: tags that were seen. Acknowledged chunks lead to no other; None: to any.
-    """
+    """The states that chunks lead to, by tag. Acknowledged chunks lead to no other tag than those
+    that were `seen`; None: to any."""
     acked = {ack.chunk for ack in log.acks}
     by_start: dict[int, dict[bytes, Chunk]] = defaultdict(dict)
     # of equal chunks, one that was not acknowledged comes first: it may lead anywhere

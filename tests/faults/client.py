@@ -35,8 +35,7 @@ _SHORT_LIVED_REMOVALS, _SHORT_LIVED_REST_S = 0.04, 0.4
 _PAUSE_S = 0.06
 _SHORTEST_DEADLINE_S = 0.01
 _UNEXPECTED_KEPT = 20
-_LATE_S = 15.0
-"""An abandoned request is carried out this much later at most."""
+_LATE_S = 15.0  # an abandoned request is carried out this much later at most
 
 
 @dataclass(slots=True, eq=False)
@@ -95,21 +94,14 @@ class Sender:
 
 @dataclass(slots=True, eq=False)
 class Client(Sender):
-    """One client and its stream.
+    """One client and its stream."""
 
-    Attributes:
-        number: decides how it protects itself: If-Match, epoch, or the tag alone.
-        removals: share of the chunks before which the stream is deleted, or expires.
-        expire: lets the stream's keys expire behind the service's back.
-        lock: held while a chunk is in flight; whoever takes it suspends the client.
-        applied: events that were acknowledged.
-    """
-
-    number: int
-    removals: float
-    expire: Callable[[str], Awaitable[None]]
+    number: int  # decides how it protects itself: If-Match, epoch, or the tag alone
+    removals: float  # share of the chunks before which the stream is deleted, or expires
+    expire: Callable[[str], Awaitable[None]]  # lets its keys expire behind the service's back
+    # held while a chunk is in flight; whoever takes it suspends the client
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    applied: int = 0
+    applied: int = 0  # events that were acknowledged
     log: StreamLog = field(init=False)
     _head: Head = NO_HEAD
     _rows: Rows = field(default_factory=lambda: np.zeros((0, FEATURES), np.int8))
@@ -191,11 +183,8 @@ class Client(Sender):
         return next(each for each in self.workers if each != (worker or self._worker))
 
     async def _send(self, start: int, rows: Rows, worker: str, *, as_other: bool = False) -> Reply:
-        """Try until there is an answer; every answer is recorded.
-
-        Args:
-            as_other: as another client, without If-Match and epoch.
-        """
+        """Try until there is an answer, `as_other` without If-Match and epoch; every answer is
+        recorded."""
         chunk, pause_s = Chunk(self.name, start, rows), 0.04
         self.log.sent.append(chunk)
         while True:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from tests.faults import network
-from tests.faults.options import RunOptions
 from tests.faults.stores import WORKERS, ClusterStore, SingleStore, has_connection, make_store
 from tests.faults.traffic import FaultProxy, Traffic
-from tests.faults.transports import WorkerClient, needs_grpc
+from tests.faults.transports import TRANSPORTS, WorkerClient
 from tests.support.machine import REPOSITORY
 from tests.support.proxy import Connection, Target
 from tests.support.service import Service
@@ -31,6 +32,34 @@ _SETTINGS: Final = {
 }
 """The workers' time limits are shorter than the pauses of a run."""
 _STARTS: Final = 20
+
+
+def new_seed() -> int:
+    """A seed, printed: it repeats the faults of a run."""
+    seed = secrets.randbelow(1 << 31)
+    print(f"seed {seed}", flush=True)
+    return seed
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Options of one run; most of them are options of the command too."""
+
+    store: str
+    seed: int = field(default_factory=new_seed)
+    events: int = 500_000
+    faults: int = 110
+    streams: int = 48
+    transports: tuple[str, ...] = tuple(TRANSPORTS)
+    plant: str | None = None
+    strict: bool = False
+    verbose: bool = False
+    kills_per_stage: int = 0  # further kills follow until each stage was hit this often
+    removals: float = 0.003  # share of chunks before which the stream is deleted or expires
+    short_lived: int = 7  # one stream of this many is deleted and created all the time; 0: none
+    appenders: int = 2
+    append_pause_s: float = 0.3  # mean pause between two bursts of an appender
+    longest_s: float = 10.0  # no pause is longer
 
 
 class Worker(Service):
@@ -78,11 +107,7 @@ class Worker(Service):
 
 
 class Deployment:
-    """Workers on a store.
-
-    Attributes:
-        clients: of each worker, through its proxy.
-    """
+    """Workers on a store, and the client of each, through its proxy."""
 
     store: SingleStore | ClusterStore
 
@@ -113,7 +138,7 @@ class Deployment:
 async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
     """Two workers that serve on a store; all processes are ended in any case."""
     settings, deployment = dict(_SETTINGS), Deployment()
-    if options.strict:
+    if options.strict and options.store == "cluster":
         settings["CARRY_DURABILITY"] = "replicated"
     if options.plant is not None:
         settings["PLANTED_BUG"] = options.plant
@@ -130,7 +155,7 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
             await stack.enter_async_context(proxy.listening())
         await asyncio.to_thread(store.start)
         protocols = ["http"]
-        if any(map(needs_grpc, options.transports)):
+        if any(each.startswith("grpc") for each in options.transports):
             protocols.append("grpc")
             settings = {**settings, "CARRY_GRPC_PORT": "0"}
         for name in WORKERS:
@@ -144,7 +169,7 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
                 urls.append(f"http://127.0.0.1:{proxy.port}")
             worker.restart()
             stack.push_async_callback(worker.end)
-            client = WorkerClient(name, urls, options.transports, options.timeout_s)
+            client = WorkerClient(name, urls, options.transports)
             stack.push_async_callback(client.close)
             deployment.workers.append(worker)
             deployment.clients[name] = client

@@ -34,16 +34,13 @@ KILL = {stage: f"kill of a worker at {stage!r}" for stage in STAGES}
 """What is tried; the worker may get on before it ends."""
 KILLED = {stage: f"worker killed at the stage {stage!r}" for stage in STAGES}
 WARM_ROLLBACKS = "rollbacks with warm caches"
-_TRIGGER_S = 5.0
-"""How long a fault that waits for a moment waits for it."""
+_TRIGGER_S = 5.0  # how long a fault that waits for a moment waits for it
 _LONGEST_WAIT_S = 60.0
 """How long a fault waits for something to break: workers and store serve again by then."""
 _SUSPENDED_SHARE = 3
 """One client of this many is suspended during a rollback, and its stream advanced by others."""
-_SUSPEND_S = 4.0
-"""How long a client may take to be suspended: more than it waits for a reply."""
-_ALONE_SHARE = 4
-"""One fault of this many may hit a worker while the others are down."""
+_SUSPEND_S = 4.0  # how long a client may take to be suspended: more than it waits for a reply
+_ALONE_SHARE = 4  # one fault of this many may hit a worker while the others are down
 _CUTS = 3
 _PAUSES_S: Final = (0.2, 0.5, 0.5, 1.0, 1.5, 3.5)
 """Short ones, ones longer than a worker waits for an answer, one longer than the store's whole
@@ -64,19 +61,12 @@ _CREATES_OR_DELETES = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault.
+    """One fault."""
 
-    Attributes:
-        kind: a key of `FAULTS`.
-        seconds: length of a pause, age of the restored files, or longest delay of held writes.
-        gap_s: pause before it.
-        pick: chooses what it hits.
-    """
-
-    kind: str
-    seconds: float
-    gap_s: float
-    pick: int
+    kind: str  # a key of `FAULTS`
+    seconds: float  # length of a pause, age of the restored files, longest delay of held writes
+    gap_s: float  # pause before it
+    pick: int  # chooses what it hits
 
 
 def make_plan(store: str, count: int, random: np.random.Generator, longest_s: float) -> list[Fault]:

@@ -58,16 +58,12 @@ NO_HEAD: Final = Head(None, None, 0)
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Reply(Head):
-    """A reply that names the stream's head: an acknowledgement, or a rejection with its code.
-
-    Attributes:
-        sent_s, at_s: when the attempt was sent that this answers, and when it was answered.
-    """
+    """A reply that names the stream's head: an acknowledgement, or a rejection with its code."""
 
     chunk: Chunk
     worker: str
-    sent_s: float
-    at_s: float
+    sent_s: float  # when the attempt was sent that this answers
+    at_s: float  # when it was answered
     outputs: Outputs | None = None
     replayed: bool = False
     code: str = ""
@@ -83,20 +79,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A fault that may roll back acknowledged chunks, and when.
-
-    Attributes:
-        since_s: what was acknowledged before this moment must have survived.
-        struck_s: nothing is missing before this moment.
-        until_s: what was sent after this moment must have survived.
-        done_s: the store served again.
-    """
+    """A fault that may roll back acknowledged chunks, and when."""
 
     what: str
-    since_s: float
-    struck_s: float
+    since_s: float  # what was acknowledged before this moment must have survived
+    struck_s: float  # nothing is missing before this moment
+    # what was sent after this moment must have survived
     until_s: float = field(default_factory=time.monotonic)
-    done_s: float = field(default_factory=time.monotonic)
+    done_s: float = field(default_factory=time.monotonic)  # the store served again
 
     def describe(self, began_s: float) -> str:
         """Its moments, in seconds after another one."""
@@ -108,22 +98,17 @@ class Loss:
 
 @dataclass(slots=True)
 class StreamLog:
-    """Log of one stream.
-
-    Attributes:
-        noticed_s: when its client noticed that the history it knew was replaced: by a rejection, by
-            If-Match, or by a tag that does not follow.
-        removed: when the stream was deleted or expired on purpose.
-        final: its head at the end.
-    """
+    """Log of one stream."""
 
     name: str
     sent: list[Chunk] = field(default_factory=list)
     acks: list[Reply] = field(default_factory=list)
     rejections: list[Reply] = field(default_factory=list)
+    # when its client noticed that the history it knew was replaced: by a rejection, by If-Match, or
+    # by a tag that does not follow
     noticed_s: list[float] = field(default_factory=list)
-    removed: list[Span] = field(default_factory=list)
-    final: Head = NO_HEAD
+    removed: list[Span] = field(default_factory=list)  # deleted or expired on purpose
+    final: Head = NO_HEAD  # at the end
 
 
 class Burst(NamedTuple):
@@ -138,17 +123,12 @@ class Burst(NamedTuple):
 
 @dataclass(slots=True)
 class History:
-    """Records of one run.
-
-    Attributes:
-        unexpected: problems, logged exceptions and clients that did not end.
-        seen: what occurred in the run and was checked, by name.
-        began_s: moments are reported in seconds after this one.
-    """
+    """Records of one run."""
 
     streams: list[StreamLog] = field(default_factory=list)
     bursts: list[Burst] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
+    # problems, logged exceptions and clients that did not end
     unexpected: list[str] = field(default_factory=list)
-    seen: Counter[str] = field(default_factory=Counter)
-    began_s: float = field(default_factory=time.monotonic)
+    seen: Counter[str] = field(default_factory=Counter)  # what occurred and was checked, by name
+    began_s: float = field(default_factory=time.monotonic)  # moments are reported relative to it

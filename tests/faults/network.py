@@ -32,16 +32,11 @@ FEATURES: Final = 3
 CYCLES: Final = (3, 5, 8)
 UNITS: Final = sum(CYCLES)
 PERIOD: Final = 240
-LARGEST: Final = 4
-"""Input values are whole numbers from -LARGEST to LARGEST."""
-
+LARGEST: Final = 4  # input values are whole numbers from -LARGEST to LARGEST
 _OPEN: Final = 30.0
 
-Rows = NDArray[np.int8]
-"""[T, F]: the events of a chunk."""
-
-Outputs = NDArray[np.float32]
-"""[T, H]: one row per event."""
+Rows = NDArray[np.int8]  # [T, F]: the events of a chunk
+Outputs = NDArray[np.float32]  # [T, H]: one row per event
 
 
 def _make_turn() -> NDArray[np.int64]:
@@ -94,8 +89,7 @@ def random_events(random: np.random.Generator, count: int) -> Rows:
     return rows
 
 
-ZERO: Final = np.zeros(UNITS, np.int64)
-"""The state [H] of a stream without events."""
+ZERO: Final = np.zeros(UNITS, np.int64)  # the state [H] of a stream without events
 
 
 def compute(state: NDArray[np.int64], rows: Rows) -> NDArray[np.int64]:

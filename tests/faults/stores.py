@@ -39,8 +39,7 @@ DOWN_S: Final = 0.2
 LATE_WRITES_S: Final = 3.0
 """With `everysec` a server postpones writes to its file while a sync is in progress, for up to two
 seconds: a SIGKILL may take them."""
-LAG_S: Final = 0.5
-"""How far a replica that runs may be behind its primary."""
+LAG_S: Final = 0.5  # how far a replica that runs may be behind its primary
 STALE_S: Final = 3.0
 """How long a primary that was stopped may act as one before it learns of the promotion."""
 _ERRORS: Final = (redis.RedisError, OSError, ValueError, KeyError, TypeError, psutil.Error)

@@ -3,16 +3,17 @@ cluster what only a cluster does; and each planted bug fails a run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from tests.faults.checker import LOST, MIXED, ROLLED_BACK
+from tests.faults.deployment import RunOptions
 from tests.faults.faults import HOLD, IN_FLIGHT, KILL, WARM_ROLLBACKS, Fault, kinds_of
 from tests.faults.history import History
-from tests.faults.options import RunOptions
 from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
-from tests.faults.run import describe_failures, new_seed, report, run
+from tests.faults.run import describe_failures, report, run
 from tests.faults.traffic import COMMIT_SENT
 from tests.faults.transports import TRANSPORTS
 from tests.support.needs import needs_redis
@@ -34,24 +35,34 @@ ROLLBACK = Fault("store rolled back", seconds=0.3, gap_s=0.5, pick=0)
 HOLDS = (Fault(HOLD, seconds=2.0, gap_s=0.0, pick=0),) * 40
 """Held for longer than a client takes to remove and create its stream, on a busy machine too."""
 BUSY = {"appenders": 6, "append_pause_s": 0.01, "short_lived": 0, "removals": 0.0}
-BRIEF = {"appenders": 0, "short_lived": 1, "removals": 0.4, "plan": HOLDS}
-PLANTED: dict[str, tuple[set[str], dict[str, Any]]] = {
-    "position-only": ({LOST, MIXED}, {**BUSY, "plan": (ROLLBACK,)}),
-    "equal-tags": ({LOST}, BUSY),
-    "cached-refusal": ({LOST}, BUSY),
-    "raised-stream": ({MIXED}, {**BUSY, "removals": 0.05}),
-    "unconditional-delete": ({LOST}, BRIEF),
-    "no-tombstone": ({LOST, MIXED}, BRIEF),
+BRIEF = {"appenders": 0, "short_lived": 1, "removals": 0.4}
+PLANTED: dict[str, tuple[set[str], dict[str, Any], tuple[Fault, ...]]] = {
+    "position-only": ({LOST, MIXED}, BUSY, (ROLLBACK,)),
+    "equal-tags": ({LOST}, BUSY, ()),
+    "cached-refusal": ({LOST}, BUSY, ()),
+    "raised-stream": ({MIXED}, {**BUSY, "removals": 0.05}, ()),
+    "unconditional-delete": ({LOST}, BRIEF, HOLDS),
+    "no-tombstone": ({LOST, MIXED}, BRIEF, HOLDS),
 }
 
 
-async def run_without_findings(options: RunOptions) -> History:
+async def run_without_findings(
+    store: str, faults: int, plan: Sequence[Fault] | None = None
+) -> History:
     """Run a plan of faults; pytest shows the report where the test fails."""
-    history, findings = await run(options)
+    options = RunOptions(
+        store,
+        events=6_000,
+        faults=faults,
+        streams=16,
+        transports=SENT_BY[store],
+        longest_s=LONGEST_S,
+    )
+    history, findings = await run(options, plan)
     print(*report(options, history, findings), sep="\n")
     reasons = describe_failures(options, history, findings, whole=False)
     assert not reasons, "\n".join(reasons)
-    assert history.seen[IN_FLIGHT] == options.faults
+    assert history.seen[IN_FLIGHT] == faults
     assert history.seen[WARM_ROLLBACKS] == 1
     for name in (ROLLED_BACK, "replays", "resends", "advanced by others", "appends"):
         assert history.seen[name] > 0, name
@@ -60,18 +71,14 @@ async def run_without_findings(options: RunOptions) -> History:
 
 @pytest.mark.parametrize("store", ["valkey", pytest.param("redis", marks=needs_redis)])
 async def test_nothing_is_lost_doubled_or_mixed(store: str) -> None:
-    faults = len(kinds_of(store))
-    options = RunOptions(store, new_seed(), 6_000, faults, 16, SENT_BY[store], longest_s=LONGEST_S)
-    history = await run_without_findings(options)
-    assert history.seen.keys() >= set(kinds_of(store))
+    kinds = kinds_of(store)
+    history = await run_without_findings(store, len(kinds))
+    assert history.seen.keys() >= set(kinds)
 
 
 async def test_nothing_is_lost_doubled_or_mixed_where_a_cluster_fails_over() -> None:
-    plan = tuple(
-        Fault(kind, LONGEST_S, gap_s=0.1, pick=pick) for pick, kind in enumerate(ON_A_CLUSTER)
-    )
-    options = RunOptions("cluster", new_seed(), 6_000, len(plan), 16, SENT_BY["cluster"], plan=plan)
-    history = await run_without_findings(options)
+    plan = [Fault(kind, LONGEST_S, gap_s=0.1, pick=pick) for pick, kind in enumerate(ON_A_CLUSTER)]
+    history = await run_without_findings("cluster", len(plan), plan)
     assert history.seen.keys() >= set(ON_A_CLUSTER)
     assert history.seen["refused position_ahead"] > 0
 
@@ -83,7 +90,9 @@ def test_short_runs_send_by_all_transports() -> None:
 @needs_redis
 @pytest.mark.parametrize("bug", sorted({*CODE, *SCRIPTS}))
 async def test_planted_bug_is_detected(bug: str) -> None:
-    kinds, how = PLANTED[bug]
-    options = RunOptions("redis", new_seed(), 4_000, 0, 24, FASTEST, plant=bug, **how)
-    _, findings = await run(options)
+    kinds, how, plan = PLANTED[bug]
+    options = RunOptions(
+        "redis", events=4_000, streams=24, transports=FASTEST, plant=bug, faults=0, **how
+    )
+    _, findings = await run(options, plan)
     assert {kind for kind, _ in findings} & kinds

@@ -33,9 +33,7 @@ _LIVE_SOCKET: Final = re.compile(rb"^GET /v1/models/[^/ ]+/streams/[^/ ]+/live")
 _LOAD: Final = re.compile(rb"GET\r\n\$\d+\r\n[^\r]+\}:s:")
 _COMMIT: Final = re.compile(rb"EVAL.*CRRY\x01[^\x04]", re.DOTALL)
 """A script that writes a state, by docs/reference/store.md; a deletion writes a tombstone."""
-_WRITTEN, _REFUSED = b"*1\r\n:1\r\n", b"*2\r\n:0\r\n"
-"""Of one stream in the answer to a commit."""
-
+_WRITTEN, _REFUSED = b"*1\r\n:1\r\n", b"*2\r\n:0\r\n"  # of one stream in the answer to a commit
 Watch = Callable[[Connection, Direction, bytes], None]
 """Receives all bytes before they are forwarded."""
 
@@ -45,12 +43,8 @@ def let_pass(connection: Connection, direction: Direction, data: bytes) -> None:
 
 
 class FaultProxy(Proxy):
-    """A proxy whose bytes are watched.
-
-    Attributes:
-        cut: called with all bytes of connections that are not held: may hold them, or raise
-            `CutError`.
-    """
+    """A proxy whose bytes are watched; `cut` is called with all bytes of connections that are not
+    held, and may hold them, or raise `CutError`."""
 
     def __init__(self, target: Callable[[], Target | None], watch: Watch, owner: str | None = None):
         super().__init__(target, owner)

@@ -56,15 +56,16 @@ T = TypeVar("T")
 
 
 class Conditions(NamedTuple):
-    """What an attempt sends beside the chunk. A transport without If-Match ignores the ETag.
-
-    Attributes:
-        deadline_s: within which the service has to answer.
-    """
+    """What an attempt sends beside the chunk. A transport without If-Match ignores the ETag."""
 
     epoch: str | None = None
     etag: str | None = None
-    deadline_s: float | None = None
+    deadline_s: float | None = None  # within which the service has to answer
+
+    def members(self, chunk: Chunk, **more: Any) -> dict[str, Any]:
+        """Members of a body: position and epoch, and those that are not None of `more`."""
+        members = {"position": chunk.start, "epoch": self.epoch, **more}
+        return {name: value for name, value in members.items() if value is not None}
 
     def headers(self) -> dict[str, str]:
         """HTTP headers, without the ETag."""
@@ -83,7 +84,8 @@ class V1:
         self.close = self._carry.close
 
     async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
-        body, path = v1_body(chunk, conditions, self._encoding), stream_path(MODEL, chunk.stream)
+        path = stream_path(MODEL, chunk.stream)
+        body = conditions.members(chunk, inputs=_v1_inputs(chunk, self._encoding))
         headers = conditions.headers()
         if conditions.etag is not None:
             headers["if-match"] = f'"{conditions.etag}"'
@@ -105,7 +107,7 @@ class V2:
             tensor["parameters"] = {"binary_data_size": rows.nbytes}
         else:
             tensor["data"] = rows.ravel().tolist()
-        parameters = _sequence(chunk, conditions)
+        parameters = conditions.members(chunk, sequence_id=chunk.stream)
         body = encode_body("json", {"parameters": parameters, "inputs": [tensor]})
         if self._is_binary:
             headers["inference-header-content-length"] = str(len(body))
@@ -160,8 +162,9 @@ class LiveSockets(ConnectionPool):
         self._url, self._encoding = url.replace("http", "ws", 1), encoding
 
     async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
-        etag = _without_none(if_match=conditions.etag)
-        frame = encode_body(self._encoding, v1_body(chunk, conditions, self._encoding) | etag)
+        inputs = _v1_inputs(chunk, self._encoding)
+        members = conditions.members(chunk, inputs=inputs, if_match=conditions.etag)
+        frame = encode_body(self._encoding, members)
         deadline_s = conditions.deadline_s
         path = f"{stream_path(MODEL, chunk.stream)}/live"
         path += "" if deadline_s is None else f"?timeout_s={deadline_s:.3f}"
@@ -206,7 +209,7 @@ class Grpc(ConnectionPool):
 
     async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
         request = ModelInferRequest(model_name=MODEL)
-        for name, value in _sequence(chunk, conditions).items():
+        for name, value in conditions.members(chunk, sequence_id=chunk.stream).items():
             kind = "int64_param" if isinstance(value, int) else "string_param"
             setattr(request.parameters[name], kind, value)
         request.inputs.add(name="inputs", datatype="FP32", shape=chunk.rows.shape)
@@ -248,21 +251,8 @@ class GrpcStream(Grpc):
         return answer.infer_response
 
 
-def v1_body(chunk: Chunk, conditions: Conditions, encoding: Encoding) -> dict[str, Any]:
-    """The members of version 1's body for a chunk."""
-    is_json = encoding == "json"
-    inputs = chunk.rows.tolist() if is_json else chunk.rows.astype("<f4").tobytes()
-    return _without_none(position=chunk.start, epoch=conditions.epoch, inputs=inputs)
-
-
-def _sequence(chunk: Chunk, conditions: Conditions) -> dict[str, Any]:
-    """The parameters of V2 for a chunk."""
-    epoch = conditions.epoch
-    return _without_none(sequence_id=chunk.stream, position=chunk.start, epoch=epoch)
-
-
-def _without_none(**members: Any) -> dict[str, Any]:
-    return {name: value for name, value in members.items() if value is not None}
+def _v1_inputs(chunk: Chunk, encoding: Encoding) -> Any:
+    return chunk.rows.tolist() if encoding == "json" else chunk.rows.astype("<f4").tobytes()
 
 
 def _read_problem(document: str | bytes) -> Problem:
@@ -282,23 +272,18 @@ TRANSPORTS: Final[dict[str, Callable[[str], Any]]] = {
 }
 
 
-def needs_grpc(transport: str) -> bool:
-    """Whether a transport needs the gRPC port."""
-    return transport.startswith("grpc")
-
-
 class WorkerClient:
     """One worker: chunks by any transport, streams by version 1. Every request is sent once, and
     fails unless it is answered in time.
 
     Args:
-        urls: HTTP URLs and, where a transport needs it, gRPC addresses.
+        urls: of HTTP and, where a transport's name begins with `grpc`, of gRPC.
     """
 
-    def __init__(self, name: str, urls: Sequence[str], transports: Sequence[str], timeout_s: float):
-        self._name, self._timeout_s = name, timeout_s
+    def __init__(self, name: str, urls: Sequence[str], transports: Sequence[str]):
+        self._name = name
         self._carry = AsyncCarry(urls[0], encoding="json")
-        self._transports = [TRANSPORTS[each](urls[needs_grpc(each)]) for each in transports]
+        self._transports = [TRANSPORTS[each](urls[each.startswith("grpc")]) for each in transports]
 
     async def send(
         self, chunk: Chunk, conditions: Conditions, random: np.random.Generator
@@ -314,9 +299,9 @@ class WorkerClient:
             if problem.code not in _REJECTIONS:
                 raise
             members, code = problem.document, problem.code
-        head, times_s = _read_head(members), (sent_s, time.monotonic())
-        replayed = bool(members.get("replayed"))
-        return Reply(*head, chunk, self._name, *times_s, outputs, replayed, code)
+        answered_s, replayed = time.monotonic(), bool(members.get("replayed"))
+        head = _read_head(members)
+        return Reply(*head, chunk, self._name, sent_s, answered_s, outputs, replayed, code)
 
     async def read_head(self, stream: str) -> Head:
         """The stream's head."""
@@ -340,7 +325,7 @@ class WorkerClient:
 
     async def _in_time(self, request: Awaitable[T]) -> T:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(TIMEOUT_S):
                 return await request
         except TimeoutError as error:
             raise NoAnswer(error) from error

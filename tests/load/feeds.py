@@ -21,8 +21,7 @@ ABSENT_SHARE = 0.2
 MIN_LENGTH = 4096
 NUMBER_BYTES, FIELD_BYTES = 12, 80
 """Upper estimates of a number, and of a field with its name, in a body."""
-BODY_SHARE = 0.8
-"""How full a body may be by its estimate."""
+BODY_SHARE = 0.8  # how full a body may be by its estimate
 FIRST_TAG = bytes(16)
 DTYPES = {"numeric": "<f8", "boolean": "u1", "timestamp": "<i8"}
 
@@ -146,12 +145,8 @@ def make_feeds(model: ModelDescription, longest_steps: int, seed: int) -> list[F
 
 
 def next_tag(tag: bytes, start: int, feed: Feed, chunk: Chunk) -> bytes:
-    """The tag of a stream after a chunk with a position, 16 bytes.
-
-    Args:
-        tag: before it; zero at the beginning of an epoch.
-        start: the position of its first event.
-    """
+    """The tag of a stream, 16 bytes, after a chunk whose first event is at `start`; `tag` is that
+    before it, zero at the beginning of an epoch."""
     letter = feed.member[0].upper().encode()
     digest = sha256(letter + struct.pack("<Q", chunk.steps) + feed.canonical(chunk)).digest()
     return sha256(tag + struct.pack("<Q", start) + digest).digest()[:16]

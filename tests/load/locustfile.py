@@ -11,22 +11,21 @@ import secrets
 import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
-from pathlib import Path
 from random import Random
 from typing import Any
 
-import orjson
 from locust import events
 from locust.env import Environment
 
 from carry_client import Carry, CarryError, ModelDescription, NoAnswer, Retry
 from tests.load.feeds import longest_chunk, make_feeds
 from tests.load.scenarios import Burst, Cold, Hot, InTurn, Long, Ramp, ScenarioUser, Steady
-from tests.load.streams import Streams
-from tests.load.verdict import LoadError, Threshold, check_limits
+from tests.load.streams import RETRY_S, Streams
+from tests.load.verdict import check_limits, parse_threshold
 from tests.support.machine import describe_run
 
-TIMEOUT_S, RETRY_S = 120.0, 30.0
+TIMEOUT_S = 120.0
+COMPARED_STREAMS = 64
 SCENARIOS: dict[str, type[ScenarioUser]] = {
     each.scenario(): each for each in (Steady, Ramp, Burst, Hot, Cold, Long)
 }
@@ -37,16 +36,13 @@ def add_options(parser: Any, **_: Any) -> None:
     """The options beside Locust's own, of which `--users` replaces each scenario's number."""
     add = parser.add_argument_group("Load tests").add_argument
     more = {"action": "append", "default": []}
-    limit = {"type": Threshold.parse, "metavar": "[SCENARIO.]NAME=VALUE"}
+    limit = {"type": parse_threshold, "metavar": "[SCENARIO.]NAME=VALUE"}
     add("--url", env_var="CARRY_LOAD_URL", default="http://127.0.0.1:8000", help="the service")
     add("--model", help="its model; may be left out where it serves one")
     add("--scenario", **more, choices=SCENARIOS, help="may be repeated; every one by default")
     add("--duration-s", type=_positive, default=30.0, help="of each scenario")
     add("--threshold", **more, **limit, help="another limit; `none` disables it; may be repeated")
-    add("--compare-streams", type=_positive, default=64, help="how many are compared")
-    add("--patience-s", type=_positive, default=30.0, help="how long one chunk is tried")
     add("--seed", type=int, default=1, help="of the events and the cuts")
-    add("--summary", default=".carry/load-summary.json", help="a JSON file; - for the output")
     add("--keep", action="store_true", help="leave the streams in the service")
 
 
@@ -65,10 +61,10 @@ def prepare(environment: Environment, **_: Any) -> None:
     environment.process_exit_code = 2
     # Locust itself handles SIGTERM only after the shape has ended
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    environment.stop_timeout = options.patience_s + ScenarioUser.network_timeout
+    environment.stop_timeout = RETRY_S + ScenarioUser.network_timeout
     try:
         load = Load(options)
-    except (LoadError, CarryError) as error:
+    except CarryError as error:
         print(f"load: {error}", file=sys.stderr)
         sys.exit(2)
     environment.host, environment.user_classes = options.url, load.scenarios
@@ -78,7 +74,7 @@ def prepare(environment: Environment, **_: Any) -> None:
         """Compare outputs, delete the streams, and decide; print it after Locust's statistics."""
         try:
             report, is_passed = load.finish(environment)
-        except (LoadError, CarryError) as error:
+        except CarryError as error:
             print(f"load: {error}", file=sys.stderr)
             return
         environment.process_exit_code = 130 if InTurn.waiting else int(not is_passed)
@@ -87,15 +83,15 @@ def prepare(environment: Environment, **_: Any) -> None:
     environment.events.quitting.add_listener(finish)
 
 
+class LoadError(CarryError):
+    """The load cannot be run; the message is one sentence for the person who started it."""
+
+
 class Load:
     """A load test of one service."""
 
     def __init__(self, options: Namespace):
-        """Prepare the scenarios.
-
-        Raises:
-            LoadError: an option is wrong, or nothing answers.
-        """
+        """Prepare the scenarios; raises LoadError where an option is wrong, or nothing answers."""
         self.options = options
         self.scenarios = [SCENARIOS[name] for name in options.scenario or SCENARIOS]
         self.prefix = f"load-{secrets.token_hex(4)}-"
@@ -114,24 +110,19 @@ class Load:
         model = self.model.describe()
         for scenario in self.scenarios:
             self._prepare(scenario, model)
-        self.run = {
-            **describe_run(),
-            "url": self.carry.url,
-            "model": {"name": model.name, "version": model.version, "runtimes": model.runtimes},
-            "seed": options.seed,
-        }
-        print(f"{self.run['date']}, commit {self.run['commit']}, {self.run['machine']}")
+        run = describe_run()
+        print(f"{run['date']}, commit {run['commit']}, {run['machine']}, seed {options.seed}")
         print(f"{options.url}: model {model.name} {model.version} on {', '.join(model.runtimes)}")
 
     def _prepare(self, scenario: type[ScenarioUser], model: ModelDescription) -> None:
         """Apply the options and the model's limits to a scenario, and create its streams."""
         options, name, longest = self.options, scenario.scenario(), longest_chunk(model)
-        for threshold in options.threshold:
-            threshold.change(name, scenario.limits)
+        for of_scenario, limit, value in options.threshold:
+            if of_scenario in ("", name):
+                scenario.limits[limit] = value
         if options.num_users:
             factor = options.num_users / scenario.most_users()
-            stages = [(max(1, round(users * factor)), share) for users, share in scenario.stages]
-            scenario.stages = stages
+            scenario.stages = [(max(1, round(n * factor)), share) for n, share in scenario.stages]
         scenario.kinds = {
             kind: (min(shortest, longest), min(most, longest))
             for kind, (shortest, most) in scenario.kinds.items()
@@ -146,45 +137,32 @@ class Load:
             stream_events=scenario.stream_events,
             appends=scenario.appends,
             capacity=max(1, scenario.stream_count // shared),
-            retry_s=options.patience_s,
         )
 
     def _post(self, path: str, body: bytes) -> Any:
         return Retry(RETRY_S).run(lambda: self.carry.request("POST", path, body))
 
     def finish(self, environment: Environment) -> tuple[str, bool]:
-        """Compare outputs, delete the streams and write the summary: a report, and the verdict."""
+        """Compare outputs and delete the streams: a report, and the verdict."""
         try:
-            results = [self._check(environment, each) for each in self.scenarios]
+            results = {each.scenario(): self._check(environment, each) for each in self.scenarios}
         finally:
             if not self.options.keep:
                 self.model.delete_streams(self.prefix)
         crashes = [each["msg"] for each in environment.runner.exceptions.values()]
-        failed = [each["scenario"] for each in results if not each["passed"]]
+        failed = [name for name, (_, is_passed) in results.items() if not is_passed]
         failed += ["the load test itself"] * bool(crashes)
-        summary = {
-            **self.run,
-            "passed": not failed,
-            "failed": failed,
-            "crashes": crashes,
-            "scenarios": results,
-            "statistics": [entry.to_dict() for entry in environment.stats.entries.values()],
-        }
-        text = orjson.dumps(summary, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode()
-        if self.options.summary != "-":
-            file = Path(self.options.summary)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text + "\n", encoding="utf-8")
-            text = f"summary: {file}"
         verdict = f"FAILED: {', '.join(failed)}" if failed else "every threshold passed"
         verdict = f"load: {'interrupted' if InTurn.waiting else verdict}"
         crashed = [f"the load test failed: {crash}" for crash in crashes]
-        return "\n".join([*crashed, *map(format_result, results), text, verdict]), not failed
+        reports = [report for report, _ in results.values()]
+        return "\n".join([*crashed, *reports, verdict]), not failed
 
-    def _check(self, environment: Environment, scenario: type[ScenarioUser]) -> dict[str, Any]:
-        """Compare a scenario's outputs and check its thresholds."""
+    def _check(self, environment: Environment, scenario: type[ScenarioUser]) -> tuple[str, bool]:
+        """Compare a scenario's outputs and check its thresholds: a report with its first failures,
+        and the verdict."""
         streams, name, stats = scenario.streams, scenario.scenario(), environment.stats
-        compared = streams.compare(self._post, int(self.options.compare_streams))
+        compared = streams.compare(self._post, COMPARED_STREAMS)
         entries = [stats.get(f"{name} {kind}", "chunk") for kind in scenario.kinds]
         chunks = sum(entry.num_requests for entry in entries)
         retries = stats.get(name, "POST").num_requests - chunks
@@ -206,31 +184,14 @@ class Load:
             "min_compared_events": compared,
         }
         checks = check_limits({"max_wrong_answers": 0.0, **scenario.limits}, values)
-        return {
-            "scenario": name,
-            "passed": all(check.passed for check in checks),
-            "users": scenario.most_users(),
-            "duration_s": duration_s,
-            "chunks": chunks,
-            "errors": errors,
-            "retries": retries,
-            "streams": len(streams.every),
-            "wrong_answers": dict(streams.wrong_answers),
-            "examples": streams.examples,
-            "compared_events": compared,
-            "thresholds": checks,
-        }
-
-
-def format_result(result: dict[str, Any]) -> str:
-    """What a scenario sent, its first failures, and the thresholds."""
-    lines = [
-        f"{result['scenario']}: {result['chunks']:,} chunks of {result['streams']:,} streams; "
-        f"compared {result['compared_events']:,} events"
-    ]
-    for code, examples in result["examples"].items():
-        lines += [f"  {code}: {example}" for example in examples]
-    return "\n".join([*lines, *(f"  {check}" for check in result["thresholds"])])
+        lines = [
+            f"{name}: {chunks:,} chunks of {len(streams.every):,} streams; "
+            f"compared {compared:,} events"
+        ]
+        for code, examples in streams.examples.items():
+            lines += [f"  {code}: {example}" for example in examples]
+        lines += [f"  {check}" for check in checks]
+        return "\n".join(lines), all(check.passed for check in checks)
 
 
 def _ratio(part: float, whole: float) -> float | None:

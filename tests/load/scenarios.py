@@ -41,13 +41,11 @@ class ScenarioUser(FastHttpUser):
     wait_time = constant(0)
     # (users, share of the duration), one after another
     stages: ClassVar[list[tuple[int, float]]] = [(16, 1.0)]
-    # chunks a second of each user; 0 for as fast as they are answered
-    pace: ClassVar[float] = 0.0
+    pace: ClassVar[float] = 0.0  # chunks a second of each user; 0: as fast as they are answered
     # shortest and longest chunk of each kind; thresholds are for the first
     kinds: ClassVar[dict[str, tuple[int, int]]] = {"short": (1, 32)}
-    # streams that take turns, shared out evenly among the users, and events of each
-    stream_count: ClassVar[int]
-    stream_events: ClassVar[int] = 2048
+    stream_count: ClassVar[int]  # streams that take turns, shared out evenly among the users
+    stream_events: ClassVar[int] = 2048  # of each stream
     appends: ClassVar[bool] = False
     limits: ClassVar[Limits]
     streams: ClassVar[Streams]

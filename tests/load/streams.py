@@ -40,7 +40,7 @@ NEW_STREAM_SHARE = 0.5
 waited longest: so that even a short run loads states that were not used for long."""
 EXAMPLES_PER_CODE, EXAMPLE_CHARS = 3, 500
 BOUND = 1e-5
-
+RETRY_S = 30.0  # how long one chunk is tried
 Post = Callable[[str, bytes], Any]
 """Sends a body to a path and returns the document; raises `Problem`."""
 
@@ -85,11 +85,8 @@ class LoadStream:
     applied: list[Applied] = field(default_factory=list)
 
     def send(self, chunk: Chunk, post: Post, retry: Retry) -> None:
-        """Send a chunk until it is applied.
-
-        Raises:
-            Problem: it was rejected, abandoned, or answered wrongly.
-        """
+        """Send a chunk until it is applied; raises Problem where it was rejected, abandoned, or
+        answered wrongly."""
         position = {} if self.appends else {"position": self.position}
         body = orjson.dumps({**position, self.feed.member: self.feed.events(chunk)})
         path = f"{stream_path(self.model.name, self.name)}/chunks"
@@ -149,13 +146,10 @@ class LoadStream:
         self.position, self.tag = start + chunk.steps, tag
 
     def history(self) -> list[Applied]:
-        """The acknowledged chunks from position 0, without a gap.
+        """The acknowledged chunks from position 0, without a gap; raises WrongAnswerError.
 
         Those of appends must be contiguous in the order of their positions; after an append of
         unknown outcome the history ends at the first gap.
-
-        Raises:
-            WrongAnswerError
         """
         history: list[Applied] = []
         position = 0
@@ -200,7 +194,6 @@ class Streams:
     stream_events: int  # after which a stream is replaced by a new one
     appends: bool  # all users send to the same streams at once, without positions
     capacity: int  # streams that a user keeps in turn; that all users share where they append
-    retry_s: float = 30.0
     every: list[LoadStream] = field(default_factory=list)
     shared: deque[LoadStream] = field(default_factory=deque)
     wrong_answers: Counter[str] = field(default_factory=Counter)
@@ -232,9 +225,6 @@ class Streams:
         Args:
             steps: shortest and longest chunk.
             retry: `clock` and `sleep` of `Retry`.
-
-        Raises:
-            Problem: as `LoadStream.send`.
         """
         stream = self.take_turn(turns)
         count = self.random.randint(*steps)
@@ -243,7 +233,7 @@ class Streams:
         stream.sent += count
         stream.is_closed = stream.sent >= self.stream_events
         try:
-            stream.send(chunk, post, Retry(self.retry_s, self.random, **retry))
+            stream.send(chunk, post, Retry(RETRY_S, self.random, **retry))
         except Problem as failure:
             stream.is_closed = True
             self.add_failure(failure)
@@ -258,11 +248,8 @@ class Streams:
             examples.append(failure.detail[:EXAMPLE_CHARS])
 
     def compare(self, post: Post, max_streams: int) -> int:
-        """Check every history, and the outputs of some streams; how many events were compared.
-
-        Args:
-            max_streams: compared at most, drawn evenly from all.
-        """
+        """Check every history, and the outputs of `max_streams` at most, drawn evenly from all; how
+        many events were compared."""
         histories, events = {}, 0
         for stream in self.every:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tests.support.service import running
 WARNINGS = ("-W", "error", "-W", "ignore::ResourceWarning")
 """Locust's connection pool leaves its sockets to the garbage collector."""
 SCENARIOS = ("steady", "ramp", "burst", "hot", "cold", "long")
+NONE = ("wrong_answers", "error_share", "retry_share")
 STAGES = ("queue", "load", "infer", "commit", "rest")
 PATIENT = tuple(
     option
@@ -66,37 +68,45 @@ def load(*options: str) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
+def read_report(output: str) -> dict[str, dict[str, str]]:
+    """By scenario what was printed: chunks, and the value of each threshold that passed."""
+    report: dict[str, dict[str, str]] = {}
+    for line in output.splitlines():
+        if head := re.match(r"(\w+): ([\d,]+) chunks of", line):
+            report[head[1]] = {"chunks": head[2].replace(",", "")}
+        elif check := re.match(r"  (\w+) .* passed  (\S+)$", line):
+            [*_, scenario] = report.values()
+            scenario[check[1]] = check[2].replace(",", "")
+    return report
+
+
 def test_every_scenario_passes_against_a_correct_service(url: str, tmp_path: Path) -> None:
-    target = tmp_path / "made" / "summary.json"
     status, output, errors = load(
         *("--url", url, "--model", "small", "--users", "8", "--duration-s", "1"),
-        *("--summary", str(target), *PATIENT),
+        *("--json-file", str(tmp_path / "statistics"), *PATIENT),
     )
     assert status == 0, output + errors
     assert output.endswith("load: every threshold passed\n")
-    summary = json.loads(target.read_text())
-    assert summary["passed"] is True
-    assert summary["model"]["name"] == "small"
-    assert summary.keys() >= {"commit", "machine", "date", "seed"}
-    assert [each["scenario"] for each in summary["scenarios"]] == list(SCENARIOS)
-    rows = {(row["method"], row["name"]): row for row in summary["statistics"]}
-    for each in summary["scenarios"]:
-        name, chunks = each["scenario"], each["chunks"]
-        assert each["errors"] == each["retries"] == 0
-        assert each["wrong_answers"] == {}
-        assert each["compared_events"] >= 20
-        assert chunks == rows["POST", name]["num_requests"]
+    assert re.match(r"\d{4}-\S+, commit \w+.*, seed 1\n\S+: model small \w+ on ", output)
+    statistics = json.loads((tmp_path / "statistics.json").read_text())
+    rows = {(row["method"], row["name"]): row for row in statistics}
+    report = read_report(output)
+    assert list(report) == list(SCENARIOS)
+    for name, values in report.items():
+        assert {values[f"max_{share}"] for share in NONE} == {"0"}
+        assert float(values["min_compared_events"]) >= 20
+        requests = rows["POST", name]
+        assert requests["num_requests"] == int(values["chunks"])
         stages = [rows["stage", f"{name} {stage}"] for stage in STAGES]
-        assert {row["num_requests"] for row in stages} == {chunks}
-        stages_ms = sum(row["avg_response_time"] for row in stages)
-        assert stages_ms == pytest.approx(rows["POST", name]["avg_response_time"], rel=0.1)
+        assert {row["num_requests"] for row in stages} == {requests["num_requests"]}
+        stages_ms = sum(row["total_response_time"] for row in stages)
+        assert stages_ms == pytest.approx(requests["total_response_time"], rel=0.1)
     assert rows["chunk", "long long"]["num_requests"] > 0
     assert streams_left(url) == []
 
 
-def test_terminated_load_deletes_its_streams(url: str, tmp_path: Path) -> None:
-    summary = str(tmp_path / "summary.json")
-    process = start("--url", url, "--model", "small", "--summary", summary)
+def test_terminated_load_deletes_its_streams(url: str) -> None:
+    process = start("--url", url, "--model", "small")
     until(lambda: streams_left(url), "streams of the load")
     process.terminate()
     process.communicate(timeout=60)
@@ -107,7 +117,7 @@ def test_terminated_load_deletes_its_streams(url: str, tmp_path: Path) -> None:
 def test_missed_threshold_fails_its_scenario(url: str) -> None:
     status, output, _ = load(
         *("--url", url, "--model", "probe", "--scenario", "steady", "--duration-s", "1"),
-        *("--users", "3", "--summary", "-", *PATIENT, "--threshold", "steady.max_p95_ms=0.1"),
+        *("--users", "3", *PATIENT, "--threshold", "steady.max_p95_ms=0.1"),
     )
     assert status == 1
     failed = [line.split()[0] for line in output.splitlines() if "FAILED  " in line]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
-Limits = dict[str, float]
-"""Limit by name: `max_...` or `min_...`."""
-
+Limits = dict[str, float | None]  # limit by name: `max_...` or `min_...`; None disables it
 DEFAULTS: Limits = {
     "max_error_share": 0.0,
     "max_retry_share": 0.01,
@@ -20,12 +17,7 @@ DEFAULTS: Limits = {
 NAMES = (*DEFAULTS, "min_chunks_per_s", "min_rate_share")
 
 
-class LoadError(Exception):
-    """The load cannot be run; the message is one sentence for the person who started it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """One threshold: its limit, the value (None: nothing was measured), and whether it passed."""
 
     name: str
@@ -39,31 +31,17 @@ class Check:
         return f"{self.name:20} {self.limit:>10,.6g}  {verdict}  {value}"
 
 
-class Threshold(NamedTuple):
-    """A limit of the command line: for one scenario or all of them; None disables it."""
-
-    scenario: str
-    name: str
-    limit: float | None
-
-    @classmethod
-    def parse(cls, text: str) -> Threshold:
-        """`NAME=VALUE` or `SCENARIO.NAME=VALUE`; the value `none` disables it."""
-        left, _, value = text.partition("=")
-        scenario, _, name = left.rpartition(".")
-        if name not in NAMES:
-            raise ArgumentTypeError(f"{text}: expected one of {', '.join(NAMES)}")
-        try:
-            return cls(scenario, name, None if value == "none" else float(value))
-        except ValueError:
-            raise ArgumentTypeError(f"{text}: expected a number or none") from None
-
-    def change(self, scenario: str, limits: Limits) -> None:
-        """Change the limits of a scenario."""
-        if self.scenario in ("", scenario):
-            limits.pop(self.name, None)
-            if self.limit is not None:
-                limits[self.name] = self.limit
+def parse_threshold(text: str) -> tuple[str, str, float | None]:
+    """Scenario (empty for all), name and limit of `NAME=VALUE` or `SCENARIO.NAME=VALUE`; the value
+    `none` disables it."""
+    left, _, value = text.partition("=")
+    scenario, _, name = left.rpartition(".")
+    if name not in NAMES:
+        raise ArgumentTypeError(f"{text}: expected one of {', '.join(NAMES)}")
+    try:
+        return scenario, name, None if value == "none" else float(value)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: expected a number or none") from None
 
 
 def check_limits(limits: Limits, values: Mapping[str, float | None]) -> list[Check]:
@@ -71,7 +49,9 @@ def check_limits(limits: Limits, values: Mapping[str, float | None]) -> list[Che
     checks = []
     for name, limit in limits.items():
         value = values[name]
-        is_max = name.startswith("max_")
-        is_right = value is not None and (value <= limit if is_max else value >= limit)
-        checks.append(Check(name, limit, value, is_right))
+        if limit is not None:
+            is_right = value is not None and (
+                value <= limit if name[:3] == "max" else value >= limit
+            )
+            checks.append(Check(name, limit, value, is_right))
     return checks

@@ -16,7 +16,7 @@ from tests.protocol.model import Model
 from tests.protocol.state import NOTHING, STREAMS, Command, Request, SystemState, Worker
 from tests.protocol.system import System, replace_at
 
-Action = tuple[Callable[..., None], tuple[int, ...]]
+Action = tuple[Callable[..., None], tuple[Any, ...]]
 """A function of this module, and its arguments after the system."""
 
 
@@ -49,9 +49,9 @@ def possible_actions(state: SystemState, model: Model) -> Iterator[Action]:
     for stream, stored in enumerate(state.store):
         # Streams and tombstones live longer than a write is in flight.
         if stored.state and faults.streams_expired and not _has_late_writes(state, stream):
-            yield expire, (stream,)
+            yield expire, (stream, "state")
         if stored.reply and faults.replies_expired:
-            yield expire_reply, (stream,)
+            yield expire, (stream, "reply")
 
 
 def _sendable_operations(state: SystemState, model: Model, number: int) -> Iterator[int]:
@@ -154,16 +154,10 @@ def roll_back(system: System, place: int) -> None:
     system.mark(lambda command: True, outdated=False)
 
 
-def expire(system: System, stream: int) -> None:
-    """A stream was idle for too long."""
-    _spend(system, "streams_expired")
-    system.store[stream] = system.store[stream]._replace(state=NOTHING)
-
-
-def expire_reply(system: System, stream: int) -> None:
-    """A stored reply is too old."""
-    _spend(system, "replies_expired")
-    system.store[stream] = system.store[stream]._replace(reply=NOTHING)
+def expire(system: System, stream: int, key: str) -> None:
+    """A stream was idle for too long, or a stored reply is too old."""
+    _spend(system, "streams_expired" if key == "state" else "replies_expired")
+    system.store[stream] = system.store[stream]._replace(**{key: NOTHING})
 
 
 def _spend(system: System, fault: str) -> None:

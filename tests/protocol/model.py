@@ -95,14 +95,7 @@ def outcome_unknown(stream: str) -> CarryError:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Every decision of the protocol.
-
-    Attributes:
-        reject_from_cache: whether a cached state may reject a chunk.
-        forget_abandoned: whether an abandoned write is not repeated on a new connection, even
-            where another was sent behind it.
-        answer_early: whether a chunk is answered once it is computed from a cached state.
-    """
+    """Every decision of the protocol."""
 
     evaluate_chunk: Callable[..., Any] = delivery.evaluate_chunk
     is_continuation: Callable[..., bool] = delivery.is_continuation
@@ -116,9 +109,10 @@ class Rules:
     commit_effect: Callable[[ScriptCall], Effect] = compare_and_set
     delete_effect: Callable[[ScriptCall], Effect] = compare_and_set
     outcome_unknown: Callable[[str], CarryError] = outcome_unknown
-    reject_from_cache: bool = False
+    reject_from_cache: bool = False  # a cached state may reject a chunk
+    # an abandoned write is not repeated on a new connection, even where another was sent behind it
     forget_abandoned: bool = False
-    answer_early: bool = False
+    answer_early: bool = False  # a chunk is answered once it is computed from a cached state
 
 
 class Model:

@@ -28,20 +28,12 @@ class ScriptMismatch(Exception):
 
 
 async def compare_script_calls(model: Model, url: str, client: redis.Redis) -> int:
-    """Make the calls of an exploration on the server; how many there were.
+    """Make the calls of an exploration on the server; how many there were. Raises ScriptMismatch.
 
-    Args:
-        client: of the same server, for reading behind the store; its keys are deleted.
-
-    Raises:
-        ScriptMismatch
+    The client of the same server reads behind the store; its keys are deleted.
     """
-    settings = StoreSettings(
-        url,
-        idle_ttl_ms=STATE_TTL_MS,
-        reply_ttl_ms=REPLY_TTL_MS,
-        tombstone_ttl_ms=TOMBSTONE_TTL_MS,
-    )
+    ttls_ms = {"idle_ttl_ms": STATE_TTL_MS, "reply_ttl_ms": REPLY_TTL_MS}
+    settings = StoreSettings(url, tombstone_ttl_ms=TOMBSTONE_TTL_MS, **ttls_ms)
     store = RedisStore(settings)
     client.flushdb()
     await store.start()

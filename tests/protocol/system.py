@@ -32,11 +32,7 @@ enough. A fork is tried twice. The service tries both more often."""
 
 
 class System:
-    """A mutable copy of a system state; its methods are what actions consist of.
-
-    Attributes:
-        answers: to clients: versions or error codes, for traces.
-    """
+    """A mutable copy of a system state; its methods are what actions consist of."""
 
     def __init__(self, state: SystemState, model: Model):
         self.model, self.scenario, self.rules = model, model.scenario, model.rules
@@ -44,14 +40,11 @@ class System:
         self.store = list(state.store)
         self.workers: list[Any] = [Worker(*map(list, worker)) for worker in state.workers]
         self.clients, self.in_transit = list(state.clients), list(map(list, state.in_transit))
+        # to clients: versions or error codes, for traces
         self.answers: list[tuple[Request, Version | str]] = []
 
     def apply(self, action: tuple[Callable[..., None], tuple[int, ...]]) -> SystemState:
-        """The state that an action leads to.
-
-        Raises:
-            Violation
-        """
+        """The state that an action leads to; raises Violation."""
         effect, arguments = action
         effect(self, *arguments)
         store = tuple(self.store)
