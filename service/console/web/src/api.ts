@@ -1,7 +1,7 @@
-// Requests to the public API of the service that serves this page, with the user's API key.
+// Requests to the public API of the service that serves this page, with the user's access key.
 
 const ROOT = new URL("..", document.baseURI);
-const STORED_KEY = "carry.api-key";
+const STORED_KEY = "carry.access-key";
 
 /** A request that the service rejected; the message is the problem document's. */
 export class Problem extends Error {

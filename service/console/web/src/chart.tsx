@@ -1,7 +1,7 @@
 // A line chart (uPlot) with a legend of latest values, redrawn in the colours of the theme.
-import { useEffect, useRef } from "preact/hooks";
+import { useContext, useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
-import { useTheme } from "./theme";
+import { ThemeContext } from "./theme";
 
 export const MAX_SERIES = 6;
 const HEIGHT = 170;
@@ -80,7 +80,7 @@ export function Chart(props: ChartProps) {
   const series = props.series.slice(0, MAX_SERIES);
   const box = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot | null>(null);
-  const theme = useTheme();
+  const theme = useContext(ThemeContext);
   const names = JSON.stringify(series.map(({ label }) => label));
   const data = [x, ...series.map(({ values }) => values)] as uPlot.AlignedData;
 

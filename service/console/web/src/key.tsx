@@ -1,4 +1,4 @@
-// The dialog that asks for an API key when the service rejects a request without a valid one.
+// The dialog that asks for an access key when the service rejects a request without a valid one.
 import { useEffect, useRef, useState } from "preact/hooks";
 import { keyDialog } from "./api";
 import { Alert } from "./parts";
@@ -26,9 +26,9 @@ export function KeyDialog() {
   return (
     <dialog ref={dialog} aria-labelledby="key-title" onCancel={(event) => event.preventDefault()}>
       <form onSubmit={submit}>
-        <h2 id="key-title">API key</h2>
+        <h2 id="key-title">Access key</h2>
         <p id="key-help">
-          The service answers only requests with an API key. This tab keeps it until it is closed.
+          The service answers only requests with an access key. The tab keeps it until it is closed.
         </p>
         <Alert text={wasRejected ? "The service rejected this key." : ""} />
         <label for="key">Key</label>

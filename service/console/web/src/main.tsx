@@ -2,15 +2,7 @@
 import { render } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import {
-  forgetKey,
-  get,
-  hasKey,
-  json,
-  modelAddress,
-  type ModelSummary,
-  pause,
-  Problem,
-  reason,
+  forgetKey, get, hasKey, json, modelAddress, type ModelSummary, pause, Problem, reason,
 } from "./api";
 import { KeyDialog } from "./key";
 import { metrics } from "./metrics";
@@ -18,87 +10,83 @@ import { ModelView } from "./model";
 import { Overview } from "./overview";
 import { Alert } from "./parts";
 import { StreamView } from "./stream";
-import { applyTheme, ThemeButton } from "./theme";
+import { ThemeContext, useTheme } from "./theme";
 
 const HEALTH_EVERY_S = 3;
+const HEALTH = {
+  waiting: "Connecting",
+  ready: "Ready",
+  not_ready: "Not ready",
+  unreachable: "No answer",
+};
+type Health = keyof typeof HEALTH;
 
 /** `#/models/{model}/streams/{stream}`, or a part of it from the left. */
-function route(): { model?: string; stream?: string } {
+function readAddress(): (string | undefined)[] {
   const [, , model, , stream] = location.hash.split("/");
-  const decoded = (part?: string) => (part ? decodeURIComponent(part) : undefined);
-  return { model: decoded(model), stream: decoded(stream) };
+  return [model, stream].map((part) => (part ? decodeURIComponent(part) : undefined));
 }
 
-interface Health {
-  state: "waiting" | "ready" | "not_ready" | "unreachable";
-  text: string;
+function useAddress(): (string | undefined)[] {
+  const [address, setAddress] = useState(readAddress);
+  useEffect(() => {
+    addEventListener("hashchange", () => {
+      setAddress(readAddress());
+      document.querySelector("main")?.focus();
+    });
+  }, []);
+  return address;
 }
 
-async function readHealth(signal: AbortSignal): Promise<Health> {
-  try {
-    await get("health/ready", signal);
-    return { state: "ready", text: "Ready" };
-  } catch (error) {
-    if (error instanceof Problem) return { state: "not_ready", text: "Not ready" };
-    return { state: "unreachable", text: "No answer" };
-  }
+/** Health of the service, and its models: read at first and when its health changes. */
+function useService() {
+  const [health, setHealth] = useState<Health>("waiting");
+  const [models, setModels] = useState<ModelSummary[]>([]);
+  const [problem, setProblem] = useState("");
+  useEffect(() => {
+    const { signal } = new AbortController();
+    const follow = async () => {
+      for (let known: Health = "waiting"; ; await pause(HEALTH_EVERY_S, signal)) {
+        const health = await get("health/ready", signal).then(
+          (): Health => "ready",
+          (error): Health => (error instanceof Problem ? "not_ready" : "unreachable"),
+        );
+        setHealth(health);
+        if (health === "unreachable") setProblem(reason(undefined));
+        else if (health !== known)
+          await json<{ models: ModelSummary[] }>("v1/models", signal).then(
+            ({ models }) => (setModels(models), setProblem("")),
+            (error) => setProblem(reason(error)),
+          );
+        known = health;
+      }
+    };
+    void follow();
+    void metrics.run(signal);
+  }, []);
+  return { health, models, problem };
 }
 
 function App() {
-  const [{ model, stream }, setRoute] = useState(route);
-  const [health, setHealth] = useState<Health>({ state: "waiting", text: "Connecting" });
-  const [models, setModels] = useState<ModelSummary[]>([]);
-  const [problem, setProblem] = useState("");
-
-  useEffect(() => {
-    const follow = () => {
-      setRoute(route());
-      document.querySelector("main")?.focus();
-    };
-    addEventListener("hashchange", follow);
-    return () => removeEventListener("hashchange", follow);
-  }, []);
-  useEffect(() => {
-    const stop = new AbortController();
-    void metrics.run(stop.signal);
-    void (async () => {
-      let known = "";
-      while (!stop.signal.aborted) {
-        const now = await readHealth(stop.signal);
-        try {
-          // they change only with a start of the service
-          if (now.state !== known)
-            setModels((await json<{ models: ModelSummary[] }>("v1/models", stop.signal)).models);
-          known = now.state;
-          setProblem("");
-        } catch (error) {
-          setProblem(reason(error));
-        }
-        setHealth(now);
-        await pause(HEALTH_EVERY_S, stop.signal);
-      }
-    })();
-    return () => stop.abort();
-  }, []);
-  useEffect(() => {
-    document.title = [stream, model, "Carry console"].filter(Boolean).join(" · ");
-  }, [model, stream]);
-
+  const [model, stream] = useAddress();
+  const { health, models, problem } = useService();
+  const { theme, button } = useTheme();
+  document.title = [stream, model, "Carry console"].filter(Boolean).join(" · ");
   return (
-    <>
+    <ThemeContext.Provider value={theme}>
       <header>
         <a class="brand" href="#/">
           Carry <span>console</span>
         </a>
-        <span class={`health ${health.state}`} role="status">
-          {health.text}
+        <span class={`health ${health}`} role="status">
+          {HEALTH[health]}
         </span>
         {hasKey() && (
           <button type="button" onClick={() => (forgetKey(), location.reload())}>
             Forget key
           </button>
         )}
-        <ThemeButton />
+        {button}
       </header>
       <nav aria-label="Models">
         <a href="#/" aria-current={model === undefined ? "page" : undefined}>
@@ -106,17 +94,13 @@ function App() {
         </a>
         <h2>Models</h2>
         {models.map(({ name, version }) => (
-          <a
-            key={name}
-            href={modelAddress(name)}
-            aria-current={model === name ? "page" : undefined}
-          >
+          <a href={modelAddress(name)} aria-current={model === name ? "page" : undefined}>
             {name} <small>{version}</small>
           </a>
         ))}
       </nav>
       <main tabIndex={-1}>
-        <Alert text={problem && `${problem} The page tries again every ${HEALTH_EVERY_S} seconds.`} />
+        <Alert text={problem} />
         {model === undefined ? (
           <Overview models={models} />
         ) : stream === undefined ? (
@@ -126,9 +110,8 @@ function App() {
         )}
       </main>
       <KeyDialog />
-    </>
+    </ThemeContext.Provider>
   );
 }
 
-applyTheme();
 render(<App />, document.body);

@@ -1,14 +1,6 @@
 // One watched stream: the outputs of its last steps, the norms of its state, how far the page is behind.
 import {
-  json,
-  type ModelDetail,
-  modelPath,
-  pause,
-  Problem,
-  reason,
-  serverEvents,
-  type StreamHead,
-  streamPath,
+  json, type ModelDetail, modelPath, pause, Problem, reason, serverEvents, type StreamHead, streamPath,
 } from "./api";
 import type { Series } from "./chart";
 
@@ -18,12 +10,18 @@ const STATE_EVERY_S = 1;
 const STATE_AT_REST_S = 5;
 /** A state that takes long to read is read rarely. */
 const STATE_SHARE = 10;
-const RETRY_S = [1, 2, 4, 8];
+const LONGEST_RETRY_S = 8;
 
 type Nested = number | null | Nested[];
 
 const flat = (value: Nested): (number | null)[] =>
   Array.isArray(value) ? value.flatMap(flat) : [value];
+const norm = (value: Nested): number =>
+  Math.sqrt(flat(value).reduce<number>((sum, each) => sum + Number(each) ** 2, 0));
+
+/** The request cannot succeed by being repeated: the key, the name or the model is wrong. */
+const isFinal = (error: unknown): error is Problem =>
+  error instanceof Problem && error.status < 500 && error.status !== 429;
 
 /** The last values of some series, by position. */
 export class Track {
@@ -45,10 +43,10 @@ export class Track {
   }
 }
 
-/** Names of the elements of an output or a part. */
-function elements(name: string, shape: number[], labels: string[] = []): string[] {
+/** Names of the elements of an output. */
+function elements(name: string, shape: number[], labels: string[]): string[] {
   const count = shape.reduce((product, size) => product * size, 1);
-  if (count === 1 && labels.length < 1) return [name];
+  if (count === 1 && labels.length === 0) return [name];
   const last = shape.at(-1) ?? 1;
   return Array.from({ length: count }, (_, index) => {
     const label = labels[index % last] ?? `${index % last}`;
@@ -56,19 +54,9 @@ function elements(name: string, shape: number[], labels: string[] = []): string[
   });
 }
 
-interface OutputsDocument {
-  from: number;
-  position: number;
-  outputs: Record<string, Nested>;
-}
-
-interface StateDocument extends StreamHead {
-  state: Record<string, Nested>;
-}
-
 export class StreamWatch {
   connection: "connecting" | "live" | "interrupted" | "ended" = "connecting";
-  /** Why the connection is not live, and why the state cannot be read. */
+  /** Why the connection is not live, and why the state is not shown. */
   problem = "";
   stateProblem = "";
   detail?: ModelDetail;
@@ -76,14 +64,14 @@ export class StreamWatch {
   epoch?: string;
   /** Position up to which outputs arrived or are known to be lost. */
   position?: number;
-  exists = false;
   missedSteps = 0;
-  /** Position of the stream when the watch began; what was before is not missed. */
-  private begin = 0;
   outputs = new Map<string, Track>();
   norms?: Track;
   /** Parts of one number each: clocks and counters. */
   numbers: [string, number][] = [];
+  /** Position of the stream when the watch began; what was before is not missed. */
+  private begin = 0;
+  private stateAddress = "/state";
 
   constructor(
     private readonly model: string,
@@ -98,61 +86,57 @@ export class StreamWatch {
     return Math.max(0, this.head.position - this.position);
   }
 
-  /** Follows the stream until the page leaves it; connects again after every interruption. */
-  async run(): Promise<void> {
-    let [lastId, attempt] = ["", 0];
+  /** Follows the stream until the page leaves it; connects again after an interruption. */
+  async follow(): Promise<void> {
+    let [lastId, retry_s] = ["", 1];
     while (!this.signal.aborted) {
       try {
         this.detail ??= await json<ModelDetail>(modelPath(this.model), this.signal);
-        // from 0: the last chunk's outputs are delivered at once if they are stored
+        // from 0: the outputs of the last chunk are delivered at once if they are stored
         const path = `${streamPath(this.model, this.stream)}/outputs?from=0`;
         for await (const { event, id, data } of serverEvents(path, this.signal, lastId)) {
-          [lastId, attempt] = [id || lastId, 0];
+          [lastId, retry_s] = [id || lastId, 1];
           this.apply(event, JSON.parse(data));
           this.onChange();
         }
-        if (this.connection === "live") this.interrupt("The service closed the connection.");
       } catch (error) {
         if (this.signal.aborted) return;
-        this.interrupt(reason(error));
+        [this.connection, this.problem] = ["interrupted", reason(error)];
+        if (isFinal(error)) this.connection = "ended";
+        this.onChange();
+        if (isFinal(error)) return;
       }
-      this.onChange();
-      await pause(RETRY_S[Math.min(attempt++, RETRY_S.length - 1)]!, this.signal);
+      await pause(retry_s, this.signal);
+      retry_s = Math.min(2 * retry_s, LONGEST_RETRY_S);
     }
-  }
-
-  private interrupt(problem: string): void {
-    this.connection = "interrupted";
-    this.problem = problem;
   }
 
   private apply(event: string, document: any): void {
     if (event === "stream") {
-      if (document.epoch !== this.epoch) this.reset();
+      if (document.epoch !== this.epoch) this.enterEpoch();
       this.epoch = document.epoch;
       this.position ??= this.begin = document.position;
-      this.exists = document.epoch !== undefined;
       [this.connection, this.problem] = ["live", ""];
     } else if (event === "outputs") {
-      this.append(document);
-    } else if (event === "gap") {
-      if (document.to <= this.begin) return;
+      this.append(document.from, document.position, document.outputs);
+      [this.position, this.epoch] = [document.position, document.epoch];
+    } else if (event === "gap" && document.to > this.begin) {
       this.position = document.to;
       this.missedSteps += document.to - document.from;
     } else if (event === "end") {
-      this.connection = "ended";
-      this.problem =
-        document.reason === "deleted" ? "The stream was deleted." : `Ended: ${document.reason}.`;
+      this.connection = "interrupted";
+      this.problem = document.reason === "deleted" ? "The stream was deleted." : `${document.reason}.`;
     }
   }
 
-  private reset(): void {
+  private enterEpoch(): void {
     this.outputs = new Map();
     this.norms = this.head = this.position = undefined;
     this.missedSteps = 0;
+    this.stateAddress = "/state";
   }
 
-  private append({ from, position, outputs }: OutputsDocument): void {
+  private append(from: number, position: number, outputs: Record<string, Nested>): void {
     const { blocks, outputs: described } = this.detail!;
     const first = blocks
       ? Math.max(0, Math.floor((from - blocks.lookahead) / blocks.size) * blocks.size)
@@ -160,52 +144,53 @@ export class StreamWatch {
     for (const [name, { shape, per, labels }] of Object.entries(described)) {
       const value = outputs[name];
       if (value === undefined || value === null) continue;
-      let track = this.outputs.get(name);
-      if (track === undefined)
-        this.outputs.set(name, (track = new Track(elements(name, shape, labels))));
+      const track = this.outputs.get(name) ?? new Track(elements(name, shape, labels));
+      this.outputs.set(name, track);
       if (per === "chunk") track.add(position - 1, [flat(value)]);
       else track.add(first, (value as Nested[]).map(flat));
     }
-    this.position = position;
-    this.exists = true;
   }
 
-  /** Reads the state again and again, and only the stream's head where that is not possible. */
+  /** Reads the state again and again; only the stream's head where the state is not to be had. */
   async readState(): Promise<void> {
     while (!this.signal.aborted) {
-      if (this.position === undefined || !this.exists) {
-        await pause(STATE_EVERY_S, this.signal);
-        continue;
-      }
       const began_ms = performance.now();
-      const path = streamPath(this.model, this.stream);
-      try {
-        this.take(await json<StateDocument>(`${path}/state`, this.signal));
-        this.stateProblem = "";
-      } catch (error) {
-        if (this.signal.aborted) return;
-        this.stateProblem = error instanceof Problem ? error.message : "";
-        if (error instanceof Problem && error.code !== "stream_not_found")
-          await json<StreamHead>(path, this.signal).then((head) => (this.head = head), () => null);
-      }
+      // a stream without an epoch does not exist yet
+      if (this.epoch !== undefined && !(await this.readOnce())) return;
       this.onChange();
       const took_s = (performance.now() - began_ms) / 1000;
       await pause(Math.max(STATE_EVERY_S, STATE_SHARE * took_s), this.signal);
-      for (let s = STATE_EVERY_S; s < STATE_AT_REST_S && this.position === this.head?.position; s++)
-        await pause(1, this.signal);
+      for (let s = STATE_EVERY_S; s < STATE_AT_REST_S && this.lag === 0; s++)
+        if (this.position === this.head?.position) await pause(1, this.signal);
     }
   }
 
-  private take(document: StateDocument): void {
-    const { state, ...head } = document;
-    const isNew = head.position !== this.head?.position || head.epoch !== this.head.epoch;
-    this.head = head;
-    const parts = Object.entries(state);
+  /** Whether it is worth reading again. */
+  private async readOnce(): Promise<boolean> {
+    try {
+      const path = streamPath(this.model, this.stream) + this.stateAddress;
+      const { state, ...head } = await json<StreamHead & { state?: Record<string, Nested> }>(
+        path,
+        this.signal,
+      );
+      const isNew = head.position !== this.norms?.x.at(-1);
+      this.head = head;
+      if (state !== undefined && isNew) this.measure(head.position, Object.entries(state));
+    } catch (error) {
+      if (isFinal(error) && error.code !== "stream_not_found") {
+        this.stateProblem = error.message;
+        if (this.stateAddress === "") return false;
+        this.stateAddress = "";
+      }
+    }
+    return true;
+  }
+
+  private measure(position: number, parts: [string, Nested][]): void {
+    this.stateProblem = "";
     this.numbers = parts.filter((part): part is [string, number] => typeof part[1] === "number");
     const lists = parts.filter(([, value]) => Array.isArray(value));
     this.norms ??= new Track(lists.map(([name]) => name));
-    const norm = (value: Nested) => Math.hypot(...flat(value).map((each) => Number(each)));
-    if (isNew || this.norms.x.length === 0)
-      this.norms.add(head.position, [lists.map(([, value]) => norm(value))]);
+    this.norms.add(position, [lists.map(([, value]) => norm(value))]);
   }
 }

@@ -1,0 +1,71 @@
+"""The console with access keys, in Chromium: it asks for one and shows what it allows."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from service.access.principal import Verb
+from service.console.page import add_console
+from service.pipeline.watching import Watches
+from service.transports.websocket.watching import add_watching
+from tests.service.transports.http.harness import harness, listening
+from tests.support.access import revoke
+from tests.support.browser import browser_page
+from tests.support.needs import needs_tools
+from tests.support.pipelines import make_artifact
+from tests.support.proxy import Proxy
+from tests.support.servers import RealServer
+
+pytestmark = needs_tools("chromium")
+
+DIALOG = "document.querySelector('dialog')"
+MAIN = "document.querySelector('main')?.innerText"
+STATUS = "document.querySelector('h1 [role=status]')?.innerText"
+
+
+async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
+    pipeline_server: RealServer, tmp_path: Path
+) -> None:
+    models = {"probe": make_artifact(tmp_path)}
+    async with (
+        asyncio.timeout(90),
+        harness(pipeline_server, models, requires_keys=True) as running,
+        listening(running.app) as path,
+        Proxy(lambda: path).listening() as proxy,
+        browser_page(tmp_path / "profile") as page,
+    ):
+        add_watching(running.app, Watches(running.store, running.counts))
+        add_console(running.app)
+        await running.store.outputs.start()
+        key = await running.key(verbs=(Verb.MODELS, Verb.WATCH, Verb.PREDICT), prefix="s")
+        address = f"http://127.0.0.1:{proxy.port}/console/"
+        await page.open(f"{address}#/models/probe/streams/s")
+        for text in ("carry_0_1", key.removeprefix("Bearer ")):
+            await page.until(f"{DIALOG}?.open")
+            await page.call("Input.insertText", text=text)
+            await page.press("Enter", "\r")
+            if text not in key:
+                await page.until(f"{DIALOG}.innerText.includes('rejected')")
+        await page.until(f"!{DIALOG}.open && {STATUS} === 'Live'")
+        kept = await page.evaluate("Object.values(sessionStorage)")
+        assert kept == [key.removeprefix("Bearer ")]
+        assert await page.evaluate("localStorage.length + document.cookie.length") == 0
+
+        sent = await running.chunk({"inputs": [[0.5] * 3] * 2}, headers={"authorization": key})
+        assert sent.json()["position"] == 2
+        await page.until(f"/Position\\s+2/.test({MAIN})")
+        # what it does not allow is named in its place
+        await page.until(f"/No state: .*read-state/.test({MAIN})")
+        await page.evaluate("location.hash = '#/models/probe/streams/other'")
+        await page.until(f"/watch.*other/.test({MAIN})")
+        await page.evaluate("location.hash = '#/'")
+        await page.until(f"/No metrics: .*metrics/.test({MAIN})")
+
+        await page.evaluate("location.hash = '#/models/probe/streams/s'")
+        await page.until(f"{STATUS} === 'Live'")
+        await revoke(running.store, key)
+        await running.refresh_keys()
+        await page.until(f"{DIALOG}.open && {DIALOG}.innerText.includes('rejected')")
+        assert page.errors == []
+        await running.store.outputs.close()
