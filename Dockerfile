@@ -4,7 +4,8 @@
 # A final image contains the locked environment without build tools, runs as an unprivileged
 # user, and writes only to /data (the embedded store; unused with CARRY_REDIS_URL) and /tmp.
 
-FROM python:3.13-slim AS environment
+ARG PYTHON_IMAGE=python:3.13-slim
+FROM ${PYTHON_IMAGE} AS environment
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv /opt/venv
 
@@ -32,7 +33,7 @@ RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers path
 FROM locked AS stripped
 RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
 
-FROM python:3.13-slim AS service
+FROM ${PYTHON_IMAGE} AS service
 
 # docker build --build-arg VERSION=0.1.0 --build-arg REVISION=$(git rev-parse HEAD) .
 ARG VERSION= REVISION=

@@ -28,6 +28,8 @@ import pytest
 from models.artifact.artifact import load_artifact
 from service.replay.options import ReplayOptions
 from service.replay.source import StreamEvents, load_streams
+from tests.support.feeders import feeding
+from tests.support.servers import until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
@@ -51,11 +53,11 @@ class Deployment:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def compose(self, *arguments: str) -> str:
+    def compose(self, *arguments: str, **environment: str) -> str:
         done = subprocess.run(
             ["docker", "compose", "-p", PROJECT, *arguments],
             cwd=REPOSITORY,
-            env={**os.environ, "CARRY_PORT": str(self.port)},
+            env={**os.environ, "CARRY_PORT": str(self.port), **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -66,6 +68,13 @@ class Deployment:
 
     def up(self, *options: str) -> None:
         self.compose("up", *options, "--wait", "--wait-timeout", str(READY_S))
+
+    def scale(self, services: int, **environment: str) -> list[str]:
+        """Run so many services behind HAProxy, and return their containers."""
+        scale = ("--build", "--scale", f"carry={services}")
+        wait = ("--wait", "--wait-timeout", str(READY_S))
+        self.compose("--profile", "haproxy", "up", *scale, *wait, **environment)
+        return self.compose("ps", "--quiet", "carry").split()
 
     def restart(self, service: str) -> None:
         began_s = time.monotonic()
@@ -88,13 +97,18 @@ class Deployment:
         return found
 
 
-@pytest.fixture(scope="module")
-def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        running = Deployment(free.getsockname()[1])
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    running = Deployment(free_port())
     before = request.session.testsfailed
-    running.compose("down", "--volumes", "--remove-orphans")
+    down = ("--profile", "haproxy", "down", "--volumes", "--remove-orphans")
+    running.compose(*down)
     ready = False
     try:
         began_s = time.monotonic()
@@ -105,7 +119,7 @@ def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     finally:
         if not ready or request.session.testsfailed > before:
             print(running.compose("logs", "--no-color", "--tail", "60"))
-        running.compose("down", "--volumes", "--remove-orphans")
+        running.compose(*down)
         say("removed the containers and the volume")
 
 
@@ -239,6 +253,27 @@ def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_
     say("replayed 20,000 events while both containers restarted; verified:")
     for line in output.splitlines():
         say(f"  {line}")
+
+
+def test_scaled_services_behind_haproxy_restart_without_a_failed_request(
+    deployment: Deployment, streams: list[StreamEvents]
+) -> None:
+    port = free_port()
+    began_s = time.monotonic()
+    # the check of HAProxy fails after two seconds
+    settings = {"CARRY_PORT": "0", "CARRY_PROXY_PORT": str(port), "CARRY_LAME_DUCK_S": "3"}
+    first, second = deployment.scale(2, **settings)
+    say(f"two services behind HAProxy ready after {time.monotonic() - began_s:.1f} s")
+    url = f"http://127.0.0.1:{port}"
+    with feeding(url, MODEL, {"events": streams[0].events(0, 2)}) as feeders:
+        feeders.wait_for_more()
+        subprocess.run(["docker", "restart", first], capture_output=True, check=True)
+        healthy = lambda: deployment.inspect(first)["State"]["Health"]["Status"] == "healthy"  # noqa: E731
+        until(healthy, "the restarted service", READY_S, 0.2)
+        feeders.wait_for_more()
+        subprocess.run(["docker", "stop", second], capture_output=True, check=True)
+        feeders.wait_for_more()
+    say(f"0 of {feeders.chunks} requests failed while one restarted and then the other stopped")
 
 
 def wait_for_events(deployment: Deployment, replay: subprocess.Popen[str], count: int) -> None:

@@ -12,19 +12,26 @@ import httpx
 from tests.support.servers import until
 
 CLIENTS = 4
+PROBE = {"inputs": [[0.5] * 3] * 2}
+"""A chunk of the model `probe`."""
 PACE_S = 0.01
 """Pause between chunks: the tests are about requests during a restart, not about load."""
 
 
 class Feeder(threading.Thread):
-    """Sends the chunks of one stream of the model `probe` in order, on one connection.
+    """Sends the same chunk again and again to one stream, on one connection.
 
     It stops at the first request that fails.
+
+    Args:
+        url: of the stream.
+        chunk: body of the request without a position.
     """
 
-    def __init__(self, url: str, stream: str, stopped: threading.Event):
+    def __init__(self, url: str, chunk: dict[str, Any], stopped: threading.Event):
         super().__init__(daemon=True)
-        self._url = f"{url}/v1/models/probe/streams/{stream}"
+        self._url = url
+        self._chunk = chunk
         self._stopped = stopped
         self.problems: list[Any] = []
         self.chunks = 0
@@ -33,7 +40,7 @@ class Feeder(threading.Thread):
         position = 0
         with httpx.Client(timeout=30) as client:
             while not self._stopped.wait(PACE_S):
-                chunk = {"inputs": [[0.5] * 3] * 2, "position": position}
+                chunk = {**self._chunk, "position": position}
                 try:
                     answer = client.post(f"{self._url}/chunks", json=chunk)
                 except httpx.HTTPError as error:
@@ -49,9 +56,12 @@ class Feeder(threading.Thread):
 class Feeders:
     """Several clients at once, each with its own stream."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, model: str, chunk: dict[str, Any]):
         self._stopped = threading.Event()
-        self._feeders = [Feeder(url, f"s{index}", self._stopped) for index in range(CLIENTS)]
+        self._feeders = [
+            Feeder(f"{url}/v1/models/{model}/streams/fed-{index}", chunk, self._stopped)
+            for index in range(CLIENTS)
+        ]
 
     @property
     def problems(self) -> list[Any]:
@@ -85,9 +95,9 @@ class Feeders:
 
 
 @contextmanager
-def feeding(url: str) -> Iterator[Feeders]:
+def feeding(url: str, model: str = "probe", chunk: dict[str, Any] = PROBE) -> Iterator[Feeders]:
     """Feed a service, and assert that no request failed."""
-    feeders = Feeders(url)
+    feeders = Feeders(url, model, chunk)
     feeders.start()
     try:
         yield feeders
