@@ -130,8 +130,8 @@ class Settings(BaseSettings):
 
     redis_url: Annotated[str | None, Field(repr=False)] = None
     """The store: redis://, rediss:// (TLS) or unix://; for a cluster redis+cluster:// or
-    rediss+cluster://, with some of its nodes. If it is not set, the service starts an embedded
-    Valkey in `data_dir`."""
+    rediss+cluster://, with some of its nodes; behind Sentinels redis+sentinel:// or
+    rediss+sentinel://. If it is not set, the service starts an embedded Valkey in `data_dir`."""
 
     redis_password_file: Path | None = None
     """File whose first line is the password of the store's user, such as a mounted secret;

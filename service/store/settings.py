@@ -9,7 +9,8 @@ from typing import Final
 from service.store.codec import KeySpace
 
 CLUSTER_SCHEMES: Final = ("redis+cluster", "rediss+cluster")
-REDIS_SCHEMES: Final = ("redis", "rediss", "unix", *CLUSTER_SCHEMES)
+SENTINEL_SCHEMES: Final = ("redis+sentinel", "rediss+sentinel")
+REDIS_SCHEMES: Final = ("redis", "rediss", "unix", *CLUSTER_SCHEMES, *SENTINEL_SCHEMES)
 
 
 class Durability(StrEnum):
@@ -25,8 +26,9 @@ class StoreSettings:
     """Settings of a store.
 
     Attributes:
-        url: address of the server (`redis://`, `rediss://` for TLS, or `unix://`), or of a
-            cluster (`redis+cluster://` or `rediss+cluster://`) with some of its nodes.
+        url: address of the server (`redis://`, `rediss://` for TLS, or `unix://`), of a cluster
+            (`redis+cluster://` or `rediss+cluster://`) with some of its nodes, or of a primary
+            behind Sentinels (`redis+sentinel://` or `rediss+sentinel://`, see `redis.sentinel`).
         namespace: prefix of every key; give each service on a shared server its own.
         partitions: P, fixed when the store is created; see `KeySpace`.
         idle_ttl_ms: TTL of a state after its last commit; 0 for none.
@@ -68,6 +70,11 @@ class StoreSettings:
     def is_cluster(self) -> bool:
         """Whether the address is that of a cluster."""
         return self.url.partition("://")[0] in CLUSTER_SCHEMES
+
+    @property
+    def is_sentinel(self) -> bool:
+        """Whether the address names Sentinels, which know the server."""
+        return self.url.partition("://")[0] in SENTINEL_SCHEMES
 
     @property
     def keys(self) -> KeySpace:

@@ -13,6 +13,7 @@ from models.artifact.artifact import Artifact
 from tests.support.cluster import Cluster, breakable_cluster, own_cluster
 from tests.support.pipelines import make_artifact, oracle_outputs
 from tests.support.sender import Sender, send_all
+from tests.support.sentinels import monitored
 from tests.support.servers import until
 from tests.support.service import running
 
@@ -59,6 +60,29 @@ async def test_failover_loses_no_acknowledged_replicated_chunk(
     assert [one.rewinds for one in sent] == [0] * STREAMS
     own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
     await asyncio.to_thread(own_cluster.wait_until_synced)
+
+
+async def test_sentinel_failover_loses_no_acknowledged_replicated_chunk(
+    probe: Artifact, tmp_path: Path
+) -> None:
+    sent = senders()
+    settings = {"CARRY_DURABILITY": "replicated", "CARRY_PARTITIONS": "64"}
+    with (
+        monitored("valkey") as servers,
+        running(tmp_path, probe.path, redis_url=servers.url, **settings) as service,
+    ):
+        await send_all(service.url, sent, EVENTS // 3)
+        has_reply = asyncio.Event()
+        async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+            sending = [asyncio.create_task(one.send(client, EVENTS, has_reply)) for one in sent]
+            await has_reply.wait()
+            servers.primary.kill()
+            await asyncio.to_thread(until, servers.has_failed_over, "the failover")
+            # without a replica nothing is acknowledged; Sentinel would make it one after 8 s
+            servers.primary.launch("--replicaof", f"127.0.0.1 {servers.replica_port}")
+            await asyncio.gather(*sending)
+    check(probe, sent)
+    assert [one.rewinds for one in sent] == [0] * STREAMS
 
 
 async def test_clients_recover_from_a_lossy_failover_by_resending(

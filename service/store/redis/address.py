@@ -11,17 +11,26 @@ import re
 from typing import Final
 from urllib.parse import quote, urlsplit
 
-from service.store.settings import CLUSTER_SCHEMES, REDIS_SCHEMES
+from service.store.settings import CLUSTER_SCHEMES, REDIS_SCHEMES, SENTINEL_SCHEMES
 
 OPTIONS: Final = frozenset({"host", "port", "db", "username", "password", "path"})
 """Options that the query of an address may have, besides `ssl_*`."""
 
-_IS_HARMLESS = re.compile(r"host|port|db|username|path|ssl_(?!password).*").fullmatch
+SENTINEL_OPTIONS: Final = frozenset({"sentinel_username", "sentinel_password"})
+"""Further options of the address of Sentinels: their own user."""
+
+_IS_HARMLESS = re.compile(r"host|port|db|(sentinel_)?username|path|ssl_(?!password).*").fullmatch
 _TCP_LOCATION = re.compile(r"[^/]*(/\d*)?").fullmatch
+_SENTINEL_LOCATION = re.compile(r"[^/]*/[\w.-]+(/\d*)?").fullmatch
 _UNIX_LOCATION = re.compile(r"([^/]*@)?(/.*)?").fullmatch
 _ENCODE: Final = (
     "expected scheme://user:password@host:port/db, or unix://user:password@/path/of/socket, with "
     "the special characters of the password percent-encoded (# as %23, / as %2F, ? as %3F)"
+)
+_ENCODE_SENTINEL: Final = (
+    "expected scheme://user:password@host:port,host:port/NAME or the same with /db, where NAME is "
+    "what the Sentinels call the primary, with the special characters of the password "
+    "percent-encoded"
 )
 
 
@@ -36,14 +45,19 @@ def check_address(url: str) -> None:
         expected = ", ".join(f"{known}://" for known in REDIS_SCHEMES)
         raise ValueError(f"expected a URL that begins with one of {expected}")
     authority, _, query = rest.partition("?")
+    is_sentinel = scheme in SENTINEL_SCHEMES
     is_location = _UNIX_LOCATION if scheme == "unix" else _TCP_LOCATION
+    if is_sentinel:
+        is_location = _SENTINEL_LOCATION
     if "#" in url or not is_location(authority) or not all("=" in each for each in _options(query)):
-        raise ValueError(_ENCODE)
-    if not all(_is_option(each.partition("=")[0]) for each in _options(query)):
+        raise ValueError(_ENCODE_SENTINEL if is_sentinel else _ENCODE)
+    options = OPTIONS | SENTINEL_OPTIONS if is_sentinel else OPTIONS
+    names = {each.partition("=")[0] for each in _options(query)}
+    if not all(name in options or name.startswith("ssl_") for name in names):
         raise ValueError(
-            f"expected only the options {', '.join(sorted(OPTIONS))} and ssl_* in the address"
+            f"expected only the options {', '.join(sorted(options))} and ssl_* in the address"
         )
-    if scheme not in CLUSTER_SCHEMES:
+    if not is_sentinel and scheme not in CLUSTER_SCHEMES:
         try:
             _ = urlsplit(url).port
         except ValueError:
@@ -86,7 +100,3 @@ def redact_url(url: str) -> str:
 
 def _options(query: str) -> list[str]:
     return query.split("&") if query else []
-
-
-def _is_option(name: str) -> bool:
-    return name in OPTIONS or name.startswith("ssl_")

@@ -36,6 +36,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.core.errors import StoreRefused, StoreUnavailable
+from service.store.redis.sentinel import SentinelAddress, sentinel_options
 from service.store.settings import StoreSettings
 
 RETRY_AFTER_S: Final = 1
@@ -77,7 +78,7 @@ class ConnectionFactory:
     def __init__(self, settings: StoreSettings):
         self._options = _connection_options(settings)
         self._max_connections = settings.max_connections
-        self.redacted_url = _redacted_url(self._options)
+        self.redacted_url = _redacted_url(settings, self._options)
         self.wait_s = settings.wait_s
         self.response_timeout_s = settings.wait_s / ATTEMPTS_PER_CALL
 
@@ -166,8 +167,13 @@ def describe_error(error: BaseException) -> str:
 def _connection_options(settings: StoreSettings) -> dict[str, Any]:
     """The client library's connection options: the address, and options it must not change."""
     scheme = settings.url.partition("://")[0]
+    response_timeout_s = settings.wait_s / ATTEMPTS_PER_CALL
     try:
-        address: Mapping[str, Any] = parse_url(settings.url)
+        address: Mapping[str, Any]
+        if settings.is_sentinel:
+            address = sentinel_options(SentinelAddress.parse(settings.url), response_timeout_s)
+        else:
+            address = parse_url(settings.url)
     except ValueError as error:
         # after `check_address` the message contains at most the name of an option
         raise StoreRefused(f"the store's address cannot be used: {error}") from None
@@ -192,12 +198,14 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
         "protocol": 2,
         "decode_responses": False,
         "retry": Retry(NoBackoff(), 0),
-        "socket_connect_timeout": settings.wait_s / ATTEMPTS_PER_CALL,
+        "socket_connect_timeout": response_timeout_s,
     }
 
 
-def _redacted_url(options: Mapping[str, Any]) -> str:
+def _redacted_url(settings: StoreSettings, options: Mapping[str, Any]) -> str:
     """The address without user, password and options."""
+    if settings.is_sentinel:
+        return str(SentinelAddress.parse(settings.url))
     if "path" in options:
         return f"unix://{options['path']}"
     scheme = "rediss" if options.get("connection_class") else "redis"

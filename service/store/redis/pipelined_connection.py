@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import hiredis
 import structlog
@@ -198,6 +198,12 @@ class PipelinedConnection:
     def redacted_url(self) -> str:
         """The server's address without secrets."""
         return self._factory.redacted_url
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """Host and port of the last attempt to connect over TCP."""
+        connection: Any = self._connection
+        return connection.host, connection.port
 
     def enqueue(self, requests: Sequence[StoreRequest]) -> None:
         """Append requests behind all that were enqueued before; `flush` sends them."""

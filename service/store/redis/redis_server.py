@@ -64,6 +64,13 @@ class RedisServer:
         await self.connection.close()
         await self._pool.disconnect()
 
+    async def move_to(self, peer: tuple[str, int]) -> None:
+        """Open the connections again, unless they are to this host and port, which the address
+        names now."""
+        if self.connection.peer != peer:
+            self.connection.reconnect()
+        await self._pool.disconnect(inuse_connections=False)
+
     async def execute_once(self, timeout_s: float, *command: str | bytes | int) -> Any:
         """Send a command once, without retries; returns the reply.
 

@@ -78,6 +78,7 @@ from service.store.redis.pipelined_connection import Script, StoreRequest
 from service.store.redis.readiness import Readiness
 from service.store.redis.router import Router, SingleServerRouter, first_error
 from service.store.redis.scan import list_streams
+from service.store.redis.sentinel_router import SentinelRouter
 from service.store.redis.server_checks import check_servers
 from service.store.redis.stream_count import count_streams
 from service.store.redis.token_key import read_token_key
@@ -102,9 +103,7 @@ class RedisStore:
     def __init__(self, settings: StoreSettings):
         self._settings = settings
         self._keys = settings.keys
-        self._router: Router = (
-            ClusterRouter(settings) if settings.is_cluster else SingleServerRouter(settings)
-        )
+        self._router = _router(settings)
         self._slots: list[int] | None = None
         if settings.is_cluster:
             prefixes = map(self._keys.partition_prefix, range(settings.partitions))
@@ -498,3 +497,9 @@ class RedisStore:
             stream=key.stream,
             retry_after_s=RETRY_AFTER_S,
         )
+
+
+def _router(settings: StoreSettings) -> Router:
+    if settings.is_cluster:
+        return ClusterRouter(settings)
+    return SentinelRouter(settings) if settings.is_sentinel else SingleServerRouter(settings)

@@ -96,18 +96,27 @@ def parse_startup_nodes(url: str) -> list[Address]:
     _, hosts, tail = _split(url)
     if tail.partition("?")[0].strip("/0"):
         raise StoreRefused("a cluster has database 0 only, expected no other in its address")
+    return parse_nodes(hosts, DEFAULT_PORT)
+
+
+def parse_nodes(hosts: str, default_port: int) -> list[Address]:
+    """Parse a list of hosts, separated by commas, with or without ports.
+
+    Raises:
+        StoreRefused: one is invalid.
+    """
     nodes: list[Address] = []
     for number, text in enumerate(hosts.split(","), start=1):
         try:
             parsed = urlsplit(f"//{text}")
             if not parsed.hostname:
                 raise ValueError("no host")
-            nodes.append(Address(parsed.hostname, parsed.port or DEFAULT_PORT))
+            nodes.append(Address(parsed.hostname, parsed.port or default_port))
         except ValueError:
             # not shown: it may be part of a password with an @ or ? that is not encoded
             raise StoreRefused(
-                "expected host:port[,host:port...] as a cluster's address, and node "
-                f"{number} of it is invalid"
+                f"expected host:port[,host:port...] in the store's address, and node {number} of "
+                "it is invalid"
             ) from None
     return nodes
 
@@ -120,10 +129,15 @@ def node_url(url: str, node: Address) -> str:
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """Split a cluster's address into credentials with their @, hosts, and path with query."""
-    scheme, _, rest = url.partition("://")
+    scheme = url.partition("://")[0]
     if scheme not in CLUSTER_SCHEMES:
         raise StoreRefused(f"expected a cluster's address, got {scheme}://")
+    return split_address(url)
+
+
+def split_address(url: str) -> tuple[str, str, str]:
+    """Split an address into credentials with their @, hosts, and path with query."""
+    rest = url.partition("://")[2]
     authority, question_mark, query = rest.partition("?")
     credentials, at, location = authority.rpartition("@")
     hosts, slash, database = location.partition("/")

@@ -1,0 +1,116 @@
+"""A store behind Redis Sentinel: failovers, and what its address may be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from service.core.errors import StoreRefused, StoreUnavailable
+from service.core.values import StreamState
+from service.store.base import Commit, StateStore
+from service.store.codec import encode_state
+from service.store.open import open_store
+from service.store.redis.sentinel import SentinelAddress, SentinelResolver
+from service.store.redis.topology import Address
+from service.store.settings import StoreSettings
+from tests.support.sentinels import NAME, Monitored, monitored
+from tests.support.servers import KINDS, opened, until, until_async
+from tests.support.streams import Streams, committed, key
+
+STREAMS = 8
+KEYS = StoreSettings("").keys
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def servers(request: pytest.FixtureRequest) -> Iterator[Monitored]:
+    """The last test that uses them swaps their roles, and the old primary cannot be demoted."""
+    with monitored(request.param, "--rename-command", "SLAVEOF", "") as running:
+        yield running
+
+
+async def test_start_and_readiness_need_a_primary_that_a_sentinel_knows(servers: Monitored) -> None:
+    async with opened(servers.url, wait_s=5) as store:
+        (check,) = await store.check()
+        assert check.ok, check.detail
+        assert f"/{NAME}/0 accepts commits" in check.detail
+    other = servers.url.replace(NAME, "other")
+    with pytest.raises(StoreUnavailable, match="No master found for 'other'"):
+        async with opened(other, wait_s=0.5):
+            pass
+
+
+async def test_a_connection_to_a_replica_is_rejected(
+    servers: Monitored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Sentinel that is partitioned may still call it the primary."""
+    replica = servers.replica_port
+
+    async def find_replica(_: SentinelResolver) -> Address:
+        return Address("127.0.0.1", replica)
+
+    monkeypatch.setattr(SentinelResolver, "find_primary", find_replica)
+    with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{replica} is not a primary"):
+        async with opened(servers.url, wait_s=0.5):
+            pass
+
+
+async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
+    servers: Monitored, streams: Streams
+) -> None:
+    """Sentinel leaves it writable for eight seconds, here for good; then its writes are lost."""
+    async with opened(servers.url, wait_s=5) as store:
+        names = {f"s{index}" for index in range(STREAMS)}
+        await committed(store, *(streams.creation(key(name)) for name in names))
+        page = await store.streams("flights", "", None, 2)
+        assert page.cursor is not None
+        assert until(servers.is_whole, "the replica in step")
+        servers.ask("SENTINEL", "FAILOVER", NAME)
+        await asyncio.to_thread(until, servers.has_failed_over, "the failover")
+        with servers.replica.client() as new:
+            await until_async(lambda: reaches(new, store, streams), "a commit on the new primary")
+        found = {each.stream for each in page.keys}
+        while page.cursor is not None:
+            page = await store.streams("flights", "", page.cursor, 2)
+            found |= {each.stream for each in page.keys}
+        assert found == names
+
+
+async def reaches(server: redis.Redis, store: StateStore, streams: Streams) -> bool:
+    """Whether the next commit of a stream is written to a server."""
+    (before,) = await store.load([key("s0")])
+    assert isinstance(before, StreamState)
+    new = streams.after(before)
+    await store.commit([Commit(key("s0"), before.head, new, None)])
+    return server.get(KEYS.state(key("s0"))) == encode_state(new)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://one.test,two.test:1",
+        "redis+sentinel://one.test/",
+        "redis+sentinel://one.test/main/x",
+        "redis+sentinel://one.test,,two.test/main",
+        "redis+sentinel://one.test:port/main",
+        "redis+sentinel://one.test/main?decode_responses=true",
+        "redis://one.test?sentinel_password=secret",
+    ],
+)
+def test_unusable_sentinel_addresses_are_rejected(url: str) -> None:
+    with pytest.raises(StoreRefused, match="address"):
+        open_store(StoreSettings(url))
+
+
+def test_address_has_the_parts_of_servers_and_sentinels() -> None:
+    address = SentinelAddress.parse(
+        "rediss+sentinel://ann:p%23s@one.test,[::1]:5/main/3"
+        "?sentinel_password=s%2Fe&ssl_ca_certs=%2Fca.pem"
+    )
+    assert str(address) == "rediss+sentinel://one.test:26379,[::1]:5/main/3"
+    assert address.server_url(Address("ten.test", 7)) == (
+        "rediss://ann:p%23s@ten.test:7/3?ssl_ca_certs=%2Fca.pem"
+    )
+    assert address.sentinel_options == {"password": "s/e"}
