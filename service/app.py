@@ -7,6 +7,7 @@ store, so that no accepted chunk is lost.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import multiprocessing
 import os
@@ -29,10 +30,12 @@ from service.access.key_cache import AccessKeys
 from service.console.page import add_console
 from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.graceful_server import ON_LAME_DUCK, ON_RETIRE, ON_STOP
-from service.ops.logs import configure_logs, observe_requests
+from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
+from service.ops.request_lines import access_log
 from service.ops.sampler import Sampler, TransportLoad
+from service.ops.tracing import open_tracer
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
 from service.pipeline.watching import Watches
@@ -73,7 +76,9 @@ def create_app() -> FastAPI:
     settings = Settings.load()
     configure_logs(settings.log_level, settings.log_format)
     recorder = PrometheusRecorder()
-    observe_requests(recorder.record_request)
+    access_log.observe = recorder.record_request
+    access_log.success_ratio = settings.log_success_ratio
+    tracer = open_tracer() if settings.tracing else None
     artifacts = load_models(settings.models_dir)
     runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
     decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
@@ -96,6 +101,7 @@ def create_app() -> FastAPI:
         ),
         now_ms=lambda: time.time_ns() // 1_000_000,
         on_model_change=settings.on_model_change,
+        tracer=tracer,
     )
 
     keys = AccessKeys(store, required=settings.require_keys)
@@ -105,6 +111,8 @@ def create_app() -> FastAPI:
         await store.start()
         await store.outputs.start()
         await keys.start()
+        if settings.log_streams != "none":
+            access_log.name_streams(settings.log_streams, await store.token_key())
         began_s = time.monotonic()
         await pipeline.start()
         for model in served:
@@ -139,6 +147,8 @@ def create_app() -> FastAPI:
             await keys.close()
             await store.outputs.close()
             await store.close()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     limits = ApiLimits(
         max_chunk_steps=settings.max_chunk_steps,
@@ -173,6 +183,7 @@ def create_app() -> FastAPI:
         metrics=None if has_admin else metrics,
         docs=has_docs,
         keys=keys,
+        tracer=tracer,
     )
     admin = None
     if settings.admin_port is not None:

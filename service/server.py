@@ -47,6 +47,8 @@ OPTIONS = {
 }
 """How to set each port, followed by its number."""
 
+TRACING_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
+
 
 class CannotServeError(Exception):
     """The service cannot start; the message is one line for its operator."""
@@ -78,6 +80,8 @@ def serve(settings: Settings) -> None:
             host = settings.admin_host or settings.host
             port = stack.enter_context(_reserve_port(host, settings.admin_port, "admin"))
             settings = settings.model_copy(update={"admin_port": port})
+        if settings.tracing:
+            _check_tracing()
         if settings.redis_url is None:
             if settings.durability == "replicated":
                 raise CannotServeError(
@@ -197,6 +201,18 @@ def _require_grpc() -> None:
     if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("grpc_health") is None:
         raise CannotServeError(
             "CARRY_GRPC_PORT needs packages that are not installed: pip install ./client '.[grpc]'"
+        )
+
+
+def _check_tracing() -> None:
+    """Fail the start without the packages of the traces."""
+    try:
+        is_installed = all(map(importlib.util.find_spec, TRACING_MODULES))
+    except ModuleNotFoundError:
+        is_installed = False
+    if not is_installed:
+        raise CannotServeError(
+            "CARRY_TRACING needs packages that are not installed: pip install ./client '.[otel]'"
         )
 
 

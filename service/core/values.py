@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from models.decoding.forecasts import Forecast
 from models.events.columns import EventColumns
 from models.spec.state import State
+from service.core.tracing import RequestSpan
 
 FloatRows = NDArray[np.float32]
 
@@ -165,6 +166,7 @@ class Chunk(NamedTuple):
         starts_over: whether it starts the stream over: from the zero state, in a new epoch,
             whatever is stored. Its position is 0 or None.
         dry_run: whether it is only computed, from the stream's current state, and not applied.
+        span: that of its request, if it is traced.
     """
 
     key: StreamKey
@@ -176,6 +178,7 @@ class Chunk(NamedTuple):
     final: bool = False
     starts_over: bool = False
     dry_run: bool = False
+    span: RequestSpan | None = None
 
 
 class Timing(NamedTuple):

@@ -1,8 +1,8 @@
 """Structured logs on stderr, one line per event, as JSON or in columns for a terminal.
 
 The service logs through structlog, libraries through the standard library; both are rendered
-alike. Every line that is written while a request is served has its `request_id`. The access log has
-a fast path (`log_request`) that is cheap enough for every request. Logging never raises.
+alike. Every line that is written while a request is served has its `request_id`. The lines of
+requests have a module of their own (`request_lines`). Logging never raises.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
 import orjson
@@ -20,14 +20,11 @@ import structlog
 from structlog.contextvars import get_contextvars, merge_contextvars
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from service.ops.request_lines import access_log
 from service.ops.stderr_writer import StderrWriter
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
-RequestObserver = Callable[[str, str | None, int, float], None]
-"""(method, route, status, milliseconds) of a request; the route is None if none matched."""
-
-_LEVEL_NAMES = {logging.DEBUG: "debug", logging.INFO: "info"}
 _stderr = StderrWriter()
 _ID_LIMIT = 2**64
 
@@ -78,7 +75,9 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
     root.addHandler(handler)
     root.setLevel(number)
     logging.captureWarnings(True)
-    _access_log.configure(number, log_format)
+    access_log.level = number
+    access_log.render = _json_line if log_format == "json" else _console_line()
+    access_log.write = _stderr.buffer
 
 
 def current_request_id() -> str | None:
@@ -87,61 +86,9 @@ def current_request_id() -> str | None:
     return request_id if isinstance(request_id, str) else None
 
 
-def observe_requests(observe: RequestObserver) -> None:
-    """Let a function observe every request of this process, for metrics; it replaces an earlier
-    one."""
-    _access_log.observe = observe
-
-
-def log_request(
-    level: int, request_id: str, method: str, route: str | None, status: int, ms: float
-) -> None:
-    """Write the access log line of one request, buffered; every transport ends a request with it.
-
-    The line has the format of every other line. It is rendered without structlog's processors,
-    which take ten times as long. Before `configure_logs`, nothing is written.
-
-    Args:
-        level: `logging.INFO` or `logging.DEBUG`.
-        route: the path with the names of its parameters; None if no route matched.
-        ms: the total time of the request.
-    """
-    _access_log.observe(method, route, status, ms)
-    if level >= _access_log.level:
-        line = {
-            "timestamp": datetime.now(UTC),
-            "level": _LEVEL_NAMES[level],
-            "logger": "service.requests",
-            "message": "request",
-            "request_id": request_id,
-            "method": method,
-            "route": route,
-            "status": status,
-            "ms": ms,
-        }
-        _stderr.buffer(_access_log.render(line))
-
-
 def flush_logs() -> None:
     """Write the buffered lines now; they are also written after an interval, and at exit."""
     _stderr.flush()
-
-
-class _AccessLog:
-    """Level and format of the access log, as set by `configure_logs`."""
-
-    def __init__(self) -> None:
-        self.level = logging.CRITICAL + 1
-        self.render: Callable[[dict[str, Any]], str] = _json_line
-        self.observe: RequestObserver = _observe_nothing
-
-    def configure(self, level: int, log_format: LogFormat) -> None:
-        self.level = level
-        self.render = _json_line if log_format == "json" else _console_line()
-
-
-def _observe_nothing(method: str, route: str | None, status: int, ms: float) -> None:
-    pass
 
 
 def _json_line(line: dict[str, Any]) -> str:
@@ -210,6 +157,3 @@ class _StderrHandler(logging.Handler):
             _stderr.write(self.format(record))
         except Exception:
             self.handleError(record)
-
-
-_access_log = _AccessLog()

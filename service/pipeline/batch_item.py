@@ -45,8 +45,16 @@ Computed = tuple[BatchItem, StreamState]
 
 @dataclass(slots=True)
 class StageTimes:
-    """When a batch started, and how long its load and its inference took, in seconds."""
+    """When a batch started, and how long its load and its inference took, in seconds.
+
+    Attributes:
+        infer_began_s, commit_began_s, commit_ended_s: 0 until then; of the first part of a commit,
+            and of its last.
+    """
 
     began_s: float
     load_s: float = 0.0
     infer_s: float = 0.0
+    infer_began_s: float = 0.0
+    commit_began_s: float = 0.0
+    commit_ended_s: float = 0.0

@@ -26,6 +26,7 @@ from service.core.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
+from service.core.tracing import BatchTimes, Tracer
 from service.core.values import NO_STREAM, Reply, StoredReply, StreamState, Timing
 from service.engine.compute import Compute
 from service.engine.fair_queue import BatchControl
@@ -51,6 +52,7 @@ class ChunkBatchRunner:
         max_detached: most chunks that may wait outside of batches for unresponsive shards.
         reset: whether a stream whose state another version of the model wrote starts over;
             otherwise its chunks are rejected.
+        tracer: records the batches of traced requests; None records none.
 
     Attributes:
         map_error: `ChunkCommitter.map_error`, for the batcher's own errors.
@@ -68,7 +70,10 @@ class ChunkBatchRunner:
         attempts: int,
         max_detached: int,
         reset: bool = False,
+        tracer: Tracer | None = None,
     ):
+        self._name = served.name
+        self._tracer = tracer
         self._attempts = attempts
         self._shards = Shards(store, max_detached)
         responsiveness = StoreResponsiveness()
@@ -94,13 +99,32 @@ class ChunkBatchRunner:
         items = [BatchItem(job, job.payload, job.payload.key) for job in jobs]
         if self._shards.unresponsive:
             items = self._shards.detach_unresponsive(items, control)
-        ready, to_retry = await self._loader.evaluate(items, times, control)
-        computed = await self._infer(ready, times)
-        if any(item.chunk.dry_run for item, _ in computed):
-            computed = self._committer.answer_dry_runs(computed, times)
-        if computed:
-            to_retry += await self._committer.commit(computed, times, control)
+        try:
+            ready, to_retry = await self._loader.evaluate(items, times, control)
+            computed = await self._infer(ready, times)
+            if any(item.chunk.dry_run for item, _ in computed):
+                computed = self._committer.answer_dry_runs(computed, times)
+            if computed:
+                to_retry += await self._committer.commit(computed, times, control)
+        finally:
+            if self._tracer is not None:
+                self._trace(self._tracer, items, times)
         return self._jobs_to_retry(to_retry)
+
+    def _trace(self, tracer: Tracer, items: list[BatchItem], times: StageTimes) -> None:
+        """Record a batch, if one of its requests is traced."""
+        # a request for many streams has several chunks
+        spans = list(dict.fromkeys(item.chunk.span for item in items if item.chunk.span))
+        if spans:
+            load_end_s = times.began_s + times.load_s
+            infer_end_s = times.infer_began_s + times.infer_s
+            stages = BatchTimes(
+                (times.began_s, time.monotonic()),
+                (times.began_s, load_end_s) if times.load_s else None,
+                (times.infer_began_s, infer_end_s) if times.infer_s else None,
+                (times.commit_began_s, times.commit_ended_s) if times.commit_ended_s else None,
+            )
+            tracer.record_batch(self._name, spans, len(items), stages)
 
     def _jobs_to_retry(self, items: list[BatchItem]) -> list[ChunkJob]:
         """The jobs of the items that have attempts left; the others fail with Conflict."""
@@ -244,7 +268,9 @@ class ChunkCommitter:
             for item, _ in computed:
                 item.job.resolve(self.map_error(item.job, error))
             return []
-        commit_s = time.monotonic() - began_s
+        times.commit_began_s = times.commit_began_s or began_s
+        times.commit_ended_s = time.monotonic()
+        commit_s = times.commit_ended_s - began_s
         to_retry: list[BatchItem] = []
         timings: list[Timing] = []
         steps = 0

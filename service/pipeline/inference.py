@@ -105,7 +105,7 @@ class Inference:
 
     async def _infer(self, items: list[BatchItem], times: StageTimes) -> list[Computed]:
         """Run the network on encoded items; returns those with finite results."""
-        began_s = time.monotonic()
+        times.infer_began_s = began_s = time.monotonic()
         if items[0].segments:
             outputs, states, finite = await infer_segments(
                 self._compute, self._served, [m.segments for m in items], self._on_call

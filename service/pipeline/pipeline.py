@@ -30,6 +30,7 @@ from service.core.errors import (
     PositionBehind,
     PreviousFailed,
 )
+from service.core.tracing import Tracer
 from service.core.values import (
     Check,
     Chunk,
@@ -89,6 +90,7 @@ class Pipeline:
         now_ms: wall clock in epoch milliseconds, for the time of commits.
         on_model_change: whether to reject the chunks of a stream whose state another version of its
             model wrote, or to start the stream over.
+        tracer: records the batches of traced requests; None records none.
 
     Attributes:
         models: the served models by name.
@@ -107,6 +109,7 @@ class Pipeline:
         limits: PipelineLimits,
         now_ms: Callable[[], int],
         on_model_change: OnModelChange = "refuse",
+        tracer: Tracer | None = None,
     ):
         self.models: Mapping[str, ServedModel] = {model.name: model for model in models}
         self._store = store
@@ -122,6 +125,7 @@ class Pipeline:
         self._stopping = ""
         self._tasks: list[asyncio.Task[None]] = []
         self._recorder = recorder
+        self._tracer = tracer
         self._chunks = {name: self._chunk_batcher(served) for name, served in self.models.items()}
         self._sequences = {
             name: self._sequence_batcher(served) for name, served in self.models.items()
@@ -143,6 +147,7 @@ class Pipeline:
             attempts=self._limits.conflict_attempts,
             max_detached=self._limits.max_queue // 2,
             reset=self._reset,
+            tracer=self._tracer,
         )
         return self._batcher(
             served, run, partial(self._recorder.record_queue_depth, served.name), run.map_error
@@ -287,6 +292,8 @@ class Pipeline:
             CarryError: rejected or failed; see `service.core.errors`.
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
+        if self._tracer is not None:
+            chunk = chunk._replace(span=self._tracer.current_span())
         requests = [JobRequest(chunk, chunk.key, chunk.steps.length)]
         [result] = await batcher.submit(requests, deadline_s)
         if isinstance(result, CarryError):
@@ -341,6 +348,9 @@ class Pipeline:
         if not chunks:
             return []
         batcher = self._chunks[self.model(chunks[0].key.model).name]
+        if self._tracer is not None:
+            span = self._tracer.current_span()
+            chunks = [chunk._replace(span=span) for chunk in chunks]
         return await batcher.submit(
             [JobRequest(c, c.key, c.steps.length) for c in chunks], deadline_s
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import structlog
 
 from service.core.errors import CarryError, InternalError, Overloaded, ServiceFailure
+from service.ops.request_lines import note_error
 
 log = structlog.get_logger(__name__)
 
@@ -15,12 +16,15 @@ def log_client_disconnect(method: str) -> None:
 
 
 def log_failure(error: CarryError) -> None:
-    """Log an error of the service; load shedding is logged elsewhere, aggregated."""
+    """Note an error for its request's line, and log one of the service; load shedding is logged
+    elsewhere, aggregated."""
+    note_error(error.code)
     if isinstance(error, ServiceFailure) and not isinstance(error, Overloaded):
         log.warning("request_failed", code=error.code, detail=error.detail)
 
 
 def log_unexpected_failure(error: Exception) -> InternalError:
     """Log an unexpected exception with its traceback, and return the error that answers it."""
+    note_error(InternalError.code)
     log.error("request_failed", error=type(error).__name__, exc_info=error)
     return InternalError("the request failed unexpectedly; the service's log has the reason")

@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Route
 
 from service.access.key_cache import AccessKeys
 from service.access.principal import Verb
+from service.core.tracing import Tracer
 from service.ops.logs import RequestIds
 from service.pipeline.entries import Entries
 from service.pipeline.pipeline import Pipeline
@@ -55,6 +56,7 @@ def create_api(
     fast_path: bool = True,
     docs: bool = True,
     keys: AccessKeys | None = None,
+    tracer: Tracer | None = None,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -67,6 +69,7 @@ def create_api(
         fast_path: whether chunk requests may skip uvicorn's parser and FastAPI.
         docs: whether it has the documentation: `/docs`, `/docs/errors` and `/openapi.json`.
         keys: the access keys; without them the service is open.
+        tracer: makes spans of requests; None makes none.
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
@@ -83,6 +86,7 @@ def create_api(
         recorder,
         now_ms,
         LongBodyAdmission(limits.max_waiting_bytes),
+        tracer,
     )
     app.state.api = api
     for served in pipeline.models.values():

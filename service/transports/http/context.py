@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from service.core.errors import DuplicateField
+from service.core.tracing import Tracer
 from service.core.values import Check
 from service.pipeline.entries import Entries
 from service.pipeline.entry import Entry
@@ -48,6 +49,7 @@ class ApiContext:
         readiness: runs the readiness checks.
         now_ms: wall clock in epoch milliseconds, for the age of streams.
         long_bodies: admission of long bodies.
+        tracer: makes spans of requests; None makes none.
         wires: readers and writers that `wire` built, by model; a model may have changed since.
     """
 
@@ -57,6 +59,7 @@ class ApiContext:
     recorder: Recorder
     now_ms: Callable[[], int]
     long_bodies: LongBodyAdmission
+    tracer: Tracer | None = None
     wires: dict[str, ModelWire] = field(default_factory=dict)
 
     def wire(self, served: ServedModel) -> ModelWire:

@@ -20,6 +20,7 @@ from service.core.errors import (
     MethodNotAllowed,
     RouteNotFound,
 )
+from service.ops.request_lines import note_error
 from service.transports.common.failure_log import (
     log_client_disconnect,
     log_failure,
@@ -98,6 +99,7 @@ def _error_response(
     request: Request, error: CarryError, headers: Iterable[Header] = ()
 ) -> Response:
     # before routing there is no path parameter; the recorder bounds the names of models
+    note_error(error.code)
     model = request.scope.get("path_params", {}).get("model", "-")
     api_of(request).recorder.record_error(model, error.code)
     return problem_response(error, request, headers)

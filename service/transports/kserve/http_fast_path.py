@@ -28,6 +28,7 @@ from service.transports.http.connection.fast_path import (
     IncompleteRequest,
     RejectedRequest,
     parse_common_headers,
+    split_trace_headers,
 )
 from service.transports.http.connection.rejections import CLOSE, response_bytes
 from service.transports.http.context import ModelWire
@@ -112,6 +113,7 @@ class FastInferRequest(NamedTuple):
     request_id: bytes
     received_s: float
     deadline_s: float
+    body_bytes: int
     total_bytes: int
 
 
@@ -146,6 +148,9 @@ class FastInferPath(FastRoute[FastInferRequest]):
         if end < 0:
             return None
         block = data[start.end() : end]
+        propagated: dict[str, str] = {}
+        if self._tracer is not None:
+            block, propagated = split_trace_headers(block)
         headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
         if headers is None:
             return None
@@ -177,16 +182,36 @@ class FastInferPath(FastRoute[FastInferRequest]):
         except Forbidden:
             return None
         if error is not None:
+            tracer = self._tracer
+            span = None if tracer is None else tracer.start_request(propagated, received_s)
             return RejectedRequest(
-                plan.wire, error, Media.JSON, request_id, received_s, total_bytes
+                plan.wire,
+                stream,
+                error,
+                Media.JSON,
+                request_id,
+                received_s,
+                headers.length,
+                total_bytes,
+                span,
             )
         try:
             chunk = self._inference.read_chunk(call, stream)
         except CarryError:
             return None
+        if self._tracer is not None:
+            chunk = chunk._replace(span=self._tracer.start_request(propagated, received_s))
         deadline_s = received_s + timeout_s
         return FastInferRequest(
-            entry, plan, call, chunk, request_id, received_s, deadline_s, total_bytes
+            entry,
+            plan,
+            call,
+            chunk,
+            request_id,
+            received_s,
+            deadline_s,
+            headers.length,
+            total_bytes,
         )
 
     def _read(
@@ -253,9 +278,10 @@ class FastInferPath(FastRoute[FastInferRequest]):
         if isinstance(result, CarryError):
             return self.failure(request, request.plan.wire, result, Media.JSON, header_lines)
         body, json_bytes = self._encode(request, result)
-        self.log(request, 200)
         head = _RESPONSE_HEAD % (json_bytes, len(body), request.request_id, header_lines)
-        return head + body
+        response = head + body
+        self.log(request, 200, response)
+        return response
 
     def _encode(self, request: FastInferRequest, reply: Reply) -> tuple[bytes, int]:
         """The body of a reply, and the length of its JSON."""

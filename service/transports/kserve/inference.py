@@ -52,6 +52,7 @@ from service.core.values import (
     SequenceInput,
     StreamKey,
 )
+from service.ops.request_lines import note_stream
 from service.pipeline.entry import Entry
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_reader import with_stream
@@ -245,6 +246,7 @@ class Inference:
         parameters = parse_parameters(request.parameters)
         entry.require(Verb.PREDICT, model=request.model, stream=parameters.stream)
         served = self.served(entry, request.model, request.version)
+        note_stream(served.name, parameters.stream)
         wire = self.api.wire(served)
         if not 1 <= len(request.inputs) <= 2:
             names = " or ".join(input_names(served))

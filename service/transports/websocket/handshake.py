@@ -41,8 +41,10 @@ from service.core.errors import (
     StreamNotFound,
     UpgradeRequired,
 )
+from service.core.tracing import PROPAGATED
 from service.core.values import StreamKey
-from service.ops.logs import RequestIds, log_request
+from service.ops.logs import RequestIds
+from service.ops.request_lines import RequestFacts, log_request
 from service.pipeline.entry import Entry
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.connection.connections import Connections
@@ -137,13 +139,14 @@ class LiveUpgrader:
     ) -> None:
         """Answer a handshake."""
         began_s = time.monotonic()
-        status, model = 101, "-"
+        status, facts = 101, RequestFacts()
+        propagated = _propagated(headers)
         with bound_contextvars(request_id=request_id.decode()):
             try:
                 response = self._accept(url, headers)
                 entry = self.api.entries.entry(_authorization(headers))
                 target = self._target(entry, url)
-                model = target.model
+                facts.model, facts.stream = target.model, target.stream
                 hello = await self._hello(entry, target)
                 response.headers[REQUEST_ID_HEADER.decode()] = request_id.decode()
                 session = Session(
@@ -154,6 +157,8 @@ class LiveUpgrader:
                     options=target.options,
                     timeout_s=target.timeout_s,
                     request_id=request_id,
+                    route=socket.route,
+                    propagated=propagated,
                     send=socket.send,
                     on_progress=socket.on_progress,
                     on_end=socket.revoke,
@@ -165,11 +170,21 @@ class LiveUpgrader:
                 )
                 status = status_of(error)
                 log_failure(error)
-                self.api.recorder.record_error(model, error.code)
+                facts.code = error.code
+                self.api.recorder.record_error(facts.model or "-", error.code)
                 lines = CLOSE + _upgrade_lines(error)
                 socket.reject(error_response(error, Media.JSON, request_id, lines))
         ms = round((time.monotonic() - began_s) * 1000, 2)
-        log_request(logging.INFO, request_id.decode(), "GET", socket.route, status, ms)
+        log_request(
+            request_id.decode(),
+            "GET",
+            socket.route,
+            status,
+            ms,
+            model=facts.model,
+            stream=facts.stream,
+            code=facts.code,
+        )
 
     def _accept(self, url: bytes, headers: Headers) -> Response:
         """The response that switches the protocol.
@@ -261,6 +276,17 @@ class LiveUpgrader:
             "window": self.limits.window,
             "max_frame_bytes": self.limits.max_frame_bytes,
         }
+
+
+def _propagated(headers: Headers) -> dict[str, str]:
+    """The headers that carry the trace of the caller; none if they are repeated."""
+    lines = [
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in headers
+        if name.decode("latin-1") in PROPAGATED
+    ]
+    propagated = dict(lines)
+    return propagated if len(propagated) == len(lines) else {}
 
 
 def parse_origins(text: str) -> frozenset[str]:

@@ -21,6 +21,7 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from service.core.errors import CarryError, Unauthenticated
+from service.ops.request_lines import access_log
 from service.transports.http.connection.connections import Connections, Phase
 from service.transports.http.media import Media
 from service.transports.websocket.fragments import Fragmenter
@@ -84,7 +85,9 @@ class LiveSocket(asyncio.Protocol):
         "_message",
         "_messages",
         "_opened_s",
+        "_received_bytes",
         "_request_id",
+        "_sent_bytes",
         "_server",
         "_session",
         "_transport",
@@ -131,6 +134,7 @@ class LiveSocket(asyncio.Protocol):
         self._is_draining = False
         self._is_lingering = False
         self._has_pinged = False
+        self._received_bytes = self._sent_bytes = 0
         self._opened_s = self._last_chunk_s = self._loop.time()
         self.progress = 0
         self.body_bytes = 0
@@ -177,6 +181,7 @@ class LiveSocket(asyncio.Protocol):
         """Process received bytes, after those that were buffered."""
         self.progress += 1
         self._has_pinged = False
+        self._received_bytes += len(data)
         if self._is_lingering:
             return
         self._buffered = self._buffered + data if self._buffered else data
@@ -288,7 +293,9 @@ class LiveSocket(asyncio.Protocol):
         """Write what the library has to send; an empty part is the end of the stream."""
         parts = self._websocket.data_to_send()
         if parts and not self._transport.is_closing():
-            self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            self._sent_bytes += len(data)
+            self._transport.write(data)
         if self._websocket.state is not State.OPEN and b"" in parts:
             self._linger()
 
@@ -413,14 +420,19 @@ class LiveSocket(asyncio.Protocol):
         session = self._session
         if session is not None:
             session.close()
+            stream = session.stream and access_log.named(session.stream)
             close = self._websocket.close_sent or self._websocket.close_rcvd
             log.info(
                 "websocket_closed",
                 request_id=self._request_id.decode(),
                 route=self.route,
                 code=CloseCode.ABNORMAL_CLOSURE.value if close is None else close.code,
+                model=session.model,
+                **({} if stream is None else {"stream": stream}),
                 chunks=session.chunks,
                 errors=session.errors,
+                received_bytes=self._received_bytes,
+                sent_bytes=self._sent_bytes,
                 ms=round((self._loop.time() - self._opened_s) * 1000, 2),
             )
             self._session = None

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Final
 
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError
+from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
+from service.ops.request_lines import CLIENT_DISCONNECTED, access_log
 from service.pipeline.entry import Entry as PipelineEntry
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
@@ -22,6 +24,7 @@ from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media
+from service.transports.http.problems import status_of
 from service.transports.http.replies.pieces import LONG_VALUES, encode_pieces
 from service.transports.http.replies.reply_writer import EVERY_STEP, ReplyOptions
 from service.transports.websocket.frames import (
@@ -50,10 +53,11 @@ class Entry(PendingChunk):
         deadline_s: when its client stops waiting, on the monotonic clock.
         chunk: None until the body is read.
         result: the pipeline's, once the chunk is started.
+        span: that of a chunk that is traced, until it is ended.
         outcome: the frame to send, once it is known.
     """
 
-    __slots__ = ("chunk", "deadline_s", "frame_id", "media", "result")
+    __slots__ = ("chunk", "deadline_s", "frame_id", "media", "result", "span")
 
     outcome: bytes | None
 
@@ -64,6 +68,7 @@ class Entry(PendingChunk):
         self.deadline_s = deadline_s
         self.chunk: Chunk | None = None
         self.result: PendingReply | None = None
+        self.span: RequestSpan | None = None
 
 
 class Session:
@@ -73,11 +78,14 @@ class Session:
         pipeline: as the client may use it.
         stream: the stream of the socket; None if each frame names its own.
         timeout_s: deadline of each chunk, from the receipt of its frame.
+        route: the address of the socket, with the names of its parameters.
+        propagated: the headers of the handshake that carry the trace of the caller.
         send: sends a frame.
         on_progress: called when chunks have been answered, or a long frame has been read.
         on_end: called when the client may not use the pipeline any more.
 
     Attributes:
+        model, stream: as above.
         is_reading: whether a long frame is being read; no other may be received meanwhile.
         chunks, errors: number of frames received, and of those answered with an error.
     """
@@ -87,20 +95,22 @@ class Session:
         "_envelope",
         "_forget",
         "_is_open",
-        "_model",
         "_on_end",
         "_on_progress",
         "_options",
         "_order",
         "_pipeline",
+        "_propagated",
         "_request_id",
+        "_route",
         "_send",
-        "_stream",
         "_tasks",
         "_timeout_s",
         "chunks",
         "errors",
         "is_reading",
+        "model",
+        "stream",
     )
 
     def __init__(
@@ -113,17 +123,21 @@ class Session:
         options: ReplyOptions,
         timeout_s: float,
         request_id: bytes,
+        route: str,
+        propagated: Mapping[str, str],
         send: Send,
         on_progress: Callable[[], None],
         on_end: Callable[[CarryError], None],
     ):
         self._api = api
         self._pipeline = pipeline
-        self._model = model
-        self._stream = stream
+        self.model = model
+        self.stream = stream
         self._options = options
         self._timeout_s = timeout_s
         self._request_id = request_id.decode()
+        self._route = route
+        self._propagated = propagated
         self._send = send
         self._on_progress = on_progress
         self._on_end = on_end
@@ -142,7 +156,7 @@ class Session:
         """Count the socket as open; once."""
         self._is_open = True
         self._forget = self._api.entries.notify_end(self._pipeline, self._on_end)
-        self._api.recorder.record_websockets(self._model, 1)
+        self._api.recorder.record_websockets(self.model, 1)
 
     def close(self) -> None:
         """The connection ended."""
@@ -150,7 +164,7 @@ class Session:
         self._forget()
         if self._is_open:
             self._is_open = False
-            self._api.recorder.record_websockets(self._model, -1)
+            self._api.recorder.record_websockets(self.model, -1)
 
     @property
     def unanswered(self) -> int:
@@ -162,14 +176,14 @@ class Session:
         self.chunks += 1
         deadline_s = time.monotonic() + self._timeout_s
         entry: Entry | None = None
-        if self._stream is not None:
-            entry = self._order.add(Entry(None, media, self._stream, deadline_s))
+        if self.stream is not None:
+            entry = self._order.add(Entry(None, media, self.stream, deadline_s))
         frame_id = None
         try:
             is_long = len(data) >= LONG_BYTES
             frame = read_long_frame(media, data) if is_long else read_frame(media, data)
             frame_id = frame.id
-            wire = self._api.wire(self._pipeline.model(self._model))
+            wire = self._api.wire(self._pipeline.model(self.model))
             if entry is None and (not is_long or frame.has("stream")):
                 entry = self._order.add(Entry(frame_id, media, frame.stream(), deadline_s))
             if entry is not None:
@@ -196,6 +210,7 @@ class Session:
         for entry in self._order:
             if entry.result is not None and not entry.result.done() and entry.chunk:
                 self._pipeline.cancel(entry.chunk, entry.result)
+            self._end_span(entry, CLIENT_DISCONNECTED)
         self._order.clear()
 
     def _check_admission(self, entry: Entry) -> None:
@@ -205,9 +220,9 @@ class Session:
         Raises:
             Overloaded
         """
-        key = StreamKey(self._model, entry.stream)
+        key = StreamKey(self.model, entry.stream)
         left_s = entry.deadline_s - time.monotonic()
-        rejection = self._pipeline.check_admission(self._model, key, left_s)
+        rejection = self._pipeline.check_admission(self.model, key, left_s)
         if rejection is not None:
             raise type(rejection)(rejection.detail, **rejection.facts)
 
@@ -245,6 +260,10 @@ class Session:
         self._on_progress()
 
     def _start_in_order(self, entry: Entry, chunk: Chunk) -> None:
+        if self._api.tracer is not None:
+            began_s = entry.deadline_s - self._timeout_s
+            entry.span = self._api.tracer.start_request(self._propagated, began_s)
+            chunk = chunk._replace(span=entry.span)
         entry.chunk = chunk
         entry.appends = chunk.position is None
         self._order.set_ready(entry)
@@ -282,15 +301,16 @@ class Session:
             if entry.chunk is None or not entry.chunk.dry_run:
                 self._order.record_result(entry, failed=True)
             frame = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
+            self._end_span(entry, status_of(result), result.code, len(frame))
             self._order.answer(entry, frame)
             return
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
-        wire = self._api.wire(self._pipeline.model(self._model))
+        wire = self._api.wire(self._pipeline.model(self.model))
         is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES
         if is_short and self._options == EVERY_STEP:
             reply = wire.writer.reply_bytes(result, entry.media)
-            self._order.answer(entry, reply_frame(entry.media, entry.frame_id, reply))
+            self._answer(entry, reply)
         else:
             self._run(self._write_in_pieces(wire, entry, result))
 
@@ -300,8 +320,33 @@ class Session:
         for piece in encode_pieces(entry.media, wire.writer.reply(reply, self._options)):
             pieces.append(piece)
             await asyncio.sleep(0)
-        self._order.answer(entry, reply_frame(entry.media, entry.frame_id, b"".join(pieces)))
+        self._answer(entry, b"".join(pieces))
         self._on_progress()
+
+    def _answer(self, entry: Entry, reply: bytes) -> None:
+        """Send an encoded reply when it is its turn."""
+        frame = reply_frame(entry.media, entry.frame_id, reply)
+        if entry.span is not None:
+            self._end_span(entry, 200, None, len(frame))
+        self._order.answer(entry, frame)
+
+    def _end_span(
+        self, entry: Entry, status: int, code: str | None = None, sent_bytes: int = 0
+    ) -> None:
+        """End the span of a chunk that is traced; its status is that of HTTP."""
+        span, entry.span = entry.span, None
+        if span is not None:
+            span.end(
+                "WEBSOCKET",
+                self._route,
+                status,
+                request_id=self._request_id,
+                model=self.model,
+                stream=access_log.named(entry.stream),
+                code=code,
+                received_bytes=0,
+                sent_bytes=sent_bytes,
+            )
 
     def _release(self, entry: Entry) -> None:
         self._send(entry.media, entry.outcome or b"")
@@ -310,7 +355,7 @@ class Session:
         self, media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None
     ) -> bytes:
         self.errors += 1
-        self._api.recorder.record_error(self._model, error.code)
+        self._api.recorder.record_error(self.model, error.code)
         with bound_contextvars(request_id=self._request_id):
             log_failure(error)
             return error_frame(media, frame_id, error, stream)

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from service.ops import logs
 from service.ops.logs import configure_logs, current_request_id, flush_logs
+from service.ops.request_lines import access_log
 from service.transports.http.request_log import RequestLogMiddleware
 
 
@@ -25,11 +26,11 @@ def restored_logging() -> Iterator[None]:
     """Restore the loggers of the process after a test that configures them."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    access_log_level = logs._access_log.level
+    access_log_level = access_log.level
     logs.flush_logs()
     yield
     logs.flush_logs()
-    logs._access_log.configure(access_log_level, "json")
+    access_log.level = access_log_level
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
@@ -174,6 +175,8 @@ async def test_access_log_names_the_route_and_not_the_stream(
         "level": "info",
         "logger": "service.requests",
         "message": "request",
+        "received_bytes": 0,
+        "sent_bytes": len(reply.content),
         "method": "GET",
         "request_id": reply.headers["x-request-id"],
         "route": "/v1/models/{model}/streams/{stream}",
@@ -213,8 +216,8 @@ async def test_access_log_includes_failures_and_unknown_paths(
         assert (await http.get("/broken")).status_code == 500
         assert (await http.get("/secret/path")).status_code == 404
     broken, unknown = requests(capsys)
-    assert (broken["route"], broken["status"]) == ("/broken", 500)
-    assert (unknown["route"], unknown["status"]) == (None, 404)
+    assert (broken["level"], broken["route"], broken["status"]) == ("error", "/broken", 500)
+    assert (unknown["level"], unknown["route"], unknown["status"]) == ("warning", None, 404)
     assert "secret" not in json.dumps(unknown)
 
 

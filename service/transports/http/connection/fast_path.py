@@ -12,7 +12,6 @@ Load shedding: a request that admission control would reject is rejected before 
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 from abc import ABC, abstractmethod
@@ -23,8 +22,10 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, Forbidden, Overloaded
+from service.core.tracing import PROPAGATED, RequestSpan
 from service.core.values import Chunk, Precondition, Reply, StreamKey
-from service.ops.logs import RequestIds, log_request
+from service.ops.logs import RequestIds
+from service.ops.request_lines import CLIENT_DISCONNECTED, log_request
 from service.pipeline.entry import Entry
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
@@ -47,9 +48,6 @@ MAX_HEADERS_BYTES: Final = 4096
 """Longer headers take the slow path; it bounds the memory of the cache of parsed headers."""
 
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/chunks"
-
-CLIENT_DISCONNECTED: Final = 0
-"""Logged as the status of a request whose client disconnected before the response."""
 
 _REQUEST_LINE = re.compile(
     rb"POST /v1/models/([a-z0-9_-]{1,64})/streams/(%b)/chunks HTTP/1\.1\r\n"
@@ -75,6 +73,7 @@ _RESPONSE_HEADS = {
     for media in Media
 }
 _TIMEOUT = TIMEOUT_HEADER.encode()
+END_OF_HEAD: Final = b"\r\n\r\n"
 
 PendingReply = asyncio.Future[list[Reply | CarryError]]
 """Resolves to one reply or error."""
@@ -90,11 +89,14 @@ class RejectedRequest(NamedTuple):
     """A request that admission control rejected; attributes as those of `FastRequest`."""
 
     wire: ModelWire
+    stream: str
     error: Overloaded
     reply_media: Media
     request_id: bytes
     received_s: float
+    body_bytes: int
     total_bytes: int
+    span: RequestSpan | None
 
 
 class ParsedRequest(Protocol):
@@ -111,6 +113,10 @@ class ParsedRequest(Protocol):
     @property
     def request_id(self) -> bytes:
         """The id of the request."""
+
+    @property
+    def body_bytes(self) -> int:
+        """The length of its body."""
 
     @property
     def received_s(self) -> float:
@@ -134,6 +140,7 @@ class FastRoute(ABC, Generic[R]):
 
     def __init__(self, api: ApiContext, route: str, serialize: Callable[..., bytes]):
         self._api = api
+        self._tracer = api.tracer
         self._route = route
         self._serialize = serialize
         self._overload_responses = OverloadResponses(serialize)
@@ -156,14 +163,15 @@ class FastRoute(ABC, Generic[R]):
         request.entry.cancel(request.chunk, reply)
         with bound_contextvars(request_id=request.request_id.decode()):
             log_client_disconnect("POST")
-        self.log(request, CLIENT_DISCONNECTED)
+        self.log(request, CLIENT_DISCONNECTED, END_OF_HEAD)
 
     def rejection(self, request: RejectedRequest) -> bytes:
         """The whole response to a rejected request."""
         error = request.error
         self._api.recorder.record_error(request.wire.served.name, error.code)
-        self.log(request, STATUS[Overloaded])
-        return self._overload_responses.response(error, request.reply_media, request.request_id)
+        response = self._overload_responses.response(error, request.reply_media, request.request_id)
+        self.log(request, STATUS[Overloaded], response, error.code)
+        return response
 
     def failure(
         self, request: R, wire: ModelWire, error: CarryError, media: Media, header_lines: bytes
@@ -172,14 +180,71 @@ class FastRoute(ABC, Generic[R]):
         self._api.recorder.record_error(wire.served.name, error.code)
         with bound_contextvars(request_id=request.request_id.decode()):
             log_failure(error)
-        self.log(request, status_of(error))
-        return self._serialize(error, media, request.request_id, header_lines)
+        response = self._serialize(error, media, request.request_id, header_lines)
+        self.log(request, status_of(error), response, error.code)
+        return response
 
-    def log(self, request: R | RejectedRequest, status: int) -> None:
-        """Log that a request was answered."""
+    def log(
+        self,
+        request: R | RejectedRequest,
+        status: int,
+        response: bytes,
+        code: str | None = None,
+    ) -> None:
+        """Log that a request was answered, and end its span.
+
+        Args:
+            response: the whole one.
+            code: of the error that answers it.
+        """
+        if isinstance(request, RejectedRequest):
+            model, stream, span = request.wire.served.name, request.stream, request.span
+        else:
+            chunk = request.chunk
+            (model, stream), span = chunk.key, chunk.span
         # `round` to digits takes four times as long
         ms = round((time.monotonic() - request.received_s) * 100_000) / 100
-        log_request(logging.INFO, request.request_id.decode(), "POST", self._route, status, ms)
+        log_request(
+            request.request_id.decode(),
+            "POST",
+            self._route,
+            status,
+            ms,
+            model=model,
+            stream=stream,
+            code=code,
+            received_bytes=request.body_bytes,
+            sent_bytes=len(response) - response.find(END_OF_HEAD) - len(END_OF_HEAD),
+            span=span,
+        )
+
+
+class TracedHeaders(NamedTuple):
+    """Headers without those that carry a trace, which differ from request to request."""
+
+    block: bytes
+    propagated: dict[str, str]
+
+
+_TRACE_HEADER = re.compile(
+    rb"\r\n(%b):[ \t]*([\x21-\x7e]+(?:[ \t]+[\x21-\x7e]+)*)[ \t]*(?=\r\n|\Z)"
+    % "|".join(PROPAGATED).encode(),
+    re.IGNORECASE,
+)
+
+
+def split_trace_headers(block: bytes) -> TracedHeaders:
+    """Take the headers that carry a trace out of a block of lines.
+
+    Repeated ones are not valid, and are ignored.
+    """
+    block = b"\r\n" + block
+    lines = _TRACE_HEADER.findall(block)
+    if not lines:
+        return TracedHeaders(block[2:], {})
+    propagated = {name.decode().lower(): value.decode() for name, value in lines}
+    is_valid = len(propagated) == len(lines)
+    return TracedHeaders(_TRACE_HEADER.sub(b"", block)[2:], propagated if is_valid else {})
 
 
 class FastRequest(NamedTuple):
@@ -188,6 +253,7 @@ class FastRequest(NamedTuple):
     Attributes:
         received_s: when it was complete, on the monotonic clock.
         deadline_s: until when its client waits, on the monotonic clock.
+        body_bytes: the length of its body.
         total_bytes: its length, head and body.
     """
 
@@ -198,6 +264,7 @@ class FastRequest(NamedTuple):
     request_id: bytes
     received_s: float
     deadline_s: float
+    body_bytes: int
     total_bytes: int
 
 
@@ -238,6 +305,9 @@ class FastPath(FastRoute[FastRequest]):
         if end < 0:
             return None
         block = data[start.end() : end]
+        propagated: dict[str, str] = {}
+        if self._tracer is not None:
+            block, propagated = split_trace_headers(block)
         headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
         if headers is None:
             return None
@@ -264,14 +334,28 @@ class FastPath(FastRoute[FastRequest]):
         except Forbidden:
             return None
         if error is not None:
-            return RejectedRequest(wire, error, reply_media, request_id, received_s, total_bytes)
+            tracer = self._tracer
+            span = None if tracer is None else tracer.start_request(propagated, received_s)
+            return RejectedRequest(
+                wire, stream, error, reply_media, request_id, received_s, length, total_bytes, span
+            )
         chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], media, key, precondition)
         if chunk is None or chunk.steps.length * served.outputs.size > LONG_VALUES:
             # the slow path encodes long replies in pieces
             return None
+        if self._tracer is not None:
+            chunk = chunk._replace(span=self._tracer.start_request(propagated, received_s))
         deadline_s = received_s + timeout_s
         return FastRequest(
-            entry, wire, chunk, reply_media, request_id, received_s, deadline_s, total_bytes
+            entry,
+            wire,
+            chunk,
+            reply_media,
+            request_id,
+            received_s,
+            deadline_s,
+            length,
+            total_bytes,
         )
 
     def response(self, request: FastRequest, result: Reply | CarryError, *, closes: bool) -> bytes:
@@ -287,8 +371,9 @@ class FastPath(FastRoute[FastRequest]):
             request.request_id,
             header_lines,
         )
-        self.log(request, 200)
-        return head + body
+        response = head + body
+        self.log(request, 200, response)
+        return response
 
 
 def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:

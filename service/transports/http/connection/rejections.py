@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
@@ -10,7 +9,8 @@ from typing import Final
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, Overloaded, TooManyConnections
-from service.ops.logs import RequestIds, log_request
+from service.ops.logs import RequestIds
+from service.ops.request_lines import log_request
 from service.pipeline.recorder import Recorder
 from service.transports.http.media import Media
 from service.transports.http.problems import problem_answer, status_of
@@ -100,5 +100,5 @@ class ConnectionErrors:
         self._recorder.record_error("-", error.code)
         request_id = self.ids.next()
         if not isinstance(error, TooManyConnections):
-            log_request(logging.INFO, request_id.decode(), "-", None, status_of(error), 0.0)
+            log_request(request_id.decode(), "-", None, status_of(error), 0.0, code=error.code)
         return error_response(error, Media.JSON, request_id, CLOSE)

@@ -18,9 +18,8 @@ from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.grpc.errors import status_details
 from service.transports.kserve.grpc.incoming import InferMessage
 from service.transports.kserve.grpc.message_admission import MessageAdmission
-from service.transports.kserve.grpc.messages import decode_parameters, encode_reply
+from service.transports.kserve.grpc.messages import decode_parameters
 from service.transports.kserve.parameters import parse_parameters
-from service.transports.kserve.values import InferReply
 
 WINDOW_BYTES: Final = 1024 * 1024
 """No further request of a call is read while those that are not yet applied have as many bytes."""
@@ -30,8 +29,11 @@ Responses = AsyncIterator[pb.ModelStreamInferResponse]
 
 _Response = asyncio.Future[pb.ModelStreamInferResponse]
 
-Infer = Callable[[InferMessage], Awaitable[InferReply]]
-Answer = Callable[[str, Callable[[], Awaitable[InferReply]]], Awaitable[InferReply | CarryError]]
+Infer = Callable[[InferMessage], Awaitable[pb.ModelInferResponse]]
+Answer = Callable[
+    [str, Callable[[], Awaitable[pb.ModelInferResponse]]],
+    Awaitable[pb.ModelInferResponse | CarryError],
+]
 """Runs the work of one request of a model, and returns its reply, or its error, logged and
 counted."""
 
@@ -161,7 +163,7 @@ class InferStream:
         message = request.message
         head = pb.ModelInferRequest() if message is None else message.head
 
-        async def work() -> InferReply:
+        async def work() -> pb.ModelInferResponse:
             if error is not None or message is None:
                 raise error or RuntimeError("a request without a message cannot start")
             return await self._infer(message)
@@ -173,7 +175,7 @@ class InferStream:
         if isinstance(result, CarryError):
             response = _error_response(result, head)
         else:
-            response = pb.ModelStreamInferResponse(infer_response=encode_reply(result))
+            response = pb.ModelStreamInferResponse(infer_response=result)
         if message is not None:
             self._count(-message.size)
             request.message = None

@@ -7,7 +7,6 @@ and on failure a status with Carry's code (see `errors`). Deadline and cancellat
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from service.access.principal import Verb
 from service.core.errors import BodyTooLarge, CarryError, DuplicateField
-from service.ops.logs import RequestIds, current_request_id, log_request
+from service.core.tracing import PROPAGATED
+from service.ops.logs import RequestIds, current_request_id
+from service.ops.request_lines import GRPC, RequestFacts, log_request, request_facts
 from service.pipeline.entry import Entry
 from service.pipeline.recorder import ModelStatistics
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
@@ -46,7 +47,6 @@ from service.transports.kserve.metadata import (
     repository_index,
     server_metadata,
 )
-from service.transports.kserve.values import InferReply
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID: Final = "x-request-id"
@@ -56,7 +56,7 @@ PROBES: Final = ("ServerLive", "ServerReady", "ModelReady")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Statistics = Callable[[], Mapping[str, ModelStatistics]]
-T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 Work = Callable[["Model", Context], Awaitable[Message]]
 """Receives and answers the message of a call."""
 
@@ -133,7 +133,8 @@ class InferenceServicer:
         """Answer a call with one request; an error ends it with a status."""
         with bound_contextvars(request_id=self._request_id(context)):
             model = Model()
-            result = await self._answer(method, model, partial(work, model, context))
+            propagated = self._propagated(context)
+            result = await self._answer(method, model, partial(work, model, context), propagated)
             if isinstance(result, CarryError):
                 return await _abort(context, result)
             return result
@@ -157,6 +158,7 @@ class InferenceServicer:
         async with self._messages.receive(context.read) as [data]:
             message: Any = _parse_short(kind, data)
             model.name = getattr(message, "name", "")
+            _note_message(len(data))
             entry.require(Verb.MODELS, model=model.name or None)
             return await work(entry, message)
 
@@ -173,7 +175,7 @@ class InferenceServicer:
         async with self._messages.receive(context.read) as received:
             message = InferMessage(received.pop())
             model.name = message.head.model_name
-            return encode_reply(await self._infer(entry, message, context.time_remaining()))
+            return await self._infer(entry, message, context.time_remaining())
 
     async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
         # the call has a context of its own, which the tasks of its requests inherit
@@ -183,7 +185,7 @@ class InferenceServicer:
             entry = self._api.entries.entry(authorization)
             stream = InferStream(
                 partial(self._infer_in_stream, authorization),
-                self._answer_in_stream,
+                partial(self._answer_in_stream, self._propagated(context)),
                 self._messages,
                 self._stream_window,
                 self.stopping,
@@ -199,21 +201,35 @@ class InferenceServicer:
 
     async def _infer_in_stream(
         self, authorization: bytes | None, message: InferMessage
-    ) -> InferReply:
+    ) -> pb.ModelInferResponse:
         # the key may have been revoked since the call began
         return await self._infer(self._api.entries.entry(authorization), message, None)
 
     async def _answer_in_stream(
-        self, model: str, work: Callable[[], Awaitable[T]]
-    ) -> T | CarryError:
-        return await self._answer("ModelStreamInfer", Model(model), work)
+        self, propagated: Mapping[str, str], model: str, work: Callable[[], Awaitable[M]]
+    ) -> M | CarryError:
+        return await self._answer("ModelStreamInfer", Model(model), work, propagated)
 
     async def _answer(
-        self, method: str, model: Model, work: Callable[[], Awaitable[T]]
-    ) -> T | CarryError:
-        """The result of a request's work, or its error, counted; either is logged."""
-        began_s = time.perf_counter()
-        result: T | CarryError
+        self,
+        method: str,
+        model: Model,
+        work: Callable[[], Awaitable[M]],
+        propagated: Mapping[str, str],
+    ) -> M | CarryError:
+        """The result of a request's work, or its error, counted; either is logged and traced.
+
+        It is called in a context of the request.
+
+        Args:
+            propagated: the metadata that carries the trace of the caller.
+        """
+        began_s = time.monotonic()
+        facts = RequestFacts()
+        request_facts.set(facts)
+        if self._api.tracer is not None:
+            facts.span = self._api.tracer.start_request(propagated, began_s)
+        result: M | CarryError
         self.requests += 1
         try:
             result = await work()
@@ -221,7 +237,7 @@ class InferenceServicer:
             result = error
             log_failure(error)
         except asyncio.CancelledError:
-            _log(method, grpc.StatusCode.CANCELLED, began_s)
+            _log(method, grpc.StatusCode.CANCELLED, began_s, facts)
             raise
         except Exception as error:
             result = log_unexpected_failure(error)
@@ -231,9 +247,10 @@ class InferenceServicer:
             # it refers to this frame, which refers to it: the request would not be freed
             result.__traceback__ = None
             self._api.recorder.record_error(model.name or "-", result.code)
-            _log(method, status_code(result), began_s)
+            _log(method, status_code(result), began_s, facts)
         else:
-            _log(method, grpc.StatusCode.OK, began_s)
+            facts.sent_bytes = result.ByteSize()
+            _log(method, grpc.StatusCode.OK, began_s, facts)
         return result
 
     def _request_id(self, context: Context) -> str:
@@ -249,12 +266,26 @@ class InferenceServicer:
                 return value
         return None
 
+    def _propagated(self, context: Context) -> dict[str, str]:
+        """The metadata that carries the trace of the caller; none if it is repeated."""
+        if self._api.tracer is None:
+            return {}
+        entries = [
+            (name, value)
+            for name, value in context.invocation_metadata() or ()
+            if name in PROPAGATED and isinstance(value, str)
+        ]
+        propagated = dict(entries)
+        return propagated if len(propagated) == len(entries) else {}
+
     async def _infer(
         self, entry: Entry, message: InferMessage, remaining_s: float | None
-    ) -> InferReply:
+    ) -> pb.ModelInferResponse:
         """Answer a request whose client waits for so long; None if it does not say."""
+        _note_message(message.size)
         timeout_s = self._api.limits.effective_timeout_s(remaining_s)
-        return await message.infer(self._inference, entry, time.monotonic() + timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        return encode_reply(await message.infer(self._inference, entry, deadline_s))
 
     async def _server_live(self, message: Message) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -353,13 +384,26 @@ async def _abort(context: Context, error: CarryError) -> NoReturn:
     await context.abort(status_code(error), status_details(error), metadata)
 
 
-def _log(method: str, status: grpc.StatusCode, began_s: float) -> None:
+def _note_message(size: int) -> None:
+    """Note the length of the message of the request that is being served."""
+    facts = request_facts.get()
+    if facts is not None:
+        facts.received_bytes = size
+
+
+def _log(method: str, status: grpc.StatusCode, began_s: float, facts: RequestFacts) -> None:
     """Write the line of one request, with the number of its status."""
     log_request(
-        logging.DEBUG if method in PROBES else logging.INFO,
         current_request_id() or "-",
-        "GRPC",
+        GRPC,
         f"/{SERVICE}/{method}",
         status.value[0],
-        round((time.perf_counter() - began_s) * 1000, 2),
+        round((time.monotonic() - began_s) * 1000, 2),
+        model=facts.model,
+        stream=facts.stream,
+        code=facts.code,
+        received_bytes=facts.received_bytes,
+        sent_bytes=facts.sent_bytes,
+        span=facts.span,
+        is_probe=method in PROBES,
     )

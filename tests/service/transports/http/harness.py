@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 
 from models.artifact.artifact import Artifact
 from service.access.key_cache import AccessKeys
+from service.core.tracing import Tracer
 from service.core.values import StreamKey
 from service.ops.logs import RequestIds
 from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
@@ -122,6 +123,7 @@ async def harness(
     on_model_change: OnModelChange = "refuse",
     fast_path: bool = FAST_PATH,
     requires_keys: bool | None = None,
+    tracer: Tracer | None = None,
     extend: Callable[[FastAPI], None] = lambda app: None,
     **pipeline: Any,
 ) -> AsyncIterator[Harness]:
@@ -145,6 +147,7 @@ async def harness(
         limits=PipelineLimits(**pipeline),
         now_ms=lambda: clock[0],
         on_model_change=on_model_change,
+        tracer=tracer,
     )
     await built.start()
     keys = None
@@ -158,6 +161,7 @@ async def harness(
         metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
         fast_path=fast_path,
         keys=keys,
+        tracer=tracer,
         now_ms=lambda: clock[0],
     )
     extend(app)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,15 +35,18 @@ async def live_application(
     models: Mapping[str, Artifact],
     limits: ApiLimits = LIMITS,
     sockets: SocketLimits = SOCKETS,
+    extend: Callable[[FastAPI], None] = lambda app: None,
+    **options: Any,
 ) -> AsyncIterator[Harness]:
     """An application with live sockets and watching, on a server that is emptied first."""
 
-    def extend(app: FastAPI) -> None:
+    def extend_all(app: FastAPI) -> None:
+        extend(app)
         add_live_sockets(app, sockets, ORIGINS)
         api = app.state.api
         add_watching(app, Watches(api.entries.open._store, api.recorder))
 
-    async with harness(server, models, limits=limits, extend=extend) as running:
+    async with harness(server, models, limits=limits, extend=extend_all, **options) as running:
         await running.store.outputs.start()
         try:
             yield running

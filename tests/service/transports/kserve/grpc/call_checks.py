@@ -78,12 +78,14 @@ class Call:
             message.parameters["sequence_id"].int64_param = at + 1
             yield message.SerializeToString()
 
-    async def _infer(self, message: InferMessage) -> InferReply:
+    async def _infer(self, message: InferMessage) -> pb.ModelInferResponse:
         await self.is_released.wait()
-        return InferReply("m", "1", message.head.id, {}, [])
+        return pb.ModelInferResponse(model_name="m", id=message.head.id)
 
 
-async def _answer(model: str, work: Callable[[], Awaitable[InferReply]]) -> InferReply | CarryError:
+async def _answer(
+    model: str, work: Callable[[], Awaitable[pb.ModelInferResponse]]
+) -> pb.ModelInferResponse | CarryError:
     return await work()
 
 
@@ -116,18 +118,18 @@ async def test_every_request_of_a_full_window_is_answered_when_the_service_stops
 async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> None:
     """Else requests of many MiB accumulate until the next collection, which counts objects."""
     recorder = SimpleNamespace(record_error=lambda model, code: None)
-    inference: Any = SimpleNamespace(api=SimpleNamespace(recorder=recorder))
+    inference: Any = SimpleNamespace(api=SimpleNamespace(recorder=recorder, tracer=None))
     servicer = InferenceServicer(inference, dict, UNLIMITED, WINDOW)
     freed: list[weakref.ref[Call]] = []
 
-    async def reject() -> InferReply:
+    async def reject() -> pb.ModelInferResponse:
         request = Call(0, 0)
         freed.append(weakref.ref(request))
         raise Conflict("why")
 
     gc.disable()
     try:
-        error = await servicer._answer("ModelInfer", Model("m"), reject)
+        error = await servicer._answer("ModelInfer", Model("m"), reject, {})
         assert isinstance(error, Conflict)
         assert freed[0]() is None
     finally:
@@ -193,7 +195,8 @@ async def test_long_message_is_rejected_before_objects_are_made_of_its_fields(
     data, expected = MANY[name]
     bodies = LongBodyAdmission(2**30)
     limits = ApiLimits(max_predict_steps=50)
-    inference: Any = SimpleNamespace(api=SimpleNamespace(limits=limits, long_bodies=bodies))
+    api = SimpleNamespace(limits=limits, long_bodies=bodies, tracer=None)
+    inference: Any = SimpleNamespace(api=api)
     parsed: list[int] = []
 
     def record(kind: type[Any], message: bytes) -> Any:
@@ -227,7 +230,7 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
 
     limits = SimpleNamespace(effective_timeout_s=lambda remaining_s: 1.0)
     entries = SimpleNamespace(entry=lambda authorization: NOBODY)
-    api = SimpleNamespace(limits=limits, entries=entries)
+    api = SimpleNamespace(limits=limits, entries=entries, tracer=None)
     inference: Any = SimpleNamespace(api=api, infer=infer)
     server = GrpcServer(inference, dict, LIMITS, "127.0.0.1", 0)
     await server.start()

@@ -20,7 +20,6 @@ from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.grpc.incoming import InferMessage
 from service.transports.kserve.grpc.infer_stream import InferStream
 from service.transports.kserve.grpc.message_admission import MessageAdmission
-from service.transports.kserve.values import InferReply
 
 WINDOW = 64
 UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
@@ -43,13 +42,13 @@ class Call:
             request.parameters["sequence_id"].int64_param = number + 1
             yield request.SerializeToString()
 
-    async def infer(self, message: InferMessage) -> InferReply:
+    async def infer(self, message: InferMessage) -> pb.ModelInferResponse:
         await self.may_answer.wait()
-        return InferReply("m", "1", message.head.id, {}, [])
+        return pb.ModelInferResponse(model_name="m", id=message.head.id)
 
     async def answer(
-        self, model: str, work: Callable[[], Awaitable[InferReply]]
-    ) -> InferReply | CarryError:
+        self, model: str, work: Callable[[], Awaitable[pb.ModelInferResponse]]
+    ) -> pb.ModelInferResponse | CarryError:
         return await work()
 
     async def run(self) -> None:

@@ -1,0 +1,63 @@
+"""Traces of requests and batches: the interface of a tracer, and of the span of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+
+class RequestSpan(Protocol):
+    """The span of a request that is sampled."""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+
+    def end(
+        self,
+        method: str,
+        route: str | None,
+        status: int,
+        *,
+        request_id: str,
+        model: str | None,
+        stream: str | None,
+        code: str | None,
+        received_bytes: int,
+        sent_bytes: int,
+    ) -> None:
+        """End it; once. Arguments are those of a line in the access log."""
+
+
+class BatchTimes(NamedTuple):
+    """When the stages of a batch began and ended, on the monotonic clock; None if one was not
+    reached."""
+
+    batch: tuple[float, float]
+    load: tuple[float, float] | None
+    infer: tuple[float, float] | None
+    commit: tuple[float, float] | None
+
+
+class Tracer(Protocol):
+    """Makes spans; never raises, never blocks. Called from the event loop."""
+
+    def start_request(self, headers: Mapping[str, str], began_s: float) -> RequestSpan | None:
+        """Start the span of a request; None if it is not sampled.
+
+        Args:
+            headers: those of the request whose names are `PROPAGATED`, in lower case.
+            began_s: when it began, on the monotonic clock.
+        """
+
+    def current_span(self) -> RequestSpan | None:
+        """The span of the request that is being served in this context."""
+
+    def record_batch(
+        self, model: str, requests: Sequence[RequestSpan], chunks: int, times: BatchTimes
+    ) -> None:
+        """Record a batch with the spans of those of its requests that are sampled, at least one."""
+
+
+PROPAGATED = ("traceparent", "tracestate")
+"""Headers that carry the trace of the caller (W3C Trace Context)."""

@@ -1,0 +1,223 @@
+"""The access log: one line for each request of every transport, at the level of its outcome.
+
+The lines have the format of every other line. They are rendered without structlog's processors,
+which take ten times as long, and are buffered.
+
+    success                                    info; debug if it is a probe's
+    client disconnected, or cancelled          info
+    error of the request (4xx)                 warning
+    error of the service (5xx)                 error
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from random import random
+from typing import Any, Final, Literal
+
+from service.core.tracing import RequestSpan
+
+LogStreams = Literal["none", "hashed", "clear"]
+"""How a line names the stream of its request."""
+
+RequestObserver = Callable[[str, str | None, int, float], None]
+"""(method, route, status, milliseconds) of a request; the route is None if none matched."""
+
+GRPC: Final = "GRPC"
+"""The method of a gRPC call, whose status is gRPC's number."""
+
+CLIENT_DISCONNECTED: Final = 0
+"""The status of a request whose client disconnected before the response."""
+
+HASH_BYTES: Final = 8
+_GRPC_LEVELS: Final = {
+    **dict.fromkeys((0, 1), logging.INFO),  # OK, CANCELLED
+    # UNKNOWN, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS
+    **dict.fromkeys((2, 4, 13, 14, 15), logging.ERROR),
+}
+_LEVEL_NAMES: Final = {
+    number: logging.getLevelName(number).lower()
+    for number in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)
+}
+
+
+@dataclass(slots=True)
+class RequestFacts:
+    """What is found out about a request while it is served.
+
+    Attributes:
+        model: only if it is served, so that a client cannot write into the log.
+        stream: the name as the client sent it; the access log names it by the setting.
+        code: of the error that answers it.
+        received_bytes, sent_bytes: of the bodies.
+        span: the request's, if it is sampled.
+    """
+
+    model: str | None = None
+    stream: str | None = None
+    code: str | None = None
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    span: RequestSpan | None = None
+
+
+request_facts: ContextVar[RequestFacts | None] = ContextVar("request_facts", default=None)
+"""Those of the request that is being served; None on a fast path, which passes its own."""
+
+
+def note_error(code: str) -> None:
+    """Note the code of the error that answers the request that is being served."""
+    facts = request_facts.get()
+    if facts is not None:
+        facts.code = code
+
+
+def note_stream(model: str, stream: str | None) -> None:
+    """Note a served model and the stream that the request that is being served names."""
+    facts = request_facts.get()
+    if facts is not None:
+        facts.model, facts.stream = model, stream
+
+
+class AccessLog:
+    """Writes the lines of one process.
+
+    Attributes:
+        level: lowest level that is written.
+        render: makes the text of a line.
+        write: buffers a text.
+        observe: sees every request, for metrics.
+        success_ratio: share of the successful requests that have a line.
+        name_stream: how a line names a stream; None omits it.
+    """
+
+    def __init__(self) -> None:
+        self.level = logging.CRITICAL + 1
+        self.render: Callable[[dict[str, Any]], str] = str
+        self.write: Callable[[str], None] = _ignore
+        self.observe: RequestObserver = _ignore
+        self.success_ratio = 1.0
+        self.name_stream: Callable[[str], str] | None = None
+
+    def name_streams(self, how: LogStreams, key: bytes) -> None:
+        """Set how lines name streams.
+
+        Args:
+            key: secret of the store; with it nobody can compute the hashes of guessed names.
+        """
+        if how == "none":
+            self.name_stream = None
+        elif how == "clear":
+            self.name_stream = str
+        else:
+            self.name_stream = stream_hash(key)
+
+    def named(self, stream: str) -> str | None:
+        """How lines and spans name a stream."""
+        return None if self.name_stream is None else self.name_stream(stream)
+
+    def log(
+        self,
+        request_id: str,
+        method: str,
+        route: str | None,
+        status: int,
+        ms: float,
+        *,
+        model: str | None = None,
+        stream: str | None = None,
+        code: str | None = None,
+        received_bytes: int = 0,
+        sent_bytes: int = 0,
+        span: RequestSpan | None = None,
+        is_probe: bool = False,
+    ) -> None:
+        """Write the line of one request, unless its level or the sampling omits it.
+
+        Args:
+            route: the path with the names of its parameters; None if no route matched.
+            status: of HTTP; 0 if the client disconnected before the response. Of gRPC its number.
+            ms: the total time of the request.
+            model, stream, code, received_bytes, sent_bytes: see `RequestFacts`.
+            span: the request's, which is ended.
+        """
+        self.observe(method, route, status, ms)
+        if stream is not None:
+            stream = None if self.name_stream is None else self.name_stream(stream)
+        if span is not None:
+            span.end(
+                method,
+                route,
+                status,
+                request_id=request_id,
+                model=model,
+                stream=stream,
+                code=code,
+                received_bytes=received_bytes,
+                sent_bytes=sent_bytes,
+            )
+        if method == GRPC:
+            level = _GRPC_LEVELS.get(status, logging.WARNING)
+        elif status < 400:
+            level = logging.INFO
+        else:
+            level = logging.WARNING if status < 500 else logging.ERROR
+        ratio = 1.0
+        if level == logging.INFO:
+            if is_probe:
+                level = logging.DEBUG
+            ratio = self.success_ratio
+        if level < self.level or (ratio < 1.0 and random() >= ratio):  # noqa: S311
+            return
+        line: dict[str, Any] = {
+            "timestamp": datetime.now(UTC),
+            "level": _LEVEL_NAMES[level],
+            "logger": "service.requests",
+            "message": "request",
+            "request_id": request_id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "ms": ms,
+            "received_bytes": received_bytes,
+            "sent_bytes": sent_bytes,
+        }
+        if code is not None:
+            line["code"] = code
+        if model is not None:
+            line["model"] = model
+        if stream is not None:
+            line["stream"] = stream
+        if span is not None:
+            line["trace_id"] = span.trace_id
+        if ratio < 1.0:
+            line["sample_ratio"] = ratio
+        self.write(self.render(line))
+
+
+def stream_hash(key: bytes) -> Callable[[str], str]:
+    """A function from names of streams to 16 hexadecimal digits: BLAKE2b, keyed."""
+
+    @lru_cache(maxsize=4096)
+    def hash_name(stream: str) -> str:
+        name = stream.encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(name, digest_size=HASH_BYTES, key=key, person=b"carry-log")
+        return digest.hexdigest()
+
+    return hash_name
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+access_log: Final = AccessLog()
+"""The access log of this process; `configure_logs` sets its level and format."""
+
+log_request: Final = access_log.log
