@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -289,9 +289,31 @@ class StreamPage(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """One primary of the store.
+
+    Attributes:
+        address: without a password.
+        status: `down`: its streams wait or fail; `unsafe`: it could lose streams silently.
+        detail: why it is not `up`.
+    """
+
+    address: str
+    status: Literal["up", "down", "unsafe"]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one readiness check."""
+    """The result of one readiness check.
+
+    Attributes:
+        degraded: it passes, since most requests are served, but not all.
+        servers: the primaries of the store, of its check.
+    """
 
     name: str
     ok: bool
     detail: str = ""
+    degraded: bool = False
+    servers: tuple[ServerStatus, ...] = ()

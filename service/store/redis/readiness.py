@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from service.core.errors import CarryError, StoreRefused
-from service.core.values import Check
+from service.core.values import Check, ServerStatus
 from service.store.redis.pipelined_connection import Command, Script
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
@@ -106,6 +106,14 @@ class Readiness:
             *(self._check_server(server, probes.get(server)) for server in layout.servers)
         )
         faults = [each for each in results if each is not None]
+        statuses = tuple(
+            ServerStatus(server.redacted_url, "up")
+            if fault is None
+            else ServerStatus(
+                server.redacted_url, "unsafe" if fault.is_unsafe else "down", fault.detail
+            )
+            for server, fault in zip(layout.servers, results, strict=True)
+        )
         is_serving = len(faults) < len(layout.servers)
         is_safe = not any(each.is_unsafe for each in faults)
         telemetry.is_up = is_serving and is_safe
@@ -119,6 +127,8 @@ class Readiness:
             "store",
             telemetry.is_up,
             detail or f"{self._router.redacted_url} accepts commits",
+            degraded=telemetry.is_up and bool(faults),
+            servers=statuses,
         )
 
     def _probes(self, servers: Collection[RedisServer]) -> dict[RedisServer, Command]:

@@ -73,6 +73,7 @@ def create_api(
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
+    routers.append(health.store_router(entry_of))
     if metrics is not None:
         routers.append(health.metrics_router(metrics, entry_of))
     ids = RequestIds()

@@ -19,7 +19,14 @@ from service.ops.request_lines import RequestFacts, log_request, request_facts
 REQUEST_ID_HEADER = b"x-request-id"
 is_request_id = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}").fullmatch
 
-PROBES = ("/health/live", "/health/ready", "/metrics", "/v2/health/live", "/v2/health/ready")
+PROBES = (
+    "/health/live",
+    "/health/ready",
+    "/health/store",
+    "/metrics",
+    "/v2/health/live",
+    "/v2/health/ready",
+)
 """Routes that probes request every few seconds; logged at `debug`."""
 
 Scope = MutableMapping[str, Any]

@@ -132,7 +132,12 @@ async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Clu
             finally:
                 victim.resume()
         assert check.ok
+        assert check.degraded
         assert str(victim.port) in check.detail
+        down = [each for each in check.servers if each.status == "down"]
+        assert len(check.servers) == len(lasting_cluster.primaries)
+        assert [each.detail in check.detail for each in down] == [True]
+        assert str(victim.port) in down[0].address
         assert [line["event"] for line in lines] == ["store_degraded"]
         assert str(victim.port) in lines[0]["reason"]
 
@@ -158,7 +163,9 @@ async def test_a_shard_that_may_evict_fails_readiness(own_cluster: Cluster) -> N
         try:
             check = await store_check(store)
             assert not check.ok
+            assert not check.degraded
             assert str(own_cluster.primaries[2].port) in check.detail
+            assert sorted(each.status for each in check.servers) == ["unsafe", "up", "up"]
         finally:
             own_cluster.primaries[2].ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
         assert (await store_check(store)).ok

@@ -47,6 +47,7 @@ NEEDED: Mapping[tuple[str, str], set[Verb]] = {
     ("GET", "/v1/models/{model}"): {Verb.MODELS},
     ("GET", "/openapi.json"): {Verb.MODELS},
     ("GET", "/metrics"): {Verb.METRICS},
+    ("GET", "/health/store"): {Verb.METRICS},
     ("GET", "/v2"): {Verb.MODELS},
     ("GET", "/v2/"): {Verb.MODELS},
     ("GET", "/v2/models/stats"): {Verb.MODELS},

@@ -403,3 +403,6 @@ READY: Arguments = {
         503: {"model": reply_types.Ready, "description": "Some check fails."},
     }
 }
+STORE: Arguments = {
+    "responses": {200: {"model": reply_types.StoreReport, "description": "How the store is."}}
+}

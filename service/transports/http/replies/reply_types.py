@@ -394,4 +394,27 @@ class Ready(TypedDict):
     status: Literal["ready", "not_ready"]
     failing: list[str]
     """Names of the checks that fail."""
+    degraded: list[str]
+    """Names of the checks that pass although some requests will fail."""
     checks: list[CheckInfo]
+
+
+@closed
+class StoreServer(TypedDict):
+    """One primary of the store."""
+
+    address: str
+    status: Literal["up", "down", "unsafe"]
+    detail: str
+    """Why it is not `up`."""
+
+
+@closed
+class StoreReport(TypedDict):
+    """How the store is."""
+
+    status: Literal["up", "degraded", "down"]
+    """`degraded`: the streams of some servers wait or fail; `down`: chunks are not served."""
+    detail: str
+    servers: list[StoreServer]
+    """Its primaries; none if they are unknown."""

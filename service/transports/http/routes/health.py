@@ -1,7 +1,7 @@
-"""Liveness, readiness and metrics.
+"""Liveness, readiness, the report of the store and metrics.
 
 Liveness says that the process answers, and checks nothing else: an unavailable store is no reason
-to restart it. Readiness names every check and each one that fails. Both answer in JSON.
+to restart it. Readiness names every check and each one that fails. They answer in JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.transports.http.context import api_of
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import reply
-from service.transports.http.replies.reply_types import Live, Ready
+from service.transports.http.replies.reply_types import Live, Ready, StoreReport
 
 RenderMetrics = Callable[[], tuple[bytes, str]]
 """Returns the body of /metrics and its content type; called in a thread."""
@@ -43,11 +43,40 @@ async def get_ready(request: Request) -> Response:
     document: Ready = {
         "status": "not_ready" if failing else "ready",
         "failing": failing,
+        "degraded": [check.name for check in checks if check.degraded],
         "checks": [
             {"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks
         ],
     }
     return reply(Media.JSON, document, 503 if failing else 200)
+
+
+def store_router(entry_of: Callable[[Request], Entry] | None = None) -> APIRouter:
+    """The route /health/store.
+
+    Args:
+        entry_of: gives the entry that must allow metrics; None for a port that asks for no key.
+    """
+    store = APIRouter(tags=["health"])
+
+    @store.get("/health/store", summary="Each server of the store", **operations.STORE)
+    async def get_store(request: Request) -> Response:
+        """Always 200: it is a report, not a reason to send requests elsewhere."""
+        if entry_of is not None:
+            entry_of(request).require(Verb.METRICS)
+        checks = await api_of(request).readiness()
+        check = next(each for each in checks if each.name == "store")
+        document: StoreReport = {
+            "status": "degraded" if check.degraded else "up" if check.ok else "down",
+            "detail": check.detail,
+            "servers": [
+                {"address": each.address, "status": each.status, "detail": each.detail}
+                for each in check.servers
+            ],
+        }
+        return reply(Media.JSON, document)
+
+    return store
 
 
 def metrics_router(

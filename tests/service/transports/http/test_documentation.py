@@ -20,7 +20,7 @@ from models.events.parse import event_adapter
 from models.events.schema import EventSchema
 from models.spec.model import ModelSpec, parse_spec
 from service.core.delivery import chunk_digest, next_tag
-from service.core.values import FIRST_TAG, Check, Feed, Steps
+from service.core.values import FIRST_TAG, Check, Feed, ServerStatus, Steps
 from service.pipeline.watching import Watches
 from service.transports.http.replies import reply_types
 from service.transports.websocket.watching import add_watching
@@ -144,7 +144,9 @@ async def test_every_exchange_of_the_api_page_is_current(
     state_body = ""
     compared = 0
     async with harness(pipeline_server, {"flights": artifact}) as api:
-        api.store.checks = [Check("store", True, "unix:///run/carry/valkey.sock accepts commits")]
+        address = "unix:///run/carry/valkey.sock"
+        detail, servers = f"{address} accepts commits", (ServerStatus(address, "up"),)
+        api.store.checks = [Check("store", True, detail, servers=servers)]
         for request, abridged, reply in exchanges():
             first, headers, body = parts(request)
             method, address = first.split(" ")
@@ -171,7 +173,7 @@ async def test_every_exchange_of_the_api_page_is_current(
             if address.endswith("/state"):
                 state_body = response.text
             compared += 1
-    assert compared == 15
+    assert compared == 16
 
 
 @pytest.mark.parametrize("page", ["http-api.md", "errors.md", "protocol.md"])

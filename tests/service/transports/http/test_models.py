@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from service.core.errors import leaf_errors
-from service.core.values import Check
+from service.core.values import Check, ServerStatus
 from service.transports.http.application import create_api
 from service.transports.http.replies import reply_types
 from tests.service.transports.http.harness import EVENT, LIMITS, Harness, problem, rows
@@ -147,7 +147,7 @@ async def test_every_operation_is_documented(api: Harness) -> None:
         for path, item in document["paths"].items()
         for method, operation in item.items()
     ]
-    assert len(operations) == 16
+    assert len(operations) == 17
     for path, method, operation in operations:
         assert operation["summary"], (path, method)
         assert operation["description"], (path, method)
@@ -219,6 +219,17 @@ async def test_live_does_not_depend_on_the_store(api: Harness) -> None:
     assert (response.status_code, response.json()) == (200, {"status": "live"})
 
 
+async def test_a_store_without_one_server_is_ready_and_degraded(api: Harness) -> None:
+    servers = (ServerStatus("redis://a", "up"), ServerStatus("redis://b", "down", "no answer"))
+    api.store.checks = [Check("store", True, "no answer", degraded=True, servers=servers)]
+    response = await api.client.get("/health/ready")
+    assert (response.status_code, response.json()["degraded"]) == (200, ["store"])
+    response = await api.client.get("/health/store")
+    report = TypeAdapter(reply_types.StoreReport).validate_json(response.content)
+    assert (response.status_code, report["status"]) == (200, "degraded")
+    assert [each["status"] for each in report["servers"]] == ["up", "down"]
+
+
 async def test_ready_names_each_failing_check(api: Harness) -> None:
     response = await api.client.get("/health/ready")
     assert response.status_code == 200
@@ -230,6 +241,7 @@ async def test_ready_names_each_failing_check(api: Harness) -> None:
     assert response.status_code == 503
     assert response.json()["failing"] == ["store", "eviction"]
     assert {"name": "store", "ok": False, "detail": "no answer"} in response.json()["checks"]
+    assert (await api.client.get("/health/store")).json()["status"] == "down"
     await api.pipeline.stop()
     assert "accepting" in (await api.client.get("/health/ready")).json()["failing"]
 
