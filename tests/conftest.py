@@ -14,6 +14,7 @@ import uvloop
 
 import models
 from models.artifact.artifact import write_artifact
+from tests.support.browser import running_browser
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
 from tests.support.turns import turn
@@ -58,6 +59,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Service]:
     """A service that stays up; each test uses streams of its own."""
     with running(tmp_path_factory.mktemp("service"), model_dir, "--grpc-port", "0") as up:
+        yield up
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A browser; each test opens pages of its own."""
+    with running_browser(tmp_path_factory.mktemp("browser")) as up:
         yield up
 
 

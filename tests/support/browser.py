@@ -81,8 +81,12 @@ class Page:
 
 
 @contextmanager
-def _browser(profile: Path) -> Iterator[str]:
-    """The debugging port of a new browser."""
+def running_browser(profile: Path) -> Iterator[str]:
+    """The address of a new browser's debugger.
+
+    Args:
+        profile: an empty folder.
+    """
     process = subprocess.Popen(
         [
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
@@ -94,22 +98,20 @@ def _browser(profile: Path) -> Iterator[str]:
     # written once the browser listens
     file = profile / "DevToolsActivePort"
     try:
-        yield until(lambda: file.exists() and file.read_text(), "a browser").splitlines()[0]
+        port = until(lambda: file.exists() and file.read_text(), "a browser").splitlines()[0]
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
 
 
 @asynccontextmanager
-async def browser_page(profile: Path) -> AsyncIterator[Page]:
-    """The one page of a new browser.
-
-    Args:
-        profile: an empty folder.
-    """
-    with _browser(profile) as port:
-        async with httpx.AsyncClient() as client:
-            pages = (await client.get(f"http://127.0.0.1:{port}/json")).json()
-        address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-        async with connect(address, max_size=None) as connection:
-            yield Page(connection)
+async def new_page(browser: str) -> AsyncIterator[Page]:
+    """A new page of a browser."""
+    async with httpx.AsyncClient(base_url=browser) as client:
+        target = (await client.put("/json/new")).json()
+        try:
+            async with connect(target["webSocketDebuggerUrl"], max_size=None) as connection:
+                yield Page(connection)
+        finally:
+            await client.get(f"/json/close/{target['id']}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 
 import httpx
 import numpy as np
 
-from tests.support.browser import browser_page
+from tests.support.browser import new_page
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT, blocks
 from tests.support.service import Service
@@ -47,8 +46,8 @@ new Promise((resolve) => {
 """
 
 
-async def test_a_page_feeds_and_watches_a_stream(service: Service, tmp_path: Path) -> None:
-    async with asyncio.timeout(60), browser_page(tmp_path) as page:
+async def test_a_page_feeds_and_watches_a_stream(service: Service, browser: str) -> None:
+    async with asyncio.timeout(60), new_page(browser) as page:
         async with httpx.AsyncClient(base_url=service.url) as client:
             await client.delete(STREAM)
             whole = await client.post(STREAM + "-whole/chunks", json={"events": EVENTS})

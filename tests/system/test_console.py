@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.support.browser import Page, browser_page
+from tests.support.browser import Page, new_page
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 from tests.support.proxy import Proxy
@@ -72,7 +71,7 @@ async def without_a_name(page: Page) -> list[Any]:
     ]
 
 
-async def test_the_console_shows_streams_as_they_change(service: Service, tmp_path: Path) -> None:
+async def test_the_console_shows_streams_as_they_change(service: Service, browser: str) -> None:
     up = True
     host, _, port = service.url.removeprefix("http://").partition(":")
     proxy = Proxy(lambda: (host, int(port)) if up else None)
@@ -80,7 +79,7 @@ async def test_the_console_shows_streams_as_they_change(service: Service, tmp_pa
         asyncio.timeout(90),
         proxy.listening(),
         httpx.AsyncClient(base_url=service.url) as client,
-        browser_page(tmp_path) as page,
+        new_page(browser) as page,
     ):
 
         async def send(stream: str, *events: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from service.pipeline.watching import Watches
 from service.transports.websocket.watching import add_watching
 from tests.service.transports.http.harness import harness, listening
 from tests.support.access import revoke
-from tests.support.browser import browser_page
+from tests.support.browser import new_page
 from tests.support.needs import needs_tools
 from tests.support.pipelines import make_artifact
 from tests.support.proxy import Proxy
@@ -25,7 +25,7 @@ STATUS = "document.querySelector('h1 [role=status]')?.innerText"
 
 
 async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
-    pipeline_server: RealServer, tmp_path: Path
+    pipeline_server: RealServer, browser: str, tmp_path: Path
 ) -> None:
     models = {"probe": make_artifact(tmp_path)}
     async with (
@@ -33,7 +33,7 @@ async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
         harness(pipeline_server, models, requires_keys=True) as running,
         listening(running.app) as path,
         Proxy(lambda: path).listening() as proxy,
-        browser_page(tmp_path / "profile") as page,
+        new_page(browser) as page,
     ):
         add_watching(running.app, Watches(running.store, running.counts))
         add_console(running.app)

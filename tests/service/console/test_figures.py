@@ -1,0 +1,81 @@
+"""Rates and quantiles that the console computes from `/metrics`, in Chromium."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from fastapi.responses import PlainTextResponse
+from fastapi.routing import APIRoute
+
+from service.console.page import add_console
+from tests.service.transports.http.harness import harness, listening
+from tests.support.browser import new_page
+from tests.support.needs import needs_tools
+from tests.support.pipelines import make_artifact
+from tests.support.proxy import Proxy
+from tests.support.servers import RealServer
+
+pytestmark = needs_tools("chromium")
+
+PER_SECOND = """
+carry_events_total{model="probe"} 50
+carry_refusals_total{code="invalid_input",model="-"} 0.5
+carry_chunk_stage_seconds_sum{model="probe",stage="commit"} 0.02
+carry_chunk_stage_seconds_count{model="probe",stage="commit"} 10
+carry_request_seconds_bucket{le="0.005",method="POST",route="/v1/a/chunks",status="200"} 0
+carry_request_seconds_bucket{le="0.01",method="POST",route="/v1/a/chunks",status="200"} 5
+carry_request_seconds_bucket{le="0.025",method="POST",route="/v1/a/chunks",status="200"} 8
+carry_request_seconds_bucket{le="0.225",method="POST",route="/v1/a/chunks",status="200"} 8
+carry_request_seconds_bucket{le="+Inf",method="POST",route="/v1/a/chunks",status="200"} 8
+carry_request_seconds_count{method="POST",route="/v1/a/chunks",status="200"} 8
+carry_request_seconds_bucket{le="0.005",method="GRPC",route="/infer",status="13"} 0
+carry_request_seconds_bucket{le="0.01",method="GRPC",route="/infer",status="13"} 1
+carry_request_seconds_bucket{le="0.025",method="GRPC",route="/infer",status="13"} 1.8
+carry_request_seconds_bucket{le="0.225",method="GRPC",route="/infer",status="13"} 2
+carry_request_seconds_bucket{le="+Inf",method="GRPC",route="/infer",status="13"} 2
+carry_request_seconds_count{method="GRPC",route="/infer",status="13"} 2
+carry_request_seconds_bucket{le="+Inf",method="GET",route="/v1/a/outputs",status="200"} 700
+carry_request_seconds_count{method="GET",route="/v1/a/outputs",status="200"} 700
+""".strip().splitlines()
+"""Increase of each sample in a second. A watch lasts as long as its client wants: not a latency."""
+
+SHOWN = """Object.fromEntries([...document.querySelectorAll('.tiles > div')]
+  .map((tile) => [...tile.children].map((each) => each.innerText)))"""
+STAGES = """[...document.querySelectorAll('figure')]
+  .find((each) => each.innerText.startsWith('Stages')).querySelector('[role=img]').ariaLabel"""
+
+
+async def test_the_overview_shows_rates_and_quantiles_of_the_last_seconds(
+    pipeline_server: RealServer, browser: str, tmp_path: Path
+) -> None:
+    began_s = time.monotonic() - 1000
+
+    def metrics() -> PlainTextResponse:
+        elapsed_s = time.monotonic() - began_s
+        samples = [line.rpartition(" ") for line in PER_SECOND]
+        lines = [f"{name} {float(value) * elapsed_s!r}" for name, _, value in samples]
+        return PlainTextResponse("\n".join(lines))
+
+    async with (
+        asyncio.timeout(60),
+        harness(pipeline_server, {"probe": make_artifact(tmp_path)}) as running,
+        listening(running.app) as path,
+        Proxy(lambda: path).listening() as proxy,
+        new_page(browser) as page,
+    ):
+        add_console(running.app)
+        running.app.router.routes.insert(0, APIRoute("/metrics", metrics))
+        await page.open(f"http://127.0.0.1:{proxy.port}/console/")
+        await page.until(f"({SHOWN})['Latency, p50']?.includes('ms')")
+        shown = await page.evaluate(SHOWN)
+        # rank 5 of 6 in (5 ms, 10 ms], rank 9.9 of 9.8 to 10 in (25 ms, 225 ms]
+        assert shown["Latency, p50"] == f"{5 + 5 * 5 / 6:.2f} ms"
+        assert shown["Latency, p99"] == f"{25 + 200 * 0.1 / 0.2:.0f} ms"
+        assert float(shown["Events/s"]) == pytest.approx(50, rel=0.3)
+        assert float(shown["Requests/s"]) == pytest.approx(10, rel=0.3)
+        assert float(shown["Errors/s"]) == pytest.approx(0.5, rel=0.3)
+        assert (await page.evaluate(STAGES)).endswith("commit 2 ms")
+        assert page.errors == []
