@@ -71,7 +71,7 @@ bench: ## measure Carry beside baselines (ARGS="--only peak")
 
 load: ## send load to a running service, check its replies (ARGS="--scenario steady --users 32")
 	@scripts/setup dev
-	@exec $(BIN)/python -m tests.load $(ARGS)
+	@exec $(BIN)/locust $(ARGS)
 
 overload: ## send twice the capacity of a service for a minute
 	@scripts/setup dev

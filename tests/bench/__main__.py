@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 from tests.bench.results import MISSED, Results, check_targets, show
@@ -29,9 +30,6 @@ from tests.support import machine
 
 BUSY_S, BUSY_CORES = 1.0, 0.2
 """How long others are watched before the run, and how many cores' worth is worth a note."""
-
-FAILURES = (WrongReplyError, BrokenProcessPool, OSError, AssertionError)
-"""What ends a section and not the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def read_options(arguments: Sequence[str] | None) -> Options:
     """The command's arguments."""
-
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
+    names = partial(str.split, sep=",")
     parser = argparse.ArgumentParser(prog="make bench", description="Measures Carry.")
     add = parser.add_argument
     add("--only", type=names, help="sections; all by default")
@@ -82,7 +77,7 @@ def measure(options: Options, results: Results) -> list[str]:
     cores = machine.Cores.first_and_last()
     with tempfile.TemporaryDirectory(prefix="carry-bench-") as folder:
         bench = Bench(options, cores, Path(folder), results)
-        bench.say(f"{results.about['machine']}, commit {results.about['commit']}")
+        print(f"{results.about['machine']}, commit {results.about['commit']}")
         bench.note(
             f"{cores.describe()}; valkey with AOF everysec on a unix socket; "
             f"{options.rounds} rounds of {options.seconds:g} s"
@@ -94,10 +89,10 @@ def measure(options: Options, results: Results) -> list[str]:
         machine.pin_process(cores.others)
         try:
             for name in options.only or ():
-                bench.say(f"== {name}")
+                print(f"== {name}")
                 try:
                     SECTIONS[name](bench)
-                except FAILURES as error:
+                except (WrongReplyError, BrokenProcessPool, OSError, AssertionError) as error:
                     bench.note(f"{name} FAILED: {error}")
                     failed.append(name)
         finally:

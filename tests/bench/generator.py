@@ -74,7 +74,6 @@ class Connection:
         self._bodies: list[bytes] = []
 
     def close(self) -> None:
-        """Close the connection."""
         self.sock.close()
 
     def read(self) -> bytes | None:
@@ -158,7 +157,6 @@ class Run:
         )
 
     def close(self) -> None:
-        """Close every connection."""
         self._selector.close()
         for connection in self.connections:
             connection.close()

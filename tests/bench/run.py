@@ -66,11 +66,6 @@ class Server:
     artifact: Artifact  # the network that it serves
     store: RealServer
 
-    @property
-    def has_positions(self) -> bool:
-        """Whether its replies give the position: those of the floor are constant."""
-        return self.name != "fastapi"
-
 
 class Row(NamedTuple):
     """A server under one closed loop: the streams that the generator has under a key."""
@@ -83,14 +78,13 @@ class Row(NamedTuple):
 
 @dataclass
 class Bench:
-    """One run; `say` shows progress. What is started is ended with the `scope`, a `with` block;
-    the store and the generator are started once in it."""
+    """One run. What is started is ended with the `scope`, a `with` block; the store and the
+    generator are started once in it."""
 
     options: Options
     cores: Cores
     folder: Path
     results: Results
-    say: Callable[[str], None] = print
     scope: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
@@ -121,15 +115,11 @@ class Bench:
         """Call a function in the load generator."""
         return self.driver.submit(function, *arguments).result()
 
-    def carry_kinds(self) -> list[str]:
-        """Carry's servers, one for each runtime."""
-        return [f"carry-{runtime}" for runtime in self.options.runtimes]
-
     def note(self, text: str) -> None:
         """Keep and show a remark, once."""
         if text not in self.results.notes:
             self.results.notes.append(text)
-            self.say(text)
+            print(text)
 
     def start(self, context: AbstractContextManager[Any]) -> Any:
         """Enter a context, which is left with the scope."""
@@ -154,20 +144,17 @@ class Bench:
         name: str | None = None,
         checkout: Path = REPOSITORY,
     ) -> Server:
-        """A ready server at rest: `fastapi`, `competent`, or `carry-RUNTIME`.
+        """A ready server at rest: `fastapi`, `competent`, or `carry-RUNTIME`. AssertionError with
+        its log where it does not start.
 
         Args:
             store: another one than the shared one.
             models: a folder of models that Carry serves, instead of the one.
-            workers: of Carry.
             reply_bytes: of the floor's fixed reply.
             environment: further variables, for Carry's other settings.
             checkout: whose code it runs, on this one's packages.
-
-        Raises:
-            AssertionError: it did not start; with its log.
         """
-        self.say(f"starting {name or kind}")
+        print(f"starting {name or kind}")
         artifact, store, port = artifact or self.artifact, store or self.store, free_port()
         folder = self.folder / f"{kind}-{port}"
         folder.mkdir()
@@ -234,8 +221,10 @@ class Bench:
         """Make a server's streams at the generator, warm it up, and check some of its outputs; the
         warming load, with sampled replies. Raises WrongReplyError where an output is wrong."""
         bodies, artifact = bodies or self.bodies, server.artifact
-        options |= {} if server.has_positions else {"positions": False}
-        options["is_sampled"] = server.has_positions and not options.get("items")
+        if server.name == "fastapi":
+            # its replies are constant
+            options["positions"] = False
+        options["is_sampled"] = server.name != "fastapi" and not options.get("items")
         count, prefix = streams or self.options.streams, key.replace("/", "-")
         spec = make_traffic(artifact, bodies, prefix, count, **options)
         if not spec.moves:
@@ -280,7 +269,7 @@ class Bench:
         cpu_s, store_cpu_s = after.cpu_s - before.cpu_s, store_after.cpu_s - store_before.cpu_s
         sample = Sample.of(load, cpu_s, store_cpu_s, after.rss_bytes)
         self.results.rows.setdefault(row, []).append(sample)
-        self.say(
+        print(
             f"  {row}: {sample.chunks_per_s:,.0f} chunks/s, {sample.cpu_us_per_chunk:,.0f} us CPU,"
             f" p50 {sample.p50_ms:.2f} ms, p99 {sample.p99_ms:.2f} ms"
             f" (generator {sample.generator_cpu:.0%}, store {sample.store_cpu:.0%} of their core)"

@@ -5,7 +5,6 @@ Most are rows in turns (`Bench.measure_rounds`) and ratios of them. `SECTIONS` n
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +12,13 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from scipy.stats import sem
 
 from models.artifact.artifact import Artifact
+from models.artifact.graphs import GRAPH_NAME
 from service.core.values import Feed, StreamKey
 from service.store.codec import encode_state
 from service.store.settings import StoreSettings
@@ -29,6 +29,7 @@ from tests.bench.run import CONNECTIONS, Bench, Row, Server, helper_process
 from tests.bench.traffic import Media, Traffic, read_positions, write_request
 from tests.bench.workloads import FEW, PLAIN, STEPS, Bodies, make_traffic
 from tests.support.machine import Cores, pin_child, read_usage
+from tests.support.onnx_graphs import import_here
 from tests.support.servers import free_port, until
 from tests.support.service import Service
 from tests.support.streams import Streams
@@ -70,16 +71,16 @@ def per_runtime(
     """A section that measures Carry on one runtime after another."""
 
     def section(bench: Bench) -> None:
-        for kind in bench.carry_kinds()[runtimes]:
+        for runtime in bench.options.runtimes[runtimes]:
             with bench.scope:
-                measure(bench, kind)
+                measure(bench, f"carry-{runtime}")
 
     return section
 
 
 def measure_peak(bench: Bench) -> None:
     """Every server: closed loop, 32 connections and 1, interleaved."""
-    carry, results = bench.carry_kinds(), bench.results
+    carry, results = [f"carry-{each}" for each in bench.options.runtimes], bench.results
     rows: list[Row] = []
     reply_bytes = 0
     with bench.scope:
@@ -128,9 +129,8 @@ def measure_beside(bench: Bench, kind: str) -> None:
 
 def geometric_mean(ratios: Sequence[float]) -> tuple[float, float]:
     """The geometric mean of ratios, and its relative standard error (0 of one alone)."""
-    logs = [math.log(ratio) for ratio in ratios]
-    error = stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-    return math.exp(mean(logs)), error
+    logs = np.log(ratios)
+    return float(np.exp(logs.mean())), float(sem(logs)) if len(ratios) > 1 else 0.0
 
 
 def measure_many(bench: Bench, kind: str) -> None:
@@ -180,7 +180,7 @@ def measure_latency(bench: Bench, kind: str) -> None:
             if name == BESIDE_LONG:
                 long = long_driver.submit(run_closed, "long", server.port, 1, seconds)
             bench.measure(f"latency/{name}/{kind}", server, partial(bench.run, *load))
-        bench.say(f"  {long.result().chunks} chunks of {LONG_STEPS} events beside it")
+        print(f"  {long.result().chunks} chunks of {LONG_STEPS} events beside it")
     rows = {name: results.rows[f"latency/{name}/{kind}"] for name in ("unloaded", *OPEN_LOADS)}
     unloaded = [sample.p50_ms for sample in rows["unloaded"]]
     for percent in (50, 80):
@@ -202,7 +202,7 @@ def measure_streams(bench: Bench, kind: str) -> None:
             key = f"{count}-{cache}"
             server = bench.start_server(kind, store=store, environment=environment, name=key)
             spec = make_traffic(bench.artifact, bench.bodies, cache, count // 2, position=STEPS)
-            bench.say(f"filling the store with {spec.streams:,} streams")
+            print(f"filling the store with {spec.streams:,} streams")
             keys = [_state_key(spec.name(number)) for number in range(spec.streams)]
             with store.client() as client:
                 for first in range(0, len(keys), FILL_BATCH):
@@ -265,7 +265,7 @@ def _start_cold(bench: Bench, kind: str, name: str) -> tuple[float, float]:
         service.stop()
     traffic.accept(ticket, reply)
     workloads.check_answers(bench.artifact, spec, bench.bodies.rows, traffic.sampled)
-    bench.say(f"  cold start of {kind}: {seconds:.2f} s, {mib:.0f} MiB")
+    print(f"  cold start of {kind}: {seconds:.2f} s, {mib:.0f} MiB")
     return seconds, mib
 
 
@@ -337,7 +337,8 @@ def measure_kinds(bench: Bench, kind: str) -> None:
     results, folder = bench.results, bench.folder / f"kinds-{kind}"
     kinds = workloads.KINDS
     artifacts = {name: workloads.write_network(folder, name, kinds[name]) for name in kinds}
-    artifacts[IMPORTED] = workloads.imported_model(artifacts[PLAIN], folder, IMPORTED)
+    graph = artifacts[PLAIN].path / GRAPH_NAME
+    artifacts[IMPORTED] = import_here(graph, folder / IMPORTED, IMPORTED).artifact
     server = bench.start_server(kind, artifacts[PLAIN], models=folder)
     streams = min(bench.options.streams, MOST_ITEMS)
     rows = {}
@@ -382,8 +383,8 @@ def measure_overload(bench: Bench, kind: str) -> None:
     results.figure(f"overload/{kind} p99 of accepted chunks, s", p99_s)
     rejected = [load.rejected / (load.rejected + load.chunks) for load in loads]
     results.figure(f"overload/{kind} rejected share", rejected)
-    first_mib, *_, last_mib = results.values(over, "rss_mib")
-    results.figure(f"overload/{kind} memory, last over first", [last_mib / first_mib])
+    first, *_, last = results.rows[over]
+    results.figure(f"overload/{kind} memory, last over first", [last.rss_mib / first.rss_mib])
 
 
 IMPORTED = "imported"

@@ -83,7 +83,6 @@ class TrafficSpec:
     is_sampled: bool = False  # whether the first replies to stream 0 are kept
 
     def name(self, stream: int) -> str:
-        """The stream's name."""
         return f"{self.prefix}-{stream:07d}"
 
     def body(self, stream: int, chunk: int) -> int:
@@ -92,16 +91,12 @@ class TrafficSpec:
 
 
 class Traffic:
-    """The streams of one spec, in one generator.
-
-    Attributes:
-        sampled: bodies of the first replies to stream 0, in order.
-        events: events that were answered.
-    """
+    """The streams of one spec, in one generator."""
 
     def __init__(self, spec: TrafficSpec):
-        self.spec, self.events = spec, 0
-        self.sampled: list[bytes] = []
+        self.spec = spec
+        self.events = 0  # that were answered
+        self.sampled: list[bytes] = []  # the first replies to stream 0, in order
         order = list(range(1, spec.streams))
         random.Random(1).shuffle(order)
         # the sampled stream comes first, so that a slow server reaches it too

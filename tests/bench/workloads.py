@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 import models
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
-from models.artifact.graphs import GRAPH_NAME
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
 from models.examples.flights.data import flight_events
@@ -32,7 +31,6 @@ from models.spec.model import parse_spec
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import open_runtime
 from tests.bench.traffic import Media, TrafficSpec, WrongReplyError
-from tests.support.onnx_graphs import import_here
 from tests.support.oracle import contracting_weights, oracle_step
 
 FEATURES, STEPS, UNITS = 16, 16, 64
@@ -103,11 +101,6 @@ def write_network(folder: Path, name: str, network: Mapping[str, Any]) -> Artifa
     heads = [{"kind": "dense", "name": "out", "units": 8}]
     spec = parse_spec({"name": name, **features, "heads": heads, **network})
     return write_artifact(folder / name, spec, contracting_weights(spec, 1))
-
-
-def imported_model(artifact: Artifact, folder: Path, name: str) -> Artifact:
-    """Import the graph that a model was exported as, as any ONNX graph with a state pair."""
-    return import_here(artifact.path / GRAPH_NAME, folder / name, name).artifact
 
 
 def standard_model(folder: Path, units: int = UNITS) -> Artifact:
@@ -209,12 +202,8 @@ def make_traffic(
     items: int = 0,
     **rest: Any,
 ) -> TrafficSpec:
-    """What a model is sent: chunks, sequences to predict, or forecasts of streams with one chunk.
-
-    Args:
-        prefix: begins the names of its streams.
-        items: chunks in a request; with 0 each request is for one stream.
-    """
+    """What a model is sent: chunks, sequences to predict, or forecasts of streams with one chunk;
+    further arguments as in `TrafficSpec`."""
     values, steps = bodies.values(media), tuple(map(len, bodies.rows))
     route, member = "streams/{}/chunks", "inputs" if bodies.events is None else "events"
     if items:

@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 
@@ -266,18 +267,16 @@ class Appender(Sender):
     all workers, every other one or all of them byte-identical. Nothing is retried: what got no
     reply may or may not be applied."""
 
-    bursts: int = 0
-
     async def run(self, stop: asyncio.Event, pause_s: float) -> None:
         """Send bursts until `stop` is set."""
-        while not stop.is_set():
-            await self.burst()
+        for number in count():
+            if stop.is_set():
+                return
+            await self._send_burst(f"{self.name}-{number}")
             await asyncio.sleep(self.random.exponential(pause_s))
 
-    async def burst(self) -> Burst:
-        """Send one burst to a new stream."""
-        self.bursts += 1
-        stream, began_s = f"{self.name}-{self.bursts}", time.monotonic()
+    async def _send_burst(self, stream: str) -> None:
+        began_s = time.monotonic()
         same, is_uniform = random_events(self.random, 3), self._draw(0.5)
         chunks = [
             same if is_uniform or number % 2 else random_events(self.random, 1 + number % 5)
@@ -291,7 +290,5 @@ class Appender(Sender):
         acks = [reply for reply in await asyncio.gather(*attempts) if reply and not reply.code]
         final = await self._read_head(stream, self._any_worker())
         span = Span(began_s, time.monotonic())
-        burst = Burst(stream, span, APPENDS - len(acks), acks, final)
-        self.history.bursts.append(burst)
+        self.history.bursts.append(Burst(stream, span, APPENDS - len(acks), acks, final))
         self._count("appends", len(acks))
-        return burst

@@ -31,8 +31,8 @@ from tests.support.proxy import Connection, CutError, Direction
 IN_FLIGHT = "faults with chunks in flight"
 HOLD = "writes held, delivered late"
 KILL = {stage: f"kill of a worker at {stage!r}" for stage in STAGES}
-"""What is tried; the worker may get on before it ends."""
 KILLED = {stage: f"worker killed at the stage {stage!r}" for stage in STAGES}
+"""What is tried, and what happened: the worker may get on before it ends."""
 WARM_ROLLBACKS = "rollbacks with warm caches"
 _TRIGGER_S = 5.0  # how long a fault that waits for a moment waits for it
 _LONGEST_WAIT_S = 60.0

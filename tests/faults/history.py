@@ -90,10 +90,10 @@ class Loss:
 
     def describe(self, began_s: float) -> str:
         """Its moments, in seconds after another one."""
-        names = ("since", "struck", "until", "done")
-        moments_s = (self.since_s, self.struck_s, self.until_s, self.done_s)
-        pairs = zip(names, moments_s, strict=True)
-        return f"{self.what}: " + ", ".join(f"{n} {at_s - began_s:.2f} s" for n, at_s in pairs)
+        moments_s = {"since": self.since_s, "struck": self.struck_s}
+        moments_s |= {"until": self.until_s, "done": self.done_s}
+        times = (f"{name} {at_s - began_s:.2f} s" for name, at_s in moments_s.items())
+        return f"{self.what}: {', '.join(times)}"
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 
 from models.artifact.artifact import write_artifact
 from models.spec.model import parse_spec
@@ -39,18 +40,14 @@ Rows = NDArray[np.int8]  # [T, F]: the events of a chunk
 Outputs = NDArray[np.float32]  # [T, H]: one row per event
 
 
-def _make_turn() -> NDArray[np.int64]:
-    """R, [H, H]: one cycle after the other, each with one sign changed."""
-    turn, first = np.zeros((UNITS, UNITS), np.int64), 0
-    for length in CYCLES:
-        cycle = np.roll(np.eye(length, dtype=np.int64), 1, axis=1)
-        cycle[-1] *= -1
-        turn[first : first + length, first : first + length] = cycle
-        first += length
-    return turn
+def _make_cycle(length: int) -> NDArray[np.int64]:
+    cycle = np.roll(np.eye(length, dtype=np.int64), 1, axis=1)
+    cycle[-1] *= -1
+    return cycle
 
 
-TURN: Final = _make_turn()
+TURN: Final = block_diag(*map(_make_cycle, CYCLES))
+"""R, [H, H]: one cycle after the other, each with one sign changed."""
 ENTERING: Final = np.random.default_rng(11).integers(1, 4, (FEATURES, UNITS)) * (
     np.random.default_rng(12).choice([-1, 1], (FEATURES, UNITS))
 )

@@ -9,19 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from tests.faults import faults
 from tests.faults.checker import DOUBLED, LOST, MIXED, Finding, check
 from tests.faults.client import SHORT_LIVED, Appender, Client
 from tests.faults.deployment import Deployment, RunOptions, deploy
-from tests.faults.faults import (
-    KILL,
-    KILLED,
-    WARM_ROLLBACKS,
-    Fault,
-    FaultInjector,
-    kinds_of,
-    make_fault,
-    make_plan,
-)
 from tests.faults.history import History
 from tests.faults.traffic import STAGES
 
@@ -34,12 +25,12 @@ _EXPECTED: Final = (
     *("failed deadline_exceeded", "failed outcome_unknown"),
 )
 _EXPECTED_OF_ROLLBACKS: Final = (
-    *(WARM_ROLLBACKS, "advanced by others", "noticed by a tag that does not follow"),
+    *(faults.WARM_ROLLBACKS, "advanced by others", "noticed by a tag that does not follow"),
 )
 
 
 async def run(
-    options: RunOptions, plan: Sequence[Fault] | None = None
+    options: RunOptions, plan: Sequence[faults.Fault] | None = None
 ) -> tuple[History, list[Finding]]:
     """Run a plan of faults, by default made from the seed, and check what the clients saw."""
     async with deploy(options) as deployment:
@@ -52,7 +43,10 @@ async def run(
 
 
 async def _drive(
-    options: RunOptions, plan: Sequence[Fault] | None, deployment: Deployment, history: History
+    options: RunOptions,
+    plan: Sequence[faults.Fault] | None,
+    deployment: Deployment,
+    history: History,
 ) -> None:
     """Let clients send while faults are injected."""
     random, stop = np.random.default_rng(options.seed), asyncio.Event()
@@ -66,10 +60,10 @@ async def _drive(
         Appender(f"append{number}", deployment.clients, history, child)
         for number, child in enumerate(random.spawn(options.appenders))
     ]
-    injector = FaultInjector(deployment, clients, history, *random.spawn(1))
-    plan = plan or make_plan(options.store, options.faults, random, options.longest_s)
+    injector = faults.FaultInjector(deployment, clients, history, *random.spawn(1))
+    plan = plan or faults.make_plan(options.store, options.faults, random, options.longest_s)
 
-    async def inject(fault: Fault) -> None:
+    async def inject(fault: faults.Fault) -> None:
         if options.verbose:
             now_s = time.monotonic() - history.began_s
             print(f"  {now_s:7.2f} s {events():8d} events  {fault}", flush=True)
@@ -99,8 +93,8 @@ async def _drive(
             await wait_for_events(options.events * place // len(plan))
             await inject(fault)
         for stage in STAGES * _MORE_KILLS:
-            if history.seen[KILLED[stage]] < options.kills_per_stage:
-                await inject(make_fault(KILL[stage], random))
+            if history.seen[faults.KILLED[stage]] < options.kills_per_stage:
+                await inject(faults.make_fault(faults.KILL[stage], random))
         await wait_for_events(options.events)
         await deployment.wait_until_up()
         stop.set()
@@ -131,8 +125,8 @@ def describe_failures(
     if whole:
         # with `strict`, what the stopped replica does not have was never acknowledged
         rollbacks = () if options.strict and options.store == "cluster" else _EXPECTED_OF_ROLLBACKS
-        expected = dict.fromkeys((*kinds_of(options.store), *_EXPECTED, *rollbacks), 1)
-        expected |= dict.fromkeys(KILLED.values(), options.kills_per_stage)
+        expected = dict.fromkeys((*faults.kinds_of(options.store), *_EXPECTED, *rollbacks), 1)
+        expected |= dict.fromkeys(faults.KILLED.values(), options.kills_per_stage)
         reasons += [
             f"{name}: {history.seen[name]} times, expected {count} at least"
             for name, count in expected.items()

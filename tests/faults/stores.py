@@ -49,11 +49,8 @@ _NO_REWRITE: Final = ("--auto-aof-rewrite-percentage", "0")
 
 
 class Store:
-    """A store of one or several servers, and proxies to each.
-
-    Args:
-        owners: names of the processes that have a proxy of their own. Without one, the owner of
-            each connection has to be looked up, which takes milliseconds.
+    """A store of one or several servers, and proxies to each: one for each of `owners`, names of
+    processes. Without a name, the owner of each connection is looked up, which takes milliseconds.
     """
 
     def __init__(

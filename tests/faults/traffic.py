@@ -63,16 +63,12 @@ class Traffic:
 
     The notes of a worker's connection to the store are its last command, until that is answered;
     those of a client's live socket are `live`.
-
-    Attributes:
-        proxies: of the workers' clients; each has a worker as its owner.
-        conflicts: commits that the store rejected because the stream had moved on.
-        hook: called with worker and stage when a chunk reaches the stage.
     """
 
     def __init__(self, find_owner: Callable[[Connection], str] = lambda _: ""):
-        self.proxies: list[Proxy] = []
-        self.conflicts = 0
+        self.proxies: list[Proxy] = []  # of the workers' clients; each has a worker as its owner
+        self.conflicts = 0  # commits that the store rejected because the stream had moved on
+        # called with worker and stage when a chunk reaches the stage
         self.hook: Callable[[str, str], None] = lambda worker, stage: None
         self._find_owner = find_owner
 

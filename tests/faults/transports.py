@@ -146,7 +146,6 @@ class ConnectionPool:
                 await self.drop(connection)
 
     async def close(self) -> None:
-        """Close the connections."""
         for connection in chain.from_iterable(self._idle.values()):
             await self.drop(connection)
 
@@ -274,10 +273,7 @@ TRANSPORTS: Final[dict[str, Callable[[str], Any]]] = {
 
 class WorkerClient:
     """One worker: chunks by any transport, streams by version 1. Every request is sent once, and
-    fails unless it is answered in time.
-
-    Args:
-        urls: of HTTP and, where a transport's name begins with `grpc`, of gRPC.
+    fails unless it is answered in time. Those whose names begin with `grpc` use the second URL.
     """
 
     def __init__(self, name: str, urls: Sequence[str], transports: Sequence[str]):
@@ -320,7 +316,6 @@ class WorkerClient:
         await self._in_time(self._carry.request("DELETE", path, headers=headers))
 
     async def close(self) -> None:
-        """Close the connections."""
         await asyncio.gather(*(each.close() for each in (self._carry, *self._transports)))
 
     async def _in_time(self, request: Awaitable[T]) -> T:

@@ -20,8 +20,7 @@ from locust.env import Environment
 from carry_client import Carry, CarryError, ModelDescription, NoAnswer, Retry
 from tests.load.feeds import longest_chunk, make_feeds
 from tests.load.scenarios import Burst, Cold, Hot, InTurn, Long, Ramp, ScenarioUser, Steady
-from tests.load.streams import RETRY_S, Streams
-from tests.load.verdict import check_limits, parse_threshold
+from tests.load.streams import RETRY_S, Streams, check_limits, parse_threshold
 from tests.support.machine import describe_run
 
 TIMEOUT_S = 120.0

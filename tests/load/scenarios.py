@@ -14,10 +14,10 @@ import gevent
 from locust import FastHttpUser, LoadTestShape, constant, constant_throughput, task
 
 from carry_client import NoAnswer, Problem, read_response
-from tests.load.streams import Streams
-from tests.load.verdict import DEFAULTS, Limits
+from tests.load.streams import DEFAULTS, Limits, Streams
 
 SPAWNED_PER_S = 100
+RARELY_RETRIED: Limits = {**DEFAULTS, "max_retry_share": 0.001}
 SERVER_STAGES = ("queue", "load", "infer", "commit")
 HEADERS = {
     "Content-Type": "application/json",
@@ -125,7 +125,7 @@ class Steady(ScenarioUser):
 
     pace, wait_time = 4.0, constant_throughput(4.0)
     stream_count = 160
-    limits: ClassVar = {**DEFAULTS, "max_retry_share": 0.001, "min_rate_share": 0.9}
+    limits: ClassVar = {**RARELY_RETRIED, "min_rate_share": 0.9}
 
 
 class Ramp(ScenarioUser):
@@ -157,12 +157,7 @@ class Cold(ScenarioUser):
 
     stream_count = 20_000
     kinds: ClassVar = {"short": (1, 8)}
-    limits: ClassVar = {
-        **DEFAULTS,
-        "max_retry_share": 0.001,
-        "min_chunks_per_s": 100.0,
-        "min_compared_events": 30.0,
-    }
+    limits: ClassVar = {**RARELY_RETRIED, "min_chunks_per_s": 100.0, "min_compared_events": 30.0}
 
 
 class Long(ScenarioUser):

@@ -1,4 +1,4 @@
-"""Streams of a load: deliver chunks, check each reply, compare outputs with a second computation.
+"""Streams of a load: deliver chunks, check replies, compare outputs, and limits for the verdict.
 
 With a position a chunk is repeated after every retryable problem, until the time limit. Without
 one it is repeated only where it was certainly not applied. `position_ahead`, `position_behind` and
@@ -13,8 +13,9 @@ same chunks on a second stream.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
@@ -41,6 +42,16 @@ waited longest: so that even a short run loads states that were not used for lon
 EXAMPLES_PER_CODE, EXAMPLE_CHARS = 3, 500
 BOUND = 1e-5
 RETRY_S = 30.0  # how long one chunk is tried
+Limits = dict[str, float | None]  # limit by name: `max_...` or `min_...`; None disables it
+DEFAULTS: Limits = {
+    "max_error_share": 0.0,
+    "max_retry_share": 0.01,
+    "max_p95_ms": 250.0,
+    "max_p99_ms": 500.0,
+    "min_compared_events": 100.0,
+}
+NAMES = (*DEFAULTS, "min_chunks_per_s", "min_rate_share")
+
 Post = Callable[[str, bytes], Any]
 """Sends a body to a path and returns the document; raises `Problem`."""
 
@@ -220,12 +231,8 @@ class Streams:
     def send(
         self, turns: deque[LoadStream], steps: tuple[int, int], post: Post, **retry: Any
     ) -> None:
-        """Send a chunk of the next stream, and record a failure before it is raised.
-
-        Args:
-            steps: shortest and longest chunk.
-            retry: `clock` and `sleep` of `Retry`.
-        """
+        """Send a chunk of some `steps` of the next stream, with further arguments of `Retry`, and
+        record a failure before it is raised."""
         stream = self.take_turn(turns)
         count = self.random.randint(*steps)
         offset = self.random.randint(0, stream.feed.length - count)
@@ -270,3 +277,43 @@ class Streams:
                     detail = f"chunk at {each.start}: |a-b| - 1e-5|b| is up to {excess.max():.2e}"
                     self.add_failure(stream._wrong("wrong_outputs", detail))
         return events
+
+
+class Check(NamedTuple):
+    """One threshold: its limit, the value (None: nothing was measured), and whether it passed."""
+
+    name: str
+    limit: float
+    value: float | None
+    passed: bool
+
+    def __str__(self) -> str:
+        value = "nothing measured" if self.value is None else f"{self.value:,.6g}"
+        verdict = "passed" if self.passed else "FAILED"
+        return f"{self.name:20} {self.limit:>10,.6g}  {verdict}  {value}"
+
+
+def parse_threshold(text: str) -> tuple[str, str, float | None]:
+    """Scenario (empty for all), name and limit of `NAME=VALUE` or `SCENARIO.NAME=VALUE`; the value
+    `none` disables it."""
+    left, _, value = text.partition("=")
+    scenario, _, name = left.rpartition(".")
+    if name not in NAMES:
+        raise ArgumentTypeError(f"{text}: expected one of {', '.join(NAMES)}")
+    try:
+        return scenario, name, None if value == "none" else float(value)
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: expected a number or none") from None
+
+
+def check_limits(limits: Limits, values: Mapping[str, float | None]) -> list[Check]:
+    """The result of every threshold; a value that is missing fails."""
+    checks = []
+    for name, limit in limits.items():
+        value = values[name]
+        if limit is not None:
+            is_right = value is not None and (
+                value <= limit if name[:3] == "max" else value >= limit
+            )
+            checks.append(Check(name, limit, value, is_right))
+    return checks

@@ -25,16 +25,12 @@ WARNINGS = ("-W", "error", "-W", "ignore::ResourceWarning")
 SCENARIOS = ("steady", "ramp", "burst", "hot", "cold", "long")
 NONE = ("wrong_answers", "error_share", "retry_share")
 STAGES = ("queue", "load", "infer", "commit", "rest")
-PATIENT = tuple(
-    option
-    for limit in (
-        *("max_p95_ms=20000", "max_p99_ms=20000", "min_compared_events=20"),
-        *(f"{scenario}.min_rate_share=0.01" for scenario in ("steady", "burst", "long")),
-        *(f"{scenario}.min_chunks_per_s=0.01" for scenario in ("ramp", "hot", "cold")),
-    )
-    for option in ("--threshold", limit)
+PATIENT = (
+    *("--threshold=max_p95_ms=none", "--threshold=max_p99_ms=none"),
+    *("--threshold=min_rate_share=none", "--threshold=min_chunks_per_s=none"),
+    "--threshold=min_compared_events=20",
 )
-"""Whatever else the machine has to do meanwhile."""
+"""Without limits of what depends on the speed of the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def streams_left(url: str) -> list[str]:
 
 
 def start(*options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *WARNINGS, "-m", "tests.load", *options]
+    command = [sys.executable, *WARNINGS, "-m", "locust", *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=pipe, text=True)
 

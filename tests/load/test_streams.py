@@ -18,8 +18,7 @@ import pytest
 
 from carry_client import ModelDescription, Output, Problem, read_problem
 from tests.load.feeds import Chunk, InputsFeed
-from tests.load.streams import Applied, LoadStream, Streams, WrongAnswerError
-from tests.load.verdict import check_limits
+from tests.load.streams import Applied, LoadStream, Streams, WrongAnswerError, check_limits
 
 MODEL = ModelDescription(
     name="probe",
@@ -206,30 +205,28 @@ def test_lost_update_of_an_append_is_detected() -> None:
     assert set(service.streams.wrong_answers) == {"doubled_chunk"}
 
 
-@pytest.mark.parametrize("failure", [OVERLOADED, NO_ANSWER, problem(503, "outcome_unknown")])
-def test_chunk_with_position_is_repeated_unchanged(failure: Problem) -> None:
-    service = Service(failure, failure)
-    service.run(1)
+@pytest.mark.parametrize(
+    ("failure", "appends", "sent", "failures"),
+    [
+        (OVERLOADED, False, 3, []),
+        (NO_ANSWER, False, 3, []),
+        (problem(503, "outcome_unknown"), False, 3, []),
+        (problem(422, "invalid_input"), False, 1, ["invalid_input"]),
+        (OVERLOADED, True, 3, []),
+        (NO_ANSWER, True, 1, ["no_answer"]),
+    ],
+)
+def test_chunk_is_repeated_unchanged_unless_it_could_be_applied_twice(
+    failure: Problem, appends: bool, sent: int, failures: list[str]
+) -> None:
+    service = Service(failure, failure, appends=appends)
+    stream = service.run(1)
+    assert len(service.bodies) == sent
     assert len(set(service.bodies)) == 1
-    assert len(service.bodies) == 3
-    assert service.failures == []
-
-
-@pytest.mark.parametrize(("failure", "repeated"), [(OVERLOADED, True), (NO_ANSWER, False)])
-def test_append_is_repeated_only_if_it_was_not_applied(failure: Problem, repeated: bool) -> None:
-    service = Service(failure, appends=True)
-    stream = service.run(1)
-    assert len(service.bodies) == 1 + repeated
-    assert (service.failures == [], stream.unknown_appends) == (repeated, not repeated)
-
-
-def test_problem_that_is_not_retryable_is_an_error_at_once() -> None:
-    service = Service(problem(422, "invalid_input"))
-    stream = service.run(1)
-    assert len(service.bodies) == 1
-    assert service.failures == ["invalid_input"]
+    assert service.failures == failures
     assert service.streams.wrong_answers == {}
-    assert stream.is_closed
+    assert stream.is_closed == bool(failures)
+    assert stream.unknown_appends == (appends and bool(failures))
 
 
 def test_chunk_whose_reply_was_lost_and_expired_counts_as_applied() -> None:

@@ -16,8 +16,7 @@ import structlog
 import uvloop
 
 from tests.protocol.explorer import explore, format_trace
-from tests.protocol.planted_bugs import PLANTED_BUGS
-from tests.protocol.scenarios import SCENARIOS
+from tests.protocol.scenarios import PLANTED_BUGS, SCENARIOS
 from tests.protocol.script_comparison import compare_script_calls
 from tests.protocol.state import Faults
 from tests.support.servers import real_server

@@ -13,8 +13,7 @@ import pytest
 
 from service.store.redis.redis_store import Script
 from tests.protocol.explorer import explore, format_trace
-from tests.protocol.planted_bugs import PLANTED_BUGS, PlantedBug
-from tests.protocol.scenarios import SCENARIOS
+from tests.protocol.scenarios import PLANTED_BUGS, SCENARIOS, PlantedBug
 from tests.protocol.script_comparison import ScriptMismatch, compare_script_calls
 from tests.protocol.state import Scenario
 from tests.support.servers import RealServer, real_server
