@@ -415,6 +415,10 @@ class StreamOverloaded(Overloaded, code="stream_overloaded"):
     """More chunks of the stream are waiting than can be processed in time."""
 
 
+class LimitExceeded(Overloaded, code="limit_exceeded"):
+    """A limit of the access key is reached."""
+
+
 class TooManyConnections(ServiceFailure, code="too_many_connections"):
     """The worker has reached its limit of connections."""
 

@@ -17,6 +17,7 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
+from service.access.limits import KeyLimits
 from service.access.principal import MODEL_PATTERN, Principal, Verb
 
 FORMAT: Final = 1
@@ -66,6 +67,7 @@ class AccessKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     created_ms: int
     expires_ms: int | None = None
     revoked_ms: int | None = None
+    limits: KeyLimits | None = None
 
     def matches(self, secret: str) -> bool:
         """Whether this is the key's secret; takes the same time for every other one."""
@@ -74,7 +76,13 @@ class AccessKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def principal(self, key_id: str) -> Principal:
         """The key's holder."""
         return Principal(
-            key_id, self.name, frozenset(self.verbs), self.models, self.prefix, self.expires_ms
+            key_id,
+            self.name,
+            frozenset(self.verbs),
+            self.models,
+            self.prefix,
+            self.expires_ms,
+            self.limits,
         )
 
     def status(self, now_ms: int) -> Literal["active", "expired", "revoked"]:

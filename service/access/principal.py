@@ -13,6 +13,7 @@ from enum import StrEnum
 from re import Match
 from typing import Any, Protocol
 
+from service.access.limits import KeyLimits
 from service.core.errors import Forbidden
 
 
@@ -50,6 +51,7 @@ class Principal:
         models: patterns of the models that it may use.
         prefix: names of the streams that it may use begin with this; empty for all.
         expires_ms: epoch milliseconds from which on the key is rejected; None for never.
+        limits: None for no limits.
         covers_model: matches the name of a model that it may use.
     """
 
@@ -59,6 +61,7 @@ class Principal:
     models: tuple[str, ...]
     prefix: str = ""
     expires_ms: int | None = None
+    limits: KeyLimits | None = None
     covers_model: _Covers = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -54,6 +54,7 @@
         DeadlineExceeded      deadline_exceeded
         Overloaded            overloaded
           StreamOverloaded    stream_overloaded
+          LimitExceeded       limit_exceeded
         TooManyConnections    too_many_connections
         ShuttingDown          shutting_down
         InternalError         internal_error
@@ -475,6 +476,12 @@ class StreamOverloaded(Overloaded):
         "Send it again after Retry-After. A stream's chunks are applied one after another: send "
         "fewer at a time, each with more events, or use more streams."
     )
+
+
+class LimitExceeded(Overloaded):
+    code = "limit_exceeded"
+    title = "A limit of the access key is reached"
+    remedy = "Send it again after Retry-After; `limit` and `allowed` state what the key allows."
 
 
 class TooManyConnections(ServiceFailure):

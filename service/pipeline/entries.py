@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from service.access.key_cache import AccessKeys
+from service.access.limits import KeyLimiters
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
 from service.pipeline.entry import Entry, KeyEntry
 from service.pipeline.pipeline import Pipeline
@@ -36,6 +37,7 @@ class Entries:
         self._pipeline = pipeline
         self._keys = keys
         self._models = pipeline.models
+        self._limiters = KeyLimiters()
         self._on_end: dict[Entry, set[OnEnd]] = {}
         self.open: Entry | None = pipeline
         self.cached: dict[bytes | None, KeyEntry] = {}
@@ -59,7 +61,8 @@ class Entries:
         if entry is None or entry.principal != principal:
             if len(self.cached) >= MAX_CACHED:
                 self.cached.clear()
-            entry = self.cached[authorization] = KeyEntry(self._pipeline, principal)
+            limiter = self._limiters.limiter(principal.key_id, principal.limits)
+            entry = self.cached[authorization] = KeyEntry(self._pipeline, principal, limiter)
         return entry
 
     def notify_end(self, entry: Entry, on_end: OnEnd) -> Callable[[], None]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Protocol
 
 from models.spec.state import State
+from service.access.limits import KeyLimiter
 from service.access.principal import Principal, Verb
 from service.core.errors import CarryError, Forbidden, ModelNotFound, Overloaded
 from service.core.values import (
@@ -143,19 +145,23 @@ class Entry(Protocol):
 class KeyEntry:
     """The entry of an access key.
 
+    Args:
+        limiter: enforces the key's limits; None if it has none.
+
     Attributes:
         principal: the key's holder.
         models: the served models that the key may use, when the entry was made.
         streams: stream administration.
     """
 
-    def __init__(self, pipeline: Pipeline, principal: Principal):
+    def __init__(self, pipeline: Pipeline, principal: Principal, limiter: KeyLimiter | None = None):
         self.principal: Final = principal
+        self._limiter = limiter
         self._pipeline = pipeline
         self.models: Mapping[str, ServedModel] = {
             name: served for name, served in pipeline.models.items() if principal.covers_model(name)
         }
-        self.streams = KeyStreams(pipeline, principal)
+        self.streams = KeyStreams(pipeline, principal, limiter)
         self._predicts = Verb.PREDICT in principal.verbs
         self._covers_model = principal.covers_model
         self._prefix = principal.prefix
@@ -181,26 +187,34 @@ class KeyEntry:
             key is None or key.stream.startswith(self._prefix)
         ):
             raise self.principal.forbidden(PREDICT, model, None if key is None else key.stream)
+        if self._limiter is not None and (rejection := self._limiter.rejection()) is not None:
+            return rejection
         return self._pipeline.check_admission(model, key, left_s)
 
     def enqueue(self, chunk: Chunk, deadline_s: float) -> Results[Reply]:
         model, stream = chunk.key
         if not (self._predicts and self._covers_model(model) and stream.startswith(self._prefix)):
             raise self.principal.forbidden(PREDICT, model, stream)
-        return self._pipeline.enqueue(chunk, deadline_s)
+        results = self._pipeline.enqueue(chunk, deadline_s)
+        if self._limiter is not None:
+            self._limiter.begin(chunk.steps.length)
+            results.add_done_callback(self._limiter.end)
+        return results
 
     def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
         self._pipeline.cancel(chunk, results)
 
     async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
         self.principal.require(PREDICT, *chunk.key)
-        return await self._pipeline.process(chunk, deadline_s)
+        with self._limited(chunk.steps.length):
+            return await self._pipeline.process(chunk, deadline_s)
 
     async def process_many(
         self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
     ) -> list[Reply | CarryError]:
         checked = [self._check_item(item) for item in items]
-        return await self._pipeline.process_many(checked, deadline_s)
+        with self._limited(sum(each.steps.length for each in checked if isinstance(each, Chunk))):
+            return await self._pipeline.process_many(checked, deadline_s)
 
     def _check_item(self, item: Chunk | CarryError) -> Chunk | CarryError:
         if isinstance(item, CarryError):
@@ -220,23 +234,32 @@ class KeyEntry:
         return_tokens: bool = False,
     ) -> list[Prediction]:
         self.principal.require(PREDICT, model, None)
-        return await self._pipeline.predict(
-            model, sequences, deadline_s, return_tokens=return_tokens
-        )
+        with self._limited(sum(each.steps.length for each in sequences)):
+            return await self._pipeline.predict(
+                model, sequences, deadline_s, return_tokens=return_tokens
+            )
 
     async def forecast(
         self, key: StreamKey, request: ForecastRequest, deadline_s: float = math.inf
     ) -> ForecastReply:
         self.principal.require(PREDICT, *key)
-        return await self._pipeline.forecast(key, request, deadline_s)
+        with self._limited(request.horizon):
+            return await self._pipeline.forecast(key, request, deadline_s)
+
+    def _limited(self, events: int) -> AbstractContextManager[None]:
+        return nullcontext() if self._limiter is None else self._limiter.request(events)
 
 
 class KeyStreams:
     """Stream administration with an access key."""
 
-    def __init__(self, pipeline: Pipeline, principal: Principal):
+    def __init__(self, pipeline: Pipeline, principal: Principal, limiter: KeyLimiter | None = None):
         self._streams = pipeline.streams
         self._require = principal.require
+        self._limiter = limiter
+
+    def _limited(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._limiter is None else self._limiter.request(0)
 
     async def read(
         self,
@@ -245,27 +268,32 @@ class KeyStreams:
         precondition: Precondition | None = None,
     ) -> StreamState:
         self._require(DESCRIBE, *key)
-        return await self._streams.read(key, deadline_s, precondition)
+        with self._limited():
+            return await self._streams.read(key, deadline_s, precondition)
 
     async def read_state(
         self, key: StreamKey, precondition: Precondition | None = None
     ) -> StreamState:
         self._require((Verb.READ_STATE,), *key)
-        return await self._streams.read_state(key, precondition)
+        with self._limited():
+            return await self._streams.read_state(key, precondition)
 
     async def page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
         self._require((Verb.LIST,), model, prefix)
-        return await self._streams.page(model, prefix, cursor, limit)
+        with self._limited():
+            return await self._streams.page(model, prefix, cursor, limit)
 
     async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
         self._require((Verb.DELETE,), *key)
-        await self._streams.delete(key, precondition)
+        with self._limited():
+            await self._streams.delete(key, precondition)
 
     async def delete_prefix(
         self, model: str, prefix: str, cursor: str | None = None, limit: int | None = None
     ) -> tuple[int, str | None]:
         self._require((Verb.DELETE,), model, prefix)
-        return await self._streams.delete_prefix(model, prefix, cursor, limit)
+        with self._limited():
+            return await self._streams.delete_prefix(model, prefix, cursor, limit)
 
     async def restore(
         self,
@@ -278,16 +306,18 @@ class KeyStreams:
         precondition: Precondition | None,
     ) -> StreamState:
         self._require((Verb.WRITE_STATE,), *key)
-        return await self._streams.restore(
-            key,
-            feed=feed,
-            position=position,
-            fingerprint=fingerprint,
-            state=state,
-            precondition=precondition,
-        )
+        with self._limited():
+            return await self._streams.restore(
+                key,
+                feed=feed,
+                position=position,
+                fingerprint=fingerprint,
+                state=state,
+                precondition=precondition,
+            )
 
     async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
         self._require((Verb.FORK,), *key)
         self._require((Verb.FORK,), key.model, to)
-        return await self._streams.fork(key, to, precondition)
+        with self._limited():
+            return await self._streams.fork(key, to, precondition)

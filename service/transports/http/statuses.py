@@ -56,6 +56,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.DeadlineExceeded: 504,
     errors.Overloaded: 429,
     errors.StreamOverloaded: 429,
+    errors.LimitExceeded: 429,
     errors.TooManyConnections: 503,
     errors.ShuttingDown: 503,
     errors.InternalError: 500,

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 from models.artifact.artifact import Artifact, write_artifact
+from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.pipeline.watching import Watches
 from service.transports.kserve.http_routes import add_kserve
@@ -24,7 +25,7 @@ from tests.service.transports.kserve.v2 import binary_body
 from tests.support.access import revoke
 from tests.support.models import random_weights, small_spec
 from tests.support.pipelines import make_artifact
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, until_async
 
 STREAM = "/v1/models/{model}/streams/{stream}"
 MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
@@ -313,3 +314,59 @@ async def test_watch_ends_when_its_key_is_revoked(api: Harness) -> None:
             rest = [line async for line in lines]
     assert "event: end" in rest
     assert 'data: {"reason":"unauthenticated"}' in rest
+
+
+ROWS = {"inputs": rows(1).tolist()}
+LIMITED: tuple[tuple[str, str, Any], ...] = (
+    ("POST", "/streams/{stream}/chunks", ROWS),
+    ("POST", "/chunks", {"chunks": [{"stream": "s", **ROWS}]}),
+    ("POST", "/predict", {"sequences": [ROWS]}),
+    ("GET", "/streams/{stream}", None),
+    ("GET", "/streams/{stream}/state", None),
+    ("POST", "/streams/{stream}/fork", {"to": "s"}),
+    ("DELETE", "/streams/{stream}", None),
+    ("GET", "/streams?prefix=s", None),
+    ("DELETE", "/streams?prefix=s", None),
+)
+"""Requests that count for the limits of a key."""
+
+
+async def test_limits_of_a_key_hold_on_every_route_and_path(api: Harness) -> None:
+    limits = KeyLimits(requests_per_s=0.001)
+    for door in (send_chunk, send_tensor):
+        key = await api.key(limits=limits)
+        other = await api.key(limits=limits)
+        stream = door.__name__
+        assert [await door(api, key, stream) for _ in range(3)] == [200, 429, 429]
+        assert api.position(stream) == 2
+        assert await door(api, other, f"{stream}2") == 200
+        for method, path, body in LIMITED:
+            response = await api.client.request(
+                method,
+                f"/v1/models/probe{path.format(stream=stream)}",
+                headers={"authorization": key},
+                json=body,
+            )
+            document = problem(response, 429, "limit_exceeded")
+            assert document["limit"] == "requests_per_s"
+            assert document["allowed"] == 0.001
+            assert response.headers["retry-after"] == "60"
+    assert api.position("send_chunk") == 2
+
+
+async def test_events_and_concurrent_requests_of_a_key_are_limited(api: Harness) -> None:
+    events = await api.key(limits=KeyLimits(events_per_s=0.001))
+    # a request in debt delays what follows; nothing else does
+    assert [await send_chunk(api, events, "e") for _ in range(2)] == [200, 429]
+    one = await api.key(limits=KeyLimits(concurrent_requests=1))
+    api.store.held = asyncio.Event()
+    first = asyncio.create_task(send_chunk(api, one, "c"))
+
+    async def is_held() -> bool:
+        return api.store.holds > 0
+
+    await until_async(is_held, "a load that is held")
+    assert await send_chunk(api, one, "d") == 429
+    api.store.held.set()
+    assert await first == 200
+    assert await send_chunk(api, one, "d") == 200

@@ -188,12 +188,14 @@ _WRITTEN = (errors.OutcomeUnknown, errors.NotDurable)
 _ENGINE = (
     errors.NotFinite,
     errors.Overloaded,
+    errors.LimitExceeded,
     errors.DeadlineExceeded,
     errors.ShuttingDown,
 )
 _OVERWRITING = (
     errors.DeadlineExceeded,
     errors.Overloaded,
+    errors.LimitExceeded,
     errors.InvalidPrecondition,
     errors.StreamExists,
     errors.StateChanged,
@@ -234,6 +236,7 @@ MANY = _route(
     errors.ModelNotFound,
     errors.NotAcceptable,
     errors.InvalidPrecondition,
+    errors.LimitExceeded,
     body="Many",
 )
 PREDICT = _route(
