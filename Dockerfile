@@ -33,6 +33,25 @@ RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers path
 FROM locked AS stripped
 RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
 
+# List the packages of an image with their versions and licenses (CycloneDX).
+FROM ${PYTHON_IMAGE} AS sbom
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+RUN python3 -m venv /opt/sbom
+COPY requirements-sbom.lock ./
+RUN /opt/sbom/bin/pip install --require-hashes -r requirements-sbom.lock
+COPY pyproject.toml ./
+COPY --from=built /opt/carry /opt/carry
+ENV PYTHONPATH=/opt/carry
+ARG LIST_PACKAGES="/opt/sbom/bin/cyclonedx-py environment /opt/venv --pyproject pyproject.toml --output-reproducible -o /sbom.cdx.json"
+
+FROM sbom AS sbom-lean
+COPY --from=stripped-lean /opt/venv /opt/venv
+RUN $LIST_PACKAGES
+
+FROM sbom AS sbom-full
+COPY --from=stripped /opt/venv /opt/venv
+RUN $LIST_PACKAGES
+
 FROM ${PYTHON_IMAGE} AS service
 
 # docker build --build-arg VERSION=0.1.0 --build-arg REVISION=$(git rev-parse HEAD) .
@@ -65,8 +84,10 @@ CMD ["serve", "--host", "0.0.0.0"]
 FROM service AS lean
 COPY --from=stripped-lean /opt/venv /opt/venv
 COPY --from=built /opt/carry /opt/carry
+COPY --from=sbom-lean /sbom.cdx.json /opt/carry/
 
 FROM service
 ENV KERAS_HOME=/tmp/keras
 COPY --from=stripped /opt/venv /opt/venv
 COPY --from=built /opt/carry /opt/carry
+COPY --from=sbom-full /sbom.cdx.json /opt/carry/

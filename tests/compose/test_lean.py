@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 from collections.abc import Iterator
@@ -32,7 +33,8 @@ def docker(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def container() -> Iterator[str]:
     """A running container of the image, on a free port, with a store of its own."""
-    docker("build", "--target", "lean", "--tag", IMAGE, ".")
+    # the argument without a value is taken from the environment, if it is there
+    docker("build", "--build-arg", "PYTHON_IMAGE", "--target", "lean", "--tag", IMAGE, ".")
     options = ["--read-only", "--tmpfs", "/tmp", "--tmpfs", "/data:uid=10001,mode=0700"]
     options += ["--cap-drop", "ALL", "--memory", "256m", "--publish", "127.0.0.1::8000"]
     options += ["--env", "CARRY_INSECURE=1"]
@@ -67,5 +69,20 @@ def test_the_lean_image_serves_without_tensorflow(container: str) -> None:
     assert len(reply["outputs"]["late"]) == len(body["events"])
     seek = "import importlib.util as u; print(u.find_spec('tensorflow'), u.find_spec('keras'))"
     assert docker("exec", container, "python", "-c", seek) == "None None"
+    assert_sbom_is_complete(container)
     image = json.loads(docker("image", "inspect", IMAGE))[0]
     print(f"  the lean image: {image['Size'] / 2**20:.0f} MiB")
+
+
+def assert_sbom_is_complete(container: str) -> None:
+    """The bill of materials names every package of the container, and the service itself."""
+    sbom = json.loads(docker("exec", container, "cat", "/opt/carry/sbom.cdx.json"))
+    assert sbom["bomFormat"] == "CycloneDX"
+    listed = {(each["name"], each["version"]) for each in sbom["components"]}
+    service = sbom["metadata"]["component"]
+    listed.add((service["name"], service["version"]))
+    lister = (
+        "import importlib.metadata as m; print([(d.name, d.version) for d in m.distributions()])"
+    )
+    assert listed == set(ast.literal_eval(docker("exec", container, "python", "-c", lister)))
+    print(f"  the bill of materials: {len(listed)} packages")
