@@ -6,6 +6,7 @@ decides nothing about streams and keeps nothing between requests.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -15,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from service.access.key_cache import AccessKeys
@@ -43,6 +44,9 @@ from service.transports.http.routes.health import RenderMetrics
 __all__ = ["ApiLimits", "ConnectionLimits", "create_api"]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+
+MAX_DOCUMENTS = 64
+"""Documents that are kept, one for each set of models that some key may use."""
 
 
 def create_api(
@@ -145,14 +149,22 @@ def create_application(
 
 
 def _check_access_to_document(app: FastAPI) -> None:
-    """Let `/openapi.json`, which describes the models, show those that a key may use."""
+    """Let `/openapi.json`, which describes the models, show those that a key may use.
+
+    Making a document takes a tenth of a second of the event loop, so each is made once.
+    """
+    documents: dict[frozenset[str], bytes] = {}
 
     async def get_document(request: Request) -> Response:
         entry = entry_of(request)
         entry.require(Verb.MODELS)
-        api = api_of(request)
-        is_whole = api.entries.open is not None
-        return JSONResponse(app.openapi() if is_whole else openapi_document(app, api, entry.models))
+        names = frozenset(entry.models)
+        if names not in documents:
+            if len(documents) >= MAX_DOCUMENTS:
+                documents.clear()
+            document = openapi_document(app, api_of(request), entry.models)
+            documents[names] = json.dumps(document, ensure_ascii=False).encode()
+        return Response(documents[names], media_type="application/json")
 
     for index, route in enumerate(app.router.routes):
         if isinstance(route, Route) and route.path == app.openapi_url:

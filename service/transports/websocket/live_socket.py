@@ -23,6 +23,7 @@ from websockets.server import ServerProtocol
 from service.core.errors import CarryError, Unauthenticated
 from service.ops.request_lines import access_log
 from service.transports.http.connection.connections import Connections, Phase
+from service.transports.http.connection.reading_turns import LONG_BODY_BYTES
 from service.transports.http.media import Media
 from service.transports.websocket.fragments import Fragmenter
 from service.transports.websocket.session import Session
@@ -85,12 +86,14 @@ class LiveSocket(asyncio.Protocol):
         "_message",
         "_messages",
         "_opened_s",
+        "_parsed_bytes",
         "_received_bytes",
         "_request_id",
         "_sent_bytes",
         "_server",
         "_session",
         "_transport",
+        "_waits_for_turn",
         "_websocket",
         "body_began_s",
         "body_bytes",
@@ -126,6 +129,8 @@ class LiveSocket(asyncio.Protocol):
         self._decoder: codecs.IncrementalDecoder | None = None
         self._media = Media.JSON
         self._buffered = b""
+        self._parsed_bytes = 0
+        self._waits_for_turn = False
         # nothing is to be read before the handshake is answered
         transport.pause_reading()
         self._is_read_paused = True
@@ -184,8 +189,16 @@ class LiveSocket(asyncio.Protocol):
         self._received_bytes += len(data)
         if self._is_lingering:
             return
-        self._buffered = self._buffered + data if self._buffered else data
+        self._buffered = self._buffered[self._parsed_bytes :] + data if self._buffered else data
+        self._parsed_bytes = 0
+        if self.body_bytes > LONG_BODY_BYTES:
+            self._waits_for_turn = True
+            self._connections.turns.wait(self, self._take_turn)
         self._read()
+
+    def _take_turn(self) -> None:
+        self._waits_for_turn = False
+        self._set_reading()
 
     @property
     def _is_blocked(self) -> bool:
@@ -210,7 +223,10 @@ class LiveSocket(asyncio.Protocol):
                     self._last_chunk_s = self._loop.time()
                     self._session.receive(media, message)
             elif self._buffered:
-                piece, self._buffered = self._buffered[:PIECE_BYTES], self._buffered[PIECE_BYTES:]
+                start, self._parsed_bytes = self._parsed_bytes, self._parsed_bytes + PIECE_BYTES
+                piece = self._buffered[start : self._parsed_bytes]
+                if self._parsed_bytes >= len(self._buffered):
+                    self._buffered = b""
                 self._parse(piece)
             else:
                 break
@@ -235,7 +251,7 @@ class LiveSocket(asyncio.Protocol):
     def _set_reading(self) -> None:
         """Read from the socket exactly when nothing that was read is waiting: also while the next
         message would have to wait, since only a socket that is read notices a disconnect."""
-        is_waiting = bool(self._buffered) or bool(self._messages)
+        is_waiting = bool(self._buffered) or bool(self._messages) or self._waits_for_turn
         pauses = not self._is_lingering and is_waiting
         if pauses == self._is_read_paused or self._transport.is_closing():
             return

@@ -16,6 +16,8 @@ from models.artifact.artifact import Artifact, write_artifact
 from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.pipeline.watching import Watches
+from service.transports.http import application
+from service.transports.http.openapi.document import openapi_document
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
 from service.transports.websocket.application import SocketLimits, add_live_sockets
@@ -191,6 +193,23 @@ async def test_descriptions_show_the_models_of_a_key_only(api: Harness) -> None:
         "/v1/models/smaller", headers={"authorization": await api.key(models=("small*",))}
     )
     assert problem(missing, 404, "model_not_found")["expected"] == ["small"]
+
+
+async def test_the_openapi_document_of_a_key_is_made_once(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making one blocks the event loop for long: with a key anybody could stop the service."""
+    made: list[frozenset[str]] = []
+
+    def counted(app: Any, context: Any, models: Mapping[str, Any]) -> dict[str, Any]:
+        made.append(frozenset(models))
+        return openapi_document(app, context, models)
+
+    monkeypatch.setattr(application, "openapi_document", counted)
+    for models in (("small",), ("*",), ("small", "none"), ("small",), ("*",)):
+        headers = {"authorization": await api.key(models=models, prefix="once:")}
+        assert (await api.client.get("/openapi.json", headers=headers)).status_code == 200
+    assert len(made) == len(set(made)) <= 2
 
 
 async def send_chunk(api: Harness, authorization: str, stream: str, position: int = 0) -> int:

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, Protocol
 import structlog
 
 from service.ops.sampler import TransportLoad
+from service.transports.http.connection.reading_turns import ReadingTurns
 
 log = structlog.get_logger(__name__)
 
@@ -141,6 +142,7 @@ class Connections:
 
     Attributes:
         limits: the limits.
+        turns: in which connections read long bodies.
         on_drain: called when the graceful shutdown begins, to end responses without an end.
         loads: the load of each transport at the last check.
         close_after_response: whether each connection is closed after its next response.
@@ -148,6 +150,7 @@ class Connections:
 
     def __init__(self, limits: ConnectionLimits | None = None):
         self.limits = limits or ConnectionLimits()
+        self.turns = ReadingTurns()
         self._seen: dict[Connection, tuple[Phase, int, float]] = {}
         self._body_bytes = 0
         self._networks: dict[Connection, str] = {}
@@ -213,6 +216,7 @@ class Connections:
     def remove(self, connection: Connection) -> None:
         """Forget a connection that was closed."""
         self._seen.pop(connection, None)
+        self.turns.forget(connection)
         self.set_body_bytes(connection, 0)
         network = self._networks.pop(connection, None)
         if network is not None:

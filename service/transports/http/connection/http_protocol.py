@@ -20,7 +20,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
 from service.core.errors import (
@@ -38,7 +37,9 @@ from service.transports.http.connection.fast_path import (
     PendingReply,
     RejectedRequest,
 )
+from service.transports.http.connection.flow_control import BackpressureFlow
 from service.transports.http.connection.framing import FramingProtocol, Headers
+from service.transports.http.connection.reading_turns import LONG_BODY_BYTES
 from service.transports.http.connection.rejections import ConnectionErrors
 from service.transports.http.replies.replies import UNSENT, UnsentReply
 
@@ -86,21 +87,6 @@ class HttpState(NamedTuple):
     errors: ConnectionErrors
     fast_routes: tuple[FastRoute[Any], ...]
     upgrader: Upgrader | None = None
-
-
-class BackpressureFlow(FlowControl):
-    """uvicorn's flow control, which does not resume reading while buffered requests exceed a bound.
-
-    Attributes:
-        buffer_is_full: whether they do.
-    """
-
-    buffer_is_full = False
-
-    def resume_reading(self) -> None:
-        """Read on, if the buffer has room."""
-        if not self.buffer_is_full:
-            super().resume_reading()
 
 
 class CycleTransport(NamedTuple):
@@ -412,6 +398,9 @@ class HttpProtocol(FramingProtocol):
             if self._is_lingering:
                 # it was shed just now; any exception stops the parser
                 raise Overloaded("this body was shed")
+            if self.body_bytes > LONG_BODY_BYTES and self.cycle.more_body:
+                self._flow.wait_for_turn()
+                self._connections.turns.wait(self, self._flow.take_turn)
 
     def on_response_complete(self) -> None:
         """uvicorn's callback: a request was answered, and the next pipelined one started."""
