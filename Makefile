@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage model faults check docs format bench load overload example compose-test proto console lock clean
+.PHONY: help run test coverage model faults check docs format bench load dashboards overload example compose-test proto console lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +72,10 @@ bench: ## measure Carry beside baselines (ARGS="--only peak")
 load: ## send load to a running service, check its replies (ARGS="--scenario steady --users 32")
 	@scripts/setup dev
 	@exec $(BIN)/locust $(ARGS)
+
+dashboards: ## run every query of the dashboards under replay (ARGS="--pictures FOLDER")
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.monitoring $(ARGS)
 
 overload: ## send twice the capacity of a service for a minute
 	@scripts/setup dev

@@ -34,6 +34,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.values import MultiProcessValue, MutexValue
 
+from service.core.errors import CarryError, ServiceFailure
 from service.core.values import Timing
 from service.pipeline.recorder import ModelStatistics
 
@@ -214,6 +215,9 @@ class PrometheusRecorder:
         self._series(name).queue.set(0)
         self._websockets.labels(name).set(0)
         self._watchers.labels(name).set(0)
+        for code in codes_of(ServiceFailure):
+            # an alert on an increase does not see one from no series to 1
+            self._refused(name, code)
 
     def _series_of(self, model: str) -> _Series:
         return _Series(
@@ -352,6 +356,12 @@ def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
         counts = Tally([bisect_left(bounds, value) for value in values])
     for bucket, count in counts.items():
         buckets[bucket].inc(count)
+
+
+def codes_of(kind: type[CarryError]) -> set[str]:
+    """The codes of an error and of those that derive from it."""
+    own = {kind.code} if kind.code else set()
+    return own.union(*map(codes_of, kind.__subclasses__()))
 
 
 class WorkerRestarts:

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -18,14 +17,20 @@ import yaml
 from service.core.errors import CarryError
 from service.core.values import StreamKey
 from service.store.codec import KeySpace
+from tests.support.monitoring import (
+    DASHBOARDS,
+    RULES,
+    filled,
+    panels_of,
+    prometheus,
+    query,
+)
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 from tests.support.pipelines import make_artifact
-from tests.support.servers import RealServer, free_port, real_server, until
+from tests.support.servers import RealServer, real_server, until
 from tests.support.service import POLL_S, Service, running
 
-RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
-DASHBOARDS = sorted((ROOT / "deploy" / "grafana").glob("*.json"))
 METRICS = ROOT / "docs" / "reference" / "metrics.md"
 ROWS = [[0.5] * 3] * 4
 _METRIC = re.compile(r"\bcarry_[a-z_]+")
@@ -37,10 +42,10 @@ _THRESHOLD = re.compile(r" (>|==) [0-9.]+$")
 def queries() -> list[str]:
     """The expressions of the dashboards and of the rules, of alerts without their thresholds."""
     shown = [
-        target["expr"]
-        for dashboard in DASHBOARDS
-        for panel in json.loads(dashboard.read_text(encoding="utf-8"))["panels"]
-        for target in panel["targets"]
+        expression
+        for path in DASHBOARDS
+        for panel in panels_of(path)
+        for expression, _ in panel.queries
     ]
     groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
     rules = [_THRESHOLD.sub("", rule["expr"]) for group in groups for rule in group["rules"]]
@@ -55,17 +60,17 @@ def codes(kind: type[CarryError] = CarryError) -> set[str]:
 def test_queries_name_documented_metrics_and_codes() -> None:
     documented = set(re.findall(r"^\| `(carry_\w+)`", METRICS.read_text(), re.MULTILINE))
     assert len(queries()) > 50
-    for query in queries():
-        named = {_SUFFIX.sub("", name) for name in _METRIC.findall(query)}
-        assert named or 'up{job="carry"}' in query, query
-        assert named <= documented, query
-        for listed in _CODES.findall(query):
-            assert set(listed.split("|")) <= codes(), query
+    for expression in queries():
+        named = {_SUFFIX.sub("", name) for name in _METRIC.findall(expression)}
+        assert named or 'up{job="carry"}' in expression, expression
+        assert named <= documented, expression
+        for listed in _CODES.findall(expression):
+            assert set(listed.split("|")) <= codes(), expression
 
 
 def test_every_metric_is_shown_or_alerts() -> None:
     documented = set(re.findall(r"^\| `(carry_\w+)`", METRICS.read_text(), re.MULTILINE))
-    used = {_SUFFIX.sub("", name) for query in queries() for name in _METRIC.findall(query)}
+    used = {_SUFFIX.sub("", name) for each in queries() for name in _METRIC.findall(each)}
     assert documented == used
 
 
@@ -101,41 +106,20 @@ def observed(tmp_path: Path, store: RealServer) -> Iterator[Service]:
 
 
 @pytest.fixture
-def prometheus(tmp_path: Path, observed: Service) -> Iterator[str]:
-    """The address of a Prometheus that scrapes the service."""
-    target = observed.url.removeprefix("http://")
-    config = tmp_path / "prometheus.yml"
-    config.write_text(
-        "global: {scrape_interval: 200ms, evaluation_interval: 200ms}\n"
-        f"rule_files: [{RULES}]\n"
-        f"scrape_configs: [{{job_name: carry, static_configs: [{{targets: ['{target}']}}]}}]\n"
-    )
-    address = f"127.0.0.1:{free_port()}"
-    options = [f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
-    with (tmp_path / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(
-            ["prometheus", *options, f"--web.listen-address={address}"], stderr=log
-        )
-    try:
-        yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait()
+def database(tmp_path: Path, observed: Service) -> Iterator[httpx.Client]:
+    """A Prometheus that scrapes the service."""
+    with prometheus(tmp_path, observed.url) as url, httpx.Client(base_url=url) as client:
+        yield client
 
 
 @needs_tools("prometheus", "promtool")
 def test_every_query_returns_data_of_a_running_service(
-    observed: Service, prometheus: str, store: RealServer
+    observed: Service, database: httpx.Client, store: RealServer
 ) -> None:
     subprocess.run(["promtool", "check", "rules", str(RULES)], check=True, capture_output=True)
-    missing = [
-        query.replace("$__rate_interval", "20s").replace("$model", ".*") for query in queries()
-    ]
+    missing = [filled(expression, "20s") for expression in queries()]
 
-    with (
-        httpx.Client(base_url=observed.url) as client,
-        httpx.Client(base_url=prometheus) as database,
-    ):
+    with httpx.Client(base_url=observed.url) as client:
 
         def chunk(stream: str, position: int) -> int:
             body = {"inputs": ROWS, "position": position}
@@ -155,7 +139,7 @@ def test_every_query_returns_data_of_a_running_service(
                 server.config_set("maxmemory", 1)
                 assert chunk(f"t{number}", 0) == 503
                 server.config_set("maxmemory", 0)
-            missing[:] = [query for query in missing if not _has_data(database, query)]
+            missing[:] = [each for each in missing if not _has_data(database, each)]
             return not missing
 
         try:
@@ -164,13 +148,5 @@ def test_every_query_returns_data_of_a_running_service(
             raise AssertionError(missing) from error
 
 
-def _has_data(database: httpx.Client, query: str) -> bool:
-    try:
-        answer = database.get("/api/v1/query", params={"query": query})
-    except httpx.TransportError:
-        return False
-    if answer.status_code == 503:
-        return False
-    answer.raise_for_status()
-    result: list[dict[str, Any]] = answer.json()["data"]["result"]
-    return any(each["value"][1] != "NaN" for each in result)
+def _has_data(database: httpx.Client, expression: str) -> bool:
+    return any(each["value"][1] != "NaN" for each in query(database, expression))

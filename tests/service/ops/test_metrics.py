@@ -130,6 +130,9 @@ def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> No
     for name in ("chunks", "events", "replays", "conflicts", "cache_hits", "cache_misses"):
         assert found[series(f"carry_{name}_total", model="flights")] == 0
     assert found[series("carry_queue_depth", model="flights")] == 0
+    for code in ("store_refused", "state_damaged", "stream_overloaded", "internal_error"):
+        assert found[series("carry_refusals_total", model="flights", code=code)] == 0
+    assert series("carry_refusals_total", model="flights", code="position_ahead") not in found
 
 
 def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
@@ -137,7 +140,7 @@ def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
     for name in ("nope", "nope2", "nope3"):
         recorder.record_error(name, "model_not_found")
     found = read(recorder.render())
-    refusals = {key: value for key, value in found.items() if key[0] == "carry_refusals_total"}
+    refusals = {k: value for k, value in found.items() if k[0] == "carry_refusals_total" and value}
     assert refusals == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
 
 
