@@ -67,6 +67,7 @@ def test_the_lean_image_serves_without_tensorflow(container: str) -> None:
     reply: dict[str, Any] = httpx.post(url + path, json=body, timeout=60).raise_for_status().json()
     assert reply["position"] == len(body["events"])
     assert len(reply["outputs"]["late"]) == len(body["events"])
+    assert "script" in httpx.get(f"{url}/console/").raise_for_status().text
     seek = "import importlib.util as u; print(u.find_spec('tensorflow'), u.find_spec('keras'))"
     assert docker("exec", container, "python", "-c", seek) == "None None"
     assert_sbom_is_complete(container)

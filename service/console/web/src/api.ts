@@ -7,10 +7,9 @@ const STORED_KEY = "carry.access-key";
 export class Problem extends Error {
   constructor(
     readonly status: number,
-    readonly code: string,
-    message: string,
+    readonly document: any,
   ) {
-    super(message);
+    super(document.detail ?? `The service answered ${status}.`);
   }
 }
 
@@ -47,12 +46,7 @@ export async function get(
     });
     if (response.ok) return response;
     const document = await response.json().catch(() => ({}));
-    if (response.status !== 401)
-      throw new Problem(
-        response.status,
-        document.code ?? "",
-        document.detail ?? `The service answered ${response.status}.`,
-      );
+    if (response.status !== 401) throw new Problem(response.status, document);
     await renewKey(key);
     signal.throwIfAborted();
   }

@@ -2,7 +2,7 @@
 import { render } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import {
-  forgetKey, get, hasKey, json, modelAddress, type ModelSummary, pause, Problem, reason,
+  forgetKey, hasKey, json, modelAddress, type ModelSummary, pause, Problem, reason,
 } from "./api";
 import { KeyDialog } from "./key";
 import { metrics } from "./metrics";
@@ -16,10 +16,28 @@ const HEALTH_EVERY_S = 3;
 const HEALTH = {
   waiting: "Connecting",
   ready: "Ready",
+  degraded: "Degraded",
   not_ready: "Not ready",
   unreachable: "No answer",
 };
 type Health = keyof typeof HEALTH;
+
+/** The reply of `/health/ready`; a proxy's has no members. */
+interface Report {
+  status?: string;
+  failing?: string[];
+  degraded?: string[];
+  checks?: { name: string; detail: string }[];
+}
+
+/** The health, and a sentence for each check that is not passed. */
+function judge(report: Report | undefined): [Health, string] {
+  if (report === undefined) return ["unreachable", reason(undefined)];
+  const { status, failing = [], degraded = [], checks = [] } = report;
+  const names = [...failing, ...degraded];
+  const text = checks.filter(({ name }) => names.includes(name)).map(({ detail }) => detail);
+  return [status !== "ready" ? "not_ready" : degraded[0] ? "degraded" : "ready", text.join("; ")];
+}
 
 /** `#/models/{model}/streams/{stream}`, or a part of it from the left. */
 function readAddress(): (string | undefined)[] {
@@ -42,21 +60,23 @@ function useAddress(): (string | undefined)[] {
 function useService() {
   const [health, setHealth] = useState<Health>("waiting");
   const [models, setModels] = useState<ModelSummary[]>([]);
+  /** Why the service is not ready, and why its models are not listed. */
   const [problem, setProblem] = useState("");
+  const [refusal, setRefusal] = useState("");
   useEffect(() => {
     const { signal } = new AbortController();
     const follow = async () => {
       for (let known: Health = "waiting"; ; await pause(HEALTH_EVERY_S, signal)) {
-        const health = await get("health/ready", signal).then(
-          (): Health => "ready",
-          (error): Health => (error instanceof Problem ? "not_ready" : "unreachable"),
+        const report = await json<Report>("health/ready", signal).catch((error) =>
+          error instanceof Problem ? (error.document as Report) : undefined,
         );
+        const [health, text] = judge(report);
         setHealth(health);
-        if (health === "unreachable") setProblem(reason(undefined));
-        else if (health !== known)
+        setProblem(text);
+        if (health !== known && report)
           await json<{ models: ModelSummary[] }>("v1/models", signal).then(
-            ({ models }) => (setModels(models), setProblem("")),
-            (error) => setProblem(reason(error)),
+            ({ models }) => (setModels(models), setRefusal("")),
+            (error) => setRefusal(reason(error)),
           );
         known = health;
       }
@@ -64,12 +84,12 @@ function useService() {
     void follow();
     void metrics.run(signal);
   }, []);
-  return { health, models, problem };
+  return { health, models, problems: [problem, refusal] };
 }
 
 function App() {
   const [model, stream] = useAddress();
-  const { health, models, problem } = useService();
+  const { health, models, problems } = useService();
   const { theme, button } = useTheme();
   document.title = [stream, model, "Carry console"].filter(Boolean).join(" · ");
   return (
@@ -100,7 +120,9 @@ function App() {
         ))}
       </nav>
       <main tabIndex={-1}>
-        <Alert text={problem} />
+        {problems.map((text) => (
+          <Alert text={text} />
+        ))}
         {model === undefined ? (
           <Overview models={models} />
         ) : stream === undefined ? (

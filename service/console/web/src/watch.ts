@@ -177,7 +177,7 @@ export class StreamWatch {
       this.head = head;
       if (state !== undefined && isNew) this.measure(head.position, Object.entries(state));
     } catch (error) {
-      if (isFinal(error) && error.code !== "stream_not_found") {
+      if (isFinal(error) && error.document.code !== "stream_not_found") {
         this.stateProblem = error.message;
         if (this.stateAddress === "") return false;
         this.stateAddress = "";

@@ -1,18 +1,20 @@
-"""Rates and quantiles that the console computes from `/metrics`, in Chromium."""
+"""The console's overview, in Chromium: rates and quantiles of `/metrics`, failing checks."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 
 from service.console.page import add_console
 from tests.service.transports.http.harness import harness, listening
-from tests.support.browser import new_page
+from tests.support.browser import Page, new_page
 from tests.support.needs import needs_tools
 from tests.support.pipelines import make_artifact
 from tests.support.proxy import Proxy
@@ -48,27 +50,39 @@ STAGES = """[...document.querySelectorAll('figure')]
   .find((each) => each.innerText.startsWith('Stages')).querySelector('[role=img]').ariaLabel"""
 
 
-async def test_the_overview_shows_rates_and_quantiles_of_the_last_seconds(
-    pipeline_server: RealServer, browser: str, tmp_path: Path
-) -> None:
-    began_s = time.monotonic() - 1000
-
-    def metrics() -> PlainTextResponse:
-        elapsed_s = time.monotonic() - began_s
-        samples = [line.rpartition(" ") for line in PER_SECOND]
-        lines = [f"{name} {float(value) * elapsed_s!r}" for name, _, value in samples]
-        return PlainTextResponse("\n".join(lines))
-
+@asynccontextmanager
+async def overview(
+    server: RealServer, browser: str, folder: Path, **routes: Callable[[], Response]
+) -> AsyncIterator[Page]:
+    """The page of an application, in which these routes answer something else."""
     async with (
         asyncio.timeout(60),
-        harness(pipeline_server, {"probe": make_artifact(tmp_path)}) as running,
+        harness(server, {"probe": make_artifact(folder)}) as running,
         listening(running.app) as path,
         Proxy(lambda: path).listening() as proxy,
         new_page(browser) as page,
     ):
         add_console(running.app)
-        running.app.router.routes.insert(0, APIRoute("/metrics", metrics))
+        for route, endpoint in routes.items():
+            address = "/" + route.replace("_", "/")
+            running.app.router.routes.insert(0, APIRoute(address, endpoint))
         await page.open(f"http://127.0.0.1:{proxy.port}/console/")
+        yield page
+        assert page.errors == []
+
+
+async def test_the_overview_shows_rates_and_quantiles_of_the_last_seconds(
+    pipeline_server: RealServer, browser: str, tmp_path: Path
+) -> None:
+    began_s = time.monotonic() - 1000
+
+    def metrics() -> Response:
+        elapsed_s = time.monotonic() - began_s
+        samples = [line.rpartition(" ") for line in PER_SECOND]
+        lines = [f"{name} {float(value) * elapsed_s!r}" for name, _, value in samples]
+        return PlainTextResponse("\n".join(lines))
+
+    async with overview(pipeline_server, browser, tmp_path, metrics=metrics) as page:
         await page.until(f"({SHOWN})['Latency, p50']?.includes('ms')")
         shown = await page.evaluate(SHOWN)
         # rank 5 of 6 in (5 ms, 10 ms], rank 9.9 of 9.8 to 10 in (25 ms, 225 ms]
@@ -78,4 +92,24 @@ async def test_the_overview_shows_rates_and_quantiles_of_the_last_seconds(
         assert float(shown["Requests/s"]) == pytest.approx(10, rel=0.3)
         assert float(shown["Errors/s"]) == pytest.approx(0.5, rel=0.3)
         assert (await page.evaluate(STAGES)).endswith("commit 2 ms")
-        assert page.errors == []
+
+
+async def test_the_page_names_the_checks_that_fail_or_are_degraded(
+    pipeline_server: RealServer, browser: str, tmp_path: Path
+) -> None:
+    store = {"name": "store", "ok": False, "detail": "2 of 3 servers accept commits"}
+    runtime = {"name": "runtime", "ok": True, "detail": "warm"}
+    report = {"status": "not_ready", "failing": ["store"], "degraded": []}
+    status = "document.querySelector('header [role=status]')?.innerText"
+    alert = "document.querySelector('main [role=alert]')?.innerText"
+
+    def health_ready() -> Response:
+        code = 200 if report["status"] == "ready" else 503
+        return JSONResponse({**report, "checks": [store, runtime]}, code)
+
+    async with overview(pipeline_server, browser, tmp_path, health_ready=health_ready) as page:
+        await page.until(f"{status} === 'Not ready' && {alert} === '{store['detail']}'")
+        report |= {"status": "ready", "failing": [], "degraded": ["store"]}
+        await page.until(f"{status} === 'Degraded' && {alert} === '{store['detail']}'")
+        report |= {"degraded": []}
+        await page.until(f"{status} === 'Ready' && {alert} === undefined")
