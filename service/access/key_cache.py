@@ -19,6 +19,7 @@ import structlog
 
 from service.access.keys import AccessKey, AccessKeyError, decode_key, parse_key
 from service.access.principal import Principal
+from service.access.tokens import is_token, verify_token
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
 
 REFRESH_S: Final = 0.5
@@ -130,7 +131,7 @@ class AccessKeys:
         self._keys = keys
 
     def authenticate(self, authorization: bytes | None) -> Principal:
-        """The holder of the key in an Authorization header.
+        """The holder of the key, or of the token, in an Authorization header.
 
         Raises:
             Unauthenticated: there is none, or it is not accepted.
@@ -141,7 +142,10 @@ class AccessKeys:
             raise Unauthenticated(f"{_EXPECTED}, got none")
         if authorization[: len(SCHEME)].lower() != SCHEME:
             raise Unauthenticated(f"{_EXPECTED}, got another scheme")
-        text = parse_key(authorization[len(SCHEME) :].strip(b" ").decode("latin-1"))
+        bearer = authorization[len(SCHEME) :].strip(b" ").decode("latin-1")
+        if is_token(bearer):
+            return verify_token(bearer, self._keys, self._now_ms())
+        text = parse_key(bearer)
         key = None if text is None else self._keys.get(text.key_id)
         if text is None or key is None or not key.matches(text.secret):
             raise Unauthenticated(f"{_EXPECTED}, got one that it does not know")
@@ -163,10 +167,11 @@ class AccessKeys:
             )
 
     def is_current(self, principal: Principal) -> bool:
-        """Whether the principal's key is still accepted, with the same scope."""
-        key = self._keys.get(principal.key_id)
+        """Whether the principal's key is still accepted, with the same scope, and so its token."""
+        key, now_ms = self._keys.get(principal.key_id), self._now_ms()
         return (
             key is not None
-            and key.status(self._now_ms()) == "active"
-            and key.principal(principal.key_id) == principal
+            and key.status(now_ms) == "active"
+            and key.principal(principal.key_id) == (principal.signer or principal)
+            and (principal.expires_ms is None or principal.expires_ms > now_ms)
         )

@@ -18,14 +18,13 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from service.access.limits import KeyLimits
-from service.access.principal import MODEL_PATTERN, Principal, Verb
+from service.access.principal import Principal, Verb, is_model_pattern
 
 FORMAT: Final = 1
 MAX_NAME: Final = 64
 MAX_PREFIX: Final = 256
 _KEY: Final = re.compile(r"carry_([0-9a-f]{12})_([0-9a-f]{64})", re.ASCII)
 _is_key_id = re.compile(r"[0-9a-f]{12}", re.ASCII).fullmatch
-_is_model_pattern = re.compile(MODEL_PATTERN, re.ASCII).fullmatch
 _is_prefix = re.compile(r"[A-Za-z0-9._:@-]*", re.ASCII).fullmatch
 
 
@@ -148,7 +147,7 @@ def _check(key: AccessKey) -> None:
     if not key.verbs:
         raise AccessKeyError(f"verbs: expected one or more of {', '.join(Verb)}, got none")
     for pattern in key.models or ("",):
-        if not _is_model_pattern(pattern):
+        if not is_model_pattern(pattern):
             raise AccessKeyError(
                 "models: expected names of a-z 0-9 _ -, in which * stands for any characters, got "
                 f"{pattern[:100]!r}"

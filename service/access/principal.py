@@ -35,6 +35,9 @@ MODEL_PATTERN = r"[a-z0-9_*-]{1,64}"
 """A model's name, in which each `*` stands for any characters."""
 
 
+is_model_pattern = re.compile(MODEL_PATTERN, re.ASCII).fullmatch
+
+
 class _Covers(Protocol):
     def __call__(self, model: str, /) -> Match[str] | None:
         """Whether a pattern covers the model."""
@@ -52,6 +55,7 @@ class Principal:
         prefix: names of the streams that it may use begin with this; empty for all.
         expires_ms: epoch milliseconds from which on the key is rejected; None for never.
         limits: None for no limits.
+        signer: the holder of the key that signed the token of this one; None for a key.
         covers_model: matches the name of a model that it may use.
     """
 
@@ -62,6 +66,7 @@ class Principal:
     prefix: str = ""
     expires_ms: int | None = None
     limits: KeyLimits | None = None
+    signer: Principal | None = None
     covers_model: _Covers = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

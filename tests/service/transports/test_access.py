@@ -13,8 +13,10 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 from models.artifact.artifact import Artifact, write_artifact
+from service.access.keys import parse_key
 from service.access.limits import KeyLimits
 from service.access.principal import Verb
+from service.access.tokens import TokenClaims, sign_token
 from service.pipeline.watching import Watches
 from service.transports.http import application
 from service.transports.http.openapi.document import openapi_document
@@ -389,3 +391,36 @@ async def test_events_and_concurrent_requests_of_a_key_are_limited(api: Harness)
     api.store.held.set()
     assert await first == 200
     assert await send_chunk(api, one, "d") == 200
+
+
+async def test_token_narrows_its_key_on_both_paths_and_ends_with_it(api: Harness) -> None:
+    api.clock[0] = 1_000_000
+    scope = {"verbs": (Verb.PREDICT,), "prefix": "acme:7:"}
+    for door in (send_chunk, send_tensor):
+        key = await api.key(prefix="acme:")
+        holder = parse_key(key.removeprefix("Bearer "))
+        assert holder is not None
+        token = f"Bearer {sign_token(holder, TokenClaims(exp=1100, **scope))}"
+        stream = f"acme:7:{door.__name__}"
+        for _ in range(3):
+            # from the second request on, the fast path knows the token
+            assert await door(api, token, "acme:8:x") == 403
+        assert await door(api, token, stream) == 200
+        listing = {"headers": {"authorization": token}, "params": {"prefix": "acme:7:"}}
+        problem(await api.client.get("/v1/models/probe/streams", **listing), 403, "forbidden")
+        api.clock[0] = 1_100_000
+        await api.refresh_keys()
+        assert await door(api, token, stream) == 401
+        api.clock[0] = 1_000_000
+        assert await door(api, token, f"{stream}2") == 200
+        await revoke(api.store, key)
+        await api.refresh_keys()
+        assert await door(api, token, stream) == 401
+
+
+async def test_tokens_share_the_limits_of_their_key(api: Harness) -> None:
+    key = await api.key(limits=KeyLimits(requests_per_s=0.001))
+    holder = parse_key(key.removeprefix("Bearer "))
+    assert holder is not None
+    tokens = [f"Bearer {sign_token(holder, TokenClaims(exp=9e9, sub=name))}" for name in ("a", "b")]
+    assert [await send_chunk(api, each, "s") for each in (*tokens, key)] == [200, 429, 429]

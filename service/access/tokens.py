@@ -1,0 +1,125 @@
+"""Tenant tokens: JSON Web Tokens that are signed by an access key and allow a part of what it does.
+
+Whoever has a key signs tokens without the service: HS256 over the claims, with the SHA-256 of the
+key's secret, and the key's id as `kid` in the header. The service has that digest, so it verifies a
+token without asking anybody. A token expires (`exp`), may not be used before a time (`nbf`), and
+narrows verbs, models and prefix; one that claims more than its key allows is rejected, as is one
+with a claim that the service does not know, since it could be meant as a restriction. It ends with
+its key, and shares the key's limits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Final
+
+import jwt
+import msgspec
+
+from service.access.keys import AccessKey, KeyText
+from service.access.principal import Principal, Verb, is_model_pattern
+from service.core.errors import Unauthenticated
+
+ALGORITHM: Final = "HS256"
+MAX_TOKEN_CHARACTERS: Final = 4096
+DIGEST_BYTES: Final = 32
+
+
+class TokenClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The claims of a token.
+
+    Attributes:
+        exp: when it expires, in epoch seconds.
+        nbf: from when on it is accepted, in epoch seconds.
+        sub: for whom it is, for logs; `iss`, `iat` and `jti` are ignored.
+        verbs, models, prefix: what it allows; None for what its key allows.
+    """
+
+    exp: float
+    nbf: float | None = None
+    sub: str | None = None
+    iss: str | None = None
+    iat: float | None = None
+    jti: str | None = None
+    verbs: tuple[Verb, ...] | None = None
+    models: tuple[str, ...] | None = None
+    prefix: str | None = None
+
+
+def is_token(text: str) -> bool:
+    """Whether this is a token, and not a key."""
+    return text.count(".") == 2
+
+
+def sign_token(key: KeyText, claims: TokenClaims) -> str:
+    """Sign a token."""
+    digest = hashlib.sha256(key.secret.encode()).digest()
+    return _JWS.encode(
+        msgspec.json.encode(claims), digest, algorithm=ALGORITHM, headers={"kid": key.key_id}
+    )
+
+
+def verify_token(text: str, keys: Mapping[str, AccessKey], now_ms: int) -> Principal:
+    """The holder of a token.
+
+    Raises:
+        Unauthenticated: it is not accepted.
+    """
+    try:
+        if len(text) > MAX_TOKEN_CHARACTERS:
+            raise _rejected(f"expected at most {MAX_TOKEN_CHARACTERS} characters, got {len(text)}")
+        key_id = jwt.get_unverified_header(text).get("kid")
+        key = keys.get(key_id) if isinstance(key_id, str) else None
+        digest = b"" if key is None else bytes.fromhex(key.secret_sha256)
+        if key is None or key_id is None or len(digest) != DIGEST_BYTES:
+            raise _rejected("expected the id of a key of this service as `kid`")
+        payload = _JWS.decode(text, digest, algorithms=[ALGORITHM])
+        claims = _DECODER.decode(payload)
+    except (jwt.PyJWTError, msgspec.MsgspecError, ValueError) as error:
+        raise _rejected(str(error)) from error
+    status = key.status(now_ms)
+    if status != "active":
+        raise _rejected(f"its key {key_id} is {status}")
+    if claims.exp * 1000 <= now_ms:
+        raise _rejected("it has expired")
+    if claims.nbf is not None and claims.nbf * 1000 > now_ms:
+        raise _rejected("it is not valid yet (nbf)")
+    return _narrow(key.principal(key_id), claims)
+
+
+def _narrow(holder: Principal, claims: TokenClaims) -> Principal:
+    """The key's holder with what the token allows.
+
+    Raises:
+        Unauthenticated: the token claims more than its key allows.
+    """
+    verbs = holder.verbs if claims.verbs is None else frozenset(claims.verbs)
+    models = holder.models if claims.models is None else claims.models
+    prefix = holder.prefix if claims.prefix is None else claims.prefix
+    exceeding = {
+        "verbs": not verbs <= holder.verbs,
+        # a `*` of the token has to be covered by one of the key, which matches any characters
+        "models": not all(is_model_pattern(each) and holder.covers_model(each) for each in models),
+        "prefix": not prefix.startswith(holder.prefix),
+    }
+    for claim, exceeds in exceeding.items():
+        if exceeds:
+            raise _rejected(f"`{claim}` claims more than its key {holder.key_id} allows")
+    if not verbs or not models:
+        raise _rejected("expected at least one of `verbs` and one of `models`")
+    expires_ms = round(claims.exp * 1000)
+    if holder.expires_ms is not None:
+        expires_ms = min(expires_ms, holder.expires_ms)
+    name = holder.name if claims.sub is None else f"{holder.name}/{claims.sub[:100]}"
+    return Principal(
+        holder.key_id, name, verbs, models, prefix, expires_ms, holder.limits, signer=holder
+    )
+
+
+_JWS: Final = jwt.PyJWS()
+_DECODER: Final = msgspec.json.Decoder(TokenClaims)
+
+
+def _rejected(reason: str) -> Unauthenticated:
+    return Unauthenticated(f"the token is not accepted: {reason}")

@@ -1,0 +1,174 @@
+"""Tokens that keys sign: what they narrow, and which are not accepted."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+from typing import Any
+
+import jwt
+import pytest
+
+from service.access.keys import AccessKey, KeyText, new_key
+from service.access.limits import KeyLimits
+from service.access.principal import Principal, Verb
+from service.access.tokens import TokenClaims, is_token, sign_token, verify_token
+from service.core.errors import Forbidden, Unauthenticated
+
+NOW_MS = 1_700_000_000_000
+NOW_S = NOW_MS // 1000
+LIMITS = KeyLimits(concurrent_requests=3)
+EXP = {"exp": NOW_S + 60}
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[KeyText, AccessKey]:
+    record = AccessKey(
+        name="shop",
+        verbs=(Verb.PREDICT, Verb.LIST),
+        models=("pro*", "small"),
+        prefix="acme:",
+        created_ms=0,
+        expires_ms=NOW_MS + 3_600_000,
+        limits=LIMITS,
+    )
+    return new_key(record)
+
+
+def encoded(key: KeyText, claims: Any, digest: bytes | None = None, **header: Any) -> str:
+    """A token of any claims, made without the service's code, by RFC 7515 and RFC 7518."""
+
+    def part(value: bytes) -> bytes:
+        return base64.urlsafe_b64encode(value).rstrip(b"=")
+
+    head = {"alg": "HS256", "typ": "JWT", "kid": key.key_id, **header}
+    signed = part(json.dumps(head).encode()) + b"." + part(json.dumps(claims).encode())
+    if digest is None:
+        digest = hashlib.sha256(key.secret.encode()).digest()
+    return (signed + b"." + part(hmac.digest(digest, signed, "sha256"))).decode()
+
+
+def verified(made: tuple[KeyText, AccessKey], token: str, now_ms: int = NOW_MS) -> Principal:
+    key, record = made
+    return verify_token(token, {key.key_id: record}, now_ms)
+
+
+def test_token_of_other_software_narrows_its_key(made: tuple[KeyText, AccessKey]) -> None:
+    claims = {
+        **EXP,
+        "iss": "shop",
+        "sub": "tenant 7",
+        "iat": NOW_S,
+        "jti": "1",
+        "nbf": NOW_S,
+        "verbs": ["predict"],
+        "models": ["probe", "pro*e"],
+        "prefix": "acme:7:",
+    }
+    key, record = made
+    by_library = jwt.encode(
+        claims,
+        hashlib.sha256(key.secret.encode()).digest(),
+        algorithm="HS256",
+        headers={"kid": key.key_id},
+    )
+    for token in (encoded(key, claims), by_library):
+        assert is_token(token)
+        principal = verified(made, token)
+        principal.require((Verb.PREDICT,), "probe", "acme:7:x")
+        for verb, model, stream in (
+            (Verb.LIST, "probe", "acme:7:x"),
+            (Verb.PREDICT, "small", "acme:7:x"),
+            (Verb.PREDICT, "probe", "acme:8:x"),
+        ):
+            with pytest.raises(Forbidden):
+                principal.require((verb,), model, stream)
+        assert principal.key_id == key.key_id
+        assert principal.name == "shop/tenant 7"
+        assert principal.limits == LIMITS
+        assert principal.expires_ms == NOW_MS + 60_000
+        assert principal.signer == record.principal(key.key_id)
+
+
+def test_token_without_scope_has_that_of_its_key(made: tuple[KeyText, AccessKey]) -> None:
+    key, record = made
+    principal = verified(made, sign_token(key, TokenClaims(exp=NOW_S + 1e6)))
+    holder = record.principal(key.key_id)
+    assert principal.verbs == holder.verbs
+    assert (principal.models, principal.prefix) == (holder.models, holder.prefix)
+    # not longer than the key itself
+    assert principal.expires_ms == holder.expires_ms
+
+
+@pytest.mark.parametrize(
+    ("claims", "reason"),
+    [
+        ({**EXP, "verbs": ["predict", "delete"]}, "`verbs` claims more"),
+        ({**EXP, "verbs": []}, "at least one"),
+        ({**EXP, "verbs": ["fly"]}, "verbs"),
+        ({**EXP, "models": ["*"]}, "`models` claims more"),
+        ({**EXP, "models": ["pr*"]}, "`models` claims more"),
+        ({**EXP, "models": ["pro", "smaller"]}, "`models` claims more"),
+        ({**EXP, "models": ["pro.*"]}, "`models` claims more"),
+        ({**EXP, "models": []}, "at least one"),
+        ({**EXP, "prefix": "acme"}, "`prefix` claims more"),
+        ({**EXP, "prefix": ""}, "`prefix` claims more"),
+        ({**EXP, "aud": "other"}, "aud"),
+        ({**EXP, "max_streams": 3}, "max_streams"),
+        ({"exp": NOW_S}, "it has expired"),
+        ({"exp": str(NOW_S + 60)}, "exp"),
+        ({**EXP, "nbf": NOW_S + 1}, "not valid yet"),
+        ({}, "exp"),
+        ([], "object"),
+    ],
+)
+def test_claims_that_do_not_narrow_are_rejected(
+    made: tuple[KeyText, AccessKey], claims: Any, reason: str
+) -> None:
+    with pytest.raises(Unauthenticated, match=reason):
+        verified(made, encoded(made[0], claims))
+
+
+def test_tokens_that_the_key_did_not_sign_are_rejected(made: tuple[KeyText, AccessKey]) -> None:
+    key, record = made
+    other, _ = new_key(record)
+    good = encoded(key, EXP)
+    head, claims, signature = good.split(".")
+    wider = encoded(key, {**EXP, "sub": "x"}).split(".")[1]
+    unsigned = jwt.encode(EXP, "", algorithm="none", headers={"kid": key.key_id})
+    forged = (
+        encoded(KeyText(key.key_id, other.secret), EXP),
+        encoded(other, EXP),
+        encoded(key, EXP, kid=None),
+        encoded(key, EXP, kid=[key.key_id]),
+        encoded(key, EXP, alg="HS512"),
+        encoded(key, EXP, alg="none"),
+        encoded(key, EXP, crit=["exp"]),
+        unsigned,
+        f"{head}.{wider}.{signature}",
+        f"{head}.{claims}.",
+        f"{head}.{claims}.{signature[:-2]}AA",
+        "..",
+        "a.b.c",
+        f"{head}.{claims}.{signature}" + "A" * 5000,
+    )
+    assert verified(made, good).key_id == key.key_id
+    for token in forged:
+        with pytest.raises(Unauthenticated, match="the token is not accepted"):
+            verified(made, token)
+
+
+def test_token_ends_with_its_key(made: tuple[KeyText, AccessKey]) -> None:
+    token = encoded(made[0], {"exp": NOW_S + 1e6})
+    assert verified(made, token)
+    with pytest.raises(Unauthenticated, match=r"its key \w+ is expired"):
+        verified(made, token, NOW_MS + 3_600_000)
+
+
+def test_record_without_a_secret_signs_nothing() -> None:
+    record = AccessKey(name="a", verbs=(Verb.LIST,), models=("*",), prefix="", created_ms=0)
+    key = KeyText("0" * 12, "")
+    with pytest.raises(Unauthenticated):
+        verify_token(encoded(key, EXP, digest=b""), {key.key_id: record}, NOW_MS)
