@@ -1,0 +1,135 @@
+"""Records what a version of Carry leaves in its store, for `test_layouts.py`.
+
+Run it when the store's layout changes, before the change, with the name of the last version:
+
+    python -m tests.service.store.layouts NAME [--checkout FOLDER]
+
+The service of the checkout (this one by default) serves a small model on a real Valkey, streams are
+fed over HTTP, and every key is written to `NAME/store.json`, next to the artifact, what was sent,
+the replies, and a backup if that version makes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from tests.support.servers import RealServer, free_port, real_server, until
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[3]
+READY_S = 60
+MAKE_ARTIFACT = """
+import pathlib, sys
+from tests.support.pipelines import make_artifact
+print(make_artifact(pathlib.Path(sys.argv[1])).path)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--checkout", type=Path, default=ROOT)
+    options = parser.parse_args()
+    folder = FOLDER / options.name
+    folder.mkdir()
+    with real_server("valkey") as store:
+        record(folder, options.checkout.resolve(), store)
+
+
+def record(folder: Path, checkout: Path, store: RealServer) -> None:
+    """Run the service, feed it, and write what it stored."""
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=checkout,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    artifact = Path(run("-c", MAKE_ARTIFACT, str(folder)).communicate()[0].strip())
+    artifact.rename(folder / "model")
+    port = free_port()
+    common = ("--models", str(folder / "model"), "--redis-url", store.url)
+    service = run("-m", "service.cli", "serve", "--port", str(port), *common)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            until(lambda: _is_ready(client), "the service", READY_S)
+            exchanges = feed(client)
+            tokens = state_token(client)
+    finally:
+        service.terminate()
+        service.communicate()
+    with store.client() as redis:
+        keys = {
+            key.decode(): base64.b64encode(redis.get(key)).decode() for key in sorted(redis.keys())
+        }
+    document = {"streams": exchanges, "token": tokens, "keys": keys}
+    (folder / "store.json").write_text(json.dumps(document, indent=1) + "\n")
+    backup = run("-m", "service.cli", "backup", str(folder / "backup"), "--redis-url", store.url)
+    backup.communicate()
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def feed(client: httpx.Client) -> dict[str, Any]:
+    """Feed streams that end differently; returns their rows and last replies."""
+    random = np.random.default_rng(7)
+    streams: dict[str, Any] = {}
+
+    def send(stream: str, position: int, count: int) -> None:
+        rows = random.normal(size=(count, 3)).astype(np.float32).tolist()
+        url = f"/v1/models/probe/streams/{stream}/chunks"
+        body = {"position": position, "inputs": rows}
+        reply = client.post(url, json=body).raise_for_status().json()
+        entry = streams.setdefault(stream, {"inputs": []})
+        entry["inputs"] += rows
+        entry |= {"last": body, "reply": reply}
+
+    send("one", 0, 3)
+    send("several", 0, 3)
+    send("several", 3, 1)
+    send("several", 4, 5)
+    # exists at position 0 before its first chunk, which therefore did not create it
+    send("source", 0, 2)
+    stored = client.get("/v1/models/probe/streams/source/state").raise_for_status().json()
+    url = "/v1/models/probe/streams/restored/state"
+    client.put(url, json={**stored, "position": 0}).raise_for_status()
+    send("restored", 0, 2)
+    streams["restored"]["inputs"] = streams["source"]["inputs"] + streams["restored"]["inputs"]
+    send("deleted", 0, 4)
+    client.delete("/v1/models/probe/streams/deleted").raise_for_status()
+    return streams
+
+
+def state_token(client: httpx.Client) -> dict[str, Any] | None:
+    """A token of the state after a sequence; None if the version has none."""
+    inputs = np.random.default_rng(8).normal(size=(4, 3)).astype(np.float32).tolist()
+    url = "/v1/models/probe/predict?return_state_token=true"
+    response = client.post(url, json={"sequences": [{"inputs": inputs}]})
+    if response.is_client_error:
+        return None
+    (prediction,) = response.raise_for_status().json()["predictions"]
+    return {"inputs": inputs, "token": prediction["state_token"]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Stores that earlier versions of Carry wrote are opened, and their streams continued.
+
+`layouts/` has a sample for each layout of the store: every key as that version wrote it, the
+artifact, and what was sent and answered. `layouts/__main__.py` records another one.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.artifact.artifact import load_artifact
+from service.store.backup import BackupReader, restore_backup
+from tests.service.transports.http.harness import Harness, harness
+from tests.support.oracle import oracle_step
+from tests.support.servers import RealServer
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "store.json").read_text())
+    return document
+
+
+SAMPLES = sorted(path.parent for path in (Path(__file__).parent / "layouts").glob("*/store.json"))
+WITH_TOKENS = [folder for folder in SAMPLES if _document(folder)["token"]]
+WITH_BACKUP = [folder for folder in SAMPLES if (folder / "backup").exists()]
+MORE = [[0.25, -1.0, 0.5], [1.5, 0.0, -0.75]]
+"""Rows that are sent to each stream."""
+
+
+class Sample(NamedTuple):
+    """A store of an earlier version behind the service of this one.
+
+    Attributes:
+        document: see `layouts/__main__.py`.
+    """
+
+    folder: Path
+    document: dict[str, Any]
+    api: Harness
+
+    def expected(self, rows: list[list[float]]) -> NDArray[np.float64]:
+        """Outputs [T, O] of the whole sequence, by the float64 oracle."""
+        artifact = self.api.models["probe"]
+        inputs = np.asarray(rows, np.float32)
+        return oracle_step(artifact.spec, artifact.weights, inputs, artifact.state.zero().floats)[0]
+
+    def assert_outputs(self, reply: dict[str, Any], rows: list[list[float]]) -> None:
+        """The reply to the last rows has the outputs of the whole sequence."""
+        outputs = np.concatenate([np.asarray(each) for each in reply["outputs"].values()], axis=1)
+        expected = self.expected(rows)[-len(outputs) :]
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+
+
+def _name(folder: Path) -> str:
+    return folder.name
+
+
+@pytest.fixture(params=SAMPLES, ids=_name)
+async def sample(request: pytest.FixtureRequest, server: RealServer) -> AsyncIterator[Sample]:
+    """Each sample, in each kind of server."""
+    folder: Path = request.param
+    document = _document(folder)
+    async with harness(server, {"probe": load_artifact(folder / "model")}) as api:
+        with server.client() as client:
+            keys = {name: base64.b64decode(text) for name, text in document["keys"].items()}
+            # the service has written its own, which a later one must accept
+            assert json.loads(keys["carry:meta"]) == json.loads(client.get("carry:meta"))
+            client.mset(keys)
+        yield Sample(folder, document, api)
+
+
+async def test_streams_of_every_layout_are_answered_and_continued(sample: Sample) -> None:
+    for stream, sent in sample.document["streams"].items():
+        if stream == "deleted":
+            continue
+        again = (await sample.api.chunk(sent["last"], stream=stream)).json()
+        # newer versions say more
+        assert {**again, **sent["reply"], "replayed": True} == again
+        position = sent["reply"]["position"]
+        body = {"position": position, "epoch": again["epoch"], "inputs": MORE}
+        reply = (await sample.api.chunk(body, stream=stream)).json()
+        assert (reply["position"], reply["replayed"]) == (position + len(MORE), False)
+        sample.assert_outputs(reply, sent["inputs"] + MORE)
+
+
+async def test_deleted_streams_of_every_layout_start_over(sample: Sample) -> None:
+    sent = sample.document["streams"]["deleted"]
+    body = {"position": sent["reply"]["position"], "inputs": MORE}
+    ahead = await sample.api.chunk(body, stream="deleted")
+    assert (ahead.status_code, ahead.json()["code"]) == (409, "position_ahead")
+    reply = (await sample.api.chunk({"position": 0, "inputs": MORE}, stream="deleted")).json()
+    assert reply["epoch"] != sent["reply"]["epoch"]
+    sample.assert_outputs(reply, MORE)
+
+
+@pytest.mark.parametrize("sample", WITH_TOKENS, indirect=True, ids=_name)
+async def test_state_tokens_of_every_layout_are_continued(sample: Sample) -> None:
+    token = sample.document["token"]
+    sequence = {"inputs": MORE, "state_token": token["token"]}
+    url = "/v1/models/probe/predict"
+    response: httpx.Response = await sample.api.client.post(url, json={"sequences": [sequence]})
+    (prediction,) = response.json()["predictions"]
+    sample.assert_outputs(prediction, token["inputs"] + MORE)
+
+
+@pytest.mark.parametrize("sample", WITH_BACKUP, indirect=True, ids=_name)
+async def test_backups_of_every_layout_are_restored(sample: Sample) -> None:
+    path = sample.folder / "backup"
+    streams = {name: sent for name, sent in sample.document["streams"].items() if name != "deleted"}
+    for name in streams:
+        await sample.api.client.delete(f"/v1/models/probe/streams/{name}")
+    reader = BackupReader(io.BytesIO(path.read_bytes()))
+    store = sample.api.store._store
+    done = await restore_backup(
+        store, reader, model=None, prefix="", replace=True, report=lambda _: None
+    )
+    assert done.streams == len(streams)
+    for name, sent in streams.items():
+        body = {"position": sent["reply"]["position"], "inputs": MORE}
+        reply = (await sample.api.chunk(body, stream=name)).json()
+        sample.assert_outputs(reply, sent["inputs"] + MORE)
