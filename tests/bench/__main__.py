@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tests.bench.results import MISSED, Results, check_targets, show
 from tests.bench.run import Bench, Options
-from tests.bench.sections import BESIDE, SECTIONS
+from tests.bench.sections import BESIDE, SECTIONS, run_section
 from tests.bench.traffic import WrongReplyError
 from tests.support import machine
 
@@ -91,7 +91,7 @@ def measure(options: Options, results: Results) -> list[str]:
             for name in options.only or ():
                 print(f"== {name}")
                 try:
-                    SECTIONS[name](bench)
+                    run_section(bench, name)
                 except (WrongReplyError, BrokenProcessPool, OSError, AssertionError) as error:
                     bench.note(f"{name} FAILED: {error}")
                     failed.append(name)

@@ -62,36 +62,20 @@ MOST_ITEMS = 1000  # of one request, by Carry's default
 OVERLOAD_QUEUE_WAIT_S, OVERLOAD_TIMES, OVERLOAD_PARTS = 0.5, 2.0, 6
 OVERLOAD_STREAMS, OVERLOAD_STEPS = 4096, 64
 
-LAST_RUNTIME = slice(-1, None)
 
-
-def per_runtime(
-    measure: Callable[[Bench, str], None], runtimes: slice = slice(None)
-) -> Callable[[Bench], None]:
-    """A section that measures Carry on one runtime after another."""
-
-    def section(bench: Bench) -> None:
-        for runtime in bench.options.runtimes[runtimes]:
-            with bench.scope:
-                measure(bench, f"carry-{runtime}")
-
-    return section
-
-
-def measure_peak(bench: Bench) -> None:
-    """Every server: closed loop, 32 connections and 1, interleaved."""
+def measure_peak(bench: Bench, _: str) -> None:
+    """Every server, on every runtime: closed loop, 32 connections and 1, interleaved."""
     carry, results = [f"carry-{each}" for each in bench.options.runtimes], bench.results
     rows: list[Row] = []
     reply_bytes = 0
-    with bench.scope:
-        # Carry first, since the floor imitates its replies.
-        for kind in [*carry, *BASELINES]:
-            server = bench.start_server(kind, reply_bytes=reply_bytes)
-            load = bench.prepare(server, kind)
-            if kind in carry:
-                reply_bytes = len(load.sampled[0])
-            rows += [Row(f"peak/{n}/{kind}", server, kind, n) for n in (CONNECTIONS, 1)]
-        bench.measure_rounds(rows)
+    # Carry first, since the floor imitates its replies.
+    for kind in [*carry, *BASELINES]:
+        server = bench.start_server(kind, reply_bytes=reply_bytes)
+        load = bench.prepare(server, kind)
+        if kind in carry:
+            reply_bytes = len(load.sampled[0])
+        rows += [Row(f"peak/{n}/{kind}", server, kind, n) for n in (CONNECTIONS, 1)]
+    bench.measure_rounds(rows)
     measured = results.rows
     for kind in carry:
         ours = measured[f"peak/{CONNECTIONS}/{kind}"]
@@ -389,18 +373,26 @@ def measure_overload(bench: Bench, kind: str) -> None:
 
 IMPORTED = "imported"
 BESIDE = "beside"  # the section of a run with `--beside`, which runs no other by default
-SECTIONS: dict[str, Callable[[Bench], None]] = {
+SECTIONS: dict[str, Callable[[Bench, str], None]] = {
     "peak": measure_peak,
-    "many": per_runtime(measure_many),
-    "compute": per_runtime(measure_compute),
-    "latency": per_runtime(measure_latency),
-    "streams": per_runtime(measure_streams, LAST_RUNTIME),
-    "cold": per_runtime(measure_cold_start),
-    "workers": per_runtime(measure_workers),
-    "events": per_runtime(measure_events),
-    "widths": per_runtime(measure_widths),
-    "kinds": per_runtime(measure_kinds),
-    "overload": per_runtime(measure_overload, LAST_RUNTIME),
-    BESIDE: per_runtime(measure_beside, LAST_RUNTIME),
+    "many": measure_many,
+    "compute": measure_compute,
+    "latency": measure_latency,
+    "streams": measure_streams,
+    "cold": measure_cold_start,
+    "workers": measure_workers,
+    "events": measure_events,
+    "widths": measure_widths,
+    "kinds": measure_kinds,
+    "overload": measure_overload,
+    BESIDE: measure_beside,
 }
 """In the order in which they are run."""
+ONCE = ("peak", "streams", "overload", BESIDE)
+
+
+def run_section(bench: Bench, name: str) -> None:
+    """Run a section for each runtime, or once for the last one, and end what it started."""
+    for runtime in bench.options.runtimes[-1:] if name in ONCE else bench.options.runtimes:
+        with bench.scope:
+            SECTIONS[name](bench, f"carry-{runtime}")

@@ -40,22 +40,12 @@ def explore(
 ) -> Exploration:
     """Explore a scenario to a depth in steps, by default its own."""
     result = Exploration(Model(scenario, rules or Rules()))
-    started_s, collects = time.process_time(), gc.isenabled()
-    # States hold no cycles, and the collector would walk through all of them again and again.
-    gc.disable()
-    try:
-        _search(result, scenario.depth if depth is None else depth)
-    finally:
-        if collects:
-            gc.enable()
-    result.seconds = time.process_time() - started_s
-    return result
-
-
-def _search(result: Exploration, limit: int) -> None:
-    first = SystemState.initial(result.model.scenario)
+    limit, started_s, collects = depth or scenario.depth, time.process_time(), gc.isenabled()
+    first = SystemState.initial(scenario)
     seen = {first}
     frontier: list[tuple[SystemState, Any]] = [(first, None)]
+    # States hold no cycles, and the collector would walk through all of them again and again.
+    gc.disable()
     try:
         while frontier and result.depth < limit:
             result.depth += 1
@@ -75,7 +65,12 @@ def _search(result: Exploration, limit: int) -> None:
         while path:
             action, path = path
             result.path.insert(0, action)
+    finally:
+        if collects:
+            gc.enable()
     result.states, result.is_complete = len(seen), not frontier
+    result.seconds = time.process_time() - started_s
+    return result
 
 
 def format_trace(result: Exploration) -> str:
