@@ -11,8 +11,6 @@ checkout with another one, in turns. Ends with 1 where a section failed, and wit
 target that was measured is not reached.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

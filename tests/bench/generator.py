@@ -7,8 +7,6 @@ Loopback only, and each run is bounded by its duration and a grace. Callers subm
 `run_closed` and `run_open` to a helper process.
 """
 
-from __future__ import annotations
-
 import select
 import selectors
 import socket

@@ -5,8 +5,6 @@ port and the store's address. The store is a Valkey with the options of the serv
 (append-only file, written `everysec`, unix socket), on a core of its own.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

@@ -3,8 +3,6 @@
 Most are rows in turns (`Bench.measure_rounds`) and ratios of them. `SECTIONS` names them all.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The load generator: what it sends, what it rejects, and how an open loop counts."""
 
-from __future__ import annotations
-
 import socketserver
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Rows, ratios, targets, the written page, and the check of outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

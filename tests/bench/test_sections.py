@@ -1,7 +1,5 @@
 """Each section of the benchmark runs, for a moment, with everything it starts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path

@@ -6,8 +6,6 @@ are injected depends on the machine). Exits with 1 where anything was lost, doub
 where an expected event did not occur.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

@@ -9,8 +9,6 @@ replaced. One chunk of a stream is in flight at a time.
 An appender sends bursts of chunks without a position, which are applied as often as they are sent.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping

@@ -1,7 +1,5 @@
 """The deployment under test: two workers on a store, and proxies between all processes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -6,8 +6,6 @@ beside the faults that follow. Every fault that may roll back acknowledged chunk
 history, with the moments between which it can have.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import re

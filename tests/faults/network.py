@@ -15,8 +15,6 @@ R has cycles of 3, 5 and 8 units, each with one change of sign, so it comes back
 240 steps: only events a multiple of 240 places apart could change places unseen.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Final
 

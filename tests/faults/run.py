@@ -1,7 +1,5 @@
 """One run of the fault tests: a store, its workers, clients, faults, the check, and the report."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence

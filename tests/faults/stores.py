@@ -5,8 +5,6 @@ inject a fault take `pick`, which chooses a server, and `seconds`, and return th
 which acknowledged chunks may have been rolled back, if any.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The checker itself: what it accepts, and that it rejects every mistake."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self

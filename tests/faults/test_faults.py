@@ -1,8 +1,6 @@
 """Short runs of the fault tests: on one server a fault of each kind and a kill at each stage, on a
 cluster what only a cluster does; and each planted bug fails a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The network of the fault tests: any mistake in the history shows in every later output."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

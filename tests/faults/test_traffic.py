@@ -1,7 +1,5 @@
 """The stages of chunks, derived from traffic."""
 
-from __future__ import annotations
-
 import pytest
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 

@@ -10,8 +10,6 @@ is answered, the reply goes out. `Traffic.hook` is called when a chunk of a work
     reply unsent   its commit was answered as written, and the worker does not have the answer
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Final

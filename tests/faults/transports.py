@@ -8,8 +8,6 @@ document holds the stream's head where it is named. `Traffic.begins_chunk` has t
 requests.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

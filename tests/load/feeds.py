@@ -4,8 +4,6 @@ Every chunk is cut from a feed of thousands of events. A feed also gives the can
 chunk by the protocol's reference, so that a client computes each tag of a stream for itself.
 """
 
-from __future__ import annotations
-
 import struct
 from hashlib import sha256
 from typing import Any, NamedTuple

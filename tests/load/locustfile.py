@@ -5,8 +5,6 @@ threshold of every scenario passed and no answer was wrong, with 1 where not, wi
 could not be run, with 130 where it was interrupted.
 """
 
-from __future__ import annotations
-
 import secrets
 import signal
 import sys

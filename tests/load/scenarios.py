@@ -5,8 +5,6 @@ the waits between them. A `stage` is a part of the last attempt, from the Server
 its reply; `rest` is what remains of it: HTTP on both sides, the network and the generator itself.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from typing import Any, ClassVar

@@ -8,8 +8,6 @@ chunks on the active ones at a fixed rate, while one HTTP client sends chunks on
 prints a JSON document. Both processes need a file descriptor for each socket.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import gc

@@ -11,8 +11,6 @@ streams, no chunks and no stored state; or, for a model whose outputs depend on 
 same chunks on a second stream.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`make load` as its users run it: a process of its own, with Locust, against a live service."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -5,8 +5,6 @@ Valkey, and lets the model find each planted bug. Ends with 1 where an invariant
 planted bug is not found.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -5,8 +5,6 @@ abandoned (`time_out`) or its worker dies (`crash`). Bytes in transit on a broke
 lost with it, or arrive at any later step (`deliver`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any

@@ -4,8 +4,6 @@ By induction over the actions, a stream's version has the history that was writt
 which holds no chunk twice; so it is enough to check what an action changes.
 """
 
-from __future__ import annotations
-
 from service.core.errors import CarryError
 from tests.protocol.state import (
     Client,

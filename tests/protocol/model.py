@@ -5,8 +5,6 @@ Everything that a worker decides is decided by `service.core.delivery` and
 originals on a real server (`script_comparison`). A planted bug is `Rules` with a part replaced.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

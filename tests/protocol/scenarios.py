@@ -4,8 +4,6 @@ A bug is the rules with one part replaced, and where it is in a script, the scri
 part replaced too: the model finds the consequences, and the server shows that the text has them.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ the bytes of both keys must be the model's, and what the call wrote must expire.
 which the store tries several times, a call is one try.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import redis

@@ -5,8 +5,6 @@ commit sent at once, any other is loaded first; commands go through one pipeline
 are executed in order; a chunk whose commit is sent lets the stream's next one start.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Every planted bug is found, with a readable trace; those in scripts also on a real server.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator

@@ -9,8 +9,6 @@ it lacks is what Carry is for: requests are not batched, and between the read an
 a stream another request may read, so that concurrent chunks of one stream lose updates.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -5,8 +5,6 @@
 The reply has the size of Carry's, so that the difference is Carry's work and not the bytes.
 """
 
-from __future__ import annotations
-
 import os
 
 from fastapi import FastAPI, Request, Response

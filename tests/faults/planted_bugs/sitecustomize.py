@@ -4,8 +4,6 @@ A run puts this folder on the workers' PYTHONPATH. `SCRIPTS` are changes of the 
 `CODE` calls functions of the service's modules.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
