@@ -71,7 +71,7 @@ bench: ## measure Carry beside baselines (ARGS="--only peak")
 
 load: ## send load to a running service, check its replies (ARGS="--scenario steady --users 32")
 	@scripts/setup dev
-	@exec $(BIN)/locust $(ARGS)
+	@exec $(BIN)/python -m tests.load $(ARGS)
 
 dashboards: ## run every query of the dashboards under replay (ARGS="--pictures FOLDER")
 	@scripts/setup dev

@@ -50,7 +50,6 @@ def read_options(arguments: Sequence[str] | None) -> Options:
     add("--beside", type=Path, help="another checkout of Carry, measured in turns")
     add("--rounds", type=int, help="of every row")
     add("--seconds", type=float, help="of a round")
-    add("--streams", type=int, help="by default 1000")
     add("--many-streams", type=int)
     add("--runtimes", type=names, help="of Carry")
     add("--strict", action="store_true", help="fail where a target is not reached")

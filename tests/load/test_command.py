@@ -49,7 +49,7 @@ def streams_left(url: str) -> list[str]:
 
 
 def start(*options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *WARNINGS, "-m", "locust", *options]
+    command = [sys.executable, *WARNINGS, "-m", "tests.load", *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=pipe, text=True)
 
