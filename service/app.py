@@ -29,6 +29,7 @@ from models.errors import ArtifactError
 from service.access.key_cache import AccessKeys
 from service.console.page import add_console
 from service.engine.runtimes.loading import open_decoders, open_runtimes
+from service.ops.audit import audit
 from service.ops.graceful_server import ON_LAME_DUCK, ON_RETIRE, ON_STOP
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
@@ -102,9 +103,10 @@ def create_app() -> FastAPI:
         now_ms=lambda: time.time_ns() // 1_000_000,
         on_model_change=settings.on_model_change,
         tracer=tracer,
+        audit=audit,
     )
 
-    keys = AccessKeys(store, required=settings.require_keys)
+    keys = AccessKeys(store, required=settings.require_keys, on_change=audit)
 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[dict[str, object]]:

@@ -57,6 +57,8 @@ class AccessKeys:
         stored: where they are read from.
         required: whether requests need a key even if there is none.
         now_ms: wall clock in epoch milliseconds, for expiry.
+        on_change: called with `access_key_created` or `access_key_revoked`, and facts, when the
+            keys in the store have changed.
         on_refresh: called after each attempt to read the keys, and when `start` has read them.
 
     Attributes:
@@ -69,8 +71,10 @@ class AccessKeys:
         *,
         required: bool,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        on_change: Callable[..., None] = lambda change, **facts: None,
     ):
         self._stored = stored
+        self._on_change = on_change
         self._now_ms = now_ms
         self.is_open = not required
         self.on_refresh: Callable[[], None] = lambda: None
@@ -119,7 +123,7 @@ class AccessKeys:
         self._read_s = began_s
         if found is None:
             return
-        self._version, records = found
+        is_first, (self._version, records) = self._version is None, found
         if records:
             self.is_open = False
         keys: dict[str, AccessKey] = {}
@@ -128,7 +132,17 @@ class AccessKeys:
                 keys[key_id] = decode_key(record)
             except AccessKeyError as error:
                 log.error("access_key_not_readable", key=key_id, reason=str(error))
-        self._keys = keys
+        before, self._keys = self._keys, keys
+        if not is_first:
+            self._report(before)
+
+    def _report(self, before: Mapping[str, AccessKey]) -> None:
+        for key_id, key in self._keys.items():
+            known = before.get(key_id)
+            if known is None:
+                self._on_change("access_key_created", key=key_id, name=key.name)
+            if key.revoked_ms is not None and (known is None or known.revoked_ms is None):
+                self._on_change("access_key_revoked", key=key_id, name=key.name)
 
     def authenticate(self, authorization: bytes | None) -> Principal:
         """The holder of the key, or of the token, in an Authorization header.

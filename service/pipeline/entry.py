@@ -9,9 +9,11 @@ a rejection says nothing about streams, and a route cannot forget the check.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final, Protocol
+
+from structlog.contextvars import bound_contextvars
 
 from models.spec.state import State
 from service.access.limits import KeyLimiter
@@ -256,10 +258,15 @@ class KeyStreams:
     def __init__(self, pipeline: Pipeline, principal: Principal, limiter: KeyLimiter | None = None):
         self._streams = pipeline.streams
         self._require = principal.require
+        self._key_id = principal.key_id
         self._limiter = limiter
 
-    def _limited(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._limiter is None else self._limiter.request(0)
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Count a call for the limits, and name the key in the lines of the audit log."""
+        limited = nullcontext() if self._limiter is None else self._limiter.request(0)
+        with limited, bound_contextvars(key=self._key_id):
+            yield
 
     async def read(
         self,
@@ -268,31 +275,31 @@ class KeyStreams:
         precondition: Precondition | None = None,
     ) -> StreamState:
         self._require(DESCRIBE, *key)
-        with self._limited():
+        with self._call():
             return await self._streams.read(key, deadline_s, precondition)
 
     async def read_state(
         self, key: StreamKey, precondition: Precondition | None = None
     ) -> StreamState:
         self._require((Verb.READ_STATE,), *key)
-        with self._limited():
+        with self._call():
             return await self._streams.read_state(key, precondition)
 
     async def page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
         self._require((Verb.LIST,), model, prefix)
-        with self._limited():
+        with self._call():
             return await self._streams.page(model, prefix, cursor, limit)
 
     async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
         self._require((Verb.DELETE,), *key)
-        with self._limited():
+        with self._call():
             await self._streams.delete(key, precondition)
 
     async def delete_prefix(
         self, model: str, prefix: str, cursor: str | None = None, limit: int | None = None
     ) -> tuple[int, str | None]:
         self._require((Verb.DELETE,), model, prefix)
-        with self._limited():
+        with self._call():
             return await self._streams.delete_prefix(model, prefix, cursor, limit)
 
     async def restore(
@@ -306,7 +313,7 @@ class KeyStreams:
         precondition: Precondition | None,
     ) -> StreamState:
         self._require((Verb.WRITE_STATE,), *key)
-        with self._limited():
+        with self._call():
             return await self._streams.restore(
                 key,
                 feed=feed,
@@ -319,5 +326,5 @@ class KeyStreams:
     async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
         self._require((Verb.FORK,), *key)
         self._require((Verb.FORK,), key.model, to)
-        with self._limited():
+        with self._call():
             return await self._streams.fork(key, to, precondition)

@@ -48,6 +48,7 @@ from service.engine.compute import Compute
 from service.engine.fair_queue import BatchLimits, Job, JobRequest, Results, Run
 from service.engine.runtimes.base import Runtime
 from service.engine.thread_priority import LoopPriority
+from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_load import StateCache
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
@@ -91,6 +92,7 @@ class Pipeline:
         on_model_change: whether to reject the chunks of a stream whose state another version of its
             model wrote, or to start the stream over.
         tracer: records the batches of traced requests; None records none.
+        audit: records changes of streams other than by their chunks.
 
     Attributes:
         models: the served models by name.
@@ -110,6 +112,7 @@ class Pipeline:
         now_ms: Callable[[], int],
         on_model_change: OnModelChange = "refuse",
         tracer: Tracer | None = None,
+        audit: Audit = no_audit,
     ):
         self.models: Mapping[str, ServedModel] = {model.name: model for model in models}
         self._store = store
@@ -117,7 +120,7 @@ class Pipeline:
         self._now_ms = now_ms
         self._reset = on_model_change == "reset"
         self.cache = StateCache(limits.state_cache_bytes)
-        self.streams = Streams(self.model, store, self.cache, now_ms=now_ms)
+        self.streams = Streams(self.model, store, self.cache, now_ms=now_ms, audit=audit)
         self._tokens = StateTokens(store.token_key)
         self._compute = Compute()
         self._loop_priority = LoopPriority()

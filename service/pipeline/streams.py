@@ -24,9 +24,10 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
+from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_load import StateCache
 from service.pipeline.served_model import ServedModel
-from service.store.base import Commit, Committed, StateStore
+from service.store.base import Commit, CommitResult, Committed, StateStore
 
 DELETE_BATCH_STREAMS: Final = 100
 """Streams of a prefix that are deleted together; few enough that chunks hardly wait behind them."""
@@ -46,6 +47,7 @@ class Streams:
         model: returns the served model of a name; raises ModelNotFound.
         cache: the state cache of the chunk batches; writes invalidate its entries.
         now_ms: wall clock in epoch milliseconds, for the time of commits.
+        audit: records what was changed.
 
     Besides the documented errors, every method may raise ModelNotFound and the store's errors.
     """
@@ -57,7 +59,9 @@ class Streams:
         cache: StateCache,
         *,
         now_ms: Callable[[], int],
+        audit: Audit = no_audit,
     ):
+        self._audit = audit
         self._model = model
         self._store = store
         self._cache = cache
@@ -118,6 +122,7 @@ class Streams:
             expected = _check_precondition(key, await self._load(key), precondition)
         self._cache.drop(key)
         result = await self._store.delete(key, expected)
+        self._record("stream_deleted", key, result)
         if isinstance(result, CarryError):
             raise result
         if isinstance(result, Committed):
@@ -146,23 +151,28 @@ class Streams:
             InvalidInput: the cursor is invalid.
             OutcomeUnknown, NotDurable: of the first stream whose deletion is not certain.
         """
-        deleted = 0
-        for pages in itertools.count(1):
-            count = min(DELETE_PAGE_STREAMS, (limit or math.inf) - deleted)
-            page = await self.page(model, prefix, cursor, int(count))
-            for first in range(0, len(page.keys), DELETE_BATCH_STREAMS):
-                keys = page.keys[first : first + DELETE_BATCH_STREAMS]
-                for key in keys:
-                    self._cache.drop(key)
-                for result in await self._store.delete_many(keys):
-                    if isinstance(result, CarryError):
-                        raise result
-                    deleted += isinstance(result, Committed)
-            cursor = page.cursor
-            if cursor is None or (
-                limit is not None and (deleted >= limit or pages == MAX_DELETE_PAGES)
-            ):
-                break
+        deleted, facts = 0, dict[str, str]()
+        try:
+            for pages in itertools.count(1):
+                count = min(DELETE_PAGE_STREAMS, (limit or math.inf) - deleted)
+                page = await self.page(model, prefix, cursor, int(count))
+                for first in range(0, len(page.keys), DELETE_BATCH_STREAMS):
+                    keys = page.keys[first : first + DELETE_BATCH_STREAMS]
+                    for key in keys:
+                        self._cache.drop(key)
+                    for result in await self._store.delete_many(keys):
+                        if isinstance(result, CarryError):
+                            facts = _outcome(result)
+                            raise result
+                        deleted += isinstance(result, Committed)
+                cursor = page.cursor
+                if cursor is None or (
+                    limit is not None and (deleted >= limit or pages == MAX_DELETE_PAGES)
+                ):
+                    break
+        finally:
+            if deleted or facts:
+                self._audit("streams_deleted", model=model, stream=prefix, deleted=deleted, **facts)
         return deleted, cursor
 
     async def restore(
@@ -188,7 +198,7 @@ class Streams:
         )
         if fingerprint != served.fingerprint:
             raise served.incompatible(key.stream, source)
-        return await self._create(key, source, precondition)
+        return await self._create("state_written", key, source, precondition)
 
     async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
         """Create stream `to` from the current state of `key`, in a new epoch.
@@ -200,16 +210,17 @@ class Streams:
         source = await self.read(key)
         if source.fingerprint != served.fingerprint:
             raise served.incompatible(key.stream, source)
-        return await self._create(StreamKey(key.model, to), source, precondition)
+        return await self._create("stream_forked", StreamKey(key.model, to), source, precondition)
 
     async def _create(
-        self, key: StreamKey, source: StreamState, precondition: Precondition | None
+        self, change: str, key: StreamKey, source: StreamState, precondition: Precondition | None
     ) -> StreamState:
         for _ in range(CREATE_ATTEMPTS):
             new = start_epoch(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
             expected = await self._replaceable_head(key, precondition)
             self._cache.drop(key)
             (result,) = await self._store.commit([Commit(key, expected, new, None)])
+            self._record(change, key, result, position=new.head.position)
             if isinstance(result, CarryError):
                 raise result
             if isinstance(result, Committed):
@@ -218,6 +229,12 @@ class Streams:
             f"other writers replaced stream {key.stream!r} {CREATE_ATTEMPTS} times in a row",
             stream=key.stream,
         )
+
+    def _record(self, change: str, key: StreamKey, result: CommitResult, **facts: int) -> None:
+        """Report a change that was made, or may have been made."""
+        outcome = _outcome(result)
+        if outcome or isinstance(result, Committed):
+            self._audit(change, model=key.model, stream=key.stream, **facts, **outcome)
 
     async def _replaceable_head(
         self, key: StreamKey, precondition: Precondition | None
@@ -255,6 +272,13 @@ class Streams:
         if isinstance(stored, CarryError):
             raise stored
         return stored
+
+
+def _outcome(result: CommitResult) -> dict[str, str]:
+    """The code of an error after which the change may have been made; nothing otherwise."""
+    if isinstance(result, CarryError) and result.needs_position:
+        return {"outcome": result.code}
+    return {}
 
 
 def _check_precondition(

@@ -23,6 +23,7 @@ from service.access.key_cache import AccessKeys
 from service.core.tracing import Tracer
 from service.core.values import StreamKey
 from service.ops.logs import RequestIds
+from service.pipeline.audit import Audit, no_audit
 from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
@@ -124,6 +125,7 @@ async def harness(
     fast_path: bool = FAST_PATH,
     requires_keys: bool | None = None,
     tracer: Tracer | None = None,
+    audit: Audit = no_audit,
     extend: Callable[[FastAPI], None] = lambda app: None,
     **pipeline: Any,
 ) -> AsyncIterator[Harness]:
@@ -147,12 +149,13 @@ async def harness(
         limits=PipelineLimits(**pipeline),
         now_ms=lambda: clock[0],
         on_model_change=on_model_change,
+        audit=audit,
         tracer=tracer,
     )
     await built.start()
     keys = None
     if requires_keys is not None:
-        keys = AccessKeys(store, required=requires_keys, now_ms=lambda: clock[0])
+        keys = AccessKeys(store, required=requires_keys, now_ms=lambda: clock[0], on_change=audit)
         await keys.refresh()
     app = create_api(
         built,
