@@ -19,6 +19,8 @@ from tests.support.post_tables import post_model
 from tests.support.service import Service, running
 from tests.support.turns import turn
 
+# As `carry/cli.py` does, for processes of other commands.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 # Several workers share the cores: OpenMP's threads (scikit-learn) would spin while they wait, and
 # TensorFlow would split small operations among threads. Subprocesses inherit both.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

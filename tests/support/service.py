@@ -145,9 +145,9 @@ def customise(folder: Path, code: str) -> None:
 def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
     """The environment of a service on a runtime, in which TensorFlow compiles as little as it can.
 
-    Programs are compiled for one shape (`tests/service/engine` tests all of them), and stored in
-    `folder` for the next start. XLA compares the features of the machine in two spellings and warns
-    about the difference.
+    Programs are compiled for one shape and hardly optimised (`tests/service/engine` tests all
+    shapes, optimised), and stored in `folder` for the next start. XLA compares the features of the
+    machine in two spellings and warns about the difference.
     """
     if runtime != "tensorflow":
         return {"CARRY_RUNTIME": runtime}
@@ -157,6 +157,7 @@ def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
     return {
         "CARRY_RUNTIME": runtime,
         "PYTHONPATH": str(customisation),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={folder / 'compiled'}",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

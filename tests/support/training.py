@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 import pytest
+from numpy.typing import NDArray
 
 from models.spec.model import ModelSpec, parse_spec
+
+if TYPE_CHECKING:
+    from models.training.loop import Loop
 
 HOUR_MS = 3_600_000
 
@@ -79,6 +83,26 @@ def latch_spec(
     )
 
 
+def states_of_one_run(loop: Loop) -> NDArray[np.float32]:
+    """The state at the end of each segment, from one run over its stream so far.
+
+    All runs are one padded batch.
+    """
+    segments = loop.plan.segments
+    starts = []
+    for segment in segments:
+        first = segment
+        while first.before is not None:
+            first = segments[first.before]
+        starts.append(first.start)
+    lengths = np.array([s.stop - start for start, s in zip(starts, segments, strict=True)])
+    rows = np.zeros((len(segments), lengths.max(), loop.plan.rows.shape[1]), np.float32)
+    for run, start, length in zip(rows, starts, lengths, strict=True):
+        run[:length] = loop.plan.rows[start : start + length]
+    state = np.zeros((len(segments), loop.network.state_size), np.float32)
+    return loop.network.forward(rows, lengths.astype(np.int32), state).state.numpy()
+
+
 def both_ways_frame(streams: int = 63, seed: int = 4) -> pl.DataFrame:
     """Streams of one to nine events, whose label `up` is the flag that the last event carries."""
     random = np.random.default_rng(seed)
@@ -99,7 +123,7 @@ def both_ways_frame(streams: int = 63, seed: int = 4) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def both_ways_spec(blocks: dict[str, int] | None = None) -> ModelSpec:
+def both_ways_spec(blocks: dict[str, int] | None = None, epochs: int = 30) -> ModelSpec:
     """A bidirectional network for them; a third of the streams each train, validate and test."""
     return parse_spec(
         {
@@ -121,8 +145,8 @@ def both_ways_spec(blocks: dict[str, int] | None = None) -> ModelSpec:
                 "stream": "id",
                 "validate_from": "1970-01-09T18:00:00Z",
                 "test_from": "1970-01-18T12:00:00Z",
-                "epochs": 30,
-                "patience": 30,
+                "epochs": epochs,
+                "patience": epochs,
                 "window_steps": 9,
                 "segment_windows": 1,
                 # all streams in one window: one shape to compile

@@ -11,7 +11,12 @@ from models.training.evaluate import evaluate, run_chunks  # noqa: E402
 from models.training.loop import Loop  # noqa: E402
 from models.training.plan import plan_of  # noqa: E402
 from models.training.trainer import train  # noqa: E402
-from tests.support.training import HOUR_MS, latch_frame, latch_spec  # noqa: E402
+from tests.support.training import (  # noqa: E402
+    HOUR_MS,
+    latch_frame,
+    latch_spec,
+    states_of_one_run,
+)
 
 
 class Stopped(Exception):
@@ -68,16 +73,7 @@ def test_the_carried_state_equals_one_run_over_the_stream(frame, recurrent):
     for epoch in range(4):
         for _ in loop.train_epoch(epoch):
             pass
-    end_states = loop.arrays()["ended"]
-    for at, segment in enumerate(loop.plan.segments):
-        first = segment
-        while first.before is not None:
-            first = loop.plan.segments[first.before]
-        start = first.start
-        rows = loop.plan.rows[start : segment.stop][None]
-        state = np.zeros((1, loop.network.state_size), np.float32)
-        one_run = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
-        np.testing.assert_allclose(end_states[at], one_run.state.numpy()[0], atol=1e-6)
+    np.testing.assert_allclose(loop.arrays()["ended"], states_of_one_run(loop), atol=1e-6)
 
 
 def test_the_gradient_stops_between_windows(frame):
