@@ -25,15 +25,25 @@ const { metafile } = await build({
   jsxImportSource: "preact",
   metafile: true,
 });
-const outputs = Object.keys(metafile.outputs).map((path) => basename(path));
+const digest = (...contents) =>
+  contents.reduce((hash, content) => hash.update(content), createHash("sha256")).digest("hex");
+
+// the bundled packages' licences have to be distributed with them
+const packages = Object.keys(metafile.inputs).flatMap((path) => /node_modules\/([^/]+)/.exec(path)?.[1] ?? []);
+const texts = [...new Set(packages)].sort().map(async (name) =>
+  `${name}\n\n${await readFile(`${web}node_modules/${name}/LICENSE`, "utf8")}\n`,
+);
+const licenses = (await Promise.all(texts)).join("\n");
+const licensesName = `licenses-${digest(licenses).slice(0, 8).toUpperCase()}.txt`;
+await writeFile(`${target}/${licensesName}`, licenses);
 
 // the page names its sources, so that a test without Node.js notices a bundle that is out of date
-const sources = createHash("sha256");
-const names = (await readdir(`${web}src`)).map((name) => `src/${name}`);
-for (const name of ["build.mjs", "package-lock.json", ...names.sort()])
-  sources.update(await readFile(web + name));
+const names = (await readdir(`${web}src`)).map((name) => `src/${name}`).sort();
+const sources = ["build.mjs", "package-lock.json", ...names].map((name) => readFile(web + name));
+const outputs = Object.keys(metafile.outputs).map((path) => basename(path));
 const html = (await readFile(`${web}src/index.html`, "utf8"))
-  .replace("SOURCES", sources.digest("hex"))
+  .replace("SOURCES", digest(...(await Promise.all(sources))))
   .replace("main.js", outputs.find((name) => name.endsWith(".js")))
-  .replace("main.css", outputs.find((name) => name.endsWith(".css")));
+  .replace("main.css", outputs.find((name) => name.endsWith(".css")))
+  .replace("licenses.txt", licensesName);
 await writeFile(`${target}/index.html`, html);

@@ -35,7 +35,7 @@ async def test_every_asset_of_the_page_is_served_and_cached_for_good(
         assert asset.content == (ASSETS / name).read_bytes()
         assert asset.headers["cache-control"] == "public, max-age=31536000, immutable"
         types.add(asset.headers["content-type"].partition(";")[0])
-    assert types == {"text/css", "text/javascript"}
+    assert types == {"text/css", "text/javascript", "text/plain"}
 
 
 async def test_the_page_may_load_from_its_own_host_only(client: httpx.AsyncClient) -> None:
