@@ -55,10 +55,7 @@ function options(props: ChartProps, labels: string[], width: number): uPlot.Opti
     series: [
       {},
       ...labels.map((label, index) => ({
-        label,
-        stroke: color(`series-${index}`),
-        width: 1.75,
-        points: { show: false },
+        label, stroke: color(`series-${index}`), width: 1.75, points: { show: false },
       })),
     ],
   };
@@ -99,17 +96,12 @@ export function Chart(props: ChartProps) {
   const latest = series.map(({ label, values }) => `${label} ${format(values.at(-1))}`);
   return (
     <figure class="panel chart">
-      <figcaption>
-        <h3>{title}</h3>
-        <span class="quiet">{unit}</span>
-      </figcaption>
+      <figcaption><h3>{title}</h3> <span class="quiet">{unit}</span></figcaption>
       <div ref={box} role="img" aria-label={`${title}, latest: ${latest.join(", ") || "none"}`} />
       <ul class="legend">
         {series.map(({ label, values }, index) => (
           <li key={label}>
-            <i style={{ background: `var(--series-${index})` }} />
-            {label}
-            <b>{format(values.at(-1))}</b>
+            <i style={{ background: `var(--series-${index})` }} /> {label} <b>{format(values.at(-1))}</b>
           </li>
         ))}
         {series.length === 0 && <li class="quiet">Nothing yet</li>}

@@ -27,20 +27,10 @@ export function KeyDialog() {
     <dialog ref={dialog} aria-labelledby="key-title" onCancel={(event) => event.preventDefault()}>
       <form onSubmit={submit}>
         <h2 id="key-title">Access key</h2>
-        <p id="key-help">
-          The service answers only requests with an access key. The tab keeps it until it is closed.
-        </p>
+        <p id="key-help">The service requires an access key. The tab keeps it until it is closed.</p>
         <Alert text={wasRejected ? "The service rejected this key." : ""} />
         <label for="key">Key</label>
-        <input
-          id="key"
-          name="key"
-          type="password"
-          autocomplete="off"
-          required
-          placeholder="carry_…"
-          aria-describedby="key-help"
-        />
+        <input id="key" name="key" type="password" autocomplete="off" required aria-describedby="key-help" />
         <button class="primary">Use this key</button>
       </form>
     </dialog>

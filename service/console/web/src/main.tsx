@@ -14,11 +14,7 @@ import { ThemeContext, useTheme } from "./theme";
 
 const HEALTH_EVERY_S = 3;
 const HEALTH = {
-  waiting: "Connecting",
-  ready: "Ready",
-  degraded: "Degraded",
-  not_ready: "Not ready",
-  unreachable: "No answer",
+  waiting: "Connecting", ready: "Ready", degraded: "Degraded", not_ready: "Not ready", unreachable: "No answer",
 };
 type Health = keyof typeof HEALTH;
 
@@ -95,23 +91,13 @@ function App() {
   return (
     <ThemeContext.Provider value={theme}>
       <header>
-        <a class="brand" href="#/">
-          Carry <span>console</span>
-        </a>
-        <span class={`health ${health}`} role="status">
-          {HEALTH[health]}
-        </span>
-        {hasKey() && (
-          <button type="button" onClick={() => (forgetKey(), location.reload())}>
-            Forget key
-          </button>
-        )}
+        <a class="brand" href="#/">Carry <span>console</span></a>
+        <span class={`health ${health}`} role="status">{HEALTH[health]}</span>
+        {hasKey() && <button onClick={() => (forgetKey(), location.reload())}>Forget key</button>}
         {button}
       </header>
       <nav aria-label="Models">
-        <a href="#/" aria-current={model === undefined ? "page" : undefined}>
-          Overview
-        </a>
+        <a href="#/" aria-current={model === undefined ? "page" : undefined}>Overview</a>
         <h2>Models</h2>
         {models.map(({ name, version }) => (
           <a href={modelAddress(name)} aria-current={model === name ? "page" : undefined}>
@@ -120,9 +106,7 @@ function App() {
         ))}
       </nav>
       <main tabIndex={-1}>
-        {problems.map((text) => (
-          <Alert text={text} />
-        ))}
+        {problems.map((text) => <Alert text={text} />)}
         {model === undefined ? (
           <Overview models={models} />
         ) : stream === undefined ? (

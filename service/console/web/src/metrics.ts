@@ -20,6 +20,9 @@ interface Scrape {
   totals: Totals;
 }
 
+const OF_MODELS = [
+  "carry_events_total", "carry_queue_depth", "carry_websocket_connections", "carry_watchers",
+];
 const LINE = /^(\w+)(?:\{(.*)\})? (\S+)/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
 
@@ -33,14 +36,15 @@ export function parse(text: string): Totals {
     const label = Object.fromEntries([...labels.matchAll(LABEL)].map(([, key, of]) => [key, of]));
     if (name.startsWith("carry_request_seconds")) {
       if (!COMPUTES.test(label.route ?? "") && label.method !== "GRPC") continue;
-      if (name.endsWith("_bucket")) add(`latency ${Number(label.le!.replace("+Inf", "Infinity"))}`, Number(value));
+      const bound = Number(label.le?.replace("+Inf", "Infinity"));
+      if (name.endsWith("_bucket")) add(`latency ${bound}`, Number(value));
       if (name.endsWith("_count")) add("requests", Number(value));
     } else if (name.startsWith("carry_chunk_stage_seconds")) {
       if (!name.endsWith("_bucket")) add(`${name.slice(26)} ${label.stage}`, Number(value));
     } else if (name === "carry_refusals_total") {
       add(`code ${label.code}`, Number(value));
-    } else {
-      add(`${name} ${label.model ?? ""}`, Number(value));
+    } else if (OF_MODELS.includes(name)) {
+      add(`${name} ${label.model}`, Number(value));
     }
   }
   return totals;

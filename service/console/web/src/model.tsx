@@ -1,13 +1,7 @@
 // One model: its streams page by page, by the prefix of their names, and its metadata.
 import { useState } from "preact/hooks";
 import {
-  json,
-  type ModelDetail,
-  modelPath,
-  pause,
-  streamAddress,
-  type StreamHead,
-  streamPath,
+  json, type ModelDetail, modelPath, pause, streamAddress, type StreamHead, streamPath,
 } from "./api";
 import { ago, bytes, whole } from "./format";
 import { Alert, Facts, Table, useRequest } from "./parts";
@@ -22,10 +16,7 @@ interface Listing {
 
 /** Reads pages until one has names: before the last, a page may be empty. */
 async function readPage(
-  model: string,
-  prefix: string,
-  cursor: string | null,
-  signal: AbortSignal,
+  model: string, prefix: string, cursor: string | null, signal: AbortSignal,
 ): Promise<Listing> {
   await pause(prefix === "" ? 0 : TYPING_S, signal);
   for (;;) {
@@ -85,30 +76,16 @@ function Streams({ model }: { model: string }) {
         <button disabled={prefix === ""}>Open this name</button>
       </form>
       <Alert text={problem} />
-      <Table
-        head={["Stream", "#Position", "#Last chunk", "#State"]}
-        rows={page?.rows}
-        empty="No streams."
-      />
+      <Table head={["Stream", "#Position", "#Last chunk", "#State"]} rows={page?.rows} empty="No streams." />
       <p class="quiet" role="status">
         {page === undefined && problem === undefined && "Searching…"}
       </p>
       <div class="bar">
-        <button
-          type="button"
-          disabled={cursors.length === 1}
-          onClick={() => setCursors(cursors.slice(0, -1))}
-        >
+        <button disabled={cursors.length === 1} onClick={() => setCursors(cursors.slice(0, -1))}>
           Previous
         </button>
         <span class="quiet">Page {cursors.length}</span>
-        <button
-          type="button"
-          disabled={!page?.next}
-          onClick={() => setCursors([...cursors, page!.next])}
-        >
-          Next
-        </button>
+        <button disabled={!page?.next} onClick={() => setCursors([...cursors, page!.next])}>Next</button>
       </div>
     </section>
   );
@@ -134,18 +111,13 @@ function Metadata({ detail }: { detail: ModelDetail }) {
       <Table
         head={["Output", "Shape", "One per", "Labels"]}
         rows={Object.entries(detail.outputs).map(([name, { shape, per, labels }]) => [
-          name,
-          dimensions(shape),
-          per,
-          labels.join(", ") || "–",
+          name, dimensions(shape), per, labels.join(", ") || "–",
         ])}
       />
       <Table
         head={["Part of the state", "Shape", "Type"]}
         rows={Object.entries(detail.state).map(([name, { shape, dtype }]) => [
-          name,
-          dimensions(shape),
-          dtype,
+          name, dimensions(shape), dtype,
         ])}
       />
     </section>
@@ -153,10 +125,8 @@ function Metadata({ detail }: { detail: ModelDetail }) {
 }
 
 export function ModelView({ model }: { model: string }) {
-  const { value: detail, problem } = useRequest(
-    (signal) => json<ModelDetail>(modelPath(model), signal),
-    [model],
-  );
+  const read = (signal: AbortSignal) => json<ModelDetail>(modelPath(model), signal);
+  const { value: detail, problem } = useRequest(read, [model]);
   return (
     <>
       <h1>{model}</h1>

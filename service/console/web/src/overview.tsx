@@ -25,6 +25,7 @@ export function Overview({ models }: { models: ModelSummary[] }) {
   ];
   const [median, high] = latency.map(({ values }) => duration(values.at(-1)));
   const stages = STAGES.map((label) => ({ label, values: metrics.stage(label) }));
+  const active = errors.filter(({ values }) => sum(values) > 0);
   const time = { x: metrics.times, isTime: true };
   return (
     <>
@@ -44,13 +45,7 @@ export function Overview({ models }: { models: ModelSummary[] }) {
       <div class="charts">
         <Chart title="Throughput" unit="events/s" series={events} format={number} {...time} />
         <Chart title="Latency" unit="of requests" series={latency} format={duration} {...time} />
-        <Chart
-          title="Errors"
-          unit="per second and code"
-          series={errors.filter(({ values }) => sum(values) > 0)}
-          format={number}
-          {...time}
-        />
+        <Chart title="Errors" unit="per second and code" series={active} format={number} {...time} />
         <Chart title="Stages" unit="mean time of a chunk" series={stages} format={duration} {...time} />
       </div>
       <section class="panel">
@@ -73,9 +68,7 @@ export function Overview({ models }: { models: ModelSummary[] }) {
         <Table
           head={["Code", "#Errors/s", "#Total"]}
           rows={errors.map(({ label, values }) => [
-            <a class="code" href={`../docs/errors#${label}`}>
-              {label}
-            </a>,
+            <a class="code" href={`../docs/errors#${label}`}>{label}</a>,
             number(values.at(-1)),
             whole(total(`code ${label}`)),
           ])}

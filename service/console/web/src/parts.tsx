@@ -19,11 +19,7 @@ export function useRequest<T>(request: (signal: AbortSignal) => Promise<T>, inpu
 }
 
 export const Alert = ({ text }: { text: string | undefined }) =>
-  text ? (
-    <p class="problem" role="alert">
-      {text}
-    </p>
-  ) : null;
+  text ? <p class="problem" role="alert">{text}</p> : null;
 
 interface TableProps {
   /** Headings; those that begin with "#" are of numbers. */
@@ -38,19 +34,11 @@ export function Table({ head, rows, empty }: TableProps) {
     <>
       <table aria-busy={rows === undefined}>
         <thead>
-          <tr>
-            {head.map((name, column) => (
-              <th class={kind(column)}>{name.replace("#", "")}</th>
-            ))}
-          </tr>
+          <tr>{head.map((name, column) => <th class={kind(column)}>{name.replace("#", "")}</th>)}</tr>
         </thead>
         <tbody>
           {rows?.map((cells) => (
-            <tr>
-              {cells.map((cell, column) => (
-                <td class={kind(column)}>{cell}</td>
-              ))}
-            </tr>
+            <tr>{cells.map((cell, column) => <td class={kind(column)}>{cell}</td>)}</tr>
           ))}
         </tbody>
       </table>

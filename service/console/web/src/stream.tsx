@@ -6,12 +6,7 @@ import { ago, number, whole } from "./format";
 import { Alert, Facts } from "./parts";
 import { StreamWatch } from "./watch";
 
-const CONNECTIONS = {
-  connecting: "Connecting",
-  live: "Live",
-  interrupted: "Interrupted",
-  ended: "Ended",
-};
+const CONNECTIONS = { connecting: "Connecting", live: "Live", interrupted: "Interrupted", ended: "Ended" };
 
 /** A watch of the stream for as long as the view is shown; drawn at most once a frame. */
 function useWatch(model: string, stream: string): StreamWatch {
@@ -42,15 +37,8 @@ export function StreamView({ model, stream }: { model: string; stream: string })
   const { connection, problem, head, norms } = watch;
   return (
     <>
-      <p class="path">
-        <a href={modelAddress(model)}>{model}</a> / streams
-      </p>
-      <h1>
-        {stream}{" "}
-        <span class={`health ${connection}`} role="status">
-          {CONNECTIONS[connection]}
-        </span>
-      </h1>
+      <p class="path"><a href={modelAddress(model)}>{model}</a> / streams</p>
+      <h1>{stream} <span class={`health ${connection}`} role="status">{CONNECTIONS[connection]}</span></h1>
       <Alert text={problem + (connection === "interrupted" ? " The page connects again." : "")} />
       <Facts
         large

@@ -23,10 +23,6 @@ export function useTheme() {
     localStorage.setItem(STORED, other);
     setTheme(other);
   };
-  const button = (
-    <button type="button" onClick={change}>
-      {other === "dark" ? "Dark theme" : "Light theme"}
-    </button>
-  );
+  const button = <button onClick={change}>{other === "dark" ? "Dark theme" : "Light theme"}</button>;
   return { theme, button };
 }
