@@ -255,6 +255,9 @@ class WorkerPool:
 
     def _drain_all(self) -> None:
         log.info("workers_stopping", workers=len(list(self._workers())))
+        # The workers have their own. Once they have closed them, connections are refused, and load
+        # balancers send their requests elsewhere.
+        self._listener.close()
         if not self._stop_now:
             for worker in self._workers():
                 worker.terminate(self._periods.lame_duck_s + self._kill_after_s)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import termios
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from tests.support.servers import RealServer, real_server, until
 from tests.support.service import POLL_S, READY_S, Service, customise, running
 
 CHUNKS = "/v1/models/probe/streams/held/chunks"
+
+CHUNKED = "Transfer-Encoding: chunked"
 
 SLOW = """
 import sys, time
@@ -375,8 +378,24 @@ def test_service_accepts_requests_while_it_is_a_lame_duck(
         answer = client.get("/v1/models")
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
         assert not service.ended()
-        assert service.stop() == 0
+        host, _, port = service.url.removeprefix("http://").partition(":")
+        address = (host, int(port))
+        with socket.create_connection(address) as unfinished:
+            unfinished.sendall(f"POST {CHUNKS} HTTP/1.1\r\nHost: a\r\n{CHUNKED}\r\n\r\n".encode())
+            service.process.send_signal(signal.SIGTERM)
+            # while it drains, so that load balancers connect elsewhere
+            until(lambda: _is_refused(address), "the closed port", poll_s=POLL_S)
+            assert not service.ended()
+        assert service.process.wait(60) == 0
         assert "worker_killed" not in service.log()
+
+
+def _is_refused(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_lame_duck_drains_after_its_time(
