@@ -21,7 +21,7 @@ from carry_client.steps import sort_frame
 from carry_client.streams import ReplayFrom, StreamCore
 from carry_client.sync_driver import Driver
 from carry_client.types import Encoding, Events, Head, Json, Progress, Source
-from carry_client.wire import Addresses, read_response, reply_params, ssl_context
+from carry_client.wire import Addresses, authorization, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,6 +43,7 @@ class Carry:
         timeout_s: float = 30.0,
         deadline_s: float = 120.0,
         encoding: Encoding = "msgpack",
+        api_key: str | None = None,
         headers: Mapping[str, str] | None = None,
         verify: SSLContext | str | PathLike[str] | None = None,
     ) -> None:
@@ -55,18 +56,24 @@ class Carry:
             deadline_s: how long a call may take with all its attempts, in seconds. `send_all` has
                 this time for each chunk.
             encoding: of the bodies.
+            api_key: an access key of the service; None for that of the environment,
+                `CARRY_API_KEY` or the first line of the file `CARRY_API_KEY_FILE`; "" for none.
             headers: sent with every request.
             verify: certificates that an `https` service is trusted by: a PEM file, or a context,
                 which may also have a client's certificate; None for the public authorities.
 
         Raises:
             Problem: `invalid_url`.
-            ValueError: another encoding, or `verify` cannot be read or has no certificates.
+            ValueError: another encoding, no access key, or `verify` cannot be read or has no
+                certificates.
         """
         addresses = Addresses(url)
         self.url = addresses.current
         self._session = Session(
-            encoding=encoding, timeout_s=timeout_s, deadline_s=deadline_s, headers=headers
+            encoding=encoding,
+            timeout_s=timeout_s,
+            deadline_s=deadline_s,
+            headers={**authorization(api_key), **(headers or {})},
         )
         self._driver = Driver(addresses, ssl_context(verify))
 

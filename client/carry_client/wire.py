@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +23,9 @@ from carry_client.types import Encoding, Json
 _CONNECT_TIMEOUT_S: Final = 5.0
 
 UNAVAILABLE: Final = 503
+API_KEY: Final = "CARRY_API_KEY"
+API_KEY_FILE: Final = "CARRY_API_KEY_FILE"
+_is_api_key = re.compile(r"[\x21-\x7e]+", re.ASCII).fullmatch
 MEDIA: Final = {"json": "application/json", "msgpack": "application/msgpack"}
 
 
@@ -61,6 +66,35 @@ class Response:
             response.content,
             headers.get("retry-after", ""),
         )
+
+
+def authorization(api_key: str | None = None) -> dict[str, str]:
+    """The header of an access key; no header without a key.
+
+    Args:
+        api_key: the key; None for that of the environment: `CARRY_API_KEY`, or the first line of
+            the file that `CARRY_API_KEY_FILE` names. An empty one is none.
+
+    Raises:
+        ValueError: the file cannot be read, or it is no key; the message does not show it.
+    """
+    at = "api_key"
+    if api_key is None:
+        at, api_key = API_KEY, os.environ.get(API_KEY)
+    file = None if api_key is not None else os.environ.get(API_KEY_FILE)
+    if file:
+        at = API_KEY_FILE
+        try:
+            with open(file, encoding="utf-8") as lines:
+                api_key = lines.readline().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ValueError(f"{at}: expected a file with an access key: {reason}") from None
+    if not api_key:
+        return {}
+    if not _is_api_key(api_key):
+        raise ValueError(f"{at}: expected an access key, such as `carry keys create` prints")
+    return {"authorization": f"Bearer {api_key}"}
 
 
 def ssl_context(verify: SSLContext | str | PathLike[str] | None = None) -> SSLContext:

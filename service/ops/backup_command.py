@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from service.ops.direct_store import DataDir, RedisUrl, open_settings
+
 if TYPE_CHECKING:
     from service.settings import Settings
     from service.store.backup import Progress, Report
@@ -28,12 +30,6 @@ SHOWN_STREAMS = 10
 File = Annotated[str, typer.Argument(metavar="FILE", help="The backup; - for stdout or stdin.")]
 Model = Annotated[str | None, typer.Option(help="Only the streams of this model.")]
 Prefix = Annotated[str, typer.Option(help="Only streams whose names begin with this.")]
-RedisUrl = Annotated[
-    str | None, typer.Option(help="Address of the state store; default: the embedded Valkey.")
-]
-DataDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Data directory of the embedded Valkey.")
-]
 
 
 def backup(
@@ -44,9 +40,12 @@ def backup(
     data_dir: DataDir = None,
 ) -> None:
     """Write every stream's state into a file, whether the service runs or not."""
-    from service.store.backup import BackupInfo, write_backup
+    from service.store.backup import BackupError, BackupInfo, write_backup
 
-    with _settings(redis_url, data_dir) as settings, _open_output(file) as target:
+    with (
+        open_settings(redis_url, data_dir, BackupError) as settings,
+        _open_output(file) as target,
+    ):
         info = BackupInfo(round(time.time() * 1000), settings.namespace, model, prefix)
 
         async def run(store: StateStore, report: Report) -> Progress:
@@ -84,9 +83,12 @@ def restore(
     A stream that the store has at a later position, or in another epoch, is kept, so that the
     command can be repeated.
     """
-    from service.store.backup import BackupReader, restore_backup
+    from service.store.backup import BackupError, BackupReader, restore_backup
 
-    with _settings(redis_url, data_dir, create=True) as settings, _open_input(file) as source:
+    with (
+        open_settings(redis_url, data_dir, BackupError, create=True) as settings,
+        _open_input(file) as source,
+    ):
         if source.seekable():
             for _ in BackupReader(source):
                 pass  # the whole file is valid before anything is written
@@ -105,37 +107,6 @@ def restore(
 
 def _count(streams: int) -> str:
     return f"{streams:,} stream{'' if streams == 1 else 's'}"
-
-
-@contextmanager
-def _settings(
-    redis_url: str | None, data_dir: Path | None, *, create: bool = False
-) -> Iterator[Settings]:
-    """The settings, with the store's address; an expected error prints one line and exits.
-
-    Args:
-        create: whether the data directory of the embedded Valkey may be new.
-    """
-    from service.core.errors import CarryError
-    from service.ops.logs import configure_logs
-    from service.settings import Settings, SettingsError
-    from service.store.backup import BackupError
-    from service.store.embedded.embedded_valkey import running_valkey
-
-    try:
-        settings = Settings.load({"redis_url": redis_url, "data_dir": data_dir})
-        configure_logs("warning", "console")
-        if settings.redis_url is not None:
-            yield settings
-            return
-        if not create and not settings.data_dir.is_dir():
-            raise SettingsError(f"there is no data directory {settings.data_dir}")
-        with running_valkey(settings.data_dir, fsync=settings.durability == "fsync") as url:
-            yield settings.model_copy(update={"redis_url": url})
-    except (SettingsError, BackupError, CarryError, OSError) as error:
-        reason = error.detail if isinstance(error, CarryError) else str(error)
-        typer.echo(f"carry: {reason}", err=True)
-        raise typer.Exit(1) from error
 
 
 def _run(

@@ -52,7 +52,13 @@ def _service(url: str) -> Iterator[Carry]:
     from carry_client import Carry, Problem
 
     try:
-        with Carry(url, encoding="json") as client:
+        client = Carry(url, encoding="json")
+    except ValueError as error:
+        # of the access key in the environment
+        typer.echo(f"carry: {error}", err=True)
+        raise typer.Exit(1) from error
+    try:
+        with client:
             yield client
     except Problem as problem:
         if problem.code == "no_answer":

@@ -69,6 +69,8 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
             assert same_stream(found, first.new)
             assert (await store.streams("flights", "", None, 10)).streams == ("a",)
             assert (await store.check())[0].ok
+            await store.write_access_key("a", b"1")
+            assert (await store.access_keys(b""))[1] == {"a": b"1"}
 
 
 async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) -> None:

@@ -83,6 +83,26 @@ async def test_the_token_key_is_drawn_once_for_all_workers(
         await store.token_key()
 
 
+async def test_access_keys_are_read_when_their_version_has_changed(
+    store: StateStore, open_on: OpenStore, server: RealServer | Cluster
+) -> None:
+    other = await open_on()
+    assert await store.access_keys(None) == (b"", {})
+    assert await store.access_keys(b"") is None
+    version, records = b"", {}
+    for key_id, record in (("a", b"1"), ("b", b"2"), ("a", b"3")):
+        await other.write_access_key(key_id, record)
+        records[key_id] = record
+        found = await store.access_keys(version)
+        assert found is not None
+        assert found[0] != version
+        assert found[1] == records
+        version = found[0]
+        assert await store.access_keys(version) is None
+    emptied(server)
+    assert await store.access_keys(version) == (b"", {})
+
+
 async def test_a_stream_is_not_created_twice(store: StateStore, streams: Streams) -> None:
     first, second = streams.creation(key("a")), streams.creation(key("a"))
     await committed(store, first)

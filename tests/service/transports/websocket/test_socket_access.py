@@ -1,0 +1,134 @@
+"""Access keys of live sockets: at the handshake, for each chunk, and while they are open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from models.artifact.artifact import Artifact
+from service.access.principal import Verb
+from service.transports.websocket.live_socket import UNAUTHENTICATED
+from tests.service.transports.http.harness import Harness, rows
+from tests.service.transports.websocket.sockets import (
+    Sockets,
+    error,
+    live,
+    live_application,
+    reply,
+    text,
+)
+from tests.support.access import revoke
+from tests.support.servers import RealServer
+
+STREAM, MANY = "probe/streams/acme:1/live", "probe/live"
+
+
+@pytest.fixture
+async def api(
+    pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> AsyncIterator[Harness]:
+    """An application that requires keys."""
+    async with live_application(pipeline_server, models, requires_keys=True) as running:
+        yield running
+
+
+def with_key(authorization: str) -> dict[str, Any]:
+    """Options of a client that sends the header."""
+    return {"additional_headers": {"authorization": authorization}}
+
+
+async def rejected(sockets: Sockets, path: str, **options: Any) -> int:
+    """The status with which a handshake is rejected."""
+    with pytest.raises(InvalidStatus) as caught:
+        async with sockets.open(path, **options):
+            pass
+    response = caught.value.response
+    challenges = response.headers.get("www-authenticate") is not None
+    assert challenges == (response.status_code == 401)
+    return response.status_code
+
+
+async def test_handshake_needs_a_key_for_model_and_stream(api: Harness) -> None:
+    key = await api.key(verbs=(Verb.PREDICT,), prefix="acme:")
+    others = [
+        await api.key(verbs=tuple(set(Verb) - {Verb.PREDICT})),
+        await api.key(models=("small",)),
+    ]
+    async with live(api) as sockets:
+        for path in (STREAM, MANY):
+            assert await rejected(sockets, path) == 401
+            assert await rejected(sockets, path, **with_key(key[:-1])) == 401
+            for other in others:
+                assert await rejected(sockets, path, **with_key(other)) == 403
+            async with sockets.open(path, **with_key(key)):
+                pass
+        assert await rejected(sockets, "probe/streams/b:1/live", **with_key(key)) == 403
+
+
+async def test_browser_sends_its_key_as_a_subprotocol(api: Harness) -> None:
+    secret = (await api.key()).removeprefix("Bearer ")
+    async with live(api) as sockets:
+        offered = ["carry", f"carry.bearer.{secret}"]
+        async with sockets.open(STREAM, subprotocols=offered) as (client, _):
+            assert client.subprotocol == "carry"
+            await client.send(text(rows(1), 0))
+            await reply(client)
+        wrong = ["carry", f"carry.bearer.{secret[:-1]}"]
+        assert await rejected(sockets, STREAM, subprotocols=wrong) == 401
+        assert await rejected(sockets, STREAM, subprotocols=["carry"]) == 401
+        two = [*offered, f"carry.bearer.{secret[:-1]}0"]
+        assert await rejected(sockets, STREAM, subprotocols=two) == 400
+
+
+async def test_each_chunk_of_a_socket_for_many_streams_keeps_to_the_prefix(api: Harness) -> None:
+    key = await api.key(prefix="acme:")
+    async with live(api) as sockets, sockets.open(MANY, **with_key(key)) as (client, _):
+        await client.send(text(rows(1), 0, stream="acme:1"))
+        await reply(client)
+        await client.send(text(rows(1), 0, stream="b:1"))
+        assert (await error(client, "forbidden"))["stream"] == "b:1"
+        await client.send(text(rows(1), 1, stream="acme:1"))
+        await reply(client)
+    assert api.position("b:1") is None
+    assert api.position("acme:1") == 2
+
+
+async def test_socket_is_closed_when_its_key_is_revoked(api: Harness) -> None:
+    key, other = await api.key(), await api.key()
+    async with live(api) as sockets:
+        async with (
+            sockets.open(STREAM, **with_key(key)) as (client, _),
+            sockets.open(MANY, **with_key(other)) as (stays, _),
+        ):
+            await revoke(api.store, key)
+            await api.refresh_keys()
+            with pytest.raises(ConnectionClosed) as caught:
+                async with asyncio.timeout(20):
+                    await client.recv()
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == UNAUTHENTICATED
+            await stays.send(text(rows(1), 0, stream="s"))
+            await reply(stays)
+        await sockets.ended()
+
+
+async def test_socket_that_was_opened_without_a_key_is_closed_once_there_is_one(
+    pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> None:
+    async with (
+        live_application(pipeline_server, models, requires_keys=False) as api,
+        live(api) as sockets,
+        sockets.open(STREAM) as (client, _),
+    ):
+        await client.send(text(rows(1), 0))
+        await reply(client)
+        await api.key()
+        with pytest.raises(ConnectionClosed) as caught:
+            async with asyncio.timeout(20):
+                await client.recv()
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == UNAUTHENTICATED
