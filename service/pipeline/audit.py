@@ -20,5 +20,5 @@ class Audit(Protocol):
         """
 
 
-def no_audit(change: str, /, *, model: str, stream: str | None = None, **facts: Any) -> None:
+def no_audit(change: str, /, **facts: Any) -> None:
     """Record nothing."""
