@@ -19,6 +19,7 @@ import typer
 
 from models.errors import ModelsError
 from service.ops.backup_command import backup, restore
+from service.ops.capacity_command import capacity
 from service.ops.keys_command import keys_app
 from service.ops.streams_command import streams_app
 from service.replay.command import replay
@@ -34,6 +35,7 @@ app.command("replay")(replay)
 app.command("backup")(backup)
 app.command("restore")(restore)
 app.add_typer(keys_app, name="keys")
+app.command("capacity")(capacity)
 app.add_typer(streams_app, name="streams")
 
 Axes = Literal["batch_major", "time_major", "step"]
