@@ -15,6 +15,7 @@ import uvloop
 import models
 from models.artifact.artifact import write_artifact
 from tests.support.browser import running_browser
+from tests.support.order import ordered
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
 from tests.support.turns import turn
@@ -30,6 +31,13 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Async tests run on uvloop, as the service does."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several workers, every share begins with long tests."""
+    if hasattr(config, "workerinput"):
+        items[:] = ordered(items, config.workerinput["workercount"])
 
 
 def pytest_collection_finish() -> None:
