@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,12 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import pytest
+import redis
 from numpy.typing import NDArray
 
 from models.artifact.artifact import load_artifact
 from service.store.backup import BackupReader, restore_backup
+from service.store.embedded.embedded_valkey import EmbeddedValkey
 from tests.service.transports.http.harness import Harness, harness
 from tests.support.oracle import oracle_step
 from tests.support.servers import RealServer
@@ -101,6 +104,23 @@ async def test_deleted_streams_of_every_layout_start_over(sample: Sample) -> Non
     reply = (await sample.api.chunk({"position": 0, "inputs": MORE}, stream="deleted")).json()
     assert reply["epoch"] != sent["reply"]["epoch"]
     sample.assert_outputs(reply, MORE)
+
+
+@pytest.mark.parametrize("folder", SAMPLES, ids=_name)
+def test_embedded_stores_of_every_layout_are_opened(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "appendonlydir", tmp_path / "appendonlydir")
+    document = _document(folder)
+    # replies and tombstones have expired
+    kept = [name for name in document["keys"] if ":r:" not in name and ":deleted" not in name]
+    assert len(kept) >= len(document["streams"])
+    valkey = EmbeddedValkey(tmp_path)
+    valkey.start()
+    try:
+        with redis.Redis(unix_socket_path=valkey.url.removeprefix("unix://")) as client:
+            for name in kept:
+                assert client.get(name) == base64.b64decode(document["keys"][name]), name
+    finally:
+        valkey.stop()
 
 
 @pytest.mark.parametrize("sample", WITH_TOKENS, indirect=True, ids=_name)

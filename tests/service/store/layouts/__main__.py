@@ -4,9 +4,9 @@ Run it when the store's layout changes, before the change, with the name of the 
 
     python -m tests.service.store.layouts NAME [--checkout FOLDER]
 
-The service of the checkout (this one by default) serves a small model on a real Valkey, streams are
-fed over HTTP, and every key is written to `NAME/store.json`, next to the artifact, what was sent,
-the replies, and a backup if that version makes one.
+The service of the checkout (this one by default) serves a small model with its embedded store, and
+streams are fed over HTTP. `NAME/store.json` has every key, what was sent, and the replies; beside
+it are the artifact, the append-only file, and a backup if that version makes one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import argparse
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import redis
 
-from tests.support.servers import RealServer, free_port, real_server, until
+from tests.support.servers import free_port, until
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[3]
@@ -42,11 +45,11 @@ def main() -> None:
     options = parser.parse_args()
     folder = FOLDER / options.name
     folder.mkdir()
-    with real_server("valkey") as store:
-        record(folder, options.checkout.resolve(), store)
+    with tempfile.TemporaryDirectory() as data_dir:
+        record(folder, options.checkout.resolve(), Path(data_dir))
 
 
-def record(folder: Path, checkout: Path, store: RealServer) -> None:
+def record(folder: Path, checkout: Path, data_dir: Path) -> None:
     """Run the service, feed it, and write what it stored."""
 
     def run(*arguments: str) -> subprocess.Popen[str]:
@@ -63,24 +66,30 @@ def record(folder: Path, checkout: Path, store: RealServer) -> None:
     artifact = Path(run("-c", MAKE_ARTIFACT, str(folder)).communicate()[0].strip())
     artifact.rename(folder / "model")
     port = free_port()
-    common = ("--models", str(folder / "model"), "--redis-url", store.url)
-    service = run("-m", "service.cli", "serve", "--port", str(port), *common)
+    options = ("--models", str(folder / "model"), "--data-dir", str(data_dir))
+    service = run("-m", "service.cli", "serve", "--port", str(port), *options)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             until(lambda: _is_ready(client), "the service", READY_S)
-            exchanges = feed(client)
-            tokens = state_token(client)
+            streams = feed(client)
+            token = state_token(client)
+        keys = _read_keys(data_dir)
     finally:
         service.terminate()
         service.communicate()
-    with store.client() as redis:
-        keys = {
-            key.decode(): base64.b64encode(redis.get(key)).decode() for key in sorted(redis.keys())
-        }
-    document = {"streams": exchanges, "token": tokens, "keys": keys}
+    document = {"streams": streams, "token": token, "keys": keys}
     (folder / "store.json").write_text(json.dumps(document, indent=1) + "\n")
-    backup = run("-m", "service.cli", "backup", str(folder / "backup"), "--redis-url", store.url)
+    shutil.copytree(data_dir / "appendonlydir", folder / "appendonlydir")
+    backup = run("-m", "service.cli", "backup", str(folder / "backup"), "--data-dir", str(data_dir))
     backup.communicate()
+
+
+def _read_keys(data_dir: Path) -> dict[str, str]:
+    """Every key of the running embedded store, in base64."""
+    socket = json.loads((data_dir / "valkey.json").read_text())["socket"]
+    with redis.Redis(unix_socket_path=socket) as client:
+        names = sorted(client.keys())
+        return {name.decode(): base64.b64encode(client.get(name)).decode() for name in names}
 
 
 def _is_ready(client: httpx.Client) -> bool:
