@@ -32,6 +32,7 @@ _SECURITY: Final = {
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
+            "require-trusted-types-for 'script'",
         )
     ),
     "x-content-type-options": "nosniff",

@@ -68,9 +68,10 @@ export async function* serverEvents(
   lastId: string,
 ): AsyncGenerator<ServerEvent> {
   const response = await get(path, signal, lastId === "" ? {} : { "last-event-id": lastId });
+  const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
-  for await (const piece of response.body!.pipeThrough(new TextDecoderStream())) {
-    const messages = (text + piece).split("\n\n");
+  for (let read = await reader.read(); !read.done; read = await reader.read()) {
+    const messages = (text + read.value).split("\n\n");
     text = messages.pop()!;
     for (const message of messages) {
       const fields = message.split("\n").map((line) => line.split(/: ?(.*)/s));

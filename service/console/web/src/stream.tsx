@@ -8,17 +8,19 @@ import { StreamWatch } from "./watch";
 
 const CONNECTIONS = { connecting: "Connecting", live: "Live", interrupted: "Interrupted", ended: "Ended" };
 
-/** A watch of the stream for as long as the view is shown; drawn at most once a frame. */
+const DRAW_EVERY_MS = 200;
+
+/** A watch of the stream for as long as the view is shown. */
 function useWatch(model: string, stream: string): StreamWatch {
   const [, draw] = useReducer((count: number, _: void) => count + 1, 0);
   const [{ watch, stop }] = useState(() => {
     const stop = new AbortController();
-    let frame = 0;
+    let timer = 0;
     const onChange = () => {
-      frame ||= requestAnimationFrame(() => {
-        frame = 0;
+      timer ||= setTimeout(() => {
+        timer = 0;
         if (!stop.signal.aborted) draw();
-      });
+      }, DRAW_EVERY_MS);
     };
     return { stop, watch: new StreamWatch(model, stream, onChange, stop.signal) };
   });

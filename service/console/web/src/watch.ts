@@ -11,6 +11,10 @@ const STATE_AT_REST_S = 5;
 /** A state that takes long to read is read rarely. */
 const STATE_SHARE = 10;
 const LONGEST_RETRY_S = 8;
+const ENDS: Record<string, string> = {
+  deleted: "The stream was deleted.",
+  draining: "The service is stopping.",
+};
 
 type Nested = number | null | Nested[];
 
@@ -125,7 +129,8 @@ export class StreamWatch {
       this.missedSteps += document.to - document.from;
     } else if (event === "end") {
       this.connection = "interrupted";
-      this.problem = document.reason === "deleted" ? "The stream was deleted." : `${document.reason}.`;
+      const { reason } = document;
+      this.problem = ENDS[reason] ?? `The watch ended: ${reason}.`;
     }
   }
 
