@@ -23,6 +23,8 @@ from tests.support.decoders import clock, decoder_spec, future_of, hourly_events
 from tests.support.oracle import contracting_weights, oracle_step
 
 HORIZON, SAMPLES, SEED = 7, 3, 5
+WITH_EVERY_RUNG = "quantiles"
+"""The head of the decoder for which TensorFlow compiles all rungs."""
 HEADS: dict[str, dict[str, Any]] = {
     "quantiles": {},
     "gaussian": {"head": {"kind": "gaussian", "quantiles": [0.2, 0.5, 0.9]}},
@@ -47,8 +49,10 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         if name == "tensorflow":
             # the rung for every batch alone: a compilation takes seconds
             patched.setattr("service.engine.runtimes.tensorflow.FIRST_RUNGS", ())
+            if head != WITH_EVERY_RUNG:
+                patched.setattr("service.engine.runtimes.tensorflow.DECODER_RUNGS", ((32, 1),))
         encoder = open_runtime(name, artifact, threads)
-    [decoder] = open_decoders([encoder], [artifact], threads)
+        [decoder] = open_decoders([encoder], [artifact], threads)
     assert decoder is not None
     decoder.warm()
     return Opened(artifact, encoder, decoder)
