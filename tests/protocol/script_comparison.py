@@ -7,12 +7,14 @@ which the store tries several times, a call is one try.
 """
 
 from typing import Any
+from unittest.mock import patch
 
 import redis
 
 from service.core.values import StreamKey, Tombstone
 from service.store.base import Committed, Conflicted
 from service.store.codec import HEADER_BYTES, encode_reply, encode_state, encode_tombstone
+from service.store.redis import redis_store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.protocol.model import MODEL, Effect, Model, ScriptCall
@@ -57,8 +59,9 @@ async def _make_call(call: ScriptCall, key: StreamKey, store: RedisStore) -> Any
         return tuple(value and value.head for value in await store.load_with_reply(key))
     if call.script == "commit":
         return (await store.commit([call.commit(key)]))[0]
-    tombstone = call.new.state.stored
-    return (await store._write_tombstone(key, call.condition, tombstone, None)).value
+    epoch = call.new.state.stored.head.epoch
+    with patch.object(redis_store, "new_epoch", return_value=epoch):
+        return (await store._write_tombstone(key, call.condition, None)).value
 
 
 def _check_call(
