@@ -42,7 +42,7 @@ from service.pipeline.served_model import ServedModel
 from service.pipeline.watching import Watches
 from service.settings import Settings
 from service.store.open import open_store
-from service.store.settings import Durability, StoreSettings
+from service.store_settings import store_settings
 from service.transports.http.admin import AdminServer
 from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
 from service.transports.http.connection.connections import BODY_BYTES_PER_S
@@ -291,27 +291,3 @@ def load_models(directory: Path) -> list[Artifact]:
             raise ArtifactError(f"{path}: model {artifact.spec.name!r} is also in {other}")
         artifacts[artifact.spec.name] = artifact
     return list(artifacts.values())
-
-
-def store_settings(settings: Settings) -> StoreSettings:
-    """The store's part of the settings; the parent process has set the store's address.
-
-    Raises:
-        ValueError: there is no address.
-    """
-    url = settings.store_url()
-    if url is None:
-        raise ValueError("expected CARRY_REDIS_URL, which `carry serve` sets for its workers")
-    return StoreSettings(
-        url=url,
-        namespace=settings.namespace,
-        partitions=settings.partitions,
-        idle_ttl_ms=round(settings.idle_ttl_s * 1000),
-        reply_ttl_ms=round(settings.reply_ttl_s * 1000),
-        reply_max_bytes=settings.reply_max_bytes,
-        tombstone_ttl_ms=round(settings.tombstone_ttl_s * 1000),
-        allow_eviction=settings.allow_eviction,
-        wait_s=settings.store_wait_s,
-        durability=Durability(settings.durability),
-        replicas=settings.replicas,
-    )

@@ -23,7 +23,7 @@ from typing import Literal, NoReturn
 import structlog
 import uvicorn
 
-from service.app import LATE_S, store_settings
+from service.app import LATE_S
 from service.ops.graceful_server import Periods
 from service.ops.logs import flush_logs
 from service.ops.open_files import raise_open_files_limit
@@ -32,6 +32,7 @@ from service.ops.worker_pool import SIGHUP, WorkerPool, WorkersFailedError
 from service.settings import PREFIX, Settings, service_links
 from service.store.embedded.embedded_valkey import EmbeddedValkey
 from service.store.open import open_store
+from service.store_settings import store_settings
 from service.transports.http.connection.connections import CHECK_INTERVAL_S
 from service.transports.http.connection.http_protocol import HttpProtocol
 

@@ -119,8 +119,8 @@ def _run(
     from rich.progress import Progress as Display
     from rich.progress import TextColumn, TimeElapsedColumn
 
-    from service.app import store_settings
     from service.store.open import open_store
+    from service.store_settings import store_settings
 
     columns = (TextColumn("{task.description} {task.completed:,} streams"), TimeElapsedColumn())
     console = Console(stderr=True)

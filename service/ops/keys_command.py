@@ -165,8 +165,8 @@ def _find(keys: dict[str, AccessKey], key_id: str) -> AccessKey:
 
 def _run(settings: Settings, action: Callable[[StateStore], Awaitable[T]]) -> T:
     """Act on the store of the settings."""
-    from service.app import store_settings
     from service.store.open import open_store
+    from service.store_settings import store_settings
 
     async def run() -> T:
         store = open_store(store_settings(settings))

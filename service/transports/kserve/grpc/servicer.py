@@ -282,6 +282,7 @@ class InferenceServicer:
         self, entry: Entry, message: InferMessage, remaining_s: float | None
     ) -> pb.ModelInferResponse:
         """Answer a request whose client waits for so long; None if it does not say."""
+        entry.require(Verb.PREDICT, model=message.head.model_name)
         _note_message(message.size)
         timeout_s = self._api.limits.effective_timeout_s(remaining_s)
         deadline_s = time.monotonic() + timeout_s
