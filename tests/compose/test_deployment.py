@@ -71,9 +71,9 @@ class Deployment:
 
     def scale(self, services: int, **environment: str) -> list[str]:
         """Run so many services behind HAProxy, and return their containers."""
-        scale = ("--build", "--scale", f"carry={services}")
-        wait = ("--wait", "--wait-timeout", str(READY_S))
-        self.compose("--profile", "haproxy", "up", *scale, *wait, **environment)
+        self.compose("build", "haproxy")
+        options = ("--scale", f"carry={services}", "--wait", "--wait-timeout", str(READY_S))
+        self.compose("--profile", "haproxy", "up", *options, **environment)
         return self.compose("ps", "--quiet", "carry").split()
 
     def restart(self, service: str) -> None:
