@@ -49,7 +49,13 @@ from models.artifact.weights import check_weights, read_weights, weights_bytes
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
 from models.onnx.decoding import check_self_contained
 from models.spec.decoder import strip_decoder_prefix
-from models.spec.layout import OutputSpec, network_state, output_spec, state_spec
+from models.spec.layout import (
+    OutputSpec,
+    network_state,
+    output_spec,
+    runtime_state,
+    state_spec,
+)
 from models.spec.model import ModelSpec, parse_spec
 from models.spec.state import FloatArray, StateSpec
 
@@ -133,8 +139,13 @@ class Artifact:
 
     @cached_property
     def network_state(self) -> StateSpec:
-        """The layout of the parts that a runtime reads and writes; the first ones of each row."""
+        """The layout of the parts that the network reads and writes; the first of each row."""
         return network_state(self.spec)
+
+    @cached_property
+    def runtime_state(self) -> StateSpec:
+        """The layout of the parts that a runtime reads and writes: with those of detection."""
+        return runtime_state(self.spec)
 
     @cached_property
     def outputs(self) -> OutputSpec:
@@ -322,6 +333,8 @@ def _derived(spec: ModelSpec, digest: bytes) -> dict[str, Any]:
 
 
 def _check_fitted(spec: ModelSpec, where: str) -> None:
+    if spec.detection is not None and spec.detection.fit is None:
+        raise ArtifactError(f"{where}: expected a fitted `detection`, as `carry train` writes it")
     if spec.events is not None and not spec.events.fitted:
         open_fields = [field.name for field in spec.events.fields if not field.fitted]
         raise ArtifactError(

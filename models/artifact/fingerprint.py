@@ -84,6 +84,8 @@ def _relevant_spec(spec: ModelSpec) -> dict[str, Any]:
             "layers": [_part(layer, _IGNORED_LAYER_OPTIONS) for layer in own.layers],
             "head": _part(own.head, set()),
         }
+    if spec.detection is not None:
+        sections["detection"] = spec.detection.model_dump(mode="json", exclude_defaults=True)
     if spec.embeddings:
         sections["embeddings"] = [embedded.model_dump() for embedded in spec.embeddings]
     if spec.blocks is not None:

@@ -66,8 +66,8 @@ from models.spec.layers import (
 from models.spec.layout import (
     head_units,
     layer_widths,
+    network_outputs,
     network_state,
-    output_spec,
     weight_shapes,
 )
 from models.spec.model import ModelSpec
@@ -142,7 +142,7 @@ class StepNetwork:
         self._slices = state.slices
         self._float_parts = [part.name for part in state.parts]
         self.state_size = state.float_size
-        self.output_size = output_spec(spec).size
+        self.output_size = network_outputs(spec).size
         widths = layer_widths(spec)
         self._embeddings = {
             column.name: _embedding(column.name, column.codes, column.embedding)

@@ -57,7 +57,7 @@ from models.spec.heads import (
     LabelHead,
     SequenceHead,
 )
-from models.spec.layout import anomaly_width, event_field
+from models.spec.layout import anomaly_width, event_field, gives_parameters
 from models.spec.model import ModelSpec
 
 Tensor: TypeAlias = Any
@@ -91,7 +91,8 @@ def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast
         case AnomalyHead():
             before = tf.concat([forecast[:, tf.newaxis, :], raw[:, :-1, :]], axis=1)
             loss, _ = anomaly_nats(spec, head, before, rows)
-            return loss[..., tf.newaxis]
+            nats = loss[..., tf.newaxis]
+            return tf.concat([nats, before], axis=-1) if gives_parameters(spec, head) else nats
 
 
 def anomaly_forecast(raw: Tensor, lengths: Tensor, forecast: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ from models.spec.layers import (
     SliceLayer,
     returned_state,
 )
-from models.spec.layout import layer_widths, network_state, output_spec
+from models.spec.layout import layer_widths, network_outputs, network_state
 from models.spec.model import ModelSpec
 
 OPSET = 20
@@ -101,7 +101,7 @@ def write_graph(spec: ModelSpec, weights: Weights) -> bytes:
             tensor_value(STATES, DataType.FLOAT, states),
         ],
         outputs=[
-            tensor_value(OUTPUTS, DataType.FLOAT, ["B", "T", output_spec(spec).size]),
+            tensor_value(OUTPUTS, DataType.FLOAT, ["B", "T", network_outputs(spec).size]),
             tensor_value(STATES_AFTER, DataType.FLOAT, states),
         ],
         constants=nodes.constants,

@@ -36,7 +36,7 @@ from models.spec.heads import (
     LabelHead,
     SequenceHead,
 )
-from models.spec.layout import anomaly_width, event_field
+from models.spec.layout import anomaly_width, event_field, gives_parameters
 from models.spec.model import ModelSpec
 
 
@@ -79,7 +79,10 @@ def head_output(
             before = nodes.concat([part, nodes.part(raw, 0, -1, axis=0)], axis=0)
             index = nodes.add("Expand", last, nodes.add("Shape", part))
             after = nodes.add("GatherElements", raw, index, axis=0)
-            return _nats(nodes, spec, head, before, rows), after
+            nats = _nats(nodes, spec, head, before, rows)
+            if gives_parameters(spec, head):
+                nats = nodes.concat([nats, before], axis=2)
+            return nats, after
 
 
 def dense(nodes: Nodes, weights: Mapping[str, NDArray[np.float32]], name: str, x: Value) -> Value:

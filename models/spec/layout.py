@@ -15,15 +15,22 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from models.errors import SpecError
 from models.events.schema import (
     BooleanField,
     CategoricalField,
     EventField,
+    EventSchema,
     NumericField,
 )
 from models.spec.blocks import block_parts
 from models.spec.chunking import chunk_constant_layers
 from models.spec.decoder import LAST, add_decoder_prefix
+from models.spec.detection import (
+    DetectionSpec,
+    detection_parts,
+    initial_values,
+)
 from models.spec.heads import (
     AnomalyHead,
     ClassificationHead,
@@ -134,13 +141,47 @@ class OutputSpec:
 
 def state_spec(spec: ModelSpec) -> StateSpec:
     """The layout of the complete state: parts of the network, the clock and the blocks."""
-    parts = list(network_state(spec).parts)
+    computed = runtime_state(spec)
+    parts = list(computed.parts)
     if spec.events is not None and spec.events.timestamp is not None:
         clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
         parts.extend(StatePart(name, (), "int64") for name in clock)
     if spec.blocks is not None:
         parts.extend(block_parts(spec.blocks, spec.input_features))
-    return StateSpec(tuple(parts))
+    return StateSpec(tuple(parts), computed.initial_values)
+
+
+def runtime_state(spec: ModelSpec) -> StateSpec:
+    """The parts that a runtime reads and writes: the network's, and behind them detection's."""
+    network = network_state(spec)
+    if spec.detection is None:
+        return network
+    own = detection_state(spec)
+    return StateSpec((*network.parts, *own.parts), own.initial_values)
+
+
+def detection_state(spec: ModelSpec) -> StateSpec:
+    """The parts of detection, and what they start from."""
+    detection, head, events = detection_of(spec)
+    count = len(detection.channels_of(head.targets, events))
+    means, spreads = np.zeros(count), np.ones(count)
+    if detection.fit is not None:
+        means, spreads = np.array(detection.fit.means), np.array(detection.fit.spreads)
+    initial = initial_values(detection, head, means, spreads)
+    return StateSpec(detection_parts(detection, head, events), initial)
+
+
+def detection_of(spec: ModelSpec) -> tuple[DetectionSpec, AnomalyHead, EventSchema]:
+    """A model's detection, its head and the events.
+
+    Raises:
+        SpecError: it has none.
+    """
+    if spec.detection is not None and spec.events is not None:
+        for head in spec.heads:
+            if isinstance(head, AnomalyHead) and head.name == spec.detection.head:
+                return spec.detection, head, spec.events
+    raise SpecError(f"model {spec.name!r}: expected `detection` of an anomaly head")
 
 
 def network_state(spec: ModelSpec) -> StateSpec:
@@ -195,23 +236,51 @@ def output_spec(spec: ModelSpec) -> OutputSpec:
     """The outputs, one per head, in the order of the heads; or those of an imported graph."""
     if spec.onnx is not None:
         return OutputSpec(tuple(Output(each.name, each.shape) for each in spec.onnx.outputs))
+    found = network_outputs(spec)
+    if spec.detection is None:
+        return found
+    detection, head, events = detection_of(spec)
+    outputs = [output for output in found.outputs if output.name != _parameters_of(head)]
+    labels = tuple(each.label for each in detection.channels_of(head.targets, events))
+    added = (
+        Output(f"{head.name}.probability", ()),
+        Output(f"{head.name}.alarm", ()),
+        Output(f"{head.name}.deviation", (len(labels),), labels),
+        Output(f"{head.name}.share", (len(labels),), labels),
+    )
+    return OutputSpec((*outputs, *added), found.attention)
+
+
+def network_outputs(spec: ModelSpec) -> OutputSpec:
+    """What the network itself computes: with detection also the forecast of each event."""
     widths = layer_widths(spec)
     constant = chunk_constant_layers(spec.layers)
-    outputs = [_output(spec, head, widths) for head in spec.heads]
-    per_chunk = [
-        head.input in constant and not isinstance(head, AnomalyHead) for head in spec.heads
-    ]
+    outputs = []
+    for head in spec.heads:
+        output = _output(spec, head, widths)
+        if head.input in constant and not isinstance(head, AnomalyHead):
+            output = replace(output, per="chunk")
+        outputs.append(output)
+        if isinstance(head, AnomalyHead) and gives_parameters(spec, head):
+            outputs.append(Output(_parameters_of(head), (anomaly_size(spec, head),)))
     return OutputSpec(
-        tuple(
-            replace(output, per="chunk") if is_constant else output
-            for output, is_constant in zip(outputs, per_chunk, strict=True)
-        ),
+        tuple(outputs),
         tuple(
             layer.name
             for layer in spec.layers
             if isinstance(layer, AttentionLayer) and layer.over == "chunk"
         ),
     )
+
+
+def gives_parameters(spec: ModelSpec, head: Head) -> bool:
+    """Whether the network's output of a head has the forecast of each event behind it, for
+    detection."""
+    return spec.detection is not None and spec.detection.head == head.name
+
+
+def _parameters_of(head: Head) -> str:
+    return f"{head.name}.parameters"
 
 
 def _output(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> Output:

@@ -43,6 +43,7 @@ from models.spec.decoder import (
     collect_starts_from,
     network_data,
 )
+from models.spec.detection import DetectionSpec
 from models.spec.heads import (
     AnomalyHead,
     ClassificationHead,
@@ -67,7 +68,7 @@ from models.spec.onnx_network import OnnxNetwork
 from models.spec.resets import ResetPolicy
 from models.spec.training import TrainingSpec
 
-_LATER_OPTIONS = ("embeddings", "onnx", "reset_every", "session_gap_s")
+_LATER_OPTIONS = ("detection", "embeddings", "onnx", "reset_every", "session_gap_s")
 """Options that older versions do not know: they read a model that does not use them."""
 
 MAX_RESET_EVERY = 2**63 - 1
@@ -125,6 +126,7 @@ class ModelSpec(Frozen):
     reset_every: Annotated[int, Field(ge=1, le=MAX_RESET_EVERY)] | None = None
     session_gap_s: Annotated[float, Field(gt=0)] | None = None
     decoder: DecoderSpec | None = None
+    detection: DetectionSpec | None = None
     training: TrainingSpec | None = None
 
     @model_serializer(mode="wrap")
@@ -223,6 +225,7 @@ class ModelSpec(Frozen):
         self._check_blocks()
         self._check_chunk_limit()
         self._check_resets()
+        self._check_detection()
         if self.decoder is not None:
             check_decoder(self, self.decoder)
             try:
@@ -254,7 +257,16 @@ class ModelSpec(Frozen):
             raise ValueError(f"embeddings: expected distinct columns, got {columns}")
 
     def _check_onnx(self, network: OnnxNetwork) -> None:
-        own = ("events", "embeddings", "layers", "heads", "blocks", "decoder", "training")
+        own = (
+            "events",
+            "embeddings",
+            "layers",
+            "heads",
+            "blocks",
+            "decoder",
+            "detection",
+            "training",
+        )
         given = [name for name in own if getattr(self, name)]
         if given:
             raise ValueError(f"onnx: expected a graph without {given}, which it takes the place of")
@@ -325,6 +337,16 @@ class ModelSpec(Frozen):
             raise ValueError(
                 "session_gap_s: expected a timestamp field in `events`, whose gaps separate the "
                 "sessions; for models of rows, reset by `resets` or `reset_every`"
+            )
+
+    def _check_detection(self) -> None:
+        if self.detection is None:
+            return
+        heads = [head.name for head in self.heads if isinstance(head, AnomalyHead)]
+        if self.detection.head not in heads:
+            raise ValueError(
+                f"detection.head: expected an anomaly head among {heads}, "
+                f"got {self.detection.head!r}"
             )
 
     def _check_targets(self, head: Head) -> None:

@@ -13,7 +13,7 @@ block, each with its lookahead and no more, and the last one ends where the stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +21,12 @@ import polars as pl
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
+from models.detection.detector import Detector
 from models.errors import DataError
 from models.events.encode import Clock, encode
 from models.spec.blocks import BlockSpec, cut_blocks
 from models.spec.heads import Head, LabelHead
-from models.spec.layout import output_spec
+from models.spec.layout import detection_state, output_spec
 from models.spec.model import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from models.networks.build import StepNetwork
 
 Advance = Callable[[int], None]
+DETECTION_STEPS = 256
 SMALLEST_STEPS = 8
 """Batches are padded to this many steps, doubled as often as needed: few shapes to trace."""
 
@@ -66,15 +68,55 @@ def run_chunks(
     Raises:
         DataError: a stream is longer than a sequence that the network takes as a whole.
     """
+    outputs = run_network(
+        artifact.spec,
+        artifact.weights,
+        streams,
+        chunk=chunk,
+        seed=seed,
+        batch=batch,
+        advance=advance,
+    )
+    return outputs if artifact.spec.detection is None else detect(artifact.spec, streams, outputs)
+
+
+def detect(spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The outputs of a fitted detection, from those of the network."""
+    detector = Detector(spec)
+    rows = streams.encoded(schema_of(spec))
+    found = np.zeros((len(outputs), output_spec(spec).size), np.float32)
+    for start, stop in streams.sessions:
+        state = detection_state(spec).initial().floats[np.newaxis]
+        for at in range(start, stop, DETECTION_STEPS):
+            part = slice(at, min(at + DETECTION_STEPS, stop))
+            length = np.array([part.stop - at])
+            judged, state = detector.step(
+                rows[np.newaxis, part], length, outputs[np.newaxis, part], state
+            )
+            found[part] = judged[0]
+    return found
+
+
+def run_network(
+    spec: ModelSpec,
+    weights: Mapping[str, NDArray[np.float32]],
+    streams: Streams,
+    *,
+    chunk: int = 64,
+    seed: int = 0,
+    batch: int = 64,
+    advance: Advance | None = None,
+) -> NDArray[np.float32]:
+    """The network's outputs alone, as `models.spec.layout.network_outputs` says; arguments as for
+    `run_chunks`."""
     # TensorFlow takes seconds to import, and only this function needs it.
     import tensorflow as tf
 
     from models.networks.build import StepNetwork
 
-    spec = artifact.spec
     schema = schema_of(spec)
     network = StepNetwork(spec)
-    network.set_weights(artifact.weights)
+    network.set_weights(weights)
     step = tf.function(network.step, reduce_retracing=False)
     if spec.blocks is not None:
         return _run_blocks(network, spec.blocks, step, streams, batch, advance)

@@ -32,6 +32,7 @@ from models.training.checkpoint import (
 )
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
 from models.training.defaults import calendar_warning, resolve_training
+from models.training.detection import fitted_detection
 from models.training.ensemble import check_members, merge_members
 from models.training.labels import labels_of
 from models.training.loop import Loop
@@ -127,6 +128,7 @@ def train(
     network_spec, weights = merge_members(
         spec, [run.best_weights(member) for member in range(training.members)]
     )
+    network_spec = fitted_detection(network_spec, weights, streams, validate_ms, test_ms)
     bests = [best_epoch(run.of(member)) for member in range(training.members)]
     complete = _artifact_of_run(Path(out), key) if resume else None
     artifact = complete or write_artifact(

@@ -48,7 +48,7 @@ class Inference:
         self._now_ms = now_ms
         self._on_call = partial(recorder.record_runtime_call, served.name)
         self._initial = served.initial
-        self._network_state = served.network_state
+        self._runtime_state = served.runtime_state
         self._blocks = served.blocks
         self._resets_by_itself = served.artifact.spec.resets.is_active
 
@@ -131,7 +131,7 @@ class Inference:
 
     async def _infer_steps(self, items: list[BatchItem]) -> BatchOutput:
         """Compute every step of every item."""
-        pack = self._network_state.pack
+        pack = self._runtime_state.pack
         before = [pack(m.base.state if m.base else self._initial) for m in items]
         outputs, after, finite = await self._compute.infer(
             self._served.runtime,
@@ -140,7 +140,7 @@ class Inference:
             self._on_call,
         )
         # copies, since views would keep the states of the whole batch alive in the cache
-        unpack = self._network_state.unpack
+        unpack = self._runtime_state.unpack
         states = [unpack(row, m.ints) for row, m in zip(after, items, strict=True)]
         return BatchOutput(outputs, states, finite)
 

@@ -83,7 +83,7 @@ async def _infer(
         return await infer_blocks(
             compute, served.runtime, served.blocks, inputs, width, on_call, is_slice=is_slice
         )
-    layout = served.network_state
+    layout = served.runtime_state
     outputs, after, finite = await compute.infer(
         served.runtime,
         [segment.rows for segment in segments],

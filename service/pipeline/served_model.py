@@ -99,9 +99,9 @@ class ServedModel:
         return self.state.initial()
 
     @cached_property
-    def network_state(self) -> StateSpec:
+    def runtime_state(self) -> StateSpec:
         """The layout of the parts that the runtime reads and writes."""
-        return self.artifact.network_state
+        return self.artifact.runtime_state
 
     @cached_property
     def blocks(self) -> BlockStateLayout | None:

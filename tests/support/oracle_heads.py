@@ -42,9 +42,10 @@ def head_outputs(
         return softmax(raw) if head.classes else sigmoid(raw)
     assert isinstance(head, AnomalyHead)
     name = f"{head.name}.forecast"
-    score = nats(spec, head, parts[name], row)
-    parts[name] = raw
-    return np.array([score])
+    before, parts[name] = parts[name], raw
+    score = nats(spec, head, before, row)
+    detected = spec.detection is not None and spec.detection.head == head.name
+    return np.array([score, *(before if detected else [])])
 
 
 def _forecast(spec: ModelSpec, head: ForecastHead, raw: Floats) -> Floats:

@@ -88,6 +88,15 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
     Args:
         decoding: whether the model is a decoder's step (`Artifact.decoder`).
     """
+    runtime = _open_network(name, artifact, threads, decoding=decoding)
+    if artifact.spec.detection is None:
+        return runtime
+    from service.engine.runtimes.detecting import DetectingRuntime
+
+    return DetectingRuntime(runtime, artifact)
+
+
+def _open_network(name: str, artifact: Artifact, threads: int, *, decoding: bool) -> Runtime:
     try:
         if name == ONNXRUNTIME:
             missing = _missing_graph(artifact)

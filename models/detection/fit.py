@@ -1,0 +1,131 @@
+"""Fits detection to streams without known anomalies: usual spreads, tails, and the threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.detection.alarms import count_alarms
+from models.detection.statistics import SMALLEST, Channels
+from models.detection.tails import Tails, combine, fit_tail
+from models.errors import DataError
+from models.spec.detection import ROOT_OF_NORMAL, AlarmSpec, DetectionFit, initial_values
+from models.spec.layout import detection_of, detection_state
+from models.spec.model import ModelSpec
+
+Floats = NDArray[np.float64]
+FloatRows = NDArray[np.float32]
+
+EXCEEDED: Final = 0.05
+"""Share of the events beyond the threshold of a tail."""
+STEPS: Final = 256
+MIN_EVENTS: Final = 200
+FEW_ALARMS: Final = 10
+"""Below so many alarms, their number is taken to be proportional to the threshold."""
+
+
+class Stream(NamedTuple):
+    """One stream, or session, from its beginning.
+
+    Attributes:
+        rows: [T, F], encoded.
+        parameters: [T, P], the forecast of each event, made before it.
+        counted: bool [T], the events that are fitted to: those the network was not trained on.
+        days: how long these took.
+    """
+
+    rows: FloatRows
+    parameters: FloatRows
+    counted: NDArray[np.bool_]
+    days: float
+
+
+def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
+    """What is usual on these streams.
+
+    Raises:
+        DataError: they are too short.
+    """
+    detection, head, events = detection_of(spec)
+    counted = sum(int(stream.counted.sum()) for stream in streams)
+    days = sum(stream.days for stream in streams)
+    if counted < MIN_EVENTS or days <= 0:
+        raise DataError(
+            expected=f"at least {MIN_EVENTS} events with timestamps from `validate_from` on, to "
+            "fit `detection` to",
+            got=f"{counted} in {days:.3g} days",
+        )
+    count = len(detection.channels_of(head.targets, events))
+    _, states = _follow(spec, streams, np.zeros(count), np.ones(count))
+    means, spreads = _usual(spec, states)
+    statistics, _ = _follow(spec, streams, means, spreads)
+    tails = tuple(fit_tail(column, EXCEEDED) for column in statistics.T)
+    combined = combine(np.exp(Tails(tails).nats(statistics)))
+    tail = fit_tail(combined, EXCEEDED)
+    probability = np.exp(-Tails([tail]).nats(combined[:, np.newaxis])[:, 0])
+    sizes = np.cumsum([stream.counted.sum() for stream in streams])[:-1]
+    expected = detection.alarm.false_alarms_per_day * days
+    return DetectionFit(
+        means=tuple(means.tolist()),
+        spreads=tuple(spreads.tolist()),
+        tails=tails,
+        combined=tail,
+        threshold=_threshold(detection.alarm, np.split(probability, sizes), expected),
+    )
+
+
+def _usual(spec: ModelSpec, states: FloatRows) -> tuple[Floats, Floats]:
+    """By channel, the medians of the streams' means and spreads, from their last states
+    [streams, S]."""
+    detection, head, events = detection_of(spec)
+    slices = detection_state(spec).slices
+    targets = [head.targets.index(c.target) for c in detection.channels_of(head.targets, events)]
+    exact = states.astype(np.float64)
+    weight = np.maximum(exact[:, slices[f"{head.name}.weight"]][:, targets], SMALLEST)
+    means = exact[:, slices[f"{head.name}.mean"]] / weight
+    roots = exact[:, slices[f"{head.name}.spread"]] / weight
+    spreads = np.square(np.median(roots, axis=0) / ROOT_OF_NORMAL)
+    return np.asarray(np.median(means, axis=0)), np.maximum(spreads, SMALLEST)
+
+
+def _follow(
+    spec: ModelSpec, streams: Sequence[Stream], means: Floats, spreads: Floats
+) -> tuple[Floats, FloatRows]:
+    """The statistics [n, K] of the counted events, stream by stream, and the last states."""
+    detection, head, _ = detection_of(spec)
+    channels = Channels(spec, means, spreads)
+    layout = detection_state(spec)
+    start = initial_values(detection, head, means, spreads)
+    initial = layout.from_names({**layout.by_name(layout.zero()), **start}).floats
+    statistics, states = [], []
+    for stream in streams:
+        state = initial[np.newaxis]
+        for at in range(0, len(stream.rows), STEPS):
+            part = slice(at, at + STEPS)
+            rows = stream.rows[np.newaxis, part]
+            parameters = stream.parameters[np.newaxis, part]
+            followed = channels.follow(rows, np.array([rows.shape[1]]), parameters, state)
+            state = followed.state
+            statistics.append(followed.statistics[0, stream.counted[part]])
+        states.append(state[0])
+    return np.concatenate(statistics), np.stack(states)
+
+
+def _threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> float:
+    """The tail probability at which as many alarms open as are expected."""
+
+    def alarms(threshold: float) -> int:
+        return sum(count_alarms(alarm, stream, threshold) for stream in streams)
+
+    threshold = 1e-9
+    while threshold < 0.2:
+        count, larger = alarms(threshold), threshold * 1.25
+        if count >= FEW_ALARMS and expected < count:
+            return min(threshold * expected / count, 0.5)
+        if count >= FEW_ALARMS and alarms(larger) > expected:
+            return threshold
+        threshold = larger
+    return 0.2

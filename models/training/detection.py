@@ -1,0 +1,53 @@
+"""Fits `detection` to the validation set, which the network was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.detection.fit import Stream, fit_detection
+from models.spec.layout import anomaly_size, detection_of, network_outputs
+from models.spec.model import ModelSpec
+from models.training.data import Streams, schema_of
+from models.training.evaluate import run_network
+
+MS_PER_DAY = 86_400_000
+
+
+def fitted_detection(
+    spec: ModelSpec,
+    weights: Mapping[str, NDArray[np.float32]],
+    streams: Streams,
+    from_ms: int,
+    to_ms: int,
+) -> ModelSpec:
+    """The spec with its detection fitted to the events in [from_ms, to_ms); each stream is followed
+    from its beginning.
+
+    Args:
+        spec: a trained model, with or without detection.
+        weights: its weights.
+        streams: the data it was trained on.
+
+    Raises:
+        DataError: there are too few events.
+    """
+    if spec.detection is None:
+        return spec
+    _, head, _ = detection_of(spec)
+    outputs = run_network(spec, weights, streams)
+    first = network_outputs(spec).slices[head.name].stop
+    parameters = outputs[:, first : first + anomaly_size(spec, head)]
+    rows = streams.encoded(schema_of(spec))
+    moments = streams.moments_ms
+    counted = (moments >= from_ms) & (moments < to_ms)
+    followed = []
+    for start, stop in streams.sessions:
+        within = moments[start:stop][counted[start:stop]]
+        days = float(np.ptp(within)) / MS_PER_DAY if len(within) else 0.0
+        part = slice(start, stop)
+        followed.append(Stream(rows[part], parameters[part], counted[part], days))
+    fit = fit_detection(spec, followed)
+    return spec.model_copy(update={"detection": spec.detection.model_copy(update={"fit": fit})})

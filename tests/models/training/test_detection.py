@@ -1,0 +1,80 @@
+"""A model is trained with detection, and judges events wherever it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.fingerprint import compute_fingerprint
+from models.errors import ArtifactError
+from models.spec.detection import DetectionSpec
+from models.spec.layout import output_spec
+from models.training.data import streams_of
+from models.training.evaluate import evaluate, run_chunks
+from models.training.trainer import train
+from service.scoring.score import score_file
+from tests.support.training import latch_frame, latch_spec
+
+DETECTION = DetectionSpec(head="odd", memory_events=20, prior_events=5, scales=(3,))
+
+
+@pytest.fixture(scope="module")
+def frame() -> pl.DataFrame:
+    return latch_frame(streams=48).sort("at")
+
+
+@pytest.fixture(scope="module")
+def artifact(frame: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    spec = latch_spec(epochs=1).model_copy(update={"detection": DETECTION})
+    out = tmp_path_factory.mktemp("models") / "latch"
+    return train(spec, frame, out, quiet=True).artifact
+
+
+def test_the_fit_is_in_the_artifact(artifact: Artifact) -> None:
+    spec = load_artifact(artifact.path).spec
+    assert spec.detection is not None
+    assert spec.detection.fit is not None
+    # noise: forecast, level, change; kind: forecast; each alone, and one scale twice
+    assert len(spec.detection.fit.spreads) == 4
+    assert len(spec.detection.fit.tails) == 12
+    assert 0 < spec.detection.fit.threshold < 1
+    state = artifact.state.initial()
+    np.testing.assert_array_equal(artifact.state.by_name(state)["odd.weight"], [5, 5])
+
+
+def test_every_way_to_run_it_gives_the_same(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    streams = streams_of(artifact.spec, frame, "data")
+    found = output_spec(artifact.spec).by_name(run_chunks(artifact, streams, chunk=5))
+    frame.write_parquet(tmp_path / "events.parquet")
+    pieces = tmp_path / "scores.parquet"
+    score_file(artifact.path, tmp_path / "events.parquet", pieces, rows_per_piece=97)
+    scores = pl.read_parquet(pieces)[streams.table_rows]
+    for name in ("odd", "odd.probability", "odd.alarm"):
+        np.testing.assert_allclose(scores[name].to_numpy(), found[name], rtol=1e-3, atol=1e-5)
+    labels = next(o.labels for o in artifact.outputs.outputs if o.name == "odd.share")
+    assert labels == ("noise.forecast", "noise.level", "noise.change", "kind.forecast")
+    assert np.allclose(found["odd.share"].sum(axis=1), 1)
+    assert (found["odd.probability"] <= 1).all()
+    assert evaluate(artifact, frame)["heads"]["odd"].keys() == {"nll"}
+
+
+def test_detection_determines_the_fingerprint(artifact: Artifact) -> None:
+    detection = artifact.spec.detection
+    assert detection is not None
+    other = detection.model_copy(update={"memory_events": 21})
+    spec = artifact.spec.model_copy(update={"detection": other})
+    assert compute_fingerprint(spec, artifact.weights) != artifact.fingerprint
+
+
+def test_an_artifact_needs_the_fit(artifact: Artifact, tmp_path: Path) -> None:
+    spec = artifact.spec.model_copy(update={"detection": DETECTION})
+    with pytest.raises(ArtifactError, match="expected a fitted `detection`"):
+        write_artifact(tmp_path / "model", spec, artifact.weights)
