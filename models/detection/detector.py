@@ -38,7 +38,7 @@ class Detector:
         fit = detection.fit
         if fit is None:
             raise SpecError(f"model {spec.name!r}: expected a fitted `detection`")
-        self._channels = Channels(spec, np.array(fit.means), np.array(fit.spreads))
+        self._channels = Channels(spec, np.array(fit.spreads))
         self._alarm, self._threshold = detection.alarm, fit.threshold
         self._tails, self._combined = Tails(fit.tails), Tails([fit.combined])
         self._alarm_at = detection_state(spec).slices[f"{head.name}.alarm"]

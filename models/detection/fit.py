@@ -12,7 +12,7 @@ from models.detection.alarms import count_alarms
 from models.detection.statistics import SMALLEST, Channels
 from models.detection.tails import Tails, combine, fit_tail
 from models.errors import DataError
-from models.spec.detection import ROOT_OF_NORMAL, AlarmSpec, DetectionFit, initial_values
+from models.spec.detection import ROOT_OF_NORMAL, AlarmSpec, DetectionFit
 from models.spec.layout import detection_of, detection_state
 from models.spec.model import ModelSpec
 
@@ -59,9 +59,9 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
             got=f"{counted} in {days:.3g} days",
         )
     count = len(detection.channels_of(head.targets, events))
-    _, states = _follow(spec, streams, np.zeros(count), np.ones(count))
-    means, spreads = _usual(spec, states)
-    statistics, _ = _follow(spec, streams, means, spreads)
+    _, states = _follow(spec, streams, np.ones(count))
+    spreads = _usual_spreads(spec, states)
+    statistics, _ = _follow(spec, streams, spreads)
     tails = tuple(fit_tail(column, EXCEEDED) for column in statistics.T)
     combined = combine(np.exp(Tails(tails).nats(statistics)))
     tail = fit_tail(combined, EXCEEDED)
@@ -69,7 +69,6 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
     sizes = np.cumsum([stream.counted.sum() for stream in streams])[:-1]
     expected = detection.alarm.false_alarms_per_day * days
     return DetectionFit(
-        means=tuple(means.tolist()),
         spreads=tuple(spreads.tolist()),
         tails=tails,
         combined=tail,
@@ -77,29 +76,24 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
     )
 
 
-def _usual(spec: ModelSpec, states: FloatRows) -> tuple[Floats, Floats]:
-    """By channel, the medians of the streams' means and spreads, from their last states
-    [streams, S]."""
+def _usual_spreads(spec: ModelSpec, states: FloatRows) -> Floats:
+    """By channel, the median of the streams' spreads, from their last states [streams, S]."""
     detection, head, events = detection_of(spec)
     slices = detection_state(spec).slices
     targets = [head.targets.index(c.target) for c in detection.channels_of(head.targets, events)]
     exact = states.astype(np.float64)
-    weight = np.maximum(exact[:, slices[f"{head.name}.weight"]][:, targets], SMALLEST)
-    means = exact[:, slices[f"{head.name}.mean"]] / weight
-    roots = exact[:, slices[f"{head.name}.spread"]] / weight
+    weight = exact[:, slices[f"{head.name}.weight"]][:, targets]
+    roots = exact[:, slices[f"{head.name}.spread"]] / np.maximum(weight, SMALLEST)
     spreads = np.square(np.median(roots, axis=0) / ROOT_OF_NORMAL)
-    return np.asarray(np.median(means, axis=0)), np.maximum(spreads, SMALLEST)
+    return np.asarray(np.maximum(spreads, SMALLEST))
 
 
 def _follow(
-    spec: ModelSpec, streams: Sequence[Stream], means: Floats, spreads: Floats
+    spec: ModelSpec, streams: Sequence[Stream], spreads: Floats
 ) -> tuple[Floats, FloatRows]:
     """The statistics [n, K] of the counted events, stream by stream, and the last states."""
-    detection, head, _ = detection_of(spec)
-    channels = Channels(spec, means, spreads)
-    layout = detection_state(spec)
-    start = initial_values(detection, head, means, spreads)
-    initial = layout.from_names({**layout.by_name(layout.zero()), **start}).floats
+    channels = Channels(spec, spreads)
+    initial = detection_state(spec).zero().floats
     statistics, states = [], []
     for stream in streams:
         state = initial[np.newaxis]

@@ -6,12 +6,16 @@ decay r = exp(-1 / memory_events); "before" means from the events before this on
     values   v = (x - mu) exp(-s),  x,  x - x_before,  x - x_(a season before), by channel
     mean     m_t = sum_t / W_t,     sum_t = r sum_(t-1) + v_t,   W_t = r W_(t-1) + 1
     errors   e = v - m_before
-    spread   q_t = mean of sqrt|e|, weighted like the other;  (q / c)^2,  c = E sqrt|N(0, 1)|
-    z        e / max(spread_before, minimum), within -30 to 30
-    energy   E_t = g E_(t-1) + (1 - g) (min(z_t^2, 100) - 1),  g = exp(-1 / scale)
+    spread   (q / c)^2,  c = E sqrt|N(0, 1)|,  where q is the mean of sqrt|e| with the weights of
+             the events before, and of the usual spread with weight P
+    prior    P_t = exp(-1 / (2 P_0)) P_(t-1),  P_0 = prior_events
+    trust    a = W_before / (W_before + P_before)
+    z        a e / max(spread, minimum), within -30 to 30
+    energy   E_t = g E_(t-1) + (1 - g) a (min(z_t^2 / a^2, 100) - 1),  g = exp(-1 / scale)
 
-A new stream starts as if `prior_events` events had shown the usual means and spreads. The mean of
-square roots is a spread that one outlier hardly moves, and that many zeros do not make
+What a stream is like shows in its first events: the less is known of it, the less is unusual, and
+a target's first event has no statistics at all. The mean of square
+roots is a spread that one outlier hardly moves, and that many zeros do not make
 zero. The statistics of a channel, larger for what is more unusual, are |z|, and for each scale
 the mean square 1 + E and its inverse. An event without the target changes nothing but the decays.
 
@@ -64,10 +68,10 @@ class Channels:
 
     Args:
         spec: a fitted model with `detection`.
-        means, spreads: by channel, what is usual.
+        spreads: by channel, the usual spread.
     """
 
-    def __init__(self, spec: ModelSpec, means: Floats, spreads: Floats):
+    def __init__(self, spec: ModelSpec, spreads: Floats):
         detection, head, events = detection_of(spec)
         channels = detection.channels_of(head.targets, events)
         self._spec = detection
@@ -84,7 +88,8 @@ class Channels:
             kind: np.array([c for c, each in enumerate(channels) if each.kind == kind], int)
             for kind in ("forecast", "level", "change", "season")
         }
-        self._means = means
+        self._prior = detection.prior_events
+        self._fading = float(np.exp(-1 / (2 * detection.prior_events)))
         self._roots = np.sqrt(spreads) * ROOT_OF_NORMAL
         self._minimum = spreads * detection.minimum_spread
         self._parts = {
@@ -107,22 +112,26 @@ class Channels:
         decay = _Decay.of(self._spec.memory_events, steps)
         weight = decay.sums(chunk.present, chunk.before["weight"])
         chunk.keep("weight", weight)
-        weight = np.maximum(weight[:, :-1, self._target], SMALLEST)
-        values, has = self._values(chunk)
-        held = chunk.present[..., self._target]
-        # a channel that has no value yet, though there is an event, keeps to what is usual
-        values = np.where(has, values, np.where(held, self._means, 0.0))
-        sums = decay.sums(values, chunk.before["mean"])
+        prior = self._prior * self._fading ** (chunk.before["events"] + np.arange(steps))
+        chunk.after["events"] = chunk.before["events"] + chunk.lengths[:, np.newaxis]
+        own = weight[:, :-1, self._target]
+        values, has = self._values(chunk, own > SMALLEST)
+        sums = decay.sums(np.where(has, values, 0.0), chunk.before["mean"])
         chunk.keep("mean", sums)
-        errors = values - sums[:, :-1] / weight
-        roots = np.where(has, np.sqrt(np.abs(errors)), np.where(held, self._roots, 0.0))
+        has &= own > SMALLEST
+        errors = np.where(has, values - sums[:, :-1] / np.maximum(own, SMALLEST), 0.0)
+        # a channel without a value, of a target that is there, keeps to what is usual
+        usual = np.where(chunk.present[..., self._target], self._roots, 0.0)
+        roots = np.where(has, np.sqrt(np.abs(errors)), usual)
         sums = decay.sums(roots, chunk.before["spread"])
         chunk.keep("spread", sums)
-        mean_root = sums[:, :-1] / weight
-        spread = np.maximum(np.square(mean_root / ROOT_OF_NORMAL), self._minimum)
-        z = np.where(has, np.clip(errors / spread, -Z_LIMIT, Z_LIMIT), 0.0)
-
-        excess = np.where(has, np.minimum(np.square(z), ENERGY_LIMIT) - 1.0, 0.0)
+        prior = prior[..., np.newaxis]
+        known = np.maximum(own + prior, SMALLEST)
+        spread = np.square((sums[:, :-1] + prior * self._roots) / known / ROOT_OF_NORMAL)
+        trust = own / known
+        z = errors / np.maximum(spread, self._minimum)
+        excess = np.where(has, trust * (np.minimum(np.square(z), ENERGY_LIMIT) - 1.0), 0.0)
+        z = np.where(has, np.clip(trust * z, -Z_LIMIT, Z_LIMIT), 0.0)
         statistics, energies = [np.abs(z)], []
         before = np.split(chunk.before["energy"], len(self._spec.scales), axis=1)
         for scale, energy_before in zip(self._spec.scales, before, strict=True):
@@ -156,21 +165,24 @@ class Channels:
             dict(before),
         )
 
-    def _values(self, chunk: _Chunk) -> tuple[Floats, NDArray[np.bool_]]:
-        """The values [B, T, C] of the channels, and where there are any."""
+    def _values(self, chunk: _Chunk, seen: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.bool_]]:
+        """The values [B, T, C] of the channels, and where there are any.
+
+        Args:
+            seen: bool [B, T, C], whether an earlier event had the channel's target.
+        """
         values = np.zeros((*chunk.values.shape[:2], len(self._target)))
         has = chunk.present[..., self._target]
         for channel in self._of_kind["forecast"]:
             values[..., channel] = self._forecast_error(chunk, int(self._target[channel]))
         x, there = chunk.values[..., self._numeric], chunk.present[..., self._numeric]
-        latest, seen = _latest(x, there, chunk.before["last"], chunk.before["seen"])
+        latest = _latest(x, there, chunk.before["last"])
         chunk.keep("last", latest)
-        chunk.keep("seen", seen)
         if len(level := self._of_kind["level"]):
             values[..., level] = x
         if len(change := self._of_kind["change"]):
             values[..., change] = x - latest[:, :-1]
-            has[..., change] &= seen[:, :-1] > 0
+            has[..., change] &= seen[..., change]
         if len(season := self._of_kind["season"]):
             before, known = self._season(chunk, latest[:, 1:])
             values[..., season] = x - before
@@ -185,10 +197,9 @@ class Channels:
         window = (chunk.lengths[:, np.newaxis] + np.arange(length))[..., np.newaxis]
         after = np.take_along_axis(history, window, axis=1)
         chunk.after["season"] = after.reshape(len(after), -1)
-        events = chunk.before["events"]
-        chunk.after["events"] = np.minimum(events + chunk.lengths[:, np.newaxis], length)
         steps = latest.shape[1]
-        known = events[..., np.newaxis] + np.arange(steps)[:, np.newaxis] >= length
+        events = chunk.before["events"] + np.arange(steps)
+        known = (events >= length)[..., np.newaxis]
         return history[:, :steps], known
 
     def _forecast_error(self, chunk: _Chunk, target: int) -> Floats:
@@ -264,14 +275,10 @@ class _Decay(NamedTuple):
         return np.concatenate([first, after], axis=1)
 
 
-def _latest(
-    x: Floats, there: NDArray[np.bool_], last: Floats, seen: Floats
-) -> tuple[Floats, Floats]:
-    """The latest value at or before each step, and whether there is one: both [B, T + 1, N],
-    beginning with those before the first step."""
+def _latest(x: Floats, there: NDArray[np.bool_], last: Floats) -> Floats:
+    """The latest value at or before each step, [B, T + 1, N], beginning with `last`."""
     values = np.concatenate([last[:, np.newaxis], x], axis=1)
     steps = np.arange(values.shape[1])[:, np.newaxis]
     taken = np.concatenate([np.ones_like(there[:, :1]), there], axis=1)
     index = np.maximum.accumulate(np.where(taken, steps, 0), axis=1)
-    known = np.where(index > 0, 1.0, seen[:, np.newaxis])
-    return np.take_along_axis(values, index, axis=1), known
+    return np.asarray(np.take_along_axis(values, index, axis=1))

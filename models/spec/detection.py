@@ -18,11 +18,8 @@ scales: the event alone, and the mean square over some events, which may be too 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from models.events.schema import Frozen, NumericField
@@ -34,8 +31,6 @@ if TYPE_CHECKING:
 
 ChannelKind = Literal["forecast", "level", "change", "season"]
 Scale = Annotated[int, Field(ge=2, le=4096)]
-
-Floats = NDArray[np.float64]
 
 ROOT_OF_NORMAL: Final = 0.82217902
 """E sqrt|x| of a standard normal x: 2^(1/4) Gamma(3/4) / sqrt(pi)."""
@@ -93,13 +88,12 @@ class DetectionFit(Frozen):
     """What is fitted to streams without known anomalies.
 
     Attributes:
-        means, spreads: by channel, what is usual, from which a new stream starts.
+        spreads: by channel, the usual spread.
         tails: by statistic, in the order of `DetectionSpec.statistics`.
         combined: the tail of all of them together.
         threshold: the tail probability below which an event is unusual enough for an alarm.
     """
 
-    means: tuple[float, ...]
     spreads: tuple[Annotated[float, Field(gt=0)], ...]
     tails: tuple[Tail, ...]
     combined: Tail
@@ -113,7 +107,8 @@ class DetectionSpec(Frozen):
         head: the anomaly head.
         memory_events: events after which the past weighs 1/e: what is usual follows the stream at
             this pace.
-        prior_events: how many events the usual spread counts as, at a stream's beginning.
+        prior_events: events after which a new stream is known by its own spread rather than the
+            usual one.
         scales: time scales in events, beside the single event.
         channels: what is followed.
         season_events: events per season; adds the channel `season`.
@@ -167,9 +162,9 @@ def detection_parts(
     targets, channels = len(head.targets), len(spec.channels_of(head.targets, events))
     numeric = sum(isinstance(events.field(name), NumericField) for name in head.targets)
     shapes: dict[str, tuple[int, ...]] = {
+        "events": (1,),
         "weight": (targets,),
         "last": (numeric,),
-        "seen": (numeric,),
         "mean": (channels,),
         "spread": (channels,),
         "energy": (len(spec.scales), channels),
@@ -177,20 +172,6 @@ def detection_parts(
     }
     if spec.season_events is not None:
         shapes["season"] = (spec.season_events, numeric)
-        shapes["events"] = (1,)
     return tuple(
         StatePart(f"{spec.head}.{name}", shape, "float32") for name, shape in shapes.items()
     )
-
-
-def initial_values(
-    spec: DetectionSpec, head: AnomalyHead, means: Floats, spreads: Floats
-) -> Mapping[str, NDArray[Any]]:
-    """By state part, what a new stream starts from: the usual means and spreads [C], as if the
-    stream had shown them for `prior_events` events."""
-    roots = np.sqrt(spreads) * ROOT_OF_NORMAL
-    return {
-        f"{spec.head}.weight": np.full(len(head.targets), spec.prior_events, np.float32),
-        f"{spec.head}.mean": (spec.prior_events * means).astype(np.float32),
-        f"{spec.head}.spread": (spec.prior_events * roots).astype(np.float32),
-    }

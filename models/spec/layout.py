@@ -29,7 +29,6 @@ from models.spec.decoder import LAST, add_decoder_prefix
 from models.spec.detection import (
     DetectionSpec,
     detection_parts,
-    initial_values,
 )
 from models.spec.heads import (
     AnomalyHead,
@@ -141,14 +140,13 @@ class OutputSpec:
 
 def state_spec(spec: ModelSpec) -> StateSpec:
     """The layout of the complete state: parts of the network, the clock and the blocks."""
-    computed = runtime_state(spec)
-    parts = list(computed.parts)
+    parts = list(runtime_state(spec).parts)
     if spec.events is not None and spec.events.timestamp is not None:
         clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
         parts.extend(StatePart(name, (), "int64") for name in clock)
     if spec.blocks is not None:
         parts.extend(block_parts(spec.blocks, spec.input_features))
-    return StateSpec(tuple(parts), computed.initial_values)
+    return StateSpec(tuple(parts))
 
 
 def runtime_state(spec: ModelSpec) -> StateSpec:
@@ -157,18 +155,12 @@ def runtime_state(spec: ModelSpec) -> StateSpec:
     if spec.detection is None:
         return network
     own = detection_state(spec)
-    return StateSpec((*network.parts, *own.parts), own.initial_values)
+    return StateSpec((*network.parts, *own.parts))
 
 
 def detection_state(spec: ModelSpec) -> StateSpec:
-    """The parts of detection, and what they start from."""
-    detection, head, events = detection_of(spec)
-    count = len(detection.channels_of(head.targets, events))
-    means, spreads = np.zeros(count), np.ones(count)
-    if detection.fit is not None:
-        means, spreads = np.array(detection.fit.means), np.array(detection.fit.spreads)
-    initial = initial_values(detection, head, means, spreads)
-    return StateSpec(detection_parts(detection, head, events), initial)
+    """The parts of detection, all zero for a new stream."""
+    return StateSpec(detection_parts(*detection_of(spec)))
 
 
 def detection_of(spec: ModelSpec) -> tuple[DetectionSpec, AnomalyHead, EventSchema]:

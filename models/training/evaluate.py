@@ -86,7 +86,7 @@ def detect(spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32]) -> N
     rows = streams.encoded(schema_of(spec))
     found = np.zeros((len(outputs), output_spec(spec).size), np.float32)
     for start, stop in streams.sessions:
-        state = detection_state(spec).initial().floats[np.newaxis]
+        state = detection_state(spec).zero().floats[np.newaxis]
         for at in range(start, stop, DETECTION_STEPS):
             part = slice(at, min(at + DETECTION_STEPS, stop))
             length = np.array([part.stop - at])

@@ -23,10 +23,11 @@ class DetectionOracle:
         self.fit = self.detection.fit
         self.channels = self.detection.channels_of(self.head.targets, self.events)
         prior, spreads = self.detection.prior_events, self.fit.spreads
-        self.weight = dict.fromkeys(self.head.targets, prior)
-        self.means = [prior * mean for mean in self.fit.means]
+        self.weight = dict.fromkeys(self.head.targets, 0.0)
+        self.prior = prior
+        self.means = [0.0] * len(spreads)
         self.last: dict[str, float | None] = dict.fromkeys(self.head.targets)
-        self.roots = [prior * ROOT * math.sqrt(spread) for spread in spreads]
+        self.roots = [0.0] * len(spreads)
         self.energy = {(s, c): 1.0 for s in self.detection.scales for c in range(len(spreads))}
         self.past = {
             name: deque(maxlen=self.detection.season_events or 1) for name in self.head.targets
@@ -38,29 +39,35 @@ class DetectionOracle:
         values, present = self._values(row, parameters)
         zs, inverses = [], np.ones((1 + 2 * len(self.detection.scales), len(self.channels)))
         for c, channel in enumerate(self.channels):
-            spread = (self.roots[c] / self.weight[channel.target] / ROOT) ** 2
+            own = self.weight[channel.target]
+            usual = ROOT * math.sqrt(self.fit.spreads[c])
+            root = (self.roots[c] + self.prior * usual) / (own + self.prior)
+            spread = (root / ROOT) ** 2
             least = self.fit.spreads[c] * self.detection.minimum_spread
-            there = values[c] is not None
-            error = values[c] - self.means[c] / self.weight[channel.target] if there else 0.0
-            z = float(np.clip(error / max(spread, least), -30, 30))
+            there = values[c] is not None and own > 0
+            error = values[c] - self.means[c] / own if there else 0.0
+            trust = own / (own + self.prior)
+            whole = error / max(spread, least)
+            z = float(np.clip(trust * whole, -30, 30))
             zs.append(z)
             found = [abs(z)]
             for scale in self.detection.scales:
                 slow = math.exp(-1 / scale)
                 before = self.energy[scale, c] - 1
-                now = slow * before + ((1 - slow) * (min(z * z, 100.0) - 1) if there else 0.0)
+                now = slow * before + (
+                    (1 - slow) * trust * (min(whole**2, 100.0) - 1) if there else 0.0
+                )
                 self.energy[scale, c] = 1 + now
                 found += [1 + now, 1 / (1 + now + 0.05)] if there else [0.0, 0.0]
             if there:
                 for k, value in enumerate(found):
                     tail = self.fit.tails[k * len(self.channels) + c]
                     inverses[k, c] = 1 / self._tail(tail, value)
-            usual = ROOT * math.sqrt(self.fit.spreads[c])
             added = math.sqrt(abs(error)) if there else usual * present[channel.target]
             self.roots[c] = decay * self.roots[c] + added
-            added = values[c] if there else self.fit.means[c] * present[channel.target]
-            self.means[c] = decay * self.means[c] + added
+            self.means[c] = decay * self.means[c] + (values[c] or 0.0)
         where = {column.name: i for i, column in enumerate(self._columns())}
+        self.prior *= math.exp(-1 / (2 * self.detection.prior_events))
         for name in self.head.targets:
             self.weight[name] = decay * self.weight[name] + present[name]
             if present[name]:

@@ -44,8 +44,7 @@ def test_the_fit_is_in_the_artifact(artifact: Artifact) -> None:
     assert len(spec.detection.fit.spreads) == 4
     assert len(spec.detection.fit.tails) == 12
     assert 0 < spec.detection.fit.threshold < 1
-    state = artifact.state.initial()
-    np.testing.assert_array_equal(artifact.state.by_name(state)["odd.weight"], [5, 5])
+    assert artifact.state.slices.keys() >= {"odd.weight", "odd.energy", "odd.alarm"}
 
 
 def test_every_way_to_run_it_gives_the_same(
