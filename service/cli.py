@@ -170,6 +170,10 @@ def evaluate_command(
     since: Annotated[
         str | None, typer.Option(help="Score events from this RFC 3339 time on.")
     ] = None,
+    anomalies: Annotated[
+        str | None,
+        typer.Option(help="Boolean column of labelled anomalies, to score alarms against."),
+    ] = None,
     baselines: Annotated[
         bool,
         typer.Option("--baselines", help="Compare with the baselines of a report, with intervals."),
@@ -187,6 +191,7 @@ def evaluate_command(
             chunk=chunk,
             seed=seed,
             since=since,
+            anomalies=anomalies,
             baselines=baselines,
             trees=trees,
             trees_s=trees_s,

@@ -7,6 +7,7 @@ threshold. It closes after `hold_events` consecutive events above the lower thre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,11 @@ def follow_alarm(
     return codes
 
 
-def count_alarms(spec: AlarmSpec, probability: Floats, threshold: float) -> int:
-    """How many alarms open in one stream."""
-    codes = follow_alarm(spec, probability, threshold, AlarmState(np.zeros(3)))
-    return int((codes == OPENED).sum())
+def count_alarms(spec: AlarmSpec, streams: Sequence[Floats], threshold: float) -> tuple[int, int]:
+    """How many alarms open in streams of tail probabilities, and for how many events in all."""
+    opened = events = 0
+    for probability in streams:
+        codes = follow_alarm(spec, probability, threshold, AlarmState(np.zeros(3)))
+        opened += int((codes == OPENED).sum())
+        events += int((codes != NONE).sum())
+    return opened, events

@@ -24,7 +24,9 @@ EXCEEDED: Final = 0.05
 STEPS: Final = 256
 MIN_EVENTS: Final = 200
 FEW_ALARMS: Final = 10
-"""Below so many alarms, their number is taken to be proportional to the threshold."""
+"""Up to so many alarms, their number is taken to be proportional to the threshold."""
+LONGEST: Final = 3.0
+SMALLEST_THRESHOLD: Final = 1e-9
 
 
 class Stream(NamedTuple):
@@ -72,7 +74,7 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
         spreads=tuple(spreads.tolist()),
         tails=tails,
         combined=tail,
-        threshold=_threshold(detection.alarm, np.split(probability, sizes), expected),
+        threshold=alarm_threshold(detection.alarm, np.split(probability, sizes), expected),
     )
 
 
@@ -108,18 +110,22 @@ def _follow(
     return np.concatenate(statistics), np.stack(states)
 
 
-def _threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> float:
-    """The tail probability at which as many alarms open as are expected."""
+def alarm_threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> float:
+    """The tail probability at which as many alarms open as are expected.
 
-    def alarms(threshold: float) -> int:
-        return sum(count_alarms(alarm, stream, threshold) for stream in streams)
+    A larger one can open fewer alarms, each of them longer: alarms may be open for `LONGEST` times
+    as many events as the expected ones are held, and no more.
 
-    threshold = 1e-9
-    while threshold < 0.2:
-        count, larger = alarms(threshold), threshold * 1.25
-        if count >= FEW_ALARMS and expected < count:
-            return min(threshold * expected / count, 0.5)
-        if count >= FEW_ALARMS and alarms(larger) > expected:
-            return threshold
-        threshold = larger
-    return 0.2
+    Args:
+        streams: tail probabilities of each.
+    """
+    threshold = best = SMALLEST_THRESHOLD
+    while threshold < 0.5:
+        count, events = count_alarms(alarm, streams, threshold)
+        if events > LONGEST * expected * (alarm.hold_events + 1):
+            return best
+        if count > expected:
+            few = count <= FEW_ALARMS or best == SMALLEST_THRESHOLD
+            return threshold * expected / count if few else best
+        threshold, best = threshold * 1.25, threshold
+    return best

@@ -34,6 +34,7 @@ def run_example(
     description: str | None = None,
     further: Further | None = None,
     beside: Beside | None = None,
+    trees: bool = True,
 ) -> None:
     """Read the command line and run one example.
 
@@ -44,6 +45,7 @@ def run_example(
         out: the artifact's directory, unless a path is given.
         description: of the command.
         further: baselines that only these data allow, see `make_report`.
+        trees: compare with boosted trees too.
         beside: further files of the artifact's folder; those that end in `.md` are printed.
     """
     parser = argparse.ArgumentParser(
@@ -72,6 +74,7 @@ def run_example(
             resume=options.resume,
             overwrite=True,
             source=name,
+            trees=trees,
             further=further,
         )
         if beside is not None:

@@ -183,6 +183,7 @@ def evaluate_command(
     chunk: int = 64,
     seed: int = 0,
     since: str | None = None,
+    anomalies: str | None = None,
     baselines: bool = False,
     trees: bool = True,
     trees_s: float | None = TREES_S,
@@ -197,6 +198,8 @@ def evaluate_command(
         chunk: most events in a chunk.
         seed: of the chunks' lengths.
         since: score events from this moment on; earlier ones only move the states.
+        anomalies: boolean column that labels anomalous events, against which alarms are scored;
+            not with baselines.
         baselines: compare with the baselines of a report, fitted to the table's events before
             the artifact's `test_from`.
         trees, trees_s: as for `train_command`.
@@ -239,6 +242,7 @@ def evaluate_command(
             chunk=chunk,
             seed=seed,
             since=since,
+            anomalies=anomalies,
             source=str(data),
             advance=count,
         )

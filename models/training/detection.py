@@ -11,9 +11,7 @@ from models.detection.fit import Stream, fit_detection
 from models.spec.layout import anomaly_size, detection_of, network_outputs
 from models.spec.model import ModelSpec
 from models.training.data import Streams, schema_of
-from models.training.evaluate import run_network
-
-MS_PER_DAY = 86_400_000
+from models.training.evaluate import MS_PER_DAY, run_network
 
 
 def fitted_detection(
@@ -23,8 +21,7 @@ def fitted_detection(
     from_ms: int,
     to_ms: int,
 ) -> ModelSpec:
-    """The spec with its detection fitted to the events in [from_ms, to_ms); each stream is followed
-    from its beginning.
+    """The spec with its detection fitted to the events in [from_ms, to_ms).
 
     Args:
         spec: a trained model, with or without detection.
@@ -36,8 +33,15 @@ def fitted_detection(
     """
     if spec.detection is None:
         return spec
-    _, head, _ = detection_of(spec)
-    outputs = run_network(spec, weights, streams)
+    return fitted_to_outputs(spec, streams, run_network(spec, weights, streams), from_ms, to_ms)
+
+
+def fitted_to_outputs(
+    spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32], from_ms: int, to_ms: int
+) -> ModelSpec:
+    """As `fitted_detection`, given the network's outputs; each stream is followed from its
+    beginning."""
+    detection, head, _ = detection_of(spec)
     first = network_outputs(spec).slices[head.name].stop
     parameters = outputs[:, first : first + anomaly_size(spec, head)]
     rows = streams.encoded(schema_of(spec))
@@ -50,4 +54,4 @@ def fitted_detection(
         part = slice(start, stop)
         followed.append(Stream(rows[part], parameters[part], counted[part], days))
     fit = fit_detection(spec, followed)
-    return spec.model_copy(update={"detection": spec.detection.model_copy(update={"fit": fit})})
+    return spec.model_copy(update={"detection": detection.model_copy(update={"fit": fit})})

@@ -14,6 +14,7 @@ block, each with its lookahead and no more, and the last one ends where the stre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +23,12 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.detection.detector import Detector
+from models.detection.scoring import AlarmScores, score_alarms
 from models.errors import DataError
 from models.events.encode import Clock, encode
 from models.spec.blocks import BlockSpec, cut_blocks
 from models.spec.heads import Head, LabelHead
-from models.spec.layout import detection_state, output_spec
+from models.spec.layout import detection_of, detection_state, output_spec
 from models.spec.model import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 DETECTION_STEPS = 256
+MS_PER_DAY = 86_400_000
 SMALLEST_STEPS = 8
 """Batches are padded to this many steps, doubled as often as needed: few shapes to trace."""
 
@@ -257,6 +260,7 @@ def evaluate(
     seed: int = 0,
     batch: int = 64,
     since: str | None = None,
+    anomalies: str | None = None,
     source: str = "data",
     advance: Advance | None = None,
 ) -> dict[str, Any]:
@@ -268,12 +272,15 @@ def evaluate(
         chunk, seed, batch, advance: as for `run_chunks`.
         since: RFC 3339 moment from which events are scored; earlier ones only move the
             states. All events by default.
+        anomalies: boolean column that labels anomalous events, to score the alarms of a model with
+            detection against.
         source: what errors call the table.
 
     Returns:
         `events`, `streams`, `scored` (events), `since`, the members of `chunk_settings`, and
         `heads`: by head, its metrics; for a model with a decoder also `decoder`, as from
-        `horizon_report`, with the points of the baselines alone.
+        `horizon_report`, with the points of the baselines alone; with anomalies also `detection`,
+        the members of `AlarmScores`.
 
     Raises:
         SpecError, DataError: the model has nothing to score, or the table does not fit it.
@@ -281,6 +288,7 @@ def evaluate(
     spec = artifact.spec
     streams = streams_of(spec, frame, source)
     from_ms = None if since is None else moment_ms(schema_of(spec), since, "--since")
+    labelled = None if anomalies is None else anomalous_events(spec, streams, anomalies, source)
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     scored = events_to_score(spec, streams, labels, from_ms)
     if scored == 0:
@@ -290,6 +298,11 @@ def evaluate(
         )
     outputs = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch, advance=advance)
     decoded: dict[str, Any] = {}
+    if labelled is not None:
+        scores = asdict(detection_scores(spec, streams, outputs, labelled, from_ms))
+        decoded["detection"] = {
+            name: None if np.isnan(value) else value for name, value in scores.items()
+        }
     if spec.decoder is not None:
         from models.training.horizon import horizon_report
 
@@ -304,6 +317,60 @@ def evaluate(
         "heads": head_metrics(spec, outputs, streams, labels, from_ms),
         **decoded,
     }
+
+
+def anomalous_events(
+    spec: ModelSpec, streams: Streams, column: str, source: str = "data"
+) -> NDArray[np.bool_]:
+    """The labels of anomalous events, bool [rows]; an empty cell is false.
+
+    Raises:
+        SpecError: the model has no detection.
+        DataError: there is no such boolean column.
+    """
+    detection_of(spec)
+    if column not in streams.frame.columns:
+        raise DataError(expected=f"{source}: the column {column!r} of anomalies", got="none")
+    values = streams.frame[column]
+    try:
+        return values.cast(pl.Boolean).fill_null(False).to_numpy()
+    except pl.exceptions.PolarsError as error:
+        raise DataError(
+            expected=f"{source}: true and false in the column {column!r}", got=str(values.dtype)
+        ) from error
+
+
+def detection_scores(
+    spec: ModelSpec,
+    streams: Streams,
+    outputs: NDArray[np.float32],
+    anomalous: NDArray[np.bool_],
+    from_ms: int | None,
+    to_ms: int | None = None,
+) -> AlarmScores:
+    """The scores of a model's alarms in [from_ms, to_ms).
+
+    Args:
+        outputs: as `run_chunks` gives them.
+    """
+    _, head, _ = detection_of(spec)
+    by_name = output_spec(spec).by_name(outputs)
+    everything = np.ones(streams.events, np.bool_)
+    kept = np.isin(np.arange(streams.events), _within(streams, everything, from_ms, to_ms))
+    spans, days, at = [], [], 0
+    for start, stop in streams.spans:
+        moments = streams.moments_ms[start:stop][kept[start:stop]]
+        if len(moments):
+            spans.append((at, at + len(moments)))
+            days.append(float(np.ptp(moments)) / MS_PER_DAY)
+            at += len(moments)
+    return score_alarms(
+        by_name[f"{head.name}.alarm"][kept].astype(np.float64),
+        -by_name[f"{head.name}.probability"][kept].astype(np.float64),
+        anomalous[kept],
+        spans,
+        days,
+    )
 
 
 def events_to_score(spec: ModelSpec, streams: Streams, labels: Labels, from_ms: int | None) -> int:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.detection.alarms import AlarmState, follow_alarm
+from models.detection.alarms import AlarmState, count_alarms, follow_alarm
 from models.detection.detector import Detector
-from models.detection.fit import Stream, fit_detection
+from models.detection.fit import Stream, alarm_threshold, fit_detection
 from models.detection.tails import Tails, fit_tail
 from models.errors import DataError, SpecError
 from models.spec.detection import AlarmSpec
@@ -276,3 +276,14 @@ def test_what_is_missing_is_named() -> None:
         spec_of(["flow"], head="hidden")
     with pytest.raises(SpecError, match="expected distinct values"):
         spec_of(["flow"], scales=[3, 3])
+
+
+def test_a_threshold_never_keeps_alarms_open_for_good() -> None:
+    alarm = AlarmSpec(hold_events=50)
+    random = np.random.default_rng(9)
+    # bursts: larger thresholds make fewer and longer alarms
+    streams = [np.repeat(random.random(200), 20) for _ in range(5)]
+    threshold = alarm_threshold(alarm, streams, expected=40)
+    opened, events = count_alarms(alarm, streams, threshold)
+    assert 20 <= opened <= 40
+    assert events <= 3 * 40 * 51
