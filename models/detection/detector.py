@@ -7,6 +7,7 @@ thousand usual events, one has a probability below 0.001. Its threshold opens al
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +83,8 @@ class Detector:
         combined = combine(inverse)
         probability = np.exp(-self._combined.nats(combined[..., np.newaxis])[..., 0])
         count = deviations.z.shape[-1]
-        weights = inverse.reshape(*inverse.shape[:-1], -1, count).sum(axis=-2)
+        parts = np.split(inverse, inverse.shape[-1] // count, axis=-1)
+        weights = functools.reduce(np.add, parts)
         return Judged(probability, weights / weights.sum(axis=-1, keepdims=True))
 
 
