@@ -16,6 +16,7 @@ from tests.support.training import (  # noqa: E402
     latch_frame,
     latch_spec,
     states_of_one_run,
+    train_nothing,
 )
 
 
@@ -37,25 +38,28 @@ def frame():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(frame, tmp_path_factory):
-    """One training of two members from beginning to end."""
+def whole_training(frame, tmp_path_factory):
+    """A training of two members from beginning to end, and its checkpoint within the second."""
     out = tmp_path_factory.mktemp("whole") / "model"
-    return train(latch_spec(members=2, epochs=2), frame, out, quiet=True)
+    checkpoints = []
+
+    def keep(record):
+        if (record["member"], record["epoch"]) == (2, 1):
+            assert not out.exists()
+            checkpoints.append(checkpoint_path(out).read_bytes())
+
+    result = train(latch_spec(members=2, epochs=2), frame, out, quiet=True, after_epoch=keep)
+    return result, *checkpoints
 
 
 @pytest.fixture(scope="module")
-def checkpoint(frame, tmp_path_factory):
-    """The checkpoint of the same training, interrupted within its second member."""
+def uninterrupted(whole_training):
+    return whole_training[0]
 
-    def stop(record):
-        if (record["member"], record["epoch"]) == (2, 1):
-            raise Stopped
 
-    out = tmp_path_factory.mktemp("cut") / "model"
-    with pytest.raises(Stopped):
-        train(latch_spec(members=2, epochs=2), frame, out, quiet=True, after_epoch=stop)
-    assert not out.exists()
-    return checkpoint_path(out).read_bytes()
+@pytest.fixture(scope="module")
+def checkpoint(whole_training):
+    return whole_training[1]
 
 
 OPTIONS = {"peepholes": True, "layer_normalization": True, "projection": 5}
@@ -91,6 +95,18 @@ def test_the_gradient_stops_between_windows(frame):
         )
     assert tape.gradient(loss, state) is None
     assert float(loss) > 0
+
+
+def test_an_interrupted_training_leaves_its_checkpoint(frame, tmp_path, monkeypatch):
+    train_nothing(monkeypatch)
+
+    def stop(record):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(latch_spec(epochs=2), frame, tmp_path / "a", quiet=True, after_epoch=stop)
+    assert checkpoint_path(tmp_path / "a").read_bytes()
+    assert not (tmp_path / "a").exists()
 
 
 def test_resumed_training_equals_uninterrupted_training(frame, uninterrupted, checkpoint, tmp_path):
