@@ -85,8 +85,7 @@ async def _drive(
 
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(client.run(stop)) for client in clients]
-        pause_s = options.append_pause_s
-        running += [group.create_task(each.run(stop, pause_s)) for each in appenders]
+        running += [group.create_task(each.run(stop, options.append_pause_s)) for each in appenders]
         for place, fault in enumerate(plan):
             await wait_for_events(options.events * place // len(plan))
             await inject(fault)

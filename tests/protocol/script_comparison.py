@@ -59,8 +59,7 @@ async def _make_call(call: ScriptCall, key: StreamKey, store: RedisStore) -> Any
         return tuple(value and value.head for value in await store.load_with_reply(key))
     if call.script == "commit":
         return (await store.commit([call.commit(key)]))[0]
-    epoch = call.new.state.stored.head.epoch
-    with patch.object(redis_store, "new_epoch", return_value=epoch):
+    with patch.object(redis_store, "new_epoch", return_value=call.new.state.stored.head.epoch):
         return (await store._write_tombstone(key, call.condition, None)).value
 
 
