@@ -22,6 +22,15 @@ from service.transports.http.context import ApiContext
 from service.transports.http.field_rules import EXAMPLE_STREAM
 from service.transports.http.media import Media
 
+OPEN_PATHS = ("/health/live", "/health/ready")
+"""Addresses that need no access key."""
+
+ACCESS_KEY = {
+    "type": "http",
+    "scheme": "bearer",
+    "bearerFormat": "carry_<id>_<secret>",
+    "description": "An access key that `carry keys create` printed, or a token that it signed.",
+}
 REF_TEMPLATE = "#/components/schemas/{model}"
 
 TAGS = [
@@ -72,6 +81,13 @@ def openapi_document(
         else {"title": "Forecast", "not": {}, "description": "No model has a decoder."}
     )
     document["components"]["schemas"] = dict(sorted(components.items()))
+    document["components"]["securitySchemes"] = {"access_key": ACCESS_KEY}
+    # the empty requirement: a service without access keys is open
+    document["security"] = [{"access_key": []}, {}]
+    for path, item in document["paths"].items():
+        if path in OPEN_PATHS:
+            for operation in item.values():
+                operation["security"] = []
     for path, examples in _examples(models).items():
         content = document["paths"][path]["post"]["requestBody"]["content"]
         content[Media.JSON.value]["examples"] = examples

@@ -176,6 +176,8 @@ _ANY = (
     errors.ExpectationFailed,
     errors.RequestTimeout,
     errors.TooManyConnections,
+    errors.Unauthenticated,
+    errors.Forbidden,
 )
 _BODY = (
     errors.MalformedBody,

@@ -148,6 +148,8 @@ async def test_every_operation_is_documented(api: Harness) -> None:
         for method, operation in item.items()
     ]
     assert len(operations) == 17
+    assert document["security"] == [{"access_key": []}, {}]
+    assert document["components"]["securitySchemes"]["access_key"]["scheme"] == "bearer"
     for path, method, operation in operations:
         assert operation["summary"], (path, method)
         assert operation["description"], (path, method)
@@ -157,6 +159,8 @@ async def test_every_operation_is_documented(api: Harness) -> None:
             if parameter["in"] == "path"
         }
         assert names == {part[1:-1] for part in path.split("/") if part.startswith("{")}
+        is_open = operation.get("security") == []
+        assert is_open == (path in ("/health/live", "/health/ready"))
         for response in operation["responses"].values():
             content = response.get("content", {}).get("application/problem+json", {})
             seen.update(content.get("examples", {}))
