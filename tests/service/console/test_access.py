@@ -48,6 +48,7 @@ async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
             if text not in key:
                 await page.until(f"{DIALOG}.innerText.includes('rejected')")
         await page.until(f"!{DIALOG}.open && {STATUS} === 'Live'")
+        assert await page.evaluate("document.querySelector('header').innerText.includes('Forget')")
         kept = await page.evaluate("Object.values(sessionStorage)")
         assert kept == [key.removeprefix("Bearer ")]
         assert await page.evaluate("localStorage.length + document.cookie.length") == 0

@@ -17,10 +17,11 @@ export class Problem extends Error {
 export const reason = (error: unknown): string =>
   error instanceof Problem ? error.message : "The service does not answer.";
 
-/** Asks the user for a key; set by the dialog. `wasRejected`: the last one did not work. */
-export const keyDialog = { ask: async (_wasRejected: boolean): Promise<string> => "" };
-let asked: Promise<string> | undefined;
+/** Asks the user for a key and keeps it; set by the dialog. `wasRejected`: the last one did not work. */
+export const keyDialog = { ask: async (_wasRejected: boolean): Promise<void> => undefined };
+let asked: Promise<void> | undefined;
 
+export const keepKey = (key: string): void => sessionStorage.setItem(STORED_KEY, key);
 export const forgetKey = (): void => sessionStorage.removeItem(STORED_KEY);
 export const hasKey = (): boolean => sessionStorage.getItem(STORED_KEY) !== null;
 
@@ -28,7 +29,7 @@ export const hasKey = (): boolean => sessionStorage.getItem(STORED_KEY) !== null
 async function renewKey(used: string | null): Promise<void> {
   if (sessionStorage.getItem(STORED_KEY) !== used) return;
   asked ??= keyDialog.ask(used !== null).finally(() => (asked = undefined));
-  sessionStorage.setItem(STORED_KEY, await asked);
+  await asked;
 }
 
 /** The response to a GET; asks for a key for as long as the service wants another one. */

@@ -1,11 +1,11 @@
 // The dialog that asks for an access key when the service rejects a request without a valid one.
 import { useEffect, useRef, useState } from "preact/hooks";
-import { keyDialog } from "./api";
+import { keepKey, keyDialog } from "./api";
 import { Alert } from "./parts";
 
-export function KeyDialog() {
+export function KeyDialog({ onKey }: { onKey: () => void }) {
   const dialog = useRef<HTMLDialogElement>(null);
-  const answer = useRef<((key: string) => void) | null>(null);
+  const answer = useRef<(() => void) | null>(null);
   const [wasRejected, setWasRejected] = useState(false);
   useEffect(() => {
     keyDialog.ask = (rejected) => {
@@ -21,7 +21,9 @@ export function KeyDialog() {
     if (key === "") return;
     form.reset();
     dialog.current?.close();
-    answer.current?.(key);
+    keepKey(key);
+    onKey();
+    answer.current?.();
   };
   return (
     <dialog ref={dialog} aria-labelledby="key-title" onCancel={(event) => event.preventDefault()}>

@@ -1,6 +1,6 @@
 // The frame of the console: navigation, health of the service, and the view that the address names.
 import { render } from "preact";
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useReducer, useState } from "preact/hooks";
 import {
   forgetKey, hasKey, json, modelAddress, type ModelSummary, pause, Problem, reason,
 } from "./api";
@@ -84,6 +84,7 @@ function useService() {
 }
 
 function App() {
+  const [, draw] = useReducer((count: number, _: void) => count + 1, 0);
   const [model, stream] = useAddress();
   const { health, models, problems } = useService();
   const { theme, button } = useTheme();
@@ -115,7 +116,7 @@ function App() {
           <StreamView key={`${model} ${stream}`} model={model} stream={stream} />
         )}
       </main>
-      <KeyDialog />
+      <KeyDialog onKey={draw} />
     </ThemeContext.Provider>
   );
 }
