@@ -1,4 +1,4 @@
-"""The console's overview, in Chromium: rates and quantiles of `/metrics`, failing checks."""
+"""The console in Chromium: rates and quantiles of `/metrics`, failing checks, pages of streams."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ STAGES = """[...document.querySelectorAll('figure')]
 
 
 @asynccontextmanager
-async def overview(
-    server: RealServer, browser: str, folder: Path, **routes: Callable[[], Response]
+async def opened_console(
+    server: RealServer, browser: str, folder: Path, **routes: Callable[..., Response]
 ) -> AsyncIterator[Page]:
     """The page of an application, in which these routes answer something else."""
     async with (
@@ -82,7 +82,7 @@ async def test_the_overview_shows_rates_and_quantiles_of_the_last_seconds(
         lines = [f"{name} {float(value) * elapsed_s!r}" for name, _, value in samples]
         return PlainTextResponse("\n".join(lines))
 
-    async with overview(pipeline_server, browser, tmp_path, metrics=metrics) as page:
+    async with opened_console(pipeline_server, browser, tmp_path, metrics=metrics) as page:
         await page.until(f"({SHOWN})['Latency, p50']?.includes('ms')")
         shown = await page.evaluate(SHOWN)
         # rank 5 of 6 in (5 ms, 10 ms], rank 9.9 of 9.8 to 10 in (25 ms, 225 ms]
@@ -107,9 +107,36 @@ async def test_the_page_names_the_checks_that_fail_or_are_degraded(
         code = 200 if report["status"] == "ready" else 503
         return JSONResponse({**report, "checks": [store, runtime]}, code)
 
-    async with overview(pipeline_server, browser, tmp_path, health_ready=health_ready) as page:
+    async with opened_console(
+        pipeline_server, browser, tmp_path, health_ready=health_ready
+    ) as page:
         await page.until(f"{status} === 'Not ready' && {alert} === '{store['detail']}'")
         report |= {"status": "ready", "failing": [], "degraded": ["store"]}
         await page.until(f"{status} === 'Degraded' && {alert} === '{store['detail']}'")
         report |= {"degraded": []}
         await page.until(f"{status} === 'Ready' && {alert} === undefined")
+
+
+async def test_streams_are_listed_page_by_page(
+    pipeline_server: RealServer, browser: str, tmp_path: Path
+) -> None:
+    # before the last, a page may be empty
+    pages = {"": ([], "a"), "a": (["first"], "b"), "b": (["second"], None)}
+    shown = "[...document.querySelectorAll('tbody a')].map((each) => each.innerText).join()"
+    button = "[...document.querySelectorAll('main button')].find((each) => each.innerText === {!r})"
+
+    def v1_models_probe_streams(cursor: str = "") -> Response:
+        streams, following = pages[cursor]
+        return JSONResponse({"model": "probe", "streams": streams, "cursor": following})
+
+    async with opened_console(
+        pipeline_server, browser, tmp_path, v1_models_probe_streams=v1_models_probe_streams
+    ) as page:
+        await page.evaluate("location.hash = '#/models/probe'")
+        await page.until(f"{shown} === 'first'")
+        assert await page.evaluate(f"{button.format('Previous')}.disabled")
+        await page.evaluate(f"{button.format('Next')}.click()")
+        await page.until(f"{shown} === 'second'")
+        assert await page.evaluate(f"{button.format('Next')}.disabled")
+        await page.evaluate(f"{button.format('Previous')}.click()")
+        await page.until(f"{shown} === 'first'")
