@@ -1,4 +1,5 @@
 """Limits of one access key: how many requests, events and concurrent requests a process accepts.
+Those of streams and their bytes are quotas (`service.pipeline.quota`).
 
 Each process counts for itself, in memory, so that a limit costs no round trip. Rates are token
 buckets that hold the tokens of one second and may be overdrawn: a request is accepted while there
@@ -31,11 +32,22 @@ Count = Annotated[int, msgspec.Meta(gt=0)]
 class KeyLimits(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
 ):
-    """The limits of a key; None for no limit."""
+    """The limits of a key; None for no limit.
+
+    Attributes:
+        streams: the most streams that it may feed.
+        state_bytes: the most bytes of their states in the store.
+    """
 
     requests_per_s: Rate | None = None
     events_per_s: Rate | None = None
     concurrent_requests: Count | None = None
+    streams: Count | None = None
+    state_bytes: Count | None = None
+
+
+IN_MEMORY: Final = ("requests_per_s", "events_per_s", "concurrent_requests")
+"""The limits that each process enforces by itself."""
 
 
 class TokenBucket:
@@ -148,7 +160,7 @@ class KeyLimiters:
 
         It outlives the entries of the key, so that a change of the key resets no count.
         """
-        if limits is None or limits == KeyLimits():
+        if limits is None or not any(getattr(limits, name) for name in IN_MEMORY):
             return None
         limiter = self._limiters.get(key_id)
         if limiter is None:

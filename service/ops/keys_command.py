@@ -1,4 +1,4 @@
-"""`carry keys create|list|show|revoke`: manages the access keys in the store.
+"""`carry keys create|list|show|revoke|token`: manages the access keys in the store.
 
 The commands connect to the store itself, with the settings of the service: whoever may write the
 store may do everything anyway, and the first key has to come from somewhere.
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from service.ops.direct_store import DataDir, RedisUrl, open_settings
+from service.ops.token_command import sign
 
 if TYPE_CHECKING:
     from service.access.keys import AccessKey
+    from service.access.limits import KeyLimits
     from service.access.principal import Verb
     from service.settings import Settings
     from service.store.base import StateStore
@@ -31,6 +33,8 @@ DAY_MS = 86_400_000
 keys_app = typer.Typer(
     help="Create, list, show and revoke access keys, in the store itself.", no_args_is_help=True
 )
+
+keys_app.command("token")(sign)
 
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, 12 hex digits.")]
 
@@ -54,14 +58,37 @@ def create_key(
     days: Annotated[
         float | None, typer.Option(min=0, help="Days until it expires; default: never.")
     ] = None,
+    requests_per_s: Annotated[
+        float | None, typer.Option(min=0.001, help="Most requests per second of a worker process.")
+    ] = None,
+    events_per_s: Annotated[
+        float | None, typer.Option(min=0.001, help="Most events per second of a worker process.")
+    ] = None,
+    concurrent_requests: Annotated[
+        int | None, typer.Option(min=1, help="Most concurrent requests of a worker process.")
+    ] = None,
+    streams: Annotated[
+        int | None, typer.Option(min=1, help="Most streams that it may feed.")
+    ] = None,
+    state_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Most bytes of their states in the store.")
+    ] = None,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
 ) -> None:
     """Create a key and print it, the only time that it is shown."""
     from service.access.keys import AccessKey, AccessKeyError, encode_key, new_key
+    from service.access.limits import KeyLimits
 
     with open_settings(redis_url, data_dir, AccessKeyError, create=True) as settings:
         now_ms = _now_ms()
+        limits = KeyLimits(
+            requests_per_s=requests_per_s,
+            events_per_s=events_per_s,
+            concurrent_requests=concurrent_requests,
+            streams=streams,
+            state_bytes=state_bytes,
+        )
         record = AccessKey(
             name=name,
             verbs=_verbs(allow),
@@ -69,6 +96,7 @@ def create_key(
             prefix=prefix,
             created_ms=now_ms,
             expires_ms=None if days is None else now_ms + round(days * DAY_MS),
+            limits=None if limits == KeyLimits() else limits,
         )
         text, record = new_key(record)
         _run(settings, lambda store: store.write_access_key(text.key_id, encode_key(record)))
@@ -88,6 +116,8 @@ def list_keys(redis_url: RedisUrl = None, data_dir: DataDir = None) -> None:
 @keys_app.command("show")
 def show_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = None) -> None:
     """Print what a key allows as JSON."""
+    import msgspec
+
     from service.access.keys import AccessKeyError
 
     with open_settings(redis_url, data_dir, AccessKeyError) as settings:
@@ -102,6 +132,7 @@ def show_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = None
         "created": _time(key.created_ms),
         "expires": _time(key.expires_ms),
         "revoked": _time(key.revoked_ms),
+        "limits": {} if key.limits is None else msgspec.to_builtins(key.limits),
     }
     typer.echo(json.dumps(document, indent=2))
 
@@ -182,7 +213,15 @@ def _run(settings: Settings, action: Callable[[StateStore], Awaitable[T]]) -> T:
 def _scope(key: AccessKey) -> str:
     streams = f"streams {key.prefix}*" if key.prefix else "all streams"
     until = "" if key.expires_ms is None else f", until {_time(key.expires_ms)}"
-    return f"{', '.join(sorted(key.verbs))} on models {', '.join(key.models)}, {streams}{until}"
+    limits = "" if key.limits is None else f", at most {_limits(key.limits)}"
+    verbs, models = ", ".join(sorted(key.verbs)), ", ".join(key.models)
+    return f"{verbs} on models {models}, {streams}{until}{limits}"
+
+
+def _limits(limits: KeyLimits) -> str:
+    import msgspec
+
+    return ", ".join(f"{value} {name}" for name, value in msgspec.to_builtins(limits).items())
 
 
 def _time(epoch_ms: int | None) -> str | None:

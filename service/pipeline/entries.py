@@ -62,7 +62,9 @@ class Entries:
             if len(self.cached) >= MAX_CACHED:
                 self.cached.clear()
             limiter = self._limiters.limiter(principal.key_id, principal.limits)
-            entry = self.cached[authorization] = KeyEntry(self._pipeline, principal, limiter)
+            quota = self._pipeline.quotas.quota(principal.key_id, principal.limits)
+            entry = KeyEntry(self._pipeline, principal, limiter, quota)
+            self.cached[authorization] = entry
         return entry
 
     def notify_end(self, entry: Entry, on_end: OnEnd) -> Callable[[], None]:

@@ -8,9 +8,11 @@ a rejection says nothing about streams, and a route cannot forget the check.
 
 from __future__ import annotations
 
+import asyncio
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Final, Protocol
 
 from structlog.contextvars import bound_contextvars
@@ -34,6 +36,7 @@ from service.core.values import (
 )
 from service.engine.fair_queue import Results
 from service.pipeline.pipeline import Pipeline
+from service.pipeline.quota import StreamQuota
 from service.pipeline.served_model import ServedModel
 
 PREDICT: Final = (Verb.PREDICT,)
@@ -149,6 +152,7 @@ class KeyEntry:
 
     Args:
         limiter: enforces the key's limits; None if it has none.
+        quota: of the streams that it feeds; None if it has none.
 
     Attributes:
         principal: the key's holder.
@@ -156,14 +160,21 @@ class KeyEntry:
         streams: stream administration.
     """
 
-    def __init__(self, pipeline: Pipeline, principal: Principal, limiter: KeyLimiter | None = None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        principal: Principal,
+        limiter: KeyLimiter | None = None,
+        quota: StreamQuota | None = None,
+    ):
         self.principal: Final = principal
         self._limiter = limiter
+        self._quota = quota
         self._pipeline = pipeline
         self.models: Mapping[str, ServedModel] = {
             name: served for name, served in pipeline.models.items() if principal.covers_model(name)
         }
-        self.streams = KeyStreams(pipeline, principal, limiter)
+        self.streams = KeyStreams(pipeline, principal, limiter, quota)
         self._predicts = Verb.PREDICT in principal.verbs
         self._covers_model = principal.covers_model
         self._prefix = principal.prefix
@@ -197,25 +208,74 @@ class KeyEntry:
         model, stream = chunk.key
         if not (self._predicts and self._covers_model(model) and stream.startswith(self._prefix)):
             raise self.principal.forbidden(PREDICT, model, stream)
-        results = self._pipeline.enqueue(chunk, deadline_s)
+        quota = self._quota
+        if quota is None or chunk.dry_run or quota.admits(chunk.key):
+            results = self._pipeline.enqueue(chunk, deadline_s)
+        else:
+            quota.enter(chunk.key)
+            loop = asyncio.get_running_loop()
+            results = loop.create_task(self._admit(quota, chunk, deadline_s))
+            results.add_done_callback(lambda _: quota.leave(chunk.key))
         if self._limiter is not None:
             self._limiter.begin(chunk.steps.length)
             results.add_done_callback(self._limiter.end)
         return results
 
     def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
-        self._pipeline.cancel(chunk, results)
+        if isinstance(results, asyncio.Task):
+            results.cancel()
+        else:
+            self._pipeline.cancel(chunk, results)
+
+    async def _admit(
+        self, quota: StreamQuota, chunk: Chunk, deadline_s: float
+    ) -> list[Reply | CarryError]:
+        """Queue a chunk once its stream is admitted to the quota; returns its one result."""
+        try:
+            async with quota.admission(chunk.key):
+                left_s = deadline_s - time.monotonic()
+                rejection = self._pipeline.check_admission(chunk.key.model, chunk.key, left_s)
+                if rejection is not None:
+                    return [rejection]
+                results = self._pipeline.enqueue(chunk, deadline_s)
+        except CarryError as error:
+            return [error]
+        try:
+            return await results
+        except asyncio.CancelledError:
+            self._pipeline.cancel(chunk, results)
+            raise
 
     async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
         self.principal.require(PREDICT, *chunk.key)
         with self._limited(chunk.steps.length):
-            return await self._pipeline.process(chunk, deadline_s)
+            quota = self._quota
+            if quota is None or chunk.dry_run or quota.admits(chunk.key):
+                return await self._pipeline.process(chunk, deadline_s)
+            self._pipeline.model(chunk.key.model)
+            quota.enter(chunk.key)
+            try:
+                [result] = await self._admit(quota, chunk, deadline_s)
+            finally:
+                quota.leave(chunk.key)
+            if isinstance(result, CarryError):
+                raise result
+            return result
 
     async def process_many(
         self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
     ) -> list[Reply | CarryError]:
         checked = [self._check_item(item) for item in items]
         with self._limited(sum(each.steps.length for each in checked if isinstance(each, Chunk))):
+            if self._quota is not None:
+                written = [
+                    (index, item.key)
+                    for index, item in enumerate(checked)
+                    if isinstance(item, Chunk) and not item.dry_run
+                ]
+                errors = await self._quota.admit_many([key for _, key in written])
+                for (index, _), error in zip(written, errors, strict=True):
+                    checked[index] = error or checked[index]
             return await self._pipeline.process_many(checked, deadline_s)
 
     def _check_item(self, item: Chunk | CarryError) -> Chunk | CarryError:
@@ -255,7 +315,14 @@ class KeyEntry:
 class KeyStreams:
     """Stream administration with an access key."""
 
-    def __init__(self, pipeline: Pipeline, principal: Principal, limiter: KeyLimiter | None = None):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        principal: Principal,
+        limiter: KeyLimiter | None = None,
+        quota: StreamQuota | None = None,
+    ):
+        self._quota = quota
         self._streams = pipeline.streams
         self._require = principal.require
         self._key_id = principal.key_id
@@ -294,13 +361,21 @@ class KeyStreams:
         self._require((Verb.DELETE,), *key)
         with self._call():
             await self._streams.delete(key, precondition)
+            if self._quota is not None:
+                # what is not released now is removed when the quota is reached
+                with suppress(CarryError):
+                    await self._quota.release([key])
 
     async def delete_prefix(
         self, model: str, prefix: str, cursor: str | None = None, limit: int | None = None
     ) -> tuple[int, str | None]:
         self._require((Verb.DELETE,), model, prefix)
         with self._call():
-            return await self._streams.delete_prefix(model, prefix, cursor, limit)
+            try:
+                return await self._streams.delete_prefix(model, prefix, cursor, limit)
+            finally:
+                if self._quota is not None:
+                    self._quota.forget()
 
     async def restore(
         self,
@@ -314,6 +389,8 @@ class KeyStreams:
     ) -> StreamState:
         self._require((Verb.WRITE_STATE,), *key)
         with self._call():
+            if self._quota is not None:
+                await self._quota.admit(key)
             return await self._streams.restore(
                 key,
                 feed=feed,
@@ -327,4 +404,6 @@ class KeyStreams:
         self._require((Verb.FORK,), *key)
         self._require((Verb.FORK,), key.model, to)
         with self._call():
+            if self._quota is not None:
+                await self._quota.admit(StreamKey(key.model, to))
             return await self._streams.fork(key, to, precondition)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Final, Literal, TypeVar
 
 from models.decoding.forecasts import Forecast
@@ -53,11 +53,13 @@ from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_load import StateCache
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
 from service.pipeline.predict import PredictRunner, SequenceStart
+from service.pipeline.quota import StreamQuotas
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.state_tokens import StateTokens, state_after
 from service.pipeline.streams import Streams
 from service.store.base import StateStore
+from service.store.codec import HEADER_BYTES
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -196,6 +198,15 @@ class Pipeline:
 
     def _note_shedding(self, is_shedding: bool) -> None:
         self._loop_priority.note_shedding(is_shedding=is_shedding)
+
+    @cached_property
+    def quotas(self) -> StreamQuotas:
+        """The quotas of access keys."""
+        return StreamQuotas(self._store.usage, self._state_bytes)
+
+    def _state_bytes(self, model: str) -> int:
+        layout = self.model(model).state
+        return HEADER_BYTES + 4 * layout.float_size + 8 * layout.int_size
 
     async def start(self) -> None:
         """Warm the runtimes up; once, after the store is started."""

@@ -27,6 +27,7 @@ from service.core.values import (
 )
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
+from service.store.usage import StreamUsage
 
 
 class Commit(NamedTuple):
@@ -72,6 +73,10 @@ class StateStore(Protocol):
     @property
     def outputs(self) -> OutputChannel:
         """The channel on which it publishes what it commits to watched streams; not started."""
+
+    @property
+    def usage(self) -> StreamUsage:
+        """The streams of the access keys with quotas."""
 
     @property
     def telemetry(self) -> StoreTelemetry:

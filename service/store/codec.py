@@ -151,6 +151,10 @@ class KeySpace:
         """The key of the access keys' records."""
         return f"{self.namespace}:keys"
 
+    def stream_usage(self, key_id: str) -> str:
+        """The key of the streams that an access key with a quota has fed."""
+        return f"{self.namespace}:usage:{key_id}"
+
     def partition(self, key: StreamKey) -> int:
         """The stream's partition, 0 to P-1; the same on every machine and version."""
         return zlib.crc32("/".join(key).encode()) % self.partitions

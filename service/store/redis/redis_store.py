@@ -58,8 +58,8 @@ from service.store.codec import (
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import Output, OutputChannel
 from service.store.redis.access_keys import read_access_keys, write_access_key
-from service.store.redis.cluster_router import ClusterRouter
 from service.store.redis.connections import RETRY_AFTER_S
+from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
     Outcome,
     Reply,
@@ -76,13 +76,14 @@ from service.store.redis.outcomes import (
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.pipelined_connection import Script, StoreRequest
 from service.store.redis.readiness import Readiness
-from service.store.redis.router import Router, SingleServerRouter, first_error
+from service.store.redis.router import first_error
 from service.store.redis.scan import list_streams
-from service.store.redis.sentinel_router import SentinelRouter
 from service.store.redis.server_checks import check_servers
 from service.store.redis.stream_count import count_streams
+from service.store.redis.stream_usage import RedisStreamUsage
 from service.store.redis.token_key import read_token_key
 from service.store.settings import Durability, StoreSettings
+from service.store.usage import StreamUsage
 
 DELETE_ATTEMPTS: Final = 6
 _WRITTEN: Final = [1]
@@ -94,6 +95,7 @@ class RedisStore:
     """A `StateStore` on a single server or a cluster, depending on the address.
 
     Attributes:
+        usage: the streams of the access keys with quotas.
         outputs: the channel on which it publishes what it commits to watched streams.
 
     Raises:
@@ -103,7 +105,7 @@ class RedisStore:
     def __init__(self, settings: StoreSettings):
         self._settings = settings
         self._keys = settings.keys
-        self._router = _router(settings)
+        self._router = open_router(settings)
         self._slots: list[int] | None = None
         if settings.is_cluster:
             prefixes = map(self._keys.partition_prefix, range(settings.partitions))
@@ -113,6 +115,7 @@ class RedisStore:
         self._delete_script = Script.load("delete")
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(settings)
+        self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys)
         self._readiness = Readiness(self._router, settings, self._commit_script)
 
     async def start(self) -> None:
@@ -497,9 +500,3 @@ class RedisStore:
             stream=key.stream,
             retry_after_s=RETRY_AFTER_S,
         )
-
-
-def _router(settings: StoreSettings) -> Router:
-    if settings.is_cluster:
-        return ClusterRouter(settings)
-    return SentinelRouter(settings) if settings.is_sentinel else SingleServerRouter(settings)

@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
+from service.store.usage import Quota
 from tests.support.certificates import Certificates, certificates
 from tests.support.cluster import Cluster
 from tests.support.servers import (
@@ -71,6 +72,10 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
             assert (await store.check())[0].ok
             await store.write_access_key("a", b"1")
             assert (await store.access_keys(b""))[1] == {"a": b"1"}
+            usage = await store.usage.register("a", [(key("a"), 5)], Quota(1, 5))
+            await store.usage.reconcile("a")
+            await store.usage.release("a", [key("a")])
+            assert usage == ([True], 1, 5)
 
 
 async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) -> None:

@@ -4,6 +4,7 @@ application, so that one without a check fails here."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -17,7 +18,9 @@ from service.access.keys import parse_key
 from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
+from service.core.values import StreamKey, StreamState
 from service.pipeline.watching import Watches
+from service.store.codec import HEADER_BYTES, encode_state
 from service.transports.http import application
 from service.transports.http.openapi.document import openapi_document
 from service.transports.kserve.http_routes import add_kserve
@@ -28,7 +31,7 @@ from tests.service.transports.http.harness import Harness, harness, problem, row
 from tests.service.transports.kserve.v2 import binary_body
 from tests.support.access import revoke
 from tests.support.models import random_weights, small_spec
-from tests.support.pipelines import make_artifact
+from tests.support.pipelines import chunk_of, make_artifact
 from tests.support.servers import RealServer, until_async
 
 STREAM = "/v1/models/{model}/streams/{stream}"
@@ -424,3 +427,73 @@ async def test_tokens_share_the_limits_of_their_key(api: Harness) -> None:
     assert holder is not None
     tokens = [f"Bearer {sign_token(holder, TokenClaims(exp=9e9, sub=name))}" for name in ("a", "b")]
     assert [await send_chunk(api, each, "s") for each in (*tokens, key)] == [200, 429, 429]
+
+
+async def test_quota_of_streams_holds_on_every_route_and_frees_what_is_deleted(
+    api: Harness,
+) -> None:
+    key = await api.key(prefix="q:", limits=KeyLimits(streams=2))
+    headers = {"authorization": key}
+    url = "/v1/models/probe/streams"
+    assert await send_chunk(api, key, "q:1") == 200
+    assert await send_tensor(api, key, "q:2") == 200
+    for _ in range(2):
+        assert await send_chunk(api, key, "q:3") == 429
+        assert await send_tensor(api, key, "q:3") == 429
+    many = {"chunks": [{"stream": s, "inputs": rows(2).tolist()} for s in ("q:1", "q:4", "q:2")]}
+    items = (await api.client.post("/v1/models/probe/chunks", json=many, headers=headers)).json()
+    assert [item["status"] for item in items["results"]] == [200, 429, 200]
+    error = items["results"][1]["error"]
+    assert (error["code"], error["limit"]) == ("limit_exceeded", "streams")
+    assert (error["allowed"], error["used"], error["stream"]) == (2, 2, "q:4")
+    fork = await api.client.post(f"{url}/q:1/fork", json={"to": "q:5"}, headers=headers)
+    assert problem(fork, 429, "limit_exceeded")["limit"] == "streams"
+    state = (await api.client.get(f"{url}/q:1/state", headers=headers)).json()
+    restored = await api.client.put(f"{url}/q:6/state", json=state, headers=headers)
+    assert problem(restored, 429, "limit_exceeded")["limit"] == "streams"
+    dry = {"inputs": rows(2).tolist(), "dry_run": True}
+    assert (await api.chunk(dry, stream="q:7", headers=headers)).status_code == 200
+    assert {stream.stream for stream in api.store.states} == {"q:1", "q:2"}
+    assert (await api.client.delete(f"{url}/q:1", headers=headers)).status_code == 204
+    assert await send_chunk(api, key, "q:3") == 200
+
+
+async def test_quota_of_bytes_counts_the_states(api: Harness) -> None:
+    layout = api.pipeline.model("probe").state
+    size = HEADER_BYTES + 4 * layout.float_size + 8 * layout.int_size
+    assert size == len(encode_state(await stored_state(api)))
+    key = await api.key(limits=KeyLimits(state_bytes=2 * size + 1))
+    statuses = [await send_chunk(api, key, name) for name in ("a", "b", "c", "a")]
+    assert statuses == [200, 200, 429, 200]
+
+
+async def stored_state(api: Harness) -> StreamState:
+    """The state of a stream that another key feeds."""
+    assert await send_chunk(api, await api.key(), "other") == 200
+    return api.store.states[StreamKey("probe", "other")]
+
+
+async def test_chunks_behind_the_registration_of_a_stream_keep_their_order(api: Harness) -> None:
+    key = await api.key(limits=KeyLimits(streams=5))
+    entry = api.app.state.api.entries.entry(key.encode())
+    quota = api.pipeline.quotas.quota(entry.principal.key_id, entry.principal.limits)
+    assert quota is not None
+    results = []
+
+    def send(position: int) -> None:
+        chunk = chunk_of("ordered", rows(1), position)
+        assert entry.check_admission("probe", chunk.key, 60) is None
+        results.append(entry.enqueue(chunk, time.monotonic() + 60))
+
+    for position in range(3):
+        send(position)
+    for _ in range(1_000_000):
+        # the first turn of the loop after the registration: two chunks wait for it
+        if StreamKey("probe", "ordered") in quota._known:
+            break
+        await asyncio.sleep(0)
+    for position in range(3, 6):
+        send(position)
+        await asyncio.sleep(0)
+    replies = [(await result)[0] for result in results]
+    assert [reply.head.position for reply in replies] == [1, 2, 3, 4, 5, 6]

@@ -74,6 +74,7 @@ class FaultyStore:
         """How many calls were held so far."""
         self._store = store
         self.outputs = store.outputs
+        self.usage = store.usage
 
     async def start(self) -> None:
         await self._store.start()

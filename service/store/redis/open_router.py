@@ -1,0 +1,19 @@
+"""Makes the router of an address."""
+
+from __future__ import annotations
+
+from service.store.redis.cluster_router import ClusterRouter
+from service.store.redis.router import Router, SingleServerRouter
+from service.store.redis.sentinel_router import SentinelRouter
+from service.store.settings import StoreSettings
+
+
+def open_router(settings: StoreSettings) -> Router:
+    """Make the router; it is not started yet.
+
+    Raises:
+        StoreRefused: the address cannot be used.
+    """
+    if settings.is_cluster:
+        return ClusterRouter(settings)
+    return SentinelRouter(settings) if settings.is_sentinel else SingleServerRouter(settings)
