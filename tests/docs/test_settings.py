@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from service.ops.settings_reference import settings_table
-from service.settings import PREFIX, Settings
+from service.settings import CLIENT_VARIABLES, PREFIX, Settings
 from tests.support.pages import PAGES, ROOT
 
 PAGE = ROOT / "docs" / "reference" / "settings.md"
-OTHERS = {"CARRY_SERVICE_HOST"}
+OTHERS = {"CARRY_SERVICE_HOST", *CLIENT_VARIABLES}
 """Variables that the pages name although they are no settings."""
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +24,11 @@ from service.access.keys import (
 )
 from service.access.principal import Principal, Verb
 from service.core.errors import Forbidden, StoreUnavailable, Unauthenticated
+from service.server import CannotServeError, _may_be_open
+from service.settings import Settings
 from tests.support.access import new_authorization, revoke
 from tests.support.clock import ManualClock
+from tests.support.pages import ROOT
 
 SCOPE: dict[str, Any] = {
     "name": "a tenant",
@@ -128,6 +133,41 @@ def test_scope_needs_verb_model_and_prefix() -> None:
         facts = caught.value.facts
         assert (facts["verb"], facts["model"], facts["stream"]) == (verbs[0], model, stream)
         assert facts["allowed"] == {"verbs": ["predict"], "models": ["flights"], "prefix": "acme:"}
+
+
+def test_guide_says_what_each_verb_allows() -> None:
+    page = (ROOT / "docs/how-to/control-access.md").read_text(encoding="utf-8")
+    section = page[page.index("## What each verb allows") : page.index("## Start on an address")]
+    assert re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE) == list(Verb)
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "may_be_open"),
+    [
+        ("127.0.0.1", {}, True),
+        ("::1", {}, True),
+        ("0.0.0.0", {"insecure": True}, True),
+        ("0.0.0.0", {"require_keys": True}, False),
+        ("127.0.0.1", {"require_keys": True}, False),
+        ("0.0.0.0", {"require_keys": True, "insecure": True}, False),
+        ("0.0.0.0", {}, None),
+        ("::", {}, None),
+        ("::ffff:192.0.2.1", {}, None),
+    ],
+)
+def test_service_without_keys_is_open_to_its_machine_only(
+    host: str, settings: dict[str, bool], may_be_open: bool | None
+) -> None:
+    listener: Any = SimpleNamespace(getsockname=lambda: (host, 8000))
+    with capture_logs() as events:
+        if may_be_open is None:
+            with pytest.raises(CannotServeError, match="CARRY_INSECURE=1") as caught:
+                _may_be_open(Settings(**settings), listener)
+            assert "carry keys create" in str(caught.value)
+        else:
+            assert _may_be_open(Settings(**settings), listener) == may_be_open
+    is_exposed = may_be_open is True and "insecure" in settings
+    assert [event["event"] for event in events] == (["insecure"] if is_exposed else [])
 
 
 async def test_each_unusable_key_is_rejected() -> None:
