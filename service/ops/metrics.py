@@ -36,11 +36,12 @@ from prometheus_client.values import MultiProcessValue, MutexValue
 
 from service.core.errors import CarryError, ServiceFailure
 from service.core.values import Timing
+from service.ops.request_lines import GRPC, WEBSOCKET
 from service.pipeline.recorder import ModelStatistics
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 UNKNOWN = "-"
-METHODS = frozenset(("DELETE", "GET", "GRPC", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"))
+METHODS = frozenset(("DELETE", "GET", GRPC, "HEAD", "OPTIONS", "PATCH", "POST", "PUT", WEBSOCKET))
 """Methods of requests that have series of their own."""
 
 REQUESTS_INTERVAL_S = 1.0

@@ -32,6 +32,9 @@ RequestObserver = Callable[[str, str | None, int, float], None]
 GRPC: Final = "GRPC"
 """The method of a gRPC call, whose status is gRPC's number."""
 
+WEBSOCKET: Final = "WEBSOCKET"
+"""The method of a chunk on a WebSocket, whose status is HTTP's."""
+
 CLIENT_DISCONNECTED: Final = 0
 """The status of a request whose client disconnected before the response."""
 
@@ -137,6 +140,7 @@ class AccessLog:
         sent_bytes: int = 0,
         span: RequestSpan | None = None,
         is_probe: bool = False,
+        has_line: bool = True,
     ) -> None:
         """Write the line of one request, unless its level or the sampling omits it.
 
@@ -146,6 +150,7 @@ class AccessLog:
             ms: the total time of the request.
             model, stream, code, received_bytes, sent_bytes: see `RequestFacts`.
             span: the request's, which is ended.
+            has_line: False to count and trace it only.
         """
         self.observe(method, route, status, ms)
         if stream is not None:
@@ -162,6 +167,8 @@ class AccessLog:
                 received_bytes=received_bytes,
                 sent_bytes=sent_bytes,
             )
+        if not has_line:
+            return
         if method == GRPC:
             level = _GRPC_LEVELS.get(status, logging.WARNING)
         elif status < 400:

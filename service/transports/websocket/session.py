@@ -16,7 +16,7 @@ from structlog.contextvars import bound_contextvars
 from service.core.errors import CarryError
 from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
-from service.ops.request_lines import CLIENT_DISCONNECTED, access_log
+from service.ops.request_lines import CLIENT_DISCONNECTED, WEBSOCKET, log_request
 from service.pipeline.entry import Entry as PipelineEntry
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
@@ -53,22 +53,41 @@ class Entry(PendingChunk):
         deadline_s: when its client stops waiting, on the monotonic clock.
         chunk: None until the body is read.
         result: the pipeline's, once the chunk is started.
-        span: that of a chunk that is traced, until it is ended.
+        span: that of a chunk that is traced.
+        is_recorded: whether its outcome was counted.
         outcome: the frame to send, once it is known.
     """
 
-    __slots__ = ("chunk", "deadline_s", "frame_id", "media", "result", "span")
+    __slots__ = (
+        "chunk",
+        "deadline_s",
+        "frame_id",
+        "is_recorded",
+        "media",
+        "received_bytes",
+        "result",
+        "span",
+    )
 
     outcome: bytes | None
 
-    def __init__(self, frame_id: FrameId | None, media: Media, stream: str, deadline_s: float):
+    def __init__(
+        self,
+        frame_id: FrameId | None,
+        media: Media,
+        stream: str,
+        deadline_s: float,
+        received_bytes: int,
+    ):
         super().__init__(stream)
+        self.received_bytes = received_bytes
         self.frame_id = frame_id
         self.media = media
         self.deadline_s = deadline_s
         self.chunk: Chunk | None = None
         self.result: PendingReply | None = None
         self.span: RequestSpan | None = None
+        self.is_recorded = False
 
 
 class Session:
@@ -177,7 +196,7 @@ class Session:
         deadline_s = time.monotonic() + self._timeout_s
         entry: Entry | None = None
         if self.stream is not None:
-            entry = self._order.add(Entry(None, media, self.stream, deadline_s))
+            entry = self._order.add(Entry(None, media, self.stream, deadline_s, len(data)))
         frame_id = None
         try:
             is_long = len(data) >= LONG_BYTES
@@ -185,7 +204,9 @@ class Session:
             frame_id = frame.id
             wire = self._api.wire(self._pipeline.model(self.model))
             if entry is None and (not is_long or frame.has("stream")):
-                entry = self._order.add(Entry(frame_id, media, frame.stream(), deadline_s))
+                entry = self._order.add(
+                    Entry(frame_id, media, frame.stream(), deadline_s, len(data))
+                )
             if entry is not None:
                 entry.frame_id = frame_id
                 self._check_admission(entry)
@@ -210,7 +231,7 @@ class Session:
         for entry in self._order:
             if entry.result is not None and not entry.result.done() and entry.chunk:
                 self._pipeline.cancel(entry.chunk, entry.result)
-            self._end_span(entry, CLIENT_DISCONNECTED)
+            self._record(entry, CLIENT_DISCONNECTED)
         self._order.clear()
 
     def _check_admission(self, entry: Entry) -> None:
@@ -242,7 +263,9 @@ class Session:
                 )
                 frame = split_frame(frame, split, envelope)
                 if entry is None:
-                    entry = self._order.add(Entry(frame.id, media, frame.stream(), deadline_s))
+                    entry = self._order.add(
+                        Entry(frame.id, media, frame.stream(), deadline_s, len(frame.data))
+                    )
                     self._check_admission(entry)
                 precondition = frame.precondition()
                 chunk = await wire.long.chunk_of(
@@ -301,7 +324,7 @@ class Session:
             if entry.chunk is None or not entry.chunk.dry_run:
                 self._order.record_result(entry, failed=True)
             frame = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
-            self._end_span(entry, status_of(result), result.code, len(frame))
+            self._record(entry, status_of(result), result.code, len(frame))
             self._order.answer(entry, frame)
             return
         if not result.dry_run:
@@ -326,27 +349,31 @@ class Session:
     def _answer(self, entry: Entry, reply: bytes) -> None:
         """Send an encoded reply when it is its turn."""
         frame = reply_frame(entry.media, entry.frame_id, reply)
-        if entry.span is not None:
-            self._end_span(entry, 200, None, len(frame))
+        self._record(entry, 200, None, len(frame))
         self._order.answer(entry, frame)
 
-    def _end_span(
+    def _record(
         self, entry: Entry, status: int, code: str | None = None, sent_bytes: int = 0
     ) -> None:
-        """End the span of a chunk that is traced; its status is that of HTTP."""
-        span, entry.span = entry.span, None
-        if span is not None:
-            span.end(
-                "WEBSOCKET",
-                self._route,
-                status,
-                request_id=self._request_id,
-                model=self.model,
-                stream=access_log.named(entry.stream),
-                code=code,
-                received_bytes=0,
-                sent_bytes=sent_bytes,
-            )
+        """Count an outcome, once, and end its span; only an error has a line in the log."""
+        if entry.is_recorded:
+            return
+        entry.is_recorded = True
+        received_s = entry.deadline_s - self._timeout_s
+        log_request(
+            self._request_id,
+            WEBSOCKET,
+            self._route,
+            status,
+            round((time.monotonic() - received_s) * 100_000) / 100,
+            model=self.model,
+            stream=entry.stream,
+            code=code,
+            received_bytes=entry.received_bytes,
+            sent_bytes=sent_bytes,
+            span=entry.span,
+            has_line=code is not None,
+        )
 
     def _release(self, entry: Entry) -> None:
         self._send(entry.media, entry.outcome or b"")

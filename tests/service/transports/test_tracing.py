@@ -203,6 +203,7 @@ async def test_each_chunk_of_a_socket_is_a_span(api: Harness, spans: Spans) -> N
     assert first.attributes["http.response.status_code"] == 200
     assert second.attributes["http.response.status_code"] == 409
     assert second.attributes["error.type"] == "position_ahead"
+    assert second.attributes["http.request.body.size"] > 0
     assert {link for batch in spans.named("batch") for link in linked(batch)} == {
         first.context.span_id,
         second.context.span_id,
@@ -241,6 +242,10 @@ class TestSampling:
             [span] = await spans.ended(CHUNKS)
         assert trace_of(span) == TRACE_ID
         assert len(spans.named("batch")) == 1
+
+    def test_an_unsampled_request_has_no_span(self, spans: Spans) -> None:
+        for headers in ({}, {"traceparent": NOT_SAMPLED}, {"traceparent": "odd"}):
+            assert spans.tracer.start_request(headers, 0.0) is None
 
 
 def _headers(*lines: str) -> bytes:

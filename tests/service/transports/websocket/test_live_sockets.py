@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import orjson
 import pytest
 
 from service.core.errors import StoreRefused
+from service.ops.request_lines import access_log
 from service.transports.common import failed_streams
 from service.transports.http.limits import LONG_BYTES
 from tests.service.transports.http.harness import Harness, rows
@@ -322,3 +325,31 @@ async def test_a_client_that_leaves_during_a_long_frame_is_forgotten(large_api: 
             await client.send(text(rows(2_000), 0))
             await reply(client)
     assert large_api.position() is None
+
+
+async def test_chunks_are_counted_and_only_errors_have_a_line(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[dict[str, Any]] = []
+    counted: list[tuple[str, str | None, int]] = []
+    monkeypatch.setattr(access_log, "level", logging.DEBUG)
+    monkeypatch.setattr(access_log, "render", lambda line: line)
+    monkeypatch.setattr(access_log, "write", lines.append)
+    monkeypatch.setattr(access_log, "observe", lambda *request: counted.append(request[:3]))
+    async with live(api) as sockets, sockets.open() as (client, _):
+        await client.send(text(rows(4), 0))
+        await reply(client)
+        wrong = text(rows(4), 99)
+        await client.send(wrong)
+        await error(client, "position_ahead")
+    route = "/v1/models/{model}/streams/{stream}/live"
+    await becomes(lambda: len(counted) == 3, "the requests")
+    assert counted == [("GET", route, 101), ("WEBSOCKET", route, 200), ("WEBSOCKET", route, 409)]
+    opened, failed = lines
+    assert (opened["level"], opened["status"]) == ("info", 101)
+    assert (failed["level"], failed["status"], failed["code"]) == (
+        "warning",
+        409,
+        "position_ahead",
+    )
+    assert (failed["model"], failed["received_bytes"]) == ("probe", len(wrong))
