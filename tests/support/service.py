@@ -53,7 +53,7 @@ class Service:
         """Start the process and wait until it is ready."""
         self.launch(**environment)
         self.url = until(
-            lambda: self.ended() or self._fact("port_bound", "url"), "its port", poll_s=POLL_S
+            lambda: self.ended() or self._fact("port_bound", "url"), "its port", READY_S, POLL_S
         )
         assert not self.ended(), self.log()
         with httpx.Client(base_url=self.url, verify=False) as client:
