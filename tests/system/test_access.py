@@ -16,7 +16,10 @@ import pytest
 import uvloop
 
 from carry_client import Carry, errors
+from service.access.keys import parse_key
+from service.access.limits import KeyLimits
 from service.access.principal import Verb
+from service.access.tokens import TokenClaims, sign_token
 from service.transports.kserve.grpc import v2_pb2 as pb
 from tests.support.access import new_authorization
 from tests.support.command import Result, carry
@@ -137,6 +140,25 @@ def test_every_rpc_needs_a_key_that_allows_it(service: Service, create: Create) 
             if verb is Verb.PREDICT:
                 assert call(channel, method, other_prefix) == "forbidden", method
                 assert call(channel, method, other_prefix, "acme2:1") not in denied, method
+
+
+def test_limits_of_keys_and_tokens_hold_over_grpc(service: Service, create: Create) -> None:
+    address = service.grpc_address().replace("0.0.0.0", "127.0.0.1")
+    with grpc.insecure_channel(address) as channel:
+        for method in ("ModelInfer", "ModelStreamInfer"):
+            key = create(limits=KeyLimits(requests_per_s=0.001))
+            outcomes = [call(channel, method, key, f"limited:{method}") for _ in range(2)]
+            assert outcomes == ["ok", "limit_exceeded"]
+            quota = create(limits=KeyLimits(streams=1))
+            streams = (f"quota:{method}", f"quota2:{method}", f"quota:{method}")
+            outcomes = [call(channel, method, quota, stream) for stream in streams]
+            assert outcomes == ["ok", "limit_exceeded", "ok"]
+            holder = parse_key(create())
+            assert holder is not None
+            token = sign_token(holder, TokenClaims(exp=9e9, prefix=f"token:{method}:"))
+            streams = (f"token:{method}:a", "token:b")
+            outcomes = [call(channel, method, token, stream) for stream in streams]
+            assert outcomes == ["ok", "forbidden"]
 
 
 def test_commands_and_clients_take_the_key_of_the_environment(

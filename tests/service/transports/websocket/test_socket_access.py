@@ -10,6 +10,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from models.artifact.artifact import Artifact
+from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.transports.websocket.live_socket import UNAUTHENTICATED
 from tests.service.transports.http.harness import Harness, rows
@@ -132,3 +133,23 @@ async def test_socket_that_was_opened_without_a_key_is_closed_once_there_is_one(
                 await client.recv()
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == UNAUTHENTICATED
+
+
+async def test_limits_and_quota_of_a_key_hold_for_each_chunk_of_a_socket(api: Harness) -> None:
+    few = await api.key(limits=KeyLimits(requests_per_s=0.001))
+    one = await api.key(limits=KeyLimits(streams=1))
+    async with live(api) as sockets:
+        async with sockets.open(MANY, **with_key(few)) as (client, _):
+            await client.send(text(rows(1), 0, stream="f"))
+            await client.send(text(rows(1), 1, stream="f"))
+            await reply(client)
+            assert (await error(client, "limit_exceeded"))["limit"] == "requests_per_s"
+        async with sockets.open(MANY, **with_key(one)) as (client, _):
+            # pipelined: the first chunks of the stream wait for its registration
+            for position in range(4):
+                await client.send(text(rows(1), position, stream="q"))
+            await client.send(text(rows(1), 0, stream="r"))
+            assert [(await reply(client))["position"] for _ in range(4)] == [1, 2, 3, 4]
+            rejected_chunk = await error(client, "limit_exceeded")
+            assert (rejected_chunk["limit"], rejected_chunk["stream"]) == ("streams", "r")
+    assert api.position("r") is None
