@@ -56,11 +56,11 @@ class Feeder(threading.Thread):
 class Feeders:
     """Several clients at once, each with its own stream."""
 
-    def __init__(self, url: str, model: str, chunk: dict[str, Any]):
+    def __init__(self, url: str, model: str, chunk: dict[str, Any], clients: int):
         self._stopped = threading.Event()
         self._feeders = [
             Feeder(f"{url}/v1/models/{model}/streams/fed-{index}", chunk, self._stopped)
-            for index in range(CLIENTS)
+            for index in range(clients)
         ]
 
     @property
@@ -95,9 +95,11 @@ class Feeders:
 
 
 @contextmanager
-def feeding(url: str, model: str = "probe", chunk: dict[str, Any] = PROBE) -> Iterator[Feeders]:
+def feeding(
+    url: str, model: str = "probe", chunk: dict[str, Any] = PROBE, clients: int = CLIENTS
+) -> Iterator[Feeders]:
     """Feed a service, and assert that no request failed."""
-    feeders = Feeders(url, model, chunk)
+    feeders = Feeders(url, model, chunk, clients)
     feeders.start()
     try:
         yield feeders

@@ -16,6 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+from websockets.sync.client import connect
 
 from models.artifact.artifact import Artifact
 from service import server
@@ -26,6 +29,7 @@ from tests.support.service import POLL_S, READY_S, Service, customise, running
 
 CHUNKS = "/v1/models/probe/streams/held/chunks"
 
+LIVE = "/v1/models/probe/streams/live/live"
 CHUNKED = "Transfer-Encoding: chunked"
 
 SLOW = """
@@ -261,7 +265,7 @@ def test_sighup_replaces_a_single_worker_without_a_failed_request(
     environment = {"PYTHONPATH": str(tmp_path), "CARRY_KEEP_ALIVE_S": "600"}
     with running(tmp_path, probe.path, **environment) as service:
         parent, valkey = service.process, service.valkey_pid()
-        with feeding(service.url) as feeders:
+        with feeding(service.url, clients=1) as feeders:
             (tmp_path / "fail").touch()
             parent.send_signal(signal.SIGHUP)
             until(lambda: lines(service, "replacement_failed"), "a failed start", READY_S, POLL_S)
@@ -283,7 +287,7 @@ def test_sighup_replaces_a_single_worker_without_a_failed_request(
 def _replace_with_idle_connections(service: Service) -> None:
     """Replace the worker, which still answers what arrives on connections that were idle.
 
-    One request is for the fast path.
+    One request is for the fast path. A live socket is closed at once.
     """
     retired = len(lines(service, "worker_retiring"))
     chunk = json.dumps({"inputs": [[0.5] * 3]})
@@ -294,8 +298,13 @@ def _replace_with_idle_connections(service: Service) -> None:
     connections = [HTTPConnection(service.url.removeprefix("http://")) for _ in requests]
     for connection, request in zip(connections, requests, strict=True):
         assert _exchange(connection, request) is None
-    service.process.send_signal(signal.SIGHUP)
-    until(lambda: lines(service, "worker_retiring")[retired:], "its retirement", READY_S, POLL_S)
+    with connect(service.url.replace("http", "ws") + LIVE) as live:
+        service.process.send_signal(signal.SIGHUP)
+        until(lambda: lines(service, "worker_retiring")[retired:], "its end", READY_S, POLL_S)
+        with pytest.raises(ConnectionClosed) as closed:
+            list(live)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == CloseCode.SERVICE_RESTART
     for connection, request in zip(connections, requests, strict=True):
         assert _exchange(connection, request) == "close"
 
@@ -336,7 +345,7 @@ def test_sighup_replaces_one_worker_after_another_without_a_failed_request(
     service, _ = two_workers
     before, ended = pids(service), len(lines(service, "worker_ended"))
     started = len(lines(service, "worker_started"))
-    with feeding(service.url):
+    with feeding(service.url, clients=1):
         service.process.send_signal(signal.SIGHUP)
         most = 0
 
