@@ -15,7 +15,7 @@ from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
 from service.pipeline.entry import Entry, KeyEntry
 from service.pipeline.pipeline import Pipeline
 
-MAX_CACHED: Final = 10_000
+MAX_CACHED: Final = 4096
 """Most headers with an entry; when there are more, all are verified again."""
 
 OnEnd = Callable[[CarryError], None]

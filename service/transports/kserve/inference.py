@@ -221,7 +221,7 @@ class Inference:
     def _require_access(
         self, entry: Entry, served: ServedModel, parameters: InferParameters, signature: Signature
     ) -> None:
-        """Check that a caller may do what a request asks for beyond its outputs.
+        """Check that a caller may do what a request for a chunk asks for beyond its outputs.
 
         Raises:
             Forbidden
@@ -229,7 +229,7 @@ class Inference:
         model, stream = served.name, parameters.stream
         if stream is not None and self._deletes(parameters):
             entry.require(Verb.DELETE, model=model, stream=stream)
-        if signature.has_state:
+        if stream is not None and signature.has_state:
             entry.require(Verb.READ_STATE, model=model, stream=stream)
 
     def resolve(self, entry: Entry, request: InferRequest) -> ResolvedCall:

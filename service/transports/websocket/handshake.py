@@ -248,6 +248,8 @@ class LiveUpgrader:
             if (text := parameters.pop(TIMEOUT_PARAMETER, None)) is not None:
                 timeout_s = self.api.limits.effective_timeout_s(_seconds(text))
             options = wire.writer.options(parameters)
+        if options.return_state:
+            entry.require(Verb.READ_STATE, model=model, stream=stream)
         return Target(wire.served.name, stream, options, timeout_s)
 
     async def _hello(self, entry: Entry, target: Target) -> Mapping[str, Any]:

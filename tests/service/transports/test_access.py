@@ -261,6 +261,29 @@ async def test_chunks_of_both_protocols_keep_to_the_key_until_it_is_revoked(api:
     assert api.position("acme:1") == api.position("acme:2") == 6
 
 
+async def test_state_in_a_reply_needs_a_verb_of_its_own(api: Harness) -> None:
+    predict = {"authorization": await api.key(verbs=(Verb.PREDICT,), prefix="acme:")}
+    both = {"authorization": await api.key(verbs=(Verb.PREDICT, Verb.READ_STATE))}
+    item = {"inputs": rows(1).tolist(), "dry_run": True}
+    many = {"chunks": [{**item, "stream": "acme:1"}]}
+    sequences = {"sequences": [{"inputs": rows(1).tolist()}]}
+    url = "/v1/models/probe"
+    for path, body in ((f"{url}/streams/acme:1/chunks", item), (f"{url}/chunks", many)):
+        for flag in ("true", "1"):
+            address = f"{path}?return_state={flag}"
+            problem(await api.client.post(address, json=body, headers=predict), 403, "forbidden")
+            response = await api.client.post(address, json=body, headers=both)
+            assert "lstm_1.hidden" in response.text
+        plain = await api.client.post(f"{path}?return_state=0", json=body, headers=predict)
+        assert plain.status_code == 200
+        assert "lstm_1.hidden" not in plain.text
+    # the state of a sequence that the caller has sent as a whole is no stream's
+    response = await api.client.post(
+        f"{url}/predict?return_state=true", json=sequences, headers=predict
+    )
+    assert "lstm_1.hidden" in response.text
+
+
 async def test_items_listings_and_forks_stay_within_the_prefix(api: Harness) -> None:
     everything = {"authorization": await api.key()}
     headers = {"authorization": await api.key(models=("probe",), prefix="acme:")}

@@ -68,7 +68,7 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     deadline_s = deadline(request, api.limits)
     wire = api.wire(entry.model(model))
     key = StreamKey(wire.served.name, stream_name(stream))
-    options = _options(request, wire)
+    options = _options(request, entry, wire, key.stream)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
@@ -100,7 +100,7 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
     wire = api.wire(entry.model(model))
-    options = _options(request, wire)
+    options = _options(request, entry, wire)
     media = body_media(request)
     answer = reply_media(request, media)
     if "if-match" in request.headers:
@@ -164,9 +164,14 @@ def _check_capacity(
         raise type(rejection)(rejection.detail, **rejection.facts)
 
 
-def _options(request: Request, wire: ModelWire) -> ReplyOptions:
+def _options(
+    request: Request, entry: Entry, wire: ModelWire, stream: str | None = None
+) -> ReplyOptions:
     parameters = query(request, REPLY_PARAMETERS)
-    return wire.writer.options(parameters) if parameters else EVERY_STEP
+    options = wire.writer.options(parameters) if parameters else EVERY_STEP
+    if options.return_state:
+        entry.require(Verb.READ_STATE, model=wire.served.name, stream=stream)
+    return options
 
 
 def _outcomes(

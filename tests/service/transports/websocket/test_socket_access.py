@@ -67,6 +67,11 @@ async def test_handshake_needs_a_key_for_model_and_stream(api: Harness) -> None:
                 assert await rejected(sockets, path, **with_key(other)) == 403
             async with sockets.open(path, **with_key(key)):
                 pass
+            state = f"{path}?return_state=true"
+            assert await rejected(sockets, state, **with_key(key)) == 403
+            both = await api.key(verbs=(Verb.PREDICT, Verb.READ_STATE))
+            async with sockets.open(state, **with_key(both)):
+                pass
         assert await rejected(sockets, "probe/streams/b:1/live", **with_key(key)) == 403
 
 
