@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -31,7 +31,12 @@ from pydantic_settings import (
 )
 
 import models
-from service.store.redis.address import add_password, check_address, redact_url
+from service.store.redis.address import (
+    add_password,
+    add_sentinel_password,
+    check_address,
+    redact_url,
+)
 
 PREFIX = "CARRY_"
 KIB = 1024
@@ -136,6 +141,9 @@ class Settings(BaseSettings):
     redis_password_file: Path | None = None
     """File whose first line is the password of the store's user, such as a mounted secret;
     `redis_url` then contains no password. Read at the start of each worker."""
+
+    redis_sentinel_password_file: Path | None = None
+    """The same for the password of the Sentinels' user, if they have one."""
 
     data_dir: Path = Path(".carry")
     """Folder of the embedded Valkey; unused with `redis_url`. Put it on a persistent disk."""
@@ -392,11 +400,21 @@ class Settings(BaseSettings):
             _with_password(info.data["redis_url"], file)
         return file
 
+    @field_validator("redis_sentinel_password_file")
+    @classmethod
+    def _check_sentinel_password_file(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        if file is not None and "redis_url" in info.data:
+            _with_password(info.data["redis_url"], file, add_sentinel_password)
+        return file
+
     def store_url(self) -> str | None:
-        """The store's address with the password of `redis_password_file`; None: embedded."""
-        if self.redis_password_file is None:
-            return self.redis_url
-        return _with_password(self.redis_url, self.redis_password_file)
+        """The store's address with the passwords of the files; None: embedded."""
+        url = self.redis_url
+        if self.redis_password_file is not None:
+            url = _with_password(url, self.redis_password_file)
+        if self.redis_sentinel_password_file is not None:
+            url = _with_password(url, self.redis_sentinel_password_file, add_sentinel_password)
+        return url
 
     def effective(self) -> list[EffectiveSetting]:
         """Every setting in force and where it comes from, secrets hidden; for the start."""
@@ -411,7 +429,9 @@ class Settings(BaseSettings):
         return "env" if name in self.model_fields_set else "default"
 
 
-def _with_password(url: str | None, file: Path) -> str:
+def _with_password(
+    url: str | None, file: Path, add: Callable[[str, str], str] = add_password
+) -> str:
     """Add the password in the first line of a file to the store's address.
 
     Raises:
@@ -426,7 +446,7 @@ def _with_password(url: str | None, file: Path) -> str:
         raise ValueError("expected a password in the file's first line, which is empty")
     if url is None:
         raise ValueError("expected CARRY_REDIS_URL too: the embedded Valkey has no password")
-    return add_password(url, password)
+    return add(url, password)
 
 
 _SERVICE_LINK = re.compile(

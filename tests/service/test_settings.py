@@ -163,6 +163,23 @@ def test_password_file_completes_the_address(tmp_path: Path, url: str, expected:
     assert "a%2Fb" not in repr(settings) + str(values(settings))
 
 
+def test_file_of_the_sentinels_password_completes_their_address(tmp_path: Path) -> None:
+    for name in ("servers", "sentinels"):
+        (tmp_path / name).write_text(f"{name}/?")
+    files = {
+        "redis_password_file": tmp_path / "servers",
+        "redis_sentinel_password_file": tmp_path / "sentinels",
+    }
+    settings = Settings.load({"redis_url": "redis+sentinel://ann@a,b/main", **files})
+    url = settings.store_url()
+    assert url == "redis+sentinel://ann:servers%2F%3F@a,b/main?sentinel_password=sentinels%2F%3F"
+    check_address(url)
+    assert "sentinels/" not in repr(settings)
+    for wrong in ("redis://a", "redis+sentinel://a/main?sentinel_password=x"):
+        with pytest.raises(SettingsError, match=r"REDIS_SENTINEL_PASSWORD_FILE|sentinel-password"):
+            Settings.load({"redis_url": wrong, **files})
+
+
 @pytest.mark.parametrize(
     ("content", "url", "message"),
     [

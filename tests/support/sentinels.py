@@ -18,6 +18,7 @@ from service.store.embedded.valkey_process import server_binary
 from tests.support.servers import RealServer, free_port, real_server, until
 
 NAME = "main"
+PASSWORD = "of-the-sentinels"
 DOWN_AFTER_MS = 1000
 """How long a server may be silent before a failover; a busy machine suspends a process for less."""
 
@@ -33,11 +34,13 @@ class Monitored:
     def __init__(self, primary: RealServer, replica: RealServer, replica_port: int, port: int):
         self.primary, self.replica = primary, replica
         self.replica_port, self._port = replica_port, port
-        self.url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{port}/{NAME}/0"
+        hosts = f"127.0.0.1:{free_port()},127.0.0.1:{port}"
+        self.url = f"redis+sentinel://{hosts}/{NAME}/0?sentinel_password={PASSWORD}"
 
     def ask(self, *command: Any) -> Any:
         """The Sentinel's reply to a command."""
-        with redis.Redis(port=self._port, protocol=2, retry=Retry(NoBackoff(), 0)) as client:
+        options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
+        with redis.Redis(port=self._port, password=PASSWORD, **options) as client:
             return client.execute_command(*command)
 
     def answers(self) -> bool:
@@ -86,6 +89,7 @@ def monitored(kind: str, *options: str) -> Iterator[Monitored]:
         file.write_text(
             f"port {sentinel_port}\nbind 127.0.0.1\ndir {primary.folder}\n"
             f"logfile {primary.folder}/sentinel.log\n"
+            f"requirepass {PASSWORD}\n"
             f"sentinel monitor {NAME} 127.0.0.1 {port} 1\n"
             f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER_MS}\n"
             f"sentinel failover-timeout {NAME} 4000\n"

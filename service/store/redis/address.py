@@ -79,6 +79,21 @@ def add_password(url: str, password: str) -> str:
     return f"{scheme}://{user}:{quote(password, safe='')}@{location}{question_mark}{query}"
 
 
+def add_sentinel_password(url: str, password: str) -> str:
+    """Add the password of the Sentinels to an address that passed `check_address`.
+
+    Raises:
+        ValueError: it is not one of Sentinels, or has a password already; no part of either is in
+            the message.
+    """
+    if url.partition("://")[0] not in SENTINEL_SCHEMES:
+        raise ValueError("expected redis+sentinel:// or rediss+sentinel:// as the store's address")
+    query = url.partition("?")[2]
+    if any(each.startswith("sentinel_password=") for each in _options(query)):
+        raise ValueError("expected no sentinel_password in the store's address: a file has it")
+    return f"{url}{'&' if query else '?'}sentinel_password={quote(password, safe='')}"
+
+
 def redact_url(url: str) -> str:
     """Redact an address: replace its password, in the authority or in the query, by `***`.
 

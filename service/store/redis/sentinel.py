@@ -20,6 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from service.store.redis.address import SENTINEL_OPTIONS
 from service.store.redis.topology import Address, parse_nodes, split_address
@@ -111,19 +112,32 @@ class SentinelResolver:
         Raises:
             RedisConnectionError: no Sentinel knows one.
         """
-        async with self._sentinels() as sentinels:
-            host, port = await sentinels.discover_master(self._address.name)
-        return Address(str(host), int(port))
+        name, errors = self._address.name, list[str]()
+        nodes = self._shuffled()
+        # the errors of `discover_master` would show the options of its connections
+        async with Sentinel(nodes, sentinel_kwargs=self._options) as sentinels:
+            for node, sentinel in zip(nodes, sentinels.sentinels, strict=True):
+                try:
+                    # by name, in version 2 of the protocol
+                    primaries: Any = await sentinel.sentinel_masters()
+                except (RedisError, OSError) as error:
+                    errors.append(f"Sentinel {node}: {str(error) or type(error).__name__}")
+                    continue
+                state = primaries.get(name)
+                if state is not None and sentinels.check_master_state(state, name):
+                    return Address(str(state["ip"]), int(state["port"]))
+                reason = "does not know" if state is None else "considers down"
+                errors.append(f"Sentinel {node} {reason} the primary {name!r}")
+        raise RedisConnectionError("; ".join(errors))
 
     async def find_replicas(self) -> list[Address]:
         """Its replicas that a Sentinel considers to be up; empty if none answers."""
-        async with self._sentinels() as sentinels:
+        async with Sentinel(self._shuffled(), sentinel_kwargs=self._options) as sentinels:
             found = await sentinels.discover_replicas(self._address.name)
         return [Address(str(host), int(port)) for host, port in found]
 
-    def _sentinels(self) -> Sentinel:
-        nodes = random.sample(self._address.sentinels, len(self._address.sentinels))
-        return Sentinel(nodes, sentinel_kwargs=self._options)
+    def _shuffled(self) -> list[Address]:
+        return random.sample(self._address.sentinels, len(self._address.sentinels))
 
 
 class _ResolvingConnection(AbstractConnection):

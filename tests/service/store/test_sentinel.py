@@ -16,7 +16,7 @@ from service.store.open import open_store
 from service.store.redis.sentinel import SentinelAddress, SentinelResolver
 from service.store.redis.topology import Address
 from service.store.settings import StoreSettings
-from tests.support.sentinels import NAME, Monitored, monitored
+from tests.support.sentinels import NAME, PASSWORD, Monitored, monitored
 from tests.support.servers import KINDS, opened, until, until_async
 from tests.support.streams import Streams, committed, key
 
@@ -36,10 +36,15 @@ async def test_start_and_readiness_need_a_primary_that_a_sentinel_knows(servers:
         (check,) = await store.check()
         assert check.ok, check.detail
         assert f"/{NAME}/0 accepts commits" in check.detail
-    other = servers.url.replace(NAME, "other")
-    with pytest.raises(StoreUnavailable, match="No master found for 'other'"):
+    other = servers.url.replace(f"/{NAME}/", "/other/")
+    with pytest.raises(StoreUnavailable, match="does not know the primary 'other'"):
         async with opened(other, wait_s=0.5):
             pass
+    wrong = servers.url.replace(PASSWORD, "wrong")
+    with pytest.raises(StoreUnavailable, match="invalid username-password") as caught:
+        async with opened(wrong, wait_s=0.5):
+            pass
+    assert "wrong" not in str(caught.value)
 
 
 async def test_a_connection_to_a_replica_is_rejected(
