@@ -123,11 +123,13 @@ def create_app() -> FastAPI:
         _tune_garbage_collector()
         on_stop = []
         connections = api.state.http.connections
+        on_retire = [connections.retire]
         if grpc_server is not None:
             await grpc_server.start()
             on_stop.append(grpc_server.begin_stop)
         if admin is not None:
             await admin.start()
+            on_retire.append(admin.retire)
         sampler = Sampler(recorder.registry, sorted(pipeline.models), store, pipeline.cache, loads)
         sampler.start()
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
@@ -135,7 +137,7 @@ def create_app() -> FastAPI:
             yield {
                 HTTP_STATE: api.state.http,
                 ON_LAME_DUCK: [pipeline.announce_stop, connections.announce_close],
-                ON_RETIRE: [connections.retire, *on_stop],
+                ON_RETIRE: [*on_retire, *on_stop],
                 ON_STOP: on_stop,
             }
         finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
@@ -263,7 +264,7 @@ def test_sighup_replaces_a_single_worker_without_a_failed_request(
 ) -> None:
     customise(tmp_path, FAILS_ON_DEMAND.format(folder=str(tmp_path)))
     environment = {"PYTHONPATH": str(tmp_path), "CARRY_KEEP_ALIVE_S": "600"}
-    with running(tmp_path, probe.path, **environment) as service:
+    with running(tmp_path, probe.path, **environment, CARRY_ADMIN_PORT="0") as service:
         parent, valkey = service.process, service.valkey_pid()
         with feeding(service.url, clients=1) as feeders:
             (tmp_path / "fail").touch()
@@ -290,6 +291,8 @@ def _replace_with_idle_connections(service: Service) -> None:
     One request is for the fast path. A live socket is closed at once.
     """
     retired = len(lines(service, "worker_retiring"))
+    worker = psutil.Process((pids(service) or [service.process.pid])[-1])
+    admin_port = lines(service, "admin_port_bound")[0]["port"]
     chunk = json.dumps({"inputs": [[0.5] * 3]})
     requests = [
         ("GET", "/health/live", None, {}),
@@ -303,10 +306,18 @@ def _replace_with_idle_connections(service: Service) -> None:
         until(lambda: lines(service, "worker_retiring")[retired:], "its end", READY_S, POLL_S)
         with pytest.raises(ConnectionClosed) as closed:
             list(live)
+        until(lambda: not _listens(worker, admin_port), "its closed admin port", poll_s=POLL_S)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == CloseCode.SERVICE_RESTART
     for connection, request in zip(connections, requests, strict=True):
         assert _exchange(connection, request) == "close"
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    return any(
+        each.laddr.port == port and each.status == psutil.CONN_LISTEN
+        for each in process.net_connections("tcp")
+    )
 
 
 def _exchange(connection: HTTPConnection, request: tuple[str, str, Any, Any]) -> str | None:

@@ -89,6 +89,13 @@ class AdminServer(uvicorn.Server):
         listener.bind(self._address)
         await self.startup([listener])
 
+    def retire(self) -> None:
+        """Close the port: from now on another process has the metrics of the service."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+
     async def stop(self) -> None:
         """Answer accepted requests, and close the port."""
         if self.started:
