@@ -34,8 +34,8 @@ from service.transports.kserve.values import InferReply, InferRequest, OutputTen
 from tests.service.transports.http.raw_http import becomes
 
 WINDOW = 64
-NOBODY: Any = None
-"""The entry of a caller, which is not used."""
+NOBODY: Any = SimpleNamespace(require=lambda *_, **__: None)
+"""The entry of a caller who may do everything."""
 
 LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=100, stream_window=WINDOW, drain_s=0.0)
 UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
