@@ -29,6 +29,7 @@ import httpx
 import numpy as np
 import orjson
 import uvloop
+from numpy.typing import NDArray
 
 import models
 from service.access.principal import Verb
@@ -186,30 +187,36 @@ def attack(name: str, target: Target) -> Counter[str]:
     return uvloop.run(attack_until(target, *ATTACKS[name]))
 
 
+def cpu_s(pid: int) -> float:
+    """Processor time of a process on Linux, in nanoseconds' resolution."""
+    return time.clock_gettime(~pid << 3 | 2)
+
+
 class Clients:
     """Ordinary clients, each with a stream of its own, one chunk after another."""
 
-    def __init__(self, http: httpx.AsyncClient, features: int):
-        self._http = http
+    def __init__(self, http: httpx.AsyncClient, pid: int, features: int):
+        self._http, self._pid = http, pid
         self._body = orjson.dumps({"inputs": np.zeros((ROWS, features)).tolist()})
         self._positions = dict.fromkeys(["victim", *map(str, range(1, CLIENTS))], 0)
         self.errors = 0
 
-    async def feed(self, seconds: float) -> float:
-        """Send chunks for so long; returns the 99th percentile of the latencies in ms."""
-        latencies_s, until_s = [], time.monotonic() + seconds
+    async def feed(self, seconds: float) -> NDArray[np.float64]:
+        """Send chunks for so long; returns the 99th percentiles, in ms, of the latency and of the
+        processor time that the service used meanwhile, which other programs do not change."""
+        measured, until_s = [], time.monotonic() + seconds
 
         async def feed_one(name: str) -> None:
             while time.monotonic() < until_s:
-                began_s = time.perf_counter()
+                began_s, used_s = time.perf_counter(), cpu_s(self._pid)
                 reply = await self._http.post(f"{MODEL}/streams/{name}/chunks", content=self._body)
-                latencies_s.append(time.perf_counter() - began_s)
+                measured.append((time.perf_counter() - began_s, cpu_s(self._pid) - used_s))
                 self._positions[name] += ROWS
                 self.errors += reply.json().get("position") != self._positions[name]
                 await asyncio.sleep(PAUSE_S)
 
         await asyncio.gather(*map(feed_one, self._positions))
-        return float(1000 * np.percentile(latencies_s, 99))
+        return np.asarray(1000 * np.percentile(measured, 99, axis=0))
 
 
 async def measure(service: Service, store_url: str, options: argparse.Namespace) -> int:
@@ -221,16 +228,18 @@ async def measure(service: Service, store_url: str, options: argparse.Namespace)
     await asyncio.sleep(2)  # until the service knows the keys
     headers = {"Authorization": key, "Content-Type": "application/json"}
     http = httpx.AsyncClient(base_url=service.url, headers=headers, timeout=30)
+    pid = service.process.pid
     features = (await http.get(MODEL)).json()["input_features"]
-    clients, pid, failed = Clients(http, features), service.process.pid, False
+    clients, failed = Clients(http, pid, features), False
     loop, port = asyncio.get_running_loop(), int(service.url.rpartition(":")[2])
-    print("| attack | connections | p99 alone | p99 beside it | memory before | most | answers |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| attack | connections | p99 alone | beside it | processor time alone | beside it "
+        "| memory before | most | answers |")  # fmt: skip
+    print("|" + " --- |" * 9)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         await loop.run_in_executor(pool, os.getpid)  # imports this module there
         await clients.feed(2)
         for name in options.attack or ATTACKS:
-            alone_ms, before = await clients.feed(options.seconds), read_usage(pid).rss_bytes
+            alone, before = await clients.feed(options.seconds), read_usage(pid).rss_bytes
             until_s = time.monotonic() + options.seconds + RAMP_S
             target = Target(port, service.grpc_address(), features, key, narrow, until_s)
             attacking = loop.run_in_executor(pool, attack, name, target)
@@ -242,7 +251,9 @@ async def measure(service: Service, store_url: str, options: argparse.Namespace)
             got = await attacking
             failed |= name not in HARMLESS and any(each[:1] == "2" or " 2" in each for each in got)
             print(
-                f"| {name} | {ATTACKS[name][0]:,} | {alone_ms:.1f} ms | {feeding.result():.1f} ms "
+                f"| {name} | {ATTACKS[name][0]:,} "
+                f"| {alone[0]:.1f} ms | {feeding.result()[0]:.1f} ms "
+                f"| {alone[1]:.1f} ms | {feeding.result()[1]:.1f} ms "
                 f"| {before // MIB} MiB | {most // MIB} MiB "
                 f"| {', '.join(f'{each}: {number:,}' for each, number in got.most_common(4))} |",
                 flush=True,

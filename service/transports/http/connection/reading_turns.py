@@ -13,11 +13,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-LONG_BODY_BYTES: Final = 256 * 1024
-"""Bodies of which more than this has arrived are read in turns: as much as one read returns."""
+LONG_BODY_BYTES: Final = 64 * 1024
+"""Bodies of which more than this has arrived are read in turns; a chunk is seldom longer."""
 
-READS_PER_TURN: Final = 4
-"""Long bodies that are read in one turn of the event loop, in about a millisecond."""
+READS_PER_TURN: Final = 2
+"""Long bodies that are read in one turn of the event loop, at most 256 KiB of each."""
 
 
 class ReadingTurns:

@@ -22,8 +22,8 @@ from tests.service.transports.http.raw_http import answer, serving
 from tests.service.transports.http.test_connection_limits import PREDICT, several
 from tests.support.servers import RealServer
 
-UPLOADS = 6 * READS_PER_TURN
-SIZE = 16 * LONG_BODY_BYTES
+UPLOADS = 8 * READS_PER_TURN
+SIZE = 40 * LONG_BODY_BYTES
 
 
 async def test_long_bodies_are_read_a_few_per_turn_of_the_loop(
