@@ -41,7 +41,7 @@ from tests.support.service import Service, running
 MIB = 2**20
 MODEL = "/v1/models/flights"
 VICTIM = f"{MODEL}/streams/victim"
-CLIENTS, ROWS, PAUSE_S, RAMP_S = 4, 16, 0.01, 1.0
+CLIENTS, ROWS, PAUSE_S, RAMP_S = 4, 16, 0.01, 3.0
 
 
 class Target(NamedTuple):
