@@ -87,7 +87,8 @@ class Settings(BaseSettings):
 
     grpc_max_calls: Annotated[int, Field(ge=1)] = 1_000
     """Maximum concurrent gRPC calls of one worker; further ones get `RESOURCE_EXHAUSTED`. More than
-    all clients together have open; each stream may take `CARRY_MAX_BODY_BYTES` of memory."""
+    all clients together have open; each stream may take four times `CARRY_MAX_BODY_BYTES` of memory
+    while a message arrives."""
 
     metrics: bool = True
     """Serve `/metrics`; off, the service has none."""

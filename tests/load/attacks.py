@@ -115,7 +115,7 @@ async def websocket_message(target: Target) -> str:
         b"Content-Length: 0\r\n", b""
     )
     frame = b"\x01\xff" + (16 * MIB).to_bytes(8, "big") + bytes(4)
-    return await send(target, [opening, frame, *[b" " * MIB] * 15], 0.001)
+    return await send(target, [opening, frame, *[b" " * MIB] * 15], 0.02)
 
 
 async def grpc_stream(target: Target) -> str:
