@@ -78,7 +78,7 @@ def record(folder: Path, checkout: Path, data_dir: Path) -> None:
         service.terminate()
         service.communicate()
     document = {"streams": streams, "token": token, "keys": keys}
-    (folder / "store.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / "store.json").write_text(json.dumps(document) + "\n")
     shutil.copytree(data_dir / "appendonlydir", folder / "appendonlydir")
     backup = run("-m", "service.cli", "backup", str(folder / "backup"), "--data-dir", str(data_dir))
     backup.communicate()
