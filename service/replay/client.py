@@ -23,6 +23,7 @@ from carry_client import (
     stream_path,
 )
 from carry_client.replies import read_reply
+from carry_client.wire import authorization
 from service.replay.options import ReplayError, ReplayOptions
 from service.replay.schedule import Cursor
 
@@ -106,8 +107,16 @@ class Service:
 
 @asynccontextmanager
 async def connect(options: ReplayOptions, *, timeout_s: float = 30.0) -> AsyncIterator[Service]:
-    """A service whose connections are closed on exit; none is opened yet."""
+    """A service whose connections are closed on exit; none is opened yet.
+
+    Raises:
+        ReplayError: the access key in the environment is none.
+    """
     urls = options.urls
+    try:
+        authorization()
+    except ValueError as error:
+        raise ReplayError(str(error)) from error
     async with AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(

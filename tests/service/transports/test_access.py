@@ -4,6 +4,7 @@ application, so that one without a check fails here."""
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from service.access.keys import parse_key
 from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
+from service.console.page import add_console
 from service.core.values import StreamKey, StreamState
 from service.pipeline.watching import Watches
 from service.store.codec import HEADER_BYTES, encode_state
@@ -31,6 +33,7 @@ from tests.service.transports.http.harness import Harness, harness, problem, row
 from tests.service.transports.kserve.v2 import binary_body
 from tests.support.access import revoke
 from tests.support.models import random_weights, small_spec
+from tests.support.pages import ROOT
 from tests.support.pipelines import chunk_of, make_artifact
 from tests.support.servers import RealServer, until_async
 
@@ -76,6 +79,9 @@ OPEN = {
     "/docs",
     "/docs/oauth2-redirect",
     "/docs/errors",
+    "/console",
+    "/console/",
+    "/console/{asset}",
     # 404 and 405 for other addresses
     "/v2/{path:path}",
 }
@@ -89,6 +95,7 @@ def add_all(app: FastAPI) -> None:
     """Add every transport over HTTP."""
     add_kserve(app, Inference(app.state.api), dict)
     add_live_sockets(app, SOCKETS)
+    add_console(app)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +145,12 @@ async def status(api: Harness, method: str, path: str, authorization: str | None
             challenge = response.headers.get("www-authenticate")
             assert challenge == ('Bearer realm="carry"' if code == "unauthenticated" else None)
         return response.status_code
+
+
+def test_every_part_of_the_application_is_among_those_that_are_walked() -> None:
+    code = (ROOT / "service" / "app.py").read_text(encoding="utf-8")
+    parts = {"add_kserve", "add_live_sockets", "add_watching", "add_console"}
+    assert set(re.findall(r"^    +(add_\w+)\(", code, re.MULTILINE)) == parts
 
 
 async def test_every_route_needs_a_valid_key(api: Harness) -> None:
