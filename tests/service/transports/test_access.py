@@ -120,6 +120,10 @@ async def api(
         await running.store.outputs.close()
 
 
+once = pytest.mark.parametrize("api", [True], ids=["fast path"], indirect=True)
+"""For requests that never take the fast path."""
+
+
 def routes(app: FastAPI) -> list[tuple[str, str]]:
     """Method and path of every route that is not for everybody; HEAD is GET without a body."""
     found = []
@@ -170,6 +174,7 @@ async def test_every_route_needs_a_valid_key(api: Harness) -> None:
         assert await status(api, method, path, good) not in (401, 403), (method, path)
 
 
+@once
 async def test_every_route_needs_its_verb(api: Harness) -> None:
     keys = {verb: await api.key(verbs=(verb,)) for verb in Verb}
     for (method, path), needed in NEEDED.items():
@@ -180,6 +185,7 @@ async def test_every_route_needs_its_verb(api: Harness) -> None:
             assert allowed == needed, (method, path)
 
 
+@once
 async def test_every_route_keeps_to_the_models_and_streams_of_its_key(api: Harness) -> None:
     of_model = await api.key(models=("sm*",))
     of_prefix = await api.key(prefix="acme2:")
@@ -195,6 +201,7 @@ async def test_every_route_keeps_to_the_models_and_streams_of_its_key(api: Harne
             assert await status(api, method, path, within) != 403, (method, path)
 
 
+@once
 async def test_descriptions_show_the_models_of_a_key_only(api: Harness) -> None:
     headers = {"authorization": await api.key(models=("small",))}
     for method, path in (
@@ -213,6 +220,7 @@ async def test_descriptions_show_the_models_of_a_key_only(api: Harness) -> None:
     assert problem(missing, 404, "model_not_found")["expected"] == ["small"]
 
 
+@once
 async def test_the_openapi_document_of_a_key_is_made_once(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +335,7 @@ async def test_items_listings_and_forks_stay_within_the_prefix(api: Harness) -> 
     assert api.position("b:1") == 2
 
 
+@once
 async def test_rejection_is_the_same_whether_the_stream_exists(api: Harness) -> None:
     await api.client.post(
         "/v1/models/probe/streams/b:1/chunks",
@@ -344,6 +353,7 @@ async def test_rejection_is_the_same_whether_the_stream_exists(api: Harness) -> 
     assert answers[0] == answers[1]
 
 
+@once
 async def test_two_keys_in_one_request_are_rejected(api: Harness) -> None:
     key = await api.key()
     headers = [("authorization", key), ("authorization", key)]
@@ -362,6 +372,7 @@ async def test_open_service_asks_for_a_key_once_there_is_one(
         assert await send_chunk(api, key, "acme:s") == 200
 
 
+@once
 async def test_watch_ends_when_its_key_is_revoked(api: Harness) -> None:
     key = await api.key(verbs=(Verb.WATCH,))
     url = "/v1/models/probe/streams/s/outputs"
