@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import pytest
 import tritonclient.grpc as triton
 from websockets.sync.client import connect
 
+from tests.support.browser import new_page
 from tests.support.certificates import Certificates, certificates
 from tests.support.feeders import Feeders, feeding
 from tests.support.needs import needs_tools
@@ -164,6 +166,29 @@ def test_gateway_passes_websockets_of_pages_of_its_own_host(gateway: Gateway) ->
         socket.send(json.dumps({"inputs": [[value] for value in INPUT], "position": 0}))
         reply = json.loads(socket.recv(timeout=30))["reply"]
     assert_outputs(reply)
+
+
+OPEN_SOCKET = """
+new Promise((resolve, reject) => {
+  const url = location.origin.replace("https", "wss") + "/v1/models/post-lstm/streams/page/live";
+  const socket = new WebSocket(url);
+  socket.onmessage = ({ data }) => resolve(JSON.parse(data).hello.position);
+  socket.onclose = ({ code }) => reject(new Error("closed: " + code));
+})
+"""
+
+
+@needs_tools("chromium")
+async def test_gateway_serves_a_page_over_http2_and_its_websocket(
+    gateway: Gateway, browser: str
+) -> None:
+    """Chromium may open the socket on the connection of the page (RFC 8441)."""
+    async with asyncio.timeout(60), new_page(browser) as page:
+        await page.call("Security.setIgnoreCertificateErrors", ignore=True)
+        await page.open(f"{gateway.url}/docs/errors")
+        entry = "performance.getEntriesByType('navigation')[0].nextHopProtocol"
+        assert await page.evaluate(entry) == "h2"
+        assert await page.evaluate(OPEN_SOCKET) == 0
 
 
 class Echo(BaseHTTPRequestHandler):
