@@ -95,9 +95,9 @@ async def test_endlessly_retried_job_fails_at_its_deadline() -> None:
     runs = Runs()
     runs.retries = {"late": 10**9}
     runs.gate.set()
-    async with batching(runs) as batcher, asyncio.timeout(5):
+    async with batching(runs) as batcher, asyncio.timeout(30):
         with pytest.raises(DeadlineExceeded, match="before it started"):
-            await submit(batcher, "late", deadline_s=soon())
+            await submit(batcher, "late", deadline_s=time.monotonic() + 0.5)
         assert await submit(batcher, "a") == "A"
     assert len(runs.batches) > 2
 

@@ -152,6 +152,9 @@ async def test_message_that_does_not_come_is_an_error() -> None:
     calls = Calls(MessageAdmission(LARGEST, LARGEST, timeout_s=0.02))
     with pytest.raises(RequestTimeout):
         await calls.start(0)
+
+
+async def test_call_without_a_message_is_an_error(calls: Calls) -> None:
     last = calls.start(1)
     await becomes(lambda: calls.reading == [1], "a call that receives")
     calls.send(1, None)
