@@ -29,7 +29,8 @@ from service.ops.logs import flush_logs
 from service.ops.open_files import raise_open_files_limit
 from service.ops.single_worker import SingleWorker
 from service.ops.worker_pool import SIGHUP, WorkerPool, WorkersFailedError
-from service.settings import PREFIX, Settings, service_links
+from service.service_links import service_links
+from service.settings import PREFIX, Settings
 from service.store.embedded.embedded_valkey import EmbeddedValkey
 from service.store.open import open_store
 from service.store_settings import store_settings

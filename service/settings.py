@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from pydantic_settings import (
 )
 
 import models
+from service.service_links import is_service_link, service_links
 from service.store.redis.address import (
     add_password,
     add_sentinel_password,
@@ -364,7 +364,7 @@ class Settings(BaseSettings):
             env_settings.env_vars = {
                 name: value
                 for name, value in env_settings.env_vars.items()
-                if not _is_service_link(name.upper(), value or "")
+                if not is_service_link(name.upper(), value or "")
             }
         return init_settings, env_settings
 
@@ -448,29 +448,6 @@ def _with_password(
     if url is None:
         raise ValueError("expected CARRY_REDIS_URL too: the embedded Valkey has no password")
     return add(url, password)
-
-
-_SERVICE_LINK = re.compile(
-    r"""CARRY (_[A-Z0-9_]+)? (
-      _SERVICE_HOST=[0-9a-fA-F.:]+
-    | _SERVICE_PORT (_[A-Z0-9_]+)? =\d+
-    | _PORT (_\d+_[A-Z]+)? =[a-z]+://.+
-    | _PORT_\d+_[A-Z]+_ (PROTO=[a-z]+ | PORT=\d+ | ADDR=[0-9a-fA-F.:]+)
-    )""",
-    re.VERBOSE,
-).fullmatch
-
-
-def service_links(environ: Mapping[str, str]) -> list[str]:
-    """The variables that Kubernetes sets in pods for a Service named `carry` or `carry-...`.
-
-    They are not settings, although they have the prefix, and `CARRY_PORT` the name of a setting.
-    """
-    return sorted(name for name, value in environ.items() if _is_service_link(name, value))
-
-
-def _is_service_link(name: str, value: str) -> bool:
-    return _SERVICE_LINK(f"{name}={value}") is not None
 
 
 def reject_unknown(environ: Mapping[str, str]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, SettingsError, service_links
+from service.service_links import service_links
+from service.settings import Settings, SettingsError
 from service.store.redis.address import check_address
 
 
