@@ -19,7 +19,7 @@ import structlog
 
 from service.access.keys import AccessKey, AccessKeyError, decode_key, parse_key
 from service.access.principal import Principal
-from service.access.tokens import is_token, verify_token
+from service.access.tokens import MAX_TOKEN_CHARACTERS, is_token, verify_token
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
 
 REFRESH_S: Final = 0.5
@@ -32,6 +32,9 @@ MAX_STALE_S: Final = 60.0
 """How long the last known keys are accepted while the store does not answer."""
 
 SCHEME: Final = b"bearer "
+MAX_AUTHORIZATION_BYTES: Final = len(SCHEME) + MAX_TOKEN_CHARACTERS
+"""Longest header; it bounds the memory of those that were accepted, which are kept."""
+
 _EXPECTED: Final = "expected Authorization: Bearer carry_..., an access key of this service"
 
 log = structlog.get_logger(__name__)
@@ -158,6 +161,10 @@ class AccessKeys:
             raise Unauthenticated(f"{_EXPECTED}, got none")
         if authorization[: len(SCHEME)].lower() != SCHEME:
             raise Unauthenticated(f"{_EXPECTED}, got another scheme")
+        if len(authorization) > MAX_AUTHORIZATION_BYTES:
+            raise Unauthenticated(
+                f"{_EXPECTED}, of at most {MAX_AUTHORIZATION_BYTES} bytes, got {len(authorization)}"
+            )
         bearer = authorization[len(SCHEME) :].strip(b" ").decode("latin-1")
         if is_token(bearer):
             return verify_token(bearer, self._keys, self._now_ms())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Final
+from typing import Annotated, Final
 
 import jwt
 import msgspec
@@ -24,6 +24,8 @@ from service.core.errors import Unauthenticated
 ALGORITHM: Final = "HS256"
 MAX_TOKEN_CHARACTERS: Final = 4096
 DIGEST_BYTES: Final = 32
+MAX_EXP_S: Final = 253_402_300_799
+"""The last second of the year 9999."""
 
 
 class TokenClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -36,7 +38,7 @@ class TokenClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         verbs, models, prefix: what it allows; None for what its key allows.
     """
 
-    exp: float
+    exp: Annotated[float, msgspec.Meta(le=MAX_EXP_S)]
     nbf: float | None = None
     sub: str | None = None
     iss: str | None = None
@@ -76,7 +78,7 @@ def verify_token(text: str, keys: Mapping[str, AccessKey], now_ms: int) -> Princ
             raise _rejected("expected the id of a key of this service as `kid`")
         payload = _JWS.decode(text, digest, algorithms=[ALGORITHM])
         claims = _DECODER.decode(payload)
-    except (jwt.PyJWTError, msgspec.MsgspecError, ValueError) as error:
+    except (jwt.PyJWTError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _rejected(str(error)) from error
     status = key.status(now_ms)
     if status != "active":

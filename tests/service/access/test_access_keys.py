@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +117,15 @@ def test_model_patterns_cover_whole_names(
     assert not any(principal.covers_model(model) for model in others)
 
 
+def test_pattern_of_many_stars_is_matched_without_backtracking() -> None:
+    principal = Principal("id", "n", frozenset({Verb.PREDICT}), ("*a" * 6 + "*b",))
+    began_s = time.process_time()
+    assert not principal.covers_model("a" * 64)
+    # with backtracking 4 s, and for each further star ten times as long
+    assert time.process_time() - began_s < 1
+    assert principal.covers_model("a" * 63 + "b")
+
+
 def test_scope_needs_verb_model_and_prefix() -> None:
     principal = AccessKey(**SCOPE).principal("0a1b2c3d4e5f")
     predict = (Verb.PREDICT,)
@@ -179,7 +189,9 @@ async def test_each_unusable_key_is_rejected() -> None:
     assert authenticate(keys, good) == AccessKey(**SCOPE).principal(good.split("_")[1])
     assert authenticate(keys, good.replace("Bearer", "bEARER ")).name == "a tenant"
     other = f"Bearer carry_{good.split('_')[1]}_{expiring.split('_')[2]}"
-    for wrong in (None, "", "Bearer", "Basic YTpi", good[:-1], good + "0", other, good.upper()):
+    padded = good.replace(" ", " " * 5000)  # accepted, it would be kept
+    spelled = (good[:-1], good + "0", other, good.upper(), padded)
+    for wrong in (None, "", "Bearer", "Basic YTpi", *spelled):
         with pytest.raises(Unauthenticated):
             authenticate(keys, wrong)
     clock[0] = 1999

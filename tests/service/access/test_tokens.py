@@ -119,6 +119,7 @@ def test_token_without_scope_has_that_of_its_key(made: tuple[KeyText, AccessKey]
         ({**EXP, "max_streams": 3}, "max_streams"),
         ({"exp": NOW_S}, "it has expired"),
         ({"exp": str(NOW_S + 60)}, "exp"),
+        ({"exp": 1e308}, "exp"),
         ({**EXP, "nbf": NOW_S + 1}, "not valid yet"),
         ({}, "exp"),
         ([], "object"),
@@ -137,6 +138,7 @@ def test_tokens_that_the_key_did_not_sign_are_rejected(made: tuple[KeyText, Acce
     good = encoded(key, EXP)
     head, claims, signature = good.split(".")
     wider = encoded(key, {**EXP, "sub": "x"}).split(".")[1]
+    nested = base64.urlsafe_b64encode(b"[" * 2900).decode()
     unsigned = jwt.encode(EXP, "", algorithm="none", headers={"kid": key.key_id})
     forged = (
         encoded(KeyText(key.key_id, other.secret), EXP),
@@ -152,6 +154,7 @@ def test_tokens_that_the_key_did_not_sign_are_rejected(made: tuple[KeyText, Acce
         f"{head}.{claims}.{signature[:-2]}AA",
         "..",
         "a.b.c",
+        f"{nested}.{claims}.{signature}",
         f"{head}.{claims}.{signature}" + "A" * 5000,
     )
     assert verified(made, good).key_id == key.key_id
