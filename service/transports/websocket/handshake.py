@@ -144,7 +144,8 @@ class LiveUpgrader:
         with bound_contextvars(request_id=request_id.decode()):
             try:
                 response = self._accept(url, headers)
-                entry = self.api.entries.entry(_authorization(headers))
+                entries = self.api.entries
+                entry = entries.open or entries.entry(_authorization(headers))
                 target = self._target(entry, url)
                 facts.model, facts.stream = target.model, target.stream
                 hello = await self._hello(entry, target)

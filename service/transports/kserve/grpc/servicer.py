@@ -168,7 +168,8 @@ class InferenceServicer:
         Raises:
             Unauthenticated, StoreUnavailable, DuplicateField
         """
-        return self._api.entries.entry(_authorization(context))
+        entries = self._api.entries
+        return entries.open or entries.entry(_authorization(context))
 
     async def _model_infer(self, model: Model, context: Context) -> pb.ModelInferResponse:
         entry = self._entry(context)
