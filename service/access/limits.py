@@ -170,7 +170,7 @@ class KeyLimiters:
     def limiter(self, key_id: str, limits: KeyLimits | None) -> KeyLimiter | None:
         """The limiter of a key, with its present limits; None if it has none.
 
-        It outlives the entries of the key, so that a change of the key resets no count.
+        It outlives the scoped pipelines of the key, so that a change of the key resets no count.
         """
         if limits is None or not any(getattr(limits, name) for name in IN_MEMORY):
             return None

@@ -254,7 +254,7 @@ class Pipeline:
         self._stopping = "stopping soon"
 
     def require(self, *verbs: Verb, model: str | None = None, stream: str | None = None) -> None:
-        """Allow everything: the pipeline is the entry of an open service (`entry.Entry`)."""
+        """Allow everything: this is the pipeline of a service without keys (`scoped_pipeline`)."""
 
     def model(self, name: str) -> ServedModel:
         """Return the served model of that name.

@@ -23,14 +23,14 @@ from service.access.key_cache import AccessKeys
 from service.access.principal import Verb
 from service.core.tracing import Tracer
 from service.ops.logs import RequestIds
-from service.pipeline.entries import Entries
+from service.pipeline.access_control import AccessControl
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.transports.http.connection.connections import ConnectionLimits, Connections
 from service.transports.http.connection.fast_path import FastPath
 from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.connection.rejections import ConnectionErrors
-from service.transports.http.context import ApiContext, api_of, entry_of
+from service.transports.http.context import ApiContext, api_of, pipeline_of
 from service.transports.http.error_handling import InternalErrorMiddleware, add_error_handlers
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
@@ -77,15 +77,15 @@ def create_api(
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
-    routers.append(health.store_router(entry_of))
+    routers.append(health.store_router(pipeline_of))
     if metrics is not None:
-        routers.append(health.metrics_router(metrics, entry_of))
+        routers.append(health.metrics_router(metrics, pipeline_of))
     ids = RequestIds()
     # `include_router` would wrap each route once more, 8 us a request
     routes = [route for router in routers for route in router.routes]
     app = create_application(routes, ids, docs=docs, lifespan=lifespan)
     api = ApiContext(
-        Entries(pipeline, keys),
+        AccessControl(pipeline, keys),
         pipeline.readiness,
         limits,
         recorder,
@@ -156,13 +156,13 @@ def _check_access_to_document(app: FastAPI) -> None:
     documents: dict[frozenset[str], bytes] = {}
 
     async def get_document(request: Request) -> Response:
-        entry = entry_of(request)
-        entry.require(Verb.MODELS)
-        names = frozenset(entry.models)
+        pipeline = pipeline_of(request)
+        pipeline.require(Verb.MODELS)
+        names = frozenset(pipeline.models)
         if names not in documents:
             if len(documents) >= MAX_DOCUMENTS:
                 documents.clear()
-            document = openapi_document(app, api_of(request), entry.models)
+            document = openapi_document(app, api_of(request), pipeline.models)
             documents[names] = json.dumps(document, ensure_ascii=False).encode()
         return Response(documents[names], media_type="application/json")
 

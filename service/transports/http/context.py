@@ -1,4 +1,4 @@
-"""What every route needs: its entry to the pipeline, limits, recorder, readers and writers."""
+"""What every route needs: access control, limits, recorder, readers and writers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from starlette.requests import Request
 from service.core.errors import DuplicateField
 from service.core.tracing import Tracer
 from service.core.values import Check
-from service.pipeline.entries import Entries
-from service.pipeline.entry import Entry
+from service.pipeline.access_control import AccessControl
 from service.pipeline.recorder import Recorder
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.limits import ApiLimits
@@ -43,7 +43,7 @@ class ModelWire:
 class ApiContext:
     """Shared by all requests of an application, in its `state.api`.
 
-    There is no pipeline in it: a request gets one from `entries`, which check its access key.
+    It has no pipeline: a request gets one from `access`, in the scope of its access key.
 
     Attributes:
         readiness: runs the readiness checks.
@@ -53,7 +53,7 @@ class ApiContext:
         wires: readers and writers that `wire` built, by model; a model may have changed since.
     """
 
-    entries: Entries
+    access: AccessControl
     readiness: Callable[[], Awaitable[list[Check]]]
     limits: ApiLimits
     recorder: Recorder
@@ -76,19 +76,19 @@ def api_of(request: Request) -> ApiContext:
     return context
 
 
-def entry_of(request: Request) -> Entry:
-    """The pipeline as the sender of a request may use it; call it before anything else.
+def pipeline_of(request: Request) -> PipelineInterface:
+    """The pipeline in the scope of the request's access key; call it before anything else.
 
     Raises:
-        Unauthenticated, StoreUnavailable: see `Entries.entry`.
+        Unauthenticated, StoreUnavailable: see `AccessControl.pipeline`.
         DuplicateField: there are several Authorization headers.
     """
-    entries = api_of(request).entries
-    if entries.open is not None:
-        return entries.open
+    access = api_of(request).access
+    if access.open_pipeline is not None:
+        return access.open_pipeline
     values = [value for name, value in request.scope["headers"] if name == b"authorization"]
     if len(values) > 1:
         raise DuplicateField(
             f"Authorization: expected it once, got it {len(values)} times", at="Authorization"
         )
-    return entries.entry(values[0] if values else None)
+    return access.pipeline(values[0] if values else None)

@@ -20,7 +20,7 @@ from service.access.principal import Verb
 from service.core.errors import CarryError, Forbidden
 from service.core.values import Chunk, Reply, StreamKey
 from service.ops.logs import RequestIds
-from service.pipeline.entry import Entry
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.http.connection.fast_path import (
     MAX_HEADERS_BYTES,
     MAX_REQUEST_BYTES,
@@ -106,7 +106,7 @@ class _Plan(NamedTuple):
 class FastInferRequest(NamedTuple):
     """A complete request for one chunk; attributes as those of `FastRequest`."""
 
-    entry: Entry
+    pipeline: PipelineInterface
     plan: _Plan
     call: ResolvedCall
     chunk: Chunk
@@ -161,10 +161,10 @@ class FastInferPath(FastRoute[FastInferRequest]):
             return IncompleteRequest(total_bytes)
         received_s = time.monotonic()
         model, version = start[1].decode(), (start[2] or b"").decode()
-        entries = self._api.entries
+        access = self._api.access
         # the slow path verifies a new key, and answers what has none
-        entry = entries.open or entries.cached.get(headers.authorization)
-        if entry is None or (served := entry.models.get(model)) is None:
+        pipeline = access.open_pipeline or access.cached.get(headers.authorization)
+        if pipeline is None or (served := pipeline.models.get(model)) is None:
             return None
         body = data[end + 4 : total_bytes]
         chunk_parts = self._read(self._api.wire(served), version, body, headers.json_bytes)
@@ -176,9 +176,9 @@ class FastInferPath(FastRoute[FastInferRequest]):
             timeout_s = min(timeout_s, call.parameters.timeout_s)
         request_id = headers.request_id or self._ids.next()
         try:
-            error = entry.check_admission(model, StreamKey(model, stream), timeout_s)
+            error = pipeline.check_admission(model, StreamKey(model, stream), timeout_s)
             if plan.signature.has_state:
-                entry.require(Verb.READ_STATE, model=model, stream=stream)
+                pipeline.require(Verb.READ_STATE, model=model, stream=stream)
         except Forbidden:
             return None
         if error is not None:
@@ -203,7 +203,7 @@ class FastInferPath(FastRoute[FastInferRequest]):
             chunk = chunk._replace(span=self._tracer.start_request(propagated, received_s))
         deadline_s = received_s + timeout_s
         return FastInferRequest(
-            entry,
+            pipeline,
             plan,
             call,
             chunk,

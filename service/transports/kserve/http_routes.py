@@ -21,12 +21,12 @@ from service.core.errors import (
     RouteNotFound,
     UnsupportedMediaType,
 )
-from service.pipeline.entry import Entry
 from service.pipeline.recorder import ModelStatistics
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.connection.http_protocol import HttpState
-from service.transports.http.context import ApiContext, api_of, entry_of
+from service.transports.http.context import ApiContext, api_of, pipeline_of
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, dumps
@@ -119,7 +119,7 @@ def _get(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_get("/v2", "/v2/")
 async def get_server(request: Request) -> Response:
     """Name, version and extensions."""
-    entry_of(request).require(Verb.MODELS)
+    pipeline_of(request).require(Verb.MODELS)
     query(request)
     return _answer(server_metadata())
 
@@ -148,16 +148,16 @@ async def get_all_statistics(request: Request) -> Response:
 @_get(_MODEL, _VERSION)
 async def get_model(request: Request, model: str, version: str = "") -> Response:
     """The tensors of a model."""
-    entry = _described(request, model)
+    pipeline = _described(request, model)
     query(request)
-    return _answer(model_metadata(_inference(request).served(entry, model, version)))
+    return _answer(model_metadata(_inference(request).served(pipeline, model, version)))
 
 
 @_get(f"{_MODEL}/ready", f"{_VERSION}/ready")
 async def get_model_ready(request: Request, model: str, version: str = "") -> Response:
     """Whether a model can be used: 200, or 503."""
-    entry = _described(request, model)
-    served = _inference(request).served(entry, model, version)
+    pipeline = _described(request, model)
+    served = _inference(request).served(pipeline, model, version)
     is_ready = await _is_ready(request)
     return _answer({"name": served.name, "ready": is_ready}, 200 if is_ready else 503)
 
@@ -165,19 +165,19 @@ async def get_model_ready(request: Request, model: str, version: str = "") -> Re
 @_get(f"{_MODEL}/config", f"{_VERSION}/config")
 async def get_config(request: Request, model: str, version: str = "") -> Response:
     """The configuration of a model."""
-    entry = _described(request, model)
+    pipeline = _described(request, model)
     query(request)
     inference = _inference(request)
-    served = inference.served(entry, model, version)
+    served = inference.served(pipeline, model, version)
     return _answer(model_config(served, inference.api.limits.max_items))
 
 
 @_get(f"{_MODEL}/stats", f"{_VERSION}/stats")
 async def get_statistics(request: Request, model: str, version: str = "") -> Response:
     """Totals of a model, of all workers together."""
-    entry = _described(request, model)
+    pipeline = _described(request, model)
     query(request)
-    return await _statistics(request, [_inference(request).served(entry, model, version)])
+    return await _statistics(request, [_inference(request).served(pipeline, model, version)])
 
 
 @router.post("/v2/repository/index")
@@ -193,17 +193,17 @@ async def post_index(request: Request) -> Response:
 @router.post(f"{_MODEL}/infer")
 async def post_infer(request: Request, model: str, version: str = "") -> Response:
     """A chunk of a stream, or without a sequence id a stateless prediction."""
-    entry = entry_of(request)
-    entry.require(Verb.PREDICT, model=model)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.PREDICT, model=model)
     query(request)
     inference = _inference(request)
     deadline_s = deadline(request, inference.api.limits)
-    inference.served(entry, model, version)
+    inference.served(pipeline, model, version)
     json_bytes = _json_bytes(request)
     body = await _receive(request, inference.api, deadline_s)
     decode = partial(decode_request, json_bytes=json_bytes, model=model, version=version)
     infer = _infer_long if len(body) >= LONG_BYTES else _infer
-    inferring = infer(inference, entry, body, decode, deadline_s)
+    inferring = infer(inference, pipeline, body, decode, deadline_s)
     result, binary = await cancel_on_disconnect(request, inferring)
     if not binary.has_any(output.name for output in result.outputs):
         return reply(Media.JSON, reply_document(result, binary))
@@ -234,20 +234,28 @@ async def reject(request: Request, path: str) -> Response:
 
 
 async def _infer(
-    inference: Inference, entry: Entry, body: bytes, decode: Decode, deadline_s: float
+    inference: Inference,
+    pipeline: PipelineInterface,
+    body: bytes,
+    decode: Decode,
+    deadline_s: float,
 ) -> tuple[InferReply, BinaryOutputs]:
     request, binary = decode(body)
-    return await inference.infer(entry, request, deadline_s), binary
+    return await inference.infer(pipeline, request, deadline_s), binary
 
 
 async def _infer_long(
-    inference: Inference, entry: Entry, body: bytes, decode: Decode, deadline_s: float
+    inference: Inference,
+    pipeline: PipelineInterface,
+    body: bytes,
+    decode: Decode,
+    deadline_s: float,
 ) -> tuple[InferReply, BinaryOutputs]:
     """The same for a body that would block the event loop if it were read at once."""
     async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
         request, binary = decode(body)
-        ready = await inference.read_long(entry, request, deadline_s, checkpoint)
-    return await inference.answer(entry, ready), binary
+        ready = await inference.read_long(pipeline, request, deadline_s, checkpoint)
+    return await inference.answer(pipeline, ready), binary
 
 
 def _inference(request: Request) -> Inference:
@@ -255,15 +263,15 @@ def _inference(request: Request) -> Inference:
     return inference
 
 
-def _described(request: Request, model: str | None = None) -> Entry:
-    """The entry of a request for what describes a model, or all models.
+def _described(request: Request, model: str | None = None) -> PipelineInterface:
+    """The pipeline of a request for what describes a model, or all models.
 
     Raises:
         Unauthenticated, Forbidden
     """
-    entry = entry_of(request)
-    entry.require(Verb.MODELS, model=model)
-    return entry
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.MODELS, model=model)
+    return pipeline
 
 
 def _answer(document: Any, status: int = 200) -> Answer:

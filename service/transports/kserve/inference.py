@@ -1,7 +1,7 @@
 """Inference by KServe's V2 protocol, for HTTP and gRPC alike: a request's value to a reply's value.
 
     inference = Inference(api, delete_at_end=False)
-    reply = await inference.infer(entry, request, deadline_s)        # raises CarryError
+    reply = await inference.infer(pipeline, request, deadline_s)        # raises CarryError
 
 A transport decodes its bytes to an `InferRequest`, calls `infer`, and encodes the `InferReply` or
 the error; it enforces its own limits on bytes, cancels the call if its client disconnects, and
@@ -9,14 +9,14 @@ counts an error with `api.recorder.record_error`. `infer` reads the values at on
 `LONG_BYTES` or more is decoded and read under the admission of long bodies, in small steps:
 
     async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
-        ready = await inference.read_long(entry, decode(body), deadline_s, checkpoint)
-    reply = await inference.answer(entry, ready)
+        ready = await inference.read_long(pipeline, decode(body), deadline_s, checkpoint)
+    reply = await inference.answer(pipeline, ready)
 
 Between `resolve` and `reply_to_chunk` a transport may also hand the chunk to the pipeline itself,
 as the HTTP fast path does:
 
-    call = inference.resolve(entry, request)                         # short requests only
-    reply = inference.reply_to_chunk(call, await entry.process(call.work, deadline_s))
+    call = inference.resolve(pipeline, request)                         # short requests only
+    reply = inference.reply_to_chunk(call, await pipeline.process(call.work, deadline_s))
 
 A request with a sequence id is a chunk of the stream of that name; without one it is a stateless
 prediction. Tensors are `inputs`, FP32 of shape [T, F] or [B, T, F]: encoded rows; or, for a model
@@ -53,7 +53,7 @@ from service.core.values import (
     StreamKey,
 )
 from service.ops.request_lines import note_stream
-from service.pipeline.entry import Entry
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_reader import with_stream
 from service.transports.http.bodies.strict_validator import Limit
@@ -120,13 +120,13 @@ class Inference:
         # cached, since clients repeat their shapes
         self._signature = lru_cache(maxsize=1024)(make_signature)
 
-    def served(self, entry: Entry, model: str, version: str = "") -> ServedModel:
+    def served(self, pipeline: PipelineInterface, model: str, version: str = "") -> ServedModel:
         """The served model of a name and version, if the caller may use it.
 
         Raises:
             ModelNotFound, Forbidden
         """
-        return self.check_version(entry.model(model), version)
+        return self.check_version(pipeline.model(model), version)
 
     def check_version(self, served: ServedModel, version: str) -> ServedModel:
         """The model itself, if it has this version.
@@ -144,18 +144,20 @@ class Inference:
             )
         return served
 
-    async def infer(self, entry: Entry, request: InferRequest, deadline_s: float) -> InferReply:
+    async def infer(
+        self, pipeline: PipelineInterface, request: InferRequest, deadline_s: float
+    ) -> InferReply:
         """Answer a request.
 
         Args:
-            entry: the pipeline as the caller may use it.
+            pipeline: in the scope of the caller's access key.
             deadline_s: when the client stops waiting, on the monotonic clock; the parameter
                 `timeout` may shorten it.
 
         Raises:
             CarryError
         """
-        call = self.resolve(entry, request)
+        call = self.resolve(pipeline, request)
         deadline_s = _deadline_s(call, deadline_s)
         stream = call.parameters.stream
         work: Chunk | list[SequenceInput]
@@ -163,10 +165,14 @@ class Inference:
             work = call.wire.reader.sequences(*call.encode_body())
         else:
             work = self.read_chunk(call, stream)
-        return await self.answer(entry, ReadRequest(call, work, deadline_s))
+        return await self.answer(pipeline, ReadRequest(call, work, deadline_s))
 
     async def read_long(
-        self, entry: Entry, request: InferRequest, deadline_s: float, checkpoint: Checkpoint
+        self,
+        pipeline: PipelineInterface,
+        request: InferRequest,
+        deadline_s: float,
+        checkpoint: Checkpoint,
     ) -> ReadRequest:
         """Read a long request, yielding the event loop; the arguments are as for `infer`.
 
@@ -174,7 +180,7 @@ class Inference:
             CarryError
         """
         await checkpoint()
-        call = self._resolve(entry, request)
+        call = self._resolve(pipeline, request)
         deadline_s = _deadline_s(call, deadline_s)
         tensor = request.inputs[0]
         if tensor.name == INPUTS:
@@ -199,7 +205,7 @@ class Inference:
             work = _with_start(call, chunk)
         return ReadRequest(call, work, deadline_s)
 
-    async def answer(self, entry: Entry, ready: ReadRequest) -> InferReply:
+    async def answer(self, pipeline: PipelineInterface, ready: ReadRequest) -> InferReply:
         """Answer a request that was read.
 
         Raises:
@@ -208,10 +214,10 @@ class Inference:
         call, work, deadline_s = ready
         if isinstance(work, list):
             name = call.wire.served.name
-            predictions = await entry.predict(name, work, deadline_s)
+            predictions = await pipeline.predict(name, work, deadline_s)
             return self._reply(call, {}, predictions)
-        reply = await entry.process(work, deadline_s)
-        is_deleted = self._deletes(call.parameters) and await self._delete(entry, reply)
+        reply = await pipeline.process(work, deadline_s)
+        is_deleted = self._deletes(call.parameters) and await self._delete(pipeline, reply)
         return self.reply_to_chunk(call, reply, is_deleted=is_deleted)
 
     def _deletes(self, parameters: InferParameters) -> bool:
@@ -219,7 +225,11 @@ class Inference:
         return self.delete_at_end and parameters.ends and not parameters.dry_run
 
     def _require_access(
-        self, entry: Entry, served: ServedModel, parameters: InferParameters, signature: Signature
+        self,
+        pipeline: PipelineInterface,
+        served: ServedModel,
+        parameters: InferParameters,
+        signature: Signature,
     ) -> None:
         """Check that a caller may do what a request for a chunk asks for beyond its outputs.
 
@@ -228,24 +238,24 @@ class Inference:
         """
         model, stream = served.name, parameters.stream
         if stream is not None and self._deletes(parameters):
-            entry.require(Verb.DELETE, model=model, stream=stream)
+            pipeline.require(Verb.DELETE, model=model, stream=stream)
         if stream is not None and signature.has_state:
-            entry.require(Verb.READ_STATE, model=model, stream=stream)
+            pipeline.require(Verb.READ_STATE, model=model, stream=stream)
 
-    def resolve(self, entry: Entry, request: InferRequest) -> ResolvedCall:
+    def resolve(self, pipeline: PipelineInterface, request: InferRequest) -> ResolvedCall:
         """Validate all of a request but the values of its tensors, whose number is checked.
 
         Raises:
             ModelNotFound, InvalidInput, InvalidName, ChunksUnsupported, Forbidden
         """
-        call = self._resolve(entry, request)
+        call = self._resolve(pipeline, request)
         return call._replace(values=read_values(request.inputs[0]))
 
-    def _resolve(self, entry: Entry, request: InferRequest) -> ResolvedCall:
+    def _resolve(self, pipeline: PipelineInterface, request: InferRequest) -> ResolvedCall:
         """The same, without the values."""
         parameters = parse_parameters(request.parameters)
-        entry.require(Verb.PREDICT, model=request.model, stream=parameters.stream)
-        served = self.served(entry, request.model, request.version)
+        pipeline.require(Verb.PREDICT, model=request.model, stream=parameters.stream)
+        served = self.served(pipeline, request.model, request.version)
         note_stream(served.name, parameters.stream)
         wire = self.api.wire(served)
         if not 1 <= len(request.inputs) <= 2:
@@ -255,7 +265,7 @@ class Inference:
         tensor, *others = request.inputs
         name, datatype, shape, _ = tensor
         signature = self._signature(wire, name, datatype, tuple(shape), tuple(request.outputs))
-        self._require_access(entry, served, parameters, signature)
+        self._require_access(pipeline, served, parameters, signature)
         if parameters.stream is not None:
             check_chunk(wire, signature)
         elif (signature.batch or 0) > self.api.limits.max_items:
@@ -311,11 +321,11 @@ class Inference:
                 return _with_start(call, reader.build_chunk(call.parameters, steps, key, None))
         return _with_start(call, reader.chunk(*call.encode_body(), stream, None))
 
-    async def _delete(self, entry: Entry, reply: Reply) -> bool:
+    async def _delete(self, pipeline: PipelineInterface, reply: Reply) -> bool:
         """Delete the stream of a reply, unless it has changed since; returns whether it did."""
         precondition = Precondition((reply.head.etag,))
         try:
-            await entry.streams.delete(reply.key, precondition)
+            await pipeline.streams.delete(reply.key, precondition)
         except CarryError as error:
             # the chunk was applied, and its outputs must not be lost
             log.warning("stream_not_deleted", model=reply.key.model, code=error.code)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from service.core.errors import UpgradeRequired
 from service.ops.logs import RequestIds
 from service.transports.http.connection.http_protocol import HttpState
-from service.transports.http.context import ApiContext, entry_of
+from service.transports.http.context import ApiContext, pipeline_of
 from service.transports.websocket.handshake import (
     MODEL_ROUTE,
     STREAM_ROUTE,
@@ -38,5 +38,5 @@ def add_live_sockets(app: FastAPI, limits: SocketLimits, origins: str = "") -> N
 
 async def _require_upgrade(request: Request) -> Response:
     """Answer a request that reached HTTP: it is not the handshake of a WebSocket."""
-    entry_of(request)
+    pipeline_of(request)
     raise UpgradeRequired("expected a WebSocket handshake, got an HTTP request")

@@ -45,7 +45,7 @@ from service.core.tracing import PROPAGATED
 from service.core.values import StreamKey
 from service.ops.logs import RequestIds
 from service.ops.request_lines import RequestFacts, log_request
-from service.pipeline.entry import Entry
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.connection.connections import Connections
 from service.transports.http.connection.framing import Headers
@@ -144,15 +144,15 @@ class LiveUpgrader:
         with bound_contextvars(request_id=request_id.decode()):
             try:
                 response = self._accept(url, headers)
-                entries = self.api.entries
-                entry = entries.open or entries.entry(_authorization(headers))
-                target = self._target(entry, url)
+                access = self.api.access
+                pipeline = access.open_pipeline or access.pipeline(_authorization(headers))
+                target = self._target(pipeline, url)
                 facts.model, facts.stream = target.model, target.stream
-                hello = await self._hello(entry, target)
+                hello = await self._hello(pipeline, target)
                 response.headers[REQUEST_ID_HEADER.decode()] = request_id.decode()
                 session = Session(
                     self.api,
-                    entry,
+                    pipeline,
                     target.model,
                     target.stream,
                     options=target.options,
@@ -226,7 +226,7 @@ class LiveUpgrader:
                 got=origin[:300],
             )
 
-    def _target(self, entry: Entry, url: bytes) -> Target:
+    def _target(self, pipeline: PipelineInterface, url: bytes) -> Target:
         """What an address names.
 
         Raises:
@@ -237,8 +237,8 @@ class LiveUpgrader:
             raise RuntimeError("the address is none of a live socket")
         model = _text(address[1])
         stream = None if address[2] is None else _text(address[2])
-        entry.require(Verb.PREDICT, model=model, stream=stream)
-        wire = self.api.wire(entry.model(model))
+        pipeline.require(Verb.PREDICT, model=model, stream=stream)
+        wire = self.api.wire(pipeline.model(model))
         if stream is not None:
             stream_name(stream)
         wire.reader.check_accepts_chunks()
@@ -250,23 +250,23 @@ class LiveUpgrader:
                 timeout_s = self.api.limits.effective_timeout_s(_seconds(text))
             options = wire.writer.options(parameters)
         if options.return_state:
-            entry.require(Verb.READ_STATE, model=model, stream=stream)
+            pipeline.require(Verb.READ_STATE, model=model, stream=stream)
         return Target(wire.served.name, stream, options, timeout_s)
 
-    async def _hello(self, entry: Entry, target: Target) -> Mapping[str, Any]:
+    async def _hello(self, pipeline: PipelineInterface, target: Target) -> Mapping[str, Any]:
         """What a client has to know first: where its stream is, and what it may send.
 
         Raises:
             StoreUnavailable, StateDamaged
         """
-        served = entry.model(target.model)
+        served = pipeline.model(target.model)
         facts: dict[str, Any] = {"model": served.name, "version": served.version}
         if target.stream is not None:
             key = StreamKey(served.name, target.stream)
             facts |= {"stream": target.stream, "position": 0}
             try:
                 deadline_s = time.monotonic() + self.api.limits.effective_timeout_s(None)
-                stored = await entry.streams.read(key, deadline_s)
+                stored = await pipeline.streams.read(key, deadline_s)
                 head = stored.head
                 facts |= {
                     "position": head.position, "epoch": head.epoch.hex(), "tag": head.tag.hex(),

@@ -17,7 +17,7 @@ from service.core.errors import CarryError
 from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
 from service.ops.request_lines import CLIENT_DISCONNECTED, WEBSOCKET, log_request
-from service.pipeline.entry import Entry as PipelineEntry
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.http.bodies.validation_errors import Origin
@@ -135,7 +135,7 @@ class Session:
     def __init__(
         self,
         api: ApiContext,
-        pipeline: PipelineEntry,
+        pipeline: PipelineInterface,
         model: str,
         stream: str | None,
         *,
@@ -174,7 +174,7 @@ class Session:
     def open(self) -> None:
         """Count the socket as open; once."""
         self._is_open = True
-        self._forget = self._api.entries.notify_end(self._pipeline, self._on_end)
+        self._forget = self._api.access.notify_end(self._pipeline, self._on_end)
         self._api.recorder.record_websockets(self.model, 1)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.transports.http.connection.http_protocol import HttpState
-from service.transports.http.context import ModelWire, api_of, entry_of
+from service.transports.http.context import ModelWire, api_of, pipeline_of
 from service.transports.http.field_rules import MAX_POSITION
 from service.transports.http.media import Media, dumps
 from service.transports.http.openapi import operations
@@ -56,17 +56,17 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
 
     async def watch_outputs(request: Request, model: ModelPath, stream: StreamPath) -> Response:
         """Stream the outputs of a stream, from now on or from a position."""
-        entry = entry_of(request)
-        entry.require(Verb.WATCH, model=model, stream=stream)
+        pipeline = pipeline_of(request)
+        pipeline.require(Verb.WATCH, model=model, stream=stream)
         api = api_of(request)
-        wire = api.wire(entry.model(model))
+        wire = api.wire(pipeline.model(model))
         key = StreamKey(wire.served.name, stream_name(stream))
         parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
         start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))
         options = wire.writer.options(parameters) if parameters else EVERY_STEP
         async with AsyncExitStack() as stack:
             watch = await stack.enter_async_context(watches.watch(key, start))
-            stack.callback(api.entries.notify_end(entry, watch.end))
+            stack.callback(api.access.notify_end(pipeline, watch.end))
             events = _EventWriter(wire, key, options, encoding).encode(watch)
             return _WatchResponse(events, stack.pop_all())
 

@@ -522,15 +522,15 @@ async def stored_state(api: Harness) -> StreamState:
 
 async def test_chunks_behind_the_registration_of_a_stream_keep_their_order(api: Harness) -> None:
     key = await api.key(limits=KeyLimits(streams=5))
-    entry = api.app.state.api.entries.entry(key.encode())
-    quota = api.pipeline.quotas.quota(entry.principal.key_id, entry.principal.limits)
+    scoped = api.app.state.api.access.pipeline(key.encode())
+    quota = api.pipeline.quotas.quota(scoped.principal.key_id, scoped.principal.limits)
     assert quota is not None
     results = []
 
     def send(position: int) -> None:
         chunk = chunk_of("ordered", rows(1), position)
-        assert entry.check_admission("probe", chunk.key, 60) is None
-        results.append(entry.enqueue(chunk, time.monotonic() + 60))
+        assert scoped.check_admission("probe", chunk.key, 60) is None
+        results.append(scoped.enqueue(chunk, time.monotonic() + 60))
 
     for position in range(3):
         send(position)

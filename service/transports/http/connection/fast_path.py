@@ -26,7 +26,7 @@ from service.core.tracing import PROPAGATED, RequestSpan
 from service.core.values import Chunk, Precondition, Reply, StreamKey
 from service.ops.logs import RequestIds
 from service.ops.request_lines import CLIENT_DISCONNECTED, log_request
-from service.pipeline.entry import Entry
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
@@ -103,8 +103,8 @@ class ParsedRequest(Protocol):
     """Attributes of a parsed request on every fast route; see `FastRequest`."""
 
     @property
-    def entry(self) -> Entry:
-        """The pipeline as the client may use it."""
+    def pipeline(self) -> PipelineInterface:
+        """The pipeline in the scope of the client's access key."""
 
     @property
     def chunk(self) -> Chunk:
@@ -156,11 +156,11 @@ class FastRoute(ABC, Generic[R]):
 
     def start(self, request: R) -> PendingReply:
         """Hand the chunk to the pipeline, at once after `parse`, which checked its admission."""
-        return request.entry.enqueue(request.chunk, request.deadline_s)
+        return request.pipeline.enqueue(request.chunk, request.deadline_s)
 
     def cancel(self, request: R, reply: PendingReply) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
-        request.entry.cancel(request.chunk, reply)
+        request.pipeline.cancel(request.chunk, reply)
         with bound_contextvars(request_id=request.request_id.decode()):
             log_client_disconnect("POST")
         self.log(request, CLIENT_DISCONNECTED, END_OF_HEAD)
@@ -257,7 +257,7 @@ class FastRequest(NamedTuple):
         total_bytes: its length, head and body.
     """
 
-    entry: Entry
+    pipeline: PipelineInterface
     wire: ModelWire
     chunk: Chunk
     reply_media: Media
@@ -319,10 +319,10 @@ class FastPath(FastRoute[FastRequest]):
             return IncompleteRequest(total_bytes)
         received_s = time.monotonic()
         model, stream = start[1].decode(), start[2].decode()
-        api, entries = self._api, self._api.entries
+        api, access = self._api, self._api.access
         # the slow path verifies a new key, and answers what has none
-        entry = entries.open or entries.cached.get(authorization)
-        if entry is None or (served := entry.models.get(model)) is None:
+        pipeline = access.open_pipeline or access.cached.get(authorization)
+        if pipeline is None or (served := pipeline.models.get(model)) is None:
             return None
         wire = api.wires.get(model)
         if wire is None or wire.served is not served:
@@ -330,7 +330,7 @@ class FastPath(FastRoute[FastRequest]):
         request_id = request_id or self._ids.next()
         key = StreamKey(model, stream)
         try:
-            error = entry.check_admission(model, key, timeout_s)
+            error = pipeline.check_admission(model, key, timeout_s)
         except Forbidden:
             return None
         if error is not None:
@@ -347,7 +347,7 @@ class FastPath(FastRoute[FastRequest]):
             chunk = chunk._replace(span=self._tracer.start_request(propagated, received_s))
         deadline_s = received_s + timeout_s
         return FastRequest(
-            entry,
+            pipeline,
             wire,
             chunk,
             reply_media,

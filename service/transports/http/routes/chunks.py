@@ -16,9 +16,9 @@ from starlette.responses import Response
 from service.access.principal import Verb
 from service.core.errors import CarryError, InvalidPrecondition
 from service.core.values import NO_STREAM, Reply, StreamKey
-from service.pipeline.entry import Entry
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.http.bodies.request_body import RequestBody, receive_body
-from service.transports.http.context import ApiContext, ModelWire, api_of, entry_of
+from service.transports.http.context import ApiContext, ModelWire, api_of, pipeline_of
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.openapi import operations
 from service.transports.http.problems import problem
@@ -62,20 +62,20 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     the chunk is applied exactly once: a retry of the stream's last chunk gets the stored reply,
     and a chunk that would skip or repeat events is rejected with the expected position.
     """
-    entry = entry_of(request)
-    entry.require(Verb.PREDICT, model=model, stream=stream)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.PREDICT, model=model, stream=stream)
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(entry.model(model))
+    wire = api.wire(pipeline.model(model))
     key = StreamKey(wire.served.name, stream_name(stream))
-    options = _options(request, entry, wire, key.stream)
+    options = _options(request, pipeline, wire, key.stream)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(entry, wire, key, body)
+    _check_capacity(pipeline, wire, key, body)
     chunk = await body.read(wire.reader.chunk, wire.long.chunk, key.stream, precondition)
-    result = await cancel_on_disconnect(request, entry.process(chunk, deadline_s))
+    result = await cancel_on_disconnect(request, pipeline.process(chunk, deadline_s))
     headers = [(b"server-timing", server_timing(result.timing))]
     if result.head is not NO_STREAM:
         headers.insert(0, etag(result.head))
@@ -95,12 +95,12 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     later items through if they carry a position, so that a whole request can be sent again.
     The status is 200 even if items fail.
     """
-    entry = entry_of(request)
-    entry.require(Verb.PREDICT, model=model)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.PREDICT, model=model)
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(entry.model(model))
-    options = _options(request, entry, wire)
+    wire = api.wire(pipeline.model(model))
+    options = _options(request, pipeline, wire)
     media = body_media(request)
     answer = reply_media(request, media)
     if "if-match" in request.headers:
@@ -111,9 +111,9 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
             expected="none",
         )
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(entry, wire, None, body)
+    _check_capacity(pipeline, wire, None, body)
     items = await body.read(wire.reader.items, wire.long.items)
-    results = await cancel_on_disconnect(request, entry.process_many(items, deadline_s))
+    results = await cancel_on_disconnect(request, pipeline.process_many(items, deadline_s))
     return reply(answer, _outcomes(api, wire, results, options))
 
 
@@ -126,11 +126,11 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     """Each sequence starts from the initial state, or continues that of its `state_token`. No
     stream is read or changed.
     """
-    entry = entry_of(request)
-    entry.require(Verb.PREDICT, model=model)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.PREDICT, model=model)
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(entry.model(model))
+    wire = api.wire(pipeline.model(model))
     parameters = query(request, PREDICT_PARAMETERS)
     options = wire.writer.options(parameters) if parameters else EVERY_STEP
     return_tokens = flag(parameters, "return_state_token", default=False)
@@ -138,7 +138,9 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     answer = reply_media(request, media)
     body = await receive_body(request, media, deadline_s)
     sequences = await body.read(wire.reader.sequences, wire.long.sequences)
-    predicting = entry.predict(wire.served.name, sequences, deadline_s, return_tokens=return_tokens)
+    predicting = pipeline.predict(
+        wire.served.name, sequences, deadline_s, return_tokens=return_tokens
+    )
     predictions = await cancel_on_disconnect(request, predicting)
     document: PredictReply = {
         "model": wire.served.name,
@@ -149,7 +151,7 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
 
 
 def _check_capacity(
-    entry: Entry, wire: ModelWire, key: StreamKey | None, body: RequestBody
+    pipeline: PipelineInterface, wire: ModelWire, key: StreamKey | None, body: RequestBody
 ) -> None:
     """Reject a long body before it is parsed, if the queue would reject its chunks afterwards.
 
@@ -159,18 +161,18 @@ def _check_capacity(
     if not body.is_long:
         return
     left_s = body.deadline_s - time.monotonic()
-    rejection = entry.check_admission(wire.served.name, key, left_s)
+    rejection = pipeline.check_admission(wire.served.name, key, left_s)
     if rejection is not None:
         raise type(rejection)(rejection.detail, **rejection.facts)
 
 
 def _options(
-    request: Request, entry: Entry, wire: ModelWire, stream: str | None = None
+    request: Request, pipeline: PipelineInterface, wire: ModelWire, stream: str | None = None
 ) -> ReplyOptions:
     parameters = query(request, REPLY_PARAMETERS)
     options = wire.writer.options(parameters) if parameters else EVERY_STEP
     if options.return_state:
-        entry.require(Verb.READ_STATE, model=wire.served.name, stream=stream)
+        pipeline.require(Verb.READ_STATE, model=wire.served.name, stream=stream)
     return options
 
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from service.access.principal import Verb
 from service.core.values import StreamKey
 from service.transports.http.bodies.request_body import receive_body
-from service.transports.http.context import api_of, entry_of
+from service.transports.http.context import api_of, pipeline_of
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import etag, reply
@@ -39,12 +39,12 @@ async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) 
     the same state. With a `position` the stream has to be at that position, with
     `If-Match` in the state that it names.
     """
-    entry = entry_of(request)
-    entry.require(Verb.PREDICT, model=model, stream=stream)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.PREDICT, model=model, stream=stream)
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
     query(request)
-    wire = api.wire(entry.model(model))
+    wire = api.wire(pipeline.model(model))
     key = StreamKey(wire.served.name, stream_name(stream))
     wire.served.require_decoder()
     media = body_media(request)
@@ -55,5 +55,5 @@ async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) 
         wire.reader.forecast_request, wire.long.forecast_request, key.stream
     )
     parameters = parameters._replace(precondition=precondition)
-    forecast = await cancel_on_disconnect(request, entry.forecast(key, parameters, deadline_s))
+    forecast = await cancel_on_disconnect(request, pipeline.forecast(key, parameters, deadline_s))
     return reply(answer, wire.writer.forecast(forecast, parameters), headers=[etag(forecast.head)])

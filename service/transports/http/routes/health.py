@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from service.access.principal import Verb
-from service.pipeline.entry import Entry
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.http.context import api_of
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
@@ -51,19 +51,19 @@ async def get_ready(request: Request) -> Response:
     return reply(Media.JSON, document, 503 if failing else 200)
 
 
-def store_router(entry_of: Callable[[Request], Entry] | None = None) -> APIRouter:
+def store_router(pipeline_of: Callable[[Request], PipelineInterface] | None = None) -> APIRouter:
     """The route /health/store.
 
     Args:
-        entry_of: gives the entry that must allow metrics; None for a port that asks for no key.
+        pipeline_of: gives the pipeline, whose scope must allow metrics; None for no check.
     """
     store = APIRouter(tags=["health"])
 
     @store.get("/health/store", summary="Each server of the store", **operations.STORE)
     async def get_store(request: Request) -> Response:
         """Always 200: it is a report, not a reason to send requests elsewhere."""
-        if entry_of is not None:
-            entry_of(request).require(Verb.METRICS)
+        if pipeline_of is not None:
+            pipeline_of(request).require(Verb.METRICS)
         checks = await api_of(request).readiness()
         check = next(each for each in checks if each.name == "store")
         document: StoreReport = {
@@ -80,12 +80,12 @@ def store_router(entry_of: Callable[[Request], Entry] | None = None) -> APIRoute
 
 
 def metrics_router(
-    render: RenderMetrics, entry_of: Callable[[Request], Entry] | None = None
+    render: RenderMetrics, pipeline_of: Callable[[Request], PipelineInterface] | None = None
 ) -> APIRouter:
     """The route /metrics over a renderer.
 
     Args:
-        entry_of: gives the entry that must allow metrics; None for a port that asks for no key.
+        pipeline_of: gives the pipeline, whose scope must allow metrics; None for no check.
     """
     metrics = APIRouter(tags=["health"])
 
@@ -98,8 +98,8 @@ def metrics_router(
     )
     def get_metrics(request: Request) -> Response:
         """Prometheus' text format, of all workers together."""
-        if entry_of is not None:
-            entry_of(request).require(Verb.METRICS)
+        if pipeline_of is not None:
+            pipeline_of(request).require(Verb.METRICS)
         body, content_type = render()
         return Response(body, headers={"Content-Type": content_type})
 

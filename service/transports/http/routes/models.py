@@ -11,7 +11,7 @@ from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from service.access.principal import Verb
 from service.pipeline.served_model import ServedModel
-from service.transports.http.context import api_of, entry_of
+from service.transports.http.context import api_of, pipeline_of
 from service.transports.http.limits import ApiLimits
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import reply
@@ -32,11 +32,11 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models", summary="List the models", **operations.MODELS)
 async def get_models(request: Request) -> Response:
     """A summary of every served model."""
-    entry = entry_of(request)
-    entry.require(Verb.MODELS)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.MODELS)
     query(request)
     answer = reply_media(request)
-    served = entry.models
+    served = pipeline.models
     document: ModelList = {"models": [_summary(served[name]) for name in sorted(served)]}
     return reply(answer, document)
 
@@ -46,11 +46,11 @@ async def get_models(request: Request) -> Response:
 )
 async def get_model(request: Request, model: ModelPath) -> Response:
     """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
-    entry = entry_of(request)
-    entry.require(Verb.MODELS, model=model)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.MODELS, model=model)
     query(request)
     answer = reply_media(request)
-    return reply(answer, detail(entry.model(model), api_of(request).limits))
+    return reply(answer, detail(pipeline.model(model), api_of(request).limits))
 
 
 def _summary(served: ServedModel) -> ModelSummary:

@@ -20,10 +20,10 @@ from models.spec.state import State
 from service.access.principal import Verb
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
-from service.pipeline.entry import DESCRIBE, Entry
+from service.pipeline.scoped_pipeline import DESCRIBE, PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_body import receive_body
-from service.transports.http.context import ApiContext, api_of, entry_of
+from service.transports.http.context import ApiContext, api_of, pipeline_of
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import etag, reply
@@ -60,12 +60,12 @@ router = APIRouter(tags=["streams"])
 )
 async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
-    entry = entry_of(request)
-    entry.require(*DESCRIBE, model=model, stream=stream)
+    pipeline = pipeline_of(request)
+    pipeline.require(*DESCRIBE, model=model, stream=stream)
     query(request)
     answer = reply_media(request)
-    key = _stream_key(entry, model, stream)
-    record = await entry.streams.read(key, precondition=if_match(request))
+    key = _stream_key(pipeline, model, stream)
+    record = await pipeline.streams.read(key, precondition=if_match(request))
     return reply(answer, _info(request, key, record), headers=[etag(record.head)])
 
 
@@ -77,10 +77,10 @@ async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> 
 )
 async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Deletes its state and its stored reply; its next chunk starts a new stream at position 0."""
-    entry = entry_of(request)
-    entry.require(Verb.DELETE, model=model, stream=stream)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.DELETE, model=model, stream=stream)
     query(request)
-    await entry.streams.delete(_stream_key(entry, model, stream), if_match(request))
+    await pipeline.streams.delete(_stream_key(pipeline, model, stream), if_match(request))
     return Response(status_code=204)
 
 
@@ -94,13 +94,13 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
 
     Rejected (`state_incompatible`) if another version of the model wrote it.
     """
-    entry = entry_of(request)
-    entry.require(Verb.READ_STATE, model=model, stream=stream)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.READ_STATE, model=model, stream=stream)
     query(request)
     answer = reply_media(request)
-    key = _stream_key(entry, model, stream)
-    wire = api_of(request).wire(entry.model(model))
-    record = await entry.streams.read_state(key, if_match(request))
+    key = _stream_key(pipeline, model, stream)
+    wire = api_of(request).wire(pipeline.model(model))
+    record = await pipeline.streams.read_state(key, if_match(request))
     document: StateReply = {
         **_stream_record(key, record),
         "state": wire.writer.state(record.state),
@@ -119,12 +119,12 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
     created, 200 if it was overwritten.
     """
-    entry = entry_of(request)
-    entry.require(Verb.WRITE_STATE, model=model, stream=stream)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.WRITE_STATE, model=model, stream=stream)
     query(request)
     api = api_of(request)
-    key = _stream_key(entry, model, stream)
-    wire = api.wire(entry.model(model))
+    key = _stream_key(pipeline, model, stream)
+    wire = api.wire(pipeline.model(model))
     wire.reader.check_accepts_chunks()
     served = wire.served
     media = body_media(request)
@@ -150,7 +150,7 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
             got="events",
             stream=key.stream,
         )
-    record = await entry.streams.restore(
+    record = await pipeline.streams.restore(
         key,
         feed=feed,
         position=body.position,
@@ -172,19 +172,19 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
     of the stream `to`. 201 if it was created, 200 if it was overwritten.
     """
-    entry = entry_of(request)
-    entry.require(Verb.FORK, model=model, stream=stream)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.FORK, model=model, stream=stream)
     query(request)
     api = api_of(request)
-    key = _stream_key(entry, model, stream)
+    key = _stream_key(pipeline, model, stream)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
     content = await receive_body(request, media, _deadline(api))
-    wire = api.wire(entry.model(model))
+    wire = api.wire(pipeline.model(model))
     body = await content.read(wire.reader.fork, wire.long.fork)
     to = StreamKey(key.model, stream_name(body.to, "to"))
-    record = await entry.streams.fork(key, to.stream, precondition)
+    record = await pipeline.streams.fork(key, to.stream, precondition)
     return _created_or_overwritten(request, answer, to, record, precondition)
 
 
@@ -195,15 +195,15 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
     A stream that exists throughout a listing comes at least once; a name may come twice, and a
     page may be empty before the last.
     """
-    entry = entry_of(request)
-    entry.require(Verb.LIST, model=model)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.LIST, model=model)
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
-    name = entry.model(model).name
+    name = pipeline.model(model).name
     most = api_of(request).limits.max_items
     limit = count(parameters, "limit", default=PAGE_STREAMS, most=most)
     prefix = stream_prefix(parameters.get("prefix", ""))
-    page = await entry.streams.page(name, prefix, parameters.get("cursor") or None, limit)
+    page = await pipeline.streams.page(name, prefix, parameters.get("cursor") or None, limit)
     document: StreamList = {"model": name, "streams": list(page.streams), "cursor": page.cursor}
     return reply(answer, document)
 
@@ -219,31 +219,31 @@ async def delete_streams(request: Request, model: ModelPath) -> Response:
     With `limit`, the request ends after about that many; continue with its `cursor` until that is
     null. Streams that are created meanwhile may remain.
     """
-    entry = entry_of(request)
-    entry.require(Verb.DELETE, model=model)
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.DELETE, model=model)
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
-    name = entry.model(model).name
+    name = pipeline.model(model).name
     prefix = stream_prefix(
         required(parameters, "prefix", "which selects the streams to delete (?prefix= for all)")
     )
     limit = None
     if "limit" in parameters:
         limit = count(parameters, "limit", default=MAX_DELETED, most=MAX_DELETED)
-    deleted, cursor = await entry.streams.delete_prefix(
+    deleted, cursor = await pipeline.streams.delete_prefix(
         name, prefix, parameters.get("cursor") or None, limit
     )
     document: Deleted = {"model": name, "deleted": deleted, "cursor": cursor}
     return reply(answer, document)
 
 
-def _stream_key(entry: Entry, model: str, stream: str) -> StreamKey:
+def _stream_key(pipeline: PipelineInterface, model: str, stream: str) -> StreamKey:
     """The stream of the URL; the model is looked up first.
 
     Raises:
         ModelNotFound, InvalidName
     """
-    return StreamKey(entry.model(model).name, stream_name(stream))
+    return StreamKey(pipeline.model(model).name, stream_name(stream))
 
 
 def _deadline(api: ApiContext) -> float:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from service.core.errors import CarryError, MalformedBody
-from service.pipeline.entry import Entry
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.long_bodies.admission import Checkpoint
 from service.transports.kserve.grpc import v2_pb2 as pb
@@ -69,7 +69,9 @@ class InferMessage:
             return None
         return None if stream is None else f"{self.head.model_name}/{stream}"
 
-    async def infer(self, inference: Inference, entry: Entry, deadline_s: float) -> InferReply:
+    async def infer(
+        self, inference: Inference, pipeline: PipelineInterface, deadline_s: float
+    ) -> InferReply:
         """Answer the request, once.
 
         Raises:
@@ -77,14 +79,14 @@ class InferMessage:
         """
         data, self._data = self._data, None
         if data is None:
-            return await inference.infer(entry, decode_request(self.head), deadline_s)
+            return await inference.infer(pipeline, decode_request(self.head), deadline_s)
         most = inference.api.limits.max_predict_steps
         async with inference.api.long_bodies.admit(data, deadline_s) as checkpoint:
             await _check_fields(data, most, checkpoint)
             request = decode_request(parse(pb.ModelInferRequest, data))
             del data
-            ready = await inference.read_long(entry, request, deadline_s, checkpoint)
-        return await inference.answer(entry, ready)
+            ready = await inference.read_long(pipeline, request, deadline_s, checkpoint)
+        return await inference.answer(pipeline, ready)
 
 
 def parse(kind: type[M], data: bytes) -> M:

@@ -24,8 +24,8 @@ from service.core.errors import BodyTooLarge, CarryError, DuplicateField
 from service.core.tracing import PROPAGATED
 from service.ops.logs import RequestIds, current_request_id
 from service.ops.request_lines import GRPC, RequestFacts, log_request, request_facts
-from service.pipeline.entry import Entry
 from service.pipeline.recorder import ModelStatistics
+from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.request_log import is_request_id
@@ -60,8 +60,8 @@ M = TypeVar("M", bound=Message)
 Work = Callable[["Model", Context], Awaitable[Message]]
 """Receives and answers the message of a call."""
 
-Describe = Callable[[Entry, Any], Awaitable[Message]]
-"""Answers a message for what describes a model, or all models that the entry has."""
+Describe = Callable[[PipelineInterface, Any], Awaitable[Message]]
+"""Answers a message for what describes a model, or all models in the caller's scope."""
 
 _serialize: Final = methodcaller("SerializeToString")
 
@@ -154,36 +154,36 @@ class InferenceServicer:
         self, kind: type[Message], work: Describe, model: Model, context: Context
     ) -> Message:
         """Answer a call for what describes a model, or all models."""
-        entry = self._entry(context)
+        pipeline = self._pipeline(context)
         async with self._messages.receive(context.read) as [data]:
             message: Any = _parse_short(kind, data)
             model.name = getattr(message, "name", "")
             _note_message(len(data))
-            entry.require(Verb.MODELS, model=model.name or None)
-            return await work(entry, message)
+            pipeline.require(Verb.MODELS, model=model.name or None)
+            return await work(pipeline, message)
 
-    def _entry(self, context: Context) -> Entry:
-        """The pipeline as the caller may use it.
+    def _pipeline(self, context: Context) -> PipelineInterface:
+        """The pipeline in the scope of the caller's access key.
 
         Raises:
             Unauthenticated, StoreUnavailable, DuplicateField
         """
-        entries = self._api.entries
-        return entries.open or entries.entry(_authorization(context))
+        access = self._api.access
+        return access.open_pipeline or access.pipeline(_authorization(context))
 
     async def _model_infer(self, model: Model, context: Context) -> pb.ModelInferResponse:
-        entry = self._entry(context)
+        pipeline = self._pipeline(context)
         async with self._messages.receive(context.read) as received:
             message = InferMessage(received.pop())
             model.name = message.head.model_name
-            return await self._infer(entry, message, context.time_remaining())
+            return await self._infer(pipeline, message, context.time_remaining())
 
     async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
         # the call has a context of its own, which the tasks of its requests inherit
         bind_contextvars(request_id=self._request_id(context))
         try:
             authorization = _authorization(context)
-            entry = self._api.entries.entry(authorization)
+            pipeline = self._api.access.pipeline(authorization)
             stream = InferStream(
                 partial(self._infer_in_stream, authorization),
                 partial(self._answer_in_stream, self._propagated(context)),
@@ -191,7 +191,7 @@ class InferenceServicer:
                 self._stream_window,
                 self.stopping,
             )
-            forget = self._api.entries.notify_end(entry, stream.end)
+            forget = self._api.access.notify_end(pipeline, stream.end)
             try:
                 async for response in stream.responses(requests):
                     yield response
@@ -204,7 +204,7 @@ class InferenceServicer:
         self, authorization: bytes | None, message: InferMessage
     ) -> pb.ModelInferResponse:
         # the key may have been revoked since the call began
-        return await self._infer(self._api.entries.entry(authorization), message, None)
+        return await self._infer(self._api.access.pipeline(authorization), message, None)
 
     async def _answer_in_stream(
         self, propagated: Mapping[str, str], model: str, work: Callable[[], Awaitable[M]]
@@ -280,14 +280,14 @@ class InferenceServicer:
         return propagated if len(propagated) == len(entries) else {}
 
     async def _infer(
-        self, entry: Entry, message: InferMessage, remaining_s: float | None
+        self, pipeline: PipelineInterface, message: InferMessage, remaining_s: float | None
     ) -> pb.ModelInferResponse:
         """Answer a request whose client waits for so long; None if it does not say."""
-        entry.require(Verb.PREDICT, model=message.head.model_name)
+        pipeline.require(Verb.PREDICT, model=message.head.model_name)
         _note_message(message.size)
         timeout_s = self._api.limits.effective_timeout_s(remaining_s)
         deadline_s = time.monotonic() + timeout_s
-        return encode_reply(await message.infer(self._inference, entry, deadline_s))
+        return encode_reply(await message.infer(self._inference, pipeline, deadline_s))
 
     async def _server_live(self, message: Message) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -295,34 +295,36 @@ class InferenceServicer:
     async def _server_ready(self, message: Message) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=await self.is_ready())
 
-    async def _server_metadata(self, entry: Entry, message: Message) -> pb.ServerMetadataResponse:
+    async def _server_metadata(
+        self, pipeline: PipelineInterface, message: Message
+    ) -> pb.ServerMetadataResponse:
         return ParseDict(server_metadata(), pb.ServerMetadataResponse())
 
     async def _model_ready(
-        self, entry: Entry, message: pb.ModelReadyRequest
+        self, pipeline: PipelineInterface, message: pb.ModelReadyRequest
     ) -> pb.ModelReadyResponse:
-        self._inference.served(entry, message.name, message.version)
+        self._inference.served(pipeline, message.name, message.version)
         return pb.ModelReadyResponse(ready=await self.is_ready())
 
     async def _model_metadata(
-        self, entry: Entry, message: pb.ModelMetadataRequest
+        self, pipeline: PipelineInterface, message: pb.ModelMetadataRequest
     ) -> pb.ModelMetadataResponse:
-        served = self._inference.served(entry, message.name, message.version)
+        served = self._inference.served(pipeline, message.name, message.version)
         return ParseDict(model_metadata(served), pb.ModelMetadataResponse())
 
     async def _model_config(
-        self, entry: Entry, message: pb.ModelConfigRequest
+        self, pipeline: PipelineInterface, message: pb.ModelConfigRequest
     ) -> pb.ModelConfigResponse:
-        served = self._inference.served(entry, message.name, message.version)
+        served = self._inference.served(pipeline, message.name, message.version)
         config = model_config(served, self._api.limits.max_items)
         return ParseDict({"config": config}, pb.ModelConfigResponse())
 
     async def _model_statistics(
-        self, entry: Entry, message: pb.ModelStatisticsRequest
+        self, pipeline: PipelineInterface, message: pb.ModelStatisticsRequest
     ) -> pb.ModelStatisticsResponse:
-        models = entry.models
+        models = pipeline.models
         served = (
-            [self._inference.served(entry, message.name, message.version)]
+            [self._inference.served(pipeline, message.name, message.version)]
             if message.name
             else [models[name] for name in sorted(models)]
         )
@@ -330,9 +332,9 @@ class InferenceServicer:
         return ParseDict(model_statistics(served, totals), pb.ModelStatisticsResponse())
 
     async def _repository_index(
-        self, entry: Entry, message: pb.RepositoryIndexRequest
+        self, pipeline: PipelineInterface, message: pb.RepositoryIndexRequest
     ) -> pb.RepositoryIndexResponse:
-        models = entry.models
+        models = pipeline.models
         index = repository_index(models[name] for name in sorted(models))
         return ParseDict({"models": index}, pb.RepositoryIndexResponse())
 

@@ -44,7 +44,7 @@ async def live_application(
         extend(app)
         add_live_sockets(app, sockets, ORIGINS)
         api = app.state.api
-        add_watching(app, Watches(api.entries._pipeline._store, api.recorder))
+        add_watching(app, Watches(api.access._pipeline._store, api.recorder))
 
     async with harness(server, models, limits=limits, extend=extend_all, **options) as running:
         await running.store.outputs.start()

@@ -35,7 +35,7 @@ from tests.service.transports.http.raw_http import becomes
 
 WINDOW = 64
 NOBODY: Any = SimpleNamespace(require=lambda *_, **__: None)
-"""The entry of a caller who may do everything."""
+"""The pipeline of a caller who may do everything."""
 
 LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=100, stream_window=WINDOW, drain_s=0.0)
 UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
@@ -225,12 +225,12 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
 ) -> None:
     """The library's other errors are still logged."""
 
-    async def infer(entry: Any, request: InferRequest, deadline_s: float) -> InferReply:
+    async def infer(pipeline: Any, request: InferRequest, deadline_s: float) -> InferReply:
         return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(2**18, np.float32))])
 
     limits = SimpleNamespace(effective_timeout_s=lambda remaining_s: 1.0)
-    entries = SimpleNamespace(entry=lambda authorization: NOBODY)
-    api = SimpleNamespace(limits=limits, entries=entries, tracer=None)
+    access = SimpleNamespace(pipeline=lambda authorization: NOBODY)
+    api = SimpleNamespace(limits=limits, access=access, tracer=None)
     inference: Any = SimpleNamespace(api=api, infer=infer)
     server = GrpcServer(inference, dict, LIMITS, "127.0.0.1", 0)
     await server.start()

@@ -1,4 +1,4 @@
-"""Entries of a process: when they end, and how many are kept."""
+"""Access control of a process: which pipelines it drops when, and how many it keeps."""
 
 from __future__ import annotations
 
@@ -10,87 +10,87 @@ import pytest
 from service.access import key_cache
 from service.access.key_cache import MAX_STALE_S, AccessKeys
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
-from service.pipeline import entries as entries_module
-from service.pipeline.entries import Entries
+from service.pipeline import access_control as module
+from service.pipeline.access_control import AccessControl
 from tests.service.access.test_access_keys import Records
 from tests.support.access import new_authorization, revoke
 from tests.support.clock import ManualClock
 
 
-def entries_of(keys: AccessKeys) -> Entries:
-    """Entries to a pipeline without models."""
+def access_control(keys: AccessKeys) -> AccessControl:
+    """Access control of a pipeline without models."""
     quotas = SimpleNamespace(quota=lambda key_id, limits: None)
     pipeline: Any = SimpleNamespace(models={}, streams=None, quotas=quotas)
-    return Entries(pipeline, keys)
+    return AccessControl(pipeline, keys)
 
 
-async def test_revoked_key_is_dropped_and_those_who_hold_its_entry_are_notified() -> None:
+async def test_revoked_key_is_dropped_and_its_listeners_are_notified() -> None:
     stored = Records()
     keys = AccessKeys(stored, required=True)
-    entries = entries_of(keys)
+    access = access_control(keys)
     authorizations = [(await new_authorization(stored)).encode() for _ in range(2)]
     await keys.refresh()
     ended: dict[bytes, list[CarryError]] = {}
     for authorization in authorizations:
-        entry = entries.entry(authorization)
-        assert entries.entry(authorization) is entry
-        assert entries.cached[authorization] is entry
-        entries.notify_end(entry, ended.setdefault(authorization, []).append)
+        pipeline = access.pipeline(authorization)
+        assert access.pipeline(authorization) is pipeline
+        assert access.cached[authorization] is pipeline
+        access.notify_end(pipeline, ended.setdefault(authorization, []).append)
     await revoke(stored, authorizations[0].decode())
     await keys.refresh()
     await keys.refresh()
     assert [type(error) for error in ended[authorizations[0]]] == [Unauthenticated]
     assert not ended[authorizations[1]]
-    assert list(entries.cached) == [authorizations[1]]
+    assert list(access.cached) == [authorizations[1]]
 
 
 async def test_listener_that_was_removed_is_not_called() -> None:
     stored = Records()
     keys = AccessKeys(stored, required=True)
-    entries = entries_of(keys)
+    access = access_control(keys)
     authorization = await new_authorization(stored)
     await keys.refresh()
     ended: list[CarryError] = []
-    entries.notify_end(entries.entry(authorization.encode()), ended.append)()
+    access.notify_end(access.pipeline(authorization.encode()), ended.append)()
     await revoke(stored, authorization)
     await keys.refresh()
     assert not ended
 
 
-async def test_entries_end_when_the_keys_cannot_be_read_for_too_long(
+async def test_pipelines_end_when_the_keys_cannot_be_read_for_too_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, stored = ManualClock(), Records()
     monkeypatch.setattr(key_cache, "time", clock)
     keys = AccessKeys(stored, required=True, now_ms=lambda: 0)
-    entries = entries_of(keys)
+    access = access_control(keys)
     authorization = (await new_authorization(stored)).encode()
     await keys.refresh()
     ended: list[CarryError] = []
-    entries.notify_end(entries.entry(authorization), ended.append)
+    access.notify_end(access.pipeline(authorization), ended.append)
     stored.is_away = True
     clock.now_s += MAX_STALE_S - 1
     await keys.refresh()
-    assert authorization in entries.cached
+    assert authorization in access.cached
     clock.now_s += 2
     await keys.refresh()
-    assert not entries.cached
+    assert not access.cached
     assert [type(error) for error in ended] == [StoreUnavailable]
     with pytest.raises(StoreUnavailable):
-        entries.entry(authorization)
+        access.pipeline(authorization)
 
 
 async def test_cached_headers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries_module, "MAX_CACHED", 3)
+    monkeypatch.setattr(module, "MAX_CACHED", 3)
     stored = Records()
     keys = AccessKeys(stored, required=True)
-    entries = entries_of(keys)
+    access = access_control(keys)
     authorizations = [(await new_authorization(stored)).encode() for _ in range(5)]
     await keys.refresh()
     for authorization in authorizations:
-        entries.entry(authorization)
-        assert len(entries.cached) <= 3
+        access.pipeline(authorization)
+        assert len(access.cached) <= 3
     for wrong in (b"Bearer x", b"Basic y", None):
         with pytest.raises(Unauthenticated):
-            entries.entry(wrong)
-    assert set(entries.cached) <= set(authorizations)
+            access.pipeline(wrong)
+    assert set(access.cached) <= set(authorizations)

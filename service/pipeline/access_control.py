@@ -1,7 +1,7 @@
-"""The entries of one process: from an Authorization header to the pipeline as its key may use it.
+"""Access control of one process: from an Authorization header to the pipeline in its key's scope.
 
-A key is verified once for each header; then the header finds its entry in `cached`, from which an
-entry is dropped as soon as its key is revoked, changed or expired, or the keys are too old.
+A key is verified once for each header; then the header finds its pipeline in `cached`, from which
+one is dropped as soon as its key is revoked, changed or expired, or the keys are too old.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Final
 from service.access.key_cache import AccessKeys
 from service.access.limits import KeyLimiters
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
-from service.pipeline.entry import Entry, KeyEntry
 from service.pipeline.pipeline import Pipeline
+from service.pipeline.scoped_pipeline import PipelineInterface, ScopedPipeline
 
 MAX_CACHED: Final = 4096
-"""Most headers with an entry; when there are more, all are verified again."""
+"""Most cached headers; when there are more, all are verified again."""
 
 OnEnd = Callable[[CarryError], None]
-"""Called with the reason when an entry may no longer be used."""
+"""Called with the reason when a pipeline may no longer be used."""
 
 
-class Entries:
-    """Gives entries to transports.
+class AccessControl:
+    """Gives each request the pipeline in the scope of its access key.
 
     Args:
         keys: the access keys; None for a service that is always open.
 
     Attributes:
-        open: the entry of everybody; None if requests need a key.
-        cached: verified headers and their entries, only while requests need a key.
+        open_pipeline: the pipeline without checks; None if requests need a key.
+        cached: verified headers and their pipelines, only while requests need a key.
     """
 
     def __init__(self, pipeline: Pipeline, keys: AccessKeys | None = None):
@@ -38,54 +38,54 @@ class Entries:
         self._keys = keys
         self._models = pipeline.models
         self._limiters = KeyLimiters()
-        self._on_end: dict[Entry, set[OnEnd]] = {}
-        self.open: Entry | None = pipeline
-        self.cached: dict[bytes | None, KeyEntry] = {}
+        self._on_end: dict[PipelineInterface, set[OnEnd]] = {}
+        self.open_pipeline: PipelineInterface | None = pipeline
+        self.cached: dict[bytes | None, ScopedPipeline] = {}
         if keys is not None:
             keys.on_refresh = self._refresh
             self._refresh()
 
-    def entry(self, authorization: bytes | None) -> Entry:
-        """The entry of a request with this header, which need not be read further before.
+    def pipeline(self, authorization: bytes | None) -> PipelineInterface:
+        """The pipeline in the scope of this header; call it before more of a request is read.
 
         Raises:
             Unauthenticated: there is no key that is accepted.
             StoreUnavailable: the keys could not be read for too long.
         """
-        if self.open is not None or self._keys is None:
+        if self.open_pipeline is not None or self._keys is None:
             return self._pipeline
         principal = self._keys.authenticate(authorization)
         if authorization is None:
             raise RuntimeError("a request without a key was authenticated")
-        entry = self.cached.get(authorization)
-        if entry is None or entry.principal != principal:
+        pipeline = self.cached.get(authorization)
+        if pipeline is None or pipeline.principal != principal:
             if len(self.cached) >= MAX_CACHED:
                 self.cached.clear()
             limiter = self._limiters.limiter(principal.key_id, principal.limits)
             quota = self._pipeline.quotas.quota(principal.key_id, principal.limits)
-            entry = KeyEntry(self._pipeline, principal, limiter, quota)
-            self.cached[authorization] = entry
-        return entry
+            pipeline = ScopedPipeline(self._pipeline, principal, limiter, quota)
+            self.cached[authorization] = pipeline
+        return pipeline
 
-    def notify_end(self, entry: Entry, on_end: OnEnd) -> Callable[[], None]:
-        """Call `on_end` once the entry may no longer be used, within a second of that; for what
+    def notify_end(self, pipeline: PipelineInterface, on_end: OnEnd) -> Callable[[], None]:
+        """Call `on_end` once the pipeline may no longer be used, within a second of that; for what
         outlives its request. Returns the function that ends this."""
-        listeners = self._on_end.setdefault(entry, set())
+        listeners = self._on_end.setdefault(pipeline, set())
         listeners.add(on_end)
 
         def remove() -> None:
             listeners.discard(on_end)
             if not listeners:
-                self._on_end.pop(entry, None)
+                self._on_end.pop(pipeline, None)
 
         return remove
 
     def _refresh(self) -> None:
-        """Drop the entries that may no longer be used."""
+        """Drop the pipelines that may no longer be used."""
         keys = self._keys
         if keys is None:
             return
-        self.open = self._pipeline if keys.is_open else None
+        self.open_pipeline = self._pipeline if keys.is_open else None
         stale: CarryError | None = None
         try:
             if not keys.is_open:
@@ -98,19 +98,19 @@ class Entries:
         for authorization, cached in list(self.cached.items()):
             if not keys.is_current(cached.principal):
                 del self.cached[authorization]
-        for entry, listeners in list(self._on_end.items()):
-            reason = stale or self._end(keys, entry)
+        for pipeline, listeners in list(self._on_end.items()):
+            reason = stale or self._end(keys, pipeline)
             if reason is not None:
-                del self._on_end[entry]
+                del self._on_end[pipeline]
                 for on_end in list(listeners):
                     on_end(reason)
 
-    def _end(self, keys: AccessKeys, entry: Entry) -> CarryError | None:
-        """Why an entry may no longer be used; None if it may."""
-        if isinstance(entry, KeyEntry):
-            if keys.is_current(entry.principal):
+    def _end(self, keys: AccessKeys, pipeline: PipelineInterface) -> CarryError | None:
+        """Why a pipeline may no longer be used; None if it may."""
+        if isinstance(pipeline, ScopedPipeline):
+            if keys.is_current(pipeline.principal):
                 return None
-            return Unauthenticated(f"the key {entry.principal.key_id} is no longer accepted")
+            return Unauthenticated(f"the key {pipeline.principal.key_id} is no longer accepted")
         if keys.is_open:
             return None
         return Unauthenticated("the service now requires an access key")
