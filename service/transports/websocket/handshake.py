@@ -26,7 +26,7 @@ from urllib.parse import unquote
 from structlog.contextvars import bound_contextvars
 from uvicorn.server import ServerState
 from websockets.datastructures import Headers as WebSocketHeaders
-from websockets.exceptions import InvalidUpgrade
+from websockets.exceptions import InvalidHeader, InvalidUpgrade
 from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
@@ -200,10 +200,11 @@ class LiveUpgrader:
         response = library.accept(Request(url.decode("latin-1"), received))
         failure = library.handshake_exc
         if failure is not None:
-            wants_other = isinstance(failure, InvalidUpgrade)
-            version = received.get("Sec-WebSocket-Version", "13")
-            kind = UpgradeRequired if wants_other or version != "13" else MalformedRequest
-            raise kind(f"expected a WebSocket handshake: {failure}")
+            versions = received.get_all("Sec-WebSocket-Version")
+            is_other = len(versions) == 1 and versions != ["13"]
+            wants_other = isinstance(failure, InvalidUpgrade) or is_other
+            kind = UpgradeRequired if wants_other else MalformedRequest
+            raise kind(f"expected a WebSocket handshake: {_reason(failure)}")
         self._check_origin(received)
         del response.headers["Date"]
         return response
@@ -304,19 +305,24 @@ def _authorization(headers: Headers) -> bytes | None:
         DuplicateField
     """
     values = [bytes(value) for name, value in headers if name == b"authorization"]
-    if not values:
-        offered = b",".join([value for name, value in headers if name == _PROTOCOLS])
-        keys = [each.strip() for each in offered.split(b",")]
-        values = [
-            b"Bearer " + key.removeprefix(KEY_SUBPROTOCOL)
-            for key in keys
-            if key.startswith(KEY_SUBPROTOCOL)
-        ]
+    offered = b",".join([value for name, value in headers if name == _PROTOCOLS])
+    values += [
+        b"Bearer " + key.removeprefix(KEY_SUBPROTOCOL)
+        for key in map(bytes.strip, offered.split(b","))
+        if key.startswith(KEY_SUBPROTOCOL)
+    ]
     if len(values) > 1:
         raise DuplicateField(
             f"Authorization: expected one key, got {len(values)}", at="Authorization"
         )
     return values[0] if values else None
+
+
+def _reason(failure: Exception) -> str:
+    """What is wrong with a handshake, without the list of subprotocols, which may have a key."""
+    if isinstance(failure, InvalidHeader) and failure.name.lower().encode() == _PROTOCOLS:
+        return f"invalid {failure.name} header"
+    return str(failure)
 
 
 def _select_subprotocol(_: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:

@@ -50,6 +50,12 @@ WRONG_HANDSHAKES = [
     ((*UPGRADE, SECURITY[1]), 400, "malformed_request"),
     ((*UPGRADE, "Sec-WebSocket-Key: c2hvcnQ=", SECURITY[1]), 400, "malformed_request"),
     ((*UPGRADE, *SECURITY, SECURITY[0]), 400, "malformed_request"),
+    ((*UPGRADE, *SECURITY, SECURITY[1]), 400, "malformed_request"),
+    (
+        (*UPGRADE, *SECURITY, "Sec-WebSocket-Protocol: carry.bearer.secret/"),
+        400,
+        "malformed_request",
+    ),
     (("Connection: Upgrade", "Upgrade: h2c", *SECURITY), 426, "upgrade_required"),
 ]
 
@@ -61,6 +67,7 @@ async def test_a_wrong_handshake_is_rejected_and_the_connection_closed(api: Harn
             await sockets.ended()
             assert (got, code_of(response)) == (status, code), lines
             assert b"connection: close" in response
+            assert b"secret" not in response
             assert (b"sec-websocket-version: 13" in response) == (status == 426)
 
 

@@ -88,6 +88,8 @@ async def test_browser_sends_its_key_as_a_subprotocol(api: Harness) -> None:
         assert await rejected(sockets, STREAM, subprotocols=["carry"]) == 401
         two = [*offered, f"carry.bearer.{secret[:-1]}0"]
         assert await rejected(sockets, STREAM, subprotocols=two) == 400
+        also = with_key(await api.key())
+        assert await rejected(sockets, STREAM, subprotocols=offered, **also) == 400
 
 
 async def test_each_chunk_of_a_socket_for_many_streams_keeps_to_the_prefix(api: Harness) -> None:
