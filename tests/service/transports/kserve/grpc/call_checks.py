@@ -229,7 +229,7 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
         return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(2**18, np.float32))])
 
     limits = SimpleNamespace(effective_timeout_s=lambda remaining_s: 1.0)
-    access = SimpleNamespace(pipeline=lambda authorization: NOBODY)
+    access = SimpleNamespace(open_pipeline=SimpleNamespace(require=lambda *verbs, model: None))
     api = SimpleNamespace(limits=limits, access=access, tracer=None)
     inference: Any = SimpleNamespace(api=api, infer=infer)
     server = GrpcServer(inference, dict, LIMITS, "127.0.0.1", 0)
