@@ -229,9 +229,9 @@ def _grpc_server(
     from service.transports.kserve.grpc.server import GrpcLimits, GrpcServer
 
     limits = GrpcLimits(
-        max_message_bytes=settings.max_body_bytes,
+        max_message_bytes=settings.grpc_max_message_bytes,
         max_pending_bytes=settings.max_pending_body_bytes,
-        receive_s=settings.body_timeout_s + settings.max_body_bytes / BODY_BYTES_PER_S,
+        receive_s=settings.body_timeout_s + settings.grpc_max_message_bytes / BODY_BYTES_PER_S,
         max_calls=settings.grpc_max_calls,
         stream_window=settings.pipelining_window,
         drain_s=settings.drain_s,

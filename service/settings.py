@@ -87,8 +87,12 @@ class Settings(BaseSettings):
 
     grpc_max_calls: Annotated[int, Field(ge=1)] = 1_000
     """Maximum concurrent gRPC calls of one worker; further ones get `RESOURCE_EXHAUSTED`. More than
-    all clients together have open; each stream may take four times `CARRY_MAX_BODY_BYTES` of memory
-    while a message arrives."""
+    all clients together have open; each stream may take four times `CARRY_GRPC_MAX_MESSAGE_BYTES`
+    of memory while a message arrives."""
+
+    grpc_max_message_bytes: Annotated[int, Field(ge=1024)] = 4 << 20
+    """Maximum length of a gRPC request; a longer one gets `RESOURCE_EXHAUSTED`. The default is that
+    of gRPC."""
 
     metrics: bool = True
     """Serve `/metrics`; off, the service has none."""

@@ -124,7 +124,7 @@ async def grpc_stream(target: Target) -> str:
         method = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
         call = method(metadata=[("authorization", target.key)])
         for _ in range(4):
-            await call.write(bytes(15 * MIB))
+            await call.write(bytes(4 * MIB - 1024))
         return str(await call.code())
 
 
