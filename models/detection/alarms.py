@@ -1,8 +1,8 @@
-"""Alarms: one for each period of unusual events, however many these are.
+"""Alarms: one for each period of unusual events, with hysteresis and a hold time.
 
 An alarm opens after `min_events` consecutive events whose tail probability is at most the
 threshold. It closes after `hold_events` consecutive events above the lower threshold, which is
-`hysteresis` times as probable, so that it neither flickers nor opens twice for one cause.
+`hysteresis` times as probable: so it does not flicker, and one cause opens it once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Detection on the outputs of a network with an anomaly head: tail probabilities and alarms.
 
-Each event's statistics (`models.detection.statistics`) have tail probabilities on what was fitted
-(`models.detection.tails`), which are combined into one. It means the same on every stream: of a
-thousand usual events, one has a probability below 0.001. Its threshold opens alarms.
+Each event's statistics (`models.detection.statistics`) have tail probabilities by the fitted tails
+(`models.detection.tails`), which are combined into one. It is comparable between streams: of a
+thousand usual events, one has a probability below 0.001. Alarms open below a threshold of it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Detector:
     def step(
         self, rows: FloatRows, lengths: NDArray[Any], outputs: FloatRows, state: FloatRows
     ) -> tuple[FloatRows, FloatRows]:
-        """Judge the events of a batch.
+        """Score the events of a batch.
 
         Args:
             rows: [B, T, F], encoded.
@@ -64,32 +64,32 @@ class Detector:
             row's last event.
         """
         deviations = self._channels.follow(rows, lengths, outputs[..., self._parameters], state)
-        judged = self._judge(deviations)
+        scored = self._score(deviations)
         after = deviations.state
-        alarms = np.zeros((*judged.probability.shape, 1))
+        alarms = np.zeros((*scored.probability.shape, 1))
         active = state[:, self._alarm_at].any(axis=1)
-        active |= (judged.probability <= self._threshold).any(axis=1)
+        active |= (scored.probability <= self._threshold).any(axis=1)
         for index in np.flatnonzero(active):
             length, own = lengths[index], AlarmState(state[index, self._alarm_at])
-            probability = judged.probability[index, :length]
+            probability = scored.probability[index, :length]
             alarms[index, :length, 0] = follow_alarm(self._alarm, probability, self._threshold, own)
             after[index, self._alarm_at] = own.values()
-        found = (judged.probability[..., np.newaxis], alarms, deviations.z, judged.shares)
-        added = np.concatenate(found, axis=-1).astype(np.float32)
+        columns = (scored.probability[..., np.newaxis], alarms, deviations.z, scored.shares)
+        added = np.concatenate(columns, axis=-1).astype(np.float32)
         return np.concatenate([outputs[..., self._public], added], axis=-1), after
 
-    def _judge(self, deviations: Deviations) -> Judged:
+    def _score(self, deviations: Deviations) -> EventScores:
         inverse = np.exp(self._tails.nats(deviations.statistics))
         combined = combine(inverse)
         probability = np.exp(-self._combined.nats(combined[..., np.newaxis])[..., 0])
         count = deviations.z.shape[-1]
         parts = np.split(inverse, inverse.shape[-1] // count, axis=-1)
         weights = functools.reduce(np.add, parts)
-        return Judged(probability, weights / weights.sum(axis=-1, keepdims=True))
+        return EventScores(probability, weights / weights.sum(axis=-1, keepdims=True))
 
 
-class Judged(NamedTuple):
-    """Tail probabilities [B, T], and the share [B, T, C] of each channel in them."""
+class EventScores(NamedTuple):
+    """Tail probabilities [B, T], and the share [B, T, C] that each channel has in them."""
 
     probability: Floats
     shares: Floats

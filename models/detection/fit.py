@@ -22,10 +22,12 @@ FloatRows = NDArray[np.float32]
 EXCEEDED: Final = 0.05
 """Share of the events beyond the threshold of a tail."""
 STEPS: Final = 256
+"""Events that are computed in one call."""
 MIN_EVENTS: Final = 200
 FEW_ALARMS: Final = 10
-"""Up to so many alarms, their number is taken to be proportional to the threshold."""
+"""Up to this many alarms, their number is assumed to be proportional to the threshold."""
 LONGEST: Final = 3.0
+"""Most open events, as a multiple of those of the expected alarms; see `alarm_threshold`."""
 SMALLEST_THRESHOLD: Final = 1e-9
 
 
@@ -35,8 +37,8 @@ class Stream(NamedTuple):
     Attributes:
         rows: [T, F], encoded.
         parameters: [T, P], the forecast of each event, made before it.
-        counted: bool [T], the events that are fitted to: those the network was not trained on.
-        days: how long these took.
+        counted: bool [T], the events to fit to: those that the network was not trained on.
+        days: duration of these.
     """
 
     rows: FloatRows
@@ -46,7 +48,7 @@ class Stream(NamedTuple):
 
 
 def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
-    """What is usual on these streams.
+    """Fit spreads, tails and the threshold to streams.
 
     Raises:
         DataError: they are too short.
@@ -113,8 +115,8 @@ def _follow(
 def alarm_threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> float:
     """The tail probability at which as many alarms open as are expected.
 
-    A larger one can open fewer alarms, each of them longer: alarms may be open for `LONGEST` times
-    as many events as the expected ones are held, and no more.
+    A larger threshold can open fewer alarms, each of them longer. So alarms may be open for at most
+    `LONGEST` times as many events as `hold_events` keeps the expected ones open.
 
     Args:
         streams: tail probabilities of each.

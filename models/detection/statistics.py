@@ -1,4 +1,4 @@
-"""What is unusual about an event: deviations in each channel, and statistics of them.
+"""Deviations of an event in each channel from its stream's past, and statistics of them.
 
 Equations, for one target with encoded value x, the forecast's mean mu and log deviation s, and the
 decay r = exp(-1 / memory_events); "before" means from the events before this one only:
@@ -13,11 +13,11 @@ decay r = exp(-1 / memory_events); "before" means from the events before this on
     z        a e / max(spread, minimum), within -30 to 30
     energy   E_t = g E_(t-1) + (1 - g) a (min(z_t^2 / a^2, 100) - 1),  g = exp(-1 / scale)
 
-What a stream is like shows in its first events: the less is known of it, the less is unusual, and
-a target's first event has no statistics at all. The mean of square
-roots is a spread that one outlier hardly moves, and that many zeros do not make
-zero. The statistics of a channel, larger for what is more unusual, are |z|, and for each scale
-the mean square 1 + E and its inverse. An event without the target changes nothing but the decays.
+In a new stream `trust` shrinks the deviations towards 0, and a target's first event has no
+statistics. The mean of square roots is a robust spread: one outlier hardly moves it, and many zeros
+do not make it zero. The statistics of a channel, larger for what is more unusual, are |z|, and for
+each scale the mean square 1 + E and its inverse. An event without the target changes only the
+decays.
 
 Every recurrence y_t = r y_(t-1) + x_t is computed for all steps at once, as a product with the
 matrix of the powers of r. Pure NumPy in float64; states are float32.
@@ -44,7 +44,7 @@ FloatRows = NDArray[np.float32]
 Z_LIMIT: Final = 30.0
 ENERGY_LIMIT: Final = 100.0
 STUCK: Final = 0.05
-"""Added to a mean square before it is inverted: how still a stream can be."""
+"""Added to a mean square before it is inverted, which bounds the inverse."""
 SMALLEST: Final = 1e-9
 
 
@@ -120,7 +120,7 @@ class Channels:
         chunk.keep("mean", sums)
         has &= own > SMALLEST
         errors = np.where(has, values - sums[:, :-1] / np.maximum(own, SMALLEST), 0.0)
-        # a channel without a value, of a target that is there, keeps to what is usual
+        # a channel without a value, of a target that is present, counts as the usual spread
         usual = np.where(chunk.present[..., self._target], self._roots, 0.0)
         roots = np.where(has, np.sqrt(np.abs(errors)), usual)
         sums = decay.sums(roots, chunk.before["spread"])
@@ -247,7 +247,7 @@ class _Chunk(NamedTuple):
 
 
 class _Decay(NamedTuple):
-    """The powers of a decay for T steps.
+    """Powers of a decay for T steps, which compute its recurrences.
 
     Attributes:
         rate: r.

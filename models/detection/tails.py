@@ -1,4 +1,4 @@
-"""Tail probabilities: how often a statistic is as large as this, on streams without anomalies.
+"""Tail probabilities: how often a statistic is at least this large on streams without anomalies.
 
 Peaks over threshold (Davison & Smith, 1990): beyond a high quantile u the excess follows a
 generalised Pareto distribution,
@@ -7,8 +7,8 @@ generalised Pareto distribution,
 
 and up to u the logarithm of the probability falls linearly from 0. The parameters come from
 probability-weighted moments (Hosking & Wallis, 1987), which need no iterations. Statistics of
-different kinds are combined by the harmonic mean of their tail probabilities, which holds for
-dependent ones (Wilson, 2019).
+different kinds are combined by the harmonic mean of their tail probabilities, which is valid
+for dependent ones (Wilson, 2019).
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """Specification of detection: calibrated anomaly scores and alarms from an anomaly head.
 
-The head's nats depend on how well the network knows a stream: 12 nats may be usual for one stream
-and an accident for another. Detection compares each event with the stream's own past. For every
-target it follows several channels:
+The head's nats depend on how well the network predicts a stream: 12 nats may be usual for one
+stream and an anomaly for another. Detection compares each event with the stream's own past. Each
+target has several channels:
 
     forecast   the error of the network's forecast, in its predicted deviations; for a categorical
                or boolean target the square root of twice its nats
     level      the value itself
-    change     the value less the value before it
-    season     the value less the value `season_events` before it
+    change     the value minus the value before it
+    season     the value minus the value `season_events` before it
 
-Each channel has the stream's own mean and spread of recent events, and is judged at several time
+Each channel has the stream's own mean and spread of recent events, and is tested at several time
 scales: the event alone, and the mean square over some events, which may be too large or too small
-(a sensor that is stuck). `models.detection` has the equations. What is fitted to data
-(`DetectionFit`) is in the artifact's specification, like the means of an event schema.
+(a sensor that is stuck). `models.detection` has the equations. The fitted parameters
+(`DetectionFit`) are in the artifact's specification, like the means of an event schema.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Tail(Frozen):
 
 
 class DetectionFit(Frozen):
-    """What is fitted to streams without known anomalies.
+    """Parameters that are fitted to streams without known anomalies.
 
     Attributes:
         spreads: by channel, the usual spread.
@@ -105,15 +105,13 @@ class DetectionSpec(Frozen):
 
     Attributes:
         head: the anomaly head.
-        memory_events: events after which the past weighs 1/e: what is usual follows the stream at
-            this pace.
-        prior_events: events after which a new stream is known by its own spread rather than the
-            usual one.
+        memory_events: time constant of the statistics: after this many events the past weighs 1/e.
+        prior_events: weight of the usual spread in a new stream's, as a pseudo-count of events.
         scales: time scales in events, beside the single event.
-        channels: what is followed.
+        channels: kinds of channels of each numeric target.
         season_events: events per season; adds the channel `season`.
-        minimum_spread: the smallest spread, as a share of the usual one: a change of a constant
-            stream is not infinitely unusual.
+        minimum_spread: the smallest spread, as a share of the usual one; bounds the deviations of a
+            constant stream.
     """
 
     head: str

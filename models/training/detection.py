@@ -21,7 +21,7 @@ def fitted_detection(
     from_ms: int,
     to_ms: int,
 ) -> ModelSpec:
-    """The spec with its detection fitted to the events in [from_ms, to_ms).
+    """Fit the detection of a spec to the events in [from_ms, to_ms).
 
     Args:
         spec: a trained model, with or without detection.
@@ -39,8 +39,7 @@ def fitted_detection(
 def fitted_to_outputs(
     spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32], from_ms: int, to_ms: int
 ) -> ModelSpec:
-    """As `fitted_detection`, given the network's outputs; each stream is followed from its
-    beginning."""
+    """As `fitted_detection`, given the network's outputs from each stream's beginning."""
     detection, head, _ = detection_of(spec)
     first = network_outputs(spec).slices[head.name].stop
     parameters = outputs[:, first : first + anomaly_size(spec, head)]

@@ -93,10 +93,10 @@ def detect(spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32]) -> N
         for at in range(start, stop, DETECTION_STEPS):
             part = slice(at, min(at + DETECTION_STEPS, stop))
             length = np.array([part.stop - at])
-            judged, state = detector.step(
+            scored, state = detector.step(
                 rows[np.newaxis, part], length, outputs[np.newaxis, part], state
             )
-            found[part] = judged[0]
+            found[part] = scored[0]
     return found
 
 

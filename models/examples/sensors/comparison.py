@@ -1,4 +1,4 @@
-"""Compares ways to judge the same events, each with a threshold for equally many false alarms."""
+"""Compares methods of anomaly detection, with thresholds for the same number of false alarms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 LABEL = "anomaly"
 DRAWS = 1000
-WAYS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "detection": {},
     "detection without the season": {"season_events": None},
     "forecast alone": {"channels": ("forecast",), "season_events": None},
@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """Options of the detection that replace those of the model."""
 HEADER = """\
-| anomalies | judged by | average precision of a sensor | found | false alarms a day | delay |
+| anomalies | method | average precision of a sensor | recall | false alarms a day | delay |
 | --- | --- | --- | --- | --- | --- |
 """
 
@@ -51,8 +51,8 @@ class _Table(NamedTuple):
         return values[kept].reshape(len(self.streams.spans), -1)
 
 
-class _Judged(NamedTuple):
-    """What a way makes of every event: a score, larger for what is unusual, and the alarm."""
+class _Scored(NamedTuple):
+    """The score of each event by one method, larger for what is more unusual, and the alarm."""
 
     score: Floats
     alarm: NDArray[Any]
@@ -63,7 +63,7 @@ def comparison(artifact: Artifact, tables: Mapping[str, pl.DataFrame]) -> str:
 
     Args:
         artifact: the example's model.
-        tables: by name; each way is fitted to the first.
+        tables: by name; each method is fitted to the first.
     """
     spec = artifact.spec
     read = {}
@@ -73,17 +73,17 @@ def comparison(artifact: Artifact, tables: Mapping[str, pl.DataFrame]) -> str:
         read[name] = _Table(streams, outputs, anomalous_events(spec, streams, LABEL))
     fitted_to = next(iter(read.values()))
     lines = [
-        f"| {name} | {way} | {_scores(spec, table, judged)} |\n"
+        f"| {name} | {method} | {_scores(spec, table, scored)} |\n"
         for name, table in read.items()
-        for way, judged in _ways(spec, fitted_to, table)
+        for method, scored in _methods(spec, fitted_to, table)
     ]
     return HEADER + "".join(lines)
 
 
-def _ways(spec: ModelSpec, fitted_to: _Table, table: _Table) -> Iterator[tuple[str, _Judged]]:
-    yield "nats", _by_nats(spec, fitted_to, table)
+def _methods(spec: ModelSpec, fitted_to: _Table, table: _Table) -> Iterator[tuple[str, _Scored]]:
+    yield "nats of the network", _by_nats(spec, fitted_to, table)
     detection, head, _ = detection_of(spec)
-    for way, options in WAYS.items():
+    for method, options in METHODS.items():
         own = detection.model_copy(update={"fit": None, **options})
         changed = fitted_to_outputs(
             spec.model_copy(update={"detection": own}),
@@ -93,10 +93,10 @@ def _ways(spec: ModelSpec, fitted_to: _Table, table: _Table) -> Iterator[tuple[s
         )
         found = output_spec(changed).by_name(detect(changed, table.streams, table.outputs))
         probability = found[f"{head.name}.probability"].astype(np.float64)
-        yield way, _Judged(-probability, found[f"{head.name}.alarm"])
+        yield method, _Scored(-probability, found[f"{head.name}.alarm"])
 
 
-def _by_nats(spec: ModelSpec, fitted_to: _Table, table: _Table) -> _Judged:
+def _by_nats(spec: ModelSpec, fitted_to: _Table, table: _Table) -> _Scored:
     """The same alarms on the nats alone: their share among those of the validation set is the
     probability."""
     detection, head, _ = detection_of(spec)
@@ -118,13 +118,13 @@ def _by_nats(spec: ModelSpec, fitted_to: _Table, table: _Table) -> _Judged:
         follow_alarm(detection.alarm, found[start:stop], threshold, AlarmState(np.zeros(3)))
         for start, stop in table.streams.spans
     ]
-    return _Judged(table.outputs[:, at].astype(np.float64), np.concatenate(alarms))
+    return _Scored(table.outputs[:, at].astype(np.float64), np.concatenate(alarms))
 
 
-def _scores(spec: ModelSpec, table: _Table, judged: _Judged) -> str:
+def _scores(spec: ModelSpec, table: _Table, scored: _Scored) -> str:
     """The cells of a row, on the held-out events."""
     _, test_ms = _split(spec)
-    score, alarm, anomalous = (table.rows(values, test_ms) for values in (*judged, table.anomalous))
+    score, alarm, anomalous = (table.rows(values, test_ms) for values in (*scored, table.anomalous))
     each = np.array([average_precision(*pair) for pair in zip(score, anomalous, strict=True)])
     random = np.random.default_rng(0)
     means = each[random.integers(len(each), size=(DRAWS, len(each)))].mean(axis=1)

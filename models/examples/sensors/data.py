@@ -1,8 +1,8 @@
 """Sensors with labelled anomalies: a generator, since labelled recordings are rarely free.
 
-Each sensor has its own level, scale, daily and weekly shape, and noise that remembers the hours
-before. Anomalies are in the last two fifths of the time only. Two sets of kinds never meet: what is
-chosen is chosen on the first, and the second is scored once.
+Each sensor has its own level, scale, daily and weekly shape, and autocorrelated noise.
+Anomalies are in the last two fifths of the time only. They are of two disjoint sets of kinds:
+detection was developed on the first, and the second is held out and was scored once.
 
     development   spike, level, noise, stuck
     held_out      drift, amplitude, frequency, shift
@@ -42,7 +42,7 @@ STEP_MS = 900_000
 START_MS = 1_767_225_600_000
 """2026-01-01T00:00:00Z."""
 CLEAN = 0.6
-"""Share of the time before the first anomaly."""
+"""Share of the time that has no anomalies, from the start."""
 
 
 def sensors(kinds: Kinds, *, count: int = 40, days: int = 100, each: int = 2) -> pl.DataFrame:
@@ -70,7 +70,7 @@ def sensors(kinds: Kinds, *, count: int = 40, days: int = 100, each: int = 2) ->
 
 
 class _Parts(NamedTuple):
-    """What a sensor's values are made of, [steps] each; anomalies change them in place."""
+    """Components of a sensor's values, [steps] each; anomalies change them in place."""
 
     amplitude: Floats
     phase: Floats

@@ -1,4 +1,4 @@
-"""A runtime with detection behind the network: any library's runtime computes the network."""
+"""A runtime with detection after the network, which another runtime computes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class DetectingRuntime:
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
     ) -> tuple[FloatBatch, FloatRows]:
-        """Run the network and judge its events; see `Runtime.step`."""
+        """Run the network and score its events; see `Runtime.step`."""
         network, own = np.split(states, [self._network_size], axis=1)
         outputs, stepped = self._runtime.step(rows, lengths, np.ascontiguousarray(network))
-        found, after = self._detector.step(rows, lengths, outputs, own)
-        return found, np.concatenate([stepped, after], axis=1)
+        detected, after = self._detector.step(rows, lengths, outputs, own)
+        return detected, np.concatenate([stepped, after], axis=1)

@@ -148,7 +148,7 @@ def test_every_output_is_the_oracles_for_any_chunks(everything: ModelSpec, cuts:
     np.testing.assert_array_equal(found["hidden"], outputs[:, PARAMETERS.stop :])
 
 
-def test_a_stream_is_judged_alone(everything: ModelSpec) -> None:
+def test_streams_of_a_batch_are_scored_independently(everything: ModelSpec) -> None:
     rows, outputs = events(np.random.default_rng(12), everything, 40)
     whole, state = run(everything, rows, outputs, [40])
     parts, again = run(everything, rows, outputs, [13, 27], more=5)
@@ -174,7 +174,7 @@ def test_probabilities_mean_the_same_on_streams_of_any_scale() -> None:
     assert all(0.006 < share < 0.015 for share in shares), shares
 
 
-def test_alarms_are_as_frequent_as_asked_for_on_other_streams() -> None:
+def test_false_alarm_rate_on_other_streams_is_as_specified() -> None:
     alarm = {"false_alarms_per_day": 0.5, "hold_events": 10}
     spec = spec_of(["flow"], memory_events=300, alarm=alarm)
     spec = fitted(spec, streams_of(spec, 40, 1000, seed=3))
@@ -266,7 +266,7 @@ def test_a_fitted_tail_extends_beyond_its_data(shape: float) -> None:
         assert nats == pytest.approx(-np.log(probability), rel=0.12)
 
 
-def test_what_is_missing_is_named() -> None:
+def test_errors_name_what_is_missing() -> None:
     spec = spec_of(["flow"])
     with pytest.raises(SpecError, match="expected a fitted `detection`"):
         Detector(spec)
@@ -278,7 +278,7 @@ def test_what_is_missing_is_named() -> None:
         spec_of(["flow"], scales=[3, 3])
 
 
-def test_a_threshold_never_keeps_alarms_open_for_good() -> None:
+def test_threshold_never_keeps_alarms_open_permanently() -> None:
     alarm = AlarmSpec(hold_events=50)
     random = np.random.default_rng(9)
     # bursts: larger thresholds make fewer and longer alarms

@@ -26,14 +26,14 @@ def test_alarms_that_overlap_an_anomaly_are_true() -> None:
     assert scores.delay_events == pytest.approx(0.5)
 
 
-def test_without_anomalies_or_alarms_there_is_no_share() -> None:
+def test_recall_and_precision_are_nan_without_anomalies_and_alarms() -> None:
     none = np.zeros(5)
     scores = score_alarms(none, none, none > 0, [(0, 5)], [1.0])
     assert np.isnan([scores.recall, scores.precision, scores.average_precision]).all()
     assert scores.false_per_day == 0
 
 
-def test_average_precision_is_that_of_scikit_learn() -> None:
+def test_average_precision_equals_scikit_learn() -> None:
     random = np.random.default_rng(3)
     score = random.integers(0, 9, 400).astype(np.float64)
     positive = random.random(400) < score / 20

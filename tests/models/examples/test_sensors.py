@@ -10,7 +10,7 @@ from models.examples.sensors.data import CLEAN, KINDS, LENGTHS, Kinds, sensors
 
 
 @pytest.mark.parametrize("kinds", ["development", "held_out"])
-def test_anomalies_are_labelled_and_late(kinds: Kinds) -> None:
+def test_anomalies_are_labelled_and_after_the_clean_part(kinds: Kinds) -> None:
     frame = sensors(kinds, count=5, days=20)
     assert frame.equals(sensors(kinds, count=5, days=20))
     for part in frame.partition_by("sensor"):
@@ -23,6 +23,6 @@ def test_anomalies_are_labelled_and_late(kinds: Kinds) -> None:
         assert np.isfinite(part["value"].to_numpy()).all()
 
 
-def test_the_two_sets_of_kinds_never_meet() -> None:
+def test_the_two_sets_of_kinds_are_disjoint() -> None:
     assert not set(KINDS["development"]) & set(KINDS["held_out"])
     assert {kind for kinds in KINDS.values() for kind in kinds} == LENGTHS.keys()

@@ -1,4 +1,4 @@
-"""A model is trained with detection, and judges events wherever it runs."""
+"""A model is trained with detection, and scores events wherever it runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_fit_is_in_the_artifact(artifact: Artifact) -> None:
     assert artifact.state.slices.keys() >= {"odd.weight", "odd.energy", "odd.alarm"}
 
 
-def test_every_way_to_run_it_gives_the_same(
+def test_chunks_and_carry_score_give_equal_outputs(
     artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
 ) -> None:
     streams = streams_of(artifact.spec, frame, "data")
