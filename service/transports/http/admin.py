@@ -48,7 +48,7 @@ class AdminServer(uvicorn.Server):
     ):
         self._address = (host, port)
         ids = RequestIds()
-        routes = [*health.router.routes, *health.store_router().routes]
+        routes = [*health.router.routes, *health.checks_router().routes]
         if metrics is not None:
             routes += health.metrics_router(metrics).routes
         # the requests that the page describes are those of the other port

@@ -77,7 +77,7 @@ def create_api(
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
-    routers.append(health.store_router(pipeline_of))
+    routers.append(health.checks_router(pipeline_of))
     if metrics is not None:
         routers.append(health.metrics_router(metrics, pipeline_of))
     ids = RequestIds()

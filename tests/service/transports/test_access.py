@@ -87,6 +87,7 @@ OPEN = {
 }
 """Routes for everybody: they say nothing of models and streams."""
 
+CHECKS = ["store", "runtime", "accepting"]
 STATE = [{"name": "state.lstm_1.hidden"}]
 SOCKETS = SocketLimits(window=8, max_frame_bytes=20_000)
 
@@ -183,6 +184,16 @@ async def test_every_route_needs_its_verb(api: Harness) -> None:
             assert allowed == set(Verb)
         else:
             assert allowed == needed, (method, path)
+
+
+@once
+async def test_details_of_readiness_need_the_right_to_read_metrics(api: Harness) -> None:
+    others = await api.key(verbs=tuple(set(Verb) - {Verb.METRICS}))
+    for key, is_shown in ((None, False), (others, False), (await api.key(), True)):
+        headers = {} if key is None else {"authorization": key}
+        reply = await api.client.get("/health/ready", headers=headers)
+        assert ("accepts commits" in reply.text) == is_shown
+        assert [check["name"] for check in reply.json()["checks"]] == CHECKS
 
 
 @once

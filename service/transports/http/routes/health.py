@@ -7,12 +7,14 @@ to restart it. Readiness names every check and each one that fails. They answer 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from service.access.principal import Verb
+from service.core.errors import CarryError
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.http.context import api_of
 from service.transports.http.media import Media
@@ -22,6 +24,9 @@ from service.transports.http.replies.reply_types import Live, Ready, StoreReport
 
 RenderMetrics = Callable[[], tuple[bytes, str]]
 """Returns the body of /metrics and its content type; called in a thread."""
+
+HIDDEN: Final = "needs a key that allows metrics"
+"""The detail of a check for those who may not read it."""
 
 router = APIRouter(tags=["health"])
 
@@ -34,32 +39,36 @@ async def get_live(_: Request) -> Response:
     return reply(Media.JSON, document)
 
 
-@router.head("/health/ready", include_in_schema=False)
-@router.get("/health/ready", summary="Whether requests should be sent here", **operations.READY)
-async def get_ready(request: Request) -> Response:
-    """200 if every check passes, otherwise 503; `failing` names the others."""
-    checks = await api_of(request).readiness()
-    failing = [check.name for check in checks if not check.ok]
-    document: Ready = {
-        "status": "not_ready" if failing else "ready",
-        "failing": failing,
-        "degraded": [check.name for check in checks if check.degraded],
-        "checks": [
-            {"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks
-        ],
-    }
-    return reply(Media.JSON, document, 503 if failing else 200)
-
-
-def store_router(pipeline_of: Callable[[Request], PipelineInterface] | None = None) -> APIRouter:
-    """The route /health/store.
+def checks_router(pipeline_of: Callable[[Request], PipelineInterface] | None = None) -> APIRouter:
+    """The routes /health/ready and /health/store.
 
     Args:
         pipeline_of: gives the pipeline, whose scope must allow metrics; None for no check.
     """
-    store = APIRouter(tags=["health"])
+    checked = APIRouter(tags=["health"])
 
-    @store.get("/health/store", summary="Each server of the store", **operations.STORE)
+    @checked.head("/health/ready", include_in_schema=False)
+    @checked.get(
+        "/health/ready", summary="Whether requests should be sent here", **operations.READY
+    )
+    async def get_ready(request: Request) -> Response:
+        """200 if every check passes, otherwise 503; `failing` names the others."""
+        checks = await api_of(request).readiness()
+        failing = [check.name for check in checks if not check.ok]
+        # a probe has no key, and details have addresses of the store
+        hides = pipeline_of is not None and not _allows_metrics(request, pipeline_of)
+        document: Ready = {
+            "status": "not_ready" if failing else "ready",
+            "failing": failing,
+            "degraded": [check.name for check in checks if check.degraded],
+            "checks": [
+                {"name": check.name, "ok": check.ok, "detail": HIDDEN if hides else check.detail}
+                for check in checks
+            ],
+        }
+        return reply(Media.JSON, document, 503 if failing else 200)
+
+    @checked.get("/health/store", summary="Each server of the store", **operations.STORE)
     async def get_store(request: Request) -> Response:
         """Always 200: it is a report, not a reason to send requests elsewhere."""
         if pipeline_of is not None:
@@ -76,7 +85,7 @@ def store_router(pipeline_of: Callable[[Request], PipelineInterface] | None = No
         }
         return reply(Media.JSON, document)
 
-    return store
+    return checked
 
 
 def metrics_router(
@@ -104,3 +113,11 @@ def metrics_router(
         return Response(body, headers={"Content-Type": content_type})
 
     return metrics
+
+
+def _allows_metrics(request: Request, pipeline_of: Callable[[Request], PipelineInterface]) -> bool:
+    try:
+        pipeline_of(request).require(Verb.METRICS)
+    except CarryError:
+        return False
+    return True
