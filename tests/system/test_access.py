@@ -20,15 +20,12 @@ from service.access.keys import parse_key
 from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
-from service.transports.kserve.grpc import v2_pb2 as pb
 from tests.support.access import new_authorization
 from tests.support.command import Result, carry
 from tests.support.servers import opened, until
 from tests.support.service import Service
+from tests.support.v2_messages import METHODS, message_class
 
-METHODS = {
-    method.name: method for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
-}
 OPEN = {"ServerLive", "ServerReady"}
 NEEDED = {
     "ModelInfer": Verb.PREDICT,
@@ -96,7 +93,7 @@ def status(service: Service, key: str | None) -> int:
 def call(channel: grpc.Channel, method: str, key: str | None, stream: str = "acme:1") -> str:
     """Call a method about the model and the stream; the code of the outcome."""
     described = METHODS[method]
-    message: Any = getattr(pb, described.input_type.name)()
+    message: Any = message_class(described.input_type.name)()
     for name in ("name", "model_name"):
         if name in described.input_type.fields_by_name:
             setattr(message, name, MODEL)
@@ -108,7 +105,7 @@ def call(channel: grpc.Channel, method: str, key: str | None, stream: str = "acm
     path = f"/{described.containing_service.full_name}/{method}"
     options = {
         "request_serializer": lambda each: each.SerializeToString(),
-        "response_deserializer": getattr(pb, described.output_type.name).FromString,
+        "response_deserializer": message_class(described.output_type.name).FromString,
     }
     try:
         if method == "ModelStreamInfer":
@@ -193,7 +190,7 @@ def test_revoked_key_stops_and_is_listed_as_revoked(service: Service, create: Cr
         open_stream = channel.stream_stream(
             "/inference.GRPCInferenceService/ModelStreamInfer",
             request_serializer=lambda each: each.SerializeToString(),
-            response_deserializer=pb.ModelStreamInferResponse.FromString,
+            response_deserializer=message_class("ModelStreamInferResponse").FromString,
         )(waiting(), metadata=(("authorization", f"Bearer {key}"),))
         assert next(open_stream).error_message
         assert keys(service, "revoke", key_id).stdout.decode() == f"revoked {key_id}, test\n"
@@ -204,8 +201,8 @@ def test_revoked_key_stops_and_is_listed_as_revoked(service: Service, create: Cr
     assert f"{key_id}  revoked  test" in keys(service, "list").stdout.decode()
 
 
-def waiting() -> Iterator[pb.ModelInferRequest]:
+def waiting() -> Iterator[Any]:
     """A request, and then none for longer than the test takes."""
-    yield pb.ModelInferRequest(model_name=MODEL)
+    yield message_class("ModelInferRequest")(model_name=MODEL)
     with suppress(Exception):
         until(lambda: False, "the end", 30)
