@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from tests.support.turns import turn
 
 # As `carry/cli.py` does, for processes of other commands.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+# A service keeps to ignoring SIGHUP if it was started like that, as by nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Several workers share the cores: OpenMP's threads (scikit-learn) would spin while they wait, and
 # TensorFlow would split small operations among threads. Subprocesses inherit both.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
