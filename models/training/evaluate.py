@@ -31,7 +31,7 @@ from models.spec.heads import Head, LabelHead
 from models.spec.layout import detection_of, detection_state, output_spec
 from models.spec.model import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
-from models.training.labels import Labels, labels_of
+from models.training.labels import Labels, labels_of, read_truth
 from models.training.scores import has_targets, score_outputs
 
 if TYPE_CHECKING:
@@ -326,18 +326,16 @@ def anomalous_events(
 
     Raises:
         SpecError: the model has no detection.
-        DataError: there is no such boolean column.
+        DataError: there is no such column, or a cell is neither empty nor true, false, 1 or 0.
     """
     detection_of(spec)
     if column not in streams.frame.columns:
-        raise DataError(expected=f"{source}: the column {column!r} of anomalies", got="none")
-    values = streams.frame[column]
-    try:
-        return values.cast(pl.Boolean).fill_null(False).to_numpy()
-    except pl.exceptions.PolarsError as error:
         raise DataError(
-            expected=f"{source}: true and false in the column {column!r}", got=str(values.dtype)
-        ) from error
+            field=column,
+            expected=f"{source}: a column of the labels of anomalies",
+            got=f"{streams.frame.columns}",
+        )
+    return np.equal(read_truth(streams.frame[column], source, streams.table_rows), 1)
 
 
 def detection_scores(

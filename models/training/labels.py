@@ -61,10 +61,28 @@ def _column(
         )
     if head.classes:
         codes = {name: float(at) for at, name in enumerate(head.classes)}
-        text = frame[head.source].cast(pl.String)
-    else:
-        codes = _TRUTH
-        text = frame[head.source].cast(pl.String).str.strip_chars().str.to_lowercase()
+        return _codes(frame[head.source].cast(pl.String), codes, source, rows)
+    return read_truth(frame[head.source], source, rows)
+
+
+def read_truth(
+    column: pl.Series, source: str = "data", rows: NDArray[np.int64] | None = None
+) -> NDArray[np.float32]:
+    """Read a column of true and false as 1 and 0, also if it is text; NaN where a cell is empty.
+
+    Args:
+        source, rows: as in `labels_of`.
+
+    Raises:
+        DataError: a cell is neither empty nor true, false, 1 or 0.
+    """
+    text = column.cast(pl.String).str.strip_chars().str.to_lowercase()
+    return _codes(text, _TRUTH, source, rows)
+
+
+def _codes(
+    text: pl.Series, codes: Mapping[str, float], source: str, rows: NDArray[np.int64] | None
+) -> NDArray[np.float32]:
     labels = text.replace_strict(codes, default=None, return_dtype=pl.Float32)
     invalid = text.is_not_null() & labels.is_null()
     if invalid.any():
@@ -72,7 +90,7 @@ def _column(
         numbers = at if rows is None else rows[at]
         first = int(np.argmin(numbers))
         raise DataError(
-            field=head.source,
+            field=text.name,
             expected=f"{source}, row {numbers[first] + 1}: one of {list(codes)}, or nothing",
             got=repr(text[int(at[first])]),
         )

@@ -12,11 +12,12 @@ pytest.importorskip("tensorflow")
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.artifact.fingerprint import compute_fingerprint
-from models.errors import ArtifactError
+from models.errors import ArtifactError, DataError
 from models.spec.detection import DetectionSpec
 from models.spec.layout import output_spec
 from models.training.data import streams_of
 from models.training.evaluate import evaluate, run_chunks
+from models.training.files import read_data
 from models.training.trainer import train
 from service.scoring.score import score_file
 from tests.support.training import latch_frame, latch_spec
@@ -77,3 +78,19 @@ def test_an_artifact_needs_the_fit(artifact: Artifact, tmp_path: Path) -> None:
     spec = artifact.spec.model_copy(update={"detection": DETECTION})
     with pytest.raises(ArtifactError, match="expected a fitted `detection`"):
         write_artifact(tmp_path / "model", spec, artifact.weights)
+
+
+def test_anomalies_are_scored_by_the_labels_of_a_csv_file(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    anomalous = pl.Series("anomaly", np.arange(frame.height) % 50 == 7)
+    expected = evaluate(artifact, frame.with_columns(anomalous), anomalies="anomaly")
+    assert expected["detection"]["anomalies"] > 0
+    path = tmp_path / "labelled.csv"
+    frame.with_columns(anomalous).write_csv(path)
+    labelled = read_data(path, artifact.spec)
+    assert evaluate(artifact, labelled, anomalies="anomaly")["detection"] == expected["detection"]
+
+    cell = pl.when(pl.int_range(pl.len()) == 4).then(pl.lit("perhaps")).otherwise("anomaly")
+    with pytest.raises(DataError, match=r"'anomaly'.*row 5: one of .*, got 'perhaps'"):
+        evaluate(artifact, labelled.with_columns(cell.alias("anomaly")), anomalies="anomaly")
