@@ -74,6 +74,9 @@ def serve(settings: Settings) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(_bind_port(settings.host, settings.port))
         log.info("port_bound", url=_url(listener), answers="when the models are ready")
+        # the address itself: gRPC would listen on every address of a name, also on those that
+        # `_may_be_open` does not check
+        settings = settings.model_copy(update={"host": listener.getsockname()[0]})
         if settings.grpc_port is not None:
             _require_grpc()
             port = stack.enter_context(_reserve_port(settings.host, settings.grpc_port, "grpc"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import socket
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -373,8 +374,12 @@ def test_health_service_and_reflection_answer(channel: grpc.Channel) -> None:
 
 def test_workers_share_the_port_and_drain(tmp_path: Path, model_dir: Path, sequence: str) -> None:
     """A call that is in progress when the service stops gets its answers, then UNAVAILABLE."""
-    options = ("--workers", "2", "--grpc-port", "0")
+    options = ("--workers", "2", "--grpc-port", "0", "--host", "localhost")
     with running(tmp_path, model_dir, *options, CARRY_DRAIN_S="20") as service:
+        # the address that was checked to be the machine's own, and no other one of the name
+        port = int(service.grpc_address().rpartition(":")[2])
+        with pytest.raises(OSError, match=r"refused|unreachable|assign"):
+            socket.create_connection(("::1", port))
         sent: queue.Queue[Any] = queue.Queue()
         # a channel of its own for each: otherwise all calls share one connection
         options_of_channel = [("grpc.use_local_subchannel_pool", 1)]
