@@ -102,7 +102,7 @@ def serve(settings: Settings) -> None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
         os.environ.update(_environment(settings))
         if asyncio.run(_has_access_keys(settings)) or not _may_be_open(settings, listener):
-            # a worker that starts later requires them too, whatever becomes of the keys
+            # a worker that starts later requires them too, even if the keys are lost
             os.environ[f"{PREFIX}REQUIRE_KEYS"] = "True"
 
         def exit_process() -> NoReturn:

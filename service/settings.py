@@ -108,19 +108,19 @@ class Settings(BaseSettings):
 
     admin_port: Annotated[int | None, Field(ge=0, le=65535)] = None
     """TCP port for `/metrics`, the documentation and the health checks; 0 selects a free one. The
-    clients' port then has the health checks only. Let only the monitoring reach it: it asks for no
+    clients' port then has the health checks only. Let only the monitoring reach it: it requires no
     key."""
 
     admin_host: Annotated[str | None, StringConstraints(min_length=1)] = None
     """Address of the admin port, if not `host`; 127.0.0.1 is reachable from this machine only."""
 
     require_keys: bool = False
-    """Answer only requests with an access key, even before the first one is made. Without it, keys
-    are required as soon as there is one."""
+    """Answer only requests with an access key, even before the first one is created. Without it,
+    keys are required as soon as there is one."""
 
     insecure: bool = False
-    """Listen on an address that others reach although there is no access key: everybody who reaches
-    the port may do everything. Only behind something that checks access."""
+    """Listen on an address that other machines reach although there is no access key: everybody who
+    reaches the port may do everything. Only behind a gateway that checks access."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port. Each keeps one to two cores busy and holds its own copy
@@ -342,7 +342,7 @@ class Settings(BaseSettings):
 
     log_success_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the successful requests that have a line in the log; those that failed always have
-    one. Lower it where the log costs more than it is worth: the metrics count every request."""
+    one. Lower it where a line for each request costs too much: the metrics count every request."""
 
     log_streams: Literal["none", "hashed", "clear"] = "none"
     """How lines and traces of requests name the stream: not at all, by a keyed hash, which is the

@@ -1,9 +1,9 @@
-"""The access keys of one process: read from the store, at most a second behind it.
+"""Cache of the access keys in one process, at most a second behind the store.
 
-Keys are read again every `REFRESH_S`, as a whole if their version has changed. If the store does
-not answer, the last known keys are accepted for `MAX_STALE_S` more, and then nothing is: a request
-is never let in unchecked. A service without keys is open; it stops being open when the first key is
-made, and does not become open again, whatever happens to the keys.
+Keys are read again every `REFRESH_S`, as a whole if their version has changed. While the store
+does not answer, the last known keys are accepted for `MAX_STALE_S`, after that none: a request is
+never accepted unchecked. A service without keys is open; it requires keys from when the first one
+is created, and continues to if all of them are lost or revoked.
 
 Use from one event loop.
 """
@@ -26,7 +26,7 @@ REFRESH_S: Final = 0.5
 """Time between two reads of the keys' version."""
 
 READ_S: Final = 0.4
-"""Longest wait for the store when the keys are read again."""
+"""Longest wait for the store when the keys are polled."""
 
 MAX_STALE_S: Final = 60.0
 """How long the last known keys are accepted while the store does not answer."""
@@ -123,11 +123,11 @@ class AccessKeys:
 
     async def _read(self, deadline_s: float | None) -> None:
         began_s = time.monotonic()
-        found = await self._stored.access_keys(self._version, deadline_s)
+        stored = await self._stored.access_keys(self._version, deadline_s)
         self._read_s = began_s
-        if found is None:
+        if stored is None:
             return
-        is_first, (self._version, records) = self._version is None, found
+        is_first, (self._version, records) = self._version is None, stored
         if records:
             self.is_open = False
         keys: dict[str, AccessKey] = {}
@@ -153,7 +153,7 @@ class AccessKeys:
         """The holder of the key, or of the token, in an Authorization header.
 
         Raises:
-            Unauthenticated: there is none, or it is not accepted.
+            Unauthenticated: there is none, or it is not valid.
             StoreUnavailable: the keys could not be read for too long.
         """
         self.check_fresh()
@@ -171,7 +171,7 @@ class AccessKeys:
         text = parse_key(bearer)
         key = None if text is None else self._keys.get(text.key_id)
         if text is None or key is None or not key.matches(text.secret):
-            raise Unauthenticated(f"{_EXPECTED}, got one that it does not know")
+            raise Unauthenticated(f"{_EXPECTED}, got an unknown key")
         status = key.status(self._now_ms())
         if status != "active":
             raise Unauthenticated(f"the key {text.key_id} is {status}")

@@ -1,10 +1,9 @@
-"""Limits of one access key: how many requests, events and concurrent requests a process accepts.
-Those of streams and their bytes are quotas (`service.pipeline.quota`).
+"""Rate limits of access keys: requests, events and concurrent requests in one process.
 
-Each process counts for itself, in memory, so that a limit costs no round trip. Rates are token
-buckets that hold the tokens of one second and may be overdrawn: a request is accepted while there
-is a token, and one with many events delays the next ones. So a chunk of any length is accepted, and
-the rate holds on average.
+Limits of streams and their bytes are quotas (`service.pipeline.quota`). Each process counts for
+itself, in memory, so that a limit costs no round trip. Rates are token buckets that hold the tokens
+of one second and may be overdrawn: a request is accepted while there is a token, and one with many
+events delays the next ones. So a chunk of any length is accepted, and the rate holds on average.
 
 Use from one event loop.
 """
@@ -96,7 +95,7 @@ class KeyLimiter:
         self.update(limits)
 
     def update(self, limits: KeyLimits) -> None:
-        """Use other limits from now on; what has not changed keeps its tokens."""
+        """Apply changed limits; buckets whose rate is the same keep their tokens."""
         self.limits = limits
         self._most_concurrent = limits.concurrent_requests
         self._requests = self._bucket(self._requests, limits.requests_per_s)

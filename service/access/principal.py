@@ -1,7 +1,7 @@
-"""Who calls, and what they may do: verbs on the streams of some models.
+"""Principals: holders of access keys, and the scope of verbs, models and streams of each.
 
 A scope is a set of verbs, model patterns and a prefix of stream names. It allows a use case if all
-three cover it; nothing else is looked up, so that a rejection says nothing about the store.
+three cover it; nothing else is looked up, so that a rejection reveals nothing about the store.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Principal:
 
     Attributes:
         key_id: public part of the key.
-        name: what the key is for, as its maker called it.
+        name: what the key is for, as given at its creation.
         verbs: what it may do.
         models: patterns of the models that it may use.
         prefix: names of the streams that it may use begin with this; empty for all.

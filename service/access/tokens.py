@@ -1,8 +1,8 @@
 """Tenant tokens: JSON Web Tokens that are signed by an access key and allow a part of what it does.
 
-Whoever has a key signs tokens without the service: HS256 over the claims, with the SHA-256 of the
+The holder of a key signs tokens without the service: HS256 over the claims, with the SHA-256 of the
 key's secret, and the key's id as `kid` in the header. The service has that digest, so it verifies a
-token without asking anybody. A token expires (`exp`), may not be used before a time (`nbf`), and
+token without another secret. A token expires (`exp`), may not be used before a time (`nbf`), and
 narrows verbs, models and prefix; one that claims more than its key allows is rejected, as is one
 with a claim that the service does not know, since it could be meant as a restriction. It ends with
 its key, and shares the key's limits.
@@ -34,7 +34,7 @@ class TokenClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     Attributes:
         exp: when it expires, in epoch seconds.
         nbf: from when on it is accepted, in epoch seconds.
-        sub: for whom it is, for logs; `iss`, `iat` and `jti` are ignored.
+        sub: the tenant, for logs; `iss`, `iat` and `jti` are ignored.
         verbs, models, prefix: what it allows; None for what its key allows.
     """
 

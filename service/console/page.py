@@ -2,7 +2,7 @@
 
 The page and its assets contain no data: the page requests everything from the public API, with the
 user's key. They are built from `web/` by `make console`, and their names contain a hash of their
-content, so that browsers cache them for good. The page loads nothing from other hosts.
+content, so that browsers may cache them as immutable. The page loads nothing from other hosts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`carry keys create|list|show|revoke|token`: manages the access keys in the store.
 
-The commands connect to the store itself, with the settings of the service: whoever may write the
-store may do everything anyway, and the first key has to come from somewhere.
+The commands access the store directly, with the settings of the service: whoever may write to the
+store could create keys anyway, and an API that requires keys could not create the first one.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def show_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = None
 
 @keys_app.command("revoke")
 def revoke_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = None) -> None:
-    """Revoke a key for ever; running services reject it within a second."""
+    """Revoke a key permanently; running services reject it within a second."""
     import msgspec
 
     from service.access.keys import AccessKeyError, encode_key
@@ -173,7 +173,7 @@ def _verbs(names: list[str] | None) -> tuple[Verb, ...]:
 
 
 async def _read(store: StateStore) -> dict[str, AccessKey]:
-    """The keys in the store; one that cannot be read is left out, and said so."""
+    """The keys in the store; unreadable ones are reported on stderr and skipped."""
     from service.access.keys import AccessKeyError, decode_key
 
     stored = await store.access_keys(None)

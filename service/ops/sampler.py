@@ -1,4 +1,4 @@
-"""Metrics that are sampled once a second, so that no request pays for them.
+"""Metrics that are sampled once a second, at no cost to requests.
 
 Connections, requests in flight, the state cache and the store count for themselves in plain
 attributes, and the sampler copies these into metrics. Every `COUNT_INTERVAL_S` it also counts the

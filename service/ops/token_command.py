@@ -20,11 +20,11 @@ def sign(
         str | None,
         typer.Option(help="Only streams whose names begin with this; default: that of the key."),
     ] = None,
-    subject: Annotated[str | None, typer.Option(help="For whom it is, for logs.")] = None,
+    subject: Annotated[str | None, typer.Option(help="The tenant, for logs.")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="Minutes until it expires.")] = 60.0,
 ) -> None:
-    """Print a token that allows a part of what the key in CARRY_API_KEY (or CARRY_API_KEY_FILE)
-    does."""
+    """Sign a token that allows a part of what the key in CARRY_API_KEY (or CARRY_API_KEY_FILE)
+    allows, and print it."""
     from carry_client.wire import authorization
     from service.access.keys import parse_key
     from service.access.principal import Verb

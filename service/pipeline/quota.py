@@ -22,11 +22,11 @@ from service.core.errors import LimitExceeded
 from service.core.values import StreamKey
 from service.store.usage import Quota, StreamUsage
 
-KNOWN_S: Final = 60.0
+REGISTRATION_TTL_S: Final = 60.0
 """How long a process relies on a registration; a stream that is deleted elsewhere and created again
 within it is not counted."""
 
-MAX_KNOWN: Final = 100_000
+MAX_REGISTRATIONS: Final = 100_000
 RECONCILE_S: Final = 5.0
 RETRY_AFTER_S: Final = 10.0
 
@@ -51,7 +51,7 @@ class StreamQuota:
         self._quota = quota
         self._state_bytes = state_bytes
         self._clock = clock
-        self._known: dict[StreamKey, float] = {}
+        self._registered_until_s: dict[StreamKey, float] = {}
         self._waiting: Counter[StreamKey] = Counter()
         self._locks: dict[StreamKey, asyncio.Lock] = {}
         self._reconciled_s = -RECONCILE_S
@@ -59,14 +59,14 @@ class StreamQuota:
     def admits(self, key: StreamKey) -> bool:
         """Whether a chunk of the stream may be queued at once: the stream is registered, and no
         earlier chunk of it waits."""
-        return self._known.get(key, 0.0) > self._clock() and key not in self._waiting
+        return self._registered_until_s.get(key, 0.0) > self._clock() and key not in self._waiting
 
     def enter(self, key: StreamKey) -> None:
-        """Keep later chunks of the stream behind one that is not queued yet, until `leave`."""
+        """Hold later chunks of the stream back behind one that is not queued yet, until `leave`."""
         self._waiting[key] += 1
 
     def leave(self, key: StreamKey) -> None:
-        """The chunk is queued, or will never be."""
+        """Release the later chunks: this one is queued or failed."""
         self._waiting[key] -= 1
         if not self._waiting[key]:
             del self._waiting[key]
@@ -103,7 +103,9 @@ class StreamQuota:
             StoreUnavailable, StoreRefused
         """
         now_s = self._clock()
-        unknown = list({key: None for key in keys if self._known.get(key, 0.0) <= now_s})
+        unknown = list(
+            {key: None for key in keys if self._registered_until_s.get(key, 0.0) <= now_s}
+        )
         errors: dict[StreamKey, LimitExceeded] = {}
         if unknown:
             errors = await self._register(unknown)
@@ -116,26 +118,26 @@ class StreamQuota:
     async def release(self, keys: Sequence[StreamKey]) -> None:
         """Remove streams that were deleted with the key."""
         for key in keys:
-            self._known.pop(key, None)
+            self._registered_until_s.pop(key, None)
         await self._usage.release(self._key_id, keys)
 
     def forget(self) -> None:
-        """Rely on no registration any more: streams were deleted, and their names are not known."""
-        self._known.clear()
+        """Forget all registrations: streams were deleted whose names are not known."""
+        self._registered_until_s.clear()
         self._reconciled_s = -RECONCILE_S
 
     async def _register(self, keys: Sequence[StreamKey]) -> dict[StreamKey, LimitExceeded]:
         sizes = [(key, self._state_bytes(key.model)) for key in keys]
-        found = await self._usage.register(self._key_id, sizes, self._quota)
-        if len(self._known) + len(keys) > MAX_KNOWN:
-            self._known.clear()
-        until_s = self._clock() + KNOWN_S
+        result = await self._usage.register(self._key_id, sizes, self._quota)
+        if len(self._registered_until_s) + len(keys) > MAX_REGISTRATIONS:
+            self._registered_until_s.clear()
+        until_s = self._clock() + REGISTRATION_TTL_S
         errors: dict[StreamKey, LimitExceeded] = {}
-        for (key, size), accepted in zip(sizes, found.accepted, strict=True):
+        for (key, size), accepted in zip(sizes, result.accepted, strict=True):
             if accepted:
-                self._known[key] = until_s
+                self._registered_until_s[key] = until_s
             else:
-                errors[key] = self._error(key, size, found.streams, found.state_bytes)
+                errors[key] = self._error(key, size, result.streams, result.state_bytes)
         return errors
 
     def _error(self, key: StreamKey, size: int, streams: int, state_bytes: int) -> LimitExceeded:
@@ -176,6 +178,6 @@ class StreamQuotas:
         quota = Quota(limits.streams, limits.state_bytes)
         known = self._quotas.get(key_id)
         if known is None or known[0] != quota:
-            made = StreamQuota(self._usage, key_id, quota, self._state_bytes)
-            known = self._quotas[key_id] = quota, made
+            created = StreamQuota(self._usage, key_id, quota, self._state_bytes)
+            known = self._quotas[key_id] = quota, created
         return known[1]

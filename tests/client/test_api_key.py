@@ -11,7 +11,7 @@ from carry_client.wire import authorization
 KEY = "carry_0a1b2c3d4e5f_" + "5" * 64
 
 
-def test_argument_goes_before_the_environment(
+def test_argument_takes_precedence_over_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert authorization() == {}
@@ -26,7 +26,7 @@ def test_argument_goes_before_the_environment(
 
 
 @pytest.mark.parametrize("text", [f"{KEY} x", f"{KEY}\r\nx: y", "schlüssel"])
-def test_text_that_is_no_key_is_rejected_and_not_shown(text: str) -> None:
+def test_malformed_key_is_rejected_and_not_shown(text: str) -> None:
     with pytest.raises(ValueError, match="api_key: expected an access key") as caught:
         authorization(text)
     assert text[:8] not in str(caught.value)

@@ -17,7 +17,7 @@ WEB = ASSETS.parent / "web"
 NO_REGISTRY = re.compile(r"\b(ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ETIMEDOUT|ENETUNREACH)\b")
 
 
-def test_the_bundle_is_built_from_the_present_sources() -> None:
+def test_bundle_is_built_from_the_current_sources() -> None:
     sources = [*sorted((WEB / "src").iterdir())]
     digest = hashlib.sha256()
     for path in (WEB / "build.mjs", WEB / "package-lock.json", *sources):
@@ -26,7 +26,7 @@ def test_the_bundle_is_built_from_the_present_sources() -> None:
 
 
 @needs_tools("npm")
-def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_build_is_reproducible(tmp_path: Path) -> None:
     copy = shutil.copytree(WEB, tmp_path / "web", ignore=shutil.ignore_patterns("node_modules"))
     installed = subprocess.run(
         ["npm", "ci", "--omit=dev", "--no-audit", "--no-fund"],

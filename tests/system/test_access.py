@@ -179,7 +179,7 @@ def test_commands_and_clients_take_the_key_of_the_environment(
         client.models()
 
 
-def test_revoked_key_stops_and_is_listed_as_revoked(service: Service, create: Create) -> None:
+def test_revoked_key_is_rejected_and_listed_as_revoked(service: Service, create: Create) -> None:
     key = create()
     key_id = key.split("_")[1]
     shown = json.loads(keys(service, "show", key_id).stdout)

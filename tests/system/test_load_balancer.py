@@ -203,7 +203,7 @@ class Echo(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def test_gateway_forwards_the_clients_address_and_drops_what_it_claims(tmp_path: Path) -> None:
+def test_gateway_forwards_the_clients_address_and_drops_forged_headers(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as echo:
         threading.Thread(target=echo.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{echo.server_port}"

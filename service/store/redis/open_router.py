@@ -1,4 +1,4 @@
-"""Makes the router of an address."""
+"""Creates the router for the address of a store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from service.store.settings import StoreSettings
 
 
 def open_router(settings: StoreSettings) -> Router:
-    """Make the router; it is not started yet.
+    """Create the router; `start` it before use.
 
     Raises:
         StoreRefused: the address cannot be used.

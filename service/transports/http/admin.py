@@ -1,6 +1,6 @@
 """The admin port: metrics, health and documentation, apart from the port of the clients.
 
-It asks for no key, so only the monitoring may reach it. Each worker listens on the port by itself
+It requires no key, so only the monitoring may reach it. Each worker listens on the port by itself
 (SO_REUSEPORT), and the one that gets a scrape answers for all of them.
 """
 

@@ -165,7 +165,7 @@ def test_guide_says_what_each_verb_allows() -> None:
         ("::ffff:192.0.2.1", {}, None),
     ],
 )
-def test_service_without_keys_is_open_to_its_machine_only(
+def test_service_without_keys_starts_on_loopback_only(
     host: str, settings: dict[str, bool], may_be_open: bool | None
 ) -> None:
     listener: Any = SimpleNamespace(getsockname=lambda: (host, 8000))
@@ -232,7 +232,7 @@ async def test_keys_are_read_again_only_when_they_changed() -> None:
     assert stored.reads == 2
 
 
-async def test_last_known_keys_are_accepted_for_a_while_if_the_store_is_away(
+async def test_last_known_keys_are_accepted_for_a_while_if_the_store_is_unavailable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, stored = ManualClock(), Records()
@@ -255,7 +255,7 @@ async def test_last_known_keys_are_accepted_for_a_while_if_the_store_is_away(
     authenticate(keys, authorization)
 
 
-async def test_record_that_cannot_be_read_is_no_key_and_counts_as_one() -> None:
+async def test_unreadable_record_is_no_valid_key_but_requires_keys() -> None:
     stored = Records()
     keys = AccessKeys(stored, required=False)
     authorization = await new_authorization(stored)

@@ -52,13 +52,13 @@ def test_requests_of_a_minute_are_those_of_the_rate_and_one_burst(
     assert 60 * rate_per_s <= count <= 60 * rate_per_s + max(1, rate_per_s) + 1
 
 
-def test_unused_requests_are_kept_for_one_second_only(clock: Clock) -> None:
+def test_burst_is_limited_to_one_second_of_the_rate(clock: Clock) -> None:
     limiter = limiter_of(clock, requests_per_s=5)
     clock.now_s += 3600
     assert [accepted(limiter) for _ in range(7)] == [True] * 5 + [False] * 2
 
 
-def test_many_events_are_accepted_and_delay_what_follows(clock: Clock) -> None:
+def test_long_chunk_is_accepted_and_delays_later_requests(clock: Clock) -> None:
     limiter = limiter_of(clock, events_per_s=10)
     assert accepted(limiter, events=50)
     rejection = limiter.rejection()
@@ -86,7 +86,7 @@ def test_concurrent_requests_are_counted_until_they_end(clock: Clock) -> None:
     assert accepted(limiter)
 
 
-def test_change_of_a_key_keeps_the_counts_of_what_did_not_change(clock: Clock) -> None:
+def test_changed_limit_keeps_the_counts_of_other_limits(clock: Clock) -> None:
     limiters = KeyLimiters(clock)
     before = limiters.limiter("0" * 12, KeyLimits(requests_per_s=1, concurrent_requests=1))
     assert before is not None

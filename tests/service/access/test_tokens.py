@@ -55,7 +55,7 @@ def verified(made: tuple[KeyText, AccessKey], token: str, now_ms: int = NOW_MS) 
     return verify_token(token, {key.key_id: record}, now_ms)
 
 
-def test_token_of_other_software_narrows_its_key(made: tuple[KeyText, AccessKey]) -> None:
+def test_token_of_another_library_narrows_its_key(made: tuple[KeyText, AccessKey]) -> None:
     claims = {
         **EXP,
         "iss": "shop",

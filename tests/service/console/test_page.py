@@ -21,7 +21,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def test_every_asset_of_the_page_is_served_and_cached_for_good(
+async def test_every_asset_of_the_page_is_served_and_cached_as_immutable(
     client: httpx.AsyncClient,
 ) -> None:
     page = await client.get("/console/")
@@ -47,7 +47,7 @@ async def test_the_page_may_load_from_its_own_host_only(client: httpx.AsyncClien
     assert set(directives.values()) == {"'none'", "'self'", "'self' data:"}
 
 
-async def test_a_page_that_the_browser_has_is_not_sent_again(client: httpx.AsyncClient) -> None:
+async def test_page_with_matching_etag_is_answered_304(client: httpx.AsyncClient) -> None:
     etag = (await client.get("/console/")).headers["etag"]
     assert (await client.get("/console/", headers={"if-none-match": etag})).status_code == 304
     assert (await client.get("/console/", headers={"if-none-match": '"other"'})).status_code == 200

@@ -61,7 +61,7 @@ def test_a_cache_of_the_computed_size_holds_every_state() -> None:
     assert cache.get(key("s1")) is None
 
 
-def test_processes_are_planned_at_half_of_their_peak() -> None:
+def test_processes_are_planned_at_half_their_peak_throughput() -> None:
     assert [workers(rate) for rate in (0, 3_500, 3_600, 35_500)] == [1, 1, 2, 10]
     assert workers(3_600, 10_000) == 1
     # twice the data must fit, and 17,500 chunks a second each

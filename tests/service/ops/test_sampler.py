@@ -91,7 +91,7 @@ async def test_streams_are_counted_by_served_model(recorder: PrometheusRecorder)
         assert found[series("carry_state_bytes", model=model)] == state_bytes
 
 
-async def test_a_store_that_refuses_counts_is_asked_once(
+async def test_refused_count_is_not_repeated(
     recorder: PrometheusRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.ops.sampler.SAMPLE_INTERVAL_S", 0)

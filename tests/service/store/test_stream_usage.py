@@ -58,7 +58,7 @@ async def test_concurrent_processes_do_not_exceed_a_quota_together(open_on: Open
     assert accepted.count(True) == 7
 
 
-async def test_reconciling_keeps_what_exists_and_what_was_registered_just_now(
+async def test_reconcile_keeps_existing_and_recently_registered_streams(
     store: StateStore, streams: Streams
 ) -> None:
     assert isinstance(store, RedisStore)

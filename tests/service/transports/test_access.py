@@ -152,7 +152,7 @@ async def status(api: Harness, method: str, path: str, authorization: str | None
         return response.status_code
 
 
-def test_every_part_of_the_application_is_among_those_that_are_walked() -> None:
+def test_access_tests_cover_every_part_of_the_application() -> None:
     code = (ROOT / "service" / "app.py").read_text(encoding="utf-8")
     parts = {"add_kserve", "add_live_sockets", "add_watching", "add_console"}
     assert set(re.findall(r"^    +(add_\w+)\(", code, re.MULTILINE)) == parts
@@ -197,7 +197,7 @@ async def test_details_of_readiness_need_the_right_to_read_metrics(api: Harness)
 
 
 @once
-async def test_every_route_keeps_to_the_models_and_streams_of_its_key(api: Harness) -> None:
+async def test_every_route_is_limited_to_the_models_and_streams_of_its_key(api: Harness) -> None:
     of_model = await api.key(models=("sm*",))
     of_prefix = await api.key(prefix="acme2:")
     within = await api.key(models=("pro*",), prefix="acme:")
@@ -232,7 +232,7 @@ async def test_descriptions_show_the_models_of_a_key_only(api: Harness) -> None:
 
 
 @once
-async def test_the_openapi_document_of_a_key_is_made_once(
+async def test_the_openapi_document_of_a_key_is_built_once(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Making one blocks the event loop for long: with a key anybody could stop the service."""
@@ -268,7 +268,9 @@ async def send_tensor(api: Harness, authorization: str, stream: str, **members: 
     return response.status_code
 
 
-async def test_chunks_of_both_protocols_keep_to_the_key_until_it_is_revoked(api: Harness) -> None:
+async def test_chunks_of_both_protocols_are_limited_to_the_scope_until_the_key_is_revoked(
+    api: Harness,
+) -> None:
     key = await api.key(verbs=(Verb.PREDICT,), models=("probe",), prefix="acme:")
     reader = await api.key(verbs=(Verb.LIST,))
     for number in range(3):
@@ -487,7 +489,7 @@ async def test_tokens_share_the_limits_of_their_key(api: Harness) -> None:
     assert [await send_chunk(api, each, "s") for each in (*tokens, key)] == [200, 429, 429]
 
 
-async def test_quota_of_streams_holds_on_every_route_and_frees_what_is_deleted(
+async def test_quota_of_streams_holds_on_every_route_and_deletions_free_it(
     api: Harness,
 ) -> None:
     key = await api.key(prefix="q:", limits=KeyLimits(streams=2))
@@ -547,7 +549,7 @@ async def test_chunks_behind_the_registration_of_a_stream_keep_their_order(api: 
         send(position)
     for _ in range(1_000_000):
         # the first turn of the loop after the registration: two chunks wait for it
-        if StreamKey("probe", "ordered") in quota._known:
+        if StreamKey("probe", "ordered") in quota._registered_until_s:
             break
         await asyncio.sleep(0)
     for position in range(3, 6):

@@ -47,7 +47,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return lines
 
 
-async def test_every_change_of_a_stream_but_by_chunks_has_a_line(
+async def test_every_change_of_a_stream_except_by_chunks_is_audited(
     api: Harness, written: list[dict[str, Any]]
 ) -> None:
     headers, key_id = {}, None
@@ -88,7 +88,7 @@ async def test_every_change_of_a_stream_but_by_chunks_has_a_line(
     ]
 
 
-async def test_change_whose_outcome_is_not_certain_has_a_line_too(
+async def test_change_with_uncertain_outcome_is_audited(
     api: Harness, written: list[dict[str, Any]]
 ) -> None:
     headers = {}
@@ -105,7 +105,7 @@ async def test_change_whose_outcome_is_not_certain_has_a_line_too(
         written.clear()
 
 
-async def test_created_and_revoked_keys_have_lines_without_secrets(
+async def test_created_and_revoked_keys_are_audited_without_secrets(
     api: Harness, written: list[dict[str, Any]]
 ) -> None:
     authorization = await api.key(verbs=(Verb.LIST,), name="shop")

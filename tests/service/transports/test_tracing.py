@@ -268,7 +268,7 @@ def _headers(*lines: str) -> bytes:
         ),
     ],
 )
-def test_trace_headers_are_taken_out_of_the_others(
+def test_trace_headers_are_separated_from_other_headers(
     lines: Sequence[str], left: Sequence[str], propagated: dict[str, str]
 ) -> None:
     assert split_trace_headers(_headers(*lines)) == (_headers(*left), propagated)

@@ -26,8 +26,8 @@ interface Report {
   checks?: { name: string; detail: string }[];
 }
 
-/** The health, and a sentence for each check that is not passed. */
-function judge(report: Report | undefined): [Health, string] {
+/** The health of the service, and the details of the failing and degraded checks. */
+function healthOf(report: Report | undefined): [Health, string] {
   if (report === undefined) return ["unreachable", reason(undefined)];
   const { status, failing = [], degraded = [], checks = [] } = report;
   const names = [...failing, ...degraded];
@@ -66,7 +66,7 @@ function useService() {
         const report = await json<Report>("health/ready", signal).catch((error) =>
           error instanceof Problem ? (error.document as Report) : undefined,
         );
-        const [health, text] = judge(report);
+        const [health, text] = healthOf(report);
         setHealth(health);
         setProblem(text);
         if (health !== known && report)

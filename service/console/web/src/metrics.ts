@@ -1,7 +1,7 @@
 // Figures of the last minutes, from the service's /metrics: rates of counters, quantiles of histograms.
 import { get, pause, Problem, reason } from "./api";
 
-const EVERY_S = 2;
+const SCRAPE_INTERVAL_S = 2;
 /** Until the next scrape after a rejection: a setting or the key forbids it. */
 const REJECTED_S = 60;
 const KEPT = 300;
@@ -20,7 +20,7 @@ interface Scrape {
   totals: Totals;
 }
 
-const OF_MODELS = [
+const PER_MODEL = [
   "carry_events_total", "carry_queue_depth", "carry_websocket_connections", "carry_watchers",
 ];
 const LINE = /^(\w+)(?:\{(.*)\})? (\S+)/;
@@ -43,7 +43,7 @@ export function parse(text: string): Totals {
       if (!name.endsWith("_bucket")) add(`${name.slice(26)} ${label.stage}`, Number(value));
     } else if (name === "carry_refusals_total") {
       add(`code ${label.code}`, Number(value));
-    } else if (OF_MODELS.includes(name)) {
+    } else if (PER_MODEL.includes(name)) {
       add(`${name} ${label.model}`, Number(value));
     }
   }
@@ -64,7 +64,7 @@ class Metrics {
   async run(signal: AbortSignal): Promise<void> {
     while (!signal.aborted) {
       let totals: Totals = new Map();
-      let next_s = EVERY_S;
+      let next_s = SCRAPE_INTERVAL_S;
       try {
         totals = parse(await (await get("metrics", signal)).text());
         this.problem = "";
@@ -87,7 +87,7 @@ class Metrics {
     return this.scrapes.map(({ at_s }) => at_s);
   }
 
-  /** What is behind a prefix in any scrape: `carry_events_total ` gives the models. */
+  /** The keys with a prefix in any scrape, without it: `carry_events_total ` gives the models. */
   names(prefix: string): string[] {
     const keys = this.scrapes.flatMap(({ totals }) => [...totals.keys()]);
     return [...new Set(keys.filter((key) => key.startsWith(prefix)))].map((key) =>
@@ -105,7 +105,7 @@ class Metrics {
       if (from === undefined || totals.size === 0) return null;
       const increase = (key: string) => {
         const [was, is] = [from.totals.get(key) ?? 0, totals.get(key) ?? 0];
-        // a counter that fell began again
+        // a counter that decreased was reset
         return is < was ? is : is - was;
       };
       return figure(increase, at_s - from.at_s);

@@ -5,11 +5,11 @@ import {
 import type { Series } from "./chart";
 
 const KEPT_STEPS = 600;
-/** Pauses between reads of the state: while chunks arrive, and at rest. */
-const STATE_EVERY_S = 1;
-const STATE_AT_REST_S = 5;
-/** A state that takes long to read is read rarely. */
-const STATE_SHARE = 10;
+/** Intervals between reads of the state: while chunks arrive, and while idle. */
+const STATE_INTERVAL_S = 1;
+const IDLE_STATE_INTERVAL_S = 5;
+/** Least interval between reads, as a multiple of the time that one takes. */
+const STATE_INTERVAL_FACTOR = 10;
 const LONGEST_RETRY_S = 8;
 const ENDS: Record<string, string> = {
   deleted: "The stream was deleted.",
@@ -156,7 +156,7 @@ export class StreamWatch {
     }
   }
 
-  /** Reads the state again and again; only the stream's head where the state is not to be had. */
+  /** Polls the state; only the stream's head if the key does not allow the state. */
   async readState(): Promise<void> {
     while (!this.signal.aborted) {
       const began_ms = performance.now();
@@ -164,13 +164,13 @@ export class StreamWatch {
       if (this.epoch !== undefined && !(await this.readOnce())) return;
       this.onChange();
       const took_s = (performance.now() - began_ms) / 1000;
-      await pause(Math.max(STATE_EVERY_S, STATE_SHARE * took_s), this.signal);
-      for (let s = STATE_EVERY_S; s < STATE_AT_REST_S && this.lag === 0; s++)
+      await pause(Math.max(STATE_INTERVAL_S, STATE_INTERVAL_FACTOR * took_s), this.signal);
+      for (let s = STATE_INTERVAL_S; s < IDLE_STATE_INTERVAL_S && this.lag === 0; s++)
         if (this.position === this.head?.position) await pause(1, this.signal);
     }
   }
 
-  /** Whether it is worth reading again. */
+  /** Reads once; returns whether to poll on. */
   private async readOnce(): Promise<boolean> {
     try {
       const path = streamPath(this.model, this.stream) + this.stateAddress;

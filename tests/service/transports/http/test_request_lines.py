@@ -116,7 +116,7 @@ async def test_streams_are_named_by_the_setting(
         assert other.named("ann") != names[0]
 
 
-async def test_a_client_cannot_write_its_text_into_the_log(api: Harness, lines: Lines) -> None:
+async def test_log_lines_contain_no_text_of_clients(api: Harness, lines: Lines) -> None:
     await api.client.get("/v1/models/ann@home/streams/s")
     await api.client.get("/v1/ann@home")
     for line in await lines.settled(2):

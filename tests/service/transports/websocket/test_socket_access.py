@@ -92,7 +92,9 @@ async def test_browser_sends_its_key_as_a_subprotocol(api: Harness) -> None:
         assert await rejected(sockets, STREAM, subprotocols=offered, **also) == 400
 
 
-async def test_each_chunk_of_a_socket_for_many_streams_keeps_to_the_prefix(api: Harness) -> None:
+async def test_each_chunk_of_a_socket_for_many_streams_is_limited_to_the_prefix(
+    api: Harness,
+) -> None:
     key = await api.key(prefix="acme:")
     async with live(api) as sockets, sockets.open(MANY, **with_key(key)) as (client, _):
         await client.send(text(rows(1), 0, stream="acme:1"))
