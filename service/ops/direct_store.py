@@ -1,4 +1,4 @@
-"""Commands that connect to the store itself, whether a service runs on it or not."""
+"""Options and settings of commands that access the store directly, without a service."""
 
 from __future__ import annotations
 

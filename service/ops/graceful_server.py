@@ -1,10 +1,10 @@
-"""uvicorn's server with graceful ends of a process: lame duck, retirement, drain.
+"""uvicorn's server with graceful shutdown in phases: lame duck, retirement, drain.
 
     lame duck    accepts requests, but fails its readiness check, and closes each connection after
                  the next response (`Connection: close`), so that clients and load balancers go
                  elsewhere
     retirement   another process serves the same port from now on: accepts no connection, and closes
-                 each connection after its next response, or once it was idle for as long as ever
+                 each connection after its next response, or after its usual keep-alive time
     drain        closes idle connections at once, and the others after the current response
 
 A request that arrives while an idle connection is being closed fails. So lame duck and retirement
@@ -26,13 +26,13 @@ import structlog
 import uvicorn
 
 ON_LAME_DUCK: Final = "on_lame_duck"
-"""Member of the lifespan's state: functions that are called when the lame-duck time begins."""
+"""Key in the lifespan's state: functions to call when the lame-duck period begins."""
 
 ON_RETIRE: Final = "on_retire"
-"""Member of the lifespan's state: functions that are called when the retirement begins."""
+"""Key in the lifespan's state: functions to call when the retirement begins."""
 
 ON_STOP: Final = "on_stop"
-"""Member of the lifespan's state: functions that are called when the server begins to drain."""
+"""Key in the lifespan's state: functions to call when the server begins to drain."""
 
 SIGRETIRE: Final[signal.Signals | None] = getattr(signal, "SIGUSR1", None)
 """Begins the retirement; None on Windows."""
@@ -41,7 +41,7 @@ log = structlog.get_logger(__name__)
 
 
 class Periods(NamedTuple):
-    """Longest parts of a graceful end, in seconds.
+    """Longest durations of the phases of a graceful shutdown.
 
     Attributes:
         lame_duck_s: after the first SIGTERM.
@@ -62,7 +62,7 @@ class GracefulServer(uvicorn.Server):
 
     Args:
         exit_process: called in the main thread, also from a signal handler.
-        periods: of the graceful end.
+        periods: of the graceful shutdown.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ _LEVEL_NAMES: Final = {
 
 @dataclass(slots=True)
 class RequestFacts:
-    """What is found out about a request while it is served.
+    """Facts about a request for its log line and span, added while it is served.
 
     Attributes:
         model: only if it is served, so that a client cannot write into the log.
@@ -71,18 +71,18 @@ class RequestFacts:
 
 
 request_facts: ContextVar[RequestFacts | None] = ContextVar("request_facts", default=None)
-"""Those of the request that is being served; None on a fast path, which passes its own."""
+"""Facts of the current request; None on a fast path, which passes its own."""
 
 
 def note_error(code: str) -> None:
-    """Note the code of the error that answers the request that is being served."""
+    """Note the error code that answers the current request."""
     facts = request_facts.get()
     if facts is not None:
         facts.code = code
 
 
 def note_stream(model: str, stream: str | None) -> None:
-    """Note a served model and the stream that the request that is being served names."""
+    """Note the served model and the stream that the current request names."""
     facts = request_facts.get()
     if facts is not None:
         facts.model, facts.stream = model, stream

@@ -1,4 +1,4 @@
-"""The only worker of a service: it serves in the parent process, which saves a process.
+"""The worker of a service with one worker: it serves in the parent process, which saves a process.
 
 SIGHUP is a rolling restart, as in a pool of several workers: a successor starts in a child process,
 and once it is ready this server retires, and its process remains as the parent of a pool of one
@@ -32,7 +32,7 @@ class SingleWorker(GracefulServer):
     Args:
         listener: the socket that it accepts from.
         exit_process: called in the main thread, also from a signal handler.
-        periods: of the graceful end.
+        periods: of the graceful shutdown.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SingleWorker(GracefulServer):
         periods: Periods,
     ):
         super().__init__(config, self._end, periods)
-        # the one of this server is loaded, and cannot be sent to another process any more
+        # this server loads its own config, which then cannot be pickled for another process
         self._unloaded_config = copy(config)
         self._listener = listener
         self._exit = exit_process
@@ -71,11 +71,11 @@ class SingleWorker(GracefulServer):
             super().handle_exit(sig, frame)
 
     def _replace(self) -> None:
-        """Start the successor, or replace it."""
+        """Start the successor, or replace the one that serves."""
         if self._pool is not None:
             self._pool.replace_all()
         elif not self.should_exit:
-            # this server closes its own
+            # this server closes its own listener
             listener = self._listener.dup()
             listener.set_inheritable(True)
             self._pool = WorkerPool(

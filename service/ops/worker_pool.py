@@ -69,11 +69,11 @@ class WorkersFailedError(Exception):
 def on_hangup(
     stop: Callable[[int], None], restart: Callable[[], None]
 ) -> Callable[[int, object], None]:
-    """Return a handler of SIGHUP, which has two senders.
+    """Return a handler of SIGHUP, which a closing terminal and an operator send.
 
     Args:
-        stop: the terminal of the process, which was closed.
-        restart: an operator.
+        stop: called if the terminal was closed.
+        restart: called otherwise.
     """
     had_terminal = _has_terminal()
 
@@ -351,7 +351,7 @@ class _Worker:
         self.process.terminate()
 
     def retire(self, kill_after_s: float) -> None:
-        """Ask it to close its connections as its clients notice, and to exit."""
+        """Ask the worker to retire: to close each connection after its next response, then exit."""
         self._kill_at_s = time.monotonic() + kill_after_s
         if not self.has_exited() and SIGRETIRE is not None:
             os.kill(self.pid, SIGRETIRE)

@@ -231,7 +231,7 @@ class Inference:
         parameters: InferParameters,
         signature: Signature,
     ) -> None:
-        """Check that a caller may do what a request for a chunk asks for beyond its outputs.
+        """Check access for deletion and for state in the reply, beyond `predict`.
 
         Raises:
             Forbidden

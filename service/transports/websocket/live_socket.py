@@ -410,7 +410,7 @@ class LiveSocket(asyncio.Protocol):
         self._read()
 
     def retire(self) -> None:
-        """The same: the client connects again, and reaches the process that serves from now on."""
+        """As `shutdown`; the client then reconnects to the process that replaces this one."""
         self.shutdown()
 
     def revoke(self, error: CarryError) -> None:

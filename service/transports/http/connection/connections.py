@@ -29,7 +29,7 @@ CHECKED_AT_ONCE: Final = 500
 """Connections that are checked in one turn of the event loop, in about a millisecond."""
 
 EXPIRY_COST: Final = 9
-"""Checks that closing a connection takes as long as: many that were opened together also end so."""
+"""Cost of closing a connection, in checks: those that were opened together expire together."""
 
 LOG_INTERVAL_S: Final = 10.0
 """Minimum time between two log lines about connections that were rejected or closed."""
@@ -131,7 +131,7 @@ class Connection(Protocol):
         """Handle the timeout of a phase."""
 
     def retire(self) -> None:
-        """Close it after the next response, or if it is a live socket as soon as possible."""
+        """Close the connection after its next response; a live socket as soon as possible."""
 
     def shed_body(self) -> None:
         """Reject the body that it is receiving."""
@@ -179,7 +179,7 @@ class Connections:
         self.close_after_response = True
 
     def retire(self) -> None:
-        """The same, and end live sockets and responses without an end now."""
+        """As `announce_close`, and end live sockets and endless responses (watches) now."""
         self.announce_close()
         self.drain()
         for connection in list(self._seen):

@@ -6,11 +6,11 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 
 class BackpressureFlow(FlowControl):
-    """uvicorn's flow control, which does not resume reading while buffered requests exceed a bound,
-    nor before its turn.
+    """uvicorn's flow control, which also pauses reading while too many requests are buffered, and
+    while other connections have their turn.
 
     Attributes:
-        buffer_is_full: whether they do.
+        buffer_is_full: whether the buffered requests exceed their bound.
     """
 
     buffer_is_full = False
@@ -18,19 +18,19 @@ class BackpressureFlow(FlowControl):
     _is_resumed = False
 
     def resume_reading(self) -> None:
-        """Read on, if the buffer has room and no other connection is to be read first."""
+        """Resume reading, if the buffer has room and this connection need not wait for its turn."""
         if self._waits_for_turn:
             self._is_resumed = True
         elif not self.buffer_is_full:
             super().resume_reading()
 
     def wait_for_turn(self) -> None:
-        """Do not read until `take_turn`."""
+        """Pause reading until `take_turn`."""
         self._waits_for_turn, self._is_resumed = True, not self.read_paused
         self.pause_reading()
 
     def take_turn(self) -> None:
-        """Read on, unless the application has not taken what was received."""
+        """Resume reading, unless the application has not consumed what was received."""
         self._waits_for_turn = False
         if self._is_resumed:
             self.resume_reading()

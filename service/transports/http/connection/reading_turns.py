@@ -1,4 +1,4 @@
-"""Takes turns in reading long bodies, so that many uploads at once hardly delay other requests.
+"""Reads long bodies round robin, so that many uploads at once hardly delay other requests.
 
 In one turn of the event loop, every socket with input is read. With a hundred uploads, a turn
 processes megabytes, and a chunk that arrived meanwhile waits for all of it. So a connection whose
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 LONG_BODY_BYTES: Final = 64 * 1024
-"""Bodies of which more than this has arrived are read in turns; a chunk is seldom longer."""
+"""A body is read in turns once more than this has arrived; few chunks are longer."""
 
 READS_PER_TURN: Final = 2
 """Long bodies that are read in one turn of the event loop, at most 256 KiB of each."""
@@ -33,7 +33,7 @@ class ReadingTurns:
         self._schedule()
 
     def forget(self, connection: object) -> None:
-        """Leave out a connection that was closed."""
+        """Remove a connection that was closed."""
         self._waiting.pop(connection, None)
 
     def _schedule(self) -> None:

@@ -351,7 +351,7 @@ class Model:
 
 
 def _parse_short(kind: type[Message], data: bytes) -> Message:
-    """The message in these bytes, which is never long.
+    """Parse a message of a kind that is always short.
 
     Raises:
         BodyTooLarge, MalformedBody

@@ -1,7 +1,7 @@
 """Counts the connections of the gRPC servers in this process, in bounded time.
 
-The library tells it through channelz, whose interface in the package `grpcio` is private; the
-public one is a package of its own that only serves it. Without it there is no count.
+grpcio reports them through channelz, whose Python interface is private; the public package
+`grpcio-channelz` only serves it over gRPC. Without the interface there is no count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PAGE: Final = 500
 
 
 def count_connections() -> int | None:
-    """The open connections of all servers; None if the library does not tell."""
+    """The open connections of all servers; None if the library does not report them."""
     try:
         library = import_module("grpc._cython.cygrpc")
         servers = msgspec.json.decode(library.channelz_get_servers(0)).get("server", ())
