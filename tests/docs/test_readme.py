@@ -60,6 +60,7 @@ def test_readme_shows_the_real_replies(
 
 
 def test_first_tutorial_shows_the_real_replies(service: Service) -> None:
-    replies, shown = run_page("docs/tutorials/first-stream.md", service)
+    (deleted, *replies), shown = run_page("docs/tutorials/first-stream.md", service)
+    assert deleted["code"] == "stream_not_found"
     assert replies[2]["outputs"] == replies[1]["outputs"]
     assert shown == len(replies) == 5
