@@ -1,11 +1,12 @@
-"""Hostile load on a service beside ordinary clients: their latency, the service's memory, answers.
+"""Denial-of-service tests: the effect of attacks on ordinary clients' latency and on memory.
 
     python -m tests.load.attacks                               # all, as a table in Markdown
     python -m tests.load.attacks --attack slow-heads --seconds 20
 
 It starts a service with the pretrained model, a Valkey of its own and access keys. The attackers
 run in another process; except in the attacks on keys they have a valid one, which is the worst
-case. Exits with 1 if an attacker was let in, or a client got an error or a wrong position.
+case. Exits with 1 if an attacker was admitted beyond its key, or a client got an error or a wrong
+position.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ async def key_guess(target: Target) -> str:
 
 
 async def scope_escape(target: Target) -> str:
-    """Everything that a key of other streams must not do; 404 would tell which streams exist."""
+    """Requests that a key of other streams must not make; 404 would reveal which streams exist."""
     thief = target._replace(key=target.narrow_key)
     reads = [VICTIM, f"{VICTIM}/state", f"{VICTIM}/outputs", f"{MODEL}/streams?prefix="]
     posts = [f"{VICTIM}/{each}" for each in ("fork", "chunks", "forecast")]
@@ -155,17 +156,17 @@ ATTACKS: dict[str, tuple[int, Callable[[Target], Awaitable[str]]]] = {
     "key-guessing": (8, key_guess),
     "scope-escapes": (8, scope_escape),
 }
-HARMLESS = ("huge-predicts", "slow-readers", "websocket-messages", "grpc-streams")
-"""Attacks that a valid key may try: their requests may be answered with success."""
+PERMITTED = ("huge-predicts", "slow-readers", "websocket-messages", "grpc-streams")
+"""Attacks whose requests a valid key permits: they may be answered with success."""
 
 
 async def attack_until(
     target: Target, count: int, one: Callable[..., Awaitable[str]]
 ) -> Counter[str]:
-    """Attack on so many connections, each again whenever it ends; counts what they got."""
+    """Attack on so many connections, each repeatedly; counts the outcomes."""
     outcomes: Counter[str] = Counter()
 
-    async def again() -> None:
+    async def attack_repeatedly() -> None:
         while (left_s := target.until_s - time.monotonic()) > 0:
             try:
                 outcomes[await asyncio.wait_for(one(target), left_s)] += 1
@@ -177,7 +178,7 @@ async def attack_until(
                 outcomes["closed"] += 1
             await asyncio.sleep(0.02)
 
-    await asyncio.gather(*[again() for _ in range(count)])
+    await asyncio.gather(*[attack_repeatedly() for _ in range(count)])
     return outcomes
 
 
@@ -188,7 +189,7 @@ def attack(name: str, target: Target) -> Counter[str]:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of a process on Linux, in nanoseconds' resolution."""
+    """CPU time of a process on Linux, in nanoseconds' resolution."""
     return time.clock_gettime(~pid << 3 | 2)
 
 
@@ -203,7 +204,7 @@ class Clients:
 
     async def feed(self, seconds: float) -> NDArray[np.float64]:
         """Send chunks for so long; returns the 99th percentiles, in ms, of the latency and of the
-        processor time that the service used meanwhile, which other programs do not change."""
+        CPU time that the service used meanwhile, which other programs do not change."""
         measured, until_s = [], time.monotonic() + seconds
 
         async def feed_one(name: str) -> None:
@@ -232,8 +233,8 @@ async def measure(service: Service, store_url: str, options: argparse.Namespace)
     features = (await http.get(MODEL)).json()["input_features"]
     clients, failed = Clients(http, pid, features), False
     loop, port = asyncio.get_running_loop(), int(service.url.rpartition(":")[2])
-    print("| attack | connections | p99 alone | beside it | processor time alone | beside it "
-        "| memory before | most | answers |")  # fmt: skip
+    print("| attack | connections | p99 without | with it | CPU time without | with it "
+        "| memory before | peak | responses |")  # fmt: skip
     print("|" + " --- |" * 9)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         await loop.run_in_executor(pool, os.getpid)  # imports this module there
@@ -249,7 +250,7 @@ async def measure(service: Service, store_url: str, options: argparse.Namespace)
                 most = max(most, read_usage(pid).rss_bytes)
                 await asyncio.wait([feeding], timeout=0.05)
             got = await attacking
-            failed |= name not in HARMLESS and any(each[:1] == "2" or " 2" in each for each in got)
+            failed |= name not in PERMITTED and any(each[:1] == "2" or " 2" in each for each in got)
             print(
                 f"| {name} | {ATTACKS[name][0]:,} "
                 f"| {alone[0]:.1f} ms | {feeding.result()[0]:.1f} ms "
