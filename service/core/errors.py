@@ -24,7 +24,7 @@
         StateTokenInvalid     state_token_invalid
         StateTokenOfOtherModel    state_token_of_other_model
         StateTokenOfOtherVersion  state_token_of_other_version
-      AccessDenied          the request was not let in; nothing was looked up
+      AccessDenied          no access key allows the request; nothing was looked up
         Unauthenticated       unauthenticated
         Forbidden             forbidden
       NotFound

@@ -1,6 +1,6 @@
 """Capacity of a deployment: the memory and the processes that a number of streams needs.
 
-What a key takes is modelled after the servers' own structures, so that it holds for every size:
+The memory of a key is computed from the servers' own data structures, so it holds for every size:
 
 - Valkey 9 as it is embedded (its allocator rounds up to 16 bytes): one object with the key in it,
   the value beside it or, if it is short, in it too, and a slot of the hash table.
@@ -26,10 +26,10 @@ STORE_CHUNKS_PER_S: Final = 35_000
 """Chunks per second of a store's server on one core, likewise: a fifth of it serves 7,100."""
 
 UTILIZATION: Final = 0.5
-"""Share of its peak that a process is planned with: what is left absorbs bursts and failures."""
+"""Planned utilization of a process: the rest is headroom for bursts and failures."""
 
 COPY_FACTOR: Final = 2.0
-"""Memory of a server over its data: a rewrite of its file copies what changes meanwhile."""
+"""Memory of a server, as a multiple of its data: copy-on-write during a rewrite of its file."""
 
 
 @dataclass(frozen=True, slots=True)

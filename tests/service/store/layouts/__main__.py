@@ -1,4 +1,4 @@
-"""Records what a version of Carry leaves in its store, for `test_layouts.py`.
+"""Records the store that a version of Carry writes, for `test_layouts.py`.
 
 Run it when the store's layout changes, before the change, with the name of the last version:
 
