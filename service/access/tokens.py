@@ -75,9 +75,11 @@ def verify_token(text: str, keys: Mapping[str, AccessKey], now_ms: int) -> Princ
         key = keys.get(key_id) if isinstance(key_id, str) else None
         digest = b"" if key is None else bytes.fromhex(key.secret_sha256)
         if key is None or key_id is None or len(digest) != DIGEST_BYTES:
-            raise _rejected("expected the id of a key of this service as `kid`")
+            raise _rejected(_NOT_SIGNED)
         payload = _JWS.decode(text, digest, algorithms=[ALGORITHM])
         claims = _DECODER.decode(payload)
+    except jwt.InvalidSignatureError as error:
+        raise _rejected(_NOT_SIGNED) from error
     except (jwt.PyJWTError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _rejected(str(error)) from error
     status = key.status(now_ms)
@@ -118,6 +120,9 @@ def _narrow(holder: Principal, claims: TokenClaims) -> Principal:
         holder.key_id, name, verbs, models, prefix, expires_ms, holder.limits, signer=holder
     )
 
+
+_NOT_SIGNED: Final = "expected the signature of a key of this service, and its id as `kid`"
+"""The same for an unknown id and a wrong signature, so that it does not tell which ids exist."""
 
 _JWS: Final = jwt.PyJWS()
 _DECODER: Final = msgspec.json.Decoder(TokenClaims)

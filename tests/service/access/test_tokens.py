@@ -163,6 +163,19 @@ def test_tokens_that_the_key_did_not_sign_are_rejected(made: tuple[KeyText, Acce
             verified(made, token)
 
 
+def test_answer_does_not_tell_whether_the_id_of_a_token_exists(
+    made: tuple[KeyText, AccessKey],
+) -> None:
+    key, record = made
+    other, _ = new_key(record)
+    details = set()
+    for key_id in (key.key_id, other.key_id):
+        with pytest.raises(Unauthenticated) as caught:
+            verified(made, encoded(KeyText(key_id, other.secret), EXP))
+        details.add(caught.value.detail)
+    assert len(details) == 1
+
+
 def test_token_ends_with_its_key(made: tuple[KeyText, AccessKey]) -> None:
     token = encoded(made[0], {"exp": NOW_S + 1e6})
     assert verified(made, token)
