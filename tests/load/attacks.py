@@ -33,7 +33,9 @@ import uvloop
 from numpy.typing import NDArray
 
 import models
+from service.access.keys import KeyText
 from service.access.principal import Verb
+from service.access.tokens import TokenClaims, sign_token
 from tests.support.access import new_authorization
 from tests.support.machine import describe_run, read_usage
 from tests.support.servers import opened, real_server
@@ -130,8 +132,22 @@ async def grpc_stream(target: Target) -> str:
 
 
 async def key_guess(target: Target) -> str:
-    guess = target._replace(key=f"Bearer carry_{os.urandom(8).hex()}_{os.urandom(32).hex()}")
+    """Secrets of a key that exists, and of others."""
+    key_id = os.urandom(6).hex() if os.urandom(1) < b"\x80" else target.key.split("_")[1]
+    guess = target._replace(key=f"Bearer carry_{key_id}_{os.urandom(32).hex()}")
     return await send(guess, [head(guess, VICTIM, 0, "GET")])
+
+
+async def token_forgery(target: Target) -> str:
+    """Tokens that the key's holder did not sign, that claim more, and that are slow to match."""
+    own, exp = KeyText(*target.narrow_key.split("_")[1:]), time.time() + 3600
+    other = KeyText(target.key.split("_")[1], own.secret)
+    slow = TokenClaims(exp=exp, models=("*a" * 24 + "*b",))
+    claims = [(other, TokenClaims(exp=exp)), (own, TokenClaims(exp=exp, prefix="")), (own, slow)]
+    thieves = [target._replace(key=f"Bearer {sign_token(*each)}") for each in claims]
+    path = f"/v1/models/{'a' * 64}/streams/thief-1"
+    statuses = [await send(thief, [head(thief, path, 0, "GET")]) for thief in thieves]
+    return " ".join(sorted(set(statuses)))
 
 
 async def scope_escape(target: Target) -> str:
@@ -155,6 +171,7 @@ ATTACKS: dict[str, tuple[int, Callable[[Target], Awaitable[str]]]] = {
     "grpc-streams": (32, grpc_stream),
     "key-guessing": (8, key_guess),
     "scope-escapes": (8, scope_escape),
+    "token-forgeries": (8, token_forgery),
 }
 PERMITTED = ("huge-predicts", "slow-readers", "websocket-messages", "grpc-streams")
 """Attacks whose requests a valid key permits: they may be answered with success."""
@@ -225,7 +242,7 @@ async def measure(service: Service, store_url: str, options: argparse.Namespace)
     async with opened(store_url) as store:
         key = await new_authorization(store)
         verbs = tuple(set(Verb) - {Verb.METRICS})
-        narrow = await new_authorization(store, verbs=verbs, models=("flights",), prefix="thief-")
+        narrow = await new_authorization(store, verbs=verbs, prefix="thief-")
     await asyncio.sleep(2)  # until the service knows the keys
     headers = {"Authorization": key, "Content-Type": "application/json"}
     http = httpx.AsyncClient(base_url=service.url, headers=headers, timeout=30)
