@@ -56,7 +56,7 @@ def create_key(
     ] = None,
     prefix: Annotated[str, typer.Option(help="Only streams whose names begin with this.")] = "",
     days: Annotated[
-        float | None, typer.Option(min=0, help="Days until it expires; default: never.")
+        float | None, typer.Option(min=0.001, help="Days until it expires; default: never.")
     ] = None,
     requests_per_s: Annotated[
         float | None, typer.Option(min=0.001, help="Most requests per second of a worker process.")

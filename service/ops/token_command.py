@@ -21,7 +21,7 @@ def sign(
         typer.Option(help="Only streams whose names begin with this; default: that of the key."),
     ] = None,
     subject: Annotated[str | None, typer.Option(help="The tenant, for logs.")] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="Minutes until it expires.")] = 60.0,
+    minutes: Annotated[float, typer.Option(min=0.001, help="Minutes until it expires.")] = 60.0,
 ) -> None:
     """Sign a token that allows a part of what the key in CARRY_API_KEY (or CARRY_API_KEY_FILE)
     allows, and print it."""

@@ -35,6 +35,7 @@ from service.transports.http.error_handling import InternalErrorMiddleware, add_
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.openapi.document import DESCRIPTION, openapi_document
+from service.transports.http.openapi.documentation_page import ASSETS, documentation_html
 from service.transports.http.openapi.error_reference import reference_html
 from service.transports.http.problems import REFERENCE
 from service.transports.http.request_log import RequestLogMiddleware
@@ -136,7 +137,9 @@ def create_application(
         **options,
     }
     if docs:
-        app = FastAPIOffline(static_url="/docs/assets", **options)
+        app = FastAPIOffline(docs_url=None, static_url=ASSETS, **options)
+        page = documentation_html(app.swagger_ui_parameters or {})
+        app.add_route("/docs", lambda _: HTMLResponse(page), include_in_schema=False)
         app.add_api_route(
             REFERENCE, _error_reference, include_in_schema=False, response_class=HTMLResponse
         )

@@ -22,6 +22,9 @@ pytestmark = needs_tools("chromium")
 DIALOG = "document.querySelector('dialog')"
 MAIN = "document.querySelector('main')?.innerText"
 STATUS = "document.querySelector('h1 [role=status]')?.innerText"
+LIST_MODELS = "document.querySelector('[data-path=\"/v1/models\"]').closest('.opblock')"
+ANSWER = f"{LIST_MODELS}.querySelector('.live-responses-table')"
+ALERT = "document.querySelector('#access [role=alert]').textContent"
 
 
 async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
@@ -70,3 +73,36 @@ async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
         await page.until(f"{DIALOG}.open && {DIALOG}.innerText.includes('rejected')")
         assert page.errors == []
         await running.store.outputs.close()
+
+
+async def test_the_documentation_asks_for_a_key_and_uses_it(
+    pipeline_server: RealServer, browser: str, tmp_path: Path
+) -> None:
+    models = {"probe": make_artifact(tmp_path)}
+    async with (
+        asyncio.timeout(90),
+        harness(pipeline_server, models, requires_keys=True) as running,
+        listening(running.app) as path,
+        Proxy(lambda: path).listening() as proxy,
+        new_page(browser) as page,
+    ):
+        key = (await running.key(verbs=(Verb.MODELS,))).removeprefix("Bearer ")
+        await page.open(f"http://127.0.0.1:{proxy.port}/docs")
+        for text in ("carry_0_1", key):
+            await page.until("document.activeElement.type === 'password'")
+            await page.call("Input.insertText", text=text)
+            await page.press("Enter", "\r")
+            if text != key:
+                await page.until(f"{ALERT}.includes('an unknown key')")
+        await page.until("document.body.innerText.includes('/v1/models/{model}')")
+        assert await page.evaluate("document.querySelector('#access').hidden")
+        # a request that the page sends has the key
+        await page.evaluate(f"{LIST_MODELS}.querySelector('.opblock-summary-control').click()")
+        for button in ("try-out__btn", "execute"):
+            await page.until(f"{LIST_MODELS}.querySelector('.{button}') !== null")
+            await page.evaluate(f"{LIST_MODELS}.querySelector('.{button}').click()")
+        await page.until(f"{ANSWER} !== null")
+        answer = await page.evaluate(f"{ANSWER}.innerText")
+        assert "200" in answer
+        assert "probe" in answer
+        assert not page.errors

@@ -51,6 +51,10 @@ def test_created_key_has_its_limits_and_signs_tokens_within_its_scope(
     assert "expected an access key in CARRY_API_KEY" in failed.stderr
 
 
-@pytest.mark.parametrize("option", ["--streams=0", "--requests-per-s=-1"])
+@pytest.mark.parametrize("option", ["--streams=0", "--requests-per-s=-1", "--days=0"])
 def test_limits_that_allow_nothing_are_usage_errors(option: str) -> None:
     assert keys("create", "shop", option).exit_code == 2
+
+
+def test_tokens_that_expire_at_once_are_usage_errors() -> None:
+    assert keys("token", "--minutes=0").exit_code == 2

@@ -77,7 +77,6 @@ OPEN = {
     "/v2/health/live",
     "/v2/health/ready",
     "/docs",
-    "/docs/oauth2-redirect",
     "/docs/errors",
     "/console",
     "/console/",
