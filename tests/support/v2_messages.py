@@ -6,6 +6,8 @@ cannot import the service's `v2_pb2`.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +15,6 @@ from typing import Any
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
-from grpc_tools import protoc
 
 from tests.support.machine import REPOSITORY
 
@@ -23,9 +24,8 @@ PROTO = REPOSITORY / "service/transports/kserve/grpc/v2.proto"
 def _pool() -> DescriptorPool:
     with TemporaryDirectory() as folder:
         out = Path(folder) / "descriptors"
-        assert (
-            protoc.main(["", f"-I{PROTO.parent}", f"--descriptor_set_out={out}", PROTO.name]) == 0
-        )
+        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO.parent}"]
+        subprocess.run([*command, f"--descriptor_set_out={out}", PROTO.name], check=True)
         described = FileDescriptorSet.FromString(out.read_bytes())
     pool = DescriptorPool()
     for file in described.file:
