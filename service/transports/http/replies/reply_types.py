@@ -5,9 +5,10 @@ They are dictionaries when the service runs, so that a reply costs nothing more 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Final, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, GetPydanticSchema, with_config
+from typing_extensions import TypedDict
 
 from models.spec.state import Dtype
 from service.transports.http.field_rules import (
