@@ -57,6 +57,7 @@ class Principal:
         expires_ms: epoch milliseconds from which on the key is rejected; None for never.
         limits: None for no limits.
         signer: the holder of the key that signed the token of this one; None for a key.
+        subject: for whom the token is, as its signer says; None for a key.
         covers_model: matches the name of a model that it may use.
     """
 
@@ -68,6 +69,7 @@ class Principal:
     expires_ms: int | None = None
     limits: KeyLimits | None = None
     signer: Principal | None = None
+    subject: str | None = None
     covers_model: _Covers = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Final
 
 import jwt
@@ -23,6 +24,9 @@ from service.core.errors import Unauthenticated
 
 ALGORITHM: Final = "HS256"
 MAX_TOKEN_CHARACTERS: Final = 4096
+MAX_SUBJECT: Final = 100
+"""Characters of a subject that are logged."""
+
 DIGEST_BYTES: Final = 32
 MAX_EXP_S: Final = 253_402_300_799
 """The last second of the year 9999."""
@@ -115,9 +119,14 @@ def _narrow(holder: Principal, claims: TokenClaims) -> Principal:
     expires_ms = round(claims.exp * 1000)
     if holder.expires_ms is not None:
         expires_ms = min(expires_ms, holder.expires_ms)
-    name = holder.name if claims.sub is None else f"{holder.name}/{claims.sub[:100]}"
-    return Principal(
-        holder.key_id, name, verbs, models, prefix, expires_ms, holder.limits, signer=holder
+    return replace(
+        holder,
+        verbs=verbs,
+        models=models,
+        prefix=prefix,
+        expires_ms=expires_ms,
+        signer=holder,
+        subject=None if claims.sub is None else claims.sub[:MAX_SUBJECT],
     )
 
 

@@ -325,14 +325,16 @@ class ScopedStreams:
         self._quota = quota
         self._streams = pipeline.streams
         self._require = principal.require
-        self._key_id = principal.key_id
+        self._caller = {"key": principal.key_id}
+        if principal.subject is not None:
+            self._caller["subject"] = principal.subject
         self._limiter = limiter
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """Count a call for the limits, and name the key in the lines of the audit log."""
+        """Count a call for the limits, and name the caller in the lines of the audit log."""
         limited = nullcontext() if self._limiter is None else self._limiter.request(0)
-        with limited, bound_contextvars(key=self._key_id):
+        with limited, bound_contextvars(**self._caller):
             yield
 
     async def read(

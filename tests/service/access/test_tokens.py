@@ -86,7 +86,7 @@ def test_token_of_another_library_narrows_its_key(made: tuple[KeyText, AccessKey
             with pytest.raises(Forbidden):
                 principal.require((verb,), model, stream)
         assert principal.key_id == key.key_id
-        assert principal.name == "shop/tenant 7"
+        assert (principal.name, principal.subject) == ("shop", "tenant 7")
         assert principal.limits == LIMITS
         assert principal.expires_ms == NOW_MS + 60_000
         assert principal.signer == record.principal(key.key_id)

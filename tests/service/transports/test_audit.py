@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ import orjson
 import pytest
 
 from models.artifact.artifact import Artifact
+from service.access.keys import parse_key
 from service.access.principal import Verb
+from service.access.tokens import TokenClaims, sign_token
 from service.core.errors import NotDurable, StoreUnavailable
 from service.ops.audit import audit
 from service.ops.request_lines import access_log
@@ -50,10 +53,13 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 async def test_every_change_of_a_stream_except_by_chunks_is_audited(
     api: Harness, written: list[dict[str, Any]]
 ) -> None:
-    headers, key_id = {}, None
+    headers, key_id, subject = {}, None, None
     if api.keys is not None and not api.keys.is_open:
-        headers = {"authorization": await api.key()}
-        key_id = headers["authorization"].split("_")[1]
+        key = parse_key((await api.key()).removeprefix("Bearer "))
+        assert key is not None
+        key_id, subject = key.key_id, "tenant 7"
+        token = sign_token(key, TokenClaims(exp=time.time() + 600, sub=subject))
+        headers = {"authorization": f"Bearer {token}"}
     written.clear()
 
     async def ask(method: str, path: str, status: int, **request: Any) -> Any:
@@ -80,6 +86,7 @@ async def test_every_change_of_a_stream_except_by_chunks_is_audited(
         assert line.pop("request_id")
         assert line.pop("model") == "probe"
         assert line.pop("key", None) == key_id
+        assert line.pop("subject", None) == subject
     assert written == [
         {"message": "stream_forked", "stream": "b", "position": 2},
         {"message": "state_written", "stream": "c", "position": 2},
