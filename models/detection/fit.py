@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -47,6 +47,24 @@ class Stream(NamedTuple):
     days: float
 
 
+def check_size(counted: Iterable[NDArray[np.bool_]], days: Iterable[float]) -> None:
+    """Reject streams, or sessions, of which too little is counted.
+
+    Args:
+        counted, days: as in `Stream`, of each.
+
+    Raises:
+        DataError: they are too short.
+    """
+    events, total_days = sum(int(rows.sum()) for rows in counted), sum(days)
+    if events < MIN_EVENTS or total_days <= 0:
+        raise DataError(
+            expected=f"at least {MIN_EVENTS} events with timestamps from `validate_from` on, to "
+            "fit `detection` to",
+            got=f"{events} in {total_days:.3g} days",
+        )
+
+
 def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
     """Fit spreads, tails and the threshold to streams.
 
@@ -54,14 +72,8 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
         DataError: they are too short.
     """
     detection, head, events = detection_of(spec)
-    counted = sum(int(stream.counted.sum()) for stream in streams)
+    check_size([stream.counted for stream in streams], [stream.days for stream in streams])
     days = sum(stream.days for stream in streams)
-    if counted < MIN_EVENTS or days <= 0:
-        raise DataError(
-            expected=f"at least {MIN_EVENTS} events with timestamps from `validate_from` on, to "
-            "fit `detection` to",
-            got=f"{counted} in {days:.3g} days",
-        )
     count = len(detection.channels_of(head.targets, events))
     _, states = _follow(spec, streams, np.ones(count))
     spreads = _usual_spreads(spec, states)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.fit import Stream, fit_detection
+from models.detection.fit import Stream, check_size, fit_detection
 from models.spec.layout import anomaly_size, detection_of, network_outputs
 from models.spec.model import ModelSpec
 from models.training.data import Streams, schema_of
@@ -44,13 +44,35 @@ def fitted_to_outputs(
     first = network_outputs(spec).slices[head.name].stop
     parameters = outputs[:, first : first + anomaly_size(spec, head)]
     rows = streams.encoded(schema_of(spec))
-    moments = streams.moments_ms
-    counted = (moments >= from_ms) & (moments < to_ms)
-    followed = []
-    for start, stop in streams.sessions:
-        within = moments[start:stop][counted[start:stop]]
-        days = float(np.ptp(within)) / MS_PER_DAY if len(within) else 0.0
-        part = slice(start, stop)
-        followed.append(Stream(rows[part], parameters[part], counted[part], days))
+    parts = [slice(start, stop) for start, stop in streams.sessions]
+    counted, days = _counted(streams, from_ms, to_ms)
+    followed = [
+        Stream(rows[part], parameters[part], events, duration)
+        for part, events, duration in zip(parts, counted, days, strict=True)
+    ]
     fit = fit_detection(spec, followed)
     return spec.model_copy(update={"detection": detection.model_copy(update={"fit": fit})})
+
+
+def check_detection(spec: ModelSpec, streams: Streams, from_ms: int, to_ms: int) -> None:
+    """Reject a table with too few events in [from_ms, to_ms) to fit the spec's detection to.
+
+    Raises:
+        DataError: there are too few.
+    """
+    if spec.detection is not None:
+        check_size(*_counted(streams, from_ms, to_ms))
+
+
+def _counted(
+    streams: Streams, from_ms: int, to_ms: int
+) -> tuple[list[NDArray[np.bool_]], list[float]]:
+    """Which events of each session are in [from_ms, to_ms), and the days from its first to its
+    last one."""
+    moments = streams.moments_ms
+    counted = (moments >= from_ms) & (moments < to_ms)
+    days = []
+    for start, stop in streams.sessions:
+        within = moments[start:stop][counted[start:stop]]
+        days.append(float(np.ptp(within)) / MS_PER_DAY if len(within) else 0.0)
+    return [counted[start:stop] for start, stop in streams.sessions], days

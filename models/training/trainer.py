@@ -32,7 +32,7 @@ from models.training.checkpoint import (
 )
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
 from models.training.defaults import calendar_warning, resolve_training
-from models.training.detection import fitted_detection
+from models.training.detection import check_detection, fitted_detection
 from models.training.ensemble import check_members, merge_members
 from models.training.labels import labels_of
 from models.training.loop import Loop
@@ -117,6 +117,7 @@ def train(
     network = trained_network(spec)
     plan = plan_of(network, streams, labels, validate_ms, test_ms)
     check_targets(spec, streams, labels, validate_ms, test_ms, source)
+    check_detection(spec, streams, validate_ms, test_ms)
     if training.members > 1:
         check_members(spec)
     key = training_key(spec, plan.rows, streams.spans, labels)

@@ -66,6 +66,16 @@ def test_chunks_and_carry_score_give_equal_outputs(
     assert evaluate(artifact, frame)["heads"]["odd"].keys() == {"nll"}
 
 
+def test_too_few_events_for_detection_are_rejected_before_training(tmp_path: Path) -> None:
+    spec = latch_spec(epochs=1).model_copy(update={"detection": DETECTION})
+    epochs: list[object] = []
+    with pytest.raises(DataError, match=r"at least 200 events .* to fit `detection` to, got"):
+        train(
+            spec, latch_frame(streams=8), tmp_path / "latch", quiet=True, after_epoch=epochs.append
+        )
+    assert not epochs
+
+
 def test_detection_determines_the_fingerprint(artifact: Artifact) -> None:
     detection = artifact.spec.detection
     assert detection is not None
