@@ -22,6 +22,7 @@ from service.store.usage import Quota
 from tests.support.certificates import Certificates, certificates
 from tests.support.cluster import Cluster
 from tests.support.servers import (
+    KINDS,
     RealServer,
     emptied,
     free_port,
@@ -35,10 +36,13 @@ from tests.support.streams import Streams, committed, key, same_stream
 __all__ = ["certificates"]
 
 PASSWORD = "s3cr3t/@:,?"
+ACCESS_LIST = (
+    Path("deploy/redis/users.acl")
+    .read_text()
+    .replace("PASSWORD_SHA256", sha256(PASSWORD.encode()).hexdigest())
+)
 RULES = next(
-    line.replace("PASSWORD_SHA256", sha256(PASSWORD.encode()).hexdigest()).split()[2:]
-    for line in Path("deploy/redis/users.acl").read_text().splitlines()
-    if line.startswith("user carry ")
+    line.split()[2:] for line in ACCESS_LIST.splitlines() if line.startswith("user carry ")
 )
 """Password and permissions of the user in the shipped access control list."""
 
@@ -147,3 +151,29 @@ async def test_a_cluster_with_credentials(shared_cluster: Cluster) -> None:
     finally:
         for node in shared_cluster.nodes:
             node.ask("ACL", "DELUSER", "carry")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_streams_survive_a_restart_with_the_access_control_list(
+    kind: str, tmp_path: Path
+) -> None:
+    access_list = tmp_path / "users.acl"
+    access_list.write_text(ACCESS_LIST)
+    at = ("--bind", "127.0.0.1", "--port", str(port := free_port()))
+    server = RealServer(kind, tmp_path, *at, "--appendonly", "yes", "--aclfile", str(access_list))
+    url = f"redis://carry:{quote(PASSWORD, safe='')}@127.0.0.1:{port}"
+    streams = Streams()
+    try:
+        server.launch()
+        until(lambda: server.refuses("authentication"), "a server that needs a password")
+        async with opened(url) as store:
+            first = streams.creation(key("a"))
+            await committed(store, first)
+        server.kill()
+        server.launch()
+        until(lambda: server.refuses("authentication"), "a server that needs a password")
+        async with opened(url) as store:
+            (found,) = await store.load([key("a")])
+            assert same_stream(found, first.new)
+    finally:
+        server.stop()
