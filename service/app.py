@@ -188,6 +188,7 @@ def create_app() -> FastAPI:
         docs=has_docs,
         keys=keys,
         tracer=tracer,
+        origins=settings.websocket_origins,
     )
     admin = None
     if settings.admin_port is not None:

@@ -249,9 +249,9 @@ class Settings(BaseSettings):
     each ping. Longer than any pause of a live stream."""
 
     websocket_origins: str = ""
-    """Origins whose pages may open a WebSocket, besides the service's own host: such as
-    `https://app.example.com`, separated by commas; `*` allows all. Programs send no origin and are
-    not restricted."""
+    """Origins whose pages may open a WebSocket, and change streams of a service without access
+    keys, besides the service's own host: such as `https://app.example.com`, separated by commas;
+    `*` allows all. Programs send no origin and are not restricted."""
 
     max_pending_body_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
     """Maximum bytes of request bodies that a worker buffers. Beyond it the oldest incomplete bodies

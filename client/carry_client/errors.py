@@ -250,7 +250,7 @@ class UpgradeRequired(BadRequest, code="upgrade_required"):
 
 
 class OriginNotAllowed(BadRequest, code="origin_not_allowed"):
-    """Pages of this origin may not open a WebSocket."""
+    """Pages of this origin may not send this request."""
 
 
 class InvalidName(BadRequest, code="invalid_name"):

@@ -202,7 +202,7 @@ class UpgradeRequired(BadRequest):
 
 class OriginNotAllowed(BadRequest):
     code = "origin_not_allowed"
-    title = "Pages of this origin may not open a WebSocket"
+    title = "Pages of this origin may not send this request"
     remedy = (
         "Serve the page from the service's own host, or name its origin in CARRY_WEBSOCKET_ORIGINS."
     )

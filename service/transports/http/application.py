@@ -37,6 +37,7 @@ from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.openapi.document import DESCRIPTION, openapi_document
 from service.transports.http.openapi.documentation_page import ASSETS, documentation_html
 from service.transports.http.openapi.error_reference import reference_html
+from service.transports.http.origins import parse_origins
 from service.transports.http.problems import REFERENCE
 from service.transports.http.request_log import RequestLogMiddleware
 from service.transports.http.routes import chunks, forecast, health, models, streams
@@ -62,6 +63,7 @@ def create_api(
     docs: bool = True,
     keys: AccessKeys | None = None,
     tracer: Tracer | None = None,
+    origins: str = "",
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -75,6 +77,8 @@ def create_api(
         docs: whether it has the documentation: `/docs`, `/docs/errors` and `/openapi.json`.
         keys: the access keys; without them the service is open.
         tracer: makes spans of requests; None makes none.
+        origins: whose pages may change streams of an open service, besides its own host, separated
+            by commas; `*` allows all.
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
@@ -93,6 +97,7 @@ def create_api(
         now_ms,
         LongBodyAdmission(limits.max_waiting_bytes),
         tracer,
+        parse_origins(origins),
     )
     app.state.api = api
     for served in pipeline.models.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from starlette.requests import Request
 
@@ -18,7 +19,11 @@ from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.long_bodies.long_reader import LongReader
+from service.transports.http.origins import check_origin
 from service.transports.http.replies.reply_writer import ReplyWriter
+
+SAFE_METHODS: Final = ("GET", "HEAD")
+"""Methods that change nothing; a page of another site cannot read their replies."""
 
 
 class ModelWire:
@@ -50,6 +55,7 @@ class ApiContext:
         now_ms: wall clock in epoch milliseconds, for the age of streams.
         long_bodies: admission of long bodies.
         tracer: makes spans of requests; None makes none.
+        origins: allowed origins of pages, besides the service's own host.
         wires: readers and writers that `wire` built, by model; a model may have changed since.
     """
 
@@ -60,6 +66,7 @@ class ApiContext:
     now_ms: Callable[[], int]
     long_bodies: LongBodyAdmission
     tracer: Tracer | None = None
+    origins: frozenset[str] = frozenset()
     wires: dict[str, ModelWire] = field(default_factory=dict)
 
     def wire(self, served: ServedModel) -> ModelWire:
@@ -82,9 +89,12 @@ def pipeline_of(request: Request) -> PipelineInterface:
     Raises:
         Unauthenticated, StoreUnavailable: see `AccessControl.pipeline`.
         DuplicateField: there are several Authorization headers.
+        OriginNotAllowed: a page of another site sent it, and the service is open.
     """
     access = api_of(request).access
     if access.open_pipeline is not None:
+        if request.method not in SAFE_METHODS:
+            _check_origin(request)
         return access.open_pipeline
     values = [value for name, value in request.scope["headers"] if name == b"authorization"]
     if len(values) > 1:
@@ -92,3 +102,16 @@ def pipeline_of(request: Request) -> PipelineInterface:
             f"Authorization: expected it once, got it {len(values)} times", at="Authorization"
         )
     return access.pipeline(values[0] if values else None)
+
+
+def _check_origin(request: Request) -> None:
+    """Reject what a page of another site sends, which would need a key if the service had any.
+
+    Raises:
+        OriginNotAllowed
+    """
+    origins = [value for name, value in request.scope["headers"] if name == b"origin"]
+    # a page cannot set `Sec-Fetch-Site`, and a proxy may have changed the host
+    if origins and request.headers.getlist("sec-fetch-site") != ["same-origin"]:
+        texts = [value.decode("latin-1") for value in origins]
+        check_origin(texts, request.headers.get("host", ""), api_of(request).origins)

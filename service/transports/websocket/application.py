@@ -10,11 +10,11 @@ from service.core.errors import UpgradeRequired
 from service.ops.logs import RequestIds
 from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.context import ApiContext, pipeline_of
+from service.transports.http.origins import parse_origins
 from service.transports.websocket.handshake import (
     MODEL_ROUTE,
     STREAM_ROUTE,
     LiveUpgrader,
-    parse_origins,
 )
 from service.transports.websocket.live_socket import SocketLimits
 

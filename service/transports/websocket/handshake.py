@@ -37,7 +37,6 @@ from service.core.errors import (
     DuplicateField,
     InvalidInput,
     MalformedRequest,
-    OriginNotAllowed,
     StreamNotFound,
     UpgradeRequired,
 )
@@ -52,6 +51,7 @@ from service.transports.http.connection.framing import Headers
 from service.transports.http.connection.rejections import CLOSE, error_response
 from service.transports.http.context import ApiContext
 from service.transports.http.media import Media
+from service.transports.http.origins import check_origin
 from service.transports.http.problems import status_of
 from service.transports.http.replies.reply_writer import (
     EVERY_STEP,
@@ -66,8 +66,6 @@ from service.transports.websocket.session import Session
 
 STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"
 MODEL_ROUTE: Final = "/v1/models/{model}/live"
-ANY_ORIGIN: Final = "*"
-_ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#@\\\s]+)")
 TIMEOUT_PARAMETER: Final = "timeout_s"
 SUBPROTOCOL: Final = Subprotocol("carry")
 KEY_SUBPROTOCOL: Final = b"carry.bearer."
@@ -95,7 +93,7 @@ class LiveUpgrader:
     """Opens the live sockets of one application (`http_protocol.Upgrader`).
 
     Attributes:
-        origins: allowed origins besides the service's own host; `ANY_ORIGIN` allows all.
+        origins: as of `check_origin`.
     """
 
     api: ApiContext
@@ -205,27 +203,9 @@ class LiveUpgrader:
             wants_other = isinstance(failure, InvalidUpgrade) or is_other
             kind = UpgradeRequired if wants_other else MalformedRequest
             raise kind(f"expected a WebSocket handshake: {_reason(failure)}")
-        self._check_origin(received)
+        check_origin(received.get_all("Origin"), received.get("Host", ""), self.origins)
         del response.headers["Date"]
         return response
-
-    def _check_origin(self, headers: WebSocketHeaders) -> None:
-        """Reject a page of another site.
-
-        Raises:
-            OriginNotAllowed
-        """
-        origins = headers.get_all("Origin")
-        if not origins or ANY_ORIGIN in self.origins:
-            return
-        origin = origins[0]
-        is_own = _host(origin) == headers.get("Host", "").lower()
-        if len(origins) > 1 or not (origin in self.origins or is_own):
-            raise OriginNotAllowed(
-                f"Origin: expected the service's own host or an allowed origin, got {origin!r}",
-                at="Origin",
-                got=origin[:300],
-            )
 
     def _target(self, pipeline: PipelineInterface, url: bytes) -> Target:
         """What an address names.
@@ -293,11 +273,6 @@ def _propagated(headers: Headers) -> dict[str, str]:
     return propagated if len(propagated) == len(lines) else {}
 
 
-def parse_origins(text: str) -> frozenset[str]:
-    """The origins of a list that is separated by commas."""
-    return frozenset(part for part in re.split(r"[,\s]+", text.strip()) if part)
-
-
 def _authorization(headers: Headers) -> bytes | None:
     """The Authorization of a handshake, also from the subprotocols that a browser offers.
 
@@ -327,12 +302,6 @@ def _reason(failure: Exception) -> str:
 
 def _select_subprotocol(_: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
     return SUBPROTOCOL if SUBPROTOCOL in offered else None
-
-
-def _host(origin: str) -> str | None:
-    """Host and port of an origin; None for another string, such as a URL with a fragment."""
-    match = _ORIGIN.fullmatch(origin)
-    return None if match is None else match[1].lower()
 
 
 def _text(part: bytes) -> str:

@@ -61,6 +61,7 @@ _SLOW_PATH_HEADERS = frozenset(
         b"transfer-encoding",
         b"content-encoding",
         b"expect",
+        b"origin",
         b"upgrade",
         b"proxy-connection",
         b"te",

@@ -128,6 +128,7 @@ SLOW: dict[str, bytes] = {
         b"%x\r\n%b\r\n0\r\n\r\n" % (len(chunk()), chunk()), "Transfer-Encoding: chunked", length=""
     ),
     "a proxy's close": request(chunk(), "Proxy-Connection: close"),
+    "a page of another site": request(chunk(), "Origin: https://evil.example"),
     "long headers": request(chunk(), "X-Long: " + "x" * 5000),
     "escaped slash": request(chunk(), first=f"POST {PATH.format('a%2Fb')} HTTP/1.1"),
     "escaped dot": request(chunk(), first=f"POST {PATH.format('%2E')} HTTP/1.1"),
