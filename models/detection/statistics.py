@@ -11,7 +11,7 @@ decay r = exp(-1 / memory_events); "before" means from the events before this on
     prior    P_t = exp(-1 / (2 P_0)) P_(t-1),  P_0 = prior_events
     trust    a = W_before / (W_before + P_before)
     z        a e / max(spread, minimum), within -30 to 30
-    energy   E_t = g E_(t-1) + (1 - g) a (min(z_t^2 / a^2, 100) - 1),  g = exp(-1 / scale)
+    energy   E_t = g E_(t-1) + (1 - g) a (min(z_t^2 / a^2, 25) - 1),  g = exp(-1 / scale)
 
 In a new stream `trust` shrinks the deviations towards 0, and a target's first event has no
 statistics. The mean of square roots is a robust spread: one outlier hardly moves it, and many zeros
@@ -42,7 +42,7 @@ Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]
 
 Z_LIMIT: Final = 30.0
-ENERGY_LIMIT: Final = 100.0
+ENERGY_LIMIT: Final = 25.0
 STUCK: Final = 0.05
 """Added to a mean square before it is inverted, which bounds the inverse."""
 SMALLEST: Final = 1e-9

@@ -55,7 +55,7 @@ class DetectionOracle:
                 slow = math.exp(-1 / scale)
                 before = self.energy[scale, c] - 1
                 now = slow * before + (
-                    (1 - slow) * trust * (min(whole**2, 100.0) - 1) if there else 0.0
+                    (1 - slow) * trust * (min(whole**2, 25.0) - 1) if there else 0.0
                 )
                 self.energy[scale, c] = 1 + now
                 found += [1 + now, 1 / (1 + now + 0.05)] if there else [0.0, 0.0]

@@ -2,7 +2,7 @@
 
 Each sensor has its own level, scale, daily and weekly shape, and autocorrelated noise.
 Anomalies are in the last two fifths of the time only. They are of two disjoint sets of kinds:
-detection was developed on the first, and the second is held out and was scored once.
+detection was developed on the first, and the second is held out.
 
     development   spike, level, noise, stuck
     held_out      drift, amplitude, frequency, shift

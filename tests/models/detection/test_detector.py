@@ -128,7 +128,7 @@ def everything() -> ModelSpec:
     assert spec.detection is not None
     assert spec.detection.fit is not None
     # often, so that alarms open and close
-    fit = spec.detection.fit.model_copy(update={"threshold": 0.3})
+    fit = spec.detection.fit.model_copy(update={"threshold": 0.2})
     return spec.model_copy(update={"detection": spec.detection.model_copy(update={"fit": fit})})
 
 
