@@ -20,6 +20,7 @@ from models.training.evaluate import evaluate, run_chunks
 from models.training.files import read_data
 from models.training.trainer import train
 from service.scoring.score import score_file
+from tests.support.command import carry
 from tests.support.training import latch_frame, latch_spec
 
 DETECTION = DetectionSpec(head="odd", memory_events=20, prior_events=5, scales=(3,))
@@ -104,3 +105,12 @@ def test_anomalies_are_scored_by_the_labels_of_a_csv_file(
     cell = pl.when(pl.int_range(pl.len()) == 4).then(pl.lit("perhaps")).otherwise("anomaly")
     with pytest.raises(DataError, match=r"'anomaly'.*row 5: one of .*, got 'perhaps'"):
         evaluate(artifact, labelled.with_columns(cell.alias("anomaly")), anomalies="anomaly")
+
+
+def test_labels_and_baselines_are_not_scored_together(artifact: Artifact, tmp_path: Path) -> None:
+    """The report of the baselines would leave the alarms out."""
+    events = tmp_path / "events.csv"
+    events.write_text("id\n")
+    done = carry("evaluate", artifact.path, events, "--anomalies", "anomaly", "--baselines")
+    assert done.exit_code == 2
+    assert "expected --anomalies or --baselines, got both" in done.stderr
