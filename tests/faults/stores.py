@@ -299,7 +299,7 @@ def make_store(
         case "valkey":
             return SingleStore(EmbeddedValkey(folder, models, settings), traffic)
         case "redis":
-            redis_server = RealServer("redis", folder, "--appendfsync", "no", *_NO_REWRITE)
+            redis_server = RealServer("redis", folder, *_NO_REWRITE)
             return SingleStore(redis_server, traffic)
     return ClusterStore(folder, traffic, strict="CARRY_DURABILITY" in settings)
 

@@ -78,7 +78,7 @@ def monitored(kind: str, *options: str) -> Iterator[Monitored]:
     if binary is None:
         pytest.skip("redis-server is not on the PATH")
     port, replica_port, sentinel_port = free_port(), free_port(), free_port()
-    common = ("--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0", "--appendfsync", "no")
+    common = ("--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
     of = ("--replicaof", f"127.0.0.1 {port}", "--port", str(replica_port))
     with (
         real_server(kind, *common, "--port", str(port), *options) as primary,

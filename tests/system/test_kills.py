@@ -242,7 +242,7 @@ def test_every_model_continues_after_kills(tmp_path: Path, runtime: str) -> None
         if (tmp_path / "models" / name).exists():
             scenarios.append(NetworkStream(artifact, seed).scenario(client))
 
-    environment = runtime_environment(runtime, tmp_path)
+    environment = {**runtime_environment(runtime, tmp_path), "CARRY_DURABILITY": "fsync"}
     with client, running(tmp_path, tmp_path / "models", **environment) as service:
         for kills_store in KILLS:
             client.base_url = service.url

@@ -87,7 +87,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         import_here(path, folder / "models" / name, name, **variant.arguments(path))
     for name, example in EXAMPLE_GRAPHS.items():
         import_here(example.path, folder / "models" / name, name, **example.options)
-    with running(folder, folder / "models") as up:
+    with running(folder, folder / "models", CARRY_DURABILITY="fsync") as up:
         yield up
 
 
@@ -104,7 +104,7 @@ def test_chunks_and_kills_do_not_change_outputs(service: Service) -> None:
     valkey = service.valkey_pid()
     service.kill()
     os.kill(valkey, signal.SIGKILL)
-    service.start()
+    service.start(CARRY_DURABILITY="fsync")
     with httpx.Client(base_url=service.url, timeout=60) as client:
         for stream in streams:
             assert client.get(stream.url).json()["position"] == stream.position

@@ -30,10 +30,13 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_artifact(tmp_path_factory.mktemp("models"))
 
 
+ENVIRONMENT = {"CARRY_RUNTIME_THREADS": "1", "CARRY_DURABILITY": "fsync"}
+
+
 @pytest.fixture
 def own_service(tmp_path: Path, probe: Artifact) -> Iterator[Service]:
-    """A service that the test may kill."""
-    with running(tmp_path, probe.path, CARRY_RUNTIME_THREADS="1") as up:
+    """A service that the test may kill with its store, which then loses nothing."""
+    with running(tmp_path, probe.path, CARRY_RUNTIME_THREADS="1", CARRY_DURABILITY="fsync") as up:
         yield up
 
 
@@ -60,7 +63,7 @@ async def test_kills_and_a_graceful_shutdown_lose_nothing(
     rows = rows_of(np.random.default_rng(7), 6)
     before, token = _send_session(own_service.url, rows[:4])
     own_service.kill()
-    own_service.start()
+    own_service.start(**ENVIRONMENT)
     assert own_service.valkey_pid() == valkey, "left behind, and adopted"
     again, _ = _send_session(own_service.url, rows[:4])
     assert again == {**before, "replayed": True}
@@ -73,7 +76,7 @@ async def test_kills_and_a_graceful_shutdown_lose_nothing(
 
     own_service.kill()
     await _kill(own_service.valkey_pid())
-    own_service.start()
+    own_service.start(**ENVIRONMENT)
     await send_all(own_service.url, senders, 110)
 
     # What was accepted before SIGTERM is answered and stored.
@@ -87,7 +90,7 @@ async def test_kills_and_a_graceful_shutdown_lose_nothing(
             task.cancel()
         await asyncio.gather(*sending, return_exceptions=True)
     assert not _alive(valkey), "stopped with the service"
-    own_service.start()
+    own_service.start(**ENVIRONMENT)
     with httpx.Client(base_url=own_service.url) as client:
         for sender in senders:
             position = client.get(sender.path.removesuffix("/chunks")).json()["position"]
