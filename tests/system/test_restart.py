@@ -22,6 +22,7 @@ from tests.support.service import Service, running
 
 SESSIONS = "/v1/models/probe/streams/sessions"
 PREDICT = "/v1/models/probe/predict"
+ENVIRONMENT = {"CARRY_RUNTIME_THREADS": "1", "CARRY_DURABILITY": "fsync"}
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +31,10 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_artifact(tmp_path_factory.mktemp("models"))
 
 
-ENVIRONMENT = {"CARRY_RUNTIME_THREADS": "1", "CARRY_DURABILITY": "fsync"}
-
-
 @pytest.fixture
 def own_service(tmp_path: Path, probe: Artifact) -> Iterator[Service]:
     """A service that the test may kill with its store, which then loses nothing."""
-    with running(tmp_path, probe.path, CARRY_RUNTIME_THREADS="1", CARRY_DURABILITY="fsync") as up:
+    with running(tmp_path, probe.path, **ENVIRONMENT) as up:
         yield up
 
 
