@@ -182,8 +182,6 @@ def evaluate_command(
     trees_s: TreesTime = 60.0,
 ) -> None:
     """Score an artifact on data, chunk by chunk as the service computes it."""
-    if anomalies is not None and baselines:
-        raise typer.BadParameter("expected --anomalies or --baselines, got both")
     with _one_line_errors():
         from models.training import commands
 

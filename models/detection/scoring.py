@@ -1,4 +1,4 @@
-"""Scores alarms and tail probabilities against labelled anomalies.
+"""Scores alarms and tail probabilities against labelled anomalies, with intervals over streams.
 
 An anomaly is a run of labelled events in a stream. An alarm, from opening to closing, is true if
 it overlaps an anomaly, and false otherwise; an anomaly is found if an alarm overlaps it.
@@ -7,13 +7,17 @@ it overlaps an anomaly, and false otherwise; an anomaly is found if an alarm ove
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Spans = list[tuple[int, int]]
+from models.detection.measures import Floats, Spans, average_precision, runs, vus_pr
+
+DRAWS = 1000
+LONGEST_BUFFER = 256
+"""Largest buffer of VUS-PR in events, which bounds the time that it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +31,9 @@ class AlarmScores:
         precision: share of them that are true; NaN without any.
         false_per_day: false alarms per stream and day without an anomaly.
         delay_events: median number of events from the start of a found anomaly to its alarm.
-        average_precision: mean precision over all thresholds of the tail probability, event by
-            event (the area below the precision-recall curve).
+        average_precision: of single events over all thresholds (the area below the
+            precision-recall curve), the mean over the streams with an anomaly.
+        vus_pr: the same with buffers of up to the median length of an anomaly.
     """
 
     anomalies: int
@@ -38,16 +43,32 @@ class AlarmScores:
     false_per_day: float
     delay_events: float
     average_precision: float
+    vus_pr: float
 
 
-def score_alarms(
+@dataclass(frozen=True, slots=True)
+class StreamScores:
+    """What `AlarmScores` are computed from, for one stream: numbers of anomalies, of those found,
+    of alarms and of true ones; days without an anomaly; and each found anomaly's delay."""
+
+    anomalies: int
+    found: int
+    alarms: int
+    true: int
+    normal_days: float
+    delays: tuple[int, ...]
+    average_precision: float
+    vus_pr: float
+
+
+def score_streams(
     alarm: Floats,
     score: Floats,
     anomalous: NDArray[np.bool_],
     streams: Spans,
     days: Sequence[float],
-) -> AlarmScores:
-    """Score all streams together.
+) -> list[StreamScores]:
+    """Score each stream.
 
     Args:
         alarm: [n], not 0 where an alarm is open.
@@ -56,45 +77,63 @@ def score_alarms(
         streams: the first row of each stream and one past its last.
         days: how long each stream took, anomalies included.
     """
-    anomalies = alarms = found = true = 0
-    delays: list[int] = []
-    normal_days = 0.0
+    lengths = [b - a for first, last in streams for a, b in runs(anomalous[first:last])]
+    buffer = min(int(np.median(lengths)), LONGEST_BUFFER) if lengths else 0
+    scored = []
     for (start, stop), own_days in zip(streams, days, strict=True):
-        labelled = runs(anomalous[start:stop])
-        opened = runs(alarm[start:stop] > 0)
-        anomalies, alarms = anomalies + len(labelled), alarms + len(opened)
-        for first, last in labelled:
-            hits = [a for a, b in opened if a < last and b > first]
-            found += bool(hits)
-            delays += [max(0, min(hits) - first)] if hits else []
-        true += sum(any(a < last and b > first for first, last in labelled) for a, b in opened)
-        normal_days += own_days * (1.0 - float(anomalous[start:stop].mean()))
+        own, labels = score[start:stop], anomalous[start:stop]
+        labelled, opened = runs(labels), runs(alarm[start:stop] > 0)
+        hits = [[a for a, b in opened if a < last and b > first] for first, last in labelled]
+        delays = tuple(
+            max(0, min(each) - first)
+            for (first, _), each in zip(labelled, hits, strict=True)
+            if each
+        )
+        scored.append(
+            StreamScores(
+                len(labelled),
+                len(delays),
+                len(opened),
+                len({a for each in hits for a in each}),
+                own_days * (1.0 - float(labels.mean())),
+                delays,
+                average_precision(own, labels),
+                vus_pr(own, labels, buffer),
+            )
+        )
+    return scored
+
+
+def summarise(streams: Sequence[StreamScores]) -> AlarmScores:
+    """The scores of streams together."""
+    anomalies, found = sum(s.anomalies for s in streams), sum(s.found for s in streams)
+    alarms, true = sum(s.alarms for s in streams), sum(s.true for s in streams)
+    days = sum(s.normal_days for s in streams)
+    delays = [delay for stream in streams for delay in stream.delays]
+    labelled = [stream for stream in streams if stream.anomalies]
     return AlarmScores(
         anomalies,
-        found / anomalies if anomalies else float("nan"),
+        found / anomalies if anomalies else np.nan,
         alarms,
-        true / alarms if alarms else float("nan"),
-        (alarms - true) / normal_days if normal_days else float("nan"),
-        float(np.median(delays)) if delays else float("nan"),
-        average_precision(score, anomalous),
+        true / alarms if alarms else np.nan,
+        (alarms - true) / days if days else np.nan,
+        float(np.median(delays)) if delays else np.nan,
+        float(np.mean([s.average_precision for s in labelled])) if labelled else np.nan,
+        float(np.mean([s.vus_pr for s in labelled])) if labelled else np.nan,
     )
 
 
-def runs(values: NDArray[np.bool_]) -> Spans:
-    """The runs of true values: first index and one past the last."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], values, [False]]).astype(np.int8)))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-
-def average_precision(score: Floats, positive: NDArray[np.bool_]) -> float:
-    """The mean precision at each positive, in falling order of the score; NaN without any.
-
-    Equal scores count as one threshold.
-    """
-    if not positive.any():
-        return float("nan")
-    order = np.argsort(-score, kind="stable")
-    hits = np.cumsum(positive[order])
-    last = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
-    precision, gained = hits[last] / (last + 1), np.diff(hits[last], prepend=0)
-    return float((precision * gained).sum() / hits[-1])
+def with_intervals(streams: Sequence[StreamScores], seed: int = 0) -> dict[str, Any]:
+    """The members of `AlarmScores`, and `intervals`: the 95% interval of each that is not a count,
+    by resampling streams. None where there is no value."""
+    scores = asdict(summarise(streams))
+    random = np.random.default_rng(seed)
+    chosen = random.integers(len(streams), size=(DRAWS, len(streams)))
+    draws = [asdict(summarise([streams[at] for at in draw])) for draw in chosen]
+    intervals: dict[str, list[float] | None] = {}
+    for name in scores.keys() - {"anomalies", "alarms"}:
+        values = np.array([draw[name] for draw in draws])
+        known = values[~np.isnan(values)]
+        intervals[name] = np.quantile(known, [0.025, 0.975]).tolist() if len(known) else None
+    plain = {name: None if np.isnan(value) else value for name, value in scores.items()}
+    return {**plain, "intervals": {name: intervals[name] for name in scores if name in intervals}}

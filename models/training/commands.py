@@ -198,8 +198,7 @@ def evaluate_command(
         chunk: most events in a chunk.
         seed: of the chunks' lengths.
         since: score events from this moment on; earlier ones only move the states.
-        anomalies: boolean column that labels anomalous events, against which alarms are scored;
-            not with baselines.
+        anomalies: boolean column that labels anomalous events, against which alarms are scored.
         baselines: compare with the baselines of a report, fitted to the table's events before
             the artifact's `test_from`.
         trees, trees_s: as for `train_command`.
@@ -223,6 +222,7 @@ def evaluate_command(
                 trees=trees,
                 trees_s=trees_s,
                 since=since,
+                anomalies=anomalies,
                 chunk=chunk,
                 seed=seed,
                 source=str(data),

@@ -45,7 +45,7 @@ def fitted_to_outputs(
     parameters = outputs[:, first : first + anomaly_size(spec, head)]
     rows = streams.encoded(schema_of(spec))
     parts = [slice(start, stop) for start, stop in streams.sessions]
-    counted, days = _counted(streams, from_ms, to_ms)
+    counted, days = counted_events(streams, from_ms, to_ms)
     followed = [
         Stream(rows[part], parameters[part], events, duration)
         for part, events, duration in zip(parts, counted, days, strict=True)
@@ -61,10 +61,10 @@ def check_detection(spec: ModelSpec, streams: Streams, from_ms: int, to_ms: int)
         DataError: there are too few.
     """
     if spec.detection is not None:
-        check_size(*_counted(streams, from_ms, to_ms))
+        check_size(*counted_events(streams, from_ms, to_ms))
 
 
-def _counted(
+def counted_events(
     streams: Streams, from_ms: int, to_ms: int
 ) -> tuple[list[NDArray[np.bool_]], list[float]]:
     """Which events of each session are in [from_ms, to_ms), and the days from its first to its

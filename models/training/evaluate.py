@@ -14,7 +14,6 @@ block, each with its lookahead and no more, and the last one ends where the stre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.detection.detector import Detector
-from models.detection.scoring import AlarmScores, score_alarms
+from models.detection.scoring import StreamScores, score_streams, with_intervals
 from models.errors import DataError
 from models.events.encode import Clock, encode
 from models.spec.blocks import BlockSpec, cut_blocks
@@ -85,10 +84,19 @@ def run_chunks(
 
 def detect(spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """The outputs of a fitted detection, from those of the network."""
+    return detect_rows(spec, streams.sessions, streams.encoded(schema_of(spec)), outputs)
+
+
+def detect_rows(
+    spec: ModelSpec,
+    sessions: Iterable[tuple[int, int]],
+    rows: NDArray[np.float32],
+    outputs: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """As `detect`, for encoded rows."""
     detector = Detector(spec)
-    rows = streams.encoded(schema_of(spec))
     found = np.zeros((len(outputs), output_spec(spec).size), np.float32)
-    for start, stop in streams.sessions:
+    for start, stop in sessions:
         state = detection_state(spec).zero().floats[np.newaxis]
         for at in range(start, stop, DETECTION_STEPS):
             part = slice(at, min(at + DETECTION_STEPS, stop))
@@ -280,7 +288,7 @@ def evaluate(
         `events`, `streams`, `scored` (events), `since`, the members of `chunk_settings`, and
         `heads`: by head, its metrics; for a model with a decoder also `decoder`, as from
         `horizon_report`, with the points of the baselines alone; with anomalies also `detection`,
-        the members of `AlarmScores`.
+        as from `with_intervals`.
 
     Raises:
         SpecError, DataError: the model has nothing to score, or the table does not fit it.
@@ -299,10 +307,8 @@ def evaluate(
     outputs = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch, advance=advance)
     decoded: dict[str, Any] = {}
     if labelled is not None:
-        scores = asdict(detection_scores(spec, streams, outputs, labelled, from_ms))
-        decoded["detection"] = {
-            name: None if np.isnan(value) else value for name, value in scores.items()
-        }
+        of_streams = detection_scores(spec, streams, outputs, labelled, from_ms)
+        decoded["detection"] = with_intervals(of_streams, seed)
     if spec.decoder is not None:
         from models.training.horizon import horizon_report
 
@@ -344,17 +350,33 @@ def detection_scores(
     outputs: NDArray[np.float32],
     anomalous: NDArray[np.bool_],
     from_ms: int | None,
-    to_ms: int | None = None,
-) -> AlarmScores:
-    """The scores of a model's alarms in [from_ms, to_ms).
+) -> list[StreamScores]:
+    """The scores of a model's alarms from a moment on, of each stream that has events.
 
     Args:
         outputs: as `run_chunks` gives them.
     """
     _, head, _ = detection_of(spec)
     by_name = output_spec(spec).by_name(outputs)
+    return scores_from(
+        streams,
+        by_name[f"{head.name}.alarm"],
+        -by_name[f"{head.name}.probability"],
+        anomalous,
+        from_ms,
+    )
+
+
+def scores_from(
+    streams: Streams,
+    alarm: NDArray[Any],
+    score: NDArray[Any],
+    anomalous: NDArray[np.bool_],
+    from_ms: int | None,
+) -> list[StreamScores]:
+    """The scores of any alarms [rows] from a moment on; arguments as for `score_streams`."""
     everything = np.ones(streams.events, np.bool_)
-    kept = np.isin(np.arange(streams.events), _within(streams, everything, from_ms, to_ms))
+    kept = np.isin(np.arange(streams.events), _within(streams, everything, from_ms, None))
     spans, days, at = [], [], 0
     for start, stop in streams.spans:
         moments = streams.moments_ms[start:stop][kept[start:stop]]
@@ -362,9 +384,9 @@ def detection_scores(
             spans.append((at, at + len(moments)))
             days.append(float(np.ptp(moments)) / MS_PER_DAY)
             at += len(moments)
-    return score_alarms(
-        by_name[f"{head.name}.alarm"][kept].astype(np.float64),
-        -by_name[f"{head.name}.probability"][kept].astype(np.float64),
+    return score_streams(
+        alarm[kept].astype(np.float64),
+        score[kept].astype(np.float64),
         anomalous[kept],
         spans,
         days,

@@ -26,7 +26,9 @@ from models.spec.heads import ForecastHead, Head
 from models.spec.layout import output_spec
 from models.training.baselines import baselines_of
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
+from models.training.detection_baselines import compare_detection
 from models.training.evaluate import (
+    anomalous_events,
     chunk_settings,
     distinct_rows,
     events_to_score,
@@ -60,6 +62,7 @@ def make_report(
     trees: bool = True,
     trees_s: float | None = None,
     since: str | None = None,
+    anomalies: str | None = None,
     further: Further | None = None,
     chunk: int = 64,
     seed: int = 0,
@@ -77,6 +80,8 @@ def make_report(
         trees: whether boosted trees are fitted too; they take longest.
         trees_s: seconds that they may take together; no limit by default.
         since: moment from which events are held out; `test_from` by default.
+        anomalies: boolean column that labels anomalous events, to compare detection with its
+            baselines.
         further: gives more baselines of a head, such as only these data allow.
         chunk, seed: how the model's run is cut.
         draws: resamples of days.
@@ -87,7 +92,7 @@ def make_report(
         Plain data: `data` (what was scored), `heads` (by head: `scores` by model, with
         `value` and `interval`, `difference` of each baseline minus the model, `settings`,
         `calibration`), `decoder` (what `horizon_report` gives, for a model that has one),
-        `history`, `warnings`, `verdicts`.
+        with anomalies what `compare_detection` gives, `history`, `warnings`, `verdicts`.
 
     Raises:
         DataError: there are no held-out events, or none to fit the baselines to.
@@ -100,6 +105,7 @@ def make_report(
     validated_ms = moment_ms(schema, training.test_from, "training.test_from")
     test_from = since or training.test_from
     test_ms = moment_ms(schema, test_from, "--since")
+    labelled = None if anomalies is None else anomalous_events(spec, streams, anomalies, source)
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     heads = [head for head in spec.heads if has_targets(head)]
     rows = streams.encoded(schema)
@@ -170,6 +176,11 @@ def make_report(
         }
         if isinstance(head, ForecastHead):
             head_reports[head.name]["quantiles"] = list(head.quantiles)
+    detection: dict[str, Any] = {}
+    if labelled is not None:
+        note_progress("baselines of detection")
+        fit_ms = validate_ms, validated_ms
+        detection = compare_detection(spec, streams, outputs, labelled, fit_ms, test_ms)
     report = {
         "model": spec.name,
         "version": artifact.version,
@@ -190,6 +201,7 @@ def make_report(
             **chunk_settings(spec, chunk, seed),
         },
         "heads": head_reports,
+        **detection,
         **_decoder_report(artifact, streams, rows, test_ms, validate_ms, note_progress),
         "history": list(history),
         "warnings": remarks,

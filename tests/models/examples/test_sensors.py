@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.detection.scoring import runs
+from models.detection.measures import runs
 from models.examples.sensors.data import CLEAN, KINDS, LENGTHS, Kinds, sensors
 
 

@@ -15,12 +15,12 @@ from models.artifact.fingerprint import compute_fingerprint
 from models.errors import ArtifactError, DataError
 from models.spec.detection import DetectionSpec
 from models.spec.layout import output_spec
+from models.training.commands import evaluate_command
 from models.training.data import streams_of
 from models.training.evaluate import evaluate, run_chunks
 from models.training.files import read_data
 from models.training.trainer import train
 from service.scoring.score import score_file
-from tests.support.command import carry
 from tests.support.training import latch_frame, latch_spec
 
 DETECTION = DetectionSpec(head="odd", memory_events=20, prior_events=5, scales=(3,))
@@ -107,10 +107,18 @@ def test_anomalies_are_scored_by_the_labels_of_a_csv_file(
         evaluate(artifact, labelled.with_columns(cell.alias("anomaly")), anomalies="anomaly")
 
 
-def test_labels_and_baselines_are_not_scored_together(artifact: Artifact, tmp_path: Path) -> None:
-    """The report of the baselines would leave the alarms out."""
-    events = tmp_path / "events.csv"
-    events.write_text("id\n")
-    done = carry("evaluate", artifact.path, events, "--anomalies", "anomaly", "--baselines")
-    assert done.exit_code == 2
-    assert "expected --anomalies or --baselines, got both" in done.stderr
+def test_the_report_compares_detection_with_its_baselines(
+    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    labelled = frame.with_columns(anomaly=pl.Series(np.arange(frame.height) % 50 == 7))
+    path = tmp_path / "labelled.parquet"
+    labelled.write_parquet(path)
+    report = evaluate_command(
+        artifact.path, path, anomalies="anomaly", baselines=True, trees=False, quiet=True
+    )
+    since = pl.lit(report["data"]["test_from"]).str.to_datetime("%+").dt.epoch("ms")
+    expected = labelled.filter("anomaly", pl.col("at") >= since).height
+    assert report["detection"]["anomalies"] == expected > 0
+    assert report["detection_baselines"].keys() >= {"level", "nats", "raw nats"}
+    for scores in report["detection_baselines"].values():
+        assert scores["anomalies"] == expected
