@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
-from tests.bench.results import MISSED, Results, check_targets, show
+from tests.bench.results import MISSED, Results, check_targets, show, write_lines
 from tests.bench.run import Bench, Options
 from tests.bench.sections import BESIDE, SECTIONS, run_section
 from tests.bench.traffic import WrongReplyError
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = measure(options, results)
     finally:
         print(f"\n{show(results)}")
+        if options.lines:
+            write_lines(results, options.lines)
     is_missed = any(verdict == MISSED for *_, verdict in check_targets(results))
     return int(bool(failed) or (options.strict and is_missed))
 
@@ -52,6 +54,8 @@ def read_options(arguments: Sequence[str] | None) -> Options:
     add("--seconds", type=float, help="of a round")
     add("--many-streams", type=int)
     add("--runtimes", type=names, help="of Carry")
+    add("--no-instructions", dest="instructions", action="store_false", help="count none: quick")
+    add("--lines", type=Path, help="write the results to this file too, in lines of JSON")
     add("--strict", action="store_true", help="fail where a target is not reached")
     options = parser.parse_args(arguments, Options())
     if options.only is None:

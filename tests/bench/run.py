@@ -52,6 +52,8 @@ class Options:
     runtimes: Sequence[str] = ("tensorflow", "onnxruntime")
     beside: Path | None = None
     strict: bool = False
+    instructions: bool = True
+    lines: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

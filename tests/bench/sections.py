@@ -21,12 +21,13 @@ from service.core.values import Feed, StreamKey
 from service.store.codec import encode_state
 from service.store.settings import StoreSettings
 from tests.bench import workloads
+from tests.bench.cost import counted_server
 from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
 from tests.bench.results import MIB
 from tests.bench.run import CONNECTIONS, Bench, Row, Server, helper_process
 from tests.bench.traffic import Media, Traffic, read_positions, write_request
 from tests.bench.workloads import FEW, PLAIN, STEPS, Bodies, make_traffic
-from tests.support.machine import Cores, pin_child, read_usage
+from tests.support.machine import REPOSITORY, Cores, pin_child, read_usage
 from tests.support.onnx_graphs import import_here
 from tests.support.servers import free_port, until
 from tests.support.service import Service
@@ -35,6 +36,7 @@ from tests.support.streams import Streams
 BASELINES = ("fastapi", "competent")
 BESIDE_CONNECTIONS = (1, 8, 16, 32, 64)
 BESIDE_FIELDS = {"chunks/s": "chunks_per_s", "CPU": "cpu_us_per_chunk", "p50": "p50_ms"}
+COUNTED_WINDOWS, COUNTED_CHUNKS = 4, 64
 BATCHES, MANY_CONNECTIONS = (1, 8, 32, 64, 128), 4
 MANY_LOADS: dict[str, dict[str, Any]] = {
     "msgpack-64": {"media": "msgpack", "items": 64},
@@ -113,6 +115,32 @@ def geometric_mean(ratios: Sequence[float]) -> tuple[float, float]:
     """The geometric mean of ratios, and its relative standard error (0 of one alone)."""
     logs = np.log(ratios)
     return float(np.exp(logs.mean())), float(sem(logs)) if len(ratios) > 1 else 0.0
+
+
+def measure_cost(bench: Bench, kind: str) -> None:
+    """Python calls, allocations and instructions of a chunk, which no noise touches; with
+    `--beside` also those of the other checkout."""
+    runtime, results = kind.removeprefix("carry-"), bench.results
+    runs = {"calls, allocations": (COUNTED_WINDOWS, COUNTED_CHUNKS)}
+    if not bench.options.instructions or shutil.which("valgrind") is None:
+        bench.note("cost: instructions are not counted (--no-instructions, or no valgrind)")
+    else:
+        runs["instructions"] = (3, 16)
+    for what, (windows, chunks) in runs.items():
+        costs: list[dict[str, float]] = []
+        for checkout in filter(None, (REPOSITORY, bench.options.beside)):
+            print(f"counting {what} of {checkout.name}")
+            folder = bench.folder / f"{what.split()[-1]}-{len(costs)}"
+            folder.mkdir()
+            options = {"instructions": what == "instructions", "checkout": checkout}
+            server = counted_server(folder, bench.artifact, bench.store.url, runtime, **options)
+            with server as counted:
+                costs.append(counted.measure_all(windows, chunks))
+        this, *others = costs
+        for name, count in this.items():
+            results.figure(f"cost/{runtime} {name}", [count])
+            for other in others:
+                results.figure(f"cost/{runtime} {name}: this over the other", [count / other[name]])
 
 
 def measure_many(bench: Bench, kind: str) -> None:
@@ -372,6 +400,7 @@ def measure_overload(bench: Bench, kind: str) -> None:
 IMPORTED = "imported"
 BESIDE = "beside"  # the section of a run with `--beside`, which runs no other by default
 SECTIONS: dict[str, Callable[[Bench, str], None]] = {
+    "cost": measure_cost,
     "peak": measure_peak,
     "many": measure_many,
     "compute": measure_compute,
@@ -386,7 +415,7 @@ SECTIONS: dict[str, Callable[[Bench, str], None]] = {
     BESIDE: measure_beside,
 }
 """In the order in which they are run."""
-ONCE = ("peak", "streams", "overload", BESIDE)
+ONCE = ("cost", "peak", "streams", "overload", BESIDE)
 
 
 def run_section(bench: Bench, name: str) -> None:

@@ -9,12 +9,14 @@ import pytest
 
 from tests.bench import run, sections, workloads
 from tests.bench.__main__ import main
-from tests.bench.results import Results
+from tests.bench.results import MISSED, Results, check_targets
 from tests.bench.run import UNANSWERED, Bench, Options
 from tests.support.machine import REPOSITORY, Cores
+from tests.support.service import Service
 
 CARRY = "carry-onnxruntime"
 FIGURES = {
+    "cost": {"onnxruntime 64 x 1, calls", "onnxruntime 64 x 1, allocations"},
     "peak": {f"{CARRY} over fastapi"},
     "many": {f"{CARRY} over compute"},
     "compute": {"onnxruntime 8 x 16, us CPU/chunk"},
@@ -58,6 +60,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
     options = Options(rounds=2, streams=64, many_streams=2000, beside=REPOSITORY)
+    options.instructions = False
     options.runtimes = ("onnxruntime",)
     resource_tracker.ensure_running()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
@@ -71,10 +74,16 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 def test_section_runs(section: str, bench: Bench) -> None:
     # processor time is counted in steps of 10 ms
     bench.options.seconds = {"overload": 1.0, "beside": 0.3}.get(section, 0.05)
+    if section != "beside":
+        bench.options.beside = None
     sections.run_section(bench, section)
     results = bench.results
     assert all(len(row) >= 2 for row in results.rows.values())
     assert results.figures.keys() >= {f"{section}/{name}" for name in FIGURES.get(section, ())}
+    if section == "cost":
+        # a change that makes the path heavier fails here; docs/how-to/benchmark.md
+        heavier = [row for row in check_targets(results) if row[-1] == MISSED]
+        assert not heavier, heavier
     if section == "workers":
         assert results.figures[f"workers/{CARRY} lost"].high == 0
     if section == "overload":
@@ -82,6 +91,17 @@ def test_section_runs(section: str, bench: Bench) -> None:
         # chunk costs is bounded by tests/service/transports/http/test_chunk_cost.py
         assert results.figures[f"overload/{CARRY} rejected share"].high > 0
         assert not [note for note in results.notes if UNANSWERED in note]
+
+
+def test_the_other_checkout_runs_its_own_code(tmp_path: Path) -> None:
+    (tmp_path / "carry").mkdir()
+    (tmp_path / "carry" / "__init__.py").touch()
+    (tmp_path / "carry" / "cli.py").write_text("def main(): print('the other checkout')")
+    service = Service(tmp_path, tmp_path, checkout=tmp_path)
+    service.launch()
+    assert service.process is not None
+    service.process.wait(60)
+    assert service.log() == "the other checkout\n"
 
 
 def test_geometric_mean_of_ratios_has_its_error() -> None:

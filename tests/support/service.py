@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ class Service:
         *options: str,
         redis_url: str | None = None,
         checkout: Path | None = None,
+        prefix: Sequence[str] = (),
         prepare: Callable[[], None] | None = None,
     ):
         self.folder = folder
-        self._process_options = {"cwd": checkout, "preexec_fn": prepare}
+        self._checkout, self._prepare = checkout, prepare
         self.data_dir = folder / "data"
         self._command = [
-            *(COMMAND, "serve", "--port", "0"),
+            *(*prefix, COMMAND, "serve", "--port", "0"),
             *("--models", str(models), "--data-dir", str(self.data_dir), *options),
         ]
         if redis_url is not None:
@@ -63,6 +64,10 @@ class Service:
     def launch(self, **environment: str) -> None:
         """Start the process; returns immediately."""
         inherited = {name: value for name, value in os.environ.items() if name[:6] != "CARRY_"}
+        if self._checkout is not None:
+            # the command imports the installed packages, whatever its working directory is
+            given = environment.get("PYTHONPATH")
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (given, str(self._checkout))))
         self._from = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -71,7 +76,8 @@ class Service:
                 stderr=output,
                 env={**inherited, **environment},
                 start_new_session=True,
-                **self._process_options,
+                cwd=self._checkout,
+                preexec_fn=self._prepare,
             )
 
     def log(self) -> str:
@@ -170,6 +176,7 @@ def running(
     *options: str,
     redis_url: str | None = None,
     checkout: Path | None = None,
+    prefix: Sequence[str] = (),
     prepare: Callable[[], None] | None = None,
     **environment: str,
 ) -> Iterator[Service]:
@@ -177,9 +184,10 @@ def running(
 
     Args:
         checkout: whose code it runs, by default this one's.
+        prefix: of the command: the program that runs it, with its options.
         prepare: runs in its process first.
     """
-    process = {"redis_url": redis_url, "checkout": checkout, "prepare": prepare}
+    process = {"redis_url": redis_url, "checkout": checkout, "prefix": prefix, "prepare": prepare}
     service = Service(folder, models, *options, **process)
     try:
         service.start(**environment)

@@ -1,8 +1,8 @@
-"""The cost of a chunk on the fast path in Python calls, which no noise of the machine touches.
+"""What an access key and a rejection cost on the fast path, in Python calls: no noise touches them.
 
 Calls of functions in `service/` are counted while chunks of different streams arrive together.
 A service keeps its goodput under overload because it spends little on the chunks that it rejects.
-A change that makes the path heavier fails here; one that makes it lighter lowers the figures below:
+What a chunk costs in all is bounded by `tests/bench/test_sections.py`.
 
     pytest tests/service/transports/http/test_chunk_cost.py -s
 """
@@ -32,8 +32,8 @@ from tests.support.pages import ROOT
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer
 
-CALLS_PER_CHUNK = {1: 139.4, 8: 78.5, 32: 76.6, 64: 76.6}
-"""Measured calls per chunk, by the number of chunks that arrive together."""
+TOGETHER = 64
+"""Chunks that arrive together."""
 
 KEY_SHARE = 1.03
 """Most calls of a chunk whose access key is checked, as a share of those of one without a key."""
@@ -105,20 +105,10 @@ needs_monitoring = pytest.mark.skipif(
 
 
 @needs_monitoring
-async def test_calls_per_chunk_do_not_grow(pipeline_server: RealServer, tmp_path: Path) -> None:
-    artifact = make_artifact(tmp_path)
-    async with harness(pipeline_server, {"probe": artifact}) as api, serving(api) as server:
-        measured = {n: await send_rounds(port_of(server), n) for n in CALLS_PER_CHUNK}
-    print("calls per chunk:", {n: round(calls, 1) for n, calls in measured.items()})
-    for together, calls in measured.items():
-        assert calls <= SLACK * CALLS_PER_CHUNK[together], (together, calls)
-
-
-@needs_monitoring
 async def test_checking_an_access_key_costs_little(
     pipeline_server: RealServer, tmp_path: Path
 ) -> None:
-    models, together = {"probe": make_artifact(tmp_path)}, max(CALLS_PER_CHUNK)
+    models, together = {"probe": make_artifact(tmp_path)}, TOGETHER
     async with harness(pipeline_server, models) as api, serving(api) as server:
         without = await send_rounds(port_of(server), together)
     async with harness(pipeline_server, models, requires_keys=True) as api, serving(api) as server:
@@ -132,7 +122,7 @@ async def test_checking_an_access_key_costs_little(
 async def test_rejected_chunk_costs_a_fraction_of_a_served_one(
     pipeline_server: RealServer, tmp_path: Path
 ) -> None:
-    models, together = {"probe": make_artifact(tmp_path)}, max(CALLS_PER_CHUNK)
+    models, together = {"probe": make_artifact(tmp_path)}, TOGETHER
     calls = {}
     for status, options in ((200, {}), (429, {"max_queue": 0})):
         async with harness(pipeline_server, models, **options) as api, serving(api) as server:
