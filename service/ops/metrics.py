@@ -14,8 +14,8 @@ import os
 import platform
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +44,9 @@ UNKNOWN = "-"
 METHODS = frozenset(("DELETE", "GET", GRPC, "HEAD", "OPTIONS", "PATCH", "POST", "PUT", WEBSOCKET))
 """Methods of requests that have series of their own."""
 
-REQUESTS_INTERVAL_S = 1.0
-"""How long the durations of requests are collected before they are added to their histogram."""
+FLUSH_INTERVAL_S = 1.0
+"""How long the values of batches and requests are collected before they are added to their series;
+a worker that is killed loses those of the last interval."""
 
 SECONDS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10,
@@ -66,26 +67,26 @@ _STATISTICS = (
 
 
 class _Series(NamedTuple):
-    """The label children of one model; `stages` in the order of STAGES."""
+    """The values of one model that are not yet added to its series; `stages` in the order of
+    STAGES."""
 
-    chunks: Counter
-    events: Counter
-    replays: Counter
-    conflicts: Counter
-    cache_hits: Counter
-    cache_misses: Counter
-    queue: Gauge
-    batch_rows: Histogram
-    batch_seconds: Histogram
-    batch_steps: Counter
-    padded_steps: Counter
-    stages: tuple[Histogram, ...]
+    chunks: list[float]
+    events: list[float]
+    cache_hits: list[float]
+    cache_misses: list[float]
+    batch_rows: list[float]
+    batch_seconds: list[float]
+    batch_steps: list[float]
+    padded_steps: list[float]
+    stages: tuple[list[float], ...]
 
 
 class PrometheusRecorder:
     """Recorder of Prometheus metrics (`service.pipeline.recorder.Recorder`); one per process.
 
-    Takes some microseconds per chunk. Use from the event loop only.
+    What is recorded for every batch and request is collected and added to its series once per
+    interval, since each addition by itself would cost as much as a tenth of a chunk. Use from the
+    event loop only.
 
     Attributes:
         registry: holds the metrics of this process; others may add theirs.
@@ -176,7 +177,10 @@ class PrometheusRecorder:
             registry=registry,
             buckets=SECONDS,
         )
+        self._queue_depths: dict[str, int] = {}
         self._durations: dict[tuple[str, str | None, int], list[float]] = {}
+        self._collected: list[tuple[list[float], Callable[[list[float]], None]]] = []
+        self._flush_timer: asyncio.TimerHandle | None = None
         self._models = Gauge(
             "carry_model_info",
             "The models served; always 1.",
@@ -203,7 +207,7 @@ class PrometheusRecorder:
         if not os.environ.get(MULTIPROCESS_DIR):
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
-        # Looking up a child takes a lock, a tuple and a dict; a batch needs a dozen of them.
+        # Looking up a child takes a lock, a tuple and a dict.
         self._series = lru_cache(maxsize=None)(self._series_of)
         self._refused = lru_cache(maxsize=None)(self._refusals.labels)
 
@@ -213,7 +217,9 @@ class PrometheusRecorder:
         self._served.add(name)
         self._max_rows.labels(name).set(max_rows)
         self._models.labels(name, version, runtime).set(1)
-        self._series(name).queue.set(0)
+        self._series(name)
+        for each in (self._queue, self._replays, self._conflicts):
+            each.labels(name)
         self._websockets.labels(name).set(0)
         self._watchers.labels(name).set(0)
         for code in codes_of(ServiceFailure):
@@ -222,32 +228,52 @@ class PrometheusRecorder:
 
     def _series_of(self, model: str) -> _Series:
         return _Series(
-            self._chunks.labels(model),
-            self._events.labels(model),
-            self._replays.labels(model),
-            self._conflicts.labels(model),
-            self._cache_hits.labels(model),
-            self._cache_misses.labels(model),
-            self._queue.labels(model),
-            self._batch_rows.labels(model),
-            self._batch_seconds.labels(model),
-            self._batch_steps.labels(model),
-            self._padded_steps.labels(model),
-            tuple([self._stages.labels(model, stage) for stage in STAGES]),
+            self._count(self._chunks.labels(model)),
+            self._count(self._events.labels(model)),
+            self._count(self._cache_hits.labels(model)),
+            self._count(self._cache_misses.labels(model)),
+            self._observe(self._batch_rows.labels(model)),
+            self._observe(self._batch_seconds.labels(model)),
+            self._count(self._batch_steps.labels(model)),
+            self._count(self._padded_steps.labels(model)),
+            tuple([self._observe(self._stages.labels(model, stage)) for stage in STAGES]),
         )
+
+    def _count(self, counter: Counter) -> list[float]:
+        """The values that will be added to a counter."""
+        return self._collect(lambda values: counter.inc(sum(values)))
+
+    def _observe(self, histogram: Histogram) -> list[float]:
+        """The values that a histogram will observe."""
+        return self._collect(partial(observe_all, histogram))
+
+    def _collect(self, add: Callable[[list[float]], None]) -> list[float]:
+        values: list[float] = []
+        self._collected.append((values, add))
+        return values
+
+    def _flush_soon(self) -> None:
+        """Start the timer of the next flush; without an event loop, flush at once."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._flush_batches()
+        else:
+            self._flush_timer = loop.call_later(FLUSH_INTERVAL_S, self.flush_requests)
 
     def record_chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
         """Record the committed chunks of one batch: the sum of their steps, the timing of each."""
         series = self._series(model)
-        series.chunks.inc(len(timings))
-        series.events.inc(steps)
-        queue_s, load_s, infer_s, commit_s = zip(*timings, strict=True)
-        for stage, times_s in zip(series.stages, (queue_s, load_s, infer_s, commit_s), strict=True):
-            observe_all(stage, times_s)
+        series.chunks.append(len(timings))
+        series.events.append(steps)
+        for stage, times_s in zip(series.stages, zip(*timings, strict=True), strict=True):
+            stage.extend(times_s)
+        if self._flush_timer is None:
+            self._flush_soon()
 
     def record_replay(self, model: str) -> None:
         """Count a retry that is answered from the stored reply."""
-        self._series(model).replays.inc()
+        self._replays.labels(model).inc()
 
     def record_error(self, model: str, code: str) -> None:
         """Count a request, or an item of a request, that is answered with a problem."""
@@ -255,29 +281,31 @@ class PrometheusRecorder:
 
     def record_conflict(self, model: str) -> None:
         """Count a version conflict; the chunk is re-evaluated."""
-        self._series(model).conflicts.inc()
+        self._conflicts.labels(model).inc()
 
     def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         """Count the states of a batch that this worker's cache contains and lacks."""
         series = self._series(model)
         if hits:
-            series.cache_hits.inc(hits)
+            series.cache_hits.append(hits)
         if misses:
-            series.cache_misses.inc(misses)
+            series.cache_misses.append(misses)
 
     def record_runtime_call(
         self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
     ) -> None:
         """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
         series = self._series(model)
-        series.batch_rows.observe(rows)
-        series.batch_steps.inc(steps)
-        series.padded_steps.inc(padded_steps)
-        series.batch_seconds.observe(seconds)
+        series.batch_rows.append(rows)
+        series.batch_steps.append(steps)
+        series.padded_steps.append(padded_steps)
+        series.batch_seconds.append(seconds)
 
     def record_queue_depth(self, model: str, depth: int) -> None:
         """Record the number of chunks that wait for a batch."""
-        self._series(model).queue.set(depth)
+        self._queue_depths[model] = depth
+        if self._flush_timer is None:
+            self._flush_soon()
 
     def record_websockets(self, model: str, change: int) -> None:
         """Add to the open WebSockets."""
@@ -288,25 +316,33 @@ class PrometheusRecorder:
         self._watchers.labels(model).inc(change)
 
     def record_request(self, method: str, route: str | None, status: int, ms: float) -> None:
-        """Record a request of any transport; from the event loop.
-
-        The durations are added together, once per interval: each by itself would cost as much as
-        a tenth of a chunk.
-        """
-        if not self._durations:
-            asyncio.get_running_loop().call_later(REQUESTS_INTERVAL_S, self.flush_requests)
+        """Record a request of any transport."""
+        if self._flush_timer is None:
+            self._flush_soon()
         self._durations.setdefault((method, route, status), []).append(ms)
 
     def flush_requests(self) -> None:
-        """Add the collected durations to their histogram."""
+        """Add all that was collected to its series."""
+        self._flush_timer = None
+        self._flush_batches()
         collected, self._durations = self._durations, {}
         for (method, route, status), times_ms in collected.items():
             known = method if route is not None and method in METHODS else UNKNOWN
             child = self._request_seconds.labels(known, route or UNKNOWN, status)
             observe_all(child, [ms / 1000 for ms in times_ms])
 
+    def _flush_batches(self) -> None:
+        """Add what was collected of batches to its series; from any thread."""
+        for values, add in self._collected:
+            if count := len(values):
+                add(values[:count])
+                del values[:count]
+        for model, depth in list(self._queue_depths.items()):
+            self._queue.labels(model).set(depth)
+
     def render(self) -> bytes:
         """Render the metrics of all workers in Prometheus' text format."""
+        self._flush_batches()
         return generate_latest(self._of_all_workers())
 
     def statistics(self) -> dict[str, ModelStatistics]:
@@ -314,6 +350,7 @@ class PrometheusRecorder:
 
         Call it in a thread: it reads files where several workers share their numbers.
         """
+        self._flush_batches()
         totals: dict[str, Tally[str]] = {}
         for metric in self._of_all_workers().collect():
             for sample in metric.samples:
