@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.events.schema import (
-    TIMESTAMP_FEATURES,
     UNKNOWN_CODE,
     BooleanField,
     CategoricalField,
@@ -29,6 +28,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
+from models.events.statistics import FieldStatistics
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
@@ -67,7 +67,8 @@ class BlockLayout:
 
     The K rows of `numbers` are the gap, the numerics under a signed logarithm, the other
     numerics, the booleans, the codes of the categoricals, and an indicator for each optional field
-    of another kind, 1 if it is absent. With the calendar features they are the encoded columns.
+    of another kind, 1 if it is absent. With the calendar features and the statistics of the stream
+    they are the encoded columns.
 
     Attributes:
         schema: the event schema.
@@ -79,10 +80,11 @@ class BlockLayout:
         optionals: number of rows of `Block.absent`: for the M optional fields of `missing`, in
             their order, then for the optional categoricals.
         logs: number of leading rows that are transformed by the signed logarithm.
-        fitted: whether the schema is fitted; otherwise mean and std are unknown.
+        fitted: whether all numbers are fitted; otherwise mean and std are unknown.
         mean, std: float64 [K, 1]; a row is encoded as (row - mean) / std.
         columns: int [K], the encoded column of each row.
-        calendar: first of the four calendar columns; 0 without a timestamp.
+        calendar: the columns of the calendar; empty without a timestamp.
+        statistics: the fields that are encoded by the stream's own values.
         missing: the M rows of `numbers` with indicators of absence.
         blanked: int [M], the rows of `numbers` that are encoded as 0 if absent.
     """
@@ -98,7 +100,8 @@ class BlockLayout:
     mean: DoubleArray
     std: DoubleArray
     columns: IntArray
-    calendar: int
+    calendar: slice
+    statistics: tuple[FieldStatistics, ...]
     missing: slice
     blanked: IntArray
 
@@ -239,11 +242,12 @@ def new_layout(schema: EventSchema) -> BlockLayout:
         codes=tuple(_codes(fields[index]) for index in strings),
         optionals=len(optional),
         logs=sum(_rank(field) <= _LOGARITHMIC for field in fields),
-        fitted=not any(mean is None or std is None for mean, std in scales),
+        fitted=all(f.fitted for f in fields if isinstance(f, NumericField | TimestampField)),
         mean=np.array([[mean] for mean, _ in scales], np.float64),
         std=np.array([[std] for _, std in scales], np.float64),
         columns=np.array(columns, np.int64),
-        calendar=0 if time is None else starts[order[GAP_ROW]] + 1,
+        calendar=_calendar_columns(schema, starts),
+        statistics=_statistics_of(schema, positions),
         missing=slice(len(order), len(columns)),
         blanked=np.array([order.index(index) for index in marked], np.int64),
     )
@@ -271,9 +275,29 @@ def _scale_of(field: EventField) -> tuple[float | None, float | None]:
     match field:
         case TimestampField():
             return field.gap_mean, field.gap_std
-        case NumericField():
+        case NumericField(normalisation=None):
             return field.mean, field.std
     return 0.0, 1.0
+
+
+def _statistics_of(
+    schema: EventSchema, positions: Mapping[str, FieldPosition]
+) -> tuple[FieldStatistics, ...]:
+    found: list[FieldStatistics] = []
+    word = 0
+    for field in schema.fields:
+        if isinstance(field, NumericField) and field.has_statistics:
+            position = positions[field.name]
+            found.append(FieldStatistics(schema, field, position.row, position.absent, word))
+            word = found[-1].stop
+    return tuple(found)
+
+
+def _calendar_columns(schema: EventSchema, starts: list[int]) -> slice:
+    if schema.timestamp is None:
+        return slice(0, 0)
+    first = starts[schema.fields.index(schema.timestamp)] + 1
+    return slice(first, first + len(schema.timestamp.calendar_features))
 
 
 def _codes(field: EventField) -> Codes:
@@ -289,7 +313,8 @@ def _starts(schema: EventSchema) -> list[int]:
     """The first encoded column of each field, followed by the number of columns."""
     starts = [0]
     for field in schema.fields:
-        width = len(TIMESTAMP_FEATURES) if isinstance(field, TimestampField) else 1
+        width = len(field.features) if isinstance(field, TimestampField) else 1
+        season = isinstance(field, NumericField) and field.season_events is not None
         missing = field.optional and not isinstance(field, CategoricalField)
-        starts.append(starts[-1] + width + missing)
+        starts.append(starts[-1] + width + season + missing)
     return starts

@@ -1,8 +1,9 @@
 """From event columns to the float32 rows that a network reads.
 
-Training and serving use the same code. The only value that depends on earlier events is
-the gap between timestamps. It is computed in int64 milliseconds from the clock, a part
-of the stream's state, so that encoding is chunk-invariant:
+Training and serving use the same code. Two kinds of values depend on earlier events: the gap
+between timestamps, computed in int64 milliseconds from the latest one, and numbers that are
+standardised by the stream's own values (`models.events.statistics`). What they need is the clock, a
+part of the stream's state, so that encoding is chunk-invariant:
 encoding a sequence at once, and encoding its chunks in order while passing on the clock,
 produce the same bits.
 
@@ -12,6 +13,8 @@ produce the same bits.
     timestamp    gap      (log(1 + gap in seconds) - gap_mean) / gap_std
                  hour     sin and cos of 2 pi m / 1440, m the local minute of the day
                  weekday  sin and cos of 2 pi d / 7, d the local day of the week, Monday 0
+                 yearday  sin and cos of 2 pi d / D, d the local day of the year, 1 January 0, D the
+                          days of that year
     .missing     1 if absent; then every other column of the field is 0
 """
 
@@ -31,15 +34,21 @@ from models.events.block import GAP_ROW, Block, BlockLayout, FieldPosition, IntA
 from models.events.columns import EventColumns, block_of
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
+    DEFAULT_CALENDAR,
     UNKNOWN_CODE,
     CategoricalField,
     Column,
     EventSchema,
     NumericField,
 )
-from models.events.zones import zone_table
+from models.events.zones import DAY_MS, zone_table
 from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
-from models.spec.resets import EventTimes, gaps_since_latest_ms, segment_numbers
+from models.spec.resets import (
+    EventTimes,
+    gaps_since_latest_ms,
+    segment_numbers,
+    segments_of,
+)
 from models.spec.state import StateSpec
 
 FloatArray = NDArray[np.float32]
@@ -48,9 +57,10 @@ _MINUTE_MS = 60_000
 _DAY_MINUTES = 1440
 _WEEK_DAYS = 7
 _WEEK_MINUTES = _WEEK_DAYS * _DAY_MINUTES
-_CALENDAR_COLUMNS = 4
 _EPOCH_MINUTE = 3 * _DAY_MINUTES
 """The minute of the week, from Monday 0:00, of 1970-01-01T00:00."""
+
+_NO_STATISTICS = bytes(8)
 
 MAX_SEEN = 2**62
 """More events than any stream can have; counting on from it does not overflow int64."""
@@ -60,32 +70,39 @@ MAX_RESTORED_SEEN = 2**61
 
 
 class Clock(NamedTuple):
-    """Timestamp statistics of a stream, a part of its state.
+    """What encoding depends on besides the events: a part of a stream's state.
 
     Attributes:
         last_ms: the latest timestamp so far, epoch milliseconds; 0 while `seen` is 0.
         seen: number of events with a timestamp.
         out_of_order: number of events with an earlier timestamp than `last_ms`.
+        statistics: the words of the fields' statistics, int64; empty for a new stream, or if no
+            field has any.
     """
 
     last_ms: int = 0
     seen: int = 0
     out_of_order: int = 0
+    statistics: bytes = b""
 
     @classmethod
     def from_ints(cls, spec: StateSpec, ints: IntArray, max_seen: int = MAX_SEEN) -> Clock:
         """Read the clock from a state's int64 row [M].
 
-        A model without a timestamp field has no such parts: the clock is then zero.
+        A model without a timestamp field, or without statistics, has no such parts: they are then
+        zero.
 
         Args:
             max_seen: largest accepted count of events.
 
         Raises:
-            StateError: impossible counters, or a timestamp out of range.
+            StateError: impossible counters, a timestamp out of range, or a negative variance.
         """
+        statistics = b""
+        if spec.statistic_counts:
+            statistics = _checked_statistics(spec, ints, max_seen)
         if CLOCK_SEEN not in spec.slices:
-            return cls()
+            return cls(statistics=statistics)
         slices, values = spec.slices, ints.tolist()
         last_ms = values[slices[CLOCK_LAST_MS].start]
         seen = values[slices[CLOCK_SEEN].start]
@@ -96,13 +113,13 @@ class Clock(NamedTuple):
                 f"{max_seen}, the second below the first, got {seen} and {out_of_order}"
             )
         if seen == 0:
-            return cls()
+            return cls(statistics=statistics)
         if not MIN_TIMESTAMP_MS <= last_ms < MAX_TIMESTAMP_MS:
             raise StateError(
                 f"part {CLOCK_LAST_MS!r}: expected epoch milliseconds between 1900 and 2200, "
                 f"got {last_ms}"
             )
-        return cls(last_ms, seen, out_of_order)
+        return cls(last_ms, seen, out_of_order, statistics)
 
     def into_ints(self, spec: StateSpec, ints: IntArray) -> IntArray:
         """A copy of a state's int64 row [M] with the clock's parts set to this clock."""
@@ -111,7 +128,24 @@ class Clock(NamedTuple):
             result[slices[CLOCK_LAST_MS].start] = self.last_ms
             result[slices[CLOCK_SEEN].start] = self.seen
             result[slices[CLOCK_OUT_OF_ORDER].start] = self.out_of_order
+        if spec.statistic_counts:
+            result[spec.statistics] = np.frombuffer(self.statistics or _NO_STATISTICS, np.int64)
         return result
+
+
+def _checked_statistics(spec: StateSpec, ints: IntArray, max_seen: int) -> bytes:
+    """The words of the statistics in a state's int64 row [M]."""
+    for name, at in spec.statistic_counts:
+        if not 0 <= ints[at] <= max_seen:
+            raise StateError(
+                f"part {name!r}: expected a count of at most {max_seen}, got {ints[at]}"
+            )
+    for name, at in spec.statistic_variances:
+        # a float64 is negative if its bits are
+        if ints[at] < 0:
+            value = ints[at : at + 1].view(np.float64)[0]
+            raise StateError(f"part {name!r}: expected a variance of at least 0, got {value}")
+    return ints[spec.statistics].tobytes()
 
 
 def event_times(
@@ -203,14 +237,16 @@ def _encoded(
         else:
             times_ms, gaps, after = _gaps(layout.time, blocks, clocks)
         np.divide(gaps, 1000.0, out=numbers[GAP_ROW])
-        calendar = rows[:, layout.calendar : layout.calendar + _CALENDAR_COLUMNS]
-        calendar[:] = _calendar().take(_week_minutes(layout, times_ms), axis=0)
+        calendar = rows[:, layout.calendar]
+        calendar[:] = _calendar_angles(layout, times_ms)
         if absent is not None:
             calendar[absent[layout.blanked == GAP_ROW].any(axis=0)] = 0
     with np.errstate(over="ignore"):
         if layout.logs:
             logs = numbers[: layout.logs]
             np.copysign(np.log1p(np.abs(logs)), logs, out=logs)
+        if layout.statistics:
+            after = _apply_statistics(layout, blocks, clocks, after, resets, numbers, rows)
         numbers -= layout.mean
         numbers /= layout.std
         if absent is not None:
@@ -219,6 +255,50 @@ def _encoded(
             numbers[layout.blanked] = blanked
         rows[:, layout.columns] = numbers.T
     return rows, after
+
+
+def _apply_statistics(
+    layout: BlockLayout,
+    blocks: Sequence[Block],
+    before: Sequence[Clock],
+    after: Sequence[Clock],
+    resets: Sequence[int],
+    numbers: NDArray[np.float64],
+    rows: FloatArray,
+) -> list[Clock]:
+    """Standardise the fields with statistics in `numbers`, and write their other columns to `rows`.
+
+    Args:
+        before, after: the streams' clocks; the statistics of `after` are not updated yet.
+        numbers: float64 [K, T], transformed.
+
+    Returns:
+        The clocks after the events, with their statistics.
+    """
+    clocks = list(after)
+    words = layout.statistics[-1].stop
+    stop = 0
+    for at, block in enumerate(blocks):
+        start, stop = stop, stop + block.steps
+        held = before[at].statistics
+        statistics = np.frombuffer(held, np.int64).copy() if held else np.zeros(words, np.int64)
+        cuts = segments_of(block.steps, resets) if resets else [(0, block.steps)]
+        for first, end in cuts:
+            if first or (resets and resets[0] == 0):
+                statistics[:] = 0
+            part = slice(start + first, start + end)
+            for field in layout.statistics:
+                absent = None
+                if field.absent is not None and block.absent is not None:
+                    absent = block.absent[field.absent, first:end]
+                encoded = field.encode(numbers[field.row, part], absent, statistics)
+                if encoded.values is not None:
+                    numbers[field.row, part] = encoded.values
+                    rows[part, field.mean], rows[part, field.std] = encoded.mean, encoded.std
+                if encoded.season is not None:
+                    rows[part, field.season] = encoded.season
+        clocks[at] = clocks[at]._replace(statistics=statistics.tobytes())
+    return clocks
 
 
 def _gaps(
@@ -270,10 +350,31 @@ def _times_ms(block: Block) -> IntArray:
     return block.times_ms
 
 
-def _week_minutes(layout: BlockLayout, times_ms: IntArray) -> IntArray:
-    """Compute the minute of the local week, from Monday 0:00, of each timestamp."""
-    minutes = times_ms + zone_table(layout.schema.timezone).offsets(times_ms)
-    minutes //= _MINUTE_MS
+def _calendar_angles(layout: BlockLayout, times_ms: IntArray) -> FloatArray:
+    """Compute the calendar's columns [T, C] of each timestamp."""
+    if layout.schema.timestamp is None:
+        raise ValueError("expected a schema with a timestamp")
+    parts = layout.schema.timestamp.calendar
+    local_ms = times_ms + zone_table(layout.schema.timezone).offsets(times_ms)
+    if parts == DEFAULT_CALENDAR:
+        return _calendar().take(_week_minutes(local_ms), axis=0)
+    tables = []
+    if "hour" in parts or "weekday" in parts:
+        week = _calendar().take(_week_minutes(local_ms), axis=0)
+        tables += [week[:, :2]] * ("hour" in parts) + [week[:, 2:]] * ("weekday" in parts)
+    if "yearday" in parts:
+        years = local_ms.astype("datetime64[ms]").astype("datetime64[Y]")
+        first = years.astype("datetime64[D]").astype(np.int64)
+        length = (years + np.timedelta64(1, "Y")).astype("datetime64[D]").astype(np.int64) - first
+        day = local_ms // DAY_MS - first
+        leap, common = (_angles(days).take(day, axis=0, mode="clip") for days in (366, 365))
+        tables.append(np.where((length == 366)[:, np.newaxis], leap, common))
+    return np.hstack(tables) if tables else np.zeros((len(times_ms), 0), np.float32)
+
+
+def _week_minutes(local_ms: IntArray) -> IntArray:
+    """Compute the minute of the week, from Monday 0:00, of each local time."""
+    minutes = local_ms // _MINUTE_MS
     minutes += _EPOCH_MINUTE
     minutes %= _WEEK_MINUTES
     return minutes
@@ -407,6 +508,7 @@ def _calendar() -> FloatArray:
     return np.hstack([np.tile(hours, (_WEEK_DAYS, 1)), np.repeat(days, _DAY_MINUTES, axis=0)])
 
 
+@cache
 def _angles(period: int) -> FloatArray:
     turns = [2 * math.pi * step / period for step in range(period)]
     return np.array([(math.sin(turn), math.cos(turn)) for turn in turns], np.float32)

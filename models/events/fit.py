@@ -7,6 +7,7 @@ held-out rows is leakage.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from models.errors import DataError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, gaps_ms, log_gap, transformed
+from models.events.encode import Clock, event_times, gaps_ms, log_gap, transformed
 from models.events.frame import columns_from_frame
 from models.events.schema import (
     BooleanField,
@@ -25,7 +26,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.spec.resets import EventTimes, ResetPolicy, find_resets, segments_of
+from models.spec.resets import ResetPolicy, find_resets, segments_of
 
 NO_POLICY = ResetPolicy()
 
@@ -41,9 +42,10 @@ def fit_schema(
     """Fit every number and vocabulary that the schema does not specify.
 
     A numeric field gets mean and (population) standard deviation of its transformed, present
-    values; a constant one gets deviation 1. A categorical gets its most frequent categories,
-    at most `max_vocabulary`, by decreasing frequency and then by name. A timestamp gets mean and
-    deviation of log(1 + gap), with gaps as serving computes them, stream by stream.
+    values; a constant one gets deviation 1. With `normalisation` it also gets the usual deviation
+    of a stream, the median of those that are not constant. A categorical gets its most frequent
+    categories, at most `max_vocabulary`, by decreasing frequency and then by name. A timestamp gets
+    mean and deviation of log(1 + gap), with gaps as serving computes them, stream by stream.
 
     Args:
         schema: the schema; its specified numbers are kept.
@@ -64,12 +66,13 @@ def fit_schema(
     ordered = frame.sort(keys, maintain_order=True)
     columns = columns_from_frame(schema, ordered)
     lengths = ordered[stream].rle().struct.field("len").to_numpy()
-    fields = [_fit(field, columns, lengths, resets) for field in schema.fields]
+    sessions = _sessions(schema, columns, lengths.tolist(), resets)
+    fields = [_fit(field, columns, sessions) for field in schema.fields]
     return schema.model_copy(update={"fields": tuple(fields)})
 
 
 def _fit(
-    field: EventField, columns: EventColumns, lengths: NDArray[Any], resets: ResetPolicy
+    field: EventField, columns: EventColumns, sessions: Sequence[tuple[int, int]]
 ) -> EventField:
     present = columns.present[field.name]
     values = columns.values[field.name]
@@ -77,19 +80,23 @@ def _fit(
         return field
     match field:
         case NumericField():
-            mean, std = _moments(field.name, transformed(field, values[present]))
-            return field.model_copy(
-                update={
-                    "mean": mean if field.mean is None else field.mean,
-                    "std": std if field.std is None else field.std,
-                }
-            )
+            numbers = transformed(field, values)
+            mean, std = _moments(field.name, numbers[present])
+            update: dict[str, Any] = {
+                "mean": mean if field.mean is None else field.mean,
+                "std": std if field.std is None else field.std,
+            }
+            own = field.normalisation
+            if own is not None and own.std is None:
+                usual = _usual_deviation(numbers, present, sessions, own.prior_events)
+                update["normalisation"] = own.model_copy(update={"std": usual or update["std"]})
+            return field.model_copy(update=update)
         case CategoricalField():
             counts = Counter(values[present].tolist())
             ranked = sorted(counts, key=lambda name: (-counts[name], name))
             return field.model_copy(update={"vocabulary": tuple(ranked[: field.max_vocabulary])})
         case TimestampField():
-            mean, std = _moments(field.name, _log_gaps(present, values, lengths, resets))
+            mean, std = _moments(field.name, _log_gaps(present, values, sessions))
             return field.model_copy(
                 update={
                     "gap_mean": mean if field.gap_mean is None else field.gap_mean,
@@ -115,19 +122,43 @@ def _moments(name: str, values: NDArray[np.float64]) -> tuple[float, float]:
     return mean, 1.0 if constant else std
 
 
+def _usual_deviation(
+    numbers: NDArray[np.float64],
+    present: NDArray[np.bool_],
+    sessions: Sequence[tuple[int, int]],
+    at_least: int,
+) -> float | None:
+    """The median of the sessions' deviations, of those with `at_least` values if there are any.
+
+    None if every session is constant.
+    """
+    kept = [numbers[start:stop][present[start:stop]] for start, stop in sessions]
+    long = [values for values in kept if len(values) >= at_least]
+    varying = [values for values in long or kept if len(values) and np.ptp(values) > 0]
+    positive = [float(np.std(values)) for values in varying]
+    return float(np.median(positive)) if positive else None
+
+
+def _sessions(
+    schema: EventSchema, columns: EventColumns, lengths: Sequence[int], resets: ResetPolicy
+) -> list[tuple[int, int]]:
+    """The rows [start, stop) of each session, stream by stream."""
+    sessions = []
+    start = 0
+    for length in lengths:
+        times = event_times(schema, columns[start : start + length])
+        cuts = segments_of(length, find_resets(resets, length, 0, times=times))
+        sessions += [(start + first, start + end) for first, end in cuts]
+        start += length
+    return sessions
+
+
 def _log_gaps(
     present: NDArray[np.bool_],
     times_ms: NDArray[np.int64],
-    lengths: NDArray[Any],
-    resets: ResetPolicy,
+    sessions: Sequence[tuple[int, int]],
 ) -> NDArray[np.float64]:
     gaps = [np.zeros(0, np.int64)]
-    start = 0
-    for length in lengths.tolist():
-        stop = start + length
-        times = EventTimes(times_ms[start:stop], present[start:stop])
-        for first, end in segments_of(length, find_resets(resets, length, 0, times=times)):
-            session = times.times_ms[first:end][times.present[first:end]]
-            gaps.append(gaps_ms(session, Clock())[0])
-        start = stop
+    for start, stop in sessions:
+        gaps.append(gaps_ms(times_ms[start:stop][present[start:stop]], Clock())[0])
     return log_gap(np.concatenate(gaps))

@@ -31,6 +31,10 @@ UNKNOWN_CODE = 0
 MAX_CATEGORY_CHARS = 256
 """The longest category, in characters (Unicode code points)."""
 
+CalendarPart = Literal["hour", "weekday", "yearday"]
+CALENDAR_PARTS: tuple[CalendarPart, ...] = ("hour", "weekday", "yearday")
+DEFAULT_CALENDAR: tuple[CalendarPart, ...] = ("hour", "weekday")
+
 
 class Frozen(BaseModel):
     """Base of all specifications: immutable, without unknown keys, with finite numbers."""
@@ -56,19 +60,53 @@ class WithForms(Frozen):
     @model_serializer(mode="wrap")
     def _omit_default_forms(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = serialise(self)
-        defaults = {"coerce": None, "without_offset": None, "epoch": "ms"}
+        defaults = {
+            "coerce": None,
+            "without_offset": None,
+            "epoch": "ms",
+            "calendar": list(DEFAULT_CALENDAR),
+            "normalisation": None,
+            "season_events": None,
+        }
         return {
             name: value
             for name, value in data.items()
-            if name not in defaults or value != defaults[name]
+            if name not in defaults
+            or (list(value) if name == "calendar" else value) != defaults[name]
         }
 
 
-class NumericField(Frozen):
+class Normalisation(Frozen):
+    """Standardisation of a numeric field by each stream's own running mean and deviation.
+
+    The equations are in `models.events.statistics`.
+
+    Attributes:
+        memory_events: time constant of mean and deviation, in values: the newest value's weight
+            once the stream has had as many; before, all values weigh the same.
+        prior_events: values over which the share of the prior deviation `std` falls to 0.
+        minimum_std: least deviation, as a share of `std`.
+        clip: bound of a standardised value, also for its effect on mean and deviation.
+        std: the usual deviation of a stream, fitted: the median over the training streams.
+    """
+
+    memory_events: Annotated[int, Field(ge=2, le=10_000_000)] = 1000
+    prior_events: Annotated[int, Field(ge=1, le=100_000)] = 20
+    minimum_std: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    clip: Annotated[float, Field(ge=1, le=1e6)] = 10.0
+    std: Annotated[float, Field(gt=0)] | None = None
+
+
+class NumericField(WithForms):
     """A number, standardised as (transform(value) - mean) / std.
 
     `transform` is applied before standardising: `signed_log1p` is sign(v) * log(1 + |v|).
     An `optional` field adds the column `<name>.missing` (1 if absent; the value is then 0).
+
+    With `normalisation`, mean and std are the stream's own, as of the event before. The columns
+    `<name>.mean` and `<name>.std`, as of the event itself, put forecasts into the stream's units;
+    layers do not read them. `season_events` adds the column `<name>.season`: the value one season
+    before the next event, standardised as a forecast of it would be.
     """
 
     kind: Literal["numeric"] = "numeric"
@@ -77,12 +115,21 @@ class NumericField(Frozen):
     transform: Literal["none", "signed_log1p"] = "none"
     mean: float | None = None
     std: Annotated[float, Field(gt=0)] | None = None
+    normalisation: Normalisation | None = None
+    season_events: Annotated[int, Field(ge=2, le=4096)] | None = None
     description: str = ""
 
     @property
     def fitted(self) -> bool:
-        """Whether mean and standard deviation are known."""
-        return self.mean is not None and self.std is not None
+        """Whether mean and standard deviation are known, and the usual one of a stream."""
+        own = self.normalisation
+        has_prior = own is None or own.std is not None
+        return self.mean is not None and self.std is not None and has_prior
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the encoding depends on earlier values of the stream."""
+        return self.normalisation is not None or self.season_events is not None
 
 
 class CategoricalField(Frozen):
@@ -166,9 +213,10 @@ class TimestampField(WithForms):
     table that it is trained on.
 
     Columns: `<name>.gap` (log(1 + seconds since the stream's last event), standardised; 0
-    seconds for the first event and for one out of order), and the hour of the day and day
-    of the week as angles (`.hour_sin`, `.hour_cos`, `.weekday_sin`, `.weekday_cos`) in the
-    schema's time zone; `optional` adds `<name>.missing`.
+    seconds for the first event and for one out of order), and the parts of `calendar` as angles in
+    the schema's time zone: the time of day (`.hour_sin`, `.hour_cos`), the day of the week
+    (`.weekday_sin`, `.weekday_cos`), the day of the year (`.yearday_sin`, `.yearday_cos`);
+    `optional` adds `<name>.missing`.
     """
 
     kind: Literal["timestamp"] = "timestamp"
@@ -178,7 +226,25 @@ class TimestampField(WithForms):
     without_offset: Literal["local", "reject"] | None = None
     gap_mean: float | None = None
     gap_std: Annotated[float, Field(gt=0)] | None = None
+    calendar: tuple[CalendarPart, ...] = DEFAULT_CALENDAR
     description: str = ""
+
+    @field_validator("calendar")
+    @classmethod
+    def _in_order(cls, value: tuple[CalendarPart, ...]) -> tuple[CalendarPart, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"expected distinct parts, got {list(value)}")
+        return tuple(part for part in CALENDAR_PARTS if part in value)
+
+    @property
+    def calendar_features(self) -> tuple[str, ...]:
+        """The columns of the calendar, in order, as suffixes of the field's name."""
+        return tuple(f"{part}_{kind}" for part in self.calendar for kind in ("sin", "cos"))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """All columns except that of a missing value, in order, as suffixes of the field's name."""
+        return ("gap", *self.calendar_features)
 
     @property
     def fitted(self) -> bool:
@@ -201,16 +267,21 @@ class Column:
         codes: for a categorical, the number of codes (the value is a whole number in
             0..codes-1); otherwise None.
         embedding: for a categorical, the width of its embedding; otherwise None.
+        statistic: whether it is a statistic of the stream, which heads read and layers do not.
+            Such columns are the last ones of a row.
     """
 
     name: str
     field: str | None = None
     codes: int | None = None
     embedding: int | None = None
+    statistic: bool = False
 
     @property
     def width(self) -> int:
         """Number of values of this column in the input of the first layer."""
+        if self.statistic:
+            return 0
         return 1 if self.embedding is None else self.embedding
 
 
@@ -260,7 +331,8 @@ class EventSchema(Frozen):
     @cached_property
     def columns(self) -> tuple[Column, ...]:
         """The encoded columns, in the order of a row of `inputs`."""
-        return tuple(column for field in self.fields for column in _columns_of(field))
+        read = tuple(column for field in self.fields for column in _columns_of(field))
+        return (*read, *(column for field in self.fields for column in _statistics_of(field)))
 
     @cached_property
     def column_index(self) -> dict[str, int]:
@@ -268,8 +340,8 @@ class EventSchema(Frozen):
         return {column.name: index for index, column in enumerate(self.columns)}
 
 
-TIMESTAMP_FEATURES = ("gap", "hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
-"""The columns of a timestamp, in order, as suffixes of its field's name."""
+STATISTICS = ("mean", "std")
+"""The columns of a field's statistics, in order, as suffixes of its name."""
 
 
 def _columns_of(field: EventField) -> Iterator[Column]:
@@ -278,9 +350,18 @@ def _columns_of(field: EventField) -> Iterator[Column]:
             yield Column(field.name, field.name, codes=field.codes, embedding=field.embedding)
             return
         case TimestampField():
-            for feature in TIMESTAMP_FEATURES:
+            for feature in field.features:
                 yield Column(f"{field.name}.{feature}", field.name)
+        case NumericField(season_events=int()):
+            yield Column(field.name, field.name)
+            yield Column(f"{field.name}.season", field.name)
         case NumericField() | BooleanField():
             yield Column(field.name, field.name)
     if field.optional:
         yield Column(f"{field.name}.missing", field.name)
+
+
+def _statistics_of(field: EventField) -> Iterator[Column]:
+    if isinstance(field, NumericField) and field.normalisation is not None:
+        for name in STATISTICS:
+            yield Column(f"{field.name}.{name}", field.name, statistic=True)

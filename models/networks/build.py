@@ -345,9 +345,9 @@ class StepNetwork:
             self.decoder.reseed(seed)
 
     def _features(self, rows: Tensor) -> Tensor:
-        """The rows with every code replaced by its embedding, columns kept in order."""
+        """The columns that layers read, in order, with every code replaced by its embedding."""
         pieces: list[Tensor] = []
-        plain = 0
+        plain, read = 0, self.spec.read_features
         for index, column in enumerate(self.spec.columns):
             embedding = self._embeddings.get(column.name)
             if embedding is None:
@@ -356,8 +356,8 @@ class StepNetwork:
                 pieces.append(rows[..., plain:index])
             pieces.append(embedding(tf.cast(tf.round(rows[..., index]), tf.int32)))
             plain = index + 1
-        if plain < self.spec.input_features:
-            pieces.append(rows[..., plain:])
+        if plain < read:
+            pieces.append(rows[..., plain:read])
         return pieces[0] if len(pieces) == 1 else tf.concat(pieces, axis=-1)
 
     def _part(self, state: Tensor, name: str) -> Tensor:

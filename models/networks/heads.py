@@ -14,7 +14,8 @@ chunk's length are undefined.
 
 Equations, with y a head's raw values, z an encoded (standardised) value, u = softplus:
 
-    forecast        q_1 = y_1, q_k = q_(k-1) + u(y_k);  output = inverse(q * std + mean)
+    forecast        q_1 = y_1, q_k = q_(k-1) + u(y_k);  output = inverse(q * std + mean), with mean
+                    and std of the field or, with `normalisation`, of the stream as of the step
     classification  softmax(y), or sigmoid(y) for a boolean or `value > above`
     label           softmax(y), or sigmoid(y) if there are no `classes`
     anomaly         sum over targets of -log p(event), in nats:
@@ -38,6 +39,7 @@ import tensorflow as tf
 from models.errors import SpecError
 from models.events.encode import standardise
 from models.events.schema import (
+    STATISTICS,
     BooleanField,
     CategoricalField,
     EventField,
@@ -81,7 +83,7 @@ def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast
         case SequenceHead() | DenseHead():
             return raw
         case ForecastHead():
-            return _in_units(spec, head, forecast_standardised(head, raw))
+            return _in_units(spec, head, forecast_standardised(head, raw), rows)
         case ClassificationHead():
             if isinstance(event_field(spec, head.target), CategoricalField):
                 return tf.nn.softmax(raw)
@@ -121,14 +123,17 @@ def forecast_standardised(head: ForecastHead, raw: Tensor) -> Tensor:
     return tf.cumsum(steps, axis=-1)
 
 
-def _in_units(spec: ModelSpec, head: ForecastHead, values: Tensor) -> Tensor:
+def _in_units(spec: ModelSpec, head: ForecastHead, values: Tensor, rows: Tensor) -> Tensor:
     """Undo standardisation and transform: [B, T, targets, k] -> [B, T, targets * k]."""
     columns = []
     for index, name in enumerate(head.targets):
         field = event_field(spec, name)
         if not isinstance(field, NumericField) or field.mean is None or field.std is None:
             raise SpecError(f"head {head.name!r}: expected a fitted numeric field {name!r}")
-        value = values[..., index, :] * np.float32(field.std) + np.float32(field.mean)
+        mean, std = np.float32(field.mean), np.float32(field.std)
+        if field.normalisation is not None:
+            mean, std = (_value(spec, f"{name}.{each}", rows)[..., None] for each in STATISTICS)
+        value = values[..., index, :] * std + mean
         if field.transform == "signed_log1p":
             value = tf.sign(value) * tf.math.expm1(tf.minimum(tf.abs(value), EXPONENT_LIMIT))
         columns.append(value)

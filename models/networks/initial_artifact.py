@@ -58,6 +58,8 @@ def _lacking(field: EventField) -> list[str]:
     match field:
         case NumericField():
             statistics = {"mean": field.mean, "std": field.std}
+            if field.normalisation is not None:
+                statistics["normalisation.std"] = field.normalisation.std
         case CategoricalField():
             return [] if field.vocabulary is not None else ["vocabulary"]
         case TimestampField():

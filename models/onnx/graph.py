@@ -149,11 +149,11 @@ class _Step:
         nodes.add("Squeeze", after, nodes.integers(0), name=STATES_AFTER)
 
     def _features(self, rows: Value) -> Value:
-        """The rows with every code replaced by its embedding, columns kept in order."""
-        nodes, columns = self.nodes, self._spec.columns
+        """The columns that layers read, in order, with every code replaced by its embedding."""
+        nodes, columns, read = self.nodes, self._spec.columns, self._spec.read_features
         coded = [index for index, column in enumerate(columns) if column.codes is not None]
         if not coded:
-            return rows
+            return rows if read == len(columns) else nodes.part(rows, 0, read, axis=2)
         codes = nodes.add("Gather", rows, nodes.integers(*coded), axis=2)
         codes = nodes.add("Cast", nodes.add("Round", codes), to=DataType.INT64)
         pieces: list[Value] = []
@@ -164,8 +164,8 @@ class _Step:
             table = nodes.constant(self._weights[f"embedding.{columns[index].name}"])
             pieces.append(nodes.add("Gather", table, nodes.column(codes, place), axis=0))
             plain = index + 1
-        if plain < len(columns):
-            pieces.append(nodes.part(rows, plain, len(columns), axis=2))
+        if plain < read:
+            pieces.append(nodes.part(rows, plain, read, axis=2))
         return nodes.concat(pieces, axis=2)
 
     def _layer(self, layer: Layer, sources: list[Value]) -> Value:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from models.errors import SpecError
 from models.events.schema import (
+    STATISTICS,
     BooleanField,
     CategoricalField,
     EventField,
@@ -68,7 +69,7 @@ def head_output(
         case DenseHead():
             return activation(nodes, head.activation, raw), None
         case ForecastHead():
-            return _forecast(nodes, spec, head, raw), None
+            return _forecast(nodes, spec, head, raw, rows), None
         case ClassificationHead():
             categorical = isinstance(event_field(spec, head.target), CategoricalField)
             return activation(nodes, "softmax" if categorical else "sigmoid", raw), None
@@ -92,7 +93,7 @@ def dense(nodes: Nodes, weights: Mapping[str, NDArray[np.float32]], name: str, x
     return product if bias is None else nodes.add("Add", product, nodes.constant(bias))
 
 
-def _forecast(nodes: Nodes, spec: ModelSpec, head: ForecastHead, raw: Value) -> Value:
+def _forecast(nodes: Nodes, spec: ModelSpec, head: ForecastHead, raw: Value, rows: Value) -> Value:
     """Rising quantiles, or points, in the fields' own units: [T, B, targets * k]."""
     columns = []
     count = max(1, len(head.quantiles))
@@ -102,8 +103,13 @@ def _forecast(nodes: Nodes, spec: ModelSpec, head: ForecastHead, raw: Value) -> 
         if not isinstance(field, NumericField) or field.mean is None or field.std is None:
             raise SpecError(f"head {head.name!r}: expected a fitted numeric field {name!r}")
         value = _rising(nodes, piece) if count > 1 else piece
-        value = nodes.add("Mul", value, nodes.number(field.std))
-        value = nodes.add("Add", value, nodes.number(field.mean))
+        mean, std = nodes.number(field.mean), nodes.number(field.std)
+        if field.normalisation is not None:
+            columns_of = _schema(spec).column_index
+            at = [columns_of[f"{name}.{each}"] for each in STATISTICS]
+            mean, std = (nodes.part(rows, index, index + 1, axis=2) for index in at)
+        value = nodes.add("Mul", value, std)
+        value = nodes.add("Add", value, mean)
         if field.transform == "signed_log1p":
             size = nodes.add("Min", nodes.add("Abs", value), nodes.number(EXPONENT_LIMIT))
             grown = nodes.add("Sub", nodes.add("Exp", size), nodes.number(1.0))

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from models.events.schema import (
-    TIMESTAMP_FEATURES,
     EventSchema,
     FieldName,
     Frozen,
+    NumericField,
     TimestampField,
 )
 from models.spec.layers import Cell, Layer, LayerName, returned_state
@@ -43,8 +43,6 @@ observed yet. It is the first input of the decoder."""
 DISTRIBUTION = "distribution"
 """Name of the only head of the step network."""
 MEDIAN = 0.5
-CALENDAR = TIMESTAMP_FEATURES[1:]
-"""Calendar features of a future timestamp; its gap is excluded, as it is the same at every step."""
 STEPWISE_KINDS = (
     "lstm",
     "gru",
@@ -207,6 +205,13 @@ def _check_fields(schema: EventSchema, decoder: DecoderSpec) -> None:
             )
         if kinds[name] == "timestamp":
             raise ValueError(f"decoder.known: the timestamp {name!r} need not be named")
+    for name in (*decoder.targets, *decoder.known):
+        field = schema.field(name)
+        if isinstance(field, NumericField) and field.has_statistics:
+            raise ValueError(
+                f"decoder: expected fields without `normalisation` and `season_events`, {name!r} "
+                "has one: their statistics are those of observed events"
+            )
 
 
 def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
@@ -258,7 +263,7 @@ def network_data(spec: ModelSpec, decoder: DecoderSpec) -> dict[str, Any]:
     used = {field.name for field in schema.fields}
     fields: list[dict[str, Any]] = [_encoded_number(name) for name in decoder.targets]
     if schema.timestamp is not None:
-        for feature in CALENDAR:
+        for feature in schema.timestamp.calendar_features:
             name = feature
             while name in used:
                 name += "_"
@@ -289,7 +294,9 @@ def known_columns(spec: ModelSpec, decoder: DecoderSpec) -> tuple[str, ...]:
         return ()
     names: list[str] = []
     if schema.timestamp is not None:
-        names += [f"{schema.timestamp.name}.{feature}" for feature in CALENDAR]
+        # the gap is the same at every step
+        time = schema.timestamp
+        names += [f"{time.name}.{feature}" for feature in time.calendar_features]
     for name in decoder.known:
         names += [column.name for column in schema.columns if column.field == name]
     return tuple(names)
@@ -304,7 +311,13 @@ def known_schema(schema: EventSchema, decoder: DecoderSpec, *, timed: bool) -> E
     fields: list[Any] = [schema.field(name) for name in decoder.known]
     time = schema.timestamp
     if time is not None:
-        timestamp = TimestampField(name=time.name, optional=not timed, gap_mean=0.0, gap_std=1.0)
+        timestamp = TimestampField(
+            name=time.name,
+            optional=not timed,
+            gap_mean=0.0,
+            gap_std=1.0,
+            calendar=time.calendar,
+        )
         fields.insert(0, timestamp)
     return EventSchema(timezone=schema.timezone, fields=tuple(fields)) if fields else None
 

@@ -23,6 +23,7 @@ from models.events.schema import (
     EventSchema,
     NumericField,
 )
+from models.events.statistics import statistic_parts
 from models.spec.blocks import block_parts
 from models.spec.chunking import chunk_constant_layers
 from models.spec.decoder import LAST, add_decoder_prefix
@@ -139,11 +140,16 @@ class OutputSpec:
 
 
 def state_spec(spec: ModelSpec) -> StateSpec:
-    """The layout of the complete state: parts of the network, the clock and the blocks."""
+    """The layout of the complete state: parts of the network, of the encoder (the clock and the
+    statistics of fields) and of the blocks."""
     parts = list(runtime_state(spec).parts)
     if spec.events is not None and spec.events.timestamp is not None:
         clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
         parts.extend(StatePart(name, (), "int64") for name in clock)
+    if spec.events is not None:
+        for field in spec.events.fields:
+            if isinstance(field, NumericField):
+                parts.extend(statistic_parts(field))
     if spec.blocks is not None:
         parts.extend(block_parts(spec.blocks, spec.input_features))
     return StateSpec(tuple(parts))

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from models.errors import SpecError
-from models.events.schema import Column, EventSchema, Frozen
+from models.events.schema import Column, EventSchema, Frozen, NumericField
 from models.spec.blocks import BlockSpec
 from models.spec.chunking import (
     DEFAULT_CHUNK_STEPS,
@@ -391,6 +391,12 @@ class ModelSpec(Frozen):
                     f"head {head.name!r}: expected a {' or '.join(kinds)} target, "
                     f"{name!r} is {field.kind}"
                 )
+            is_normalised = isinstance(field, NumericField) and field.normalisation is not None
+            if is_normalised and isinstance(head, DenseHead | ClassificationHead):
+                raise ValueError(
+                    f"head {head.name!r}: expected a target without `normalisation`, {name!r} has "
+                    "it: a forecast head predicts it in the stream's own units"
+                )
 
     @property
     def chunking(self) -> Chunking:
@@ -429,6 +435,11 @@ class ModelSpec(Frozen):
     def input_features(self) -> int:
         """F, the number of values of a row of `inputs`."""
         return len(self.columns)
+
+    @property
+    def read_features(self) -> int:
+        """The leading columns of a row, which layers read; heads alone read those behind them."""
+        return sum(not column.statistic for column in self.columns)
 
     @cached_property
     def decoder_network(self) -> ModelSpec | None:

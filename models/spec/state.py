@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 from models.errors import StateError
 
+STATISTICS_PREFIX = "events."
+"""Prefix of the parts that hold the statistics of the encoder (`models.events.statistics`)."""
+
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
@@ -112,6 +115,35 @@ class StateSpec:
             ends[part.in_floats] = start + part.size
             slices[part.name] = slice(start, ends[part.in_floats])
         return slices
+
+    @cached_property
+    def statistics(self) -> slice:
+        """The slice of the encoder's statistics in the int64 row, which are side by side."""
+        own = [
+            self.slices[part.name]
+            for part in self.parts
+            if not part.in_floats and part.name.startswith(STATISTICS_PREFIX)
+        ]
+        return slice(own[0].start, own[-1].stop) if own else slice(0, 0)
+
+    @cached_property
+    def statistic_counts(self) -> tuple[tuple[str, int], ...]:
+        """Name and index in the int64 row of each count among the encoder's statistics."""
+        return self._statistics_named(".count", ".events")
+
+    @cached_property
+    def statistic_variances(self) -> tuple[tuple[str, int], ...]:
+        """Name and index in the int64 row of each variance among the encoder's statistics."""
+        return self._statistics_named(".variance")
+
+    def _statistics_named(self, *ends: str) -> tuple[tuple[str, int], ...]:
+        return tuple(
+            (part.name, self.slices[part.name].start)
+            for part in self.parts
+            if not part.in_floats
+            and part.name.startswith(STATISTICS_PREFIX)
+            and part.name.endswith(ends)
+        )
 
     def zero(self) -> State:
         """The state whose every value is zero."""

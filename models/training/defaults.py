@@ -99,12 +99,12 @@ def calendar_warning(spec: ModelSpec, streams: Streams, before_ms: int) -> str |
     """A line if training sees less than a week of a timestamp, whose weekdays it encodes."""
     time = schema_of(spec).timestamp
     days = (before_ms - int(np.min(streams.moments_ms))) / DAY_MS
-    if time is None or days >= WEEK_DAYS:
+    if time is None or "weekday" not in time.calendar or days >= WEEK_DAYS:
         return None
     return (
         f"the events before `validate_from` span {days:.1f} days, so that the network meets "
-        f"weekdays that it never saw: have two weeks, or leave {time.name!r} out of `fields` and "
-        "name it in `training.order_by`"
+        "weekdays that it never saw: have two weeks, or leave `weekday` out of the `calendar` of "
+        f"{time.name!r}"
     )
 
 

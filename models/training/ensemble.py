@@ -138,7 +138,7 @@ def _feature_places(spec: ModelSpec, index: int, count: int) -> Places:
     """The positions of a member's features among the merged network's."""
     places: list[int] = []
     start = 0
-    for column in spec.columns:
+    for column in spec.columns[: spec.read_features]:
         if column.embedding is None:
             places.append(start)
             start += 1

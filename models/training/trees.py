@@ -290,18 +290,20 @@ def _columns(
         absent = rows[:, missing] == 1 if missing is not None else np.zeros(len(rows), np.bool_)
         if isinstance(field, TimestampField):
             parts = [(rows[:, index[f"{name}.gap"]], True)]
-            for angle, moving in (("hour", True), ("weekday", False)):
+            for angle in field.calendar:
                 sine, cosine = (
                     rows[:, index[f"{name}.{angle}_sin"]],
                     rows[:, index[f"{name}.{angle}_cos"]],
                 )
-                parts.append((np.mod(np.arctan2(sine, cosine), 2 * np.pi), moving))
+                parts.append((np.mod(np.arctan2(sine, cosine), 2 * np.pi), angle == "hour"))
             category = False
         else:
             categorical = isinstance(field, CategoricalField)
             numeric_target = isinstance(field, NumericField) and name in targets
             parts = [(rows[:, index[name]], categorical or numeric_target or name in targets)]
             category = isinstance(field, CategoricalField) and field.codes <= MAX_CATEGORIES
+            if (season := index.get(f"{name}.season")) is not None:
+                parts.append((rows[:, season], False))
         for values, moving in parts:
             column_values = values.astype(np.float32)
             if isinstance(field, CategoricalField):

@@ -59,6 +59,48 @@ SPARSE_TIMES = FULL_SCHEMA.model_copy(
 )
 """An optional timestamp."""
 
+NORMALISED = EventSchema.model_validate(
+    {
+        "timezone": "Australia/Lord_Howe",
+        "fields": [
+            {
+                "kind": "numeric",
+                "name": "load",
+                "mean": 3.7,
+                "std": 1.9,
+                "normalisation": {"memory_events": 7, "prior_events": 3, "clip": 4.0, "std": 0.6},
+            },
+            {
+                "kind": "numeric",
+                "name": "delay",
+                "optional": True,
+                "transform": "signed_log1p",
+                "mean": -0.4,
+                "std": 2.3,
+                "normalisation": {"memory_events": 20, "minimum_std": 0.2, "std": 1.1},
+                "season_events": 5,
+            },
+            {
+                "kind": "timestamp",
+                "name": "at",
+                "gap_mean": 2.5,
+                "gap_std": 1.7,
+                "calendar": ["yearday", "hour"],
+            },
+            {
+                "kind": "numeric",
+                "name": "heat",
+                "optional": True,
+                "mean": 1.0,
+                "std": 2.0,
+                "season_events": 3,
+            },
+            {"kind": "categorical", "name": "carrier", "embedding": 3, "vocabulary": ["UA", "B6"]},
+        ],
+    }
+)
+"""Numbers that are standardised by the stream's own values, and seasons."""
+
 _numbers = st.floats(-1e30, 1e30, allow_nan=False)
 _near = st.integers(1_350_000_000_000, 1_400_000_000_000)
 _times = st.one_of(_near, _near, st.integers(MIN_TIMESTAMP_MS, MAX_TIMESTAMP_MS - 1))

@@ -115,6 +115,8 @@ def oracle_in_blocks(
 def features_of(spec: ModelSpec, weights: Mapping[str, Floats], row: Floats) -> Floats:
     pieces = []
     for column, value in zip(spec.columns, row, strict=True):
+        if column.statistic:
+            continue
         if column.codes is None:
             pieces.append(np.array([value]))
         else:

@@ -35,7 +35,7 @@ def head_outputs(
     if isinstance(head, DenseHead):
         return ACTIVATIONS[head.activation](raw)
     if isinstance(head, ForecastHead):
-        return _forecast(spec, head, raw)
+        return _forecast(spec, head, raw, row)
     if isinstance(head, ClassificationHead):
         return softmax(raw) if _field_kind(spec, head.target) == "categorical" else sigmoid(raw)
     if isinstance(head, LabelHead):
@@ -48,7 +48,8 @@ def head_outputs(
     return np.array([score, *(before if detected else [])])
 
 
-def _forecast(spec: ModelSpec, head: ForecastHead, raw: Floats) -> Floats:
+def _forecast(spec: ModelSpec, head: ForecastHead, raw: Floats, row: Floats) -> Floats:
+    where = {column.name: index for index, column in enumerate(spec.columns)}
     found = []
     count = max(1, len(head.quantiles))
     for t, target in enumerate(head.targets):
@@ -56,7 +57,10 @@ def _forecast(spec: ModelSpec, head: ForecastHead, raw: Floats) -> Floats:
         level = None
         for y in raw[t * count : (t + 1) * count]:
             level = y if level is None else level + softplus(y)
-            value = level * field.std + field.mean
+            mean, std = field.mean, field.std
+            if field.normalisation is not None:
+                mean, std = row[where[f"{target}.mean"]], row[where[f"{target}.std"]]
+            value = level * std + mean
             if field.transform == "signed_log1p":
                 value = np.sign(value) * (np.exp(abs(value)) - 1)
             found.append(value)

@@ -34,7 +34,7 @@ from models.events.schema import (
 from models.spec.layout import state_spec
 from models.spec.model import parse_spec
 from models.spec.state import StateSpec
-from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
+from tests.support.events import FULL_SCHEMA, NORMALISED, SPARSE_TIMES, events
 
 SECOND = 1000
 MONDAY_NOON = 1_362_999_600_000
@@ -113,11 +113,11 @@ def test_encoding_matches_the_reference(
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]))
+@given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES, NORMALISED]))
 def test_encoding_is_chunk_invariant_bit_for_bit(data: st.DataObject, schema: EventSchema) -> None:
     chunk = data.draw(events(schema))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(chunk)), max_size=6)))
-    before = data.draw(st.sampled_from([Clock(), Clock(1_370_000_000_123, 7, 2)]))
+    before = data.draw(st.sampled_from(CLOCKS))
     columns = columns_from_events(schema, chunk)
 
     whole, after = encode(schema, columns, before)
@@ -134,7 +134,7 @@ CLOCKS = [Clock(), Clock(1_370_000_000_123, 7, 2), Clock(MIN_TIMESTAMP_MS, 1, 0)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]))
+@given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES, NORMALISED]))
 def test_batched_encoding_equals_separate_encoding(
     data: st.DataObject, schema: EventSchema
 ) -> None:
@@ -256,6 +256,32 @@ def test_calendar_angles_follow_the_local_time_across_dst(
     np.testing.assert_allclose(
         rows[0, 1:], [math.sin(hour), math.cos(hour), math.sin(day), math.cos(day)], atol=1e-7
     )
+
+
+@pytest.mark.parametrize(
+    ("local", "day", "days"),
+    [
+        ("2023-01-01T00:00:00+11:00", 0, 365),
+        ("2023-12-31T23:59:59+11:00", 364, 365),
+        ("2024-02-29T12:00:00+11:00", 59, 366),
+        ("2024-12-31T23:59:59+11:00", 365, 366),
+        ("1969-12-31T13:00:00Z", 364, 365),
+    ],
+)
+def test_the_day_of_the_year_is_an_angle_of_the_local_year(local: str, day: int, days: int) -> None:
+    moment = round(datetime.fromisoformat(local).timestamp() * 1000)
+    time = NORMALISED.field("at").model_copy(update={"calendar": ("yearday",)})
+    schema = EventSchema(timezone="Australia/Sydney", fields=(time,))
+
+    (row,) = at(schema, moment)[0]
+
+    assert [column.name for column in schema.columns] == [
+        "at.gap",
+        "at.yearday_sin",
+        "at.yearday_cos",
+    ]
+    angle = 2 * math.pi * day / days
+    np.testing.assert_allclose(row[1:], [math.sin(angle), math.cos(angle)], atol=1e-6)
 
 
 def test_codes_distinguish_unknown_known_and_absent() -> None:
@@ -412,18 +438,21 @@ def test_rows_of_another_width_are_rejected() -> None:
 
 @settings(max_examples=60)
 @given(
-    chunk=events(SPARSE_TIMES, max_size=12),
+    case=st.sampled_from([SPARSE_TIMES, NORMALISED]).flatmap(
+        lambda schema: st.tuples(st.just(schema), events(schema, 12))
+    ),
     marks=st.sets(st.integers(0, 11)),
     clock=st.sampled_from([Clock(), Clock(MONDAY_NOON, 3, 1)]),
 )
 def test_events_with_resets_are_encoded_as_their_segments_by_themselves(
-    chunk: list[dict[str, Any]], marks: set[int], clock: Clock
+    case: tuple[EventSchema, list[dict[str, Any]]], marks: set[int], clock: Clock
 ) -> None:
-    columns = columns_from_events(SPARSE_TIMES, chunk)
+    schema, chunk = case
+    columns = columns_from_events(schema, chunk)
     resets = sorted(mark for mark in marks if mark < len(chunk))
-    rows, after = encode(SPARSE_TIMES, columns, clock, resets)
+    rows, after = encode(schema, columns, clock, resets)
     for number, (start, stop) in enumerate(pairwise([0, *resets, len(chunk)])):
-        part = columns_from_events(SPARSE_TIMES, chunk[start:stop])
-        expected, clock = encode(SPARSE_TIMES, part, Clock() if number else clock)
+        part = columns_from_events(schema, chunk[start:stop])
+        expected, clock = encode(schema, part, Clock() if number else clock)
         assert rows[start:stop].tobytes() == expected.tobytes()
     assert after == clock

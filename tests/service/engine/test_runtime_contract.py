@@ -58,17 +58,30 @@ MERGED: dict[str, Any] = {
         {"kind": "sequence", "name": "inner", "input": "inner"},
     ],
 }
+FLOW: dict[str, Any] = {
+    "kind": "numeric",
+    "name": "flow",
+    "optional": True,
+    "transform": "signed_log1p",
+    "mean": 2.0,
+    "std": 3.0,
+    "normalisation": {"std": 0.7},
+    "season_events": 4,
+}
 EVENTS: dict[str, Any] = {
-    "events": FULL_SCHEMA.model_dump(mode="json"),
+    "events": {
+        "timezone": FULL_SCHEMA.timezone,
+        "fields": [FLOW, *FULL_SCHEMA.model_dump(mode="json")["fields"]],
+    },
     "layers": [
         {"kind": "lstm", "units": 6},
         # so that padding shows: behind a recurrent layer alone the rows could be anything
         {"kind": "concatenate", "inputs": ["lstm_1", "features"]},
     ],
     "heads": [
-        {"kind": "anomaly", "name": "odd", "targets": ["carrier", "delay", "late", "load"]},
-        {"kind": "forecast", "name": "range", "targets": ["delay", "load"]},
-        {"kind": "forecast", "name": "point", "targets": ["load", "delay"], "quantiles": []},
+        {"kind": "anomaly", "name": "odd", "targets": ["carrier", "delay", "late", "load", "flow"]},
+        {"kind": "forecast", "name": "range", "targets": ["delay", "flow", "load"]},
+        {"kind": "forecast", "name": "point", "targets": ["flow", "delay"], "quantiles": []},
         {"kind": "classification", "name": "gate", "target": "gate"},
         {"kind": "classification", "name": "heavy", "target": "heavy"},
         {"kind": "classification", "name": "late_load", "target": "load", "above": 4.5},
