@@ -148,16 +148,16 @@ def _normalise(
     else:
         std = _deviation(count, variance, prior_events, prior, least)
     skipped = [False] * len(values) if absent is None else absent.tolist()
-    scored, means, deviations = [0.0] * len(values), [0.0] * len(values), [0.0] * len(values)
-    for at, x in enumerate(values.tolist()):
-        if not skipped[at]:
+    scored, means, deviations = [], [], []
+    for x, skip in zip(values.tolist(), skipped, strict=True):
+        z = 0.0
+        if not skip:
             deviation = x - mean
             z = deviation / std
             if z > clip:
                 z, deviation = clip, clip * std
             elif z < -clip:
                 z, deviation = -clip, -clip * std
-            scored[at] = z
             count += 1
             if count == 1:
                 mean, variance = x, 0.0
@@ -166,7 +166,9 @@ def _normalise(
                 mean += share * deviation
                 variance += share * ((1.0 - share) * deviation * deviation - variance)
             std = _deviation(count, variance, prior_events, prior, least)
-        means[at], deviations[at] = mean, std
+        scored.append(z)
+        means.append(mean)
+        deviations.append(std)
     if count:
         own[0], moments[:] = count, (mean, variance)
     return np.array(scored), np.array(means), np.array(deviations)
@@ -177,8 +179,7 @@ def _deviation(count: int, variance: float, prior_events: int, prior: float, lea
     if count < prior_events:
         rest = 1.0 - count / prior_events
         variance = rest * prior + (1.0 - rest) * variance
-    std = sqrt(variance)
-    return std if std > least else least
+    return max(sqrt(variance), least)
 
 
 def _season(

@@ -27,6 +27,7 @@ from models.events.fit import fit_schema
 from models.events.frame import columns_from_frame, resolve_forms
 from models.events.schema import (
     EventSchema,
+    NumericField,
     TimestampField,
 )
 from models.spec.model import ModelSpec
@@ -91,6 +92,18 @@ def schema_of(spec: ModelSpec) -> EventSchema:
     if spec.events is None:
         raise SpecError(f"model {spec.name!r}: expected `events`; raw `features` name no columns")
     return spec.events
+
+
+def without_normalisation(spec: ModelSpec) -> ModelSpec:
+    """The spec with every number standardised by the training data, as baselines read them."""
+    fields = [
+        field.model_copy(update={"normalisation": None})
+        if isinstance(field, NumericField)
+        else field
+        for field in schema_of(spec).fields
+    ]
+    events = schema_of(spec).model_copy(update={"fields": tuple(fields)})
+    return spec.model_copy(update={"events": events})
 
 
 def training_of(spec: ModelSpec) -> ResolvedTraining:

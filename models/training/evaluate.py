@@ -31,7 +31,7 @@ from models.spec.layout import detection_of, detection_state, output_spec
 from models.spec.model import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of, read_truth
-from models.training.scores import has_targets, score_outputs
+from models.training.scores import add_scaled, has_targets, score_outputs, stream_scales
 
 if TYPE_CHECKING:
     from models.networks.build import StepNetwork
@@ -415,12 +415,15 @@ def head_metrics(
 ) -> dict[str, dict[str, float]]:
     """`Scored.means` of every head that has a target from a moment on."""
     outputs_by_head = output_spec(spec).by_name(outputs)
+    scales = stream_scales(spec, streams)
     metrics: dict[str, dict[str, float]] = {}
     for head in spec.heads:
         if not has_targets(head):
             continue
         at = target_rows(head, streams, labels, from_ms)
-        scored = score_outputs(spec, head, outputs_by_head[head.name], streams.columns, labels, at)
+        output = outputs_by_head[head.name]
+        scored = score_outputs(spec, head, output, streams.columns, labels, at, scales)
+        scored = add_scaled(spec, head, scored, scales, at)
         if scored.has_losses:
             metrics[head.name] = scored.means()
     return metrics

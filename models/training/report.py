@@ -25,7 +25,14 @@ from models.events.zones import zone_table
 from models.spec.heads import ForecastHead, Head
 from models.spec.layout import output_spec
 from models.training.baselines import baselines_of
-from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
+from models.training.data import (
+    Streams,
+    moment_ms,
+    schema_of,
+    streams_of,
+    training_of,
+    without_normalisation,
+)
 from models.training.detection_baselines import compare_detection
 from models.training.evaluate import (
     anomalous_events,
@@ -38,7 +45,15 @@ from models.training.evaluate import (
 from models.training.horizon import horizon_lines, horizon_report
 from models.training.labels import labels_of
 from models.training.plan import trained_network
-from models.training.scores import DayDraws, Scored, has_targets, interval, score_outputs
+from models.training.scores import (
+    DayDraws,
+    Scored,
+    add_scaled,
+    has_targets,
+    interval,
+    score_outputs,
+    stream_scales,
+)
 from models.training.table import Baseline, Table
 from models.training.time_budget import Note, TimeBudget
 from models.training.verdict import HIGHER_IS_BETTER, MODEL, direction, verdict_line, verdicts
@@ -109,11 +124,15 @@ def make_report(
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     heads = [head for head in spec.heads if has_targets(head)]
     rows = streams.encoded(schema)
+    plain, plain_rows, scales = spec, rows, stream_scales(spec, streams)
+    if scales:
+        plain = without_normalisation(spec)
+        plain_rows = streams.encoded(schema_of(plain))
     tables = {
         head.name: Table(
-            spec,
+            plain,
             streams,
-            rows,
+            plain_rows,
             target_rows(head, streams, labels, None, validate_ms),
             target_rows(head, streams, labels, validate_ms, validated_ms),
             target_rows(head, streams, labels, test_ms),
@@ -149,7 +168,12 @@ def make_report(
     budget = TimeBudget(trees_s, note_progress)
     for at, head in enumerate(heads):
         table = tables[head.name]
-        scored = score_outputs(spec, head, outputs[head.name], streams.columns, labels, table.test)
+
+        def score(values: NDArray[np.float32], head: Head = head, table: Table = table) -> Scored:
+            columns = streams.columns
+            return score_outputs(spec, head, values, columns, labels, table.test, scales)
+
+        scored = score(outputs[head.name])
         if not scored.has_losses:
             remarks.append(f"{head.name} is not scored: none of its targets from {test_from} on")
             continue
@@ -164,10 +188,12 @@ def make_report(
         if further is not None:
             baselines += further(table, head)
         if whole_outputs is not None:
-            unblocked = score_outputs(
-                spec, head, whole_outputs[head.name], streams.columns, labels, table.test
-            )
-            baselines.insert(0, Baseline(WHOLE, unblocked, {}))
+            baselines.insert(0, Baseline(WHOLE, score(whole_outputs[head.name]), {}))
+        scored = add_scaled(spec, head, scored, scales, table.test)
+        baselines = [
+            replace(each, scored=add_scaled(spec, head, each.scored, scales, table.test))
+            for each in baselines
+        ]
         resampled = DayDraws.make(units[table.test], draws, seed)
         head_reports[head.name] = {
             "kind": head.kind,

@@ -8,8 +8,11 @@ Lower is better in every loss, and only the area under the ROC curve (AUC) is be
     label           the same
     forecast        `pinball`, the mean over quantiles of max(q e, (q - 1) e), and `mae` of the
                     median or point, both in the fields' own units; `pinball` needs quantiles
+                    a target with `normalisation` and no transform adds `scaled_pinball` and
+                    `scaled_mae`, in the stream's own deviations, so that streams count alike
     dense           `mae`, in standard deviations
-    anomaly         `nll`, the nats that the output gives
+    anomaly         `nll`, the nats that the output gives; of a target with `normalisation` those of
+                    the value in units of its field's `std`, as of any other
 
 Intervals resample days with replacement (the bootstrap of Efron, 1979): events of one day
 share weather and congestion and are not independent. The same draws serve every model, so
@@ -19,7 +22,7 @@ that differences are paired.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,10 +41,12 @@ from models.spec.heads import (
 )
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
+from models.training.data import Streams
 from models.training.labels import Labels
 
 Floats = NDArray[np.float64]
 MIN_PROBABILITY = 1e-6
+NO_SCALES: Mapping[str, Floats] = {}
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,7 @@ def score_outputs(
     columns: EventColumns,
     labels: Labels,
     at: NDArray[np.int64],
+    scales: Mapping[str, Floats] = NO_SCALES,
 ) -> Scored:
     """Score one head of a model.
 
@@ -175,9 +181,13 @@ def score_outputs(
         labels: of all rows.
         at: int64 [n], the events predicted or labelled; each has its label if the head is a label
             head, otherwise a predecessor in its stream.
+        scales: by target with `normalisation`, as `stream_scales` gives them.
     """
     if isinstance(head, AnomalyHead):
-        return Scored({"nll": np.asarray(output[at], np.float64)})
+        nats = np.asarray(output[at], np.float64)
+        for name in scales.keys() & set(head.targets):
+            nats += np.where(columns.present[name][at], np.log(scales[name][at]), 0.0)
+        return Scored({"nll": nats})
     if isinstance(head, LabelHead):
         return score_label(head, np.asarray(output[at], np.float64), labels[head.name][at])
     previous = np.asarray(output[at - 1], np.float64)
@@ -194,6 +204,61 @@ def score_outputs(
             return score_forecast(head.quantiles, values, truth)
         case _:
             return score_forecast((), previous[..., None], truth)
+
+
+def stream_scales(spec: ModelSpec, streams: Streams) -> dict[str, Floats]:
+    """The deviation that standardises each event's value, in units of its field's `std`.
+
+    Returns:
+        By field with `normalisation`, float64 [rows].
+    """
+    if spec.events is None:
+        return {}
+    fields = [
+        each
+        for each in spec.events.fields
+        if isinstance(each, NumericField) and each.normalisation is not None
+    ]
+    if not fields:
+        return {}
+    rows, index = streams.encoded(spec.events), spec.events.column_index
+    scales = {}
+    for each in fields:
+        after = rows[:, index[f"{each.name}.std"]].astype(np.float64) / (each.std or 1.0)
+        before = np.append(1.0, after[:-1])
+        before[[start for start, _ in streams.sessions]] = 1.0
+        scales[each.name] = before
+    return scales
+
+
+def add_scaled(
+    spec: ModelSpec, head: Head, scored: Scored, scales: Mapping[str, Floats], at: NDArray[np.int64]
+) -> Scored:
+    """The scores of a forecast with its losses in the streams' own deviations, which come first.
+
+    Unchanged without a target with `normalisation`, and with a transformed one, whose deviation is
+    not in its units.
+
+    Args:
+        scales: as `stream_scales` gives them.
+        at: int64 [n], the events that were predicted.
+    """
+    targets = getattr(head, "targets", ())
+    if scored.values is None or scored.truth is None or not scales.keys() & set(targets):
+        return scored
+    deviations = []
+    for name in targets:
+        target = event_field(spec, name)
+        if not isinstance(target, NumericField) or target.transform != "none":
+            return scored
+        own = scales[name][at] if name in scales else np.ones(len(at))
+        deviations.append(own * (target.std or 1.0))
+    scale = np.stack(deviations, axis=1)
+    quantiles = getattr(head, "quantiles", ())
+    values, truth = scored.values / scale[..., None], scored.truth / scale
+    scaled = score_forecast(quantiles, values, truth).losses
+    first = {f"scaled_{name}": loss for name, loss in scaled.items()}
+    return replace(scored, losses={**first, **scored.losses})
 
 
 def score_label(head: LabelHead, predictions: Floats, label: NDArray[np.float32]) -> Scored:
