@@ -43,7 +43,7 @@ REJECTED_SHARE = 0.233
 
 SLACK = 1.05
 WARM_UP_ROUNDS = 3
-ROUNDS = 20
+ROUNDS = 60
 SERVICE = str(ROOT / "service")
 
 
@@ -71,14 +71,17 @@ def counting(counts: list[int]) -> Iterator[None]:
 
 
 async def send_rounds(port: int, together: int, status: int = 200, *lines: str) -> float:
-    """Send rounds of chunks that arrive together; returns the calls per chunk.
+    """Send rounds of chunks that arrive together; returns the calls per chunk of the cheapest.
+
+    Others have what the service does once a second, such as its check of every open connection, and
+    on a busy machine more of them.
 
     Args:
         status: of every response; only a chunk with 200 moves its stream.
         lines: further header lines of each request.
     """
     connections = [await asyncio.open_connection(HOST, port) for _ in range(together)]
-    calls = [0]
+    calls, rounds = [0], []
 
     async def send(number: int) -> None:
         body = chunk(number * len(INPUTS) if status == 200 else 0)
@@ -92,11 +95,13 @@ async def send_rounds(port: int, together: int, status: int = 200, *lines: str) 
         await send(number)
     with counting(calls):
         for number in range(WARM_UP_ROUNDS, WARM_UP_ROUNDS + ROUNDS):
+            calls[0] = 0
             await send(number)
+            rounds.append(calls[0])
     for _, writer in connections:
         writer.close()
         await writer.wait_closed()
-    return calls[0] / (ROUNDS * together)
+    return min(rounds) / together
 
 
 needs_monitoring = pytest.mark.skipif(
