@@ -42,6 +42,7 @@ TARGETS = (
     ("peak/carry-onnxruntime over fastapi", ">=", 1.0),
     ("peak/carry-onnxruntime over competent", ">=", 5),
     ("peak/carry-tensorflow over fastapi", ">=", 0.6),
+    ("single/carry-onnxruntime over fastapi", ">=", 0.6),
     ("many/carry-onnxruntime over compute", ">=", 0.5),
     ("many/carry-tensorflow over compute", ">=", 0.5),
     ("peak/p50 at 1, carry-onnxruntime over fastapi", "<=", 4),

@@ -5,7 +5,7 @@ Most are rows in turns (`Bench.measure_rounds`) and ratios of them. `SECTIONS` n
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -63,7 +63,7 @@ OVERLOAD_QUEUE_WAIT_S, OVERLOAD_TIMES, OVERLOAD_PARTS = 0.5, 2.0, 6
 OVERLOAD_STREAMS, OVERLOAD_STEPS = 4096, 64
 
 
-def measure_peak(bench: Bench, _: str) -> None:
+def measure_servers(bench: Bench, _: str, *, section: str, steps: int) -> None:
     """Every server, on every runtime: closed loop, 32 connections and 1, interleaved."""
     carry, results = [f"carry-{each}" for each in bench.options.runtimes], bench.results
     rows: list[Row] = []
@@ -71,20 +71,20 @@ def measure_peak(bench: Bench, _: str) -> None:
     # Carry first, since the floor imitates its replies.
     for kind in [*carry, *BASELINES]:
         server = bench.start_server(kind, reply_bytes=reply_bytes)
-        load = bench.prepare(server, kind)
+        load = bench.prepare(server, kind, Bodies.random(steps))
         if kind in carry:
             reply_bytes = len(load.sampled[0])
-        rows += [Row(f"peak/{n}/{kind}", server, kind, n) for n in (CONNECTIONS, 1)]
+        rows += [Row(f"{section}/{n}/{kind}", server, kind, n) for n in (CONNECTIONS, 1)]
     bench.measure_rounds(rows)
     measured = results.rows
     for kind in carry:
-        ours = measured[f"peak/{CONNECTIONS}/{kind}"]
+        ours = measured[f"{section}/{CONNECTIONS}/{kind}"]
         for other in BASELINES:
-            theirs = measured[f"peak/{CONNECTIONS}/{other}"]
-            results.compare(f"peak/{kind} over {other}", ours, theirs)
-        alone = measured[f"peak/1/{kind}"], measured["peak/1/fastapi"]
-        results.ratio(f"peak/p50 at 1, {kind} over fastapi", *alone, "p50_ms")
-        results.figure(f"peak/{kind} MiB", [sample.rss_mib for sample in ours])
+            theirs = measured[f"{section}/{CONNECTIONS}/{other}"]
+            results.compare(f"{section}/{kind} over {other}", ours, theirs)
+        alone = measured[f"{section}/1/{kind}"], measured[f"{section}/1/fastapi"]
+        results.ratio(f"{section}/p50 at 1, {kind} over fastapi", *alone, "p50_ms")
+        results.figure(f"{section}/{kind} MiB", [sample.rss_mib for sample in ours])
 
 
 def measure_beside(bench: Bench, kind: str) -> None:
@@ -399,9 +399,10 @@ def measure_overload(bench: Bench, kind: str) -> None:
 
 IMPORTED = "imported"
 BESIDE = "beside"  # the section of a run with `--beside`, which runs no other by default
-SECTIONS: dict[str, Callable[[Bench, str], None]] = {
+SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     "cost": measure_cost,
-    "peak": measure_peak,
+    "peak": partial(measure_servers, section="peak", steps=STEPS),
+    "single": partial(measure_servers, section="single", steps=1),
     "many": measure_many,
     "compute": measure_compute,
     "latency": measure_latency,
@@ -415,7 +416,7 @@ SECTIONS: dict[str, Callable[[Bench, str], None]] = {
     BESIDE: measure_beside,
 }
 """In the order in which they are run."""
-ONCE = ("cost", "peak", "streams", "overload", BESIDE)
+ONCE = ("cost", "peak", "single", "streams", "overload", BESIDE)
 
 
 def run_section(bench: Bench, name: str) -> None:

@@ -18,6 +18,7 @@ CARRY = "carry-onnxruntime"
 FIGURES = {
     "cost": {"onnxruntime 64 x 1, calls", "onnxruntime 64 x 1, allocations"},
     "peak": {f"{CARRY} over fastapi"},
+    "single": {f"{CARRY} over fastapi"},
     "many": {f"{CARRY} over compute"},
     "compute": {"onnxruntime 8 x 16, us CPU/chunk"},
     "latency": {f"{CARRY} p99 beside long chunks over without"},
