@@ -199,6 +199,40 @@ def evaluate_command(
         typer.echo(json.dumps(scores, indent=2))
 
 
+@app.command("plot")
+def plot_command(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],
+    data: DataFile,
+    stream: Annotated[str, typer.Argument(metavar="STREAM", help="The stream's name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, .svg, .png or .pdf.")],
+    since: Annotated[
+        str | None, typer.Option(help="Show events from this RFC 3339 time on.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Show events before this RFC 3339 time.")
+    ] = None,
+    anomalies: Annotated[
+        str | None, typer.Option(help="Boolean column of labelled anomalies, to show them.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Plot a stream over time: values, forecasts, scores, alarms and labels."""
+    with _one_line_errors():
+        from models.training import commands
+
+        commands.plot_command(
+            artifact,
+            data,
+            stream,
+            out,
+            since=since,
+            until=until,
+            anomalies=anomalies,
+            overwrite=overwrite,
+        )
+        typer.echo(f"{out}: stream {stream}")
+
+
 @app.command("score")
 def score_command(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],

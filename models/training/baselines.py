@@ -396,13 +396,16 @@ def _frequency_nats(table: Table, name: str) -> Floats:
 
 def _units(spec: ModelSpec, head: ForecastHead, values: Floats) -> Floats:
     """Undo standardisation and transform: [n, targets, quantiles]."""
-    converted = np.empty_like(values)
-    for index, name in enumerate(head.targets):
-        field = event_field(spec, name)
-        if not isinstance(field, NumericField) or field.mean is None or field.std is None:
-            raise SpecError(f"field {name!r}: expected a fitted numeric field")
-        value = values[:, index] * field.std + field.mean
-        if field.transform == "signed_log1p":
-            value = np.sign(value) * np.expm1(np.abs(value))
-        converted[:, index] = value
-    return converted
+    columns = [in_units(spec, name, values[:, at]) for at, name in enumerate(head.targets)]
+    return np.stack(columns, axis=1)
+
+
+def in_units(spec: ModelSpec, name: str, values: Floats) -> Floats:
+    """Undo standardisation and transform of a numeric field's values."""
+    field = event_field(spec, name)
+    if not isinstance(field, NumericField) or field.mean is None or field.std is None:
+        raise SpecError(f"field {name!r}: expected a fitted numeric field")
+    value = values * field.std + field.mean
+    if field.transform == "signed_log1p":
+        value = np.sign(value) * np.expm1(np.abs(value))
+    return value

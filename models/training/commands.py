@@ -1,8 +1,8 @@
-"""Implements `carry train` and `carry evaluate`, without the command line.
+"""Implements `carry train`, `carry evaluate` and `carry plot`, without the command line.
 
-Both print to a rich console, which `quiet` silences, and raise `ModelsError` if spec, table
-or artifact are rejected. The artifact is written before its report; the checkpoint stays until the
-report is written too, so that `resume` continues with it.
+All raise `ModelsError` if spec, table or artifact are rejected, and the first two print to a rich
+console, which `quiet` silences. The artifact is written before its report; the checkpoint stays
+until the report is written too, so that `resume` continues with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import polars as pl
 from rich.console import Console
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
-from models.errors import ArtifactError, SpecError
+from models.artifact.files import replace_file
+from models.errors import ArtifactError, DataError, SpecError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
 from models.spec.spec_file import add_line_number, read_spec
@@ -246,6 +247,53 @@ def evaluate_command(
             source=str(data),
             advance=count,
         )
+
+
+def plot_command(
+    artifact: Path,
+    data: Path,
+    stream: str,
+    out: Path,
+    *,
+    since: str | None = None,
+    until: str | None = None,
+    anomalies: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Plot one stream of a table into a file, see `models.training.stream_plot`.
+
+    Args:
+        artifact, data: as for `evaluate_command`.
+        stream: its name.
+        out: a `.svg`, `.png` or `.pdf` file.
+        since, until: the time that is shown.
+        anomalies: boolean column that labels anomalous events.
+        overwrite: replace a file that is there.
+
+    Raises:
+        DataError: the suffix of `out` is another one, or there are no such events.
+        ArtifactError: `out` exists.
+    """
+    from models.training.stream_plot import FORMATS, plot_stream
+
+    kind = out.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise DataError(expected=f"OUT to end in .{', .'.join(FORMATS)}", got=str(out))
+    if out.exists() and not overwrite:
+        raise ArtifactError(f"{out}: exists; expected a new path, or --overwrite")
+    loaded = load_artifact(artifact)
+    content = plot_stream(
+        loaded,
+        read_data(data, loaded.spec),
+        stream,
+        kind=kind,
+        since=since,
+        until=until,
+        anomalies=anomalies,
+        source=str(data),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, content)
 
 
 def _has_events_from(artifact: Artifact, frame: pl.DataFrame, moment: int) -> bool:

@@ -34,7 +34,7 @@ from models.spec.heads import AnomalyHead
 from models.spec.layers import LstmLayer
 from models.spec.layout import detection_of, network_outputs, output_spec
 from models.spec.model import ModelSpec
-from models.training.data import Streams, schema_of
+from models.training.data import Streams, schema_of, without_normalisation
 from models.training.detection import counted_events
 from models.training.evaluate import detect_rows, scores_from
 
@@ -214,7 +214,7 @@ def _series(spec: ModelSpec, run: Run, forest_of: Run | None, from_ms: int) -> d
 
 
 def _values(spec: ModelSpec, streams: Streams, names: list[str]) -> Floats:
-    schema = schema_of(spec)
+    schema = schema_of(without_normalisation(spec))
     rows, columns = streams.encoded(schema), schema.column_index
     values = rows[:, [columns[name] for name in names]].astype(np.float64)
     for at, name in enumerate(names):

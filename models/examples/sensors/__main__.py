@@ -16,7 +16,7 @@ import polars as pl
 
 from models.artifact.artifact import Artifact
 from models.examples.command import BUILT, run_example
-from models.examples.sensors.comparison import comparison
+from models.examples.detection import comparison
 from models.examples.sensors.data import sensors
 
 SPEC = Path(__file__).parent / "spec.yaml"

@@ -1,0 +1,325 @@
+"""Plots one stream over time: its values with their forecasts, scores, alarms, and labels.
+
+The model runs over the whole stream, as the service would, so that what is shown are the values
+that the service replies. From top to bottom:
+
+- every numeric field that a head predicts, with the forecast that was made before the event: mean
+  and 95% interval of an anomaly head with detection, median and outer quantiles of a forecast head;
+- the tail probability of detection with the threshold of alarms, or the nats of an anomaly head;
+- the probabilities of classification heads and of labels.
+
+Alarms are shaded, with the channel that was most unusual when they opened; labels are a bar below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import polars as pl
+from matplotlib import rc_context
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from models.artifact.artifact import Artifact
+from models.detection.measures import runs
+from models.errors import DataError
+from models.events.schema import NumericField
+from models.spec.detection import ALARM_STATES
+from models.spec.heads import (
+    LOG_DEVIATION_LIMIT,
+    AnomalyHead,
+    ClassificationHead,
+    ForecastHead,
+    LabelHead,
+)
+from models.spec.layout import (
+    anomaly_width,
+    detection_of,
+    event_field,
+    network_outputs,
+    output_spec,
+)
+from models.spec.model import ModelSpec
+from models.training.baselines import in_units
+from models.training.data import Streams, moment_ms, schema_of, streams_of, unresolved_training_of
+from models.training.evaluate import anomalous_events, detect, run_chunks, run_network
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Floats = NDArray[np.float64]
+
+FORMATS: Final = ("svg", "png", "pdf")
+MAX_FIELDS: Final = 6
+SMALLEST_PROBABILITY: Final = 1e-12
+NORMAL_95: Final = 1.96
+MODEL, BAND, ALARM, LABEL = "tab:blue", "tab:blue", "tab:red", "tab:green"
+
+
+class _Forecast(NamedTuple):
+    """The forecast of each event, made before it; NaN where there is none."""
+
+    middle: Floats
+    low: Floats
+    high: Floats
+    label: str
+
+
+def plot_stream(
+    artifact: Artifact,
+    frame: pl.DataFrame,
+    stream: str,
+    *,
+    kind: str = "svg",
+    since: str | None = None,
+    until: str | None = None,
+    anomalies: str | None = None,
+    source: str = "data",
+) -> bytes:
+    """The plot as a file of one of `FORMATS`.
+
+    Args:
+        artifact: a model with `events` and `training`, which names the stream's column.
+        frame: one row per event, of this stream and possibly of others.
+        stream: its name.
+        since, until: RFC 3339 moments between which events are shown; earlier ones move the state.
+        anomalies: boolean column that labels anomalous events.
+        source: what errors call the table.
+
+    Raises:
+        DataError: there are no such events.
+    """
+    spec = artifact.spec
+    column = unresolved_training_of(spec).stream
+    if column not in frame.columns:
+        raise DataError(
+            field=column, expected=f"{source}: a column of that name", got=f"{frame.columns}"
+        )
+    own = frame.filter(pl.col(column).cast(pl.String) == stream)
+    if own.height == 0:
+        some = frame[column].unique().sort().head(3).to_list()
+        raise DataError(
+            field=column, expected=f"{source}: events of stream {stream!r}", got=f"{some}, ..."
+        )
+    streams = streams_of(spec, own, source)
+    schema = schema_of(spec)
+    shown = np.ones(streams.events, np.bool_)
+    if since is not None:
+        shown &= streams.moments_ms >= moment_ms(schema, since, "--since")
+    if until is not None:
+        shown &= streams.moments_ms < moment_ms(schema, until, "--until")
+    if not shown.any():
+        raise DataError(expected=f"{source}: events of {stream!r} in that time", got="none")
+    labels = None if anomalies is None else anomalous_events(spec, streams, anomalies, source)
+    figure = _figure(artifact, streams, stream, shown, labels)
+    buffer = BytesIO()
+    # equal arguments give equal files
+    with rc_context({"svg.hashsalt": spec.name, "svg.fonttype": "none"}):
+        dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        figure.savefig(buffer, format=kind, metadata=dated.get(kind))
+    return buffer.getvalue()
+
+
+def _figure(
+    artifact: Artifact,
+    streams: Streams,
+    stream: str,
+    shown: NDArray[np.bool_],
+    labels: NDArray[np.bool_] | None,
+) -> Figure:
+    spec = artifact.spec
+    if spec.detection is None:
+        network = run_chunks(artifact, streams)
+        by_name, forecasts = output_spec(spec).by_name(network), {}
+    else:
+        network = run_network(spec, artifact.weights, streams)
+        by_name = output_spec(spec).by_name(detect(spec, streams, network))
+        forecasts = _anomaly_forecasts(spec, streams, network)
+    forecasts |= _forecasts(spec, streams, by_name)
+    numeric = [field.name for field in schema_of(spec).fields if isinstance(field, NumericField)]
+    fields = [name for name in numeric if name in forecasts] or numeric
+    fields = fields[:MAX_FIELDS]
+    scores = [head for head in spec.heads if isinstance(head, AnomalyHead)]
+    classes = [h for h in spec.heads if isinstance(h, (ClassificationHead, LabelHead))]
+    count = len(fields) + len(scores) + len(classes)
+    figure = Figure(figsize=(10, 0.6 + 1.9 * count), layout="constrained")
+    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0].tolist()
+    zone = ZoneInfo(schema_of(spec).timezone)
+    times = streams.moments_ms[shown].astype("datetime64[ms]")
+    rest = iter(panels)
+    for name in fields:
+        values = np.where(
+            streams.columns.present[name], streams.columns.values[name], np.nan
+        ).astype(np.float64)
+        _draw_values(next(rest), name, times, values[shown], forecasts.get(name), shown)
+    for head in scores:
+        _draw_score(next(rest), spec, head, times, by_name, shown)
+    for each in classes:
+        _draw_classes(next(rest), each.name, times, by_name[each.name][shown])
+    alarmed = np.zeros(len(times), np.bool_)
+    if spec.detection is not None:
+        alarmed = by_name[f"{spec.detection.head}.alarm"][shown] > 0
+    for axes in panels:
+        _shade(axes, times, alarmed, ALARM, "alarm", 0.0, 1.0)
+        if labels is not None:
+            _shade(axes, times, labels[shown], LABEL, "labelled", 0.0, 0.06)
+    locator = AutoDateLocator(tz=zone)
+    panels[-1].xaxis.set_major_locator(locator)
+    panels[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=zone))
+    panels[0].set_title(f"{spec.name}: {stream}", fontsize="medium")
+    for axes in panels:
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="upper left", fontsize="x-small", ncols=5)
+    return figure
+
+
+def _anomaly_forecasts(
+    spec: ModelSpec, streams: Streams, network: NDArray[np.float32]
+) -> dict[str, _Forecast]:
+    """By numeric target of detection's head, its mean and 95% interval."""
+    _, head, _ = detection_of(spec)
+    found = {}
+    start = network_outputs(spec).slices[head.name].stop
+    for name in head.targets:
+        field = event_field(spec, name)
+        if isinstance(field, NumericField):
+            mean, log_deviation = network[:, start : start + 2].astype(np.float64).T
+            limited = np.clip(log_deviation, -LOG_DEVIATION_LIMIT, LOG_DEVIATION_LIMIT)
+            reach = NORMAL_95 * np.exp(limited)
+            encoded = np.stack([mean, mean - reach, mean + reach])
+            middle, low, high = in_units(spec, name, by_field(spec, streams, field, encoded))
+            found[name] = _Forecast(middle, low, high, "95% interval")
+        start += anomaly_width(field)
+    return found
+
+
+def by_field(spec: ModelSpec, streams: Streams, field: NumericField, values: Floats) -> Floats:
+    """Encoded values [..., rows] of a field, standardised by the field's own mean and deviation
+    instead of those of the stream before each event."""
+    if field.normalisation is None or field.mean is None or field.std is None:
+        return values
+    schema = schema_of(spec)
+    rows, columns = streams.encoded(schema), schema.column_index
+    before = []
+    for part, first in (("mean", field.mean), ("std", field.std)):
+        after = rows[:, columns[f"{field.name}.{part}"]].astype(np.float64)
+        own = np.append(first, after[:-1])
+        own[[start for start, _ in streams.sessions]] = first
+        before.append(own)
+    return np.asarray((values * before[1] + before[0] - field.mean) / field.std)
+
+
+def _forecasts(
+    spec: ModelSpec, streams: Streams, outputs: Mapping[str, NDArray[np.float32]]
+) -> dict[str, _Forecast]:
+    """By target of forecast heads, the median and the outer quantiles, moved to the event that
+    they are about."""
+    found = {}
+    for head in spec.heads:
+        if not isinstance(head, ForecastHead):
+            continue
+        values = (
+            outputs[head.name].astype(np.float64).reshape(streams.events, len(head.targets), -1)
+        )
+        before = np.full(values.shape, np.nan)
+        for start, stop in streams.sessions:
+            before[start + 1 : stop] = values[start : stop - 1]
+        ends = f" to {head.quantiles[-1]:g}" if len(head.quantiles) > 1 else ""
+        label = f"quantiles {head.quantiles[0]:g}{ends}" if head.quantiles else "forecast"
+        for at, name in enumerate(head.targets):
+            own = before[:, at]
+            found[name] = _Forecast(own[:, own.shape[1] // 2], own[:, 0], own[:, -1], label)
+    return found
+
+
+def _draw_values(
+    axes: Axes,
+    name: str,
+    times: NDArray[Any],
+    values: Floats,
+    forecast: _Forecast | None,
+    shown: NDArray[np.bool_],
+) -> None:
+    if forecast is not None:
+        low, high = forecast.low[shown], forecast.high[shown]
+        axes.fill_between(times, low, high, color=BAND, alpha=0.25, lw=0, label=forecast.label)
+        axes.plot(times, forecast.middle[shown], color=MODEL, lw=0.8, label="predicted")
+        # a new stream's first intervals may be wide
+        limits = np.concatenate([values, forecast.middle[shown]])
+        limits = limits[np.isfinite(limits)]
+        if len(limits):
+            margin = 0.1 * max(float(np.ptp(limits)), 1e-9)
+            axes.set_ylim(float(limits.min()) - 2 * margin, float(limits.max()) + 3 * margin)
+    axes.plot(times, values, color="black", lw=0.8, label=name)
+    axes.set_ylabel(name)
+
+
+def _draw_score(
+    axes: Axes,
+    spec: ModelSpec,
+    head: AnomalyHead,
+    times: NDArray[Any],
+    outputs: Mapping[str, NDArray[np.float32]],
+    shown: NDArray[np.bool_],
+) -> None:
+    detection = spec.detection
+    if detection is None or detection.head != head.name or detection.fit is None:
+        axes.plot(times, outputs[head.name][shown], color="black", lw=0.8)
+        axes.set_ylabel(f"{head.name}, nats")
+        return
+    probability = outputs[f"{head.name}.probability"][shown]
+    axes.plot(times, np.maximum(probability, SMALLEST_PROBABILITY), color="black", lw=0.8)
+    axes.axhline(detection.fit.threshold, color=ALARM, lw=0.8, ls="--", label="threshold")
+    axes.set_yscale("log")
+    axes.set_ylim(2.0, SMALLEST_PROBABILITY)
+    axes.set_ylabel("tail probability")
+    channels = output_spec(spec).outputs
+    names = next(each.labels for each in channels if each.name == f"{head.name}.share")
+    share = outputs[f"{head.name}.share"][shown]
+    opened = outputs[f"{head.name}.alarm"][shown] == ALARM_STATES.index("opened")
+    for at in np.flatnonzero(opened):
+        axes.annotate(
+            names[int(np.argmax(share[at]))],
+            (times[at], SMALLEST_PROBABILITY),
+            xytext=(2, -8),
+            textcoords="offset points",
+            fontsize="x-small",
+            color=ALARM,
+        )
+
+
+def _draw_classes(
+    axes: Axes, name: str, times: NDArray[Any], probabilities: NDArray[np.float32]
+) -> None:
+    for at, column in enumerate(probabilities.reshape(len(times), -1).T[:8]):
+        axes.plot(times, column, lw=0.8, label=f"class {at}" if probabilities.ndim > 1 else None)
+    axes.set(ylabel=name, ylim=(-0.05, 1.05))
+
+
+def _shade(
+    axes: Axes,
+    times: NDArray[Any],
+    where: NDArray[np.bool_],
+    color: str,
+    label: str,
+    bottom: float,
+    top: float,
+) -> None:
+    """Shade runs of events, each up to the event after it."""
+    for number, (start, stop) in enumerate(runs(where)):
+        end = times[min(stop, len(times) - 1)]
+        axes.axvspan(
+            times[start],
+            end,
+            bottom,
+            top,
+            color=color,
+            alpha=0.2 if top == 1.0 else 0.8,
+            lw=0.5,
+            label=label if number == 0 else None,
+        )
