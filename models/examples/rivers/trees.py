@@ -101,7 +101,7 @@ def tune_trees(train: pl.DataFrame, select: pl.DataFrame, lags: int) -> Trees:
             valid_sets=[chosen],
             callbacks=[lightgbm.early_stopping(PATIENCE, verbose=False)],
         )
-        loss = booster.best_score["valid_0"]["multi_logloss"]
+        loss = float(booster.best_score["valid_0"]["multi_logloss"])
         tried.append(Trees(lags, leaves, booster.best_iteration, loss, booster))
     return min(tried, key=lambda one: one.selected)
 
