@@ -16,7 +16,7 @@ from models.artifact.artifact import Artifact
 from models.examples.command import run_example
 from models.examples.rivers.comparison import base_rate, lstm_rows, table
 from models.examples.rivers.data import rivers
-from models.examples.rivers.networks import SPEC, Network
+from models.examples.rivers.networks import SPEC
 
 OUT = Path(__file__).parents[2] / "pretrained" / "rivers"
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 def _beside(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
     held_out = rivers("held_out")
-    rows = [*lstm_rows(Network("", artifact), held_out), base_rate(frame, held_out)]
+    rows = [*lstm_rows(artifact, held_out), base_rate(frame, held_out)]
     return {"held-out.md": table(rows).encode()}
 
 

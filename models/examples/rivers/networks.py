@@ -16,13 +16,12 @@ import polars as pl
 import yaml
 from numpy.typing import NDArray
 
-from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
 from models.examples.rivers.windows import CLASSES, codes
 from models.onnx.library import open_session
 from models.onnx.names import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
 from models.spec.model import ModelSpec, parse_spec
-from models.training.commands import train_frame
 from models.training.data import streams_of
 from models.training.evaluate import run_network
 
@@ -61,20 +60,20 @@ def convolution(units: int, levels: int) -> Layers:
     return [*layers, {"kind": "dense", "units": units, "activation": "relu"}]
 
 
-CANDIDATES: Mapping[str, Mapping[str, Layers]] = {
-    "lstm": {f"2 x {units} units": stacked_lstm(units) for units in (32, 48)},
-    "tcn-127": {f"6 levels of {units} units": convolution(units, 6) for units in (24, 40)},
-    "tcn-511": {f"8 levels of {units} units": convolution(units, 8) for units in (24, 40)},
+LSTM = "lstm"
+NETWORKS: Mapping[str, Layers] = {
+    LSTM: stacked_lstm(48),
+    "tcn-127": convolution(40, 6),
+    "tcn-511": convolution(40, 8),
 }
-"""By method, its candidates."""
+"""By method, its layers; those of the LSTM are those of `spec.yaml`."""
 WINDOWS = {"tcn-127": 127, "tcn-511": 511}
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A trained network; `candidate` is its name among those of its method."""
+    """A trained network."""
 
-    candidate: str
     artifact: Artifact
 
     def probabilities(
@@ -113,23 +112,10 @@ class Network:
         return (time.process_time() - start) / calls / batch * 1e6
 
 
-def train_candidates(method: str, train: pl.DataFrame, folder: Path) -> None:
-    """Train every candidate of a method, each into a folder of its name."""
+def spec_of(method: str) -> ModelSpec:
+    """`spec.yaml` with the layers of a method."""
     written = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
-    for name, layers in CANDIDATES[method].items():
-        spec = parse_spec({**written, "layers": layers})
-        train_frame(spec, train, _folder(folder, name), overwrite=True, trees=False)
-
-
-def choose_network(method: str, select: pl.DataFrame, folder: Path) -> Network:
-    """The trained candidate with the smaller loss on the catchments that choose."""
-    tried = [Network(name, load_artifact(_folder(folder, name))) for name in CANDIDATES[method]]
-    losses = [log_losses(select, network.probabilities(select)).mean() for network in tried]
-    return tried[int(np.argmin(losses))]
-
-
-def _folder(folder: Path, candidate: str) -> Path:
-    return folder / candidate.replace(" ", "-")
+    return parse_spec({**written, "layers": NETWORKS[method]})
 
 
 def probabilities(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-import yaml
 
 from models.examples.rivers import data
 from models.examples.rivers.data import K2, Catchments, discharge, rivers
-from models.examples.rivers.networks import CANDIDATES, SPEC, WINDOWS
+from models.examples.rivers.networks import LSTM, SPEC, WINDOWS, spec_of
 from models.examples.rivers.windows import AGGREGATED_DAYS, tree_features
 from models.spec.layers import Conv1dLayer, LstmLayer
-from models.spec.model import ModelSpec, parse_spec
 from models.spec.spec_file import read_spec
 
 
@@ -75,20 +73,16 @@ def test_trees_see_no_later_event_and_no_other_stream(frame) -> None:
     assert max(differ) >= at + max(AGGREGATED_DAYS)
 
 
-def _spec(method: str, candidate: str) -> ModelSpec:
-    written = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
-    return parse_spec({**written, "layers": CANDIDATES[method][candidate]})
-
-
 @pytest.mark.parametrize("method", WINDOWS)
 def test_convolutions_see_their_window(method) -> None:
-    for candidate in CANDIDATES[method]:
-        layers = [one for one in _spec(method, candidate).layers if isinstance(one, Conv1dLayer)]
-        assert 1 + sum(layer.past_steps for layer in layers) == WINDOWS[method]
+    layers = [one for one in spec_of(method).layers if isinstance(one, Conv1dLayer)]
+    assert 1 + sum(layer.past_steps for layer in layers) == WINDOWS[method]
 
 
 def test_the_network_is_stacked() -> None:
-    lower, upper = read_spec(SPEC).layers
+    spec = read_spec(SPEC)
+    assert spec == spec_of(LSTM)
+    lower, upper = spec.layers
     assert isinstance(lower, LstmLayer)
     assert isinstance(upper, LstmLayer)
     assert upper.inputs in ((), (lower.name,))
