@@ -15,18 +15,20 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Literal
 
+import msgspec
 import orjson
 import structlog
 from structlog.contextvars import get_contextvars, merge_contextvars
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from service.ops.request_lines import access_log
+from service.ops.request_lines import RequestLine, access_log
 from service.ops.stderr_writer import StderrWriter
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
 _stderr = StderrWriter()
 _ID_LIMIT = 2**64
+_encode_line = msgspec.json.Encoder().encode
 
 
 class RequestIds:
@@ -76,7 +78,7 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
     root.setLevel(number)
     logging.captureWarnings(True)
     access_log.level = number
-    access_log.render = _json_line if log_format == "json" else _console_line()
+    access_log.render = json_line if log_format == "json" else _console_line()
     access_log.write = _stderr.buffer
 
 
@@ -91,20 +93,31 @@ def flush_logs() -> None:
     _stderr.flush()
 
 
-def _json_line(line: dict[str, Any]) -> str:
+def json_line(line: RequestLine | dict[str, Any]) -> str:
+    """The text of a line as JSON."""
     try:
+        if isinstance(line, RequestLine):
+            return _encode_line(line).decode()
         return orjson.dumps(line, default=repr, option=orjson.OPT_UTC_Z).decode()
-    except TypeError:
+    except (TypeError, UnicodeEncodeError):
         # The slower encoder accepts lone surrogates and integers over 64 bits.
-        return json.dumps(line, default=repr, skipkeys=True)
+        return json.dumps(_members(line), default=repr, skipkeys=True)
 
 
-def _console_line() -> Callable[[dict[str, Any]], str]:
+def _members(line: RequestLine | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(line, dict):
+        return line
+    members = msgspec.structs.asdict(line).items()
+    return {name: value for name, value in members if value is not None or name == "route"}
+
+
+def _console_line() -> Callable[[RequestLine | dict[str, Any]], str]:
     renderer = _console_renderer()
 
-    def render(line: dict[str, Any]) -> str:
-        moment: datetime = line.pop("timestamp")
-        fields = {"timestamp": f"{moment.replace(tzinfo=None).isoformat()}Z", **line}
+    def render(line: RequestLine | dict[str, Any]) -> str:
+        members = _members(line)
+        moment: datetime = members.pop("timestamp")
+        fields = {"timestamp": f"{moment.replace(tzinfo=None).isoformat()}Z", **members}
         fields["event"] = fields.pop("message")
         return str(renderer(None, fields["level"], fields))
 
@@ -128,7 +141,7 @@ def _render_json(_: WrappedLogger, __: str, fields: EventDict) -> str:
     line = {name: fields.pop(name, None) for name in ("timestamp", "level", "logger")}
     # structlog calls the message `event`, which means a time step in this service.
     line["message"] = fields.pop("event", None)
-    return _json_line({**line, **fields})
+    return json_line({**line, **fields})
 
 
 def _drop_color_message(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:

@@ -21,6 +21,8 @@ from functools import lru_cache
 from random import random
 from typing import Any, Final, Literal
 
+import msgspec
+
 from service.core.tracing import RequestSpan
 
 LogStreams = Literal["none", "hashed", "clear"]
@@ -70,6 +72,31 @@ class RequestFacts:
     span: RequestSpan | None = None
 
 
+class RequestLine(msgspec.Struct, omit_defaults=True, gc=False):
+    """The line of one request: its members in their order, without those that are None.
+
+    Attributes:
+        route: the path with the names of its parameters; None if no route matched.
+    """
+
+    timestamp: datetime
+    level: str
+    logger: str
+    message: str
+    request_id: str
+    method: str
+    route: str | None
+    status: int
+    ms: float
+    received_bytes: int
+    sent_bytes: int
+    code: str | None = None
+    model: str | None = None
+    stream: str | None = None
+    trace_id: str | None = None
+    sample_ratio: float | None = None
+
+
 request_facts: ContextVar[RequestFacts | None] = ContextVar("request_facts", default=None)
 """Facts of the current request; None on a fast path, which passes its own."""
 
@@ -93,7 +120,7 @@ class AccessLog:
 
     Attributes:
         level: lowest level that is written.
-        render: makes the text of a line.
+        render: makes the text of a line: a `RequestLine`, or a dictionary of its members.
         write: buffers a text.
         observe: sees every request, for metrics.
         success_ratio: share of the successful requests that have a line.
@@ -102,7 +129,7 @@ class AccessLog:
 
     def __init__(self) -> None:
         self.level = logging.CRITICAL + 1
-        self.render: Callable[[dict[str, Any]], str] = str
+        self.render: Callable[[RequestLine | dict[str, Any]], str] = str
         self.write: Callable[[str], None] = _ignore
         self.observe: RequestObserver = _ignore
         self.success_ratio = 1.0
@@ -182,29 +209,24 @@ class AccessLog:
             ratio = self.success_ratio
         if level < self.level or (ratio < 1.0 and random() >= ratio):  # noqa: S311
             return
-        line: dict[str, Any] = {
-            "timestamp": datetime.now(UTC),
-            "level": _LEVEL_NAMES[level],
-            "logger": "service.requests",
-            "message": "request",
-            "request_id": request_id,
-            "method": method,
-            "route": route,
-            "status": status,
-            "ms": ms,
-            "received_bytes": received_bytes,
-            "sent_bytes": sent_bytes,
-        }
-        if code is not None:
-            line["code"] = code
-        if model is not None:
-            line["model"] = model
-        if stream is not None:
-            line["stream"] = stream
-        if span is not None:
-            line["trace_id"] = span.trace_id
-        if ratio < 1.0:
-            line["sample_ratio"] = ratio
+        line = RequestLine(
+            datetime.now(UTC),
+            _LEVEL_NAMES[level],
+            "service.requests",
+            "request",
+            request_id,
+            method,
+            route,
+            status,
+            ms,
+            received_bytes,
+            sent_bytes,
+            code,
+            model,
+            stream,
+            None if span is None else span.trace_id,
+            ratio if ratio < 1.0 else None,
+        )
         self.write(self.render(line))
 
 

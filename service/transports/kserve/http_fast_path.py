@@ -8,8 +8,7 @@ from its first byte and makes the errors. Responses have the same bytes as the s
 from __future__ import annotations
 
 import re
-import time
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import msgspec
@@ -17,22 +16,12 @@ import numpy as np
 from structlog.contextvars import bound_contextvars
 
 from service.access.principal import Verb
-from service.core.errors import CarryError, Forbidden
-from service.core.values import Chunk, Reply, StreamKey
+from service.core.errors import CarryError
+from service.core.values import Reply, StreamKey
 from service.ops.logs import RequestIds
-from service.pipeline.scoped_pipeline import PipelineInterface
-from service.transports.http.connection.fast_path import (
-    MAX_HEADERS_BYTES,
-    MAX_REQUEST_BYTES,
-    FastRoute,
-    IncompleteRequest,
-    RejectedRequest,
-    parse_common_headers,
-    split_trace_headers,
-)
-from service.transports.http.connection.rejections import CLOSE, response_bytes
+from service.transports.http.connection.fast_path import FastRequest, FastRoute
+from service.transports.http.connection.rejections import response_bytes
 from service.transports.http.context import ModelWire
-from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media, encode_json
 from service.transports.http.replies.pieces import LONG_VALUES
 from service.transports.kserve.calls import ResolvedCall, Signature, output_shape, read_values
@@ -103,118 +92,41 @@ class _Plan(NamedTuple):
     outputs_json: bytes | None
 
 
-class FastInferRequest(NamedTuple):
-    """A complete request for one chunk; attributes as those of `FastRequest`."""
+class FastInferPath(FastRoute):
+    """Parses and answers the requests of one application.
 
-    pipeline: PipelineInterface
-    plan: _Plan
-    call: ResolvedCall
-    chunk: Chunk
-    request_id: bytes
-    received_s: float
-    deadline_s: float
-    body_bytes: int
-    total_bytes: int
-
-
-class _Headers(NamedTuple):
-    """Parsed headers; attributes as those of `CommonHeaders`."""
-
-    length: int
-    authorization: bytes | None
-    json_bytes: int
-    request_id: bytes | None
-    timeout_s: float
-
-
-class FastInferPath(FastRoute[FastInferRequest]):
-    """Parses and answers the requests of one application."""
+    The details of a request are its plan and its call.
+    """
 
     def __init__(self, inference: Inference, ids: RequestIds):
-        super().__init__(inference.api, ROUTE, _error_response)
+        super().__init__(
+            inference.api, ids, ROUTE, _REQUEST_LINE, _read_json_length, _error_response
+        )
         self._inference = inference
-        self._ids = ids
-        # cached, since clients repeat their shapes and headers
+        # cached, since clients repeat their shapes
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
-        self._max_bytes = min(MAX_REQUEST_BYTES, inference.api.limits.max_body_bytes)
-        self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, inference.api.limits))
 
-    def parse(self, data: bytes) -> FastInferRequest | RejectedRequest | IncompleteRequest | None:
-        """The request at the beginning of these bytes; None leaves it to the slow path."""
-        start = _REQUEST_LINE.match(data)
-        if start is None:
-            return None
-        end = data.find(b"\r\n\r\n", start.end() - 2)
-        if end < 0:
-            return None
-        block = data[start.end() : end]
-        propagated: dict[str, str] = {}
-        if self._tracer is not None:
-            block, propagated = split_trace_headers(block)
-        headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
-        if headers is None:
-            return None
-        total_bytes = end + 4 + headers.length
-        if total_bytes > self._max_bytes:
-            return None
-        if len(data) < total_bytes:
-            return IncompleteRequest(total_bytes)
-        received_s = time.monotonic()
-        model, version = start[1].decode(), (start[2] or b"").decode()
-        access = self._api.access
-        # the slow path verifies a new key, and answers what has none
-        pipeline = access.open_pipeline or access.cached.get(headers.authorization)
-        if pipeline is None or (served := pipeline.models.get(model)) is None:
-            return None
-        body = data[end + 4 : total_bytes]
-        chunk_parts = self._read(self._api.wire(served), version, body, headers.json_bytes)
-        if chunk_parts is None:
-            return None
-        plan, call, stream = chunk_parts
-        timeout_s = headers.timeout_s
+    def _read(self, request: FastRequest, line: re.Match[bytes], details: int, body: bytes) -> bool:
+        parts = self._read_body(request.wire, (line[2] or b"").decode(), body, details)
+        if parts is None:
+            return False
+        plan, call, stream = request.details = parts
+        request.stream, model, pipeline = stream, request.wire.served.name, request.pipeline
+        left_s = request.deadline_s - request.received_s
         if call.parameters.timeout_s is not None:
-            timeout_s = min(timeout_s, call.parameters.timeout_s)
-        request_id = headers.request_id or self._ids.next()
+            left_s = min(left_s, call.parameters.timeout_s)
+            request.deadline_s = request.received_s + left_s
         try:
-            error = pipeline.check_admission(model, StreamKey(model, stream), timeout_s)
+            request.rejection = pipeline.check_admission(model, StreamKey(model, stream), left_s)
             if plan.signature.has_state:
                 pipeline.require(Verb.READ_STATE, model=model, stream=stream)
-        except Forbidden:
-            return None
-        if error is not None:
-            tracer = self._tracer
-            span = None if tracer is None else tracer.start_request(propagated, received_s)
-            return RejectedRequest(
-                plan.wire,
-                stream,
-                error,
-                Media.JSON,
-                request_id,
-                received_s,
-                headers.length,
-                total_bytes,
-                span,
-            )
-        try:
-            chunk = self._inference.read_chunk(call, stream)
+            if request.rejection is None:
+                request.chunk = self._inference.read_chunk(call, stream)
         except CarryError:
-            return None
-        if self._tracer is not None:
-            chunk = chunk._replace(span=self._tracer.start_request(propagated, received_s))
-        deadline_s = received_s + timeout_s
-        return FastInferRequest(
-            pipeline,
-            plan,
-            call,
-            chunk,
-            request_id,
-            received_s,
-            deadline_s,
-            headers.length,
-            total_bytes,
-        )
+            return False
+        return True
 
-    def _read(
+    def _read_body(
         self, wire: ModelWire, version: str, body: bytes, json_bytes: int
     ) -> tuple[_Plan, ResolvedCall, str] | None:
         """The chunk in a body, its values not yet validated, and its stream; or None."""
@@ -270,26 +182,20 @@ class FastInferPath(FastRoute[FastInferRequest]):
             outputs_json = encode_json(reply_document(reply, binary)["outputs"])
         return _Plan(wire, signature, binary, outputs_json)
 
-    def response(
-        self, request: FastInferRequest, result: Reply | CarryError, *, closes: bool
-    ) -> bytes:
-        """The whole response; with `closes`, the connection is closed after it."""
-        header_lines = CLOSE if closes else b""
-        if isinstance(result, CarryError):
-            return self.failure(request, request.plan.wire, result, Media.JSON, header_lines)
-        body, json_bytes = self._encode(request, result)
+    def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
+        body, json_bytes = self._encode(request, reply)
         head = _RESPONSE_HEAD % (json_bytes, len(body), request.request_id, header_lines)
-        response = head + body
-        self.log(request, 200, response)
-        return response
+        return head + body
 
-    def _encode(self, request: FastInferRequest, reply: Reply) -> tuple[bytes, int]:
+    def _encode(self, request: FastRequest, reply: Reply) -> tuple[bytes, int]:
         """The body of a reply, and the length of its JSON."""
-        plan = request.plan
+        plan: _Plan
+        call: ResolvedCall
+        plan, call, _ = request.details
         if plan.outputs_json is None:
-            return encode_reply(self._inference.reply_to_chunk(request.call, reply), plan.binary)
+            return encode_reply(self._inference.reply_to_chunk(call, reply), plan.binary)
         epoch, tag, position = reply.head
-        identity = request.call.request.id
+        identity = call.request.id
         text = _REPLY % (
             plan.wire.served.name.encode(),
             b'"id":%b,' % encode_json(identity) if identity else b"",
@@ -310,14 +216,7 @@ def _error_response(
         return response_bytes(error_answer(error), request_id, header_lines)
 
 
-def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
-    """The headers in a block of lines, or None if they are for the slow path."""
-    common = parse_common_headers(limits, block)
-    if common is None:
-        return None
-    json_bytes = common.values.get(_HEADER_LENGTH, b"")
-    if not json_bytes.isdigit() or len(json_bytes) > 9:
-        return None
-    return _Headers(
-        common.length, common.authorization, int(json_bytes), common.request_id, common.timeout_s
-    )
+def _read_json_length(values: dict[bytes, bytes]) -> int | None:
+    """The length of the JSON in a body; None leaves the request to the slow path."""
+    json_bytes = values.get(_HEADER_LENGTH, b"")
+    return int(json_bytes) if json_bytes.isdigit() and len(json_bytes) <= 9 else None

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import orjson
 import pytest
 
 from models.artifact.artifact import Artifact
@@ -16,6 +15,7 @@ from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.core.errors import NotDurable, StoreUnavailable
 from service.ops.audit import audit
+from service.ops.logs import json_line
 from service.ops.request_lines import access_log
 from tests.service.transports.http.harness import Harness, harness, rows
 from tests.support.access import revoke
@@ -44,7 +44,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The lines of the audit log, at the level that omits most lines."""
     lines: list[dict[str, Any]] = []
     monkeypatch.setattr(access_log, "level", 100)
-    monkeypatch.setattr(access_log, "render", lambda line: orjson.dumps(line).decode())
+    monkeypatch.setattr(access_log, "render", json_line)
     monkeypatch.setattr(access_log, "write", lambda text: lines.append(json.loads(text)))
     monkeypatch.setattr(access_log, "name_stream", str)
     return lines

@@ -14,6 +14,7 @@ within a string can only increase the count of the body; the body is searched on
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from contextvars import Context
@@ -60,8 +61,10 @@ _MEMBERS: Final = frozenset(
 _LARGEST_SQUARES: Final = 1e76
 """A sum of squares below this has no member that overflows float32."""
 
-_PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError, msgspec.MsgspecError)
-"""What simdjson raises for malformed JSON or a missing member, and what msgspec raises."""
+_PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError)
+"""What simdjson raises for malformed JSON, and what follows from a list of something else."""
+
+_is_epoch: Final = re.compile(EPOCH).fullmatch
 
 _Position = Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None
 _Resets = list[Annotated[int, Meta(ge=0, le=MAX_POSITION)]] | None
@@ -145,14 +148,7 @@ def count_parts(media: Media, body: bytes) -> int:
     return len(decoded.chunks) + len(decoded.sequences)
 
 
-class _StreamHead(msgspec.Struct, array_like=True, gc=False):
-    """Position and epoch of a chunk; simdjson does not validate them."""
-
-    position: _Position
-    epoch: _Epoch
-
-
-class RowsChunk(NamedTuple):
+class RowsChunk(msgspec.Struct, gc=False):
     """A chunk of rows.
 
     Attributes:
@@ -200,30 +196,29 @@ class JsonRowsDecoder:
                 return None
             position = members["position"] if "position" in names else None
             epoch = members["epoch"] if "epoch" in names else None
-            stream_head = msgspec.convert((position, epoch), _StreamHead)
-            rows = self._array(members["inputs"], body)
+            lists = members["inputs"]
+            if not isinstance(lists, simdjson.Array):
+                return None
+            count = len(lists)
+            widths = set(map(len, lists))  # type: ignore[arg-type]
+            numbers = np.frombuffer(lists.as_buffer(of_type="d"), _F8)
         except _PARSER_ERRORS:
             return None
-        return None if rows is None else RowsChunk(rows, stream_head.position, stream_head.epoch)
-
-    def _array(self, value: object, text: bytes) -> FloatRows | None:
-        if not isinstance(value, simdjson.Array):
+        if position is not None and not (type(position) is int and 0 <= position <= MAX_POSITION):
             return None
-        count = len(value)
-        # `replace` finds rare bytes three times as fast as `count`
-        brackets = len(text) - len(text.replace(b"[", b""))
-        # the other members were checked and hold no such bracket
-        if not 0 < count <= self._max_rows or brackets != count + 1:
+        if epoch is not None and not (type(epoch) is str and _is_epoch(epoch)):
             return None
-        if set(map(len, value)) != {self._features}:  # type: ignore[arg-type]
+        # `replace` finds rare bytes three times as fast as `count`; there are none elsewhere
+        brackets = len(body) - len(body.replace(b"[", b""))
+        features = self._features
+        if not 0 < count <= self._max_rows or brackets != count + 1 or widths != {features}:
             return None
-        numbers = np.frombuffer(value.as_buffer(of_type="d"), _F8)
-        if numbers.size != count * self._features:
+        if numbers.size != count * features:
             return None
         squares: np.float64 = self._ignoring_overflow.run(numbers.dot, numbers)
         if not squares < _LARGEST_SQUARES:
             return None
-        return numbers.astype(_F4).reshape(count, self._features)
+        return RowsChunk(numbers.astype(_F4).reshape(count, features), position, epoch)
 
 
 class FastDecoder:
@@ -257,7 +252,10 @@ class FastDecoder:
         """The one chunk of a body, or None."""
         try:
             if media is Media.JSON and (chunk := self._json_rows.decode_chunk(body)) is not None:
-                return chunk, self._check_decoded(chunk.rows)
+                rows = chunk.rows
+                if self._coded:
+                    check_rows(self._columns, rows)
+                return chunk, Steps(Feed.INPUTS, len(rows), None, rows)
             decoded: DecodedChunk = self._decoders_of(media, body).chunk.decode(body)
             read = self._read_one(decoded)
             self._check_chunk(read.steps)
@@ -346,12 +344,6 @@ class FastDecoder:
             return self._read_events(body)
         rows = self._check_rows(_packed(body))
         return _with_resets(_Read(Steps(Feed.INPUTS, len(rows), None, rows), 1, 0), body.resets)
-
-    def _check_decoded(self, rows: FloatRows) -> Steps:
-        """The steps of finite rows."""
-        if self._coded:
-            check_rows(self._columns, rows)
-        return Steps(Feed.INPUTS, len(rows), None, rows)
 
     def _read_all(self, bodies: Sequence[DecodedSteps]) -> list[_Read]:
         """The steps of each body. All their rows are views of one buffer, checked at once."""

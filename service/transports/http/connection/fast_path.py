@@ -15,10 +15,12 @@ import asyncio
 import re
 import time
 from abc import ABC, abstractmethod
+from binascii import hexlify
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple
 
+import msgspec
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, Forbidden, Overloaded
@@ -69,7 +71,7 @@ _SLOW_PATH_HEADERS = frozenset(
     }
 )
 _RESPONSE_HEADS = {
-    media: b'HTTP/1.1 200 OK\r\netag: "%%b"\r\nserver-timing: %%b\r\ncontent-length: %%d\r\n'
+    media: b'HTTP/1.1 200 OK\r\netag: "%%b-%%b"\r\nserver-timing: %%b\r\ncontent-length: %%d\r\n'
     b"content-type: %b\r\nx-request-id: %%b\r\n%%b\r\n" % media.value.encode()
     for media in Media
 }
@@ -86,111 +88,174 @@ class IncompleteRequest(NamedTuple):
     total_bytes: int
 
 
-class RejectedRequest(NamedTuple):
-    """A request that admission control rejected; attributes as those of `FastRequest`."""
+class FastRequest(msgspec.Struct, gc=False):
+    """A complete request for one chunk.
 
+    Attributes:
+        pipeline: in the scope of the client's access key.
+        received_s: when it was complete, on the monotonic clock.
+        deadline_s: until when its client waits, on the monotonic clock.
+        body_bytes: the length of its body.
+        total_bytes: its length, head and body.
+        stream: the chunk's.
+        chunk: None if admission control rejected the request.
+        rejection: why it did.
+        reply_media: of the reply, and of an error.
+        details: what else the route needs for the reply.
+    """
+
+    pipeline: PipelineInterface
     wire: ModelWire
-    stream: str
-    error: Overloaded
-    reply_media: Media
     request_id: bytes
     received_s: float
+    deadline_s: float
     body_bytes: int
     total_bytes: int
-    span: RequestSpan | None
+    stream: str = ""
+    chunk: Chunk | None = None
+    rejection: Overloaded | None = None
+    reply_media: Media = Media.JSON
+    span: RequestSpan | None = None
+    details: Any = None
 
 
-class ParsedRequest(Protocol):
-    """Attributes of a parsed request on every fast route; see `FastRequest`."""
-
-    @property
-    def pipeline(self) -> PipelineInterface:
-        """The pipeline in the scope of the client's access key."""
-
-    @property
-    def chunk(self) -> Chunk:
-        """The chunk."""
-
-    @property
-    def request_id(self) -> bytes:
-        """The id of the request."""
-
-    @property
-    def body_bytes(self) -> int:
-        """The length of its body."""
-
-    @property
-    def received_s(self) -> float:
-        """When the request was complete, on the monotonic clock."""
-
-    @property
-    def deadline_s(self) -> float:
-        """When the client stops waiting, on the monotonic clock."""
-
-
-R = TypeVar("R", bound=ParsedRequest)
-
-
-class FastRoute(ABC, Generic[R]):
+class FastRoute(ABC):
     """Recognises, starts and answers the requests of one route.
 
     Args:
         route: as it is logged.
+        request_line: matches a request line; its first group is the model.
+        read_details: what the route needs from the headers; None leaves the request to the slow
+            path. Cached with the headers, since clients repeat them.
         serialize: makes the whole response to an error, as for `OverloadResponses`.
     """
 
-    def __init__(self, api: ApiContext, route: str, serialize: Callable[..., bytes]):
+    def __init__(
+        self,
+        api: ApiContext,
+        ids: RequestIds,
+        route: str,
+        request_line: re.Pattern[bytes],
+        read_details: Callable[[dict[bytes, bytes]], Any],
+        serialize: Callable[..., bytes],
+    ):
         self._api = api
+        self._access = api.access
+        self._wires = api.wires
         self._tracer = api.tracer
+        self._ids = ids
         self._route = route
+        self._match = request_line.match
+        self._parse_headers = lru_cache(maxsize=4096)(
+            partial(parse_headers, api.limits, read_details)
+        )
+        self._max_bytes = min(MAX_REQUEST_BYTES, api.limits.max_body_bytes)
         self._serialize = serialize
         self._overload_responses = OverloadResponses(serialize)
 
-    @abstractmethod
-    def parse(self, data: bytes) -> R | RejectedRequest | IncompleteRequest | None:
+    def parse(self, data: bytes) -> FastRequest | IncompleteRequest | None:
         """The request at the beginning of these bytes; None leaves it to the next route, and at
-        last to the slow path. A request has `total_bytes`."""
+        last to the slow path."""
+        line = self._match(data)
+        if line is None:
+            return None
+        lines_at = line.end()
+        end = data.find(END_OF_HEAD, lines_at - 2)
+        if end < 0:
+            return None
+        block = data[lines_at:end]
+        propagated: dict[str, str] = {}
+        if self._tracer is not None:
+            block, propagated = split_trace_headers(block)
+        headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
+        if headers is None:
+            return None
+        body_at = end + 4
+        total_bytes = body_at + headers.length
+        if total_bytes > self._max_bytes:
+            return None
+        if len(data) < total_bytes:
+            return IncompleteRequest(total_bytes)
+        received_s = time.monotonic()
+        access = self._access
+        # the slow path verifies a new key, and answers what has none
+        pipeline = access.open_pipeline or access.cached.get(headers.authorization)
+        model = line[1].decode()
+        if pipeline is None or (served := pipeline.models.get(model)) is None:
+            return None
+        wire = self._wires.get(model)
+        if wire is None or wire.served is not served:
+            wire = self._api.wire(served)
+        request = FastRequest(
+            pipeline,
+            wire,
+            headers.request_id or self._ids.next(),
+            received_s,
+            received_s + headers.timeout_s,
+            headers.length,
+            total_bytes,
+        )
+        if not self._read(request, line, headers.details, data[body_at:total_bytes]):
+            return None
+        if self._tracer is not None:
+            request.span = self._tracer.start_request(propagated, received_s)
+            if request.chunk is not None:
+                request.chunk = request.chunk._replace(span=request.span)
+        return request
 
     @abstractmethod
-    def response(self, request: R, result: Reply | CarryError, *, closes: bool) -> bytes:
-        """The whole response; with `closes`, the connection is closed after it."""
+    def _read(self, request: FastRequest, line: re.Match[bytes], details: Any, body: bytes) -> bool:
+        """Set the stream of a request, and its chunk or rejection; False leaves it to the slow
+        path.
 
-    def start(self, request: R) -> PendingReply:
+        Args:
+            line: the request line.
+            details: from the headers.
+        """
+
+    @abstractmethod
+    def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
+        """The whole response to a request.
+
+        Args:
+            header_lines: further lines of its head.
+        """
+
+    def start(self, request: FastRequest) -> PendingReply:
         """Hand the chunk to the pipeline, at once after `parse`, which checked its admission."""
-        return request.pipeline.enqueue(request.chunk, request.deadline_s)
+        return request.pipeline.enqueue(_chunk_of(request), request.deadline_s)
 
-    def cancel(self, request: R, reply: PendingReply) -> None:
+    def cancel(self, request: FastRequest, reply: PendingReply) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
-        request.pipeline.cancel(request.chunk, reply)
+        request.pipeline.cancel(_chunk_of(request), reply)
         with bound_contextvars(request_id=request.request_id.decode()):
             log_client_disconnect("POST")
-        self.log(request, CLIENT_DISCONNECTED, END_OF_HEAD)
+        self._log(request, CLIENT_DISCONNECTED, END_OF_HEAD)
 
-    def rejection(self, request: RejectedRequest) -> bytes:
+    def rejection(self, request: FastRequest, error: Overloaded) -> bytes:
         """The whole response to a rejected request."""
-        error = request.error
         self._api.recorder.record_error(request.wire.served.name, error.code)
         response = self._overload_responses.response(error, request.reply_media, request.request_id)
-        self.log(request, STATUS[Overloaded], response, error.code)
+        self._log(request, STATUS[Overloaded], response, error.code)
         return response
 
-    def failure(
-        self, request: R, wire: ModelWire, error: CarryError, media: Media, header_lines: bytes
-    ) -> bytes:
-        """The whole response to a request that failed."""
-        self._api.recorder.record_error(wire.served.name, error.code)
-        with bound_contextvars(request_id=request.request_id.decode()):
-            log_failure(error)
-        response = self._serialize(error, media, request.request_id, header_lines)
-        self.log(request, status_of(error), response, error.code)
+    def response(self, request: FastRequest, result: Reply | CarryError, *, closes: bool) -> bytes:
+        """The whole response; with `closes`, the connection is closed after it."""
+        header_lines = CLOSE if closes else b""
+        if not isinstance(result, CarryError):
+            response = self._response(request, result, header_lines)
+            self._log(request, 200, response)
+            return response
+        request_id = request.request_id
+        self._api.recorder.record_error(request.wire.served.name, result.code)
+        with bound_contextvars(request_id=request_id.decode()):
+            log_failure(result)
+        response = self._serialize(result, request.reply_media, request_id, header_lines)
+        self._log(request, status_of(result), response, result.code)
         return response
 
-    def log(
-        self,
-        request: R | RejectedRequest,
-        status: int,
-        response: bytes,
-        code: str | None = None,
+    def _log(
+        self, request: FastRequest, status: int, response: bytes, code: str | None = None
     ) -> None:
         """Log that a request was answered, and end its span.
 
@@ -198,11 +263,6 @@ class FastRoute(ABC, Generic[R]):
             response: the whole one.
             code: of the error that answers it.
         """
-        if isinstance(request, RejectedRequest):
-            model, stream, span = request.wire.served.name, request.stream, request.span
-        else:
-            chunk = request.chunk
-            (model, stream), span = chunk.key, chunk.span
         # `round` to digits takes four times as long
         ms = round((time.monotonic() - request.received_s) * 100_000) / 100
         log_request(
@@ -211,13 +271,19 @@ class FastRoute(ABC, Generic[R]):
             self._route,
             status,
             ms,
-            model=model,
-            stream=stream,
+            model=request.wire.served.name,
+            stream=request.stream,
             code=code,
             received_bytes=request.body_bytes,
             sent_bytes=len(response) - response.find(END_OF_HEAD) - len(END_OF_HEAD),
-            span=span,
+            span=request.span,
         )
+
+
+def _chunk_of(request: FastRequest) -> Chunk:
+    if request.chunk is None:
+        raise RuntimeError("a rejected request has no chunk")
+    return request.chunk
 
 
 class TracedHeaders(NamedTuple):
@@ -248,170 +314,90 @@ def split_trace_headers(block: bytes) -> TracedHeaders:
     return TracedHeaders(_TRACE_HEADER.sub(b"", block)[2:], propagated if is_valid else {})
 
 
-class FastRequest(NamedTuple):
-    """A complete request for one chunk.
+class _Details(NamedTuple):
+    """What a request's headers say about its chunk and its reply.
 
     Attributes:
-        received_s: when it was complete, on the monotonic clock.
-        deadline_s: until when its client waits, on the monotonic clock.
-        body_bytes: the length of its body.
-        total_bytes: its length, head and body.
+        precondition: If-Match; None if there is no such header.
     """
 
-    pipeline: PipelineInterface
-    wire: ModelWire
-    chunk: Chunk
-    reply_media: Media
-    request_id: bytes
-    received_s: float
-    deadline_s: float
-    body_bytes: int
-    total_bytes: int
-
-
-class _Headers(NamedTuple):
-    """Parsed headers of a request.
-
-    Attributes:
-        authorization: its key, which is not yet verified; None if there is no such header, as for
-            `precondition` (If-Match) and `request_id`.
-        timeout_s: the effective timeout of the request.
-    """
-
-    length: int
-    authorization: bytes | None
     media: Media
     reply_media: Media
     precondition: Precondition | None
-    request_id: bytes | None
-    timeout_s: float
 
 
-class FastPath(FastRoute[FastRequest]):
+class FastPath(FastRoute):
     """Parses and answers the chunk requests of one application."""
 
     def __init__(self, api: ApiContext, ids: RequestIds):
-        super().__init__(api, ROUTE, error_response)
-        self._ids = ids
-        self._max_bytes = min(MAX_REQUEST_BYTES, api.limits.max_body_bytes)
-        # cached, since clients repeat their headers
-        self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, api.limits))
+        super().__init__(api, ids, ROUTE, _REQUEST_LINE, _read_details, error_response)
 
-    def parse(self, data: bytes) -> FastRequest | RejectedRequest | IncompleteRequest | None:
-        """The request at the beginning of these bytes; None sends it to the slow path."""
-        start = _REQUEST_LINE.match(data)
-        if start is None:
-            return None
-        end = data.find(b"\r\n\r\n", start.end() - 2)
-        if end < 0:
-            return None
-        block = data[start.end() : end]
-        propagated: dict[str, str] = {}
-        if self._tracer is not None:
-            block, propagated = split_trace_headers(block)
-        headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
-        if headers is None:
-            return None
-        length, authorization, media, reply_media, precondition, request_id, timeout_s = headers
-        total_bytes = end + 4 + length
-        if total_bytes > self._max_bytes:
-            return None
-        if len(data) < total_bytes:
-            return IncompleteRequest(total_bytes)
-        received_s = time.monotonic()
-        model, stream = start[1].decode(), start[2].decode()
-        api, access = self._api, self._api.access
-        # the slow path verifies a new key, and answers what has none
-        pipeline = access.open_pipeline or access.cached.get(authorization)
-        if pipeline is None or (served := pipeline.models.get(model)) is None:
-            return None
-        wire = api.wires.get(model)
-        if wire is None or wire.served is not served:
-            wire = api.wire(served)
-        request_id = request_id or self._ids.next()
-        key = StreamKey(model, stream)
+    def _read(
+        self, request: FastRequest, line: re.Match[bytes], details: _Details, body: bytes
+    ) -> bool:
+        media, request.reply_media, precondition = details
+        served, reader = request.wire.served, request.wire.reader
+        request.stream = line[2].decode()
+        key = StreamKey(served.name, request.stream)
+        left_s = request.deadline_s - request.received_s
         try:
-            error = pipeline.check_admission(model, key, timeout_s)
+            request.rejection = request.pipeline.check_admission(served.name, key, left_s)
         except Forbidden:
-            return None
-        if error is not None:
-            tracer = self._tracer
-            span = None if tracer is None else tracer.start_request(propagated, received_s)
-            return RejectedRequest(
-                wire, stream, error, reply_media, request_id, received_s, length, total_bytes, span
-            )
-        chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], media, key, precondition)
-        if chunk is None or chunk.steps.length * served.outputs.size > LONG_VALUES:
-            # the slow path encodes long replies in pieces
-            return None
-        if self._tracer is not None:
-            chunk = chunk._replace(span=self._tracer.start_request(propagated, received_s))
-        deadline_s = received_s + timeout_s
-        return FastRequest(
-            pipeline,
-            wire,
-            chunk,
-            reply_media,
-            request_id,
-            received_s,
-            deadline_s,
-            length,
-            total_bytes,
-        )
+            return False
+        if request.rejection is not None:
+            return True
+        request.chunk = chunk = reader.decode_chunk(body, media, key, precondition)
+        # the slow path encodes long replies in pieces
+        return chunk is not None and chunk.steps.length * served.outputs.size <= LONG_VALUES
 
-    def response(self, request: FastRequest, result: Reply | CarryError, *, closes: bool) -> bytes:
-        """The whole response; with `closes`, the connection is closed after it."""
-        header_lines = CLOSE if closes else b""
-        if isinstance(result, CarryError):
-            return self.failure(request, request.wire, result, request.reply_media, header_lines)
-        body = request.wire.writer.reply_bytes(result, request.reply_media)
+    def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
+        body = request.wire.writer.reply_bytes(reply, request.reply_media)
+        epoch, tag, _ = reply.head
         head = _RESPONSE_HEADS[request.reply_media] % (
-            result.head.etag.encode(),
-            server_timing(result.timing),
+            hexlify(epoch),
+            hexlify(tag),
+            server_timing(reply.timing),
             len(body),
             request.request_id,
             header_lines,
         )
-        response = head + body
-        self.log(request, 200, response)
-        return response
+        return head + body
 
 
-def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
-    """The headers in a block of lines, or None if they are for the slow path."""
-    common = parse_common_headers(limits, block)
-    if common is None:
-        return None
-    values, length, authorization, request_id, timeout_s = common
-    precondition = None
+def _read_details(values: dict[bytes, bytes]) -> _Details | None:
+    """What these headers say; None leaves the request to the slow path."""
     try:
         media = media_of(_text(values.get(b"content-type")))
         reply_media = accepted(_text(values.get(b"accept")), media)
+        precondition = None
         if (etags := _text(values.get(b"if-match"))) is not None:
             precondition = parse_if_match(etags, "If-Match")
     except CarryError:
         return None
-    return _Headers(length, authorization, media, reply_media, precondition, request_id, timeout_s)
+    return _Details(media, reply_media, precondition)
 
 
-class CommonHeaders(NamedTuple):
-    """Headers of a request that mean the same on every fast route.
+class Headers(NamedTuple):
+    """Parsed headers of a request.
 
     Attributes:
-        values: all headers, their names in lower case.
+        length: of the body.
         authorization: its key, which is not yet verified; None if there is no such header.
         request_id: None if there is no such header.
         timeout_s: the effective timeout of the request.
+        details: what the route reads from the headers.
     """
 
-    values: dict[bytes, bytes]
     length: int
     authorization: bytes | None
     request_id: bytes | None
     timeout_s: float
+    details: Any
 
 
-def parse_common_headers(limits: ApiLimits, block: bytes) -> CommonHeaders | None:
+def parse_headers(
+    limits: ApiLimits, read_details: Callable[[dict[bytes, bytes]], Any], block: bytes
+) -> Headers | None:
     """The headers in a block of lines, or None if they are for the slow path."""
     values: dict[bytes, bytes] = {}
     lines = block.split(b"\r\n")
@@ -437,8 +423,10 @@ def parse_common_headers(limits: ApiLimits, block: bytes) -> CommonHeaders | Non
         if timeout_s is None:
             return None
     timeout_s = limits.effective_timeout_s(timeout_s)
-    authorization = values.get(b"authorization")
-    return CommonHeaders(values, int(length), authorization, request_id, timeout_s)
+    details = read_details(values)
+    if details is None:
+        return None
+    return Headers(int(length), values.get(b"authorization"), request_id, timeout_s, details)
 
 
 def _text(value: bytes | None) -> str | None:

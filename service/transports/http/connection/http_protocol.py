@@ -32,10 +32,10 @@ from service.core.errors import (
 from service.transports.http.connection.connections import Connections, Phase
 from service.transports.http.connection.fast_path import (
     MAX_REQUEST_BYTES,
+    FastRequest,
     FastRoute,
     IncompleteRequest,
     PendingReply,
-    RejectedRequest,
 )
 from service.transports.http.connection.flow_control import BackpressureFlow
 from service.transports.http.connection.framing import FramingProtocol, Headers
@@ -85,7 +85,7 @@ class HttpState(NamedTuple):
 
     connections: Connections
     errors: ConnectionErrors
-    fast_routes: tuple[FastRoute[Any], ...]
+    fast_routes: tuple[FastRoute, ...]
     upgrader: Upgrader | None = None
 
 
@@ -110,7 +110,7 @@ class HttpProtocol(FramingProtocol):
         super().__init__(*args, **options)
         state: HttpState = self.app_state[HTTP_STATE]
         self._connections, self._errors, self._fast_routes, self._upgrader = state
-        self._pending: tuple[FastRoute[Any], Any, PendingReply] | None = None
+        self._pending: tuple[FastRoute, FastRequest, PendingReply] | None = None
         self._running_cycle: Any = None
         self._buffered = b""
         self._unsent = UnsentReply()
@@ -161,13 +161,14 @@ class HttpProtocol(FramingProtocol):
         if isinstance(request, IncompleteRequest):
             self._buffer(data)
             return b""
-        if isinstance(request, RejectedRequest):
-            self.transport.write(route.rejection(request))
+        if request.rejection is not None:
+            self.transport.write(route.rejection(request, request.rejection))
             self._complete_fast_request()
         else:
-            self._start_fast_request(route, request)
-        total_bytes: int = request.total_bytes
-        return data[total_bytes:]
+            reply = route.start(request)
+            self._pending = route, request, reply
+            reply.add_done_callback(partial(self._respond, route, request))
+        return data[request.total_bytes :]
 
     @property
     def _stops_reading(self) -> bool:
@@ -179,7 +180,8 @@ class HttpProtocol(FramingProtocol):
     @property
     def _is_blocked(self) -> bool:
         """Whether received bytes belong to a later request, which has to wait."""
-        if self._has_cycle:
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
             return self._is_cycle_received
         return self._pending is not None or (self._message_complete and self._flow.write_paused)
 
@@ -250,12 +252,7 @@ class HttpProtocol(FramingProtocol):
         if self._half_closed and not self._has_pending_replies:
             self.transport.close()
 
-    def _start_fast_request(self, route: FastRoute[Any], request: Any) -> None:
-        reply = route.start(request)
-        self._pending = route, request, reply
-        reply.add_done_callback(partial(self._respond, route, request))
-
-    def _respond(self, route: FastRoute[Any], request: Any, reply: PendingReply) -> None:
+    def _respond(self, route: FastRoute, request: FastRequest, reply: PendingReply) -> None:
         """Answer the pending request."""
         self._pending = None
         if reply.cancelled() or self.transport.is_closing():

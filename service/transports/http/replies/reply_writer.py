@@ -10,8 +10,7 @@ from base64 import b64encode
 from binascii import hexlify
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,20 +61,29 @@ _ENDS = {
 }
 
 
-def server_timing(timing: Timing) -> bytes:
-    """The value of Server-Timing: milliseconds of a chunk by stage."""
-    queue_s, load_s, infer_s, commit_s = timing
-    return b"queue;dur=%.3f, %b" % (queue_s * 1000, _timing_of_batch(load_s, infer_s, commit_s))
+class ServerTiming:
+    """Writes the values of Server-Timing: milliseconds of a chunk by stage."""
+
+    def __init__(self) -> None:
+        self._of_batch: tuple[float, ...] = ()
+        self._text_of_batch = b""
+
+    def value(self, timing: Timing) -> bytes:
+        """The value for one chunk; what the chunks of a batch share is written once."""
+        of_batch = timing[1:]
+        if of_batch != self._of_batch:
+            self._of_batch = of_batch
+            load_s, infer_s, commit_s = of_batch
+            self._text_of_batch = b"load;dur=%.3f, infer;dur=%.3f, commit;dur=%.3f" % (
+                load_s * 1000,
+                infer_s * 1000,
+                commit_s * 1000,
+            )
+        return b"queue;dur=%.3f, %b" % (timing[0] * 1000, self._text_of_batch)
 
 
-@lru_cache(maxsize=64)
-def _timing_of_batch(load_s: float, infer_s: float, commit_s: float) -> bytes:
-    """The part of Server-Timing that the chunks of a batch share; cached, since it is slow."""
-    return b"load;dur=%.3f, infer;dur=%.3f, commit;dur=%.3f" % (
-        load_s * 1000,
-        infer_s * 1000,
-        commit_s * 1000,
-    )
+server_timing: Final = ServerTiming().value
+"""The value of Server-Timing; for use from one thread."""
 
 
 class ReplyWriter:
@@ -121,20 +129,19 @@ class ReplyWriter:
 
     def reply_bytes(self, reply: Reply, media: Media) -> bytes:
         """The bytes of `reply`, of every step and without the state."""
-        is_usual = reply.output_position is None and not reply.dry_run
-        if media is not Media.JSON or self._only is None or not is_usual:
+        if media is not Media.JSON or reply.output_position is not None or reply.dry_run:
             encode = encode_json if media is Media.JSON else encode_msgpack
             return encode(self.reply(reply, EVERY_STEP))
-        key, (epoch, tag, position), outputs, _, replayed, created, *_ = reply
+        epoch, tag, position = reply.head
         # A stream's name needs no escapes.
         return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
             self._begin,
-            key.stream.encode(),
+            reply.key.stream.encode(),
             hexlify(epoch),
             position,
             hexlify(tag),
-            encode_json({self._only: np.ascontiguousarray(outputs)}),
-            _ENDS[replayed, created],
+            encode_json(self.outputs(reply.outputs, EVERY_STEP)),
+            _ENDS[reply.replayed, reply.created],
         )
 
     def prediction(

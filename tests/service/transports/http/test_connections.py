@@ -123,9 +123,9 @@ async def test_backpressure_on_a_client_that_does_not_read(
 
     async with connected(api) as client:
 
-        def watched(fast_path: FastPath, found: Any) -> Any:
+        def watched(fast_path: FastPath, *found: Any) -> Any:
             paused.append(client.connection.flow.write_paused)
-            return go_on(fast_path, found)
+            return go_on(fast_path, *found)
 
         monkeypatch.setattr(FastPath, name, watched)
         client.writer.write(request(chunk(None), stream="deaf") * UNREAD)

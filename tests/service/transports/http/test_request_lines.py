@@ -6,8 +6,10 @@ import logging
 from collections import Counter
 from typing import Any
 
+import orjson
 import pytest
 
+from service.ops.logs import json_line
 from service.ops.request_lines import GRPC, AccessLog, access_log
 from tests.service.transports.http.harness import Harness, harness, rows
 from tests.service.transports.http.raw_http import (
@@ -28,12 +30,12 @@ KEY = b"secret of the store"
 
 
 class Lines(list[dict[str, Any]]):
-    """The lines that were written; each is the line itself instead of its text."""
+    """The lines that were written, parsed."""
 
     def attach(self, log: AccessLog, patch: pytest.MonkeyPatch) -> None:
         """Take what a log writes."""
         patch.setattr(log, "level", logging.DEBUG)
-        patch.setattr(log, "render", lambda line: line)
+        patch.setattr(log, "render", lambda line: orjson.loads(json_line(line)))
         patch.setattr(log, "write", self.append)
 
     async def settled(self, count: int) -> list[dict[str, Any]]:

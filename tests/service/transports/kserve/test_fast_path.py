@@ -17,7 +17,8 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.engine.policy import Admission
 from service.store.redis.redis_store import RedisStore
-from service.transports.kserve.http_fast_path import FastInferPath, FastInferRequest
+from service.transports.http.connection.fast_path import FastRequest
+from service.transports.kserve.http_fast_path import FastInferPath
 from tests.service.engine.batching import no_room
 from tests.service.transports.http.harness import Harness, harness
 from tests.service.transports.http.raw_http import (
@@ -100,19 +101,19 @@ class Ports:
     api: Harness
     fast: int
     slow: int
-    parsed: list[FastInferRequest] = field(default_factory=list)
+    parsed: list[FastRequest] = field(default_factory=list)
 
 
 @pytest.fixture
 async def ports(
     pipeline_server: RealServer, models: Mapping[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Ports]:
-    parsed: list[FastInferRequest] = []
+    parsed: list[FastRequest] = []
     parse = FastInferPath.parse
 
     def watched(path: FastInferPath, data: bytes) -> Any:
         found = parse(path, data)
-        if isinstance(found, FastInferRequest):
+        if isinstance(found, FastRequest):
             parsed.append(found)
         return found
 
@@ -164,10 +165,10 @@ async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
         return await commit(store, commits, deadline_s)
 
     monkeypatch.setattr(RedisStore, "commit", held)
-    cancelled: list[FastInferRequest] = []
+    cancelled: list[FastRequest] = []
     cancel = FastInferPath.cancel
 
-    def watched(path: FastInferPath, request: FastInferRequest, reply: Any) -> None:
+    def watched(path: FastInferPath, request: FastRequest, reply: Any) -> None:
         cancelled.append(request)
         cancel(path, request, reply)
 

@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from service.core.errors import StoreRefused
+from service.ops.logs import json_line
 from service.ops.request_lines import access_log
 from service.transports.common import failed_streams
 from service.transports.http.limits import LONG_BYTES
@@ -333,7 +334,7 @@ async def test_chunks_are_counted_and_only_errors_have_a_line(
     lines: list[dict[str, Any]] = []
     counted: list[tuple[str, str | None, int]] = []
     monkeypatch.setattr(access_log, "level", logging.DEBUG)
-    monkeypatch.setattr(access_log, "render", lambda line: line)
+    monkeypatch.setattr(access_log, "render", lambda line: orjson.loads(json_line(line)))
     monkeypatch.setattr(access_log, "write", lines.append)
     monkeypatch.setattr(access_log, "observe", lambda *request: counted.append(request[:3]))
     async with live(api) as sockets, sockets.open() as (client, _):
