@@ -170,6 +170,9 @@ def evaluate_command(
     since: Annotated[
         str | None, typer.Option(help="Score events from this RFC 3339 time on.")
     ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Score the events of the test set only.")
+    ] = False,
     anomalies: Annotated[
         str | None,
         typer.Option(help="Boolean column of labelled anomalies, to score alarms against."),
@@ -191,6 +194,7 @@ def evaluate_command(
             chunk=chunk,
             seed=seed,
             since=since,
+            held_out=held_out,
             anomalies=anomalies,
             baselines=baselines,
             trees=trees,

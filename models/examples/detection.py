@@ -13,10 +13,11 @@ from models.artifact.artifact import Artifact
 from models.detection.scoring import DRAWS, StreamScores, with_intervals
 from models.spec.layout import detection_of, network_outputs, output_spec
 from models.spec.model import ModelSpec
-from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
+from models.training.data import Streams, streams_of
 from models.training.detection import fitted_to_outputs
 from models.training.detection_baselines import Run, Scored, detection_baselines, scored_by
 from models.training.evaluate import anomalous_events, detect, run_network, scores_from
+from models.training.split import split_of
 
 LABEL = "anomaly"
 PARTS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ def comparison(artifact: Artifact, tables: Mapping[str, pl.DataFrame]) -> str:
         outputs = run_network(spec, artifact.weights, streams)
         read[name] = _Table(streams, outputs, anomalous_events(spec, streams, LABEL))
     fitted_to = next(iter(read.values()))
-    test_ms = moment_ms(schema_of(spec), training_of(spec).test_from, "test_from")
+    test_ms = split_of(spec).test
     text = HEADER
     for name, table in read.items():
         scores = {
@@ -67,11 +68,8 @@ def comparison(artifact: Artifact, tables: Mapping[str, pl.DataFrame]) -> str:
 
 def _methods(spec: ModelSpec, fitted_to: _Table, table: _Table) -> Iterator[tuple[str, Scored]]:
     detection, head, _ = detection_of(spec)
-    training, schema = training_of(spec), schema_of(spec)
-    validated = (
-        moment_ms(schema, training.validate_from, "validate_from"),
-        moment_ms(schema, training.test_from, "test_from"),
-    )
+    split = split_of(spec)
+    validated = split.validate, split.test
     for method, options in PARTS.items():
         own = detection.model_copy(update={"fit": None, **options})
         changed = fitted_to_outputs(

@@ -6,9 +6,9 @@ the artifact contains every one. `ResolvedTraining` is the same without open opt
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from models.events.schema import Frozen
 from models.spec.decoder import DecoderTraining
@@ -18,6 +18,7 @@ Epochs = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=1, le=4096)]
 LearningRate = Annotated[float, Field(gt=0)]
 AverageDecay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -30,6 +31,8 @@ class TrainingSpec(Frozen):
         validate_from: RFC 3339 time (in the schema's time zone if it has none); events from then
             on are the validation set, which selects the epoch.
         test_from: RFC 3339 time; events from then on are the test set, scored once.
+        validate_share, test_share: instead of both times, shares of each stream's events: its last
+            ones are the test set, and those before them the validation set.
         epochs: maximum number of epochs.
         patience: epochs without a better validation loss after which training stops (early
             stopping).
@@ -59,6 +62,8 @@ class TrainingSpec(Frozen):
     order_by: str | None = None
     validate_from: str | None = None
     test_from: str | None = None
+    validate_share: Share | None = None
+    test_share: Share | None = None
     epochs: Epochs | None = None
     patience: Epochs | None = None
     time_limit_s: Seconds | None = None
@@ -77,6 +82,25 @@ class TrainingSpec(Frozen):
     members: Annotated[int, Field(ge=1, le=16)] = 1
     decoder: DecoderTraining = DecoderTraining()
 
+    @property
+    def is_split_by_share(self) -> bool:
+        """Whether each stream is split by shares of its events, not all of them by a time."""
+        return self.validate_share is not None or self.test_share is not None
+
+    @model_validator(mode="after")
+    def _check_split(self) -> Self:
+        if not self.is_split_by_share:
+            return self
+        for name in ("validate_from", "test_from"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"expected {name} or shares of each stream, got both")
+        if (self.validate_share or 0) + (self.test_share or 0) >= 1:
+            raise ValueError(
+                "expected validate_share and test_share that leave events to train on, got "
+                f"{self.validate_share} and {self.test_share}"
+            )
+        return self
+
     @model_serializer(mode="wrap")
     def _omit_open_options(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = serialise(self)
@@ -84,14 +108,22 @@ class TrainingSpec(Frozen):
 
 
 class ResolvedTraining(TrainingSpec):
-    """Training options with a value for each that the data decide; only `time_limit_s` may be
-    None, which is no limit."""
+    """Training options with a value for each that the data decide: the times of the split or both
+    shares; and only `time_limit_s` may be None, which is no limit."""
 
-    validate_from: str
-    test_from: str
     epochs: Epochs
     patience: Epochs
     window_steps: Steps
     segment_windows: Steps
     batch_streams: Steps
     learning_rate: LearningRate
+
+    @model_validator(mode="after")
+    def _check_complete_split(self) -> Self:
+        names = ("validate_from", "test_from")
+        if self.is_split_by_share:
+            names = ("validate_share", "test_share")
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"expected {' and '.join(names)}, got none of {missing}")
+        return self

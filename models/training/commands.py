@@ -21,11 +21,12 @@ from models.errors import ArtifactError, DataError, SpecError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
 from models.spec.spec_file import add_line_number, read_spec
-from models.training.data import moment_ms, schema_of, streams_of, training_of
+from models.training.data import streams_of
 from models.training.evaluate import evaluate, events_to_score
 from models.training.files import read_data
 from models.training.labels import labels_of
 from models.training.progress import Progress
+from models.training.split import split_of
 
 if TYPE_CHECKING:
     from models.training.report import Further
@@ -119,11 +120,11 @@ def train_frame(
         f"training; the model is in {out}"
     )
     artifact = result.artifact
-    training, schema = training_of(artifact.spec), schema_of(artifact.spec)
-    if _has_events_from(artifact, frame, moment_ms(schema, training.test_from, "test_from")):
+    split = split_of(artifact.spec)
+    if _has_events_from(artifact, frame, split.test):
         artifact = _write_report(result, frame, progress, trees, trees_s, source, further)
     else:
-        progress.say(f"no events from {training.test_from} on: nothing held out, no report")
+        progress.say(f"no events {split.test_range}: nothing held out, no report")
         for warning in result.warnings:
             progress.say(f"warning: {warning}", "yellow")
     checkpoint_path(out).unlink(missing_ok=True)
@@ -184,6 +185,7 @@ def evaluate_command(
     chunk: int = 64,
     seed: int = 0,
     since: str | None = None,
+    held_out: bool = False,
     anomalies: str | None = None,
     baselines: bool = False,
     trees: bool = True,
@@ -199,6 +201,7 @@ def evaluate_command(
         chunk: most events in a chunk.
         seed: of the chunks' lengths.
         since: score events from this moment on; earlier ones only move the states.
+        held_out: score the events of the test set; with baselines it is always those.
         anomalies: boolean column that labels anomalous events, against which alarms are scored.
         baselines: compare with the baselines of a report, fitted to the table's events before
             the artifact's `test_from`.
@@ -243,6 +246,7 @@ def evaluate_command(
             chunk=chunk,
             seed=seed,
             since=since,
+            held_out=held_out,
             anomalies=anomalies,
             source=str(data),
             advance=count,
@@ -296,10 +300,10 @@ def plot_command(
     replace_file(out, content)
 
 
-def _has_events_from(artifact: Artifact, frame: pl.DataFrame, moment: int) -> bool:
+def _has_events_from(artifact: Artifact, frame: pl.DataFrame, key: int) -> bool:
     streams = streams_of(artifact.spec, frame)
     labels = labels_of(artifact.spec, streams.frame, rows=streams.table_rows)
-    return events_to_score(artifact.spec, streams, labels, moment) > 0
+    return events_to_score(artifact.spec, streams, labels, key) > 0
 
 
 def _values(report: dict[str, Any]) -> dict[str, dict[str, float]]:

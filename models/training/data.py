@@ -9,7 +9,7 @@ Errors name the file, the column and the row (data rows counted from 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,9 @@ from models.spec.model import ModelSpec
 from models.spec.resets import find_resets, segments_of
 from models.spec.training import ResolvedTraining, TrainingSpec
 
+POSITIONS = 1_000_000
+"""Positions within a stream are in 1 / `POSITIONS` of its events."""
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -47,8 +50,10 @@ class Streams:
         frame: the rows in this order, as they were read.
         table_rows: int64 [rows], index of each row in the table.
         columns: the same rows as event columns.
-        moments_ms: int64 [rows], epoch milliseconds of each event, by which data are split;
-            an event without a timestamp has its predecessor's.
+        moments_ms: int64 [rows], epoch milliseconds of each event; an event without a timestamp has
+            its predecessor's.
+        split_keys: int64 [rows], by which data are split (`models.training.split`): the moments, or
+            the positions within the streams.
     """
 
     names: tuple[str, ...]
@@ -58,11 +63,16 @@ class Streams:
     table_rows: NDArray[np.int64]
     columns: EventColumns
     moments_ms: NDArray[np.int64]
+    split_keys: NDArray[np.int64]
 
     @property
     def events(self) -> int:
         """Rows of all streams."""
         return self.frame.height
+
+    def by_moment(self) -> Streams:
+        """The same, split by moments."""
+        return replace(self, split_keys=self.moments_ms)
 
     def name_of(self, row: int) -> str:
         """The name of the stream that a row belongs to."""
@@ -116,7 +126,8 @@ def training_of(spec: ModelSpec) -> ResolvedTraining:
     try:
         return ResolvedTraining.model_validate(training.model_dump())
     except ValidationError as error:
-        options = ", ".join(str(item["loc"][0]) for item in error.errors())
+        options = ", ".join(str(item["loc"][0]) for item in error.errors() if item["loc"])
+        options = options or "its split"
         raise SpecError(
             f"model {spec.name!r}: expected `training` with every option, got none of {options}"
         ) from error
@@ -190,6 +201,7 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
                 got="none in any of its rows",
             )
     ordered = _select_rows(columns, rank)
+    filled = _fill_moments(moments[0][rank], present, spans)
     return Streams(
         names,
         spans,
@@ -197,7 +209,8 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
         frame[rank],
         rank,
         ordered,
-        _fill_moments(moments[0][rank], present, spans),
+        filled,
+        _positions(spans) if training.is_split_by_share else filled,
     )
 
 
@@ -230,16 +243,17 @@ def moment_ms(schema: EventSchema, text: str, name: str) -> int:
     return round(moment.timestamp() * 1000)
 
 
-def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
-    """The spec with its schema fitted on the events before a moment, and on no others.
+def fitted_spec(spec: ModelSpec, streams: Streams, before: int) -> ModelSpec:
+    """The spec with its schema fitted on the events before a key of the split, and on no others.
 
     Raises:
         DataError: there are no such events.
     """
     training = unresolved_training_of(spec)
-    training_frame = streams.frame.filter(pl.Series(streams.moments_ms < before_ms))
+    training_frame = streams.frame.filter(pl.Series(streams.split_keys < before))
     if training_frame.height == 0:
-        raise DataError(expected="events before `validate_from`", got="none")
+        name = "validation" if training.is_split_by_share else "`validate_from`"
+        raise DataError(expected=f"events before {name}", got="none")
     # the rows are already in the order of streams and times
     resolved = resolve_forms(schema_of(spec), streams.frame)
     schema = fit_schema(resolved, training_frame, stream=training.stream, resets=spec.resets)
@@ -285,6 +299,12 @@ def _moments(
     only = EventSchema(timezone=schema.timezone, fields=(field,))
     parsed = columns_from_frame(only, frame)
     return parsed.values[field.name], parsed.present[field.name]
+
+
+def _positions(spans: tuple[tuple[int, int], ...]) -> NDArray[np.int64]:
+    """The position of each event within its stream, int64 [rows]."""
+    parts = [np.arange(stop - start) * POSITIONS // (stop - start) for start, stop in spans]
+    return np.concatenate(parts).astype(np.int64)
 
 
 def _fill_moments(

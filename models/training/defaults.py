@@ -21,7 +21,13 @@ from models.events.zones import DAY_MS
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
 from models.spec.model import ModelSpec
 from models.spec.training import ResolvedTraining, TrainingSpec
-from models.training.data import Streams, moment_ms, schema_of, unresolved_training_of
+from models.training.data import (
+    POSITIONS,
+    Streams,
+    moment_ms,
+    schema_of,
+    unresolved_training_of,
+)
 from models.training.windows import groups_of, segments_of
 
 VALIDATE_SHARE, TEST_SHARE = 0.7, 0.85
@@ -57,7 +63,10 @@ def resolve_training(
     training = unresolved_training_of(spec)
     derived = _split(schema_of(spec), training, streams, source)
     settled = training.model_copy(update=derived)
-    before = moment_ms(schema_of(spec), settled.validate_from or "", "training.validate_from")
+    if settled.is_split_by_share:
+        before = round((1 - (settled.validate_share or 0) - (settled.test_share or 0)) * POSITIONS)
+    else:
+        before = moment_ms(schema_of(spec), settled.validate_from or "", "training.validate_from")
     longest = max(stop - start for start, stop in streams.sessions)
     derived |= _sizes(spec, settled, _lengths_before(streams, before), longest)
     resolved = ResolvedTraining.model_validate({**training.model_dump(), **derived})
@@ -67,9 +76,13 @@ def resolve_training(
 def _split(
     schema: EventSchema, training: TrainingSpec, streams: Streams, source: str
 ) -> dict[str, Any]:
-    """The open moments of the split."""
-    moments = np.sort(streams.moments_ms)
+    """The open moments of the split, or the open share."""
     derived: dict[str, Any] = {}
+    if training.is_split_by_share:
+        shares = {"validate_share": TEST_SHARE - VALIDATE_SHARE, "test_share": 1 - TEST_SHARE}
+        open_shares = [name for name in shares if getattr(training, name) is None]
+        return {name: round(shares[name], 6) for name in open_shares}
+    moments = np.sort(streams.moments_ms)
     if training.validate_from is None:
         end, share = len(moments), VALIDATE_SHARE
         if training.test_from is not None:
@@ -95,14 +108,17 @@ def _split(
     return derived
 
 
-def calendar_warning(spec: ModelSpec, streams: Streams, before_ms: int) -> str | None:
+def calendar_warning(spec: ModelSpec, streams: Streams, before_key: int) -> str | None:
     """A line if training sees less than a week of a timestamp, whose weekdays it encodes."""
     time = schema_of(spec).timestamp
-    days = (before_ms - int(np.min(streams.moments_ms))) / DAY_MS
+    moments, before_ms = streams.moments_ms, before_key
+    if unresolved_training_of(spec).is_split_by_share:
+        before_ms = int(np.max(moments[streams.split_keys < before_key]))
+    days = (before_ms - int(np.min(moments))) / DAY_MS
     if time is None or "weekday" not in time.calendar or days >= WEEK_DAYS:
         return None
     return (
-        f"the events before `validate_from` span {days:.1f} days, so that the network meets "
+        f"the events before validation span {days:.1f} days, so that the network meets "
         "weekdays that it never saw: have two weeks, or leave `weekday` out of the `calendar` of "
         f"{time.name!r}"
     )
@@ -116,9 +132,9 @@ def _moment(schema: EventSchema, moment: Any) -> str:
     return local.isoformat(timespec="milliseconds" if milliseconds else "seconds")
 
 
-def _lengths_before(streams: Streams, before_ms: int) -> list[int]:
-    """Events of each session before a moment."""
-    past = np.append(0, np.cumsum(streams.moments_ms < before_ms))
+def _lengths_before(streams: Streams, before_key: int) -> list[int]:
+    """Events of each session before a key of the split."""
+    past = np.append(0, np.cumsum(streams.split_keys < before_key))
     return [int(past[stop] - past[start]) for start, stop in streams.sessions]
 
 

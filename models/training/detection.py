@@ -18,10 +18,10 @@ def fitted_detection(
     spec: ModelSpec,
     weights: Mapping[str, NDArray[np.float32]],
     streams: Streams,
-    from_ms: int,
-    to_ms: int,
+    from_key: int,
+    to_key: int,
 ) -> ModelSpec:
-    """Fit the detection of a spec to the events in [from_ms, to_ms).
+    """Fit the detection of a spec to the events with keys of the split in [from_key, to_key).
 
     Args:
         spec: a trained model, with or without detection.
@@ -33,11 +33,11 @@ def fitted_detection(
     """
     if spec.detection is None:
         return spec
-    return fitted_to_outputs(spec, streams, run_network(spec, weights, streams), from_ms, to_ms)
+    return fitted_to_outputs(spec, streams, run_network(spec, weights, streams), from_key, to_key)
 
 
 def fitted_to_outputs(
-    spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32], from_ms: int, to_ms: int
+    spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32], from_key: int, to_key: int
 ) -> ModelSpec:
     """As `fitted_detection`, given the network's outputs from each stream's beginning."""
     detection, head, _ = detection_of(spec)
@@ -45,7 +45,7 @@ def fitted_to_outputs(
     parameters = outputs[:, first : first + anomaly_size(spec, head)]
     rows = streams.encoded(schema_of(spec))
     parts = [slice(start, stop) for start, stop in streams.sessions]
-    counted, days = counted_events(streams, from_ms, to_ms)
+    counted, days = counted_events(streams, from_key, to_key)
     followed = [
         Stream(rows[part], parameters[part], events, duration)
         for part, events, duration in zip(parts, counted, days, strict=True)
@@ -54,23 +54,23 @@ def fitted_to_outputs(
     return spec.model_copy(update={"detection": detection.model_copy(update={"fit": fit})})
 
 
-def check_detection(spec: ModelSpec, streams: Streams, from_ms: int, to_ms: int) -> None:
-    """Reject a table with too few events in [from_ms, to_ms) to fit the spec's detection to.
+def check_detection(spec: ModelSpec, streams: Streams, from_key: int, to_key: int) -> None:
+    """Reject a table with too few events in [from_key, to_key) to fit the spec's detection to.
 
     Raises:
         DataError: there are too few.
     """
     if spec.detection is not None:
-        check_size(*counted_events(streams, from_ms, to_ms))
+        check_size(*counted_events(streams, from_key, to_key))
 
 
 def counted_events(
-    streams: Streams, from_ms: int, to_ms: int
+    streams: Streams, from_key: int, to_key: int
 ) -> tuple[list[NDArray[np.bool_]], list[float]]:
-    """Which events of each session are in [from_ms, to_ms), and the days from its first to its
+    """Which events of each session are in [from_key, to_key), and the days from its first to its
     last one."""
-    moments = streams.moments_ms
-    counted = (moments >= from_ms) & (moments < to_ms)
+    moments, keys = streams.moments_ms, streams.split_keys
+    counted = (keys >= from_key) & (keys < to_key)
     days = []
     for start, stop in streams.sessions:
         within = moments[start:stop][counted[start:stop]]

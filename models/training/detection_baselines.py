@@ -62,18 +62,18 @@ class Run(NamedTuple):
 
 
 def detection_baselines(
-    spec: ModelSpec, fitted_to: Run, run: Run, from_ms: int, to_ms: int
+    spec: ModelSpec, fitted_to: Run, run: Run, from_key: int, to_key: int
 ) -> Iterator[tuple[str, Scored]]:
     """The name of each baseline, and what it finds in a run.
 
     Args:
         spec: a model with detection.
-        fitted_to: the run whose events in [from_ms, to_ms) the baselines are fitted to; the
+        fitted_to: the run whose events in [from_key, to_key) the baselines are fitted to; the
             isolation forest is fitted to the events before.
     """
-    past = _series(spec, fitted_to, None, from_ms)
-    present = past if run is fitted_to else _series(spec, run, fitted_to, from_ms)
-    counted, days = counted_events(fitted_to.streams, from_ms, to_ms)
+    past = _series(spec, fitted_to, None, from_key)
+    present = past if run is fitted_to else _series(spec, run, fitted_to, from_key)
+    counted, days = counted_events(fitted_to.streams, from_key, to_key)
     for name, values in past.items():
         own = _level_spec(spec, values.shape[1])
         rows = _rows(values)
@@ -92,7 +92,7 @@ def compare_detection(
     streams: Streams,
     outputs: Mapping[str, NDArray[np.float32]],
     anomalous: NDArray[np.bool_],
-    fit_ms: tuple[int, int],
+    fit_keys: tuple[int, int],
     since_ms: int,
 ) -> dict[str, Any]:
     """Score a model's alarms and those of the baselines against labels.
@@ -100,7 +100,7 @@ def compare_detection(
     Args:
         outputs: by name, as `run_chunks` gives them.
         anomalous: bool [rows], the labels.
-        fit_ms: from when and until when the baselines are fitted.
+        fit_keys: keys of the split, from which and until which the baselines are fitted.
         since_ms: from when events are scored.
 
     Returns:
@@ -112,7 +112,7 @@ def compare_detection(
         return with_intervals(scores_from(streams, found.alarm, found.score, anomalous, since_ms))
 
     run = Run(streams, outputs[head])
-    baselines = detection_baselines(spec, run, run, *fit_ms)
+    baselines = detection_baselines(spec, run, run, *fit_keys)
     return {
         "detection": scores(scored_by(head, outputs)),
         "detection_baselines": {name: scores(found) for name, found in baselines},
@@ -185,7 +185,7 @@ def _raw_nats(
     return Scored(run.nats.astype(np.float64), np.concatenate(alarms).astype(np.float64))
 
 
-def _series(spec: ModelSpec, run: Run, forest_of: Run | None, from_ms: int) -> dict[str, Floats]:
+def _series(spec: ModelSpec, run: Run, forest_of: Run | None, from_key: int) -> dict[str, Floats]:
     """By baseline, its numbers [rows, targets]; NaN where an event has none."""
     detection, head, events = detection_of(spec)
     numeric = [name for name in head.targets if isinstance(events.field(name), NumericField)]
@@ -209,7 +209,7 @@ def _series(spec: ModelSpec, run: Run, forest_of: Run | None, from_ms: int) -> d
     fitted = windows
     if forest_of is not None:
         fitted = windows_of(_values(spec, source.streams, numeric), source.streams.sessions)
-    found["isolation forest"] = _isolation(fitted[source.streams.moments_ms < from_ms], windows)
+    found["isolation forest"] = _isolation(fitted[source.streams.split_keys < from_key], windows)
     return found
 
 

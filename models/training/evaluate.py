@@ -32,6 +32,7 @@ from models.spec.model import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of, read_truth
 from models.training.scores import add_scaled, has_targets, score_outputs, stream_scales
+from models.training.split import split_of
 
 if TYPE_CHECKING:
     from models.networks.build import StepNetwork
@@ -229,34 +230,34 @@ def chunk_settings(spec: ModelSpec, chunk: int, seed: int) -> dict[str, Any]:
 
 
 def scored_rows(
-    streams: Streams, from_ms: int | None, to_ms: int | None = None
+    streams: Streams, from_key: int | None, to_key: int | None = None
 ) -> NDArray[np.int64]:
-    """The events from one moment to before another that have a predecessor, int64 [n]."""
+    """The events from one key of the split to before another that have a predecessor, int64 [n]."""
     followed = np.append(False, streams.has_next[:-1])
-    return _within(streams, followed, from_ms, to_ms)
+    return _within(streams, followed, from_key, to_key)
 
 
 def target_rows(
-    head: Head, streams: Streams, labels: Labels, from_ms: int | None, to_ms: int | None = None
+    head: Head, streams: Streams, labels: Labels, from_key: int | None, to_key: int | None = None
 ) -> NDArray[np.int64]:
-    """The events in [from_ms, to_ms) that a head predicts or labels, int64 [n].
+    """The events with keys in [from_key, to_key) that a head predicts or labels, int64 [n].
 
     Those with a label, for a label head; those with a predecessor for any other.
     """
     if not isinstance(head, LabelHead):
-        return scored_rows(streams, from_ms, to_ms)
-    return _within(streams, ~np.isnan(labels[head.name]), from_ms, to_ms)
+        return scored_rows(streams, from_key, to_key)
+    return _within(streams, ~np.isnan(labels[head.name]), from_key, to_key)
 
 
 def _within(
-    streams: Streams, candidates: NDArray[np.bool_], from_ms: int | None, to_ms: int | None
+    streams: Streams, candidates: NDArray[np.bool_], from_key: int | None, to_key: int | None
 ) -> NDArray[np.int64]:
-    """The candidate rows in [from_ms, to_ms)."""
+    """The candidate rows with keys in [from_key, to_key)."""
     selected = candidates.copy()
-    if from_ms is not None:
-        selected &= streams.moments_ms >= from_ms
-    if to_ms is not None:
-        selected &= streams.moments_ms < to_ms
+    if from_key is not None:
+        selected &= streams.split_keys >= from_key
+    if to_key is not None:
+        selected &= streams.split_keys < to_key
     return np.flatnonzero(selected)
 
 
@@ -268,6 +269,7 @@ def evaluate(
     seed: int = 0,
     batch: int = 64,
     since: str | None = None,
+    held_out: bool = False,
     anomalies: str | None = None,
     source: str = "data",
     advance: Advance | None = None,
@@ -280,6 +282,8 @@ def evaluate(
         chunk, seed, batch, advance: as for `run_chunks`.
         since: RFC 3339 moment from which events are scored; earlier ones only move the
             states. All events by default.
+        held_out: without `since`, score the events of the test set, which the artifact's split
+            determines; earlier ones only move the states.
         anomalies: boolean column that labels anomalous events, to score the alarms of a model with
             detection against.
         source: what errors call the table.
@@ -295,10 +299,14 @@ def evaluate(
     """
     spec = artifact.spec
     streams = streams_of(spec, frame, source)
-    from_ms = None if since is None else moment_ms(schema_of(spec), since, "--since")
+    from_key = None
+    if since is not None:
+        streams, from_key = streams.by_moment(), moment_ms(schema_of(spec), since, "--since")
+    elif held_out:
+        from_key = split_of(spec).test
     labelled = None if anomalies is None else anomalous_events(spec, streams, anomalies, source)
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
-    scored = events_to_score(spec, streams, labels, from_ms)
+    scored = events_to_score(spec, streams, labels, from_key)
     if scored == 0:
         raise DataError(
             expected=f"{source}: events to score, each after another of its stream or labelled",
@@ -307,20 +315,20 @@ def evaluate(
     outputs = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch, advance=advance)
     decoded: dict[str, Any] = {}
     if labelled is not None:
-        of_streams = detection_scores(spec, streams, outputs, labelled, from_ms)
+        of_streams = detection_scores(spec, streams, outputs, labelled, from_key)
         decoded["detection"] = with_intervals(of_streams, seed)
     if spec.decoder is not None:
         from models.training.horizon import horizon_report
 
         rows = streams.encoded(schema_of(spec))
-        decoded["decoder"] = horizon_report(artifact, streams, rows, from_ms)
+        decoded["decoder"] = horizon_report(artifact, streams, rows, from_key)
     return {
         "events": streams.events,
         "streams": len(streams.names),
         "scored": scored,
         "since": since,
         **chunk_settings(spec, chunk, seed),
-        "heads": head_metrics(spec, outputs, streams, labels, from_ms),
+        "heads": head_metrics(spec, outputs, streams, labels, from_key),
         **decoded,
     }
 
@@ -349,7 +357,7 @@ def detection_scores(
     streams: Streams,
     outputs: NDArray[np.float32],
     anomalous: NDArray[np.bool_],
-    from_ms: int | None,
+    from_key: int | None,
 ) -> list[StreamScores]:
     """The scores of a model's alarms from a moment on, of each stream that has events.
 
@@ -363,7 +371,7 @@ def detection_scores(
         by_name[f"{head.name}.alarm"],
         -by_name[f"{head.name}.probability"],
         anomalous,
-        from_ms,
+        from_key,
     )
 
 
@@ -372,11 +380,11 @@ def scores_from(
     alarm: NDArray[Any],
     score: NDArray[Any],
     anomalous: NDArray[np.bool_],
-    from_ms: int | None,
+    from_key: int | None,
 ) -> list[StreamScores]:
     """The scores of any alarms [rows] from a moment on; arguments as for `score_streams`."""
     everything = np.ones(streams.events, np.bool_)
-    kept = np.isin(np.arange(streams.events), _within(streams, everything, from_ms, None))
+    kept = np.isin(np.arange(streams.events), _within(streams, everything, from_key, None))
     spans, days, at = [], [], 0
     for start, stop in streams.spans:
         moments = streams.moments_ms[start:stop][kept[start:stop]]
@@ -393,11 +401,13 @@ def scores_from(
     )
 
 
-def events_to_score(spec: ModelSpec, streams: Streams, labels: Labels, from_ms: int | None) -> int:
+def events_to_score(spec: ModelSpec, streams: Streams, labels: Labels, from_key: int | None) -> int:
     """The number of events from a moment on that a head or the decoder predicts or labels."""
-    rows = [target_rows(head, streams, labels, from_ms) for head in spec.heads if has_targets(head)]
+    rows = [
+        target_rows(head, streams, labels, from_key) for head in spec.heads if has_targets(head)
+    ]
     if spec.decoder is not None:
-        rows.append(scored_rows(streams, from_ms))
+        rows.append(scored_rows(streams, from_key))
     return distinct_rows(rows)
 
 
@@ -411,7 +421,7 @@ def head_metrics(
     outputs: NDArray[np.float32],
     streams: Streams,
     labels: Labels,
-    from_ms: int | None,
+    from_key: int | None,
 ) -> dict[str, dict[str, float]]:
     """`Scored.means` of every head that has a target from a moment on."""
     outputs_by_head = output_spec(spec).by_name(outputs)
@@ -420,7 +430,7 @@ def head_metrics(
     for head in spec.heads:
         if not has_targets(head):
             continue
-        at = target_rows(head, streams, labels, from_ms)
+        at = target_rows(head, streams, labels, from_key)
         output = outputs_by_head[head.name]
         scored = score_outputs(spec, head, output, streams.columns, labels, at, scales)
         scored = add_scaled(spec, head, scored, scales, at)

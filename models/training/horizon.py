@@ -61,8 +61,8 @@ def horizon_report(
     artifact: Artifact,
     streams: Streams,
     rows: NDArray[np.float32],
-    from_ms: int | None,
-    train_before_ms: int | None = None,
+    from_key: int | None,
+    train_before: int | None = None,
     stride: int = STRIDE,
 ) -> dict[str, Any]:
     """Score a model's decoder.
@@ -71,8 +71,8 @@ def horizon_report(
         artifact: a model with a decoder.
         streams: the events.
         rows: float32 [rows, F], the same encoded.
-        from_ms: moment from which forecast steps are scored; None scores all of them.
-        train_before_ms: moment before which the baselines learn their errors; without it they
+        from_key: moment from which forecast steps are scored; None scores all of them.
+        train_before: moment before which the baselines learn their errors; without it they
             give points alone.
         stride: events between two forecasts.
 
@@ -84,13 +84,13 @@ def horizon_report(
     """
     spec = artifact.spec
     decoder, _, _ = decoder_of(spec)
-    anchors = ahead_of(spec, streams, from_ms, None, stride)
+    anchors = ahead_of(spec, streams, from_key, None, stride)
     if len(anchors.at) == 0:
         return {}
     points, quantiles = forecasts_at(artifact, streams, rows, anchors, stride)
     origins = None
-    if train_before_ms is not None:
-        origins = ahead_of(spec, streams, None, train_before_ms, 1)
+    if train_before is not None:
+        origins = ahead_of(spec, streams, None, train_before, 1)
     levels = np.array(decoder.head.quantiles)
     targets = {}
     for index, name in enumerate(decoder.targets):
@@ -145,16 +145,16 @@ def _cell(value: float | None) -> str:
 
 
 def ahead_of(
-    spec: ModelSpec, streams: Streams, from_ms: int | None, before_ms: int | None, stride: int
+    spec: ModelSpec, streams: Streams, from_key: int | None, before_key: int | None, stride: int
 ) -> Ahead:
     """Every `stride`-th row of each session after which some step counts."""
     decoder, _, _ = decoder_of(spec)
-    following = np.append(streams.moments_ms[1:], streams.moments_ms[-1:])
+    following = np.append(streams.split_keys[1:], streams.split_keys[-1:])
     side = streams.has_next.copy()
-    if from_ms is not None:
-        side &= following >= from_ms
-    if before_ms is not None:
-        side &= following < before_ms
+    if from_key is not None:
+        side &= following >= from_key
+    if before_key is not None:
+        side &= following < before_key
     ahead = steps_ahead(side, streams.moments_ms, decoder.step_ms)
     regular = np.zeros(streams.events, np.bool_)
     for begin, end in streams.sessions:

@@ -1,7 +1,7 @@
 """Plans training: which steps are for training or validation, and in which order they run.
 
-Invariant: nothing at or after `validate_ms` is trained on, neither as an event nor as the
-event to be predicted, and nothing at or after `test_ms` is validated on. A label belongs to the
+Invariant: nothing at or after the key `validate` is trained on, neither as an event nor as the
+event to be predicted, and nothing at or after `test` is validated on. A label belongs to the
 time of its own event: omit labels from the table that are known only later.
 """
 
@@ -69,10 +69,8 @@ class Plan:
         return np.minimum(np.arange(len(self.rows)) + 1, len(self.rows) - 1)
 
 
-def plan_of(
-    spec: ModelSpec, streams: Streams, labels: Labels, validate_ms: int, test_ms: int
-) -> Plan:
-    """Lay out training before `validate_ms` and validation from there to `test_ms`.
+def plan_of(spec: ModelSpec, streams: Streams, labels: Labels, validate: int, test: int) -> Plan:
+    """Lay out training before the key `validate` of the split and validation from there to `test`.
 
     Args:
         spec: what is trained; in blocks, its `trained_network`.
@@ -87,18 +85,18 @@ def plan_of(
     if spec.chunking == "whole":
         _check_lengths(spec, streams)
     spans = []
-    # Within a stream moments may go back. What counts is the latest so far: then no training
+    # Within a stream keys may go back. What counts is the latest so far: then no training
     # step follows a validated one.
-    latest = streams.moments_ms.copy()
+    latest = streams.split_keys.copy()
     for start, stop in streams.spans:
         latest[start:stop] = np.maximum.accumulate(latest[start:stop])
     for start, stop in streams.sessions:
-        spans.append((start, start + int(np.searchsorted(latest[start:stop], validate_ms))))
+        spans.append((start, start + int(np.searchsorted(latest[start:stop], validate))))
     followed = np.append(latest[1:], latest[-1:])
-    trained = streams.has_next & (followed < validate_ms)
-    validated = streams.has_next & (followed >= validate_ms) & (followed < test_ms)
-    trained_labels = _within(labels, latest < validate_ms)
-    validated_labels = _within(labels, (latest >= validate_ms) & (latest < test_ms))
+    trained = streams.has_next & (followed < validate)
+    validated = streams.has_next & (followed >= validate) & (followed < test)
+    trained_labels = _within(labels, latest < validate)
+    validated_labels = _within(labels, (latest >= validate) & (latest < test))
     trains, validates = trained.copy(), validated.copy()
     for values in trained_labels.values():
         trains |= ~np.isnan(values)
@@ -109,7 +107,7 @@ def plan_of(
     last = {segment.stop: index for index, segment in enumerate(segments)}
     validation = []
     for (start, stop), (_, end) in zip(streams.sessions, spans, strict=True):
-        until = start + int(np.searchsorted(latest[start:stop], test_ms))
+        until = start + int(np.searchsorted(latest[start:stop], test))
         if not validates[start:until].any():
             continue
         index = last.get(end) if end > start else None

@@ -1,7 +1,7 @@
 """The report of a trained model: its skill on held-out events compared with baselines.
 
 The model is run as the service runs it (`models.training.evaluate`), and everything is scored on
-the same events: those from `test_from` on. A model with blocks is compared with the same network
+the same events: those of the test set. A model with blocks is compared with the same network
 without them, which reads each stream to its end: the cost of the bounded lookahead.
 
 Intervals are 95%, by resampling days of the schema's time zone, or blocks of time if the held-out
@@ -20,7 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
-from models.errors import DataError
+from models.errors import DataError, SpecError
 from models.events.zones import zone_table
 from models.spec.heads import ForecastHead, Head
 from models.spec.layout import output_spec
@@ -54,6 +54,7 @@ from models.training.scores import (
     score_outputs,
     stream_scales,
 )
+from models.training.split import split_of
 from models.training.table import Baseline, Table
 from models.training.time_budget import Note, TimeBudget
 from models.training.verdict import HIGHER_IS_BETTER, MODEL, direction, verdict_line, verdicts
@@ -116,10 +117,15 @@ def make_report(
     spec = artifact.spec
     schema, training = schema_of(spec), training_of(spec)
     streams = streams_of(spec, frame, source)
-    validate_ms = moment_ms(schema, training.validate_from, "training.validate_from")
-    validated_ms = moment_ms(schema, training.test_from, "training.test_from")
-    test_from = since or training.test_from
-    test_ms = moment_ms(schema, test_from, "--since")
+    split = split_of(spec)
+    test_key, test_range = split.test, split.test_range
+    if since is not None:
+        if training.is_split_by_share:
+            raise SpecError(
+                "--since: expected none for a model that is split by share of each stream, whose "
+                f"events to hold out are those {split.test_range}"
+            )
+        test_key, test_range = moment_ms(schema, since, "--since"), f"from {since} on"
     labelled = None if anomalies is None else anomalous_events(spec, streams, anomalies, source)
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     heads = [head for head in spec.heads if has_targets(head)]
@@ -133,22 +139,21 @@ def make_report(
             plain,
             streams,
             plain_rows,
-            target_rows(head, streams, labels, None, validate_ms),
-            target_rows(head, streams, labels, validate_ms, validated_ms),
-            target_rows(head, streams, labels, test_ms),
+            target_rows(head, streams, labels, None, split.validate),
+            target_rows(head, streams, labels, split.validate, split.test),
+            target_rows(head, streams, labels, test_key),
             labels,
         )
         for head in heads
     }
-    held_out = events_to_score(spec, streams, labels, test_ms)
+    held_out = events_to_score(spec, streams, labels, test_key)
     if held_out == 0:
-        raise DataError(expected=f"{source}: events from {test_from} on", got="none")
+        raise DataError(expected=f"{source}: events {test_range}", got="none")
     for name, table in tables.items():
         if len(table.train) == 0 or len(table.validate) == 0:
             raise DataError(
-                expected=f"{source}: events before {training.validate_from} (validate_from) and "
-                f"from there to {training.test_from} (test_from), to fit the baselines of "
-                f"{name!r} to",
+                expected=f"{source}: events {split.train_range} and {split.validation_range}, "
+                f"to fit the baselines of {name!r} to",
                 got=f"{len(table.train)} and {len(table.validate)}",
             )
     pieces = "chunk by chunk" if spec.blocks is None else "block by block"
@@ -159,10 +164,9 @@ def make_report(
     if spec.blocks is not None:
         note_progress("running it over whole sequences, without blocks")
         whole_outputs = by_name(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
-    moments = streams.moments_ms
-    days = zone_table(schema.timezone).days(moments)
+    days = zone_table(schema.timezone).days(streams.moments_ms)
     held_out_days = len({day for table in tables.values() for day in days[table.test].tolist()})
-    units = days if held_out_days >= MIN_DAYS else _blocks_of_time(moments, test_ms)
+    units = days if held_out_days >= MIN_DAYS else _blocks_of_time(streams, test_key)
     head_reports = {}
     remarks = list(warnings)
     budget = TimeBudget(trees_s, note_progress)
@@ -175,7 +179,7 @@ def make_report(
 
         scored = score(outputs[head.name])
         if not scored.has_losses:
-            remarks.append(f"{head.name} is not scored: none of its targets from {test_from} on")
+            remarks.append(f"{head.name} is not scored: none of its targets {test_range}")
             continue
         note_progress(f"baselines of {head.name}")
         own = budget.part(len(heads) - at, f"trees for {head.name}")
@@ -205,8 +209,8 @@ def make_report(
     detection: dict[str, Any] = {}
     if labelled is not None:
         note_progress("baselines of detection")
-        fit_ms = validate_ms, validated_ms
-        detection = compare_detection(spec, streams, outputs, labelled, fit_ms, test_ms)
+        fit_keys = split.validate, split.test
+        detection = compare_detection(spec, streams, outputs, labelled, fit_keys, test_key)
     report = {
         "model": spec.name,
         "version": artifact.version,
@@ -218,7 +222,10 @@ def make_report(
             "held_out": held_out,
             "held_out_days": held_out_days,
             "validate_from": training.validate_from,
-            "test_from": test_from,
+            "test_from": since or training.test_from,
+            "validate_share": training.validate_share,
+            "test_share": training.test_share,
+            "test_range": test_range,
         },
         "run": {
             "seed": seed,
@@ -228,18 +235,18 @@ def make_report(
         },
         "heads": head_reports,
         **detection,
-        **_decoder_report(artifact, streams, rows, test_ms, validate_ms, note_progress),
+        **_decoder_report(artifact, streams, rows, test_key, split.validate, note_progress),
         "history": list(history),
         "warnings": remarks,
     }
     return {**report, "verdicts": verdicts(report)}
 
 
-def _blocks_of_time(moments_ms: NDArray[np.int64], from_ms: int) -> NDArray[np.int64]:
-    """The block of each event from a moment on, in order of time; -1 before it."""
-    blocks = np.full(len(moments_ms), -1)
-    rows = np.flatnonzero(moments_ms >= from_ms)
-    order = rows[np.argsort(moments_ms[rows], kind="stable")]
+def _blocks_of_time(streams: Streams, from_key: int) -> NDArray[np.int64]:
+    """The block of each event from a key of the split on, in order of time; -1 before it."""
+    blocks = np.full(streams.events, -1)
+    rows = np.flatnonzero(streams.split_keys >= from_key)
+    order = rows[np.argsort(streams.moments_ms[rows], kind="stable")]
     blocks[order] = np.arange(len(order)) * BLOCKS // len(order)
     return blocks
 
@@ -248,15 +255,15 @@ def _decoder_report(
     artifact: Artifact,
     streams: Streams,
     rows: NDArray[np.float32],
-    test_ms: int,
-    validate_ms: int,
+    test_key: int,
+    validate_key: int,
     note_progress: Note,
 ) -> dict[str, Any]:
     """The decoder's part, by step of its horizon; empty for a model without one."""
     if artifact.spec.decoder is None:
         return {}
     note_progress("forecasts of the decoder")
-    return {"decoder": horizon_report(artifact, streams, rows, test_ms, validate_ms)}
+    return {"decoder": horizon_report(artifact, streams, rows, test_key, validate_key)}
 
 
 def _compare(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[str, Any]:
@@ -327,8 +334,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     """The report's scores as a Markdown table per head; verdicts are `verdict_lines`."""
     data = report["data"]
     resampled = report["run"].get("resampled", "days")
+    held_out = data.get("test_range", f"from {data['test_from']} on")
     lines = [
-        f"{data['held_out']:,} held-out events from {data['test_from']} on "
+        f"{data['held_out']:,} held-out events {held_out} "
         f"({data['held_out_days']} days), {data['trained']:,} trained on; "
         f"95% intervals by resampling {resampled}",
     ]

@@ -16,18 +16,17 @@ from models.spec.decoder import DecoderSpec
 from models.spec.heads import ClassificationHead, Head, LabelHead
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
-from models.training.data import Streams, training_of
+from models.training.data import Streams
 from models.training.evaluate import scored_rows, target_rows
 from models.training.labels import Labels
 from models.training.scores import Floats, has_targets, truth_of
+from models.training.split import split_of
 
 
 def check_targets(
     spec: ModelSpec,
     streams: Streams,
     labels: Labels,
-    validate_ms: int,
-    test_ms: int,
     source: str = "data",
 ) -> None:
     """Reject a table without usable targets for one of the heads, or for the decoder.
@@ -35,16 +34,13 @@ def check_targets(
     Args:
         spec: with a fitted schema.
         streams, labels: the table.
-        validate_ms, test_ms: where validation begins and ends.
         source: what errors call the table.
 
     Raises:
         DataError: a target has no value in one range, or a single class to train on; `field` is
             its column.
     """
-    training = training_of(spec)
-    train_range = f"before {training.validate_from} (validate_from)"
-    validation_range = f"from {training.validate_from} to before {training.test_from} (test_from)"
+    split = split_of(spec)
     for head in (*(head for head in spec.heads if has_targets(head)), spec.decoder):
         if head is None:
             continue
@@ -52,11 +48,14 @@ def check_targets(
             scored_rows(streams, *span)
             if isinstance(head, DecoderSpec)
             else target_rows(head, streams, labels, *span)
-            for span in ((None, validate_ms), (validate_ms, test_ms))
+            for span in ((None, split.validate), (split.validate, split.test))
         )
         name = "the decoder" if isinstance(head, DecoderSpec) else f"head {head.name!r}"
         for column, has_value in _target_masks(head, streams, labels):
-            for rows, range_ in ((train_rows, train_range), (validation_rows, validation_range)):
+            for rows, range_ in (
+                (train_rows, split.train_range),
+                (validation_rows, split.validation_range),
+            ):
                 if not has_value[rows].any():
                     raise DataError(
                         field=column,
@@ -68,7 +67,7 @@ def check_targets(
                 if len(classes) < 2:
                     raise DataError(
                         field=column,
-                        expected=f"{source}: two classes or more for {name} {train_range}",
+                        expected=f"{source}: two classes or more for {name} {split.train_range}",
                         got=f"{_class_name(spec, head, int(classes[0]))} alone",
                     )
 

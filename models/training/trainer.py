@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
-from models.errors import ArtifactError, SpecError
+from models.errors import ArtifactError
 from models.spec.model import ModelSpec
 from models.training.checkpoint import (
     Checkpoint,
@@ -30,7 +30,7 @@ from models.training.checkpoint import (
     training_key,
     write_checkpoint,
 )
-from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
+from models.training.data import fitted_spec, streams_of, training_of
 from models.training.defaults import calendar_warning, resolve_training
 from models.training.detection import check_detection, fitted_detection
 from models.training.ensemble import check_members, merge_members
@@ -38,6 +38,7 @@ from models.training.labels import labels_of
 from models.training.loop import Loop
 from models.training.plan import plan_of, trained_network
 from models.training.progress import Advance, Progress
+from models.training.split import split_of
 from models.training.stopping import best_epoch, reason_to_stop, stopping_warning
 from models.training.targets import check_targets
 
@@ -101,23 +102,16 @@ def train(
     progress = Progress(Console(quiet=quiet))
     streams = streams_of(spec, frame, source)
     spec, derived = resolve_training(spec, streams, source)
-    training, schema = training_of(spec), schema_of(spec)
+    training, split = training_of(spec), split_of(spec)
     if derived:
         chosen = ", ".join(f"{name} {value}" for name, value in derived.items())
         progress.say(f"training options from the data: {chosen}")
-    validate_ms = moment_ms(schema, training.validate_from, "training.validate_from")
-    test_ms = moment_ms(schema, training.test_from, "training.test_from")
-    if test_ms < validate_ms:
-        raise SpecError(
-            "training.test_from: expected a moment at or after validate_from "
-            f"({training.validate_from!r}), got {training.test_from!r}"
-        )
-    spec = fitted_spec(spec, streams, validate_ms)
+    spec = fitted_spec(spec, streams, split.validate)
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     network = trained_network(spec)
-    plan = plan_of(network, streams, labels, validate_ms, test_ms)
-    check_targets(spec, streams, labels, validate_ms, test_ms, source)
-    check_detection(spec, streams, validate_ms, test_ms)
+    plan = plan_of(network, streams, labels, split.validate, split.test)
+    check_targets(spec, streams, labels, source)
+    check_detection(spec, streams, split.validate, split.test)
     if training.members > 1:
         check_members(spec)
     key = training_key(spec, plan.rows, streams.spans, labels)
@@ -129,7 +123,7 @@ def train(
     network_spec, weights = merge_members(
         spec, [run.best_weights(member) for member in range(training.members)]
     )
-    network_spec = fitted_detection(network_spec, weights, streams, validate_ms, test_ms)
+    network_spec = fitted_detection(network_spec, weights, streams, split.validate, split.test)
     bests = [best_epoch(run.of(member)) for member in range(training.members)]
     complete = _artifact_of_run(Path(out), key) if resume else None
     artifact = complete or write_artifact(
@@ -156,7 +150,7 @@ def train(
     if not keep_checkpoint:
         run.path.unlink(missing_ok=True)
     warnings = [stopping_warning(run.of(member), training) for member in range(training.members)]
-    warnings.append(calendar_warning(spec, streams, validate_ms))
+    warnings.append(calendar_warning(spec, streams, split.validate))
     return TrainReport(
         artifact,
         tuple(run.history),

@@ -34,8 +34,8 @@ from sklearn.isotonic import IsotonicRegression
 from models.events.zones import DAY_MS
 from models.examples.customers.data import WITHIN_DAYS
 from models.spec.heads import Head
-from models.training.data import moment_ms, schema_of, training_of
 from models.training.scores import Floats, score_binary
+from models.training.split import split_of
 from models.training.table import Baseline, Table
 
 FREQUENCIES = (1, 2, 3, 5, 9)
@@ -142,8 +142,7 @@ class BgNbd:
 
 
 def _bg_nbd(table: Table, history: pl.DataFrame) -> tuple[Floats, dict[str, float]]:
-    schema, training = schema_of(table.spec), training_of(table.spec)
-    end = moment_ms(schema, training.validate_from, "validate_from") / DAY_MS
+    end = split_of(table.spec).validate / DAY_MS
     customers = (
         history.with_columns(s=table.stream_of, day=table.streams.moments_ms / DAY_MS)
         .filter(pl.col("day") < end)

@@ -22,10 +22,11 @@ from models.artifact.artifact import load_artifact
 from models.events.zones import zone_table
 from models.examples.flights.data import WEATHER, flight_events
 from models.spec.layout import output_spec
-from models.training.data import moment_ms, schema_of, streams_of, training_of
+from models.training.data import schema_of, streams_of
 from models.training.evaluate import run_chunks, scored_rows
 from models.training.report import DRAWS
 from models.training.scores import DayDraws, auc, interval, score_binary
+from models.training.split import split_of
 
 SETTINGS = ((5, 31), (20, 63))
 """Events looked back on, and leaves of a tree."""
@@ -62,9 +63,8 @@ def main() -> None:
     artifact = load_artifact(Path(models.__file__).parent / "pretrained" / "flights")
     frame = flight_events()
     streams = streams_of(artifact.spec, frame, "flights")
-    schema, training = schema_of(artifact.spec), training_of(artifact.spec)
-    validate_ms = moment_ms(schema, training.validate_from, "validate_from")
-    test_ms = moment_ms(schema, training.test_from, "test_from")
+    schema, split = schema_of(artifact.spec), split_of(artifact.spec)
+    validate_ms, test_ms = split.validate, split.test
     train = scored_rows(streams, None, validate_ms)
     validate = scored_rows(streams, validate_ms, test_ms)
     test = scored_rows(streams, test_ms)

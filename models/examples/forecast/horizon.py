@@ -26,10 +26,11 @@ from models.artifact.artifact import Artifact
 from models.decoding.forecasts import decoder_of
 from models.events.zones import zone_table
 from models.examples.weather.baselines import DAYS, HOURS, PENALTIES, hours_ago, same_hour_mean
-from models.training.data import moment_ms, schema_of, streams_of, training_of
+from models.training.data import schema_of, streams_of
 from models.training.evaluate import scored_rows
 from models.training.horizon import STRIDE, ahead_of, forecasts_at
 from models.training.scores import DayDraws, Floats, interval, pinball
+from models.training.split import split_of
 from models.training.table import Table, rows_around
 
 SHOWN = (1, 3, 6, 12, 24)
@@ -56,12 +57,11 @@ class Comparison:
 def compare(artifact: Artifact, frame: pl.DataFrame) -> Comparison:
     """Forecast from every origin of the held-out hours, with the model and the baselines."""
     spec = artifact.spec
-    schema, training = schema_of(spec), training_of(spec)
+    schema, split = schema_of(spec), split_of(spec)
     decoder, _, _ = decoder_of(spec)
     levels = np.array(decoder.head.quantiles)
     streams = streams_of(spec, frame, "forecast")
-    validate_ms = moment_ms(schema, training.validate_from, "validate_from")
-    test_ms = moment_ms(schema, training.test_from, "test_from")
+    validate_ms, test_ms = split.validate, split.test
     table = Table(
         spec,
         streams,
