@@ -30,7 +30,8 @@ from service.access.key_cache import AccessKeys
 from service.console.page import add_console
 from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.audit import audit
-from service.ops.graceful_server import ON_LAME_DUCK, ON_RETIRE, ON_STOP
+from service.ops.connection_balance import FULL
+from service.ops.graceful_server import MEASURE_LOAD, ON_LAME_DUCK, ON_RETIRE, ON_STOP
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
@@ -45,7 +46,7 @@ from service.store.open import open_store
 from service.store_settings import store_settings
 from service.transports.http.admin import AdminServer
 from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
-from service.transports.http.connection.connections import BODY_BYTES_PER_S
+from service.transports.http.connection.connections import BODY_BYTES_PER_S, Connections
 from service.transports.http.connection.http_protocol import HTTP_STATE
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
@@ -122,8 +123,15 @@ def create_app() -> FastAPI:
             recorder.model(model.name, model.version, model.runtime.name, rows)
         _tune_garbage_collector()
         on_stop = []
-        connections = api.state.http.connections
+        connections: Connections = api.state.http.connections
         on_retire = [connections.retire]
+
+        def measure_load() -> int:
+            """Active connections, or the chunks that wait or run, if there are more."""
+            if connections.is_full:
+                return FULL
+            return max(connections.count_active(), pipeline.count_chunks())
+
         if grpc_server is not None:
             await grpc_server.start()
             on_stop.append(grpc_server.begin_stop)
@@ -136,6 +144,7 @@ def create_app() -> FastAPI:
         try:
             yield {
                 HTTP_STATE: api.state.http,
+                MEASURE_LOAD: measure_load,
                 ON_LAME_DUCK: [pipeline.announce_stop, connections.announce_close],
                 ON_RETIRE: [*on_retire, *on_stop],
                 ON_STOP: on_stop,

@@ -143,7 +143,8 @@ def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[],
         SingleWorker(config, listener, exit_process, periods).run()
         return
     try:
-        WorkerPool(config, listener, periods, size=settings.workers).run()
+        fill = settings.worker_fill
+        WorkerPool(config, listener, periods, size=settings.workers, fill=fill).run()
     except WorkersFailedError as error:
         raise CannotServeError(f"no worker could be started: {error}") from error
 

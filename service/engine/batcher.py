@@ -194,6 +194,10 @@ class Batcher(Generic[P, R]):
         rejection = self._admission.check_admission(key, left_s)
         return None if rejection is None else shared_error(rejection)
 
+    def count_jobs(self) -> int:
+        """Count the jobs that wait or run."""
+        return len(self._queue) + sum(map(len, self._batches.values()))
+
     def cancel(self, results: Results[R]) -> None:
         """Cancel jobs whose caller disconnected; those that are queued are dropped."""
         results.cancel()

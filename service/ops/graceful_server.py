@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn, cast
 
 import structlog
 import uvicorn
+
+from service.ops.connection_balance import Acceptor, Seat
 
 ON_LAME_DUCK: Final = "on_lame_duck"
 """Key in the lifespan's state: functions to call when the lame-duck period begins."""
@@ -33,6 +37,10 @@ ON_RETIRE: Final = "on_retire"
 
 ON_STOP: Final = "on_stop"
 """Key in the lifespan's state: functions to call when the server begins to drain."""
+
+MEASURE_LOAD: Final = "measure_load"
+"""Key in the lifespan's state: a function that returns the load which new connections are balanced
+by."""
 
 SIGRETIRE: Final[signal.Signals | None] = getattr(signal, "SIGUSR1", None)
 """Begins the retirement; None on Windows."""
@@ -63,12 +71,19 @@ class GracefulServer(uvicorn.Server):
     Args:
         exit_process: called in the main thread, also from a signal handler.
         periods: of the graceful shutdown.
+        seat: its place among the workers that accept from one socket; None if it is alone.
     """
 
     def __init__(
-        self, config: uvicorn.Config, exit_process: Callable[[], NoReturn], periods: Periods
+        self,
+        config: uvicorn.Config,
+        exit_process: Callable[[], NoReturn],
+        periods: Periods,
+        seat: Seat | None = None,
     ):
         super().__init__(config)
+        self._seat = seat
+        self._acceptors: list[Acceptor] = []
         self._exit_process = exit_process
         self._lame_duck_s = periods.lame_duck_s
         self._retire_s = periods.retire_s
@@ -86,6 +101,27 @@ class GracefulServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
         self._exit_process()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Load the application, and accept connections."""
+        # the event loops of Windows do not watch a socket
+        if self._seat is None or sockets is None or os.name == "nt":
+            await super().startup(sockets)
+            return
+        # uvicorn's own servers would accept whatever the kernel offers
+        await super().startup([])
+        create_protocol: Callable[[], asyncio.Protocol] = partial(
+            cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class),
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        measure_load = self.lifespan.state[MEASURE_LOAD]
+        for listener in sockets:
+            acceptor = Acceptor(listener, create_protocol, self._seat, measure_load)
+            acceptor.start(self.config.backlog)
+            self._acceptors.append(acceptor)
+        self.servers = cast("list[asyncio.Server]", self._acceptors)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain."""
@@ -113,6 +149,8 @@ class GracefulServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called every 0.1 s; returns whether to drain."""
+        for acceptor in self._acceptors:
+            acceptor.publish()
         if self._is_retiring:
             now_s = time.monotonic()
             if self._retired_at_s is None:

@@ -35,6 +35,7 @@ import uvicorn
 from models.errors import ModelsError
 from service.core.errors import CarryError
 from service.engine.runtimes.loading import RuntimeUnavailableError
+from service.ops.connection_balance import NOT_ACCEPTING, Seat
 from service.ops.graceful_server import SIGRETIRE, GracefulServer, Periods
 from service.ops.logs import flush_logs
 from service.ops.metrics import WorkerRestarts
@@ -103,6 +104,7 @@ class WorkerPool:
         listener: the socket that all workers accept from.
         periods: of the workers' graceful shutdown.
         size: number of workers.
+        fill: the load up to which a worker is filled before the next one gets any connection.
         on_ready: called once, when the first worker is ready.
     """
 
@@ -113,6 +115,7 @@ class WorkerPool:
         periods: Periods,
         *,
         size: int,
+        fill: int = 1,
         on_ready: Callable[[], None] = lambda: None,
     ):
         self._config = config
@@ -121,6 +124,9 @@ class WorkerPool:
         self._kill_after_s = periods.drain_s + KILL_MARGIN_S
         self._on_ready = on_ready
         self._slots = [_Slot() for _ in range(size)]
+        self._fill = fill
+        # a rolling restart has one worker more that starts and one that retires
+        self._loads = _spawn.RawArray("i", [NOT_ACCEPTING] * (size + 2))
         self._draining: list[_Worker] = []
         self._to_replace: deque[_Slot] = deque()
         self._was_ready = False
@@ -173,7 +179,11 @@ class WorkerPool:
         yield from self._draining
 
     def _start(self) -> _Worker:
-        worker = _Worker(self._config, self._listener, self._periods)
+        used = self._used_seats()
+        index = next(index for index in range(len(self._loads)) if index not in used)
+        seat = Seat(self._loads, index, self._fill)
+        seat.publish(NOT_ACCEPTING)
+        worker = _Worker(self._config, self._listener, self._periods, seat)
         log.info("worker_started", pid=worker.pid)
         return worker
 
@@ -206,6 +216,13 @@ class WorkerPool:
                 slot.worker = self._start()
                 self._restarts.count()
         self._draining = [worker for worker in self._draining if not worker.has_drained()]
+        used = self._used_seats()
+        for index in range(len(self._loads)):
+            if index not in used:
+                self._loads[index] = NOT_ACCEPTING
+
+    def _used_seats(self) -> set[int]:
+        return {worker.seat.index for worker in self._workers() if not worker.has_exited()}
 
     def _schedule_restart(self, slot: _Slot, worker: _Worker) -> None:
         """Schedule the restart of a worker that exited."""
@@ -289,10 +306,13 @@ class _Slot:
 class _Worker:
     """The parent's view of one worker process."""
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, periods: Periods):
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, periods: Periods, seat: Seat
+    ):
+        self.seat = seat
         self.heartbeats, child_end = _spawn.Pipe(duplex=False)
         self.process = _spawn.Process(
-            target=_run_worker, args=(config, listener, child_end, periods)
+            target=_run_worker, args=(config, listener, child_end, periods, seat)
         )
         self.process.start()
         # Otherwise the pipe would stay open after the worker exits.
@@ -382,6 +402,7 @@ def _run_worker(
     listener: socket.socket,
     heartbeats: Connection[Any, Any],
     periods: Periods,
+    seat: Seat,
 ) -> None:
     """Main function of a worker process."""
     if SIGHUP is not None:
@@ -389,7 +410,7 @@ def _run_worker(
         signal.signal(SIGHUP, signal.SIG_IGN)
     # The constructor has configured uvicorn's loggers in the parent process only.
     config.configure_logging()
-    server = GracefulServer(config, _exit_process, periods)
+    server = GracefulServer(config, _exit_process, periods, seat)
     threading.Thread(
         target=_send_heartbeats, args=(server, heartbeats), name="carry-heartbeat", daemon=True
     ).start()

@@ -243,6 +243,10 @@ class Pipeline:
         )
         self._compute.close()
 
+    def count_chunks(self) -> int:
+        """Count the chunks that wait for a batch or are in one."""
+        return sum(batcher.count_jobs() for batcher in self._chunks.values())
+
     async def readiness(self) -> list[Check]:
         """Run the readiness checks."""
         warm = Check("runtime", self._warm, "warm" if self._warm else "still compiling")

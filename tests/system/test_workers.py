@@ -8,8 +8,12 @@ import os
 import signal
 import socket
 import termios
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -23,12 +27,15 @@ from websockets.sync.client import connect
 
 from models.artifact.artifact import Artifact
 from service import server
+from service.settings import Settings
 from tests.support.feeders import feeding
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server, until
 from tests.support.service import POLL_S, READY_S, Service, customise, running
 
 CHUNKS = "/v1/models/probe/streams/held/chunks"
+
+FILL = Settings.model_fields["worker_fill"].default
 
 LIVE = "/v1/models/probe/streams/live/live"
 CHUNKED = "Transfer-Encoding: chunked"
@@ -80,6 +87,13 @@ OnnxRuntime.warm = fail
 """
 """A `sitecustomize` that makes the warm-up fail while there is a file."""
 
+PATIENT = """
+from service.ops import connection_balance
+
+connection_balance.DEFER_S = 10.0
+"""
+"""A `sitecustomize` with which a busy machine changes no worker's turn to accept."""
+
 IMPATIENT = """
 import service.ops.worker_pool
 service.ops.worker_pool.HEARTBEAT_TIMEOUT_S = 20
@@ -106,11 +120,12 @@ def two_workers(
 ) -> Iterator[tuple[Service, RealServer]]:
     """A service of two workers, both of them ready, and its store; tests replace the workers."""
     folder = tmp_path_factory.mktemp("two")
+    customise(folder, PATIENT)
+    environment = {"CARRY_ADMIN_PORT": "0", "PYTHONPATH": str(folder)}
+    command = (folder, probe.path, "--workers", "2")
     with (
         real_server("valkey") as store,
-        running(
-            folder, probe.path, "--workers", "2", redis_url=store.url, CARRY_ADMIN_PORT="0"
-        ) as up,
+        running(*command, redis_url=store.url, **environment) as up,
     ):
         until(lambda: len(lines(up, "worker_ready")) == 2, "both workers", READY_S)
         yield up, store
@@ -172,6 +187,85 @@ def test_a_worker_that_fails_to_start_is_restarted_while_others_serve(
     pauses = [line["pause_s"] for line in lines(service, "worker_ended")]
     assert pauses == sorted(pauses)
     assert pauses[:2] == [1, 2]
+
+
+def test_connections_fill_one_worker_and_then_the_next_one(
+    two_workers: tuple[Service, RealServer],
+) -> None:
+    service, _ = two_workers
+    with ExitStack() as stack:
+        owners = _connect(service, stack, 2 * FILL)
+        assert sorted(Counter(owners).values()) == [FILL, FILL]
+        assert len({*owners[:FILL]}) == 1
+
+        def is_next() -> bool:
+            with ExitStack() as probe:
+                return _connect(service, probe) == owners[:1]
+
+        # unused connections do not count for longer than two seconds
+        until(is_next, "room for another connection", poll_s=POLL_S)
+
+
+def test_connections_of_a_killed_worker_go_to_the_other_and_then_to_its_successor(
+    two_workers: tuple[Service, RealServer],
+) -> None:
+    service, _ = two_workers
+    with ThreadPoolExecutor() as threads, ExitStack() as stack:
+        enough = threading.Event()
+        stack.callback(enough.set)
+        sending = [threads.submit(_send_retrying, service, f"k{n}", enough) for n in range(4)]
+        (killed,) = _connect(service, stack)
+        (other,) = {*_live_workers(service)} - {killed}
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: killed not in _live_workers(service), "its end", poll_s=POLL_S)
+        assert _connect(service, stack) == [other]
+        until(lambda: len(_live_workers(service)) == 2, "its successor", READY_S, POLL_S)
+        (successor,) = {*_live_workers(service)} - {other}
+        assert {*_connect(service, stack, 2 * FILL)} == {other, successor}
+        enough.set()
+        failures = sum(future.result() for future in sending)
+    assert failures > 0, "no request was in flight"
+
+
+def _send_retrying(service: Service, stream: str, enough: threading.Event) -> int:
+    """Send chunks of two events, each until it is answered; returns how many attempts failed.
+
+    A lost or doubled chunk would make another position than the expected one.
+    """
+    failures, position = 0, 0
+    with httpx.Client(base_url=service.url, verify=False) as client:
+        while not enough.is_set():
+            chunk = {"inputs": [[0.5] * 3] * 2, "position": position}
+            try:
+                reply = client.post(f"/v1/models/probe/streams/{stream}/chunks", json=chunk)
+            except httpx.TransportError:
+                failures += 1
+                continue
+            position += 2
+            assert (reply.status_code, reply.json()["position"]) == (200, position)
+    return failures
+
+
+def _live_workers(service: Service) -> list[int]:
+    """The workers that are ready and run."""
+    return [pid for pid in pids(service) if psutil.pid_exists(pid)]
+
+
+def _connect(service: Service, stack: ExitStack, count: int = 1) -> list[int]:
+    """Open connections; returns the worker that accepted each of them."""
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    sockets = [socket.create_connection((host, int(port))) for _ in range(count)]
+    addresses = [stack.enter_context(each).getsockname() for each in sockets]
+    owners: dict[Any, int] = {}
+
+    def are_accepted() -> bool:
+        for pid in _live_workers(service):
+            for each in psutil.Process(pid).net_connections("tcp"):
+                owners[each.raddr] = pid
+        return owners.keys() >= {*addresses}
+
+    until(are_accepted, "accepted connections", poll_s=POLL_S)
+    return [owners[address] for address in addresses]
 
 
 def test_a_failing_first_worker_does_not_stop_the_others(

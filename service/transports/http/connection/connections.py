@@ -155,6 +155,7 @@ class Connections:
         self.limits = limits or ConnectionLimits()
         self.turns = ReadingTurns()
         self._seen: dict[Connection, tuple[Phase, int, float]] = {}
+        self._idle: set[Connection] = set()
         self._body_bytes = 0
         self._networks: dict[Connection, str] = {}
         self._per_network: Counter[str] = Counter()
@@ -188,6 +189,15 @@ class Connections:
     def __len__(self) -> int:
         return len(self._seen)
 
+    def count_active(self) -> int:
+        """Count the connections without those that nobody used between the last two checks."""
+        return len(self._seen) - len(self._idle)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another connection would be rejected."""
+        return len(self._seen) >= self.limits.max_connections
+
     def add(
         self, connection: Connection, loop: asyncio.AbstractEventLoop, peer: object = None
     ) -> Excess | None:
@@ -219,6 +229,7 @@ class Connections:
     def remove(self, connection: Connection) -> None:
         """Forget a connection that was closed."""
         self._seen.pop(connection, None)
+        self._idle.discard(connection)
         self.turns.forget(connection)
         self.set_body_bytes(connection, 0)
         network = self._networks.pop(connection, None)
@@ -284,7 +295,11 @@ class Connections:
             requests[connection.transport_name] += connection.requests
             if connection.phase is not phase or connection.progress != progress:
                 self._seen[connection] = (connection.phase, connection.progress, now_s)
-            elif now_s - since_s > self._timeout_s(connection, phase):
+                self._idle.discard(connection)
+                continue
+            if phase in (Phase.IDLE, Phase.LIVE):
+                self._idle.add(connection)
+            if now_s - since_s > self._timeout_s(connection, phase):
                 if phase not in (Phase.IDLE, Phase.LIVE, Phase.LINGER):
                     self._events[f"{phase.value}_timeout"] += 1
                 connection.expire(phase)

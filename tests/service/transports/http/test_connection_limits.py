@@ -312,6 +312,30 @@ async def test_connections_over_the_limit_are_rejected(api: Harness) -> None:
         ]
 
 
+async def test_connection_is_active_unless_nobody_used_it_between_two_checks(api: Harness) -> None:
+    connections = limit(api, max_connections=3, keep_alive_s=3600)
+    async with serving(api) as server, several(server) as open_one:
+        used, _ = [await open_one() for _ in range(2)]
+        await becomes(lambda: len(connections) == 2, "connections")
+        now_s = asyncio.get_running_loop().time()
+        assert (connections.count_active(), connections.is_full) == (2, False)
+        connections.check(now_s + 1)
+        assert connections.count_active() == 0
+        used[1].write(request(chunk(None)))
+        await answer(used[0])
+        connections.check(now_s + 2)
+        assert connections.count_active() == 1
+        _, writer = await open_one()
+        await becomes(lambda: connections.is_full, "a full worker")
+        assert connections.count_active() == 2
+        connections.check(now_s + 3)
+        connections.check(now_s + 4)
+        assert connections.count_active() == 0
+        writer.close()
+        await becomes(lambda: not connections.is_full, "a closed connection")
+        assert connections.count_active() == 0
+
+
 async def test_unread_replies_are_shed_over_the_limit(
     api: Harness,
 ) -> None:

@@ -1,0 +1,204 @@
+"""Balances new connections between the workers that accept from one listening socket.
+
+The kernel wakes every worker for a new connection, and the first one takes all that wait: of 32
+connections one worker may get 31. Here each worker publishes its load in memory that all of them
+share, and accepts only in its turn (`is_next`). A worker that is not filled yet gets the next
+connections, so that few connections make full batches of one worker and not small ones of each;
+once all are filled, the one with the least load gets them.
+
+No worker depends on another: a connection that waits for `DEFER_S` is accepted out of turn, so that
+a worker that hangs, dies or is busy delays it by no more. No connection is rejected or moved here.
+Use `Acceptor` from one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, MutableSequence, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+DEFER_S: Final = 0.05
+"""How long a connection waits for the worker whose turn it is."""
+
+DEFER_TICK_S: Final = 0.001
+"""Interval at which a worker checks meanwhile whether it has become its turn."""
+
+SLACK_SHARE: Final = 8
+"""A worker may be ahead of the others by one in this many connections, so that not every connection
+changes the turn."""
+
+ACCEPTED_AT_ONCE: Final = 64
+"""Connections that are accepted in one turn of the event loop."""
+
+RETRY_S: Final = 1.0
+"""Pause after a failure to accept, such as too many open files, and the longest wait for another
+worker of one that has `FULL` load."""
+
+NOT_ACCEPTING: Final = -1
+"""Load of a worker that does not accept connections."""
+
+FULL: Final = 2**30
+"""Load of a worker that would reject a connection."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A worker's place among those that accept from one socket.
+
+    Attributes:
+        loads: the load of each worker, shared by all of them.
+        index: of this worker's own.
+        fill: the load up to which a worker is filled before the next one gets any connection.
+    """
+
+    loads: MutableSequence[int]
+    index: int
+    fill: int
+
+    def publish(self, load: int) -> None:
+        """Publish the load of this worker."""
+        self.loads[self.index] = load
+
+    def is_next(self) -> bool:
+        """Whether this worker is to accept the next connection."""
+        return is_next(self.index, self.loads, self.fill)
+
+
+def is_next(index: int, loads: Sequence[int], fill: int) -> bool:
+    """Whether the worker with this index is to accept the next connection; see `Seat`.
+
+    Of the workers that are not filled the one with the most load is next; once all are filled,
+    every one with hardly more than the least load.
+    """
+    own = loads[index]
+    others = [(load, at) for at, load in enumerate(loads) if load >= 0 and at != index]
+    if own < fill:
+        return all((own, -index) > (load, -at) for load, at in others if load < fill)
+    return all(load >= fill and own <= load + own // SLACK_SHARE for load, _ in others)
+
+
+class Acceptor:
+    """Accepts a worker's connections; closed like an asyncio server.
+
+    Args:
+        listener: the socket that all workers accept from; not closed here.
+        create_protocol: makes the protocol of a connection.
+        seat: this worker's place.
+        measure_load: returns this worker's load, with the connections that are open.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        create_protocol: Callable[[], asyncio.Protocol],
+        seat: Seat,
+        measure_load: Callable[[], int],
+    ):
+        self._listener = listener
+        self._create_protocol = create_protocol
+        self._seat = seat
+        self._measure_load = measure_load
+        self._loop = asyncio.get_running_loop()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    def start(self, backlog: int) -> None:
+        """Listen and accept."""
+        self._listener.setblocking(False)
+        self._listener.listen(backlog)
+        self.publish()
+        self._watch()
+
+    def publish(self) -> int:
+        """Publish and return the load, which changes also where connections close or rest."""
+        if self._is_closed:
+            return NOT_ACCEPTING
+        load = self._measure_load() + len(self._opening)
+        self._seat.publish(load)
+        return load
+
+    def close(self) -> None:
+        """Stop accepting."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._seat.publish(NOT_ACCEPTING)
+        self._loop.remove_reader(self._listener)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def wait_closed(self) -> None:
+        """Wait until the accepted connections are open."""
+        if self._opening:
+            await asyncio.wait(self._opening)
+
+    def _watch(self) -> None:
+        self._timer = None
+        self._loop.add_reader(self._listener, self._on_waiting)
+
+    def _on_waiting(self) -> None:
+        self._loop.remove_reader(self._listener)
+        patience_s = DEFER_S if self.publish() < FULL else RETRY_S
+        self._accept_or_defer(self._loop.time() + patience_s)
+
+    def _accept_or_defer(self, until_s: float) -> None:
+        """Accept while it is this worker's turn; otherwise check again soon, and at the latest at
+        `until_s` accept one connection out of turn."""
+        pause_s = 0.0
+        try:
+            if not self._accept_in_turn():
+                if self._loop.time() < until_s:
+                    pause_s = DEFER_TICK_S
+                else:
+                    self._accept()
+        except OSError as error:
+            log.error("accept_failed", reason=error.strerror, pause_s=RETRY_S)
+            pause_s = RETRY_S
+        if pause_s:
+            self._timer = self._loop.call_later(pause_s, self._accept_or_defer, until_s)
+        else:
+            self._watch()
+
+    def _accept_in_turn(self) -> bool:
+        """Accept while it is this worker's turn; returns False once it is not."""
+        self.publish()
+        for _ in range(ACCEPTED_AT_ONCE):
+            if not self._seat.is_next():
+                return False
+            if not self._accept():
+                break
+        return True
+
+    def _accept(self) -> bool:
+        """Accept one connection; returns whether one waited.
+
+        Raises:
+            OSError: there are too many open files, for example.
+        """
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError):
+            return False
+        except ConnectionAbortedError:
+            return True
+        sock.setblocking(False)
+        task = self._loop.create_task(self._open(sock))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+        self.publish()
+        return True
+
+    async def _open(self, sock: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._create_protocol, sock)
+        except OSError as error:
+            # the client disconnected meanwhile
+            log.debug("connection_not_opened", reason=error.strerror)
+            sock.close()
