@@ -177,6 +177,12 @@ def evaluate_command(
         str | None,
         typer.Option(help="Boolean column of labelled anomalies, to score alarms against."),
     ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Plot the streams with most missed anomalies and false alarms."
+        ),
+    ] = None,
     baselines: Annotated[
         bool,
         typer.Option("--baselines", help="Compare with the baselines of a report, with intervals."),
@@ -185,6 +191,8 @@ def evaluate_command(
     trees_s: TreesTime = 60.0,
 ) -> None:
     """Score an artifact on data, chunk by chunk as the service computes it."""
+    if plots is not None and anomalies is None:
+        raise typer.BadParameter("--plots needs --anomalies")
     with _one_line_errors():
         from models.training import commands
 
@@ -196,6 +204,7 @@ def evaluate_command(
             since=since,
             held_out=held_out,
             anomalies=anomalies,
+            plots=plots,
             baselines=baselines,
             trees=trees,
             trees_s=trees_s,

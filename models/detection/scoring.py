@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from models.detection.measures import Floats, Spans, average_precision, runs, vus_pr
 
 DRAWS = 1000
+WORST = 10
 LONGEST_BUFFER = 256
 """Largest buffer of VUS-PR in events, which bounds the time that it takes."""
 
@@ -51,6 +52,7 @@ class StreamScores:
     """What `AlarmScores` are computed from, for one stream: numbers of anomalies, of those found,
     of alarms and of true ones; days without an anomaly; and each found anomaly's delay."""
 
+    stream: str
     anomalies: int
     found: int
     alarms: int
@@ -67,6 +69,7 @@ def score_streams(
     anomalous: NDArray[np.bool_],
     streams: Spans,
     days: Sequence[float],
+    names: Sequence[str] | None = None,
 ) -> list[StreamScores]:
     """Score each stream.
 
@@ -76,11 +79,13 @@ def score_streams(
         anomalous: bool [n], the labels.
         streams: the first row of each stream and one past its last.
         days: how long each stream took, anomalies included.
+        names: of the streams; their numbers by default.
     """
+    names = names or [str(number) for number in range(len(streams))]
     lengths = [b - a for first, last in streams for a, b in runs(anomalous[first:last])]
     buffer = min(int(np.median(lengths)), LONGEST_BUFFER) if lengths else 0
     scored = []
-    for (start, stop), own_days in zip(streams, days, strict=True):
+    for name, (start, stop), own_days in zip(names, streams, days, strict=True):
         own, labels = score[start:stop], anomalous[start:stop]
         labelled, opened = runs(labels), runs(alarm[start:stop] > 0)
         hits = [[a for a, b in opened if a < last and b > first] for first, last in labelled]
@@ -91,6 +96,7 @@ def score_streams(
         )
         scored.append(
             StreamScores(
+                name,
                 len(labelled),
                 len(delays),
                 len(opened),
@@ -124,8 +130,9 @@ def summarise(streams: Sequence[StreamScores]) -> AlarmScores:
 
 
 def with_intervals(streams: Sequence[StreamScores], seed: int = 0) -> dict[str, Any]:
-    """The members of `AlarmScores`, and `intervals`: the 95% interval of each that is not a count,
-    by resampling streams. None where there is no value."""
+    """The members of `AlarmScores`; `intervals`: the 95% interval of each that is not a count, by
+    resampling streams; and `worst`: up to `WORST` streams with anomalies that were missed or false
+    alarms, the most of both first. None where there is no value."""
     scores = asdict(summarise(streams))
     random = np.random.default_rng(seed)
     chosen = random.integers(len(streams), size=(DRAWS, len(streams)))
@@ -136,4 +143,13 @@ def with_intervals(streams: Sequence[StreamScores], seed: int = 0) -> dict[str, 
         known = values[~np.isnan(values)]
         intervals[name] = np.quantile(known, [0.025, 0.975]).tolist() if len(known) else None
     plain = {name: None if np.isnan(value) else value for name, value in scores.items()}
-    return {**plain, "intervals": {name: intervals[name] for name in scores if name in intervals}}
+    wrong = [
+        {"stream": s.stream, "missed": s.anomalies - s.found, "false_alarms": s.alarms - s.true}
+        for s in sorted(streams, key=lambda s: s.found - s.anomalies + s.true - s.alarms)
+        if s.anomalies > s.found or s.alarms > s.true
+    ]
+    return {
+        **plain,
+        "intervals": {name: intervals[name] for name in scores if name in intervals},
+        "worst": wrong[:WORST],
+    }

@@ -187,6 +187,7 @@ def evaluate_command(
     since: str | None = None,
     held_out: bool = False,
     anomalies: str | None = None,
+    plots: Path | None = None,
     baselines: bool = False,
     trees: bool = True,
     trees_s: float | None = TREES_S,
@@ -203,6 +204,7 @@ def evaluate_command(
         since: score events from this moment on; earlier ones only move the states.
         held_out: score the events of the test set; with baselines it is always those.
         anomalies: boolean column that labels anomalous events, against which alarms are scored.
+        plots: directory in which the streams of `detection.worst` are plotted; needs anomalies.
         baselines: compare with the baselines of a report, fitted to the table's events before
             the artifact's `test_from`.
         trees, trees_s: as for `train_command`.
@@ -220,7 +222,7 @@ def evaluate_command(
         from models.training.report import make_report
 
         with progress.task("report", 1.0) as advance:
-            return make_report(
+            scores = make_report(
                 loaded,
                 frame,
                 trees=trees,
@@ -232,25 +234,45 @@ def evaluate_command(
                 source=str(data),
                 note=lambda text: advance(0.0, text),
             )
-    done = 0
-    with progress.task("events", max(1, frame.height)) as advance:
+    else:
+        done = 0
+        with progress.task("events", max(1, frame.height)) as advance:
 
-        def count(events: int) -> None:
-            nonlocal done
-            done += events
-            advance(done, f"{done:,} of {frame.height:,}")
+            def count(events: int) -> None:
+                nonlocal done
+                done += events
+                advance(done, f"{done:,} of {frame.height:,}")
 
-        return evaluate(
-            loaded,
-            frame,
-            chunk=chunk,
-            seed=seed,
-            since=since,
-            held_out=held_out,
-            anomalies=anomalies,
-            source=str(data),
-            advance=count,
-        )
+            scores = evaluate(
+                loaded,
+                frame,
+                chunk=chunk,
+                seed=seed,
+                since=since,
+                held_out=held_out,
+                anomalies=anomalies,
+                source=str(data),
+                advance=count,
+            )
+    if plots is not None and anomalies is not None:
+        from models.training.stream_plot import plot_streams
+
+        worst = [each["stream"] for each in scores["detection"]["worst"]]
+        plots.mkdir(parents=True, exist_ok=True)
+        with progress.task("plots", max(1, len(worst))) as advance:
+            drawn = plot_streams(
+                loaded,
+                frame,
+                worst,
+                since=since,
+                held_out=held_out or baselines,
+                anomalies=anomalies,
+                source=str(data),
+            )
+            for number, content in enumerate(drawn, start=1):
+                replace_file(plots / f"worst-{number:02d}.svg", content)
+                advance(number, f"{number} of {len(worst)}")
+    return scores
 
 
 def plot_command(

@@ -385,10 +385,11 @@ def scores_from(
     """The scores of any alarms [rows] from a moment on; arguments as for `score_streams`."""
     everything = np.ones(streams.events, np.bool_)
     kept = np.isin(np.arange(streams.events), _within(streams, everything, from_key, None))
-    spans, days, at = [], [], 0
-    for start, stop in streams.spans:
+    names, spans, days, at = [], [], [], 0
+    for name, (start, stop) in zip(streams.names, streams.spans, strict=True):
         moments = streams.moments_ms[start:stop][kept[start:stop]]
         if len(moments):
+            names.append(name)
             spans.append((at, at + len(moments)))
             days.append(float(np.ptp(moments)) / MS_PER_DAY)
             at += len(moments)
@@ -398,6 +399,7 @@ def scores_from(
         anomalous[kept],
         spans,
         days,
+        names,
     )
 
 

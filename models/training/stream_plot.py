@@ -13,7 +13,7 @@ Alarms are shaded, with the channel that was most unusual when they opened; labe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from zoneinfo import ZoneInfo
@@ -48,6 +48,7 @@ from models.spec.model import ModelSpec
 from models.training.baselines import in_units
 from models.training.data import Streams, moment_ms, schema_of, streams_of, unresolved_training_of
 from models.training.evaluate import anomalous_events, detect, run_chunks, run_network
+from models.training.split import split_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +69,13 @@ class _Forecast(NamedTuple):
     low: Floats
     high: Floats
     label: str
+
+
+class _Run(NamedTuple):
+    """A model's outputs by name, and the forecasts by field."""
+
+    outputs: Mapping[str, NDArray[np.float32]]
+    forecasts: dict[str, _Forecast]
 
 
 def plot_stream(
@@ -94,53 +102,98 @@ def plot_stream(
     Raises:
         DataError: there are no such events.
     """
-    spec = artifact.spec
-    column = unresolved_training_of(spec).stream
+    column = unresolved_training_of(artifact.spec).stream
     if column not in frame.columns:
         raise DataError(
             field=column, expected=f"{source}: a column of that name", got=f"{frame.columns}"
         )
-    own = frame.filter(pl.col(column).cast(pl.String) == stream)
-    if own.height == 0:
+    if not (frame[column].cast(pl.String) == stream).any():
         some = frame[column].unique().sort().head(3).to_list()
         raise DataError(
             field=column, expected=f"{source}: events of stream {stream!r}", got=f"{some}, ..."
         )
-    streams = streams_of(spec, own, source)
+    return next(
+        plot_streams(
+            artifact,
+            frame,
+            [stream],
+            kind=kind,
+            since=since,
+            until=until,
+            anomalies=anomalies,
+            source=source,
+        )
+    )
+
+
+def plot_streams(
+    artifact: Artifact,
+    frame: pl.DataFrame,
+    names: Sequence[str],
+    *,
+    kind: str = "svg",
+    since: str | None = None,
+    held_out: bool = False,
+    until: str | None = None,
+    anomalies: str | None = None,
+    source: str = "data",
+) -> Iterator[bytes]:
+    """The plots of several streams of the table; arguments as for `plot_stream`.
+
+    Args:
+        held_out: without `since`, show the events of the test set.
+    """
+    if not names:
+        return
+    spec = artifact.spec
     schema = schema_of(spec)
+    column = pl.col(unresolved_training_of(spec).stream).cast(pl.String)
+    streams = streams_of(spec, frame.filter(column.is_in(names)), source)
     shown = np.ones(streams.events, np.bool_)
     if since is not None:
         shown &= streams.moments_ms >= moment_ms(schema, since, "--since")
+    elif held_out:
+        shown &= streams.split_keys >= split_of(spec).test
     if until is not None:
         shown &= streams.moments_ms < moment_ms(schema, until, "--until")
-    if not shown.any():
-        raise DataError(expected=f"{source}: events of {stream!r} in that time", got="none")
     labels = None if anomalies is None else anomalous_events(spec, streams, anomalies, source)
-    figure = _figure(artifact, streams, stream, shown, labels)
-    buffer = BytesIO()
-    # equal arguments give equal files
-    with rc_context({"svg.hashsalt": spec.name, "svg.fonttype": "none"}):
-        dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-        figure.savefig(buffer, format=kind, metadata=dated.get(kind))
-    return buffer.getvalue()
+    spans = dict(zip(streams.names, streams.spans, strict=True))
+    for name in names:
+        if not shown[slice(*spans[name])].any():
+            raise DataError(expected=f"{source}: events of {name!r} in that time", got="none")
+    run = _run(artifact, streams)
+    for name in names:
+        own = np.zeros(streams.events, np.bool_)
+        own[slice(*spans[name])] = True
+        figure = _figure(spec, streams, name, run, shown & own, labels)
+        buffer = BytesIO()
+        # equal arguments give equal files
+        with rc_context({"svg.hashsalt": spec.name, "svg.fonttype": "none"}):
+            dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+            figure.savefig(buffer, format=kind, metadata=dated.get(kind))
+        yield buffer.getvalue()
+
+
+def _run(artifact: Artifact, streams: Streams) -> _Run:
+    spec = artifact.spec
+    if spec.detection is None:
+        by_name = output_spec(spec).by_name(run_chunks(artifact, streams))
+        return _Run(by_name, _forecasts(spec, streams, by_name))
+    network = run_network(spec, artifact.weights, streams)
+    by_name = output_spec(spec).by_name(detect(spec, streams, network))
+    forecasts = _anomaly_forecasts(spec, streams, network)
+    return _Run(by_name, forecasts | _forecasts(spec, streams, by_name))
 
 
 def _figure(
-    artifact: Artifact,
+    spec: ModelSpec,
     streams: Streams,
     stream: str,
+    run: _Run,
     shown: NDArray[np.bool_],
     labels: NDArray[np.bool_] | None,
 ) -> Figure:
-    spec = artifact.spec
-    if spec.detection is None:
-        network = run_chunks(artifact, streams)
-        by_name, forecasts = output_spec(spec).by_name(network), {}
-    else:
-        network = run_network(spec, artifact.weights, streams)
-        by_name = output_spec(spec).by_name(detect(spec, streams, network))
-        forecasts = _anomaly_forecasts(spec, streams, network)
-    forecasts |= _forecasts(spec, streams, by_name)
+    by_name, forecasts = run
     numeric = [field.name for field in schema_of(spec).fields if isinstance(field, NumericField)]
     fields = [name for name in numeric if name in forecasts] or numeric
     fields = fields[:MAX_FIELDS]

@@ -101,5 +101,7 @@ def test_intervals_resample_streams() -> None:
     assert 0.3 < low < 0.4
     assert 0.6 < high < 0.7
     assert scored["intervals"]["precision"] == [1.0, 1.0]
+    assert len(scored["worst"]) == 10
+    assert scored["worst"][0] == {"stream": "1", "missed": 1, "false_alarms": 0}
     alone = with_intervals(score_streams(alarm[:20], alarm[:20], labels[:20] < 0, [(0, 20)], [1.0]))
     assert alone["recall"] is alone["intervals"]["recall"] is None

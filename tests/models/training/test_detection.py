@@ -108,13 +108,24 @@ def test_anomalies_are_scored_by_the_labels_of_a_csv_file(
 
 
 def test_the_report_compares_detection_with_its_baselines(
-    artifact: Artifact, frame: pl.DataFrame, tmp_path: Path
+    artifact: Artifact,
+    frame: pl.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("models.detection.scoring.WORST", 2)
     labelled = frame.with_columns(anomaly=pl.Series(np.arange(frame.height) % 50 == 7))
     path = tmp_path / "labelled.parquet"
     labelled.write_parquet(path)
+    plots = tmp_path / "plots"
     report = evaluate_command(
-        artifact.path, path, anomalies="anomaly", baselines=True, trees=False, quiet=True
+        artifact.path,
+        path,
+        anomalies="anomaly",
+        plots=plots,
+        baselines=True,
+        trees=False,
+        quiet=True,
     )
     since = pl.lit(report["data"]["test_from"]).str.to_datetime("%+").dt.epoch("ms")
     expected = labelled.filter("anomaly", pl.col("at") >= since).height
@@ -122,3 +133,8 @@ def test_the_report_compares_detection_with_its_baselines(
     assert report["detection_baselines"].keys() >= {"level", "nats", "raw nats"}
     for scores in report["detection_baselines"].values():
         assert scores["anomalies"] == expected
+    worst = report["detection"]["worst"]
+    drawn = [each.read_text(encoding="utf-8") for each in sorted(plots.iterdir())]
+    assert len(drawn) == len(worst) == 2
+    for each, text in zip(worst, drawn, strict=True):
+        assert f">latch: {each['stream']}<" in text

@@ -76,8 +76,7 @@ def test_a_plot_shows_all_that_the_model_says(
     artifact: Artifact, data: Path, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
-    done = carry("plot", artifact.path, data, "t1", first, "--anomalies", "anomaly")
-    assert done.exit_code == 0, done.stderr
+    plot_command(artifact.path, data, "t1", first, anomalies="anomaly")
     text = first.read_text(encoding="utf-8")
     for shown in (
         ">tanks: t1<",
@@ -106,6 +105,9 @@ def test_what_cannot_be_plotted_is_named(artifact: Artifact, data: Path, tmp_pat
     ):
         with pytest.raises(DataError, match=message):
             plot_command(artifact.path, data, stream, path, **options)
+    done = carry("plot", artifact.path, data, "t2", out)
+    assert done.exit_code == 1
+    assert "events of stream 't2'" in done.stderr
     out.write_text("here")
     with pytest.raises(ArtifactError, match=r"exists; .* --overwrite"):
         plot_command(artifact.path, data, "t1", out)
