@@ -22,10 +22,24 @@ LONG_VALUES: Final = 2 * PIECE_VALUES
 Elements = Sequence[Any] | NDArray[Any]
 
 
+class CountedList(list[Any]):
+    """A list of documents, each of which is counted once.
+
+    Attributes:
+        counts: the values of each element.
+    """
+
+    def __init__(self, elements: Sequence[Any]):
+        super().__init__(elements)
+        self.counts = [count_values(element) for element in elements]
+
+
 def count_values(value: Any) -> int:
     """Count the numbers, strings and other scalars of a document."""
     if isinstance(value, np.ndarray):
         return value.size
+    if isinstance(value, CountedList):
+        return len(value) + sum(value.counts)
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list | tuple):
@@ -33,10 +47,10 @@ def count_values(value: Any) -> int:
     count = len(value)
     for each in value:
         kind = type(each)
-        if kind is dict or kind is list or kind is tuple:
-            count += count_values(each)
-        elif kind is np.ndarray:
+        if kind is np.ndarray:
             count += each.size
+        elif kind is dict or kind is list or kind is tuple or kind is CountedList:
+            count += count_values(each)
     return count
 
 
@@ -72,8 +86,8 @@ def _groups(elements: Elements) -> Iterator[tuple[int, int]]:
             yield first, min(first + count, len(elements))
         return
     first = values = 0
-    for at, element in enumerate(elements):
-        more = count_values(element)
+    counts = elements.counts if isinstance(elements, CountedList) else map(count_values, elements)
+    for at, more in enumerate(counts):
         if at > first and values + more > PIECE_VALUES:
             yield first, at
             first, values = at, 0

@@ -22,6 +22,7 @@ from service.transports.http.context import ApiContext, ModelWire, api_of, pipel
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.openapi import operations
 from service.transports.http.problems import problem
+from service.transports.http.replies.pieces import CountedList
 from service.transports.http.replies.replies import etag, reply
 from service.transports.http.replies.reply_types import (
     AppliedItem,
@@ -145,7 +146,9 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     document: PredictReply = {
         "model": wire.served.name,
         "version": wire.served.version,
-        "predictions": [wire.writer.prediction(each, options, answer) for each in predictions],
+        "predictions": CountedList(
+            [wire.writer.prediction(each, options, answer) for each in predictions]
+        ),
     }
     return reply(answer, document)
 
@@ -193,5 +196,5 @@ def _outcomes(
     return {
         "model": wire.served.name,
         "version": wire.served.version,
-        "results": outcomes,
+        "results": CountedList(outcomes),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import orjson
@@ -20,6 +21,7 @@ from service.transports.http.replies import pieces as module
 from service.transports.http.replies.pieces import (
     LONG_VALUES,
     PIECE_VALUES,
+    CountedList,
     count_values,
     encode_pieces,
 )
@@ -46,6 +48,10 @@ DOCUMENTS: dict[str, Any] = {
     "axes": {"a": values(2731, 3, 2), "empty": values(0, 3)},
     "an empty array": {"a": values(9000), "b": values(3000, 0)},
     "results": [{"status": 200, "reply": {"outputs": values(n % 7 * 300)}} for n in range(100)],
+    "counted results": {
+        "model": "m",
+        "results": CountedList([{"reply": {"outputs": values(n % 7 * 300)}} for n in range(100)]),
+    },
     "names": {"streams": [f"s-{n}" for n in range(70_000)], "cursor": None},
     "one of many": [[], values(9000), "x", {"a": [None, True, 1.5, 2**40]}, values(17)],
     "members": {f"m{n}": values(600) for n in range(20)},
@@ -79,6 +85,17 @@ def test_any_document_is_encoded_in_pieces_of_any_size(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "PIECE_VALUES", size)
         assert b"".join(encode_pieces(media, document)) == dumps(media, document)
+
+
+def test_counted_lists_are_written_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain: dict[str, Any] = DOCUMENTS["results"]
+    counted = CountedList(plain)
+    assert count_values({"results": counted}) == count_values({"results": plain})
+    pieces = list(encode_pieces(Media.JSON, {"results": plain}))
+    counting = Mock(side_effect=count_values)
+    monkeypatch.setattr(module, "count_values", counting)
+    assert list(encode_pieces(Media.JSON, {"results": counted})) == pieces
+    assert counting.call_count < len(plain), "elements are counted again"
 
 
 def test_only_long_documents_are_encoded_in_pieces() -> None:
