@@ -53,7 +53,9 @@ TARGETS = (
     ("cold/carry-onnxruntime s", "<=", 2),
     ("peak/carry-onnxruntime MiB", "<=", 150),
     ("cold/carry-tensorflow s", "<=", 12),
-    ("workers/carry-onnxruntime 2 over 1, 64 connections", ">=", 1.0),
+    ("workers/carry-onnxruntime 2 over 1, 8 connections", ">=", 1.0),
+    ("workers/carry-onnxruntime 2 over 1, 32 connections", ">=", 1.3),
+    ("workers/carry-onnxruntime 2 over 1, 128 connections", ">=", 1.5),
     ("workers/carry-onnxruntime lost", "<=", 0),
     ("events/carry-onnxruntime events over inputs", ">=", 0.5),
     ("overload/carry-onnxruntime goodput over peak", ">=", 0.9),
@@ -79,6 +81,13 @@ class Sample(NamedTuple):
     rss_mib: float  # memory of the server's processes, at the end
     generator_cpu: float  # the generator's processor time, as a share of one core
     store_cpu: float  # the store's
+
+    @property
+    def server_share(self) -> float:
+        """The server's share of the processor time of a chunk; the rest is the generator's and the
+        store's."""
+        server = self.cpu_us_per_chunk * 1e-6 * self.chunks_per_s
+        return server / (server + self.generator_cpu + self.store_cpu)
 
     @classmethod
     def of(cls, load: Load, cpu_s: float, store_cpu_s: float, rss_bytes: int) -> Sample:

@@ -24,7 +24,7 @@ FIGURES = {
     "latency": {f"{CARRY} p99 beside long chunks over without"},
     "streams": {"2000 over 1000"},
     "cold": {f"{CARRY} s"},
-    "workers": {f"{CARRY} lost"},
+    "workers": {f"{CARRY} lost", f"{CARRY} 2 over 1, 2 connections, at most"},
     "events": {f"{CARRY} events over inputs"},
     "overload": {
         *(f"{CARRY} goodput over peak", f"{CARRY} goodput over peak, by CPU"),
