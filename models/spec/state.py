@@ -196,29 +196,33 @@ class StateSpec:
         return self.float_size + 2 * self.int_size
 
     def pack(self, state: State) -> FloatArray:
-        """The row of a network's parts that a runtime takes, float32 [W].
+        """The row of a network's parts that a runtime takes, float32 [W]; of many states [..., W].
 
         Args:
-            state: a state whose first values are those of this layout. (The floats of a network
-                are all floats of its state, unless it has blocks.)
+            state: a state whose first values are those of this layout, or many, [..., N] and
+                [..., M]. (The floats of a network are all floats of its state, unless it has
+                blocks.)
 
         Returns:
             The floats, and behind them each int64 as the two float32 words of the same bytes.
         """
         if not self.int_size:
             return state.floats
-        return np.concatenate([state.floats, state.ints[: self.int_size].view(np.float32)])
+        own = np.ascontiguousarray(state.ints[..., : self.int_size])
+        return np.concatenate([state.floats, own.view(np.float32)], axis=-1)
 
     def unpack(self, row: FloatArray, ints: IntArray) -> State:
-        """The state of a runtime's row [W], in memory of its own; the inverse of `pack`.
+        """The state of a runtime's row [..., W], in memory of its own; the inverse of `pack`.
 
         Args:
-            ints: int64 [M] of the complete state, from which values behind the network's are taken.
+            ints: int64 [..., M] of the complete state, from which values behind the network's are
+                taken.
         """
         if not self.int_size:
             return State(row.copy(), ints)
-        own = row[self.float_size :].copy().view(np.int64)
-        return State(row[: self.float_size].copy(), np.concatenate([own, ints[self.int_size :]]))
+        own = row[..., self.float_size :].copy().view(np.int64)
+        ints = np.concatenate([own, ints[..., self.int_size :]], axis=-1)
+        return State(row[..., : self.float_size].copy(), ints)
 
     def _row(self, state: State, part: StatePart) -> NDArray[Any]:
         return state.floats if part.in_floats else state.ints

@@ -4,7 +4,7 @@ Every chunk is evaluated against the stream as the store has it, computed, and c
 compare-and-set on the stream head (epoch and tag). In the order in which a chunk meets them:
 
     evaluate_chunk      process it, replay the stored reply, or reject it
-    apply_chunk         the stream after a processed chunk
+    next_head           the stream head after a processed chunk, with its `last_chunk`
     resolve_conflict    a version conflict: another commit changed the stream first
     resolve_duplicate   the chunk is a retry of one that was applied
 
@@ -35,7 +35,6 @@ import numpy as np
 
 from models.events.columns import canonical_bytes
 from models.events.schema import EventSchema
-from models.spec.state import State
 from service.core.errors import (
     AlreadyApplied,
     EpochMismatch,
@@ -52,6 +51,7 @@ from service.core.values import (
     FIRST_TAG,
     TAG_BYTES,
     Chunk,
+    Feed,
     LastChunk,
     Steps,
     StoredReply,
@@ -218,15 +218,14 @@ def check_position(stream: str, given: int | None, head: StreamHead | None) -> N
     )
 
 
-def is_continuation(chunk: Chunk, copy: StreamState) -> bool:
-    """Whether the chunk certainly continues this copy of its stream, so that it can be processed.
+def is_continuation(chunk: Chunk, head: StreamHead, feed: Feed) -> bool:
+    """Whether the chunk certainly continues its stream at this head, so that it can be processed.
 
     The fast path of `evaluate_chunk`. False means that the chunk has to be evaluated.
     """
-    head = copy.head
     return (
         (chunk.position is None or chunk.position == head.position)
-        and copy.feed is chunk.steps.feed
+        and feed is chunk.steps.feed
         and (chunk.epoch is None or chunk.epoch == head.epoch)
         and not chunk.starts_over
         and (chunk.precondition is None or chunk.precondition.holds(head))
@@ -321,25 +320,20 @@ def already_applied(stream: str, head: StreamHead) -> AlreadyApplied:
     )
 
 
-def apply_chunk(
-    chunk: Chunk, base: StreamState | None, state: State, *, fingerprint: bytes, now_ms: int
-) -> StreamState:
-    """The stream after a processed chunk.
+def next_head(chunk: Chunk, base: StreamHead | None) -> StreamHead:
+    """The stream head after a processed chunk.
 
     Args:
-        base: the stream before; None if the chunk creates it, in a new epoch.
-        state: the state of network and encoder after the chunk.
+        base: the head before; None if the chunk creates the stream, in a new epoch.
     """
-    epoch, tag, start = base.head if base else (new_epoch(), FIRST_TAG, 0)
-    steps, digest = chunk.steps, chunk.digest
-    return StreamState(
-        StreamHead(epoch, next_tag(tag, start, digest), start + steps.length),
-        steps.feed,
-        fingerprint,
-        LastChunk(start, digest[:DIGEST_BYTES], base is not None and start == 0),
-        now_ms,
-        state,
-    )
+    epoch, tag, start = base or (new_epoch(), FIRST_TAG, 0)
+    return StreamHead(epoch, next_tag(tag, start, chunk.digest), start + chunk.steps.length)
+
+
+def last_chunk(chunk: Chunk, base: StreamHead | None) -> LastChunk:
+    """What the stream keeps of a processed chunk; `base` as for `next_head`."""
+    start = base.position if base else 0
+    return LastChunk(start, chunk.digest[:DIGEST_BYTES], base is not None and start == 0)
 
 
 def start_epoch(

@@ -1,18 +1,30 @@
-"""One chunk of a batch with everything that the stages add to it, and the times of the stages."""
+"""One chunk of a batch, the columns of a batch after inference, and the times of the stages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.core.values import Chunk, FloatRows, Reply, StreamHead, StreamKey, StreamState
+from service.core.values import Chunk, Feed, FloatRows, Reply, StreamHead, StreamKey
 from service.engine.fair_queue import Job
-from service.pipeline.served_model import Segment
 
 ChunkJob = Job[Chunk, Reply]
+
+
+class BaseStream(NamedTuple):
+    """A stream that a chunk continues, as it is stored.
+
+    Attributes:
+        value: the bytes of the whole state.
+    """
+
+    head: StreamHead
+    feed: Feed
+    value: bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -21,26 +33,47 @@ class BatchItem:
 
     Attributes:
         base: the stream that the chunk continues; None if it creates one.
-        expected: the stream head that the commit expects; None if the stream must not exist.
-        rows: float32 [T, F], the encoded events.
-        ints: int64 [M], the encoder's state after the chunk.
-        segments: the encoded parts of a chunk with resets, in place of `rows` and `ints`.
-        outputs: float32 [T, O]; of a model with blocks, the outputs that were due.
+        expected: the stream head that the commit expects, packed; empty if the stream must not
+            exist.
     """
 
     job: ChunkJob
     chunk: Chunk
     key: StreamKey
-    base: StreamState | None = None
-    expected: StreamHead | None = None
-    segments: Sequence[Segment] = ()
-    rows: FloatRows = field(init=False)
-    ints: NDArray[np.int64] = field(init=False)
-    outputs: FloatRows = field(init=False)
+    base: BaseStream | None = None
+    expected: bytes = b""
 
 
-Computed = tuple[BatchItem, StreamState]
-"""An item whose outputs are computed, and its stream after the chunk, not yet committed."""
+class Computed(NamedTuple):
+    """The chunks of a batch with their outputs, and their streams after them, not yet committed.
+
+    Attributes:
+        heads: the stream heads after the chunks.
+        outputs: of each float32 [T, O]; of a model with blocks, the outputs that were due.
+        floats, ints: the states after the chunks, float32 [B, N] and int64 [B, M].
+    """
+
+    items: Sequence[BatchItem]
+    heads: Sequence[StreamHead]
+    outputs: Sequence[FloatRows]
+    floats: FloatRows
+    ints: NDArray[np.int64]
+
+    def part(self, rows: slice) -> Computed:
+        """Consecutive items."""
+        items, heads, outputs, floats, ints = self
+        return Computed(items[rows], heads[rows], outputs[rows], floats[rows], ints[rows])
+
+    def select(self, at: Sequence[int]) -> Computed:
+        """The items at these indexes."""
+        items, heads, outputs, floats, ints = self
+        return Computed(
+            [items[index] for index in at],
+            [heads[index] for index in at],
+            [outputs[index] for index in at],
+            floats[at],
+            ints[at],
+        )
 
 
 @dataclass(slots=True)

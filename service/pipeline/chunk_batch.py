@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Final
 
-from service.core.delivery import Resolution, resolve_conflict, stream_facts
+from models.spec.state import State
+from service.core.delivery import Resolution, last_chunk, resolve_conflict, stream_facts
 from service.core.errors import (
     CarryError,
     Conflict,
@@ -27,16 +28,22 @@ from service.core.errors import (
     StoreUnavailable,
 )
 from service.core.tracing import BatchTimes, Tracer
-from service.core.values import NO_STREAM, Reply, StoredReply, StreamState, Timing
+from service.core.values import NO_STREAM, Reply, Timing
 from service.engine.compute import Compute
 from service.engine.fair_queue import BatchControl
-from service.pipeline.batch_item import BatchItem, ChunkJob, Computed, StageTimes
+from service.pipeline.batch_item import BaseStream, BatchItem, ChunkJob, Computed, StageTimes
 from service.pipeline.chunk_load import ChunkLoader, StateCache, StoreResponsiveness
 from service.pipeline.inference import Inference
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
-from service.store.base import COMMITTED, Commit, CommitResult, Conflicted, StateStore
+from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StateStore
+from service.store.codec import (
+    encode_replies,
+    encode_states,
+    pack_head,
+    unpack_head,
+)
 
 MAX_PARTS: Final = 3
 MIN_PART_ROWS: Final = 4
@@ -80,7 +87,7 @@ class ChunkBatchRunner:
         self._loader = ChunkLoader(
             served, store, cache, self._shards, recorder, responsiveness, reset=reset
         )
-        self._infer = Inference(served, compute, recorder, now_ms)
+        self._infer = Inference(served, compute, recorder)
         self._committer = ChunkCommitter(
             served,
             store,
@@ -90,6 +97,7 @@ class ChunkBatchRunner:
             responsiveness,
             self._loader,
             self._jobs_to_retry,
+            now_ms,
         )
         self.map_error = self._committer.map_error
 
@@ -102,9 +110,9 @@ class ChunkBatchRunner:
         try:
             ready, to_retry = await self._loader.evaluate(items, times, control)
             computed = await self._infer(ready, times)
-            if any(item.chunk.dry_run for item, _ in computed):
+            if computed is not None and any(item.chunk.dry_run for item in computed.items):
                 computed = self._committer.answer_dry_runs(computed, times)
-            if computed:
+            if computed is not None and computed.items:
                 to_retry += await self._committer.commit(computed, times, control)
         finally:
             if self._tracer is not None:
@@ -140,7 +148,7 @@ class ChunkBatchRunner:
         item.job.resolve(
             Conflict(
                 f"other writers changed stream {stream!r} {self._attempts} times in a row",
-                **stream_facts(stream, item.expected),
+                **stream_facts(stream, unpack_head(item.expected) if item.expected else None),
             )
         )
         return False
@@ -161,6 +169,7 @@ class ChunkCommitter:
     Args:
         loader: answers chunks that turn out to be duplicates.
         jobs_to_retry: the jobs of items that may be retried; fails the others.
+        now_ms: wall clock in epoch milliseconds.
     """
 
     def __init__(
@@ -173,6 +182,7 @@ class ChunkCommitter:
         responsiveness: StoreResponsiveness,
         loader: ChunkLoader,
         jobs_to_retry: Callable[[list[BatchItem]], list[ChunkJob]],
+        now_ms: Callable[[], int],
     ):
         self._served = served
         self._store = store
@@ -182,36 +192,38 @@ class ChunkCommitter:
         self._responsiveness = responsiveness
         self._loader = loader
         self._jobs_to_retry = jobs_to_retry
+        self._now_ms = now_ms
 
-    def answer_dry_runs(self, computed: list[Computed], times: StageTimes) -> list[Computed]:
+    def answer_dry_runs(self, computed: Computed, times: StageTimes) -> Computed:
         """Answer the dry runs, of which nothing is stored; returns the other items."""
-        applied: list[Computed] = []
-        for item, new in computed:
-            if item.chunk.dry_run:
-                head = item.base.head if item.base else NO_STREAM
-                reply = self._reply(item, new, _timing(item, times, 0.0))
-                item.job.resolve(reply._replace(head=head, created=False, dry_run=True))
+        applied: list[int] = []
+        for at, item in enumerate(computed.items):
+            if not item.chunk.dry_run:
+                applied.append(at)
             else:
-                applied.append((item, new))
-        return applied
+                head = item.base.head if item.base else NO_STREAM
+                reply = self._reply(computed, at, times, 0.0)
+                item.job.resolve(reply._replace(head=head, created=False, dry_run=True))
+        return computed.select(applied)
 
     async def commit(
-        self, computed: list[Computed], times: StageTimes, control: BatchControl
+        self, computed: Computed, times: StageTimes, control: BatchControl
     ) -> list[BatchItem]:
         """Commit computed items and answer them; returns the items to be retried.
 
         A batch that runs alone is pipelined in a few parts: the store writes one part while the
         next is prepared, and the first parts are answered while the store writes the last.
         """
-        if self._store.shard(computed[0][0].key) is not None:
+        count = len(computed.items)
+        if self._store.shard(computed.items[0].key) is not None:
             return await self._commit_shards(computed, times, control)
-        parts = min(MAX_PARTS, len(computed) // MIN_PART_ROWS)
+        parts = min(MAX_PARTS, count // MIN_PART_ROWS)
         if parts < 2 or not control.is_alone:
             return await self._commit_part(computed, times, control)
-        rows = math.ceil(len(computed) / parts)
+        rows = math.ceil(count / parts)
         commits = [
-            self._commit_part(computed[at : at + rows], times, control)
-            for at in range(0, len(computed), rows)
+            self._commit_part(computed.part(slice(at, at + rows)), times, control)
+            for at in range(0, count, rows)
         ]
         to_retry: list[BatchItem] = []
         # all parts are awaited even if one of them raises
@@ -222,50 +234,53 @@ class ChunkCommitter:
         return to_retry
 
     async def _commit_shards(
-        self, computed: list[Computed], times: StageTimes, control: BatchControl
+        self, computed: Computed, times: StageTimes, control: BatchControl
     ) -> list[BatchItem]:
         """Commit to all shards concurrently; returns the items to be retried."""
 
         def on_timeout(
-            shard: Hashable, part: list[Computed], task: asyncio.Task[list[BatchItem]]
+            shard: Hashable, part: list[int], task: asyncio.Task[list[BatchItem]]
         ) -> None:
             async def finish() -> list[ChunkJob]:
                 return self._jobs_to_retry(await task)
 
-            self._shards.detach(shard, [item for item, _ in part], control, finish())
+            self._shards.detach(shard, [computed.items[at] for at in part], control, finish())
 
-        async def commit(part: list[Computed]) -> list[BatchItem]:
-            return await self._commit_part(part, times, control)
+        async def commit(part: list[int]) -> list[BatchItem]:
+            return await self._commit_part(computed.select(part), times, control)
 
         results = await self._shards.run_by_shard(
-            computed, lambda each: each[0].key, commit, on_timeout
+            list(range(len(computed.items))), lambda at: computed.items[at].key, commit, on_timeout
         )
         return [item for _, to_retry in results for item in to_retry]
 
     async def _commit_part(
-        self, computed: list[Computed], times: StageTimes, control: BatchControl
+        self, computed: Computed, times: StageTimes, control: BatchControl
     ) -> list[BatchItem]:
         """Commit some items of a batch and answer them; returns the items to be retried."""
         began_s = time.monotonic()
-        computed = [each for each in computed if self._is_in_time(each[0].job, began_s)]
-        if not computed:
+        in_time = [
+            at for at, item in enumerate(computed.items) if self._is_in_time(item.job, began_s)
+        ]
+        if len(in_time) < len(computed.items):
+            computed = computed.select(in_time)
+        if not computed.items:
             return []
-        commits: list[Commit] = []
-        for item, new in computed:
+        items, heads = computed.items, computed.heads
+        commits = self._encode(computed)
+        for item, head, value in zip(items, heads, commits.states, strict=True):
             item.job.is_committing = True
-            reply = StoredReply(new.head, item.outputs)
-            commits.append(Commit(item.key, item.expected, new, reply))
-            self._cache.put(item.key, new)
-        control.release_streams([commit.key for commit in commits])
+            self._cache.put(item.key, BaseStream(head, item.chunk.steps.feed, value))
+        control.release_streams(commits.keys)
         self._responsiveness.note_request()
         try:
-            results = await self._store.commit(commits, _last_deadline_s(computed))
+            results = await self._store.commit(commits, _last_deadline_s(items))
         except BaseException as error:
-            for commit in commits:
-                self._cache.drop(commit.key)
+            for key in commits.keys:
+                self._cache.drop(key)
             if not isinstance(error, CarryError):
                 raise
-            for item, _ in computed:
+            for item in items:
                 item.job.resolve(self.map_error(item.job, error))
             return []
         times.commit_began_s = times.commit_began_s or began_s
@@ -274,18 +289,36 @@ class ChunkCommitter:
         to_retry: list[BatchItem] = []
         timings: list[Timing] = []
         steps = 0
-        for (item, new), result in zip(computed, results, strict=True):
-            timing = _timing(item, times, commit_s)
+        for at, result in enumerate(results):
+            item, reply = items[at], self._reply(computed, at, times, commit_s)
             if result is COMMITTED:
-                timings.append(timing)
+                timings.append(reply.timing)
                 steps += item.chunk.steps.length
-                item.job.resolve(self._reply(item, new, timing))
-            elif not await self._resolve_uncommitted(item, new, result, timing):
+                item.job.resolve(reply)
+            elif not await self._resolve_uncommitted(item, reply, result):
                 to_retry.append(item)
         if timings:
             self._responsiveness.note_response()
             self._recorder.record_chunks(self._served.name, steps, timings)
         return to_retry
+
+    def _encode(self, computed: Computed) -> CommitColumns:
+        """The bytes that the store compares and writes for each item."""
+        items, heads, outputs, floats, ints = computed
+        states = encode_states(
+            [item.chunk.steps.feed for item in items],
+            heads,
+            [last_chunk(item.chunk, item.base and item.base.head) for item in items],
+            State(floats, ints),
+            fingerprint=self._served.fingerprint,
+            updated_ms=self._now_ms(),
+        )
+        return CommitColumns(
+            [item.key for item in items],
+            [item.expected for item in items],
+            states,
+            encode_replies(heads, outputs),
+        )
 
     def _is_in_time(self, job: ChunkJob, now_s: float) -> bool:
         """Whether the chunk may still be committed: its deadline has not passed, and its caller
@@ -295,32 +328,39 @@ class ChunkCommitter:
         return not job.is_resolved
 
     async def _resolve_uncommitted(
-        self, item: BatchItem, new: StreamState, result: CommitResult, timing: Timing
+        self, item: BatchItem, reply: Reply, result: CommitResult
     ) -> bool:
         """Answer an item whose commit failed or conflicted; False if it has to be retried."""
         self._cache.drop(item.key)
         if isinstance(result, CarryError):
             item.job.resolve(self.map_error(item.job, result))
             return True
-        reply = self._reply(item, new, timing)
         if isinstance(result, Conflicted):
-            resolution = resolve_conflict(item.chunk, new.head, result.stored)
+            resolution = resolve_conflict(item.chunk, reply.head, result.stored)
             if resolution is Resolution.RE_EVALUATE:
                 self._recorder.record_conflict(self._served.name)
                 item.job.is_committing = False
-                item.expected = result.stored
+                item.expected = pack_head(result.stored) if result.stored else b""
                 return False
             if resolution is Resolution.STORED_REPLY:
                 return await self._loader.replay(item, own=reply)
-        self._recorder.record_chunks(self._served.name, item.chunk.steps.length, [timing])
+        self._recorder.record_chunks(self._served.name, item.chunk.steps.length, [reply.timing])
         item.job.resolve(reply)
         return True
 
-    def _reply(self, item: BatchItem, new: StreamState, timing: Timing) -> Reply:
-        head, last = new.head, new.last
-        created = last is not None and last.created
-        first = self._served.output_position(item.chunk, head)
-        return Reply(item.key, head, item.outputs, new.state, False, created, timing, first)
+    def _reply(self, computed: Computed, at: int, times: StageTimes, commit_s: float) -> Reply:
+        """The reply to one item."""
+        item, head = computed.items[at], computed.heads[at]
+        return Reply(
+            item.key,
+            head,
+            computed.outputs[at],
+            State(computed.floats[at], computed.ints[at]),
+            False,
+            item.base is None,
+            Timing(times.began_s - item.job.submitted_s, times.load_s, times.infer_s, commit_s),
+            self._served.output_position(item.chunk, head),
+        )
 
     def map_error(self, job: ChunkJob, error: CarryError) -> CarryError:
         """The error to answer a job with, given what failed.
@@ -350,13 +390,7 @@ class ChunkCommitter:
         return error if job.payload.position is not None else error.without_position()
 
 
-def _timing(item: BatchItem, times: StageTimes, commit_s: float) -> Timing:
-    """The times of one item: those of the batch, and its own in the queue."""
-    queue_s = times.began_s - item.job.submitted_s
-    return Timing(queue_s, times.load_s, times.infer_s, commit_s)
-
-
-def _last_deadline_s(computed: list[Computed]) -> float | None:
+def _last_deadline_s(items: Sequence[BatchItem]) -> float | None:
     """The latest deadline of the items; None if one of them has none."""
-    deadline_s = max([item.job.deadline_s for item, _ in computed])
+    deadline_s = max([item.job.deadline_s for item in items])
     return None if deadline_s == math.inf else deadline_s

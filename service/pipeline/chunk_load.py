@@ -30,14 +30,16 @@ from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, Stor
 from service.core.values import Chunk, Reply, StreamKey, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import BatchControl
-from service.pipeline.batch_item import BatchItem, StageTimes
+from service.pipeline.batch_item import BaseStream, BatchItem, StageTimes
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
 from service.store.base import Loaded, StateStore
+from service.store.codec import HEADER_BYTES, committed_at_ms, decode_stream, pack_head, packed_head
 
-OVERHEAD_BYTES: Final = 1024
-"""Memory of one entry besides its arrays: objects, keys, dictionary (944 by tracemalloc)."""
+OVERHEAD_BYTES: Final = 640
+"""Memory of one entry besides the state's values: header, objects and dictionary (592 by
+tracemalloc)."""
 
 STORE_UNRESPONSIVE_AFTER_S: Final = 0.1
 """A deadline that expires after this much store silence is reported as `store_unavailable`,
@@ -63,45 +65,47 @@ class StateCache:
         self._max_bytes = max_bytes
         self.size_bytes = 0
         self.evictions: Counter[str] = Counter()
-        self._entries: OrderedDict[StreamKey, StreamState] = OrderedDict()
+        self._entries: OrderedDict[StreamKey, BaseStream] = OrderedDict()
 
-    def get(self, key: StreamKey) -> StreamState | None:
+    def get(self, key: StreamKey) -> BaseStream | None:
         """The cached state of a stream, or None."""
         state = self._entries.get(key)
         if state is not None:
             self._entries.move_to_end(key)
         return state
 
-    def put(self, key: StreamKey, state: StreamState) -> None:
-        """Cache a state whose commit has been sent; evicts the least recently used ones."""
-        replaced = self._entries.pop(key, None)
-        if replaced is not None:
-            self.size_bytes -= _size_bytes(replaced)
-        self._entries[key] = state
-        self.size_bytes += _size_bytes(state)
+    def put(self, key: StreamKey, stream: BaseStream) -> None:
+        """Cache a stream whose commit has been sent; evicts the least recently used ones."""
+        entries = self._entries
+        replaced = entries.get(key)
+        entries[key] = stream
+        entries.move_to_end(key)
+        if replaced is None:
+            self.size_bytes += _size_bytes(stream)
+        else:
+            self.size_bytes += len(stream.value) - len(replaced.value)
         while self.size_bytes > self._max_bytes:
-            evicted, oldest = self._entries.popitem(last=False)
+            evicted, oldest = entries.popitem(last=False)
             self.size_bytes -= _size_bytes(oldest)
             self.evictions[evicted.model] += 1
 
     def drop(self, key: StreamKey) -> None:
         """Invalidate the cached state of a stream, if there is one."""
-        state = self._entries.pop(key, None)
-        if state is not None:
-            self.size_bytes -= _size_bytes(state)
+        dropped = self._entries.pop(key, None)
+        if dropped is not None:
+            self.size_bytes -= _size_bytes(dropped)
 
     def drop_older(self, committed_ms: int) -> None:
         """Drop the states of streams that this worker has not used since a commit before then."""
         while self._entries:
             key, oldest = next(iter(self._entries.items()))
-            if oldest.updated_ms >= committed_ms:
+            if committed_at_ms(oldest.value) >= committed_ms:
                 return
             self.drop(key)
 
 
-def _size_bytes(state: StreamState) -> int:
-    floats, ints = state.state
-    return floats.nbytes + ints.nbytes + OVERHEAD_BYTES
+def _size_bytes(stream: BaseStream) -> int:
+    return OVERHEAD_BYTES - HEADER_BYTES + len(stream.value)
 
 
 class StoreResponsiveness:
@@ -167,7 +171,6 @@ class ChunkLoader:
         self._responsiveness = responsiveness
         self._reset = reset
         self._blocks = served.blocks
-        self._fingerprint = served.fingerprint
 
     async def evaluate(
         self, items: list[BatchItem], times: StageTimes, control: BatchControl
@@ -180,7 +183,7 @@ class ChunkLoader:
             if item.base is None:
                 uncached.append(item)
             else:
-                item.expected = item.base.head
+                item.expected = packed_head(item.base.value)
                 ready.append(item)
         self._recorder.record_cache_lookups(self._served.name, len(ready), len(uncached))
         if not uncached:
@@ -206,8 +209,9 @@ class ChunkLoader:
             if isinstance(evaluation, Replay):
                 replays.append(item)
             else:
-                item.base = evaluation.base
-                item.expected = stored.head if stored else None
+                base = evaluation.base
+                item.base = base and BaseStream(base.head, base.feed, base.value)
+                item.expected = pack_head(stored.head) if stored else b""
                 ready.append(item)
         if replays:
             answered = await self._shards.read(replays, self._replay_all, control)
@@ -286,7 +290,7 @@ class ChunkLoader:
             remaining = [] if len(waiting) == len(remaining) else waiting
         return [loaded[item] for item in items]
 
-    def _cached(self, item: BatchItem) -> StreamState | None:
+    def _cached(self, item: BatchItem) -> BaseStream | None:
         """The cached state of the stream, if the chunk certainly continues it.
 
         Never for a dry run, which no commit would verify.
@@ -294,11 +298,11 @@ class ChunkLoader:
         if item.chunk.dry_run:
             return None
         copy = self._cache.get(item.key)
-        if copy is None or copy.fingerprint != self._fingerprint:
+        if copy is None or not is_continuation(item.chunk, copy.head, copy.feed):
             return None
-        if self._blocks is not None and self._is_closed(copy):
+        if self._blocks is not None and self._is_closed(decode_stream(copy.value)):
             return None
-        return copy if is_continuation(item.chunk, copy) else None
+        return copy
 
     def _usable(self, chunk: Chunk, stored: StreamState | Tombstone | None) -> StreamState | None:
         """The stored stream if the chunk can continue it; None if the stream has to start over.

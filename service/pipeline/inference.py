@@ -8,7 +8,6 @@ others. If any of them has a reset, all are computed in segments (`segments`). N
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,7 +15,7 @@ import structlog
 
 from models.spec.blocks import BlockStateLayout
 from models.spec.state import State
-from service.core.delivery import apply_chunk, stream_facts
+from service.core.delivery import next_head, stream_facts
 from service.core.errors import CarryError, InternalError, InvalidInput, NotFinite
 from service.core.values import FloatRows
 from service.engine.compute import Compute
@@ -25,75 +24,90 @@ from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
 from service.pipeline.recorder import Recorder
 from service.pipeline.segments import infer_segments
 from service.pipeline.served_model import Segment, ServedModel
+from service.store.codec import HEADER_BYTES, decode_states
 
 log = structlog.get_logger(__name__)
 
+ComputedColumns = tuple[list[FloatRows], State, bool]
+"""Outputs of each chunk, states [B, N] and [B, M] after them, and whether all are finite."""
+
 
 class Inference:
-    """Encodes and computes the chunks of one model.
+    """Encodes and computes the chunks of one model."""
 
-    Args:
-        now_ms: wall clock in epoch milliseconds.
-    """
-
-    def __init__(
-        self,
-        served: ServedModel,
-        compute: Compute,
-        recorder: Recorder,
-        now_ms: Callable[[], int],
-    ):
+    def __init__(self, served: ServedModel, compute: Compute, recorder: Recorder):
         self._served = served
         self._compute = compute
-        self._now_ms = now_ms
         self._on_call = partial(recorder.record_runtime_call, served.name)
-        self._initial = served.initial
+        initial, layout = served.initial, served.state
+        self._initial = bytes(HEADER_BYTES) + initial.ints.tobytes() + initial.floats.tobytes()
+        self._sizes = layout.int_size, layout.float_size
         self._runtime_state = served.runtime_state
         self._blocks = served.blocks
+        self._takes_any_rows = served.chunk_limit is None and served.blocks is None
         self._resets_by_itself = served.artifact.spec.resets.is_active
 
-    async def __call__(self, items: list[BatchItem], times: StageTimes) -> list[Computed]:
+    async def __call__(self, items: list[BatchItem], times: StageTimes) -> Computed | None:
         """Compute the items; returns those that succeeded, with their streams after the chunk."""
-        if self._resets_by_itself or any(m.chunk.steps.resets for m in items):
-            encoded = self._encode_segments(items)
+        if not items:
+            return None
+        values = [item.base.value if item.base is not None else self._initial for item in items]
+        floats, ints = before = decode_states(values, *self._sizes)
+        rows = [item.chunk.steps.rows for item in items if item.chunk.steps.rows is not None]
+        has_resets = self._resets_by_itself or any(item.chunk.steps.resets for item in items)
+        is_cut = False
+        if self._takes_any_rows and not has_resets and len(rows) == len(items):
+            parts: list[list[Segment]] = []
         else:
-            encoded = self._encode(items)
-        return await self._infer(encoded, times) if encoded else []
+            encoded, is_cut = self._encode(items, list(map(State, floats, ints)), has_resets)
+            if not encoded:
+                return None
+            items, parts = [items[at] for at in encoded], list(encoded.values())
+            rows = [part[-1].rows for part in parts]
+            floats, ints = floats[list(encoded)], np.stack([part[-1].ints for part in parts])
+            before = State(floats, ints)
+        times.infer_began_s = time.monotonic()
+        if is_cut:
+            computed = _columns(
+                await infer_segments(self._compute, self._served, parts, self._on_call)
+            )
+        elif self._blocks is not None:
+            computed = await self._infer_blocks(self._blocks, items, parts)
+        else:
+            computed = await self._infer_rows(rows, before)
+        times.infer_s = time.monotonic() - times.infer_began_s
+        return self._finite(items, *computed)
 
-    def _encode_segments(self, items: list[BatchItem]) -> list[BatchItem]:
-        """Encode the items' events as `_encode`, those with resets in segments."""
+    def _encode(
+        self, items: list[BatchItem], states: list[State], has_resets: bool
+    ) -> tuple[dict[int, list[Segment]], bool]:
+        """Encode the items' events, given their states; an error fails its item only.
+
+        Returns:
+            The encoded segments by the index of the item, and whether one of them has a reset.
+        """
         served = self._served
-        whole: list[BatchItem] = []
-        cut: list[BatchItem] = []
-        for item in items:
-            steps, base = item.chunk.steps, item.base
-            state, position = (base.state, base.head.position) if base else (self._initial, 0)
+        encoded: dict[int, list[Segment]] = {}
+        is_cut = False
+        whole: list[int] = []
+        for at, item in enumerate(items):
+            steps, position = item.chunk.steps, item.base.head.position if item.base else 0
             try:
-                resets = served.find_resets(steps, state, position)
+                resets = served.find_resets(steps, states[at], position) if has_resets else ()
                 if resets:
-                    item.segments = served.encode_segments(steps, state, resets)
+                    encoded[at] = served.encode_segments(steps, states[at], resets)
+                    is_cut = True
+                else:
+                    whole.append(at)
             except Exception as error:
                 item.job.resolve(self._encoding_error(item, error))
-                continue
-            (cut if resets else whole).append(item)
-        encoded = self._encode(whole)
-        if cut:
-            for item in encoded:
-                state = item.base.state if item.base else self._initial
-                item.segments = [Segment(state, item.rows, item.ints)]
-        return encoded + cut
-
-    def _encode(self, items: list[BatchItem]) -> list[BatchItem]:
-        """Encode the items' events, given their states; an error fails its item only."""
-        encoded: list[BatchItem] = []
-        pairs = [(m.chunk.steps, m.base.state if m.base else self._initial) for m in items]
-        for item, result in zip(items, self._served.encode_many(pairs), strict=True):
+        pairs = [(items[at].chunk.steps, states[at]) for at in whole]
+        for at, result in zip(whole, served.encode_many(pairs), strict=True):
             if isinstance(result, Exception):
-                item.job.resolve(self._encoding_error(item, result))
+                items[at].job.resolve(self._encoding_error(items[at], result))
             else:
-                item.rows, item.ints = result
-                encoded.append(item)
-        return encoded
+                encoded[at] = [Segment(states[at], *result)]
+        return encoded, is_cut
 
     def _encoding_error(self, item: BatchItem, error: Exception) -> CarryError:
         if isinstance(error, InvalidInput):
@@ -103,57 +117,52 @@ class Inference:
         log.error("encoding_failed", model=self._served.name, exc_info=error)
         return InternalError(f"encoding failed: {type(error).__name__}")
 
-    async def _infer(self, items: list[BatchItem], times: StageTimes) -> list[Computed]:
-        """Run the network on encoded items; returns those with finite results."""
-        times.infer_began_s = began_s = time.monotonic()
-        if items[0].segments:
-            outputs, states, finite = await infer_segments(
-                self._compute, self._served, [m.segments for m in items], self._on_call
-            )
-        elif self._blocks is None:
-            outputs, states, finite = await self._infer_steps(items)
-        else:
-            outputs, states, finite = await self._infer_blocks(self._blocks, items)
-        times.infer_s = time.monotonic() - began_s
-        now_ms, fingerprint = self._now_ms(), self._served.fingerprint
-        computed: list[Computed] = []
-        for item, output, state in zip(items, outputs, states, strict=True):
-            if not finite and not self._is_finite(output, state):
-                item.job.resolve(_not_finite(item))
-                continue
-            item.outputs = output
-            new = apply_chunk(item.chunk, item.base, state, fingerprint=fingerprint, now_ms=now_ms)
-            computed.append((item, new))
-        return computed
+    async def _infer_rows(self, rows: list[FloatRows], before: State) -> ComputedColumns:
+        """Compute every step of every item.
 
-    def _is_finite(self, output: FloatRows, state: State) -> bool:
-        return bool(np.isfinite(output).all()) and self._served.state.is_finite(state)
-
-    async def _infer_steps(self, items: list[BatchItem]) -> BatchOutput:
-        """Compute every step of every item."""
-        pack = self._runtime_state.pack
-        before = [pack(m.base.state if m.base else self._initial) for m in items]
+        Args:
+            before: the float parts before the chunks, and the int parts of the encoder after them.
+        """
         outputs, after, finite = await self._compute.infer(
-            self._served.runtime,
-            [item.rows for item in items],
-            np.concatenate(before).reshape(len(before), -1),
-            self._on_call,
+            self._served.runtime, rows, self._runtime_state.pack(before), self._on_call
         )
-        # copies, since views would keep the states of the whole batch alive in the cache
-        unpack = self._runtime_state.unpack
-        states = [unpack(row, m.ints) for row, m in zip(after, items, strict=True)]
-        return BatchOutput(outputs, states, finite)
+        return outputs, self._runtime_state.unpack(after, before.ints), finite
 
-    async def _infer_blocks(self, blocks: BlockStateLayout, items: list[BatchItem]) -> BatchOutput:
+    async def _infer_blocks(
+        self, blocks: BlockStateLayout, items: list[BatchItem], parts: list[list[Segment]]
+    ) -> ComputedColumns:
         """Compute every block of every item whose window is complete."""
         inputs = [
-            BlockInput(m.base.state if m.base else self._initial, m.rows, m.ints, m.chunk.final)
-            for m in items
+            BlockInput(*part[0], item.chunk.final) for item, part in zip(items, parts, strict=True)
         ]
         width = self._served.outputs.size
-        return await infer_blocks(
-            self._compute, self._served.runtime, blocks, inputs, width, self._on_call
+        return _columns(
+            await infer_blocks(
+                self._compute, self._served.runtime, blocks, inputs, width, self._on_call
+            )
         )
+
+    def _finite(
+        self, items: list[BatchItem], outputs: list[FloatRows], states: State, finite: bool
+    ) -> Computed | None:
+        """The items with finite results, and their streams after the chunks; fails the others."""
+        heads = [next_head(item.chunk, item.base.head if item.base else None) for item in items]
+        computed = Computed(items, heads, outputs, *states)
+        if finite:
+            return computed
+        is_finite = [
+            bool(np.isfinite(output).all()) and self._served.state.is_finite(State(*state))
+            for output, *state in zip(outputs, *states, strict=True)
+        ]
+        for item, is_good in zip(items, is_finite, strict=True):
+            if not is_good:
+                item.job.resolve(_not_finite(item))
+        return computed.select([at for at, is_good in enumerate(is_finite) if is_good])
+
+
+def _columns(output: BatchOutput) -> ComputedColumns:
+    floats, ints = zip(*output.states, strict=True)
+    return output.outputs, State(np.stack(floats), np.stack(ints)), output.finite
 
 
 def _not_finite(item: BatchItem) -> NotFinite:

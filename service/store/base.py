@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, overload
 
 from service.core.errors import CarryError
 from service.core.values import (
@@ -25,6 +25,7 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
+from service.store.codec import decode_reply, decode_stream, unpack_head
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
 from service.store.usage import StreamUsage
@@ -44,6 +45,43 @@ class Commit(NamedTuple):
     expected: StreamHead | None
     new: StreamState
     reply: StoredReply | None
+
+
+@dataclass(frozen=True, slots=True)
+class CommitColumns(Sequence[Commit]):
+    """Compare-and-sets of a batch as columns of the bytes that the store compares and writes.
+
+    An item becomes a `Commit` only when it is asked for.
+
+    Attributes:
+        expected: as `Commit.expected`, packed by the codec; empty if no stream may exist.
+        states, replies: encoded; an empty reply deletes the stored one.
+    """
+
+    keys: Sequence[StreamKey]
+    expected: Sequence[bytes]
+    states: Sequence[bytes]
+    replies: Sequence[bytes]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Commit: ...
+    @overload
+    def __getitem__(self, index: slice) -> CommitColumns: ...
+    def __getitem__(self, index: int | slice) -> Commit | CommitColumns:
+        if isinstance(index, slice):
+            return CommitColumns(
+                self.keys[index], self.expected[index], self.states[index], self.replies[index]
+            )
+        expected, reply = self.expected[index], self.replies[index]
+        return Commit(
+            self.keys[index],
+            unpack_head(expected) if expected else None,
+            decode_stream(self.states[index]),
+            decode_reply(reply) if reply else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +179,8 @@ class StateStore(Protocol):
     ) -> list[CommitResult]:
         """Compare-and-set many streams in one round trip; each succeeds or fails independently.
 
-        A key may occur once per call. The reply is written before the state.
+        A key may occur once per call. The reply is written before the state. A batch gives its
+        commits as `CommitColumns`.
         """
 
     async def delete(

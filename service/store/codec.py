@@ -61,6 +61,7 @@ import math
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -75,6 +76,7 @@ from service.core.values import (
     FIRST_TAG,
     TAG_BYTES,
     Feed,
+    FloatRows,
     LastChunk,
     StoredReply,
     StreamHead,
@@ -97,10 +99,11 @@ _STATE_LEAD = struct.Struct("<4sBBHI")
 _STATE_REST = struct.Struct("<16s8s16sQQ16sq")
 _STATE = struct.Struct("<4sBBHII16s8s16sQQ16sq")
 _REPLY_LEAD = struct.Struct("<4sB3sII")
-_REPLY_REST = struct.Struct("<8s16sQ")
+_HEAD = struct.Struct("<8s16sQ")
 _REPLY = struct.Struct("<4sB3sIII8s16sQ")
 HEADER_BYTES: Final = _STATE.size
 _HEAD_OFFSET: Final = 32
+_TIME_OFFSET: Final = 88
 REPLY_HEADER_BYTES: Final = _REPLY.size
 _STATE_CRC_OFFSET: Final = _STATE_LEAD.size
 _REPLY_CRC_OFFSET: Final = _REPLY_LEAD.size
@@ -207,40 +210,86 @@ class CodecError(Exception):
     """Invalid bytes, or a value that cannot be encoded; the message gives the reason."""
 
 
-def encode_state(stream: StreamState) -> bytes:
-    """Encode a stream.
+def encode_states(
+    feeds: Sequence[Feed],
+    heads: Sequence[StreamHead],
+    last: Sequence[LastChunk | None],
+    states: State,
+    *,
+    fingerprint: bytes,
+    updated_ms: int,
+) -> list[bytes]:
+    """Encode many streams with states of the same size.
 
     Args:
-        stream: floats float32 [N] and ints int64 [M]. The caller checks that they are finite, for
-            a whole batch at once.
+        states: floats float32 [B, N] and ints int64 [B, M]. The caller checks that they are finite,
+            for all at once.
+        fingerprint, updated_ms: of all streams.
 
     Raises:
         CodecError: a value does not fit the layout.
     """
-    head, feed, fingerprint, last, updated_ms, (floats, ints) = stream
-    if floats.ndim != 1 or floats.dtype != _FLOAT or ints.ndim != 1 or ints.dtype != _INT:
+    floats, ints = states
+    if floats.ndim != 2 or floats.dtype != _FLOAT or ints.ndim != 2 or ints.dtype != _INT:
         raise CodecError(
-            f"expected float32 [N] and int64 [M], got {floats.dtype} {list(floats.shape)} and "
-            f"{ints.dtype} {list(ints.shape)}"
+            f"expected float32 [B, N] and int64 [B, M], got {floats.dtype} {list(floats.shape)} "
+            f"and {ints.dtype} {list(ints.shape)}"
         )
-    flags = _FEED_IS_INPUTS if feed is Feed.INPUTS else 0
-    start, digest = 0, _NO_DIGEST
-    if last is not None:
-        start, digest, stream_existed = last
-        flags |= _HAS_LAST | (_STREAM_EXISTED if stream_existed else 0)
-    epoch, tag, position = head
-    # struct silently pads or cuts a string of another length.
-    if not len(fingerprint) == len(tag) == len(digest) == 16 or len(epoch) != EPOCH_BYTES:
-        raise CodecError(
-            "expected 16 bytes each of fingerprint, tag and digest, and 8 of the epoch, got "
-            f"{len(fingerprint)}, {len(tag)}, {len(digest)} and {len(epoch)}"
-        )
-    try:
-        lead = _STATE_LEAD.pack(STATE_MAGIC, FORMAT, flags, ints.size, floats.size)
-        rest = _STATE_REST.pack(fingerprint, epoch, tag, position, start, digest, updated_ms)
-    except struct.error as error:
-        raise CodecError(f"a value is out of range: {error}") from error
-    return _join_with_checksum(lead, rest, ints.tobytes(), floats.tobytes())
+    int_size, float_size = ints.shape[1], floats.shape[1]
+    float_bytes, int_bytes = floats.tobytes(), ints.tobytes()
+    values: list[bytes] = []
+    at = int_at = 0
+    for feed, (epoch, tag, position), chunk in zip(feeds, heads, last, strict=True):
+        start, digest, existed = chunk or (0, _NO_DIGEST, False)
+        if not len(fingerprint) == len(tag) == len(digest) == 16 or len(epoch) != EPOCH_BYTES:
+            raise CodecError(
+                "expected 16 bytes each of fingerprint, tag and digest, and 8 of the epoch, got "
+                f"{len(fingerprint)}, {len(tag)}, {len(digest)} and {len(epoch)}"
+            )
+        try:
+            flags = _FEED_IS_INPUTS if feed is Feed.INPUTS else 0
+            flags |= (_HAS_LAST if chunk else 0) | (_STREAM_EXISTED if existed else 0)
+            lead, crc = _state_lead(flags, int_size, float_size)
+            rest = _STATE_REST.pack(fingerprint, epoch, tag, position, start, digest, updated_ms)
+        except struct.error as error:
+            raise CodecError(f"a value is out of range: {error}") from error
+        end, int_end = at + 4 * float_size, int_at + 8 * int_size
+        body = b"".join((rest, int_bytes[int_at:int_end], float_bytes[at:end]))
+        at, int_at = end, int_end
+        values.append(b"".join((lead, zlib.crc32(body, crc).to_bytes(4, "little"), body)))
+    return values
+
+
+def decode_states(values: Sequence[bytes], int_size: int, float_size: int) -> State:
+    """The states of valid values of the same size: floats float32 [B, N] and ints int64 [B, M]."""
+    joined = b"".join([value[HEADER_BYTES:] for value in values])
+    rows = np.frombuffer(joined, _FLOAT).reshape(len(values), 2 * int_size + float_size)
+    floats, ints = rows[:, 2 * int_size :], rows[:, : 2 * int_size].view(_INT)
+    return State(np.ascontiguousarray(floats), ints)
+
+
+@lru_cache(maxsize=256)
+def _state_lead(flags: int, int_size: int, float_size: int) -> tuple[bytes, int]:
+    """The part of a state before its checksum, and the checksum of this part."""
+    lead = _STATE_LEAD.pack(STATE_MAGIC, FORMAT, flags, int_size, float_size)
+    return lead, zlib.crc32(lead)
+
+
+def encode_state(stream: StreamState) -> bytes:
+    """Encode one stream.
+
+    Raises:
+        CodecError: a value does not fit the layout.
+    """
+    floats, ints = stream.state
+    return encode_states(
+        [stream.feed],
+        [stream.head],
+        [stream.last],
+        State(floats[np.newaxis], ints[np.newaxis]),
+        fingerprint=stream.fingerprint,
+        updated_ms=stream.updated_ms,
+    )[0]
 
 
 def encode_tombstone(tombstone: Tombstone) -> bytes:
@@ -301,6 +350,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         last=LastChunk(start, digest, stream_existed) if has_last else None,
         updated_ms=updated_ms,
         state=State(floats, ints),
+        value=value,
     )
 
 
@@ -351,6 +401,48 @@ def head_bytes(head: StreamHead) -> bytes:
     return head.epoch + head.tag
 
 
+def decode_stream(value: bytes) -> StreamState:
+    """Decode a state that is no tombstone.
+
+    Raises:
+        CodecError
+    """
+    stream = decode_state(value)
+    if isinstance(stream, Tombstone):
+        raise CodecError("expected a stream, got a tombstone")
+    return stream
+
+
+def committed_at_ms(value: bytes) -> int:
+    """The time of the commit of a valid state, epoch milliseconds."""
+    return int.from_bytes(value[_TIME_OFFSET:HEADER_BYTES], "little", signed=True)
+
+
+def pack_head(head: StreamHead) -> bytes:
+    """The 32 bytes of a head in a header.
+
+    Raises:
+        CodecError: a value does not fit the layout.
+    """
+    epoch, tag, position = head
+    if len(tag) != TAG_BYTES or len(epoch) != EPOCH_BYTES:
+        raise CodecError(f"expected a tag and an epoch, got {len(tag)} and {len(epoch)} bytes")
+    try:
+        return _HEAD.pack(epoch, tag, position)
+    except struct.error as error:
+        raise CodecError(f"a value is out of range: {error}") from error
+
+
+def packed_head(value: bytes) -> bytes:
+    """The head of a state, still packed."""
+    return value[_HEAD_OFFSET : _HEAD_OFFSET + _HEAD.size]
+
+
+def unpack_head(packed: bytes) -> StreamHead:
+    """The inverse of `pack_head`."""
+    return StreamHead(*_HEAD.unpack(packed))
+
+
 def raw_head(value: bytes) -> StreamHead:
     """The bytes at the offset of a state's head, padded with zeros.
 
@@ -362,24 +454,32 @@ def raw_head(value: bytes) -> StreamHead:
     return StreamHead(raw[:EPOCH_BYTES], raw[EPOCH_BYTES:], 0)
 
 
-def encode_reply(reply: StoredReply) -> bytes:
-    """Encode a reply, outputs float32 [T, O]; the caller checks that they are finite.
+def encode_replies(heads: Sequence[StreamHead], outputs: Sequence[FloatRows]) -> list[bytes]:
+    """Encode replies, outputs float32 [T, O] of each; the caller checks that they are finite.
 
     Raises:
         CodecError: a value does not fit the layout.
     """
-    (epoch, tag, position), outputs = reply
-    if outputs.ndim != 2 or outputs.dtype != _FLOAT:
-        raise CodecError(f"expected float32 [T, O], got {outputs.dtype} {list(outputs.shape)}")
-    if len(tag) != TAG_BYTES or len(epoch) != EPOCH_BYTES:
-        raise CodecError(f"expected a tag and an epoch, got {len(tag)} and {len(epoch)} bytes")
-    steps, width = outputs.shape
-    try:
-        lead = _REPLY_LEAD.pack(REPLY_MAGIC, FORMAT, _ZERO, steps, width)
-        rest = _REPLY_REST.pack(epoch, tag, position)
-    except struct.error as error:
-        raise CodecError(f"a value is out of range: {error}") from error
-    return _join_with_checksum(lead, rest, outputs.tobytes())
+    replies: list[bytes] = []
+    for head, values in zip(heads, outputs, strict=True):
+        if values.ndim != 2 or values.dtype != _FLOAT:
+            raise CodecError(f"expected float32 [T, O], got {values.dtype} {list(values.shape)}")
+        lead, crc = _reply_lead(*values.shape)
+        body = pack_head(head) + values.tobytes()
+        replies.append(b"".join((lead, zlib.crc32(body, crc).to_bytes(4, "little"), body)))
+    return replies
+
+
+def encode_reply(reply: StoredReply) -> bytes:
+    """Encode one reply; see `encode_replies`."""
+    return encode_replies([reply.head], [reply.outputs])[0]
+
+
+@lru_cache(maxsize=256)
+def _reply_lead(steps: int, width: int) -> tuple[bytes, int]:
+    """The part of a reply before its checksum, and the checksum of this part."""
+    lead = _REPLY_LEAD.pack(REPLY_MAGIC, FORMAT, _ZERO, steps, width)
+    return lead, zlib.crc32(lead)
 
 
 def decode_reply(value: bytes) -> StoredReply:

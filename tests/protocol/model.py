@@ -19,6 +19,7 @@ from service.core.values import StreamState, Tombstone
 from service.store.base import Commit
 from service.store.redis import outcomes
 from tests.protocol.state import NOTHING, STREAMS, Keys, Request, Scenario, Version
+from tests.support.streams import applied
 
 MODEL = "probe"
 WRITTEN = {"fingerprint": b"\x0f" * 16, "now_ms": 1_700_000_000_000}
@@ -97,7 +98,7 @@ class Rules:
 
     evaluate_chunk: Callable[..., Any] = delivery.evaluate_chunk
     is_continuation: Callable[..., bool] = delivery.is_continuation
-    apply_chunk: Callable[..., StreamState] = delivery.apply_chunk
+    apply_chunk: Callable[..., StreamState] = applied
     resolve_conflict: Callable[..., Any] = delivery.resolve_conflict
     resolve_duplicate: Callable[..., Any] = delivery.resolve_duplicate
     resolve_retried_commit: Callable[..., Any] = outcomes.resolve_retried_commit

@@ -68,9 +68,13 @@ class System:
             except CarryError as error:
                 self.fail(request, error)
 
+    def _continues(self, request: Request, copy: Any) -> bool:
+        chunk = self.model.chunk(request)
+        return self.rules.is_continuation(chunk, copy.head, copy.feed)
+
     def start_chunk(self, worker: Any, request: Request, cached: Version) -> None:
         """Compute a chunk that continues the cached state, or load the stored one."""
-        if cached and self.rules.is_continuation(self.model.chunk(request), cached.stream):
+        if cached and self._continues(request, cached.stream):
             self.compute(worker, request, cached)
             if self.rules.answer_early:
                 self.acknowledge(request, worker.cache[request.operation.stream])

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from models.spec.state import State
-from service.core.delivery import next_tag
+from service.core.delivery import last_chunk, next_head, next_tag
 from service.core.values import (
     FIRST_TAG,
+    Chunk,
     Feed,
     LastChunk,
     StoredReply,
@@ -19,7 +20,9 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
+from service.pipeline.batch_item import BaseStream
 from service.store.base import Commit, Committed, StateStore
+from service.store.codec import encode_state
 
 
 class Streams:
@@ -84,6 +87,20 @@ class Streams:
         """The commit that follows a commit."""
         new = self.after(commit.new)
         return Commit(commit.key, commit.new.head, new, self.reply(new))
+
+
+def applied(
+    chunk: Chunk, base: StreamState | None, state: State, *, fingerprint: bytes, now_ms: int
+) -> StreamState:
+    """The stream after a processed chunk."""
+    head = base.head if base else None
+    new, last = next_head(chunk, head), last_chunk(chunk, head)
+    return StreamState(new, chunk.steps.feed, fingerprint, last, now_ms, state)
+
+
+def cached(stream: StreamState) -> BaseStream:
+    """The stream as a worker keeps it in memory."""
+    return BaseStream(stream.head, stream.feed, encode_state(stream))
 
 
 def key(stream: str, model: str = "flights") -> StreamKey:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import structlog
@@ -34,6 +35,7 @@ from service.core.errors import (
 from service.core.values import (
     EPOCH_BYTES,
     FIRST_TAG,
+    TAG_BYTES,
     Check,
     StoredReply,
     StreamHead,
@@ -42,7 +44,14 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.store.base import COMMITTED, Commit, CommitResult, Conflicted, Loaded
+from service.store.base import (
+    COMMITTED,
+    Commit,
+    CommitColumns,
+    CommitResult,
+    Conflicted,
+    Loaded,
+)
 from service.store.codec import (
     HEADER_BYTES,
     TOMBSTONE_PREFIX,
@@ -53,6 +62,7 @@ from service.store.codec import (
     encode_state,
     encode_tombstone,
     head_bytes,
+    pack_head,
     raw_head,
 )
 from service.store.observation import StoreTelemetry, StreamCount
@@ -86,6 +96,10 @@ from service.store.settings import Durability, StoreSettings
 from service.store.usage import StreamUsage
 
 DELETE_ATTEMPTS: Final = 6
+BUSY_STREAMS: Final = 4096
+"""How many streams' keys are remembered between their commits."""
+
+EXPECTED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
 _WRITTEN: Final = [1]
 
 log = structlog.get_logger(__name__)
@@ -105,6 +119,7 @@ class RedisStore:
     def __init__(self, settings: StoreSettings):
         self._settings = settings
         self._keys = settings.keys
+        self._pair = lru_cache(maxsize=BUSY_STREAMS)(self._keys.pair)
         self._router = open_router(settings)
         self._slots: list[int] | None = None
         if settings.is_cluster:
@@ -249,49 +264,88 @@ class RedisStore:
             StoreUnavailable: nothing was sent.
             StoreRefused: the store as a whole; nothing was written.
         """
-        results: list[CommitResult | None] = [None] * len(commits)
-        requests: list[StoreRequest] = []
-        members_of_requests: list[list[int]] = []
-        for slot, group in self._group_by_slot([commit.key for commit in commits]):
-            keys: list[str] = []
-            arguments: list[str | bytes | int] = [
-                self._settings.idle_ttl_ms,
-                self._settings.reply_ttl_ms,
-            ]
-            members: list[int] = []
-            for index in group:
-                key, expected, new, reply = commits[index]
-                try:
-                    state_bytes, reply_bytes = encode_state(new), self._reply_bytes(reply)
-                except CodecError as codec_error:
-                    results[index] = encoding_error(key, codec_error)
-                    continue
-                keys += self._keys.pair(key)
-                expected_bytes = b"" if expected is None else head_bytes(expected)
-                arguments += (expected_bytes, state_bytes, reply_bytes)
-                members.append(index)
-            if members:
-                requests.append(StoreRequest.for_script(self._commit_script, keys, arguments, slot))
-                members_of_requests.append(members)
-        if requests:
-            outcomes = await self._router.execute(*requests, durably=True, deadline_s=deadline_s)
-            if (error := first_error(outcomes)) is not None:
-                raise error
-            for members, outcome in zip(members_of_requests, outcomes, strict=True):
-                group_results = await self._commit_results(
-                    [commits[index] for index in members], outcome, deadline_s
-                )
-                for index, result in zip(members, group_results, strict=True):
-                    results[index] = result
+        if isinstance(commits, CommitColumns):
+            results = await self._commit_columns(commits, deadline_s)
+        else:
+            results = await self._encode_and_commit(commits, deadline_s)
         if self.outputs.watched:
             self._publish(commits, results)
-        return [result for result in results if result is not None]
+        return results
 
-    def _publish(self, commits: Sequence[Commit], results: Sequence[CommitResult | None]) -> None:
+    async def _encode_and_commit(
+        self, commits: Sequence[Commit], deadline_s: float | None
+    ) -> list[CommitResult]:
+        """Commit those that can be encoded."""
+        errors: dict[int, CommitResult] = {}
+        rows: list[tuple[StreamKey, bytes, bytes, bytes]] = []
+        for index, (key, expected, new, reply) in enumerate(commits):
+            try:
+                rows.append(
+                    (
+                        key,
+                        b"" if expected is None else pack_head(expected),
+                        encode_state(new),
+                        b"" if reply is None else encode_reply(reply),
+                    )
+                )
+            except CodecError as codec_error:
+                errors[index] = encoding_error(key, codec_error)
+        columns = CommitColumns(*zip(*rows, strict=True)) if rows else CommitColumns([], [], [], [])
+        committed = iter(await self._commit_columns(columns, deadline_s))
+        return [
+            errors[index] if index in errors else next(committed) for index in range(len(commits))
+        ]
+
+    async def _commit_columns(
+        self, commits: CommitColumns, deadline_s: float | None
+    ) -> list[CommitResult]:
+        """Commit with one script call for each slot."""
+        groups = self._group_by_slot(commits.keys) if commits.keys else []
+        requests = [self._commit_request(commits, slot, group) for slot, group in groups]
+        if not requests:
+            return []
+        outcomes = await self._router.execute(*requests, durably=True, deadline_s=deadline_s)
+        if (error := first_error(outcomes)) is not None:
+            raise error
+        if len(groups) == 1:
+            return await self._commit_results(commits, groups[0][1], outcomes[0], deadline_s)
+        results: dict[int, CommitResult] = {}
+        for (_, group), outcome in zip(groups, outcomes, strict=True):
+            of_group = await self._commit_results(commits, group, outcome, deadline_s)
+            results.update(zip(group, of_group, strict=True))
+        return [results[index] for index in range(len(commits))]
+
+    def _commit_request(
+        self, commits: CommitColumns, slot: int, group: Sequence[int]
+    ) -> StoreRequest:
+        """The script call that commits some of them."""
+        names, pair = list[str](), self._pair
+        arguments: list[str | bytes | int] = [
+            self._settings.idle_ttl_ms,
+            self._settings.reply_ttl_ms,
+        ]
+        max_bytes = self._settings.reply_max_bytes if self._settings.reply_ttl_ms else 0
+        keys, expected, states, replies = (
+            commits.keys, commits.expected, commits.states, commits.replies
+        )  # fmt: skip
+        for index in group:
+            names += pair(keys[index])
+            reply = replies[index]
+            arguments += (
+                expected[index][:EXPECTED_BYTES],
+                states[index],
+                reply if len(reply) <= max_bytes else b"",
+            )
+        return StoreRequest.for_script(self._commit_script, names, arguments, slot)
+
+    def _publish(self, commits: Sequence[Commit], results: Sequence[CommitResult]) -> None:
         """Publish the outputs of the watched streams among those that were committed."""
-        for (key, _, new, reply), result in zip(commits, results, strict=True):
-            if key in self.outputs.watched and result is COMMITTED and new.last is not None:
-                self.outputs.publish(Output(key, new.last.start, reply))
+        keys = commits.keys if isinstance(commits, CommitColumns) else [c.key for c in commits]
+        for index, (key, result) in enumerate(zip(keys, results, strict=True)):
+            if key in self.outputs.watched and result is COMMITTED:
+                _, _, new, reply = commits[index]
+                if new.last is not None:
+                    self.outputs.publish(Output(key, new.last.start, reply))
 
     async def delete(
         self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
@@ -422,29 +476,32 @@ class RedisStore:
         return list(groups.items())
 
     async def _commit_results(
-        self, commits: Sequence[Commit], outcome: Outcome, deadline_s: float | None
+        self,
+        commits: CommitColumns,
+        group: Sequence[int],
+        outcome: Outcome,
+        deadline_s: float | None,
     ) -> list[CommitResult]:
-        """The results of the commits of one script call."""
+        """The results of those commits that one script call made."""
         if isinstance(outcome, ReplyLost):
-            return [
-                outcome_unknown_error(commit.key, commit.expected, outcome) for commit in commits
-            ]
+            return [outcome_unknown_error(commits.keys[index], None, outcome) for index in group]
         if isinstance(outcome, CarryError):
-            return [outcome] * len(commits)
+            return [outcome] * len(group)
+        if outcome.is_durable and outcome.value.count(_WRITTEN) == len(group):
+            return [COMMITTED] * len(group)
         results: list[CommitResult] = []
-        for commit, reply in zip(commits, outcome.value, strict=True):
+        for index, reply in zip(group, outcome.value, strict=True):
+            key = commits.keys[index]
             if reply == _WRITTEN:
                 results.append(
-                    COMMITTED
-                    if outcome.is_durable
-                    else not_durable_error(self._settings, commit.key)
+                    COMMITTED if outcome.is_durable else not_durable_error(self._settings, key)
                 )
                 continue
-            result = self._parse_result(commit.key, reply)
+            result = self._parse_result(key, reply)
             if outcome.is_retry and isinstance(result, Conflicted):
-                result = resolve_retried_commit(commit, result)
+                result = resolve_retried_commit(commits[index], result)
                 if result is COMMITTED:
-                    result = await self._ensure_durable(commit.key, deadline_s)
+                    result = await self._ensure_durable(key, deadline_s)
             results.append(result)
         return results
 
@@ -472,12 +529,6 @@ class RedisStore:
         if isinstance(outcome, Reply) and not outcome.is_durable and values[0] is not None:
             raise not_durable_error(self._settings, key)
         return values
-
-    def _reply_bytes(self, reply: StoredReply | None) -> bytes:
-        if reply is None or self._settings.reply_ttl_ms == 0:
-            return b""
-        value = encode_reply(reply)
-        return value if len(value) <= self._settings.reply_max_bytes else b""
 
     def _parse_result(self, key: StreamKey, reply: list[Any]) -> CommitResult:
         """The result of one stream, as a script returned it."""

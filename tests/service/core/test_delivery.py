@@ -15,7 +15,6 @@ from models.spec.state import State
 from service.core.delivery import (
     Process,
     Replay,
-    apply_chunk,
     chunk_digest,
     evaluate_chunk,
     is_continuation,
@@ -39,6 +38,7 @@ from service.core.values import (
     StreamKey,
     StreamState,
 )
+from tests.support.streams import applied
 
 EPOCH, OTHER_EPOCH = b"\x01" * 8, b"\x02" * 8
 FINGERPRINT = b"\x03" * 16
@@ -55,9 +55,13 @@ def chunk(position: int | None = None, count: int = 4, seed: int = 0, **more: An
     return Chunk(KEY, steps, chunk_digest(None, steps), position=position, **more)
 
 
+def continues(candidate: Chunk) -> bool:
+    return is_continuation(candidate, STREAM.head, STREAM.feed)
+
+
 def after(last: Chunk, base: StreamState | None = None) -> StreamState:
     state = State(np.ones(5, np.float32), np.zeros(0, np.int64))
-    new = apply_chunk(last, base, state, fingerprint=FINGERPRINT, now_ms=7)
+    new = applied(last, base, state, fingerprint=FINGERPRINT, now_ms=7)
     return new if base else new._replace(head=new.head._replace(epoch=EPOCH))
 
 
@@ -199,12 +203,18 @@ def test_start_over_with_an_epoch_ends_that_epoch_only() -> None:
 
 def test_chunk_continues_a_cached_state_if_its_precondition_holds() -> None:
     current = Precondition((STREAM.head.etag, "other"))
-    assert is_continuation(chunk(None, precondition=current), STREAM)
-    assert is_continuation(chunk(None, precondition=Precondition(any_state=True)), STREAM)
-    assert not is_continuation(chunk(None, precondition=Precondition(("other",))), STREAM)
-    assert not is_continuation(chunk(None, precondition=current, starts_over=True), STREAM)
+    assert continues(chunk(None, precondition=current))
+    assert is_continuation(
+        chunk(None, precondition=Precondition(any_state=True)), STREAM.head, STREAM.feed
+    )
+    assert not is_continuation(
+        chunk(None, precondition=Precondition(("other",))), STREAM.head, STREAM.feed
+    )
+    assert not is_continuation(
+        chunk(None, precondition=current, starts_over=True), STREAM.head, STREAM.feed
+    )
 
 
 def test_start_over_never_continues_a_cached_state() -> None:
-    assert is_continuation(chunk(None), STREAM)
-    assert not is_continuation(chunk(None, starts_over=True), STREAM)
+    assert continues(chunk(None))
+    assert not continues(chunk(None, starts_over=True))

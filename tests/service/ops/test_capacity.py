@@ -13,7 +13,7 @@ from service.pipeline.chunk_load import StateCache
 from service.store.codec import encode_reply, encode_state
 from service.store.settings import StoreSettings
 from tests.support.servers import KINDS, real_server
-from tests.support.streams import Streams, key
+from tests.support.streams import Streams, cached, key
 
 ERROR = 0.10
 """Share by which the formula may differ from the memory, as the documentation says."""
@@ -55,9 +55,9 @@ def test_a_cache_of_the_computed_size_holds_every_state() -> None:
     planned = Planned(100, 4 * 50 + 8 * 2, 8, 8, 0, 0)
     cache, streams = StateCache(cache_bytes(planned)), Streams()
     for number in range(100):
-        cache.put(key(f"s{number}"), streams.first(floats=50, ints=2))
+        cache.put(key(f"s{number}"), cached(streams.first(floats=50, ints=2)))
     assert cache.get(key("s0")) is not None
-    cache.put(key("one more"), streams.first(floats=50, ints=2))
+    cache.put(key("one more"), cached(streams.first(floats=50, ints=2)))
     assert cache.get(key("s1")) is None
 
 

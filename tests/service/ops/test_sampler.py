@@ -15,10 +15,11 @@ from service.core.errors import StoreRefused
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
 from service.ops.metrics import MULTIPROCESS_DIR, PrometheusRecorder
 from service.ops.sampler import Sampler, TransportLoad
-from service.pipeline.chunk_load import StateCache
+from service.pipeline.chunk_load import OVERHEAD_BYTES, StateCache
 from service.store.observation import StoreTelemetry, StreamCount
 from tests.support.metrics import read, series
 from tests.support.pages import ROOT
+from tests.support.streams import cached
 
 
 class ObservedStore:
@@ -50,13 +51,13 @@ def sampler_of(recorder: PrometheusRecorder, store: Any, cache: StateCache) -> S
 
 
 def test_counts_are_copied_once(recorder: PrometheusRecorder) -> None:
-    store, cache = ObservedStore(), StateCache(2200)
+    store, cache = ObservedStore(), StateCache(1400)
     sampler = sampler_of(recorder, store, cache)
     head = StreamHead(bytes(8), FIRST_TAG, 0)
     state = State(np.zeros(4, np.float32), np.zeros(0, np.int64))
     stream = StreamState(head, Feed.INPUTS, bytes(16), None, 0, state)
     for name in ("a", "b", "c"):
-        cache.put(StreamKey("flights", name), stream)
+        cache.put(StreamKey("flights", name), cached(stream))
     store.telemetry.reconnects = 2
     store.telemetry.round_trips_s += [0.0002, 0.3]
     sampler.sample()
@@ -68,7 +69,7 @@ def test_counts_are_copied_once(recorder: PrometheusRecorder) -> None:
     assert found[series("carry_requests_in_flight", transport="grpc")] == 1
     assert found[series("carry_cache_evictions_total", **flights)] == 1
     assert found[series("carry_cache_evictions_total", model="post")] == 0
-    assert found[series("carry_cache_bytes")] == cache.size_bytes == 2 * (1024 + 16)
+    assert found[series("carry_cache_bytes")] == cache.size_bytes == 2 * (OVERHEAD_BYTES + 16)
     assert found[series("carry_store_up")] == 1
     assert found[series("carry_store_servers", state="up")] == 2
     assert found[series("carry_store_servers", state="down")] == 1

@@ -6,7 +6,9 @@ import numpy as np
 
 from models.spec.state import State
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
+from service.pipeline.batch_item import BaseStream
 from service.pipeline.chunk_load import OVERHEAD_BYTES, StateCache
+from tests.support.streams import cached
 
 FLOATS = 64
 SIZE_BYTES = OVERHEAD_BYTES + 4 * FLOATS
@@ -16,10 +18,10 @@ def key(name: str) -> StreamKey:
     return StreamKey("model", name)
 
 
-def state(floats: int = FLOATS, committed_ms: int = 0) -> StreamState:
+def state(floats: int = FLOATS, committed_ms: int = 0) -> BaseStream:
     values = State(np.zeros(floats, np.float32), np.zeros(0, np.int64))
-    head = StreamHead(b"e", FIRST_TAG, 1)
-    return StreamState(head, Feed.INPUTS, b"f", None, committed_ms, values)
+    head = StreamHead(bytes(8), FIRST_TAG, 1)
+    return cached(StreamState(head, Feed.INPUTS, bytes(16), None, committed_ms, values))
 
 
 def kept(cache: StateCache, names: str) -> str:

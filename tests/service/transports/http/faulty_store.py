@@ -62,7 +62,7 @@ class FaultyStore:
         """Raised by every call while it is set."""
         self.damaged: dict[StreamKey, CarryError] = {}
         """Answers of `load` for some streams."""
-        self.on_commit: Callable[[Commit], CommitResult | None] = lambda _: None
+        self.on_commit: Callable[[Commit], CommitResult | None] | None = None
         """May answer a commit in the store's place."""
         self.on_delete: Callable[[StreamKey], CommitResult | None] = lambda _: None
         """May answer a deletion in the store's place."""
@@ -120,6 +120,10 @@ class FaultyStore:
         self, commits: Sequence[Commit], deadline_s: float | None = None
     ) -> list[CommitResult]:
         self._fail()
+        if self.on_commit is None:
+            results_of_all = await self._store.commit(commits, deadline_s)
+            await self._held()
+            return results_of_all
         answers = [self.on_commit(commit) for commit in commits]
         passed = [c for c, answer in zip(commits, answers, strict=True) if answer is None]
         results = iter(await self._store.commit(passed, deadline_s) if passed else [])
