@@ -35,11 +35,11 @@ from tests.support.servers import RealServer
 TOGETHER = 64
 """Chunks that arrive together."""
 
-KEY_SHARE = 1.03
-"""Most calls of a chunk whose access key is checked, as a share of those of one without a key."""
+KEY_CALLS = 2.0
+"""Measured further calls of a chunk whose access key is checked."""
 
-REJECTED_SHARE = 0.233
-"""Measured calls of a rejected chunk, as a share of those of a served one."""
+REJECTED_CALLS = 18.0
+"""Measured calls of a rejected chunk."""
 
 SLACK = 1.05
 WARM_UP_ROUNDS = 3
@@ -120,7 +120,7 @@ async def test_checking_an_access_key_costs_little(
         line = f"Authorization: {await api.key(models=('pro*',), prefix='s')}"
         checked = await send_rounds(port_of(server), together, 200, line)
     print(f"calls per chunk: {checked:.1f} with an access key, {without:.1f} without")
-    assert checked <= KEY_SHARE * without
+    assert checked - without <= SLACK * KEY_CALLS
 
 
 @needs_monitoring
@@ -132,6 +132,5 @@ async def test_rejected_chunk_costs_a_fraction_of_a_served_one(
     for status, options in ((200, {}), (429, {"max_queue": 0})):
         async with harness(pipeline_server, models, **options) as api, serving(api) as server:
             calls[status] = await send_rounds(port_of(server), together, status)
-    share = calls[429] / calls[200]
     print(f"calls of a rejected chunk: {calls[429]:.1f}, of a served one: {calls[200]:.1f}")
-    assert share <= SLACK * REJECTED_SHARE, share
+    assert calls[429] <= SLACK * REJECTED_CALLS
