@@ -146,6 +146,12 @@ def test_batched_encoding_equals_separate_encoding(
     clocks = data.draw(
         st.lists(st.sampled_from(CLOCKS), min_size=len(chunks), max_size=len(chunks))
     )
+    # so that streams have statistics of their own
+    earlier = data.draw(events(schema, len(chunks)))
+    clocks = [
+        encode(schema, columns_from_events(schema, earlier[:count]), clock)[1]
+        for count, clock in enumerate(clocks)
+    ]
 
     rows, after = encode_many(schema, columns, clocks)
 
