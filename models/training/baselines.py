@@ -234,22 +234,27 @@ def _forecast(table: Table, head: ForecastHead | DenseHead) -> list[Baseline]:
     truth = _everywhere(table, head)
     encoded = np.stack([table.encoded(name) for name in head.targets], axis=1)
     targets = range(len(head.targets))
-    # Errors are alike in one space and not in the other, depending on the data: try both.
-    spaces: dict[str, tuple[Floats, Callable[[list[Floats]], Floats]]] = {
-        "transformed": (encoded, lambda values: _in_units(table, head, values)),
-        "units": (truth, lambda values: np.stack(values, axis=1)),
+    # Errors are alike in one space and not in the others, depending on the data: try all.
+    alike = np.ones_like(truth)
+    spaces: dict[str, tuple[Floats, Floats, Callable[[list[Floats]], Floats]]] = {
+        "transformed": (encoded, alike, lambda values: _in_units(table, head, values)),
+        "units": (truth, alike, lambda values: np.stack(values, axis=1)),
     }
+    if table.deviations.keys() >= set(head.targets):
+        own = np.stack([table.deviations[name] for name in head.targets], axis=1)
+        spaces["deviations of the stream"] = (truth, own, spaces["units"][2])
 
     def score(space: str, life: Any, at: NDArray[np.int64]) -> Scored:
-        scaled, back = spaces[space]
+        scaled, widths, back = spaces[space]
         values = []
         for target in targets:
-            series = scaled[:, target]
+            series, width = scaled[:, target], widths[:, target]
             predicted = table.last_known(series) if life == "last" else table.running(series, life)
-            spread = np.nanquantile(series[table.train] - predicted[table.train - 1], levels)
+            errors = series[table.train] - predicted[table.train - 1]
+            spread = np.nanquantile(errors / width[table.train], levels)
             middle = float(np.nanmedian(series[table.train]))
             near = np.where(np.isnan(predicted[at - 1]), middle, predicted[at - 1])
-            values.append(near[:, None] + spread)
+            values.append(near[:, None] + spread * width[at, None])
         return score_forecast(quantiles, back(values), truth[at])
 
     def choose(name: str, lives: tuple[Any, ...]) -> Baseline:

@@ -49,6 +49,7 @@ from models.training.scores import (
     DayDraws,
     Scored,
     add_scaled,
+    deviations_of,
     has_targets,
     interval,
     score_outputs,
@@ -143,6 +144,7 @@ def make_report(
             target_rows(head, streams, labels, split.validate, split.test),
             target_rows(head, streams, labels, test_key),
             labels,
+            deviations_of(spec, getattr(head, "targets", ()), scales),
         )
         for head in heads
     }

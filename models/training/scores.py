@@ -21,7 +21,7 @@ that differences are paired.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -231,6 +231,27 @@ def stream_scales(spec: ModelSpec, streams: Streams) -> dict[str, Floats]:
     return scales
 
 
+def deviations_of(
+    spec: ModelSpec, targets: Sequence[str], scales: Mapping[str, Floats]
+) -> dict[str, Floats]:
+    """The deviation of each event's stream before it, in units, by target, float64 [rows].
+
+    That of the training data for a target without `normalisation`. Empty if no target has it, or if
+    one is transformed, whose deviation is not in its units.
+
+    Args:
+        scales: as `stream_scales` gives them.
+    """
+    found = {}
+    for name in targets if scales.keys() & set(targets) else ():
+        target = event_field(spec, name)
+        if not isinstance(target, NumericField) or target.transform != "none":
+            return {}
+        rows = len(next(iter(scales.values())))
+        found[name] = scales.get(name, np.ones(rows)) * (target.std or 1.0)
+    return found
+
+
 def add_scaled(
     spec: ModelSpec, head: Head, scored: Scored, scales: Mapping[str, Floats], at: NDArray[np.int64]
 ) -> Scored:
@@ -244,16 +265,10 @@ def add_scaled(
         at: int64 [n], the events that were predicted.
     """
     targets = getattr(head, "targets", ())
-    if scored.values is None or scored.truth is None or not scales.keys() & set(targets):
+    own = deviations_of(spec, targets, scales)
+    if scored.values is None or scored.truth is None or not own:
         return scored
-    deviations = []
-    for name in targets:
-        target = event_field(spec, name)
-        if not isinstance(target, NumericField) or target.transform != "none":
-            return scored
-        own = scales[name][at] if name in scales else np.ones(len(at))
-        deviations.append(own * (target.std or 1.0))
-    scale = np.stack(deviations, axis=1)
+    scale = np.stack([own[name][at] for name in targets], axis=1)
     quantiles = getattr(head, "quantiles", ())
     values, truth = scored.values / scale[..., None], scored.truth / scale
     scaled = score_forecast(quantiles, values, truth).losses

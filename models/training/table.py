@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,7 @@ class Table:
         train, validate, test: int64, rows that the head predicts or labels. For a label head
             they are the rows that have a label; for any other each has a predecessor.
         labels: of all rows.
+        deviations: as `models.training.scores.deviations_of` gives them for the head's targets.
     """
 
     spec: ModelSpec
@@ -37,6 +39,7 @@ class Table:
     validate: NDArray[np.int64]
     test: NDArray[np.int64]
     labels: Labels = field(default_factory=dict)
+    deviations: Mapping[str, Floats] = field(default_factory=dict)
 
     @cached_property
     def stream_of(self) -> NDArray[np.int64]:

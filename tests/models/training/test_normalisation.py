@@ -147,7 +147,10 @@ def test_a_report_scores_baselines_on_globally_standardised_values(trained: Arti
 
     report = make_report(trained, frame, trees=False, draws=20)
 
-    scores = report["heads"]["next"]["scores"]
+    next_ = report["heads"]["next"]
+    scores = next_["scores"]
+    for settings in next_["settings"].values():
+        assert settings["errors_in"] == "deviations of the stream"
     assert {name for name, each in scores.items() if "scaled_mae" in each} == set(scores)
     assert "in the last 0.3 of each stream" in report_lines(report)[0]
     plain = without_normalisation(trained.spec)
