@@ -32,6 +32,13 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 _MAX_VALUE_CHARACTERS = 60
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads a time without quotes as its text: a specification has no other use for it."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+
+
 class _Problem(NamedTuple):
     """An error: line number, dotted path of the member, and message."""
 
@@ -97,7 +104,7 @@ def _spec_error(path: Path, problems: Sequence[_Problem]) -> SpecError:
 
 def _load(text: str) -> tuple[yaml.Node | None, list[_Problem], Any]:
     """Parse a document into nodes with lines, errors of duplicate keys, and data."""
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:

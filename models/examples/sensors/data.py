@@ -7,11 +7,14 @@ detection was developed on the first, and the second is held out.
     development   spike, level, noise, stuck
     held_out      drift, amplitude, frequency, shift
 
-Equal arguments give equal tables.
+Equal arguments give equal tables. `python -m models.examples.sensors.data DIR` writes the events of
+100 sensors in 50 days as `events.csv`, and the same with their labels as `labelled.csv`.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -131,3 +134,19 @@ def _disturb(
             parts.phase[window] += np.pi * random.uniform(0.5, 1)
         case _:
             raise ValueError(f"expected a kind of anomaly, got {kind!r}")
+
+
+def write_sensors(folder: Path, *, count: int = 100, days: int = 50) -> None:
+    """Write `events.csv` and `labelled.csv` of sensors with development kinds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labelled = sensors("development", count=count, days=days).with_columns(
+        pl.col("sensor").str.replace("development", "sensor"),
+        pl.col("time").dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        pl.col("value").round(4),
+    )
+    labelled.drop("anomaly").write_csv(folder / "events.csv")
+    labelled.write_csv(folder / "labelled.csv")
+
+
+if __name__ == "__main__":
+    write_sensors(Path(sys.argv[1]))

@@ -50,6 +50,15 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
     return [line.removeprefix(str(path)) for line in lines]
 
 
+def test_times_need_no_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "SPEC.yaml"
+    path.write_text(GOOD.replace('"2025-10-01"', "2025-10-01T00:00:00Z").replace('"', ""))
+    training = read_spec(path).training
+    assert training is not None
+    assert training.validate_from == "2025-10-01T00:00:00Z"
+    assert training.test_from == "2025-11-01"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
