@@ -103,7 +103,7 @@ def chunk_digest(
     schema: EventSchema | None, steps: Steps, nonce: bytes = b"", *, final: bool = False
 ) -> bytes:
     """SHA-256 over the canonical form of a chunk's events or rows and its resets, 32 bytes."""
-    _, length, columns, rows, resets = steps
+    columns, rows, resets = steps.columns, steps.rows, steps.resets
     if columns is not None and schema is not None:
         kind, canonical = b"E", canonical_bytes(schema, columns)
     elif rows is not None:
@@ -114,7 +114,7 @@ def chunk_digest(
         kind = kind.lower()
     if resets:
         kind = b"R" + struct.pack(f"<{len(resets) + 1}Q", len(resets), *resets) + kind
-    count = length.to_bytes(8, "little")
+    count = steps.length.to_bytes(8, "little")
     return hashlib.sha256(kind + count + canonical + nonce).digest()
 
 

@@ -1,8 +1,8 @@
 """The values of the domain: streams, chunks, replies, forecasts.
 
 Frozen values without behaviour, independent of transports, stores and runtimes. Values that are
-created for every chunk are named tuples: they are created, hashed and compared in C, at a third of
-the cost of a frozen dataclass.
+created for every chunk are structs of msgspec, which are created and read in C, or named tuples,
+which are also hashed and compared in C; a frozen dataclass costs three times as much as either.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -127,7 +128,7 @@ class StoredReply(NamedTuple):
     outputs: FloatRows
 
 
-class Steps(NamedTuple):
+class Steps(msgspec.Struct, frozen=True, gc=False):
     """T consecutive events, either as validated columns or as encoded rows.
 
     T >= 1, except in a final chunk, which may only close the stream.
@@ -157,7 +158,7 @@ class Precondition:
         return head is not None and (self.any_state or head.etag in self.etags)
 
 
-class Chunk(NamedTuple):
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """Events of one stream, sent together.
 
     Attributes:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Final, Literal, TypeVar
 
+from msgspec.structs import replace
+
 from models.decoding.forecasts import Forecast
 from service.access.principal import Verb
 from service.core.delivery import check_position
@@ -311,7 +313,7 @@ class Pipeline:
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
         if self._tracer is not None:
-            chunk = chunk._replace(span=self._tracer.current_span())
+            chunk = replace(chunk, span=self._tracer.current_span())
         requests = [JobRequest(chunk, chunk.key, chunk.steps.length)]
         [result] = await batcher.submit(requests, deadline_s)
         if isinstance(result, CarryError):
@@ -368,7 +370,7 @@ class Pipeline:
         batcher = self._chunks[self.model(chunks[0].key.model).name]
         if self._tracer is not None:
             span = self._tracer.current_span()
-            chunks = [chunk._replace(span=span) for chunk in chunks]
+            chunks = [replace(chunk, span=span) for chunk in chunks]
         return await batcher.submit(
             [JobRequest(c, c.key, c.steps.length) for c in chunks], deadline_s
         )

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from models.spec.state import State
 from service.core import delivery, values
@@ -142,9 +143,9 @@ class Model:
             starts_over=operation.starts_over,
         )
         if named and operation.guard == "epoch":
-            return chunk._replace(epoch=named.epoch)
+            return replace(chunk, epoch=named.epoch)
         if named and operation.guard == "if-match":
-            return chunk._replace(precondition=values.Precondition((named.etag,)))
+            return replace(chunk, precondition=values.Precondition((named.etag,)))
         return chunk
 
     def _advance(self, request: Request, base: Version) -> Version:

@@ -7,6 +7,8 @@ part replaced too: the model finds the consequences, and the server shows that t
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import msgspec
+
 from service.core.delivery import Process, Replay, Resolution, evaluate_chunk, resolve_duplicate
 from service.core.errors import StoreUnavailable
 from service.store.base import Commit, CommitResult, Conflicted
@@ -180,7 +182,9 @@ def _trust_other_epoch(commit: Commit, conflict: Conflicted) -> CommitResult:
 
 
 def _ignore_epoch(chunk: Any, stored: Any) -> Process | Replay:
-    return evaluate_chunk(chunk._replace(epoch=None) if chunk.starts_over else chunk, stored)
+    return evaluate_chunk(
+        msgspec.structs.replace(chunk, epoch=None) if chunk.starts_over else chunk, stored
+    )
 
 
 def _start_always(chunk: Any, stored: Any) -> Process | Replay:

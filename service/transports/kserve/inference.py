@@ -37,6 +37,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import structlog
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from models.spec.layout import Output
@@ -401,4 +402,4 @@ def _deadline_s(call: ResolvedCall, deadline_s: float) -> float:
 
 
 def _with_start(call: ResolvedCall, chunk: Chunk) -> Chunk:
-    return chunk._replace(starts_over=True) if call.parameters.starts_over else chunk
+    return replace(chunk, starts_over=True) if call.parameters.starts_over else chunk

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Final
 
+from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError
@@ -286,7 +287,7 @@ class Session:
         if self._api.tracer is not None:
             began_s = entry.deadline_s - self._timeout_s
             entry.span = self._api.tracer.start_request(self._propagated, began_s)
-            chunk = chunk._replace(span=entry.span)
+            chunk = replace(chunk, span=entry.span)
         entry.chunk = chunk
         entry.appends = chunk.position is None
         self._order.set_ready(entry)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from models.events.columns import columns_from_events
 from models.events.schema import EventSchema
@@ -183,7 +184,7 @@ def test_retry_of_a_start_over_is_replayed() -> None:
     begin = chunk(0, seed=7, starts_over=True)
     stream = after(begin)
     assert evaluate_chunk(begin, stream) == Replay(stream)
-    assert evaluate_chunk(begin._replace(epoch=OTHER_EPOCH), stream) == Replay(stream)
+    assert evaluate_chunk(replace(begin, epoch=OTHER_EPOCH), stream) == Replay(stream)
 
 
 def test_start_over_is_no_retry_of_a_chunk_that_continued_a_state() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from models.artifact.artifact import Artifact
 from service.core.errors import (
@@ -56,7 +57,7 @@ async def test_reset_stream_starts_over_at_position_0_only(
         assert caught.value.facts["expected"] == 0
         with pytest.raises(EpochMismatch):
             await after.process(chunk_of("s", rows[:4], 0, epoch=first.head.epoch))
-        chunk = chunk_of("s", rows[:4], 0)._replace(precondition=Precondition((first.head.etag,)))
+        chunk = replace(chunk_of("s", rows[:4], 0), precondition=Precondition((first.head.etag,)))
         with pytest.raises(StateChanged):
             await after.process(chunk)
         # The very chunk that was the old version's last one is no replay.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact, write_artifact
@@ -432,7 +433,7 @@ async def test_a_forecast_ignores_events_before_a_reset(
     rest = Given(artifacts["decoder"], 12, [], gaps_s)
     await pipeline.process(stream.chunk("origin", 0, 10))
     await pipeline.process(stream.chunk("origin", 10, STEPS))
-    alone = rest.chunk("alone", 6, STEPS)._replace(position=0)
+    alone = replace(rest.chunk("alone", 6, STEPS), position=0)
     await pipeline.process(alone)
     spec = artifacts["decoder"].spec
     known = known_schema(spec.events, spec.decoder, timed=False)

@@ -6,6 +6,7 @@ import asyncio
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from models.artifact.artifact import Artifact
 from service.core.values import Chunk
@@ -24,7 +25,7 @@ ROWS = rows_of(np.random.default_rng(71), 12)
 
 def start(position: int | None = 0, stream: str = "s") -> Chunk:
     """The first four rows, from the zero state."""
-    return chunk_of(stream, ROWS[:4], position)._replace(starts_over=True)
+    return replace(chunk_of(stream, ROWS[:4], position), starts_over=True)
 
 
 async def test_outputs_and_state_after_a_start_are_those_of_a_new_stream(

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 import simdjson
 from msgspec import Meta
+from msgspec.structs import replace
 
 from models.errors import DataError
 from models.events.encode import check_rows
@@ -482,7 +483,7 @@ def _with_resets(read: _Read, resets: list[int] | None) -> _Read:
     if not ascending or (resets and resets[-1] >= steps.length):
         raise _UndecidedError
     merged = tuple(sorted({*resets, *steps.resets}))
-    return _Read(steps._replace(resets=merged), members + 1, strings)
+    return _Read(replace(steps, resets=merged), members + 1, strings)
 
 
 def _packed(body: DecodedSteps) -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from msgspec.structs import replace
 from pydantic import ValidationError
 
 from models.errors import DataError
@@ -295,7 +296,7 @@ class StrictValidator:
                 raise _invalid_reset(f"{at}[{index}]", steps.length, reset)
             before = reset
         if resets:
-            steps = steps._replace(resets=tuple(sorted({*resets, *steps.resets})))
+            steps = replace(steps, resets=tuple(sorted({*resets, *steps.resets})))
         if steps.resets and isinstance(body, ChunkBody) and self._served.blocks is not None:
             raise ResetsUnsupported(
                 f"{at}: expected none, since model {self._served.name!r} has `blocks`, whose "

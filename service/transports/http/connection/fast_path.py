@@ -21,6 +21,7 @@ from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, Forbidden, Overloaded
@@ -200,7 +201,7 @@ class FastRoute(ABC):
         if self._tracer is not None:
             request.span = self._tracer.start_request(propagated, received_s)
             if request.chunk is not None:
-                request.chunk = request.chunk._replace(span=request.span)
+                request.chunk = replace(request.chunk, span=request.span)
         return request
 
     @abstractmethod

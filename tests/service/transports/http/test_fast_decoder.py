@@ -11,6 +11,7 @@ import ormsgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import astuple
 
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, InvalidInput
@@ -71,7 +72,10 @@ def shown(value: Any) -> Any:
     if isinstance(value, CarryError):
         return type(value), value.detail, dict(value.facts)
     if isinstance(value, Chunk):
-        return (*value._replace(steps=None), shown_steps(value.steps))  # type: ignore[arg-type]
+        return (
+            *[member for member in astuple(value) if member is not value.steps],
+            shown_steps(value.steps),
+        )
     if isinstance(value, SequenceInput):
         return shown_steps(value.steps), value.token
     return [shown(item) for item in value]
