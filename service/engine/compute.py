@@ -12,6 +12,7 @@ back costs as much as the call. Any other call runs in the one compute thread. N
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -199,9 +200,19 @@ def _call(
         states = np.zeros((padded_rows, unpadded.shape[1]), np.float32)
         states[: len(unpadded)] = unpadded
     outputs, stepped = runtime.step(batch, padded_lengths, states)
-    finite = bool(np.isfinite(outputs).all() and np.isfinite(stepped).all())
+    finite = _is_finite(outputs) and _is_finite(stepped)
     parts = [outputs[index, :length] for index, length in enumerate(lengths)]
     return InferenceResult(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
+
+
+def _is_finite(values: FloatRows | FloatBatch) -> bool:
+    """Whether every number is finite.
+
+    Infinity and NaN propagate to the sum of squares, which is faster to compute. If that is not
+    finite, perhaps because it overflowed, every number is checked.
+    """
+    flat = values.ravel()
+    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(values).all())
 
 
 def _pad(
@@ -210,11 +221,11 @@ def _pad(
     """Pad rows to one array [B, T, F], with zeros beyond each length, and lengths [B]."""
     features = rows[0].shape[1]
     if padded_rows == len(rows) and padded_steps == min(lengths):
-        batch = np.concatenate(rows).reshape(padded_rows, padded_steps, features)
-    else:
-        batch = np.zeros((padded_rows, padded_steps, features), np.float32)
-        for row, length, place in zip(rows, lengths, batch, strict=False):
-            place[:length] = row
+        whole = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return whole.reshape(padded_rows, padded_steps, features), np.array(lengths, np.int32)
+    batch = np.zeros((padded_rows, padded_steps, features), np.float32)
+    for row, length, place in zip(rows, lengths, batch, strict=False):
+        place[:length] = row
     padded_lengths = np.ones(padded_rows, np.int32)
     padded_lengths[: len(lengths)] = lengths
     return batch, padded_lengths

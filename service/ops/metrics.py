@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -387,12 +387,8 @@ def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
     """
     bounds, buckets = histogram._upper_bounds, histogram._buckets
     histogram._sum.inc(sum(values))
-    # in most stages, the chunks of a batch have the same time
-    if values and values.count(values[0]) == len(values):
-        counts = {bisect_left(bounds, values[0]): len(values)}
-    else:
-        counts = Tally([bisect_left(bounds, value) for value in values])
-    for bucket, count in counts.items():
+    found, counts = np.unique(np.searchsorted(bounds, values), return_counts=True)
+    for bucket, count in zip(found.tolist(), counts.tolist(), strict=True):
         buckets[bucket].inc(count)
 
 

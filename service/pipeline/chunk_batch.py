@@ -259,11 +259,10 @@ class ChunkCommitter:
     ) -> list[BatchItem]:
         """Commit some items of a batch and answer them; returns the items to be retried."""
         began_s = time.monotonic()
-        in_time = [
-            at for at, item in enumerate(computed.items) if self._is_in_time(item.job, began_s)
-        ]
-        if len(in_time) < len(computed.items):
-            computed = computed.select(in_time)
+        deadlines_s = [item.job.deadline_s for item in computed.items]
+        if min(deadlines_s) <= began_s or any(item.job.is_resolved for item in computed.items):
+            in_time = [self._is_in_time(item.job, began_s) for item in computed.items]
+            computed = computed.select([at for at, is_in_time in enumerate(in_time) if is_in_time])
         if not computed.items:
             return []
         items, heads = computed.items, computed.heads
