@@ -118,6 +118,27 @@ class Artifact:
             return Graphs(self.network, imported=True)
         return write_graphs(self.spec, self.weights)
 
+    def with_alarm_rate(self, rate: float) -> Artifact:
+        """The same model, with the same fingerprint, whose alarms follow another rate.
+
+        Args:
+            rate: expected false alarms of one stream in a day.
+
+        Raises:
+            ArtifactError: it has no alarms, or none that are so frequent.
+        """
+        detection = self.spec.detection
+        if detection is None or detection.fit is None:
+            raise ArtifactError(f"model {self.spec.name!r}: expected `detection`, which has alarms")
+        if not 0 < rate <= (most := detection.fit.rates[-1]):
+            raise ArtifactError(
+                f"model {self.spec.name!r}: expected at most {most:g} false alarms a day, the "
+                "highest rate that its alarms have on the data that they are calibrated on; "
+                f"got {rate:g}"
+            )
+        changed = detection.with_alarm_rate(rate)
+        return replace(self, spec=self.spec.model_copy(update={"detection": changed}))
+
     @property
     def differing_graphs(self) -> list[str]:
         """Names of the graph files that differ from the graphs of spec and weights.

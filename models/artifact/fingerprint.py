@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from models.events.schema import EventField
 from models.spec.decoder import DistributionHead
+from models.spec.detection import AlarmSpec
 from models.spec.heads import Head
 from models.spec.layers import Layer
 from models.spec.model import ModelSpec
@@ -85,7 +86,9 @@ def _relevant_spec(spec: ModelSpec) -> dict[str, Any]:
             "head": _part(own.head, set()),
         }
     if spec.detection is not None:
-        sections["detection"] = spec.detection.model_dump(mode="json", exclude_defaults=True)
+        # A deployment may change the rate of alarms, and streams continue.
+        own_detection = spec.detection.with_alarm_rate(AlarmSpec().false_alarms_per_day)
+        sections["detection"] = own_detection.model_dump(mode="json", exclude_defaults=True)
     if spec.embeddings:
         sections["embeddings"] = [embedded.model_dump() for embedded in spec.embeddings]
     if spec.blocks is not None:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, encode
+from models.events.encode import Clock, encode, restored
 from models.events.schema import EventSchema, NumericField
 from models.spec.decoder import (
     LAST,
@@ -39,7 +39,7 @@ from models.spec.decoder import (
     known_columns,
     known_schema,
 )
-from models.spec.heads import EXPONENT_LIMIT, LOG_DEVIATION_LIMIT
+from models.spec.heads import LOG_DEVIATION_LIMIT
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec
 
@@ -223,13 +223,9 @@ class Distribution:
         columns = np.moveaxis(values, axis, 0).copy()
         for at, name in enumerate(self._decoder.targets):
             field = self._events.field(name)
-            if not isinstance(field, NumericField) or field.mean is None or field.std is None:
-                raise SpecError(f"decoder: expected a fitted numeric field {name!r}")
-            column = columns[at] * field.std + field.mean
-            if field.transform == "signed_log1p":
-                size = np.minimum(np.abs(column), EXPONENT_LIMIT)
-                column = np.copysign(np.expm1(size), column)
-            columns[at] = column
+            if not isinstance(field, NumericField):
+                raise SpecError(f"decoder: expected a numeric field {name!r}")
+            columns[at] = restored(field, columns[at])
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(np.moveaxis(columns, 0, axis), np.float32)
 

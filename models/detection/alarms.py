@@ -7,6 +7,7 @@ threshold. It closes after `hold_events` consecutive events above the lower thre
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ NONE, OPENED, CONTINUING, CLOSED = range(4)
 class AlarmState:
     """The state of one stream's alarm.
 
+    Stored as one number, the first of `values`: the consecutive unusual events if there is no
+    alarm; otherwise -1 - the consecutive usual ones.
+
     Attributes:
         is_open: whether there is an alarm.
         unusual: consecutive events beyond the threshold, up to the latest.
@@ -32,12 +36,13 @@ class AlarmState:
     __slots__ = ("is_open", "unusual", "usual")
 
     def __init__(self, values: NDArray[Any]):
-        self.is_open = bool(values[0] > 0)
-        self.unusual, self.usual = int(values[1]), int(values[2])
+        stored = int(values[0])
+        self.is_open = stored < 0
+        self.unusual, self.usual = max(stored, 0), max(-1 - stored, 0)
 
-    def values(self) -> tuple[float, float, float]:
-        """The state as numbers."""
-        return float(self.is_open), float(self.unusual), float(self.usual)
+    def values(self) -> tuple[float]:
+        """The state as one number."""
+        return (float(-1 - self.usual if self.is_open else self.unusual),)
 
 
 def follow_alarm(
@@ -47,31 +52,41 @@ def follow_alarm(
 
     Args:
         probability: [T], tail probabilities.
+        threshold: of these events; an alarm that earlier ones opened also follows it.
     """
     codes = np.zeros(len(probability), np.int64)
-    release = min(threshold * spec.hysteresis, 1.0)
-    beyond = probability <= threshold
-    at = 0
-    while at < len(probability):
-        if not state.is_open and not beyond[at]:
-            state.unusual = 0
-            rest = np.flatnonzero(beyond[at:])
-            if not len(rest):
-                break
-            at += int(rest[0])
-        if not state.is_open:
-            state.unusual = min(state.unusual + 1, spec.min_events)
-            if state.unusual >= spec.min_events:
-                state.is_open, state.unusual, state.usual = True, 0, 0
-                codes[at] = OPENED
-        else:
-            state.usual = state.usual + 1 if probability[at] > release else 0
-            codes[at] = CONTINUING
-            if state.usual >= spec.hold_events:
-                state.is_open, state.usual = False, 0
-                codes[at] = CLOSED
+    end, at = len(probability), 0
+    beyond = np.flatnonzero(probability <= threshold).tolist()
+    unusual = np.flatnonzero(probability <= min(threshold * spec.hysteresis, 1.0)).tolist()
+    while at < end:
+        if state.is_open:
+            following = _following(unusual, at, end)
+            closing = at + spec.hold_events - state.usual - 1
+            codes[at : min(closing, following)] = CONTINUING
+            if closing < min(following, end):
+                codes[closing] = CLOSED
+                state.is_open, state.usual, at = False, 0, closing + 1
+                continue
+            state.usual += following - at
+            if following < end:
+                codes[following], state.usual = CONTINUING, 0
+            at = following + 1
+            continue
+        following = _following(beyond, at, end)
+        if following > at:
+            state.unusual, at = 0, following
+            continue
+        state.unusual += 1
+        if state.unusual >= spec.min_events:
+            state.is_open, state.unusual, codes[at] = True, 0, OPENED
         at += 1
     return codes
+
+
+def _following(indexes: list[int], at: int, end: int) -> int:
+    """The first of ascending indexes from `at` on; `end` if there is none."""
+    place = bisect_left(indexes, at)
+    return indexes[place] if place < len(indexes) else end
 
 
 def count_alarms(spec: AlarmSpec, streams: Sequence[Floats], threshold: float) -> tuple[int, int]:

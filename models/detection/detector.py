@@ -2,22 +2,30 @@
 
 Each event's statistics (`models.detection.statistics`) have tail probabilities by the fitted tails
 (`models.detection.tails`), which are combined into one. It is comparable between streams: of a
-thousand usual events, one has a probability below 0.001. Alarms open below a threshold of it.
+thousand usual events, one has a probability below 0.001. Alarms open below a threshold of it, which
+each chunk may choose: as a rate of false alarms in its state, which the pipeline writes there.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.alarms import AlarmState, follow_alarm
+from models.detection.forecasts import DESCRIBED
 from models.detection.statistics import Channels, Deviations
 from models.detection.tails import Tails, combine
 from models.errors import SpecError
-from models.spec.layout import anomaly_size, detection_of, detection_state, network_outputs
+from models.spec.detection import ALARM_RATE
+from models.spec.layout import (
+    anomaly_size,
+    detection_of,
+    detection_state,
+    network_outputs,
+    output_spec,
+)
 from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -39,14 +47,35 @@ class Detector:
         fit = detection.fit
         if fit is None:
             raise SpecError(f"model {spec.name!r}: expected a fitted `detection`")
-        self._channels = Channels(spec, np.array(fit.spreads))
-        self._alarm, self._threshold = detection.alarm, fit.threshold
+        self._channels = Channels(spec, np.array(fit.spreads), np.array(fit.squares))
+        self._alarm, self._fit = detection.alarm, fit
+        self._threshold = fit.threshold(detection.alarm.false_alarms_per_day)
         self._tails, self._combined = Tails(fit.tails), Tails([fit.combined])
-        self._alarm_at = detection_state(spec).slices[f"{head.name}.alarm"]
-        outputs = network_outputs(spec)
-        first = outputs.slices[head.name].start
-        self._parameters = slice(first + 1, first + 1 + anomaly_size(spec, head))
-        self._public = np.delete(np.arange(outputs.size), self._parameters)
+        parts = detection_state(spec).slices
+        self._alarm_at = parts[f"{head.name}.alarm"]
+        self._rate_at = parts[f"{head.name}.{ALARM_RATE}"].start
+        network, public = network_outputs(spec), output_spec(spec)
+        start, size = network.slices[head.name].stop, anomaly_size(spec, head)
+        attention = len(network.attention)
+        self._parameters = slice(start, start + size)
+        self._size = public.size
+        # what stays the same: before the forecast, behind it, and the weights of attention
+        copied = (
+            (slice(0, start), 0),
+            (slice(start + size, network.size - attention), start),
+            (slice(network.size - attention, network.size), public.size - attention),
+        )
+        self._copied = [
+            (source, slice(at, at + source.stop - source.start))
+            for source, at in copied
+            if source.stop > source.start
+        ]
+        self._outputs = detection.outputs
+        self._places = {
+            name: public.slices[f"{head.name}.{name}"]
+            for name in ("probability", "alarm", *detection.outputs)
+        }
+        self._described = frozenset(detection.outputs) & DESCRIBED
 
     def step(
         self, rows: FloatRows, lengths: NDArray[Any], outputs: FloatRows, state: FloatRows
@@ -63,33 +92,49 @@ class Detector:
             Outputs [B, T, O], as `models.spec.layout.output_spec` says, and the state after each
             row's last event.
         """
-        deviations = self._channels.follow(rows, lengths, outputs[..., self._parameters], state)
-        scored = self._score(deviations)
-        after = deviations.state
-        alarms = np.zeros((*scored.probability.shape, 1))
-        active = state[:, self._alarm_at].any(axis=1)
-        active |= (scored.probability <= self._threshold).any(axis=1)
+        parameters = outputs[..., self._parameters]
+        deviations = self._channels.follow(rows, lengths, parameters, state)
+        scored = np.empty((*outputs.shape[:2], self._size), np.float32)
+        for source, place in self._copied:
+            scored[..., place] = outputs[..., source]
+        for name, values in self._scores(deviations, lengths, state).items():
+            scored[..., self._places[name]] = values.transpose(1, 2, 0)
+        return scored, deviations.state
+
+    def _scores(
+        self, deviations: Deviations, lengths: NDArray[Any], state: FloatRows
+    ) -> dict[str, Floats]:
+        """The outputs [size, B, T]; updates the alarms in the state of the deviations."""
+        z, statistics, _, events = deviations
+        inverse = np.exp(self._tails.nats(statistics.reshape(len(statistics), -1)))
+        combined = combine(inverse)[np.newaxis]
+        probability = np.exp(-self._combined.nats(combined)).reshape(1, *z.shape[1:])
+        found: dict[str, Floats] = {
+            "probability": probability,
+            "alarm": self._follow_alarms(probability[0], lengths, state, deviations),
+        }
+        if "deviation" in self._outputs:
+            found["deviation"] = z
+        if "share" in self._outputs:
+            found["share"] = self._channels.shares(inverse.reshape(statistics.shape))
+        described = self._channels.forecasts.describe(
+            self._described, events.values, events.present, events.parameters
+        )
+        found.update((name, values) for name, values in described.items())
+        return found
+
+    def _follow_alarms(
+        self, probability: Floats, lengths: NDArray[Any], state: FloatRows, deviations: Deviations
+    ) -> Floats:
+        thresholds = np.full(len(state), self._threshold)
+        for index in np.flatnonzero(state[:, self._rate_at]):
+            thresholds[index] = self._fit.threshold(float(state[index, self._rate_at]))
+        alarms = np.zeros((1, *probability.shape))
+        active = state[:, self._alarm_at.start] != 0
+        active |= (probability <= thresholds[:, np.newaxis]).any(axis=1)
         for index in np.flatnonzero(active):
             length, own = lengths[index], AlarmState(state[index, self._alarm_at])
-            probability = scored.probability[index, :length]
-            alarms[index, :length, 0] = follow_alarm(self._alarm, probability, self._threshold, own)
-            after[index, self._alarm_at] = own.values()
-        columns = (scored.probability[..., np.newaxis], alarms, deviations.z, scored.shares)
-        added = np.concatenate(columns, axis=-1).astype(np.float32)
-        return np.concatenate([outputs[..., self._public], added], axis=-1), after
-
-    def _score(self, deviations: Deviations) -> EventScores:
-        inverse = np.exp(self._tails.nats(deviations.statistics))
-        combined = combine(inverse)
-        probability = np.exp(-self._combined.nats(combined[..., np.newaxis])[..., 0])
-        count = deviations.z.shape[-1]
-        parts = np.split(inverse, inverse.shape[-1] // count, axis=-1)
-        weights = functools.reduce(np.add, parts)
-        return EventScores(probability, weights / weights.sum(axis=-1, keepdims=True))
-
-
-class EventScores(NamedTuple):
-    """Tail probabilities [B, T], and the share [B, T, C] that each channel has in them."""
-
-    probability: Floats
-    shares: Floats
+            codes = follow_alarm(self._alarm, probability[index, :length], thresholds[index], own)
+            alarms[0, index, :length] = codes
+            deviations.state[index, self._alarm_at] = own.values()
+        return alarms

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.detection.alarms import count_alarms
-from models.detection.statistics import SMALLEST, Channels
+from models.detection.statistics import ENERGY_LIMIT, SMALLEST, Channels
 from models.detection.tails import Tails, combine, fit_tail
 from models.errors import DataError
-from models.spec.detection import ROOT_OF_NORMAL, AlarmSpec, DetectionFit
+from models.spec.detection import MAX_ALARM_RATE, ROOT_OF_NORMAL, AlarmSpec, DetectionFit
 from models.spec.layout import detection_of, detection_state
 from models.spec.model import ModelSpec
 
@@ -22,13 +22,21 @@ FloatRows = NDArray[np.float32]
 EXCEEDED: Final = 0.05
 """Share of the events beyond the threshold of a tail."""
 STEPS: Final = 256
-"""Events that are computed in one call."""
+BATCH: Final = 64
+"""Events of a stream, and streams, that are computed in one call."""
 MIN_EVENTS: Final = 200
+SMALLEST_SQUARE: Final = 0.1
 FEW_ALARMS: Final = 10
 """Up to this many alarms, their number is assumed to be proportional to the threshold."""
 LONGEST: Final = 3.0
 """Most open events, as a multiple of those of the expected alarms; see `alarm_threshold`."""
 SMALLEST_THRESHOLD: Final = 1e-9
+STEP: Final = 1.25
+"""Between the thresholds that are tried."""
+RATES: Final = tuple(
+    mantissa * 10.0**exponent for exponent in range(-3, 3) for mantissa in (1.0, 2.0, 5.0)
+)
+"""Rates of which the thresholds are stored, besides the model's own."""
 
 
 class Stream(NamedTuple):
@@ -45,6 +53,11 @@ class Stream(NamedTuple):
     parameters: FloatRows
     counted: NDArray[np.bool_]
     days: float
+
+    def part(self, steps: slice) -> Stream:
+        """Some of its events."""
+        rows, parameters, counted, days = self
+        return Stream(rows[steps], parameters[steps], counted[steps], days)
 
 
 def check_size(counted: Iterable[NDArray[np.bool_]], days: Iterable[float]) -> None:
@@ -75,20 +88,25 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
     check_size([stream.counted for stream in streams], [stream.days for stream in streams])
     days = sum(stream.days for stream in streams)
     count = len(detection.channels_of(head.targets, events))
-    _, states = _follow(spec, streams, np.ones(count))
+    ones = np.ones(count)
+    _, states = _follow(spec, streams, ones, ones)
     spreads = _usual_spreads(spec, states)
-    statistics, _ = _follow(spec, streams, spreads)
-    tails = tuple(fit_tail(column, EXCEEDED) for column in statistics.T)
+    statistics, _ = _follow(spec, streams, spreads, ones)
+    squares = _usual_squares(statistics[:count])
+    statistics, _ = _follow(spec, streams, spreads, squares)
+    tails = tuple(fit_tail(column, EXCEEDED) for column in statistics)
     combined = combine(np.exp(Tails(tails).nats(statistics)))
     tail = fit_tail(combined, EXCEEDED)
-    probability = np.exp(-Tails([tail]).nats(combined[:, np.newaxis])[:, 0])
+    probability = np.exp(-Tails([tail]).nats(combined[np.newaxis])[0])
     sizes = np.cumsum([stream.counted.sum() for stream in streams])[:-1]
-    expected = detection.alarm.false_alarms_per_day * days
+    rates, thresholds = alarm_thresholds(detection.alarm, np.split(probability, sizes), days)
     return DetectionFit(
         spreads=tuple(spreads.tolist()),
+        squares=tuple(squares.tolist()),
         tails=tails,
         combined=tail,
-        threshold=alarm_threshold(detection.alarm, np.split(probability, sizes), expected),
+        rates=rates,
+        thresholds=thresholds,
     )
 
 
@@ -104,24 +122,81 @@ def _usual_spreads(spec: ModelSpec, states: FloatRows) -> Floats:
     return np.asarray(np.maximum(spreads, SMALLEST))
 
 
+def _usual_squares(deviations: Floats) -> Floats:
+    """By channel, the mean square of its deviations [C, n], each limited as in the statistics."""
+    has = np.maximum((deviations > 0).sum(axis=1), 1)
+    squares = np.minimum(np.square(deviations), ENERGY_LIMIT).sum(axis=1) / has
+    return np.asarray(np.maximum(squares, SMALLEST_SQUARE))
+
+
 def _follow(
-    spec: ModelSpec, streams: Sequence[Stream], spreads: Floats
+    spec: ModelSpec, streams: Sequence[Stream], spreads: Floats, squares: Floats
 ) -> tuple[Floats, FloatRows]:
-    """The statistics [n, K] of the counted events, stream by stream, and the last states."""
-    channels = Channels(spec, spreads)
+    """The statistics [K, n] of the counted events, stream by stream, and the last states."""
+    channels = Channels(spec, spreads, squares)
     initial = detection_state(spec).zero().floats
-    statistics, states = [], []
-    for stream in streams:
-        state = initial[np.newaxis]
-        for at in range(0, len(stream.rows), STEPS):
-            part = slice(at, at + STEPS)
-            rows = stream.rows[np.newaxis, part]
-            parameters = stream.parameters[np.newaxis, part]
-            followed = channels.follow(rows, np.array([rows.shape[1]]), parameters, state)
-            state = followed.state
-            statistics.append(followed.statistics[0, stream.counted[part]])
-        states.append(state[0])
-    return np.concatenate(statistics), np.stack(states)
+    found: list[list[Floats]] = [[] for _ in streams]
+    states = np.tile(initial, (len(streams), 1))
+    longest = sorted(range(len(streams)), key=lambda i: -len(streams[i].rows))
+    for first in range(0, len(streams), BATCH):
+        group = longest[first : first + BATCH]
+        for at in range(0, len(streams[group[0]].rows), STEPS):
+            active = [i for i in group if len(streams[i].rows) > at]
+            parts = [streams[i].part(slice(at, at + STEPS)) for i in active]
+            lengths = np.array([len(part.rows) for part in parts])
+            followed = channels.follow(
+                _padded([part.rows for part in parts]),
+                lengths,
+                _padded([part.parameters for part in parts]),
+                states[active],
+            )
+            states[active] = followed.state
+            for place, (i, part) in enumerate(zip(active, parts, strict=True)):
+                counted = np.flatnonzero(part.counted)
+                found[i].append(followed.statistics[:, place, counted])
+    return np.concatenate([each for parts in found for each in parts], axis=1), states
+
+
+def _padded(rows: Sequence[FloatRows]) -> FloatRows:
+    """Rows of different lengths as one array, with zeros beyond each."""
+    padded = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.float32)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded
+
+
+class _Alarms(NamedTuple):
+    """What a threshold gives: the alarms that open, and the events for which they are open."""
+
+    threshold: float
+    opened: int
+    events: int
+
+
+def alarm_thresholds(
+    alarm: AlarmSpec, streams: Sequence[Floats], days: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Rates of false alarms of a stream and day, and the threshold of each; both ascend.
+
+    They end with the largest rate that alarms can have, or with `MAX_ALARM_RATE`.
+
+    Args:
+        streams: tail probabilities of each.
+        days: of all streams together.
+    """
+    swept = _sweep(alarm, streams, MAX_ALARM_RATE * days)
+    asked = sorted({*RATES, alarm.false_alarms_per_day})
+    rates: list[float] = []
+    thresholds: list[float] = []
+    for rate in asked:
+        threshold, is_reached = _threshold(alarm, swept, rate * days)
+        if is_reached and (not thresholds or threshold > thresholds[-1]):
+            rates.append(rate)
+            thresholds.append(threshold)
+    if not rates:
+        rates = [alarm.false_alarms_per_day]
+        thresholds = [_threshold(alarm, swept, rates[0] * days)[0]]
+    return tuple(rates), tuple(thresholds)
 
 
 def alarm_threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> float:
@@ -133,13 +208,35 @@ def alarm_threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float
     Args:
         streams: tail probabilities of each.
     """
-    threshold = best = SMALLEST_THRESHOLD
+    return _threshold(alarm, _sweep(alarm, streams, expected), expected)[0]
+
+
+def _sweep(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> list[_Alarms]:
+    """The alarms at ascending thresholds, up to the last that any expected number may need."""
+    swept: list[_Alarms] = []
+    most = sum(map(len, streams)) / 2
+    threshold = SMALLEST_THRESHOLD
     while threshold < 0.5:
-        count, events = count_alarms(alarm, streams, threshold)
-        if events > LONGEST * expected * (alarm.hold_events + 1):
-            return best
-        if count > expected:
-            few = count <= FEW_ALARMS or best == SMALLEST_THRESHOLD
-            return threshold * expected / count if few else best
-        threshold, best = threshold * 1.25, threshold
-    return best
+        swept.append(_Alarms(threshold, *count_alarms(alarm, streams, threshold)))
+        is_over = swept[-1].opened > expected or swept[-1].events > most
+        if is_over or _is_too_long(alarm, swept[-1], expected):
+            break
+        threshold *= STEP
+    return swept
+
+
+def _is_too_long(alarm: AlarmSpec, found: _Alarms, expected: float) -> bool:
+    return found.events > LONGEST * expected * (alarm.hold_events + 1)
+
+
+def _threshold(alarm: AlarmSpec, swept: Sequence[_Alarms], expected: float) -> tuple[float, bool]:
+    """The threshold for an expected number of alarms, and whether there can be as many."""
+    best = SMALLEST_THRESHOLD
+    for found in swept:
+        if _is_too_long(alarm, found, expected):
+            return best, False
+        if found.opened > expected:
+            is_few = found.opened <= FEW_ALARMS or best == SMALLEST_THRESHOLD
+            return (found.threshold * expected / found.opened if is_few else best), True
+        best = found.threshold
+    return best, False

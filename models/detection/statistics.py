@@ -3,7 +3,7 @@
 Equations, for one target with encoded value x, the forecast's mean mu and log deviation s, and the
 decay r = exp(-1 / memory_events); "before" means from the events before this one only:
 
-    values   v = (x - mu) exp(-s),  x,  x - x_before,  x - x_(a season before), by channel
+    values   v = (x - mu) exp(-s),  x,  x - x_before,  x - s_(a season before), by channel
     mean     m_t = sum_t / W_t,     sum_t = r sum_(t-1) + v_t,   W_t = r W_(t-1) + 1
     errors   e = v - m_before
     spread   (q / c)^2,  c = E sqrt|N(0, 1)|,  where q is the mean of sqrt|e| with the weights of
@@ -11,56 +11,104 @@ decay r = exp(-1 / memory_events); "before" means from the events before this on
     prior    P_t = exp(-1 / (2 P_0)) P_(t-1),  P_0 = prior_events
     trust    a = W_before / (W_before + P_before)
     z        a e / max(spread, minimum), within -30 to 30
-    energy   E_t = g E_(t-1) + (1 - g) a (min(z_t^2 / a^2, 25) - 1),  g = exp(-1 / scale)
+    energy   E_t = g E_(t-1) + (1 - g) a (min(z_t^2 / a^2, 25) - q u),  g = exp(-1 / scale), where
+             q is the usual mean square of the fitted streams, and u = min((own / s)^2, 25) of the
+             stream's own spread, without prior and minimum, and the spread s in z
+    square   q + a E_t
+    season   s_t = x_t if |z_t| and the squares of the channel `season` are usual, else s_(t-L), for
+             a season of L events; its value is v_t = x_t - s_(t-L)
 
-In a new stream `trust` shrinks the deviations towards 0, and a target's first event has no
-statistics. The mean of square roots is a robust spread: one outlier hardly moves it, and many zeros
-do not make it zero. The statistics of a channel, larger for what is more unusual, are |z|, and for
-each scale the mean square 1 + E and its inverse. An event without the target changes only the
-decays.
+In a new stream `trust` shrinks deviations towards 0 and squares towards the usual one, and a
+target's first event has no statistics. The mean of square roots is a robust spread: one outlier
+hardly moves it, and many zeros do not make it zero. The statistics of a channel, larger for what is
+more unusual, are |z|, for each scale the square, and of a channel `change` its inverse. (In the
+other channels a square is also small after a change of the level, whose large errors are in the
+spread.) An event without the target changes only the decays. The season remembers the last usual
+value at each phase, so that an anomaly is not unusual again one season later. A stream that is
+nearly constant is not too quiet, since `u` compares it with its own spread.
 
-Every recurrence y_t = r y_(t-1) + x_t is computed for all steps at once, as a product with the
-matrix of the powers of r. Pure NumPy in float64; states are float32.
+Every recurrence y_t = r y_(t-1) + x_t is computed for all steps at once (`recurrences`). Arrays
+have the channels first and the steps last, so that NumPy's inner loops are long. Pure NumPy in
+float64; states are float32.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import SpecError
-from models.events.schema import BooleanField, CategoricalField, NumericField
+from models.detection.forecasts import Forecasts
+from models.detection.recurrences import (
+    StateParts,
+    averages,
+    columns_of,
+    decay_matrix,
+    latest_values,
+    sums,
+)
+from models.events.schema import NumericField
 from models.spec.detection import ROOT_OF_NORMAL
-from models.spec.heads import LOG_DEVIATION_LIMIT
-from models.spec.layout import anomaly_width, detection_of, detection_state
+from models.spec.heads import DEVIATION_LIMIT as LARGEST
+from models.spec.layout import detection_of, detection_state
 from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]
+Bools = NDArray[np.bool_]
 
 Z_LIMIT: Final = 30.0
 ENERGY_LIMIT: Final = 25.0
+UNUSUAL_Z: Final = 4.0
+UNUSUAL_SQUARE: Final = 4.0
+"""The season does not remember a value with a larger deviation from the season before, or a larger
+mean square of them, as a multiple of the usual one."""
 STUCK: Final = 0.05
 """Added to a mean square before it is inverted, which bounds the inverse."""
 SMALLEST: Final = 1e-9
+MAX_STEPS: Final = 32
+"""Events that are computed at once: products of larger matrices are slower than several ones, and
+BLAS would compute them in threads."""
+
+
+class Events(NamedTuple):
+    """The targets of T events of B streams, and their forecasts; 0 beyond a stream's length.
+
+    Attributes:
+        values: [D, B, T], encoded.
+        present: bool [D, B, T], whether the event has the target.
+        parameters: [P, B, T], the forecasts.
+        is_complete: whether every target is present in every event.
+    """
+
+    values: Floats
+    present: Bools
+    parameters: Floats
+    is_complete: bool
+
+    def part(self, steps: slice) -> Events:
+        """Some of the steps."""
+        values, present, parameters, is_complete = self
+        return Events(values[..., steps], present[..., steps], parameters[..., steps], is_complete)
 
 
 class Deviations(NamedTuple):
     """The deviations of T events of B streams.
 
     Attributes:
-        z: [B, T, C], by channel; 0 where the event has none.
-        statistics: [B, T, C (1 + 2 scales)]: |z| of every channel, then for each scale the mean
-            square of every channel, then its inverse; 0 where the event has none.
+        z: [C, B, T], by channel; 0 where the event has none.
+        statistics: [K, B, T]: |z| of every channel, then for each scale the square of every
+            channel, then for each scale its inverse of the channels `change`; 0 where the event has
+            none.
         state: float32 [B, S], after each stream's last event.
+        events: the events as they were read.
     """
 
     z: Floats
     statistics: Floats
     state: FloatRows
+    events: Events
 
 
 class Channels:
@@ -69,32 +117,41 @@ class Channels:
     Args:
         spec: a fitted model with `detection`.
         spreads: by channel, the usual spread.
+        squares: by channel, the usual mean square of its deviations.
+
+    Attributes:
+        forecasts: of the model's head.
     """
 
-    def __init__(self, spec: ModelSpec, spreads: Floats):
+    def __init__(self, spec: ModelSpec, spreads: Floats, squares: Floats):
         detection, head, events = detection_of(spec)
         channels = detection.channels_of(head.targets, events)
-        self._spec = detection
-        self._fields = [events.field(name) for name in head.targets]
+        self.forecasts = Forecasts(spec)
+        self._scales = detection.scales
+        self._memory_events, self._season_events = detection.memory_events, detection.season_events
+        self._targets, self._count = len(head.targets), len(channels)
         columns = events.column_index
-        self._columns = np.array([columns[name] for name in head.targets])
-        self._missing = [columns.get(f"{name}.missing") for name in head.targets]
-        widths = np.array([anomaly_width(field) for field in self._fields])
-        self._starts = np.cumsum(widths) - widths
-        numeric = [isinstance(field, NumericField) for field in self._fields]
-        self._numeric = np.flatnonzero(numeric)
+        self._columns = columns_of([columns[name] for name in head.targets])
+        missing = [(d, columns.get(f"{name}.missing")) for d, name in enumerate(head.targets)]
+        self._missing = [(d, column) for d, column in missing if column is not None]
+        fields = [events.field(name) for name in head.targets]
+        numeric = [d for d, field in enumerate(fields) if isinstance(field, NumericField)]
+        self._numeric = columns_of(numeric)
         self._target = np.array([head.targets.index(each.target) for each in channels])
         self._of_kind = {
-            kind: np.array([c for c, each in enumerate(channels) if each.kind == kind], int)
-            for kind in ("forecast", "level", "change", "season")
+            kind: columns_of([c for c, each in enumerate(channels) if each.kind == kind])
+            for kind in {each.kind for each in channels}
         }
+        self._quiet = self._of_kind.get("change", slice(0))
+        self._quiet_count = len(self._target[self._quiet])
+        scales = len(detection.scales)
+        self._statistics = self._count * (1 + scales) + self._quiet_count * scales
         self._prior = detection.prior_events
-        self._fading = float(np.exp(-1 / (2 * detection.prior_events)))
-        self._roots = np.sqrt(spreads) * ROOT_OF_NORMAL
-        self._minimum = spreads * detection.minimum_spread
-        self._parts = {
-            name.rpartition(".")[2]: part for name, part in detection_state(spec).slices.items()
-        }
+        self._roots = (np.sqrt(spreads) * ROOT_OF_NORMAL)[:, np.newaxis, np.newaxis]
+        self._minimum = (spreads * detection.minimum_spread)[:, np.newaxis, np.newaxis]
+        self._squares = squares[:, np.newaxis, np.newaxis]
+        slices = detection_state(spec).slices
+        self._parts = {name.rpartition(".")[2]: part for name, part in slices.items()}
 
     def follow(
         self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows, state: FloatRows
@@ -107,178 +164,198 @@ class Channels:
             parameters: [B, T, P], the forecast of each event, made before it.
             state: [B, S].
         """
-        chunk = self._chunk(rows, lengths, parameters, state)
+        events, steps = self._events(rows, lengths, parameters), rows.shape[1]
+        # the matrices grow with the steps, and the season's past is known for a season only
+        most = min(self._season_events or MAX_STEPS, MAX_STEPS)
+        if steps <= most:
+            return Deviations(*self._follow(events, lengths, state), events)
+        found: list[tuple[Floats, Floats]] = []
+        for at in range(0, steps, most):
+            part = events.part(slice(at, at + most))
+            z, statistics, state = self._follow(part, np.clip(lengths - at, 0, most), state)
+            found.append((z, statistics))
+        z, statistics = (np.concatenate(each, axis=-1) for each in zip(*found, strict=True))
+        return Deviations(z, statistics, state, events)
+
+    def shares(self, weights: Floats) -> Floats:
+        """The share [C, B, T] of each channel in weights [K, B, T] of the statistics."""
+        single, square, inverse = self._parts_of(weights)
+        shares = single + square.sum(axis=0)
+        shares[self._quiet] += inverse.sum(axis=0)
+        return np.asarray(np.divide(shares, shares.sum(axis=0), out=shares))
+
+    def _events(self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows) -> Events:
         steps = rows.shape[1]
-        decay = _Decay.of(self._spec.memory_events, steps)
-        weight = decay.sums(chunk.present, chunk.before["weight"])
-        chunk.keep("weight", weight)
-        prior = self._prior * self._fading ** (chunk.before["events"] + np.arange(steps))
-        chunk.after["events"] = chunk.before["events"] + chunk.lengths[:, np.newaxis]
-        own = weight[:, :-1, self._target]
-        values, has = self._values(chunk, own > SMALLEST)
-        sums = decay.sums(np.where(has, values, 0.0), chunk.before["mean"])
-        chunk.keep("mean", sums)
-        has &= own > SMALLEST
-        errors = np.where(has, values - sums[:, :-1] / np.maximum(own, SMALLEST), 0.0)
-        # a channel without a value, of a target that is present, counts as the usual spread
-        usual = np.where(chunk.present[..., self._target], self._roots, 0.0)
-        roots = np.where(has, np.sqrt(np.abs(errors)), usual)
-        sums = decay.sums(roots, chunk.before["spread"])
-        chunk.keep("spread", sums)
-        prior = prior[..., np.newaxis]
+        values = _steps_last(rows[..., self._columns])
+        exact = _steps_last(parameters)
+        present = np.ones(values.shape, np.bool_)
+        is_complete = not self._missing
+        if int(lengths.min()) < steps:
+            valid = np.arange(steps) < lengths[:, np.newaxis]
+            values, exact = np.where(valid, values, 0.0), np.where(valid, exact, 0.0)
+            present &= valid
+            is_complete = False
+        for index, column in self._missing:
+            present[index] &= rows[..., column] == 0
+        return Events(values, present, exact, is_complete or bool(present.all()))
+
+    def _follow(
+        self, events: Events, lengths: NDArray[Any], state: FloatRows
+    ) -> tuple[Floats, Floats, FloatRows]:
+        """Deviations, statistics and the state after at most a season's events."""
+        steps = events.values.shape[-1]
+        parts = StateParts(state, lengths, steps, self._parts)
+        decay = decay_matrix(self._memory_events, steps)
+        weights = sums(decay, parts.before("weight"), events.present)
+        parts.store("weight", weights)
+        count = parts.before("events").T + np.arange(steps)
+        parts.add("events", lengths)
+        own = weights[..., :-1]
+        prior = self._prior * np.exp(count * (-0.5 / self._prior))
         known = np.maximum(own + prior, SMALLEST)
-        spread = np.square((sums[:, :-1] + prior * self._roots) / known / ROOT_OF_NORMAL)
-        trust = own / known
-        z = errors / np.maximum(spread, self._minimum)
-        excess = np.where(has, trust * (np.minimum(np.square(z), ENERGY_LIMIT) - 1.0), 0.0)
-        z = np.where(has, np.clip(trust * z, -Z_LIMIT, Z_LIMIT), 0.0)
-        statistics, energies = [np.abs(z)], []
-        before = np.split(chunk.before["energy"], len(self._spec.scales), axis=1)
-        for scale, energy_before in zip(self._spec.scales, before, strict=True):
-            slow = _Decay.of(scale, steps)
-            energy = slow.sums((1.0 - slow.rate) * excess, energy_before)
-            energies.append(energy)
-            square = np.maximum(1.0 + energy[:, 1:], 0.0)
-            statistics += [np.where(has, square, 0.0), np.where(has, 1.0 / (square + STUCK), 0.0)]
-        chunk.keep("energy", np.concatenate(energies, axis=-1))
-        packed = [chunk.after[name] for name in self._parts]
-        return Deviations(
-            z, np.concatenate(statistics, axis=-1), np.concatenate(packed, -1).astype(np.float32)
+
+        values, has, season = self._values(events, own > SMALLEST, count, parts)
+        means = sums(decay, parts.before("mean"), values)
+        parts.store("mean", means)
+        errors = means[..., :-1] / self._by_channel(np.maximum(own, SMALLEST))
+        np.subtract(values, errors, out=errors)
+        if has is not None:
+            errors *= has
+        roots = np.sqrt(np.abs(errors))
+        if has is not None:
+            # a channel without a value, of a target that is present, counts as the usual spread
+            roots += (self._by_channel(events.present) & ~has) * self._roots
+        roots = sums(decay, parts.before("spread"), roots)
+        parts.store("spread", roots)
+        spread = roots[..., :-1] + prior * self._roots
+        spread /= self._by_channel(known * ROOT_OF_NORMAL)
+        np.square(spread, out=spread)
+        np.maximum(spread, self._minimum, out=spread)
+        z = np.divide(errors, spread, out=errors)
+        usual = roots[..., :-1] / self._by_channel(np.maximum(own, SMALLEST) * ROOT_OF_NORMAL)
+        np.square(np.divide(np.square(usual, out=usual), spread, out=usual), out=usual)
+        np.minimum(usual, ENERGY_LIMIT, out=usual)
+        usual *= self._squares
+
+        trust = self._by_channel(own / known)
+        excess = np.minimum(np.square(z, out=spread), ENERGY_LIMIT, out=spread)
+        excess -= usual
+        excess *= trust
+        if has is not None:
+            excess *= has
+        z *= trust
+        np.maximum(np.minimum(z, Z_LIMIT, out=z), -Z_LIMIT, out=z)
+        statistics = np.empty((self._statistics, *z.shape[1:]))
+        single, square, inverse = self._parts_of(statistics)
+        np.abs(z, out=single)
+        energy = sums(averages(self._scales, steps), parts.before("energy"), excess)
+        parts.store("energy", energy)
+        np.multiply(energy[..., 1:].reshape(square.shape), trust, out=square)
+        square += self._squares
+        np.maximum(square, 0.0, out=square)
+        np.add(square[:, self._quiet], STUCK, out=inverse)
+        np.reciprocal(inverse, out=inverse)
+        if season is not None:
+            self._remember(season, events, z, square, parts)
+        if has is not None:
+            single *= has
+            square *= has
+            inverse *= has[self._quiet]
+        return z, statistics, parts.after
+
+    def _parts_of(self, statistics: Floats) -> tuple[Floats, Floats, Floats]:
+        """Views of statistics [K, B, T]: of |z| [C, B, T], the squares [scales, C, B, T] and the
+        inverses [scales, Q, B, T]."""
+        channels, scales, rest = self._count, len(self._scales), statistics.shape[1:]
+        squares = statistics[channels : channels * (1 + scales)]
+        inverses = statistics[channels * (1 + scales) :]
+        return (
+            statistics[:channels],
+            squares.reshape(scales, channels, *rest),
+            inverses.reshape(scales, self._quiet_count, *rest),
         )
 
-    def _chunk(
-        self, rows: FloatRows, lengths: NDArray[Any], parameters: FloatRows, state: FloatRows
-    ) -> _Chunk:
-        """The arguments as float64, zero beyond a length."""
-        valid = (np.arange(rows.shape[1]) < lengths[:, np.newaxis])[..., np.newaxis]
-        present = np.repeat(valid, len(self._fields), axis=-1)
-        for index, column in enumerate(self._missing):
-            if column is not None:
-                present[..., index] &= rows[..., column] == 0
-        before = {name: state[:, part].astype(np.float64) for name, part in self._parts.items()}
-        return _Chunk(
-            np.where(valid, rows[..., self._columns], 0).astype(np.float64),
-            present,
-            np.where(valid, parameters, 0).astype(np.float64),
-            lengths.astype(np.int64),
-            before,
-            dict(before),
-        )
+    def _by_channel(self, by_target: NDArray[Any]) -> NDArray[Any]:
+        """By target [D, ...], by channel [C, ...]; or, of a single target, [1, ...]."""
+        return by_target if self._targets == 1 else by_target[self._target]
 
-    def _values(self, chunk: _Chunk, seen: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.bool_]]:
-        """The values [B, T, C] of the channels, and where there are any.
+    def _values(
+        self, events: Events, seen: Bools, count: Floats, parts: StateParts
+    ) -> tuple[Floats, Bools | None, _Season | None]:
+        """The values [C, B, T] of the channels, 0 where there is none; where there is one that can
+        be compared with others, [C, B, T], None for everywhere; and the season's past.
 
         Args:
-            seen: bool [B, T, C], whether an earlier event had the channel's target.
+            seen: bool [D, B, T], whether an earlier event had the target.
+            count: [B, T], events of the stream before each.
         """
-        values = np.zeros((*chunk.values.shape[:2], len(self._target)))
-        has = chunk.present[..., self._target]
-        for channel in self._of_kind["forecast"]:
-            values[..., channel] = self._forecast_error(chunk, int(self._target[channel]))
-        x, there = chunk.values[..., self._numeric], chunk.present[..., self._numeric]
-        latest = _latest(x, there, chunk.before["last"])
-        chunk.keep("last", latest)
-        if len(level := self._of_kind["level"]):
-            values[..., level] = x
-        if len(change := self._of_kind["change"]):
-            values[..., change] = x - latest[:, :-1]
-            has[..., change] &= seen[..., change]
-        if len(season := self._of_kind["season"]):
-            before, known = self._season(chunk, latest[:, 1:])
-            values[..., season] = x - before
-            has[..., season] &= known
-        return values, has
+        x, season = events.values[self._numeric], None
+        there = None if events.is_complete else events.present[self._numeric]
+        latest = latest_values(x, there, parts.before("last"))
+        parts.store("last", latest)
+        if self._season_events is not None:
+            season = self._past(self._season_events, latest, count, parts)
+        values = np.empty((self._count, *x.shape[1:]))
+        for kind, at in self._of_kind.items():
+            match kind:
+                case "forecast":
+                    values[at] = self.forecasts.deviations(events.values, events.parameters)
+                case "level":
+                    values[at] = x
+                case "change":
+                    np.subtract(x, latest[..., :-1], out=values[at])
+                case "season" if season is not None:
+                    np.subtract(x, season.past, out=values[at])
+        np.maximum(np.minimum(values, LARGEST, out=values), -LARGEST, out=values)
+        has_all = events.is_complete and bool(seen.all())
+        if has_all and (season is None or season.is_known.all()):
+            return values, None, season
+        values *= self._by_channel(events.present)
+        has = np.empty(values.shape, np.bool_)
+        has[...] = self._by_channel(events.present & seen)
+        if season is not None:
+            has[self._of_kind["season"]] &= season.is_known
+        for kind in ("change", "season"):
+            if kind in self._of_kind:
+                values[self._of_kind[kind]] *= has[self._of_kind[kind]]
+        return values, has, season
 
-    def _season(self, chunk: _Chunk, latest: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-        """The values [B, T, N] one season before, and whether there are any, [B, T, 1]."""
-        length, count = self._spec.season_events or 0, len(self._numeric)
-        past = chunk.before["season"].reshape(-1, length, count)
-        history = np.concatenate([past, latest], axis=1)
-        window = (chunk.lengths[:, np.newaxis] + np.arange(length))[..., np.newaxis]
-        after = np.take_along_axis(history, window, axis=1)
-        chunk.after["season"] = after.reshape(len(after), -1)
-        steps = latest.shape[1]
-        events = chunk.before["events"] + np.arange(steps)
-        known = (events >= length)[..., np.newaxis]
-        return history[:, :steps], known
+    def _past(self, length: int, latest: Floats, count: Floats, parts: StateParts) -> _Season:
+        """What the season remembers at the phases of the next events; in the first one nothing,
+        in place of which it has the latest value."""
+        steps, batch = count.shape[1], len(count)
+        memory = parts.before("season").reshape(-1, length, batch).transpose(0, 2, 1)
+        known = count >= length
+        past = memory[..., :steps]
+        if not known.all():
+            past = np.where(known, past, latest[..., :-1])
+        return _Season(memory, past, known)
 
-    def _forecast_error(self, chunk: _Chunk, target: int) -> Floats:
-        start, value = self._starts[target], chunk.values[..., target]
-        match self._fields[target]:
-            case NumericField():
-                mean, log_deviation = chunk.parameters[..., start], chunk.parameters[..., start + 1]
-                limited = np.clip(log_deviation, -LOG_DEVIATION_LIMIT, LOG_DEVIATION_LIMIT)
-                return np.asarray((value - mean) * np.exp(-limited))
-            case CategoricalField() as field:
-                logits = chunk.parameters[..., start : start + field.codes]
-                code = np.rint(value).astype(np.int64)[..., np.newaxis]
-                chosen = np.take_along_axis(logits, code, axis=-1)
-                nats = np.log(np.exp(logits - chosen).sum(axis=-1))
-            case BooleanField():
-                logit = chunk.parameters[..., start]
-                nats = np.logaddexp(0.0, logit) - value * logit
-            case field:
-                raise SpecError(f"field {field.name!r}: {field.kind} cannot be a target")
-        return np.asarray(np.sqrt(2.0 * np.maximum(nats, 0.0)))
-
-
-class _Chunk(NamedTuple):
-    """The next events of B streams.
-
-    Attributes:
-        values: [B, T, D], encoded targets.
-        present: bool [B, T, D], whether the event has them.
-        parameters: [B, T, P], the forecasts.
-        lengths: int64 [B].
-        before: by part, the state before the events, [B, size].
-        after: the state after them.
-    """
-
-    values: Floats
-    present: NDArray[np.bool_]
-    parameters: Floats
-    lengths: NDArray[np.int64]
-    before: dict[str, Floats]
-    after: dict[str, Floats]
-
-    def keep(self, name: str, sequence: Floats) -> None:
-        """Store a part after each row's last event, of its sequence [B, T + 1, size]."""
-        self.after[name] = sequence[np.arange(len(sequence)), self.lengths]
+    def _remember(
+        self, season: _Season, events: Events, z: Floats, square: Floats, parts: StateParts
+    ) -> None:
+        """Store the values for the next season: an unusual or missing one does not replace the
+        last usual one at its phase."""
+        at = self._of_kind["season"]
+        usual = np.abs(z[at]) <= UNUSUAL_Z
+        usual &= (square[:, at] <= UNUSUAL_SQUARE * self._squares[at]).all(axis=0)
+        if not events.is_complete:
+            usual &= events.present[self._numeric]
+        new = np.where(usual, events.values[self._numeric], season.past)
+        parts.store_window("season", np.concatenate([season.memory, new], axis=-1))
 
 
-class _Decay(NamedTuple):
-    """Powers of a decay for T steps, which compute its recurrences.
+class _Season(NamedTuple):
+    """The season's memory [N, B, L], its values [N, B, T] at the phases of the next events, and
+    whether [B, T] they are a season old."""
 
-    Attributes:
-        rate: r.
-        matrix: [T, T], r^(t-s) for s <= t, else 0.
-        powers: [T, 1], r^1 .. r^T.
-    """
-
-    rate: float
-    matrix: Floats
-    powers: Floats
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def of(events: int, steps: int) -> _Decay:
-        rate = float(np.exp(-1.0 / events))
-        distance = np.subtract.outer(np.arange(steps), np.arange(steps))
-        matrix = np.where(distance >= 0, rate ** np.maximum(distance, 0), 0.0)
-        powers = np.power(rate, np.arange(1.0, steps + 1))[:, np.newaxis]
-        return _Decay(rate, matrix, powers)
-
-    def sums(self, values: NDArray[Any], initial: Floats) -> Floats:
-        """y [B, T + 1, K] of y_t = r y_(t-1) + x_t, beginning with the initial y [B, K]."""
-        first = initial[:, np.newaxis]
-        after = np.matmul(self.matrix, values.astype(np.float64)) + self.powers * first
-        return np.concatenate([first, after], axis=1)
+    memory: Floats
+    past: Floats
+    is_known: Bools
 
 
-def _latest(x: Floats, there: NDArray[np.bool_], last: Floats) -> Floats:
-    """The latest value at or before each step, [B, T + 1, N], beginning with `last`."""
-    values = np.concatenate([last[:, np.newaxis], x], axis=1)
-    steps = np.arange(values.shape[1])[:, np.newaxis]
-    taken = np.concatenate([np.ones_like(there[:, :1]), there], axis=1)
-    index = np.maximum.accumulate(np.where(taken, steps, 0), axis=1)
-    return np.asarray(np.take_along_axis(values, index, axis=1))
+def _steps_last(columns: NDArray[Any]) -> Floats:
+    """[B, T, K] as float64 [K, B, T]."""
+    found = np.empty((columns.shape[2], *columns.shape[:2]))
+    found[...] = columns.transpose(2, 0, 1)
+    return found

@@ -37,13 +37,14 @@ class Tails:
         self._base = -np.log([tail.exceeded for tail in tails])
         self._scale = np.array([tail.scale for tail in tails])
         self._shape = np.maximum([tail.shape for tail in tails], 1e-6)
+        self._slope = self._base / self._threshold
 
     def nats(self, values: Floats) -> Floats:
-        """-log P(X >= value) of values [..., K] that are not negative."""
-        nats = self._base * np.minimum(values / self._threshold, 1.0)
-        above = np.flatnonzero(values > self._threshold)
+        """-log P(X >= value) of values [K, n] that are not negative."""
+        nats = values * self._slope[:, np.newaxis]
+        above = np.flatnonzero(nats > self._base[:, np.newaxis])
         if len(above):
-            column = above % len(self._threshold)
+            column = above // values.shape[1]
             k = self._shape[column]
             excess = (values.ravel()[above] - self._threshold[column]) / self._scale[column]
             beyond = self._base[column] + np.log1p(k * excess) / k
@@ -52,8 +53,8 @@ class Tails:
 
 
 def combine(inverse: Floats) -> Floats:
-    """-log of the harmonic mean of tail probabilities, given their inverses [..., K]: [...]."""
-    return np.asarray(np.log(np.mean(inverse, axis=-1)))
+    """-log of the harmonic mean of tail probabilities, given their inverses [K, n]: [n]."""
+    return np.asarray(np.log(inverse.sum(axis=0) / len(inverse)))
 
 
 def fit_tail(values: Floats, exceeded: float) -> Tail:

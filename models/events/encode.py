@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from models.errors import DataError, StateError
+from models.errors import DataError, SpecError, StateError
 from models.events.block import GAP_ROW, Block, BlockLayout, FieldPosition, IntArray
 from models.events.columns import EventColumns, block_of
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
@@ -42,6 +42,7 @@ from models.events.schema import (
     NumericField,
 )
 from models.events.zones import DAY_MS, zone_table
+from models.spec.heads import EXPONENT_LIMIT
 from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
 from models.spec.resets import (
     EventTimes,
@@ -403,6 +404,20 @@ def transformed(field: NumericField, values: NDArray[np.float64]) -> NDArray[np.
     if field.transform == "signed_log1p":
         return np.asarray(np.copysign(np.log1p(np.abs(values)), values), np.float64)
     return values
+
+
+def restored(field: NumericField, standardised: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Undo standardisation and transform; the inverse of `standardise` in float64.
+
+    Raises:
+        SpecError: the field is not fitted.
+    """
+    if field.mean is None or field.std is None:
+        raise SpecError(f"field {field.name!r}: expected a fitted one")
+    values = standardised * field.std + field.mean
+    if field.transform == "signed_log1p":
+        values = np.copysign(np.expm1(np.minimum(np.abs(values), EXPONENT_LIMIT)), values)
+    return np.asarray(values, np.float64)
 
 
 def categorical_codes(

@@ -11,18 +11,21 @@ target has several channels:
     season     the value minus the value `season_events` before it
 
 Each channel has the stream's own mean and spread of recent events, and is tested at several time
-scales: the event alone, and the mean square over some events, which may be too large or too small
-(a sensor that is stuck). `models.detection` has the equations. The fitted parameters
-(`DetectionFit`) are in the artifact's specification, like the means of an event schema.
+scales: the event alone, and the mean square over some events, which may be too large, and in the
+channel `change` also too small (a sensor that is stuck). `models.detection` has the equations. The
+fitted parameters (`DetectionFit`) are in the artifact's specification, like the means of an event
+schema.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from math import exp, log
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from models.events.schema import Frozen, NumericField
+from models.events.schema import CategoricalField, Frozen, NumericField
 from models.spec.state import StatePart
 
 if TYPE_CHECKING:
@@ -36,6 +39,22 @@ ROOT_OF_NORMAL: Final = 0.82217902
 """E sqrt|x| of a standard normal x: 2^(1/4) Gamma(3/4) / sqrt(pi)."""
 ALARM_STATES = ("none", "opened", "continuing", "closed")
 """Values of the output `<head>.alarm`: 0 to 3."""
+MAX_ALARM_RATE: Final = 1000.0
+"""Largest expected number of false alarms of one stream in a day."""
+ALARM_RATE: Final = "alarm_rate"
+"""The state part `<head>.alarm_rate`: the rate that the chunk asks for; 0 is the model's."""
+
+OutputName = Literal[
+    "deviation",
+    "share",
+    "mean",
+    "spread",
+    "residual",
+    "z",
+    "pit",
+    "nats",
+]
+AlarmRate = Annotated[float, Field(gt=0, le=MAX_ALARM_RATE)]
 
 
 class Channel(Frozen):
@@ -55,14 +74,14 @@ class AlarmSpec(Frozen):
 
     Attributes:
         false_alarms_per_day: the expected number of false alarms of one stream in a day, from which
-            the threshold is fitted.
+            the threshold follows. A deployment or a request may set another one.
         min_events: consecutive events beyond the threshold that open an alarm.
         hold_events: consecutive events below the lower threshold that close it: alarms that follow
             each other within as many events are one.
         hysteresis: the factor between the probabilities of the threshold and the lower threshold.
     """
 
-    false_alarms_per_day: Annotated[float, Field(gt=0, le=1000)] = 0.05
+    false_alarms_per_day: AlarmRate = 0.05
     min_events: Annotated[int, Field(ge=1, le=4096)] = 1
     hold_events: Annotated[int, Field(ge=1, le=65536)] = 24
     hysteresis: Annotated[float, Field(ge=1, le=1000)] = 5.0
@@ -89,15 +108,44 @@ class DetectionFit(Frozen):
 
     Attributes:
         spreads: by channel, the usual spread.
-        tails: by statistic, in the order of `DetectionSpec.statistics`.
+        squares: by channel, the usual mean square of its deviations in units of the spread.
+        tails: by statistic, in the order of `models.detection.statistics`.
         combined: the tail of all of them together.
-        threshold: the tail probability below which an event is unusual enough for an alarm.
+        rates: ascending, false alarms of one stream in a day.
+        thresholds: for each of them, the tail probability below which an event is unusual enough
+            for an alarm.
     """
 
     spreads: tuple[Annotated[float, Field(gt=0)], ...]
+    squares: tuple[Annotated[float, Field(gt=0)], ...]
     tails: tuple[Tail, ...]
     combined: Tail
-    threshold: Annotated[float, Field(gt=0, lt=1)]
+    rates: Annotated[tuple[AlarmRate, ...], Field(min_length=1)]
+    thresholds: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> DetectionFit:
+        if len(self.thresholds) != len(self.rates) or list(self.rates) != sorted(set(self.rates)):
+            raise ValueError("rates: expected ascending ones, with as many thresholds")
+        return self
+
+    def threshold(self, rate: float) -> float:
+        """The tail probability below which an event is unusual enough for an alarm.
+
+        Interpolated between the logarithms; proportional to the rate below the smallest of `rates`,
+        and constant above the largest.
+
+        Args:
+            rate: false alarms of one stream in a day.
+        """
+        rates, thresholds = self.rates, self.thresholds
+        if rate <= rates[0]:
+            return thresholds[0] * rate / rates[0]
+        if rate >= rates[-1]:
+            return thresholds[-1]
+        at = bisect_right(rates, rate)
+        share = log(rate / rates[at - 1]) / log(rates[at] / rates[at - 1])
+        return thresholds[at - 1] * exp(share * log(thresholds[at] / thresholds[at - 1]))
 
 
 class DetectionSpec(Frozen):
@@ -112,6 +160,8 @@ class DetectionSpec(Frozen):
         season_events: events per season; adds the channel `season`.
         minimum_spread: the smallest spread, as a share of the usual one; bounds the deviations of a
             constant stream.
+        outputs: which outputs each event has behind `probability` and `alarm`; no other one is
+            computed.
     """
 
     head: str
@@ -126,11 +176,12 @@ class DetectionSpec(Frozen):
     season_events: Annotated[int, Field(ge=2, le=4096)] | None = None
     minimum_spread: Annotated[float, Field(gt=0, lt=1)] = 0.05
     alarm: AlarmSpec = AlarmSpec()
+    outputs: tuple[OutputName, ...] = ("deviation", "share")
     fit: DetectionFit | None = None
 
     @model_validator(mode="after")
     def _check_distinct(self) -> DetectionSpec:
-        for name in ("scales", "channels"):
+        for name in ("scales", "channels", "outputs"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: expected distinct values, got {list(values)}")
@@ -148,9 +199,27 @@ class DetectionSpec(Frozen):
             if kind == "forecast" or isinstance(events.field(target), NumericField)
         )
 
-    def statistics(self, channels: int) -> int:
-        """Number of statistics: per channel the event alone, and each scale's large and small."""
-        return channels * (1 + 2 * len(self.scales))
+    def with_alarm_rate(self, rate: float) -> DetectionSpec:
+        """The same detection with another expected number of false alarms."""
+        alarm = self.alarm.model_copy(update={"false_alarms_per_day": rate})
+        return self.model_copy(update={"alarm": alarm})
+
+    def labels(
+        self, name: OutputName, targets: tuple[str, ...], events: EventSchema
+    ) -> tuple[str, ...]:
+        """The names of an output's values."""
+        match name:
+            case "deviation" | "share":
+                return tuple(each.label for each in self.channels_of(targets, events))
+            case "nats":
+                return targets
+            case _:
+                return ordered_targets(targets, events)
+
+
+def ordered_targets(targets: tuple[str, ...], events: EventSchema) -> tuple[str, ...]:
+    """The targets whose values have an order: all but the categorical ones."""
+    return tuple(name for name in targets if not isinstance(events.field(name), CategoricalField))
 
 
 def detection_parts(
@@ -166,10 +235,11 @@ def detection_parts(
         "mean": (channels,),
         "spread": (channels,),
         "energy": (len(spec.scales), channels),
-        "alarm": (3,),
+        "alarm": (1,),
+        ALARM_RATE: (1,),
     }
     if spec.season_events is not None:
-        shapes["season"] = (spec.season_events, numeric)
+        shapes["season"] = (numeric, spec.season_events)
     return tuple(
         StatePart(f"{spec.head}.{name}", shape, "float32") for name, shape in shapes.items()
     )

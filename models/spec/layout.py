@@ -27,10 +27,7 @@ from models.events.statistics import statistic_parts
 from models.spec.blocks import block_parts
 from models.spec.chunking import chunk_constant_layers
 from models.spec.decoder import LAST, add_decoder_prefix
-from models.spec.detection import (
-    DetectionSpec,
-    detection_parts,
-)
+from models.spec.detection import DetectionSpec, detection_parts
 from models.spec.heads import (
     AnomalyHead,
     ClassificationHead,
@@ -239,14 +236,11 @@ def output_spec(spec: ModelSpec) -> OutputSpec:
         return found
     detection, head, events = detection_of(spec)
     outputs = [output for output in found.outputs if output.name != _parameters_of(head)]
-    labels = tuple(each.label for each in detection.channels_of(head.targets, events))
-    added = (
-        Output(f"{head.name}.probability", ()),
-        Output(f"{head.name}.alarm", ()),
-        Output(f"{head.name}.deviation", (len(labels),), labels),
-        Output(f"{head.name}.share", (len(labels),), labels),
-    )
-    return OutputSpec((*outputs, *added), found.attention)
+    outputs += [Output(f"{head.name}.probability", ()), Output(f"{head.name}.alarm", ())]
+    for name in detection.outputs:
+        labels = detection.labels(name, head.targets, events)
+        outputs.append(Output(f"{head.name}.{name}", (len(labels),), labels))
+    return OutputSpec(tuple(outputs), found.attention)
 
 
 def network_outputs(spec: ModelSpec) -> OutputSpec:

@@ -342,12 +342,20 @@ class ModelSpec(Frozen):
     def _check_detection(self) -> None:
         if self.detection is None:
             return
-        heads = [head.name for head in self.heads if isinstance(head, AnomalyHead)]
+        heads = {head.name: head for head in self.heads if isinstance(head, AnomalyHead)}
         if self.detection.head not in heads:
             raise ValueError(
-                f"detection.head: expected an anomaly head among {heads}, "
+                f"detection.head: expected an anomaly head among {list(heads)}, "
                 f"got {self.detection.head!r}"
             )
+        targets = heads[self.detection.head].targets
+        for name in self.detection.outputs:
+            labels = self.detection.labels(name, targets, self.events) if self.events else ()
+            if not labels:
+                raise ValueError(
+                    f"detection.outputs: expected no {name!r}, which needs a numeric or boolean "
+                    f"target, got the targets {list(targets)}"
+                )
 
     def _check_targets(self, head: Head) -> None:
         allowed_kinds: dict[str, tuple[str, ...]] = {}

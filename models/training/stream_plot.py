@@ -327,12 +327,15 @@ def _draw_score(
         return
     probability = outputs[f"{head.name}.probability"][shown]
     axes.plot(times, np.maximum(probability, SMALLEST_PROBABILITY), color="black", lw=0.8)
-    axes.axhline(detection.fit.threshold, color=ALARM, lw=0.8, ls="--", label="threshold")
+    threshold = detection.fit.threshold(detection.alarm.false_alarms_per_day)
+    axes.axhline(threshold, color=ALARM, lw=0.8, ls="--", label="threshold")
     axes.set_yscale("log")
     axes.set_ylim(2.0, SMALLEST_PROBABILITY)
     axes.set_ylabel("tail probability")
-    channels = output_spec(spec).outputs
-    names = next(each.labels for each in channels if each.name == f"{head.name}.share")
+    labels = {each.name: each.labels for each in output_spec(spec).outputs}
+    names = labels.get(f"{head.name}.share")
+    if names is None:
+        return
     share = outputs[f"{head.name}.share"][shown]
     opened = outputs[f"{head.name}.alarm"][shown] == ALARM_STATES.index("opened")
     for at in np.flatnonzero(opened):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -28,18 +29,28 @@ class DetectionOracle:
         self.means = [0.0] * len(spreads)
         self.last: dict[str, float | None] = dict.fromkeys(self.head.targets)
         self.roots = [0.0] * len(spreads)
-        self.energy = {(s, c): 1.0 for s in self.detection.scales for c in range(len(spreads))}
-        self.past = {
+        self.energy = {
+            (s, c): square
+            for s in self.detection.scales
+            for c, square in enumerate(self.fit.squares)
+        }
+        self.past: dict[str, deque[float]] = {
             name: deque(maxlen=self.detection.season_events or 1) for name in self.head.targets
         }
         self.is_open, self.unusual, self.usual = False, 0, 0
 
-    def step(self, row: Floats, parameters: Floats) -> dict[str, Any]:
+    def step(self, row: Floats, parameters: Floats, rate: float | None = None) -> dict[str, Any]:
+        """The outputs of the next event, with an alarm at a rate of its own."""
         decay = math.exp(-1 / self.detection.memory_events)
         values, present = self._values(row, parameters)
-        zs, inverses = [], np.ones((1 + 2 * len(self.detection.scales), len(self.channels)))
+        odd: set[str] = set()
+        scales, quiet = (
+            len(self.detection.scales),
+            [c for c, channel in enumerate(self.channels) if channel.kind == "change"],
+        )
+        zs, inverses = [], np.ones((1 + 2 * scales, len(self.channels)))
         for c, channel in enumerate(self.channels):
-            own = self.weight[channel.target]
+            own, square = self.weight[channel.target], self.fit.squares[c]
             usual = ROOT * math.sqrt(self.fit.spreads[c])
             root = (self.roots[c] + self.prior * usual) / (own + self.prior)
             spread = (root / ROOT) ** 2
@@ -49,20 +60,32 @@ class DetectionOracle:
             trust = own / (own + self.prior)
             whole = error / max(spread, least)
             z = float(np.clip(trust * whole, -30, 30))
+            alone = (self.roots[c] / own / ROOT) ** 2 if own else 0.0
+            expected = square * min((alone / max(spread, least)) ** 2, 25.0)
             zs.append(z)
             found = [abs(z)]
             for scale in self.detection.scales:
                 slow = math.exp(-1 / scale)
-                before = self.energy[scale, c] - 1
+                before = self.energy[scale, c] - square
                 now = slow * before + (
-                    (1 - slow) * trust * (min(whole**2, 25.0) - 1) if there else 0.0
+                    (1 - slow) * trust * (min(whole**2, 25.0) - expected) if there else 0.0
                 )
-                self.energy[scale, c] = 1 + now
-                found += [1 + now, 1 / (1 + now + 0.05)] if there else [0.0, 0.0]
+                self.energy[scale, c] = square + now
+                mean = square + trust * now
+                found += [mean, 1 / (mean + 0.05)] if there else [0.0, 0.0]
+            if channel.kind == "season" and (
+                abs(z) > 4 or max(found[1::2], default=0) > 4 * square
+            ):
+                odd.add(channel.target)
             if there:
-                for k, value in enumerate(found):
+                for k, value in enumerate([found[0], *found[1::2]]):
                     tail = self.fit.tails[k * len(self.channels) + c]
                     inverses[k, c] = 1 / self._tail(tail, value)
+                for k, value in enumerate(found[2::2] if c in quiet else []):
+                    tail = self.fit.tails[
+                        (1 + scales) * len(self.channels) + k * len(quiet) + quiet.index(c)
+                    ]
+                    inverses[1 + scales + k, c] = 1 / self._tail(tail, value)
             added = math.sqrt(abs(error)) if there else usual * present[channel.target]
             self.roots[c] = decay * self.roots[c] + added
             self.means[c] = decay * self.means[c] + (values[c] or 0.0)
@@ -70,16 +93,64 @@ class DetectionOracle:
         self.prior *= math.exp(-1 / (2 * self.detection.prior_events))
         for name in self.head.targets:
             self.weight[name] = decay * self.weight[name] + present[name]
+            past, last = self.past[name], self.last[name]
             if present[name]:
                 self.last[name] = row[where[name]]
-            self.past[name].append(self.last[name] if self.last[name] is not None else 0.0)
-        probability = self._tail(self.fit.combined, math.log(inverses.mean()))
+            known = past[0] if len(past) == past.maxlen else (last or 0.0)
+            past.append(row[where[name]] if present[name] and name not in odd else known)
+        used = [*range(1 + scales)], [*range(1 + scales, 1 + 2 * scales)]
+        inverses[np.ix_(used[1], [c for c in range(len(self.channels)) if c not in quiet])] = 0.0
+        mean = inverses.sum() / len(self.fit.tails)
+        probability = self._tail(self.fit.combined, math.log(mean))
         return {
             "probability": probability,
-            "alarm": self._alarm(probability),
+            "alarm": self._alarm(probability, rate),
             "deviation": np.array(zs),
             "share": inverses.sum(axis=0) / inverses.sum(),
+            **self._described(row, parameters, present),
         }
+
+    def _described(
+        self, row: Floats, parameters: Floats, present: dict[str, bool]
+    ) -> dict[str, list[float]]:
+        where = {column.name: i for i, column in enumerate(self._columns())}
+        found: dict[str, list[float]] = {
+            name: [] for name in ("mean", "spread", "residual", "z", "pit", "nats")
+        }
+        start = 0
+        for name in self.head.targets:
+            field, x, there = self.events.field(name), float(row[where[name]]), present[name]
+            own = [float(each) for each in parameters[start:]]
+            if field.kind == "categorical":
+                nats = -math.log(softmax(parameters[start : start + field.codes])[int(x)])
+                start += field.codes
+            else:
+                if field.kind == "numeric":
+                    normal = NormalDist(own[0], math.exp(min(max(own[1], -7), 7)))
+                    mean, value = self._unit(field, normal.mean), self._unit(field, x)
+                    high = self._unit(field, normal.mean + normal.stdev)
+                    spread = (high - self._unit(field, normal.mean - normal.stdev)) / 2
+                    pit, z = normal.cdf(x), (x - normal.mean) / normal.stdev
+                    nats = 0.5 * z * z + math.log(normal.stdev * math.sqrt(2 * math.pi))
+                    start += 2
+                else:
+                    mean, value = 1 / (1 + math.exp(-own[0])), x
+                    spread = math.sqrt(mean * (1 - mean))
+                    z, pit = (x - mean) / spread, 1 - mean / 2 if x else (1 - mean) / 2
+                    nats = -math.log(mean if x else 1 - mean)
+                    start += 1
+                found["mean"].append(mean)
+                found["spread"].append(spread)
+                found["residual"].append(value - mean if there else 0.0)
+                found["z"].append(z if there else 0.0)
+                found["pit"].append(pit if there else 0.5)
+            found["nats"].append(nats if there else 0.0)
+        return found
+
+    @staticmethod
+    def _unit(field: Any, value: float) -> float:
+        value = value * field.std + field.mean
+        return math.copysign(math.expm1(abs(value)), value) if field.transform != "none" else value
 
     def _columns(self) -> Any:
         return self.events.columns
@@ -128,8 +199,14 @@ class DetectionOracle:
             return max(tail.exceeded * math.exp(-excess), math.exp(-60))
         return max(tail.exceeded * (1 + tail.shape * excess) ** (-1 / tail.shape), math.exp(-60))
 
-    def _alarm(self, probability: float) -> int:
-        alarm, threshold = self.detection.alarm, self.fit.threshold
+    def _threshold(self, rate: float) -> float:
+        rates = np.log([self.fit.rates[0] * 1e-9, *self.fit.rates])
+        thresholds = np.log([self.fit.thresholds[0] * 1e-9, *self.fit.thresholds])
+        return float(np.exp(np.interp(np.log(rate), rates, thresholds)))
+
+    def _alarm(self, probability: float, rate: float | None) -> int:
+        alarm = self.detection.alarm
+        threshold = self._threshold(rate or alarm.false_alarms_per_day)
         if self.is_open:
             self.usual = self.usual + 1 if probability > threshold * alarm.hysteresis else 0
             if self.usual == alarm.hold_events:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from models.detection.alarms import AlarmState, count_alarms, follow_alarm
 from models.detection.detector import Detector
-from models.detection.fit import Stream, alarm_threshold, fit_detection
+from models.detection.fit import Stream, alarm_threshold, alarm_thresholds, fit_detection
 from models.detection.tails import Tails, fit_tail
 from models.errors import DataError, SpecError
-from models.spec.detection import AlarmSpec
+from models.spec.detection import AlarmSpec, DetectionFit, Tail
 from models.spec.layout import detection_state, network_outputs, output_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.oracle_detection import DetectionOracle
@@ -23,10 +23,20 @@ Floats = NDArray[np.float32]
 FIELDS: list[dict[str, Any]] = [
     {"kind": "timestamp", "name": "at", "gap_mean": 1.0, "gap_std": 2.0},
     {"kind": "numeric", "name": "flow", "mean": 0.0, "std": 1.0},
-    {"kind": "numeric", "name": "heat", "mean": 0.0, "std": 1.0, "optional": True},
+    {
+        "kind": "numeric",
+        "name": "heat",
+        "mean": 0.5,
+        "std": 2.0,
+        "optional": True,
+        "transform": "signed_log1p",
+    },
     {"kind": "categorical", "name": "mode", "vocabulary": ["a", "b"], "embedding": 2},
     {"kind": "boolean", "name": "open", "optional": True},
 ]
+
+
+TAIL = Tail(threshold=1.0, exceeded=0.05, scale=1.0, shape=0.0)
 
 
 def spec_of(targets: list[str], **detection: Any) -> ModelSpec:
@@ -81,9 +91,15 @@ def fitted(spec: ModelSpec, streams: list[Stream]) -> ModelSpec:
 
 
 def run(
-    spec: ModelSpec, rows: Floats, outputs: Floats, cuts: list[int], more: int = 0
+    spec: ModelSpec,
+    rows: Floats,
+    outputs: Floats,
+    cuts: list[int],
+    more: int = 0,
+    rates: Floats | None = None,
 ) -> tuple[dict[str, Floats], Floats]:
-    """One stream in chunks of these lengths, each padded by NaN and beside another stream."""
+    """One stream in chunks of these lengths, each padded by NaN and beside another stream; each
+    asks for the rate at its first event."""
     detector, state = Detector(spec), detection_state(spec).initial().floats[np.newaxis]
     parts, at = [], 0
     for length in cuts:
@@ -94,6 +110,8 @@ def run(
             outputs[at : at + length],
         )
         padded[1, 0], computed[1, 0] = rows[0], outputs[0]
+        if rates is not None:
+            state[:, detection_state(spec).slices["odd.alarm_rate"]] = rates[at]
         found, after = detector.step(
             padded, np.array([length, 1]), computed, np.concatenate([state, state])
         )
@@ -111,6 +129,7 @@ EVERYTHING = spec_of(
     scales=[3, 8],
     season_events=7,
     alarm={"min_events": 2, "hold_events": 1, "hysteresis": 1.2},
+    outputs=["z", "mean", "spread", "residual", "pit", "nats", "share", "deviation"],
 )
 
 
@@ -128,7 +147,8 @@ def everything() -> ModelSpec:
     assert spec.detection is not None
     assert spec.detection.fit is not None
     # often, so that alarms open and close
-    fit = spec.detection.fit.model_copy(update={"threshold": 0.2})
+    update = {"rates": (0.01, 0.05, 2.0), "thresholds": (0.1, 0.2, 0.6)}
+    fit = spec.detection.fit.model_copy(update=update)
     return spec.model_copy(update={"detection": spec.detection.model_copy(update={"fit": fit})})
 
 
@@ -140,12 +160,29 @@ def test_every_output_is_the_oracles_for_any_chunks(everything: ModelSpec, cuts:
     expected = [
         oracle.step(row, given[PARAMETERS]) for row, given in zip(rows, outputs, strict=True)
     ]
-    for name in ("probability", "alarm", "deviation", "share"):
+    assert expected[0].keys() - {"probability", "alarm"} == set(everything.detection.outputs)  # type: ignore[union-attr]
+    for name in expected[0]:
         values = np.array([each[name] for each in expected])
         np.testing.assert_allclose(found[f"odd.{name}"], values, rtol=2e-4, atol=1e-5)
     assert set(found["odd.alarm"].tolist()) == {0, 1, 2, 3}
     np.testing.assert_array_equal(found["odd"], outputs[:, 0])
     np.testing.assert_array_equal(found["hidden"], outputs[:, PARAMETERS.stop :])
+
+
+def test_a_chunk_follows_its_own_rate_of_alarms(everything: ModelSpec) -> None:
+    rows, outputs = events(np.random.default_rng(13), everything, 60)
+    cuts = [7, 1, 20, 2, 30]
+    rates = np.repeat(np.float32([0, 1.3, 0.02, 500, 0]), cuts)
+    found, _ = run(everything, rows, outputs, cuts, rates=rates)
+    oracle = DetectionOracle(everything)
+    expected = [
+        oracle.step(row, given[PARAMETERS], float(rate))["alarm"]
+        for row, given, rate in zip(rows, outputs, rates, strict=True)
+    ]
+    assert found["odd.alarm"].tolist() == expected
+    assert (
+        found["odd.alarm"].tolist() != run(everything, rows, outputs, cuts)[0]["odd.alarm"].tolist()
+    )
 
 
 def test_streams_of_a_batch_are_scored_independently(everything: ModelSpec) -> None:
@@ -158,7 +195,7 @@ def test_streams_of_a_batch_are_scored_independently(everything: ModelSpec) -> N
 
 def test_probabilities_mean_the_same_on_streams_of_any_scale() -> None:
     spec = spec_of(["flow"], memory_events=300)
-    spec = fitted(spec, streams_of(spec, 20, 1000, seed=1))
+    spec = fitted(spec, streams_of(spec, 60, 1000, seed=1))
     shares = []
     for scale in (0.2, 1.0, 5.0):
         rare = early = 0
@@ -215,6 +252,137 @@ def test_an_anomaly_opens_one_alarm_that_names_its_channel(kind: str) -> None:
     assert len(near) == 1
     labels = next(o.labels for o in output_spec(spec).outputs if o.name == "odd.share")
     assert labels[int(found["odd.share"][near[0]].argmax())].startswith("flow.")
+
+
+@pytest.fixture(scope="module")
+def seasonal() -> ModelSpec:
+    spec = spec_of(["heat"], memory_events=400, season_events=48, alarm={"hold_events": 6})
+    return fitted(spec, [day_and_night(spec, seed, 1500, missing=0.2) for seed in range(12)])
+
+
+def day_and_night(spec: ModelSpec, seed: int, steps: int, missing: float = 0.0) -> Stream:
+    """A stream with a season of 48 events, which its forecast does not know."""
+    assert spec.events is not None
+    random, rows = np.random.default_rng(seed), np.zeros((steps, spec.input_features), np.float32)
+    values = 3 * np.sin(np.arange(steps) * 2 * np.pi / 48) + random.normal(0, 0.3, steps)
+    there = random.random(steps) >= missing
+    rows[:, spec.events.column_index["heat"]] = values * there
+    rows[:, spec.events.column_index["heat.missing"]] = ~there
+    counted = np.arange(steps) >= 500
+    return Stream(rows, np.zeros((steps, 2), np.float32), counted, counted.sum() / 48)
+
+
+def alarms(spec: ModelSpec, rows: Floats) -> list[int]:
+    """The events that open an alarm."""
+    outputs = np.zeros((len(rows), network_outputs(spec).size), np.float32)
+    cuts = [100] * (len(rows) // 100) + [len(rows) % 100] * (len(rows) % 100 > 0)
+    found, state = run(spec, rows, outputs, cuts)
+    assert all(np.isfinite(values).all() for values in (*found.values(), state))
+    return np.flatnonzero(found["odd.alarm"] == 1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["spike", "burst", "other season", "gap"])
+def test_an_anomaly_is_not_unusual_again_one_season_later(seasonal: ModelSpec, kind: str) -> None:
+    found: list[int] = []
+    assert seasonal.events is not None
+    where = seasonal.events.column_index
+    for seed in range(20, 30):
+        rows = day_and_night(seasonal, seed, 1400).rows
+        match kind:
+            case "spike":
+                rows[1200, where["heat"]] += 9
+            case "burst":
+                rows[1200:1220, where["heat"]] *= 3
+            case "other season":
+                rows[1200:1230, where["heat"]] *= -1
+            case "gap":
+                rows[1200:1230, where["heat"]] = 0
+                rows[1200:1230, where["heat.missing"]] = 1
+        found += alarms(seasonal, rows)
+    assert sum(1200 <= at < 1230 for at in found) >= (0 if kind == "gap" else 9)
+    # of 10 days without an anomaly; 0.5 are expected
+    assert sum(1246 <= at < 1294 for at in found) <= 2
+
+
+def test_a_lasting_level_becomes_usual() -> None:
+    """One alarm, which closes within the memory of the statistics."""
+    spec = spec_of(["flow"], memory_events=150, alarm={"hold_events": 20})
+    spec = fitted(spec, streams_of(spec, 10, 1000, seed=14))
+    assert spec.events is not None
+    for stream in streams_of(spec, 5, 1600, seed=15):
+        rows = stream.rows.copy()
+        rows[800:, spec.events.column_index["flow"]] += 8
+        outputs = np.zeros((len(rows), network_outputs(spec).size), np.float32)
+        found, _ = run(spec, rows, outputs, [800] * 2)
+        opened = np.flatnonzero(found["odd.alarm"][800:] == 1)
+        assert opened[0] == 0
+        assert len(opened) <= 2
+        assert not found["odd.alarm"][1300:].any()
+
+
+def test_a_stream_that_is_nearly_constant_has_no_alarms(seasonal: ModelSpec) -> None:
+    """Noise far below the usual spread is not unusual, and a digit more is not either."""
+    assert seasonal.events is not None
+    rows = np.zeros((1500, seasonal.input_features), np.float32)
+    level, random = seasonal.events.column_index["heat"], np.random.default_rng(16)
+    rows[:, level] = np.round(random.normal(1, 2e-4, 1500), 3)
+    assert alarms(seasonal, rows) == []
+
+
+def test_missing_values_do_not_change_the_false_alarms(seasonal: ModelSpec) -> None:
+    opened = 0
+    for seed in range(40, 50):
+        opened += len(alarms(seasonal, day_and_night(seasonal, seed, 1500, missing=0.5).rows))
+    # in 10 x 31 days at 0.05 a day 16 are expected
+    assert opened <= 24
+
+
+def test_no_value_makes_the_state_infinite(seasonal: ModelSpec) -> None:
+    assert seasonal.events is not None
+    rows = day_and_night(seasonal, 50, 300).rows
+    rows[100:110, seasonal.events.column_index["heat"]] = np.float32(3e38)
+    assert 100 in alarms(seasonal, rows)
+
+
+def test_a_new_stream_starts_without_alarms(seasonal: ModelSpec) -> None:
+    """Until it has statistics of its own, it has those of the fitted streams."""
+    early = 0
+    for seed in range(60, 80):
+        rows = day_and_night(seasonal, seed, 100).rows
+        early += len(alarms(seasonal, rows + np.float32(5)))
+    assert early <= 2
+
+
+def test_only_the_wanted_outputs_are_there() -> None:
+    spec = spec_of(["flow", "mode", "heat"], outputs=["nats", "mean"])
+    assert [(each.name, each.labels) for each in output_spec(spec).outputs] == [
+        ("odd", ()),
+        ("hidden", ()),
+        ("odd.probability", ()),
+        ("odd.alarm", ()),
+        ("odd.nats", ("flow", "mode", "heat")),
+        ("odd.mean", ("flow", "heat")),
+    ]
+    with pytest.raises(
+        SpecError, match=r"detection\.outputs: .*'mean'.* numeric or boolean target"
+    ):
+        spec_of(["mode"], outputs=["mean"])
+
+
+def test_thresholds_grow_with_the_rate_and_give_as_many_alarms() -> None:
+    alarm, random = AlarmSpec(hold_events=5), np.random.default_rng(18)
+    streams = [random.random(4000) ** 2 for _ in range(10)]
+    rates, thresholds = alarm_thresholds(alarm, streams, days=1000)
+    fit = DetectionFit(
+        spreads=(), squares=(), tails=(), combined=TAIL, rates=rates, thresholds=thresholds
+    )
+    assert list(thresholds) == sorted(set(thresholds))
+    assert alarm.false_alarms_per_day in rates
+    for rate in (0.02, 0.05, 0.3, 1.0):
+        opened, _ = count_alarms(alarm, streams, fit.threshold(rate))
+        assert opened == pytest.approx(1000 * rate, rel=0.3)
+    assert fit.threshold(rates[0] / 4) == pytest.approx(thresholds[0] / 4)
+    assert fit.threshold(1000) == thresholds[-1]
 
 
 def test_the_change_of_a_constant_stream_is_unusual_but_finite() -> None:

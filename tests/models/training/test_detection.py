@@ -23,7 +23,13 @@ from models.training.trainer import train
 from service.scoring.score import score_file
 from tests.support.training import latch_frame, latch_spec
 
-DETECTION = DetectionSpec(head="odd", memory_events=20, prior_events=5, scales=(3,))
+DETECTION = DetectionSpec(
+    head="odd",
+    memory_events=20,
+    prior_events=5,
+    scales=(3,),
+    outputs=("share", "nats"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +48,11 @@ def test_the_fit_is_in_the_artifact(artifact: Artifact) -> None:
     spec = load_artifact(artifact.path).spec
     assert spec.detection is not None
     assert spec.detection.fit is not None
-    # noise: forecast, level, change; kind: forecast; each alone, and one scale twice
+    # noise: forecast, level, change; kind: forecast; each alone, and its square at one scale; the
+    # change's inverse
     assert len(spec.detection.fit.spreads) == 4
-    assert len(spec.detection.fit.tails) == 12
-    assert 0 < spec.detection.fit.threshold < 1
+    assert len(spec.detection.fit.tails) == 9
+    assert 0 < spec.detection.fit.threshold(spec.detection.alarm.false_alarms_per_day) < 1
     assert artifact.state.slices.keys() >= {"odd.weight", "odd.energy", "odd.alarm"}
 
 
@@ -64,6 +71,7 @@ def test_chunks_and_carry_score_give_equal_outputs(
     assert labels == ("noise.forecast", "noise.level", "noise.change", "kind.forecast")
     assert np.allclose(found["odd.share"].sum(axis=1), 1)
     assert (found["odd.probability"] <= 1).all()
+    np.testing.assert_allclose(found["odd.nats"].sum(axis=1), found["odd"], rtol=1e-4, atol=1e-5)
     assert evaluate(artifact, frame)["heads"]["odd"].keys() == {"nll"}
 
 
@@ -83,6 +91,13 @@ def test_detection_determines_the_fingerprint(artifact: Artifact) -> None:
     other = detection.model_copy(update={"memory_events": 21})
     spec = artifact.spec.model_copy(update={"detection": other})
     assert compute_fingerprint(spec, artifact.weights) != artifact.fingerprint
+
+
+def test_the_rate_of_alarms_does_not_change_the_fingerprint(artifact: Artifact) -> None:
+    detection = artifact.spec.detection
+    assert detection is not None
+    spec = artifact.spec.model_copy(update={"detection": detection.with_alarm_rate(3.0)})
+    assert compute_fingerprint(spec, artifact.weights) == artifact.fingerprint
 
 
 def test_an_artifact_needs_the_fit(artifact: Artifact, tmp_path: Path) -> None:
