@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -71,7 +71,7 @@ def create_app() -> FastAPI:
     """The application of a worker, by the settings in the environment.
 
     Raises:
-        ArtifactError: a model cannot be loaded.
+        ArtifactError: a model cannot be loaded, or has no alarms of the configured rate.
         RuntimeUnavailableError: the runtime is not installed, or cannot run a model.
     """
     _stop_with_parent()
@@ -81,7 +81,7 @@ def create_app() -> FastAPI:
     access_log.observe = recorder.record_request
     access_log.success_ratio = settings.log_success_ratio
     tracer = open_tracer() if settings.tracing else None
-    artifacts = load_models(settings.models_dir)
+    artifacts = with_alarm_rates(load_models(settings.models_dir), settings.alarm_rates())
     runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
     decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
     served = [ServedModel(*each) for each in zip(artifacts, runtimes, decoders, strict=True)]
@@ -303,3 +303,21 @@ def load_models(directory: Path) -> list[Artifact]:
             raise ArtifactError(f"{path}: model {artifact.spec.name!r} is also in {other}")
         artifacts[artifact.spec.name] = artifact
     return list(artifacts.values())
+
+
+def with_alarm_rates(artifacts: list[Artifact], rates: Mapping[str, float]) -> list[Artifact]:
+    """The artifacts, those that are named with another rate of alarms.
+
+    Raises:
+        ArtifactError: there is no model of a name, or it has no alarms of that rate.
+    """
+    names = [artifact.spec.name for artifact in artifacts]
+    for name in rates:
+        if name not in names:
+            raise ArtifactError(
+                f"CARRY_FALSE_ALARMS_PER_DAY: expected models among {names}, got {name!r}"
+            )
+    return [
+        artifact.with_alarm_rate(rates[name]) if name in rates else artifact
+        for name, artifact in zip(names, artifacts, strict=True)
+    ]

@@ -30,6 +30,7 @@ from pydantic_settings import (
 )
 
 import models
+from models.spec.detection import MAX_ALARM_RATE
 from service.service_links import is_service_link, service_links
 from service.store.redis.address import (
     add_password,
@@ -133,6 +134,11 @@ class Settings(BaseSettings):
 
     models_dir: Path = Path(models.__file__).parent / "pretrained"
     """Folder whose sub-folders are the artifacts to serve, one model each."""
+
+    false_alarms_per_day: str = ""
+    """Expected number of false alarms of one stream in a day, of models with `detection`, in place
+    of that in their specification: `MODEL=RATE`, several separated by commas. A request may set
+    another one for its chunk. All workers of a store need the same."""
 
     runtime: Literal["auto", "onnxruntime", "tensorflow"] = "auto"
     """Library that runs the networks. `auto` chooses for each model: `onnxruntime`, which is faster
@@ -417,6 +423,16 @@ class Settings(BaseSettings):
             _with_password(info.data["redis_url"], file, add_sentinel_password)
         return file
 
+    @field_validator("false_alarms_per_day")
+    @classmethod
+    def _check_alarm_rates(cls, value: str) -> str:
+        _alarm_rates(value)
+        return value
+
+    def alarm_rates(self) -> dict[str, float]:
+        """By model, the expected number of false alarms of one stream in a day."""
+        return _alarm_rates(self.false_alarms_per_day)
+
     def store_url(self) -> str | None:
         """The store's address with the passwords of the files; None: embedded."""
         url = self.redis_url
@@ -498,3 +514,20 @@ def _explain(error: ValidationError, flags: Mapping[str, Any]) -> str:
         got = "" if name == "redis_url" else f", got {str(problem['input'])!r}"
         sentences.append(f"{shown}: {message[0].lower()}{message[1:]}{got}.")
     return " ".join(sentences)
+
+
+def _alarm_rates(value: str) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for part in value.split(",") if value.strip() else []:
+        model, _, text = part.strip().partition("=")
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = 0.0
+        if not model or model in rates or not 0 < rate <= MAX_ALARM_RATE:
+            raise ValueError(
+                f"expected MODEL=RATE, each model once, with a rate above 0, at most "
+                f"{MAX_ALARM_RATE:g}; got {part.strip()!r}"
+            )
+        rates[model] = rate
+    return rates

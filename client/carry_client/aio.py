@@ -171,6 +171,7 @@ class AsyncModel:
         head: Head | None = None,
         replay_from: AsyncReplayFrom | None = None,
         buffer_events: int = 10_000,
+        false_alarms_per_day: float | None = None,
     ) -> AsyncStream:
         """One of the model's streams; nothing is requested yet.
 
@@ -188,6 +189,9 @@ class AsyncModel:
             head: the head that such a function kept.
             replay_from: given a position, returns the stream's events from there on.
             buffer_events: how many events are kept in memory to be sent again; 0 for none.
+            false_alarms_per_day: for a model with detection, the expected number of false alarms
+                of the stream in a day, by which the alarms of all chunks that are sent open and
+                close; None for the model's.
 
         Raises:
             ValueError: the file holds the head of another stream.
@@ -199,6 +203,7 @@ class AsyncModel:
             save=keep,
             replay_from=replay_from,
             buffer_events=buffer_events,
+            false_alarms_per_day=false_alarms_per_day,
         )
         return AsyncStream(self._driver, core)
 

@@ -70,6 +70,7 @@ class StreamCore:
         save: Callable[[Head], None] | None = None,
         replay_from: AsyncReplayFrom | None = None,
         buffer_events: int = 10_000,
+        false_alarms_per_day: float | None = None,
     ) -> None:
         """Nothing is requested yet.
 
@@ -84,6 +85,7 @@ class StreamCore:
         self.retries = self.rollbacks = 0
         self._saved, self._save = saved, save
         self._replay_from, self._buffer_events = replay_from, buffer_events
+        self._false_alarms_per_day = false_alarms_per_day
         self._heads: deque[Head] = deque(maxlen=REMEMBERED_HEADS)
         self._buffer: deque[Chunk] = deque()
         self._buffered = 0
@@ -220,10 +222,12 @@ class StreamCore:
             yield from self._resend(head, actual, chunk.start)
 
     def member(self, chunk: Chunk) -> dict[str, Any]:
-        """The members of a body that hold a chunk's events."""
+        """The members of a body that hold a chunk's events and options."""
         final = {"final": True} if chunk.is_final else {}
         resets = {"resets": list(chunk.resets)} if chunk.resets else {}
-        return {**body_member(chunk.steps, self.session.encoding), **final, **resets}
+        rate = self._false_alarms_per_day
+        alarms = {} if rate is None else {"false_alarms_per_day": rate}
+        return {**body_member(chunk.steps, self.session.encoding), **final, **resets, **alarms}
 
     def accept_reply(self, chunk: Chunk, document: Any, params: Mapping[str, str]) -> Call[Reply]:
         """Read a chunk's reply and move to its head."""

@@ -18,7 +18,8 @@ Digest and tag are defined here only; `docs/reference/protocol.md` documents the
 `kind` is the byte `I` (inputs) or `E` (events), in lower case for a final chunk. In a chunk with R
 explicit resets the byte `R`, R as uint64 LE and their ascending indexes as uint64 LE precede it:
 other resets make another chunk. (Resets by `reset_every` and session gaps follow from the stream
-and are not part of it.) The canonical bytes are float32 LE, row by row, or those of
+and are not part of it.) In a chunk with `false_alarms_per_day` the byte `A` and the rate as float64
+LE precede all of these. The canonical bytes are float32 LE, row by row, or those of
 `models.events.columns.canonical_bytes`; the nonce is 16 random bytes for a chunk without a position
 and empty otherwise, so that two equal appends never share a tag.
 """
@@ -102,7 +103,7 @@ def new_nonce() -> bytes:
 def chunk_digest(
     schema: EventSchema | None, steps: Steps, nonce: bytes = b"", *, final: bool = False
 ) -> bytes:
-    """SHA-256 over the canonical form of a chunk's events or rows and its resets, 32 bytes."""
+    """SHA-256 over the canonical form of a chunk's events or rows and its options, 32 bytes."""
     columns, rows, resets = steps.columns, steps.rows, steps.resets
     if columns is not None and schema is not None:
         kind, canonical = b"E", canonical_bytes(schema, columns)
@@ -114,6 +115,8 @@ def chunk_digest(
         kind = kind.lower()
     if resets:
         kind = b"R" + struct.pack(f"<{len(resets) + 1}Q", len(resets), *resets) + kind
+    if steps.false_alarms_per_day is not None:
+        kind = b"A" + struct.pack("<d", steps.false_alarms_per_day) + kind
     count = steps.length.to_bytes(8, "little")
     return hashlib.sha256(kind + count + canonical + nonce).digest()
 

@@ -137,6 +137,8 @@ class Steps(msgspec.Struct, frozen=True, gc=False):
         columns: the events, if `feed` is `events`.
         rows: float32 [T, F], if `feed` is `inputs`; finite, category codes in range.
         resets: ascending indexes of the events before which the client resets the state.
+        false_alarms_per_day: for a model with `detection`, the rate that the alarms of these events
+            follow; None for the model's.
     """
 
     feed: Feed
@@ -144,6 +146,7 @@ class Steps(msgspec.Struct, frozen=True, gc=False):
     columns: EventColumns | None = None
     rows: FloatRows | None = None
     resets: tuple[int, ...] = ()
+    false_alarms_per_day: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

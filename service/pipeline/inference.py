@@ -45,6 +45,7 @@ class Inference:
         self._runtime_state = served.runtime_state
         self._blocks = served.blocks
         self._takes_any_rows = served.chunk_limit is None and served.blocks is None
+        self._has_alarms = served.artifact.spec.detection is not None
         self._resets_by_itself = served.artifact.spec.resets.is_active
 
     async def __call__(self, items: list[BatchItem], times: StageTimes) -> Computed | None:
@@ -52,7 +53,10 @@ class Inference:
         if not items:
             return None
         values = [item.base.value if item.base is not None else self._initial for item in items]
-        floats, ints = before = decode_states(values, *self._sizes)
+        before = decode_states(values, *self._sizes)
+        if self._has_alarms:
+            before = self._served.states_before([item.chunk.steps for item in items], before)
+        floats, ints = before
         rows = [item.chunk.steps.rows for item in items if item.chunk.steps.rows is not None]
         has_resets = self._resets_by_itself or any(item.chunk.steps.resets for item in items)
         is_cut = False

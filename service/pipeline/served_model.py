@@ -22,6 +22,7 @@ from models.events.encode import Clock, encode, encode_many, event_times
 from models.events.schema import EventSchema
 from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
+from models.spec.detection import ALARM_RATE
 from models.spec.layout import OutputSpec
 from models.spec.resets import find_resets, segments_of
 from models.spec.state import State, StateSpec
@@ -149,6 +150,59 @@ class ServedModel:
                 expected=expected,
             )
 
+    @cached_property
+    def _alarm_rate_at(self) -> int | None:
+        """Where the rate of a chunk's alarms is in the state; None without `detection`."""
+        detection = self.artifact.spec.detection
+        if detection is None:
+            return None
+        at: int = self.state.slices[f"{detection.head}.{ALARM_RATE}"].start
+        return at
+
+    def check_alarm_rate(self, rate: float, at: str) -> None:
+        """Reject a rate of false alarms that the model's alarms cannot have.
+
+        Raises:
+            InvalidInput
+        """
+        detection = self.artifact.spec.detection
+        most = detection.fit.rates[-1] if detection and detection.fit else None
+        if most is None:
+            expected = f"none, since model {self.name!r} has no `detection`"
+        elif rate > most:
+            expected = (
+                f"at most {most:g}, the highest rate that the alarms of model {self.name!r} have "
+                "on the data that they are calibrated on"
+            )
+        else:
+            return
+        raise InvalidInput(
+            f"{at}: expected {expected}; got {rate:g}", at=at, expected=most or "none", got=rate
+        )
+
+    def states_before(self, steps: Sequence[Steps], states: State) -> State:
+        """The states that chunks continue, with the rates that their alarms follow.
+
+        Args:
+            states: float32 [B, N] and int64 [B, M], the streams' or the initial one after a reset;
+                not modified.
+        """
+        at = self._alarm_rate_at
+        if at is None:
+            return states
+        rates = np.array([each.false_alarms_per_day or 0.0 for each in steps], np.float32)
+        if (states.floats[:, at] == rates).all():
+            return states
+        floats = states.floats.copy()
+        floats[:, at] = rates
+        return State(floats, states.ints)
+
+    def _state_before(self, steps: Steps, state: State) -> State:
+        if self._alarm_rate_at is None:
+            return state
+        floats, ints = self.states_before([steps], State(state.floats[np.newaxis], state.ints))
+        return State(floats[0], ints)
+
     def encode_covariates(self, request: ForecastRequest, state: State) -> FutureCovariates:
         """Encode the known future covariates of a forecast from `state`.
 
@@ -252,7 +306,9 @@ class ServedModel:
             ChunkTooLong, InvalidInput, StateDamaged: as `encode`.
         """
         self.check_length(steps)
-        rows, last = steps.rows, self.initial if resets else state
+        initial = self._state_before(steps, self.initial)
+        state = self._state_before(steps, state)
+        rows, last = steps.rows, initial if resets else state
         ints = last.ints
         if rows is None:
             if steps.columns is None or self.events is None:
@@ -263,7 +319,7 @@ class ServedModel:
                 raise invalid_data("events", error) from error
             ints = clock.into_ints(self.state, ints)
         cuts = segments_of(steps.length, resets)
-        states = [self.initial] * len(cuts)
+        states = [initial] * len(cuts)
         if not resets or resets[0] > 0:
             states[0] = state
         segments = [

@@ -99,6 +99,7 @@ class ResolvedCall(NamedTuple):
         if isinstance(self.values, bytes):
             media, name = Media.MSGPACK, INPUTS
         parameters, values = self.parameters, self.values
+        rate = parameters.false_alarms_per_day
         if parameters.stream is not None:
             members: dict[str, Any] = {"position": parameters.position, "epoch": parameters.epoch}
             present = {key: value for key, value in members.items() if value is not None}
@@ -106,6 +107,8 @@ class ResolvedCall(NamedTuple):
                 present["final"] = True
             if parameters.dry_run:
                 present["dry_run"] = True
+            if rate is not None:
+                present["false_alarms_per_day"] = rate
             if self.resets:
                 present["resets"] = self.resets[0]
             others = {key: [dumps(media, value)] for key, value in present.items()}
@@ -116,6 +119,8 @@ class ResolvedCall(NamedTuple):
         sequences = []
         for at in range(count):
             encoded = {name: _encoded_values(values[at * size : (at + 1) * size])}
+            if rate is not None:
+                encoded["false_alarms_per_day"] = [dumps(media, rate)]
             if self.resets:
                 encoded["resets"] = [dumps(media, self.resets[at])]
             sequences.append(object_parts(media, encoded))

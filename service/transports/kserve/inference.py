@@ -314,7 +314,9 @@ class Inference:
             InvalidInput, ChunkTooLong: with the fact `stream`.
         """
         reader = call.wire.reader
-        is_plain = not (call.is_final or call.resets or call.parameters.dry_run)
+        parameters = call.parameters
+        has_options = parameters.dry_run or parameters.false_alarms_per_day is not None
+        is_plain = not (call.is_final or call.resets or has_options)
         if isinstance(call.values, bytes) and is_plain:
             steps = reader.fast.decode_rows(call.values)
             if steps is not None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+from models.spec.detection import MAX_ALARM_RATE
 from service.transports.http.field_rules import EPOCH, MAX_POSITION
 from service.transports.http.request_fields import stream_name
 from service.transports.kserve.values import Parameter, invalid
@@ -22,6 +23,7 @@ KNOWN: Final = (
     "position",
     "epoch",
     "dry_run",
+    "false_alarms_per_day",
     "timeout",
     *IGNORED,
 )
@@ -41,6 +43,7 @@ class InferParameters(NamedTuple):
             ends.
         timeout_s: how long the client waits, in seconds; None if it does not say.
         dry_run: whether the chunk is only computed.
+        false_alarms_per_day: the rate that the alarms of these events follow; None for the model's.
     """
 
     stream: str | None = None
@@ -50,6 +53,7 @@ class InferParameters(NamedTuple):
     epoch: str | None = None
     timeout_s: float | None = None
     dry_run: bool = False
+    false_alarms_per_day: float | None = None
 
 
 NO_PARAMETERS: Final = InferParameters()
@@ -85,7 +89,9 @@ def parse_parameters(parameters: Mapping[str, Parameter]) -> InferParameters:
     if starts_over and position not in (None, 0):
         raise invalid("parameters.position", "0, since the sequence starts", position)
     timeout_s = _timeout_s(parameters)
-    return InferParameters(stream, starts_over, ends, position, epoch, timeout_s, dry_run)
+    return InferParameters(
+        stream, starts_over, ends, position, epoch, timeout_s, dry_run, _alarm_rate(parameters)
+    )
 
 
 def parse_sequence_id(value: Parameter) -> str | None:
@@ -119,6 +125,17 @@ def _position(parameters: Mapping[str, Parameter]) -> int | None:
         expected = f"a whole number from 0 to {MAX_POSITION}"
         raise invalid("parameters.position", expected, _shown(value))
     return value
+
+
+def _alarm_rate(parameters: Mapping[str, Parameter]) -> float | None:
+    value = parameters.get("false_alarms_per_day")
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < float(value) <= MAX_ALARM_RATE:
+        expected = f"a number above 0, at most {MAX_ALARM_RATE:g}"
+        raise invalid("parameters.false_alarms_per_day", expected, _shown(value))
+    return float(value)
 
 
 def _timeout_s(parameters: Mapping[str, Parameter]) -> float | None:

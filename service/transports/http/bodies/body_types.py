@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from models.events.parse import event_type
 from models.events.schema import EventSchema
 from models.spec.decoder import known_schema
+from models.spec.detection import MAX_ALARM_RATE
 from service.pipeline.served_model import ServedModel
 from service.transports.http.field_rules import (
     EPOCH,
@@ -54,6 +55,13 @@ class StepsBody(StrictBody):
         description="Ascending indexes of the events or rows before which the state is reset to "
         "the model's initial state; in events the member `reset` has the same effect.",
         examples=[[0, 12]],
+    )
+    false_alarms_per_day: Annotated[float, Field(gt=0, le=MAX_ALARM_RATE)] | None = Field(
+        None,
+        description="For a model with `detection`: the expected number of false alarms of one "
+        "stream in a day, by which the alarms of these events open and close; without it the "
+        "model's.",
+        examples=[0.2],
     )
 
 

@@ -196,7 +196,7 @@ class StrictValidator:
         self.check_final(body, inside)
         least = 0 if body.final else 1
         steps = self._read(body, Origin(inside), self._most_chunk, least)
-        return self.add_resets(body, steps, inside)
+        return self.add_options(body, steps, inside)
 
     def sequence_steps(self, body: StepsBody, inside: str) -> Steps:
         """The steps of one sequence.
@@ -204,7 +204,7 @@ class StrictValidator:
         Raises:
             InvalidInput, ChunkTooLong
         """
-        return self.add_resets(body, self._read(body, Origin(inside), self._most_sequence), inside)
+        return self.add_options(body, self._read(body, Origin(inside), self._most_sequence), inside)
 
     def all_sequences(self, bodies: Sequence[SequenceBody], first: int = 0) -> list[SequenceInput]:
         """The sequences of a request.
@@ -281,13 +281,18 @@ class StrictValidator:
                 expected="no `final`",
             )
 
-    def add_resets(self, body: StepsBody, steps: Steps, inside: str) -> Steps:
-        """Add the resets of a chunk's or sequence's member `resets` to those of its events.
+    def add_options(self, body: StepsBody, steps: Steps, inside: str) -> Steps:
+        """Add the options of a chunk or sequence: the rate of its alarms, and the resets of its
+        member `resets` to those of its events.
 
         Raises:
-            InvalidInput: an index is out of range or out of order.
+            InvalidInput: an index is out of range or out of order, or the model has no such alarms.
             ResetsUnsupported: it is a chunk of a model whose streams cannot be reset.
         """
+        if (rate := body.false_alarms_per_day) is not None:
+            name = "false_alarms_per_day"
+            self._served.check_alarm_rate(rate, f"{inside}.{name}" if inside else name)
+            steps = replace(steps, false_alarms_per_day=rate)
         at = f"{inside}.resets" if inside else "resets"
         resets = body.resets or []
         before = -1

@@ -333,7 +333,7 @@ class LongReader:
             except MalformedBody as error:
                 raise malformed(media, f"it cannot be parsed at {at}") from error
             done += len(group)
-        return validated, strict.add_resets(
+        return validated, strict.add_options(
             validated, await _concatenate(parts, checkpoint), inside
         )
 

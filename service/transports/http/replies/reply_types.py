@@ -318,6 +318,17 @@ class ForecastInfo(TypedDict):
 
 
 @closed
+class AlarmsInfo(TypedDict):
+    """Alarms of a model with `detection`."""
+
+    output: str
+    false_alarms_per_day: float
+    """Expected number of a stream, where a chunk does not ask for another one."""
+    max_false_alarms_per_day: float
+    """The most that a chunk may ask for."""
+
+
+@closed
 class LimitsInfo(TypedDict):
     """Limits of one request."""
 
@@ -367,6 +378,8 @@ class ModelDetail(TypedDict):
     runtimes: list[str]
     forecast: ForecastInfo | None
     """Null for a model without a decoder."""
+    alarms: AlarmsInfo | None
+    """Null for a model without `detection`."""
     limits: LimitsInfo
     metrics: dict[str, Any]
     """What was measured when the model was trained."""

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
+from models.spec.detection import DetectionSpec
 from service.access.principal import Verb
 from service.pipeline.served_model import ServedModel
 from service.transports.http.context import api_of, pipeline_of
@@ -16,6 +17,7 @@ from service.transports.http.limits import ApiLimits
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import reply
 from service.transports.http.replies.reply_types import (
+    AlarmsInfo,
     BlocksInfo,
     ColumnInfo,
     ForecastInfo,
@@ -96,6 +98,7 @@ def detail(served: ServedModel, limits: ApiLimits) -> ModelDetail:
         "session_gap_s": served.artifact.spec.session_gap_s,
         "runtimes": [served.runtime.name],
         "forecast": _forecast(served.artifact.spec.decoder),
+        "alarms": _alarms(served.artifact.spec.detection),
         "limits": {
             "max_body_bytes": limits.max_body_bytes,
             "max_chunk_steps": limits.max_chunk_steps,
@@ -110,6 +113,16 @@ def detail(served: ServedModel, limits: ApiLimits) -> ModelDetail:
 def _blocks(served: ServedModel) -> BlocksInfo | None:
     blocks = served.artifact.spec.blocks
     return None if blocks is None else {"size": blocks.size, "lookahead": blocks.lookahead}
+
+
+def _alarms(detection: DetectionSpec | None) -> AlarmsInfo | None:
+    if detection is None or detection.fit is None:
+        return None
+    return {
+        "output": f"{detection.head}.alarm",
+        "false_alarms_per_day": detection.alarm.false_alarms_per_day,
+        "max_false_alarms_per_day": detection.fit.rates[-1],
+    }
 
 
 def _forecast(decoder: DecoderSpec | None) -> ForecastInfo | None:
