@@ -60,7 +60,9 @@ def run_example(
     if options.show:
         from models.training.report import report_lines
 
-        print("\n".join(report_lines(orjson.loads((options.out / REPORT).read_bytes()))))
+        report = options.out / REPORT
+        if report.exists():
+            print("\n".join(report_lines(orjson.loads(report.read_bytes()))))
         for text in sorted(options.out.glob("*.md")):
             print(text.read_text(encoding="utf-8"))
         return

@@ -18,7 +18,14 @@ from locust.env import Environment
 from carry_client import Carry, CarryError, ModelDescription, NoAnswer, Retry
 from tests.load.feeds import longest_chunk, make_feeds
 from tests.load.scenarios import Burst, Cold, Hot, InTurn, Long, Ramp, ScenarioUser, Steady
-from tests.load.streams import RETRY_S, Streams, check_limits, parse_threshold
+from tests.load.streams import (
+    EXAMPLE,
+    RETRY_S,
+    Streams,
+    check_limits,
+    default_model,
+    parse_threshold,
+)
 from tests.support.machine import describe_run
 
 TIMEOUT_S = 120.0
@@ -35,7 +42,7 @@ def add_options(parser: Any, **_: Any) -> None:
     more = {"action": "append", "default": []}
     limit = {"type": parse_threshold, "metavar": "[SCENARIO.]NAME=VALUE"}
     add("--url", env_var="CARRY_LOAD_URL", default="http://127.0.0.1:8000", help="the service")
-    add("--model", help="its model; may be left out where it serves one")
+    add("--model", help=f"its model; default: the only one, or {EXAMPLE}")
     add("--scenario", **more, choices=SCENARIOS, help="may be repeated; every one by default")
     add("--duration-s", type=_positive, default=30.0, help="of each scenario")
     add("--threshold", **more, **limit, help="another limit; `none` disables it; may be repeated")
@@ -100,7 +107,7 @@ class Load:
                 f"nothing answers at {options.url} ({problem.detail}); start the service with "
                 "`make run`, or name another address with --url"
             ) from problem
-        name = options.model or (served[0] if len(served) == 1 else "")
+        name = options.model or default_model(served)
         if name not in served:
             raise LoadError(f"--model {name!r}: expected one of {', '.join(served) or 'none'}")
         self.model = self.carry.model(name)

@@ -40,6 +40,8 @@ waited longest: so that even a short run loads states that were not used for lon
 EXAMPLES_PER_CODE, EXAMPLE_CHARS = 3, 500
 BOUND = 1e-5
 RETRY_S = 30.0  # how long one chunk is tried
+EXAMPLE = "flights"
+"""The model of `make run` that is loaded by default."""
 Limits = dict[str, float | None]  # limit by name: `max_...` or `min_...`; None disables it
 DEFAULTS: Limits = {
     "max_error_share": 0.0,
@@ -289,6 +291,13 @@ class Check(NamedTuple):
         value = "nothing measured" if self.value is None else f"{self.value:,.6g}"
         verdict = "passed" if self.passed else "FAILED"
         return f"{self.name:20} {self.limit:>10,.6g}  {verdict}  {value}"
+
+
+def default_model(served: list[str]) -> str:
+    """The only model, or the one of the README; empty if there is neither."""
+    if len(served) == 1:
+        return served[0]
+    return EXAMPLE if EXAMPLE in served else ""
 
 
 def parse_threshold(text: str) -> tuple[str, str, float | None]:

@@ -18,7 +18,14 @@ import pytest
 
 from carry_client import ModelDescription, Output, Problem, read_problem
 from tests.load.feeds import Chunk, InputsFeed
-from tests.load.streams import Applied, LoadStream, Streams, WrongAnswerError, check_limits
+from tests.load.streams import (
+    Applied,
+    LoadStream,
+    Streams,
+    WrongAnswerError,
+    check_limits,
+    default_model,
+)
 
 MODEL = ModelDescription(
     name="probe",
@@ -272,3 +279,11 @@ def test_a_value_passes_a_threshold_up_to_its_limit(
     for value, is_passed in ((passing, True), (failing, False), (None, False)):
         (check,) = check_limits({name: passing}, {name: value})
         assert check.passed is is_passed
+
+
+@pytest.mark.parametrize(
+    ("served", "model"),
+    [(["small"], "small"), (["a", "flights", "rivers"], "flights"), (["a", "b"], ""), ([], "")],
+)
+def test_the_only_model_or_that_of_the_readme_is_loaded(served: list[str], model: str) -> None:
+    assert default_model(served) == model

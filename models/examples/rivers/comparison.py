@@ -1,7 +1,7 @@
 """`python -m models.examples.rivers.comparison`: carried memory beside windows.
 
-    train [METHOD ...]   fit all methods, or some, to the training catchments
-    score                score them on the held-out catchments
+    train    fit all methods, or those of --method, to the training catchments
+    score    score them on the held-out catchments
 
 Methods: `lstm`, `tcn-127`, `tcn-511`, `trees`. `docs/decisions/flagship.md` fixes data, methods
 and the decision rule. Needs LightGBM: pip install lightgbm==4.7.0. Writes to
@@ -64,11 +64,13 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("step", choices=["train", "score"])
-    parser.add_argument("methods", nargs="*", choices=[*NETWORKS, TREES], default=[])
+    parser.add_argument(
+        "--method", action="append", choices=[*NETWORKS, TREES], help="to train; all by default"
+    )
     options = parser.parse_args()
     try:
         if options.step == "train":
-            train(options.methods or [*NETWORKS, TREES], OUT)
+            train(options.method or [*NETWORKS, TREES], OUT)
         else:
             text = table(list(score(OUT)))
             (OUT / "comparison.md").write_text(text, encoding="utf-8")

@@ -219,9 +219,12 @@ def test_a_replaced_graph_file_is_not_run(with_graph: Artifact, exchanged: Any) 
     )
 
 
-def test_the_pretrained_model_has_its_graph() -> None:
-    flights = load_artifact(Path(models.__file__).parent / "pretrained" / "flights")
-    runtime = open_runtime("onnxruntime", flights, 1)
+@pytest.mark.parametrize(
+    ("name", "version"), [("flights", "46de72b9354a"), ("rivers", "dab6f2ef9017")]
+)
+def test_a_pretrained_model_has_its_graph(name: str, version: str) -> None:
+    artifact = load_artifact(Path(models.__file__).parent / "pretrained" / name)
+    runtime = open_runtime("onnxruntime", artifact, 1)
     runtime.warm()
-    assert (runtime.name, flights.version) == ("onnxruntime", "46de72b9354a")
-    assert flights.differing_graphs == []
+    assert (runtime.name, artifact.version) == ("onnxruntime", version)
+    assert artifact.differing_graphs == []
