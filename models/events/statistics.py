@@ -30,6 +30,7 @@ the season before it is kept, or in the first season the mean.
 
 from __future__ import annotations
 
+from itertools import repeat
 from math import sqrt
 from typing import NamedTuple
 
@@ -147,17 +148,16 @@ def _normalise(
         mean, std = field.mean, field.std
     else:
         std = _deviation(count, variance, prior_events, prior, least)
-    skipped = [False] * len(values) if absent is None else absent.tolist()
+    skipped = repeat(False) if absent is None else absent.tolist()
     scored, means, deviations = [], [], []
-    for x, skip in zip(values.tolist(), skipped, strict=True):
+    for x, skip in zip(values.tolist(), skipped, strict=False):
         z = 0.0
         if not skip:
             deviation = x - mean
             z = deviation / std
-            if z > clip:
-                z, deviation = clip, clip * std
-            elif z < -clip:
-                z, deviation = -clip, -clip * std
+            if not -clip <= z <= clip:
+                z = clip if z > clip else -clip
+                deviation = z * std
             count += 1
             if count == 1:
                 mean, variance = x, 0.0
@@ -165,7 +165,10 @@ def _normalise(
                 share = 1.0 / (count if count < memory else memory)
                 mean += share * deviation
                 variance += share * ((1.0 - share) * deviation * deviation - variance)
-            std = _deviation(count, variance, prior_events, prior, least)
+            if count < prior_events:
+                std = _deviation(count, variance, prior_events, prior, least)
+            elif (std := sqrt(variance)) < least:
+                std = least
         scored.append(z)
         means.append(mean)
         deviations.append(std)
@@ -176,10 +179,8 @@ def _normalise(
 
 def _deviation(count: int, variance: float, prior_events: int, prior: float, least: float) -> float:
     """s_n of the module's equations."""
-    if count < prior_events:
-        rest = 1.0 - count / prior_events
-        variance = rest * prior + (1.0 - rest) * variance
-    return max(sqrt(variance), least)
+    rest = max(0.0, 1.0 - count / prior_events)
+    return max(sqrt(rest * prior + (1.0 - rest) * variance), least)
 
 
 def _season(

@@ -48,6 +48,11 @@ DETERMINES = {
     "vocabulary order": put(
         "events", "fields", 3, "vocabulary", value=["B6", "UA", "Österreich", "航空"]
     ),
+    "normalisation": put("events", "fields", 1, "normalisation", value={"std": 1.0}),
+    "prior deviation": put("events", "fields", 1, "normalisation", value={"std": 1.5}),
+    "memory": put("events", "fields", 1, "normalisation", value={"std": 1.0, "memory_events": 9}),
+    "season": put("events", "fields", 1, "season_events", value=5),
+    "calendar": put("events", "fields", 2, "calendar", value=["hour", "yearday"]),
     "embedding": put("events", "fields", 4, "embedding", value=9),
     "units": put("layers", 0, "units", value=4),
     "activation": put("layers", 5, "activation", value="tanh"),
