@@ -19,8 +19,9 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
-from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+import msgspec
 
 from service.core.errors import CarryError
 
@@ -120,8 +121,7 @@ class Ticket(Generic[R]):
             self.future.set_result(self._results)
 
 
-@dataclass(slots=True, eq=False)
-class Job(Generic[P, R]):
+class Job(msgspec.Struct, Generic[P, R], eq=False):
     """One request in the queue or in a batch.
 
     Attributes:

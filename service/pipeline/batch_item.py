@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +16,7 @@ from service.engine.fair_queue import Job
 ChunkJob = Job[Chunk, Reply]
 
 
-class BaseStream(NamedTuple):
+class BaseStream(msgspec.Struct, frozen=True, gc=False):
     """A stream that a chunk continues, as it is stored.
 
     Attributes:
@@ -27,8 +28,7 @@ class BaseStream(NamedTuple):
     value: bytes
 
 
-@dataclass(slots=True, eq=False)
-class BatchItem:
+class BatchItem(msgspec.Struct, eq=False):
     """One chunk on its way through a batch.
 
     Attributes:

@@ -307,7 +307,7 @@ class ChunkCommitter:
         states = encode_states(
             [item.chunk.steps.feed for item in items],
             heads,
-            [last_chunk(item.chunk, item.base and item.base.head) for item in items],
+            [last_chunk(item.chunk, item.base.head if item.base else None) for item in items],
             State(floats, ints),
             fingerprint=self._served.fingerprint,
             updated_ms=self._now_ms(),

@@ -31,6 +31,7 @@ from importlib.resources import files
 from typing import Any, Final, Protocol
 
 import hiredis
+import msgspec
 import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
@@ -72,8 +73,7 @@ class Script:
         return cls(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
 
 
-@dataclass(slots=True, eq=False)
-class StoreRequest:
+class StoreRequest(msgspec.Struct, eq=False):
     """One request and the state of its delivery.
 
     Attributes:
