@@ -113,7 +113,7 @@ class _Decoders(NamedTuple):
     predict: Any
 
 
-class _Read(NamedTuple):
+class _Read(msgspec.Struct, gc=False):
     """The steps of a chunk or sequence, and its number of members and strings, events included."""
 
     steps: Steps
@@ -478,12 +478,12 @@ def _with_resets(read: _Read, resets: list[int] | None) -> _Read:
     """Add the member `resets` of a body."""
     if resets is None:
         return read
-    steps, members, strings = read
+    steps = read.steps
     ascending = all(first < second for first, second in pairwise(resets))
     if not ascending or (resets and resets[-1] >= steps.length):
         raise _UndecidedError
     merged = tuple(sorted({*resets, *steps.resets}))
-    return _Read(replace(steps, resets=merged), members + 1, strings)
+    return _Read(replace(steps, resets=merged), read.members + 1, read.strings)
 
 
 def _packed(body: DecodedSteps) -> bytes:
