@@ -103,13 +103,15 @@ def _forecast(nodes: Nodes, spec: ModelSpec, head: ForecastHead, raw: Value, row
         if not isinstance(field, NumericField) or field.mean is None or field.std is None:
             raise SpecError(f"head {head.name!r}: expected a fitted numeric field {name!r}")
         value = _rising(nodes, piece) if count > 1 else piece
-        mean, std = nodes.number(field.mean), nodes.number(field.std)
-        if field.normalisation is not None:
+        if field.normalisation is None:
+            # in this order, which is that of the graphs of older artifacts
+            value = nodes.add("Mul", value, nodes.number(field.std))
+            value = nodes.add("Add", value, nodes.number(field.mean))
+        else:
             columns_of = _schema(spec).column_index
             at = [columns_of[f"{name}.{each}"] for each in STATISTICS]
             mean, std = (nodes.part(rows, index, index + 1, axis=2) for index in at)
-        value = nodes.add("Mul", value, std)
-        value = nodes.add("Add", value, mean)
+            value = nodes.add("Add", nodes.add("Mul", value, std), mean)
         if field.transform == "signed_log1p":
             size = nodes.add("Min", nodes.add("Abs", value), nodes.number(EXPONENT_LIMIT))
             grown = nodes.add("Sub", nodes.add("Exp", size), nodes.number(1.0))
