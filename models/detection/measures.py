@@ -91,7 +91,7 @@ def _buffered(
         before = weights[max(first - reach, start) : first]
         before += falling[: len(before)][::-1]
         span = max(first - reach, start), min(end + reach, stop)
-        if extended and start < extended[-1][1] and span[0] < extended[-1][1]:
+        if extended and span[0] < extended[-1][1]:
             span = extended.pop()[0], span[1]
         extended.append(span)
     return np.where(anomalous, 0.0, np.minimum(weights, 1.0)), extended
