@@ -21,11 +21,11 @@ decay r = exp(-1 / memory_events); "before" means from the events before this on
 In a new stream `trust` shrinks deviations towards 0 and squares towards the usual one, and a
 target's first event has no statistics. The mean of square roots is a robust spread: one outlier
 hardly moves it, and many zeros do not make it zero. The statistics of a channel, larger for what is
-more unusual, are |z|, for each scale the square, and of a channel `change` its inverse. (In the
-other channels a square is also small after a change of the level, whose large errors are in the
-spread.) An event without the target changes only the decays. The season remembers the last usual
-value at each phase, so that an anomaly is not unusual again one season later. A stream that is
-nearly constant is not too quiet, since `u` compares it with its own spread.
+more unusual, are |z|, for each scale the square, and its inverse: of the channels `change`, or of
+all if there are none. (In other channels a square is also small after a change of the level, whose
+large errors are in the spread.) An event without the target changes only the decays. The season
+remembers the last usual value at each phase, so that an anomaly is not unusual again one season
+later. A stream that is nearly constant is not too quiet, since `u` compares it with its own spread.
 
 Every recurrence y_t = r y_(t-1) + x_t is computed for all steps at once (`recurrences`). Arrays
 have the channels first and the steps last, so that NumPy's inner loops are long. Pure NumPy in
@@ -99,8 +99,8 @@ class Deviations(NamedTuple):
     Attributes:
         z: [C, B, T], by channel; 0 where the event has none.
         statistics: [K, B, T]: |z| of every channel, then for each scale the square of every
-            channel, then for each scale its inverse of the channels `change`; 0 where the event has
-            none.
+            channel, then for each scale its inverse of the channels that may be too quiet; 0 where
+            the event has none.
         state: float32 [B, S], after each stream's last event.
         events: the events as they were read.
     """
@@ -142,7 +142,7 @@ class Channels:
             kind: columns_of([c for c, each in enumerate(channels) if each.kind == kind])
             for kind in {each.kind for each in channels}
         }
-        self._quiet = self._of_kind.get("change", slice(0))
+        self._quiet = self._of_kind.get("change", slice(None))
         self._quiet_count = len(self._target[self._quiet])
         scales = len(detection.scales)
         self._statistics = self._count * (1 + scales) + self._quiet_count * scales

@@ -44,10 +44,8 @@ class DetectionOracle:
         decay = math.exp(-1 / self.detection.memory_events)
         values, present = self._values(row, parameters)
         odd: set[str] = set()
-        scales, quiet = (
-            len(self.detection.scales),
-            [c for c, channel in enumerate(self.channels) if channel.kind == "change"],
-        )
+        scales, every = len(self.detection.scales), range(len(self.channels))
+        quiet = [c for c in every if self.channels[c].kind == "change"] or list(every)
         zs, inverses = [], np.ones((1 + 2 * scales, len(self.channels)))
         for c, channel in enumerate(self.channels):
             own, square = self.weight[channel.target], self.fit.squares[c]

@@ -169,6 +169,23 @@ def test_every_output_is_the_oracles_for_any_chunks(everything: ModelSpec, cuts:
     np.testing.assert_array_equal(found["hidden"], outputs[:, PARAMETERS.stop :])
 
 
+def test_without_the_channel_change_all_channels_may_be_too_quiet() -> None:
+    spec = spec_of(["flow", "mode"], channels=["forecast", "level"], memory_events=30, scales=[4])
+    random = np.random.default_rng(19)
+    where = network_outputs(spec).slices["odd.parameters"]
+    made = [events(random, spec, 150) for _ in range(4)]
+    counted = np.ones(150, np.bool_)
+    streams = [Stream(rows, outputs[:, where], counted, 2.0) for rows, outputs in made]
+    spec = fitted(spec, streams)
+    rows, outputs = made[0]
+    found, _ = run(spec, rows[:40], outputs[:40], [40])
+    oracle = DetectionOracle(spec)
+    expected = [oracle.step(row, given[where]) for row, given in zip(rows, outputs, strict=True)]
+    for name in ("probability", "share"):
+        values = np.array([each[name] for each in expected[:40]])
+        np.testing.assert_allclose(found[f"odd.{name}"], values, rtol=2e-4, atol=1e-5)
+
+
 def test_a_chunk_follows_its_own_rate_of_alarms(everything: ModelSpec) -> None:
     rows, outputs = events(np.random.default_rng(13), everything, 60)
     cuts = [7, 1, 20, 2, 30]
