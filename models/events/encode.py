@@ -296,6 +296,7 @@ def _apply_statistics(
                 if encoded.values is not None:
                     numbers[field.row, part] = encoded.values
                     rows[part, field.mean], rows[part, field.std] = encoded.mean, encoded.std
+                    rows[part, field.value] = encoded.shared
                 if encoded.season is not None:
                     rows[part, field.season] = encoded.season
         clocks[at] = clocks[at]._replace(statistics=statistics.tobytes())

@@ -105,8 +105,9 @@ class NumericField(WithForms):
 
     With `normalisation`, mean and std are the stream's own, as of the event before. The columns
     `<name>.mean` and `<name>.std`, as of the event itself, put forecasts into the stream's units;
-    layers do not read them. `season_events` adds the column `<name>.season`: the value one season
-    before the next event, standardised as a forecast of it would be.
+    `<name>.value`, standardised by the field's own mean and std, is compared with bounds. Layers do
+    not read them. `season_events` adds the column `<name>.season`: the value one season before the
+    next event, standardised as a forecast of it would be.
     """
 
     kind: Literal["numeric"] = "numeric"
@@ -341,7 +342,7 @@ class EventSchema(Frozen):
 
 
 STATISTICS = ("mean", "std")
-"""The columns of a field's statistics, in order, as suffixes of its name."""
+"""The columns of a stream's mean and deviation, in order, as suffixes of the field's name."""
 
 
 def _columns_of(field: EventField) -> Iterator[Column]:
@@ -363,5 +364,5 @@ def _columns_of(field: EventField) -> Iterator[Column]:
 
 def _statistics_of(field: EventField) -> Iterator[Column]:
     if isinstance(field, NumericField) and field.normalisation is not None:
-        for name in STATISTICS:
+        for name in (*STATISTICS, "value"):
             yield Column(f"{field.name}.{name}", field.name, statistic=True)

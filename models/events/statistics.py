@@ -53,11 +53,13 @@ class Encoded(NamedTuple):
     Attributes:
         values: float64 [T], standardised; any number where a value is absent. None without
             `normalisation`.
+        shared: float64 [T], standardised by the field's own mean and std; 0 where it is absent.
         mean, std: as of each event, [T], or the field's own constants without `normalisation`.
         season: float64 [T], standardised; None without `season_events`.
     """
 
     values: Floats | None
+    shared: Floats
     mean: Floats | float
     std: Floats | float
     season: Floats | None
@@ -75,10 +77,10 @@ class FieldStatistics:
 
     Attributes:
         stop: one past its last word.
-        mean, std, season: its encoded columns, or None.
+        mean, std, value, season: its encoded columns, or None.
     """
 
-    __slots__ = ("absent", "field", "mean", "row", "season", "start", "std", "stop")
+    __slots__ = ("absent", "field", "mean", "row", "season", "start", "std", "stop", "value")
 
     def __init__(
         self, schema: EventSchema, field: NumericField, row: int, absent: int | None, start: int
@@ -87,6 +89,7 @@ class FieldStatistics:
         self.field, self.row, self.absent, self.start = field, row, absent, start
         self.stop = start + sum(part.size for part in statistic_parts(field))
         self.mean, self.std = columns.get(f"{name}.mean"), columns.get(f"{name}.std")
+        self.value = columns.get(f"{name}.value")
         self.season = columns.get(f"{name}.season")
 
     def encode(self, values: Floats, absent: Bools | None, statistics: Words) -> Encoded:
@@ -100,6 +103,9 @@ class FieldStatistics:
         field, own = self.field, statistics[self.start : self.stop]
         if field.mean is None or field.std is None:
             raise ValueError(f"field {field.name!r}: expected a fitted field")
+        shared = (values - field.mean) / field.std
+        if absent is not None:
+            shared[absent] = 0.0
         scored: Floats | None = None
         mean: Floats | float = field.mean
         std: Floats | float = field.std
@@ -109,7 +115,7 @@ class FieldStatistics:
         season = None
         if field.season_events is not None:
             season = _season(field, values, absent, mean, std, own)
-        return Encoded(scored, mean, std, season)
+        return Encoded(scored, shared, mean, std, season)
 
 
 def statistic_parts(field: NumericField) -> list[StatePart]:

@@ -249,7 +249,9 @@ def _classification(
     spec: ModelSpec, head: ClassificationHead, raw: Tensor, next_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     field = event_field(spec, head.target)
-    value = _value(spec, head.target, next_rows)
+    is_normalised = isinstance(field, NumericField) and field.normalisation is not None
+    column = f"{head.target}.value" if is_normalised else head.target
+    value = _value(spec, column, next_rows)
     if isinstance(field, NumericField):
         value = tf.cast(value > encoded_threshold(field, head), tf.float32)
         loss = tf.nn.sigmoid_cross_entropy_with_logits(labels=value, logits=raw[..., 0])

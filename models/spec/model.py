@@ -400,7 +400,7 @@ class ModelSpec(Frozen):
                     f"{name!r} is {field.kind}"
                 )
             is_normalised = isinstance(field, NumericField) and field.normalisation is not None
-            if is_normalised and isinstance(head, DenseHead | ClassificationHead):
+            if is_normalised and isinstance(head, DenseHead):
                 raise ValueError(
                     f"head {head.name!r}: expected a target without `normalisation`, {name!r} has "
                     "it: a forecast head predicts it in the stream's own units"

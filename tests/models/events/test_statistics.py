@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.errors import SpecError, StateError
 from models.events.columns import columns_from_events
-from models.events.encode import Clock, encode
+from models.events.encode import Clock, encode, standardise
 from models.events.fit import fit_schema
 from models.events.schema import EventSchema, Normalisation, NumericField
 from models.spec.layout import state_spec
@@ -51,7 +51,7 @@ def test_statistics_match_the_oracle(values: list[float | None], name: str) -> N
 
     expected = np.array(statistics_of(field, values), np.float64).reshape(-1, 4)
     names = {"load": 0, "load.mean": 1, "load.std": 2, "load.season": 3}
-    assert set(found) <= {*names, "load.missing"}
+    assert set(found) <= {*names, "load.missing", "load.value"}
     for column, at in names.items():
         if column in found:
             np.testing.assert_allclose(found[column], expected[:, at], rtol=1e-5, atol=1e-5)
@@ -213,16 +213,21 @@ def spec_of(fields: list[dict[str, Any]], **members: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        {"kind": "dense", "name": "next", "units": 1, "targets": ["load"]},
-        {"kind": "classification", "name": "high", "target": "load", "above": 3.0},
-    ],
-)
-def test_a_head_without_units_of_a_stream_cannot_predict_a_normalised_field(
-    head: dict[str, Any],
-) -> None:
+def test_a_bound_is_compared_with_the_value_standardised_by_the_training_data() -> None:
+    field = schema_of(season=2, clip=1.0).fields[0]
+    values = [3.0, 3.5, 2.5, None, 1e6, -1e6]
+    assert isinstance(field, NumericField)
+
+    found = rows_of(EventSchema(fields=(field,)), values)["load.value"]
+
+    present = np.array([value is not None for value in values])
+    given = [0.0 if value is None else value for value in values]
+    expected = np.where(present, standardise(field, given), 0)
+    assert found.tobytes() == expected.astype(np.float32).tobytes()
+
+
+def test_a_dense_head_cannot_predict_a_normalised_field() -> None:
+    head = {"kind": "dense", "name": "next", "units": 1, "targets": ["load"]}
     with pytest.raises(SpecError, match="expected a target without `normalisation`"):
         spec_of([NORMALISED.field("load").model_dump()], heads=[head])
 

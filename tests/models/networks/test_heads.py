@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.events.encode import standardise
+from models.events.columns import columns_from_events
+from models.events.encode import Clock, encode, standardise
+from models.networks.heads import head_loss
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import CLOSE, assert_oracle, network_of, run_in_chunks, step
@@ -296,6 +298,32 @@ def test_a_value_equal_to_the_threshold_is_not_above_it() -> None:
     raw["phase"] = raw["phase"][..., :3]
     losses = network.losses(raw, next_rows, np.ones((1, 2), bool), no_labels((1, 2)))
     assert float(losses["dear"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_threshold_of_a_normalised_field_is_compared_in_units() -> None:
+    """However the stream's own mean and deviation encode a value."""
+    head = {"kind": "classification", "name": "dear", "target": "price", "above": 7.5}
+    field = {"kind": "numeric", "name": "price", "mean": 3.0, "std": 2.0}
+    spec = parse_spec(
+        {
+            "name": "shop",
+            "events": {"fields": [{**field, "normalisation": {"std": 0.1}}]},
+            "layers": [{"kind": "lstm", "units": 2}],
+            "heads": [head],
+        }
+    )
+    prices = [7.5, 7.51, 7.49, 7.6, 1e4, 8.0, 7.4]
+    assert spec.events is not None
+    columns = columns_from_events(spec.events, [{"price": price} for price in prices])
+    rows, _ = encode(spec.events, columns, Clock())
+    raw = tf.fill([1, len(prices), 1], 2.0)
+
+    found = head_loss(spec, spec.heads[0], raw, tf.constant(rows[np.newaxis]))
+
+    assert found is not None
+    above = np.array(prices) > 7.5
+    expected = np.where(above, np.log1p(np.exp(-2.0)), np.log1p(np.exp(2.0)))
+    np.testing.assert_allclose(found[0][0], expected, rtol=1e-5)
 
 
 def test_losses_of_a_window_without_targets_are_zero_and_have_gradients() -> None:
