@@ -109,6 +109,21 @@ def test_rows_of_encoded_values(carry: Carry) -> None:
     assert stream.delete()
 
 
+async def test_every_chunk_of_a_stream_has_its_rate_of_alarms(
+    service: Service, events: Events
+) -> None:
+    """A model without alarms says that it was asked."""
+    with Carry(service.url) as carry:
+        stream = carry.model("flights").stream("sdk-alarms", false_alarms_per_day=0.2)
+        for send in (stream.send, stream.dry_run, lambda some: list(stream.send_all(some))):
+            with pytest.raises(errors.InvalidInput, match="false_alarms_per_day: expected none"):
+                send(events[:2])
+    async with AsyncCarry(service.url) as other:
+        streaming = other.model("flights").stream("sdk-alarms", false_alarms_per_day=0.2)
+        with pytest.raises(errors.InvalidInput, match="false_alarms_per_day: expected none"):
+            await streaming.send(events[:2])
+
+
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
 def test_resets_dry_runs_and_state_tokens(service: Service, events: Events, encoding: Any) -> None:
     with Carry(service.url, encoding=encoding) as carry:

@@ -186,6 +186,22 @@ def test_without_the_channel_change_all_channels_may_be_too_quiet() -> None:
         np.testing.assert_allclose(found[f"odd.{name}"], values, rtol=2e-4, atol=1e-5)
 
 
+def test_weights_of_attention_stay_behind_the_outputs() -> None:
+    spec = spec_of(["flow"])
+    fit = fit_detection(spec, streams_of(spec, 2, 300, seed=30))
+    attention = {"kind": "attention", "name": "over", "over": "chunk", "units": 2}
+    changed = spec.model_dump(mode="json", exclude={"training"})
+    changed["layers"].append({**attention, "inputs": [changed["layers"][0]["name"]]})
+    changed["max_chunk_steps"] = 50
+    changed["detection"]["fit"] = fit.model_dump(mode="json")
+    spec = parse_spec(changed)
+    rows, outputs = events(np.random.default_rng(31), spec, 20)
+    state = detection_state(spec).zero().floats[np.newaxis]
+    found, _ = Detector(spec).step(rows[np.newaxis], np.array([20]), outputs[np.newaxis], state)
+    weights = output_spec(spec).attention_by_name(found[0])["over"]
+    np.testing.assert_array_equal(weights, outputs[:, -1])
+
+
 def test_a_chunk_follows_its_own_rate_of_alarms(everything: ModelSpec) -> None:
     rows, outputs = events(np.random.default_rng(13), everything, 60)
     cuts = [7, 1, 20, 2, 30]
