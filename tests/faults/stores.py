@@ -22,7 +22,7 @@ import psutil
 import redis
 
 from service.core.values import StreamKey
-from service.store.codec import KeySpace
+from service.store.keys import KeySpace
 from tests.faults.history import Loss
 from tests.faults.network import MODEL
 from tests.faults.traffic import FaultProxy, Traffic

@@ -16,7 +16,7 @@ import yaml
 
 from service.core.errors import CarryError
 from service.core.values import StreamKey
-from service.store.codec import KeySpace
+from service.store.keys import KeySpace
 from tests.support.monitoring import (
     DASHBOARDS,
     RULES,

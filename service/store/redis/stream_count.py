@@ -14,7 +14,8 @@ from collections import defaultdict
 from typing import Final
 
 from service.core.errors import StoreUnavailable
-from service.store.codec import HEADER_BYTES, KeySpace, summarize_state
+from service.store.codec import HEADER_BYTES, summarize_state
+from service.store.keys import KeySpace
 from service.store.observation import LIVE_S, StreamCount
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from service.core.values import StreamKey
-from service.store.codec import TOMBSTONE_PREFIX, KeySpace
+from service.store.codec import TOMBSTONE_PREFIX
+from service.store.keys import KeySpace
 from service.store.redis.outcomes import read_value
 from service.store.redis.pipelined_connection import Script, StoreRequest
 from service.store.redis.router import Router

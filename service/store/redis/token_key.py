@@ -6,7 +6,7 @@ import secrets
 from typing import Any, Final
 
 from service.core.errors import StoreRefused
-from service.store.codec import KeySpace
+from service.store.keys import KeySpace
 from service.store.redis.outcomes import read_value
 from service.store.redis.pipelined_connection import StoreRequest
 from service.store.redis.router import Router

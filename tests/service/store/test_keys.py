@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.values import StreamKey
-from service.store.codec import KeySpace
+from service.store.keys import KeySpace
 
 SPACE = KeySpace("carry", 1024)
 MODELS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)

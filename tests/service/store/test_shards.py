@@ -20,7 +20,7 @@ from service.pipeline.batch_item import BatchItem, ChunkJob
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.shards import Shards
-from service.store.codec import KeySpace
+from service.store.keys import KeySpace
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster

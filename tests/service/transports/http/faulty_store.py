@@ -10,7 +10,8 @@ import redis
 from service.core.errors import CarryError
 from service.core.values import Check, StoredReply, StreamHead, StreamKey, StreamPage, StreamState
 from service.store.base import Commit, CommitResult, Loaded, StateStore
-from service.store.codec import TOMBSTONE_PREFIX, KeySpace, decode_state, encode_state
+from service.store.codec import TOMBSTONE_PREFIX, decode_state, encode_state
+from service.store.keys import KeySpace
 
 
 class StoredStates(MutableMapping[StreamKey, StreamState]):
