@@ -61,6 +61,8 @@ class CountedServer:
 
     def measure_all(self, windows: int, chunks: int) -> dict[str, float]:
         """What a chunk costs, by how many arrive together, its events, and what is counted."""
+        # the first requests also end what the start has left to do
+        self._measure(STEPS[0], max(TOGETHER), 0, chunks)
         return {
             f"{together} x {steps}, {name}": count
             for steps, together in product(STEPS, TOGETHER)
@@ -74,7 +76,7 @@ class CountedServer:
             windows: even, because calls and allocations are counted in turn.
             chunks: of a window, at least; some rounds without counting come first.
         """
-        prefix = f"{self._folder.name}-{steps}-{together}"
+        prefix = f"{self._folder.name}-{self._windows}"
         spec = make_traffic(self._artifact, Bodies.random(steps), prefix, together)
         traffic, rounds = Traffic(spec), max(LEAST_ROUNDS, chunks // together)
         costs: dict[str, list[float]] = {}
