@@ -20,9 +20,7 @@ produce the same bits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -31,17 +29,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from models.errors import DataError, SpecError, StateError
 from models.events.block import GAP_ROW, Block, BlockLayout, FieldPosition, IntArray
+from models.events.calendar import calendar_angles
 from models.events.columns import EventColumns, block_of
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
-    DEFAULT_CALENDAR,
     UNKNOWN_CODE,
     CategoricalField,
     Column,
     EventSchema,
     NumericField,
 )
-from models.events.zones import DAY_MS, zone_table
 from models.spec.heads import EXPONENT_LIMIT
 from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
 from models.spec.resets import (
@@ -53,13 +50,6 @@ from models.spec.resets import (
 from models.spec.state import StateSpec
 
 FloatArray = NDArray[np.float32]
-
-_MINUTE_MS = 60_000
-_DAY_MINUTES = 1440
-_WEEK_DAYS = 7
-_WEEK_MINUTES = _WEEK_DAYS * _DAY_MINUTES
-_EPOCH_MINUTE = 3 * _DAY_MINUTES
-"""The minute of the week, from Monday 0:00, of 1970-01-01T00:00."""
 
 _NO_STATISTICS = bytes(8)
 
@@ -239,7 +229,7 @@ def _encoded(
             times_ms, gaps, after = _gaps(layout.time, blocks, clocks)
         np.divide(gaps, 1000.0, out=numbers[GAP_ROW])
         calendar = rows[:, layout.calendar]
-        calendar[:] = _calendar_angles(layout, times_ms)
+        calendar[:] = calendar_angles(layout.schema, times_ms)
         if absent is not None:
             calendar[absent[layout.blanked == GAP_ROW].any(axis=0)] = 0
     with np.errstate(over="ignore"):
@@ -350,36 +340,6 @@ def _times_ms(block: Block) -> IntArray:
     if block.times_ms is None:
         raise ValueError("expected a block with timestamps")
     return block.times_ms
-
-
-def _calendar_angles(layout: BlockLayout, times_ms: IntArray) -> FloatArray:
-    """Compute the calendar's columns [T, C] of each timestamp."""
-    if layout.schema.timestamp is None:
-        raise ValueError("expected a schema with a timestamp")
-    parts = layout.schema.timestamp.calendar
-    local_ms = times_ms + zone_table(layout.schema.timezone).offsets(times_ms)
-    if parts == DEFAULT_CALENDAR:
-        return _calendar().take(_week_minutes(local_ms), axis=0)
-    tables = []
-    if "hour" in parts or "weekday" in parts:
-        week = _calendar().take(_week_minutes(local_ms), axis=0)
-        tables += [week[:, :2]] * ("hour" in parts) + [week[:, 2:]] * ("weekday" in parts)
-    if "yearday" in parts:
-        years = local_ms.astype("datetime64[ms]").astype("datetime64[Y]")
-        first = years.astype("datetime64[D]").astype(np.int64)
-        length = (years + np.timedelta64(1, "Y")).astype("datetime64[D]").astype(np.int64) - first
-        day = local_ms // DAY_MS - first
-        leap, common = (_angles(days).take(day, axis=0, mode="clip") for days in (366, 365))
-        tables.append(np.where((length == 366)[:, np.newaxis], leap, common))
-    return np.hstack(tables) if tables else np.zeros((len(times_ms), 0), np.float32)
-
-
-def _week_minutes(local_ms: IntArray) -> IntArray:
-    """Compute the minute of the week, from Monday 0:00, of each local time."""
-    minutes = local_ms // _MINUTE_MS
-    minutes += _EPOCH_MINUTE
-    minutes %= _WEEK_MINUTES
-    return minutes
 
 
 def standardise(field: NumericField, values: ArrayLike) -> FloatArray:
@@ -512,19 +472,3 @@ def _scale(values: NDArray[np.float64], mean: float | None, std: float | None) -
     if mean is None or std is None:
         raise ValueError("expected a fitted schema: mean and standard deviation are not known")
     return np.asarray((values - mean) / std, np.float32)
-
-
-@cache
-def _calendar() -> FloatArray:
-    """Table of sine and cosine of hour and weekday for each minute of the week.
-
-    Faster than vectorised sin and cos, and the same bits for any chunk length.
-    """
-    hours, days = _angles(_DAY_MINUTES), _angles(_WEEK_DAYS)
-    return np.hstack([np.tile(hours, (_WEEK_DAYS, 1)), np.repeat(days, _DAY_MINUTES, axis=0)])
-
-
-@cache
-def _angles(period: int) -> FloatArray:
-    turns = [2 * math.pi * step / period for step in range(period)]
-    return np.array([(math.sin(turn), math.cos(turn)) for turn in turns], np.float32)
