@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     """Processes that share the port. Each keeps one to two cores busy and holds its own copy
     of every model; add workers while cores are idle."""
 
-    worker_fill: Annotated[int, Field(ge=1, le=10_000)] = 8
+    worker_fill: Annotated[int, Field(ge=1, le=10_000)] = 32
     """Active connections that a worker gets before the next one gets any; then those with the
     fewest get them. Full batches of one worker cost less of the CPU than small ones of each; 1
     spreads connections evenly, for workers that each have a core of their own."""

@@ -53,7 +53,7 @@ FILL_BATCH = 2_000
 STATE_BYTES = (256, 512, 1024, 2048, 4096, 16384)
 FIRST_REPLY_WITHIN_S = 180.0
 WORKER_CONNECTIONS = (8, 32, 128)
-"""One of two workers gets all of the first; of the others each gets half."""
+"""One of two workers gets all of the first two; of the last each gets half."""
 
 RACERS, RACES = 16, 20
 WIDTHS, LENGTHS = (workloads.UNITS, 256), (1, 16, 128)

@@ -27,7 +27,6 @@ from websockets.sync.client import connect
 
 from models.artifact.artifact import Artifact
 from service import server
-from service.settings import Settings
 from tests.support.feeders import feeding
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server, until
@@ -35,7 +34,7 @@ from tests.support.service import POLL_S, READY_S, Service, customise, running
 
 CHUNKS = "/v1/models/probe/streams/held/chunks"
 
-FILL = Settings.model_fields["worker_fill"].default
+FILL = 4
 
 LIVE = "/v1/models/probe/streams/live/live"
 CHUNKED = "Transfer-Encoding: chunked"
@@ -122,6 +121,7 @@ def two_workers(
     folder = tmp_path_factory.mktemp("two")
     customise(folder, PATIENT)
     environment = {"CARRY_ADMIN_PORT": "0", "PYTHONPATH": str(folder)}
+    environment["CARRY_WORKER_FILL"] = str(FILL)
     command = (folder, probe.path, "--workers", "2")
     with (
         real_server("valkey") as store,
@@ -157,10 +157,14 @@ def test_only_the_admin_port_has_metrics_of_all_workers_and_documentation(
     for index in range(8):
         reply = httpx.post(f"{streams}/s{index}/chunks", json={"inputs": [[0.5] * 3]}, verify=False)
         assert reply.status_code == 200
-    # each on a connection of its own, which one of the workers accepts
-    for _ in range(8):
-        text = httpx.get(f"{admin}/metrics", verify=False).text
-        assert 'carry_chunks_total{model="probe"} 8.0' in text
+
+    def are_counted() -> bool:
+        # each on a connection of its own, which one of the workers accepts
+        pages = [httpx.get(f"{admin}/metrics", verify=False).text for _ in range(8)]
+        return all('carry_chunks_total{model="probe"} 8.0' in page for page in pages)
+
+    # a worker that is not scraped itself adds its values once a second
+    until(are_counted, "the chunks in every worker's answer", poll_s=POLL_S)
     for path in ("/metrics", "/docs", "/docs/errors", "/openapi.json"):
         assert httpx.get(service.url + path, verify=False).status_code == 404, path
         assert httpx.get(admin + path, verify=False).status_code == 200, path
