@@ -225,9 +225,18 @@ def _figure(
     panels[-1].xaxis.set_major_locator(locator)
     panels[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=zone))
     panels[0].set_title(f"{spec.name}: {stream}", fontsize="medium")
+    entries: dict[str, Any] = {}
     for axes in panels:
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="upper left", fontsize="x-small", ncols=5)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        handles=list(entries.values()),
+        labels=list(entries),
+        loc="outside lower center",
+        ncols=6,
+        fontsize="small",
+        frameon=False,
+    )
     return figure
 
 
@@ -353,7 +362,7 @@ def _draw_classes(
     axes: Axes, name: str, times: NDArray[Any], probabilities: NDArray[np.float32]
 ) -> None:
     for at, column in enumerate(probabilities.reshape(len(times), -1).T[:8]):
-        axes.plot(times, column, lw=0.8, label=f"class {at}" if probabilities.ndim > 1 else None)
+        axes.plot(times, column, lw=0.8, label=f"{name} {at}" if probabilities.ndim > 1 else None)
     axes.set(ylabel=name, ylim=(-0.05, 1.05))
 
 
