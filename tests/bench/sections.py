@@ -36,7 +36,7 @@ from tests.support.streams import Streams
 BASELINES = ("fastapi", "competent")
 BESIDE_CONNECTIONS = (1, 8, 16, 32, 64)
 BESIDE_FIELDS = {"chunks/s": "chunks_per_s", "CPU": "cpu_us_per_chunk", "p50": "p50_ms"}
-COUNTED_WINDOWS, COUNTED_CHUNKS = 4, 64
+COUNTED_WINDOWS, COUNTED_CHUNKS = 16, 16
 BATCHES, MANY_CONNECTIONS = (1, 8, 32, 64, 128), 4
 MANY_LOADS: dict[str, dict[str, Any]] = {
     "msgpack-64": {"media": "msgpack", "items": 64},

@@ -24,7 +24,14 @@ from tests.support.command import carry
 
 HOUR_MS, EVENTS = 3_600_000, 60
 USUAL = Tail(threshold=1.0, exceeded=0.05, scale=1.0, shape=0.1)
-FIT = DetectionFit(spreads=(1.0,), tails=(USUAL,) * 3, combined=USUAL, threshold=1e-4)
+FIT = DetectionFit(
+    spreads=(1.0,),
+    squares=(1.0,),
+    tails=(USUAL,) * 3,
+    combined=USUAL,
+    rates=(0.05,),
+    thresholds=(1e-4,),
+)
 FIELD = {"kind": "numeric", "name": "level", "mean": 5.0, "std": 2.0}
 SPEC = {
     "name": "tanks",
