@@ -159,14 +159,19 @@ class ServedModel:
         at: int = self.state.slices[f"{detection.head}.{ALARM_RATE}"].start
         return at
 
+    @cached_property
+    def max_alarm_rate(self) -> float | None:
+        """The highest rate of false alarms that a chunk may ask for; None without `detection`."""
+        detection = self.artifact.spec.detection
+        return detection.fit.rates[-1] if detection and detection.fit else None
+
     def check_alarm_rate(self, rate: float, at: str) -> None:
         """Reject a rate of false alarms that the model's alarms cannot have.
 
         Raises:
             InvalidInput
         """
-        detection = self.artifact.spec.detection
-        most = detection.fit.rates[-1] if detection and detection.fit else None
+        most = self.max_alarm_rate
         if most is None:
             expected = f"none, since model {self.name!r} has no `detection`"
         elif rate > most:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import numpy as np
+import orjson
 import ormsgpack
 import pytest
 from fastapi import FastAPI
@@ -17,10 +19,12 @@ from service.app import with_alarm_rates
 from service.engine.runtimes.loading import open_runtimes
 from service.pipeline.served_model import ServedModel
 from service.settings import Settings, SettingsError
+from service.transports.http.bodies.request_reader import RequestReader
+from service.transports.http.media import Media
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
 from tests.service.transports.http import harness as harness_module
-from tests.service.transports.http.harness import MSGPACK, Harness, problem
+from tests.service.transports.http.harness import LIMITS, MSGPACK, Harness, problem
 from tests.service.transports.kserve.v2 import V2, binary_body, error_of, json_body, reply_of
 from tests.service.transports.websocket.sockets import live, live_application, reply, text
 from tests.support.detection import sensor_model
@@ -136,6 +140,29 @@ async def test_every_transport_has_the_rate(api: Harness, sensors: Artifact, row
         found.append((await reply(client))["outputs"])
     for outputs in found:
         assert np.ravel(outputs[ALARM]).tolist() == expected
+
+
+def test_the_fast_decoder_reads_what_the_validator_accepts(sensors: Artifact, rows: Floats) -> None:
+    served = ServedModel(sensors, open_runtimes("onnxruntime", [sensors], 1)[0])
+    reader = RequestReader(served, LIMITS)
+    event = {"time": 1_700_000_000_000, "value": 1.5}
+    most = served.max_alarm_rate
+    for rate, is_read in ((RATE, True), (1, most == 1), (most, True), (None, True), (2e3, False)):
+        for members in (body(rows), {"events": [event] * 3, "resets": [1]}):
+            content = orjson.dumps({**members, "false_alarms_per_day": rate})
+            decoded = reader.fast.decode_chunk(Media.JSON, content)
+            assert (decoded is not None) == is_read
+            if decoded is not None:
+                chunk = reader.chunk(content, Media.JSON, "s", None)
+                kind = reader.strict.types[Media.JSON].chunk
+                strict = reader.strict.validate(kind, Media.JSON, content)
+                assert chunk.steps.false_alarms_per_day == strict.false_alarms_per_day == rate
+    for wrong in (float("nan"), True, "0.1"):
+        packed = ormsgpack.packb({"inputs": rows.tobytes()})
+        packed = b"\x82" + packed[1:] + ormsgpack.packb("false_alarms_per_day")
+        assert (
+            reader.fast.decode_chunk(Media.MSGPACK, packed + msgspec.msgpack.encode(wrong)) is None
+        )
 
 
 async def test_a_chunk_with_another_rate_is_not_a_repeat(api: Harness, rows: Floats) -> None:

@@ -78,6 +78,7 @@ class DecodedSteps(msgspec.Struct):
     inputs: Any
     events: Any
     resets: list[int] | None
+    false_alarms_per_day: float | None
 
 
 class DecodedSequence(DecodedSteps):
@@ -240,6 +241,10 @@ class FastDecoder:
         self._longest_sequence = served.chunk_limit or limits.max_predict_steps
         self._json_rows = JsonRowsDecoder(self._features, limits.max_chunk_steps)
         self._has_blocks = served.blocks is not None
+        most = served.max_alarm_rate
+        self._alarm_rate: Any = None
+        if most is not None:
+            self._alarm_rate = Annotated[float, Meta(gt=0, le=most)] | None
         event: Any = None if self._reader is None else self._reader.event
         self._decoders = {media: self._build_decoders(media, limits, event) for media in Media}
         self._marking = self._decoders
@@ -344,7 +349,7 @@ class FastDecoder:
         if body.inputs is None:
             return self._read_events(body)
         rows = self._check_rows(_packed(body))
-        return _with_resets(_Read(Steps(Feed.INPUTS, len(rows), None, rows), 1, 0), body.resets)
+        return _with_options(_Read(Steps(Feed.INPUTS, len(rows), None, rows), 1, 0), body)
 
     def _read_all(self, bodies: Sequence[DecodedSteps]) -> list[_Read]:
         """The steps of each body. All their rows are views of one buffer, checked at once."""
@@ -362,7 +367,7 @@ class FastDecoder:
                 raise _UndecidedError
             start, end = end, end + length
             part = _Read(Steps(Feed.INPUTS, length, None, rows[start:end]), 1, 0)
-            decoded.append(_with_resets(part, body.resets))
+            decoded.append(_with_options(part, body))
         return decoded
 
     def _check_rows(self, packed: bytes) -> FloatRows:
@@ -381,7 +386,7 @@ class FastDecoder:
         if read is None:
             raise _UndecidedError
         steps = Steps(Feed.EVENTS, read.columns.steps, read.columns, None, read.resets)
-        return _with_resets(_Read(steps, 1 + read.members, read.strings), body.resets)
+        return _with_options(_Read(steps, 1 + read.members, read.strings), body)
 
     def _build_decoders(self, media: Media, limits: ApiLimits, event: Any) -> _Decoders:
         features, most = self._features, limits.max_chunk_steps
@@ -396,6 +401,7 @@ class FastDecoder:
             events = Annotated[list[event], Meta(min_length=1, max_length=most)] | None
         steps: list[Any] = [("inputs", inputs | None, None), ("events", events, None)]
         steps.append(("resets", _Resets, None))
+        steps.append(("false_alarms_per_day", self._alarm_rate, None))
         chunk = [
             *steps,
             ("position", _Position, None),
@@ -474,16 +480,21 @@ def _token(value: str | bytes | None) -> bytes | None:
     return token
 
 
-def _with_resets(read: _Read, resets: list[int] | None) -> _Read:
-    """Add the member `resets` of a body."""
-    if resets is None:
+def _with_options(read: _Read, body: DecodedSteps) -> _Read:
+    """Add the members `resets` and `false_alarms_per_day` of a body."""
+    resets, rate = body.resets, body.false_alarms_per_day
+    if resets is None and rate is None:
         return read
-    steps = read.steps
-    ascending = all(first < second for first, second in pairwise(resets))
-    if not ascending or (resets and resets[-1] >= steps.length):
-        raise _UndecidedError
-    merged = tuple(sorted({*resets, *steps.resets}))
-    return _Read(replace(steps, resets=merged), read.members + 1, read.strings)
+    steps, members, strings = read.steps, read.members, read.strings
+    if resets is not None:
+        ascending = all(first < second for first, second in pairwise(resets))
+        if not ascending or (resets and resets[-1] >= steps.length):
+            raise _UndecidedError
+        merged = tuple(sorted({*resets, *steps.resets}))
+        steps, members = replace(steps, resets=merged), members + 1
+    if rate is not None:
+        steps, members = replace(steps, false_alarms_per_day=rate), members + 1
+    return _Read(steps, members, strings)
 
 
 def _packed(body: DecodedSteps) -> bytes:
