@@ -6,6 +6,7 @@ A run puts this folder on the workers' PYTHONPATH. `SCRIPTS` are changes of the 
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ def compare_positions() -> None:
 
     codec.head_bytes = lambda head: head.position.to_bytes(8, "little")
     codec.raw_head = lambda value: StreamHead(b"", b"", int.from_bytes(value[56:64], "little"))
+    # after codec, from which it takes the functions
+    from service.store.redis.redis_store import RedisStore
+
+    request = RedisStore._commit_request
+
+    def request_by_position(self: Any, commits: Any, *rest: Any) -> Any:
+        positions = [expected[24:] for expected in commits.expected]
+        return request(self, replace(commits, expected=positions), *rest)
+
+    RedisStore._commit_request = request_by_position
 
 
 def share_tags() -> None:
@@ -50,13 +61,17 @@ def share_tags() -> None:
 def evaluate_cached() -> None:
     """Chunks are evaluated against the cached state, which another worker may have replaced."""
     from service.pipeline.chunk_load import ChunkLoader
+    from service.store.codec import decode_stream
 
     load = ChunkLoader._load
 
     async def load_cached(self: Any, members: Any) -> Any:
         stored = await load(self, members)
         copies = [self._cache.get(member.key) for member in members]
-        return [copy or one for copy, one in zip(copies, stored, strict=True)]
+        return [
+            decode_stream(copy.value) if copy else one
+            for copy, one in zip(copies, stored, strict=True)
+        ]
 
     ChunkLoader._load = load_cached
 
