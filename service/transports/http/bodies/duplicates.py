@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import msgspec
+import numpy as np
 
 from service.core.errors import InvalidInput
 from service.transports.http.bodies.validation_errors import BODY, Origin, Place
@@ -24,6 +26,7 @@ _ELEMENTS: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _NAME: Final = msgspec.msgpack.Decoder(str)
 _MAX_DEPTH: Final = 32
 """No accepted body is nested deeper in MessagePack."""
+_QUOTE: Final = np.uint8(ord('"'))
 _FIXMAP, _MAP16, _MAP32 = 0x80, 0xDE, 0xDF
 _FIXARRAY, _ARRAY16, _ARRAY32 = 0x90, 0xDC, 0xDD
 
@@ -176,3 +179,81 @@ def _find(tree: Any, at: Place) -> Place | None:
             if place is not None:
                 return place
     return None
+
+
+class UndecidedError(Exception):
+    """The strict validator has to decide."""
+
+
+class _PackedChunk(msgspec.Struct):
+    """The events of a body in MessagePack, undecoded."""
+
+    events: list[msgspec.Raw] | None = None
+
+
+class _Parts(msgspec.Struct):
+    """The chunks or sequences of a body, undecoded."""
+
+    chunks: list[msgspec.Raw] = []
+    sequences: list[msgspec.Raw] = []
+
+
+_PACKED_CHUNK = msgspec.msgpack.Decoder(_PackedChunk)
+PACKED_PARTS = msgspec.msgpack.Decoder(_Parts)
+_JSON_PARTS = msgspec.json.Decoder(_Parts)
+
+
+def count_parts(media: Media, body: bytes) -> int:
+    """Count the chunks or sequences of a body; 0 if it cannot be parsed."""
+    decoder: Any = _JSON_PARTS if media is Media.JSON else PACKED_PARTS
+    try:
+        decoded: _Parts = decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return 0
+    return len(decoded.chunks) + len(decoded.sequences)
+
+
+def check_no_duplicates(
+    media: Media,
+    body: bytes,
+    members: int,
+    strings: int,
+    packed: Iterable[tuple[bytes | msgspec.Raw, bool]],
+) -> None:
+    """Leave a body with duplicate members to the strict validator.
+
+    The members that a decoder found, and in JSON the strings, are counted and compared with the
+    body: in JSON each is a pair of quotation marks, in MessagePack the header of a map gives its
+    length. A duplicate, a null or a quotation mark within a string can only increase the count of
+    the body; the body is searched only if it is larger.
+
+    Args:
+        members: number of members that the decoder found and that are not null.
+        strings: how many of them are strings.
+        packed: the maps of a MessagePack body, without its events, and whether each has events.
+    """
+    if media is Media.MSGPACK:
+        has_no_duplicates = sum([_count_packed_members(*part) for part in packed]) == members
+    else:
+        # NumPy counts five times as fast as bytes do.
+        quotes = np.count_nonzero(np.frombuffer(body, np.uint8) == _QUOTE)
+        has_no_duplicates = quotes == 2 * (members + strings)
+    if not has_no_duplicates and find_duplicate(media, body) is not None:
+        raise UndecidedError
+
+
+def _count_packed_members(value: bytes | msgspec.Raw, has_events: bool) -> int:
+    """Count the members of a MessagePack map, including those of its events."""
+    members = _map_length(bytes(value)[:HEADER_BYTES])
+    if has_events:
+        events = _PACKED_CHUNK.decode(value).events or ()
+        members += sum([_map_length(bytes(event)[:HEADER_BYTES]) for event in events])
+    return members
+
+
+@lru_cache(maxsize=4096)
+def _map_length(header: bytes) -> int:
+    counted = packed_length(header)
+    if counted is None:
+        raise UndecidedError
+    return counted[0]

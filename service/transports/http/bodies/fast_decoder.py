@@ -1,24 +1,18 @@
 """Fast decoder: from the bytes of a valid body to steps in one pass, or None.
 
-The usual chunk in JSON, of rows, is decoded by simdjson (`JsonRowsDecoder`). For all else each
+The usual chunks in JSON, of rows, are decoded by simdjson (`JsonRowsDecoder`). For all else each
 model has msgspec types, whose decoders check members, numbers, widths and lengths while they parse,
 in C. All the rows of a body then become one float32 buffer. The decoder accepts only what the
 strict validator accepts, with the same values, and never makes an error: if it returns None, the
 strict validator decides.
-
-A decoder silently keeps the last of duplicate members. To detect them, the members that it found,
-and in JSON the strings, are counted and compared with the body: in JSON each is a pair of quotation
-marks, in MessagePack the header of a map gives its length. A duplicate, a null or a quotation mark
-within a string can only increase the count of the body; the body is searched only if it is larger.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextvars import Context
-from functools import lru_cache
 from itertools import chain, pairwise, permutations
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -34,14 +28,17 @@ from models.events.parse import RESET
 from models.events.reader import EventReader
 from service.core.values import Feed, FloatRows, SequenceInput, Steps
 from service.pipeline.served_model import ServedModel
-from service.transports.http.bodies.duplicates import HEADER_BYTES, find_duplicate, packed_length
+from service.transports.http.bodies.duplicates import (
+    PACKED_PARTS,
+    UndecidedError,
+    check_no_duplicates,
+)
 from service.transports.http.bodies.strict_validator import decode_token
 from service.transports.http.field_rules import EPOCH, MAX_POSITION, is_stream_name
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
 
 _F4 = np.dtype("<f4")
-_QUOTE = np.uint8(ord('"'))
 
 MAX_BYTES: Final = 256 * 1024
 """Longest body that simdjson parses: its parser keeps its memory."""
@@ -52,13 +49,17 @@ _RESET: Final = RESET.encode()
 _NEAR_BEGIN: Final = 96
 """`inputs` is searched in this many bytes, which tells rows from events."""
 
-_MEMBERS: Final = frozenset(
-    names
-    for names in chain.from_iterable(
-        permutations(("inputs", "position", "epoch"), count) for count in (1, 2, 3)
-    )
-    if "inputs" in names
-)
+
+def _orders(*names: str) -> frozenset[tuple[str, ...]]:
+    """The orders in which an object may have some of these members, and always `inputs`."""
+    counts = range(1, len(names) + 1)
+    orders = chain.from_iterable(permutations(names, count) for count in counts)
+    return frozenset(order for order in orders if "inputs" in order)
+
+
+_MEMBERS: Final = _orders("inputs", "position", "epoch")
+_ITEM_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream")
+_NEAR_BEGIN_OF_ITEMS: Final = 512
 _LARGEST_SQUARES: Final = 1e76
 """A sum of squares below this has no member that overflows float32."""
 
@@ -101,11 +102,7 @@ class DecodedItem(DecodedChunk):
     if_match: str | None
 
 
-class _UndecidedError(Exception):
-    """The strict validator has to decide."""
-
-
-_UNDECIDED = (_UndecidedError, msgspec.MsgspecError, DataError, OverflowError, ValueError)
+_UNDECIDED = (UndecidedError, msgspec.MsgspecError, DataError, OverflowError, ValueError)
 
 
 class _Decoders(NamedTuple):
@@ -122,50 +119,25 @@ class _Read(msgspec.Struct, gc=False):
     strings: int
 
 
-class _PackedChunk(msgspec.Struct):
-    """The events of a body in MessagePack, undecoded."""
-
-    events: list[msgspec.Raw] | None = None
-
-
-class _Parts(msgspec.Struct):
-    """The chunks or sequences of a body, undecoded."""
-
-    chunks: list[msgspec.Raw] = []
-    sequences: list[msgspec.Raw] = []
-
-
-_PACKED_CHUNK = msgspec.msgpack.Decoder(_PackedChunk)
-_PACKED_PARTS = msgspec.msgpack.Decoder(_Parts)
-_JSON_PARTS = msgspec.json.Decoder(_Parts)
-
-
-def count_parts(media: Media, body: bytes) -> int:
-    """Count the chunks or sequences of a body; 0 if it cannot be parsed."""
-    decoder: Any = _JSON_PARTS if media is Media.JSON else _PACKED_PARTS
-    try:
-        decoded: _Parts = decoder.decode(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return 0
-    return len(decoded.chunks) + len(decoded.sequences)
-
-
 class RowsChunk(msgspec.Struct, gc=False):
     """A chunk of rows.
 
     Attributes:
         rows: float32 [T, F], finite.
+        stream: in a body for many streams.
     """
 
     rows: FloatRows
     position: int | None
     epoch: str | None
+    stream: str = ""
+    if_match: None = None
 
 
 class JsonRowsDecoder:
     """Decodes chunks of rows in JSON with simdjson: into one array, without an object per number.
 
-    For the usual chunk of one model: `inputs`, with `position` and `epoch` or without. simdjson
+    For the usual chunks of one model: `inputs`, with `position` and `epoch` or without. simdjson
     flattens any list, so the shape is checked here: as many lists as rows, each as wide as the
     model's rows, and no list within a row. Use from one thread.
 
@@ -192,35 +164,90 @@ class JsonRowsDecoder:
             members = self._parser.parse(body)
             if not isinstance(members, simdjson.Object):
                 return None
-            # no duplicate member is in any of these
-            names = tuple(members)
-            if names not in _MEMBERS:
-                return None
-            position = members["position"] if "position" in names else None
-            epoch = members["epoch"] if "epoch" in names else None
-            lists = members["inputs"]
-            if not isinstance(lists, simdjson.Array):
-                return None
-            count = len(lists)
-            widths = set(map(len, lists))  # type: ignore[arg-type]
-            numbers = np.frombuffer(lists.as_buffer(of_type="d"), _F8)
+            count, numbers, position, epoch = self._read(members, _MEMBERS)
+            rows = self._rows(body, numbers, 1 + count)
         except _PARSER_ERRORS:
             return None
+        return None if rows is None else RowsChunk(rows, position, epoch)
+
+    def decode_items(self, body: bytes, max_items: int) -> list[RowsChunk] | None:
+        """The chunks of a body for many streams; None if one is no chunk of rows in the usual
+        form. Their rows are views of one array."""
+        is_usual = body[:1] == b"{" and body.find(_INPUTS, 0, _NEAR_BEGIN_OF_ITEMS) > 0
+        if not is_usual or len(body) > MAX_BYTES:
+            return None
+        try:
+            members = self._parser.parse(body)
+            if not isinstance(members, simdjson.Object) or tuple(members) != ("chunks",):
+                return None
+            chunks = members["chunks"]
+            if not isinstance(chunks, simdjson.Array) or not 0 < len(chunks) <= max_items:
+                return None
+            streams: list[str] = []
+            read: list[tuple[int, memoryview, int | None, str | None]] = []
+            for item in chunks:
+                if not isinstance(item, simdjson.Object):
+                    return None
+                read.append(self._read(item, _ITEM_MEMBERS))
+                stream = item["stream"]
+                if type(stream) is not str or not is_stream_name(stream):
+                    return None
+                streams.append(stream)
+            brackets = 1 + sum([1 + count for count, *_ in read])
+            rows = self._rows(body, b"".join([numbers for _, numbers, *_ in read]), brackets)
+        except _PARSER_ERRORS:
+            return None
+        if rows is None:
+            return None
+        items: list[RowsChunk] = []
+        end = 0
+        for stream, (count, _, position, epoch) in zip(streams, read, strict=True):
+            start, end = end, end + count
+            items.append(RowsChunk(rows[start:end], position, epoch, stream))
+        return items
+
+    def _read(
+        self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
+    ) -> tuple[int, memoryview, int | None, str | None]:
+        """The number of rows of a chunk and their numbers, float64, its position and its epoch.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not in the usual form.
+        """
+        # no duplicate member is in any of these
+        names = tuple(members)
+        if names not in orders:
+            raise ValueError("other members")
+        position = members["position"] if "position" in names else None
         if position is not None and not (type(position) is int and 0 <= position <= MAX_POSITION):
-            return None
+            raise ValueError("another position")
+        epoch = members["epoch"] if "epoch" in names else None
         if epoch is not None and not (type(epoch) is str and _is_epoch(epoch)):
-            return None
+            raise ValueError("another epoch")
+        lists = members["inputs"]
+        if not isinstance(lists, simdjson.Array):
+            raise ValueError("no list of rows")
+        count, numbers = len(lists), memoryview(lists.as_buffer(of_type="d"))
+        is_shaped = set(map(len, lists)) == {self._features}  # type: ignore[arg-type]
+        size_bytes = count * self._features * _F8.itemsize
+        if not 0 < count <= self._max_rows or not is_shaped or numbers.nbytes != size_bytes:
+            raise ValueError("another shape")
+        return count, numbers, position, epoch
+
+    def _rows(self, body: bytes, numbers: bytes | memoryview, brackets: int) -> FloatRows | None:
+        """Rows [T, F] of flattened numbers; None if one is too large, or a row holds a list.
+
+        Args:
+            brackets: how many opening ones the body has if no row holds a list.
+        """
         # `replace` finds rare bytes three times as fast as `count`; there are none elsewhere
-        brackets = len(body) - len(body.replace(b"[", b""))
-        features = self._features
-        if not 0 < count <= self._max_rows or brackets != count + 1 or widths != {features}:
+        if len(body) - len(body.replace(b"[", b"")) != brackets:
             return None
-        if numbers.size != count * features:
-            return None
-        squares: np.float64 = self._ignoring_overflow.run(numbers.dot, numbers)
+        flat = np.frombuffer(numbers, _F8)
+        squares: np.float64 = self._ignoring_overflow.run(flat.dot, flat)
         if not squares < _LARGEST_SQUARES:
             return None
-        return RowsChunk(numbers.astype(_F4).reshape(count, features), position, epoch)
+        return flat.astype(_F4).reshape(-1, self._features)
 
 
 class FastDecoder:
@@ -237,6 +264,7 @@ class FastDecoder:
         self._coded = any(column.codes is not None for column in self._columns)
         self._reader = None if served.events is None else EventReader(served.events)
         self._max_chunk_steps = limits.max_chunk_steps
+        self._max_items = limits.max_items
         self._max_predict_steps = limits.max_predict_steps
         self._longest_sequence = served.chunk_limit or limits.max_predict_steps
         self._json_rows = JsonRowsDecoder(self._features, limits.max_chunk_steps)
@@ -267,9 +295,7 @@ class FastDecoder:
             self._check_chunk(read.steps)
             members = read.members + (decoded.position is not None) + (decoded.epoch is not None)
             strings = read.strings + (decoded.epoch is not None)
-            _check_no_duplicates(
-                media, body, members, strings, [(body, decoded.events is not None)]
-            )
+            check_no_duplicates(media, body, members, strings, [(body, decoded.events is not None)])
             return decoded, read.steps
         except _UNDECIDED:
             return None
@@ -284,9 +310,20 @@ class FastDecoder:
         except _UNDECIDED:
             return None
 
-    def decode_items(self, media: Media, body: bytes) -> list[tuple[DecodedItem, Steps]] | None:
+    def decode_items(
+        self, media: Media, body: bytes
+    ) -> list[tuple[DecodedItem | RowsChunk, Steps]] | None:
         """The chunks of a body for many streams, if all are valid, or None."""
         try:
+            if media is Media.JSON:
+                items = self._json_rows.decode_items(body, self._max_items)
+                if items is not None:
+                    if self._coded:
+                        check_rows(self._columns, np.concatenate([item.rows for item in items]))
+                    return [
+                        (item, Steps(Feed.INPUTS, len(item.rows), None, item.rows))
+                        for item in items
+                    ]
             decoded: list[DecodedItem] = self._decoders_of(media, body).many.decode(body).chunks
             if None in [is_stream_name(item.stream) for item in decoded]:
                 return None
@@ -316,7 +353,7 @@ class FastDecoder:
 
     def _check_chunk(self, steps: Steps) -> None:
         if steps.resets and self._has_blocks:
-            raise _UndecidedError
+            raise UndecidedError
 
     def _read_parts(
         self, media: Media, body: bytes, decoded: Sequence[DecodedSteps]
@@ -338,11 +375,11 @@ class FastDecoder:
                         members, strings = members + 1, strings + 1
         packed: list[tuple[bytes | msgspec.Raw, bool]] = []
         if media is Media.MSGPACK:
-            undecoded = _PACKED_PARTS.decode(body)
+            undecoded = PACKED_PARTS.decode(body)
             raws = [*undecoded.chunks, *undecoded.sequences]
             packed = [(body, False)]
             packed += zip(raws, [part.events is not None for part in decoded], strict=True)
-        _check_no_duplicates(media, body, members, strings, packed)
+        check_no_duplicates(media, body, members, strings, packed)
         return [of_part.steps for of_part in read]
 
     def _read_one(self, body: DecodedSteps) -> _Read:
@@ -364,7 +401,7 @@ class FastDecoder:
                 continue
             length, rest = next(lengths)
             if rest:
-                raise _UndecidedError
+                raise UndecidedError
             start, end = end, end + length
             part = _Read(Steps(Feed.INPUTS, length, None, rows[start:end]), 1, 0)
             decoded.append(_with_options(part, body))
@@ -374,17 +411,17 @@ class FastDecoder:
         rows = np.frombuffer(packed, _F4).reshape(-1, self._features)
         # half the time of `all()`
         if np.count_nonzero(np.isfinite(rows)) != rows.size:
-            raise _UndecidedError
+            raise UndecidedError
         if self._coded:
             check_rows(self._columns, rows)
         return rows
 
     def _read_events(self, body: DecodedSteps) -> _Read:
         if self._reader is None or body.events is None:
-            raise _UndecidedError
+            raise UndecidedError
         read = self._reader.read(body.events)
         if read is None:
-            raise _UndecidedError
+            raise UndecidedError
         steps = Steps(Feed.EVENTS, read.columns.steps, read.columns, None, read.resets)
         return _with_options(_Read(steps, 1 + read.members, read.strings), body)
 
@@ -423,47 +460,6 @@ class FastDecoder:
         )
 
 
-def _check_no_duplicates(
-    media: Media,
-    body: bytes,
-    members: int,
-    strings: int,
-    packed: Iterable[tuple[bytes | msgspec.Raw, bool]],
-) -> None:
-    """Leave a body with duplicate members to the strict validator.
-
-    Args:
-        members: number of members that the decoder found and that are not null.
-        strings: how many of them are strings.
-        packed: the maps of a MessagePack body, without its events, and whether each has events.
-    """
-    if media is Media.MSGPACK:
-        has_no_duplicates = sum([_count_packed_members(*part) for part in packed]) == members
-    else:
-        # NumPy counts five times as fast as bytes do.
-        quotes = np.count_nonzero(np.frombuffer(body, np.uint8) == _QUOTE)
-        has_no_duplicates = quotes == 2 * (members + strings)
-    if not has_no_duplicates and find_duplicate(media, body) is not None:
-        raise _UndecidedError
-
-
-def _count_packed_members(value: bytes | msgspec.Raw, has_events: bool) -> int:
-    """Count the members of a MessagePack map, including those of its events."""
-    members = _map_length(bytes(value)[:HEADER_BYTES])
-    if has_events:
-        events = _PACKED_CHUNK.decode(value).events or ()
-        members += sum([_map_length(bytes(event)[:HEADER_BYTES]) for event in events])
-    return members
-
-
-@lru_cache(maxsize=4096)
-def _map_length(header: bytes) -> int:
-    counted = packed_length(header)
-    if counted is None:
-        raise _UndecidedError
-    return counted[0]
-
-
 def _struct(base: type[msgspec.Struct], members: list[Any]) -> type[msgspec.Struct]:
     # Nothing in a body refers back to it, so that there are no cycles to collect.
     return msgspec.defstruct(
@@ -476,7 +472,7 @@ def _token(value: str | bytes | None) -> bytes | None:
         return value
     token = decode_token(value)
     if token is None:
-        raise _UndecidedError
+        raise UndecidedError
     return token
 
 
@@ -489,7 +485,7 @@ def _with_options(read: _Read, body: DecodedSteps) -> _Read:
     if resets is not None:
         ascending = all(first < second for first, second in pairwise(resets))
         if not ascending or (resets and resets[-1] >= steps.length):
-            raise _UndecidedError
+            raise UndecidedError
         merged = tuple(sorted({*resets, *steps.resets}))
         steps, members = replace(steps, resets=merged), members + 1
     if rate is not None:
@@ -505,7 +501,7 @@ def _packed(body: DecodedSteps) -> bytes:
     """
     inputs: bytes | list[list[float]] = body.inputs
     if body.events is not None:
-        raise _UndecidedError
+        raise UndecidedError
     if isinstance(inputs, bytes):
         return inputs
     return _float32(inputs)

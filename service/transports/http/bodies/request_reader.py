@@ -28,11 +28,8 @@ from service.transports.http.bodies.body_types import (
     StateBody,
     known_future_schema,
 )
-from service.transports.http.bodies.duplicates import find_duplicates
-from service.transports.http.bodies.fast_decoder import (
-    FastDecoder,
-    count_parts,
-)
+from service.transports.http.bodies.duplicates import count_parts, find_duplicates
+from service.transports.http.bodies.fast_decoder import FastDecoder
 from service.transports.http.bodies.strict_validator import StrictValidator, validate_body
 from service.transports.http.bodies.validation_errors import BODY, Origin
 from service.transports.http.limits import ApiLimits
