@@ -293,7 +293,8 @@ async def test_invalid_sequences_are_rejected_as_a_whole(api: Harness) -> None:
         response = await predict(api, {"sequences": [good, sequence]})
         document = problem(response, 422, "invalid_input")
         assert document["at"] == at
-    assert document["expected"] == "one of the members events, inputs, resets, state_token"
+    members = "events, inputs, resets, false_alarms_per_day, state_token"
+    assert document["expected"] == f"one of the members {members}"
     too_long = [{"inputs": rows(20).tolist()}] * 2
     document = problem(await predict(api, {"sequences": too_long}), 413, "chunk_too_long")
     assert (document["at"], document["expected"], document["got"]) == ("sequences", 30, 40)
