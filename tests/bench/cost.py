@@ -30,7 +30,7 @@ from tests.support.service import Service, running
 TOGETHER, STEPS = (1, 8, 32, 64), (16, 1)
 """The chunks that arrive together, and the events of a chunk."""
 
-LEAST_ROUNDS = 2
+LEAST_ROUNDS = 1
 ANSWERED_S = 300.0
 NETWORK_LIBRARIES = ("onnxruntime", "tensorflow")
 FOLDER = Path(__file__).parent

@@ -125,7 +125,7 @@ def measure_cost(bench: Bench, kind: str) -> None:
     if not bench.options.instructions or shutil.which("valgrind") is None:
         bench.note("cost: instructions are not counted (--no-instructions, or no valgrind)")
     else:
-        runs["instructions"] = (3, 16)
+        runs["instructions"] = (8, 8)
     for what, (windows, chunks) in runs.items():
         costs: list[dict[str, float]] = []
         for checkout in filter(None, (REPOSITORY, bench.options.beside)):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -98,6 +99,15 @@ def pin_child(cores: Sequence[int]) -> Callable[[], None]:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
     return prepare
+
+
+def is_running(pid: int) -> bool:
+    """Whether a thread of a process runs, or waits for a core; False where that cannot be read."""
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # the thread has ended
+            if path.read_text().rpartition(") ")[2].startswith("R"):
+                return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
