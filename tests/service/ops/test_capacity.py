@@ -81,5 +81,5 @@ def test_command_prints_what_streams_need() -> None:
     assert rows["workers"].strip().startswith("2, each on a core, for 6,250 chunks/s")
     missing = run("none", "--streams", "1")
     assert missing.exit_code == 1
-    assert missing.stderr.startswith("carry: expected one of the models ['flights']")
+    assert missing.stderr.startswith("carry: expected one of the models ['flights', 'rivers']")
     assert run("flights", "--streams", "0").exit_code == 2
