@@ -15,6 +15,7 @@ import uvloop
 
 import models
 from models.artifact.artifact import write_artifact
+from service.ops.request_lines import access_log
 from tests.support.browser import running_browser
 from tests.support.order import ordered
 from tests.support.post_tables import post_model
@@ -56,6 +57,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     with turn(alone=item.get_closest_marker("alone") is not None):
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def access_log_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a test runs in this process configures the access log for that test alone."""
+    for name in ("level", "render", "write"):
+        monkeypatch.setattr(access_log, name, getattr(access_log, name))
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,9 @@ async def harness(
     extend(app)
     async with listening(app) as path:
         transport = httpx.AsyncHTTPTransport(uds=path, verify=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://carry", timeout=60
+        ) as client:
             try:
                 yield Harness(app, client, built, store, counts, models, clock, keys)
             finally:

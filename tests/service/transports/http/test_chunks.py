@@ -192,7 +192,11 @@ async def test_server_timing_is_in_milliseconds(api: Harness) -> None:
         ('{"position":0}', "body", "expected `inputs`"),
         ('{"events":[{}]}', "events", "model probe has no event schema"),
         ('{"inputs":[[1,2,3]],"events":[]}', "events", "model probe has no event schema"),
-        ('{"inputs":[[1,2,3]],"step":1}', "step", "events, inputs, resets, false_alarms_per_day, position, epoch"),
+        (
+            '{"inputs":[[1,2,3]],"step":1}',
+            "step",
+            "events, inputs, resets, false_alarms_per_day, position, epoch",
+        ),
         ('{"inputs":[[1,2,3]],"position":-1}', "position", "got -1"),
         ('{"inputs":[[1,2,3]],"position":1.0}', "position", "a valid integer"),
         ('{"inputs":[[1,2,3]],"position":true}', "position", "a valid integer"),
