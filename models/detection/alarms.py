@@ -55,6 +55,8 @@ def follow_alarm(
         threshold: of these events; an alarm that earlier ones opened also follows it.
     """
     codes = np.zeros(len(probability), np.int64)
+    # a restored state may have any number
+    state.usual = min(state.usual, spec.hold_events - 1)
     end, at = len(probability), 0
     beyond = np.flatnonzero(probability <= threshold).tolist()
     unusual = np.flatnonzero(probability <= min(threshold * spec.hysteresis, 1.0)).tolist()

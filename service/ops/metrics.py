@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import threading
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -181,6 +182,8 @@ class PrometheusRecorder:
         self._durations: dict[tuple[str, str | None, int], list[float]] = {}
         self._collected: list[tuple[list[float], Callable[[list[float]], None]]] = []
         self._flush_timer: asyncio.TimerHandle | None = None
+        # two flushes at once would add the same values twice, and drop later ones
+        self._flushing = threading.Lock()
         self._models = Gauge(
             "carry_model_info",
             "The models served; always 1.",
@@ -333,10 +336,11 @@ class PrometheusRecorder:
 
     def _flush_batches(self) -> None:
         """Add what was collected of batches to its series; from any thread."""
-        for values, add in self._collected:
-            if count := len(values):
-                add(values[:count])
-                del values[:count]
+        with self._flushing:
+            for values, add in self._collected:
+                if count := len(values):
+                    add(values[:count])
+                    del values[:count]
         for model, depth in list(self._queue_depths.items()):
             self._queue.labels(model).set(depth)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ from service.engine.runtimes.base import Runtime
 
 Encoded = tuple[FloatRows, NDArray[np.int64]]
 """Rows [T, F] of a chunk, and the int part [M] of the state after it."""
+
+MIN_RATE: Final = float(np.finfo(np.float32).tiny)
+"""Smallest rate of false alarms in a state: a smaller one would be 0 there, the model's own."""
 
 
 class Segment(NamedTuple):
@@ -195,7 +198,8 @@ class ServedModel:
         at = self._alarm_rate_at
         if at is None:
             return states
-        rates = np.array([each.false_alarms_per_day or 0.0 for each in steps], np.float32)
+        given = [each.false_alarms_per_day for each in steps]
+        rates = np.array([0.0 if r is None else max(r, MIN_RATE) for r in given], np.float32)
         if (states.floats[:, at] == rates).all():
             return states
         floats = states.floats.copy()

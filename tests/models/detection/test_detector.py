@@ -455,6 +455,13 @@ def test_an_alarm_needs_its_minimum_of_events() -> None:
     assert found.tolist() == [0, 0, 0, 1, 3]
 
 
+@pytest.mark.parametrize("stored", [-3e38, -30.0, 3e38])
+def test_an_alarm_follows_any_restored_state(stored: float) -> None:
+    state = AlarmState(np.array([stored]))
+    found = follow_alarm(AlarmSpec(), np.array([0.5, 0.001, 0.5]), 0.01, state)
+    assert found.tolist() == ([3, 1, 2] if stored < 0 else [0, 1, 2])
+
+
 @pytest.mark.parametrize("shape", [0.0, 0.3])
 def test_a_fitted_tail_extends_beyond_its_data(shape: float) -> None:
     random = np.random.default_rng(8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from service.core.values import Timing
+from service.ops import metrics
 from service.ops.metrics import MULTIPROCESS_DIR, SECONDS, PrometheusRecorder, observe_all
 from service.pipeline.recorder import Recorder
 from tests.support.metrics import read, series
@@ -52,6 +55,24 @@ async def test_clients_cannot_create_series_of_requests(
 
 async def _is_counted(recorder: PrometheusRecorder, labels: dict[str, str]) -> bool:
     return read(recorder.render())[series("carry_request_seconds_count", **labels)] == 4
+
+
+def test_concurrent_scrapes_add_each_value_once(
+    recorder: PrometheusRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def observe_slowly(histogram: Histogram, values: list[float]) -> None:
+        time.sleep(0.02)
+        observe_all(histogram, values)
+
+    monkeypatch.setattr(metrics, "observe_all", observe_slowly)
+    recorder.model("flights", "a1b2", "tensorflow", 64)
+    recorder.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
+    scrapes = [threading.Thread(target=recorder.render) for _ in range(2)]
+    for scrape in scrapes:
+        scrape.start()
+    for scrape in scrapes:
+        scrape.join()
+    assert read(recorder.render())[series("carry_batch_rows_count", model="flights")] == 1
 
 
 def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:

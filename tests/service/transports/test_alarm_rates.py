@@ -111,6 +111,30 @@ async def test_alarms_follow_the_rate_of_their_chunk(
     assert document["outputs"][ALARM] == [*parts[0], *parts[1]]
 
 
+async def test_a_tiny_rate_is_not_the_models(api: Harness, sensors: Artifact, rows: Floats) -> None:
+    assert 1 in computed(sensors, rows, [None] * 20)
+    members = {"false_alarms_per_day": 1e-300}
+    document = (await api.chunk(body(rows, **members), model="sensors", stream="tiny")).json()
+    assert document["outputs"][ALARM] == [0.0] * 20
+
+
+async def test_an_impossible_restored_alarm_fails_no_other_stream(
+    api: Harness, sensors: Artifact, rows: Floats
+) -> None:
+    await api.chunk(body(rows[:1]), model="sensors", stream="odd")
+    place = "/v1/models/sensors/streams/odd/state"
+    found = await api.client.get(place)
+    document = found.json()
+    document["state"]["surprise.alarm"] = [-1e6]
+    restored = {name: document[name] for name in ("fingerprint", "feed", "position", "state")}
+    headers = {"If-Match": found.headers["ETag"]}
+    answer = await api.client.put(place, json=restored, headers=headers)
+    assert answer.status_code == 200, answer.text
+    chunks = [{"stream": name, **body(rows[:5])} for name in ("odd", "other")]
+    results = (await api.client.post("/v1/models/sensors/chunks", json={"chunks": chunks})).json()
+    assert [result["status"] for result in results["results"]] == [200, 200], results
+
+
 async def test_every_transport_has_the_rate(api: Harness, sensors: Artifact, rows: Floats) -> None:
     expected = computed(sensors, rows, [RATE] * 20)
     option = {"false_alarms_per_day": RATE}
