@@ -128,17 +128,18 @@ class Settings(BaseSettings):
     of every model; add workers while cores are idle."""
 
     worker_fill: Annotated[int, Field(ge=1, le=10_000)] = 32
-    """Active connections that a worker gets before the next one gets any; then those with the
-    fewest get them. Full batches of one worker cost less of the CPU than small ones of each; 1
-    spreads connections evenly, for workers that each have a core of their own."""
+    """Active connections (or waiting and running chunks, if there are more) up to which one worker
+    gets all new connections; then the next one is filled, and once all are, the one with the least
+    load gets them. Full batches of one worker take less CPU than small ones of each; 1 distributes
+    connections evenly, for workers that each have a core of their own."""
 
     models_dir: Path = Path(models.__file__).parent / "pretrained"
     """Folder whose sub-folders are the artifacts to serve, one model each."""
 
     false_alarms_per_day: str = ""
-    """Expected number of false alarms of one stream in a day, of models with `detection`, in place
-    of that in their specification: `MODEL=RATE`, several separated by commas. A request may set
-    another one for its chunk. All workers of a store need the same."""
+    """Expected false alarms per stream and day of models with `detection`, instead of the rate in
+    their specification: `MODEL=RATE`, several separated by commas. A request may set another rate
+    for its chunk. All workers of a store need the same value."""
 
     runtime: Literal["auto", "onnxruntime", "tensorflow"] = "auto"
     """Library that runs the networks. `auto` chooses for each model: `onnxruntime`, which is faster
