@@ -31,7 +31,7 @@ FEW_ALARMS: Final = 10
 LONGEST: Final = 3.0
 """Most open events, as a multiple of those of the expected alarms; see `alarm_threshold`."""
 SMALLEST_THRESHOLD: Final = 1e-9
-STEP: Final = 1.25
+STEP: Final = 1.1
 """Between the thresholds that are tried."""
 RATES: Final = tuple(
     mantissa * 10.0**exponent for exponent in range(-3, 3) for mantissa in (1.0, 2.0, 5.0)
@@ -178,32 +178,31 @@ def alarm_thresholds(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Rates of false alarms of a stream and day, and the threshold of each; both ascend.
 
-    They end with the largest rate that alarms can have, or with `MAX_ALARM_RATE`.
+    Rates above the model's own are left out where alarms cannot be so frequent. The own one is not:
+    its threshold is then the largest that `alarm_threshold` allows.
 
     Args:
         streams: tail probabilities of each.
         days: of all streams together.
     """
     swept = _sweep(alarm, streams, MAX_ALARM_RATE * days)
-    asked = sorted({*RATES, alarm.false_alarms_per_day})
+    own = alarm.false_alarms_per_day
     rates: list[float] = []
     thresholds: list[float] = []
-    for rate in asked:
+    for rate in sorted({*RATES, own}):
         threshold, is_reached = _threshold(alarm, swept, rate * days)
-        if is_reached and (not thresholds or threshold > thresholds[-1]):
+        is_kept = is_reached or rate <= own
+        if is_kept and (not thresholds or threshold > thresholds[-1]):
             rates.append(rate)
             thresholds.append(threshold)
-    if not rates:
-        rates = [alarm.false_alarms_per_day]
-        thresholds = [_threshold(alarm, swept, rates[0] * days)[0]]
     return tuple(rates), tuple(thresholds)
 
 
 def alarm_threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> float:
     """The tail probability at which as many alarms open as are expected.
 
-    A larger threshold can open fewer alarms, each of them longer. So alarms may be open for at most
-    `LONGEST` times as many events as `hold_events` keeps the expected ones open.
+    A larger threshold can open fewer alarms, each of them longer. So until there are as many, they
+    may be open for at most `LONGEST` times as many events as `hold_events` keeps the expected ones.
 
     Args:
         streams: tail probabilities of each.
@@ -233,10 +232,10 @@ def _threshold(alarm: AlarmSpec, swept: Sequence[_Alarms], expected: float) -> t
     """The threshold for an expected number of alarms, and whether there can be as many."""
     best = SMALLEST_THRESHOLD
     for found in swept:
-        if _is_too_long(alarm, found, expected):
-            return best, False
         if found.opened > expected:
             is_few = found.opened <= FEW_ALARMS or best == SMALLEST_THRESHOLD
             return (found.threshold * expected / found.opened if is_few else best), True
+        if _is_too_long(alarm, found, expected):
+            return best, False
         best = found.threshold
     return best, False

@@ -418,6 +418,36 @@ def test_thresholds_grow_with_the_rate_and_give_as_many_alarms() -> None:
     assert fit.threshold(1000) == thresholds[-1]
 
 
+def test_a_rate_that_alarms_cannot_have_gives_the_most_within_the_bound() -> None:
+    """Not the threshold of the largest stored rate that they can have."""
+    alarm = AlarmSpec(hold_events=50, hysteresis=5)
+    streams = bursts()
+    rates, thresholds = alarm_thresholds(alarm, streams, days=800)
+    assert rates[-1] == alarm.false_alarms_per_day
+    opened, events = count_alarms(alarm, streams, thresholds[-1])
+    assert events <= 3 * 40 * 51
+    assert 36 <= opened < 40
+    assert thresholds[-1] == alarm_threshold(alarm, streams, expected=40)
+
+
+def test_as_many_alarms_as_expected_are_opened_beside_a_stream_with_a_long_one() -> None:
+    """The long one begins where the number is reached, and would exceed the bound."""
+    alarm = AlarmSpec(hold_events=5, hysteresis=1, false_alarms_per_day=0.01)
+    random = np.random.default_rng(20)
+    streams = [random.random(4000) for _ in range(10)]
+    reached = alarm_threshold(alarm, streams, expected=40)
+    streams.append(np.full(2000, 1.01 * reached))
+    rates, thresholds = alarm_thresholds(alarm, streams, days=800)
+    threshold = thresholds[rates.index(0.05)]
+    assert 36 <= count_alarms(alarm, streams, threshold)[0] <= 40
+
+
+def bursts() -> list[NDArray[np.float64]]:
+    """Larger thresholds make fewer and longer alarms of them."""
+    random = np.random.default_rng(9)
+    return [np.repeat(random.random(200), 20) for _ in range(5)]
+
+
 def test_the_change_of_a_constant_stream_is_unusual_but_finite() -> None:
     spec = spec_of(["flow"], memory_events=100)
     spec = fitted(spec, streams_of(spec, 10, 300, seed=7))
@@ -488,9 +518,7 @@ def test_errors_name_what_is_missing() -> None:
 
 def test_threshold_never_keeps_alarms_open_permanently() -> None:
     alarm = AlarmSpec(hold_events=50)
-    random = np.random.default_rng(9)
-    # bursts: larger thresholds make fewer and longer alarms
-    streams = [np.repeat(random.random(200), 20) for _ in range(5)]
+    streams = bursts()
     threshold = alarm_threshold(alarm, streams, expected=40)
     opened, events = count_alarms(alarm, streams, threshold)
     assert 20 <= opened <= 40
