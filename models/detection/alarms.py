@@ -2,7 +2,8 @@
 
 An alarm opens after `min_events` consecutive events whose tail probability is at most the
 threshold. It closes after `hold_events` consecutive events above the lower threshold, which is
-`hysteresis` times as probable: so it does not flicker, and one cause opens it once.
+`hysteresis` times as probable: so it does not flicker, and one cause opens it once. The hold time
+alone suffices for most streams; the default of `hysteresis` is 1, one threshold.
 """
 
 from __future__ import annotations

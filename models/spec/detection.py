@@ -78,13 +78,14 @@ class AlarmSpec(Frozen):
         min_events: consecutive events beyond the threshold that open an alarm.
         hold_events: consecutive events below the lower threshold that close it: alarms that follow
             each other within as many events are one.
-        hysteresis: the factor between the probabilities of the threshold and the lower threshold.
+        hysteresis: the factor between the probabilities of the threshold and the lower threshold;
+            1 is one threshold.
     """
 
     false_alarms_per_day: AlarmRate = 0.05
     min_events: Annotated[int, Field(ge=1, le=4096)] = 1
     hold_events: Annotated[int, Field(ge=1, le=65536)] = 24
-    hysteresis: Annotated[float, Field(ge=1, le=1000)] = 5.0
+    hysteresis: Annotated[float, Field(ge=1, le=1000)] = 1.0
 
 
 class Tail(Frozen):
