@@ -71,7 +71,7 @@ def create_app() -> FastAPI:
     """The application of a worker, by the settings in the environment.
 
     Raises:
-        ArtifactError: a model cannot be loaded, or has no alarms of the configured rate.
+        ArtifactError: a model cannot be loaded, or its alarms cannot have the configured rate.
         RuntimeUnavailableError: the runtime is not installed, or cannot run a model.
     """
     _stop_with_parent()
@@ -127,7 +127,7 @@ def create_app() -> FastAPI:
         on_retire = [connections.retire]
 
         def measure_load() -> int:
-            """Active connections, or the chunks that wait or run, if there are more."""
+            """Active connections or chunks that wait or run, whichever are more."""
             if connections.is_full:
                 return FULL
             return max(connections.count_active(), pipeline.count_chunks())
@@ -306,10 +306,10 @@ def load_models(directory: Path) -> list[Artifact]:
 
 
 def with_alarm_rates(artifacts: list[Artifact], rates: Mapping[str, float]) -> list[Artifact]:
-    """The artifacts, those that are named with another rate of alarms.
+    """Apply the expected rates of false alarms, by model, to the artifacts.
 
     Raises:
-        ArtifactError: there is no model of a name, or it has no alarms of that rate.
+        ArtifactError: there is no such model, or its alarms cannot have that rate.
     """
     names = [artifact.spec.name for artifact in artifacts]
     for name in rates:

@@ -1,10 +1,10 @@
 """Balances new connections between the workers that accept from one listening socket.
 
-The kernel wakes every worker for a new connection, and the first one takes all that wait: of 32
-connections one worker may get 31. Here each worker publishes its load in memory that all of them
-share, and accepts only in its turn (`is_next`). A worker that is not filled yet gets the next
-connections, so that few connections make full batches of one worker and not small ones of each;
-once all are filled, the one with the least load gets them.
+The kernel wakes every worker for a new connection (the thundering herd), and the first one accepts
+all that wait: of 32 connections one worker may get 31. Here each worker publishes its load in
+memory that all of them share, and accepts only in its turn (`is_next`). A worker that is not filled
+yet gets the next connections, so that few connections make full batches in one worker and not small
+ones in each; once all are filled, the one with the least load gets them.
 
 No worker depends on another: a connection that waits for `DEFER_S` is accepted out of turn, so that
 a worker that hangs, dies or is busy delays it by no more. No connection is rejected or moved here.
@@ -25,7 +25,7 @@ DEFER_S: Final = 0.05
 """How long a connection waits for the worker whose turn it is."""
 
 DEFER_TICK_S: Final = 0.001
-"""Interval at which a worker checks meanwhile whether it has become its turn."""
+"""Interval at which a worker checks meanwhile whether its turn has come."""
 
 SLACK_SHARE: Final = 8
 """A worker may be ahead of the others by one in this many connections, so that not every connection
@@ -35,8 +35,8 @@ ACCEPTED_AT_ONCE: Final = 64
 """Connections that are accepted in one turn of the event loop."""
 
 RETRY_S: Final = 1.0
-"""Pause after a failure to accept, such as too many open files, and the longest wait for another
-worker of one that has `FULL` load."""
+"""Pause after a failure to accept, such as too many open files; also how long a worker with load
+`FULL` leaves a connection to the others."""
 
 NOT_ACCEPTING: Final = -1
 """Load of a worker that does not accept connections."""
@@ -48,12 +48,12 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """A worker's place among those that accept from one socket.
+class WorkerLoad:
+    """A worker's entry in the loads of all workers that accept from one socket.
 
     Attributes:
-        loads: the load of each worker, shared by all of them.
-        index: of this worker's own.
+        loads: the load of each worker, in memory that all of them share.
+        index: that of this worker's entry.
         fill: the load up to which a worker is filled before the next one gets any connection.
     """
 
@@ -71,10 +71,10 @@ class Seat:
 
 
 def is_next(index: int, loads: Sequence[int], fill: int) -> bool:
-    """Whether the worker with this index is to accept the next connection; see `Seat`.
+    """Whether the worker with this index is to accept the next connection.
 
     Of the workers that are not filled the one with the most load is next; once all are filled,
-    every one with hardly more than the least load.
+    each whose load exceeds the least by at most one in `SLACK_SHARE`.
     """
     own = loads[index]
     others = [(load, at) for at, load in enumerate(loads) if load >= 0 and at != index]
@@ -89,7 +89,7 @@ class Acceptor:
     Args:
         listener: the socket that all workers accept from; not closed here.
         create_protocol: makes the protocol of a connection.
-        seat: this worker's place.
+        worker_load: its entry in the loads that all workers share.
         measure_load: returns this worker's load, with the connections that are open.
     """
 
@@ -97,12 +97,12 @@ class Acceptor:
         self,
         listener: socket.socket,
         create_protocol: Callable[[], asyncio.Protocol],
-        seat: Seat,
+        worker_load: WorkerLoad,
         measure_load: Callable[[], int],
     ):
         self._listener = listener
         self._create_protocol = create_protocol
-        self._seat = seat
+        self._worker_load = worker_load
         self._measure_load = measure_load
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
@@ -117,11 +117,11 @@ class Acceptor:
         self._watch()
 
     def publish(self) -> int:
-        """Publish and return the load, which changes also where connections close or rest."""
+        """Publish and return the load, which also falls when connections close or become idle."""
         if self._is_closed:
             return NOT_ACCEPTING
         load = self._measure_load() + len(self._opening)
-        self._seat.publish(load)
+        self._worker_load.publish(load)
         return load
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Acceptor:
         if self._is_closed:
             return
         self._is_closed = True
-        self._seat.publish(NOT_ACCEPTING)
+        self._worker_load.publish(NOT_ACCEPTING)
         self._loop.remove_reader(self._listener)
         if self._timer is not None:
             self._timer.cancel()
@@ -145,8 +145,8 @@ class Acceptor:
 
     def _on_waiting(self) -> None:
         self._loop.remove_reader(self._listener)
-        patience_s = DEFER_S if self.publish() < FULL else RETRY_S
-        self._accept_or_defer(self._loop.time() + patience_s)
+        defer_s = DEFER_S if self.publish() < FULL else RETRY_S
+        self._accept_or_defer(self._loop.time() + defer_s)
 
     def _accept_or_defer(self, until_s: float) -> None:
         """Accept while it is this worker's turn; otherwise check again soon, and at the latest at
@@ -170,14 +170,14 @@ class Acceptor:
         """Accept while it is this worker's turn; returns False once it is not."""
         self.publish()
         for _ in range(ACCEPTED_AT_ONCE):
-            if not self._seat.is_next():
+            if not self._worker_load.is_next():
                 return False
             if not self._accept():
                 break
         return True
 
     def _accept(self) -> bool:
-        """Accept one connection; returns whether one waited.
+        """Accept one connection; returns whether one was waiting.
 
         Raises:
             OSError: there are too many open files, for example.

@@ -27,7 +27,7 @@ from typing import Final, NamedTuple, NoReturn, cast
 import structlog
 import uvicorn
 
-from service.ops.connection_balance import Acceptor, Seat
+from service.ops.connection_balance import Acceptor, WorkerLoad
 
 ON_LAME_DUCK: Final = "on_lame_duck"
 """Key in the lifespan's state: functions to call when the lame-duck period begins."""
@@ -71,7 +71,7 @@ class GracefulServer(uvicorn.Server):
     Args:
         exit_process: called in the main thread, also from a signal handler.
         periods: of the graceful shutdown.
-        seat: its place among the workers that accept from one socket; None if it is alone.
+        worker_load: its entry in the loads of all workers; None if it is alone.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class GracefulServer(uvicorn.Server):
         config: uvicorn.Config,
         exit_process: Callable[[], NoReturn],
         periods: Periods,
-        seat: Seat | None = None,
+        worker_load: WorkerLoad | None = None,
     ):
         super().__init__(config)
-        self._seat = seat
+        self._worker_load = worker_load
         self._acceptors: list[Acceptor] = []
         self._exit_process = exit_process
         self._lame_duck_s = periods.lame_duck_s
@@ -105,7 +105,7 @@ class GracefulServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the application, and accept connections."""
         # the event loops of Windows do not watch a socket
-        if self._seat is None or sockets is None or os.name == "nt":
+        if self._worker_load is None or sockets is None or os.name == "nt":
             await super().startup(sockets)
             return
         # uvicorn's own servers would accept whatever the kernel offers
@@ -118,7 +118,7 @@ class GracefulServer(uvicorn.Server):
         )
         measure_load = self.lifespan.state[MEASURE_LOAD]
         for listener in sockets:
-            acceptor = Acceptor(listener, create_protocol, self._seat, measure_load)
+            acceptor = Acceptor(listener, create_protocol, self._worker_load, measure_load)
             acceptor.start(self.config.backlog)
             self._acceptors.append(acceptor)
         self.servers = cast("list[asyncio.Server]", self._acceptors)

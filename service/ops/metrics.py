@@ -391,8 +391,8 @@ def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
     """
     bounds, buckets = histogram._upper_bounds, histogram._buckets
     histogram._sum.inc(sum(values))
-    found, counts = np.unique(np.searchsorted(bounds, values), return_counts=True)
-    for bucket, count in zip(found.tolist(), counts.tolist(), strict=True):
+    indexes, counts = np.unique(np.searchsorted(bounds, values), return_counts=True)
+    for bucket, count in zip(indexes.tolist(), counts.tolist(), strict=True):
         buckets[bucket].inc(count)
 
 

@@ -35,7 +35,7 @@ import uvicorn
 from models.errors import ModelsError
 from service.core.errors import CarryError
 from service.engine.runtimes.loading import RuntimeUnavailableError
-from service.ops.connection_balance import NOT_ACCEPTING, Seat
+from service.ops.connection_balance import NOT_ACCEPTING, WorkerLoad
 from service.ops.graceful_server import SIGRETIRE, GracefulServer, Periods
 from service.ops.logs import flush_logs
 from service.ops.metrics import WorkerRestarts
@@ -179,11 +179,11 @@ class WorkerPool:
         yield from self._draining
 
     def _start(self) -> _Worker:
-        used = self._used_seats()
+        used = self._used_indexes()
         index = next(index for index in range(len(self._loads)) if index not in used)
-        seat = Seat(self._loads, index, self._fill)
-        seat.publish(NOT_ACCEPTING)
-        worker = _Worker(self._config, self._listener, self._periods, seat)
+        worker_load = WorkerLoad(self._loads, index, self._fill)
+        worker_load.publish(NOT_ACCEPTING)
+        worker = _Worker(self._config, self._listener, self._periods, worker_load)
         log.info("worker_started", pid=worker.pid)
         return worker
 
@@ -216,13 +216,13 @@ class WorkerPool:
                 slot.worker = self._start()
                 self._restarts.count()
         self._draining = [worker for worker in self._draining if not worker.has_drained()]
-        used = self._used_seats()
+        used = self._used_indexes()
         for index in range(len(self._loads)):
             if index not in used:
                 self._loads[index] = NOT_ACCEPTING
 
-    def _used_seats(self) -> set[int]:
-        return {worker.seat.index for worker in self._workers() if not worker.has_exited()}
+    def _used_indexes(self) -> set[int]:
+        return {worker.load.index for worker in self._workers() if not worker.has_exited()}
 
     def _schedule_restart(self, slot: _Slot, worker: _Worker) -> None:
         """Schedule the restart of a worker that exited."""
@@ -307,12 +307,16 @@ class _Worker:
     """The parent's view of one worker process."""
 
     def __init__(
-        self, config: uvicorn.Config, listener: socket.socket, periods: Periods, seat: Seat
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        periods: Periods,
+        load: WorkerLoad,
     ):
-        self.seat = seat
+        self.load = load
         self.heartbeats, child_end = _spawn.Pipe(duplex=False)
         self.process = _spawn.Process(
-            target=_run_worker, args=(config, listener, child_end, periods, seat)
+            target=_run_worker, args=(config, listener, child_end, periods, load)
         )
         self.process.start()
         # Otherwise the pipe would stay open after the worker exits.
@@ -402,7 +406,7 @@ def _run_worker(
     listener: socket.socket,
     heartbeats: Connection[Any, Any],
     periods: Periods,
-    seat: Seat,
+    worker_load: WorkerLoad,
 ) -> None:
     """Main function of a worker process."""
     if SIGHUP is not None:
@@ -410,7 +414,7 @@ def _run_worker(
         signal.signal(SIGHUP, signal.SIG_IGN)
     # The constructor has configured uvicorn's loggers in the parent process only.
     config.configure_logging()
-    server = GracefulServer(config, _exit_process, periods, seat)
+    server = GracefulServer(config, _exit_process, periods, worker_load)
     threading.Thread(
         target=_send_heartbeats, args=(server, heartbeats), name="carry-heartbeat", daemon=True
     ).start()

@@ -60,7 +60,7 @@ class Computed(NamedTuple):
     ints: NDArray[np.int64]
 
     def part(self, rows: slice) -> Computed:
-        """Consecutive items."""
+        """A slice of the batch."""
         items, heads, outputs, floats, ints = self
         return Computed(items[rows], heads[rows], outputs[rows], floats[rows], ints[rows])
 

@@ -158,10 +158,10 @@ class Inference:
             bool(np.isfinite(output).all()) and self._served.state.is_finite(State(*state))
             for output, *state in zip(outputs, *states, strict=True)
         ]
-        for item, is_good in zip(items, is_finite, strict=True):
-            if not is_good:
+        for item, item_is_finite in zip(items, is_finite, strict=True):
+            if not item_is_finite:
                 item.job.resolve(_not_finite(item))
-        return computed.select([at for at, is_good in enumerate(is_finite) if is_good])
+        return computed.select(np.flatnonzero(is_finite).tolist())
 
 
 def _columns(output: BatchOutput) -> ComputedColumns:

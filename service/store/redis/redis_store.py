@@ -97,7 +97,7 @@ from service.store.usage import StreamUsage
 
 DELETE_ATTEMPTS: Final = 6
 BUSY_STREAMS: Final = 4096
-"""How many streams' keys are remembered between their commits."""
+"""Streams whose keys are cached between their commits."""
 
 EXPECTED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
 _WRITTEN: Final = [1]
@@ -275,7 +275,7 @@ class RedisStore:
     async def _encode_and_commit(
         self, commits: Sequence[Commit], deadline_s: float | None
     ) -> list[CommitResult]:
-        """Commit those that can be encoded."""
+        """Encode commits into columns and commit them; one that cannot be encoded fails alone."""
         errors: dict[int, CommitResult] = {}
         rows: list[tuple[StreamKey, bytes, bytes, bytes]] = []
         for index, (key, expected, new, reply) in enumerate(commits):
@@ -318,7 +318,7 @@ class RedisStore:
     def _commit_request(
         self, commits: CommitColumns, slot: int, group: Sequence[int]
     ) -> StoreRequest:
-        """The script call that commits some of them."""
+        """The script call that commits a group of one slot."""
         names, pair = list[str](), self._pair
         arguments: list[str | bytes | int] = [
             self._settings.idle_ttl_ms,

@@ -21,7 +21,7 @@ from service.ops.connection_balance import (
     NOT_ACCEPTING,
     SLACK_SHARE,
     Acceptor,
-    Seat,
+    WorkerLoad,
     is_next,
 )
 from tests.service.transports.http.raw_http import becomes
@@ -101,8 +101,8 @@ class Workers:
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 opened.append(cast("asyncio.Transport", transport))
 
-        seat = Seat(self.loads, index, FILL)
-        return Acceptor(self.listeners[index], Opened, seat, lambda: len(opened))
+        worker_load = WorkerLoad(self.loads, index, FILL)
+        return Acceptor(self.listeners[index], Opened, worker_load, lambda: len(opened))
 
     async def connect(self, count: int) -> list[int]:
         """Open further connections; returns how many each worker has once all are accepted."""

@@ -58,9 +58,8 @@ class StepsBody(StrictBody):
     )
     false_alarms_per_day: Annotated[float, Field(gt=0, le=MAX_ALARM_RATE)] | None = Field(
         None,
-        description="For a model with `detection`: the expected number of false alarms of one "
-        "stream in a day, by which the alarms of these events open and close; without it the "
-        "model's.",
+        description="For a model with `detection`: the expected false alarms per stream and day, "
+        "which set the threshold of the alarms of these events; by default the model's.",
         examples=[0.2],
     )
 

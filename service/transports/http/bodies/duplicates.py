@@ -220,7 +220,7 @@ def check_no_duplicates(
     strings: int,
     packed: Iterable[tuple[bytes | msgspec.Raw, bool]],
 ) -> None:
-    """Leave a body with duplicate members to the strict validator.
+    """Raise UndecidedError for a body with duplicate members.
 
     The members that a decoder found, and in JSON the strings, are counted and compared with the
     body: in JSON each is a pair of quotation marks, in MessagePack the header of a map gives its

@@ -209,7 +209,7 @@ class JsonRowsDecoder:
     def _read(
         self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
     ) -> tuple[int, memoryview, int | None, str | None]:
-        """The number of rows of a chunk and their numbers, float64, its position and its epoch.
+        """Read a chunk: the number of rows, their values (float64), the position and the epoch.
 
         Raises:
             ValueError, TypeError, KeyError: it is not in the usual form.

@@ -323,7 +323,7 @@ class AlarmsInfo(TypedDict):
 
     output: str
     false_alarms_per_day: float
-    """Expected number of a stream, where a chunk does not ask for another one."""
+    """Expected false alarms per stream and day, unless a chunk asks for another rate."""
     max_false_alarms_per_day: float
     """The most that a chunk may ask for."""
 
