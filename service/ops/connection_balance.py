@@ -6,8 +6,9 @@ memory that all of them share, and accepts only in its turn (`is_next`). A worke
 yet gets the next connections, so that few connections make full batches in one worker and not small
 ones in each; once all are filled, the one with the least load gets them.
 
-No worker depends on another: a connection that waits for `DEFER_S` is accepted out of turn, so that
-a worker that hangs, dies or is busy delays it by no more. No connection is rejected or moved here.
+No worker depends on another: a connection that waits for `DEFER_S` is accepted out of turn, and
+those behind it after ever shorter waits, so that a worker that hangs, dies or is busy delays all of
+them by hardly more than twice as long. No connection is rejected or moved here.
 Use `Acceptor` from one event loop.
 """
 
@@ -107,6 +108,8 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._patience = 1.0
+        self._skipped_at_s = 0.0
         self._is_closed = False
 
     def start(self, backlog: int) -> None:
@@ -145,19 +148,24 @@ class Acceptor:
 
     def _on_waiting(self) -> None:
         self._loop.remove_reader(self._listener)
-        defer_s = DEFER_S if self.publish() < FULL else RETRY_S
-        self._accept_or_defer(self._loop.time() + defer_s)
+        defer_s, now_s = DEFER_S if self.publish() < FULL else RETRY_S, self._loop.time()
+        if now_s - self._skipped_at_s > RETRY_S:
+            self._patience = 1.0
+        self._accept_or_defer(now_s + defer_s * self._patience)
 
     def _accept_or_defer(self, until_s: float) -> None:
         """Accept while it is this worker's turn; otherwise check again soon, and at the latest at
-        `until_s` accept one connection out of turn."""
+        `until_s` accept one connection out of turn. The worker whose turn it is hardly takes the
+        connections behind it, so they wait half as long each."""
         pause_s = 0.0
         try:
             if not self._accept_in_turn():
                 if self._loop.time() < until_s:
                     pause_s = DEFER_TICK_S
+                elif self._accept():
+                    self._patience, self._skipped_at_s = self._patience / 2, self._loop.time()
                 else:
-                    self._accept()
+                    self._patience = 1.0
         except OSError as error:
             log.error("accept_failed", reason=error.strerror, pause_s=RETRY_S)
             pause_s = RETRY_S

@@ -151,6 +151,31 @@ async def test_connection_is_accepted_although_the_next_worker_is_hung() -> None
         assert await workers.connect(2) == [0, 3]
 
 
+async def test_hung_worker_delays_many_connections_hardly_more_than_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.ops.connection_balance.DEFER_S", 0.3)
+    async with sharing(1) as workers:
+        # the least load of workers that are filled
+        workers.loads[0] = FILL
+        began_s = asyncio.get_running_loop().time()
+        assert await workers.connect(FILL + 40) == [0, FILL + 40]
+        assert asyncio.get_running_loop().time() - began_s < 40 * 0.3 / 4
+
+
+async def test_worker_that_was_hung_gets_its_connections_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.ops.connection_balance.RETRY_S", 0.2)
+    async with sharing(1) as workers:
+        workers.loads[0] = FILL
+        assert await workers.connect(FILL + 10) == [0, FILL + 10]
+        await asyncio.sleep(0.3)
+        began_s = asyncio.get_running_loop().time()
+        assert await workers.connect(1) == [0, FILL + 11]
+        assert asyncio.get_running_loop().time() - began_s >= DEFER_S
+
+
 async def test_worker_at_its_limit_leaves_connections_to_the_other() -> None:
     async with sharing(0, 1) as workers:
         workers.acceptors[0]._measure_load = lambda: FULL
