@@ -12,29 +12,23 @@ finds the stream at a later position of the same epoch, or in a newer epoch, nob
 it was written before, and the result is OutcomeUnknown. A commit that was written but is not as
 durable as the settings require is NotDurable.
 
-A deletion is a compare-and-set too and leaves a tombstone, so that neither a deletion nor an
-earlier commit changes anything when it is delivered late.
+A deletion (`deletion`) is a compare-and-set too and leaves a tombstone, so that neither a deletion
+nor an earlier commit changes anything when it is delivered late.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
-from service.core.delivery import new_epoch
 from service.core.errors import (
     CarryError,
-    Conflict,
-    StoreRefused,
-    StoreUnavailable,
 )
 from service.core.values import (
     EPOCH_BYTES,
-    FIRST_TAG,
     TAG_BYTES,
     Check,
     StoredReply,
@@ -53,22 +47,16 @@ from service.store.base import (
     Loaded,
 )
 from service.store.codec import (
-    HEADER_BYTES,
-    TOMBSTONE_PREFIX,
     CodecError,
-    decode_head,
     decode_reply,
     encode_reply,
     encode_state,
-    encode_tombstone,
-    head_bytes,
     pack_head,
-    raw_head,
 )
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import Output, OutputChannel
 from service.store.redis.access_keys import read_access_keys, write_access_key
-from service.store.redis.connections import RETRY_AFTER_S
+from service.store.redis.deletion import StreamDeletion
 from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
     Outcome,
@@ -80,14 +68,13 @@ from service.store.redis.outcomes import (
     outcome_unknown_error,
     read_value,
     resolve_retried_commit,
-    resolve_retried_deletion,
-    state_damaged_error,
 )
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.pipelined_connection import Script, StoreRequest
 from service.store.redis.readiness import Readiness
 from service.store.redis.router import first_error
 from service.store.redis.scan import list_streams
+from service.store.redis.script_results import WRITTEN, parse_result
 from service.store.redis.server_checks import check_servers
 from service.store.redis.stream_count import count_streams
 from service.store.redis.stream_usage import RedisStreamUsage
@@ -95,12 +82,10 @@ from service.store.redis.token_key import read_token_key
 from service.store.settings import Durability, StoreSettings
 from service.store.usage import StreamUsage
 
-DELETE_ATTEMPTS: Final = 6
 BUSY_STREAMS: Final = 4096
 """Streams whose keys are cached between their commits."""
 
 EXPECTED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
-_WRITTEN: Final = [1]
 
 log = structlog.get_logger(__name__)
 
@@ -111,6 +96,7 @@ class RedisStore:
     Attributes:
         usage: the streams of the access keys with quotas.
         outputs: the channel on which it publishes what it commits to watched streams.
+        deletion: deletes its streams.
 
     Raises:
         StoreRefused: the settings' address cannot be used.
@@ -127,10 +113,12 @@ class RedisStore:
             self._slots = [self._router.slot(prefix) for prefix in prefixes]
         self._is_durable = settings.durability is not Durability.MEMORY
         self._commit_script = Script.load("commit")
-        self._delete_script = Script.load("delete")
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(settings)
         self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys)
+        self.deletion = StreamDeletion(
+            self._router, settings, self.outputs, self._slot, self._ensure_durable
+        )
         self._readiness = Readiness(self._router, settings, self._commit_script)
 
     async def start(self) -> None:
@@ -352,102 +340,14 @@ class RedisStore:
     ) -> CommitResult:
         """Replace a stream by a tombstone, with a bounded number of compare-and-sets.
 
-        Without `expected`, each attempt expects the head that the one before found: epoch and tag,
-        and after repeated conflicts only the epoch. An attempt that arrives late finds neither.
-
         Raises:
             StoreUnavailable, StoreRefused: the store as a whole; nothing was deleted.
         """
-        if deadline_s is None:
-            deadline_s = time.monotonic() + self._settings.wait_s
-        condition = b"" if expected is None else head_bytes(expected)
-        is_stream, may_have_deleted = expected is not None, False
-        for attempts_left in reversed(range(DELETE_ATTEMPTS)):
-            outcome = await self._write_tombstone(key, condition, deadline_s)
-            if isinstance(outcome, ReplyLost):
-                return outcome_unknown_error(key, expected, outcome)
-            if isinstance(outcome, CarryError):
-                if may_have_deleted:
-                    return outcome_unknown_error(key, expected, outcome.detail)
-                raise outcome
-            if outcome.value == _WRITTEN:
-                self.outputs.publish(Output(key, 0, None))
-                if not outcome.is_durable:
-                    return not_durable_error(self._settings, key)
-                return COMMITTED if is_stream or may_have_deleted else Conflicted(None)
-            if expected is not None:
-                result = self._parse_result(key, outcome.value)
-                if outcome.is_retry and isinstance(result, Conflicted):
-                    result = resolve_retried_deletion(key, expected, result)
-                    if result is COMMITTED:
-                        result = await self._ensure_durable(key, deadline_s)
-                return result
-            # An earlier attempt may have deleted a stream and left a tombstone, which is replaced.
-            may_have_deleted = may_have_deleted or outcome.is_retry
-            header = outcome.value[1] if len(outcome.value) > 1 else None
-            condition = b"" if header is None else head_bytes(raw_head(header))
-            if attempts_left <= DELETE_ATTEMPTS // 2:
-                condition = condition[:EPOCH_BYTES]
-            is_stream = header is not None and not header.startswith(TOMBSTONE_PREFIX)
-        reason = f"concurrent writes changed it {DELETE_ATTEMPTS} times in a row"
-        if may_have_deleted:
-            return outcome_unknown_error(key, expected, reason)
-        return Conflict(f"stream {key.stream!r} is not deleted: {reason}", stream=key.stream)
+        return await self.deletion.delete(key, expected, deadline_s)
 
     async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
         """Delete many streams as `delete` does, in two round trips if nobody else writes them."""
-        deadline_s = time.monotonic() + self._settings.wait_s
-        last, absent = HEADER_BYTES - 1, (b"", TOMBSTONE_PREFIX)
-        results: dict[StreamKey, CommitResult] = {}
-        reads = [
-            StoreRequest.for_command(
-                "GETRANGE", self._keys.state(key), 0, last, slot=self._slot(key)
-            )
-            for key in keys
-        ]
-        writes: dict[StreamKey, StoreRequest] = {}
-        read_outcomes = await self._router.execute(*reads, deadline_s=deadline_s)
-        for key, outcome in zip(keys, read_outcomes, strict=True):
-            if isinstance(outcome, StoreUnavailable):
-                results[key] = outcome
-            elif (
-                isinstance(outcome, Reply) and outcome.value[: len(TOMBSTONE_PREFIX)] not in absent
-            ):
-                condition = head_bytes(raw_head(outcome.value))
-                writes[key] = self._tombstone_request(key, condition)
-        write_outcomes = await self._router.execute(
-            *writes.values(), durably=True, deadline_s=deadline_s
-        )
-        for key, outcome in zip(writes, write_outcomes, strict=True):
-            if isinstance(outcome, ReplyLost):
-                results[key] = outcome_unknown_error(key, None, outcome)
-            elif isinstance(outcome, CarryError):
-                results[key] = outcome
-            elif outcome.value == _WRITTEN:
-                self.outputs.publish(Output(key, 0, None))
-                error = not_durable_error(self._settings, key)
-                results[key] = COMMITTED if outcome.is_durable else error
-        for key in keys:
-            if key not in results:  # another writer, a lost reply, or a value of another type
-                try:
-                    results[key] = await self.delete(key)
-                except CarryError as failure:
-                    results[key] = failure
-        return [results[key] for key in keys]
-
-    async def _write_tombstone(
-        self, key: StreamKey, condition: bytes, deadline_s: float
-    ) -> Outcome:
-        """Try once to write a tombstone over a value whose head begins with `condition`."""
-        request = self._tombstone_request(key, condition)
-        (outcome,) = await self._router.execute(request, durably=True, deadline_s=deadline_s)
-        return outcome
-
-    def _tombstone_request(self, key: StreamKey, condition: bytes) -> StoreRequest:
-        tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))
-        arguments: list[str | bytes | int] = [condition, tombstone, self._settings.tombstone_ttl_ms]
-        names, slot = list(self._keys.pair(key)), self._slot(key)
-        return StoreRequest.for_script(self._delete_script, names, arguments, slot)
+        return await self.deletion.delete_many(keys)
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
@@ -487,17 +387,17 @@ class RedisStore:
             return [outcome_unknown_error(commits.keys[index], None, outcome) for index in group]
         if isinstance(outcome, CarryError):
             return [outcome] * len(group)
-        if outcome.is_durable and outcome.value.count(_WRITTEN) == len(group):
+        if outcome.is_durable and outcome.value.count(WRITTEN) == len(group):
             return [COMMITTED] * len(group)
         results: list[CommitResult] = []
         for index, reply in zip(group, outcome.value, strict=True):
             key = commits.keys[index]
-            if reply == _WRITTEN:
+            if reply == WRITTEN:
                 results.append(
                     COMMITTED if outcome.is_durable else not_durable_error(self._settings, key)
                 )
                 continue
-            result = self._parse_result(key, reply)
+            result = parse_result(self._router, key, reply)
             if outcome.is_retry and isinstance(result, Conflicted):
                 result = resolve_retried_commit(commits[index], result)
                 if result is COMMITTED:
@@ -529,25 +429,3 @@ class RedisStore:
         if isinstance(outcome, Reply) and not outcome.is_durable and values[0] is not None:
             raise not_durable_error(self._settings, key)
         return values
-
-    def _parse_result(self, key: StreamKey, reply: list[Any]) -> CommitResult:
-        """The result of one stream, as a script returned it."""
-        if reply[0] == 1:
-            return COMMITTED
-        if reply[0] == 0:
-            try:
-                return Conflicted(decode_head(reply[1]) if len(reply) > 1 else None)
-            except CodecError as error:
-                return state_damaged_error(key, error, reply[1])
-        text = reply[1].decode("utf-8", "replace")
-        if text.startswith("WRONGTYPE"):
-            # The value is no string. A deletion identifies it by the same bytes (`delete.lua`).
-            return state_damaged_error(key, CodecError(text), bytes(32) + reply[1])
-        if text.startswith("READONLY"):
-            self._router.refresh()
-        log.error("store_refused", model=key.model, stream=key.stream, reason=text)
-        return StoreRefused(
-            f"the store at {self._router.redacted_url} refused stream {key.stream!r}: {text}",
-            stream=key.stream,
-            retry_after_s=RETRY_AFTER_S,
-        )

@@ -1,0 +1,163 @@
+"""Deletion of streams on Redis or Valkey: compare-and-sets that write tombstones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from service.core.delivery import new_epoch
+from service.core.errors import CarryError, Conflict, StoreUnavailable
+from service.core.values import EPOCH_BYTES, FIRST_TAG, StreamHead, StreamKey, Tombstone
+from service.store.base import COMMITTED, CommitResult, Conflicted
+from service.store.codec import (
+    HEADER_BYTES,
+    TOMBSTONE_PREFIX,
+    encode_tombstone,
+    head_bytes,
+    raw_head,
+)
+from service.store.outputs import Output, OutputChannel
+from service.store.redis.outcomes import (
+    Outcome,
+    Reply,
+    ReplyLost,
+    not_durable_error,
+    outcome_unknown_error,
+    resolve_retried_deletion,
+)
+from service.store.redis.pipelined_connection import Script, StoreRequest
+from service.store.redis.router import Router
+from service.store.redis.script_results import WRITTEN, parse_result
+from service.store.settings import StoreSettings
+
+DELETE_ATTEMPTS: Final = 6
+
+
+class StreamDeletion:
+    """Deletes streams of one store.
+
+    Args:
+        outputs: where deletions of watched streams are published.
+        slot_of: the slot of a stream; 0 on a single server.
+        ensure_durable: waits until a write of an earlier attempt is durable, and returns its
+            result.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        settings: StoreSettings,
+        outputs: OutputChannel,
+        slot_of: Callable[[StreamKey], int],
+        ensure_durable: Callable[[StreamKey, float | None], Awaitable[CommitResult]],
+    ):
+        self._router = router
+        self._settings = settings
+        self._keys = settings.keys
+        self._outputs = outputs
+        self._slot_of = slot_of
+        self._ensure_durable = ensure_durable
+        self._script = Script.load("delete")
+
+    async def delete(
+        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
+    ) -> CommitResult:
+        """Replace a stream by a tombstone, with a bounded number of compare-and-sets.
+
+        Without `expected`, each attempt expects the head that the one before found: epoch and tag,
+        and after repeated conflicts only the epoch. An attempt that arrives late finds neither.
+
+        Raises:
+            StoreUnavailable, StoreRefused: the store as a whole; nothing was deleted.
+        """
+        if deadline_s is None:
+            deadline_s = time.monotonic() + self._settings.wait_s
+        condition = b"" if expected is None else head_bytes(expected)
+        is_stream, may_have_deleted = expected is not None, False
+        for attempts_left in reversed(range(DELETE_ATTEMPTS)):
+            outcome = await self._write_tombstone(key, condition, deadline_s)
+            if isinstance(outcome, ReplyLost):
+                return outcome_unknown_error(key, expected, outcome)
+            if isinstance(outcome, CarryError):
+                if may_have_deleted:
+                    return outcome_unknown_error(key, expected, outcome.detail)
+                raise outcome
+            if outcome.value == WRITTEN:
+                self._outputs.publish(Output(key, 0, None))
+                if not outcome.is_durable:
+                    return not_durable_error(self._settings, key)
+                return COMMITTED if is_stream or may_have_deleted else Conflicted(None)
+            if expected is not None:
+                result = parse_result(self._router, key, outcome.value)
+                if outcome.is_retry and isinstance(result, Conflicted):
+                    result = resolve_retried_deletion(key, expected, result)
+                    if result is COMMITTED:
+                        result = await self._ensure_durable(key, deadline_s)
+                return result
+            # An earlier attempt may have deleted a stream and left a tombstone, which is replaced.
+            may_have_deleted = may_have_deleted or outcome.is_retry
+            header = outcome.value[1] if len(outcome.value) > 1 else None
+            condition = b"" if header is None else head_bytes(raw_head(header))
+            if attempts_left <= DELETE_ATTEMPTS // 2:
+                condition = condition[:EPOCH_BYTES]
+            is_stream = header is not None and not header.startswith(TOMBSTONE_PREFIX)
+        reason = f"concurrent writes changed it {DELETE_ATTEMPTS} times in a row"
+        if may_have_deleted:
+            return outcome_unknown_error(key, expected, reason)
+        return Conflict(f"stream {key.stream!r} is not deleted: {reason}", stream=key.stream)
+
+    async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
+        """Delete many streams as `delete` does, in two round trips if nobody else writes them."""
+        deadline_s = time.monotonic() + self._settings.wait_s
+        last, absent = HEADER_BYTES - 1, (b"", TOMBSTONE_PREFIX)
+        results: dict[StreamKey, CommitResult] = {}
+        reads = [
+            StoreRequest.for_command(
+                "GETRANGE", self._keys.state(key), 0, last, slot=self._slot_of(key)
+            )
+            for key in keys
+        ]
+        writes: dict[StreamKey, StoreRequest] = {}
+        read_outcomes = await self._router.execute(*reads, deadline_s=deadline_s)
+        for key, outcome in zip(keys, read_outcomes, strict=True):
+            if isinstance(outcome, StoreUnavailable):
+                results[key] = outcome
+            elif (
+                isinstance(outcome, Reply) and outcome.value[: len(TOMBSTONE_PREFIX)] not in absent
+            ):
+                condition = head_bytes(raw_head(outcome.value))
+                writes[key] = self._tombstone_request(key, condition)
+        write_outcomes = await self._router.execute(
+            *writes.values(), durably=True, deadline_s=deadline_s
+        )
+        for key, outcome in zip(writes, write_outcomes, strict=True):
+            if isinstance(outcome, ReplyLost):
+                results[key] = outcome_unknown_error(key, None, outcome)
+            elif isinstance(outcome, CarryError):
+                results[key] = outcome
+            elif outcome.value == WRITTEN:
+                self._outputs.publish(Output(key, 0, None))
+                error = not_durable_error(self._settings, key)
+                results[key] = COMMITTED if outcome.is_durable else error
+        for key in keys:
+            if key not in results:  # another writer, a lost reply, or a value of another type
+                try:
+                    results[key] = await self.delete(key)
+                except CarryError as failure:
+                    results[key] = failure
+        return [results[key] for key in keys]
+
+    async def _write_tombstone(
+        self, key: StreamKey, condition: bytes, deadline_s: float
+    ) -> Outcome:
+        """Try once to write a tombstone over a value whose head begins with `condition`."""
+        request = self._tombstone_request(key, condition)
+        (outcome,) = await self._router.execute(request, durably=True, deadline_s=deadline_s)
+        return outcome
+
+    def _tombstone_request(self, key: StreamKey, condition: bytes) -> StoreRequest:
+        tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))
+        arguments: list[str | bytes | int] = [condition, tombstone, self._settings.tombstone_ttl_ms]
+        names, slot = list(self._keys.pair(key)), self._slot_of(key)
+        return StoreRequest.for_script(self._script, names, arguments, slot)
