@@ -191,10 +191,10 @@ def alarm_thresholds(
     thresholds: list[float] = []
     for rate in sorted({*RATES, own}):
         threshold, is_reached = _threshold(alarm, swept, rate * days)
-        is_kept = is_reached or rate <= own
-        if is_kept and (not thresholds or threshold > thresholds[-1]):
+        smaller = thresholds[-1] if thresholds else 0.0
+        if rate == own or (threshold > smaller and (is_reached or rate < own)):
             rates.append(rate)
-            thresholds.append(threshold)
+            thresholds.append(max(threshold, smaller))
     return tuple(rates), tuple(thresholds)
 
 

@@ -430,6 +430,13 @@ def test_a_rate_that_alarms_cannot_have_gives_the_most_within_the_bound() -> Non
     assert thresholds[-1] == alarm_threshold(alarm, streams, expected=40)
 
 
+def test_the_rate_of_the_model_is_stored_however_large_it_is() -> None:
+    alarm = AlarmSpec(hold_events=50, false_alarms_per_day=900)
+    rates, thresholds = alarm_thresholds(alarm, bursts(), days=800)
+    assert rates[-1] == 900
+    assert list(thresholds) == sorted(thresholds)
+
+
 def test_as_many_alarms_as_expected_are_opened_beside_a_stream_with_a_long_one() -> None:
     """The long one begins where the number is reached, and would exceed the bound."""
     alarm = AlarmSpec(hold_events=5, hysteresis=1, false_alarms_per_day=0.01)

@@ -171,7 +171,7 @@ def test_the_fast_decoder_reads_what_the_validator_accepts(sensors: Artifact, ro
     reader = RequestReader(served, LIMITS)
     event = {"time": 1_700_000_000_000, "value": 1.5}
     most = served.max_alarm_rate
-    for rate, is_read in ((RATE, True), (1, most == 1), (most, True), (None, True), (2e3, False)):
+    for rate, is_read in ((RATE, True), (1, most >= 1), (most, True), (None, True), (2e3, False)):
         for members in (body(rows), {"events": [event] * 3, "resets": [1]}):
             content = orjson.dumps({**members, "false_alarms_per_day": rate})
             decoded = reader.fast.decode_chunk(Media.JSON, content)
