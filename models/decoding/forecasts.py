@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, encode, restored
+from models.events.encode import Clock, encode, unstandardise
 from models.events.schema import EventSchema, NumericField
 from models.spec.decoder import (
     LAST,
@@ -225,7 +225,7 @@ class Distribution:
             field = self._events.field(name)
             if not isinstance(field, NumericField):
                 raise SpecError(f"decoder: expected a numeric field {name!r}")
-            columns[at] = restored(field, columns[at])
+            columns[at] = unstandardise(field, columns[at])
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(np.moveaxis(columns, 0, axis), np.float32)
 

@@ -63,7 +63,7 @@ def follow_alarm(
     unusual = np.flatnonzero(probability <= min(threshold * spec.hysteresis, 1.0)).tolist()
     while at < end:
         if state.is_open:
-            following = _following(unusual, at, end)
+            following = _first_from(unusual, at, end)
             closing = at + spec.hold_events - state.usual - 1
             codes[at : min(closing, following)] = CONTINUING
             if closing < min(following, end):
@@ -75,7 +75,7 @@ def follow_alarm(
                 codes[following], state.usual = CONTINUING, 0
             at = following + 1
             continue
-        following = _following(beyond, at, end)
+        following = _first_from(beyond, at, end)
         if following > at:
             state.unusual, at = 0, following
             continue
@@ -86,7 +86,7 @@ def follow_alarm(
     return codes
 
 
-def _following(indexes: list[int], at: int, end: int) -> int:
+def _first_from(indexes: list[int], at: int, end: int) -> int:
     """The first of ascending indexes from `at` on; `end` if there is none."""
     place = bisect_left(indexes, at)
     return indexes[place] if place < len(indexes) else end

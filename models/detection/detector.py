@@ -109,19 +109,19 @@ class Detector:
         inverse = np.exp(self._tails.nats(statistics.reshape(len(statistics), -1)))
         combined = combine(inverse)[np.newaxis]
         probability = np.exp(-self._combined.nats(combined)).reshape(1, *z.shape[1:])
-        found: dict[str, Floats] = {
+        outputs: dict[str, Floats] = {
             "probability": probability,
             "alarm": self._follow_alarms(probability[0], lengths, state, deviations),
         }
         if "deviation" in self._outputs:
-            found["deviation"] = z
+            outputs["deviation"] = z
         if "share" in self._outputs:
-            found["share"] = self._channels.shares(inverse.reshape(statistics.shape))
+            outputs["share"] = self._channels.shares(inverse.reshape(statistics.shape))
         described = self._channels.forecasts.describe(
             self._described, events.values, events.present, events.parameters
         )
-        found.update((name, values) for name, values in described.items())
-        return found
+        outputs.update((name, values) for name, values in described.items())
+        return outputs
 
     def _follow_alarms(
         self, probability: Floats, lengths: NDArray[Any], state: FloatRows, deviations: Deviations

@@ -135,7 +135,7 @@ def _follow(
     """The statistics [K, n] of the counted events, stream by stream, and the last states."""
     channels = Channels(spec, spreads, squares)
     initial = detection_state(spec).zero().floats
-    found: list[list[Floats]] = [[] for _ in streams]
+    by_stream: list[list[Floats]] = [[] for _ in streams]
     states = np.tile(initial, (len(streams), 1))
     longest = sorted(range(len(streams)), key=lambda i: -len(streams[i].rows))
     for first in range(0, len(streams), BATCH):
@@ -145,19 +145,19 @@ def _follow(
             parts = [streams[i].part(slice(at, at + STEPS)) for i in active]
             lengths = np.array([len(part.rows) for part in parts])
             followed = channels.follow(
-                _padded([part.rows for part in parts]),
+                _pad([part.rows for part in parts]),
                 lengths,
-                _padded([part.parameters for part in parts]),
+                _pad([part.parameters for part in parts]),
                 states[active],
             )
             states[active] = followed.state
             for place, (i, part) in enumerate(zip(active, parts, strict=True)):
                 counted = np.flatnonzero(part.counted)
-                found[i].append(followed.statistics[:, place, counted])
-    return np.concatenate([each for parts in found for each in parts], axis=1), states
+                by_stream[i].append(followed.statistics[:, place, counted])
+    return np.concatenate([each for parts in by_stream for each in parts], axis=1), states
 
 
-def _padded(rows: Sequence[FloatRows]) -> FloatRows:
+def _pad(rows: Sequence[FloatRows]) -> FloatRows:
     """Rows of different lengths as one array, with zeros beyond each."""
     padded = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.float32)
     for place, row in zip(padded, rows, strict=True):
@@ -224,18 +224,18 @@ def _sweep(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> list
     return swept
 
 
-def _is_too_long(alarm: AlarmSpec, found: _Alarms, expected: float) -> bool:
-    return found.events > LONGEST * expected * (alarm.hold_events + 1)
+def _is_too_long(alarm: AlarmSpec, swept: _Alarms, expected: float) -> bool:
+    return swept.events > LONGEST * expected * (alarm.hold_events + 1)
 
 
 def _threshold(alarm: AlarmSpec, swept: Sequence[_Alarms], expected: float) -> tuple[float, bool]:
     """The threshold for an expected number of alarms, and whether there can be as many."""
     best = SMALLEST_THRESHOLD
-    for found in swept:
-        if found.opened > expected:
-            is_few = found.opened <= FEW_ALARMS or best == SMALLEST_THRESHOLD
-            return (found.threshold * expected / found.opened if is_few else best), True
-        if _is_too_long(alarm, found, expected):
+    for each in swept:
+        if each.opened > expected:
+            is_few = each.opened <= FEW_ALARMS or best == SMALLEST_THRESHOLD
+            return (each.threshold * expected / each.opened if is_few else best), True
+        if _is_too_long(alarm, each, expected):
             return best, False
-        best = found.threshold
+        best = each.threshold
     return best, False

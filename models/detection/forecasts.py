@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import SpecError
-from models.events.encode import restored
+from models.events.encode import unstandardise
 from models.events.schema import BooleanField, CategoricalField, EventField, NumericField
 from models.spec.detection import OutputName, ordered_targets
 from models.spec.heads import DEVIATION_LIMIT, LOG_DEVIATION_LIMIT
@@ -68,17 +68,17 @@ class Forecasts:
             [D, B, T].
         """
         if self._is_numeric:
-            found = values - parameters[::2]
-            found *= _inverse_deviation(parameters[1::2])
-            return np.asarray(found)
-        found = np.empty_like(values)
+            deviations = values - parameters[::2]
+            deviations *= _inverse_deviation(parameters[1::2])
+            return np.asarray(deviations)
+        deviations = np.empty_like(values)
         for index, field, part in self._targets:
             value, own = values[index], parameters[part]
             if isinstance(field, NumericField):
-                found[index] = (value - own[0]) * _inverse_deviation(own[1])
+                deviations[index] = (value - own[0]) * _inverse_deviation(own[1])
             else:
-                found[index] = np.sqrt(2.0 * np.maximum(_code_nats(field, value, own), 0.0))
-        return found
+                deviations[index] = np.sqrt(2.0 * np.maximum(_code_nats(field, value, own), 0.0))
+        return deviations
 
     def describe(
         self,
@@ -109,8 +109,8 @@ class Forecasts:
             return {}
         described: dict[OutputName, list[Floats]] = {name: [] for name in names}
         for index, field, part in self._ordered:
-            there, value = present[index], values[index]
-            columns = _describe(names, field, value, there, parameters[part])
+            is_present, value = present[index], values[index]
+            columns = _describe(names, field, value, is_present, parameters[part])
             for name, column in columns.items():
                 described[name].append(column)
         if "nats" in described:
@@ -133,7 +133,7 @@ def _describe(
     names: Collection[OutputName],
     field: EventField,
     value: Floats,
-    there: NDArray[np.bool_],
+    is_present: NDArray[np.bool_],
     parameters: Floats,
 ) -> dict[OutputName, Floats]:
     """The columns [B, T] of one target with an order, but for its nats."""
@@ -141,30 +141,30 @@ def _describe(
     z: Floats
     if isinstance(field, NumericField):
         mu, inverse = parameters[0], _inverse_deviation(parameters[1])
-        sigma, z = 1.0 / inverse, _limited((value - mu) * inverse)
+        sigma, z = 1.0 / inverse, _clip((value - mu) * inverse)
         mean = _in_units(field, mu)
         if "spread" in names:
             columns["spread"] = (_in_units(field, mu + sigma) - _in_units(field, mu - sigma)) / 2
         if "residual" in names:
-            columns["residual"] = np.where(there, _in_units(field, value) - mean, 0.0)
+            columns["residual"] = np.where(is_present, _in_units(field, value) - mean, 0.0)
         if "pit" in names:
             columns["pit"] = 0.5 * np.asarray(_erfc(-z / math.sqrt(2)), np.float64)
     else:
         mean = 0.5 * (1.0 + np.tanh(0.5 * parameters[0]))
         deviation = np.sqrt(mean * (1.0 - mean))
         z = (value - mean) / np.maximum(deviation, _SMALLEST_DEVIATION)
-        columns["spread"], columns["residual"] = deviation, np.where(there, value - mean, 0.0)
+        columns["spread"], columns["residual"] = deviation, np.where(is_present, value - mean, 0.0)
         columns["pit"] = np.where(value > 0, 1.0 - mean / 2, (1.0 - mean) / 2)
     if "pit" in columns:
-        columns["pit"] = np.where(there, columns["pit"], 0.5)
-    columns["mean"], columns["z"] = np.asarray(mean), np.where(there, z, 0.0)
+        columns["pit"] = np.where(is_present, columns["pit"], 0.5)
+    columns["mean"], columns["z"] = np.asarray(mean), np.where(is_present, z, 0.0)
     return {name: column for name, column in columns.items() if name in names}
 
 
 def _in_units(field: NumericField, values: Floats) -> Floats:
     """Encoded values in the field's unit; with `normalisation` they stay in the stream's own
     deviations, which vary from event to event."""
-    return values if field.normalisation is not None else restored(field, values)
+    return values if field.normalisation is not None else unstandardise(field, values)
 
 
 def _inverse_deviation(log_deviation: Floats) -> Floats:
@@ -172,7 +172,7 @@ def _inverse_deviation(log_deviation: Floats) -> Floats:
     return np.asarray(np.exp(-limited))
 
 
-def _limited(z: Floats) -> Floats:
+def _clip(z: Floats) -> Floats:
     """As the head bounds it, so that its square is finite."""
     return np.asarray(np.clip(z, -DEVIATION_LIMIT, DEVIATION_LIMIT))
 
@@ -181,7 +181,7 @@ def _nats(field: EventField, value: Floats, parameters: Floats) -> Floats:
     """-log p of the values [B, T] of one target."""
     if isinstance(field, NumericField):
         inverse = _inverse_deviation(parameters[1])
-        z = _limited((value - parameters[0]) * inverse)
+        z = _clip((value - parameters[0]) * inverse)
         return np.asarray(_HALF_LOG_TAU - np.log(inverse) + 0.5 * np.square(z))
     return _code_nats(field, value, parameters)
 

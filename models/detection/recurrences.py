@@ -52,23 +52,23 @@ def sums(matrix: Floats, initial: Floats, values: NDArray[Any]) -> Floats:
     lead = matrix.shape[:-2]
     sequence = np.empty((*lead, size, batch, steps + 1))
     sequence[..., 0], sequence[..., 1:] = initial.reshape(*lead, size, batch), values
-    found = np.matmul(sequence.reshape(*lead, size * batch, steps + 1), matrix)
-    return np.asarray(found.reshape(-1, batch, steps + 1))
+    product = np.matmul(sequence.reshape(*lead, size * batch, steps + 1), matrix)
+    return np.asarray(product.reshape(-1, batch, steps + 1))
 
 
-def latest_values(x: Floats, there: NDArray[np.bool_] | None, last: Floats) -> Floats:
+def latest_values(x: Floats, is_present: NDArray[np.bool_] | None, last: Floats) -> Floats:
     """The latest value at or before each step, [N, B, T + 1], beginning with `last`.
 
     Args:
         x: [N, B, T].
-        there: bool [N, B, T], where there is a value; None for everywhere.
+        is_present: bool [N, B, T], whether there is a value; None if everywhere.
         last: [N, B].
     """
     values = np.concatenate([last[..., np.newaxis], x], axis=-1)
-    if there is None:
+    if is_present is None:
         return values
-    taken = np.concatenate([np.ones_like(there[..., :1]), there], axis=-1)
-    index = np.maximum.accumulate(np.where(taken, np.arange(values.shape[-1]), 0), axis=-1)
+    has_value = np.concatenate([np.ones_like(is_present[..., :1]), is_present], axis=-1)
+    index = np.maximum.accumulate(np.where(has_value, np.arange(values.shape[-1]), 0), axis=-1)
     return np.asarray(np.take_along_axis(values, index, axis=-1))
 
 

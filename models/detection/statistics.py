@@ -169,12 +169,12 @@ class Channels:
         most = min(self._season_events or MAX_STEPS, MAX_STEPS)
         if steps <= most:
             return Deviations(*self._follow(events, lengths, state), events)
-        found: list[tuple[Floats, Floats]] = []
+        computed: list[tuple[Floats, Floats]] = []
         for at in range(0, steps, most):
             part = events.part(slice(at, at + most))
             z, statistics, state = self._follow(part, np.clip(lengths - at, 0, most), state)
-            found.append((z, statistics))
-        z, statistics = (np.concatenate(each, axis=-1) for each in zip(*found, strict=True))
+            computed.append((z, statistics))
+        z, statistics = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
         return Deviations(z, statistics, state, events)
 
     def shares(self, weights: Floats) -> Floats:
@@ -290,8 +290,8 @@ class Channels:
             count: [B, T], events of the stream before each.
         """
         x, season = events.values[self._numeric], None
-        there = None if events.is_complete else events.present[self._numeric]
-        latest = latest_values(x, there, parts.before("last"))
+        is_present = None if events.is_complete else events.present[self._numeric]
+        latest = latest_values(x, is_present, parts.before("last"))
         parts.store("last", latest)
         if self._season_events is not None:
             season = self._past(self._season_events, latest, count, parts)
@@ -356,6 +356,6 @@ class _Season(NamedTuple):
 
 def _steps_last(columns: NDArray[Any]) -> Floats:
     """[B, T, K] as float64 [K, B, T]."""
-    found = np.empty((columns.shape[2], *columns.shape[:2]))
-    found[...] = columns.transpose(2, 0, 1)
-    return found
+    result = np.empty((columns.shape[2], *columns.shape[:2]))
+    result[...] = columns.transpose(2, 0, 1)
+    return result

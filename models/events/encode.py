@@ -367,7 +367,7 @@ def transformed(field: NumericField, values: NDArray[np.float64]) -> NDArray[np.
     return values
 
 
-def restored(field: NumericField, standardised: NDArray[np.float64]) -> NDArray[np.float64]:
+def unstandardise(field: NumericField, standardised: NDArray[np.float64]) -> NDArray[np.float64]:
     """Undo standardisation and transform; the inverse of `standardise` in float64.
 
     Raises:

@@ -20,7 +20,7 @@ from models.training.commands import REPORT, train_frame
 if TYPE_CHECKING:
     from models.training.report import Further
 
-Beside = Callable[[Artifact, pl.DataFrame], dict[str, bytes]]
+FurtherFiles = Callable[[Artifact, pl.DataFrame], dict[str, bytes]]
 BUILT = Path("build/examples")
 """Directory of the examples' artifacts, relative to the working directory."""
 
@@ -33,7 +33,7 @@ def run_example(
     *,
     description: str | None = None,
     further: Further | None = None,
-    beside: Beside | None = None,
+    further_files: FurtherFiles | None = None,
     trees: bool = True,
 ) -> None:
     """Read the command line and run one example.
@@ -46,7 +46,7 @@ def run_example(
         description: of the command.
         further: baselines that only these data allow, see `make_report`.
         trees: compare with boosted trees too.
-        beside: further files of the artifact's folder; those that end in `.md` are printed.
+        further_files: makes further files of the artifact's folder; those in `.md` are printed.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m models.examples.{name}",
@@ -79,8 +79,8 @@ def run_example(
             trees=trees,
             further=further,
         )
-        if beside is not None:
-            for file, content in beside(artifact, frame).items():
+        if further_files is not None:
+            for file, content in further_files(artifact, frame).items():
                 replace_file(options.out / file, content)
                 if file.endswith(".md"):
                     print(content.decode())

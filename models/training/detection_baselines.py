@@ -108,14 +108,14 @@ def compare_detection(
     """
     head = detection_of(spec)[1].name
 
-    def scores(found: Scored) -> dict[str, Any]:
-        return with_intervals(scores_from(streams, found.alarm, found.score, anomalous, since_ms))
+    def scores(scored: Scored) -> dict[str, Any]:
+        return with_intervals(scores_from(streams, scored.alarm, scored.score, anomalous, since_ms))
 
     run = Run(streams, outputs[head])
     baselines = detection_baselines(spec, run, run, *fit_keys)
     return {
         "detection": scores(scored_by(head, outputs)),
-        "detection_baselines": {name: scores(found) for name, found in baselines},
+        "detection_baselines": {name: scores(scored) for name, scored in baselines},
     }
 
 
@@ -144,8 +144,10 @@ def _rows(values: Floats) -> NDArray[np.float32]:
 
 def _detect(own: ModelSpec, run: Run, values: Floats) -> Scored:
     outputs = np.zeros((len(values), network_outputs(own).size), np.float32)
-    found = output_spec(own).by_name(detect_rows(own, run.streams.sessions, _rows(values), outputs))
-    return scored_by("anomaly", found)
+    by_name = output_spec(own).by_name(
+        detect_rows(own, run.streams.sessions, _rows(values), outputs)
+    )
+    return scored_by("anomaly", by_name)
 
 
 def scored_by(head: str, outputs: Mapping[str, NDArray[np.float32]]) -> Scored:
@@ -189,28 +191,28 @@ def _series(spec: ModelSpec, run: Run, forest_of: Run | None, from_key: int) -> 
     """By baseline, its numbers [rows, targets]; NaN where an event has none."""
     detection, head, events = detection_of(spec)
     numeric = [name for name in head.targets if isinstance(events.field(name), NumericField)]
-    found = {"nats": run.nats[:, np.newaxis].astype(np.float64)}
+    series = {"nats": run.nats[:, np.newaxis].astype(np.float64)}
     if not numeric:
-        return found
+        return series
     values = _values(spec, run.streams, numeric)
     sessions = run.streams.sessions
     lags = {"change": 1}
     if detection.season_events is not None:
         lags["seasonal naive"] = detection.season_events
-    found["level"] = values
+    series["level"] = values
     for name, lag in lags.items():
-        found[name] = np.full(values.shape, np.nan)
+        series[name] = np.full(values.shape, np.nan)
         for start, stop in sessions:
             own = values[start:stop]
-            found[name][start + lag : stop] = own[lag:] - own[:-lag]
-    found["rolling z"] = np.concatenate([rolling_z(values[a:b]) for a, b in sessions])
+            series[name][start + lag : stop] = own[lag:] - own[:-lag]
+    series["rolling z"] = np.concatenate([rolling_z(values[a:b]) for a, b in sessions])
     windows = windows_of(values, sessions)
     source = run if forest_of is None else forest_of
     fitted = windows
     if forest_of is not None:
         fitted = windows_of(_values(spec, source.streams, numeric), source.streams.sessions)
-    found["isolation forest"] = _isolation(fitted[source.streams.split_keys < from_key], windows)
-    return found
+    series["isolation forest"] = _isolation(fitted[source.streams.split_keys < from_key], windows)
+    return series
 
 
 def _values(spec: ModelSpec, streams: Streams, names: list[str]) -> Floats:
@@ -252,7 +254,7 @@ def _past_moments(values: Floats, window: int | None) -> tuple[Floats, Floats]:
 def windows_of(values: Floats, sessions: tuple[tuple[int, int], ...]) -> NDArray[np.float32]:
     """The last `WINDOW` events of every row, [rows, WINDOW * D], oldest first, in standard
     deviations of the stream's past; 0 where there is no event."""
-    found = np.zeros((len(values), WINDOW, values.shape[1]), np.float32)
+    windows = np.zeros((len(values), WINDOW, values.shape[1]), np.float32)
     for start, stop in sessions:
         own = values[start:stop]
         mean, deviation = _past_moments(own, None)
@@ -260,8 +262,8 @@ def windows_of(values: Floats, sessions: tuple[tuple[int, int], ...]) -> NDArray
             shifted = np.full(own.shape, np.nan)
             shifted[lag:] = own[: len(own) - lag]
             standard = np.clip((shifted - mean) / deviation, -Z_LIMIT, Z_LIMIT)
-            found[start:stop, WINDOW - 1 - lag] = np.nan_to_num(standard)
-    return found.reshape(len(values), -1)
+            windows[start:stop, WINDOW - 1 - lag] = np.nan_to_num(standard)
+    return windows.reshape(len(values), -1)
 
 
 def _isolation(fitted: NDArray[np.float32], windows: NDArray[np.float32]) -> Floats:

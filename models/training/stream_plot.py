@@ -245,7 +245,7 @@ def _anomaly_forecasts(
 ) -> dict[str, _Forecast]:
     """By numeric target of detection's head, its mean and 95% interval."""
     _, head, _ = detection_of(spec)
-    found = {}
+    forecasts = {}
     start = network_outputs(spec).slices[head.name].stop
     for name in head.targets:
         field = event_field(spec, name)
@@ -255,9 +255,9 @@ def _anomaly_forecasts(
             reach = NORMAL_95 * np.exp(limited)
             encoded = np.stack([mean, mean - reach, mean + reach])
             middle, low, high = in_units(spec, name, by_field(spec, streams, field, encoded))
-            found[name] = _Forecast(middle, low, high, "95% interval")
+            forecasts[name] = _Forecast(middle, low, high, "95% interval")
         start += anomaly_width(field)
-    return found
+    return forecasts
 
 
 def by_field(spec: ModelSpec, streams: Streams, field: NumericField, values: Floats) -> Floats:
@@ -281,7 +281,7 @@ def _forecasts(
 ) -> dict[str, _Forecast]:
     """By target of forecast heads, the median and the outer quantiles, moved to the event that
     they are about."""
-    found = {}
+    forecasts = {}
     for head in spec.heads:
         if not isinstance(head, ForecastHead):
             continue
@@ -295,8 +295,8 @@ def _forecasts(
         label = f"quantiles {head.quantiles[0]:g}{ends}" if head.quantiles else "forecast"
         for at, name in enumerate(head.targets):
             own = before[:, at]
-            found[name] = _Forecast(own[:, own.shape[1] // 2], own[:, 0], own[:, -1], label)
-    return found
+            forecasts[name] = _Forecast(own[:, own.shape[1] // 2], own[:, 0], own[:, -1], label)
+    return forecasts
 
 
 def _draw_values(

@@ -285,5 +285,5 @@ def test_a_value_passes_a_threshold_up_to_its_limit(
     ("served", "model"),
     [(["small"], "small"), (["a", "flights", "rivers"], "flights"), (["a", "b"], ""), ([], "")],
 )
-def test_the_only_model_or_that_of_the_readme_is_loaded(served: list[str], model: str) -> None:
+def test_load_tests_use_the_only_model_or_that_of_the_readme(served: list[str], model: str) -> None:
     assert default_model(served) == model

@@ -30,7 +30,7 @@ def main() -> None:
         weather_events,
         BUILT / "forecast",
         description=__doc__,
-        beside=_by_horizon,
+        further_files=_by_horizon,
     )
 
 

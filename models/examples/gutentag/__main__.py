@@ -42,16 +42,16 @@ def main() -> None:
     run_example(
         "gutentag",
         SPEC,
-        lambda: generated("development"),
+        lambda: generate_once("development"),
         BUILT / "gutentag",
         description=__doc__,
-        beside=_beside,
+        further_files=_comparison_file,
         trees=False,
     )
 
 
-def generated(kinds: str) -> pl.DataFrame:
-    """The series of one set of kinds, generated unless they were before."""
+def generate_once(kinds: str) -> pl.DataFrame:
+    """The series of one set of kinds, generated at the first call."""
     path = ENVIRONMENT / f"{kinds}.csv"
     if not path.exists():
         python = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -69,8 +69,8 @@ def _run(*command: str | Path) -> None:
     subprocess.run(command, check=True, capture_output=True)  # noqa: S603
 
 
-def _beside(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
-    tables = {"development": frame, "held out": generated("held_out")}
+def _comparison_file(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
+    tables = {"development": frame, "held out": generate_once("held_out")}
     return {"detection.md": comparison(artifact, tables).encode()}
 
 

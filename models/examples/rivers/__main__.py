@@ -29,12 +29,12 @@ def main() -> None:
         lambda: rivers("train"),
         OUT,
         description=__doc__,
-        beside=_beside,
+        further_files=_comparison_file,
         trees=False,
     )
 
 
-def _beside(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
+def _comparison_file(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
     held_out = rivers("held_out")
     rows = [*lstm_rows(artifact, held_out), base_rate(frame, held_out)]
     return {"held-out.md": table(rows).encode()}

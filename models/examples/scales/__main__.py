@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from models.examples.command import BUILT, run_example
-from models.examples.scales.comparison import beside
+from models.examples.scales.comparison import comparison_file
 from models.examples.scales.data import meters
 
 SPEC = Path(__file__).parent / "spec.yaml"
@@ -28,7 +28,7 @@ def main() -> None:
         lambda: meters(SEED),
         BUILT / "scales",
         description=__doc__,
-        beside=beside,
+        further_files=comparison_file,
         trees=False,
     )
 

@@ -50,10 +50,12 @@ class _Table(NamedTuple):
     scale: Floats
 
 
-def beside(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
+def comparison_file(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
     """The comparison as `scales.md`."""
     tables = [_table(artifact.spec, data) for data in (frame, meters(OTHER_SEED, name="other"))]
-    losses = {"own values and season": [_losses(artifact, table) for table in tables]}
+    losses = {
+        "running mean and deviation, and season": [_losses(artifact, table) for table in tables]
+    }
     for name, changed in _encodings(artifact.spec).items():
         with TemporaryDirectory() as folder:
             other = train(changed, frame, Path(folder) / "model", quiet=True).artifact
@@ -65,7 +67,7 @@ def beside(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
 def _encodings(spec: ModelSpec) -> dict[str, ModelSpec]:
     """The same model, with other encodings of its numbers."""
     return {
-        "own values": _with_fields(spec, {"season_events": None}),
+        "running mean and deviation": _with_fields(spec, {"season_events": None}),
         "logarithms of all training data, and season": _with_fields(
             without_normalisation(spec), {**UNFITTED, "transform": "signed_log1p"}
         ),

@@ -30,12 +30,12 @@ def main() -> None:
         lambda: sensors("development"),
         BUILT / "sensors",
         description=__doc__,
-        beside=_beside,
+        further_files=_comparison_file,
         trees=False,
     )
 
 
-def _beside(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
+def _comparison_file(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
     tables = {"development": frame, "held out": sensors("held_out")}
     return {"detection.md": comparison(artifact, tables).encode()}
 

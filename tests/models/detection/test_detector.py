@@ -186,7 +186,7 @@ def test_without_the_channel_change_all_channels_may_be_too_quiet() -> None:
         np.testing.assert_allclose(found[f"odd.{name}"], values, rtol=2e-4, atol=1e-5)
 
 
-def test_weights_of_attention_stay_behind_the_outputs() -> None:
+def test_attention_weights_follow_the_outputs() -> None:
     spec = spec_of(["flow"])
     fit = fit_detection(spec, streams_of(spec, 2, 300, seed=30))
     attention = {"kind": "attention", "name": "over", "over": "chunk", "units": 2}
@@ -386,7 +386,7 @@ def test_a_new_stream_starts_without_alarms(seasonal: ModelSpec) -> None:
     assert early <= 2
 
 
-def test_only_the_wanted_outputs_are_there() -> None:
+def test_only_named_outputs_are_computed() -> None:
     spec = spec_of(["flow", "mode", "heat"], outputs=["nats", "mean"])
     assert [(each.name, each.labels) for each in output_spec(spec).outputs] == [
         ("odd", ()),

@@ -84,7 +84,7 @@ def test_vus_pr_equals_the_implementation_of_its_authors(
     assert vus_pr(score, anomalous, buffer_events) == pytest.approx(expected, rel=1e-12)
 
 
-def test_vus_pr_tolerates_what_is_slightly_early_or_late() -> None:
+def test_vus_pr_tolerates_scores_slightly_early_or_late() -> None:
     anomalous = np.arange(200) // 10 == 5
     early, late, far = (np.roll(anomalous, by).astype(np.float64) for by in (-3, 3, 40))
     exact = anomalous.astype(np.float64)

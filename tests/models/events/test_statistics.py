@@ -245,7 +245,7 @@ def test_a_decoder_of_a_normalised_field_is_rejected(part: str) -> None:
         spec_of(fields, decoder=decoder)
 
 
-def test_options_at_their_defaults_are_not_in_the_manifest() -> None:
+def test_options_at_their_defaults_are_left_out_of_the_manifest() -> None:
     plain = EventSchema.model_validate({"fields": [BASE, {"kind": "timestamp", "name": "at"}]})
 
     number, time = plain.model_dump(mode="json")["fields"]

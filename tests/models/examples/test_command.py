@@ -32,7 +32,7 @@ def test_example_trains_writes_and_prints_its_report(tmp_path, monkeypatch, caps
             spec,
             lambda: latch_frame(24),
             out,
-            beside=lambda artifact, frame: {
+            further_files=lambda artifact, frame: {
                 "events.md": f"{artifact.spec.name}: {frame.height} events\n".encode(),
                 "plots/none.png": b"",
             },

@@ -33,7 +33,7 @@ def test_every_catchment_has_a_day_after_the_other_and_every_class_occurs(frame)
     assert set(frame["flow"]) == {"low", "normal", "high"}
 
 
-def test_snow_of_last_year_is_the_flow_of_this_spring() -> None:
+def test_snow_of_last_year_melts_into_the_flow_of_this_spring() -> None:
     days, snowy = 400, slice(50, 80)
     catchments = Catchments(**{name: np.full(2, ends[0]) for name, ends in data.RANGES.items()})
     temperature = np.full((days, 2), -10.0)

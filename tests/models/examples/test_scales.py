@@ -33,7 +33,7 @@ def test_meters_differ_in_scale_and_equal_arguments_give_equal_tables() -> None:
     assert spreads.max() / spreads.min() > 100  # type: ignore[operator]
 
 
-def test_the_other_encodings_are_fitted_again(fitted: ModelSpec) -> None:
+def test_each_encoding_is_fitted_to_the_training_data(fitted: ModelSpec) -> None:
     fields = {name: spec.events.field("load") for name, spec in _encodings(fitted).items()}  # type: ignore[union-attr]
 
     assert [field.normalisation is None for field in fields.values()] == [False, True, True]  # type: ignore[union-attr]

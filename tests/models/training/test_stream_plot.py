@@ -79,7 +79,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return initialise_artifact(spec_of({}), tmp_path_factory.mktemp("models") / "tanks", 1)
 
 
-def test_a_plot_shows_all_that_the_model_says(
+def test_a_plot_shows_values_forecasts_scores_and_alarms(
     artifact: Artifact, data: Path, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
@@ -102,7 +102,7 @@ def test_a_plot_shows_all_that_the_model_says(
     assert ">alarm<" not in second.read_text(encoding="utf-8")
 
 
-def test_what_cannot_be_plotted_is_named(artifact: Artifact, data: Path, tmp_path: Path) -> None:
+def test_plot_errors_name_the_cause(artifact: Artifact, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "plot.svg"
     for stream, path, options, message in (
         ("t2", out, {}, r"events of stream 't2', got \['t1'\]"),

@@ -58,7 +58,7 @@ def test_fullest_unfilled_worker_is_next_and_then_the_least_loaded(
     assert turns(loads) == expected
 
 
-def test_somebody_is_always_next() -> None:
+def test_some_worker_is_always_next() -> None:
     choose = random.Random(1)
     for _ in range(2000):
         loads = [choose.choice([NOT_ACCEPTING, 0, choose.randrange(50), FULL]) for _ in range(5)]
@@ -201,7 +201,7 @@ async def test_acceptor_that_is_closed_while_it_defers_does_not_accept() -> None
             assert workers.opened[0] == []
 
 
-async def test_failure_to_accept_is_logged_and_overcome(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failure_to_accept_is_logged_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.ops.connection_balance.RETRY_S", DEFER_S)
     async with sharing() as workers:
         acceptor, listener = workers.acceptors[0], workers.listeners[0]

@@ -135,7 +135,9 @@ async def test_an_impossible_restored_alarm_fails_no_other_stream(
     assert [result["status"] for result in results["results"]] == [200, 200], results
 
 
-async def test_every_transport_has_the_rate(api: Harness, sensors: Artifact, rows: Floats) -> None:
+async def test_every_transport_accepts_the_rate(
+    api: Harness, sensors: Artifact, rows: Floats
+) -> None:
     expected = computed(sensors, rows, [RATE] * 20)
     option = {"false_alarms_per_day": RATE}
     packed = {"inputs": rows.tobytes(), **option}
@@ -189,7 +191,7 @@ def test_the_fast_decoder_reads_what_the_validator_accepts(sensors: Artifact, ro
         )
 
 
-async def test_a_chunk_with_another_rate_is_not_a_repeat(api: Harness, rows: Floats) -> None:
+async def test_a_chunk_with_another_rate_is_not_a_replay(api: Harness, rows: Floats) -> None:
     chunk = body(rows, position=0, false_alarms_per_day=RATE)
     first = (await api.chunk(chunk, model="sensors")).json()
     assert (await api.chunk(chunk, model="sensors")).json() == {**first, "replayed": True}
@@ -234,6 +236,6 @@ def test_a_deployment_sets_the_rate_of_a_model(sensors: Artifact, rows: Floats) 
 
 
 @pytest.mark.parametrize("wrong", ["sensors", "sensors=0", "=1", "a=1,a=2", "a=nan", "a=1e9"])
-def test_a_wrong_setting_is_rejected_at_the_start(wrong: str) -> None:
+def test_a_wrong_setting_is_rejected_at_start_up(wrong: str) -> None:
     with pytest.raises(SettingsError, match="expected MODEL=RATE"):
         Settings.load({"false_alarms_per_day": wrong})

@@ -89,7 +89,9 @@ def test_items_are_decoded_into_one_array(decoder: JsonRowsDecoder) -> None:
         b'"stream":"b"',
     ],
 )
-def test_other_items_are_not_decoded(decoder: JsonRowsDecoder, item: bytes) -> None:
+def test_unusual_items_are_left_to_the_other_decoders(
+    decoder: JsonRowsDecoder, item: bytes
+) -> None:
     usual = b'{"stream":"a","inputs":[[1,2,3]]}'
     assert decoder.decode_items(b'{"chunks":[' + usual + b"]}", 9) is not None
     assert decoder.decode_items(b'{"chunks":[' + usual + b",{" + item + b"}]}", 9) is None
