@@ -317,7 +317,10 @@ def with_alarm_rates(artifacts: list[Artifact], rates: Mapping[str, float]) -> l
             raise ArtifactError(
                 f"CARRY_FALSE_ALARMS_PER_DAY: expected models among {names}, got {name!r}"
             )
-    return [
-        artifact.with_alarm_rate(rates[name]) if name in rates else artifact
-        for name, artifact in zip(names, artifacts, strict=True)
-    ]
+    try:
+        return [
+            artifact.with_alarm_rate(rates[name]) if name in rates else artifact
+            for name, artifact in zip(names, artifacts, strict=True)
+        ]
+    except ArtifactError as error:
+        raise ArtifactError(f"CARRY_FALSE_ALARMS_PER_DAY: {error}") from error

@@ -134,7 +134,7 @@ class Artifact:
             raise ArtifactError(
                 f"model {self.spec.name!r}: expected at most {most:g} false alarms a day, the "
                 "highest rate that its alarms have on the data that they are calibrated on; "
-                f"got {rate:g}"
+                f"got {rate}"
             )
         changed = detection.with_alarm_rate(rate)
         return replace(self, spec=self.spec.model_copy(update={"detection": changed}))

@@ -185,7 +185,7 @@ class ServedModel:
         else:
             return
         raise InvalidInput(
-            f"{at}: expected {expected}; got {rate:g}", at=at, expected=most or "none", got=rate
+            f"{at}: expected {expected}; got {rate}", at=at, expected=most or "none", got=rate
         )
 
     def states_before(self, steps: Sequence[Steps], states: State) -> State:
