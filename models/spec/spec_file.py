@@ -134,6 +134,8 @@ def _locate(item: ErrorDetails, node: yaml.Node | None, data: Any) -> _Problem:
             message = f"expected one of {context['expected_tags']}, got {context['tag']!r}"
         case "union_tag_not_found":
             subject, message = ("kind",), "expected a value, got none"
+        case "model_type" | "dict_type":
+            message = f"expected a mapping of members to values, got {_short(item['input'])}"
         case "value_error":
             subject, message = _parse_subject(message.removeprefix("Value error, "), data)
         case _:

@@ -194,7 +194,7 @@ def test_later_errors_have_line_numbers(tmp_path: Path, found: str, message: str
 @pytest.mark.parametrize("content", ["", "7\n", "- 1\n"])
 def test_a_file_without_a_mapping_is_rejected(tmp_path: Path, content: str) -> None:
     (line,) = refusal(tmp_path, content)
-    assert line.startswith(":1: spec: expected a valid dictionary")
+    assert line.startswith(":1: spec: expected a mapping")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"name: \x00"])
