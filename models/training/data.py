@@ -243,6 +243,14 @@ def moment_ms(schema: EventSchema, text: str, name: str) -> int:
     return round(moment.timestamp() * 1000)
 
 
+def moment_text(schema: EventSchema, moment: Any) -> str:
+    """Epoch milliseconds as RFC 3339 in the schema's zone."""
+    seconds, milliseconds = divmod(int(moment), 1000)
+    local = datetime.fromtimestamp(seconds, ZoneInfo(schema.timezone))
+    local = local.replace(microsecond=1000 * milliseconds)
+    return local.isoformat(timespec="milliseconds" if milliseconds else "seconds")
+
+
 def fitted_spec(spec: ModelSpec, streams: Streams, before: int) -> ModelSpec:
     """The spec with its schema fitted on the events before a key of the split, and on no others.
 

@@ -8,10 +8,8 @@ is derived depends on the data alone, so that a repeated training is the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from math import ceil
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import numpy as np
 
@@ -25,6 +23,7 @@ from models.training.data import (
     POSITIONS,
     Streams,
     moment_ms,
+    moment_text,
     schema_of,
     unresolved_training_of,
 )
@@ -95,7 +94,7 @@ def _split(
                 "`validate_from` in `training`",
                 got="all at one time",
             )
-        derived["validate_from"] = _moment(schema, max(moments[int(share * end)], later[0]))
+        derived["validate_from"] = moment_text(schema, max(moments[int(share * end)], later[0]))
     if training.test_from is None:
         validate_from = training.validate_from or derived["validate_from"]
         validate_ms = moment_ms(schema, validate_from, "training.validate_from")
@@ -104,7 +103,7 @@ def _split(
         # Without later events there is nothing to hold out: the test begins after the last one.
         share = (TEST_SHARE - VALIDATE_SHARE) / (1 - VALIDATE_SHARE)
         test_ms = max(rest[int(share * len(rest))], later[0]) if len(later) else validate_ms + 1
-        derived["test_from"] = _moment(schema, test_ms)
+        derived["test_from"] = moment_text(schema, test_ms)
     return derived
 
 
@@ -122,14 +121,6 @@ def calendar_warning(spec: ModelSpec, streams: Streams, before_key: int) -> str 
         "weekdays that it never saw: have two weeks, or leave `weekday` out of the `calendar` of "
         f"{time.name!r}"
     )
-
-
-def _moment(schema: EventSchema, moment: Any) -> str:
-    """RFC 3339 in the schema's zone."""
-    seconds, milliseconds = divmod(int(moment), 1000)
-    local = datetime.fromtimestamp(seconds, ZoneInfo(schema.timezone))
-    local = local.replace(microsecond=1000 * milliseconds)
-    return local.isoformat(timespec="milliseconds" if milliseconds else "seconds")
 
 
 def _lengths_before(streams: Streams, before_key: int) -> list[int]:

@@ -117,7 +117,8 @@ def plan_of(spec: ModelSpec, streams: Streams, labels: Labels, validate: int, te
             validation.append(Segment(segments[index].start, until, segments[index].before))
     if not trains.any() or not validates.any():
         raise DataError(
-            expected="events on both sides of `validate_from`, followed by others of their stream",
+            expected="events to train on and to validate on, each followed by another of its "
+            f"stream ({'validate_share' if training.is_split_by_share else 'validate_from'})",
             got=f"{int(trains.sum())} to train on and {int(validates.sum())} to validate on",
         )
     groups = groups_of(segments, training.batch_streams)

@@ -46,7 +46,14 @@ from models.spec.layout import (
 )
 from models.spec.model import ModelSpec
 from models.training.baselines import in_units
-from models.training.data import Streams, moment_ms, schema_of, streams_of, unresolved_training_of
+from models.training.data import (
+    Streams,
+    moment_ms,
+    moment_text,
+    schema_of,
+    streams_of,
+    unresolved_training_of,
+)
 from models.training.evaluate import anomalous_events, detect, run_chunks, run_network
 from models.training.split import split_of
 
@@ -160,7 +167,12 @@ def plot_streams(
     spans = dict(zip(streams.names, streams.spans, strict=True))
     for name in names:
         if not shown[slice(*spans[name])].any():
-            raise DataError(expected=f"{source}: events of {name!r} in that time", got="none")
+            moments = streams.moments_ms[slice(*spans[name])]
+            first, last = (moment_text(schema, each) for each in np.sort(moments)[[0, -1]])
+            raise DataError(
+                expected=f"{source}: events of {name!r} in that time",
+                got=f"none; the stream has events from {first} to {last}",
+            )
     run = _run(artifact, streams)
     for name in names:
         own = np.zeros(streams.events, np.bool_)
@@ -347,11 +359,15 @@ def _draw_score(
         return
     share = outputs[f"{head.name}.share"][shown]
     opened = outputs[f"{head.name}.alarm"][shown] == ALARM_STATES.index("opened")
+    line, before = 0, times[0] - np.ptp(times)
     for at in np.flatnonzero(opened):
+        # names of alarms that opened shortly after another would overlap
+        line = (line + 1) % 3 if times[at] - before < np.ptp(times) / 8 else 0
+        before = times[at]
         axes.annotate(
             names[int(np.argmax(share[at]))],
             (times[at], SMALLEST_PROBABILITY),
-            xytext=(2, -8),
+            xytext=(2, -8 - 8 * line),
             textcoords="offset points",
             fontsize="x-small",
             color=ALARM,
