@@ -31,6 +31,10 @@ UNKNOWN_CODE = 0
 MAX_CATEGORY_CHARS = 256
 """The longest category, in characters (Unicode code points)."""
 
+MAX_SEASON_VALUES = 64_000
+"""Most values of the seasons of all fields. The store's header counts the values of a state that
+are not float32 in u16; up to 771 others are the clock and the moments of 256 fields."""
+
 CalendarPart = Literal["hour", "weekday", "yearday"]
 CALENDAR_PARTS: tuple[CalendarPart, ...] = ("hour", "weekday", "yearday")
 DEFAULT_CALENDAR: tuple[CalendarPart, ...] = ("hour", "weekday")
@@ -310,6 +314,13 @@ class EventSchema(Frozen):
             raise ValueError(f"expected distinct field names, got {names}")
         if sum(field.kind == "timestamp" for field in self.fields) > 1:
             raise ValueError("expected at most one timestamp field")
+        seasons = [f.season_events for f in self.fields if isinstance(f, NumericField)]
+        values = sum(1 + season for season in seasons if season is not None)
+        if values > MAX_SEASON_VALUES:
+            raise ValueError(
+                f"season_events: expected at most {MAX_SEASON_VALUES} in all fields together, with "
+                f"1 more for each field, since the state holds them; got {values}"
+            )
         return self
 
     @property

@@ -8,6 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from models.events.schema import CategoricalField, Column, EventSchema, NumericField
+from models.spec.layout import state_spec
+from models.spec.model import parse_spec
 from tests.support.events import FULL_SCHEMA, SPARSE_TIMES
 
 
@@ -97,3 +99,25 @@ def test_fields_are_found_by_name() -> None:
     assert FULL_SCHEMA.timestamp is FULL_SCHEMA.field("at")
     with pytest.raises(KeyError):
         FULL_SCHEMA.field("nothing")
+
+
+def test_seasons_of_all_fields_fit_the_header_of_a_stored_state() -> None:
+    def schema(season: int) -> EventSchema:
+        normalised = {"kind": "numeric", "normalisation": {}}
+        fields: list[dict[str, Any]] = [{**normalised, "name": f"f{at}"} for at in range(255)]
+        fields += [{"kind": "timestamp", "name": "at"}]
+        for field in fields[:16]:
+            field["season_events"] = season
+        return EventSchema.model_validate({"fields": fields})
+
+    spec = parse_spec(
+        {
+            "name": "pump",
+            "events": schema(3999).model_dump(),
+            "layers": [{"kind": "lstm", "units": 2}],
+            "heads": [{"kind": "sequence", "name": "hidden"}],
+        }
+    )
+    assert state_spec(spec).int_size <= 2**16 - 1
+    with pytest.raises(ValidationError, match=r"at most 64000 .* got 64016"):
+        schema(4000)
