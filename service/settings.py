@@ -528,7 +528,7 @@ def _alarm_rates(value: str) -> dict[str, float]:
         if not model or model in rates or not 0 < rate <= MAX_ALARM_RATE:
             raise ValueError(
                 f"expected MODEL=RATE, each model once, with a rate above 0, at most "
-                f"{MAX_ALARM_RATE:g}; got {part.strip()!r}"
+                f"{MAX_ALARM_RATE:g} (at {part.strip()!r})"
             )
         rates[model] = rate
     return rates
