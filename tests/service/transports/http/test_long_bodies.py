@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import orjson
 import pytest
@@ -64,6 +65,10 @@ def rows(count: int) -> list[list[float]]:
     return found
 
 
+def without_steps(chunk: Chunk) -> dict[str, Any]:
+    return {name: each for name, each in msgspec.structs.asdict(chunk).items() if name != "steps"}
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -78,7 +83,7 @@ def rows(count: int) -> list[list[float]]:
 )
 def test_a_long_body_is_the_same_chunk(reader: RequestReader, body: bytes) -> None:
     found, expected = read_in_blocks(reader, body), read_at_once(reader, body)
-    assert found[:1] + found[2:] == expected[:1] + expected[2:]
+    assert without_steps(found) == without_steps(expected)
     assert found.steps.length == expected.steps.length
     np.testing.assert_array_equal(found.steps.rows, expected.steps.rows)
 
@@ -152,4 +157,4 @@ def test_long_and_short_reader_agree_on_damaged_bodies(reader: RequestReader, da
         assert isinstance(found, CarryError)
     else:
         assert found.digest == expected.digest
-        assert found[3:] == expected[3:]
+        assert without_steps(found) == without_steps(expected)
