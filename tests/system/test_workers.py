@@ -223,12 +223,12 @@ def test_connections_of_a_killed_worker_go_to_the_other_and_then_to_its_successo
 ) -> None:
     service, _ = two_workers
     with ThreadPoolExecutor() as threads, ExitStack() as stack:
-        begun, enough = threading.Barrier(3), threading.Event()
+        started, enough = threading.Barrier(3), threading.Event()
         stack.callback(enough.set)
         sending = [
-            threads.submit(_send_retrying, service, f"k{n}", begun, enough) for n in range(2)
+            threads.submit(_send_retrying, service, f"k{n}", started, enough) for n in range(2)
         ]
-        begun.wait(READY_S)
+        started.wait(READY_S)
         (killed,) = _connect(service, stack)
         (other,) = {*_live_workers(service)} - {killed}
         os.kill(killed, signal.SIGKILL)
@@ -243,7 +243,7 @@ def test_connections_of_a_killed_worker_go_to_the_other_and_then_to_its_successo
 
 
 def _send_retrying(
-    service: Service, stream: str, begun: threading.Barrier, enough: threading.Event
+    service: Service, stream: str, started: threading.Barrier, enough: threading.Event
 ) -> int:
     """Send chunks of two events, each until it is answered; returns how many attempts failed.
 
@@ -263,7 +263,7 @@ def _send_retrying(
             position += 2
             assert (reply.status_code, reply.json()["position"]) == (200, position)
             if position == 2:
-                begun.wait(READY_S)
+                started.wait(READY_S)
     return failures
 
 

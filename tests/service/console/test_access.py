@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from service.access.principal import Verb
 from service.console.page import add_console
 from service.pipeline.watching import Watches
 from service.transports.websocket.watching import add_watching
-from tests.service.transports.http.harness import harness, listening
+from tests.service.transports.http.harness import Harness, harness, listening
 from tests.support.access import revoke
-from tests.support.browser import new_page
+from tests.support.browser import Page, new_page
 from tests.support.needs import needs_tools
 from tests.support.pipelines import make_artifact
 from tests.support.proxy import Proxy
@@ -27,23 +29,31 @@ ANSWER = f"{LIST_MODELS}.querySelector('.live-responses-table')"
 ALERT = "document.querySelector('#access [role=alert]').textContent"
 
 
-async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
-    pipeline_server: RealServer, browser: str, tmp_path: Path
-) -> None:
-    models = {"probe": make_artifact(tmp_path)}
+@asynccontextmanager
+async def opened_page(
+    server: RealServer, browser: str, folder: Path
+) -> AsyncIterator[tuple[Harness, Page, str]]:
+    """A service that requires keys, a new page, and the service's address for the browser."""
+    models = {"probe": make_artifact(folder)}
     async with (
         asyncio.timeout(90),
-        harness(pipeline_server, models, requires_keys=True) as running,
+        harness(server, models, requires_keys=True) as running,
         listening(running.app) as path,
         Proxy(lambda: path).listening() as proxy,
         new_page(browser) as page,
     ):
+        yield running, page, f"http://127.0.0.1:{proxy.port}"
+
+
+async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
+    pipeline_server: RealServer, browser: str, tmp_path: Path
+) -> None:
+    async with opened_page(pipeline_server, browser, tmp_path) as (running, page, address):
         add_watching(running.app, Watches(running.store, running.counts))
         add_console(running.app)
         await running.store.outputs.start()
         key = await running.key(verbs=(Verb.MODELS, Verb.WATCH, Verb.PREDICT), prefix="s")
-        address = f"http://127.0.0.1:{proxy.port}/console/"
-        await page.open(f"{address}#/models/probe/streams/s")
+        await page.open(f"{address}/console/#/models/probe/streams/s")
         for text in ("carry_0_1", key.removeprefix("Bearer ")):
             await page.until(f"{DIALOG}?.open")
             await page.call("Input.insertText", text=text)
@@ -78,16 +88,9 @@ async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
 async def test_the_documentation_asks_for_a_key_and_uses_it(
     pipeline_server: RealServer, browser: str, tmp_path: Path
 ) -> None:
-    models = {"probe": make_artifact(tmp_path)}
-    async with (
-        asyncio.timeout(90),
-        harness(pipeline_server, models, requires_keys=True) as running,
-        listening(running.app) as path,
-        Proxy(lambda: path).listening() as proxy,
-        new_page(browser) as page,
-    ):
+    async with opened_page(pipeline_server, browser, tmp_path) as (running, page, address):
         key = (await running.key(verbs=(Verb.MODELS,))).removeprefix("Bearer ")
-        await page.open(f"http://127.0.0.1:{proxy.port}/docs")
+        await page.open(f"{address}/docs")
         for text in ("carry_0_1", key):
             await page.until("document.activeElement.type === 'password'")
             await page.call("Input.insertText", text=text)
