@@ -15,6 +15,7 @@ from carry_client.calls import Session
 from carry_client.description import ModelDescription
 from carry_client.errors import CarryError
 from carry_client.heads import Save, open_save
+from carry_client.many_streams import send_many
 from carry_client.models import ModelCore, list_models
 from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
 from carry_client.steps import sort_frame
@@ -255,7 +256,7 @@ class AsyncModel:
             raise TypeError(f"expected events by AsyncStream, got keys {list(events)[:3]}")
         chunks = [(stream._core, each) for stream, each in events.items()]
         params = reply_params(return_sequences, return_state, return_attention)
-        return await self._driver.run(self._core.send_many(chunks, params))
+        return await self._driver.run(send_many(self._core, chunks, params))
 
     async def predict(
         self,

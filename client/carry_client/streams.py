@@ -21,7 +21,9 @@ from carry_client.calls import LOG, Attempts, Call, Emit, Session
 from carry_client.chunks import Chunk, ChunkReader
 from carry_client.errors import (
     AlreadyApplied,
+    EpochMismatch,
     PositionAhead,
+    PositionBehind,
     Problem,
     StateChanged,
     StreamDiverged,
@@ -29,7 +31,7 @@ from carry_client.errors import (
     StreamNotFound,
     StreamRolledBack,
 )
-from carry_client.models import OTHER_HEAD, ModelCore
+from carry_client.models import ModelCore
 from carry_client.replies import (
     Forecast,
     Reply,
@@ -49,6 +51,9 @@ REMEMBERED_HEADS: Final = 4096
 ReplayFrom = Callable[[int], Source]
 AsyncReplayFrom = Callable[[int], AsyncSource]
 """Given a position, the stream's events from there on."""
+
+OTHER_HEAD: Final = (StateChanged, PositionAhead, PositionBehind, EpochMismatch)
+"""Rejections of a chunk because the stream is not where this client left it."""
 
 
 class StreamCore:

@@ -1,7 +1,7 @@
 """The client: `Carry`, `Model`, `Stream`.
 
-They only drive the calls of `models.py` and `streams.py`. `aio.py`, the same for an event loop, is
-generated from this file.
+They only drive the calls of `models.py`, `streams.py` and `many_streams.py`. `aio.py`, the same for
+an event loop, is generated from this file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from carry_client.calls import Session
 from carry_client.description import ModelDescription
 from carry_client.errors import CarryError
 from carry_client.heads import Save, open_save
+from carry_client.many_streams import send_many
 from carry_client.models import ModelCore, list_models
 from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
 from carry_client.steps import sort_frame
@@ -255,7 +256,7 @@ class Model:
             raise TypeError(f"expected events by Stream, got keys {list(events)[:3]}")
         chunks = [(stream._core, each) for stream, each in events.items()]
         params = reply_params(return_sequences, return_state, return_attention)
-        return self._driver.run(self._core.send_many(chunks, params))
+        return self._driver.run(send_many(self._core, chunks, params))
 
     def predict(
         self,

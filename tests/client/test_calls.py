@@ -10,6 +10,7 @@ import pytest
 
 from carry_client.calls import GRACE_S, Call, Emit, Session, Sleep
 from carry_client.errors import NoAnswer, Problem, StreamExists
+from carry_client.many_streams import send_many
 from carry_client.models import ModelCore
 from carry_client.replies import StreamState
 from carry_client.streams import StreamCore
@@ -176,5 +177,5 @@ def test_unreadable_item_of_many_is_a_problem_of_its_own() -> None:
         results = response(200, b'{"results": [%b]}' % result)
         driver = Driver(missing, response(200, DESCRIPTION), results)
         stream = stream_of(driver)
-        outcomes = driver.run(stream.model.send_many([(stream, [{"a": 1}])], {}))
+        outcomes = driver.run(send_many(stream.model, [(stream, [{"a": 1}])], {}))
         assert outcomes["s"].code == "unreadable_reply"
