@@ -12,7 +12,7 @@ from typing import Final
 from service.core.errors import NotDurable
 from service.store.keys import KeySpace
 from service.store.redis.outcomes import Reply, read_value
-from service.store.redis.pipelined_connection import StoreRequest
+from service.store.redis.requests import StoreRequest
 from service.store.redis.router import Router
 
 VERSION: Final = "version"

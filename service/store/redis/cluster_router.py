@@ -40,9 +40,9 @@ from service.store.redis.pipelined_connection import (
     BACKOFF_BASE_S,
     BACKOFF_CAP_S,
     PipelinedConnection,
-    StoreRequest,
 )
 from service.store.redis.redis_server import RedisServer
+from service.store.redis.requests import StoreRequest
 from service.store.redis.router import Layout, Router
 from service.store.redis.topology import (
     Address,

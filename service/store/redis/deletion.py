@@ -26,7 +26,7 @@ from service.store.redis.outcomes import (
     outcome_unknown_error,
     resolve_retried_deletion,
 )
-from service.store.redis.pipelined_connection import Script, StoreRequest
+from service.store.redis.requests import Script, StoreRequest
 from service.store.redis.router import Router
 from service.store.redis.script_results import WRITTEN, parse_result
 from service.store.settings import StoreSettings

@@ -1,8 +1,5 @@
 """A pipelined connection: requests are written at once and replies are matched in order.
 
-A request keeps what is known of its earlier attempts wherever it is sent next: over a new
-connection, or to another node of a cluster. Its future never fails; an error is a result.
-
 A request does not wait for the reply to the one before it. The server executes requests in the
 order in which they were enqueued, so a commit sees every earlier commit, and a load behind a commit
 sees what that commit wrote.
@@ -15,134 +12,45 @@ Closing a connection discards its unsent bytes; bytes already sent may be execut
 but then find another head than they expect. A request that the server rejects permanently is never
 retried. Redirects of a cluster are passed to the redirect handler.
 
+The client library opens a connection and authenticates; then requests are written to its transport,
+and replies parsed as they arrive, without the library's streams.
+
 Use from one event loop. Errors of the client library do not leave this module.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import hiredis
-import msgspec
 import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
-from service.core.errors import StoreRefused
+from service.core.errors import CarryError
 from service.store.observation import StoreTelemetry
 from service.store.redis.connections import (
     ConnectionFactory,
+    ReplyReader,
     abort,
     describe_error,
     drop_unsent_on_close,
     is_error_reply,
     is_transient,
-    writer_of,
+    read_replies,
 )
-from service.store.redis.outcomes import Outcome, Reply, ReplyLost
+from service.store.redis.outcomes import Reply, ReplyLost
+from service.store.redis.requests import StoreRequest
 
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.5
 
 log = structlog.get_logger(__name__)
-
-Command = tuple[str | bytes | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A Lua script and its SHA-1, which identifies it to EVALSHA."""
-
-    text: bytes
-    sha: str
-
-    @classmethod
-    def load(cls, name: str) -> Script:
-        """Read `lua/{name}.lua` of this package."""
-        text = files("service.store.redis").joinpath("lua", f"{name}.lua").read_bytes()
-        return cls(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
-
-
-class StoreRequest(msgspec.Struct, eq=False):
-    """One request and the state of its delivery.
-
-    Attributes:
-        fallback: the command to send if the server does not know the script (NOSCRIPT).
-        slot: the hash slot of its keys in a cluster.
-        is_sent: it was sent at least once since it was last known not to have been executed.
-        is_retry: it was sent again after an attempt that may have been executed.
-        needs_asking: the next attempt must follow ASKING, on the node that imports the slot.
-        is_asking: it is the ASKING command of another request, whose future it shares.
-        is_connection_bound: it has a meaning on its present connection only and is never resent.
-        redirect_count: how often a node redirected or deferred it.
-        redirect_error: the error reply of the last redirect.
-        connection: the connection of the last attempt.
-        generation: which incarnation of that connection carried it (`PipelinedConnection`).
-        sequence: its place among the requests that were written on that connection.
-    """
-
-    command: Command
-    future: asyncio.Future[Outcome]
-    fallback: Command | None = None
-    slot: int = 0
-    is_sent: bool = False
-    is_retry: bool = False
-    needs_asking: bool = False
-    is_asking: bool = False
-    is_connection_bound: bool = False
-    redirect_count: int = 0
-    redirect_error: Exception | None = None
-    connection: PipelinedConnection | None = None
-    generation: int = 0
-    sequence: int = 0
-
-    @classmethod
-    def for_command(cls, *command: str | bytes | int, slot: int = 0) -> StoreRequest:
-        """Make the request of a plain command; inside a running event loop."""
-        return cls(command, asyncio.get_running_loop().create_future(), slot=slot)
-
-    @classmethod
-    def for_script(
-        cls,
-        script: Script,
-        keys: list[str],
-        arguments: list[str | bytes | int],
-        slot: int = 0,
-    ) -> StoreRequest:
-        """Make the request of a script call; inside a running event loop."""
-        rest = (len(keys), *keys, *arguments)
-        return cls(
-            ("EVALSHA", script.sha, *rest),
-            asyncio.get_running_loop().create_future(),
-            ("EVAL", script.text, *rest),
-            slot,
-        )
-
-    @property
-    def keys(self) -> Command:
-        """The keys of a script; empty for other commands."""
-        if self.command[0] not in ("EVALSHA", "EVAL"):
-            return ()
-        return self.command[3 : 3 + int(self.command[2])]
-
-    def mark_not_executed(self) -> None:
-        """Record that the server certainly did not execute the last attempt."""
-        self.is_sent = self.is_retry
-
-    def resolve(self, outcome: Outcome) -> None:
-        """Set the outcome, unless the caller has cancelled the request."""
-        if not self.future.done():
-            self.future.set_result(outcome)
 
 
 class RedirectHandler(Protocol):
@@ -176,14 +84,12 @@ class PipelinedConnection:
         self._factory = factory
         self._redirect_handler = redirect_handler
         self._connection: AbstractConnection = factory.create_connection()
-        self._writer: asyncio.StreamWriter | None = None
-        self._is_open = False
+        self._replies: ReplyReader | None = None
         self._has_replied = False
         self._pending: deque[StoreRequest] = deque()
         self._unwritten: list[StoreRequest] = []
         self._has_work = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
-        self._read_timeout = asyncio.timeout(None)
         self._reply_due_since_s: float | None = None
         self._response_timer: asyncio.TimerHandle | None = None
         self._unavailable_since_s: float | None = None
@@ -228,15 +134,17 @@ class PipelinedConnection:
 
     def reconnect(self) -> None:
         """Open the connection again and resend what is pending: the server's role has changed."""
-        if self._is_open:
-            self.last_error = ConnectionError("the server's role has changed")
-            self._stop_reading()
+        self._end(ConnectionError("the server's role has changed"))
 
     async def close(self) -> None:
         """Close the connection; once, after the last request was resolved."""
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.wait({self._runner})
+
+    @property
+    def _is_open(self) -> bool:
+        return self._replies is not None and not self._replies.ended.done()
 
     @property
     def is_responsive(self) -> bool:
@@ -259,11 +167,8 @@ class PipelinedConnection:
                 taken.append(request)
         self._pending.clear()
         self._unwritten.clear()
-        if self._is_open:
-            # Replies that still arrive on it belong to no request.
-            self._is_open = False
-            self.last_error = ConnectionError("the node has no slots any more")
-            self._stop_reading()
+        # Replies that still arrive on it belong to no request.
+        self._end(ConnectionError("the node has no slots any more"))
         return taken
 
     def _write(self) -> None:
@@ -272,10 +177,10 @@ class PipelinedConnection:
         It does not wait for the server: a cancelled caller must not close a shared connection.
         Unsent bytes are bounded by what callers wait for and by the response timeout.
         """
-        writer = self._writer
+        replies = self._replies
         # Never to a closing transport: some versions of CPython would register its socket again,
         # whose file descriptor the next connection may reuse (python/cpython#136234).
-        if writer is None or writer.is_closing() or not self._unwritten:
+        if replies is None or replies.transport.is_closing() or not self._unwritten:
             return
         packed: list[bytes] = []
         dropped: list[StoreRequest] = []
@@ -299,13 +204,13 @@ class PipelinedConnection:
         if self._timed is None:
             self._timed, self._timed_since_s = first, time.monotonic()
         try:
-            writer.writelines(packed)
+            replies.transport.writelines(packed)
         except (OSError, RuntimeError) as error:
             # uvloop raises RuntimeError for a transport it closed before the reader was notified.
-            self.last_error = error
+            self._end(ConnectionError(str(error)))
 
     async def _run(self) -> None:
-        """Keep the connection open while there is work, and read its replies; one task."""
+        """Keep the connection open while there is work; one task."""
         backoff, failures = EqualJitterBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S), 0
         while True:
             await self._has_work.wait()
@@ -314,25 +219,18 @@ class PipelinedConnection:
                     await self._connection.connect()
                 if self._sequence:
                     self._telemetry.reconnects += 1
-                self._writer = writer_of(self._connection)
                 drop_unsent_on_close(self._connection)
-                async with asyncio.timeout(None) as self._read_timeout:
-                    self._resend()
-                    async for _ in self._read_replies():
-                        failures = 0
-            except (RedisError, OSError) as error:
-                if is_transient(error):
-                    self._record_unavailable(error)
-                else:
-                    self._reject_all(error)
-            except Exception as error:
-                log.exception("store_connection_failed", store=self.redacted_url)
-                self._reject_all(error)
+                self._replies = read_replies(self._connection, self._handle_reply)
+                self._resend()
+                error: BaseException = await self._replies.ended
+                failures = 0 if self._has_replied else failures
+            except Exception as failure:
+                error = failure
             finally:
-                self._writer = None
-                self._is_open = False
+                self._replies = None
                 self._reply_due_since_s = None
                 await abort(self._connection)
+            self._handle_failure(error)
             self._drop_abandoned()
             if not self._pending:
                 self._has_work.clear()
@@ -351,32 +249,29 @@ class PipelinedConnection:
         self._unwritten = list(self._pending)
         self.generation = self._sequence + 1
         self._timed = None
-        self._is_open, self._has_replied = True, False
+        self._has_replied = False
         self._write()
 
-    async def _read_replies(self) -> AsyncIterator[None]:
-        """Resolve the first pending request with each reply, until the connection ends."""
-        connection = self._connection
-        while True:
-            try:
-                value = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
-            except RedisError as error:
-                if not self._is_open or not self._pending:
-                    raise
-                self._handle_error_reply(error)
-            else:
-                if not self._is_open:
-                    raise RedisConnectionError("its requests were taken over")
-                self._record_available()
-                request = self._pending.popleft()
-                if request is self._timed:
-                    self._timed = None
-                    self._telemetry.round_trips_s.append(time.monotonic() - self._timed_since_s)
-                if not request.future.done() and not request.is_asking:
-                    request.future.set_result(Reply(value, request.is_retry))
-            self._has_replied = True
-            self._reply_due_since_s = time.monotonic() if self._pending else None
-            yield
+    def _handle_reply(self, value: Any) -> None:
+        """Resolve the first pending request with a reply.
+
+        Raises:
+            RedisError: an error after which everything pending is resent.
+        """
+        if isinstance(value, RedisError):
+            if not self._pending:
+                raise value
+            self._handle_error_reply(value)
+        else:
+            self._record_available()
+            request = self._pending.popleft()
+            if request is self._timed:
+                self._timed = None
+                self._telemetry.round_trips_s.append(time.monotonic() - self._timed_since_s)
+            if not request.future.done() and not request.is_asking:
+                request.future.set_result(Reply(value, request.is_retry))
+        self._has_replied = True
+        self._reply_due_since_s = time.monotonic() if self._pending else None
 
     def _handle_error_reply(self, error: RedisError) -> None:
         """Reject, resend or redirect the request whose reply is an error.
@@ -389,9 +284,9 @@ class PipelinedConnection:
             self._timed = None
         if is_error_reply(error):
             request.mark_not_executed()
-        if isinstance(error, NoScriptError) and request.fallback is not None:
+        if isinstance(error, NoScriptError) and request.script is not None:
             self._pending.popleft()
-            request.command, request.fallback = request.fallback, None
+            request.send_script()
             self.enqueue([request])
             self._write()
         elif self._redirect_handler is not None and self._redirect_handler.handle_redirect(
@@ -405,7 +300,7 @@ class PipelinedConnection:
             self._reject(request, error)
 
     def _reject(self, request: StoreRequest, error: BaseException) -> None:
-        rejection: ReplyLost | StoreRefused = self._factory.refused_error(error)
+        rejection: ReplyLost | CarryError = self._factory.refused_error(error)
         if request.is_retry:
             # An earlier attempt may have been executed.
             rejection = ReplyLost(f"{self.redacted_url}: {describe_error(error)}")
@@ -454,16 +349,24 @@ class PipelinedConnection:
         remaining_s = self._reply_due_since_s + timeout_s - time.monotonic()
         if remaining_s > 0:
             self._start_response_timer(remaining_s)
-        elif self._is_open:
-            self.last_error = TimeoutError(f"no reply for {timeout_s:g} s")
-            self._stop_reading()
+        else:
+            self._end(TimeoutError(f"no reply for {timeout_s:g} s"))
 
-    def _stop_reading(self) -> None:
-        """End the reader, which then opens the connection again."""
-        self._read_timeout.reschedule(asyncio.get_running_loop().time())
+    def _end(self, error: Exception) -> None:
+        """End the present connection, which is then opened again."""
+        if self._replies is not None:
+            self._replies.end(error)
 
-    def _record_unavailable(self, error: BaseException) -> None:
-        # The timeout of `_read_timeout` has no message: `last_error` says why it was set.
+    def _handle_failure(self, error: BaseException) -> None:
+        """Keep what is pending if the server may accept it later, otherwise reject it."""
+        if not isinstance(error, (RedisError, OSError)):
+            log.error("store_connection_failed", store=self.redacted_url, exc_info=error)
+            self._reject_all(error)
+            return
+        if not is_transient(error):
+            self._reject_all(error)
+            return
+        # the timeout of a connect has no message
         error = error if str(error) or self.last_error is None else self.last_error
         self.last_error = error
         if self._redirect_handler is not None:

@@ -27,10 +27,10 @@ from service.store.redis.connections import ConnectionFactory, describe_error, i
 from service.store.redis.pipelined_connection import (
     BACKOFF_BASE_S,
     BACKOFF_CAP_S,
-    Command,
     PipelinedConnection,
     RedirectHandler,
 )
+from service.store.redis.requests import Command
 from service.store.settings import StoreSettings
 
 log = structlog.get_logger(__name__)

@@ -70,8 +70,8 @@ from service.store.redis.outcomes import (
     resolve_retried_commit,
 )
 from service.store.redis.output_channel import RedisOutputChannel
-from service.store.redis.pipelined_connection import Script, StoreRequest
 from service.store.redis.readiness import Readiness
+from service.store.redis.requests import Script, StoreRequest
 from service.store.redis.router import first_error
 from service.store.redis.scan import list_streams
 from service.store.redis.script_results import WRITTEN, parse_result

@@ -16,6 +16,7 @@ Use from one event loop. Errors of the client library do not leave this module.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
@@ -25,8 +26,9 @@ from service.core.errors import CarryError, StoreUnavailable
 from service.store.observation import StoreTelemetry
 from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S, describe_error
 from service.store.redis.outcomes import Outcome, Reply, ReplyLost
-from service.store.redis.pipelined_connection import PipelinedConnection, StoreRequest
+from service.store.redis.pipelined_connection import PipelinedConnection
 from service.store.redis.redis_server import RedisServer
+from service.store.redis.requests import StoreRequest
 from service.store.settings import Durability, StoreSettings
 
 
@@ -44,6 +46,48 @@ class Layout(NamedTuple):
     coverage_error: str = ""
 
 
+class Deadlines:
+    """Waits for outcomes until a deadline, by one timer, which is not set again for each call."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[StoreRequest, float] = {}
+        self._next_s = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def wait(
+        self, requests: Sequence[StoreRequest], deadline_s: float
+    ) -> list[Outcome | None]:
+        """The outcomes of requests; None of those that have none at the deadline."""
+        for request in requests:
+            self._waiting[request] = deadline_s
+        if deadline_s < self._next_s:
+            self._set_timer(deadline_s)
+        try:
+            return [await request.future for request in requests]
+        finally:
+            for request in requests:
+                self._waiting.pop(request, None)
+
+    def _set_timer(self, deadline_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next_s = deadline_s
+        delay_s = max(0.0, deadline_s - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._expire)
+
+    def _expire(self) -> None:
+        """Resolve the requests whose deadline has passed; set the timer to the next deadline."""
+        self._next_s, self._timer = math.inf, None
+        now_s = time.monotonic()
+        for request, deadline_s in self._waiting.items():
+            if deadline_s > now_s:
+                self._next_s = min(self._next_s, deadline_s)
+            elif not request.future.done():
+                request.future.set_result(None)
+        if self._next_s < math.inf:
+            self._set_timer(self._next_s)
+
+
 class Router(ABC):
     """Sends requests to the servers of an address; opens no connection before the first call.
 
@@ -56,6 +100,7 @@ class Router(ABC):
 
     def __init__(self, settings: StoreSettings):
         self.telemetry = StoreTelemetry()
+        self._deadlines = Deadlines()
         self._wait_s = settings.wait_s
         self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
         # Half of the response timeout: a blocked WAIT must not look like an unresponsive server.
@@ -124,25 +169,27 @@ class Router(ABC):
             deadline_s: time of the monotonic clock until which outcomes are awaited; None for the
                 timeout of the settings.
         """
-        wait_s = self._wait_s if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        now_s = time.monotonic()
+        wait_s = self._wait_s if deadline_s is None else max(0.0, deadline_s - now_s)
+        deadline_s = now_s + wait_s
         waits: list[StoreRequest] = []
         durably = durably and self._replicas > 0
         try:
-            async with asyncio.timeout(wait_s):
-                connections = self._enqueue(requests)
-                if durably:
-                    waits = self._enqueue_waits(connections)
-                _flush(connections)
-                for request in requests:
-                    await request.future
-                if durably:
-                    await self._await_replicas(requests, waits)
-        except TimeoutError:
-            pass
+            connections = self._enqueue(requests)
+            if durably:
+                waits = self._enqueue_waits(connections)
+            _flush(connections)
+            outcomes = [
+                outcome or self._timeout_outcome(request, wait_s)
+                for request, outcome in zip(
+                    requests, await self._deadlines.wait(requests, deadline_s), strict=True
+                )
+            ]
+            if durably:
+                await self._await_replicas(requests, waits, deadline_s)
         finally:
             for request in (*requests, *waits):
                 request.future.cancel()
-        outcomes = [self._outcome(request, wait_s) for request in requests]
         if not durably:
             return outcomes
         return [
@@ -163,11 +210,10 @@ class Router(ABC):
         return waits
 
     async def _await_replicas(
-        self, requests: Sequence[StoreRequest], waits: list[StoreRequest]
+        self, requests: Sequence[StoreRequest], waits: list[StoreRequest], deadline_s: float
     ) -> None:
         """Await the WAIT commands, and send others after writes that were redirected or resent."""
-        for wait in waits:
-            await wait.future
+        await self._deadlines.wait(waits, deadline_s)
         connections = {
             request.connection
             for request in requests
@@ -178,23 +224,18 @@ class Router(ABC):
         more = self._enqueue_waits(connections)
         waits += more
         _flush(connections)
-        for wait in more:
-            await wait.future
+        await self._deadlines.wait(more, deadline_s)
 
     def _is_replicated(self, request: StoreRequest, waits: Iterable[StoreRequest]) -> bool:
         """Whether a WAIT after the request counted enough replicas."""
-        for wait in waits:
-            if _follows(wait, request) and not wait.future.cancelled():
-                outcome = wait.future.result()
-                # An error if the server is a replica now, or became one (UNBLOCKED).
-                if isinstance(outcome, Reply) and outcome.value >= self._replicas:
-                    return True
-        return False
+        # An error if the server is a replica now, or became one (UNBLOCKED).
+        outcomes = [wait.future.result() for wait in waits if _follows(wait, request)]
+        return any(
+            isinstance(outcome, Reply) and outcome.value >= self._replicas for outcome in outcomes
+        )
 
-    def _outcome(self, request: StoreRequest, wait_s: float) -> Outcome:
-        """The outcome of a request after the wait; one that was cancelled has timed out."""
-        if not request.future.cancelled():
-            return request.future.result()
+    def _timeout_outcome(self, request: StoreRequest, wait_s: float) -> Outcome:
+        """The outcome of a request that was not answered in time."""
         connection = request.connection
         url = self.redacted_url if connection is None else connection.redacted_url
         cause = request.redirect_error or (

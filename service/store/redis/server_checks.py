@@ -16,8 +16,8 @@ import structlog
 
 from service.core.errors import CarryError, StoreRefused, StoreUnavailable
 from service.store.redis.outcomes import Reply
-from service.store.redis.pipelined_connection import StoreRequest
 from service.store.redis.redis_server import RedisServer
+from service.store.redis.requests import StoreRequest
 from service.store.redis.router import Router
 from service.store.settings import Durability, StoreSettings
 

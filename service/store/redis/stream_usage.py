@@ -10,7 +10,7 @@ from service.core.values import StreamKey
 from service.store.codec import TOMBSTONE_PREFIX
 from service.store.keys import KeySpace
 from service.store.redis.outcomes import read_value
-from service.store.redis.pipelined_connection import Script, StoreRequest
+from service.store.redis.requests import Script, StoreRequest
 from service.store.redis.router import Router
 from service.store.usage import Quota, Registration
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from service.core.errors import StoreRefused
 from service.store.keys import KeySpace
 from service.store.redis.outcomes import read_value
-from service.store.redis.pipelined_connection import StoreRequest
+from service.store.redis.requests import StoreRequest
 from service.store.redis.router import Router
 
 TOKEN_KEY_BYTES: Final = 32

@@ -11,8 +11,8 @@ from service.core.values import StreamHead, StreamState, Tombstone
 from service.store.base import Committed, Conflicted, StateStore
 from service.store.codec import HEADER_BYTES
 from service.store.redis.outcomes import Outcome, resolve_retried_deletion
-from service.store.redis.pipelined_connection import StoreRequest
 from service.store.redis.redis_store import RedisStore
+from service.store.redis.requests import StoreRequest
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async

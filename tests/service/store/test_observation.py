@@ -10,7 +10,7 @@ import pytest
 from service.core.errors import StoreRefused
 from service.store.base import Commit, StateStore
 from service.store.observation import LIVE_S
-from service.store.redis.pipelined_connection import StoreRequest
+from service.store.redis.requests import StoreRequest
 from service.store.redis.stream_count import SAMPLE_KEYS
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, opened, until_async

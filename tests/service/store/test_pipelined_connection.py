@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from service.core.errors import OutcomeUnknown
-from service.store.redis.connections import ConnectionFactory, writer_of
+from service.store.redis.connections import ConnectionFactory, transport_of
 from service.store.redis.outcomes import Reply, ReplyLost
-from service.store.redis.pipelined_connection import PipelinedConnection, Script, StoreRequest
+from service.store.redis.pipelined_connection import PipelinedConnection
+from service.store.redis.requests import Script, StoreRequest
 from service.store.settings import StoreSettings
 from tests.support.servers import (
     KINDS,
@@ -167,7 +168,7 @@ async def test_tcp_user_timeout_is_shorter_than_a_tombstones_lifetime() -> None:
         for wait_s, tombstone_ttl_ms, expected_ms in ((3.0, 600_000, 3_000), (30.0, 9_000, 9_000)):
             url = f"redis://127.0.0.1:{port}"
             async with opened(url, wait_s=wait_s, tombstone_ttl_ms=tombstone_ttl_ms) as store:
-                given = writer_of(store._router._server.connection._connection).get_extra_info(
+                given = transport_of(store._router._server.connection._connection).get_extra_info(
                     "socket"
                 )
                 assert given.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
