@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -334,33 +333,36 @@ class Pipeline:
                 the stream, if that could be parsed).
         """
         results: dict[int, Reply | CarryError] = {}
-        blocking: dict[str, CarryError] = {}
-        waiting: dict[str, deque[tuple[int, Chunk | CarryError]]] = {}
-        for index, item in enumerate(items):
-            # an item without a stream name blocks no other item
-            waiting.setdefault(_stream_of(item) or f"item {index}", deque()).append((index, item))
+        blocking: dict[str | None, CarryError] = {}
+        waiting = list(enumerate(items))
         while waiting:
             # apply the first item of each stream that is not blocked, all of them together
-            runnable: list[tuple[int, Chunk]] = []
-            for stream, queue in list(waiting.items()):
-                while queue:
-                    index, item = queue.popleft()
-                    if isinstance(item, Chunk):
-                        blocked = _blocked_by(item, blocking.get(stream))
-                        if blocked is None:
-                            runnable.append((index, item))
-                            break
-                        item = blocked
-                    results[index] = blocking[stream] = item
-                if not queue:
-                    del waiting[stream]
-            applied = await self._apply([chunk for _, chunk in runnable], deadline_s)
-            for (index, item), result in zip(runnable, applied, strict=True):
+            runnable: dict[str | None, tuple[int, Chunk]] = {}
+            behind: list[tuple[int, Chunk | CarryError]] = []
+            for index, item in waiting:
+                stream = item.key.stream if isinstance(item, Chunk) else _stream_of(item)
+                if stream in runnable:
+                    behind.append((index, item))
+                    continue
+                if isinstance(item, Chunk):
+                    failed = blocking.get(stream)
+                    blocked = None if failed is None else _blocked_by(item, failed)
+                    if blocked is None:
+                        runnable[stream] = index, item
+                        continue
+                    item = blocked
+                results[index] = item
+                # an item without a stream name blocks no other item
+                if stream is not None:
+                    blocking[stream] = item
+            applied = await self._apply([chunk for _, chunk in runnable.values()], deadline_s)
+            for (index, item), result in zip(runnable.values(), applied, strict=True):
                 if isinstance(result, InvalidInput):
                     result = result.within(f"chunks[{index}]")
                 results[index] = result
                 if isinstance(result, CarryError) and not item.dry_run:
                     blocking[item.key.stream] = result
+            waiting = behind
         return [results[index] for index in range(len(items))]
 
     async def _apply(self, chunks: list[Chunk], deadline_s: float) -> list[Reply | CarryError]:
@@ -371,9 +373,8 @@ class Pipeline:
         if self._tracer is not None:
             span = self._tracer.current_span()
             chunks = [replace(chunk, span=span) for chunk in chunks]
-        return await batcher.submit(
-            [JobRequest(c, c.key, c.steps.length) for c in chunks], deadline_s
-        )
+        requests = [JobRequest(chunk, chunk.key, chunk.steps.length) for chunk in chunks]
+        return await batcher.submit(requests, deadline_s)
 
     async def predict(
         self,
@@ -466,13 +467,11 @@ class Pipeline:
         return ForecastReply(key, stored.head, result, covariates.times_ms)
 
 
-def _blocked_by(chunk: Chunk, blocking: CarryError | None) -> PreviousFailed | None:
+def _blocked_by(chunk: Chunk, failed: CarryError) -> PreviousFailed | None:
     """The error of a chunk behind a failed item of its stream; None if it may be applied."""
-    if blocking is None:
+    if isinstance(failed, AlreadyApplied | PositionBehind) and chunk.position is not None:
         return None
-    if isinstance(blocking, AlreadyApplied | PositionBehind) and chunk.position is not None:
-        return None
-    first = blocking.facts.get("previous", blocking.code)
+    first = failed.facts.get("previous", failed.code)
     return PreviousFailed(
         f"an earlier item of stream {chunk.key.stream!r} failed with {first}",
         stream=chunk.key.stream,
@@ -480,8 +479,7 @@ def _blocked_by(chunk: Chunk, blocking: CarryError | None) -> PreviousFailed | N
     )
 
 
-def _stream_of(item: Chunk | CarryError) -> str | None:
-    if isinstance(item, Chunk):
-        return item.key.stream
-    stream = item.facts.get("stream")
+def _stream_of(error: CarryError) -> str | None:
+    """The stream of an item that could not be parsed; None if it is not known."""
+    stream = error.facts.get("stream")
     return stream if isinstance(stream, str) else None

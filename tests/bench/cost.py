@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 
@@ -29,6 +29,9 @@ from tests.support.service import Service, running
 
 TOGETHER, STEPS = (1, 8, 32, 64), (16, 1)
 """The chunks that arrive together, and the events of a chunk."""
+
+ITEMS: Final = 64
+"""The chunks of one request for many streams."""
 
 LEAST_ROUNDS = 1
 ANSWERED_S = 300.0
@@ -63,22 +66,35 @@ class CountedServer:
         """What a chunk costs, by how many arrive together, its events, and what is counted."""
         # the first requests also end what the start has left to do
         self._measure(STEPS[0], max(TOGETHER), 0, chunks)
-        return {
-            f"{together} x {steps}, {name}": count
+        loads: dict[str, tuple[int, int, dict[str, Any]]] = {
+            f"{together} x {steps}": (steps, together, {})
             for steps, together in product(STEPS, TOGETHER)
-            for name, count in sorted(self._measure(steps, together, windows, chunks).items())
+        }
+        for media in ("msgpack", "json"):
+            name = f"{ITEMS} x {STEPS[0]} in one request, {media}"
+            loads[name] = (STEPS[0], 1, {"media": media, "items": ITEMS})
+        return {
+            f"{load}, {name}": count
+            for load, (steps, together, options) in loads.items()
+            for name, count in sorted(
+                self._measure(steps, together, windows, chunks, **options).items()
+            )
         }
 
-    def _measure(self, steps: int, together: int, windows: int, chunks: int) -> dict[str, float]:
-        """What a chunk costs where some arrive together: the least of the windows.
+    def _measure(
+        self, steps: int, together: int, windows: int, chunks: int, **options: Any
+    ) -> dict[str, float]:
+        """What a chunk costs where some requests arrive together: the least of the windows.
 
         Args:
             windows: even, because calls and allocations are counted in turn.
             chunks: of a window, at least; some rounds without counting come first.
+            options: of the requests, as for `make_traffic`.
         """
         prefix = f"{self._folder.name}-{self._windows}"
-        spec = make_traffic(self._artifact, Bodies.random(steps), prefix, together)
-        traffic, rounds = Traffic(spec), max(LEAST_ROUNDS, chunks // together)
+        of_round = together * options.get("items", 1)
+        spec = make_traffic(self._artifact, Bodies.random(steps), prefix, of_round, **options)
+        traffic, rounds = Traffic(spec), max(LEAST_ROUNDS, chunks // of_round)
         costs: dict[str, list[float]] = {}
         with ExitStack() as stack:
             connections = [Connection(self._port, ANSWERED_S) for _ in range(together)]
@@ -89,7 +105,7 @@ class CountedServer:
                     self._send_round(traffic, connections)
                 counted = self._mark()
                 for name, count in counted.items() if window >= 0 else ():
-                    costs.setdefault(name, []).append(count / (rounds * together))
+                    costs.setdefault(name, []).append(count / (rounds * of_round))
         return {name: min(each) for name, each in costs.items()}
 
     def _send_round(self, traffic: Traffic, connections: Sequence[Connection]) -> None:

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import simdjson
 from msgspec import Meta
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from models.errors import DataError
 from models.events.encode import check_rows
@@ -109,14 +109,6 @@ class _Decoders(NamedTuple):
     chunk: Any
     many: Any
     predict: Any
-
-
-class _Read(msgspec.Struct, gc=False):
-    """The steps of a chunk or sequence, and its number of members and strings, events included."""
-
-    steps: Steps
-    members: int
-    strings: int
 
 
 class RowsChunk(msgspec.Struct, gc=False):
@@ -291,12 +283,8 @@ class FastDecoder:
                     check_rows(self._columns, rows)
                 return chunk, Steps(Feed.INPUTS, len(rows), None, rows)
             decoded: DecodedChunk = self._decoders_of(media, body).chunk.decode(body)
-            read = self._read_one(decoded)
-            self._check_chunk(read.steps)
-            members = read.members + (decoded.position is not None) + (decoded.epoch is not None)
-            strings = read.strings + (decoded.epoch is not None)
-            check_no_duplicates(media, body, members, strings, [(body, decoded.events is not None)])
-            return decoded, read.steps
+            [steps] = self._check_chunks(self._read_parts(media, body, [decoded], [body]))
+            return decoded, steps
         except _UNDECIDED:
             return None
 
@@ -327,9 +315,7 @@ class FastDecoder:
             decoded: list[DecodedItem] = self._decoders_of(media, body).many.decode(body).chunks
             if None in [is_stream_name(item.stream) for item in decoded]:
                 return None
-            parts = self._read_parts(media, body, decoded)
-            for steps in parts:
-                self._check_chunk(steps)
+            parts = self._check_chunks(self._read_parts(media, body, decoded))
             return list(zip(decoded, parts, strict=True))
         except _UNDECIDED:
             return None
@@ -351,61 +337,54 @@ class FastDecoder:
         """The decoders for a body; those of events with marks are slower."""
         return (self._marking if _RESET in body else self._decoders)[media]
 
-    def _check_chunk(self, steps: Steps) -> None:
-        if steps.resets and self._has_blocks:
+    def _check_chunks(self, parts: list[Steps]) -> list[Steps]:
+        if self._has_blocks and any(steps.resets for steps in parts):
             raise UndecidedError
+        return parts
 
     def _read_parts(
-        self, media: Media, body: bytes, decoded: Sequence[DecodedSteps]
+        self,
+        media: Media,
+        body: bytes,
+        decoded: Sequence[DecodedSteps],
+        maps: Sequence[bytes | msgspec.Raw] = (),
     ) -> list[Steps]:
-        """The steps of each chunk or sequence of a body."""
-        read = self._read_all(decoded)
-        members, strings = 1, 0
-        for part, of_part in zip(decoded, read, strict=True):
-            members += of_part.members
-            strings += of_part.strings
-            if isinstance(part, DecodedSequence):
-                members += part.state_token is not None
-                strings += isinstance(part.state_token, str)
-            elif isinstance(part, DecodedItem):
-                members += 1 + (part.position is not None)
-                strings += 1
-                for text in (part.epoch, part.if_match):
-                    if text is not None:
-                        members, strings = members + 1, strings + 1
-        packed: list[tuple[bytes | msgspec.Raw, bool]] = []
-        if media is Media.MSGPACK:
+        """The steps of each chunk or sequence of a body without duplicate members. All their rows
+        are views of one buffer, checked at once.
+
+        Args:
+            maps: the body, if it is one chunk; otherwise those of its list are found here.
+        """
+        values = list(map(astuple, decoded))
+        members = sum([len(each) - each.count(None) for each in values]) + (not maps)
+        strings = 0
+        if media is Media.JSON:
+            strings = sum([isinstance(value, str) for each in values for value in each])
+        elif not maps:
             undecoded = PACKED_PARTS.decode(body)
-            raws = [*undecoded.chunks, *undecoded.sequences]
-            packed = [(body, False)]
-            packed += zip(raws, [part.events is not None for part in decoded], strict=True)
-        check_no_duplicates(media, body, members, strings, packed)
-        return [of_part.steps for of_part in read]
-
-    def _read_one(self, body: DecodedSteps) -> _Read:
-        if body.inputs is None:
-            return self._read_events(body)
-        rows = self._check_rows(_packed(body))
-        return _with_options(_Read(Steps(Feed.INPUTS, len(rows), None, rows), 1, 0), body)
-
-    def _read_all(self, bodies: Sequence[DecodedSteps]) -> list[_Read]:
-        """The steps of each body. All their rows are views of one buffer, checked at once."""
-        packed = [_packed(body) for body in bodies if body.inputs is not None]
-        rows = self._check_rows(b"".join(packed))
-        lengths = iter([divmod(len(inputs), self._row_bytes) for inputs in packed])
+            maps = [body, *undecoded.chunks, *undecoded.sequences]
+        inputs = [part.inputs for part in decoded if part.inputs is not None]
+        packed = inputs if media is Media.MSGPACK else list(map(_float32, inputs))
+        rows, row_bytes = self._check_rows(b"".join(packed)), self._row_bytes
+        lengths = iter(list(map(len, packed)))
         end = 0
-        decoded: list[_Read] = []
-        for body in bodies:
-            if body.inputs is None:
-                decoded.append(self._read_events(body))
-                continue
-            length, rest = next(lengths)
-            if rest:
-                raise UndecidedError
-            start, end = end, end + length
-            part = _Read(Steps(Feed.INPUTS, length, None, rows[start:end]), 1, 0)
-            decoded.append(_with_options(part, body))
-        return decoded
+        parts: list[Steps] = []
+        for part in decoded:
+            if part.inputs is None:
+                steps, members_of_events, strings_of_events = self._read_events(part)
+                members, strings = members + members_of_events, strings + strings_of_events
+            else:
+                length, rest = divmod(next(lengths), row_bytes)
+                if rest or part.events is not None:
+                    raise UndecidedError
+                start, end = end, end + length
+                steps = Steps(Feed.INPUTS, length, None, rows[start:end])
+            if part.resets is not None or part.false_alarms_per_day is not None:
+                steps = _with_options(steps, part)
+            parts.append(steps)
+        has_events = len(inputs) < len(decoded)
+        check_no_duplicates(media, body, members, strings, maps, has_events=has_events)
+        return parts
 
     def _check_rows(self, packed: bytes) -> FloatRows:
         rows = np.frombuffer(packed, _F4).reshape(-1, self._features)
@@ -416,14 +395,15 @@ class FastDecoder:
             check_rows(self._columns, rows)
         return rows
 
-    def _read_events(self, body: DecodedSteps) -> _Read:
+    def _read_events(self, body: DecodedSteps) -> tuple[Steps, int, int]:
+        """The steps of a body of events, and the numbers of members and strings in them."""
         if self._reader is None or body.events is None:
             raise UndecidedError
         read = self._reader.read(body.events)
         if read is None:
             raise UndecidedError
         steps = Steps(Feed.EVENTS, read.columns.steps, read.columns, None, read.resets)
-        return _with_options(_Read(steps, 1 + read.members, read.strings), body)
+        return steps, read.members, read.strings
 
     def _build_decoders(self, media: Media, limits: ApiLimits, event: Any) -> _Decoders:
         features, most = self._features, limits.max_chunk_steps
@@ -476,37 +456,21 @@ def _token(value: str | bytes | None) -> bytes | None:
     return token
 
 
-def _with_options(read: _Read, body: DecodedSteps) -> _Read:
+def _with_options(steps: Steps, body: DecodedSteps) -> Steps:
     """Add the members `resets` and `false_alarms_per_day` of a body."""
-    resets, rate = body.resets, body.false_alarms_per_day
-    if resets is None and rate is None:
-        return read
-    steps, members, strings = read.steps, read.members, read.strings
-    if resets is not None:
-        ascending = all(first < second for first, second in pairwise(resets))
-        if not ascending or (resets and resets[-1] >= steps.length):
-            raise UndecidedError
-        merged = tuple(sorted({*resets, *steps.resets}))
-        steps, members = replace(steps, resets=merged), members + 1
-    if rate is not None:
-        steps, members = replace(steps, false_alarms_per_day=rate), members + 1
-    return _Read(steps, members, strings)
+    resets = body.resets or []
+    ascending = all(first < second for first, second in pairwise(resets))
+    if not ascending or (resets and resets[-1] >= steps.length):
+        raise UndecidedError
+    merged = tuple(sorted({*resets, *steps.resets}))
+    return replace(steps, resets=merged, false_alarms_per_day=body.false_alarms_per_day)
 
 
-def _packed(body: DecodedSteps) -> bytes:
-    """The inputs as float32, little-endian, row by row.
+def _float32(rows: list[list[float]]) -> bytes:
+    """Rows as float32, little-endian, row by row.
 
     Raises:
         OverflowError: a number does not fit.
     """
-    inputs: bytes | list[list[float]] = body.inputs
-    if body.events is not None:
-        raise UndecidedError
-    if isinstance(inputs, bytes):
-        return inputs
-    return _float32(inputs)
-
-
-def _float32(rows: list[list[float]]) -> bytes:
     count = len(rows) * len(rows[0])
     return struct.pack(f"<{count}f", *chain.from_iterable(rows))

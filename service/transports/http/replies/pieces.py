@@ -23,15 +23,20 @@ Elements = Sequence[Any] | NDArray[Any]
 
 
 class CountedList(list[Any]):
-    """A list of documents, each of which is counted once.
+    """A list of documents, counted once: those with outputs of one size by one of them.
+
+    Args:
+        sizes: the values of each element's outputs; they tell how many it has in all, within a few.
 
     Attributes:
         counts: the values of each element.
     """
 
-    def __init__(self, elements: Sequence[Any]):
+    def __init__(self, elements: Sequence[Any], sizes: Sequence[int]):
         super().__init__(elements)
-        self.counts = [count_values(element) for element in elements]
+        by_size = dict(zip(sizes, elements, strict=True))
+        counts = {size: count_values(element) for size, element in by_size.items()}
+        self.counts = [counts[size] for size in sizes]
 
 
 def count_values(value: Any) -> int:

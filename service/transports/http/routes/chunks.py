@@ -147,7 +147,8 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
         "model": wire.served.name,
         "version": wire.served.version,
         "predictions": CountedList(
-            [wire.writer.prediction(each, options, answer) for each in predictions]
+            [wire.writer.prediction(each, options, answer) for each in predictions],
+            [each.outputs.size for each in predictions],
         ),
     }
     return reply(answer, document)
@@ -196,5 +197,8 @@ def _outcomes(
     return {
         "model": wire.served.name,
         "version": wire.served.version,
-        "results": CountedList(outcomes),
+        "results": CountedList(
+            outcomes,
+            [-1 if isinstance(each, CarryError) else each.outputs.size for each in results],
+        ),
     }

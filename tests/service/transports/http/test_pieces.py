@@ -50,7 +50,10 @@ DOCUMENTS: dict[str, Any] = {
     "results": [{"status": 200, "reply": {"outputs": values(n % 7 * 300)}} for n in range(100)],
     "counted results": {
         "model": "m",
-        "results": CountedList([{"reply": {"outputs": values(n % 7 * 300)}} for n in range(100)]),
+        "results": CountedList(
+            [{"reply": {"outputs": values(n % 7 * 300)}} for n in range(100)],
+            [n % 7 * 300 for n in range(100)],
+        ),
     },
     "names": {"streams": [f"s-{n}" for n in range(70_000)], "cursor": None},
     "one of many": [[], values(9000), "x", {"a": [None, True, 1.5, 2**40]}, values(17)],
@@ -88,8 +91,8 @@ def test_any_document_is_encoded_in_pieces_of_any_size(
 
 
 def test_counted_lists_are_written_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain: dict[str, Any] = DOCUMENTS["results"]
-    counted = CountedList(plain)
+    plain: list[dict[str, Any]] = DOCUMENTS["results"]
+    counted = CountedList(plain, [each["reply"]["outputs"].size for each in plain])
     assert count_values({"results": counted}) == count_values({"results": plain})
     pieces = list(encode_pieces(Media.JSON, {"results": plain}))
     counting = Mock(side_effect=count_values)
