@@ -27,15 +27,22 @@ from service.core.delivery import (
     resolve_duplicate,
 )
 from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, StoreUnavailable
-from service.core.values import Chunk, Reply, StreamKey, StreamState, Tombstone
+from service.core.values import Chunk, Feed, Reply, StreamHead, StreamKey, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import BatchControl
 from service.pipeline.batch_item import BaseStream, BatchItem, StageTimes
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
-from service.store.base import Loaded, StateStore
-from service.store.codec import HEADER_BYTES, committed_at_ms, decode_stream, pack_head, packed_head
+from service.store.base import StateStore, StoredValue, decode_value
+from service.store.codec import (
+    HEADER_BYTES,
+    committed_at_ms,
+    decode_stream,
+    pack_head,
+    packed_head,
+    read_heads,
+)
 
 OVERHEAD_BYTES: Final = 640
 """Memory of one entry besides the state's values: header, objects and dictionary (592 by
@@ -192,13 +199,19 @@ class ChunkLoader:
         times.load_s = time.monotonic() - times.began_s
         replays: list[BatchItem] = []
         to_retry: list[BatchItem] = []
-        for item, stored in loaded:
+        for (item, value), known in zip(loaded, self._read_heads(loaded), strict=True):
             if item.job.is_resolved:
                 continue
             if item.job.is_out_of_order:
                 to_retry.append(item)
                 continue
+            if known and isinstance(value, bytes) and is_continuation(item.chunk, *known):
+                item.base = BaseStream(*known, value)
+                item.expected = packed_head(value)
+                ready.append(item)
+                continue
             try:
+                stored = decode_value(item.key, value)
                 if isinstance(stored, CarryError):
                     raise stored
                 current = self._usable(item.chunk, stored)
@@ -257,33 +270,43 @@ class ChunkLoader:
     async def _replay_all(self, items: list[BatchItem]) -> list[bool]:
         return await asyncio.gather(*(self.replay(item) for item in items))
 
-    async def _load(self, items: list[BatchItem]) -> list[Loaded]:
+    def _read_heads(
+        self, loaded: list[tuple[BatchItem, StoredValue]]
+    ) -> list[tuple[StreamHead, Feed] | None]:
+        """The head and the feed of each loaded stream that may be continued without decoding."""
+        if self._blocks is not None:
+            return [None] * len(loaded)
+        sizes = self._served.state.int_size, self._served.state.float_size
+        values = [value if isinstance(value, bytes) else b"" for _, value in loaded]
+        return read_heads(values, self._served.fingerprint, *sizes)
+
+    async def _load(self, items: list[BatchItem]) -> list[StoredValue]:
         """Load the items' streams.
 
         If the store does not answer, each item fails at its own deadline while the others wait on.
         """
-        loaded: dict[BatchItem, Loaded] = {}
+        loaded: dict[BatchItem, StoredValue] = {}
         remaining = items
         while remaining:
-            states: list[Loaded]
+            values: list[StoredValue]
             self._responsiveness.note_request()
             try:
-                states = await self._store.load(
+                values = await self._store.load_values(
                     [item.key for item in remaining], _first_deadline_s(remaining)
                 )
                 self._responsiveness.note_response()
             except CarryError as error:
-                states = [error] * len(remaining)
+                values = [error] * len(remaining)
             expired_s = time.monotonic() + DEADLINE_TICK_S
             waiting: list[BatchItem] = []
-            for item, state in zip(remaining, states, strict=True):
-                loaded[item] = state
-                if not isinstance(state, StoreUnavailable):
+            for item, value in zip(remaining, values, strict=True):
+                loaded[item] = value
+                if not isinstance(value, StoreUnavailable):
                     continue
                 if item.job.deadline_s > expired_s:
                     waiting.append(item)
                 elif self._responsiveness.is_unresponsive():
-                    item.job.resolve(state)
+                    item.job.resolve(value)
                 else:
                     item.job.resolve(DeadlineExceeded("the deadline expired before it was loaded"))
             # if no deadline expired, the store itself gave up

@@ -15,7 +15,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, overload
 
-from service.core.errors import CarryError
+import structlog
+
+from service.core.errors import CarryError, StateDamaged
 from service.core.values import (
     Check,
     StoredReply,
@@ -25,10 +27,19 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.store.codec import decode_reply, decode_stream, unpack_head
+from service.store.codec import (
+    CodecError,
+    decode_reply,
+    decode_state,
+    decode_stream,
+    raw_head,
+    unpack_head,
+)
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
 from service.store.usage import StreamUsage
+
+log = structlog.get_logger(__name__)
 
 
 class Commit(NamedTuple):
@@ -101,8 +112,31 @@ class Conflicted(NamedTuple):
 
 CommitResult = Committed | Conflicted | CarryError
 
+StoredValue = bytes | CarryError | None
+"""What is stored of a stream: the bytes of its state or tombstone, an error, or None if nothing."""
+
 Loaded = StreamState | Tombstone | CarryError | None
 """The result of a load: a stream, a tombstone, an error, or None if nothing is stored."""
+
+
+def decode_value(key: StreamKey, value: StoredValue) -> Loaded:
+    """Decode what is stored of a stream; invalid bytes are an error."""
+    if value is None or isinstance(value, CarryError):
+        return value
+    try:
+        return decode_state(value)
+    except CodecError as error:
+        return state_damaged_error(key, error, value)
+
+
+def state_damaged_error(key: StreamKey, error: CodecError, value: bytes) -> StateDamaged:
+    """The error for stored bytes that are not a valid state."""
+    log.error("state_damaged", model=key.model, stream=key.stream, reason=str(error))
+    damaged = StateDamaged(
+        f"the stored state of stream {key.stream!r} is invalid: {error}", stream=key.stream
+    )
+    damaged.head = raw_head(value)
+    return damaged
 
 
 class StateStore(Protocol):
@@ -164,6 +198,11 @@ class StateStore(Protocol):
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[Loaded]:
         """Load many streams in one round trip."""
+
+    async def load_values(
+        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+    ) -> list[StoredValue]:
+        """Load many streams as `load` does, not decoded."""
 
     async def load_with_reply(
         self, key: StreamKey, deadline_s: float | None = None

@@ -15,13 +15,12 @@ from service.core.errors import (
     InternalError,
     NotDurable,
     OutcomeUnknown,
-    StateDamaged,
     StoreRefused,
     StoreUnavailable,
 )
 from service.core.values import StreamHead, StreamKey
-from service.store.base import COMMITTED, Commit, CommitResult, Conflicted, Loaded
-from service.store.codec import CodecError, decode_state, raw_head
+from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
+from service.store.codec import CodecError
 from service.store.redis.connections import RETRY_AFTER_S, is_transient
 from service.store.settings import Durability, StoreSettings
 
@@ -121,32 +120,12 @@ def outcome_unknown_error(
     )
 
 
-def state_damaged_error(key: StreamKey, error: CodecError, value: bytes) -> StateDamaged:
-    """The error for stored bytes that are not a valid state."""
-    log.error("state_damaged", model=key.model, stream=key.stream, reason=str(error))
-    damaged = StateDamaged(
-        f"the stored state of stream {key.stream!r} is invalid: {error}", stream=key.stream
-    )
-    damaged.head = raw_head(value)
-    return damaged
-
-
 def encoding_error(key: StreamKey, error: CodecError) -> InternalError:
     """The error for a state that cannot be encoded."""
     log.error("state_not_encodable", model=key.model, stream=key.stream, reason=str(error))
     return InternalError(
         f"the new state of stream {key.stream!r} cannot be stored: {error}", stream=key.stream
     )
-
-
-def decode_value(key: StreamKey, value: bytes | None) -> Loaded:
-    """Decode the stored value of a stream; None if nothing is stored."""
-    if value is None:
-        return None
-    try:
-        return decode_state(value)
-    except CodecError as error:
-        return state_damaged_error(key, error, value)
 
 
 def not_durable_error(settings: StoreSettings, key: StreamKey, reason: str = "") -> NotDurable:

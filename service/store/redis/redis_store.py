@@ -45,6 +45,8 @@ from service.store.base import (
     CommitResult,
     Conflicted,
     Loaded,
+    StoredValue,
+    decode_value,
 )
 from service.store.codec import (
     CodecError,
@@ -62,7 +64,6 @@ from service.store.redis.outcomes import (
     Outcome,
     Reply,
     ReplyLost,
-    decode_value,
     encoding_error,
     not_durable_error,
     outcome_unknown_error,
@@ -175,10 +176,20 @@ class RedisStore:
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[Loaded]:
-        """Load many streams in one round trip.
+        """Load many streams in one round trip; StateDamaged of each whose bytes are invalid.
 
-        A result is None if there is no stream, StateDamaged if its bytes are invalid, and the error
-        of its node if other nodes of a cluster answered.
+        Raises:
+            StoreUnavailable, StoreRefused: the store as a whole.
+        """
+        return list(map(decode_value, keys, await self.load_values(keys, deadline_s)))
+
+    async def load_values(
+        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+    ) -> list[StoredValue]:
+        """Load many streams in one round trip, not decoded.
+
+        A result is None if nothing is stored, and the error of its node if other nodes of a cluster
+        answered.
 
         Raises:
             StoreUnavailable, StoreRefused: the store as a whole.
@@ -190,8 +201,8 @@ class RedisStore:
             (outcome,) = await self._router.execute(
                 StoreRequest.for_command("MGET", *names), deadline_s=deadline_s
             )
-            values = read_value(outcome)
-            return [decode_value(key, value) for key, value in zip(keys, values, strict=True)]
+            values: list[StoredValue] = read_value(outcome)
+            return values
         groups = self._group_by_slot(keys)
         outcomes = await self._router.execute(
             *(
@@ -202,15 +213,14 @@ class RedisStore:
         )
         if (error := first_error(outcomes)) is not None:
             raise error
-        results: list[Loaded] = [None] * len(keys)
+        results: list[StoredValue] = [None] * len(keys)
         for (_, group), outcome in zip(groups, outcomes, strict=True):
             try:
                 values = read_value(outcome)
             except CarryError as error:
                 values = [error] * len(group)
             for index, value in zip(group, values, strict=True):
-                failed = isinstance(value, CarryError)
-                results[index] = value if failed else decode_value(keys[index], value)
+                results[index] = value
         return results
 
     async def load_with_reply(

@@ -8,10 +8,9 @@ import structlog
 
 from service.core.errors import StoreRefused
 from service.core.values import StreamKey
-from service.store.base import COMMITTED, CommitResult, Conflicted
+from service.store.base import COMMITTED, CommitResult, Conflicted, state_damaged_error
 from service.store.codec import CodecError, decode_head
 from service.store.redis.connections import RETRY_AFTER_S
-from service.store.redis.outcomes import state_damaged_error
 from service.store.redis.router import Router
 
 WRITTEN: Final = [1]

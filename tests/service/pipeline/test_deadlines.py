@@ -22,7 +22,7 @@ from service.core.errors import (
     StreamNotFound,
 )
 from service.core.values import Reply, StreamKey
-from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
+from service.store.base import COMMITTED, Commit, CommitResult, Conflicted, StoredValue
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.clock import ManualClock
@@ -46,10 +46,12 @@ class HeldStore(RedisStore):
         self.loading: Counter[str] = Counter()
         self.committing: Counter[str] = Counter()
 
-    async def load(self, keys: Sequence[StreamKey], deadline_s: float | None = None) -> list:
+    async def load_values(
+        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+    ) -> list[StoredValue]:
         self.loading.update(key.stream for key in keys)
         await self.loads.wait()
-        return await super().load(keys, deadline_s)
+        return await super().load_values(keys, deadline_s)
 
     async def commit(
         self, commits: Sequence[Commit], deadline_s: float | None = None

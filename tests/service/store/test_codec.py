@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from service.store.codec import (
     encode_tombstone,
     head_bytes,
     raw_head,
+    read_heads,
 )
 from tests.support.streams import Streams, same_reply, same_stream
 
@@ -63,6 +66,15 @@ def resealed(value: bytes, at: int, crc_at: int, patch: bytes) -> bytes:
     return patched[:crc_at] + struct.pack("<I", crc) + patched[crc_at + 4 :]
 
 
+def head_of(stream: StreamState, value: bytes) -> tuple[StreamHead, Feed]:
+    """What the fast path reads, if it accepts the value as a stream like the given one."""
+    sizes = stream.state.ints.size, stream.state.floats.size
+    (head,) = read_heads([value], stream.fingerprint, *sizes)
+    if head is None:
+        raise CodecError("not by the fast path")
+    return head
+
+
 @given(STATES)
 def test_a_state_round_trips_bit_for_bit(stream: StreamState) -> None:
     assert same_stream(decode_state(encode_state(stream)), stream)
@@ -76,6 +88,27 @@ def test_a_reply_round_trips_bit_for_bit(reply: StoredReply) -> None:
 @given(STATES)
 def test_the_head_is_decoded_from_the_header_alone(stream: StreamState) -> None:
     assert decode_head(encode_state(stream)[:HEADER_BYTES]) == stream.head
+
+
+@given(STATES)
+def test_the_fast_path_reads_the_heads_of_streams_with_a_last_chunk(stream: StreamState) -> None:
+    floats, ints = stream.state
+    whole, fingerprint = encode_state(stream), stream.fingerprint
+    tombstone = encode_tombstone(Tombstone(StreamHead(b"epoch-89", bytes(16), 0)))
+    values = [b"", whole, tombstone, whole[:-1]]
+    known = (stream.head, stream.feed) if stream.last else None
+    assert read_heads(values, fingerprint, ints.size, floats.size) == [None, known, None, None]
+    other = bytes(byte ^ 1 for byte in fingerprint)
+    assert read_heads(values, other, ints.size, floats.size) == [None] * 4
+    assert read_heads(values, fingerprint, ints.size, floats.size + 1) == [None] * 4
+
+
+def test_the_fast_path_leaves_streams_that_are_not_finite_to_the_decoder() -> None:
+    stream = Streams().first(floats=4, ints=1)
+    value = encode_state(stream)
+    infinite = resealed(value, len(value) - 4, 12, struct.pack("<f", math.inf))
+    assert read_heads([value, infinite], stream.fingerprint, 1, 4) == [None, None]
+    assert head_of(stream, value) == (stream.head, stream.feed)
 
 
 @given(st.binary(min_size=8, max_size=8))
@@ -155,12 +188,12 @@ def test_the_layout_of_a_reply_matches_its_documentation() -> None:
     assert value[52:] == struct.pack("<6f", 1, 2, 3, 4, 5, 6)
 
 
-@pytest.mark.parametrize("kind", ["state", "reply"])
+@pytest.mark.parametrize("kind", ["state", "head", "reply"])
 def test_every_flipped_bit_is_rejected(kind: str) -> None:
     streams = Streams()
     stream = streams.first(floats=5, ints=2)
-    value = encode_state(stream) if kind == "state" else encode_reply(streams.reply(stream))
-    decode = decode_state if kind == "state" else decode_reply
+    value = encode_reply(streams.reply(stream)) if kind == "reply" else encode_state(stream)
+    decode = {"state": decode_state, "head": partial(head_of, stream), "reply": decode_reply}[kind]
     for bit in range(8 * len(value)):
         damaged = bytearray(value)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -168,12 +201,12 @@ def test_every_flipped_bit_is_rejected(kind: str) -> None:
             decode(bytes(damaged))
 
 
-@pytest.mark.parametrize("kind", ["state", "reply"])
+@pytest.mark.parametrize("kind", ["state", "head", "reply"])
 def test_every_other_length_is_rejected(kind: str) -> None:
     streams = Streams()
     stream = streams.first(floats=5, ints=2)
-    value = encode_state(stream) if kind == "state" else encode_reply(streams.reply(stream))
-    decode = decode_state if kind == "state" else decode_reply
+    value = encode_reply(streams.reply(stream)) if kind == "reply" else encode_state(stream)
+    decode = {"state": decode_state, "head": partial(head_of, stream), "reply": decode_reply}[kind]
     for length in range(len(value)):
         with pytest.raises(CodecError):
             decode(value[:length])

@@ -9,7 +9,14 @@ import redis
 
 from service.core.errors import CarryError
 from service.core.values import Check, StoredReply, StreamHead, StreamKey, StreamPage, StreamState
-from service.store.base import Commit, CommitResult, Loaded, StateStore
+from service.store.base import (
+    Commit,
+    CommitResult,
+    Loaded,
+    StateStore,
+    StoredValue,
+    decode_value,
+)
 from service.store.codec import TOMBSTONE_PREFIX, decode_state, encode_state
 from service.store.keys import KeySpace
 
@@ -106,10 +113,15 @@ class FaultyStore:
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[Loaded]:
+        return list(map(decode_value, keys, await self.load_values(keys, deadline_s)))
+
+    async def load_values(
+        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+    ) -> list[StoredValue]:
         self._fail()
         await self._held()
-        found = await self._store.load(keys, deadline_s)
-        return [self.damaged.get(key, state) for key, state in zip(keys, found, strict=True)]
+        values = await self._store.load_values(keys, deadline_s)
+        return [self.damaged.get(key, value) for key, value in zip(keys, values, strict=True)]
 
     async def load_with_reply(
         self, key: StreamKey, deadline_s: float | None = None
