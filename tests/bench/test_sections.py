@@ -94,10 +94,13 @@ def test_section_runs(section: str, bench: Bench) -> None:
         assert not [note for note in results.notes if UNANSWERED in note]
 
 
-def test_the_other_checkout_runs_its_own_code(tmp_path: Path) -> None:
-    (tmp_path / "carry").mkdir()
-    (tmp_path / "carry" / "__init__.py").touch()
-    (tmp_path / "carry" / "cli.py").write_text("def main(): print('the other checkout')")
+@pytest.mark.parametrize("package", ["carry", "service"])
+def test_the_other_checkout_runs_its_own_code(tmp_path: Path, package: str) -> None:
+    """Also one of a commit before the package `carry`, whose command is in `service/cli.py`."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    code = "def main(): print('the other checkout')\nif __name__ == '__main__': main()"
+    (tmp_path / package / "cli.py").write_text(code)
     service = Service(tmp_path, tmp_path, checkout=tmp_path)
     service.launch()
     assert service.process is not None

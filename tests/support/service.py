@@ -39,8 +39,12 @@ class Service:
         self.folder = folder
         self._checkout, self._prepare = checkout, prepare
         self.data_dir = folder / "data"
+        program = [COMMAND]
+        if checkout is not None and not (checkout / "carry").is_dir():
+            # a commit that has no package of that name; the command would run this checkout's code
+            program = [sys.executable, "-m", "service.cli"]
         self._command = [
-            *(*prefix, COMMAND, "serve", "--port", "0"),
+            *(*prefix, *program, "serve", "--port", "0"),
             *("--models", str(models), "--data-dir", str(self.data_dir), *options),
         ]
         if redis_url is not None:
