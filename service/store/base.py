@@ -94,6 +94,15 @@ class CommitColumns(Sequence[Commit]):
             decode_reply(reply) if reply else None,
         )
 
+    def select(self, at: Sequence[int]) -> CommitColumns:
+        """The items at these indexes."""
+        return CommitColumns(
+            [self.keys[index] for index in at],
+            [self.expected[index] for index in at],
+            [self.states[index] for index in at],
+            [self.replies[index] for index in at],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Committed:

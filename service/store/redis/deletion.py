@@ -160,4 +160,4 @@ class StreamDeletion:
         tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))
         arguments: list[str | bytes | int] = [condition, tombstone, self._settings.tombstone_ttl_ms]
         names, slot = list(self._keys.pair(key)), self._slot_of(key)
-        return StoreRequest.for_script(self._script, names, arguments, slot)
+        return StoreRequest.for_script(self._script, names, arguments, slot, [key])

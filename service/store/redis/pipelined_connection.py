@@ -26,13 +26,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-import hiredis
 import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from service.core.errors import CarryError
+from service.core.values import StreamKey
 from service.store.observation import StoreTelemetry
 from service.store.redis.connections import (
     ConnectionFactory,
@@ -45,10 +45,11 @@ from service.store.redis.connections import (
     read_replies,
 )
 from service.store.redis.outcomes import Reply, ReplyLost
-from service.store.redis.requests import StoreRequest
+from service.store.redis.requests import StoreRequest, pack_command
 
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.5
+ASKING: Final = pack_command(("ASKING",))
 
 log = structlog.get_logger(__name__)
 
@@ -117,7 +118,7 @@ class PipelinedConnection:
             request.connection = self
             if request.needs_asking:
                 # It shares the future: dropped together with its request; its reply is counted.
-                asking = StoreRequest(("ASKING",), request.future, is_asking=True)
+                asking = StoreRequest(ASKING, request.future, is_asking=True)
                 self._pending.append(asking)
                 self._unwritten.append(asking)
             self._pending.append(request)
@@ -190,8 +191,7 @@ class PipelinedConnection:
             if request.future.done() and not request.is_sent:
                 dropped.append(request)
                 continue
-            # The client library packs in Python, at four times the cost.
-            packed.append(hiredis.pack_command(request.command))  # type: ignore[arg-type]
+            packed.append(request.packed)
             sequence += 1
             first = first or request
             request.is_sent, request.generation, request.sequence = True, generation, sequence
@@ -316,16 +316,16 @@ class PipelinedConnection:
     def _drop_abandoned(self) -> None:
         """Drop the requests whose callers gave up, while there is no connection.
 
-        A script that was sent is kept while a caller waits for a later one on the same keys, which
-        expects what the first one writes. Sent alone, the later one would conflict; if the bytes of
-        the old connection then arrived, the server would apply both after all.
+        A script that was sent is kept while a caller waits for a later one on the same streams,
+        which expects what the first one writes. Sent alone, the later one would conflict; if bytes
+        of the old connection then arrived, the server would apply both after all.
         """
-        awaited_keys: set[str | bytes | int] = set()
+        awaited: set[StreamKey] = set()
         pending: deque[StoreRequest] = deque()
         for request in reversed(self._pending):
-            is_needed = request.is_sent and not awaited_keys.isdisjoint(request.keys)
+            is_needed = request.is_sent and not awaited.isdisjoint(request.streams)
             if not request.future.done() or is_needed:
-                awaited_keys.update(request.keys)
+                awaited.update(request.streams)
                 pending.appendleft(request)
         self._pending = pending
         self._unwritten = [r for r in self._unwritten if not r.future.done()]

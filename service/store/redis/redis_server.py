@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import hiredis
 import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
@@ -30,7 +29,7 @@ from service.store.redis.pipelined_connection import (
     PipelinedConnection,
     RedirectHandler,
 )
-from service.store.redis.requests import Command
+from service.store.redis.requests import Command, pack_command
 from service.store.settings import StoreSettings
 
 log = structlog.get_logger(__name__)
@@ -145,9 +144,9 @@ class RedisServer:
 
 
 async def _exchange_each(connection: AbstractConnection, commands: Sequence[Command]) -> list[Any]:
-    # The client library packs in Python, at four times the cost, and would time every reply.
-    # Joined, because the event loop passes a list to the kernel as one buffer per command.
-    packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
+    # Joined, because the event loop passes a list to the kernel as one buffer per command. The
+    # client library would time every reply.
+    packed = b"".join(map(pack_command, commands))
     await connection.send_packed_command(packed)
     replies: list[Any] = []
     transient: RedisError | None = None

@@ -19,8 +19,6 @@ nor an earlier commit changes anything when it is delivered late.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
-from typing import Final
 
 import structlog
 
@@ -28,8 +26,6 @@ from service.core.errors import (
     CarryError,
 )
 from service.core.values import (
-    EPOCH_BYTES,
-    TAG_BYTES,
     Check,
     StoredReply,
     StreamHead,
@@ -58,6 +54,7 @@ from service.store.codec import (
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import Output, OutputChannel
 from service.store.redis.access_keys import read_access_keys, write_access_key
+from service.store.redis.batch_requests import BatchRequests
 from service.store.redis.deletion import StreamDeletion
 from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
@@ -83,11 +80,6 @@ from service.store.redis.token_key import read_token_key
 from service.store.settings import Durability, StoreSettings
 from service.store.usage import StreamUsage
 
-BUSY_STREAMS: Final = 4096
-"""Streams whose keys are cached between their commits."""
-
-EXPECTED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
-
 log = structlog.get_logger(__name__)
 
 
@@ -106,21 +98,21 @@ class RedisStore:
     def __init__(self, settings: StoreSettings):
         self._settings = settings
         self._keys = settings.keys
-        self._pair = lru_cache(maxsize=BUSY_STREAMS)(self._keys.pair)
         self._router = open_router(settings)
         self._slots: list[int] | None = None
         if settings.is_cluster:
             prefixes = map(self._keys.partition_prefix, range(settings.partitions))
             self._slots = [self._router.slot(prefix) for prefix in prefixes]
         self._is_durable = settings.durability is not Durability.MEMORY
-        self._commit_script = Script.load("commit")
+        commit_script = Script.load("commit")
+        self._requests = BatchRequests(settings, commit_script)
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(settings)
         self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys)
         self.deletion = StreamDeletion(
             self._router, settings, self.outputs, self._slot, self._ensure_durable
         )
-        self._readiness = Readiness(self._router, settings, self._commit_script)
+        self._readiness = Readiness(self._router, settings, commit_script)
 
     async def start(self) -> None:
         """Connect, check the servers and initialize a new store; once, before use.
@@ -196,23 +188,17 @@ class RedisStore:
         """
         if not keys:
             return []
-        names = list(map(self._keys.state, keys))
-        if self._slots is None:
-            (outcome,) = await self._router.execute(
-                StoreRequest.for_command("MGET", *names), deadline_s=deadline_s
-            )
-            values: list[StoredValue] = read_value(outcome)
-            return values
         groups = self._group_by_slot(keys)
-        outcomes = await self._router.execute(
-            *(
-                StoreRequest.for_command("MGET", *(names[index] for index in group), slot=slot)
-                for slot, group in groups
-            ),
-            deadline_s=deadline_s,
-        )
+        requests = [
+            self._requests.load([keys[index] for index in group], slot) for slot, group in groups
+        ]
+        outcomes = await self._router.execute(*requests, deadline_s=deadline_s)
         if (error := first_error(outcomes)) is not None:
             raise error
+        values: list[StoredValue]
+        if len(groups) == 1:
+            values = read_value(outcomes[0])
+            return values
         results: list[StoredValue] = [None] * len(keys)
         for (_, group), outcome in zip(groups, outcomes, strict=True):
             try:
@@ -298,43 +284,23 @@ class RedisStore:
         self, commits: CommitColumns, deadline_s: float | None
     ) -> list[CommitResult]:
         """Commit with one script call for each slot."""
-        groups = self._group_by_slot(commits.keys) if commits.keys else []
-        requests = [self._commit_request(commits, slot, group) for slot, group in groups]
-        if not requests:
+        if not commits:
             return []
+        groups = self._group_by_slot(commits.keys)
+        parts = [commits if len(groups) == 1 else commits.select(group) for _, group in groups]
+        requests = [
+            self._requests.commit(part, slot) for part, (slot, _) in zip(parts, groups, strict=True)
+        ]
         outcomes = await self._router.execute(*requests, durably=True, deadline_s=deadline_s)
         if (error := first_error(outcomes)) is not None:
             raise error
         if len(groups) == 1:
-            return await self._commit_results(commits, groups[0][1], outcomes[0], deadline_s)
+            return await self._commit_results(commits, outcomes[0], deadline_s)
         results: dict[int, CommitResult] = {}
-        for (_, group), outcome in zip(groups, outcomes, strict=True):
-            of_group = await self._commit_results(commits, group, outcome, deadline_s)
-            results.update(zip(group, of_group, strict=True))
+        for part, (_, group), outcome in zip(parts, groups, outcomes, strict=True):
+            of_part = await self._commit_results(part, outcome, deadline_s)
+            results.update(zip(group, of_part, strict=True))
         return [results[index] for index in range(len(commits))]
-
-    def _commit_request(
-        self, commits: CommitColumns, slot: int, group: Sequence[int]
-    ) -> StoreRequest:
-        """The script call that commits a group of one slot."""
-        names, pair = list[str](), self._pair
-        arguments: list[str | bytes | int] = [
-            self._settings.idle_ttl_ms,
-            self._settings.reply_ttl_ms,
-        ]
-        max_bytes = self._settings.reply_max_bytes if self._settings.reply_ttl_ms else 0
-        keys, expected, states, replies = (
-            commits.keys, commits.expected, commits.states, commits.replies
-        )  # fmt: skip
-        for index in group:
-            names += pair(keys[index])
-            reply = replies[index]
-            arguments += (
-                expected[index][:EXPECTED_BYTES],
-                states[index],
-                reply if len(reply) <= max_bytes else b"",
-            )
-        return StoreRequest.for_script(self._commit_script, names, arguments, slot)
 
     def _publish(self, commits: Sequence[Commit], results: Sequence[CommitResult]) -> None:
         """Publish the outputs of the watched streams among those that were committed."""
@@ -386,22 +352,17 @@ class RedisStore:
         return list(groups.items())
 
     async def _commit_results(
-        self,
-        commits: CommitColumns,
-        group: Sequence[int],
-        outcome: Outcome,
-        deadline_s: float | None,
+        self, commits: CommitColumns, outcome: Outcome, deadline_s: float | None
     ) -> list[CommitResult]:
         """The results of those commits that one script call made."""
         if isinstance(outcome, ReplyLost):
-            return [outcome_unknown_error(commits.keys[index], None, outcome) for index in group]
+            return [outcome_unknown_error(key, None, outcome) for key in commits.keys]
         if isinstance(outcome, CarryError):
-            return [outcome] * len(group)
-        if outcome.is_durable and outcome.value.count(WRITTEN) == len(group):
-            return [COMMITTED] * len(group)
+            return [outcome] * len(commits)
+        if outcome.is_durable and outcome.value.count(WRITTEN) == len(commits):
+            return [COMMITTED] * len(commits)
         results: list[CommitResult] = []
-        for index, reply in zip(group, outcome.value, strict=True):
-            key = commits.keys[index]
+        for index, (key, reply) in enumerate(zip(commits.keys, outcome.value, strict=True)):
             if reply == WRITTEN:
                 results.append(
                     COMMITTED if outcome.is_durable else not_durable_error(self._settings, key)
@@ -429,7 +390,7 @@ class RedisStore:
         names, slot = list(self._keys.pair(key)), self._slot(key)
         if self._is_durable:
             ttl_ms = max(1, self._settings.reply_ttl_ms)
-            request = StoreRequest.for_script(self._confirm_script, names, [ttl_ms], slot)
+            request = StoreRequest.for_script(self._confirm_script, names, [ttl_ms], slot, [key])
         else:
             request = StoreRequest.for_command("MGET", *names, slot=slot)
         (outcome,) = await self._router.execute(
