@@ -41,9 +41,9 @@ from service.engine.fair_queue import (
     FairQueue,
     Job,
     JobRequest,
+    OnResult,
     P,
     R,
-    Results,
     Run,
     Ticket,
     Work,
@@ -116,6 +116,7 @@ class Batcher(Generic[P, R]):
         self._next_deadline_s = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._forming = False
+        self._has_expired = False
         self._turns = 0
         self._last_rows = 0
         self._linger_timer: asyncio.TimerHandle | None = None
@@ -124,64 +125,61 @@ class Batcher(Generic[P, R]):
 
     def enqueue(
         self, requests: Sequence[JobRequest[P]], deadline_s: float = math.inf
-    ) -> Results[R]:
+    ) -> Ticket[P, R]:
         """Queue one or more jobs without waiting for them.
 
         Args:
             deadline_s: time until which the caller waits, on the monotonic clock.
 
         Returns:
-            A future of the results in the order of the requests. A result is Overloaded if the
-            queue is too long, DeadlineExceeded if the deadline passed, ShuttingDown if the service
-            is stopping; otherwise whatever the batch resolved the job with.
+            A ticket for their results. A result is Overloaded if the queue is too long,
+            DeadlineExceeded if the deadline passed, ShuttingDown if the service is stopping;
+            otherwise whatever the batch resolved the job with.
         """
-        ticket: Ticket[R] = Ticket(len(requests), deadline_s)
-        now_s = time.monotonic()
-        left_s = deadline_s - now_s
+        ticket: Ticket[P, R] = Ticket(len(requests))
+        request = ticket if len(requests) > 1 else None
+        left_s = deadline_s - time.monotonic()
         for index, (payload, key, steps) in enumerate(requests):
             rejection = None
             if not self._stopping:
                 rejection = self._admission.check_admission(key, left_s, index)
             if rejection is None:
-                self._push(payload, key, steps, ticket, index, now_s)
+                on_result = partial(ticket.resolve, index)
+                job = self.enqueue_admitted(payload, key, steps, deadline_s, on_result, request)
+                ticket.jobs.append(job)
             else:
                 ticket.resolve(index, rejection.error())
-        return ticket.future
+        return ticket
 
     def enqueue_admitted(
-        self, payload: P, key: Hashable | None, steps: int, deadline_s: float
-    ) -> Results[R]:
-        """Queue one job that `check_admission` admitted, with nothing queued in between.
-
-        Args:
-            payload, key, steps: as those of `JobRequest`.
-
-        Returns:
-            A future of the one result, as `enqueue` does; never Overloaded.
-        """
-        ticket: Ticket[R] = Ticket(1, deadline_s)
-        self._push(payload, key, steps, ticket, 0, time.monotonic())
-        return ticket.future
-
-    def _push(
         self,
         payload: P,
         key: Hashable | None,
         steps: int,
-        ticket: Ticket[R],
-        index: int,
-        now_s: float,
-    ) -> None:
-        """Queue an admitted job, unless the service is stopping."""
+        deadline_s: float,
+        on_result: OnResult[R],
+        request: Hashable | None = None,
+    ) -> Job[P, R]:
+        """Queue one job that `check_admission` admitted, with nothing queued in between.
+
+        Args:
+            payload, key, steps: as those of `JobRequest`.
+            on_result: gets the one result, as a ticket does; never Overloaded.
+            request: what it shares with the other jobs of its request, if there are any.
+        """
+        now_s = time.monotonic()
+        number = next(self._numbers)
+        job: Job[P, R] = Job(payload, key, steps, number, now_s, deadline_s, on_result, request)
         if self._stopping:
-            ticket.resolve(index, ShuttingDown("the service is stopping and accepts no work"))
-            return
-        job = Job(payload, key, steps, next(self._numbers), now_s, ticket, index)
+            error = ShuttingDown("the service is stopping and accepts no work")
+            asyncio.get_running_loop().call_soon(job.resolve, error)
+            return job
         is_ready = self._queue.push(job)
         if is_ready and (steps <= self._limits.long_steps or self._may_start_long):
             self._wake()
-        if ticket.deadline_s < self._next_deadline_s:
-            self._set_timer(ticket.deadline_s, now_s)
+        if deadline_s < self._next_deadline_s:
+            self._set_timer(deadline_s, now_s)
+        return job
 
     def check_admission(self, key: Hashable | None, left_s: float) -> Overloaded | None:
         """Return the error that admission control would reject a request with now; None if it would
@@ -198,9 +196,10 @@ class Batcher(Generic[P, R]):
         """Count the jobs that wait or run."""
         return len(self._queue) + sum(map(len, self._batches.values()))
 
-    def cancel(self, results: Results[R]) -> None:
+    def cancel(self, *jobs: Job[P, R]) -> None:
         """Cancel jobs whose caller disconnected; those that are queued are dropped."""
-        results.cancel()
+        for job in jobs:
+            job.is_cancelled = True
         now_s = time.monotonic()
         if now_s < self._next_deadline_s:
             self._set_timer(now_s, now_s)
@@ -231,11 +230,11 @@ class Batcher(Generic[P, R]):
     ) -> list[R | CarryError]:
         if not requests:
             return []
-        results = self.enqueue(requests, deadline_s)
+        ticket = self.enqueue(requests, deadline_s)
         try:
-            return await results
+            return await ticket.future
         except asyncio.CancelledError:
-            self.cancel(results)
+            self.cancel(*ticket.jobs)
             raise
 
     async def drain(self, timeout_s: float) -> None:
@@ -273,6 +272,13 @@ class Batcher(Generic[P, R]):
         if not self._forming and len(self._batches) < self._max_in_flight:
             self._forming = True
             asyncio.get_running_loop().call_soon(self._form)
+
+    def _continue(self) -> None:
+        """Form the next batch, after one has ended, if the queue is not as the last one left it."""
+        if self._queue or self._has_expired:
+            self._wake()
+        else:
+            self._note_end()
 
     def _form(self) -> None:
         """Start a batch, unless the batching delay applies."""
@@ -313,40 +319,38 @@ class Batcher(Generic[P, R]):
             if not ready:
                 self._admission.stop_shedding()
             self._on_depth(len(self._queue))
+            self._has_expired = False
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))
             for job in self._queue.clear():
                 job.resolve(InternalError(f"no batch could be formed: {type(error).__name__}"))
+        self._note_end()
+
+    def _note_end(self) -> None:
+        """Complete `drain` if this was the last work."""
         if self._stopping and self._is_idle:
             self._drained.set()
 
     def _expire_jobs(self, now_s: float) -> None:
         """Drop the jobs that were cancelled, and fail those whose deadline passed."""
-        next_deadline_s = math.inf
-
-        def is_live(job: Job[P, R]) -> bool:
-            nonlocal next_deadline_s
-            if not self._is_live(now_s, job):
-                return False
-            next_deadline_s = min(next_deadline_s, job.ticket.deadline_s)
-            return True
-
-        self._queue.remove_dead(is_live)
-        for job in self._running_jobs():
-            if job.is_resolved:
-                continue
-            if job.ticket.deadline_s + DEADLINE_GRACE_S <= now_s:
+        expired = self._queue.remove(lambda job: job.is_cancelled or job.deadline_s <= now_s)
+        running = [job for job in self._running_jobs() if not job.is_resolved]
+        ends_s = [job.deadline_s + DEADLINE_GRACE_S for job in running]
+        deadlines_s = [job.deadline_s for job in self._queue.jobs()]
+        deadlines_s += [end_s for end_s in ends_s if end_s > now_s]
+        self._set_timer(min(deadlines_s, default=math.inf), now_s)
+        self._has_expired |= bool(expired)
+        for job in expired:
+            self._fail_expired(job, "before it started", now_s)
+        for job, end_s in zip(running, ends_s, strict=True):
+            if end_s <= now_s:
                 self._fail_expired(job, "before it was done", now_s)
-            else:
-                next_deadline_s = min(next_deadline_s, job.ticket.deadline_s + DEADLINE_GRACE_S)
-        self._set_timer(next_deadline_s, now_s)
 
     def _is_live(self, now_s: float, job: Job[P, R]) -> bool:
         """Whether a queued job still has a caller. A job whose deadline passed is failed here."""
-        ticket = job.ticket
-        if ticket.future.cancelled():
+        if job.is_cancelled:
             return False
-        if ticket.deadline_s <= now_s:
+        if job.deadline_s <= now_s:
             self._fail_expired(job, "before it started", now_s)
             return False
         return True
@@ -369,8 +373,7 @@ class Batcher(Generic[P, R]):
     def _on_timer(self) -> None:
         self._timer = None
         self._expire_jobs(time.monotonic())
-        if self._stopping and self._is_idle:
-            self._drained.set()
+        self._note_end()
 
     def _mark_out_of_order(self, retried: Job[P, R]) -> None:
         """Mark the running jobs that were started after an earlier one, which is retried."""
@@ -411,7 +414,7 @@ class Batcher(Generic[P, R]):
 
     def _batch_done(self, task: asyncio.Task[None]) -> None:
         del self._batches[task]
-        self._wake()
+        self._continue()
 
     def _release_streams(
         self, keys: Iterable[Hashable], first: Container[Hashable] = frozenset()
@@ -481,7 +484,7 @@ class Batcher(Generic[P, R]):
 
     def _detached_done(self, task: asyncio.Task[None]) -> None:
         del self._detached[task]
-        self._wake()
+        self._continue()
 
     def _running_jobs(self) -> Iterator[Job[P, R]]:
         """The jobs of all batches, and the detached ones."""

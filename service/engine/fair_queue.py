@@ -1,13 +1,13 @@
 """Jobs, and the fair queue of one model: FIFO within a stream, round robin between requests.
 
-A caller submits requests, which become jobs and one ticket. A job is resolved exactly once, by
-whichever part gets to it first. The ticket's future is completed when all its jobs are resolved.
+A job is resolved exactly once, by whichever part gets to it first, and then calls its `on_result`.
+A caller that awaits the results of several jobs has a ticket, whose future completes with the last.
 
 At most one job of a stream is ready, its oldest, and none while a batch holds the stream. A batch
 takes ready jobs round robin, one of each request at a time, as a router serves its flows. So a
 stream with a long backlog, or a request of many items, gets no larger share of a batch than any
 other waiting request. Taking a job and releasing a stream cost the same whatever the length of the
-backlogs; only `remove_dead` and `clear` visit all jobs.
+backlogs; only `remove` and `clear` visit all jobs.
 
 Invariants: at most one job of a stream is ready or held; the jobs of a stream keep their order,
 even if one is put back; the request at the front gives the first job of the next batch, so no
@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator
+from itertools import chain
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
+import structlog
 
 from service.core.errors import CarryError
 
@@ -33,6 +35,8 @@ WINDOW_S: Final = 0.2
 
 P = TypeVar("P")
 R = TypeVar("R")
+
+log = structlog.get_logger(__name__)
 
 
 class BatchLimits(NamedTuple):
@@ -93,32 +97,8 @@ class JobRequest(NamedTuple, Generic[P]):
     steps: int
 
 
-Results = asyncio.Future[list[R | CarryError]]
-
-
-class Ticket(Generic[R]):
-    """One caller, which waits for the results of all of its jobs.
-
-    Attributes:
-        jobs: how many jobs the caller waits for.
-        deadline_s: how long the caller waits, on the monotonic clock.
-    """
-
-    __slots__ = ("_left", "_results", "deadline_s", "future", "jobs")
-
-    def __init__(self, jobs: int, deadline_s: float):
-        self.jobs = jobs
-        self.deadline_s = deadline_s
-        self.future: Results[R] = asyncio.get_running_loop().create_future()
-        self._results: list[Any] = [None] * jobs
-        self._left = jobs
-
-    def resolve(self, index: int, result: R | CarryError) -> None:
-        """Set one result; the last one completes the future, unless it was cancelled."""
-        self._results[index] = result
-        self._left -= 1
-        if not self._left and not self.future.done():
-            self.future.set_result(self._results)
+OnResult = Callable[[R | CarryError], None]
+"""Called once with the result of a job, from the event loop; never before the job is queued."""
 
 
 class Job(msgspec.Struct, Generic[P, R], eq=False):
@@ -127,7 +107,10 @@ class Job(msgspec.Struct, Generic[P, R], eq=False):
     Attributes:
         number: position in the order of all jobs.
         submitted_s: time of submission, on the monotonic clock.
+        deadline_s: time until which its caller waits, on the monotonic clock.
+        request: what the jobs of its request share; None if it is the only one.
         attempts: number of batches that it was in before.
+        is_cancelled: its caller waits no longer, and is not called.
         is_committing: its commit was sent, so it may have been applied even if it fails.
         is_out_of_order: an earlier job of its stream is being retried, so it has to be retried too.
     """
@@ -137,23 +120,51 @@ class Job(msgspec.Struct, Generic[P, R], eq=False):
     steps: int
     number: int
     submitted_s: float
-    ticket: Ticket[R]
-    index: int
+    deadline_s: float
+    on_result: OnResult[R]
+    request: Hashable | None = None
     attempts: int = 0
     is_resolved: bool = False
+    is_cancelled: bool = False
     is_committing: bool = False
     is_out_of_order: bool = False
 
-    @property
-    def deadline_s(self) -> float:
-        """Time until which its caller waits, on the monotonic clock."""
-        return self.ticket.deadline_s
-
     def resolve(self, result: R | CarryError) -> None:
         """Resolve the job with a result or an error; only the first call has an effect."""
-        if not self.is_resolved:
-            self.is_resolved = True
-            self.ticket.resolve(self.index, result)
+        if self.is_resolved:
+            return
+        self.is_resolved = True
+        if not self.is_cancelled:
+            try:
+                self.on_result(result)
+            except Exception:
+                # the other jobs of its batch are not affected
+                log.exception("result_not_sent")
+
+
+class Ticket(Generic[P, R]):
+    """One caller that awaits the results of one or more jobs.
+
+    Attributes:
+        jobs: those that were admitted.
+        future: of the results, in the order of the requests.
+    """
+
+    __slots__ = ("_left", "_results", "future", "jobs")
+
+    def __init__(self, count: int):
+        self.jobs: list[Job[P, R]] = []
+        self.future: asyncio.Future[list[R | CarryError]]
+        self.future = asyncio.get_running_loop().create_future()
+        self._results: list[Any] = [None] * count
+        self._left = count
+
+    def resolve(self, index: int, result: R | CarryError) -> None:
+        """Set one result; the last one completes the future, unless it was cancelled."""
+        self._results[index] = result
+        self._left -= 1
+        if not self._left and not self.future.done():
+            self.future.set_result(self._results)
 
 
 Work = Coroutine[Any, Any, list[Job[Any, Any]]]
@@ -241,9 +252,9 @@ class Backlog(Generic[P, R]):
         self.jobs.insert(at, job)
 
 
-ReadyRequests = OrderedDict[Ticket[Any] | Backlog[P, R], Backlog[P, R] | deque[Backlog[P, R]]]
-"""Ready streams by request, in service order. The key is the stream for a request of one job, and
-the ticket for any other."""
+ReadyRequests = OrderedDict[Hashable, Backlog[P, R] | deque[Backlog[P, R]]]
+"""Ready streams by request, in service order. The key is the backlog for a request of one job, and
+`Job.request` for any other."""
 
 
 class RoundRobin(Generic[P, R]):
@@ -278,12 +289,10 @@ class RoundRobin(Generic[P, R]):
             first: add the stream in front, and move its request in front of all others.
         """
         self.ready += 1
-        ticket = backlog.jobs[0].ticket
-        key: Ticket[Any] | Backlog[P, R] = backlog
-        if ticket.jobs == 1:
-            self._requests[key] = backlog
+        key = backlog.jobs[0].request
+        if key is None:
+            self._requests[key := backlog] = backlog
         else:
-            key = ticket
             backlogs = self._requests.setdefault(key, deque())
             if not isinstance(backlogs, Backlog):
                 backlogs.insert(0 if first else len(backlogs), backlog)
@@ -422,22 +431,28 @@ class FairQueue(Generic[P, R]):
             queue.add(backlog, first=True)
         return jobs
 
-    def remove_dead(self, is_live: Callable[[Job[P, R]], bool]) -> None:
-        """Drop every job whose caller is not waiting any more."""
+    def remove(self, is_dead: Callable[[Job[P, R]], bool]) -> list[Job[P, R]]:
+        """Drop the jobs whose caller is not waiting any more, and return them."""
+        removed: list[Job[P, R]] = []
         for backlog in list(self._backlogs.values()):
-            live = deque(job for job in backlog.jobs if is_live(job))
-            self._length -= len(backlog.jobs) - len(live)
+            live: deque[Job[P, R]] = deque()
+            for job in backlog.jobs:
+                (removed if is_dead(job) else live).append(job)
             backlog.jobs = live
             if not live and not backlog.is_held:
                 del self._backlogs[backlog.key]
+        self._length -= len(removed)
         self._short.prune()
         self._long.prune()
+        return removed
 
     def clear(self) -> list[Job[P, R]]:
         """Drop all jobs and return them."""
-        jobs = [job for backlog in self._backlogs.values() for job in backlog.jobs]
-        self.remove_dead(lambda _: False)
-        return jobs
+        return self.remove(lambda _: True)
+
+    def jobs(self) -> Iterator[Job[P, R]]:
+        """The waiting jobs, stream by stream."""
+        return chain.from_iterable(backlog.jobs for backlog in self._backlogs.values())
 
     def _queue_of(self, job: Job[P, R]) -> RoundRobin[P, R]:
         return self._long if job.steps > self._limits.long_steps else self._short

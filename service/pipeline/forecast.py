@@ -63,7 +63,7 @@ class ForecastRunner:
         decoding = Decoding(self._spec, *job.payload)
         slicer = self._compute.time_slicer()
         while not decoding.is_done:
-            if job.is_resolved or job.ticket.future.done():
+            if job.is_resolved or job.is_cancelled:
                 return None
             parameters, states = await self._step(decoding.rows, decoding.states, slicer)
             if not (np.isfinite(parameters).all() and np.isfinite(states).all()):

@@ -46,7 +46,7 @@ from service.core.values import (
 )
 from service.engine.batcher import Batcher
 from service.engine.compute import Compute
-from service.engine.fair_queue import BatchLimits, Job, JobRequest, Results, Run
+from service.engine.fair_queue import BatchLimits, Job, JobRequest, Run
 from service.engine.runtimes.base import Runtime
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.audit import Audit, no_audit
@@ -67,6 +67,9 @@ R = TypeVar("R")
 
 CACHE_CHECK_S: Final = 60.0
 """Longest interval at which the age of cached states is checked."""
+
+OnReply = Callable[[Reply | CarryError], None]
+"""Called once with the result of a chunk."""
 
 OnModelChange = Literal["refuse", "reset"]
 """What to do with a stream whose state another model version wrote: reject its chunks, or reset."""
@@ -291,18 +294,18 @@ class Pipeline:
         """
         return self._chunks[model].check_admission(key, left_s)
 
-    def enqueue(self, chunk: Chunk, deadline_s: float) -> Results[Reply]:
+    def enqueue(self, chunk: Chunk, deadline_s: float, on_result: OnReply) -> Job[Chunk, Reply]:
         """Queue a chunk that `check_admission` admitted, with nothing queued in between.
 
-        Returns:
-            A future of the one result: what `process` returns or raises.
+        Args:
+            on_result: called with what `process` returns or raises, unless it is cancelled before.
         """
-        key = chunk.key
-        return self._chunks[key.model].enqueue_admitted(chunk, key, chunk.steps.length, deadline_s)
+        key, steps = chunk.key, chunk.steps.length
+        return self._chunks[key.model].enqueue_admitted(chunk, key, steps, deadline_s, on_result)
 
-    def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
+    def cancel(self, job: Job[Chunk, Reply]) -> None:
         """Cancel an enqueued chunk whose client disconnected; it is dropped if still queued."""
-        self._chunks[chunk.key.model].cancel(results)
+        self._chunks[job.payload.key.model].cancel(job)
 
     async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
         """Apply one chunk and return its reply; safe to retry if the chunk has a position.
@@ -311,7 +314,7 @@ class Pipeline:
             CarryError: rejected or failed; see `service.core.errors`.
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
-        if self._tracer is not None:
+        if self._tracer is not None and chunk.span is None:
             chunk = replace(chunk, span=self._tracer.current_span())
         requests = [JobRequest(chunk, chunk.key, chunk.steps.length)]
         [result] = await batcher.submit(requests, deadline_s)

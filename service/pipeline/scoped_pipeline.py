@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from structlog.contextvars import bound_contextvars
 
@@ -34,12 +34,16 @@ from service.core.values import (
     StreamPage,
     StreamState,
 )
-from service.engine.fair_queue import Results
-from service.pipeline.pipeline import Pipeline
+from service.engine.fair_queue import Job
+from service.pipeline.pipeline import OnReply, Pipeline
 from service.pipeline.quota import StreamQuota
 from service.pipeline.served_model import ServedModel
 
 PREDICT: Final = (Verb.PREDICT,)
+
+Enqueued = Job[Chunk, Reply] | asyncio.Task[Reply | CarryError]
+"""An enqueued chunk, which can be cancelled; a task while its stream has to be admitted first."""
+
 DESCRIBE: Final = (Verb.PREDICT, Verb.LIST)
 """A stream's position and tag are in each of its replies, and part of a listing's use."""
 
@@ -117,11 +121,11 @@ class PipelineInterface(Protocol):
     ) -> Overloaded | None:
         """Return the error that admission control would reject a chunk with now."""
 
-    def enqueue(self, chunk: Chunk, deadline_s: float) -> Results[Reply]:
+    def enqueue(self, chunk: Chunk, deadline_s: float, on_result: OnReply) -> Enqueued:
         """Queue a chunk that `check_admission` admitted."""
 
-    def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
-        """Cancel an enqueued chunk."""
+    def cancel(self, job: Any) -> None:
+        """Cancel an enqueued chunk that has no result yet; it will have none."""
 
     async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
         """Apply one chunk."""
@@ -204,50 +208,59 @@ class ScopedPipeline:
             return rejection
         return self._pipeline.check_admission(model, key, left_s)
 
-    def enqueue(self, chunk: Chunk, deadline_s: float) -> Results[Reply]:
-        model, stream = chunk.key
+    def enqueue(self, chunk: Chunk, deadline_s: float, on_result: OnReply) -> Enqueued:
+        model, stream = chunk.key.model, chunk.key.stream
         if not (self._predicts and self._covers_model(model) and stream.startswith(self._prefix)):
             raise self.principal.forbidden(PREDICT, model, stream)
-        quota = self._quota
+        quota, limiter = self._quota, self._limiter
+        if limiter is not None:
+            limiter.begin(chunk.steps.length)
+            on_result = _then(limiter.end, on_result)
         if quota is None or chunk.dry_run or quota.admits(chunk.key):
-            results = self._pipeline.enqueue(chunk, deadline_s)
-        else:
-            quota.enter(chunk.key)
-            loop = asyncio.get_running_loop()
-            results = loop.create_task(self._admit(quota, chunk, deadline_s))
-            results.add_done_callback(lambda _: quota.leave(chunk.key))
-        if self._limiter is not None:
-            self._limiter.begin(chunk.steps.length)
-            results.add_done_callback(self._limiter.end)
-        return results
+            return self._pipeline.enqueue(chunk, deadline_s, on_result)
 
-    def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
-        if isinstance(results, asyncio.Task):
-            results.cancel()
+        def on_done(task: asyncio.Task[Reply | CarryError]) -> None:
+            quota.leave(chunk.key)
+            if not task.cancelled():
+                on_result(task.result())
+            elif limiter is not None:
+                limiter.end()
+
+        quota.enter(chunk.key)
+        task = asyncio.get_running_loop().create_task(self._admit(quota, chunk, deadline_s))
+        task.add_done_callback(on_done)
+        return task
+
+    def cancel(self, job: Enqueued) -> None:
+        if isinstance(job, asyncio.Task):
+            job.cancel()
         else:
-            self._pipeline.cancel(chunk, results)
+            self._pipeline.cancel(job)
+            if self._limiter is not None:
+                self._limiter.end()
 
     async def _admit(
         self, quota: StreamQuota, chunk: Chunk, deadline_s: float
-    ) -> list[Reply | CarryError]:
-        """Queue a chunk once its stream is admitted to the quota; returns its one result."""
+    ) -> Reply | CarryError:
+        """Queue a chunk once its stream is admitted to the quota; returns its result."""
+        result: asyncio.Future[Reply | CarryError] = asyncio.get_running_loop().create_future()
         try:
             async with quota.admission(chunk.key):
                 left_s = deadline_s - time.monotonic()
                 rejection = self._pipeline.check_admission(chunk.key.model, chunk.key, left_s)
                 if rejection is not None:
-                    return [rejection]
-                results = self._pipeline.enqueue(chunk, deadline_s)
+                    return rejection
+                job = self._pipeline.enqueue(chunk, deadline_s, result.set_result)
         except CarryError as error:
-            return [error]
+            return error
         try:
-            return await results
+            return await result
         except asyncio.CancelledError:
-            self._pipeline.cancel(chunk, results)
+            self._pipeline.cancel(job)
             raise
 
     async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
-        self.principal.require(PREDICT, *chunk.key)
+        self.principal.require(PREDICT, chunk.key.model, chunk.key.stream)
         with self._limited(chunk.steps.length):
             quota = self._quota
             if quota is None or chunk.dry_run or quota.admits(chunk.key):
@@ -255,7 +268,7 @@ class ScopedPipeline:
             self._pipeline.model(chunk.key.model)
             quota.enter(chunk.key)
             try:
-                [result] = await self._admit(quota, chunk, deadline_s)
+                result = await self._admit(quota, chunk, deadline_s)
             finally:
                 quota.leave(chunk.key)
             if isinstance(result, CarryError):
@@ -282,7 +295,7 @@ class ScopedPipeline:
         if isinstance(item, CarryError):
             return item
         try:
-            self.principal.require(PREDICT, *item.key)
+            self.principal.require(PREDICT, item.key.model, item.key.stream)
         except Forbidden as error:
             return error
         return item
@@ -304,7 +317,7 @@ class ScopedPipeline:
     async def forecast(
         self, key: StreamKey, request: ForecastRequest, deadline_s: float = math.inf
     ) -> ForecastReply:
-        self.principal.require(PREDICT, *key)
+        self.principal.require(PREDICT, key.model, key.stream)
         with self._limited(request.horizon):
             return await self._pipeline.forecast(key, request, deadline_s)
 
@@ -343,14 +356,14 @@ class ScopedStreams:
         deadline_s: float = math.inf,
         precondition: Precondition | None = None,
     ) -> StreamState:
-        self._require(DESCRIBE, *key)
+        self._require(DESCRIBE, key.model, key.stream)
         with self._call():
             return await self._streams.read(key, deadline_s, precondition)
 
     async def read_state(
         self, key: StreamKey, precondition: Precondition | None = None
     ) -> StreamState:
-        self._require((Verb.READ_STATE,), *key)
+        self._require((Verb.READ_STATE,), key.model, key.stream)
         with self._call():
             return await self._streams.read_state(key, precondition)
 
@@ -360,7 +373,7 @@ class ScopedStreams:
             return await self._streams.page(model, prefix, cursor, limit)
 
     async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
-        self._require((Verb.DELETE,), *key)
+        self._require((Verb.DELETE,), key.model, key.stream)
         with self._call():
             await self._streams.delete(key, precondition)
             if self._quota is not None:
@@ -389,7 +402,7 @@ class ScopedStreams:
         state: State,
         precondition: Precondition | None,
     ) -> StreamState:
-        self._require((Verb.WRITE_STATE,), *key)
+        self._require((Verb.WRITE_STATE,), key.model, key.stream)
         with self._call():
             if self._quota is not None:
                 await self._quota.admit(key)
@@ -403,9 +416,17 @@ class ScopedStreams:
             )
 
     async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
-        self._require((Verb.FORK,), *key)
+        self._require((Verb.FORK,), key.model, key.stream)
         self._require((Verb.FORK,), key.model, to)
         with self._call():
             if self._quota is not None:
                 await self._quota.admit(StreamKey(key.model, to))
             return await self._streams.fork(key, to, precondition)
+
+
+def _then(first: Callable[[], None], on_result: OnReply) -> OnReply:
+    def on_both(result: Reply | CarryError) -> None:
+        first()
+        on_result(result)
+
+    return on_both

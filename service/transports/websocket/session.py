@@ -18,7 +18,7 @@ from service.core.errors import CarryError
 from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
 from service.ops.request_lines import CLIENT_DISCONNECTED, WEBSOCKET, log_request
-from service.pipeline.scoped_pipeline import PipelineInterface
+from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.http.bodies.validation_errors import Origin
@@ -43,7 +43,6 @@ ENVELOPE: Final = ("id", "if_match")
 ENVELOPE_OF_MANY: Final = (*ENVELOPE, "stream")
 """The same on a socket for many streams."""
 
-PendingReply = asyncio.Future[list[Reply | CarryError]]
 Send = Callable[[Media, bytes], None]
 
 
@@ -53,7 +52,7 @@ class Entry(PendingChunk):
     Attributes:
         deadline_s: when its client stops waiting, on the monotonic clock.
         chunk: None until the body is read.
-        result: the pipeline's, once the chunk is started.
+        job: the chunk in the pipeline, until it has a result.
         span: that of a chunk that is traced.
         is_recorded: whether its outcome was counted.
         outcome: the frame to send, once it is known.
@@ -64,9 +63,9 @@ class Entry(PendingChunk):
         "deadline_s",
         "frame_id",
         "is_recorded",
+        "job",
         "media",
         "received_bytes",
-        "result",
         "span",
     )
 
@@ -86,7 +85,7 @@ class Entry(PendingChunk):
         self.media = media
         self.deadline_s = deadline_s
         self.chunk: Chunk | None = None
-        self.result: PendingReply | None = None
+        self.job: Enqueued | None = None
         self.span: RequestSpan | None = None
         self.is_recorded = False
 
@@ -230,8 +229,8 @@ class Session:
         for task in self._tasks:
             task.cancel()
         for entry in self._order:
-            if entry.result is not None and not entry.result.done() and entry.chunk:
-                self._pipeline.cancel(entry.chunk, entry.result)
+            if entry.job is not None:
+                self._pipeline.cancel(entry.job)
             self._record(entry, CLIENT_DISCONNECTED)
         self._order.clear()
 
@@ -301,12 +300,13 @@ class Session:
         except CarryError as error:
             self._resolve(entry, error)
             return
-        entry.result = result = self._pipeline.enqueue(entry.chunk, entry.deadline_s)
-        result.add_done_callback(partial(self._on_result, entry))
+        on_result = partial(self._on_result, entry)
+        entry.job = self._pipeline.enqueue(entry.chunk, entry.deadline_s, on_result)
 
-    def _on_result(self, entry: Entry, result: PendingReply) -> None:
-        if not self._order.is_cleared and not result.cancelled():
-            self._resolve(entry, result.result()[0])
+    def _on_result(self, entry: Entry, result: Reply | CarryError) -> None:
+        entry.job = None
+        if not self._order.is_cleared:
+            self._resolve(entry, result)
             self._on_progress()
 
     def _reject(

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 import structlog
 
-from service.core.errors import Overloaded, StreamOverloaded
+from service.core.errors import CarryError, Overloaded, StreamOverloaded
 from service.engine.batcher import ITEMS_PER_PART, Batcher
-from service.engine.fair_queue import BatchLimits, JobRequest, Results
+from service.engine.fair_queue import BatchLimits, JobRequest
 from service.engine.policy import STREAM_SHARE, Admission
 from tests.service.engine.batching import UP_TO_8, Runs, batching, no_room, submit
 from tests.service.engine.test_batcher import turns
@@ -22,12 +22,16 @@ MOST_OF_ONE = QUEUE // (STREAM_SHARE + 1)
 """Length at which a backlog equals its share of the free places."""
 
 
-def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results[str]]:
+Results = asyncio.Future[list[str | CarryError]]
+
+
+def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results]:
     """Enqueue a request for each key."""
-    return [batcher.enqueue([JobRequest(f"{key}{n}", key, 1)]) for n, key in enumerate(keys)]
+    requests = [JobRequest(f"{key}{n}", key, 1) for n, key in enumerate(keys)]
+    return [batcher.enqueue([request]).future for request in requests]
 
 
-def rejected(results: Sequence[Results[str]]) -> list[type]:
+def rejected(results: Sequence[Results]) -> list[type]:
     """Types of the errors of rejected requests."""
     return [type(found.result()[0]) for found in results if found.done()]
 
@@ -56,10 +60,12 @@ async def test_an_admitted_job_is_not_checked_again(monkeypatch: pytest.MonkeyPa
     async with batching(runs) as batcher:
         assert batcher.check_admission("a", 60) is None
         monkeypatch.setattr(Admission, "check_admission", no_room)
-        admitted = batcher.enqueue_admitted("a", "a", 1, math.inf)
+        admitted: list[str | CarryError] = []
+        batcher.enqueue_admitted("a", "a", 1, math.inf, admitted.append)
         assert rejected(enqueue(batcher, ["b"])) == [Overloaded]
         runs.gate.set()
-        assert await admitted == ["A"]
+        await turns()
+        assert admitted == ["A"]
 
 
 async def test_many_streams_with_many_callers_leave_room_for_others() -> None:
@@ -98,8 +104,8 @@ async def test_a_stream_is_admitted_by_its_own_rate(monkeypatch: pytest.MonkeyPa
 async def test_a_request_with_many_items_leaves_room_for_others() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE, limits=BatchLimits(1, 1000)) as batcher:
-        many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(QUEUE)])
-        more = batcher.enqueue([JobRequest("a", f"n{n}", 1) for n in range(QUEUE)])
+        many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(QUEUE)]).future
+        more = batcher.enqueue([JobRequest("a", f"n{n}", 1) for n in range(QUEUE)]).future
         assert rejected(enqueue(batcher, [f"s{n}" for n in range(20)])) == []
         runs.gate.set()
         outcomes = [await many, await more]
@@ -116,12 +122,13 @@ async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_ch
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000) as batcher:
-        many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(60)])
+        many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(60)]).future
         await runs.wait_for_batches(4)
         assert batcher.check_admission("lone", 0.1) is None
-        lone = batcher.enqueue([JobRequest("lone", "lone", 1)], runs.now_s + 0.1)
+        lone = batcher.enqueue([JobRequest("lone", "lone", 1)], runs.now_s + 0.1).future
         assert not lone.done()
-        late = batcher.enqueue([JobRequest("b", f"n{n}", 1) for n in range(12)], runs.now_s + 1.0)
+        requests = [JobRequest("b", f"n{n}", 1) for n in range(12)]
+        late = batcher.enqueue(requests, runs.now_s + 1.0).future
         runs.gate.set()
         await turns()
         assert "lone" in runs.batches[4]

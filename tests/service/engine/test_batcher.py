@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 import pytest
+import structlog
 
-from service.core.errors import InternalError, Overloaded, ShuttingDown
+from service.core.errors import CarryError, InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
 from service.engine.fair_queue import BatchControl, BatchLimits, FairQueue, JobRequest
 from service.engine.policy import MAX_DELAY_TURNS
@@ -284,11 +285,50 @@ async def test_drain_finishes_accepted_jobs_and_rejects_new_ones() -> None:
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown):
             await submit(batcher, "late")
-        [admitted] = await batcher.enqueue_admitted("late", "late", 1, math.inf)
-        assert isinstance(admitted, ShuttingDown)
+        admitted: list[str | CarryError] = []
+        batcher.enqueue_admitted("late", "late", 1, math.inf, admitted.append)
+        assert not admitted, "a caller gets no result before its job is queued"
+        await asyncio.sleep(0)
+        assert isinstance(admitted[0], ShuttingDown)
         runs.gate.set()
         await draining
         assert await asyncio.gather(*tasks) == ["A", "B"]
+
+
+async def test_a_caller_that_raises_does_not_affect_the_others_of_its_batch() -> None:
+    runs, got = Runs(), list[str | CarryError]()
+
+    def fail(_: str | CarryError) -> None:
+        raise RuntimeError("cannot be sent")
+
+    async with batching(runs) as batcher:
+        for payload, on_result in (("a", got.append), ("b", fail), ("c", got.append)):
+            batcher.enqueue_admitted(payload, payload, 1, math.inf, on_result)
+        with structlog.testing.capture_logs() as logged:
+            runs.gate.set()
+            await turns()
+    assert got == ["A", "C"]
+    assert [line["event"] for line in logged] == ["result_not_sent"]
+
+
+async def test_a_caller_may_queue_its_next_job_when_it_gets_a_result() -> None:
+    """Also if that result is a deadline that expires, while the queue is looked through."""
+    runs, got = Runs(), list[str | CarryError]()
+    async with batching(runs) as batcher:
+        batcher.enqueue_admitted("first", "s", 1, math.inf, got.append)
+        await runs.wait_for_batches(1)
+
+        expired = asyncio.Event()
+
+        def send_next(_: str | CarryError) -> None:
+            batcher.enqueue_admitted("next", "s", 1, math.inf, got.append)
+            expired.set()
+
+        batcher.enqueue_admitted("late", "s", 1, 0.0, send_next)
+        await expired.wait()
+        runs.gate.set()
+        await turns()
+        assert got == ["FIRST", "NEXT"]
 
 
 async def test_drain_is_bounded() -> None:

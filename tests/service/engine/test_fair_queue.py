@@ -18,7 +18,6 @@ from service.engine.fair_queue import (
     BatchLimits,
     FairQueue,
     Job,
-    Ticket,
     Work,
 )
 
@@ -33,13 +32,14 @@ class Waiting:
         self.queue: FairQueue[str, str] = FairQueue(limits)
         self._numbers = count()
 
-    def job(self, key: str | None, steps: int = 1, ticket: Ticket[str] | None = None) -> Any:
+    def job(self, key: str | None, steps: int = 1, request: str | None = None) -> Any:
         number = next(self._numbers)
-        return Job(f"{key}{number}", key, steps, number, 0.0, ticket or Ticket(1, math.inf), number)
+        name = f"{key}{number}"
+        return Job(name, key, steps, number, 0.0, math.inf, lambda _: None, request)
 
-    def push(self, *keys: str | None, steps: int = 1, ticket: Ticket[str] | None = None) -> None:
+    def push(self, *keys: str | None, steps: int = 1, request: str | None = None) -> None:
         for key in keys:
-            self.queue.push(self.job(key, steps, ticket))
+            self.queue.push(self.job(key, steps, request))
 
     def take(self, **options: Any) -> list[str]:
         return [job.payload for job in self.queue.take(lambda _: True, **options)]
@@ -60,7 +60,7 @@ async def test_a_job_that_does_not_fit_is_not_skipped_twice(items: int) -> None:
     """For any number of smaller jobs, and of jobs of its request."""
     waiting = Waiting()
     waiting.push(*"abcde")
-    waiting.push(*"YZ"[:items], steps=40, ticket=Ticket(items, math.inf))
+    waiting.push(*"YZ"[:items], steps=40, request="many" if items > 1 else None)
     waiting.push(*"fghijklm")
     assert waiting.take() == ["a0", "b1", "c2", "d3"]
     assert waiting.take()[0] == "e4"
@@ -84,8 +84,8 @@ async def test_a_stream_with_a_backlog_is_served_round_robin() -> None:
 
 async def test_requests_share_a_batch_evenly() -> None:
     """A request of many items gets as many places as others, and the unused ones."""
-    waiting, many = Waiting(), Ticket(9, math.inf)
-    waiting.push("a", "b", "c", "d", "e", "f", ticket=many)
+    waiting = Waiting()
+    waiting.push("a", "b", "c", "d", "e", "f", request="many")
     waiting.push("lone", "other")
     assert waiting.take() == ["a0", "lone6", "other7", "b1"]
     assert waiting.take() == ["c2", "d3", "e4", "f5"]
@@ -101,9 +101,9 @@ async def test_a_job_that_does_not_fit_is_skipped_and_comes_first_next_time() ->
 
 
 async def test_skipped_items_keep_their_order() -> None:
-    waiting, many = Waiting(), Ticket[str](4, math.inf)
+    waiting = Waiting()
     for key, steps in (("a", 20), ("b", 60), ("c", 60), ("d", 1)):
-        waiting.push(key, steps=steps, ticket=many)
+        waiting.push(key, steps=steps, request="many")
     assert [waiting.take() for _ in range(3)] == [["a0", "d3"], ["b1"], ["c2"]]
 
 
@@ -198,9 +198,9 @@ async def test_cancelled_jobs_are_dropped_and_free_their_streams() -> None:
     assert [job.payload for job in held] == ["a0", "c3"]
     assert waiting.queue.backlog("b") is None
     waiting.push("b")
-    waiting.queue.remove_dead(lambda job: job.payload != "a1")
+    waiting.queue.remove(lambda job: job.payload == "a1")
     assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (2, 1, 1)
-    waiting.queue.remove_dead(lambda job: job.payload != "b5")
+    waiting.queue.remove(lambda job: job.payload == "b5")
     assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (1, 0, 0)
     assert waiting.queue.backlog("b") is None
     waiting.queue.release("a")
@@ -236,7 +236,6 @@ async def test_invariants(seed: int) -> None:
     """Under random pushes, batches, releases and put-backs."""
     random = Random(seed)
     waiting = Waiting(BatchLimits(max_rows=4, max_padded_steps=64, long_steps=100))
-    tickets = [Ticket[str](99, math.inf) for _ in range(4)]
     held: list[Job[str, str]] = []
     done: list[Job[str, str]] = []
     left = 60
@@ -245,9 +244,8 @@ async def test_invariants(seed: int) -> None:
         if left and move < 0.4:
             left -= 1
             steps = random.choice((1, 16, 40, 150))
-            waiting.push(
-                random.choice([None, *"abcdef"]), steps=steps, ticket=random.choice(tickets)
-            )
+            key, request = random.choice([None, *"abcdef"]), random.choice("0123")
+            waiting.push(key, steps=steps, request=request)
         elif held and move < 0.7:
             job = held.pop(random.randrange(len(held)))
             again = random.random() < 0.3

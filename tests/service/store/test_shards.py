@@ -15,7 +15,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Reply
-from service.engine.fair_queue import BatchControl, Job, Ticket, Work
+from service.engine.fair_queue import BatchControl, Job, Work
 from service.pipeline.batch_item import BatchItem, ChunkJob
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.pipeline import Pipeline
@@ -181,13 +181,13 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
         await gate.wait()
         return []
 
+    def ignore(_: Reply | CarryError) -> None:
+        pass
+
     def items(count: int) -> list[BatchItem]:
         chunks = [chunk_of(f"s{n}", np.zeros((1, 3), np.float32)) for n in range(count)]
-        tickets = [Ticket[Reply](1, math.inf) for _ in chunks]
-        return [
-            BatchItem(Job(chunk, chunk.key, 1, 0, 0.0, ticket, 0), chunk, chunk.key)
-            for chunk, ticket in zip(chunks, tickets, strict=True)
-        ]
+        jobs = [Job(each, each.key, 1, 0, 0.0, math.inf, ignore) for each in chunks]
+        return [BatchItem(job, job.payload, job.payload.key) for job in jobs]
 
     shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
     control = BatchControl(set(), lambda _: None, lambda: False, detach)

@@ -20,7 +20,8 @@ from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.console.page import add_console
-from service.core.values import StreamKey, StreamState
+from service.core.errors import CarryError
+from service.core.values import Reply, StreamKey, StreamState
 from service.pipeline.watching import Watches
 from service.store.codec import HEADER_BYTES, encode_state
 from service.transports.http import application
@@ -537,12 +538,14 @@ async def test_chunks_behind_the_registration_of_a_stream_keep_their_order(api: 
     scoped = api.app.state.api.access.pipeline(key.encode())
     quota = api.pipeline.quotas.quota(scoped.principal.key_id, scoped.principal.limits)
     assert quota is not None
-    results = []
+    results: list[asyncio.Future[Reply | CarryError]] = []
 
     def send(position: int) -> None:
         chunk = chunk_of("ordered", rows(1), position)
         assert scoped.check_admission("probe", chunk.key, 60) is None
-        results.append(scoped.enqueue(chunk, time.monotonic() + 60))
+        result = asyncio.get_running_loop().create_future()
+        results.append(result)
+        scoped.enqueue(chunk, time.monotonic() + 60, result.set_result)
 
     for position in range(3):
         send(position)
@@ -554,5 +557,5 @@ async def test_chunks_behind_the_registration_of_a_stream_keep_their_order(api: 
     for position in range(3, 6):
         send(position)
         await asyncio.sleep(0)
-    replies = [(await result)[0] for result in results]
+    replies = [await result for result in results]
     assert [reply.head.position for reply in replies] == [1, 2, 3, 4, 5, 6]

@@ -11,7 +11,6 @@ Load shedding: a request that admission control would reject is rejected before 
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from abc import ABC, abstractmethod
@@ -29,7 +28,8 @@ from service.core.tracing import PROPAGATED, RequestSpan
 from service.core.values import Chunk, Precondition, Reply, StreamKey
 from service.ops.logs import RequestIds
 from service.ops.request_lines import CLIENT_DISCONNECTED, log_request
-from service.pipeline.scoped_pipeline import PipelineInterface
+from service.pipeline.pipeline import OnReply
+from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
@@ -79,9 +79,6 @@ _RESPONSE_HEADS = {
 _TIMEOUT = TIMEOUT_HEADER.encode()
 END_OF_HEAD: Final = b"\r\n\r\n"
 
-PendingReply = asyncio.Future[list[Reply | CarryError]]
-"""Resolves to one reply or error."""
-
 
 class IncompleteRequest(NamedTuple):
     """A request whose body is still arriving; `total_bytes` is its length when complete."""
@@ -93,6 +90,7 @@ class FastRequest(msgspec.Struct, gc=False):
     """A complete request for one chunk.
 
     Attributes:
+        route: which parsed it.
         pipeline: in the scope of the client's access key.
         received_s: when it was complete, on the monotonic clock.
         deadline_s: until when its client waits, on the monotonic clock.
@@ -103,8 +101,10 @@ class FastRequest(msgspec.Struct, gc=False):
         rejection: why it did.
         reply_media: of the reply, and of an error.
         details: what else the route needs for the reply.
+        job: the chunk in the pipeline, once it is started.
     """
 
+    route: FastRoute
     pipeline: PipelineInterface
     wire: ModelWire
     request_id: bytes
@@ -118,6 +118,7 @@ class FastRequest(msgspec.Struct, gc=False):
     reply_media: Media = Media.JSON
     span: RequestSpan | None = None
     details: Any = None
+    job: Enqueued | None = None
 
 
 class FastRoute(ABC):
@@ -188,6 +189,7 @@ class FastRoute(ABC):
         if wire is None or wire.served is not served:
             wire = self._api.wire(served)
         request = FastRequest(
+            self,
             pipeline,
             wire,
             headers.request_id or self._ids.next(),
@@ -222,19 +224,27 @@ class FastRoute(ABC):
             header_lines: further lines of its head.
         """
 
-    def start(self, request: FastRequest) -> PendingReply:
-        """Hand the chunk to the pipeline, at once after `parse`, which checked its admission."""
-        return request.pipeline.enqueue(_chunk_of(request), request.deadline_s)
+    def start(self, request: FastRequest, on_result: OnReply) -> bytes | None:
+        """Hand the chunk to the pipeline, at once after `parse`, which checked its admission.
 
-    def cancel(self, request: FastRequest, reply: PendingReply) -> None:
+        Returns:
+            The whole response to a rejected request; None if `on_result` will get its result.
+        """
+        if request.chunk is None:
+            return self._rejection(request)
+        request.job = request.pipeline.enqueue(request.chunk, request.deadline_s, on_result)
+        return None
+
+    def cancel(self, request: FastRequest) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
-        request.pipeline.cancel(_chunk_of(request), reply)
+        request.pipeline.cancel(request.job)
         with bound_contextvars(request_id=request.request_id.decode()):
             log_client_disconnect("POST")
         self._log(request, CLIENT_DISCONNECTED, END_OF_HEAD)
 
-    def rejection(self, request: FastRequest, error: Overloaded) -> bytes:
+    def _rejection(self, request: FastRequest) -> bytes:
         """The whole response to a rejected request."""
+        error = request.rejection or Overloaded("the request was rejected")
         self._api.recorder.record_error(request.wire.served.name, error.code)
         response = self._overload_responses.response(error, request.reply_media, request.request_id)
         self._log(request, STATUS[Overloaded], response, error.code)
@@ -279,12 +289,6 @@ class FastRoute(ABC):
             sent_bytes=len(response) - response.find(END_OF_HEAD) - len(END_OF_HEAD),
             span=request.span,
         )
-
-
-def _chunk_of(request: FastRequest) -> Chunk:
-    if request.chunk is None:
-        raise RuntimeError("a rejected request has no chunk")
-    return request.chunk
 
 
 class TracedHeaders(NamedTuple):

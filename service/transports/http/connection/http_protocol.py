@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 from uvicorn.server import ServerState
@@ -29,13 +28,13 @@ from service.core.errors import (
     RequestTimeout,
     TooManyConnections,
 )
+from service.core.values import Reply
 from service.transports.http.connection.connections import Connections, Phase
 from service.transports.http.connection.fast_path import (
     MAX_REQUEST_BYTES,
     FastRequest,
     FastRoute,
     IncompleteRequest,
-    PendingReply,
 )
 from service.transports.http.connection.flow_control import BackpressureFlow
 from service.transports.http.connection.framing import FramingProtocol, Headers
@@ -110,7 +109,7 @@ class HttpProtocol(FramingProtocol):
         super().__init__(*args, **options)
         state: HttpState = self.app_state[HTTP_STATE]
         self._connections, self._errors, self._fast_routes, self._upgrader = state
-        self._pending: tuple[FastRoute, FastRequest, PendingReply] | None = None
+        self._pending: FastRequest | None = None
         self._running_cycle: Any = None
         self._buffered = b""
         self._unsent = UnsentReply()
@@ -161,13 +160,12 @@ class HttpProtocol(FramingProtocol):
         if isinstance(request, IncompleteRequest):
             self._buffer(data)
             return b""
-        if request.rejection is not None:
-            self.transport.write(route.rejection(request, request.rejection))
-            self._complete_fast_request()
+        response = route.start(request, self._respond)
+        if response is None:
+            self._pending = request
         else:
-            reply = route.start(request)
-            self._pending = route, request, reply
-            reply.add_done_callback(partial(self._respond, route, request))
+            self.transport.write(response)
+            self._complete_fast_request()
         return data[request.total_bytes :]
 
     @property
@@ -252,16 +250,15 @@ class HttpProtocol(FramingProtocol):
         if self._half_closed and not self._has_pending_replies:
             self.transport.close()
 
-    def _respond(self, route: FastRoute, request: FastRequest, reply: PendingReply) -> None:
+    def _respond(self, result: Reply | CarryError) -> None:
         """Answer the pending request."""
-        self._pending = None
-        if reply.cancelled() or self.transport.is_closing():
+        request, self._pending = self._pending, None
+        if request is None or self.transport.is_closing():
             return
-        [result] = reply.result()
         closes = self._closes_after_reply or (
             self._connections.close_after_response and not self._buffered
         )
-        self.transport.write(route.response(request, result, closes=closes))
+        self.transport.write(request.route.response(request, result, closes=closes))
         if closes:
             self.transport.close()
             return
@@ -461,8 +458,7 @@ class HttpProtocol(FramingProtocol):
         """The client disconnected, or the connection was closed."""
         self._connections.remove(self)
         if self._pending is not None:
-            route, request, reply = self._pending
-            route.cancel(request, reply)
+            self._pending.route.cancel(self._pending)
         if self._running_cycle is not None:
             self._running_cycle.transport = self.transport
             # uvicorn notifies only the last request that it has parsed

@@ -20,7 +20,6 @@ from service.transports.http.connection.fast_path import (
     MAX_REQUEST_BYTES,
     FastPath,
     FastRequest,
-    PendingReply,
 )
 from service.transports.http.connection.framing import MAX_HEAD_BYTES, PIECE_BYTES
 from service.transports.http.connection.http_protocol import HttpProtocol
@@ -148,9 +147,9 @@ async def test_graceful_shutdown_starts_no_request_that_it_would_not_answer(
     started: list[FastRequest] = []
     start = FastPath.start
 
-    def watched(fast_path: FastPath, request: FastRequest) -> PendingReply:
+    def watched(fast_path: FastPath, request: FastRequest, *rest: Any) -> bytes | None:
         started.append(request)
-        return start(fast_path, request)
+        return start(fast_path, request, *rest)
 
     monkeypatch.setattr(FastPath, "start", watched)
     async with connected(api) as client:
