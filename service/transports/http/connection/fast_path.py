@@ -231,7 +231,12 @@ class FastRoute(ABC):
             The whole response to a rejected request; None if `on_result` will get its result.
         """
         if request.chunk is None:
-            return self._rejection(request)
+            error = request.rejection or Overloaded("the request was rejected")
+            self._api.recorder.record_error(request.wire.served.name, error.code)
+            media, request_id = request.reply_media, request.request_id
+            response = self._overload_responses.response(error, media, request_id)
+            self._log(request, STATUS[Overloaded], response, error.code)
+            return response
         request.job = request.pipeline.enqueue(request.chunk, request.deadline_s, on_result)
         return None
 
@@ -241,14 +246,6 @@ class FastRoute(ABC):
         with bound_contextvars(request_id=request.request_id.decode()):
             log_client_disconnect("POST")
         self._log(request, CLIENT_DISCONNECTED, END_OF_HEAD)
-
-    def _rejection(self, request: FastRequest) -> bytes:
-        """The whole response to a rejected request."""
-        error = request.rejection or Overloaded("the request was rejected")
-        self._api.recorder.record_error(request.wire.served.name, error.code)
-        response = self._overload_responses.response(error, request.reply_media, request.request_id)
-        self._log(request, STATUS[Overloaded], response, error.code)
-        return response
 
     def response(self, request: FastRequest, result: Reply | CarryError, *, closes: bool) -> bytes:
         """The whole response; with `closes`, the connection is closed after it."""
