@@ -30,6 +30,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # TensorFlow would split small operations among threads. Subprocesses inherit both.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+# Tests start more than a hundred services.
+Service.forks = True
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -142,7 +142,7 @@ class Bench:
         reply_bytes: int = 1800,
         environment: Mapping[str, str] | None = None,
         name: str | None = None,
-        checkout: Path = REPOSITORY,
+        checkout: Path | None = None,
     ) -> Server:
         """A ready server at rest: `fastapi`, `competent`, or `carry-RUNTIME`. AssertionError with
         its log where it does not start.
@@ -152,7 +152,7 @@ class Bench:
             models: a folder of models that Carry serves, instead of the one.
             reply_bytes: of the floor's fixed reply.
             environment: further variables, for Carry's other settings.
-            checkout: whose code it runs, on this one's packages.
+            checkout: whose code it runs, on this one's packages; by default this one's.
         """
         print(f"starting {name or kind}")
         artifact, store, port = artifact or self.artifact, store or self.store, free_port()

@@ -11,6 +11,7 @@ from tests.bench import run, sections, workloads
 from tests.bench.__main__ import main
 from tests.bench.results import MISSED, Results, check_targets
 from tests.bench.run import UNANSWERED, Bench, Options
+from tests.support.forks import fork_server
 from tests.support.machine import REPOSITORY, Cores
 from tests.support.service import Service
 
@@ -63,7 +64,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     options = Options(rounds=2, streams=64, many_streams=2000, beside=REPOSITORY)
     options.instructions = False
     options.runtimes = ("onnxruntime",)
+    # without cores to choose, only the end of a run that is killed needs a `preexec_fn`
+    monkeypatch.setattr(run, "pin_child", lambda cores: None)
     resource_tracker.ensure_running()
+    fork_server()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     about = {"commit": "none", "machine": "none", "date": "now"}
     yield Bench(options, Cores((), ()), tmp_path, Results(about))

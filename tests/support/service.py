@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +13,23 @@ from typing import Any
 
 import httpx
 
+from tests.support.forks import COMMAND, Fork
 from tests.support.servers import until
 
-COMMAND = str(Path(sys.executable).with_name("carry"))
-"""The installed command."""
 READY_S = 120
 POLL_S = 0.025
 """A start takes a second; frequent requests and reads of the log would slow it down."""
 
 
 class Service:
-    """One `carry serve` process and its log."""
+    """One `carry serve` process and its log.
+
+    Attributes:
+        forks: whether it may start in a fork of a process that has imported it, as tests do;
+            what is measured is the command itself.
+    """
+
+    forks = False
 
     def __init__(
         self,
@@ -51,7 +56,8 @@ class Service:
             self._command += ["--redis-url", redis_url]
         self._log = folder / "service.log"
         self._from = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self._may_fork = self._checkout is None and not prefix and prepare is None
+        self.process: subprocess.Popen[bytes] | Fork | None = None
         self.url = ""
 
     def start(self, **environment: str) -> None:
@@ -73,12 +79,16 @@ class Service:
             given = environment.get("PYTHONPATH")
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (given, str(self._checkout))))
         self._from = self._log.stat().st_size if self._log.exists() else 0
+        variables = {**inherited, **environment}
         with self._log.open("ab") as output:
+            if self.forks and self._may_fork and "PYTHONPATH" not in variables:
+                self.process = Fork(self._command, variables, [0, output, output])
+                return
             self.process = subprocess.Popen(
                 self._command,
                 stdout=output,
                 stderr=output,
-                env={**inherited, **environment},
+                env=variables,
                 start_new_session=True,
                 cwd=self._checkout,
                 preexec_fn=self._prepare,

@@ -1,0 +1,156 @@
+"""Starts `carry` in forks of a process that has imported it, for a fifth of the processor time.
+
+One process per test worker, the fork server, imports Carry's modules, and for each start forks a
+process that then runs the installed console script: in a session of its own, with the given
+environment, working directory, and standard streams. Only the imports are shared. What is to be
+seen at an import (PYTHONPATH, `sitecustomize`) needs the command itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import IO, NoReturn
+
+COMMAND = str(Path(sys.executable).with_name("carry"))
+"""The installed command."""
+IMPORTED = (
+    *("carry.cli", "service.server", "service.app", "service.engine.runtimes.onnx", "onnxruntime"),
+    *("uvloop", "uvicorn.loops.uvloop", "uvicorn.lifespan.on", "uvicorn.middleware.message_logger"),
+)
+"""Most of what a service imports."""
+REQUEST_BYTES = 1 << 20
+
+
+class Fork:
+    """A process of the command, with the attributes of a `Popen`."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        streams: Sequence[IO[bytes] | int],
+        folder: str | None = None,
+    ):
+        """Start `command`, of which the first word is `COMMAND`, with stdin, stdout and stderr."""
+        self.returncode: int | None = None
+        self._status, status = os.pipe()
+        request = json.dumps({"command": command, "environment": {**environment}, "folder": folder})
+        files = [each if isinstance(each, int) else each.fileno() for each in streams]
+        socket.send_fds(fork_server(), [request.encode()], [*files, status])
+        os.close(status)
+        self.pid = self._read()
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+        if self.returncode is None and select.select([self._status], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit status."""
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("carry", timeout or 0)
+            self.returncode = self._read()
+            os.close(self._status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has exited."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def _read(self) -> int:
+        return int.from_bytes(os.read(self._status, 4), signed=True)
+
+
+@cache
+def fork_server() -> socket.socket:
+    """The connection to this process's fork server, which ends with it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[2],
+            process_group=0,
+        )
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
+    return ours
+
+
+def _serve(requests: socket.socket) -> None:
+    """Fork a process for each request, and report its exit."""
+    running: dict[int, int] = {}
+
+    def report_exits(*_: object) -> None:
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                status = running.pop(ended[0])
+                os.write(status, os.waitstatus_to_exitcode(ended[1]).to_bytes(4, signed=True))
+                os.close(status)
+
+    signal.signal(signal.SIGCHLD, report_exits)
+    while True:
+        data, received, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 4)
+        if not data:
+            return
+        *files, status = received
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        if (pid := os.fork()) == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            for number in (requests.detach(), status, *running.values()):
+                os.close(number)
+            _run(files, **json.loads(data))
+        running[pid] = status
+        os.write(status, pid.to_bytes(4, signed=True))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        for number in files:
+            os.close(number)
+
+
+def _run(
+    streams: Sequence[int], command: list[str], environment: dict[str, str], folder: str | None
+) -> NoReturn:
+    """Become the console script; its exit is that of this process."""
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    if folder is not None:
+        os.chdir(folder)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+    sys.exit()
+
+
+if __name__ == "__main__":
+    for module in IMPORTED:
+        import_module(module)
+    _serve(socket.socket(fileno=int(sys.argv[1])))
