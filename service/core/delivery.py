@@ -53,7 +53,7 @@ from service.core.values import (
     TAG_BYTES,
     Chunk,
     Feed,
-    LastChunk,
+    LastFields,
     Steps,
     StoredReply,
     StreamHead,
@@ -333,10 +333,10 @@ def next_head(chunk: Chunk, base: StreamHead | None) -> StreamHead:
     return StreamHead(epoch, next_tag(tag, start, chunk.digest), start + chunk.steps.length)
 
 
-def last_chunk(chunk: Chunk, base: StreamHead | None) -> LastChunk:
-    """What the stream keeps of a processed chunk; `base` as for `next_head`."""
-    start = base.position if base else 0
-    return LastChunk(start, chunk.digest[:DIGEST_BYTES], base is not None and start == 0)
+def last_chunk(chunk: Chunk, base: StreamHead | None) -> LastFields:
+    """What the stream keeps of a processed chunk, a `LastChunk`; `base` as for `next_head`."""
+    start = base.position if base is not None else 0
+    return start, chunk.digest[:DIGEST_BYTES], base is not None and start == 0
 
 
 def start_epoch(

@@ -86,6 +86,10 @@ class LastChunk(NamedTuple):
         return self.start == 0 and not self.stream_existed
 
 
+LastFields = tuple[int, bytes, bool]
+"""A `LastChunk`, or a plain tuple of its fields: a batch makes no object for each chunk."""
+
+
 class StreamState(NamedTuple):
     """One stream as it is stored.
 

@@ -304,9 +304,10 @@ class ChunkCommitter:
     def _encode(self, computed: Computed) -> CommitColumns:
         """The bytes that the store compares and writes for each item."""
         items, heads, outputs, floats, ints = computed
+        packed = list(map(pack_head, heads))
         states = encode_states(
             [item.chunk.steps.feed for item in items],
-            heads,
+            packed,
             [last_chunk(item.chunk, item.base.head if item.base else None) for item in items],
             State(floats, ints),
             fingerprint=self._served.fingerprint,
@@ -316,7 +317,7 @@ class ChunkCommitter:
             [item.key for item in items],
             [item.expected for item in items],
             states,
-            encode_replies(heads, outputs),
+            encode_replies(packed, outputs),
         )
 
     def _is_in_time(self, job: ChunkJob, now_s: float) -> bool:

@@ -360,11 +360,12 @@ class Pipeline:
                     blocking[stream] = item
             applied = await self._apply([chunk for _, chunk in runnable.values()], deadline_s)
             for (index, item), result in zip(runnable.values(), applied, strict=True):
-                if isinstance(result, InvalidInput):
-                    result = result.within(f"chunks[{index}]")
+                if isinstance(result, CarryError):
+                    if isinstance(result, InvalidInput):
+                        result = result.within(f"chunks[{index}]")
+                    if not item.dry_run:
+                        blocking[item.key.stream] = result
                 results[index] = result
-                if isinstance(result, CarryError) and not item.dry_run:
-                    blocking[item.key.stream] = result
             waiting = behind
         return [results[index] for index in range(len(items))]
 

@@ -63,6 +63,7 @@ from service.core.values import (
     Feed,
     FloatRows,
     LastChunk,
+    LastFields,
     StoredReply,
     StreamHead,
     StreamState,
@@ -90,6 +91,7 @@ _REPLY_CRC_OFFSET: Final = _REPLY_LEAD.size
 _FLOAT: Final = np.dtype("<f4")
 _INT: Final = np.dtype("<i8")
 _NO_DIGEST: Final = bytes(DIGEST_BYTES)
+_NO_LAST: Final = (0, _NO_DIGEST, False)
 _ZERO: Final = bytes(3)
 _NO_INTS: Final = np.frombuffer(b"", _INT)
 
@@ -110,8 +112,8 @@ class CodecError(Exception):
 
 def encode_states(
     feeds: Sequence[Feed],
-    heads: Sequence[StreamHead],
-    last: Sequence[LastChunk | None],
+    heads: Sequence[bytes],
+    last: Sequence[LastFields | None],
     states: State,
     *,
     fingerprint: bytes,
@@ -120,9 +122,12 @@ def encode_states(
     """Encode many streams with states of the same size.
 
     Args:
+        heads: packed.
+        last: the last chunks, whose digests have 16 bytes.
         states: floats float32 [B, N] and ints int64 [B, M]. The caller checks that they are finite,
             for all at once.
-        fingerprint, updated_ms: of all streams.
+        fingerprint: 16 bytes, of all streams.
+        updated_ms: of all streams.
 
     Raises:
         CodecError: a value does not fit the layout.
@@ -133,28 +138,35 @@ def encode_states(
             f"expected float32 [B, N] and int64 [B, M], got {floats.dtype} {list(floats.shape)} "
             f"and {ints.dtype} {list(ints.shape)}"
         )
-    int_size, float_size = ints.shape[1], floats.shape[1]
+    int_size, float_size = 8 * ints.shape[1], 4 * floats.shape[1]
     float_bytes, int_bytes = floats.tobytes(), ints.tobytes()
     values: list[bytes] = []
     at = int_at = 0
-    for feed, (epoch, tag, position), chunk in zip(feeds, heads, last, strict=True):
-        start, digest, existed = chunk or (0, _NO_DIGEST, False)
-        if not len(fingerprint) == len(tag) == len(digest) == 16 or len(epoch) != EPOCH_BYTES:
-            raise CodecError(
-                "expected 16 bytes each of fingerprint, tag and digest, and 8 of the epoch, got "
-                f"{len(fingerprint)}, {len(tag)}, {len(digest)} and {len(epoch)}"
-            )
-        try:
+    known: int | None = None
+    try:
+        updated = updated_ms.to_bytes(8, "little", signed=True)
+        for feed, head, chunk in zip(feeds, heads, last, strict=True):
+            start, digest, existed = chunk or _NO_LAST
             flags = _FEED_IS_INPUTS if feed is Feed.INPUTS else 0
             flags |= (_HAS_LAST if chunk else 0) | (_STREAM_EXISTED if existed else 0)
-            lead, crc = _state_lead(flags, int_size, float_size)
-            rest = _STATE_REST.pack(fingerprint, epoch, tag, position, start, digest, updated_ms)
-        except struct.error as error:
-            raise CodecError(f"a value is out of range: {error}") from error
-        end, int_end = at + 4 * float_size, int_at + 8 * int_size
-        body = b"".join((rest, int_bytes[int_at:int_end], float_bytes[at:end]))
-        at, int_at = end, int_end
-        values.append(b"".join((lead, zlib.crc32(body, crc).to_bytes(4, "little"), body)))
+            if flags != known:
+                known, (lead, crc) = flags, _state_lead(flags, ints.shape[1], floats.shape[1])
+            end, int_end = at + float_size, int_at + int_size
+            body = b"".join(
+                (
+                    fingerprint,
+                    head,
+                    start.to_bytes(8, "little"),
+                    digest,
+                    updated,
+                    int_bytes[int_at:int_end],
+                    float_bytes[at:end],
+                )
+            )
+            at, int_at = end, int_end
+            values.append(b"".join((lead, zlib.crc32(body, crc).to_bytes(4, "little"), body)))
+    except (struct.error, OverflowError) as error:
+        raise CodecError(f"a value is out of range: {error}") from error
     return values
 
 
@@ -180,12 +192,18 @@ def encode_state(stream: StreamState) -> bytes:
         CodecError: a value does not fit the layout.
     """
     floats, ints = stream.state
+    last, fingerprint = stream.last, stream.fingerprint
+    if len(fingerprint) != FINGERPRINT_BYTES or (last and len(last.digest) != DIGEST_BYTES):
+        raise CodecError(
+            f"expected {FINGERPRINT_BYTES} bytes of the fingerprint and {DIGEST_BYTES} of the "
+            f"digest, got {len(fingerprint)} and {len(last.digest) if last else 'none'}"
+        )
     return encode_states(
         [stream.feed],
-        [stream.head],
-        [stream.last],
+        [pack_head(stream.head)],
+        [last],
         State(floats[np.newaxis], ints[np.newaxis]),
-        fingerprint=stream.fingerprint,
+        fingerprint=fingerprint,
         updated_ms=stream.updated_ms,
     )[0]
 
@@ -384,25 +402,31 @@ def raw_head(value: bytes) -> StreamHead:
     return StreamHead(raw[:EPOCH_BYTES], raw[EPOCH_BYTES:], 0)
 
 
-def encode_replies(heads: Sequence[StreamHead], outputs: Sequence[FloatRows]) -> list[bytes]:
+def encode_replies(heads: Sequence[bytes], outputs: Sequence[FloatRows]) -> list[bytes]:
     """Encode replies, outputs float32 [T, O] of each; the caller checks that they are finite.
+
+    Args:
+        heads: packed.
 
     Raises:
         CodecError: a value does not fit the layout.
     """
     replies: list[bytes] = []
+    known: tuple[int, ...] = ()
     for head, values in zip(heads, outputs, strict=True):
-        if values.ndim != 2 or values.dtype != _FLOAT:
-            raise CodecError(f"expected float32 [T, O], got {values.dtype} {list(values.shape)}")
-        lead, crc = _reply_lead(*values.shape)
-        body = pack_head(head) + values.tobytes()
+        shape = values.shape
+        if shape != known:
+            if len(shape) != 2 or values.dtype != _FLOAT:
+                raise CodecError(f"expected float32 [T, O], got {values.dtype} {list(shape)}")
+            known, (lead, crc) = shape, _reply_lead(*shape)
+        body = head + values.tobytes()
         replies.append(b"".join((lead, zlib.crc32(body, crc).to_bytes(4, "little"), body)))
     return replies
 
 
 def encode_reply(reply: StoredReply) -> bytes:
     """Encode one reply; see `encode_replies`."""
-    return encode_replies([reply.head], [reply.outputs])[0]
+    return encode_replies([pack_head(reply.head)], [reply.outputs])[0]
 
 
 @lru_cache(maxsize=256)

@@ -94,7 +94,7 @@ def applied(
 ) -> StreamState:
     """The stream after a processed chunk."""
     head = base.head if base else None
-    new, last = next_head(chunk, head), last_chunk(chunk, head)
+    new, last = next_head(chunk, head), LastChunk(*last_chunk(chunk, head))
     return StreamState(new, chunk.steps.feed, fingerprint, last, now_ms, state)
 
 
