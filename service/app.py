@@ -31,7 +31,7 @@ from service.console.page import add_console
 from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.audit import audit
 from service.ops.connection_balance import FULL
-from service.ops.graceful_server import MEASURE_LOAD, ON_LAME_DUCK, ON_RETIRE, ON_STOP
+from service.ops.graceful_server import LATE_S, MEASURE_LOAD, ON_LAME_DUCK, ON_RETIRE, ON_STOP
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
@@ -55,10 +55,6 @@ from service.transports.websocket.watching import add_watching
 
 if TYPE_CHECKING:
     from service.transports.kserve.grpc.server import GrpcServer
-
-LATE_S = 2.0
-"""How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
-clients disconnected, and batches in their commit may finish."""
 
 COLLECTOR_THRESHOLDS = (10_000, 20, 1_000)
 """Allocations before a collection of the youngest generation, and collections of each generation

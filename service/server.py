@@ -23,8 +23,7 @@ from typing import Literal, NoReturn
 import structlog
 import uvicorn
 
-from service.app import LATE_S
-from service.ops.graceful_server import Periods
+from service.ops.graceful_server import LATE_S, Periods
 from service.ops.logs import flush_logs
 from service.ops.open_files import raise_open_files_limit
 from service.ops.single_worker import SingleWorker
@@ -35,7 +34,6 @@ from service.store.embedded.embedded_valkey import EmbeddedValkey
 from service.store.open import open_store
 from service.store_settings import store_settings
 from service.transports.http.connection.connections import CHECK_INTERVAL_S
-from service.transports.http.connection.http_protocol import HttpProtocol
 
 log = structlog.get_logger(__name__)
 
@@ -121,7 +119,7 @@ def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[],
         factory=True,
         workers=settings.workers,
         log_config=None,
-        http=HttpProtocol,
+        http="service.transports.http.connection.http_protocol:HttpProtocol",
         # named, so that a missing uvloop is an error and does not halve the rate
         loop="auto" if sys.platform == "win32" else "uvloop",
         ws="none",

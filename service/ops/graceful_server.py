@@ -42,6 +42,10 @@ MEASURE_LOAD: Final = "measure_load"
 """Key in the lifespan's state: a function that returns the load which new connections are balanced
 by."""
 
+LATE_S: Final = 2.0
+"""How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
+clients disconnected, and batches in their commit may finish."""
+
 SIGRETIRE: Final[signal.Signals | None] = getattr(signal, "SIGUSR1", None)
 """Begins the retirement; None on Windows."""
 

@@ -60,7 +60,9 @@ LIGHT: list[tuple[set[str], list[str]]] = [
     (NETWORKS | WEB | STORES, ["models.events.frame", "models.events.fit"]),
     (NETWORKS | TABLES | WEB, ["service.store.*"]),
     (NETWORKS | TABLES | STORES, ["service.transports.http.*"]),
-    (NETWORKS | TABLES, ["service.app", "service.server"]),
+    (NETWORKS | TABLES, ["service.app"]),
+    # the parent of several workers serves nothing itself
+    (NETWORKS | TABLES | (WEB - {"uvicorn"}), ["service.server"]),
 ]
 
 BROUGHT = """

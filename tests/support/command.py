@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.forks import COMMAND, Fork
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,13 @@ class Result:
 
 def carry(*words: str | Path, data: bytes = b"") -> Result:
     """Run a command with `data` as its standard input."""
-    command = [sys.executable, "-m", "service.cli", *map(str, words)]
-    done = subprocess.run(command, input=data, capture_output=True, timeout=60, check=False)
-    return Result(done.returncode, done.stdout, done.stderr.decode())
+    with ExitStack() as stack:
+        stdin, stdout, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        stdin.write(data)
+        stdin.seek(0)
+        fork = Fork([COMMAND, *map(str, words)], os.environ, [stdin, stdout, stderr], os.getcwd())
+        exit_code = fork.wait(60)
+        # the file's position is the command's too
+        stdout.seek(0)
+        stderr.seek(0)
+        return Result(exit_code, stdout.read(), stderr.read().decode())
