@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -174,7 +174,7 @@ class ClusterRouter(Router):
 
     # Requests
 
-    def _enqueue(self, requests: Sequence[StoreRequest]) -> Sequence[PipelinedConnection]:
+    def _dispatch(self, requests: Sequence[StoreRequest]) -> Iterable[PipelinedConnection]:
         connections: dict[PipelinedConnection, list[StoreRequest]] = {}
         for request in requests:
             owner = self._owners[request.slot]
@@ -185,8 +185,8 @@ class ClusterRouter(Router):
             else:
                 connections.setdefault(self._server(owner).connection, []).append(request)
         for connection, group in connections.items():
-            connection.enqueue(group)
-        return list(connections)
+            connection.send(group)
+        return connections
 
     def _last_error(self) -> BaseException | None:
         return self._topology_error
@@ -197,13 +197,11 @@ class ClusterRouter(Router):
     async def _retry(self, request: StoreRequest, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         if not request.future.done():
-            for connection in self._enqueue((request,)):
-                connection.flush()
+            self._dispatch((request,))
 
     async def _send(self, connection: PipelinedConnection, request: StoreRequest) -> None:
         if not request.future.done():
-            connection.enqueue((request,))
-            connection.flush()
+            connection.send((request,))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

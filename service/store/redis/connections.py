@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
-import hiredis
-from redis._parsers import BaseParser
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
@@ -25,7 +23,6 @@ from redis.exceptions import (
     AuthorizationError,
     BusyLoadingError,
     ClusterDownError,
-    InvalidResponse,
     MasterDownError,
     MovedError,
     NoPermissionError,
@@ -60,8 +57,6 @@ _ERROR_CODES: Final[Mapping[type[RedisError], str]] = {
 }
 """Error codes that begin error replies. The client library removes them, and operators search
 for them."""
-
-_NOT_ENOUGH: Final = object()
 
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """Idle seconds before the first probe, seconds between probes, and number of probes; each if the
@@ -119,75 +114,25 @@ class ConnectionFactory:
         )
 
 
-class ReplyReader(asyncio.Protocol):
-    """Parses the replies that arrive on one connection.
-
-    Args:
-        on_reply: called with each reply, in order; an error reply is an instance of RedisError. If
-            it raises, the connection ends.
-
-    Attributes:
-        ended: resolved once with the reason; no reply is passed on afterwards.
-    """
-
-    def __init__(self, transport: asyncio.Transport, on_reply: Callable[[Any], None]):
-        self.transport = transport
-        self.ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-        self._on_reply = on_reply
-        self._parser = hiredis.Reader(
-            protocolError=InvalidResponse,
-            replyError=BaseParser.parse_error,
-            notEnoughData=_NOT_ENOUGH,
-        )
-
-    def data_received(self, data: bytes) -> None:
-        parser = self._parser
-        parser.feed(data)
-        try:
-            while not self.ended.done() and (reply := parser.gets()) is not _NOT_ENOUGH:
-                self._on_reply(reply)
-        except Exception as error:
-            self.end(error)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.end(error or RedisConnectionError("the server closed the connection"))
-
-    def end(self, error: BaseException) -> None:
-        """End the connection, unless it has ended."""
-        if not self.ended.done():
-            self.ended.set_result(error)
-
-
-def read_replies(connection: AbstractConnection, on_reply: Callable[[Any], None]) -> ReplyReader:
-    """Read the replies of an open connection from now on instead of the client library."""
-    transport = transport_of(connection)
-    if transport is None:
-        raise RedisConnectionError("the connection was closed")
-    reader = ReplyReader(transport, on_reply)
-    transport.set_protocol(reader)
-    return reader
-
-
-def transport_of(connection: AbstractConnection) -> asyncio.Transport | None:
-    """The transport of a connection, None if it is closed; private in the client library."""
+def transport_of(connection: AbstractConnection) -> asyncio.Transport:
+    """The transport of an open connection; private in the client library."""
     writer: Any = connection._writer
-    return None if writer is None else writer.transport
+    transport: asyncio.Transport = writer.transport
+    return transport
 
 
 def drop_unsent_on_close(connection: AbstractConnection) -> None:
     """Make the kernel discard unsent bytes when a TCP connection ends, even by a crash of the
     process (SO_LINGER 0); by default it would continue to send them."""
-    transport = transport_of(connection)
-    sock = None if transport is None else transport.get_extra_info("socket")
+    sock = transport_of(connection).get_extra_info("socket")
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 async def abort(connection: AbstractConnection) -> None:
     """Close a connection at once and discard its unsent bytes."""
-    transport = transport_of(connection)
-    if transport is not None:
-        transport.abort()
+    if connection.is_connected:
+        transport_of(connection).abort()
     await connection.disconnect(nowait=True)
 
 

@@ -1,7 +1,7 @@
 """A pipelined connection: requests are written at once and replies are matched in order.
 
 A request does not wait for the reply to the one before it. The server executes requests in the
-order in which they were enqueued, so a commit sees every earlier commit, and a load behind a commit
+order of the calls of `send`, so a commit sees every earlier commit, and a load behind a commit
 sees what that commit wrote.
 
 If the connection breaks, or a reply takes longer than the response timeout, it is opened again
@@ -23,32 +23,35 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
+import hiredis
 import structlog
+from redis._parsers import BaseParser
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import InvalidResponse, NoScriptError, RedisError
 
 from service.core.errors import CarryError
 from service.core.values import StreamKey
 from service.store.observation import StoreTelemetry
 from service.store.redis.connections import (
     ConnectionFactory,
-    ReplyReader,
     abort,
     describe_error,
     drop_unsent_on_close,
     is_error_reply,
     is_transient,
-    read_replies,
+    transport_of,
 )
 from service.store.redis.outcomes import Reply, ReplyLost
 from service.store.redis.requests import StoreRequest, pack_command
 
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.5
+_NOT_ENOUGH: Final = object()
 ASKING: Final = pack_command(("ASKING",))
 
 log = structlog.get_logger(__name__)
@@ -64,11 +67,51 @@ class RedirectHandler(Protocol):
         """The node is unavailable; called after every failed attempt to connect."""
 
 
+class ReplyReader(asyncio.Protocol):
+    """Parses the replies that arrive on one connection, instead of the client library.
+
+    Args:
+        on_reply: called with each reply, in order; an error reply is an instance of RedisError. If
+            it raises, the connection ends.
+
+    Attributes:
+        ended: resolved once with the reason; no reply is passed on afterwards.
+    """
+
+    def __init__(self, transport: asyncio.Transport, on_reply: Callable[[Any], None]):
+        transport.set_protocol(self)
+        self.transport = transport
+        self.ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self._on_reply = on_reply
+        self._parser = hiredis.Reader(
+            protocolError=InvalidResponse,
+            replyError=BaseParser.parse_error,
+            notEnoughData=_NOT_ENOUGH,
+        )
+
+    def data_received(self, data: bytes) -> None:
+        parser = self._parser
+        parser.feed(data)
+        try:
+            while not self.ended.done() and (reply := parser.gets()) is not _NOT_ENOUGH:
+                self._on_reply(reply)
+        except Exception as error:
+            self.end(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.end(error or RedisConnectionError("the server closed the connection"))
+
+    def end(self, error: BaseException) -> None:
+        """End the connection, unless it has ended."""
+        if not self.ended.done():
+            self.ended.set_result(error)
+
+
 class PipelinedConnection:
     """One ordered connection to a server; it is opened by the first request.
 
     Invariant, by which replies find their requests: `_pending` holds the requests in the order in
-    which they were enqueued and are written, and a write sends all that was enqueued before.
+    which they are written.
 
     Attributes:
         generation: the sequence number of the first request on the present connection. Requests
@@ -88,7 +131,6 @@ class PipelinedConnection:
         self._replies: ReplyReader | None = None
         self._has_replied = False
         self._pending: deque[StoreRequest] = deque()
-        self._unwritten: list[StoreRequest] = []
         self._has_work = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
         self._reply_due_since_s: float | None = None
@@ -112,23 +154,19 @@ class PipelinedConnection:
         connection: Any = self._connection
         return connection.host, connection.port
 
-    def enqueue(self, requests: Sequence[StoreRequest]) -> None:
-        """Append requests behind all that were enqueued before; `flush` sends them."""
+    def send(self, requests: Sequence[StoreRequest]) -> None:
+        """Send requests behind all that were sent before; opens the connection if it is closed."""
+        queued: list[StoreRequest] = []
         for request in requests:
             request.connection = self
             if request.needs_asking:
                 # It shares the future: dropped together with its request; its reply is counted.
-                asking = StoreRequest(ASKING, request.future, is_asking=True)
-                self._pending.append(asking)
-                self._unwritten.append(asking)
-            self._pending.append(request)
-            self._unwritten.append(request)
-
-    def flush(self) -> None:
-        """Send what was enqueued; opens the connection if it is closed."""
+                queued.append(StoreRequest(ASKING, request.future, is_asking=True))
+            queued.append(request)
+        self._pending += queued
         if self._is_open:
-            self._write()
-        elif self._pending:
+            self._write(queued)
+        else:
             self._has_work.set()
             if self._runner is None:
                 self._runner = asyncio.get_running_loop().create_task(self._run())
@@ -167,44 +205,33 @@ class PipelinedConnection:
             elif not request.future.done() and not request.is_asking:
                 taken.append(request)
         self._pending.clear()
-        self._unwritten.clear()
         # Replies that still arrive on it belong to no request.
         self._end(ConnectionError("the node has no slots any more"))
         return taken
 
-    def _write(self) -> None:
-        """Write what was enqueued; the reader detects a broken connection.
+    def _write(self, requests: Sequence[StoreRequest]) -> None:
+        """Write requests to the present connection.
 
         It does not wait for the server: a cancelled caller must not close a shared connection.
         Unsent bytes are bounded by what callers wait for and by the response timeout.
         """
-        replies = self._replies
         # Never to a closing transport: some versions of CPython would register its socket again,
         # whose file descriptor the next connection may reuse (python/cpython#136234).
-        if replies is None or replies.transport.is_closing() or not self._unwritten:
+        if self._replies is None or self._replies.transport.is_closing() or not requests:
             return
-        packed: list[bytes] = []
-        dropped: list[StoreRequest] = []
-        first: StoreRequest | None = None
-        sequence, generation = self._sequence, self.generation
-        for request in self._unwritten:
-            if request.future.done() and not request.is_sent:
-                dropped.append(request)
-                continue
-            packed.append(request.packed)
-            sequence += 1
-            first = first or request
-            request.is_sent, request.generation, request.sequence = True, generation, sequence
-        self._sequence = sequence
-        if dropped:
-            # Only unsent requests may be dropped: the others still get their reply.
-            self._pending = deque(r for r in self._pending if r not in dropped)
-        self._unwritten.clear()
-        self._expect_reply()
+        for request in requests:
+            self._sequence += 1
+            request.is_sent = True
+            request.generation, request.sequence = self.generation, self._sequence
+        now_s = time.monotonic()
+        if self._reply_due_since_s is None:
+            self._reply_due_since_s = now_s
+        if self._response_timer is None:
+            self._check_response_time()
         if self._timed is None:
-            self._timed, self._timed_since_s = first, time.monotonic()
+            self._timed, self._timed_since_s = requests[0], now_s
         try:
-            replies.transport.writelines(packed)
+            self._replies.transport.writelines([request.packed for request in requests])
         except (OSError, RuntimeError) as error:
             # uvloop raises RuntimeError for a transport it closed before the reader was notified.
             self._end(ConnectionError(str(error)))
@@ -220,7 +247,8 @@ class PipelinedConnection:
                 if self._sequence:
                     self._telemetry.reconnects += 1
                 drop_unsent_on_close(self._connection)
-                self._replies = read_replies(self._connection, self._handle_reply)
+                transport = transport_of(self._connection)
+                self._replies = ReplyReader(transport, self._handle_reply)
                 self._resend()
                 error: BaseException = await self._replies.ended
                 failures = 0 if self._has_replied else failures
@@ -246,11 +274,10 @@ class PipelinedConnection:
         self._drop_abandoned()
         for request in self._pending:
             request.is_retry = request.is_retry or request.is_sent
-        self._unwritten = list(self._pending)
         self.generation = self._sequence + 1
         self._timed = None
         self._has_replied = False
-        self._write()
+        self._write(self._pending)
 
     def _handle_reply(self, value: Any) -> None:
         """Resolve the first pending request with a reply.
@@ -263,7 +290,10 @@ class PipelinedConnection:
                 raise value
             self._handle_error_reply(value)
         else:
-            self._record_available()
+            if self._unavailable_since_s is not None:
+                unavailable_s = round(time.monotonic() - self._unavailable_since_s, 3)
+                self._unavailable_since_s = None
+                log.info("store_available", store=self.redacted_url, unavailable_s=unavailable_s)
             request = self._pending.popleft()
             if request is self._timed:
                 self._timed = None
@@ -286,9 +316,9 @@ class PipelinedConnection:
             request.mark_not_executed()
         if isinstance(error, NoScriptError) and request.script is not None:
             self._pending.popleft()
-            request.send_script()
-            self.enqueue([request])
-            self._write()
+            if request.is_retry or not request.future.done():
+                request.send_script()
+                self.send([request])
         elif self._redirect_handler is not None and self._redirect_handler.handle_redirect(
             request, error
         ):
@@ -328,27 +358,17 @@ class PipelinedConnection:
                 awaited.update(request.streams)
                 pending.appendleft(request)
         self._pending = pending
-        self._unwritten = [r for r in self._unwritten if not r.future.done()]
-
-    def _expect_reply(self) -> None:
-        """Start the response timeout, unless it runs; one timer at a time."""
-        if self._reply_due_since_s is None:
-            self._reply_due_since_s = time.monotonic()
-        if self._response_timer is None:
-            self._start_response_timer(self._factory.response_timeout_s)
-
-    def _start_response_timer(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._response_timer = loop.call_later(seconds, self._check_response_time)
 
     def _check_response_time(self) -> None:
+        """End the connection if a reply is overdue; one timer at a time, while one is due."""
         self._response_timer = None
         if self._reply_due_since_s is None:
             return
         timeout_s = self._factory.response_timeout_s
         remaining_s = self._reply_due_since_s + timeout_s - time.monotonic()
         if remaining_s > 0:
-            self._start_response_timer(remaining_s)
+            loop = asyncio.get_running_loop()
+            self._response_timer = loop.call_later(remaining_s, self._check_response_time)
         else:
             self._end(TimeoutError(f"no reply for {timeout_s:g} s"))
 
@@ -359,11 +379,9 @@ class PipelinedConnection:
 
     def _handle_failure(self, error: BaseException) -> None:
         """Keep what is pending if the server may accept it later, otherwise reject it."""
-        if not isinstance(error, (RedisError, OSError)):
-            log.error("store_connection_failed", store=self.redacted_url, exc_info=error)
-            self._reject_all(error)
-            return
         if not is_transient(error):
+            if not isinstance(error, (RedisError, OSError)):
+                log.error("store_connection_failed", store=self.redacted_url, exc_info=error)
             self._reject_all(error)
             return
         # the timeout of a connect has no message
@@ -374,9 +392,3 @@ class PipelinedConnection:
         if self._unavailable_since_s is None:
             self._unavailable_since_s = time.monotonic()
             log.warning("store_unavailable", store=self.redacted_url, reason=describe_error(error))
-
-    def _record_available(self) -> None:
-        if self._unavailable_since_s is not None:
-            unavailable_s = round(time.monotonic() - self._unavailable_since_s, 3)
-            self._unavailable_since_s = None
-            log.info("store_available", store=self.redacted_url, unavailable_s=unavailable_s)

@@ -3,9 +3,10 @@
 Each stream has one string key for its state (see `codec`) and a second one for its last reply,
 with a short TTL. A load is one MGET, and a commit is one call of a Lua script that compares and
 writes each stream independently. On a single server, one call serves all streams; on a cluster,
-there is one call per slot, all sent concurrently. Requests of one stream use one pipelined
-connection, in the order of the calls. There are no locks: concurrency control is optimistic, and a
-commit that comes too late fails its compare-and-set.
+there is one call per slot, all sent concurrently. Each is packed into one buffer here: the client
+library would allocate and format every argument by itself. Requests of one stream use one
+pipelined connection, in the order of the calls. There are no locks: concurrency control is
+optimistic, and a commit that comes too late fails its compare-and-set.
 
 A commit whose reply was lost is retried. If it then finds its own head, it was written. If it
 finds the stream at a later position of the same epoch, or in a newer epoch, nobody can tell whether
@@ -18,7 +19,10 @@ nor an earlier commit changes anything when it is delivered late.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from typing import Final
 
 import structlog
 
@@ -26,6 +30,8 @@ from service.core.errors import (
     CarryError,
 )
 from service.core.values import (
+    EPOCH_BYTES,
+    TAG_BYTES,
     Check,
     StoredReply,
     StreamHead,
@@ -54,7 +60,6 @@ from service.store.codec import (
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import Output, OutputChannel
 from service.store.redis.access_keys import read_access_keys, write_access_key
-from service.store.redis.batch_requests import BatchRequests
 from service.store.redis.deletion import StreamDeletion
 from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
@@ -69,7 +74,7 @@ from service.store.redis.outcomes import (
 )
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.readiness import Readiness
-from service.store.redis.requests import Script, StoreRequest
+from service.store.redis.requests import Script, StoreRequest, pack_strings
 from service.store.redis.router import first_error
 from service.store.redis.scan import list_streams
 from service.store.redis.script_results import WRITTEN, parse_result
@@ -79,6 +84,13 @@ from service.store.redis.stream_usage import RedisStreamUsage
 from service.store.redis.token_key import read_token_key
 from service.store.settings import Durability, StoreSettings
 from service.store.usage import StreamUsage
+
+BUSY_STREAMS: Final = 4096
+"""Streams whose packed names are cached between their requests."""
+
+EXPECTED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
+
+_STREAM: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
 
 log = structlog.get_logger(__name__)
 
@@ -104,15 +116,17 @@ class RedisStore:
             prefixes = map(self._keys.partition_prefix, range(settings.partitions))
             self._slots = [self._router.slot(prefix) for prefix in prefixes]
         self._is_durable = settings.durability is not Durability.MEMORY
-        commit_script = Script.load("commit")
-        self._requests = BatchRequests(settings, commit_script)
+        self._commit_script = Script.load("commit")
+        self._ttls = pack_strings(str(settings.idle_ttl_ms), str(settings.reply_ttl_ms))
+        self._max_reply_bytes = settings.reply_max_bytes if settings.reply_ttl_ms else 0
+        self._packed_names = lru_cache(maxsize=BUSY_STREAMS)(self._pack_names)
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(settings)
         self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys)
         self.deletion = StreamDeletion(
             self._router, settings, self.outputs, self._slot, self._ensure_durable
         )
-        self._readiness = Readiness(self._router, settings, commit_script)
+        self._readiness = Readiness(self._router, settings, self._commit_script)
 
     async def start(self) -> None:
         """Connect, check the servers and initialize a new store; once, before use.
@@ -190,7 +204,7 @@ class RedisStore:
             return []
         groups = self._group_by_slot(keys)
         requests = [
-            self._requests.load([keys[index] for index in group], slot) for slot, group in groups
+            self._load_request([keys[index] for index in group], slot) for slot, group in groups
         ]
         outcomes = await self._router.execute(*requests, deadline_s=deadline_s)
         if (error := first_error(outcomes)) is not None:
@@ -284,12 +298,12 @@ class RedisStore:
         self, commits: CommitColumns, deadline_s: float | None
     ) -> list[CommitResult]:
         """Commit with one script call for each slot."""
-        if not commits:
+        if not commits.keys:
             return []
         groups = self._group_by_slot(commits.keys)
         parts = [commits if len(groups) == 1 else commits.select(group) for _, group in groups]
         requests = [
-            self._requests.commit(part, slot) for part, (slot, _) in zip(parts, groups, strict=True)
+            self._commit_request(part, slot) for part, (slot, _) in zip(parts, groups, strict=True)
         ]
         outcomes = await self._router.execute(*requests, durably=True, deadline_s=deadline_s)
         if (error := first_error(outcomes)) is not None:
@@ -301,6 +315,35 @@ class RedisStore:
             of_part = await self._commit_results(part, outcome, deadline_s)
             results.update(zip(group, of_part, strict=True))
         return [results[index] for index in range(len(commits))]
+
+    def _pack_names(self, key: StreamKey) -> tuple[bytes, bytes]:
+        """The packed name of a stream's state, and those of its state and its reply."""
+        state, reply = self._keys.pair(key)
+        return pack_strings(state), pack_strings(state, reply)
+
+    def _load_request(self, keys: Sequence[StreamKey], slot: int) -> StoreRequest:
+        """The command that reads streams of one slot."""
+        names = [state for state, _ in map(self._packed_names, keys)]
+        packed = b"".join([b"*%d\r\n$4\r\nMGET\r\n" % (1 + len(keys)), *names])
+        return StoreRequest(packed, asyncio.get_running_loop().create_future(), slot=slot)
+
+    def _commit_request(self, commits: CommitColumns, slot: int) -> StoreRequest:
+        """The call of the script that commits streams of one slot."""
+        keys, expected, states, replies = (
+            commits.keys, commits.expected, commits.states, commits.replies
+        )  # fmt: skip
+        script, most, numkeys = self._commit_script, self._max_reply_bytes, b"%d" % (2 * len(keys))
+        packed = [
+            b"*%d\r\n%b" % (5 + 5 * len(keys), script.by_hash),
+            b"$%d\r\n%b\r\n" % (len(numkeys), numkeys),
+            *[names for _, names in map(self._packed_names, keys)],
+            self._ttls,
+        ]
+        for head, state, reply in zip(expected, states, replies, strict=True):
+            head, reply = head[:EXPECTED_BYTES], reply if len(reply) <= most else b""
+            packed.append(_STREAM % (len(head), head, len(state), state, len(reply), reply))
+        future = asyncio.get_running_loop().create_future()
+        return StoreRequest(b"".join(packed), future, script, keys, slot)
 
     def _publish(self, commits: Sequence[Commit], results: Sequence[CommitResult]) -> None:
         """Publish the outputs of the watched streams among those that were committed."""
@@ -359,8 +402,8 @@ class RedisStore:
             return [outcome_unknown_error(key, None, outcome) for key in commits.keys]
         if isinstance(outcome, CarryError):
             return [outcome] * len(commits)
-        if outcome.is_durable and outcome.value.count(WRITTEN) == len(commits):
-            return [COMMITTED] * len(commits)
+        if outcome.is_durable and outcome.value.count(WRITTEN) == len(commits.keys):
+            return [COMMITTED] * len(commits.keys)
         results: list[CommitResult] = []
         for index, (key, reply) in enumerate(zip(commits.keys, outcome.value, strict=True)):
             if reply == WRITTEN:

@@ -32,6 +32,11 @@ def pack_command(command: Command) -> bytes:
     return packed
 
 
+def pack_strings(*arguments: str) -> bytes:
+    """Arguments of a command as they are sent: bulk strings of RESP."""
+    return b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in map(str.encode, arguments))
+
+
 @dataclass(frozen=True)
 class Script:
     """A Lua script and its SHA-1, which identifies it to EVALSHA."""
@@ -77,7 +82,7 @@ class StoreRequest(msgspec.Struct, eq=False):
     """
 
     packed: bytes
-    future: asyncio.Future[Outcome | None]
+    future: asyncio.Future[Outcome]
     script: Script | None = None
     streams: Collection[StreamKey] = ()
     slot: int = 0
@@ -93,21 +98,9 @@ class StoreRequest(msgspec.Struct, eq=False):
     sequence: int = 0
 
     @classmethod
-    def for_packed(
-        cls,
-        packed: bytes,
-        slot: int,
-        script: Script | None = None,
-        streams: Collection[StreamKey] = (),
-    ) -> StoreRequest:
-        """Make the request of a command that is packed already; inside a running event loop."""
-        future: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
-        return cls(packed, future, script, streams, slot)
-
-    @classmethod
     def for_command(cls, *command: str | bytes | int, slot: int = 0) -> StoreRequest:
         """Make the request of a plain command; inside a running event loop."""
-        return cls.for_packed(pack_command(command), slot)
+        return cls(pack_command(command), asyncio.get_running_loop().create_future(), slot=slot)
 
     @classmethod
     def for_script(
@@ -120,7 +113,7 @@ class StoreRequest(msgspec.Struct, eq=False):
     ) -> StoreRequest:
         """Make the request of a script call; inside a running event loop."""
         packed = pack_command(("EVALSHA", script.sha, len(names), *names, *arguments))
-        return cls.for_packed(packed, slot, script, streams)
+        return cls(packed, asyncio.get_running_loop().create_future(), script, streams, slot)
 
     def send_script(self) -> None:
         """Send the text of the script at the next attempt: the server does not know it."""

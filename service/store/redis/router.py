@@ -16,11 +16,10 @@ Use from one event loop. Errors of the client library do not leave this module.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from service.core.errors import CarryError, StoreUnavailable
 from service.store.observation import StoreTelemetry
@@ -30,6 +29,9 @@ from service.store.redis.pipelined_connection import PipelinedConnection
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.requests import StoreRequest
 from service.store.settings import Durability, StoreSettings
+
+TICK_S: Final = 0.01
+"""Resolution of the timeouts of calls: setting a timer for each costs more than the rest of one."""
 
 
 class Layout(NamedTuple):
@@ -46,48 +48,6 @@ class Layout(NamedTuple):
     coverage_error: str = ""
 
 
-class Deadlines:
-    """Waits for outcomes until a deadline, by one timer, which is not set again for each call."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[StoreRequest, float] = {}
-        self._next_s = math.inf
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def wait(
-        self, requests: Sequence[StoreRequest], deadline_s: float
-    ) -> list[Outcome | None]:
-        """The outcomes of requests; None of those that have none at the deadline."""
-        for request in requests:
-            self._waiting[request] = deadline_s
-        if deadline_s < self._next_s:
-            self._set_timer(deadline_s)
-        try:
-            return [await request.future for request in requests]
-        finally:
-            for request in requests:
-                self._waiting.pop(request, None)
-
-    def _set_timer(self, deadline_s: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._next_s = deadline_s
-        delay_s = max(0.0, deadline_s - time.monotonic())
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._expire)
-
-    def _expire(self) -> None:
-        """Resolve the requests whose deadline has passed; set the timer to the next deadline."""
-        self._next_s, self._timer = math.inf, None
-        now_s = time.monotonic()
-        for request, deadline_s in self._waiting.items():
-            if deadline_s > now_s:
-                self._next_s = min(self._next_s, deadline_s)
-            elif not request.future.done():
-                request.future.set_result(None)
-        if self._next_s < math.inf:
-            self._set_timer(self._next_s)
-
-
 class Router(ABC):
     """Sends requests to the servers of an address; opens no connection before the first call.
 
@@ -100,7 +60,8 @@ class Router(ABC):
 
     def __init__(self, settings: StoreSettings):
         self.telemetry = StoreTelemetry()
-        self._deadlines = Deadlines()
+        self._waiting: dict[StoreRequest, tuple[float, float]] = {}
+        self._ticker: asyncio.TimerHandle | None = None
         self._wait_s = settings.wait_s
         self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
         # Half of the response timeout: a blocked WAIT must not look like an unresponsive server.
@@ -147,10 +108,10 @@ class Router(ABC):
         """Resolve the address again for the next requests: a server's role has changed."""
 
     @abstractmethod
-    def _enqueue(self, requests: Sequence[StoreRequest]) -> Sequence[PipelinedConnection]:
-        """Enqueue requests on the connections of their servers.
+    def _dispatch(self, requests: Sequence[StoreRequest]) -> Iterable[PipelinedConnection]:
+        """Send requests to their servers; returns the connections that they are sent on.
 
-        Returns the connections to flush. Requests without a known server are deferred.
+        Requests without a known server are deferred.
         """
 
     @abstractmethod
@@ -171,60 +132,60 @@ class Router(ABC):
         """
         now_s = time.monotonic()
         wait_s = self._wait_s if deadline_s is None else max(0.0, deadline_s - now_s)
-        deadline_s = now_s + wait_s
-        waits: list[StoreRequest] = []
-        durably = durably and self._replicas > 0
-        try:
-            connections = self._enqueue(requests)
-            if durably:
-                waits = self._enqueue_waits(connections)
-            _flush(connections)
-            outcomes = [
-                outcome or self._timeout_outcome(request, wait_s)
-                for request, outcome in zip(
-                    requests, await self._deadlines.wait(requests, deadline_s), strict=True
-                )
-            ]
-            if durably:
-                await self._await_replicas(requests, waits, deadline_s)
-        finally:
-            for request in (*requests, *waits):
-                request.future.cancel()
-        if not durably:
-            return outcomes
+        connections = self._dispatch(requests)
+        if not durably or not self._replicas:
+            return await self._outcomes(requests, wait_s)
+        waits = self._send_waits(connections)
+        outcomes = await self._outcomes([*requests, *waits], wait_s)
+        waits += self._send_waits(
+            {
+                request.connection
+                for request in requests
+                if request.connection is not None
+                and request.generation == request.connection.generation
+                and not any(_follows(wait, request) for wait in waits)
+            }
+        )
+        await self._outcomes(waits, wait_s + now_s - time.monotonic())
         return [
             outcome._replace(is_durable=self._is_replicated(request, waits))
             if isinstance(outcome, Reply)
             else outcome
-            for request, outcome in zip(requests, outcomes, strict=True)
+            for request, outcome in zip(requests, outcomes, strict=False)
         ]
 
-    def _enqueue_waits(self, connections: Iterable[PipelinedConnection]) -> list[StoreRequest]:
-        """Enqueue one WAIT on each connection."""
+    async def _outcomes(self, requests: Sequence[StoreRequest], wait_s: float) -> list[Outcome]:
+        """Wait for the outcome of each request, until they have timed out."""
+        deadline_s = time.monotonic() + wait_s
+        for request in requests:
+            self._waiting[request] = deadline_s, wait_s
+        if self._ticker is None:
+            self._resolve_expired()
+        try:
+            return [await request.future for request in requests]
+        finally:
+            for request in requests:
+                del self._waiting[request]
+                request.future.cancel()
+
+    def _resolve_expired(self) -> None:
+        """Resolve the requests that have timed out; once a tick, while any is waited for."""
+        now_s = time.monotonic()
+        for request, (deadline_s, wait_s) in self._waiting.items():
+            if deadline_s <= now_s and not request.future.done():
+                request.future.set_result(self._timeout_outcome(request, wait_s))
+        loop = asyncio.get_running_loop()
+        self._ticker = loop.call_later(TICK_S, self._resolve_expired) if self._waiting else None
+
+    def _send_waits(self, connections: Iterable[PipelinedConnection]) -> list[StoreRequest]:
+        """Send one WAIT on each connection."""
         waits: list[StoreRequest] = []
         for connection in connections:
             wait = StoreRequest.for_command("WAIT", self._replicas, self._wait_timeout_ms)
             wait.is_connection_bound = True
-            connection.enqueue([wait])
+            connection.send([wait])
             waits.append(wait)
         return waits
-
-    async def _await_replicas(
-        self, requests: Sequence[StoreRequest], waits: list[StoreRequest], deadline_s: float
-    ) -> None:
-        """Await the WAIT commands, and send others after writes that were redirected or resent."""
-        await self._deadlines.wait(waits, deadline_s)
-        connections = {
-            request.connection
-            for request in requests
-            if request.connection is not None
-            and request.generation == request.connection.generation
-            and not any(_follows(wait, request) for wait in waits)
-        }
-        more = self._enqueue_waits(connections)
-        waits += more
-        _flush(connections)
-        await self._deadlines.wait(more, deadline_s)
 
     def _is_replicated(self, request: StoreRequest, waits: Iterable[StoreRequest]) -> bool:
         """Whether a WAIT after the request counted enough replicas."""
@@ -292,8 +253,8 @@ class SingleServerRouter(Router):
     def refresh(self) -> None:
         self._server.connection.reconnect()
 
-    def _enqueue(self, requests: Sequence[StoreRequest]) -> Sequence[PipelinedConnection]:
-        self._server.connection.enqueue(requests)
+    def _dispatch(self, requests: Sequence[StoreRequest]) -> Iterable[PipelinedConnection]:
+        self._server.connection.send(requests)
         return self._connections
 
     def _last_error(self) -> BaseException | None:
@@ -315,8 +276,3 @@ def _follows(wait: StoreRequest, request: StoreRequest) -> bool:
         and wait.generation == request.generation
         and wait.sequence > request.sequence
     )
-
-
-def _flush(connections: Iterable[PipelinedConnection]) -> None:
-    for connection in connections:
-        connection.flush()

@@ -46,15 +46,13 @@ async def test_resending_an_abandoned_request_keeps_replies_matched(
     async with connected_to(server) as connection:
         for round_ in range(20):
             abandoned = StoreRequest.for_script(script, [], [f"abandoned {round_}"])
-            connection.enqueue([abandoned])
-            connection.flush()
+            connection.send([abandoned])
             if round_ == 0:
                 await _connected(server)
             abandoned.future.cancel()
             others = [StoreRequest.for_command("ECHO", f"{round_}.{number}") for number in range(5)]
             for other in others:
-                connection.enqueue([other])
-                connection.flush()
+                connection.send([other])
                 # The first follows the error, the last follows the fallback.
                 await asyncio.wait({other.future}, timeout=10)
             for number, other in enumerate(others):
@@ -66,30 +64,33 @@ async def test_requests_taken_over_keep_their_attempts(own_server: RealServer) -
     """Sent requests become retries; a WAIT has no meaning on another connection."""
     async with connected_to(own_server) as connection:
         known = StoreRequest.for_command("PING")
-        connection.enqueue([known])
-        connection.flush()
+        connection.send([known])
         await known.future
         own_server.signal(signal.SIGSTOP)
         sent, bound, asking, abandoned = (StoreRequest.for_command("ECHO", word) for word in "abcd")
         bound.is_connection_bound = asking.needs_asking = True
-        connection.enqueue([sent, bound, asking, abandoned])
-        connection.flush()
-        unsent = StoreRequest.for_command("ECHO", "e")
-        connection.enqueue([unsent])
+        connection.send([sent, bound, asking, abandoned])
         abandoned.future.cancel()
         assert connection.is_responsive
-        assert connection.take_pending() == [sent, asking, unsent]
-        assert [request.is_retry for request in (sent, asking, unsent)] == [True, True, False]
+        assert connection.take_pending() == [sent, asking]
+        assert [request.is_retry for request in (sent, asking)] == [True, True]
         assert isinstance(bound.future.result(), ReplyLost)
         assert connection.is_idle
         assert not connection.is_responsive
         own_server.signal(signal.SIGCONT)
         # The connection is not used again: late replies are ignored.
         later = StoreRequest.for_command("ECHO", "later")
-        connection.enqueue([later])
-        connection.flush()
+        connection.send([later])
         assert await later.future == Reply(b"later", False)
-        assert not any(request.future.done() for request in (sent, asking, unsent))
+        assert not any(request.future.done() for request in (sent, asking))
+
+
+async def test_unsent_requests_taken_over_are_no_retries(server: RealServer) -> None:
+    async with connected_to(server) as connection:
+        unsent = StoreRequest.for_command("ECHO", "a")
+        connection.send([unsent])
+        assert connection.take_pending() == [unsent]
+        assert not unsent.is_retry
 
 
 async def _connected(server: RealServer) -> None:
