@@ -329,8 +329,11 @@ def next_head(chunk: Chunk, base: StreamHead | None) -> StreamHead:
     Args:
         base: the head before; None if the chunk creates the stream, in a new epoch.
     """
-    epoch, tag, start = base or (new_epoch(), FIRST_TAG, 0)
-    return StreamHead(epoch, next_tag(tag, start, chunk.digest), start + chunk.steps.length)
+    if base is None:
+        base = StreamHead(new_epoch(), FIRST_TAG, 0)
+    start = base.position
+    tag = next_tag(base.tag, start, chunk.digest)
+    return StreamHead(base.epoch, tag, start + chunk.steps.length)
 
 
 def last_chunk(chunk: Chunk, base: StreamHead | None) -> LastFields:

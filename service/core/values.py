@@ -29,7 +29,7 @@ FIRST_TAG = bytes(TAG_BYTES)
 """The tag of a stream at the start of an epoch."""
 
 
-class StreamKey(NamedTuple):
+class StreamKey(msgspec.Struct, frozen=True, gc=False):
     """The name of a stream and its model."""
 
     model: str
@@ -43,7 +43,7 @@ class Feed(StrEnum):
     INPUTS = "inputs"
 
 
-class StreamHead(NamedTuple):
+class StreamHead(msgspec.Struct, frozen=True, gc=False):
     """The version of a stream: epoch and tag identify one state, which a position alone does not.
 
     Attributes:
@@ -191,7 +191,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     span: RequestSpan | None = None
 
 
-class Timing(NamedTuple):
+class Timing(msgspec.Struct, frozen=True, gc=False):
     """The times of a chunk by stage, in seconds; all zero if nothing was computed."""
 
     queue_s: float = 0.0
@@ -200,30 +200,39 @@ class Timing(NamedTuple):
     commit_s: float = 0.0
 
 
-class Reply(NamedTuple):
+class Reply(msgspec.Struct, frozen=True, gc=False):
     """The reply to one chunk.
 
     Attributes:
         head: the stream head after the chunk.
         outputs: float32 [T, O], packed.
-        state: the stream's state after the chunk.
+        states: the stream's state after the chunk; with `row`, those of a batch.
         replayed: whether the outputs are those of an earlier delivery of the same chunk.
         created: whether the chunk created the stream.
         output_position: index of the event of the first output, for models with blocks, whose
             outputs are not one for each event of the chunk.
         dry_run: whether nothing was applied; `head` is then the current stream head, and
             `NO_STREAM` if there is none.
+        row: which of the states is the stream's.
     """
 
     key: StreamKey
     head: StreamHead
     outputs: FloatRows
-    state: State
+    states: State
     replayed: bool = False
     created: bool = False
     timing: Timing = Timing()
     output_position: int | None = None
     dry_run: bool = False
+    row: int | None = None
+
+    @property
+    def state(self) -> State:
+        """The stream's state after the chunk."""
+        if self.row is None:
+            return self.states
+        return State(self.states.floats[self.row], self.states.ints[self.row])
 
 
 class SequenceInput(NamedTuple):

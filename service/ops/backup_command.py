@@ -58,7 +58,7 @@ def backup(
     hint = "" if progress.streams or progress.damaged else f": {none}"
     typer.echo(f"backed up {_count(progress.streams)}{hint}", err=True)
     if progress.damaged:
-        names = [f"{model}/{stream}" for model, stream in progress.damaged[:SHOWN_STREAMS]]
+        names = [f"{key.model}/{key.stream}" for key in progress.damaged[:SHOWN_STREAMS]]
         more = len(progress.damaged) - len(names)
         typer.echo(
             f"carry: {len(progress.damaged):,} damaged streams are not in the backup: "

@@ -269,8 +269,11 @@ class PrometheusRecorder:
         series = self._series(model)
         series.chunks.append(len(timings))
         series.events.append(steps)
-        for stage, times_s in zip(series.stages, zip(*timings, strict=True), strict=True):
-            stage.extend(times_s)
+        queue, load, infer, commit = series.stages
+        queue += [timing.queue_s for timing in timings]
+        load += [timing.load_s for timing in timings]
+        infer += [timing.infer_s for timing in timings]
+        commit += [timing.commit_s for timing in timings]
         if self._flush_timer is None:
             self._flush_soon()
 

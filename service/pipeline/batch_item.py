@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
+from models.spec.state import State
 from service.core.values import Chunk, Feed, FloatRows, Reply, StreamHead, StreamKey
 from service.engine.fair_queue import Job
 
@@ -44,40 +41,36 @@ class BatchItem(msgspec.Struct, eq=False):
     expected: bytes = b""
 
 
-class Computed(NamedTuple):
+class Computed(msgspec.Struct, frozen=True, gc=False):
     """The chunks of a batch with their outputs, and their streams after them, not yet committed.
 
     Attributes:
         heads: the stream heads after the chunks.
         outputs: of each float32 [T, O]; of a model with blocks, the outputs that were due.
-        floats, ints: the states after the chunks, float32 [B, N] and int64 [B, M].
+        states: those after the chunks, float32 [B, N] and int64 [B, M].
     """
 
     items: Sequence[BatchItem]
     heads: Sequence[StreamHead]
     outputs: Sequence[FloatRows]
-    floats: FloatRows
-    ints: NDArray[np.int64]
+    states: State
 
     def part(self, rows: slice) -> Computed:
         """A slice of the batch."""
-        items, heads, outputs, floats, ints = self
-        return Computed(items[rows], heads[rows], outputs[rows], floats[rows], ints[rows])
+        states = State(self.states.floats[rows], self.states.ints[rows])
+        return Computed(self.items[rows], self.heads[rows], self.outputs[rows], states)
 
     def select(self, at: Sequence[int]) -> Computed:
         """The items at these indexes."""
-        items, heads, outputs, floats, ints = self
         return Computed(
-            [items[index] for index in at],
-            [heads[index] for index in at],
-            [outputs[index] for index in at],
-            floats[at],
-            ints[at],
+            [self.items[index] for index in at],
+            [self.heads[index] for index in at],
+            [self.outputs[index] for index in at],
+            State(self.states.floats[at], self.states.ints[at]),
         )
 
 
-@dataclass(slots=True)
-class StageTimes:
+class StageTimes(msgspec.Struct, gc=False):
     """When a batch started, and how long its load and its inference took, in seconds.
 
     Attributes:

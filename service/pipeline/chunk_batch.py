@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Final
 
-from models.spec.state import State
+from msgspec.structs import replace
+
 from service.core.delivery import Resolution, last_chunk, resolve_conflict, stream_facts
 from service.core.errors import (
     CarryError,
@@ -203,7 +204,7 @@ class ChunkCommitter:
             else:
                 head = item.base.head if item.base else NO_STREAM
                 reply = self._reply(computed, at, times, 0.0)
-                item.job.resolve(reply._replace(head=head, created=False, dry_run=True))
+                item.job.resolve(replace(reply, head=head, created=False, dry_run=True))
         return computed.select(applied)
 
     async def commit(
@@ -303,13 +304,12 @@ class ChunkCommitter:
 
     def _encode(self, computed: Computed) -> CommitColumns:
         """The bytes that the store compares and writes for each item."""
-        items, heads, outputs, floats, ints = computed
-        packed = list(map(pack_head, heads))
+        items, packed = computed.items, list(map(pack_head, computed.heads))
         states = encode_states(
             [item.chunk.steps.feed for item in items],
             packed,
             [last_chunk(item.chunk, item.base.head if item.base else None) for item in items],
-            State(floats, ints),
+            computed.states,
             fingerprint=self._served.fingerprint,
             updated_ms=self._now_ms(),
         )
@@ -317,7 +317,7 @@ class ChunkCommitter:
             [item.key for item in items],
             [item.expected for item in items],
             states,
-            encode_replies(packed, outputs),
+            encode_replies(packed, computed.outputs),
         )
 
     def _is_in_time(self, job: ChunkJob, now_s: float) -> bool:
@@ -355,11 +355,12 @@ class ChunkCommitter:
             item.key,
             head,
             computed.outputs[at],
-            State(computed.floats[at], computed.ints[at]),
+            computed.states,
             False,
             item.base is None,
             Timing(times.began_s - item.job.submitted_s, times.load_s, times.infer_s, commit_s),
             self._served.output_position(item.chunk, head),
+            row=at,
         )
 
     def map_error(self, job: ChunkJob, error: CarryError) -> CarryError:

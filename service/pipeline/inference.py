@@ -151,7 +151,7 @@ class Inference:
     ) -> Computed | None:
         """The items with finite results, and their streams after the chunks; fails the others."""
         heads = [next_head(item.chunk, item.base.head if item.base else None) for item in items]
-        computed = Computed(items, heads, outputs, *states)
+        computed = Computed(items, heads, outputs, states)
         if finite:
             return computed
         is_finite = [

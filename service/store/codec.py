@@ -214,8 +214,8 @@ def encode_tombstone(tombstone: Tombstone) -> bytes:
     Raises:
         CodecError: the head is not a tombstone's.
     """
-    epoch, tag, position = tombstone.head
-    if len(epoch) != EPOCH_BYTES or tag != FIRST_TAG or position != 0:
+    epoch, tag = tombstone.head.epoch, tombstone.head.tag
+    if len(epoch) != EPOCH_BYTES or tag != FIRST_TAG or tombstone.head.position != 0:
         raise CodecError("expected an epoch, the first tag and position 0 of a tombstone")
     lead = _STATE_LEAD.pack(STATE_MAGIC, FORMAT, _DELETED, 0, 0)
     no_fingerprint = bytes(FINGERPRINT_BYTES)
@@ -372,11 +372,11 @@ def pack_head(head: StreamHead) -> bytes:
     Raises:
         CodecError: a value does not fit the layout.
     """
-    epoch, tag, position = head
+    epoch, tag = head.epoch, head.tag
     if len(tag) != TAG_BYTES or len(epoch) != EPOCH_BYTES:
         raise CodecError(f"expected a tag and an epoch, got {len(tag)} and {len(epoch)} bytes")
     try:
-        return _HEAD.pack(epoch, tag, position)
+        return _HEAD.pack(epoch, tag, head.position)
     except struct.error as error:
         raise CodecError(f"a value is out of range: {error}") from error
 

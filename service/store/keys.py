@@ -68,7 +68,7 @@ class KeySpace:
 
     def partition(self, key: StreamKey) -> int:
         """The stream's partition, 0 to P-1; the same on every machine and version."""
-        return zlib.crc32("/".join(key).encode()) % self.partitions
+        return zlib.crc32(f"{key.model}/{key.stream}".encode()) % self.partitions
 
     def state(self, key: StreamKey) -> str:
         """The key of the stream's state."""
@@ -80,7 +80,7 @@ class KeySpace:
 
     def pair(self, key: StreamKey) -> tuple[str, str]:
         """The keys of the stream's state and of its last reply."""
-        model, stream = key
+        model, stream = key.model, key.stream
         prefix = _partition_prefix(self.namespace, self.partition(key))
         return f"{prefix}:s:{model}:{stream}", f"{prefix}:r:{model}:{stream}"
 

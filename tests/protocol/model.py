@@ -193,4 +193,4 @@ class Model:
 
 
 def _with_epoch(new: StreamState, request: Request) -> StreamState:
-    return new._replace(head=new.head._replace(epoch=unique_bytes(request)))
+    return new._replace(head=replace(new.head, epoch=unique_bytes(request)))

@@ -194,14 +194,14 @@ class FastInferPath(FastRoute):
         plan, call, _ = request.details
         if plan.outputs_json is None:
             return encode_reply(self._inference.reply_to_chunk(call, reply), plan.binary)
-        epoch, tag, position = reply.head
+        head = reply.head
         identity = call.request.id
         text = _REPLY % (
             plan.wire.served.name.encode(),
             b'"id":%b,' % encode_json(identity) if identity else b"",
-            position,
-            epoch.hex().encode(),
-            tag.hex().encode(),
+            head.position,
+            head.epoch.hex().encode(),
+            head.tag.hex().encode(),
             b"true" if reply.replayed else b"false",
             b',"created":true' if reply.created else b"",
             plan.outputs_json,

@@ -354,10 +354,9 @@ class FastPath(FastRoute):
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         body = request.wire.writer.reply_bytes(reply, request.reply_media)
-        epoch, tag, _ = reply.head
         head = _RESPONSE_HEADS[request.reply_media] % (
-            hexlify(epoch),
-            hexlify(tag),
+            hexlify(reply.head.epoch),
+            hexlify(reply.head.tag),
             server_timing(reply.timing),
             len(body),
             request.request_id,

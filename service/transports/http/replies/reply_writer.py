@@ -70,7 +70,7 @@ class ServerTiming:
 
     def value(self, timing: Timing) -> bytes:
         """The value for one chunk; what the chunks of a batch share is written once."""
-        of_batch = timing[1:]
+        of_batch = timing.load_s, timing.infer_s, timing.commit_s
         if of_batch != self._of_batch:
             self._of_batch = of_batch
             load_s, infer_s, commit_s = of_batch
@@ -79,7 +79,7 @@ class ServerTiming:
                 infer_s * 1000,
                 commit_s * 1000,
             )
-        return b"queue;dur=%.3f, %b" % (timing[0] * 1000, self._text_of_batch)
+        return b"queue;dur=%.3f, %b" % (timing.queue_s * 1000, self._text_of_batch)
 
 
 server_timing: Final = ServerTiming().value
@@ -132,14 +132,14 @@ class ReplyWriter:
         if media is not Media.JSON or reply.output_position is not None or reply.dry_run:
             encode = encode_json if media is Media.JSON else encode_msgpack
             return encode(self.reply(reply, EVERY_STEP))
-        epoch, tag, position = reply.head
+        head = reply.head
         # A stream's name needs no escapes.
         return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
             self._begin,
             reply.key.stream.encode(),
-            hexlify(epoch),
-            position,
-            hexlify(tag),
+            hexlify(head.epoch),
+            head.position,
+            hexlify(head.tag),
             encode_json(self.outputs(reply.outputs, EVERY_STEP)),
             _ENDS[reply.replayed, reply.created],
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from service.core.errors import OutcomeUnknown
 from service.core.values import FIRST_TAG, StreamKey
@@ -20,7 +21,7 @@ KEY = StreamKey("probe", "s")
 def moved(api: Harness, key: StreamKey = KEY) -> str:
     """Replace a stream behind the store's back by one of another epoch; returns its ETag."""
     states = api.store.states
-    head = states[KEY].head._replace(epoch=b"others01", tag=FIRST_TAG)
+    head = replace(states[KEY].head, epoch=b"others01", tag=FIRST_TAG)
     states[key] = states[KEY]._replace(head=head)
     return f'"{head.etag}"'
 
@@ -166,7 +167,7 @@ async def test_a_restore_does_not_delete_a_stream_that_replaced_a_damaged_state(
 ) -> None:
     state = await saved(api)
     sound = api.store.states[KEY]
-    other = sound._replace(head=sound.head._replace(epoch=b"others01", tag=FIRST_TAG))
+    other = sound._replace(head=replace(sound.head, epoch=b"others01", tag=FIRST_TAG))
     damage("s")
     deletions: list[str] = []
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from service.core.errors import StoreUnavailable
 from service.core.values import StreamKey
@@ -304,7 +305,7 @@ async def test_watchers_get_what_another_worker_commits(
             stored, reply = await other.load_with_reply(key)
             assert stored is not None
             assert reply is not None
-            later = reply._replace(head=reply.head._replace(position=4))
+            later = reply._replace(head=replace(reply.head, position=4))
             other.outputs.publish(Output(key, 2, later))
             assert (await events.expect("outputs"))["position"] == 4
     finally:
