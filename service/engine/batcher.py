@@ -98,6 +98,8 @@ class Batcher(Generic[P, R]):
         self._run = run
         self._limits = limits
         self._max_in_flight = max_in_flight
+        # a long job occupies a slot for many calls, so never the last
+        self._max_long = max(1, max_in_flight - 1)
         self._on_depth = on_depth
         self._map_error = map_error
         self._queue: FairQueue[P, R] = FairQueue(limits)
@@ -175,7 +177,7 @@ class Batcher(Generic[P, R]):
             asyncio.get_running_loop().call_soon(job.resolve, error)
             return job
         is_ready = self._queue.push(job)
-        if is_ready and (steps <= self._limits.long_steps or self._may_start_long):
+        if is_ready and (steps <= self._limits.long_steps or self._long < self._max_long):
             self._wake()
         if deadline_s < self._next_deadline_s:
             self._set_timer(deadline_s, now_s)
@@ -277,14 +279,14 @@ class Batcher(Generic[P, R]):
         """Form the next batch, after one has ended, if the queue is not as the last one left it."""
         if self._queue or self._has_expired:
             self._wake()
-        else:
+        elif self._stopping:
             self._note_end()
 
     def _form(self) -> None:
         """Start a batch, unless the batching delay applies."""
         # a batch of long jobs is not about to end
         ending_soon = len(self._batches) - self._long
-        ready = self._queue.ready(long_ones=self._may_start_long)
+        ready = self._queue.ready(long_ones=self._long < self._max_long)
         delay = batching_delay(ready, self._last_rows, ending_soon, self._turns)
         if delay is BatchDelay.LOOP_TURN:
             self._turns += 1
@@ -312,23 +314,25 @@ class Batcher(Generic[P, R]):
             self._linger_timer = None
         try:
             now_s = time.monotonic()
-            if len(self._batches) < self._max_in_flight and self._start_batch(now_s):
-                self._wake()
+            started = len(self._batches) < self._max_in_flight and self._start_batch(now_s)
             ready = self._queue.ready()
             self._rate.note(now_s, ready)
             if not ready:
                 self._admission.stop_shedding()
+            elif started and self._queue.ready(long_ones=self._long < self._max_long):
+                self._wake()
             self._on_depth(len(self._queue))
             self._has_expired = False
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))
             for job in self._queue.clear():
                 job.resolve(InternalError(f"no batch could be formed: {type(error).__name__}"))
-        self._note_end()
+        if self._stopping:
+            self._note_end()
 
     def _note_end(self) -> None:
-        """Complete `drain` if this was the last work."""
-        if self._stopping and self._is_idle:
+        """Complete `drain` if nothing is left to do."""
+        if self._is_idle:
             self._drained.set()
 
     def _expire_jobs(self, now_s: float) -> None:
@@ -373,7 +377,8 @@ class Batcher(Generic[P, R]):
     def _on_timer(self) -> None:
         self._timer = None
         self._expire_jobs(time.monotonic())
-        self._note_end()
+        if self._stopping:
+            self._note_end()
 
     def _mark_out_of_order(self, retried: Job[P, R]) -> None:
         """Mark the running jobs that were started after an earlier one, which is retried."""
@@ -383,15 +388,12 @@ class Batcher(Generic[P, R]):
                 job.is_out_of_order = True
 
     def _start_batch(self, now_s: float) -> bool:
-        """Start one batch of ready jobs; returns whether more jobs are ready."""
-        long_ones = self._may_start_long
-        if not self._queue.ready(long_ones=long_ones):
-            return False
+        """Start one batch of ready jobs, if there are any; returns whether it was started."""
         is_live = None
         if now_s >= self._next_deadline_s:
             # a caller cancelled, or a deadline passed
             is_live = partial(self._is_live, now_s)
-        jobs = self._queue.take(is_live, long_ones=long_ones)
+        jobs = self._queue.take(is_live, long_ones=self._long < self._max_long)
         if not jobs:
             return False
         self._last_rows = len(jobs)
@@ -405,12 +407,7 @@ class Batcher(Generic[P, R]):
         task = asyncio.get_running_loop().create_task(work)
         self._batches[task] = jobs
         task.add_done_callback(self._batch_done)
-        return bool(self._queue.ready(long_ones=self._may_start_long))
-
-    @property
-    def _may_start_long(self) -> bool:
-        """Whether a long job may start: it occupies a slot for many calls, so never the last."""
-        return self._long < max(1, self._max_in_flight - 1)
+        return True
 
     def _batch_done(self, task: asyncio.Task[None]) -> None:
         del self._batches[task]
@@ -455,7 +452,7 @@ class Batcher(Generic[P, R]):
             held: streams that are not released yet; the work may release some.
             is_long: whether the work occupies the slot of a long job.
         """
-        failure: CarryError = InternalError("the batch ended without a result for this chunk")
+        failure: CarryError | None = None
         to_retry: list[Job[P, R]] = []
         try:
             to_retry = await work
@@ -479,6 +476,7 @@ class Batcher(Generic[P, R]):
                     if job.deadline_s < self._next_deadline_s:
                         self._set_timer(job.deadline_s, time.monotonic())
                 elif not job.is_resolved:
+                    failure = failure or InternalError("the batch ended without its result")
                     job.resolve(self._map_error(job, failure))
             self._release_streams(held, first={job.key for job in to_retry})
 
