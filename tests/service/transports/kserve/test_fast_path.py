@@ -168,9 +168,9 @@ async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
     cancelled: list[FastRequest] = []
     cancel = FastInferPath.cancel
 
-    def watched(path: FastInferPath, request: FastRequest, reply: Any) -> None:
+    def watched(path: FastInferPath, request: FastRequest) -> None:
         cancelled.append(request)
-        cancel(path, request, reply)
+        cancel(path, request)
 
     monkeypatch.setattr(FastInferPath, "cancel", watched)
     for _ in range(5):
