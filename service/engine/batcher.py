@@ -140,17 +140,19 @@ class Batcher(Generic[P, R]):
         """
         ticket: Ticket[P, R] = Ticket(len(requests))
         request = ticket if len(requests) > 1 else None
-        left_s = deadline_s - time.monotonic()
+        jobs, now_s = ticket.jobs, time.monotonic()
+        left_s, keys = deadline_s - now_s, [key for _, key, _ in requests]
+        all_admitted = self._stopping or self._admission.admits_all(keys, left_s)
         for index, (payload, key, steps) in enumerate(requests):
-            rejection = None
-            if not self._stopping:
-                rejection = self._admission.check_admission(key, left_s, index)
-            if rejection is None:
-                on_result = partial(ticket.resolve, index)
-                job = self.enqueue_admitted(payload, key, steps, deadline_s, on_result, request)
-                ticket.jobs.append(job)
-            else:
-                ticket.resolve(index, rejection.error())
+            if not all_admitted:
+                rejection = self._admission.check_admission(key, left_s, index, len(jobs))
+                if rejection is not None:
+                    ticket.resolve(index, rejection.error())
+                    continue
+            on_result = partial(ticket.resolve, index)
+            number = next(self._numbers)
+            jobs.append(Job(payload, key, steps, number, now_s, deadline_s, on_result, request))
+        self._push(jobs, deadline_s, now_s)
         return ticket
 
     def enqueue_admitted(
@@ -160,28 +162,30 @@ class Batcher(Generic[P, R]):
         steps: int,
         deadline_s: float,
         on_result: OnResult[R],
-        request: Hashable | None = None,
     ) -> Job[P, R]:
         """Queue one job that `check_admission` admitted, with nothing queued in between.
 
         Args:
             payload, key, steps: as those of `JobRequest`.
             on_result: gets the one result, as a ticket does; never Overloaded.
-            request: what it shares with the other jobs of its request, if there are any.
         """
         now_s = time.monotonic()
-        number = next(self._numbers)
-        job: Job[P, R] = Job(payload, key, steps, number, now_s, deadline_s, on_result, request)
+        job: Job[P, R]
+        job = Job(payload, key, steps, next(self._numbers), now_s, deadline_s, on_result)
+        self._push([job], deadline_s, now_s)
+        return job
+
+    def _push(self, jobs: list[Job[P, R]], deadline_s: float, now_s: float) -> None:
+        """Queue the jobs of a request, unless the service is stopping."""
         if self._stopping:
             error = ShuttingDown("the service is stopping and accepts no work")
-            asyncio.get_running_loop().call_soon(job.resolve, error)
-            return job
-        is_ready = self._queue.push(job)
-        if is_ready and (steps <= self._limits.long_steps or self._long < self._max_long):
-            self._wake()
-        if deadline_s < self._next_deadline_s:
-            self._set_timer(deadline_s, now_s)
-        return job
+            for job in jobs:
+                asyncio.get_running_loop().call_soon(job.resolve, error)
+        elif jobs:
+            if self._queue.push(*jobs):
+                self._wake()
+            if deadline_s < self._next_deadline_s:
+                self._set_timer(deadline_s, now_s)
 
     def check_admission(self, key: Hashable | None, left_s: float) -> Overloaded | None:
         """Return the error that admission control would reject a request with now; None if it would
@@ -416,11 +420,9 @@ class Batcher(Generic[P, R]):
     def _release_streams(
         self, keys: Iterable[Hashable], first: Container[Hashable] = frozenset()
     ) -> None:
-        for key in keys:
-            backlog = self._queue.release(key, first=key in first)
-            if backlog is not None:
-                backlog.note_release(time.monotonic())
-                self._wake()
+        for backlog in self._queue.release(*keys, first=first):
+            backlog.note_release(time.monotonic())
+            self._wake()
 
     def _is_alone(self) -> bool:
         return not self._queue and len(self._batches) == 1

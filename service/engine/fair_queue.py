@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Container, Coroutine, Hashable, Iterable, Iterator
 from itertools import chain
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -215,34 +215,33 @@ Run = Callable[[list[Job[P, R]], BatchControl], Awaitable[list[Job[P, R]]]]
 release a stream before it ends, once the stream's next job can be computed."""
 
 
-class Backlog(Generic[P, R]):
+class Backlog(msgspec.Struct, Generic[P, R], eq=False):
     """The waiting jobs of one stream, oldest first.
 
     Attributes:
         key: the stream; for a job without a stream, the job itself.
         is_held: whether a batch holds the stream.
         is_shedding: whether a job of the stream was rejected since the backlog was last empty.
+        rate: at which its jobs start, once one has been released.
     """
 
-    __slots__ = ("_rate", "is_held", "is_shedding", "jobs", "key")
-
-    def __init__(self, key: Hashable):
-        self.key = key
-        self.jobs: deque[Job[P, R]] = deque()
-        self.is_held = self.is_shedding = False
-        self._rate: DrainRate | None = None
+    key: Hashable
+    jobs: deque[Job[P, R]]
+    is_held: bool = False
+    is_shedding: bool = False
+    rate: DrainRate | None = None
 
     @property
     def per_s(self) -> float | None:
         """How many of the stream's jobs start per second; None if unknown."""
-        return None if self._rate is None else self._rate.per_s
+        return None if self.rate is None else self.rate.per_s
 
     def note_release(self, now_s: float) -> None:
         """Count a job whose stream was released towards the drain rate."""
-        if self._rate is None:
-            self._rate = DrainRate()
-        self._rate.done += 1
-        self._rate.note(now_s, len(self.jobs))
+        if self.rate is None:
+            self.rate = DrainRate()
+        self.rate.done += 1
+        self.rate.note(now_s, len(self.jobs))
 
     def insert(self, job: Job[P, R]) -> None:
         """Insert a job by its number; linear in the number of older jobs, which are few."""
@@ -282,32 +281,36 @@ class RoundRobin(Generic[P, R]):
             return (request if isinstance(request, Backlog) else request[0]).jobs[0]
         return None
 
-    def add(self, backlog: Backlog[P, R], *, first: bool = False) -> None:
-        """Add a ready stream behind the others of its request, and a new request behind all others.
+    def add(self, *backlogs: Backlog[P, R], first: bool = False) -> None:
+        """Add ready streams of a request behind its others, and a new request behind all others.
 
         Args:
-            first: add the stream in front, and move its request in front of all others.
+            first: add them in front, and move their request in front of all others.
         """
-        self.ready += 1
-        key = backlog.jobs[0].request
+        self.ready += len(backlogs)
+        key = backlogs[0].jobs[0].request
         if key is None:
+            [backlog] = backlogs
             self._requests[key := backlog] = backlog
         else:
-            backlogs = self._requests.setdefault(key, deque())
-            if not isinstance(backlogs, Backlog):
-                backlogs.insert(0 if first else len(backlogs), backlog)
+            request = self._requests.setdefault(key, deque())
+            if not isinstance(request, Backlog):
+                (request.extendleft if first else request.extend)(backlogs)
         if first:
             self._requests.move_to_end(key, last=False)
 
     def pop(self) -> Backlog[P, R]:
         """Take the next stream; its request then moves behind all others."""
         self.ready -= 1
-        key, request = self._requests.popitem(last=False)
+        key, request = next(iter(self._requests.items()))
         if isinstance(request, Backlog):
+            del self._requests[key]
             return request
         backlog = request.popleft()
         if request:
-            self._requests[key] = request
+            self._requests.move_to_end(key)
+        else:
+            del self._requests[key]
         return backlog
 
     def prune(self) -> None:
@@ -351,19 +354,31 @@ class FairQueue(Generic[P, R]):
         backlog = self._backlogs.get(key)
         return backlog if backlog is not None and backlog.jobs else None
 
-    def push(self, job: Job[P, R]) -> bool:
-        """Add a job behind the others of its stream; returns whether it is ready."""
-        self._length += 1
-        key = job if job.key is None else job.key
-        backlog = self._backlogs.get(key)
-        if backlog is None:
-            backlog = self._backlogs[key] = Backlog(key)
-        elif backlog.is_held or backlog.jobs:
-            backlog.jobs.append(job)
-            return False
-        backlog.jobs.append(job)
-        self._queue_of(job).add(backlog)
-        return True
+    def are_idle(self, keys: Iterable[Hashable]) -> bool:
+        """Whether no job of these streams waits or runs."""
+        return self._backlogs.keys().isdisjoint(keys)
+
+    def push(self, *jobs: Job[P, R]) -> bool:
+        """Add the jobs of a request, each behind the others of its stream; whether any is ready."""
+        self._length += len(jobs)
+        backlogs, long_steps = self._backlogs, self._limits.long_steps
+        short: list[Backlog[P, R]] = []
+        long: list[Backlog[P, R]] = []
+        for job in jobs:
+            key = job if job.key is None else job.key
+            backlog = backlogs.get(key)
+            if backlog is None:
+                backlog = backlogs[key] = Backlog(key, deque((job,)))
+            else:
+                backlog.jobs.append(job)
+                if backlog.is_held or len(backlog.jobs) > 1:
+                    continue
+            (long if job.steps > long_steps else short).append(backlog)
+        if short:
+            self._short.add(*short)
+        if long:
+            self._long.add(*long)
+        return bool(short or long)
 
     def put_back(self, job: Job[P, R]) -> None:
         """Requeue a job at its old place."""
@@ -371,24 +386,30 @@ class FairQueue(Generic[P, R]):
         key = job if job.key is None else job.key
         backlog = self._backlogs.get(key)
         if backlog is None:
-            backlog = self._backlogs[key] = Backlog(key)
+            backlog = self._backlogs[key] = Backlog(key, deque())
         backlog.insert(job)
         if not backlog.is_held and len(backlog.jobs) == 1:
             self._queue_of(job).add(backlog, first=True)
 
-    def release(self, key: Hashable, *, first: bool = False) -> Backlog[P, R] | None:
-        """Make the next job of a held stream ready; returns its backlog, None if it is empty.
+    def release(
+        self, *keys: Hashable, first: Container[Hashable] = frozenset()
+    ) -> list[Backlog[P, R]]:
+        """Make the next jobs of held streams ready; returns the backlogs of those that have one.
 
         Args:
-            first: whether that job is taken before all others.
+            first: streams whose jobs are taken before all others.
         """
-        backlog = self._backlogs[key]
-        backlog.is_held = False
-        if not backlog.jobs:
-            del self._backlogs[key]
-            return None
-        self._queue_of(backlog.jobs[0]).add(backlog, first=first)
-        return backlog
+        backlogs = self._backlogs
+        waiting: list[Backlog[P, R]] = []
+        for key in keys:
+            backlog = backlogs[key]
+            if not backlog.jobs:
+                del backlogs[key]
+                continue
+            backlog.is_held = False
+            self._queue_of(backlog.jobs[0]).add(backlog, first=key in first)
+            waiting.append(backlog)
+        return waiting
 
     def take(
         self, is_live: Callable[[Job[P, R]], bool] | None = None, *, long_ones: bool = True

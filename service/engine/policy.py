@@ -12,7 +12,7 @@ to what it leaves to others. So a backlog affects its own callers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -123,24 +123,38 @@ class Admission:
         self._on_shedding = on_shedding
         self._is_shedding = False
 
+    def admits_all(self, keys: Sequence[Hashable | None], left_s: float) -> bool:
+        """Whether all jobs of a request are certainly admitted: there is room, and no job of their
+        streams waits or runs.
+
+        Args:
+            left_s: time until their deadline.
+        """
+        waiting, rate = len(self._queue) + len(keys) - 1, self._rate.per_s
+        has_room = self._max_queue - waiting >= len(keys)
+        is_in_time = rate is None or waiting < self._max_before(left_s, rate)
+        return has_room and is_in_time and self._queue.are_idle(keys)
+
     def check_admission(
-        self, key: Hashable | None, left_s: float, index: int = 0
+        self, key: Hashable | None, left_s: float, index: int = 0, ahead: int = 0
     ) -> Rejection | None:
         """Decide whether a job is admitted; returns why not, or None if it is.
 
         Args:
             left_s: time until the job's deadline.
             index: number of jobs of the same request before it.
+            ahead: how many of them were admitted and are not in the queue yet.
         """
         queue, rate = self._queue, self._rate.per_s
-        waiting = len(queue)
+        waiting = len(queue) + ahead
         room = self._max_queue - waiting
         if room <= index:
             self._report_shedding(waiting)
             return Rejection(waiting, rate, False)
         if rate is not None and waiting >= (max_before := self._max_before(left_s, rate)):
             # round robin: before a request's n-th job, every other request starts up to n jobs
-            before = min(queue.ready(), queue.requests * (index + 1))
+            requests = queue.requests + (ahead > 0)
+            before = min(queue.ready() + ahead, requests * (index + 1))
             if before >= max_before:
                 self._report_shedding(before)
                 return Rejection(before, rate, False)

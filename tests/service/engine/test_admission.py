@@ -59,6 +59,7 @@ async def test_an_admitted_job_is_not_checked_again(monkeypatch: pytest.MonkeyPa
     runs = Runs()
     async with batching(runs) as batcher:
         assert batcher.check_admission("a", 60) is None
+        monkeypatch.setattr(Admission, "admits_all", lambda *_: False)
         monkeypatch.setattr(Admission, "check_admission", no_room)
         admitted: list[str | CarryError] = []
         batcher.enqueue_admitted("a", "a", 1, math.inf, admitted.append)

@@ -38,8 +38,9 @@ class Waiting:
         return Job(name, key, steps, number, 0.0, math.inf, lambda _: None, request)
 
     def push(self, *keys: str | None, steps: int = 1, request: str | None = None) -> None:
-        for key in keys:
-            self.queue.push(self.job(key, steps, request))
+        jobs = [self.job(key, steps, request) for key in keys]
+        for together in [jobs] if request else [[job] for job in jobs]:
+            self.queue.push(*together)
 
     def take(self, **options: Any) -> list[str]:
         return [job.payload for job in self.queue.take(lambda _: True, **options)]
@@ -80,6 +81,18 @@ async def test_a_stream_with_a_backlog_is_served_round_robin() -> None:
     assert waiting.take() == ["hot0", "a3"]
     waiting.queue.release("hot")
     assert waiting.take() == ["b4", "hot1"]
+
+
+async def test_jobs_pushed_together_wait_behind_the_others_of_their_streams() -> None:
+    waiting = Waiting()
+    waiting.push("a")
+    assert waiting.take() == ["a0"]
+    waiting.push("a", "b", "b", "c", request="many")
+    assert not waiting.queue.are_idle(["a", "d"])
+    assert waiting.queue.are_idle(["d"])
+    assert waiting.take() == ["b2", "c4"]
+    waiting.queue.release("a", "b", "c")
+    assert waiting.take() == ["a1", "b3"]
 
 
 async def test_requests_share_a_batch_evenly() -> None:
@@ -147,7 +160,7 @@ async def test_a_job_that_is_put_back_comes_before_all_others() -> None:
     waiting.push("a", "a", "b")
     (first,) = waiting.queue.take(lambda _: True)
     waiting.queue.put_back(first)
-    waiting.queue.release("a", first=True)
+    waiting.queue.release("a", first={"a"})
     assert waiting.take() == ["a0"]
     waiting.queue.release("a")
     assert waiting.take() + waiting.take() == ["b2", "a1"]
@@ -173,7 +186,7 @@ async def test_a_job_put_back_waits_while_its_stream_is_held() -> None:
     waiting.queue.put_back(first)
     assert waiting.take() == []
     waiting.queue.put_back(second)
-    waiting.queue.release("a", first=True)
+    waiting.queue.release("a", first={"a"})
     assert waiting.take() == ["a0"]
     waiting.queue.release("a")
     assert waiting.take() == ["a1"]
@@ -254,7 +267,7 @@ async def test_invariants(seed: int) -> None:
             else:
                 done.append(job)
             if job.key is not None:
-                waiting.queue.release(job.key, first=again)
+                waiting.queue.release(job.key, first={job.key} if again else set())
         else:
             ready = waiting.queue.ready()
             jobs = waiting.queue.take(lambda _: True)
