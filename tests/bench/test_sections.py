@@ -1,6 +1,9 @@
 """Each section of the benchmark runs, for a moment, with everything it starts."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -55,9 +58,31 @@ BRIEF = {
 }
 
 
+@pytest.fixture(scope="module")
+def helpers() -> Iterator[list[ProcessPoolExecutor]]:
+    """As many helper processes as a section has at a time: each imports for a second."""
+    with run.helper_process(()) as one, run.helper_process(()) as two:
+        for each in (one, two):
+            each.submit(os.getpid).result()
+        yield [one, two]
+
+
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: list[ProcessPoolExecutor]
+) -> Iterator[Bench]:
     """A tiny run; no process that it started is left afterwards."""
+
+    @contextmanager
+    def shared_helper(cores: Sequence[int]) -> Iterator[ProcessPoolExecutor]:
+        helper = helpers.pop()
+        try:
+            yield helper
+        finally:
+            helpers.append(helper)
+
+    for module in (run, sections):
+        monkeypatch.setattr(module, "helper_process", shared_helper)
     for module, values in BRIEF.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
