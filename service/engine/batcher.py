@@ -182,7 +182,7 @@ class Batcher(Generic[P, R]):
             for job in jobs:
                 asyncio.get_running_loop().call_soon(job.resolve, error)
         elif jobs:
-            if self._queue.push(*jobs):
+            if self._queue.push(*jobs, long_ones=self._long < self._max_long):
                 self._wake()
             if deadline_s < self._next_deadline_s:
                 self._set_timer(deadline_s, now_s)

@@ -358,8 +358,11 @@ class FairQueue(Generic[P, R]):
         """Whether no job of these streams waits or runs."""
         return self._backlogs.keys().isdisjoint(keys)
 
-    def push(self, *jobs: Job[P, R]) -> bool:
-        """Add the jobs of a request, each behind the others of its stream; whether any is ready."""
+    def push(self, *jobs: Job[P, R], long_ones: bool = True) -> bool:
+        """Add the jobs of a request, each behind the others of its stream.
+
+        Returns whether one of them may be taken now; `long_ones` as for `take`.
+        """
         self._length += len(jobs)
         backlogs, long_steps = self._backlogs, self._limits.long_steps
         short: list[Backlog[P, R]] = []
@@ -378,7 +381,7 @@ class FairQueue(Generic[P, R]):
             self._short.add(*short)
         if long:
             self._long.add(*long)
-        return bool(short or long)
+        return bool(short or (long_ones and long))
 
     def put_back(self, job: Job[P, R]) -> None:
         """Requeue a job at its old place."""
