@@ -170,7 +170,7 @@ class FastInferPath(FastRoute):
         signature = self._inference.chunk_signature(wire, version, shape, names)
         binary, layout = BinaryOutputs.of(outputs, by_default), wire.served.outputs
         is_binary = [binary.has(output.name) for output in signature.outputs]
-        if not any(is_binary) or signature.steps * layout.size > LONG_VALUES:
+        if not any(is_binary) or signature.steps * layout.size > LONG_VALUES[Media.JSON]:
             return None
         first = signature.outputs[0].output
         is_only = is_binary == [True] and first is not None and first.size == layout.size

@@ -331,7 +331,7 @@ class Session:
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
         wire = self._api.wire(self._pipeline.model(self.model))
-        is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES
+        is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES[entry.media]
         if is_short and self._options == EVERY_STEP:
             reply = wire.writer.reply_bytes(result, entry.media)
             self._answer(entry, reply)

@@ -350,7 +350,8 @@ class FastPath(FastRoute):
             return True
         request.chunk = chunk = reader.decode_chunk(body, media, key, precondition)
         # the slow path encodes long replies in pieces
-        return chunk is not None and chunk.steps.length * served.outputs.size <= LONG_VALUES
+        most = LONG_VALUES[request.reply_media]
+        return chunk is not None and chunk.steps.length * served.outputs.size <= most
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         body = request.wire.writer.reply_bytes(reply, request.reply_media)

@@ -124,7 +124,7 @@ def reply(
     media: Media, document: Any, status: int = 200, headers: Iterable[Header] = ()
 ) -> Response:
     """A response with a document in the negotiated media type; a long one is sent in pieces."""
-    if count_values(document) > LONG_VALUES:
+    if count_values(document) > LONG_VALUES[media]:
         return LongAnswer(media, document, status, headers)
     return Answer(dumps(media, document), _CONTENT_TYPE[media], status, headers)
 

@@ -103,7 +103,7 @@ def test_counted_lists_are_written_like_others(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_long_documents_are_encoded_in_pieces() -> None:
     assert count_values({"a": values(10, 3), "b": [1, {"c": "x"}]}) == 30 + 1 + 1 + 1 + 1 + 1
-    short, long = values(LONG_VALUES - 1), values(LONG_VALUES)
+    short, long = values(LONG_VALUES[Media.JSON] - 1), values(LONG_VALUES[Media.JSON])
     assert not isinstance(reply(Media.JSON, {"a": short}), LongAnswer)
     assert isinstance(reply(Media.JSON, {"a": long}), LongAnswer)
 
@@ -124,7 +124,7 @@ async def test_a_long_reply_equals_the_short_replies(
         "service.transports.http.replies.replies.LONG_VALUES",
         "service.transports.http.connection.fast_path.LONG_VALUES",
     ):
-        monkeypatch.setattr(name, 200)
+        monkeypatch.setattr(name, dict.fromkeys(Media, 200))
     monkeypatch.setattr(module, "PIECE_VALUES", 50)
     monkeypatch.setattr("service.transports.http.replies.replies.WRITE_BYTES", 500)
     inputs = rows(STEPS)
