@@ -74,7 +74,7 @@ from service.store.redis.outcomes import (
 )
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.readiness import Readiness
-from service.store.redis.requests import Script, StoreRequest, pack_strings
+from service.store.redis.requests import Script, StoreRequest, pack_arguments
 from service.store.redis.router import first_error
 from service.store.redis.scan import list_streams
 from service.store.redis.script_results import WRITTEN, parse_result
@@ -90,6 +90,7 @@ BUSY_STREAMS: Final = 4096
 
 EXPECTED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
 
+_CALL: Final = b"*%d\r\n%b$%d\r\n%b\r\n"
 _STREAM: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
 
 log = structlog.get_logger(__name__)
@@ -117,7 +118,7 @@ class RedisStore:
             self._slots = [self._router.slot(prefix) for prefix in prefixes]
         self._is_durable = settings.durability is not Durability.MEMORY
         self._commit_script = Script.load("commit")
-        self._ttls = pack_strings(str(settings.idle_ttl_ms), str(settings.reply_ttl_ms))
+        self._ttls = pack_arguments(settings.idle_ttl_ms, settings.reply_ttl_ms)
         self._max_reply_bytes = settings.reply_max_bytes if settings.reply_ttl_ms else 0
         self._packed_names = lru_cache(maxsize=BUSY_STREAMS)(self._pack_names)
         self._confirm_script = Script.load("confirm")
@@ -319,7 +320,7 @@ class RedisStore:
     def _pack_names(self, key: StreamKey) -> tuple[bytes, bytes]:
         """The packed name of a stream's state, and those of its state and its reply."""
         state, reply = self._keys.pair(key)
-        return pack_strings(state), pack_strings(state, reply)
+        return pack_arguments(state), pack_arguments(state, reply)
 
     def _load_request(self, keys: Sequence[StreamKey], slot: int) -> StoreRequest:
         """The command that reads streams of one slot."""
@@ -334,8 +335,7 @@ class RedisStore:
         )  # fmt: skip
         script, most, numkeys = self._commit_script, self._max_reply_bytes, b"%d" % (2 * len(keys))
         packed = [
-            b"*%d\r\n%b" % (5 + 5 * len(keys), script.by_hash),
-            b"$%d\r\n%b\r\n" % (len(numkeys), numkeys),
+            _CALL % (5 + 5 * len(keys), script.by_hash, len(numkeys), numkeys),
             *[names for _, names in map(self._packed_names, keys)],
             self._ttls,
         ]

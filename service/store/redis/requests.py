@@ -32,9 +32,9 @@ def pack_command(command: Command) -> bytes:
     return packed
 
 
-def pack_strings(*arguments: str) -> bytes:
-    """Arguments of a command as they are sent: bulk strings of RESP."""
-    return b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in map(str.encode, arguments))
+def pack_arguments(*arguments: str | bytes | int) -> bytes:
+    """Some arguments of a command as they are sent: bulk strings of RESP."""
+    return pack_command(arguments).partition(b"\r\n")[2]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Script:
     @cached_property
     def by_hash(self) -> bytes:
         """The beginning of a call by its hash, as it is sent."""
-        return b"$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % self.sha.encode()
+        return pack_arguments("EVALSHA", self.sha)
 
     @cached_property
     def by_text(self) -> bytes:
         """The beginning of a call by its text, as it is sent."""
-        return b"$4\r\nEVAL\r\n$%d\r\n%b\r\n" % (len(self.text), self.text)
+        return pack_arguments("EVAL", self.text)
 
 
 class StoreRequest(msgspec.Struct, eq=False):
