@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, NamedTuple, TypeVar
@@ -95,7 +95,7 @@ class Compute:
         finally:
             self._in_thread -= 1
 
-    async def infer(
+    def infer(
         self,
         runtime: Runtime,
         rows: Sequence[FloatRows],
@@ -103,8 +103,8 @@ class Compute:
         on_call: OnCall,
         *,
         is_slice: bool = False,
-    ) -> InferenceResult:
-        """Run the network on a batch.
+    ) -> Awaitable[InferenceResult]:
+        """Run the network on a batch; await the result.
 
         Args:
             rows: B arrays, float32 [T_b, F], T_b >= 1, of different lengths.
@@ -114,10 +114,10 @@ class Compute:
         longest = max(map(len, rows))
         if longest <= runtime.max_steps:
             self._calls += not is_slice
-            return await self._step(runtime, rows, states, on_call)
+            return self._step(runtime, rows, states, on_call)
         most = runtime.max_steps
         slices = [[row[at : at + most] for at in range(0, len(row), most)] for row in rows]
-        return await self.infer_slices(runtime, slices, states, on_call, is_slice=is_slice)
+        return self.infer_slices(runtime, slices, states, on_call, is_slice=is_slice)
 
     async def infer_slices(
         self,
@@ -162,14 +162,14 @@ class Compute:
         steps = max(lengths)
         padded_rows, padded_steps = runtime.padded_shape(len(rows), steps)
         padded = padded_rows * padded_steps
-        call = partial(_call, runtime, rows, lengths, states, padded_rows, padded_steps)
+        call = runtime, rows, lengths, states, padded_rows, padded_steps
         # calls of about the same size take about the same time
         size = (id(runtime), padded.bit_length())
         expected_s = self._seconds.get(size, MAX_INLINE_S)
         if expected_s < MAX_INLINE_S and not self._in_thread:
-            inferred, seconds = call()
+            inferred, seconds = _call(*call)
         else:
-            inferred, seconds = await self.run(call)
+            inferred, seconds = await self.run(partial(_call, *call))
         before_s = self._seconds.get(size, seconds)
         # capped, since one call may be slow because the machine did something else
         self._seconds[size] = before_s + _SMOOTHING * (min(seconds, 2 * before_s) - before_s)

@@ -44,9 +44,11 @@ class Inference:
         self._sizes = layout.int_size, layout.float_size
         self._runtime_state = served.runtime_state
         self._blocks = served.blocks
-        self._takes_any_rows = served.chunk_limit is None and served.blocks is None
         self._has_alarms = served.artifact.spec.detection is not None
         self._resets_by_itself = served.artifact.spec.resets.is_active
+        self._takes_rows = (
+            served.chunk_limit is None and served.blocks is None and not self._resets_by_itself
+        )
 
     async def __call__(self, items: list[BatchItem], times: StageTimes) -> Computed | None:
         """Compute the items; returns those that succeeded, with their streams after the chunk."""
@@ -56,34 +58,35 @@ class Inference:
         before = decode_states(values, *self._sizes)
         if self._has_alarms:
             before = self._served.states_before([item.chunk.steps for item in items], before)
-        floats, ints = before
-        rows = [item.chunk.steps.rows for item in items if item.chunk.steps.rows is not None]
-        has_resets = self._resets_by_itself or any(item.chunk.steps.resets for item in items)
-        is_cut = False
-        if self._takes_any_rows and not has_resets and len(rows) == len(items):
-            parts: list[list[Segment]] = []
-        else:
-            encoded, is_cut = self._encode(items, list(map(State, floats, ints)), has_resets)
+        steps = [item.chunk.steps for item in items]
+        rows = [each.rows for each in steps if each.rows is not None and not each.resets]
+        is_cut, parts = False, list[list[Segment]]()
+        if not self._takes_rows or len(rows) < len(items):
+            encoded, is_cut = self._encode(items, list(map(State, *before)))
             if not encoded:
                 return None
             items, parts = [items[at] for at in encoded], list(encoded.values())
             rows = [part[-1].rows for part in parts]
-            floats, ints = floats[list(encoded)], np.stack([part[-1].ints for part in parts])
-            before = State(floats, ints)
+            ints = np.stack([part[-1].ints for part in parts])
+            before = State(before.floats[list(encoded)], ints)
         times.infer_began_s = time.monotonic()
         if is_cut:
-            computed = _columns(
-                await infer_segments(self._compute, self._served, parts, self._on_call)
-            )
+            segments = await infer_segments(self._compute, self._served, parts, self._on_call)
+            outputs, after, finite = _columns(segments)
         elif self._blocks is not None:
-            computed = await self._infer_blocks(self._blocks, items, parts)
+            outputs, after, finite = await self._infer_blocks(self._blocks, items, parts)
         else:
-            computed = await self._infer_rows(rows, before)
+            # `before` has the float parts before the chunks, and the int parts of the encoder after
+            packed = self._runtime_state.pack(before)
+            outputs, row, finite = await self._compute.infer(
+                self._served.runtime, rows, packed, self._on_call
+            )
+            after = self._runtime_state.unpack(row, before.ints)
         times.infer_s = time.monotonic() - times.infer_began_s
-        return self._finite(items, *computed)
+        return self._finite(items, outputs, after, finite)
 
     def _encode(
-        self, items: list[BatchItem], states: list[State], has_resets: bool
+        self, items: list[BatchItem], states: list[State]
     ) -> tuple[dict[int, list[Segment]], bool]:
         """Encode the items' events, given their states; an error fails its item only.
 
@@ -91,6 +94,7 @@ class Inference:
             The encoded segments by the index of the item, and whether one of them has a reset.
         """
         served = self._served
+        has_resets = self._resets_by_itself or any(item.chunk.steps.resets for item in items)
         encoded: dict[int, list[Segment]] = {}
         is_cut = False
         whole: list[int] = []
@@ -120,17 +124,6 @@ class Inference:
             return error
         log.error("encoding_failed", model=self._served.name, exc_info=error)
         return InternalError(f"encoding failed: {type(error).__name__}")
-
-    async def _infer_rows(self, rows: list[FloatRows], before: State) -> ComputedColumns:
-        """Compute every step of every item.
-
-        Args:
-            before: the float parts before the chunks, and the int parts of the encoder after them.
-        """
-        outputs, after, finite = await self._compute.infer(
-            self._served.runtime, rows, self._runtime_state.pack(before), self._on_call
-        )
-        return outputs, self._runtime_state.unpack(after, before.ints), finite
 
     async def _infer_blocks(
         self, blocks: BlockStateLayout, items: list[BatchItem], parts: list[list[Segment]]
