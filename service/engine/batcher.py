@@ -23,7 +23,7 @@ import time
 from collections.abc import Awaitable, Callable, Container, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, count
-from typing import Final, Generic
+from typing import Any, Final, Generic
 
 import structlog
 
@@ -81,6 +81,7 @@ class Batcher(Generic[P, R]):
             drained.
         map_error: maps the batcher's own error for a job, which may be committing, to the error
             that the caller gets.
+        job_type: of its jobs; `run` may need more fields.
     """
 
     def __init__(
@@ -90,10 +91,11 @@ class Batcher(Generic[P, R]):
         *,
         max_queue: int,
         max_in_flight: int,
-        on_depth: Callable[[int], None],
+        on_depth: Callable[[int], None] = lambda _: None,
         max_wait_s: float = math.inf,
         on_shedding: Callable[[bool], None] = lambda _: None,
-        map_error: Callable[[Job[P, R], CarryError], CarryError] = lambda _, error: error,
+        map_error: Callable[[Any, CarryError], CarryError] = lambda _, error: error,
+        job_type: type[Job[P, R]] = Job,
     ):
         self._run = run
         self._limits = limits
@@ -102,6 +104,7 @@ class Batcher(Generic[P, R]):
         self._max_long = max(1, max_in_flight - 1)
         self._on_depth = on_depth
         self._map_error = map_error
+        self._job_type = job_type
         self._queue: FairQueue[P, R] = FairQueue(limits)
         self._numbers = count()
         self._long = 0
@@ -151,7 +154,9 @@ class Batcher(Generic[P, R]):
                     continue
             on_result = partial(ticket.resolve, index)
             number = next(self._numbers)
-            jobs.append(Job(payload, key, steps, number, now_s, deadline_s, on_result, request))
+            jobs.append(
+                self._job_type(payload, key, steps, number, now_s, deadline_s, on_result, request)
+            )
         self._push(jobs, deadline_s, now_s)
         return ticket
 
@@ -170,8 +175,8 @@ class Batcher(Generic[P, R]):
             on_result: gets the one result, as a ticket does; never Overloaded.
         """
         now_s = time.monotonic()
-        job: Job[P, R]
-        job = Job(payload, key, steps, next(self._numbers), now_s, deadline_s, on_result)
+        number = next(self._numbers)
+        job = self._job_type(payload, key, steps, number, now_s, deadline_s, on_result)
         self._push([job], deadline_s, now_s)
         return job
 
@@ -444,7 +449,7 @@ class Batcher(Generic[P, R]):
         self,
         jobs: list[Job[P, R]],
         held: set[Hashable],
-        work: Awaitable[list[Job[P, R]]],
+        work: Awaitable[Sequence[Job[P, R]]],
         *,
         is_long: bool = False,
     ) -> None:
@@ -455,7 +460,7 @@ class Batcher(Generic[P, R]):
             is_long: whether the work occupies the slot of a long job.
         """
         failure: CarryError | None = None
-        to_retry: list[Job[P, R]] = []
+        to_retry: Sequence[Job[P, R]] = []
         try:
             to_retry = await work
         except CarryError as error:

@@ -18,7 +18,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Container, Coroutine, Hashable, Iterable, Iterator
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Container,
+    Coroutine,
+    Hashable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from itertools import chain
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -167,7 +176,7 @@ class Ticket(Generic[P, R]):
             self.future.set_result(self._results)
 
 
-Work = Coroutine[Any, Any, list[Job[Any, Any]]]
+Work = Coroutine[Any, Any, Sequence[Job[Any, Any]]]
 
 
 class BatchControl:
@@ -180,7 +189,7 @@ class BatchControl:
         held: set[Hashable],
         on_release: Callable[[Iterable[Hashable]], None],
         is_alone: Callable[[], bool],
-        detach: Callable[[list[Job[Any, Any]], Work], asyncio.Task[None]],
+        detach: Callable[[Sequence[Job[Any, Any]], Work], asyncio.Task[None]],
     ):
         self._held = held
         self._on_release = on_release
@@ -193,7 +202,7 @@ class BatchControl:
         self._held.difference_update(released)
         self._on_release(released)
 
-    def detach(self, jobs: list[Job[P, R]], work: Work) -> asyncio.Task[None]:
+    def detach(self, jobs: Sequence[Job[Any, Any]], work: Work) -> asyncio.Task[None]:
         """Remove jobs from the batch and continue them in a task of its own, which needs no slot.
 
         Args:
@@ -210,7 +219,7 @@ class BatchControl:
         return self._is_alone()
 
 
-Run = Callable[[list[Job[P, R]], BatchControl], Awaitable[list[Job[P, R]]]]
+Run = Callable[[list[Any], BatchControl], Awaitable[Sequence[Job[P, R]]]]
 """Runs a batch: resolves its jobs, each of another stream, and returns those to be retried. May
 release a stream before it ends, once the stream's next job can be computed."""
 

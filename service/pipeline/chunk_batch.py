@@ -1,12 +1,12 @@
 """Runs one batch of chunks: load -> evaluate -> encode -> infer -> commit -> reply.
 
-A batch holds chunks of different streams of one model. Its items fail independently: a rejected,
+A batch holds chunks of different streams of one model. Its jobs fail independently: a rejected,
 malformed or conflicting chunk never affects the others. Streams are versioned (optimistic
 concurrency): a commit is a compare-and-set on the stream head, and a chunk whose commit meets a
 version conflict is evaluated and computed again, up to a limit.
 
 The batcher answers a job whose deadline passes, whatever stage its batch is in. The stages check
-deadlines where it decides whether the chunk is applied (`ChunkLoader`, `ChunkCommitter`).
+deadlines where it decides whether the chunk is applied (`ChunkLoader`, `_commit_part`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from service.core.tracing import BatchTimes, Tracer
 from service.core.values import NO_STREAM, Reply, Timing
 from service.engine.compute import Compute
 from service.engine.fair_queue import BatchControl
-from service.pipeline.batch_item import BaseStream, BatchItem, ChunkJob, Computed, StageTimes
+from service.pipeline.chunk_job import BaseStream, ChunkJob, Computed, StageTimes
 from service.pipeline.chunk_load import ChunkLoader, StateCache, StoreResponsiveness
 from service.pipeline.inference import Inference
 from service.pipeline.recorder import Recorder
@@ -54,6 +54,15 @@ MIN_PART_ROWS: Final = 4
 class ChunkBatchRunner:
     """Runs the batches of one model; its batcher calls it with the jobs of each batch.
 
+    No chunk is answered before the outcome of its commit is known. The stream is released, and its
+    new state cached, as soon as the commit is sent: the stream's next chunk may be computed from
+    the uncommitted state (speculative execution, early release), because its own commit follows on
+    the same ordered connection and expects the head that this one writes. If this commit fails, so
+    does the next one, and its chunk is evaluated again, behind this one if that is retried too.
+
+    A job whose deadline passes before its commit is sent is dropped: nothing was applied.
+    Afterwards its outcome is unknown until the store answers.
+
     Args:
         now_ms: wall clock in epoch milliseconds.
         attempts: how often a chunk is tried while other writers change its stream.
@@ -61,9 +70,6 @@ class ChunkBatchRunner:
         reset: whether a stream whose state another version of the model wrote starts over;
             otherwise its chunks are rejected.
         tracer: records the batches of traced requests; None records none.
-
-    Attributes:
-        map_error: `ChunkCommitter.map_error`, for the batcher's own errors.
     """
 
     def __init__(
@@ -80,143 +86,59 @@ class ChunkBatchRunner:
         reset: bool = False,
         tracer: Tracer | None = None,
     ):
-        self._name = served.name
-        self._tracer = tracer
+        self._served = served
+        self._store = store
+        self._cache = cache
+        self._recorder = recorder
+        self._now_ms = now_ms
         self._attempts = attempts
-        self._shards = Shards(store, max_detached)
-        responsiveness = StoreResponsiveness()
-        self._loader = ChunkLoader(
-            served, store, cache, self._shards, recorder, responsiveness, reset=reset
-        )
+        self._tracer = tracer
+        self._shards = shards = Shards(store, max_detached)
+        self._responsiveness = waiting = StoreResponsiveness()
+        self._loader = ChunkLoader(served, store, cache, shards, recorder, waiting, reset=reset)
         self._infer = Inference(served, compute, recorder)
-        self._committer = ChunkCommitter(
-            served,
-            store,
-            cache,
-            self._shards,
-            recorder,
-            responsiveness,
-            self._loader,
-            self._jobs_to_retry,
-            now_ms,
-        )
-        self.map_error = self._committer.map_error
 
     async def __call__(self, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
         """Run one batch and resolve its jobs; returns the jobs to be retried in a later batch."""
         times = StageTimes(time.monotonic())
-        items = [BatchItem(job, job.payload, job.payload.key) for job in jobs]
+        # the batcher removes jobs from its list that are detached
+        jobs = list(jobs)
         if self._shards.unresponsive:
-            items = self._shards.detach_unresponsive(items, control)
+            jobs = self._shards.detach_unresponsive(jobs, control)
         try:
-            ready, to_retry = await self._loader.evaluate(items, times, control)
+            ready, to_retry = await self._loader.evaluate(jobs, times, control)
             computed = await self._infer(ready, times)
-            if computed is not None and any(item.chunk.dry_run for item in computed.items):
-                computed = self._committer.answer_dry_runs(computed, times)
-            if computed is not None and computed.items:
-                to_retry += await self._committer.commit(computed, times, control)
+            if computed is not None and any(job.payload.dry_run for job in computed.jobs):
+                computed = self._answer_dry_runs(computed, times)
+            if computed is not None and computed.jobs:
+                to_retry += await self._commit(computed, times, control)
         finally:
             if self._tracer is not None:
-                self._trace(self._tracer, items, times)
+                self._trace(self._tracer, jobs, times)
         return self._jobs_to_retry(to_retry)
 
-    def _trace(self, tracer: Tracer, items: list[BatchItem], times: StageTimes) -> None:
-        """Record a batch, if one of its requests is traced."""
-        # a request for many streams has several chunks
-        spans = list(dict.fromkeys(item.chunk.span for item in items if item.chunk.span))
-        if spans:
-            load_end_s = times.began_s + times.load_s
-            infer_end_s = times.infer_began_s + times.infer_s
-            stages = BatchTimes(
-                (times.began_s, time.monotonic()),
-                (times.began_s, load_end_s) if times.load_s else None,
-                (times.infer_began_s, infer_end_s) if times.infer_s else None,
-                (times.commit_began_s, times.commit_ended_s) if times.commit_ended_s else None,
-            )
-            tracer.record_batch(self._name, spans, len(items), stages)
-
-    def _jobs_to_retry(self, items: list[BatchItem]) -> list[ChunkJob]:
-        """The jobs of the items that have attempts left; the others fail with Conflict."""
-        return [item.job for item in items if self._can_retry(item)]
-
-    def _can_retry(self, item: BatchItem) -> bool:
-        """Whether an unresolved item has attempts left. An item without is resolved here."""
-        if item.job.is_resolved:
-            return False
-        if item.job.attempts + 1 < self._attempts:
-            return True
-        stream = item.key.stream
-        item.job.resolve(
-            Conflict(
-                f"other writers changed stream {stream!r} {self._attempts} times in a row",
-                **stream_facts(stream, unpack_head(item.expected) if item.expected else None),
-            )
-        )
-        return False
-
-
-class ChunkCommitter:
-    """Last stage of a batch: commits and answers the chunks of one model.
-
-    No chunk is answered before the outcome of its commit is known. The stream is released, and its
-    new state cached, as soon as the commit is sent: the stream's next chunk may be computed from
-    the uncommitted state (speculative execution, early release), because its own commit follows on
-    the same ordered connection and expects the head that this one writes. If this commit fails, so
-    does the next one, and its chunk is evaluated again, behind this one if that is retried too.
-
-    An item whose deadline passes before its commit is sent is dropped: nothing was applied.
-    Afterwards its outcome is unknown until the store answers.
-
-    Args:
-        loader: answers chunks that turn out to be duplicates.
-        jobs_to_retry: the jobs of items that may be retried; fails the others.
-        now_ms: wall clock in epoch milliseconds.
-    """
-
-    def __init__(
-        self,
-        served: ServedModel,
-        store: StateStore,
-        cache: StateCache,
-        shards: Shards,
-        recorder: Recorder,
-        responsiveness: StoreResponsiveness,
-        loader: ChunkLoader,
-        jobs_to_retry: Callable[[list[BatchItem]], list[ChunkJob]],
-        now_ms: Callable[[], int],
-    ):
-        self._served = served
-        self._store = store
-        self._cache = cache
-        self._shards = shards
-        self._recorder = recorder
-        self._responsiveness = responsiveness
-        self._loader = loader
-        self._jobs_to_retry = jobs_to_retry
-        self._now_ms = now_ms
-
-    def answer_dry_runs(self, computed: Computed, times: StageTimes) -> Computed:
-        """Answer the dry runs, of which nothing is stored; returns the other items."""
+    def _answer_dry_runs(self, computed: Computed, times: StageTimes) -> Computed:
+        """Answer the dry runs, of which nothing is stored; returns the other jobs."""
         applied: list[int] = []
-        for at, item in enumerate(computed.items):
-            if not item.chunk.dry_run:
+        for at, job in enumerate(computed.jobs):
+            if not job.payload.dry_run:
                 applied.append(at)
             else:
-                head = item.base.head if item.base else NO_STREAM
+                head = job.base.head if job.base else NO_STREAM
                 reply = self._reply(computed, at, times, 0.0)
-                item.job.resolve(replace(reply, head=head, created=False, dry_run=True))
+                job.resolve(replace(reply, head=head, created=False, dry_run=True))
         return computed.select(applied)
 
-    async def commit(
+    async def _commit(
         self, computed: Computed, times: StageTimes, control: BatchControl
-    ) -> list[BatchItem]:
-        """Commit computed items and answer them; returns the items to be retried.
+    ) -> list[ChunkJob]:
+        """Commit computed jobs and answer them; returns the jobs to be retried.
 
         A batch that runs alone is pipelined in a few parts: the store writes one part while the
         next is prepared, and the first parts are answered while the store writes the last.
         """
-        count = len(computed.items)
-        if self._store.shard(computed.items[0].key) is not None:
+        count = len(computed.jobs)
+        if self._store.shard(computed.jobs[0].payload.key) is not None:
             return await self._commit_shards(computed, times, control)
         parts = min(MAX_PARTS, count // MIN_PART_ROWS)
         if parts < 2 or not control.is_alone:
@@ -226,7 +148,7 @@ class ChunkCommitter:
             self._commit_part(computed.part(slice(at, at + rows)), times, control)
             for at in range(0, count, rows)
         ]
-        to_retry: list[BatchItem] = []
+        to_retry: list[ChunkJob] = []
         # all parts are awaited even if one of them raises
         for result in await asyncio.gather(*commits, return_exceptions=True):
             if isinstance(result, BaseException):
@@ -236,86 +158,89 @@ class ChunkCommitter:
 
     async def _commit_shards(
         self, computed: Computed, times: StageTimes, control: BatchControl
-    ) -> list[BatchItem]:
-        """Commit to all shards concurrently; returns the items to be retried."""
+    ) -> list[ChunkJob]:
+        """Commit to all shards concurrently; returns the jobs to be retried."""
 
         def on_timeout(
-            shard: Hashable, part: list[int], task: asyncio.Task[list[BatchItem]]
+            shard: Hashable, part: list[int], task: asyncio.Task[list[ChunkJob]]
         ) -> None:
             async def finish() -> list[ChunkJob]:
                 return self._jobs_to_retry(await task)
 
-            self._shards.detach(shard, [computed.items[at] for at in part], control, finish())
+            self._shards.detach(shard, [computed.jobs[at] for at in part], control, finish())
 
-        async def commit(part: list[int]) -> list[BatchItem]:
+        async def commit(part: list[int]) -> list[ChunkJob]:
             return await self._commit_part(computed.select(part), times, control)
 
         results = await self._shards.run_by_shard(
-            list(range(len(computed.items))), lambda at: computed.items[at].key, commit, on_timeout
+            list(range(len(computed.jobs))),
+            lambda at: computed.jobs[at].payload.key,
+            commit,
+            on_timeout,
         )
-        return [item for _, to_retry in results for item in to_retry]
+        return [job for _, to_retry in results for job in to_retry]
 
     async def _commit_part(
         self, computed: Computed, times: StageTimes, control: BatchControl
-    ) -> list[BatchItem]:
-        """Commit some items of a batch and answer them; returns the items to be retried."""
+    ) -> list[ChunkJob]:
+        """Commit some jobs of a batch and answer them; returns the jobs to be retried."""
         began_s = time.monotonic()
-        deadlines_s = [item.job.deadline_s for item in computed.items]
-        if min(deadlines_s) <= began_s or any(item.job.is_resolved for item in computed.items):
-            in_time = [self._is_in_time(item.job, began_s) for item in computed.items]
+        deadlines_s = [job.deadline_s for job in computed.jobs]
+        if min(deadlines_s) <= began_s or any(job.is_resolved for job in computed.jobs):
+            in_time = [self._is_in_time(job, began_s) for job in computed.jobs]
             computed = computed.select([at for at, is_in_time in enumerate(in_time) if is_in_time])
-        if not computed.items:
+        if not computed.jobs:
             return []
-        items, heads = computed.items, computed.heads
+        jobs, heads = computed.jobs, computed.heads
         commits = self._encode(computed)
-        for item, head, value in zip(items, heads, commits.states, strict=True):
-            item.job.is_committing = True
-            self._cache.put(item.key, BaseStream(head, item.chunk.steps.feed, value))
+        for job, head, value in zip(jobs, heads, commits.states, strict=True):
+            job.is_committing = True
+            self._cache.put(job.payload.key, BaseStream(head, job.payload.steps.feed, value))
         control.release_streams(commits.keys)
         self._responsiveness.note_request()
         try:
-            results = await self._store.commit(commits, _last_deadline_s(items))
+            results = await self._store.commit(commits, _last_deadline_s(jobs))
         except BaseException as error:
             for key in commits.keys:
                 self._cache.drop(key)
             if not isinstance(error, CarryError):
                 raise
-            for item in items:
-                item.job.resolve(self.map_error(item.job, error))
+            for job in jobs:
+                job.resolve(self.map_error(job, error))
             return []
         times.commit_began_s = times.commit_began_s or began_s
         times.commit_ended_s = time.monotonic()
         commit_s = times.commit_ended_s - began_s
-        to_retry: list[BatchItem] = []
+        to_retry: list[ChunkJob] = []
         timings: list[Timing] = []
         steps = 0
         for at, result in enumerate(results):
-            item, reply = items[at], self._reply(computed, at, times, commit_s)
+            job, reply = jobs[at], self._reply(computed, at, times, commit_s)
             if result is COMMITTED:
                 timings.append(reply.timing)
-                steps += item.chunk.steps.length
-                item.job.resolve(reply)
-            elif not await self._resolve_uncommitted(item, reply, result):
-                to_retry.append(item)
+                steps += job.payload.steps.length
+                job.resolve(reply)
+            elif not await self._resolve_uncommitted(job, reply, result):
+                to_retry.append(job)
         if timings:
             self._responsiveness.note_response()
             self._recorder.record_chunks(self._served.name, steps, timings)
         return to_retry
 
     def _encode(self, computed: Computed) -> CommitColumns:
-        """The bytes that the store compares and writes for each item."""
-        items, packed = computed.items, list(map(pack_head, computed.heads))
+        """The bytes that the store compares and writes for each job."""
+        jobs, packed = computed.jobs, list(map(pack_head, computed.heads))
         states = encode_states(
-            [item.chunk.steps.feed for item in items],
+            [job.payload.steps.feed for job in jobs],
             packed,
-            [last_chunk(item.chunk, item.base.head if item.base else None) for item in items],
+            [last_chunk(job.payload, job.base.head if job.base else None) for job in jobs],
             computed.states,
             fingerprint=self._served.fingerprint,
             updated_ms=self._now_ms(),
         )
         return CommitColumns(
-            [item.key for item in items],
-            [item.expected for item in items],
+            [job.payload.key for job in jobs],
+            [job.expected for job in jobs],
             states,
             encode_replies(packed, computed.outputs),
         )
@@ -327,39 +252,37 @@ class ChunkCommitter:
             job.resolve(DeadlineExceeded("the deadline expired before its commit"))
         return not job.is_resolved
 
-    async def _resolve_uncommitted(
-        self, item: BatchItem, reply: Reply, result: CommitResult
-    ) -> bool:
-        """Answer an item whose commit failed or conflicted; False if it has to be retried."""
-        self._cache.drop(item.key)
+    async def _resolve_uncommitted(self, job: ChunkJob, reply: Reply, result: CommitResult) -> bool:
+        """Answer an job whose commit failed or conflicted; False if it has to be retried."""
+        self._cache.drop(job.payload.key)
         if isinstance(result, CarryError):
-            item.job.resolve(self.map_error(item.job, result))
+            job.resolve(self.map_error(job, result))
             return True
         if isinstance(result, Conflicted):
-            resolution = resolve_conflict(item.chunk, reply.head, result.stored)
+            resolution = resolve_conflict(job.payload, reply.head, result.stored)
             if resolution is Resolution.RE_EVALUATE:
                 self._recorder.record_conflict(self._served.name)
-                item.job.is_committing = False
-                item.expected = pack_head(result.stored) if result.stored else b""
+                job.is_committing = False
+                job.expected = pack_head(result.stored) if result.stored else b""
                 return False
             if resolution is Resolution.STORED_REPLY:
-                return await self._loader.replay(item, own=reply)
-        self._recorder.record_chunks(self._served.name, item.chunk.steps.length, [reply.timing])
-        item.job.resolve(reply)
+                return await self._loader.replay(job, own=reply)
+        self._recorder.record_chunks(self._served.name, job.payload.steps.length, [reply.timing])
+        job.resolve(reply)
         return True
 
     def _reply(self, computed: Computed, at: int, times: StageTimes, commit_s: float) -> Reply:
-        """The reply to one item."""
-        item, head = computed.items[at], computed.heads[at]
+        """The reply to one job."""
+        job, head = computed.jobs[at], computed.heads[at]
         return Reply(
-            item.key,
+            job.payload.key,
             head,
             computed.outputs[at],
             computed.states,
             False,
-            item.base is None,
-            Timing(times.began_s - item.job.submitted_s, times.load_s, times.infer_s, commit_s),
-            self._served.output_position(item.chunk, head),
+            job.base is None,
+            Timing(times.began_s - job.submitted_s, times.load_s, times.infer_s, commit_s),
+            self._served.output_position(job.payload, head),
             row=at,
         )
 
@@ -390,8 +313,42 @@ class ChunkCommitter:
             )
         return error if job.payload.position is not None else error.without_position()
 
+    def _trace(self, tracer: Tracer, jobs: list[ChunkJob], times: StageTimes) -> None:
+        """Record a batch, if one of its requests is traced."""
+        # a request for many streams has several chunks
+        spans = list(dict.fromkeys(job.payload.span for job in jobs if job.payload.span))
+        if spans:
+            load_end_s = times.began_s + times.load_s
+            infer_end_s = times.infer_began_s + times.infer_s
+            stages = BatchTimes(
+                (times.began_s, time.monotonic()),
+                (times.began_s, load_end_s) if times.load_s else None,
+                (times.infer_began_s, infer_end_s) if times.infer_s else None,
+                (times.commit_began_s, times.commit_ended_s) if times.commit_ended_s else None,
+            )
+            tracer.record_batch(self._served.name, spans, len(jobs), stages)
 
-def _last_deadline_s(items: Sequence[BatchItem]) -> float | None:
-    """The latest deadline of the items; None if one of them has none."""
-    deadline_s = max([item.job.deadline_s for item in items])
+    def _jobs_to_retry(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
+        """The jobs of the jobs that have attempts left; the others fail with Conflict."""
+        return [job for job in jobs if self._can_retry(job)]
+
+    def _can_retry(self, job: ChunkJob) -> bool:
+        """Whether an unresolved job has attempts left. An job without is resolved here."""
+        if job.is_resolved:
+            return False
+        if job.attempts + 1 < self._attempts:
+            return True
+        stream = job.payload.key.stream
+        job.resolve(
+            Conflict(
+                f"other writers changed stream {stream!r} {self._attempts} times in a row",
+                **stream_facts(stream, unpack_head(job.expected) if job.expected else None),
+            )
+        )
+        return False
+
+
+def _last_deadline_s(jobs: Sequence[ChunkJob]) -> float | None:
+    """The latest deadline of the jobs; None if one of them has none."""
+    deadline_s = max([job.deadline_s for job in jobs])
     return None if deadline_s == math.inf else deadline_s

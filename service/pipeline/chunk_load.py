@@ -5,7 +5,7 @@ be committed yet, or another worker may have replaced it, so this is speculative
 compare-and-set of the commit verifies it. Chunks are rejected and replayed only on what the store
 says, never from the cache.
 
-A load waits until the first deadline of its items, and again for the items with later ones. Items
+A load waits until the first deadline of its jobs, and again for the jobs with later ones. Jobs
 of shards that do not answer are detached from the batch (`shards`).
 """
 
@@ -16,7 +16,7 @@ import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from models.errors import StateError
 from service.core.delivery import (
@@ -30,7 +30,7 @@ from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, Stor
 from service.core.values import Chunk, Feed, Reply, StreamHead, StreamKey, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import BatchControl
-from service.pipeline.batch_item import BaseStream, BatchItem, StageTimes
+from service.pipeline.chunk_job import BaseStream, ChunkJob, StageTimes
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
@@ -139,18 +139,6 @@ class StoreResponsiveness:
         return self.silence_s() > STORE_UNRESPONSIVE_AFTER_S
 
 
-class Evaluated(NamedTuple):
-    """The items of a batch that are not resolved yet.
-
-    Attributes:
-        ready: to be computed, with `base` and `expected`.
-        to_retry: to be evaluated again in a later batch.
-    """
-
-    ready: list[BatchItem]
-    to_retry: list[BatchItem]
-
-
 class ChunkLoader:
     """Loads and evaluates the chunks of one model.
 
@@ -180,58 +168,62 @@ class ChunkLoader:
         self._blocks = served.blocks
 
     async def evaluate(
-        self, items: list[BatchItem], times: StageTimes, control: BatchControl
-    ) -> Evaluated:
-        """Find the state that each chunk continues; answer the chunks to replay or reject."""
-        ready: list[BatchItem] = []
-        uncached: list[BatchItem] = []
-        for item in items:
-            item.base = self._cached(item)
-            if item.base is None:
-                uncached.append(item)
+        self, jobs: list[ChunkJob], times: StageTimes, control: BatchControl
+    ) -> tuple[list[ChunkJob], list[ChunkJob]]:
+        """Find the state that each chunk continues; answer the chunks to replay or reject.
+
+        Returns:
+            The jobs to compute, with `base` and `expected`, and those to retry in a later batch.
+        """
+        ready: list[ChunkJob] = []
+        uncached: list[ChunkJob] = []
+        for job in jobs:
+            job.base = self._cached(job)
+            if job.base is None:
+                uncached.append(job)
             else:
-                item.expected = packed_head(item.base.value)
-                ready.append(item)
+                job.expected = packed_head(job.base.value)
+                ready.append(job)
         self._recorder.record_cache_lookups(self._served.name, len(ready), len(uncached))
         if not uncached:
-            return Evaluated(ready, [])
+            return ready, []
         loaded = await self._shards.read(uncached, self._load, control)
         times.load_s = time.monotonic() - times.began_s
-        replays: list[BatchItem] = []
-        to_retry: list[BatchItem] = []
-        for (item, value), known in zip(loaded, self._read_heads(loaded), strict=True):
-            if item.job.is_resolved:
+        replays: list[ChunkJob] = []
+        to_retry: list[ChunkJob] = []
+        for (job, value), known in zip(loaded, self._read_heads(loaded), strict=True):
+            if job.is_resolved:
                 continue
-            if item.job.is_out_of_order:
-                to_retry.append(item)
+            if job.is_out_of_order:
+                to_retry.append(job)
                 continue
-            if known and isinstance(value, bytes) and is_continuation(item.chunk, *known):
-                item.base = BaseStream(*known, value)
-                item.expected = packed_head(value)
-                ready.append(item)
+            if known and isinstance(value, bytes) and is_continuation(job.payload, *known):
+                job.base = BaseStream(*known, value)
+                job.expected = packed_head(value)
+                ready.append(job)
                 continue
             try:
-                stored = decode_value(item.key, value)
+                stored = decode_value(job.payload.key, value)
                 if isinstance(stored, CarryError):
                     raise stored
-                current = self._usable(item.chunk, stored)
-                evaluation = evaluate_chunk(item.chunk, current, closed=self._is_closed(current))
+                current = self._usable(job.payload, stored)
+                evaluation = evaluate_chunk(job.payload, current, closed=self._is_closed(current))
             except CarryError as error:
-                item.job.resolve(error)
+                job.resolve(error)
                 continue
             if isinstance(evaluation, Replay):
-                replays.append(item)
+                replays.append(job)
             else:
                 base = evaluation.base
-                item.base = base and BaseStream(base.head, base.feed, base.value)
-                item.expected = pack_head(stored.head) if stored else b""
-                ready.append(item)
+                job.base = base and BaseStream(base.head, base.feed, base.value)
+                job.expected = pack_head(stored.head) if stored else b""
+                ready.append(job)
         if replays:
             answered = await self._shards.read(replays, self._replay_all, control)
-            to_retry += [item for item, is_answered in answered if not is_answered]
-        return Evaluated(ready, to_retry)
+            to_retry += [job for job, is_answered in answered if not is_answered]
+        return ready, to_retry
 
-    async def replay(self, item: BatchItem, own: Reply | None = None) -> bool:
+    async def replay(self, job: ChunkJob, own: Reply | None = None) -> bool:
         """Answer a retry of a stream's last chunk with the stored reply.
 
         Args:
@@ -240,38 +232,41 @@ class ChunkLoader:
         Returns:
             False if the stream changed in the meantime, so that the chunk has to be retried.
         """
+        chunk = job.payload
         try:
-            state, kept = await self._store.load_with_reply(item.key, _first_deadline_s([item]))
+            state, kept = await self._store.load_with_reply(
+                job.payload.key, _first_deadline_s([job])
+            )
             resolution = resolve_duplicate(
-                item.chunk, state, kept, own.head if own else None, closed=self._is_closed(state)
+                job.payload, state, kept, own.head if own else None, closed=self._is_closed(state)
             )
             if resolution is Resolution.RE_EVALUATE:
                 return False
             if resolution is Resolution.STORED_REPLY and state is not None and kept is not None:
                 self._recorder.record_replay(self._served.name)
-                item.job.resolve(
+                job.resolve(
                     Reply(
-                        item.key,
+                        chunk.key,
                         kept.head,
                         kept.outputs,
                         state.state,
                         replayed=True,
                         created=state.last is not None and state.last.created,
-                        output_position=self._served.output_position(item.chunk, kept.head),
-                        dry_run=item.chunk.dry_run,
+                        output_position=self._served.output_position(chunk, kept.head),
+                        dry_run=chunk.dry_run,
                     )
                 )
             elif own is not None:
-                item.job.resolve(own)
+                job.resolve(own)
         except CarryError as error:
-            item.job.resolve(error)
+            job.resolve(error)
         return True
 
-    async def _replay_all(self, items: list[BatchItem]) -> list[bool]:
-        return await asyncio.gather(*(self.replay(item) for item in items))
+    async def _replay_all(self, jobs: list[ChunkJob]) -> list[bool]:
+        return await asyncio.gather(*(self.replay(job) for job in jobs))
 
     def _read_heads(
-        self, loaded: list[tuple[BatchItem, StoredValue]]
+        self, loaded: list[tuple[ChunkJob, StoredValue]]
     ) -> list[tuple[StreamHead, Feed] | None]:
         """The head and the feed of each loaded stream that may be continued without decoding."""
         if self._blocks is not None:
@@ -280,48 +275,49 @@ class ChunkLoader:
         values = [value if isinstance(value, bytes) else b"" for _, value in loaded]
         return read_heads(values, self._served.fingerprint, *sizes)
 
-    async def _load(self, items: list[BatchItem]) -> list[StoredValue]:
-        """Load the items' streams.
+    async def _load(self, jobs: list[ChunkJob]) -> list[StoredValue]:
+        """Load the jobs' streams.
 
-        If the store does not answer, each item fails at its own deadline while the others wait on.
+        If the store does not answer, each job fails at its own deadline while the others wait on.
         """
-        loaded: dict[BatchItem, StoredValue] = {}
-        remaining = items
+        loaded: dict[ChunkJob, StoredValue] = {}
+        remaining = jobs
         while remaining:
             values: list[StoredValue]
             self._responsiveness.note_request()
             try:
                 values = await self._store.load_values(
-                    [item.key for item in remaining], _first_deadline_s(remaining)
+                    [job.payload.key for job in remaining], _first_deadline_s(remaining)
                 )
                 self._responsiveness.note_response()
             except CarryError as error:
                 values = [error] * len(remaining)
             expired_s = time.monotonic() + DEADLINE_TICK_S
-            waiting: list[BatchItem] = []
-            for item, value in zip(remaining, values, strict=True):
-                loaded[item] = value
+            waiting: list[ChunkJob] = []
+            for job, value in zip(remaining, values, strict=True):
+                loaded[job] = value
                 if not isinstance(value, StoreUnavailable):
                     continue
-                if item.job.deadline_s > expired_s:
-                    waiting.append(item)
+                if job.deadline_s > expired_s:
+                    waiting.append(job)
                 elif self._responsiveness.is_unresponsive():
-                    item.job.resolve(value)
+                    job.resolve(value)
                 else:
-                    item.job.resolve(DeadlineExceeded("the deadline expired before it was loaded"))
+                    job.resolve(DeadlineExceeded("the deadline expired before it was loaded"))
             # if no deadline expired, the store itself gave up
             remaining = [] if len(waiting) == len(remaining) else waiting
-        return [loaded[item] for item in items]
+        return [loaded[job] for job in jobs]
 
-    def _cached(self, item: BatchItem) -> BaseStream | None:
+    def _cached(self, job: ChunkJob) -> BaseStream | None:
         """The cached state of the stream, if the chunk certainly continues it.
 
         Never for a dry run, which no commit would verify.
         """
-        if item.chunk.dry_run:
+        chunk = job.payload
+        if chunk.dry_run:
             return None
-        copy = self._cache.get(item.key)
-        if copy is None or not is_continuation(item.chunk, copy.head, copy.feed):
+        copy = self._cache.get(chunk.key)
+        if copy is None or not is_continuation(chunk, copy.head, copy.feed):
             return None
         if self._blocks is not None and self._is_closed(decode_stream(copy.value)):
             return None
@@ -360,7 +356,7 @@ class ChunkLoader:
         return self._blocks.is_closed(state.state)
 
 
-def _first_deadline_s(items: Iterable[BatchItem]) -> float | None:
-    """The earliest deadline of the items; None if none of them has one."""
-    deadline_s = min(item.job.deadline_s for item in items)
+def _first_deadline_s(jobs: Iterable[ChunkJob]) -> float | None:
+    """The earliest deadline of the jobs; None if none of them has one."""
+    deadline_s = min(job.deadline_s for job in jobs)
     return None if deadline_s == math.inf else deadline_s

@@ -1,6 +1,6 @@
 """Middle stages of a batch: encode the events, run the network, check that results are finite.
 
-The items of a batch are encoded together and computed in as few runtime calls as possible. An item
+The jobs of a batch are encoded together and computed in as few runtime calls as possible. One
 that cannot be encoded, or whose results are not finite, is resolved here, without effect on the
 others. If any of them has a reset, all are computed in segments (`segments`). Nothing is stored.
 """
@@ -19,8 +19,8 @@ from service.core.delivery import next_head, stream_facts
 from service.core.errors import CarryError, InternalError, InvalidInput, NotFinite
 from service.core.values import FloatRows
 from service.engine.compute import Compute
-from service.pipeline.batch_item import BatchItem, Computed, StageTimes
 from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
+from service.pipeline.chunk_job import ChunkJob, Computed, StageTimes
 from service.pipeline.recorder import Recorder
 from service.pipeline.segments import infer_segments
 from service.pipeline.served_model import Segment, ServedModel
@@ -50,22 +50,22 @@ class Inference:
             served.chunk_limit is None and served.blocks is None and not self._resets_by_itself
         )
 
-    async def __call__(self, items: list[BatchItem], times: StageTimes) -> Computed | None:
-        """Compute the items; returns those that succeeded, with their streams after the chunk."""
-        if not items:
+    async def __call__(self, jobs: list[ChunkJob], times: StageTimes) -> Computed | None:
+        """Compute the jobs; returns those that succeeded, with their streams after the chunk."""
+        if not jobs:
             return None
-        values = [item.base.value if item.base is not None else self._initial for item in items]
+        values = [job.base.value if job.base is not None else self._initial for job in jobs]
         before = decode_states(values, *self._sizes)
         if self._has_alarms:
-            before = self._served.states_before([item.chunk.steps for item in items], before)
-        steps = [item.chunk.steps for item in items]
+            before = self._served.states_before([job.payload.steps for job in jobs], before)
+        steps = [job.payload.steps for job in jobs]
         rows = [each.rows for each in steps if each.rows is not None and not each.resets]
         is_cut, parts = False, list[list[Segment]]()
-        if not self._takes_rows or len(rows) < len(items):
-            encoded, is_cut = self._encode(items, list(map(State, *before)))
+        if not self._takes_rows or len(rows) < len(jobs):
+            encoded, is_cut = self._encode(jobs, list(map(State, *before)))
             if not encoded:
                 return None
-            items, parts = [items[at] for at in encoded], list(encoded.values())
+            jobs, parts = [jobs[at] for at in encoded], list(encoded.values())
             rows = [part[-1].rows for part in parts]
             ints = np.stack([part[-1].ints for part in parts])
             before = State(before.floats[list(encoded)], ints)
@@ -74,7 +74,7 @@ class Inference:
             segments = await infer_segments(self._compute, self._served, parts, self._on_call)
             outputs, after, finite = _columns(segments)
         elif self._blocks is not None:
-            outputs, after, finite = await self._infer_blocks(self._blocks, items, parts)
+            outputs, after, finite = await self._infer_blocks(self._blocks, jobs, parts)
         else:
             # `before` has the float parts before the chunks, and the int parts of the encoder after
             packed = self._runtime_state.pack(before)
@@ -83,23 +83,23 @@ class Inference:
             )
             after = self._runtime_state.unpack(row, before.ints)
         times.infer_s = time.monotonic() - times.infer_began_s
-        return self._finite(items, outputs, after, finite)
+        return self._finite(jobs, outputs, after, finite)
 
     def _encode(
-        self, items: list[BatchItem], states: list[State]
+        self, jobs: list[ChunkJob], states: list[State]
     ) -> tuple[dict[int, list[Segment]], bool]:
-        """Encode the items' events, given their states; an error fails its item only.
+        """Encode the jobs' events, given their states; an error fails its own job only.
 
         Returns:
-            The encoded segments by the index of the item, and whether one of them has a reset.
+            The encoded segments by the index of the job, and whether one of them has a reset.
         """
         served = self._served
-        has_resets = self._resets_by_itself or any(item.chunk.steps.resets for item in items)
+        has_resets = self._resets_by_itself or any(job.payload.steps.resets for job in jobs)
         encoded: dict[int, list[Segment]] = {}
         is_cut = False
         whole: list[int] = []
-        for at, item in enumerate(items):
-            steps, position = item.chunk.steps, item.base.head.position if item.base else 0
+        for at, job in enumerate(jobs):
+            steps, position = job.payload.steps, job.base.head.position if job.base else 0
             try:
                 resets = served.find_resets(steps, states[at], position) if has_resets else ()
                 if resets:
@@ -108,29 +108,29 @@ class Inference:
                 else:
                     whole.append(at)
             except Exception as error:
-                item.job.resolve(self._encoding_error(item, error))
-        pairs = [(items[at].chunk.steps, states[at]) for at in whole]
+                job.resolve(self._encoding_error(job, error))
+        pairs = [(jobs[at].payload.steps, states[at]) for at in whole]
         for at, result in zip(whole, served.encode_many(pairs), strict=True):
             if isinstance(result, Exception):
-                items[at].job.resolve(self._encoding_error(items[at], result))
+                jobs[at].resolve(self._encoding_error(jobs[at], result))
             else:
                 encoded[at] = [Segment(states[at], *result)]
         return encoded, is_cut
 
-    def _encoding_error(self, item: BatchItem, error: Exception) -> CarryError:
+    def _encoding_error(self, job: ChunkJob, error: Exception) -> CarryError:
         if isinstance(error, InvalidInput):
-            return InvalidInput(error.detail, **error.facts, stream=item.chunk.key.stream)
+            return InvalidInput(error.detail, **error.facts, stream=job.payload.key.stream)
         if isinstance(error, CarryError):
             return error
         log.error("encoding_failed", model=self._served.name, exc_info=error)
         return InternalError(f"encoding failed: {type(error).__name__}")
 
     async def _infer_blocks(
-        self, blocks: BlockStateLayout, items: list[BatchItem], parts: list[list[Segment]]
+        self, blocks: BlockStateLayout, jobs: list[ChunkJob], parts: list[list[Segment]]
     ) -> ComputedColumns:
-        """Compute every block of every item whose window is complete."""
+        """Compute every block of every job whose window is complete."""
         inputs = [
-            BlockInput(*part[0], item.chunk.final) for item, part in zip(items, parts, strict=True)
+            BlockInput(*part[0], job.payload.final) for job, part in zip(jobs, parts, strict=True)
         ]
         width = self._served.outputs.size
         return _columns(
@@ -140,20 +140,20 @@ class Inference:
         )
 
     def _finite(
-        self, items: list[BatchItem], outputs: list[FloatRows], states: State, finite: bool
+        self, jobs: list[ChunkJob], outputs: list[FloatRows], states: State, finite: bool
     ) -> Computed | None:
-        """The items with finite results, and their streams after the chunks; fails the others."""
-        heads = [next_head(item.chunk, item.base.head if item.base else None) for item in items]
-        computed = Computed(items, heads, outputs, states)
+        """The jobs with finite results, and their streams after the chunks; fails the others."""
+        heads = [next_head(job.payload, job.base.head if job.base else None) for job in jobs]
+        computed = Computed(jobs, heads, outputs, states)
         if finite:
             return computed
         is_finite = [
             bool(np.isfinite(output).all()) and self._served.state.is_finite(State(*state))
             for output, *state in zip(outputs, *states, strict=True)
         ]
-        for item, item_is_finite in zip(items, is_finite, strict=True):
+        for job, item_is_finite in zip(jobs, is_finite, strict=True):
             if not item_is_finite:
-                item.job.resolve(_not_finite(item))
+                job.resolve(_not_finite(job))
         return computed.select(np.flatnonzero(is_finite).tolist())
 
 
@@ -162,9 +162,9 @@ def _columns(output: BatchOutput) -> ComputedColumns:
     return output.outputs, State(np.stack(floats), np.stack(ints)), output.finite
 
 
-def _not_finite(item: BatchItem) -> NotFinite:
-    head = item.base.head if item.base else None
+def _not_finite(job: ChunkJob) -> NotFinite:
+    stream, head = job.payload.key.stream, job.base.head if job.base else None
     return NotFinite(
-        f"expected finite outputs and states of stream {item.key.stream!r}, got NaN or infinity",
-        **stream_facts(item.key.stream, head),
+        f"expected finite outputs and states of stream {stream!r}, got NaN or infinity",
+        **stream_facts(stream, head),
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from msgspec.structs import replace
 
@@ -51,6 +51,7 @@ from service.engine.runtimes.base import Runtime
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_batch import ChunkBatchRunner
+from service.pipeline.chunk_job import ChunkJob
 from service.pipeline.chunk_load import StateCache
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
 from service.pipeline.predict import PredictRunner, SequenceStart
@@ -159,45 +160,36 @@ class Pipeline:
             tracer=self._tracer,
         )
         return self._batcher(
-            served, run, partial(self._recorder.record_queue_depth, served.name), run.map_error
+            run,
+            self._batch_limits(served),
+            on_depth=partial(self._recorder.record_queue_depth, served.name),
+            map_error=run.map_error,
+            job_type=ChunkJob,
         )
 
     def _sequence_batcher(self, served: ServedModel) -> Batcher[SequenceStart, Prediction]:
         run = PredictRunner(served, self._compute, self._recorder)
-        return self._batcher(served, run, lambda _: None, lambda _, error: error)
+        return self._batcher(run, self._batch_limits(served))
 
     def _forecast_batcher(
         self, served: ServedModel, decoder: Runtime
     ) -> Batcher[ForecastOrigin, Forecast]:
-        return Batcher(
-            ForecastRunner(served, decoder, self._compute, self._recorder),
-            BatchLimits(1, self._limits.max_batch_steps),
-            max_queue=self._limits.max_queue,
-            max_in_flight=self._limits.batches_in_flight,
-            on_depth=lambda _: None,
-            max_wait_s=self._limits.max_queue_wait_s,
-            on_shedding=self._note_shedding,
-            map_error=lambda _, error: error,
-        )
+        run = ForecastRunner(served, decoder, self._compute, self._recorder)
+        return self._batcher(run, BatchLimits(1, self._limits.max_batch_steps))
 
-    def _batcher(
-        self,
-        served: ServedModel,
-        run: Run[P, R],
-        on_depth: Callable[[int], None],
-        map_error: Callable[[Job[P, R], CarryError], CarryError],
-    ) -> Batcher[P, R]:
+    def _batch_limits(self, served: ServedModel) -> BatchLimits:
+        rows, steps = self.max_batch_rows(served), self._limits.max_batch_steps
+        return BatchLimits(rows, steps, served.runtime.max_steps)
+
+    def _batcher(self, run: Run[P, R], limits: BatchLimits, **options: Any) -> Batcher[P, R]:
         return Batcher(
             run,
-            BatchLimits(
-                self.max_batch_rows(served), self._limits.max_batch_steps, served.runtime.max_steps
-            ),
+            limits,
             max_queue=self._limits.max_queue,
             max_in_flight=self._limits.batches_in_flight,
-            on_depth=on_depth,
             max_wait_s=self._limits.max_queue_wait_s,
             on_shedding=self._note_shedding,
-            map_error=map_error,
+            **options,
         )
 
     def _note_shedding(self, is_shedding: bool) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import StreamKey
 from service.engine.fair_queue import BatchControl
-from service.pipeline.batch_item import BatchItem, ChunkJob
+from service.pipeline.chunk_job import ChunkJob
 from service.store.base import StateStore
 
 T = TypeVar("T")
@@ -53,10 +53,10 @@ class Shards:
         """Whether detached work is waiting for the shard of a stream."""
         return bool(self.unresponsive) and self._store.shard(key) in self.unresponsive
 
-    def detach_unresponsive(self, items: list[BatchItem], control: BatchControl) -> list[BatchItem]:
-        """Detach the items whose shards are unresponsive; returns the others."""
-        responsive: list[BatchItem] = []
-        for shard, group in self._group_by_shard(items, lambda item: item.key).items():
+    def detach_unresponsive(self, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
+        """Detach the jobs whose shards are unresponsive; returns the others."""
+        responsive: list[ChunkJob] = []
+        for shard, group in self._group_by_shard(jobs, lambda job: job.payload.key).items():
             if shard in self.unresponsive:
                 self.detach_until_answer(shard, group, control)
             else:
@@ -65,25 +65,23 @@ class Shards:
 
     async def read(
         self,
-        items: list[BatchItem],
-        read: Callable[[list[BatchItem]], Coroutine[Any, Any, list[X]]],
+        jobs: list[ChunkJob],
+        read: Callable[[list[ChunkJob]], Coroutine[Any, Any, list[X]]],
         control: BatchControl,
-    ) -> list[tuple[BatchItem, X]]:
-        """Read from every item's stream; items of shards that time out are detached.
+    ) -> list[tuple[ChunkJob, X]]:
+        """Read from every job's stream; jobs of shards that time out are detached.
 
         Args:
-            read: returns one result for each of the items that it is called with.
+            read: returns one result for each of the jobs that it is called with.
         """
 
-        def on_timeout(
-            shard: Hashable, group: list[BatchItem], task: asyncio.Task[list[X]]
-        ) -> None:
+        def on_timeout(shard: Hashable, group: list[ChunkJob], task: asyncio.Task[list[X]]) -> None:
             task.cancel()
             self.detach_until_answer(shard, group, control)
 
-        if self._store.shard(items[0].key) is None:
-            return list(zip(items, await read(items), strict=True))
-        results = await self.run_by_shard(items, lambda item: item.key, read, on_timeout)
+        if self._store.shard(jobs[0].payload.key) is None:
+            return list(zip(jobs, await read(jobs), strict=True))
+        results = await self.run_by_shard(jobs, lambda job: job.payload.key, read, on_timeout)
         return [pair for group, values in results for pair in zip(group, values, strict=True)]
 
     async def run_by_shard(
@@ -116,28 +114,28 @@ class Shards:
         return [(groups[shard], task.result()) for shard, task in tasks.items() if task.done()]
 
     def detach_until_answer(
-        self, shard: Hashable, items: list[BatchItem], control: BatchControl
+        self, shard: Hashable, jobs: list[ChunkJob], control: BatchControl
     ) -> None:
-        """Detach items until their shard answers, then requeue them.
+        """Detach jobs until their shard answers, then requeue them.
 
         Those beyond `max_detached` fail with StoreUnavailable.
         """
         # detached commits count, but are never rejected: there may be more than the bound
         room = max(0, self._max_detached - self._detached)
-        for item in items[room:]:
-            item.job.resolve(
+        for job in jobs[room:]:
+            job.resolve(
                 StoreUnavailable(
                     f"{self._detached} chunks wait for shards of the store that do not answer",
                     retry_after_s=RETRY_AFTER_S,
                 )
             )
         if room:
-            self.detach(shard, items[:room], control, self._wait_for_answer(items[:room]))
+            self.detach(shard, jobs[:room], control, self._wait_for_answer(jobs[:room]))
 
     def detach(
         self,
         shard: Hashable,
-        items: list[BatchItem],
+        jobs: list[ChunkJob],
         control: BatchControl,
         work: Coroutine[Any, Any, list[ChunkJob]],
     ) -> None:
@@ -147,30 +145,32 @@ class Shards:
             work: returns the jobs to be retried.
         """
         self.unresponsive[shard] += 1
-        self._detached += len(items)
+        self._detached += len(jobs)
 
         def done(_: object) -> None:
-            self._detached -= len(items)
+            self._detached -= len(jobs)
             self.unresponsive[shard] -= 1
             if not self.unresponsive[shard]:
                 del self.unresponsive[shard]
 
-        control.detach([item.job for item in items], work).add_done_callback(done)
+        control.detach(jobs, work).add_done_callback(done)
 
-    async def _wait_for_answer(self, items: list[BatchItem]) -> list[ChunkJob]:
-        """Wait until the items' shard answers; returns the jobs to be retried."""
-        deadline_s = max(item.job.deadline_s for item in items)
+    async def _wait_for_answer(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
+        """Wait until the jobs' shard answers; returns the jobs to be retried."""
+        deadline_s = max(job.deadline_s for job in jobs)
         try:
-            await self._store.load([items[0].key], None if deadline_s == math.inf else deadline_s)
+            await self._store.load(
+                [jobs[0].payload.key], None if deadline_s == math.inf else deadline_s
+            )
         except StoreUnavailable as error:
-            for item in items:
-                item.job.resolve(error)
+            for job in jobs:
+                job.resolve(error)
         except CarryError:
             pass  # an error is an answer, too
-        jobs = [item.job for item in items if not item.job.is_resolved]
-        for job in jobs:
+        waiting = [job for job in jobs if not job.is_resolved]
+        for job in waiting:
             job.attempts -= 1  # waiting is no attempt
-        return jobs
+        return waiting
 
     def _group_by_shard(
         self, items: Iterable[T], key: Callable[[T], StreamKey]

@@ -20,7 +20,7 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.pipeline.batch_item import BaseStream
+from service.pipeline.chunk_job import BaseStream
 from service.store.base import Commit, Committed, StateStore
 from service.store.codec import encode_state
 

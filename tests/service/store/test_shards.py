@@ -15,9 +15,9 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Reply
-from service.engine.fair_queue import BatchControl, Job, Work
-from service.pipeline.batch_item import BatchItem, ChunkJob
+from service.engine.fair_queue import BatchControl, Work
 from service.pipeline.chunk_batch import ChunkBatchRunner
+from service.pipeline.chunk_job import ChunkJob
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.shards import Shards
 from service.store.keys import KeySpace
@@ -184,17 +184,16 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
     def ignore(_: Reply | CarryError) -> None:
         pass
 
-    def items(count: int) -> list[BatchItem]:
+    def jobs(count: int) -> list[ChunkJob]:
         chunks = [chunk_of(f"s{n}", np.zeros((1, 3), np.float32)) for n in range(count)]
-        jobs = [Job(each, each.key, 1, 0, 0.0, math.inf, ignore) for each in chunks]
-        return [BatchItem(job, job.payload, job.payload.key) for job in jobs]
+        return [ChunkJob(each, each.key, 1, 0, 0.0, math.inf, ignore) for each in chunks]
 
     shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
     control = BatchControl(set(), lambda _: None, lambda: False, detach)
-    shards.detach("shard", items(3), control, commit())
-    late = items(4)
+    shards.detach("shard", jobs(3), control, commit())
+    late = jobs(4)
     shards.detach_until_answer("shard", late, control)
-    assert all(item.job.is_resolved for item in late)
+    assert all(job.is_resolved for job in late)
     gate.set()
     await asyncio.gather(*tasks)
     assert not shards._detached

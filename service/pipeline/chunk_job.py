@@ -1,4 +1,4 @@
-"""One chunk of a batch, the columns of a batch after inference, and the times of the stages."""
+"""The job of a chunk, the columns of a batch after inference, and the times of the stages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from models.spec.state import State
-from service.core.values import Chunk, Feed, FloatRows, Reply, StreamHead, StreamKey
+from service.core.values import Chunk, Feed, FloatRows, Reply, StreamHead
 from service.engine.fair_queue import Job
-
-ChunkJob = Job[Chunk, Reply]
 
 
 class BaseStream(msgspec.Struct, frozen=True, gc=False):
@@ -25,8 +23,8 @@ class BaseStream(msgspec.Struct, frozen=True, gc=False):
     value: bytes
 
 
-class BatchItem(msgspec.Struct, eq=False):
-    """One chunk on its way through a batch.
+class ChunkJob(Job[Chunk, Reply], eq=False):
+    """The job of one chunk, its payload, with what a batch finds out about its stream.
 
     Attributes:
         base: the stream that the chunk continues; None if it creates one.
@@ -34,9 +32,6 @@ class BatchItem(msgspec.Struct, eq=False):
             exist.
     """
 
-    job: ChunkJob
-    chunk: Chunk
-    key: StreamKey
     base: BaseStream | None = None
     expected: bytes = b""
 
@@ -50,7 +45,7 @@ class Computed(msgspec.Struct, frozen=True, gc=False):
         states: those after the chunks, float32 [B, N] and int64 [B, M].
     """
 
-    items: Sequence[BatchItem]
+    jobs: Sequence[ChunkJob]
     heads: Sequence[StreamHead]
     outputs: Sequence[FloatRows]
     states: State
@@ -58,12 +53,12 @@ class Computed(msgspec.Struct, frozen=True, gc=False):
     def part(self, rows: slice) -> Computed:
         """A slice of the batch."""
         states = State(self.states.floats[rows], self.states.ints[rows])
-        return Computed(self.items[rows], self.heads[rows], self.outputs[rows], states)
+        return Computed(self.jobs[rows], self.heads[rows], self.outputs[rows], states)
 
     def select(self, at: Sequence[int]) -> Computed:
-        """The items at these indexes."""
+        """The jobs at these indexes."""
         return Computed(
-            [self.items[index] for index in at],
+            [self.jobs[index] for index in at],
             [self.heads[index] for index in at],
             [self.outputs[index] for index in at],
             State(self.states.floats[at], self.states.ints[at]),
