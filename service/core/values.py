@@ -192,9 +192,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
 
 
 class Timing(msgspec.Struct, frozen=True, gc=False):
-    """The times of a chunk by stage, in seconds; all zero if nothing was computed."""
+    """The times that the chunks of a batch share, by stage; all zero if nothing was computed."""
 
-    queue_s: float = 0.0
     load_s: float = 0.0
     infer_s: float = 0.0
     commit_s: float = 0.0
@@ -209,6 +208,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
         states: the stream's state after the chunk; with `row`, those of a batch.
         replayed: whether the outputs are those of an earlier delivery of the same chunk.
         created: whether the chunk created the stream.
+        queue_s: how long it waited for its batch.
         output_position: index of the event of the first output, for models with blocks, whose
             outputs are not one for each event of the chunk.
         dry_run: whether nothing was applied; `head` is then the current stream head, and
@@ -222,6 +222,7 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     states: State
     replayed: bool = False
     created: bool = False
+    queue_s: float = 0.0
     timing: Timing = Timing()
     output_position: int | None = None
     dry_run: bool = False

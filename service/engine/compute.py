@@ -17,8 +17,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
+import msgspec
 import numpy as np
 
 from service.core.values import FloatRows
@@ -39,7 +40,7 @@ _SMOOTHING: Final = 0.2
 """Weight of the newest call in the moving average of call times."""
 
 
-class InferenceResult(NamedTuple):
+class InferenceResult(msgspec.Struct, frozen=True, gc=False):
     """The results of a batch.
 
     Attributes:

@@ -264,16 +264,19 @@ class PrometheusRecorder:
         else:
             self._flush_timer = loop.call_later(FLUSH_INTERVAL_S, self.flush_requests)
 
-    def record_chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
-        """Record the committed chunks of one batch: the sum of their steps, the timing of each."""
-        series = self._series(model)
-        series.chunks.append(len(timings))
+    def record_chunks(
+        self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
+    ) -> None:
+        """Record the committed chunks of one batch: the sum of their steps, how long each waited,
+        and the times that they share."""
+        series, count = self._series(model), len(queue_s)
+        series.chunks.append(count)
         series.events.append(steps)
         queue, load, infer, commit = series.stages
-        queue += [timing.queue_s for timing in timings]
-        load += [timing.load_s for timing in timings]
-        infer += [timing.infer_s for timing in timings]
-        commit += [timing.commit_s for timing in timings]
+        queue += queue_s
+        load += [timing.load_s] * count
+        infer += [timing.infer_s] * count
+        commit += [timing.commit_s] * count
         if self._flush_timer is None:
             self._flush_soon()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Final
 
 from msgspec.structs import replace
@@ -125,7 +125,8 @@ class ChunkBatchRunner:
                 applied.append(at)
             else:
                 head = job.base.head if job.base else NO_STREAM
-                reply = self._reply(computed, at, times, 0.0)
+                timing = Timing(times.load_s, times.infer_s)
+                reply = self._reply(computed, at, times, timing)
                 job.resolve(replace(reply, head=head, created=False, dry_run=True))
         return computed.select(applied)
 
@@ -184,22 +185,25 @@ class ChunkBatchRunner:
         self, computed: Computed, times: StageTimes, control: BatchControl
     ) -> list[ChunkJob]:
         """Commit some jobs of a batch and answer them; returns the jobs to be retried."""
-        began_s = time.monotonic()
-        deadlines_s = [job.deadline_s for job in computed.jobs]
-        if min(deadlines_s) <= began_s or any(job.is_resolved for job in computed.jobs):
-            in_time = [self._is_in_time(job, began_s) for job in computed.jobs]
-            computed = computed.select([at for at, is_in_time in enumerate(in_time) if is_in_time])
-        if not computed.jobs:
+        began_s, jobs = time.monotonic(), computed.jobs
+        if late := [job for job in jobs if job.is_resolved or job.deadline_s <= began_s]:
+            for job in late:
+                job.resolve(DeadlineExceeded("the deadline expired before its commit"))
+            computed = computed.select([at for at, job in enumerate(jobs) if not job.is_resolved])
+            jobs = computed.jobs
+        if not jobs:
             return []
-        jobs, heads = computed.jobs, computed.heads
+        deadline_s = max([job.deadline_s for job in jobs])
         commits = self._encode(computed)
-        for job, head, value in zip(jobs, heads, commits.states, strict=True):
+        for job, head, value in zip(jobs, computed.heads, commits.states, strict=True):
             job.is_committing = True
             self._cache.put(job.payload.key, BaseStream(head, job.payload.steps.feed, value))
         control.release_streams(commits.keys)
         self._responsiveness.note_request()
         try:
-            results = await self._store.commit(commits, _last_deadline_s(jobs))
+            results = await self._store.commit(
+                commits, None if deadline_s == math.inf else deadline_s
+            )
         except BaseException as error:
             for key in commits.keys:
                 self._cache.drop(key)
@@ -210,21 +214,21 @@ class ChunkBatchRunner:
             return []
         times.commit_began_s = times.commit_began_s or began_s
         times.commit_ended_s = time.monotonic()
-        commit_s = times.commit_ended_s - began_s
+        timing = Timing(times.load_s, times.infer_s, times.commit_ended_s - began_s)
         to_retry: list[ChunkJob] = []
-        timings: list[Timing] = []
+        queue_s: list[float] = []
         steps = 0
         for at, result in enumerate(results):
-            job, reply = jobs[at], self._reply(computed, at, times, commit_s)
+            job, reply = jobs[at], self._reply(computed, at, times, timing)
             if result is COMMITTED:
-                timings.append(reply.timing)
+                queue_s.append(reply.queue_s)
                 steps += job.payload.steps.length
                 job.resolve(reply)
             elif not await self._resolve_uncommitted(job, reply, result):
                 to_retry.append(job)
-        if timings:
+        if queue_s:
             self._responsiveness.note_response()
-            self._recorder.record_chunks(self._served.name, steps, timings)
+            self._recorder.record_chunks(self._served.name, steps, queue_s, timing)
         return to_retry
 
     def _encode(self, computed: Computed) -> CommitColumns:
@@ -245,15 +249,8 @@ class ChunkBatchRunner:
             encode_replies(packed, computed.outputs),
         )
 
-    def _is_in_time(self, job: ChunkJob, now_s: float) -> bool:
-        """Whether the chunk may still be committed: its deadline has not passed, and its caller
-        has not been answered with an error."""
-        if job.deadline_s <= now_s:
-            job.resolve(DeadlineExceeded("the deadline expired before its commit"))
-        return not job.is_resolved
-
     async def _resolve_uncommitted(self, job: ChunkJob, reply: Reply, result: CommitResult) -> bool:
-        """Answer an job whose commit failed or conflicted; False if it has to be retried."""
+        """Answer a job whose commit failed or conflicted; False if it has to be retried."""
         self._cache.drop(job.payload.key)
         if isinstance(result, CarryError):
             job.resolve(self.map_error(job, result))
@@ -267,11 +264,12 @@ class ChunkBatchRunner:
                 return False
             if resolution is Resolution.STORED_REPLY:
                 return await self._loader.replay(job, own=reply)
-        self._recorder.record_chunks(self._served.name, job.payload.steps.length, [reply.timing])
+        steps = job.payload.steps.length
+        self._recorder.record_chunks(self._served.name, steps, [reply.queue_s], reply.timing)
         job.resolve(reply)
         return True
 
-    def _reply(self, computed: Computed, at: int, times: StageTimes, commit_s: float) -> Reply:
+    def _reply(self, computed: Computed, at: int, times: StageTimes, timing: Timing) -> Reply:
         """The reply to one job."""
         job, head = computed.jobs[at], computed.heads[at]
         return Reply(
@@ -281,7 +279,8 @@ class ChunkBatchRunner:
             computed.states,
             False,
             job.base is None,
-            Timing(times.began_s - job.submitted_s, times.load_s, times.infer_s, commit_s),
+            times.began_s - job.submitted_s,
+            timing,
             self._served.output_position(job.payload, head),
             row=at,
         )
@@ -346,9 +345,3 @@ class ChunkBatchRunner:
             )
         )
         return False
-
-
-def _last_deadline_s(jobs: Sequence[ChunkJob]) -> float | None:
-    """The latest deadline of the jobs; None if one of them has none."""
-    deadline_s = max([job.deadline_s for job in jobs])
-    return None if deadline_s == math.inf else deadline_s

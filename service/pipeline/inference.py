@@ -78,10 +78,9 @@ class Inference:
         else:
             # `before` has the float parts before the chunks, and the int parts of the encoder after
             packed = self._runtime_state.pack(before)
-            outputs, row, finite = await self._compute.infer(
-                self._served.runtime, rows, packed, self._on_call
-            )
-            after = self._runtime_state.unpack(row, before.ints)
+            inferred = await self._compute.infer(self._served.runtime, rows, packed, self._on_call)
+            outputs, finite = inferred.outputs, inferred.finite
+            after = self._runtime_state.unpack(inferred.states, before.ints)
         times.infer_s = time.monotonic() - times.infer_began_s
         return self._finite(jobs, outputs, after, finite)
 

@@ -30,8 +30,11 @@ class ModelStatistics(NamedTuple):
 class Recorder(Protocol):
     """Records counts and times; never raises, never blocks. Called from the event loop."""
 
-    def record_chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
-        """Record committed chunks of one batch: their steps together, and the times of each."""
+    def record_chunks(
+        self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
+    ) -> None:
+        """Record committed chunks of one batch: their steps together, how long each waited, and the
+        times that they share."""
 
     def record_replay(self, model: str) -> None:
         """Record a retry that was answered with the stored reply."""

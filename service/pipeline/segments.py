@@ -84,15 +84,16 @@ async def _infer(
             compute, served.runtime, served.blocks, inputs, width, on_call, is_slice=is_slice
         )
     layout = served.runtime_state
-    outputs, after, finite = await compute.infer(
+    inferred = await compute.infer(
         served.runtime,
         [segment.rows for segment in segments],
         np.stack([layout.pack(segment.state) for segment in segments]),
         on_call,
         is_slice=is_slice,
     )
-    states = [layout.unpack(row, each.ints) for row, each in zip(after, segments, strict=True)]
-    return BatchOutput(outputs, states, finite)
+    after = zip(inferred.states, segments, strict=True)
+    states = [layout.unpack(row, each.ints) for row, each in after]
+    return BatchOutput(inferred.outputs, states, inferred.finite)
 
 
 def _groups(segments: Sequence[Segment], max_rows: int) -> Iterator[list[int]]:

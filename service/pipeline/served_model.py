@@ -77,7 +77,7 @@ class ServedModel:
         """The first 12 hex digits of the fingerprint."""
         return self.artifact.version
 
-    @property
+    @cached_property
     def fingerprint(self) -> bytes:
         """Hash of everything that determines the model's outputs, 16 bytes."""
         return self.artifact.fingerprint

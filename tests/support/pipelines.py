@@ -51,8 +51,10 @@ class Counts:
     seen: Counter[str] = field(default_factory=Counter)
     largest_batch: int = 0
 
-    def record_chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
-        self.seen["chunks"] += len(timings)
+    def record_chunks(
+        self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
+    ) -> None:
+        self.seen["chunks"] += len(queue_s)
         self.seen["events"] += steps
 
     def record_replay(self, model: str) -> None:

@@ -27,10 +27,11 @@ async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[in
     kept = states.copy()
     compute = Compute()
     try:
-        outputs, after, finite = await compute.infer(runtime, rows, states, lambda *_: None)
+        inferred = await compute.infer(runtime, rows, states, lambda *_: None)
     finally:
         compute.close()
-    assert finite
+    outputs, after = inferred.outputs, inferred.states
+    assert inferred.finite
     np.testing.assert_array_equal(states, kept, "what the engine was given is not written to")
     for index, row in enumerate(rows):
         expected, state = oracle_step(artifact.spec, artifact.weights, row, kept[index])

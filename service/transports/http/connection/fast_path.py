@@ -358,7 +358,7 @@ class FastPath(FastRoute):
         head = _RESPONSE_HEADS[request.reply_media] % (
             hexlify(reply.head.epoch),
             hexlify(reply.head.tag),
-            server_timing(reply.timing),
+            server_timing(reply),
             len(body),
             request.request_id,
             header_lines,

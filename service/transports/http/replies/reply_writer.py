@@ -65,21 +65,17 @@ class ServerTiming:
     """Writes the values of Server-Timing: milliseconds of a chunk by stage."""
 
     def __init__(self) -> None:
-        self._of_batch: tuple[float, ...] = ()
-        self._text_of_batch = b""
+        self._timing: Timing | None = None
+        self._text = b""
 
-    def value(self, timing: Timing) -> bytes:
+    def value(self, reply: Reply) -> bytes:
         """The value for one chunk; what the chunks of a batch share is written once."""
-        of_batch = timing.load_s, timing.infer_s, timing.commit_s
-        if of_batch != self._of_batch:
-            self._of_batch = of_batch
-            load_s, infer_s, commit_s = of_batch
-            self._text_of_batch = b"load;dur=%.3f, infer;dur=%.3f, commit;dur=%.3f" % (
-                load_s * 1000,
-                infer_s * 1000,
-                commit_s * 1000,
-            )
-        return b"queue;dur=%.3f, %b" % (timing.queue_s * 1000, self._text_of_batch)
+        timing = reply.timing
+        if timing is not self._timing:
+            times_s = timing.load_s, timing.infer_s, timing.commit_s
+            text = b"load;dur=%.3f, infer;dur=%.3f, commit;dur=%.3f"
+            self._timing, self._text = timing, text % tuple([1000 * time_s for time_s in times_s])
+        return b"queue;dur=%.3f, %b" % (reply.queue_s * 1000, self._text)
 
 
 server_timing: Final = ServerTiming().value

@@ -77,7 +77,7 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     _check_capacity(pipeline, wire, key, body)
     chunk = await body.read(wire.reader.chunk, wire.long.chunk, key.stream, precondition)
     result = await cancel_on_disconnect(request, pipeline.process(chunk, deadline_s))
-    headers = [(b"server-timing", server_timing(result.timing))]
+    headers = [(b"server-timing", server_timing(result))]
     if result.head is not NO_STREAM:
         headers.insert(0, etag(result.head))
     return reply(answer, wire.writer.reply(result, options), headers=headers)

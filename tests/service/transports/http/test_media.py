@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from starlette.requests import Request
 
 from models.artifact.artifact import Artifact
+from models.spec.state import State
 from service.core.errors import (
     BodyTooLarge,
     InvalidPrecondition,
@@ -16,7 +18,7 @@ from service.core.errors import (
     NotAcceptable,
     UnsupportedMediaType,
 )
-from service.core.values import Precondition, Timing
+from service.core.values import NO_STREAM, Precondition, Reply, StreamKey, Timing
 from service.pipeline.served_model import ServedModel
 from service.transports.http.media import Media, accepted, dumps, loads, media_of
 from service.transports.http.replies.reply_writer import server_timing
@@ -103,10 +105,14 @@ def test_if_match_header_is_parsed() -> None:
 
 
 def test_server_timing_lists_the_stages() -> None:
-    timing = Timing(queue_s=0.001, load_s=0.0025, infer_s=0.125, commit_s=1)
-    assert server_timing(timing) == (
-        b"queue;dur=1.000, load;dur=2.500, infer;dur=125.000, commit;dur=1000.000"
-    )
+    timing = Timing(load_s=0.0025, infer_s=0.125, commit_s=1)
+    no_rows, state = np.zeros((0, 1), np.float32), State(np.zeros(1), np.zeros(0, np.int64))
+    first = Reply(StreamKey("m", "s"), NO_STREAM, no_rows, state, queue_s=0.001, timing=timing)
+    shared = b"load;dur=2.500, infer;dur=125.000, commit;dur=1000.000"
+    assert server_timing(first) == b"queue;dur=1.000, " + shared
+    assert server_timing(replace(first, queue_s=0.02)) == b"queue;dur=20.000, " + shared
+    other = replace(first, timing=Timing(commit_s=0.5))
+    assert server_timing(other).endswith(b"load;dur=0.000, infer;dur=0.000, commit;dur=500.000")
 
 
 async def test_a_declared_length_over_the_limit_is_rejected_before_reading() -> None:
