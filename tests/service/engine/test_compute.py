@@ -60,7 +60,8 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 async def test_lone_long_chunk_never_pauses(sleeps: list[float]) -> None:
     compute, runtime = Compute(), Summing()
-    outputs, states, finite = await infer(compute, runtime, 4 * SLICES)
+    inferred = await infer(compute, runtime, 4 * SLICES)
+    outputs, states, finite = inferred.outputs, inferred.states, inferred.finite
     compute.close()
     assert finite
     assert outputs[0][:, 0].tolist() == list(range(1, 4 * SLICES + 1))
@@ -126,7 +127,8 @@ class Overflowing(Summing):
 @pytest.mark.parametrize("call", [1, 2, SLICES])
 async def test_non_finite_outputs_are_detected_in_every_slice(call: int) -> None:
     compute = Compute()
-    outputs, states, finite = await infer(compute, Overflowing(call), 4 * SLICES)
+    inferred = await infer(compute, Overflowing(call), 4 * SLICES)
+    outputs, states, finite = inferred.outputs, inferred.states, inferred.finite
     compute.close()
     assert not finite
     assert not np.isfinite(outputs[0]).all()
