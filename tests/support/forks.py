@@ -1,9 +1,9 @@
 """Starts `carry` in forks of a process that has imported it, for a fifth of the processor time.
 
-One process per test worker, the fork server, imports Carry's modules, and for each start forks a
-process that then runs the installed console script: in a session of its own, with the given
-environment, working directory, and standard streams. Only the imports are shared. What is to be
-seen at an import (PYTHONPATH, `sitecustomize`) needs the command itself.
+One process per test worker, the fork server, imports Carry's modules. For each start it forks a
+process, which runs the installed console script in a session of its own, with the given
+environment, working directory and standard streams. Only the imports are shared. A `sitecustomize`
+on the PYTHONPATH runs in the fork; other modules there need the command itself.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from typing import IO, NoReturn
 COMMAND = str(Path(sys.executable).with_name("carry"))
 """The installed command."""
 IMPORTED = (
-    *("carry.cli", "service.server", "service.app", "service.engine.runtimes.onnx", "onnxruntime"),
+    *("carry.cli", "service.server", "service.app", "service.engine.runtimes.onnx"),
     *("uvloop", "uvicorn.loops.uvloop", "uvicorn.lifespan.on", "uvicorn.middleware.message_logger"),
 )
 """Most of what a service imports."""
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+"""Of the fork server: a process with threads should not be forked."""
 REQUEST_BYTES = 1 << 20
 
 
@@ -43,13 +45,18 @@ class Fork:
         environment: Mapping[str, str],
         streams: Sequence[IO[bytes] | int],
         folder: str | None = None,
+        preparation: str = "",
     ):
-        """Start `command`, of which the first word is `COMMAND`, with stdin, stdout and stderr."""
+        """Start `command`, of which the first word is `COMMAND`, with stdin, stdout and stderr.
+
+        Args:
+            preparation: code that the fork server runs before it imports Carry.
+        """
         self.returncode: int | None = None
         self._status, status = os.pipe()
         request = json.dumps({"command": command, "environment": {**environment}, "folder": folder})
         files = [each if isinstance(each, int) else each.fileno() for each in streams]
-        socket.send_fds(fork_server(), [request.encode()], [*files, status])
+        socket.send_fds(fork_server(preparation), [request.encode()], [*files, status])
         os.close(status)
         self.pid = self._read()
 
@@ -82,13 +89,14 @@ class Fork:
 
 
 @cache
-def fork_server() -> socket.socket:
+def fork_server(preparation: str = "") -> socket.socket:
     """The connection to this process's fork server, which ends with it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            [sys.executable, "-m", __name__, str(theirs.fileno()), preparation],
             pass_fds=[theirs.fileno()],
+            env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.DEVNULL,
             cwd=Path(__file__).parents[2],
             process_group=0,
@@ -146,11 +154,14 @@ def _run(
     if folder is not None:
         os.chdir(folder)
     sys.argv = command
+    if (path := environment.get("PYTHONPATH")) is not None:
+        exec(Path(path, "sitecustomize.py").read_text(), {"__name__": "sitecustomize"})
     runpy.run_path(command[0], run_name="__main__")
     sys.exit()
 
 
 if __name__ == "__main__":
+    exec(sys.argv[2], {"__name__": "preparation"})
     for module in IMPORTED:
         import_module(module)
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,11 @@ class Service:
         self._from = self._log.stat().st_size if self._log.exists() else 0
         variables = {**inherited, **environment}
         with self._log.open("ab") as output:
-            if self.forks and self._may_fork and "PYTHONPATH" not in variables:
-                self.process = Fork(self._command, variables, [0, output, output])
+            if self.forks and self._may_fork and _is_only_customised(variables):
+                is_tensorflow = variables.get("CARRY_RUNTIME") == "tensorflow"
+                preparation = LEAN_KERAS + TENSORFLOW if is_tensorflow else ""
+                streams = [0, output, output]
+                self.process = Fork(self._command, variables, streams, preparation=preparation)
                 return
             self.process = subprocess.Popen(
                 self._command,
@@ -134,6 +137,12 @@ class Service:
         return self.process.wait(60)
 
 
+def _is_only_customised(environment: Mapping[str, str]) -> bool:
+    """Whether no module on PYTHONPATH is for Carry's own imports."""
+    path = environment.get("PYTHONPATH")
+    return path is None or Path(path, "sitecustomize.py").exists()
+
+
 def _is_ready(client: httpx.Client) -> bool:
     try:
         return client.get("/health/ready").status_code == 200
@@ -149,6 +158,9 @@ sys.modules.update(dict.fromkeys(("pandas", "scipy", "sklearn")))
 """A `sitecustomize` for Keras: it imports these packages if they are installed, for a second, and
 in a deployment they are not."""
 
+TENSORFLOW = """
+import service.engine.runtimes.tensorflow
+"""
 ONE_RUNG = """
 from service.engine.runtimes import tensorflow
 
