@@ -319,8 +319,10 @@ class RedisStore:
 
     def _pack_names(self, key: StreamKey) -> tuple[bytes, bytes]:
         """The packed name of a stream's state, and those of its state and its reply."""
-        state, reply = self._keys.pair(key)
-        return pack_arguments(state), pack_arguments(state, reply)
+        # not by `pack_arguments`: many streams are not in the cache
+        names = self._keys.pair(key)
+        packed = "".join([f"${len(name.encode())}\r\n{name}\r\n" for name in names]).encode()
+        return packed[: len(packed) // 2], packed
 
     def _load_request(self, keys: Sequence[StreamKey], slot: int) -> StoreRequest:
         """The command that reads streams of one slot."""
