@@ -208,6 +208,7 @@ class FailingStore(RedisStore):
         super().__init__(settings)
         self.position = position
         self.error = error
+        self.next_commit = asyncio.Event()
 
     async def commit(
         self, commits: Sequence[Commit], deadline_s: float | None = None
@@ -215,8 +216,10 @@ class FailingStore(RedisStore):
         fails = [commit.new.head.position == self.position for commit in commits]
         if any(fails):
             self.position = -1
-            # in its turn, as a real answer
-            await super().load([commits[0].key])
+            # answered in its turn: before the stream's next commit, which is on its way
+            await asyncio.wait_for(self.next_commit.wait(), 10)
+        elif self.position == -1:
+            self.next_commit.set()
         going = [commit for commit, failed in zip(commits, fails, strict=True) if not failed]
         done = iter(await super().commit(going, deadline_s))
         return [
