@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -67,7 +67,7 @@ _STATISTICS = (
 """The samples that `statistics` adds up."""
 
 
-class _Series(NamedTuple):
+class _Series(msgspec.Struct):
     """The values of one model that are not yet added to its series; `stages` in the order of
     STAGES."""
 

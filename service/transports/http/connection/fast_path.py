@@ -379,7 +379,7 @@ def _read_details(values: dict[bytes, bytes]) -> _Details | None:
     return _Details(media, reply_media, precondition)
 
 
-class Headers(NamedTuple):
+class Headers(msgspec.Struct, frozen=True, gc=False):
     """Parsed headers of a request.
 
     Attributes:
