@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
+
+import pytest
 
 from service.core.errors import CarryError
 from service.engine.batcher import Batcher
@@ -58,6 +60,14 @@ class Runs:
 def no_room(admission: Admission, *_: object) -> Rejection:
     """Replacement of `Admission.check_admission` that admits nothing."""
     return Rejection(0, admission._rate.per_s, of_stream=False)
+
+
+def patch_admission(
+    patched: pytest.MonkeyPatch, check_admission: Callable[..., Rejection | None] = no_room
+) -> None:
+    """Let a function decide about each job, also where all of a request would be admitted."""
+    patched.setattr(Admission, "admits_all", lambda *_: False)
+    patched.setattr(Admission, "check_admission", check_admission)
 
 
 async def submit(

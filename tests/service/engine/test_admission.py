@@ -12,8 +12,8 @@ import structlog
 from service.core.errors import CarryError, Overloaded, StreamOverloaded
 from service.engine.batcher import ITEMS_PER_PART, Batcher
 from service.engine.fair_queue import BatchLimits, JobRequest
-from service.engine.policy import STREAM_SHARE, Admission
-from tests.service.engine.batching import UP_TO_8, Runs, batching, no_room, submit
+from service.engine.policy import STREAM_SHARE
+from tests.service.engine.batching import UP_TO_8, Runs, batching, patch_admission, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import Paced
 
@@ -59,8 +59,7 @@ async def test_an_admitted_job_is_not_checked_again(monkeypatch: pytest.MonkeyPa
     runs = Runs()
     async with batching(runs) as batcher:
         assert batcher.check_admission("a", 60) is None
-        monkeypatch.setattr(Admission, "admits_all", lambda *_: False)
-        monkeypatch.setattr(Admission, "check_admission", no_room)
+        patch_admission(monkeypatch)
         admitted: list[str | CarryError] = []
         batcher.enqueue_admitted("a", "a", 1, math.inf, admitted.append)
         assert rejected(enqueue(batcher, ["b"])) == [Overloaded]

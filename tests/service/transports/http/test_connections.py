@@ -23,7 +23,7 @@ from service.transports.http.connection.fast_path import (
 )
 from service.transports.http.connection.framing import MAX_HEAD_BYTES, PIECE_BYTES
 from service.transports.http.connection.http_protocol import HttpProtocol
-from tests.service.engine.batching import no_room
+from tests.service.engine.batching import no_room, patch_admission
 from tests.service.transports.http.harness import Harness
 from tests.service.transports.http.raw_http import (
     PATH,
@@ -102,10 +102,10 @@ def long_after(client: Client, wait_s: float = 3600.0) -> None:
 def reject_short(monkeypatch: pytest.MonkeyPatch) -> str:
     """The header of requests that are rejected as overloaded."""
 
-    def refusal(admission: Admission, key: StreamKey, left_s: float, index: int = 0) -> Any:
+    def refusal(admission: Admission, key: StreamKey, left_s: float, *_: int) -> Any:
         return no_room(admission) if left_s <= 2.5 else None
 
-    monkeypatch.setattr(Admission, "check_admission", refusal)
+    patch_admission(monkeypatch, refusal)
     return "Carry-Timeout: 2.5"
 
 
@@ -115,18 +115,17 @@ async def test_backpressure_on_a_client_that_does_not_read(
 ) -> None:
     """Its unsent responses stay bounded, and none is lost, however long it pauses."""
     if refused:
-        monkeypatch.setattr(Admission, "check_admission", no_room)
+        patch_admission(monkeypatch)
     paused: list[bool] = []
-    name = "rejection" if refused else "start"
-    go_on = getattr(FastPath, name)
+    start = FastPath.start
 
     async with connected(api) as client:
 
         def watched(fast_path: FastPath, *found: Any) -> Any:
             paused.append(client.connection.flow.write_paused)
-            return go_on(fast_path, *found)
+            return start(fast_path, *found)
 
-        monkeypatch.setattr(FastPath, name, watched)
+        monkeypatch.setattr(FastPath, "start", watched)
         client.writer.write(request(chunk(None), stream="deaf") * UNREAD)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
         await becomes(

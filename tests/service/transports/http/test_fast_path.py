@@ -21,11 +21,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from models.artifact.artifact import Artifact
 from service import app
-from service.engine.policy import Admission
 from service.transports.http.connection.fast_path import FastPath, FastRequest
 from service.transports.http.connection.framing import MAX_HEADERS, check_head
 from service.transports.http.connection.http_protocol import HttpProtocol, HttpState
-from tests.service.engine.batching import no_room
+from tests.service.engine.batching import patch_admission
 from tests.service.transports.http.harness import Harness
 from tests.service.transports.http.raw_http import (
     HOST,
@@ -281,7 +280,7 @@ async def test_overload_responses_are_those_of_the_slow_path(
     ports: Ports, monkeypatch: pytest.MonkeyPatch, lines: Sequence[str]
 ) -> None:
     """Sent several times, since a repeated response is serialized once."""
-    monkeypatch.setattr(Admission, "check_admission", no_room)
+    patch_admission(monkeypatch)
     sent = request(chunk(), *lines)
     expected = await converse(ports.slow, sent)
     assert expected[0].startswith(b"HTTP/1.1 429 ")
@@ -296,7 +295,7 @@ async def test_an_overload_response_has_the_current_drain_rate(
     api: Harness, ports: Ports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batcher = api.pipeline._chunks["probe"]
-    monkeypatch.setattr(Admission, "check_admission", no_room)
+    patch_admission(monkeypatch)
     [first] = await converse(ports.fast, request(chunk()))
     monkeypatch.setattr(batcher._rate, "per_s", 20.0)
     [second] = await converse(ports.fast, request(chunk()))

@@ -15,11 +15,10 @@ import orjson
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.engine.policy import Admission
 from service.store.redis.redis_store import RedisStore
 from service.transports.http.connection.fast_path import FastRequest
 from service.transports.kserve.http_fast_path import FastInferPath
-from tests.service.engine.batching import no_room
+from tests.service.engine.batching import patch_admission
 from tests.service.transports.http.harness import Harness, harness
 from tests.service.transports.http.raw_http import (
     HOST,
@@ -144,7 +143,7 @@ async def test_both_paths_send_the_same_responses(ports: Ports) -> None:
 async def test_overload_responses_are_those_of_the_slow_path(
     ports: Ports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Admission, "check_admission", no_room)
+    patch_admission(monkeypatch)
     [slow] = await converse(ports.slow, infer())
     [fast] = await converse(ports.fast, infer())
     assert slow.startswith(b"HTTP/1.1 429 ")
