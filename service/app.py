@@ -134,7 +134,14 @@ def create_app() -> FastAPI:
         if admin is not None:
             await admin.start()
             on_retire.append(admin.retire)
-        sampler = Sampler(recorder.registry, sorted(pipeline.models), store, pipeline.cache, loads)
+        sampler = Sampler(
+            recorder.registry,
+            sorted(pipeline.models),
+            store,
+            pipeline.cache,
+            loads,
+            pipeline.queue_depths,
+        )
         sampler.start()
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:

@@ -75,7 +75,6 @@ class Batcher(Generic[P, R]):
         limits: how large a batch may grow.
         max_queue: most waiting jobs; further ones are rejected.
         max_in_flight: most batches in flight.
-        on_depth: called with the length of the queue after a batch was formed.
         max_wait_s: longest expected wait in the queue; jobs with a longer one are rejected.
         on_shedding: called with True when load shedding starts, and with False once the queue is
             drained.
@@ -91,7 +90,6 @@ class Batcher(Generic[P, R]):
         *,
         max_queue: int,
         max_in_flight: int,
-        on_depth: Callable[[int], None] = lambda _: None,
         max_wait_s: float = math.inf,
         on_shedding: Callable[[bool], None] = lambda _: None,
         map_error: Callable[[Any, CarryError], CarryError] = lambda _, error: error,
@@ -102,7 +100,6 @@ class Batcher(Generic[P, R]):
         self._max_in_flight = max_in_flight
         # a long job occupies a slot for many calls, so never the last
         self._max_long = max(1, max_in_flight - 1)
-        self._on_depth = on_depth
         self._map_error = map_error
         self._job_type = job_type
         self._queue: FairQueue[P, R] = FairQueue(limits)
@@ -202,6 +199,11 @@ class Batcher(Generic[P, R]):
         """
         rejection = self._admission.check_admission(key, left_s)
         return None if rejection is None else shared_error(rejection)
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for a batch."""
+        return len(self._queue)
 
     def count_jobs(self) -> int:
         """Count the jobs that wait or run."""
@@ -330,7 +332,6 @@ class Batcher(Generic[P, R]):
                 self._admission.stop_shedding()
             elif started and self._queue.ready(long_ones=self._long < self._max_long):
                 self._wake()
-            self._on_depth(len(self._queue))
             self._has_expired = False
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))

@@ -124,13 +124,6 @@ class PrometheusRecorder:
         self._cache_misses = Counter(
             "carry_cache_misses", "States loaded from the store.", model, registry=registry
         )
-        self._queue = Gauge(
-            "carry_queue_depth",
-            "Chunks waiting for a batch.",
-            model,
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
         self._websockets = Gauge(
             "carry_websocket_connections",
             "Open WebSockets.",
@@ -178,7 +171,6 @@ class PrometheusRecorder:
             registry=registry,
             buckets=SECONDS,
         )
-        self._queue_depths: dict[str, int] = {}
         self._durations: dict[tuple[str, str | None, int], list[float]] = {}
         self._collected: list[tuple[list[float], Callable[[list[float]], None]]] = []
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -221,7 +213,7 @@ class PrometheusRecorder:
         self._max_rows.labels(name).set(max_rows)
         self._models.labels(name, version, runtime).set(1)
         self._series(name)
-        for each in (self._queue, self._replays, self._conflicts):
+        for each in (self._replays, self._conflicts):
             each.labels(name)
         self._websockets.labels(name).set(0)
         self._watchers.labels(name).set(0)
@@ -310,12 +302,6 @@ class PrometheusRecorder:
         series.padded_steps.append(padded_steps)
         series.batch_seconds.append(seconds)
 
-    def record_queue_depth(self, model: str, depth: int) -> None:
-        """Record the number of chunks that wait for a batch."""
-        self._queue_depths[model] = depth
-        if self._flush_timer is None:
-            self._flush_soon()
-
     def record_websockets(self, model: str, change: int) -> None:
         """Add to the open WebSockets."""
         self._websockets.labels(model).inc(change)
@@ -347,8 +333,6 @@ class PrometheusRecorder:
                 if count := len(values):
                     add(values[:count])
                     del values[:count]
-        for model, depth in list(self._queue_depths.items()):
-            self._queue.labels(model).set(depth)
 
     def render(self) -> bytes:
         """Render the metrics of all workers in Prometheus' text format."""

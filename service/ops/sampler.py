@@ -1,6 +1,6 @@
 """Metrics that are sampled once a second, at no cost to requests.
 
-Connections, requests in flight, the state cache and the store count for themselves in plain
+Connections, requests in flight, queues, the state cache and the store count for themselves in plain
 attributes, and the sampler copies these into metrics. Every `COUNT_INTERVAL_S` it also counts the
 streams in the store, which takes bounded time (`service.store.redis.stream_count`).
 """
@@ -50,11 +50,13 @@ class Sampler:
         store: StateStore,
         cache: StateCache,
         loads: Loads,
+        queue_depths: Callable[[], Mapping[str, int]],
     ):
         self._models = models
         self._store = store
         self._cache = cache
         self._loads = loads
+        self._queue_depths = queue_depths
         self._task: asyncio.Task[None] | None = None
         self._count_at_s = 0.0
         self._may_count = True
@@ -71,6 +73,13 @@ class Sampler:
             "carry_requests_in_flight",
             "Requests that are being answered.",
             ("transport",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._queue = Gauge(
+            "carry_queue_depth",
+            "Chunks waiting for a batch.",
+            ("model",),
             registry=registry,
             multiprocess_mode="livesum",
         )
@@ -118,6 +127,7 @@ class Sampler:
         )
         for model in models:
             self._cache_evictions.labels(model)
+            self._queue.labels(model).set(0)
 
     def start(self) -> None:
         """Sample from now on."""
@@ -143,6 +153,8 @@ class Sampler:
             if load.connections is not None:
                 self._connections.labels(transport).set(load.connections)
             self._requests.labels(transport).set(load.requests)
+        for model, depth in self._queue_depths().items():
+            self._queue.labels(model).set(depth)
         self._cache_bytes.set(self._cache.size_bytes)
         for model, count in self._cache.evictions.items():
             if added := count - self._evictions[model]:

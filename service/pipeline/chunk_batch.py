@@ -115,7 +115,7 @@ class ChunkBatchRunner:
         finally:
             if self._tracer is not None:
                 self._trace(self._tracer, jobs, times)
-        return self._jobs_to_retry(to_retry)
+        return self._jobs_to_retry(to_retry) if to_retry else []
 
     def _answer_dry_runs(self, computed: Computed, times: StageTimes) -> Computed:
         """Answer the dry runs, of which nothing is stored; returns the other jobs."""

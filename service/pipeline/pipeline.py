@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Final, Literal, TypeVar
 
 from msgspec.structs import replace
@@ -162,7 +162,6 @@ class Pipeline:
         return self._batcher(
             run,
             self._batch_limits(served),
-            on_depth=partial(self._recorder.record_queue_depth, served.name),
             map_error=run.map_error,
             job_type=ChunkJob,
         )
@@ -238,6 +237,10 @@ class Pipeline:
             *(batcher.drain(drain_s) for batcher in self._forecasts.values()),
         )
         self._compute.close()
+
+    def queue_depths(self) -> dict[str, int]:
+        """Number of chunks that wait for a batch, by model."""
+        return {name: batcher.waiting for name, batcher in self._chunks.items()}
 
     def count_chunks(self) -> int:
         """Count the chunks that wait for a batch or are in one."""

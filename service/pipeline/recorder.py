@@ -53,9 +53,6 @@ class Recorder(Protocol):
     ) -> None:
         """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
 
-    def record_queue_depth(self, model: str, depth: int) -> None:
-        """Record how many chunks wait for a batch."""
-
     def record_websockets(self, model: str, change: int) -> None:
         """Record that WebSockets of a model were opened, or with a negative number closed."""
 

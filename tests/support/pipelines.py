@@ -76,9 +76,6 @@ class Counts:
         self.seen["batches"] += 1
         self.largest_batch = max(self.largest_batch, rows)
 
-    def record_queue_depth(self, model: str, depth: int) -> None:
-        """Not counted."""
-
     def record_websockets(self, model: str, change: int) -> None:
         self.seen["websockets"] += change
 

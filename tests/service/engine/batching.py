@@ -112,7 +112,6 @@ async def batching(
         limits,
         max_queue=queue,
         max_in_flight=in_flight,
-        on_depth=lambda _: None,
         **options,
     )
     try:

@@ -11,7 +11,7 @@ import structlog
 
 from service.core.errors import CarryError, InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
-from service.engine.fair_queue import BatchControl, BatchLimits, FairQueue, JobRequest
+from service.engine.fair_queue import BatchControl, BatchLimits, DrainRate, FairQueue, JobRequest
 from service.engine.policy import MAX_DELAY_TURNS
 from tests.service.engine.batching import Jobs, Runs, batching, start, start_each, submit
 
@@ -333,9 +333,7 @@ async def test_a_caller_may_queue_its_next_job_when_it_gets_a_result() -> None:
 
 async def test_drain_is_bounded() -> None:
     runs = Runs()
-    batcher: Batcher[str, str] = Batcher(
-        runs, BatchLimits(1, 1000), max_queue=9, max_in_flight=1, on_depth=lambda _: None
-    )
+    batcher: Batcher[str, str] = Batcher(runs, BatchLimits(1, 1000), max_queue=9, max_in_flight=1)
     tasks = start_each(batcher, "ab")
     await runs.wait_for_batches(1)
     await batcher.drain(0.01)
@@ -422,17 +420,19 @@ async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
         assert await asyncio.gather(*long_ones, short) == ["A", "B", "C", "D", "S"]
 
 
-async def test_failure_while_forming_fails_queued_jobs_only() -> None:
-    runs = Runs()
+async def test_failure_while_forming_fails_queued_jobs_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs, note = Runs(), DrainRate.note
     broken = iter([None, ZeroDivisionError()])
 
-    def on_depth(_: int) -> None:
+    def failing_note(rate: DrainRate, *arguments: Any) -> None:
         if error := next(broken, None):
             raise error
+        note(rate, *arguments)
 
-    batcher: Batcher[str, str] = Batcher(
-        runs, BatchLimits(1, 100), max_queue=9, max_in_flight=1, on_depth=on_depth
-    )
+    monkeypatch.setattr(DrainRate, "note", failing_note)
+    batcher: Batcher[str, str] = Batcher(runs, BatchLimits(1, 100), max_queue=9, max_in_flight=1)
     running, following, waiting = (start(batcher, name) for name in "abc")
     runs.gate.set()
     assert await running == "A"

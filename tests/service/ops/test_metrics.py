@@ -87,8 +87,6 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports.record_conflict("post")
     reports.record_cache_lookups("flights", hits=5, misses=2)
     reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
-    reports.record_queue_depth("flights", 7)
-    reports.record_queue_depth("flights", 4)
     reports.record_error("flights", "position_ahead")
     for change in (1, 1, -1):
         reports.record_websockets("flights", change)
@@ -109,7 +107,6 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     assert found[series("carry_batch_rows_bucket", **flights, le="2.0")] == 0
     assert found[series("carry_batch_rows_bucket", **flights, le="4.0")] == 1
     assert found[series("carry_batch_seconds_sum", **flights)] == pytest.approx(0.006)
-    assert found[series("carry_queue_depth", **flights)] == 4
     assert found[series("carry_refusals_total", **flights, code="position_ahead")] == 1
     assert found[series("carry_websocket_connections", **flights)] == 1
     assert found[series("carry_watchers", model="post")] == 1
@@ -150,7 +147,6 @@ def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> No
     found = read(recorder.render())
     for name in ("chunks", "events", "replays", "conflicts", "cache_hits", "cache_misses"):
         assert found[series(f"carry_{name}_total", model="flights")] == 0
-    assert found[series("carry_queue_depth", model="flights")] == 0
     for code in ("store_refused", "state_damaged", "stream_overloaded", "internal_error"):
         assert found[series("carry_refusals_total", model="flights", code=code)] == 0
     assert series("carry_refusals_total", model="flights", code="position_ahead") not in found
@@ -180,7 +176,7 @@ recorder = PrometheusRecorder()
 recorder.model("flights", "a1b2", "tensorflow", 64)
 recorder.record_chunks("flights", 5, [0.0], Timing(infer_s=0.25))
 recorder.record_chunks("flights", 4, [0.003, 0.0], Timing(infer_s=0.2))
-recorder.record_queue_depth("flights", 3)
+recorder.record_websockets("flights", 3)
 print("recorded", flush=True)
 if input() == "render":
     os.write(1, recorder.render())
@@ -222,8 +218,8 @@ def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> No
     stage["stage"] = "queue"
     assert found[series(f"{name}_bucket", **stage, le="0.0025")] == 6
     assert found[series(f"{name}_count", **stage)] == 9
-    # the one that was killed waits for nothing any more
-    assert found[series("carry_queue_depth", model="flights")] == 6
+    # the one that was killed has none any more
+    assert found[series("carry_websocket_connections", model="flights")] == 6
     assert len([key for key in found if key[0] == "carry_model_info"]) == 1
 
 

@@ -47,7 +47,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> PrometheusRecorder:
 
 def sampler_of(recorder: PrometheusRecorder, store: Any, cache: StateCache) -> Sampler:
     loads = {"http": TransportLoad(3, 2), "grpc": TransportLoad(None, 1)}
-    return Sampler(recorder.registry, ["flights", "post"], store, cache, lambda: loads)
+    models, depths = ["flights", "post"], iter([{"flights": 7, "post": 1}])
+    return Sampler(
+        recorder.registry, models, store, cache, lambda: loads, lambda: next(depths, {"flights": 4})
+    )
 
 
 def test_counts_are_copied_once(recorder: PrometheusRecorder) -> None:
@@ -60,10 +63,13 @@ def test_counts_are_copied_once(recorder: PrometheusRecorder) -> None:
         cache.put(StreamKey("flights", name), cached(stream))
     store.telemetry.reconnects = 2
     store.telemetry.round_trips_s += [0.0002, 0.3]
+    assert read(recorder.render())[series("carry_queue_depth", model="flights")] == 0
     sampler.sample()
     sampler.sample()
     found = read(recorder.render())
     flights = {"model": "flights"}
+    assert found[series("carry_queue_depth", **flights)] == 4
+    assert found[series("carry_queue_depth", model="post")] == 1
     assert found[series("carry_connections", transport="http")] == 3
     assert series("carry_connections", transport="grpc") not in found
     assert found[series("carry_requests_in_flight", transport="grpc")] == 1
