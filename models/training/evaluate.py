@@ -14,7 +14,7 @@ block, each with its lookahead and no more, and the last one ends where the stre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -27,15 +27,19 @@ from models.errors import DataError
 from models.events.encode import Clock, encode
 from models.spec.blocks import BlockSpec, cut_blocks
 from models.spec.heads import Head, LabelHead
-from models.spec.layout import detection_of, detection_state, output_spec
+from models.spec.layout import (
+    detection_of,
+    detection_state,
+    network_outputs,
+    network_state,
+    output_spec,
+)
 from models.spec.model import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of, read_truth
+from models.training.network_step import Step, open_step
 from models.training.scores import add_scaled, has_targets, score_outputs, stream_scales
 from models.training.split import split_of
-
-if TYPE_CHECKING:
-    from models.networks.build import StepNetwork
 
 Advance = Callable[[int], None]
 DETECTION_STEPS = 256
@@ -121,25 +125,18 @@ def run_network(
 ) -> NDArray[np.float32]:
     """The network's outputs alone, as `models.spec.layout.network_outputs` says; arguments as for
     `run_chunks`."""
-    # TensorFlow takes seconds to import, and only this function needs it.
-    import tensorflow as tf
-
-    from models.networks.build import StepNetwork
-
     schema = schema_of(spec)
-    network = StepNetwork(spec)
-    network.set_weights(weights)
-    step = tf.function(network.step, reduce_retracing=False)
+    step = open_step(spec, weights)
     if spec.blocks is not None:
-        return _run_blocks(network, spec.blocks, step, streams, batch, advance)
+        return _run_blocks(spec, spec.blocks, step, streams, batch, advance)
     random = np.random.default_rng(seed)
-    outputs = np.zeros((streams.events, network.output_size), np.float32)
+    outputs = np.zeros((streams.events, network_outputs(spec).size), np.float32)
     fixed = _fixed_steps(spec, streams)
     batch_size = min(batch, len(streams.sessions))
     waiting = sorted(streams.sessions, key=lambda span: (span[1] - span[0], -span[0]))
     at = np.zeros(batch_size, np.int64)
     stop = np.zeros(batch_size, np.int64)
-    state = np.zeros((batch_size, network.state_size), np.float32)
+    state = np.zeros((batch_size, network_state(spec).float_size), np.float32)
     clocks = [Clock()] * batch_size
     while True:
         for slot in np.flatnonzero(at == stop):
@@ -160,8 +157,7 @@ def run_network(
             part = slice(int(at[slot]), int(at[slot] + lengths[slot]))
             encoded, clocks[slot] = encode(schema, streams.columns[part], clocks[slot])
             rows[slot, : lengths[slot]] = encoded
-        computed, after = step(rows, lengths, state)
-        values, state = computed.numpy(), np.array(after)
+        values, state = step(rows, lengths, state)
         for slot in np.flatnonzero(lengths):
             outputs[at[slot] : at[slot] + lengths[slot]] = values[slot, : lengths[slot]]
         at += lengths
@@ -186,16 +182,16 @@ def _fixed_steps(spec: ModelSpec, streams: Streams) -> int | None:
 
 
 def _run_blocks(
-    network: StepNetwork,
+    spec: ModelSpec,
     blocks: BlockSpec,
-    step: Callable[..., Any],
+    step: Step,
     streams: Streams,
     batch: int,
     advance: Advance | None,
 ) -> NDArray[np.float32]:
     """As `run_chunks`, block by block, for streams whose ends are known."""
-    rows = streams.encoded(schema_of(network.spec))
-    outputs = np.zeros((streams.events, network.output_size), np.float32)
+    rows = streams.encoded(schema_of(spec))
+    outputs = np.zeros((streams.events, network_outputs(spec).size), np.float32)
     longest_first = sorted(streams.spans, key=lambda span: span[0] - span[1])
     batch_size = min(batch, len(longest_first))
     for first in range(0, len(longest_first), batch_size):
@@ -203,7 +199,7 @@ def _run_blocks(
         windows = [
             cut_blocks(blocks, rows[start:stop], final=True).windows for start, stop in group
         ]
-        state = np.zeros((batch_size, network.state_size), np.float32)
+        state = np.zeros((batch_size, network_state(spec).float_size), np.float32)
         for number in range(len(windows[0])):
             padded = np.zeros((batch_size, blocks.window, rows.shape[1]), np.float32)
             lengths = np.zeros(batch_size, np.int32)
@@ -211,8 +207,7 @@ def _run_blocks(
                 if number < len(own):
                     lengths[slot] = len(own[number])
                     padded[slot, : lengths[slot]] = own[number]
-            computed, after = step(padded, lengths, state)
-            values, state = computed.numpy(), np.array(after)
+            values, state = step(padded, lengths, state)
             scored = np.minimum(lengths, blocks.size)
             for slot, (start, _) in enumerate(group):
                 at = start + number * blocks.size

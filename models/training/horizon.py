@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import Distribution, decoder_of, start
 from models.events.zones import DAY_MS
-from models.spec.decoder import known_columns
+from models.spec.decoder import known_columns, strip_decoder_prefix
+from models.spec.layout import network_state
 from models.spec.model import ModelSpec
 from models.training.data import Streams
 from models.training.decoder_training import steps_ahead
+from models.training.network_step import Step, open_step
 from models.training.scores import Floats, pinball
 
 STRIDE = 7
@@ -171,35 +173,21 @@ def forecasts_at(
     stride: int,
 ) -> tuple[Floats, Floats]:
     """Points [A, H, D] and quantiles [A, H, D, Q] in units, as the service would give them."""
-    import tensorflow as tf
-
-    from models.networks.build import StepNetwork
-
     spec = artifact.spec
     decoder, _, events = decoder_of(spec)
-    network = StepNetwork(spec)
-    network.set_weights(artifact.weights)
-    if network.decoder is None:
+    if spec.decoder_network is None:
         raise TypeError(f"model {spec.name!r}: expected a network with a decoder")
-    floats = _states(
-        tf.function(network.step, autograph=False),
-        streams,
-        rows,
-        anchors.at,
-        stride,
-        network.state_size,
-    )
+    floats = _states(spec, open_step(spec, artifact.weights), streams, rows, anchors.at, stride)
     distribution = Distribution(spec)
     state, previous = start(spec, floats)
     covariates = rows[:, [events.column_index[name] for name in known_columns(spec, decoder)]]
-    step = tf.function(network.decoder.step, autograph=False)
+    step = open_step(spec.decoder_network, strip_decoder_prefix(artifact.weights))
     ones = np.ones(len(floats), np.int32)
     points, quantiles = [], []
     for step_rows in anchors.rows.T:
         row = np.concatenate([previous, covariates[step_rows]], axis=1)
-        outputs, after = step(row[:, np.newaxis], ones, state)
-        state = after.numpy()
-        predicted = distribution.quantiles(outputs.numpy()[:, 0])
+        outputs, state = step(row[:, np.newaxis], ones, state)
+        predicted = distribution.quantiles(outputs[:, 0])
         point = distribution.point(predicted)
         previous = point.astype(np.float32)
         points.append(distribution.in_units(point))
@@ -208,14 +196,15 @@ def forecasts_at(
 
 
 def _states(
-    step: Any,
+    spec: ModelSpec,
+    step: Step,
     streams: Streams,
     rows: NDArray[np.float32],
     at: Rows,
     stride: int,
-    size: int,
 ) -> NDArray[np.float32]:
     """The encoder's states [A, N] after the rows `at`, each session run from its beginning."""
+    size = network_state(spec).float_size
     place = np.full(streams.events, -1)
     place[at] = np.arange(len(at))
     collected = np.zeros((len(at), size), np.float32)
@@ -228,8 +217,7 @@ def _states(
             lengths = np.clip(ends - begins - consumed, 0, stride).astype(np.int32)
             index = begins[:, np.newaxis] + consumed + np.arange(stride)
             index = np.minimum(index, ends[:, np.newaxis] - 1)
-            _, after = step(rows[index], lengths, state)
-            state = after.numpy()
+            _, state = step(rows[index], lengths, state)
             for slot in np.flatnonzero(lengths == stride):
                 anchor = place[begins[slot] + consumed + stride - 1]
                 if anchor >= 0:

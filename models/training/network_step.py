@@ -1,0 +1,84 @@
+"""The step of a trained network, for scoring, on the runtime that a service prefers.
+
+ONNX Runtime where it is installed and a graph can represent the network: it opens in milliseconds,
+where TensorFlow traces every shape of a batch for a second, and the import takes several. Else the
+network runs on TensorFlow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact.graphs import ONNXRUNTIME
+from models.errors import GraphUnsupportedError
+from models.onnx.graph import write_graph
+from models.onnx.names import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
+from models.spec.model import ModelSpec
+
+FloatArray = NDArray[np.float32]
+Step = Callable[[FloatArray, NDArray[np.int32], FloatArray], tuple[FloatArray, FloatArray]]
+"""rows [B, T, F], lengths [B], states [B, N] -> outputs [B, T, O], states after [B, N].
+
+As `StepNetwork.step`: rows beyond a row's length are not read, and one of length 0 keeps its state.
+"""
+
+
+def open_step(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Step:
+    """Open the step of a network."""
+    if find_spec(ONNXRUNTIME) is not None:
+        try:
+            return _on_onnxruntime(write_graph(spec, weights), spec.name)
+        except GraphUnsupportedError:
+            pass
+    return _on_tensorflow(spec, weights)
+
+
+def _on_onnxruntime(graph: bytes, name: str) -> Step:
+    from models.onnx.library import open_session
+
+    session = open_session(graph, 0, f"model {name!r}")
+
+    def step(
+        rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        # the graph takes neither a row of length 0 nor padding other than zero
+        running = np.flatnonzero(lengths)
+        steps = np.arange(rows.shape[1])
+        valid = steps < lengths[running, np.newaxis]
+        values, after = session.run(
+            [OUTPUTS, STATES_AFTER],
+            {
+                ROWS: np.where(valid[..., np.newaxis], rows[running], np.float32(0)),
+                LENGTHS: lengths[running],
+                STATES: states[running],
+            },
+        )
+        outputs = np.zeros((len(rows), *values.shape[1:]), np.float32)
+        outputs[running] = values
+        states_after = states.copy()
+        states_after[running] = after
+        return outputs, states_after
+
+    return step
+
+
+def _on_tensorflow(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Step:
+    import tensorflow as tf
+
+    from models.networks.build import StepNetwork
+
+    network = StepNetwork(spec)
+    network.set_weights(weights)
+    traced = tf.function(network.step, autograph=False)
+
+    def step(
+        rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        outputs, after = traced(rows, lengths, states)
+        return outputs.numpy(), np.array(after)
+
+    return step
