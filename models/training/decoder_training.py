@@ -111,7 +111,7 @@ class DecoderTrainer:
         if network.decoder is None:
             raise TypeError(f"model {spec.name!r}: expected a network with a decoder")
         self._network, self._step_network = network, network.decoder
-        self._plan, self._training, self._seed = plan, training.decoder, seed
+        self._plan, self._training, self.seed = plan, training.decoder, seed
         self._window_steps = training.window_steps
         horizon = self._training.horizon or decoder.max_horizon
         self.horizon = min(horizon, decoder.max_horizon)
@@ -135,7 +135,7 @@ class DecoderTrainer:
             progress: of the training; None validates, from the other side of the split.
         """
         batch_size, steps = window.index.shape
-        random = np.random.default_rng([self._seed, number, progress is not None])
+        random = np.random.default_rng([self.seed, number, progress is not None])
         cuts = self._cuts(steps, random)
         at = window.index[:, cuts - 1].T
         ahead = self._ahead[progress is not None][at]
@@ -158,7 +158,7 @@ class DecoderTrainer:
             there.reshape(*flat, -1),
             rows[..., self._known].reshape(*flat, -1),
             np.array(share, np.float32),
-            np.array([self._seed % 2**31, number], np.int32),
+            np.array([self.seed % 2**31, number], np.int32),
         )
 
     def _cuts(self, steps: int, random: np.random.Generator) -> NDArray[np.int64]:

@@ -43,15 +43,17 @@ FloatArray = NDArray[np.float32]
 
 
 class Loop:
-    """Trains one network, epoch by epoch; one thread only."""
+    """Trains one network, epoch by epoch; one thread only.
+
+    Tracing the network takes seconds: the members of an ensemble are trained by one loop, which is
+    restarted for each.
+    """
 
     def __init__(self, spec: ModelSpec, plan: Plan, seed: int):
-        """Build the network with initial weights; the seed also determines orders and dropout."""
-        self._seed = seed
+        """Build the network and start it; arguments as for `restart`."""
         self.spec, self.plan = spec, plan
         self._training = training_of(spec)
         self.network = StepNetwork(spec)
-        self.network.initialise(seed)
         self._trainable = self.network.trainable_variables
         self._names = [
             name
@@ -60,8 +62,7 @@ class Loop:
         ]
         self._moments = [[tf.Variable(tf.zeros_like(v)) for v in self._trainable] for _ in "mv"]
         self._average = [tf.Variable(v) for v in self._trainable]
-        self._ended = np.zeros((len(plan.segments), self.network.state_size), np.float32)
-        self._windows = 0
+        self._traced_seed = tf.Variable(0, dtype=tf.int32)
         self._weights = {
             head.name: float(self._training.loss_weights.get(head.name, 1.0)) for head in spec.heads
         }
@@ -74,6 +75,21 @@ class Loop:
         self._typical = self._steps_per_window() if self._training.weigh == "steps" else {}
         self._step = tf.function(self._train_window, autograph=False)
         self._validate_window = tf.function(self._validation_window, autograph=False)
+        self.restart(seed)
+
+    def restart(self, seed: int) -> None:
+        """Begin a training with initial weights; the seed also determines orders and dropout."""
+        self._seed = seed
+        self._traced_seed.assign(seed % 2**31)
+        self.network.initialise(seed)
+        for variable in (*self._moments[0], *self._moments[1]):
+            variable.assign(tf.zeros_like(variable))
+        for variable, average in zip(self._trainable, self._average, strict=True):
+            average.assign(variable)
+        self._ended = np.zeros((len(self.plan.segments), self.network.state_size), np.float32)
+        self._windows = 0
+        if self._decoder is not None:
+            self._decoder.seed = seed
 
     @cached_property
     def windows_per_epoch(self) -> int:
@@ -249,7 +265,9 @@ class Loop:
         anchors: Anchors | None = None,
     ) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
-            masked = self._hide_categories(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
+            masked = self._hide_categories(
+                rows, tf.stack([self._traced_seed, tf.cast(count, tf.int32)])
+            )
             result, decoded = self._pass(masked, lengths, tf.stop_gradient(state), anchors, True)
             losses = self.network.losses(result.raw, following, mask, labels)
             if decoded is not None:

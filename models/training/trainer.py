@@ -118,8 +118,10 @@ def train(
     run = _Run(checkpoint_path(Path(out)), key)
     if resume:
         run.resume()
+    loop = Loop(network, plan, training.seed)
     for member in range(training.members):
-        run.train_member(Loop(network, plan, training.seed + member), member, progress, after_epoch)
+        loop.restart(training.seed + member)
+        run.train_member(loop, member, progress, after_epoch)
     network_spec, weights = merge_members(
         spec, [run.best_weights(member) for member in range(training.members)]
     )

@@ -20,12 +20,12 @@ from tests.support.training import HOUR_MS, latch_frame, latch_spec
 Arrays = dict[str, NDArray[Any]]
 
 
-def loop_of(*, dropout: float = 0.0, seed: int = 1, **training: Any) -> Loop:
+def loop_of(*, dropout: float = 0.0, **training: Any) -> Loop:
     """A loop over a network that is small to compile."""
     spec = latch_spec(dropout=dropout, recurrent={"kind": "lstm", "units": 2}, **training)
     streams = streams_of(spec, latch_frame())
     fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
-    return Loop(fitted, plan_of(fitted, streams, {}, 16 * HOUR_MS, 22 * HOUR_MS), seed)
+    return Loop(fitted, plan_of(fitted, streams, {}, 16 * HOUR_MS, 22 * HOUR_MS), 1)
 
 
 def part(arrays: Arrays, kind: str) -> Arrays:
@@ -81,7 +81,9 @@ def test_optimiser_is_adamw_with_clipped_gradients() -> None:
 
 
 def test_validation_uses_averaged_weights_and_keeps_the_raw_ones() -> None:
+    """Also: a restarted loop has kept nothing."""
     loop = loop_of(average_decay=0.9, learning_rate=0.05)
+    initial = {name: value.copy() for name, value in loop.arrays().items()}
     for _ in loop.train_epoch(0):
         pass
     # copies, because the loop updates its own arrays in place
@@ -95,6 +97,9 @@ def test_validation_uses_averaged_weights_and_keeps_the_raw_ones() -> None:
     assert loop.validate() == losses
     loop.restore({**before, **{f"average/{name}": value for name, value in raw.items()}})
     assert loop.validate() != losses
+    loop.restart(1)
+    for name, value in loop.arrays().items():
+        np.testing.assert_array_equal(value, initial[name], err_msg=name)
 
 
 def epoch_of(loop: Loop, epoch: int) -> dict[tuple[int, ...], float]:
@@ -115,10 +120,11 @@ def epoch_of(loop: Loop, epoch: int) -> dict[tuple[int, ...], float]:
 def test_order_and_dropout_differ_between_epochs_and_seeds() -> None:
     """The weights do not move, and every stream is one segment: the same windows each time."""
     still = {"learning_rate": 1e-30, "weight_decay": 0.0, "segment_windows": 50}
-    loops = [loop_of(dropout=0.5, batch_streams=4, seed=seed, **still) for seed in (1, 2)]
-    arrays = {name: value.copy() for name, value in loops[0].arrays().items()}
+    loop = loop_of(dropout=0.5, batch_streams=4, **still)
+    arrays = {name: value.copy() for name, value in loop.arrays().items()}
     ran = []
-    for loop in loops:
+    for seed in (1, 2):
+        loop.restart(seed)
         loop.restore(arrays)
         ran += [epoch_of(loop, epoch) for epoch in (0, 1)]
     for index, one in enumerate(ran):
@@ -126,6 +132,7 @@ def test_order_and_dropout_differ_between_epochs_and_seeds() -> None:
             assert set(one) == set(other)
             assert list(one) != list(other)
             assert all(one[window] != other[window] for window in one)
-    loops[0].restore(arrays)
-    repeated = epoch_of(loops[0], 1)
+    loop.restart(1)
+    loop.restore(arrays)
+    repeated = epoch_of(loop, 1)
     assert list(repeated.items()) == list(ran[1].items())
