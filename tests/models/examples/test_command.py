@@ -14,7 +14,7 @@ from models.errors import ModelsError
 from models.examples.command import run_example
 from models.examples.packages import package_folder
 from models.training import trees
-from tests.support.training import latch_frame, latch_spec
+from tests.support.training import latch_frame, latch_spec, train_nothing
 
 FEW = trees.Grid((0,), (2,), (7,), (5,), 0.1, 20)
 
@@ -22,6 +22,7 @@ FEW = trees.Grid((0,), (2,), (7,), (5,), 0.1, 20)
 def test_example_trains_writes_and_prints_its_report(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(trees, "FULL", FEW)
     monkeypatch.setattr(trees, "SHORT", FEW)
+    train_nothing(monkeypatch)
     spec, out = tmp_path / "spec.yaml", tmp_path / "model"
     spec.write_text(json.dumps(latch_spec(epochs=1).model_dump(mode="json")))
 

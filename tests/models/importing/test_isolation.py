@@ -46,18 +46,17 @@ def import_failure(path: Path, limits: Limits | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", ["keras", "hdf5"])
-def test_import_packages_the_model(tmp_path: Path, suffix: str) -> None:
-    report = import_keras_model(save_model(recurrent(), tmp_path / f"m.{suffix}"), tmp_path / "out")
+def test_import_packages_the_model(tmp_path: Path) -> None:
+    report = import_keras_model(save_model(recurrent(), tmp_path / "m.keras"), tmp_path / "out")
     assert (report.artifact.spec.name, report.lengths_steps) == ("m", (1, 2, 7, 33))
     assert 0 < report.largest_difference < 1e-5
     origin = load_artifact(tmp_path / "out").manifest["training"]["imported"]
-    assert origin["file"] == f"m.{suffix}"
+    assert origin["file"] == "m.keras"
     assert origin["verified"]["largest_difference"] == report.largest_difference
 
 
 def test_errors_name_the_original_file(tmp_path: Path) -> None:
-    path = two_models(tmp_path / "m.h5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
+    path = two_models(tmp_path / "m.hdf5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
     assert import_failure(path).startswith(f"{path}: the model has unsupported layers:")
 
 

@@ -78,7 +78,7 @@ def rows_of(seed: int, length: int) -> Floats:
     return np.random.default_rng(seed).normal(size=(length, 2)).astype(np.float32)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), st.integers(1, 14), st.integers(0, 2**32 - 1))
 def test_the_keras_step_equals_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
     network = network_of(spec, seed)

@@ -90,7 +90,7 @@ def no_labels(shape: tuple[int, int]) -> dict[str, NDArray[np.float32]]:
     return {name: np.full(shape, np.nan, np.float32) for name in ("faulty", "phase")}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
 def test_every_head_equals_the_oracle_across_chunks(lengths: list[int], seed: int) -> None:
     random = np.random.default_rng(seed)

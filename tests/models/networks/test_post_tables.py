@@ -23,22 +23,28 @@ def post_network(kind: str) -> StepNetwork:
     return network
 
 
-def eager(step: Callable[..., Any]) -> Callable[..., Any]:
-    return step
+@pytest.fixture(scope="module", params=OUTPUTS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    return tf.function(step, jit_compile=True)
+@pytest.fixture(scope="module")
+def network(kind: str) -> StepNetwork:
+    return post_network(kind)
 
 
-@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def step(request: pytest.FixtureRequest, network: StepNetwork) -> Callable[..., Any]:
+    """The step, which is compiled once for each length."""
+    if request.param == "eager":
+        return network.step
+    return tf.function(network.step, jit_compile=True)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-@pytest.mark.parametrize("way", [eager, compiled])
 def test_printed_outputs_and_states_are_reproduced(
-    kind: str, cuts: list[int], way: Callable[..., Any]
+    kind: str, network: StepNetwork, step: Callable[..., Any], cuts: list[int]
 ) -> None:
-    network = post_network(kind)
-    step = way(network.step)
     state = tf.zeros((1, network.state_size))
     outputs: list[float] = []
     for length in cuts:
@@ -58,7 +64,6 @@ def layer_outputs(kind: str) -> list[np.ndarray]:
     return [np.float64(value) for value in values]
 
 
-@pytest.mark.parametrize("kind", OUTPUTS)
 def test_a_layer_returns_its_sequence_and_states_of_which_the_first_is_its_output(
     kind: str,
 ) -> None:
@@ -69,7 +74,6 @@ def test_a_layer_returns_its_sequence_and_states_of_which_the_first_is_its_outpu
     np.testing.assert_array_equal(sequence[:, -1], states[0])
 
 
-@pytest.mark.parametrize("kind", OUTPUTS)
 def test_the_oracle_reproduces_the_printed_numbers(kind: str) -> None:
     spec, weights = post_model(kind)
     expected, expected_state = OUTPUTS[kind], list(STATES[kind].values())

@@ -42,7 +42,7 @@ def two_layers(**changes: object) -> ModelSpec:
     return parse_spec({"name": "m", "features": 3, "layers": layers, "heads": heads, **changes})
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     stacks() | stacks(per_chunk=True),
     st.lists(st.integers(1, 11), min_size=1, max_size=4),
@@ -65,7 +65,7 @@ def test_step_equals_the_oracle_with_any_chunking_batch_and_padding(
         np.testing.assert_allclose(joined(spec, after[b]), joined(spec, expected_state), **CLOSE)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(stacks(), st.integers(0, 2**32 - 1))
 def test_chunks_batches_and_padding_do_not_change_outputs(spec: ModelSpec, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ def test_rows_beyond_their_length_keep_their_state() -> None:
     assert np.abs(after[2] - state[2]).max() > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (4, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 5)])
 def test_compiled_step_equals_the_oracle(shape: tuple[int, int]) -> None:
     spec = two_layers()
     network = network_of(spec, 6)
