@@ -36,8 +36,11 @@ class ChunkJob(Job[Chunk, Reply], eq=False):
     expected: bytes = b""
 
 
-class Computed(msgspec.Struct, frozen=True, gc=False):
+class Computed(msgspec.Struct, frozen=True):
     """The chunks of a batch with their outputs, and their streams after them, not yet committed.
+
+    The garbage collector tracks it: the error of a failed commit refers to it by its traceback, and
+    its jobs may refer to the error.
 
     Attributes:
         heads: the stream heads after the chunks.
