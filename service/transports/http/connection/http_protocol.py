@@ -457,8 +457,10 @@ class HttpProtocol(FramingProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client disconnected, or the connection was closed."""
         self._connections.remove(self)
-        if self._pending is not None:
-            self._pending.route.cancel(self._pending)
+        request, self._pending = self._pending, None
+        if request is not None:
+            # otherwise they would reference each other: the garbage collector skips `FastRequest`
+            request.route.cancel(request)
         if self._running_cycle is not None:
             self._running_cycle.transport = self.transport
             # uvicorn notifies only the last request that it has parsed

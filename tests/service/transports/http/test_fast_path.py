@@ -7,7 +7,9 @@ own protocol. The responses are compared byte for byte, except for ids, tags and
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -373,6 +375,29 @@ async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
         held_back()
         found = await api.pipeline.process(chunk_of("client", INPUTS))
     assert found.head.position < 6 * len(INPUTS)
+
+
+async def test_connections_of_disconnected_clients_are_freed(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    """One's chunk is in a batch, the other's still waits."""
+    async with serving(api) as server:
+        seen: list[weakref.ref[HttpProtocol]] = []
+        for place in range(2):
+            _, writer = await asyncio.open_connection(HOST, port_of(server))
+            writer.write(request(chunk(None), stream="client"))
+            await becomes(lambda: bool(under_way(server)), f"chunk {place} under way")
+            seen += map(weakref.ref, under_way(server))
+            writer.transport.abort()
+            await becomes(lambda: not server.server_state.connections, "no connection")
+        held_back()
+        await api.pipeline.process(chunk_of("client", INPUTS))
+
+    def are_freed() -> bool:
+        gc.collect()
+        return not any(each() for each in seen)
+
+    await becomes(are_freed, "freed")
 
 
 class Framing:
