@@ -183,11 +183,7 @@ class RedisStore:
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[Loaded]:
-        """Load many streams in one round trip; StateDamaged of each whose bytes are invalid.
-
-        Raises:
-            StoreUnavailable, StoreRefused: the store as a whole.
-        """
+        """Load many streams in one round trip; StateDamaged of each whose bytes are invalid."""
         return list(map(decode_value, keys, await self.load_values(keys, deadline_s)))
 
     async def load_values(
@@ -195,11 +191,7 @@ class RedisStore:
     ) -> list[StoredValue]:
         """Load many streams in one round trip, not decoded.
 
-        A result is None if nothing is stored, and the error of its node if other nodes of a cluster
-        answered.
-
-        Raises:
-            StoreUnavailable, StoreRefused: the store as a whole.
+        A result is the error of its node if other nodes of a cluster answered.
         """
         if not keys:
             return []

@@ -170,12 +170,11 @@ class Router(ABC):
 
     def _resolve_expired(self) -> None:
         """Resolve the requests that have timed out; once a tick, while any is waited for."""
-        now_s = time.monotonic()
-        for request, (deadline_s, wait_s) in self._waiting.items():
-            if deadline_s <= now_s and not request.future.done():
-                request.future.set_result(self._timeout_outcome(request, wait_s))
-        loop = asyncio.get_running_loop()
+        loop, now_s = asyncio.get_running_loop(), time.monotonic()
         self._ticker = loop.call_later(TICK_S, self._resolve_expired) if self._waiting else None
+        for request, (deadline_s, wait_s) in self._waiting.items():
+            if deadline_s <= now_s:
+                request.resolve(self._timeout_outcome(request, wait_s))
 
     def _send_waits(self, connections: Iterable[PipelinedConnection]) -> list[StoreRequest]:
         """Send one WAIT on each connection."""
