@@ -63,7 +63,7 @@ def continues(candidate: Chunk) -> bool:
 def after(last: Chunk, base: StreamState | None = None) -> StreamState:
     state = State(np.ones(5, np.float32), np.zeros(0, np.int64))
     new = applied(last, base, state, fingerprint=FINGERPRINT, now_ms=7)
-    return new if base else new._replace(head=new.head._replace(epoch=EPOCH))
+    return new if base else new._replace(head=replace(new.head, epoch=EPOCH))
 
 
 FIRST = chunk(0)
