@@ -176,9 +176,9 @@ def evaluate_chunk(
 def _evaluate_start(chunk: Chunk, stored: StreamState | None) -> Process | Replay:
     """Process or replay a chunk that starts its stream over.
 
-    It is a retry if the stream's last chunk is this one and created the stream: from the zero state
-    it leads to the same state. Its epoch is the one that it ends, so with an epoch a late duplicate
-    cannot end the next one.
+    It is a retry if the stream's last chunk is this one and created the stream: from the initial
+    state it leads to the same state. Its epoch is the one that it ends, so with an epoch a late
+    duplicate cannot end the next one.
     """
     last = stored.last if stored else None
     if stored is not None and last is not None and last.created and _is_last(chunk, stored):

@@ -1,8 +1,8 @@
 """The values of the domain: streams, chunks, replies, forecasts.
 
-Frozen values without behaviour, independent of transports, stores and runtimes. Values that are
-created for every chunk are structs of msgspec, which are created and read in C, or named tuples,
-which are also hashed and compared in C; a frozen dataclass costs three times as much as either.
+Frozen values, independent of transports, stores and runtimes. The values that every chunk creates
+are structs of msgspec, which are created in C: a named tuple takes four times as many instructions
+(`docs/decisions/cost-of-a-chunk.md`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class LastChunk(NamedTuple):
 
 
 LastFields = tuple[int, bytes, bool]
-"""A `LastChunk`, or a plain tuple of its fields: a batch makes no object for each chunk."""
+"""The fields of a `LastChunk`; a batch uses plain tuples, which are cheaper to create."""
 
 
 class StreamState(NamedTuple):
@@ -173,10 +173,10 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
         position: index of the first event; None to append at the current position.
         epoch: the epoch that the client expects, or None.
         final: whether it closes the stream; for models with blocks.
-        starts_over: whether it starts the stream over: from the zero state, in a new epoch,
+        starts_over: whether it starts the stream over: from the initial state, in a new epoch,
             whatever is stored. Its position is 0 or None.
         dry_run: whether it is only computed, from the stream's current state, and not applied.
-        span: that of its request, if it is traced.
+        span: the span of its request, if that is traced.
     """
 
     key: StreamKey
@@ -205,15 +205,15 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         head: the stream head after the chunk.
         outputs: float32 [T, O], packed.
-        states: the stream's state after the chunk; with `row`, those of a batch.
+        states: the stream's state after the chunk; if `row` is given, the states of its batch.
         replayed: whether the outputs are those of an earlier delivery of the same chunk.
         created: whether the chunk created the stream.
-        queue_s: how long it waited for its batch.
+        queue_s: how long the chunk waited for its batch.
         output_position: index of the event of the first output, for models with blocks, whose
             outputs are not one for each event of the chunk.
         dry_run: whether nothing was applied; `head` is then the current stream head, and
             `NO_STREAM` if there is none.
-        row: which of the states is the stream's.
+        row: index of the stream's state in `states`; None if that is its state alone.
     """
 
     key: StreamKey

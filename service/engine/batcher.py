@@ -7,7 +7,7 @@ last one is delayed briefly (batching delay, `policy`). Each batch runs as a tas
 that consecutive batches overlap in loading, computing and committing. A stream has at most one job
 in flight until its batch releases the stream; a job that has to be retried returns to its old place
 in the queue. Jobs whose caller cancelled, or whose deadline passed, are dropped while a batch is
-formed. A batch that fails, fails its own jobs only. Each job is resolved exactly once.
+formed. A failing batch fails only its own jobs. Each job is resolved exactly once.
 
 Jobs that would wait too long are rejected at once (`policy`). One timer, set to the earliest
 deadline, enforces all deadlines.
@@ -51,8 +51,8 @@ from service.engine.fair_queue import (
 from service.engine.policy import LINGER_TICKS, Admission, BatchDelay, batching_delay, shared_error
 
 DEADLINE_GRACE_S: Final = 0.05
-"""How long after its deadline a job in a batch fails. Whatever its batch waits for ends at the
-deadline, too, and gives a more specific error."""
+"""How long after its deadline a job in a batch fails. The store call that its batch waits for ends
+at the deadline too, and gives a more specific error."""
 
 DEADLINE_TICK_S: Final = 0.01
 """Shortest interval of the deadline timer."""
@@ -80,7 +80,7 @@ class Batcher(Generic[P, R]):
             drained.
         map_error: maps the batcher's own error for a job, which may be committing, to the error
             that the caller gets.
-        job_type: of its jobs; `run` may need more fields.
+        job_type: the type of its jobs, with the further fields that `run` needs.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Batcher(Generic[P, R]):
 
         Args:
             payload, key, steps: as those of `JobRequest`.
-            on_result: gets the one result, as a ticket does; never Overloaded.
+            on_result: called with the result, as `enqueue` describes it, but never Overloaded.
         """
         now_s = time.monotonic()
         number = next(self._numbers)
@@ -287,15 +287,18 @@ class Batcher(Generic[P, R]):
             asyncio.get_running_loop().call_soon(self._form)
 
     def _continue(self) -> None:
-        """Form the next batch, after one has ended, if the queue is not as the last one left it."""
+        """Form the next batch after one has ended, if jobs are queued.
+
+        Also if jobs have expired: `_start` then resets the drain rate, and load shedding ends.
+        """
         if self._queue or self._has_expired:
             self._wake()
         elif self._stopping:
-            self._note_end()
+            self._complete_drain()
 
     def _form(self) -> None:
         """Start a batch, unless the batching delay applies."""
-        # a batch of long jobs is not about to end
+        # a batch of long jobs takes many calls, so it does not end soon
         ending_soon = len(self._batches) - self._long
         ready = self._queue.ready(long_ones=self._long < self._max_long)
         delay = batching_delay(ready, self._last_rows, ending_soon, self._turns)
@@ -338,10 +341,10 @@ class Batcher(Generic[P, R]):
             for job in self._queue.clear():
                 job.resolve(InternalError(f"no batch could be formed: {type(error).__name__}"))
         if self._stopping:
-            self._note_end()
+            self._complete_drain()
 
-    def _note_end(self) -> None:
-        """Complete `drain` if nothing is left to do."""
+    def _complete_drain(self) -> None:
+        """Let `drain` return if nothing is left to do."""
         if self._is_idle:
             self._drained.set()
 
@@ -388,7 +391,7 @@ class Batcher(Generic[P, R]):
         self._timer = None
         self._expire_jobs(time.monotonic())
         if self._stopping:
-            self._note_end()
+            self._complete_drain()
 
     def _mark_out_of_order(self, retried: Job[P, R]) -> None:
         """Mark the running jobs that were started after an earlier one, which is retried."""

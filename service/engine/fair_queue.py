@@ -111,15 +111,15 @@ OnResult = Callable[[R | CarryError], None]
 
 
 class Job(msgspec.Struct, Generic[P, R], eq=False):
-    """One request in the queue or in a batch.
+    """One unit of work in the queue or in a batch.
 
     Attributes:
         number: position in the order of all jobs.
         submitted_s: time of submission, on the monotonic clock.
         deadline_s: time until which its caller waits, on the monotonic clock.
-        request: what the jobs of its request share; None if it is the only one.
+        request: identifies the request of several jobs that it came with; None if it came alone.
         attempts: number of batches that it was in before.
-        is_cancelled: its caller waits no longer, and is not called.
+        is_cancelled: its caller does not wait any more, and is not called.
         is_committing: its commit was sent, so it may have been applied even if it fails.
         is_out_of_order: an earlier job of its stream is being retried, so it has to be retried too.
     """
@@ -152,11 +152,11 @@ class Job(msgspec.Struct, Generic[P, R], eq=False):
 
 
 class Ticket(Generic[P, R]):
-    """One caller that awaits the results of one or more jobs.
+    """The results of one or more jobs, for a caller that awaits them together.
 
     Attributes:
-        jobs: those that were admitted.
-        future: of the results, in the order of the requests.
+        jobs: the admitted ones.
+        future: completes with all results, in the order of the requests.
     """
 
     __slots__ = ("_left", "_results", "future", "jobs")
@@ -430,7 +430,7 @@ class FairQueue(Generic[P, R]):
 
         Args:
             is_live: whether a job still has a caller; others are dropped. None: all have.
-            long_ones: whether long jobs may be taken.
+            long_ones: whether long jobs may be taken too.
         """
         max_rows, max_padded, long_steps = self._limits
         is_long = long_ones and self._long.ready > 0 and self._is_older(self._long, self._short)

@@ -5,8 +5,9 @@ malformed or conflicting chunk never affects the others. Streams are versioned (
 concurrency): a commit is a compare-and-set on the stream head, and a chunk whose commit meets a
 version conflict is evaluated and computed again, up to a limit.
 
-The batcher answers a job whose deadline passes, whatever stage its batch is in. The stages check
-deadlines where it decides whether the chunk is applied (`ChunkLoader`, `_commit_part`).
+The batcher answers a job whose deadline passes, whatever stage its batch is in. Besides, two
+stages check deadlines, because there they decide whether the chunk is applied (`ChunkLoader`,
+`_commit_part`).
 """
 
 from __future__ import annotations
@@ -93,9 +94,11 @@ class ChunkBatchRunner:
         self._now_ms = now_ms
         self._attempts = attempts
         self._tracer = tracer
-        self._shards = shards = Shards(store, max_detached)
-        self._responsiveness = waiting = StoreResponsiveness()
-        self._loader = ChunkLoader(served, store, cache, shards, recorder, waiting, reset=reset)
+        self._shards = Shards(store, max_detached)
+        self._responsiveness = StoreResponsiveness()
+        self._loader = ChunkLoader(
+            served, store, cache, self._shards, recorder, self._responsiveness, reset=reset
+        )
         self._infer = Inference(served, compute, recorder)
 
     async def __call__(self, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
@@ -118,7 +121,7 @@ class ChunkBatchRunner:
         return self._jobs_to_retry(to_retry) if to_retry else []
 
     def _answer_dry_runs(self, computed: Computed, times: StageTimes) -> Computed:
-        """Answer the dry runs, of which nothing is stored; returns the other jobs."""
+        """Answer the dry runs, of which nothing is stored; returns the batch without them."""
         applied: list[int] = []
         for at, job in enumerate(computed.jobs):
             if not job.payload.dry_run:
@@ -250,7 +253,7 @@ class ChunkBatchRunner:
         )
 
     async def _resolve_uncommitted(self, job: ChunkJob, reply: Reply, result: CommitResult) -> bool:
-        """Answer a job whose commit failed or conflicted; False if it has to be retried."""
+        """Answer a job whose commit failed or conflicted; returns False if it has to be retried."""
         self._cache.drop(job.payload.key)
         if isinstance(result, CarryError):
             job.resolve(self.map_error(job, result))
@@ -328,11 +331,11 @@ class ChunkBatchRunner:
             tracer.record_batch(self._served.name, spans, len(jobs), stages)
 
     def _jobs_to_retry(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
-        """The jobs of the jobs that have attempts left; the others fail with Conflict."""
+        """The unresolved jobs that have attempts left; those without fail with Conflict."""
         return [job for job in jobs if self._can_retry(job)]
 
     def _can_retry(self, job: ChunkJob) -> bool:
-        """Whether an unresolved job has attempts left. An job without is resolved here."""
+        """Whether a job is unresolved and has attempts left; without any it fails with Conflict."""
         if job.is_resolved:
             return False
         if job.attempts + 1 < self._attempts:

@@ -1,4 +1,4 @@
-"""The job of a chunk, the columns of a batch after inference, and the times of the stages."""
+"""The values that pass through the stages of a batch: jobs, columns after inference, times."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BaseStream(msgspec.Struct, frozen=True, gc=False):
 
 
 class ChunkJob(Job[Chunk, Reply], eq=False):
-    """The job of one chunk, its payload, with what a batch finds out about its stream.
+    """The job of one chunk, its `payload`, with the stream that the first stage finds for it.
 
     Attributes:
         base: the stream that the chunk continues; None if it creates one.
@@ -37,7 +37,7 @@ class ChunkJob(Job[Chunk, Reply], eq=False):
 
 
 class Computed(msgspec.Struct, frozen=True):
-    """The chunks of a batch with their outputs, and their streams after them, not yet committed.
+    """The chunks of a batch with their outputs and the streams after them, not yet committed.
 
     The garbage collector tracks it: the error of a failed commit refers to it by its traceback, and
     its jobs may refer to the error.
@@ -45,7 +45,7 @@ class Computed(msgspec.Struct, frozen=True):
     Attributes:
         heads: the stream heads after the chunks.
         outputs: of each float32 [T, O]; of a model with blocks, the outputs that were due.
-        states: those after the chunks, float32 [B, N] and int64 [B, M].
+        states: the states after the chunks, float32 [B, N] and int64 [B, M].
     """
 
     jobs: Sequence[ChunkJob]
@@ -54,12 +54,12 @@ class Computed(msgspec.Struct, frozen=True):
     states: State
 
     def part(self, rows: slice) -> Computed:
-        """A slice of the batch."""
+        """Consecutive rows of the batch, without a copy of the states."""
         states = State(self.states.floats[rows], self.states.ints[rows])
         return Computed(self.jobs[rows], self.heads[rows], self.outputs[rows], states)
 
     def select(self, at: Sequence[int]) -> Computed:
-        """The jobs at these indexes."""
+        """The rows of the batch at these indexes."""
         return Computed(
             [self.jobs[index] for index in at],
             [self.heads[index] for index in at],

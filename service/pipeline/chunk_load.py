@@ -45,8 +45,8 @@ from service.store.codec import (
 )
 
 OVERHEAD_BYTES: Final = 640
-"""Memory of one entry besides the state's values: header, objects and dictionary (592 by
-tracemalloc)."""
+"""Memory of one entry besides the state's values: header, objects and dictionary (592 bytes by
+tracemalloc, rounded up)."""
 
 STORE_UNRESPONSIVE_AFTER_S: Final = 0.1
 """A deadline that expires after this much store silence is reported as `store_unavailable`,
@@ -76,10 +76,10 @@ class StateCache:
 
     def get(self, key: StreamKey) -> BaseStream | None:
         """The cached state of a stream, or None."""
-        state = self._entries.get(key)
-        if state is not None:
+        stream = self._entries.get(key)
+        if stream is not None:
             self._entries.move_to_end(key)
-        return state
+        return stream
 
     def put(self, key: StreamKey, stream: BaseStream) -> None:
         """Cache a stream whose commit has been sent; evicts the least recently used ones."""
@@ -131,11 +131,11 @@ class StoreResponsiveness:
         self._waiting_since_s = None
 
     def silence_s(self) -> float:
-        """Seconds since the store owes an answer; 0 if it owes none."""
+        """For how many seconds the store has owed an answer; 0 if it owes none."""
         return 0.0 if self._waiting_since_s is None else time.monotonic() - self._waiting_since_s
 
     def is_unresponsive(self) -> bool:
-        """Whether a deadline that expires now is the store's fault."""
+        """Whether a deadline that expires now is reported as `store_unavailable`."""
         return self.silence_s() > STORE_UNRESPONSIVE_AFTER_S
 
 
@@ -191,14 +191,14 @@ class ChunkLoader:
         times.load_s = time.monotonic() - times.began_s
         replays: list[ChunkJob] = []
         to_retry: list[ChunkJob] = []
-        for (job, value), known in zip(loaded, self._read_heads(loaded), strict=True):
+        for (job, value), head in zip(loaded, self._read_heads(loaded), strict=True):
             if job.is_resolved:
                 continue
             if job.is_out_of_order:
                 to_retry.append(job)
                 continue
-            if known and isinstance(value, bytes) and is_continuation(job.payload, *known):
-                job.base = BaseStream(*known, value)
+            if head and isinstance(value, bytes) and is_continuation(job.payload, *head):
+                job.base = BaseStream(*head, value)
                 job.expected = packed_head(value)
                 ready.append(job)
                 continue
@@ -234,11 +234,9 @@ class ChunkLoader:
         """
         chunk = job.payload
         try:
-            state, kept = await self._store.load_with_reply(
-                job.payload.key, _first_deadline_s([job])
-            )
+            state, kept = await self._store.load_with_reply(chunk.key, _first_deadline_s([job]))
             resolution = resolve_duplicate(
-                job.payload, state, kept, own.head if own else None, closed=self._is_closed(state)
+                chunk, state, kept, own.head if own else None, closed=self._is_closed(state)
             )
             if resolution is Resolution.RE_EVALUATE:
                 return False
@@ -304,7 +302,7 @@ class ChunkLoader:
                     job.resolve(value)
                 else:
                     job.resolve(DeadlineExceeded("the deadline expired before it was loaded"))
-            # if no deadline expired, the store itself gave up
+            # if no deadline expired, the call failed by itself: the store is unavailable
             remaining = [] if len(waiting) == len(remaining) else waiting
         return [loaded[job] for job in jobs]
 

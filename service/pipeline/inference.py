@@ -45,9 +45,9 @@ class Inference:
         self._runtime_state = served.runtime_state
         self._blocks = served.blocks
         self._has_alarms = served.artifact.spec.detection is not None
-        self._resets_by_itself = served.artifact.spec.resets.is_active
-        self._takes_rows = (
-            served.chunk_limit is None and served.blocks is None and not self._resets_by_itself
+        self._resets_automatically = served.artifact.spec.resets.is_active
+        self._rows_skip_encoder = (
+            served.chunk_limit is None and served.blocks is None and not self._resets_automatically
         )
 
     async def __call__(self, jobs: list[ChunkJob], times: StageTimes) -> Computed | None:
@@ -61,7 +61,7 @@ class Inference:
         steps = [job.payload.steps for job in jobs]
         rows = [each.rows for each in steps if each.rows is not None and not each.resets]
         is_cut, parts = False, list[list[Segment]]()
-        if not self._takes_rows or len(rows) < len(jobs):
+        if not self._rows_skip_encoder or len(rows) < len(jobs):
             encoded, is_cut = self._encode(jobs, list(map(State, *before)))
             if not encoded:
                 return None
@@ -76,7 +76,7 @@ class Inference:
         elif self._blocks is not None:
             outputs, after, finite = await self._infer_blocks(self._blocks, jobs, parts)
         else:
-            # `before` has the float parts before the chunks, and the int parts of the encoder after
+            # where events were encoded, the int parts of `before` are those after the chunks
             packed = self._runtime_state.pack(before)
             inferred = await self._compute.infer(self._served.runtime, rows, packed, self._on_call)
             outputs, finite = inferred.outputs, inferred.finite
@@ -93,7 +93,7 @@ class Inference:
             The encoded segments by the index of the job, and whether one of them has a reset.
         """
         served = self._served
-        has_resets = self._resets_by_itself or any(job.payload.steps.resets for job in jobs)
+        has_resets = self._resets_automatically or any(job.payload.steps.resets for job in jobs)
         encoded: dict[int, list[Segment]] = {}
         is_cut = False
         whole: list[int] = []

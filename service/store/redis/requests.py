@@ -67,7 +67,8 @@ class StoreRequest(msgspec.Struct, eq=False):
     Attributes:
         packed: the command as it is sent.
         script: the script that it calls by its hash, which the server may not know (NOSCRIPT).
-        streams: what it writes, if it expects what an earlier request wrote.
+        streams: the streams that it writes by compare-and-set, so that it depends on earlier
+            requests that write them.
         slot: the hash slot of its keys in a cluster.
         is_sent: it was sent at least once since it was last known not to have been executed.
         is_retry: it was sent again after an attempt that may have been executed.

@@ -31,7 +31,8 @@ from service.store.redis.requests import StoreRequest
 from service.store.settings import Durability, StoreSettings
 
 TICK_S: Final = 0.01
-"""Resolution of the timeouts of calls: setting a timer for each costs more than the rest of one."""
+"""Resolution of the timeouts of calls: one timer serves all, since a timer for each call would cost
+more than the rest of the call."""
 
 
 class Layout(NamedTuple):

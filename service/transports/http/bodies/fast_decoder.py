@@ -47,7 +47,7 @@ _F8: Final = np.dtype(np.float64)
 _INPUTS: Final = b'"inputs"'
 _RESET: Final = RESET.encode()
 _NEAR_BEGIN: Final = 96
-"""`inputs` is searched in this many bytes, which tells rows from events."""
+"""A chunk of rows has `inputs` within this many bytes; other bodies are not parsed by simdjson."""
 
 
 def _orders(*names: str) -> frozenset[tuple[str, ...]]:
@@ -64,7 +64,7 @@ _LARGEST_SQUARES: Final = 1e76
 """A sum of squares below this has no member that overflows float32."""
 
 _PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError)
-"""What simdjson raises for malformed JSON, and what follows from a list of something else."""
+"""What simdjson raises for malformed JSON, and for a list of values other than numbers."""
 
 _is_epoch: Final = re.compile(EPOCH).fullmatch
 
@@ -267,10 +267,12 @@ class FastDecoder:
             self._alarm_rate = Annotated[float, Meta(gt=0, le=most)] | None
         event: Any = None if self._reader is None else self._reader.event
         self._decoders = {media: self._build_decoders(media, limits, event) for media in Media}
-        self._marking = self._decoders
+        self._reset_decoders = self._decoders
         if self._reader is not None and self._reader.marked_event is not None:
             event = self._reader.marked_event
-            self._marking = {media: self._build_decoders(media, limits, event) for media in Media}
+            self._reset_decoders = {
+                media: self._build_decoders(media, limits, event) for media in Media
+            }
 
     def decode_chunk(
         self, media: Media, body: bytes
@@ -334,8 +336,8 @@ class FastDecoder:
         return None if too_long else list(map(SequenceInput, steps, tokens))
 
     def _decoders_of(self, media: Media, body: bytes) -> _Decoders:
-        """The decoders for a body; those of events with marks are slower."""
-        return (self._marking if _RESET in body else self._decoders)[media]
+        """The decoders for a body; those of events with the member `reset` are slower."""
+        return (self._reset_decoders if _RESET in body else self._decoders)[media]
 
     def _check_chunks(self, parts: list[Steps]) -> list[Steps]:
         if self._has_blocks and any(steps.resets for steps in parts):
@@ -388,7 +390,7 @@ class FastDecoder:
 
     def _check_rows(self, packed: bytes) -> FloatRows:
         rows = np.frombuffer(packed, _F4).reshape(-1, self._features)
-        # half the time of `all()`
+        # takes half the time of `all()`
         if np.count_nonzero(np.isfinite(rows)) != rows.size:
             raise UndecidedError
         if self._coded:
@@ -441,7 +443,7 @@ class FastDecoder:
 
 
 def _struct(base: type[msgspec.Struct], members: list[Any]) -> type[msgspec.Struct]:
-    # Nothing in a body refers back to it, so that there are no cycles to collect.
+    # gc=False: a decoded body holds no cycles to collect
     return msgspec.defstruct(
         "Decoded", members, bases=(base,), forbid_unknown_fields=True, kw_only=True, gc=False
     )

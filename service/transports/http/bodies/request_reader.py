@@ -1,7 +1,7 @@
 """Reader of request bodies: from bytes to the values of the pipeline, for one model.
 
-The fast decoder reads what is certainly valid, the strict validator the rest. Checked is all that
-does not depend on a stream. This module does not access the store.
+The fast decoder reads what is certainly valid, the strict validator the rest. Both check all that
+does not depend on a stream's state. This module does not access the store.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from service.transports.http.request_fields import parse_if_match, stream_name
 
 
 class PlacedChunk(Protocol):
-    """A chunk's body, or what another transport says about a chunk."""
+    """Where a chunk belongs in its stream, as a body or another transport says it."""
 
     @property
     def position(self) -> int | None:
@@ -53,7 +53,7 @@ class RequestReader:
     """Reads the requests for one model.
 
     Args:
-        nonce: gives the random bytes of an append.
+        nonce: returns the random bytes of a chunk without a position.
 
     Attributes:
         fast: decodes valid bodies.
