@@ -123,7 +123,9 @@ def both_ways_frame(streams: int = 63, seed: int = 4) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def both_ways_spec(blocks: dict[str, int] | None = None, epochs: int = 30) -> ModelSpec:
+def both_ways_spec(
+    blocks: dict[str, int] | None = None, epochs: int = 30, layers: int = 2
+) -> ModelSpec:
     """A bidirectional network for them; a third of the streams each train, validate and test."""
     return parse_spec(
         {
@@ -138,7 +140,7 @@ def both_ways_spec(blocks: dict[str, int] | None = None, epochs: int = 30) -> Mo
             "layers": [
                 {"kind": "bidirectional", "units": 4},
                 {"kind": "bidirectional", "cell": "gru", "units": 3, "merge": "sum"},
-            ],
+            ][:layers],
             "heads": [{"kind": "label", "name": "up"}],
             "blocks": blocks,
             "training": {

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Pat
     """A specification, its data, and the artifact that `carry train` writes for them."""
     folder = tmp_path_factory.mktemp("blocks")
     frame.write_parquet(folder / "events.parquet")
-    (folder / "SPEC.yaml").write_text(both_ways_spec(blocks=BLOCKS).model_dump_json())
+    (folder / "SPEC.yaml").write_text(both_ways_spec(blocks=BLOCKS, layers=1).model_dump_json())
     train_command(
         folder / "SPEC.yaml", folder / "events.parquet", folder / "model", trees=False, quiet=True
     )
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Pat
 def whole_artifact(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Artifact:
     """The same specification without blocks, trained."""
     out = tmp_path_factory.mktemp("whole") / "model"
-    return train(both_ways_spec(), frame, out, quiet=True).artifact
+    return train(both_ways_spec(layers=1), frame, out, quiet=True).artifact
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,8 @@ def test_dependencies_across_windows_are_learned_and_served(frame, tmp_path):
 
     The mark itself is hidden (its column is nearly 0), so only a carried state can tell it.
     """
-    spec = latch_spec(epochs=25, patience=25, loss_weights={"next": 0.0, "odd": 0.0})
+    training = {"epochs": 8, "patience": 8, "learning_rate": 0.05, "average_decay": 0.9}
+    spec = latch_spec(**training, loss_weights={"next": 0.0, "odd": 0.0})
     assert spec.events is not None
     fields = tuple(
         field.model_copy(update={"std": 1e6}) if field.name == "mark" else field
