@@ -20,7 +20,7 @@ from structlog.contextvars import bound_contextvars
 from models.spec.state import State
 from service.access.limits import KeyLimiter
 from service.access.principal import Principal, Verb
-from service.core.errors import CarryError, Forbidden, ModelNotFound, Overloaded
+from service.core.errors import CarryError, ModelNotFound, Overloaded
 from service.core.values import (
     Chunk,
     Feed,
@@ -278,7 +278,7 @@ class ScopedPipeline:
     async def process_many(
         self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
     ) -> list[Reply | CarryError]:
-        checked = [self._check_item(item) for item in items]
+        checked = self._check_items(items)
         with self._limited(sum(each.steps.length for each in checked if isinstance(each, Chunk))):
             if self._quota is not None:
                 written = [
@@ -291,14 +291,16 @@ class ScopedPipeline:
                     checked[index] = error or checked[index]
             return await self._pipeline.process_many(checked, deadline_s)
 
-    def _check_item(self, item: Chunk | CarryError) -> Chunk | CarryError:
-        if isinstance(item, CarryError):
-            return item
-        try:
-            self.principal.require(PREDICT, item.key.model, item.key.stream)
-        except Forbidden as error:
-            return error
-        return item
+    def _check_items(self, items: Sequence[Chunk | CarryError]) -> list[Chunk | CarryError]:
+        """The items, which are of one model, with errors in place of those outside the scope."""
+        model = next((item.key.model for item in items if isinstance(item, Chunk)), None)
+        covers = self._predicts and (model is None or self._covers_model(model) is not None)
+        return [
+            item
+            if isinstance(item, CarryError) or (covers and item.key.stream.startswith(self._prefix))
+            else self.principal.forbidden(PREDICT, model, item.key.stream)
+            for item in items
+        ]
 
     async def predict(
         self,
