@@ -208,3 +208,22 @@ async def test_one_job_is_always_admitted(monkeypatch: pytest.MonkeyPatch) -> No
             await submit(batcher, "c")
         runs.gate.set()
         await asyncio.gather(*tasks, one)
+
+
+async def test_load_shedding_stops_once_a_batch_ends_if_the_queue_expired_meanwhile() -> None:
+    runs, shedding = Runs(), list[bool]()
+    async with batching(runs, queue=1, on_shedding=shedding.append) as batcher:
+        running = start(batcher, "a")
+        await runs.wait_for_batches(1)
+        waiting = start(batcher, "b", deadline_s=time.monotonic())
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await submit(batcher, "c")
+        with pytest.raises(DeadlineExceeded):
+            await waiting
+        assert shedding == [True]
+        runs.gate.set()
+        assert await running == "A"
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert shedding == [True, False]

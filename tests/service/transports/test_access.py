@@ -20,7 +20,7 @@ from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.console.page import add_console
-from service.core.errors import CarryError
+from service.core.errors import CarryError, LimitExceeded
 from service.core.values import Reply, StreamKey, StreamState
 from service.pipeline.watching import Watches
 from service.store.codec import HEADER_BYTES, encode_state
@@ -559,3 +559,20 @@ async def test_chunks_behind_the_registration_of_a_stream_keep_their_order(api: 
         await asyncio.sleep(0)
     replies = [await result for result in results]
     assert [reply.head.position for reply in replies] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("streams", [None, 5], ids=["queued at once", "admitted to a quota first"])
+async def test_a_chunk_whose_client_disconnected_counts_no_longer(
+    api: Harness, streams: int | None
+) -> None:
+    key = await api.key(limits=KeyLimits(concurrent_requests=1, streams=streams))
+    scoped = api.app.state.api.access.pipeline(key.encode())
+    chunk, results = chunk_of("left", rows(1), 0), list[Reply | CarryError]()
+    job = scoped.enqueue(chunk, time.monotonic() + 60, results.append)
+    assert isinstance(scoped.check_admission("probe", chunk.key, 60), LimitExceeded)
+    scoped.cancel(job)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert scoped.check_admission("probe", chunk.key, 60) is None
+    assert await send_chunk(api, key, "next") == 200
+    assert not results
