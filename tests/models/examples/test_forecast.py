@@ -40,8 +40,20 @@ def events() -> pl.DataFrame:
     return weather_events()
 
 
-def test_future_hours_are_selected_by_timestamp(events):
-    table, value = table_of(events)
+@pytest.fixture(scope="module")
+def table_and_value(events) -> tuple[Table, np.ndarray]:
+    return table_of(events)
+
+
+@pytest.fixture(scope="module")
+def forecasts(table_and_value) -> dict[str, np.ndarray]:
+    """The baselines' forecasts of all events."""
+    table, value = table_and_value
+    return _baselines(table, value, _ahead(table, value, HORIZON))
+
+
+def test_future_hours_are_selected_by_timestamp(table_and_value):
+    table, value = table_and_value
     truth = _ahead(table, value, 3)
     moments, stream = table.streams.moments_ms, table.stream_of
     at = {(s, m): row for row, (s, m) in enumerate(zip(stream, moments, strict=True))}
@@ -55,32 +67,32 @@ def test_future_hours_are_selected_by_timestamp(events):
     assert absent > 0
 
 
-def test_baselines_do_not_use_values_after_the_forecast_origin(events):
+def test_baselines_do_not_use_values_after_the_forecast_origin(events, table_and_value, forecasts):
     """A forecast does not change with the held-out hours after its origin."""
     later = pl.col("observed") > ORIGIN
     changed = events.with_columns(
         pl.when(later).then(pl.col(name) + 40).otherwise(name).alias(name)
         for name in ("temperature", "dew_point")
     )
+    changed_table, value = table_of(changed)
+    changed_forecasts = _baselines(changed_table, value, _ahead(changed_table, value, HORIZON))
     at_origin = []
-    for frame in (events, changed):
-        table, value = table_of(frame)
-        forecasts = _baselines(table, value, _ahead(table, value, HORIZON))
+    for table, by_name in ((table_and_value[0], forecasts), (changed_table, changed_forecasts)):
         rows = np.flatnonzero(table.streams.moments_ms == ORIGIN.timestamp() * 1000)
         assert len(rows) == 3
-        at_origin.append({name: points[rows] for name, points in forecasts.items()})
+        at_origin.append({name: points[rows] for name, points in by_name.items()})
     assert len(at_origin[0]) == 4
     for name, points in at_origin[0].items():
         assert np.isfinite(points).all()
         np.testing.assert_array_equal(points, at_origin[1][name])
 
 
-def test_seasonal_baseline_uses_the_hour_a_day_before_the_predicted_one(events):
-    table, value = table_of(events)
-    forecasts = _baselines(table, value, _ahead(table, value, HORIZON))["same hour yesterday"]
+def test_seasonal_baseline_uses_the_hour_a_day_before_the_predicted_one(table_and_value, forecasts):
+    table, value = table_and_value
+    yesterday = forecasts["same hour yesterday"]
     moments, stream = table.streams.moments_ms, table.stream_of
     at = {(s, m): row for row, (s, m) in enumerate(zip(stream, moments, strict=True))}
     for row in np.random.default_rng(3).integers(0, len(value), 300):
         for ahead in range(1, HORIZON + 1):
             before = at.get((stream[row], moments[row] + (ahead - 24) * HOUR_MS), row)
-            assert forecasts[row, ahead - 1] == value[before]
+            assert yesterday[row, ahead - 1] == value[before]
