@@ -141,9 +141,10 @@ class Batcher(Generic[P, R]):
         ticket: Ticket[P, R] = Ticket(len(requests))
         request = ticket if len(requests) > 1 else None
         jobs, now_s = ticket.jobs, time.monotonic()
-        left_s, keys = deadline_s - now_s, [key for _, key, _ in requests]
+        left_s, keys = deadline_s - now_s, [each.key for each in requests]
         all_admitted = self._stopping or self._admission.admits_all(keys, left_s)
-        for index, (payload, key, steps) in enumerate(requests):
+        for index, each in enumerate(requests):
+            payload, key, steps = each.payload, each.key, each.steps
             if not all_admitted:
                 rejection = self._admission.check_admission(key, left_s, index, len(jobs))
                 if rejection is not None:

@@ -93,7 +93,7 @@ class DrainRate:
         self._since_s, self._before = now_s, self.done
 
 
-class JobRequest(NamedTuple, Generic[P]):
+class JobRequest(msgspec.Struct, Generic[P], frozen=True):
     """A unit of work that a caller submits.
 
     Attributes:
