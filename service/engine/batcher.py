@@ -152,9 +152,8 @@ class Batcher(Generic[P, R]):
                     continue
             on_result = partial(ticket.resolve, index)
             number = next(self._numbers)
-            jobs.append(
-                self._job_type(payload, key, steps, number, now_s, deadline_s, on_result, request)
-            )
+            job = self._job_type(payload, key, steps, number, now_s, deadline_s, on_result, request)
+            jobs.append(job)
         self._push(jobs, deadline_s, now_s)
         return ticket
 

@@ -312,14 +312,11 @@ class RoundRobin(Generic[P, R]):
         """Take the next stream; its request then moves behind all others."""
         self.ready -= 1
         key, request = next(iter(self._requests.items()))
-        if isinstance(request, Backlog):
+        backlog = request if isinstance(request, Backlog) else request.popleft()
+        if backlog is request or not request:
             del self._requests[key]
-            return request
-        backlog = request.popleft()
-        if request:
-            self._requests.move_to_end(key)
         else:
-            del self._requests[key]
+            self._requests.move_to_end(key)
         return backlog
 
     def prune(self) -> None:
@@ -396,9 +393,7 @@ class FairQueue(Generic[P, R]):
         """Requeue a job at its old place."""
         self._length += 1
         key = job if job.key is None else job.key
-        backlog = self._backlogs.get(key)
-        if backlog is None:
-            backlog = self._backlogs[key] = Backlog(key, deque())
+        backlog = self._backlogs.setdefault(key, Backlog(key, deque()))
         backlog.insert(job)
         if not backlog.is_held and len(backlog.jobs) == 1:
             self._queue_of(job).add(backlog, first=True)
@@ -406,10 +401,9 @@ class FairQueue(Generic[P, R]):
     def release(
         self, *keys: Hashable, first: Container[Hashable] = frozenset()
     ) -> list[Backlog[P, R]]:
-        """Make the next jobs of held streams ready; returns the backlogs of those that have one.
+        """Make the next jobs of held streams ready, those of `first` before all others.
 
-        Args:
-            first: streams whose jobs are taken before all others.
+        Returns the backlogs of those that have one.
         """
         backlogs = self._backlogs
         waiting: list[Backlog[P, R]] = []
