@@ -431,7 +431,7 @@ class FairQueue(Generic[P, R]):
         queue = self._long if is_long else self._short
         jobs: list[Job[P, R]] = []
         skipped: list[Backlog[P, R]] = []
-        longest = 0
+        longest, has_moved = 0, False
         while queue.ready and len(jobs) < max_rows and len(skipped) < MAX_SKIPPED:
             backlog = queue.pop()
             if is_live is not None and not self._drop_dead(backlog, is_live):
@@ -439,7 +439,9 @@ class FairQueue(Generic[P, R]):
             job = backlog.jobs[0]
             steps = job.steps
             if (steps > long_steps) != is_long:
+                # the stream's job before it was dropped or put back
                 self._queue_of(job).add(backlog, first=True)
+                has_moved = True
                 continue
             if steps > longest:
                 if jobs and (len(jobs) + 1) * steps > max_padded:
@@ -456,7 +458,7 @@ class FairQueue(Generic[P, R]):
         self._length -= len(jobs)
         for backlog in reversed(skipped):
             queue.add(backlog, first=True)
-        return jobs
+        return self.take(is_live, long_ones=long_ones) if has_moved and not jobs else jobs
 
     def remove(self, is_dead: Callable[[Job[P, R]], bool]) -> list[Job[P, R]]:
         """Drop the jobs whose caller is not waiting any more, and return them."""

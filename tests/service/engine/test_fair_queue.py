@@ -204,6 +204,21 @@ async def test_short_job_behind_a_put_back_long_job_keeps_its_place() -> None:
     assert waiting.take() == ["a0"]
 
 
+@pytest.mark.parametrize("dropped_early", [False, True])
+@pytest.mark.parametrize(("first", "second"), [(1, 20), (20, 1)])
+async def test_a_job_behind_a_dropped_one_of_another_length_is_taken_at_once(
+    first: int, second: int, *, dropped_early: bool
+) -> None:
+    """A batcher that gets no job waits for the next event, which need not come."""
+    waiting = Waiting(LONG_BEYOND_16)
+    waiting.push("a", steps=first)
+    waiting.push("a", steps=second)
+    if dropped_early:
+        waiting.queue.remove(lambda job: job.payload == "a0")
+    [taken] = waiting.queue.take(lambda job: job.payload != "a0")
+    assert taken.payload == "a1"
+
+
 async def test_cancelled_jobs_are_dropped_and_free_their_streams() -> None:
     waiting = Waiting()
     waiting.push("a", "a", "b", "c", "c")
