@@ -68,8 +68,8 @@ class ChunkBatchRunner:
         now_ms: wall clock in epoch milliseconds.
         attempts: how often a chunk is tried while other writers change its stream.
         max_detached: most chunks that may wait outside of batches for unresponsive shards.
-        reset: whether a stream whose state another version of the model wrote starts over;
-            otherwise its chunks are rejected.
+        resets_on_model_change: whether a stream whose state another version of the model wrote
+            starts over; otherwise its chunks are rejected.
         tracer: records the batches of traced requests; None records none.
     """
 
@@ -84,7 +84,7 @@ class ChunkBatchRunner:
         now_ms: Callable[[], int],
         attempts: int,
         max_detached: int,
-        reset: bool = False,
+        resets_on_model_change: bool = False,
         tracer: Tracer | None = None,
     ):
         self._served = served
@@ -97,7 +97,13 @@ class ChunkBatchRunner:
         self._shards = Shards(store, max_detached)
         self._responsiveness = StoreResponsiveness()
         self._loader = ChunkLoader(
-            served, store, cache, self._shards, recorder, self._responsiveness, reset=reset
+            served,
+            store,
+            cache,
+            self._shards,
+            recorder,
+            self._responsiveness,
+            resets_on_model_change=resets_on_model_change,
         )
         self._infer = Inference(served, compute, recorder)
 

@@ -143,8 +143,8 @@ class ChunkLoader:
     """Loads and evaluates the chunks of one model.
 
     Args:
-        reset: whether a stream whose state another version of the model wrote starts over;
-            otherwise its chunks are rejected.
+        resets_on_model_change: whether a stream whose state another version of the model wrote
+            starts over; otherwise its chunks are rejected.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class ChunkLoader:
         recorder: Recorder,
         responsiveness: StoreResponsiveness,
         *,
-        reset: bool,
+        resets_on_model_change: bool,
     ):
         self._served = served
         self._store = store
@@ -164,7 +164,7 @@ class ChunkLoader:
         self._shards = shards
         self._recorder = recorder
         self._responsiveness = responsiveness
-        self._reset = reset
+        self._resets_on_model_change = resets_on_model_change
         self._blocks = served.blocks
 
     async def evaluate(
@@ -333,7 +333,7 @@ class ChunkLoader:
         if self._served.is_compatible(stored):
             self._check_waiting(stored)
             return stored
-        if self._reset or (chunk.starts_over and chunk.epoch is None):
+        if self._resets_on_model_change or (chunk.starts_over and chunk.epoch is None):
             return None
         if chunk.epoch is not None and chunk.epoch != stored.head.epoch:
             return stored  # epoch_mismatch takes precedence

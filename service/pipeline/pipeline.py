@@ -125,7 +125,7 @@ class Pipeline:
         self._store = store
         self._limits = limits
         self._now_ms = now_ms
-        self._reset = on_model_change == "reset"
+        self._resets_on_model_change = on_model_change == "reset"
         self.cache = StateCache(limits.state_cache_bytes)
         self.streams = Streams(self.model, store, self.cache, now_ms=now_ms, audit=audit)
         self._tokens = StateTokens(store.token_key)
@@ -156,7 +156,7 @@ class Pipeline:
             now_ms=self._now_ms,
             attempts=self._limits.conflict_attempts,
             max_detached=self._limits.max_queue // 2,
-            reset=self._reset,
+            resets_on_model_change=self._resets_on_model_change,
             tracer=self._tracer,
         )
         return self._batcher(

@@ -68,7 +68,7 @@ class RedirectHandler(Protocol):
 
 
 class ReplyReader(asyncio.Protocol):
-    """Parses the replies that arrive on one connection, instead of the client library.
+    """Parses the replies that arrive on one connection, in place of the client library's reader.
 
     Args:
         on_reply: called with each reply, in order; an error reply is an instance of RedisError. If
@@ -137,8 +137,9 @@ class PipelinedConnection:
         self._response_timer: asyncio.TimerHandle | None = None
         self._unavailable_since_s: float | None = None
         self._telemetry = telemetry or StoreTelemetry()
-        self._timed: StoreRequest | None = None
-        self._timed_since_s = 0.0
+        # round trips are measured on one request at a time
+        self._measured_request: StoreRequest | None = None
+        self._measured_since_s = 0.0
         self._sequence = 0
         self.generation = 1
         self.last_error: BaseException | None = None
@@ -228,8 +229,8 @@ class PipelinedConnection:
             self._reply_due_since_s = now_s
         if self._response_timer is None:
             self._check_response_time()
-        if self._timed is None:
-            self._timed, self._timed_since_s = requests[0], now_s
+        if self._measured_request is None:
+            self._measured_request, self._measured_since_s = requests[0], now_s
         try:
             self._replies.transport.writelines([request.packed for request in requests])
         except (OSError, RuntimeError) as error:
@@ -275,7 +276,7 @@ class PipelinedConnection:
         for request in self._pending:
             request.is_retry = request.is_retry or request.is_sent
         self.generation = self._sequence + 1
-        self._timed = None
+        self._measured_request = None
         self._has_replied = False
         self._write(self._pending)
 
@@ -295,9 +296,9 @@ class PipelinedConnection:
                 self._unavailable_since_s = None
                 log.info("store_available", store=self.redacted_url, unavailable_s=unavailable_s)
             request = self._pending.popleft()
-            if request is self._timed:
-                self._timed = None
-                self._telemetry.round_trips_s.append(time.monotonic() - self._timed_since_s)
+            if request is self._measured_request:
+                self._measured_request = None
+                self._telemetry.round_trips_s.append(time.monotonic() - self._measured_since_s)
             if not request.future.done() and not request.is_asking:
                 request.future.set_result(Reply(value, request.is_retry))
         self._has_replied = True
@@ -310,8 +311,8 @@ class PipelinedConnection:
             RedisError: a transient error, after which everything pending is resent.
         """
         request = self._pending[0]
-        if request is self._timed:
-            self._timed = None
+        if request is self._measured_request:
+            self._measured_request = None
         if is_error_reply(error):
             request.mark_not_executed()
         if isinstance(error, NoScriptError) and request.script is not None:

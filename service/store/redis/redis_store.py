@@ -85,10 +85,11 @@ from service.store.redis.token_key import read_token_key
 from service.store.settings import Durability, StoreSettings
 from service.store.usage import StreamUsage
 
-BUSY_STREAMS: Final = 4096
-"""Streams whose packed names are cached between their requests."""
+CACHED_NAMES: Final = 4096
+"""Most streams whose packed names are cached, for their next requests."""
 
 EXPECTED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
+"""Part of a packed head that the commit script compares: a tag has one position only."""
 
 _CALL: Final = b"*%d\r\n%b$%d\r\n%b\r\n"
 _STREAM: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
@@ -116,11 +117,11 @@ class RedisStore:
         if settings.is_cluster:
             prefixes = map(self._keys.partition_prefix, range(settings.partitions))
             self._slots = [self._router.slot(prefix) for prefix in prefixes]
-        self._is_durable = settings.durability is not Durability.MEMORY
+        self._awaits_durability = settings.durability is not Durability.MEMORY
         self._commit_script = Script.load("commit")
         self._ttls = pack_arguments(settings.idle_ttl_ms, settings.reply_ttl_ms)
         self._max_reply_bytes = settings.reply_max_bytes if settings.reply_ttl_ms else 0
-        self._packed_names = lru_cache(maxsize=BUSY_STREAMS)(self._pack_names)
+        self._packed_names = lru_cache(maxsize=CACHED_NAMES)(self._pack_names)
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(settings)
         self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys)
@@ -311,7 +312,7 @@ class RedisStore:
 
     def _pack_names(self, key: StreamKey) -> tuple[bytes, bytes]:
         """The packed name of a stream's state, and those of its state and its reply."""
-        # not by `pack_arguments`: many streams are not in the cache
+        # `pack_arguments` costs more, which counts with many streams, whose names are not cached
         names = self._keys.pair(key)
         packed = "".join([f"${len(name.encode())}\r\n{name}\r\n" for name in names]).encode()
         return packed[: len(packed) // 2], packed
@@ -415,7 +416,7 @@ class RedisStore:
 
     async def _ensure_durable(self, key: StreamKey, deadline_s: float | None) -> CommitResult:
         """Wait until a write of an earlier attempt is durable, and return its result."""
-        if self._is_durable:
+        if self._awaits_durability:
             try:
                 await self._read_durably(key, deadline_s)
             except CarryError as error:
@@ -425,13 +426,13 @@ class RedisStore:
     async def _read_durably(self, key: StreamKey, deadline_s: float | None) -> list[bytes | None]:
         """Read state and reply, and wait until they are as durable as a commit."""
         names, slot = list(self._keys.pair(key)), self._slot(key)
-        if self._is_durable:
+        if self._awaits_durability:
             ttl_ms = max(1, self._settings.reply_ttl_ms)
             request = StoreRequest.for_script(self._confirm_script, names, [ttl_ms], slot, [key])
         else:
             request = StoreRequest.for_command("MGET", *names, slot=slot)
         (outcome,) = await self._router.execute(
-            request, durably=self._is_durable, deadline_s=deadline_s
+            request, durably=self._awaits_durability, deadline_s=deadline_s
         )
         values: list[bytes | None] = read_value(outcome)
         if isinstance(outcome, Reply) and not outcome.is_durable and values[0] is not None:
