@@ -244,13 +244,18 @@ class ScopedPipeline:
     ) -> Reply | CarryError:
         """Queue a chunk once its stream is admitted to the quota; returns its result."""
         result: asyncio.Future[Reply | CarryError] = asyncio.get_running_loop().create_future()
+
+        def on_result(found: Reply | CarryError) -> None:
+            if not result.done():
+                result.set_result(found)
+
         try:
             async with quota.admission(chunk.key):
                 left_s = deadline_s - time.monotonic()
                 rejection = self._pipeline.check_admission(chunk.key.model, chunk.key, left_s)
                 if rejection is not None:
                     return rejection
-                job = self._pipeline.enqueue(chunk, deadline_s, result.set_result)
+                job = self._pipeline.enqueue(chunk, deadline_s, on_result)
         except CarryError as error:
             return error
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -575,4 +575,22 @@ async def test_a_chunk_whose_client_disconnected_counts_no_longer(
     await asyncio.sleep(0)
     assert scoped.check_admission("probe", chunk.key, 60) is None
     assert await send_chunk(api, key, "next") == 200
+    assert not results
+
+
+async def test_a_result_after_its_client_disconnected_is_dropped(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even before the task that admitted its stream to the quota notices."""
+    key = await api.key(limits=KeyLimits(streams=5))
+    scoped = api.app.state.api.access.pipeline(key.encode())
+    started: list[Callable[[CarryError], None]] = []
+    monkeypatch.setattr(api.pipeline, "enqueue", lambda *call: started.append(call[2]))
+    monkeypatch.setattr(api.pipeline, "cancel", lambda job: None)
+    results: list[Reply | CarryError] = []
+    job = scoped.enqueue(chunk_of("left", rows(1), 0), time.monotonic() + 60, results.append)
+    await until_async(lambda: asyncio.sleep(0, bool(started)), "queued")
+    scoped.cancel(job)
+    started[0](LimitExceeded("too late"))
+    await asyncio.wait({job})
     assert not results
