@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.core import errors
 from service.core.errors import CarryError, leaf_errors
-from service.core.values import StreamKey
+from service.core.values import Chunk, StreamKey
+from service.pipeline.pipeline import OnReply
 from service.store.base import Conflicted
 from service.transports.http.openapi.error_reference import reference_html, reference_markdown
 from service.transports.http.problems import status_of
@@ -53,10 +55,9 @@ async def test_every_error_of_the_pipeline_becomes_its_problem(
     async def fail(*_: object) -> None:
         raise error
 
-    def fail_later(*_: object) -> asyncio.Future[list[CarryError]]:
-        reply: asyncio.Future[list[CarryError]] = asyncio.get_running_loop().create_future()
-        reply.set_result([error])
-        return reply
+    def fail_later(chunk: Chunk, deadline_s: float, on_result: OnReply) -> SimpleNamespace:
+        asyncio.get_running_loop().call_soon(on_result, error)
+        return SimpleNamespace(payload=chunk)
 
     monkeypatch.setattr(api.pipeline, "process", fail)
     monkeypatch.setattr(api.pipeline, "enqueue", fail_later)
