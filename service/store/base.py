@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol
 
+import msgspec
 import structlog
 
 from service.core.errors import CarryError, StateDamaged
@@ -58,8 +59,7 @@ class Commit(NamedTuple):
     reply: StoredReply | None
 
 
-@dataclass(frozen=True, slots=True)
-class CommitColumns(Sequence[Commit]):
+class CommitColumns(msgspec.Struct, frozen=True):
     """Compare-and-sets of a batch as columns of the bytes that the store compares and writes.
 
     An item becomes a `Commit` only when it is asked for.
@@ -77,15 +77,7 @@ class CommitColumns(Sequence[Commit]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    @overload
-    def __getitem__(self, index: int) -> Commit: ...
-    @overload
-    def __getitem__(self, index: slice) -> CommitColumns: ...
-    def __getitem__(self, index: int | slice) -> Commit | CommitColumns:
-        if isinstance(index, slice):
-            return CommitColumns(
-                self.keys[index], self.expected[index], self.states[index], self.replies[index]
-            )
+    def __getitem__(self, index: int) -> Commit:
         expected, reply = self.expected[index], self.replies[index]
         return Commit(
             self.keys[index],
@@ -223,7 +215,7 @@ class StateStore(Protocol):
         """
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: Sequence[Commit] | CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
         """Compare-and-set many streams in one round trip; each succeeds or fails independently.
 

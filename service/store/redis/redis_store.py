@@ -245,7 +245,7 @@ class RedisStore:
             return state, None
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: Sequence[Commit] | CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
         """Compare-and-set many streams in one round trip; each succeeds or fails independently.
 
@@ -340,7 +340,9 @@ class RedisStore:
         future = asyncio.get_running_loop().create_future()
         return StoreRequest(b"".join(packed), future, script, keys, slot)
 
-    def _publish(self, commits: Sequence[Commit], results: Sequence[CommitResult]) -> None:
+    def _publish(
+        self, commits: Sequence[Commit] | CommitColumns, results: Sequence[CommitResult]
+    ) -> None:
         """Publish the outputs of the watched streams among those that were committed."""
         keys = commits.keys if isinstance(commits, CommitColumns) else [c.key for c in commits]
         for index, (key, result) in enumerate(zip(keys, results, strict=True)):
