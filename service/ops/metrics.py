@@ -67,8 +67,8 @@ _STATISTICS = (
 """The samples that `statistics` adds up."""
 
 
-class _Series(msgspec.Struct):
-    """The values of one model that are not yet added to its series; `stages` in the order of
+class _PendingValues(msgspec.Struct):
+    """The values of one model that its metrics do not contain yet; `stages` in the order of
     STAGES."""
 
     chunks: list[float]
@@ -203,7 +203,7 @@ class PrometheusRecorder:
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
         # Looking up a child takes a lock, a tuple and a dict.
-        self._series = lru_cache(maxsize=None)(self._series_of)
+        self._pending = lru_cache(maxsize=None)(self._collect_values)
         self._refused = lru_cache(maxsize=None)(self._refusals.labels)
 
     def model(self, name: str, version: str, runtime: str, max_rows: int) -> None:
@@ -212,7 +212,7 @@ class PrometheusRecorder:
         self._served.add(name)
         self._max_rows.labels(name).set(max_rows)
         self._models.labels(name, version, runtime).set(1)
-        self._series(name)
+        self._pending(name)
         for each in (self._replays, self._conflicts):
             each.labels(name)
         self._websockets.labels(name).set(0)
@@ -221,8 +221,8 @@ class PrometheusRecorder:
             # an alert on an increase does not see one from no series to 1
             self._refused(name, code)
 
-    def _series_of(self, model: str) -> _Series:
-        return _Series(
+    def _collect_values(self, model: str) -> _PendingValues:
+        return _PendingValues(
             self._count(self._chunks.labels(model)),
             self._count(self._events.labels(model)),
             self._count(self._cache_hits.labels(model)),
@@ -261,10 +261,10 @@ class PrometheusRecorder:
     ) -> None:
         """Record the committed chunks of one batch: the sum of their steps, how long each waited,
         and the times that they share."""
-        series, count = self._series(model), len(queue_s)
-        series.chunks.append(count)
-        series.events.append(steps)
-        queue, load, infer, commit = series.stages
+        pending, count = self._pending(model), len(queue_s)
+        pending.chunks.append(count)
+        pending.events.append(steps)
+        queue, load, infer, commit = pending.stages
         queue += queue_s
         load += [timing.load_s] * count
         infer += [timing.infer_s] * count
@@ -286,21 +286,21 @@ class PrometheusRecorder:
 
     def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         """Count the states of a batch that this worker's cache contains and lacks."""
-        series = self._series(model)
+        pending = self._pending(model)
         if hits:
-            series.cache_hits.append(hits)
+            pending.cache_hits.append(hits)
         if misses:
-            series.cache_misses.append(misses)
+            pending.cache_misses.append(misses)
 
     def record_runtime_call(
         self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
     ) -> None:
         """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
-        series = self._series(model)
-        series.batch_rows.append(rows)
-        series.batch_steps.append(steps)
-        series.padded_steps.append(padded_steps)
-        series.batch_seconds.append(seconds)
+        pending = self._pending(model)
+        pending.batch_rows.append(rows)
+        pending.batch_steps.append(steps)
+        pending.padded_steps.append(padded_steps)
+        pending.batch_seconds.append(seconds)
 
     def record_websockets(self, model: str, change: int) -> None:
         """Add to the open WebSockets."""
