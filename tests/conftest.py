@@ -11,7 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import structlog
 import uvloop
+from structlog.dev import ConsoleRenderer, plain_traceback
 
 import models
 from models.artifact.artifact import write_artifact
@@ -30,6 +32,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # TensorFlow would split small operations among threads. Subprocesses inherit both.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+# Until a command configures the logs, structlog would show exceptions with all variables, by rich,
+# for a second of processor time each.
+_PROCESSORS = structlog.get_config()["processors"]
+structlog.configure([*_PROCESSORS[:-1], ConsoleRenderer(exception_formatter=plain_traceback)])
 # Tests start more than a hundred services.
 Service.forks = True
 

@@ -26,7 +26,7 @@ def restored_logging() -> Iterator[None]:
     """Restore the loggers of the process after a test that configures them."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    access_log_level = access_log.level
+    access_log_level, configuration = access_log.level, structlog.get_config()
     logs.flush_logs()
     yield
     logs.flush_logs()
@@ -34,7 +34,7 @@ def restored_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
-    structlog.reset_defaults()
+    structlog.configure(**configuration)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
