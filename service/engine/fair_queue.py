@@ -203,13 +203,10 @@ class BatchControl:
         self._on_release(released)
 
     def detach(self, jobs: Sequence[Job[Any, Any]], work: Work) -> asyncio.Task[None]:
-        """Remove jobs from the batch and continue them in a task of its own, which needs no slot.
+        """Remove jobs from the batch and continue them in a task without a slot, which is returned.
 
         Args:
             work: resolves the jobs; returns those to be retried.
-
-        Returns:
-            The task of the work.
         """
         return self._detach(jobs, work)
 
@@ -439,7 +436,7 @@ class FairQueue(Generic[P, R]):
             job = backlog.jobs[0]
             steps = job.steps
             if (steps > long_steps) != is_long:
-                # the stream's job before it was dropped or put back
+                # its front job has changed since it was queued: it belongs to the other queue
                 self._queue_of(job).add(backlog, first=True)
                 has_moved = True
                 continue

@@ -40,8 +40,8 @@ from service.store.codec import (
     committed_at_ms,
     decode_stream,
     pack_head,
-    packed_head,
     read_heads,
+    slice_packed_head,
 )
 
 OVERHEAD_BYTES: Final = 640
@@ -182,7 +182,7 @@ class ChunkLoader:
             if job.base is None:
                 uncached.append(job)
             else:
-                job.expected = packed_head(job.base.value)
+                job.expected = slice_packed_head(job.base.value)
                 ready.append(job)
         self._recorder.record_cache_lookups(self._served.name, len(ready), len(uncached))
         if not uncached:
@@ -199,7 +199,7 @@ class ChunkLoader:
                 continue
             if head and isinstance(value, bytes) and is_continuation(job.payload, *head):
                 job.base = BaseStream(*head, value)
-                job.expected = packed_head(value)
+                job.expected = slice_packed_head(value)
                 ready.append(job)
                 continue
             try:

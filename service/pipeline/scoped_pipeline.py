@@ -245,9 +245,9 @@ class ScopedPipeline:
         """Queue a chunk once its stream is admitted to the quota; returns its result."""
         result: asyncio.Future[Reply | CarryError] = asyncio.get_running_loop().create_future()
 
-        def on_result(found: Reply | CarryError) -> None:
+        def on_result(outcome: Reply | CarryError) -> None:
             if not result.done():
-                result.set_result(found)
+                result.set_result(outcome)
 
         try:
             async with quota.admission(chunk.key):

@@ -381,8 +381,8 @@ def pack_head(head: StreamHead) -> bytes:
         raise CodecError(f"a value is out of range: {error}") from error
 
 
-def packed_head(value: bytes) -> bytes:
-    """The head of a state, still packed."""
+def slice_packed_head(value: bytes) -> bytes:
+    """The packed head in a stored state."""
     return value[_HEAD_OFFSET : _HEAD_OFFSET + _HEAD.size]
 
 

@@ -88,8 +88,8 @@ from service.store.usage import StreamUsage
 CACHED_NAMES: Final = 4096
 """Most streams whose packed names are cached, for their next requests."""
 
-EXPECTED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
-"""Part of a packed head that the commit script compares: a tag has one position only."""
+COMPARED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
+"""Epoch and tag, the part of a packed head that the commit script compares."""
 
 _CALL: Final = b"*%d\r\n%b$%d\r\n%b\r\n"
 _STREAM: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
@@ -335,7 +335,7 @@ class RedisStore:
             self._ttls,
         ]
         for head, state, reply in zip(expected, states, replies, strict=True):
-            head, reply = head[:EXPECTED_BYTES], reply if len(reply) <= most else b""
+            head, reply = head[:COMPARED_BYTES], reply if len(reply) <= most else b""
             packed.append(_STREAM % (len(head), head, len(state), state, len(reply), reply))
         future = asyncio.get_running_loop().create_future()
         return StoreRequest(b"".join(packed), future, script, keys, slot)
