@@ -5,9 +5,8 @@ malformed or conflicting chunk never affects the others. Streams are versioned (
 concurrency): a commit is a compare-and-set on the stream head, and a chunk whose commit meets a
 version conflict is evaluated and computed again, up to a limit.
 
-The batcher answers a job whose deadline passes, whatever stage its batch is in. Besides, two
-stages check deadlines, because there they decide whether the chunk is applied (`ChunkLoader`,
-`_commit_part`).
+The batcher answers a job whose deadline passes, in any stage of its batch. Besides, two stages
+check deadlines, where these decide whether the chunk is applied (`ChunkLoader`, `_commit_part`).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from service.core.tracing import BatchTimes, Tracer
 from service.core.values import NO_STREAM, Reply, Timing
 from service.engine.compute import Compute
 from service.engine.fair_queue import BatchControl
-from service.pipeline.chunk_job import BaseStream, ChunkJob, Computed, StageTimes
+from service.pipeline.chunk_job import BaseStream, ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.chunk_load import ChunkLoader, StateCache, StoreResponsiveness
 from service.pipeline.inference import Inference
 from service.pipeline.recorder import Recorder
@@ -126,7 +125,7 @@ class ChunkBatchRunner:
                 self._trace(self._tracer, jobs, times)
         return self._jobs_to_retry(to_retry) if to_retry else []
 
-    def _answer_dry_runs(self, computed: Computed, times: StageTimes) -> Computed:
+    def _answer_dry_runs(self, computed: ComputedBatch, times: StageTimes) -> ComputedBatch:
         """Answer the dry runs, of which nothing is stored; returns the batch without them."""
         applied: list[int] = []
         for at, job in enumerate(computed.jobs):
@@ -140,7 +139,7 @@ class ChunkBatchRunner:
         return computed.select(applied)
 
     async def _commit(
-        self, computed: Computed, times: StageTimes, control: BatchControl
+        self, computed: ComputedBatch, times: StageTimes, control: BatchControl
     ) -> list[ChunkJob]:
         """Commit computed jobs and answer them; returns the jobs to be retried.
 
@@ -167,7 +166,7 @@ class ChunkBatchRunner:
         return to_retry
 
     async def _commit_shards(
-        self, computed: Computed, times: StageTimes, control: BatchControl
+        self, computed: ComputedBatch, times: StageTimes, control: BatchControl
     ) -> list[ChunkJob]:
         """Commit to all shards concurrently; returns the jobs to be retried."""
 
@@ -191,7 +190,7 @@ class ChunkBatchRunner:
         return [job for _, to_retry in results for job in to_retry]
 
     async def _commit_part(
-        self, computed: Computed, times: StageTimes, control: BatchControl
+        self, computed: ComputedBatch, times: StageTimes, control: BatchControl
     ) -> list[ChunkJob]:
         """Commit some jobs of a batch and answer them; returns the jobs to be retried."""
         began_s, jobs = time.monotonic(), computed.jobs
@@ -240,7 +239,7 @@ class ChunkBatchRunner:
             self._recorder.record_chunks(self._served.name, steps, queue_s, timing)
         return to_retry
 
-    def _encode(self, computed: Computed) -> CommitColumns:
+    def _encode(self, computed: ComputedBatch) -> CommitColumns:
         """The bytes that the store compares and writes for each job."""
         jobs, packed = computed.jobs, list(map(pack_head, computed.heads))
         states = encode_states(
@@ -278,7 +277,7 @@ class ChunkBatchRunner:
         job.resolve(reply)
         return True
 
-    def _reply(self, computed: Computed, at: int, times: StageTimes, timing: Timing) -> Reply:
+    def _reply(self, computed: ComputedBatch, at: int, times: StageTimes, timing: Timing) -> Reply:
         """The reply to one job."""
         job, head = computed.jobs[at], computed.heads[at]
         return Reply(

@@ -36,7 +36,7 @@ class ChunkJob(Job[Chunk, Reply], eq=False):
     expected: bytes = b""
 
 
-class Computed(msgspec.Struct, frozen=True):
+class ComputedBatch(msgspec.Struct, frozen=True):
     """The chunks of a batch with their outputs and the streams after them, not yet committed.
 
     The garbage collector tracks it: the error of a failed commit refers to it by its traceback, and
@@ -53,14 +53,14 @@ class Computed(msgspec.Struct, frozen=True):
     outputs: Sequence[FloatRows]
     states: State
 
-    def part(self, rows: slice) -> Computed:
+    def part(self, rows: slice) -> ComputedBatch:
         """Consecutive rows of the batch, without a copy of the states."""
         states = State(self.states.floats[rows], self.states.ints[rows])
-        return Computed(self.jobs[rows], self.heads[rows], self.outputs[rows], states)
+        return ComputedBatch(self.jobs[rows], self.heads[rows], self.outputs[rows], states)
 
-    def select(self, at: Sequence[int]) -> Computed:
+    def select(self, at: Sequence[int]) -> ComputedBatch:
         """The rows of the batch at these indexes."""
-        return Computed(
+        return ComputedBatch(
             [self.jobs[index] for index in at],
             [self.heads[index] for index in at],
             [self.outputs[index] for index in at],

@@ -20,7 +20,7 @@ from service.core.errors import CarryError, InternalError, InvalidInput, NotFini
 from service.core.values import FloatRows
 from service.engine.compute import Compute
 from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
-from service.pipeline.chunk_job import ChunkJob, Computed, StageTimes
+from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.recorder import Recorder
 from service.pipeline.segments import infer_segments
 from service.pipeline.served_model import Segment, ServedModel
@@ -28,8 +28,8 @@ from service.store.codec import HEADER_BYTES, decode_states
 
 log = structlog.get_logger(__name__)
 
-ComputedColumns = tuple[list[FloatRows], State, bool]
-"""Outputs of each chunk, states [B, N] and [B, M] after them, and whether all are finite."""
+OutputColumns = tuple[list[FloatRows], State, bool]
+"""A `BatchOutput` whose states are columns, [B, N] and [B, M]."""
 
 
 class Inference:
@@ -50,7 +50,7 @@ class Inference:
             served.chunk_limit is None and served.blocks is None and not self._resets_automatically
         )
 
-    async def __call__(self, jobs: list[ChunkJob], times: StageTimes) -> Computed | None:
+    async def __call__(self, jobs: list[ChunkJob], times: StageTimes) -> ComputedBatch | None:
         """Compute the jobs; returns those that succeeded, with their streams after the chunk."""
         if not jobs:
             return None
@@ -126,7 +126,7 @@ class Inference:
 
     async def _infer_blocks(
         self, blocks: BlockStateLayout, jobs: list[ChunkJob], parts: list[list[Segment]]
-    ) -> ComputedColumns:
+    ) -> OutputColumns:
         """Compute every block of every job whose window is complete."""
         inputs = [
             BlockInput(*part[0], job.payload.final) for job, part in zip(jobs, parts, strict=True)
@@ -140,10 +140,10 @@ class Inference:
 
     def _finite(
         self, jobs: list[ChunkJob], outputs: list[FloatRows], states: State, finite: bool
-    ) -> Computed | None:
+    ) -> ComputedBatch | None:
         """The jobs with finite results, and their streams after the chunks; fails the others."""
         heads = [next_head(job.payload, job.base.head if job.base else None) for job in jobs]
-        computed = Computed(jobs, heads, outputs, states)
+        computed = ComputedBatch(jobs, heads, outputs, states)
         if finite:
             return computed
         is_finite = [
@@ -156,7 +156,7 @@ class Inference:
         return computed.select(np.flatnonzero(is_finite).tolist())
 
 
-def _columns(output: BatchOutput) -> ComputedColumns:
+def _columns(output: BatchOutput) -> OutputColumns:
     floats, ints = zip(*output.states, strict=True)
     return output.outputs, State(np.stack(floats), np.stack(ints)), output.finite
 

@@ -27,7 +27,7 @@ SAFE_METHODS: Final = ("GET", "HEAD")
 
 
 class ModelWire:
-    """Requests to values and values to replies, for one model.
+    """The wire format of one model: requests to values, and values to replies.
 
     Attributes:
         reader: reads its requests.

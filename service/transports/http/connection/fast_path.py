@@ -100,7 +100,7 @@ class FastRequest(msgspec.Struct, gc=False):
         chunk: None if admission control rejected the request.
         rejection: why it did.
         reply_media: of the reply, and of an error.
-        details: what else the route needs for the reply.
+        details: further values that the route needs for the reply.
         job: the chunk in the pipeline, once it is started.
     """
 
@@ -127,8 +127,8 @@ class FastRoute(ABC):
     Args:
         route: as it is logged.
         request_line: matches a request line; its first group is the model.
-        read_details: what the route needs from the headers; None leaves the request to the slow
-            path. Cached with the headers, since clients repeat them.
+        read_details: reads what the route needs from the headers; its result is cached with them,
+            since clients repeat them. None leaves the request to the slow path.
         serialize: makes the whole response to an error, as for `OverloadResponses`.
     """
 
@@ -271,7 +271,7 @@ class FastRoute(ABC):
             response: the whole one.
             code: of the error that answers it.
         """
-        # `round` to digits takes four times as long
+        # `round` with a number of digits takes four times as long
         ms = round((time.monotonic() - request.received_s) * 100_000) / 100
         log_request(
             request.request_id.decode(),
