@@ -45,7 +45,7 @@ class InferenceResult(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         outputs: B arrays float32 [T_b, O].
-        states: float32 [B, N], after each row's last step.
+        states: float32 [B, W] as for `Runtime.step`, after each row's last step.
         finite: whether all numbers of both are finite. If not, a number that is not finite may
             also be in the padding.
     """
@@ -109,7 +109,7 @@ class Compute:
 
         Args:
             rows: B arrays, float32 [T_b, F], T_b >= 1, of different lengths.
-            states: float32 [B, N]; not modified.
+            states: float32 [B, W]; not modified.
             is_slice: whether this is one slice of a long computation with a `TimeSlicer`.
         """
         longest = max(map(len, rows))
@@ -134,7 +134,7 @@ class Compute:
         Args:
             slices: one or more of each row, float32 [t, F]; each continues from the state after
                 the one before it.
-            states: float32 [B, N]; not modified.
+            states: float32 [B, W]; not modified.
             is_slice: as in `infer`.
         """
         states = states.copy()
