@@ -72,7 +72,7 @@ class ReplyReader(asyncio.Protocol):
 
     Args:
         on_reply: called with each reply, in order; an error reply is an instance of RedisError. If
-            it raises, the connection ends.
+            it raises, the connection ends. A push message of RESP3 is no reply.
 
     Attributes:
         ended: resolved once with the reason; no reply is passed on afterwards.
@@ -94,7 +94,8 @@ class ReplyReader(asyncio.Protocol):
         parser.feed(data)
         try:
             while not self.ended.done() and (reply := parser.gets()) is not _NOT_ENOUGH:
-                self._on_reply(reply)
+                if type(reply) is not hiredis.PushNotification:
+                    self._on_reply(reply)
         except Exception as error:
             self.end(error)
 

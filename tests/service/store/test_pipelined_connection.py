@@ -9,13 +9,14 @@ import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from service.core.errors import OutcomeUnknown
 from service.store.redis.connections import ConnectionFactory, transport_of
 from service.store.redis.outcomes import Reply, ReplyLost
-from service.store.redis.pipelined_connection import PipelinedConnection
+from service.store.redis.pipelined_connection import PipelinedConnection, ReplyReader
 from service.store.redis.requests import Script, StoreRequest
 from service.store.settings import StoreSettings
 from tests.support.servers import (
@@ -58,6 +59,18 @@ async def test_resending_an_abandoned_request_keeps_replies_matched(
             for number, other in enumerate(others):
                 assert other.future.result() == Reply(f"{round_}.{number}".encode(), False)
         assert connection.is_idle
+
+
+@pytest.mark.parametrize("step", [1, 100])
+async def test_a_push_message_is_no_reply(step: int) -> None:
+    """A proxy may pass on what no request asked for."""
+    replies: list[Any] = []
+    reader = ReplyReader(Mock(), replies.append)
+    received = b":1\r\n>2\r\n+invalidate\r\n*1\r\n+key\r\n:2\r\n"
+    for at in range(0, len(received), step):
+        reader.data_received(received[at : at + step])
+    assert replies == [1, 2]
+    assert not reader.ended.done()
 
 
 async def test_requests_taken_over_keep_their_attempts(own_server: RealServer) -> None:
