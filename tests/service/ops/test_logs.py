@@ -20,13 +20,16 @@ from service.ops.logs import configure_logs, current_request_id, flush_logs
 from service.ops.request_lines import access_log
 from service.transports.http.request_log import RequestLogMiddleware
 
+PROCESSORS = structlog.get_config()["processors"]
+"""Of the tests, as long as no command configures the logs."""
+
 
 @pytest.fixture(autouse=True)
 def restored_logging() -> Iterator[None]:
     """Restore the loggers of the process after a test that configures them."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    access_log_level, configuration = access_log.level, structlog.get_config()
+    access_log_level = access_log.level
     logs.flush_logs()
     yield
     logs.flush_logs()
@@ -34,7 +37,8 @@ def restored_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
-    structlog.configure(**configuration)
+    structlog.reset_defaults()
+    structlog.configure(PROCESSORS)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
