@@ -80,10 +80,8 @@ _TIMEOUT = TIMEOUT_HEADER.encode()
 END_OF_HEAD: Final = b"\r\n\r\n"
 
 
-class IncompleteRequest(NamedTuple):
-    """A request whose body is still arriving; `total_bytes` is its length when complete."""
-
-    total_bytes: int
+class IncompleteRequest:
+    """A request whose body is still arriving."""
 
 
 class FastRequest(msgspec.Struct, gc=False):
@@ -177,7 +175,7 @@ class FastRoute(ABC):
         if total_bytes > self._max_bytes:
             return None
         if len(data) < total_bytes:
-            return IncompleteRequest(total_bytes)
+            return IncompleteRequest()
         received_s = time.monotonic()
         access = self._access
         # the slow path verifies a new key, and answers what has none
