@@ -254,7 +254,8 @@ class ScopedPipeline:
                 left_s = deadline_s - time.monotonic()
                 rejection = self._pipeline.check_admission(chunk.key.model, chunk.key, left_s)
                 if rejection is not None:
-                    return rejection
+                    # it is shared, and would keep the tracebacks of all calls that raise it
+                    return type(rejection)(rejection.detail, **rejection.facts)
                 job = self._pipeline.enqueue(chunk, deadline_s, on_result)
         except CarryError as error:
             return error

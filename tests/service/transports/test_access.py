@@ -20,7 +20,7 @@ from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.console.page import add_console
-from service.core.errors import CarryError, LimitExceeded
+from service.core.errors import CarryError, LimitExceeded, Overloaded
 from service.core.values import Reply, StreamKey, StreamState
 from service.pipeline.watching import Watches
 from service.store.codec import HEADER_BYTES, encode_state
@@ -594,3 +594,17 @@ async def test_a_result_after_its_client_disconnected_is_dropped(
     started[0](LimitExceeded("too late"))
     await asyncio.wait({job})
     assert not results
+
+
+async def test_a_shared_rejection_is_not_raised(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep the traceback of each raise."""
+    key = await api.key(limits=KeyLimits(streams=5))
+    scoped = api.app.state.api.access.pipeline(key.encode())
+    shared = Overloaded("full", retry_after_s=1)
+    monkeypatch.setattr(api.pipeline, "check_admission", lambda *_: shared)
+    with pytest.raises(Overloaded, match="full") as raised:
+        await scoped.process(chunk_of("new", rows(1), 0))
+    assert raised.value.facts == shared.facts
+    assert shared.__traceback__ is None
