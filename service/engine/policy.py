@@ -26,7 +26,7 @@ MAX_DELAY_TURNS: Final = 16
 """Longest batching delay while no batch is in flight, in turns of the event loop."""
 
 LINGER_TICKS: Final = 2
-"""Longest batching delay (linger) while a batch is in flight, in milliseconds."""
+"""Longest batching delay (linger) while a batch is in flight, in timer ticks of `LINGER_TICK_S`."""
 
 NO_LINGER_ROWS: Final = 32
 """A batch of this many rows never lingers: its fixed cost is spread well enough, and with the batch
@@ -48,7 +48,7 @@ class BatchDelay(Enum):
     LINGER = "until a batch in flight ends, for `LINGER_TICKS` at most"
 
 
-def batching_delay(waiting: int, last: int, in_flight: int, turns: int) -> BatchDelay:
+def batching_delay(ready: int, last_rows: int, in_flight: int, turns: int) -> BatchDelay:
     """Decide the batching delay: a batch smaller than the last one waits briefly for more jobs.
 
     Every batch has a fixed cost, which its chunks share. Closed-loop clients send their next
@@ -56,15 +56,15 @@ def batching_delay(waiting: int, last: int, in_flight: int, turns: int) -> Batch
     about to end brings more jobs. A lone request is never delayed.
 
     Args:
-        waiting: number of ready jobs.
-        last: rows of the last batch.
+        ready: number of ready jobs.
+        last_rows: rows of the last batch.
         in_flight: number of running batches, without those of long jobs.
         turns: turns of the event loop by which the batch was delayed already.
     """
-    if not 0 < waiting < last:
+    if not 0 < ready < last_rows:
         return BatchDelay.NONE
     if in_flight:
-        return BatchDelay.LINGER if waiting < NO_LINGER_ROWS else BatchDelay.NONE
+        return BatchDelay.LINGER if ready < NO_LINGER_ROWS else BatchDelay.NONE
     return BatchDelay.LOOP_TURN if turns < MAX_DELAY_TURNS else BatchDelay.NONE
 
 
