@@ -6,7 +6,6 @@ A run puts this folder on the workers' PYTHONPATH. `SCRIPTS` are changes of the 
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ SCRIPTS = {
 
 def compare_positions() -> None:
     """A commit compares the position alone, not epoch and tag."""
+    from msgspec.structs import replace
+
     from service.core.values import StreamHead
     from service.store import codec
 
@@ -61,17 +62,13 @@ def share_tags() -> None:
 def evaluate_cached() -> None:
     """Chunks are evaluated against the cached state, which another worker may have replaced."""
     from service.pipeline.chunk_load import ChunkLoader
-    from service.store.codec import decode_stream
 
     load = ChunkLoader._load
 
     async def load_cached(self: Any, members: Any) -> Any:
         stored = await load(self, members)
         copies = [self._cache.get(member.key) for member in members]
-        return [
-            decode_stream(copy.value) if copy else one
-            for copy, one in zip(copies, stored, strict=True)
-        ]
+        return [copy.value if copy else one for copy, one in zip(copies, stored, strict=True)]
 
     ChunkLoader._load = load_cached
 
