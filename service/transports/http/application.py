@@ -101,7 +101,7 @@ def create_api(
     )
     app.state.api = api
     for served in pipeline.models.values():
-        api.wire(served)
+        api.codec(served)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

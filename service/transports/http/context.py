@@ -26,8 +26,8 @@ SAFE_METHODS: Final = ("GET", "HEAD")
 """Methods that change nothing; a page of another site cannot read their replies."""
 
 
-class ModelWire:
-    """The wire format of one model: requests to values, and values to replies.
+class ModelCodec:
+    """The codec of one model: requests to values, and values to replies.
 
     Attributes:
         reader: reads its requests.
@@ -56,7 +56,7 @@ class ApiContext:
         long_bodies: admission of long bodies.
         tracer: makes spans of requests; None makes none.
         origins: allowed origins of pages, besides the service's own host.
-        wires: readers and writers that `wire` built, by model; a model may have changed since.
+        codecs: readers and writers that `codec` built, by model; a model may have changed since.
     """
 
     access: AccessControl
@@ -67,14 +67,14 @@ class ApiContext:
     long_bodies: LongBodyAdmission
     tracer: Tracer | None = None
     origins: frozenset[str] = frozenset()
-    wires: dict[str, ModelWire] = field(default_factory=dict)
+    codecs: dict[str, ModelCodec] = field(default_factory=dict)
 
-    def wire(self, served: ServedModel) -> ModelWire:
+    def codec(self, served: ServedModel) -> ModelCodec:
         """Reader and writer of a served model, built on first use and when the model changes."""
-        wire = self.wires.get(served.name)
-        if wire is None or wire.served is not served:
-            wire = self.wires[served.name] = ModelWire(served, self.limits)
-        return wire
+        codec = self.codecs.get(served.name)
+        if codec is None or codec.served is not served:
+            codec = self.codecs[served.name] = ModelCodec(served, self.limits)
+        return codec
 
 
 def api_of(request: Request) -> ApiContext:

@@ -88,7 +88,7 @@ class RequestLogMiddleware:
         finally:
             route = getattr(scope.get("route"), "path", None)
             path = scope.get("path_params", {})
-            is_known = api is not None and path.get("model") in api.wires
+            is_known = api is not None and path.get("model") in api.codecs
             if is_known and facts.model is None:
                 facts.model, facts.stream = path["model"], path.get("stream")
             log_request(

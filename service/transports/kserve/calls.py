@@ -13,7 +13,7 @@ import numpy as np
 
 from models.spec.layout import Output
 from service.pipeline.served_model import ServedModel
-from service.transports.http.context import ModelWire
+from service.transports.http.context import ModelCodec
 from service.transports.http.long_bodies.long_reader import MAX_EVENT_BYTES
 from service.transports.http.media import Media, dumps, list_parts, object_parts
 from service.transports.kserve.json_errors import json_error
@@ -82,7 +82,7 @@ class ResolvedCall(NamedTuple):
     """
 
     request: InferRequest
-    wire: ModelWire
+    codec: ModelCodec
     parameters: InferParameters
     signature: Signature
     values: bytes | list[bytes]
@@ -91,7 +91,7 @@ class ResolvedCall(NamedTuple):
     @property
     def is_final(self) -> bool:
         """Whether the chunk closes its stream."""
-        return self.parameters.ends and self.wire.served.blocks is not None
+        return self.parameters.ends and self.codec.served.blocks is not None
 
     def encode_body(self) -> tuple[bytes, Media]:
         """The chunk or the sequences as a body of the HTTP API."""
@@ -169,24 +169,24 @@ def _encoded_values(values: bytes | list[bytes]) -> list[bytes]:
 
 
 def make_signature(
-    wire: ModelWire, name: str, datatype: str, shape: tuple[int, ...], outputs: tuple[str, ...]
+    codec: ModelCodec, name: str, datatype: str, shape: tuple[int, ...], outputs: tuple[str, ...]
 ) -> Signature:
     """The signature of a request.
 
     Raises:
         InvalidInput: the model has no such tensor, or no such output.
     """
-    selected = _selected_outputs(wire.served, outputs)
-    _check_tensor(wire.served, name, datatype, shape)
+    selected = _selected_outputs(codec.served, outputs)
+    _check_tensor(codec.served, name, datatype, shape)
     rank = 2 if name == INPUTS else 1
     batch = None if len(shape) == rank else shape[0]
     has_state = any(output.output is None for output in selected)
     return Signature(selected, shape[-rank], batch, has_state)
 
 
-def check_chunk(wire: ModelWire, signature: Signature) -> None:
+def check_chunk(codec: ModelCodec, signature: Signature) -> None:
     """Reject a tensor of several sequences, and chunks for a model that needs whole sequences."""
-    wire.reader.check_accepts_chunks()
+    codec.reader.check_accepts_chunks()
     if signature.batch not in (None, 1):
         expected = "1 in front, since a chunk of a sequence is of one stream"
         raise invalid("inputs[0].shape", expected, signature.batch)

@@ -21,7 +21,7 @@ from service.core.values import Reply, StreamKey
 from service.ops.logs import RequestIds
 from service.transports.http.connection.fast_path import FastRequest, FastRoute
 from service.transports.http.connection.rejections import response_bytes
-from service.transports.http.context import ModelWire
+from service.transports.http.context import ModelCodec
 from service.transports.http.media import Media, encode_json
 from service.transports.http.replies.pieces import LONG_VALUES
 from service.transports.kserve.calls import ResolvedCall, Signature, output_shape, read_values
@@ -86,7 +86,7 @@ class _Plan(NamedTuple):
             in every reply; else None.
     """
 
-    wire: ModelWire
+    codec: ModelCodec
     signature: Signature
     binary: BinaryOutputs
     outputs_json: bytes | None
@@ -107,11 +107,11 @@ class FastInferPath(FastRoute):
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
 
     def _read(self, request: FastRequest, line: re.Match[bytes], details: int, body: bytes) -> bool:
-        parts = self._read_body(request.wire, (line[2] or b"").decode(), body, details)
+        parts = self._read_body(request.codec, (line[2] or b"").decode(), body, details)
         if parts is None:
             return False
         plan, call, stream = request.details = parts
-        request.stream, model, pipeline = stream, request.wire.served.name, request.pipeline
+        request.stream, model, pipeline = stream, request.codec.served.name, request.pipeline
         left_s = request.deadline_s - request.received_s
         if call.parameters.timeout_s is not None:
             left_s = min(left_s, call.parameters.timeout_s)
@@ -127,7 +127,7 @@ class FastInferPath(FastRoute):
         return True
 
     def _read_body(
-        self, wire: ModelWire, version: str, body: bytes, json_bytes: int
+        self, codec: ModelCodec, version: str, body: bytes, json_bytes: int
     ) -> tuple[_Plan, ResolvedCall, str] | None:
         """The chunk in a body, its values not yet validated, and its stream; or None."""
         text, data = body[:json_bytes], body[json_bytes:]
@@ -139,7 +139,7 @@ class FastInferPath(FastRoute):
             decoded.parameters.pop(BINARY_OUTPUT, None)
             parameters = parse_parameters(decoded.parameters)
             [tensor] = decoded.inputs
-            plan = self._plan(wire, version, tensor, decoded.outputs, by_default)
+            plan = self._plan(codec, version, tensor, decoded.outputs, by_default)
             if plan is None or len(data) != tensor.parameters.binary_data_size:
                 return None
             values = read_values(InputTensor(tensor.name, tensor.datatype, tensor.shape, data))
@@ -148,13 +148,13 @@ class FastInferPath(FastRoute):
         is_deleted = parameters.ends and self._inference.delete_at_end
         if parameters.stream is None or is_deleted or parameters.dry_run:
             return None
-        request = InferRequest(wire.served.name, (), id=decoded.id)
-        call = ResolvedCall(request, wire, parameters, plan.signature, values)
+        request = InferRequest(codec.served.name, (), id=decoded.id)
+        call = ResolvedCall(request, codec, parameters, plan.signature, values)
         return plan, call, parameters.stream
 
     def _make_plan(
         self,
-        wire: ModelWire,
+        codec: ModelCodec,
         version: str,
         tensor: _BinaryTensor,
         outputs: tuple[RequestedOutput, ...],
@@ -167,20 +167,20 @@ class FastInferPath(FastRoute):
         """
         names = tuple([output.name for output in outputs])
         shape = tensor.name, tensor.datatype, tensor.shape
-        signature = self._inference.chunk_signature(wire, version, shape, names)
-        binary, layout = BinaryOutputs.of(outputs, by_default), wire.served.outputs
+        signature = self._inference.chunk_signature(codec, version, shape, names)
+        binary, layout = BinaryOutputs.of(outputs, by_default), codec.served.outputs
         is_binary = [binary.has(output.name) for output in signature.outputs]
         if not any(is_binary) or signature.steps * layout.size > LONG_VALUES[Media.JSON]:
             return None
         first = signature.outputs[0].output
         is_only = is_binary == [True] and first is not None and first.size == layout.size
         outputs_json = None
-        if is_only and first is not None and first.per == "step" and wire.served.blocks is None:
+        if is_only and first is not None and first.per == "step" and codec.served.blocks is None:
             lead = () if signature.batch is None else (1,)
             values = np.zeros((*lead, signature.steps, *output_shape(first)), np.float32)
             reply = InferReply("", "", "", {}, [OutputTensor(first.name, values)])
             outputs_json = encode_json(reply_document(reply, binary)["outputs"])
-        return _Plan(wire, signature, binary, outputs_json)
+        return _Plan(codec, signature, binary, outputs_json)
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         body, json_bytes = self._encode(request, reply)
@@ -197,7 +197,7 @@ class FastInferPath(FastRoute):
         head = reply.head
         identity = call.request.id
         text = _REPLY % (
-            plan.wire.served.name.encode(),
+            plan.codec.served.name.encode(),
             b'"id":%b,' % encode_json(identity) if identity else b"",
             head.position,
             head.epoch.hex().encode(),

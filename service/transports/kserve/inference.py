@@ -58,7 +58,7 @@ from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_reader import with_stream
 from service.transports.http.bodies.strict_validator import Limit
-from service.transports.http.context import ApiContext, ModelWire
+from service.transports.http.context import ApiContext, ModelCodec
 from service.transports.http.long_bodies.admission import Checkpoint
 from service.transports.kserve.calls import (
     INPUTS,
@@ -163,7 +163,7 @@ class Inference:
         stream = call.parameters.stream
         work: Chunk | list[SequenceInput]
         if stream is None:
-            work = call.wire.reader.sequences(*call.encode_body())
+            work = call.codec.reader.sequences(*call.encode_body())
         else:
             work = self.read_chunk(call, stream)
         return await self.answer(pipeline, ReadRequest(call, work, deadline_s))
@@ -200,9 +200,9 @@ class Inference:
         stream = call.parameters.stream
         work: Chunk | list[SequenceInput]
         if stream is None:
-            work = await call.wire.long.sequences(body, media, checkpoint)
+            work = await call.codec.long.sequences(body, media, checkpoint)
         else:
-            chunk = await call.wire.long.chunk(body, media, checkpoint, stream, None)
+            chunk = await call.codec.long.chunk(body, media, checkpoint, stream, None)
             work = _with_start(call, chunk)
         return ReadRequest(call, work, deadline_s)
 
@@ -214,7 +214,7 @@ class Inference:
         """
         call, work, deadline_s = ready
         if isinstance(work, list):
-            name = call.wire.served.name
+            name = call.codec.served.name
             predictions = await pipeline.predict(name, work, deadline_s)
             return self._reply(call, {}, predictions)
         reply = await pipeline.process(work, deadline_s)
@@ -258,23 +258,23 @@ class Inference:
         pipeline.require(Verb.PREDICT, model=request.model, stream=parameters.stream)
         served = self.served(pipeline, request.model, request.version)
         note_stream(served.name, parameters.stream)
-        wire = self.api.wire(served)
+        codec = self.api.codec(served)
         if not 1 <= len(request.inputs) <= 2:
             names = " or ".join(input_names(served))
             expected = f"one tensor, {names}, optionally followed by {RESET}"
             raise invalid("inputs", expected, len(request.inputs))
         tensor, *others = request.inputs
         name, datatype, shape, _ = tensor
-        signature = self._signature(wire, name, datatype, tuple(shape), tuple(request.outputs))
+        signature = self._signature(codec, name, datatype, tuple(shape), tuple(request.outputs))
         self._require_access(pipeline, served, parameters, signature)
         if parameters.stream is not None:
-            check_chunk(wire, signature)
+            check_chunk(codec, signature)
         elif (signature.batch or 0) > self.api.limits.max_items:
             expected = f"at most {self.api.limits.max_items} sequences"
             raise invalid("inputs[0].shape", expected, signature.batch)
         self._check_length(name, signature, parameters.stream)
         resets = read_resets(others, signature)
-        return ResolvedCall(request, wire, parameters, signature, b"", resets)
+        return ResolvedCall(request, codec, parameters, signature, b"", resets)
 
     def _check_length(self, name: str, signature: Signature, stream: str | None) -> None:
         """Reject too many steps before their values are read, which may be millions.
@@ -292,7 +292,7 @@ class Inference:
 
     def chunk_signature(
         self,
-        wire: ModelWire,
+        codec: ModelCodec,
         version: str,
         tensor: tuple[str, str, tuple[int, ...]],
         outputs: tuple[str, ...],
@@ -302,9 +302,9 @@ class Inference:
         Raises:
             ModelNotFound, InvalidInput, ChunksUnsupported
         """
-        self.check_version(wire.served, version)
-        signature = self._signature(wire, *tensor, outputs)
-        check_chunk(wire, signature)
+        self.check_version(codec.served, version)
+        signature = self._signature(codec, *tensor, outputs)
+        check_chunk(codec, signature)
         return signature
 
     def read_chunk(self, call: ResolvedCall, stream: str) -> Chunk:
@@ -313,14 +313,14 @@ class Inference:
         Raises:
             InvalidInput, ChunkTooLong: with the fact `stream`.
         """
-        reader = call.wire.reader
+        reader = call.codec.reader
         parameters = call.parameters
         has_options = parameters.dry_run or parameters.false_alarms_per_day is not None
         is_plain = not (call.is_final or call.resets or has_options)
         if isinstance(call.values, bytes) and is_plain:
             steps = reader.fast.decode_rows(call.values)
             if steps is not None:
-                key = StreamKey(call.wire.served.name, stream)
+                key = StreamKey(call.codec.served.name, stream)
                 return _with_start(call, reader.build_chunk(call.parameters, steps, key, None))
         return _with_start(call, reader.chunk(*call.encode_body(), stream, None))
 
@@ -365,7 +365,7 @@ class Inference:
         results: Sequence[Reply | Prediction],
     ) -> InferReply:
         """The reply with the results of each sequence, which have packed outputs [T, O]."""
-        request, served, outputs = call.request, call.wire.served, call.signature.outputs
+        request, served, outputs = call.request, call.codec.served, call.signature.outputs
         has_batch = call.signature.batch is not None
         rows = _stack([result.outputs for result in results], has_batch)
         states: list[Mapping[str, NDArray[Any]]] = []

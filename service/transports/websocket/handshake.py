@@ -219,20 +219,20 @@ class LiveUpgrader:
         model = _text(address[1])
         stream = None if address[2] is None else _text(address[2])
         pipeline.require(Verb.PREDICT, model=model, stream=stream)
-        wire = self.api.wire(pipeline.model(model))
+        codec = self.api.codec(pipeline.model(model))
         if stream is not None:
             stream_name(stream)
-        wire.reader.check_accepts_chunks()
+        codec.reader.check_accepts_chunks()
         query = address[3] or b""
         options, timeout_s = EVERY_STEP, self.api.limits.effective_timeout_s(None)
         if query:
             parameters = parse_query(query, (*REPLY_PARAMETERS, TIMEOUT_PARAMETER))
             if (text := parameters.pop(TIMEOUT_PARAMETER, None)) is not None:
                 timeout_s = self.api.limits.effective_timeout_s(_seconds(text))
-            options = wire.writer.options(parameters)
+            options = codec.writer.options(parameters)
         if options.return_state:
             pipeline.require(Verb.READ_STATE, model=model, stream=stream)
-        return Target(wire.served.name, stream, options, timeout_s)
+        return Target(codec.served.name, stream, options, timeout_s)
 
     async def _hello(self, pipeline: PipelineInterface, target: Target) -> Mapping[str, Any]:
         """What a client has to know first: where its stream is, and what it may send.

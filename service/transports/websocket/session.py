@@ -22,7 +22,7 @@ from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.http.bodies.validation_errors import Origin
-from service.transports.http.context import ApiContext, ModelWire
+from service.transports.http.context import ApiContext, ModelCodec
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media
 from service.transports.http.problems import status_of
@@ -202,7 +202,7 @@ class Session:
             is_long = len(data) >= LONG_BYTES
             frame = read_long_frame(media, data) if is_long else read_frame(media, data)
             frame_id = frame.id
-            wire = self._api.wire(self._pipeline.model(self.model))
+            codec = self._api.codec(self._pipeline.model(self.model))
             if entry is None and (not is_long or frame.has("stream")):
                 entry = self._order.add(
                     Entry(frame_id, media, frame.stream(), deadline_s, len(data))
@@ -212,11 +212,11 @@ class Session:
                 self._check_admission(entry)
             if is_long or entry is None:
                 self.is_reading = True
-                self._run(self._read_long(wire, entry, frame, deadline_s))
+                self._run(self._read_long(codec, entry, frame, deadline_s))
                 return
             precondition = frame.precondition()
             body, origin = frame.body(self._envelope), Origin(beside=self._envelope)
-            chunk = wire.reader.chunk(body, media, entry.stream, precondition, origin)
+            chunk = codec.reader.chunk(body, media, entry.stream, precondition, origin)
         except CarryError as error:
             self._reject(media, frame_id, entry, error)
         except Exception as error:
@@ -248,7 +248,7 @@ class Session:
             raise type(rejection)(rejection.detail, **rejection.facts)
 
     async def _read_long(
-        self, wire: ModelWire, entry: Entry | None, frame: Frame, deadline_s: float
+        self, codec: ModelCodec, entry: Entry | None, frame: Frame, deadline_s: float
     ) -> None:
         """Read a long frame in blocks, and start its chunk.
 
@@ -258,7 +258,7 @@ class Session:
         media, envelope = frame.media, self._envelope
         try:
             async with self._api.long_bodies.admit(frame.data, deadline_s) as checkpoint:
-                split = await wire.long.split_chunk(
+                split = await codec.long.split_chunk(
                     memoryview(frame.data), media, envelope, checkpoint
                 )
                 frame = split_frame(frame, split, envelope)
@@ -268,7 +268,7 @@ class Session:
                     )
                     self._check_admission(entry)
                 precondition = frame.precondition()
-                chunk = await wire.long.chunk_of(
+                chunk = await codec.long.chunk_of(
                     split, media, checkpoint, entry.stream, precondition, envelope
                 )
         except CarryError as error:
@@ -330,18 +330,18 @@ class Session:
             return
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
-        wire = self._api.wire(self._pipeline.model(self.model))
-        is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES[entry.media]
+        codec = self._api.codec(self._pipeline.model(self.model))
+        is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES[entry.media]
         if is_short and self._options == EVERY_STEP:
-            reply = wire.writer.reply_bytes(result, entry.media)
+            reply = codec.writer.reply_bytes(result, entry.media)
             self._answer(entry, reply)
         else:
-            self._run(self._write_in_pieces(wire, entry, result))
+            self._run(self._write_in_pieces(codec, entry, result))
 
-    async def _write_in_pieces(self, wire: ModelWire, entry: Entry, reply: Reply) -> None:
+    async def _write_in_pieces(self, codec: ModelCodec, entry: Entry, reply: Reply) -> None:
         """Encode a reply in pieces, while the event loop runs."""
         pieces = []
-        for piece in encode_pieces(entry.media, wire.writer.reply(reply, self._options)):
+        for piece in encode_pieces(entry.media, codec.writer.reply(reply, self._options)):
             pieces.append(piece)
             await asyncio.sleep(0)
         self._answer(entry, b"".join(pieces))

@@ -22,7 +22,7 @@ from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.transports.http.connection.http_protocol import HttpState
-from service.transports.http.context import ModelWire, api_of, pipeline_of
+from service.transports.http.context import ModelCodec, api_of, pipeline_of
 from service.transports.http.field_rules import MAX_POSITION
 from service.transports.http.media import Media, dumps
 from service.transports.http.openapi import operations
@@ -59,15 +59,15 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         pipeline = pipeline_of(request)
         pipeline.require(Verb.WATCH, model=model, stream=stream)
         api = api_of(request)
-        wire = api.wire(pipeline.model(model))
-        key = StreamKey(wire.served.name, stream_name(stream))
+        codec = api.codec(pipeline.model(model))
+        key = StreamKey(codec.served.name, stream_name(stream))
         parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
         start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))
-        options = wire.writer.options(parameters) if parameters else EVERY_STEP
+        options = codec.writer.options(parameters) if parameters else EVERY_STEP
         async with AsyncExitStack() as stack:
             watch = await stack.enter_async_context(watches.watch(key, start))
             stack.callback(api.access.notify_end(pipeline, watch.end))
-            events = _EventWriter(wire, key, options, encoding).encode(watch)
+            events = _EventWriter(codec, key, options, encoding).encode(watch)
             return _WatchResponse(events, stack.pop_all())
 
     app.router.add_api_route(
@@ -127,9 +127,11 @@ class _EventWriter:
             them as well, even if they are long and the event loop runs between their pieces.
     """
 
-    def __init__(self, wire: ModelWire, key: StreamKey, options: ReplyOptions, lock: asyncio.Lock):
-        served = wire.served
-        self._writer = wire.writer
+    def __init__(
+        self, codec: ModelCodec, key: StreamKey, options: ReplyOptions, lock: asyncio.Lock
+    ):
+        served = codec.served
+        self._writer = codec.writer
         self._options = options
         self._lock = lock
         self._names = {"model": served.name, "version": served.version, "stream": key.stream}

@@ -33,7 +33,7 @@ from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
-from service.transports.http.context import ApiContext, ModelWire
+from service.transports.http.context import ApiContext, ModelCodec
 from service.transports.http.field_rules import STREAM_NAME
 from service.transports.http.limits import LONG_BYTES, ApiLimits
 from service.transports.http.media import Media, accepted, media_of
@@ -104,7 +104,7 @@ class FastRequest(msgspec.Struct, gc=False):
 
     route: FastRoute
     pipeline: PipelineInterface
-    wire: ModelWire
+    codec: ModelCodec
     request_id: bytes
     received_s: float
     deadline_s: float
@@ -141,7 +141,7 @@ class FastRoute(ABC):
     ):
         self._api = api
         self._access = api.access
-        self._wires = api.wires
+        self._codecs = api.codecs
         self._tracer = api.tracer
         self._ids = ids
         self._route = route
@@ -183,13 +183,13 @@ class FastRoute(ABC):
         model = line[1].decode()
         if pipeline is None or (served := pipeline.models.get(model)) is None:
             return None
-        wire = self._wires.get(model)
-        if wire is None or wire.served is not served:
-            wire = self._api.wire(served)
+        codec = self._codecs.get(model)
+        if codec is None or codec.served is not served:
+            codec = self._api.codec(served)
         request = FastRequest(
             self,
             pipeline,
-            wire,
+            codec,
             headers.request_id or self._ids.next(),
             received_s,
             received_s + headers.timeout_s,
@@ -230,7 +230,7 @@ class FastRoute(ABC):
         """
         if request.chunk is None:
             error = request.rejection or Overloaded("the request was rejected")
-            self._api.recorder.record_error(request.wire.served.name, error.code)
+            self._api.recorder.record_error(request.codec.served.name, error.code)
             media, request_id = request.reply_media, request.request_id
             response = self._overload_responses.response(error, media, request_id)
             self._log(request, STATUS[Overloaded], response, error.code)
@@ -253,7 +253,7 @@ class FastRoute(ABC):
             self._log(request, 200, response)
             return response
         request_id = request.request_id
-        self._api.recorder.record_error(request.wire.served.name, result.code)
+        self._api.recorder.record_error(request.codec.served.name, result.code)
         with bound_contextvars(request_id=request_id.decode()):
             log_failure(result)
         response = self._serialize(result, request.reply_media, request_id, header_lines)
@@ -277,7 +277,7 @@ class FastRoute(ABC):
             self._route,
             status,
             ms,
-            model=request.wire.served.name,
+            model=request.codec.served.name,
             stream=request.stream,
             code=code,
             received_bytes=request.body_bytes,
@@ -336,7 +336,7 @@ class FastPath(FastRoute):
         self, request: FastRequest, line: re.Match[bytes], details: _Details, body: bytes
     ) -> bool:
         media, request.reply_media, precondition = details
-        served, reader = request.wire.served, request.wire.reader
+        served, reader = request.codec.served, request.codec.reader
         request.stream = line[2].decode()
         key = StreamKey(served.name, request.stream)
         left_s = request.deadline_s - request.received_s
@@ -352,7 +352,7 @@ class FastPath(FastRoute):
         return chunk is not None and chunk.steps.length * served.outputs.size <= most
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
-        body = request.wire.writer.reply_bytes(reply, request.reply_media)
+        body = request.codec.writer.reply_bytes(reply, request.reply_media)
         head = _RESPONSE_HEADS[request.reply_media] % (
             hexlify(reply.head.epoch),
             hexlify(reply.head.tag),

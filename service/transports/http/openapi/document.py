@@ -64,7 +64,7 @@ def openapi_document(
         routes=app.routes,
     )
     types = {
-        name: api.wire(models[name]).reader.strict.types[Media.JSON] for name in sorted(models)
+        name: api.codec(models[name]).reader.strict.types[Media.JSON] for name in sorted(models)
     }
     components = {
         **_with_integer_bounds(document["components"]["schemas"]),

@@ -18,7 +18,7 @@ from service.core.errors import CarryError, InvalidPrecondition
 from service.core.values import NO_STREAM, Reply, StreamKey
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.http.bodies.request_body import RequestBody, receive_body
-from service.transports.http.context import ApiContext, ModelWire, api_of, pipeline_of
+from service.transports.http.context import ApiContext, ModelCodec, api_of, pipeline_of
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.openapi import operations
 from service.transports.http.problems import problem
@@ -67,20 +67,20 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     pipeline.require(Verb.PREDICT, model=model, stream=stream)
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(pipeline.model(model))
-    key = StreamKey(wire.served.name, stream_name(stream))
-    options = _options(request, pipeline, wire, key.stream)
+    codec = api.codec(pipeline.model(model))
+    key = StreamKey(codec.served.name, stream_name(stream))
+    options = _options(request, pipeline, codec, key.stream)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(pipeline, wire, key, body)
-    chunk = await body.read(wire.reader.chunk, wire.long.chunk, key.stream, precondition)
+    _check_capacity(pipeline, codec, key, body)
+    chunk = await body.read(codec.reader.chunk, codec.long.chunk, key.stream, precondition)
     result = await cancel_on_disconnect(request, pipeline.process(chunk, deadline_s))
     headers = [(b"server-timing", server_timing(result))]
     if result.head is not NO_STREAM:
         headers.insert(0, etag(result.head))
-    return reply(answer, wire.writer.reply(result, options), headers=headers)
+    return reply(answer, codec.writer.reply(result, options), headers=headers)
 
 
 @router.post(
@@ -100,8 +100,8 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     pipeline.require(Verb.PREDICT, model=model)
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(pipeline.model(model))
-    options = _options(request, pipeline, wire)
+    codec = api.codec(pipeline.model(model))
+    options = _options(request, pipeline, codec)
     media = body_media(request)
     answer = reply_media(request, media)
     if "if-match" in request.headers:
@@ -112,10 +112,10 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
             expected="none",
         )
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(pipeline, wire, None, body)
-    items = await body.read(wire.reader.items, wire.long.items)
+    _check_capacity(pipeline, codec, None, body)
+    items = await body.read(codec.reader.items, codec.long.items)
     results = await cancel_on_disconnect(request, pipeline.process_many(items, deadline_s))
-    return reply(answer, _outcomes(api, wire, results, options))
+    return reply(answer, _outcomes(api, codec, results, options))
 
 
 @router.post(
@@ -131,23 +131,23 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     pipeline.require(Verb.PREDICT, model=model)
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(pipeline.model(model))
+    codec = api.codec(pipeline.model(model))
     parameters = query(request, PREDICT_PARAMETERS)
-    options = wire.writer.options(parameters) if parameters else EVERY_STEP
+    options = codec.writer.options(parameters) if parameters else EVERY_STEP
     return_tokens = flag(parameters, "return_state_token", default=False)
     media = body_media(request)
     answer = reply_media(request, media)
     body = await receive_body(request, media, deadline_s)
-    sequences = await body.read(wire.reader.sequences, wire.long.sequences)
+    sequences = await body.read(codec.reader.sequences, codec.long.sequences)
     predicting = pipeline.predict(
-        wire.served.name, sequences, deadline_s, return_tokens=return_tokens
+        codec.served.name, sequences, deadline_s, return_tokens=return_tokens
     )
     predictions = await cancel_on_disconnect(request, predicting)
     document: PredictReply = {
-        "model": wire.served.name,
-        "version": wire.served.version,
+        "model": codec.served.name,
+        "version": codec.served.version,
         "predictions": CountedList(
-            [wire.writer.prediction(each, options, answer) for each in predictions],
+            [codec.writer.prediction(each, options, answer) for each in predictions],
             [each.outputs.size for each in predictions],
         ),
     }
@@ -155,7 +155,7 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
 
 
 def _check_capacity(
-    pipeline: PipelineInterface, wire: ModelWire, key: StreamKey | None, body: RequestBody
+    pipeline: PipelineInterface, codec: ModelCodec, key: StreamKey | None, body: RequestBody
 ) -> None:
     """Reject a long body before it is parsed, if the queue would reject its chunks afterwards.
 
@@ -165,38 +165,38 @@ def _check_capacity(
     if not body.is_long:
         return
     left_s = body.deadline_s - time.monotonic()
-    rejection = pipeline.check_admission(wire.served.name, key, left_s)
+    rejection = pipeline.check_admission(codec.served.name, key, left_s)
     if rejection is not None:
         raise type(rejection)(rejection.detail, **rejection.facts)
 
 
 def _options(
-    request: Request, pipeline: PipelineInterface, wire: ModelWire, stream: str | None = None
+    request: Request, pipeline: PipelineInterface, codec: ModelCodec, stream: str | None = None
 ) -> ReplyOptions:
     parameters = query(request, REPLY_PARAMETERS)
-    options = wire.writer.options(parameters) if parameters else EVERY_STEP
+    options = codec.writer.options(parameters) if parameters else EVERY_STEP
     if options.return_state:
-        pipeline.require(Verb.READ_STATE, model=wire.served.name, stream=stream)
+        pipeline.require(Verb.READ_STATE, model=codec.served.name, stream=stream)
     return options
 
 
 def _outcomes(
     api: ApiContext,
-    wire: ModelWire,
+    codec: ModelCodec,
     results: Sequence[Reply | CarryError],
     options: ReplyOptions,
 ) -> ManyReply:
     outcomes: list[AppliedItem | FailedItem] = []
     for result in results:
         if isinstance(result, CarryError):
-            api.recorder.record_error(wire.served.name, result.code)
+            api.recorder.record_error(codec.served.name, result.code)
             error = problem(result)
             outcomes.append({"status": error["status"], "error": error})
         else:
-            outcomes.append({"status": 200, "reply": wire.writer.reply(result, options)})
+            outcomes.append({"status": 200, "reply": codec.writer.reply(result, options)})
     return {
-        "model": wire.served.name,
-        "version": wire.served.version,
+        "model": codec.served.name,
+        "version": codec.served.version,
         "results": CountedList(
             outcomes,
             [-1 if isinstance(each, CarryError) else each.outputs.size for each in results],

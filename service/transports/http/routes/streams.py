@@ -99,11 +99,11 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     query(request)
     answer = reply_media(request)
     key = _stream_key(pipeline, model, stream)
-    wire = api_of(request).wire(pipeline.model(model))
+    codec = api_of(request).codec(pipeline.model(model))
     record = await pipeline.streams.read_state(key, if_match(request))
     document: StateReply = {
         **_stream_record(key, record),
-        "state": wire.writer.state(record.state),
+        "state": codec.writer.state(record.state),
     }
     return reply(answer, document, headers=[etag(record.head)])
 
@@ -124,14 +124,14 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     query(request)
     api = api_of(request)
     key = _stream_key(pipeline, model, stream)
-    wire = api.wire(pipeline.model(model))
-    wire.reader.check_accepts_chunks()
-    served = wire.served
+    codec = api.codec(pipeline.model(model))
+    codec.reader.check_accepts_chunks()
+    served = codec.served
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
     content = await receive_body(request, media, _deadline(api))
-    body = await content.read(wire.reader.state, wire.long.state)
+    body = await content.read(codec.reader.state, codec.long.state)
     fingerprint = bytes.fromhex(body.fingerprint)
     if fingerprint != served.fingerprint:
         raise _fingerprint_mismatch(served, key.stream, fingerprint)
@@ -181,8 +181,8 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     answer = reply_media(request, media)
     precondition = if_match(request)
     content = await receive_body(request, media, _deadline(api))
-    wire = api.wire(pipeline.model(model))
-    body = await content.read(wire.reader.fork, wire.long.fork)
+    codec = api.codec(pipeline.model(model))
+    body = await content.read(codec.reader.fork, codec.long.fork)
     to = StreamKey(key.model, stream_name(body.to, "to"))
     record = await pipeline.streams.fork(key, to.stream, precondition)
     return _created_or_overwritten(request, answer, to, record, precondition)

@@ -125,14 +125,14 @@ async def test_a_declared_length_over_the_limit_is_rejected_before_reading() -> 
     assert caught.value.facts == {"expected": 10, "got": 11}
 
 
-async def test_a_replaced_model_gets_a_new_wire(
+async def test_a_replaced_model_gets_a_new_codec(
     pipeline_server: RealServer,
     models: Mapping[str, Artifact],
 ) -> None:
     async with harness(pipeline_server, models) as api:
         context = api.app.state.api
-        before = context.wire(api.pipeline.model("probe"))
-        assert context.wire(api.pipeline.model("probe")) is before
+        before = context.codec(api.pipeline.model("probe"))
+        assert context.codec(api.pipeline.model("probe")) is before
         new = ServedModel(models["probe"], NumpyRuntime(models["probe"]))
         api.pipeline.models = {**api.pipeline.models, "probe": new}
-        assert context.wire(api.pipeline.model("probe")).served is new
+        assert context.codec(api.pipeline.model("probe")).served is new

@@ -427,7 +427,7 @@ async def test_an_unexpected_failure_is_a_frame(
 
     async with live(api) as sockets, sockets.open() as (client, _):
         with monkeypatch.context() as broken:
-            broken.setattr(type(api.app.state.api.wires["probe"].reader), "chunk", fail)
+            broken.setattr(type(api.app.state.api.codecs["probe"].reader), "chunk", fail)
             await client.send(text(rows(1), 0, id=4))
             problem = await error(client, "internal_error")
         assert problem["id"] == 4
