@@ -258,7 +258,13 @@ class HttpProtocol(FramingProtocol):
         closes = self._closes_after_reply or (
             self._connections.close_after_response and not self._buffered
         )
-        self.transport.write(request.route.response(request, result, closes=closes))
+        try:
+            response = request.route.response(request, result, closes=closes)
+        except Exception:
+            # otherwise the client would take the next response for this one
+            self.abort()
+            raise
+        self.transport.write(response)
         if closes:
             self.transport.close()
             return

@@ -351,6 +351,29 @@ async def test_graceful_shutdown_answers_the_current_request(
         writer.close()
 
 
+async def test_a_response_that_cannot_be_made_ends_its_connection_alone(
+    api: Harness, monkeypatch: pytest.MonkeyPatch, held_back: Callable[[], None]
+) -> None:
+    """Others of its batch are answered, and no later response takes the place of the missing."""
+    answer_well = FastPath.response
+
+    def answer_some(path: FastPath, request: FastRequest, *result: Any, **options: Any) -> bytes:
+        if request.stream == "bad":
+            raise ZeroDivisionError
+        return answer_well(path, request, *result, **options)
+
+    monkeypatch.setattr(FastPath, "response", answer_some)
+    async with serving(api) as server:
+        port, later = port_of(server), request(chunk(), stream="later")
+        bad = asyncio.create_task(converse(port, request(chunk(), stream="bad") + later))
+        good = asyncio.create_task(converse(port, request(chunk(), stream="good")))
+        await becomes(lambda: len(under_way(server)) == 2, "both under way")
+        held_back()
+        assert b"200 OK" in (await good)[0]
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await bad
+
+
 async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
     api: Harness, monkeypatch: pytest.MonkeyPatch, held_back: Callable[[], None]
 ) -> None:
