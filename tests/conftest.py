@@ -35,7 +35,8 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 # Until a command configures the logs, structlog would show exceptions with all variables, by rich,
 # for a second of processor time each.
 _PROCESSORS = structlog.get_config()["processors"]
-structlog.configure([*_PROCESSORS[:-1], ConsoleRenderer(exception_formatter=plain_traceback)])
+_RENDERER = ConsoleRenderer(colors=False, exception_formatter=plain_traceback)
+structlog.configure([*_PROCESSORS[:-1], _RENDERER])
 # Tests start more than a hundred services.
 Service.forks = True
 

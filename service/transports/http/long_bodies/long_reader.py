@@ -408,8 +408,9 @@ def _stream_of(split: SplitObject, media: Media, at: str) -> str | None:
 
 
 def _blocks(media: Media, elements: Elements) -> Iterator[list[memoryview]]:
-    """Consecutive elements in blocks."""
+    """Consecutive elements in blocks; an element of `LONG_BYTES` or more is alone."""
     size = BLOCK_BYTES if media is Media.JSON else 4 * BLOCK_BYTES
+    size = min(size, LONG_BYTES)
     return group_by_size(media, elements, size)
 
 
