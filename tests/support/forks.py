@@ -89,7 +89,7 @@ class Fork:
 
 
 @cache
-def fork_server(preparation: str = "") -> socket.socket:
+def fork_server(preparation: str) -> socket.socket:
     """The connection to this process's fork server, which ends with it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
