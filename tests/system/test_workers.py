@@ -356,7 +356,7 @@ def test_a_hung_worker_is_replaced(two_workers: tuple[Service, RealServer]) -> N
     service, _ = two_workers
     ready, hung = len(pids(service)), _live_workers(service)[0]
     os.kill(hung, signal.SIGSTOP)
-    until(lambda: len(pids(service)) == ready + 1, "the worker in its place", READY_S)
+    until(lambda: len(pids(service)) == ready + 1, "the worker in its place", READY_S, 0.2)
     assert [line["pid"] for line in lines(service, "worker_hangs")] == [hung]
     assert not Path(f"/proc/{hung}").exists()
 
