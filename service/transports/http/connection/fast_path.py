@@ -84,7 +84,7 @@ class IncompleteRequest:
     """A request whose body is still arriving."""
 
 
-class FastRequest(msgspec.Struct, gc=False):
+class FastRequest(msgspec.Struct):
     """A complete request for one chunk.
 
     Attributes:
