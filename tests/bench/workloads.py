@@ -135,7 +135,7 @@ def _open(name: str, path: Path) -> tuple[Artifact, Runtime]:
 def measure_step(name: str, path: Path, batch: int, steps: int = STEPS) -> Rate | None:
     """A runtime's own step on random rows and states; None where it takes no such batch."""
     artifact, runtime = _open(name, path)
-    if batch > runtime.max_batch:
+    if batch > runtime.max_batch or steps > runtime.max_steps:
         return None
     random, (padded, length) = np.random.default_rng(1), runtime.padded_shape(batch, steps)
     rows = random.normal(size=(padded, length, artifact.spec.input_features)).astype(np.float32)
