@@ -324,7 +324,7 @@ def race(bench: Bench, server: Server, stream: str) -> int:
 
 def measure_events(bench: Bench, kind: str) -> None:
     """The flights model fed by `events` and by the rows its encoder makes of them, ragged."""
-    artifact = workloads.flights_model(bench.folder)
+    artifact = workloads.flights_model(bench.folder / f"flights-{kind}")
     bodies = workloads.flights_bodies(artifact)
     server, rows = bench.start_server(kind, artifact), []
     for feed, blocks in (("events", bodies), ("inputs", replace(bodies, events=None))):
@@ -338,7 +338,7 @@ def measure_widths(bench: Bench, kind: str) -> None:
     """Chunks of 1, 16 and 128 events, networks of width 64 and 256, JSON and MessagePack."""
     rows = []
     for units in WIDTHS:
-        artifact = workloads.standard_model(bench.folder / f"models-{units}", units)
+        artifact = workloads.standard_model(bench.folder / f"models-{units}-{kind}", units)
         server = bench.start_server(kind, artifact)
         for steps, media in product(LENGTHS, MEDIA):
             key = f"{units}-T{steps}-{media}"

@@ -109,9 +109,9 @@ def standard_model(folder: Path, units: int = UNITS) -> Artifact:
 
 
 def flights_model(folder: Path) -> Artifact:
-    """The pretrained model, packaged again so that it has a graph for every runtime."""
+    """The pretrained model as `folder/flights`, packaged again: a graph for every runtime."""
     shipped = load_artifact(Path(models.__file__).parent / "pretrained" / "flights")
-    return write_artifact(folder / "models-flights" / "flights", shipped.spec, shipped.weights)
+    return write_artifact(folder / "flights", shipped.spec, shipped.weights)
 
 
 class Rate(NamedTuple):
