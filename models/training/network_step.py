@@ -17,6 +17,7 @@ from models.artifact.graphs import ONNXRUNTIME
 from models.errors import GraphUnsupportedError
 from models.onnx.graph import write_graph
 from models.onnx.names import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
+from models.spec.layout import network_outputs
 from models.spec.model import ModelSpec
 
 FloatArray = NDArray[np.float32]
@@ -31,22 +32,28 @@ def open_step(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Step:
     """Open the step of a network."""
     if find_spec(ONNXRUNTIME) is not None:
         try:
-            return _on_onnxruntime(write_graph(spec, weights), spec.name)
+            return _on_onnxruntime(write_graph(spec, weights), spec)
         except GraphUnsupportedError:
             pass
     return _on_tensorflow(spec, weights)
 
 
-def _on_onnxruntime(graph: bytes, name: str) -> Step:
+def _on_onnxruntime(graph: bytes, spec: ModelSpec) -> Step:
     from models.onnx.library import open_session
 
-    session = open_session(graph, 0, f"model {name!r}")
+    session = open_session(graph, 0, f"model {spec.name!r}")
+    width = network_outputs(spec).size
 
     def step(
         rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        # the graph takes neither a row of length 0 nor padding other than zero
+        outputs = np.zeros((*rows.shape[:2], width), np.float32)
+        states_after = states.copy()
+        # the graph takes neither a row of length 0 nor padding other than zero, and ends the
+        # process if there is no row
         running = np.flatnonzero(lengths)
+        if not running.size:
+            return outputs, states_after
         steps = np.arange(rows.shape[1])
         valid = steps < lengths[running, np.newaxis]
         values, after = session.run(
@@ -57,9 +64,7 @@ def _on_onnxruntime(graph: bytes, name: str) -> Step:
                 STATES: states[running],
             },
         )
-        outputs = np.zeros((len(rows), *values.shape[1:]), np.float32)
         outputs[running] = values
-        states_after = states.copy()
         states_after[running] = after
         return outputs, states_after
 

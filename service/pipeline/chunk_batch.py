@@ -39,12 +39,7 @@ from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
 from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StateStore
-from service.store.codec import (
-    encode_replies,
-    encode_states,
-    pack_head,
-    unpack_head,
-)
+from service.store.codec import encode_replies, encode_states, pack_head, unpack_head
 
 MAX_PARTS: Final = 3
 MIN_PART_ROWS: Final = 4

@@ -53,6 +53,17 @@ def test_the_step_equals_the_oracle_beside_padding_and_rows_without_steps(
         np.testing.assert_allclose(after[row], expected[1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_batch_without_steps_keeps_every_state() -> None:
+    spec = spec_of("tanh")
+    step = open_step(spec, contracting_weights(spec, 1))
+    states = np.ones((2, network_state(spec).float_size), np.float32)
+    for batch in (2, 0):
+        rows = np.zeros((batch, 3, 2), np.float32)
+        outputs, after = step(rows, np.zeros(batch, np.int32), states[:batch])
+        assert outputs.shape == (batch, 3, 2)
+        np.testing.assert_array_equal(after, states[:batch])
+
+
 def test_a_network_with_a_graph_is_scored_without_tensorflow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
