@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -23,6 +24,7 @@ W = RANDOM.uniform(-1, 1, (F, H)).astype(np.float32)
 START = RANDOM.uniform(-1, 1, H).astype(np.float32)
 
 Rows = NDArray[np.float64]
+Write = Callable[[Path], Any]
 Reference = Callable[[Rows], tuple[Rows, dict[str, NDArray[Any]]]]
 
 
@@ -296,3 +298,37 @@ VARIANTS = {
     "started": Variant(write_started, started, config=STARTED_CONFIG),
     "learned": Variant(write_learned, _plain(START)),
 }
+
+
+def plain(path: Path, **changes: Any) -> None:
+    """A loop over [B, T, F] with names that are certain; `changes` adds to the graph."""
+    g = graphs.Builder("plain", 1)
+    x = changes["before"](g) if "before" in changes else "x"
+    rows, last = scanned(g, x, "h_in")
+    y = changes["after"](g, rows) if "after" in changes else rows
+    g.add("Identity", y, outputs=["y"])
+    g.add("Identity", last, outputs=["h_out"])
+    state = ["batch", H]
+    g.save(
+        path,
+        {"x": ["batch", "time", F], "h_in": state, **changes.get("inputs", {})},
+        {"y": changes.get("y", ["batch", "time", H]), "h_out": state},
+    )
+
+
+def outside(location: str, offset: str = "0") -> Write:
+    """A graph whose weights are in another file."""
+
+    def write(path: Path) -> None:
+        plain(path)
+        model = onnx.load(path)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                for tensor in attribute.g.initializer:
+                    tensor.ClearField("raw_data")
+                    tensor.data_location = TensorProto.EXTERNAL
+                    tensor.external_data.add(key="location", value=location)
+                    tensor.external_data.add(key="offset", value=offset)
+        path.write_bytes(model.SerializeToString())
+
+    return write

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from models.spec.layout import network_state
+from models.spec.layout import network_outputs, network_state
 from models.spec.model import ModelSpec, parse_spec
 from models.training import network_step
 from models.training.network_step import open_step
@@ -60,7 +60,7 @@ def test_a_batch_without_steps_keeps_every_state() -> None:
     for batch in (2, 0):
         rows = np.zeros((batch, 3, 2), np.float32)
         outputs, after = step(rows, np.zeros(batch, np.int32), states[:batch])
-        assert outputs.shape == (batch, 3, 2)
+        assert outputs.shape == (batch, 3, network_outputs(spec).size)
         np.testing.assert_array_equal(after, states[:batch])
 
 

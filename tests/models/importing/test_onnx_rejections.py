@@ -1,0 +1,198 @@
+"""ONNX graphs that the import rejects: each error names the place, and a way on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from models.errors import ImportedModelError
+from models.importing.onnx_signature import read_signature
+from tests.support.onnx_graphs import EXAMPLE_GRAPHS, EXAMPLES, graphs, import_here
+from tests.support.onnx_variants import F, H, Write, outside, plain, scanned, step_nodes
+
+
+def two_states(path: Path) -> None:
+    """h' = g(x, h), c' = h' - c, as a loop, with names that say nothing."""
+    body = graphs.Builder("cell", 1)
+    h = step_nodes(body, "row", "state")
+    body.add("Identity", h, outputs=["state_next"])
+    body.add("Sub", h, "other", outputs=["other_next"])
+    body.add("Add", "state_next", "other_next", outputs=["y_step"])
+    both = {"state": [None, H], "other": [None, H]}
+    step = body.graph(
+        {**both, "row": [None, F]},
+        {"state_next": [None, H], "other_next": [None, H], "y_step": [None, H]},
+    )
+    g = graphs.Builder("two", 1)
+    names = ["a_last", "b_last", "y"]
+    axes = {"scan_input_axes": [1], "scan_output_axes": [1]}
+    g.add("Scan", "first", "second", "x", outputs=names, body=step, num_scan_inputs=1, **axes)
+    state = ["batch", H]
+    g.save(
+        path,
+        {"x": ["batch", "time", F], "first": state, "second": state},
+        {"y": ["batch", "time", H], "a_last": state, "b_last": state},
+    )
+
+
+def changed(change: Callable[[onnx.ModelProto], Any]) -> Write:
+    def write(path: Path) -> None:
+        plain(path)
+        model = onnx.load(path)
+        change(model)
+        path.write_bytes(model.SerializeToString())
+
+    return write
+
+
+def custom_operator(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Magic", ["x"], ["z"], domain="mine"))
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+
+
+def unknown_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 99
+
+
+def random_operator(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("RandomNormalLike", ["x"], ["z"]))
+
+
+def hidden_state(path: Path) -> None:
+    g = graphs.Builder("hidden", 1)
+    g.add("Identity", g.dense("x", F, H), outputs=["y"])
+    g.save(path, {"x": ["batch", "time", F]}, {"y": ["batch", "time", H]})
+
+
+def fixed_steps(path: Path) -> None:
+    g = graphs.Builder("fixed", 1)
+    rows, last = scanned(g, "x", "h_in")
+    g.add("Identity", rows, outputs=["y"])
+    g.add("Identity", last, outputs=["h_out"])
+    g.save(path, {"x": [1, 7, F], "h_in": [1, H]}, {"y": [1, 7, H], "h_out": [1, H]})
+
+
+def mixes_rows(path: Path) -> None:
+    def centred(g: Any, rows: str) -> str:
+        return str(g.add("Sub", rows, g.add("ReduceMean", rows, g.constant([0]), keepdims=1)))
+
+    plain(path, after=centred)
+
+
+def not_finite(path: Path) -> None:
+    plain(path, after=lambda g, rows: g.add("Log", g.add("Neg", g.add("Abs", rows))))
+
+
+def flattened(path: Path) -> None:
+    plain(path, after=lambda g, rows: g.add("Reshape", rows, g.constant([-1, H])), y=["rows", H])
+
+
+def string_output(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Cast", ["y"], ["t"], to=TensorProto.STRING))
+    model.graph.output.append(helper.make_tensor_value_info("t", TensorProto.STRING, None))
+
+
+REJECTIONS: dict[str, tuple[Write, dict[str, Any], str]] = {
+    "no ONNX file": (
+        lambda path: path.write_bytes(b"PK\x03\x04 not a graph"),
+        {},
+        r"expected an ONNX file \(a protobuf message ModelProto\), got other bytes",
+    ),
+    "empty file": (lambda path: path.write_bytes(b""), {}, r"it contains no graph"),
+    "custom operator": (
+        changed(custom_operator),
+        {},
+        r"got \['mine.Magic'\]; export the model with standard operators",
+    ),
+    "random operator": (
+        changed(random_operator),
+        {},
+        r"without random numbers, got the operators \['RandomNormalLike'\].*model\.eval\(\)",
+    ),
+    "opset": (changed(unknown_opset), {}, r"Opset 99.*older opset, in PyTorch `opset_version=18`"),
+    "file outside": (
+        outside("../secret"),
+        {},
+        r"in a file beside it, got the file '\.\./secret'.*external_data=False",
+    ),
+    "absolute file": (outside("/etc/hostname"), {}, r"got the file '/etc/hostname'"),
+    "negative offset": (outside("m.onnx", "-5"), {}, r"place of its weights in 'm.onnx': -5 bytes"),
+    "huge offset": (outside("m.onnx", "1" + 20 * "0"), {}, r"place of its weights .*0 bytes"),
+    "missing file": (outside("gone.data"), {}, r"'gone.data', which cannot be read.*beside"),
+    "state inside": (hidden_state, {}, r"found no pair.*`forward\(x, h0, c0\) -> y, hn, cn`"),
+    "uncertain pairs": (
+        two_states,
+        {},
+        r"--state first=a_last --state second=b_last[\s\S]*inputs: x .*[\s\S]*outputs: y ",
+    ),
+    "swapped pairs": (
+        two_states,
+        {"states": ("first=b_last", "second=a_last")},
+        r"not right.*not with `--state first=a_last --state second=b_last`",
+    ),
+    "pair of no input": (plain, {"states": ("h=h_out",)}, r"--state h=h_out: .*no such input"),
+    "pair of no output": (plain, {"states": ("h_in=h",)}, r"--state h_in=h: .*no such output"),
+    "pair of other shapes": (
+        plain,
+        {"states": ("x=h_out",)},
+        r"--state x=h_out: expected input and output of one element type and shape",
+    ),
+    "malformed pair": (plain, {"states": ("h_in",)}, r"--state h_in: expected NAME_OF_INPUT="),
+    "several feature inputs": (
+        lambda path: path.write_bytes(EXAMPLE_GRAPHS["cfc"].path.read_bytes()),
+        {},
+        r"got \['x', 'elapsed_s'\].*--input x --input elapsed_s",
+    ),
+    "fixed steps": (fixed_steps, {}, r"x takes exactly 7 steps; export it for any number"),
+    "rows mixed": (mixes_rows, {}, r"values that it has alone.*statistic over the batch"),
+    "not finite": (not_finite, {}, r"expected finite outputs on random rows"),
+    "flattened output": (flattened, {}, r"y is \[6, 5\] and \[15, 5\].*--output NAME"),
+    "string output": (changed(string_output), {}, r"tensors of numbers, got t .*--output NAME"),
+    "unknown output": (plain, {"outputs": ("z",)}, r"--output z: expected an output"),
+    "unknown input": (plain, {"inputs": ("z",)}, r"--input z: expected an input"),
+    "unknown lengths": (plain, {"lengths": "n"}, r"--lengths n: expected an input"),
+    "unfit lengths": (plain, {"lengths": "x"}, r"--lengths x: expected an input \[B\], got x"),
+    "initial value of no state": (
+        plain,
+        {"initial": ("x=1",)},
+        r"--initial x: expected a state input, one of \['h_in'\]",
+    ),
+    "initial value that is not finite": (
+        plain,
+        {"initial": ("h_in=nan",)},
+        r"--initial h_in: expected finite values of float32, got float64 \[nan\]",
+    ),
+    "initial values in no file": (
+        plain,
+        {"initial": ("h_in=gone.npy",)},
+        r"gone\.npy: cannot be read",
+    ),
+    "wrong axes": (plain, {"axes": "time_major"}, r"time_major: ONNX Runtime fails on a batch"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTIONS)
+def test_unsupported_graphs_are_rejected_with_reason_and_alternative(
+    tmp_path: Path, case: str
+) -> None:
+    write, options, message = REJECTIONS[case]
+    path = tmp_path / "m.onnx"
+    write(path)
+    with pytest.raises(ImportedModelError, match=message):
+        import_here(path, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_that_is_too_large_is_rejected(tmp_path: Path) -> None:
+    message = r"at most 1000 bytes with its weights.*store the weights as float16"
+    with pytest.raises(ImportedModelError, match=message):
+        read_signature(EXAMPLES / "min_gru.onnx", EXAMPLES, 1000)
+    outside("m.data")(tmp_path / "m.onnx")
+    (tmp_path / "m.data").write_bytes(bytes(5000))
+    with pytest.raises(ImportedModelError, match=r"weights of at most 4000 bytes"):
+        read_signature(tmp_path / "m.onnx", tmp_path, 4000)
