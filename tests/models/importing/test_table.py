@@ -14,8 +14,9 @@ import pytest
 from models.errors import ImportedModelError
 from models.importing import verification
 from models.importing.keras_model import ImportReport
+from tests.models.importing.accepted_models import ACCEPTED, STEPS, Accepted
+from tests.models.importing.rejected_models import REJECTED
 from tests.models.importing.saving import import_error, import_here, save_model
-from tests.models.importing.table import ACCEPTED, REFUSED, STEPS, Accepted
 from tests.support.service import running
 
 pytestmark = pytest.mark.filterwarnings(
@@ -115,9 +116,9 @@ def test_a_window_can_begin_from_the_zero_state_each_time(
     np.testing.assert_allclose(outputs[STEPS - 1 :: STEPS], np.asarray(model(windows)), **CLOSE)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REJECTED)
 def test_unsupported_models_are_rejected_with_an_alternative(name: str, tmp_path: Path) -> None:
-    case = REFUSED[name]
+    case = REJECTED[name]
     error = import_error(case.build(), tmp_path)
     assert error.startswith(str(tmp_path / "My Model.keras"))
     for words in case.words:

@@ -1,0 +1,108 @@
+"""Alarms: the threshold for a rate of false alarms, and how an alarm opens, holds and closes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.detection.alarms import AlarmState, count_alarms, follow_alarm
+from models.detection.fit import alarm_threshold, alarm_thresholds
+from models.spec.detection import AlarmSpec, DetectionFit, Tail
+
+TAIL = Tail(threshold=1.0, exceeded=0.05, scale=1.0, shape=0.0)
+
+
+def bursts() -> list[NDArray[np.float64]]:
+    """Larger thresholds make fewer and longer alarms of them."""
+    random = np.random.default_rng(9)
+    return [np.repeat(random.random(200), 20) for _ in range(5)]
+
+
+def test_thresholds_grow_with_the_rate_and_give_as_many_alarms() -> None:
+    alarm, random = AlarmSpec(hold_events=5), np.random.default_rng(18)
+    streams = [random.random(4000) ** 2 for _ in range(10)]
+    rates, thresholds = alarm_thresholds(alarm, streams, days=1000)
+    fit = DetectionFit(
+        spreads=(), squares=(), tails=(), combined=TAIL, rates=rates, thresholds=thresholds
+    )
+    assert list(thresholds) == sorted(set(thresholds))
+    assert alarm.false_alarms_per_day in rates
+    for rate in (0.02, 0.05, 0.3, 1.0):
+        opened, _ = count_alarms(alarm, streams, fit.threshold(rate))
+        assert opened == pytest.approx(1000 * rate, rel=0.3)
+    assert fit.threshold(rates[0] / 4) == pytest.approx(thresholds[0] / 4)
+    assert fit.threshold(1000) == thresholds[-1]
+
+
+def test_a_rate_that_alarms_cannot_have_gives_the_most_within_the_bound() -> None:
+    """Not the threshold of the largest stored rate that they can have."""
+    alarm = AlarmSpec(hold_events=50, hysteresis=5)
+    streams = bursts()
+    rates, thresholds = alarm_thresholds(alarm, streams, days=800)
+    assert rates[-1] == alarm.false_alarms_per_day
+    opened, events = count_alarms(alarm, streams, thresholds[-1])
+    assert events <= 3 * 40 * 51
+    assert 36 <= opened < 40
+    assert thresholds[-1] == alarm_threshold(alarm, streams, expected=40)
+
+
+def test_the_rate_of_the_model_is_stored_however_large_it_is() -> None:
+    alarm = AlarmSpec(hold_events=50, false_alarms_per_day=900)
+    rates, thresholds = alarm_thresholds(alarm, bursts(), days=800)
+    assert rates[-1] == 900
+    assert list(thresholds) == sorted(thresholds)
+
+
+def test_as_many_alarms_as_expected_are_opened_beside_a_stream_with_a_long_one() -> None:
+    """The long one begins where the number is reached, and would exceed the bound."""
+    alarm = AlarmSpec(hold_events=5, hysteresis=1, false_alarms_per_day=0.01)
+    random = np.random.default_rng(20)
+    streams = [random.random(4000) for _ in range(10)]
+    reached = alarm_threshold(alarm, streams, expected=40)
+    streams.append(np.full(2000, 1.01 * reached))
+    rates, thresholds = alarm_thresholds(alarm, streams, days=800)
+    threshold = thresholds[rates.index(0.05)]
+    assert 36 <= count_alarms(alarm, streams, threshold)[0] <= 40
+
+
+def test_threshold_never_keeps_alarms_open_permanently() -> None:
+    alarm = AlarmSpec(hold_events=50)
+    streams = bursts()
+    threshold = alarm_threshold(alarm, streams, expected=40)
+    opened, events = count_alarms(alarm, streams, threshold)
+    assert 20 <= opened <= 40
+    assert events <= 3 * 40 * 51
+
+
+@pytest.mark.parametrize(
+    ("probability", "codes"),
+    [
+        ([0.5, 0.001, 0.5, 0.5, 0.5], [0, 1, 2, 3, 0]),
+        ([0.001, 0.5, 0.001, 0.5, 0.5, 0.001], [1, 2, 2, 2, 3, 1]),
+        ([0.001, 0.02, 0.02, 0.5, 0.5], [1, 2, 2, 2, 3]),
+    ],
+    ids=["closes after the hold", "opens once for neighbours", "held by the lower threshold"],
+)
+def test_alarms_open_hold_and_close(probability: list[float], codes: list[int]) -> None:
+    alarm = AlarmSpec(hold_events=2, hysteresis=3.0)
+    for cut in range(len(codes) + 1):
+        state, found = AlarmState(np.zeros(3)), []
+        for part in (probability[:cut], probability[cut:]):
+            found += follow_alarm(alarm, np.array(part), 0.01, state).tolist()
+            state = AlarmState(np.array(state.values()))
+        assert found == codes
+
+
+def test_an_alarm_needs_its_minimum_of_events() -> None:
+    alarm = AlarmSpec(min_events=2, hold_events=1, hysteresis=1.0)
+    probability = np.array([0.001, 0.5, 0.001, 0.001, 0.5])
+    found = follow_alarm(alarm, probability, 0.01, AlarmState(np.zeros(3)))
+    assert found.tolist() == [0, 0, 0, 1, 3]
+
+
+@pytest.mark.parametrize("stored", [-3e38, -30.0, 3e38])
+def test_an_alarm_follows_any_restored_state(stored: float) -> None:
+    state = AlarmState(np.array([stored]))
+    found = follow_alarm(AlarmSpec(), np.array([0.5, 0.001, 0.5]), 0.01, state)
+    assert found.tolist() == ([3, 1, 2] if stored < 0 else [0, 1, 2])
