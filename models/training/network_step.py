@@ -24,7 +24,8 @@ FloatArray = NDArray[np.float32]
 Step = Callable[[FloatArray, NDArray[np.int32], FloatArray], tuple[FloatArray, FloatArray]]
 """rows [B, T, F], lengths [B], states [B, N] -> outputs [B, T, O], states after [B, N].
 
-As `StepNetwork.step`: rows beyond a row's length are not read, and one of length 0 keeps its state.
+As `StepNetwork.step`: in blocks the outputs are those of a window's block, [B, C, O]. Rows beyond a
+row's length are not read, and one of length 0 keeps its state.
 """
 
 
@@ -47,7 +48,8 @@ def _on_onnxruntime(graph: bytes, spec: ModelSpec) -> Step:
     def step(
         rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        outputs = np.zeros((*rows.shape[:2], width), np.float32)
+        output_steps = rows.shape[1] if spec.blocks is None else spec.blocks.size
+        outputs = np.zeros((len(rows), output_steps, width), np.float32)
         states_after = states.copy()
         # the graph takes neither a row of length 0 nor padding other than zero, and ends the
         # process if there is no row

@@ -12,6 +12,7 @@ from models.spec.model import ModelSpec, parse_spec
 from models.training import network_step
 from models.training.network_step import open_step
 from tests.support.oracle import contracting_weights, oracle_step
+from tests.support.training import both_ways_spec
 
 
 def spec_of(activation: str) -> ModelSpec:
@@ -53,15 +54,23 @@ def test_the_step_equals_the_oracle_beside_padding_and_rows_without_steps(
         np.testing.assert_allclose(after[row], expected[1], rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_without_steps_keeps_every_state() -> None:
-    spec = spec_of("tanh")
+@pytest.mark.parametrize(
+    ("spec", "output_steps"),
+    [
+        (spec_of("tanh"), 4),
+        (both_ways_spec(blocks={"size": 3, "lookahead": 1}, layers=1), 3),
+    ],
+    ids=["steps", "blocks"],
+)
+def test_outputs_have_one_shape_with_and_without_steps(spec: ModelSpec, output_steps: int) -> None:
     step = open_step(spec, contracting_weights(spec, 1))
     states = np.ones((2, network_state(spec).float_size), np.float32)
-    for batch in (2, 0):
-        rows = np.zeros((batch, 3, 2), np.float32)
-        outputs, after = step(rows, np.zeros(batch, np.int32), states[:batch])
-        assert outputs.shape == (batch, 3, network_outputs(spec).size)
-        np.testing.assert_array_equal(after, states[:batch])
+    rows = np.zeros((2, 4, spec.input_features), np.float32)
+    for batch, length in ((2, 2), (2, 0), (0, 0)):
+        outputs, after = step(rows[:batch], np.full(batch, length, np.int32), states[:batch])
+        assert outputs.shape == (batch, output_steps, network_outputs(spec).size)
+        if length == 0:
+            np.testing.assert_array_equal(after, states[:batch])
 
 
 def test_a_network_with_a_graph_is_scored_without_tensorflow(
