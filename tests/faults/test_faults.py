@@ -38,7 +38,7 @@ PLANTED: dict[str, tuple[set[str], dict[str, Any], tuple[Fault, ...]]] = {
     "position-only": ({LOST, MIXED}, BUSY, (ROLLBACK,)),
     "equal-tags": ({LOST}, BUSY, ()),
     "cached-refusal": ({LOST}, BUSY, ()),
-    "raised-stream": ({MIXED}, {**BUSY, "removals": 0.05}, ()),
+    "raised-stream": ({MIXED}, {**BUSY, "removals": 0.3}, ()),
     "unconditional-delete": ({LOST}, BRIEF, HOLDS),
     "no-tombstone": ({LOST, MIXED}, BRIEF, HOLDS),
 }
