@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -30,10 +30,10 @@ from pydantic_settings import (
 )
 
 import models
-from models.spec.detection import MAX_ALARM_RATE
+from models.spec.detection import parse_alarm_rates
 from service.service_links import is_service_link, service_links
 from service.store.redis.address import (
-    add_password,
+    add_password_of,
     add_sentinel_password,
     check_address,
     redact_url,
@@ -414,33 +414,33 @@ class Settings(BaseSettings):
     @classmethod
     def _check_redis_password_file(cls, file: Path | None, info: ValidationInfo) -> Path | None:
         if file is not None and "redis_url" in info.data:
-            _with_password(info.data["redis_url"], file)
+            add_password_of(file, info.data["redis_url"])
         return file
 
     @field_validator("redis_sentinel_password_file")
     @classmethod
     def _check_sentinel_password_file(cls, file: Path | None, info: ValidationInfo) -> Path | None:
         if file is not None and "redis_url" in info.data:
-            _with_password(info.data["redis_url"], file, add_sentinel_password)
+            add_password_of(file, info.data["redis_url"], add_sentinel_password)
         return file
 
     @field_validator("false_alarms_per_day")
     @classmethod
     def _check_alarm_rates(cls, value: str) -> str:
-        _alarm_rates(value)
+        parse_alarm_rates(value)
         return value
 
     def alarm_rates(self) -> dict[str, float]:
         """By model, the expected number of false alarms of one stream in a day."""
-        return _alarm_rates(self.false_alarms_per_day)
+        return parse_alarm_rates(self.false_alarms_per_day)
 
     def store_url(self) -> str | None:
         """The store's address with the passwords of the files; None: embedded."""
         url = self.redis_url
         if self.redis_password_file is not None:
-            url = _with_password(url, self.redis_password_file)
+            url = add_password_of(self.redis_password_file, url)
         if self.redis_sentinel_password_file is not None:
-            url = _with_password(url, self.redis_sentinel_password_file, add_sentinel_password)
+            url = add_password_of(self.redis_sentinel_password_file, url, add_sentinel_password)
         return url
 
     def effective(self) -> list[EffectiveSetting]:
@@ -454,26 +454,6 @@ class Settings(BaseSettings):
         if name in self._flags:
             return "flag"
         return "env" if name in self.model_fields_set else "default"
-
-
-def _with_password(
-    url: str | None, file: Path, add: Callable[[str, str], str] = add_password
-) -> str:
-    """Add the password in the first line of a file to the store's address.
-
-    Raises:
-        ValueError: the file has none, or there is no address without one.
-    """
-    try:
-        password = file.read_text("utf-8").partition("\n")[0].removesuffix("\r")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ValueError(f"expected a file with a password in its first line: {reason}") from None
-    if not password:
-        raise ValueError("expected a password in the file's first line, which is empty")
-    if url is None:
-        raise ValueError("expected CARRY_REDIS_URL too: the embedded Valkey has no password")
-    return add(url, password)
 
 
 def reject_unknown(environ: Mapping[str, str]) -> None:
@@ -515,20 +495,3 @@ def _explain(error: ValidationError, flags: Mapping[str, Any]) -> str:
         got = "" if name == "redis_url" else f", got {str(problem['input'])!r}"
         sentences.append(f"{shown}: {message[0].lower()}{message[1:]}{got}.")
     return " ".join(sentences)
-
-
-def _alarm_rates(value: str) -> dict[str, float]:
-    rates: dict[str, float] = {}
-    for part in value.split(",") if value.strip() else []:
-        model, _, text = part.strip().partition("=")
-        try:
-            rate = float(text)
-        except ValueError:
-            rate = 0.0
-        if not model or model in rates or not 0 < rate <= MAX_ALARM_RATE:
-            raise ValueError(
-                f"expected MODEL=RATE, each model once, with a rate above 0, at most "
-                f"{MAX_ALARM_RATE:g} (at {part.strip()!r})"
-            )
-        rates[model] = rate
-    return rates

@@ -244,3 +244,25 @@ def detection_parts(
     return tuple(
         StatePart(f"{spec.head}.{name}", shape, "float32") for name, shape in shapes.items()
     )
+
+
+def parse_alarm_rates(value: str) -> dict[str, float]:
+    """By model, its rate of false alarms per stream and day, from `MODEL=RATE,MODEL=RATE`.
+
+    Raises:
+        ValueError: a part is no such pair, or names a model again.
+    """
+    rates: dict[str, float] = {}
+    for part in value.split(",") if value.strip() else []:
+        model, _, text = part.strip().partition("=")
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = 0.0
+        if not model or model in rates or not 0 < rate <= MAX_ALARM_RATE:
+            raise ValueError(
+                f"expected MODEL=RATE, each model once, with a rate above 0, at most "
+                f"{MAX_ALARM_RATE:g} (at {part.strip()!r})"
+            )
+        rates[model] = rate
+    return rates

@@ -8,6 +8,8 @@ used, and no message contains any part of it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 from urllib.parse import quote, urlsplit
 
@@ -92,6 +94,26 @@ def add_sentinel_password(url: str, password: str) -> str:
     if any(each.startswith("sentinel_password=") for each in _options(query)):
         raise ValueError("expected no sentinel_password in the store's address: a file has it")
     return f"{url}{'&' if query else '?'}sentinel_password={quote(password, safe='')}"
+
+
+def add_password_of(
+    file: Path, url: str | None, add: Callable[[str, str], str] = add_password
+) -> str:
+    """Add the password in the first line of a file to an address that passed `check_address`.
+
+    Raises:
+        ValueError: the file has none, or there is no address without one.
+    """
+    try:
+        password = file.read_text("utf-8").partition("\n")[0].removesuffix("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"expected a file with a password in its first line: {reason}") from None
+    if not password:
+        raise ValueError("expected a password in the file's first line, which is empty")
+    if url is None:
+        raise ValueError("expected CARRY_REDIS_URL too: the embedded Valkey has no password")
+    return add(url, password)
 
 
 def redact_url(url: str) -> str:
