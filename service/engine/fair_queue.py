@@ -155,7 +155,7 @@ class Ticket(Generic[P, R]):
     """The results of one or more jobs, for a caller that awaits them together.
 
     Attributes:
-        jobs: the admitted ones.
+        jobs: the admitted ones, until they are resolved: each refers to its ticket.
         future: completes with all results, in the order of the requests.
     """
 
@@ -172,8 +172,10 @@ class Ticket(Generic[P, R]):
         """Set one result; the last one completes the future, unless it was cancelled."""
         self._results[index] = result
         self._left -= 1
-        if not self._left and not self.future.done():
-            self.future.set_result(self._results)
+        if not self._left:
+            self.jobs.clear()
+            if not self.future.done():
+                self.future.set_result(self._results)
 
 
 Work = Coroutine[Any, Any, Sequence[Job[Any, Any]]]

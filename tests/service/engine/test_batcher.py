@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -28,6 +30,26 @@ async def test_jobs_queued_during_a_batch_form_the_next_batch() -> None:
         runs.gate.set()
         assert await asyncio.gather(first, *rest) == ["A", "B", "C", "D"]
     assert runs.batches == [["a"], ["b", "c", "d"]]
+
+
+async def test_answered_request_of_many_jobs_is_freed_without_the_garbage_collector() -> None:
+    class Payload(str):
+        """Can be referenced weakly."""
+
+    runs = Runs()
+    runs.gate.set()
+    async with batching(runs) as batcher:
+        requests = [JobRequest(Payload(name), name, 1) for name in "ab"]
+        freed = [weakref.ref(each.payload) for each in requests]
+        gc.disable()
+        try:
+            assert await batcher.submit(requests) == ["A", "B"]
+            requests.clear()
+            runs.batches.clear()
+            await turns()
+            assert [each() for each in freed] == [None, None]
+        finally:
+            gc.enable()
 
 
 @pytest.fixture
