@@ -97,7 +97,6 @@ class StreamState(NamedTuple):
         fingerprint: 16 bytes, the fingerprint of the model that wrote the state.
         last: the last chunk; None after a restore or a fork.
         updated_ms: wall clock of the last commit, epoch milliseconds.
-        value: the bytes that it was decoded from, if it was loaded.
     """
 
     head: StreamHead
@@ -106,7 +105,6 @@ class StreamState(NamedTuple):
     last: LastChunk | None
     updated_ms: int
     state: State
-    value: bytes = b""
 
 
 class Tombstone(NamedTuple):

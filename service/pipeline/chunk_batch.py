@@ -32,14 +32,20 @@ from service.core.tracing import BatchTimes, Tracer
 from service.core.values import NO_STREAM, Reply, Timing
 from service.engine.compute import Compute
 from service.engine.fair_queue import BatchControl
-from service.pipeline.chunk_job import BaseStream, ChunkJob, ComputedBatch, StageTimes
+from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.chunk_load import ChunkLoader, StateCache, StoreResponsiveness
 from service.pipeline.inference import Inference
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
 from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StateStore
-from service.store.codec import encode_replies, encode_states, pack_head, unpack_head
+from service.store.codec import (
+    EncodedStream,
+    encode_replies,
+    encode_states,
+    pack_head,
+    unpack_head,
+)
 
 MAX_PARTS: Final = 3
 MIN_PART_ROWS: Final = 4
@@ -118,7 +124,7 @@ class ChunkBatchRunner:
         finally:
             if self._tracer is not None:
                 self._trace(self._tracer, jobs, times)
-        return self._jobs_to_retry(to_retry) if to_retry else []
+        return self._fail_exhausted(to_retry) if to_retry else []
 
     def _answer_dry_runs(self, computed: ComputedBatch, times: StageTimes) -> ComputedBatch:
         """Answer the dry runs, of which nothing is stored; returns the batch without them."""
@@ -169,7 +175,7 @@ class ChunkBatchRunner:
             shard: Hashable, part: list[int], task: asyncio.Task[list[ChunkJob]]
         ) -> None:
             async def finish() -> list[ChunkJob]:
-                return self._jobs_to_retry(await task)
+                return self._fail_exhausted(await task)
 
             self._shards.detach(shard, [computed.jobs[at] for at in part], control, finish())
 
@@ -200,7 +206,7 @@ class ChunkBatchRunner:
         commits = self._encode(computed)
         for job, head, value in zip(jobs, computed.heads, commits.states, strict=True):
             job.is_committing = True
-            self._cache.put(job.payload.key, BaseStream(head, job.payload.steps.feed, value))
+            self._cache.put(job.payload.key, EncodedStream(head, job.payload.steps.feed, value))
         control.release_streams(commits.keys)
         self._responsiveness.note_request()
         try:
@@ -263,7 +269,7 @@ class ChunkBatchRunner:
             if resolution is Resolution.RE_EVALUATE:
                 self._recorder.record_conflict(self._served.name)
                 job.is_committing = False
-                job.expected = pack_head(result.stored) if result.stored else b""
+                job.expected = pack_head(result.stored)
                 return False
             if resolution is Resolution.STORED_REPLY:
                 return await self._loader.replay(job, own=reply)
@@ -330,21 +336,15 @@ class ChunkBatchRunner:
             )
             tracer.record_batch(self._served.name, spans, len(jobs), stages)
 
-    def _jobs_to_retry(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
-        """The unresolved jobs that have attempts left; those without fail with Conflict."""
-        return [job for job in jobs if self._can_retry(job)]
-
-    def _can_retry(self, job: ChunkJob) -> bool:
-        """Whether a job is unresolved and has attempts left; without any it fails with Conflict."""
-        if job.is_resolved:
-            return False
-        if job.attempts + 1 < self._attempts:
-            return True
-        stream = job.payload.key.stream
-        job.resolve(
-            Conflict(
-                f"other writers changed stream {stream!r} {self._attempts} times in a row",
-                **stream_facts(stream, unpack_head(job.expected) if job.expected else None),
-            )
-        )
-        return False
+    def _fail_exhausted(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
+        """Fail jobs that have no attempts left with Conflict; returns the unresolved ones."""
+        for job in jobs:
+            if not job.is_resolved and job.attempts + 1 >= self._attempts:
+                stream = job.payload.key.stream
+                job.resolve(
+                    Conflict(
+                        f"other writers changed stream {stream!r} {self._attempts} times in a row",
+                        **stream_facts(stream, unpack_head(job.expected)),
+                    )
+                )
+        return [job for job in jobs if not job.is_resolved]

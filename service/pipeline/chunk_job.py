@@ -7,20 +7,9 @@ from collections.abc import Sequence
 import msgspec
 
 from models.spec.state import State
-from service.core.values import Chunk, Feed, FloatRows, Reply, StreamHead
+from service.core.values import Chunk, FloatRows, Reply, StreamHead
 from service.engine.fair_queue import Job
-
-
-class BaseStream(msgspec.Struct, frozen=True, gc=False):
-    """A stream that a chunk continues, as it is stored.
-
-    Attributes:
-        value: the bytes of the whole state.
-    """
-
-    head: StreamHead
-    feed: Feed
-    value: bytes
+from service.store.codec import EncodedStream
 
 
 class ChunkJob(Job[Chunk, Reply], eq=False):
@@ -32,7 +21,7 @@ class ChunkJob(Job[Chunk, Reply], eq=False):
             exist.
     """
 
-    base: BaseStream | None = None
+    base: EncodedStream | None = None
     expected: bytes = b""
 
 

@@ -27,21 +27,22 @@ from service.core.delivery import (
     resolve_duplicate,
 )
 from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, StoreUnavailable
-from service.core.values import Chunk, Feed, Reply, StreamHead, StreamKey, StreamState, Tombstone
+from service.core.values import Chunk, Reply, StreamKey, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import BatchControl
-from service.pipeline.chunk_job import BaseStream, ChunkJob, StageTimes
+from service.pipeline.chunk_job import ChunkJob, StageTimes
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
 from service.store.base import StateStore, StoredValue, decode_value
 from service.store.codec import (
     HEADER_BYTES,
-    committed_at_ms,
+    EncodedStream,
+    StateHeader,
     decode_stream,
     pack_head,
-    read_heads,
-    slice_packed_head,
+    packed_head,
+    read_streams,
 )
 
 OVERHEAD_BYTES: Final = 640
@@ -72,16 +73,16 @@ class StateCache:
         self._max_bytes = max_bytes
         self.size_bytes = 0
         self.evictions: Counter[str] = Counter()
-        self._entries: OrderedDict[StreamKey, BaseStream] = OrderedDict()
+        self._entries: OrderedDict[StreamKey, EncodedStream] = OrderedDict()
 
-    def get(self, key: StreamKey) -> BaseStream | None:
+    def get(self, key: StreamKey) -> EncodedStream | None:
         """The cached state of a stream, or None."""
         stream = self._entries.get(key)
         if stream is not None:
             self._entries.move_to_end(key)
         return stream
 
-    def put(self, key: StreamKey, stream: BaseStream) -> None:
+    def put(self, key: StreamKey, stream: EncodedStream) -> None:
         """Cache a stream whose commit has been sent; evicts the least recently used ones."""
         entries = self._entries
         replaced = entries.get(key)
@@ -106,12 +107,12 @@ class StateCache:
         """Drop the states of streams that this worker has not used since a commit before then."""
         while self._entries:
             key, oldest = next(iter(self._entries.items()))
-            if committed_at_ms(oldest.value) >= committed_ms:
+            if StateHeader.decode(oldest.value).updated_ms >= committed_ms:
                 return
             self.drop(key)
 
 
-def _size_bytes(stream: BaseStream) -> int:
+def _size_bytes(stream: EncodedStream) -> int:
     return OVERHEAD_BYTES - HEADER_BYTES + len(stream.value)
 
 
@@ -182,7 +183,7 @@ class ChunkLoader:
             if job.base is None:
                 uncached.append(job)
             else:
-                job.expected = slice_packed_head(job.base.value)
+                job.expected = packed_head(job.base.value)
                 ready.append(job)
         self._recorder.record_cache_lookups(self._served.name, len(ready), len(uncached))
         if not uncached:
@@ -191,15 +192,14 @@ class ChunkLoader:
         times.load_s = time.monotonic() - times.began_s
         replays: list[ChunkJob] = []
         to_retry: list[ChunkJob] = []
-        for (job, value), head in zip(loaded, self._read_heads(loaded), strict=True):
+        for (job, value), stream in zip(loaded, self._read_streams(loaded), strict=True):
             if job.is_resolved:
                 continue
             if job.is_out_of_order:
                 to_retry.append(job)
                 continue
-            if head and isinstance(value, bytes) and is_continuation(job.payload, *head):
-                job.base = BaseStream(*head, value)
-                job.expected = slice_packed_head(value)
+            if stream and is_continuation(job.payload, stream.head, stream.feed):
+                job.base, job.expected = stream, packed_head(stream.value)
                 ready.append(job)
                 continue
             try:
@@ -215,7 +215,8 @@ class ChunkLoader:
                 replays.append(job)
             else:
                 base = evaluation.base
-                job.base = base and BaseStream(base.head, base.feed, base.value)
+                if base and isinstance(value, bytes):
+                    job.base = EncodedStream(base.head, base.feed, value)
                 job.expected = pack_head(stored.head) if stored else b""
                 ready.append(job)
         if replays:
@@ -263,15 +264,15 @@ class ChunkLoader:
     async def _replay_all(self, jobs: list[ChunkJob]) -> list[bool]:
         return await asyncio.gather(*(self.replay(job) for job in jobs))
 
-    def _read_heads(
+    def _read_streams(
         self, loaded: list[tuple[ChunkJob, StoredValue]]
-    ) -> list[tuple[StreamHead, Feed] | None]:
-        """The head and the feed of each loaded stream that may be continued without decoding."""
+    ) -> list[EncodedStream | None]:
+        """The loaded streams that may be continued without decoding."""
         if self._blocks is not None:
             return [None] * len(loaded)
         sizes = self._served.state.int_size, self._served.state.float_size
         values = [value if isinstance(value, bytes) else b"" for _, value in loaded]
-        return read_heads(values, self._served.fingerprint, *sizes)
+        return read_streams(values, self._served.fingerprint, *sizes)
 
     async def _load(self, jobs: list[ChunkJob]) -> list[StoredValue]:
         """Load the jobs' streams.
@@ -284,7 +285,7 @@ class ChunkLoader:
             values: list[StoredValue]
             self._responsiveness.note_request()
             try:
-                values = await self._store.load_values(
+                values = await self._store.load(
                     [job.payload.key for job in remaining], _first_deadline_s(remaining)
                 )
                 self._responsiveness.note_response()
@@ -306,7 +307,7 @@ class ChunkLoader:
             remaining = [] if len(waiting) == len(remaining) else waiting
         return [loaded[job] for job in jobs]
 
-    def _cached(self, job: ChunkJob) -> BaseStream | None:
+    def _cached(self, job: ChunkJob) -> EncodedStream | None:
         """The cached state of the stream, if the chunk certainly continues it.
 
         Never for a dry run, which no commit would verify.

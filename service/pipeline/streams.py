@@ -27,7 +27,8 @@ from service.core.values import (
 from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_load import StateCache
 from service.pipeline.served_model import ServedModel
-from service.store.base import Commit, CommitResult, Committed, StateStore
+from service.store.base import CommitColumns, CommitResult, Committed, StateStore, decode_value
+from service.store.codec import encode_state, pack_head
 
 DELETE_BATCH_STREAMS: Final = 100
 """Streams of a prefix that are deleted together; few enough that chunks hardly wait behind them."""
@@ -219,7 +220,8 @@ class Streams:
             new = start_epoch(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
             expected = await self._replaceable_head(key, precondition)
             self._cache.drop(key)
-            (result,) = await self._store.commit([Commit(key, expected, new, None)])
+            commit = CommitColumns([key], [pack_head(expected)], [encode_state(new)], [b""])
+            (result,) = await self._store.commit(commit)
             self._record(change, key, result, position=new.head.position)
             if isinstance(result, CarryError):
                 raise result
@@ -268,7 +270,8 @@ class Streams:
         self, key: StreamKey, deadline_s: float = math.inf
     ) -> StreamState | Tombstone | None:
         until_s = None if math.isinf(deadline_s) else deadline_s
-        (stored,) = await self._store.load([key], until_s)
+        (value,) = await self._store.load([key], until_s)
+        stored = decode_value(key, value)
         if isinstance(stored, CarryError):
             raise stored
         return stored

@@ -29,8 +29,8 @@ import ormsgpack
 from service.core.delivery import start_epoch
 from service.core.errors import CarryError, StateDamaged
 from service.core.values import StreamHead, StreamKey, StreamState
-from service.store.base import Commit, Committed, Loaded, StateStore
-from service.store.codec import CodecError, decode_state, encode_state
+from service.store.base import CommitColumns, Committed, Loaded, StateStore, decode_value
+from service.store.codec import CodecError, decode_stream, encode_state, pack_head
 
 MAGIC: Final = b"CRRB"
 FORMAT: Final = 1
@@ -116,7 +116,8 @@ async def _write_streams(
     """Write streams in one or more blocks; returns the bytes of their states."""
     records: list[tuple[str, str, bytes]] = []
     waiting_bytes = written_bytes = 0
-    for key, loaded in zip(keys, await store.load(keys), strict=True):
+    for key, value in zip(keys, await store.load(keys), strict=True):
+        loaded = decode_value(key, value)
         if isinstance(loaded, StreamState):
             record = (key.model, key.stream, encode_state(loaded))
             if records and waiting_bytes + len(record[2]) > BLOCK_BYTES:
@@ -229,8 +230,11 @@ async def _restore(
     for _ in range(WRITE_ATTEMPTS):
         if not states:
             return
-        commits = []
-        for key, loaded in zip(list(states), await store.load(list(states)), strict=True):
+        keys: list[StreamKey] = []
+        expected: list[bytes] = []
+        new: list[bytes] = []
+        for key, value in zip(list(states), await store.load(list(states)), strict=True):
+            loaded = decode_value(key, value)
             if isinstance(loaded, StateDamaged):
                 await store.delete(key, loaded.head)
                 continue
@@ -239,13 +243,16 @@ async def _restore(
                 continue
             state = _restorable(states[key], loaded, replace)
             if state is not None:
-                commits.append(Commit(key, loaded.head if loaded else None, state, None))
+                keys.append(key)
+                expected.append(pack_head(loaded.head if loaded else None))
+                new.append(encode_state(state))
             else:
                 del states[key]
                 progress.kept += 1
-        for commit, result in zip(commits, await store.commit(commits), strict=True):
+        commits = CommitColumns(keys, expected, new, [b""] * len(keys))
+        for key, result in zip(keys, await store.commit(commits), strict=True):
             if isinstance(result, Committed):
-                del states[commit.key]
+                del states[key]
                 progress.streams += 1
             elif isinstance(result, CarryError):
                 failure = result
@@ -276,10 +283,7 @@ def _parse_record(record: Any) -> tuple[StreamKey, StreamState]:
     model, stream, value = record
     if not isinstance(model, str) or not isinstance(stream, str):
         raise ValueError("expected the names of a model and a stream")
-    state = decode_state(value)
-    if not isinstance(state, StreamState):
-        raise ValueError("expected a state, got a tombstone")
-    return StreamKey(model, stream), state
+    return StreamKey(model, stream), decode_stream(value)
 
 
 async def _pages(store: StateStore, info: BackupInfo) -> AsyncIterator[Sequence[StreamKey]]:

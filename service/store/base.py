@@ -28,14 +28,7 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.store.codec import (
-    CodecError,
-    decode_reply,
-    decode_state,
-    decode_stream,
-    raw_head,
-    unpack_head,
-)
+from service.store.codec import CodecError, decode_state, packed_head, unpack_head
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
 from service.store.usage import StreamUsage
@@ -43,48 +36,20 @@ from service.store.usage import StreamUsage
 log = structlog.get_logger(__name__)
 
 
-class Commit(NamedTuple):
-    """One compare-and-set of a stream.
-
-    Attributes:
-        expected: the head that must be stored, of the stream or of a tombstone; None if neither
-            may exist.
-        new: the state to write.
-        reply: stored for retries of the last chunk; None deletes the stored one.
-    """
-
-    key: StreamKey
-    expected: StreamHead | None
-    new: StreamState
-    reply: StoredReply | None
-
-
 class CommitColumns(msgspec.Struct, frozen=True):
-    """Compare-and-sets of a batch as columns of the bytes that the store compares and writes.
-
-    An item becomes a `Commit` only when it is asked for.
+    """Compare-and-sets of streams, as columns of the bytes that the store compares and writes.
 
     Attributes:
-        expected: as `Commit.expected`, packed by the codec; empty if no stream may exist.
-        states, replies: encoded; an empty reply deletes the stored one.
+        expected: the packed head that must be stored, of the stream or of a tombstone; empty if
+            neither may exist.
+        states: encoded, to write.
+        replies: encoded, stored for retries of the last chunk; an empty one deletes the stored one.
     """
 
     keys: Sequence[StreamKey]
     expected: Sequence[bytes]
     states: Sequence[bytes]
     replies: Sequence[bytes]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> Commit:
-        expected, reply = self.expected[index], self.replies[index]
-        return Commit(
-            self.keys[index],
-            unpack_head(expected) if expected else None,
-            decode_stream(self.states[index]),
-            decode_reply(reply) if reply else None,
-        )
 
     def select(self, at: Sequence[int]) -> CommitColumns:
         """The items at these indexes."""
@@ -117,7 +82,7 @@ StoredValue = bytes | CarryError | None
 """What is stored of a stream: the bytes of its state or tombstone, an error, or None if nothing."""
 
 Loaded = StreamState | Tombstone | CarryError | None
-"""The result of a load: a stream, a tombstone, an error, or None if nothing is stored."""
+"""A decoded `StoredValue`."""
 
 
 def decode_value(key: StreamKey, value: StoredValue) -> Loaded:
@@ -136,7 +101,7 @@ def state_damaged_error(key: StreamKey, error: CodecError, value: bytes) -> Stat
     damaged = StateDamaged(
         f"the stored state of stream {key.stream!r} is invalid: {error}", stream=key.stream
     )
-    damaged.head = raw_head(value)
+    damaged.head = unpack_head(packed_head(value))
     return damaged
 
 
@@ -197,13 +162,8 @@ class StateStore(Protocol):
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
-    ) -> list[Loaded]:
-        """Load many streams in one round trip."""
-
-    async def load_values(
-        self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[StoredValue]:
-        """Load many streams as `load` does, not decoded."""
+        """Load many streams in one round trip; `decode_value` decodes one."""
 
     async def load_with_reply(
         self, key: StreamKey, deadline_s: float | None = None
@@ -215,12 +175,11 @@ class StateStore(Protocol):
         """
 
     async def commit(
-        self, commits: Sequence[Commit] | CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
         """Compare-and-set many streams in one round trip; each succeeds or fails independently.
 
-        A key may occur once per call. The reply is written before the state. A batch gives its
-        commits as `CommitColumns`.
+        A key may occur once per call. The reply is written before the state.
         """
 
     async def delete(

@@ -49,8 +49,9 @@ import struct
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,16 +76,18 @@ STATE_MAGIC: Final = b"CRRY"
 REPLY_MAGIC: Final = b"CRRP"
 FINGERPRINT_BYTES: Final = 16
 
-# LEAD is the part before the checksum, REST the part behind it.
+# LEAD is the part before the checksum.
 _STATE_LEAD = struct.Struct("<4sBBHI")
-_STATE_REST = struct.Struct("<16s8s16sQQ16sq")
 _STATE = struct.Struct("<4sBBHII16s8s16sQQ16sq")
 _REPLY_LEAD = struct.Struct("<4sB3sII")
 _HEAD = struct.Struct("<8s16sQ")
 _REPLY = struct.Struct("<4sB3sIII8s16sQ")
 HEADER_BYTES: Final = _STATE.size
 _HEAD_OFFSET: Final = 32
-_TIME_OFFSET: Final = 88
+_HEAD_END: Final = _HEAD_OFFSET + _HEAD.size
+COMPARED: Final = slice(0, EPOCH_BYTES + TAG_BYTES)
+"""Epoch and tag, the part of a packed head that the scripts compare."""
+
 REPLY_HEADER_BYTES: Final = _REPLY.size
 _STATE_CRC_OFFSET: Final = _STATE_LEAD.size
 _REPLY_CRC_OFFSET: Final = _REPLY_LEAD.size
@@ -108,6 +111,71 @@ TOMBSTONE_PREFIX: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
 
 class CodecError(Exception):
     """Invalid bytes, or a value that cannot be encoded; the message gives the reason."""
+
+
+class StateHeader(msgspec.Struct, frozen=True, gc=False):
+    """The header of a state or a tombstone: its fields, in the order of the layout."""
+
+    magic: bytes
+    format: int
+    flags: int
+    int_size: int
+    float_size: int
+    crc: int
+    fingerprint: bytes
+    epoch: bytes
+    tag: bytes
+    position: int
+    start: int
+    digest: bytes
+    updated_ms: int
+
+    @classmethod
+    def decode(cls, value: bytes) -> StateHeader:
+        """Decode the first 96 bytes of a value; the checksum is not verified.
+
+        Raises:
+            CodecError: they are not a header of a known format.
+        """
+        if len(value) < HEADER_BYTES:
+            raise CodecError(f"expected at least {HEADER_BYTES} bytes, got {len(value)}")
+        header = cls(*_STATE.unpack_from(value))
+        _check_format(header.magic, STATE_MAGIC, header.format)
+        return header
+
+    @property
+    def is_tombstone(self) -> bool:
+        """Whether it is the header of a tombstone."""
+        return self.flags == _DELETED
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the whole state."""
+        return HEADER_BYTES + self.int_size * _INT.itemsize + self.float_size * _FLOAT.itemsize
+
+    @property
+    def head(self) -> StreamHead:
+        """The head of the stream or the tombstone."""
+        return StreamHead(self.epoch, self.tag, self.position)
+
+    @property
+    def last(self) -> LastChunk | None:
+        """The last chunk, if there is one."""
+        if not self.flags & _HAS_LAST:
+            return None
+        return LastChunk(self.start, self.digest, bool(self.flags & _STREAM_EXISTED))
+
+
+class EncodedStream(msgspec.Struct, frozen=True, gc=False):
+    """A stream as it is stored, of which only head and feed are decoded.
+
+    Attributes:
+        value: the bytes of the whole state.
+    """
+
+    head: StreamHead
+    feed: Feed
+    value: bytes
 
 
 def encode_states(
@@ -214,14 +282,12 @@ def encode_tombstone(tombstone: Tombstone) -> bytes:
     Raises:
         CodecError: the head is not a tombstone's.
     """
-    epoch, tag = tombstone.head.epoch, tombstone.head.tag
-    if len(epoch) != EPOCH_BYTES or tag != FIRST_TAG or tombstone.head.position != 0:
-        raise CodecError("expected an epoch, the first tag and position 0 of a tombstone")
-    lead = _STATE_LEAD.pack(STATE_MAGIC, FORMAT, _DELETED, 0, 0)
-    no_fingerprint = bytes(FINGERPRINT_BYTES)
-    return _join_with_checksum(
-        lead, _STATE_REST.pack(no_fingerprint, epoch, tag, 0, 0, _NO_DIGEST, 0)
-    )
+    head = tombstone.head
+    if head.tag != FIRST_TAG or head.position != 0:
+        raise CodecError("expected the first tag and position 0 of a tombstone")
+    lead, crc = _state_lead(_DELETED, 0, 0)
+    body = bytes(FINGERPRINT_BYTES) + pack_head(head) + bytes(HEADER_BYTES - _HEAD_END)
+    return lead + zlib.crc32(body, crc).to_bytes(4, "little") + body
 
 
 def decode_state(value: bytes) -> StreamState | Tombstone:
@@ -230,50 +296,46 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
     Raises:
         CodecError: the bytes are not a complete, undamaged stream or tombstone of a known format.
     """
-    if len(value) < HEADER_BYTES:
-        raise CodecError(f"expected at least {HEADER_BYTES} bytes, got {len(value)}")
-    (
-        magic,
-        format_,
-        flags,
-        int_size,
-        float_size,
-        crc,
-        fingerprint,
-        epoch,
-        tag,
-        position,
-        start,
-        digest,
-        updated_ms,
-    ) = _STATE.unpack_from(value)
-    _check_format(magic, STATE_MAGIC, format_)
-    if flags & ~(_FEED_IS_INPUTS | _HAS_LAST | _STREAM_EXISTED):
-        if flags == _DELETED:
-            return _decode_tombstone(value, StreamHead(epoch, tag, position))
-        raise CodecError(f"unknown flags 0x{flags:02x}")
-    _check_integrity(value, HEADER_BYTES + 8 * int_size + 4 * float_size, _STATE_CRC_OFFSET, crc)
-    has_last = bool(flags & _HAS_LAST)
-    stream_existed = bool(flags & _STREAM_EXISTED)
-    if not has_last and (start or any(digest) or stream_existed):
+    header = StateHeader.decode(value)
+    if header.is_tombstone:
+        tombstone = Tombstone(header.head)
+        if value != encode_tombstone(tombstone):
+            raise CodecError("a tombstone has fields other than its epoch")
+        return tombstone
+    if header.flags & ~(_FEED_IS_INPUTS | _HAS_LAST | _STREAM_EXISTED):
+        raise CodecError(f"unknown flags 0x{header.flags:02x}")
+    _check_integrity(value, header.size_bytes, _STATE_CRC_OFFSET, header.crc)
+    last = header.last
+    if last is None and (header.start or any(header.digest) or header.flags & _STREAM_EXISTED):
         raise CodecError("a last chunk is given, but the flags say there is none")
+    int_size, float_size = header.int_size, header.float_size
     ints = np.frombuffer(value, _INT, int_size, HEADER_BYTES) if int_size else _NO_INTS
-    floats = _floats(value, float_size, HEADER_BYTES + 8 * int_size)
     return StreamState(
-        head=StreamHead(epoch, tag, position),
-        feed=Feed.INPUTS if flags & _FEED_IS_INPUTS else Feed.EVENTS,
-        fingerprint=fingerprint,
-        last=LastChunk(start, digest, stream_existed) if has_last else None,
-        updated_ms=updated_ms,
-        state=State(floats, ints),
-        value=value,
+        head=header.head,
+        feed=Feed.INPUTS if header.flags & _FEED_IS_INPUTS else Feed.EVENTS,
+        fingerprint=header.fingerprint,
+        last=last,
+        updated_ms=header.updated_ms,
+        state=State(_floats(value, float_size, HEADER_BYTES + 8 * int_size), ints),
     )
 
 
-def read_heads(
+def decode_stream(value: bytes) -> StreamState:
+    """Decode a state that is no tombstone.
+
+    Raises:
+        CodecError
+    """
+    stream = decode_state(value)
+    if isinstance(stream, Tombstone):
+        raise CodecError("expected a state, got a tombstone")
+    return stream
+
+
+def read_streams(
     values: Sequence[bytes], fingerprint: bytes, int_size: int, float_size: int
-) -> list[tuple[StreamHead, Feed] | None]:
-    """The heads and feeds of streams that a model wrote; the fast path of `decode_state`.
+) -> list[EncodedStream | None]:
+    """The streams that a model wrote, with their last chunks; the fast path of `decode_state`.
 
     None does not mean that a value is damaged, but that it has to be decoded.
 
@@ -288,90 +350,29 @@ def read_heads(
         for lead, crc in [_state_lead(flags, int_size, float_size)]
     }
     size, at = HEADER_BYTES + 8 * int_size + 4 * float_size, _STATE_CRC_OFFSET
-    heads: list[tuple[StreamHead, Feed] | None] = []
+    streams: list[EncodedStream | None] = []
     floats: list[bytes] = []
     for value in values:
-        head, known = None, leads.get(value[:at])
+        stream, known = None, leads.get(value[:at])
         if known is not None and len(value) == size and value[at + 4 : _HEAD_OFFSET] == fingerprint:
             crc, feed = known
             if value[at : at + 4] == zlib.crc32(value[at + 4 :], crc).to_bytes(4, "little"):
-                head = StreamHead(*_HEAD.unpack_from(value, _HEAD_OFFSET)), feed
+                head = StreamHead(*_HEAD.unpack_from(value, _HEAD_OFFSET))
+                stream = EncodedStream(head, feed, value)
                 floats.append(value[size - 4 * float_size :])
-        heads.append(head)
+        streams.append(stream)
     rows = np.frombuffer(b"".join(floats), _FLOAT)
-    return heads if _are_finite(rows) else [None] * len(values)
+    return streams if _are_finite(rows) else [None] * len(values)
 
 
-def _decode_tombstone(value: bytes, head: StreamHead) -> Tombstone:
-    tombstone = Tombstone(head)
-    if value != encode_tombstone(tombstone):
-        raise CodecError("a tombstone has fields other than its epoch")
-    return tombstone
-
-
-def decode_head(header: bytes) -> StreamHead | None:
-    """Decode the head of a stream from its first 96 bytes; None for a tombstone.
-
-    The checksum is not verified.
-
-    Raises:
-        CodecError: the bytes are not the header of a stream.
-    """
-    if len(header) < HEADER_BYTES:
-        raise CodecError(f"expected {HEADER_BYTES} bytes, got {len(header)}")
-    fields = _STATE.unpack_from(header)
-    _check_format(fields[0], STATE_MAGIC, fields[1])
-    if fields[2] == _DELETED:
-        return None
-    return StreamHead(fields[7], fields[8], fields[9])
-
-
-class StateSummary(NamedTuple):
-    """Size of a stored state, and wall clock of its commit in epoch milliseconds."""
-
-    size_bytes: int
-    updated_ms: int
-
-
-def summarize_state(header: bytes) -> StateSummary | None:
-    """Summarize a state by its first 96 bytes; None for a tombstone and for other bytes."""
-    if len(header) < HEADER_BYTES:
-        return None
-    fields = _STATE.unpack_from(header)
-    if fields[0] != STATE_MAGIC or fields[2] == _DELETED:
-        return None
-    size_bytes = HEADER_BYTES + fields[3] * _INT.itemsize + fields[4] * _FLOAT.itemsize
-    return StateSummary(size_bytes, fields[12])
-
-
-def head_bytes(head: StreamHead) -> bytes:
-    """The 24 bytes that a commit compares: epoch and tag, as in the header."""
-    return head.epoch + head.tag
-
-
-def decode_stream(value: bytes) -> StreamState:
-    """Decode a state that is no tombstone.
-
-    Raises:
-        CodecError
-    """
-    stream = decode_state(value)
-    if isinstance(stream, Tombstone):
-        raise CodecError("expected a stream, got a tombstone")
-    return stream
-
-
-def committed_at_ms(value: bytes) -> int:
-    """The time of the commit of a valid state, epoch milliseconds."""
-    return int.from_bytes(value[_TIME_OFFSET:HEADER_BYTES], "little", signed=True)
-
-
-def pack_head(head: StreamHead) -> bytes:
-    """The 32 bytes of a head in a header.
+def pack_head(head: StreamHead | None) -> bytes:
+    """The 32 bytes of a head in a header; none if there is no head.
 
     Raises:
         CodecError: a value does not fit the layout.
     """
+    if head is None:
+        return b""
     epoch, tag = head.epoch, head.tag
     if len(tag) != TAG_BYTES or len(epoch) != EPOCH_BYTES:
         raise CodecError(f"expected a tag and an epoch, got {len(tag)} and {len(epoch)} bytes")
@@ -381,25 +382,17 @@ def pack_head(head: StreamHead) -> bytes:
         raise CodecError(f"a value is out of range: {error}") from error
 
 
-def slice_packed_head(value: bytes) -> bytes:
-    """The packed head in a stored state."""
-    return value[_HEAD_OFFSET : _HEAD_OFFSET + _HEAD.size]
-
-
-def unpack_head(packed: bytes) -> StreamHead:
+def unpack_head(packed: bytes) -> StreamHead | None:
     """The inverse of `pack_head`."""
-    return StreamHead(*_HEAD.unpack(packed))
+    return StreamHead(*_HEAD.unpack(packed)) if packed else None
 
 
-def raw_head(value: bytes) -> StreamHead:
-    """The bytes at the offset of a state's head, padded with zeros.
+def packed_head(value: bytes) -> bytes:
+    """The packed head of a stored value; padded with zeros if the value is damaged and too short.
 
-    They identify a damaged value well enough to delete this value and no other.
+    It identifies a damaged value well enough to delete this value and no other.
     """
-    raw = value[_HEAD_OFFSET : _HEAD_OFFSET + EPOCH_BYTES + TAG_BYTES].ljust(
-        EPOCH_BYTES + TAG_BYTES, b"\0"
-    )
-    return StreamHead(raw[:EPOCH_BYTES], raw[EPOCH_BYTES:], 0)
+    return value[_HEAD_OFFSET:_HEAD_END].ljust(_HEAD.size, b"\0")
 
 
 def encode_replies(heads: Sequence[bytes], outputs: Sequence[FloatRows]) -> list[bytes]:
@@ -485,10 +478,3 @@ def _check_integrity(value: bytes, size: int, crc_offset: int, crc: int) -> None
 
 def _checksum(value: bytes, crc_offset: int) -> int:
     return zlib.crc32(value[crc_offset + 4 :], zlib.crc32(value[:crc_offset]))
-
-
-def _join_with_checksum(lead: bytes, *rest: bytes) -> bytes:
-    """Join the parts, and insert the checksum of all of them behind `lead`."""
-    body = b"".join(rest)
-    crc = zlib.crc32(body, zlib.crc32(lead))
-    return lead + crc.to_bytes(4, "little") + body

@@ -48,8 +48,12 @@ class OutputChannel(Protocol):
     async def close(self) -> None:
         """Release connections; once."""
 
-    def publish(self, output: Output) -> None:
-        """Send an output to the workers that watch its stream; never blocks, may drop it."""
+    def publish(self, key: StreamKey, start: int, reply: bytes) -> None:
+        """Send an output to the workers that watch a stream; never blocks, may drop it.
+
+        Args:
+            start, reply: as those of `Output`; the reply is encoded, and empty if there is none.
+        """
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:
         """Receive what any worker commits from now on; end it with `unsubscribe`, in any case.

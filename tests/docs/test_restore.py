@@ -20,7 +20,7 @@ from service.store.embedded.valkey_process import server_binary
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 from tests.support.servers import KINDS, opened, until
-from tests.support.streams import Streams, committed, key, same_stream
+from tests.support.streams import Streams, committed, key, load, same_stream
 
 pytestmark = needs_tools("redis-cli")
 
@@ -120,7 +120,7 @@ async def test_restored_server_has_the_streams_of_the_backup(
         server.run("redis-cli SHUTDOWN")
         server.start()
     async with opened(url) as store:
-        found, none = await store.load([key("a"), key("b")])
+        found, none = await load(store, [key("a"), key("b")])
         assert same_stream(found, first.new)
         assert none is None
         await committed(store, streams.next(first))
@@ -140,7 +140,7 @@ async def test_restored_embedded_valkey_has_the_streams_of_the_backup(tmp_path: 
     shell(restore, tmp_path)
     with embedded(tmp_path / ".carry") as url:
         async with opened(url) as store:
-            found, none = await store.load([key("a"), key("b")])
+            found, none = await load(store, [key("a"), key("b")])
             assert same_stream(found, first.new)
             assert none is None
 

@@ -17,10 +17,9 @@ from models.spec.state import State
 from service.core import delivery, values
 from service.core.errors import CarryError, OutcomeUnknown
 from service.core.values import StreamState, Tombstone
-from service.store.base import Commit
 from service.store.redis import outcomes
 from tests.protocol.state import NOTHING, STREAMS, Keys, Request, Scenario, Version
-from tests.support.streams import applied
+from tests.support.streams import Commit, applied
 
 MODEL = "probe"
 WRITTEN = {"fingerprint": b"\x0f" * 16, "now_ms": 1_700_000_000_000}

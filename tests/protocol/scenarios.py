@@ -11,7 +11,7 @@ import msgspec
 
 from service.core.delivery import Process, Replay, Resolution, evaluate_chunk, resolve_duplicate
 from service.core.errors import StoreUnavailable
-from service.store.base import Commit, CommitResult, Conflicted
+from service.store.base import CommitResult
 from tests.protocol.model import Effect, Rules, ScriptCall, compare_and_set, reject, write
 from tests.protocol.state import ClientScript, Faults, Keys, Operation, Scenario
 
@@ -174,11 +174,10 @@ def _answer_own_reply(chunk: Any, state: Any, reply: Any, own: Any) -> Resolutio
     return resolve_duplicate(chunk, state, reply, own)
 
 
-def _trust_other_epoch(commit: Commit, conflict: Conflicted) -> CommitResult:
-    head = conflict.stored
-    if head is not None and commit.expected is None and head.epoch != commit.new.head.epoch:
+def _trust_other_epoch(key: Any, expected: Any, new: Any, conflict: Any) -> CommitResult:
+    if conflict.stored and expected is None and conflict.stored.epoch != new.epoch:
         return conflict
-    return Rules().resolve_retried_commit(commit, conflict)
+    return Rules().resolve_retried_commit(key, expected, new, conflict)
 
 
 def _ignore_epoch(chunk: Any, stored: Any) -> Process | Replay:
@@ -228,7 +227,7 @@ PLANTED_BUGS = (
         Rules(answer_early=True), "is not in the history"),
     PlantedBug(
         "a lost answer mistaken for a conflict", RACE,
-        Rules(resolve_retried_commit=lambda commit, conflict: conflict), "twice"),
+        Rules(resolve_retried_commit=lambda key, expected, new, conflict: conflict), "twice"),
     PlantedBug(
         "another epoch mistaken for proof that nothing was written",
         replace(RESTORED, faults=Faults(replies_lost=1)),

@@ -19,6 +19,7 @@ from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.protocol.model import MODEL, Effect, Model, ScriptCall
 from tests.protocol.state import Keys
+from tests.support.streams import columns
 
 STATE_TTL_MS, REPLY_TTL_MS, TOMBSTONE_TTL_MS = 3_600_000, 600_000, 300_000
 
@@ -58,7 +59,7 @@ async def _make_call(call: ScriptCall, key: StreamKey, store: RedisStore) -> Any
     if call.script == "read":
         return tuple(value and value.head for value in await store.load_with_reply(key))
     if call.script == "commit":
-        return (await store.commit([call.commit(key)]))[0]
+        return (await store.commit(columns(call.commit(key))))[0]
     with patch.object(deletion, "new_epoch", return_value=call.new.state.stored.head.epoch):
         return (await store.deletion._write_tombstone(key, call.condition, None)).value
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from service.core.values import StoredReply, StreamState, Tombstone
-from service.store.codec import head_bytes
+from service.store.codec import COMPARED, pack_head
 
 STREAMS = ("S", "T")
 
@@ -32,7 +32,7 @@ class Version(int):
         version.stream = stored if isinstance(stored, StreamState) else None
         version.head = version.stream and version.stream.head
         # what a script compares
-        version.compared = b"" if stored is None else head_bytes(stored.head)
+        version.compared = b"" if stored is None else pack_head(stored.head)[COMPARED]
         # every chunk since the stream began, with the version that its commit wrote
         version.history: dict[ChunkId, Version] = {}
         return version

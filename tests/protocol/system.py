@@ -196,8 +196,9 @@ class System:
         if command.kind == "delete":
             result = self.rules.resolve_retried_deletion(key, command.base.head, conflict)
         else:
-            call = ScriptCall("commit", command.stream, Keys(), command.base, Keys(command.new))
-            result = self.rules.resolve_retried_commit(call.commit(key), conflict)
+            expected = command.base.stored and command.base.stored.head
+            new = command.new.stored.head
+            result = self.rules.resolve_retried_commit(key, expected, new, conflict)
         if isinstance(result, CarryError):
             raise result
         return isinstance(result, Committed)

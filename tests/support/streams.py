@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,50 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.pipeline.chunk_job import BaseStream
-from service.store.base import Commit, Committed, StateStore
-from service.store.codec import encode_state
+from service.store.base import CommitColumns, Committed, Loaded, StateStore, decode_value
+from service.store.codec import (
+    EncodedStream,
+    decode_reply,
+    decode_stream,
+    encode_reply,
+    encode_state,
+    pack_head,
+    unpack_head,
+)
+
+
+class Commit(NamedTuple):
+    """One row of `CommitColumns` as values; None for the empty ones."""
+
+    key: StreamKey
+    expected: StreamHead | None
+    new: StreamState
+    reply: StoredReply | None
+
+
+def columns(*commits: Commit) -> CommitColumns:
+    """Commits as the store takes them."""
+    return CommitColumns(
+        [commit.key for commit in commits],
+        [pack_head(commit.expected) for commit in commits],
+        [encode_state(commit.new) for commit in commits],
+        [encode_reply(commit.reply) if commit.reply else b"" for commit in commits],
+    )
+
+
+def rows(commits: CommitColumns) -> list[Commit]:
+    """The inverse of `columns`."""
+    return [
+        Commit(
+            key,
+            unpack_head(expected),
+            decode_stream(state),
+            decode_reply(reply) if reply else None,
+        )
+        for key, expected, state, reply in zip(
+            commits.keys, commits.expected, commits.states, commits.replies, strict=True
+        )
+    ]
 
 
 class Streams:
@@ -98,9 +139,9 @@ def applied(
     return StreamState(new, chunk.steps.feed, fingerprint, last, now_ms, state)
 
 
-def cached(stream: StreamState) -> BaseStream:
+def cached(stream: StreamState) -> EncodedStream:
     """The stream as a worker keeps it in memory."""
-    return BaseStream(stream.head, stream.feed, encode_state(stream))
+    return EncodedStream(stream.head, stream.feed, encode_state(stream))
 
 
 def key(stream: str, model: str = "flights") -> StreamKey:
@@ -108,9 +149,14 @@ def key(stream: str, model: str = "flights") -> StreamKey:
     return StreamKey(model, stream)
 
 
+async def load(store: StateStore, keys: Sequence[StreamKey]) -> list[Loaded]:
+    """Load streams and decode them."""
+    return list(map(decode_value, keys, await store.load(keys)))
+
+
 async def absence(store: StateStore, key: StreamKey) -> StreamHead | None:
     """The head that a creation must expect: that of a tombstone, or None."""
-    (found,) = await store.load([key])
+    (found,) = await load(store, [key])
     assert found is None or isinstance(found, Tombstone)
     return found and found.head
 
@@ -150,4 +196,4 @@ OpenStore = Callable[..., Awaitable[StateStore]]
 
 async def committed(store: StateStore, *commits: Commit) -> None:
     """Commit, and assert that every commit is written."""
-    assert await store.commit(commits) == [Committed()] * len(commits)
+    assert await store.commit(columns(*commits)) == [Committed()] * len(commits)

@@ -11,13 +11,14 @@ from service.core.errors import CarryError, Conflict, StoreUnavailable
 from service.core.values import EPOCH_BYTES, FIRST_TAG, StreamHead, StreamKey, Tombstone
 from service.store.base import COMMITTED, CommitResult, Conflicted
 from service.store.codec import (
+    COMPARED,
     HEADER_BYTES,
     TOMBSTONE_PREFIX,
     encode_tombstone,
-    head_bytes,
-    raw_head,
+    pack_head,
+    packed_head,
 )
-from service.store.outputs import Output, OutputChannel
+from service.store.outputs import OutputChannel
 from service.store.redis.outcomes import (
     Outcome,
     Reply,
@@ -73,7 +74,7 @@ class StreamDeletion:
         """
         if deadline_s is None:
             deadline_s = time.monotonic() + self._settings.wait_s
-        condition = b"" if expected is None else head_bytes(expected)
+        condition = pack_head(expected)[COMPARED]
         is_stream, may_have_deleted = expected is not None, False
         for attempts_left in reversed(range(DELETE_ATTEMPTS)):
             outcome = await self._write_tombstone(key, condition, deadline_s)
@@ -84,7 +85,7 @@ class StreamDeletion:
                     return outcome_unknown_error(key, expected, outcome.detail)
                 raise outcome
             if outcome.value == WRITTEN:
-                self._outputs.publish(Output(key, 0, None))
+                self._outputs.publish(key, 0, b"")
                 if not outcome.is_durable:
                     return not_durable_error(self._settings, key)
                 return COMMITTED if is_stream or may_have_deleted else Conflicted(None)
@@ -98,7 +99,7 @@ class StreamDeletion:
             # An earlier attempt may have deleted a stream and left a tombstone, which is replaced.
             may_have_deleted = may_have_deleted or outcome.is_retry
             header = outcome.value[1] if len(outcome.value) > 1 else None
-            condition = b"" if header is None else head_bytes(raw_head(header))
+            condition = b"" if header is None else packed_head(header)[COMPARED]
             if attempts_left <= DELETE_ATTEMPTS // 2:
                 condition = condition[:EPOCH_BYTES]
             is_stream = header is not None and not header.startswith(TOMBSTONE_PREFIX)
@@ -126,7 +127,7 @@ class StreamDeletion:
             elif (
                 isinstance(outcome, Reply) and outcome.value[: len(TOMBSTONE_PREFIX)] not in absent
             ):
-                condition = head_bytes(raw_head(outcome.value))
+                condition = packed_head(outcome.value)[COMPARED]
                 writes[key] = self._tombstone_request(key, condition)
         write_outcomes = await self._router.execute(
             *writes.values(), durably=True, deadline_s=deadline_s
@@ -137,7 +138,7 @@ class StreamDeletion:
             elif isinstance(outcome, CarryError):
                 results[key] = outcome
             elif outcome.value == WRITTEN:
-                self._outputs.publish(Output(key, 0, None))
+                self._outputs.publish(key, 0, b"")
                 error = not_durable_error(self._settings, key)
                 results[key] = COMMITTED if outcome.is_durable else error
         for key in keys:

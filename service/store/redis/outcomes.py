@@ -12,15 +12,13 @@ import structlog
 from service.core.delivery import stream_facts
 from service.core.errors import (
     CarryError,
-    InternalError,
     NotDurable,
     OutcomeUnknown,
     StoreRefused,
     StoreUnavailable,
 )
 from service.core.values import StreamHead, StreamKey
-from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
-from service.store.codec import CodecError
+from service.store.base import COMMITTED, CommitResult, Conflicted
 from service.store.redis.connections import RETRY_AFTER_S, is_transient
 from service.store.settings import Durability, StoreSettings
 
@@ -72,7 +70,9 @@ def read_value(outcome: Outcome) -> Any:
     ) from outcome
 
 
-def resolve_retried_commit(commit: Commit, result: Conflicted) -> CommitResult:
+def resolve_retried_commit(
+    key: StreamKey, expected: StreamHead | None, new: StreamHead, result: Conflicted
+) -> CommitResult:
     """Resolve the conflict of a retried commit: an earlier attempt may have caused it.
 
     If the stream is at the commit's own head, or in an epoch that the commit created, it was
@@ -80,7 +80,7 @@ def resolve_retried_commit(commit: Commit, result: Conflicted) -> CommitResult:
     state that the commit wrote (a restore), the outcome is unknown. Otherwise the commit is not in
     the stream's history, and the conflict is an ordinary one.
     """
-    stored, new, expected = result.stored, commit.new.head, commit.expected
+    stored = result.stored
     if stored is None:
         return result
     if (stored.epoch, stored.tag) == (new.epoch, new.tag):
@@ -88,7 +88,7 @@ def resolve_retried_commit(commit: Commit, result: Conflicted) -> CommitResult:
     if stored.epoch == new.epoch and (expected is None or expected.epoch != new.epoch):
         return COMMITTED
     if expected is None or stored.epoch != expected.epoch or stored.position > expected.position:
-        return outcome_unknown_error(commit.key, stored, _CONCURRENT_WRITES)
+        return outcome_unknown_error(key, stored, _CONCURRENT_WRITES)
     return result
 
 
@@ -117,14 +117,6 @@ def outcome_unknown_error(
         f"it is unknown whether the store wrote stream {key.stream!r}: {reason}",
         retry_after_s=RETRY_AFTER_S,
         **(stream_facts(key.stream, head) if isinstance(reason, str) else {"stream": key.stream}),
-    )
-
-
-def encoding_error(key: StreamKey, error: CodecError) -> InternalError:
-    """The error for a state that cannot be encoded."""
-    log.error("state_not_encodable", model=key.model, stream=key.stream, reason=str(error))
-    return InternalError(
-        f"the new state of stream {key.stream!r} cannot be stored: {error}", stream=key.stream
     )
 
 

@@ -26,7 +26,7 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
-from service.store.codec import CodecError, decode_reply, encode_reply
+from service.store.codec import CodecError, decode_reply
 from service.store.outputs import Output, Receiver
 from service.store.redis.connections import RETRY_AFTER_S, ConnectionFactory, describe_error
 from service.store.redis.topology import node_url, parse_startup_nodes
@@ -86,17 +86,11 @@ class RedisOutputChannel:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def publish(self, output: Output) -> None:
-        """Send an output to the workers that watch its stream; drops it if too many wait."""
-        if output.key not in self.watched:
-            return
-        payload = output.start.to_bytes(_POSITION_BYTES, "little")
-        if output.reply is not None:
-            try:
-                payload += encode_reply(output.reply)
-            except CodecError:
-                return
-        self._send(self._prefix + _name(output.key), payload)
+    def publish(self, key: StreamKey, start: int, reply: bytes) -> None:
+        """Send an output to the workers that watch a stream; drops it if too many wait."""
+        if key in self.watched:
+            payload = start.to_bytes(_POSITION_BYTES, "little") + reply
+            self._send(self._prefix + _name(key), payload)
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:
         """Receive what any worker commits from now on; end it with `unsubscribe`, in any case.

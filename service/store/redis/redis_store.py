@@ -22,16 +22,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
-from service.core.errors import (
-    CarryError,
-)
+from service.core.errors import CarryError
 from service.core.values import (
-    EPOCH_BYTES,
-    TAG_BYTES,
     Check,
     StoredReply,
     StreamHead,
@@ -42,23 +38,15 @@ from service.core.values import (
 )
 from service.store.base import (
     COMMITTED,
-    Commit,
     CommitColumns,
     CommitResult,
     Conflicted,
-    Loaded,
     StoredValue,
     decode_value,
 )
-from service.store.codec import (
-    CodecError,
-    decode_reply,
-    encode_reply,
-    encode_state,
-    pack_head,
-)
+from service.store.codec import COMPARED, CodecError, StateHeader, decode_reply, unpack_head
 from service.store.observation import StoreTelemetry, StreamCount
-from service.store.outputs import Output, OutputChannel
+from service.store.outputs import OutputChannel
 from service.store.redis.access_keys import read_access_keys, write_access_key
 from service.store.redis.deletion import StreamDeletion
 from service.store.redis.open_router import open_router
@@ -66,7 +54,6 @@ from service.store.redis.outcomes import (
     Outcome,
     Reply,
     ReplyLost,
-    encoding_error,
     not_durable_error,
     outcome_unknown_error,
     read_value,
@@ -88,8 +75,7 @@ from service.store.usage import StreamUsage
 CACHED_NAMES: Final = 4096
 """Most streams whose packed names are cached, for their next requests."""
 
-COMPARED_BYTES: Final = EPOCH_BYTES + TAG_BYTES
-"""Epoch and tag, the part of a packed head that the commit script compares."""
+T = TypeVar("T")
 
 _CALL: Final = b"*%d\r\n%b$%d\r\n%b\r\n"
 _STREAM: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
@@ -183,14 +169,8 @@ class RedisStore:
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
-    ) -> list[Loaded]:
-        """Load many streams in one round trip; StateDamaged of each whose bytes are invalid."""
-        return list(map(decode_value, keys, await self.load_values(keys, deadline_s)))
-
-    async def load_values(
-        self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[StoredValue]:
-        """Load many streams in one round trip, not decoded.
+        """Load many streams in one round trip.
 
         A result is the error of its node if other nodes of a cluster answered.
         """
@@ -203,19 +183,16 @@ class RedisStore:
         outcomes = await self._router.execute(*requests, deadline_s=deadline_s)
         if (error := first_error(outcomes)) is not None:
             raise error
-        values: list[StoredValue]
         if len(groups) == 1:
-            values = read_value(outcomes[0])
+            values: list[StoredValue] = read_value(outcomes[0])
             return values
-        results: list[StoredValue] = [None] * len(keys)
+        parts: list[list[StoredValue]] = []
         for (_, group), outcome in zip(groups, outcomes, strict=True):
             try:
-                values = read_value(outcome)
+                parts.append(read_value(outcome))
             except CarryError as error:
-                values = [error] * len(group)
-            for index, value in zip(group, values, strict=True):
-                results[index] = value
-        return results
+                parts.append([error] * len(group))
+        return _in_order(groups, parts)
 
     async def load_with_reply(
         self, key: StreamKey, deadline_s: float | None = None
@@ -245,9 +222,9 @@ class RedisStore:
             return state, None
 
     async def commit(
-        self, commits: Sequence[Commit] | CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
-        """Compare-and-set many streams in one round trip; each succeeds or fails independently.
+        """Compare-and-set many streams, with one script call for each slot, in one round trip.
 
         If the first attempt finds the stream at the commit's own head, a duplicate of the same
         chunk wrote it: the result is Conflicted, and the stored reply answers the chunk.
@@ -256,42 +233,6 @@ class RedisStore:
             StoreUnavailable: nothing was sent.
             StoreRefused: the store as a whole; nothing was written.
         """
-        if isinstance(commits, CommitColumns):
-            results = await self._commit_columns(commits, deadline_s)
-        else:
-            results = await self._encode_and_commit(commits, deadline_s)
-        if self.outputs.watched:
-            self._publish(commits, results)
-        return results
-
-    async def _encode_and_commit(
-        self, commits: Sequence[Commit], deadline_s: float | None
-    ) -> list[CommitResult]:
-        """Encode commits into columns and commit them; one that cannot be encoded fails alone."""
-        errors: dict[int, CommitResult] = {}
-        rows: list[tuple[StreamKey, bytes, bytes, bytes]] = []
-        for index, (key, expected, new, reply) in enumerate(commits):
-            try:
-                rows.append(
-                    (
-                        key,
-                        b"" if expected is None else pack_head(expected),
-                        encode_state(new),
-                        b"" if reply is None else encode_reply(reply),
-                    )
-                )
-            except CodecError as codec_error:
-                errors[index] = encoding_error(key, codec_error)
-        columns = CommitColumns(*zip(*rows, strict=True)) if rows else CommitColumns([], [], [], [])
-        committed = iter(await self._commit_columns(columns, deadline_s))
-        return [
-            errors[index] if index in errors else next(committed) for index in range(len(commits))
-        ]
-
-    async def _commit_columns(
-        self, commits: CommitColumns, deadline_s: float | None
-    ) -> list[CommitResult]:
-        """Commit with one script call for each slot."""
         if not commits.keys:
             return []
         groups = self._group_by_slot(commits.keys)
@@ -303,12 +244,16 @@ class RedisStore:
         if (error := first_error(outcomes)) is not None:
             raise error
         if len(groups) == 1:
-            return await self._commit_results(commits, outcomes[0], deadline_s)
-        results: dict[int, CommitResult] = {}
-        for part, (_, group), outcome in zip(parts, groups, outcomes, strict=True):
-            of_part = await self._commit_results(part, outcome, deadline_s)
-            results.update(zip(group, of_part, strict=True))
-        return [results[index] for index in range(len(commits))]
+            results = await self._commit_results(commits, outcomes[0], deadline_s)
+        else:
+            results_of_parts = [
+                await self._commit_results(part, outcome, deadline_s)
+                for part, outcome in zip(parts, outcomes, strict=True)
+            ]
+            results = _in_order(groups, results_of_parts)
+        if self.outputs.watched:
+            self._publish(commits, results)
+        return results
 
     def _pack_names(self, key: StreamKey) -> tuple[bytes, bytes]:
         """The packed name of a stream's state, and those of its state and its reply."""
@@ -335,21 +280,18 @@ class RedisStore:
             self._ttls,
         ]
         for head, state, reply in zip(expected, states, replies, strict=True):
-            head, reply = head[:COMPARED_BYTES], reply if len(reply) <= most else b""
+            head, reply = head[COMPARED], reply if len(reply) <= most else b""
             packed.append(_STREAM % (len(head), head, len(state), state, len(reply), reply))
         future = asyncio.get_running_loop().create_future()
         return StoreRequest(b"".join(packed), future, script, keys, slot)
 
-    def _publish(
-        self, commits: Sequence[Commit] | CommitColumns, results: Sequence[CommitResult]
-    ) -> None:
+    def _publish(self, commits: CommitColumns, results: Sequence[CommitResult]) -> None:
         """Publish the outputs of the watched streams among those that were committed."""
-        keys = commits.keys if isinstance(commits, CommitColumns) else [c.key for c in commits]
-        for index, (key, result) in enumerate(zip(keys, results, strict=True)):
-            if key in self.outputs.watched and result is COMMITTED:
-                _, _, new, reply = commits[index]
-                if new.last is not None:
-                    self.outputs.publish(Output(key, new.last.start, reply))
+        for index, key in enumerate(commits.keys):
+            if key in self.outputs.watched and results[index] is COMMITTED:
+                last = StateHeader.decode(commits.states[index]).last
+                if last is not None:
+                    self.outputs.publish(key, last.start, commits.replies[index])
 
     async def delete(
         self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
@@ -398,7 +340,7 @@ class RedisStore:
         if isinstance(outcome, ReplyLost):
             return [outcome_unknown_error(key, None, outcome) for key in commits.keys]
         if isinstance(outcome, CarryError):
-            return [outcome] * len(commits)
+            return [outcome] * len(commits.keys)
         if outcome.is_durable and outcome.value.count(WRITTEN) == len(commits.keys):
             return [COMMITTED] * len(commits.keys)
         results: list[CommitResult] = []
@@ -410,7 +352,9 @@ class RedisStore:
                 continue
             result = parse_result(self._router, key, reply)
             if outcome.is_retry and isinstance(result, Conflicted):
-                result = resolve_retried_commit(commits[index], result)
+                expected = unpack_head(commits.expected[index])
+                new = StateHeader.decode(commits.states[index]).head
+                result = resolve_retried_commit(key, expected, new, result)
                 if result is COMMITTED:
                     result = await self._ensure_durable(key, deadline_s)
             results.append(result)
@@ -440,3 +384,11 @@ class RedisStore:
         if isinstance(outcome, Reply) and not outcome.is_durable and values[0] is not None:
             raise not_durable_error(self._settings, key)
         return values
+
+
+def _in_order(groups: list[tuple[int, Sequence[int]]], parts: list[list[T]]) -> list[T]:
+    """The results of groups of streams, in the order of the streams."""
+    results: dict[int, T] = {}
+    for (_, group), part in zip(groups, parts, strict=True):
+        results.update(zip(group, part, strict=True))
+    return [results[index] for index in range(len(results))]

@@ -9,7 +9,7 @@ import structlog
 from service.core.errors import StoreRefused
 from service.core.values import StreamKey
 from service.store.base import COMMITTED, CommitResult, Conflicted, state_damaged_error
-from service.store.codec import CodecError, decode_head
+from service.store.codec import CodecError, StateHeader
 from service.store.redis.connections import RETRY_AFTER_S
 from service.store.redis.router import Router
 
@@ -24,8 +24,11 @@ def parse_result(router: Router, key: StreamKey, reply: list[Any]) -> CommitResu
     if reply[0] == 1:
         return COMMITTED
     if reply[0] == 0:
+        if len(reply) == 1:
+            return Conflicted(None)
         try:
-            return Conflicted(decode_head(reply[1]) if len(reply) > 1 else None)
+            header = StateHeader.decode(reply[1])
+            return Conflicted(None if header.is_tombstone else header.head)
         except CodecError as error:
             return state_damaged_error(key, error, reply[1])
     text = reply[1].decode("utf-8", "replace")

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from contextlib import suppress
 from typing import Final
 
 from service.core.errors import StoreUnavailable
-from service.store.codec import HEADER_BYTES, summarize_state
+from service.store.codec import HEADER_BYTES, CodecError, StateHeader
 from service.store.keys import KeySpace
 from service.store.observation import LIVE_S, StreamCount
 from service.store.redis.redis_server import RedisServer
@@ -56,9 +57,12 @@ async def _count_on(server: RedisServer, keys: KeySpace) -> dict[str, StreamCoun
             [("GETRANGE", name, 0, HEADER_BYTES - 1) for name, _ in streams]
         )
         for (_, model), header in zip(streams, headers, strict=True):
-            # an error for a stream that is migrating; none for a deleted or damaged one
-            state = summarize_state(header) if isinstance(header, bytes) else None
-            if state is not None:
+            if isinstance(header, Exception):  # of a stream that is migrating
+                continue
+            with suppress(CodecError):
+                state = StateHeader.decode(header)
+                if state.is_tombstone:
+                    continue
                 streams_, live, state_bytes = counts[model]
                 counts[model] = StreamCount(
                     streams_ + weight,

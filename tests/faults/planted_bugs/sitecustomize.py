@@ -33,23 +33,9 @@ SCRIPTS = {
 
 def compare_positions() -> None:
     """A commit compares the position alone, not epoch and tag."""
-    from msgspec.structs import replace
-
-    from service.core.values import StreamHead
     from service.store import codec
 
-    codec.head_bytes = lambda head: head.position.to_bytes(8, "little")
-    codec.raw_head = lambda value: StreamHead(b"", b"", int.from_bytes(value[56:64], "little"))
-    # after codec, from which it takes the functions
-    from service.store.redis.redis_store import RedisStore
-
-    request = RedisStore._commit_request
-
-    def request_by_position(self: Any, commits: Any, *rest: Any) -> Any:
-        positions = [expected[24:] for expected in commits.expected]
-        return request(self, replace(commits, expected=positions), *rest)
-
-    RedisStore._commit_request = request_by_position
+    codec.COMPARED = slice(24, 32)
 
 
 def share_tags() -> None:

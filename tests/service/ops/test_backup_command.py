@@ -13,7 +13,7 @@ from service.store.embedded.embedded_valkey import EmbeddedValkey
 from tests.support import command
 from tests.support.command import Result
 from tests.support.servers import opened
-from tests.support.streams import Streams, committed, key, same_stream
+from tests.support.streams import Streams, committed, key, load, same_stream
 
 
 async def carry(*words: str | Path, data: bytes = b"") -> Result:
@@ -47,7 +47,7 @@ async def test_backup_of_a_running_store_is_restored_into_a_new_one(tmp_path: Pa
     valkey.start()
     try:
         async with opened(valkey.url) as store:
-            found = await store.load([commit.key for commit in commits])
+            found = await load(store, [commit.key for commit in commits])
     finally:
         valkey.stop()
     for state, commit in zip(found, commits, strict=True):

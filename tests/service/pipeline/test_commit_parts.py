@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from service.core.errors import InternalError, StoreRefused
 from service.core.values import Reply
 from service.pipeline.chunk_job import ChunkJob
-from service.store.base import Commit, CommitResult
+from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.pipelines import chunk_of, make_artifact, oracle_outputs, rows_of, worker
@@ -27,12 +26,12 @@ class PartsStore(RedisStore):
         self.error = error
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
-        self.sizes.append(len(commits))
+        self.sizes.append(len(commits.keys))
         if len(self.sizes) == 2:
             raise self.error
-        await super().load([commits[0].key])
+        await super().load(commits.keys[:1])
         return await super().commit(commits, deadline_s)
 
 
@@ -64,7 +63,7 @@ class FullStore(RedisStore):
     """Refuses every commit."""
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
         raise StoreRefused("no room")
 

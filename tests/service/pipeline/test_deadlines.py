@@ -22,13 +22,14 @@ from service.core.errors import (
     StreamNotFound,
 )
 from service.core.values import Reply, StreamKey
-from service.store.base import COMMITTED, Commit, CommitResult, Conflicted, StoredValue
+from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StoredValue
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.clock import ManualClock
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, worker
 from tests.support.servers import RealServer, real_server, until_async
+from tests.support.streams import rows as commit_rows
 
 
 class HeldStore(RedisStore):
@@ -46,18 +47,18 @@ class HeldStore(RedisStore):
         self.loading: Counter[str] = Counter()
         self.committing: Counter[str] = Counter()
 
-    async def load_values(
+    async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[StoredValue]:
         self.loading.update(key.stream for key in keys)
         await self.loads.wait()
-        return await super().load_values(keys, deadline_s)
+        return await super().load(keys, deadline_s)
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
         results = await super().commit(commits, deadline_s)
-        self.committing.update(commit.key.stream for commit in commits)
+        self.committing.update(key.stream for key in commits.keys)
         await self.commits.wait()
         return results
 
@@ -195,9 +196,9 @@ async def test_chain_is_re_evaluated_after_a_chunk_that_was_not_written(
         """Loses the commit of one position, and answers once `commits` is set."""
 
         async def commit(
-            self, commits: Sequence[Commit], deadline_s: float | None = None
+            self, commits: CommitColumns, deadline_s: float | None = None
         ) -> list[CommitResult]:
-            if commits[0].new.head.position != 8:
+            if commit_rows(commits)[0].new.head.position != 8:
                 return await super().commit(commits, deadline_s)
             self.committing["chain"] += 1
             await self.commits.wait()
@@ -229,13 +230,13 @@ async def test_conflicting_commit_counts_as_not_sent(
         """Its first commit conflicts, and the load of the retry is blocked."""
 
         async def commit(
-            self, commits: Sequence[Commit], deadline_s: float | None = None
+            self, commits: CommitColumns, deadline_s: float | None = None
         ) -> list[CommitResult]:
             if self.committing:
                 return await super().commit(commits, deadline_s)
             self.committing["raced"] += 1
             self.loads.clear()
-            return [Conflicted(None)] * len(commits)
+            return [Conflicted(None)] * len(commits.keys)
 
     store = Racing(store_url)
     async with worker(store_url, artifact, store=store) as one:
@@ -254,10 +255,10 @@ class ShortStore(RedisStore):
     """Writes, and reports that the write is not durable yet."""
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
-        assert await super().commit(commits, deadline_s) == [COMMITTED] * len(commits)
-        return [NotDurable("not yet", stream=c.key.stream, retry_after_s=1) for c in commits]
+        assert await super().commit(commits, deadline_s) == [COMMITTED] * len(commits.keys)
+        return [NotDurable("not yet", stream=key.stream, retry_after_s=1) for key in commits.keys]
 
 
 async def test_not_durable_is_retryable_with_a_position_only(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
 from service.core.errors import AlreadyApplied
-from service.store.base import Commit, CommitResult
+from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, worker
@@ -21,7 +21,7 @@ class OvertakenStore(RedisStore):
     first: Callable[[], Awaitable[object]] | None = None
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
         first, self.first = self.first, None
         if first is not None:

@@ -32,10 +32,11 @@ from service.core.values import Precondition, Reply, Steps, StreamKey
 from service.pipeline import predict
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
-from service.store.base import Commit, CommitResult, Conflicted
+from service.store.base import CommitColumns, CommitResult, Conflicted
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.pipelines import Counts, chunk_of, oracle_outputs, rows_of, sequence_of, worker
+from tests.support.streams import rows as commit_rows
 
 
 def cut(
@@ -211,20 +212,20 @@ class FailingStore(RedisStore):
         self.next_commit = asyncio.Event()
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
-        fails = [commit.new.head.position == self.position for commit in commits]
+        fails = [commit.new.head.position == self.position for commit in commit_rows(commits)]
         if any(fails):
             self.position = -1
             # answered in its turn: before the stream's next commit, which is on its way
             await asyncio.wait_for(self.next_commit.wait(), 10)
         elif self.position == -1:
             self.next_commit.set()
-        going = [commit for commit, failed in zip(commits, fails, strict=True) if not failed]
+        going = commits.select([at for at, failed in enumerate(fails) if not failed])
         done = iter(await super().commit(going, deadline_s))
         return [
             (self.error or Conflicted(commit.expected)) if failed else next(done)
-            for commit, failed in zip(commits, fails, strict=True)
+            for commit, failed in zip(commit_rows(commits), fails, strict=True)
         ]
 
 

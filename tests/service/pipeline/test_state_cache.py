@@ -6,8 +6,8 @@ import numpy as np
 
 from models.spec.state import State
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
-from service.pipeline.chunk_job import BaseStream
 from service.pipeline.chunk_load import OVERHEAD_BYTES, StateCache
+from service.store.codec import EncodedStream
 from tests.support.streams import cached
 
 FLOATS = 64
@@ -18,7 +18,7 @@ def key(name: str) -> StreamKey:
     return StreamKey("model", name)
 
 
-def state(floats: int = FLOATS, committed_ms: int = 0) -> BaseStream:
+def state(floats: int = FLOATS, committed_ms: int = 0) -> EncodedStream:
     values = State(np.zeros(floats, np.float32), np.zeros(0, np.int64))
     head = StreamHead(bytes(8), FIRST_TAG, 1)
     return cached(StreamState(head, Feed.INPUTS, bytes(16), None, committed_ms, values))

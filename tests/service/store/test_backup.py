@@ -20,10 +20,10 @@ from service.store.backup import (
     restore_backup,
     write_backup,
 )
-from service.store.base import Commit, StateStore
+from service.store.base import StateStore
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, opened, real_server
-from tests.support.streams import OpenStore, Streams, committed, key, same_stream
+from tests.support.streams import Commit, OpenStore, Streams, committed, key, load, same_stream
 
 ALL = BackupInfo(1_700_000_000_000, "carry", None, "")
 
@@ -51,7 +51,7 @@ async def restored(
 
 
 async def stored(store: StateStore, *keys: StreamKey) -> list[StreamState]:
-    return [state for state in await store.load(keys) if isinstance(state, StreamState)]
+    return [state for state in await load(store, keys) if isinstance(state, StreamState)]
 
 
 async def test_backup_restores_every_stream_into_a_store_of_another_size(
@@ -65,7 +65,7 @@ async def test_backup_restores_every_stream_into_a_store_of_another_size(
     assert progress.streams == 2_499
     other = await open_on(namespace="other", partitions=1024)
     assert (await restored(other, backup)).streams == 2_499
-    found = await other.load([commit.key for commit in commits])
+    found = await load(other, [commit.key for commit in commits])
     assert found[0] is None
     for state, commit in zip(found[1:], commits[1:], strict=True):
         assert same_stream(state, commit.new)

@@ -17,12 +17,21 @@ from service.core.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from service.store.base import Commit, Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, StateStore
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import Cluster, ClusterNode
 from tests.support.servers import emptied, free_port, opened, real_server, until
-from tests.support.streams import Streams, committed, key, same_reply, same_stream
+from tests.support.streams import (
+    Commit,
+    Streams,
+    columns,
+    committed,
+    key,
+    load,
+    same_reply,
+    same_stream,
+)
 
 PARTITIONS = 16
 
@@ -115,7 +124,7 @@ async def test_moved_updates_the_topology_and_retries(
         migration.reversed().run()
     async with opened(cluster.url, partitions=PARTITIONS) as other:
         assert await other.load([key("none")]) == [None]
-    (found,) = await store.load([key("a")])
+    (found,) = await load(store, [key("a")])
     assert same_stream(found, second.new)
 
 
@@ -153,7 +162,7 @@ async def test_tryagain_is_retried_until_the_migration_ends(
     migration.start()
     migration.migrate_keys(state_key)
     second = streams.next(first)
-    commit = asyncio.create_task(store.commit([second]))
+    commit = asyncio.create_task(store.commit(columns(second)))
     load = asyncio.create_task(store.load_with_reply(key("a")))
     try:
         done, _ = await asyncio.wait({commit, load}, timeout=0.1)
@@ -183,14 +192,14 @@ async def test_tryagain_until_the_timeout_applies_nothing(
         migration.start()
         migration.migrate_keys(state_key)
         try:
-            refused, written = await store.commit([streams.next(first), elsewhere])
+            refused, written = await store.commit(columns(streams.next(first), elsewhere))
             assert isinstance(refused, StoreUnavailable)
             assert "TRYAGAIN" in refused.detail
             assert written == Committed()
         finally:
             migration.migrate_keys(reply_key)
             migration.finish()
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, first.new)
         migration.reversed().run()
 
@@ -234,7 +243,7 @@ class Writers:
 
     async def check(self, store: StateStore) -> None:
         """Every stream is where it was last acknowledged, bit by bit."""
-        found = await store.load([commit.key for commit in self.last.values()])
+        found = await load(store, [commit.key for commit in self.last.values()])
         for stream, commit in zip(found, self.last.values(), strict=True):
             assert same_stream(stream, commit.new)
 
@@ -247,7 +256,7 @@ async def writing(store: StateStore, streams: Streams, count: int) -> AsyncItera
     async def write(name: str) -> None:
         commit = streams.creation(key(name))
         while not stop.is_set():
-            (result,) = await store.commit([commit])
+            (result,) = await store.commit(columns(commit))
             while result != Committed():
                 # A client retries: the chunk is re-evaluated and answered from the stored reply.
                 assert isinstance(result, NotDurable | OutcomeUnknown | Conflicted), result
@@ -258,7 +267,7 @@ async def writing(store: StateStore, streams: Streams, count: int) -> AsyncItera
                 if state is not None and state.head == commit.new.head:
                     break
                 assert (None if state is None else state.head) == commit.expected
-                (result,) = await store.commit([commit])
+                (result,) = await store.commit(columns(commit))
             writers.last[name] = commit
             writers.count += 1
             commit = streams.next(commit)
@@ -302,11 +311,11 @@ async def test_pending_requests_of_a_lost_node_move_to_the_new_primary(
         assert len(ours) > 1
         sent, *unsent = (streams.next(commit) for commit in ours)
         victim.pause()
-        owed = [asyncio.create_task(store.commit([sent]))]
+        owed = [asyncio.create_task(store.commit(columns(sent)))]
         await asyncio.sleep(0)
         victim.kill()
-        owed += [asyncio.create_task(store.commit([commit])) for commit in unsent]
-        loading = asyncio.create_task(store.load([commit.key for commit in commits]))
+        owed += [asyncio.create_task(store.commit(columns(commit))) for commit in unsent]
+        loading = asyncio.create_task(load(store, [commit.key for commit in commits]))
         try:
             assert await asyncio.gather(*owed) == [[Committed()]] * len(ours)
             assert not any(isinstance(found, CarryError) for found in await loading)
@@ -349,18 +358,18 @@ async def test_requests_wait_for_the_majority_and_recover(
             await asyncio.to_thread(until, lambda: _refuses(left, "CLUSTERDOWN"), "CLUSTERDOWN")
             second = streams.next(first)
             with pytest.raises(StoreUnavailable, match="CLUSTERDOWN") as caught:
-                await hasty.commit([second])
+                await hasty.commit(columns(second))
             assert caught.value.retryable
             assert caught.value.facts["retry_after_s"] > 0
             (check,) = await hasty.check()
             assert not check.ok
-            waiting = asyncio.create_task(patient.commit([second]))
+            waiting = asyncio.create_task(patient.commit(columns(second)))
             await asyncio.wait({waiting}, timeout=0.05)
         finally:
             for node in down:
                 node.resume()
         assert await waiting == [Committed()]
-        assert await hasty.commit([second]) in (
+        assert await hasty.commit(columns(second)) in (
             [Committed()],
             [Conflicted(second.new.head)],
         )
@@ -386,7 +395,7 @@ async def test_an_unavailable_node_fails_only_its_own_streams(
         await committed(store, *commits)
         own_cluster.primaries[2].pause()
         try:
-            found = await store.load([commit.key for commit in commits])
+            found = await load(store, [commit.key for commit in commits])
         finally:
             own_cluster.primaries[2].resume()
         for stream, commit in zip(found, commits, strict=True):

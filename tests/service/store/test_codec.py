@@ -16,20 +16,23 @@ from hypothesis.extra import numpy as hnp
 from models.spec.state import State
 from service.core.values import Feed, LastChunk, StoredReply, StreamHead, StreamState, Tombstone
 from service.store.codec import (
+    COMPARED,
     HEADER_BYTES,
     TOMBSTONE_PREFIX,
     CodecError,
-    decode_head,
+    EncodedStream,
+    StateHeader,
     decode_reply,
     decode_state,
     encode_reply,
     encode_state,
     encode_tombstone,
-    head_bytes,
-    raw_head,
-    read_heads,
+    pack_head,
+    packed_head,
+    read_streams,
+    unpack_head,
 )
-from tests.support.streams import Streams, same_reply, same_stream
+from tests.support.streams import Streams, cached, same_reply, same_stream
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 MARKS = st.builds(
@@ -66,13 +69,13 @@ def resealed(value: bytes, at: int, crc_at: int, patch: bytes) -> bytes:
     return patched[:crc_at] + struct.pack("<I", crc) + patched[crc_at + 4 :]
 
 
-def head_of(stream: StreamState, value: bytes) -> tuple[StreamHead, Feed]:
+def head_of(stream: StreamState, value: bytes) -> EncodedStream:
     """What the fast path reads, if it accepts the value as a stream like the given one."""
     sizes = stream.state.ints.size, stream.state.floats.size
-    (head,) = read_heads([value], stream.fingerprint, *sizes)
-    if head is None:
+    (read,) = read_streams([value], stream.fingerprint, *sizes)
+    if read is None:
         raise CodecError("not by the fast path")
-    return head
+    return read
 
 
 @given(STATES)
@@ -86,8 +89,16 @@ def test_a_reply_round_trips_bit_for_bit(reply: StoredReply) -> None:
 
 
 @given(STATES)
-def test_the_head_is_decoded_from_the_header_alone(stream: StreamState) -> None:
-    assert decode_head(encode_state(stream)[:HEADER_BYTES]) == stream.head
+def test_the_header_is_decoded_alone(stream: StreamState) -> None:
+    value = encode_state(stream)
+    header = StateHeader.decode(value[:HEADER_BYTES])
+    assert (
+        header.head,
+        header.last,
+        header.size_bytes,
+        header.updated_ms,
+        header.is_tombstone,
+    ) == (stream.head, stream.last, len(value), stream.updated_ms, False)
 
 
 @given(STATES)
@@ -96,19 +107,19 @@ def test_the_fast_path_reads_the_heads_of_streams_with_a_last_chunk(stream: Stre
     whole, fingerprint = encode_state(stream), stream.fingerprint
     tombstone = encode_tombstone(Tombstone(StreamHead(b"epoch-89", bytes(16), 0)))
     values = [b"", whole, tombstone, whole[:-1]]
-    known = (stream.head, stream.feed) if stream.last else None
-    assert read_heads(values, fingerprint, ints.size, floats.size) == [None, known, None, None]
+    known = cached(stream) if stream.last else None
+    assert read_streams(values, fingerprint, ints.size, floats.size) == [None, known, None, None]
     other = bytes(byte ^ 1 for byte in fingerprint)
-    assert read_heads(values, other, ints.size, floats.size) == [None] * 4
-    assert read_heads(values, fingerprint, ints.size, floats.size + 1) == [None] * 4
+    assert read_streams(values, other, ints.size, floats.size) == [None] * 4
+    assert read_streams(values, fingerprint, ints.size, floats.size + 1) == [None] * 4
 
 
 def test_the_fast_path_leaves_streams_that_are_not_finite_to_the_decoder() -> None:
     stream = Streams().first(floats=4, ints=1)
     value = encode_state(stream)
     infinite = resealed(value, len(value) - 4, 12, struct.pack("<f", math.inf))
-    assert read_heads([value, infinite], stream.fingerprint, 1, 4) == [None, None]
-    assert head_of(stream, value) == (stream.head, stream.feed)
+    assert read_streams([value, infinite], stream.fingerprint, 1, 4) == [None, None]
+    assert head_of(stream, value) == cached(stream)
 
 
 @given(st.binary(min_size=8, max_size=8))
@@ -117,8 +128,8 @@ def test_a_tombstone_round_trips_and_its_header_has_no_head(epoch: bytes) -> Non
     value = encode_tombstone(tombstone)
     assert (len(value), value[:6], value[32:40]) == (HEADER_BYTES, TOMBSTONE_PREFIX, epoch)
     assert decode_state(value) == tombstone
-    assert decode_head(value) is None
-    assert raw_head(value) == tombstone.head
+    assert StateHeader.decode(value).is_tombstone
+    assert unpack_head(packed_head(value)) == tombstone.head
 
 
 @pytest.mark.parametrize(
@@ -160,7 +171,7 @@ def test_the_layout_of_a_state_matches_its_documentation() -> None:
     assert value[16:32] == b"fingerprint-cdef"
     assert value[32:40] == b"epoch-89"
     assert value[40:56] == b"tag-0123456789ab"
-    assert value[32:56] == head_bytes(head)
+    assert value[32:56] == pack_head(head)[COMPARED]
     assert value[56:64] == bytes([8, 7, 6, 5, 4, 3, 2, 1])
     assert value[64:72] == bytes([0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11])
     assert value[72:88] == b"digest-789abcdef"
@@ -269,7 +280,7 @@ def test_an_invalid_header_is_rejected() -> None:
     value = encode_state(Streams().first())
     for header in (value[: HEADER_BYTES - 1], b"XXXX" + value[4:], value[:4] + b"\2" + value[5:]):
         with pytest.raises(CodecError):
-            decode_head(header)
+            StateHeader.decode(header)
 
 
 def test_values_outside_the_layout_are_not_encoded() -> None:

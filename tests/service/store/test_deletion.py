@@ -16,7 +16,16 @@ from service.store.redis.requests import StoreRequest
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async
-from tests.support.streams import OpenStore, Streams, absence, committed, key, same_stream
+from tests.support.streams import (
+    OpenStore,
+    Streams,
+    absence,
+    columns,
+    committed,
+    key,
+    load,
+    same_stream,
+)
 
 
 @pytest.fixture
@@ -38,7 +47,7 @@ async def test_a_stream_is_deleted_with_its_reply(
     assert await store.delete(key("a")) == Committed()
     assert await store.load_with_reply(key("a")) == (None, None)
     assert await store.delete(key("a")) == Conflicted(None)
-    (found,) = await store.load([key("b")])
+    (found,) = await load(store, [key("b")])
     assert same_stream(found, other.new)
     with server.client() as client:
         assert client.exists(StoreSettings(server.url).keys.reply(key("a"))) == 0
@@ -50,7 +59,7 @@ async def test_only_the_expected_stream_is_deleted(store: StateStore, streams: S
     second = streams.next(first)
     await committed(store, second)
     assert await store.delete(key("a"), first.new.head) == Conflicted(second.new.head)
-    (found,) = await store.load([key("a")])
+    (found,) = await load(store, [key("a")])
     assert same_stream(found, second.new)
     assert await store.delete(key("a"), second.new.head) == Committed()
     assert await store.delete(key("a"), second.new.head) == Conflicted(None)
@@ -62,10 +71,10 @@ async def test_a_late_commit_does_not_restore_a_deleted_stream(
     first = streams.creation(key("a"))
     await committed(store, first)
     await store.delete(key("a"))
-    assert await store.commit([streams.creation(key("a"))]) == [Conflicted(None)]
+    assert await store.commit(columns(streams.creation(key("a")))) == [Conflicted(None)]
     again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
     await committed(store, again)
-    assert await store.commit([streams.next(first)]) == [Conflicted(again.new.head)]
+    assert await store.commit(columns(streams.next(first))) == [Conflicted(again.new.head)]
 
 
 async def test_many_streams_are_deleted_independently(
@@ -83,7 +92,7 @@ async def test_many_streams_are_deleted_independently(
     others = [key("gone"), key("missing"), key("damaged"), key("list")]
     results = await store.delete_many([*others, *alive])
     assert results == [Conflicted(None)] * 2 + [Committed()] * (2 + len(alive))
-    assert all(isinstance(each, Tombstone) for each in await store.load([*others, *alive]))
+    assert all(isinstance(each, Tombstone) for each in await load(store, [*others, *alive]))
     with server.client() as client:
         assert client.exists(keyspace.reply(alive[0])) == 0
     assert await store.delete_many([]) == []
@@ -130,7 +139,7 @@ async def test_a_tombstone_expires_after_its_ttl(
     assert await short.delete(key("a")) == Conflicted(None)
 
     async def forgotten() -> bool:
-        return await store.load([key("a")]) == [None]
+        return await load(store, [key("a")]) == [None]
 
     await until_async(forgotten, "the tombstone's end")
 
@@ -144,7 +153,7 @@ async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
     tombstone = await absence(store, key("a"))
     for expected in (None, StreamHead(b"other ep", bytes(16), 0)):
         late = streams.creation(key("a"))._replace(expected=expected)
-        assert await store.commit([late]) == [Conflicted(None)]
+        assert await store.commit(columns(late)) == [Conflicted(None)]
     again = streams.creation(key("a"))._replace(expected=tombstone)
     await committed(store, again)
     state, reply = await store.load_with_reply(key("a"))
@@ -160,13 +169,13 @@ async def test_deleting_a_missing_stream_leaves_a_tombstone(
     """A commit that was sent before the deletion's reply is not applied after it."""
     assert await store.delete(key("a")) == Conflicted(None)
     first = await absence(store, key("a"))
-    assert await store.commit([streams.creation(key("a"))]) == [Conflicted(None)]
+    assert await store.commit(columns(streams.creation(key("a")))) == [Conflicted(None)]
     assert await store.delete(key("a")) == Conflicted(None)
     second = await absence(store, key("a"))
     assert None not in (first, second)
     assert first != second
     late = streams.creation(key("a"))._replace(expected=first)
-    assert await store.commit([late]) == [Conflicted(None)]
+    assert await store.commit(columns(late)) == [Conflicted(None)]
 
 
 async def test_a_conflicting_deletion_leaves_no_tombstone(
@@ -174,7 +183,7 @@ async def test_a_conflicting_deletion_leaves_no_tombstone(
 ) -> None:
     other = streams.begin().head
     assert await store.delete(key("a"), other) == Conflicted(None)
-    assert await store.load([key("a")]) == [None]
+    assert await load(store, [key("a")]) == [None]
 
 
 async def test_confirming_a_tombstone_does_not_change_it(
@@ -204,7 +213,7 @@ async def test_a_damaged_state_is_deleted_only_if_it_is_unchanged(
 ) -> None:
     with server.client() as client:
         client.set(names(server)[0], value)
-        (damaged,) = await store.load([key("a")])
+        (damaged,) = await load(store, [key("a")])
         assert isinstance(damaged, StateDamaged)
         sound = streams.creation(key("a"))
         client.delete(names(server)[0])
@@ -212,14 +221,14 @@ async def test_a_damaged_state_is_deleted_only_if_it_is_unchanged(
         assert await store.delete(key("a"), damaged.head) == Conflicted(sound.new.head)
         client.set(names(server)[0], value)
     assert await store.delete(key("a"), damaged.head) == Committed()
-    assert isinstance((await store.load([key("a")]))[0], Tombstone)
+    assert isinstance((await load(store, [key("a")]))[0], Tombstone)
 
 
 async def test_a_key_of_another_type_is_deleted(store: StateStore, server: RealServer) -> None:
     with server.client() as client:
         client.rpush(names(server)[0], "not a stream")
     assert await store.delete(key("a")) == Committed()
-    assert isinstance((await store.load([key("a")]))[0], Tombstone)
+    assert isinstance((await load(store, [key("a")]))[0], Tombstone)
 
 
 async def test_streams_are_deleted_when_memory_is_full(
@@ -232,7 +241,7 @@ async def test_streams_are_deleted_when_memory_is_full(
         assert await store.delete(key("a")) == Conflicted(None)
     finally:
         server.configure("maxmemory", 0)
-    assert isinstance((await store.load([key("a")]))[0], Tombstone)
+    assert isinstance((await load(store, [key("a")]))[0], Tombstone)
 
 
 # Concurrent writers
@@ -272,7 +281,7 @@ async def test_a_stream_under_constant_writes_is_deleted(
         assert await busy.delete(key("a")) == Committed()
     finally:
         await busy.close()
-    assert isinstance((await store.load([key("a")]))[0], Tombstone)
+    assert isinstance((await load(store, [key("a")]))[0], Tombstone)
     assert [len(condition) for condition in busy.conditions] == [0, 24, 24, 8]
 
 
@@ -290,7 +299,7 @@ async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(
         assert isinstance(await busy.delete(key("a")), Conflict)
     finally:
         await busy.close()
-    assert isinstance((await store.load([key("a")]))[0], StreamState)
+    assert isinstance((await load(store, [key("a")]))[0], StreamState)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from service.store.keys import KeySpace
 from service.store.settings import Durability
 from tests.support.cluster import Cluster, ClusterNode
 from tests.support.servers import KINDS, emptied, opened, real_server, until
-from tests.support.streams import Streams, committed, key, same_reply, same_stream
+from tests.support.streams import Streams, columns, committed, key, load, same_reply, same_stream
 
 ALWAYS = ("--appendfsync", "always")
 PARTITIONS = 16
@@ -90,7 +90,7 @@ async def test_the_embedded_valkey_fsyncs_if_configured(tmp_path: Path, streams:
                     await committed(store, first)
             else:
                 async with opened(valkey.url, durability=Durability.FSYNC) as store:
-                    (found,) = await store.load([key("a")])
+                    (found,) = await load(store, [key("a")])
                     assert same_stream(found, first.new)
         finally:
             valkey.stop()
@@ -131,7 +131,7 @@ async def test_acknowledged_commits_survive_a_machine_crash(
                 cut.truncate(on_disk[str(file)])
         server.start()
         async with opened(server.url) as store:
-            found = await store.load([commit.key for commit in last])
+            found = await load(store, [commit.key for commit in last])
             for stream, commit in zip(found, last, strict=True):
                 assert stream.head == commit.expected
 
@@ -172,7 +172,7 @@ async def test_a_commit_without_enough_replicas_is_not_durable(
         await committed(store, *commits)
         commits = [streams.next(commit) for commit in commits]
         with paused(*own_cluster.replicas):
-            for result in await store.commit(commits):
+            for result in await store.commit(columns(*commits)):
                 assert isinstance(result, NotDurable)
                 assert result.retryable
                 assert result.facts["retry_after_s"] > 0
@@ -184,7 +184,7 @@ async def test_a_commit_without_enough_replicas_is_not_durable(
             with pytest.raises(NotDurable):
                 await store.load_with_reply(key("s1"))
             # It was applied nevertheless, as reads may show.
-            (found,) = await store.load([key("s0")])
+            (found,) = await load(store, [key("s0")])
             assert same_stream(found, commits[0].new)
         for commit in commits[2:]:
             state, reply = await store.load_with_reply(commit.key)
@@ -231,7 +231,7 @@ async def test_an_interrupted_wait_confirms_nothing(own_cluster: Cluster, stream
         with paused(*own_cluster.replicas):
             for broken_off in (("UNBLOCK", "{id}", "ERROR"), ("KILL", "ID", "{id}")):
                 second = streams.next(first)
-                commit = asyncio.create_task(store.commit([second]))
+                commit = asyncio.create_task(store.commit(columns(second)))
                 waiting = await asyncio.to_thread(until, lambda: _waiting(node), "a WAIT")
                 node.ask("CLIENT", *(word.format(id=waiting) for word in broken_off))
                 (result,) = await commit
@@ -269,7 +269,7 @@ async def test_after_a_lossy_failover_the_client_is_ahead(
         await committed(store, second)
         primary.kill()
         replica.start()
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, first.new)
         steps = Steps(second.new.feed, 2, rows=np.ones((2, 3), np.float32))
         chunk = Chunk(key("a"), steps, chunk_digest(None, steps), second.new.head.position)
@@ -282,5 +282,5 @@ async def test_after_a_lossy_failover_the_client_is_ahead(
         primary.start()
         own_cluster.primaries[at], own_cluster.replicas[at] = replica, primary
         await asyncio.to_thread(own_cluster.wait_until_synced)
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, other.new)

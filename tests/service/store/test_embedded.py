@@ -29,7 +29,7 @@ from service.store.embedded.valkey_process import (
     server_pids,
 )
 from tests.support.servers import opened, until, written
-from tests.support.streams import Streams, key, same_stream
+from tests.support.streams import Streams, columns, key, load, same_stream
 
 OWNER = """
 import signal, sys
@@ -137,10 +137,10 @@ async def test_streams_survive_a_restart_of_the_service(data_dir: Path) -> None:
     commit = Streams().creation(key("a"))
     with running(data_dir) as valkey:
         async with opened(valkey.url) as store:
-            assert await store.commit([commit]) == [Committed()]
+            assert await store.commit(columns(commit)) == [Committed()]
     with running(data_dir) as valkey:
         async with opened(valkey.url) as store:
-            (found,) = await store.load([commit.key])
+            (found,) = await load(store, [commit.key])
             assert same_stream(found, commit.new)
 
 
@@ -414,14 +414,14 @@ async def test_commits_wait_for_a_restart(data_dir: Path) -> None:
     commit = streams.creation(key("a"))
     with running(data_dir) as valkey:
         async with opened(valkey.url, wait_s=30) as store:
-            assert await store.commit([commit]) == [Committed()]
+            assert await store.commit(columns(commit)) == [Committed()]
             for _ in range(3):
                 with redis.Redis.from_url(valkey.url) as client:
                     written(client)
                 os.kill(until(lambda: valkey.status().pid), signal.SIGKILL)
                 commit = streams.next(commit)
-                assert await store.commit([commit]) == [Committed()]
-                (found,) = await store.load([commit.key])
+                assert await store.commit(columns(commit)) == [Committed()]
+                (found,) = await load(store, [commit.key])
                 assert same_stream(found, commit.new)
 
 

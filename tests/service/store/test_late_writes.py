@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
-from service.store.base import Commit, Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, StateStore
 from service.store.codec import encode_state
 from service.store.redis.deletion import DELETE_ATTEMPTS
 from service.store.redis.outcomes import Outcome, Reply
@@ -18,7 +18,16 @@ from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, opened
-from tests.support.streams import Streams, absence, committed, key, same_stream
+from tests.support.streams import (
+    Commit,
+    Streams,
+    absence,
+    columns,
+    committed,
+    key,
+    load,
+    same_stream,
+)
 
 
 @asynccontextmanager
@@ -45,7 +54,7 @@ async def test_a_late_deletion_does_not_delete_a_stream_created_since(
         again = await create_again(store, streams)
         assert path.held
         await path.deliver()
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, again.new)
 
 
@@ -70,13 +79,13 @@ async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied
     second = streams.next(first)
     async with delayed_store(server) as (path, store):
         path.holds = 1
-        abandoned = asyncio.create_task(store.commit([first]))
-        awaited = asyncio.create_task(store.commit([second]))
+        abandoned = asyncio.create_task(store.commit(columns(first)))
+        awaited = asyncio.create_task(store.commit(columns(second)))
         await path.holding.wait()
         abandoned.cancel()
         assert await awaited == [Committed()]
         await path.deliver()
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, second.new)
 
 
@@ -172,7 +181,7 @@ async def test_no_late_attempt_of_a_deletion_deletes_a_later_stream(
         again = await create_again(store, streams)
         assert paths[0].held
         await paths[0].deliver()
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, again.new)
 
 
@@ -194,9 +203,9 @@ async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
         await path.holding.wait()
         deletion.cancel()
         # On the next connection, no request is pending behind the deletion.
-        assert await store.load([key("b")]) == [None]
+        assert await load(store, [key("b")]) == [None]
         second = streams.next(first)
         await committed(store, second)
         await path.deliver()
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, second.new)

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from service.core.errors import StoreRefused
-from service.store.base import Commit, StateStore
+from service.store.base import StateStore
 from service.store.observation import LIVE_S
 from service.store.redis.requests import StoreRequest
 from service.store.redis.stream_count import SAMPLE_KEYS
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, opened, until_async
-from tests.support.streams import Streams, committed, key
+from tests.support.streams import Commit, Streams, committed, key
 
 HEADER_BYTES = 96
 FLOATS, INTS = 6, 2

@@ -8,12 +8,13 @@ import pytest
 
 from service.core.errors import StoreRefused
 from service.store.base import Conflicted, StateStore
+from service.store.codec import encode_reply
 from service.store.outputs import Output
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async
-from tests.support.streams import OpenStore, Streams, committed, key, same_reply
+from tests.support.streams import OpenStore, Streams, columns, committed, key, same_reply
 
 
 class Recorder:
@@ -65,7 +66,7 @@ async def test_workers_publish_what_they_commit_to_watched_streams(
     await watching.outputs.subscribe(first.key, recorder)
     await becomes(lambda: first.key in committing.outputs.watched, "the announcement")
     await committed(committing, first, other)
-    assert isinstance((await committing.commit([first]))[0], Conflicted)
+    assert isinstance((await committing.commit(columns(first)))[0], Conflicted)
     second = streams.next(first)
     await committed(watching, second)
     await becomes(lambda: len(recorder.outputs) == 2, "two outputs")
@@ -142,6 +143,6 @@ async def test_publications_beyond_the_bound_are_dropped(
     first = streams.creation(key("a"))
     channel.watched[first.key] = float("inf")
     for _ in range(5000):
-        channel.publish(Output(first.key, 0, first.reply))
+        channel.publish(first.key, 0, encode_reply(first.reply))
     assert len(channel._unsent) == 1024
     await asyncio.wait_for(committed(stores[0], first), 10)

@@ -27,7 +27,7 @@ from tests.support.servers import (
     real_server,
     until,
 )
-from tests.support.streams import Streams, key
+from tests.support.streams import Streams, columns, key, load
 
 
 @asynccontextmanager
@@ -137,10 +137,10 @@ def test_writes_to_a_closed_transport_do_not_break_the_next_connection(
 
     async def cut_before_two_requests(failures: list[dict[str, Any]]) -> None:
         async with opened(server.url, wait_s=60) as store:
-            assert await store.load([key("a")]) == [None]
+            assert await load(store, [key("a")]) == [None]
             with server.client() as client:
                 client.client_kill_filter(_type="normal", skipme=True)
-            reads = asyncio.gather(*(store.load([key(name)]) for name in "abc"))
+            reads = asyncio.gather(*(load(store, [key(name)]) for name in "abc"))
             done, _ = await asyncio.wait({reads}, timeout=10)
             assert done, failures
             assert await reads == [[None]] * 3
@@ -159,9 +159,9 @@ async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
         url = f"redis://127.0.0.1:{port}" if over_tcp else server.url
         async with opened(url, wait_s=0.3) as store:
             known = streams.creation(key("known"))
-            await store.commit([known])
+            await store.commit(columns(known))
             server.signal(signal.SIGSTOP)
-            (result,) = await store.commit([streams.creation(key("a"), floats=floats)])
+            (result,) = await store.commit(columns(streams.creation(key("a"), floats=floats)))
             assert isinstance(result, OutcomeUnknown)
             server.signal(signal.SIGCONT)
 

@@ -13,7 +13,7 @@ from service.store.base import Committed, Conflicted, StateStore
 from service.store.settings import Durability
 from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, free_port, opened, real_server, until
-from tests.support.streams import Streams, committed, key, same_stream
+from tests.support.streams import Streams, columns, committed, key, load, same_stream
 
 Servers = tuple[RealServer, RealServer, RealServer]
 
@@ -78,7 +78,7 @@ async def test_a_write_is_durable_once_enough_replicas_acknowledge_it(
         first = streams.creation(key("a"))
         await committed(store, first)
         with paused(replicated[2]):
-            (result,) = await store.commit([streams.next(first)])
+            (result,) = await store.commit(columns(streams.next(first)))
             deleted = await store.delete(key("known"))
         assert isinstance(result, Committed if is_durable else NotDurable)
         assert isinstance(deleted, Conflicted if is_durable else NotDurable)
@@ -94,9 +94,9 @@ async def test_a_retried_write_is_acknowledged_once_its_first_attempt_is_durable
         second = streams.next(first)
         with paused(replicated[2]):
             path.losses = 1
-            (result,) = await store.commit([second])
+            (result,) = await store.commit(columns(second))
             assert isinstance(result, NotDurable)
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, second.new)
         path.losses = 1
         third = streams.next(second)

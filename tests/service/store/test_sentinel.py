@@ -10,7 +10,7 @@ import redis
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamState
-from service.store.base import Commit, StateStore
+from service.store.base import StateStore
 from service.store.codec import encode_state
 from service.store.open import open_store
 from service.store.redis.sentinel import SentinelAddress, SentinelResolver
@@ -18,7 +18,7 @@ from service.store.redis.topology import Address
 from service.store.settings import StoreSettings
 from tests.support.sentinels import NAME, PASSWORD, Monitored, monitored
 from tests.support.servers import KINDS, opened, until, until_async
-from tests.support.streams import Streams, committed, key
+from tests.support.streams import Commit, Streams, columns, committed, key, load
 
 STREAMS = 8
 KEYS = StoreSettings("").keys
@@ -85,10 +85,10 @@ async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
 
 async def reaches(server: redis.Redis, store: StateStore, streams: Streams) -> bool:
     """Whether the next commit of a stream is written to a server."""
-    (before,) = await store.load([key("s0")])
+    (before,) = await load(store, [key("s0")])
     assert isinstance(before, StreamState)
     new = streams.after(before)
-    await store.commit([Commit(key("s0"), before.head, new, None)])
+    await store.commit(columns(Commit(key("s0"), before.head, new, None)))
     return server.get(KEYS.state(key("s0"))) == encode_state(new)
 
 

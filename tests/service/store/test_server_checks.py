@@ -8,11 +8,11 @@ import pytest
 
 from service.core.errors import StoreRefused
 from service.core.values import StoredReply, StreamKey
-from service.store.base import Commit, Committed, StateStore
+from service.store.base import Committed, StateStore
 from service.store.open import open_store
 from service.store.settings import StoreSettings
 from tests.support.servers import RealServer
-from tests.support.streams import OpenStore, Streams, committed, key
+from tests.support.streams import Commit, OpenStore, Streams, columns, committed, key
 
 
 async def test_a_server_that_may_evict_is_rejected(open_on: OpenStore, server: RealServer) -> None:
@@ -76,7 +76,7 @@ async def test_a_server_that_forbids_scripts_is_reported(
             store = open_store(StoreSettings(url))
             await store.start()
             with pytest.raises(StoreRefused, match="permissions") as caught:
-                await store.commit([streams.creation(key("a"))])
+                await store.commit(columns(streams.creation(key("a"))))
             assert "secret" not in caught.value.detail
             await store.close()
         finally:

@@ -16,10 +16,20 @@ import pytest
 import redis
 
 from service.core.errors import StoreRefused, StoreUnavailable
-from service.store.base import Commit, Committed, StateStore
+from service.store.base import Committed, StateStore
 from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, opened, until, until_async
-from tests.support.streams import OpenStore, Streams, committed, key, same_reply, same_stream
+from tests.support.streams import (
+    Commit,
+    OpenStore,
+    Streams,
+    columns,
+    committed,
+    key,
+    load,
+    same_reply,
+    same_stream,
+)
 
 
 @contextmanager
@@ -45,7 +55,7 @@ async def refused_until_it_passes(
     await committed(store, first)
     second, new = streams.next(first), streams.creation(key("b"))
     with trouble:
-        for result in await store.commit([second, new]):
+        for result in await store.commit(columns(second, new)):
             assert isinstance(result, StoreRefused), result
             assert word in result.detail
             assert result.retryable
@@ -53,9 +63,9 @@ async def refused_until_it_passes(
         state, reply = await store.load_with_reply(key("a"))
         assert same_stream(state, first.new)
         assert same_reply(reply, first.reply)
-        assert await store.load([key("b")]) == [None]
+        assert await load(store, [key("b")]) == [None]
     await committed(store, second, new)
-    found = await store.load([key("a"), key("b")])
+    found = await load(store, [key("a"), key("b")])
     assert same_stream(found[0], second.new)
     assert same_stream(found[1], new.new)
 
@@ -122,10 +132,10 @@ async def test_busy_is_retried_until_the_timeout(
         await asyncio.to_thread(until, lambda: server.refuses("BUSY"), "a busy server")
         try:
             with pytest.raises(StoreUnavailable, match="BUSY"):
-                await hasty.commit([third])
+                await hasty.commit(columns(third))
             (check,) = await hasty.check()
             assert not check.ok
-            waiting = asyncio.create_task(patient.commit([second]))
+            waiting = asyncio.create_task(patient.commit(columns(second)))
             _, still = await asyncio.wait({waiting}, timeout=0.05)
             assert still
         finally:
@@ -145,7 +155,7 @@ async def test_broken_connections_lose_no_commits(
 
     async def write(chain: list[Commit]) -> None:
         while not is_done.is_set():
-            assert await store.commit([chain[-1]]) == [Committed()]
+            assert await store.commit(columns(chain[-1])) == [Committed()]
             chain.append(streams.next(chain[-1]))
 
     async def eight_more_commits() -> None:
@@ -164,7 +174,7 @@ async def test_broken_connections_lose_no_commits(
     await eight_more_commits()
     is_done.set()
     await asyncio.gather(*writers)
-    found = await store.load([chain[0].key for chain in chains])
+    found = await load(store, [chain[0].key for chain in chains])
     for stream, chain in zip(found, chains, strict=True):
         assert same_stream(stream, chain[-2].new)
 
@@ -182,7 +192,7 @@ async def test_a_truncated_reply_is_retried(own_server: RealServer, streams: Str
             path.losses = 1
             await committed(store, *commits)
             assert path.losses == 0
-        found = await store.load([commit.key for commit in commits])
+        found = await load(store, [commit.key for commit in commits])
         for stream, commit in zip(found, commits, strict=True):
             assert same_stream(stream, commit.new)
 
@@ -196,7 +206,7 @@ async def test_reconnect_backs_off(own_server: RealServer, streams: Streams) -> 
         await committed(store, streams.creation(key("known")))
         path.dead, path.losses, path.accepted = True, 1, 0
         began_s = time.monotonic()
-        calls = (store.commit([streams.creation(key(f"s{i}"))]) for i in range(200))
+        calls = (store.commit(columns(streams.creation(key(f"s{i}")))) for i in range(200))
         await asyncio.gather(*calls, return_exceptions=True)
         waited_s = time.monotonic() - began_s
         # Backoff of 5 to 10 ms that doubles up to 250 to 500 ms.

@@ -11,12 +11,21 @@ import pytest
 import uvloop
 
 from service.core.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
-from service.store.base import Commit, Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, StateStore
 from service.store.open import open_store
 from service.store.settings import StoreSettings
 from tests.support.proxy import LossyPath
 from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until
-from tests.support.streams import Streams, absence, key, same_reply, same_stream
+from tests.support.streams import (
+    Commit,
+    Streams,
+    absence,
+    columns,
+    key,
+    load,
+    same_reply,
+    same_stream,
+)
 
 
 class Lossy(NamedTuple):
@@ -36,7 +45,7 @@ async def lossy(own_server: RealServer, request: pytest.FixtureRequest) -> Async
         opened(own_server.url) as others,
     ):
         known = Streams(1).creation(key("known"))
-        assert await store.commit([known]) == [Committed()]
+        assert await store.commit(columns(known)) == [Committed()]
         assert await store.delete(known.key) == Committed()
         yield Lossy(path, store, others)
 
@@ -52,12 +61,12 @@ def test_a_transport_closed_by_the_loop_is_reopened(server: RealServer, streams:
     async def ended_before_each_commit() -> None:
         async with opened(server.url) as store:
             commit = streams.creation(key("s"))
-            assert await store.commit([commit]) == [Committed()]
+            assert await store.commit(columns(commit)) == [Committed()]
             for _ in range(5):
                 store._router._server.connection._connection._writer.transport.abort()
                 await asyncio.sleep(0)
                 commit = streams.next(commit)
-                assert await store.commit([commit]) == [Committed()]
+                assert await store.commit(columns(commit)) == [Committed()]
 
     uvloop.run(ended_before_each_commit())
 
@@ -74,7 +83,7 @@ async def test_acknowledged_commits_survive_kills_under_load(
     async def writer(store: StateStore, number: int) -> None:
         commit = streams.creation(key(f"s{number}"))
         while not stop.is_set():
-            assert await store.commit([commit]) == [Committed()]
+            assert await store.commit(columns(commit)) == [Committed()]
             acknowledged[number] = commit
             commit = streams.next(commit)
 
@@ -95,7 +104,7 @@ async def test_acknowledged_commits_survive_kills_under_load(
         finally:
             stop.set()
             await asyncio.gather(*writers)
-        found = await reader.load([acknowledged[i].key for i in range(12)])
+        found = await load(reader, [acknowledged[i].key for i in range(12)])
         for number, stream in enumerate(found):
             assert same_stream(stream, acknowledged[number].new)
 
@@ -103,14 +112,14 @@ async def test_acknowledged_commits_survive_kills_under_load(
 async def test_calls_wait_for_a_restarting_server(own_server: RealServer, streams: Streams) -> None:
     async with opened(own_server.url, wait_s=30) as store:
         first, other = streams.creation(key("a")), streams.creation(key("b"))
-        assert await store.commit([first, other]) == [Committed()] * 2
+        assert await store.commit(columns(first, other)) == [Committed()] * 2
         own_server.kill()
         second = streams.next(first)
         calls = [
             asyncio.create_task(call)
             for call in (
-                store.load([key("b")]),
-                store.commit([second]),
+                load(store, [key("b")]),
+                store.commit(columns(second)),
                 store.load_with_reply(key("b")),
                 store.streams("flights", "", None, 10),
                 store.delete(key("none")),
@@ -127,14 +136,14 @@ async def test_calls_wait_for_a_restarting_server(own_server: RealServer, stream
         assert set(page.streams) == {"a", "b"}
         # It may be sent before the exit is detected: then the outcome is ambiguous.
         assert deleted in (Conflicted(None), Committed())
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, second.new)
 
 
 async def test_calls_wait_for_a_loading_server(own_server: RealServer, streams: Streams) -> None:
     async with opened(own_server.url, wait_s=60) as store:
         first = streams.creation(key("a"))
-        assert await store.commit([first]) == [Committed()]
+        assert await store.commit(columns(first)) == [Committed()]
         with own_server.client() as client:
             for number in range(20):
                 client.mset({f"{number}-{i}": bytes(20_000) for i in range(20)})
@@ -145,9 +154,9 @@ async def test_calls_wait_for_a_loading_server(own_server: RealServer, streams: 
         slow = ("--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024")
         own_server.launch(*slow)
         until(lambda: own_server.refuses("LOADING"), "a server that is loading")
-        (found,) = await store.load([key("a")])
+        (found,) = await load(store, [key("a")])
         assert same_stream(found, first.new)
-        assert await store.commit([streams.next(first)]) == [Committed()]
+        assert await store.commit(columns(streams.next(first))) == [Committed()]
 
 
 async def test_an_unavailable_server_times_out(own_server: RealServer, streams: Streams) -> None:
@@ -155,9 +164,9 @@ async def test_an_unavailable_server_times_out(own_server: RealServer, streams: 
         own_server.kill()
         await asyncio.sleep(0)
         for call in (
-            store.load([key("a")]),
+            load(store, [key("a")]),
             store.load_with_reply(key("a")),
-            store.commit([streams.creation(key("a"))]),
+            store.commit(columns(streams.creation(key("a")))),
             store.streams("flights", "", None, 10),
         ):
             async with asyncio.timeout(5):
@@ -184,13 +193,13 @@ async def test_a_commit_to_an_unresponsive_server_has_an_unknown_outcome(
 ) -> None:
     async with opened(own_server.url, wait_s=0.3) as store:
         first, second = streams.creation(key("a")), streams.creation(key("b"))
-        assert await store.commit([streams.creation(key("before"))]) == [Committed()]
+        assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
         own_server.signal(signal.SIGSTOP)
         try:
             async with asyncio.timeout(10):
-                results = await store.commit([first, second])
+                results = await store.commit(columns(first, second))
                 with pytest.raises(StoreUnavailable):
-                    await store.load([key("a")])
+                    await load(store, [key("a")])
                 (check,) = await store.check()
         finally:
             own_server.signal(signal.SIGCONT)
@@ -206,7 +215,7 @@ async def test_calls_wait_for_an_unresponsive_server(
         own_server.signal(signal.SIGSTOP)
         first = streams.creation(key("a"))
         chain = [first, streams.next(first)]
-        tasks = [asyncio.create_task(store.commit([commit])) for commit in chain]
+        tasks = [asyncio.create_task(store.commit(columns(commit))) for commit in chain]
         await asyncio.wait(tasks, timeout=0.05)
         own_server.signal(signal.SIGCONT)
         assert await asyncio.gather(*tasks) == [[Committed()], [Committed()]]
@@ -217,18 +226,23 @@ async def test_all_requests_to_an_unresponsive_server_have_unknown_outcomes(
 ) -> None:
     """Requests are pipelined: all that were sent may be executed later."""
     async with opened(own_server.url, wait_s=0.3) as store:
-        assert await store.commit([streams.creation(key("before"))]) == [Committed()]
+        assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
         commits = [streams.creation(key(f"s{i}")) for i in range(5)]
         own_server.signal(signal.SIGSTOP)
         try:
             async with asyncio.timeout(10):
-                outcomes = await asyncio.gather(*(store.commit([commit]) for commit in commits))
+                outcomes = await asyncio.gather(
+                    *(store.commit(columns(commit)) for commit in commits)
+                )
         finally:
             own_server.signal(signal.SIGCONT)
         assert all(isinstance(outcome, OutcomeUnknown) for [outcome] in outcomes)
     async with opened(own_server.url) as store:
         for commit in commits:
-            assert await store.commit([commit]) in ([Committed()], [Conflicted(commit.new.head)])
+            assert await store.commit(columns(commit)) in (
+                [Committed()],
+                [Conflicted(commit.new.head)],
+            )
 
 
 # Lost replies
@@ -240,12 +254,12 @@ async def test_a_retried_commit_that_finds_its_own_head_was_written(
     path, store, _ = lossy
     first, other = streams.creation(key("a")), streams.creation(key("b"))
     path.losses = 1
-    assert await store.commit([first, other]) == [Committed(), Committed()]
+    assert await store.commit(columns(first, other)) == [Committed(), Committed()]
     assert path.losses == 0
     # The other stream is behind the expected head.
     second, stale = streams.next(first), streams.next(streams.next(other))
     path.losses = 2
-    results = await store.commit([second, stale])
+    results = await store.commit(columns(second, stale))
     assert results == [Committed(), Conflicted(other.new.head)]
     state, reply = await store.load_with_reply(key("a"))
     assert same_stream(state, second.new)
@@ -258,8 +272,8 @@ async def test_a_retried_creation_in_its_own_epoch_was_written(
     """No other commit can have created its epoch."""
     path, store, others = lossy
     first = streams.creation(key("a"))
-    path.losses, path.after_loss = 1, lambda: others.commit([streams.next(first)])
-    assert await store.commit([first]) == [Committed()]
+    path.losses, path.after_loss = 1, lambda: others.commit(columns(streams.next(first)))
+    assert await store.commit(columns(first)) == [Committed()]
 
 
 async def test_a_retried_continuation_behind_the_stored_head_is_unknown(
@@ -267,11 +281,11 @@ async def test_a_retried_continuation_behind_the_stored_head_is_unknown(
 ) -> None:
     path, store, others = lossy
     first = streams.creation(key("a"))
-    assert await store.commit([first]) == [Committed()]
+    assert await store.commit(columns(first)) == [Committed()]
     second = streams.next(first)
     third = streams.next(second)
-    path.losses, path.after_loss = 1, lambda: others.commit([third])
-    (result,) = await store.commit([second])
+    path.losses, path.after_loss = 1, lambda: others.commit(columns(third))
+    (result,) = await store.commit(columns(second))
     assert isinstance(result, OutcomeUnknown)
     assert result.facts["position"] == third.new.head.position
     assert result.facts["epoch"] == third.new.head.epoch.hex()
@@ -285,13 +299,13 @@ async def test_a_retried_commit_in_a_newer_epoch_is_unknown(lossy: Lossy, stream
     async def create_again() -> None:
         await others.delete(key("a"))
         expected = await absence(others, key("a"))
-        await others.commit([creations.pop()._replace(expected=expected)])
+        await others.commit(columns(creations.pop()._replace(expected=expected)))
 
-    assert await store.commit([first]) == [Committed()]
+    assert await store.commit(columns(first)) == [Committed()]
     path.losses, path.after_loss = 1, create_again
-    (result,) = await store.commit([streams.next(first)])
+    (result,) = await store.commit(columns(streams.next(first)))
     assert isinstance(result, OutcomeUnknown)
-    (found,) = await store.load([key("a")])
+    (found,) = await load(store, [key("a")])
     path.losses, path.after_loss = 1, create_again
     assert isinstance(await store.delete(key("a"), found.head), OutcomeUnknown)
 
@@ -307,15 +321,15 @@ async def test_a_retried_commit_after_a_rollback_is_written_or_conflicts(
     async def roll_back() -> None:
         await others.delete(key("a"))
         expected = await absence(others, key("a"))
-        await others.commit([Commit(key("a"), expected, first.new, None)])
+        await others.commit(columns(Commit(key("a"), expected, first.new, None)))
 
-    assert await store.commit([first]) == [Committed()]
+    assert await store.commit(columns(first)) == [Committed()]
     path.losses, path.after_loss = 1, roll_back
-    assert await store.commit([third]) == [Conflicted(first.new.head)]
+    assert await store.commit(columns(third)) == [Conflicted(first.new.head)]
     path.losses, path.after_loss = 1, roll_back
     # The stream is back at the expected head: the retry itself is written.
-    assert await store.commit([second]) == [Committed()]
-    (found,) = await store.load([key("a")])
+    assert await store.commit(columns(second)) == [Committed()]
+    (found,) = await load(store, [key("a")])
     assert same_stream(found, second.new)
 
 
@@ -326,10 +340,10 @@ async def test_a_commit_without_any_reply_has_an_unknown_outcome(
     path, store, others = lossy
     first = streams.creation(key("a"))
     path.losses, path.dead_after_loss = 1, True
-    (result,) = await store.commit([first])
+    (result,) = await store.commit(columns(first))
     assert isinstance(result, OutcomeUnknown)
     assert result.retryable
-    (found,) = await others.load([key("a")])
+    (found,) = await load(others, [key("a")])
     assert same_stream(found, first.new)
 
 
@@ -342,16 +356,16 @@ async def test_a_rejection_after_a_lost_reply_has_an_unknown_outcome(
 
     path, store, _ = lossy
     path.losses, path.after_loss = 1, forbid
-    (result,) = await store.commit([streams.creation(key("a"))])
+    (result,) = await store.commit(columns(streams.creation(key("a"))))
     assert isinstance(result, OutcomeUnknown)
     with pytest.raises(StoreRefused):
-        await store.commit([streams.creation(key("b"))])
+        await store.commit(columns(streams.creation(key("b"))))
 
 
 async def test_a_retried_deletion_succeeds(lossy: Lossy, streams: Streams) -> None:
     path, store, _ = lossy
     first = streams.creation(key("a"))
-    assert await store.commit([first]) == [Committed()]
+    assert await store.commit(columns(first)) == [Committed()]
     path.losses = 1
     assert await store.delete(key("a"), first.new.head) == Committed()
     assert await store.load_with_reply(key("a")) == (None, None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
 
 import pytest
 
 from models.artifact.artifact import Artifact, write_artifact
 from service.pipeline.served_model import ServedModel
-from service.store.base import Commit, CommitResult
+from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from service.transports.http.bodies import strict_validator
 from service.transports.http.bodies.body_types import BodyTypes, build_body_types
@@ -79,7 +79,7 @@ def held_back(api: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Non
     commit = RedisStore.commit
 
     async def held(
-        store: RedisStore, commits: Sequence[Commit], deadline_s: float | None = None
+        store: RedisStore, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
         await gate.wait()
         return await commit(store, commits, deadline_s)

@@ -10,15 +10,14 @@ import redis
 from service.core.errors import CarryError
 from service.core.values import Check, StoredReply, StreamHead, StreamKey, StreamPage, StreamState
 from service.store.base import (
-    Commit,
+    CommitColumns,
     CommitResult,
-    Loaded,
     StateStore,
     StoredValue,
-    decode_value,
 )
 from service.store.codec import TOMBSTONE_PREFIX, decode_state, encode_state
 from service.store.keys import KeySpace
+from tests.support.streams import Commit, rows
 
 
 class StoredStates(MutableMapping[StreamKey, StreamState]):
@@ -112,15 +111,10 @@ class FaultyStore:
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
-    ) -> list[Loaded]:
-        return list(map(decode_value, keys, await self.load_values(keys, deadline_s)))
-
-    async def load_values(
-        self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[StoredValue]:
         self._fail()
         await self._held()
-        values = await self._store.load_values(keys, deadline_s)
+        values = await self._store.load(keys, deadline_s)
         return [self.damaged.get(key, value) for key, value in zip(keys, values, strict=True)]
 
     async def load_with_reply(
@@ -130,16 +124,16 @@ class FaultyStore:
         return await self._store.load_with_reply(key, deadline_s)
 
     async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float | None = None
     ) -> list[CommitResult]:
         self._fail()
         if self.on_commit is None:
             results_of_all = await self._store.commit(commits, deadline_s)
             await self._held()
             return results_of_all
-        answers = [self.on_commit(commit) for commit in commits]
-        passed = [c for c, answer in zip(commits, answers, strict=True) if answer is None]
-        results = iter(await self._store.commit(passed, deadline_s) if passed else [])
+        answers = [self.on_commit(commit) for commit in rows(commits)]
+        passed = commits.select([at for at, answer in enumerate(answers) if answer is None])
+        results = iter(await self._store.commit(passed, deadline_s))
         await self._held()
         return [next(results) if answer is None else answer for answer in answers]
 

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from service.core.errors import OutcomeUnknown
 from service.core.values import FIRST_TAG, StreamKey
-from service.store.base import Commit
 from tests.service.transports.http.harness import Harness, problem, rows
+from tests.support.streams import Commit
 
 ADDRESS = "/v1/models/probe/streams"
 KEY = StreamKey("probe", "s")

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from service.core.errors import StoreUnavailable
 from service.core.values import StreamKey
 from service.pipeline import output_buffer, watching
-from service.store.outputs import Output
+from service.store.codec import encode_reply
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.websocket import watching as sse
@@ -306,7 +306,7 @@ async def test_watchers_get_what_another_worker_commits(
             assert stored is not None
             assert reply is not None
             later = reply._replace(head=replace(reply.head, position=4))
-            other.outputs.publish(Output(key, 2, later))
+            other.outputs.publish(key, 2, encode_reply(later))
             assert (await events.expect("outputs"))["position"] == 4
     finally:
         await other.outputs.close()
