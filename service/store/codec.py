@@ -417,11 +417,6 @@ def encode_replies(heads: Sequence[bytes], outputs: Sequence[FloatRows]) -> list
     return replies
 
 
-def encode_reply(reply: StoredReply) -> bytes:
-    """Encode one reply; see `encode_replies`."""
-    return encode_replies([pack_head(reply.head)], [reply.outputs])[0]
-
-
 @lru_cache(maxsize=256)
 def _reply_lead(steps: int, width: int) -> tuple[bytes, int]:
     """The part of a reply before its checksum, and the checksum of this part."""

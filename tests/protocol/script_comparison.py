@@ -13,13 +13,13 @@ import redis
 
 from service.core.values import StreamKey, Tombstone
 from service.store.base import Committed, Conflicted
-from service.store.codec import HEADER_BYTES, encode_reply, encode_state, encode_tombstone
+from service.store.codec import HEADER_BYTES, encode_state, encode_tombstone
 from service.store.redis import deletion
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.protocol.model import MODEL, Effect, Model, ScriptCall
 from tests.protocol.state import Keys
-from tests.support.streams import columns
+from tests.support.streams import columns, encode_reply
 
 STATE_TTL_MS, REPLY_TTL_MS, TOMBSTONE_TTL_MS = 3_600_000, 600_000, 300_000
 

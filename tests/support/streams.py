@@ -25,7 +25,7 @@ from service.store.codec import (
     EncodedStream,
     decode_reply,
     decode_stream,
-    encode_reply,
+    encode_replies,
     encode_state,
     pack_head,
     unpack_head,
@@ -39,6 +39,11 @@ class Commit(NamedTuple):
     expected: StreamHead | None
     new: StreamState
     reply: StoredReply | None
+
+
+def encode_reply(reply: StoredReply) -> bytes:
+    """One reply as it is stored."""
+    return encode_replies([pack_head(reply.head)], [reply.outputs])[0]
 
 
 def columns(*commits: Commit) -> CommitColumns:

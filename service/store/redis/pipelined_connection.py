@@ -28,8 +28,7 @@ from typing import Any, Final, Protocol
 
 import hiredis
 import structlog
-from redis._parsers import BaseParser
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, DefaultParser
 from redis.backoff import EqualJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse, NoScriptError, RedisError
@@ -85,7 +84,7 @@ class ReplyReader(asyncio.Protocol):
         self._on_reply = on_reply
         self._parser = hiredis.Reader(
             protocolError=InvalidResponse,
-            replyError=BaseParser.parse_error,
+            replyError=DefaultParser.parse_error,
             notEnoughData=_NOT_ENOUGH,
         )
 

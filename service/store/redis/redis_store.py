@@ -62,7 +62,7 @@ from service.store.redis.outcomes import (
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.readiness import Readiness
 from service.store.redis.requests import Script, StoreRequest, pack_arguments
-from service.store.redis.router import first_error
+from service.store.redis.router import check_executed
 from service.store.redis.scan import list_streams
 from service.store.redis.script_results import WRITTEN, parse_result
 from service.store.redis.server_checks import check_servers
@@ -181,8 +181,7 @@ class RedisStore:
             self._load_request([keys[index] for index in group], slot) for slot, group in groups
         ]
         outcomes = await self._router.execute(*requests, deadline_s=deadline_s)
-        if (error := first_error(outcomes)) is not None:
-            raise error
+        check_executed(outcomes)
         if len(groups) == 1:
             values: list[StoredValue] = read_value(outcomes[0])
             return values
@@ -241,8 +240,7 @@ class RedisStore:
             self._commit_request(part, slot) for part, (slot, _) in zip(parts, groups, strict=True)
         ]
         outcomes = await self._router.execute(*requests, durably=True, deadline_s=deadline_s)
-        if (error := first_error(outcomes)) is not None:
-            raise error
+        check_executed(outcomes)
         if len(groups) == 1:
             results = await self._commit_results(commits, outcomes[0], deadline_s)
         else:

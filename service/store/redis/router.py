@@ -261,12 +261,11 @@ class SingleServerRouter(Router):
         return self._server.connection.last_error
 
 
-def first_error(outcomes: Sequence[Outcome]) -> CarryError | None:
-    """The first error, if every outcome is an error and so no request was executed."""
+def check_executed(outcomes: Sequence[Outcome]) -> None:
+    """Raise the first error if every outcome is an error, so that no request was executed."""
     first = outcomes[0]
     if isinstance(first, CarryError) and all(isinstance(each, CarryError) for each in outcomes):
-        return first
-    return None
+        raise first
 
 
 def _follows(wait: StoreRequest, request: StoreRequest) -> bool:

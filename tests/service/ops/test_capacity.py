@@ -10,10 +10,10 @@ from service.cli import app
 from service.ops.capacity import Streams as Planned
 from service.ops.capacity import cache_bytes, primaries, stored_bytes, workers
 from service.pipeline.chunk_load import StateCache
-from service.store.codec import encode_reply, encode_state
+from service.store.codec import encode_state
 from service.store.settings import StoreSettings
 from tests.support.servers import KINDS, real_server
-from tests.support.streams import Streams, cached, key
+from tests.support.streams import Streams, cached, encode_reply, key
 
 ERROR = 0.10
 """Share by which the formula may differ from the memory, as the documentation says."""

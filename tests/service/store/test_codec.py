@@ -24,7 +24,6 @@ from service.store.codec import (
     StateHeader,
     decode_reply,
     decode_state,
-    encode_reply,
     encode_state,
     encode_tombstone,
     pack_head,
@@ -32,7 +31,7 @@ from service.store.codec import (
     read_streams,
     unpack_head,
 )
-from tests.support.streams import Streams, cached, same_reply, same_stream
+from tests.support.streams import Streams, cached, encode_reply, same_reply, same_stream
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 MARKS = st.builds(

@@ -8,13 +8,20 @@ import pytest
 
 from service.core.errors import StoreRefused
 from service.store.base import Conflicted, StateStore
-from service.store.codec import encode_reply
 from service.store.outputs import Output
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async
-from tests.support.streams import OpenStore, Streams, columns, committed, key, same_reply
+from tests.support.streams import (
+    OpenStore,
+    Streams,
+    columns,
+    committed,
+    encode_reply,
+    key,
+    same_reply,
+)
 
 
 class Recorder:

@@ -16,13 +16,13 @@ from msgspec.structs import replace
 from service.core.errors import StoreUnavailable
 from service.core.values import StreamKey
 from service.pipeline import output_buffer, watching
-from service.store.codec import encode_reply
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.websocket import watching as sse
 from tests.service.transports.http.harness import Harness, problem, rows
 from tests.service.transports.http.raw_http import HOST, becomes, port_of, serving
 from tests.support.servers import RealServer
+from tests.support.streams import encode_reply
 
 OUTPUT = "last"
 
