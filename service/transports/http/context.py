@@ -15,6 +15,7 @@ from service.pipeline.access_control import AccessControl
 from service.pipeline.recorder import Recorder
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
+from service.transports.http.bodies.packed_items import PackedItemsReader
 from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
@@ -32,15 +33,17 @@ class ModelCodec:
     Attributes:
         reader: reads its requests.
         long: reads its long requests, yielding the event loop.
+        packed: reads its requests of many chunks of packed rows.
         writer: writes its replies.
     """
 
-    __slots__ = ("long", "reader", "served", "writer")
+    __slots__ = ("long", "packed", "reader", "served", "writer")
 
     def __init__(self, served: ServedModel, limits: ApiLimits):
         self.served = served
         self.reader = RequestReader(served, limits)
         self.long = LongReader(self.reader)
+        self.packed = PackedItemsReader(self.reader)
         self.writer = ReplyWriter(served)
 
 

@@ -102,7 +102,10 @@ class DecodedItem(DecodedChunk):
     if_match: str | None
 
 
-_UNDECIDED = (UndecidedError, msgspec.MsgspecError, DataError, OverflowError, ValueError)
+UNDECIDED: Final = (
+    UndecidedError, msgspec.MsgspecError, DataError, OverflowError, ValueError
+)  # fmt: skip
+"""What is raised for a body that the strict validator has to decide."""
 
 
 class _Decoders(NamedTuple):
@@ -287,7 +290,7 @@ class FastDecoder:
             decoded: DecodedChunk = self._decoders_of(media, body).chunk.decode(body)
             [steps] = self._check_chunks(self._read_parts(media, body, [decoded], [body]))
             return decoded, steps
-        except _UNDECIDED:
+        except UNDECIDED:
             return None
 
     def decode_rows(self, packed: bytes) -> Steps | None:
@@ -296,8 +299,8 @@ class FastDecoder:
         if rest or not 0 < count <= self._max_chunk_steps:
             return None
         try:
-            return Steps(Feed.INPUTS, count, None, self._check_rows(packed))
-        except _UNDECIDED:
+            return Steps(Feed.INPUTS, count, None, self.check_rows(packed))
+        except UNDECIDED:
             return None
 
     def decode_items(
@@ -319,7 +322,7 @@ class FastDecoder:
                 return None
             parts = self._check_chunks(self._read_parts(media, body, decoded))
             return list(zip(decoded, parts, strict=True))
-        except _UNDECIDED:
+        except UNDECIDED:
             return None
 
     def decode_sequences(self, media: Media, body: bytes) -> list[SequenceInput] | None:
@@ -329,7 +332,7 @@ class FastDecoder:
             decoded = self._decoders_of(media, body).predict.decode(body).sequences
             steps = self._read_parts(media, body, decoded)
             tokens = [_token(sequence.state_token) for sequence in decoded]
-        except _UNDECIDED:
+        except UNDECIDED:
             return None
         lengths = [sequence.length for sequence in steps]
         too_long = sum(lengths) > self._max_predict_steps or max(lengths) > self._longest_sequence
@@ -367,7 +370,7 @@ class FastDecoder:
             maps = [body, *undecoded.chunks, *undecoded.sequences]
         inputs = [part.inputs for part in decoded if part.inputs is not None]
         packed = inputs if media is Media.MSGPACK else list(map(_float32, inputs))
-        rows, row_bytes = self._check_rows(b"".join(packed)), self._row_bytes
+        rows, row_bytes = self.check_rows(b"".join(packed)), self._row_bytes
         lengths = iter(list(map(len, packed)))
         end = 0
         parts: list[Steps] = []
@@ -388,7 +391,8 @@ class FastDecoder:
         check_no_duplicates(media, body, members, strings, maps, has_events=has_events)
         return parts
 
-    def _check_rows(self, packed: bytes) -> FloatRows:
+    def check_rows(self, packed: bytes) -> FloatRows:
+        """The rows [T, F] of packed ones; raises UndecidedError, DataError or ValueError."""
         rows = np.frombuffer(packed, _F4).reshape(-1, self._features)
         # takes half the time of `all()`
         if np.count_nonzero(np.isfinite(rows)) != rows.size:

@@ -18,6 +18,7 @@ from service.core.errors import CarryError, InvalidInput
 from service.core.values import Chunk, SequenceInput, Steps
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.fast_decoder import FastDecoder
+from service.transports.http.bodies.packed_items import MAX_PACKED_BYTES, PackedItemsReader
 from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
@@ -85,11 +86,15 @@ def read(reader: RequestReader, kind: str, media: Media, body: bytes) -> Any:
     try:
         if kind == "chunk":
             return shown(reader.chunk(body, media, "s", None))
-        return shown(
+        found = shown(
             reader.items(body, media) if kind == "items" else reader.sequences(body, media)
         )
     except CarryError as error:
-        return shown(error)
+        found = shown(error)
+    if kind == "items":
+        packed = PackedItemsReader(reader).items(body, media)
+        assert packed is None or shown(packed) == found
+    return found
 
 
 def is_decoded(reader: RequestReader, kind: str, media: Media, body: bytes) -> bool:
@@ -438,3 +443,68 @@ def test_incomplete_rows_are_not_completed_by_other_chunks(
     found = read(fast, "sequences", Media.MSGPACK, predict)
     assert found[0] is InvalidInput
     assert found[2]["at"] == f"sequences[{torn[0]}].inputs"
+
+
+EPOCH = "0123456789abcdef"
+PACKED = rows(2).tobytes()
+USUAL: list[dict[str, Any]] = [
+    {"stream": "a", "inputs": PACKED},
+    {"position": 2**63 - 1, "epoch": EPOCH, "inputs": PACKED, "stream": "b"},
+    {"stream": "a", "position": 0, "inputs": PACKED[:12]},
+]
+
+
+def test_packed_rows_of_many_streams_are_read_in_one_pass(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]],
+) -> None:
+    fast, strict = readers["probe"]
+    body = ormsgpack.packb({"chunks": USUAL})
+    found = PackedItemsReader(fast).items(body, Media.MSGPACK)
+    assert found is not None
+    assert shown(found) == read(strict, "items", Media.MSGPACK, body)
+
+
+def with_member(name: str, value: Any) -> bytes:
+    return ormsgpack.packb({"chunks": [*USUAL[:2], {**USUAL[0], name: value}]})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # a map of two members, of which the second comes twice
+        b"\x81\xa6chunks\x91\x83\xa6stream\xa1a\xa6inputs\xc4\x0c%b\xa6inputs\xc4\x0c%b"
+        % (PACKED[:12], PACKED[12:24]),
+        ormsgpack.packb({"chunks": USUAL}).replace(b"\xa8position\x00", b"\xa8position\xcc\x00"),
+        ormsgpack.packb({"chunks": []}),
+        ormsgpack.packb({"chunks": USUAL, "more": 1}),
+        ormsgpack.packb({"chunks": USUAL}) + b"\xc0",
+        ormsgpack.packb({"chunks": [*USUAL, USUAL[0]]}),
+        *[with_member(name, None) for name in ("position", "epoch", "if_match", "events")],
+        *[with_member("position", position) for position in (-1, 2**63, 1.0, True)],
+        *[with_member("epoch", epoch) for epoch in (EPOCH.upper(), EPOCH + "\n", b"")],
+        *[with_member("stream", name) for name in ("", "..", "a b", "a\n", 1, None)],
+        *[with_member("inputs", PACKED[:size]) for size in (0, 4, 13)],
+        with_member("inputs", PACKED[:20] + np.float32(np.nan).tobytes()),
+        with_member("inputs", rows(5).tobytes()),
+        with_member("inputs", rows(1).tolist()),
+        with_member("resets", [0]),
+        with_member("final", value=False),
+    ],
+)
+def test_other_bodies_are_left_to_the_other_readers(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]], body: bytes
+) -> None:
+    for name in ("probe", "small"):
+        assert PackedItemsReader(readers[name][0]).items(body, Media.MSGPACK) is None
+
+
+def test_packed_rows_that_are_too_many_to_be_read_at_once_are_left_to_the_long_reader(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]],
+) -> None:
+    reader = RequestReader(readers["probe"][0].served, ApiLimits())
+    item = {"stream": "a", "inputs": rows(10_000).tobytes()}
+    for count in (2, 3):
+        body = ormsgpack.packb({"chunks": [item] * count})
+        is_read = PackedItemsReader(reader).items(body, Media.MSGPACK) is not None
+        assert is_read == (len(body) <= MAX_PACKED_BYTES)
+        assert is_read == (count == 2)
