@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
 from collections.abc import Awaitable, Callable, Container, Hashable, Iterable, Iterator, Sequence
 from functools import partial
@@ -64,6 +65,9 @@ ITEMS_PER_PART: Final = 128
 """A request of more items is queued in parts of this size, two at a time: one for the running batch
 and one for the next."""
 
+_EAGER_START: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+"""The task of a batch runs at once until it waits, where Python can do that."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -105,8 +109,8 @@ class Batcher(Generic[P, R]):
         self._queue: FairQueue[P, R] = FairQueue(limits)
         self._numbers = count()
         self._long = 0
-        self._batches: dict[asyncio.Task[None], list[Job[P, R]]] = {}
-        self._detached: dict[asyncio.Task[None], list[Job[P, R]]] = {}
+        self._batches: set[BatchControl] = set()
+        self._detached: set[BatchControl] = set()
         self._rate = DrainRate()
         self._admission = Admission(
             self._queue,
@@ -207,7 +211,7 @@ class Batcher(Generic[P, R]):
 
     def count_jobs(self) -> int:
         """Count the jobs that wait or run."""
-        return len(self._queue) + sum(map(len, self._batches.values()))
+        return len(self._queue) + sum(len(batch.jobs) for batch in self._batches)
 
     def cancel(self, *jobs: Job[P, R]) -> None:
         """Cancel jobs whose caller disconnected; those that are queued are dropped."""
@@ -274,7 +278,7 @@ class Batcher(Generic[P, R]):
     async def _cancel_all(self) -> None:
         for job in self._queue.clear():
             job.resolve(ShuttingDown("the service stopped before the chunk was processed"))
-        tasks = [*self._batches, *self._detached]
+        tasks = [batch.task for batch in chain(self._batches, self._detached) if batch.task]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -410,21 +414,23 @@ class Batcher(Generic[P, R]):
         if not jobs:
             return False
         self._last_rows = len(jobs)
-        is_long = jobs[0].steps > self._limits.long_steps
-        self._long += is_long
         held = {job.key for job in jobs if job.key is not None}
-        control = BatchControl(
-            held, self._release_streams, self._is_alone, partial(self._detach, jobs, held)
-        )
-        work = self._finish(jobs, held, self._run(jobs, control), is_long=is_long)
-        task = asyncio.get_running_loop().create_task(work)
-        self._batches[task] = jobs
-        task.add_done_callback(self._batch_done)
+        is_long = jobs[0].steps > self._limits.long_steps
+        batch = BatchControl(jobs, held, self._release_streams, self._detach, is_long=is_long)
+        self._long += is_long
+        self._start_task(batch, self._run(jobs, batch), self._batches)
         return True
 
-    def _batch_done(self, task: asyncio.Task[None]) -> None:
-        del self._batches[task]
-        self._continue()
+    def _start_task(
+        self,
+        batch: BatchControl,
+        work: Awaitable[Sequence[Job[P, R]]],
+        running: set[BatchControl],
+    ) -> None:
+        """Start the task of a batch, which is one of `running` until it ends."""
+        running.add(batch)
+        loop = asyncio.get_running_loop()
+        batch.task = asyncio.Task(self._finish(batch, work, running), loop=loop, **_EAGER_START)
 
     def _release_streams(
         self, keys: Iterable[Hashable], first: Container[Hashable] = frozenset()
@@ -433,36 +439,22 @@ class Batcher(Generic[P, R]):
             backlog.note_release(time.monotonic())
             self._wake()
 
-    def _is_alone(self) -> bool:
-        return not self._queue and len(self._batches) == 1
-
-    def _detach(
-        self, jobs: list[Job[P, R]], held: set[Hashable], detached: list[Job[P, R]], work: Work
-    ) -> asyncio.Task[None]:
+    def _detach(self, batch: BatchControl, jobs: Sequence[Job[P, R]], work: Work) -> None:
         """Remove jobs from their batch, with the streams that it holds for them."""
-        keys = {job.key for job in detached} & held
-        held -= keys
-        removed = set(detached)
-        jobs[:] = [job for job in jobs if job not in removed]
-        task = asyncio.get_running_loop().create_task(self._finish(detached, keys, work))
-        self._detached[task] = detached
-        task.add_done_callback(self._detached_done)
-        return task
+        held = {job.key for job in jobs} & batch.held
+        batch.held -= held
+        removed = set(jobs)
+        batch.jobs[:] = [job for job in batch.jobs if job not in removed]
+        detached = BatchControl(list(jobs), held, self._release_streams, self._detach)
+        self._start_task(detached, work, self._detached)
 
     async def _finish(
         self,
-        jobs: list[Job[P, R]],
-        held: set[Hashable],
+        batch: BatchControl,
         work: Awaitable[Sequence[Job[P, R]]],
-        *,
-        is_long: bool = False,
+        running: set[BatchControl],
     ) -> None:
-        """Await the work on some jobs, then resolve or requeue them and release their streams.
-
-        Args:
-            held: streams that are not released yet; the work may release some.
-            is_long: whether the work occupies the slot of a long job.
-        """
+        """Await the work on a batch, then resolve or requeue its jobs and release its streams."""
         failure: CarryError | None = None
         to_retry: Sequence[Job[P, R]] = []
         try:
@@ -473,13 +465,14 @@ class Batcher(Generic[P, R]):
             failure = ShuttingDown("the service stopped while the chunk was processed")
             raise
         except Exception as error:
-            log.exception("batch_failed", jobs=len(jobs))
+            log.exception("batch_failed", jobs=len(batch.jobs))
             failure = InternalError(f"the batch failed: {type(error).__name__}")
         finally:
-            self._long -= is_long
+            running.remove(batch)
+            self._long -= batch.is_long
             retried = set(to_retry)
-            self._rate.done += len(jobs) - len(retried)
-            for job in jobs:
+            self._rate.done += len(batch.jobs) - len(retried)
+            for job in batch.jobs:
                 if job in retried:
                     job.attempts += 1
                     self._mark_out_of_order(job)
@@ -489,12 +482,10 @@ class Batcher(Generic[P, R]):
                 elif not job.is_resolved:
                     failure = failure or InternalError("the batch ended without its result")
                     job.resolve(self._map_error(job, failure))
-            self._release_streams(held, first={job.key for job in to_retry})
-
-    def _detached_done(self, task: asyncio.Task[None]) -> None:
-        del self._detached[task]
-        self._continue()
+            if batch.held:
+                self._release_streams(batch.held, first={job.key for job in to_retry})
+            self._continue()
 
     def _running_jobs(self) -> Iterator[Job[P, R]]:
         """The jobs of all batches, and the detached ones."""
-        return chain.from_iterable(chain(self._batches.values(), self._detached.values()))
+        return chain.from_iterable(batch.jobs for batch in chain(self._batches, self._detached))

@@ -182,40 +182,46 @@ Work = Coroutine[Any, Any, Sequence[Job[Any, Any]]]
 
 
 class BatchControl:
-    """What a running batch can ask of the batcher: release streams early, detach jobs."""
+    """A running batch, and what it can ask of the batcher: release streams early, detach jobs.
 
-    __slots__ = ("_detach", "_held", "_is_alone", "_on_release")
+    Attributes:
+        jobs: those that are not detached.
+        held: the streams that are not released.
+        task: which runs it, once it is started.
+        is_long: whether it occupies the slot of a long job.
+    """
+
+    __slots__ = ("_on_detach", "_on_release", "held", "is_long", "jobs", "task")
 
     def __init__(
         self,
+        jobs: list[Job[Any, Any]],
         held: set[Hashable],
         on_release: Callable[[Iterable[Hashable]], None],
-        is_alone: Callable[[], bool],
-        detach: Callable[[Sequence[Job[Any, Any]], Work], asyncio.Task[None]],
+        on_detach: Callable[[BatchControl, Sequence[Job[Any, Any]], Work], None],
+        *,
+        is_long: bool = False,
     ):
-        self._held = held
+        self.jobs = jobs
+        self.held = held
+        self.task: asyncio.Task[None] | None = None
+        self.is_long = is_long
         self._on_release = on_release
-        self._is_alone = is_alone
-        self._detach = detach
+        self._on_detach = on_detach
 
     def release_streams(self, keys: Iterable[Hashable]) -> None:
         """Let the next jobs of some streams run, in this order, before this batch ends."""
-        released = [key for key in keys if key in self._held]
-        self._held.difference_update(released)
+        released = [key for key in keys if key in self.held]
+        self.held.difference_update(released)
         self._on_release(released)
 
-    def detach(self, jobs: Sequence[Job[Any, Any]], work: Work) -> asyncio.Task[None]:
-        """Remove jobs from the batch and continue them in a task without a slot, which is returned.
+    def detach(self, jobs: Sequence[Job[Any, Any]], work: Work) -> None:
+        """Remove jobs from the batch and continue them in a task without a slot.
 
         Args:
             work: resolves the jobs; returns those to be retried.
         """
-        return self._detach(jobs, work)
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether no other batch is running and the queue is empty."""
-        return self._is_alone()
+        self._on_detach(self, jobs, work)
 
 
 Run = Callable[[list[Any], BatchControl], Awaitable[Sequence[Job[P, R]]]]

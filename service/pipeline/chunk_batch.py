@@ -15,7 +15,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Hashable
-from typing import Final
 
 from msgspec.structs import replace
 
@@ -46,10 +45,6 @@ from service.store.codec import (
     pack_head,
     unpack_head,
 )
-
-MAX_PARTS: Final = 3
-MIN_PART_ROWS: Final = 4
-"""A batch that runs alone is committed in up to `MAX_PARTS` parts, of `MIN_PART_ROWS` or more."""
 
 
 class ChunkBatchRunner:
@@ -142,29 +137,10 @@ class ChunkBatchRunner:
     async def _commit(
         self, computed: ComputedBatch, times: StageTimes, control: BatchControl
     ) -> list[ChunkJob]:
-        """Commit computed jobs and answer them; returns the jobs to be retried.
-
-        A batch that runs alone is pipelined in a few parts: the store writes one part while the
-        next is prepared, and the first parts are answered while the store writes the last.
-        """
-        count = len(computed.jobs)
+        """Commit computed jobs and answer them; returns the jobs to be retried."""
         if self._store.shard(computed.jobs[0].payload.key) is not None:
             return await self._commit_shards(computed, times, control)
-        parts = min(MAX_PARTS, count // MIN_PART_ROWS)
-        if parts < 2 or not control.is_alone:
-            return await self._commit_part(computed, times, control)
-        rows = math.ceil(count / parts)
-        commits = [
-            self._commit_part(computed.part(slice(at, at + rows)), times, control)
-            for at in range(0, count, rows)
-        ]
-        to_retry: list[ChunkJob] = []
-        # all parts are awaited even if one of them raises
-        for result in await asyncio.gather(*commits, return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
-            to_retry += result
-        return to_retry
+        return await self._commit_part(computed, times, control)
 
     async def _commit_shards(
         self, computed: ComputedBatch, times: StageTimes, control: BatchControl

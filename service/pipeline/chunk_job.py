@@ -42,11 +42,6 @@ class ComputedBatch(msgspec.Struct, frozen=True):
     outputs: Sequence[FloatRows]
     states: State
 
-    def part(self, rows: slice) -> ComputedBatch:
-        """Consecutive rows of the batch, without a copy of the states."""
-        states = State(self.states.floats[rows], self.states.ints[rows])
-        return ComputedBatch(self.jobs[rows], self.heads[rows], self.outputs[rows], states)
-
     def select(self, at: Sequence[int]) -> ComputedBatch:
         """The rows of the batch at these indexes."""
         return ComputedBatch(

@@ -147,13 +147,16 @@ class Shards:
         self.unresponsive[shard] += 1
         self._detached += len(jobs)
 
-        def done(_: object) -> None:
-            self._detached -= len(jobs)
-            self.unresponsive[shard] -= 1
-            if not self.unresponsive[shard]:
-                del self.unresponsive[shard]
+        async def counted() -> list[ChunkJob]:
+            try:
+                return await work
+            finally:
+                self._detached -= len(jobs)
+                self.unresponsive[shard] -= 1
+                if not self.unresponsive[shard]:
+                    del self.unresponsive[shard]
 
-        control.detach(jobs, work).add_done_callback(done)
+        control.detach(jobs, counted())
 
     async def _wait_for_answer(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
         """Wait until the jobs' shard answers; returns the jobs to be retried."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import count
 from random import Random
 from typing import Any
@@ -303,10 +302,10 @@ async def test_invariants(seed: int) -> None:
 def test_a_batch_releases_only_streams_that_it_holds_and_in_their_order() -> None:
     released: list[Hashable] = []
 
-    def detach(jobs: list[Job[Any, Any]], work: Work) -> asyncio.Task[None]:
+    def detach(batch: BatchControl, jobs: Sequence[Job[Any, Any]], work: Work) -> None:
         raise AssertionError("nothing is detached")
 
-    control = BatchControl({*"abcd"}, released.extend, lambda: False, detach)
+    control = BatchControl([], {*"abcd"}, released.extend, detach)
     control.release_streams("cxa")
     control.release_streams("abcd")
     assert released == [*"ca", *"bd"]

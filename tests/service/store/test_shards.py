@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -170,9 +170,8 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
     tasks: list[asyncio.Task[None]] = []
     gate = asyncio.Event()
 
-    def detach(_: list[ChunkJob], work: Work) -> asyncio.Task[None]:
+    def detach(_: BatchControl, jobs: Sequence[ChunkJob], work: Work) -> None:
         tasks.append(asyncio.create_task(resolved(work)))
-        return tasks[-1]
 
     async def resolved(work: Work) -> None:
         await work
@@ -189,7 +188,7 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
         return [ChunkJob(each, each.key, 1, 0, 0.0, math.inf, ignore) for each in chunks]
 
     shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
-    control = BatchControl(set(), lambda _: None, lambda: False, detach)
+    control = BatchControl([], set(), lambda _: None, detach)
     shards.detach("shard", jobs(3), control, commit())
     late = jobs(4)
     shards.detach_until_answer("shard", late, control)
