@@ -11,6 +11,7 @@ Use from one event loop.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
@@ -44,7 +45,7 @@ class StoredKeys(Protocol):
     """The records of the access keys in the store (`StateStore`)."""
 
     async def access_keys(
-        self, version: bytes | None, deadline_s: float | None = None
+        self, version: bytes | None, deadline_s: float = math.inf
     ) -> tuple[bytes, Mapping[str, bytes]] | None:
         """Read the version and the records by key id; None if `version` is still the current one.
 
@@ -94,7 +95,7 @@ class AccessKeys:
         Raises:
             StoreUnavailable, StoreRefused
         """
-        await self._read(None)
+        await self._read(math.inf)
         self.on_refresh()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -121,7 +122,7 @@ class AccessKeys:
             self._is_failing = False
         self.on_refresh()
 
-    async def _read(self, deadline_s: float | None) -> None:
+    async def _read(self, deadline_s: float) -> None:
         began_s = time.monotonic()
         stored = await self._stored.access_keys(self._version, deadline_s)
         self._read_s = began_s

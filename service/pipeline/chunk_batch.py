@@ -12,7 +12,6 @@ check deadlines, where these decide whether the chunk is applied (`ChunkLoader`,
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Hashable
 
@@ -186,9 +185,7 @@ class ChunkBatchRunner:
         control.release_streams(commits.keys)
         self._responsiveness.note_request()
         try:
-            results = await self._store.commit(
-                commits, None if deadline_s == math.inf else deadline_s
-            )
+            results = await self._store.commit(commits, deadline_s)
         except BaseException as error:
             for key in commits.keys:
                 self._cache.drop(key)

@@ -12,10 +12,8 @@ of shards that do not answer are detached from the batch (`shards`).
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
 from typing import Final
 
 from models.errors import StateError
@@ -235,7 +233,7 @@ class ChunkLoader:
         """
         chunk = job.payload
         try:
-            state, kept = await self._store.load_with_reply(chunk.key, _first_deadline_s([job]))
+            state, kept = await self._store.load_with_reply(chunk.key, job.deadline_s)
             resolution = resolve_duplicate(
                 chunk, state, kept, own.head if own else None, closed=self._is_closed(state)
             )
@@ -286,7 +284,7 @@ class ChunkLoader:
             self._responsiveness.note_request()
             try:
                 values = await self._store.load(
-                    [job.payload.key for job in remaining], _first_deadline_s(remaining)
+                    [job.payload.key for job in remaining], min(job.deadline_s for job in remaining)
                 )
                 self._responsiveness.note_response()
             except CarryError as error:
@@ -353,9 +351,3 @@ class ChunkLoader:
         if self._blocks is None or state is None or not self._served.is_compatible(state):
             return False
         return self._blocks.is_closed(state.state)
-
-
-def _first_deadline_s(jobs: Iterable[ChunkJob]) -> float | None:
-    """The earliest deadline of the jobs; None if none of them has one."""
-    deadline_s = min(job.deadline_s for job in jobs)
-    return None if deadline_s == math.inf else deadline_s

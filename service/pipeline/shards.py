@@ -13,7 +13,6 @@ A store on a single server has no shards, and its batches keep their slots.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Hashable, Iterable
 from typing import Any, Final, TypeVar
@@ -162,9 +161,7 @@ class Shards:
         """Wait until the jobs' shard answers; returns the jobs to be retried."""
         deadline_s = max(job.deadline_s for job in jobs)
         try:
-            await self._store.load(
-                [jobs[0].payload.key], None if deadline_s == math.inf else deadline_s
-            )
+            await self._store.load([jobs[0].payload.key], deadline_s)
         except StoreUnavailable as error:
             for job in jobs:
                 job.resolve(error)

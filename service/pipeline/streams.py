@@ -269,8 +269,7 @@ class Streams:
     async def _load(
         self, key: StreamKey, deadline_s: float = math.inf
     ) -> StreamState | Tombstone | None:
-        until_s = None if math.isinf(deadline_s) else deadline_s
-        (value,) = await self._store.load([key], until_s)
+        (value,) = await self._store.load([key], deadline_s)
         stored = decode_value(key, value)
         if isinstance(stored, CarryError):
             raise stored

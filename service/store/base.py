@@ -6,11 +6,12 @@ of one stream is a value, and a call raises only if the store as a whole is unav
 that is retried finds its own head.
 
 `deadline_s` is a time of the monotonic clock: a call waits no longer for an unavailable store.
-Without it, the timeout of the store's settings applies.
+If it is infinite, the timeout of the store's settings applies.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -143,7 +144,7 @@ class StateStore(Protocol):
         """
 
     async def access_keys(
-        self, version: bytes | None, deadline_s: float | None = None
+        self, version: bytes | None, deadline_s: float = math.inf
     ) -> tuple[bytes, Mapping[str, bytes]] | None:
         """Read the records of the access keys by id, and their version, which is new after each
         write; None if `version` is the current one.
@@ -161,12 +162,12 @@ class StateStore(Protocol):
         """
 
     async def load(
-        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
     ) -> list[StoredValue]:
         """Load many streams in one round trip; `decode_value` decodes one."""
 
     async def load_with_reply(
-        self, key: StreamKey, deadline_s: float | None = None
+        self, key: StreamKey, deadline_s: float = math.inf
     ) -> tuple[StreamState | None, StoredReply | None]:
         """Load one stream and its stored reply in one step.
 
@@ -175,7 +176,7 @@ class StateStore(Protocol):
         """
 
     async def commit(
-        self, commits: CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         """Compare-and-set many streams in one round trip; each succeeds or fails independently.
 
@@ -183,7 +184,7 @@ class StateStore(Protocol):
         """
 
     async def delete(
-        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
+        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float = math.inf
     ) -> CommitResult:
         """Delete a stream and its reply; with `expected`, only if the stream is at that head.
 

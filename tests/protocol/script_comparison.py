@@ -6,6 +6,7 @@ the bytes of both keys must be the model's, and what the call wrote must expire.
 which the store tries several times, a call is one try.
 """
 
+import math
 from typing import Any
 from unittest.mock import patch
 
@@ -61,7 +62,7 @@ async def _make_call(call: ScriptCall, key: StreamKey, store: RedisStore) -> Any
     if call.script == "commit":
         return (await store.commit(columns(call.commit(key))))[0]
     with patch.object(deletion, "new_epoch", return_value=call.new.state.stored.head.epoch):
-        return (await store.deletion._write_tombstone(key, call.condition, None)).value
+        return (await store.deletion._write_tombstone(key, call.condition, math.inf)).value
 
 
 def _check_call(

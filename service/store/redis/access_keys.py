@@ -20,7 +20,7 @@ VERSION: Final = "version"
 
 
 async def read_access_keys(
-    router: Router, keys: KeySpace, version: bytes | None, deadline_s: float | None
+    router: Router, keys: KeySpace, version: bytes | None, deadline_s: float
 ) -> tuple[bytes, Mapping[str, bytes]] | None:
     """Read version and records (`StateStore.access_keys`)."""
     name = keys.access_keys

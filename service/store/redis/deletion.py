@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -51,7 +52,7 @@ class StreamDeletion:
         settings: StoreSettings,
         outputs: OutputChannel,
         slot_of: Callable[[StreamKey], int],
-        ensure_durable: Callable[[StreamKey, float | None], Awaitable[CommitResult]],
+        ensure_durable: Callable[[StreamKey, float], Awaitable[CommitResult]],
     ):
         self._router = router
         self._settings = settings
@@ -62,7 +63,7 @@ class StreamDeletion:
         self._script = Script.load("delete")
 
     async def delete(
-        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
+        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float = math.inf
     ) -> CommitResult:
         """Replace a stream by a tombstone, with a bounded number of compare-and-sets.
 
@@ -72,7 +73,7 @@ class StreamDeletion:
         Raises:
             StoreUnavailable, StoreRefused: the store as a whole; nothing was deleted.
         """
-        if deadline_s is None:
+        if deadline_s == math.inf:
             deadline_s = time.monotonic() + self._settings.wait_s
         condition = pack_head(expected)[COMPARED]
         is_stream, may_have_deleted = expected is not None, False

@@ -20,6 +20,7 @@ nor an earlier commit changes anything when it is delivered late.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
@@ -158,7 +159,7 @@ class RedisStore:
         return await read_token_key(self._router, self._keys)
 
     async def access_keys(
-        self, version: bytes | None, deadline_s: float | None = None
+        self, version: bytes | None, deadline_s: float = math.inf
     ) -> tuple[bytes, Mapping[str, bytes]] | None:
         """Read the records of the access keys; None if they are those of `version`."""
         return await read_access_keys(self._router, self._keys, version, deadline_s)
@@ -168,7 +169,7 @@ class RedisStore:
         await write_access_key(self._router, self._keys, key_id, record)
 
     async def load(
-        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
     ) -> list[StoredValue]:
         """Load many streams in one round trip.
 
@@ -194,7 +195,7 @@ class RedisStore:
         return _in_order(groups, parts)
 
     async def load_with_reply(
-        self, key: StreamKey, deadline_s: float | None = None
+        self, key: StreamKey, deadline_s: float = math.inf
     ) -> tuple[StreamState | None, StoredReply | None]:
         """Load one stream and its stored reply in one step; a damaged reply counts as missing.
 
@@ -221,7 +222,7 @@ class RedisStore:
             return state, None
 
     async def commit(
-        self, commits: CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         """Compare-and-set many streams, with one script call for each slot, in one round trip.
 
@@ -292,7 +293,7 @@ class RedisStore:
                     self.outputs.publish(key, last.start, commits.replies[index])
 
     async def delete(
-        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
+        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float = math.inf
     ) -> CommitResult:
         """Replace a stream by a tombstone, with a bounded number of compare-and-sets.
 
@@ -332,7 +333,7 @@ class RedisStore:
         return list(groups.items())
 
     async def _commit_results(
-        self, commits: CommitColumns, outcome: Outcome, deadline_s: float | None
+        self, commits: CommitColumns, outcome: Outcome, deadline_s: float
     ) -> list[CommitResult]:
         """The results of those commits that one script call made."""
         if isinstance(outcome, ReplyLost):
@@ -358,7 +359,7 @@ class RedisStore:
             results.append(result)
         return results
 
-    async def _ensure_durable(self, key: StreamKey, deadline_s: float | None) -> CommitResult:
+    async def _ensure_durable(self, key: StreamKey, deadline_s: float) -> CommitResult:
         """Wait until a write of an earlier attempt is durable, and return its result."""
         if self._awaits_durability:
             try:
@@ -367,7 +368,7 @@ class RedisStore:
                 return not_durable_error(self._settings, key, error.detail)
         return COMMITTED
 
-    async def _read_durably(self, key: StreamKey, deadline_s: float | None) -> list[bytes | None]:
+    async def _read_durably(self, key: StreamKey, deadline_s: float) -> list[bytes | None]:
         """Read state and reply, and wait until they are as durable as a commit."""
         names, slot = list(self._keys.pair(key)), self._slot(key)
         if self._awaits_durability:

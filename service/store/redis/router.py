@@ -16,6 +16,7 @@ Use from one event loop. Errors of the client library do not leave this module.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
@@ -120,7 +121,7 @@ class Router(ABC):
         """Why requests without a connection had to wait."""
 
     async def execute(
-        self, *requests: StoreRequest, durably: bool = False, deadline_s: float | None = None
+        self, *requests: StoreRequest, durably: bool = False, deadline_s: float = math.inf
     ) -> list[Outcome]:
         """Send requests concurrently and return the outcome of each.
 
@@ -128,11 +129,11 @@ class Router(ABC):
 
         Args:
             durably: the requests write, and `is_durable` of their replies must be determined.
-            deadline_s: time of the monotonic clock until which outcomes are awaited; None for the
-                timeout of the settings.
+            deadline_s: time of the monotonic clock until which outcomes are awaited; if it is
+                infinite, the timeout of the settings applies.
         """
         now_s = time.monotonic()
-        wait_s = self._wait_s if deadline_s is None else max(0.0, deadline_s - now_s)
+        wait_s = self._wait_s if deadline_s == math.inf else max(0.0, deadline_s - now_s)
         connections = self._dispatch(requests)
         if not durably or not self._replicas:
             return await self._outcomes(requests, wait_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ class Records:
         self.reads = 0
 
     async def access_keys(
-        self, version: bytes | None, deadline_s: float | None = None
+        self, version: bytes | None, deadline_s: float = math.inf
     ) -> tuple[bytes, Mapping[str, bytes]] | None:
         if self.is_away:
             raise StoreUnavailable("away")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -48,14 +49,14 @@ class HeldStore(RedisStore):
         self.committing: Counter[str] = Counter()
 
     async def load(
-        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
     ) -> list[StoredValue]:
         self.loading.update(key.stream for key in keys)
         await self.loads.wait()
         return await super().load(keys, deadline_s)
 
     async def commit(
-        self, commits: CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         results = await super().commit(commits, deadline_s)
         self.committing.update(key.stream for key in commits.keys)
@@ -196,7 +197,7 @@ async def test_chain_is_re_evaluated_after_a_chunk_that_was_not_written(
         """Loses the commit of one position, and answers once `commits` is set."""
 
         async def commit(
-            self, commits: CommitColumns, deadline_s: float | None = None
+            self, commits: CommitColumns, deadline_s: float = math.inf
         ) -> list[CommitResult]:
             if commit_rows(commits)[0].new.head.position != 8:
                 return await super().commit(commits, deadline_s)
@@ -230,7 +231,7 @@ async def test_conflicting_commit_counts_as_not_sent(
         """Its first commit conflicts, and the load of the retry is blocked."""
 
         async def commit(
-            self, commits: CommitColumns, deadline_s: float | None = None
+            self, commits: CommitColumns, deadline_s: float = math.inf
         ) -> list[CommitResult]:
             if self.committing:
                 return await super().commit(commits, deadline_s)
@@ -255,7 +256,7 @@ class ShortStore(RedisStore):
     """Writes, and reports that the write is not durable yet."""
 
     async def commit(
-        self, commits: CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         assert await super().commit(commits, deadline_s) == [COMMITTED] * len(commits.keys)
         return [NotDurable("not yet", stream=key.stream, retry_after_s=1) for key in commits.keys]

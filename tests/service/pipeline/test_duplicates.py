@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -21,7 +22,7 @@ class OvertakenStore(RedisStore):
     first: Callable[[], Awaitable[object]] | None = None
 
     async def commit(
-        self, commits: CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         first, self.first = self.first, None
         if first is not None:

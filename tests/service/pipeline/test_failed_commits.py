@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ class FullStore(RedisStore):
     """Refuses every commit."""
 
     async def commit(
-        self, commits: CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         raise StoreRefused("no room")
 

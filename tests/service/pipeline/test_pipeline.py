@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -212,7 +213,7 @@ class FailingStore(RedisStore):
         self.next_commit = asyncio.Event()
 
     async def commit(
-        self, commits: CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         fails = [commit.new.head.position == self.position for commit in commit_rows(commits)]
         if any(fails):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
 
 import pytest
@@ -79,7 +80,7 @@ def held_back(api: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Non
     commit = RedisStore.commit
 
     async def held(
-        store: RedisStore, commits: CommitColumns, deadline_s: float | None = None
+        store: RedisStore, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         await gate.wait()
         return await commit(store, commits, deadline_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 
 import redis
@@ -96,7 +97,7 @@ class FaultyStore:
         return self._store.shard(key)
 
     async def access_keys(
-        self, version: bytes | None, deadline_s: float | None = None
+        self, version: bytes | None, deadline_s: float = math.inf
     ) -> tuple[bytes, Mapping[str, bytes]] | None:
         if self.away is not None:
             raise self.away
@@ -110,7 +111,7 @@ class FaultyStore:
         return await self._store.token_key()
 
     async def load(
-        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
     ) -> list[StoredValue]:
         self._fail()
         await self._held()
@@ -118,13 +119,13 @@ class FaultyStore:
         return [self.damaged.get(key, value) for key, value in zip(keys, values, strict=True)]
 
     async def load_with_reply(
-        self, key: StreamKey, deadline_s: float | None = None
+        self, key: StreamKey, deadline_s: float = math.inf
     ) -> tuple[StreamState | None, StoredReply | None]:
         self._fail()
         return await self._store.load_with_reply(key, deadline_s)
 
     async def commit(
-        self, commits: CommitColumns, deadline_s: float | None = None
+        self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
         self._fail()
         if self.on_commit is None:
@@ -138,7 +139,7 @@ class FaultyStore:
         return [next(results) if answer is None else answer for answer in answers]
 
     async def delete(
-        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
+        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float = math.inf
     ) -> CommitResult:
         self._fail()
         answer = self.on_delete(key)

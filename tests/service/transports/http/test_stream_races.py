@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +127,7 @@ async def test_restore_and_fork_succeed_after_a_concurrent_deletion(
     if write is restore:
         api.store.states.pop(KEY)
 
-    async def deleted_first(commits: Any, deadline_s: float | None = None) -> Any:
+    async def deleted_first(commits: Any, deadline_s: float = math.inf) -> Any:
         api.store.commit = commit
         response: httpx.Response = await api.client.delete(f"{ADDRESS}/{name}")
         problem(response, 404, "stream_not_found")

@@ -6,6 +6,7 @@ Each request is sent to two servers of one application, with the fast path and w
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,7 +160,7 @@ async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
     gate = asyncio.Event()
     commit = RedisStore.commit
 
-    async def held(store: RedisStore, commits: Any, deadline_s: float | None = None) -> Any:
+    async def held(store: RedisStore, commits: Any, deadline_s: float = math.inf) -> Any:
         await gate.wait()
         return await commit(store, commits, deadline_s)
 
