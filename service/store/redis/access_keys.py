@@ -11,8 +11,8 @@ from typing import Final
 
 from service.core.errors import NotDurable
 from service.store.keys import KeySpace
+from service.store.redis.commands import PendingCommand
 from service.store.redis.outcomes import Reply, read_value
-from service.store.redis.requests import StoreRequest
 from service.store.redis.router import Router
 
 VERSION: Final = "version"
@@ -26,11 +26,11 @@ async def read_access_keys(
     name = keys.access_keys
     slot = router.slot(name)
     if version is not None:
-        get = StoreRequest.for_command("HGET", name, VERSION, slot=slot)
+        get = PendingCommand.of("HGET", name, VERSION, slot=slot)
         (outcome,) = await router.execute(get, deadline_s=deadline_s)
         if (read_value(outcome) or b"") == version:
             return None
-    get_all = StoreRequest.for_command("HGETALL", name, slot=slot)
+    get_all = PendingCommand.of("HGETALL", name, slot=slot)
     (outcome,) = await router.execute(get_all, deadline_s=deadline_s)
     fields: list[bytes] = read_value(outcome)
     names = [field.decode("utf-8", "replace") for field in fields[::2]]
@@ -41,9 +41,9 @@ async def read_access_keys(
 async def write_access_key(router: Router, keys: KeySpace, key_id: str, record: bytes) -> None:
     """Write a record and a new version (`StateStore.write_access_key`)."""
     name = keys.access_keys
-    command = ("HSET", name, key_id, record, VERSION, secrets.token_hex(8))
-    request = StoreRequest.for_command(*command, slot=router.slot(name))
-    (outcome,) = await router.execute(request, durably=True)
+    arguments = ("HSET", name, key_id, record, VERSION, secrets.token_hex(8))
+    command = PendingCommand.of(*arguments, slot=router.slot(name))
+    (outcome,) = await router.execute(command, durably=True)
     read_value(outcome)
     if isinstance(outcome, Reply) and not outcome.is_durable:
         raise NotDurable(

@@ -1,18 +1,18 @@
-"""Router of a Redis Cluster: sends each request to the primary of its slot.
+"""Router of a Redis Cluster: sends each command to the primary of its slot.
 
-Each primary has one pipelined connection, so requests of one slot are executed in the order of the
+Each primary has one pipelined connection, so commands of one slot are executed in the order of the
 calls, as on a single server. The topology is read at the start, and again after a redirect, a
 deferral or a lost connection: by one task at a time, after a jittered delay, from any node that
 answers.
 
-    MOVED              the slot has another primary: the map is updated, the request goes there
+    MOVED              the slot has another primary: the map is updated, the command goes there
     ASK                the slot is migrating and these keys have moved: sent there once, with ASKING
     TRYAGAIN           the slot is migrating and some of the keys have moved: retried with backoff
     CLUSTERDOWN        no majority, or a slot without a primary: retried with backoff
-    node unavailable   as soon as the topology names another primary, pending requests of the lost
+    node unavailable   as soon as the topology names another primary, pending commands of the lost
                        node go there, marked as retries
 
-While the topology changes, requests of one stream may overtake each other: one is backing off
+While the topology changes, commands of one stream may overtake each other: one is backing off
 while the next finds its node at once. That is safe, because correctness does not depend on their
 order. A commit that overtakes the one before it fails its compare-and-set, and its chunk is
 evaluated again. A commit that is retried on another node finds its own head, the expected head or
@@ -35,6 +35,7 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError, TryAgainError
 
 from service.core.errors import CarryError, StoreRefused, StoreUnavailable
+from service.store.redis.commands import PendingCommand
 from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S
 from service.store.redis.pipelined_connection import (
     BACKOFF_BASE_S,
@@ -42,7 +43,6 @@ from service.store.redis.pipelined_connection import (
     PipelinedConnection,
 )
 from service.store.redis.redis_server import RedisServer
-from service.store.redis.requests import StoreRequest
 from service.store.redis.router import Layout, Router
 from service.store.redis.topology import (
     Address,
@@ -141,49 +141,49 @@ class ClusterRouter(Router):
 
     # Redirects (`RedirectHandler`)
 
-    def handle_redirect(self, request: StoreRequest, error: RedisError) -> bool:
-        """Send a request to another node, or again later; the node did not execute it."""
+    def handle_redirect(self, command: PendingCommand, error: RedisError) -> bool:
+        """Send a command to another node, or again later; the node did not execute it."""
         if not isinstance(error, (AskError, TryAgainError, ClusterDownError)):
             return False
-        request.redirect_error = error
-        request.needs_asking = False
-        is_first = request.redirect_count == 0
-        request.redirect_count += 1
+        command.redirect_error = error
+        command.needs_asking = False
+        is_first = command.redirect_count == 0
+        command.redirect_count += 1
         if isinstance(error, AskError):
-            sender = self._address_of(request.connection)
+            sender = self._address_of(command.connection)
             target = Address(error.host or (sender.host if sender else ""), error.port)
             if isinstance(error, MovedError):
                 self._owners[error.slot_id] = target
                 self.refresh()
                 if not is_first:
                     # Two nodes may redirect it to each other until they agree.
-                    self._retry_with_backoff(request)
+                    self._retry_with_backoff(command)
                     return True
             else:
-                request.needs_asking = True
-            self._spawn(self._send(self._server(target).connection, request))
+                command.needs_asking = True
+            self._spawn(self._send(self._server(target).connection, command))
             return True
         if isinstance(error, ClusterDownError):
             self.refresh()
-        self._retry_with_backoff(request)
+        self._retry_with_backoff(command)
         return True
 
     def handle_disconnect(self) -> None:
         """Read the topology: another node may have been promoted."""
         self.refresh()
 
-    # Requests
+    # Commands
 
-    def _dispatch(self, requests: Sequence[StoreRequest]) -> Iterable[PipelinedConnection]:
-        connections: dict[PipelinedConnection, list[StoreRequest]] = {}
-        for request in requests:
-            owner = self._owners[request.slot]
+    def _dispatch(self, commands: Sequence[PendingCommand]) -> Iterable[PipelinedConnection]:
+        connections: dict[PipelinedConnection, list[PendingCommand]] = {}
+        for command in commands:
+            owner = self._owners[command.slot]
             if owner is None:
-                request.redirect_count += 1
+                command.redirect_count += 1
                 self.refresh()
-                self._retry_with_backoff(request)
+                self._retry_with_backoff(command)
             else:
-                connections.setdefault(self._server(owner).connection, []).append(request)
+                connections.setdefault(self._server(owner).connection, []).append(command)
         for connection, group in connections.items():
             connection.send(group)
         return connections
@@ -191,17 +191,17 @@ class ClusterRouter(Router):
     def _last_error(self) -> BaseException | None:
         return self._topology_error
 
-    def _retry_with_backoff(self, request: StoreRequest) -> None:
-        self._spawn(self._retry(request, self._backoff.compute(request.redirect_count)))
+    def _retry_with_backoff(self, command: PendingCommand) -> None:
+        self._spawn(self._retry(command, self._backoff.compute(command.redirect_count)))
 
-    async def _retry(self, request: StoreRequest, delay_s: float) -> None:
+    async def _retry(self, command: PendingCommand, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        if not request.future.done():
-            self._dispatch((request,))
+        if not command.future.done():
+            self._dispatch((command,))
 
-    async def _send(self, connection: PipelinedConnection, request: StoreRequest) -> None:
-        if not request.future.done():
-            connection.send((request,))
+    async def _send(self, connection: PipelinedConnection, command: PendingCommand) -> None:
+        if not command.future.done():
+            connection.send((command,))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -241,7 +241,7 @@ class ClusterRouter(Router):
         return self._topology_error
 
     def _apply(self, topology: Topology) -> None:
-        """Use a topology, and move pending requests away from nodes without slots."""
+        """Use a topology, and move pending commands away from nodes without slots."""
         if self._topology is None or topology.version != self._topology.version:
             log.info(
                 "cluster_layout",
@@ -253,9 +253,9 @@ class ClusterRouter(Router):
         for address in self._servers.keys() - {*topology.primaries}:
             connection = self._servers[address].connection
             if not connection.is_responsive:
-                for request in connection.take_pending():
-                    request.needs_asking = False
-                    self._spawn(self._retry(request, 0))
+                for command in connection.take_pending():
+                    command.needs_asking = False
+                    self._spawn(self._retry(command, 0))
             if connection.is_idle and address not in {*topology.replicas, *self._startup_nodes}:
                 self._spawn(self._servers.pop(address).close())
 

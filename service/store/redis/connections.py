@@ -2,7 +2,7 @@
 
 The address comes from the settings. Options that it must not change are fixed here: a reply that
 is decoded to text, for example, would not be a state. Errors are either transient (the server may
-accept the same request later) or become the service's own error.
+accept the same command later) or become the service's own error.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ConnectionFactory:
         self.response_timeout_s = settings.wait_s / ATTEMPTS_PER_CALL
 
     def create_pool(self) -> BlockingConnectionPool:
-        """Make a bounded pool for requests that need no order; its reads have a timeout."""
+        """Make a bounded pool for commands that need no order; its reads have a timeout."""
         return BlockingConnectionPool(
             max_connections=self._max_connections,
             timeout=self.wait_s,
@@ -99,14 +99,14 @@ class ConnectionFactory:
         return connection
 
     def refused_error(self, error: BaseException) -> StoreRefused:
-        """The error for a request that the server rejects permanently."""
+        """The error for a command that the server rejects permanently."""
         return StoreRefused(
             f"the store at {self.redacted_url} refused: {describe_error(error)}",
             retry_after_s=RETRY_AFTER_S,
         )
 
     def unavailable_error(self, error: BaseException) -> StoreUnavailable:
-        """The error for a request that timed out and was not executed."""
+        """The error for a command that timed out and was not executed."""
         return StoreUnavailable(
             f"the store at {self.redacted_url} did not answer within {self.wait_s:g} s: "
             f"{describe_error(error)}",
@@ -137,7 +137,7 @@ async def abort(connection: AbstractConnection) -> None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the server may accept the same request later: unavailable, loading, or busy."""
+    """Whether the server may accept the same command later: unavailable, loading, or busy."""
     # On unix sockets the client library wraps the error reply to AUTH.
     if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
         error = error.__cause__
@@ -150,7 +150,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_error_reply(error: BaseException) -> bool:
-    """Whether the error is the server's reply, so that the request was not executed."""
+    """Whether the error is the server's reply, so that the command was not executed."""
     return isinstance(error, (ResponseError, BusyLoadingError))
 
 

@@ -20,6 +20,7 @@ from service.store.codec import (
     packed_head,
 )
 from service.store.outputs import OutputChannel
+from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import (
     Outcome,
     Reply,
@@ -28,7 +29,6 @@ from service.store.redis.outcomes import (
     outcome_unknown_error,
     resolve_retried_deletion,
 )
-from service.store.redis.requests import Script, StoreRequest
 from service.store.redis.router import Router
 from service.store.redis.script_results import WRITTEN, parse_result
 from service.store.settings import StoreSettings
@@ -115,12 +115,10 @@ class StreamDeletion:
         last, absent = HEADER_BYTES - 1, (b"", TOMBSTONE_PREFIX)
         results: dict[StreamKey, CommitResult] = {}
         reads = [
-            StoreRequest.for_command(
-                "GETRANGE", self._keys.state(key), 0, last, slot=self._slot_of(key)
-            )
+            PendingCommand.of("GETRANGE", self._keys.state(key), 0, last, slot=self._slot_of(key))
             for key in keys
         ]
-        writes: dict[StreamKey, StoreRequest] = {}
+        writes: dict[StreamKey, PendingCommand] = {}
         read_outcomes = await self._router.execute(*reads, deadline_s=deadline_s)
         for key, outcome in zip(keys, read_outcomes, strict=True):
             if isinstance(outcome, StoreUnavailable):
@@ -129,7 +127,7 @@ class StreamDeletion:
                 isinstance(outcome, Reply) and outcome.value[: len(TOMBSTONE_PREFIX)] not in absent
             ):
                 condition = packed_head(outcome.value)[COMPARED]
-                writes[key] = self._tombstone_request(key, condition)
+                writes[key] = self._tombstone_command(key, condition)
         write_outcomes = await self._router.execute(
             *writes.values(), durably=True, deadline_s=deadline_s
         )
@@ -154,12 +152,12 @@ class StreamDeletion:
         self, key: StreamKey, condition: bytes, deadline_s: float
     ) -> Outcome:
         """Try once to write a tombstone over a value whose head begins with `condition`."""
-        request = self._tombstone_request(key, condition)
-        (outcome,) = await self._router.execute(request, durably=True, deadline_s=deadline_s)
+        command = self._tombstone_command(key, condition)
+        (outcome,) = await self._router.execute(command, durably=True, deadline_s=deadline_s)
         return outcome
 
-    def _tombstone_request(self, key: StreamKey, condition: bytes) -> StoreRequest:
+    def _tombstone_command(self, key: StreamKey, condition: bytes) -> PendingCommand:
         tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))
         arguments: list[str | bytes | int] = [condition, tombstone, self._settings.tombstone_ttl_ms]
         names, slot = list(self._keys.pair(key)), self._slot_of(key)
-        return StoreRequest.for_script(self._script, names, arguments, slot, [key])
+        return PendingCommand.for_script(self._script, names, arguments, slot, [key])

@@ -1,4 +1,4 @@
-"""Outcomes of requests: replies, lost replies and errors, and what they mean for a write.
+"""Outcomes of commands: replies, lost replies and errors, and what they mean for a write.
 
 Resolves retried writes, and makes the errors of lost and rejected ones; pure except for logs.
 """
@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 class ReplyLost(Exception):
-    """The request may have been executed: it was sent, and no reply tells.
+    """The command may have been executed: it was sent, and no reply tells.
 
     Either no attempt was answered in time, or a later attempt was rejected, which says nothing
     about the earlier ones.
@@ -40,8 +40,8 @@ class Reply(NamedTuple):
 
     Attributes:
         value: the decoded RESP value: bytes, int, None or a list of these.
-        is_retry: an earlier attempt of the same request may have been executed.
-        is_durable: what the request wrote is as durable as the settings require; always True if
+        is_retry: an earlier attempt of the same command may have been executed.
+        is_durable: what the command wrote is as durable as the settings require; always True if
             they require nothing beyond the server's memory.
     """
 
@@ -97,7 +97,7 @@ def resolve_retried_deletion(
 ) -> CommitResult:
     """Resolve the conflict of a retried deletion: an earlier attempt may have caused it.
 
-    If there is no stream (any tombstone, or nothing), it is deleted, no matter by which request. If
+    If there is no stream (any tombstone, or nothing), it is deleted, no matter by which command. If
     the stream is still in the expected epoch, nothing was deleted. If it is in another epoch, the
     outcome is unknown, since the stream may have been deleted and created again.
     """

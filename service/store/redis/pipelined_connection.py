@@ -1,18 +1,18 @@
-"""A pipelined connection: requests are written at once and replies are matched in order.
+"""A pipelined connection: commands are written at once and replies are matched in order.
 
-A request does not wait for the reply to the one before it. The server executes requests in the
+A command does not wait for the reply to the one before it. The server executes commands in the
 order of the calls of `send`, so a commit sees every earlier commit, and a load behind a commit
 sees what that commit wrote.
 
 If the connection breaks, or a reply takes longer than the response timeout, it is opened again
-with exponential backoff and jitter, and every unanswered request that a caller still waits for is
+with exponential backoff and jitter, and every unanswered command that a caller still waits for is
 resent in order. The same happens if the server replies that it is loading or busy with a script.
-The reply to a request that may have been executed at an earlier attempt says so (`is_retry`).
+The reply to a command that may have been executed at an earlier attempt says so (`is_retry`).
 Closing a connection discards its unsent bytes; bytes already sent may be executed after the retry,
-but then find another head than they expect. A request that the server rejects permanently is never
+but then find another head than they expect. A command that the server rejects permanently is never
 retried. Redirects of a cluster are passed to the redirect handler.
 
-The client library opens a connection and authenticates; then requests are written to its transport,
+The client library opens a connection and authenticates; then commands are written to its transport,
 and replies parsed as they arrive, without the library's streams.
 
 Use from one event loop. Errors of the client library do not leave this module.
@@ -36,6 +36,7 @@ from redis.exceptions import InvalidResponse, NoScriptError, RedisError
 from service.core.errors import CarryError
 from service.core.values import StreamKey
 from service.store.observation import StoreTelemetry
+from service.store.redis.commands import PendingCommand, pack_command
 from service.store.redis.connections import (
     ConnectionFactory,
     abort,
@@ -46,7 +47,6 @@ from service.store.redis.connections import (
     transport_of,
 )
 from service.store.redis.outcomes import Reply, ReplyLost
-from service.store.redis.requests import StoreRequest, pack_command
 
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.5
@@ -57,10 +57,10 @@ log = structlog.get_logger(__name__)
 
 
 class RedirectHandler(Protocol):
-    """Takes over requests that a node redirects; a connection to one of several nodes has one."""
+    """Takes over commands that a node redirects; a connection to one of several nodes has one."""
 
-    def handle_redirect(self, request: StoreRequest, error: RedisError) -> bool:
-        """Take over a request that the node did not execute; False if the error is no redirect."""
+    def handle_redirect(self, command: PendingCommand, error: RedisError) -> bool:
+        """Take over a command that the node did not execute; False if the error is no redirect."""
 
     def handle_disconnect(self) -> None:
         """The node is unavailable; called after every failed attempt to connect."""
@@ -108,13 +108,13 @@ class ReplyReader(asyncio.Protocol):
 
 
 class PipelinedConnection:
-    """One ordered connection to a server; it is opened by the first request.
+    """One ordered connection to a server; it is opened by the first command.
 
-    Invariant, by which replies find their requests: `_pending` holds the requests in the order in
+    Invariant, by which replies find their commands: `_pending` holds the commands in the order in
     which they are written.
 
     Attributes:
-        generation: the sequence number of the first request on the present connection. Requests
+        generation: the sequence number of the first command on the present connection. Commands
             are numbered as they are written, again at each attempt.
         last_error: the last error, for callers whose deadline expires.
     """
@@ -130,15 +130,15 @@ class PipelinedConnection:
         self._connection: AbstractConnection = factory.create_connection()
         self._replies: ReplyReader | None = None
         self._has_replied = False
-        self._pending: deque[StoreRequest] = deque()
+        self._pending: deque[PendingCommand] = deque()
         self._has_work = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
         self._reply_due_since_s: float | None = None
         self._response_timer: asyncio.TimerHandle | None = None
         self._unavailable_since_s: float | None = None
         self._telemetry = telemetry or StoreTelemetry()
-        # round trips are measured on one request at a time
-        self._measured_request: StoreRequest | None = None
+        # round trips are measured on one command at a time
+        self._measured_command: PendingCommand | None = None
         self._measured_since_s = 0.0
         self._sequence = 0
         self.generation = 1
@@ -155,15 +155,15 @@ class PipelinedConnection:
         connection: Any = self._connection
         return connection.host, connection.port
 
-    def send(self, requests: Sequence[StoreRequest]) -> None:
-        """Send requests behind all that were sent before; opens the connection if it is closed."""
-        queued: list[StoreRequest] = []
-        for request in requests:
-            request.connection = self
-            if request.needs_asking:
-                # It shares the future: dropped together with its request; its reply is counted.
-                queued.append(StoreRequest(ASKING, request.future, is_asking=True))
-            queued.append(request)
+    def send(self, commands: Sequence[PendingCommand]) -> None:
+        """Send commands behind all that were sent before; opens the connection if it is closed."""
+        queued: list[PendingCommand] = []
+        for command in commands:
+            command.connection = self
+            if command.needs_asking:
+                # It shares the future: dropped together with its command; its reply is counted.
+                queued.append(PendingCommand(ASKING, command.future, is_asking=True))
+            queued.append(command)
         self._pending += queued
         if self._is_open:
             self._write(queued)
@@ -177,7 +177,7 @@ class PipelinedConnection:
         self._end(ConnectionError("the server's role has changed"))
 
     async def close(self) -> None:
-        """Close the connection; once, after the last request was resolved."""
+        """Close the connection; once, after the last command was resolved."""
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.wait({self._runner})
@@ -188,51 +188,51 @@ class PipelinedConnection:
 
     @property
     def is_responsive(self) -> bool:
-        """Whether the present connection has replied, so that it may keep its pending requests."""
+        """Whether the present connection has replied, so that it may keep its pending commands."""
         return self._is_open and self._has_replied
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is pending."""
+        """Whether no command is pending."""
         return not self._pending
 
-    def take_pending(self) -> list[StoreRequest]:
-        """Remove the pending requests, in order, for another connection, and close this one."""
-        taken: list[StoreRequest] = []
-        for request in self._pending:
-            request.is_retry = request.is_retry or request.is_sent
-            if request.is_connection_bound:
-                request.resolve(ReplyLost(f"{self.redacted_url}: the node has no slots any more"))
-            elif not request.future.done() and not request.is_asking:
-                taken.append(request)
+    def take_pending(self) -> list[PendingCommand]:
+        """Remove the pending commands, in order, for another connection, and close this one."""
+        taken: list[PendingCommand] = []
+        for command in self._pending:
+            command.is_retry = command.is_retry or command.is_sent
+            if command.is_connection_bound:
+                command.resolve(ReplyLost(f"{self.redacted_url}: the node has no slots any more"))
+            elif not command.future.done() and not command.is_asking:
+                taken.append(command)
         self._pending.clear()
-        # Replies that still arrive on it belong to no request.
+        # Replies that still arrive on it belong to no command.
         self._end(ConnectionError("the node has no slots any more"))
         return taken
 
-    def _write(self, requests: Sequence[StoreRequest]) -> None:
-        """Write requests to the present connection.
+    def _write(self, commands: Sequence[PendingCommand]) -> None:
+        """Write commands to the present connection.
 
         It does not wait for the server: a cancelled caller must not close a shared connection.
         Unsent bytes are bounded by what callers wait for and by the response timeout.
         """
         # Never to a closing transport: some versions of CPython would register its socket again,
         # whose file descriptor the next connection may reuse (python/cpython#136234).
-        if self._replies is None or self._replies.transport.is_closing() or not requests:
+        if self._replies is None or self._replies.transport.is_closing() or not commands:
             return
-        for request in requests:
+        for command in commands:
             self._sequence += 1
-            request.is_sent = True
-            request.generation, request.sequence = self.generation, self._sequence
+            command.is_sent = True
+            command.generation, command.sequence = self.generation, self._sequence
         now_s = time.monotonic()
         if self._reply_due_since_s is None:
             self._reply_due_since_s = now_s
         if self._response_timer is None:
             self._check_response_time()
-        if self._measured_request is None:
-            self._measured_request, self._measured_since_s = requests[0], now_s
+        if self._measured_command is None:
+            self._measured_command, self._measured_since_s = commands[0], now_s
         try:
-            self._replies.transport.writelines([request.packed for request in requests])
+            self._replies.transport.writelines([command.packed for command in commands])
         except (OSError, RuntimeError) as error:
             # uvloop raises RuntimeError for a transport it closed before the reader was notified.
             self._end(ConnectionError(str(error)))
@@ -269,19 +269,19 @@ class PipelinedConnection:
 
     def _resend(self) -> None:
         """Resend what is pending; what is enqueued from now on is sent at once, behind it."""
-        for request in self._pending:
-            if request.is_connection_bound and request.is_sent:
-                request.resolve(ReplyLost(f"{self.redacted_url}: the connection broke"))
+        for command in self._pending:
+            if command.is_connection_bound and command.is_sent:
+                command.resolve(ReplyLost(f"{self.redacted_url}: the connection broke"))
         self._drop_abandoned()
-        for request in self._pending:
-            request.is_retry = request.is_retry or request.is_sent
+        for command in self._pending:
+            command.is_retry = command.is_retry or command.is_sent
         self.generation = self._sequence + 1
-        self._measured_request = None
+        self._measured_command = None
         self._has_replied = False
         self._write(self._pending)
 
     def _handle_reply(self, value: Any) -> None:
-        """Resolve the first pending request with a reply.
+        """Resolve the first pending command with a reply.
 
         Raises:
             RedisError: an error after which everything pending is resent.
@@ -295,69 +295,69 @@ class PipelinedConnection:
                 unavailable_s = round(time.monotonic() - self._unavailable_since_s, 3)
                 self._unavailable_since_s = None
                 log.info("store_available", store=self.redacted_url, unavailable_s=unavailable_s)
-            request = self._pending.popleft()
-            if request is self._measured_request:
-                self._measured_request = None
+            command = self._pending.popleft()
+            if command is self._measured_command:
+                self._measured_command = None
                 self._telemetry.round_trips_s.append(time.monotonic() - self._measured_since_s)
-            if not request.future.done() and not request.is_asking:
-                request.future.set_result(Reply(value, request.is_retry))
+            if not command.future.done() and not command.is_asking:
+                command.future.set_result(Reply(value, command.is_retry))
         self._has_replied = True
         self._reply_due_since_s = time.monotonic() if self._pending else None
 
     def _handle_error_reply(self, error: RedisError) -> None:
-        """Reject, resend or redirect the request whose reply is an error.
+        """Reject, resend or redirect the command whose reply is an error.
 
         Raises:
             RedisError: a transient error, after which everything pending is resent.
         """
-        request = self._pending[0]
-        if request is self._measured_request:
-            self._measured_request = None
+        command = self._pending[0]
+        if command is self._measured_command:
+            self._measured_command = None
         if is_error_reply(error):
-            request.mark_not_executed()
-        if isinstance(error, NoScriptError) and request.script is not None:
+            command.mark_not_executed()
+        if isinstance(error, NoScriptError) and command.script is not None:
             self._pending.popleft()
-            if request.is_retry or not request.future.done():
-                request.send_script()
-                self.send([request])
+            if command.is_retry or not command.future.done():
+                command.send_script()
+                self.send([command])
         elif self._redirect_handler is not None and self._redirect_handler.handle_redirect(
-            request, error
+            command, error
         ):
             self._pending.popleft()
         elif is_transient(error):
             raise error
         else:
             self._pending.popleft()
-            self._reject(request, error)
+            self._reject(command, error)
 
-    def _reject(self, request: StoreRequest, error: BaseException) -> None:
+    def _reject(self, command: PendingCommand, error: BaseException) -> None:
         rejection: ReplyLost | CarryError = self._factory.refused_error(error)
-        if request.is_retry:
+        if command.is_retry:
             # An earlier attempt may have been executed.
             rejection = ReplyLost(f"{self.redacted_url}: {describe_error(error)}")
         rejection.__cause__ = error
-        request.resolve(rejection)
+        command.resolve(rejection)
 
     def _reject_all(self, error: BaseException) -> None:
         while self._pending:
-            request = self._pending.popleft()
-            request.is_retry = request.is_retry or request.is_sent
-            self._reject(request, error)
+            command = self._pending.popleft()
+            command.is_retry = command.is_retry or command.is_sent
+            self._reject(command, error)
 
     def _drop_abandoned(self) -> None:
-        """Drop the requests whose callers gave up, while there is no connection.
+        """Drop the commands whose callers gave up, while there is no connection.
 
         A script that was sent is kept while a caller waits for a later one on the same streams,
         which expects what the first one writes. Sent alone, the later one would conflict; if bytes
         of the old connection then arrived, the server would apply both after all.
         """
         awaited: set[StreamKey] = set()
-        pending: deque[StoreRequest] = deque()
-        for request in reversed(self._pending):
-            is_needed = request.is_sent and not awaited.isdisjoint(request.streams)
-            if not request.future.done() or is_needed:
-                awaited.update(request.streams)
-                pending.appendleft(request)
+        pending: deque[PendingCommand] = deque()
+        for command in reversed(self._pending):
+            is_needed = command.is_sent and not awaited.isdisjoint(command.streams)
+            if not command.future.done() or is_needed:
+                awaited.update(command.streams)
+                pending.appendleft(command)
         self._pending = pending
 
     def _check_response_time(self) -> None:

@@ -24,8 +24,8 @@ import structlog
 
 from service.core.errors import CarryError, StoreRefused
 from service.core.values import Check, ServerStatus
+from service.store.redis.commands import Command, Script
 from service.store.redis.redis_server import RedisServer
-from service.store.redis.requests import Command, Script
 from service.store.redis.router import Router
 from service.store.redis.server_checks import (
     check_fsync,

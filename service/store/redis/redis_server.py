@@ -22,6 +22,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from service.core.errors import StoreUnavailable
 from service.store.observation import StoreTelemetry
+from service.store.redis.commands import Command, pack_command
 from service.store.redis.connections import ConnectionFactory, describe_error, is_transient
 from service.store.redis.pipelined_connection import (
     BACKOFF_BASE_S,
@@ -29,7 +30,6 @@ from service.store.redis.pipelined_connection import (
     PipelinedConnection,
     RedirectHandler,
 )
-from service.store.redis.requests import Command, pack_command
 from service.store.settings import StoreSettings
 
 log = structlog.get_logger(__name__)
@@ -40,7 +40,7 @@ class RedisServer:
 
     Args:
         settings: their address is this server's.
-        redirect_handler: takes over redirected requests, if the server is a node of a cluster.
+        redirect_handler: takes over redirected commands, if the server is a node of a cluster.
         telemetry: what the connection for chunks counts, of the whole store.
 
     Raises:

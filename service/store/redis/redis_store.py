@@ -4,7 +4,7 @@ Each stream has one string key for its state (see `codec`) and a second one for 
 with a short TTL. A load is one MGET, and a commit is one call of a Lua script that compares and
 writes each stream independently. On a single server, one call serves all streams; on a cluster,
 there is one call per slot, all sent concurrently. Each is packed into one buffer here: the client
-library would allocate and format every argument by itself. Requests of one stream use one
+library would allocate and format every argument by itself. Commands of one stream use one
 pipelined connection, in the order of the calls. There are no locks: concurrency control is
 optimistic, and a commit that comes too late fails its compare-and-set.
 
@@ -49,6 +49,7 @@ from service.store.codec import COMPARED, CodecError, StateHeader, decode_reply,
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
 from service.store.redis.access_keys import read_access_keys, write_access_key
+from service.store.redis.commands import PendingCommand, Script, pack_arguments
 from service.store.redis.deletion import StreamDeletion
 from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
@@ -62,7 +63,6 @@ from service.store.redis.outcomes import (
 )
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.readiness import Readiness
-from service.store.redis.requests import Script, StoreRequest, pack_arguments
 from service.store.redis.router import check_executed
 from service.store.redis.scan import list_streams
 from service.store.redis.script_results import WRITTEN, parse_result
@@ -74,7 +74,7 @@ from service.store.settings import Durability, StoreSettings
 from service.store.usage import StreamUsage
 
 CACHED_NAMES: Final = 4096
-"""Most streams whose packed names are cached, for their next requests."""
+"""Most streams whose packed names are cached, for their next commands."""
 
 T = TypeVar("T")
 
@@ -178,10 +178,10 @@ class RedisStore:
         if not keys:
             return []
         groups = self._group_by_slot(keys)
-        requests = [
-            self._load_request([keys[index] for index in group], slot) for slot, group in groups
+        commands = [
+            self._load_command([keys[index] for index in group], slot) for slot, group in groups
         ]
-        outcomes = await self._router.execute(*requests, deadline_s=deadline_s)
+        outcomes = await self._router.execute(*commands, deadline_s=deadline_s)
         check_executed(outcomes)
         if len(groups) == 1:
             values: list[StoredValue] = read_value(outcomes[0])
@@ -237,10 +237,10 @@ class RedisStore:
             return []
         groups = self._group_by_slot(commits.keys)
         parts = [commits if len(groups) == 1 else commits.select(group) for _, group in groups]
-        requests = [
-            self._commit_request(part, slot) for part, (slot, _) in zip(parts, groups, strict=True)
+        commands = [
+            self._commit_command(part, slot) for part, (slot, _) in zip(parts, groups, strict=True)
         ]
-        outcomes = await self._router.execute(*requests, durably=True, deadline_s=deadline_s)
+        outcomes = await self._router.execute(*commands, durably=True, deadline_s=deadline_s)
         check_executed(outcomes)
         if len(groups) == 1:
             results = await self._commit_results(commits, outcomes[0], deadline_s)
@@ -261,13 +261,13 @@ class RedisStore:
         packed = "".join([f"${len(name.encode())}\r\n{name}\r\n" for name in names]).encode()
         return packed[: len(packed) // 2], packed
 
-    def _load_request(self, keys: Sequence[StreamKey], slot: int) -> StoreRequest:
+    def _load_command(self, keys: Sequence[StreamKey], slot: int) -> PendingCommand:
         """The command that reads streams of one slot."""
         names = [state for state, _ in map(self._packed_names, keys)]
         packed = b"".join([b"*%d\r\n$4\r\nMGET\r\n" % (1 + len(keys)), *names])
-        return StoreRequest(packed, asyncio.get_running_loop().create_future(), slot=slot)
+        return PendingCommand(packed, asyncio.get_running_loop().create_future(), slot=slot)
 
-    def _commit_request(self, commits: CommitColumns, slot: int) -> StoreRequest:
+    def _commit_command(self, commits: CommitColumns, slot: int) -> PendingCommand:
         """The call of the script that commits streams of one slot."""
         keys, expected, states, replies = (
             commits.keys, commits.expected, commits.states, commits.replies
@@ -282,7 +282,7 @@ class RedisStore:
             head, reply = head[COMPARED], reply if len(reply) <= most else b""
             packed.append(_STREAM % (len(head), head, len(state), state, len(reply), reply))
         future = asyncio.get_running_loop().create_future()
-        return StoreRequest(b"".join(packed), future, script, keys, slot)
+        return PendingCommand(b"".join(packed), future, script, keys, slot)
 
     def _publish(self, commits: CommitColumns, results: Sequence[CommitResult]) -> None:
         """Publish the outputs of the watched streams among those that were committed."""
@@ -324,7 +324,7 @@ class RedisStore:
         return 0 if self._slots is None else self._slots[self._keys.partition(key)]
 
     def _group_by_slot(self, keys: Sequence[StreamKey]) -> list[tuple[int, Sequence[int]]]:
-        """Group streams that one request may contain: slots, and indices of keys."""
+        """Group streams that one command may contain: slots, and indices of keys."""
         if self._slots is None:
             return [(0, range(len(keys)))]
         groups: dict[int, list[int]] = {}
@@ -373,11 +373,11 @@ class RedisStore:
         names, slot = list(self._keys.pair(key)), self._slot(key)
         if self._awaits_durability:
             ttl_ms = max(1, self._settings.reply_ttl_ms)
-            request = StoreRequest.for_script(self._confirm_script, names, [ttl_ms], slot, [key])
+            command = PendingCommand.for_script(self._confirm_script, names, [ttl_ms], slot, [key])
         else:
-            request = StoreRequest.for_command("MGET", *names, slot=slot)
+            command = PendingCommand.of("MGET", *names, slot=slot)
         (outcome,) = await self._router.execute(
-            request, durably=self._awaits_durability, deadline_s=deadline_s
+            command, durably=self._awaits_durability, deadline_s=deadline_s
         )
         values: list[bytes | None] = read_value(outcome)
         if isinstance(outcome, Reply) and not outcome.is_durable and values[0] is not None:

@@ -1,4 +1,4 @@
-"""Routes requests to the servers that hold their keys, and waits for their outcomes.
+"""Routes commands to the servers that hold their keys, and waits for their outcomes.
 
 This module holds what both routers share, and the router of a single server; the router of a
 cluster is in `cluster_router`.
@@ -24,11 +24,11 @@ from typing import Final, NamedTuple
 
 from service.core.errors import CarryError, StoreUnavailable
 from service.store.observation import StoreTelemetry
+from service.store.redis.commands import PendingCommand
 from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S, describe_error
 from service.store.redis.outcomes import Outcome, Reply, ReplyLost
 from service.store.redis.pipelined_connection import PipelinedConnection
 from service.store.redis.redis_server import RedisServer
-from service.store.redis.requests import StoreRequest
 from service.store.settings import Durability, StoreSettings
 
 TICK_S: Final = 0.01
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
 
 class Router(ABC):
-    """Sends requests to the servers of an address; opens no connection before the first call.
+    """Sends commands to the servers of an address; opens no connection before the first call.
 
     Attributes:
         redacted_url: the address without secrets.
@@ -62,7 +62,7 @@ class Router(ABC):
 
     def __init__(self, settings: StoreSettings):
         self.telemetry = StoreTelemetry()
-        self._waiting: dict[StoreRequest, tuple[float, float]] = {}
+        self._waiting: dict[PendingCommand, tuple[float, float]] = {}
         self._ticker: asyncio.TimerHandle | None = None
         self._wait_s = settings.wait_s
         self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
@@ -83,7 +83,7 @@ class Router(ABC):
 
     @abstractmethod
     def slot(self, key: str) -> int:
-        """The hash slot of a key; one request may contain keys of one slot only."""
+        """The hash slot of a key; one command may contain keys of one slot only."""
 
     @abstractmethod
     def node_of(self, slot: int) -> Hashable:
@@ -107,103 +107,103 @@ class Router(ABC):
 
     @abstractmethod
     def refresh(self) -> None:
-        """Resolve the address again for the next requests: a server's role has changed."""
+        """Resolve the address again for the next commands: a server's role has changed."""
 
     @abstractmethod
-    def _dispatch(self, requests: Sequence[StoreRequest]) -> Iterable[PipelinedConnection]:
-        """Send requests to their servers; returns the connections that they are sent on.
+    def _dispatch(self, commands: Sequence[PendingCommand]) -> Iterable[PipelinedConnection]:
+        """Send commands to their servers; returns the connections that they are sent on.
 
-        Requests without a known server are deferred.
+        Commands without a known server are deferred.
         """
 
     @abstractmethod
     def _last_error(self) -> BaseException | None:
-        """Why requests without a connection had to wait."""
+        """Why commands without a connection had to wait."""
 
     async def execute(
-        self, *requests: StoreRequest, durably: bool = False, deadline_s: float = math.inf
+        self, *commands: PendingCommand, durably: bool = False, deadline_s: float = math.inf
     ) -> list[Outcome]:
-        """Send requests concurrently and return the outcome of each.
+        """Send commands concurrently and return the outcome of each.
 
-        Requests for one server are executed in the order of the calls.
+        Commands for one server are executed in the order of the calls.
 
         Args:
-            durably: the requests write, and `is_durable` of their replies must be determined.
+            durably: the commands write, and `is_durable` of their replies must be determined.
             deadline_s: time of the monotonic clock until which outcomes are awaited; if it is
                 infinite, the timeout of the settings applies.
         """
         now_s = time.monotonic()
         wait_s = self._wait_s if deadline_s == math.inf else max(0.0, deadline_s - now_s)
-        connections = self._dispatch(requests)
+        connections = self._dispatch(commands)
         if not durably or not self._replicas:
-            return await self._outcomes(requests, wait_s)
+            return await self._outcomes(commands, wait_s)
         waits = self._send_waits(connections)
-        outcomes = await self._outcomes([*requests, *waits], wait_s)
+        outcomes = await self._outcomes([*commands, *waits], wait_s)
         waits += self._send_waits(
             {
-                request.connection
-                for request in requests
-                if request.connection is not None
-                and request.generation == request.connection.generation
-                and not any(_follows(wait, request) for wait in waits)
+                command.connection
+                for command in commands
+                if command.connection is not None
+                and command.generation == command.connection.generation
+                and not any(_follows(wait, command) for wait in waits)
             }
         )
         await self._outcomes(waits, wait_s + now_s - time.monotonic())
         return [
-            outcome._replace(is_durable=self._is_replicated(request, waits))
+            outcome._replace(is_durable=self._is_replicated(command, waits))
             if isinstance(outcome, Reply)
             else outcome
-            for request, outcome in zip(requests, outcomes, strict=False)
+            for command, outcome in zip(commands, outcomes, strict=False)
         ]
 
-    async def _outcomes(self, requests: Sequence[StoreRequest], wait_s: float) -> list[Outcome]:
-        """Wait for the outcome of each request, until they have timed out."""
+    async def _outcomes(self, commands: Sequence[PendingCommand], wait_s: float) -> list[Outcome]:
+        """Wait for the outcome of each command, until they have timed out."""
         deadline_s = time.monotonic() + wait_s
-        for request in requests:
-            self._waiting[request] = deadline_s, wait_s
+        for command in commands:
+            self._waiting[command] = deadline_s, wait_s
         if self._ticker is None:
             self._resolve_expired()
         try:
-            return [await request.future for request in requests]
+            return [await command.future for command in commands]
         finally:
-            for request in requests:
-                del self._waiting[request]
-                request.future.cancel()
+            for command in commands:
+                del self._waiting[command]
+                command.future.cancel()
 
     def _resolve_expired(self) -> None:
-        """Resolve the requests that have timed out; once a tick, while any is waited for."""
+        """Resolve the commands that have timed out; once a tick, while any is waited for."""
         loop, now_s = asyncio.get_running_loop(), time.monotonic()
         self._ticker = loop.call_later(TICK_S, self._resolve_expired) if self._waiting else None
-        for request, (deadline_s, wait_s) in self._waiting.items():
+        for command, (deadline_s, wait_s) in self._waiting.items():
             if deadline_s <= now_s:
-                request.resolve(self._timeout_outcome(request, wait_s))
+                command.resolve(self._timeout_outcome(command, wait_s))
 
-    def _send_waits(self, connections: Iterable[PipelinedConnection]) -> list[StoreRequest]:
+    def _send_waits(self, connections: Iterable[PipelinedConnection]) -> list[PendingCommand]:
         """Send one WAIT on each connection."""
-        waits: list[StoreRequest] = []
+        waits: list[PendingCommand] = []
         for connection in connections:
-            wait = StoreRequest.for_command("WAIT", self._replicas, self._wait_timeout_ms)
+            wait = PendingCommand.of("WAIT", self._replicas, self._wait_timeout_ms)
             wait.is_connection_bound = True
             connection.send([wait])
             waits.append(wait)
         return waits
 
-    def _is_replicated(self, request: StoreRequest, waits: Iterable[StoreRequest]) -> bool:
-        """Whether a WAIT after the request counted enough replicas."""
+    def _is_replicated(self, command: PendingCommand, waits: Iterable[PendingCommand]) -> bool:
+        """Whether a WAIT after the command counted enough replicas."""
         # An error if the server is a replica now, or became one (UNBLOCKED).
-        outcomes = [wait.future.result() for wait in waits if _follows(wait, request)]
+        outcomes = [wait.future.result() for wait in waits if _follows(wait, command)]
         return any(
             isinstance(outcome, Reply) and outcome.value >= self._replicas for outcome in outcomes
         )
 
-    def _timeout_outcome(self, request: StoreRequest, wait_s: float) -> Outcome:
-        """The outcome of a request that was not answered in time."""
-        connection = request.connection
+    def _timeout_outcome(self, command: PendingCommand, wait_s: float) -> Outcome:
+        """The outcome of a command that was not answered in time."""
+        connection = command.connection
         url = self.redacted_url if connection is None else connection.redacted_url
-        cause = request.redirect_error or (
+        cause = command.redirect_error or (
             self._last_error() if connection is None else connection.last_error
         )
-        if request.is_sent:
+        if command.is_sent:
             lost = ReplyLost(f"{url}: {describe_error(cause or TimeoutError())}")
             lost.__cause__ = cause
             return lost
@@ -236,7 +236,7 @@ class SingleServerRouter(Router):
         await self._server.close()
 
     def slot(self, key: str) -> int:
-        """Always 0: one request may contain any keys."""
+        """Always 0: one command may contain any keys."""
         return 0
 
     def node_of(self, slot: int) -> None:
@@ -254,8 +254,8 @@ class SingleServerRouter(Router):
     def refresh(self) -> None:
         self._server.connection.reconnect()
 
-    def _dispatch(self, requests: Sequence[StoreRequest]) -> Iterable[PipelinedConnection]:
-        self._server.connection.send(requests)
+    def _dispatch(self, commands: Sequence[PendingCommand]) -> Iterable[PipelinedConnection]:
+        self._server.connection.send(commands)
         return self._connections
 
     def _last_error(self) -> BaseException | None:
@@ -263,16 +263,16 @@ class SingleServerRouter(Router):
 
 
 def check_executed(outcomes: Sequence[Outcome]) -> None:
-    """Raise the first error if every outcome is an error, so that no request was executed."""
+    """Raise the first error if every outcome is an error, so that no command was executed."""
     first = outcomes[0]
     if isinstance(first, CarryError) and all(isinstance(each, CarryError) for each in outcomes):
         raise first
 
 
-def _follows(wait: StoreRequest, request: StoreRequest) -> bool:
-    """Whether a WAIT was written after a request on the same connection and generation."""
+def _follows(wait: PendingCommand, command: PendingCommand) -> bool:
+    """Whether a WAIT was written after a command on the same connection and generation."""
     return (
-        wait.connection is request.connection
-        and wait.generation == request.generation
-        and wait.sequence > request.sequence
+        wait.connection is command.connection
+        and wait.generation == command.generation
+        and wait.sequence > command.sequence
     )

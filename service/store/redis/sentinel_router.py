@@ -1,6 +1,6 @@
 """Router of a primary behind Redis Sentinel: a single server, whose address may change.
 
-The connections resolve the address by themselves (`sentinel`); requests that are pending in a
+The connections resolve the address by themselves (`sentinel`); commands that are pending in a
 failover are resent to the new primary as retries. A primary that is replaced while it is up (a
 failover by command, or by Sentinels that cannot reach it) keeps its connections for some seconds,
 in which it would acknowledge writes that are lost when it is demoted. So the router also asks for

@@ -15,9 +15,9 @@ from typing import Final
 import structlog
 
 from service.core.errors import CarryError, StoreRefused, StoreUnavailable
+from service.store.redis.commands import PendingCommand
 from service.store.redis.outcomes import Reply
 from service.store.redis.redis_server import RedisServer
-from service.store.redis.requests import StoreRequest
 from service.store.redis.router import Router
 from service.store.settings import Durability, StoreSettings
 
@@ -170,8 +170,8 @@ async def _check_partitions(router: Router, settings: StoreSettings) -> None:
     expected = {"format": META_FORMAT, "partitions": settings.partitions}
     slot = router.slot(key)
     value: bytes | None = None
-    for command in (("SET", key, json.dumps(expected), "NX"), ("GET", key)):
-        (outcome,) = await router.execute(StoreRequest.for_command(*command, slot=slot))
+    for arguments in (("SET", key, json.dumps(expected), "NX"), ("GET", key)):
+        (outcome,) = await router.execute(PendingCommand.of(*arguments, slot=slot))
         if isinstance(outcome, CarryError):
             raise outcome
         if not isinstance(outcome, Reply):

@@ -9,8 +9,8 @@ from typing import Any, Final
 from service.core.values import StreamKey
 from service.store.codec import TOMBSTONE_PREFIX
 from service.store.keys import KeySpace
+from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import read_value
-from service.store.redis.requests import Script, StoreRequest
 from service.store.redis.router import Router
 from service.store.usage import Quota, Registration
 
@@ -52,9 +52,9 @@ class RedisStreamUsage:
     async def reconcile(self, key_id: str) -> None:
         name, cursor = self._keys.stream_usage(key_id), 0
         while True:
-            command = ("HSCAN", name, cursor, "COUNT", PAGE_STREAMS)
-            request = StoreRequest.for_command(*command, slot=self._router.slot(name))
-            (outcome,) = await self._router.execute(request)
+            arguments = ("HSCAN", name, cursor, "COUNT", PAGE_STREAMS)
+            command = PendingCommand.of(*arguments, slot=self._router.slot(name))
+            (outcome,) = await self._router.execute(command)
             following, page = read_value(outcome)
             fields = [field for field in page[::2] if field != _TOTAL]
             missing = await self._missing(fields)
@@ -66,15 +66,15 @@ class RedisStreamUsage:
 
     async def _missing(self, fields: Sequence[bytes]) -> list[bytes]:
         """The fields whose stream does not exist; a tombstone is none."""
-        requests: list[StoreRequest] = []
+        commands: list[PendingCommand] = []
         for field in fields:
             model, _, stream = field.decode().partition(":")
             name = self._keys.state(StreamKey(model, stream))
-            command = ("GETRANGE", name, 0, len(TOMBSTONE_PREFIX) - 1)
-            requests.append(StoreRequest.for_command(*command, slot=self._router.slot(name)))
-        if not requests:
+            arguments = ("GETRANGE", name, 0, len(TOMBSTONE_PREFIX) - 1)
+            commands.append(PendingCommand.of(*arguments, slot=self._router.slot(name)))
+        if not commands:
             return []
-        outcomes = await self._router.execute(*requests)
+        outcomes = await self._router.execute(*commands)
         gone = (b"", TOMBSTONE_PREFIX)
         return [
             field
@@ -90,8 +90,8 @@ class RedisStreamUsage:
     ) -> Any:
         name = self._keys.stream_usage(key_id)
         slot = self._router.slot(name)
-        request = StoreRequest.for_script(script, [name], list(arguments), slot)
-        (outcome,) = await self._router.execute(request)
+        command = PendingCommand.for_script(script, [name], list(arguments), slot)
+        (outcome,) = await self._router.execute(command)
         return read_value(outcome)
 
 

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from service.core.errors import StoreRefused
 from service.store.keys import KeySpace
+from service.store.redis.commands import PendingCommand
 from service.store.redis.outcomes import read_value
-from service.store.redis.requests import StoreRequest
 from service.store.redis.router import Router
 
 TOKEN_KEY_BYTES: Final = 32
@@ -25,8 +25,8 @@ async def read_token_key(router: Router, keys: KeySpace) -> bytes:
     slot = router.slot(key)
     drawn = secrets.token_bytes(TOKEN_KEY_BYTES)
     value: Any = None
-    for command in (("SET", key, drawn, "NX"), ("GET", key)):
-        (outcome,) = await router.execute(StoreRequest.for_command(*command, slot=slot))
+    for arguments in (("SET", key, drawn, "NX"), ("GET", key)):
+        (outcome,) = await router.execute(PendingCommand.of(*arguments, slot=slot))
         value = read_value(outcome)
     if not isinstance(value, bytes) or len(value) != TOKEN_KEY_BYTES:
         raise StoreRefused(

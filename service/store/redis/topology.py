@@ -1,7 +1,7 @@
 """Topology of a Redis Cluster, parsed from CLUSTER SLOTS, and addresses of its nodes; pure.
 
 The client library's cluster client keeps such a map too, but with connections, retries and locks of
-its own that do not keep the order of requests. CLUSTER SLOTS is answered by every version of Redis
+its own that do not keep the order of commands. CLUSTER SLOTS is answered by every version of Redis
 and Valkey.
 """
 

@@ -10,9 +10,9 @@ from service.core.errors import Conflict, OutcomeUnknown, StateDamaged
 from service.core.values import StreamHead, StreamState, Tombstone
 from service.store.base import Committed, Conflicted, StateStore
 from service.store.codec import HEADER_BYTES
+from service.store.redis.commands import PendingCommand
 from service.store.redis.outcomes import Outcome, resolve_retried_deletion
 from service.store.redis.redis_store import RedisStore
-from service.store.redis.requests import StoreRequest
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async
@@ -105,16 +105,16 @@ async def test_a_stream_that_is_written_while_many_are_deleted_is_deleted(
     conditions: list[bytes] = []
 
     overtaken = RedisStore(StoreSettings(server.url))
-    tombstone_request = overtaken.deletion._tombstone_request
+    tombstone_command = overtaken.deletion._tombstone_command
 
-    def overtaken_request(key: Any, condition: bytes) -> StoreRequest:
+    def overtaken_command(key: Any, condition: bytes) -> PendingCommand:
         """Another writer is faster than the first deletion."""
         conditions.append(condition)
-        return tombstone_request(
+        return tombstone_command(
             key, condition if len(conditions) > 1 else b"another head".ljust(24)
         )
 
-    monkeypatch.setattr(overtaken.deletion, "_tombstone_request", overtaken_request)
+    monkeypatch.setattr(overtaken.deletion, "_tombstone_command", overtaken_command)
     await overtaken.start()
     try:
         assert await overtaken.delete_many([key("a"), key("b")]) == [Committed()] * 2

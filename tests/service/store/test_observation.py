@@ -10,7 +10,7 @@ import pytest
 from service.core.errors import StoreRefused
 from service.store.base import StateStore
 from service.store.observation import LIVE_S
-from service.store.redis.requests import StoreRequest
+from service.store.redis.commands import PendingCommand
 from service.store.redis.stream_count import SAMPLE_KEYS
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, opened, until_async
@@ -113,7 +113,7 @@ async def test_an_error_reply_ends_the_timing_of_its_command(
     server: RealServer, streams: Streams
 ) -> None:
     async with opened(server.url) as store:
-        (rejected,) = await store._router.execute(StoreRequest.for_command("GET"))
+        (rejected,) = await store._router.execute(PendingCommand.of("GET"))
         assert isinstance(rejected, StoreRefused)
         store.telemetry.round_trips_s.clear()
         await committed(store, streams.creation(key("a")))

@@ -14,10 +14,10 @@ from unittest.mock import Mock
 import pytest
 
 from service.core.errors import OutcomeUnknown
+from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.connections import ConnectionFactory, transport_of
 from service.store.redis.outcomes import Reply, ReplyLost
 from service.store.redis.pipelined_connection import PipelinedConnection, ReplyReader
-from service.store.redis.requests import Script, StoreRequest
 from service.store.settings import StoreSettings
 from tests.support.servers import (
     KINDS,
@@ -46,12 +46,12 @@ async def test_resending_an_abandoned_request_keeps_replies_matched(
     script = Script(b"return ARGV[1]", "0" * 40)
     async with connected_to(server) as connection:
         for round_ in range(20):
-            abandoned = StoreRequest.for_script(script, [], [f"abandoned {round_}"])
+            abandoned = PendingCommand.for_script(script, [], [f"abandoned {round_}"])
             connection.send([abandoned])
             if round_ == 0:
                 await _connected(server)
             abandoned.future.cancel()
-            others = [StoreRequest.for_command("ECHO", f"{round_}.{number}") for number in range(5)]
+            others = [PendingCommand.of("ECHO", f"{round_}.{number}") for number in range(5)]
             for other in others:
                 connection.send([other])
                 # The first follows the error, the last follows the fallback.
@@ -76,11 +76,11 @@ async def test_a_push_message_is_no_reply(step: int) -> None:
 async def test_requests_taken_over_keep_their_attempts(own_server: RealServer) -> None:
     """Sent requests become retries; a WAIT has no meaning on another connection."""
     async with connected_to(own_server) as connection:
-        known = StoreRequest.for_command("PING")
+        known = PendingCommand.of("PING")
         connection.send([known])
         await known.future
         own_server.signal(signal.SIGSTOP)
-        sent, bound, asking, abandoned = (StoreRequest.for_command("ECHO", word) for word in "abcd")
+        sent, bound, asking, abandoned = (PendingCommand.of("ECHO", word) for word in "abcd")
         bound.is_connection_bound = asking.needs_asking = True
         connection.send([sent, bound, asking, abandoned])
         abandoned.future.cancel()
@@ -92,7 +92,7 @@ async def test_requests_taken_over_keep_their_attempts(own_server: RealServer) -
         assert not connection.is_responsive
         own_server.signal(signal.SIGCONT)
         # The connection is not used again: late replies are ignored.
-        later = StoreRequest.for_command("ECHO", "later")
+        later = PendingCommand.of("ECHO", "later")
         connection.send([later])
         assert await later.future == Reply(b"later", False)
         assert not any(request.future.done() for request in (sent, asking))
@@ -100,7 +100,7 @@ async def test_requests_taken_over_keep_their_attempts(own_server: RealServer) -
 
 async def test_unsent_requests_taken_over_are_no_retries(server: RealServer) -> None:
     async with connected_to(server) as connection:
-        unsent = StoreRequest.for_command("ECHO", "a")
+        unsent = PendingCommand.of("ECHO", "a")
         connection.send([unsent])
         assert connection.take_pending() == [unsent]
         assert not unsent.is_retry

@@ -1,6 +1,6 @@
-"""Requests to a server: a command or a script call, its outcome, and the state of its delivery.
+"""Commands to a server: their packed bytes, outcomes, and the state of their delivery.
 
-A request keeps what is known of its earlier attempts wherever it is sent next: over a new
+A command keeps what is known of its earlier attempts wherever it is sent next: over a new
 connection, or to another node of a cluster. Its future never fails; an error is a result.
 """
 
@@ -61,25 +61,25 @@ class Script:
         return pack_arguments("EVAL", self.text)
 
 
-class StoreRequest(msgspec.Struct, eq=False):
-    """One request and the state of its delivery.
+class PendingCommand(msgspec.Struct, eq=False):
+    """A command, or the call of a script, and the state of its delivery.
 
     Attributes:
         packed: the command as it is sent.
         script: the script that it calls by its hash, which the server may not know (NOSCRIPT).
         streams: the streams that it writes by compare-and-set, so that it depends on earlier
-            requests that write them.
+            commands that write them.
         slot: the hash slot of its keys in a cluster.
         is_sent: it was sent at least once since it was last known not to have been executed.
         is_retry: it was sent again after an attempt that may have been executed.
         needs_asking: the next attempt must follow ASKING, on the node that imports the slot.
-        is_asking: it is the ASKING command of another request, whose future it shares.
+        is_asking: it is the ASKING command of another command, whose future it shares.
         is_connection_bound: it has a meaning on its present connection only and is never resent.
         redirect_count: how often a node redirected or deferred it.
         redirect_error: the error reply of the last redirect.
         connection: the connection of the last attempt.
         generation: which incarnation of that connection carried it (`PipelinedConnection`).
-        sequence: its place among the requests that were written on that connection.
+        sequence: its place among the commands that were written on that connection.
     """
 
     packed: bytes
@@ -99,8 +99,8 @@ class StoreRequest(msgspec.Struct, eq=False):
     sequence: int = 0
 
     @classmethod
-    def for_command(cls, *command: str | bytes | int, slot: int = 0) -> StoreRequest:
-        """Make the request of a plain command; inside a running event loop."""
+    def of(cls, *command: str | bytes | int, slot: int = 0) -> PendingCommand:
+        """Make a command of its name and arguments; inside a running event loop."""
         return cls(pack_command(command), asyncio.get_running_loop().create_future(), slot=slot)
 
     @classmethod
@@ -111,8 +111,8 @@ class StoreRequest(msgspec.Struct, eq=False):
         arguments: Sequence[str | bytes | int],
         slot: int = 0,
         streams: Collection[StreamKey] = (),
-    ) -> StoreRequest:
-        """Make the request of a script call; inside a running event loop."""
+    ) -> PendingCommand:
+        """Make the call of a script; inside a running event loop."""
         packed = pack_command(("EVALSHA", script.sha, len(names), *names, *arguments))
         return cls(packed, asyncio.get_running_loop().create_future(), script, streams, slot)
 
@@ -127,6 +127,6 @@ class StoreRequest(msgspec.Struct, eq=False):
         self.is_sent = self.is_retry
 
     def resolve(self, outcome: Outcome) -> None:
-        """Set the outcome, unless the caller has cancelled the request."""
+        """Set the outcome, unless the caller has cancelled the command."""
         if not self.future.done():
             self.future.set_result(outcome)
