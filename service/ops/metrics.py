@@ -36,6 +36,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.values import MultiProcessValue, MutexValue
 
 from service.core.errors import CarryError, ServiceFailure
+from service.core.memo import Memo
 from service.core.values import Timing
 from service.ops.request_lines import GRPC, WEBSOCKET
 from service.pipeline.recorder import ModelStatistics
@@ -203,7 +204,7 @@ class PrometheusRecorder:
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
         # Looking up a child takes a lock, a tuple and a dict.
-        self._pending = lru_cache(maxsize=None)(self._collect_values)
+        self._pending: Memo[str, _PendingValues] = Memo(self._collect_values)
         self._refused = lru_cache(maxsize=None)(self._refusals.labels)
 
     def model(self, name: str, version: str, runtime: str, max_rows: int) -> None:
@@ -212,7 +213,7 @@ class PrometheusRecorder:
         self._served.add(name)
         self._max_rows.labels(name).set(max_rows)
         self._models.labels(name, version, runtime).set(1)
-        self._pending(name)
+        self._pending[name]
         for each in (self._replays, self._conflicts):
             each.labels(name)
         self._websockets.labels(name).set(0)
@@ -261,7 +262,7 @@ class PrometheusRecorder:
     ) -> None:
         """Record the committed chunks of one batch: the sum of their steps, how long each waited,
         and the times that they share."""
-        pending, count = self._pending(model), len(queue_s)
+        pending, count = self._pending[model], len(queue_s)
         pending.chunks.append(count)
         pending.events.append(steps)
         queue, load, infer, commit = pending.stages
@@ -286,7 +287,7 @@ class PrometheusRecorder:
 
     def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         """Count the states of a batch that this worker's cache contains and lacks."""
-        pending = self._pending(model)
+        pending = self._pending[model]
         if hits:
             pending.cache_hits.append(hits)
         if misses:
@@ -296,7 +297,7 @@ class PrometheusRecorder:
         self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
     ) -> None:
         """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
-        pending = self._pending(model)
+        pending = self._pending[model]
         pending.batch_rows.append(rows)
         pending.batch_steps.append(steps)
         pending.padded_steps.append(padded_steps)

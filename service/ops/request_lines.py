@@ -17,12 +17,12 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from random import random
 from typing import Any, Final, Literal
 
 import msgspec
 
+from service.core.memo import Memo
 from service.core.tracing import RequestSpan
 
 LogStreams = Literal["none", "hashed", "clear"]
@@ -41,6 +41,9 @@ CLIENT_DISCONNECTED: Final = 0
 """The status of a request whose client disconnected before the response."""
 
 HASH_BYTES: Final = 8
+CACHED_STREAMS: Final = 4096
+"""Most streams whose hashes are cached."""
+
 _GRPC_LEVELS: Final = {
     **dict.fromkeys((0, 1), logging.INFO),  # OK, CANCELLED
     # UNKNOWN, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS
@@ -233,13 +236,12 @@ class AccessLog:
 def stream_hash(key: bytes) -> Callable[[str], str]:
     """A function from names of streams to 16 hexadecimal digits: BLAKE2b, keyed."""
 
-    @lru_cache(maxsize=4096)
     def hash_name(stream: str) -> str:
         name = stream.encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(name, digest_size=HASH_BYTES, key=key, person=b"carry-log")
         return digest.hexdigest()
 
-    return hash_name
+    return Memo(hash_name, CACHED_STREAMS).__getitem__
 
 
 def _ignore(*_: Any) -> None:

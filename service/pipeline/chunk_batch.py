@@ -6,7 +6,7 @@ concurrency): a commit is a compare-and-set on the stream head, and a chunk whos
 version conflict is evaluated and computed again, up to a limit.
 
 The batcher answers a job whose deadline passes, in any stage of its batch. Besides, two stages
-check deadlines, where these decide whether the chunk is applied (`ChunkLoader`, `_commit_part`).
+check deadlines, where these decide whether the chunk is applied (`ChunkLoader`, `_commit`).
 """
 
 from __future__ import annotations
@@ -111,10 +111,12 @@ class ChunkBatchRunner:
         try:
             ready, to_retry = await self._loader.evaluate(jobs, times, control)
             computed = await self._infer(ready, times)
-            if computed is not None and any(job.payload.dry_run for job in computed.jobs):
+            if computed is not None and True in [job.payload.dry_run for job in computed.jobs]:
                 computed = self._answer_dry_runs(computed, times)
             if computed is not None and computed.jobs:
-                to_retry += await self._commit(computed, times, control)
+                is_one_server = self._store.shard(computed.jobs[0].payload.key) is None
+                commit = self._commit if is_one_server else self._commit_shards
+                to_retry += await commit(computed, times, control)
         finally:
             if self._tracer is not None:
                 self._trace(self._tracer, jobs, times)
@@ -133,14 +135,6 @@ class ChunkBatchRunner:
                 job.resolve(replace(reply, head=head, created=False, dry_run=True))
         return computed.select(applied)
 
-    async def _commit(
-        self, computed: ComputedBatch, times: StageTimes, control: BatchControl
-    ) -> list[ChunkJob]:
-        """Commit computed jobs and answer them; returns the jobs to be retried."""
-        if self._store.shard(computed.jobs[0].payload.key) is not None:
-            return await self._commit_shards(computed, times, control)
-        return await self._commit_part(computed, times, control)
-
     async def _commit_shards(
         self, computed: ComputedBatch, times: StageTimes, control: BatchControl
     ) -> list[ChunkJob]:
@@ -155,7 +149,7 @@ class ChunkBatchRunner:
             self._shards.detach(shard, [computed.jobs[at] for at in part], control, finish())
 
         async def commit(part: list[int]) -> list[ChunkJob]:
-            return await self._commit_part(computed.select(part), times, control)
+            return await self._commit(computed.select(part), times, control)
 
         results = await self._shards.run_by_shard(
             list(range(len(computed.jobs))),
@@ -165,7 +159,7 @@ class ChunkBatchRunner:
         )
         return [job for _, to_retry in results for job in to_retry]
 
-    async def _commit_part(
+    async def _commit(
         self, computed: ComputedBatch, times: StageTimes, control: BatchControl
     ) -> list[ChunkJob]:
         """Commit some jobs of a batch and answer them; returns the jobs to be retried."""

@@ -60,7 +60,8 @@ class Inference:
             before = self._served.states_before([job.payload.steps for job in jobs], before)
         steps = [job.payload.steps for job in jobs]
         rows = [each.rows for each in steps if each.rows is not None and not each.resets]
-        is_cut, parts = False, list[list[Segment]]()
+        is_cut = False
+        parts: list[list[Segment]] = []
         if not self._rows_skip_encoder or len(rows) < len(jobs):
             encoded, is_cut = self._encode(jobs, list(map(State, *before)))
             if not encoded:

@@ -22,12 +22,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
 from typing import Final, TypeVar
 
 import structlog
 
 from service.core.errors import CarryError
+from service.core.memo import Memo
 from service.core.values import (
     Check,
     StoredReply,
@@ -108,7 +108,7 @@ class RedisStore:
         self._commit_script = Script.load("commit")
         self._ttls = pack_arguments(settings.idle_ttl_ms, settings.reply_ttl_ms)
         self._max_reply_bytes = settings.reply_max_bytes if settings.reply_ttl_ms else 0
-        self._packed_names = lru_cache(maxsize=CACHED_NAMES)(self._pack_names)
+        self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(settings)
         self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys)
@@ -263,7 +263,7 @@ class RedisStore:
 
     def _load_command(self, keys: Sequence[StreamKey], slot: int) -> PendingCommand:
         """The command that reads streams of one slot."""
-        names = [state for state, _ in map(self._packed_names, keys)]
+        names = [self._packed_names[key][0] for key in keys]
         packed = b"".join([b"*%d\r\n$4\r\nMGET\r\n" % (1 + len(keys)), *names])
         return PendingCommand(packed, asyncio.get_running_loop().create_future(), slot=slot)
 
@@ -272,10 +272,11 @@ class RedisStore:
         keys, expected, states, replies = (
             commits.keys, commits.expected, commits.states, commits.replies
         )  # fmt: skip
-        script, most, numkeys = self._commit_script, self._max_reply_bytes, b"%d" % (2 * len(keys))
+        packed_names, numkeys = self._packed_names, b"%d" % (2 * len(keys))
+        script, most = self._commit_script, self._max_reply_bytes
         packed = [
             _CALL % (5 + 5 * len(keys), script.by_hash, len(numkeys), numkeys),
-            *[names for _, names in map(self._packed_names, keys)],
+            *[packed_names[key][1] for key in keys],
             self._ttls,
         ]
         for head, state, reply in zip(expected, states, replies, strict=True):

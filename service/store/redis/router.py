@@ -32,8 +32,8 @@ from service.store.redis.redis_server import RedisServer
 from service.store.settings import Durability, StoreSettings
 
 TICK_S: Final = 0.01
-"""Resolution of the timeouts of calls: one timer serves all, since a timer for each call would cost
-more than the rest of the call."""
+"""Resolution of the timeouts of calls. One timer, set to the earliest, serves all: a timer for each
+call would cost more than the rest of the call."""
 
 
 class Layout(NamedTuple):
@@ -63,7 +63,8 @@ class Router(ABC):
     def __init__(self, settings: StoreSettings):
         self.telemetry = StoreTelemetry()
         self._waiting: dict[PendingCommand, tuple[float, float]] = {}
-        self._ticker: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = math.inf
         self._wait_s = settings.wait_s
         self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
         # Half of the response timeout: a blocked WAIT must not look like an unresponsive server.
@@ -161,8 +162,8 @@ class Router(ABC):
         deadline_s = time.monotonic() + wait_s
         for command in commands:
             self._waiting[command] = deadline_s, wait_s
-        if self._ticker is None:
-            self._resolve_expired()
+        if deadline_s < self._timer_s:
+            self._set_timer(deadline_s)
         try:
             return [await command.future for command in commands]
         finally:
@@ -170,13 +171,23 @@ class Router(ABC):
                 del self._waiting[command]
                 command.future.cancel()
 
+    def _set_timer(self, deadline_s: float) -> None:
+        """Set the timer to the earliest deadline."""
+        if self._timer is not None:
+            self._timer.cancel()
+        pause_s = max(TICK_S, deadline_s - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(pause_s, self._resolve_expired)
+        self._timer_s = deadline_s
+
     def _resolve_expired(self) -> None:
-        """Resolve the commands that have timed out; once a tick, while any is waited for."""
-        loop, now_s = asyncio.get_running_loop(), time.monotonic()
-        self._ticker = loop.call_later(TICK_S, self._resolve_expired) if self._waiting else None
+        """Resolve the commands that have timed out."""
+        now_s, self._timer, self._timer_s = time.monotonic(), None, math.inf
         for command, (deadline_s, wait_s) in self._waiting.items():
             if deadline_s <= now_s:
                 command.resolve(self._timeout_outcome(command, wait_s))
+        waiting_s = [deadline_s for deadline_s, _ in self._waiting.values() if deadline_s > now_s]
+        if waiting_s:
+            self._set_timer(min(waiting_s))
 
     def _send_waits(self, connections: Iterable[PipelinedConnection]) -> list[PendingCommand]:
         """Send one WAIT on each connection."""

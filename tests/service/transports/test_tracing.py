@@ -285,4 +285,4 @@ async def test_the_fast_path_parses_headers_once_for_different_traces(
             await converse(port_of(server), body)
         requests = await spans.ended(CHUNKS, 5)
     assert [parent_of(span) for span in requests] == [f"{n:016x}" for n in range(1, 6)]
-    assert fast._parse_headers.cache_info().misses <= 2
+    assert len(fast._headers) <= 2

@@ -16,7 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from binascii import hexlify
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, Forbidden, Overloaded
+from service.core.memo import Memo
 from service.core.tracing import PROPAGATED, RequestSpan
 from service.core.values import Chunk, Precondition, Reply, StreamKey
 from service.ops.logs import RequestIds
@@ -49,6 +50,9 @@ MAX_REQUEST_BYTES: Final = LONG_BYTES
 
 MAX_HEADERS_BYTES: Final = 4096
 """Longer headers take the slow path; it bounds the memory of the cache of parsed headers."""
+
+CACHED_HEADERS: Final = 4096
+"""Most blocks of headers whose contents are cached: clients repeat them."""
 
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/chunks"
 
@@ -146,9 +150,7 @@ class FastRoute(ABC):
         self._ids = ids
         self._route = route
         self._match = request_line.match
-        self._parse_headers = lru_cache(maxsize=4096)(
-            partial(parse_headers, api.limits, read_details)
-        )
+        self._headers = Memo(partial(parse_headers, api.limits, read_details), CACHED_HEADERS)
         self._max_bytes = min(MAX_REQUEST_BYTES, api.limits.max_body_bytes)
         self._serialize = serialize
         self._overload_responses = OverloadResponses(serialize)
@@ -167,7 +169,7 @@ class FastRoute(ABC):
         propagated: dict[str, str] = {}
         if self._tracer is not None:
             block, propagated = split_trace_headers(block)
-        headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
+        headers = None if len(block) > MAX_HEADERS_BYTES else self._headers[block]
         if headers is None:
             return None
         body_at = end + 4
