@@ -7,6 +7,8 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import httpx
@@ -37,6 +39,8 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 _PROCESSORS = structlog.get_config()["processors"]
 _RENDERER = ConsoleRenderer(colors=False, exception_formatter=plain_traceback)
 structlog.configure([*_PROCESSORS[:-1], _RENDERER])
+# redis-py parses the metadata of its package for every connection, for 2 ms.
+metadata.version = cache(metadata.version)
 # Tests start more than a hundred services.
 Service.forks = True
 

@@ -165,10 +165,9 @@ MODELS = {
 }
 
 
-WITH_EVERY_RUNG = "stacked"
-"""The model for which TensorFlow compiles all that it compiles before a service is ready."""
 TWO_RUNGS = ((1, 16),)
-"""What it compiles for the others, besides the rung for every batch: it takes seconds."""
+"""What TensorFlow compiles besides the rung for every batch: one takes seconds.
+`test_tensorflow_runtime.py` compiles every rung."""
 
 
 class Opened(NamedTuple):
@@ -198,7 +197,7 @@ def opened(
     folder = tmp_path_factory.mktemp("models") / model
     artifact = write_artifact(folder, spec, contracting_weights(spec, 11))
     with pytest.MonkeyPatch.context() as patched:
-        if name == "tensorflow" and model != WITH_EVERY_RUNG:
+        if name == "tensorflow":
             patched.setattr("service.engine.runtimes.tensorflow.FIRST_RUNGS", TWO_RUNGS)
         runtime = open_runtime(name, artifact, threads=0 if name == "tensorflow" else 1)
     runtime.warm()

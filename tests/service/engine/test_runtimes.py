@@ -106,8 +106,10 @@ def test_a_model_without_a_graph_is_unsupported(without_graph: Artifact) -> None
 
 
 def test_models_of_one_service_run_on_two_runtimes(
-    with_graph: Artifact, without_graph: Artifact
+    with_graph: Artifact, without_graph: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # the rung for every batch alone: each takes a second to compile
+    monkeypatch.setattr("service.engine.runtimes.tensorflow.FIRST_RUNGS", ())
     opened = open_runtimes("auto", [without_graph, with_graph], 0)
     assert [runtime.name for runtime in opened] == ["tensorflow", "onnxruntime"]
     rows = np.random.default_rng(1).normal(size=(3, 1)).astype(np.float32)

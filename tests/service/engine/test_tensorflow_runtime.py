@@ -6,17 +6,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from models.artifact.artifact import Artifact
+from models.artifact.artifact import Artifact, write_artifact
+from models.spec.model import parse_spec
 from service.engine.compute import Compute
 from service.engine.runtimes.tensorflow import TensorflowRuntime, rungs_up_to
-from tests.support.oracle import oracle_step
-from tests.support.pipelines import make_artifact, rows_of
+from tests.support.oracle import contracting_weights, oracle_step
+from tests.support.stepping import step
+
+SPEC = parse_spec(
+    {
+        "name": "small",
+        "features": 2,
+        # a layer takes half a second to compile at each of the twelve rungs
+        "layers": [
+            {"kind": "gru", "units": 4},
+            {"kind": "concatenate", "inputs": ["gru_1", "features"]},
+        ],
+        "heads": [{"kind": "dense", "name": "out", "units": 3}],
+    }
+)
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return make_artifact(tmp_path_factory.mktemp("probe"))
+    return write_artifact(tmp_path_factory.mktemp("small"), SPEC, contracting_weights(SPEC, 1))
+
+
+def rows_of(random: np.random.Generator, steps: int) -> NDArray[np.float32]:
+    return random.normal(size=(steps, SPEC.input_features)).astype(np.float32)
 
 
 async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[int]) -> None:
@@ -37,6 +56,22 @@ async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[in
         expected, state = oracle_step(artifact.spec, artifact.weights, row, kept[index])
         np.testing.assert_allclose(outputs[index], expected, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(after[index], state, rtol=1e-5, atol=1e-5)
+
+
+def check_that_padding_does_not_matter(
+    runtime: TensorflowRuntime, artifact: Artifact, length: int
+) -> None:
+    """A chunk gets the same outputs and the same state at every rung that fits it."""
+    random = np.random.default_rng(length)
+    rows = rows_of(random, length)
+    states = random.uniform(-0.5, 0.5, (1, artifact.state.float_size)).astype(np.float32)
+    (expected,), expected_states = step(runtime, [rows], states)
+    fitting = [rung for rung in rungs_up_to(runtime.max_steps) if rung[1] >= length]
+    for most_rows, most_steps in fitting:
+        more = {"more_rows": most_rows - 1, "more_steps": most_steps - length}
+        (outputs,), after = step(runtime, [rows], states, **more)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(after, expected_states, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +112,5 @@ async def test_outputs_are_equal_after_the_first_rungs_and_after_all(
     assert runtime.padded_shape(runtime.max_batch, runtime.max_steps) == (32, 64)
     for lengths in batches:
         await check(runtime, artifact, lengths)
+    for length in (1, 13):
+        check_that_padding_does_not_matter(runtime, artifact, length)

@@ -22,6 +22,8 @@ from service.replay.source import StreamEvents, split_streams
 from tests.service.replay.standin import SPEC, Standin
 from tests.support.oracle import contracting_weights
 
+STANDIN_SEED = 3
+"""Of the stand-in's weights."""
 LENGTHS = {"s1": 40, "s2": 23, "s:3": 61, "s4": 1}
 
 
@@ -57,7 +59,7 @@ def streams() -> list[StreamEvents]:
 
 @pytest.fixture
 def standin() -> Standin:
-    return Standin(contracting_weights(SPEC, 3))
+    return Standin(contracting_weights(SPEC, STANDIN_SEED))
 
 
 @pytest.fixture

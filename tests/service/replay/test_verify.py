@@ -13,14 +13,23 @@ from service.replay import verify as verify_module
 from service.replay.main import EXIT_UNFINISHED, run_replay
 from service.replay.options import ReplayError, ReplayOptions
 from service.replay.source import StreamEvents
-from service.replay.verify import Received, keras_whole, open_artifact, verify
-from tests.service.replay.conftest import LENGTHS, Replayed
+from service.replay.verify import Received, Whole, keras_whole, open_artifact, verify
+from tests.service.replay.conftest import LENGTHS, STANDIN_SEED, Replayed
 from tests.service.replay.standin import SPEC, Standin
+from tests.support.oracle import contracting_weights
 
 
-@pytest.fixture
-def artifact(tmp_path: Path, standin: Standin) -> Artifact:
-    return write_artifact(tmp_path / "small", SPEC, standin.weights)
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The model of the stand-in."""
+    weights = contracting_weights(SPEC, STANDIN_SEED)
+    return write_artifact(tmp_path_factory.mktemp("models") / "small", SPEC, weights)
+
+
+@pytest.fixture(scope="module")
+def whole(artifact: Artifact) -> Whole:
+    """Its Keras layers, which take a second to trace."""
+    return keras_whole(artifact)
 
 
 async def received(replayed: Replayed) -> list[Received]:
@@ -31,10 +40,8 @@ async def received(replayed: Replayed) -> list[Received]:
     ]
 
 
-async def test_chunked_outputs_equal_the_whole_sequence(
-    replayed: Replayed, artifact: Artifact
-) -> None:
-    found = verify(SPEC, keras_whole(artifact), await received(replayed))
+async def test_chunked_outputs_equal_the_whole_sequence(replayed: Replayed, whole: Whole) -> None:
+    found = verify(SPEC, whole, await received(replayed))
     assert found.holds
     assert [check.name for check in found.outputs] == ["late", "next"]
     assert found.compared == sum(LENGTHS.values())
@@ -43,10 +50,10 @@ async def test_chunked_outputs_equal_the_whole_sequence(
 
 
 async def test_one_wrong_number_is_detected(
-    replayed: Replayed, standin: Standin, artifact: Artifact
+    replayed: Replayed, standin: Standin, whole: Whole
 ) -> None:
     standin.wrong_by = 1e-3
-    found = verify(SPEC, keras_whole(artifact), await received(replayed))
+    found = verify(SPEC, whole, await received(replayed))
     assert not found.holds
     late, forecast = found.outputs
     assert late.holds
@@ -57,7 +64,7 @@ async def test_one_wrong_number_is_detected(
 
 @pytest.mark.parametrize("swap", ["streams", "time"])
 async def test_outputs_of_another_stream_or_state_are_detected(
-    replayed: Replayed, artifact: Artifact, swap: str
+    replayed: Replayed, whole: Whole, swap: str
 ) -> None:
     streams = {stream.name: stream for stream in await received(replayed)}
     outputs = {name: stream.outputs for name, stream in streams.items()}
@@ -67,30 +74,30 @@ async def test_outputs_of_another_stream_or_state_are_detected(
     else:
         wrong[1:] = wrong[:-1].copy()
     changed = Received("s1", streams["s1"].columns, wrong)
-    found = verify(SPEC, keras_whole(artifact), [changed, streams["s2"]])
+    found = verify(SPEC, whole, [changed, streams["s2"]])
     assert not found.holds
     assert {check.stream for check in found.outputs} == {"s1"}
 
 
 async def test_resumed_run_is_verified_from_the_first_event(
-    replayed: Replayed, artifact: Artifact
+    replayed: Replayed, whole: Whole
 ) -> None:
     streams = await received(replayed)
     for stream in streams:
         stream.outputs[: len(stream.columns) // 2] = np.nan
-    found = verify(SPEC, keras_whole(artifact), streams)
+    found = verify(SPEC, whole, streams)
     assert found.holds
     assert found.missing == sum(length // 2 for length in LENGTHS.values())
     assert found.compared == sum(LENGTHS.values()) - found.missing
 
 
 def test_streams_without_outputs_are_not_compared(
-    streams: list[StreamEvents], artifact: Artifact
+    streams: list[StreamEvents], whole: Whole
 ) -> None:
     nothing = [
         Received(s.name, s.columns, np.full((len(s), 4), np.nan, np.float32)) for s in streams
     ]
-    found = verify(SPEC, keras_whole(artifact), nothing)
+    found = verify(SPEC, whole, nothing)
     assert (found.compared, found.missing) == (0, sum(LENGTHS.values()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,10 @@ from models.artifact.artifact import Artifact, write_artifact
 from service.pipeline.served_model import ServedModel
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
-from service.transports.http.bodies import strict_validator
-from service.transports.http.bodies.body_types import BodyTypes, build_body_types
+from service.transports.http.bodies import request_reader, strict_validator
+from service.transports.http.bodies.body_types import build_body_types
+from service.transports.http.bodies.fast_decoder import FastDecoder
 from service.transports.http.limits import ApiLimits
-from service.transports.http.media import Media
 from tests.service.transports.http.harness import FAST_PATH, Harness, harness
 from tests.support.models import random_weights, small_spec
 from tests.support.pipelines import make_artifact
@@ -37,18 +38,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_body_types() -> Iterator[None]:
-    """Build the body types of each model and limits once: they are immutable, and take 50 ms."""
-    built: dict[tuple[Hashable, ...], BodyTypes] = {}
+def shared_decoders() -> Iterator[None]:
+    """Build the decoder and the body types of each model and limits once: they do not change, and
+    take 10 and 50 ms."""
+    built: dict[tuple[Hashable, ...], Any] = {}
 
-    def build(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
-        key = (served.artifact.path, served.artifact.manifest["checksum"], limits, media)
-        if key not in built:
-            built[key] = build_body_types(served, limits, media)
-        return built[key]
+    def share(build: Callable[..., Any]) -> Callable[..., Any]:
+        def shared(served: ServedModel, limits: ApiLimits, *more: Hashable) -> Any:
+            model = (served.artifact.path, served.artifact.manifest["checksum"])
+            key = (build, *model, served.max_alarm_rate, limits, *more)
+            if key not in built:
+                built[key] = build(served, limits, *more)
+            return built[key]
+
+        return shared
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strict_validator, "build_body_types", build)
+        patch.setattr(strict_validator, "build_body_types", share(build_body_types))
+        patch.setattr(request_reader, "FastDecoder", share(FastDecoder))
         yield
 
 
