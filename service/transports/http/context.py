@@ -15,8 +15,8 @@ from service.pipeline.access_control import AccessControl
 from service.pipeline.recorder import Recorder
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
-from service.transports.http.bodies.packed_items import PackedItemsReader
 from service.transports.http.bodies.request_reader import RequestReader
+from service.transports.http.bodies.rows_items import RowsItemsReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.long_bodies.long_reader import LongReader
@@ -33,17 +33,17 @@ class ModelCodec:
     Attributes:
         reader: reads its requests.
         long: reads its long requests, yielding the event loop.
-        packed: reads its requests of many chunks of packed rows.
+        rows_items: reads its requests of many chunks of rows.
         writer: writes its replies.
     """
 
-    __slots__ = ("long", "packed", "reader", "served", "writer")
+    __slots__ = ("long", "reader", "rows_items", "served", "writer")
 
     def __init__(self, served: ServedModel, limits: ApiLimits):
         self.served = served
         self.reader = RequestReader(served, limits)
         self.long = LongReader(self.reader)
-        self.packed = PackedItemsReader(self.reader)
+        self.rows_items = RowsItemsReader(self.reader)
         self.writer = ReplyWriter(served)
 
 

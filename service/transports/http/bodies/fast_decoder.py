@@ -60,6 +60,10 @@ def _orders(*names: str) -> frozenset[tuple[str, ...]]:
 _MEMBERS: Final = _orders("inputs", "position", "epoch")
 _ITEM_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream")
 _NEAR_BEGIN_OF_ITEMS: Final = 512
+MAX_DOT: Final = 10_000
+"""Most numbers of a `dot` that OpenBLAS computes in the calling thread; waiting for others may take
+milliseconds."""
+
 _LARGEST_SQUARES: Final = 1e76
 """A sum of squares below this has no member that overflows float32."""
 
@@ -239,7 +243,8 @@ class JsonRowsDecoder:
         if len(body) - len(body.replace(b"[", b"")) != brackets:
             return None
         flat = np.frombuffer(numbers, _F8)
-        squares: np.float64 = self._ignoring_overflow.run(flat.dot, flat)
+        run, is_short = self._ignoring_overflow.run, flat.size <= MAX_DOT
+        squares: Any = run(flat.dot, flat) if is_short else run(np.square, flat).sum()
         if not squares < _LARGEST_SQUARES:
             return None
         return flat.astype(_F4).reshape(-1, self._features)
@@ -308,15 +313,8 @@ class FastDecoder:
     ) -> list[tuple[DecodedItem | RowsChunk, Steps]] | None:
         """The chunks of a body for many streams, if all are valid, or None."""
         try:
-            if media is Media.JSON:
-                items = self._json_rows.decode_items(body, self._max_items)
-                if items is not None:
-                    if self._coded:
-                        check_rows(self._columns, np.concatenate([item.rows for item in items]))
-                    return [
-                        (item, Steps(Feed.INPUTS, len(item.rows), None, item.rows))
-                        for item in items
-                    ]
+            if media is Media.JSON and (items := self.decode_rows_items(body)) is not None:
+                return items
             decoded: list[DecodedItem] = self._decoders_of(media, body).many.decode(body).chunks
             if None in [is_stream_name(item.stream) for item in decoded]:
                 return None
@@ -324,6 +322,15 @@ class FastDecoder:
             return list(zip(decoded, parts, strict=True))
         except UNDECIDED:
             return None
+
+    def decode_rows_items(self, body: bytes) -> list[tuple[DecodedItem | RowsChunk, Steps]] | None:
+        """As `decode_items` in JSON, but only chunks of rows; raises DataError for a wrong code."""
+        items = self._json_rows.decode_items(body, self._max_items)
+        if items is None:
+            return None
+        if self._coded:
+            check_rows(self._columns, np.concatenate([item.rows for item in items]))
+        return [(item, Steps(Feed.INPUTS, len(item.rows), None, item.rows)) for item in items]
 
     def decode_sequences(self, media: Media, body: bytes) -> list[SequenceInput] | None:
         """The sequences of a body, or None."""

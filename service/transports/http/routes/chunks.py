@@ -113,7 +113,7 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
         )
     body = await receive_body(request, media, deadline_s)
     _check_capacity(pipeline, codec, None, body)
-    items = codec.packed.items(body.content, media)
+    items = codec.rows_items.items(body.content, media)
     if items is None:
         items = await body.read(codec.reader.items, codec.long.items)
     results = await cancel_on_disconnect(request, pipeline.process_many(items, deadline_s))

@@ -17,9 +17,9 @@ from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, InvalidInput
 from service.core.values import Chunk, SequenceInput, Steps
 from service.pipeline.served_model import ServedModel
-from service.transports.http.bodies.fast_decoder import FastDecoder
-from service.transports.http.bodies.packed_items import MAX_PACKED_BYTES, PackedItemsReader
+from service.transports.http.bodies.fast_decoder import MAX_BYTES, MAX_DOT, FastDecoder
 from service.transports.http.bodies.request_reader import RequestReader
+from service.transports.http.bodies.rows_items import RowsItemsReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
 from tests.service.transports.http.harness import EVENT, EVENT_MS, LATER, rows
@@ -92,7 +92,7 @@ def read(reader: RequestReader, kind: str, media: Media, body: bytes) -> Any:
     except CarryError as error:
         found = shown(error)
     if kind == "items":
-        packed = PackedItemsReader(reader).items(body, media)
+        packed = RowsItemsReader(reader).items(body, media)
         assert packed is None or shown(packed) == found
     return found
 
@@ -454,14 +454,23 @@ USUAL: list[dict[str, Any]] = [
 ]
 
 
-def test_packed_rows_of_many_streams_are_read_in_one_pass(
-    readers: Mapping[str, tuple[RequestReader, RequestReader]],
+@pytest.mark.parametrize("media", Media)
+def test_rows_of_many_streams_are_read_in_one_pass(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]], media: Media
 ) -> None:
     fast, strict = readers["probe"]
-    body = ormsgpack.packb({"chunks": USUAL})
-    found = PackedItemsReader(fast).items(body, Media.MSGPACK)
+    body = body_of(media, {"chunks": [shown_in(media, item) for item in USUAL]})
+    found = RowsItemsReader(fast).items(body, media)
     assert found is not None
-    assert shown(found) == read(strict, "items", Media.MSGPACK, body)
+    assert shown(found) == read(strict, "items", media, body)
+
+
+def shown_in(media: Media, item: Mapping[str, Any]) -> dict[str, Any]:
+    """An item of `USUAL` in a media type."""
+    if media is Media.MSGPACK:
+        return dict(item)
+    values = np.frombuffer(item["inputs"], np.float32).reshape(-1, 3)
+    return {**item, "inputs": values.tolist()}
 
 
 def with_member(name: str, value: Any) -> bytes:
@@ -495,16 +504,29 @@ def test_other_bodies_are_left_to_the_other_readers(
     readers: Mapping[str, tuple[RequestReader, RequestReader]], body: bytes
 ) -> None:
     for name in ("probe", "small"):
-        assert PackedItemsReader(readers[name][0]).items(body, Media.MSGPACK) is None
+        assert RowsItemsReader(readers[name][0]).items(body, Media.MSGPACK) is None
 
 
-def test_packed_rows_that_are_too_many_to_be_read_at_once_are_left_to_the_long_reader(
-    readers: Mapping[str, tuple[RequestReader, RequestReader]],
+@pytest.mark.parametrize("media", Media)
+def test_rows_that_are_too_many_to_be_read_at_once_are_left_to_the_long_reader(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]], media: Media
 ) -> None:
     reader = RequestReader(readers["probe"][0].served, ApiLimits())
-    item = {"stream": "a", "inputs": rows(10_000).tobytes()}
-    for count in (2, 3):
-        body = ormsgpack.packb({"chunks": [item] * count})
-        is_read = PackedItemsReader(reader).items(body, Media.MSGPACK) is not None
-        assert is_read == (len(body) <= MAX_PACKED_BYTES)
-        assert is_read == (count == 2)
+    item = shown_in(media, {"stream": "a", "inputs": np.ones(12_000, np.float32).tobytes()})
+    fitting = MAX_BYTES // len(body_of(media, item))
+    for count in (fitting, fitting + 1):
+        body = body_of(media, {"chunks": [item] * count})
+        is_read = RowsItemsReader(reader).items(body, media) is not None
+        assert is_read == (len(body) <= MAX_BYTES)
+        assert is_read == (count == fitting)
+
+
+@pytest.mark.parametrize("largest", [1e39, 1e300])
+@pytest.mark.parametrize("count", [1, MAX_DOT])
+def test_number_beyond_float32_among_many_is_left_to_the_strict_validator(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]], count: int, largest: float
+) -> None:
+    reader = RequestReader(readers["probe"][0].served, ApiLimits())
+    item = {"stream": "a", "inputs": [[0.0, 1.0, 2.0]] * count}
+    body = body_of(Media.JSON, {"chunks": [item, {**item, "inputs": [[largest, 0.0, 0.0]]}]})
+    assert RowsItemsReader(reader).items(body, Media.JSON) is None

@@ -1,7 +1,8 @@
-"""Reader of many chunks of packed rows: MessagePack with each chunk's rows as one string of bytes.
+"""Reader of the usual requests for many streams, chunks of rows: in one pass, few steps a chunk.
 
-The usual body of a request for many streams, read in one pass with few steps for each chunk. Like
-the fast decoder it accepts only what the strict validator accepts, with the same values.
+In MessagePack the rows of a chunk are one string of bytes; in JSON simdjson reads them. Like the
+fast decoder, it accepts only what the strict validator accepts, with the same values, so what it
+does not accept is for another reader.
 """
 
 from __future__ import annotations
@@ -13,14 +14,10 @@ from msgspec import Meta
 
 from service.core.errors import CarryError
 from service.core.values import Chunk, Feed, Steps
-from service.transports.http.bodies.fast_decoder import UNDECIDED
+from service.transports.http.bodies.fast_decoder import MAX_BYTES, UNDECIDED
 from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.field_rules import EPOCH, MAX_POSITION, is_stream_name
-from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media
-
-MAX_PACKED_BYTES: Final = 4 * LONG_BYTES
-"""Longest body that is read at once: as many values of packed rows take a quarter of the time."""
 
 
 class PackedItem(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
@@ -41,25 +38,35 @@ _DECODE: Final = msgspec.msgpack.Decoder(_PackedItems).decode
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 
 
-class PackedItemsReader:
-    """Reads the requests of many chunks of packed rows for one model."""
+class RowsItemsReader:
+    """Reads the requests of many chunks of rows for one model."""
 
     def __init__(self, reader: RequestReader):
         self._reader = reader
         self._row_bytes = _F4_BYTES * reader.served.input_features
         self._max_bytes = self._row_bytes * reader.limits.max_chunk_steps
         self._max_items = reader.limits.max_items
-        self._is_open = reader.served.artifact.spec.chunking != "whole"
+        self._accepts_chunks = reader.served.artifact.spec.chunking != "whole"
 
     def items(self, body: bytes, media: Media) -> list[Chunk | CarryError] | None:
-        """The chunks of a body; None if it is not certainly valid, has other members or rows that
-        are not packed, or is too long to be read at once. Then another reader has to read it."""
-        if media is not Media.MSGPACK or len(body) > MAX_PACKED_BYTES or not self._is_open:
+        """The chunks of a body; None if it is not certainly valid, has other members, or is too
+        long to be read at once."""
+        if len(body) > MAX_BYTES or not self._accepts_chunks:
             return None
+        reader, is_json = self._reader, media is Media.JSON
         try:
-            decoded = _DECODE(body)
+            items = reader.fast.decode_rows_items(body) if is_json else self._unpack(body)
         except UNDECIDED:
             return None
+        if items is None:
+            return None
+        return [
+            reader.build_chunk(item, steps, reader.key(item.stream), None) for item, steps in items
+        ]
+
+    def _unpack(self, body: bytes) -> list[tuple[PackedItem, Steps]] | None:
+        """The chunks of a body in MessagePack, whose rows are views of one array."""
+        decoded = _DECODE(body)
         items = decoded.chunks
         # a duplicate or null member would be missing from the shortest encoding of what was read
         if not 0 < len(items) <= self._max_items or len(_ENCODE(decoded)) != len(body):
@@ -70,18 +77,13 @@ class PackedItemsReader:
             return None
         if None in [is_stream_name(item.stream) for item in items]:
             return None
-        try:
-            rows = self._reader.fast.check_rows(b"".join(packed))
-        except UNDECIDED:
-            return None
-        reader = self._reader
-        chunks: list[Chunk | CarryError] = []
+        rows = self._reader.fast.check_rows(b"".join(packed))
+        steps: list[Steps] = []
         end = 0
-        for item, size in zip(items, sizes, strict=True):
+        for size in sizes:
             length, rest = divmod(size, self._row_bytes)
             if rest:
                 return None
             start, end = end, end + length
-            steps = Steps(Feed.INPUTS, length, None, rows[start:end])
-            chunks.append(reader.build_chunk(item, steps, reader.key(item.stream), None))
-        return chunks
+            steps.append(Steps(Feed.INPUTS, length, None, rows[start:end]))
+        return list(zip(items, steps, strict=True))
