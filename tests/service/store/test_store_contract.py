@@ -52,7 +52,9 @@ async def test_a_stream_is_created_continued_and_read_back(
     assert same_reply(reply, third.reply)
 
 
-async def test_results_keep_the_order_of_the_keys(store: StateStore, streams: Streams) -> None:
+async def test_results_keep_the_order_of_the_keys(open_on: OpenStore, streams: Streams) -> None:
+    """Also of a cluster whose slots hold several of them."""
+    store = await open_on(partitions=3)
     commits = [streams.creation(key(f"s{i}"), floats=i, ints=i % 4) for i in range(50)]
     await committed(store, *commits)
     missing = key("missing")
