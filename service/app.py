@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +65,6 @@ def create_app() -> FastAPI:
         ArtifactError: a model cannot be loaded, or its alarms cannot have the configured rate.
         RuntimeUnavailableError: the runtime is not installed, or cannot run a model.
     """
-    _stop_with_parent()
     settings = Settings.load()
     configure_logs(settings.log_level, settings.log_format)
     recorder = PrometheusRecorder()
@@ -263,23 +257,6 @@ def _tune_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
-
-
-def _stop_with_parent() -> None:
-    """In a worker process: shut down gracefully when the parent process ends, even by a kill.
-
-    Otherwise its workers would keep the port.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        # drains at once: the service that a supervisor starts next needs the port
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=watch, name="carry-parent-watch", daemon=True).start()
 
 
 def load_models(directory: Path) -> list[Artifact]:

@@ -1,14 +1,16 @@
 """`carry serve`: the parent process, which owns the port, the embedded store and the workers.
 
 With one worker the service runs in this process (`single_worker`); with several, a pool keeps that
-many child processes on the one listening socket (`worker_pool`). The embedded store belongs to the
-parent, so that all workers share it and it survives each of them.
+many child processes on the one listening socket (`worker_pool`), forks of this process, which
+imports what they need and opens none of it. The embedded store belongs to the parent, so that all
+workers share it and it survives each of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import importlib.util
 import ipaddress
 import os
@@ -17,17 +19,22 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from typing import Literal, NoReturn
 
 import structlog
 import uvicorn
 
+from models.artifact.graphs import ONNXRUNTIME
+from service.engine.runtimes.loading import AUTO, import_runtime
 from service.ops.graceful_server import LATE_S, Periods
 from service.ops.logs import flush_logs
+from service.ops.metrics import share_metrics
 from service.ops.open_files import raise_open_files_limit
+from service.ops.process_start import CAN_FORK, SIGHUP, Fork, StartProcess, spawn
 from service.ops.single_worker import SingleWorker
-from service.ops.worker_pool import SIGHUP, WorkerPool, WorkersFailedError
+from service.ops.worker_pool import WorkerPool, WorkersFailedError
 from service.service_links import service_links
 from service.settings import PREFIX, Settings
 from service.store.embedded.embedded_valkey import EmbeddedValkey
@@ -48,6 +55,16 @@ OPTIONS = {
 """How to set each port, followed by its number."""
 
 TRACING_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
+
+
+WORKER_MODULES = (
+    "service.app",
+    "service.transports.http.connection.http_protocol",
+    "uvicorn.lifespan.on",
+    "uvicorn.loops.uvloop",
+    "uvicorn.middleware.message_logger",
+)
+"""What a worker imports, except the runtimes and what few settings need."""
 
 
 class CannotServeError(Exception):
@@ -85,6 +102,7 @@ def serve(settings: Settings) -> None:
             settings = settings.model_copy(update={"admin_port": port})
         if settings.tracing:
             _check_tracing()
+        fork = Fork()
         if settings.redis_url is None:
             if settings.durability == "replicated":
                 raise CannotServeError(
@@ -94,10 +112,10 @@ def serve(settings: Settings) -> None:
             valkey = EmbeddedValkey(settings.data_dir, fsync=settings.durability == "fsync")
             stack.callback(valkey.stop)
             valkey.start()
+            fork = Fork(valkey.without_thread)
             settings = settings.model_copy(update={"redis_url": valkey.url})
         if settings.workers > 1:
-            metrics_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-"))
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
+            share_metrics(stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-")))
         os.environ.update(_environment(settings))
         if asyncio.run(_has_access_keys(settings)) or not _may_be_open(settings, listener):
             # a worker that starts later requires them too, even if the keys are lost
@@ -110,10 +128,15 @@ def serve(settings: Settings) -> None:
             flush_logs()
             os._exit(0)
 
-        _run(settings, listener, exit_process)
+        _run(settings, listener, exit_process, fork)
 
 
-def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[], NoReturn]) -> None:
+def _run(
+    settings: Settings,
+    listener: socket.socket,
+    exit_process: Callable[[], NoReturn],
+    fork: Fork,
+) -> None:
     config = uvicorn.Config(
         "service.app:create_app",
         factory=True,
@@ -140,11 +163,26 @@ def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[],
     if settings.workers == 1:
         SingleWorker(config, listener, exit_process, periods).run()
         return
+    start: StartProcess = spawn
+    if CAN_FORK:
+        import_for_workers(settings.runtime)
+        start = fork
+    size, fill = settings.workers, settings.worker_fill
     try:
-        fill = settings.worker_fill
-        WorkerPool(config, listener, periods, size=settings.workers, fill=fill).run()
+        WorkerPool(config, listener, periods, start, size=size, fill=fill).run()
     except WorkersFailedError as error:
         raise CannotServeError(f"no worker could be started: {error}") from error
+
+
+def import_for_workers(runtime: str) -> None:
+    """Import what workers need, which are forks of this process."""
+    for name in WORKER_MODULES:
+        import_module(name)
+    # a worker reports a runtime that is missing
+    with suppress(ModuleNotFoundError):
+        import_runtime(ONNXRUNTIME if runtime == AUTO else runtime)
+    # no garbage: a collection in a worker would write to these objects, and so copy their memory
+    gc.freeze()
 
 
 def _stop_signals() -> list[signal.Signals]:

@@ -32,6 +32,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client import values as prometheus_values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.values import MultiProcessValue, MutexValue
 
@@ -393,12 +394,20 @@ def codes_of(kind: type[CarryError]) -> set[str]:
     return own.union(*map(codes_of, kind.__subclasses__()))
 
 
+def share_metrics(directory: str) -> None:
+    """Store the metrics of this process and its children in files of a directory, which each of
+    them reads; before the first metric."""
+    os.environ[MULTIPROCESS_DIR] = directory
+    # the library has read the environment when it was imported
+    prometheus_values.ValueClass = MultiProcessValue()
+
+
 class WorkerRestarts:
     """Counts the restarts of workers, in the process that starts them.
 
-    That process serves no metrics: it counts in a file of its own beside those of the workers. The
-    library is imported before it sets `PROMETHEUS_MULTIPROC_DIR`, so it names the class of values.
-    A service that started with one worker has no such folder, and nothing reads its count.
+    That process serves no metrics: it counts in a file of its own beside those of the workers, by a
+    class of values that forks of it do not use. A service that started with one worker has no such
+    folder, and nothing reads its count.
     """
 
     def __init__(self) -> None:

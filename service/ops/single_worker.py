@@ -19,7 +19,8 @@ import structlog
 import uvicorn
 
 from service.ops.graceful_server import GracefulServer, Periods
-from service.ops.worker_pool import SIGHUP, WorkerPool, WorkersFailedError, on_hangup
+from service.ops.process_start import SIGHUP, spawn
+from service.ops.worker_pool import WorkerPool, WorkersFailedError, on_hangup
 
 JOIN_INTERVAL_S = 0.5
 
@@ -82,6 +83,8 @@ class SingleWorker(GracefulServer):
                 self._unloaded_config,
                 listener,
                 self._periods,
+                # this process has threads, and sessions of the runtime
+                spawn,
                 size=1,
                 on_ready=self._retire_for_successor,
             )

@@ -1,9 +1,9 @@
 """Worker processes on one listening socket: started, monitored, restarted and drained.
 
-Every worker sends a heartbeat twice a second through a pipe, and the parent also waits on the
-process itself, so that an exit is noticed at once, even during start-up. A worker that exits is
-restarted, with exponential backoff while it keeps failing. The pool ends on a signal, or when no
-worker was ever ready: then every start would fail in the same way, and the operator should know.
+The parent reads the heartbeats of every worker (`worker_process`), and also waits on the process
+itself, so that an exit is noticed at once, even during start-up. A worker that exits is restarted,
+with exponential backoff while it keeps failing. The pool ends on a signal, or when no worker was
+ever ready: then every start would fail in the same way, and the operator should know.
 
     SIGTERM            every worker fails its readiness check for the lame-duck time, then drains,
                        within its time; then the pool ends
@@ -16,51 +16,38 @@ One pool per process. `run` is for the main thread, `supervise` for any.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from typing import Any, Final, NoReturn
+from multiprocessing.connection import wait
+from multiprocessing.sharedctypes import RawArray
+from typing import Any, Final
 
 import structlog
 import uvicorn
 
-from models.errors import ModelsError
-from service.core.errors import CarryError
-from service.engine.runtimes.loading import RuntimeUnavailableError
 from service.ops.connection_balance import NOT_ACCEPTING, WorkerLoad
-from service.ops.graceful_server import SIGRETIRE, GracefulServer, Periods
-from service.ops.logs import flush_logs
+from service.ops.graceful_server import Periods
 from service.ops.metrics import WorkerRestarts
-from service.settings import SettingsError
-
-HEARTBEAT_INTERVAL_S: Final = 0.5
-"""Interval of a worker's heartbeats."""
-
-HEARTBEAT_TIMEOUT_S: Final = 30.0
-"""A worker without a heartbeat for this long counts as hung and is killed. Long enough to compile a
-large network, which holds the interpreter lock."""
+from service.ops.process_start import SIGHUP, StartProcess
+from service.ops.worker_process import (
+    HEARTBEAT_INTERVAL_S,
+    HEARTBEAT_TIMEOUT_S,
+    Worker,
+    start_worker,
+)
 
 BACKOFF_BASE_S: Final = 1.0
 BACKOFF_CAP_S: Final = 30.0
-BACKOFF_RESET_S: Final = 60.0
-"""A worker that was ready for this long before it exited is restarted without backoff."""
 
 KILL_MARGIN_S: Final = 5.0
 """How long a worker may take, after its drain time, to close its store and exit."""
 
-SIGHUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
-"""None on Windows."""
-
 log = structlog.get_logger(__name__)
-_spawn = multiprocessing.get_context("spawn")
 
 
 class WorkersFailedError(Exception):
@@ -103,6 +90,7 @@ class WorkerPool:
         config: uvicorn's configuration of a worker.
         listener: the socket that all workers accept from.
         periods: of the workers' graceful shutdown.
+        start: starts a process.
         size: number of workers.
         fill: the load up to which a worker is filled before the next one gets any connection.
         on_ready: called once, when the first worker is ready.
@@ -113,6 +101,7 @@ class WorkerPool:
         config: uvicorn.Config,
         listener: socket.socket,
         periods: Periods,
+        start: StartProcess,
         *,
         size: int,
         fill: int = 1,
@@ -121,13 +110,14 @@ class WorkerPool:
         self._config = config
         self._listener = listener
         self._periods = periods
+        self._start_process = start
         self._kill_after_s = periods.drain_s + KILL_MARGIN_S
         self._on_ready = on_ready
         self._slots = [_Slot() for _ in range(size)]
         self._fill = fill
         # a rolling restart has one worker more that starts and one that retires
-        self._loads = _spawn.RawArray("i", [NOT_ACCEPTING] * (size + 2))
-        self._draining: list[_Worker] = []
+        self._loads = RawArray("i", [NOT_ACCEPTING] * (size + 2))
+        self._draining: list[Worker] = []
         self._to_replace: deque[_Slot] = deque()
         self._was_ready = False
         self._stop = False
@@ -173,18 +163,22 @@ class WorkerPool:
         """Start a rolling restart; from a signal handler or another thread."""
         self._replace_all = True
 
-    def _workers(self) -> Iterator[_Worker]:
+    def _workers(self) -> Iterator[Worker]:
         for slot in self._slots:
             yield from (each for each in (slot.worker, slot.replacement) if each is not None)
         yield from self._draining
 
-    def _start(self) -> _Worker:
+    def _start(self) -> Worker | None:
+        """Start a worker; None if that is not possible now: it is tried again soon."""
         used = self._used_indexes()
         index = next(index for index in range(len(self._loads)) if index not in used)
         worker_load = WorkerLoad(self._loads, index, self._fill)
         worker_load.publish(NOT_ACCEPTING)
-        worker = _Worker(self._config, self._listener, self._periods, worker_load)
-        log.info("worker_started", pid=worker.pid)
+        worker = start_worker(
+            self._start_process, self._config, self._listener, self._periods, worker_load
+        )
+        if worker is not None:
+            log.info("worker_started", pid=worker.pid)
         return worker
 
     def _wait(self) -> None:
@@ -212,21 +206,26 @@ class WorkerPool:
         for slot in self._slots:
             if slot.worker is not None and slot.worker.has_exited():
                 self._schedule_restart(slot, slot.worker)
-            elif slot.worker is None and self._was_ready and time.monotonic() >= slot.start_at_s:
+            elif slot.worker is None and self._may_start(slot):
                 slot.worker = self._start()
-                self._restarts.count()
+                if slot.worker is not None and slot.has_ended:
+                    self._restarts.count()
         self._draining = [worker for worker in self._draining if not worker.has_drained()]
         used = self._used_indexes()
         for index in range(len(self._loads)):
             if index not in used:
                 self._loads[index] = NOT_ACCEPTING
 
+    def _may_start(self, slot: _Slot) -> bool:
+        """Whether the worker of an empty slot may start: not again before any worker was ready."""
+        return not slot.has_ended or (self._was_ready and time.monotonic() >= slot.start_at_s)
+
     def _used_indexes(self) -> set[int]:
         return {worker.load.index for worker in self._workers() if not worker.has_exited()}
 
-    def _schedule_restart(self, slot: _Slot, worker: _Worker) -> None:
+    def _schedule_restart(self, slot: _Slot, worker: Worker) -> None:
         """Schedule the restart of a worker that exited."""
-        slot.worker = None
+        slot.worker, slot.has_ended = None, True
         slot.failures = 0 if worker.was_stable() else slot.failures + 1
         backoff_s = (
             min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** (slot.failures - 1)) if slot.failures else 0
@@ -293,150 +292,13 @@ class _Slot:
     Attributes:
         worker: None until a failed worker is restarted.
         replacement: the worker that takes over once it is ready.
+        has_ended: whether a worker of the slot has exited.
         failures: consecutive exits before `BACKOFF_RESET_S`.
         start_at_s: when the worker is restarted.
     """
 
-    worker: _Worker | None = None
-    replacement: _Worker | None = None
+    worker: Worker | None = None
+    replacement: Worker | None = None
+    has_ended: bool = False
     failures: int = 0
     start_at_s: float = 0.0
-
-
-class _Worker:
-    """The parent's view of one worker process."""
-
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        listener: socket.socket,
-        periods: Periods,
-        load: WorkerLoad,
-    ):
-        self.load = load
-        self.heartbeats, child_end = _spawn.Pipe(duplex=False)
-        self.process = _spawn.Process(
-            target=_run_worker, args=(config, listener, child_end, periods, load)
-        )
-        self.process.start()
-        # Otherwise the pipe would stay open after the worker exits.
-        child_end.close()
-        self.is_ready = False
-        self._reason = ""
-        self._started_s = self._heartbeat_s = self._ready_s = time.monotonic()
-        self._kill_at_s: float | None = None
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid or 0
-
-    def age_s(self) -> float:
-        return round(time.monotonic() - self._started_s, 3)
-
-    def read_heartbeats(self) -> bool:
-        """Read its heartbeats; returns whether it has become ready."""
-        was_ready = self.is_ready
-        try:
-            while not self.heartbeats.closed and self.heartbeats.poll():
-                report = self.heartbeats.recv()
-                self._heartbeat_s = time.monotonic()
-                if isinstance(report, str):
-                    self._reason = report
-                else:
-                    self.is_ready = report
-        except (EOFError, OSError):
-            self.heartbeats.close()
-        if was_ready or not self.is_ready:
-            return False
-        self._ready_s = time.monotonic()
-        return True
-
-    def is_hung(self) -> bool:
-        """Whether it runs without heartbeats."""
-        return not self.has_exited() and time.monotonic() - self._heartbeat_s > HEARTBEAT_TIMEOUT_S
-
-    def was_stable(self) -> bool:
-        """Whether it was ready for long enough to be restarted without backoff."""
-        return self.is_ready and time.monotonic() - self._ready_s >= BACKOFF_RESET_S
-
-    def has_exited(self) -> bool:
-        return self.process.exitcode is not None
-
-    def exit_reason(self) -> str:
-        """Why it exited."""
-        self.read_heartbeats()
-        code = self.process.exitcode
-        how = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
-        return self._reason or f"the worker exited with {how}"
-
-    def terminate(self, kill_after_s: float) -> None:
-        """Ask it to drain after its lame-duck time, and to exit."""
-        self._kill_at_s = time.monotonic() + kill_after_s
-        self.process.terminate()
-
-    def retire(self, kill_after_s: float) -> None:
-        """Ask the worker to retire: to close each connection after its next response, then exit."""
-        self._kill_at_s = time.monotonic() + kill_after_s
-        if not self.has_exited() and SIGRETIRE is not None:
-            os.kill(self.pid, SIGRETIRE)
-
-    def drain(self, kill_after_s: float) -> None:
-        """Ask it to finish accepted requests now, and to exit."""
-        self._kill_at_s = time.monotonic() + kill_after_s
-        if not self.has_exited():
-            os.kill(self.pid, signal.SIGINT)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-
-    def has_drained(self) -> bool:
-        """Whether it has exited after `terminate`; kills it once its drain time is over."""
-        if self.has_exited():
-            return True
-        if self._kill_at_s is not None and time.monotonic() >= self._kill_at_s:
-            log.error("worker_killed", pid=self.pid)
-            self.kill()
-            return True
-        return False
-
-
-def _run_worker(
-    config: uvicorn.Config,
-    listener: socket.socket,
-    heartbeats: Connection[Any, Any],
-    periods: Periods,
-    worker_load: WorkerLoad,
-) -> None:
-    """Main function of a worker process."""
-    if SIGHUP is not None:
-        # A closing terminal signals the whole process group; the parent decides what to do.
-        signal.signal(SIGHUP, signal.SIG_IGN)
-    # The constructor has configured uvicorn's loggers in the parent process only.
-    config.configure_logging()
-    server = GracefulServer(config, _exit_process, periods, worker_load)
-    threading.Thread(
-        target=_send_heartbeats, args=(server, heartbeats), name="carry-heartbeat", daemon=True
-    ).start()
-    try:
-        server.run(sockets=[listener])
-    except (ModelsError, CarryError, RuntimeUnavailableError, SettingsError) as error:
-        heartbeats.send(str(error))
-        sys.exit(1)
-
-
-def _exit_process() -> NoReturn:
-    """Exit without waiting for threads that are still compiling."""
-    flush_logs()
-    os._exit(0)
-
-
-def _send_heartbeats(server: GracefulServer, heartbeats: Connection[Any, Any]) -> None:
-    """Send heartbeats to the parent: whether this process is ready."""
-    pause = threading.Event()
-    try:
-        while True:
-            heartbeats.send(server.started)
-            pause.wait(HEARTBEAT_INTERVAL_S)
-    except OSError:
-        return

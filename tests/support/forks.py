@@ -9,7 +9,6 @@ on the PYTHONPATH runs in the fork; other modules there need the command itself.
 from __future__ import annotations
 
 import atexit
-import gc
 import json
 import os
 import runpy
@@ -27,11 +26,6 @@ from typing import IO, NoReturn
 
 COMMAND = str(Path(sys.executable).with_name("carry"))
 """The installed command."""
-IMPORTED = (
-    *("carry.cli", "service.server", "service.app", "service.engine.runtimes.onnx"),
-    *("uvloop", "uvicorn.loops.uvloop", "uvicorn.lifespan.on", "uvicorn.middleware.message_logger"),
-)
-"""Most of what a service imports."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 """Of the fork server: a process with threads should not be forked."""
 REQUEST_BYTES = 1 << 20
@@ -163,9 +157,6 @@ def _run(
 
 if __name__ == "__main__":
     exec(sys.argv[2], {"__name__": "preparation"})
-    for module in IMPORTED:
-        import_module(module)
-    # the end of a fork would traverse what it shares, for 0.3 s of processor time, and copy it
-    gc.collect()
-    gc.freeze()
+    import_module("carry.cli")
+    import_module("service.server").import_for_workers("onnxruntime")
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -95,6 +95,23 @@ connection_balance.DEFER_S = 10.0
 """
 """A `sitecustomize` with which a busy machine changes no worker's turn to accept."""
 
+SIGNALLED = """
+import os, pathlib, signal
+
+def signal_itself():
+    if pathlib.Path({folder!r}, "early").exists():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+os.register_at_fork(after_in_child=signal_itself)
+"""
+"""A `sitecustomize` with which a fork gets SIGTERM as its first thing, while there is a file."""
+
+THREADS_WARN = """
+import warnings
+warnings.filterwarnings("always", ".*fork", DeprecationWarning)
+"""
+"""A `sitecustomize` with which Python (3.12 or later) warns of a fork of several threads."""
+
 IMPATIENT = """
 import service.ops.worker_pool
 service.ops.worker_pool.HEARTBEAT_TIMEOUT_S = 20
@@ -124,7 +141,8 @@ def two_workers(
     A third one failed to start, before any was ready.
     """
     folder = tmp_path_factory.mktemp("two")
-    customise(folder, PATIENT + IMPATIENT + FIRST_FAILS.format(folder=str(folder)))
+    customisation = PATIENT + IMPATIENT + FIRST_FAILS + SIGNALLED
+    customise(folder, customisation.format(folder=str(folder)))
     environment = {"CARRY_ADMIN_PORT": "0", "PYTHONPATH": str(folder)}
     environment["CARRY_WORKER_FILL"] = str(FILL)
     command = (folder, probe.path, "--workers", "2")
@@ -178,6 +196,64 @@ def test_only_the_admin_port_has_metrics_of_all_workers_and_documentation(
     assert httpx.get(f"{admin}/health/ready", verify=False).status_code == 200
     assert "/v1/models" in httpx.get(f"{admin}/openapi.json", verify=False).json()["paths"]
     assert httpx.get(f"{admin}/v1/models", verify=False).json()["code"] == "not_found"
+
+
+def test_workers_are_forks_that_share_only_the_port(
+    two_workers: tuple[Service, RealServer],
+) -> None:
+    service, _ = two_workers
+    parent = psutil.Process(service.process.pid)
+    for pid in _live_workers(service):
+        assert psutil.Process(pid).cmdline() == parent.cmdline()
+        (shared,) = _files(parent.pid) & _files(pid)
+        assert shared[0].startswith("socket:")
+
+
+def _files(pid: int) -> set[tuple[str, str]]:
+    """The open files of a process but its standard streams, and how each is open, in which the ends
+    of a pipe differ."""
+    files = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if int(link.name) > 2:
+            flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().splitlines()[1]
+            files.add((str(link.readlink()), flags[-1]))
+    return files
+
+
+def test_workers_number_requests_from_different_starts(
+    two_workers: tuple[Service, RealServer],
+) -> None:
+    service, _ = two_workers
+    ids = []
+    with ExitStack() as stack:
+        for _ in range(2 * FILL):
+            connection = HTTPConnection(service.url.removeprefix("http://"))
+            stack.callback(connection.close)
+            connection.request("GET", "/health/live")
+            response = connection.getresponse()
+            response.read()
+            ids.append(int(response.headers["x-request-id"], 16))
+    assert max(ids) - min(ids) > 2**32
+
+
+def test_sigterm_right_after_the_fork_ends_the_worker(
+    two_workers: tuple[Service, RealServer],
+) -> None:
+    service, _ = two_workers
+    before, ended, early = (
+        pids(service),
+        len(lines(service, "worker_ended")),
+        service.folder / "early",
+    )
+    early.touch()
+    os.kill(before[-1], signal.SIGKILL)
+    until(lambda: lines(service, "worker_ended")[ended + 1 :], "its end", READY_S, POLL_S)
+    early.unlink()
+    until(lambda: len(pids(service)) == len(before) + 1, "the worker in its place", READY_S, POLL_S)
+    killed, ended_early = lines(service, "worker_ended")[ended : ended + 2]
+    assert killed["reason"] == "the worker exited with signal 9"
+    assert ended_early["reason"] == "the worker exited with status 0"
+    assert not ended_early["was_ready"]
 
 
 def test_a_worker_that_fails_to_start_is_restarted_while_others_serve(
@@ -332,13 +408,14 @@ def test_a_worker_that_exits_during_start_is_restarted_immediately(
 def test_sigterm_during_warm_up_stops_the_service(
     tmp_path: Path, probe: Artifact, workers: str
 ) -> None:
-    customise(tmp_path, SLOW.format(method="warm"))
+    customise(tmp_path, THREADS_WARN + SLOW.format(method="warm"))
     service = Service(tmp_path, probe.path, "--workers", workers)
     service.launch(PYTHONPATH=str(tmp_path))
     until(lambda: service.log().count("compiling") == int(workers), "the warm-up", READY_S)
     valkey = service.valkey_pid()
     assert service.stop() == 0
     assert not Path(f"/proc/{valkey}").exists(), "stopped with the service"
+    assert "DeprecationWarning" not in service.log(), "forked while it had several threads"
     for line in lines(service, "worker_started"):
         assert not Path(f"/proc/{line['pid']}").exists()
 

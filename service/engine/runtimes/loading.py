@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
 import structlog
@@ -96,20 +97,33 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
     return DetectingRuntime(runtime, artifact)
 
 
+def import_runtime(name: str) -> None:
+    """Import a runtime and its library, which opens nothing and starts no thread that would keep
+    this process from being forked.
+
+    Raises:
+        ModuleNotFoundError: the library is not installed.
+    """
+    if name == TENSORFLOW:
+        # log errors only, and sum in the same order on every processor
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    import_module(_MODULES[name])
+
+
 def _open_network(name: str, artifact: Artifact, threads: int, *, decoding: bool) -> Runtime:
     try:
         if name == ONNXRUNTIME:
             missing = _missing_graph(artifact)
             if missing is not None:
                 raise RuntimeUnsupportedError(f"runtime_unsupported: {missing}")
+        import_runtime(name)
+        if name == ONNXRUNTIME:
             from service.engine.runtimes.onnx import ImportedRuntime, OnnxRuntime
 
             if artifact.network is not None:
                 return ImportedRuntime(artifact, threads)
             return OnnxRuntime(artifact, threads)
-        # log errors only, and sum in the same order on every processor
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         from service.engine.runtimes.tensorflow import TensorflowRuntime
 
         return TensorflowRuntime(artifact, threads, decoding=decoding)
@@ -120,6 +134,10 @@ def _open_network(name: str, artifact: Artifact, threads: int, *, decoding: bool
         ) from error
 
 
+_MODULES = {
+    ONNXRUNTIME: "service.engine.runtimes.onnx",
+    TENSORFLOW: "service.engine.runtimes.tensorflow",
+}
 _EXTRAS = {ONNXRUNTIME: "onnx", TENSORFLOW: "tensorflow"}
 
 

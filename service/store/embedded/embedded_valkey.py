@@ -109,6 +109,9 @@ class EmbeddedValkey:
         self._child: subprocess.Popen[Any] | None = None
         self._status = EmbeddedStatus(running=False, pid=None, adopted=False, restarts=0)
         self._stopping = threading.Event()
+        self._restarting = threading.Lock()
+        self._binary, self._settings = Path(), ""
+        self._backoff_s, self._restarted_s = BACKOFF_BASE_S, -BACKOFF_RESET_S
         self._supervisor: threading.Thread | None = None
 
     @property
@@ -137,27 +140,35 @@ class EmbeddedValkey:
         """
         self._directory.acquire()
         try:
-            binary = server_binary()
-            settings = digest_settings(binary, self._arguments(""))
-            adopted = self._adopt(settings)
-            if adopted is None:
+            self._binary = server_binary()
+            self._settings = digest_settings(self._binary, self._arguments(""))
+            if self._adopt() is None:
                 self._socket = make_socket_path(self._runtime_dir)
-                self._start_server(binary, settings, restarts=0)
+                self._start_server(0)
         except BaseException:
             self.stop()
             raise
-        self._stopping.clear()
-        self._supervisor = threading.Thread(
-            target=self._supervise, args=(binary, settings), name="carry-valkey", daemon=True
-        )
-        self._supervisor.start()
+        self._start_supervisor()
+
+    @contextmanager
+    def without_thread(self) -> Iterator[bool]:
+        """Do not supervise the server during the block, which may then fork this process.
+
+        Yields whether the supervising thread has ended; it does not while it restarts the server.
+        """
+        if not self._restarting.acquire(blocking=False):
+            yield False
+            return
+        try:
+            self._end_supervisor()
+            yield True
+        finally:
+            self._start_supervisor()
+            self._restarting.release()
 
     def stop(self) -> None:
         """Stop the server after it has flushed its file, and unlock the directory."""
-        self._stopping.set()
-        if self._supervisor is not None:
-            self._supervisor.join()
-            self._supervisor = None
+        self._end_supervisor()
         try:
             if self._socket is not None:
                 self._stop_server(self._socket)
@@ -169,7 +180,20 @@ class EmbeddedValkey:
             self._status = EmbeddedStatus(False, None, False, self._status.restarts)
             self._directory.release()
 
-    def _adopt(self, settings: str) -> Identity | None:
+    def _start_supervisor(self) -> None:
+        self._stopping.clear()
+        self._supervisor = threading.Thread(
+            target=self._supervise, name="carry-valkey", daemon=True
+        )
+        self._supervisor.start()
+
+    def _end_supervisor(self) -> None:
+        self._stopping.set()
+        if self._supervisor is not None:
+            self._supervisor.join()
+            self._supervisor = None
+
+    def _adopt(self) -> Identity | None:
         """Adopt the server that runs on the directory, or stop it and return None."""
         record = self._directory.read_record()
         if not self._directory.is_server_running():
@@ -182,11 +206,11 @@ class EmbeddedValkey:
             and running is not None
             and running.directory == self._directory.path
             and record.run_id in (None, running.run_id)
-            and record.settings == settings
+            and record.settings == self._settings
         ):
             self._socket = record.socket
             self._wait_until_ready(running.pid)
-            self._record_running(settings, running, adopted=True, restarts=0)
+            self._record_running(running, adopted=True, restarts=0)
             log.info("valkey_adopted", pid=running.pid, socket=record.socket)
             return running
         log.warning(
@@ -215,7 +239,7 @@ class EmbeddedValkey:
             time.sleep(POLL_S)
         return identity
 
-    def _start_server(self, binary: Path, settings: str, *, restarts: int) -> None:
+    def _start_server(self, restarts: int) -> None:
         """Start a server on the socket and wait until it serves."""
         socket, directory = self._socket, self._directory
         if socket is None:
@@ -226,14 +250,16 @@ class EmbeddedValkey:
         try:
             Path(socket).parent.mkdir(mode=0o700, exist_ok=True)
             # Written before the start, so that no server ever runs without a record.
-            directory.write_record(ServerRecord(socket, settings))
-            self._child = spawn_server(binary, self._arguments(socket), fd, directory.log_path)
+            directory.write_record(ServerRecord(socket, self._settings))
+            self._child = spawn_server(
+                self._binary, self._arguments(socket), fd, directory.log_path
+            )
         except OSError as error:
             raise StoreUnavailable(f"Valkey cannot be started: {error}") from error
         finally:
             os.close(fd)
         identity = self._wait_until_ready(self._child.pid)
-        self._record_running(settings, identity, adopted=False, restarts=restarts)
+        self._record_running(identity, adopted=False, restarts=restarts)
         log.info("valkey_started", pid=identity.pid, socket=socket, data_dir=str(directory.path))
 
     def _arguments(self, socket: str) -> list[str]:
@@ -260,11 +286,9 @@ class EmbeddedValkey:
                 )
             time.sleep(POLL_S)
 
-    def _record_running(
-        self, settings: str, identity: Identity, *, adopted: bool, restarts: int
-    ) -> None:
+    def _record_running(self, identity: Identity, *, adopted: bool, restarts: int) -> None:
         self._directory.write_record(
-            ServerRecord(self._socket or "", settings, identity.pid, identity.run_id)
+            ServerRecord(self._socket or "", self._settings, identity.pid, identity.run_id)
         )
         self._status = EmbeddedStatus(True, identity.pid, adopted, restarts)
 
@@ -273,28 +297,35 @@ class EmbeddedValkey:
             return self._child.poll() is None
         return self._directory.is_server_running()
 
-    def _supervise(self, binary: Path, settings: str) -> None:
-        """Restart the server with exponential backoff whenever it exits; in its own thread."""
-        backoff_s, started_s = BACKOFF_BASE_S, time.monotonic()
+    def _supervise(self) -> None:
+        """Restart the server whenever it exits; in its own thread."""
         while not self._stopping.wait(SUPERVISE_INTERVAL_S):
-            if self._is_running():
-                continue
-            if time.monotonic() - started_s >= BACKOFF_RESET_S:
-                backoff_s = BACKOFF_BASE_S
-            restarts = self._status.restarts + 1
-            code = self._child.returncode if self._child is not None else None
-            failure = f"it exited with status {code}"
-            self._status = EmbeddedStatus(False, None, False, restarts, failure)
-            log.error("valkey_exited", status=code, restarts=restarts, backoff_s=backoff_s)
-            if self._stopping.wait(backoff_s):
-                return
-            backoff_s, started_s = min(BACKOFF_CAP_S, 2 * backoff_s), time.monotonic()
-            try:
-                self._start_server(binary, settings, restarts=restarts)
-            except (CarryError, OSError) as error:
-                self._status = EmbeddedStatus(False, None, False, restarts, str(error))
-                log.error("valkey_start_failed", reason=str(error))
-                self._kill_unready()
+            # otherwise `without_thread` waits for this thread to end
+            if not self._is_running() and self._restarting.acquire(blocking=False):
+                try:
+                    self._restart()
+                finally:
+                    self._restarting.release()
+
+    def _restart(self) -> None:
+        """Restart the server after a backoff, which grows while it keeps exiting."""
+        if time.monotonic() - self._restarted_s >= BACKOFF_RESET_S:
+            self._backoff_s = BACKOFF_BASE_S
+        backoff_s, restarts = self._backoff_s, self._status.restarts + 1
+        code = self._child.returncode if self._child is not None else None
+        failure = f"it exited with status {code}"
+        self._status = EmbeddedStatus(False, None, False, restarts, failure)
+        log.error("valkey_exited", status=code, restarts=restarts, backoff_s=backoff_s)
+        if self._stopping.wait(backoff_s):
+            return
+        self._backoff_s = min(BACKOFF_CAP_S, 2 * backoff_s)
+        self._restarted_s = time.monotonic()
+        try:
+            self._start_server(restarts)
+        except (CarryError, OSError) as error:
+            self._status = EmbeddedStatus(False, None, False, restarts, str(error))
+            log.error("valkey_start_failed", reason=str(error))
+            self._kill_unready()
 
     def _kill_unready(self) -> None:
         """Kill a server that runs but does not serve: it would keep the next one from starting."""
