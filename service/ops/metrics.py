@@ -15,9 +15,10 @@ import platform
 import threading
 from collections import Counter as Tally
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -70,18 +71,18 @@ _STATISTICS = (
 
 
 class _PendingValues(msgspec.Struct):
-    """The values of one model that its metrics do not contain yet; `stages` in the order of
-    STAGES."""
+    """What was recorded of one model and its metrics do not contain yet.
 
-    chunks: list[float]
-    events: list[float]
-    cache_hits: list[float]
-    cache_misses: list[float]
-    batch_rows: list[float]
-    batch_seconds: list[float]
-    batch_steps: list[float]
-    padded_steps: list[float]
-    stages: tuple[list[float], ...]
+    Attributes:
+        chunks: for committed chunks of one batch, their steps, how long each was queued, and the
+            times that they share.
+        lookups: hits and misses of one batch in the cache of states.
+        calls: of each call of the runtime, rows, steps, padded steps and seconds.
+    """
+
+    chunks: list[tuple[int, Sequence[float], Timing]]
+    lookups: list[tuple[int, int]]
+    calls: list[tuple[int, int, int, float]]
 
 
 class PrometheusRecorder:
@@ -174,7 +175,7 @@ class PrometheusRecorder:
             buckets=SECONDS,
         )
         self._durations: dict[tuple[str, str | None, int], list[float]] = {}
-        self._collected: list[tuple[list[float], Callable[[list[float]], None]]] = []
+        self._collected: list[tuple[list[Any], Callable[[list[Any]], None]]] = []
         self._flush_timer: asyncio.TimerHandle | None = None
         # two flushes at once would add the same values twice, and drop later ones
         self._flushing = threading.Lock()
@@ -224,30 +225,36 @@ class PrometheusRecorder:
             self._refused(name, code)
 
     def _collect_values(self, model: str) -> _PendingValues:
-        return _PendingValues(
-            self._count(self._chunks.labels(model)),
-            self._count(self._events.labels(model)),
-            self._count(self._cache_hits.labels(model)),
-            self._count(self._cache_misses.labels(model)),
-            self._observe(self._batch_rows.labels(model)),
-            self._observe(self._batch_seconds.labels(model)),
-            self._count(self._batch_steps.labels(model)),
-            self._count(self._padded_steps.labels(model)),
-            tuple([self._observe(self._stages.labels(model, stage)) for stage in STAGES]),
-        )
+        counters = self._chunks, self._events, self._cache_hits, self._cache_misses
+        chunks, events, hits, misses = [counter.labels(model) for counter in counters]
+        rows, seconds = self._batch_rows.labels(model), self._batch_seconds.labels(model)
+        steps, padded = self._batch_steps.labels(model), self._padded_steps.labels(model)
+        queue, *shared = [self._stages.labels(model, stage) for stage in STAGES]
 
-    def _count(self, counter: Counter) -> list[float]:
-        """The values that will be added to a counter."""
-        return self._collect(lambda values: counter.inc(sum(values)))
+        def add_chunks(recorded: list[tuple[int, Sequence[float], Timing]]) -> None:
+            counts = [len(queue_s) for _, queue_s, _ in recorded]
+            chunks.inc(sum(counts))
+            events.inc(sum([length for length, *_ in recorded]))
+            observe_all(queue, [time_s for _, queue_s, _ in recorded for time_s in queue_s])
+            shared_s = [(timing.load_s, timing.infer_s, timing.commit_s) for *_, timing in recorded]
+            for stage, times_s in zip(shared, zip(*shared_s, strict=True), strict=True):
+                observe_all(stage, np.repeat(times_s, counts).tolist())
 
-    def _observe(self, histogram: Histogram) -> list[float]:
-        """The values that a histogram will observe."""
-        return self._collect(partial(observe_all, histogram))
+        def add_lookups(recorded: list[tuple[int, int]]) -> None:
+            for counter, values in zip((hits, misses), zip(*recorded, strict=True), strict=True):
+                counter.inc(sum(values))
 
-    def _collect(self, add: Callable[[list[float]], None]) -> list[float]:
-        values: list[float] = []
-        self._collected.append((values, add))
-        return values
+        def add_calls(recorded: list[tuple[int, int, int, float]]) -> None:
+            rows_of, steps_of, padded_of, seconds_of = zip(*recorded, strict=True)
+            observe_all(rows, rows_of)
+            observe_all(seconds, seconds_of)
+            steps.inc(sum(steps_of))
+            padded.inc(sum(padded_of))
+
+        pending = _PendingValues([], [], [])
+        adders = (pending.chunks, add_chunks), (pending.lookups, add_lookups)
+        self._collected += [*adders, (pending.calls, add_calls)]
+        return pending
 
     def _flush_soon(self) -> None:
         """Start the timer of the next flush; without an event loop, flush at once."""
@@ -263,14 +270,7 @@ class PrometheusRecorder:
     ) -> None:
         """Record the committed chunks of one batch: the sum of their steps, how long each waited,
         and the times that they share."""
-        pending, count = self._pending[model], len(queue_s)
-        pending.chunks.append(count)
-        pending.events.append(steps)
-        queue, load, infer, commit = pending.stages
-        queue += queue_s
-        load += [timing.load_s] * count
-        infer += [timing.infer_s] * count
-        commit += [timing.commit_s] * count
+        self._pending[model].chunks.append((steps, queue_s, timing))
         if self._flush_timer is None:
             self._flush_soon()
 
@@ -288,21 +288,13 @@ class PrometheusRecorder:
 
     def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         """Count the states of a batch that this worker's cache contains and lacks."""
-        pending = self._pending[model]
-        if hits:
-            pending.cache_hits.append(hits)
-        if misses:
-            pending.cache_misses.append(misses)
+        self._pending[model].lookups.append((hits, misses))
 
     def record_runtime_call(
         self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
     ) -> None:
         """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
-        pending = self._pending[model]
-        pending.batch_rows.append(rows)
-        pending.batch_steps.append(steps)
-        pending.padded_steps.append(padded_steps)
-        pending.batch_seconds.append(seconds)
+        self._pending[model].calls.append((rows, steps, padded_steps, seconds))
 
     def record_websockets(self, model: str, change: int) -> None:
         """Add to the open WebSockets."""

@@ -242,6 +242,8 @@ def decode_states(values: Sequence[bytes], int_size: int, float_size: int) -> St
     """The states of valid values of the same size: floats float32 [B, N] and ints int64 [B, M]."""
     joined = b"".join([value[HEADER_BYTES:] for value in values])
     rows = np.frombuffer(joined, _FLOAT).reshape(len(values), 2 * int_size + float_size)
+    if not int_size:
+        return State(rows, np.empty((len(values), 0), _INT))
     floats, ints = rows[:, 2 * int_size :], rows[:, : 2 * int_size].view(_INT)
     return State(np.ascontiguousarray(floats), ints)
 

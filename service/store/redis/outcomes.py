@@ -5,8 +5,9 @@ Resolves retried writes, and makes the errors of lost and rejected ones; pure ex
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+import msgspec
 import structlog
 
 from service.core.delivery import stream_facts
@@ -35,7 +36,7 @@ class ReplyLost(Exception):
     """
 
 
-class Reply(NamedTuple):
+class Reply(msgspec.Struct, frozen=True):
     """The server's reply.
 
     Attributes:

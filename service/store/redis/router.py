@@ -22,6 +22,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Final, NamedTuple
 
+from msgspec.structs import replace
+
 from service.core.errors import CarryError, StoreUnavailable
 from service.store.observation import StoreTelemetry
 from service.store.redis.commands import PendingCommand
@@ -151,7 +153,7 @@ class Router(ABC):
         )
         await self._outcomes(waits, wait_s + now_s - time.monotonic())
         return [
-            outcome._replace(is_durable=self._is_replicated(command, waits))
+            replace(outcome, is_durable=self._is_replicated(command, waits))
             if isinstance(outcome, Reply)
             else outcome
             for command, outcome in zip(commands, outcomes, strict=False)
