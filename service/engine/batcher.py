@@ -41,7 +41,7 @@ from service.engine.fair_queue import (
     DrainRate,
     FairQueue,
     Job,
-    JobRequest,
+    JobSpec,
     OnResult,
     P,
     R,
@@ -129,9 +129,7 @@ class Batcher(Generic[P, R]):
         self._stopping = False
         self._drained = asyncio.Event()
 
-    def enqueue(
-        self, requests: Sequence[JobRequest[P]], deadline_s: float = math.inf
-    ) -> Ticket[P, R]:
+    def enqueue(self, specs: Sequence[JobSpec[P]], deadline_s: float = math.inf) -> Ticket[P, R]:
         """Queue one or more jobs without waiting for them.
 
         Args:
@@ -142,13 +140,13 @@ class Batcher(Generic[P, R]):
             DeadlineExceeded if the deadline passed, ShuttingDown if the service is stopping;
             otherwise whatever the batch resolved the job with.
         """
-        ticket: Ticket[P, R] = Ticket(len(requests))
-        request = ticket if len(requests) > 1 else None
+        ticket: Ticket[P, R] = Ticket(len(specs))
+        request = ticket if len(specs) > 1 else None
         jobs, now_s = ticket.jobs, time.monotonic()
-        left_s, keys = deadline_s - now_s, [each.key for each in requests]
+        left_s, keys = deadline_s - now_s, [spec.key for spec in specs]
         all_admitted = self._stopping or self._admission.admits_all(keys, left_s)
-        for index, each in enumerate(requests):
-            payload, key, steps = each.payload, each.key, each.steps
+        for index, spec in enumerate(specs):
+            payload, key, steps = spec.payload, spec.key, spec.steps
             if not all_admitted:
                 rejection = self._admission.check_admission(key, left_s, index, len(jobs))
                 if rejection is not None:
@@ -172,7 +170,7 @@ class Batcher(Generic[P, R]):
         """Queue one job that `check_admission` admitted, with nothing queued in between.
 
         Args:
-            payload, key, steps: as those of `JobRequest`.
+            payload, key, steps: as those of `JobSpec`.
             on_result: called with the result, as `enqueue` describes it, but never Overloaded.
         """
         now_s = time.monotonic()
@@ -222,32 +220,28 @@ class Batcher(Generic[P, R]):
             self._set_timer(now_s, now_s)
 
     async def submit(
-        self, requests: Sequence[JobRequest[P]], deadline_s: float = math.inf
+        self, specs: Sequence[JobSpec[P]], deadline_s: float = math.inf
     ) -> list[R | CarryError]:
         """Queue jobs as `enqueue` does, and wait for all results.
 
         More than `ITEMS_PER_PART` jobs are queued in parts, so that one caller cannot fill the
         queue.
         """
-        if len(requests) <= ITEMS_PER_PART:
-            return await self._submit(requests, deadline_s)
-        parts = [
-            requests[at : at + ITEMS_PER_PART] for at in range(0, len(requests), ITEMS_PER_PART)
-        ]
+        if len(specs) <= ITEMS_PER_PART:
+            return await self._submit(specs, deadline_s)
+        parts = [specs[at : at + ITEMS_PER_PART] for at in range(0, len(specs), ITEMS_PER_PART)]
         two_parts = asyncio.Semaphore(2)
 
-        async def submit(part: Sequence[JobRequest[P]]) -> list[R | CarryError]:
+        async def submit(part: Sequence[JobSpec[P]]) -> list[R | CarryError]:
             async with two_parts:
                 return await self._submit(part, deadline_s)
 
         return list(chain.from_iterable(await asyncio.gather(*map(submit, parts))))
 
-    async def _submit(
-        self, requests: Sequence[JobRequest[P]], deadline_s: float
-    ) -> list[R | CarryError]:
-        if not requests:
+    async def _submit(self, specs: Sequence[JobSpec[P]], deadline_s: float) -> list[R | CarryError]:
+        if not specs:
             return []
-        ticket = self.enqueue(requests, deadline_s)
+        ticket = self.enqueue(specs, deadline_s)
         try:
             return await ticket.future
         except asyncio.CancelledError:
@@ -367,14 +361,14 @@ class Batcher(Generic[P, R]):
             if end_s <= now_s:
                 self._fail_expired(job, "before it was done", now_s)
 
-    def _is_live(self, now_s: float, job: Job[P, R]) -> bool:
-        """Whether a queued job still has a caller. A job whose deadline passed is failed here."""
+    def _expire(self, now_s: float, job: Job[P, R]) -> bool:
+        """Fail a queued job whose deadline passed; returns whether nobody waits for it."""
         if job.is_cancelled:
-            return False
+            return True
         if job.deadline_s <= now_s:
             self._fail_expired(job, "before it started", now_s)
-            return False
-        return True
+            return True
+        return False
 
     def _fail_expired(self, job: Job[P, R], when: str, now_s: float) -> None:
         waited_s = now_s - job.submitted_s
@@ -406,11 +400,11 @@ class Batcher(Generic[P, R]):
 
     def _start_batch(self, now_s: float) -> bool:
         """Start one batch of ready jobs, if there are any; returns whether it was started."""
-        is_live = None
+        expire = None
         if now_s >= self._next_deadline_s:
             # a caller cancelled, or a deadline passed
-            is_live = partial(self._is_live, now_s)
-        jobs = self._queue.take(is_live, long_ones=self._long < self._max_long)
+            expire = partial(self._expire, now_s)
+        jobs = self._queue.take(expire, long_ones=self._long < self._max_long)
         if not jobs:
             return False
         self._last_rows = len(jobs)

@@ -93,8 +93,8 @@ class DrainRate:
         self._since_s, self._before = now_s, self.done
 
 
-class JobRequest(msgspec.Struct, Generic[P], frozen=True):
-    """A unit of work that a caller submits.
+class JobSpec(msgspec.Struct, Generic[P], frozen=True):
+    """Specification of a job, which a caller submits.
 
     Attributes:
         key: the stream; None for work without a stream.
@@ -156,7 +156,7 @@ class Ticket(Generic[P, R]):
 
     Attributes:
         jobs: the admitted ones, until they are resolved: each refers to its ticket.
-        future: completes with all results, in the order of the requests.
+        future: completes with all results, in the order of the specifications.
     """
 
     __slots__ = ("_left", "_results", "future", "jobs")
@@ -423,12 +423,12 @@ class FairQueue(Generic[P, R]):
         return waiting
 
     def take(
-        self, is_live: Callable[[Job[P, R]], bool] | None = None, *, long_ones: bool = True
+        self, expire: Callable[[Job[P, R]], bool] | None = None, *, long_ones: bool = True
     ) -> list[Job[P, R]]:
         """Take the jobs of the next batch and hold their streams; empty if none may run.
 
         Args:
-            is_live: whether a job still has a caller; others are dropped. None: all have.
+            expire: called with a job before it is taken; drops it by returning True.
             long_ones: whether long jobs may be taken too.
         """
         max_rows, max_padded, long_steps = self._limits
@@ -439,7 +439,7 @@ class FairQueue(Generic[P, R]):
         longest, has_moved = 0, False
         while queue.ready and len(jobs) < max_rows and len(skipped) < MAX_SKIPPED:
             backlog = queue.pop()
-            if is_live is not None and not self._drop_dead(backlog, is_live):
+            if expire is not None and not self._drop_expired(backlog, expire):
                 continue
             job = backlog.jobs[0]
             steps = job.steps
@@ -463,7 +463,7 @@ class FairQueue(Generic[P, R]):
         self._length -= len(jobs)
         for backlog in reversed(skipped):
             queue.add(backlog, first=True)
-        return self.take(is_live, long_ones=long_ones) if has_moved and not jobs else jobs
+        return self.take(expire, long_ones=long_ones) if has_moved and not jobs else jobs
 
     def remove(self, is_dead: Callable[[Job[P, R]], bool]) -> list[Job[P, R]]:
         """Drop the jobs whose caller is not waiting any more, and return them."""
@@ -496,10 +496,10 @@ class FairQueue(Generic[P, R]):
         first, second = one.front, other.front
         return second is None or (first is not None and first.number < second.number)
 
-    def _drop_dead(self, backlog: Backlog[P, R], is_live: Callable[[Job[P, R]], bool]) -> bool:
-        """Drop a stream's oldest jobs up to the first live one; returns whether there is one."""
+    def _drop_expired(self, backlog: Backlog[P, R], expire: Callable[[Job[P, R]], bool]) -> bool:
+        """Drop the expired jobs at the front of a backlog; returns whether any job is left."""
         while backlog.jobs:
-            if is_live(backlog.jobs[0]):
+            if not expire(backlog.jobs[0]):
                 return True
             backlog.jobs.popleft()
             self._length -= 1

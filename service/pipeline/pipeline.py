@@ -46,7 +46,7 @@ from service.core.values import (
 )
 from service.engine.batcher import Batcher
 from service.engine.compute import Compute
-from service.engine.fair_queue import BatchLimits, Job, JobRequest, Run
+from service.engine.fair_queue import BatchLimits, Job, JobSpec, Run
 from service.engine.runtimes.base import Runtime
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.audit import Audit, no_audit
@@ -311,8 +311,8 @@ class Pipeline:
         batcher = self._chunks[self.model(chunk.key.model).name]
         if self._tracer is not None and chunk.span is None:
             chunk = replace(chunk, span=self._tracer.current_span())
-        requests = [JobRequest(chunk, chunk.key, chunk.steps.length)]
-        [result] = await batcher.submit(requests, deadline_s)
+        specs = [JobSpec(chunk, chunk.key, chunk.steps.length)]
+        [result] = await batcher.submit(specs, deadline_s)
         if isinstance(result, CarryError):
             raise result
         return result
@@ -372,8 +372,8 @@ class Pipeline:
         if self._tracer is not None:
             span = self._tracer.current_span()
             chunks = [replace(chunk, span=span) for chunk in chunks]
-        requests = [JobRequest(chunk, chunk.key, chunk.steps.length) for chunk in chunks]
-        return await batcher.submit(requests, deadline_s)
+        specs = [JobSpec(chunk, chunk.key, chunk.steps.length) for chunk in chunks]
+        return await batcher.submit(specs, deadline_s)
 
     async def predict(
         self,
@@ -401,8 +401,8 @@ class Pipeline:
             for index, (steps, token) in enumerate(sequences)
         ]
         predictions: list[Prediction] = []
-        requests = [JobRequest(start, None, start.steps.length) for start in starts]
-        for index, result in enumerate(await batcher.submit(requests, deadline_s)):
+        specs = [JobSpec(start, None, start.steps.length) for start in starts]
+        for index, result in enumerate(await batcher.submit(specs, deadline_s)):
             if isinstance(result, InvalidInput):
                 raise result.within(f"sequences[{index}]")
             if isinstance(result, CarryError):
@@ -459,8 +459,8 @@ class Pipeline:
         check_position(key.stream, request.position, stored.head)
         covariates = served.encode_covariates(request, stored.state)
         origin = ForecastOrigin(stored.state.floats, covariates.rows, request.samples, request.seed)
-        requests = [JobRequest(origin, None, request.horizon)]
-        [result] = await self._forecasts[key.model].submit(requests, deadline_s)
+        specs = [JobSpec(origin, None, request.horizon)]
+        [result] = await self._forecasts[key.model].submit(specs, deadline_s)
         if isinstance(result, CarryError):
             raise result
         return ForecastReply(key, stored.head, result, covariates.times_ms)

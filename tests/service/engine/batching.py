@@ -12,7 +12,7 @@ import pytest
 
 from service.core.errors import CarryError
 from service.engine.batcher import Batcher
-from service.engine.fair_queue import BatchControl, BatchLimits, Job, JobRequest
+from service.engine.fair_queue import BatchControl, BatchLimits, Job, JobSpec
 from service.engine.policy import Admission, Rejection
 
 Jobs = list[Job[str, str]]
@@ -79,7 +79,7 @@ async def submit(
     deadline_s: float = math.inf,
 ) -> str:
     """Submit one job, by default of the stream that is named as the payload; raises its error."""
-    [result] = await batcher.submit([JobRequest(payload, key or payload, steps)], deadline_s)
+    [result] = await batcher.submit([JobSpec(payload, key or payload, steps)], deadline_s)
     if isinstance(result, CarryError):
         raise result
     return result

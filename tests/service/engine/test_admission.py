@@ -11,7 +11,7 @@ import structlog
 
 from service.core.errors import CarryError, Overloaded, StreamOverloaded
 from service.engine.batcher import ITEMS_PER_PART, Batcher
-from service.engine.fair_queue import BatchLimits, JobRequest
+from service.engine.fair_queue import BatchLimits, JobSpec
 from service.engine.policy import STREAM_SHARE
 from tests.service.engine.batching import UP_TO_8, Runs, batching, patch_admission, submit
 from tests.service.engine.test_batcher import turns
@@ -27,7 +27,7 @@ Results = asyncio.Future[list[str | CarryError]]
 
 def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results]:
     """Enqueue a request for each key."""
-    requests = [JobRequest(f"{key}{n}", key, 1) for n, key in enumerate(keys)]
+    requests = [JobSpec(f"{key}{n}", key, 1) for n, key in enumerate(keys)]
     return [batcher.enqueue([request]).future for request in requests]
 
 
@@ -104,8 +104,8 @@ async def test_a_stream_is_admitted_by_its_own_rate(monkeypatch: pytest.MonkeyPa
 async def test_a_request_with_many_items_leaves_room_for_others() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE, limits=BatchLimits(1, 1000)) as batcher:
-        many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(QUEUE)]).future
-        more = batcher.enqueue([JobRequest("a", f"n{n}", 1) for n in range(QUEUE)]).future
+        many = batcher.enqueue([JobSpec("a", f"m{n}", 1) for n in range(QUEUE)]).future
+        more = batcher.enqueue([JobSpec("a", f"n{n}", 1) for n in range(QUEUE)]).future
         assert rejected(enqueue(batcher, [f"s{n}" for n in range(20)])) == []
         runs.gate.set()
         outcomes = [await many, await more]
@@ -122,12 +122,12 @@ async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_ch
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000) as batcher:
-        many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(60)]).future
+        many = batcher.enqueue([JobSpec("a", f"m{n}", 1) for n in range(60)]).future
         await runs.wait_for_batches(4)
         assert batcher.check_admission("lone", 0.1) is None
-        lone = batcher.enqueue([JobRequest("lone", "lone", 1)], runs.now_s + 0.1).future
+        lone = batcher.enqueue([JobSpec("lone", "lone", 1)], runs.now_s + 0.1).future
         assert not lone.done()
-        requests = [JobRequest("b", f"n{n}", 1) for n in range(12)]
+        requests = [JobSpec("b", f"n{n}", 1) for n in range(12)]
         late = batcher.enqueue(requests, runs.now_s + 1.0).future
         runs.gate.set()
         await turns()
@@ -141,7 +141,7 @@ async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
     runs = Runs()
     names = [f"s{n}" for n in range(5 * ITEMS_PER_PART + 3)]
     async with batching(runs, queue=3 * ITEMS_PER_PART) as batcher:
-        many = asyncio.create_task(batcher.submit([JobRequest(name, name, 1) for name in names]))
+        many = asyncio.create_task(batcher.submit([JobSpec(name, name, 1) for name in names]))
         await runs.wait_for_batches(1)
         await turns()
         assert len(batcher._queue) == 2 * ITEMS_PER_PART - UP_TO_8.max_rows
@@ -154,7 +154,7 @@ async def test_a_cancelled_request_queues_no_more_parts() -> None:
     runs = Runs()
     names = [f"s{n}" for n in range(5 * ITEMS_PER_PART)]
     async with batching(runs) as batcher, asyncio.timeout(5):
-        many = asyncio.create_task(batcher.submit([JobRequest(name, name, 1) for name in names]))
+        many = asyncio.create_task(batcher.submit([JobSpec(name, name, 1) for name in names]))
         await runs.wait_for_batches(1)
         many.cancel()
         await turns()

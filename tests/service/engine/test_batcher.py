@@ -13,7 +13,7 @@ import structlog
 
 from service.core.errors import CarryError, InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
-from service.engine.fair_queue import BatchControl, BatchLimits, DrainRate, FairQueue, JobRequest
+from service.engine.fair_queue import BatchControl, BatchLimits, DrainRate, FairQueue, JobSpec
 from service.engine.policy import MAX_DELAY_TURNS
 from tests.service.engine.batching import Jobs, Runs, batching, start, start_each, submit
 
@@ -39,7 +39,7 @@ async def test_answered_request_of_many_jobs_is_freed_without_the_garbage_collec
     runs = Runs()
     runs.gate.set()
     async with batching(runs) as batcher:
-        requests = [JobRequest(Payload(name), name, 1) for name in "ab"]
+        requests = [JobSpec(Payload(name), name, 1) for name in "ab"]
         freed = [weakref.ref(each.payload) for each in requests]
         gc.disable()
         try:
@@ -241,7 +241,7 @@ async def test_results_come_in_the_order_of_the_requests() -> None:
     runs.gate.set()
     async with batching(runs) as batcher:
         names = ["a", "b", "a", "c"]
-        results = await batcher.submit([JobRequest(name, name, 1) for name in names])
+        results = await batcher.submit([JobSpec(name, name, 1) for name in names])
         assert results == ["A", "B", "A", "C"]
         assert await batcher.submit([]) == []
 

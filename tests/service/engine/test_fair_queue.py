@@ -42,7 +42,7 @@ class Waiting:
             self.queue.push(*together)
 
     def take(self, **options: Any) -> list[str]:
-        return [job.payload for job in self.queue.take(lambda _: True, **options)]
+        return [job.payload for job in self.queue.take(lambda _: False, **options)]
 
 
 async def test_a_batch_takes_one_job_of_each_stream() -> None:
@@ -157,7 +157,7 @@ async def test_long_and_short_jobs_are_batched_separately_oldest_first() -> None
 async def test_a_job_that_is_put_back_comes_before_all_others() -> None:
     waiting = Waiting(BatchLimits(max_rows=1, max_padded_steps=64))
     waiting.push("a", "a", "b")
-    (first,) = waiting.queue.take(lambda _: True)
+    (first,) = waiting.queue.take(lambda _: False)
     waiting.queue.put_back(first)
     waiting.queue.release("a", first={"a"})
     assert waiting.take() == ["a0"]
@@ -168,7 +168,7 @@ async def test_a_job_that_is_put_back_comes_before_all_others() -> None:
 async def test_a_job_of_a_released_stream_is_put_back_before_the_streams_later_jobs() -> None:
     waiting = Waiting(BatchLimits(max_rows=1, max_padded_steps=64))
     waiting.push("a", "a", "b")
-    (first,) = waiting.queue.take(lambda _: True)
+    (first,) = waiting.queue.take(lambda _: False)
     waiting.queue.release("a")
     waiting.queue.put_back(first)
     assert waiting.take() + waiting.take() == ["b2", "a0"]
@@ -179,9 +179,9 @@ async def test_a_job_of_a_released_stream_is_put_back_before_the_streams_later_j
 async def test_a_job_put_back_waits_while_its_stream_is_held() -> None:
     waiting = Waiting()
     waiting.push("a", "a")
-    (first,) = waiting.queue.take(lambda _: True)
+    (first,) = waiting.queue.take(lambda _: False)
     waiting.queue.release("a")
-    (second,) = waiting.queue.take(lambda _: True)
+    (second,) = waiting.queue.take(lambda _: False)
     waiting.queue.put_back(first)
     assert waiting.take() == []
     waiting.queue.put_back(second)
@@ -195,7 +195,7 @@ async def test_short_job_behind_a_put_back_long_job_keeps_its_place() -> None:
     waiting = Waiting(LONG_BEYOND_16)
     waiting.push("a", steps=1000)
     waiting.push("a", "b")
-    (first,) = waiting.queue.take(lambda _: True)
+    (first,) = waiting.queue.take(lambda _: False)
     waiting.queue.release("a")
     waiting.queue.put_back(first)
     assert waiting.take(long_ones=False) == ["b2"]
@@ -214,14 +214,14 @@ async def test_a_job_behind_a_dropped_one_of_another_length_is_taken_at_once(
     waiting.push("a", steps=second)
     if dropped_early:
         waiting.queue.remove(lambda job: job.payload == "a0")
-    [taken] = waiting.queue.take(lambda job: job.payload != "a0")
+    [taken] = waiting.queue.take(lambda job: job.payload == "a0")
     assert taken.payload == "a1"
 
 
 async def test_cancelled_jobs_are_dropped_and_free_their_streams() -> None:
     waiting = Waiting()
     waiting.push("a", "a", "b", "c", "c")
-    held = waiting.queue.take(lambda job: job.payload != "b2")
+    held = waiting.queue.take(lambda job: job.payload == "b2")
     assert [job.payload for job in held] == ["a0", "c3"]
     assert waiting.queue.backlog("b") is None
     waiting.push("b")
@@ -239,10 +239,10 @@ async def test_cancelled_jobs_are_dropped_and_free_their_streams() -> None:
 async def test_a_batch_costs_the_same_however_long_a_streams_backlog_is() -> None:
     waiting, looks = Waiting(), 0
 
-    def is_live(_: Job[str, str]) -> bool:
+    def expire(_: Job[str, str]) -> bool:
         nonlocal looks
         looks += 1
-        return True
+        return False
 
     waiting.push(*["hot"] * 5000, "a")
     backlog = waiting.queue.backlog("hot")
@@ -253,7 +253,7 @@ async def test_a_batch_costs_the_same_however_long_a_streams_backlog_is() -> Non
 
     backlog.jobs = Untouched(backlog.jobs)
     for _ in range(10):
-        waiting.queue.take(is_live)
+        waiting.queue.take(expire)
         waiting.queue.release("hot")
     assert looks == 11
 
@@ -284,7 +284,7 @@ async def test_invariants(seed: int) -> None:
                 waiting.queue.release(job.key, first={job.key} if again else set())
         else:
             ready = waiting.queue.ready()
-            jobs = waiting.queue.take(lambda _: True)
+            jobs = waiting.queue.take(lambda _: False)
             assert bool(jobs) == bool(ready)
             assert len(jobs) <= 4
             assert len(jobs) < 2 or len(jobs) * max(job.steps for job in jobs) <= 64
