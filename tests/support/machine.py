@@ -119,8 +119,11 @@ class Usage:
 
 
 def read_usage(pid: int) -> Usage:
-    """User and system time and memory of a process tree, without an embedded store."""
-    cpu_s, rss_bytes = 0.0, 0
+    """User and system time and memory of a process tree, without an embedded store.
+
+    What workers share, as forks of one process, counts once.
+    """
+    cpu_s, private_bytes, shared_bytes = 0.0, 0, 0
     root = psutil.Process(pid)
     for process in (root, *root.children(recursive=True)):
         try:
@@ -128,10 +131,12 @@ def read_usage(pid: int) -> Usage:
                 continue
             times = process.cpu_times()
             cpu_s += times.user + times.system
-            rss_bytes += process.memory_info().rss
+            memory = process.memory_full_info()
+            private_bytes += memory.uss
+            shared_bytes = max(shared_bytes, memory.rss - memory.uss)
         except psutil.NoSuchProcess:
             continue
-    return Usage(cpu_s, rss_bytes)
+    return Usage(cpu_s, private_bytes + shared_bytes)
 
 
 def measure_busy_cores(seconds: float) -> float:
