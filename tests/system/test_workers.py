@@ -112,6 +112,13 @@ warnings.filterwarnings("always", ".*fork", DeprecationWarning)
 """
 """A `sitecustomize` with which Python (3.12 or later) warns of a fork of several threads."""
 
+SLOW_RESTART = """
+from service.store.embedded import embedded_valkey
+
+embedded_valkey.BACKOFF_BASE_S = 3.0
+"""
+"""A `sitecustomize` with which the embedded store restarts later than a worker would."""
+
 IMPATIENT = """
 import service.ops.worker_pool
 service.ops.worker_pool.HEARTBEAT_TIMEOUT_S = 20
@@ -418,6 +425,23 @@ def test_sigterm_during_warm_up_stops_the_service(
     assert "DeprecationWarning" not in service.log(), "forked while it had several threads"
     for line in lines(service, "worker_started"):
         assert not Path(f"/proc/{line['pid']}").exists()
+
+
+def test_a_worker_starts_after_the_restart_of_the_embedded_store(
+    tmp_path: Path, probe: Artifact
+) -> None:
+    customise(tmp_path, SLOW_RESTART)
+    with running(tmp_path, probe.path, "--workers", "2", PYTHONPATH=str(tmp_path)) as service:
+        until(lambda: len(pids(service)) == 2, "both workers", READY_S, POLL_S)
+        os.kill(service.valkey_pid(), signal.SIGKILL)
+        until(lambda: lines(service, "valkey_exited"), "the restart", READY_S, POLL_S)
+        os.kill(pids(service)[0], signal.SIGKILL)
+        until(lambda: len(pids(service)) == 3, "the worker in its place", READY_S, POLL_S)
+        messages = [
+            json.loads(line)["message"] for line in service.log().splitlines() if "{" in line
+        ]
+        stored = len(messages) - messages[::-1].index("valkey_started")
+        assert messages[stored:].count("worker_started") == 1
 
 
 def test_sigterm_does_not_wait_for_background_compilation(tmp_path: Path, probe: Artifact) -> None:

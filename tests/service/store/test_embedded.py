@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import redis
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.base import Committed
+from service.store.embedded import embedded_valkey
 from service.store.embedded.embedded_valkey import EmbeddedStatus, EmbeddedValkey
 from service.store.embedded.valkey_process import (
     MAX_SOCKET_PATH_BYTES,
@@ -183,6 +185,20 @@ def test_the_record_identifies_the_server(data_dir: Path) -> None:
         assert written["pid"] == valkey.status().pid
         assert written["run_id"] == client.info("server")["run_id"]
         assert valkey.url == f"unix://{written['socket']}"
+
+
+def test_the_supervising_thread_pauses_except_during_a_restart(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_valkey, "BACKOFF_BASE_S", 600.0)
+    with running(data_dir) as valkey:
+        with valkey.without_thread() as is_alone:
+            assert is_alone
+            assert "carry-valkey" not in {thread.name for thread in threading.enumerate()}
+        os.kill(valkey.status().pid, signal.SIGKILL)
+        until(lambda: not valkey.status().running, "its end, which the thread sees")
+        with valkey.without_thread() as is_alone:
+            assert not is_alone
 
 
 def test_a_failed_start_reports_the_end_of_the_log(data_dir: Path) -> None:
