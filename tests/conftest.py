@@ -41,6 +41,8 @@ _RENDERER = ConsoleRenderer(colors=False, exception_formatter=plain_traceback)
 structlog.configure([*_PROCESSORS[:-1], _RENDERER])
 # redis-py parses the metadata of its package for every connection, for 2 ms.
 metadata.version = cache(metadata.version)
+# What is imported and collected is never garbage.
+gc.disable()
 # Tests start more than a hundred services.
 Service.forks = True
 
@@ -58,9 +60,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """The modules and tests are never garbage: do not traverse them at every collection."""
+    """The modules and tests are never garbage: do not traverse them, and collect rarely."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(10_000, 20, 1_000)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -106,6 +106,9 @@ def test_forecast_is_deterministic_and_a_shorter_one_is_its_prefix(opened: Opene
     np.testing.assert_array_equal(once.point[:3], shorter.point)
 
 
+@pytest.mark.parametrize(
+    "opened", [(name, WITH_EVERY_RUNG) for name in RUNTIMES], ids="-".join, indirect=True
+)
 def test_encoder_keeps_the_last_value_of_each_target(opened: Opened) -> None:
     artifact, runtime = opened.artifact, opened.encoder
     spec, layout = artifact.spec, state_spec(artifact.spec)

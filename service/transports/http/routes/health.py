@@ -7,6 +7,7 @@ to restart it. Readiness names every check and each one that fails. They answer 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 from fastapi import APIRouter
@@ -39,6 +40,7 @@ async def get_live(_: Request) -> Response:
     return reply(Media.JSON, document)
 
 
+@cache
 def checks_router(pipeline_of: Callable[[Request], PipelineInterface] | None = None) -> APIRouter:
     """The routes /health/ready and /health/store.
 

@@ -79,8 +79,9 @@ def inputs(media: Media, count: int) -> Any:
     return given.tolist() if media is Media.JSON else given.tobytes()
 
 
+# 6,000 rows are long in MessagePack, and in JSON longer than the fast decoder accepts
 @MEDIA
-@pytest.mark.parametrize("count", [1, 3000, 9000], ids=["short", "long", "longer"])
+@pytest.mark.parametrize("count", [1, 3000, 6000], ids=["short", "long", "longer"])
 async def test_chunk_with_duplicate_member_is_rejected(
     api: Harness, media: Media, count: int
 ) -> None:

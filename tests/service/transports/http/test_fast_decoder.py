@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import ormsgpack
@@ -127,38 +128,45 @@ def an_object(members: list[tuple[str, str]]) -> str:
     return "{" + ",".join(f"{name}:{value}" for name, value in members) + "}"
 
 
+NAMES = st.sampled_from([*LATER, "more"])
+VALUES = st.sampled_from([None, True, 1, -0.0, 2.5, "x", "", EVENT_MS, "2013-01-01", [], 1e39])
+RESETS = st.sampled_from([True, True, False, None, 1])
+
+
 @st.composite
 def json_events(draw: st.DrawFn) -> str:
     events = []
     for _ in range(draw(st.integers(0, 5))):
-        event = dict(draw(st.sampled_from([EVENT, LATER])))
+        event: dict[str, Any] = dict(draw(st.sampled_from([EVENT, LATER])))
         if draw(st.integers(0, 3)) == 0:
-            name = draw(st.sampled_from([*LATER, "more"]))
-            values: list[Any] = [
-                None,
-                True,
-                1,
-                -0.0,
-                2.5,
-                "x",
-                "",
-                EVENT_MS,
-                "2013-01-01",
-                [],
-                1e39,
-            ]
-            event[name] = draw(st.sampled_from(values))
+            event[draw(NAMES)] = draw(VALUES)
         if draw(st.integers(0, 4)) == 0:
-            event["reset"] = draw(st.sampled_from([True, True, False, None, 1]))
+            event["reset"] = draw(RESETS)
         events.append(json.dumps(event))
     return f"[{','.join(events)}]"
 
 
-@st.composite
-def json_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> bytes:
-    """Bodies that are nearly good, sometimes good, sometimes not even JSON."""
-    width = st.integers(0, 40).map(lambda roll: features - 1 if roll == 0 else features)
-    row = width.flatmap(lambda wide: listed(mostly(NUMBERS, ODD), wide, wide))
+Member = st.SearchStrategy[tuple[str, str]]
+
+
+def member(name: str, value: st.SearchStrategy[str]) -> Member:
+    return st.tuples(st.just(f'"{name}"'), value)
+
+
+class Members(NamedTuple):
+    """Strategies for the members of a chunk or a sequence in JSON."""
+
+    feed: Member
+    always: list[Member]
+    sometimes: list[Member]
+    odd: Member
+
+
+@cache
+def json_members(kind: str, features: int, events: bool) -> Members:
+    """Made once: to make them takes as long as to draw from them."""
+    rows = {wide: listed(mostly(NUMBERS, ODD), wide, wide) for wide in (features - 1, features)}
+    row = st.integers(0, 40).flatmap(lambda roll: rows[features - 1 if roll == 0 else features])
     feeds = [
         st.tuples(
             st.sampled_from(['"inputs"', '"inputs"', '"\\u0069nputs"']),
@@ -166,35 +174,37 @@ def json_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> byte
         )
     ]
     if events:
-        feeds.append(st.tuples(st.just('"events"'), mostly(json_events(), ODD)))
-
-    def member(name: str, value: st.SearchStrategy[str]) -> st.SearchStrategy[tuple[str, str]]:
-        return st.tuples(st.just(f'"{name}"'), value)
-
-    position = member("position", mostly(st.integers(0, 2**64).map(str), ODD))
-    epochs = st.sampled_from(['"0123456789abcdef"', '"0123456789abcdef\\n"', "null", '"0"'])
-    more = [position, member("epoch", epochs)]
-    if kind == "items":
-        names = st.sampled_from(['"a"', '"b:c"', '"no good"', '"a\\n"', '""', '"é"', "1"])
-        more += [member("if_match", st.sampled_from(["null", '"*"', '"W/x"', '""']))]
-        stream = [member("stream", mostly(st.just('"a"'), names))]
-    else:
-        stream = []
-    if kind == "sequences":
-        more = []
+        feeds.append(member("events", mostly(json_events(), ODD)))
+    always, sometimes = [], []
     if kind == "sequences":
         strings = st.sampled_from(['"aGVsbG8="', '""', '"aGVsbG8"', '"\\u0061GVsbG8="', "null"])
-        more.append(member("state_token", mostly(strings, ODD)))
+        sometimes.append(member("state_token", mostly(strings, ODD)))
+    else:
+        sometimes.append(member("position", mostly(st.integers(0, 2**64).map(str), ODD)))
+        epochs = st.sampled_from(['"0123456789abcdef"', '"0123456789abcdef\\n"', "null", '"0"'])
+        sometimes.append(member("epoch", epochs))
+    if kind == "items":
+        names = st.sampled_from(['"a"', '"b:c"', '"no good"', '"a\\n"', '""', '"é"', "1"])
+        always.append(member("stream", mostly(st.just('"a"'), names)))
+        sometimes.append(member("if_match", st.sampled_from(["null", '"*"', '"W/x"', '""'])))
     indexes = st.sampled_from(["[]", "[0]", "[0,1]", "[1,0]", "[1,1]", "[4]", "[-1]", "[0.0]"])
-    more.append(member("resets", mostly(indexes, ODD)))
+    sometimes.append(member("resets", mostly(indexes, ODD)))
+    odd = st.one_of(*feeds, member("odd", st.just("1")))
+    return Members(st.one_of(feeds), always, sometimes, odd)
+
+
+@st.composite
+def json_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> bytes:
+    """Bodies that are nearly good, sometimes good, sometimes not even JSON."""
+    strategies = json_members(kind, features, events)
 
     def one() -> str:
-        members = [draw(st.one_of(feeds)), *[draw(each) for each in stream]]
-        members += [draw(each) for each in more if draw(st.integers(0, 2)) == 0]
+        members = [draw(strategies.feed), *[draw(each) for each in strategies.always]]
+        members += [draw(each) for each in strategies.sometimes if draw(st.integers(0, 2)) == 0]
         if draw(st.integers(0, 12)) == 0:
             members.append(draw(st.sampled_from(members)))
         if draw(st.integers(0, 20)) == 0:
-            members.append(draw(st.one_of(*feeds, member("odd", st.just("1")))))
+            members.append(draw(strategies.odd))
         return an_object(draw(st.permutations(members)))
 
     if kind == "chunk":
@@ -202,29 +212,31 @@ def json_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> byte
     else:
         name = "chunks" if kind == "items" else "sequences"
         text = f'{{"{name}": [{", ".join(one() for _ in range(draw(st.integers(0, 4))))}]}}'
-    return draw(mutations(text.encode()))
+    return mutated(text.encode(), draw(MUTATIONS))
 
 
-def mutations(body: bytes) -> st.SearchStrategy[bytes]:
-    """The body, at times with a byte lost, doubled or changed."""
-
-    def changed(choice: tuple[int, int, bytes]) -> bytes:
-        roll, place, other = choice
-        at = place % max(1, len(body))
-        match roll:
-            case 0:
-                return body[:at] + body[at + 1 :]
-            case 1:
-                return body[:at] + other + body[at:]
-            case 2:
-                return body[:at] + other + body[at + 1 :]
-        return body
-
-    other = st.one_of(
+MUTATIONS = st.tuples(
+    st.integers(0, 9),
+    st.integers(0, 10**6),
+    st.one_of(
         st.sampled_from([b" ", b",", b"]", b"\x00", b"\xef\xbb\xbf"]),
         st.binary(min_size=1, max_size=1),
-    )
-    return st.tuples(st.integers(0, 9), st.integers(0, 10**6), other).map(changed)
+    ),
+)
+
+
+def mutated(body: bytes, mutation: tuple[int, int, bytes]) -> bytes:
+    """The body, at times with a byte lost, doubled or changed."""
+    roll, place, other = mutation
+    at = place % max(1, len(body))
+    match roll:
+        case 0:
+            return body[:at] + body[at + 1 :]
+        case 1:
+            return body[:at] + other + body[at:]
+        case 2:
+            return body[:at] + other + body[at + 1 :]
+    return body
 
 
 @st.composite
@@ -264,7 +276,7 @@ def packed_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> by
     else:
         name = "chunks" if kind == "items" else "sequences"
         value = {name: [one() for _ in range(draw(st.integers(0, 4)))]}
-    return draw(mutations(ormsgpack.packb(value)))
+    return mutated(ormsgpack.packb(value), draw(MUTATIONS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
