@@ -94,11 +94,20 @@ class Compute:
 
     async def run(self, call: Callable[[], T]) -> T:
         """Run one call in the compute thread."""
+        loop = asyncio.get_running_loop()
+        called = self._executor.submit(call)
         self._in_thread += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+            return await asyncio.wrap_future(called)
         finally:
-            self._in_thread -= 1
+            if called.done():
+                self._in_thread -= 1
+            else:
+                # the caller is cancelled, and the call that it has begun goes on
+                called.add_done_callback(lambda _: loop.call_soon_threadsafe(self._leave_thread))
+
+    def _leave_thread(self) -> None:
+        self._in_thread -= 1
 
     def infer(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,41 @@ async def test_long_chunk_pauses_between_slices_if_others_compute(sleeps: list[f
     assert runtime.rows.count(1) == SLICES
     own = [seconds for seconds in sleeps if seconds >= module.MIN_YIELD_S]
     assert len(own) >= SLICES - 3, "it pauses as soon as others compute too"
+
+
+class Blocking(Summing):
+    """A runtime whose calls of `steps` steps end once `released` is set."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._steps = steps
+        self.running, self.most_running = 0, 0
+        self.began, self.released = threading.Event(), threading.Event()
+
+    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        if rows.shape[1] == self._steps:
+            self.began.set()
+            self.released.wait()
+        self.running -= 1
+        return super().step(rows, lengths, states)
+
+
+async def test_a_call_whose_caller_is_cancelled_runs_alone_to_its_end() -> None:
+    compute, runtime = Compute(), Blocking(steps=4)
+    # The first call of a size is timed in the thread; this size runs on the loop from now on.
+    await infer(compute, runtime, 1)
+    cancelled = asyncio.create_task(infer(compute, runtime, 4))
+    await asyncio.to_thread(runtime.began.wait)
+    cancelled.cancel()
+    await asyncio.wait({cancelled})
+    other = asyncio.create_task(infer(compute, runtime, 1))
+    await asyncio.sleep(0)
+    runtime.released.set()
+    assert (await other).states.tolist() == [[1]]
+    compute.close()
+    assert runtime.most_running == 1
 
 
 class Overflowing(Summing):
