@@ -13,9 +13,11 @@ from models.artifact.artifact import Artifact, write_artifact
 from models.networks.attention import BLOCK_STEPS
 from models.networks.build import StepNetwork
 from models.spec.model import parse_spec
+from service.engine.runtimes import tensorflow
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import RUNTIMES, open_runtime
 from tests.models.networks.long_attention import (
+    MOST_STEPS,
     SPEC,
     make_artifact,
     rows_of,
@@ -26,6 +28,14 @@ from tests.models.networks.long_attention import (
 from tests.models.networks.running import network_of
 from tests.support.oracle import contracting_weights, joined, oracle_step
 from tests.support.stepping import step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program() -> Iterator[None]:
+    """TensorFlow compiles one program per network, not four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorflow, "ROWS_AT", {MOST_STEPS: (1,)})
+        yield
 
 
 @pytest.fixture(scope="module")
