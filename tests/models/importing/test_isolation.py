@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ from keras import layers as kl
 
 from models.artifact.artifact import load_artifact
 from models.errors import ImportedModelError
-from models.importing import isolation
+from models.importing import isolation, worker
 from models.importing.isolation import Limits
 from models.importing.keras_model import import_keras_model
 from tests.models.importing.hostile import recurrent, save_edited, two_models
@@ -55,7 +56,15 @@ def test_import_packages_the_model(tmp_path: Path) -> None:
     assert origin["verified"]["largest_difference"] == report.largest_difference
 
 
-def test_errors_name_the_original_file(tmp_path: Path) -> None:
+def test_errors_name_the_original_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's part runs in this process: starting Keras in another takes seconds."""
+
+    def convert_here(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
+        with monkeypatch.context() as patch:
+            patch.chdir(copy.parent)
+            worker._convert({**task, "file": copy.name, "where": str(path)})
+
+    monkeypatch.setattr(isolation, "_run", convert_here)
     path = two_models(tmp_path / "m.hdf5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
     assert import_failure(path).startswith(f"{path}: the model has unsupported layers:")
 
