@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,10 +43,25 @@ def latch_frame(streams: int = 24, seed: int = 0) -> pl.DataFrame:
 LSTM: dict[str, Any] = {"kind": "lstm", "units": 8}
 
 
+HEADS: dict[str, dict[str, Any]] = {
+    "up": {"kind": "classification", "name": "up", "target": "mark", "above": 0.0},
+    "next": {"kind": "forecast", "name": "next", "targets": ["noise"]},
+    "odd": {"kind": "anomaly", "name": "odd", "targets": ["noise", "kind"]},
+}
+
+
 def latch_spec(
-    *, dropout: float = 0.1, recurrent: dict[str, Any] = LSTM, **training: Any
+    *,
+    dropout: float = 0.1,
+    recurrent: dict[str, Any] = LSTM,
+    heads: Iterable[str] = HEADS,
+    **training: Any,
 ) -> ModelSpec:
-    """Reads noise and flag, never the mark itself, and forecasts the mark's sign."""
+    """Reads noise and flag, never the mark itself, and forecasts the mark's sign.
+
+    Args:
+        heads: names of its heads; one alone is traced in two thirds of the time of all.
+    """
     return parse_spec(
         {
             "name": "latch",
@@ -62,11 +78,7 @@ def latch_spec(
                 recurrent,
                 {"kind": "dropout", "rate": dropout},
             ],
-            "heads": [
-                {"kind": "classification", "name": "up", "target": "mark", "above": 0.0},
-                {"kind": "forecast", "name": "next", "targets": ["noise"]},
-                {"kind": "anomaly", "name": "odd", "targets": ["noise", "kind"]},
-            ],
+            "heads": [HEADS[name] for name in heads],
             "training": {
                 "stream": "id",
                 "validate_from": "1970-01-01T16:00:00Z",

@@ -75,8 +75,8 @@ def test_the_merged_network_outputs_the_mean_of_its_members(layers, count):
         for seed in range(count)
     ]
     assert spec.events is not None
-    rows = streams.encoded(spec.events)[:12].reshape(2, 6, -1)
-    lengths = np.array([6, 4], np.int32)
+    rows = streams.encoded(spec.events)[:8].reshape(2, 4, -1)
+    lengths = np.array([4, 3], np.int32)
     raw: dict[str, list[np.ndarray]] = {head.name: [] for head in spec.heads}
     for weights in members:
         network = StepNetwork(spec)

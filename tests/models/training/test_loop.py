@@ -22,7 +22,8 @@ Arrays = dict[str, NDArray[Any]]
 
 def loop_of(*, dropout: float = 0.0, **training: Any) -> Loop:
     """A loop over a network that is small to compile."""
-    spec = latch_spec(dropout=dropout, recurrent={"kind": "lstm", "units": 2}, **training)
+    lstm = {"kind": "lstm", "units": 2}
+    spec = latch_spec(dropout=dropout, recurrent=lstm, heads=["up"], **training)
     streams = streams_of(spec, latch_frame())
     fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
     return Loop(fitted, plan_of(fitted, streams, {}, 16 * HOUR_MS, 22 * HOUR_MS), 1)
