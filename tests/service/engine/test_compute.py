@@ -147,16 +147,16 @@ async def test_a_call_whose_caller_is_cancelled_runs_alone_to_its_end() -> None:
 
 
 class Overflowing(Summing):
-    """A runtime with non-finite outputs in one call, and finite states."""
+    """A runtime with one other output in one call, by default one that is not finite."""
 
-    def __init__(self, call: int) -> None:
+    def __init__(self, call: int, output: float = np.inf) -> None:
         super().__init__()
-        self._call = call
+        self._call, self._output = call, output
 
     def step(self, rows: Any, lengths: Any, states: Any) -> Any:
         outputs, after = super().step(rows, lengths, states)
         if len(self.rows) == self._call:
-            outputs[0, 0] = np.inf
+            outputs[0, 0] = self._output
         return outputs, after
 
 
@@ -169,3 +169,10 @@ async def test_non_finite_outputs_are_detected_in_every_slice(call: int) -> None
     assert not finite
     assert not np.isfinite(outputs[0]).all()
     assert np.isfinite(states).all()
+
+
+async def test_finite_outputs_whose_squares_overflow_are_accepted_without_a_warning() -> None:
+    compute = Compute()
+    inferred = await infer(compute, Overflowing(1, 1e30), 1)
+    compute.close()
+    assert inferred.finite
