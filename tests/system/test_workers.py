@@ -212,8 +212,11 @@ def test_workers_are_forks_that_share_only_the_port(
     parent = psutil.Process(service.process.pid)
     for pid in _live_workers(service):
         assert psutil.Process(pid).cmdline() == parent.cmdline()
-        (shared,) = _files(parent.pid) & _files(pid)
+        ours, theirs = _files(parent.pid), _files(pid)
+        (shared,) = ours & theirs
         assert shared[0].startswith("socket:")
+        # heartbeats, and one end of a pipe in each by which it notices the end of the other
+        assert len({name for name, _ in ours} & {name for name, _ in theirs}) == 1 + 3
 
 
 def _files(pid: int) -> set[tuple[str, str]]:
