@@ -246,6 +246,8 @@ class Batcher(Generic[P, R]):
             return await ticket.future
         except asyncio.CancelledError:
             self.cancel(*ticket.jobs)
+            # which refer to the ticket, and whose results no one sets any more
+            ticket.jobs.clear()
             raise
 
     async def drain(self, timeout_s: float) -> None:

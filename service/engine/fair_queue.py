@@ -155,7 +155,7 @@ class Ticket(Generic[P, R]):
     """The results of one or more jobs, for a caller that awaits them together.
 
     Attributes:
-        jobs: the admitted ones, until they are resolved: each refers to its ticket.
+        jobs: the admitted ones, until they are resolved or cancelled: each refers to its ticket.
         future: completes with all results, in the order of the specifications.
     """
 

@@ -32,18 +32,27 @@ async def test_jobs_queued_during_a_batch_form_the_next_batch() -> None:
     assert runs.batches == [["a"], ["b", "c", "d"]]
 
 
-async def test_answered_request_of_many_jobs_is_freed_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["answered", "cancelled"])
+async def test_request_of_many_jobs_is_freed_without_the_garbage_collector(
+    is_cancelled: bool,
+) -> None:
     class Payload(str):
         """Can be referenced weakly."""
 
     runs = Runs()
-    runs.gate.set()
     async with batching(runs) as batcher:
         requests = [JobSpec(Payload(name), name, 1) for name in "ab"]
         freed = [weakref.ref(each.payload) for each in requests]
         gc.disable()
         try:
-            assert await batcher.submit(requests) == ["A", "B"]
+            request = asyncio.create_task(batcher.submit(requests))
+            await runs.wait_for_batches(1)
+            if is_cancelled:
+                request.cancel()
+            runs.gate.set()
+            await asyncio.wait({request})
+            assert request.cancelled() or request.result() == ["A", "B"]
+            del request
             requests.clear()
             runs.batches.clear()
             await turns()
