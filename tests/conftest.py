@@ -6,9 +6,11 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -43,6 +45,9 @@ structlog.configure([*_PROCESSORS[:-1], _RENDERER])
 metadata.version = cache(metadata.version)
 # What is imported and collected is never garbage.
 gc.disable()
+# httpcore tries to import it at each request: a search of all folders if it is not installed.
+if find_spec("sniffio") is None:
+    sys.modules["sniffio"] = None  # type: ignore[assignment]
 # Tests start more than a hundred services.
 Service.forks = True
 

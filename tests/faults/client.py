@@ -30,7 +30,7 @@ _LONGEST = 32
 _DUPLICATES, _DEADLINES, _EXPIRIES = 0.12, 0.2, 0.5
 """Shares: of chunks sent to two workers at once, of attempts with a deadline, and of removals by
 expiry."""
-_SHORT_LIVED_REMOVALS, _SHORT_LIVED_REST_S = 0.04, 0.4
+_SHORT_LIVED_REMOVALS, _SHORT_LIVED_REST_S = 0.04, 0.8
 _PAUSE_S = 0.06
 _SHORTEST_DEADLINE_S = 0.01
 _UNEXPECTED_KEPT = 20

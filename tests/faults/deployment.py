@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import secrets
 import tempfile
 from collections.abc import AsyncIterator
@@ -16,7 +15,6 @@ from tests.faults import network
 from tests.faults.stores import WORKERS, ClusterStore, SingleStore, has_connection, make_store
 from tests.faults.traffic import FaultProxy, Traffic
 from tests.faults.transports import TRANSPORTS, WorkerClient
-from tests.support.machine import REPOSITORY
 from tests.support.proxy import Connection, Target
 from tests.support.service import Service
 
@@ -140,7 +138,7 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
         settings["CARRY_DURABILITY"] = "replicated"
     if options.plant is not None:
         settings["PLANTED_BUG"] = options.plant
-        settings["PYTHONPATH"] = f"{_PLANTED_BUGS}{os.pathsep}{REPOSITORY}"
+        settings["PYTHONPATH"] = str(_PLANTED_BUGS)
     async with AsyncExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="carry-faults-", ignore_cleanup_errors=True)
         folder = Path(stack.enter_context(temporary))

@@ -20,13 +20,14 @@ class Result:
     stderr: str
 
 
-def carry(*words: str | Path, data: bytes = b"") -> Result:
-    """Run a command with `data` as its standard input."""
+def carry(*words: str | Path, data: bytes = b"", **environment: str) -> Result:
+    """Run a command with `data` as its standard input, and further variables."""
     with ExitStack() as stack:
         stdin, stdout, stderr = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
         stdin.write(data)
         stdin.seek(0)
-        fork = Fork([COMMAND, *map(str, words)], os.environ, [stdin, stdout, stderr], os.getcwd())
+        command, variables = [COMMAND, *map(str, words)], {**os.environ, **environment}
+        fork = Fork(command, variables, [stdin, stdout, stderr], os.getcwd())
         exit_code = fork.wait(60)
         # the file's position is the command's too
         stdout.seek(0)

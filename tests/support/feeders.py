@@ -14,7 +14,7 @@ from tests.support.servers import until
 CLIENTS = 4
 PROBE = {"inputs": [[0.5] * 3] * 2}
 """A chunk of the model `probe`."""
-PACE_S = 0.02
+PACE_S = 0.05
 """Pause between chunks: the tests are about requests during a restart, not about load."""
 
 

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.support.command import Result, carry
 from tests.support.servers import RealServer, real_server
 from tests.support.service import Service
 
 pytestmark = pytest.mark.usefixtures("model_dir")
 
 
-def serve(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `carry serve` to its end."""
-    inherited = {name: value for name, value in os.environ.items() if name[:6] != "CARRY_"}
-    return subprocess.run(
-        [sys.executable, "-m", "service.cli", "serve", *options],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**inherited, **environment},
-        check=False,
-    )
+serve = partial(carry, "serve")
 
 
-def last_line(done: subprocess.CompletedProcess[str]) -> str:
+def last_line(done: Result) -> str:
     """The line that ends a failed start; a traceback is never it."""
-    assert done.returncode == 1, done.stderr
+    assert done.exit_code == 1, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
 
@@ -110,7 +99,7 @@ def test_a_store_that_may_evict_is_reported(evicting: RealServer, model_dir: Pat
 def test_a_password_is_not_shown(url: str, last: str) -> None:
     done = serve("--port", "0", "--redis-url", url, CARRY_STORE_WAIT_S="0.1")
     for part in ("hush", "hu#", "#sh", "'hu'"):
-        assert part not in done.stderr + done.stdout
+        assert part not in done.stderr + done.stdout.decode()
     assert last in last_line(done)
 
 
