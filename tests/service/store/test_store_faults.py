@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
@@ -11,8 +12,10 @@ import pytest
 import uvloop
 
 from service.core.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
+from service.core.values import StreamKey
 from service.store.base import Committed, Conflicted, StateStore
 from service.store.open import open_store
+from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.proxy import LossyPath
 from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until
@@ -409,4 +412,20 @@ async def test_a_cluster_node_under_a_single_address_is_rejected(kind: str) -> N
         store = open_store(StoreSettings(node.url))
         with pytest.raises(StoreRefused, match="cluster"):
             await store.start()
+        await store.close()
+
+
+async def test_a_call_ends_at_its_deadline_while_an_earlier_call_waits_longer() -> None:
+    """One timer serves all calls, so a later call may have the earlier deadline."""
+    store, key = RedisStore(StoreSettings("redis://127.0.0.1:1", wait_s=60)), StreamKey("m", "s")
+    waiting = asyncio.create_task(store.load([key], time.monotonic() + 60))
+    try:
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            with pytest.raises(StoreUnavailable):
+                await store.load([key], time.monotonic() + 0.02)
+        assert not waiting.done()
+    finally:
+        waiting.cancel()
+        await asyncio.wait([waiting])
         await store.close()
