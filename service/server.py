@@ -1,9 +1,9 @@
 """`carry serve`: the parent process, which owns the port, the embedded store and the workers.
 
 With one worker the service runs in this process (`single_worker`); with several, a pool keeps that
-many child processes on the one listening socket (`worker_pool`), forks of this process, which
-imports what they need and opens none of it. The embedded store belongs to the parent, so that all
-workers share it and it survives each of them.
+many child processes on the one listening socket (`worker_pool`). On Linux they are forks of this
+process, which imports the application and the runtime but loads no model. The embedded store
+belongs to the parent, so that all workers share it and it survives each of them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ WORKER_MODULES = (
     "uvicorn.loops.uvloop",
     "uvicorn.middleware.message_logger",
 )
-"""What a worker imports, except the runtimes and what few settings need."""
+"""Modules that every worker imports, beside its runtime; few settings need others."""
 
 
 class CannotServeError(Exception):
@@ -175,13 +175,13 @@ def _run(
 
 
 def import_for_workers(runtime: str) -> None:
-    """Import what workers need, which are forks of this process."""
+    """Import what the workers need, before they are forked from this process."""
     for name in WORKER_MODULES:
         import_module(name)
     # a worker reports a runtime that is missing
     with suppress(ModuleNotFoundError):
         import_runtime(ONNXRUNTIME if runtime == AUTO else runtime)
-    # no garbage: a collection in a worker would write to these objects, and so copy their memory
+    # a collection in a worker would write to the objects that it visits, and so copy their memory
     gc.freeze()
 
 

@@ -11,10 +11,10 @@ V = TypeVar("V")
 
 
 class Memo(dict[K, V]):
-    """The results of a function by its argument: `memo[argument]` calls it once.
+    """The results of a function by its argument: `memo[argument]` calls the function once.
 
-    A hit takes a tenth of the instructions of one in `functools.lru_cache`. A full memo is emptied,
-    which costs no more than the misses that have filled it.
+    A hit takes a tenth of the instructions of a hit in `functools.lru_cache`. A full memo is
+    emptied: to fill it again costs no more than the misses that filled it.
 
     Args:
         max_size: most results that are kept.

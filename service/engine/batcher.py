@@ -66,7 +66,7 @@ ITEMS_PER_PART: Final = 128
 and one for the next."""
 
 _EAGER_START: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-"""The task of a batch runs at once until it waits, where Python can do that."""
+"""Where Python supports it, the task of a batch runs at once, until it first waits."""
 
 log = structlog.get_logger(__name__)
 
@@ -246,7 +246,7 @@ class Batcher(Generic[P, R]):
             return await ticket.future
         except asyncio.CancelledError:
             self.cancel(*ticket.jobs)
-            # which refer to the ticket, and whose results no one sets any more
+            # the jobs refer to the ticket, and no last result will clear them
             ticket.jobs.clear()
             raise
 
@@ -423,7 +423,7 @@ class Batcher(Generic[P, R]):
         work: Awaitable[Sequence[Job[P, R]]],
         running: set[BatchControl],
     ) -> None:
-        """Start the task of a batch, which is one of `running` until it ends."""
+        """Start the task of a batch, which is in the set `running` until the task ends."""
         running.add(batch)
         loop = asyncio.get_running_loop()
         batch.task = asyncio.Task(self._finish(batch, work, running), loop=loop, **_EAGER_START)

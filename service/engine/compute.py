@@ -90,18 +90,18 @@ class Compute:
     async def run(self, call: Callable[[], T]) -> T:
         """Run one call in the compute thread."""
         loop = asyncio.get_running_loop()
-        called = self._executor.submit(call)
+        future = self._executor.submit(call)
         self._in_thread += 1
         try:
-            return await asyncio.wrap_future(called)
+            return await asyncio.wrap_future(future)
         finally:
-            if called.done():
-                self._in_thread -= 1
+            if future.done():
+                self._note_call_ended()
             else:
-                # the caller is cancelled, and the call that it has begun goes on
-                called.add_done_callback(lambda _: loop.call_soon_threadsafe(self._leave_thread))
+                # the caller was cancelled, but its call continues in the thread
+                future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._note_call_ended))
 
-    def _leave_thread(self) -> None:
+    def _note_call_ended(self) -> None:
         self._in_thread -= 1
 
     def infer(
@@ -216,7 +216,7 @@ def _call(
 
 def _is_finite(values: FloatRows | FloatBatch) -> bool:
     """Whether every number is finite."""
-    # for a few hundred numbers cheaper than `all`, whose method is in Python, or a dot product
+    # for a few hundred numbers cheaper than a dot product, or `all`, which NumPy wraps in Python
     return b"\0" not in np.isfinite(values).tobytes()
 
 

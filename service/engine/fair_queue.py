@@ -182,12 +182,12 @@ Work = Coroutine[Any, Any, Sequence[Job[Any, Any]]]
 
 
 class BatchControl:
-    """A running batch, and what it can ask of the batcher: release streams early, detach jobs.
+    """A running batch; with it, the batch releases streams early and detaches jobs.
 
     Attributes:
-        jobs: those that are not detached.
-        held: the streams that are not released.
-        task: which runs it, once it is started.
+        jobs: the jobs that are not detached.
+        held: the streams that it holds: their next jobs wait until they are released.
+        task: runs it; None before the start.
         is_long: whether it occupies the slot of a long job.
     """
 
@@ -428,7 +428,7 @@ class FairQueue(Generic[P, R]):
         """Take the jobs of the next batch and hold their streams; empty if none may run.
 
         Args:
-            expire: called with a job before it is taken; drops it by returning True.
+            expire: called with a job before it is taken; if it returns True, the job is dropped.
             long_ones: whether long jobs may be taken too.
         """
         max_rows, max_padded, long_steps = self._limits

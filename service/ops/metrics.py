@@ -71,13 +71,13 @@ _STATISTICS = (
 
 
 class _PendingValues(msgspec.Struct):
-    """What was recorded of one model and its metrics do not contain yet.
+    """What was recorded for one model and is not yet in its metrics.
 
     Attributes:
-        chunks: for committed chunks of one batch, their steps, how long each was queued, and the
-            times that they share.
-        lookups: hits and misses of one batch in the cache of states.
-        calls: of each call of the runtime, rows, steps, padded steps and seconds.
+        chunks: for the committed chunks of each batch, the sum of their steps, how long each was
+            queued, and the times that they share.
+        lookups: for each batch, its hits and misses in the state cache.
+        calls: for each call of the runtime, its rows, steps, padded steps and seconds.
     """
 
     chunks: list[tuple[int, Sequence[float], Timing]]
@@ -387,18 +387,18 @@ def codes_of(kind: type[CarryError]) -> set[str]:
 
 
 def share_metrics(directory: str) -> None:
-    """Store the metrics of this process and its children in files of a directory, which each of
-    them reads; before the first metric."""
+    """Store the metrics of this process and its children in files of one directory, from which any
+    of them can report all; call it before the first metric is made."""
     os.environ[MULTIPROCESS_DIR] = directory
-    # the library has read the environment when it was imported
+    # the library read the environment when it was imported
     prometheus_values.ValueClass = MultiProcessValue()
 
 
 class WorkerRestarts:
     """Counts the restarts of workers, in the process that starts them.
 
-    That process serves no metrics: it counts in a file of its own beside those of the workers, by a
-    class of values that forks of it do not use. A service that started with one worker has no such
+    That process serves no metrics: it counts in a file of its own beside those of the workers, with
+    a class of values that its forks do not use. A service that started with one worker has no such
     folder, and nothing reads its count.
     """
 

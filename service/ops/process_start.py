@@ -3,9 +3,9 @@
 A fork has what its parent has imported, in memory that both share until one of them changes it. The
 parent must not have another thread, since a lock that it holds would stay locked in the child. A
 fork keeps no descriptor of its parent but those that it is given, and receives no signal before it
-has handlers of its own (`accept_signals`): until then the parent's are installed.
+has handlers of its own (`unblock_signals`): until then the parent's are installed.
 
-A new interpreter is for a parent that has threads, and for other systems than Linux, of which some
+A new interpreter is for a parent that has threads, and for systems other than Linux, where some
 libraries do not support forks.
 """
 
@@ -25,14 +25,16 @@ SIGHUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
 
 CAN_FORK: Final = sys.platform == "linux"
 
-
 WithoutThreads = Callable[[], AbstractContextManager[bool]]
-"""Ends the other threads of a process for a block, and yields whether it has; after the block they
-continue."""
+"""Ends the other threads of a process for the time of a block, and yields whether they have ended;
+starts them again after the block."""
 
 
 class StartProcess(Protocol):
-    """Starts a process that runs `main` with the arguments, which own the open `files`.
+    """Starts a process that runs `main` with the arguments.
+
+    Args:
+        files: descriptors of the open files that the arguments use, which a fork keeps.
 
     Returns:
         None if no process can be started now.
@@ -54,7 +56,8 @@ class Fork:
     """Forks this process; for its main thread.
 
     Args:
-        without_threads: of this process; by default it has none but the main thread.
+        without_threads: keeps this process without other threads during a fork; the default is
+            for a process that has none.
     """
 
     def __init__(self, without_threads: WithoutThreads = lambda: nullcontext(True)):
@@ -72,21 +75,21 @@ class Fork:
                 others.pop(file, None)
             context = multiprocessing.get_context("fork")
             process = context.Process(target=_run_fork, args=(others, main, *arguments))
-            signal.pthread_sigmask(signal.SIG_BLOCK, _signals())
+            signal.pthread_sigmask(signal.SIG_BLOCK, _blocked_signals())
             try:
                 process.start()
             finally:
-                accept_signals()
+                unblock_signals()
         return process
 
 
-def accept_signals() -> None:
-    """Receive the signals that a fork does not receive at first."""
+def unblock_signals() -> None:
+    """Receive the signals that are blocked while a process forks; a fork calls it too."""
     if CAN_FORK:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _blocked_signals())
 
 
-def _signals() -> set[signal.Signals]:
+def _blocked_signals() -> set[signal.Signals]:
     return {signal.SIGTERM, signal.SIGINT, *([] if SIGHUP is None else [SIGHUP])}
 
 
@@ -106,8 +109,9 @@ def _run_fork(
     """Main function of a fork.
 
     Args:
-        others: files of the parent to close. Their objects are not deleted as long as the fork
-            runs: they belong to the parent's calls, of which this one is the innermost.
+        others: files of the parent to close. The objects that own them are never deleted in the
+            fork, which would close descriptors again: the frames of the parent's calls, below this
+            one on the stack, refer to them.
     """
     for descriptor, file in others.items():
         # multiprocessing may close one before it forks, and use its number for its own pipes

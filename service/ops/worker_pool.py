@@ -169,7 +169,7 @@ class WorkerPool:
         yield from self._draining
 
     def _start(self) -> Worker | None:
-        """Start a worker; None if that is not possible now: it is tried again soon."""
+        """Start a worker; None if no process can be started now, which is tried again soon."""
         used = self._used_indexes()
         index = next(index for index in range(len(self._loads)) if index not in used)
         worker_load = WorkerLoad(self._loads, index, self._fill)
@@ -290,7 +290,7 @@ class _Slot:
     """One slot of the pool.
 
     Attributes:
-        worker: None until a failed worker is restarted.
+        worker: None until one can be started, or until one that exited is restarted.
         replacement: the worker that takes over once it is ready.
         has_ended: whether a worker of the slot has exited.
         failures: consecutive exits before `BACKOFF_RESET_S`.

@@ -27,14 +27,14 @@ from service.engine.runtimes.loading import RuntimeUnavailableError
 from service.ops.connection_balance import WorkerLoad
 from service.ops.graceful_server import SIGRETIRE, GracefulServer, Periods
 from service.ops.logs import flush_logs
-from service.ops.process_start import SIGHUP, StartProcess, accept_signals
+from service.ops.process_start import SIGHUP, StartProcess, unblock_signals
 from service.settings import SettingsError
 
 HEARTBEAT_INTERVAL_S: Final = 0.5
-"""Interval of a worker's heartbeats."""
+"""Interval of the heartbeats of a worker that is ready."""
 
 START_INTERVAL_S: Final = 0.05
-"""The same before it is ready, which the parent should know soon."""
+"""Interval until the worker is ready: short, so that the parent soon knows that it is."""
 
 HEARTBEAT_TIMEOUT_S: Final = 30.0
 """A worker without a heartbeat for this long counts as hung and is killed. Long enough to compile a
@@ -140,7 +140,7 @@ def start_worker(
     periods: Periods,
     load: WorkerLoad,
 ) -> Worker | None:
-    """Start a worker; None if that is not possible now."""
+    """Start a worker; None if no process can be started now."""
     heartbeats, child_end = multiprocessing.Pipe(duplex=False)
     # Otherwise the pipe would stay open after the worker exits.
     with child_end:
@@ -166,7 +166,7 @@ def _run_worker(
     # The constructor has configured uvicorn's loggers in the parent process only.
     config.configure_logging()
     server = GracefulServer(config, _exit_process, periods, worker_load)
-    accept_signals()
+    unblock_signals()
     threading.Thread(
         target=_send_heartbeats, args=(server, heartbeats), name="carry-heartbeat", daemon=True
     ).start()
@@ -185,7 +185,7 @@ def _exit_process() -> NoReturn:
 
 
 def _send_heartbeats(server: GracefulServer, heartbeats: Connection[Any, Any]) -> None:
-    """Send heartbeats to the parent, whether this process is ready, until the parent has ended."""
+    """Send heartbeats until the parent ends, each with whether this process is ready; then stop."""
     parent = multiprocessing.parent_process()
     sentinels = [] if parent is None else [parent.sentinel]
     with suppress(OSError):

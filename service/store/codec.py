@@ -368,7 +368,7 @@ def read_streams(
 
 
 def pack_head(head: StreamHead | None) -> bytes:
-    """The 32 bytes of a head in a header; none if there is no head.
+    """The 32 bytes of a head in a header; empty if there is no head.
 
     Raises:
         CodecError: a value does not fit the layout.

@@ -98,8 +98,8 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
 
 
 def import_runtime(name: str) -> None:
-    """Import a runtime and its library, which opens nothing and starts no thread that would keep
-    this process from being forked.
+    """Import a runtime and its library. That opens no session and starts no threads, so that
+    this process can be forked afterwards.
 
     Raises:
         ModuleNotFoundError: the library is not installed.

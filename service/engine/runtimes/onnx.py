@@ -57,7 +57,7 @@ class OnnxRuntime:
         if graph is None:
             raise ArtifactError(f"{where}: no graph can represent it: {artifact.graphs.refused}")
         session = open_session(graph, threads, where)
-        # what wraps it in Python checks the inputs again, for a hundredth of a lone chunk's cost
+        # the session's Python wrapper checks the inputs again, which is 1 % of a lone chunk's cost
         self._run: Callable[..., Any] = getattr(session, "_sess", session).run
         blocks = artifact.spec.blocks
         self._window = 1 if blocks is None else blocks.window

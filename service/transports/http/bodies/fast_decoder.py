@@ -61,8 +61,8 @@ _MEMBERS: Final = _orders("inputs", "position", "epoch")
 _ITEM_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream")
 _NEAR_BEGIN_OF_ITEMS: Final = 512
 MAX_DOT: Final = 10_000
-"""Most numbers of a `dot` that OpenBLAS computes in the calling thread; waiting for others may take
-milliseconds."""
+"""Largest `dot` that OpenBLAS computes in the calling thread alone; waiting for its other threads
+may take milliseconds."""
 
 _LARGEST_SQUARES: Final = 1e76
 """A sum of squares below this has no member that overflows float32."""
@@ -109,7 +109,7 @@ class DecodedItem(DecodedChunk):
 UNDECIDED: Final = (
     UndecidedError, msgspec.MsgspecError, DataError, OverflowError, ValueError
 )  # fmt: skip
-"""What is raised for a body that the strict validator has to decide."""
+"""Errors that are raised for a body that only the strict validator can accept or reject."""
 
 
 class _Decoders(NamedTuple):
@@ -399,7 +399,7 @@ class FastDecoder:
         return parts
 
     def check_rows(self, packed: bytes) -> FloatRows:
-        """The rows [T, F] of packed ones; raises UndecidedError, DataError or ValueError."""
+        """Decode packed rows to [T, F]; raises UndecidedError, DataError or ValueError."""
         rows = np.frombuffer(packed, _F4).reshape(-1, self._features)
         # takes half the time of `all()`
         if np.count_nonzero(np.isfinite(rows)) != rows.size:

@@ -1,8 +1,8 @@
-"""Reader of the usual requests for many streams, chunks of rows: in one pass, few steps a chunk.
+"""Reader of requests for many streams whose chunks are rows: one pass over the body.
 
 In MessagePack the rows of a chunk are one string of bytes; in JSON simdjson reads them. Like the
 fast decoder, it accepts only what the strict validator accepts, with the same values, so what it
-does not accept is for another reader.
+does not accept is left to the other readers.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ MAX_HEADERS_BYTES: Final = 4096
 """Longer headers take the slow path; it bounds the memory of the cache of parsed headers."""
 
 CACHED_HEADERS: Final = 4096
-"""Most blocks of headers whose contents are cached: clients repeat them."""
+"""Most header blocks that are cached with their parsed contents, since clients repeat them."""
 
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/chunks"
 

@@ -17,8 +17,8 @@ PIECE_VALUES: Final = 4096
 """Values in one piece: some tens of kilobytes, encoded in a fraction of a millisecond."""
 
 LONG_VALUES: Final = {Media.JSON: 3 * PIECE_VALUES, Media.MSGPACK: 8 * PIECE_VALUES}
-"""Documents of more values are encoded in pieces; as many as these take less than 1.5 ms. A value
-takes less than a quarter of the time in MessagePack."""
+"""Documents of more values are encoded in pieces; one of this size takes less than 1.5 ms. In
+MessagePack a value takes less than a quarter of the time."""
 
 Elements = Sequence[Any] | NDArray[Any]
 
