@@ -39,7 +39,7 @@ from service.store.codec import (
     StateHeader,
     decode_stream,
     pack_head,
-    packed_head,
+    read_packed_head,
     read_streams,
 )
 
@@ -181,7 +181,7 @@ class ChunkLoader:
             if job.base is None:
                 uncached.append(job)
             else:
-                job.expected = packed_head(job.base.value)
+                job.expected = read_packed_head(job.base.value)
                 ready.append(job)
         self._recorder.record_cache_lookups(self._served.name, len(ready), len(uncached))
         if not uncached:
@@ -197,7 +197,7 @@ class ChunkLoader:
                 to_retry.append(job)
                 continue
             if stream and is_continuation(job.payload, stream.head, stream.feed):
-                job.base, job.expected = stream, packed_head(stream.value)
+                job.base, job.expected = stream, read_packed_head(stream.value)
                 ready.append(job)
                 continue
             try:

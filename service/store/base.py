@@ -29,7 +29,7 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.store.codec import CodecError, decode_state, packed_head, unpack_head
+from service.store.codec import CodecError, decode_state, read_packed_head, unpack_head
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
 from service.store.usage import StreamUsage
@@ -102,7 +102,7 @@ def state_damaged_error(key: StreamKey, error: CodecError, value: bytes) -> Stat
     damaged = StateDamaged(
         f"the stored state of stream {key.stream!r} is invalid: {error}", stream=key.stream
     )
-    damaged.head = unpack_head(packed_head(value))
+    damaged.head = unpack_head(read_packed_head(value))
     return damaged
 
 

@@ -389,7 +389,7 @@ def unpack_head(packed: bytes) -> StreamHead | None:
     return StreamHead(*_HEAD.unpack(packed)) if packed else None
 
 
-def packed_head(value: bytes) -> bytes:
+def read_packed_head(value: bytes) -> bytes:
     """The packed head of a stored value; padded with zeros if the value is damaged and too short.
 
     It identifies a damaged value well enough to delete this value and no other.

@@ -17,7 +17,7 @@ from service.store.codec import (
     TOMBSTONE_PREFIX,
     encode_tombstone,
     pack_head,
-    packed_head,
+    read_packed_head,
 )
 from service.store.outputs import OutputChannel
 from service.store.redis.commands import PendingCommand, Script
@@ -100,7 +100,7 @@ class StreamDeletion:
             # An earlier attempt may have deleted a stream and left a tombstone, which is replaced.
             may_have_deleted = may_have_deleted or outcome.is_retry
             header = outcome.value[1] if len(outcome.value) > 1 else None
-            condition = b"" if header is None else packed_head(header)[COMPARED]
+            condition = b"" if header is None else read_packed_head(header)[COMPARED]
             if attempts_left <= DELETE_ATTEMPTS // 2:
                 condition = condition[:EPOCH_BYTES]
             is_stream = header is not None and not header.startswith(TOMBSTONE_PREFIX)
@@ -126,7 +126,7 @@ class StreamDeletion:
             elif (
                 isinstance(outcome, Reply) and outcome.value[: len(TOMBSTONE_PREFIX)] not in absent
             ):
-                condition = packed_head(outcome.value)[COMPARED]
+                condition = read_packed_head(outcome.value)[COMPARED]
                 writes[key] = self._tombstone_command(key, condition)
         write_outcomes = await self._router.execute(
             *writes.values(), durably=True, deadline_s=deadline_s

@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 
 class ReplyLost(Exception):
-    """The command may have been executed: it was sent, and no reply tells.
+    """The command may have been executed: it was sent, and no reply says whether it was.
 
     Either no attempt was answered in time, or a later attempt was rejected, which says nothing
     about the earlier ones.

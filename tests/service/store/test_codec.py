@@ -27,7 +27,7 @@ from service.store.codec import (
     encode_state,
     encode_tombstone,
     pack_head,
-    packed_head,
+    read_packed_head,
     read_streams,
     unpack_head,
 )
@@ -128,7 +128,7 @@ def test_a_tombstone_round_trips_and_its_header_has_no_head(epoch: bytes) -> Non
     assert (len(value), value[:6], value[32:40]) == (HEADER_BYTES, TOMBSTONE_PREFIX, epoch)
     assert decode_state(value) == tombstone
     assert StateHeader.decode(value).is_tombstone
-    assert unpack_head(packed_head(value)) == tombstone.head
+    assert unpack_head(read_packed_head(value)) == tombstone.head
 
 
 @pytest.mark.parametrize(
