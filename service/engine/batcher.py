@@ -36,7 +36,6 @@ from service.core.errors import (
     ShuttingDown,
 )
 from service.engine.fair_queue import (
-    BatchControl,
     BatchLimits,
     DrainRate,
     FairQueue,
@@ -46,6 +45,7 @@ from service.engine.fair_queue import (
     P,
     R,
     Run,
+    RunningBatch,
     Ticket,
     Work,
 )
@@ -109,8 +109,8 @@ class Batcher(Generic[P, R]):
         self._queue: FairQueue[P, R] = FairQueue(limits)
         self._numbers = count()
         self._long = 0
-        self._batches: set[BatchControl] = set()
-        self._detached: set[BatchControl] = set()
+        self._batches: set[RunningBatch] = set()
+        self._detached: set[RunningBatch] = set()
         self._rate = DrainRate()
         self._admission = Admission(
             self._queue,
@@ -412,16 +412,16 @@ class Batcher(Generic[P, R]):
         self._last_rows = len(jobs)
         held = {job.key for job in jobs if job.key is not None}
         is_long = jobs[0].steps > self._limits.long_steps
-        batch = BatchControl(jobs, held, self._release_streams, self._detach, is_long=is_long)
+        batch = RunningBatch(jobs, held, self._release_streams, self._detach, is_long=is_long)
         self._long += is_long
         self._start_task(batch, self._run(jobs, batch), self._batches)
         return True
 
     def _start_task(
         self,
-        batch: BatchControl,
+        batch: RunningBatch,
         work: Awaitable[Sequence[Job[P, R]]],
-        running: set[BatchControl],
+        running: set[RunningBatch],
     ) -> None:
         """Start the task of a batch, which is in the set `running` until the task ends."""
         running.add(batch)
@@ -435,20 +435,20 @@ class Batcher(Generic[P, R]):
             backlog.note_release(time.monotonic())
             self._wake()
 
-    def _detach(self, batch: BatchControl, jobs: Sequence[Job[P, R]], work: Work) -> None:
+    def _detach(self, batch: RunningBatch, jobs: Sequence[Job[P, R]], work: Work) -> None:
         """Remove jobs from their batch, with the streams that it holds for them."""
         held = {job.key for job in jobs} & batch.held
         batch.held -= held
         removed = set(jobs)
         batch.jobs[:] = [job for job in batch.jobs if job not in removed]
-        detached = BatchControl(list(jobs), held, self._release_streams, self._detach)
+        detached = RunningBatch(list(jobs), held, self._release_streams, self._detach)
         self._start_task(detached, work, self._detached)
 
     async def _finish(
         self,
-        batch: BatchControl,
+        batch: RunningBatch,
         work: Awaitable[Sequence[Job[P, R]]],
-        running: set[BatchControl],
+        running: set[RunningBatch],
     ) -> None:
         """Await the work on a batch, then resolve or requeue its jobs and release its streams."""
         failure: CarryError | None = None

@@ -181,7 +181,7 @@ class Ticket(Generic[P, R]):
 Work = Coroutine[Any, Any, Sequence[Job[Any, Any]]]
 
 
-class BatchControl:
+class RunningBatch:
     """A running batch; with it, the batch releases streams early and detaches jobs.
 
     Attributes:
@@ -198,7 +198,7 @@ class BatchControl:
         jobs: list[Job[Any, Any]],
         held: set[Hashable],
         on_release: Callable[[Iterable[Hashable]], None],
-        on_detach: Callable[[BatchControl, Sequence[Job[Any, Any]], Work], None],
+        on_detach: Callable[[RunningBatch, Sequence[Job[Any, Any]], Work], None],
         *,
         is_long: bool = False,
     ):
@@ -224,7 +224,7 @@ class BatchControl:
         self._on_detach(self, jobs, work)
 
 
-Run = Callable[[list[Any], BatchControl], Awaitable[Sequence[Job[P, R]]]]
+Run = Callable[[list[Any], RunningBatch], Awaitable[Sequence[Job[P, R]]]]
 """Runs a batch: resolves its jobs, each of another stream, and returns those to be retried. May
 release a stream before it ends, once the stream's next job can be computed."""
 

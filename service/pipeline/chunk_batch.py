@@ -29,7 +29,7 @@ from service.core.errors import (
 from service.core.tracing import BatchTimes, Tracer
 from service.core.values import NO_STREAM, Reply, Timing
 from service.engine.compute import Compute
-from service.engine.fair_queue import BatchControl
+from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.chunk_load import ChunkLoader, StateCache, StoreResponsiveness
 from service.pipeline.inference import Inference
@@ -101,22 +101,22 @@ class ChunkBatchRunner:
         )
         self._infer = Inference(served, compute, recorder)
 
-    async def __call__(self, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
+    async def __call__(self, jobs: list[ChunkJob], batch: RunningBatch) -> list[ChunkJob]:
         """Run one batch and resolve its jobs; returns the jobs to be retried in a later batch."""
         times = StageTimes(time.monotonic())
         # the batcher removes jobs from its list that are detached
         jobs = list(jobs)
         if self._shards.unresponsive:
-            jobs = self._shards.detach_unresponsive(jobs, control)
+            jobs = self._shards.detach_unresponsive(jobs, batch)
         try:
-            ready, to_retry = await self._loader.evaluate(jobs, times, control)
+            ready, to_retry = await self._loader.evaluate(jobs, times, batch)
             computed = await self._infer(ready, times)
             if computed is not None and True in [job.payload.dry_run for job in computed.jobs]:
                 computed = self._answer_dry_runs(computed, times)
             if computed is not None and computed.jobs:
                 is_one_server = self._store.shard(computed.jobs[0].payload.key) is None
                 commit = self._commit if is_one_server else self._commit_shards
-                to_retry += await commit(computed, times, control)
+                to_retry += await commit(computed, times, batch)
         finally:
             if self._tracer is not None:
                 self._trace(self._tracer, jobs, times)
@@ -136,7 +136,7 @@ class ChunkBatchRunner:
         return computed.select(applied)
 
     async def _commit_shards(
-        self, computed: ComputedBatch, times: StageTimes, control: BatchControl
+        self, computed: ComputedBatch, times: StageTimes, batch: RunningBatch
     ) -> list[ChunkJob]:
         """Commit to all shards concurrently; returns the jobs to be retried."""
 
@@ -146,10 +146,10 @@ class ChunkBatchRunner:
             async def finish() -> list[ChunkJob]:
                 return self._fail_exhausted(await task)
 
-            self._shards.detach(shard, [computed.jobs[at] for at in part], control, finish())
+            self._shards.detach(shard, [computed.jobs[at] for at in part], batch, finish())
 
         async def commit(part: list[int]) -> list[ChunkJob]:
-            return await self._commit(computed.select(part), times, control)
+            return await self._commit(computed.select(part), times, batch)
 
         results = await self._shards.run_by_shard(
             list(range(len(computed.jobs))),
@@ -160,7 +160,7 @@ class ChunkBatchRunner:
         return [job for _, to_retry in results for job in to_retry]
 
     async def _commit(
-        self, computed: ComputedBatch, times: StageTimes, control: BatchControl
+        self, computed: ComputedBatch, times: StageTimes, batch: RunningBatch
     ) -> list[ChunkJob]:
         """Commit some jobs of a batch and answer them; returns the jobs to be retried."""
         began_s, jobs = time.monotonic(), computed.jobs
@@ -176,7 +176,7 @@ class ChunkBatchRunner:
         for job, head, value in zip(jobs, computed.heads, commits.states, strict=True):
             job.is_committing = True
             self._cache.put(job.payload.key, EncodedStream(head, job.payload.steps.feed, value))
-        control.release_streams(commits.keys)
+        batch.release_streams(commits.keys)
         self._responsiveness.note_request()
         try:
             results = await self._store.commit(commits, deadline_s)

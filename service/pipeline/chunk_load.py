@@ -27,7 +27,7 @@ from service.core.delivery import (
 from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, StoreUnavailable
 from service.core.values import Chunk, Reply, StreamKey, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
-from service.engine.fair_queue import BatchControl
+from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, StageTimes
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
@@ -167,7 +167,7 @@ class ChunkLoader:
         self._blocks = served.blocks
 
     async def evaluate(
-        self, jobs: list[ChunkJob], times: StageTimes, control: BatchControl
+        self, jobs: list[ChunkJob], times: StageTimes, batch: RunningBatch
     ) -> tuple[list[ChunkJob], list[ChunkJob]]:
         """Find the state that each chunk continues; answer the chunks to replay or reject.
 
@@ -186,7 +186,7 @@ class ChunkLoader:
         self._recorder.record_cache_lookups(self._served.name, len(ready), len(uncached))
         if not uncached:
             return ready, []
-        loaded = await self._shards.read(uncached, self._load, control)
+        loaded = await self._shards.read(uncached, self._load, batch)
         times.load_s = time.monotonic() - times.began_s
         replays: list[ChunkJob] = []
         to_retry: list[ChunkJob] = []
@@ -218,7 +218,7 @@ class ChunkLoader:
                 job.expected = pack_head(stored.head) if stored else b""
                 ready.append(job)
         if replays:
-            answered = await self._shards.read(replays, self._replay_all, control)
+            answered = await self._shards.read(replays, self._replay_all, batch)
             to_retry += [job for job, is_answered in answered if not is_answered]
         return ready, to_retry
 

@@ -16,7 +16,7 @@ from models.decoding.forecasts import Decoding, Forecast
 from service.core.errors import NotFinite
 from service.core.values import FloatRows
 from service.engine.compute import Compute, TimeSlicer
-from service.engine.fair_queue import BatchControl, Job
+from service.engine.fair_queue import Job, RunningBatch
 from service.engine.runtimes.base import Runtime
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
@@ -50,7 +50,7 @@ class ForecastRunner:
         self._compute = compute
         self._on_call = partial(recorder.record_runtime_call, served.name)
 
-    async def __call__(self, jobs: list[ForecastJob], control: BatchControl) -> list[ForecastJob]:
+    async def __call__(self, jobs: list[ForecastJob], batch: RunningBatch) -> list[ForecastJob]:
         """Decode the forecasts one after another and resolve their jobs."""
         for job in jobs:
             result = await self._decode(job)

@@ -15,7 +15,7 @@ import structlog
 from service.core.errors import CarryError, InternalError, NotFinite
 from service.core.values import Prediction, Steps, StreamState
 from service.engine.compute import Compute
-from service.engine.fair_queue import BatchControl, Job
+from service.engine.fair_queue import Job, RunningBatch
 from service.pipeline.recorder import Recorder
 from service.pipeline.segments import infer_segments
 from service.pipeline.served_model import Segment, ServedModel
@@ -45,7 +45,7 @@ class PredictRunner:
         self._compute = compute
         self._on_call = partial(recorder.record_runtime_call, served.name)
 
-    async def __call__(self, jobs: list[SequenceJob], control: BatchControl) -> list[SequenceJob]:
+    async def __call__(self, jobs: list[SequenceJob], batch: RunningBatch) -> list[SequenceJob]:
         """Run one batch and resolve its jobs."""
         encoded = [(job, parts) for job in jobs if (parts := await self._encode(job)) is not None]
         if not encoded:

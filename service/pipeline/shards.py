@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import StreamKey
-from service.engine.fair_queue import BatchControl
+from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob
 from service.store.base import StateStore
 
@@ -52,12 +52,12 @@ class Shards:
         """Whether detached work is waiting for the shard of a stream."""
         return bool(self.unresponsive) and self._store.shard(key) in self.unresponsive
 
-    def detach_unresponsive(self, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
+    def detach_unresponsive(self, jobs: list[ChunkJob], batch: RunningBatch) -> list[ChunkJob]:
         """Detach the jobs whose shards are unresponsive; returns the others."""
         responsive: list[ChunkJob] = []
         for shard, group in self._group_by_shard(jobs, lambda job: job.payload.key).items():
             if shard in self.unresponsive:
-                self.detach_until_answer(shard, group, control)
+                self.detach_until_answer(shard, group, batch)
             else:
                 responsive += group
         return responsive
@@ -66,7 +66,7 @@ class Shards:
         self,
         jobs: list[ChunkJob],
         read: Callable[[list[ChunkJob]], Coroutine[Any, Any, list[X]]],
-        control: BatchControl,
+        batch: RunningBatch,
     ) -> list[tuple[ChunkJob, X]]:
         """Read from every job's stream; jobs of shards that time out are detached.
 
@@ -76,7 +76,7 @@ class Shards:
 
         def on_timeout(shard: Hashable, group: list[ChunkJob], task: asyncio.Task[list[X]]) -> None:
             task.cancel()
-            self.detach_until_answer(shard, group, control)
+            self.detach_until_answer(shard, group, batch)
 
         if self._store.shard(jobs[0].payload.key) is None:
             return list(zip(jobs, await read(jobs), strict=True))
@@ -113,7 +113,7 @@ class Shards:
         return [(groups[shard], task.result()) for shard, task in tasks.items() if task.done()]
 
     def detach_until_answer(
-        self, shard: Hashable, jobs: list[ChunkJob], control: BatchControl
+        self, shard: Hashable, jobs: list[ChunkJob], batch: RunningBatch
     ) -> None:
         """Detach jobs until their shard answers, then requeue them.
 
@@ -129,13 +129,13 @@ class Shards:
                 )
             )
         if room:
-            self.detach(shard, jobs[:room], control, self._wait_for_answer(jobs[:room]))
+            self.detach(shard, jobs[:room], batch, self._wait_for_answer(jobs[:room]))
 
     def detach(
         self,
         shard: Hashable,
         jobs: list[ChunkJob],
-        control: BatchControl,
+        batch: RunningBatch,
         work: Coroutine[Any, Any, list[ChunkJob]],
     ) -> None:
         """Continue work on an unresponsive shard outside of its batch.
@@ -155,7 +155,7 @@ class Shards:
                 if not self.unresponsive[shard]:
                     del self.unresponsive[shard]
 
-        control.detach(jobs, counted())
+        batch.detach(jobs, counted())
 
     async def _wait_for_answer(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
         """Wait until the jobs' shard answers; returns the jobs to be retried."""

@@ -12,7 +12,7 @@ import pytest
 
 from service.core.errors import CarryError
 from service.engine.batcher import Batcher
-from service.engine.fair_queue import BatchControl, BatchLimits, Job, JobSpec
+from service.engine.fair_queue import BatchLimits, Job, JobSpec, RunningBatch
 from service.engine.policy import Admission, Rejection
 
 Jobs = list[Job[str, str]]
@@ -34,14 +34,14 @@ class Runs:
         self.gate = asyncio.Event()
         self._began = asyncio.Condition()
 
-    async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
+    async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
         """One batch."""
         async with self._began:
             self.batches.append([job.payload for job in jobs])
             self._began.notify_all()
         if self.releasing:
             for job in jobs:
-                control.release_streams([job.key])
+                batch.release_streams([job.key])
         await self.gate.wait()
         to_retry = [job for job in jobs if job.attempts < self.retries.get(job.payload, 0)]
         for job in jobs:

@@ -13,7 +13,7 @@ import structlog
 
 from service.core.errors import CarryError, InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
-from service.engine.fair_queue import BatchControl, BatchLimits, DrainRate, FairQueue, JobSpec
+from service.engine.fair_queue import BatchLimits, DrainRate, FairQueue, JobSpec, RunningBatch
 from service.engine.policy import MAX_DELAY_TURNS
 from tests.service.engine.batching import Jobs, Runs, batching, start, start_each, submit
 
@@ -101,8 +101,8 @@ async def test_no_linger_for_a_long_job_in_flight() -> None:
     runs, short = Runs(), Runs()
     short.gate.set()
 
-    async def run(jobs: Jobs, control: BatchControl) -> Jobs:
-        return await (runs if jobs[0].payload == "long" else short)(jobs, control)
+    async def run(jobs: Jobs, batch: RunningBatch) -> Jobs:
+        return await (runs if jobs[0].payload == "long" else short)(jobs, batch)
 
     async with asyncio.timeout(5), batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
         batcher._run = run
@@ -175,11 +175,11 @@ async def test_a_batch_does_not_release_a_stream_twice() -> None:
     runs = Runs()
     gates = {name: asyncio.Event() for name in ("a1", "a2")}
 
-    async def run(jobs: Jobs, control: BatchControl) -> Jobs:
+    async def run(jobs: Jobs, batch: RunningBatch) -> Jobs:
         name = jobs[0].payload
         if name == "a1":
-            control.release_streams(["same"])
-        again = await runs(jobs, control)
+            batch.release_streams(["same"])
+        again = await runs(jobs, batch)
         await gates.get(name, runs.gate).wait()
         return again
 
@@ -216,15 +216,15 @@ async def test_jobs_started_after_a_retried_one_are_out_of_order() -> None:
     gates = {name: asyncio.Event() for name in ("a1", "a2", "b")}
     began = {name: asyncio.Event() for name in gates}
 
-    async def run(jobs: Jobs, control: BatchControl) -> Jobs:
+    async def run(jobs: Jobs, batch: RunningBatch) -> Jobs:
         for job in jobs:
             seen[job.payload] = job
             began[job.payload].set()
-            control.release_streams([job.key])
+            batch.release_streams([job.key])
         gate = gates.get(jobs[0].payload)
         if gate is not None and not jobs[0].attempts:
             await gate.wait()
-        return await runs(jobs, control)
+        return await runs(jobs, batch)
 
     async with batching(runs, in_flight=3) as batcher:
         batcher._run = run
@@ -416,9 +416,9 @@ async def test_no_batch_is_formed_while_none_may_start(ready_counts: list[int]) 
 
 async def test_retried_short_job_runs_beside_a_long_one(ready_counts: list[int]) -> None:
     class LongOnesWait(Runs):
-        async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
+        async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
             if jobs[0].steps > 64:
-                return await super().__call__(jobs, control)
+                return await super().__call__(jobs, batch)
             self.batches.append([job.payload for job in jobs])
             again = [job for job in jobs if job.attempts < 1]
             for job in jobs:

@@ -10,7 +10,7 @@ import structlog
 
 from service.core.errors import CarryError, DeadlineExceeded, Overloaded, StoreRefused
 from service.engine.batcher import DEADLINE_GRACE_S, Batcher
-from service.engine.fair_queue import BatchControl, Job
+from service.engine.fair_queue import Job, RunningBatch
 from tests.service.engine.batching import Jobs, Runs, batching, start, start_each, submit
 from tests.support.servers import until_async
 
@@ -130,7 +130,7 @@ class Paced(Runs):
     def monotonic(self) -> float:
         return self.now_s
 
-    async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
+    async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
         self.now_s += 0.4
         if self._free:
             self._free -= 1
@@ -138,7 +138,7 @@ class Paced(Runs):
             for job in jobs:
                 job.resolve(job.payload.upper())
             return []
-        return await super().__call__(jobs, control)
+        return await super().__call__(jobs, batch)
 
 
 async def fill(batcher: Batcher[str, str], runs: Runs, jobs: int, batches: int) -> list[object]:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from service.core.errors import DeadlineExceeded, InternalError, ShuttingDown
-from service.engine.fair_queue import BatchControl
+from service.engine.fair_queue import RunningBatch
 from tests.service.engine.batching import Jobs, Runs, batching, start, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import soon
@@ -24,11 +24,11 @@ class Detaching(Runs):
         super().__init__()
         self.fails: Exception | None = None
 
-    async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
+    async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
         self.batches.append([job.payload for job in jobs])
         late = [job for job in jobs if job.payload.startswith("late") and not job.attempts]
         if late:
-            control.detach(late, self._wait(late))
+            batch.detach(late, self._wait(late))
         for job in jobs:
             if job not in late:
                 job.resolve(job.payload.upper())
@@ -99,13 +99,13 @@ async def test_job_after_a_retried_detached_job_is_out_of_order() -> None:
     runs, seen = Detaching(), {}
     hold = asyncio.Event()
 
-    async def run(jobs: Jobs, control: BatchControl) -> Jobs:
+    async def run(jobs: Jobs, batch: RunningBatch) -> Jobs:
         (job,) = jobs
         seen[job.payload] = job
-        control.release_streams([job.key])
+        batch.release_streams([job.key])
         if job.payload == "next":
             await hold.wait()
-        return await runs(jobs, control)
+        return await runs(jobs, batch)
 
     async with batching(runs, in_flight=2) as batcher, asyncio.timeout(5):
         batcher._run = run

@@ -13,10 +13,10 @@ import pytest
 
 from service.engine.fair_queue import (
     MAX_SKIPPED,
-    BatchControl,
     BatchLimits,
     FairQueue,
     Job,
+    RunningBatch,
     Work,
 )
 
@@ -302,10 +302,10 @@ async def test_invariants(seed: int) -> None:
 def test_a_batch_releases_only_streams_that_it_holds_and_in_their_order() -> None:
     released: list[Hashable] = []
 
-    def detach(batch: BatchControl, jobs: Sequence[Job[Any, Any]], work: Work) -> None:
+    def detach(batch: RunningBatch, jobs: Sequence[Job[Any, Any]], work: Work) -> None:
         raise AssertionError("nothing is detached")
 
-    control = BatchControl([], {*"abcd"}, released.extend, detach)
-    control.release_streams("cxa")
-    control.release_streams("abcd")
+    batch = RunningBatch([], {*"abcd"}, released.extend, detach)
+    batch.release_streams("cxa")
+    batch.release_streams("abcd")
     assert released == [*"ca", *"bd"]

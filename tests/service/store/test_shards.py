@@ -15,7 +15,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Reply
-from service.engine.fair_queue import BatchControl, Work
+from service.engine.fair_queue import RunningBatch, Work
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_job import ChunkJob
 from service.pipeline.pipeline import Pipeline
@@ -96,10 +96,10 @@ async def test_an_unresponsive_shard_holds_no_batch_slots(
     attempts, run = set(), ChunkBatchRunner.__call__
 
     async def noting(
-        self: ChunkBatchRunner, jobs: list[ChunkJob], control: BatchControl
+        self: ChunkBatchRunner, jobs: list[ChunkJob], batch: RunningBatch
     ) -> list[ChunkJob]:
         attempts.update(job.attempts for job in jobs)
-        return await run(self, jobs, control)
+        return await run(self, jobs, batch)
 
     monkeypatch.setattr(ChunkBatchRunner, "__call__", noting)
     rows = rows_of(np.random.default_rng(56), 8)
@@ -170,7 +170,7 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
     tasks: list[asyncio.Task[None]] = []
     gate = asyncio.Event()
 
-    def detach(_: BatchControl, jobs: Sequence[ChunkJob], work: Work) -> None:
+    def detach(_: RunningBatch, jobs: Sequence[ChunkJob], work: Work) -> None:
         tasks.append(asyncio.create_task(resolved(work)))
 
     async def resolved(work: Work) -> None:
@@ -188,10 +188,10 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
         return [ChunkJob(each, each.key, 1, 0, 0.0, math.inf, ignore) for each in chunks]
 
     shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
-    control = BatchControl([], set(), lambda _: None, detach)
-    shards.detach("shard", jobs(3), control, commit())
+    batch = RunningBatch([], set(), lambda _: None, detach)
+    shards.detach("shard", jobs(3), batch, commit())
     late = jobs(4)
-    shards.detach_until_answer("shard", late, control)
+    shards.detach_until_answer("shard", late, batch)
     assert all(job.is_resolved for job in late)
     gate.set()
     await asyncio.gather(*tasks)
