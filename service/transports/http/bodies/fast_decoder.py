@@ -244,7 +244,7 @@ class JsonRowsDecoder:
             return None
         flat = np.frombuffer(numbers, _F8)
         run, is_short = self._ignoring_overflow.run, flat.size <= MAX_DOT
-        squares: Any = run(flat.dot, flat) if is_short else run(np.square, flat).sum()
+        squares: Any = run(flat.dot, flat) if is_short else run(np.add.reduce, run(np.square, flat))
         if not squares < _LARGEST_SQUARES:
             return None
         return flat.astype(_F4).reshape(-1, self._features)

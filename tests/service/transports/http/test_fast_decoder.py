@@ -533,12 +533,12 @@ def test_rows_that_are_too_many_to_be_read_at_once_are_left_to_the_long_reader(
         assert is_read == (count == fitting)
 
 
-@pytest.mark.parametrize("largest", [1e39, 1e300])
+@pytest.mark.parametrize("largest", [1e39, 1.3e154, 1e300])
 @pytest.mark.parametrize("count", [1, MAX_DOT])
 def test_number_beyond_float32_among_many_is_left_to_the_strict_validator(
     readers: Mapping[str, tuple[RequestReader, RequestReader]], count: int, largest: float
 ) -> None:
     reader = RequestReader(readers["probe"][0].served, ApiLimits())
     item = {"stream": "a", "inputs": [[0.0, 1.0, 2.0]] * count}
-    body = body_of(Media.JSON, {"chunks": [item, {**item, "inputs": [[largest, 0.0, 0.0]]}]})
+    body = body_of(Media.JSON, {"chunks": [item, {**item, "inputs": [[largest, largest, 0.0]]}]})
     assert RowsItemsReader(reader).items(body, Media.JSON) is None
