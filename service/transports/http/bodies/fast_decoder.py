@@ -21,6 +21,7 @@ import numpy as np
 import simdjson
 from msgspec import Meta
 from msgspec.structs import astuple, replace
+from numpy.typing import NDArray
 
 from models.errors import DataError
 from models.events.encode import check_rows
@@ -244,10 +245,14 @@ class JsonRowsDecoder:
             return None
         flat = np.frombuffer(numbers, _F8)
         run, is_short = self._ignoring_overflow.run, flat.size <= MAX_DOT
-        squares: Any = run(flat.dot, flat) if is_short else run(np.add.reduce, run(np.square, flat))
+        squares: Any = run(flat.dot, flat) if is_short else run(_sum_of_squares, flat)
         if not squares < _LARGEST_SQUARES:
             return None
         return flat.astype(_F4).reshape(-1, self._features)
+
+
+def _sum_of_squares(values: NDArray[np.float64]) -> float:
+    return float(np.square(values).sum())
 
 
 class FastDecoder:
