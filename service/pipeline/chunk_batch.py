@@ -104,7 +104,7 @@ class ChunkBatchRunner:
     async def __call__(self, jobs: list[ChunkJob], batch: RunningBatch) -> list[ChunkJob]:
         """Run one batch and resolve its jobs; returns the jobs to be retried in a later batch."""
         times = StageTimes(time.monotonic())
-        # the batcher removes jobs from its list that are detached
+        # a copy, since the batcher removes detached jobs from its own list
         jobs = list(jobs)
         if self._shards.unresponsive:
             jobs = self._shards.detach_unresponsive(jobs, batch)
@@ -162,7 +162,7 @@ class ChunkBatchRunner:
     async def _commit(
         self, computed: ComputedBatch, times: StageTimes, batch: RunningBatch
     ) -> list[ChunkJob]:
-        """Commit some jobs of a batch and answer them; returns the jobs to be retried."""
+        """Commit jobs in one call of the store and answer them; returns the jobs to be retried."""
         began_s, jobs = time.monotonic(), computed.jobs
         if late := [job for job in jobs if job.is_resolved or job.deadline_s <= began_s]:
             for job in late:

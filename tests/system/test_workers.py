@@ -230,7 +230,7 @@ def _files(pid: int) -> set[tuple[str, str]]:
     return files
 
 
-def test_workers_number_requests_from_different_starts(
+def test_workers_start_their_request_ids_far_apart(
     two_workers: tuple[Service, RealServer],
 ) -> None:
     service, _ = two_workers
