@@ -164,7 +164,7 @@ class Members(NamedTuple):
 
 @cache
 def json_members(kind: str, features: int, events: bool) -> Members:
-    """The members for one kind of request; made once, since making them takes as long as drawing."""
+    """The members for one kind of request; made once, which takes as long as to draw a body."""
     rows = {wide: listed(mostly(NUMBERS, ODD), wide, wide) for wide in (features - 1, features)}
     row = st.integers(0, 40).flatmap(lambda roll: rows[features - 1 if roll == 0 else features])
     feeds = [
