@@ -78,7 +78,7 @@ class Sample(NamedTuple):
     p50_ms: float
     p99_ms: float
     p999_ms: float
-    rss_mib: float  # memory of the server's processes, at the end
+    memory_mib: float  # memory of the server's processes, at the end
     generator_cpu: float  # the generator's processor time, as a share of one core
     store_cpu: float  # the store's
 
@@ -90,14 +90,14 @@ class Sample(NamedTuple):
         return server / (server + self.generator_cpu + self.store_cpu)
 
     @classmethod
-    def of(cls, load: Load, cpu_s: float, store_cpu_s: float, rss_bytes: int) -> Sample:
+    def of(cls, load: Load, cpu_s: float, store_cpu_s: float, memory_bytes: int) -> Sample:
         """From a load and what the processes used meanwhile."""
         return cls(
             load.chunks_per_s,
             load.events / load.seconds,
             cpu_s / load.chunks * 1e6,
             *(np.percentile(load.latencies_s, (50, 99, 99.9)) * 1000).tolist(),
-            rss_bytes / MIB,
+            memory_bytes / MIB,
             load.cpu_s / load.seconds,
             store_cpu_s / load.seconds,
         )

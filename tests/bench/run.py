@@ -268,7 +268,7 @@ class Bench:
         if load.unanswered:
             self.note(f"{row}: did not keep up, {load.unanswered} {UNANSWERED}")
         cpu_s, store_cpu_s = after.cpu_s - before.cpu_s, store_after.cpu_s - store_before.cpu_s
-        sample = Sample.of(load, cpu_s, store_cpu_s, after.rss_bytes)
+        sample = Sample.of(load, cpu_s, store_cpu_s, after.memory_bytes)
         self.results.rows.setdefault(row, []).append(sample)
         print(
             f"  {row}: {sample.chunks_per_s:,.0f} chunks/s, {sample.cpu_us_per_chunk:,.0f} us CPU,"

@@ -84,7 +84,7 @@ def measure_servers(bench: Bench, _: str, *, section: str, steps: int) -> None:
             results.compare(f"{section}/{kind} over {other}", ours, theirs)
         alone = measured[f"{section}/1/{kind}"], measured[f"{section}/1/fastapi"]
         results.ratio(f"{section}/p50 at 1, {kind} over fastapi", *alone, "p50_ms")
-        results.figure(f"{section}/{kind} MiB", [sample.rss_mib for sample in ours])
+        results.figure(f"{section}/{kind} MiB", [sample.memory_mib for sample in ours])
 
 
 def measure_beside(bench: Bench, kind: str) -> None:
@@ -270,7 +270,7 @@ def _start_cold(bench: Bench, kind: str, name: str) -> tuple[float, float]:
         with closing(until(lambda: try_connect(port, FIRST_REPLY_WITHIN_S))) as connection:
             reply = connection.ask(request)
         seconds = time.perf_counter() - started_s
-        mib = read_usage(service.process.pid).rss_bytes / MIB
+        mib = read_usage(service.process.pid).memory_bytes / MIB
     finally:
         service.stop()
     traffic.accept(ticket, reply)
@@ -400,7 +400,7 @@ def measure_overload(bench: Bench, kind: str) -> None:
     rejected = [load.rejected / (load.rejected + load.chunks) for load in loads]
     results.figure(f"overload/{kind} rejected share", rejected)
     first, *_, last = results.rows[over]
-    results.figure(f"overload/{kind} memory, last over first", [last.rss_mib / first.rss_mib])
+    results.figure(f"overload/{kind} memory, last over first", [last.memory_mib / first.memory_mib])
 
 
 IMPORTED = "imported"

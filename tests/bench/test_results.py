@@ -32,7 +32,7 @@ def make_results() -> Results:
 
 def test_sample_has_cpu_per_chunk_and_rates_per_second() -> None:
     load = Load(2.0, np.full(50, 0.004), chunks=100, events=1600, cpu_s=0.5)
-    sample = Sample.of(load, cpu_s=1.0, store_cpu_s=0.25, rss_bytes=3 * 2**20)
+    sample = Sample.of(load, cpu_s=1.0, store_cpu_s=0.25, memory_bytes=3 * 2**20)
     assert sample == Sample(50, 800, 10_000, 4, 4, 4, 3, 0.25, 0.125)
     # half a core of one and 3/8
     assert sample.server_share == pytest.approx(4 / 7)

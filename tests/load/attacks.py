@@ -257,14 +257,14 @@ async def measure(service: Service, store_url: str, options: argparse.Namespace)
         await loop.run_in_executor(pool, os.getpid)  # imports this module there
         await clients.feed(2)
         for name in options.attack or ATTACKS:
-            alone, before = await clients.feed(options.seconds), read_usage(pid).rss_bytes
+            alone, before = await clients.feed(options.seconds), read_usage(pid).memory_bytes
             until_s = time.monotonic() + options.seconds + RAMP_S
             target = Target(port, service.grpc_address(), features, key, narrow, until_s)
             attacking = loop.run_in_executor(pool, attack, name, target)
             await asyncio.sleep(RAMP_S)
             feeding, most = asyncio.create_task(clients.feed(options.seconds)), before
             while not feeding.done():
-                most = max(most, read_usage(pid).rss_bytes)
+                most = max(most, read_usage(pid).memory_bytes)
                 await asyncio.wait([feeding], timeout=0.05)
             got = await attacking
             failed |= name not in PERMITTED and any(each[:1] == "2" or " 2" in each for each in got)

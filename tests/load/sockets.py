@@ -115,7 +115,7 @@ async def measure(service: Service, options: argparse.Namespace) -> dict[str, An
     gc.freeze()
     result["opened_per_s"] = options.idle / (time.perf_counter() - began_s)
     opened = read_usage(pid)
-    result["idle_bytes_per_socket"] = (opened.rss_bytes - before.rss_bytes) / options.idle
+    result["idle_bytes_per_socket"] = (opened.memory_bytes - before.memory_bytes) / options.idle
     await asyncio.sleep(seconds)
     result["idle_cpu_share"] = (read_usage(pid).cpu_s - opened.cpu_s) / seconds
     result["http_with_idle"] = await feed_http(carry, body, time.perf_counter() + half_s)

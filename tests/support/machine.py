@@ -115,7 +115,7 @@ class Usage:
     """Processor time and memory of a process with its children."""
 
     cpu_s: float
-    rss_bytes: int
+    memory_bytes: int
 
 
 def read_usage(pid: int) -> Usage:
