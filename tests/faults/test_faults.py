@@ -35,13 +35,13 @@ HOLDS = (Fault(HOLD, seconds=5.0, gap_s=0.0, pick=0),) * 40
 seven per core too."""
 BUSY = {"events": 3_000, "appenders": 3, "append_pause_s": 0.05, "short_lived": 0, "removals": 0.0}
 APPENDING = {"events": 1_500, "streams": 6, "appenders": 12, "append_pause_s": 0.01}
-BRIEF = {"events": 4_000, "appenders": 0, "short_lived": 1, "removals": 0.4}
+BRIEF = {"events": 4_000, "appenders": 0, "short_lived": 1}
 PLANTED: dict[str, tuple[set[str], dict[str, Any], tuple[Fault, ...]]] = {
     "position-only": ({LOST, MIXED}, BUSY, (ROLLBACK,)),
     "equal-tags": ({LOST}, APPENDING, ()),
     "cached-refusal": ({LOST}, BUSY, ()),
     "raised-stream": ({MIXED}, {**BUSY, "removals": 0.3}, ()),
-    "unconditional-delete": ({LOST}, BRIEF, HOLDS),
+    "unconditional-delete": ({LOST}, {**BRIEF, "removals": 0.2}, HOLDS),
     "no-tombstone": ({LOST, MIXED}, {**BRIEF, "removals": 0.6}, HOLDS),
 }
 
