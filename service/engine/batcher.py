@@ -46,10 +46,10 @@ from service.engine.fair_queue import (
     R,
     Run,
     RunningBatch,
-    Ticket,
     Work,
 )
 from service.engine.policy import LINGER_TICKS, Admission, BatchDelay, batching_delay, shared_error
+from service.engine.ticket import Ticket
 
 DEADLINE_GRACE_S: Final = 0.05
 """How long after its deadline a job in a batch fails. The store call that its batch waits for ends
