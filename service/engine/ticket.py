@@ -1,4 +1,4 @@
-"""The results of several jobs, awaited together."""
+"""Ticket: the results of several jobs, for a caller that awaits them together."""
 
 from __future__ import annotations
 
