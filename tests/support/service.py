@@ -110,13 +110,24 @@ class Service:
         """Whether the process has exited."""
         return self.process.poll() is not None
 
+    def lines(self, message: str) -> list[dict[str, Any]]:
+        """The log lines with a message, since the last start."""
+        return [
+            json.loads(line) for line in self.log().splitlines() if f'"message":"{message}"' in line
+        ]
+
     def _fact(self, message: str, name: str) -> Any:
         """A field of the last log line with a message, or None."""
-        found = None
-        for line in self.log().splitlines():
-            if f'"message":"{message}"' in line:
-                found = json.loads(line)[name]
-        return found
+        lines = self.lines(message)
+        return lines[-1][name] if lines else None
+
+    def ready_workers(self) -> list[int]:
+        """The pids of the workers, in the order in which they became ready."""
+        return [line["pid"] for line in self.lines("worker_ready")]
+
+    def is_live(self) -> bool:
+        """Whether its check of liveness succeeds."""
+        return httpx.get(f"{self.url}/health/live", verify=False).status_code == 200
 
     def grpc_address(self) -> str:
         """Host and port of its gRPC server."""

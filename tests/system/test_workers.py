@@ -1,13 +1,11 @@
-"""Worker processes: failed starts, exits, hangs during warm-up, and signals."""
+"""Worker processes: forks, connections, failed starts, exits, hangs, and their replacement."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import socket
-import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -20,12 +18,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from websockets.exceptions import ConnectionClosed
-from websockets.frames import CloseCode
-from websockets.sync.client import connect
 
 from models.artifact.artifact import Artifact
-from service import server
 from tests.support.feeders import feeding
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server, until
@@ -49,9 +43,9 @@ def slow(runtime):
     print("compiling", file=sys.stderr, flush=True)
     time.sleep(600)
 
-OnnxRuntime.{method} = slow
+OnnxRuntime.warm = slow
 """
-"""A `sitecustomize` that makes one method of the runtime take ten minutes."""
+"""A `sitecustomize` that makes the warm-up take ten minutes."""
 
 FIRST_FAILS = """
 import os, pathlib, time
@@ -73,21 +67,6 @@ OnnxRuntime.warm = fail_once
 """
 """A `sitecustomize` that makes the first warm-up fail, after which the others start."""
 
-FAILS_ON_DEMAND = """
-import pathlib
-from service.engine.runtimes.onnx import OnnxRuntime
-
-warm = OnnxRuntime.warm
-
-def fail(runtime):
-    if pathlib.Path({folder!r}, "fail").exists():
-        raise RuntimeError("planted")
-    return warm(runtime)
-
-OnnxRuntime.warm = fail
-"""
-"""A `sitecustomize` that makes the warm-up fail while there is a file."""
-
 PATIENT = """
 from service.ops import connection_balance
 
@@ -105,12 +84,6 @@ def signal_itself():
 os.register_at_fork(after_in_child=signal_itself)
 """
 """A `sitecustomize` with which a fork gets SIGTERM as its first thing, while there is a file."""
-
-THREADS_WARN = """
-import warnings
-warnings.filterwarnings("always", ".*fork", DeprecationWarning)
-"""
-"""A `sitecustomize` with which Python (3.12 or later) warns of a fork of several threads."""
 
 SLOW_RESTART = """
 from service.store.embedded import embedded_valkey
@@ -157,31 +130,15 @@ def two_workers(
         real_server("valkey") as store,
         running(*command, redis_url=store.url, **environment) as up,
     ):
-        until(lambda: len(lines(up, "worker_ready")) == 2, "both workers", READY_S)
+        until(lambda: len(up.lines("worker_ready")) == 2, "both workers", READY_S)
         yield up, store
-
-
-def lines(service: Service, message: str) -> list[dict[str, Any]]:
-    """The lines of the service's log with that message."""
-    return [
-        json.loads(line) for line in service.log().splitlines() if f'"message":"{message}"' in line
-    ]
-
-
-def pids(service: Service) -> list[int]:
-    """The workers, in the order in which they became ready."""
-    return [line["pid"] for line in lines(service, "worker_ready")]
-
-
-def is_live(service: Service) -> bool:
-    return httpx.get(f"{service.url}/health/live", verify=False).status_code == 200
 
 
 def test_only_the_admin_port_has_metrics_of_all_workers_and_documentation(
     two_workers: tuple[Service, RealServer],
 ) -> None:
     service, _ = two_workers
-    (bound,) = lines(service, "admin_port_bound")
+    (bound,) = service.lines("admin_port_bound")
     admin = f"http://{bound['host']}:{bound['port']}"
     streams = f"{service.url}/v1/models/probe/streams"
     for index in range(8):
@@ -251,16 +208,21 @@ def test_sigterm_right_after_the_fork_ends_the_worker(
 ) -> None:
     service, _ = two_workers
     before, ended, early = (
-        pids(service),
-        len(lines(service, "worker_ended")),
+        service.ready_workers(),
+        len(service.lines("worker_ended")),
         service.folder / "early",
     )
     early.touch()
     os.kill(before[-1], signal.SIGKILL)
-    until(lambda: lines(service, "worker_ended")[ended + 1 :], "its end", READY_S, POLL_S)
+    until(lambda: service.lines("worker_ended")[ended + 1 :], "its end", READY_S, POLL_S)
     early.unlink()
-    until(lambda: len(pids(service)) == len(before) + 1, "the worker in its place", READY_S, POLL_S)
-    killed, ended_early = lines(service, "worker_ended")[ended : ended + 2]
+    until(
+        lambda: len(service.ready_workers()) == len(before) + 1,
+        "the worker in its place",
+        READY_S,
+        POLL_S,
+    )
+    killed, ended_early = service.lines("worker_ended")[ended : ended + 2]
     assert killed["reason"] == "the worker exited with signal 9"
     assert ended_early["reason"] == "the worker exited with status 0"
     assert not ended_early["was_ready"]
@@ -270,16 +232,18 @@ def test_a_worker_that_fails_to_start_is_restarted_while_others_serve(
     two_workers: tuple[Service, RealServer],
 ) -> None:
     service, store = two_workers
-    before, ended = pids(service), len(lines(service, "worker_ended"))
+    before, ended = service.ready_workers(), len(service.lines("worker_ended"))
     store.configure("maxmemory-policy", "allkeys-lru")
     os.kill(before[-1], signal.SIGKILL)
-    failed = until(lambda: lines(service, "worker_ended")[ended + 1 :], "a failed start", READY_S)
+    failed = until(lambda: service.lines("worker_ended")[ended + 1 :], "a failed start", READY_S)
     assert not service.ended()
-    assert is_live(service)
+    assert service.is_live()
     assert failed[0]["was_ready"] is False
     store.configure("maxmemory-policy", "noeviction")
-    until(lambda: len(pids(service)) == len(before) + 1, "the worker in its place", READY_S)
-    pauses = [line["pause_s"] for line in lines(service, "worker_ended")[ended:]]
+    until(
+        lambda: len(service.ready_workers()) == len(before) + 1, "the worker in its place", READY_S
+    )
+    pauses = [line["pause_s"] for line in service.lines("worker_ended")[ended:]]
     assert pauses == sorted(pauses)
     assert pauses[1] == 2 * pauses[0]
 
@@ -358,7 +322,7 @@ def _send_retrying(
 
 def _live_workers(service: Service) -> list[int]:
     """The workers that are ready and run."""
-    return [pid for pid in pids(service) if psutil.pid_exists(pid)]
+    return [pid for pid in service.ready_workers() if psutil.pid_exists(pid)]
 
 
 def _connect(service: Service, stack: ExitStack, count: int = 1) -> list[int]:
@@ -382,9 +346,9 @@ def test_a_failing_first_worker_does_not_stop_the_others(
     two_workers: tuple[Service, RealServer],
 ) -> None:
     service, _ = two_workers
-    failed = lines(service, "worker_ended")[0]
+    failed = service.lines("worker_ended")[0]
     assert (failed["was_ready"], failed["pause_s"]) == (False, 1)
-    assert failed["pid"] not in pids(service)
+    assert failed["pid"] not in service.ready_workers()
 
 
 def test_a_worker_that_does_not_drain_in_time_is_killed(
@@ -392,7 +356,7 @@ def test_a_worker_that_does_not_drain_in_time_is_killed(
 ) -> None:
     command = (tmp_path, probe.path, "--workers", "2")
     with running(*command, redis_url=store.url, CARRY_DRAIN_S="0") as service:
-        hung = until(lambda: pids(service)[1:], "both workers", READY_S)[0]
+        hung = until(lambda: service.ready_workers()[1:], "both workers", READY_S)[0]
         os.kill(hung, signal.SIGSTOP)
         assert service.stop() == 0
         assert not Path(f"/proc/{hung}").exists()
@@ -401,12 +365,12 @@ def test_a_worker_that_does_not_drain_in_time_is_killed(
 def test_a_worker_that_exits_during_start_is_restarted_immediately(
     tmp_path: Path, probe: Artifact
 ) -> None:
-    customise(tmp_path, SLOW.format(method="warm"))
+    customise(tmp_path, SLOW)
     with real_server("valkey") as store:
         service = Service(tmp_path, probe.path, "--workers", "2", redis_url=store.url)
         service.launch(PYTHONPATH=str(tmp_path))
         until(lambda: service.log().count("compiling") == 2, "the warm-up", READY_S)
-        for line in lines(service, "worker_started"):
+        for line in service.lines("worker_started"):
             os.kill(line["pid"], signal.SIGKILL)
         killed_s = time.monotonic()
         assert service.process.wait(60) == 1
@@ -414,32 +378,16 @@ def test_a_worker_that_exits_during_start_is_restarted_immediately(
         assert "carry: no worker could be started: " in service.log().splitlines()[-1]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_sigterm_during_warm_up_stops_the_service(
-    tmp_path: Path, probe: Artifact, workers: str
-) -> None:
-    customise(tmp_path, THREADS_WARN + SLOW.format(method="warm"))
-    service = Service(tmp_path, probe.path, "--workers", workers)
-    service.launch(PYTHONPATH=str(tmp_path))
-    until(lambda: service.log().count("compiling") == int(workers), "the warm-up", READY_S)
-    valkey = service.valkey_pid()
-    assert service.stop() == 0
-    assert not Path(f"/proc/{valkey}").exists(), "stopped with the service"
-    assert "DeprecationWarning" not in service.log(), "forked while it had several threads"
-    for line in lines(service, "worker_started"):
-        assert not Path(f"/proc/{line['pid']}").exists()
-
-
 def test_a_worker_starts_after_the_restart_of_the_embedded_store(
     tmp_path: Path, probe: Artifact
 ) -> None:
     customise(tmp_path, SLOW_RESTART)
     with running(tmp_path, probe.path, "--workers", "2", PYTHONPATH=str(tmp_path)) as service:
-        until(lambda: len(pids(service)) == 2, "both workers", READY_S, POLL_S)
+        until(lambda: len(service.ready_workers()) == 2, "both workers", READY_S, POLL_S)
         os.kill(service.valkey_pid(), signal.SIGKILL)
-        until(lambda: lines(service, "valkey_exited"), "the restart", READY_S, POLL_S)
-        os.kill(pids(service)[0], signal.SIGKILL)
-        until(lambda: len(pids(service)) == 3, "the worker in its place", READY_S, POLL_S)
+        until(lambda: service.lines("valkey_exited"), "the restart", READY_S, POLL_S)
+        os.kill(service.ready_workers()[0], signal.SIGKILL)
+        until(lambda: len(service.ready_workers()) == 3, "the worker in its place", READY_S, POLL_S)
         messages = [
             json.loads(line)["message"] for line in service.log().splitlines() if "{" in line
         ]
@@ -447,123 +395,22 @@ def test_a_worker_starts_after_the_restart_of_the_embedded_store(
         assert messages[stored:].count("worker_started") == 1
 
 
-def test_sigterm_does_not_wait_for_background_compilation(tmp_path: Path, probe: Artifact) -> None:
-    customise(tmp_path, SLOW.format(method="warm_next"))
-    with running(tmp_path, probe.path, PYTHONPATH=str(tmp_path)) as service:
-        until(lambda: "compiling" in service.log(), "the compilation")
-        valkey = service.valkey_pid()
-        assert service.stop() == 0
-        assert not Path(f"/proc/{valkey}").exists()
-
-
 def test_a_hung_worker_is_replaced(two_workers: tuple[Service, RealServer]) -> None:
     service, _ = two_workers
-    ready, hung = len(pids(service)), _live_workers(service)[0]
+    ready, hung = len(service.ready_workers()), _live_workers(service)[0]
     os.kill(hung, signal.SIGSTOP)
-    until(lambda: len(pids(service)) == ready + 1, "the worker in its place", READY_S, 0.2)
-    assert [line["pid"] for line in lines(service, "worker_hangs")] == [hung]
-    assert not Path(f"/proc/{hung}").exists()
-
-
-def test_sighup_that_is_ignored_stays_ignored() -> None:
-    before = signal.getsignal(signal.SIGHUP)
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert signal.SIGHUP not in server._stop_signals()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in server._stop_signals()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_sighup_replaces_a_single_worker_without_a_failed_request(
-    tmp_path: Path, probe: Artifact
-) -> None:
-    customise(tmp_path, FAILS_ON_DEMAND.format(folder=str(tmp_path)))
-    environment = {"PYTHONPATH": str(tmp_path), "CARRY_KEEP_ALIVE_S": "600"}
-    with running(tmp_path, probe.path, **environment, CARRY_ADMIN_PORT="0") as service:
-        parent, valkey = service.process, service.valkey_pid()
-        with feeding(service.url, clients=1) as feeders:
-            (tmp_path / "fail").touch()
-            parent.send_signal(signal.SIGHUP)
-            until(lambda: lines(service, "replacement_failed"), "a failed start", READY_S, POLL_S)
-            feeders.wait_for_more()
-            (tmp_path / "fail").unlink()
-            _replace_with_idle_connections(service)
-            until(lambda: "Finished server process" in service.log(), "its end", poll_s=POLL_S)
-            feeders.wait_for_more()
-            _replace_with_idle_connections(service)
-            first, second = pids(service)
-            until(lambda: not Path(f"/proc/{first}").exists(), "the end of the first successor")
-        assert parent.poll() is None
-        assert service.stop() == 0
-        assert not lines(service, "worker_killed")
-        assert not Path(f"/proc/{valkey}").exists()
-        assert not Path(f"/proc/{second}").exists()
-
-
-def _replace_with_idle_connections(service: Service) -> None:
-    """Replace the worker, which still answers what arrives on connections that were idle.
-
-    One request is for the fast path. A live socket is closed at once.
-    """
-    retired = len(lines(service, "worker_retiring"))
-    worker = psutil.Process((pids(service) or [service.process.pid])[-1])
-    admin_port = lines(service, "admin_port_bound")[0]["port"]
-    chunk = json.dumps({"inputs": [[0.5] * 3]})
-    requests = [
-        ("GET", "/health/live", None, {}),
-        ("POST", CHUNKS, chunk, {"Content-Type": "application/json"}),
-    ]
-    connections = [HTTPConnection(service.url.removeprefix("http://")) for _ in requests]
-    for connection, request in zip(connections, requests, strict=True):
-        assert _exchange(connection, request) is None
-    with connect(service.url.replace("http", "ws") + LIVE) as live:
-        service.process.send_signal(signal.SIGHUP)
-        until(lambda: lines(service, "worker_retiring")[retired:], "its end", READY_S, POLL_S)
-        with pytest.raises(ConnectionClosed) as closed:
-            list(live)
-        until(lambda: not _listens(worker, admin_port), "its closed admin port", poll_s=POLL_S)
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == CloseCode.SERVICE_RESTART
-    for connection, request in zip(connections, requests, strict=True):
-        assert _exchange(connection, request) == "close"
-
-
-def _listens(process: psutil.Process, port: int) -> bool:
-    return any(
-        each.laddr.port == port and each.status == psutil.CONN_LISTEN
-        for each in process.net_connections("tcp")
+    until(
+        lambda: len(service.ready_workers()) == ready + 1, "the worker in its place", READY_S, 0.2
     )
-
-
-def _exchange(connection: HTTPConnection, request: tuple[str, str, Any, Any]) -> str | None:
-    """Send a request and return the `Connection` of its response."""
-    connection.request(*request)
-    response = connection.getresponse()
-    assert response.status == 200, response.read()
-    response.read()
-    return response.getheader("Connection")
-
-
-def test_a_closed_terminal_stops_the_service(tmp_path: Path, probe: Artifact) -> None:
-    terminal, device = os.openpty()
-
-    def attach() -> None:
-        fcntl.ioctl(device, termios.TIOCSCTTY, 0)
-
-    with running(tmp_path, probe.path, prepare=attach) as service:
-        os.close(device)
-        os.close(terminal)
-        assert service.process.wait(60) == 0
-        assert lines(service, "valkey_stopped")
+    assert [line["pid"] for line in service.lines("worker_hangs")] == [hung]
+    assert not Path(f"/proc/{hung}").exists()
 
 
 def test_worker_logs_each_request_once(two_workers: tuple[Service, RealServer]) -> None:
     service, _ = two_workers
     headers = {"X-Request-ID": "only-one"}
     httpx.get(f"{service.url}/v1/models", headers=headers, verify=False)
-    until(lambda: "only-one" in str(lines(service, "request")), "the line of the request")
+    until(lambda: "only-one" in str(service.lines("request")), "the line of the request")
     assert service.log().count("only-one") == 1
 
 
@@ -571,74 +418,21 @@ def test_sighup_replaces_one_worker_after_another_without_a_failed_request(
     two_workers: tuple[Service, RealServer],
 ) -> None:
     service, _ = two_workers
-    before, ended = pids(service), len(lines(service, "worker_ended"))
-    started = len(lines(service, "worker_started"))
+    before, ended = service.ready_workers(), len(service.lines("worker_ended"))
+    started = len(service.lines("worker_started"))
     with feeding(service.url, clients=1):
         service.process.send_signal(signal.SIGHUP)
         most = 0
 
         def are_replaced() -> bool:
             nonlocal most
-            pids_now = [line["pid"] for line in lines(service, "worker_started")]
+            pids_now = [line["pid"] for line in service.lines("worker_started")]
             most = max(most, sum(Path(f"/proc/{pid}").exists() for pid in pids_now))
-            return len(pids(service)) == len(before) + 2 and not any(
+            return len(service.ready_workers()) == len(before) + 2 and not any(
                 Path(f"/proc/{pid}").exists() for pid in before
             )
 
         until(are_replaced, "the new workers", READY_S, POLL_S)
     assert most == 3
-    assert len(lines(service, "worker_started")) == started + 2
-    assert len(lines(service, "worker_ended")) == ended
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_service_accepts_requests_while_it_is_a_lame_duck(
-    tmp_path: Path, probe: Artifact, store: RealServer, workers: str
-) -> None:
-    options = ("--workers", workers)
-    environment = {"CARRY_LAME_DUCK_S": "600"}
-    with (
-        running(tmp_path, probe.path, *options, redis_url=store.url, **environment) as service,
-        httpx.Client(base_url=service.url) as client,
-    ):
-        until(lambda: len(pids(service)) == int(workers) * (workers != "1"), "every worker")
-        service.process.send_signal(signal.SIGTERM)
-
-        def is_failing() -> bool:
-            # without keep-alive, so that each worker is asked
-            ready = client.get("/health/ready", headers={"connection": "close"})
-            return ready.status_code == 503 and ready.json()["failing"] == ["accepting"]
-
-        until(lambda: len(lines(service, "lame_duck")) == int(workers), "the log lines")
-        until(is_failing, "the failing check", poll_s=POLL_S)
-        assert is_live(service)
-        answer = client.get("/v1/models")
-        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
-        assert not service.ended()
-        host, _, port = service.url.removeprefix("http://").partition(":")
-        address = (host, int(port))
-        with socket.create_connection(address) as unfinished:
-            unfinished.sendall(f"POST {CHUNKS} HTTP/1.1\r\nHost: a\r\n{CHUNKED}\r\n\r\n".encode())
-            service.process.send_signal(signal.SIGTERM)
-            # while it drains, so that load balancers connect elsewhere
-            until(lambda: _is_refused(address), "the closed port", poll_s=POLL_S)
-            assert not service.ended()
-        assert service.process.wait(60) == 0
-        assert "worker_killed" not in service.log()
-
-
-def _is_refused(address: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(address).close()
-    except ConnectionRefusedError:
-        return True
-    return False
-
-
-def test_lame_duck_drains_after_its_time(
-    tmp_path: Path, probe: Artifact, store: RealServer
-) -> None:
-    environment = {"CARRY_LAME_DUCK_S": "0.2"}
-    with running(tmp_path, probe.path, redis_url=store.url, **environment) as service:
-        assert service.stop() == 0
-        assert len(lines(service, "lame_duck")) == 1
+    assert len(service.lines("worker_started")) == started + 2
+    assert len(service.lines("worker_ended")) == ended
