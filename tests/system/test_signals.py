@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import termios
-from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from websockets.sync.client import connect
 from models.artifact.artifact import Artifact
 from service import server
 from tests.support.feeders import feeding
-from tests.support.pipelines import make_artifact
-from tests.support.servers import RealServer, real_server, until
+from tests.support.servers import RealServer, until
 from tests.support.service import POLL_S, READY_S, Service, customise, running
 
 CHUNKS = "/v1/models/probe/streams/held/chunks"
@@ -63,19 +61,6 @@ import warnings
 warnings.filterwarnings("always", ".*fork", DeprecationWarning)
 """
 """A `sitecustomize` with which Python (3.12 or later) warns of a fork of several threads."""
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A small model in a directory of its own."""
-    return make_artifact(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def store() -> Iterator[RealServer]:
-    """A store that outlives the service."""
-    with real_server("valkey") as server:
-        yield server
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -21,7 +21,6 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from tests.support.feeders import feeding
-from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server, until
 from tests.support.service import POLL_S, READY_S, Service, customise, running
 
@@ -97,19 +96,6 @@ import service.ops.worker_pool
 service.ops.worker_pool.HEARTBEAT_TIMEOUT_S = 20
 """
 """A `sitecustomize` that shortens the parent's heartbeat timeout."""
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A small model in a directory of its own."""
-    return make_artifact(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def store() -> Iterator[RealServer]:
-    """A store that the test may reconfigure."""
-    with real_server("valkey") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
