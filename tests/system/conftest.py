@@ -1,4 +1,4 @@
-"""What tests of workers and of signals start a service with."""
+"""The model and the store that tests start a service with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.servers import RealServer, real_server
 
 @pytest.fixture(scope="session")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A small model in a directory of its own."""
+    """A small model with contracting weights, in a directory of its own."""
     return make_artifact(tmp_path_factory.mktemp("models"))
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import pytest
 
 from models.artifact.artifact import Artifact
 from tests.support.cluster import Cluster, breakable_cluster, own_cluster
-from tests.support.pipelines import make_artifact, oracle_outputs
+from tests.support.pipelines import oracle_outputs
 from tests.support.sender import Sender, send_all
 from tests.support.sentinels import monitored
 from tests.support.servers import until
@@ -19,11 +18,6 @@ from tests.support.service import running
 
 __all__ = ["breakable_cluster", "own_cluster"]
 STREAMS, EVENTS = 16, 120
-
-
-@pytest.fixture(scope="session")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return make_artifact(tmp_path_factory.mktemp("models"))
 
 
 def senders() -> list[Sender]:

@@ -28,7 +28,7 @@ from tests.support.monitoring import (
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 from tests.support.pipelines import make_artifact
-from tests.support.servers import RealServer, real_server, until
+from tests.support.servers import RealServer, until
 from tests.support.service import POLL_S, Service, running
 
 METRICS = ROOT / "docs" / "reference" / "metrics.md"
@@ -88,13 +88,6 @@ def test_panels_of_a_dashboard_do_not_overlap(path: Path) -> None:
     )
     assert set(cells.values()) == {1}
     assert max(x for x, _ in cells) < 24
-
-
-@pytest.fixture
-def store() -> Iterator[RealServer]:
-    """A store whose memory the test limits."""
-    with real_server("valkey") as server:
-        yield server
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
-from tests.support.pipelines import make_artifact, oracle_outputs, rows_of
+from tests.support.pipelines import oracle_outputs, rows_of
 from tests.support.sender import LONG_S, Sender, send_all
 from tests.support.servers import real_server, until
 from tests.support.service import Service, running
@@ -23,12 +23,6 @@ from tests.support.service import Service, running
 SESSIONS = "/v1/models/probe/streams/sessions"
 PREDICT = "/v1/models/probe/predict"
 ENVIRONMENT = {"CARRY_RUNTIME_THREADS": "1", "CARRY_DURABILITY": "fsync"}
-
-
-@pytest.fixture(scope="session")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A small model with contracting weights, in a directory of its own."""
-    return make_artifact(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
