@@ -28,11 +28,19 @@ class Monitored:
 
     Attributes:
         primary, replica: the servers' roles at the start.
+        sentinel: the process of the Sentinel.
         url: names a Sentinel that does not run before the one that does.
     """
 
-    def __init__(self, primary: RealServer, replica: RealServer, replica_port: int, port: int):
-        self.primary, self.replica = primary, replica
+    def __init__(
+        self,
+        primary: RealServer,
+        replica: RealServer,
+        replica_port: int,
+        port: int,
+        sentinel: subprocess.Popen[bytes],
+    ):
+        self.primary, self.replica, self.sentinel = primary, replica, sentinel
         self.replica_port, self._port = replica_port, port
         hosts = f"127.0.0.1:{free_port()},127.0.0.1:{port}"
         self.url = f"redis+sentinel://{hosts}/{NAME}/0?sentinel_password={PASSWORD}"
@@ -100,7 +108,7 @@ def monitored(kind: str, *options: str) -> Iterator[Monitored]:
             stderr=subprocess.DEVNULL,
             env={"LC_ALL": "C", "PATH": os.defpath},
         )
-        running = Monitored(primary, replica, replica_port, sentinel_port)
+        running = Monitored(primary, replica, replica_port, sentinel_port, process)
         try:
             until(running.answers, "the Sentinel")
             until(running.is_whole, "a monitored replica")

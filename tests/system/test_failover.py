@@ -75,6 +75,12 @@ async def test_sentinel_failover_loses_no_acknowledged_replicated_chunk(
             # without a replica nothing is acknowledged; Sentinel would make it one after 8 s
             servers.primary.launch("--replicaof", f"127.0.0.1 {servers.replica_port}")
             await asyncio.gather(*sending)
+            # no pooled connection to the new primary is open yet
+            servers.sentinel.kill()
+            servers.sentinel.wait()
+            ready = await client.get("/health/ready")
+            assert ready.status_code == 200, ready.text
+            assert "Sentinel" in ready.text
     check(probe, sent)
     assert [one.rewinds for one in sent] == [0] * STREAMS
 

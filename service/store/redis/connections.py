@@ -36,7 +36,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.core.errors import StoreRefused, StoreUnavailable
-from service.store.redis.sentinel import SentinelAddress, sentinel_options
+from service.store.redis.sentinel import SentinelAddress, SentinelResolver, sentinel_options
 from service.store.settings import StoreSettings
 
 RETRY_AFTER_S: Final = 1
@@ -70,6 +70,7 @@ class ConnectionFactory:
         redacted_url: its address without secrets.
         wait_s: timeout of a call.
         response_timeout_s: a connection that owes a reply for this long is unresponsive.
+        resolver: asks the Sentinels at every connect; None for another address.
 
     Raises:
         StoreRefused: the address cannot be used.
@@ -79,6 +80,7 @@ class ConnectionFactory:
         self._options = _connection_options(settings)
         self._max_connections = settings.max_connections
         self.redacted_url = _redacted_url(settings, self._options)
+        self.resolver: SentinelResolver | None = self._options.get("resolver")
         self.wait_s = settings.wait_s
         self.response_timeout_s = settings.wait_s / ATTEMPTS_PER_CALL
 

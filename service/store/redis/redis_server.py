@@ -55,6 +55,7 @@ class RedisServer:
     ):
         self._factory = ConnectionFactory(settings)
         self.redacted_url = self._factory.redacted_url
+        self.resolver = self._factory.resolver
         self.connection = PipelinedConnection(self._factory, redirect_handler, telemetry)
         self._pool = self._factory.create_pool()
 

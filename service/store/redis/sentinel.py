@@ -5,12 +5,14 @@
 A connection asks the Sentinels for the primary, connects, and verifies the server's role: a
 Sentinel that was partitioned may name a server that is a replica now, whose reads would be stale.
 After a failover the connections to the old primary break (Sentinel closes them when it demotes a
-server), so that the next attempt finds the new one.
+server), so that the next attempt finds the new one. While no Sentinel answers, the last known
+primary is used: without Sentinels there is no failover.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
@@ -28,6 +30,10 @@ from service.store.redis.topology import Address, parse_nodes, split_address
 DEFAULT_PORT: Final = 26379
 MAX_TIMEOUT_S: Final = 1.0
 """How long one Sentinel may take to answer before another is asked."""
+
+RETRY_S: Final = 5.0
+"""How long the last known primary is used without asking, after no Sentinel has answered. The
+router asks once a second and moves the connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,10 @@ class SentinelAddress:
         return f"{scheme}://{','.join(map(str, self.sentinels))}/{self.name}/{self.database}"
 
 
+class NoSentinelAnswers(RedisConnectionError):
+    """No Sentinel that answers knows the primary."""
+
+
 class SentinelResolver:
     """Asks the Sentinels of an address for its servers, with new connections each time."""
 
@@ -105,14 +115,34 @@ class SentinelResolver:
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
         }
+        self._last_primary: Address | None = None
+        self._ask_again_s = 0.0
+
+    async def resolve(self) -> Address:
+        """The primary to connect to; the last known one while no Sentinel answers.
+
+        Raises:
+            RedisConnectionError: a Sentinel considers it down, or none was ever named.
+        """
+        last = self._last_primary
+        if last is not None and time.monotonic() < self._ask_again_s:
+            return last
+        try:
+            return await self.find_primary()
+        except NoSentinelAnswers:
+            if last is None:
+                raise
+            return last
 
     async def find_primary(self) -> Address:
         """The primary that a Sentinel considers to be up.
 
         Raises:
-            RedisConnectionError: no Sentinel knows one.
+            NoSentinelAnswers
+            RedisConnectionError: a Sentinel considers it down.
         """
         name, errors = self._address.name, list[str]()
+        kind: type[RedisConnectionError] = NoSentinelAnswers
         nodes = self._shuffled()
         # the errors of `discover_master` would show the options of its connections
         async with Sentinel(nodes, sentinel_kwargs=self._options) as sentinels:
@@ -125,10 +155,16 @@ class SentinelResolver:
                     continue
                 state = primaries.get(name)
                 if state is not None and sentinels.check_master_state(state, name):
-                    return Address(str(state["ip"]), int(state["port"]))
+                    self._ask_again_s = 0.0
+                    self._last_primary = Address(str(state["ip"]), int(state["port"]))
+                    return self._last_primary
+                if state is not None:
+                    kind = RedisConnectionError
                 reason = "does not know" if state is None else "considers down"
                 errors.append(f"Sentinel {node} {reason} the primary {name!r}")
-        raise RedisConnectionError("; ".join(errors))
+        has_answer = kind is not NoSentinelAnswers
+        self._ask_again_s = 0.0 if has_answer else time.monotonic() + RETRY_S
+        raise kind("; ".join(errors))
 
     async def find_replicas(self) -> list[Address]:
         """Its replicas that a Sentinel considers to be up; empty if none answers."""
@@ -153,7 +189,7 @@ class _ResolvingConnection(AbstractConnection):
     async def connect(self) -> None:
         """Resolve and connect, unless it is connected."""
         if not self.is_connected:
-            self.host, self.port = await self._resolver.find_primary()
+            self.host, self.port = await self._resolver.resolve()
             await super().connect()  # type: ignore[no-untyped-call]
 
 

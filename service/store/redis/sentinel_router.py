@@ -12,15 +12,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import replace
-from typing import Final
+from typing import Final, cast
 
 import structlog
 from redis.exceptions import RedisError
 
-from service.store.redis.connections import ATTEMPTS_PER_CALL, describe_error
+from service.store.redis.connections import describe_error
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Layout, SingleServerRouter
-from service.store.redis.sentinel import SentinelAddress, SentinelResolver
+from service.store.redis.sentinel import NoSentinelAnswers, SentinelAddress, SentinelResolver
 from service.store.redis.topology import Address
 from service.store.settings import StoreSettings
 
@@ -41,7 +41,9 @@ class SentinelRouter(SingleServerRouter):
         super().__init__(settings)
         self._settings = settings
         self._address = SentinelAddress.parse(settings.url)
-        self._resolver = SentinelResolver(self._address, settings.wait_s / ATTEMPTS_PER_CALL)
+        # that of the connections, so that the last known primary is the same
+        self._resolver = cast("SentinelResolver", self._server.resolver)
+        self._no_answer = ""
         self._replicas_at_start: list[RedisServer] = []
         self._primary: Address | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -64,8 +66,8 @@ class SentinelRouter(SingleServerRouter):
     async def layout(self) -> Layout:
         """The primary; the version changes with every failover, since cursors of a listing belong
         to one server."""
-        # without a Sentinel the connection to the primary serves as long as it lasts
-        error = await self._follow()
+        # while no Sentinel answers, only the watcher waits for them: readiness checks do not
+        error = self._no_answer or await self._follow()
         version = "" if self._primary is None else _version(self._primary)
         return Layout(version, [self._server], error)
 
@@ -83,7 +85,10 @@ class SentinelRouter(SingleServerRouter):
         try:
             primary = await self._resolver.find_primary()
         except (RedisError, OSError) as error:
-            return f"{self.redacted_url}: {describe_error(error)}"
+            reason = f"{self.redacted_url}: {describe_error(error)}"
+            self._no_answer = reason if isinstance(error, NoSentinelAnswers) else ""
+            return reason
+        self._no_answer = ""
         if primary != self._primary:
             log.info("primary_resolved", store=self.redacted_url, primary=str(primary))
             is_known, self._primary = self._primary is not None, primary

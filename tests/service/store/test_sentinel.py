@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Iterator
 
 import pytest
 import redis
+from redis.asyncio.sentinel import Sentinel
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamState
@@ -62,6 +65,34 @@ async def test_a_connection_to_a_replica_is_rejected(
             pass
 
 
+async def test_connections_to_the_last_known_primary_open_while_no_sentinel_answers(
+    servers: Monitored, streams: Streams
+) -> None:
+    """A Sentinel is asked for as long as a readiness check may take, and none answers."""
+    async with opened(servers.url, wait_s=30) as store:
+        await committed(store, streams.creation(key("known")))
+        servers.sentinel.send_signal(signal.SIGSTOP)
+        try:
+            with servers.primary.client() as client:
+                client.execute_command("CLIENT", "KILL", "TYPE", "normal")
+            await check_serving(store)
+            (state,) = await load(store, [key("known")])
+            assert isinstance(state, StreamState)
+        finally:
+            servers.sentinel.send_signal(signal.SIGCONT)
+        await store.delete(key("known"))
+
+
+async def test_a_primary_that_a_sentinel_considers_down_is_not_connected_to(
+    servers: Monitored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolver = SentinelResolver(SentinelAddress.parse(servers.url), 5)
+    assert await resolver.resolve() == await resolver.find_primary()
+    monkeypatch.setattr(Sentinel, "check_master_state", lambda *_: False)
+    with pytest.raises(RedisConnectionError, match="considers down the primary"):
+        await resolver.resolve()
+
+
 async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
     servers: Monitored, streams: Streams
 ) -> None:
@@ -81,6 +112,18 @@ async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
             page = await store.streams("flights", "", page.cursor, 2)
             found |= {each.stream for each in page.keys}
         assert found == names
+        servers.sentinel.kill()
+        servers.sentinel.wait()
+        await check_serving(store)
+
+
+async def check_serving(store: StateStore) -> None:
+    """The store is ready, and answers a listing, on the primary that no Sentinel names now."""
+    (check,) = await store.check()
+    assert check.ok, check.detail
+    assert check.degraded
+    assert "Sentinel" in check.detail
+    assert (await store.streams("flights", "", None, 2)).keys
 
 
 async def reaches(server: redis.Redis, store: StateStore, streams: Streams) -> bool:
