@@ -166,7 +166,7 @@ def create_app() -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         max_items=settings.max_items,
         max_forecast_samples=settings.max_forecast_samples,
-        timeout_s=min(settings.timeout_s, settings.max_timeout_s),
+        timeout_s=settings.timeout_s,
         max_timeout_s=settings.max_timeout_s,
     )
     connection_limits = ConnectionLimits(

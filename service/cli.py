@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +23,9 @@ from service.ops.capacity_command import capacity
 from service.ops.keys_command import keys_app
 from service.ops.streams_command import streams_app
 from service.replay.command import replay
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 app = typer.Typer(
     name="carry",
@@ -102,10 +105,7 @@ def serve_command(
     try:
         settings = Settings.load(flags)
         configure_logs(settings.log_level, settings.log_format)
-        shown = settings.effective()
-        widest = max(len(setting.name) for setting in shown)
-        for setting in shown:
-            typer.echo(f"{setting.name:{widest}} {setting.value:40} {setting.origin}", err=True)
+        _report_settings(settings)
         serve(settings)
     except (
         CannotServeError,
@@ -116,6 +116,24 @@ def serve_command(
     ) as error:
         typer.echo(f"carry: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _report_settings(settings: Settings) -> None:
+    """Write the effective settings: a table for people, or one line of the log."""
+    from structlog import get_logger
+
+    shown = settings.effective()
+    if settings.log_format == "console":
+        widest = max(len(setting.name) for setting in shown)
+        for setting in shown:
+            typer.echo(f"{setting.name:{widest}} {setting.value:40} {setting.origin}", err=True)
+        return
+    origins = {
+        origin: [setting.name for setting in shown if setting.origin == origin]
+        for origin in ("flag", "env")
+    }
+    values = {setting.name: setting.value for setting in shown}
+    get_logger(__name__).info("settings", values=values, **origins)
 
 
 @app.command("init")

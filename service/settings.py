@@ -46,6 +46,9 @@ MIB = 1024 * KIB
 CLIENT_VARIABLES = ("CARRY_API_KEY", "CARRY_API_KEY_FILE")
 """Read by clients of a service, such as `carry streams`; no settings of the service itself."""
 
+AT_LEAST = {"max_pending_body_bytes": "max_body_bytes", "max_timeout_s": "timeout_s"}
+"""Settings that must not be less than another one, which is declared before them."""
+
 Origin = Literal["flag", "env", "default"]
 
 
@@ -298,7 +301,7 @@ class Settings(BaseSettings):
 
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Deadline of a request without `Carry-Timeout`, in seconds. Work that has not started by then
-    is not started. Not longer than the clients' own timeout."""
+    is not started. Not longer than the clients' own timeout, nor than `CARRY_MAX_TIMEOUT_S`."""
 
     max_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
     """Longest deadline of any request, in seconds; it caps `Carry-Timeout`."""
@@ -428,6 +431,15 @@ class Settings(BaseSettings):
     @classmethod
     def _check_alarm_rates(cls, value: str) -> str:
         parse_alarm_rates(value)
+        return value
+
+    @field_validator(*AT_LEAST)
+    @classmethod
+    def _check_order(cls, value: float, info: ValidationInfo) -> float:
+        other = AT_LEAST[info.field_name or ""]
+        least = info.data.get(other, value)
+        if value < least:
+            raise ValueError(f"expected at least {PREFIX}{other.upper()}, which is {least}")
         return value
 
     def alarm_rates(self) -> dict[str, float]:

@@ -1,19 +1,33 @@
-"""Generates the table of settings in `docs/reference/settings.md`.
+"""Generates the tables of settings in `docs/reference/settings.md`.
 
-python -m service.ops.settings_reference        prints it
+python -m service.ops.settings_reference        prints them
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 from service.settings import PREFIX, Settings
 
+BASIC: Final = (
+    *("host", "port", "require_keys", "workers", "models_dir", "redis_url", "redis_password_file"),
+    *("data_dir", "durability", "lame_duck_s", "log_level", "log_format"),
+)
+"""Settings that most deployments choose; the others are advanced."""
 
-def settings_table() -> str:
-    """Make a Markdown table of all settings: variable, default, and meaning."""
+
+def settings_tables() -> str:
+    """Make Markdown tables of the basic and the advanced settings: variable, default, meaning."""
+    advanced = (name for name in Settings.model_fields if name not in BASIC)
+    return f"## Basic settings\n\n{_table(BASIC)}\n\n## Advanced settings\n\n{_table(advanced)}"
+
+
+def _table(names: Iterable[str]) -> str:
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
+    for name in names:
+        field = Settings.model_fields[name]
         meaning = " ".join((field.description or "").split())
         rows.append(f"| `{PREFIX}{name.upper()}` | {_default(field.default)} | {meaning} |")
     return "\n".join(rows)
@@ -28,4 +42,4 @@ def _default(value: object) -> str:
 
 
 if __name__ == "__main__":
-    print(settings_table())
+    print(settings_tables())

@@ -1,10 +1,10 @@
-"""The table of settings is the one of the code."""
+"""The tables of settings are those of the code."""
 
 from __future__ import annotations
 
 import re
 
-from service.ops.settings_reference import settings_table
+from service.ops.settings_reference import settings_tables
 from service.settings import CLIENT_VARIABLES, PREFIX, Settings
 from tests.support.pages import PAGES, ROOT
 
@@ -13,8 +13,8 @@ OTHERS = {"CARRY_SERVICE_HOST", *CLIENT_VARIABLES}
 """Variables that the pages name although they are no settings."""
 
 
-def test_settings_table_matches_the_code() -> None:
-    assert settings_table() in PAGE.read_text(encoding="utf-8"), (
+def test_settings_tables_match_the_code() -> None:
+    assert settings_tables() in PAGE.read_text(encoding="utf-8"), (
         "update the page: python -m service.ops.settings_reference"
     )
 

@@ -120,6 +120,24 @@ def test_values_out_of_range_are_rejected(
         Settings.load()
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CARRY_TIMEOUT_S": "301"}, r"CARRY_MAX_TIMEOUT_S: .*CARRY_TIMEOUT_S, which is 301"),
+        ({"CARRY_MAX_TIMEOUT_S": "29"}, r"CARRY_TIMEOUT_S, which is 30\.0, got '29'"),
+        ({"CARRY_MAX_BODY_BYTES": "300000000"}, r"CARRY_MAX_PENDING_BODY_BYTES: .*300000000"),
+    ],
+)
+def test_a_setting_above_its_maximum_is_rejected(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message):
+        Settings.load()
+    Settings.load({"timeout_s": 40, "max_timeout_s": 40, "max_body_bytes": 1 << 28})
+
+
 def test_settings_are_immutable() -> None:
     settings = Settings.load()
     with pytest.raises(ValidationError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from service.settings import Settings
 from tests.support.command import Result, carry
 from tests.support.servers import RealServer, real_server
 from tests.support.service import Service
@@ -32,6 +33,21 @@ def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
         done = serve("--port", str(port), "--data-dir", str(tmp_path))
     assert f"carry: cannot listen on 127.0.0.1:{port}" in last_line(done)
     assert f"make run PORT={port + 1}" in last_line(done)
+
+
+def test_settings_are_a_table_or_one_line_of_the_log() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options = ("--port", str(taken.getsockname()[1]))
+        table = serve(*options, CARRY_WORKERS="3", CARRY_LOG_FORMAT="console")
+        logged = serve(*options, CARRY_WORKERS="3")
+    rows = [line.split() for line in table.stderr.splitlines()]
+    assert ["workers", "3", "env"] in rows
+    first, *others = logged.stderr.strip().splitlines()
+    line = json.loads(first)
+    assert (line["message"], line["flag"], "workers" in line["env"]) == ("settings", ["port"], True)
+    assert list(line["values"]) == list(Settings.model_fields)
+    assert line["values"]["workers"] == "3"
+    assert len(others) == 1, others
 
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "192.0.2.1"])
