@@ -74,7 +74,8 @@ _LATER_OPTIONS = ("detection", "embeddings", "onnx", "reset_every", "session_gap
 MAX_RESET_EVERY = 2**63 - 1
 """The largest period of resets, as large as the largest position."""
 
-ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+MODEL_NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+ModelName = Annotated[str, Field(pattern=MODEL_NAME)]
 
 
 class EmbeddedColumn(Frozen):

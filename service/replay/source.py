@@ -10,7 +10,6 @@ rejects, and stream names that the service does not accept.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,8 @@ from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
 from models.examples.flights.data import flight_events
 from models.training.files import check_duplicate_names
+from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.replay.options import ReplayError, ReplayOptions
-
-STREAM_NAME = re.compile(r"^[A-Za-z0-9._:@-]{1,256}$")
 
 IntArray = NDArray[np.int64]
 
@@ -129,11 +127,8 @@ def split_streams(
     streams = []
     for name, rows in rows_of.items():
         full = prefix + name
-        if not STREAM_NAME.match(full) or full in (".", ".."):
-            raise ReplayError(
-                f"stream {full!r}: expected 1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and "
-                "neither . nor .."
-            )
+        if not is_stream_name(full):
+            raise ReplayError(f"stream {full!r}: expected {STREAM_NAME_RULE}")
         events = EventColumns(
             len(rows),
             {key: values[rows] for key, values in columns.present.items()},

@@ -18,6 +18,7 @@ listing returned twice gets its latest state.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -26,9 +27,10 @@ from typing import Any, BinaryIO, Final
 
 import ormsgpack
 
+from models.spec.model import MODEL_NAME
 from service.core.delivery import start_epoch
 from service.core.errors import CarryError, StateDamaged
-from service.core.values import StreamHead, StreamKey, StreamState
+from service.core.values import StreamHead, StreamKey, StreamState, is_stream_name
 from service.store.base import CommitColumns, Committed, Loaded, StateStore, decode_value
 from service.store.codec import CodecError, decode_stream, encode_state, pack_head
 
@@ -44,6 +46,7 @@ WRITE_ATTEMPTS: Final = 8
 
 _START = struct.Struct("<4sI")
 _BLOCK = struct.Struct("<II")
+_is_model_name = re.compile(MODEL_NAME[1:-1]).fullmatch
 
 
 class BackupError(Exception):
@@ -283,6 +286,8 @@ def _parse_record(record: Any) -> tuple[StreamKey, StreamState]:
     model, stream, value = record
     if not isinstance(model, str) or not isinstance(stream, str):
         raise ValueError("expected the names of a model and a stream")
+    if not _is_model_name(model) or not is_stream_name(stream):
+        raise ValueError(f"the name of model {model[:100]!r} or stream {stream[:300]!r}")
     return StreamKey(model, stream), decode_stream(value)
 
 

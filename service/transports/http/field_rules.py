@@ -10,12 +10,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-STREAM_NAME: Final = (
-    r"^(?:[A-Za-z0-9._:@-]{3,256}|[A-Za-z0-9_:@-][A-Za-z0-9._:@-]?|\.[A-Za-z0-9_:@-])$"
-)
-"""`.` and `..` are excluded: clients remove them from a URL (RFC 3986, 5.2.4), and the request
-would reach another stream. Written without lookahead, which some regex engines lack."""
-STREAM_NAME_RULE: Final = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -"
+from service.core.values import STREAM_NAME
+
 EPOCH: Final = "[0-9a-f]{16}"
 TAG: Final = "[0-9a-f]{32}"
 MAX_POSITION: Final = 2**63 - 1
@@ -27,7 +23,6 @@ EXAMPLE_TAG: Final = "c2a94d0b71e65f3889d1046be7a2f35c"
 EXAMPLE_VERSION: Final = "9c04e2d1b8a7"
 EXAMPLE_FINGERPRINT: Final = "9c04e2d1b8a75f6631c2d4e8f9a0b7c6"
 
-is_stream_name = re.compile(STREAM_NAME[1:-1]).fullmatch
 is_stream_prefix = re.compile(r"[A-Za-z0-9._:@-]{0,256}").fullmatch
 is_bare_etag = re.compile(f"{EPOCH}-{TAG}").fullmatch
 

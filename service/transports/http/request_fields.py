@@ -22,11 +22,9 @@ from service.core.errors import (
     InvalidPrecondition,
     UnsupportedMediaType,
 )
-from service.core.values import Precondition
+from service.core.values import STREAM_NAME_RULE, Precondition, is_stream_name
 from service.transports.http.field_rules import (
-    STREAM_NAME_RULE,
     is_bare_etag,
-    is_stream_name,
     is_stream_prefix,
 )
 from service.transports.http.limits import ApiLimits
@@ -116,8 +114,7 @@ def stream_name(name: str, at: str = "stream") -> str:
         InvalidName
     """
     if not is_stream_name(name):
-        expected = f"{STREAM_NAME_RULE}, and neither . nor .."
-        raise _invalid_name(at, expected, name)
+        raise _invalid_name(at, STREAM_NAME_RULE, name)
     return name
 
 

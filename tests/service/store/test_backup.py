@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from contextlib import nullcontext
 from typing import Any
 
 import ormsgpack
@@ -21,6 +22,7 @@ from service.store.backup import (
     write_backup,
 )
 from service.store.base import StateStore
+from service.store.codec import encode_state
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, opened, real_server
 from tests.support.streams import Commit, OpenStore, Streams, committed, key, load, same_stream
@@ -176,6 +178,26 @@ async def test_missing_block_is_detected(backup: bytes) -> None:
         list(BackupReader(file))
 
 
+@pytest.mark.parametrize(
+    ("model", "stream"),
+    [("", "s"), ("a:b", "s"), ("A", "s"), ("m\n", "s"), ("m", ""), ("m", ".."), ("m", "a/b"),
+     ("m", "s\n"), ("m", "s" * 257)],
+)  # fmt: skip
+def test_names_outside_the_rule_are_rejected(model: str, stream: str) -> None:
+    """Nothing could read or delete such a stream."""
+    state = encode_state(Streams().first())
+    for names, rejected in ((("m-1", "s:1"), False), ((model, stream), True)):
+        blocks = [1, "carry", None, ""], [[*names, state]], 1
+        file = b"CRRB\x01\0\0\0" + b"".join(framed(ormsgpack.packb(each)) for each in blocks)
+        with pytest.raises(BackupError, match="the name of") if rejected else nullcontext():
+            list(BackupReader(io.BytesIO(file)))
+
+
+def framed(content: bytes) -> bytes:
+    """A block of a backup."""
+    return struct.pack("<II", len(content), zlib.crc32(content)) + content
+
+
 async def test_large_states_are_written_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BLOCK_BYTES", 4_000)
     monkeypatch.setattr(module, "BLOCK_BYTES", 2_000, raising=False)
@@ -197,6 +219,5 @@ async def test_large_states_are_written_in_several_blocks(monkeypatch: pytest.Mo
 )
 def test_blocks_with_other_content_are_rejected(content: bytes, message: str) -> None:
     info = ormsgpack.packb([1, "carry", None, ""])
-    blocks = [struct.pack("<II", len(b), zlib.crc32(b)) + b for b in (info, content)]
     with pytest.raises(BackupError, match=message):
-        list(BackupReader(io.BytesIO(b"CRRB\x01\0\0\0" + b"".join(blocks))))
+        list(BackupReader(io.BytesIO(b"CRRB\x01\0\0\0" + framed(info) + framed(content))))

@@ -19,6 +19,7 @@ from models.events.parse import event_type
 from models.events.schema import EventSchema
 from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
+from service.core.values import STREAM_NAME
 from service.pipeline.served_model import ServedModel
 from service.transports.http.field_rules import (
     EPOCH,
@@ -26,7 +27,6 @@ from service.transports.http.field_rules import (
     EXAMPLE_STREAM,
     EXAMPLE_TAG,
     MAX_POSITION,
-    STREAM_NAME,
     FeedName,
     Fingerprint,
     PositionNumber,

@@ -27,7 +27,7 @@ from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.parse import RESET
 from models.events.reader import EventReader
-from service.core.values import Feed, FloatRows, SequenceInput, Steps
+from service.core.values import Feed, FloatRows, SequenceInput, Steps, is_stream_name
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.duplicates import (
     PACKED_PARTS,
@@ -35,7 +35,7 @@ from service.transports.http.bodies.duplicates import (
     check_no_duplicates,
 )
 from service.transports.http.bodies.strict_validator import decode_token
-from service.transports.http.field_rules import EPOCH, MAX_POSITION, is_stream_name
+from service.transports.http.field_rules import EPOCH, MAX_POSITION
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
 

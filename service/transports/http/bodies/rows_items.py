@@ -13,10 +13,10 @@ import msgspec
 from msgspec import Meta
 
 from service.core.errors import CarryError
-from service.core.values import Chunk, Feed, Steps
+from service.core.values import Chunk, Feed, Steps, is_stream_name
 from service.transports.http.bodies.fast_decoder import MAX_BYTES, UNDECIDED
 from service.transports.http.bodies.request_reader import RequestReader
-from service.transports.http.field_rules import EPOCH, MAX_POSITION, is_stream_name
+from service.transports.http.field_rules import EPOCH, MAX_POSITION
 from service.transports.http.media import Media
 
 

@@ -26,7 +26,7 @@ from structlog.contextvars import bound_contextvars
 from service.core.errors import CarryError, Forbidden, Overloaded
 from service.core.memo import Memo
 from service.core.tracing import PROPAGATED, RequestSpan
-from service.core.values import Chunk, Precondition, Reply, StreamKey
+from service.core.values import STREAM_NAME, Chunk, Precondition, Reply, StreamKey
 from service.ops.logs import RequestIds
 from service.ops.request_lines import CLIENT_DISCONNECTED, log_request
 from service.pipeline.pipeline import OnReply
@@ -35,7 +35,6 @@ from service.transports.common.failure_log import log_client_disconnect, log_fai
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
 from service.transports.http.context import ApiContext, ModelCodec
-from service.transports.http.field_rules import STREAM_NAME
 from service.transports.http.limits import LONG_BYTES, ApiLimits
 from service.transports.http.media import Media, accepted, media_of
 from service.transports.http.problems import status_of

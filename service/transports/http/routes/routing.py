@@ -15,7 +15,8 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.transports.http.field_rules import EXAMPLE_STREAM, STREAM_NAME
+from service.core.values import STREAM_NAME
+from service.transports.http.field_rules import EXAMPLE_STREAM
 
 ModelPath = Annotated[str, Path(description="The model's slug.", examples=["flights"])]
 StreamPath = Annotated[
