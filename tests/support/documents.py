@@ -1,8 +1,9 @@
-"""Encodes objects with duplicate members, in JSON and in MessagePack."""
+"""Encodes objects with duplicate members, in JSON and in MessagePack, and finds them in JSON."""
 
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import ormsgpack
@@ -50,3 +51,54 @@ def _packed(value: Any) -> bytes:
     if isinstance(value, list):
         return b"\xdd" + len(value).to_bytes(4, "big") + b"".join(map(_packed, value))
     return ormsgpack.packb(value)
+
+
+def has_duplicates(text: bytes) -> bool:
+    """Whether an object has a member twice, by Python's parser."""
+    found: list[bool] = []
+    json.loads(text, object_pairs_hook=lambda pairs: found.append(len(pairs) > len(dict(pairs))))
+    return any(found)
+
+
+def with_escapes(choose: random.Random, value: Any) -> str:
+    """The value in JSON, with some characters of its names and strings escaped."""
+    if isinstance(value, Members):
+        pairs = [
+            f"{with_escapes(choose, each)}:{with_escapes(choose, part)}" for each, part in value
+        ]
+        return f"{{{','.join(pairs)}}}"
+    if isinstance(value, list):
+        return f"[{','.join(with_escapes(choose, part) for part in value)}]"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    share = choose.choice((0, 0.3, 1))
+    characters = [
+        f"\\u{ord(each):04x}" if choose.random() < share else json.dumps(each)[1:-1]
+        for each in value
+    ]
+    return f'"{"".join(characters)}"'
+
+
+def with_duplicates(choose: random.Random, value: Any) -> bytes:
+    """A value in JSON with escapes; about half of the documents have members twice."""
+    changed = members(value)
+    for _ in range(choose.choice((0, 0, 1, 2))):
+        one = choose.choice(_objects(changed))
+        one.insert(choose.randint(0, len(one)), choose.choice(one))
+    return with_escapes(choose, changed).encode()
+
+
+def quoted(choose: random.Random) -> str:
+    """Text that is easily read wrongly; often with as many quotation marks as members have."""
+    return "".join(choose.choices('"\\/ab:,{}[]\n\u00e9', k=choose.randint(0, 3))) + choose.choice(
+        ("", '""', '""""')
+    )
+
+
+def _objects(value: Any) -> list[Members]:
+    """The objects of a value that have members."""
+    parts = [part for _, part in value] if isinstance(value, Members) else value
+    found = [value] if isinstance(value, Members) and value else []
+    if isinstance(parts, list):
+        found += [each for part in parts for each in _objects(part)]
+    return found

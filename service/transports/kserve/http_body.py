@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from service.core.errors import BodyTooLarge, MalformedBody
-from service.transports.http.bodies.duplicates import find_duplicate
+from service.transports.http.bodies.duplicates import find_duplicate, without_values
 from service.transports.http.media import Media, encode_json
 from service.transports.kserve.json_errors import json_error
 from service.transports.kserve.values import (
@@ -36,6 +36,10 @@ BINARY_OUTPUT: Final = "binary_data_output"
 
 COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 """The arguments of zlib by Content-Encoding."""
+
+_FEW: Final = Meta(max_length=256)
+"""More tensors and parameters than a request has: the members of their objects are searched for
+duplicates, which would block other requests."""
 
 _ABSENT: Final = msgspec.Raw(b"")
 Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -73,10 +77,10 @@ class RequestedOutput(
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
-    inputs: list[_Input]
-    outputs: list[RequestedOutput] = []
+    inputs: Annotated[list[_Input], _FEW]
+    outputs: Annotated[list[RequestedOutput], _FEW] = []
     id: str = ""
-    parameters: dict[str, bool | int | float | str] = {}
+    parameters: Annotated[dict[str, bool | int | float | str], _FEW] = {}
 
 
 _REQUEST: Final = msgspec.json.Decoder(_Request)
@@ -90,7 +94,6 @@ _MEMBERS: Final = {
 """The members of each object, by its place."""
 
 _ENCODER: Final = msgspec.json.Encoder()
-_LONG_DATA: Final = 1024
 
 
 class BinaryOutputs(NamedTuple):
@@ -227,9 +230,14 @@ def encode_reply(reply: InferReply, binary: BinaryOutputs) -> tuple[bytes, int]:
 
 
 def may_have_duplicates(text: bytes, decoded: msgspec.Struct) -> bool:
-    """Whether JSON may have duplicate members: their quotation marks are not in what was decoded
-    from it."""
-    return text.count(b'"') != _ENCODER.encode(decoded).count(b'"')
+    """Whether JSON may have duplicate members: it has other quotation marks around its strings than
+    what was decoded from it. Those within strings do not count: each may be escaped in two ways."""
+    encoded = _ENCODER.encode(decoded)
+    if b"\\" in text:
+        text, encoded = [
+            each.replace(b"\\\\", b"").replace(b'\\"', b"") for each in (text, encoded)
+        ]
+    return text.count(b'"') != encoded.count(b'"')
 
 
 def _decode_json(text: bytes) -> _Request:
@@ -240,20 +248,11 @@ def _decode_json(text: bytes) -> _Request:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _malformed(f"expected one JSON document: {error}") from error
     if may_have_duplicates(text, decoded):
-        duplicate = find_duplicate(Media.JSON, _without_long_data(text, decoded.inputs))
+        values = [tensor.data for tensor in decoded.inputs if tensor.data]
+        duplicate = find_duplicate(Media.JSON, without_values(text, values))
         if duplicate is not None:
             raise duplicate
     return decoded
-
-
-def _without_long_data(text: bytes, inputs: list[_Input]) -> bytes:
-    """A request with a number in place of each long list of values, which has no members: to parse
-    it would block other requests."""
-    for tensor in inputs:
-        data = bytes(tensor.data)
-        if len(data) > _LONG_DATA:
-            text = text.replace(data, b"0", 1)
-    return text
 
 
 def _malformed(reason: str) -> MalformedBody:

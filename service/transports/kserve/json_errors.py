@@ -58,10 +58,8 @@ def json_error(
         got = "a decimal number" if match[2] == "float" else _KINDS.get(match[2], match[2])
         return _invalid(at, ", ".join(kinds), got)
     if match := _BOUND.fullmatch(reason):
-        is_list = match[1] == "array"
-        expected = f"{_KINDS[match[1]]} {_BOUNDS[match[2], is_list]} {match[3]}"
-        if is_list:
-            expected += " elements"
+        parts = {"array": " elements", "object": " members"}.get(match[1], "")
+        expected = f"{_KINDS[match[1]]} {_BOUNDS[match[2], bool(parts)]} {match[3]}{parts}"
         return _invalid(at, expected, "less" if match[2] == ">=" else "more")
     if reason == "Number out of range":
         return _invalid(at, "a finite number", "one out of range")

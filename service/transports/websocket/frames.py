@@ -22,6 +22,7 @@ from service.transports.http.bodies.duplicates import (
     duplicate_error,
     find_duplicate,
     packed_length,
+    without_values,
 )
 from service.transports.http.long_bodies.splitting import SplitObject
 from service.transports.http.media import Encoded, Media, dumps, encoded_object, malformed
@@ -32,10 +33,6 @@ from service.transports.websocket.leading_members import leading_members
 MAX_ID_CHARS: Final = 128
 MAX_MEMBERS: Final = 32
 """Members of a frame; no body of a chunk has as many with its envelope."""
-
-_LONG_VALUE: Final = 1024
-_MAX_REST: Final = 64 * 1024
-"""Maximum bytes of a frame in JSON besides its long values."""
 
 FrameId = str | int
 Envelope = dict[str, msgspec.Raw]
@@ -132,7 +129,7 @@ def read_frame(media: Media, data: bytes | bytearray) -> Frame:
     if len(members) > MAX_MEMBERS:
         expected = f"at most {MAX_MEMBERS} members"
         raise InvalidInput(f"body: expected {expected}, got {len(members)}", at="body")
-    _check_no_duplicates(media, bytes(data), members)
+    _check_no_duplicates(media, data, members)
     return Frame(_frame_id(media, members), members, media, data)
 
 
@@ -174,38 +171,24 @@ def _frame_id(media: Media, members: Envelope) -> FrameId | None:
     return frame_id
 
 
-def _check_no_duplicates(media: Media, data: bytes, members: Envelope) -> None:
+def _check_no_duplicates(media: Media, data: bytes | bytearray, members: Envelope) -> None:
     """Reject a frame that has a member twice; the decoder kept the last of them.
 
     Raises:
         InvalidInput
     """
     if media is Media.MSGPACK:
-        counted = packed_length(data[:HEADER_BYTES])
+        counted = packed_length(bytes(data[:HEADER_BYTES]))
         if counted is not None and counted[0] != len(members):
-            raise find_duplicate(media, data) or duplicate_error("body")
+            raise find_duplicate(media, bytes(data)) or duplicate_error("body")
         return
-    rest = _without_long_values(data, members)
-    if len(rest) > _MAX_REST:
-        expected = f"each member once, and at most {_MAX_REST} bytes besides the values"
-        raise InvalidInput(f"body: expected {expected}, got {len(rest)}", at="body")
+    rest = without_values(data, members.values())
     # a name without escapes that occurs once in the frame is not a duplicate
     is_certain = b"\\" not in rest and all(
         rest.count(b'"%b"' % name.encode()) == 1 for name in members
     )
     if not is_certain and (duplicate := find_duplicate(media, rest)) is not None:
         raise duplicate
-
-
-def _without_long_values(data: bytes, members: Envelope) -> bytes:
-    """A frame in JSON with a number in place of each long value, which its reader checks: to parse
-    them here would block other sockets."""
-    values = (bytes(raw) for raw in members.values())
-    for value in sorted(
-        (each for each in values if len(each) > _LONG_VALUE), key=len, reverse=True
-    ):
-        data = data.replace(value, b"0", 1)
-    return data
 
 
 def _decode(media: Media, raw: msgspec.Raw, kind: Any) -> Any:

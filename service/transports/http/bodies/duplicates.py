@@ -22,6 +22,12 @@ from service.transports.http.media import Media
 
 EXPECTED: Final = "each member of an object once"
 
+LONG_VALUE: Final = 1024
+"""Longest value, in bytes, that is parsed only to find duplicate members in it."""
+
+MAX_REST: Final = 64 * 1024
+"""Maximum bytes of a document in JSON besides its long values."""
+
 _ELEMENTS: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _NAME: Final = msgspec.msgpack.Decoder(str)
 _MAX_DEPTH: Final = 32
@@ -66,6 +72,36 @@ def find_duplicates(
         for at, place in places.items()
         if place is not None
     }
+
+
+def without_values(body: bytes | bytearray, values: Iterable[msgspec.Raw]) -> bytes:
+    """A document in JSON with a number in place of each of these values that is long.
+
+    Their readers check them; to parse them only for their members would block other requests.
+
+    Args:
+        values: views of the document, none within another.
+
+    Raises:
+        InvalidInput: the rest is long too, such as a value of a member that came twice.
+    """
+    start, end = _address(body), 0
+    parts: list[bytes | bytearray] = []
+    for at, length in sorted([(_address(each) - start, len(memoryview(each))) for each in values]):
+        if length > LONG_VALUE:
+            parts += (body[end:at], b"0")
+            end = at + length
+    rest = b"".join([*parts, body[end:]])
+    if len(rest) > MAX_REST:
+        expected = f"each member once, and at most {MAX_REST} bytes besides the values"
+        raise InvalidInput(f"body: expected {expected}, got {len(rest)}", at="body")
+    return rest
+
+
+def _address(value: bytes | bytearray | msgspec.Raw) -> int:
+    """Where a value is in memory."""
+    address: int = np.frombuffer(value, np.uint8).__array_interface__["data"][0]
+    return address
 
 
 def duplicate_error(at: str) -> InvalidInput:

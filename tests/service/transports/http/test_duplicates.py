@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,14 @@ from tests.service.transports.http.harness import (
     rows,
 )
 from tests.support.decoders import decoder_spec, future_of, hourly_events
-from tests.support.documents import Members, document, members
+from tests.support.documents import (
+    Members,
+    document,
+    has_duplicates,
+    members,
+    quoted,
+    with_duplicates,
+)
 from tests.support.oracle import contracting_weights
 from tests.support.servers import RealServer
 
@@ -242,6 +250,22 @@ async def test_escaped_duplicate_members_are_rejected(api: Harness, text: str) -
 def test_error_names_the_place_of_the_duplicate_member(text: str, at: str | None) -> None:
     found = find_duplicate(Media.JSON, text.encode())
     assert (None if found is None else found.facts["at"]) == at
+
+
+@pytest.mark.parametrize("fast_path", [True, False], ids=["fast path", "slow path"])
+async def test_duplicates_are_those_of_another_parser(
+    pipeline_server: RealServer, models: Mapping[str, Artifact], fast_path: bool
+) -> None:
+    """In JSON, whatever is escaped in names and strings."""
+    async with harness(pipeline_server, models, fast_path=fast_path) as api:
+        for seed in range(100):
+            choose = random.Random(seed)
+            events = [EVENT, {**LATER, "carrier": "a" + quoted(choose)}]
+            text = with_duplicates(choose, {"events": events, "position": 0})
+            answer = await api.chunk(text, stream=f"s{seed}", model="small")
+            is_rejected = "more than once" in answer.text
+            assert is_rejected == has_duplicates(text), (seed, text)
+            assert answer.status_code == (422 if is_rejected else 200), answer.text
 
 
 def test_member_name_is_the_same_in_every_encoding() -> None:

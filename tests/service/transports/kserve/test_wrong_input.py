@@ -195,12 +195,15 @@ async def test_duplicates_are_found_without_parsing_values(
         return find_duplicate(media, text)
 
     monkeypatch.setattr(http_body, "find_duplicate", find)
-    body = changed(data=[0.25] * 2000)
-    text = orjson.dumps(body | {"parameters": {"triton_a": "x"}}).replace(b'"x"', b'"\\u0022"')
+    text = orjson.dumps(changed(data=[0.25] * 2000) | {"id": ""})
     assert "2000 values" in error_of(await v2.post(text), 422, "invalid_input")["error"]
+    assert max(parsed) < 300
     twice = text[:-1] + b',"input\\u0073":[]}'
     assert "inputs: expected each" in error_of(await v2.post(twice), 422, "invalid_input")["error"]
-    assert parsed[0] < 300
+    long = orjson.dumps(changed(data=[0.25] * 20_000))
+    with pytest.raises(InvalidInput, match="body: expected each member once"):
+        http_body.decode_request(long[:-1] + b',"input\\u0073":[]}', None, "probe", "")
+    assert len(parsed) == 2
 
 
 async def test_text_that_is_no_stream_name_is_rejected(v2: V2) -> None:
