@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from service.replay.options import (
-    DEFAULT_URL,
-    ReplayError,
-    ReplayOptions,
-    parse_range,
-    parse_speed,
-)
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
 
 
 class By(StrEnum):
@@ -34,7 +28,10 @@ class Encoding(StrEnum):
 def replay(
     url: Annotated[
         list[str] | None,
-        typer.Option(help=f"Address of the service; may be repeated. [default: {DEFAULT_URL}]"),
+        typer.Option(
+            help="Address of the service; repeat it for others to turn to when one does not "
+            f"answer. [default: {DEFAULT_URL}]"
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="The model's name.")] = "flights",
     by: Annotated[By, typer.Option(help="Which departures form one stream.")] = By.AIRPORT_CARRIER,
@@ -56,29 +53,20 @@ def replay(
     chunk: Annotated[
         str, typer.Option(help="Events per chunk: N, or A..B, drawn evenly.")
     ] = "1..64",
-    seed: Annotated[
-        int, typer.Option(help="Random seed of the chunk sizes and the duplicates.")
-    ] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed of the chunk sizes.")] = 1,
     streams_in_flight: Annotated[
         int, typer.Option(min=1, max=4096, help="Streams with a chunk in flight at once.")
     ] = 64,
-    per_request: Annotated[
-        int, typer.Option(min=1, max=256, help="Streams that share one request.")
-    ] = 1,
     speed: Annotated[
         str, typer.Option(help="`max`, or a factor of real time by the events' timestamps.")
     ] = "max",
-    duplicates: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Share of the chunks that are sent twice at once, 0 to 1."),
-    ] = 0.0,
     encoding: Annotated[
         Encoding, typer.Option("--format", help="Encoding of the bodies.")
     ] = Encoding.JSON,
     patience_s: Annotated[
         float,
         typer.Option(
-            min=1, help="How long to retry a failing chunk before the replay stops, in seconds."
+            min=0.1, help="How long to retry a failing chunk before the replay stops, in seconds."
         ),
     ] = 60.0,
     verify: Annotated[
@@ -87,9 +75,7 @@ def replay(
     ] = False,
     artifact: Annotated[
         Path | None,
-        typer.Option(
-            help="The model's directory, for skill and --verify; default: the pretrained one."
-        ),
+        typer.Option(help="The model's directory, for --verify; default: the pretrained one."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write the summary to this file as JSON.")
@@ -102,39 +88,58 @@ def replay(
     from the streams' positions. Exit status: 0 if every guarantee held, 1 if the service broke
     one, 2 if the replay could not be finished.
     """
+    if report is not None and (report.is_dir() or not report.parent.is_dir()):
+        raise typer.BadParameter(
+            f"--report: expected a file in an existing directory, got {report}"
+        )
+    sizes, factor = _parse_chunk(chunk), _parse_speed(speed)
     try:
-        chunk_min, chunk_max = parse_range(chunk)
-        factor = parse_speed(speed)
-    except ReplayError as error:
-        raise typer.BadParameter(str(error)) from error
-    options = ReplayOptions(
-        urls=tuple(url or [DEFAULT_URL]),
-        model=model,
-        by=by.value,
-        data=data,
-        stream_column=stream_column,
-        prefix=prefix,
-        events=events,
-        chunk_min=chunk_min,
-        chunk_max=chunk_max,
-        seed=seed,
-        streams_in_flight=streams_in_flight,
-        per_request=per_request,
-        speed=factor,
-        duplicates=duplicates,
-        format=encoding.value,
-        patience_s=patience_s,
-        verify=verify,
-        artifact=artifact,
-        report=report,
-        quiet=quiet,
-    )
-    try:
-        from service.replay.main import run_replay
+        from service.replay.run import run_replay
+        from service.replay.send import Pace
     except ImportError as error:
         typer.echo(
             f"carry replay needs more packages ({error}): pip install ./client '.[replay]'",
             err=True,
         )
         raise typer.Exit(2) from error
-    raise typer.Exit(run_replay(options))
+    status = run_replay(
+        url or [DEFAULT_URL],
+        model,
+        Pace(sizes, seed, streams_in_flight, factor),
+        data=data,
+        by=by.value,
+        stream_column=stream_column,
+        prefix=prefix,
+        limit=events,
+        encoding=encoding.value,
+        patience_s=patience_s,
+        verify=verify,
+        artifact=artifact,
+        report=report,
+        quiet=quiet,
+    )
+    raise typer.Exit(status)
+
+
+def _parse_chunk(text: str) -> tuple[int, int]:
+    """`A..B` or `N` as the least and the most events of a chunk."""
+    low, dots, high = text.partition("..")
+    if not low.isdecimal() or (dots and not high.isdecimal()):
+        raise typer.BadParameter(f"--chunk: expected A..B, for example 1..64, got {text!r}")
+    smallest, largest = int(low), int(high if dots else low)
+    if not 1 <= smallest <= largest:
+        raise typer.BadParameter(f"--chunk: expected 1 <= A <= B, got {text!r}")
+    return smallest, largest
+
+
+def _parse_speed(text: str) -> float | None:
+    """`max` as None, or a factor above 0."""
+    if text == "max":
+        return None
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise typer.BadParameter(f"--speed: expected `max` or a factor above 0, got {text!r}")
+    return factor

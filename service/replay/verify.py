@@ -26,9 +26,8 @@ from models.events.encode import Clock, encode, event_times
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec
 from models.spec.resets import find_resets, segments_of
-from service.replay.checks import ABSOLUTE, excess
-from service.replay.client import FloatRows
-from service.replay.options import ReplayError
+from service.replay.events import ReplayError
+from service.replay.send import ABSOLUTE, FloatRows, excess
 
 MAX_PADDED_STEPS = 65_536
 """Rows times steps of one call; a longer stream goes alone."""
@@ -118,7 +117,7 @@ def open_artifact(path: Path | None, model: str, version: str) -> Artifact:
     return artifact
 
 
-def require_reference() -> None:
+def check_tensorflow() -> None:
     """Check, before a replay starts, that `keras_whole` will work; does not import TensorFlow.
 
     Raises:
@@ -137,7 +136,7 @@ def keras_whole(artifact: Artifact) -> Whole:
     Raises:
         ReplayError: TensorFlow is not installed.
     """
-    require_reference()
+    check_tensorflow()
     # TensorFlow logs its start to stderr from C++; errors are still logged.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
@@ -165,7 +164,7 @@ def keras_whole(artifact: Artifact) -> Whole:
     return whole
 
 
-def verify(spec: ModelSpec, whole: Whole, streams: Sequence[Received]) -> Verification:
+def verify_outputs(spec: ModelSpec, whole: Whole, streams: Sequence[Received]) -> Verification:
     """Compare what was received with the whole-sequence call.
 
     Args:

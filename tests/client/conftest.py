@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from carry_client import Carry, Stream
-from service.replay.source import StreamEvents
+from service.replay.events import StreamEvents
 from tests.service.replay.conftest import background, standin, streams
 from tests.support.service import Service
 

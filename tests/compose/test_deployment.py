@@ -26,8 +26,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import load_artifact
-from service.replay.options import ReplayOptions
-from service.replay.source import StreamEvents, load_streams
+from service.replay.events import StreamEvents, load_streams
 from tests.support.feeders import feeding
 from tests.support.servers import until
 
@@ -134,7 +133,7 @@ def streams() -> list[StreamEvents]:
     """The earliest departures, cut into streams of at least 40 events."""
     schema = load_artifact(REPOSITORY / "models" / "pretrained" / MODEL).spec.events
     assert schema is not None
-    found = load_streams(schema, ReplayOptions(events=4000, prefix="compose-"))
+    found = load_streams(schema, limit=4000, prefix="compose-")
     return [stream for stream in found if len(stream) >= 40][:8]
 
 
@@ -228,7 +227,7 @@ def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_
     command = [
         *(sys.executable, "-m", "service.cli", "replay"),
         *("--url", deployment.url, "--prefix", "replay-", "--events", "20000"),
-        *("--chunk", "1..16", "--duplicates", "0.05", "--verify"),
+        *("--chunk", "1..16", "--verify"),
         *("--patience-s", "300"),
         *("--report", str(report), "--quiet"),
     ]

@@ -30,7 +30,7 @@ INTERVAL = "10s"
 STEP_S = 1.0
 SHOWN_S = 60.0
 """The queries cover the end of the replay, which at its start asks where all streams are."""
-REPLAY = ["--by", "aircraft", "--duplicates", "0.05", "--chunk", "1..32", "--quiet"]
+REPLAY = ["--by", "aircraft", "--chunk", "1..32", "--quiet"]
 
 
 class Result(NamedTuple):

@@ -14,27 +14,16 @@ import pytest
 import uvloop
 from aiohttp.test_utils import TestServer
 
+from carry_client import AsyncCarry
 from models.events.columns import columns_from_events
-from service.replay.client import Service, connect
-from service.replay.options import ReplayOptions
-from service.replay.run import Replay, describe
-from service.replay.source import StreamEvents, split_streams
+from service.replay.events import StreamEvents, split_streams
+from service.replay.send import Pace, Replay
 from tests.service.replay.standin import SPEC, Standin
 from tests.support.oracle import contracting_weights
 
 STANDIN_SEED = 3
 """Of the stand-in's weights."""
 LENGTHS = {"s1": 40, "s2": 23, "s:3": 61, "s4": 1}
-
-
-class NoProgress:
-    """Shows nothing."""
-
-    def begin(self, total: int, done: int) -> None:
-        pass
-
-    def show(self, done: int, tally: Any) -> None:
-        pass
 
 
 @pytest.fixture
@@ -65,13 +54,13 @@ def standin() -> Standin:
 @pytest.fixture
 def data(tmp_path: Path, streams: list[StreamEvents]) -> Path:
     """The same events as a table, in the order of their time."""
-    ranked = sorted(
-        (rank, stream.name, event)
+    events = [
+        {"who": stream.name, **event}
         for stream in streams
-        for rank, event in zip(stream.ranks.tolist(), stream.events(0, len(stream)), strict=True)
-    )
+        for event in stream.events(0, len(stream))
+    ]
     path = tmp_path / "events.jsonl"
-    lines = [orjson.dumps({"who": name, **event}) for _, name, event in ranked]
+    lines = [orjson.dumps(event) for event in sorted(events, key=lambda event: event["at"])]
     path.write_bytes(b"\n".join(lines))
     return path
 
@@ -113,20 +102,17 @@ Replayed = Callable[..., Awaitable[Replay]]
 
 @pytest.fixture
 def replayed(url: str, streams: list[StreamEvents]) -> Replayed:
-    """Replays the streams through the stand-in under the options that are given."""
+    """Replays the streams through the stand-in, in chunks of at most nine events."""
 
-    async def run(**given: Any) -> Replay:
-        settings: dict[str, Any] = {"urls": (url,), "model": "small", "chunk_max": 9, **given}
-        options = ReplayOptions(**settings)
-        async with connect(options) as service:
-            replay = await start(service, streams, options)
-            await replay.run(NoProgress())
-            await replay.check_positions()
-        return replay
+    async def run(pace: Pace | None = None, **client: Any) -> Replay:
+        async with AsyncCarry(url, **{"deadline_s": 60, **client}) as carry:
+            return await replay(carry, streams, pace or Pace((1, 9)))
 
     return run
 
 
-async def start(service: Service, streams: list[StreamEvents], options: ReplayOptions) -> Replay:
-    description = await describe(service, options.patience_s)
-    return Replay(service, description, streams, options)
+async def replay(carry: AsyncCarry, streams: list[StreamEvents], pace: Pace) -> Replay:
+    model = carry.model("small")
+    replay = Replay(model, await model.describe(), streams, pace)
+    await replay.run()
+    return replay

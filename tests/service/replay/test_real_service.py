@@ -14,8 +14,8 @@ import orjson
 import pytest
 
 from models.artifact.artifact import write_artifact
-from service.replay.main import run_replay
-from service.replay.options import ReplayOptions
+from service.replay.run import run_replay
+from service.replay.send import Pace
 from tests.service.replay.standin import SPEC
 from tests.support.oracle import contracting_weights
 from tests.support.servers import until
@@ -47,30 +47,29 @@ def test_replay_survives_a_sigkill_of_the_store(tmp_path: Path) -> None:
     write_events(tmp_path / "events.jsonl")
     with running(tmp_path, tmp_path / "models") as service, ThreadPoolExecutor(1) as beside:
 
-        def replay(**options: Any) -> dict[str, Any]:
+        def replay(pace: Pace, **options: Any) -> dict[str, Any]:
             report = tmp_path / "report.json"
-            options = {"model": "small", "duplicates": 0.1, "verify": True, **options}
             status = run_replay(
-                ReplayOptions(
-                    urls=(service.url,),
-                    data=tmp_path / "events.jsonl",
-                    artifact=artifact.path,
-                    report=report,
-                    **options,
-                )
+                [service.url],
+                "small",
+                pace,
+                data=tmp_path / "events.jsonl",
+                verify=True,
+                artifact=artifact.path,
+                report=report,
+                **options,
             )
             assert status == 0
             found: dict[str, Any] = orjson.loads(report.read_bytes())
             return found
 
-        first = replay(events=EVENTS // 4, per_request=4)
+        first = replay(Pace(), limit=EVENTS // 4)
         assert first["events"] == EVENTS // 4
-        assert first["replayed"] == first["duplicates"] != 0
         killed = beside.submit(kill_store, service, 400)
-        second = replay(format="msgpack", chunk_max=8)
+        second = replay(Pace((1, 8)), encoding="msgpack")
         assert killed.result()
         assert second["resumed"] == first["streams"]
-        assert second["events"] - second["lost"] == EVENTS - EVENTS // 4
+        assert second["events"] - second["sent_again"] == EVENTS - EVENTS // 4
         assert second["verification"]["compared"] == EVENTS - EVENTS // 4
 
 

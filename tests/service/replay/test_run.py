@@ -1,4 +1,4 @@
-"""A replay against the stand-in: order, resuming, faults, duplicates, many streams at once."""
+"""A replay against the stand-in: order, pace, resuming, faults, many streams at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from service.replay.client import connect
-from service.replay.options import ReplayError, ReplayOptions
-from service.replay.run import Replay
-from service.replay.source import StreamEvents
-from tests.service.replay.conftest import LENGTHS, NoProgress, Replayed, start
+from carry_client import AsyncCarry
+from service.replay.events import ReplayError, StreamEvents
+from service.replay.send import Pace, Replay
+from tests.service.replay.conftest import LENGTHS, Replayed, replay
 from tests.service.replay.standin import Standin
 
 EVENTS = sum(LENGTHS.values())
@@ -37,16 +36,15 @@ def every(step: int, fault: str) -> Any:
 def assert_all_received(replay: Replay, standin: Standin) -> None:
     assert replay.tally.faults == []
     assert {name: stream.position for name, stream in standin.streams.items()} == LENGTHS
-    for stream_progress in replay.progress.values():
-        assert np.isfinite(stream_progress.outputs).all()
+    for stream in replay.streams:
+        assert np.isfinite(stream.outputs).all()
 
 
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
-@pytest.mark.parametrize("per_request", [1, 3])
 async def test_every_event_is_sent_once_and_in_order(
-    replayed: Replayed, standin: Standin, encoding: str, per_request: int
+    replayed: Replayed, standin: Standin, encoding: str
 ) -> None:
-    replay = await replayed(format=encoding, per_request=per_request)
+    replay = await replayed(encoding=encoding)
     assert_all_received(replay, standin)
     ends: dict[str, int] = defaultdict(int)
     for name, position, steps in standin.seen:
@@ -55,13 +53,42 @@ async def test_every_event_is_sent_once_and_in_order(
         ends[name] += steps
     assert replay.tally.events == EVENTS
     assert replay.tally.chunks == len(standin.seen)
-    assert replay.tally.retries == 0
-    requests = replay.tally.requests
-    assert requests == len(standin.seen) if per_request == 1 else requests < len(standin.seen)
+    assert not replay.tally.retries
+
+
+async def test_chunks_depend_on_seed_and_stream_alone(replayed: Replayed, standin: Standin) -> None:
+    async def chunks(seed: int) -> dict[str, list[int]]:
+        standin.streams.clear()
+        standin.seen.clear()
+        await replayed(Pace((2, 6), seed))
+        sizes: dict[str, list[int]] = defaultdict(list)
+        for name, _, steps in standin.seen:
+            sizes[name].append(steps)
+        return sizes
+
+    first = await chunks(1)
+    assert set(first["s:3"][:-1]) == {2, 3, 4, 5, 6}
+    assert await chunks(1) == first
+    assert await chunks(2) != first
+
+
+async def test_speed_delays_a_chunk_until_its_last_event(
+    replayed: Replayed, standin: Standin, streams: list[StreamEvents]
+) -> None:
+    times = np.concatenate([stream.times_ms for stream in streams if stream.times_ms is not None])
+    replay = await replayed(Pace((1, 1), speed=float(np.ptp(times)) / 1000))
+    assert replay.tally.wall_s >= 1
+    sent = [
+        stream.times_ms[position]
+        for name, position, _ in standin.seen
+        for stream in streams
+        if stream.name == name and stream.times_ms is not None
+    ]
+    assert np.corrcoef(sent, np.arange(len(sent)))[0, 1] > 0.99
 
 
 async def test_streams_are_sent_concurrently(replayed: Replayed, standin: Standin) -> None:
-    await replayed(chunk_max=2)
+    await replayed(Pace((1, 2)))
     names = [name for name, _, _ in standin.seen]
     assert names.index("s2") < len(names) - 1 - names[::-1].index("s1")
 
@@ -70,24 +97,15 @@ FAULTS = ["drop", "drop_after", "store_unavailable", "outcome_unknown", "conflic
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("per_request", [1, 4])
 async def test_chunk_without_an_answer_is_repeated_unchanged(
-    replayed: Replayed, standin: Standin, fault: str, per_request: int
+    replayed: Replayed, standin: Standin, fault: str
 ) -> None:
     standin.fault = every(3, fault)
-    replay = await replayed(per_request=per_request)
+    replay = await replayed()
     assert_all_received(replay, standin)
-    assert replay.tally.retries > 0
+    assert replay.tally.retries.total() > 0
     assert replay.tally.chunks == standin.counts["chunks"]
     assert (replay.tally.replayed > 0) == (fault in ("drop_after", "outcome_unknown"))
-
-
-async def test_failed_item_is_repeated_alone(replayed: Replayed, standin: Standin) -> None:
-    standin.fault = every(2, "one_fails")
-    replay = await replayed(per_request=4)
-    assert_all_received(replay, standin)
-    assert replay.tally.problems["overloaded"] > 0
-    assert replay.tally.chunks == standin.counts["chunks"]
 
 
 async def test_second_replay_resumes_where_the_first_was_rejected(
@@ -95,7 +113,7 @@ async def test_second_replay_resumes_where_the_first_was_rejected(
 ) -> None:
     standin.fault = every(12, "refuse")
     with pytest.raises(ReplayError, match="invalid_input"):
-        await replayed(streams_in_flight=1)
+        await replayed(Pace((1, 9), streams_in_flight=1))
     stood = {name: stream.position for name, stream in standin.streams.items()}
     assert 0 < sum(stood.values()) < EVENTS
     standin.fault = lambda request: None
@@ -104,10 +122,10 @@ async def test_second_replay_resumes_where_the_first_was_rejected(
     assert replay.tally.faults == []
     assert replay.tally.events == EVENTS - sum(stood.values())
     assert min(position for name, position, _ in standin.seen if name == "s:3") == stood["s:3"]
-    for name, stream_progress in replay.progress.items():
-        assert stream_progress.start == stood.get(name, 0)
-        assert np.isnan(stream_progress.outputs[: stream_progress.start]).all()
-        assert np.isfinite(stream_progress.outputs[stream_progress.start :]).all()
+    for stream in replay.streams:
+        assert stream.start == stood.get(stream.events.name, 0)
+        assert np.isnan(stream.outputs[: stream.start]).all()
+        assert np.isfinite(stream.outputs[stream.start :]).all()
 
 
 async def test_position_request_is_repeated(replayed: Replayed, standin: Standin) -> None:
@@ -115,7 +133,7 @@ async def test_position_request_is_repeated(replayed: Replayed, standin: Standin
     standin.deaf = 3
     replay = await replayed()
     assert replay.tally.faults == []
-    assert replay.tally.problems == {"store_unavailable": 3}
+    assert replay.tally.retries == {"store_unavailable": 3}
     assert replay.tally.events == 0
 
 
@@ -130,9 +148,8 @@ async def test_rolled_back_stream_is_sent_again_from_its_position(
     standin.fault = lose
     replay = await replayed()
     assert_all_received(replay, standin)
-    assert replay.tally.fell_back == 1
-    assert replay.tally.lost > 0
-    assert replay.tally.events == EVENTS + replay.tally.lost
+    assert replay.tally.sent_again > 0
+    assert replay.tally.events == EVENTS + replay.tally.sent_again
 
 
 async def test_different_outputs_of_repeated_events_are_a_fault(
@@ -145,7 +162,7 @@ async def test_different_outputs_of_repeated_events_are_a_fault(
             standin.wrong_by = 1e-3
 
     standin.fault = lose
-    replay = await replayed(streams_in_flight=1)
+    replay = await replayed(Pace((1, 9), streams_in_flight=1))
     (fault,) = (fault for fault in replay.tally.faults if "'s:3'" in fault)
     assert "other outputs than before" in fault
 
@@ -163,49 +180,17 @@ async def test_expired_reply_is_skipped_and_counted(replayed: Replayed, standin:
         return None
 
     standin.fault = forget
-    replay = await replayed(streams_in_flight=1)
+    replay = await replayed(Pace((1, 9), streams_in_flight=1))
     name, position, steps = standin.seen[4]
     assert replay.tally.faults == []
     assert replay.tally.skipped == steps
-    missing = np.isnan(replay.progress[name].outputs).any(axis=1)
+    (stream,) = (stream for stream in replay.streams if stream.events.name == name)
+    missing = np.isnan(stream.outputs).any(axis=1)
     assert np.flatnonzero(missing).tolist() == list(range(position, position + steps))
-
-
-async def test_duplicates_go_to_different_urls_and_one_is_replayed(
-    replayed: Replayed, standin: Standin, url: str
-) -> None:
-    other = TestServer(standin.app())
-    await other.start_server()
-    ports = sorted([port_of(url), port_of(str(other.make_url("/")))])
-    try:
-        replay = await replayed(duplicates=1.0, urls=(url, str(other.make_url("/"))))
-    finally:
-        await other.close()
-    assert_all_received(replay, standin)
-    tally = replay.tally
-    assert tally.duplicates == tally.replayed == tally.chunks
-    assert len(standin.seen) == 2 * tally.chunks
-    assert sorted(set(standin.port_of)) == ports
-    assert standin.port_of.count(ports[0]) == tally.chunks
 
 
 def port_of(url: str) -> int:
     return int(url.rstrip("/").rpartition(":")[2])
-
-
-async def test_duplicate_that_is_applied_twice_is_a_fault(
-    replayed: Replayed, standin: Standin
-) -> None:
-    apply = standin._apply
-
-    def forgetful(item: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        status, reply = apply(item)
-        return status, {**reply, "replayed": False} if status == 200 else reply
-
-    standin._apply = forgetful  # type: ignore[method-assign]
-    replay = await replayed(duplicates=1.0)
-    assert replay.tally.fault_count == replay.tally.chunks
-    assert "both were processed" in replay.tally.faults[0]
 
 
 async def test_wrong_position_and_wrong_stream_are_faults(
@@ -232,22 +217,32 @@ async def test_position_beyond_the_events_is_a_fault(replayed: Replayed, standin
     assert replay.tally.faults == ["stream 's4': expected position 1, got 61"]
 
 
-async def test_replay_gives_up_after_patience_s(
-    url: str, server: TestServer, streams: list[StreamEvents]
+async def test_outputs_must_be_finite(replayed: Replayed, standin: Standin) -> None:
+    standin.wrong_by = float("inf")
+    faults = (await replayed(encoding="msgpack")).tally.faults
+    assert len(faults) == 3
+    assert all(fault.endswith("expected finite outputs") for fault in faults)
+
+
+async def test_replay_ends_when_its_patience_is_over(
+    url: str, server: TestServer, streams: list[StreamEvents], standin: Standin
 ) -> None:
-    options = ReplayOptions(urls=(url,), model="small", patience_s=0.2)
-    async with connect(options) as service:
-        replay = await start(service, streams, options)
-        await server.close()
-        with pytest.raises(ReplayError, match=r"gave up after 0\.2 s: no_answer"):
-            await replay.run(NoProgress())
+    closing: list[asyncio.Task[None]] = []
+
+    def close(request: web.Request) -> None:
+        if not closing:
+            closing.append(asyncio.create_task(server.close()))
+
+    standin.fault = close
+    async with AsyncCarry(url, deadline_s=0.2) as carry:
+        with pytest.raises(ReplayError, match=r"no_answer.*start again to resume"):
+            await replay(carry, streams, Pace())
 
 
 async def test_replay_waits_for_a_restarted_service(
     standin: Standin, url: str, server: TestServer, streams: list[StreamEvents]
 ) -> None:
     back = TestServer(standin.app(), port=port_of(url))
-    options = ReplayOptions(urls=(url,), model="small", chunk_max=4, streams_in_flight=2)
 
     async def restart() -> None:
         await server.close()
@@ -261,16 +256,15 @@ async def test_replay_waits_for_a_restarted_service(
         return "drop" if task and not task[0].done() else None
 
     standin.fault = kill
-    async with connect(options, timeout_s=1) as service:
-        replay = await start(service, streams, options)
-        await replay.run(NoProgress())
-        await replay.check_positions()
+    async with AsyncCarry(url, timeout_s=1) as carry:
+        replayed = await replay(carry, streams, Pace((1, 4), streams_in_flight=2))
     await back.close()
-    assert_all_received(replay, standin)
-    assert replay.tally.problems["no_answer"] > 0
-    assert 0 < replay.tally.silence_s < replay.tally.wall_s
+    assert_all_received(replayed, standin)
+    assert replayed.tally.retries["no_answer"] > 0
 
 
-async def test_unknown_model_is_rejected_at_once(replayed: Replayed) -> None:
-    with pytest.raises(ReplayError, match="model_not_found"):
-        await replayed(model="other")
+async def test_several_addresses_are_tried_in_turn(
+    standin: Standin, url: str, streams: list[StreamEvents]
+) -> None:
+    async with AsyncCarry(["http://127.0.0.1:1", url]) as carry:
+        assert_all_received(await replay(carry, streams, Pace()), standin)

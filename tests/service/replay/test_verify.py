@@ -10,10 +10,10 @@ import pytest
 
 from models.artifact.artifact import Artifact, write_artifact
 from service.replay import verify as verify_module
-from service.replay.main import EXIT_UNFINISHED, run_replay
-from service.replay.options import ReplayError, ReplayOptions
-from service.replay.source import StreamEvents
-from service.replay.verify import Received, Whole, keras_whole, open_artifact, verify
+from service.replay.events import ReplayError, StreamEvents
+from service.replay.run import EXIT_UNFINISHED, run_replay
+from service.replay.send import Pace
+from service.replay.verify import Received, Whole, keras_whole, open_artifact, verify_outputs
 from tests.service.replay.conftest import LENGTHS, STANDIN_SEED, Replayed
 from tests.service.replay.standin import SPEC, Standin
 from tests.support.oracle import contracting_weights
@@ -33,15 +33,15 @@ def whole(artifact: Artifact) -> Whole:
 
 
 async def received(replayed: Replayed) -> list[Received]:
-    replay = await replayed(chunk_max=5)
+    replay = await replayed(Pace((1, 5)))
     return [
-        Received(name, stream_progress.cursor.events.columns, stream_progress.outputs)
-        for name, stream_progress in replay.progress.items()
+        Received(stream.events.name, stream.events.columns, stream.outputs)
+        for stream in replay.streams
     ]
 
 
 async def test_chunked_outputs_equal_the_whole_sequence(replayed: Replayed, whole: Whole) -> None:
-    found = verify(SPEC, whole, await received(replayed))
+    found = verify_outputs(SPEC, whole, await received(replayed))
     assert found.holds
     assert [check.name for check in found.outputs] == ["late", "next"]
     assert found.compared == sum(LENGTHS.values())
@@ -53,7 +53,7 @@ async def test_one_wrong_number_is_detected(
     replayed: Replayed, standin: Standin, whole: Whole
 ) -> None:
     standin.wrong_by = 1e-3
-    found = verify(SPEC, whole, await received(replayed))
+    found = verify_outputs(SPEC, whole, await received(replayed))
     assert not found.holds
     late, forecast = found.outputs
     assert late.holds
@@ -74,7 +74,7 @@ async def test_outputs_of_another_stream_or_state_are_detected(
     else:
         wrong[1:] = wrong[:-1].copy()
     changed = Received("s1", streams["s1"].columns, wrong)
-    found = verify(SPEC, whole, [changed, streams["s2"]])
+    found = verify_outputs(SPEC, whole, [changed, streams["s2"]])
     assert not found.holds
     assert {check.stream for check in found.outputs} == {"s1"}
 
@@ -85,7 +85,7 @@ async def test_resumed_run_is_verified_from_the_first_event(
     streams = await received(replayed)
     for stream in streams:
         stream.outputs[: len(stream.columns) // 2] = np.nan
-    found = verify(SPEC, whole, streams)
+    found = verify_outputs(SPEC, whole, streams)
     assert found.holds
     assert found.missing == sum(length // 2 for length in LENGTHS.values())
     assert found.compared == sum(LENGTHS.values()) - found.missing
@@ -97,7 +97,7 @@ def test_streams_without_outputs_are_not_compared(
     nothing = [
         Received(s.name, s.columns, np.full((len(s), 4), np.nan, np.float32)) for s in streams
     ]
-    found = verify(SPEC, whole, nothing)
+    found = verify_outputs(SPEC, whole, nothing)
     assert (found.compared, found.missing) == (0, sum(LENGTHS.values()))
 
 
@@ -115,7 +115,7 @@ def test_long_and_short_streams_are_not_padded_together(
     received = [
         Received(str(n), longest.columns[:n], np.zeros((n, 4), np.float32)) for n in lengths
     ]
-    assert verify(SPEC, whole, received).compared == sum(lengths)
+    assert verify_outputs(SPEC, whole, received).compared == sum(lengths)
     assert sizes == [[1, 1], [30, 31, 40], [60, 61]]
 
 
@@ -143,35 +143,32 @@ def test_exit_status_is_the_result_of_the_verification(
     standin.version, standin.wrong_by = artifact.version, wrong_by
     refusals = iter(["store_unavailable"])
     standin.fault = lambda request: next(refusals, None)
-    options = ReplayOptions(
-        urls=(background,),
-        model="small",
+    actual = run_replay(
+        [background],
+        "small",
+        Pace(),
         data=data,
         stream_column="who",
         verify=True,
-        duplicates=0.3,
         artifact=artifact.path,
         report=tmp_path / "report.json",
     )
-    assert run_replay(options) == status
+    assert actual == status
     printed, errors = capsys.readouterr()
     assert errors == ""
-    assert "all 4 right" in printed
     assert ("BEYOND, 3 values" in printed) == bool(status)
     report = orjson.loads((tmp_path / "report.json").read_bytes())
     assert report["events"] == sum(LENGTHS.values())
     assert report["verification"]["compared"] == sum(LENGTHS.values())
     assert report["failed"] == bool(status)
-    assert (report["retries"], report["problems"]) == (1, {"store_unavailable": 1})
-    assert report["service"]["replays"] == report["duplicates"]
-    assert {skill["output"] for skill in report["skill"]} == {"late", "next"}
+    assert report["retries"] == {"store_unavailable": 1}
 
 
 def test_verify_without_tensorflow_sends_nothing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
-    assert run_replay(ReplayOptions(verify=True, urls=("http://127.0.0.1:1",))) == EXIT_UNFINISHED
+    assert run_replay(["http://127.0.0.1:1"], "small", Pace(), verify=True) == EXIT_UNFINISHED
     assert "needs TensorFlow, whatever runtime serves: pip install" in capfd.readouterr().err
 
 
@@ -179,17 +176,6 @@ def test_verify_of_a_cut_dependent_model_sends_nothing(
     standin: Standin, background: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     standin.chunking = "per_chunk"
-    options = ReplayOptions(urls=(background,), model="small", verify=True)
-    assert run_replay(options) == EXIT_UNFINISHED
+    assert run_replay([background], "small", Pace(), verify=True) == EXIT_UNFINISHED
     assert "'small' depend on how a stream is cut into chunks" in capsys.readouterr().err
     assert standin.seen == []
-
-
-def test_report_without_a_directory_stops_before_replaying(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ReplayOptions(
-        urls=("http://127.0.0.1:1",), patience_s=0, report=tmp_path / "absent" / "report.json"
-    )
-    assert run_replay(options) == EXIT_UNFINISHED
-    assert "--report: expected a file in an existing directory" in capsys.readouterr().err

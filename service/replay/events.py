@@ -24,12 +24,15 @@ from models.errors import DataError, ModelsError
 from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
-from models.examples.flights.data import flight_events
+from models.examples.flights.data import By, flight_events
 from models.training.files import check_duplicate_names
 from service.core.values import STREAM_NAME_RULE, is_stream_name
-from service.replay.options import ReplayError, ReplayOptions
 
 IntArray = NDArray[np.int64]
+
+
+class ReplayError(Exception):
+    """The replay cannot continue; the message is one sentence for the person who started it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +42,19 @@ class StreamEvents:
     Attributes:
         name: the stream's name in requests, prefix included.
         columns: its T events in order.
-        ranks: int64 [T], each event's place in the order of all streams' events.
         times_ms: int64 [T], epoch milliseconds; None if the schema has no timestamp.
     """
 
     name: str
     columns: EventColumns
-    ranks: IntArray
     times_ms: IntArray | None
 
     def __len__(self) -> int:
         return self.columns.steps
+
+    def time_ms(self, index: int) -> int:
+        """The timestamp of an event, epoch milliseconds; 0 without timestamps."""
+        return 0 if self.times_ms is None else int(self.times_ms[index])
 
     def events(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Events start..stop-1 as a request has them: timestamps as epoch milliseconds, without
@@ -68,22 +73,43 @@ class StreamEvents:
 
 
 def event_schema(model: ModelDescription) -> EventSchema:
-    """The event schema in the model's description: not fitted, which is enough to send events."""
+    """The event schema in the model's description: not fitted, which is enough to send events.
+
+    Raises:
+        ReplayError: the model takes no events.
+    """
+    if model.fields is None:
+        raise ReplayError(f"model {model.name!r} takes no events, only `inputs`: nothing to replay")
     fields = [
         {"name": field.name, "kind": field.kind, "optional": field.is_optional}
-        for field in model.fields or ()
+        for field in model.fields
     ]
     return EventSchema.model_validate({"fields": fields})
 
 
-def load_streams(schema: EventSchema, options: ReplayOptions) -> list[StreamEvents]:
+def load_streams(
+    schema: EventSchema,
+    data: Path | None = None,
+    *,
+    by: By = "airport-carrier",
+    stream: str = "stream",
+    limit: int | None = None,
+    prefix: str = "",
+) -> list[StreamEvents]:
     """The streams to replay, in the order of their first events.
+
+    Args:
+        schema: the model's events.
+        data: a CSV, JSON Lines or Parquet file; None for the departures from New York.
+        by: which departures form one stream.
+        stream: the column of `data` that names the stream.
+        limit, prefix: as for `split_streams`.
 
     Raises:
         ReplayError: one of the reasons in the module's docstring.
     """
-    frame = _read_frame(options)
-    stream = "stream" if options.data is None else options.stream_column
+    frame = _read_frame(data, by)
+    stream = "stream" if data is None else stream
     if stream not in frame.columns:
         raise ReplayError(f"--stream-column: expected one of {frame.columns}, got {stream!r}")
     try:
@@ -94,7 +120,7 @@ def load_streams(schema: EventSchema, options: ReplayOptions) -> list[StreamEven
     if names.null_count():
         row = int(np.argmax(names.is_null().to_numpy()))
         raise ReplayError(f"row {row}: expected a stream's name in {stream!r}, got none")
-    return split_streams(schema, columns, names.to_list(), options.events, options.prefix)
+    return split_streams(schema, columns, names.to_list(), limit, prefix)
 
 
 def split_streams(
@@ -120,10 +146,8 @@ def split_streams(
     times = None if field is None else np.asarray(columns.values[field.name], np.int64)
     order = np.arange(columns.steps) if times is None else np.argsort(times, kind="stable")
     rows_of: dict[str, list[int]] = {}
-    ranks_of: dict[str, list[int]] = {}
-    for rank, row in enumerate(order[:limit].tolist()):
+    for row in order[:limit].tolist():
         rows_of.setdefault(names[row], []).append(row)
-        ranks_of.setdefault(names[row], []).append(rank)
     streams = []
     for name, rows in rows_of.items():
         full = prefix + name
@@ -134,19 +158,14 @@ def split_streams(
             {key: values[rows] for key, values in columns.present.items()},
             {key: values[rows] for key, values in columns.values.items()},
         )
-        ranks = np.array(ranks_of[name], np.int64)
-        streams.append(StreamEvents(full, events, ranks, None if times is None else times[rows]))
+        streams.append(StreamEvents(full, events, None if times is None else times[rows]))
     return streams
 
 
-def _read_frame(options: ReplayOptions) -> pl.DataFrame:
-    if options.data is None:
-        try:
-            return flight_events(options.by)
-        except ModelsError as error:
-            raise ReplayError(str(error)) from error
-    path = Path(options.data)
+def _read_frame(path: Path | None, by: By) -> pl.DataFrame:
     try:
+        if path is None:
+            return flight_events(by)
         check_duplicate_names(path)
         match path.suffix.lower():
             case ".csv":
@@ -157,7 +176,7 @@ def _read_frame(options: ReplayOptions) -> pl.DataFrame:
                 return pl.read_parquet(path)
             case other:
                 raise ReplayError(f"{path}: expected .csv, .jsonl or .parquet, got {other!r}")
-    except DataError as error:
+    except ModelsError as error:
         raise ReplayError(str(error)) from error
     except (OSError, pl.exceptions.PolarsError) as error:
         raise ReplayError(f"{path}: {error}") from error
