@@ -108,6 +108,12 @@ class Sampler:
             registry=registry,
             multiprocess_mode="livemostrecent",
         )
+        self._store_memory = Gauge(
+            "carry_store_memory_ratio",
+            "Share of its maxmemory that the fullest primary of the store uses.",
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
         self._store_reconnects = Counter(
             "carry_store_reconnects", "Connections to the store opened again.", registry=registry
         )
@@ -164,6 +170,7 @@ class Sampler:
         self._store_up.set(telemetry.is_up)
         self._store_servers.labels("up").set(telemetry.servers_up)
         self._store_servers.labels("down").set(telemetry.servers_down)
+        self._store_memory.set(telemetry.memory_ratio)
         self._store_reconnects.inc(telemetry.reconnects - self._reconnects)
         self._reconnects = telemetry.reconnects
         if telemetry.round_trips_s:

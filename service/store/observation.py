@@ -24,6 +24,7 @@ class StoreTelemetry:
             command of a connection is timed at once.
         is_up: whether the last check found that the store accepts commits.
         servers_up, servers_down: the primaries that accept commits, and the others.
+        memory_ratio: share of its `maxmemory` that the fullest primary uses; 0 without a limit.
     """
 
     reconnects: int = 0
@@ -31,6 +32,7 @@ class StoreTelemetry:
     is_up: bool = False
     servers_up: int = 0
     servers_down: int = 0
+    memory_ratio: float = 0.0
 
 
 class StreamCount(NamedTuple):

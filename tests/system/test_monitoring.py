@@ -36,11 +36,12 @@ ROWS = [[0.5] * 3] * 4
 _METRIC = re.compile(r"\bcarry_[a-z_]+")
 _SUFFIX = re.compile(r"_(bucket|sum|count)$")
 _CODES = re.compile(r'code=~"([^"]+)"')
+_ABSENT = re.compile(r"absent\((.+)\)")
 _THRESHOLD = re.compile(r" (>|==) [0-9.]+$")
 
 
 def queries() -> list[str]:
-    """The expressions of the dashboards and of the rules, of alerts without their thresholds."""
+    """The expressions of the dashboards and of the rules, of alerts without their conditions."""
     shown = [
         expression
         for path in DASHBOARDS
@@ -48,7 +49,8 @@ def queries() -> list[str]:
         for expression, _ in panel.queries
     ]
     groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
-    rules = [_THRESHOLD.sub("", rule["expr"]) for group in groups for rule in group["rules"]]
+    conditions = [_THRESHOLD.sub("", rule["expr"]) for group in groups for rule in group["rules"]]
+    rules = [_ABSENT.sub(r"\1", each) for each in conditions]
     return [*shown, *rules]
 
 

@@ -31,6 +31,7 @@ from service.store.redis.server_checks import (
     check_fsync,
     check_policy,
     count_online_replicas,
+    memory_ratio,
     parse_info,
     read_fsync_options,
 )
@@ -70,6 +71,7 @@ class Readiness:
         self._checking: asyncio.Task[Check] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._last_faults: tuple[ServerFault, ...] = ()
+        self._memory_ratios: dict[RedisServer, float] = {}
 
     def start(self) -> None:
         """Start the periodic checks; once, inside the event loop."""
@@ -119,6 +121,9 @@ class Readiness:
         telemetry.is_up = is_serving and is_safe
         telemetry.servers_up = len(layout.servers) - len(faults)
         telemetry.servers_down = len(faults)
+        # one that does not answer keeps its last ratio
+        self._memory_ratios = {s: self._memory_ratios.get(s, 0.0) for s in layout.servers}
+        telemetry.memory_ratio = max(self._memory_ratios.values(), default=0.0)
         if layout.coverage_error:
             faults.insert(0, ServerFault(layout.coverage_error))
         self._log_changes(faults)
@@ -150,6 +155,7 @@ class Readiness:
     async def _check_server(self, server: RedisServer, probe: Command | None) -> ServerFault | None:
         try:
             info = parse_info(await server.execute_once(PROBE_TIMEOUT_S, "INFO"))
+            self._memory_ratios[server] = memory_ratio(info)
             try:
                 if "maxmemory_policy" in info:
                     check_policy(server, info["maxmemory_policy"], self._settings)

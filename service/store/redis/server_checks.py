@@ -196,6 +196,13 @@ def count_online_replicas(info: dict[str, str]) -> int:
     return sum(name.startswith("slave") and "state=online" in value for name, value in info.items())
 
 
+def memory_ratio(info: dict[str, str]) -> float:
+    """The share of `maxmemory` that is used, as the server computes it; 0 without a limit."""
+    limit = int(info.get("maxmemory", 0))
+    used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
+    return used / limit if limit else 0.0
+
+
 def parse_info(reply: bytes) -> dict[str, str]:
     """Parse the reply to INFO."""
     lines = reply.decode("utf-8", "replace").splitlines()

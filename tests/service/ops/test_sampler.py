@@ -61,7 +61,7 @@ def test_counts_are_copied_once(recorder: PrometheusRecorder) -> None:
     stream = StreamState(head, Feed.INPUTS, bytes(16), None, 0, state)
     for name in ("a", "b", "c"):
         cache.put(StreamKey("flights", name), cached(stream))
-    store.telemetry.reconnects = 2
+    store.telemetry.reconnects, store.telemetry.memory_ratio = 2, 0.75
     store.telemetry.round_trips_s += [0.0002, 0.3]
     assert read(recorder.render())[series("carry_queue_depth", model="flights")] == 0
     sampler.sample()
@@ -79,6 +79,7 @@ def test_counts_are_copied_once(recorder: PrometheusRecorder) -> None:
     assert found[series("carry_store_up")] == 1
     assert found[series("carry_store_servers", state="up")] == 2
     assert found[series("carry_store_servers", state="down")] == 1
+    assert found[series("carry_store_memory_ratio")] == 0.75
     assert found[series("carry_store_reconnects_total")] == 2
     assert found[series("carry_store_round_trip_seconds_count")] == 2
     assert found[series("carry_store_round_trip_seconds_bucket", le="0.00025")] == 1

@@ -36,6 +36,23 @@ async def test_full_store_is_not_ready(store: StateStore, server: RealServer) ->
     assert (await store_check(store)).ok
 
 
+async def test_memory_is_observed(store: StateStore, server: RealServer) -> None:
+    limit = 64 * 2**20
+    assert store.telemetry.memory_ratio == 0
+    server.configure("maxmemory", limit)
+    try:
+        await store_check(store)
+        with server.client() as client:
+            info = client.info("memory")
+        # the server does not count what an append-only file and replicas buffer
+        used = info["used_memory"] - info["mem_not_counted_for_evict"]
+        assert store.telemetry.memory_ratio == pytest.approx(used / limit, rel=0.2)
+    finally:
+        server.configure("maxmemory", 0)
+    await store_check(store)
+    assert store.telemetry.memory_ratio == 0
+
+
 @pytest.mark.parametrize("command", ["eval", "set"])
 async def test_a_store_that_denies_commits_is_not_ready(server: RealServer, command: str) -> None:
     with server.client() as client:
@@ -140,6 +157,28 @@ async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Clu
         assert str(victim.port) in down[0].address
         assert [line["event"] for line in lines] == ["store_degraded"]
         assert str(victim.port) in lines[0]["reason"]
+
+
+async def test_memory_is_that_of_the_fullest_shard(lasting_cluster: Cluster) -> None:
+    async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
+        fullest, other, unlimited = lasting_cluster.primaries
+        used = fullest.facts("memory")["used_memory"]
+        fullest.ask("CONFIG", "SET", "maxmemory", 2 * used)
+        other.ask("CONFIG", "SET", "maxmemory", 20 * used)
+        try:
+            await store_check(store)
+            ratio = store.telemetry.memory_ratio
+            assert ratio == pytest.approx(0.5, rel=0.2)
+            fullest.pause()
+            try:
+                await store_check(store)
+            finally:
+                fullest.resume()
+            # one that does not answer is as full as before
+            assert store.telemetry.memory_ratio == ratio
+        finally:
+            for node in (fullest, other, unlimited):
+                node.ask("CONFIG", "SET", "maxmemory", 0)
 
 
 async def test_the_store_starts_with_an_unavailable_shard(lasting_cluster: Cluster) -> None:

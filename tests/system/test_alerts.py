@@ -1,0 +1,296 @@
+"""The shipped alerts: when each fires, when it does not, and the text that it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import yaml
+
+from models.artifact.artifact import Artifact
+from tests.support.metrics import read
+from tests.support.monitoring import RULES
+from tests.support.needs import needs_tools
+from tests.support.proxy import Connection, Direction, Proxy
+from tests.support.servers import RealServer
+from tests.support.service import running
+
+pytestmark = needs_tools("promtool")
+
+GROUPS = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if "alert" in rule}
+
+ONE_WAY_S = 0.2
+"""Delay of the slow store, in each direction."""
+
+Series = Mapping[str, str]
+"""Values of each series, one a minute, in promtool's notation: `0+5x30` starts at 0 and adds 5
+thirty times."""
+
+
+class Case(NamedTuple):
+    """One alert.
+
+    Attributes:
+        quiet: series for which it never fires, close to its threshold.
+        firing: series for which it fires.
+        first_m: the minute in which it first fires.
+        labels: of the alert, besides its severity.
+        summary: the text that is shown.
+    """
+
+    alert: str
+    quiet: Series
+    firing: Series
+    first_m: int
+    labels: Mapping[str, str]
+    summary: str
+
+
+def histogram(name: str, labels: str, limit: float, slow: int) -> Series:
+    """A thousand observations a minute up to a limit, but for some between it and its double."""
+    counts = {limit / 2: 0, limit: 1000 - slow, limit * 2: 1000, "+Inf": 1000}
+    return {
+        f'{name}_bucket{{{labels}le="{bound}"}}': f"0+{count}x60" for bound, count in counts.items()
+    }
+
+
+REQUESTS = 'carry_request_seconds_count{status="%s"}'
+REFUSALS = 'carry_refusals_total{model="flights",code="%s"}'
+CHUNKS = 'carry_chunks_total{model="flights"}'
+CONFLICTS = 'carry_conflicts_total{model="flights"}'
+EVICTIONS = 'carry_cache_evictions_total{model="flights"}'
+UP = 'up{job="carry",instance="a:8000"}'
+ROUTE = 'method="POST",route="%s",status="200",'
+CHUNK = ROUTE % "/v1/models/{model}/streams/{stream}/chunks"
+FLIGHTS = {"model": "flights"}
+
+CASES = (
+    Case(
+        "CarryDown",
+        {UP: "1x60"},
+        {UP: "0x60"},
+        1,
+        {"job": "carry", "instance": "a:8000"},
+        "a:8000 does not answer",
+    ),
+    Case(
+        "CarryAbsent",
+        {UP: "0x60"},
+        {'up{job="other"}': "1x60"},
+        5,
+        {"job": "carry"},
+        "no service is scraped as the job carry",
+    ),
+    Case(
+        "CarryServerErrors",
+        {REQUESTS % 200: "0+995x60", REQUESTS % 503: "0+5x60", REQUESTS % 429: "0+100x60"},
+        {REQUESTS % 200: "0+98x60", REQUESTS % 503: "0+1x60", REQUESTS % 14: "0+1x60"},
+        6,
+        {},
+        "2% of the requests fail",
+    ),
+    Case(
+        "CarryStatesAtRisk",
+        {REFUSALS % "state_damaged": "3x60", REFUSALS % "conflict": "0+1x60"},
+        {REFUSALS % "state_damaged": "0+1x60"},
+        1,
+        {**FLIGHTS, "code": "state_damaged"},
+        "flights: state_damaged",
+    ),
+    Case(
+        "CarryStoreFails",
+        {REFUSALS % "store_refused": "3x60", REFUSALS % "conflict": "0+1x60"},
+        {REFUSALS % "store_refused": "0+1x60"},
+        2,
+        {"code": "store_refused"},
+        "the store answers store_refused",
+    ),
+    Case(
+        "CarryStoreDown",
+        {'carry_store_up{instance="a"}': "1x60", 'carry_store_up{instance="b"}': "1x60"},
+        {'carry_store_up{instance="a"}': "1x60", 'carry_store_up{instance="b"}': "0x60"},
+        1,
+        {},
+        "the store does not accept commits",
+    ),
+    Case(
+        "CarryStoreDegraded",
+        {'carry_store_servers{state="up"}': "3x60", 'carry_store_servers{state="down"}': "0x60"},
+        {'carry_store_servers{state="up"}': "1x60", 'carry_store_servers{state="down"}': "2x60"},
+        2,
+        {},
+        "2 primaries of the store accept no commits",
+    ),
+    Case(
+        "CarryStoreReconnects",
+        {'carry_store_reconnects_total{instance="a"}': "0+1x60"},
+        {'carry_store_reconnects_total{instance="a"}': "7+5x60"},
+        2,
+        {"instance": "a"},
+        "a has lost its connection to the store 12 times",
+    ),
+    Case(
+        "CarryStoreSlow",
+        histogram("carry_store_round_trip_seconds", "", 0.1, 5),
+        histogram("carry_store_round_trip_seconds", "", 0.1, 20),
+        6,
+        {},
+        "one command in a hundred waits longer than 150ms for the store",
+    ),
+    Case(
+        "CarryStoreMemory",
+        {'carry_store_memory_ratio{instance="a"}': "0.85x60"},
+        {'carry_store_memory_ratio{instance="a"}': "0.86x60"},
+        5,
+        {},
+        "a server of the store uses 86% of its maxmemory",
+    ),
+    Case(
+        "CarryWorkersRestart",
+        {'carry_worker_restarts_total{instance="a"}': "0 1 2x60"},
+        {'carry_worker_restarts_total{instance="a"}': "3+3x60"},
+        1,
+        {"instance": "a"},
+        "a: 4 workers restarted",
+    ),
+    Case(
+        "CarryOverloaded",
+        {REFUSALS % "overloaded": "7x60", REFUSALS % "conflict": "0+20x60"},
+        {REFUSALS % "overloaded": "0+15x60", REFUSALS % "stream_overloaded": "0+5x60"},
+        6,
+        FLIGHTS,
+        "flights rejected 100 chunks in the last 5 minutes",
+    ),
+    Case(
+        "CarryRequestsSlow",
+        {
+            **histogram("carry_request_seconds", CHUNK, 0.25, 5),
+            # of as many streams as the client wants, and as long as it wants
+            **histogram("carry_request_seconds", ROUTE % "/v1/models/{model}/chunks", 0.25, 20),
+            **histogram("carry_request_seconds", ROUTE % "/health/live", 0.25, 20),
+        },
+        histogram("carry_request_seconds", CHUNK, 0.25, 20),
+        11,
+        {"route": "/v1/models/{model}/streams/{stream}/chunks"},
+        "/v1/models/{model}/streams/{stream}/chunks: one request in a hundred takes longer than "
+        "375ms",
+    ),
+    Case(
+        "CarryQueueWait",
+        {
+            **histogram("carry_chunk_stage_seconds", 'model="flights",stage="queue",', 0.5, 5),
+            **histogram("carry_chunk_stage_seconds", 'model="flights",stage="load",', 0.5, 20),
+        },
+        histogram("carry_chunk_stage_seconds", 'model="flights",stage="queue",', 0.5, 20),
+        11,
+        FLIGHTS,
+        "flights: one chunk in a hundred waits longer than 750ms",
+    ),
+    Case(
+        "CarryInferenceSlow",
+        histogram("carry_batch_seconds", 'model="flights",', 0.25, 5),
+        histogram("carry_batch_seconds", 'model="flights",', 0.25, 20),
+        11,
+        FLIGHTS,
+        "flights: one call of the network in a hundred takes longer than 375ms",
+    ),
+    Case(
+        "CarryCacheEvictions",
+        {CHUNKS: "0+100x60", EVICTIONS: "0+9x60"},
+        {CHUNKS: "0+100x60", EVICTIONS: "0+25x60"},
+        31,
+        FLIGHTS,
+        "flights: the state cache evicts 25 states for 100 chunks",
+    ),
+    Case(
+        "CarryConflicts",
+        {CHUNKS: "0+100x60", CONFLICTS: "0+4x60"},
+        {CHUNKS: "0+100x60", CONFLICTS: "0+6x60"},
+        11,
+        FLIGHTS,
+        "flights: 6% of the chunks conflict",
+    ),
+)
+
+
+def check(folder: Path, series: Series, **expectations: Any) -> None:
+    """Evaluate the rules over some series with promtool, and compare with what is expected."""
+    file = folder / "test.yml"
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    test = {"interval": "1m", "input_series": inputs, **expectations}
+    content = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_case() -> None:
+    assert sorted(case.alert for case in CASES) == sorted(ALERTS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.alert)
+def test_alert_fires_beyond_its_threshold_only(case: Case, tmp_path: Path) -> None:
+    rule = ALERTS[case.alert]
+    alert = {
+        "exp_labels": {**rule["labels"], **case.labels},
+        "exp_annotations": {**rule["annotations"], "summary": case.summary},
+    }
+
+    def at(minute: int, *alerts: Any) -> Any:
+        return {"eval_time": f"{minute}m", "alertname": case.alert, "exp_alerts": list(alerts)}
+
+    before = at(case.first_m - 1) if case.first_m else None
+    expected = [each for each in (before, at(case.first_m, alert)) if each is not None]
+    check(tmp_path, case.firing, alert_rule_test=expected)
+    never = [at(minute) for minute in range(60)]
+    check(tmp_path, case.quiet, alert_rule_test=never)
+
+
+class SlowPath(Proxy):
+    """A proxy to a store that is far away once `one_way_s` is set: every packet arrives later."""
+
+    one_way_s = 0.0
+
+    async def inspect(self, connection: Connection, direction: Direction, data: bytes) -> None:
+        await asyncio.sleep(self.one_way_s)
+
+
+async def test_slow_store_is_alerted(tmp_path: Path, store: RealServer, probe: Artifact) -> None:
+    chunk = {"inputs": [[0.5] * 3]}
+    async with SlowPath(lambda: store.socket).listening() as path:
+        with ExitStack() as stack:
+            url = f"redis://127.0.0.1:{path.port}"
+            service = await asyncio.to_thread(
+                stack.enter_context, running(tmp_path, probe.path, redis_url=url)
+            )
+            path.one_way_s = ONE_WAY_S
+            async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+                for _ in range(3):
+                    reply = await client.post("/v1/models/probe/streams/s/chunks", json=chunk)
+                    reply.raise_for_status()
+                page = read((await client.get("/metrics")).content)
+            path.one_way_s = 0.0
+            await asyncio.to_thread(stack.close)
+    recorded = {}
+    for (name, labels), count in page.items():
+        if name in ("carry_request_seconds_bucket", "carry_store_round_trip_seconds_bucket"):
+            pairs = ",".join([f'{key}="{value}"' for key, value in labels])
+            recorded[f"{name}{{{pairs}}}"] = f"0+{count:g}x60"
+    firing = [
+        {
+            "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})',
+            "eval_time": "15m",
+            "exp_samples": [{"labels": "{}", "value": 1}],
+        }
+        for alert in ("CarryStoreSlow", "CarryRequestsSlow")
+    ]
+    check(tmp_path, recorded, promql_expr_test=firing)
