@@ -18,7 +18,7 @@ from tests.support.metrics import read
 from tests.support.monitoring import RULES
 from tests.support.needs import needs_tools
 from tests.support.proxy import Connection, Direction, Proxy
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, until_async
 from tests.support.service import running
 
 pytestmark = needs_tools("promtool")
@@ -28,6 +28,9 @@ ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if 
 
 ONE_WAY_S = 0.2
 """Delay of the slow store, in each direction."""
+
+SLOW_CHUNKS = 3
+HISTOGRAMS = "carry_request_seconds", "carry_store_round_trip_seconds"
 
 Series = Mapping[str, str]
 """Values of each series, one a minute, in promtool's notation: `0+5x30` starts at 0 and adds 5
@@ -266,6 +269,7 @@ class SlowPath(Proxy):
 
 async def test_slow_store_is_alerted(tmp_path: Path, store: RealServer, probe: Artifact) -> None:
     chunk = {"inputs": [[0.5] * 3]}
+    recorded: dict[str, float] = {}
     async with SlowPath(lambda: store.socket).listening() as path:
         with ExitStack() as stack:
             url = f"redis://127.0.0.1:{path.port}"
@@ -274,17 +278,18 @@ async def test_slow_store_is_alerted(tmp_path: Path, store: RealServer, probe: A
             )
             path.one_way_s = ONE_WAY_S
             async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
-                for _ in range(3):
+                for _ in range(SLOW_CHUNKS):
                     reply = await client.post("/v1/models/probe/streams/s/chunks", json=chunk)
                     reply.raise_for_status()
-                page = read((await client.get("/metrics")).content)
+
+                async def are_recorded() -> bool:
+                    recorded.update(buckets((await client.get("/metrics")).content))
+                    return all(count_slow(recorded, name) >= SLOW_CHUNKS for name in HISTOGRAMS)
+
+                await until_async(are_recorded, "the metrics of the chunks")
             path.one_way_s = 0.0
             await asyncio.to_thread(stack.close)
-    recorded = {}
-    for (name, labels), count in page.items():
-        if name in ("carry_request_seconds_bucket", "carry_store_round_trip_seconds_bucket"):
-            pairs = ",".join([f'{key}="{value}"' for key, value in labels])
-            recorded[f"{name}{{{pairs}}}"] = f"0+{count:g}x60"
+    series = {name: f"0+{count:g}x60" for name, count in recorded.items()}
     firing = [
         {
             "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})',
@@ -293,4 +298,23 @@ async def test_slow_store_is_alerted(tmp_path: Path, store: RealServer, probe: A
         }
         for alert in ("CarryStoreSlow", "CarryRequestsSlow")
     ]
-    check(tmp_path, recorded, promql_expr_test=firing)
+    check(tmp_path, series, promql_expr_test=firing)
+
+
+def buckets(page: bytes) -> dict[str, float]:
+    """The buckets of the histograms that see the store's time, as promtool names series."""
+    found = {}
+    for (name, labels), count in read(page).items():
+        if name.removesuffix("_bucket") in HISTOGRAMS and name.endswith("_bucket"):
+            pairs = ",".join(sorted(f'{key}="{value}"' for key, value in labels))
+            found[f"{name}{{{pairs}}}"] = count
+    return found
+
+
+def count_slow(found: Mapping[str, float], histogram: str) -> float:
+    """How many observations of a histogram are longer than 0.25 s."""
+    slow = 0.0
+    for name, count in found.items():
+        if name.startswith(histogram):
+            slow += count * (('le="+Inf"' in name) - ('le="0.25"' in name))
+    return slow
