@@ -56,6 +56,21 @@ OnnxRuntime.warm = fail
 """
 """A `sitecustomize` that makes the warm-up fail while there is a file."""
 
+SIGNALLED_AS_IT_STARTS_VALKEY = """
+import os, signal, subprocess
+
+fork_exec = subprocess._fork_exec
+
+def fork(arguments, *others):
+    pid = fork_exec(arguments, *others)
+    if os.fsencode(arguments[0]).endswith(b"valkey-server"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return pid
+
+subprocess._fork_exec = fork
+"""
+"""A `sitecustomize` that signals the process before it knows the server that it has started."""
+
 THREADS_WARN = """
 import warnings
 warnings.filterwarnings("always", ".*fork", DeprecationWarning)
@@ -77,6 +92,15 @@ def test_sigterm_during_warm_up_stops_the_service(
     assert "DeprecationWarning" not in service.log(), "forked while it had several threads"
     for line in service.lines("worker_started"):
         assert not Path(f"/proc/{line['pid']}").exists()
+
+
+def test_sigterm_while_valkey_is_started_stops_both(tmp_path: Path, probe: Artifact) -> None:
+    customise(tmp_path, SIGNALLED_AS_IT_STARTS_VALKEY)
+    service = Service(tmp_path, probe.path)
+    service.launch(PYTHONPATH=str(tmp_path))
+    assert service.process.wait(60) == 0
+    assert service.lines("valkey_stopped")
+    assert not service.lines("valkey_killed"), "the server got no signal"
 
 
 def test_sigterm_does_not_wait_for_background_compilation(tmp_path: Path, probe: Artifact) -> None:

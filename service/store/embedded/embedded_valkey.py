@@ -32,7 +32,6 @@ from service.store.embedded.data_dir import POLL_S, DataDirectory, ServerRecord
 from service.store.embedded.valkey_process import (
     Identity,
     digest_settings,
-    kill_servers,
     make_socket_path,
     read_identity,
     read_log_tail,
@@ -40,6 +39,7 @@ from service.store.embedded.valkey_process import (
     request_shutdown,
     server_arguments,
     server_binary,
+    signal_servers,
     spawn_server,
 )
 
@@ -53,6 +53,10 @@ ORPHAN_TIMEOUT_S: Final = 10.0
 """How long a server of an earlier service may be unresponsive before it is stopped."""
 
 KILL_TIMEOUT_S: Final = 10.0
+
+SIGTERM_INTERVAL_S: Final = 1.0
+"""Interval of the signals to a server that should stop: before it loads its file, it only takes
+note of one, and would load the whole file first."""
 
 log = structlog.get_logger(__name__)
 
@@ -337,11 +341,14 @@ class EmbeddedValkey:
         """Stop the directory's server: by SHUTDOWN, then by SIGTERM, then by SIGKILL."""
         if socket is not None:
             request_shutdown(socket)
-        if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(signal.SIGTERM)
-        if self._wait_until_stopped(self._stop_timeout_s):
-            return
-        pids = kill_servers(self._directory.path)
+        left_s = self._stop_timeout_s
+        while left_s > 0:
+            # by the lock: of a start that a signal interrupts there may be a process and no `Popen`
+            signal_servers(self._directory.path, signal.SIGTERM)
+            if self._wait_until_stopped(min(left_s, SIGTERM_INTERVAL_S)):
+                return
+            left_s -= SIGTERM_INTERVAL_S
+        pids = signal_servers(self._directory.path, signal.SIGKILL)
         log.error("valkey_killed", pids=pids, waited_s=self._stop_timeout_s)
         if not self._wait_until_stopped(KILL_TIMEOUT_S):
             raise StoreRefused(

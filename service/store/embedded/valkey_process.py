@@ -176,12 +176,12 @@ def request_shutdown(socket: str) -> None:
         client.shutdown()
 
 
-def kill_servers(data_dir: Path) -> list[int]:
-    """Kill every server process of a directory; returns their pids."""
+def signal_servers(data_dir: Path, number: signal.Signals) -> list[int]:
+    """Send a signal to every server process of a directory; returns their pids."""
     pids = server_pids(data_dir)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
     return pids
 
 

@@ -25,10 +25,10 @@ from service.store.embedded import embedded_valkey
 from service.store.embedded.embedded_valkey import EmbeddedStatus, EmbeddedValkey
 from service.store.embedded.valkey_process import (
     MAX_SOCKET_PATH_BYTES,
-    kill_servers,
     make_socket_path,
     remove_socket,
     server_pids,
+    signal_servers,
 )
 from tests.support.servers import opened, until, written
 from tests.support.streams import Streams, columns, key, load, same_stream
@@ -52,7 +52,7 @@ def data_dir(tmp_path: Path) -> Iterator[Path]:
     """A data directory with a space in its name; its servers are killed at the end."""
     folder = tmp_path / "data dir"
     yield folder
-    kill_servers(folder.resolve())
+    signal_servers(folder.resolve(), signal.SIGKILL)
 
 
 @contextmanager
@@ -212,6 +212,40 @@ def test_a_failed_start_reports_the_end_of_the_log(data_dir: Path) -> None:
     # The directory is unlocked, and the next start fails in the same way.
     with pytest.raises(StoreUnavailable, match="manifest"):
         EmbeddedValkey(data_dir).start()
+
+
+LOSES_A_SIGNAL = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+print(flush=True)
+signal.sigwait({signal.SIGTERM})
+signal.sigwait({signal.SIGTERM})
+"""
+"""A server that has taken note of a signal, and does not stop before it has loaded its file."""
+
+
+def test_a_server_that_loses_a_signal_gets_another(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def spawn(binary: Path, arguments: list[str], lock_fd: int, _: Path) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            ["valkey-server", "-c", LOSES_A_SIGNAL, *arguments],
+            executable=sys.executable,
+            stdout=subprocess.PIPE,
+            pass_fds=(lock_fd,),
+        )
+        processes.append(process)
+        with process.stdout as ready:
+            ready.readline()
+        return process
+
+    monkeypatch.setattr(embedded_valkey, "spawn_server", spawn)
+    monkeypatch.setattr(embedded_valkey, "SIGTERM_INTERVAL_S", 0.05)
+    with pytest.raises(StoreUnavailable):
+        EmbeddedValkey(data_dir, start_timeout_s=0).start()
+    assert [process.returncode for process in processes] == [0]
 
 
 def test_a_directory_that_cannot_be_created_is_rejected(tmp_path: Path) -> None:
