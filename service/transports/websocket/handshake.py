@@ -68,9 +68,16 @@ STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"
 MODEL_ROUTE: Final = "/v1/models/{model}/live"
 TIMEOUT_PARAMETER: Final = "timeout_s"
 SUBPROTOCOL: Final = Subprotocol("carry")
-KEY_SUBPROTOCOL: Final = b"carry.bearer."
+
+MAX_ITEMS: Final = 64
+"""Maximum items of the lists in a handshake: the library takes a microsecond for each."""
 
 _PROTOCOLS: Final = b"sec-websocket-protocol"
+_OFFERED_KEYS = re.compile(rb"(?:\A|,)[ \t]*carry\.bearer\.([^,]*)")
+_LISTS: Final = (b"connection", b"upgrade", _PROTOCOLS)
+_READ: Final = frozenset(
+    (*_LISTS, b"sec-websocket-key", b"sec-websocket-version", b"origin", b"host")
+)
 _ADDRESS = re.compile(rb"/v1/models/([^/?#]+)(?:/streams/([^/?#]+))?/live(?:\?([^#]*))?")
 
 
@@ -141,9 +148,10 @@ class LiveUpgrader:
         propagated = _propagated(headers)
         with bound_contextvars(request_id=request_id.decode()):
             try:
-                response = self._accept(url, headers)
+                # first, since it takes the same time for every head
                 access = self.api.access
                 pipeline = access.open_pipeline or access.pipeline(_authorization(headers))
+                response = self._accept(url, headers)
                 target = self._target(pipeline, url)
                 facts.model, facts.stream = target.model, target.stream
                 hello = await self._hello(pipeline, target)
@@ -191,8 +199,18 @@ class LiveUpgrader:
         Raises:
             UpgradeRequired, MalformedRequest, OriginNotAllowed
         """
+        items = sum([value.count(b",") + 1 for name, value in headers if name in _LISTS])
+        if items > MAX_ITEMS:
+            raise MalformedRequest(
+                f"Connection, Upgrade, Sec-WebSocket-Protocol: expected at most {MAX_ITEMS} items, "
+                f"got {items}"
+            )
         received = WebSocketHeaders(
-            [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+            [
+                (name.decode("latin-1"), value.decode("latin-1"))
+                for name, value in headers
+                if name in _READ
+            ]
         )
         library = ServerProtocol(logger=_library_logger(), select_subprotocol=_select_subprotocol)
         response = library.accept(Request(url.decode("latin-1"), received))
@@ -281,11 +299,7 @@ def _authorization(headers: Headers) -> bytes | None:
     """
     values = [bytes(value) for name, value in headers if name == b"authorization"]
     offered = b",".join([value for name, value in headers if name == _PROTOCOLS])
-    values += [
-        b"Bearer " + key.removeprefix(KEY_SUBPROTOCOL)
-        for key in map(bytes.strip, offered.split(b","))
-        if key.startswith(KEY_SUBPROTOCOL)
-    ]
+    values += [b"Bearer " + key.rstrip() for key in _OFFERED_KEYS.findall(offered)]
     if len(values) > 1:
         raise DuplicateField(
             f"Authorization: expected one key, got {len(values)}", at="Authorization"
@@ -297,7 +311,7 @@ def _reason(failure: Exception) -> str:
     """What is wrong with a handshake, without the list of subprotocols, which may have a key."""
     if isinstance(failure, InvalidHeader) and failure.name.lower().encode() == _PROTOCOLS:
         return f"invalid {failure.name} header"
-    return str(failure)
+    return str(failure)[:300]
 
 
 def _select_subprotocol(_: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:

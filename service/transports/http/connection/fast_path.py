@@ -162,13 +162,13 @@ class FastRoute(ABC):
             return None
         lines_at = line.end()
         end = data.find(END_OF_HEAD, lines_at - 2)
-        if end < 0:
+        if end < 0 or end - lines_at > MAX_HEADERS_BYTES:
             return None
         block = data[lines_at:end]
         propagated: dict[str, str] = {}
         if self._tracer is not None:
             block, propagated = split_trace_headers(block)
-        headers = None if len(block) > MAX_HEADERS_BYTES else self._headers[block]
+        headers = self._headers[block]
         if headers is None:
             return None
         body_at = end + 4

@@ -3,14 +3,15 @@
 `llhttp` rejects malformed lines, folded lines, bare line feeds, invalid lengths, and a length
 beside a transfer coding. `check_head` rejects what it accepts although a proxy and this service
 could frame or interpret it differently. `Upgrade` is ignored, as RFC 9110 (7.8) allows, and its
-request is framed as one without it, unless a subclass switches protocols. Heads, trailers and bytes
-after an early response are bounded.
+request is framed as one without it, unless a subclass switches protocols. Heads, their
+fields, trailers and bytes after an early response are bounded.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -28,8 +29,12 @@ from service.core.errors import (
 MAX_HEAD_BYTES: Final = 64 * 1024
 """Largest head of a request, and largest trailer section."""
 
+MAX_FIELD_BYTES: Final = 8 * 1024
+"""Longest address, and longest value of a header, all its lines together: such are split, matched
+and repeated in errors."""
+
 MAX_HEADERS: Final = 128
-"""Maximum header lines of a request."""
+"""Maximum header lines of a request, and parameters of its address."""
 
 PIECE_BYTES: Final = 8 * 1024
 """Maximum bytes given to the parser at once: uvicorn allocates an object for each request."""
@@ -59,8 +64,13 @@ def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> Non
     Raises:
         HeadTooLarge, MalformedRequest, DuplicateField, ExpectationFailed
     """
-    if len(url) + sum([len(name) + len(value) for name, value in headers]) > MAX_HEAD_BYTES:
+    head_bytes = len(url) + sum([len(name) + len(value) for name, value in headers])
+    if head_bytes > MAX_HEAD_BYTES:
         raise HeadTooLarge(f"head: expected at most {MAX_HEAD_BYTES} bytes")
+    if head_bytes > MAX_FIELD_BYTES:
+        _check_fields(url, headers)
+    if url.count(b"&") > MAX_HEADERS:
+        raise HeadTooLarge(f"address: expected at most {MAX_HEADERS} parameters")
     if version not in _VERSIONS:
         raise MalformedRequest(f"expected HTTP/1.1, got {version}", expected="1.1", got=version)
     if method == b"CONNECT":
@@ -98,6 +108,21 @@ def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> Non
             expected="100-continue",
             got=got,
         )
+
+
+def _check_fields(url: bytes, headers: Headers) -> None:
+    """Reject a head with a long field; cookies may be long, since nothing reads them.
+
+    Raises:
+        HeadTooLarge
+    """
+    sizes = Counter(address=len(url))
+    for name, value in headers:
+        sizes[name.decode("latin-1")] += len(value)
+    del sizes["cookie"]
+    at, size = max(sizes.items(), key=lambda item: item[1])
+    if size > MAX_FIELD_BYTES:
+        raise HeadTooLarge(f"{at[:300]}: expected at most {MAX_FIELD_BYTES} bytes, got {size}")
 
 
 class FramingProtocol(HttpToolsProtocol, ABC):

@@ -27,6 +27,7 @@ from service.transports.http.connection.fast_path import FastPath, FastRequest
 from service.transports.http.connection.framing import MAX_HEADERS, check_head
 from service.transports.http.connection.http_protocol import HttpProtocol, HttpState
 from tests.service.engine.batching import patch_admission
+from tests.service.transports.http.corpus.heads import LISTED
 from tests.service.transports.http.harness import Harness
 from tests.service.transports.http.raw_http import (
     HOST,
@@ -203,6 +204,18 @@ async def test_the_limit_on_header_lines_holds_on_both_paths(ports: Ports) -> No
         [reply] = await converse(port, sent.replace(b"X-1: 1\r\n", b""))
         assert reply.startswith(b"HTTP/1.1 200 OK\r\n")
     assert len(ports.parsed) == 1
+
+
+async def test_the_limit_on_the_length_of_a_header_holds_on_both_paths(ports: Ports) -> None:
+    for name in (each.decode() for each in LISTED):
+        lines = {True: [f"{name}: " + "a," * 5000], False: [f"{name}: " + "a," * 500] * 9}
+        for port in (ports.fast, ports.slow):
+            for is_one_line, sent in lines.items():
+                [reply] = await converse(port, request(chunk(), *sent))
+                assert reply.startswith(b"HTTP/1.1 431 "), (name, is_one_line)
+                [at] = re.findall(rb'"detail":"([a-z-]+): expected at most 8192 bytes', reply)
+                assert at.decode() == name.lower()
+    assert not ports.parsed
 
 
 async def test_a_stream_continues_over_both_paths(ports: Ports) -> None:

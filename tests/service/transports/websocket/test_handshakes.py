@@ -57,6 +57,20 @@ WRONG_HANDSHAKES = [
         "malformed_request",
     ),
     (("Connection: Upgrade", "Upgrade: h2c", *SECURITY), 426, "upgrade_required"),
+    *[
+        ((*lines, *SECURITY, "Sec-WebSocket-Protocol: carry"), status, code)
+        for items, status, code in (
+            ("a," * 64, 400, "malformed_request"),
+            ("a," * 30_000, 431, "head_too_large"),
+        )
+        for lines in (
+            (f"Connection: Upgrade,{items}", UPGRADE[1]),
+            (UPGRADE[0], f"Upgrade: websocket,{items}"),
+            (*UPGRADE, f"Sec-WebSocket-Protocol: {items}"),
+            (*UPGRADE, *[f"Sec-WebSocket-Protocol: {items[:1000]}"] * (len(items) // 1000 + 1)),
+        )
+    ],
+    ((*UPGRADE, *SECURITY, "Sec-WebSocket-Extensions: " + "a," * 30_000), 431, "head_too_large"),
 ]
 
 

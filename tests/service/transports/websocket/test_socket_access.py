@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.server import ServerProtocol
 
 from models.artifact.artifact import Artifact
 from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.transports.websocket.live_socket import UNAUTHENTICATED
 from tests.service.transports.http.harness import Harness, rows
+from tests.service.transports.http.raw_http import converse, port_of
 from tests.service.transports.websocket.sockets import (
     Sockets,
     error,
@@ -73,6 +75,25 @@ async def test_handshake_needs_a_key_for_model_and_stream(api: Harness) -> None:
             async with sockets.open(state, **with_key(both)):
                 pass
         assert await rejected(sockets, "probe/streams/b:1/live", **with_key(key)) == 403
+
+
+async def test_handshake_without_a_key_is_rejected_before_its_head_is_parsed(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsing takes longer for longer lists; who has no key could block a worker with them."""
+    monkeypatch.setattr(ServerProtocol, "accept", None)
+    lists = {"Connection": "a," * 2000 + "Upgrade", "Sec-WebSocket-Protocol": "a," * 4000}
+    lines = [f"{name}: {items}" for name, items in lists.items()]
+    async with live(api) as sockets:
+        for more in ((), lines):
+            sent = "\r\n".join(
+                [
+                    f"GET /v1/models/{STREAM} HTTP/1.1", "Host: carry", "Connection: Upgrade",
+                    "Upgrade: websocket", *more, "", "",
+                ]
+            )  # fmt: skip
+            [answer] = await converse(port_of(sockets.server), sent.encode())
+            assert answer.startswith(b"HTTP/1.1 401 ")
 
 
 async def test_browser_sends_its_key_as_a_subprotocol(api: Harness) -> None:

@@ -69,6 +69,15 @@ def _refused(sent: bytes, status: int = 400) -> Exchange:
 
 PREDICT: Final = b'{"sequences": [{"inputs": [[0.5]]}]}'
 
+LIST: Final = b"a," * 5000
+LISTED: Final = (
+    b"Accept", b"Accept-Encoding", b"Authorization", b"Baggage", b"Connection", b"Content-Encoding",
+    b"Content-Type", b"Forwarded", b"If-Match", b"If-None-Match", b"Origin",
+    b"Sec-WebSocket-Extensions", b"Sec-WebSocket-Protocol", b"Traceparent", b"Tracestate",
+    b"Upgrade", b"X-Forwarded-For",
+)  # fmt: skip
+"""Headers that are split or matched, here or by others."""
+
 EXCHANGES: Final[dict[str, Exchange]] = {
     # An upgrade is ignored: the request is framed as one without it.
     "upgrade websocket": Exchange(_upgrade(b"Upgrade", b"websocket"), (400,)),
@@ -188,6 +197,14 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     ),
     "many lines": _refused(post(*[b"X: 1"] * 300, length(PREDICT)) + PREDICT + INNER, 431),
     "an address of 70 KB": _refused(post(path=b"/" + b"a" * 70_000) + INNER, 431),
+    "a long list in many lines": _refused(
+        post(*[b"Accept: " + LIST[:1000]] * 9, length(PREDICT)) + PREDICT + INNER, 431
+    ),
+    "a long list of connection options": _refused(_upgrade(b"Upgrade," + LIST, b"x"), 431),
+    "many parameters": _refused(post(length(PREDICT), path=b"/v1/models?" + b"a=1&" * 200), 431),
+    "long cookies": Exchange(
+        post(b"Cookie: " + b"a=1; " * 4000, length(PREDICT)) + PREDICT, (200,)
+    ),
     # Errors that are answered before the body arrives; the body is drained.
     "no such model": Exchange(
         post(length(LONG), path=b"/v1/models/none/predict") + LONG, (404,)
