@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
-from pathlib import PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import kubernetes_validate
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
+from tests.support.monitoring import check_rules
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 
@@ -85,3 +88,58 @@ def test_settings_and_times_fit_together(overlay: str, monkeypatch: pytest.Monke
         {"name": "http", "containerPort": settings.port},
         {"name": "admin", "containerPort": settings.admin_port},
     ]
+
+
+def replicas(spec: dict[str, Any], current: int, measured: Sequence[float]) -> int:
+    """How many replicas the HPA that KEDA makes wants, from the value of each trigger.
+
+    The documented formula: `Value` and `Utilization` scale the current number by value / target,
+    `AverageValue`, KEDA's default, divides the value by the target.
+    """
+    wanted = []
+    for trigger, value in zip(spec["triggers"], measured, strict=True):
+        target = float(trigger["metadata"].get("threshold") or trigger["metadata"]["value"])
+        is_average = trigger.get("metricType", "AverageValue") == "AverageValue"
+        wanted.append(math.ceil((1 if is_average else current) * value / target))
+    return int(min(max(*wanted, spec["minReplicaCount"]), spec["maxReplicaCount"]))
+
+
+@pytest.mark.parametrize(
+    ("wait_ms", "cpu_percent", "expected"),
+    [(40, 30, 10), (30, 30, 9), (20, 30, 6), (10, 30, 3), (0, 65, 6), (0, 90, 8), (0, 10, 2)],
+)
+def test_pods_are_added_while_chunks_wait(
+    wait_ms: float, cpu_percent: float, expected: int
+) -> None:
+    spec = manifests("overlays/keda")["ScaledObject"]["spec"]
+    assert [trigger["type"] for trigger in spec["triggers"]] == ["prometheus", "cpu"]
+    assert replicas(spec, 6, (wait_ms, cpu_percent)) == expected
+    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"] == {
+        "stabilizationWindowSeconds": 300,
+        "policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}],
+    }
+
+
+@needs_tools("promtool")
+@pytest.mark.parametrize(
+    ("per_minute", "wait_ms"), [(100, 45), (0, 0), (None, None)], ids=["busy", "idle", "unknown"]
+)
+def test_scaler_reads_the_wait(
+    tmp_path: Path, per_minute: int | None, wait_ms: float | None
+) -> None:
+    trigger = manifests("overlays/keda")["ScaledObject"]["spec"]["triggers"][0]["metadata"]
+    name = 'carry_chunk_stage_seconds_%s{pod="%s",model="flights",stage="queue"%s}'
+    # of two pods; half of the chunks wait for up to 50 ms, the others for less
+    bounds = {"0.025": 0.5, "0.05": 1, "+Inf": 1}
+    series = {}
+    if per_minute is not None:
+        for pod in ("a", "b"):
+            for bound, share in bounds.items():
+                values = f"0+{share * per_minute:g}x9"
+                series[name % ("bucket", pod, f',le="{bound}"')] = values
+            series[name % ("count", pod, "")] = f"0+{per_minute}x9"
+    samples = [] if wait_ms is None else [{"labels": "{}", "value": wait_ms}]
+    expected = {"expr": trigger["query"], "eval_time": "5m", "exp_samples": samples}
+    check_rules(tmp_path, series, promql_expr_test=[expected])
+    # without metrics KEDA reports an error, and the number of pods stays
+    assert trigger["ignoreNullValues"] == "false"

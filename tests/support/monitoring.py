@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import yaml
 
 from tests.support.pages import ROOT
 from tests.support.servers import free_port
 
 RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
 DASHBOARDS = sorted((ROOT / "deploy" / "grafana").glob("*.json"))
+
+Series = Mapping[str, str]
+"""Values of each series, one a minute, in promtool's notation: `0+5x30` starts at 0 and adds 5
+thirty times."""
 
 
 class Panel(NamedTuple):
@@ -50,6 +55,19 @@ def panels_of(path: Path) -> list[Panel]:
             )
         )
     return panels
+
+
+def check_rules(folder: Path, series: Series, **expectations: Any) -> None:
+    """Evaluate the rules over some series with promtool, and compare with what is expected."""
+    file = folder / "test.yml"
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    test = {"interval": "1m", "input_series": inputs, **expectations}
+    content = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def filled(query: str, interval: str) -> str:

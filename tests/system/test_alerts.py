@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 
 from models.artifact.artifact import Artifact
 from tests.support.metrics import read
-from tests.support.monitoring import RULES
+from tests.support.monitoring import RULES, Series, check_rules
 from tests.support.needs import needs_tools
 from tests.support.proxy import Connection, Direction, Proxy
 from tests.support.servers import RealServer, until_async
@@ -31,10 +30,6 @@ ONE_WAY_S = 0.2
 
 SLOW_CHUNKS = 3
 HISTOGRAMS = "carry_request_seconds", "carry_store_round_trip_seconds"
-
-Series = Mapping[str, str]
-"""Values of each series, one a minute, in promtool's notation: `0+5x30` starts at 0 and adds 5
-thirty times."""
 
 
 class Case(NamedTuple):
@@ -223,19 +218,6 @@ CASES = (
 )
 
 
-def check(folder: Path, series: Series, **expectations: Any) -> None:
-    """Evaluate the rules over some series with promtool, and compare with what is expected."""
-    file = folder / "test.yml"
-    inputs = [{"series": name, "values": values} for name, values in series.items()]
-    test = {"interval": "1m", "input_series": inputs, **expectations}
-    content = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}
-    file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    done = subprocess.run(
-        ["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_every_alert_has_a_case() -> None:
     assert sorted(case.alert for case in CASES) == sorted(ALERTS)
 
@@ -253,9 +235,9 @@ def test_alert_fires_beyond_its_threshold_only(case: Case, tmp_path: Path) -> No
 
     before = at(case.first_m - 1) if case.first_m else None
     expected = [each for each in (before, at(case.first_m, alert)) if each is not None]
-    check(tmp_path, case.firing, alert_rule_test=expected)
+    check_rules(tmp_path, case.firing, alert_rule_test=expected)
     never = [at(minute) for minute in range(60)]
-    check(tmp_path, case.quiet, alert_rule_test=never)
+    check_rules(tmp_path, case.quiet, alert_rule_test=never)
 
 
 class SlowPath(Proxy):
@@ -298,7 +280,7 @@ async def test_slow_store_is_alerted(tmp_path: Path, store: RealServer, probe: A
         }
         for alert in ("CarryStoreSlow", "CarryRequestsSlow")
     ]
-    check(tmp_path, series, promql_expr_test=firing)
+    check_rules(tmp_path, series, promql_expr_test=firing)
 
 
 def buckets(page: bytes) -> dict[str, float]:
