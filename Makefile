@@ -10,6 +10,8 @@ PORT ?=
 NAME ?= flights
 # worker processes of the tests: one more than cores, since many tests wait for servers
 WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
+# the alerts for Kubernetes
+RULE := deploy/kubernetes/base/prometheus-rule.yaml
 # additional options of the task's command
 ARGS ?=
 
@@ -20,7 +22,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage model faults check docs format bench load dashboards overload example compose-test proto console lock clean
+.PHONY: help run test coverage model faults check docs format bench load dashboards rules overload example compose-test proto console lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -76,6 +78,10 @@ load: ## send load to a running service, check its replies (ARGS="--scenario ste
 dashboards: ## run every query of the dashboards under replay (ARGS="--pictures FOLDER")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.monitoring $(ARGS)
+
+rules: ## write the rules of Prometheus into the manifest of its operator
+	@{ sed '/^spec:/q' $(RULE); sed -n '/^groups:/,$$ { s/^./  &/; p }' deploy/prometheus/rules.yml; } >$(RULE).new
+	@mv $(RULE).new $(RULE)
 
 overload: ## send twice the capacity of a service for a minute
 	@scripts/setup dev

@@ -4,41 +4,65 @@ from __future__ import annotations
 
 import math
 import subprocess
+import textwrap
+import tomllib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
 import yaml
 
 from service.settings import Settings
-from tests.support.monitoring import check_rules
+from tests.support.monitoring import DASHBOARDS, RULES, check_rules
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 
 pytestmark = needs_tools("kubectl")
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-EXTENSIONS = {"ServiceMonitor", "ScaledObject"}
+OVERLAYS = {
+    "base": ["redis"],
+    "overlays/cluster": ["redis-cluster"],
+    "overlays/gateway": ["redis"],
+    "overlays/keda": ["redis"],
+    "overlays/sentinel": ["redis", "redis-sentinel"],
+}
+"""Names of the pods of each one's store."""
+
+EXTENSIONS = {
+    "Gateway", "GRPCRoute", "HTTPRoute", "PrometheusRule", "ScaledObject", "ServiceMonitor"
+}  # fmt: skip
 """Kinds of other projects, whose schemas Kubernetes does not have."""
 
 MARGIN_S = 7
 """What a service takes at most beyond its drain time (docs/reference/process.md)."""
 
+PROXY_IDLE_S = {"base": 90, "overlays/gateway": 600}
+"""How long an ingress keeps an idle connection: Traefik's, and Google's gateways'. Those of nginx
+and AWS keep it for 60 s."""
+
+
+@cache
+def rendered(overlay: str) -> str:
+    """The manifests of an overlay."""
+    command = ["kubectl", "kustomize", str(KUBERNETES / overlay)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
 
 def manifests(overlay: str) -> dict[str, dict[str, Any]]:
-    """The manifests of an overlay by kind."""
-    done = subprocess.run(
-        ["kubectl", "kustomize", str(KUBERNETES / overlay)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
+    """The manifests of an overlay by kind; the dashboards as `Dashboards`."""
+    found = {}
+    for each in yaml.safe_load_all(rendered(overlay)):
+        is_dashboards = each["metadata"]["name"] == "carry-dashboards"
+        found["Dashboards" if is_dashboards else each["kind"]] = each
+    return found
 
 
-@pytest.mark.parametrize("overlay", ["base", "overlays/cluster", "overlays/keda"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_manifests_are_valid_and_select_the_same_pods(overlay: str) -> None:
     found = manifests(overlay)
     for kind, manifest in found.items():
@@ -57,14 +81,14 @@ def test_manifests_are_valid_and_select_the_same_pods(overlay: str) -> None:
     )
     monitor = found["ServiceMonitor"]["spec"]["endpoints"]
     assert [each["port"] for each in monitor] == ["admin"]
-    reached = {each["ports"][0]["port"]: each["from"] for each in policy["ingress"]}
+    reached = {port["port"]: rule["from"] for rule in policy["ingress"] for port in rule["ports"]}
     assert set(reached) == {each["name"] for each in found["Service"]["spec"]["ports"]}
     assert all(set(each) == {"namespaceSelector"} for each in reached["admin"])
     scaler = found.get("ScaledObject") or found["HorizontalPodAutoscaler"]
     assert scaler["spec"]["scaleTargetRef"]["name"] == found["Deployment"]["metadata"]["name"]
 
 
-@pytest.mark.parametrize("overlay", ["base", "overlays/cluster"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_settings_and_times_fit_together(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = manifests(overlay)
     pod = found["Deployment"]["spec"]["template"]["spec"]
@@ -84,10 +108,61 @@ def test_settings_and_times_fit_together(overlay: str, monkeypatch: pytest.Monke
     assert settings.lame_duck_s > unready_s
     stopped_s = settings.lame_duck_s + settings.drain_s + MARGIN_S
     assert pod["terminationGracePeriodSeconds"] > stopped_s
-    assert container["ports"] == [
-        {"name": "http", "containerPort": settings.port},
-        {"name": "admin", "containerPort": settings.admin_port},
+    assert settings.keep_alive_s > PROXY_IDLE_S.get(overlay, PROXY_IDLE_S["base"])
+    ports = {"http": settings.port, "admin": settings.admin_port, "grpc": settings.grpc_port}
+    assert {each["name"]: each["containerPort"] for each in container["ports"]} == {
+        name: port for name, port in ports.items() if port is not None
+    }
+
+
+@pytest.mark.parametrize(("overlay", "pods"), OVERLAYS.items())
+def test_egress_is_limited_to_the_store(overlay: str, pods: list[str]) -> None:
+    found = manifests(overlay)
+    store, *others = found["NetworkPolicy"]["spec"]["egress"]
+    assert store["to"] == [
+        {"podSelector": {"matchLabels": {"app.kubernetes.io/name": name}}} for name in pods
     ]
+    named = urlsplit(found["ConfigMap"]["data"]["CARRY_REDIS_URL"]).netloc.rpartition("@")[2]
+    hosts = [host.partition(":") for host in named.split(",")]
+    # pods of a StatefulSet are named below their service
+    assert {name.rpartition(".")[2] for name, _, _ in hosts} <= set(pods)
+    reached = {each["port"] for each in store["ports"]}
+    # the Sentinels name the servers
+    assert reached == {6379, *(int(port) for _, _, port in hosts)}
+    assert all(rule["to"] and rule["ports"] for rule in others)
+
+
+def test_image_has_the_tag_of_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    (container,) = manifests("base")["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == f"carry:{version}"
+
+
+def test_rules_and_dashboards_are_those_of_the_files() -> None:
+    found = manifests("base")
+    dashboards = {path.name: path.read_text(encoding="utf-8") for path in DASHBOARDS}
+    assert found["Dashboards"]["data"] == dashboards
+    manifest = KUBERNETES / "base" / "prometheus-rule.yaml"
+    _, _, spec = manifest.read_text(encoding="utf-8").partition("\nspec:\n")
+    _, start, groups = RULES.read_text(encoding="utf-8").partition("groups:\n")
+    assert spec == textwrap.indent(start + groups, "  "), "`make rules` writes it"
+    assert found["PrometheusRule"]["spec"] == yaml.safe_load(RULES.read_text(encoding="utf-8"))
+
+
+def test_gateway_routes_to_ports_of_the_service() -> None:
+    found = manifests("overlays/gateway")
+    service = found["Service"]
+    ports = {each["name"]: each for each in service["spec"]["ports"]}
+    routes = {"http": found["HTTPRoute"]["spec"], "grpc": found["GRPCRoute"]["spec"]}
+    for name, route in routes.items():
+        assert [each["name"] for each in route["parentRefs"]] == [
+            found["Gateway"]["metadata"]["name"]
+        ]
+        ((backend,),) = [rule["backendRefs"] for rule in route["rules"]]
+        assert backend == {"name": service["metadata"]["name"], "port": ports[name]["port"]}
+    # a listener rejects the second kind of route for a host
+    assert not set(routes["http"]["hostnames"]) & set(routes["grpc"]["hostnames"])
+    assert ports["grpc"]["appProtocol"] == "kubernetes.io/h2c"
 
 
 def replicas(spec: dict[str, Any], current: int, measured: Sequence[float]) -> int:
