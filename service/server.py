@@ -27,6 +27,7 @@ import structlog
 import uvicorn
 
 from models.artifact.graphs import ONNXRUNTIME
+from service.access.key_cache import requires_keys
 from service.engine.runtimes.loading import AUTO, import_runtime
 from service.ops.graceful_server import LATE_S, Periods
 from service.ops.logs import flush_logs
@@ -117,7 +118,7 @@ def serve(settings: Settings) -> None:
         if settings.workers > 1:
             share_metrics(stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-")))
         os.environ.update(_environment(settings))
-        if asyncio.run(_has_access_keys(settings)) or not _may_be_open(settings, listener):
+        if asyncio.run(_requires_keys(settings)) or not _may_be_open(settings, listener):
             # a worker that starts later requires them too, even if the keys are lost
             os.environ[f"{PREFIX}REQUIRE_KEYS"] = "True"
 
@@ -274,16 +275,23 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _has_access_keys(settings: Settings) -> bool:
-    """Whether the store has access keys; fails the start, in one line, on a store that the workers
-    would reject."""
+async def _requires_keys(settings: Settings) -> bool:
+    """Whether requests need an access key; fails the start, in one line, on a store that the
+    workers would reject."""
     store = open_store(store_settings(settings))
     try:
         await store.start()
-        stored = await store.access_keys(None)
+        stored = await store.access_keys(None) or (b"", {})
     finally:
         await store.close()
-    return stored is not None and bool(stored[1])
+    required = requires_keys(settings.require_keys, stored)
+    if required and not stored[1]:
+        log.warning(
+            "no_access_key",
+            reason="every request is rejected: make a key with `carry keys create NAME`, or set "
+            "CARRY_REQUIRE_KEYS=false to answer requests without one",
+        )
+    return required
 
 
 def _may_be_open(settings: Settings, listener: socket.socket) -> bool:

@@ -118,9 +118,10 @@ class Settings(BaseSettings):
     admin_host: Annotated[str | None, StringConstraints(min_length=1)] = None
     """Address of the admin port, if not `host`; 127.0.0.1 is reachable from this machine only."""
 
-    require_keys: bool = False
-    """Answer only requests with an access key, even before the first one is created. Without it,
-    keys are required as soon as there is one."""
+    require_keys: bool | None = None
+    """`true`: answer only requests with an access key, even before the first one is created.
+    Without a value keys are required once the store has, or has had, one, also if it was restored
+    without them; `false` answers without a key if the store has none now."""
 
     insecure: bool = False
     """Listen on an address that other machines reach although there is no access key: everybody who

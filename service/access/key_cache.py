@@ -3,7 +3,8 @@
 Keys are read again every `REFRESH_S`, as a whole if their version has changed. While the store
 does not answer, the last known keys are accepted for `MAX_STALE_S`, after that none: a request is
 never accepted unchecked. A service without keys is open; it requires keys from when the first one
-is created, and continues to if all of them are lost or revoked.
+is created, and continues to if all of them are lost or revoked. So does a new process on a store
+that has had keys, such as one that was restored without them.
 
 Use from one event loop.
 """
@@ -54,12 +55,18 @@ class StoredKeys(Protocol):
         """
 
 
+def requires_keys(required: bool | None, stored: tuple[bytes, Mapping[str, bytes]]) -> bool:
+    """Whether requests need a key, by the setting and the version and records in the store."""
+    version, records = stored
+    return bool(required or records or (version and required is None))
+
+
 class AccessKeys:
     """The keys of one process.
 
     Args:
         stored: where they are read from.
-        required: whether requests need a key even if there is none.
+        required: whether requests need a key even if there is none; None if the store has had one.
         now_ms: wall clock in epoch milliseconds, for expiry.
         on_change: called with `access_key_created` or `access_key_revoked`, and facts, when the
             keys in the store have changed.
@@ -73,13 +80,14 @@ class AccessKeys:
         self,
         stored: StoredKeys,
         *,
-        required: bool,
+        required: bool | None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         on_change: Callable[..., None] = lambda change, **facts: None,
     ):
         self._stored = stored
         self._on_change = on_change
         self._now_ms = now_ms
+        self._required = required
         self.is_open = not required
         self.on_refresh: Callable[[], None] = lambda: None
         self._version: bytes | None = None
@@ -129,7 +137,7 @@ class AccessKeys:
         if stored is None:
             return
         is_first, (self._version, records) = self._version is None, stored
-        if records:
+        if requires_keys(self._required, stored):
             self.is_open = False
         keys: dict[str, AccessKey] = {}
         for key_id, record in records.items():

@@ -99,7 +99,7 @@ def create_key(
             limits=None if limits == KeyLimits() else limits,
         )
         text, record = new_key(record)
-        _run(settings, lambda store: store.write_access_key(text.key_id, encode_key(record)))
+        _run(settings, lambda store: store.write_access_keys({text.key_id: encode_key(record)}))
     typer.echo(f"key {text.key_id}: {_scope(record)}; it is not shown again:", err=True)
     typer.echo(str(text))
 
@@ -110,7 +110,7 @@ def list_keys(redis_url: RedisUrl = None, data_dir: DataDir = None) -> None:
     with open_settings(redis_url, data_dir) as settings:
         keys = _run(settings, _read)
     for key_id, key in sorted(keys.items(), key=lambda item: item[1].created_ms):
-        typer.echo(f"{key_id}  {key.status(_now_ms()):8} {key.name}: {_scope(key)}")
+        typer.echo(describe(key_id, key))
 
 
 @keys_app.command("show")
@@ -148,7 +148,7 @@ def revoke_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = No
         key = _find(await _read(store), key_id)
         if key.revoked_ms is None:
             key = msgspec.structs.replace(key, revoked_ms=_now_ms())
-            await store.write_access_key(key_id, encode_key(key))
+            await store.write_access_keys({key_id: encode_key(key)})
         return key
 
     with open_settings(redis_url, data_dir, AccessKeyError) as settings:
@@ -208,6 +208,11 @@ def _run(settings: Settings, action: Callable[[StateStore], Awaitable[T]]) -> T:
             await store.close()
 
     return asyncio.run(run())
+
+
+def describe(key_id: str, key: AccessKey) -> str:
+    """The line of a key."""
+    return f"{key_id}  {key.status(_now_ms()):8} {key.name}: {_scope(key)}"
 
 
 def _scope(key: AccessKey) -> str:

@@ -2,7 +2,7 @@
 
     offset  size  what
          0     4  magic "CRRB"
-         4     4  format, 1, u32 little-endian
+         4     4  format, 1 or 2, u32 little-endian
          8     -  blocks: length u32, CRC-32 of the content u32, content (MessagePack)
 
 The content of the first block describes the backup, that of the last is the number of streams, and
@@ -10,6 +10,10 @@ each block between has a list of `[model, stream, state]`, the state as the stor
 A file without its last block is incomplete. A backup contains every stream that exists throughout,
 each at the state of one moment, with its epoch, position and last chunk; neither stored replies nor
 tombstones. It is independent of the number of partitions and servers.
+
+A backup of a store that has, or has had, access keys has format 2: its description ends with the
+keys' records by id, none if they were not asked for. A version that does not know it would restore
+a store that answers without a key.
 
 A restoration never rolls a stream back: a stream that is in the store already is written only if
 the backup has a later position of the same epoch. So it may be repeated, and a stream that a
@@ -21,7 +25,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final
 
@@ -36,6 +40,7 @@ from service.store.codec import CodecError, decode_stream, encode_state, pack_he
 
 MAGIC: Final = b"CRRB"
 FORMAT: Final = 1
+FORMAT_WITH_KEYS: Final = 2
 PAGE_STREAMS: Final = 1000
 FIRST_STREAMS: Final = 64
 BLOCK_BYTES: Final = 16 * 2**20
@@ -62,12 +67,15 @@ class BackupInfo:
         namespace: of the store that was backed up.
         model: the only model in it; None for all.
         prefix: with which the names of all its streams begin.
+        keys: records of the access keys by id, none if they were not asked for; None if the store
+            never had any.
     """
 
     created_ms: int
     namespace: str
     model: str | None
     prefix: str
+    keys: Mapping[str, bytes] | None = None
 
 
 @dataclass(slots=True)
@@ -100,8 +108,9 @@ async def write_backup(
         StoreUnavailable, StoreRefused: the file is incomplete.
     """
     progress = Progress()
-    file.write(_START.pack(MAGIC, FORMAT))
-    _write_block(file, [info.created_ms, info.namespace, info.model, info.prefix])
+    description = [info.created_ms, info.namespace, info.model, info.prefix]
+    file.write(_START.pack(MAGIC, FORMAT if info.keys is None else FORMAT_WITH_KEYS))
+    _write_block(file, description if info.keys is None else [*description, dict(info.keys)])
     together = FIRST_STREAMS
     async for page in _pages(store, info):
         while page:
@@ -153,11 +162,15 @@ class BackupReader:
         start = file.read(_START.size)
         if len(start) < _START.size or start[:4] != MAGIC:
             raise BackupError("expected a backup written by `carry backup`, got another file")
-        if (version := _START.unpack(start)[1]) != FORMAT:
-            raise BackupError(f"expected format {FORMAT} of a backup, got {version}")
+        if (version := _START.unpack(start)[1]) not in (FORMAT, FORMAT_WITH_KEYS):
+            raise BackupError(f"expected format 1 or 2 of a backup, got {version}")
         content = self._read_block(0)
-        if not isinstance(content, list) or len(content) != 4:
+        length = 4 if version == FORMAT else 5
+        if not isinstance(content, list) or len(content) != length:
             raise BackupError("the backup's description is invalid")
+        for keys in content[4:]:
+            if type(keys) is not dict or not all(type(each) is bytes for each in keys.values()):
+                raise BackupError("the backup's access keys are invalid")
         self.info = BackupInfo(*content)
 
     def __iter__(self) -> Iterator[list[tuple[StreamKey, StreamState]]]:

@@ -146,19 +146,20 @@ class StateStore(Protocol):
     async def access_keys(
         self, version: bytes | None, deadline_s: float = math.inf
     ) -> tuple[bytes, Mapping[str, bytes]] | None:
-        """Read the records of the access keys by id, and their version, which is new after each
-        write; None if `version` is the current one.
+        """Read the version of the access keys, which is new after each write and empty if there
+        was none, and their records by id; None if `version` is the current one.
 
         Raises:
             CarryError: the store does not answer.
         """
 
-    async def write_access_key(self, key_id: str, record: bytes) -> None:
-        """Write the record of an access key.
+    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
+        """Write records of access keys by id, together; none marks the store as one that has had
+        keys.
 
         Raises:
-            NotDurable: it was written, but is not as durable as the settings require.
-            CarryError: the store does not answer; it may have been written.
+            NotDurable: they were written, but are not as durable as the settings require.
+            CarryError: the store does not answer; they may have been written.
         """
 
     async def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -13,8 +14,8 @@ from service.access.principal import Verb
 class WritesKeys(Protocol):
     """A store of access keys."""
 
-    async def write_access_key(self, key_id: str, record: bytes) -> None:
-        """Write the record of a key."""
+    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
+        """Write records of keys by id."""
 
 
 async def new_authorization(
@@ -25,7 +26,7 @@ async def new_authorization(
         **{"name": "test", "models": ("*",), "prefix": "", "created_ms": 0, **scope}, verbs=verbs
     )
     text, record = new_key(record)
-    await store.write_access_key(text.key_id, encode_key(record))
+    await store.write_access_keys({text.key_id: encode_key(record)})
     return f"Bearer {text}"
 
 
@@ -35,4 +36,4 @@ async def revoke(store: Any, authorization: str) -> None:
     found = await store.access_keys(None)
     record = msgspec.json.decode(found[1][key_id], type=AccessKey)
     revoked = msgspec.structs.replace(record, revoked_ms=1)
-    await store.write_access_key(key_id, encode_key(revoked))
+    await store.write_access_keys({key_id: encode_key(revoked)})

@@ -1,6 +1,7 @@
 """The records of the access keys in the store: one hash, read whole when its version has changed.
 
-Version and record are written by one command, so that no reader sees one without the other.
+Version and record are written by one command, so that no reader sees one without the other. The
+version stays if there is no record: it marks a store that has had keys.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ async def read_access_keys(
     return records.pop(VERSION, b""), records
 
 
-async def write_access_key(router: Router, keys: KeySpace, key_id: str, record: bytes) -> None:
-    """Write a record and a new version (`StateStore.write_access_key`)."""
+async def write_access_keys(router: Router, keys: KeySpace, records: Mapping[str, bytes]) -> None:
+    """Write records and a new version (`StateStore.write_access_keys`)."""
     name = keys.access_keys
-    arguments = ("HSET", name, key_id, record, VERSION, secrets.token_hex(8))
+    fields = [each for item in records.items() for each in item]
+    arguments = ("HSET", name, *fields, VERSION, secrets.token_hex(8))
     command = PendingCommand.of(*arguments, slot=router.slot(name))
     (outcome,) = await router.execute(command, durably=True)
     read_value(outcome)
     if isinstance(outcome, Reply) and not outcome.is_durable:
         raise NotDurable(
-            f"the access key {key_id} was written, but is not yet as durable as CARRY_DURABILITY "
-            "requires; repeat the command"
+            f"the access keys {', '.join(records)} were written, but are not yet as durable as "
+            "CARRY_DURABILITY requires; repeat the command"
         )

@@ -48,7 +48,7 @@ from service.store.base import (
 from service.store.codec import COMPARED, CodecError, StateHeader, decode_reply, unpack_head
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
-from service.store.redis.access_keys import read_access_keys, write_access_key
+from service.store.redis.access_keys import read_access_keys, write_access_keys
 from service.store.redis.commands import PendingCommand, Script, pack_arguments
 from service.store.redis.deletion import StreamDeletion
 from service.store.redis.open_router import open_router
@@ -164,9 +164,9 @@ class RedisStore:
         """Read the records of the access keys; None if they are those of `version`."""
         return await read_access_keys(self._router, self._keys, version, deadline_s)
 
-    async def write_access_key(self, key_id: str, record: bytes) -> None:
-        """Write the record of an access key, and with it a new version of all keys."""
-        await write_access_key(self._router, self._keys, key_id, record)
+    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
+        """Write records of access keys by id, and with them a new version of all keys."""
+        await write_access_keys(self._router, self._keys, records)
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float = math.inf

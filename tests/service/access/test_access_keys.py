@@ -60,8 +60,8 @@ class Records:
         self.reads += 1
         return self.version, dict(self.records)
 
-    async def write_access_key(self, key_id: str, record: bytes) -> None:
-        self.records[key_id] = record
+    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
+        self.records |= records
         self.version = b"%d" % (int(self.version or b"0") + 1)
 
 
@@ -218,6 +218,23 @@ async def test_service_does_not_become_open_again() -> None:
     assert not keys.is_open
     stored.records.clear()
     stored.version = b"lost"
+    await keys.refresh()
+    assert not keys.is_open
+
+
+@pytest.mark.parametrize(("required", "is_open"), [(None, False), (True, False), (False, True)])
+async def test_a_store_that_has_had_keys_is_opened_by_the_setting_only(
+    required: bool | None, is_open: bool
+) -> None:
+    """A restored one may have none; one that was never closed is open by default."""
+    stored = Records()
+    keys = AccessKeys(stored, required=required)
+    await keys.refresh()
+    assert keys.is_open == (not required)
+    await stored.write_access_keys({})
+    await keys.refresh()
+    assert keys.is_open == is_open
+    await new_authorization(stored)
     await keys.refresh()
     assert not keys.is_open
 

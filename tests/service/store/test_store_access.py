@@ -74,7 +74,7 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
             assert same_stream(found, first.new)
             assert (await store.streams("flights", "", None, 10)).streams == ("a",)
             assert (await store.check())[0].ok
-            await store.write_access_key("a", b"1")
+            await store.write_access_keys({"a": b"1"})
             assert (await store.access_keys(b""))[1] == {"a": b"1"}
             usage = await store.usage.register("a", [(key("a"), 5)], Quota(1, 5))
             await store.usage.reconcile("a")

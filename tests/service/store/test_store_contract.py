@@ -93,7 +93,7 @@ async def test_access_keys_are_read_when_their_version_has_changed(
     assert await store.access_keys(b"") is None
     version, records = b"", {}
     for key_id, record in (("a", b"1"), ("b", b"2"), ("a", b"3")):
-        await other.write_access_key(key_id, record)
+        await other.write_access_keys({key_id: record})
         records[key_id] = record
         found = await store.access_keys(version)
         assert found is not None
@@ -103,6 +103,11 @@ async def test_access_keys_are_read_when_their_version_has_changed(
         assert await store.access_keys(version) is None
     emptied(server)
     assert await store.access_keys(version) == (b"", {})
+    await other.write_access_keys({})
+    marked = await store.access_keys(b"")
+    assert marked is not None
+    assert marked[0] != b""
+    assert marked[1] == {}
 
 
 async def test_a_stream_is_not_created_twice(store: StateStore, streams: Streams) -> None:

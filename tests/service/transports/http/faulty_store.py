@@ -103,8 +103,8 @@ class FaultyStore:
             raise self.away
         return await self._store.access_keys(version, deadline_s)
 
-    async def write_access_key(self, key_id: str, record: bytes) -> None:
-        await self._store.write_access_key(key_id, record)
+    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
+        await self._store.write_access_keys(records)
 
     async def token_key(self) -> bytes:
         self._fail()
