@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
-from tests.support.monitoring import DASHBOARDS, RULES, check_rules
+from tests.support.monitoring import DASHBOARDS, RULES, check_rules, rule_test
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 
@@ -215,6 +215,6 @@ def test_scaler_reads_the_wait(
             series[name % ("count", pod, "")] = f"0+{per_minute}x9"
     samples = [] if wait_ms is None else [{"labels": "{}", "value": wait_ms}]
     expected = {"expr": trigger["query"], "eval_time": "5m", "exp_samples": samples}
-    check_rules(tmp_path, series, promql_expr_test=[expected])
+    check_rules(tmp_path, [rule_test("query", series, promql_expr_test=[expected])])
     # without metrics KEDA reports an error, and the number of pods stays
     assert trigger["ignoreNullValues"] == "false"

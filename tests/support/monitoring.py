@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,12 +57,16 @@ def panels_of(path: Path) -> list[Panel]:
     return panels
 
 
-def check_rules(folder: Path, series: Series, **expectations: Any) -> None:
-    """Evaluate the rules over some series with promtool, and compare with what is expected."""
-    file = folder / "test.yml"
+def rule_test(name: str, series: Series, **expectations: Any) -> dict[str, Any]:
+    """A test for promtool: what the rules and queries give for some series."""
     inputs = [{"series": name, "values": values} for name, values in series.items()]
-    test = {"interval": "1m", "input_series": inputs, **expectations}
-    content = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}
+    return {"name": name, "interval": "1m", "input_series": inputs, **expectations}
+
+
+def check_rules(folder: Path, tests: Sequence[dict[str, Any]]) -> None:
+    """Run tests of the rules with promtool."""
+    file = folder / "test.yml"
+    content = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": list(tests)}
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     done = subprocess.run(
         ["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False

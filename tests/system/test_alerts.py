@@ -6,15 +6,14 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
-import pytest
 import yaml
 
 from models.artifact.artifact import Artifact
 from tests.support.metrics import read
-from tests.support.monitoring import RULES, Series, check_rules
+from tests.support.monitoring import RULES, Series, check_rules, rule_test
 from tests.support.needs import needs_tools
 from tests.support.proxy import Connection, Direction, Proxy
 from tests.support.servers import RealServer, until_async
@@ -222,22 +221,21 @@ def test_every_alert_has_a_case() -> None:
     assert sorted(case.alert for case in CASES) == sorted(ALERTS)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.alert)
-def test_alert_fires_beyond_its_threshold_only(case: Case, tmp_path: Path) -> None:
-    rule = ALERTS[case.alert]
-    alert = {
-        "exp_labels": {**rule["labels"], **case.labels},
-        "exp_annotations": {**rule["annotations"], "summary": case.summary},
-    }
-
-    def at(minute: int, *alerts: Any) -> Any:
-        return {"eval_time": f"{minute}m", "alertname": case.alert, "exp_alerts": list(alerts)}
-
-    before = at(case.first_m - 1) if case.first_m else None
-    expected = [each for each in (before, at(case.first_m, alert)) if each is not None]
-    check_rules(tmp_path, case.firing, alert_rule_test=expected)
-    never = [at(minute) for minute in range(60)]
-    check_rules(tmp_path, case.quiet, alert_rule_test=never)
+def test_alerts_fire_beyond_their_thresholds_only(tmp_path: Path) -> None:
+    tests = []
+    for case in CASES:
+        rule = ALERTS[case.alert]
+        alert = {
+            "exp_labels": {**rule["labels"], **case.labels},
+            "exp_annotations": {**rule["annotations"], "summary": case.summary},
+        }
+        silent = {"alertname": case.alert, "exp_alerts": []}
+        minutes = range(case.first_m + 5)
+        quiet = [{**silent, "eval_time": f"{minute}m"} for minute in minutes]
+        tests.append(rule_test(f"{case.alert}, quiet", case.quiet, alert_rule_test=quiet))
+        firing = [*quiet[: case.first_m], {**quiet[case.first_m], "exp_alerts": [alert]}]
+        tests.append(rule_test(f"{case.alert}, firing", case.firing, alert_rule_test=firing))
+    check_rules(tmp_path, tests)
 
 
 class SlowPath(Proxy):
@@ -280,7 +278,7 @@ async def test_slow_store_is_alerted(tmp_path: Path, store: RealServer, probe: A
         }
         for alert in ("CarryStoreSlow", "CarryRequestsSlow")
     ]
-    check_rules(tmp_path, series, promql_expr_test=firing)
+    check_rules(tmp_path, [rule_test("slow store", series, promql_expr_test=firing)])
 
 
 def buckets(page: bytes) -> dict[str, float]:
