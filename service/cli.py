@@ -277,32 +277,23 @@ def score_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model's outputs for a file of events, as the service would answer them."""
-    from service.engine.runtimes.loading import RuntimeUnavailableError
-
     with _one_line_errors():
         from rich.console import Console
 
+        from models.offline.score import score_file
         from models.training.progress import Progress
-        from service.ops.logs import configure_logs
-        from service.scoring.score import score_file
-
-        configure_logs("warning", "console")
 
         progress = Progress(Console(quiet=quiet))
-        try:
-            with progress.task("events", 1.0) as advance:
-                scored = score_file(
-                    artifact,
-                    data,
-                    out,
-                    stream=stream,
-                    resume=resume,
-                    overwrite=overwrite,
-                    advance=lambda rows: advance(0.0, f"{rows:,} done"),
-                )
-        except RuntimeUnavailableError as error:
-            typer.echo(f"carry: {error}", err=True)
-            raise typer.Exit(1) from error
+        with progress.task("events", 1.0) as advance:
+            scored = score_file(
+                artifact,
+                data,
+                out,
+                stream=stream,
+                resume=resume,
+                overwrite=overwrite,
+                advance=lambda rows: advance(0.0, f"{rows:,} done"),
+            )
         progress.say(f"{out}: {scored.events:,} events of {scored.streams:,} streams")
         if scored.out_of_order:
             progress.say(

@@ -8,6 +8,7 @@ each chunk may choose: as a rate of false alarms in its state, which the pipelin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,14 @@ from models.spec.layout import (
     detection_of,
     detection_state,
     network_outputs,
+    network_state,
     output_spec,
 )
 from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]
+NetworkStep = Callable[[FloatRows, NDArray[np.int32], FloatRows], tuple[FloatRows, FloatRows]]
 
 
 class Detector:
@@ -138,3 +141,32 @@ class Detector:
             alarms[0, index, :length] = codes
             deviations.state[index, self._alarm_at] = own.values()
         return alarms
+
+
+class DetectingStep:
+    """The step of a network with detection behind it.
+
+    Args:
+        spec: a model with a fitted `detection`.
+        network: rows [B, T, F], lengths [B] of 1..T, states [B, N] -> outputs [B, T, O'], states.
+    """
+
+    def __init__(self, spec: ModelSpec, network: NetworkStep):
+        self._network, self._detector = network, Detector(spec)
+        self._size = network_state(spec).float_size
+
+    def __call__(
+        self, rows: FloatRows, lengths: NDArray[np.int32], states: FloatRows
+    ) -> tuple[FloatRows, FloatRows]:
+        """Run the network and score its events.
+
+        Args:
+            states: float32 [B, W], as `models.spec.layout.runtime_state` says.
+
+        Returns:
+            Outputs [B, T, O], as `models.spec.layout.output_spec` says, and the states after them.
+        """
+        own, detection = np.split(states, [self._size], axis=1)
+        outputs, stepped = self._network(rows, lengths, np.ascontiguousarray(own))
+        detected, after = self._detector.step(rows, lengths, outputs, detection)
+        return detected, np.concatenate([stepped, after], axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from math import prod
 from typing import Literal
 
@@ -92,6 +93,17 @@ class Output:
     def size(self) -> int:
         """Values per step."""
         return prod(self.shape)
+
+    def column_names(self) -> list[str]:
+        """A name for each number of a step: `delay[0.5]` by its label, `x[1]` by its place.
+
+        Axes of length one are left out.
+        """
+        axes = [[str(at) if size > 1 else "" for at in range(size)] for size in self.shape]
+        if axes and len(self.labels) == len(axes[-1]):
+            axes[-1] = list(self.labels)
+        places = [", ".join(filter(None, index)) for index in product(*axes)]
+        return [f"{self.name}[{place}]" if place else self.name for place in places]
 
 
 @dataclass(frozen=True)

@@ -474,6 +474,13 @@ def _resolve_layers(layers: Sequence[Any]) -> tuple[list[Any], str]:
     return named, previous
 
 
+def schema_of(spec: ModelSpec) -> EventSchema:
+    """The spec's event schema; SpecError if the model takes raw rows."""
+    if spec.events is None:
+        raise SpecError(f"model {spec.name!r}: expected `events`; raw `features` name no columns")
+    return spec.events
+
+
 def parse_spec(data: Any, source: str = "spec") -> ModelSpec:
     """Validate plain data as a `ModelSpec`; SpecError lists every invalid member."""
     try:

@@ -30,7 +30,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.spec.model import ModelSpec
+from models.spec.model import ModelSpec, schema_of
 from models.spec.resets import find_resets, segments_of
 from models.spec.training import ResolvedTraining, TrainingSpec
 
@@ -95,13 +95,6 @@ class Streams:
         for start, stop in self.sessions:
             rows[start:stop], _ = encode(schema, self.columns[start:stop], Clock())
         return rows
-
-
-def schema_of(spec: ModelSpec) -> EventSchema:
-    """The spec's event schema; SpecError if the model takes raw rows."""
-    if spec.events is None:
-        raise SpecError(f"model {spec.name!r}: expected `events`; raw `features` name no columns")
-    return spec.events
 
 
 def without_normalisation(spec: ModelSpec) -> ModelSpec:

@@ -17,14 +17,13 @@ from models.errors import DataError
 from models.events.schema import EventSchema
 from models.events.zones import DAY_MS
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
-from models.spec.model import ModelSpec
+from models.spec.model import ModelSpec, schema_of
 from models.spec.training import ResolvedTraining, TrainingSpec
 from models.training.data import (
     POSITIONS,
     Streams,
     moment_ms,
     moment_text,
-    schema_of,
     unresolved_training_of,
 )
 from models.training.windows import groups_of, segments_of

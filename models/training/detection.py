@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from models.detection.fit import Stream, check_size, fit_detection
 from models.spec.layout import anomaly_size, detection_of, network_outputs
-from models.spec.model import ModelSpec
-from models.training.data import Streams, schema_of
+from models.spec.model import ModelSpec, schema_of
+from models.training.data import Streams
 from models.training.evaluate import MS_PER_DAY, run_network
 
 

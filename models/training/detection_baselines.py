@@ -33,8 +33,8 @@ from models.spec.detection import DetectionSpec
 from models.spec.heads import AnomalyHead
 from models.spec.layers import LstmLayer
 from models.spec.layout import detection_of, network_outputs, output_spec
-from models.spec.model import ModelSpec
-from models.training.data import Streams, schema_of, without_normalisation
+from models.spec.model import ModelSpec, schema_of
+from models.training.data import Streams, without_normalisation
 from models.training.detection import counted_events
 from models.training.evaluate import detect_rows, scores_from
 

@@ -33,8 +33,7 @@ from models.spec.layers import (
     MergeLayer,
 )
 from models.spec.layout import layer_widths
-from models.spec.model import ModelSpec, parse_spec
-from models.training.data import schema_of
+from models.spec.model import ModelSpec, parse_spec, schema_of
 
 Weights = Mapping[str, NDArray[np.float32]]
 Places = NDArray[np.int64]

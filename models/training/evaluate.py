@@ -2,9 +2,8 @@
 
 Every stream starts in the zero state with its clock at zero, and again wherever the model resets
 states by itself; its events come in chunks of random lengths (those of training, for a network that
-looks at a chunk as a whole); each chunk is encoded against the clock that the chunk before it left
-and runs from the state that it left, in batches with other streams, padded and masked. What is
-scored are the outputs of these steps.
+looks at a chunk as a whole); each chunk runs from the state that the one before it left, in batches
+with other streams, padded and masked. What is scored are the outputs of these steps.
 
 A network that takes whole sequences gets every stream as one. One in blocks goes from block to
 block, each with its lookahead and no more, and the last one ends where the stream ends, as after a
@@ -13,7 +12,7 @@ block, each with its lookahead and no more, and the last one ends where the stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ from models.artifact.artifact import Artifact
 from models.detection.detector import Detector
 from models.detection.scoring import StreamScores, score_streams, with_intervals
 from models.errors import DataError
-from models.events.encode import Clock, encode
+from models.offline.runner import Advance, run_rows
+from models.offline.step import Step, open_step
 from models.spec.blocks import BlockSpec, cut_blocks
 from models.spec.heads import Head, LabelHead
 from models.spec.layout import (
@@ -34,18 +34,14 @@ from models.spec.layout import (
     network_state,
     output_spec,
 )
-from models.spec.model import ModelSpec
-from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
+from models.spec.model import ModelSpec, schema_of
+from models.training.data import Streams, moment_ms, streams_of, training_of
 from models.training.labels import Labels, labels_of, read_truth
-from models.training.network_step import Step, open_step
 from models.training.scores import add_scaled, has_targets, score_outputs, stream_scales
 from models.training.split import split_of
 
-Advance = Callable[[int], None]
 DETECTION_STEPS = 256
 MS_PER_DAY = 86_400_000
-SMALLEST_STEPS = 8
-"""Batches are padded to this many steps, doubled as often as needed: few shapes to trace."""
 
 
 def run_chunks(
@@ -125,44 +121,28 @@ def run_network(
 ) -> NDArray[np.float32]:
     """The network's outputs alone, as `models.spec.layout.network_outputs` says; arguments as for
     `run_chunks`."""
-    schema = schema_of(spec)
     step = open_step(spec, weights)
     if spec.blocks is not None:
         return _run_blocks(spec, spec.blocks, step, streams, batch, advance)
-    random = np.random.default_rng(seed)
-    outputs = np.zeros((streams.events, network_outputs(spec).size), np.float32)
     fixed = _fixed_steps(spec, streams)
-    batch_size = min(batch, len(streams.sessions))
-    waiting = sorted(streams.sessions, key=lambda span: (span[1] - span[0], -span[0]))
-    at = np.zeros(batch_size, np.int64)
-    stop = np.zeros(batch_size, np.int64)
-    state = np.zeros((batch_size, network_state(spec).float_size), np.float32)
-    clocks = [Clock()] * batch_size
-    while True:
-        for slot in np.flatnonzero(at == stop):
-            if not waiting:
-                break
-            at[slot], stop[slot] = waiting.pop()
-            state[slot] = 0
-            clocks[slot] = Clock()
-        chunk_lengths = random.integers(1, chunk + 1, batch_size) if fixed is None else fixed
-        lengths = np.minimum(chunk_lengths, stop - at).astype(np.int32)
-        if not lengths.any():
-            return outputs
-        steps = SMALLEST_STEPS
-        while steps < lengths.max():
-            steps *= 2
-        rows = np.zeros((batch_size, steps, spec.input_features), np.float32)
-        for slot in np.flatnonzero(lengths):
-            part = slice(int(at[slot]), int(at[slot] + lengths[slot]))
-            encoded, clocks[slot] = encode(schema, streams.columns[part], clocks[slot])
-            rows[slot, : lengths[slot]] = encoded
-        values, state = step(rows, lengths, state)
-        for slot in np.flatnonzero(lengths):
-            outputs[at[slot] : at[slot] + lengths[slot]] = values[slot, : lengths[slot]]
-        at += lengths
-        if advance is not None:
-            advance(int(lengths.sum()))
+    rows = streams.encoded(schema_of(spec))
+    sequences = [rows[start:stop] for start, stop in streams.sessions]
+    states = np.zeros((len(sequences), network_state(spec).float_size), np.float32)
+    width = network_outputs(spec).size
+    results, _ = run_rows(
+        step,
+        sequences,
+        states,
+        width,
+        chunk=fixed or chunk,
+        random=None if fixed else np.random.default_rng(seed),
+        batch=batch,
+        advance=advance,
+    )
+    outputs = np.zeros((streams.events, width), np.float32)
+    for (start, stop), values in zip(streams.sessions, results, strict=True):
+        outputs[start:stop] = values
+    return outputs
 
 
 def _fixed_steps(spec: ModelSpec, streams: Streams) -> int | None:

@@ -24,8 +24,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.spec.model import ModelSpec
-from models.training.data import schema_of
+from models.spec.model import ModelSpec, schema_of
 
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _NUMBER = r"^-?\d+(\.\d+)?$"

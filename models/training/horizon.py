@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import Distribution, decoder_of, start
 from models.events.zones import DAY_MS
+from models.offline.step import Step, open_step
 from models.spec.decoder import known_columns, strip_decoder_prefix
 from models.spec.layout import network_state
 from models.spec.model import ModelSpec
 from models.training.data import Streams
 from models.training.decoder_training import steps_ahead
-from models.training.network_step import Step, open_step
 from models.training.scores import Floats, pinball
 
 STRIDE = 7

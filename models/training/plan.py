@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from models.errors import DataError, SpecError
 from models.spec.chunking import non_causal_layers
 from models.spec.heads import LabelHead
-from models.spec.model import ModelSpec
-from models.training.data import Streams, schema_of, training_of
+from models.spec.model import ModelSpec, schema_of
+from models.training.data import Streams, training_of
 from models.training.labels import Labels
 from models.training.scores import has_targets
 from models.training.windows import Segment, groups_of, segments_of

@@ -24,11 +24,11 @@ from models.errors import DataError, SpecError
 from models.events.zones import zone_table
 from models.spec.heads import ForecastHead, Head
 from models.spec.layout import output_spec
+from models.spec.model import schema_of
 from models.training.baselines import baselines_of
 from models.training.data import (
     Streams,
     moment_ms,
-    schema_of,
     streams_of,
     training_of,
     without_normalisation,

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from models.errors import SpecError
-from models.spec.model import ModelSpec
-from models.training.data import POSITIONS, moment_ms, schema_of, training_of
+from models.spec.model import ModelSpec, schema_of
+from models.training.data import POSITIONS, moment_ms, training_of
 
 
 class Split(NamedTuple):

@@ -44,13 +44,12 @@ from models.spec.layout import (
     network_outputs,
     output_spec,
 )
-from models.spec.model import ModelSpec
+from models.spec.model import ModelSpec, schema_of
 from models.training.baselines import in_units
 from models.training.data import (
     Streams,
     moment_ms,
     moment_text,
-    schema_of,
     streams_of,
     unresolved_training_of,
 )

@@ -25,7 +25,7 @@ from service.replay.verify import (
     Received,
     Verification,
     check_tensorflow,
-    keras_whole,
+    keras_runner,
     open_artifact,
     verify_outputs,
 )
@@ -138,7 +138,7 @@ def _verify(artifact: Artifact, replay: Replay) -> Verification:
     received = [
         Received(each.events.name, each.events.columns, each.outputs) for each in replay.streams
     ]
-    return verify_outputs(artifact.spec, keras_whole(artifact), received)
+    return verify_outputs(artifact.spec, keras_runner(artifact), received)
 
 
 def _summary(

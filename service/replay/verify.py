@@ -1,17 +1,16 @@
 """Compares every output with one Keras call over its stream's whole sequence.
 
 Independent of how the service computes: the stream's events are encoded in one go from a
-fresh clock, and the artifact's Keras layers run once over all steps from the zero state, with
-no chunks and no carried state. If the model resets states by itself, each session is run like a
-stream. Streams of similar length share a call to save time; padding is masked.
+fresh clock, and the artifact's Keras layers run once over all steps from the initial state, with
+no chunks and no carried state (`models.offline.runner`, each stream in one call). Streams of
+similar length share a call to save time; padding is masked.
 
     |a - b| <= 1e-5 + 1e-5 |b|        a: received, b: the whole-sequence call
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +21,10 @@ import models
 from models.artifact.artifact import Artifact, load_artifact
 from models.errors import ArtifactError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, encode, event_times
-from models.spec.layout import output_spec
+from models.offline.runner import OrderedEvents, Runner
+from models.offline.step import open_keras_step
+from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec
-from models.spec.resets import find_resets, segments_of
 from service.replay.events import ReplayError
 from service.replay.send import ABSOLUTE, FloatRows, excess
 
@@ -33,9 +32,6 @@ MAX_PADDED_STEPS = 65_536
 """Rows times steps of one call; a longer stream goes alone."""
 PADDING_SHARE = 1.5
 """A stream joins a call while the longest is at most this much longer."""
-
-Whole = Callable[[list[FloatRows]], list[FloatRows]]
-"""Whole sequences [T, F] to their outputs [T, O], from the zero state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +42,11 @@ class Received:
         name: the stream.
         columns: its whole events, from event 0 to the position at the end of the replay.
         outputs: float32 [T, O]; NaN if this run received none.
-        start: index of the first of these events in the stream.
     """
 
     name: str
     columns: EventColumns
     outputs: FloatRows
-    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +112,7 @@ def open_artifact(path: Path | None, model: str, version: str) -> Artifact:
 
 
 def check_tensorflow() -> None:
-    """Check, before a replay starts, that `keras_whole` will work; does not import TensorFlow.
+    """Check, before a replay starts, that `keras_runner` will work; does not import TensorFlow.
 
     Raises:
         ReplayError: TensorFlow, the reference for every runtime, is not installed.
@@ -130,56 +124,31 @@ def check_tensorflow() -> None:
         )
 
 
-def keras_whole(artifact: Artifact) -> Whole:
-    """Runs the artifact's Keras layers once over whole sequences. Imports TensorFlow.
+def keras_runner(artifact: Artifact) -> Runner:
+    """Runs the artifact's Keras layers. Imports TensorFlow.
 
     Raises:
         ReplayError: TensorFlow is not installed.
     """
     check_tensorflow()
-    # TensorFlow logs its start to stderr from C++; errors are still logged.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
-
-    from models.networks.build import StepNetwork
-
-    network = StepNetwork(artifact.spec)
-    network.set_weights(artifact.weights)
-    signature = [
-        tf.TensorSpec([None, None, artifact.spec.input_features], tf.float32),
-        tf.TensorSpec([None], tf.int32),
-        tf.TensorSpec([None, network.state_size], tf.float32),
-    ]
-    call = tf.function(network.step, input_signature=signature)
-
-    def whole(sequences: list[FloatRows]) -> list[FloatRows]:
-        lengths = [len(rows) for rows in sequences]
-        padded = np.zeros((len(lengths), max(lengths), sequences[0].shape[1]), np.float32)
-        for index, rows in enumerate(sequences):
-            padded[index, : len(rows)] = rows
-        zero = np.zeros((len(lengths), network.state_size), np.float32)
-        outputs, _ = call(padded, np.array(lengths, np.int32), zero)
-        return [values[:length] for values, length in zip(outputs.numpy(), lengths, strict=True)]
-
-    return whole
+    return Runner(artifact.spec, artifact.weights, open_keras_step(artifact.spec, artifact.weights))
 
 
-def verify_outputs(spec: ModelSpec, whole: Whole, streams: Sequence[Received]) -> Verification:
-    """Compare what was received with the whole-sequence call.
+def verify_outputs(spec: ModelSpec, runner: Runner, streams: Sequence[Received]) -> Verification:
+    """Compare what was received with one call over each stream.
 
     Args:
         spec: the model, with a fitted event schema.
-        whole: `keras_whole(artifact)`.
+        runner: `keras_runner(artifact)`.
         streams: a stream without a received output is not computed.
     """
-    layout = output_spec(spec)
+    layout, initial = output_spec(spec), state_spec(spec).initial()
     worst = {output.name: OutputCheck(output.name, 0.0, 0.0, "", 0, 0) for output in layout.outputs}
     compared = missing = 0
-    if spec.resets.is_active:
-        streams = [session for stream in streams for session in _sessions(spec, stream)]
     for group in _groups(streams):
-        sequences = whole([_encoded(spec, stream.columns) for stream in group])
-        for stream, expected in zip(group, sequences, strict=True):
+        events = [OrderedEvents(stream.name, stream.columns, initial) for stream in group]
+        whole, _ = runner.run(events, chunk=None, batch=len(group))
+        for stream, expected in zip(group, whole, strict=True):
             is_received = ~np.isnan(stream.outputs).any(axis=1)
             compared += int(is_received.sum())
             steps = np.flatnonzero(is_received)
@@ -206,7 +175,7 @@ def _check(
         float(np.max(over)),
         float(difference),
         stream.name,
-        stream.start + int(steps[at]),
+        int(steps[at]),
         beyond,
     )
 
@@ -221,23 +190,6 @@ def _worse(a: OutputCheck, b: OutputCheck) -> OutputCheck:
         top.step,
         a.beyond + b.beyond,
     )
-
-
-def _sessions(spec: ModelSpec, stream: Received) -> list[Received]:
-    """The events of a stream, cut where the model resets its state by itself."""
-    columns, outputs = stream.columns, stream.outputs
-    times = None if spec.events is None else event_times(spec.events, columns)
-    resets = find_resets(spec.resets, len(columns), 0, times=times)
-    return [
-        Received(stream.name, columns[start:stop], outputs[start:stop], start)
-        for start, stop in segments_of(len(columns), resets)
-    ]
-
-
-def _encoded(spec: ModelSpec, columns: EventColumns) -> FloatRows:
-    if spec.events is None:
-        raise ReplayError(f"model {spec.name!r} has no event schema")
-    return encode(spec.events, columns, Clock())[0]
 
 
 def _groups(streams: Sequence[Received]) -> Iterator[list[Received]]:

@@ -30,7 +30,7 @@ from models.artifact.artifact import Artifact, load_artifact
 from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
 from models.examples.flights.data import EVENT_COLUMNS, flight_events
-from service.replay.verify import Received, keras_whole, verify_outputs
+from service.replay.verify import Received, keras_runner, verify_outputs
 from tests.support.servers import free_port
 from tests.support.service import Service, running
 
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
         sent_s = time.monotonic() - began_s
     is_once = np.array_equal(outcome.positions, np.arange(options.events))
     received = Received(STREAM, outcome.columns, outcome.outputs)
-    verification = verify_outputs(artifact.spec, keras_whole(artifact), [received])
+    verification = verify_outputs(artifact.spec, keras_runner(artifact), [received])
     figures = {
         "events": options.events,
         "chunks": outcome.last.chunks,

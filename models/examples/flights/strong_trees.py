@@ -22,7 +22,8 @@ from models.artifact.artifact import load_artifact
 from models.events.zones import zone_table
 from models.examples.flights.data import WEATHER, flight_events
 from models.spec.layout import output_spec
-from models.training.data import schema_of, streams_of
+from models.spec.model import schema_of
+from models.training.data import streams_of
 from models.training.evaluate import run_chunks, scored_rows
 from models.training.report import DRAWS
 from models.training.scores import DayDraws, auc, interval, score_binary

@@ -26,7 +26,8 @@ from models.artifact.artifact import Artifact
 from models.decoding.forecasts import decoder_of
 from models.events.zones import zone_table
 from models.examples.weather.baselines import DAYS, HOURS, PENALTIES, hours_ago, same_hour_mean
-from models.training.data import schema_of, streams_of
+from models.spec.model import schema_of
+from models.training.data import streams_of
 from models.training.evaluate import scored_rows
 from models.training.horizon import STRIDE, ahead_of, forecasts_at
 from models.training.scores import DayDraws, Floats, interval, pinball

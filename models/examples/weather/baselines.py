@@ -19,7 +19,7 @@ from sklearn.linear_model import Ridge
 
 from models.events.zones import zone_table
 from models.spec.heads import AnomalyHead, Head
-from models.training.data import schema_of
+from models.spec.model import schema_of
 from models.training.scores import Floats, Scored
 from models.training.table import Baseline, Table, gaussian_nats, rows_around
 

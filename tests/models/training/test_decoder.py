@@ -12,9 +12,9 @@ import pytest
 from models.artifact.artifact import load_artifact
 from models.networks.build import StepNetwork
 from models.spec.decoder import DecoderTraining
-from models.spec.model import ModelSpec, parse_spec
+from models.spec.model import ModelSpec, parse_spec, schema_of
 from models.training.commands import evaluate_command, train_frame
-from models.training.data import fitted_spec, moment_ms, schema_of, streams_of
+from models.training.data import fitted_spec, moment_ms, streams_of
 from models.training.decoder_training import (
     Anchors,
     DecoderTrainer,

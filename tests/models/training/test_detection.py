@@ -13,6 +13,7 @@ pytest.importorskip("tensorflow")
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.artifact.fingerprint import compute_fingerprint
 from models.errors import ArtifactError, DataError
+from models.offline.score import score_file
 from models.spec.detection import DetectionSpec
 from models.spec.layout import output_spec
 from models.training.commands import evaluate_command
@@ -20,7 +21,6 @@ from models.training.data import streams_of
 from models.training.evaluate import evaluate, run_chunks
 from models.training.files import read_data
 from models.training.trainer import train
-from service.scoring.score import score_file
 from tests.support.training import latch_frame, latch_spec
 
 DETECTION = DetectionSpec(

@@ -11,6 +11,7 @@ import pytest
 
 from models.artifact.artifact import write_artifact
 from models.events.encode import Clock, encode
+from models.offline.runner import Runner
 from models.spec.layout import network_state
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import Streams, fitted_spec, streams_of
@@ -113,17 +114,23 @@ def test_replays_are_verified_session_by_session(frame: pl.DataFrame) -> None:
     weights = contracting_weights(spec, 3)
     outputs = oracle(spec, weights, streams).astype(np.float32)
 
-    def whole(sequences: list[np.ndarray]) -> list[np.ndarray]:
-        zero = network_state(spec).zero().floats
-        return [oracle_step(spec, weights, rows, zero)[0].astype(np.float32) for rows in sequences]
+    def step(
+        rows: np.ndarray, lengths: np.ndarray, states: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        values = np.zeros((*rows.shape[:2], outputs.shape[1]), np.float32)
+        for row, length in enumerate(lengths):
+            assert not states[row].any()
+            values[row, :length] = oracle_step(spec, weights, rows[row, :length], states[row])[0]
+        return values, states
 
+    runner = Runner(spec, weights, step)
     received = [
         Received(name, streams.columns[start:stop], outputs[start:stop])
         for name, (start, stop) in zip(streams.names, streams.spans, strict=True)
     ]
-    verification = verify_outputs(spec, whole, received)
+    verification = verify_outputs(spec, runner, received)
     assert verification.holds
     assert verification.compared == streams.events
     received[1].outputs[13] += 1e-2
-    wrong = verify_outputs(spec, whole, received)
+    wrong = verify_outputs(spec, runner, received)
     assert {(check.stream, check.step) for check in wrong.outputs} == {(streams.names[1], 13)}

@@ -9,11 +9,12 @@ import orjson
 import pytest
 
 from models.artifact.artifact import Artifact, write_artifact
+from models.offline.runner import Runner
 from service.replay import verify as verify_module
 from service.replay.events import ReplayError, StreamEvents
 from service.replay.run import EXIT_UNFINISHED, run_replay
 from service.replay.send import Pace
-from service.replay.verify import Received, Whole, keras_whole, open_artifact, verify_outputs
+from service.replay.verify import Received, keras_runner, open_artifact, verify_outputs
 from tests.service.replay.conftest import LENGTHS, STANDIN_SEED, Replayed
 from tests.service.replay.standin import SPEC, Standin
 from tests.support.oracle import contracting_weights
@@ -27,9 +28,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def whole(artifact: Artifact) -> Whole:
+def whole(artifact: Artifact) -> Runner:
     """Its Keras layers, which take a second to trace."""
-    return keras_whole(artifact)
+    return keras_runner(artifact)
 
 
 async def received(replayed: Replayed) -> list[Received]:
@@ -40,7 +41,7 @@ async def received(replayed: Replayed) -> list[Received]:
     ]
 
 
-async def test_chunked_outputs_equal_the_whole_sequence(replayed: Replayed, whole: Whole) -> None:
+async def test_chunked_outputs_equal_the_whole_sequence(replayed: Replayed, whole: Runner) -> None:
     found = verify_outputs(SPEC, whole, await received(replayed))
     assert found.holds
     assert [check.name for check in found.outputs] == ["late", "next"]
@@ -50,7 +51,7 @@ async def test_chunked_outputs_equal_the_whole_sequence(replayed: Replayed, whol
 
 
 async def test_one_wrong_number_is_detected(
-    replayed: Replayed, standin: Standin, whole: Whole
+    replayed: Replayed, standin: Standin, whole: Runner
 ) -> None:
     standin.wrong_by = 1e-3
     found = verify_outputs(SPEC, whole, await received(replayed))
@@ -64,7 +65,7 @@ async def test_one_wrong_number_is_detected(
 
 @pytest.mark.parametrize("swap", ["streams", "time"])
 async def test_outputs_of_another_stream_or_state_are_detected(
-    replayed: Replayed, whole: Whole, swap: str
+    replayed: Replayed, whole: Runner, swap: str
 ) -> None:
     streams = {stream.name: stream for stream in await received(replayed)}
     outputs = {name: stream.outputs for name, stream in streams.items()}
@@ -80,7 +81,7 @@ async def test_outputs_of_another_stream_or_state_are_detected(
 
 
 async def test_resumed_run_is_verified_from_the_first_event(
-    replayed: Replayed, whole: Whole
+    replayed: Replayed, whole: Runner
 ) -> None:
     streams = await received(replayed)
     for stream in streams:
@@ -92,7 +93,7 @@ async def test_resumed_run_is_verified_from_the_first_event(
 
 
 def test_streams_without_outputs_are_not_compared(
-    streams: list[StreamEvents], whole: Whole
+    streams: list[StreamEvents], whole: Runner
 ) -> None:
     nothing = [
         Received(s.name, s.columns, np.full((len(s), 4), np.nan, np.float32)) for s in streams
@@ -106,10 +107,13 @@ def test_long_and_short_streams_are_not_padded_together(
 ) -> None:
     sizes: list[list[int]] = []
 
-    def whole(sequences: list[np.ndarray]) -> list[np.ndarray]:
-        sizes.append([len(rows) for rows in sequences])
-        return [np.zeros((len(rows), 4), np.float32) for rows in sequences]
+    def step(
+        rows: np.ndarray, lengths: np.ndarray, states: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        sizes.append(sorted(lengths.tolist()))
+        return np.zeros((*rows.shape[:2], 4), np.float32), states
 
+    whole = Runner(SPEC, {}, step)
     (longest,) = (stream for stream in streams if len(stream) == 61)
     lengths = [1, 1, 30, 31, 40, 60, 61]
     received = [

@@ -1,4 +1,4 @@
-"""The step of a trained network, for scoring, on the runtime that a service prefers.
+"""The step of a network outside a service, on the runtime that a service prefers.
 
 ONNX Runtime where it is installed and a graph can represent the network: it opens in milliseconds,
 where TensorFlow traces every shape of a batch for a second, and the import takes several. Else the
@@ -7,6 +7,7 @@ network runs on TensorFlow.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 
@@ -36,7 +37,7 @@ def open_step(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Step:
             return _on_onnxruntime(write_graph(spec, weights), spec)
         except GraphUnsupportedError:
             pass
-    return _on_tensorflow(spec, weights)
+    return open_keras_step(spec, weights)
 
 
 def _on_onnxruntime(graph: bytes, spec: ModelSpec) -> Step:
@@ -73,14 +74,22 @@ def _on_onnxruntime(graph: bytes, spec: ModelSpec) -> Step:
     return step
 
 
-def _on_tensorflow(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Step:
+def open_keras_step(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Step:
+    """Open the step of a network's Keras layers. Imports TensorFlow."""
+    # TensorFlow logs its start to stderr from C++; errors are still logged
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
     from models.networks.build import StepNetwork
 
     network = StepNetwork(spec)
     network.set_weights(weights)
-    traced = tf.function(network.step, autograph=False)
+    signature = [
+        tf.TensorSpec([None, None, spec.input_features], tf.float32),
+        tf.TensorSpec([None], tf.int32),
+        tf.TensorSpec([None, network.state_size], tf.float32),
+    ]
+    traced = tf.function(network.step, autograph=False, input_signature=signature)
 
     def step(
         rows: FloatArray, lengths: NDArray[np.int32], states: FloatArray

@@ -1,8 +1,8 @@
 """`carry score`: the outputs for every event of a file, as the service would answer them.
 
-The file is read in pieces. Each stream's state, clock and position carry over to the next, and
-the service's own pipeline computes the pieces, resets included. So the outputs do not depend on how
-the file is cut. Memory holds one piece and a state per stream.
+The file is read in pieces. Each stream's state, clock and position carry over to the next, resets
+included, so that the outputs do not depend on how the file is cut. Memory holds one piece and a
+state per stream.
 
 The events of a stream are processed in the order of the file, as a service would receive them.
 Rejected are models whose outputs depend on the cuts (`chunking` other than invisible, and blocks).
@@ -10,36 +10,31 @@ Rejected are models whose outputs depend on the cuts (`chunking` other than invi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import uvloop
 from numpy.typing import NDArray
 
-from carry_client.description import Output
 from models.artifact.artifact import Artifact, load_artifact
 from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, event_times
 from models.events.frame import columns_from_frame
-from models.events.schema import EventSchema
-from models.spec.resets import gaps_since_latest_ms, segment_numbers
+from models.offline.parts import Parts, Progress, StreamStates
+from models.offline.runner import OrderedEvents, Runner
+from models.offline.step import FloatArray
+from models.spec.model import schema_of
+from models.spec.resets import find_resets, gaps_since_latest_ms, segment_numbers
 from models.spec.state import State
 from models.training.files import read_batches
-from service.core.errors import CarryError
-from service.core.values import Feed, FloatRows, Steps
-from service.engine.compute import Compute
-from service.engine.runtimes.loading import AUTO, open_runtimes
-from service.pipeline.segments import infer_segments
-from service.pipeline.served_model import Segment, ServedModel
-from service.scoring.parts import Parts, Progress, StreamStates
 
 POSITION = "position"
 ROWS_PER_PIECE = 65_536
+CHUNK, BATCH = 64, 256
+"""Events and streams of one call of the network."""
 
 Advance = Callable[[int], None]
 
@@ -68,7 +63,6 @@ def score_file(
     resume: bool = False,
     overwrite: bool = False,
     rows_per_piece: int = ROWS_PER_PIECE,
-    runtime: str = AUTO,
     advance: Advance = lambda rows: None,
 ) -> ScoreResult:
     """Write the outputs for a file of events.
@@ -81,36 +75,28 @@ def score_file(
         resume: continue an interrupted run.
         overwrite: replace `out`.
         rows_per_piece: rows that are read and computed together.
-        runtime: which library computes; as in the settings of the service.
         advance: called with the rows done so far.
 
     Raises:
-        ModelsError: artifact or data are rejected; RuntimeUnavailableError.
+        ModelsError: artifact or data are rejected.
     """
     artifact = load_artifact(path)
-    schema, name = _check(artifact, stream)
+    name = _check(artifact, stream)
     parts = Parts(out, f"{artifact.fingerprint.hex()} {name}", data)
     progress = parts.open(resume=resume, overwrite=overwrite)
-    (opened,) = open_runtimes(runtime, [artifact], os.cpu_count() or 1)
-    scorer = _Scorer(ServedModel(artifact, opened), schema, name, str(data), progress)
-
-    async def run() -> None:
-        for frame in read_batches(data, artifact.spec, rows_per_piece, skip=scorer.rows):
-            part = await scorer.score(frame)
-            parts.add(part, scorer.progress)
-            advance(scorer.rows)
-
-    uvloop.run(run())
+    scorer = _Scorer(artifact, name, str(data), progress)
+    for frame in read_batches(data, artifact.spec, rows_per_piece, skip=scorer.rows):
+        parts.add(scorer.score(frame), scorer.progress)
+        advance(scorer.rows)
     parts.finish()
     rows, streams, out_of_order = scorer.progress
     return ScoreResult(rows, len(streams), out_of_order)
 
 
-def _check(artifact: Artifact, stream: str | None) -> tuple[EventSchema, str]:
-    """The event schema, and the stream's column."""
+def _check(artifact: Artifact, stream: str | None) -> str:
+    """Reject a model that cannot be scored; the stream's column."""
     spec = artifact.spec
-    if spec.events is None:
-        raise SpecError(f"model {spec.name!r}: expected `events`; raw `features` name no columns")
+    schema_of(spec)
     if spec.chunking != "invisible" or spec.blocks is not None:
         raise SpecError(
             f"model {spec.name!r}: expected outputs that do not depend on how a stream is cut, but "
@@ -123,61 +109,56 @@ def _check(artifact: Artifact, stream: str | None) -> tuple[EventSchema, str]:
             f"model {spec.name!r}: was not trained by `carry train`: expected `--stream` with the "
             "column that names each row's stream"
         )
-    return spec.events, name
+    return name
 
 
 class _Scorer:
     """Computes pieces of the file, one after another."""
 
-    def __init__(
-        self,
-        served: ServedModel,
-        schema: EventSchema,
-        stream: str,
-        source: str,
-        progress: Progress,
-    ):
-        self._served, self._schema, self._stream = served, schema, stream
-        self._source = source
-        self._compute = Compute()
+    def __init__(self, artifact: Artifact, stream: str, source: str, progress: Progress):
+        self._artifact, self._schema = artifact, schema_of(artifact.spec)
+        self._runner = Runner(artifact.spec, artifact.weights)
+        self._stream, self._source = stream, source
         self._streams: StreamStates = dict(progress.streams)
         self.rows = progress.rows
         self._out_of_order = progress.out_of_order
-        self._outputs = [
-            (output.name, Output(output.name, output.shape, False, output.labels).column_names())
-            for output in served.outputs.outputs
-        ]
 
     @property
     def progress(self) -> Progress:
         """How far the input is scored."""
         return Progress(self.rows, self._streams, self._out_of_order)
 
-    async def score(self, frame: pl.DataFrame) -> pl.DataFrame:
+    def score(self, frame: pl.DataFrame) -> pl.DataFrame:
         """The outputs of the next rows, in their order."""
         columns = self._read(frame)
         rows_of = self._rows_by_stream(frame)
-        before = {name: self._before(name) for name in rows_of}
         parts = [
-            self._segments(name, _select(columns, rows), rows, before[name])
+            OrderedEvents(name, _select(columns, rows), *self._before(name))
             for name, rows in rows_of.items()
         ]
-        outputs, states, finite = await infer_segments(
-            self._compute, self._served, parts, lambda *_: None
-        )
-        packed = np.empty((frame.height, self._served.outputs.size), np.float32)
+        for part in parts:
+            self._count_out_of_order(part)
+        try:
+            outputs, states = self._runner.run(parts, chunk=CHUNK, batch=BATCH)
+        except DataError as error:
+            raise DataError(
+                field=error.field,
+                expected=f"{self._source}, after row {self.rows}: {error.expected}",
+                got=error.got,
+            ) from error
+        packed = np.empty((frame.height, self._artifact.outputs.size), np.float32)
         positions = np.empty(frame.height, np.int64)
-        for (name, rows), output, state in zip(rows_of.items(), outputs, states, strict=True):
-            packed[rows] = output
-            position = before[name][1]
-            positions[rows] = position + np.arange(len(rows))
-            self._streams[name] = (state, position + len(rows))
-            if not finite and not (np.isfinite(output).all() and np.isfinite(state.floats).all()):
+        results = zip(rows_of.items(), parts, outputs, states, strict=True)
+        for (name, rows), part, output, state in results:
+            if not (np.isfinite(output).all() and np.isfinite(state.floats).all()):
                 raise DataError(
                     expected=f"{self._source}, stream {name!r}, from row "
                     f"{self.rows + rows[0] + 1}: finite outputs and states",
                     got="NaN or infinity",
                 )
+            packed[rows] = output
+            positions[rows] = part.position + np.arange(len(rows))
+            self._streams[name] = (state, part.position + len(rows))
         self.rows += frame.height
         return self._table(frame, positions, packed)
 
@@ -213,37 +194,22 @@ class _Scorer:
         return {name: rows.to_numpy() for name, rows in zip(*grouped.get_columns(), strict=True)}
 
     def _before(self, name: str) -> tuple[State, int]:
-        return self._streams.get(name, (self._served.initial, 0))
+        return self._streams.get(name, (self._artifact.state.initial(), 0))
 
-    def _segments(
-        self,
-        name: str,
-        columns: EventColumns,
-        rows: NDArray[np.int64],
-        before: tuple[State, int],
-    ) -> list[Segment]:
-        steps = Steps(Feed.EVENTS, len(rows), columns=columns)
-        state, position = before
-        try:
-            resets = self._served.find_resets(steps, state, position)
-            segments = self._served.encode_segments(steps, state, resets)
-        except CarryError as error:
-            raise DataError(
-                expected=f"{self._source}, stream {name!r}, from row {self.rows + rows[0] + 1}: "
-                "events that can be encoded",
-                got=error.detail,
-            ) from error
-        clock = Clock.from_ints(self._served.state, state.ints)
-        times = event_times(self._schema, columns, clock)
-        if times is not None:  # counted here, since a reset takes the clock's own count with it
+    def _count_out_of_order(self, part: OrderedEvents) -> None:
+        # counted here, since a reset takes the clock's own count with it
+        clock = Clock.from_ints(self._artifact.state, part.state.ints)
+        times = event_times(self._schema, part.columns, clock)
+        if times is not None:
+            steps = len(part.columns)
+            resets = find_resets(self._artifact.spec.resets, steps, part.position, times=times)
             there = times.present
-            numbers = segment_numbers(len(rows), resets)[there]
+            numbers = segment_numbers(steps, resets)[there]
             gaps = gaps_since_latest_ms(times.times_ms[there], numbers, times.last_ms)
             self._out_of_order += int(np.count_nonzero(gaps < 0))
-        return segments
 
     def _table(
-        self, frame: pl.DataFrame, positions: NDArray[np.int64], packed: FloatRows
+        self, frame: pl.DataFrame, positions: NDArray[np.int64], packed: FloatArray
     ) -> pl.DataFrame:
         time = self._schema.timestamp
         kept = [self._stream]
@@ -251,12 +217,10 @@ class _Scorer:
             kept.append(time.name)
         table = {name: frame[name] for name in kept}
         table[POSITION] = pl.Series(positions)
-        by_name = self._served.outputs.by_name(packed)
-        for name, names in self._outputs:
-            wide = by_name[name].reshape(frame.height, -1)
-            table.update(
-                (each, pl.Series(values)) for each, values in zip(names, wide.T, strict=True)
-            )
+        outputs = self._artifact.outputs
+        for output in outputs.outputs:
+            wide = outputs.by_name(packed)[output.name].reshape(frame.height, -1)
+            table.update(zip(output.column_names(), map(pl.Series, wide.T), strict=True))
         return pl.DataFrame(table)
 
 

@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
+from models.offline import step as step_module
+from models.offline.step import open_step
 from models.spec.layout import network_outputs, network_state
 from models.spec.model import ModelSpec, parse_spec
-from models.training import network_step
-from models.training.network_step import open_step
 from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.training import both_ways_spec
 
@@ -34,7 +34,7 @@ def test_the_step_equals_the_oracle_beside_padding_and_rows_without_steps(
     monkeypatch: pytest.MonkeyPatch, activation: str, installed: bool
 ) -> None:
     if not installed:
-        monkeypatch.setattr(network_step, "find_spec", lambda name: None)
+        monkeypatch.setattr(step_module, "find_spec", lambda name: None)
     spec = spec_of(activation)
     weights = contracting_weights(spec, 3)
     random = np.random.default_rng(3)
@@ -76,6 +76,6 @@ def test_outputs_have_one_shape_with_and_without_steps(spec: ModelSpec, output_s
 def test_a_network_with_a_graph_is_scored_without_tensorflow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr(network_step, "_on_tensorflow")
+    monkeypatch.delattr(step_module, "open_keras_step")
     spec = spec_of("tanh")
     assert open_step(spec, contracting_weights(spec, 1))

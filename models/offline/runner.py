@@ -1,0 +1,184 @@
+"""Runs a model over recorded events: ordered events in, outputs and states out.
+
+`carry score`, `carry evaluate`, the reports of training and `carry replay --verify` share it.
+Streams run side by side in slots of a batch, each from its own state; when one ends, the next takes
+its slot, so that long and short streams cost no padding beside each other. Outputs do not depend on
+which streams share a batch, nor, unless the network sees a chunk as a whole, on the chunks.
+
+Pure computation: no files, no clocks, no service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from models.detection.detector import DetectingStep
+from models.errors import DataError
+from models.events.columns import EventColumns
+from models.events.encode import Clock, encode, event_times
+from models.offline.step import FloatArray, Step, open_step
+from models.spec.layout import output_spec, runtime_state, state_spec
+from models.spec.model import ModelSpec, schema_of
+from models.spec.resets import find_resets, segments_of
+from models.spec.state import IntArray, State
+
+Advance = Callable[[int], None]
+
+
+class OrderedEvents(NamedTuple):
+    """Events of one stream, in their order.
+
+    Attributes:
+        name: the stream, for errors.
+        columns: one or more events.
+        state: the stream's state before them.
+        position: the stream's position before them.
+    """
+
+    name: str
+    columns: EventColumns
+    state: State
+    position: int = 0
+
+
+class Runner:
+    """Runs a model with an event schema, resets and detection included.
+
+    Args:
+        spec: a model that may be cut into chunks anywhere.
+        weights: of its network.
+        step: the network's step; by default on the runtime that a service prefers.
+
+    Raises:
+        SpecError: the model takes raw rows.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, weights: Mapping[str, FloatArray], step: Step | None = None
+    ) -> None:
+        self._spec, self._schema = spec, schema_of(spec)
+        network = step or open_step(spec, weights)
+        self._step = network if spec.detection is None else DetectingStep(spec, network)
+        self._layout, self._runtime_layout = state_spec(spec), runtime_state(spec)
+        self._initial = self._layout.initial()
+        self._width = output_spec(spec).size
+
+    def run(
+        self,
+        streams: Sequence[OrderedEvents],
+        *,
+        chunk: int | None = 64,
+        batch: int = 64,
+        advance: Advance | None = None,
+    ) -> tuple[list[FloatArray], list[State]]:
+        """Run each stream's events.
+
+        Args:
+            streams: S streams.
+            chunk: most events of one call of the network; None for each stream in one call.
+            batch: most streams in a call.
+            advance: called with the number of events done, after every call.
+
+        Returns:
+            The packed outputs of each, float32 [T, O], as `models.spec.layout.output_spec` says,
+            and its state after its last event.
+
+        Raises:
+            DataError: a value that cannot be encoded; `index` counts from the stream's first event.
+            StateError: a state with an impossible clock.
+        """
+        rows: list[FloatArray] = []
+        floats: list[FloatArray] = []
+        last: list[tuple[int, IntArray]] = []
+        for each in streams:
+            state = each.state
+            clock = Clock.from_ints(self._layout, state.ints)
+            times = event_times(self._schema, each.columns, clock)
+            steps = len(each.columns)
+            resets = find_resets(self._spec.resets, steps, each.position, times=times)
+            try:
+                encoded, clock = encode(self._schema, each.columns, clock, resets)
+            except DataError as error:
+                raise DataError(
+                    index=error.index,
+                    field=error.field,
+                    expected=f"stream {each.name!r}: {error.expected}",
+                    got=error.got,
+                ) from error
+            for start, stop in segments_of(steps, resets):
+                before = self._initial if start or (resets and resets[0] == 0) else state
+                rows.append(encoded[start:stop])
+                floats.append(self._runtime_layout.pack(before))
+            last.append((len(rows), clock.into_ints(self._layout, before.ints)))
+        outputs, after = run_rows(
+            self._step,
+            rows,
+            np.stack(floats),
+            self._width,
+            chunk=chunk,
+            batch=batch,
+            advance=advance,
+        )
+        starts = [0, *(stop for stop, _ in last)]
+        return (
+            [np.concatenate(outputs[start:stop]) for start, stop in pairwise(starts)],
+            [self._runtime_layout.unpack(after[stop - 1], ints) for stop, ints in last],
+        )
+
+
+def run_rows(
+    step: Step,
+    sequences: Sequence[FloatArray],
+    states: FloatArray,
+    width: int,
+    *,
+    chunk: int | None = 64,
+    random: np.random.Generator | None = None,
+    batch: int = 64,
+    advance: Advance | None = None,
+) -> tuple[list[FloatArray], FloatArray]:
+    """Run encoded sequences, many at a time.
+
+    Args:
+        step: of the network.
+        sequences: S arrays of one or more rows, float32 [T, F].
+        states: float32 [S, N], before each; not modified.
+        width: O, values of one step's outputs.
+        chunk: most rows of one sequence in a call; None for each sequence in one call.
+        random: draws the rows of each call uniformly from 1 to `chunk`.
+        batch: most sequences in a call.
+        advance: called with the number of rows done, after every call.
+
+    Returns:
+        The outputs of each, float32 [T, O], and the states after them, float32 [S, N].
+    """
+    outputs = [np.empty((len(rows), width), np.float32) for rows in sequences]
+    after = states.copy()
+    # the longest start first, and those of equal length in their order
+    waiting = sorted(range(len(sequences)), key=lambda at: (len(sequences[at]), -at))
+    running: list[int] = []
+    done = np.zeros(len(sequences), np.int64)
+    while waiting or running:
+        while waiting and len(running) < batch:
+            running.append(waiting.pop())
+        lengths = np.array([len(sequences[at]) - done[at] for at in running], np.int32)
+        if random is not None and chunk is not None:
+            lengths = np.minimum(random.integers(1, chunk + 1, len(running)), lengths)
+        elif chunk is not None:
+            lengths = np.minimum(chunk, lengths)
+        lengths = lengths.astype(np.int32)
+        rows = np.zeros((len(running), int(np.max(lengths)), sequences[0].shape[1]), np.float32)
+        for slot, (at, length) in enumerate(zip(running, lengths, strict=True)):
+            rows[slot, :length] = sequences[at][done[at] : done[at] + length]
+        values, after[running] = step(rows, lengths, after[running])
+        for slot, (at, length) in enumerate(zip(running, lengths, strict=True)):
+            outputs[at][done[at] : done[at] + length] = values[slot, :length]
+            done[at] += length
+        running = [at for at in running if done[at] < len(sequences[at])]
+        if advance is not None:
+            advance(int(lengths.sum()))
+    return outputs, after
