@@ -79,8 +79,10 @@ def test_manifests_are_valid_and_select_the_same_pods(overlay: str) -> None:
     assert (
         not labels.items() & policy["ingress"][0]["from"][0]["podSelector"]["matchLabels"].items()
     )
-    monitor = found["ServiceMonitor"]["spec"]["endpoints"]
-    assert [each["port"] for each in monitor] == ["admin"]
+    monitor = found["ServiceMonitor"]["spec"]
+    assert [each["port"] for each in monitor["endpoints"]] == ["admin"]
+    # the job that the alerts name
+    assert labels[monitor["jobLabel"]] == "carry"
     reached = {port["port"]: rule["from"] for rule in policy["ingress"] for port in rule["ports"]}
     assert set(reached) == {each["name"] for each in found["Service"]["spec"]["ports"]}
     assert all(set(each) == {"namespaceSelector"} for each in reached["admin"])
