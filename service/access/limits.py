@@ -34,7 +34,7 @@ class KeyLimits(
     """The limits of a key; None for no limit.
 
     Attributes:
-        streams: the most streams that it may feed.
+        streams: the most streams that it may have created.
         state_bytes: the most bytes of their states in the store.
     """
 

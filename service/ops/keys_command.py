@@ -68,7 +68,7 @@ def create_key(
         int | None, typer.Option(min=1, help="Most concurrent requests of a worker process.")
     ] = None,
     streams: Annotated[
-        int | None, typer.Option(min=1, help="Most streams that it may feed.")
+        int | None, typer.Option(min=1, help="Most streams that it may create.")
     ] = None,
     state_bytes: Annotated[
         int | None, typer.Option(min=1, help="Most bytes of their states in the store.")

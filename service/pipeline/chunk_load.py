@@ -5,6 +5,9 @@ be committed yet, or another worker may have replaced it, so this is speculative
 compare-and-set of the commit verifies it. Chunks are rejected and replayed only on what the store
 says, never from the cache.
 
+A chunk that creates its stream under a quota registers it here, after the load and before its
+commit (`quota`).
+
 A load waits until the first deadline of its jobs, and again for the jobs with later ones. Jobs
 of shards that do not answer are detached from the batch (`shards`).
 """
@@ -24,14 +27,21 @@ from service.core.delivery import (
     is_continuation,
     resolve_duplicate,
 )
-from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, StoreUnavailable
+from service.core.errors import (
+    CarryError,
+    DeadlineExceeded,
+    LimitExceeded,
+    StateDamaged,
+    StoreUnavailable,
+)
 from service.core.values import Chunk, Reply, StreamKey, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, StageTimes
+from service.pipeline.quota import StreamQuotas
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
-from service.pipeline.shards import Shards
+from service.pipeline.shards import SHARD_TIMEOUT_S, Shards
 from service.store.base import StateStore, StoredValue, decode_value
 from service.store.codec import (
     HEADER_BYTES,
@@ -142,6 +152,7 @@ class ChunkLoader:
     """Loads and evaluates the chunks of one model.
 
     Args:
+        quotas: of the access keys under which new streams count.
         resets_on_model_change: whether a stream whose state another version of the model wrote
             starts over; otherwise its chunks are rejected.
     """
@@ -154,6 +165,7 @@ class ChunkLoader:
         shards: Shards,
         recorder: Recorder,
         responsiveness: StoreResponsiveness,
+        quotas: StreamQuotas,
         *,
         resets_on_model_change: bool,
     ):
@@ -163,6 +175,7 @@ class ChunkLoader:
         self._shards = shards
         self._recorder = recorder
         self._responsiveness = responsiveness
+        self._quotas = quotas
         self._resets_on_model_change = resets_on_model_change
         self._blocks = served.blocks
 
@@ -189,6 +202,7 @@ class ChunkLoader:
         loaded = await self._shards.read(uncached, self._load, batch)
         times.load_s = time.monotonic() - times.began_s
         replays: list[ChunkJob] = []
+        created: dict[str, list[ChunkJob]] = {}
         to_retry: list[ChunkJob] = []
         for (job, value), stream in zip(loaded, self._read_streams(loaded), strict=True):
             if job.is_resolved:
@@ -217,6 +231,13 @@ class ChunkLoader:
                     job.base = EncodedStream(base.head, base.feed, value)
                 job.expected = pack_head(stored.head) if stored else b""
                 ready.append(job)
+                owner = None if job.payload.dry_run else job.payload.owner
+                if owner is not None and not isinstance(stored, StreamState):
+                    created.setdefault(owner, []).append(job)
+        if created:
+            parts = [self._register(owner, group, batch) for owner, group in created.items()]
+            rejected = {job for part in await asyncio.gather(*parts) for job in part}
+            ready = [job for job in ready if job not in rejected]
         if replays:
             answered = await self._shards.read(replays, self._replay_all, batch)
             to_retry += [job for job, is_answered in answered if not is_answered]
@@ -258,6 +279,36 @@ class ChunkLoader:
         except CarryError as error:
             job.resolve(error)
         return True
+
+    async def _register(
+        self, owner: str, jobs: list[ChunkJob], batch: RunningBatch
+    ) -> list[ChunkJob]:
+        """Register the streams that jobs create under a quota; returns the rejected jobs.
+
+        If the quota is reached, they wait outside of the batch until what does not exist is removed
+        from it, and are retried; but only once in a while.
+        """
+        quota, keys = self._quotas[owner], [job.payload.key for job in jobs]
+        deadline_s = min(job.deadline_s for job in jobs)
+        if self._store.shard(keys[0]) is not None:
+            # the count may be on a shard that does not answer, and the batch has other streams
+            deadline_s = min(deadline_s, time.monotonic() + SHARD_TIMEOUT_S)
+        try:
+            errors: list[CarryError | None] = [*await quota.register(keys, deadline_s)]
+        except CarryError as failure:
+            errors = [failure] * len(jobs)
+        rejected = {job: error for job, error in zip(jobs, errors, strict=True) if error}
+
+        async def reconcile() -> list[ChunkJob]:
+            await quota.reconcile()
+            return [job for job in rejected if not job.is_resolved]
+
+        if quota.may_reconcile and LimitExceeded in map(type, rejected.values()):
+            batch.detach([*rejected], reconcile())
+        else:
+            for job, error in rejected.items():
+                job.resolve(error)
+        return [*rejected]
 
     async def _replay_all(self, jobs: list[ChunkJob]) -> list[bool]:
         return await asyncio.gather(*(self.replay(job) for job in jobs))

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final, Literal, TypeVar
 
 from msgspec.structs import replace
@@ -105,6 +104,7 @@ class Pipeline:
         models: the served models by name.
         streams: stream administration.
         cache: the states of recent streams.
+        quotas: the quotas of access keys.
 
     A `deadline_s` is the time until which a caller waits, on the monotonic clock.
     """
@@ -128,6 +128,7 @@ class Pipeline:
         self._resets_on_model_change = on_model_change == "reset"
         self.cache = StateCache(limits.state_cache_bytes)
         self.streams = Streams(self.model, store, self.cache, now_ms=now_ms, audit=audit)
+        self.quotas = StreamQuotas(store.usage, self._state_bytes)
         self._tokens = StateTokens(store.token_key)
         self._compute = Compute()
         self._loop_priority = LoopPriority()
@@ -153,6 +154,7 @@ class Pipeline:
             self.cache,
             self._compute,
             self._recorder,
+            self.quotas,
             now_ms=self._now_ms,
             attempts=self._limits.conflict_attempts,
             max_detached=self._limits.max_queue // 2,
@@ -193,11 +195,6 @@ class Pipeline:
 
     def _note_shedding(self, is_shedding: bool) -> None:
         self._loop_priority.note_shedding(is_shedding=is_shedding)
-
-    @cached_property
-    def quotas(self) -> StreamQuotas:
-        """The quotas of access keys."""
-        return StreamQuotas(self._store.usage, self._state_bytes)
 
     def _state_bytes(self, model: str) -> int:
         layout = self.model(model).state

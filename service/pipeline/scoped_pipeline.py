@@ -8,13 +8,12 @@ rejection says nothing about streams, and a route cannot forget the check.
 
 from __future__ import annotations
 
-import asyncio
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Protocol
 
+from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
 from models.spec.state import State
@@ -41,8 +40,8 @@ from service.pipeline.served_model import ServedModel
 
 PREDICT: Final = (Verb.PREDICT,)
 
-Enqueued = Job[Chunk, Reply] | asyncio.Task[Reply | CarryError]
-"""An enqueued chunk, which can be cancelled; a task while its stream has to be admitted first."""
+Enqueued = Job[Chunk, Reply]
+"""An enqueued chunk, which can be cancelled."""
 
 DESCRIBE: Final = (Verb.PREDICT, Verb.LIST)
 """A stream's position and tag are in each of its replies, and part of a listing's use."""
@@ -156,7 +155,7 @@ class ScopedPipeline:
 
     Args:
         limiter: enforces the key's limits; None if it has none.
-        quota: of the streams that it feeds; None if it has none.
+        quota: of the streams that it creates; None if it has none.
 
     Attributes:
         principal: the key's holder.
@@ -173,7 +172,7 @@ class ScopedPipeline:
     ):
         self.principal: Final = principal
         self._limiter = limiter
-        self._quota = quota
+        self._owner = None if quota is None else principal.key_id
         self._pipeline = pipeline
         self.models: Mapping[str, ServedModel] = {
             name: served for name, served in pipeline.models.items() if principal.covers_model(name)
@@ -212,89 +211,36 @@ class ScopedPipeline:
         model, stream = chunk.key.model, chunk.key.stream
         if not (self._predicts and self._covers_model(model) and stream.startswith(self._prefix)):
             raise self.principal.forbidden(PREDICT, model, stream)
-        quota, limiter = self._quota, self._limiter
+        limiter = self._limiter
         if limiter is not None:
             limiter.begin(chunk.steps.length)
             on_result = _then(limiter.end, on_result)
-        if quota is None or chunk.dry_run or quota.admits(chunk.key):
-            return self._pipeline.enqueue(chunk, deadline_s, on_result)
-
-        def on_done(task: asyncio.Task[Reply | CarryError]) -> None:
-            quota.leave(chunk.key)
-            if not task.cancelled():
-                on_result(task.result())
-            elif limiter is not None:
-                limiter.end()
-
-        quota.enter(chunk.key)
-        task = asyncio.get_running_loop().create_task(self._admit(quota, chunk, deadline_s))
-        task.add_done_callback(on_done)
-        return task
+        if self._owner is not None:
+            chunk = replace(chunk, owner=self._owner)
+        return self._pipeline.enqueue(chunk, deadline_s, on_result)
 
     def cancel(self, job: Enqueued) -> None:
-        if isinstance(job, asyncio.Task):
-            job.cancel()
-        else:
-            self._pipeline.cancel(job)
-            if self._limiter is not None:
-                self._limiter.end()
-
-    async def _admit(
-        self, quota: StreamQuota, chunk: Chunk, deadline_s: float
-    ) -> Reply | CarryError:
-        """Queue a chunk once its stream is admitted to the quota; returns its result."""
-        result: asyncio.Future[Reply | CarryError] = asyncio.get_running_loop().create_future()
-
-        def on_result(outcome: Reply | CarryError) -> None:
-            if not result.done():
-                result.set_result(outcome)
-
-        try:
-            async with quota.admission(chunk.key):
-                left_s = deadline_s - time.monotonic()
-                rejection = self._pipeline.check_admission(chunk.key.model, chunk.key, left_s)
-                if rejection is not None:
-                    # it is shared, and would keep the tracebacks of all calls that raise it
-                    return type(rejection)(rejection.detail, **rejection.facts)
-                job = self._pipeline.enqueue(chunk, deadline_s, on_result)
-        except CarryError as error:
-            return error
-        try:
-            return await result
-        except asyncio.CancelledError:
-            self._pipeline.cancel(job)
-            raise
+        self._pipeline.cancel(job)
+        if self._limiter is not None:
+            self._limiter.end()
 
     async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
         self.principal.require(PREDICT, chunk.key.model, chunk.key.stream)
         with self._limited(chunk.steps.length):
-            quota = self._quota
-            if quota is None or chunk.dry_run or quota.admits(chunk.key):
-                return await self._pipeline.process(chunk, deadline_s)
-            self._pipeline.model(chunk.key.model)
-            quota.enter(chunk.key)
-            try:
-                result = await self._admit(quota, chunk, deadline_s)
-            finally:
-                quota.leave(chunk.key)
-            if isinstance(result, CarryError):
-                raise result
-            return result
+            if self._owner is not None:
+                chunk = replace(chunk, owner=self._owner)
+            return await self._pipeline.process(chunk, deadline_s)
 
     async def process_many(
         self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
     ) -> list[Reply | CarryError]:
         checked = self._check_items(items)
         with self._limited(sum(each.steps.length for each in checked if isinstance(each, Chunk))):
-            if self._quota is not None:
-                written = [
-                    (index, item.key)
-                    for index, item in enumerate(checked)
-                    if isinstance(item, Chunk) and not item.dry_run
+            if self._owner is not None:
+                checked = [
+                    replace(item, owner=self._owner) if isinstance(item, Chunk) else item
+                    for item in checked
                 ]
-                errors = await self._quota.admit_many([key for _, key in written])
-                for (index, _), error in zip(written, errors, strict=True):
-                    checked[index] = error or checked[index]
             return await self._pipeline.process_many(checked, deadline_s)
 
     def _check_items(self, items: Sequence[Chunk | CarryError]) -> list[Chunk | CarryError]:
@@ -383,22 +329,14 @@ class ScopedStreams:
     async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
         self._require((Verb.DELETE,), key.model, key.stream)
         with self._call():
-            await self._streams.delete(key, precondition)
-            if self._quota is not None:
-                # what is not released now is removed when the quota is reached
-                with suppress(CarryError):
-                    await self._quota.release([key])
+            await self._streams.delete(key, precondition, self._quota)
 
     async def delete_prefix(
         self, model: str, prefix: str, cursor: str | None = None, limit: int | None = None
     ) -> tuple[int, str | None]:
         self._require((Verb.DELETE,), model, prefix)
         with self._call():
-            try:
-                return await self._streams.delete_prefix(model, prefix, cursor, limit)
-            finally:
-                if self._quota is not None:
-                    self._quota.forget()
+            return await self._streams.delete_prefix(model, prefix, cursor, limit, self._quota)
 
     async def restore(
         self,
@@ -412,8 +350,6 @@ class ScopedStreams:
     ) -> StreamState:
         self._require((Verb.WRITE_STATE,), key.model, key.stream)
         with self._call():
-            if self._quota is not None:
-                await self._quota.admit(key)
             return await self._streams.restore(
                 key,
                 feed=feed,
@@ -421,15 +357,14 @@ class ScopedStreams:
                 fingerprint=fingerprint,
                 state=state,
                 precondition=precondition,
+                quota=self._quota,
             )
 
     async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
         self._require((Verb.FORK,), key.model, key.stream)
         self._require((Verb.FORK,), key.model, to)
         with self._call():
-            if self._quota is not None:
-                await self._quota.admit(StreamKey(key.model, to))
-            return await self._streams.fork(key, to, precondition)
+            return await self._streams.fork(key, to, precondition, self._quota)
 
 
 def _then(first: Callable[[], None], on_result: OnReply) -> OnReply:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Final
 
 from models.spec.state import State
@@ -26,8 +27,16 @@ from service.core.values import (
 )
 from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_load import StateCache
+from service.pipeline.quota import StreamQuota
 from service.pipeline.served_model import ServedModel
-from service.store.base import CommitColumns, CommitResult, Committed, StateStore, decode_value
+from service.store.base import (
+    CommitColumns,
+    CommitResult,
+    Committed,
+    Conflicted,
+    StateStore,
+    decode_value,
+)
 from service.store.codec import encode_state, pack_head
 
 DELETE_BATCH_STREAMS: Final = 100
@@ -110,8 +119,16 @@ class Streams:
         """List a page of the model's streams whose names start with `prefix`."""
         return await self._store.streams(self._model(model).name, prefix, cursor, limit)
 
-    async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
+    async def delete(
+        self,
+        key: StreamKey,
+        precondition: Precondition | None = None,
+        quota: StreamQuota | None = None,
+    ) -> None:
         """Delete a stream.
+
+        Args:
+            quota: releases it.
 
         Raises:
             StreamNotFound
@@ -122,7 +139,10 @@ class Streams:
         if precondition is not None:
             expected = _check_precondition(key, await self._load(key), precondition)
         self._cache.drop(key)
-        result = await self._store.delete(key, expected)
+        async with _releasing(quota, [key]) as deleted:
+            result = await self._store.delete(key, expected)
+            if isinstance(result, Committed) or (isinstance(result, Conflicted) and not expected):
+                deleted.append(key)
         self._record("stream_deleted", key, result)
         if isinstance(result, CarryError):
             raise result
@@ -135,7 +155,12 @@ class Streams:
         )
 
     async def delete_prefix(
-        self, model: str, prefix: str, cursor: str | None = None, limit: int | None = None
+        self,
+        model: str,
+        prefix: str,
+        cursor: str | None = None,
+        limit: int | None = None,
+        quota: StreamQuota | None = None,
     ) -> tuple[int, str | None]:
         """Delete the streams whose names start with `prefix`.
 
@@ -144,6 +169,7 @@ class Streams:
         Args:
             cursor: where an earlier call with a limit ended.
             limit: ends after about as many streams, or after MAX_DELETE_PAGES pages of the store.
+            quota: releases them.
 
         Returns:
             How many streams were deleted, and the cursor to continue from, None at the end.
@@ -161,7 +187,14 @@ class Streams:
                     keys = page.keys[first : first + DELETE_BATCH_STREAMS]
                     for key in keys:
                         self._cache.drop(key)
-                    for result in await self._store.delete_many(keys):
+                    async with _releasing(quota, keys) as released:
+                        results = await self._store.delete_many(keys)
+                        released += [
+                            key
+                            for key, result in zip(keys, results, strict=True)
+                            if not isinstance(result, CarryError)
+                        ]
+                    for result in results:
                         if isinstance(result, CarryError):
                             facts = _outcome(result)
                             raise result
@@ -185,10 +218,15 @@ class Streams:
         fingerprint: bytes,
         state: State,
         precondition: Precondition | None,
+        quota: StreamQuota | None = None,
     ) -> StreamState:
         """Restore a stream from a snapshot of its state, in a new epoch.
 
+        Args:
+            quota: counts the stream if this creates it; so for a fork.
+
         Raises:
+            LimitExceeded: the quota is reached.
             StateIncompatible: another version of the model wrote the state.
             StreamExists: the stream exists, and there is no precondition.
             StateChanged: the precondition names another state.
@@ -199,28 +237,43 @@ class Streams:
         )
         if fingerprint != served.fingerprint:
             raise served.incompatible(key.stream, source)
-        return await self._create("state_written", key, source, precondition)
+        return await self._create("state_written", key, source, precondition, quota)
 
-    async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
+    async def fork(
+        self,
+        key: StreamKey,
+        to: str,
+        precondition: Precondition | None,
+        quota: StreamQuota | None = None,
+    ) -> StreamState:
         """Create stream `to` from the current state of `key`, in a new epoch.
 
         Raises:
-            StreamNotFound, StateIncompatible, StreamExists, StateChanged
+            StreamNotFound, StateIncompatible, StreamExists, StateChanged, LimitExceeded
         """
         served = self._model(key.model)
         source = await self.read(key)
         if source.fingerprint != served.fingerprint:
             raise served.incompatible(key.stream, source)
-        return await self._create("stream_forked", StreamKey(key.model, to), source, precondition)
+        target = StreamKey(key.model, to)
+        return await self._create("stream_forked", target, source, precondition, quota)
 
     async def _create(
-        self, change: str, key: StreamKey, source: StreamState, precondition: Precondition | None
+        self,
+        change: str,
+        key: StreamKey,
+        source: StreamState,
+        precondition: Precondition | None,
+        quota: StreamQuota | None,
     ) -> StreamState:
         for _ in range(CREATE_ATTEMPTS):
             new = start_epoch(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
-            expected = await self._replaceable_head(key, precondition)
+            replaced = await self._replaceable(key, precondition)
+            if quota is not None and not isinstance(replaced, StreamState):
+                await quota.admit(key)
             self._cache.drop(key)
-            commit = CommitColumns([key], [pack_head(expected)], [encode_state(new)], [b""])
+            expected = pack_head(replaced and replaced.head)
+            commit = CommitColumns([key], [expected], [encode_state(new)], [b""])
             (result,) = await self._store.commit(commit)
             self._record(change, key, result, position=new.head.position)
             if isinstance(result, CarryError):
@@ -238,10 +291,10 @@ class Streams:
         if outcome or isinstance(result, Committed):
             self._audit(change, model=key.model, stream=key.stream, **facts, **outcome)
 
-    async def _replaceable_head(
+    async def _replaceable(
         self, key: StreamKey, precondition: Precondition | None
-    ) -> StreamHead | None:
-        """The head that a restore or fork has to expect to replace what is stored.
+    ) -> StreamState | Tombstone | None:
+        """What is stored of the stream, which a restore or fork may replace.
 
         A damaged state is deleted first, unless it has changed since it was read.
 
@@ -263,8 +316,8 @@ class Streams:
         if isinstance(stored, StreamState) and precondition is None:
             raise stream_exists(key.stream, stored.head)
         if precondition is not None and not was_damaged:
-            return _check_precondition(key, stored, precondition)
-        return stored.head if stored else None
+            _check_precondition(key, stored, precondition)
+        return stored
 
     async def _load(
         self, key: StreamKey, deadline_s: float = math.inf
@@ -274,6 +327,12 @@ class Streams:
         if isinstance(stored, CarryError):
             raise stored
         return stored
+
+
+def _releasing(
+    quota: StreamQuota | None, keys: Sequence[StreamKey]
+) -> AbstractAsyncContextManager[list[StreamKey]]:
+    return nullcontext([]) if quota is None else quota.releasing(keys)
 
 
 def _outcome(result: CommitResult) -> dict[str, str]:

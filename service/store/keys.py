@@ -7,6 +7,8 @@
     {namespace}:token-key                     the key that signs state tokens, 32 random bytes
     {namespace}:keys                          a hash of the access keys' records by id (see
                                               `service.access.keys`), and their version
+    {namespace}:usage:{id}                    a hash of the streams that an access key with a quota
+                                              has created, and of their bytes
 
 The braces around `pNNNN` are literal, a hash tag of Redis Cluster: all streams of a partition are
 stored in one slot. The partition is CRC-32 of `model/stream` modulo P. A model's name contains no
@@ -63,7 +65,7 @@ class KeySpace:
         return f"{self.namespace}:keys"
 
     def stream_usage(self, key_id: str) -> str:
-        """The key of the streams that an access key with a quota has fed."""
+        """The key of the streams that an access key with a quota has created."""
         return f"{self.namespace}:usage:{key_id}"
 
     def partition(self, key: StreamKey) -> int:

@@ -112,20 +112,13 @@ class StreamDeletion:
     async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
         """Delete many streams as `delete` does, in two round trips if nobody else writes them."""
         deadline_s = time.monotonic() + self._settings.wait_s
-        last, absent = HEADER_BYTES - 1, (b"", TOMBSTONE_PREFIX)
         results: dict[StreamKey, CommitResult] = {}
-        reads = [
-            PendingCommand.of("GETRANGE", self._keys.state(key), 0, last, slot=self._slot_of(key))
-            for key in keys
-        ]
         writes: dict[StreamKey, PendingCommand] = {}
-        read_outcomes = await self._router.execute(*reads, deadline_s=deadline_s)
-        for key, outcome in zip(keys, read_outcomes, strict=True):
+        headers = await self._read_headers(keys, deadline_s)
+        for key, outcome in zip(keys, headers, strict=True):
             if isinstance(outcome, StoreUnavailable):
                 results[key] = outcome
-            elif (
-                isinstance(outcome, Reply) and outcome.value[: len(TOMBSTONE_PREFIX)] not in absent
-            ):
+            elif isinstance(outcome, Reply) and not _is_absent(outcome.value):
                 condition = read_packed_head(outcome.value)[COMPARED]
                 writes[key] = self._tombstone_command(key, condition)
         write_outcomes = await self._router.execute(
@@ -148,6 +141,35 @@ class StreamDeletion:
                     results[key] = failure
         return [results[key] for key in keys]
 
+    async def fence(self, keys: Sequence[StreamKey]) -> list[bool]:
+        """Write a tombstone for each stream that does not exist, so that no commit that was sent
+        before can create it; returns for which it was written."""
+        deadline_s = time.monotonic() + self._settings.wait_s
+        headers = await self._read_headers(keys, deadline_s)
+        writes = {
+            key: self._tombstone_command(
+                key, read_packed_head(outcome.value)[COMPARED] if outcome.value else b""
+            )
+            for key, outcome in zip(keys, headers, strict=True)
+            if isinstance(outcome, Reply) and _is_absent(outcome.value)
+        }
+        outcomes = await self._router.execute(*writes.values(), durably=True, deadline_s=deadline_s)
+        fenced = {
+            key
+            for key, outcome in zip(writes, outcomes, strict=True)
+            if isinstance(outcome, Reply) and outcome.value == WRITTEN
+        }
+        return [key in fenced for key in keys]
+
+    async def _read_headers(self, keys: Sequence[StreamKey], deadline_s: float) -> list[Outcome]:
+        reads = [
+            PendingCommand.of(
+                "GETRANGE", self._keys.state(key), 0, HEADER_BYTES - 1, slot=self._slot_of(key)
+            )
+            for key in keys
+        ]
+        return await self._router.execute(*reads, deadline_s=deadline_s)
+
     async def _write_tombstone(
         self, key: StreamKey, condition: bytes, deadline_s: float
     ) -> Outcome:
@@ -161,3 +183,8 @@ class StreamDeletion:
         arguments: list[str | bytes | int] = [condition, tombstone, self._settings.tombstone_ttl_ms]
         names, slot = list(self._keys.pair(key)), self._slot_of(key)
         return PendingCommand.for_script(self._script, names, arguments, slot, [key])
+
+
+def _is_absent(header: bytes) -> bool:
+    """Whether there is no stream: nothing is stored, or a tombstone."""
+    return header[: len(TOMBSTONE_PREFIX)] in (b"", TOMBSTONE_PREFIX)

@@ -111,10 +111,10 @@ class RedisStore:
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(settings)
-        self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys)
         self.deletion = StreamDeletion(
             self._router, settings, self.outputs, self._slot, self._ensure_durable
         )
+        self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys, self.deletion.fence)
         self._readiness = Readiness(self._router, settings, self._commit_script)
 
     async def start(self) -> None:

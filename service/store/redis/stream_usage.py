@@ -2,52 +2,80 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import math
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from service.core.values import StreamKey
-from service.store.codec import TOMBSTONE_PREFIX
 from service.store.keys import KeySpace
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import read_value
 from service.store.redis.router import Router
-from service.store.usage import Quota, Registration
+from service.store.usage import Quota, Registered, Registration
 
-UNWRITTEN_S: Final = 120
-"""How long a stream may be registered before it is written: longer than any deadline's commit."""
+PAGE_STREAMS: Final = 100
+"""Streams that are reconciled together; few enough that chunks hardly wait behind them."""
 
-PAGE_STREAMS: Final = 500
 _TOTAL: Final = b"total"
 
 
 class RedisStreamUsage:
-    """A `StreamUsage` on a single server or a cluster."""
+    """A `StreamUsage` on a single server or a cluster.
+
+    Args:
+        fence: writes a tombstone for each stream that does not exist, and returns for which it did.
+    """
 
     def __init__(
-        self, router: Router, keys: KeySpace, now_s: Callable[[], float] = time.time
+        self,
+        router: Router,
+        keys: KeySpace,
+        fence: Callable[[Sequence[StreamKey]], Awaitable[list[bool]]],
     ) -> None:
         self._router = router
         self._keys = keys
-        self._now_s = now_s
+        self._fence = fence
         self._register_script = Script.load("register")
         self._release_script = Script.load("release")
 
     async def register(
-        self, key_id: str, streams: Sequence[tuple[StreamKey, int]], quota: Quota
+        self,
+        key_id: str,
+        streams: Sequence[tuple[StreamKey, int]],
+        quota: Quota,
+        deadline_s: float = math.inf,
     ) -> Registration:
+        # Lua's numbers are exact up to 2**53
+        registration = secrets.randbelow(2**53)
         arguments: list[str | bytes | int] = [
             quota.streams or 0,
             quota.state_bytes or 0,
-            int(self._now_s()),
+            registration,
         ]
         for key, state_bytes in streams:
             arguments += (_field(key), state_bytes)
-        count, total, results = await self._run(self._register_script, key_id, arguments)
+        count, total, results = await self._run(
+            self._register_script, key_id, arguments, deadline_s
+        )
         return Registration([result == 1 for result in results], count, total)
 
-    async def release(self, key_id: str, streams: Sequence[StreamKey]) -> None:
-        await self._release(key_id, list(map(_field, streams)), int(self._now_s()))
+    async def registered(self, key_id: str, streams: Sequence[StreamKey]) -> list[Registered]:
+        name = self._keys.stream_usage(key_id)
+        slot = self._router.slot(name)
+        commands = [PendingCommand.of("HGET", name, _field(key), slot=slot) for key in streams]
+        outcomes = await self._router.execute(*commands)
+        return [Registered(read_value(outcome) or b"") for outcome in outcomes]
+
+    async def release(
+        self, key_id: str, registrations: Sequence[tuple[StreamKey, Registered]]
+    ) -> None:
+        arguments: list[str | bytes | int] = []
+        for key, registered in registrations:
+            if registered:
+                arguments += (_field(key), registered)
+        if arguments:
+            await self._run(self._release_script, key_id, arguments)
 
     async def reconcile(self, key_id: str) -> None:
         name, cursor = self._keys.stream_usage(key_id), 0
@@ -56,45 +84,40 @@ class RedisStreamUsage:
             command = PendingCommand.of(*arguments, slot=self._router.slot(name))
             (outcome,) = await self._router.execute(command)
             following, page = read_value(outcome)
-            fields = [field for field in page[::2] if field != _TOTAL]
-            missing = await self._missing(fields)
-            if missing:
-                await self._release(key_id, missing, int(self._now_s()) - UNWRITTEN_S)
+            registrations = [
+                (_stream(field), Registered(value))
+                for field, value in zip(page[::2], page[1::2], strict=True)
+                if field != _TOTAL
+            ]
+            # a small hash comes as a whole
+            for at in range(0, len(registrations), PAGE_STREAMS):
+                part = registrations[at : at + PAGE_STREAMS]
+                fenced = await self._fence([key for key, _ in part])
+                absent = [each for each, is_fenced in zip(part, fenced, strict=True) if is_fenced]
+                await self.release(key_id, absent)
             cursor = int(following)
             if not cursor:
                 return
 
-    async def _missing(self, fields: Sequence[bytes]) -> list[bytes]:
-        """The fields whose stream does not exist; a tombstone is none."""
-        commands: list[PendingCommand] = []
-        for field in fields:
-            model, _, stream = field.decode().partition(":")
-            name = self._keys.state(StreamKey(model, stream))
-            arguments = ("GETRANGE", name, 0, len(TOMBSTONE_PREFIX) - 1)
-            commands.append(PendingCommand.of(*arguments, slot=self._router.slot(name)))
-        if not commands:
-            return []
-        outcomes = await self._router.execute(*commands)
-        gone = (b"", TOMBSTONE_PREFIX)
-        return [
-            field
-            for field, outcome in zip(fields, outcomes, strict=True)
-            if read_value(outcome) in gone
-        ]
-
-    async def _release(self, key_id: str, fields: Sequence[str | bytes], until_s: int) -> None:
-        await self._run(self._release_script, key_id, [until_s, *fields])
-
     async def _run(
-        self, script: Script, key_id: str, arguments: Sequence[str | bytes | int]
+        self,
+        script: Script,
+        key_id: str,
+        arguments: Sequence[str | bytes | int],
+        deadline_s: float = math.inf,
     ) -> Any:
         name = self._keys.stream_usage(key_id)
         slot = self._router.slot(name)
         command = PendingCommand.for_script(script, [name], list(arguments), slot)
-        (outcome,) = await self._router.execute(command)
+        (outcome,) = await self._router.execute(command, deadline_s=deadline_s)
         return read_value(outcome)
 
 
 def _field(key: StreamKey) -> str:
     # no name of a model contains a colon
     return f"{key.model}:{key.stream}"
+
+
+def _stream(field: bytes) -> StreamKey:
+    model, _, stream = field.decode().partition(":")
+    return StreamKey(model, stream)

@@ -76,9 +76,10 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
             assert (await store.check())[0].ok
             await store.write_access_keys({"a": b"1"})
             assert (await store.access_keys(b""))[1] == {"a": b"1"}
-            usage = await store.usage.register("a", [(key("a"), 5)], Quota(1, 5))
+            usage = await store.usage.register("a", [(key("b"), 5)], Quota(1, 5))
+            (registered,) = await store.usage.registered("a", [key("b")])
+            await store.usage.release("a", [(key("b"), registered)])
             await store.usage.reconcile("a")
-            await store.usage.release("a", [key("a")])
             assert usage == ([True], 1, 5)
 
 

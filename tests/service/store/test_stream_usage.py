@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
-from service.core.values import StreamKey
-from service.store.base import Committed, StateStore
+from service.store.base import Committed, Conflicted, StateStore
+from service.store.redis.commands import PendingCommand
 from service.store.redis.redis_store import RedisStore
-from service.store.redis.stream_usage import UNWRITTEN_S, RedisStreamUsage
 from service.store.usage import Quota, Registration
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied
-from tests.support.streams import OpenStore, Streams, committed, key
+from tests.support.streams import OpenStore, Streams, absence, columns, committed, key
 
 KEY = "0123456789ab"
 
@@ -34,7 +32,9 @@ async def test_streams_are_accepted_up_to_the_quota_and_then_only_known_ones(
     quota = Quota(2, None)
     assert await register(store, quota, "a", "b", "c") == ([True, True, False], 2, 200)
     assert await register(store, quota, "c", "b", "a") == ([False, True, True], 2, 200)
-    await store.usage.release(KEY, [key("a"), key("unknown")])
+    (registered, unknown) = await store.usage.registered(KEY, [key("a"), key("unknown")])
+    assert not unknown
+    await store.usage.release(KEY, [(key("a"), registered), (key("unknown"), unknown)])
     assert await register(store, quota, "c") == ([True], 2, 200)
     # another key has a quota of its own
     other = await store.usage.register("f" * 12, [(key("d"), 1)], quota)
@@ -58,22 +58,61 @@ async def test_concurrent_processes_do_not_exceed_a_quota_together(open_on: Open
     assert accepted.count(True) == 7
 
 
-async def test_reconcile_keeps_existing_and_recently_registered_streams(
-    store: StateStore, streams: Streams
-) -> None:
-    assert isinstance(store, RedisStore)
-    past = RedisStreamUsage(store._router, store._keys, now_s=lambda: time.time() - UNWRITTEN_S - 1)
-    names = ["live", "deleted", "never-written", *(f"gone{index}" for index in range(600))]
-    registered = [(StreamKey("flights", name), 10) for name in names]
-    await past.register(KEY, registered, Quota(None, None))
-    await register(store, Quota(None, None), "fresh", size=10)
+async def test_release_keeps_a_stream_that_was_registered_again(store: StateStore) -> None:
+    await register(store, Quota(2, 1000), "a")
+    (before,) = await store.usage.registered(KEY, [key("a")])
+    # a larger state replaces the smaller one in the count
+    assert await register(store, Quota(2, 1000), "a", size=900) == ([True], 1, 900)
+    assert await register(store, Quota(2, 1000), "a", size=1001) == ([False], 1, 900)
+    await store.usage.release(KEY, [(key("a"), before)])
+    assert await register(store, Quota(2, 1000), "b", size=200) == ([False], 1, 900)
+    (after,) = await store.usage.registered(KEY, [key("a")])
+    await store.usage.release(KEY, [(key("a"), after)])
+    assert await register(store, Quota(2, 1000), "b", size=200) == ([True], 1, 200)
+
+
+async def test_reconcile_keeps_the_streams_that_exist(store: StateStore, streams: Streams) -> None:
+    names = ["live", "deleted", *(f"gone{index}" for index in range(600))]
+    await register(store, Quota(None, None), *names, size=10)
     live, deleted = streams.creation(key("live")), streams.creation(key("deleted"))
     await committed(store, live, deleted)
     assert await store.delete(key("deleted")) == Committed()
     await store.usage.reconcile(KEY)
     quota = Quota(2, None)
-    assert await register(store, quota, "live", "fresh", "deleted") == (
+    assert await register(store, quota, "live", "new", "deleted", size=10) == (
         [True, True, False],
         2,
         20,
     )
+
+
+@pytest.mark.parametrize("was_deleted", [False, True])
+async def test_commits_behind_a_removed_registration_create_nothing(
+    store: StateStore, streams: Streams, *, was_deleted: bool
+) -> None:
+    """A stream is never created without being counted."""
+    name = key("s")
+    if was_deleted:
+        await store.delete(name)
+    creation = streams.creation(name)._replace(expected=await absence(store, name))
+    await register(store, Quota(1, None), "s")
+    await store.usage.reconcile(KEY)
+    assert await store.usage.registered(KEY, [name]) == [b""]
+    assert await store.commit(columns(creation)) == [Conflicted(None)]
+    again = creation._replace(expected=await absence(store, name))
+    await register(store, Quota(1, None), "s")
+    await committed(store, again)
+    await store.usage.reconcile(KEY)
+    assert await register(store, Quota(1, None), "t") == ([False], 1, 100)
+
+
+async def test_registrations_of_earlier_versions_are_read(store: StateStore) -> None:
+    """Their value ends with the time of the registration."""
+    assert isinstance(store, RedisStore)
+    name = store._keys.stream_usage(KEY)
+    fields = ("flights:a", "100:1700000000", "total", "100")
+    command = PendingCommand.of("HSET", name, *fields, slot=store._router.slot(name))
+    await store._router.execute(command)
+    assert await register(store, Quota(1, None), "b") == ([False], 1, 100)
+    await store.usage.reconcile(KEY)
+    assert await register(store, Quota(1, None), "b") == ([True], 1, 100)
