@@ -17,10 +17,12 @@ from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.long_bodies.admission import Checkpoint
 from service.transports.kserve.grpc import v2_pb2 as pb
-from service.transports.kserve.grpc.messages import SEQUENCE_ID, decode_parameter, decode_request
+from service.transports.kserve.grpc.messages import decode_parameter, decode_request
 from service.transports.kserve.inference import Inference
 from service.transports.kserve.parameters import parse_sequence_id
 from service.transports.kserve.values import InferReply, invalid
+
+SEQUENCE_ID: Final = "sequence_id"
 
 MAX_FIELDS: Final = 1000
 """Most fields of a long message, besides the elements of its tensors."""

@@ -17,8 +17,6 @@ from service.transports.kserve.values import (
     invalid,
 )
 
-SEQUENCE_ID: Final = "sequence_id"
-
 _CONTENTS: Final = {
     FP32: "fp32_contents",
     BYTES: "bytes_contents",
@@ -94,9 +92,6 @@ def decode_parameter(name: str, value: pb.InferParameter) -> Parameter:
     kind = value.WhichOneof("parameter_choice")
     if kind is None:
         raise invalid(f"parameters.{name[:100]}", "a value", "none")
-    if name == SEQUENCE_ID and kind == "int64_param":
-        # clients put ids up to 2^64-1 into this signed field
-        return value.int64_param % 2**64
     parameter: Parameter = getattr(value, kind)
     return parameter
 

@@ -114,7 +114,10 @@ BODIES: dict[str, tuple[Any, str]] = {
         "outputs[0].parameters: expected one of the members binary_data, got 'class",
     ),
     "a misspelt parameter": (with_parameters(postion=4), "parameters: expected one of sequence_id"),
-    "a negative id": (with_parameters(sequence_id=-1), "sequence_id: expected a whole number"),
+    "a negative id": (
+        with_parameters(sequence_id=-1),
+        f"sequence_id: expected a whole number up to {2**64 - 1}, or a string, got -1",
+    ),
     "too large an id": (with_parameters(sequence_id=2**64), "sequence_id"),
     "an id with a fraction": (with_parameters(sequence_id=1.5), "sequence_id: expected a whole"),
     "a flag as an id": (with_parameters(sequence_id=True), "sequence_id: expected a whole"),

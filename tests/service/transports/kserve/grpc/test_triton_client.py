@@ -140,13 +140,12 @@ def test_retried_duplicates_with_a_position_are_applied_once(
         np.testing.assert_allclose(np.concatenate(outputs), LSTM_OUTPUTS, atol=PRINTED)
 
 
-def test_negative_sequence_id_is_one_of_64_bits(stub: Any) -> None:
-    """Clients put an unsigned id into the signed field."""
-    at = uuid.uuid4().int % 2**63
-    signed, unsigned = request_of(sequence_id=at - 2**63), request_of()
-    unsigned.parameters["sequence_id"].string_param = str(at + 2**63)
-    assert parameters_of(stub.ModelInfer(signed))["position"] == 5
-    assert parameters_of(stub.ModelInfer(unsigned))["position"] == 10
+def test_unsigned_sequence_id_is_that_of_its_digits(stub: Any) -> None:
+    identity = uuid.uuid4().int % 2**63 + 2**63
+    number, digits = request_of(), request_of(str(identity))
+    number.parameters["sequence_id"].uint64_param = identity
+    assert parameters_of(stub.ModelInfer(number))["position"] == 5
+    assert parameters_of(stub.ModelInfer(digits))["position"] == 10
 
 
 def test_events_are_sent_as_json(client: triton.InferenceServerClient, sequence: str) -> None:
@@ -328,6 +327,13 @@ def wrong_requests() -> Iterator[tuple[str, Any, str]]:
     message = request_of()
     message.parameters["position"].SetInParent()
     yield "no value", message, "parameters.position: expected a value"
+    expected = f"sequence_id: expected a whole number up to {2**64 - 1}, or a string, got -1"
+    yield "negative id", request_of(sequence_id=-1), expected
+    yield "negative position", request_of("s", position=-1), "parameters.position: expected a whole"
+    message = request_of("s")
+    message.parameters["position"].uint64_param = 2**64 - 1
+    yield "too large a position", message, "parameters.position: expected a whole number from 0 to"
+    yield "negative timeout", request_of(timeout=-1), "parameters.timeout: expected a whole number"
     yield "no sequence", request_of(position=0), "parameters.sequence_id: expected one"
     message = request_of("s")
     message.parameters["sequence_start"].int64_param = 1
