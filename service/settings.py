@@ -90,8 +90,9 @@ class Settings(BaseSettings):
     Needs the packages of the extra `grpc`."""
 
     grpc_max_calls: Annotated[int, Field(ge=1)] = 1_000
-    """Maximum concurrent gRPC calls of one worker; further ones get `RESOURCE_EXHAUSTED`. More than
-    all clients together have open; each stream may take four times `CARRY_GRPC_MAX_MESSAGE_BYTES`
+    """Maximum concurrent gRPC calls of one worker, besides probes, and streams of health and
+    reflection without a key; further ones get `RESOURCE_EXHAUSTED`. More than all clients
+    together have open; each stream may take four times `CARRY_GRPC_MAX_MESSAGE_BYTES`
     of memory while a message arrives."""
 
     grpc_max_message_bytes: Annotated[int, Field(ge=1024)] = 4 << 20

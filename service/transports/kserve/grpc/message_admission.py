@@ -25,6 +25,60 @@ SLOW_S: Final = 2.0
 before; if there is none, it is rejected."""
 
 
+class Receivers:
+    """Receives messages of calls, each in limited time; the oldest call can be ended earlier.
+
+    Args:
+        timeout_s: longest time in which a message may arrive.
+    """
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._receiving: dict[asyncio.Timeout, float] = {}
+
+    def __len__(self) -> int:
+        """The number of calls that are receiving."""
+        return len(self._receiving)
+
+    async def receive(self, read: Callable[[], Awaitable[object]]) -> bytes:
+        """Receive the message of a call that has one.
+
+        Args:
+            read: returns the bytes of the message; something else if the call has none.
+
+        Raises:
+            Overloaded: `end_oldest` ended it.
+            RequestTimeout: the message did not arrive in time.
+            MalformedBody: the call has no message.
+        """
+        scope = asyncio.timeout(self._timeout_s)
+        try:
+            async with scope:
+                self._receiving[scope] = asyncio.get_running_loop().time()
+                message = await read()
+        except TimeoutError as error:
+            if scope in self._receiving:
+                raise RequestTimeout("the message of the call did not arrive in time") from error
+            detail = "the message arrived slowly, and other calls need the memory"
+            raise Overloaded(detail, retry_after_s=1) from error
+        finally:
+            self._receiving.pop(scope, None)
+        if not isinstance(message, bytes):
+            raise MalformedBody("message: expected one, got none", at="message", got="none")
+        return message
+
+    def end_oldest(self, since_s: float) -> bool:
+        """End the oldest call if it has been receiving since this time; returns whether it has."""
+        oldest = next(iter(self._receiving.items()), None)
+        if oldest is None or oldest[1] > since_s:
+            return False
+        scope = oldest[0]
+        del self._receiving[scope]
+        if not scope.expired():
+            scope.reschedule(since_s)
+        return True
+
+
 class MessageAdmission:
     """Counts messages, and admits those that there is room for.
 
@@ -37,9 +91,8 @@ class MessageAdmission:
     def __init__(self, limit_bytes: int, message_bytes: int, timeout_s: float):
         self._limit_bytes = max(limit_bytes, message_bytes)
         self._message_bytes = message_bytes
-        self._timeout_s = timeout_s
         self._used_bytes = 0
-        self._receiving: dict[asyncio.Timeout, float] = {}
+        self._receivers = Receivers(timeout_s)
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
 
     @asynccontextmanager
@@ -60,7 +113,7 @@ class MessageAdmission:
         counted = self._message_bytes
         await self._acquire(counted)
         try:
-            message = await self._receive(read)
+            message = await self._receivers.receive(read)
             self.count(counted, len(message))
             counted = len(message)
             messages = [message]
@@ -94,7 +147,12 @@ class MessageAdmission:
         acquired = asyncio.ensure_future(self._enqueue(size))
         try:
             while not (await asyncio.wait({acquired}, timeout=SLOW_S))[0]:
-                self._end_slow_call(began_s)
+                if not self._receivers.end_oldest(began_s):
+                    raise Overloaded(
+                        f"{self._used_bytes} bytes of messages are buffered, "
+                        f"of at most {self._limit_bytes}",
+                        retry_after_s=1,
+                    )
         except BaseException:
             if not acquired.cancel():
                 # it got the room in the same moment
@@ -110,37 +168,3 @@ class MessageAdmission:
             if future.done() and not future.cancelled():
                 self.count(size, 0)
             raise
-
-    def _end_slow_call(self, since_s: float) -> None:
-        """End the oldest call that has been receiving since this time.
-
-        Raises:
-            Overloaded: there is none.
-        """
-        oldest = next(iter(self._receiving.items()), None)
-        if oldest is not None and oldest[1] <= since_s:
-            scope = oldest[0]
-            del self._receiving[scope]
-            scope.reschedule(asyncio.get_running_loop().time())
-            return
-        raise Overloaded(
-            f"{self._used_bytes} bytes of messages are buffered, of at most {self._limit_bytes}",
-            retry_after_s=1,
-        )
-
-    async def _receive(self, read: Callable[[], Awaitable[object]]) -> bytes:
-        scope = asyncio.timeout(self._timeout_s)
-        try:
-            async with scope:
-                self._receiving[scope] = asyncio.get_running_loop().time()
-                message = await read()
-        except TimeoutError as error:
-            if scope in self._receiving:
-                raise RequestTimeout("the message of the call did not arrive in time") from error
-            detail = "the message arrived slowly, and other calls need the memory"
-            raise Overloaded(detail, retry_after_s=1) from error
-        finally:
-            self._receiving.pop(scope, None)
-        if not isinstance(message, bytes):
-            raise MalformedBody("message: expected one, got none", at="message", got="none")
-        return message

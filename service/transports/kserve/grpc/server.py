@@ -1,8 +1,7 @@
 """The gRPC server of one worker, on the worker's event loop.
 
 Every worker listens on the same port (SO_REUSEPORT): the kernel spreads connections over them.
-Beside V2's service it has the standard health service, for the whole server and for V2's, and
-reflection.
+Beside V2's service it has `public_services`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any, Final
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from service.ops.sampler import TransportLoad
 from service.transports.common.failure_log import log_client_disconnect
+from service.transports.kserve.grpc.call_admission import CallAdmission
 from service.transports.kserve.grpc.message_admission import MessageAdmission
+from service.transports.kserve.grpc.public_services import PublicServices
 from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer, Statistics
 from service.transports.kserve.grpc.sockets import count_connections
 from service.transports.kserve.inference import Inference
@@ -43,7 +42,8 @@ class GrpcLimits:
         max_message_bytes: largest request.
         max_pending_bytes: most bytes of requests that are buffered.
         receive_s: longest time in which a request may arrive.
-        max_calls: maximum concurrent calls; further ones get RESOURCE_EXHAUSTED.
+        max_calls: maximum concurrent calls of clients with a key; further ones get
+            RESOURCE_EXHAUSTED.
         stream_window: most unanswered requests of a stream.
         drain_s: how long calls may take to finish when the server stops.
     """
@@ -78,8 +78,11 @@ class GrpcServer:
         messages = MessageAdmission(
             limits.max_pending_bytes, limits.max_message_bytes, limits.receive_s
         )
-        self._servicer = InferenceServicer(inference, statistics, messages, limits.stream_window)
-        self._health = _HealthServicer(self._servicer)
+        calls = CallAdmission(limits.max_calls)
+        self._servicer = InferenceServicer(
+            inference, statistics, calls, messages, limits.stream_window
+        )
+        self._public = PublicServices(self._servicer, calls)
         self._limits = limits
         self._host = f"[{host}]" if ":" in host else host
         self.port = port
@@ -107,12 +110,10 @@ class GrpcServer:
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
         ]
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._limits.max_calls)
-        server.add_registered_method_handlers(SERVICE, self._servicer.handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        server = grpc.aio.server(options=options)
+        services = {SERVICE: self._servicer.handlers(), **self._public.handlers()}
+        for service, handlers in services.items():
+            server.add_registered_method_handlers(service, handlers)
         _library_log.addFilter(_replace_disconnect)
         self.port = server.add_insecure_port(f"{self._host}:{self.port}")
         await server.start()
@@ -131,7 +132,7 @@ class GrpcServer:
             await self._stopped
 
     async def _stop(self, server: grpc.aio.Server) -> None:
-        await self._health.enter_graceful_shutdown()
+        await self._public.begin_stop()
         self._servicer.stopping.set()
         await server.stop(self._limits.drain_s)
 
@@ -147,26 +148,3 @@ def _replace_disconnect(record: logging.LogRecord) -> bool:
         log_client_disconnect("GRPC")
         return False
     return True
-
-
-class _HealthServicer(health.aio.HealthServicer):
-    """The standard health service, whose answer is the readiness of the HTTP API.
-
-    Watchers get a change at the next check of anybody.
-    """
-
-    def __init__(self, servicer: InferenceServicer):
-        super().__init__()
-        self._servicer = servicer
-
-    async def Check(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest, context: Any
-    ) -> health_pb2.HealthCheckResponse:
-        """Whether calls should be sent here."""
-        is_ready = await self._servicer.is_ready()
-        status = health_pb2.HealthCheckResponse.ServingStatus.Value(
-            "SERVING" if is_ready else "NOT_SERVING"
-        )
-        for name in ("", SERVICE):
-            await self.set(name, status)
-        return await super().Check(request, context)

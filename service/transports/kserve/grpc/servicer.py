@@ -30,6 +30,7 @@ from service.transports.common.failure_log import log_failure, log_unexpected_fa
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.request_log import is_request_id
 from service.transports.kserve.grpc import v2_pb2 as pb
+from service.transports.kserve.grpc.call_admission import CallAdmission
 from service.transports.kserve.grpc.errors import (
     status_code,
     status_details,
@@ -63,7 +64,8 @@ Work = Callable[["Model", Context], Awaitable[Message]]
 Describe = Callable[[PipelineInterface, Any], Awaitable[Message]]
 """Answers a message for what describes a model, or all models in the caller's scope."""
 
-_serialize: Final = methodcaller("SerializeToString")
+serialize: Final = methodcaller("SerializeToString")
+"""The bytes of a message."""
 
 
 class InferenceServicer:
@@ -71,7 +73,8 @@ class InferenceServicer:
 
     Args:
         statistics: returns the totals of every model; called in a thread.
-        messages: admits what calls receive.
+        calls: admits calls.
+        messages: admits what calls with a key receive.
         stream_window: most unanswered requests of a stream.
 
     Attributes:
@@ -83,9 +86,11 @@ class InferenceServicer:
         self,
         inference: Inference,
         statistics: Statistics,
+        calls: CallAdmission,
         messages: MessageAdmission,
         stream_window: int,
     ):
+        self._calls = calls
         self._messages = messages
         self._stream_window = stream_window
         self._inference = inference
@@ -118,12 +123,12 @@ class InferenceServicer:
         # clients see no difference
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             method: grpc.stream_unary_rpc_method_handler(
-                partial(self._call, method, work), response_serializer=_serialize
+                partial(self._call, method, work), response_serializer=serialize
             )
             for method, work in unary.items()
         }
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-            self._model_stream_infer, response_serializer=_serialize
+            self._model_stream_infer, response_serializer=serialize
         )
         return handlers
 
@@ -136,7 +141,7 @@ class InferenceServicer:
             propagated = self._propagated(context)
             result = await self._answer(method, model, partial(work, model, context), propagated)
             if isinstance(result, CarryError):
-                return await _abort(context, result)
+                return await abort(context, result)
             return result
 
     async def _probe(
@@ -147,32 +152,44 @@ class InferenceServicer:
         context: Context,
     ) -> Message:
         """Answer a call that needs no access key."""
-        async with self._messages.receive(context.read) as [data]:
-            return await work(_parse_short(kind, data))
+        return await work(parse_short(kind, await self._calls.receive_probe(context)))
 
     async def _describe(
         self, kind: type[Message], work: Describe, model: Model, context: Context
     ) -> Message:
         """Answer a call for what describes a model, or all models."""
-        pipeline = self._pipeline(context)
+        pipeline = self._admit(context)
         async with self._messages.receive(context.read) as [data]:
-            message: Any = _parse_short(kind, data)
+            message: Any = parse_short(kind, data)
             model.name = getattr(message, "name", "")
             _note_message(len(data))
             pipeline.require(Verb.MODELS, model=model.name or None)
             return await work(pipeline, message)
 
-    def _pipeline(self, context: Context) -> PipelineInterface:
-        """The pipeline in the scope of the caller's access key.
+    def _admit(self, context: Context) -> PipelineInterface:
+        """Admit a call; returns the pipeline in the scope of the caller's access key.
 
         Raises:
-            Unauthenticated, StoreUnavailable, DuplicateField
+            Unauthenticated, StoreUnavailable, DuplicateField, Overloaded
         """
+        pipeline = self._pipeline(context)
+        self._calls.admit(context)
+        return pipeline
+
+    def _pipeline(self, context: Context) -> PipelineInterface:
         access = self._api.access
         return access.open_pipeline or access.pipeline(_authorization(context))
 
+    def has_key(self, context: Context) -> bool:
+        """Whether the caller has an access key, or needs none."""
+        try:
+            self._pipeline(context)
+        except CarryError:
+            return False
+        return True
+
     async def _model_infer(self, model: Model, context: Context) -> pb.ModelInferResponse:
-        pipeline = self._pipeline(context)
+        pipeline = self._admit(context)
         async with self._messages.receive(context.read) as received:
             message = InferMessage(received.pop())
             model.name = message.head.model_name
@@ -184,6 +201,7 @@ class InferenceServicer:
         try:
             authorization = _authorization(context)
             pipeline = self._api.access.pipeline(authorization)
+            self._calls.admit(context)
             stream = InferStream(
                 partial(self._infer_in_stream, authorization),
                 partial(self._answer_in_stream, self._propagated(context)),
@@ -198,7 +216,7 @@ class InferenceServicer:
             finally:
                 forget()
         except CarryError as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     async def _infer_in_stream(
         self, authorization: bytes | None, message: InferMessage
@@ -350,7 +368,7 @@ class Model:
     name: str = ""
 
 
-def _parse_short(kind: type[Message], data: bytes) -> Message:
+def parse_short(kind: type[M], data: bytes) -> M:
     """Parse a message of a kind that is always short.
 
     Raises:
@@ -382,7 +400,7 @@ def _authorization(context: Context) -> bytes | None:
     return value.encode("latin-1", "replace") if isinstance(value, str) else value
 
 
-async def _abort(context: Context, error: CarryError) -> NoReturn:
+async def abort(context: Context, error: CarryError) -> NoReturn:
     """End a call with the status of an error."""
     metadata = (*context.trailing_metadata(), *trailing_metadata(error))
     await context.abort(status_code(error), status_details(error), metadata)

@@ -25,6 +25,7 @@ from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.kserve.grpc import incoming
 from service.transports.kserve.grpc import v2_pb2 as pb
+from service.transports.kserve.grpc.call_admission import CallAdmission
 from service.transports.kserve.grpc.incoming import InferMessage, parse
 from service.transports.kserve.grpc.infer_stream import WINDOW_BYTES, InferStream
 from service.transports.kserve.grpc.message_admission import MessageAdmission
@@ -119,7 +120,7 @@ async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> No
     """Else requests of many MiB accumulate until the next collection, which counts objects."""
     recorder = SimpleNamespace(record_error=lambda model, code: None)
     inference: Any = SimpleNamespace(api=SimpleNamespace(recorder=recorder, tracer=None))
-    servicer = InferenceServicer(inference, dict, UNLIMITED, WINDOW)
+    servicer = InferenceServicer(inference, dict, CallAdmission(1), UNLIMITED, WINDOW)
     freed: list[weakref.ref[Call]] = []
 
     async def reject() -> pb.ModelInferResponse:
@@ -141,7 +142,7 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def call_bytes(method: str, message: bytes) -> bytes:
+def call_bytes(method: str, message: bytes, settings: bytes = b"") -> bytes:
     """A connection with one call, whose client never lets the server send over 64 KiB."""
     headers = {
         ":method": "POST",
@@ -158,7 +159,7 @@ def call_bytes(method: str, message: bytes) -> bytes:
     )
     return (
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + frame(4, 0, 0, b"")
+        + frame(4, 0, 0, settings)
         + frame(1, 4, 1, fields)
         + frame(0, 1, 1, struct.pack(">BI", 0, len(message)) + message)
     )

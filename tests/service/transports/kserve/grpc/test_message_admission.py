@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
 from service.core.errors import MalformedBody, Overloaded, RequestTimeout
 from service.transports.kserve.grpc import message_admission
-from service.transports.kserve.grpc.message_admission import MessageAdmission
+from service.transports.kserve.grpc.message_admission import MessageAdmission, Receivers
 from tests.service.transports.http.raw_http import becomes
 
 LARGEST = 100
@@ -152,6 +153,22 @@ async def test_message_that_does_not_come_is_an_error() -> None:
     calls = Calls(MessageAdmission(LARGEST, LARGEST, timeout_s=0.02))
     with pytest.raises(RequestTimeout):
         await calls.start(0)
+
+
+async def test_call_whose_time_is_over_may_be_ended_in_the_same_turn() -> None:
+    receivers, reading = Receivers(0.02), asyncio.get_running_loop().create_future()
+
+    async def read() -> object:
+        return await reading
+
+    call = asyncio.create_task(receivers.receive(read))
+    # the timeout cancels it before the call resumes
+    for _ in iter(reading.cancelled, True):
+        await asyncio.sleep(0)
+    assert receivers.end_oldest(math.inf)
+    with pytest.raises(Overloaded):
+        await call
+    assert not receivers.end_oldest(math.inf)
 
 
 async def test_call_without_a_message_is_an_error(calls: Calls) -> None:

@@ -39,13 +39,14 @@ def test_retryable_errors_have_codes_that_clients_retry() -> None:
     assert status_code(errors.Overloaded("why")).name == "RESOURCE_EXHAUSTED"
 
 
-def test_calls_bound_their_memory_and_survive_disconnects() -> None:
-    """In another process; see `call_checks`."""
-    file = Path(__file__).with_name("call_checks.py")
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file]
+def test_calls_bound_their_number_and_memory_and_survive_disconnects() -> None:
+    """In another process; see `call_checks` and `call_admission_checks`."""
+    files = [Path(__file__).with_name(f"{name}_checks.py") for name in ("call", "call_admission")]
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "14 passed" in done.stdout
+    assert "29 passed" in done.stdout
 
 
 def test_port_that_is_in_use_is_an_error() -> None:
