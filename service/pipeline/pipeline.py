@@ -339,17 +339,20 @@ class Pipeline:
                 if stream in runnable:
                     behind.append((index, item))
                     continue
-                if isinstance(item, Chunk):
-                    failed = blocking.get(stream)
-                    blocked = None if failed is None else _blocked_by(item, failed)
-                    if blocked is None:
-                        runnable[stream] = index, item
-                        continue
-                    item = blocked
-                results[index] = item
-                # an item without a stream name blocks no other item
-                if stream is not None:
-                    blocking[stream] = item
+                if not isinstance(item, Chunk):
+                    results[index] = item
+                    # an item without a stream name blocks no other item
+                    if stream is not None:
+                        blocking[stream] = item
+                    continue
+                failed = blocking.get(stream)
+                blocked = None if failed is None else _blocked_by(item, failed)
+                if blocked is None:
+                    runnable[stream] = index, item
+                    continue
+                results[index] = blocked
+                if not item.dry_run:
+                    blocking[stream] = blocked
             applied = await self._apply([chunk for _, chunk in runnable.values()], deadline_s)
             for (index, item), result in zip(runnable.values(), applied, strict=True):
                 if isinstance(result, CarryError):

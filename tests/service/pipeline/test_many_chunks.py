@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from models.artifact.artifact import Artifact
 from service.core.errors import (
@@ -70,6 +71,29 @@ async def test_no_item_passes_a_blocked_item_of_its_stream(
         ]
         assert [r.facts.get("previous") for r in results[1:]] == ["position_behind"] * 2
         assert (await one.streams.read(StreamKey("probe", "held"))).head.position == 2
+
+
+async def test_a_failed_dry_run_does_not_block_later_items(
+    store_url: str, artifact: Artifact
+) -> None:
+    """Neither if it fails by itself, nor if an earlier item blocks it."""
+    rows = rows_of(np.random.default_rng(22), 8)
+    dry_ahead, dry_append = (
+        replace(chunk_of("a", rows[:2], position), dry_run=True) for position in (7, None)
+    )
+    async with worker(store_url, artifact) as one:
+        results = await one.process_many(
+            [
+                dry_ahead,
+                chunk_of("a", rows[:4], 0),
+                chunk_of("a", rows[:2], 0),
+                dry_append,
+                chunk_of("a", rows[4:], 4),
+            ]
+        )
+        kinds = [type(result) for result in results]
+        assert kinds == [PositionAhead, Reply, PositionBehind, PreviousFailed, Reply]
+        assert (await one.streams.read(StreamKey("probe", "a"))).head.position == 8
 
 
 async def test_each_item_of_a_request_is_visited_once(
