@@ -106,6 +106,36 @@ async def test_sent_commit_is_outcome_unknown_at_the_deadline(
             assert_close(again.outputs, oracle_outputs(artifact, rows))
 
 
+async def test_short_deadline_does_not_end_the_commit_of_other_streams(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
+    """The store answers a batch after the deadline of one chunk and before that of the other."""
+    rows = rows_of(np.random.default_rng(54), 6)
+
+    class Punctual(HeldStore):
+        """A store that knows no outcome after the deadline that it was given."""
+
+        async def commit(
+            self, commits: CommitColumns, deadline_s: float = math.inf
+        ) -> list[CommitResult]:
+            results = await super().commit(commits, deadline_s)
+            if clock.now_s < deadline_s:
+                return results
+            return [OutcomeUnknown("no answer", stream=key.stream) for key in commits.keys]
+
+    store = Punctual(store_url)
+    async with worker(store_url, artifact, store=store) as one:
+        store.commits.clear()
+        mate = asyncio.create_task(one.process(chunk_of("mate", rows, 0), clock.later()))
+        late = asyncio.create_task(one.process(chunk_of("late", rows, 0), clock.soon()))
+        await wait_for_count(store.committing, "late")
+        clock.expire()
+        with pytest.raises(OutcomeUnknown):
+            await late
+        store.commits.set()
+        assert_close((await mate).outputs, oracle_outputs(artifact, rows))
+
+
 def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 

@@ -89,6 +89,25 @@ async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied
         assert same_stream(found, second.new)
 
 
+async def test_loads_behind_an_abandoned_commit_return_their_own_streams_after_a_reconnect(
+    server: RealServer, streams: Streams
+) -> None:
+    """The abandoned commit is resent too: otherwise each reply would answer another command."""
+    first = streams.creation(key("a"))
+    others = [streams.creation(key(name)) for name in "xyz"]
+    async with delayed_store(server) as (path, store):
+        await committed(store, *others)
+        path.holds = 1
+        abandoned = asyncio.create_task(store.commit(columns(first)))
+        awaited = asyncio.create_task(store.commit(columns(streams.next(first))))
+        loads = [asyncio.create_task(load(store, [other.key])) for other in others]
+        await path.holding.wait()
+        abandoned.cancel()
+        for (found,), other in zip(await asyncio.gather(*loads), others, strict=True):
+            assert same_stream(found, other.new)
+        assert await awaited == [Committed()]
+
+
 @pytest.mark.parametrize(("repeated", "outcome"), [(False, Conflict), (True, OutcomeUnknown)])
 async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
     repeated: bool, outcome: type, streams: Streams, monkeypatch: pytest.MonkeyPatch

@@ -14,12 +14,13 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, StoreUnavailable
-from service.core.values import Reply
+from service.core.values import Reply, StreamKey
 from service.engine.fair_queue import RunningBatch, Work
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_job import ChunkJob
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.shards import Shards
+from service.store.base import StoredValue
 from service.store.keys import KeySpace
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
@@ -213,3 +214,30 @@ async def test_shutdown_waits_for_an_unresponsive_shard_within_its_drain_time(
                 await one.stop()
                 with pytest.raises(CarryError):
                     await waiting
+
+
+async def test_a_short_deadline_does_not_end_the_wait_of_others_for_a_shard() -> None:
+    """The shard answers after the deadline of one chunk and before that of the other."""
+    requeued: list[asyncio.Task[list[ChunkJob]]] = []
+
+    class Late(RedisStore):
+        async def load(
+            self, keys: Sequence[StreamKey], deadline_s: float = math.inf
+        ) -> list[StoredValue]:
+            if deadline_s < 2:
+                raise StoreUnavailable("no answer in time")
+            return [None] * len(keys)
+
+    def detach(_: RunningBatch, jobs: Sequence[ChunkJob], work: Work) -> None:
+        requeued.append(asyncio.ensure_future(work))
+
+    chunks = [chunk_of(name, np.zeros((1, 3), np.float32)) for name in "ab"]
+    hurried, patient = (
+        ChunkJob(each, each.key, 1, 0, 0.0, deadline_s, lambda _: None)
+        for each, deadline_s in zip(chunks, (1.0, 3.0), strict=True)
+    )
+    shards = Shards(Late(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
+    batch = RunningBatch([], set(), lambda _: None, detach)
+    shards.detach_until_answer("shard", [hurried, patient], batch)
+    assert patient in await requeued[0]
+    assert not patient.is_resolved
