@@ -160,6 +160,25 @@ def test_a_failed_write_leaves_the_old_artifact(
     assert [entry.name for entry in artifact_dir.parent.iterdir()] == ["small"]
 
 
+def test_a_failed_replacement_is_rolled_back(
+    artifact_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old artifact was moved away, and the new one cannot be moved into its place."""
+    rename, failures = Path.rename, [OSError(5, "Input/output error")]
+
+    def fail_once(path: Path, target: Path) -> Path:
+        if target == artifact_dir and failures:
+            raise failures.pop()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(OSError, match="Input/output"):
+        write_artifact(artifact_dir, SPEC, random_weights(SPEC, seed=8), overwrite=True)
+
+    assert load_artifact(artifact_dir).fingerprint == compute_fingerprint(SPEC, WEIGHTS)
+    assert [entry.name for entry in artifact_dir.parent.iterdir()] == ["small"]
+
+
 @pytest.mark.parametrize(
     "name",
     [

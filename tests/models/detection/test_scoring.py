@@ -30,6 +30,14 @@ def test_alarms_that_overlap_an_anomaly_are_true() -> None:
     assert (scores.anomalies, scores.recall, scores.alarms, scores.precision) == (3, 1.0, 2, 1.0)
 
 
+def test_an_alarm_beside_an_anomaly_is_false() -> None:
+    """Closed at the event before its start, or opened at the event after its end."""
+    labels = np.array([0, 0, 1, 1, 0, 0], np.bool_)
+    alarm = np.array([1, 1, 0, 0, 1, 1], np.float64)
+    scores = summarise(score_streams(alarm, alarm, labels, [(0, 6)], [1.0]))
+    assert (scores.recall, scores.alarms, scores.precision) == (0.0, 2, 0.0)
+
+
 def test_the_delay_is_from_the_start_of_an_anomaly_to_its_alarm() -> None:
     anomalous = np.array([0, 0, 1, 1, 0, 0, 0, 1, 1, 0, *SECOND], np.bool_)
     alarm = np.array([1, 0, 0, 1, 2, 3, 0, 0, 0, 0, *ALARMS], np.float64)

@@ -112,19 +112,20 @@ def test_a_call_of_several_blocks_equals_its_steps() -> None:
 
 @pytest.mark.parametrize("over", ["chunk", "stream"])
 def test_gradients_equal_finite_differences(over: str) -> None:
+    """Also beside a row of length 0, whose every score is masked."""
     layers = [
         {"kind": "gru", "units": 3},
         {"kind": "attention", "name": "focus", "over": over, "units": 2},
     ]
-    heads = [{"kind": "sequence", "name": "y"}]
+    heads = [{"kind": "dense", "name": "y", "units": 3}]
     spec = parse_spec({"name": "m", "features": 2, "layers": layers, "heads": heads})
     network = StepNetwork(spec)
     weights = contracting_weights(spec, 8)
     random = np.random.default_rng(8)
-    rows = random.normal(size=(2, 6, 2)).astype(np.float32)
-    lengths = np.array([6, 4], np.int32)
-    state = np.zeros((2, network.state_size), np.float32)
-    targets = random.normal(size=(2, 6, 3)).astype(np.float32)
+    rows = random.normal(size=(3, 6, 2)).astype(np.float32)
+    lengths = np.array([6, 4, 0], np.int32)
+    state = np.zeros((3, network.state_size), np.float32)
+    targets = random.normal(size=(3, 6, 3)).astype(np.float32)
     counts = (np.arange(6) < lengths[:, np.newaxis])[..., np.newaxis]
 
     def loss() -> tf.Tensor:
@@ -134,7 +135,7 @@ def test_gradients_equal_finite_differences(over: str) -> None:
     network.set_weights(weights)
     with tf.GradientTape() as tape:
         value = loss()
-    names = ["focus.kernel", "focus.bias", "focus.context", "gru_1.kernel"]
+    names = ["focus.kernel", "focus.bias", "focus.context", "gru_1.kernel", "heads.y.kernel"]
     gradients = dict(
         zip(list(weights), tape.gradient(value, network.trainable_variables), strict=True)
     )
