@@ -390,6 +390,32 @@ def test_many_streams_recover_from_rollbacks_by_themselves(
     np.testing.assert_array_equal(*(reply.outputs["late"] for reply in replies))
 
 
+def test_many_streams_continue_behind_a_chunk_whose_reply_is_no_longer_stored(
+    background: str, standin: Standin, events: Events
+) -> None:
+    """Its outcome is an error, but it was applied."""
+
+    def lose_reply(request: object) -> str | None:
+        if not standin.seen:
+            return "drop_after"
+        if not standin.counts["forgotten"]:
+            standin.counts["forgotten"] += 1
+            standin.forget_reply("a")
+        return None
+
+    standin.fault = lose_reply
+    with Carry(background) as carry:
+        model = carry.model("small")
+        a, b = model.stream("a"), model.stream("b")
+        first = model.send_many(dict.fromkeys((a, b), events[:2]))
+        second = model.send_many(dict.fromkeys((a, b), events[2:4]))
+    assert isinstance(first["a"], errors.AlreadyApplied)
+    assert isinstance(first["b"], Reply)
+    replies = [outcome for outcome in second.values() if isinstance(outcome, Reply)]
+    np.testing.assert_array_equal(*(reply.outputs["late"] for reply in replies))
+    assert (a.position, b.position) == (4, 4)
+
+
 def test_many_streams_notice_another_history(
     background: str, standin: Standin, events: Events
 ) -> None:

@@ -30,10 +30,15 @@ async def new_authorization(
     return f"Bearer {text}"
 
 
-async def revoke(store: Any, authorization: str) -> None:
-    """Revoke the key of an Authorization."""
+async def change_key(store: Any, authorization: str, **changes: Any) -> None:
+    """Change members of the record of an Authorization's key."""
     key_id = authorization.split("_")[1]
     found = await store.access_keys(None)
     record = msgspec.json.decode(found[1][key_id], type=AccessKey)
-    revoked = msgspec.structs.replace(record, revoked_ms=1)
-    await store.write_access_keys({key_id: encode_key(revoked)})
+    changed = msgspec.structs.replace(record, **changes)
+    await store.write_access_keys({key_id: encode_key(changed)})
+
+
+async def revoke(store: Any, authorization: str) -> None:
+    """Revoke the key of an Authorization."""
+    await change_key(store, authorization, revoked_ms=1)

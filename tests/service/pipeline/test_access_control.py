@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 
 from service.access import key_cache
 from service.access.key_cache import MAX_STALE_S, AccessKeys
+from service.access.keys import parse_key
+from service.access.principal import Verb
+from service.access.tokens import TokenClaims, sign_token
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
 from service.pipeline import access_control as module
 from service.pipeline.access_control import AccessControl
 from tests.service.access.test_access_keys import Records
-from tests.support.access import new_authorization, revoke
+from tests.support.access import change_key, new_authorization, revoke
 from tests.support.clock import ManualClock
 
 
@@ -42,6 +46,38 @@ async def test_revoked_key_is_dropped_and_its_listeners_are_notified() -> None:
     assert [type(error) for error in ended[authorizations[0]]] == [Unauthenticated]
     assert not ended[authorizations[1]]
     assert list(access.cached) == [authorizations[1]]
+
+
+@pytest.mark.parametrize("with_token", [False, True])
+async def test_key_whose_scope_changed_is_dropped_and_verified_again(*, with_token: bool) -> None:
+    stored = Records()
+    keys = AccessKeys(stored, required=True)
+    access = access_control(keys)
+    key, unchanged = [await new_authorization(stored) for _ in range(2)]
+    authorization = key.encode()
+    if with_token:
+        text = parse_key(key.removeprefix("Bearer "))
+        assert text is not None
+        token = sign_token(
+            text, TokenClaims(exp=time.time() + 3600, verbs=(Verb.PREDICT, Verb.LIST))
+        )
+        authorization = f"Bearer {token}".encode()
+    await keys.refresh()
+    ended: list[CarryError] = []
+    access.notify_end(access.pipeline(authorization), ended.append)
+    access.pipeline(unchanged.encode())
+    await change_key(stored, key, verbs=(Verb.PREDICT,), prefix="acme:")
+    await keys.refresh()
+    assert [type(error) for error in ended] == [Unauthenticated]
+    assert list(access.cached) == [unchanged.encode()]
+    if with_token:
+        # it claims a verb that its key no longer has
+        with pytest.raises(Unauthenticated):
+            access.pipeline(authorization)
+    else:
+        pipeline: Any = access.pipeline(authorization)
+        assert pipeline.principal.verbs == {Verb.PREDICT}
+        assert pipeline.principal.prefix == "acme:"
 
 
 async def test_listener_that_was_removed_is_not_called() -> None:

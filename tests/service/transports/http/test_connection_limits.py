@@ -352,6 +352,13 @@ async def test_unread_replies_are_shed_over_the_limit(
         await becomes(lambda: not client.server.server_state.connections, "no connection")
 
 
+@pytest.fixture
+def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-closed connection gets no interim responses."""
+    monkeypatch.setattr(http_protocol, "PROBE_S", 3600)
+
+
+@pytest.mark.usefixtures("no_probe")
 @pytest.mark.parametrize("first", ["", QUERY], ids=["fast path", "slow path"])
 async def test_a_half_closed_connection_gets_its_reply(
     api: Harness, held_back: Callable[[], None], first: str
@@ -365,6 +372,31 @@ async def test_a_half_closed_connection_gets_its_reply(
         assert await client.statuses(2) == [b"200", b"200"]
         await client.is_cut_off()
     assert api.position("s") == 8
+
+
+@pytest.mark.usefixtures("no_probe")
+async def test_a_half_closed_connection_gets_all_replies_however_late_it_reads(
+    api: Harness,
+) -> None:
+    """Complete requests are buffered while replies wait to be read, and none is answered."""
+    count = 150
+    async with connected(api) as client:
+        connection = client.connection
+        connection.transport.set_write_buffer_limits(high=1)
+        client.writer.write(request(chunk(None), stream="deaf") * count)
+        client.writer.write_eof()
+
+        def waits_for_its_client() -> bool:
+            return (
+                connection._half_closed
+                and connection.flow.write_paused
+                and bool(connection._buffered)
+                and not connection._is_busy
+            )
+
+        await becomes(waits_for_its_client, "too much to send")
+        assert set(await client.statuses(count)) == {b"200"}
+        await client.is_cut_off()
 
 
 async def test_an_incomplete_request_before_eof_is_not_processed(api: Harness) -> None:

@@ -73,7 +73,7 @@ class Client(NamedTuple):
 
 @asynccontextmanager
 async def connected(api: Harness) -> AsyncIterator[Client]:
-    """The one client of a server."""
+    """The one client of a server, which checks its connections when the test does."""
     async with serving(api) as server:
         own = socket.socket()
         own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -82,6 +82,7 @@ async def connected(api: Harness) -> AsyncIterator[Client]:
         try:
             await becomes(lambda: bool(connections_of(server)), "a connection")
             [connection] = connections_of(server)
+            connection._connections._timer.cancel()
             theirs = connection.transport.get_extra_info("socket")
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             yield Client(reader, writer, connection, server)

@@ -109,7 +109,8 @@ def test_a_half_closed_connection_gets_all_replies(service: Service, client: htt
             received = await reader.read()
         writer.close()
         await writer.wait_closed()
-        return [int(status) for status in _STATUS.findall(received)]
+        # without interim responses, which test whether the client is still there
+        return [int(status) for status in _STATUS.findall(received) if status != b"100"]
 
     assert uvloop.run(send()) == [200, 200]
     assert client.get(f"{STREAMS}/{HIDDEN}").json()["position"] == 2

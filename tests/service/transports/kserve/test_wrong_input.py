@@ -358,6 +358,17 @@ async def test_deadline_in_microseconds_is_kept(v2: V2, binary: bool) -> None:
     assert reply.parameters["position"] == 4
 
 
+@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
+async def test_the_parameter_timeout_does_not_extend_the_deadline(v2: V2, binary: bool) -> None:
+    parameters = {**SEQUENCE, "timeout": 10**9, "binary_data_output": binary}
+    body, headers = binary_body(ROWS, parameters)
+    if not binary:
+        body, headers = orjson.dumps(json_body(ROWS, parameters=parameters)), {}
+    response = await v2.post(body, {**headers, "carry-timeout": "0.000001"})
+    error_of(response, 504, "deadline_exceeded")
+    assert not v2.api.store.states
+
+
 async def test_the_body_of_a_rejected_request_is_freed_without_the_garbage_collector() -> None:
     """Else bodies of many MiB accumulate until the next collection, which counts objects."""
 

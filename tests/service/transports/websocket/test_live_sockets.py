@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
 
+from models.artifact.artifact import Artifact
 from service.core.errors import StoreRefused
 from service.ops.logs import json_line
 from service.ops.request_lines import access_log
+from service.store.base import CommitColumns, CommitResult
+from service.store.redis.redis_store import RedisStore
 from service.transports.common import failed_streams
 from service.transports.http.limits import LONG_BYTES
 from tests.service.transports.http.harness import Harness, rows
@@ -22,10 +27,12 @@ from tests.service.transports.websocket.sockets import (
     binary,
     error,
     live,
+    live_application,
     outcome,
     reply,
     text,
 )
+from tests.support.servers import RealServer
 
 OUTPUT = "last"
 
@@ -265,6 +272,45 @@ async def test_rejections_of_admission_control_are_frames_to_send_again(api: Har
     assert late["retryable"]
     assert late["id"] == 1
     assert api.position() == 3
+
+
+async def test_a_chunk_that_waited_for_its_turn_is_rejected_if_the_queue_is_full_by_then(
+    pipeline_server: RealServer, models: Mapping[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of other streams were queued while the one before it was applied."""
+    commit, committing = RedisStore.commit, set[str]()
+    gates: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    async def held(
+        store: RedisStore, commits: CommitColumns, deadline_s: float = math.inf
+    ) -> list[CommitResult]:
+        stream = commits.keys[0].stream
+        committing.add(stream)
+        await gates[stream].wait()
+        return await commit(store, commits, deadline_s)
+
+    monkeypatch.setattr(RedisStore, "commit", held)
+    async with (
+        live_application(pipeline_server, models, max_queue=1, batches_in_flight=2) as api,
+        live(api) as sockets,
+        sockets.open() as (client, _),
+        sockets.open("probe/live") as (others, _),
+    ):
+        await client.send(text(rows(2)))
+        await becomes(lambda: "s" in committing, "its commit")
+        await client.send(text(rows(2)))
+        await becomes(lambda: any(s._session.unanswered == 2 for s in sockets.served()), "both")
+        await others.send(text(rows(1), 0, stream="running"))
+        await becomes(lambda: "running" in committing, "its commit")
+        await others.send(text(rows(1), 0, stream="queued"))
+        await becomes(lambda: api.pipeline.queue_depths()["probe"] == 1, "a full queue")
+        gates["s"].set()
+        await reply(client)
+        await error(client, "overloaded")
+        for stream in ("running", "queued"):
+            gates[stream].set()
+            await reply(others)
+    assert api.position() == 2
 
 
 async def test_frames_are_counted_as_requests_are(api: Harness) -> None:

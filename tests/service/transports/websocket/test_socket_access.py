@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.transports.websocket.live_socket import UNAUTHENTICATED
 from tests.service.transports.http.harness import Harness, rows
-from tests.service.transports.http.raw_http import converse, port_of
+from tests.service.transports.http.raw_http import becomes, converse, port_of
 from tests.service.transports.websocket.sockets import (
     Sockets,
     error,
@@ -145,6 +145,28 @@ async def test_socket_is_closed_when_its_key_is_revoked(api: Harness) -> None:
             await stays.send(text(rows(1), 0, stream="s"))
             await reply(stays)
         await sockets.ended()
+
+
+async def test_queued_chunks_are_dropped_when_the_key_is_revoked(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    """Also if the client does not answer the close frame."""
+    key = await api.key()
+    async with live(api) as sockets:
+        async with sockets.open(STREAM, **with_key(key)) as (client, hello):
+            for at in range(hello["window"]):
+                await client.send(text(rows(1), at))
+            [socket] = sockets.served()
+            await becomes(lambda: socket._session.unanswered == hello["window"], "its chunks")
+            client.transport.pause_reading()
+            await revoke(api.store, key)
+            await api.refresh_keys()
+            held_back()
+            # what is still queued is applied
+            await api.pipeline.stop()
+            client.transport.abort()
+        await sockets.ended()
+    assert (api.position("acme:1") or 0) < hello["window"]
 
 
 async def test_socket_that_was_opened_without_a_key_is_closed_once_there_is_one(
