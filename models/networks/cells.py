@@ -8,7 +8,9 @@ returns the state as for Keras' own cells. The weights are created here and set 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -17,6 +19,54 @@ from models.networks.activations import activation_of
 from models.spec.layers import NORMALISATION_EPSILON, Cell, GruLayer, LstmLayer, SimpleRnnLayer
 
 Tensor = Any
+Function = Callable[[Tensor], Tensor]
+
+
+def identity(x: Tensor) -> Tensor:
+    """x"""
+    return x
+
+
+def ignore_carry(gate: Tensor, carry: Tensor) -> Tensor:
+    """z"""
+    return gate
+
+
+class LstmFunctions(NamedTuple):
+    """What a step of an LSTM applies to its values: weights, and the optional parts.
+
+    Attributes:
+        of_inputs, of_hidden: N_x(x W) and N_h(h U), all four gates side by side.
+        bias: z -> z + b.
+        activation, recurrent_activation: a and s.
+        peepholes: of i, f and o: z, c -> z + p c.
+        exposed: N_c, of the carry before its activation.
+        projected: h -> h V.
+    """
+
+    of_inputs: Function
+    of_hidden: Function
+    activation: Function
+    recurrent_activation: Function
+    bias: Function = identity
+    peepholes: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (ignore_carry,) * 3
+    exposed: Function = identity
+    projected: Function = identity
+
+
+def lstm_step(
+    inputs: Tensor, state: tuple[Tensor, Tensor], functions: LstmFunctions
+) -> tuple[Tensor, Tensor]:
+    """x [B, in], (h [B, P or U], c [B, U]) -> (h', c'), by the equations of `LstmCell`."""
+    hidden, carry = state
+    a, s = functions.activation, functions.recurrent_activation
+    peephole_i, peephole_f, peephole_o = functions.peepholes
+    gates = functions.bias(functions.of_inputs(inputs) + functions.of_hidden(hidden))
+    i, f, g, o = tf.split(gates, 4, axis=-1)
+    kept = s(peephole_f(f, carry)) * carry
+    carry = kept + s(peephole_i(i, carry)) * a(g)
+    hidden = s(peephole_o(o, carry)) * a(functions.exposed(carry))
+    return functions.projected(hidden), carry
 
 
 class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no types
@@ -81,38 +131,36 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
     def call(
         self, inputs: Tensor, states: list[Tensor], training: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """x [B, in], (h [B, P or U], c [B, U]) -> h', (h', c')."""
-        layer = self._layer
-        hidden, carry = states
-        masks: list[Any] = [None, None]
-        if training and self.dropout > 0:
-            masks[0] = self.get_dropout_mask(inputs)
-        if training and self.recurrent_dropout > 0:
-            masks[1] = self.get_recurrent_dropout_mask(hidden)
-        x_part = _product(inputs, self.kernel, masks[0])
-        h_part = _product(hidden, self.recurrent_kernel, masks[1])
-        if layer.layer_normalization:
-            x_part = _normalise(x_part) * self.kernel_gamma
-            h_part = _normalise(h_part) * self.recurrent_gamma
-        gates = x_part + h_part
-        if layer.use_bias:
-            gates += self.bias
-        in_i, in_f, in_g, in_o = tf.split(gates, 4, axis=-1)
-        if layer.peepholes:
-            peep_i, peep_f, peep_o = tf.split(tf.convert_to_tensor(self.peepholes), 3)
-            in_i += peep_i * carry
-            in_f += peep_f * carry
-        i, f = self.recurrent_activation(in_i), self.recurrent_activation(in_f)
-        carry = f * carry + i * self.activation(in_g)
-        if layer.peepholes:
-            in_o += peep_o * carry
-        exposed = carry
-        if layer.layer_normalization:
-            exposed = _normalise(carry) * self.carry_gamma + self.carry_beta
-        hidden = self.recurrent_activation(in_o) * self.activation(exposed)
-        if layer.projection is not None:
-            hidden = tf.matmul(hidden, self.projection)
+        """x [B, in], [h [B, P or U], c [B, U]] -> h', [h', c']."""
+        masks = (
+            self.get_dropout_mask(inputs) if training and self.dropout > 0 else None,
+            self.get_recurrent_dropout_mask(states[0])
+            if training and self.recurrent_dropout > 0
+            else None,
+        )
+        hidden, carry = lstm_step(inputs, (states[0], states[1]), self._functions(*masks))
         return hidden, [hidden, carry]
+
+    def _functions(self, input_mask: Any, recurrent_mask: Any) -> LstmFunctions:
+        layer = self._layer
+        of_inputs: Function = partial(_product, kernel=self.kernel, mask=input_mask)
+        of_hidden: Function = partial(_product, kernel=self.recurrent_kernel, mask=recurrent_mask)
+        options: dict[str, Any] = {}
+        if layer.use_bias:
+            options["bias"] = lambda gates: gates + self.bias
+        if layer.peepholes:
+            vectors = tf.split(tf.convert_to_tensor(self.peepholes), 3)
+            options["peepholes"] = tuple(partial(_add_peephole, vector) for vector in vectors)
+        if layer.layer_normalization:
+            of_inputs = _normalised(of_inputs, self.kernel_gamma)
+            of_hidden = _normalised(of_hidden, self.recurrent_gamma)
+            exposed = _normalised(identity, self.carry_gamma)
+            options["exposed"] = lambda carry: exposed(carry) + self.carry_beta
+        if layer.projection is not None:
+            options["projected"] = lambda hidden: tf.matmul(hidden, self.projection)
+        return LstmFunctions(
+            of_inputs, of_hidden, self.activation, self.recurrent_activation, **options
+        )
 
     def _weight(self, name: str, *shape: int | None) -> Any:
         return self.add_weight(name=name, shape=shape, initializer="zeros")
@@ -154,8 +202,17 @@ def _product(x: Tensor, kernel: Tensor, mask: Tensor | list[Tensor] | None) -> T
     return tf.matmul(x if mask is None else x * mask, kernel)
 
 
-def _normalise(x: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + epsilon) over the last axis."""
-    centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
-    variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
-    return centred / tf.sqrt(variance + NORMALISATION_EPSILON)
+def _add_peephole(vector: Tensor, gate: Tensor, carry: Tensor) -> Tensor:
+    return gate + vector * carry
+
+
+def _normalised(function: Function, gamma: Tensor) -> Function:
+    """The function with a layer normalisation after it, over the last axis."""
+
+    def normalised(x: Tensor) -> Tensor:
+        z = function(x)
+        centred = z - tf.reduce_mean(z, axis=-1, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
+        return centred / tf.sqrt(variance + NORMALISATION_EPSILON) * gamma
+
+    return normalised
