@@ -2,7 +2,7 @@
 
 Frozen values, independent of transports, stores and runtimes. The values that every chunk creates
 are structs of msgspec, which are created in C: a named tuple takes four times as many instructions
-(`docs/decisions/cost-of-a-chunk.md`).
+(`tests/bench/lab-notebook.md`).
 """
 
 from __future__ import annotations
