@@ -43,6 +43,7 @@ from service.transports.http.admin import AdminServer
 from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
 from service.transports.http.connection.connections import BODY_BYTES_PER_S, Connections
 from service.transports.http.connection.http_protocol import HTTP_STATE
+from service.transports.http.origins import host_rule
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
 from service.transports.websocket.application import SocketLimits, add_live_sockets
@@ -195,6 +196,7 @@ def create_app() -> FastAPI:
         keys=keys,
         tracer=tracer,
         origins=settings.websocket_origins,
+        accepts_host=host_rule(settings.host, settings.allowed_hosts),
     )
     admin = None
     if settings.admin_port is not None:
@@ -205,6 +207,7 @@ def create_app() -> FastAPI:
             docs=settings.docs,
             host=settings.admin_host or settings.host,
             port=settings.admin_port,
+            hosts=settings.allowed_hosts,
         )
 
     def loads() -> dict[str, TransportLoad]:

@@ -270,6 +270,13 @@ class Settings(BaseSettings):
     keys, besides the service's own host: such as `https://app.example.com`, separated by commas;
     `*` allows all. Programs send no origin and are not restricted."""
 
+    allowed_hosts: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:\[\]*, -]*$")] = ""
+    """Host names under which clients reach the service, separated by commas; `*` allows all. A
+    service on a loopback address otherwise accepts `localhost`, names below it, 127.0.0.0/8 and
+    `[::1]` only: name the others behind a proxy that passes the `Host` of its clients on. On
+    another address it accepts every name if none is given here, otherwise these, the same ones and
+    IP addresses: set it if there are no access keys."""
+
     max_pending_body_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
     """Maximum bytes of request bodies that a worker buffers. Beyond it the oldest incomplete bodies
     are answered `overloaded`. Several times `CARRY_MAX_BODY_BYTES`, and well below the memory of

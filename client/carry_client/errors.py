@@ -253,6 +253,10 @@ class OriginNotAllowed(BadRequest, code="origin_not_allowed"):
     """Pages of this origin may not send this request."""
 
 
+class HostNotAllowed(BadRequest, code="host_not_allowed"):
+    """The service has another host name than the request."""
+
+
 class InvalidName(BadRequest, code="invalid_name"):
     """The name is not allowed."""
 

@@ -15,6 +15,7 @@
         NotAcceptable         not_acceptable
         UpgradeRequired       upgrade_required
         OriginNotAllowed      origin_not_allowed
+        HostNotAllowed        host_not_allowed
         InvalidName           invalid_name
         InvalidPrecondition   invalid_precondition
         ChunksUnsupported     chunks_unsupported
@@ -205,6 +206,15 @@ class OriginNotAllowed(BadRequest):
     title = "Pages of this origin may not send this request"
     remedy = (
         "Serve the page from the service's own host, or name its origin in CARRY_WEBSOCKET_ORIGINS."
+    )
+
+
+class HostNotAllowed(BadRequest):
+    code = "host_not_allowed"
+    title = "The service has another host name than the request"
+    remedy = (
+        "Use localhost or 127.0.0.1 on the service's own machine; behind a proxy, name the host of "
+        "its requests in CARRY_ALLOWED_HOSTS."
     )
 
 

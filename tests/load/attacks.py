@@ -60,7 +60,7 @@ class Target(NamedTuple):
 
 def head(target: Target, path: str, length: int = 0, method: str = "POST", more: str = "") -> bytes:
     return (
-        f"{method} {path} HTTP/1.1\r\nHost: carry\r\nAuthorization: {target.key}\r\n"
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {target.key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {length}\r\n{more}\r\n"
     ).encode()
 

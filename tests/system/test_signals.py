@@ -235,7 +235,9 @@ def test_service_accepts_requests_while_it_is_a_lame_duck(
         host, _, port = service.url.removeprefix("http://").partition(":")
         address = (host, int(port))
         with socket.create_connection(address) as unfinished:
-            unfinished.sendall(f"POST {CHUNKS} HTTP/1.1\r\nHost: a\r\n{CHUNKED}\r\n\r\n".encode())
+            unfinished.sendall(
+                f"POST {CHUNKS} HTTP/1.1\r\nHost: localhost\r\n{CHUNKED}\r\n\r\n".encode()
+            )
             service.process.send_signal(signal.SIGTERM)
             # while it drains, so that load balancers connect elsewhere
             until(lambda: _is_refused(address), "the closed port", poll_s=POLL_S)

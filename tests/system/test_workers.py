@@ -141,6 +141,9 @@ def test_only_the_admin_port_has_metrics_of_all_workers_and_documentation(
     for path in ("/metrics", "/docs", "/docs/errors", "/openapi.json"):
         assert httpx.get(service.url + path, verify=False).status_code == 404, path
         assert httpx.get(admin + path, verify=False).status_code == 200, path
+        page = {"host": "evil.example"}
+        for url in (service.url, admin):
+            assert httpx.get(url + path, headers=page, verify=False).status_code == 421, path
     # by default beside the documentation and the API
     assert httpx.get(f"{service.url}/console/", verify=False).status_code == 404
     assert httpx.get(f"{admin}/health/ready", verify=False).status_code == 200

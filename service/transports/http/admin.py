@@ -18,6 +18,7 @@ from service.transports.http.application import create_application
 from service.transports.http.connection.connections import ConnectionLimits, Connections
 from service.transports.http.connection.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.transports.http.connection.rejections import ConnectionErrors
+from service.transports.http.origins import host_rule
 from service.transports.http.routes import health
 from service.transports.http.routes.health import RenderMetrics
 
@@ -34,6 +35,7 @@ class AdminServer(uvicorn.Server):
         metrics: renders `/metrics`; without it there is none.
         docs: whether it has the documentation.
         port: a port that the parent process has bound with SO_REUSEPORT.
+        hosts: its names, as of `host_rule`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class AdminServer(uvicorn.Server):
         docs: bool,
         host: str,
         port: int,
+        hosts: str = "",
     ):
         self._address = (host, port)
         ids = RequestIds()
@@ -75,6 +78,7 @@ class AdminServer(uvicorn.Server):
             Connections(replace(connections, max_connections=MAX_CONNECTIONS)),
             ConnectionErrors(api.state.api.recorder, ids),
             (),
+            accepts_host=host_rule(host, hosts),
         )
 
     async def start(self) -> None:

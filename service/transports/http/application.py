@@ -37,7 +37,7 @@ from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.openapi.document import DESCRIPTION, openapi_document
 from service.transports.http.openapi.documentation_page import ASSETS, documentation_html
 from service.transports.http.openapi.error_reference import reference_html
-from service.transports.http.origins import parse_origins
+from service.transports.http.origins import AcceptsHost, accept_any_host, parse_origins
 from service.transports.http.problems import REFERENCE
 from service.transports.http.request_log import RequestLogMiddleware
 from service.transports.http.routes import chunks, forecast, health, models, streams
@@ -64,6 +64,7 @@ def create_api(
     keys: AccessKeys | None = None,
     tracer: Tracer | None = None,
     origins: str = "",
+    accepts_host: AcceptsHost = accept_any_host,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -79,6 +80,7 @@ def create_api(
         tracer: makes spans of requests; None makes none.
         origins: whose pages may change streams of an open service, besides its own host, separated
             by commas; `*` allows all.
+        accepts_host: as of `host_rule`.
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
@@ -98,6 +100,7 @@ def create_api(
         LongBodyAdmission(limits.max_waiting_bytes),
         tracer,
         parse_origins(origins),
+        accepts_host,
     )
     app.state.api = api
     for served in pipeline.models.values():
@@ -115,6 +118,7 @@ def create_api(
         Connections(connections),
         ConnectionErrors(recorder, ids),
         (FastPath(api, ids),) if fast_path else (),
+        accepts_host=accepts_host,
     )
     return app
 

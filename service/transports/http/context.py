@@ -20,7 +20,7 @@ from service.transports.http.bodies.rows_items import RowsItemsReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.long_bodies.long_reader import LongReader
-from service.transports.http.origins import check_origin
+from service.transports.http.origins import AcceptsHost, accept_any_host, check_origin
 from service.transports.http.replies.reply_writer import ReplyWriter
 
 SAFE_METHODS: Final = ("GET", "HEAD")
@@ -59,6 +59,7 @@ class ApiContext:
         long_bodies: admission of long bodies.
         tracer: makes spans of requests; None makes none.
         origins: allowed origins of pages, besides the service's own host.
+        accepts_host: whether requests for a host name are answered.
         codecs: readers and writers that `codec` built, by model; a model may have changed since.
     """
 
@@ -70,6 +71,7 @@ class ApiContext:
     long_bodies: LongBodyAdmission
     tracer: Tracer | None = None
     origins: frozenset[str] = frozenset()
+    accepts_host: AcceptsHost = accept_any_host
     codecs: dict[str, ModelCodec] = field(default_factory=dict)
 
     def codec(self, served: ServedModel) -> ModelCodec:

@@ -2,23 +2,56 @@
 
 A browser lets any page send some requests to any address, also to one that only its machine
 reaches, and marks them with the page's `Origin`. Programs send none.
+
+A page may also let its own host name resolve to the service's address (DNS rebinding); then the
+service's host is the page's. So a service that only its machine reaches accepts no such names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from service.core.errors import OriginNotAllowed
 
 ANY_ORIGIN: Final = "*"
+
+AcceptsHost = Callable[[bytes], object]
+"""Whether a service has the host name that is the value of a Host header."""
+
+_LOOPBACK: Final = rb"(?:[a-z0-9-]+\.)*localhost\.?|127(?:\.[0-9]{1,3}){3}|\[::1\]"
+_ADDRESS: Final = rb"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]"
 _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#@\\\s]+)")
 
 
 def parse_origins(text: str) -> frozenset[str]:
-    """The origins of a list that is separated by commas."""
+    """The origins, or hosts, of a list that is separated by commas."""
     return frozenset(part for part in re.split(r"[,\s]+", text.strip()) if part)
+
+
+def accept_any_host(host: bytes) -> bool:
+    """The rule of a service that may have any name (`AcceptsHost`)."""
+    return True
+
+
+def host_rule(address: str, names: str) -> AcceptsHost:
+    """The names of a service that listens on an address.
+
+    On a loopback address these are loopback names. On another one all are, unless some are given;
+    then IP addresses are too, which health checks use: no page has one of another machine.
+
+    Args:
+        names: further ones, separated by commas; `*` for all.
+    """
+    listened = f"[{address}]" if ":" in address else address
+    is_loopback = re.fullmatch(_LOOPBACK, listened.encode(), re.IGNORECASE) is not None
+    allowed = parse_origins(names)
+    if ANY_ORIGIN in allowed or not (allowed or is_loopback):
+        return accept_any_host
+    known = [_LOOPBACK, *([] if is_loopback else [_ADDRESS])]
+    known += [re.escape(name.encode()) for name in sorted(allowed)]
+    return re.compile(rb"(?:%b)(?::[0-9]*)?" % b"|".join(known), re.IGNORECASE).fullmatch
 
 
 def check_origin(origins: Sequence[str], host: str, allowed: frozenset[str]) -> None:

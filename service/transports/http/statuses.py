@@ -21,6 +21,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.NotAcceptable: 406,
     errors.UpgradeRequired: 426,
     errors.OriginNotAllowed: 403,
+    errors.HostNotAllowed: 421,
     errors.InvalidName: 400,
     errors.InvalidPrecondition: 400,
     errors.ChunksUnsupported: 422,

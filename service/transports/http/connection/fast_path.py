@@ -35,7 +35,7 @@ from service.transports.common.failure_log import log_client_disconnect, log_fai
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
 from service.transports.http.context import ApiContext, ModelCodec
-from service.transports.http.limits import LONG_BYTES, ApiLimits
+from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, accepted, media_of
 from service.transports.http.problems import status_of
 from service.transports.http.replies.pieces import LONG_VALUES
@@ -149,7 +149,7 @@ class FastRoute(ABC):
         self._ids = ids
         self._route = route
         self._match = request_line.match
-        self._headers = Memo(partial(parse_headers, api.limits, read_details), CACHED_HEADERS)
+        self._headers = Memo(partial(parse_headers, api, read_details), CACHED_HEADERS)
         self._max_bytes = min(MAX_REQUEST_BYTES, api.limits.max_body_bytes)
         self._serialize = serialize
         self._overload_responses = OverloadResponses(serialize)
@@ -397,7 +397,7 @@ class Headers(msgspec.Struct, frozen=True, gc=False):
 
 
 def parse_headers(
-    limits: ApiLimits, read_details: Callable[[dict[bytes, bytes]], Any], block: bytes
+    api: ApiContext, read_details: Callable[[dict[bytes, bytes]], Any], block: bytes
 ) -> Headers | None:
     """The headers in a block of lines, or None if they are for the slow path."""
     values: dict[bytes, bytes] = {}
@@ -413,7 +413,8 @@ def parse_headers(
     keeps_alive = values.get(b"connection", b"keep-alive").lower() == b"keep-alive"
     if not length.isdigit() or len(length) > 9 or not keeps_alive:
         return None
-    if _SLOW_PATH_HEADERS & values.keys() or not is_host(values.get(b"host", b"/")):
+    host = values.get(b"host", b"/")
+    if _SLOW_PATH_HEADERS & values.keys() or not (is_host(host) and api.accepts_host(host)):
         return None
     request_id = values.get(REQUEST_ID_HEADER)
     if request_id is not None and not is_request_id(request_id):
@@ -423,7 +424,7 @@ def parse_headers(
         timeout_s = parse_timeout(timeout)
         if timeout_s is None:
             return None
-    timeout_s = limits.effective_timeout_s(timeout_s)
+    timeout_s = api.limits.effective_timeout_s(timeout_s)
     details = read_details(values)
     if details is None:
         return None

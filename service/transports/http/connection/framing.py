@@ -23,8 +23,10 @@ from service.core.errors import (
     DuplicateField,
     ExpectationFailed,
     HeadTooLarge,
+    HostNotAllowed,
     MalformedRequest,
 )
+from service.transports.http.origins import AcceptsHost, accept_any_host
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 """Largest head of a request, and largest trailer section."""
@@ -55,14 +57,20 @@ _ONCE: Final = {
 is_host = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*").fullmatch
 
 
-def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> None:
-    """Reject a head that is ambiguous or too large.
+def check_head(
+    method: bytes,
+    url: bytes,
+    version: str,
+    headers: Headers,
+    accepts_host: AcceptsHost = accept_any_host,
+) -> None:
+    """Reject a head that is ambiguous, too large or for another host.
 
     Args:
         headers: names in lower case.
 
     Raises:
-        HeadTooLarge, MalformedRequest, DuplicateField, ExpectationFailed
+        HeadTooLarge, MalformedRequest, DuplicateField, HostNotAllowed, ExpectationFailed
     """
     head_bytes = len(url) + sum([len(name) + len(value) for name, value in headers])
     if head_bytes > MAX_HEAD_BYTES:
@@ -99,6 +107,12 @@ def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> Non
         raise MalformedRequest("Host: expected one, got none", at="Host", expected="one")
     if host is not None and not is_host(host):
         raise MalformedRequest("Host: expected a host and a port", at="Host", expected="host:port")
+    if host is not None and not accepts_host(host):
+        got = host[:300].decode("latin-1")
+        expected = "localhost, 127.0.0.1 or a name in CARRY_ALLOWED_HOSTS"
+        raise HostNotAllowed(
+            f"Host: expected {expected}, got {got!r}", at="Host", expected=expected, got=got
+        )
     expectation = fields.get(b"expect", b"100-continue").lower()
     if expectation != b"100-continue":
         got = expectation[:300].decode("latin-1")
@@ -140,6 +154,7 @@ class FramingProtocol(HttpToolsProtocol, ABC):
         self._parser_bytes = 0
         self._drained_bytes = 0
         self._framing_error: CarryError | None = None
+        self._accepts_host: AcceptsHost = accept_any_host
 
     @property
     @abstractmethod
@@ -237,7 +252,8 @@ class FramingProtocol(HttpToolsProtocol, ABC):
         """Parser callback: the head is complete; uvicorn starts the application."""
         version = self.parser.get_http_version()
         try:
-            check_head(self.parser.get_method(), self.url, version, self.headers)
+            method = self.parser.get_method()
+            check_head(method, self.url, version, self.headers, self._accepts_host)
         except CarryError as error:
             self._stop_parser(error)
         self._ignores_upgrade = self.parser.should_upgrade()

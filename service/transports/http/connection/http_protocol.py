@@ -40,6 +40,7 @@ from service.transports.http.connection.flow_control import BackpressureFlow
 from service.transports.http.connection.framing import FramingProtocol, Headers
 from service.transports.http.connection.reading_turns import LONG_BODY_BYTES
 from service.transports.http.connection.rejections import ConnectionErrors
+from service.transports.http.origins import AcceptsHost, accept_any_host
 from service.transports.http.replies.replies import UNSENT, UnsentReply
 
 HTTP_STATE: Final = "carry_http"
@@ -80,12 +81,14 @@ class HttpState(NamedTuple):
         errors: responses to requests that are not read to their end.
         fast_routes: parse and answer chunk requests; none if the fast path is disabled.
         upgrader: takes over connections; None ignores every `Upgrade`.
+        accepts_host: whether requests for a host name are answered.
     """
 
     connections: Connections
     errors: ConnectionErrors
     fast_routes: tuple[FastRoute, ...]
     upgrader: Upgrader | None = None
+    accepts_host: AcceptsHost = accept_any_host
 
 
 class CycleTransport(NamedTuple):
@@ -108,7 +111,8 @@ class HttpProtocol(FramingProtocol):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         state: HttpState = self.app_state[HTTP_STATE]
-        self._connections, self._errors, self._fast_routes, self._upgrader = state
+        self._connections, self._errors, self._fast_routes, self._upgrader, accepts_host = state
+        self._accepts_host = accepts_host
         self._pending: FastRequest | None = None
         self._running_cycle: Any = None
         self._buffered = b""

@@ -14,7 +14,7 @@ HIDDEN: Final = "hidden"
 """The stream that no exchange may create."""
 
 CHUNK: Final = b'{"position": 0, "inputs": [[0.5]]}'
-HOST: Final = b"Host: carry\r\n"
+HOST: Final = b"Host: localhost\r\n"
 LAST: Final = b"GET /health/live HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
 MODEL: Final = b"/v1/models/post-lstm"
 
@@ -150,8 +150,10 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "chunk extensions": Exchange(post(TE) + chunked(PREDICT, extension=b';a="b"'), (200,)),
     # White space around a value is not part of it.
     "white space": Exchange(
-        post(b"Host:\tcarry \t", b"Carry-Timeout: 2.5 ", b"Expect: 100-continue ", length(PREDICT))
-        .replace(HOST, b"") + PREDICT,
+        post(
+            b"Host:\tlocalhost \t", b"Carry-Timeout: 2.5 ", b"Expect: 100-continue ",
+            length(PREDICT),
+        ).replace(HOST, b"") + PREDICT,
         (100, 200),
     ),
     "white space after a coding": Exchange(
@@ -181,6 +183,20 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     ),
     "two content encodings": _refused(
         chunk(b"Content-Encoding: identity", b"Content-Encoding: gzip")
+    ),
+    # A page whose host name resolves to this machine has the same origin as the service.
+    "host of a page": _refused(
+        chunk(b"Origin: http://evil.example:8000").replace(b"localhost", b"evil.example:8000"), 421
+    ),
+    "host of a page, no origin": _refused(chunk().replace(b"localhost", b"evil.example"), 421),
+    "host of a page, GET": _refused(LAST.replace(b"localhost", b"evil.example"), 421),
+    "host of a page, upgrade": _refused(
+        _upgrade(b"Upgrade", b"websocket").replace(b"localhost", b"evil.example"), 421
+    ),
+    "host behind a request": Exchange(
+        post(length(PREDICT)) + PREDICT + chunk().replace(b"localhost", b"evil.example"),
+        (200, 421),
+        True,
     ),
     # Expect: the body is read, or the connection ends.
     "expects 100": Exchange(
