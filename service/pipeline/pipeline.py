@@ -134,7 +134,7 @@ class Pipeline:
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""
-        self._tasks: list[asyncio.Task[None]] = []
+        self._cache_task: asyncio.Task[None] | None = None
         self._recorder = recorder
         self._tracer = tracer
         self._chunks = {name: self._chunk_batcher(served) for name, served in self.models.items()}
@@ -207,14 +207,7 @@ class Pipeline:
             if served.decoder is not None:
                 await self._compute.run(served.decoder.warm)
         self._warm = True
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._warm_rest()), loop.create_task(self._age_cache())]
-
-    async def _warm_rest(self) -> None:
-        """Compile the remaining shapes while the first requests are served."""
-        for served in self.models.values():
-            while await asyncio.to_thread(served.runtime.warm_next):
-                pass
+        self._cache_task = asyncio.get_running_loop().create_task(self._age_cache())
 
     async def _age_cache(self) -> None:
         """Drop states of idle streams: another worker may have deleted them."""
@@ -225,8 +218,8 @@ class Pipeline:
     async def stop(self) -> None:
         """Shut down gracefully: drain the queues, then stop; once, before the store is closed."""
         self._stopping = "draining"
-        for task in self._tasks:
-            task.cancel()
+        if self._cache_task is not None:
+            self._cache_task.cancel()
         drain_s = self._limits.drain_s
         await asyncio.gather(
             *(batcher.drain(drain_s) for batcher in self._chunks.values()),

@@ -127,8 +127,6 @@ def _open(name: str, path: Path) -> tuple[Artifact, Runtime]:
     artifact = load_artifact(path)
     runtime = open_runtime(name, artifact, 1)
     runtime.warm()
-    while runtime.warm_next():
-        pass
     return artifact, runtime
 
 

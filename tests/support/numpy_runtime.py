@@ -44,10 +44,6 @@ class NumpyRuntime:
     def warm(self) -> None:
         """Nothing to compile."""
 
-    def warm_next(self) -> bool:
-        """Nothing is ever left."""
-        return False
-
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
     ) -> tuple[FloatBatch, FloatRows]:

@@ -37,9 +37,9 @@ def slow(runtime):
     print("compiling", file=sys.stderr, flush=True)
     time.sleep(600)
 
-OnnxRuntime.{method} = slow
+OnnxRuntime.warm = slow
 """
-"""A `sitecustomize` that makes one method of the runtime take ten minutes."""
+"""A `sitecustomize` that makes the warm-up take ten minutes."""
 
 FAILS_ON_DEMAND = """
 import pathlib
@@ -82,7 +82,7 @@ warnings.filterwarnings("always", ".*fork", DeprecationWarning)
 def test_sigterm_during_warm_up_stops_the_service(
     tmp_path: Path, probe: Artifact, workers: str
 ) -> None:
-    customise(tmp_path, THREADS_WARN + SLOW.format(method="warm"))
+    customise(tmp_path, THREADS_WARN + SLOW)
     service = Service(tmp_path, probe.path, "--workers", workers)
     service.launch(PYTHONPATH=str(tmp_path))
     until(lambda: service.log().count("compiling") == int(workers), "the warm-up", READY_S)
@@ -101,15 +101,6 @@ def test_sigterm_while_valkey_is_started_stops_both(tmp_path: Path, probe: Artif
     assert service.process.wait(60) == 0
     assert service.lines("valkey_stopped")
     assert not service.lines("valkey_killed"), "the server got no signal"
-
-
-def test_sigterm_does_not_wait_for_background_compilation(tmp_path: Path, probe: Artifact) -> None:
-    customise(tmp_path, SLOW.format(method="warm_next"))
-    with running(tmp_path, probe.path, PYTHONPATH=str(tmp_path)) as service:
-        until(lambda: "compiling" in service.log(), "the compilation")
-        valkey = service.valkey_pid()
-        assert service.stop() == 0
-        assert not Path(f"/proc/{valkey}").exists()
 
 
 def test_sighup_that_is_ignored_stays_ignored() -> None:

@@ -39,10 +39,7 @@ class Runtime(Protocol):
         """The shape (B, T) to which a call of `rows` x `steps` is padded."""
 
     def warm(self) -> None:
-        """Warm up: compile what the first requests need; once, before use."""
-
-    def warm_next(self) -> bool:
-        """Compile one more shape while `step` is in use; False if none is left."""
+        """Warm up: compile every shape; once, before use."""
 
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows

@@ -22,4 +22,3 @@ class DetectingRuntime:
         self.max_steps = runtime.max_steps
         self.padded_shape = runtime.padded_shape
         self.warm = runtime.warm
-        self.warm_next = runtime.warm_next

@@ -72,10 +72,6 @@ class OnnxRuntime:
             np.zeros((1, self._state_size), np.float32),
         )
 
-    def warm_next(self) -> bool:
-        """False: there are no shapes to compile."""
-        return False
-
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
     ) -> tuple[FloatBatch, FloatRows]:
@@ -116,10 +112,6 @@ class ImportedRuntime:
         """Run once, which allocates what later calls need."""
         rows = np.zeros((1, 1, self._features), np.float32)
         self.step(rows, np.ones(1, np.int32), self._initial[np.newaxis])
-
-    def warm_next(self) -> bool:
-        """False: there are no shapes to compile."""
-        return False
 
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows

@@ -1,16 +1,16 @@
 """The TensorFlow runtime: the Keras step network, XLA-compiled at a small ladder of shapes.
 
-XLA compiles per shape, so batches are padded to a rung of the ladder, in rows and in steps. A few
-rungs that fit every batch are compiled before the service is ready, the others while the first
-requests are served; a batch uses the cheapest compiled rung. The ladder of a model that sees a
-chunk as a whole reaches its longest chunk. Each rung is one program, which captures the weights as
-variables. `step` may run in another thread than `warm_next`.
+XLA compiles per shape, so batches are padded to a rung of the ladder, in rows and in steps. Every
+rung is compiled before the service is ready (docs/decisions/compile-ladder.md); a batch uses the
+cheapest that fits. The ladder of a model that sees a chunk as a whole reaches its longest chunk.
+Each rung is one program, which captures the weights as variables.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import structlog
 import tensorflow as tf
 
 from models.artifact.artifact import Artifact
@@ -20,17 +20,17 @@ from service.engine.runtimes.base import FloatBatch, Lengths
 
 ROWS_AT = {1: (1, 8, 32), 4: (1, 32), 16: (1, 8, 16, 32), 64: (1, 8, 32)}
 """Rows of the rungs by steps: finest around a dozen steps, where most batches are."""
-FIRST_RUNGS = ((1, 1), (1, 16), (8, 16))
-"""Compiled before the service is ready, besides the one that fits every batch."""
 SLICE_STEPS = max(ROWS_AT)
 """Longest call of a model whose chunks may be split."""
 MAX_ROWS = 32
 DECODER_RUNGS = ((1, 1), (8, 1), (MAX_ROWS, 1))
-"""Rungs of a decoder, which computes one step at a time; all are compiled before `ready`."""
+"""Rungs of a decoder, which computes one step at a time."""
 
 CALL_ROWS = 8
 """Fixed cost of a step, in rows: 1 row took 0.67 of the time of 8 rows at 64 steps
 (docs/decisions/compile-ladder.md). Only the order of the rungs by cost matters."""
+
+log = structlog.get_logger(__name__)
 
 
 class TensorflowRuntime:
@@ -49,6 +49,7 @@ class TensorflowRuntime:
     def __init__(self, artifact: Artifact, threads: int = 1, *, decoding: bool = False):
         if threads:
             _limit_threads(threads)
+        self._model = artifact.spec.name
         network = StepNetwork(artifact.spec, unroll=decoding)
         network.set_weights(artifact.weights)
         self.max_steps = 1 if decoding else artifact.spec.chunk_limit or SLICE_STEPS
@@ -57,9 +58,6 @@ class TensorflowRuntime:
             # every call computes whole windows
             self.max_steps = artifact.spec.blocks.window
             self._rungs = [(rows, self.max_steps) for rows in ROWS_AT[SLICE_STEPS]]
-        self._first = [
-            rung for rung in self._rungs if decoding or rung in (*FIRST_RUNGS, self._rungs[-1])
-        ]
         self._features = artifact.spec.input_features
         self._state_size = artifact.network_state.float_size
         # Exactly the arguments of a call: for a call that does not bind to the whole signature,
@@ -72,21 +70,15 @@ class TensorflowRuntime:
         self._programs: dict[tuple[int, int], Any] = {}
 
     def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
-        """The cheapest compiled rung that fits."""
-        fitting = (rung for rung in tuple(self._programs) if rung[0] >= rows and rung[1] >= steps)
+        """The cheapest rung that fits."""
+        fitting = (rung for rung in self._rungs if rung[0] >= rows and rung[1] >= steps)
         return min(fitting, key=_cost)
 
     def warm(self) -> None:
-        """Compile the first rungs and run each once."""
-        for rung in self._first:
+        """Compile every rung and run it once."""
+        log.info("compiling", model=self._model, programs=len(self._rungs))
+        for rung in self._rungs:
             self._compile(rung)
-
-    def warm_next(self) -> bool:
-        """Compile one more rung, the cheapest first; False if none is left."""
-        left = [rung for rung in self._rungs if rung not in self._programs]
-        if left:
-            self._compile(min(left, key=_cost))
-        return bool(left)
 
     def _compile(self, rung: tuple[int, int]) -> None:
         rows, steps = rung

@@ -48,7 +48,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patched:
         if name == "tensorflow":
             # the rung for every batch alone: a compilation takes seconds
-            patched.setattr("service.engine.runtimes.tensorflow.FIRST_RUNGS", ())
+            patched.setattr("service.engine.runtimes.tensorflow.ROWS_AT", {64: (32,)})
             if head != WITH_EVERY_RUNG:
                 patched.setattr("service.engine.runtimes.tensorflow.DECODER_RUNGS", ((32, 1),))
         encoder = open_runtime(name, artifact, threads)

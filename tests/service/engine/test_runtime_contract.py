@@ -165,8 +165,8 @@ MODELS = {
 }
 
 
-TWO_RUNGS = ((1, 16),)
-"""What TensorFlow compiles besides the rung for every batch: one takes seconds.
+TWO_RUNGS = {16: (1,), 64: (32,)}
+"""Rows by steps of what TensorFlow compiles: a rung takes seconds.
 `test_tensorflow_runtime.py` compiles every rung."""
 
 
@@ -198,7 +198,7 @@ def opened(
     artifact = write_artifact(folder, spec, contracting_weights(spec, 11))
     with pytest.MonkeyPatch.context() as patched:
         if name == "tensorflow":
-            patched.setattr("service.engine.runtimes.tensorflow.FIRST_RUNGS", TWO_RUNGS)
+            patched.setattr("service.engine.runtimes.tensorflow.ROWS_AT", TWO_RUNGS)
         runtime = open_runtime(name, artifact, threads=0 if name == "tensorflow" else 1)
     runtime.warm()
     return Opened(artifact, runtime)

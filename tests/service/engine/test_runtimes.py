@@ -109,7 +109,7 @@ def test_models_of_one_service_run_on_two_runtimes(
     with_graph: Artifact, without_graph: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the rung for every batch alone: each takes a second to compile
-    monkeypatch.setattr("service.engine.runtimes.tensorflow.FIRST_RUNGS", ())
+    monkeypatch.setattr("service.engine.runtimes.tensorflow.ROWS_AT", {64: (32,)})
     opened = open_runtimes("auto", [without_graph, with_graph], 0)
     assert [runtime.name for runtime in opened] == ["tensorflow", "onnxruntime"]
     rows = np.random.default_rng(1).normal(size=(3, 1)).astype(np.float32)
