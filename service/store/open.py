@@ -1,4 +1,4 @@
-"""Makes the store of an address, after validating the address."""
+"""Makes the store of an address, after validating the address and the files that it names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from service.core.errors import StoreRefused
 from service.store.base import StateStore
 from service.store.redis.address import check_address
 from service.store.redis.redis_store import RedisStore
+from service.store.redis.tls_files import check_tls_files
 from service.store.settings import StoreSettings
 
 
@@ -13,10 +14,11 @@ def open_store(settings: StoreSettings) -> StateStore:
     """Make a store; it is not started yet.
 
     Raises:
-        StoreRefused: the address has another scheme or cannot be used.
+        StoreRefused: the address, or a file that it names, cannot be used.
     """
     try:
         check_address(settings.url)
     except ValueError as error:
         raise StoreRefused(f"the store's address cannot be used: {error}") from None
+    check_tls_files(settings.url)
     return RedisStore(settings)

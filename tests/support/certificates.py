@@ -31,16 +31,20 @@ class Certificates:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     """Self-signed certificates that are valid for a day."""
+    signing = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
+    return make_certificates(tmp_path_factory.mktemp("tls"), *signing)
+
+
+def make_certificates(folder: Path, *signing: str) -> Certificates:
+    """Make certificates with `openssl`, those of the authority with further options."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not on the PATH")
-    folder = tmp_path_factory.mktemp("tls")
     made = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key")
     fresh = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1")
     ours = ("-keyout", folder / "ca.key", "-out", made.authority, "-subj", "/CN=authority")
     theirs = ("-keyout", made.key, "-out", made.certificate, "-subj", "/CN=server")
     signed = ("-CA", made.authority, "-CAkey", folder / "ca.key")
-    signing = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
     name = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE")
     for arguments in ((*fresh, *ours, *signing), (*fresh, *theirs, *signed, *name)):
         subprocess.run([openssl, *arguments], check=True, capture_output=True)

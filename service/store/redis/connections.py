@@ -58,6 +58,11 @@ _ERROR_CODES: Final[Mapping[type[RedisError], str]] = {
 """Error codes that begin error replies. The client library removes them, and operators search
 for them."""
 
+_KEY_USAGE: Final = (
+    "; from Python 3.13 on, the certificate of an authority (ssl_ca_certs) needs the extension "
+    "keyUsage with keyCertSign"
+)
+
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """Idle seconds before the first probe, seconds between probes, and number of probes; each if the
 platform supports it."""
@@ -159,6 +164,8 @@ def is_error_reply(error: BaseException) -> bool:
 def describe_error(error: BaseException) -> str:
     """The message of an error with its error code, or the name of its type if it has none."""
     message = str(error) or type(error).__name__
+    if "key usage extension" in message:
+        message += _KEY_USAGE
     for kind, code in _ERROR_CODES.items():
         if isinstance(error, kind) and not message.startswith(code):
             return f"{code} {message}"

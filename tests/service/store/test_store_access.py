@@ -6,6 +6,7 @@ Redis alone: the embedded Valkey is built without TLS.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -19,7 +20,7 @@ from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
 from service.store.usage import Quota
-from tests.support.certificates import Certificates, certificates
+from tests.support.certificates import Certificates, certificates, make_certificates
 from tests.support.cluster import Cluster
 from tests.support.servers import (
     KINDS,
@@ -90,6 +91,34 @@ async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) 
         with pytest.raises(StoreUnavailable, match="certificate verify failed"):
             await store.start()
         await store.close()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="Python does not ask for it")
+async def test_an_authority_without_key_usage_is_explained(tmp_path: Path) -> None:
+    with behind_tls(make_certificates(tmp_path)) as (_, at):
+        store = open_store(StoreSettings(f"rediss://{at}", wait_s=0.5))
+        with pytest.raises(StoreUnavailable, match=r"ssl_ca_certs.*keyUsage with keyCertSign"):
+            await store.start()
+        await store.close()
+
+
+def test_unusable_files_of_tls_are_named(certificates: Certificates, tmp_path: Path) -> None:
+    authority, key = certificates.authority, certificates.key
+    no_pem = tmp_path / "no.pem"
+    no_pem.write_text("-")
+    missing = tmp_path / "missing.crt"
+    for options, message in {
+        f"ssl_ca_certs={missing}": f"{missing} does not exist: ssl_ca_certs",
+        f"ssl_ca_path={missing}": f"{missing} does not exist: ssl_ca_path",
+        f"ssl_ca_certs={authority}&ssl_certfile={missing}": "missing.crt .* ssl_certfile",
+        f"ssl_certfile={authority}&ssl_keyfile={missing}": "missing.crt .* ssl_keyfile",
+        f"ssl_ca_certs={no_pem}": f"{no_pem}: expected .* ssl_ca_certs",
+        f"ssl_certfile={authority}&ssl_keyfile={key}": "KEY_VALUES_MISMATCH",
+        f"ssl_certfile={authority}": "no ssl_keyfile",
+    }.items():
+        for scheme in ("rediss", "rediss+cluster"):
+            with pytest.raises(StoreRefused, match=message):
+                open_store(StoreSettings(f"{scheme}://cache.test?{options}"))
 
 
 @pytest.mark.parametrize("scheme", ["rediss", "rediss+cluster"])
