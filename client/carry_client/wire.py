@@ -25,6 +25,8 @@ _CONNECT_TIMEOUT_S: Final = 5.0
 UNAVAILABLE: Final = 503
 API_KEY: Final = "CARRY_API_KEY"
 API_KEY_FILE: Final = "CARRY_API_KEY_FILE"
+MAX_KEY_CHARACTERS: Final = 8192
+"""More than a key or a token has; a file may be endless."""
 _is_api_key = re.compile(r"[\x21-\x7e]+", re.ASCII).fullmatch
 MEDIA: Final = {"json": "application/json", "msgpack": "application/msgpack"}
 
@@ -86,7 +88,7 @@ def authorization(api_key: str | None = None) -> dict[str, str]:
         at = API_KEY_FILE
         try:
             with open(file, encoding="utf-8") as lines:
-                api_key = lines.readline().strip()
+                api_key = lines.readline(MAX_KEY_CHARACTERS).strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise ValueError(f"{at}: expected a file with an access key: {reason}") from None

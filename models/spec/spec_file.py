@@ -6,20 +6,25 @@
 All errors are reported together, in the order of the file. A check of the specification as a whole
 (by `ModelSpec`, or of training against its data) begins its message with its subject, by which the
 line is found: `layer 'x'`, `head 'x'`, `field 'x'`, `decoder: layer 'x'` or the dotted path of a
-member. Duplicate keys of a mapping are errors, because YAML readers silently keep the last one.
+member. Duplicate keys of a mapping are errors, because YAML readers silently keep the last one. The
+size of the file, its values with those that aliases repeat, and their depth are bounded.
 """
 
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
+from models.artifact.files import open_regular
 from models.errors import SpecError
 from models.spec.model import ModelSpec
 
@@ -30,10 +35,28 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "field": ("events", "fields"),
 }
 _MAX_VALUE_CHARACTERS = 60
+_MAX_BITS = 64
+
+MAX_BYTES = 256 * 1024
+"""Longest file: a hundred times the longest example. It is parsed at 100 KiB/s."""
+
+MAX_VALUES = 20_000
+"""Most values of a file; an alias has those of its anchor again."""
 
 
 class _Loader(yaml.SafeLoader):
     """Reads a time without quotes as its text: a specification has no other use for it."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; an error has its line, also for a number that is none."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise ValueError(f"more than {_MAX_BITS} bits")
+            return value
+        except (ValueError, KeyError) as error:
+            problem = f"{node.tag.rpartition(':')[2]}: {str(error)[:100]}"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
 
 
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
@@ -55,14 +78,17 @@ def read_spec(path: Path) -> ModelSpec:
             each error, `file:line: member: expected ..., got ...`.
     """
     try:
-        node, duplicates, data = _load(path.read_text(encoding="utf-8"))
+        node, duplicates, data = _load(_read(path))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f":{mark.line + 1}"
         message = ", ".join(part for part in (error.context, error.problem) if part)
         raise SpecError(f"{path}{line}: expected YAML, got {message}") from error
+    except RecursionError as error:
+        raise SpecError(f"{path}: expected YAML, got values that are nested too deeply") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: {' '.join(str(error).split())}") from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise SpecError(f"{path}: {reason or ' '.join(str(error).split())}") from error
     if duplicates:
         raise _spec_error(path, duplicates)
     try:
@@ -84,8 +110,8 @@ def add_line_number(path: Path, error: SpecError) -> SpecError:
     changed.
     """
     try:
-        node, _, data = _load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        node, _, data = _load(_read(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return SpecError(f"{path}: {error}")
     subject, message = _parse_subject(str(error), data)
     line, member = _find_line(node, (), subject)
@@ -102,6 +128,33 @@ def _spec_error(path: Path, problems: Sequence[_Problem]) -> SpecError:
     )
 
 
+def _read(path: Path) -> str:
+    """The text of a file; a FIFO or a device is rejected before a byte is read."""
+    with open_regular(path) as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"expected at most {MAX_BYTES} bytes, got more")
+    return content.decode("utf-8")
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Count the values of a node, those of aliases as often as they occur.
+
+    Args:
+        counts: of the nodes before it, by `id`.
+    """
+    if id(node) not in counts:
+        # of a value that contains itself: it has no end
+        counts[id(node)] = MAX_VALUES + 1
+        parts: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = chain.from_iterable(node.value)
+        counts[id(node)] = 1 + sum([_count_values(part, counts) for part in parts])
+    return counts[id(node)]
+
+
 def _load(text: str) -> tuple[yaml.Node | None, list[_Problem], Any]:
     """Parse a document into nodes with lines, errors of duplicate keys, and data."""
     loader = _Loader(text)
@@ -109,6 +162,9 @@ def _load(text: str) -> tuple[yaml.Node | None, list[_Problem], Any]:
         node = loader.get_single_node()
         if node is None:
             return None, [], None
+        if _count_values(node, {}) > MAX_VALUES:
+            problem = f"more than {MAX_VALUES} values, those of aliases included"
+            raise ConstructorError(None, None, problem, node.start_mark)
         # Before the data is constructed: a merge (`<<`) then adds the keys that it overrides.
         duplicates = list(_find_duplicate_keys(node))
         return node, duplicates, loader.construct_document(node)
@@ -129,6 +185,8 @@ def _locate(item: ErrorDetails, node: yaml.Node | None, data: Any) -> _Problem:
         case "too_short":
             least, got = context["min_length"], len(item["input"])
             message = f"expected {least} or more, got {got}"
+        case "too_long":
+            message = f"expected at most {context['max_length']}, got {context['actual_length']}"
         case "union_tag_invalid":
             steps = (*steps, "kind")
             message = f"expected one of {context['expected_tags']}, got {context['tag']!r}"

@@ -32,6 +32,12 @@ def test_malformed_key_is_rejected_and_not_shown(text: str) -> None:
     assert text[:8] not in str(caught.value)
 
 
+def test_endless_file_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CARRY_API_KEY_FILE", "/dev/zero")
+    with pytest.raises(ValueError, match="CARRY_API_KEY_FILE: expected an access key"):
+        authorization()
+
+
 def test_file_that_cannot_be_read_is_named_by_its_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

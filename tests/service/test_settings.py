@@ -205,6 +205,7 @@ def test_file_of_the_sentinels_password_completes_their_address(tmp_path: Path) 
         (None, "redis://cache.test", "expected a file with a password .*: No such file"),
         (b"", "redis://cache.test", "the file's first line, which is empty"),
         (b"\xff", "redis://cache.test", "it is not UTF-8"),
+        (b"a" * 5000, "redis://cache.test", "a password of at most 4096 characters, got more"),
         (b"a", None, "expected CARRY_REDIS_URL too"),
         (b"a", "redis://:s3cr3t@cache.test", "expected no password in the store's address"),
         (b"a", "redis://cache.test?password=s3cr3t", "expected no password in the store's address"),
@@ -219,6 +220,12 @@ def test_unusable_password_file_is_rejected(
     with pytest.raises(SettingsError, match=f"--redis-password-file: .*{message}") as caught:
         Settings.load({"redis_url": url, "redis_password_file": file})
     assert "s3cr3t" not in str(caught.value)
+
+
+def test_endless_password_file_is_rejected() -> None:
+    options = {"redis_url": "redis://cache.test", "redis_password_file": Path("/dev/zero")}
+    with pytest.raises(SettingsError, match="at most 4096 characters"):
+        Settings.load(options)
 
 
 SERVICE_LINKS = {

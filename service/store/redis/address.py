@@ -21,6 +21,9 @@ OPTIONS: Final = frozenset({"host", "port", "db", "username", "password", "path"
 SENTINEL_OPTIONS: Final = frozenset({"sentinel_username", "sentinel_password"})
 """Further options of the address of Sentinels: their own user."""
 
+MAX_PASSWORD: Final = 4096
+"""Longest password in a file, in characters."""
+
 _IS_HARMLESS = re.compile(r"host|port|db|(sentinel_)?username|path|ssl_(?!password).*").fullmatch
 _TCP_LOCATION = re.compile(r"[^/]*(/\d*)?").fullmatch
 _SENTINEL_LOCATION = re.compile(r"[^/]*/[\w.-]+(/\d*)?").fullmatch
@@ -105,10 +108,13 @@ def add_password_of(
         ValueError: the file has none, or there is no address without one.
     """
     try:
-        password = file.read_text("utf-8").partition("\n")[0].removesuffix("\r")
+        with file.open(encoding="utf-8") as lines:
+            password = lines.readline(MAX_PASSWORD + 1).removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(f"expected a file with a password in its first line: {reason}") from None
+    if len(password) > MAX_PASSWORD:
+        raise ValueError(f"expected a password of at most {MAX_PASSWORD} characters, got more")
     if not password:
         raise ValueError("expected a password in the file's first line, which is empty")
     if url is None:

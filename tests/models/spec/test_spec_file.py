@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,59 @@ def test_a_binary_file_is_rejected_by_name(tmp_path: Path, content: bytes) -> No
 def test_a_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"none\.yaml"):
         read_spec(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
+def test_what_is_no_regular_file_is_rejected_before_it_is_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "SPEC.yaml"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(SpecError, match=r"SPEC\.yaml: expected a regular file$"):
+        read_spec(path)
+    error = add_line_number(path, SpecError("features: expected 3"))
+    assert str(error) == f"{path}: features: expected 3"
+
+
+HOSTILE = {
+    "long": ("name: x\nlayers:\n" + "- {kind: lstm, units: 1}\n" * 20_000, "at most 262144 bytes"),
+    "many layers": (
+        "name: x\nfeatures: 3\nheads: [{kind: sequence, name: out}]\nlayers:\n"
+        + "- {kind: lstm, units: 1}\n" * 200,
+        ":4: layers: expected at most 128, got 200",
+    ),
+    "deep lists": ("name: " + "[" * 1000, ": expected YAML, got values that are nested too deeply"),
+    "deep objects": ("{a: " * 3000, ": expected YAML, got values that are nested too deeply"),
+    "many values": (
+        "name: [" + "1," * 20_000 + "]",
+        ":1: expected YAML, got more than 20000 values",
+    ),
+    "repeated aliases": (
+        "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+        ":1: expected YAML, got more than 20000 values, those of aliases included",
+    ),
+    "repeated merges": (
+        "a0: &a0 {b: 1}\n"
+        + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 40)),
+        ":1: expected YAML, got more than 20000 values, those of aliases included",
+    ),
+    "a list in itself": ("name: &a [*a]", ":1: expected YAML, got more than 20000 values"),
+    "many digits": ("name: x\nfeatures: " + "9" * 5000, ":2: expected YAML, got int: Exceeds"),
+    "many bits": ("name: x\nfeatures: 0x" + "f" * 5000, ":2: expected YAML, got int: more than 64"),
+    "no integer": ("name: !!int a", ":1: expected YAML, got int: invalid literal"),
+    "no truth": ("name: !!bool a", ":1: expected YAML, got bool: 'a'"),
+    "code": ("name: !!python/name:os.system", ":1: expected YAML, got could not determine a con"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_rejected_with_a_reason(tmp_path: Path, name: str) -> None:
+    content, reason = HOSTILE[name]
+    (line,) = refusal(tmp_path, content)
+    assert reason in line
 
 
 def test_a_valid_file_is_read(tmp_path: Path) -> None:
