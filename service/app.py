@@ -155,6 +155,7 @@ def create_app() -> FastAPI:
             await pipeline.stop()
             await sampler.stop()
             recorder.flush_requests()
+            recorder.rejections.flush()
             await keys.close()
             await store.outputs.close()
             await store.close()

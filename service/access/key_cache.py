@@ -38,6 +38,8 @@ MAX_AUTHORIZATION_BYTES: Final = len(SCHEME) + MAX_TOKEN_CHARACTERS
 """Longest header; it bounds the memory of those that were accepted, which are kept."""
 
 _EXPECTED: Final = "expected Authorization: Bearer carry_..., an access key of this service"
+_UNKNOWN: Final = f"{_EXPECTED}, got an unknown key"
+"""The same for an unknown id and a wrong secret, so that it does not tell which ids exist."""
 
 log = structlog.get_logger(__name__)
 
@@ -167,23 +169,26 @@ class AccessKeys:
         """
         self.check_fresh()
         if authorization is None:
-            raise Unauthenticated(f"{_EXPECTED}, got none")
+            raise Unauthenticated(f"{_EXPECTED}, got none").of_key("no_key", None)
         if authorization[: len(SCHEME)].lower() != SCHEME:
-            raise Unauthenticated(f"{_EXPECTED}, got another scheme")
+            raise Unauthenticated(f"{_EXPECTED}, got another scheme").of_key("malformed", None)
         if len(authorization) > MAX_AUTHORIZATION_BYTES:
             raise Unauthenticated(
                 f"{_EXPECTED}, of at most {MAX_AUTHORIZATION_BYTES} bytes, got {len(authorization)}"
-            )
+            ).of_key("malformed", None)
         bearer = authorization[len(SCHEME) :].strip(b" ").decode("latin-1")
         if is_token(bearer):
             return verify_token(bearer, self._keys, self._now_ms())
         text = parse_key(bearer)
-        key = None if text is None else self._keys.get(text.key_id)
-        if text is None or key is None or not key.matches(text.secret):
-            raise Unauthenticated(f"{_EXPECTED}, got an unknown key")
+        if text is None:
+            raise Unauthenticated(_UNKNOWN).of_key("malformed", None)
+        key = self._keys.get(text.key_id)
+        if key is None or not key.matches(text.secret):
+            reason = "unknown_key" if key is None else "wrong_secret"
+            raise Unauthenticated(_UNKNOWN).of_key(reason, text.key_id, is_proven=False)
         status = key.status(self._now_ms())
         if status != "active":
-            raise Unauthenticated(f"the key {text.key_id} is {status}")
+            raise Unauthenticated(f"the key {text.key_id} is {status}").of_key(status, text.key_id)
         return self._principal(text.key_id, key)
 
     def _principal(self, key_id: str, key: AccessKey) -> Principal:

@@ -156,7 +156,7 @@ class KeyLimiter:
             limit=limit,
             allowed=allowed,
             retry_after_s=round(min(retry_after_s, MAX_RETRY_AFTER_S), 3),
-        )
+        ).of_key(limit, self._key_id)
 
 
 class KeyLimiters:

@@ -106,12 +106,16 @@ class Principal:
             facts["stream"] = stream
             wanted += f", streams {stream[:300]!r}"
         allowed_verbs = sorted(self.verbs)
+        if self.verbs.isdisjoint(verbs):
+            reason = f"verb {verb}"
+        else:
+            reason = "stream" if model is None or self.covers_model(model) else "model"
         return Forbidden(
             f"the key {self.key_id} does not allow {wanted}; it allows {', '.join(allowed_verbs)} "
             f"on models {', '.join(self.models)}, streams whose names begin with {self.prefix!r}",
             **facts,
             allowed={"verbs": allowed_verbs, "models": [*self.models], "prefix": self.prefix},
-        )
+        ).of_key(reason, self.key_id)
 
 
 def _pattern(models: Iterable[str]) -> re.Pattern[str]:

@@ -72,27 +72,30 @@ def verify_token(text: str, keys: Mapping[str, AccessKey], now_ms: int) -> Princ
     Raises:
         Unauthenticated: it is not accepted.
     """
+    known_id = None
     try:
         if len(text) > MAX_TOKEN_CHARACTERS:
             raise _rejected(f"expected at most {MAX_TOKEN_CHARACTERS} characters, got {len(text)}")
         key_id = jwt.get_unverified_header(text).get("kid")
         key = keys.get(key_id) if isinstance(key_id, str) else None
+        known_id = None if key is None else key_id
         digest = b"" if key is None else bytes.fromhex(key.secret_sha256)
         if key is None or key_id is None or len(digest) != DIGEST_BYTES:
-            raise _rejected(_NOT_SIGNED)
+            raise _rejected(_NOT_SIGNED, "unknown_key")
         payload = _JWS.decode(text, digest, algorithms=[ALGORITHM])
         claims = _DECODER.decode(payload)
     except jwt.InvalidSignatureError as error:
-        raise _rejected(_NOT_SIGNED) from error
+        rejected = _rejected(_NOT_SIGNED)
+        raise rejected.of_key("wrong_secret", known_id, is_proven=False) from error
     except (jwt.PyJWTError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _rejected(str(error)) from error
+        raise _rejected(str(error)).of_key("malformed", known_id, is_proven=False) from error
     status = key.status(now_ms)
     if status != "active":
-        raise _rejected(f"its key {key_id} is {status}")
+        raise _rejected(f"its key {key_id} is {status}", status, key_id)
     if claims.exp * 1000 <= now_ms:
-        raise _rejected("it has expired")
+        raise _rejected("it has expired", "expired", key_id)
     if claims.nbf is not None and claims.nbf * 1000 > now_ms:
-        raise _rejected("it is not valid yet (nbf)")
+        raise _rejected("it is not valid yet (nbf)", "not_valid_yet", key_id)
     return _narrow(key.principal(key_id), claims)
 
 
@@ -113,9 +116,11 @@ def _narrow(holder: Principal, claims: TokenClaims) -> Principal:
     }
     for claim, exceeds in exceeding.items():
         if exceeds:
-            raise _rejected(f"`{claim}` claims more than its key {holder.key_id} allows")
+            detail = f"`{claim}` claims more than its key {holder.key_id} allows"
+            raise _rejected(detail, f"exceeds_{claim}", holder.key_id)
     if not verbs or not models:
-        raise _rejected("expected at least one of `verbs` and one of `models`")
+        detail = "expected at least one of `verbs` and one of `models`"
+        raise _rejected(detail, "malformed", holder.key_id)
     expires_ms = round(claims.exp * 1000)
     if holder.expires_ms is not None:
         expires_ms = min(expires_ms, holder.expires_ms)
@@ -137,5 +142,5 @@ _JWS: Final = jwt.PyJWS()
 _DECODER: Final = msgspec.json.Decoder(TokenClaims)
 
 
-def _rejected(reason: str) -> Unauthenticated:
-    return Unauthenticated(f"the token is not accepted: {reason}")
+def _rejected(detail: str, reason: str = "malformed", key_id: str | None = None) -> Unauthenticated:
+    return Unauthenticated(f"the token is not accepted: {detail}").of_key(reason, key_id)

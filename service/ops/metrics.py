@@ -40,6 +40,7 @@ from prometheus_client.values import MultiProcessValue, MutexValue
 from service.core.errors import CarryError, ServiceFailure
 from service.core.memo import Memo
 from service.core.values import Timing
+from service.ops.rejections import KeyRejections
 from service.ops.request_lines import GRPC, WEBSOCKET
 from service.pipeline.recorder import ModelStatistics
 
@@ -94,6 +95,7 @@ class PrometheusRecorder:
 
     Attributes:
         registry: holds the metrics of this process; others may add theirs.
+        rejections: counts those of access keys.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -121,6 +123,7 @@ class PrometheusRecorder:
             ("model", "code"),
             registry=registry,
         )
+        self.rejections = KeyRejections(registry)
         self._cache_hits = Counter(
             "carry_cache_hits", "States found in a worker's memory.", model, registry=registry
         )
@@ -278,9 +281,11 @@ class PrometheusRecorder:
         """Count a retry that is answered from the stored reply."""
         self._replays.labels(model).inc()
 
-    def record_error(self, model: str, code: str) -> None:
+    def record_error(self, model: str, error: CarryError) -> None:
         """Count a request, or an item of a request, that is answered with a problem."""
-        self._refused(model if model in self._served else UNKNOWN, code).inc()
+        self._refused(model if model in self._served else UNKNOWN, error.code).inc()
+        if error.reason is not None:
+            self.rejections.record(error)
 
     def record_conflict(self, model: str) -> None:
         """Count a version conflict; the chunk is re-evaluated."""

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from service.core.errors import CarryError
 from service.core.memo import Memo
 from service.core.tracing import RequestSpan
 
@@ -63,6 +64,8 @@ class RequestFacts:
         model: only if it is served, so that a client cannot write into the log.
         stream: the name as the client sent it; the access log names it by the setting.
         code: of the error that answers it.
+        key: id of its access key, or of the one that was rejected.
+        reason: why the key was rejected.
         received_bytes, sent_bytes: of the bodies.
         span: the request's, if it is sampled.
     """
@@ -73,6 +76,13 @@ class RequestFacts:
     received_bytes: int = 0
     sent_bytes: int = 0
     span: RequestSpan | None = None
+    key: str | None = None
+    reason: str | None = None
+
+    def note_error(self, error: CarryError) -> None:
+        """Note the error that answers the request."""
+        self.code, self.reason = error.code, error.reason
+        self.key = error.key_id or self.key
 
 
 class RequestLine(msgspec.Struct, omit_defaults=True, gc=False):
@@ -94,6 +104,8 @@ class RequestLine(msgspec.Struct, omit_defaults=True, gc=False):
     received_bytes: int
     sent_bytes: int
     code: str | None = None
+    key: str | None = None
+    reason: str | None = None
     model: str | None = None
     stream: str | None = None
     trace_id: str | None = None
@@ -104,11 +116,18 @@ request_facts: ContextVar[RequestFacts | None] = ContextVar("request_facts", def
 """Facts of the current request; None on a fast path, which passes its own."""
 
 
-def note_error(code: str) -> None:
-    """Note the error code that answers the current request."""
+def note_error(error: CarryError) -> None:
+    """Note the error that answers the current request."""
     facts = request_facts.get()
     if facts is not None:
-        facts.code = code
+        facts.note_error(error)
+
+
+def note_key(key_id: str | None) -> None:
+    """Note the access key of the current request; only the line of a failed one names it."""
+    facts = request_facts.get()
+    if facts is not None:
+        facts.key = key_id
 
 
 def note_stream(model: str, stream: str | None) -> None:
@@ -166,6 +185,8 @@ class AccessLog:
         model: str | None = None,
         stream: str | None = None,
         code: str | None = None,
+        key: str | None = None,
+        reason: str | None = None,
         received_bytes: int = 0,
         sent_bytes: int = 0,
         span: RequestSpan | None = None,
@@ -178,7 +199,7 @@ class AccessLog:
             route: the path with the names of its parameters; None if no route matched.
             status: of HTTP; 0 if the client disconnected before the response. Of gRPC its number.
             ms: the total time of the request.
-            model, stream, code, received_bytes, sent_bytes: see `RequestFacts`.
+            model, stream, code, key, reason, received_bytes, sent_bytes: see `RequestFacts`.
             span: the request's, which is ended.
             has_line: False to count and trace it only.
         """
@@ -225,6 +246,8 @@ class AccessLog:
             received_bytes,
             sent_bytes,
             code,
+            None if code is None else key,
+            reason,
             model,
             stream,
             None if span is None else span.trace_id,

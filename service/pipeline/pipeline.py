@@ -105,9 +105,12 @@ class Pipeline:
         streams: stream administration.
         cache: the states of recent streams.
         quotas: the quotas of access keys.
+        key_id: None, since no access key is checked.
 
     A `deadline_s` is the time until which a caller waits, on the monotonic clock.
     """
+
+    key_id: str | None = None
 
     def __init__(
         self,

@@ -131,7 +131,7 @@ class StreamQuota:
             used=used,
             stream=key.stream,
             retry_after_s=RETRY_AFTER_S,
-        )
+        ).of_key(limit, self._key_id)
 
 
 class StreamQuotas:

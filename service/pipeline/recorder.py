@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from service.core.errors import CarryError
 from service.core.values import Timing
 
 
@@ -39,7 +40,7 @@ class Recorder(Protocol):
     def record_replay(self, model: str) -> None:
         """Record a retry that was answered with the stored reply."""
 
-    def record_error(self, model: str, code: str) -> None:
+    def record_error(self, model: str, error: CarryError) -> None:
         """Record a request, or an item of one, that was answered with an error."""
 
     def record_conflict(self, model: str) -> None:

@@ -94,6 +94,10 @@ class PipelineInterface(Protocol):
     """What transports call; see `pipeline.Pipeline`. The methods may raise Forbidden."""
 
     @property
+    def key_id(self) -> str | None:
+        """Id of the caller's access key; None if no key is checked."""
+
+    @property
     def models(self) -> Mapping[str, ServedModel]:
         """The served models that the caller may use, by name."""
 
@@ -159,6 +163,7 @@ class ScopedPipeline:
 
     Attributes:
         principal: the key's holder.
+        key_id: of the key.
         models: the served models that the key may use, when this was created.
         streams: stream administration.
     """
@@ -171,6 +176,7 @@ class ScopedPipeline:
         quota: StreamQuota | None = None,
     ):
         self.principal: Final = principal
+        self.key_id: str | None = principal.key_id
         self._limiter = limiter
         self._owner = None if quota is None else principal.key_id
         self._pipeline = pipeline

@@ -16,6 +16,7 @@ from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
 from models.spec.state import State
 from service.core.delivery import chunk_digest, new_nonce
+from service.core.errors import CarryError
 from service.core.values import Chunk, Feed, SequenceInput, Steps, StreamKey, Timing
 from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
@@ -46,9 +47,14 @@ SPEC = parse_spec(
 
 @dataclass
 class Counts:
-    """A recorder that counts."""
+    """A recorder that counts.
+
+    Attributes:
+        rejected: id and reason of each access key that was rejected.
+    """
 
     seen: Counter[str] = field(default_factory=Counter)
+    rejected: list[tuple[str | None, str | None]] = field(default_factory=list)
     largest_batch: int = 0
 
     def record_chunks(
@@ -60,8 +66,10 @@ class Counts:
     def record_replay(self, model: str) -> None:
         self.seen["replays"] += 1
 
-    def record_error(self, model: str, code: str) -> None:
-        self.seen[code] += 1
+    def record_error(self, model: str, error: CarryError) -> None:
+        self.seen[error.code] += 1
+        if error.reason is not None:
+            self.rejected.append((error.key_id, error.reason))
 
     def record_conflict(self, model: str) -> None:
         self.seen["conflicts"] += 1

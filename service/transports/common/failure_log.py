@@ -18,13 +18,14 @@ def log_client_disconnect(method: str) -> None:
 def log_failure(error: CarryError) -> None:
     """Note an error for its request's line, and log one of the service; load shedding is logged
     elsewhere, aggregated."""
-    note_error(error.code)
+    note_error(error)
     if isinstance(error, ServiceFailure) and not isinstance(error, Overloaded):
         log.warning("request_failed", code=error.code, detail=error.detail)
 
 
 def log_unexpected_failure(error: Exception) -> InternalError:
     """Log an unexpected exception with its traceback, and return the error that answers it."""
-    note_error(InternalError.code)
     log.error("request_failed", error=type(error).__name__, exc_info=error)
-    return InternalError("the request failed unexpectedly; the service's log has the reason")
+    internal = InternalError("the request failed unexpectedly; the service's log has the reason")
+    note_error(internal)
+    return internal

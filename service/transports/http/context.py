@@ -11,6 +11,7 @@ from starlette.requests import Request
 from service.core.errors import DuplicateField
 from service.core.tracing import Tracer
 from service.core.values import Check
+from service.ops.request_lines import note_key
 from service.pipeline.access_control import AccessControl
 from service.pipeline.recorder import Recorder
 from service.pipeline.scoped_pipeline import PipelineInterface
@@ -106,7 +107,9 @@ def pipeline_of(request: Request) -> PipelineInterface:
         raise DuplicateField(
             f"Authorization: expected it once, got it {len(values)} times", at="Authorization"
         )
-    return access.pipeline(values[0] if values else None)
+    pipeline = access.pipeline(values[0] if values else None)
+    note_key(pipeline.key_id)
+    return pipeline
 
 
 def _check_origin(request: Request) -> None:

@@ -99,9 +99,9 @@ def _error_response(
     request: Request, error: CarryError, headers: Iterable[Header] = ()
 ) -> Response:
     # before routing there is no path parameter; the recorder bounds the names of models
-    note_error(error.code)
+    note_error(error)
     model = request.scope.get("path_params", {}).get("model", "-")
-    api_of(request).recorder.record_error(model, error.code)
+    api_of(request).recorder.record_error(model, error)
     return problem_response(error, request, headers)
 
 

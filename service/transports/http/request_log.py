@@ -100,6 +100,8 @@ class RequestLogMiddleware:
                 model=facts.model,
                 stream=facts.stream,
                 code=facts.code,
+                key=facts.key,
+                reason=facts.reason,
                 received_bytes=facts.received_bytes,
                 sent_bytes=facts.sent_bytes,
                 span=facts.span,

@@ -94,7 +94,7 @@ class _V2Route(APIRoute):
             # it refers to this frame, which refers to it: the body would not be freed
             failure.__traceback__ = None
             model = request.path_params.get("model", "-")
-            api_of(request).recorder.record_error(model, failure.code)
+            api_of(request).recorder.record_error(model, failure)
             return error_answer(failure)
 
         return handle

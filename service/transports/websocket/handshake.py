@@ -151,6 +151,7 @@ class LiveUpgrader:
                 # first, since it takes the same time for every head
                 access = self.api.access
                 pipeline = access.open_pipeline or access.pipeline(_authorization(headers))
+                facts.key = pipeline.key_id
                 response = self._accept(url, headers)
                 target = self._target(pipeline, url)
                 facts.model, facts.stream = target.model, target.stream
@@ -177,8 +178,8 @@ class LiveUpgrader:
                 )
                 status = status_of(error)
                 log_failure(error)
-                facts.code = error.code
-                self.api.recorder.record_error(facts.model or "-", error.code)
+                facts.note_error(error)
+                self.api.recorder.record_error(facts.model or "-", error)
                 lines = CLOSE + _upgrade_lines(error)
                 socket.reject(error_response(error, Media.JSON, request_id, lines))
         ms = round((time.monotonic() - began_s) * 1000, 2)
@@ -191,6 +192,8 @@ class LiveUpgrader:
             model=facts.model,
             stream=facts.stream,
             code=facts.code,
+            key=facts.key,
+            reason=facts.reason,
         )
 
     def _accept(self, url: bytes, headers: Headers) -> Response:

@@ -245,7 +245,7 @@ class Session:
         left_s = entry.deadline_s - time.monotonic()
         rejection = self._pipeline.check_admission(self.model, key, left_s)
         if rejection is not None:
-            raise type(rejection)(rejection.detail, **rejection.facts)
+            raise rejection.copy()
 
     async def _read_long(
         self, codec: ModelCodec, entry: Entry | None, frame: Frame, deadline_s: float
@@ -325,7 +325,7 @@ class Session:
             if entry.chunk is None or not entry.chunk.dry_run:
                 self._order.record_result(entry, failed=True)
             frame = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
-            self._record(entry, status_of(result), result.code, len(frame))
+            self._record(entry, status_of(result), len(frame), result)
             self._order.answer(entry, frame)
             return
         if not result.dry_run:
@@ -350,11 +350,11 @@ class Session:
     def _answer(self, entry: Entry, reply: bytes) -> None:
         """Send an encoded reply when it is its turn."""
         frame = reply_frame(entry.media, entry.frame_id, reply)
-        self._record(entry, 200, None, len(frame))
+        self._record(entry, 200, len(frame))
         self._order.answer(entry, frame)
 
     def _record(
-        self, entry: Entry, status: int, code: str | None = None, sent_bytes: int = 0
+        self, entry: Entry, status: int, sent_bytes: int = 0, error: CarryError | None = None
     ) -> None:
         """Count an outcome, once, and end its span; only an error has a line in the log."""
         if entry.is_recorded:
@@ -369,11 +369,13 @@ class Session:
             round((time.monotonic() - received_s) * 100_000) / 100,
             model=self.model,
             stream=entry.stream,
-            code=code,
+            code=None if error is None else error.code,
+            key=self._pipeline.key_id,
+            reason=None if error is None else error.reason,
             received_bytes=entry.received_bytes,
             sent_bytes=sent_bytes,
             span=entry.span,
-            has_line=code is not None,
+            has_line=error is not None,
         )
 
     def _release(self, entry: Entry) -> None:
@@ -383,7 +385,7 @@ class Session:
         self, media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None
     ) -> bytes:
         self.errors += 1
-        self._api.recorder.record_error(self.model, error.code)
+        self._api.recorder.record_error(self.model, error)
         with bound_contextvars(request_id=self._request_id):
             log_failure(error)
             return error_frame(media, frame_id, error, stream)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+from service.core.errors import ModelNotFound, Overloaded, PositionAhead
 from service.core.values import Timing
 from service.ops import metrics
 from service.ops.metrics import MULTIPROCESS_DIR, SECONDS, PrometheusRecorder, observe_all
@@ -87,7 +88,7 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports.record_conflict("post")
     reports.record_cache_lookups("flights", hits=5, misses=2)
     reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
-    reports.record_error("flights", "position_ahead")
+    reports.record_error("flights", PositionAhead(""))
     for change in (1, 1, -1):
         reports.record_websockets("flights", change)
         reports.record_watchers("post", change)
@@ -155,7 +156,7 @@ def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> No
 def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow", 64)
     for name in ("nope", "nope2", "nope3"):
-        recorder.record_error(name, "model_not_found")
+        recorder.record_error(name, ModelNotFound(""))
     found = read(recorder.render())
     refusals = {k: value for k, value in found.items() if k[0] == "carry_refusals_total" and value}
     assert refusals == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
@@ -169,6 +170,7 @@ def test_build_info_has_version_and_python(recorder: PrometheusRecorder) -> None
 
 WORKER = """
 import os
+from service.core.errors import Conflict, ModelNotFound, Overloaded, PositionAhead
 from service.core.values import Timing
 from service.ops.metrics import PrometheusRecorder
 
@@ -230,8 +232,8 @@ def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> N
     reports.record_chunks("flights", 12, [0.002, 0.002], times)
     reports.record_chunks("flights", 7, [0.0], Timing())
     reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
-    reports.record_error("flights", "position_ahead")
-    reports.record_error("flights", "overloaded")
+    reports.record_error("flights", PositionAhead(""))
+    reports.record_error("flights", Overloaded(""))
     totals = recorder.statistics()["flights"]
     assert totals[:3] == (3, 1, 2)
     assert totals[3:] == pytest.approx((0.004, 0.06, 0.8, 10.0))

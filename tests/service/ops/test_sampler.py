@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from models.spec.state import State
-from service.core.errors import StoreRefused
+from service.core.errors import Conflict, StoreRefused
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
 from service.ops.metrics import MULTIPROCESS_DIR, PrometheusRecorder
 from service.ops.sampler import Sampler, TransportLoad
@@ -128,7 +128,7 @@ async def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow", 64)
     recorder.record_request("GET", "/metrics", 200, 1.0)
     recorder.flush_requests()
-    recorder.record_error("flights", "conflict")
+    recorder.record_error("flights", Conflict(""))
     sampler = sampler_of(recorder, ObservedStore(), StateCache(0))
     sampler.sample()
     sampler.record_streams({})

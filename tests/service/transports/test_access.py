@@ -4,6 +4,7 @@ application, so that one without a check fails here."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -20,8 +21,9 @@ from service.access.limits import KeyLimits
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.console.page import add_console
-from service.core.errors import CarryError, LimitExceeded
+from service.core.errors import CarryError, LimitExceeded, Overloaded
 from service.core.values import Reply, StreamKey, StreamState
+from service.ops.request_lines import RequestLine, access_log
 from service.pipeline.watching import Watches
 from service.store.codec import HEADER_BYTES, encode_state
 from service.transports.http import application
@@ -125,6 +127,33 @@ once = pytest.mark.parametrize("api", [True], ids=["fast path"], indirect=True)
 """For requests that never take the fast path."""
 
 
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[RequestLine]:
+    """The lines of requests."""
+    taken: list[Any] = []
+    monkeypatch.setattr(access_log, "level", logging.WARNING)
+    monkeypatch.setattr(access_log, "render", lambda line: line)
+    monkeypatch.setattr(access_log, "write", taken.append)
+    return taken
+
+
+async def written(lines: list[RequestLine], count: int) -> list[tuple[str | None, str | None]]:
+    """Key and reason of so many lines, which may be written after their responses."""
+
+    async def are_written() -> bool:
+        return len(lines) >= count
+
+    await until_async(are_written, f"{count} lines")
+    found = [(line.key, line.reason) for line in lines]
+    lines.clear()
+    return found
+
+
+def id_of(authorization: str) -> str:
+    """The id of a key."""
+    return authorization.split("_")[1]
+
+
 def routes(app: FastAPI) -> list[tuple[str, str]]:
     """Method and path of every route that is not for everybody; HEAD is GET without a body."""
     found = []
@@ -158,7 +187,7 @@ def test_access_tests_cover_every_part_of_the_application() -> None:
     assert set(re.findall(r"^    +(add_\w+)\(", code, re.MULTILINE)) == parts
 
 
-async def test_every_route_needs_a_valid_key(api: Harness) -> None:
+async def test_every_route_needs_a_valid_key(api: Harness, lines: list[RequestLine]) -> None:
     api.clock[0] = 5000
     good = await api.key()
     expired = await api.key(expires_ms=5000)
@@ -166,13 +195,50 @@ async def test_every_route_needs_a_valid_key(api: Harness) -> None:
     await revoke(api.store, revoked)
     await api.refresh_keys()
     wrong = good[:-8] + "00000000"
-    keys = (None, "Basic Y2Fycnk6eA==", "Bearer carry", wrong, expired, revoked)
+    unknown = f"Bearer carry_{'0' * 12}_{'0' * 64}"
+    keys = (None, "Basic Y2Fycnk6eA==", "Bearer carry", unknown, wrong, expired, revoked)
+    named = [
+        *[(None, "no_key"), (None, "malformed"), (None, "malformed")],
+        *[("0" * 12, "unknown_key"), (id_of(good), "wrong_secret")],
+        *[(id_of(expired), "expired"), (id_of(revoked), "revoked")],
+    ]
     found = routes(api.app)
     assert set(found) == set(NEEDED)
     for method, path in found:
         statuses = [await status(api, method, path, key) for key in keys]
         assert statuses == [401] * len(keys), (method, path)
+        assert await written(lines, len(keys)) == named, (method, path)
+        assert api.counts.rejected[-len(keys) :] == named, (method, path)
         assert await status(api, method, path, good) not in (401, 403), (method, path)
+        lines.clear()
+
+
+async def shed(*_: Any) -> None:
+    """Shed a chunk on the slow path."""
+    raise Overloaded("full")
+
+
+async def test_lines_of_rejected_chunks_name_key_and_reason(
+    api: Harness, lines: list[RequestLine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for door in (send_chunk, send_tensor):
+        limited = await api.key(limits=KeyLimits(requests_per_s=0.001))
+        narrow = await api.key(prefix="acme:", models=("probe",), verbs=(Verb.PREDICT,))
+        quota, stream = await api.key(limits=KeyLimits(streams=1)), door.__name__
+        assert [await door(api, limited, stream) for _ in range(3)] == [200, 429, 429]
+        assert await written(lines, 2) == [(id_of(limited), "requests_per_s")] * 2
+        assert [await door(api, narrow, name) for name in (f"acme:{stream}", "b")] == [200, 403]
+        assert await written(lines, 1) == [(id_of(narrow), "stream")]
+        assert [await door(api, quota, name) for name in (f"q:{stream}", "q")] == [200, 429]
+        assert await written(lines, 1) == [(id_of(quota), "streams")]
+        with monkeypatch.context() as patch:
+            patch.setattr(api.pipeline, "check_admission", lambda *_: Overloaded("full"))
+            patch.setattr(api.pipeline, "process", shed)
+            assert await door(api, quota, f"q:{stream}") == 429
+        assert await written(lines, 1) == [(id_of(quota), None)]
+    listing = await api.client.get("/v1/models/probe/streams", headers={"authorization": narrow})
+    assert listing.status_code == 403
+    assert await written(lines, 1) == [(id_of(narrow), "verb list")]
 
 
 @once

@@ -231,10 +231,10 @@ class FastRoute(ABC):
         """
         if request.chunk is None:
             error = request.rejection or Overloaded("the request was rejected")
-            self._api.recorder.record_error(request.codec.served.name, error.code)
+            self._api.recorder.record_error(request.codec.served.name, error)
             media, request_id = request.reply_media, request.request_id
             response = self._overload_responses.response(error, media, request_id)
-            self._log(request, STATUS[Overloaded], response, error.code)
+            self._log(request, STATUS[Overloaded], response, error)
             return response
         request.job = request.pipeline.enqueue(request.chunk, request.deadline_s, on_result)
         return None
@@ -254,22 +254,25 @@ class FastRoute(ABC):
             self._log(request, 200, response)
             return response
         request_id = request.request_id
-        self._api.recorder.record_error(request.codec.served.name, result.code)
+        self._api.recorder.record_error(request.codec.served.name, result)
         with bound_contextvars(request_id=request_id.decode()):
             log_failure(result)
         response = self._serialize(result, request.reply_media, request_id, header_lines)
-        self._log(request, status_of(result), response, result.code)
+        self._log(request, status_of(result), response, result)
         return response
 
     def _log(
-        self, request: FastRequest, status: int, response: bytes, code: str | None = None
+        self, request: FastRequest, status: int, response: bytes, error: CarryError | None = None
     ) -> None:
         """Log that a request was answered, and end its span.
 
         Args:
             response: the whole one.
-            code: of the error that answers it.
+            error: the one that answers it.
         """
+        code = key = reason = None
+        if error is not None:
+            code, reason, key = error.code, error.reason, request.pipeline.key_id
         # `round` with a number of digits takes four times as long
         ms = round((time.monotonic() - request.received_s) * 100_000) / 100
         log_request(
@@ -281,6 +284,8 @@ class FastRoute(ABC):
             model=request.codec.served.name,
             stream=request.stream,
             code=code,
+            key=key,
+            reason=reason,
             received_bytes=request.body_bytes,
             sent_bytes=len(response) - response.find(END_OF_HEAD) - len(END_OF_HEAD),
             span=request.span,

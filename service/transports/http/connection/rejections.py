@@ -97,7 +97,7 @@ class ConnectionErrors:
 
     def response(self, error: CarryError) -> bytes:
         """The whole response, after which the connection has to be closed."""
-        self._recorder.record_error("-", error.code)
+        self._recorder.record_error("-", error)
         request_id = self.ids.next()
         if not isinstance(error, TooManyConnections):
             log_request(request_id.decode(), "-", None, status_of(error), 0.0, code=error.code)

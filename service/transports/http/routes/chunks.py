@@ -169,7 +169,7 @@ def _check_capacity(
     left_s = body.deadline_s - time.monotonic()
     rejection = pipeline.check_admission(codec.served.name, key, left_s)
     if rejection is not None:
-        raise type(rejection)(rejection.detail, **rejection.facts)
+        raise rejection.copy()
 
 
 def _options(
@@ -191,7 +191,7 @@ def _outcomes(
     outcomes: list[AppliedItem | FailedItem] = []
     for result in results:
         if isinstance(result, CarryError):
-            api.recorder.record_error(codec.served.name, result.code)
+            api.recorder.record_error(codec.served.name, result)
             error = problem(result)
             outcomes.append({"status": error["status"], "error": error})
         else:

@@ -23,7 +23,7 @@ from service.access.principal import Verb
 from service.core.errors import BodyTooLarge, CarryError, DuplicateField
 from service.core.tracing import PROPAGATED
 from service.ops.logs import RequestIds, current_request_id
-from service.ops.request_lines import GRPC, RequestFacts, log_request, request_facts
+from service.ops.request_lines import GRPC, RequestFacts, log_request, note_key, request_facts
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
@@ -178,7 +178,11 @@ class InferenceServicer:
 
     def _pipeline(self, context: Context) -> PipelineInterface:
         access = self._api.access
-        return access.open_pipeline or access.pipeline(_authorization(context))
+        if access.open_pipeline is not None:
+            return access.open_pipeline
+        pipeline = access.pipeline(_authorization(context))
+        note_key(pipeline.key_id)
+        return pipeline
 
     def has_key(self, context: Context) -> bool:
         """Whether the caller has an access key, or needs none."""
@@ -198,10 +202,18 @@ class InferenceServicer:
     async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
         # the call has a context of its own, which the tasks of its requests inherit
         bind_contextvars(request_id=self._request_id(context))
+        began_s = time.monotonic()
         try:
             authorization = _authorization(context)
             pipeline = self._api.access.pipeline(authorization)
             self._calls.admit(context)
+        except CarryError as error:
+            facts = RequestFacts()
+            facts.note_error(error)
+            self._api.recorder.record_error("-", error)
+            _log("ModelStreamInfer", status_code(error), began_s, facts)
+            await abort(context, error)
+        try:
             stream = InferStream(
                 partial(self._infer_in_stream, authorization),
                 partial(self._answer_in_stream, self._propagated(context)),
@@ -222,7 +234,9 @@ class InferenceServicer:
         self, authorization: bytes | None, message: InferMessage
     ) -> pb.ModelInferResponse:
         # the key may have been revoked since the call began
-        return await self._infer(self._api.access.pipeline(authorization), message, None)
+        pipeline = self._api.access.pipeline(authorization)
+        note_key(pipeline.key_id)
+        return await self._infer(pipeline, message, None)
 
     async def _answer_in_stream(
         self, propagated: Mapping[str, str], model: str, work: Callable[[], Awaitable[M]]
@@ -265,7 +279,7 @@ class InferenceServicer:
         if isinstance(result, CarryError):
             # it refers to this frame, which refers to it: the request would not be freed
             result.__traceback__ = None
-            self._api.recorder.record_error(model.name or "-", result.code)
+            self._api.recorder.record_error(model.name or "-", result)
             _log(method, status_code(result), began_s, facts)
         else:
             facts.sent_bytes = result.ByteSize()
@@ -424,6 +438,8 @@ def _log(method: str, status: grpc.StatusCode, began_s: float, facts: RequestFac
         model=facts.model,
         stream=facts.stream,
         code=facts.code,
+        key=facts.key,
+        reason=facts.reason,
         received_bytes=facts.received_bytes,
         sent_bytes=facts.sent_bytes,
         span=facts.span,

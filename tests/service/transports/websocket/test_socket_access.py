@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from websockets.server import ServerProtocol
 from models.artifact.artifact import Artifact
 from service.access.limits import KeyLimits
 from service.access.principal import Verb
+from service.ops.request_lines import RequestLine, access_log
 from service.transports.websocket.live_socket import UNAUTHENTICATED
 from tests.service.transports.http.harness import Harness, rows
 from tests.service.transports.http.raw_http import becomes, converse, port_of
@@ -126,6 +128,31 @@ async def test_each_chunk_of_a_socket_for_many_streams_is_limited_to_the_prefix(
         await reply(client)
     assert api.position("b:1") is None
     assert api.position("acme:1") == 2
+
+
+async def test_lines_of_rejected_handshakes_and_frames_name_key_and_reason(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[RequestLine] = []
+    monkeypatch.setattr(access_log, "level", logging.WARNING)
+    monkeypatch.setattr(access_log, "render", lambda line: line)
+    monkeypatch.setattr(access_log, "write", lines.append)
+    key = await api.key(prefix="acme:", limits=KeyLimits(requests_per_s=0.001))
+    key_id = key.split("_")[1]
+    async with live(api) as sockets:
+        assert await rejected(sockets, MANY, **with_key(f"{key[:-64]}{'0' * 64}")) == 401
+        assert await rejected(sockets, "probe/streams/b/live", **with_key(key)) == 403
+        async with sockets.open(MANY, **with_key(key)) as (client, _):
+            await client.send(text(rows(1), 0, stream="b"))
+            await error(client, "forbidden")
+            await client.send(text(rows(1), 0, stream="acme:1"))
+            await client.send(text(rows(1), 1, stream="acme:1"))
+            await reply(client)
+            await error(client, "limit_exceeded")
+        await sockets.ended()
+    reasons = ["wrong_secret", "stream", "stream", "requests_per_s"]
+    assert [(line.key, line.reason) for line in lines] == [(key_id, each) for each in reasons]
+    assert api.counts.rejected == [(key_id, each) for each in reasons]
 
 
 async def test_socket_is_closed_when_its_key_is_revoked(api: Harness) -> None:
