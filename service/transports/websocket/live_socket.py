@@ -23,6 +23,7 @@ from websockets.server import ServerProtocol
 from service.core.errors import CarryError, Unauthenticated
 from service.ops.request_lines import access_log
 from service.transports.http.connection.connections import Connections, Phase
+from service.transports.http.connection.http_protocol import PROBE_S
 from service.transports.http.connection.reading_turns import LONG_BODY_BYTES
 from service.transports.http.media import Media
 from service.transports.websocket.fragments import Fragmenter
@@ -73,6 +74,7 @@ class LiveSocket(asyncio.Protocol):
         "_connections",
         "_decoder",
         "_fragmenter",
+        "_half_closed",
         "_has_pinged",
         "_is_draining",
         "_is_lingering",
@@ -138,6 +140,7 @@ class LiveSocket(asyncio.Protocol):
         self._is_write_paused = False
         self._is_draining = False
         self._is_lingering = False
+        self._half_closed = False
         self._has_pinged = False
         self._received_bytes = self._sent_bytes = 0
         self._opened_s = self._last_chunk_s = self._loop.time()
@@ -181,6 +184,9 @@ class LiveSocket(asyncio.Protocol):
             self._drain()
         if self._messages or self._buffered or self._is_read_paused:
             self._read()
+        if self._half_closed and not self._is_answering:
+            self._close(CloseCode.NORMAL_CLOSURE, "")
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Process received bytes, after those that were buffered."""
@@ -199,6 +205,12 @@ class LiveSocket(asyncio.Protocol):
     def _take_turn(self) -> None:
         self._waits_for_turn = False
         self._set_reading()
+
+    @property
+    def _is_answering(self) -> bool:
+        """Whether a chunk has not been answered."""
+        session = self._session
+        return session is not None and (session.unanswered > 0 or session.is_reading)
 
     @property
     def _is_blocked(self) -> bool:
@@ -421,13 +433,24 @@ class LiveSocket(asyncio.Protocol):
         self._close(UNAUTHENTICATED if is_revoked else CloseCode.TRY_AGAIN_LATER, error.detail)
 
     def _drain(self) -> None:
-        session = self._session
-        if session is not None and not session.unanswered and not session.is_reading:
+        if self._session is not None and not self._is_answering:
             self._close(CloseCode.SERVICE_RESTART, ELSEWHERE)
 
     def eof_received(self) -> bool | None:
-        """The client closed its sending side without a close frame, or after it."""
-        return None
+        """The client closed its sending side: it disconnected, or waits for its outcomes."""
+        if self._websocket.state is not State.OPEN or not self._is_answering:
+            return None
+        self._half_closed = True
+        self._loop.call_later(PROBE_S, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        """Write a ping, as `HttpProtocol` an interim response: a client that disconnected resets
+        the connection upon the first one, so that the next write fails."""
+        if not self._transport.is_closing():
+            self._websocket.send_ping(b"carry")
+            self._write()
+            self._loop.call_later(PROBE_S, self._probe)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client disconnected, or the connection was closed."""

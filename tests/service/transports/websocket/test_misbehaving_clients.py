@@ -12,7 +12,7 @@ import orjson
 import pytest
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
-from websockets.frames import Frame, Opcode
+from websockets.frames import Close, CloseCode, Frame, Opcode
 
 from service.core.errors import InvalidInput
 from service.transports.http.bodies.duplicates import find_duplicate
@@ -31,6 +31,7 @@ from tests.service.transports.websocket.sockets import (
     reply,
     text,
 )
+from tests.service.transports.websocket.test_handshakes import SECURITY, UPGRADE, handshake
 
 
 async def closed(client: ClientConnection, code: int) -> str:
@@ -400,6 +401,59 @@ async def test_a_drain_answers_what_was_started_and_sends_clients_elsewhere(
             await closed(client, 1012)
         await sockets.ended()
     assert api.position() == 2
+
+
+async def test_a_client_that_half_closes_gets_its_outcomes(
+    api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And pings before them, which detect a client that disconnected."""
+    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    sent = [Frame(Opcode.TEXT, text(rows(1), at, id=f"n{at}").encode()) for at in range(3)]
+    async with live(api) as sockets:
+        reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
+        writer.write(handshake(*UPGRADE, *SECURITY))
+        assert b" 101 " in await reader.readline()
+        for frame in sent:
+            writer.write(frame.serialize(mask=True))
+        writer.write_eof()
+        await becomes(lambda: bool(sockets.served()[0]._half_closed), "the end of its side")
+        ping = Frame(Opcode.PING, b"carry").serialize(mask=False)
+        async with asyncio.timeout(10):
+            await reader.readuntil(ping)
+            held_back()
+            received = await reader.read()
+        outcomes = [received.index(b'"id":"n%d"' % at) for at in range(3)]
+        assert outcomes == sorted(outcomes)
+        assert received.endswith(Close(CloseCode.NORMAL_CLOSURE, "").serialize())
+        assert api.position() == 3
+        writer.close()
+        await writer.wait_closed()
+        await sockets.ended()
+
+
+async def test_a_client_that_half_closes_without_a_chunk_has_disconnected(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write_eof()
+        await sockets.ended()
+
+
+async def test_chunks_of_a_client_that_closed_its_connection_are_dropped(
+    api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of its sending side looks as that of a client that waits for outcomes."""
+    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    async with live(api) as sockets:
+        async with sockets.open() as (client, _):
+            for at in range(5):
+                await client.send(text(rows(1), at))
+            await becomes(lambda: sockets.served()[0]._session.unanswered == 5, "its chunks")
+            client.transport.close()
+            await sockets.ended()
+        held_back()
+        async with sockets.open("probe/streams/other/live") as (client, _):
+            await client.send(text(rows(1), 0))
+            await reply(client)
+    assert (api.position() or 0) < 5
 
 
 async def test_a_disconnected_client_takes_no_queue(
