@@ -72,10 +72,7 @@ def create_app() -> FastAPI:
     access_log.observe = recorder.record_request
     access_log.success_ratio = settings.log_success_ratio
     tracer = open_tracer() if settings.tracing else None
-    artifacts = with_alarm_rates(load_models(settings.models_dir), settings.alarm_rates())
-    runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
-    decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
-    served = [ServedModel(*each) for each in zip(artifacts, runtimes, decoders, strict=True)]
+    served = open_models(settings)
     store = open_store(store_settings(settings))
     pipeline = Pipeline(
         served,
@@ -261,6 +258,18 @@ def _tune_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
+
+
+def open_models(settings: Settings) -> list[ServedModel]:
+    """Load the artifacts of the settings and open their runtimes, not yet warmed up.
+
+    Raises:
+        ArtifactError, RuntimeUnavailableError: as for `create_app`.
+    """
+    artifacts = with_alarm_rates(load_models(settings.models_dir), settings.alarm_rates())
+    runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
+    decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
+    return [ServedModel(*each) for each in zip(artifacts, runtimes, decoders, strict=True)]
 
 
 def load_models(directory: Path) -> list[Artifact]:

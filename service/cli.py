@@ -52,6 +52,16 @@ WithTrees = Annotated[
 TreesTime = Annotated[
     float, typer.Option("--trees-s", min=0, help="Time that boosted trees may take, in seconds.")
 ]
+Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
+RedisUrl = Annotated[
+    str | None, typer.Option(help="Address of the state store; default: an embedded Valkey.")
+]
+Models = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="An artifact, or a directory of artifacts.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Data directory of the embedded Valkey.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
@@ -70,21 +80,15 @@ def _one_line_errors() -> Iterator[None]:
 
 @app.command("serve")
 def serve_command(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    host: Host = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     grpc_port: Annotated[
         int | None, typer.Option(help="Port of the V2 protocol over gRPC; default: none.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of worker processes.")] = None,
-    redis_url: Annotated[
-        str | None, typer.Option(help="Address of the state store; default: an embedded Valkey.")
-    ] = None,
-    models: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="An artifact, or a directory of artifacts.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Data directory of the embedded Valkey.")
-    ] = None,
+    redis_url: RedisUrl = None,
+    models: Models = None,
+    data_dir: DataDir = None,
 ) -> None:
     """Serve models over HTTP. Every setting is also a CARRY_ variable; flags take precedence."""
     from service.core.errors import CarryError
@@ -116,6 +120,42 @@ def serve_command(
     ) as error:
         typer.echo(f"carry: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command("check")
+def check_command(
+    host: Host = None,
+    redis_url: RedisUrl = None,
+    models: Models = None,
+    data_dir: DataDir = None,
+    grace_s: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds after SIGTERM until the supervisor kills the service."),
+    ] = None,
+    proxy_idle_s: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds for which a proxy keeps idle connections to it."),
+    ] = None,
+) -> None:
+    """Check settings, models and store as a start does, without serving; writes nothing."""
+    from service.check import Result, run_checks
+    from service.ops.logs import configure_logs
+    from service.settings import Settings, SettingsError
+
+    flags = {"host": host, "redis_url": redis_url, "models_dir": models, "data_dir": data_dir}
+    configure_logs("warning", "console")
+    try:
+        settings = Settings.load(flags)
+    except SettingsError as error:
+        results = [Result("settings", False, str(error))]
+    else:
+        names = ", ".join(sorted(settings.model_fields_set)) or "none"
+        results = [Result("settings", True, f"valid; set: {names}")]
+        results += run_checks(settings, grace_s, proxy_idle_s)
+    for result in results:
+        typer.echo(f"{'ok' if result.ok else 'failed':7}{result.name:9} {result.detail}")
+    if not all(result.ok for result in results):
+        raise typer.Exit(1)
 
 
 def _report_settings(settings: Settings) -> None:

@@ -55,6 +55,7 @@ OPTIONS = {
 }
 """How to set each port, followed by its number."""
 
+GRPC_MODULES = ("grpc", "grpc_health")
 TRACING_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 
 
@@ -87,29 +88,23 @@ def serve(settings: Settings) -> None:
     if links := service_links(os.environ):
         log.info("service_links_ignored", variables=links)
     raise_open_files_limit()
+    check_packages(settings)
     with ExitStack() as stack:
-        listener = stack.enter_context(_bind_port(settings.host, settings.port))
+        listener = stack.enter_context(bind_port(settings.host, settings.port))
         log.info("port_bound", url=_url(listener), answers="when the models are ready")
         # the address itself: gRPC would listen on every address of a name, also on those that
-        # `_may_be_open` does not check
+        # `may_be_open` does not check
         settings = settings.model_copy(update={"host": listener.getsockname()[0]})
         if settings.grpc_port is not None:
-            _require_grpc()
             port = stack.enter_context(_reserve_port(settings.host, settings.grpc_port, "grpc"))
             settings = settings.model_copy(update={"grpc_port": port})
         if settings.admin_port is not None:
             host = settings.admin_host or settings.host
             port = stack.enter_context(_reserve_port(host, settings.admin_port, "admin"))
             settings = settings.model_copy(update={"admin_port": port})
-        if settings.tracing:
-            _check_tracing()
         fork = Fork()
         if settings.redis_url is None:
-            if settings.durability == "replicated":
-                raise CannotServeError(
-                    "CARRY_DURABILITY=replicated needs a store that has replicas: set "
-                    "CARRY_REDIS_URL, or CARRY_DURABILITY=fsync for the service's own Valkey"
-                )
+            check_embedded(settings)
             valkey = EmbeddedValkey(settings.data_dir, fsync=settings.durability == "fsync")
             stack.callback(valkey.stop)
             valkey.start()
@@ -118,7 +113,7 @@ def serve(settings: Settings) -> None:
         if settings.workers > 1:
             share_metrics(stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-")))
         os.environ.update(_environment(settings))
-        if asyncio.run(_requires_keys(settings)) or not _may_be_open(settings, listener):
+        if asyncio.run(_requires_keys(settings)) or not may_be_open(settings, settings.host):
             # a worker that starts later requires them too, even if the keys are lost
             os.environ[f"{PREFIX}REQUIRE_KEYS"] = "True"
 
@@ -155,12 +150,7 @@ def _run(
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
-    periods = Periods(
-        lame_duck_s=settings.lame_duck_s,
-        # an idle connection is closed at the second check after its time
-        retire_s=settings.keep_alive_s + 2 * CHECK_INTERVAL_S,
-        drain_s=settings.drain_s + LATE_S,
-    )
+    periods = periods_of(settings)
     if settings.workers == 1:
         SingleWorker(config, listener, exit_process, periods).run()
         return
@@ -173,6 +163,16 @@ def _run(
         WorkerPool(config, listener, periods, start, size=size, fill=fill).run()
     except WorkersFailedError as error:
         raise CannotServeError(f"no worker could be started: {error}") from error
+
+
+def periods_of(settings: Settings) -> Periods:
+    """The periods of a worker's graceful shutdown."""
+    return Periods(
+        lame_duck_s=settings.lame_duck_s,
+        # an idle connection is closed at the second check after its time
+        retire_s=settings.keep_alive_s + 2 * CHECK_INTERVAL_S,
+        drain_s=settings.drain_s + LATE_S,
+    )
 
 
 def import_for_workers(runtime: str) -> None:
@@ -205,7 +205,7 @@ def _ignore_stop_signals() -> None:
 
 
 @contextmanager
-def _bind_port(host: str, port: int, option: str = OPTIONS["http"]) -> Iterator[socket.socket]:
+def bind_port(host: str, port: int, option: str = OPTIONS["http"]) -> Iterator[socket.socket]:
     """The listening socket, bound before models are loaded; errors name the port's option."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -227,7 +227,7 @@ def _reserve_port(host: str, port: int, kind: Literal["grpc", "admin"]) -> Itera
     is bound in that way first.
     """
     option = OPTIONS[kind]
-    with _bind_port(host, port, option) as unused:
+    with bind_port(host, port, option) as unused:
         address = unused.getsockname()[:2]
     with socket.socket(unused.family, socket.SOCK_STREAM) as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -240,22 +240,38 @@ def _reserve_port(host: str, port: int, kind: Literal["grpc", "admin"]) -> Itera
         yield address[1]
 
 
-def _require_grpc() -> None:
-    if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("grpc_health") is None:
-        raise CannotServeError(
-            "CARRY_GRPC_PORT needs packages that are not installed: pip install ./client '.[grpc]'"
-        )
+def check_packages(settings: Settings) -> None:
+    """Check that the packages of gRPC and of traces are installed, if the settings need them.
+
+    Raises:
+        CannotServeError: they are not.
+    """
+    needed = {
+        "CARRY_GRPC_PORT": (settings.grpc_port is not None, GRPC_MODULES, "grpc"),
+        "CARRY_TRACING": (settings.tracing, TRACING_MODULES, "otel"),
+    }
+    for variable, (is_needed, modules, extra) in needed.items():
+        try:
+            is_installed = not is_needed or all(map(importlib.util.find_spec, modules))
+        except ModuleNotFoundError:
+            is_installed = False
+        if not is_installed:
+            raise CannotServeError(
+                f"{variable} needs packages that are not installed: "
+                f"pip install ./client '.[{extra}]'"
+            )
 
 
-def _check_tracing() -> None:
-    """Fail the start without the packages of the traces."""
-    try:
-        is_installed = all(map(importlib.util.find_spec, TRACING_MODULES))
-    except ModuleNotFoundError:
-        is_installed = False
-    if not is_installed:
+def check_embedded(settings: Settings) -> None:
+    """Check that the embedded Valkey can be as durable as the settings require.
+
+    Raises:
+        CannotServeError: it has no replicas.
+    """
+    if settings.durability == "replicated":
         raise CannotServeError(
-            "CARRY_TRACING needs packages that are not installed: pip install ./client '.[otel]'"
+            "CARRY_DURABILITY=replicated needs a store that has replicas: set "
+            "CARRY_REDIS_URL, or CARRY_DURABILITY=fsync for the service's own Valkey"
         )
 
 
@@ -294,15 +310,17 @@ async def _requires_keys(settings: Settings) -> bool:
     return required
 
 
-def _may_be_open(settings: Settings, listener: socket.socket) -> bool:
+def may_be_open(settings: Settings, host: str) -> bool:
     """Whether a service without access keys may answer requests without one.
+
+    Args:
+        host: the address that it listens on.
 
     Raises:
         CannotServeError: it would be open to others.
     """
     if settings.require_keys:
         return False
-    host = listener.getsockname()[0]
     if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         return True
     if not settings.insecure:

@@ -35,6 +35,7 @@ class StoreSettings:
         reply_ttl_ms: TTL of the last reply, which is stored for retries; 0 stores none.
         reply_max_bytes: larger replies are not stored.
         tombstone_ttl_ms: TTL of a tombstone; must be longer than the network may delay bytes.
+        initialise: write the format and the number of partitions to a new store.
         allow_eviction: accept a server that may evict keys when its memory is full.
         wait_s: timeout of a call while the server is unavailable.
         max_connections: size of the connection pool for reads outside the commit path.
@@ -50,6 +51,7 @@ class StoreSettings:
     reply_ttl_ms: int = 600_000
     reply_max_bytes: int = 65_536
     tombstone_ttl_ms: int = 600_000
+    initialise: bool = True
     allow_eviction: bool = False
     wait_s: float = 10.0
     max_connections: int = 16

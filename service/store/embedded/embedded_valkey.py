@@ -367,6 +367,15 @@ class EmbeddedValkey:
         return True
 
 
+def find_running(data_dir: Path) -> str | None:
+    """Find the address of the server that runs on a directory; None if none does."""
+    directory = DataDirectory(data_dir)
+    record = directory.read_record()
+    if record is not None and directory.is_server_running() and read_identity(record.socket):
+        return f"unix://{record.socket}"
+    return None
+
+
 @contextmanager
 def running_valkey(data_dir: Path, *, fsync: bool) -> Iterator[str]:
     """The address of a directory's server, which is started for the time of the block if none runs.
@@ -374,10 +383,8 @@ def running_valkey(data_dir: Path, *, fsync: bool) -> Iterator[str]:
     Raises:
         StoreRefused, StoreUnavailable: the directory cannot be used, or its server does not start.
     """
-    directory = DataDirectory(data_dir)
-    record = directory.read_record()
-    if record is not None and directory.is_server_running() and read_identity(record.socket):
-        yield f"unix://{record.socket}"
+    if (url := find_running(data_dir)) is not None:
+        yield url
         return
     valkey = EmbeddedValkey(data_dir, fsync=fsync)
     valkey.start()

@@ -30,6 +30,37 @@ _FSYNC_OPTIONS: Final = {
     "no-appendfsync-on-rewrite": "no",
 }
 
+ALWAYS: Final = "every chunk"
+RIGHTS: Final = {
+    ALWAYS: (
+        *("INFO", "PING", "SCAN 0", "GET {key}", "SET {key} v", "MGET {key}"),
+        *("GETRANGE {key} 0 1", "SETRANGE {key} 0 v", "EXISTS {key}", "DEL {key}", "UNLINK {key}"),
+        *("PEXPIRE {key} 1", "HGET {key} f", "HGETALL {key}"),
+        *("EVAL s 1 {key}", "EVALSHA s 1 {key}"),
+    ),
+    "the number of streams in the metrics": ("DBSIZE", "RANDOMKEY"),
+    "quotas and `carry keys`": ("HSET {key} f v", "HDEL {key} f", "HLEN {key}", "HSCAN {key} 0"),
+    "watching streams": ("SUBSCRIBE {channel}", "UNSUBSCRIBE {channel}", "PUBLISH {channel} m"),
+}
+"""Commands that the service sends to any store, as examples, by what needs them."""
+
+_FIND_MISSING_RIGHTS: Final = """
+if not redis.acl_check_cmd then
+    return redis.error_reply('expected Redis 7 or later, or Valkey')
+end
+local missing = {}
+for _, command in ipairs(ARGV) do
+    local words = {}
+    for word in string.gmatch(command, '%S+') do
+        words[#words + 1] = word
+    end
+    if not redis.acl_check_cmd(unpack(words)) then
+        missing[#missing + 1] = command
+    end
+end
+return missing
+"""
+
 log = structlog.get_logger(__name__)
 
 
@@ -104,7 +135,8 @@ async def _check_server(server: RedisServer, settings: StoreSettings) -> str:
             )
     name = "Valkey" if "valkey_version" in info else "Redis"
     version = info.get("valkey_version") or info.get("redis_version", "of unknown version")
-    return f"{name} {version}, {policy}"
+    aof = "with" if info.get("aof_enabled") == "1" else "without"
+    return f"{name} {version}, {policy}, {aof} an append-only file"
 
 
 def check_policy(server: RedisServer, policy: str, settings: StoreSettings) -> None:
@@ -165,18 +197,21 @@ def check_fsync(server: RedisServer, options: dict[str, str]) -> None:
 
 
 async def _check_partitions(router: Router, settings: StoreSettings) -> None:
-    """Write the `meta` key of a new store, or compare it with the settings."""
+    """Compare the `meta` key with the settings; write that of a new store, if they say so."""
     key = settings.keys.meta
     expected = {"format": META_FORMAT, "partitions": settings.partitions}
     slot = router.slot(key)
     value: bytes | None = None
-    for arguments in (("SET", key, json.dumps(expected), "NX"), ("GET", key)):
+    commands = [("SET", key, json.dumps(expected), "NX"), ("GET", key)]
+    for arguments in commands if settings.initialise else commands[1:]:
         (outcome,) = await router.execute(PendingCommand.of(*arguments, slot=slot))
         if isinstance(outcome, CarryError):
             raise outcome
         if not isinstance(outcome, Reply):
             raise StoreUnavailable(f"the store does not answer: {outcome}") from outcome
         value = outcome.value
+    if value is None and not settings.initialise:
+        return
     try:
         stored = json.loads(value or b"")
         matches = stored["format"] == META_FORMAT and stored["partitions"] == settings.partitions
@@ -189,6 +224,38 @@ async def _check_partitions(router: Router, settings: StoreSettings) -> None:
             f"the store at {router.redacted_url} was created with {stored}, expected {expected}; "
             f"set CARRY_PARTITIONS to {stored['partitions']}, or use another CARRY_NAMESPACE"
         )
+
+
+async def find_missing_rights(router: Router, settings: StoreSettings) -> dict[str, list[str]]:
+    """Find the commands that the store's user may not run, by what needs them; runs none of them.
+
+    Raises:
+        StoreUnavailable, StoreRefused: a server does not answer, or the user may not run scripts.
+    """
+    key, channel = settings.keys.probe(0, "rights"), f"{settings.namespace}:watched"
+    needed = {
+        command.format(key=key, channel=channel): purpose
+        for purpose, commands in rights_of(settings).items()
+        for command in commands
+    }
+    missing: dict[str, list[str]] = {}
+    for server in (await router.layout()).servers:
+        for command in await server.read("EVAL", _FIND_MISSING_RIGHTS, 0, *needed):
+            text = command.decode()
+            words = text.split()[: 2 if text.startswith(("CONFIG", "CLUSTER")) else 1]
+            names = missing.setdefault(needed[text], [])
+            names += [" ".join(words)] * (" ".join(words) not in names)
+    return missing
+
+
+def rights_of(settings: StoreSettings) -> dict[str, tuple[str, ...]]:
+    """The commands that the service sends, as examples, by what needs them."""
+    rights = dict(RIGHTS)
+    if settings.durability is not Durability.MEMORY:
+        rights[ALWAYS] += ("WAIT 0 0", "CONFIG GET appendfsync")
+    if settings.is_cluster:
+        rights[ALWAYS] += ("CLUSTER SLOTS", "ASKING")
+    return rights
 
 
 def count_online_replicas(info: dict[str, str]) -> int:

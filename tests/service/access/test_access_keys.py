@@ -8,7 +8,6 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from service.access.keys import (
 )
 from service.access.principal import Principal, Verb
 from service.core.errors import Forbidden, StoreUnavailable, Unauthenticated
-from service.server import CannotServeError, _may_be_open
+from service.server import CannotServeError, may_be_open
 from service.settings import Settings
 from tests.support.access import new_authorization, revoke
 from tests.support.clock import ManualClock
@@ -153,7 +152,7 @@ def test_guide_says_what_each_verb_allows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "settings", "may_be_open"),
+    ("host", "settings", "is_open"),
     [
         ("127.0.0.1", {}, True),
         ("::1", {}, True),
@@ -167,17 +166,16 @@ def test_guide_says_what_each_verb_allows() -> None:
     ],
 )
 def test_service_without_keys_starts_on_loopback_only(
-    host: str, settings: dict[str, bool], may_be_open: bool | None
+    host: str, settings: dict[str, bool], is_open: bool | None
 ) -> None:
-    listener: Any = SimpleNamespace(getsockname=lambda: (host, 8000))
     with capture_logs() as events:
-        if may_be_open is None:
+        if is_open is None:
             with pytest.raises(CannotServeError, match="CARRY_INSECURE=1") as caught:
-                _may_be_open(Settings(**settings), listener)
+                may_be_open(Settings(**settings), host)
             assert "carry keys create" in str(caught.value)
         else:
-            assert _may_be_open(Settings(**settings), listener) == may_be_open
-    is_exposed = may_be_open is True and "insecure" in settings
+            assert may_be_open(Settings(**settings), host) == is_open
+    is_exposed = is_open is True and "insecure" in settings
     assert [event["event"] for event in events] == (["insecure"] if is_exposed else [])
 
 

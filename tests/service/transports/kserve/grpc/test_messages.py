@@ -12,7 +12,7 @@ import pytest
 
 from service.core import errors
 from service.core.errors import CarryError
-from service.server import CannotServeError, _bind_port, _reserve_port
+from service.server import CannotServeError, _reserve_port, bind_port
 from service.transports.http.statuses import STATUS
 from service.transports.kserve.grpc.errors import STATUS_CODES, status_code
 
@@ -66,7 +66,7 @@ def test_port_that_is_in_use_is_an_error() -> None:
 
 def test_port_of_http_is_an_error() -> None:
     """The service's own HTTP port is bound before, and listened on later."""
-    with _bind_port("127.0.0.1", 0) as listener:
+    with bind_port("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with (
             pytest.raises(CannotServeError, match=f"cannot listen on 127.0.0.1:{port}"),

@@ -1,0 +1,197 @@
+"""`carry check`: the checks of a start, without serving.
+
+It listens on no port and writes nothing to the store; an embedded Valkey is not started. Each check
+is a line: what was found, or the reason of a failure with its remedy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Final, NamedTuple, ParamSpec
+
+from models.errors import ModelsError
+from service.access.key_cache import requires_keys
+from service.app import open_models
+from service.core.errors import CarryError, StoreRefused, StoreUnavailable
+from service.engine.runtimes.loading import RuntimeUnavailableError
+from service.ops.worker_pool import KILL_MARGIN_S
+from service.server import (
+    CannotServeError,
+    bind_port,
+    check_embedded,
+    check_packages,
+    may_be_open,
+    periods_of,
+)
+from service.settings import Settings
+from service.store.embedded.embedded_valkey import find_running
+from service.store.embedded.valkey_process import server_binary
+from service.store.redis.access_keys import read_access_keys
+from service.store.redis.open_router import open_router
+from service.store.redis.router import Router
+from service.store.redis.server_checks import ALWAYS, check_servers, find_missing_rights
+from service.store.redis.tls_files import check_tls_files
+from service.store.settings import StoreSettings
+from service.store_settings import store_settings
+
+P = ParamSpec("P")
+StoredKeys = tuple[bytes, Mapping[str, bytes]]
+"""The version and the records of the access keys."""
+
+EXPECTED: Final = (CannotServeError, ModelsError, CarryError, RuntimeUnavailableError, OSError)
+
+
+class Result(NamedTuple):
+    """The result of one check; its detail is what was found, or why it failed."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def run_checks(
+    settings: Settings, grace_s: float | None, proxy_idle_s: float | None
+) -> Iterator[Result]:
+    """Run every check of a start.
+
+    Args:
+        grace_s: after which a supervisor kills the service, if that is known.
+        proxy_idle_s: for which a proxy keeps an idle connection to the service, if that is known.
+    """
+    yield _run("packages", _check_packages, settings)
+    yield _run("models", _check_models, settings)
+    if settings.redis_url is None:
+        yield _run("store", _check_embedded, settings)
+        url = find_running(settings.data_dir)
+        settings = settings.model_copy(update={"redis_url": url})
+        if url is None:
+            yield _run("access", _check_access, settings, _read_new_keys(settings))
+    if settings.redis_url is not None:
+        yield from asyncio.run(_check_store(settings))
+    yield _run("shutdown", _check_shutdown, settings, grace_s, proxy_idle_s)
+
+
+def _run(name: str, check: Callable[P, str], *arguments: P.args, **options: P.kwargs) -> Result:
+    try:
+        return Result(name, True, check(*arguments, **options))
+    except EXPECTED as error:
+        return _failed(name, error)
+
+
+def _failed(name: str, error: BaseException) -> Result:
+    return Result(name, False, error.detail if isinstance(error, CarryError) else str(error))
+
+
+def _check_packages(settings: Settings) -> str:
+    check_packages(settings)
+    return "those of the settings are installed"
+
+
+def _check_models(settings: Settings) -> str:
+    return ", ".join(
+        f"{model.name} {model.version} on {model.runtime.name}" for model in open_models(settings)
+    )
+
+
+def _check_embedded(settings: Settings) -> str:
+    """Check that an embedded Valkey could be started."""
+    check_embedded(settings)
+    server_binary()
+    folder = settings.data_dir.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreRefused(
+            f"{folder} cannot be written; set CARRY_DATA_DIR to a folder of this user, or "
+            "CARRY_REDIS_URL to a Redis or Valkey"
+        )
+    return f"an embedded Valkey in {settings.data_dir}"
+
+
+def _read_new_keys(settings: Settings) -> StoredKeys | None:
+    """The access keys of an embedded Valkey that does not run: none if it is new, or not known."""
+    return None if (settings.data_dir / "appendonlydir").exists() else (b"", {})
+
+
+async def _check_store(settings: Settings) -> list[Result]:
+    """Check the files of TLS, the servers, the rights of their user, and who may send requests."""
+    in_store = replace(store_settings(settings), initialise=False)
+    try:
+        check_tls_files(in_store.url)
+        router = open_router(in_store)
+    except CarryError as error:
+        return [_failed("store", error)]
+    results, name = list[Result](), "store"
+    checks = {name: _check_servers, "rights": _check_rights, "access": _check_stored_access}
+    try:
+        await router.start()
+        for name, check in checks.items():
+            try:
+                results.append(Result(name, True, await check(router, in_store, settings)))
+            except StoreUnavailable:
+                raise
+            except EXPECTED as error:
+                results.append(_failed(name, error))
+    except (StoreUnavailable, StoreRefused) as error:
+        results.append(_failed(name, error))
+    finally:
+        await router.close()
+    return results
+
+
+async def _check_servers(router: Router, in_store: StoreSettings, _: Settings) -> str:
+    return f"{router.redacted_url}: {await check_servers(router, in_store)}"
+
+
+async def _check_rights(router: Router, in_store: StoreSettings, _: Settings) -> str:
+    missing = await find_missing_rights(router, in_store)
+    lines = [f"{', '.join(names)} (for {purpose})" for purpose, names in missing.items()]
+    if ALWAYS in missing:
+        raise StoreRefused(
+            f"the store's user may not run {'; '.join(lines)}: deploy/redis/users.acl has what it "
+            "needs"
+        )
+    return f"all but {'; '.join(lines)}" if lines else "the store's user may run every command"
+
+
+async def _check_stored_access(router: Router, in_store: StoreSettings, settings: Settings) -> str:
+    stored = await read_access_keys(router, in_store.keys, None, math.inf)
+    return _check_access(settings, stored)
+
+
+def _check_access(settings: Settings, stored: StoredKeys | None) -> str:
+    """Check the address to listen on, and that it is not open to others by mistake."""
+    with bind_port(settings.host, 0) as unused:
+        host = unused.getsockname()[0]
+    if stored is None:
+        return f"{host}; the embedded Valkey does not run, which may have access keys"
+    if requires_keys(settings.require_keys, stored):
+        return f"{host}; requests need an access key"
+    may_be_open(settings, host)
+    return f"{host}; requests need no access key"
+
+
+def _check_shutdown(settings: Settings, grace_s: float | None, proxy_idle_s: float | None) -> str:
+    """Check that nothing ends a graceful shutdown, or an idle connection, before the service."""
+    periods = periods_of(settings)
+    needed_s = periods.lame_duck_s + periods.drain_s + KILL_MARGIN_S
+    if grace_s is not None and grace_s <= needed_s:
+        raise CannotServeError(
+            f"expected a grace period longer than {needed_s:g} s, got {grace_s:g} s: "
+            "CARRY_LAME_DUCK_S plus CARRY_DRAIN_S plus seven seconds, or accepted requests fail. "
+            "Raise it (terminationGracePeriodSeconds, TimeoutStopSec), or lower one of the settings"
+        )
+    if proxy_idle_s is not None and settings.keep_alive_s <= proxy_idle_s:
+        raise CannotServeError(
+            f"expected CARRY_KEEP_ALIVE_S longer than the proxy's {proxy_idle_s:g} s, got "
+            f"{settings.keep_alive_s:g} s: the proxy would send requests on connections that the "
+            "service closes"
+        )
+    return (
+        f"needs a grace period longer than {needed_s:g} s, and a proxy with an idle timeout below "
+        f"{settings.keep_alive_s:g} s"
+    )
