@@ -16,13 +16,13 @@ from pathlib import Path
 import httpx
 import pytest
 import structlog
-import uvloop
 from structlog.dev import ConsoleRenderer, plain_traceback
 
 import models
 from models.artifact.artifact import write_artifact
 from service.ops.request_lines import access_log
 from tests.support.browser import running_browser
+from tests.support.event_loop import EventLoop
 from tests.support.order import ordered
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
@@ -54,7 +54,7 @@ Service.forks = True
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Async tests run on uvloop, as the service does."""
-    return {"uvloop": uvloop.new_event_loop}
+    return {"uvloop": EventLoop}
 
 
 @pytest.hookimpl(trylast=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 
 import pytest
 import uvloop
+
+from tests.support.event_loop import EventLoop
 
 
 @pytest.fixture
@@ -18,3 +22,22 @@ async def test_async_tests_and_fixtures_run_on_uvloop(
 ) -> None:
     assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
     assert loop_of_fixtures is asyncio.get_running_loop()
+
+
+def test_a_loop_ends_what_was_left_open_and_names_it() -> None:
+    """It neither waits for that, as uvloop does where warnings are errors, nor passes over it."""
+    failures: list[str] = []
+
+    def leave_open() -> None:
+        loop = EventLoop()
+        ours, theirs = socket.socketpair()
+        loop.run_until_complete(loop.create_connection(asyncio.Protocol, sock=ours))
+        with theirs, pytest.raises(pytest.fail.Exception) as caught:
+            loop.close()
+        failures.append(str(caught.value))
+
+    # in a thread, since a loop that waits forever cannot be interrupted
+    thread = threading.Thread(target=leave_open, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert "unclosed resource <UnixTransport" in failures[0]
