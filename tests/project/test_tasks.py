@@ -98,3 +98,17 @@ def test_a_python_without_venv_is_named_with_what_to_install(tmp_path: Path) -> 
     assert done.stderr == (
         f"setup: {bare} has no venv module; install it (Debian: apt install python{version}-venv)\n"
     )
+
+
+def test_tests_run_with_a_pythonpath_that_was_set_before(tmp_path: Path) -> None:
+    """Their forks of `carry` take only another one for that of a test."""
+    program = "from tests.support.command import carry; print(carry('--help').exit_code)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "0\n", done.stderr

@@ -2,8 +2,9 @@
 
 One process per test worker, the fork server, imports Carry's modules. For each start it forks a
 process, which runs the installed console script in a session of its own, with the given
-environment, working directory and standard streams. Only the imports are shared. A `sitecustomize`
-on the PYTHONPATH runs in the fork; other modules there need the command itself.
+environment, working directory and standard streams. Only the imports are shared, which have the
+PYTHONPATH of the test run. A `sitecustomize` on another one runs in the fork; other modules there
+need the command itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import IO, NoReturn
 
 COMMAND = str(Path(sys.executable).with_name("carry"))
 """The installed command."""
+PYTHONPATH = os.environ.get("PYTHONPATH")
+"""That of the test run, which a test may change in its own environment."""
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 """Of the fork server: a process with threads should not be forked."""
 REQUEST_BYTES = 1 << 20
@@ -86,12 +89,16 @@ class Fork:
 @cache
 def fork_server(preparation: str) -> socket.socket:
     """The connection to this process's fork server, which ends with it."""
+    environment = {**os.environ, **ENVIRONMENT}
+    environment.pop("PYTHONPATH", None)
+    if PYTHONPATH is not None:
+        environment["PYTHONPATH"] = PYTHONPATH
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(theirs.fileno()), preparation],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **ENVIRONMENT},
+            env=environment,
             stdin=subprocess.DEVNULL,
             cwd=Path(__file__).parents[2],
             process_group=0,
@@ -149,7 +156,8 @@ def _run(
     if folder is not None:
         os.chdir(folder)
     sys.argv = command
-    if (path := environment.get("PYTHONPATH")) is not None:
+    path = environment.get("PYTHONPATH")
+    if path is not None and path != PYTHONPATH:
         exec(Path(path, "sitecustomize.py").read_text(), {"__name__": "sitecustomize"})
     runpy.run_path(command[0], run_name="__main__")
     sys.exit()

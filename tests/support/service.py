@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from tests.support.forks import COMMAND, Fork
+from tests.support.forks import COMMAND, PYTHONPATH, Fork
 from tests.support.servers import until
 
 READY_S = 120
@@ -149,9 +149,9 @@ class Service:
 
 
 def _is_only_customised(environment: Mapping[str, str]) -> bool:
-    """Whether no module on PYTHONPATH is for Carry's own imports."""
+    """Whether no module on PYTHONPATH is for Carry's own imports, but those of the test run."""
     path = environment.get("PYTHONPATH")
-    return path is None or Path(path, "sitecustomize.py").exists()
+    return path in (None, PYTHONPATH) or Path(path, "sitecustomize.py").exists()
 
 
 def _is_ready(client: httpx.Client) -> bool:
