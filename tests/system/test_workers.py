@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import redis
 
 from models.artifact.artifact import Artifact
 from tests.support.feeders import feeding
@@ -263,18 +264,27 @@ def test_connections_fill_one_worker_and_then_the_next_one(
 def test_connections_of_a_killed_worker_go_to_the_other_and_then_to_its_successor(
     two_workers: tuple[Service, RealServer],
 ) -> None:
-    service, _ = two_workers
-    with ThreadPoolExecutor() as threads, ExitStack() as stack:
+    service, store = two_workers
+    with ThreadPoolExecutor() as threads, ExitStack() as stack, store.client() as client:
         started, enough = threading.Barrier(3), threading.Event()
         stack.callback(enough.set)
+        connected: list[Any] = []
         sending = [
-            threads.submit(_send_retrying, service, f"k{n}", started, enough) for n in range(2)
+            threads.submit(_send_retrying, service, f"k{n}", connected, started, enough)
+            for n in range(2)
         ]
         started.wait(READY_S)
-        (killed,) = _connect(service, stack)
+        owners = _owners(service)
+        serving = {owners[address] for address in connected}
+        # the store answers no commit, so that each of these workers has a request to answer
+        client.client_pause(60_000, all=False)
+        stack.callback(client.client_unpause)
+        until(lambda: _held_scripts(client) == len(serving), "requests in flight", poll_s=POLL_S)
+        killed = serving.pop()
         (other,) = {*_live_workers(service)} - {killed}
         os.kill(killed, signal.SIGKILL)
         until(lambda: killed not in _live_workers(service), "its end", poll_s=POLL_S)
+        client.client_unpause()
         assert _connect(service, stack) == [other]
         until(lambda: len(_live_workers(service)) == 2, "its successor", READY_S, POLL_S)
         (successor,) = {*_live_workers(service)} - {other}
@@ -284,12 +294,22 @@ def test_connections_of_a_killed_worker_go_to_the_other_and_then_to_its_successo
     assert failures > 0, "no request was in flight"
 
 
+def _held_scripts(client: redis.Redis) -> int:
+    """How many connections wait for the reply to a script, since the store is paused."""
+    blocked = [each for each in client.client_list() if "b" in each["flags"]]
+    return [each["cmd"] for each in blocked].count("evalsha")
+
+
 def _send_retrying(
-    service: Service, stream: str, started: threading.Barrier, enough: threading.Event
+    service: Service,
+    stream: str,
+    connected: list[Any],
+    started: threading.Barrier,
+    enough: threading.Event,
 ) -> int:
     """Send chunks of two events, each until it is answered; returns how many attempts failed.
 
-    It waits for the others after the first one.
+    After the first one it adds the address of its connection, and waits for the others.
 
     A lost or doubled chunk would make another position than the expected one.
     """
@@ -305,6 +325,8 @@ def _send_retrying(
             position += 2
             assert (reply.status_code, reply.json()["position"]) == (200, position)
             if position == 2:
+                network_stream = reply.extensions["network_stream"]
+                connected.append(network_stream.get_extra_info("client_addr"))
                 started.wait(READY_S)
     return failures
 
@@ -319,16 +341,21 @@ def _connect(service: Service, stack: ExitStack, count: int = 1) -> list[int]:
     host, _, port = service.url.removeprefix("http://").partition(":")
     sockets = [socket.create_connection((host, int(port))) for _ in range(count)]
     addresses = [stack.enter_context(each).getsockname() for each in sockets]
-    owners: dict[Any, int] = {}
 
-    def are_accepted() -> bool:
-        for pid in _live_workers(service):
-            for each in psutil.Process(pid).net_connections("tcp"):
-                owners[each.raddr] = pid
-        return owners.keys() >= {*addresses}
+    def owners() -> list[int] | None:
+        found = _owners(service)
+        return [found[each] for each in addresses] if found.keys() >= {*addresses} else None
 
-    until(are_accepted, "accepted connections", poll_s=POLL_S)
-    return [owners[address] for address in addresses]
+    return until(owners, "accepted connections", poll_s=POLL_S)
+
+
+def _owners(service: Service) -> dict[Any, int]:
+    """The worker that accepted each open connection, by the client's address."""
+    return {
+        each.raddr: pid
+        for pid in _live_workers(service)
+        for each in psutil.Process(pid).net_connections("tcp")
+    }
 
 
 def test_a_failing_first_worker_does_not_stop_the_others(

@@ -164,14 +164,26 @@ def paused(*nodes: ClusterNode) -> Iterator[None]:
             node.resume()
 
 
+@contextmanager
+def short_waits(store: StateStore) -> Iterator[None]:
+    """Each WAIT ends soon without a replica's answer; nothing else ends sooner."""
+    router = store._router
+    patient_ms, router._wait_timeout_ms = router._wait_timeout_ms, 20
+    try:
+        yield
+    finally:
+        router._wait_timeout_ms = patient_ms
+
+
 async def test_a_commit_without_enough_replicas_is_not_durable(
     own_cluster: Cluster, streams: Streams
 ) -> None:
-    async with replicated(own_cluster, wait_s=1.2) as store:
+    """No deadline passes but that of each WAIT, which no replica can answer."""
+    async with replicated(own_cluster, wait_s=60) as store:
         commits = [streams.creation(key(f"s{i}")) for i in range(8)]
         await committed(store, *commits)
         commits = [streams.next(commit) for commit in commits]
-        with paused(*own_cluster.replicas):
+        with paused(*own_cluster.replicas), short_waits(store):
             for result in await store.commit(columns(*commits)):
                 assert isinstance(result, NotDurable)
                 assert result.retryable
@@ -192,7 +204,7 @@ async def test_a_commit_without_enough_replicas_is_not_durable(
             assert same_reply(reply, commit.reply)
         await committed(store, *(streams.next(commit) for commit in commits))
         assert await store.delete(key("s0")) == Committed()
-        with paused(*own_cluster.replicas):
+        with paused(*own_cluster.replicas), short_waits(store):
             assert isinstance(await store.delete(key("s1")), NotDurable)
     await asyncio.to_thread(own_cluster.wait_until_synced)
 
