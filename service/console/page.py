@@ -17,28 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from service.transports.http.openapi.page_security import page_headers
+
 PATH: Final = "/console"
 ASSETS: Final = Path(__file__).parent / "assets"
 PAGE: Final = "index.html"
 
-_SECURITY: Final = {
-    "content-security-policy": "; ".join(
-        (
-            "default-src 'none'",
-            "script-src 'self'",
-            "style-src 'self'",
-            "img-src 'self' data:",
-            "connect-src 'self'",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",
-        )
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-}
+_SECURITY: Final = page_headers(directives=["require-trusted-types-for 'script'"])
 
 
 def add_console(app: FastAPI) -> None:

@@ -37,6 +37,7 @@ from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.openapi.document import DESCRIPTION, openapi_document
 from service.transports.http.openapi.documentation_page import ASSETS, documentation_html
 from service.transports.http.openapi.error_reference import reference_html
+from service.transports.http.openapi.page_security import page_headers
 from service.transports.http.origins import AcceptsHost, accept_any_host, parse_origins
 from service.transports.http.problems import REFERENCE
 from service.transports.http.request_log import RequestLogMiddleware
@@ -148,7 +149,7 @@ def create_application(
     if docs:
         app = FastAPIOffline(docs_url=None, static_url=ASSETS, **options)
         page = documentation_html(app.swagger_ui_parameters or {})
-        app.add_route("/docs", lambda _: HTMLResponse(page), include_in_schema=False)
+        app.add_route("/docs", lambda _: _page(page), include_in_schema=False)
         app.add_api_route(
             REFERENCE, _error_reference, include_in_schema=False, response_class=HTMLResponse
         )
@@ -184,4 +185,8 @@ def _check_access_to_document(app: FastAPI) -> None:
 
 
 def _error_reference() -> HTMLResponse:
-    return HTMLResponse(reference_html())
+    return _page(reference_html())
+
+
+def _page(page: str) -> HTMLResponse:
+    return HTMLResponse(page, headers=page_headers(page))

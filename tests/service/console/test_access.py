@@ -109,3 +109,11 @@ async def test_the_documentation_asks_for_a_key_and_uses_it(
         assert "200" in answer
         assert "probe" in answer
         assert not page.errors
+        # what it shows cannot run code that reads the key
+        await page.evaluate(
+            "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=hacked=1>')"
+        )
+        await page.until(
+            "document.images.length && [...document.images].every((each) => each.complete)"
+        )
+        assert await page.evaluate("typeof hacked") == "undefined"

@@ -20,9 +20,12 @@ _PAGE: Final = """<!doctype html>
 <title>Carry: HTTP API</title>
 <link rel="stylesheet" href=".ASSETS/swagger-ui.css">
 <link rel="icon" href=".ASSETS/favicon.png">
+<style>
+#access { font: 16px system-ui, sans-serif; margin: 2rem auto; max-width: 40rem; }
+</style>
 </head>
 <body>
-<form id="access" style="font:16px system-ui,sans-serif;margin:2rem auto;max-width:40rem" hidden>
+<form id="access" hidden>
 <p role="alert"></p>
 <label>Access key <input type="password" autocomplete="off" required size="50"></label>
 <button>Open</button>

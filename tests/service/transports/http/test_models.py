@@ -206,6 +206,20 @@ async def test_documentation_works_without_a_network(api: Harness) -> None:
         assert (await api.client.get(f"/docs/assets/{asset}")).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/docs", "/docs/errors"])
+async def test_documentation_loads_from_the_service_and_runs_its_own_code_only(
+    api: Harness, path: str
+) -> None:
+    headers = (await api.client.get(path)).headers
+    directives = dict(each.split(" ", 1) for each in headers["content-security-policy"].split("; "))
+    assert directives["default-src"] == directives["frame-ancestors"] == "'none'"
+    sources = {source for each in directives.values() for source in each.split(" ")}
+    hashes = {source for source in sources if source.startswith("'sha256-")}
+    assert sources - hashes == {"'none'", "'self'", "data:"}
+    assert len(hashes) == (2 if path == "/docs" else 1)
+    assert headers["x-content-type-options"] == "nosniff"
+
+
 async def test_an_application_without_documentation_and_metrics_has_none(api: Harness) -> None:
     app = create_api(api.pipeline, LIMITS, api.counts, docs=False)
     transport = httpx.ASGITransport(app)
