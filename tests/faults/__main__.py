@@ -18,7 +18,7 @@ from tests.faults.run import describe_failures, report, run
 from tests.faults.transports import TRANSPORTS
 from tests.support.machine import describe_run
 
-STORES = ("valkey", "redis", "cluster")
+STORES = ("valkey", "redis", "cluster", "sentinel")
 KILLS_PER_STAGE = 5
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.faults import network
-from tests.faults.stores import WORKERS, ClusterStore, SingleStore, has_connection, make_store
+from tests.faults.stores import WORKERS, Stores, has_connection, make_store
 from tests.faults.traffic import FaultProxy, Traffic
 from tests.faults.transports import TRANSPORTS, WorkerClient
 from tests.support.proxy import Connection, Target
@@ -105,7 +105,7 @@ class Worker(Service):
 class Deployment:
     """Workers on a store, and the client of each, through its proxy."""
 
-    store: SingleStore | ClusterStore
+    store: Stores
 
     def __init__(self) -> None:
         self.workers: list[Worker] = []

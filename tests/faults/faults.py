@@ -13,9 +13,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from itertools import cycle, islice
 from typing import Final, Literal
 
+import httpx
 import numpy as np
 
 from tests.faults.client import SHORT_LIVED, Client
@@ -40,6 +42,7 @@ _SUSPENDED_SHARE = 3
 _SUSPEND_S = 4.0  # how long a client may take to be suspended: more than it waits for a reply
 _ALONE_SHARE = 4  # one fault of this many may hit a worker while the others are down
 _CUTS = 3
+_CHUNKS_WITHOUT_SENTINELS = 100
 _PAUSES_S: Final = (0.2, 0.5, 0.5, 1.0, 1.5, 3.5)
 """Short ones, ones longer than a worker waits for an answer, one longer than the store's whole
 patience."""
@@ -164,6 +167,25 @@ class FaultInjector:
         self.history.seen[WARM_ROLLBACKS] += streams > 0
         return loss
 
+    async def stop_sentinels(self, fault: Fault) -> None:
+        """Break the connections to the primary while no Sentinel runs, until chunks are applied."""
+        store = self.deployment.store
+        await asyncio.to_thread(store.stop_sentinels)
+        before, deadline_s = self._applied(), time.monotonic() + _LONGEST_WAIT_S
+        while self._applied() < before + _CHUNKS_WITHOUT_SENTINELS:
+            if time.monotonic() > deadline_s:
+                self.history.unexpected.append("no chunk was applied while no Sentinel ran")
+                break
+            await asyncio.sleep(0.01)
+        for worker in self.deployment.workers:
+            if worker.serves and not await asyncio.to_thread(_becomes_ready, worker.url):
+                self.history.unexpected.append("a worker was not ready while no Sentinel ran")
+        await asyncio.sleep(fault.seconds)
+        await asyncio.to_thread(store.start_sentinels)
+
+    def _applied(self) -> int:
+        return sum(client.applied for client in self.clients)
+
     async def break_store(self, fault: Fault, *, method: str) -> Loss | None:
         """What a method of the store does, in a thread."""
         call: Callable[[int, float], Loss | None] = getattr(self.deployment.store, method)
@@ -239,8 +261,19 @@ class FaultInjector:
             await self.deployment.wait_until_up()
 
 
+def _becomes_ready(url: str) -> bool:
+    """Whether a worker is ready within the time in which it reconnects."""
+    deadline_s = time.monotonic() + _LONGEST_WAIT_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health/ready", timeout=10).status_code == HTTPStatus.OK:
+                return True
+        time.sleep(0.1)
+    return False
+
+
 Inject = Callable[[FaultInjector, Fault], Awaitable[Loss | None]]
-_EVERY: Final = ("valkey", "redis", "cluster")
+_EVERY: Final = ("valkey", "redis", "cluster", "sentinel")
 _on_store = partial(partial, FaultInjector.break_store)
 _cut = partial(partial, FaultInjector.cut)
 
@@ -262,7 +295,8 @@ FAULTS: Final[dict[str, tuple[Inject, tuple[str, ...]]]] = {
     "store rolled back": (FaultInjector.roll_back, ("valkey", "redis")),
     "embedded store's service killed": (_on_store(method="kill_owner"), ("valkey",)),
     "embedded store's service terminated": (_on_store(method="terminate_owner"), ("valkey",)),
-    "failover": (_on_store(method="fail_over"), ("cluster",)),
-    "lossy failover": (FaultInjector.roll_back, ("cluster",)),
+    "failover": (_on_store(method="fail_over"), ("cluster", "sentinel")),
+    "lossy failover": (FaultInjector.roll_back, ("cluster", "sentinel")),
+    "Sentinels killed": (FaultInjector.stop_sentinels, ("sentinel",)),
 }
 """What breaks, and on which stores."""

@@ -23,6 +23,7 @@ SENT_BY = {
     "valkey": ("json", "websocket", "v2-binary"),
     "redis": ("msgpack", "grpc", "grpc-stream"),
     "cluster": ("msgpack", "websocket-json", "v2"),
+    "sentinel": ("json", "grpc"),
 }
 """Each run starts and loads no more than it needs; all transports are in one of them."""
 ON_A_CLUSTER = (
@@ -81,6 +82,16 @@ async def test_nothing_is_lost_doubled_or_mixed_where_a_cluster_fails_over() -> 
     history = await run_without_findings("cluster", len(plan), plan)
     assert history.seen.keys() >= set(ON_A_CLUSTER)
     assert history.seen["refused position_ahead"] > 0
+
+
+async def test_chunks_are_applied_once_while_no_sentinel_runs() -> None:
+    options = RunOptions(
+        "sentinel", events=3_000, faults=1, streams=16, transports=SENT_BY["sentinel"]
+    )
+    history, findings = await run(options, [Fault("Sentinels killed", 0.2, gap_s=0.1, pick=0)])
+    print(*report(options, history, findings), sep="\n")
+    assert not describe_failures(options, history, findings, whole=False)
+    assert history.seen["Sentinels killed"] == 1
 
 
 def test_short_runs_send_by_all_transports() -> None:

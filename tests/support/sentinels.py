@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,29 @@ def has_replica(server: RealServer) -> bool:
         return False
 
 
+def write_configuration(
+    folder: Path, port: int, primary_port: int, password: str = "", quorum: int = 1
+) -> None:
+    """Write the configuration of a Sentinel, which stores there what it learns."""
+    (folder / "sentinel.conf").write_text(
+        f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
+        + (f"requirepass {password}\n" if password else "")
+        + f"sentinel monitor {NAME} 127.0.0.1 {primary_port} {quorum}\n"
+        f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER_MS}\n"
+        f"sentinel failover-timeout {NAME} 4000\n"
+    )
+
+
+def start_sentinel(binary: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Start the Sentinel whose configuration is in a folder."""
+    return subprocess.Popen(
+        [binary, str(folder / "sentinel.conf"), "--sentinel"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"LC_ALL": "C", "PATH": os.defpath},
+    )
+
+
 @contextmanager
 def monitored(kind: str, *options: str) -> Iterator[Monitored]:
     """Run the servers, the primary with further options, and the Sentinel; stop them afterwards."""
@@ -92,22 +116,8 @@ def monitored(kind: str, *options: str) -> Iterator[Monitored]:
         real_server(kind, *common, "--port", str(port), *options) as primary,
         real_server(kind, *common, *of) as replica,
     ):
-        # Sentinel stores what it learns in its configuration
-        file = primary.folder / "sentinel.conf"
-        file.write_text(
-            f"port {sentinel_port}\nbind 127.0.0.1\ndir {primary.folder}\n"
-            f"logfile {primary.folder}/sentinel.log\n"
-            f"requirepass {PASSWORD}\n"
-            f"sentinel monitor {NAME} 127.0.0.1 {port} 1\n"
-            f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER_MS}\n"
-            f"sentinel failover-timeout {NAME} 4000\n"
-        )
-        process = subprocess.Popen(
-            [binary, str(file), "--sentinel"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={"LC_ALL": "C", "PATH": os.defpath},
-        )
+        write_configuration(primary.folder, sentinel_port, port, PASSWORD)
+        process = start_sentinel(binary, primary.folder)
         running = Monitored(primary, replica, replica_port, sentinel_port, process)
         try:
             until(running.answers, "the Sentinel")
