@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -32,6 +33,7 @@ from tests.service.transports.websocket.sockets import (
     text,
 )
 from tests.service.transports.websocket.test_handshakes import SECURITY, UPGRADE, handshake
+from tests.support.documents import has_duplicates, members, quoted, with_escapes
 
 
 async def closed(client: ClientConnection, code: int) -> str:
@@ -126,6 +128,24 @@ def test_duplicates_of_long_frames_are_found_without_parsing_their_values(
         with pytest.raises(InvalidInput, match="body: expected each member once"):
             frames.read_frame(Media.JSON, frame[:-1] + b',"e\\u0076ents":[]}')
     assert max(parsed) < 100
+
+
+def test_duplicates_of_frames_are_those_of_another_parser() -> None:
+    """In JSON, whatever is escaped; the body's reader finds those within its members."""
+    for seed in range(300):
+        choose = random.Random(seed)
+        rows_of = [[0.5] * 3] * choose.choice((1, 300))
+        frame = members({"id": quoted(choose), "stream": "s", "position": 0, "inputs": rows_of})
+        for _ in range(choose.choice((0, 0, 1, 2))):
+            frame.insert(choose.randint(0, len(frame)), choose.choice(frame))
+        data = with_escapes(choose, frame).encode()
+        found = None
+        try:
+            is_split = frames.read_frame(Media.JSON, data).members is not None
+        except InvalidInput as error:
+            is_split, found = True, error
+        # one that is not split has no member of the envelope, so that the reader gets all of it
+        assert (found is not None) == (is_split and has_duplicates(data)), (seed, data)
 
 
 async def test_the_error_of_an_unknown_member_lists_the_allowed_members(
