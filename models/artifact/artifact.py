@@ -12,7 +12,8 @@ that no file can change an output without changing the fingerprint. A model that
 exported has no graph, and its manifest gives the reason; `add_graph` rewrites the files.
 
 The network of an imported ONNX model is the graph itself: there, `graph.onnx` is what runs, and the
-fingerprint covers its bytes. A graph that refers to data outside of itself is rejected.
+fingerprint covers its bytes. A graph is rejected if it refers to data outside of itself, or if its
+work may depend on the values of its inputs.
 
 Loading rejects artifacts that are damaged, of another format or inconsistent; errors name
 the file and the reason. Writing is atomic: a directory under the final name is complete.
@@ -47,6 +48,7 @@ from models.artifact.manifest import (
 )
 from models.artifact.weights import check_weights, read_weights, weights_bytes
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
+from models.onnx.bounded_work import find_unbounded_work
 from models.onnx.decoding import check_self_contained
 from models.spec.decoder import strip_decoder_prefix
 from models.spec.layout import (
@@ -273,8 +275,12 @@ def load_artifact(path: Path) -> Artifact:
         raise ArtifactError(str(error)) from error
     _check_fitted(spec, where)
     weights = read_weights(spec, data, f"{path / str(manifest['weights'])}")
-    if network is not None:
-        check_self_contained(network, f"{path / str(manifest['graph'])}")
+    if network is not None and spec.onnx is not None:
+        graph_path = f"{path / str(manifest['graph'])}"
+        check_self_contained(network, graph_path)
+        sizes = None if spec.onnx.steps is None else spec.onnx.steps.name
+        if reason := find_unbounded_work(network, spec.onnx.value_inputs, sizes):
+            raise ArtifactError(f"{graph_path}: {reason}")
     digest = compute_fingerprint(spec, weights, network)
     for key, expected in _derived(spec, digest).items():
         given = manifest.get(key, _DEFAULTS.get(key))

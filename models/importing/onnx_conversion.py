@@ -21,6 +21,7 @@ from models.importing.onnx_proof import Prover
 from models.importing.onnx_signature import Signature, Tensor, read_signature
 from models.importing.state_pairs import find_pairs, require_one_input
 from models.importing.triton_config import TritonConfig, TritonControl
+from models.onnx.bounded_work import find_unbounded_work
 from models.onnx.library import onnxruntime
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec
@@ -57,6 +58,9 @@ def convert_onnx(
     _check_names(signature, options)
     pairs = find_pairs(signature, options.states, others)
     features = _features(signature, options, pairs, others)
+    fed = {*pairs, *(tensor.name for tensor in features), *(each.name for each in controls)}
+    if reason := find_unbounded_work(signature.graph, fed, steps.name if steps else None):
+        raise ImportedModelError(reason)
     served = [each for each in options.outputs if each not in pairs.values()] or options.outputs
     try:
         network = find_network(

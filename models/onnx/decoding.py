@@ -53,6 +53,8 @@ def fields(message: memoryview) -> Iterator[Field]:
         tag, at = _varint(message, at)
         number, wire_type = tag >> 3, tag & 7
         value: int | memoryview
+        if tag >= 2**32:  # protobuf would drop the upper bits
+            raise DecodingError(f"expected the number of a field, got {number}")
         if wire_type == _VARINT:
             value, at = _varint(message, at)
         else:
@@ -172,7 +174,10 @@ def decode_string(value: int | memoryview) -> str:
     """Decode the UTF-8 string of a field."""
     if isinstance(value, int):
         raise DecodingError(f"expected a string, got the number {value}")
-    return bytes(value).decode("utf-8", "replace")
+    try:
+        return bytes(value).decode()
+    except UnicodeDecodeError as error:  # two names must not become one
+        raise DecodingError(f"expected a string in UTF-8: {error}") from error
 
 
 def _embedded(

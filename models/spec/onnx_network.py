@@ -147,8 +147,7 @@ class OnnxNetwork(Frozen):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> OnnxNetwork:
-        names = [each.name for each in self.inputs] + [pair.input for pair in self.states]
-        names += [control.name for control in self.controls]
+        names = self.value_inputs
         if self.steps is not None:
             names.append(self.steps.name)
         for kind, found in (
@@ -172,6 +171,12 @@ class OnnxNetwork(Frozen):
         if self.batching != "step" and not all(output.has_time for output in self.outputs):
             raise ValueError("batching: expected 'step' for outputs without an axis of time")
         return self
+
+    @property
+    def value_inputs(self) -> list[str]:
+        """The inputs that features, states and controls feed."""
+        names = [each.name for each in self.inputs] + [pair.input for pair in self.states]
+        return names + [control.name for control in self.controls]
 
     @property
     def has_start(self) -> bool:

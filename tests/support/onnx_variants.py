@@ -316,6 +316,43 @@ def plain(path: Path, **changes: Any) -> None:
     )
 
 
+def excess(g: Any) -> str:
+    """A number that a feature above a million makes huge, int64 [1]."""
+    above = g.add("Relu", g.add("Sub", g.add("ReduceMax", "x", keepdims=0), g.constant(MILLION)))
+    number = g.add("Cast", g.add("Mul", above, g.constant(MILLION)), to=TensorProto.INT64)
+    return str(g.add("Unsqueeze", number, g.constant([0])))
+
+
+def repeated(g: Any, value: str, count: str, condition: str = "") -> str:
+    """A loop that returns [B, T, H] as it is."""
+    body = graphs.Builder("repeated", 1)
+    body.add("Identity", "go", outputs=["go_on"])
+    body.add("Identity", "value", outputs=["value_next"])
+    shape, flag = [None, None, H], (TensorProto.BOOL, [])
+    step = body.graph(
+        {"iteration": (TensorProto.INT64, []), "go": flag, "value": shape},
+        {"go_on": flag, "value_next": shape},
+    )
+    return str(g.add("Loop", count, condition, value, body=step))
+
+
+MILLION = np.float32(1e6)
+ENDLESS_STEPS = 40
+"""The longest call of `write_endless` that ends."""
+
+
+def write_endless(path: Path) -> None:
+    """A graph whose longer calls never end; its work depends on shapes alone."""
+
+    def after(g: Any, rows: str) -> str:
+        steps = g.add("Gather", g.add("Shape", "x"), g.constant(1))
+        beyond = g.add("Sub", steps, g.constant(ENDLESS_STEPS))
+        none = g.add("Max", beyond, g.constant(0))
+        return repeated(g, rows, g.add("Mul", none, g.constant(2**50)))
+
+    plain(path, after=after)
+
+
 def outside(location: str, offset: str = "0") -> Write:
     """A graph whose weights are in another file."""
 

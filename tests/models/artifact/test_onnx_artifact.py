@@ -14,6 +14,7 @@ from models.artifact.fingerprint import compute_fingerprint
 from models.errors import ArtifactError, SpecError
 from models.spec.model import parse_spec
 from tests.support.onnx_graphs import EXAMPLES, import_here
+from tests.support.onnx_variants import excess, plain, repeated
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,26 @@ def test_a_graph_is_the_whole_network(
 def test_a_graph_and_its_signature_belong_together(artifact: Artifact, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"`carry import MODEL\.onnx` packages both"):
         write_artifact(tmp_path / "out", artifact.spec, artifact.weights)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_graph_whose_work_depends_on_values_is_rejected_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """An artifact can be made by another version, or by another program."""
+    plain(tmp_path / "good.onnx")
+    spec = import_here(tmp_path / "good.onnx", tmp_path / "good", "m").artifact.spec
+    plain(tmp_path / "bad.onnx", after=lambda g, rows: repeated(g, rows, excess(g)))
+    graph, message = (tmp_path / "bad.onnx").read_bytes(), "graph.onnx: the operator Loop "
+    with monkeypatch.context() as other_version:
+        if not elsewhere:
+            with pytest.raises(ArtifactError, match=message):
+                write_artifact(tmp_path / "bad", spec, {}, network=graph)
+            return
+        other_version.setattr("models.artifact.artifact.find_unbounded_work", lambda *_: None)
+        write_artifact(tmp_path / "bad", spec, {}, network=graph)
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(tmp_path / "bad")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,17 @@ from onnx import TensorProto, helper
 from models.errors import ImportedModelError
 from models.importing.onnx_signature import read_signature
 from tests.support.onnx_graphs import EXAMPLE_GRAPHS, EXAMPLES, graphs, import_here
-from tests.support.onnx_variants import F, H, Write, outside, plain, scanned, step_nodes
+from tests.support.onnx_variants import (
+    F,
+    H,
+    Write,
+    excess,
+    outside,
+    plain,
+    repeated,
+    scanned,
+    step_nodes,
+)
 
 
 def two_states(path: Path) -> None:
@@ -97,6 +107,21 @@ def string_output(model: onnx.ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("t", TensorProto.STRING, None))
 
 
+def loops_by_value(path: Path) -> None:
+    """A request with a huge feature would never end."""
+    plain(path, after=lambda g, rows: repeated(g, rows, excess(g)))
+
+
+def allocates_by_value(path: Path) -> None:
+    """A request with a huge feature would take all memory."""
+
+    def after(g: Any, rows: str) -> str:
+        zeros = g.add("ConstantOfShape", excess(g))
+        return str(g.add("Add", rows, g.add("ReduceSum", zeros, keepdims=0)))
+
+    plain(path, after=after)
+
+
 REJECTIONS: dict[str, tuple[Write, dict[str, Any], str]] = {
     "no ONNX file": (
         lambda path: path.write_bytes(b"PK\x03\x04 not a graph"),
@@ -113,6 +138,17 @@ REJECTIONS: dict[str, tuple[Write, dict[str, Any], str]] = {
         changed(random_operator),
         {},
         r"without random numbers, got the operators \['RandomNormalLike'\].*model\.eval\(\)",
+    ),
+    "trip count from features": (
+        loops_by_value,
+        {},
+        r"the operator Loop \(node 'plain_\d'\) takes its trip count \('plain_\d'\) from the "
+        r"values of inputs or states.*endless.*from shapes or constants, and mask with Where",
+    ),
+    "size from features": (
+        allocates_by_value,
+        {},
+        r"the operator ConstantOfShape \(node 'plain_\d'\) takes its input 0 .*memory",
     ),
     "opset": (changed(unknown_opset), {}, r"Opset 99.*older opset, in PyTorch `opset_version=18`"),
     "file outside": (

@@ -1,0 +1,418 @@
+"""The check that the work of a graph depends on the shapes of its inputs, never on values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from models.onnx import bounded_work
+from models.onnx.bounded_work import find_unbounded_work
+from models.onnx.library import open_session
+from tests.support.onnx_graphs import EXAMPLE_GRAPHS, graphs
+from tests.support.onnx_variants import F, H, excess, plain, repeated
+
+FED = ("x", "h_in")
+NUMBERS = np.arange(64)
+
+
+def steps(g: Any) -> str:
+    """The number of steps, int64 [1], from a shape."""
+    return str(g.add("Slice", g.add("Shape", "x"), g.constant([1]), g.constant([2])))
+
+
+def scalar(g: Any, n: str) -> str:
+    return str(g.add("Squeeze", n))
+
+
+def below(g: Any, n: str) -> str:
+    """Of the numbers 0 to 63, which are less than n."""
+    return str(g.add("Less", g.constant(NUMBERS), n))
+
+
+def image(g: Any, *shape: int) -> str:
+    return str(g.constant(np.zeros(shape, np.float32)))
+
+
+def zero(g: Any, n: str) -> str:
+    return str(g.add("Sub", n, n))
+
+
+def one_more(g: Any, rows: str, n: str) -> str:
+    """A loop of at most three iterations, each of which asks whether there is another one."""
+    body = graphs.Builder("asking", 1)
+    body.add("Greater", scalar(body, n), body.constant(0), outputs=["go_on"])
+    body.add("Identity", "value", outputs=["value_next"])
+    flag: Any = (TensorProto.BOOL, [])
+    shape = [None, None, H]
+    step = body.graph(
+        {"iteration": (TensorProto.INT64, []), "go": flag, "value": shape},
+        {"go_on": flag, "value_next": shape},
+    )
+    return str(g.add("Loop", g.constant(3), g.constant(np.array(True)), rows, body=step))
+
+
+def choice(g: Any, n: str) -> str:
+    """One of two numbers."""
+    branches = {}
+    for name in ("then", "else"):
+        inner = graphs.Builder(name, 1)
+        inner.add("Identity", inner.constant(np.float32(1)), outputs=[f"{name}_value"])
+        branches[f"{name}_branch"] = inner.graph({}, {f"{name}_value": []})
+    return str(g.add("If", g.add("Greater", scalar(g, n), g.constant(0)), **branches))
+
+
+Use = Callable[[Any, str, str], str]
+"""Adds a node to a graph; from the rows [B, T, H] and a size of int64 [1], which is T at most."""
+
+OPERATORS: dict[str, Use] = {
+    "CenterCropPad": lambda g, rows, n: g.add("CenterCropPad", image(g, 8), n),
+    "Compress": lambda g, rows, n: g.add("Compress", g.constant(NUMBERS), below(g, n)),
+    "ConstantOfShape": lambda g, rows, n: g.add("ConstantOfShape", n),
+    "DFT": lambda g, rows, n: g.add("DFT", image(g, 1, 8, 1), scalar(g, n)),
+    "Expand": lambda g, rows, n: g.add("Expand", image(g, 1), n),
+    "HannWindow": lambda g, rows, n: g.add("HannWindow", scalar(g, n)),
+    "If": lambda g, rows, n: choice(g, n),
+    "Loop": lambda g, rows, n: repeated(g, rows, n),
+    "MelWeightMatrix": lambda g, rows, n: g.add(
+        *("MelWeightMatrix", scalar(g, n), g.constant(16), g.constant(8192)),
+        *(g.constant(np.float32(0)), g.constant(np.float32(4096))),
+    ),
+    "NonMaxSuppression": lambda g, rows, n: g.add(
+        "NonMaxSuppression", image(g, 1, 4, 4), image(g, 1, 1, 4), n
+    ),
+    "NonZero": lambda g, rows, n: g.add("NonZero", below(g, n)),
+    "OneHot": lambda g, rows, n: g.add("OneHot", g.constant([0]), n, g.constant([0, 1])),
+    "Pad": lambda g, rows, n: g.add("Pad", image(g, 1), g.add("Concat", n, n, axis=0)),
+    "Range": lambda g, rows, n: g.add("Range", g.constant(0), scalar(g, n), g.constant(1)),
+    "ReduceSum": lambda g, rows, n: g.add("ReduceSum", rows, zero(g, n)),
+    "Reshape": lambda g, rows, n: g.add(
+        "Reshape", rows, g.add("Concat", g.constant([0]), n, g.constant([H]), axis=0)
+    ),
+    "Resize": lambda g, rows, n: g.add(
+        "Resize", image(g, 1, 1, 2), "", "", g.add("Concat", g.constant([1, 1]), n, axis=0)
+    ),
+    "SequenceAt": lambda g, rows, n: g.add(
+        "SequenceAt", g.add("SequenceConstruct", rows), scalar(g, zero(g, n))
+    ),
+    "Slice": lambda g, rows, n: g.add("Slice", rows, g.constant([0]), n, g.constant([1])),
+    "Split": lambda g, rows, n: g.add(
+        "Split",
+        g.constant(NUMBERS),
+        g.add("Concat", n, g.add("Sub", g.constant([64]), n), axis=0),
+        outputs=["split_first", "split_second"],
+    ),
+    "SplitToSequence": lambda g, rows, n: g.add(
+        "ConcatFromSequence", g.add("SplitToSequence", rows, scalar(g, n), axis=1), axis=1
+    ),
+    "Squeeze": lambda g, rows, n: g.add("Squeeze", image(g, 1, 3), zero(g, n)),
+    "STFT": lambda g, rows, n: g.add("STFT", image(g, 1, 64, 1), scalar(g, n), image(g, 8)),
+    "Tile": lambda g, rows, n: g.add("Tile", image(g, 1), n),
+    "TopK": lambda g, rows, n: g.add(
+        "TopK", image(g, 64), n, outputs=["top_values", "top_indices"]
+    ),
+    "Unique": lambda g, rows, n: g.add("Unique", g.add("Min", g.constant(NUMBERS), n)),
+    "Unsqueeze": lambda g, rows, n: g.add("Unsqueeze", rows, zero(g, n)),
+    "condition of Loop": lambda g, rows, n: repeated(
+        g, rows, "", g.add("Less", scalar(g, n), g.constant(0))
+    ),
+    "next condition of Loop": lambda g, rows, n: one_more(g, rows, n),
+}
+
+
+def write(path: Path, use: Use, size: Callable[[Any], str]) -> bytes:
+    """A graph with that operator, whose size is made by `size`."""
+
+    def after(g: Any, rows: str) -> str:
+        used = g.add("Cast", use(g, rows, size(g)), to=TensorProto.FLOAT)
+        return str(g.add("Add", rows, g.add("ReduceSum", g.add("Abs", used), keepdims=0)))
+
+    plain(path, after=after)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_sizes_come_from_shapes_not_from_values(tmp_path: Path, name: str) -> None:
+    operator = name.split()[-1]
+    bad = find_unbounded_work(write(tmp_path / "bad.onnx", OPERATORS[name], excess), FED, None)
+    assert bad is not None
+    assert bad.startswith(f"the operator {operator} (node ")
+    assert "from the values of inputs or states" in bad
+    good = write(tmp_path / "good.onnx", OPERATORS[name], steps)
+    assert find_unbounded_work(good, FED, None) is None
+    feeds = {"x": np.ones((2, 3, F), np.float32), "h_in": np.zeros((2, H), np.float32)}
+    y, _ = open_session(good, 1, name).run(["y", "h_out"], feeds)
+    assert y.shape == (2, 3, H)
+
+
+def model(
+    *nodes: onnx.NodeProto,
+    constants: Sequence[str] = (),
+    inputs: Sequence[str] = ("x", "lengths"),
+    functions: Sequence[onnx.FunctionProto] = (),
+) -> onnx.ModelProto:
+    """A model of these nodes, with inputs of no type, since only names matter."""
+    values = [onnx.ValueInfoProto(name=name) for name in inputs]
+    tensors = [numpy_helper.from_array(np.array([1]), name) for name in constants]
+    graph = helper.make_graph(nodes, "graph", values, [onnx.ValueInfoProto(name="y")], tensors)
+    return helper.make_model(graph, functions=functions)
+
+
+def check(made: onnx.ModelProto | bytes, fed: Sequence[str] = ("x",)) -> str | None:
+    data = made if isinstance(made, bytes) else made.SerializeToString()
+    return find_unbounded_work(data, fed, "lengths")
+
+
+node = helper.make_node
+FILL = node("ConstantOfShape", ["n"], ["y"])
+
+
+def subgraph(
+    *nodes: onnx.NodeProto, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> onnx.GraphProto:
+    first, last = (
+        [onnx.ValueInfoProto(name=name) for name in names] for names in (inputs, outputs)
+    )
+    return helper.make_graph(nodes, "inner", first, last)
+
+
+def test_values_flow_through_any_operator_and_end_at_shapes() -> None:
+    assert check(model(node("Shape", ["x"], ["n"]), FILL)) is None
+    assert check(model(node("Neg", ["x"], ["n"]), FILL)) is not None
+    assert check(model(node("Where", ["x", "a", "b"], ["n"]), FILL, constants="ab")) is not None
+    through = (node("Neg", ["x"], ["z"]), node("Size", ["z"], ["n"]), FILL)
+    assert check(model(*through)) is None
+
+
+def test_the_lengths_of_chunks_are_sizes() -> None:
+    assert check(model(node("Neg", ["lengths"], ["n"]), FILL)) is None
+
+
+def test_a_constant_that_is_an_input_too_is_constant_unless_it_is_fed() -> None:
+    made = model(FILL, inputs=("x", "n"), constants=("n",))
+    assert check(made) is None
+    assert check(made, fed=("x", "n")) is not None
+    assert check(model(FILL, inputs=("x", "n"))) is not None, "without a value, it would be fed"
+
+
+def test_unknown_operators_are_rejected_by_name() -> None:
+    for operator, domain in (("Magic", "mine"), ("RandomNormal", ""), ("TfIdfVectorizer", "")):
+        found = check(model(node(operator, ["x"], ["y"], domain=domain, name="it")))
+        shown = f"{domain}.{operator}" if domain else operator
+        assert found is not None
+        assert found.startswith(f"the operator {shown} (node 'it') is not one whose work is known")
+
+
+def test_the_other_inputs_may_depend_on_values() -> None:
+    pad = node("Pad", ["x", "c", "x"], ["y"])
+    assert check(model(pad, constants="c")) is None
+    insert = node("SequenceInsert", ["s", "x", "c"], ["y"])
+    made = model(node("SequenceConstruct", ["x"], ["s"]), insert, constants="c")
+    assert check(made) is None
+
+
+def test_a_tensor_that_is_read_before_its_node_depends_on_values() -> None:
+    """ONNX Runtime sorts the nodes."""
+    assert check(model(FILL, node("Neg", ["x"], ["n"]))) is not None
+    scan = node("Scan", ["x"], ["y"], num_scan_inputs=1, body=scanning_body(FILL))
+    assert check(model(scan, node("Neg", ["x"], ["n"]))) is not None
+    hidden = scanning_body(FILL, node("Neg", ["row"], ["n"]))
+    shadowed = node("Scan", ["x"], ["y"], num_scan_inputs=1, body=hidden)
+    assert check(model(node("Shape", ["x"], ["n"]), shadowed)) is not None
+
+
+def scanning_body(*nodes: onnx.NodeProto) -> onnx.GraphProto:
+    return subgraph(*nodes, inputs=["row"], outputs=["y"])
+
+
+def test_a_subgraph_captures_the_tensors_around_it() -> None:
+    scan = node("Scan", ["x"], ["y"], num_scan_inputs=1, body=scanning_body(FILL))
+    assert check(model(node("Shape", ["x"], ["n"]), scan)) is None
+    assert check(model(node("Neg", ["x"], ["n"]), scan)) is not None
+
+
+@pytest.mark.parametrize("ahead", [[], [""]])
+def test_states_of_a_scan_depend_on_values_from_the_iteration_that_reads_them(
+    ahead: list[str],
+) -> None:
+    """Opset 8 has the lengths of sequences in front."""
+    body = subgraph(
+        node("Identity", ["b"], ["a_next"]),
+        node("Identity", ["c"], ["b_next"]),
+        node("Identity", ["row"], ["c_next"]),
+        inputs=["a", "b", "c", "row"],
+        outputs=["a_next", "b_next", "c_next"],
+    )
+    scan = node("Scan", [*ahead, "0", "0", "0", "x"], ["n", "b", "c"], num_scan_inputs=1, body=body)
+    assert check(model(scan, FILL, constants="0")) is not None
+    shapes = node("Scan", [*ahead, "0", "0", "0", "s"], ["n", "b", "c"], num_scan_inputs=1)
+    shapes.attribute.append(helper.make_attribute("body", body))
+    assert check(model(node("Shape", ["x"], ["s"]), shapes, FILL, constants="0")) is None
+
+
+def test_values_that_a_loop_carries_depend_on_values_from_the_iteration_that_reads_them() -> None:
+    body = subgraph(
+        node("Identity", ["go"], ["go_on"]),
+        node("Identity", ["b"], ["a_next"]),
+        node("Identity", ["x"], ["b_next"]),
+        inputs=["i", "go", "a", "b"],
+        outputs=["go_on", "a_next", "b_next", "i"],
+    )
+    loop = node("Loop", ["3", "", "0", "0"], ["n", "b", "counts"], body=body)
+    assert check(model(loop, FILL, constants="03")) is not None
+    loop.output[:] = ["a", "b", "n"]
+    assert check(model(loop, FILL, constants="03")) is None, "the numbers of the iterations"
+
+
+def test_a_choice_between_sizes_depends_on_what_is_chosen() -> None:
+    then = subgraph(node("Identity", ["x"], ["t"]), outputs=["t"])
+    other = subgraph(node("Identity", ["c"], ["e"]), outputs=["e"])
+    chosen = node("If", ["c"], ["n"], then_branch=other, else_branch=then)
+    assert check(model(chosen, FILL, constants="c")) is not None
+    chosen = node("If", ["c"], ["n"], then_branch=other, else_branch=other)
+    assert check(model(chosen, FILL, constants="c")) is None
+
+
+def function(name: str, *nodes: onnx.NodeProto, domain: str = "own") -> onnx.FunctionProto:
+    return helper.make_function(domain, name, ["n"], ["y"], nodes, [])
+
+
+def call(name: str, read: str, written: str, domain: str = "own") -> onnx.NodeProto:
+    return node(name, [read], [written], domain=domain)
+
+
+def test_local_functions_are_followed_for_each_kind_of_argument() -> None:
+    fill = function("fill", FILL)
+    shaped = (node("Shape", ["x"], ["s"]), call("fill", "s", "y"))
+    assert check(model(*shaped, functions=[fill])) is None
+    found = check(model(*shaped, call("fill", "x", "z"), functions=[fill]))
+    assert found is not None
+    assert found.startswith("the operator ConstantOfShape")
+    same = function("same", node("Identity", ["n"], ["y"]))
+    passed = (shaped[0], call("same", "s", "a"), call("same", "x", "b"))
+    for read, is_bounded in (("a", True), ("b", False)):
+        filled = node("ConstantOfShape", [read], ["y"])
+        assert (check(model(*passed, filled, functions=[same])) is None) == is_bounded
+
+
+def test_a_function_that_hides_an_operator_is_rejected() -> None:
+    for domain in ("", "ai.onnx", "com.microsoft", "ai.onnx.ml"):
+        hidden = function("Range", node("Identity", ["n"], ["y"]), domain=domain)
+        found = check(model(call("Range", "x", "y", domain), functions=[hidden]))
+        assert found is not None
+        assert "local function" in found
+    twice = [function("f", node("Identity", ["n"], ["y"])), function("f", FILL)]
+    assert "local function 'own.f'" in str(check(model(call("f", "x", "y"), functions=twice)))
+
+
+def test_nested_functions_do_not_take_exponential_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = [
+        function(f"f{at}", call(f"f{at + 1}", "n", "a"), call(f"f{at + 1}", "n", "y"))
+        for at in range(50)
+    ]
+    chain.append(function("f50", node("Identity", ["n"], ["y"])))
+    monkeypatch.setattr(bounded_work, "MAX_VISITS", 200)
+    assert check(model(call("f0", "x", "y"), functions=chain)) is None
+    endless = function("f", call("f", "n", "y"))
+    assert "in at most 64 levels" in str(check(model(call("f", "x", "y"), functions=[endless])))
+
+
+def test_nested_loops_do_not_take_exponential_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_work, "MAX_VISITS", 1000)
+    inner = subgraph(node("Identity", ["r"], ["y"]), inputs=["r"], outputs=["y"])
+    names = [f"s{at}" for at in range(9)]
+    for _ in range(9):
+        scan = node("Scan", ["r"], ["y"], num_scan_inputs=1, body=inner)
+        shift = [node("Identity", [b], [f"{a}n"]) for a, b in pairwise([*names, "r"])]
+        outputs = [*(f"{name}n" for name in names), "y"]
+        inner = subgraph(*shift, scan, inputs=[*names, "r"], outputs=outputs)
+        scan = node("Scan", [*["0"] * 9, "r"], [*names, "y"], num_scan_inputs=1, body=inner)
+        inner = subgraph(scan, inputs=["r"], outputs=["y"])
+    made = model(node("Scan", ["x"], ["y"], num_scan_inputs=1, body=inner), constants="0")
+    assert "at most 1000 nodes" in str(check(made))
+
+
+def field(number: int, wire_type: int, value: bytes, high_bits: int = 0) -> bytes:
+    """A protobuf field; `high_bits` of its tag are those that protobuf drops."""
+    tag, out = (high_bits << 32) | (number << 3) | wire_type, bytearray()
+    while tag > 0x7F:
+        out.append(tag & 0x7F | 0x80)
+        tag >>= 7
+    out.append(tag)
+    return bytes(out) + (bytes([len(value)]) if wire_type == 2 else b"") + value
+
+
+def test_a_field_of_another_wire_type_hides_no_operator() -> None:
+    """Protobuf skips it."""
+    hidden = node("Range", ["c", "x", "c"], ["y"]).SerializeToString() + field(4, 5, b"Tanh")
+    graph = field(1, 2, hidden) + field(11, 2, field(1, 2, b"x")) + field(12, 2, field(1, 2, b"y"))
+    assert "the operator Range" in str(check(field(7, 2, graph)))
+
+
+def test_upper_bits_of_a_tag_hide_no_node() -> None:
+    hidden = node("Range", ["c", "x", "c"], ["y"]).SerializeToString()
+    assert "the operator Range" in str(check(field(7, 2, field(1, 2, hidden))))
+    found = check(field(7, 2, field(1, 2, hidden, high_bits=1)))
+    assert found is not None
+    assert found.startswith("its nodes cannot be analysed: expected the number of a field")
+
+
+def test_a_graph_in_two_fields_is_one_graph() -> None:
+    """Protobuf merges them."""
+    first = field(1, 2, node("Neg", ["x"], ["n"]).SerializeToString())
+    second = field(1, 2, FILL.SerializeToString())
+    for parts in ((first, second), (second, first)):
+        found = check(b"".join(field(7, 2, part) for part in parts))
+        assert "the operator ConstantOfShape" in str(found)
+
+
+def test_names_that_differ_in_invalid_bytes_are_not_one_name() -> None:
+    broken = field(1, 2, field(1, 2, b"x\xff") + field(4, 2, b"Shape"))
+    assert "expected a string in UTF-8" in str(check(field(7, 2, broken)))
+
+
+def test_two_attributes_of_one_name_are_rejected() -> None:
+    scan = node("Scan", ["x"], ["y"], num_scan_inputs=1, body=scanning_body(FILL))
+    scan.attribute.append(helper.make_attribute("num_scan_inputs", 2))
+    assert "expected one attribute 'num_scan_inputs'" in str(check(model(scan)))
+
+
+MALFORMED = {
+    "no inputs": node("If", [], ["y"], then_branch=subgraph(), else_branch=subgraph()),
+    "no trip count": node("Loop", [], ["y"], body=subgraph()),
+    "no body": node("Loop", ["c", ""], ["y"]),
+    "nothing to scan": node("Scan", ["x"], ["y"], body=scanning_body()),
+    "more to scan than there is": node(
+        "Scan", ["x"], ["y"], num_scan_inputs=-1, body=scanning_body()
+    ),
+    "no outputs": node("Range", ["x", "x", "x"], []),
+    "other outputs of a branch": node(
+        "If", ["c"], ["y"], then_branch=subgraph(outputs=["c"]), else_branch=subgraph()
+    ),
+    "no condition from the body": node(
+        "Loop", ["c", "", "x"], ["y"], body=subgraph(inputs=["i", "go", "v"])
+    ),
+}
+
+
+@pytest.mark.parametrize("malformed", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_nodes_are_rejected(malformed: onnx.NodeProto) -> None:
+    assert check(model(malformed, constants="c")) is not None
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_changed_files_are_accepted_or_rejected(data: st.DataObject) -> None:
+    original = EXAMPLE_GRAPHS["slstm"].path.read_bytes()
+    start = data.draw(st.integers(0, len(original)))
+    end = data.draw(st.integers(start, min(len(original), start + 8)))
+    changed = original[:start] + data.draw(st.binary(max_size=8)) + original[end:]
+    assert check(changed) is None or isinstance(check(changed), str)
