@@ -315,6 +315,11 @@ class Settings(BaseSettings):
     max_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
     """Longest deadline of any request, in seconds; it caps `Carry-Timeout`."""
 
+    call_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Longest call of the network, in seconds; ONNX Runtime ends a longer one between two
+    operators, and its chunks fail with `call_timeout`. Other models wait for the call, so not much
+    longer than the slowest model's largest call takes."""
+
     max_queue: Annotated[int, Field(ge=1)] = 4_096
     """Maximum chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
     once. The chunks of one stream may take a quarter of the free places (`stream_overloaded`), the

@@ -27,7 +27,7 @@ POSITION_CODES: Final = ("position_ahead", "position_behind", "already_applied")
 """Codes that say where the stream is instead: continue from there."""
 
 _NOT_APPLIED_CODES: Final = (
-    *("conflict", "overloaded", "deadline_exceeded"),
+    *("conflict", "overloaded", "deadline_exceeded", "call_timeout"),
     *("store_unavailable", "store_refused", "shutting_down"),
 )
 _BUSY_STATUSES: Final = (429, 502, 503, 504)
@@ -409,6 +409,10 @@ class NotDurable(ServiceFailure, code="not_durable"):
 
 class DeadlineExceeded(ServiceFailure, code="deadline_exceeded"):
     """The deadline expired before the request was done."""
+
+
+class CallTimeout(DeadlineExceeded, code="call_timeout"):
+    """A call of the network took too long and was ended."""
 
 
 class Overloaded(ServiceFailure, code="overloaded"):

@@ -31,12 +31,15 @@ class StatefulGraph:
         layout: the layout of its state, of one part for each state pair; `STARTED` is the last
             part of a graph with an input `start`.
         session: a session of the graph, from `models.onnx.library`.
+        run_options: ONNX Runtime's options of its calls.
     """
 
-    def __init__(self, network: OnnxNetwork, layout: StateSpec, session: Any):
+    def __init__(
+        self, network: OnnxNetwork, layout: StateSpec, session: Any, run_options: Any = None
+    ):
         self.network = network
         self._layout = layout
-        self._session = session
+        self._session, self._run_options = session, run_options
         names = [output.name for output in network.outputs]
         self._names = list(dict.fromkeys([*names, *(pair.output for pair in network.states)]))
         self._width = sum(prod(output.shape) for output in network.outputs)
@@ -131,6 +134,8 @@ class StatefulGraph:
                     alone = self.call(rows[which], own, states[which])
                     outputs[at], after[at] = alone[0][0], alone[1][0]
                 except Exception:
+                    if self._run_options is not None and self._run_options.terminate:
+                        raise  # another thread ends the call
                     outputs[at], after[at] = np.nan, np.nan
             return outputs, after
 
@@ -164,7 +169,8 @@ class StatefulGraph:
         feeds = {**self._feed_rows(rows, lengths), **self._feed_states(states)}
         if self.network.controls:
             feeds.update(self._feed_controls(states))
-        return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+        values = self._session.run(self._names, feeds, self._run_options)
+        return dict(zip(self._names, values, strict=True))
 
     def _output(self, output: GraphOutput, value: NDArray[Any]) -> NDArray[Any]:
         """An output with the batch first."""

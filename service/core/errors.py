@@ -53,6 +53,7 @@
         OutcomeUnknown        outcome_unknown
         NotDurable            not_durable
         DeadlineExceeded      deadline_exceeded
+          CallTimeout         call_timeout
         Overloaded            overloaded
           StreamOverloaded    stream_overloaded
           LimitExceeded       limit_exceeded
@@ -487,6 +488,15 @@ class DeadlineExceeded(ServiceFailure):
     retryable = True
     remedy = (
         "This request changed nothing. Send it again, with a longer Carry-Timeout or at lower load."
+    )
+
+
+class CallTimeout(DeadlineExceeded):
+    code = "call_timeout"
+    title = "A call of the network took too long and was ended"
+    remedy = (
+        "This request changed nothing. Send it again; if that fails too, send shorter chunks. "
+        "Operators: CARRY_CALL_TIMEOUT_S is the limit, CARRY_MAX_BATCH_STEPS bounds a call's work."
     )
 
 

@@ -7,29 +7,45 @@ chunk that its model sees as a whole is never longer: `ServedModel.check_length`
 
 A call that is known to be short runs inline on the event loop, since handing it to a thread and
 back costs as much as the call. Any other call runs in the one compute thread. Never both at once.
+
+A watchdog ends calls that take too long (`Runtime.end_call`): one on the event loop after
+`INLINE_LIMIT_S`, which then runs again in the thread; one in the thread after the call timeout,
+with `CallTimeout`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
 
+from service.core.errors import CallTimeout
 from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths, Runtime
 
 T = TypeVar("T")
+Call = tuple[Runtime, Sequence[FloatRows], Sequence[int], FloatRows, int, int]
+"""Runtime, rows, lengths, states, padded rows and padded steps of one call."""
 OnCall = Callable[[int, int, int, float], None]
 """Called after each runtime call with rows, steps, padded steps and seconds."""
 
 MAX_INLINE_S: Final = 0.002
 """Longest inline call, in seconds: how long the event loop may be blocked."""
+
+INLINE_LIMIT_S: Final = 0.5
+"""An inline call that takes so long in spite of what its size took before is ended. Longer than
+the pauses of a busy machine."""
+
+WATCH_S: Final = 0.1
+"""How often the watchdog looks at the running call."""
 
 MIN_YIELD_S: Final = 0.001
 """Shortest pause between two slices while other batches compute; the event loop's timers have a
@@ -79,9 +95,18 @@ class TimeSlicer:
 
 
 class Compute:
-    """Runs the runtime calls of a worker, one at a time."""
+    """Runs the runtime calls of a worker, one at a time.
 
-    def __init__(self) -> None:
+    Args:
+        call_timeout_s: longest call in the thread.
+    """
+
+    def __init__(self, call_timeout_s: float = math.inf) -> None:
+        self._call_timeout_s = call_timeout_s
+        self._running: tuple[Any, ...] | None = None
+        """The arguments of the running call; the first one is its runtime."""
+        self._watchdog = threading.Thread(target=self._watch, name="carry-watchdog", daemon=True)
+        self._closed = threading.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="carry-compute")
         self._in_thread = 0
         self._seconds: dict[tuple[int, int], float] = {}
@@ -90,6 +115,8 @@ class Compute:
     async def run(self, call: Callable[[], T]) -> T:
         """Run one call in the compute thread."""
         loop = asyncio.get_running_loop()
+        if self._watchdog.ident is None:  # before any inline call: the first of a size runs here
+            self._watchdog.start()
         future = self._executor.submit(call)
         self._in_thread += 1
         try:
@@ -103,6 +130,29 @@ class Compute:
 
     def _note_call_ended(self) -> None:
         self._in_thread -= 1
+
+    async def warm(self, runtime: Runtime) -> None:
+        """Warm a runtime up in the compute thread."""
+        await self.run(partial(self._warm, runtime))
+
+    def _warm(self, runtime: Runtime) -> None:
+        self._running = (runtime,)
+        try:
+            runtime.warm()
+        finally:
+            self._running = None
+
+    def _watch(self) -> None:
+        """End the running call when it takes too long; runs in the watchdog's thread."""
+        watched, since_s = self._running, time.monotonic()
+        while not self._closed.wait(WATCH_S):
+            now_s = time.monotonic()
+            if self._running is not watched:
+                watched, since_s = self._running, now_s
+            limit_s = self._call_timeout_s if self._in_thread else INLINE_LIMIT_S
+            if watched is not None and now_s - since_s > limit_s:
+                watched[0].end_call()
+                since_s = now_s  # it may run again, in the thread
 
     def infer(
         self,
@@ -176,42 +226,47 @@ class Compute:
         size = (id(runtime), padded.bit_length())
         expected_s = self._seconds.get(size, MAX_INLINE_S)
         if expected_s < MAX_INLINE_S and not self._in_thread:
-            inferred, seconds = _call(*call)
+            try:
+                inferred, seconds = self._call(call)
+            except CallTimeout:
+                self._seconds[size] = INLINE_LIMIT_S
+                inferred, seconds = await self.run(partial(self._call, call))
         else:
-            inferred, seconds = await self.run(partial(_call, *call))
+            inferred, seconds = await self.run(partial(self._call, call))
         before_s = self._seconds.get(size, seconds)
-        # capped, since one call may be slow because the machine did something else
-        self._seconds[size] = before_s + _SMOOTHING * (min(seconds, 2 * before_s) - before_s)
+        # not capped: after one slow call, the next ones of its size run in the thread
+        self._seconds[size] = before_s + _SMOOTHING * (seconds - before_s)
         on_call(len(rows), sum(lengths), padded, seconds)
         return inferred
+
+    def _call(self, call: Call) -> tuple[InferenceResult, float]:
+        """Make one call of the runtime in this thread; returns its results and its duration."""
+        began_s = time.monotonic()
+        self._running = call
+        try:
+            runtime, rows, lengths, states, padded_rows, padded_steps = call
+            batch, padded_lengths = _pad(rows, lengths, padded_rows, padded_steps)
+            if padded_rows > len(rows):
+                unpadded = states
+                states = np.zeros((padded_rows, unpadded.shape[1]), np.float32)
+                states[: len(unpadded)] = unpadded
+            outputs, stepped = runtime.step(batch, padded_lengths, states)
+        finally:
+            self._running = None
+        finite = _is_finite(outputs) and _is_finite(stepped)
+        parts = [outputs[index, :length] for index, length in enumerate(lengths)]
+        return InferenceResult(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
 
     def time_slicer(self) -> TimeSlicer:
         """The slicer of a computation of many calls; take it when the computation starts."""
         return TimeSlicer(lambda: self._calls)
 
     def close(self) -> None:
-        """Finish the running call and stop the thread."""
+        """End the running call and stop the threads."""
+        if (call := self._running) is not None:
+            call[0].end_call()
+        self._closed.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _call(
-    runtime: Runtime,
-    rows: Sequence[FloatRows],
-    lengths: Sequence[int],
-    states: FloatRows,
-    padded_rows: int,
-    padded_steps: int,
-) -> tuple[InferenceResult, float]:
-    began_s = time.monotonic()
-    batch, padded_lengths = _pad(rows, lengths, padded_rows, padded_steps)
-    if padded_rows > len(rows):
-        unpadded = states
-        states = np.zeros((padded_rows, unpadded.shape[1]), np.float32)
-        states[: len(unpadded)] = unpadded
-    outputs, stepped = runtime.step(batch, padded_lengths, states)
-    finite = _is_finite(outputs) and _is_finite(stepped)
-    parts = [outputs[index, :length] for index, length in enumerate(lengths)]
-    return InferenceResult(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
 
 
 def _is_finite(values: FloatRows | FloatBatch) -> bool:

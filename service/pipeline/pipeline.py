@@ -81,6 +81,7 @@ class PipelineLimits:
 
     max_batch_rows: int = 128
     max_batch_steps: int = 4096
+    call_timeout_s: float = math.inf
     max_queue: int = 4096
     max_queue_wait_s: float = math.inf
     batches_in_flight: int = 2
@@ -133,7 +134,7 @@ class Pipeline:
         self.streams = Streams(self.model, store, self.cache, now_ms=now_ms, audit=audit)
         self.quotas = StreamQuotas(store.usage, self._state_bytes)
         self._tokens = StateTokens(store.token_key)
-        self._compute = Compute()
+        self._compute = Compute(limits.call_timeout_s)
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""
@@ -206,9 +207,9 @@ class Pipeline:
     async def start(self) -> None:
         """Warm the runtimes up; once, after the store is started."""
         for served in self.models.values():
-            await self._compute.run(served.runtime.warm)
+            await self._compute.warm(served.runtime)
             if served.decoder is not None:
-                await self._compute.run(served.decoder.warm)
+                await self._compute.warm(served.decoder)
         self._warm = True
         self._cache_task = asyncio.get_running_loop().create_task(self._age_cache())
 

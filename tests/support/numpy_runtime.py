@@ -44,6 +44,9 @@ class NumpyRuntime:
     def warm(self) -> None:
         """Nothing to compile."""
 
+    def end_call(self) -> None:
+        """Nothing: no call is long."""
+
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
     ) -> tuple[FloatBatch, FloatRows]:

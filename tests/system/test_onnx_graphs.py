@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,7 +22,7 @@ import pytest
 
 from carry_client import Carry
 from tests.support.onnx_graphs import EXAMPLE_GRAPHS, Example, import_here
-from tests.support.onnx_variants import VARIANTS, Variant
+from tests.support.onnx_variants import ENDLESS_STEPS, VARIANTS, F, Variant, write_endless
 from tests.support.service import Service, running
 
 STEPS = 40
@@ -186,3 +188,55 @@ def test_triton_requests_continue_a_sequence(service: Service) -> None:
             outputs += output["data"]
     expected, _ = example.whole(rows)
     np.testing.assert_allclose(outputs, expected.ravel(), **CLOSE)
+
+
+def test_an_endless_call_stops_neither_health_nor_deadlines_nor_other_models_nor_sigterm(
+    tmp_path: Path,
+) -> None:
+    """The graph is endless for one shape, after calls that were short enough to run on the event
+    loop."""
+    write_endless(tmp_path / "endless.onnx")
+    import_here(tmp_path / "endless.onnx", tmp_path / "models/endless", "endless")
+    import_here(EXAMPLE_GRAPHS["min-gru"].path, tmp_path / "models/other", "other")
+    short, long = ({"inputs": [[0.5] * F] * (ENDLESS_STEPS + more)} for more in (0, 1))
+    with (
+        running(tmp_path, tmp_path / "models", CARRY_CALL_TIMEOUT_S="1") as service,
+        httpx.Client(base_url=service.url, timeout=60) as client,
+        ThreadPoolExecutor(1) as thread,
+    ):
+
+        def send(body: dict[str, Any], model: str = "endless", **headers: str) -> httpx.Response:
+            return client.post(f"/v1/models/{model}/streams/one/chunks", json=body, headers=headers)
+
+        def send_long() -> Future[httpx.Response]:
+            """Send the long chunk; returns its reply to come, once it is computed."""
+            while True:
+                sent = thread.submit(send, long)
+                while not sent.done():
+                    reply = send(short, **{"Carry-Timeout": "0.1"})
+                    if reply.status_code == 504:
+                        assert reply.json()["code"] == "deadline_exceeded"
+                        return sent
+
+        def is_ended(reply: httpx.Response) -> bool:
+            problem = reply.json()
+            return (reply.status_code, problem["code"], problem["retryable"]) == (
+                *(504, "call_timeout"),
+                True,
+            )
+
+        for _ in range(3):
+            send(short).raise_for_status()
+        first = thread.submit(send, long)
+        while not first.done():
+            assert service.is_live()
+        assert is_ended(first.result())
+        # on the event loop too, unless the machine was so busy that the short calls took long
+        assert {line["model"] for line in service.lines("call_ended")} == {"endless"}
+
+        second = send_long()
+        send({"inputs": [[0.5] * 4]}, "other").raise_for_status()
+        assert is_ended(second.result())
+        third = send_long()
+        assert service.stop() == 0
+        assert is_ended(third.result())

@@ -8,16 +8,21 @@ weights: a graph file could contain other weights under the model's fingerprint,
 or loop forever.
 
 `ImportedRuntime` runs imported graphs, which are their networks: the fingerprint covers the graph,
-and an artifact is rejected whose graph refers to other files.
+and an artifact is rejected whose graph refers to other files, or whose work depends on values.
+
+ONNX Runtime ends a call between two operators, also in a loop, when the run options say so.
 """
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import numpy as np
+import structlog
 
 from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
-from models.onnx.library import open_session
+from models.onnx.library import onnxruntime, open_session
 from models.onnx.names import (
     LENGTHS,
     OUTPUTS,
@@ -26,15 +31,38 @@ from models.onnx.names import (
     STATES_AFTER,
 )
 from models.onnx.stateful_graph import StatefulGraph
+from service.core.errors import CallTimeout
 from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths
+
+log = structlog.get_logger(__name__)
 
 SLICE_STEPS = 64
 """Longest call of a model whose chunks may be split."""
 RESULTS = [OUTPUTS, STATES_AFTER]
 
 
-class OnnxRuntime:
+class _EndableRuntime:
+    """A model whose calls another thread can end."""
+
+    def __init__(self, artifact: Artifact):
+        self._model = artifact.spec.name
+        self._options: Any = onnxruntime.RunOptions()
+
+    def end_call(self) -> None:
+        """Make the running call raise `CallTimeout`; see `Runtime.end_call`."""
+        self._options.terminate = True
+        log.warning("call_ended", model=self._model)
+
+    def _raise(self, error: Exception) -> NoReturn:
+        """Raise the error of a call: `CallTimeout` if the call was ended."""
+        if not self._options.terminate:
+            raise error
+        self._options.terminate = False
+        raise CallTimeout("a call of the network took too long and was ended") from error
+
+
+class OnnxRuntime(_EndableRuntime):
     """One model on ONNX Runtime.
 
     Args:
@@ -49,6 +77,7 @@ class OnnxRuntime:
     max_batch = 64
 
     def __init__(self, artifact: Artifact, threads: int = 1):
+        super().__init__(artifact)
         where = str(artifact.path)
         graph = artifact.graphs.data
         if graph is None:
@@ -76,11 +105,15 @@ class OnnxRuntime:
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
     ) -> tuple[FloatBatch, FloatRows]:
         """Run one batch; see `Runtime.step`."""
-        outputs, after = self._session.run(RESULTS, {ROWS: rows, LENGTHS: lengths, STATES: states})
+        feeds = {ROWS: rows, LENGTHS: lengths, STATES: states}
+        try:
+            outputs, after = self._session.run(RESULTS, feeds, self._options)
+        except Exception as error:  # its exceptions have no common base
+            self._raise(error)
         return outputs, after
 
 
-class ImportedRuntime:
+class ImportedRuntime(_EndableRuntime):
     """One imported graph on ONNX Runtime.
 
     Args:
@@ -95,11 +128,12 @@ class ImportedRuntime:
     max_batch = 64
 
     def __init__(self, artifact: Artifact, threads: int = 1):
+        super().__init__(artifact)
         network, graph = artifact.spec.onnx, artifact.network
         if network is None or graph is None:
             raise ArtifactError(f"{artifact.path}: expected an imported graph, got none")
         session = open_session(graph, threads, str(artifact.path))
-        self._graph = StatefulGraph(network, artifact.network_state, session)
+        self._graph = StatefulGraph(network, artifact.network_state, session, self._options)
         self.max_steps = artifact.spec.chunk_limit or SLICE_STEPS
         self._features = network.features
         self._initial = artifact.state.pack(artifact.state.initial())
@@ -117,4 +151,7 @@ class ImportedRuntime:
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
     ) -> tuple[FloatBatch, FloatRows]:
         """Run one batch; see `Runtime.step`."""
-        return self._graph.step(rows, lengths, states)
+        try:
+            return self._graph.step(rows, lengths, states)
+        except Exception as error:
+            self._raise(error)

@@ -103,6 +103,9 @@ class TensorflowRuntime:
         outputs, stepped = program(tf.constant(rows), tf.constant(lengths), tf.constant(states))
         return outputs.numpy(), stepped.numpy()
 
+    def end_call(self) -> None:
+        """Nothing: TensorFlow cannot end a call, whose work its rung fixes."""
+
 
 def rungs_up_to(max_steps: int) -> list[tuple[int, int]]:
     """The ladder for calls of at most `max_steps` steps; the last rung fits every batch. Beyond

@@ -319,7 +319,7 @@ def test_a_graph_with_nondeterministic_outputs_is_rejected(tmp_path: Path) -> No
     session, random = open_session(artifact.network, 1, "m"), np.random.default_rng(1)
 
     class Noisy:
-        def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        def run(self, names: list[str], feeds: dict[str, Any], _: Any) -> list[Any]:
             values = session.run(names, feeds)
             return [value + np.float32(1e-7 * random.random()) for value in values]
 

@@ -1,14 +1,19 @@
-"""Time slicing of long chunks: the same outputs, and other batches run between slices."""
+"""Time slicing of long chunks: the same outputs, and other batches run between slices.
+
+And calls that take too long: they are ended, and the event loop runs on.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from service.core.errors import CallTimeout
 from service.engine import compute as module
 from service.engine.compute import Compute
 
@@ -31,6 +36,9 @@ class Summing:
         sums = states[:, None, :] + np.cumsum(rows, axis=1)
         ends = np.asarray(lengths) - 1
         return sums, sums[np.arange(len(rows)), ends]
+
+    def end_call(self) -> None:
+        """Nothing, as TensorFlow."""
 
 
 def inputs(steps: int, count: int = 1) -> tuple[list[Any], Any]:
@@ -176,3 +184,103 @@ async def test_finite_outputs_whose_squares_overflow_are_accepted_without_a_warn
     inferred = await infer(compute, Overflowing(1, 1e30), 1)
     compute.close()
     assert inferred.finite
+
+
+class Hanging(Summing):
+    """A runtime whose calls of `steps` steps end only when they are ended."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._steps = steps
+        self.threads: list[str] = []
+        self.began, self._ended = threading.Event(), threading.Event()
+
+    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
+        self.threads.append(threading.current_thread().name)
+        if rows.shape[1] == self._steps:
+            self.began.set()
+            self._ended.wait()
+            self._ended.clear()
+            raise CallTimeout("ended")
+        return super().step(rows, lengths, states)
+
+    def warm(self) -> None:
+        self.step(np.zeros((1, self._steps, 1)), None, None)
+
+    def end_call(self) -> None:
+        self._ended.set()
+
+
+@pytest.fixture
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inline call is ended almost at once."""
+    monkeypatch.setattr(module, "INLINE_LIMIT_S", 0.02)
+    monkeypatch.setattr(module, "WATCH_S", 0.01)
+
+
+async def test_a_call_in_the_thread_is_ended_after_the_call_timeout(short_limits: None) -> None:
+    compute, runtime = Compute(0.05), Hanging(steps=4)
+    with pytest.raises(CallTimeout):
+        await infer(compute, runtime, 4)
+    assert (await infer(compute, runtime, 3)).states.tolist() == [[3]], "others run on"
+    compute.close()
+
+
+async def test_an_inline_call_is_ended_soon_and_runs_again_in_the_thread(
+    short_limits: None,
+) -> None:
+    compute, runtime = Compute(0.05), Hanging(steps=3)
+    for _ in range(2):  # the first call of a size is timed in the thread
+        await infer(compute, runtime, 2)
+    with pytest.raises(CallTimeout):
+        await infer(compute, runtime, 3)
+    await infer(compute, runtime, 2)
+    names = [name.startswith("carry-compute") for name in runtime.threads]
+    assert names == [True, False, False, True, True], "its size runs in the thread from now on"
+    compute.close()
+
+
+async def test_a_warm_up_is_ended_after_the_call_timeout(short_limits: None) -> None:
+    compute = Compute(0.05)
+    with pytest.raises(CallTimeout):
+        await compute.warm(Hanging(steps=4))  # type: ignore[arg-type]
+    compute.close()
+
+
+async def test_close_ends_the_running_call() -> None:
+    compute, runtime = Compute(), Hanging(steps=4)
+    call = asyncio.create_task(infer(compute, runtime, 4))
+    await asyncio.to_thread(runtime.began.wait)
+    compute.close()
+    with pytest.raises(CallTimeout):
+        await call
+
+
+class Pausing(Hanging):
+    """A runtime whose calls of `steps` steps take a tenth of a second by the clock."""
+
+    def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(steps)
+        self._now_s = 0.0
+        clock = SimpleNamespace(monotonic=lambda: self._now_s)
+        monkeypatch.setattr(module, "time", clock)
+
+    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
+        if rows.shape[1] == self._steps:
+            self._now_s += 0.1
+        self.threads.append(threading.current_thread().name)
+        return Summing.step(self, rows, lengths, states)
+
+
+async def test_after_one_slow_call_its_size_runs_in_the_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compute, runtime = Compute(), Pausing(3, monkeypatch)
+    for steps in (2, 2, 3, 2, 3):
+        await infer(compute, runtime, steps)
+    names = [name.startswith("carry-compute") for name in runtime.threads]
+    assert names == [True, False, False, True, True]
+    for _ in range(30):
+        await infer(compute, runtime, 2)
+    assert not runtime.threads[-1].startswith("carry-compute"), "and back, once it is fast again"
+    compute.close()

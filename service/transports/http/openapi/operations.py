@@ -192,6 +192,7 @@ _ENGINE = (
     errors.Overloaded,
     errors.LimitExceeded,
     errors.DeadlineExceeded,
+    errors.CallTimeout,
     errors.ShuttingDown,
 )
 _OVERWRITING = (
