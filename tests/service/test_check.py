@@ -14,6 +14,7 @@ import redis
 
 from models.artifact.artifact import Artifact
 from service.check import run_checks
+from service.server import CannotServeError, check_packages
 from service.settings import Settings
 from service.store.redis.server_checks import RIGHTS, rights_of
 from service.store.settings import Durability, StoreSettings
@@ -83,6 +84,22 @@ def test_a_failed_check_is_the_exit_status(tmp_path: Path) -> None:
     done = carry("check", CARRY_TIMEOUT_S="400")
     assert done.exit_code == 1
     assert done.stdout.startswith(b"failed settings  CARRY_MAX_TIMEOUT_S: expected at least")
+
+
+@pytest.mark.parametrize(
+    ("modules", "setting", "message"),
+    [
+        ("GRPC_MODULES", {"grpc_port": 0}, r"CARRY_GRPC_PORT .* '\.\[grpc\]'"),
+        ("TRACING_MODULES", {"tracing": True}, r"CARRY_TRACING .* '\.\[otel\]'"),
+    ],
+)
+def test_packages_that_a_setting_needs_are_named(
+    monkeypatch: pytest.MonkeyPatch, modules: str, setting: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(f"service.server.{modules}", ("redis", "missing_package.module"))
+    check_packages(Settings.load())
+    with pytest.raises(CannotServeError, match=message):
+        check_packages(Settings.load(setting))
 
 
 def test_a_damaged_model_fails(check: Check, artifact: Artifact, tmp_path: Path) -> None:
