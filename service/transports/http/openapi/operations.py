@@ -173,6 +173,7 @@ _ANY = (
     errors.MalformedRequest,
     errors.DuplicateField,
     errors.HeadTooLarge,
+    errors.HostNotAllowed,
     errors.ExpectationFailed,
     errors.RequestTimeout,
     errors.TooManyConnections,
