@@ -1,28 +1,50 @@
-"""Rate limits of access keys: requests, events and concurrent requests in one process.
+"""Rate limits of access keys: requests and events of all processes, concurrent requests of one.
 
-Limits of streams and their bytes are quotas (`service.pipeline.quota`). Each process counts for
-itself, in memory, so that a limit costs no round trip. Rates are token buckets that hold the tokens
-of one second and may be overdrawn: a request is accepted while there is a token, and one with many
-events delays the next ones. So a chunk of any length is accepted, and the rate holds on average.
+Limits of streams and their bytes are quotas (`service.pipeline.quota`). Rates are token buckets in
+the store (`service.store.rates`) that hold the tokens of one second and may be overdrawn: a request
+is accepted while there is a token, and one with many events delays the next ones. So a chunk of any
+length is accepted, and the rate holds on average.
+
+A request pays no round trip: it spends tokens that the process has leased, and one background task
+reports what was spent and renews the leases. Between two renewals a process also spends its part of
+the tokens that the bucket must have by now, divided by the processes that use it. So a key that one
+process serves has the whole rate and burst there. While the store does not answer, each process
+goes on with its part, and what it spends is not counted.
 
 Use from one event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Final
 
 import msgspec
+import structlog
 
-from service.core.errors import LimitExceeded
+from service.core.errors import CarryError, LimitExceeded
+from service.store.rates import Lease, LeaseRequest, RateLeases
 
 RETRY_AFTER_S: Final = 1.0
 """When to send a request again that exceeds the number of concurrent ones."""
 
 MAX_RETRY_AFTER_S: Final = 60.0
+
+TICK_S: Final = 0.05
+"""Shortest interval between two renewals of a lease."""
+
+RENEW_S: Final = 0.5
+"""A lease of which little was spent is renewed after this, and ends if nothing was spent."""
+
+LEASE_S: Final = 0.5
+"""Longest wait for the store when leases are renewed."""
+
+UNKNOWN_PART: Final = 0.1
+"""Part of the burst that a process spends before its first lease: it may be one of many."""
 
 Rate = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(gt=0)]
@@ -46,67 +68,145 @@ class KeyLimits(
 
 
 IN_MEMORY: Final = ("requests_per_s", "events_per_s", "concurrent_requests")
-"""The limits that each process enforces by itself."""
+"""The limits that processes enforce without a round trip."""
+
+log = structlog.get_logger(__name__)
 
 
-class TokenBucket:
-    """Tokens that are added at a rate, up to those of one second, and at least one.
+class RateShare:
+    """What one process may spend of a token bucket.
 
     Attributes:
-        level: tokens that there were at the last `has_token`, less those that were taken since;
-            more may be taken than there are.
+        level: tokens that it may spend now; more may be spent than there are.
+        is_short: a request was rejected since the last lease.
     """
 
-    __slots__ = ("_burst", "_updated_s", "level", "rate_per_s")
-
-    def __init__(self, rate_per_s: float, now_s: float):
+    def __init__(self, name: str, rate_per_s: float, now_s: float):
+        self.name = name
         self.rate_per_s = rate_per_s
-        self._burst = self.level = max(1.0, rate_per_s)
-        self._updated_s = now_s
+        self._burst = max(1.0, rate_per_s)
+        self.level = self._start = 0.0
+        self.is_short = False
+        # tokens that no process has leased, when that was known, and among how many they are shared
+        self._free, self._free_s = max(1.0, UNKNOWN_PART * self._burst), now_s
+        self._processes = 1
+        self._leased_s = -math.inf
 
-    def has_token(self, now_s: float) -> bool:
-        """Whether there is a token now."""
-        level = self.level + (now_s - self._updated_s) * self.rate_per_s
-        # `min` takes three times as long
-        self.level = level = self._burst if level > self._burst else level
-        self._updated_s = now_s
-        return level >= 1.0
+    def borrow(self, now_s: float, *, is_active: bool) -> bool:
+        """Add this process's part of the tokens that the bucket must have by now, if there is then
+        a token to spend; at least one token if the process did not use the bucket lately."""
+        free = self._estimate(now_s)
+        part = free / self._processes
+        if not is_active and free >= 1.0:
+            part = max(part, 1.0)
+        if self.level + part < 1.0:
+            self.is_short = True
+            return False
+        self.level += part
+        self._start += part
+        self._free, self._free_s = 0.0, now_s
+        return True
 
-    def wait_s(self) -> float:
-        """Time until there is a token, if there was none."""
-        return (1.0 - self.level) / self.rate_per_s
+    def wait_s(self, now_s: float) -> float:
+        """Time until there is a token, if there is none and all processes spend as much."""
+        part = self._estimate(now_s) / self._processes
+        return (1.0 - self.level - part) * self._processes / self.rate_per_s
+
+    def _estimate(self, now_s: float) -> float:
+        free = self._free + (now_s - self._free_s) * self.rate_per_s
+        return min(self._burst - self.level, free)
+
+    @property
+    def spent(self) -> float:
+        """Tokens that were spent since the last lease began."""
+        return self._start - self.level
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing was spent since the last lease began, nor rejected."""
+        return self.level == self._start and not self.is_short
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether the lease is to be renewed or returned."""
+        age_s = now_s - self._leased_s
+        has_new_token = self.is_short and age_s * self.rate_per_s >= 1.0
+        return has_new_token or 2 * self.level < self._start or age_s >= RENEW_S
+
+    def expire(self) -> None:
+        """Make the renewal due at once."""
+        self._leased_s = -math.inf
+
+    def request(self, now_s: float) -> LeaseRequest:
+        """The request for the next lease."""
+        self._leased_s, self.is_short = now_s, False
+        return LeaseRequest(self.name, self.rate_per_s, self._burst, self.spent)
+
+    def end(self) -> None:
+        """Spend nothing more of the lease, which is not renewed."""
+        self.level = self._start = min(0.0, self.level)
+
+    def forget(self) -> None:
+        """Forget what was spent: the store does not answer, or may have counted it."""
+        self._start = self.level
+
+    def update(self, request: LeaseRequest, lease: Lease, now_s: float) -> None:
+        """Begin the lease that was requested."""
+        spent_since = self.spent - request.spent
+        self._start, self.level = lease.tokens, lease.tokens - spent_since
+        self._free, self._free_s, self._processes = lease.free, now_s, lease.processes
 
 
 class KeyLimiter:
     """Enforces the limits of one key in this process.
 
+    Args:
+        on_active: called when requests arrive after none did, so that leases are to be renewed.
+
     Attributes:
         limits: in force; set them by `KeyLimiters.limiter`.
+        is_active: whether leases are renewed.
     """
 
-    def __init__(self, key_id: str, limits: KeyLimits, clock: Callable[[], float]):
+    def __init__(
+        self,
+        key_id: str,
+        limits: KeyLimits,
+        clock: Callable[[], float],
+        on_active: Callable[[KeyLimiter], None],
+    ):
         self._key_id = key_id
         self._clock = clock
+        self._on_active = on_active
         self._concurrent = 0
+        self.is_active = False
         self.limits = KeyLimits()
         self._most_concurrent: int | None = None
-        self._requests: TokenBucket | None = None
-        self._events: TokenBucket | None = None
+        self._requests: RateShare | None = None
+        self._events: RateShare | None = None
         self.update(limits)
 
     def update(self, limits: KeyLimits) -> None:
-        """Apply changed limits; buckets whose rate is the same keep their tokens."""
+        """Apply changed limits; shares of rates that are the same keep their tokens."""
         self.limits = limits
+        if not self.shares:
+            self.is_active = False
         self._most_concurrent = limits.concurrent_requests
-        self._requests = self._bucket(self._requests, limits.requests_per_s)
-        self._events = self._bucket(self._events, limits.events_per_s)
+        self._requests = self._share(self._requests, "requests_per_s", limits.requests_per_s)
+        self._events = self._share(self._events, "events_per_s", limits.events_per_s)
 
-    def _bucket(self, before: TokenBucket | None, rate_per_s: float | None) -> TokenBucket | None:
+    def _share(
+        self, before: RateShare | None, limit: str, rate_per_s: float | None
+    ) -> RateShare | None:
         if rate_per_s is None:
             return None
         if before is not None and before.rate_per_s == rate_per_s:
             return before
-        return TokenBucket(rate_per_s, self._clock())
+        return RateShare(f"{self._key_id}:{limit}", rate_per_s, self._clock())
+
+    @property
+    def shares(self) -> list[RateShare]:
+        """Its shares of the buckets of its limits."""
+        return [share for share in (self._requests, self._events) if share is not None]
 
     def rejection(self) -> LimitExceeded | None:
         """The error with which a request would be rejected now; None if it would be accepted."""
@@ -114,11 +214,14 @@ class KeyLimiter:
         if most is not None and self._concurrent >= most:
             return self._error("concurrent_requests", most, RETRY_AFTER_S)
         requests, events = self._requests, self._events
-        now_s = self._clock()
-        if requests is not None and not requests.has_token(now_s):
-            return self._error("requests_per_s", requests.rate_per_s, requests.wait_s())
-        if events is not None and not events.has_token(now_s):
-            return self._error("events_per_s", events.rate_per_s, events.wait_s())
+        if requests is not None and requests.level < 1.0:
+            now_s = self._clock()
+            if not requests.borrow(now_s, is_active=self.is_active):
+                return self._error("requests_per_s", requests.rate_per_s, requests.wait_s(now_s))
+        if events is not None and events.level < 1.0:
+            now_s = self._clock()
+            if not events.borrow(now_s, is_active=self.is_active):
+                return self._error("events_per_s", events.rate_per_s, events.wait_s(now_s))
         return None
 
     def begin(self, events: int) -> None:
@@ -128,6 +231,15 @@ class KeyLimiter:
             self._requests.level -= 1
         if self._events is not None:
             self._events.level -= events
+        if not self.is_active:
+            self._activate()
+
+    def _activate(self) -> None:
+        for share in self.shares:
+            share.expire()
+        self.is_active = True
+        if self.shares:
+            self._on_active(self)
 
     def end(self, _: object = None) -> None:
         """The request was answered or cancelled."""
@@ -160,11 +272,19 @@ class KeyLimiter:
 
 
 class KeyLimiters:
-    """The limiters of all keys that have limits, in this process."""
+    """The limiters of all keys that have limits, in this process.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    Args:
+        leases: leases tokens of the store's buckets.
+    """
+
+    def __init__(self, leases: RateLeases, clock: Callable[[], float] = time.monotonic):
+        self._leases = leases
         self._clock = clock
         self._limiters: dict[str, KeyLimiter] = {}
+        self._active: set[KeyLimiter] = set()
+        self._wake = asyncio.Event()
+        self._is_failing = False
 
     def limiter(self, key_id: str, limits: KeyLimits | None) -> KeyLimiter | None:
         """The limiter of a key, with its present limits; None if it has none.
@@ -175,7 +295,51 @@ class KeyLimiters:
             return None
         limiter = self._limiters.get(key_id)
         if limiter is None:
-            limiter = self._limiters[key_id] = KeyLimiter(key_id, limits, self._clock)
+            limiter = KeyLimiter(key_id, limits, self._clock, self._note_active)
+            self._limiters[key_id] = limiter
         elif limiter.limits != limits:
             limiter.update(limits)
         return limiter
+
+    def _note_active(self, limiter: KeyLimiter) -> None:
+        self._active.add(limiter)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Keep the leases renewed; until it is cancelled, before the store is closed."""
+        while True:
+            self._wake.clear()
+            await self.renew()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), TICK_S if self._active else None)
+
+    async def renew(self) -> None:
+        """Renew the leases that are due; those of keys without requests end."""
+        now_s = self._clock()
+        due: list[RateShare] = []
+        for limiter in list(self._active):
+            shares = limiter.shares
+            if not any(share.is_due(now_s) for share in shares) and shares:
+                continue
+            if all(share.is_idle for share in shares):
+                limiter.is_active = False
+                self._active.discard(limiter)
+                for share in shares:
+                    share.end()
+            else:
+                due += shares
+        if not due:
+            return
+        requests = [share.request(now_s) for share in due]
+        leases = await self._leases.lease(requests, time.monotonic() + LEASE_S)
+        errors: list[CarryError] = []
+        for share, request, lease in zip(due, requests, leases, strict=True):
+            if isinstance(lease, CarryError):
+                share.forget()
+                errors.append(lease)
+            else:
+                share.update(request, lease, self._clock())
+        if errors and not self._is_failing:
+            reason = errors[0].detail
+            log.warning("rate_leases_not_renewed", code=errors[0].code, reason=reason)
+        self._is_failing = bool(errors)

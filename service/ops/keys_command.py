@@ -59,10 +59,10 @@ def create_key(
         float | None, typer.Option(min=0.001, help="Days until it expires; default: never.")
     ] = None,
     requests_per_s: Annotated[
-        float | None, typer.Option(min=0.001, help="Most requests per second of a worker process.")
+        float | None, typer.Option(min=0.001, help="Most requests per second, of all workers.")
     ] = None,
     events_per_s: Annotated[
-        float | None, typer.Option(min=0.001, help="Most events per second of a worker process.")
+        float | None, typer.Option(min=0.001, help="Most events per second, of all workers.")
     ] = None,
     concurrent_requests: Annotated[
         int | None, typer.Option(min=1, help="Most concurrent requests of a worker process.")

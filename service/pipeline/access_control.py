@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Final
 
 from service.access.key_cache import AccessKeys
-from service.access.limits import KeyLimiters
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.scoped_pipeline import PipelineInterface, ScopedPipeline
@@ -37,7 +36,6 @@ class AccessControl:
         self._pipeline = pipeline
         self._keys = keys
         self._models = pipeline.models
-        self._limiters = KeyLimiters()
         self._on_end: dict[PipelineInterface, set[OnEnd]] = {}
         self.open_pipeline: PipelineInterface | None = pipeline
         self.cached: dict[bytes | None, ScopedPipeline] = {}
@@ -61,7 +59,7 @@ class AccessControl:
         if pipeline is None or pipeline.principal != principal:
             if len(self.cached) >= MAX_CACHED:
                 self.cached.clear()
-            limiter = self._limiters.limiter(principal.key_id, principal.limits)
+            limiter = self._pipeline.limiters.limiter(principal.key_id, principal.limits)
             quota = self._pipeline.quotas.quota(principal.key_id, principal.limits)
             pipeline = ScopedPipeline(self._pipeline, principal, limiter, quota)
             self.cached[authorization] = pipeline

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, TypeVar
 from msgspec.structs import replace
 
 from models.decoding.forecasts import Forecast
+from service.access.limits import KeyLimiters
 from service.access.principal import Verb
 from service.core.delivery import check_position
 from service.core.errors import (
@@ -106,6 +107,7 @@ class Pipeline:
         streams: stream administration.
         cache: the states of recent streams.
         quotas: the quotas of access keys.
+        limiters: the rate limits of access keys.
         key_id: None, since no access key is checked.
 
     A `deadline_s` is the time until which a caller waits, on the monotonic clock.
@@ -133,12 +135,13 @@ class Pipeline:
         self.cache = StateCache(limits.state_cache_bytes)
         self.streams = Streams(self.model, store, self.cache, now_ms=now_ms, audit=audit)
         self.quotas = StreamQuotas(store.usage, self._state_bytes)
+        self.limiters = KeyLimiters(store.rates)
         self._tokens = StateTokens(store.token_key)
         self._compute = Compute(limits.call_timeout_s)
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""
-        self._cache_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._recorder = recorder
         self._tracer = tracer
         self._chunks = {name: self._chunk_batcher(served) for name, served in self.models.items()}
@@ -211,7 +214,8 @@ class Pipeline:
             if served.decoder is not None:
                 await self._compute.warm(served.decoder)
         self._warm = True
-        self._cache_task = asyncio.get_running_loop().create_task(self._age_cache())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._age_cache()), loop.create_task(self.limiters.run())]
 
     async def _age_cache(self) -> None:
         """Drop states of idle streams: another worker may have deleted them."""
@@ -222,8 +226,8 @@ class Pipeline:
     async def stop(self) -> None:
         """Shut down gracefully: drain the queues, then stop; once, before the store is closed."""
         self._stopping = "draining"
-        if self._cache_task is not None:
-            self._cache_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         drain_s = self._limits.drain_s
         await asyncio.gather(
             *(batcher.drain(drain_s) for batcher in self._chunks.values()),

@@ -32,6 +32,7 @@ from service.core.values import (
 from service.store.codec import CodecError, decode_state, read_packed_head, unpack_head
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
+from service.store.rates import RateLeases
 from service.store.usage import StreamUsage
 
 log = structlog.get_logger(__name__)
@@ -116,6 +117,10 @@ class StateStore(Protocol):
     @property
     def usage(self) -> StreamUsage:
         """The streams of the access keys with quotas."""
+
+    @property
+    def rates(self) -> RateLeases:
+        """The token buckets of the access keys with limits."""
 
     @property
     def telemetry(self) -> StoreTelemetry:

@@ -9,6 +9,7 @@
                                               `service.access.keys`), and their version
     {namespace}:usage:{id}                    a hash of the streams that an access key with a quota
                                               has created, and of their bytes
+    {namespace}:rate:{id}:{limit}             a hash of a token bucket that limits an access key
 
 The braces around `pNNNN` are literal, a hash tag of Redis Cluster: all streams of a partition are
 stored in one slot. The partition is CRC-32 of `model/stream` modulo P. A model's name contains no
@@ -67,6 +68,10 @@ class KeySpace:
     def stream_usage(self, key_id: str) -> str:
         """The key of the streams that an access key with a quota has created."""
         return f"{self.namespace}:usage:{key_id}"
+
+    def rate(self, bucket: str) -> str:
+        """The key of a token bucket of an access key."""
+        return f"{self.namespace}:rate:{bucket}"
 
     def partition(self, key: StreamKey) -> int:
         """The stream's partition, 0 to P-1; the same on every machine and version."""

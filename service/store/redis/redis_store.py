@@ -48,6 +48,7 @@ from service.store.base import (
 from service.store.codec import COMPARED, CodecError, StateHeader, decode_reply, unpack_head
 from service.store.observation import StoreTelemetry, StreamCount
 from service.store.outputs import OutputChannel
+from service.store.rates import RateLeases
 from service.store.redis.access_keys import read_access_keys, write_access_keys
 from service.store.redis.commands import PendingCommand, Script, pack_arguments
 from service.store.redis.deletion import StreamDeletion
@@ -62,6 +63,7 @@ from service.store.redis.outcomes import (
     resolve_retried_commit,
 )
 from service.store.redis.output_channel import RedisOutputChannel
+from service.store.redis.rate_leases import RedisRateLeases
 from service.store.redis.readiness import Readiness
 from service.store.redis.router import check_executed
 from service.store.redis.scan import list_streams
@@ -89,6 +91,7 @@ class RedisStore:
 
     Attributes:
         usage: the streams of the access keys with quotas.
+        rates: the token buckets of the access keys with limits.
         outputs: the channel on which it publishes what it commits to watched streams.
         deletion: deletes its streams.
 
@@ -115,6 +118,7 @@ class RedisStore:
             self._router, settings, self.outputs, self._slot, self._ensure_durable
         )
         self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys, self.deletion.fence)
+        self.rates: RateLeases = RedisRateLeases(self._router, self._keys)
         self._readiness = Readiness(self._router, settings, self._commit_script)
 
     async def start(self) -> None:

@@ -1,34 +1,104 @@
-"""Limits of a key: rates that hold on average, and concurrent requests."""
+"""Limits of a key: rates that several processes keep together, and concurrent requests.
+
+pytest tests/service/access/test_limits.py -k accept_the_rate -s
+"""
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
+from random import Random
+
 import pytest
+from structlog.testing import capture_logs
 
 from service.access.keys import AccessKey, AccessKeyError, decode_key, encode_key
 from service.access.limits import KeyLimiter, KeyLimiters, KeyLimits
 from service.access.principal import Verb
-from service.core.errors import LimitExceeded
+from service.core.errors import CarryError, LimitExceeded, StoreUnavailable
+from service.store.rates import Lease, LeaseRequest, RateLeases
+from tests.support.servers import RealServer, opened
+
+KEY = "0" * 12
+TICK_S = 0.05
 
 
-class Clock:
-    """A monotonic clock that the test sets."""
+class Leases:
+    """The leases of a store that may be away."""
 
-    def __init__(self) -> None:
-        self.now_s = 100.0
+    def __init__(self, leases: RateLeases):
+        self._leases = leases
+        self.is_away = False
+        self.calls = 0
+        self.on_leased: Callable[[], object] = lambda: None
 
-    def __call__(self) -> float:
-        return self.now_s
+    async def lease(
+        self, requests: Sequence[LeaseRequest], deadline_s: float = math.inf
+    ) -> list[Lease | CarryError]:
+        self.calls += 1
+        if self.is_away:
+            return [StoreUnavailable("away")] * len(requests)
+        leases = await self._leases.lease(requests, deadline_s)
+        self.on_leased()
+        return leases
+
+
+class Processes:
+    """Processes on one store, whose time passes when the test says so, and as the test runs.
+
+    Attributes:
+        elapsed_s: the time that has passed for the store's buckets.
+    """
+
+    def __init__(self, server: RealServer, leases: Sequence[Leases]):
+        self._server = server
+        self._began_s = time.monotonic()
+        self._advanced_s = 0.0
+        self.leases = leases
+        self.all = [KeyLimiters(each, self.now_s) for each in leases]
+
+    def now_s(self) -> float:
+        """The clock of the processes."""
+        return 100.0 + self._advanced_s
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._began_s + self._advanced_s
+
+    def limiter(self, process: int = 0, **limits: float) -> KeyLimiter:
+        limiter = self.all[process].limiter(KEY, KeyLimits(**limits))
+        assert limiter is not None
+        return limiter
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass: for the store, everything that it has noted becomes older."""
+        self._advanced_s += seconds
+        with self._server.client() as client:
+            for name in client.keys("carry:rate:*"):
+                for field, value in client.hgetall(name).items():
+                    head, colon, at = value.rpartition(b":")
+                    if field != b"level":
+                        older = int(at) - round(1000 * seconds)
+                        client.hset(name, field, head + colon + b"%d" % older)
+
+    async def renew(self) -> None:
+        """One turn of the background task of each process."""
+        await asyncio.gather(*(each.renew() for each in self.all))
+
+
+Start = Callable[[int], Processes]
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def limiter_of(clock: Clock, **limits: float) -> KeyLimiter:
-    limiter = KeyLimiters(clock).limiter("0" * 12, KeyLimits(**limits))
-    assert limiter is not None
-    return limiter
+async def start(pipeline_server: RealServer, store_url: str) -> AsyncIterator[Start]:
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(opened(store_url)) for _ in range(10)]
+        yield lambda count: Processes(
+            pipeline_server, [Leases(store.rates) for store in stores[:count]]
+        )
 
 
 def accepted(limiter: KeyLimiter, events: int = 1) -> bool:
@@ -40,43 +110,195 @@ def accepted(limiter: KeyLimiter, events: int = 1) -> bool:
         return False
 
 
-@pytest.mark.parametrize("rate_per_s", [0.5, 3.0, 40.0])
-def test_requests_of_a_minute_are_those_of_the_rate_and_one_burst(
-    clock: Clock, rate_per_s: float
+async def send(
+    processes: Processes, rate_per_s: float, demand: float, weights: Sequence[float], seconds: float
+) -> tuple[int, int, float]:
+    """Send requests at `demand` times the rate; returns how many were sent and accepted, and the
+    time that they took."""
+    random = Random(5)
+    limiters = [processes.limiter(at, requests_per_s=rate_per_s) for at in range(len(weights))]
+    sent = count = 0
+    began_s, advanced_s = processes.elapsed_s, 0.0
+    while advanced_s < seconds:
+        processes.advance(TICK_S)
+        advanced_s += TICK_S
+        # the test's own time passes too
+        due = demand * rate_per_s * (processes.elapsed_s - began_s)
+        for limiter in random.choices(limiters, weights, k=int(due) - sent):
+            sent += 1
+            count += accepted(limiter)
+        await processes.renew()
+    return sent, count, processes.elapsed_s - began_s
+
+
+def shares(count: int, shape: str) -> list[float]:
+    """The parts of the traffic that processes get."""
+    if shape == "even" or count == 1:
+        return [1.0] * count
+    return [0.9, *[0.1 / (count - 1)] * (count - 1)]
+
+
+@pytest.mark.parametrize("rate_per_s", [2.0, 20.0, 100.0, 1000.0])
+@pytest.mark.parametrize("shape", ["even", "skewed"])
+@pytest.mark.parametrize("count", [2, 10])
+async def test_processes_accept_the_rate_together(
+    start: Start, count: int, shape: str, rate_per_s: float
 ) -> None:
-    limiter = limiter_of(clock, requests_per_s=rate_per_s)
-    count = 0
-    for _ in range(60 * 64):
-        count += accepted(limiter)
-        clock.now_s += 1 / 64
-    assert 60 * rate_per_s <= count <= 60 * rate_per_s + max(1, rate_per_s) + 1
+    processes, weights = start(count), shares(count, shape)
+    # the burst, and what processes spend that do not know of each other yet
+    await send(processes, rate_per_s, 3, weights, 3)
+    _, received, seconds = await send(processes, rate_per_s, 3, weights, 8)
+    part = received / (rate_per_s * seconds)
+    print(f"{count} processes, {rate_per_s:g} per second, {shape}: {part:.3f} of the rate")
+    # at a low rate, one request more or less counts
+    assert abs(part - 1) <= 0.1 + 2 / (rate_per_s * seconds)
 
 
-def test_burst_is_limited_to_one_second_of_the_rate(clock: Clock) -> None:
-    limiter = limiter_of(clock, requests_per_s=5)
-    clock.now_s += 3600
+@pytest.mark.parametrize("shape", ["even", "skewed"])
+@pytest.mark.parametrize("count", [1, 2, 10])
+async def test_requests_below_the_rate_are_accepted_on_any_process(
+    start: Start, count: int, shape: str
+) -> None:
+    sent, received, _ = await send(start(count), 40.0, 0.8, shares(count, shape), 5)
+    assert received >= 0.9 * sent
+
+
+async def test_burst_is_limited_to_one_second_of_the_rate(start: Start) -> None:
+    processes = start(1)
+    limiter = processes.limiter(requests_per_s=5)
+    # before its first lease, a process may be one of many
+    assert [accepted(limiter) for _ in range(2)] == [True, False]
+    await processes.renew()
+    processes.advance(3600)
+    await processes.renew()
     assert [accepted(limiter) for _ in range(7)] == [True] * 5 + [False] * 2
 
 
-def test_long_chunk_is_accepted_and_delays_later_requests(clock: Clock) -> None:
-    limiter = limiter_of(clock, events_per_s=10)
-    assert accepted(limiter, events=50)
-    rejection = limiter.rejection()
+async def test_processes_share_one_burst(start: Start) -> None:
+    processes = start(10)
+    limiters = [processes.limiter(at, requests_per_s=100) for at in range(10)]
+    for _ in range(2):
+        # with the second renewal they know of each other
+        for limiter in limiters:
+            accepted(limiter)
+        await processes.renew()
+        processes.advance(0.6)
+    processes.advance(2)
+    began_s = processes.elapsed_s
+    for _ in range(3):
+        await processes.renew()
+    count = sum(accepted(limiter) for limiter in limiters for _ in range(100))
+    assert count <= 100 + 110 * (processes.elapsed_s - began_s)
+
+
+async def test_rejected_requests_renew_a_lease_once_there_may_be_a_token(start: Start) -> None:
+    processes = start(1)
+    limiter = processes.limiter(requests_per_s=10)
+    while accepted(limiter):
+        await processes.renew()
+    await processes.renew()
+    assert not accepted(limiter)
+    calls = [processes.leases[0].calls]
+    for _ in range(3):
+        processes.advance(0.06)
+        await processes.renew()
+        calls.append(processes.leases[0].calls)
+    assert calls == [calls[0], calls[0], calls[0] + 1, calls[0] + 1]
+
+
+async def test_requests_during_a_renewal_count(start: Start) -> None:
+    processes, received = start(1), list[bool]()
+    limiter = processes.limiter(requests_per_s=50)
+    accepted(limiter)
+    await processes.renew()
+    began_s = processes.elapsed_s
+    processes.leases[0].on_leased = lambda: received.extend(accepted(limiter) for _ in range(20))
+    for _ in range(20):
+        received.extend(accepted(limiter) for _ in range(30))
+        await processes.renew()
+    assert sum(received) <= 50 + 60 * (processes.elapsed_s - began_s)
+
+
+async def test_long_chunk_is_accepted_and_delays_later_requests(start: Start) -> None:
+    processes = start(2)
+    first, second = (processes.limiter(at, events_per_s=10) for at in range(2))
+    assert accepted(first)
+    await processes.renew()
+    assert accepted(first, events=50)
+    rejection = first.rejection()
     assert rejection is not None
-    assert rejection.facts == {
-        "key": "0" * 12,
+    assert {**rejection.facts, "retry_after_s": 0} == {
+        "key": KEY,
         "limit": "events_per_s",
         "allowed": 10.0,
-        "retry_after_s": 4.1,
+        "retry_after_s": 0,
     }
-    clock.now_s += 4.05
-    assert not accepted(limiter)
-    clock.now_s += 0.06
-    assert accepted(limiter)
+    assert 3.5 < rejection.facts["retry_after_s"] < 4.3
+    # the other process learns of it when it renews its own lease
+    accepted(second)
+    await processes.renew()
+    await processes.renew()
+    assert not accepted(second)
+    processes.advance(2)
+    await processes.renew()
+    assert not accepted(first)
+    assert not accepted(second)
+    processes.advance(4)
+    await processes.renew()
+    assert accepted(first)
 
 
-def test_concurrent_requests_are_counted_until_they_end(clock: Clock) -> None:
-    limiter = limiter_of(clock, concurrent_requests=2)
+async def test_leases_of_idle_and_crashed_processes_return_to_the_bucket(start: Start) -> None:
+    processes = start(2)
+    first, second = (processes.limiter(at, requests_per_s=100) for at in range(2))
+    accepted(first)
+    await processes.renew()
+    # one half is leased to the first; it crashes
+    processes.all, crashed = processes.all[1:], processes.all[0]
+    accepted(second)
+    await processes.renew()
+    assert sum(accepted(second) for _ in range(100)) < 50
+    for _ in range(2):
+        processes.advance(1)
+        await processes.renew()
+    processes.advance(1)
+    count = 0
+    for _ in range(4):
+        await processes.renew()
+        count += sum(accepted(second) for _ in range(100))
+    assert count > 80
+    # idle limiters cost nothing
+    processes.advance(1)
+    processes.all = [crashed, *processes.all]
+    for _ in range(3):
+        processes.advance(1)
+        await processes.renew()
+    calls = [each.calls for each in processes.leases]
+    processes.advance(1)
+    await processes.renew()
+    assert [each.calls for each in processes.leases] == calls
+    assert not first.is_active
+    assert not second.is_active
+
+
+async def test_a_process_keeps_its_part_of_the_rate_while_the_store_is_away(start: Start) -> None:
+    processes = start(2)
+    await send(processes, 40.0, 3, [1.0, 1.0], 3)
+    for each in processes.leases:
+        each.is_away = True
+    with capture_logs() as lines:
+        _, received, _ = await send(processes, 40.0, 3, [1.0, 1.0], 10)
+    # without the time that the test itself takes: only the processes' clock counts
+    assert 0.85 <= received / (40 * 10) <= 1.1
+    assert [line["event"] for line in lines] == ["rate_leases_not_renewed"] * 2
+    for each in processes.leases:
+        each.is_away = False
+    _, received, seconds = await send(processes, 40.0, 3, [1.0, 1.0], 10)
+    assert 0.85 <= received / (40 * seconds) <= 1.15
+
+
+async def test_concurrent_requests_are_counted_until_they_end(start: Start) -> None:
+    limiter = start(1).limiter(concurrent_requests=2)
     with limiter.request(1):
         with limiter.request(1):
             assert not accepted(limiter)
@@ -86,17 +308,26 @@ def test_concurrent_requests_are_counted_until_they_end(clock: Clock) -> None:
     assert accepted(limiter)
 
 
-def test_changed_limit_keeps_the_counts_of_other_limits(clock: Clock) -> None:
-    limiters = KeyLimiters(clock)
-    before = limiters.limiter("0" * 12, KeyLimits(requests_per_s=1, concurrent_requests=1))
+async def test_changed_limit_keeps_the_counts_of_other_limits(start: Start) -> None:
+    processes = start(1)
+    (limiters,) = processes.all
+    before = limiters.limiter(KEY, KeyLimits(concurrent_requests=1))
     assert before is not None
     before.begin(1)
-    after = limiters.limiter("0" * 12, KeyLimits(requests_per_s=1, concurrent_requests=2))
+    before.end()
+    await limiters.renew()
+    before = limiters.limiter(KEY, KeyLimits(requests_per_s=0.01, concurrent_requests=1))
+    assert before is not None
+    assert before.rejection() is None
+    before.begin(1)
+    after = limiters.limiter(KEY, KeyLimits(requests_per_s=0.01, concurrent_requests=2))
     assert after is not None
     rejection = after.rejection()
     assert rejection is not None
     assert rejection.facts["limit"] == "requests_per_s"
-    assert limiters.limiter("0" * 12, None) is None
+    await limiters.renew()
+    assert processes.leases[0].calls == 1
+    assert limiters.limiter(KEY, None) is None
     assert limiters.limiter("1" * 12, KeyLimits()) is None
 
 

@@ -24,7 +24,8 @@ from tests.support.clock import ManualClock
 def access_control(keys: AccessKeys) -> AccessControl:
     """Access control of a pipeline without models."""
     quotas = SimpleNamespace(quota=lambda key_id, limits: None)
-    pipeline: Any = SimpleNamespace(models={}, streams=None, quotas=quotas)
+    limiters = SimpleNamespace(limiter=lambda key_id, limits: None)
+    pipeline: Any = SimpleNamespace(models={}, streams=None, quotas=quotas, limiters=limiters)
     return AccessControl(pipeline, keys)
 
 

@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.open import open_store
+from service.store.rates import Lease, LeaseRequest
 from service.store.settings import Durability, StoreSettings
 from service.store.usage import Quota
 from tests.support.certificates import Certificates, certificates, make_certificates
@@ -82,6 +83,8 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
             await store.usage.release("a", [(key("b"), registered)])
             await store.usage.reconcile("a")
             assert usage == ([True], 1, 5)
+            (lease,) = await store.rates.lease([LeaseRequest("a:requests_per_s", 4.0, 4.0, 1.0)])
+            assert lease == Lease(1.5, 1.5, 1)
 
 
 async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) -> None:

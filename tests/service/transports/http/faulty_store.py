@@ -83,6 +83,7 @@ class FaultyStore:
         self._store = store
         self.outputs = store.outputs
         self.usage = store.usage
+        self.rates = store.rates
 
     async def start(self) -> None:
         await self._store.start()

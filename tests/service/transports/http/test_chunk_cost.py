@@ -1,4 +1,6 @@
-"""What an access key and a rejection cost on the fast path, in Python calls: no noise touches them.
+"""What an access key, its limits and a rejection cost on the fast path, in Python calls.
+
+No noise touches them.
 
 Calls of functions in `service/` are counted while chunks of different streams arrive together.
 A service keeps its goodput under overload because it spends little on the chunks that it rejects.
@@ -18,6 +20,7 @@ from types import CodeType
 
 import pytest
 
+from service.access.limits import KeyLimits
 from tests.service.transports.http.harness import harness
 from tests.service.transports.http.raw_http import (
     HOST,
@@ -37,6 +40,10 @@ TOGETHER = 64
 
 KEY_CALLS = 2.0
 """Measured further calls of a chunk whose access key is checked."""
+
+LIMIT_CALLS = 5.0
+"""Measured further calls of a chunk whose key has rates, a number of concurrent requests and a
+quota; none of them reaches the store."""
 
 REJECTED_CALLS = 18.0
 """Measured calls of a rejected chunk."""
@@ -121,6 +128,23 @@ async def test_checking_an_access_key_costs_little(
         checked = await send_rounds(port_of(server), together, 200, line)
     print(f"calls per chunk: {checked:.1f} with an access key, {without:.1f} without")
     assert checked - without <= SLACK * KEY_CALLS
+
+
+@needs_monitoring
+async def test_limits_of_a_key_cost_little(pipeline_server: RealServer, tmp_path: Path) -> None:
+    models, calls = {"probe": make_artifact(tmp_path)}, list[float]()
+    limits = KeyLimits(
+        requests_per_s=1e6, events_per_s=1e7, concurrent_requests=10_000, streams=10_000
+    )
+    for each in (None, limits):
+        async with (
+            harness(pipeline_server, models, requires_keys=True) as api,
+            serving(api) as server,
+        ):
+            line = f"Authorization: {await api.key(limits=each)}"
+            calls.append(await send_rounds(port_of(server), TOGETHER, 200, line))
+    print(f"calls per chunk: {calls[1]:.1f} with limits, {calls[0]:.1f} without")
+    assert calls[1] - calls[0] <= SLACK * LIMIT_CALLS
 
 
 @needs_monitoring
