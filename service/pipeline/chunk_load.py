@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from typing import Final
 
 from models.errors import StateError
@@ -41,7 +41,7 @@ from service.pipeline.chunk_job import ChunkJob, StageTimes
 from service.pipeline.quota import StreamQuotas
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
-from service.pipeline.shards import SHARD_TIMEOUT_S, Shards
+from service.pipeline.shards import RETRY_AFTER_S, SHARD_TIMEOUT_S, Shards
 from service.store.base import StateStore, StoredValue, decode_value
 from service.store.codec import (
     HEADER_BYTES,
@@ -176,6 +176,8 @@ class ChunkLoader:
         self._recorder = recorder
         self._responsiveness = responsiveness
         self._quotas = quotas
+        # when to register again under an owner, after its count did not answer
+        self._retry_s: defaultdict[str, float] = defaultdict(float)
         self._resets_on_model_change = resets_on_model_change
         self._blocks = served.blocks
 
@@ -289,14 +291,20 @@ class ChunkLoader:
         from it, and are retried; but only once in a while.
         """
         quota, keys = self._quotas[owner], [job.payload.key for job in jobs]
-        deadline_s = min(job.deadline_s for job in jobs)
-        if self._store.shard(keys[0]) is not None:
+        now_s, deadline_s = time.monotonic(), max(job.deadline_s for job in jobs)
+        is_sharded = self._store.shard(keys[0]) is not None
+        if is_sharded:
             # the count may be on a shard that does not answer, and the batch has other streams
-            deadline_s = min(deadline_s, time.monotonic() + SHARD_TIMEOUT_S)
+            deadline_s = min(deadline_s, now_s + SHARD_TIMEOUT_S)
         try:
+            if self._retry_s[owner] > now_s:
+                reason = f"the store does not answer how many streams the key {owner} has"
+                raise StoreUnavailable(reason, retry_after_s=RETRY_AFTER_S)
             errors: list[CarryError | None] = [*await quota.register(keys, deadline_s)]
         except CarryError as failure:
             errors = [failure] * len(jobs)
+            if is_sharded and self._retry_s[owner] <= now_s:
+                self._retry_s[owner] = now_s + RETRY_AFTER_S
         rejected = {job: error for job, error in zip(jobs, errors, strict=True) if error}
 
         async def reconcile() -> list[ChunkJob]:

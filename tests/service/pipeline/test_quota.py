@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from random import Random
@@ -15,11 +16,12 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.access.limits import KeyLimits
 from service.access.principal import Principal, Verb
-from service.core.errors import CarryError, LimitExceeded
+from service.core.errors import CarryError, LimitExceeded, StoreUnavailable
 from service.core.values import Precondition, Reply, StreamKey
 from service.pipeline import quota as module
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.scoped_pipeline import ScopedPipeline
+from service.pipeline.shards import SHARD_TIMEOUT_S
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster, own_cluster, shared_cluster
 from tests.support.pipelines import chunk_of, rows_of, worker
@@ -194,3 +196,25 @@ async def test_a_chunk_of_a_stream_that_exists_costs_no_access_to_the_count(
             calls = client.info("commandstats")
     assert {name for name in calls if name.startswith("cmdstat_h")} <= {"cmdstat_hello"}
     assert calls["cmdstat_evalsha"]["calls"] == 8
+
+
+async def test_a_count_that_does_not_answer_delays_other_streams_once(
+    artifact: Artifact, shared_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with worker(emptied(shared_cluster).url, artifact) as pipeline:
+        first, other = scoped(pipeline, KeyLimits(streams=9)), scoped(pipeline, None, OTHER)
+        calls: list[float] = []
+
+        async def register(*_: Any) -> None:
+            calls.append(_[-1] - time.monotonic())
+            raise StoreUnavailable("away")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(pipeline.quotas[KEY]._usage, "register", register)
+            for number in range(4):
+                with pytest.raises(StoreUnavailable):
+                    await first.process(chunk_of(f"s{number}", ROWS, 0))
+                assert await create(other, f"t{number}")
+        # and for a fraction of a chunk's deadline
+        assert len(calls) == 1
+        assert calls[0] <= SHARD_TIMEOUT_S
