@@ -68,7 +68,9 @@ def test_everything_is_pinned_and_has_hashes(lock: Path) -> None:
     found = entries(lock)
     assert len(found) > (10 if lock == SBOM else 40)
     for entry in found:
-        assert re.match(r"[a-z0-9._-]+(\[[a-z,-]+\])?==[^\s;]+( ;[^-]*)?\s+--hash=sha256:[0-9a-f]{64}", entry)
+        assert re.match(
+            r"[a-z0-9._-]+(\[[a-z,-]+\])?==[^\s;]+( ;[^-]*)?\s+--hash=sha256:[0-9a-f]{64}", entry
+        )
 
 
 @pytest.mark.parametrize("lock", [*LOCKS, SBOM], ids=lambda lock: lock.name)
