@@ -4,8 +4,9 @@
     python -m tests.load.attacks --attack slow-heads --seconds 20
 
 It starts a service with the pretrained model, a Valkey of its own and access keys. The attackers
-run in another process; except in the attacks on keys they have a valid one, which is the worst
-case. Exits with 1 if an attacker was admitted beyond its key, or a client got an error or a wrong
+run in another process; except in the attacks on keys, and in two over gRPC, they have a valid one,
+which is the worst case. The clients use gRPC, and call a probe each time, where the attackers do.
+Exits with 1 if an attacker was admitted beyond its key, or a client got an error or a wrong
 position.
 """
 
@@ -36,6 +37,7 @@ import models
 from service.access.keys import KeyText
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
+from service.transports.kserve.grpc import v2_pb2 as pb
 from tests.support.access import new_authorization
 from tests.support.machine import describe_run, read_usage
 from tests.support.servers import opened, real_server
@@ -44,6 +46,7 @@ from tests.support.service import Service, running
 MIB = 2**20
 MODEL = "/v1/models/flights"
 VICTIM = f"{MODEL}/streams/victim"
+INFERENCE = "/inference.GRPCInferenceService"
 CLIENTS, ROWS, PAUSE_S, RAMP_S = 4, 16, 0.01, 3.0
 
 
@@ -124,11 +127,33 @@ async def websocket_message(target: Target) -> str:
 async def grpc_stream(target: Target) -> str:
     options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(target.grpc_address, options=options) as channel:
-        method = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+        method = channel.stream_stream(f"{INFERENCE}/ModelStreamInfer")
         call = method(metadata=[("authorization", target.key)])
         for _ in range(4):
             await call.write(bytes(4 * MIB - 1024))
         return str(await call.code())
+
+
+async def silent_call(target: Target, path: str, key: str | None, message: bytes | None) -> str:
+    """A call that sends one message or none, and does not end."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(target.grpc_address, options=options) as channel:
+        call = channel.stream_stream(path)(metadata=[("authorization", key)] if key else None)
+        if message is not None:
+            await call.write(message)
+        return str(await call.code())
+
+
+async def health_watch(target: Target) -> str:
+    return await silent_call(target, "/grpc.health.v1.Health/Watch", None, b"")
+
+
+async def silent_probe(target: Target) -> str:
+    return await silent_call(target, f"{INFERENCE}/ServerLive", None, None)
+
+
+async def silent_infer(target: Target) -> str:
+    return await silent_call(target, f"{INFERENCE}/ModelInfer", target.key, None)
 
 
 async def key_guess(target: Target) -> str:
@@ -169,6 +194,9 @@ ATTACKS: dict[str, tuple[int, Callable[[Target], Awaitable[str]]]] = {
     "slow-readers": (100, slow_reader),
     "websocket-messages": (140, websocket_message),
     "grpc-streams": (32, grpc_stream),
+    "grpc-watches": (1100, health_watch),
+    "grpc-silent-probes": (200, silent_probe),
+    "grpc-silent-calls": (120, silent_infer),
     "key-guessing": (8, key_guess),
     "scope-escapes": (8, scope_escape),
     "token-forgeries": (8, token_forgery),
@@ -213,13 +241,33 @@ def cpu_s(pid: int) -> float:
 class Clients:
     """Ordinary clients, each with a stream of its own, one chunk after another."""
 
-    def __init__(self, http: httpx.AsyncClient, pid: int, features: int):
-        self._http, self._pid = http, pid
+    def __init__(self, http: httpx.AsyncClient, channel: grpc.aio.Channel, pid: int, features: int):
+        self._http, self._channel, self._pid = http, channel, pid
         self._body = orjson.dumps({"inputs": np.zeros((ROWS, features)).tolist()})
+        self._message = pb.ModelInferRequest(model_name="flights")
+        self._message.inputs.add(name="inputs", datatype="FP32", shape=[ROWS, features])
+        self._message.raw_input_contents.append(bytes(4 * ROWS * features))
         self._positions = dict.fromkeys(["victim", *map(str, range(1, CLIENTS))], 0)
         self.errors = 0
 
-    async def feed(self, seconds: float) -> NDArray[np.float64]:
+    async def _send_http(self, name: str) -> int:
+        reply = await self._http.post(f"{MODEL}/streams/{name}/chunks", content=self._body)
+        return int(reply.json().get("position", 0))
+
+    async def _send_grpc(self, name: str) -> int:
+        self._message.parameters["sequence_id"].string_param = name
+        message = self._message.SerializeToString()
+        metadata = [("authorization", self._http.headers["Authorization"])]
+        infer = self._channel.unary_unary(f"{INFERENCE}/ModelInfer")
+        try:
+            await self._channel.unary_unary(f"{INFERENCE}/ServerLive")(b"", timeout=30)
+            data = await infer(message, metadata=metadata, timeout=30)
+        except grpc.aio.AioRpcError:
+            return 0
+        reply = pb.ModelInferResponse.FromString(data)
+        return reply.parameters["position"].int64_param
+
+    async def feed(self, seconds: float, *, uses_grpc: bool = False) -> NDArray[np.float64]:
         """Send chunks for so long; returns the 99th percentiles, in ms, of the latency and of the
         CPU time that the service used meanwhile, which other programs do not change."""
         measured, until_s = [], time.monotonic() + seconds
@@ -227,10 +275,10 @@ class Clients:
         async def feed_one(name: str) -> None:
             while time.monotonic() < until_s:
                 began_s, used_s = time.perf_counter(), cpu_s(self._pid)
-                reply = await self._http.post(f"{MODEL}/streams/{name}/chunks", content=self._body)
+                position = await (self._send_grpc if uses_grpc else self._send_http)(name)
                 measured.append((time.perf_counter() - began_s, cpu_s(self._pid) - used_s))
-                self._positions[name] += ROWS
-                self.errors += reply.json().get("position") != self._positions[name]
+                self.errors += position != self._positions[name] + ROWS
+                self._positions[name] = position or self._positions[name]
                 await asyncio.sleep(PAUSE_S)
 
         await asyncio.gather(*map(feed_one, self._positions))
@@ -248,7 +296,8 @@ async def measure(service: Service, store_url: str, options: argparse.Namespace)
     http = httpx.AsyncClient(base_url=service.url, headers=headers, timeout=30)
     pid = service.process.pid
     features = (await http.get(MODEL)).json()["input_features"]
-    clients, failed = Clients(http, pid, features), False
+    channel = grpc.aio.insecure_channel(service.grpc_address())
+    clients, failed = Clients(http, channel, pid, features), False
     loop, port = asyncio.get_running_loop(), int(service.url.rpartition(":")[2])
     print("| attack | connections | p99 without | with it | CPU time without | with it "
         "| memory before | peak | responses |")  # fmt: skip
@@ -257,12 +306,15 @@ async def measure(service: Service, store_url: str, options: argparse.Namespace)
         await loop.run_in_executor(pool, os.getpid)  # imports this module there
         await clients.feed(2)
         for name in options.attack or ATTACKS:
-            alone, before = await clients.feed(options.seconds), read_usage(pid).memory_bytes
+            uses_grpc = name.startswith("grpc")
+            alone = await clients.feed(options.seconds, uses_grpc=uses_grpc)
+            before = read_usage(pid).memory_bytes
             until_s = time.monotonic() + options.seconds + RAMP_S
             target = Target(port, service.grpc_address(), features, key, narrow, until_s)
             attacking = loop.run_in_executor(pool, attack, name, target)
             await asyncio.sleep(RAMP_S)
-            feeding, most = asyncio.create_task(clients.feed(options.seconds)), before
+            feed = clients.feed(options.seconds, uses_grpc=uses_grpc)
+            feeding, most = asyncio.create_task(feed), before
             while not feeding.done():
                 most = max(most, read_usage(pid).memory_bytes)
                 await asyncio.wait([feeding], timeout=0.05)

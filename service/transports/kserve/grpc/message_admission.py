@@ -4,7 +4,7 @@ The library receives a message as a whole and does not say how much of it has ar
 that is being received counts as the largest, and once it is complete as its length, until its call
 is answered. Without room for the largest, no further message is received: its call waits, with at
 most HTTP/2's first window in memory. Calls that receive slowly do not make others wait: they are
-ended.
+ended, the oldest first.
 
 The messages of a stream count once they are complete, since a stream may pause for ever between
 two of them. So each stream may exceed the limit by the one message that it is receiving.
@@ -20,9 +20,12 @@ from typing import Final
 
 from service.core.errors import MalformedBody, Overloaded, RequestTimeout
 
-SLOW_S: Final = 2.0
-"""A call waits this long for room. Then it ends the oldest call that has been receiving since
-before; if there is none, it is rejected."""
+SLOW_S: Final = 0.05
+"""A call that finds no room ends the oldest one that has been receiving for longer, and another one
+each time it has waited as long. Most messages come with their call, within milliseconds."""
+
+WAIT_S: Final = 2.0
+"""A call that has waited this long for room is rejected."""
 
 
 class Receivers:
@@ -67,16 +70,14 @@ class Receivers:
             raise MalformedBody("message: expected one, got none", at="message", got="none")
         return message
 
-    def end_oldest(self, since_s: float) -> bool:
-        """End the oldest call if it has been receiving since this time; returns whether it has."""
+    def end_oldest(self, since_s: float) -> None:
+        """End the oldest call if it has been receiving since this time."""
         oldest = next(iter(self._receiving.items()), None)
-        if oldest is None or oldest[1] > since_s:
-            return False
-        scope = oldest[0]
-        del self._receiving[scope]
-        if not scope.expired():
-            scope.reschedule(since_s)
-        return True
+        if oldest is not None and oldest[1] <= since_s:
+            scope = oldest[0]
+            del self._receiving[scope]
+            if not scope.expired():
+                scope.reschedule(since_s)
 
 
 class MessageAdmission:
@@ -143,16 +144,19 @@ class MessageAdmission:
         if not self._waiting and self._has_room():
             self._used_bytes += size
             return
-        began_s = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + WAIT_S
         acquired = asyncio.ensure_future(self._enqueue(size))
         try:
-            while not (await asyncio.wait({acquired}, timeout=SLOW_S))[0]:
-                if not self._receivers.end_oldest(began_s):
+            while not acquired.done():
+                if loop.time() >= until_s:
                     raise Overloaded(
                         f"{self._used_bytes} bytes of messages are buffered, "
                         f"of at most {self._limit_bytes}",
                         retry_after_s=1,
                     )
+                self._receivers.end_oldest(loop.time() - SLOW_S)
+                await asyncio.wait({acquired}, timeout=SLOW_S)
         except BaseException:
             if not acquired.cancel():
                 # it got the room in the same moment
