@@ -57,7 +57,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterat
     assert "CARRY_INSECURE=1" in service.log()
     assert "`carry keys create NAME`" in service.log()
     keys(service, "create", "first")
-    service.start()
+    service.start(CARRY_ALLOWED_HOSTS="api.example.com")
     service.url = service.url.replace("0.0.0.0", "127.0.0.1")
     try:
         yield service
@@ -88,6 +88,15 @@ def status(service: Service, key: str | None) -> int:
     """The status of a request with this key."""
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     return httpx.get(f"{service.url}/v1/models", headers=headers, verify=False).status_code
+
+
+def test_hosts_are_those_of_the_setting_and_addresses(service: Service) -> None:
+    """Health checks name the address of a container, clients the name of the service."""
+    hosts = {"api.example.com": 200, "10.1.2.3:8000": 200, "localhost": 200, "evil.example": 421}
+    for host, expected in hosts.items():
+        for path in ("/health/live", "/health/ready"):
+            answer = httpx.get(service.url + path, headers={"host": host}, verify=False)
+            assert answer.status_code == expected, host
 
 
 def call(channel: grpc.Channel, method: str, key: str | None, stream: str = "acme:1") -> str:
