@@ -127,7 +127,7 @@ class RateShare:
         return self.level == self._start and not self.is_short
 
     def is_due(self, now_s: float) -> bool:
-        """Whether the lease is to be renewed or returned."""
+        """Whether the lease is to be renewed, or ends."""
         age_s = now_s - self._leased_s
         has_new_token = self.is_short and age_s * self.rate_per_s >= 1.0
         return has_new_token or 2 * self.level < self._start or age_s >= RENEW_S
