@@ -81,7 +81,7 @@ def create_app() -> FastAPI:
         limits=PipelineLimits(
             max_batch_rows=settings.max_batch_rows,
             max_batch_steps=settings.max_batch_steps,
-            call_timeout_s=settings.call_timeout_s,
+            inference_timeout_s=settings.inference_timeout_s,
             max_queue=settings.max_queue,
             max_queue_wait_s=settings.max_queue_wait_s,
             batches_in_flight=settings.batches_in_flight,

@@ -90,8 +90,8 @@ class Settings(BaseSettings):
     Needs the packages of the extra `grpc`."""
 
     grpc_max_calls: Annotated[int, Field(ge=1)] = 1_000
-    """Maximum concurrent gRPC calls of one worker, besides probes, and streams of health and
-    reflection without a key; further ones get `RESOURCE_EXHAUSTED`. More than all clients
+    """Maximum concurrent gRPC calls of one worker; further ones get `RESOURCE_EXHAUSTED`. Probes,
+    and health and reflection streams without a key, are counted separately. More than all clients
     together have open; each stream may take four times `CARRY_GRPC_MAX_MESSAGE_BYTES`
     of memory while a message arrives."""
 
@@ -120,9 +120,9 @@ class Settings(BaseSettings):
     """Address of the admin port, if not `host`; 127.0.0.1 is reachable from this machine only."""
 
     require_keys: bool | None = None
-    """`true`: answer only requests with an access key, even before the first one is created.
-    Without a value keys are required once the store has, or has had, one, also if it was restored
-    without them; `false` answers without a key if the store has none now."""
+    """`true`: answer only requests with an access key, even before the first one is created. Not
+    set: keys are required once the store has, or has ever had, a key, also if it was restored
+    without its keys. `false`: keys are required only if the store has one now."""
 
     insecure: bool = False
     """Listen on an address that other machines reach although there is no access key: everybody who
@@ -271,11 +271,11 @@ class Settings(BaseSettings):
     `*` allows all. Programs send no origin and are not restricted."""
 
     allowed_hosts: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:\[\]*, -]*$")] = ""
-    """Host names under which clients reach the service, separated by commas; `*` allows all. A
-    service on a loopback address otherwise accepts `localhost`, names below it, 127.0.0.0/8 and
-    `[::1]` only: name the others behind a proxy that passes the `Host` of its clients on. On
-    another address it accepts every name if none is given here, otherwise these, the same ones and
-    IP addresses: set it if there are no access keys."""
+    """Host names under which clients reach the service, separated by commas; `*` allows all. On a
+    loopback address the service accepts these, `localhost`, names below it, 127.0.0.0/8 and
+    `[::1]`: list the names that a proxy passes on as `Host`. On another address it accepts every
+    name while none is listed, and otherwise also loopback names and IP addresses: list its names if
+    there are no access keys."""
 
     max_pending_body_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
     """Maximum bytes of request bodies that a worker buffers. Beyond it the oldest incomplete bodies
@@ -315,10 +315,10 @@ class Settings(BaseSettings):
     max_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
     """Longest deadline of any request, in seconds; it caps `Carry-Timeout`."""
 
-    call_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    """Longest call of the network, in seconds; ONNX Runtime ends a longer one between two
-    operators, and its chunks fail with `call_timeout`. Other models wait for the call, so not much
-    longer than the slowest model's largest call takes."""
+    inference_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Longest inference call, in seconds. ONNX Runtime terminates a longer one between two
+    operators, and its chunks fail with `inference_timeout`. The calls of other models wait
+    meanwhile: choose little more than the largest call of the slowest model takes."""
 
     max_queue: Annotated[int, Field(ge=1)] = 4_096
     """Maximum chunks of one model that wait in a worker; beyond it the answer is `overloaded` at

@@ -27,7 +27,7 @@ POSITION_CODES: Final = ("position_ahead", "position_behind", "already_applied")
 """Codes that say where the stream is instead: continue from there."""
 
 _NOT_APPLIED_CODES: Final = (
-    *("conflict", "overloaded", "deadline_exceeded", "call_timeout"),
+    *("conflict", "overloaded", "deadline_exceeded", "inference_timeout"),
     *("store_unavailable", "store_refused", "shutting_down"),
 )
 _BUSY_STATUSES: Final = (429, 502, 503, 504)
@@ -254,7 +254,7 @@ class OriginNotAllowed(BadRequest, code="origin_not_allowed"):
 
 
 class HostNotAllowed(BadRequest, code="host_not_allowed"):
-    """The service has another host name than the request."""
+    """The Host header does not name this service."""
 
 
 class InvalidName(BadRequest, code="invalid_name"):
@@ -411,8 +411,8 @@ class DeadlineExceeded(ServiceFailure, code="deadline_exceeded"):
     """The deadline expired before the request was done."""
 
 
-class CallTimeout(DeadlineExceeded, code="call_timeout"):
-    """A call of the network took too long and was ended."""
+class InferenceTimeout(DeadlineExceeded, code="inference_timeout"):
+    """An inference call took too long and was terminated."""
 
 
 class Overloaded(ServiceFailure, code="overloaded"):

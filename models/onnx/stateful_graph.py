@@ -135,7 +135,7 @@ class StatefulGraph:
                     outputs[at], after[at] = alone[0][0], alone[1][0]
                 except Exception:
                     if self._run_options is not None and self._run_options.terminate:
-                        raise  # another thread ends the call
+                        raise  # another thread terminates the call
                     outputs[at], after[at] = np.nan, np.nan
             return outputs, after
 

@@ -53,7 +53,7 @@
         OutcomeUnknown        outcome_unknown
         NotDurable            not_durable
         DeadlineExceeded      deadline_exceeded
-          CallTimeout         call_timeout
+          InferenceTimeout    inference_timeout
         Overloaded            overloaded
           StreamOverloaded    stream_overloaded
           LimitExceeded       limit_exceeded
@@ -230,7 +230,7 @@ class OriginNotAllowed(BadRequest):
 
 class HostNotAllowed(BadRequest):
     code = "host_not_allowed"
-    title = "The service has another host name than the request"
+    title = "The Host header does not name this service"
     remedy = (
         "Use localhost or 127.0.0.1 on the service's own machine; behind a proxy, name the host of "
         "its requests in CARRY_ALLOWED_HOSTS."
@@ -491,12 +491,13 @@ class DeadlineExceeded(ServiceFailure):
     )
 
 
-class CallTimeout(DeadlineExceeded):
-    code = "call_timeout"
-    title = "A call of the network took too long and was ended"
+class InferenceTimeout(DeadlineExceeded):
+    code = "inference_timeout"
+    title = "An inference call took too long and was terminated"
     remedy = (
         "This request changed nothing. Send it again; if that fails too, send shorter chunks. "
-        "Operators: CARRY_CALL_TIMEOUT_S is the limit, CARRY_MAX_BATCH_STEPS bounds a call's work."
+        "Operators: CARRY_INFERENCE_TIMEOUT_S is the limit, CARRY_MAX_BATCH_STEPS bounds the work "
+        "of a call."
     )
 
 

@@ -8,9 +8,9 @@ chunk that its model sees as a whole is never longer: `ServedModel.check_length`
 A call that is known to be short runs inline on the event loop, since handing it to a thread and
 back costs as much as the call. Any other call runs in the one compute thread. Never both at once.
 
-A watchdog ends calls that take too long (`Runtime.end_call`): one on the event loop after
-`INLINE_LIMIT_S`, which then runs again in the thread; one in the thread after the call timeout,
-with `CallTimeout`.
+A watchdog terminates calls that take too long (`Runtime.terminate_call`): a call on the event loop
+after `INLINE_LIMIT_S`, which then runs again in the thread; a call in the thread after the
+inference timeout, with `InferenceTimeout`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 import numpy as np
 
-from service.core.errors import CallTimeout
+from service.core.errors import InferenceTimeout
 from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths, Runtime
 
@@ -41,8 +41,8 @@ MAX_INLINE_S: Final = 0.002
 """Longest inline call, in seconds: how long the event loop may be blocked."""
 
 INLINE_LIMIT_S: Final = 0.5
-"""An inline call that takes so long in spite of what its size took before is ended. Longer than
-the pauses of a busy machine."""
+"""An inline call that takes this long, although calls of its size were short, is terminated. Longer
+than the pauses of a busy machine."""
 
 WATCH_S: Final = 0.1
 """How often the watchdog looks at the running call."""
@@ -98,11 +98,11 @@ class Compute:
     """Runs the runtime calls of a worker, one at a time.
 
     Args:
-        call_timeout_s: longest call in the thread.
+        inference_timeout_s: longest call in the thread.
     """
 
-    def __init__(self, call_timeout_s: float = math.inf) -> None:
-        self._call_timeout_s = call_timeout_s
+    def __init__(self, inference_timeout_s: float = math.inf) -> None:
+        self._inference_timeout_s = inference_timeout_s
         self._running: tuple[Any, ...] | None = None
         """The arguments of the running call; the first one is its runtime."""
         self._watchdog = threading.Thread(target=self._watch, name="carry-watchdog", daemon=True)
@@ -143,15 +143,15 @@ class Compute:
             self._running = None
 
     def _watch(self) -> None:
-        """End the running call when it takes too long; runs in the watchdog's thread."""
+        """Terminate the running call when it takes too long; runs in the watchdog's thread."""
         watched, since_s = self._running, time.monotonic()
         while not self._closed.wait(WATCH_S):
             now_s = time.monotonic()
             if self._running is not watched:
                 watched, since_s = self._running, now_s
-            limit_s = self._call_timeout_s if self._in_thread else INLINE_LIMIT_S
+            limit_s = self._inference_timeout_s if self._in_thread else INLINE_LIMIT_S
             if watched is not None and now_s - since_s > limit_s:
-                watched[0].end_call()
+                watched[0].terminate_call()
                 since_s = now_s  # it may run again, in the thread
 
     def infer(
@@ -228,7 +228,7 @@ class Compute:
         if expected_s < MAX_INLINE_S and not self._in_thread:
             try:
                 inferred, seconds = self._call(call)
-            except CallTimeout:
+            except InferenceTimeout:
                 self._seconds[size] = INLINE_LIMIT_S
                 inferred, seconds = await self.run(partial(self._call, call))
         else:
@@ -262,9 +262,9 @@ class Compute:
         return TimeSlicer(lambda: self._calls)
 
     def close(self) -> None:
-        """End the running call and stop the threads."""
+        """Terminate the running call and stop the threads."""
         if (call := self._running) is not None:
-            call[0].end_call()
+            call[0].terminate_call()
         self._closed.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
 

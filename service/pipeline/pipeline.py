@@ -82,7 +82,7 @@ class PipelineLimits:
 
     max_batch_rows: int = 128
     max_batch_steps: int = 4096
-    call_timeout_s: float = math.inf
+    inference_timeout_s: float = math.inf
     max_queue: int = 4096
     max_queue_wait_s: float = math.inf
     batches_in_flight: int = 2
@@ -137,7 +137,7 @@ class Pipeline:
         self.quotas = StreamQuotas(store.usage, self._state_bytes)
         self.limiters = KeyLimiters(store.rates)
         self._tokens = StateTokens(store.token_key)
-        self._compute = Compute(limits.call_timeout_s)
+        self._compute = Compute(limits.inference_timeout_s)
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""

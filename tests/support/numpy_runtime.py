@@ -44,8 +44,8 @@ class NumpyRuntime:
     def warm(self) -> None:
         """Nothing to compile."""
 
-    def end_call(self) -> None:
-        """Nothing: no call is long."""
+    def terminate_call(self) -> None:
+        """Do nothing: no call is long."""
 
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows

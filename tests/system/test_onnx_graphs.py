@@ -200,7 +200,7 @@ def test_an_endless_call_stops_neither_health_nor_deadlines_nor_other_models_nor
     import_here(EXAMPLE_GRAPHS["min-gru"].path, tmp_path / "models/other", "other")
     short, long = ({"inputs": [[0.5] * F] * (ENDLESS_STEPS + more)} for more in (0, 1))
     with (
-        running(tmp_path, tmp_path / "models", CARRY_CALL_TIMEOUT_S="1") as service,
+        running(tmp_path, tmp_path / "models", CARRY_INFERENCE_TIMEOUT_S="1") as service,
         httpx.Client(base_url=service.url, timeout=60) as client,
         ThreadPoolExecutor(1) as thread,
     ):
@@ -221,7 +221,7 @@ def test_an_endless_call_stops_neither_health_nor_deadlines_nor_other_models_nor
         def is_ended(reply: httpx.Response) -> bool:
             problem = reply.json()
             return (reply.status_code, problem["code"], problem["retryable"]) == (
-                *(504, "call_timeout"),
+                *(504, "inference_timeout"),
                 True,
             )
 
@@ -232,7 +232,7 @@ def test_an_endless_call_stops_neither_health_nor_deadlines_nor_other_models_nor
             assert service.is_live()
         assert is_ended(first.result())
         # on the event loop too, unless the machine was so busy that the short calls took long
-        assert {line["model"] for line in service.lines("call_ended")} == {"endless"}
+        assert {line["model"] for line in service.lines("inference_terminated")} == {"endless"}
 
         second = send_long()
         send({"inputs": [[0.5] * 4]}, "other").raise_for_status()

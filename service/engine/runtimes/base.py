@@ -2,7 +2,7 @@
 
 A runtime computes; it does not validate numbers, keeps no state between calls and knows no streams.
 `step` is never called concurrently: the engine makes one call at a time, in its compute thread or
-on the event loop. `end_call` is called from another thread.
+on the event loop. `terminate_call` is called from another thread.
 """
 
 from __future__ import annotations
@@ -55,5 +55,5 @@ class Runtime(Protocol):
             outputs float32 [B, T, O], undefined beyond a length, and states float32 [B, W].
         """
 
-    def end_call(self) -> None:
-        """Make a call that takes too long raise `CallTimeout`, if the library can end it."""
+    def terminate_call(self) -> None:
+        """Make the running call raise `InferenceTimeout`, if the library can terminate it."""

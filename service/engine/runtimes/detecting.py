@@ -22,4 +22,4 @@ class DetectingRuntime:
         self.max_steps = runtime.max_steps
         self.padded_shape = runtime.padded_shape
         self.warm = runtime.warm
-        self.end_call = runtime.end_call
+        self.terminate_call = runtime.terminate_call

@@ -10,7 +10,8 @@ or loop forever.
 `ImportedRuntime` runs imported graphs, which are their networks: the fingerprint covers the graph,
 and an artifact is rejected whose graph refers to other files, or whose work depends on values.
 
-ONNX Runtime ends a call between two operators, also in a loop, when the run options say so.
+ONNX Runtime terminates a call between two operators, also in a loop, when `RunOptions.terminate` is
+set.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from models.onnx.names import (
     STATES_AFTER,
 )
 from models.onnx.stateful_graph import StatefulGraph
-from service.core.errors import CallTimeout
+from service.core.errors import InferenceTimeout
 from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths
 
@@ -42,27 +43,27 @@ SLICE_STEPS = 64
 RESULTS = [OUTPUTS, STATES_AFTER]
 
 
-class _EndableRuntime:
-    """A model whose calls another thread can end."""
+class _TerminableRuntime:
+    """A model whose calls another thread can terminate."""
 
     def __init__(self, artifact: Artifact):
         self._model = artifact.spec.name
         self._options: Any = onnxruntime.RunOptions()
 
-    def end_call(self) -> None:
-        """Make the running call raise `CallTimeout`; see `Runtime.end_call`."""
+    def terminate_call(self) -> None:
+        """Make the running call raise `InferenceTimeout`; see `Runtime.terminate_call`."""
         self._options.terminate = True
-        log.warning("call_ended", model=self._model)
+        log.warning("inference_terminated", model=self._model)
 
     def _raise(self, error: Exception) -> NoReturn:
-        """Raise the error of a call: `CallTimeout` if the call was ended."""
+        """Raise the error of a call: `InferenceTimeout` if the call was terminated."""
         if not self._options.terminate:
             raise error
         self._options.terminate = False
-        raise CallTimeout("a call of the network took too long and was ended") from error
+        raise InferenceTimeout("the inference call took too long and was terminated") from error
 
 
-class OnnxRuntime(_EndableRuntime):
+class OnnxRuntime(_TerminableRuntime):
     """One model on ONNX Runtime.
 
     Args:
@@ -113,7 +114,7 @@ class OnnxRuntime(_EndableRuntime):
         return outputs, after
 
 
-class ImportedRuntime(_EndableRuntime):
+class ImportedRuntime(_TerminableRuntime):
     """One imported graph on ONNX Runtime.
 
     Args:

@@ -103,8 +103,8 @@ class TensorflowRuntime:
         outputs, stepped = program(tf.constant(rows), tf.constant(lengths), tf.constant(states))
         return outputs.numpy(), stepped.numpy()
 
-    def end_call(self) -> None:
-        """Nothing: TensorFlow cannot end a call, whose work its rung fixes."""
+    def terminate_call(self) -> None:
+        """Do nothing: TensorFlow cannot terminate a call, and its rung bounds the work."""
 
 
 def rungs_up_to(max_steps: int) -> list[tuple[int, int]]:

@@ -55,7 +55,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.OutcomeUnknown: 503,
     errors.NotDurable: 503,
     errors.DeadlineExceeded: 504,
-    errors.CallTimeout: 504,
+    errors.InferenceTimeout: 504,
     errors.Overloaded: 429,
     errors.StreamOverloaded: 429,
     errors.LimitExceeded: 429,

@@ -1,4 +1,4 @@
-"""Calls of ONNX Runtime that take too long are ended, and the runtime can be used on."""
+"""Calls of ONNX Runtime that take too long are terminated, and the runtime stays usable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.core.errors import CallTimeout
+from service.core.errors import InferenceTimeout
 from service.engine.runtimes.loading import open_runtime
 from tests.support.detection import sensor_model
 from tests.support.onnx_graphs import import_here
@@ -30,14 +30,14 @@ def call(runtime: Any, found: Artifact, steps: int) -> Any:
     return runtime.step(rows, np.full(2, steps, np.int32), states)
 
 
-def test_an_endless_call_of_an_imported_graph_is_ended(tmp_path: Path) -> None:
+def test_an_endless_call_of_an_imported_graph_is_terminated(tmp_path: Path) -> None:
     found = imported(tmp_path, "endless")
     runtime = open_runtime("onnxruntime", found, 1)
     with ThreadPoolExecutor(1) as thread:
         endless = thread.submit(call, runtime, found, ENDLESS_STEPS + 1)
         while not endless.done():
-            runtime.end_call()
-    with pytest.raises(CallTimeout, match="took too long"):
+            runtime.terminate_call()
+    with pytest.raises(InferenceTimeout, match="took too long"):
         endless.result()
     outputs, states = call(runtime, found, ENDLESS_STEPS)
     assert np.isfinite(outputs).all()
@@ -45,7 +45,7 @@ def test_an_endless_call_of_an_imported_graph_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["step", "layers", "detection"])
-def test_every_runtime_of_onnx_runtime_can_be_ended(
+def test_every_model_on_onnx_runtime_can_be_terminated(
     tmp_path: Path, artifact: Artifact, kind: str
 ) -> None:
     """Also between two of the calls of a graph that is run step by step."""
@@ -55,8 +55,8 @@ def test_every_runtime_of_onnx_runtime_can_be_ended(
             imported(tmp_path, "last-step") if kind == "step" else sensor_model(tmp_path, units=4)
         )
     runtime = open_runtime("onnxruntime", found, 1)
-    runtime.end_call()
-    with pytest.raises(CallTimeout):
+    runtime.terminate_call()
+    with pytest.raises(InferenceTimeout):
         call(runtime, found, 2)
     outputs, _ = call(runtime, found, 2)
     assert np.isfinite(outputs).all()

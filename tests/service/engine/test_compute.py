@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.core.errors import CallTimeout
+from service.core.errors import InferenceTimeout
 from service.engine import compute as module
 from service.engine.compute import Compute
 
@@ -37,8 +37,8 @@ class Summing:
         ends = np.asarray(lengths) - 1
         return sums, sums[np.arange(len(rows)), ends]
 
-    def end_call(self) -> None:
-        """Nothing, as TensorFlow."""
+    def terminate_call(self) -> None:
+        """Do nothing, as TensorFlow."""
 
 
 def inputs(steps: int, count: int = 1) -> tuple[list[Any], Any]:
@@ -187,7 +187,7 @@ async def test_finite_outputs_whose_squares_overflow_are_accepted_without_a_warn
 
 
 class Hanging(Summing):
-    """A runtime whose calls of `steps` steps end only when they are ended."""
+    """A runtime whose calls of `steps` steps end only when they are terminated."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -201,38 +201,38 @@ class Hanging(Summing):
             self.began.set()
             self._ended.wait()
             self._ended.clear()
-            raise CallTimeout("ended")
+            raise InferenceTimeout("ended")
         return super().step(rows, lengths, states)
 
     def warm(self) -> None:
         self.step(np.zeros((1, self._steps, 1)), None, None)
 
-    def end_call(self) -> None:
+    def terminate_call(self) -> None:
         self._ended.set()
 
 
 @pytest.fixture
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An inline call is ended almost at once."""
+    """An inline call is terminated almost at once."""
     monkeypatch.setattr(module, "INLINE_LIMIT_S", 0.02)
     monkeypatch.setattr(module, "WATCH_S", 0.01)
 
 
-async def test_a_call_in_the_thread_is_ended_after_the_call_timeout(short_limits: None) -> None:
+async def test_a_call_in_the_thread_is_terminated_after_the_timeout(short_limits: None) -> None:
     compute, runtime = Compute(0.05), Hanging(steps=4)
-    with pytest.raises(CallTimeout):
+    with pytest.raises(InferenceTimeout):
         await infer(compute, runtime, 4)
     assert (await infer(compute, runtime, 3)).states.tolist() == [[3]], "others run on"
     compute.close()
 
 
-async def test_an_inline_call_is_ended_soon_and_runs_again_in_the_thread(
+async def test_an_inline_call_is_terminated_soon_and_runs_again_in_the_thread(
     short_limits: None,
 ) -> None:
     compute, runtime = Compute(0.05), Hanging(steps=3)
     for _ in range(2):  # the first call of a size is timed in the thread
         await infer(compute, runtime, 2)
-    with pytest.raises(CallTimeout):
+    with pytest.raises(InferenceTimeout):
         await infer(compute, runtime, 3)
     await infer(compute, runtime, 2)
     names = [name.startswith("carry-compute") for name in runtime.threads]
@@ -240,19 +240,19 @@ async def test_an_inline_call_is_ended_soon_and_runs_again_in_the_thread(
     compute.close()
 
 
-async def test_a_warm_up_is_ended_after_the_call_timeout(short_limits: None) -> None:
+async def test_a_warm_up_is_terminated_after_the_timeout(short_limits: None) -> None:
     compute = Compute(0.05)
-    with pytest.raises(CallTimeout):
+    with pytest.raises(InferenceTimeout):
         await compute.warm(Hanging(steps=4))  # type: ignore[arg-type]
     compute.close()
 
 
-async def test_close_ends_the_running_call() -> None:
+async def test_close_terminates_the_running_call() -> None:
     compute, runtime = Compute(), Hanging(steps=4)
     call = asyncio.create_task(infer(compute, runtime, 4))
     await asyncio.to_thread(runtime.began.wait)
     compute.close()
-    with pytest.raises(CallTimeout):
+    with pytest.raises(InferenceTimeout):
         await call
 
 

@@ -193,7 +193,7 @@ _ENGINE = (
     errors.Overloaded,
     errors.LimitExceeded,
     errors.DeadlineExceeded,
-    errors.CallTimeout,
+    errors.InferenceTimeout,
     errors.ShuttingDown,
 )
 _OVERWRITING = (
