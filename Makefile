@@ -79,7 +79,7 @@ dashboards: ## run every query of the dashboards under replay (ARGS="--pictures 
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.monitoring $(ARGS)
 
-rules: ## write the rules of Prometheus into the manifest of its operator
+rules: ## write the Prometheus rules into the PrometheusRule manifest
 	@{ sed '/^spec:/q' $(RULE); sed -n '/^groups:/,$$ { s/^./  &/; p }' deploy/prometheus/rules.yml; } >$(RULE).new
 	@mv $(RULE).new $(RULE)
 
