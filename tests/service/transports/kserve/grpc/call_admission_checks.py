@@ -38,6 +38,8 @@ PROBES = (f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady", CHECK)
 STREAMS = ((WATCH, b""), (REFLECTION, b"\x3a\x01*"))
 """Methods and the messages that are answered at once: the second asks for the services."""
 REQUEST = request_of(4).SerializeToString()
+NO_WINDOW = struct.pack(">HI", 4, 0)
+"""Settings of HTTP/2 with which the server may send no reply."""
 
 
 class Access:
@@ -131,16 +133,17 @@ async def test_streams_without_a_key_leave_the_slots_of_others(
 
 @pytest.mark.parametrize("method", [*PROBES, WATCH, REFLECTION])
 async def test_calls_whose_message_never_arrives_leave_the_room_of_others(
-    channel: grpc.aio.Channel, method: str
+    method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = [channel.stream_stream(method)() for _ in range(MANY)]
-    await becomes(
-        lambda: sum(not each.done() for each in calls) <= MAX_RECEIVING, "the others' end"
-    )
-    async with asyncio.timeout(WAIT_S):
+    monkeypatch.setattr(call_admission, "RECEIVE_S", 600.0)
+    async with serving() as (channel, _), asyncio.timeout(WAIT_S):
+        calls = [channel.stream_stream(method)() for _ in range(MANY)]
+        await becomes(
+            lambda: sum(not each.done() for each in calls) <= MAX_RECEIVING, "the others' end"
+        )
         await assert_others_are_served(channel)
-    for call in calls:
-        call.cancel()
+        for call in calls:
+            call.cancel()
 
 
 async def test_probes_are_answered_while_messages_of_clients_take_their_room(
@@ -169,6 +172,8 @@ async def test_stream_without_a_key_ends_after_a_while(
     for method, message in STREAMS:
         ending = channel.stream_stream(method)()
         await ask(ending, message)
+        async with asyncio.timeout(WAIT_S):
+            await ending.code()
         assert "without a key it may last 0.05 seconds" in await ending.details()
     assert await overloads(channel, INFER, REQUEST, KEY)
     assert not any(each.done() for each in watches)
@@ -197,14 +202,35 @@ async def test_probes_whose_replies_cannot_be_sent_are_bounded(
 ) -> None:
     """Their clients give the server no room to send; it cannot end their calls."""
     monkeypatch.setattr(call_admission, "MAX_PROBES", 2)
-    no_window = struct.pack(">HI", 4, 0)
     async with serving() as (channel, port):
         clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         for replies, client in clients:
-            client.write(call_bytes("ServerLive", b"", no_window))
+            client.write(call_bytes("ServerLive", b"", NO_WINDOW))
             await replies.readuntil(frame(1, 4, 1, b"")[3:])
         assert await overloads(channel, CHECK)
         assert await accepts(channel, INFER, REQUEST, KEY)
         for _, client in clients:
             client.transport.abort()
         await until_async(lambda: accepts(channel, CHECK), "a slot")
+
+
+async def test_stream_whose_reply_cannot_be_sent_keeps_its_slot_after_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It cannot be ended; without a slot there could be any number of them."""
+    monkeypatch.setattr(call_admission, "MAX_STREAMS", 2)
+    monkeypatch.setattr(call_admission, "STREAM_S", 0.05)
+    path, message = REFLECTION.removeprefix("/").split("/"), STREAMS[1][1]
+    async with serving() as (channel, port), asyncio.timeout(WAIT_S):
+        replies, client = await asyncio.open_connection("127.0.0.1", port)
+        client.write(call_bytes(path[1], message, NO_WINDOW, service=path[0]))
+        await replies.readuntil(frame(1, 4, 1, b"")[3:])
+        # a later one, whose time is over after that of the first
+        assert await channel.stream_stream(WATCH)().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        monkeypatch.setattr(call_admission, "STREAM_S", 600.0)
+        watches = [channel.stream_stream(WATCH)() for _ in range(2)]
+        answers = [await ask(each, b"") for each in watches]
+        assert sum(isinstance(each, bytes) for each in answers) == 1
+        client.transport.abort()
+        for each in watches:
+            each.cancel()

@@ -142,12 +142,14 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def call_bytes(method: str, message: bytes, settings: bytes = b"") -> bytes:
+def call_bytes(
+    method: str, message: bytes, settings: bytes = b"", *, service: str = SERVICE
+) -> bytes:
     """A connection with one call, whose client never lets the server send over 64 KiB."""
     headers = {
         ":method": "POST",
         ":scheme": "http",
-        ":path": f"/{SERVICE}/{method}",
+        ":path": f"/{service}/{method}",
         ":authority": "localhost",
         "content-type": "application/grpc",
         "te": "trailers",
