@@ -301,11 +301,11 @@ class Settings(BaseSettings):
     every step of the horizon, between other streams' chunks."""
 
     max_batch_rows: Annotated[int, Field(ge=1, le=4096)] = 128
-    """Maximum streams in one call of the network, if its runtime supports as many. More raises the
+    """Maximum streams in one inference call, if its runtime supports as many. More raises the
     throughput until the core is busy, and the duration of each call."""
 
     max_batch_steps: Annotated[int, Field(ge=1)] = 4_096
-    """Maximum steps in one call of the network, rows times the longest, padding included. It bounds
+    """Maximum steps in one inference call, rows times the longest, padding included. It bounds
     the duration of a call, and so the wait of a new chunk for the previous call."""
 
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0

@@ -149,7 +149,7 @@ class PrometheusRecorder:
         )
         self._batch_seconds = Histogram(
             "carry_batch_seconds",
-            "Duration of one call of the network.",
+            "Duration of one inference call.",
             model,
             registry=registry,
             buckets=SECONDS,

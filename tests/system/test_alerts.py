@@ -83,7 +83,7 @@ CASES = (
         {'up{job="other"}': "1x60"},
         5,
         {"job": "carry"},
-        "no service is scraped as the job carry",
+        "the scrape job carry has no targets",
     ),
     Case(
         "CarryServerErrors",
@@ -196,7 +196,7 @@ CASES = (
         histogram("carry_batch_seconds", 'model="flights",', 0.25, 20),
         11,
         FLIGHTS,
-        "flights: one call of the network in a hundred takes longer than 375ms",
+        "flights: one inference call in a hundred takes longer than 375ms",
     ),
     Case(
         "CarryCacheEvictions",
@@ -204,7 +204,7 @@ CASES = (
         {CHUNKS: "0+100x60", EVICTIONS: "0+25x60"},
         31,
         FLIGHTS,
-        "flights: the state cache evicts 25 states for 100 chunks",
+        "flights: the state cache evicts 25 states per 100 chunks",
     ),
     Case(
         "CarryConflicts",
