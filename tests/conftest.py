@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 from structlog.dev import ConsoleRenderer, plain_traceback
 
 import models
@@ -48,6 +49,9 @@ gc.disable()
 # httpcore tries to import it at each request: a search of all folders if it is not installed.
 if find_spec("sniffio") is None:
     sys.modules["sniffio"] = None  # type: ignore[assignment]
+# On a busy machine any example may take long.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 # Tests start more than a hundred services.
 Service.forks = True
 

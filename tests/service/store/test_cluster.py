@@ -390,14 +390,19 @@ def _refuses(node: ClusterNode, word: str) -> bool:
 async def test_an_unavailable_node_fails_only_its_own_streams(
     own_cluster: Cluster, streams: Streams
 ) -> None:
-    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=0.3) as store:
+    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=60) as store:
         commits = [streams.creation(key(f"alone-{i}")) for i in range(12)]
         await committed(store, *commits)
-        own_cluster.primaries[2].pause()
+        # on a busy machine the replica may have taken over
+        pair = own_cluster.primaries[2], own_cluster.replicas[2]
+        victim = next(node for node in pair if node.is_primary())
+        victim.pause()
+        # long enough for the other nodes, less than a failover takes
+        store._router._wait_s = 0.3
         try:
             found = await load(store, [commit.key for commit in commits])
         finally:
-            own_cluster.primaries[2].resume()
+            victim.resume()
         for stream, commit in zip(found, commits, strict=True):
             if own_cluster.owner(names("", commit.key.stream)[0]) == 2:
                 assert isinstance(stream, StoreUnavailable)

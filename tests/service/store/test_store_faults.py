@@ -194,9 +194,11 @@ async def test_start_times_out_without_a_server(
 async def test_a_commit_to_an_unresponsive_server_has_an_unknown_outcome(
     own_server: RealServer, streams: Streams
 ) -> None:
-    async with opened(own_server.url, wait_s=0.3) as store:
+    async with opened(own_server.url, wait_s=60) as store:
         first, second = streams.creation(key("a")), streams.creation(key("b"))
         assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
+        # not while it answers
+        store._router._wait_s = 0.3
         own_server.signal(signal.SIGSTOP)
         try:
             async with asyncio.timeout(10):
@@ -228,9 +230,10 @@ async def test_all_requests_to_an_unresponsive_server_have_unknown_outcomes(
     own_server: RealServer, streams: Streams
 ) -> None:
     """Requests are pipelined: all that were sent may be executed later."""
-    async with opened(own_server.url, wait_s=0.3) as store:
+    async with opened(own_server.url, wait_s=60) as store:
         assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
         commits = [streams.creation(key(f"s{i}")) for i in range(5)]
+        store._router._wait_s = 0.3
         own_server.signal(signal.SIGSTOP)
         try:
             async with asyncio.timeout(10):
