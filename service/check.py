@@ -1,7 +1,7 @@
-"""`carry check`: the checks of a start, without serving.
+"""`carry check`: the start-up checks, without serving.
 
 It listens on no port and writes nothing to the store; an embedded Valkey is not started. Each check
-is a line: what was found, or the reason of a failure with its remedy.
+is a line with what it found, or with the reason of a failure and its remedy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from service.store.embedded.valkey_process import server_binary
 from service.store.redis.access_keys import read_access_keys
 from service.store.redis.open_router import open_router
 from service.store.redis.router import Router
-from service.store.redis.server_checks import ALWAYS, check_servers, find_missing_rights
+from service.store.redis.server_checks import ALWAYS, check_servers, find_missing_permissions
 from service.store.redis.tls_files import check_tls_files
 from service.store.settings import StoreSettings
 from service.store_settings import store_settings
@@ -46,7 +46,7 @@ EXPECTED: Final = (CannotServeError, ModelsError, CarryError, RuntimeUnavailable
 
 
 class Result(NamedTuple):
-    """The result of one check; its detail is what was found, or why it failed."""
+    """The result of one check; `detail` says what it found, or why it failed."""
 
     name: str
     ok: bool
@@ -56,11 +56,11 @@ class Result(NamedTuple):
 def run_checks(
     settings: Settings, grace_s: float | None, proxy_idle_s: float | None
 ) -> Iterator[Result]:
-    """Run every check of a start.
+    """Run every start-up check.
 
     Args:
-        grace_s: after which a supervisor kills the service, if that is known.
-        proxy_idle_s: for which a proxy keeps an idle connection to the service, if that is known.
+        grace_s: time after which a supervisor kills the service, if that is known.
+        proxy_idle_s: time for which a proxy keeps an idle connection to the service, if known.
     """
     yield _run("packages", _check_packages, settings)
     yield _run("models", _check_models, settings)
@@ -69,7 +69,7 @@ def run_checks(
         url = find_running(settings.data_dir)
         settings = settings.model_copy(update={"redis_url": url})
         if url is None:
-            yield _run("access", _check_access, settings, _read_new_keys(settings))
+            yield _run("access", _check_access, settings, _find_keys_without_server(settings))
     if settings.redis_url is not None:
         yield from asyncio.run(_check_store(settings))
     yield _run("shutdown", _check_shutdown, settings, grace_s, proxy_idle_s)
@@ -79,16 +79,16 @@ def _run(name: str, check: Callable[P, str], *arguments: P.args, **options: P.kw
     try:
         return Result(name, True, check(*arguments, **options))
     except EXPECTED as error:
-        return _failed(name, error)
+        return _failure(name, error)
 
 
-def _failed(name: str, error: BaseException) -> Result:
+def _failure(name: str, error: BaseException) -> Result:
     return Result(name, False, error.detail if isinstance(error, CarryError) else str(error))
 
 
 def _check_packages(settings: Settings) -> str:
     check_packages(settings)
-    return "those of the settings are installed"
+    return "all that the settings need are installed"
 
 
 def _check_models(settings: Settings) -> str:
@@ -112,43 +112,48 @@ def _check_embedded(settings: Settings) -> str:
     return f"an embedded Valkey in {settings.data_dir}"
 
 
-def _read_new_keys(settings: Settings) -> StoredKeys | None:
-    """The access keys of an embedded Valkey that does not run: none if it is new, or not known."""
+def _find_keys_without_server(settings: Settings) -> StoredKeys | None:
+    """Find the access keys of an embedded Valkey that does not run: none if it is new, None if they
+    are unknown."""
     return None if (settings.data_dir / "appendonlydir").exists() else (b"", {})
 
 
 async def _check_store(settings: Settings) -> list[Result]:
-    """Check the files of TLS, the servers, the rights of their user, and who may send requests."""
-    in_store = replace(store_settings(settings), initialise=False)
+    """Check TLS files, servers, the permissions of their user, and who may send requests."""
+    store_options = replace(store_settings(settings), initialise=False)
     try:
-        check_tls_files(in_store.url)
-        router = open_router(in_store)
+        check_tls_files(store_options.url)
+        router = open_router(store_options)
     except CarryError as error:
-        return [_failed("store", error)]
+        return [_failure("store", error)]
     results, name = list[Result](), "store"
-    checks = {name: _check_servers, "rights": _check_rights, "access": _check_stored_access}
+    checks = {
+        name: _check_servers,
+        "permissions": _check_permissions,
+        "access": _check_stored_access,
+    }
     try:
         await router.start()
         for name, check in checks.items():
             try:
-                results.append(Result(name, True, await check(router, in_store, settings)))
+                results.append(Result(name, True, await check(router, store_options, settings)))
             except StoreUnavailable:
                 raise
             except EXPECTED as error:
-                results.append(_failed(name, error))
+                results.append(_failure(name, error))
     except (StoreUnavailable, StoreRefused) as error:
-        results.append(_failed(name, error))
+        results.append(_failure(name, error))
     finally:
         await router.close()
     return results
 
 
-async def _check_servers(router: Router, in_store: StoreSettings, _: Settings) -> str:
-    return f"{router.redacted_url}: {await check_servers(router, in_store)}"
+async def _check_servers(router: Router, store_options: StoreSettings, _: Settings) -> str:
+    return f"{router.redacted_url}: {await check_servers(router, store_options)}"
 
 
-async def _check_rights(router: Router, in_store: StoreSettings, _: Settings) -> str:
-    missing = await find_missing_rights(router, in_store)
+async def _check_permissions(router: Router, store_options: StoreSettings, _: Settings) -> str:
+    missing = await find_missing_permissions(router, store_options)
     lines = [f"{', '.join(names)} (for {purpose})" for purpose, names in missing.items()]
     if ALWAYS in missing:
         raise StoreRefused(
@@ -158,8 +163,10 @@ async def _check_rights(router: Router, in_store: StoreSettings, _: Settings) ->
     return f"all but {'; '.join(lines)}" if lines else "the store's user may run every command"
 
 
-async def _check_stored_access(router: Router, in_store: StoreSettings, settings: Settings) -> str:
-    stored = await read_access_keys(router, in_store.keys, None, math.inf)
+async def _check_stored_access(
+    router: Router, store_options: StoreSettings, settings: Settings
+) -> str:
+    stored = await read_access_keys(router, store_options.keys, None, math.inf)
     return _check_access(settings, stored)
 
 
@@ -168,7 +175,7 @@ def _check_access(settings: Settings, stored: StoredKeys | None) -> str:
     with bind_port(settings.host, 0) as unused:
         host = unused.getsockname()[0]
     if stored is None:
-        return f"{host}; the embedded Valkey does not run, which may have access keys"
+        return f"{host}; the embedded Valkey, which may have access keys, does not run"
     if requires_keys(settings.require_keys, stored):
         return f"{host}; requests need an access key"
     may_be_open(settings, host)
@@ -176,7 +183,8 @@ def _check_access(settings: Settings, stored: StoredKeys | None) -> str:
 
 
 def _check_shutdown(settings: Settings, grace_s: float | None, proxy_idle_s: float | None) -> str:
-    """Check that nothing ends a graceful shutdown, or an idle connection, before the service."""
+    """Check that the service ends its shutdown before it is killed, and its idle connections after
+    the proxy."""
     periods = periods_of(settings)
     needed_s = periods.lame_duck_s + periods.drain_s + KILL_MARGIN_S
     if grace_s is not None and grace_s <= needed_s:

@@ -134,10 +134,10 @@ def check_command(
     ] = None,
     proxy_idle_s: Annotated[
         float | None,
-        typer.Option(min=0, help="Seconds for which a proxy keeps idle connections to it."),
+        typer.Option(min=0, help="Seconds for which the proxy keeps idle connections to it."),
     ] = None,
 ) -> None:
-    """Check settings, models and store as a start does, without serving; writes nothing."""
+    """Run the start-up checks of settings, models and store, without serving or writing."""
     from service.check import Result, run_checks
     from service.ops.logs import configure_logs
     from service.settings import Settings, SettingsError
@@ -153,13 +153,13 @@ def check_command(
         results = [Result("settings", True, f"valid; set: {names}")]
         results += run_checks(settings, grace_s, proxy_idle_s)
     for result in results:
-        typer.echo(f"{'ok' if result.ok else 'failed':7}{result.name:9} {result.detail}")
+        typer.echo(f"{'ok' if result.ok else 'failed':7}{result.name:12} {result.detail}")
     if not all(result.ok for result in results):
         raise typer.Exit(1)
 
 
 def _report_settings(settings: Settings) -> None:
-    """Write the effective settings: a table for people, or one line of the log."""
+    """Print the effective settings as a table for people, or log them as one line."""
     from structlog import get_logger
 
     shown = settings.effective()

@@ -23,50 +23,53 @@ Function = Callable[[Tensor], Tensor]
 
 
 def identity(x: Tensor) -> Tensor:
-    """x"""
+    """Return x."""
     return x
 
 
-def ignore_carry(gate: Tensor, carry: Tensor) -> Tensor:
-    """z"""
+def omit_peephole(gate: Tensor, carry: Tensor) -> Tensor:
+    """Return the gate z, as without peepholes."""
     return gate
 
 
 class LstmFunctions(NamedTuple):
-    """What a step of an LSTM applies to its values: weights, and the optional parts.
+    """Functions with which a step of an LSTM applies its weights and its optional parts.
 
     Attributes:
-        of_inputs, of_hidden: N_x(x W) and N_h(h U), all four gates side by side.
-        bias: z -> z + b.
+        transform_inputs, transform_hidden: N_x(x W) and N_h(h U), all four gates side by side.
+        add_bias: z -> z + b.
         activation, recurrent_activation: a and s.
         peepholes: of i, f and o: z, c -> z + p c.
-        exposed: N_c, of the carry before its activation.
-        projected: h -> h V.
+        normalise_carry: N_c, of the carry before its activation.
+        project: h -> h V.
     """
 
-    of_inputs: Function
-    of_hidden: Function
+    transform_inputs: Function
+    transform_hidden: Function
     activation: Function
     recurrent_activation: Function
-    bias: Function = identity
-    peepholes: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (ignore_carry,) * 3
-    exposed: Function = identity
-    projected: Function = identity
+    add_bias: Function = identity
+    peepholes: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (omit_peephole,) * 3
+    normalise_carry: Function = identity
+    project: Function = identity
 
 
 def lstm_step(
     inputs: Tensor, state: tuple[Tensor, Tensor], functions: LstmFunctions
 ) -> tuple[Tensor, Tensor]:
-    """x [B, in], (h [B, P or U], c [B, U]) -> (h', c'), by the equations of `LstmCell`."""
+    """Compute one step by the equations of `LstmCell`: x [B, in], (h [B, P or U], c [B, U]) ->
+    (h', c')."""
     hidden, carry = state
     a, s = functions.activation, functions.recurrent_activation
     peephole_i, peephole_f, peephole_o = functions.peepholes
-    gates = functions.bias(functions.of_inputs(inputs) + functions.of_hidden(hidden))
+    gates = functions.add_bias(
+        functions.transform_inputs(inputs) + functions.transform_hidden(hidden)
+    )
     i, f, g, o = tf.split(gates, 4, axis=-1)
     kept = s(peephole_f(f, carry)) * carry
     carry = kept + s(peephole_i(i, carry)) * a(g)
-    hidden = s(peephole_o(o, carry)) * a(functions.exposed(carry))
-    return functions.projected(hidden), carry
+    hidden = s(peephole_o(o, carry)) * a(functions.normalise_carry(carry))
+    return functions.project(hidden), carry
 
 
 class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no types
@@ -138,28 +141,34 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
             if training and self.recurrent_dropout > 0
             else None,
         )
-        hidden, carry = lstm_step(inputs, (states[0], states[1]), self._functions(*masks))
+        hidden, carry = lstm_step(inputs, (states[0], states[1]), self._build_functions(*masks))
         return hidden, [hidden, carry]
 
-    def _functions(self, input_mask: Any, recurrent_mask: Any) -> LstmFunctions:
+    def _build_functions(self, input_mask: Any, recurrent_mask: Any) -> LstmFunctions:
         layer = self._layer
-        of_inputs: Function = partial(_product, kernel=self.kernel, mask=input_mask)
-        of_hidden: Function = partial(_product, kernel=self.recurrent_kernel, mask=recurrent_mask)
+        transform_inputs: Function = partial(_product, kernel=self.kernel, mask=input_mask)
+        transform_hidden: Function = partial(
+            _product, kernel=self.recurrent_kernel, mask=recurrent_mask
+        )
         options: dict[str, Any] = {}
         if layer.use_bias:
-            options["bias"] = lambda gates: gates + self.bias
+            options["add_bias"] = lambda gates: gates + self.bias
         if layer.peepholes:
             vectors = tf.split(tf.convert_to_tensor(self.peepholes), 3)
             options["peepholes"] = tuple(partial(_add_peephole, vector) for vector in vectors)
         if layer.layer_normalization:
-            of_inputs = _normalised(of_inputs, self.kernel_gamma)
-            of_hidden = _normalised(of_hidden, self.recurrent_gamma)
-            exposed = _normalised(identity, self.carry_gamma)
-            options["exposed"] = lambda carry: exposed(carry) + self.carry_beta
+            transform_inputs = _with_normalisation(transform_inputs, self.kernel_gamma)
+            transform_hidden = _with_normalisation(transform_hidden, self.recurrent_gamma)
+            normalise = _with_normalisation(identity, self.carry_gamma)
+            options["normalise_carry"] = lambda carry: normalise(carry) + self.carry_beta
         if layer.projection is not None:
-            options["projected"] = lambda hidden: tf.matmul(hidden, self.projection)
+            options["project"] = lambda hidden: tf.matmul(hidden, self.projection)
         return LstmFunctions(
-            of_inputs, of_hidden, self.activation, self.recurrent_activation, **options
+            transform_inputs,
+            transform_hidden,
+            self.activation,
+            self.recurrent_activation,
+            **options,
         )
 
     def _weight(self, name: str, *shape: int | None) -> Any:
@@ -206,7 +215,7 @@ def _add_peephole(vector: Tensor, gate: Tensor, carry: Tensor) -> Tensor:
     return gate + vector * carry
 
 
-def _normalised(function: Function, gamma: Tensor) -> Function:
+def _with_normalisation(function: Function, gamma: Tensor) -> Function:
     """The function with a layer normalisation after it, over the last axis."""
 
     def normalised(x: Tensor) -> Tensor:

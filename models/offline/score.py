@@ -94,7 +94,7 @@ def score_file(
 
 
 def _check(artifact: Artifact, stream: str | None) -> str:
-    """Reject a model that cannot be scored; the stream's column."""
+    """Reject a model that cannot be scored; returns the stream's column."""
     spec = artifact.spec
     schema_of(spec)
     if spec.chunking != "invisible" or spec.blocks is not None:

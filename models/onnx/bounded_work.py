@@ -4,10 +4,10 @@ A loop whose trip count is computed from the features, or a tensor of that size,
 request stop a worker. A call of a graph that passes takes the time and memory that any values of
 the same shapes take, so that the import's trial runs are representative.
 
-The check is a data flow analysis of one bit: whether a tensor's values depend on features, states
-or controls. `Shape` and `Size` end the dependence, because shapes cannot depend on values: an
-operator is rejected if it takes a size, a trip count or a condition from such a tensor, or if it is
-not in the table. The values of the input of lengths or of the mask are sizes too, of at most T: the
+The check is a taint analysis: a tensor depends on values if it depends on features, states or
+controls. `Shape` and `Size` remove the taint, because shapes cannot depend on values: an operator
+is rejected if it takes a size, a trip count or a condition from such a tensor, or if it is not in
+the table. The values of the input of lengths or of the mask are sizes too, of at most T: the
 service makes them from the lengths of chunks. The analysis follows subgraphs, their outer scopes
 and local functions; where it does not know, it assumes a dependence.
 """
@@ -95,22 +95,24 @@ Scope = ChainMap[str, bool]
 """Whether the tensor of a name depends on values."""
 
 
-def find_unbounded_work(model: bytes, fed: Collection[str], sizes: str | None) -> str | None:
+def find_unbounded_work(
+    model: bytes, fed_inputs: Collection[str], lengths_input: str | None
+) -> str | None:
     """Find a node whose work may depend on the values of the inputs.
 
     Args:
         model: an ONNX file that `decoding.walk` accepts.
-        fed: the inputs of the graph that the service feeds with features, states or controls.
-        sizes: the input of lengths or of the mask.
+        fed_inputs: inputs of the graph that the service feeds with features, states or controls.
+        lengths_input: the input of lengths or of the mask, whose values may be sizes.
 
     Returns:
-        What was found, and a way on, as one sentence without its subject "the graph"; None if the
-        work depends on shapes alone.
+        The problem and a remedy, as one sentence without its subject "the graph"; None if the work
+        depends on shapes alone.
     """
     try:
         graph, functions = read_nodes(memoryview(model))
-        default = set(graph.constants) - {*fed}
-        given = [name not in default and name != sizes for name in graph.inputs]
+        default = set(graph.constants) - {*fed_inputs}
+        given = [name not in default and name != lengths_input for name in graph.inputs]
         _Analysis(functions).run(graph, ChainMap(), given)
     except _UnboundedError as error:
         return str(error)
@@ -120,7 +122,7 @@ def find_unbounded_work(model: bytes, fed: Collection[str], sizes: str | None) -
 
 
 class _Analysis:
-    """Which tensors depend on values; raises `_UnboundedError` at the first node that may not."""
+    """Finds which tensors depend on values; raises `_UnboundedError` at the first invalid node."""
 
     def __init__(self, functions: dict[str, NodeGraph]):
         self._functions = functions
@@ -171,7 +173,7 @@ class _Analysis:
         return [any(read)] * len(node.outputs)
 
     def _call(self, node: Node, read: list[bool]) -> list[bool]:
-        """A local function, once for each set of dependent inputs."""
+        """Analyse a local function, once for each set of dependent inputs."""
         function = self._functions[node.operator]
         given = (*read, *[False] * (len(function.inputs) - len(read)))[: len(function.inputs)]
         if (node.operator, given) not in self._results:

@@ -39,7 +39,7 @@ MAX_AUTHORIZATION_BYTES: Final = len(SCHEME) + MAX_TOKEN_CHARACTERS
 
 _EXPECTED: Final = "expected Authorization: Bearer carry_..., an access key of this service"
 _UNKNOWN: Final = f"{_EXPECTED}, got an unknown key"
-"""The same for an unknown id and a wrong secret, so that it does not tell which ids exist."""
+"""The same for an unknown id and a wrong secret, so that it does not reveal which ids exist."""
 
 log = structlog.get_logger(__name__)
 
@@ -169,26 +169,28 @@ class AccessKeys:
         """
         self.check_fresh()
         if authorization is None:
-            raise Unauthenticated(f"{_EXPECTED}, got none").of_key("no_key", None)
+            raise Unauthenticated(f"{_EXPECTED}, got none").with_key("no_key", None)
         if authorization[: len(SCHEME)].lower() != SCHEME:
-            raise Unauthenticated(f"{_EXPECTED}, got another scheme").of_key("malformed", None)
+            raise Unauthenticated(f"{_EXPECTED}, got another scheme").with_key("malformed", None)
         if len(authorization) > MAX_AUTHORIZATION_BYTES:
             raise Unauthenticated(
                 f"{_EXPECTED}, of at most {MAX_AUTHORIZATION_BYTES} bytes, got {len(authorization)}"
-            ).of_key("malformed", None)
+            ).with_key("malformed", None)
         bearer = authorization[len(SCHEME) :].strip(b" ").decode("latin-1")
         if is_token(bearer):
             return verify_token(bearer, self._keys, self._now_ms())
         text = parse_key(bearer)
         if text is None:
-            raise Unauthenticated(_UNKNOWN).of_key("malformed", None)
+            raise Unauthenticated(_UNKNOWN).with_key("malformed", None)
         key = self._keys.get(text.key_id)
         if key is None or not key.matches(text.secret):
             reason = "unknown_key" if key is None else "wrong_secret"
-            raise Unauthenticated(_UNKNOWN).of_key(reason, text.key_id, is_proven=False)
+            raise Unauthenticated(_UNKNOWN).with_key(reason, text.key_id, is_proven=False)
         status = key.status(self._now_ms())
         if status != "active":
-            raise Unauthenticated(f"the key {text.key_id} is {status}").of_key(status, text.key_id)
+            raise Unauthenticated(f"the key {text.key_id} is {status}").with_key(
+                status, text.key_id
+            )
         return self._principal(text.key_id, key)
 
     def _principal(self, key_id: str, key: AccessKey) -> Principal:

@@ -6,10 +6,10 @@ is accepted while there is a token, and one with many events delays the next one
 length is accepted, and the rate holds on average.
 
 A request pays no round trip: it spends tokens that the process has leased, and one background task
-reports what was spent and renews the leases. Between two renewals a process also spends its part of
-the tokens that the bucket must have by now, divided by the processes that use it. So a key that one
-process serves has the whole rate and burst there. While the store does not answer, each process
-goes on with its part, and what it spends is not counted.
+reports the spent tokens and renews the leases. Between two renewals a process also spends its share
+of the tokens that the bucket must have by now: these, divided by the number of processes that use
+it. So a key that one process serves has the whole rate and burst there. While the store does not
+answer, each process accepts its share, and the tokens that it spends then are not counted.
 
 Use from one event loop.
 """
@@ -40,11 +40,11 @@ TICK_S: Final = 0.05
 RENEW_S: Final = 0.5
 """A lease of which little was spent is renewed after this, and ends if nothing was spent."""
 
-LEASE_S: Final = 0.5
+RENEW_TIMEOUT_S: Final = 0.5
 """Longest wait for the store when leases are renewed."""
 
 UNKNOWN_PART: Final = 0.1
-"""Part of the burst that a process spends before its first lease: it may be one of many."""
+"""Share of the burst that a process spends before its first lease: it may be one of many."""
 
 Rate = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(gt=0)]
@@ -93,8 +93,10 @@ class RateShare:
         self._leased_s = -math.inf
 
     def borrow(self, now_s: float, *, is_active: bool) -> bool:
-        """Add this process's part of the tokens that the bucket must have by now, if there is then
-        a token to spend; at least one token if the process did not use the bucket lately."""
+        """Add this process's share of the tokens that the bucket must have by now; False if it has
+        no token to spend even then.
+
+        It is at least one token if the process did not use the bucket lately."""
         free = self._estimate(now_s)
         part = free / self._processes
         if not is_active and free >= 1.0:
@@ -268,7 +270,7 @@ class KeyLimiter:
             limit=limit,
             allowed=allowed,
             retry_after_s=round(min(retry_after_s, MAX_RETRY_AFTER_S), 3),
-        ).of_key(limit, self._key_id)
+        ).with_key(limit, self._key_id)
 
 
 class KeyLimiters:
@@ -331,7 +333,7 @@ class KeyLimiters:
         if not due:
             return
         requests = [share.request(now_s) for share in due]
-        leases = await self._leases.lease(requests, time.monotonic() + LEASE_S)
+        leases = await self._leases.lease(requests, time.monotonic() + RENEW_TIMEOUT_S)
         errors: list[CarryError] = []
         for share, request, lease in zip(due, requests, leases, strict=True):
             if isinstance(lease, CarryError):

@@ -115,7 +115,7 @@ class Principal:
             f"on models {', '.join(self.models)}, streams whose names begin with {self.prefix!r}",
             **facts,
             allowed={"verbs": allowed_verbs, "models": [*self.models], "prefix": self.prefix},
-        ).of_key(reason, self.key_id)
+        ).with_key(reason, self.key_id)
 
 
 def _pattern(models: Iterable[str]) -> re.Pattern[str]:

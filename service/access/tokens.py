@@ -86,9 +86,9 @@ def verify_token(text: str, keys: Mapping[str, AccessKey], now_ms: int) -> Princ
         claims = _DECODER.decode(payload)
     except jwt.InvalidSignatureError as error:
         rejected = _rejected(_NOT_SIGNED)
-        raise rejected.of_key("wrong_secret", known_id, is_proven=False) from error
+        raise rejected.with_key("wrong_secret", known_id, is_proven=False) from error
     except (jwt.PyJWTError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _rejected(str(error)).of_key("malformed", known_id, is_proven=False) from error
+        raise _rejected(str(error)).with_key("malformed", known_id, is_proven=False) from error
     status = key.status(now_ms)
     if status != "active":
         raise _rejected(f"its key {key_id} is {status}", status, key_id)
@@ -143,4 +143,4 @@ _DECODER: Final = msgspec.json.Decoder(TokenClaims)
 
 
 def _rejected(detail: str, reason: str = "malformed", key_id: str | None = None) -> Unauthenticated:
-    return Unauthenticated(f"the token is not accepted: {detail}").of_key(reason, key_id)
+    return Unauthenticated(f"the token is not accepted: {detail}").with_key(reason, key_id)

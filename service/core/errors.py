@@ -89,7 +89,7 @@ class CarryError(Exception):
     Attributes:
         key_id: of the access key with which the request came, if the error is about it.
         is_key_proven: whether the request had its secret, so that it counts for the key.
-        reason: why the key was rejected, one of few words; for the service's log only.
+        reason: code of why the key was rejected; for the service's log only.
     """
 
     code: ClassVar[str] = ""
@@ -106,15 +106,15 @@ class CarryError(Exception):
         self.detail = detail
         self.facts: Mapping[str, Any] = facts
 
-    def of_key(self, reason: str | None, key_id: str | None, *, is_proven: bool = True) -> Self:
-        """The same error, with what the service logs about the access key."""
+    def with_key(self, reason: str | None, key_id: str | None, *, is_proven: bool = True) -> Self:
+        """The same error, with the facts about the access key that the service logs."""
         self.reason, self.key_id, self.is_key_proven = reason, key_id, is_proven
         return self
 
     def copy(self) -> Self:
         """An equal error, to be raised: a shared one would keep the traceback of each raise."""
         error = type(self)(self.detail, **self.facts)
-        return error.of_key(self.reason, self.key_id, is_proven=self.is_key_proven)
+        return error.with_key(self.reason, self.key_id, is_proven=self.is_key_proven)
 
     def without_position(self) -> Self:
         """The same error for a chunk without a position, which must not be sent again if it may

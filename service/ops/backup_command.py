@@ -140,8 +140,8 @@ def restore(
 async def _restore_keys(
     store: StateStore, keys: Mapping[str, bytes] | None, wanted: bool, replace: bool
 ) -> list[str]:
-    """Write the access keys of a backup, or mark the store as one that has had keys; returns the
-    lines to print.
+    """Write the access keys of a backup, or else mark the store as one that has had keys; returns
+    the lines to print.
 
     Raises:
         AccessKeyError: a key is invalid; none was written.

@@ -211,7 +211,7 @@ def _run(settings: Settings, action: Callable[[StateStore], Awaitable[T]]) -> T:
 
 
 def describe(key_id: str, key: AccessKey) -> str:
-    """The line of a key."""
+    """Describe a key in one line."""
     return f"{key_id}  {key.status(_now_ms()):8} {key.name}: {_scope(key)}"
 
 

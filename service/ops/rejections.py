@@ -1,9 +1,10 @@
 """Counters and audit lines of requests that were rejected because of their access key.
 
-Both are bounded, whatever clients send: the first `MAX_KEYS` keys of the store that are rejected
-have series of their own, and of each key, code and reason there is a line at once, and one with the
-number of further rejections at the end of the minute. With more than `MAX_ENTRIES` of them in a
-minute, the others share one. So a process writes at most 2 x (`MAX_ENTRIES` + 1) lines a minute.
+Both are bounded, whatever clients send. The first `MAX_KEYS` keys of the store that are rejected
+have series of their own. Each combination of key, code and reason has a line at once, and another
+one with the number of further rejections at the end of the minute; combinations beyond
+`MAX_ENTRIES` in a minute share one. So a process writes at most 2 x (`MAX_ENTRIES` + 1) lines a
+minute.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class KeyRejections:
             _write(entry, 1)
 
     def flush(self) -> None:
-        """Write the lines of what was rejected again; also before the process ends."""
+        """Write the lines of repeated rejections; also call it before the process ends."""
         tally, self._tally = self._tally, Tally()
         for entry, count in tally.items():
             if count > 1:

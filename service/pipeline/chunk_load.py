@@ -287,14 +287,14 @@ class ChunkLoader:
     ) -> list[ChunkJob]:
         """Register the streams that jobs create under a quota; returns the rejected jobs.
 
-        If the quota is reached, they wait outside of the batch until what does not exist is removed
-        from it, and are retried; but only once in a while.
+        If the quota is reached, the jobs wait outside of the batch until the streams that do not
+        exist are removed from it, and are retried; at most every `quota.RECONCILE_S`.
         """
         quota, keys = self._quotas[owner], [job.payload.key for job in jobs]
         now_s, deadline_s = time.monotonic(), max(job.deadline_s for job in jobs)
         is_sharded = self._store.shard(keys[0]) is not None
         if is_sharded:
-            # the count may be on a shard that does not answer, and the batch has other streams
+            # the shard of the count may not answer, and other streams of the batch must not wait
             deadline_s = min(deadline_s, now_s + SHARD_TIMEOUT_S)
         try:
             if self._retry_s[owner] > now_s:

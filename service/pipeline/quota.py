@@ -3,8 +3,9 @@ states.
 
 The store counts (`service.store.usage`), so that a quota holds over all processes, which remember
 nothing. A chunk, a restore or a fork that would create a stream registers it first; a deletion with
-the key releases what it deleted. What another key deleted, what expired, and what a crash left
-registered is removed when the quota is reached, at most every `RECONCILE_S` in a process.
+the key releases the streams that it deleted. Streams that another key deleted, that expired, or
+that a crash left registered are removed when the quota is reached, at most every `RECONCILE_S` in a
+process.
 
 Use from one event loop.
 """
@@ -76,7 +77,7 @@ class StreamQuota:
         Raises:
             StoreUnavailable, StoreRefused
         """
-        # others do not wait, and who waited does not begin again
+        # calls that find the quota reached meanwhile neither wait for this one nor start another
         self._reconciled_s = math.inf
         try:
             await self._usage.reconcile(self._key_id)
@@ -104,14 +105,14 @@ class StreamQuota:
         Raises:
             StoreUnavailable, StoreRefused
         """
-        registered = await self._usage.registered(self._key_id, keys)
+        found = await self._usage.find_registrations(self._key_id, keys)
         deleted: list[StreamKey] = []
         try:
             yield deleted
         finally:
-            # what is not released now is removed when the quota is reached
+            # streams that are not released now are removed when the quota is reached
             with suppress(CarryError):
-                registrations = dict(zip(keys, registered, strict=True))
+                registrations = dict(zip(keys, found, strict=True))
                 await self._usage.release(
                     self._key_id, [(key, registrations[key]) for key in deleted]
                 )
@@ -131,7 +132,7 @@ class StreamQuota:
             used=used,
             stream=key.stream,
             retry_after_s=RETRY_AFTER_S,
-        ).of_key(limit, self._key_id)
+        ).with_key(limit, self._key_id)
 
 
 class StreamQuotas:

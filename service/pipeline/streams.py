@@ -294,7 +294,7 @@ class Streams:
     async def _replaceable(
         self, key: StreamKey, precondition: Precondition | None
     ) -> StreamState | Tombstone | None:
-        """What is stored of the stream, which a restore or fork may replace.
+        """Read the stored value that a restore or fork may replace.
 
         A damaged state is deleted first, unless it has changed since it was read.
 

@@ -29,7 +29,7 @@ def replay(
     url: Annotated[
         list[str] | None,
         typer.Option(
-            help="Address of the service; repeat it for others to turn to when one does not "
+            help="Address of the service; may be repeated: the next one is tried when one does not "
             f"answer. [default: {DEFAULT_URL}]"
         ),
     ] = None,

@@ -58,7 +58,7 @@ def run_replay(
     """Replay events through a running service and print the summary.
 
     Args:
-        urls: the service's addresses; the next one is used while one does not answer.
+        urls: the service's addresses; the next one is tried when one does not answer.
         model: the model's name.
         pace: sizes and times of the chunks.
         data, by, stream_column, prefix, limit: the events, as for `load_streams`.

@@ -1,10 +1,10 @@
 """Sends recorded events through a running service as live streams, one chunk of each in flight.
 
 It asks for every stream's position first, so that a second replay resumes where the first ended.
-The Python client (`carry_client`) retries, and notices a stream that is elsewhere: back (the store
-lost commits) or forward (its reply is no longer stored); the replay continues from there. A reply
-that cannot be correct is counted as a fault, and the replay continues, so that one run shows all of
-them.
+The Python client (`carry_client`) retries, and detects a stream at another position: behind (the
+store lost commits) or ahead (its reply is no longer stored); the replay continues from there. A
+reply that cannot be correct is counted as a fault, and the replay continues, so that one run shows
+all of them.
 
 Everything here runs in one event loop.
 """
@@ -231,7 +231,7 @@ class Replay:
         try:
             answer = await stream.send(stop)
         except Problem as problem:
-            raise _failed(problem, chunk) from problem
+            raise _replay_error(problem, chunk) from problem
         if isinstance(answer, Reply):
             tally.latencies_s.append(time.monotonic() - sent_s)
             self._store_outputs(stream, stop, answer, chunk)
@@ -264,10 +264,10 @@ class Replay:
         try:
             return await stream.refresh()
         except CarryError as error:
-            raise _failed(error, f"stream {stream.events.name!r}: ") from error
+            raise _replay_error(error, f"stream {stream.events.name!r}: ") from error
 
 
-def _failed(error: CarryError, what: str = "") -> ReplayError:
+def _replay_error(error: CarryError, what: str = "") -> ReplayError:
     """The error that ends a replay after the last attempt of a request."""
     if isinstance(error, Problem) and error.is_retryable:
         return ReplayError(f"{what}{error}; start again to resume from the streams' positions")

@@ -159,8 +159,8 @@ class StateStore(Protocol):
         """
 
     async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
-        """Write records of access keys by id, together; none marks the store as one that has had
-        keys.
+        """Write records of access keys by id, in one step; without records, only mark the store as
+        one that has had keys.
 
         Raises:
             NotDurable: they were written, but are not as durable as the settings require.

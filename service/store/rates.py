@@ -2,7 +2,7 @@
 
 A bucket is exact: every token that a process reports as spent is deducted, below zero if need be,
 so that the rate holds on average whatever the processes spent in the meantime. A lease reserves
-tokens for one process, so that together they seldom spend tokens that are not there.
+tokens for one process, so that together the processes seldom overdraw the bucket.
 """
 
 from __future__ import annotations
@@ -48,4 +48,4 @@ class RateLeases(Protocol):
     async def lease(
         self, requests: Sequence[LeaseRequest], deadline_s: float = math.inf
     ) -> list[Lease | CarryError]:
-        """Renew leases, in one round trip; after an error, it is not known what was counted."""
+        """Renew leases, in one round trip; after an error, tokens may or may not be counted."""

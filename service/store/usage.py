@@ -1,12 +1,11 @@
-"""What the access keys with quotas use of a store: the streams that each has created, their bytes.
+"""Usage of a store by access keys with quotas: the streams that each has created, and their bytes.
 
 A stream is registered under a key right before each commit of the key that would create it, and
 counts from then on, until it is deleted or expires. A registration and the stream may be on
-different servers, so nothing writes both in one step. Instead, a registration is removed only by
-who knows that its stream does not exist and that no commit behind it can still create it: a
-tombstone was written after the registration was read (fencing), and no commit expects that one.
-A later registration of the stream is another one. So a stream that exists is always counted; what
-is counted and does not exist is removed by `reconcile`.
+different servers, so nothing writes both in one step. Instead, a registration is removed only after
+its stream was fenced: a tombstone was written after the registration was read, so that every commit
+that was registered before conflicts. A later registration of the stream has another id. So a stream
+that exists is always counted; `reconcile` removes those that are counted and do not exist.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import NamedTuple, NewType, Protocol
 
 from service.core.values import StreamKey
 
-Registered = NewType("Registered", bytes)
+RegistrationId = NewType("RegistrationId", bytes)
 """Identifies one registration of a stream."""
 
 
@@ -57,13 +56,15 @@ class StreamUsage(Protocol):
         Call it after the stream's head was read that the commit will expect.
         """
 
-    async def registered(self, key_id: str, streams: Sequence[StreamKey]) -> list[Registered]:
-        """The registration of each stream; empty if there is none."""
+    async def find_registrations(
+        self, key_id: str, streams: Sequence[StreamKey]
+    ) -> list[RegistrationId]:
+        """Find the registration of each stream; empty if there is none."""
 
     async def release(
-        self, key_id: str, registrations: Sequence[tuple[StreamKey, Registered]]
+        self, key_id: str, registrations: Sequence[tuple[StreamKey, RegistrationId]]
     ) -> None:
-        """Remove registrations, as read before a tombstone of the stream was written."""
+        """Remove registrations that were read before a tombstone of their stream was written."""
 
     async def reconcile(self, key_id: str) -> None:
         """Remove the registrations whose streams do not exist."""

@@ -16,7 +16,7 @@ from models.artifact.artifact import Artifact
 from service.check import run_checks
 from service.server import CannotServeError, check_packages
 from service.settings import Settings
-from service.store.redis.server_checks import RIGHTS, rights_of
+from service.store.redis.server_checks import REQUIRED_COMMANDS, required_commands
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import Cluster, shared_cluster
 from tests.support.command import carry
@@ -60,7 +60,7 @@ def permit(client: redis.Redis, *denied: str) -> None:
 
 def test_a_usable_store_is_not_written_to(check: Check, server: RealServer) -> None:
     results = check()
-    assert list(results) == ["packages", "models", "store", "rights", "access", "shutdown"]
+    assert list(results) == ["packages", "models", "store", "permissions", "access", "shutdown"]
     assert failures(results) == []
     assert re.search(r"(Redis|Valkey) \d.*noeviction, with an append-only", results["store"][1])
     assert re.fullmatch(r"probe \w+ on onnxruntime", results["models"][1])
@@ -78,12 +78,12 @@ def test_the_store_of_a_running_service_passes(service: Service) -> None:
 def test_a_failed_check_is_the_exit_status(tmp_path: Path) -> None:
     done = carry("check", "--data-dir", tmp_path / "new", "--models", tmp_path)
     assert done.exit_code == 1
-    assert f"failed models    {tmp_path}: expected a model" in done.stdout.decode()
+    assert f"failed models       {tmp_path}: expected a model" in done.stdout.decode()
     assert "ok     store" in done.stdout.decode()
     assert not list(tmp_path.iterdir())
     done = carry("check", CARRY_TIMEOUT_S="400")
     assert done.exit_code == 1
-    assert done.stdout.startswith(b"failed settings  CARRY_MAX_TIMEOUT_S: expected at least")
+    assert done.stdout.startswith(b"failed settings     CARRY_MAX_TIMEOUT_S: expected at least")
 
 
 @pytest.mark.parametrize(
@@ -129,30 +129,30 @@ def test_a_store_that_a_start_rejects_fails(check: Check, server: RealServer) ->
     assert "/missing.crt does not exist: ssl_ca_certs" in check(redis_url=missing)["store"][1]
 
 
-def test_rights_of_the_user_are_checked(check: Check, server: RealServer) -> None:
+def test_permissions_of_the_user_are_checked(check: Check, server: RealServer) -> None:
     url = server.url.replace("unix://", "unix://carry:hush@")
     with server.client() as client:
         try:
             permit(client)
-            assert check(redis_url=url)["rights"] == (
+            assert check(redis_url=url)["permissions"] == (
                 True,
                 "the store's user may run every command",
             )
             permit(client, "+dbsize", "+subscribe")
-            ok, detail = check(redis_url=url)["rights"]
+            ok, detail = check(redis_url=url)["permissions"]
             assert ok
             assert "DBSIZE (for the number of streams in the metrics)" in detail
             assert "SUBSCRIBE (for watching streams)" in detail
             permit(client, "+pexpire")
             results = check(redis_url=url)
-            assert failures(results) == ["rights"]
-            assert "may not run PEXPIRE (for every chunk): deploy" in results["rights"][1]
+            assert failures(results) == ["permissions"]
+            assert "may not run PEXPIRE (for every chunk): deploy" in results["permissions"][1]
             permit(client, "~carry*")
             results = check(redis_url=url)
-            assert failures(results) == ["store", "rights", "access"]
-            assert "GETRANGE" in results["rights"][1]
+            assert failures(results) == ["store", "permissions", "access"]
+            assert "GETRANGE" in results["permissions"][1]
             permit(client, "+eval")
-            assert "'eval'" in check(redis_url=url)["rights"][1]
+            assert "'eval'" in check(redis_url=url)["permissions"][1]
             assert client.dbsize() == 0
         finally:
             client.execute_command("ACL", "DELUSER", "carry")
@@ -162,7 +162,7 @@ def test_the_servers_of_a_cluster_are_checked(check: Check, shared_cluster: Clus
     emptied(shared_cluster)
     results = check(redis_url=shared_cluster.url)
     assert failures(results) == []
-    assert results["rights"][1] == "the store's user may run every command"
+    assert results["permissions"][1] == "the store's user may run every command"
     with shared_cluster.client() as client:
         assert client.dbsize() == 0
 
@@ -193,16 +193,16 @@ def test_periods_of_the_shutdown_are_compared(check: Check) -> None:
     assert "longer than the proxy's 65 s" in check(38, 65, **times)["shutdown"][1]
 
 
-def test_the_rights_are_those_of_the_access_list_and_the_page() -> None:
+def test_permissions_are_those_of_the_access_list_and_the_page() -> None:
     cluster = StoreSettings("redis+cluster://a", durability=Durability.FSYNC)
-    commands = [each.split() for each in sum(rights_of(cluster).values(), ())]
+    commands = [each.split() for each in sum(required_commands(cluster).values(), ())]
     names = {" ".join(each[: 1 + (each[0] in ("CONFIG", "CLUSTER"))]) for each in commands}
     allowed = {each[1:].upper().replace("|", " ") for each in PERMISSIONS if each[0] == "+"}
     assert names == allowed
     page = (ROOT / "docs" / "how-to" / "run-a-store.md").read_text()
     table = page[page.index("The user needs these commands") :]
     assert names == set(re.findall(r"`([A-Z]+(?: [A-Z]+)?)`", table))
-    assert len(RIGHTS) == len(rights_of(cluster))
+    assert len(REQUIRED_COMMANDS) == len(required_commands(cluster))
 
 
 def test_no_port_is_listened_on(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

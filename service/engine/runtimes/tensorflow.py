@@ -2,8 +2,8 @@
 
 XLA compiles per shape, so batches are padded to a rung of the ladder, in rows and in steps. Every
 rung is compiled before the service is ready (docs/decisions/compile-ladder.md); a batch uses the
-cheapest that fits. The ladder of a model that sees a chunk as a whole reaches its longest chunk.
-Each rung is one program, which captures the weights as variables.
+cheapest one that fits. The ladder of a model that sees a chunk as a whole reaches its longest
+chunk. Each rung is one program, which captures the weights as variables.
 """
 
 from __future__ import annotations

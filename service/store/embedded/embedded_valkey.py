@@ -55,8 +55,8 @@ ORPHAN_TIMEOUT_S: Final = 10.0
 KILL_TIMEOUT_S: Final = 10.0
 
 SIGTERM_INTERVAL_S: Final = 1.0
-"""Interval of the signals to a server that should stop: before it loads its file, it only takes
-note of one, and would load the whole file first."""
+"""Interval of the signals to a server that should stop: one that arrives before the server loads
+its file takes effect only after the whole file is loaded."""
 
 log = structlog.get_logger(__name__)
 
@@ -343,7 +343,7 @@ class EmbeddedValkey:
             request_shutdown(socket)
         left_s = self._stop_timeout_s
         while left_s > 0:
-            # by the lock: of a start that a signal interrupts there may be a process and no `Popen`
+            # found by the lock: an interrupted start may leave a process without a `Popen`
             signal_servers(self._directory.path, signal.SIGTERM)
             if self._wait_until_stopped(min(left_s, SIGTERM_INTERVAL_S)):
                 return

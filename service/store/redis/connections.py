@@ -59,8 +59,8 @@ _ERROR_CODES: Final[Mapping[type[RedisError], str]] = {
 for them."""
 
 _KEY_USAGE: Final = (
-    "; from Python 3.13 on, the certificate of an authority (ssl_ca_certs) needs the extension "
-    "keyUsage with keyCertSign"
+    "; from Python 3.13 on, a CA certificate (ssl_ca_certs) needs the extension keyUsage with "
+    "keyCertSign"
 )
 
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}

@@ -121,7 +121,7 @@ class Readiness:
         telemetry.is_up = is_serving and is_safe
         telemetry.servers_up = len(layout.servers) - len(faults)
         telemetry.servers_down = len(faults)
-        # one that does not answer keeps its last ratio
+        # a server that does not answer keeps its last ratio
         self._memory_ratios = {s: self._memory_ratios.get(s, 0.0) for s in layout.servers}
         telemetry.memory_ratio = max(self._memory_ratios.values(), default=0.0)
         if layout.coverage_error:

@@ -119,7 +119,7 @@ class SentinelResolver:
         self._ask_again_s = 0.0
 
     async def resolve(self) -> Address:
-        """The primary to connect to; the last known one while no Sentinel answers.
+        """Resolve the primary to connect to; the last known one while no Sentinel answers.
 
         Raises:
             RedisConnectionError: a Sentinel considers it down, or none was ever named.

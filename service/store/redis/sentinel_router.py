@@ -41,7 +41,7 @@ class SentinelRouter(SingleServerRouter):
         super().__init__(settings)
         self._settings = settings
         self._address = SentinelAddress.parse(settings.url)
-        # that of the connections, so that the last known primary is the same
+        # shared with the connections, so that both know the same last primary
         self._resolver = cast("SentinelResolver", self._server.resolver)
         self._no_answer = ""
         self._replicas_at_start: list[RedisServer] = []

@@ -31,7 +31,7 @@ _FSYNC_OPTIONS: Final = {
 }
 
 ALWAYS: Final = "every chunk"
-RIGHTS: Final = {
+REQUIRED_COMMANDS: Final = {
     ALWAYS: (
         *("INFO", "PING", "SCAN 0", "GET {key}", "SET {key} v", "MGET {key}"),
         *("GETRANGE {key} 0 1", "SETRANGE {key} 0 v", "EXISTS {key}", "DEL {key}", "UNLINK {key}"),
@@ -45,7 +45,7 @@ RIGHTS: Final = {
 }
 """Commands that the service sends to any store, as examples, by what needs them."""
 
-_FIND_MISSING_RIGHTS: Final = """
+_FIND_MISSING_PERMISSIONS: Final = """
 if not redis.acl_check_cmd then
     return redis.error_reply('expected Redis 7 or later, or Valkey')
 end
@@ -227,21 +227,21 @@ async def _check_partitions(router: Router, settings: StoreSettings) -> None:
         )
 
 
-async def find_missing_rights(router: Router, settings: StoreSettings) -> dict[str, list[str]]:
+async def find_missing_permissions(router: Router, settings: StoreSettings) -> dict[str, list[str]]:
     """Find the commands that the store's user may not run, by what needs them; runs none of them.
 
     Raises:
         StoreUnavailable, StoreRefused: a server does not answer, or the user may not run scripts.
     """
-    key, channel = settings.keys.probe(0, "rights"), f"{settings.namespace}:watched"
+    key, channel = settings.keys.probe(0, "permissions"), f"{settings.namespace}:watched"
     needed = {
         command.format(key=key, channel=channel): purpose
-        for purpose, commands in rights_of(settings).items()
+        for purpose, commands in required_commands(settings).items()
         for command in commands
     }
     missing: dict[str, list[str]] = {}
     for server in (await router.layout()).servers:
-        for command in await server.read("EVAL", _FIND_MISSING_RIGHTS, 0, *needed):
+        for command in await server.read("EVAL", _FIND_MISSING_PERMISSIONS, 0, *needed):
             text = command.decode()
             words = text.split()[: 2 if text.startswith(("CONFIG", "CLUSTER")) else 1]
             names = missing.setdefault(needed[text], [])
@@ -249,14 +249,14 @@ async def find_missing_rights(router: Router, settings: StoreSettings) -> dict[s
     return missing
 
 
-def rights_of(settings: StoreSettings) -> dict[str, tuple[str, ...]]:
+def required_commands(settings: StoreSettings) -> dict[str, tuple[str, ...]]:
     """The commands that the service sends, as examples, by what needs them."""
-    rights = dict(RIGHTS)
+    commands = dict(REQUIRED_COMMANDS)
     if settings.durability is not Durability.MEMORY:
-        rights[ALWAYS] += ("WAIT 0 0", "CONFIG GET appendfsync")
+        commands[ALWAYS] += ("WAIT 0 0", "CONFIG GET appendfsync")
     if settings.is_cluster:
-        rights[ALWAYS] += ("CLUSTER SLOTS", "ASKING")
-    return rights
+        commands[ALWAYS] += ("CLUSTER SLOTS", "ASKING")
+    return commands
 
 
 def count_online_replicas(info: dict[str, str]) -> int:

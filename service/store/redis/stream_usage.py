@@ -12,10 +12,10 @@ from service.store.keys import KeySpace
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import read_value
 from service.store.redis.router import Router
-from service.store.usage import Quota, Registered, Registration
+from service.store.usage import Quota, Registration, RegistrationId
 
 PAGE_STREAMS: Final = 100
-"""Streams that are reconciled together; few enough that chunks hardly wait behind them."""
+"""Streams that are reconciled together: few, so that chunks hardly wait behind them."""
 
 _TOTAL: Final = b"total"
 
@@ -60,15 +60,17 @@ class RedisStreamUsage:
         )
         return Registration([result == 1 for result in results], count, total)
 
-    async def registered(self, key_id: str, streams: Sequence[StreamKey]) -> list[Registered]:
+    async def find_registrations(
+        self, key_id: str, streams: Sequence[StreamKey]
+    ) -> list[RegistrationId]:
         name = self._keys.stream_usage(key_id)
         slot = self._router.slot(name)
         commands = [PendingCommand.of("HGET", name, _field(key), slot=slot) for key in streams]
         outcomes = await self._router.execute(*commands)
-        return [Registered(read_value(outcome) or b"") for outcome in outcomes]
+        return [RegistrationId(read_value(outcome) or b"") for outcome in outcomes]
 
     async def release(
-        self, key_id: str, registrations: Sequence[tuple[StreamKey, Registered]]
+        self, key_id: str, registrations: Sequence[tuple[StreamKey, RegistrationId]]
     ) -> None:
         arguments: list[str | bytes | int] = []
         for key, registered in registrations:
@@ -85,11 +87,11 @@ class RedisStreamUsage:
             (outcome,) = await self._router.execute(command)
             following, page = read_value(outcome)
             registrations = [
-                (_stream(field), Registered(value))
+                (_stream(field), RegistrationId(value))
                 for field, value in zip(page[::2], page[1::2], strict=True)
                 if field != _TOTAL
             ]
-            # a small hash comes as a whole
+            # HSCAN returns a small hash as a whole
             for at in range(0, len(registrations), PAGE_STREAMS):
                 part = registrations[at : at + PAGE_STREAMS]
                 fenced = await self._fence([key for key, _ in part])

@@ -1,7 +1,7 @@
 """Start-up check of the files that the options of a TLS address name.
 
-OpenSSL names neither the file nor the option, and a client that retries takes a missing file for an
-unavailable store. Dates, and what Python asks of an authority, are verified at each connection.
+OpenSSL names neither the file nor the option, and a client that retries reports a missing file as
+an unavailable store. Each connection verifies dates, and what Python requires of a CA certificate.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A browser lets any page send some requests to any address, also to one that only
 reaches, and marks them with the page's `Origin`. Programs send none.
 
 A page may also let its own host name resolve to the service's address (DNS rebinding); then the
-service's host is the page's. So a service that only its machine reaches accepts no such names.
+origin of the page is the service's. So a service on a loopback address rejects such host names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.core.errors import OriginNotAllowed
 ANY_ORIGIN: Final = "*"
 
 AcceptsHost = Callable[[bytes], object]
-"""Whether a service has the host name that is the value of a Host header."""
+"""Whether the value of a Host header names the service."""
 
 _LOOPBACK: Final = rb"(?:[a-z0-9-]+\.)*localhost\.?|127(?:\.[0-9]{1,3}){3}|\[::1\]"
 _ADDRESS: Final = rb"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]"
@@ -36,10 +36,11 @@ def accept_any_host(host: bytes) -> bool:
 
 
 def host_rule(address: str, names: str) -> AcceptsHost:
-    """The names of a service that listens on an address.
+    """Make the rule for the Host headers that a service on this address accepts.
 
-    On a loopback address these are loopback names. On another one all are, unless some are given;
-    then IP addresses are too, which health checks use: no page has one of another machine.
+    On a loopback address it accepts loopback names. On another one it accepts every name, unless
+    `names` has some; then also IP addresses, which health checks use: no page can have the
+    address of another machine as its host.
 
     Args:
         names: further ones, separated by commas; `*` for all.

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from service.core.errors import BodyTooLarge, MalformedBody
-from service.transports.http.bodies.duplicates import find_duplicate, without_values
+from service.transports.http.bodies.duplicates import find_duplicate, replace_long_values
 from service.transports.http.media import Media, encode_json
 from service.transports.kserve.json_errors import json_error
 from service.transports.kserve.values import (
@@ -38,8 +38,8 @@ COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 """The arguments of zlib by Content-Encoding."""
 
 _FEW: Final = Meta(max_length=256)
-"""More tensors and parameters than a request has: the members of their objects are searched for
-duplicates, which would block other requests."""
+"""Bounds the lists of tensors and parameters: their members are searched for duplicates, which
+would block other requests."""
 
 _ABSENT: Final = msgspec.Raw(b"")
 Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -230,8 +230,10 @@ def encode_reply(reply: InferReply, binary: BinaryOutputs) -> tuple[bytes, int]:
 
 
 def may_have_duplicates(text: bytes, decoded: msgspec.Struct) -> bool:
-    """Whether JSON may have duplicate members: it has other quotation marks around its strings than
-    what was decoded from it. Those within strings do not count: each may be escaped in two ways."""
+    """Whether JSON may have duplicate members: it has more quotation marks around its strings than
+    the value that was decoded from it.
+
+    Those within strings do not count: each may be escaped in two ways."""
     encoded = _ENCODER.encode(decoded)
     if b"\\" in text:
         text, encoded = [
@@ -249,7 +251,7 @@ def _decode_json(text: bytes) -> _Request:
         raise _malformed(f"expected one JSON document: {error}") from error
     if may_have_duplicates(text, decoded):
         values = [tensor.data for tensor in decoded.inputs if tensor.data]
-        duplicate = find_duplicate(Media.JSON, without_values(text, values))
+        duplicate = find_duplicate(Media.JSON, replace_long_values(text, values))
         if duplicate is not None:
             raise duplicate
     return decoded

@@ -22,7 +22,7 @@ from service.transports.http.bodies.duplicates import (
     duplicate_error,
     find_duplicate,
     packed_length,
-    without_values,
+    replace_long_values,
 )
 from service.transports.http.long_bodies.splitting import SplitObject
 from service.transports.http.media import Encoded, Media, dumps, encoded_object, malformed
@@ -182,7 +182,7 @@ def _check_no_duplicates(media: Media, data: bytes | bytearray, members: Envelop
         if counted is not None and counted[0] != len(members):
             raise find_duplicate(media, bytes(data)) or duplicate_error("body")
         return
-    rest = without_values(data, members.values())
+    rest = replace_long_values(data, members.values())
     # a name without escapes that occurs once in the frame is not a duplicate
     is_certain = b"\\" not in rest and all(
         rest.count(b'"%b"' % name.encode()) == 1 for name in members

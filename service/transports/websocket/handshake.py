@@ -148,7 +148,7 @@ class LiveUpgrader:
         propagated = _propagated(headers)
         with bound_contextvars(request_id=request_id.decode()):
             try:
-                # first, since it takes the same time for every head
+                # first, since it takes constant time, whatever the head
                 access = self.api.access
                 pipeline = access.open_pipeline or access.pipeline(_authorization(headers))
                 facts.key = pipeline.key_id

@@ -437,7 +437,7 @@ class LiveSocket(asyncio.Protocol):
             self._close(CloseCode.SERVICE_RESTART, ELSEWHERE)
 
     def eof_received(self) -> bool | None:
-        """The client closed its sending side: it disconnected, or waits for its outcomes."""
+        """Handle a half-close: the client disconnected, or waits for its outcomes."""
         if self._websocket.state is not State.OPEN or not self._is_answering:
             return None
         self._half_closed = True
@@ -445,8 +445,8 @@ class LiveSocket(asyncio.Protocol):
         return True
 
     def _probe(self) -> None:
-        """Write a ping, as `HttpProtocol` an interim response: a client that disconnected resets
-        the connection upon the first one, so that the next write fails."""
+        """Write a ping, as `HttpProtocol` writes an interim response: a disconnected client resets
+        the connection upon the first ping, so that the next write fails."""
         if not self._transport.is_closing():
             self._websocket.send_ping(b"carry")
             self._write()

@@ -32,7 +32,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def unproven(index: int) -> CarryError:
-    return Unauthenticated("").of_key("unknown_key", f"{index:012x}", is_proven=False)
+    return Unauthenticated("").with_key("unknown_key", f"{index:012x}", is_proven=False)
 
 
 async def test_repeated_rejections_share_a_line_and_unproven_ids_a_series(
@@ -40,7 +40,7 @@ async def test_repeated_rejections_share_a_line_and_unproven_ids_a_series(
 ) -> None:
     monkeypatch.setattr(rejections, "INTERVAL_S", 0.01)
     recorder = PrometheusRecorder()
-    for error in (Forbidden("").of_key("model", "a"), LimitExceeded("").of_key("streams", "a")):
+    for error in (Forbidden("").with_key("model", "a"), LimitExceeded("").with_key("streams", "a")):
         for _ in range(3):
             recorder.record_error("flights", error)
     for index in range(3):
@@ -68,7 +68,7 @@ async def test_a_flood_writes_a_bounded_number_of_lines_and_series(
     recorder, keys = PrometheusRecorder(), 2 * MAX_KEYS
     for index in range(10 * keys):
         recorder.record_error("flights", unproven(index))
-        recorder.record_error("flights", Forbidden("").of_key("stream", f"key{index % keys}"))
+        recorder.record_error("flights", Forbidden("").with_key("stream", f"key{index % keys}"))
     recorder.rejections.flush()
     assert len(written) == 2 * (MAX_ENTRIES + 1)
     assert INTERVAL_S >= 60

@@ -179,7 +179,9 @@ async def test_a_quota_counts_every_stream_that_exists_whatever_happens_together
         accepted += done.count(True)
         existing = await stored(workers[0])
         assert len(existing) <= MOST
-        assert all(await usage.registered(KEY, [StreamKey("probe", name) for name in existing]))
+        assert all(
+            await usage.find_registrations(KEY, [StreamKey("probe", name) for name in existing])
+        )
     assert accepted > 3 * MOST
 
 

@@ -79,7 +79,7 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
             await store.write_access_keys({"a": b"1"})
             assert (await store.access_keys(b""))[1] == {"a": b"1"}
             usage = await store.usage.register("a", [(key("b"), 5)], Quota(1, 5))
-            (registered,) = await store.usage.registered("a", [key("b")])
+            (registered,) = await store.usage.find_registrations("a", [key("b")])
             await store.usage.release("a", [(key("b"), registered)])
             await store.usage.reconcile("a")
             assert usage == ([True], 1, 5)

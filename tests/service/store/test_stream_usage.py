@@ -32,7 +32,7 @@ async def test_streams_are_accepted_up_to_the_quota_and_then_only_known_ones(
     quota = Quota(2, None)
     assert await register(store, quota, "a", "b", "c") == ([True, True, False], 2, 200)
     assert await register(store, quota, "c", "b", "a") == ([False, True, True], 2, 200)
-    (registered, unknown) = await store.usage.registered(KEY, [key("a"), key("unknown")])
+    (registered, unknown) = await store.usage.find_registrations(KEY, [key("a"), key("unknown")])
     assert not unknown
     await store.usage.release(KEY, [(key("a"), registered), (key("unknown"), unknown)])
     assert await register(store, quota, "c") == ([True], 2, 200)
@@ -60,13 +60,13 @@ async def test_concurrent_processes_do_not_exceed_a_quota_together(open_on: Open
 
 async def test_release_keeps_a_stream_that_was_registered_again(store: StateStore) -> None:
     await register(store, Quota(2, 1000), "a")
-    (before,) = await store.usage.registered(KEY, [key("a")])
+    (before,) = await store.usage.find_registrations(KEY, [key("a")])
     # a larger state replaces the smaller one in the count
     assert await register(store, Quota(2, 1000), "a", size=900) == ([True], 1, 900)
     assert await register(store, Quota(2, 1000), "a", size=1001) == ([False], 1, 900)
     await store.usage.release(KEY, [(key("a"), before)])
     assert await register(store, Quota(2, 1000), "b", size=200) == ([False], 1, 900)
-    (after,) = await store.usage.registered(KEY, [key("a")])
+    (after,) = await store.usage.find_registrations(KEY, [key("a")])
     await store.usage.release(KEY, [(key("a"), after)])
     assert await register(store, Quota(2, 1000), "b", size=200) == ([True], 1, 200)
 
@@ -97,7 +97,7 @@ async def test_commits_behind_a_removed_registration_create_nothing(
     creation = streams.creation(name)._replace(expected=await absence(store, name))
     await register(store, Quota(1, None), "s")
     await store.usage.reconcile(KEY)
-    assert await store.usage.registered(KEY, [name]) == [b""]
+    assert await store.usage.find_registrations(KEY, [name]) == [b""]
     assert await store.commit(columns(creation)) == [Conflicted(None)]
     again = creation._replace(expected=await absence(store, name))
     await register(store, Quota(1, None), "s")

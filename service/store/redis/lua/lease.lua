@@ -8,11 +8,11 @@
 -- ARGV[4]  tokens that it has spent since its last lease
 --
 -- Returns {tokens, free, processes}: the tokens of the lease, those that are leased to nobody, and
--- how many processes used the bucket lately; tokens as text, since they are fractions.
+-- how many processes used the bucket lately; tokens as strings, since they are fractions.
 --
--- Times are milliseconds of the server's clock. A lease holds for a second; it is renewed every half
--- second, or not any more. It is half of what is free, so that another process finds some too. Less
--- than one token is never leased: it would be of no use to anybody.
+-- Times are milliseconds of the server's clock. A lease is valid for a second; a process that still
+-- gets requests renews it after at most half a second. It is half of the free tokens, so that another
+-- process finds some, too. Less than one token is never leased: no request could spend it.
 
 local LEASE_MS, PROCESS_MS = 1000, 5000
 

@@ -74,16 +74,16 @@ def find_duplicates(
     }
 
 
-def without_values(body: bytes | bytearray, values: Iterable[msgspec.Raw]) -> bytes:
-    """A document in JSON with a number in place of each of these values that is long.
+def replace_long_values(body: bytes | bytearray, values: Iterable[msgspec.Raw]) -> bytes:
+    """Replace those of these values that are long in a JSON document, each by a number.
 
-    Their readers check them; to parse them only for their members would block other requests.
+    The readers of these values check them; parsing them here would block other requests.
 
     Args:
         values: views of the document, none within another.
 
     Raises:
-        InvalidInput: the rest is long too, such as a value of a member that came twice.
+        InvalidInput: the rest is long, too, for example a value of a duplicate member.
     """
     start, end = _address(body), 0
     parts: list[bytes | bytearray] = []
@@ -99,7 +99,7 @@ def without_values(body: bytes | bytearray, values: Iterable[msgspec.Raw]) -> by
 
 
 def _address(value: bytes | bytearray | msgspec.Raw) -> int:
-    """Where a value is in memory."""
+    """The address of a value in memory."""
     address: int = np.frombuffer(value, np.uint8).__array_interface__["data"][0]
     return address
 

@@ -32,11 +32,11 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 """Largest head of a request, and largest trailer section."""
 
 MAX_FIELD_BYTES: Final = 8 * 1024
-"""Longest address, and longest value of a header, all its lines together: such are split, matched
-and repeated in errors."""
+"""Longest URL, and longest value of a header, all its lines together: they are split, matched and
+quoted in errors."""
 
 MAX_HEADERS: Final = 128
-"""Maximum header lines of a request, and parameters of its address."""
+"""Maximum header lines, and query parameters, of a request."""
 
 PIECE_BYTES: Final = 8 * 1024
 """Maximum bytes given to the parser at once: uvicorn allocates an object for each request."""
@@ -64,7 +64,7 @@ def check_head(
     headers: Headers,
     accepts_host: AcceptsHost = accept_any_host,
 ) -> None:
-    """Reject a head that is ambiguous, too large or for another host.
+    """Reject a head that is ambiguous, too large, or names another host.
 
     Args:
         headers: names in lower case.
@@ -78,7 +78,7 @@ def check_head(
     if head_bytes > MAX_FIELD_BYTES:
         _check_fields(url, headers)
     if url.count(b"&") > MAX_HEADERS:
-        raise HeadTooLarge(f"address: expected at most {MAX_HEADERS} parameters")
+        raise HeadTooLarge(f"URL: expected at most {MAX_HEADERS} query parameters")
     if version not in _VERSIONS:
         raise MalformedRequest(f"expected HTTP/1.1, got {version}", expected="1.1", got=version)
     if method == b"CONNECT":
@@ -130,7 +130,7 @@ def _check_fields(url: bytes, headers: Headers) -> None:
     Raises:
         HeadTooLarge
     """
-    sizes = Counter(address=len(url))
+    sizes = Counter(URL=len(url))
     for name, value in headers:
         sizes[name.decode("latin-1")] += len(value)
     del sizes["cookie"]

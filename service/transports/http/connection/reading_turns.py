@@ -3,8 +3,8 @@
 In one turn of the event loop, every socket with input is read. With a hundred uploads, a turn
 processes megabytes, and a chunk that arrived meanwhile waits for all of it. So a connection whose
 body is long is paused after each read, and the paused ones are resumed one by one, the one that has
-waited longest first. Between two of them the loop has time for other requests: a chunk takes
-several turns, each of which would otherwise copy a part of a body.
+waited longest first. In the pauses between them the loop serves other requests: a chunk takes
+several turns, each of which would otherwise also copy a part of a body.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Headers of the service's pages: they load nothing from other hosts and run no code but their own.
+"""Security headers of the service's pages: no content of other hosts, and no code but their own.
 
 So what a page shows, such as a name from the model, cannot become code that reads the user's key.
 """
@@ -12,7 +12,7 @@ from hashlib import sha256
 
 
 def page_headers(page: str = "", directives: Sequence[str] = ()) -> dict[str, str]:
-    """The headers of a page.
+    """Make the security headers of a page.
 
     Args:
         page: its HTML; the scripts and styles in it are allowed by their hashes.

@@ -50,7 +50,7 @@ class CallAdmission:
         Raises:
             Overloaded: there are too many.
         """
-        self._calls.take(context)
+        self._calls.acquire(context)
 
     async def receive_probe(self, context: Any) -> bytes:
         """Admit a call that needs no key and has one message, and receive that.
@@ -59,7 +59,7 @@ class CallAdmission:
             Overloaded: there are too many.
             Overloaded, RequestTimeout, MalformedBody: as `receive_public`.
         """
-        self._probes.take(context)
+        self._probes.acquire(context)
         return await self.receive_public(context.read)
 
     @asynccontextmanager
@@ -70,7 +70,7 @@ class CallAdmission:
             Overloaded: there are too many.
             RequestTimeout: it has no key, and lasted as long as it may.
         """
-        (self._calls if has_key else self._streams).take(context)
+        (self._calls if has_key else self._streams).acquire(context)
         try:
             async with asyncio.timeout(None if has_key else STREAM_S):
                 # the library would send it twice if the first reply was cancelled
@@ -96,7 +96,7 @@ class _Slots:
     def __init__(self, limit: int):
         self._limit = self._free = limit
 
-    def take(self, context: Any) -> None:
+    def acquire(self, context: Any) -> None:
         if self._free == 0:
             detail = f"expected at most {self._limit} concurrent calls, got one more"
             raise Overloaded(detail, retry_after_s=1)

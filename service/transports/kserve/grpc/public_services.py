@@ -1,6 +1,6 @@
 """The standard services beside V2's: health, for the whole server and for V2's, and reflection.
 
-They need no key. Their handlers receive the messages, so that `CallAdmission` admits these.
+They need no key. Their handlers receive the messages, so that `CallAdmission` can admit them.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class PublicServices:
         }
 
     async def begin_stop(self) -> None:
-        """Tell everybody that the server is not ready, from now on."""
+        """Report from now on that the server is not ready."""
         await self._health.enter_graceful_shutdown()
 
     async def _check(self, requests: object, context: Any) -> health_pb2.HealthCheckResponse:
-        """Whether calls should be sent here; those who watch it get a change at the next check."""
+        """Whether calls should be sent here; watchers get a change at the next check."""
         try:
             data = await self._calls.receive_probe(context)
             request = parse_short(health_pb2.HealthCheckRequest, data)
