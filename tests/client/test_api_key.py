@@ -32,7 +32,7 @@ def test_malformed_key_is_rejected_and_not_shown(text: str) -> None:
     assert text[:8] not in str(caught.value)
 
 
-def test_endless_file_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_key_file_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CARRY_API_KEY_FILE", "/dev/zero")
     with pytest.raises(ValueError, match="CARRY_API_KEY_FILE: expected an access key"):
         authorization()

@@ -322,7 +322,7 @@ class MonitoredServer(RealServer):
         )
 
     def is_primary(self) -> bool:
-        """Whether it is a primary by its own account."""
+        """Whether it reports the role of a primary."""
         with contextlib.suppress(*_ERRORS), self.client() as client:
             return bool(client.info("replication")["role"] == "master")
         return False

@@ -24,7 +24,7 @@ async def test_async_tests_and_fixtures_run_on_uvloop(
     assert loop_of_fixtures is asyncio.get_running_loop()
 
 
-def test_a_loop_ends_what_was_left_open_and_names_it() -> None:
+def test_event_loop_closes_open_transports_and_names_them() -> None:
     """It neither waits for that, as uvloop does where warnings are errors, nor passes over it."""
     failures: list[str] = []
 

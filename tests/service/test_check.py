@@ -111,7 +111,7 @@ def test_a_damaged_model_fails(check: Check, artifact: Artifact, tmp_path: Path)
     assert weights.name in results["models"][1]
 
 
-def test_a_store_that_a_start_rejects_fails(check: Check, server: RealServer) -> None:
+def test_a_store_that_the_service_would_reject_fails(check: Check, server: RealServer) -> None:
     with server.client() as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
         try:

@@ -36,7 +36,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 def make_certificates(folder: Path, *signing: str) -> Certificates:
-    """Make certificates with `openssl`, those of the authority with further options."""
+    """Make certificates with `openssl`, that of the CA with further options."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not on the PATH")

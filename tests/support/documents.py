@@ -89,7 +89,7 @@ def with_duplicates(choose: random.Random, value: Any) -> bytes:
 
 
 def quoted(choose: random.Random) -> str:
-    """Text that is easily read wrongly; often with as many quotation marks as members have."""
+    """A string that is easily misread; often with as many quotation marks as members have."""
     return "".join(choose.choices('"\\/ab:,{}[]\n\u00e9', k=choose.randint(0, 3))) + choose.choice(
         ("", '""', '""""')
     )

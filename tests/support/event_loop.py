@@ -1,4 +1,4 @@
-"""The event loop of async tests: uvloop, which ends what a test left open and fails it."""
+"""The event loop of async tests: uvloop, which closes what a test left open and fails it."""
 
 from __future__ import annotations
 

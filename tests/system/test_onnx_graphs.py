@@ -190,7 +190,7 @@ def test_triton_requests_continue_a_sequence(service: Service) -> None:
     np.testing.assert_allclose(outputs, expected.ravel(), **CLOSE)
 
 
-def test_an_endless_call_stops_neither_health_nor_deadlines_nor_other_models_nor_sigterm(
+def test_an_endless_call_blocks_no_health_check_deadline_other_model_or_sigterm(
     tmp_path: Path,
 ) -> None:
     """The graph is endless for one shape, after calls that were short enough to run on the event

@@ -94,7 +94,7 @@ def test_sigterm_during_warm_up_stops_the_service(
         assert not Path(f"/proc/{line['pid']}").exists()
 
 
-def test_sigterm_while_valkey_is_started_stops_both(tmp_path: Path, probe: Artifact) -> None:
+def test_sigterm_while_valkey_starts_stops_both(tmp_path: Path, probe: Artifact) -> None:
     customise(tmp_path, SIGNALLED_AS_IT_STARTS_VALKEY)
     service = Service(tmp_path, probe.path)
     service.launch(PYTHONPATH=str(tmp_path))

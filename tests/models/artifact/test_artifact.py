@@ -163,7 +163,7 @@ def test_a_failed_write_leaves_the_old_artifact(
 def test_a_failed_replacement_is_rolled_back(
     artifact_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old artifact was moved away, and the new one cannot be moved into its place."""
+    """The old artifact was moved aside, and the new one cannot take its place."""
     rename, failures = Path.rename, [OSError(5, "Input/output error")]
 
     def fail_once(path: Path, target: Path) -> Path:

@@ -34,7 +34,7 @@ def scalar(g: Any, n: str) -> str:
 
 
 def below(g: Any, n: str) -> str:
-    """Of the numbers 0 to 63, which are less than n."""
+    """Which of the numbers 0 to 63 are less than n."""
     return str(g.add("Less", g.constant(NUMBERS), n))
 
 
@@ -192,7 +192,7 @@ def test_values_flow_through_any_operator_and_end_at_shapes() -> None:
     assert check(model(*through)) is None
 
 
-def test_the_lengths_of_chunks_are_sizes() -> None:
+def test_the_lengths_of_chunks_may_be_sizes() -> None:
     assert check(model(node("Neg", ["lengths"], ["n"]), FILL)) is None
 
 
@@ -410,7 +410,7 @@ def test_malformed_nodes_are_rejected(malformed: onnx.NodeProto) -> None:
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_changed_files_are_accepted_or_rejected(data: st.DataObject) -> None:
+def test_mutated_files_are_accepted_or_rejected(data: st.DataObject) -> None:
     original = EXAMPLE_GRAPHS["slstm"].path.read_bytes()
     start = data.draw(st.integers(0, len(original)))
     end = data.draw(st.integers(start, min(len(original), start + 8)))

@@ -209,7 +209,7 @@ def test_a_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
-def test_what_is_no_regular_file_is_rejected_before_it_is_read(tmp_path: Path, kind: str) -> None:
+def test_file_that_is_not_regular_is_rejected_before_it_is_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "SPEC.yaml"
     if kind == "FIFO":
         os.mkfifo(path)

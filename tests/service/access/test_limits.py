@@ -27,7 +27,7 @@ TICK_S = 0.05
 
 
 class Leases:
-    """The leases of a store that may be away."""
+    """The leases of a store that may be unavailable."""
 
     def __init__(self, leases: RateLeases):
         self._leases = leases
@@ -74,7 +74,7 @@ class Processes:
         return limiter
 
     def advance(self, seconds: float) -> None:
-        """Let time pass: for the store, everything that it has noted becomes older."""
+        """Let time pass, also for the timestamps in the store."""
         self._advanced_s += seconds
         with self._server.client() as client:
             for name in client.keys("carry:rate:*"):
@@ -132,7 +132,7 @@ async def send(
 
 
 def shares(count: int, shape: str) -> list[float]:
-    """The parts of the traffic that processes get."""
+    """The shares of the traffic that processes get."""
     if shape == "even" or count == 1:
         return [1.0] * count
     return [0.9, *[0.1 / (count - 1)] * (count - 1)]
@@ -281,7 +281,9 @@ async def test_leases_of_idle_and_crashed_processes_return_to_the_bucket(start: 
     assert not second.is_active
 
 
-async def test_a_process_keeps_its_part_of_the_rate_while_the_store_is_away(start: Start) -> None:
+async def test_a_process_accepts_its_share_of_the_rate_while_the_store_is_unavailable(
+    start: Start,
+) -> None:
     processes = start(2)
     await send(processes, 40.0, 3, [1.0, 1.0], 3)
     for each in processes.leases:

@@ -78,7 +78,7 @@ async def is_open(url: str) -> bool:
     return cache.is_open
 
 
-async def test_a_restored_store_is_as_closed_as_the_one_of_the_backup(
+async def test_a_restored_store_requires_keys_if_the_store_of_the_backup_did(
     servers: tuple[str, str], tmp_path: Path
 ) -> None:
     url, new = servers
@@ -107,7 +107,7 @@ async def test_a_restored_store_is_as_closed_as_the_one_of_the_backup(
         assert (await store.access_keys(None))[0] != b""
 
 
-async def test_keys_are_restored_if_asked_for_and_never_overwritten_unasked(
+async def test_keys_are_restored_and_overwritten_only_on_request(
     servers: tuple[str, str], tmp_path: Path
 ) -> None:
     url, new = servers

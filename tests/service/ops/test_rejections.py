@@ -1,4 +1,4 @@
-"""Counters and audit lines of rejected keys: bounded, and only of keys that were proved."""
+"""Counters and audit lines of rejected keys: bounded, and only for keys that were proved."""
 
 from __future__ import annotations
 

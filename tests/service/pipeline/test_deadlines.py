@@ -106,7 +106,7 @@ async def test_sent_commit_is_outcome_unknown_at_the_deadline(
             assert_close(again.outputs, oracle_outputs(artifact, rows))
 
 
-async def test_short_deadline_does_not_end_the_commit_of_other_streams(
+async def test_short_deadline_does_not_cancel_the_commit_of_other_streams(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     """The store answers a batch after the deadline of one chunk and before that of the other."""

@@ -200,7 +200,7 @@ async def test_a_chunk_of_a_stream_that_exists_costs_no_access_to_the_count(
     assert calls["cmdstat_evalsha"]["calls"] == 8
 
 
-async def test_a_count_that_does_not_answer_delays_other_streams_once(
+async def test_an_unavailable_count_delays_other_streams_once(
     artifact: Artifact, shared_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with worker(emptied(shared_cluster).url, artifact) as pipeline:

@@ -222,7 +222,7 @@ async def test_outputs_must_be_finite(replayed: Replayed, standin: Standin) -> N
     assert all(fault.endswith("expected finite outputs") for fault in faults)
 
 
-async def test_replay_ends_when_its_patience_is_over(
+async def test_replay_stops_after_patience_s(
     url: str, server: TestServer, streams: list[StreamEvents], standin: Standin
 ) -> None:
     closing: list[asyncio.Task[None]] = []

@@ -36,7 +36,7 @@ async def test_full_store_is_not_ready(store: StateStore, server: RealServer) ->
     assert (await store_check(store)).ok
 
 
-async def test_memory_is_observed(store: StateStore, server: RealServer) -> None:
+async def test_memory_ratio_is_observed(store: StateStore, server: RealServer) -> None:
     limit = 64 * 2**20
     assert store.telemetry.memory_ratio == 0
     server.configure("maxmemory", limit)
@@ -159,7 +159,7 @@ async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Clu
         assert str(victim.port) in lines[0]["reason"]
 
 
-async def test_memory_is_that_of_the_fullest_shard(lasting_cluster: Cluster) -> None:
+async def test_memory_ratio_is_that_of_the_fullest_shard(lasting_cluster: Cluster) -> None:
     async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
         fullest, other, unlimited = lasting_cluster.primaries
         used = fullest.facts("memory")["used_memory"]

@@ -216,7 +216,7 @@ async def test_shutdown_waits_for_an_unresponsive_shard_within_its_drain_time(
                     await waiting
 
 
-async def test_a_short_deadline_does_not_end_the_wait_of_others_for_a_shard() -> None:
+async def test_a_short_deadline_does_not_cancel_the_wait_of_others_for_a_shard() -> None:
     """The shard answers after the deadline of one chunk and before that of the other."""
     requeued: list[asyncio.Task[list[ChunkJob]]] = []
 

@@ -97,7 +97,7 @@ async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) 
 
 
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="Python does not ask for it")
-async def test_an_authority_without_key_usage_is_explained(tmp_path: Path) -> None:
+async def test_a_ca_certificate_without_key_usage_is_explained(tmp_path: Path) -> None:
     with behind_tls(make_certificates(tmp_path)) as (_, at):
         store = open_store(StoreSettings(f"rediss://{at}", wait_s=0.5))
         with pytest.raises(StoreUnavailable, match=r"ssl_ca_certs.*keyUsage with keyCertSign"):
@@ -105,7 +105,7 @@ async def test_an_authority_without_key_usage_is_explained(tmp_path: Path) -> No
         await store.close()
 
 
-def test_unusable_files_of_tls_are_named(certificates: Certificates, tmp_path: Path) -> None:
+def test_unusable_tls_files_are_named(certificates: Certificates, tmp_path: Path) -> None:
     authority, key = certificates.authority, certificates.key
     no_pem = tmp_path / "no.pem"
     no_pem.write_text("-")

@@ -131,7 +131,9 @@ async def test_checking_an_access_key_costs_little(
 
 
 @needs_monitoring
-async def test_limits_of_a_key_cost_little(pipeline_server: RealServer, tmp_path: Path) -> None:
+async def test_limits_of_a_key_add_few_calls_to_a_chunk(
+    pipeline_server: RealServer, tmp_path: Path
+) -> None:
     models, calls = {"probe": make_artifact(tmp_path)}, list[float]()
     limits = KeyLimits(
         requests_per_s=1e6, events_per_s=1e7, concurrent_requests=10_000, streams=10_000

@@ -253,7 +253,7 @@ def test_error_names_the_place_of_the_duplicate_member(text: str, at: str | None
 
 
 @pytest.mark.parametrize("fast_path", [True, False], ids=["fast path", "slow path"])
-async def test_duplicates_are_those_of_another_parser(
+async def test_duplicates_are_those_that_another_parser_finds(
     pipeline_server: RealServer, models: Mapping[str, Artifact], fast_path: bool
 ) -> None:
     """In JSON, whatever is escaped in names and strings."""

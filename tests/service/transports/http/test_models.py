@@ -207,7 +207,7 @@ async def test_documentation_works_without_a_network(api: Harness) -> None:
 
 
 @pytest.mark.parametrize("path", ["/docs", "/docs/errors"])
-async def test_documentation_loads_from_the_service_and_runs_its_own_code_only(
+async def test_documentation_loads_and_runs_only_the_code_of_the_service(
     api: Harness, path: str
 ) -> None:
     headers = (await api.client.get(path)).headers

@@ -76,7 +76,7 @@ def test_host_names_of_a_service(address: str) -> None:
     assert host_rule(address, "carry,*")(b"evil.example")
 
 
-def test_no_address_answers_a_page_whose_host_is_that_of_the_service(
+def test_no_route_answers_a_page_that_rebinds_its_host_name(
     service: Service, client: httpx.Client
 ) -> None:
     paths = (

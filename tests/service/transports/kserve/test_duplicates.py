@@ -33,7 +33,7 @@ def is_rejected(text: bytes, json_bytes: int | None = None) -> bool:
     return False
 
 
-async def test_duplicates_are_those_of_another_parser(v2: V2) -> None:
+async def test_duplicates_are_those_that_another_parser_finds(v2: V2) -> None:
     body, headers = binary_body(ROWS, PARAMETERS)
     end = int(headers[HEADER])
     binary, data = json.loads(body[:end]), body[end:]
@@ -79,7 +79,7 @@ async def test_escaped_quotation_marks_hide_no_duplicates(v2: V2, is_binary: boo
     assert not v2.api.store.states
 
 
-async def test_data_that_is_also_elsewhere_is_not_confused(v2: V2) -> None:
+async def test_data_that_occurs_twice_is_replaced_where_it_is(v2: V2) -> None:
     """It is left out when duplicates are searched: where it is, not where the same bytes are."""
     long = b'"%b"' % (b"a" * 2000)
     body = b'{"id":"","parameters":{%b:1},"inputs":[%b]}' % (long, TENSOR % long)

@@ -130,7 +130,7 @@ def test_duplicates_of_long_frames_are_found_without_parsing_their_values(
     assert max(parsed) < 100
 
 
-def test_duplicates_of_frames_are_those_of_another_parser() -> None:
+def test_duplicates_of_frames_are_those_that_another_parser_finds() -> None:
     """In JSON, whatever is escaped; the body's reader finds those within its members."""
     for seed in range(300):
         choose = random.Random(seed)
@@ -451,7 +451,7 @@ async def test_a_client_that_half_closes_gets_its_outcomes(
         await sockets.ended()
 
 
-async def test_a_client_that_half_closes_without_a_chunk_has_disconnected(api: Harness) -> None:
+async def test_a_client_that_half_closes_without_a_chunk_is_disconnected(api: Harness) -> None:
     async with live(api) as sockets, sockets.open() as (client, _):
         client.transport.write_eof()
         await sockets.ended()
@@ -460,7 +460,7 @@ async def test_a_client_that_half_closes_without_a_chunk_has_disconnected(api: H
 async def test_chunks_of_a_client_that_closed_its_connection_are_dropped(
     api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The end of its sending side looks as that of a client that waits for outcomes."""
+    """The end of its sending side looks like that of a client that waits for outcomes."""
     monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
     async with live(api) as sockets:
         async with sockets.open() as (client, _):

@@ -102,7 +102,7 @@ async def test_call_that_receives_slowly_is_ended_if_others_need_its_room(
         task.cancel()
 
 
-async def test_call_takes_the_room_of_a_slow_one_at_once(
+async def test_call_without_room_ends_a_slow_call_at_once(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(message_admission, "SLOW_S", 0.2)
@@ -172,7 +172,7 @@ async def test_message_that_does_not_come_is_an_error() -> None:
         await calls.start(0)
 
 
-async def test_call_whose_time_is_over_may_be_ended_in_the_same_turn() -> None:
+async def test_call_that_times_out_may_be_ended_in_the_same_turn() -> None:
     receivers, reading = Receivers(0.02), asyncio.get_running_loop().create_future()
 
     async def read() -> object:
