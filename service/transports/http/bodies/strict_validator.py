@@ -43,7 +43,7 @@ from service.transports.http.bodies.validation_errors import (
     shown,
 )
 from service.transports.http.limits import ApiLimits
-from service.transports.http.media import Media, loads
+from service.transports.http.media import Media, loads, malformed
 
 NAMED_COLUMNS = 8
 """How many columns an error names before it says `...`."""
@@ -114,7 +114,12 @@ def validate_body(
     except ValidationError as error:
         known = members or _Members(list(kind.model_fields))
         raise invalid_body(error, media, known, origin) from error
-    if not allow_duplicates and (duplicate := find_duplicate(media, body, origin)) is not None:
+    try:
+        duplicate = None if allow_duplicates else find_duplicate(media, body, origin)
+    except RecursionError as error:
+        # in Python 3.11 at a depth that the other decoders accept
+        raise malformed(media, str(error)) from error
+    if duplicate is not None:
         raise duplicate
     return validated
 
