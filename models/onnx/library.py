@@ -45,6 +45,9 @@ def open_session(graph: bytes, threads: int, where: str) -> Any:
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # not ONNX Runtime's own format, which it recognises by bytes that a protobuf file may have too:
+    # what was checked is the protobuf
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base

@@ -10,8 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from models.errors import ImportedModelError
+from models.errors import ArtifactError, ImportedModelError
 from models.importing.onnx_signature import read_signature
+from models.onnx.library import onnxruntime, open_session
 from tests.support.onnx_graphs import EXAMPLE_GRAPHS, EXAMPLES, graphs, import_here
 from tests.support.onnx_variants import (
     F,
@@ -222,6 +223,16 @@ def test_unsupported_graphs_are_rejected_with_reason_and_alternative(
     with pytest.raises(ImportedModelError, match=message):
         import_here(path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_in_the_format_of_onnx_runtime_is_never_run(tmp_path: Path) -> None:
+    """A file can be of both formats, and the checks read protobuf."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "m.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(EXAMPLES / "min_gru.onnx", options)
+    with pytest.raises(ArtifactError, match="protobuf parsing failed"):
+        open_session((tmp_path / "m.ort").read_bytes(), 1, "m")
 
 
 def test_a_graph_that_is_too_large_is_rejected(tmp_path: Path) -> None:
