@@ -8,44 +8,31 @@ chunk that its model sees as a whole is never longer: `ServedModel.check_length`
 A call that is known to be short runs inline on the event loop, since handing it to a thread and
 back costs as much as the call. Any other call runs in the one compute thread. Never both at once.
 
-A watchdog terminates calls that take too long (`Runtime.terminate_call`): a call on the event loop
-after `INLINE_LIMIT_S`, which then runs again in the thread; a call in the thread after the
-inference timeout, with `InferenceTimeout`.
+A timer terminates a call in the thread that takes too long, with `InferenceTimeout`. An inline call
+needs no timer: its work depends on shapes alone, and a call of its steps was short before.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 import numpy as np
 
-from service.core.errors import InferenceTimeout
 from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths, Runtime
 
 T = TypeVar("T")
-Call = tuple[Runtime, Sequence[FloatRows], Sequence[int], FloatRows, int, int]
-"""Runtime, rows, lengths, states, padded rows and padded steps of one call."""
 OnCall = Callable[[int, int, int, float], None]
 """Called after each runtime call with rows, steps, padded steps and seconds."""
 
 MAX_INLINE_S: Final = 0.002
 """Longest inline call, in seconds: how long the event loop may be blocked."""
-
-INLINE_LIMIT_S: Final = 0.5
-"""An inline call that takes this long, although calls of its size were short, is terminated. Longer
-than the pauses of a busy machine."""
-
-WATCH_S: Final = 0.1
-"""How often the watchdog looks at the running call."""
 
 MIN_YIELD_S: Final = 0.001
 """Shortest pause between two slices while other batches compute; the event loop's timers have a
@@ -53,6 +40,10 @@ resolution of a millisecond."""
 
 _SMOOTHING: Final = 0.2
 """Weight of the newest call in the moving average of call times."""
+
+_MAX_NOTED_S: Final = 10 * MAX_INLINE_S
+"""Longest call time in the average. After one slow call, a few of its size run in the thread: more
+if they are slow too, but not many if the machine did something else."""
 
 
 class InferenceResult(msgspec.Struct, frozen=True, gc=False):
@@ -101,58 +92,61 @@ class Compute:
         inference_timeout_s: longest call in the thread.
     """
 
-    def __init__(self, inference_timeout_s: float = math.inf) -> None:
+    def __init__(self, inference_timeout_s: float = 3600.0) -> None:
         self._inference_timeout_s = inference_timeout_s
-        self._running: tuple[Any, ...] | None = None
-        """The arguments of the running call; the first one is its runtime."""
-        self._watchdog = threading.Thread(target=self._watch, name="carry-watchdog", daemon=True)
-        self._closed = threading.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._running: Runtime | None = None
+        """The runtime of the call in the thread."""
+        self._began_s = 0.0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="carry-compute")
         self._in_thread = 0
-        self._seconds: dict[tuple[int, int], float] = {}
+        self._seconds: dict[tuple[int, int, int], float] = {}
         self._calls = 0
 
-    async def run(self, call: Callable[[], T]) -> T:
-        """Run one call in the compute thread."""
+    async def _run(self, runtime: Runtime, call: Callable[[], T]) -> T:
+        """Run one call of a runtime in the compute thread."""
         loop = asyncio.get_running_loop()
-        if self._watchdog.ident is None:  # before any inline call: the first of a size runs here
-            self._watchdog.start()
-        future = self._executor.submit(call)
+        future = self._executor.submit(self._run_in_thread, runtime, call)
         self._in_thread += 1
+        if self._timer is None:
+            self._timer = loop.call_later(self._inference_timeout_s, self._terminate_long_call)
         try:
             return await asyncio.wrap_future(future)
         finally:
             if future.done():
-                self._note_call_ended()
+                self._note_inference_terminated()
             else:
                 # the caller was cancelled, but its call continues in the thread
-                future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._note_call_ended))
+                future.add_done_callback(
+                    lambda _: loop.call_soon_threadsafe(self._note_inference_terminated)
+                )
 
-    def _note_call_ended(self) -> None:
-        self._in_thread -= 1
-
-    async def warm(self, runtime: Runtime) -> None:
-        """Warm a runtime up in the compute thread."""
-        await self.run(partial(self._warm, runtime))
-
-    def _warm(self, runtime: Runtime) -> None:
-        self._running = (runtime,)
+    def _run_in_thread(self, runtime: Runtime, call: Callable[[], T]) -> T:
+        self._began_s = time.monotonic()
+        self._running = runtime
         try:
-            runtime.warm()
+            return call()
         finally:
             self._running = None
 
-    def _watch(self) -> None:
-        """Terminate the running call when it takes too long; runs in the watchdog's thread."""
-        watched, since_s = self._running, time.monotonic()
-        while not self._closed.wait(WATCH_S):
-            now_s = time.monotonic()
-            if self._running is not watched:
-                watched, since_s = self._running, now_s
-            limit_s = self._inference_timeout_s if self._in_thread else INLINE_LIMIT_S
-            if watched is not None and now_s - since_s > limit_s:
-                watched[0].terminate_call()
-                since_s = now_s  # it may run again, in the thread
+    def _note_inference_terminated(self) -> None:
+        self._in_thread -= 1
+
+    def _terminate_long_call(self) -> None:
+        """Terminate the call in the thread if it took too long, and set the timer again."""
+        self._timer, left_s = None, self._inference_timeout_s
+        if (runtime := self._running) is not None:
+            left_s += self._began_s - time.monotonic()
+            if left_s <= 0:
+                runtime.terminate_call()
+                left_s = self._inference_timeout_s
+        if self._in_thread:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(left_s, self._terminate_long_call)
+
+    async def warm(self, runtime: Runtime) -> None:
+        """Warm a runtime up in the compute thread."""
+        await self._run(runtime, runtime.warm)
 
     def infer(
         self,
@@ -222,51 +216,49 @@ class Compute:
         padded_rows, padded_steps = runtime.padded_shape(len(rows), steps)
         padded = padded_rows * padded_steps
         call = runtime, rows, lengths, states, padded_rows, padded_steps
-        # calls of about the same size take about the same time
-        size = (id(runtime), padded.bit_length())
+        # calls of the same steps, and of about as many rows, take about the same time
+        size = (id(runtime), padded_rows.bit_length(), padded_steps)
         expected_s = self._seconds.get(size, MAX_INLINE_S)
         if expected_s < MAX_INLINE_S and not self._in_thread:
-            try:
-                inferred, seconds = self._call(call)
-            except InferenceTimeout:
-                self._seconds[size] = INLINE_LIMIT_S
-                inferred, seconds = await self.run(partial(self._call, call))
+            inferred, seconds = _call(*call)
         else:
-            inferred, seconds = await self.run(partial(self._call, call))
+            inferred, seconds = await self._run(runtime, partial(_call, *call))
         before_s = self._seconds.get(size, seconds)
-        # not capped: after one slow call, the next ones of its size run in the thread
-        self._seconds[size] = before_s + _SMOOTHING * (seconds - before_s)
+        self._seconds[size] = before_s + _SMOOTHING * (min(seconds, _MAX_NOTED_S) - before_s)
         on_call(len(rows), sum(lengths), padded, seconds)
         return inferred
-
-    def _call(self, call: Call) -> tuple[InferenceResult, float]:
-        """Make one call of the runtime in this thread; returns its results and its duration."""
-        began_s = time.monotonic()
-        self._running = call
-        try:
-            runtime, rows, lengths, states, padded_rows, padded_steps = call
-            batch, padded_lengths = _pad(rows, lengths, padded_rows, padded_steps)
-            if padded_rows > len(rows):
-                unpadded = states
-                states = np.zeros((padded_rows, unpadded.shape[1]), np.float32)
-                states[: len(unpadded)] = unpadded
-            outputs, stepped = runtime.step(batch, padded_lengths, states)
-        finally:
-            self._running = None
-        finite = _is_finite(outputs) and _is_finite(stepped)
-        parts = [outputs[index, :length] for index, length in enumerate(lengths)]
-        return InferenceResult(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
 
     def time_slicer(self) -> TimeSlicer:
         """The slicer of a computation of many calls; take it when the computation starts."""
         return TimeSlicer(lambda: self._calls)
 
     def close(self) -> None:
-        """Terminate the running call and stop the threads."""
-        if (call := self._running) is not None:
-            call[0].terminate_call()
-        self._closed.set()
+        """Terminate the running call and stop the thread."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if (runtime := self._running) is not None:
+            runtime.terminate_call()
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _call(
+    runtime: Runtime,
+    rows: Sequence[FloatRows],
+    lengths: Sequence[int],
+    states: FloatRows,
+    padded_rows: int,
+    padded_steps: int,
+) -> tuple[InferenceResult, float]:
+    began_s = time.monotonic()
+    batch, padded_lengths = _pad(rows, lengths, padded_rows, padded_steps)
+    if padded_rows > len(rows):
+        unpadded = states
+        states = np.zeros((padded_rows, unpadded.shape[1]), np.float32)
+        states[: len(unpadded)] = unpadded
+    outputs, stepped = runtime.step(batch, padded_lengths, states)
+    finite = _is_finite(outputs) and _is_finite(stepped)
+    parts = [outputs[index, :length] for index, length in enumerate(lengths)]
+    return InferenceResult(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
 
 
 def _is_finite(values: FloatRows | FloatBatch) -> bool:

@@ -82,7 +82,7 @@ class PipelineLimits:
 
     max_batch_rows: int = 128
     max_batch_steps: int = 4096
-    inference_timeout_s: float = math.inf
+    inference_timeout_s: float = 3600.0
     max_queue: int = 4096
     max_queue_wait_s: float = math.inf
     batches_in_flight: int = 2
