@@ -9,7 +9,7 @@ A call that is known to be short runs inline on the event loop, since handing it
 back costs as much as the call. Any other call runs in the one compute thread. Never both at once.
 
 A timer terminates a call in the thread that takes too long, with `InferenceTimeout`. An inline call
-needs no timer: its work depends on shapes alone, and a call of its steps was short before.
+needs no timer: its work depends on shapes alone, and earlier calls of its steps were short.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _SMOOTHING: Final = 0.2
 """Weight of the newest call in the moving average of call times."""
 
 _MAX_NOTED_S: Final = 10 * MAX_INLINE_S
-"""Longest call time in the average. After one slow call, a few of its size run in the thread: more
-if they are slow too, but not many if the machine did something else."""
+"""Longest call time in the moving average: after one slow call, the next few of its size run in the
+thread; more only if these are slow, too, and not because the machine was busy once."""
 
 
 class InferenceResult(msgspec.Struct, frozen=True, gc=False):
@@ -114,12 +114,10 @@ class Compute:
             return await asyncio.wrap_future(future)
         finally:
             if future.done():
-                self._note_inference_terminated()
+                self._note_call_ended()
             else:
                 # the caller was cancelled, but its call continues in the thread
-                future.add_done_callback(
-                    lambda _: loop.call_soon_threadsafe(self._note_inference_terminated)
-                )
+                future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._note_call_ended))
 
     def _run_in_thread(self, runtime: Runtime, call: Callable[[], T]) -> T:
         self._began_s = time.monotonic()
@@ -129,7 +127,7 @@ class Compute:
         finally:
             self._running = None
 
-    def _note_inference_terminated(self) -> None:
+    def _note_call_ended(self) -> None:
         self._in_thread -= 1
 
     def _terminate_long_call(self) -> None:
