@@ -41,7 +41,8 @@ def backup(
     keys: Annotated[
         bool,
         typer.Option(
-            "--keys", help="Also the access keys: their hashes, which sign tokens. Mode 0600."
+            "--keys",
+            help="Include the access keys, as hashes. These sign tokens: the file has mode 0600.",
         ),
     ] = False,
     redis_url: RedisUrl = None,
@@ -96,7 +97,7 @@ def restore(
         ),
     ] = False,
     keys: Annotated[
-        bool, typer.Option("--keys", help="Also the access keys of `carry backup --keys`.")
+        bool, typer.Option("--keys", help="Also restore the access keys of `carry backup --keys`.")
     ] = False,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,

@@ -1,7 +1,7 @@
 """Admission of calls: slots for those with a key, and others for probes, health and reflection.
 
-The latter need no key. They have slots and room for messages of their own, so that they do not
-keep out clients with a key, nor these them.
+The latter need no key. They have slots and room for messages of their own, so that neither kind of
+call keeps out the other.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from service.core.errors import Overloaded, RequestTimeout
 from service.transports.kserve.grpc.message_admission import Receivers
 
 MAX_RECEIVING: Final = 64
-"""Most calls to probes, health and reflection that receive a message at once. A further one ends
-the oldest: a message that comes with its call is received within milliseconds."""
+"""Most calls to probes, health and reflection that receive a message at once. A further call ends
+the oldest one: a message that is sent with its call is received within milliseconds."""
 
 RECEIVE_S: Final = 5.0
-"""Longest time in which such a message may arrive."""
+"""Longest time until such a message has arrived."""
 
 MAX_PROBES: Final = 1000
-"""Most probes whose reply is not sent yet: a client may keep it from being sent."""
+"""Most probes whose reply is not sent yet: a client may delay it by flow control."""
 
 MAX_STREAMS: Final = 64
 """Most streams of health and reflection without a key."""
 
 STREAM_S: Final = 300.0
-"""Longest duration of such a stream; who watches the health then opens another one."""
+"""Longest duration of such a stream; a client that watches the health then opens another one."""
 
 
 class CallAdmission:
@@ -77,7 +77,7 @@ class CallAdmission:
                 await context.send_initial_metadata(())
                 yield
         except TimeoutError as error:
-            raise RequestTimeout(f"without a key it may last {STREAM_S:g} seconds") from error
+            raise RequestTimeout(f"a stream without a key may last {STREAM_S:g} s") from error
 
     async def receive_public(self, read: Callable[[], Awaitable[object]]) -> bytes:
         """Receive a message of a call that needs no key.

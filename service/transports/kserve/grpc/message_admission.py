@@ -21,8 +21,9 @@ from typing import Final
 from service.core.errors import MalformedBody, Overloaded, RequestTimeout
 
 SLOW_S: Final = 0.05
-"""A call that finds no room ends the oldest one that has been receiving for longer, and another one
-each time it has waited as long. Most messages come with their call, within milliseconds."""
+"""A call that finds no room ends the oldest call that has been receiving for longer than this, and
+a further one each time that it has waited this long. Most messages arrive with their call, within
+milliseconds."""
 
 WAIT_S: Final = 2.0
 """A call that has waited this long for room is rejected."""
