@@ -40,6 +40,7 @@ DOWN_S: Final = 0.2
 LATE_WRITES_S: Final = 3.0
 """With `everysec` a server postpones writes to its file while a sync is in progress, for up to two
 seconds: a SIGKILL may take them."""
+EXPIRY_S: Final = 5.0
 LAG_S: Final = 0.5  # how far a replica that runs may be behind its primary
 STALE_S: Final = 3.0
 """How long a primary that was stopped may act as one before it learns of the promotion."""
@@ -84,9 +85,10 @@ class Store:
             try:
                 for key in pair:
                     self.ask("PEXPIRE", key, 1)
-                until(lambda: not self.ask("EXISTS", *pair), "the expiry")
+                until(lambda: not self.ask("EXISTS", *pair), "the expiry", EXPIRY_S)
                 return
-            except _ERRORS:
+            except (*_ERRORS, AssertionError):
+                # unavailable, or a failover has lost it
                 time.sleep(0.05)
 
     def kill(self, pick: int, _: float) -> Loss | None:
@@ -415,7 +417,10 @@ class SentinelStore(Store):
         self._wait_until_whole()
 
     def _primary(self) -> MonitoredServer:
-        return next(server for server in self.servers if server.is_primary())
+        primaries = [server for server in self.servers if server.is_primary()]
+        if len(primaries) != 1:
+            raise OSError("expected one primary; after a failover there are two for a while")
+        return primaries[0]
 
     def _replica_of(self, primary: MonitoredServer) -> MonitoredServer:
         return next(server for server in self.servers if server is not primary)
