@@ -105,14 +105,14 @@ class StreamQuota:
         Raises:
             StoreUnavailable, StoreRefused
         """
-        found = await self._usage.find_registrations(self._key_id, keys)
+        before = await self._usage.find_registrations(self._key_id, keys)
         deleted: list[StreamKey] = []
         try:
             yield deleted
         finally:
             # streams that are not released now are removed when the quota is reached
             with suppress(CarryError):
-                registrations = dict(zip(keys, found, strict=True))
+                registrations = dict(zip(keys, before, strict=True))
                 await self._usage.release(
                     self._key_id, [(key, registrations[key]) for key in deleted]
                 )

@@ -268,7 +268,7 @@ class Streams:
     ) -> StreamState:
         for _ in range(CREATE_ATTEMPTS):
             new = start_epoch(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
-            replaced = await self._replaceable(key, precondition)
+            replaced = await self._load_replaceable(key, precondition)
             if quota is not None and not isinstance(replaced, StreamState):
                 await quota.admit(key)
             self._cache.drop(key)
@@ -291,7 +291,7 @@ class Streams:
         if outcome or isinstance(result, Committed):
             self._audit(change, model=key.model, stream=key.stream, **facts, **outcome)
 
-    async def _replaceable(
+    async def _load_replaceable(
         self, key: StreamKey, precondition: Precondition | None
     ) -> StreamState | Tombstone | None:
         """Read the stored value that a restore or fork may replace.
