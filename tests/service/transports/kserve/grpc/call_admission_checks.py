@@ -118,7 +118,7 @@ async def ask(call: Any, message: bytes) -> object:
 
 
 @pytest.mark.parametrize(("method", "message"), STREAMS)
-async def test_streams_without_a_key_leave_the_slots_of_others(
+async def test_streams_without_a_key_take_no_slots_of_other_calls(
     channel: grpc.aio.Channel, method: str, message: bytes
 ) -> None:
     calls = [channel.stream_stream(method)() for _ in range(MANY)]
@@ -132,7 +132,7 @@ async def test_streams_without_a_key_leave_the_slots_of_others(
 
 
 @pytest.mark.parametrize("method", [*PROBES, WATCH, REFLECTION])
-async def test_calls_whose_message_never_arrives_leave_the_room_of_others(
+async def test_calls_that_send_no_message_do_not_block_other_calls(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(call_admission, "RECEIVE_S", 600.0)
@@ -146,7 +146,7 @@ async def test_calls_whose_message_never_arrives_leave_the_room_of_others(
             call.cancel()
 
 
-async def test_probes_are_answered_while_messages_of_clients_take_their_room(
+async def test_probes_are_answered_while_messages_of_clients_fill_their_buffer(
     channel: grpc.aio.Channel,
 ) -> None:
     calls = [channel.stream_unary(INFER)(metadata=KEY) for _ in range(2 * MAX_CALLS)]
@@ -162,7 +162,7 @@ async def overloads(channel: grpc.aio.Channel, *call: Any) -> bool:
     return await status(channel, *call) == "RESOURCE_EXHAUSTED"
 
 
-async def test_stream_without_a_key_ends_after_a_while(
+async def test_stream_without_a_key_ends_after_its_time_limit(
     channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One with a key counts as the calls of clients do."""
@@ -188,7 +188,7 @@ async def accepts(channel: grpc.aio.Channel, *call: Any) -> bool:
 
 
 @pytest.mark.parametrize("method", [*PROBES, WATCH, REFLECTION])
-async def test_call_without_a_key_whose_message_never_arrives_ends(
+async def test_call_without_a_key_that_sends_no_message_ends(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(call_admission, "RECEIVE_S", 0.05)
