@@ -341,7 +341,7 @@ class Settings(BaseSettings):
     stream are in flight."""
 
     on_model_change: Literal["refuse", "reset"] = "refuse"
-    """What to do with a stream whose state another version of its model wrote: refuse it with
+    """What to do with a stream whose state another version of its model wrote: reject it with
     `state_incompatible`, or reset it to position 0 (`reset`). Not `reset` while two versions are
     served at once: they would reset each other's streams."""
 
