@@ -59,7 +59,6 @@ class _TerminableRuntime:
         """Raise the error of a call: `InferenceTimeout` if the call was terminated."""
         if not self._options.terminate:
             raise error
-        self._options.terminate = False
         raise InferenceTimeout("the inference call took too long and was terminated") from error
 
 
@@ -111,6 +110,8 @@ class OnnxRuntime(_TerminableRuntime):
             outputs, after = self._session.run(RESULTS, feeds, self._options)
         except Exception as error:  # its exceptions have no common base
             self._raise(error)
+        finally:
+            self._options.terminate = False  # a call that was in its last operator completes
         return outputs, after
 
 
@@ -156,3 +157,5 @@ class ImportedRuntime(_TerminableRuntime):
             return self._graph.step(rows, lengths, states)
         except Exception as error:
             self._raise(error)
+        finally:
+            self._options.terminate = False

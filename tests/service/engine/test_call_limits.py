@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,24 @@ def test_every_model_on_onnx_runtime_can_be_terminated(
         call(runtime, found, 2)
     outputs, _ = call(runtime, found, 2)
     assert np.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize("kind", ["step", "layers"])
+def test_call_that_completes_although_it_was_terminated_leaves_the_next_one_alone(
+    tmp_path: Path, artifact: Artifact, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime looks at the flag before each operator, not after the last one."""
+    found = artifact if kind == "layers" else imported(tmp_path, "last-step")
+    runtime: Any = open_runtime("onnxruntime", found, 1)
+    holder = runtime if kind == "layers" else runtime._graph
+    session = holder._session
+
+    def run_long(*arguments: Any) -> Any:
+        values = session.run(*arguments)
+        runtime.terminate_call()
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, "_session", SimpleNamespace(run=run_long))
+        call(runtime, found, 1)
+    call(runtime, found, 1)
