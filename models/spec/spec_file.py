@@ -36,6 +36,8 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 }
 _MAX_VALUE_CHARACTERS = 60
 _MAX_BITS = 64
+_MAX_NUMBER_CHARACTERS = 100
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 MAX_BYTES = 256 * 1024
 """Longest file: a hundred times the longest example. It is parsed at 100 KiB/s."""
@@ -50,11 +52,14 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """The value of a node; an error has its line, also for a number that is none."""
         try:
+            # in base 60 its digits take quadratic time
+            if node.tag in _NUMBERS and len(node.value) > _MAX_NUMBER_CHARACTERS:
+                raise ValueError(f"more than {_MAX_NUMBER_CHARACTERS} characters")
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > _MAX_BITS:
                 raise ValueError(f"more than {_MAX_BITS} bits")
             return value
-        except (ValueError, KeyError) as error:
+        except (LookupError, ValueError) as error:
             problem = f"{node.tag.rpartition(':')[2]}: {str(error)[:100]}"
             raise ConstructorError(None, None, problem, node.start_mark) from error
 
