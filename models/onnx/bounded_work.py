@@ -20,8 +20,9 @@ from typing import Final
 
 from models.onnx.node_graph import Node, NodeGraph, read_nodes
 
-MAX_VISITS: Final = 500_000
-"""Most nodes to analyse; a loop or function is analysed once for each set of dependent inputs."""
+MAX_NAMES: Final = 1_000_000
+"""Most names of tensors to analyse, in seconds; those of a loop or function once for each set of
+dependent inputs."""
 MAX_CALLS: Final = 64
 """Deepest calls of local functions."""
 
@@ -127,7 +128,7 @@ class _Analysis:
     def __init__(self, functions: dict[str, NodeGraph]):
         self._functions = functions
         self._results: dict[tuple[str, tuple[bool, ...]], list[bool]] = {}
-        self._visits = self._depth = 0
+        self._names = self._depth = 0
 
     def run(self, graph: NodeGraph, outer: Scope, given: Sequence[bool]) -> list[bool]:
         """Analyse a graph; returns which of its outputs depend on values.
@@ -138,12 +139,13 @@ class _Analysis:
         """
         values = outer.new_child(dict.fromkeys(graph.constants, False))
         values.update(zip(graph.inputs, given, strict=True))
+        self._names += len(values.maps[0])
         for node in graph.nodes:  # ONNX Runtime sorts them: one may come before those it reads
             values.update(dict.fromkeys(node.outputs, True))
+            self._names += len(node.inputs) + len(node.outputs)
+        if self._names > MAX_NAMES:
+            raise _UnboundedError(f"expected at most {MAX_NAMES} names to analyse, got more")
         for node in graph.nodes:
-            self._visits += 1
-            if self._visits > MAX_VISITS:
-                raise _UnboundedError(f"expected at most {MAX_VISITS} nodes to analyse, got more")
             read = [name != "" and values.get(name, True) for name in node.inputs]
             values.update(zip(node.outputs, self._visit(node, read, values), strict=False))
         return [values.get(name, True) for name in graph.outputs]

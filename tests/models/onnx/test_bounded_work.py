@@ -319,14 +319,14 @@ def test_nested_functions_do_not_take_exponential_time(monkeypatch: pytest.Monke
         for at in range(50)
     ]
     chain.append(function("f50", node("Identity", ["n"], ["y"])))
-    monkeypatch.setattr(bounded_work, "MAX_VISITS", 200)
+    monkeypatch.setattr(bounded_work, "MAX_NAMES", 600)
     assert check(model(call("f0", "x", "y"), functions=chain)) is None
     endless = function("f", call("f", "n", "y"))
     assert "in at most 64 levels" in str(check(model(call("f", "x", "y"), functions=[endless])))
 
 
 def test_nested_loops_do_not_take_exponential_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_work, "MAX_VISITS", 1000)
+    monkeypatch.setattr(bounded_work, "MAX_NAMES", 5000)
     inner = subgraph(node("Identity", ["r"], ["y"]), inputs=["r"], outputs=["y"])
     names = [f"s{at}" for at in range(9)]
     for _ in range(9):
@@ -337,7 +337,26 @@ def test_nested_loops_do_not_take_exponential_time(monkeypatch: pytest.MonkeyPat
         scan = node("Scan", [*["0"] * 9, "r"], [*names, "y"], num_scan_inputs=1, body=inner)
         inner = subgraph(scan, inputs=["r"], outputs=["y"])
     made = model(node("Scan", ["x"], ["y"], num_scan_inputs=1, body=inner), constants="0")
-    assert "at most 1000 nodes" in str(check(made))
+    assert "at most 5000 names" in str(check(made))
+
+
+@pytest.mark.parametrize("what", ["inputs", "constants"])
+def test_nested_loops_of_many_names_do_not_take_exponential_time(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(bounded_work, "MAX_NAMES", 10_000)
+    many = [f"c{at}" for at in range(1000)]
+    body = subgraph(node("Sum", ["x", *many], ["y"]), inputs=["s"], outputs=["y"])
+    if what == "constants":
+        body = subgraph(node("Identity", ["x"], ["y"]), inputs=["s"], outputs=["y"])
+        body.initializer.extend(numpy_helper.from_array(np.array([1]), name) for name in many)
+    for _ in range(8):
+        body.input.insert(0, onnx.ValueInfoProto(name="go"))
+        body.input.insert(0, onnx.ValueInfoProto(name="i"))
+        body.output.insert(0, onnx.ValueInfoProto(name="go"))
+        loop = node("Loop", ["3", "", "0"], ["y"], body=body)
+        body = subgraph(loop, inputs=["s"], outputs=["y"])
+    assert "at most 10000 names" in str(check(model(loop, constants="03")))
 
 
 def field(number: int, wire_type: int, value: bytes, high_bits: int = 0) -> bytes:
