@@ -76,6 +76,10 @@ class Processes:
     def advance(self, seconds: float) -> None:
         """Let time pass, also for the timestamps in the store."""
         self._advanced_s += seconds
+        self.shift_store_clock(seconds)
+
+    def shift_store_clock(self, seconds: float) -> None:
+        """Set the store's clock forward, or back as a failover to another server may do."""
         with self._server.client() as client:
             for name in client.keys("carry:rate:*"):
                 for field, value in client.hgetall(name).items():
@@ -279,6 +283,15 @@ async def test_leases_of_idle_and_crashed_processes_return_to_the_bucket(start: 
     assert [each.calls for each in processes.leases] == calls
     assert not first.is_active
     assert not second.is_active
+
+
+async def test_lease_does_not_outlive_a_store_clock_that_is_set_back(start: Start) -> None:
+    processes = start(2)
+    request = LeaseRequest(f"{KEY}:requests_per_s", 1.0, 1.0, 0.0)
+    first, second = processes.leases
+    assert await first.lease([request]) == [Lease(1.0, 0.0, 1)]
+    processes.shift_store_clock(-30)
+    assert await second.lease([request]) == [Lease(1.0, 0.0, 1)]
 
 
 async def test_a_process_accepts_its_share_of_the_rate_while_the_store_is_unavailable(
