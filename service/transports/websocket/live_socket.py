@@ -186,7 +186,6 @@ class LiveSocket(asyncio.Protocol):
             self._read()
         if self._half_closed and not self._is_answering:
             self._close(CloseCode.NORMAL_CLOSURE, "")
-            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Process received bytes, after those that were buffered."""
@@ -318,13 +317,14 @@ class LiveSocket(asyncio.Protocol):
             self._message = self._decoder = None
 
     def _write(self) -> None:
-        """Write what the library has to send; an empty part is the end of the stream."""
+        """Write what the library has to send; an empty part is the end of the stream, and so is a
+        close frame that the client cannot answer."""
         parts = self._websocket.data_to_send()
         if parts and not self._transport.is_closing():
             data = parts[0] if len(parts) == 1 else b"".join(parts)
             self._sent_bytes += len(data)
             self._transport.write(data)
-        if self._websocket.state is not State.OPEN and b"" in parts:
+        if self._websocket.state is not State.OPEN and (b"" in parts or self._half_closed):
             self._linger()
 
     def _close(self, code: int, reason: str) -> None:
@@ -349,7 +349,8 @@ class LiveSocket(asyncio.Protocol):
         self._connections.set_body_bytes(self, 0)
         if self._transport.is_closing():
             return
-        if self._websocket.close_rcvd is not None or not self._transport.can_write_eof():
+        is_last = self._half_closed or self._websocket.close_rcvd is not None
+        if is_last or not self._transport.can_write_eof():
             self._transport.close()
         else:
             self._set_reading()

@@ -8,6 +8,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import orjson
 import pytest
@@ -15,7 +16,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Close, CloseCode, Frame, Opcode
 
-from service.core.errors import InvalidInput
+from service.core.errors import InvalidInput, Unauthenticated
 from service.transports.http.bodies.duplicates import find_duplicate
 from service.transports.http.connection.connections import ConnectionLimits, Phase
 from service.transports.http.media import Media
@@ -449,6 +450,35 @@ async def test_a_client_that_half_closes_gets_its_outcomes(
         writer.close()
         await writer.wait_closed()
         await sockets.ended()
+
+
+@pytest.mark.parametrize("reason", ["revoked", "too many bytes"])
+async def test_connection_whose_client_half_closed_ends_with_its_socket(
+    api: Harness, held_back: Callable[[], None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client cannot answer the close frame."""
+    failures: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, each: failures.append(each))
+    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    async with live(api) as sockets:
+        reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
+        writer.write(handshake(*UPGRADE, *SECURITY))
+        assert b" 101 " in await reader.readline()
+        writer.write(Frame(Opcode.TEXT, text(rows(1), 0).encode()).serialize(mask=True))
+        writer.write_eof()
+        await becomes(lambda: bool(sockets.served()[0]._half_closed), "the end of its side")
+        socket = sockets.served()[0]
+        if reason == "revoked":
+            socket.revoke(Unauthenticated("revoked"))
+        else:
+            socket.shed_body()
+        async with asyncio.timeout(10):
+            assert reason.encode() in await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        await sockets.ended()
+    held_back()
+    assert not failures
 
 
 async def test_a_client_that_half_closes_without_a_chunk_is_disconnected(api: Harness) -> None:
