@@ -246,7 +246,10 @@ HOSTILE = {
         ":1: expected YAML, got more than 20000 values, those of aliases included",
     ),
     "a list in itself": ("name: &a [*a]", ":1: expected YAML, got more than 20000 values"),
-    "many digits": ("name: x\nfeatures: " + "9" * 5000, ":2: expected YAML, got int: more than 100"),
+    "many digits": (
+        "name: x\nfeatures: " + "9" * 5000,
+        ":2: expected YAML, got int: more than 100",
+    ),
     "many bits": ("name: x\nfeatures: 0x" + "f" * 50, ":2: expected YAML, got int: more than 64"),
     "many sexagesimal digits": (
         "name: " + "1:" * 100_000 + "1",
