@@ -21,8 +21,8 @@ from typing import Final
 from models.onnx.node_graph import Node, NodeGraph, read_nodes
 
 MAX_NAMES: Final = 1_000_000
-"""Most names of tensors to analyse, in seconds; those of a loop or function once for each set of
-dependent inputs."""
+"""Most names of tensors to analyse, which takes seconds; the names of a loop or function count once
+for each set of dependent inputs."""
 MAX_CALLS: Final = 64
 """Deepest calls of local functions."""
 
@@ -113,8 +113,8 @@ def find_unbounded_work(
     try:
         graph, functions = read_nodes(memoryview(model))
         default = set(graph.constants) - {*fed_inputs}
-        given = [name not in default and name != lengths_input for name in graph.inputs]
-        _Analysis(functions).run(graph, ChainMap(), given)
+        tainted = [name not in default and name != lengths_input for name in graph.inputs]
+        _Analysis(functions).run(graph, ChainMap(), tainted)
     except _UnboundedError as error:
         return str(error)
     except (IndexError, ValueError) as error:  # also a node without its inputs or outputs
@@ -130,15 +130,15 @@ class _Analysis:
         self._results: dict[tuple[str, tuple[bool, ...]], list[bool]] = {}
         self._names = self._depth = 0
 
-    def run(self, graph: NodeGraph, outer: Scope, given: Sequence[bool]) -> list[bool]:
+    def run(self, graph: NodeGraph, outer: Scope, tainted: Sequence[bool]) -> list[bool]:
         """Analyse a graph; returns which of its outputs depend on values.
 
         Args:
             outer: the tensors that a subgraph may capture.
-            given: which of its inputs depend on values.
+            tainted: which of its inputs depend on values.
         """
         values = outer.new_child(dict.fromkeys(graph.constants, False))
-        values.update(zip(graph.inputs, given, strict=True))
+        values.update(zip(graph.inputs, tainted, strict=True))
         self._names += len(values.maps[0])
         for node in graph.nodes:  # ONNX Runtime sorts them: one may come before those it reads
             values.update(dict.fromkeys(node.outputs, True))
@@ -146,21 +146,21 @@ class _Analysis:
         if self._names > MAX_NAMES:
             raise _UnboundedError(f"expected at most {MAX_NAMES} names to analyse, got more")
         for node in graph.nodes:
-            read = [name != "" and values.get(name, True) for name in node.inputs]
-            values.update(zip(node.outputs, self._visit(node, read, values), strict=False))
+            taints = [name != "" and values.get(name, True) for name in node.inputs]
+            values.update(zip(node.outputs, self._visit(node, taints, values), strict=False))
         return [values.get(name, True) for name in graph.outputs]
 
-    def _visit(self, node: Node, read: list[bool], values: Scope) -> Iterable[bool]:
+    def _visit(self, node: Node, taints: list[bool], values: Scope) -> Iterable[bool]:
         """Check one node; returns which of its outputs depend on values."""
         operator = node.operator
         if operator in self._functions:
-            return self._call(node, read)
+            return self._call(node, taints)
         if operator == "If":
-            return self._if(node, read, values)
+            return self._if(node, taints, values)
         if operator == "Loop":
-            return self._loop(node, read, values)
+            return self._loop(node, taints, values)
         if operator == "Scan":
-            return self._scan(node, read, values)
+            return self._scan(node, taints, values)
         if operator in _SHAPES:
             return [False] * len(node.outputs)
         if operator not in _ANY:
@@ -169,34 +169,34 @@ class _Analysis:
                     f"{node} is not one whose work is known to depend on shapes alone; export the "
                     "model with other operators"
                 )
-            for position, depends in enumerate(read):
+            for position, depends in enumerate(taints):
                 if depends and position not in _AT[operator]:
                     raise _dependent(node, f"input {position}", node.inputs[position])
-        return [any(read)] * len(node.outputs)
+        return [any(taints)] * len(node.outputs)
 
-    def _call(self, node: Node, read: list[bool]) -> list[bool]:
+    def _call(self, node: Node, taints: list[bool]) -> list[bool]:
         """Analyse a local function, once for each set of dependent inputs."""
         function = self._functions[node.operator]
-        given = (*read, *[False] * (len(function.inputs) - len(read)))[: len(function.inputs)]
-        if (node.operator, given) not in self._results:
+        tainted = (*taints, *[False] * (len(function.inputs) - len(taints)))[: len(function.inputs)]
+        if (node.operator, tainted) not in self._results:
             if self._depth >= MAX_CALLS:
                 raise _UnboundedError(f"{node}: expected functions in at most {MAX_CALLS} levels")
             self._depth += 1
-            self._results[node.operator, given] = self.run(function, ChainMap(), given)
+            self._results[node.operator, tainted] = self.run(function, ChainMap(), tainted)
             self._depth -= 1
-        return self._results[node.operator, given]
+        return self._results[node.operator, tainted]
 
-    def _if(self, node: Node, read: list[bool], values: Scope) -> list[bool]:
-        if read[0]:
+    def _if(self, node: Node, taints: list[bool], values: Scope) -> list[bool]:
+        if taints[0]:
             raise _dependent(node, "condition", node.inputs[0])
         branches = [self.run(node.graph(f"{name}_branch"), values, []) for name in ("then", "else")]
         return [any(each) for each in zip(*branches, strict=True)]
 
-    def _loop(self, node: Node, read: list[bool], values: Scope) -> list[bool]:
+    def _loop(self, node: Node, taints: list[bool], values: Scope) -> list[bool]:
         for position, what in enumerate(("trip count", "condition")):
-            if read[position]:
+            if taints[position]:
                 raise _dependent(node, what, node.inputs[position])
-        body, carried = node.graph("body"), read[2:]
+        body, carried = node.graph("body"), taints[2:]
         while True:
             condition, *after = self.run(body, values, [False, False, *carried])
             if condition:
@@ -205,17 +205,17 @@ class _Analysis:
             if carried == before:
                 return carried + after[len(carried) :]
 
-    def _scan(self, node: Node, read: list[bool], values: Scope) -> list[bool]:
+    def _scan(self, node: Node, taints: list[bool], values: Scope) -> list[bool]:
         body = node.graph("body")
-        given = read[-len(body.inputs) :]  # opset 8 has the lengths of sequences in front
+        tainted = taints[-len(body.inputs) :]  # opset 8 has the lengths of sequences in front
         count = len(body.inputs) - node.scan_inputs
         if not 0 <= count < len(body.inputs) <= len(node.inputs):
             raise _UnboundedError(f"{node} has no inputs to scan")
         while True:
-            after = self.run(body, values, given)
-            before, given = given, _union(given[:count], after) + given[count:]
-            if given == before:
-                return given[:count] + after[count:]
+            after = self.run(body, values, tainted)
+            before, tainted = tainted, _union(tainted[:count], after) + tainted[count:]
+            if tainted == before:
+                return tainted[:count] + after[count:]
 
 
 def _union(carried: Sequence[bool], after: Sequence[bool]) -> list[bool]:
@@ -224,7 +224,7 @@ def _union(carried: Sequence[bool], after: Sequence[bool]) -> list[bool]:
 
 
 def _dependent(node: Node, what: str, tensor: str) -> _UnboundedError:
-    hint = "derive it from shapes or constants, and mask with Where what is too much"
+    hint = "derive it from shapes or constants, and mask the excess with Where"
     if node.operator == "If":
         hint = "compute both branches, and choose with Where"
     return _UnboundedError(

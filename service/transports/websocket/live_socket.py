@@ -317,8 +317,10 @@ class LiveSocket(asyncio.Protocol):
             self._message = self._decoder = None
 
     def _write(self) -> None:
-        """Write what the library has to send; an empty part is the end of the stream, and so is a
-        close frame that the client cannot answer."""
+        """Write what the library has to send.
+
+        An empty part ends the stream, and so does a close frame that the client cannot answer.
+        """
         parts = self._websocket.data_to_send()
         if parts and not self._transport.is_closing():
             data = parts[0] if len(parts) == 1 else b"".join(parts)

@@ -144,7 +144,7 @@ REJECTIONS: dict[str, tuple[Write, dict[str, Any], str]] = {
         loops_by_value,
         {},
         r"the operator Loop \(node 'plain_\d'\) takes its trip count \('plain_\d'\) from the "
-        r"values of inputs or states.*endless.*from shapes or constants, and mask with Where",
+        r"values of inputs or states.*endless.*from shapes or constants, and mask the excess",
     ),
     "size from features": (
         allocates_by_value,

@@ -29,7 +29,7 @@ for index = 1, #fields, 2 do
     at = tonumber(value)
   elseif name ~= ARGV[3] then
     local tokens, since = string.match(value, '^(%S+):(%d+)$')
-    -- the clock may have been set back, such as by a failover
+    -- the clock may be behind, for example after a failover to another server
     local age = math.abs(now - tonumber(since))
     if age >= PROCESS_MS then
       redis.call('HDEL', KEYS[1], name)
