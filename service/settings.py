@@ -186,7 +186,7 @@ class Settings(BaseSettings):
     durability: Literal["memory", "fsync", "replicated"] = "memory"
     """When a chunk is acknowledged: the store's server has it (`memory`), its disk has it
     (`fsync`, needs `appendfsync always` on every server), or `CARRY_REPLICAS` replicas have it
-    (`replicated`). docs/reference/durability.md says what each survives."""
+    (`replicated`). docs/explanation/guarantees.md says what each survives."""
 
     replicas: Annotated[int, Field(ge=1, le=16)] = 1
     """Number of replicas of its server that must have a chunk with `durability=replicated`. Set it

@@ -17,7 +17,7 @@ from tests.support.streams import Streams, committed, key
 
 pytestmark = needs_tools("redis-cli")
 
-PAGE = ROOT / "docs" / "how-to" / "delete-data.md"
+PAGE = ROOT / "docs" / "how-to" / "manage-streams.md"
 
 
 def rewrite_files(server: RealServer) -> None:

@@ -12,14 +12,13 @@ from tests.support.needs import needs_tools
 from tests.support.pages import DEFAULT_URL, agrees, blocks, run
 from tests.support.service import Service
 
-GUIDE = "docs/how-to/coming-from-triton.md"
-REFERENCE = "docs/reference/kserve.md"
+PAGE = "docs/reference/kserve.md"
 
 
 @needs_tools("curl")
 def test_reference_shows_the_real_reply(service: Service) -> None:
-    [request] = [text for language, text in blocks(REFERENCE) if language == "sh"]
-    shown, error = [json.loads(text) for language, text in blocks(REFERENCE) if language == "json"]
+    request, *_ = [text for language, text in blocks(PAGE) if language == "sh"]
+    shown, error, *_ = [json.loads(text) for language, text in blocks(PAGE) if language == "json"]
     agrees(run(request, service.url), shown)
     wrong = request.replace('"position": 0', '"position": 9').replace(
         '"sequence_start": true, ', ""
@@ -30,7 +29,7 @@ def test_reference_shows_the_real_reply(service: Service) -> None:
 def test_guide_sends_a_sequence(service: Service) -> None:
     with httpx.Client(base_url=service.url) as client:
         client.delete("/v1/models/flights/streams/from-triton")
-    [script] = [text for language, text in blocks(GUIDE) if language == "python"]
+    [script] = [text for language, text in blocks(PAGE) if language == "python"]
     address = DEFAULT_URL.removeprefix("http://")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

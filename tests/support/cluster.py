@@ -142,6 +142,11 @@ class Cluster:
         """All six nodes."""
         return [*self.primaries, *self.replicas]
 
+    def current_primaries(self) -> list[ClusterNode]:
+        """The nodes that are primaries now: a busy machine suspends one until its replica is
+        promoted."""
+        return [node for node in self.nodes if node.is_primary()]
+
     def form(self) -> None:
         """Start the nodes and form a cluster."""
         for node in self.nodes:

@@ -15,7 +15,7 @@ from tests.support.service import Service
 
 pytestmark = needs_tools("chromium")
 
-PAGE = "docs/how-to/stream-over-a-websocket.md"
+PAGE = "docs/reference/websocket.md"
 EVENTS = json.loads((ROOT / "examples/departures.json").read_bytes())["EWR-UA"]
 STREAM = "/v1/models/flights/streams/of-a-page"
 

@@ -20,7 +20,7 @@ from websockets.asyncio.client import connect
 from tests.support.pages import ROOT, blocks
 from tests.support.service import Service, running
 
-PAGE = "docs/how-to/stream-over-a-websocket.md"
+PAGE = "docs/reference/websocket.md"
 EVENTS: list[dict[str, Any]] = json.loads((ROOT / "examples/departures.json").read_bytes())[
     "EWR-UA"
 ]

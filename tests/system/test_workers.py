@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -172,8 +172,9 @@ def _files(pid: int) -> set[tuple[str, str]]:
     files = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         if int(link.name) > 2:
-            flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().splitlines()[1]
-            files.add((str(link.readlink()), flags[-1]))
+            with suppress(FileNotFoundError):  # it was closed meanwhile
+                flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().splitlines()[1]
+                files.add((str(link.readlink()), flags[-1]))
     return files
 
 

@@ -3,7 +3,7 @@
     train    fit all methods, or those of --method, to the training catchments
     score    score them on the held-out catchments
 
-Methods: `lstm`, `tcn-127`, `tcn-511`, `trees`. `docs/decisions/flagship.md` fixes data, methods
+Methods: `lstm`, `tcn-127`, `tcn-511`, `trees`. `docs/explanation/examples.md` fixes data, methods
 and the decision rule. Needs LightGBM: pip install lightgbm==4.7.0. Writes to
 `build/examples/rivers/comparison`; `score` prints the table and writes it there as `comparison.md`.
 """

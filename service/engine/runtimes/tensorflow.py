@@ -1,7 +1,7 @@
 """The TensorFlow runtime: the Keras step network, XLA-compiled at a small ladder of shapes.
 
 XLA compiles per shape, so batches are padded to a rung of the ladder, in rows and in steps. Every
-rung is compiled before the service is ready (docs/decisions/compile-ladder.md); a batch uses the
+rung is compiled before the service is ready (docs/decisions/runtimes.md); a batch uses the
 cheapest one that fits. The ladder of a model that sees a chunk as a whole reaches its longest
 chunk. Each rung is one program, which captures the weights as variables.
 """
@@ -28,7 +28,7 @@ DECODER_RUNGS = ((1, 1), (8, 1), (MAX_ROWS, 1))
 
 CALL_ROWS = 8
 """Fixed cost of a step, in rows: 1 row took 0.67 of the time of 8 rows at 64 steps
-(docs/decisions/compile-ladder.md). Only the order of the rungs by cost matters."""
+(docs/decisions/runtimes.md). Only the order of the rungs by cost matters."""
 
 log = structlog.get_logger(__name__)
 

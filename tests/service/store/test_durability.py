@@ -1,4 +1,4 @@
-"""Durability levels (docs/reference/durability.md) on real servers."""
+"""Durability levels (docs/explanation/guarantees.md) on real servers."""
 
 from __future__ import annotations
 

@@ -197,29 +197,31 @@ async def test_the_store_starts_with_an_unavailable_shard(lasting_cluster: Clust
 
 
 async def test_a_shard_that_may_evict_fails_readiness(own_cluster: Cluster) -> None:
+    *_, unsafe = own_cluster.current_primaries()
     async with opened(own_cluster.url, partitions=PARTITIONS) as store:
-        own_cluster.primaries[2].ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        unsafe.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
         try:
             check = await store_check(store)
             assert not check.ok
             assert not check.degraded
-            assert str(own_cluster.primaries[2].port) in check.detail
+            assert str(unsafe.port) in check.detail
             assert sorted(each.status for each in check.servers) == ["unsafe", "up", "up"]
         finally:
-            own_cluster.primaries[2].ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+            unsafe.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
         assert (await store_check(store)).ok
 
 
 async def test_readiness_runs_a_trial_commit_on_every_shard(own_cluster: Cluster) -> None:
+    primaries = own_cluster.current_primaries()
     async with opened(own_cluster.url, partitions=PARTITIONS) as store:
-        for node in own_cluster.primaries:
+        for node in primaries:
             node.ask("CONFIG", "SET", "maxmemory", "1")
         try:
             check = await store_check(store)
             assert not check.ok
-            assert check.detail.count("refuses commits: OOM") == len(own_cluster.primaries)
+            assert check.detail.count("refuses commits: OOM") == len(primaries)
         finally:
-            for node in own_cluster.primaries:
+            for node in primaries:
                 node.ask("CONFIG", "SET", "maxmemory", "0")
         check = await store_check(store)
         assert check.ok, check.detail

@@ -36,7 +36,7 @@ class ChunkRoute(APIRoute):
 
     These take 27 us a request with path parameters alone, and 60 us if options and headers were
     declared as well, of the 71 us that a chunk of 16 events takes on the slow path without engine
-    and store (docs/decisions/fast-path.md).
+    and store (docs/decisions/http.md).
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
