@@ -41,6 +41,8 @@ LATE_WRITES_S: Final = 3.0
 """With `everysec` a server postpones writes to its file while a sync is in progress, for up to two
 seconds: a SIGKILL may take them."""
 EXPIRY_S: Final = 5.0
+SENTINEL_DOWN_AFTER_MS: Final = 4000
+"""Longer than a busy machine suspends the proxies: a failover that no fault caused is no fault."""
 LAG_S: Final = 0.5  # how far a replica that runs may be behind its primary
 STALE_S: Final = 3.0
 """How long a primary that was stopped may act as one before it learns of the promotion."""
@@ -458,7 +460,13 @@ class Sentinel:
     def start(self, primary_port: int | None = None) -> None:
         """Start the process, for the first time with the primary that it is to monitor."""
         if primary_port is not None:
-            write_configuration(self._folder, self.port, primary_port, quorum=2)
+            write_configuration(
+                self._folder,
+                self.port,
+                primary_port,
+                quorum=2,
+                down_after_ms=SENTINEL_DOWN_AFTER_MS,
+            )
         self._process = start_sentinel(str(server_binary()), self._folder)
 
     def stop(self) -> None:

@@ -81,14 +81,19 @@ def has_replica(server: RealServer) -> bool:
 
 
 def write_configuration(
-    folder: Path, port: int, primary_port: int, password: str = "", quorum: int = 1
+    folder: Path,
+    port: int,
+    primary_port: int,
+    password: str = "",
+    quorum: int = 1,
+    down_after_ms: int = DOWN_AFTER_MS,
 ) -> None:
     """Write the configuration of a Sentinel, which stores there what it learns."""
     (folder / "sentinel.conf").write_text(
         f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
         + (f"requirepass {password}\n" if password else "")
         + f"sentinel monitor {NAME} 127.0.0.1 {primary_port} {quorum}\n"
-        f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER_MS}\n"
+        f"sentinel down-after-milliseconds {NAME} {down_after_ms}\n"
         f"sentinel failover-timeout {NAME} 4000\n"
     )
 
