@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Final
 
 from tests.faults import network
-from tests.faults.stores import WORKERS, Stores, has_connection, make_store
+from tests.faults.sentinel_store import SentinelStore
+from tests.faults.stores import (
+    NO_REWRITE,
+    WORKERS,
+    ClusterStore,
+    EmbeddedValkey,
+    SingleStore,
+    has_connection,
+)
 from tests.faults.traffic import FaultProxy, Traffic
 from tests.faults.transports import TRANSPORTS, WorkerClient
 from tests.support.proxy import Connection, Target
+from tests.support.servers import RealServer
 from tests.support.service import Service
 
 _PLANTED_BUGS: Final = Path(__file__).parent / "planted_bugs"
@@ -28,6 +37,24 @@ _SETTINGS: Final = {
 }
 """The workers' time limits are shorter than the pauses of a run."""
 _STARTS: Final = 20
+
+
+Stores = SingleStore | ClusterStore | SentinelStore
+
+
+def make_store(
+    kind: str, folder: Path, models: Path, settings: dict[str, str], traffic: Traffic
+) -> Stores:
+    """The store of a run, in a folder; it is not started yet."""
+    match kind:
+        case "valkey":
+            return SingleStore(EmbeddedValkey(folder, models, settings), traffic)
+        case "redis":
+            redis_server = RealServer("redis", folder, *NO_REWRITE)
+            return SingleStore(redis_server, traffic)
+        case "sentinel":
+            return SentinelStore(folder, traffic)
+    return ClusterStore(folder, traffic, strict="CARRY_DURABILITY" in settings)
 
 
 def new_seed() -> int:

@@ -1,0 +1,204 @@
+"""A store behind Sentinels, which fail it over, as a thing that breaks."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import redis
+
+from service.store.embedded.valkey_process import server_arguments, server_binary
+from tests.faults.history import Loss
+from tests.faults.stores import DOWN_S, ERRORS, LAG_S, NO_REWRITE, SERVES_S, Store
+from tests.faults.traffic import Traffic
+from tests.support.sentinels import NAME, has_replica, start_sentinel, write_configuration
+from tests.support.servers import RealServer, free_port, until
+
+DOWN_AFTER_MS: Final = 4000
+"""Longer than a busy machine suspends the proxies: a failover that no fault caused is no fault."""
+
+
+class MonitoredServer(RealServer):
+    """A server with a file of its configuration, which Sentinels rewrite: it restarts in the role
+    that it had."""
+
+    announced_port: int
+
+    def launch(self, *_: str) -> None:
+        file = self.folder / "server.conf"
+        if not file.exists():
+            arguments = [*server_arguments(self.folder, self.socket, 0), *NO_REWRITE]
+            arguments += ["--appendfsync", "no", "--repl-diskless-sync-delay", "0"]
+            arguments += ["--replica-announce-ip", "127.0.0.1"]
+            arguments += ["--replica-announce-port", str(self.announced_port)]
+            pairs = zip(arguments[::2], arguments[1::2], strict=True)
+            file.write_text("".join(f'{name[2:]} "{value}"\n' for name, value in pairs))
+        self._process = subprocess.Popen(
+            [str(server_binary()), str(file)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={"LC_ALL": "C", "PATH": os.defpath},
+            process_group=0,
+        )
+
+    def is_primary(self) -> bool:
+        """Whether it reports the role of a primary."""
+        with contextlib.suppress(*ERRORS), self.client() as client:
+            return bool(client.info("replication")["role"] == "master")
+        return False
+
+
+class SentinelStore(Store):
+    """A primary and a replica behind three Sentinels.
+
+    Sentinels name the ports of proxies instead of the servers' own, and the replica follows its
+    primary through one. Replication is asynchronous, and a primary that comes back acts as one
+    until the Sentinels demote it: every fault that may cause a promotion may lose what was
+    acknowledged until the replica follows again.
+    """
+
+    servers: Sequence[MonitoredServer]
+
+    def __init__(self, folder: Path, traffic: Traffic):
+        servers = [MonitoredServer("valkey", folder / name) for name in ("x", "y")]
+        for server in servers:
+            server.folder.mkdir()
+        super().__init__(servers, traffic)
+        self._sentinels = [Sentinel(folder / f"sentinel-{number}") for number in range(3)]
+
+    def url_for(self, _: str) -> str:
+        """The address for workers."""
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self._sentinels)
+        return f"redis+sentinel://{hosts}/{NAME}"
+
+    def start(self) -> None:
+        for server, proxy in zip(self.servers, self.proxies, strict=True):
+            server.announced_port = proxy.port
+            server.start()
+        primary, replica = self.servers
+        with replica.client() as client:
+            client.execute_command("REPLICAOF", "127.0.0.1", primary.announced_port)
+            client.config_rewrite()
+        for sentinel in self._sentinels:
+            sentinel.start(primary.announced_port)
+        self._wait_until_whole()
+
+    def stop(self) -> None:
+        for process in (*self._sentinels, *self.servers):
+            process.stop()
+
+    def ask(self, *command: str | int) -> Any:
+        """The primary's reply to a command, past the proxies."""
+        with self._primary().client() as client:
+            return client.execute_command(*command)
+
+    def fail_over(self, _: int, __: float) -> Loss:
+        """Kill the primary until its replica is promoted; it comes back as a replica."""
+        primary, struck_s = self._primary(), time.monotonic()
+        primary.kill()
+        until(self._replica_of(primary).is_primary, "the promotion", SERVES_S)
+        primary.start()
+        return self._find_loss("lost", struck_s)
+
+    def prepare_rollback(self, _: int) -> float:
+        """Stop the replica of the primary that is to be lost, and end its connection to it."""
+        primary = self._primary()
+        replica, since_s = self._replica_of(primary), time.monotonic() - LAG_S
+        self._down = [primary]
+        replica.signal(signal.SIGSTOP)
+        self._abort_connections(primary, replica.pid)
+        return since_s
+
+    def roll_back(self, since_s: float) -> Loss:
+        """Kill the primary, continue its replica, which is promoted with the data it had."""
+        [primary] = self._down
+        replica = self._replica_of(primary)
+        primary.kill()
+        replica.signal(signal.SIGCONT)
+        until(replica.is_primary, "the promotion", SERVES_S)
+        primary.start()
+        return self._find_loss("lost before its replica followed", since_s + LAG_S)
+
+    def stop_sentinels(self) -> None:
+        """Kill all Sentinels, and restart the primary, so that its connections break."""
+        for sentinel in self._sentinels:
+            sentinel.stop()
+        primary = self._primary()
+        primary.kill()
+        time.sleep(DOWN_S)
+        primary.start()
+
+    def start_sentinels(self) -> None:
+        """Start the Sentinels again; returns when they know both servers."""
+        for sentinel in self._sentinels:
+            sentinel.start()
+        self._wait_until_whole()
+
+    def _primary(self) -> MonitoredServer:
+        primaries = [server for server in self.servers if server.is_primary()]
+        if len(primaries) != 1:
+            raise OSError("expected one primary; after a failover there are two for a while")
+        return primaries[0]
+
+    def _replica_of(self, primary: MonitoredServer) -> MonitoredServer:
+        return next(server for server in self.servers if server is not primary)
+
+    def _choose(self, pick: int) -> MonitoredServer:
+        return self.servers[pick % len(self.servers)]
+
+    def _find_loss(self, what: str, struck_s: float) -> Loss:
+        self._wait_until_whole()
+        return Loss(f"a server was {what}", struck_s - LAG_S, struck_s, time.monotonic())
+
+    def _wait_until_whole(self) -> None:
+        """Wait until one server follows the other, and all Sentinels know both."""
+
+        def is_whole() -> bool:
+            primaries = [server for server in self.servers if server.is_primary()]
+            return (
+                len(primaries) == 1
+                and has_replica(primaries[0])
+                and all(each.knows(primaries[0].announced_port) for each in self._sentinels)
+            )
+
+        until(is_whole, "a primary with a replica", SERVES_S)
+        self._down = []
+
+
+class Sentinel:
+    """One Sentinel, in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self._folder, self.port = folder, free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, primary_port: int | None = None) -> None:
+        """Start the process, for the first time with the primary that it is to monitor."""
+        if primary_port is not None:
+            write_configuration(
+                self._folder,
+                self.port,
+                primary_port,
+                quorum=2,
+                down_after_ms=DOWN_AFTER_MS,
+            )
+        self._process = start_sentinel(str(server_binary()), self._folder)
+
+    def stop(self) -> None:
+        """Kill the process, if it runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def knows(self, primary_port: int) -> bool:
+        """Whether it names this primary and has a replica of it that is up."""
+        with contextlib.suppress(*ERRORS), redis.Redis(port=self.port, protocol=2) as client:
+            _, port = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME)
+            replicas = client.execute_command("SENTINEL", "REPLICAS", NAME)
+            return int(port) == primary_port and len(replicas) == 1 and b"ok" in replicas[0]
+        return False
