@@ -53,12 +53,19 @@ class ModelCore:
     def check_rows(self, steps: Steps) -> Call[None]:
         """Raise ValueError if rows have another width than the model's.
 
-        The service gets rows as bytes without a shape, and would cut them into other events.
+        The service gets rows as bytes without a shape, and would cut them into other events. The
+        description is read before anything is sent, also for events: without it no reply can be
+        read, so that a chunk would be applied in vain.
+
+        Raises:
+            Forbidden: the access key does not allow `models`.
+            Problem, ValueError
         """
+        known = yield from self.description()
         if isinstance(steps, list):
             return
         width = steps.shape[1]
-        if width != len((yield from self.description()).codes):
+        if width != len(known.codes):
             # a newer version may take rows of another width
             features = len((yield from self.describe()).codes)
             if width != features:

@@ -191,6 +191,14 @@ def _lines(summary: dict[str, Any]) -> list[str]:
                     f"at {check['stream']}[{check['step']}]",
                 )
             )
+        if summary["resumed"] and any(check["beyond"] for check in verification["outputs"]):
+            rows.append(
+                (
+                    "resumed",
+                    f"{summary['resumed']:,} streams had events before; if those were not the "
+                    "first of the same data, replay with --prefix as new streams",
+                )
+            )
         missing = verification["missing"]
         rest = f", {missing:,} were not received by this run" if missing else ""
         rows.append(("verified", f"{verification['compared']:,} events' outputs{rest}"))

@@ -175,7 +175,7 @@ def test_unreadable_item_of_many_is_a_problem_of_its_own() -> None:
     missing = response(404, b'{"code": "stream_not_found", "retryable": false}')
     for result in (b"null", b'{"status": "x", "error": {}}', b'{"reply": {}}'):
         results = response(200, b'{"results": [%b]}' % result)
-        driver = Driver(missing, response(200, DESCRIPTION), results)
+        driver = Driver(response(200, DESCRIPTION), missing, results)
         stream = stream_of(driver)
         outcomes = driver.run(send_many(stream.model, [(stream, [{"a": 1}])], {}))
         assert outcomes["s"].code == "unreadable_reply"

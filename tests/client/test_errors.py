@@ -7,8 +7,10 @@ import re
 
 import pytest
 
-from carry_client import Head, Problem, errors, read_problem
+from carry_client import Head, Problem, Stream, errors, read_problem
+from carry_client.errors import Forbidden
 from service.core.errors import CarryError, leaf_errors
+from tests.service.replay.standin import Standin
 from tests.support.pages import ROOT
 
 CODES = list(leaf_errors())
@@ -65,3 +67,14 @@ def test_stream_exists_error_names_overwrite() -> None:
     text = str(read_problem(409, document))
     assert "stream 's' exists at position 3" in text
     assert "overwrite=True" in text
+
+
+def test_a_key_that_may_not_read_the_model_sends_nothing(
+    small: Stream, standin: Standin, events: list[dict[str, object]]
+) -> None:
+    standin.hides_models = True
+    with pytest.raises(Forbidden):
+        small.send(events[:3])
+    assert standin.seen == []
+    standin.hides_models = False
+    assert small.send(events[:3]).position == 3

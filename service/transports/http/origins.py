@@ -72,7 +72,8 @@ def check_origin(origins: Sequence[str], host: str, allowed: frozenset[str]) -> 
     is_own = _host(origin) == host.lower()
     if len(origins) > 1 or not (origin in allowed or is_own):
         raise OriginNotAllowed(
-            f"Origin: expected the service's own host or an allowed origin, got {origin!r}",
+            f"Origin: expected the service's own host or one of CARRY_WEBSOCKET_ORIGINS, "
+            f"got {origin!r}",
             at="Origin",
             got=origin[:300],
         )

@@ -95,6 +95,7 @@ class Standin:
     with_metrics: bool = True
     version: str = VERSION
     chunking: str = "invisible"
+    hides_models: bool = False
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -121,6 +122,8 @@ class Standin:
             o.name: {"shape": list(o.shape), "per": o.per, "labels": list(o.labels)}
             for o in output_spec(self.spec).outputs
         }
+        if self.hides_models:
+            return _respond(request, 403, _problem(403, "forbidden", False))
         assert self.spec.events is not None
         document = {
             "name": self.spec.name,
