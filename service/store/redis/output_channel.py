@@ -75,6 +75,7 @@ class RedisOutputChannel:
         self._unsent: deque[tuple[str, bytes]] = deque()
         self._has_unsent = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def start(self) -> None:
         """Connect, in the background; once, after the store is started."""
@@ -82,6 +83,7 @@ class RedisOutputChannel:
 
     async def close(self) -> None:
         """Release connections; once."""
+        self._is_closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -154,6 +156,9 @@ class RedisOutputChannel:
             finally:
                 self._pubsub = None
                 await pool.disconnect()
+            if self._is_closed:
+                # before Python 3.13 a task group that ends with an error loses the cancellation
+                return
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, MAX_RECONNECT_S)
 
