@@ -36,6 +36,9 @@ ANNOUNCE_INTERVAL_S: Final = 5.0
 LEASE_S: Final = 3 * ANNOUNCE_INTERVAL_S
 RECONNECT_S: Final = 0.5
 MAX_RECONNECT_S: Final = 30.0
+CANCEL_S: Final = 0.5
+"""How long the task may take to end before it is cancelled again."""
+
 MAX_UNSENT: Final = 1024
 """Publications that wait for the store; further ones are dropped, and receivers notice the gap."""
 
@@ -84,9 +87,12 @@ class RedisOutputChannel:
     async def close(self) -> None:
         """Release connections; once."""
         self._is_closed = True
-        if self._task is not None:
+        self._has_unsent.set()
+        while self._task is not None and not self._task.done():
+            # before Python 3.12 a call that completes at the same time may lose a cancellation, so
+            # that each loop below also ends by itself
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.wait([self._task], timeout=CANCEL_S)
 
     def publish(self, key: StreamKey, start: int, reply: bytes) -> None:
         """Send an output to the workers that watch a stream; drops it if too many wait."""
@@ -186,7 +192,7 @@ class RedisOutputChannel:
         self._send(self._control, _ASK)
 
     async def _listen(self, pubsub: PubSub) -> None:
-        while True:
+        while not self._is_closed:
             message = await pubsub.get_message(timeout=ANNOUNCE_INTERVAL_S)
             if message is None:
                 continue
@@ -231,7 +237,7 @@ class RedisOutputChannel:
             receiver.receive(Output(key, start, reply))
 
     async def _announce_repeatedly(self, pubsub: PubSub) -> None:
-        while True:
+        while not self._is_closed:
             await asyncio.sleep(ANNOUNCE_INTERVAL_S)
             self._forget_expired()
             unused = self._confirmed - self._receivers.keys()
@@ -256,7 +262,7 @@ class RedisOutputChannel:
             self._has_unsent.set()
 
     async def _publish_all(self, client: Any) -> None:
-        while True:
+        while not self._is_closed:
             await self._has_unsent.wait()
             pipeline = client.pipeline(transaction=False)
             for _ in range(min(len(self._unsent), MAX_PER_ROUND_TRIP)):
