@@ -41,9 +41,10 @@ resolution of a millisecond."""
 _SMOOTHING: Final = 0.2
 """Weight of the newest call in the moving average of call times."""
 
-_MAX_NOTED_S: Final = 10 * MAX_INLINE_S
-"""Longest call time in the moving average: after one slow call, the next few of its size run in the
-thread; more only if these are slow, too, and not because the machine was busy once."""
+_SLOW_S: Final = 0.1
+"""A call that takes so long counts ten times the longest inline call in the moving average, so the
+next few of its size run in the thread. A shorter one counts at most twice the average, since it may
+be slow because the machine did something else."""
 
 
 class InferenceResult(msgspec.Struct, frozen=True, gc=False):
@@ -222,7 +223,8 @@ class Compute:
         else:
             inferred, seconds = await self._run(runtime, partial(_call, *call))
         before_s = self._seconds.get(size, seconds)
-        self._seconds[size] = before_s + _SMOOTHING * (min(seconds, _MAX_NOTED_S) - before_s)
+        noted_s = min(seconds, 2 * before_s) if seconds < _SLOW_S else 10 * MAX_INLINE_S
+        self._seconds[size] = before_s + _SMOOTHING * (noted_s - before_s)
         on_call(len(rows), sum(lengths), padded, seconds)
         return inferred
 
