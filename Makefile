@@ -95,9 +95,9 @@ compose-test: ## build the containers, test that streams survive restarts
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -q -s -m compose tests/compose $(ARGS)
 
-proto: ## generate the gRPC messages from service/transports/kserve/grpc/v2.proto
+proto: ## generate the gRPC messages from service/transports/v2/grpc/v2.proto
 	@scripts/setup dev
-	@exec $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/transports/kserve/grpc/v2.proto
+	@exec $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/transports/v2/grpc/v2.proto
 
 console: ## bundle the console from service/console/web into service/console/assets (needs Node.js)
 	@cd service/console/web && npm ci --silent && npm run --silent check && npm run --silent build

@@ -11,7 +11,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 # Worker processes import this module first too, since it is the main module's.
 load_own_packages("models", "service")
 
-from service.cli import main as run  # noqa: E402
+from service.commands.cli import main as run  # noqa: E402
 
 
 def main() -> None:

@@ -24,33 +24,33 @@ from models.errors import ArtifactError
 from service.access.key_cache import AccessKeys
 from service.console.page import add_console
 from service.engine.runtimes.loading import open_decoders, open_runtimes
-from service.ops.audit import audit
-from service.ops.connection_balance import FULL
-from service.ops.graceful_server import LATE_S, MEASURE_LOAD, ON_LAME_DUCK, ON_RETIRE, ON_STOP
-from service.ops.logs import configure_logs
-from service.ops.metrics import PrometheusRecorder
-from service.ops.open_files import limit_connections_to_open_files
-from service.ops.request_lines import access_log
-from service.ops.sampler import Sampler, TransportLoad
-from service.ops.tracing import open_tracer
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
 from service.pipeline.watching import Watches
+from service.server.connection_balance import FULL
+from service.server.connections import BODY_BYTES_PER_S, Connections
+from service.server.graceful_server import LATE_S, MEASURE_LOAD, ON_LAME_DUCK, ON_RETIRE, ON_STOP
+from service.server.http_protocol import HTTP_STATE
+from service.server.open_files import limit_connections_to_open_files
+from service.server.origins import host_rule
 from service.settings import Settings
 from service.store.open import open_store
 from service.store_settings import store_settings
-from service.transports.http.admin import AdminServer
-from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
-from service.transports.http.connection.connections import BODY_BYTES_PER_S, Connections
-from service.transports.http.connection.http_protocol import HTTP_STATE
-from service.transports.http.origins import host_rule
-from service.transports.kserve.http_routes import add_kserve
-from service.transports.kserve.inference import Inference
-from service.transports.websocket.application import SocketLimits, add_live_sockets
-from service.transports.websocket.watching import add_watching
+from service.telemetry.audit import audit
+from service.telemetry.logs import configure_logs
+from service.telemetry.metrics import PrometheusRecorder
+from service.telemetry.request_lines import access_log
+from service.telemetry.sampler import Sampler, TransportLoad
+from service.telemetry.tracing import open_tracer
+from service.transports.live.application import SocketLimits, add_live_sockets
+from service.transports.live.watching import add_watching
+from service.transports.v1.admin import AdminServer
+from service.transports.v1.application import ApiLimits, ConnectionLimits, create_api
+from service.transports.v2.http_routes import add_kserve
+from service.transports.v2.inference import Inference
 
 if TYPE_CHECKING:
-    from service.transports.kserve.grpc.server import GrpcServer
+    from service.transports.v2.grpc.server import GrpcServer
 
 COLLECTOR_THRESHOLDS = (10_000, 20, 1_000)
 """Allocations before a collection of the youngest generation, and collections of each generation
@@ -235,7 +235,7 @@ def _grpc_server(
     settings: Settings, port: int, inference: Inference, recorder: PrometheusRecorder
 ) -> GrpcServer:
     # needs packages that are not installed without the extra
-    from service.transports.kserve.grpc.server import GrpcLimits, GrpcServer
+    from service.transports.v2.grpc.server import GrpcLimits, GrpcServer
 
     limits = GrpcLimits(
         max_message_bytes=settings.grpc_max_message_bytes,

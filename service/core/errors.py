@@ -64,7 +64,7 @@
 Each class has a stable `code`, says whether the same request may be sent again (`retryable`), and
 what the caller can do (`remedy`). If a chunk may have been applied (`needs_position`), only a chunk
 with a position may be sent again; one without would be applied twice, so `without_position` makes
-its error not retryable. The HTTP status of each code is in `transports/http/statuses.py`, and
+its error not retryable. The HTTP status of each code is in `transports/v1/statuses.py`, and
 `docs/reference/errors.md` is generated from this tree. A rejection reports the current epoch,
 position and tag of the stream, so that a client can continue without another request.
 """

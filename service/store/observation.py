@@ -1,7 +1,7 @@
 """What a store lets its operator observe: reconnects, round-trip times, availability, streams.
 
-The store counts here, and the worker reads it once a second (`service.ops.sampler`): so nothing
-on a chunk's path knows of metrics.
+The store counts here, and the worker reads it once a second (`service.telemetry.sampler`): so
+nothing on a chunk's path knows of metrics.
 """
 
 from __future__ import annotations

@@ -118,14 +118,14 @@ def test_section_runs(section: str, bench: Bench) -> None:
         assert results.figures[f"workers/{CARRY} lost"].high == 0
     if section == "overload":
         # `make overload` bounds what depends on the speed of the machine; the work that a rejected
-        # chunk costs is bounded by tests/service/transports/http/test_chunk_cost.py
+        # chunk costs is bounded by tests/service/transports/v1/test_chunk_cost.py
         assert results.figures[f"overload/{CARRY} rejected share"].high > 0
         assert not [note for note in results.notes if UNANSWERED in note]
 
 
 @pytest.mark.parametrize("package", ["carry", "service"])
 def test_the_other_checkout_runs_its_own_code(tmp_path: Path, package: str) -> None:
-    """Also one of a commit before the package `carry`, whose command is in `service/cli.py`."""
+    """Also one of a commit before the package `carry`, with its command in `service/cli.py`."""
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").touch()
     code = "def main(): print('the other checkout')\nif __name__ == '__main__': main()"

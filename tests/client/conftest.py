@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from carry_client import Carry, Stream
-from service.replay.events import StreamEvents
-from tests.service.replay.conftest import background, standin, streams
+from service.commands.replay.events import StreamEvents
+from tests.service.commands.replay.conftest import background, standin, streams
 from tests.support.service import Service
 
 __all__ = ["background", "standin", "streams"]

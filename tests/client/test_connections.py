@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from carry_client import AsyncCarry, Carry, NoAnswer, Problem, Stream
-from tests.service.replay.standin import Standin
+from tests.service.commands.replay.standin import Standin
 from tests.support.certificates import Certificates, certificates
 from tests.support.servers import free_port
 

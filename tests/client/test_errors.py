@@ -10,7 +10,7 @@ import pytest
 from carry_client import Head, Problem, Stream, errors, read_problem
 from carry_client.errors import Forbidden
 from service.core.errors import CarryError, leaf_errors
-from tests.service.replay.standin import Standin
+from tests.service.commands.replay.standin import Standin
 from tests.support.pages import ROOT
 
 CODES = list(leaf_errors())

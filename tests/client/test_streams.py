@@ -25,7 +25,7 @@ from carry_client import (
     StreamRolledBack,
     errors,
 )
-from tests.service.replay.standin import Standin
+from tests.service.commands.replay.standin import Standin
 from tests.support.servers import free_port
 
 CHUNK = 8

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import load_artifact
-from service.replay.events import StreamEvents, load_streams
+from service.commands.replay.events import StreamEvents, load_streams
 from tests.support.feeders import feeding
 from tests.support.servers import until
 
@@ -225,7 +225,7 @@ def test_streams_continue_after_a_restart_of_each_container(
 def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [
-        *(sys.executable, "-m", "service.cli", "replay"),
+        *(sys.executable, "-m", "service.commands.cli", "replay"),
         *("--url", deployment.url, "--prefix", "replay-", "--events", "20000"),
         *("--chunk", "1..16", "--verify"),
         *("--patience-s", "300"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from service.ops.settings_reference import settings_tables
+from service.commands.settings_reference import settings_tables
 from service.settings import CLIENT_VARIABLES, PREFIX, Settings
 from tests.support.pages import PAGES, ROOT
 
@@ -15,7 +15,7 @@ OTHERS = {"CARRY_SERVICE_HOST", *CLIENT_VARIABLES}
 
 def test_settings_tables_match_the_code() -> None:
     assert settings_tables() in PAGE.read_text(encoding="utf-8"), (
-        "update the page: python -m service.ops.settings_reference"
+        "update the page: python -m service.commands.settings_reference"
     )
 
 

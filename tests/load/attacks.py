@@ -37,7 +37,7 @@ import models
 from service.access.keys import KeyText
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
-from service.transports.kserve.grpc import v2_pb2 as pb
+from service.transports.v2.grpc import v2_pb2 as pb
 from tests.support.access import new_authorization
 from tests.support.machine import describe_run, read_usage
 from tests.support.servers import opened, real_server

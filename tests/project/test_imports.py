@@ -41,15 +41,15 @@ LIGHT: list[tuple[set[str], list[str]]] = [
             "models.spec.model",
             "models.spec.state",
             "models.artifact.weights",
-            "service.cli",
+            "service.commands.cli",
             "service.core.delivery",
             "service.core.values",
             "service.engine.batcher",
             "service.engine.policy",
             "service.engine.runtimes.loading",
             "service.core.errors",
-            "service.ops.logs",
-            "service.ops.metrics",
+            "service.telemetry.logs",
+            "service.telemetry.metrics",
             "service.pipeline.pipeline",
             "service.settings",
             "service.store.codec",
@@ -59,10 +59,10 @@ LIGHT: list[tuple[set[str], list[str]]] = [
     ),
     (NETWORKS | WEB | STORES, ["models.events.frame", "models.events.fit"]),
     (NETWORKS | TABLES | WEB, ["service.store.*"]),
-    (NETWORKS | TABLES | STORES, ["service.transports.http.*"]),
+    (NETWORKS | TABLES | STORES, ["service.transports.v1.*"]),
     (NETWORKS | TABLES, ["service.app"]),
     # the parent of several workers serves nothing itself
-    (NETWORKS | TABLES | (WEB - {"uvicorn"}), ["service.server"]),
+    (NETWORKS | TABLES | (WEB - {"uvicorn"}), ["service.commands.serve"]),
 ]
 
 BROUGHT = """

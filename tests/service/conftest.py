@@ -9,8 +9,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.engine import batcher
 from service.pipeline import chunk_batch, chunk_load
-from service.transports.http import request_fields
-from service.transports.http.connection import fast_path
+from service.transports.v1 import fast_path, request_fields
 from tests.support.clock import ManualClock
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server

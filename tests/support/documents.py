@@ -8,7 +8,7 @@ from typing import Any
 
 import ormsgpack
 
-from service.transports.http.media import Media
+from service.codec.media import Media
 
 
 class Members(list[tuple[str, Any]]):

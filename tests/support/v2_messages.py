@@ -18,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from tests.support.machine import REPOSITORY
 
-PROTO = REPOSITORY / "service/transports/kserve/grpc/v2.proto"
+PROTO = REPOSITORY / "service/transports/v2/grpc/v2.proto"
 
 
 def _pool() -> DescriptorPool:

@@ -17,7 +17,7 @@ pytest.importorskip("tensorflow")
 from models.artifact.artifact import load_artifact
 from models.training.data import streams_of
 from models.training.evaluate import run_chunks
-from service.cli import app
+from service.commands.cli import app
 from tests.support.oracle import oracle_in_blocks
 from tests.support.service import running
 from tests.support.training import both_ways_frame, both_ways_spec

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.service.transports.http.corpus.bodies.huge import ATTACK, HUGE, MAX_BYTES, HugeBody
+from tests.service.transports.v1.corpus.bodies.huge import ATTACK, HUGE, MAX_BYTES, HugeBody
 from tests.support.responsiveness import Health, Memory
 from tests.support.service import Service, running
 

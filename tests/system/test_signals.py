@@ -20,7 +20,7 @@ from websockets.frames import CloseCode
 from websockets.sync.client import connect
 
 from models.artifact.artifact import Artifact
-from service import server
+from service.commands import serve
 from tests.support.feeders import feeding
 from tests.support.servers import RealServer, until
 from tests.support.service import POLL_S, READY_S, Service, customise, running
@@ -107,9 +107,9 @@ def test_sighup_that_is_ignored_stays_ignored() -> None:
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert signal.SIGHUP not in server._stop_signals()
+        assert signal.SIGHUP not in serve._stop_signals()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in server._stop_signals()
+        assert signal.SIGHUP in serve._stop_signals()
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -68,7 +68,7 @@ OnnxRuntime.warm = fail_once
 """A `sitecustomize` that makes the first warm-up fail, after which the others start."""
 
 PATIENT = """
-from service.ops import connection_balance
+from service.commands.serve import connection_balance
 
 connection_balance.DEFER_S = 10.0
 """
@@ -93,8 +93,8 @@ embedded_valkey.BACKOFF_BASE_S = 3.0
 """A `sitecustomize` with which the embedded store restarts later than a worker would."""
 
 IMPATIENT = """
-import service.ops.worker_pool
-service.ops.worker_pool.HEARTBEAT_TIMEOUT_S = 20
+import service.server.worker_pool
+service.server.worker_pool.HEARTBEAT_TIMEOUT_S = 20
 """
 """A `sitecustomize` that shortens the parent's heartbeat timeout."""
 

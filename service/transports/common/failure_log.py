@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from service.core.errors import CarryError, InternalError, Overloaded, ServiceFailure
-from service.ops.request_lines import note_error
+from service.telemetry.request_lines import note_error
 
 log = structlog.get_logger(__name__)
 

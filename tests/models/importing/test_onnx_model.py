@@ -20,7 +20,7 @@ from models.importing.onnx_proof import Prover
 from models.onnx.library import open_session
 from models.onnx.stateful_graph import StatefulGraph
 from models.spec.onnx_network import OnnxNetwork
-from service.cli import app
+from service.commands.cli import app
 from tests.support.onnx_graphs import EXAMPLE_GRAPHS, EXAMPLES, graphs, import_here
 from tests.support.onnx_variants import F, H, W, outside, plain, scanned
 

@@ -24,8 +24,8 @@ from service.access.keys import (
     parse_key,
 )
 from service.access.principal import Principal, Verb
+from service.commands.serve import CannotServeError, may_be_open
 from service.core.errors import Forbidden, StoreUnavailable, Unauthenticated
-from service.server import CannotServeError, may_be_open
 from service.settings import Settings
 from tests.support.access import new_authorization, revoke
 from tests.support.clock import ManualClock

@@ -10,8 +10,8 @@ from pathlib import Path
 from service.access.principal import Verb
 from service.console.page import add_console
 from service.pipeline.watching import Watches
-from service.transports.websocket.watching import add_watching
-from tests.service.transports.http.harness import Harness, harness, listening
+from service.transports.live.watching import add_watching
+from tests.service.transports.v1.harness import Harness, harness, listening
 from tests.support.access import revoke
 from tests.support.browser import Page, new_page
 from tests.support.needs import needs_tools

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 
 from service.console.page import add_console
-from tests.service.transports.http.harness import harness, listening
+from tests.service.transports.v1.harness import harness, listening
 from tests.support.browser import Page, new_page
 from tests.support.needs import needs_tools
 from tests.support.pipelines import make_artifact

@@ -23,17 +23,17 @@ from service.access.tokens import TokenClaims, sign_token
 from service.console.page import add_console
 from service.core.errors import CarryError, LimitExceeded, Overloaded
 from service.core.values import Reply, StreamKey, StreamState
-from service.ops.request_lines import RequestLine, access_log
 from service.pipeline.watching import Watches
 from service.store.codec import HEADER_BYTES, encode_state
-from service.transports.http import application
-from service.transports.http.openapi.document import openapi_document
-from service.transports.kserve.http_routes import add_kserve
-from service.transports.kserve.inference import Inference
-from service.transports.websocket.application import SocketLimits, add_live_sockets
-from service.transports.websocket.watching import add_watching
-from tests.service.transports.http.harness import Harness, harness, problem, rows
-from tests.service.transports.kserve.v2 import binary_body
+from service.telemetry.request_lines import RequestLine, access_log
+from service.transports.live.application import SocketLimits, add_live_sockets
+from service.transports.live.watching import add_watching
+from service.transports.v1 import application
+from service.transports.v1.openapi.document import openapi_document
+from service.transports.v2.http_routes import add_kserve
+from service.transports.v2.inference import Inference
+from tests.service.transports.v1.harness import Harness, harness, problem, rows
+from tests.service.transports.v2.v2 import binary_body
 from tests.support.access import revoke
 from tests.support.models import random_weights, small_spec
 from tests.support.pages import ROOT

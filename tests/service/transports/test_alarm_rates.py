@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
 from service.app import with_alarm_rates
+from service.codec.media import Media
+from service.codec.request_reader import RequestReader
 from service.engine.runtimes.loading import open_runtimes
 from service.pipeline.served_model import ServedModel
 from service.settings import Settings, SettingsError
-from service.transports.http.bodies.request_reader import RequestReader
-from service.transports.http.media import Media
-from service.transports.kserve.http_routes import add_kserve
-from service.transports.kserve.inference import Inference
-from tests.service.transports.http import harness as harness_module
-from tests.service.transports.http.harness import LIMITS, MSGPACK, Harness, problem
-from tests.service.transports.kserve.v2 import V2, binary_body, error_of, json_body, reply_of
-from tests.service.transports.websocket.sockets import live, live_application, reply, text
+from service.transports.v2.http_routes import add_kserve
+from service.transports.v2.inference import Inference
+from tests.service.transports.live.sockets import live, live_application, reply, text
+from tests.service.transports.v1 import harness as harness_module
+from tests.service.transports.v1.harness import LIMITS, MSGPACK, Harness, problem
+from tests.service.transports.v2.v2 import V2, binary_body, error_of, json_body, reply_of
 from tests.support.detection import sensor_model
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer

@@ -14,11 +14,18 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler
 from opentelemetry.trace import SpanKind, StatusCode
 
-from service.ops.request_lines import access_log
-from service.ops.tracing import OtelTracer
-from service.transports.http.connection.fast_path import split_trace_headers
-from tests.service.transports.http.harness import Harness, rows
-from tests.service.transports.http.raw_http import (
+from service.telemetry.request_lines import access_log
+from service.telemetry.tracing import OtelTracer
+from service.transports.v1.fast_path import split_trace_headers
+from tests.service.transports.live.sockets import (
+    error,
+    live,
+    live_application,
+    reply,
+    text,
+)
+from tests.service.transports.v1.harness import Harness, rows
+from tests.service.transports.v1.raw_http import (
     INPUTS,
     answer,
     becomes,
@@ -28,15 +35,8 @@ from tests.service.transports.http.raw_http import (
     request,
     serving,
 )
-from tests.service.transports.kserve.conftest import add_v2
-from tests.service.transports.kserve.v2 import V2
-from tests.service.transports.websocket.sockets import (
-    error,
-    live,
-    live_application,
-    reply,
-    text,
-)
+from tests.service.transports.v2.conftest import add_v2
+from tests.service.transports.v2.v2 import V2
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer
 

@@ -1,0 +1,307 @@
+"""The types of a model's request bodies, validated straight from the body's bytes.
+
+Each served model has its own types, because its events have their own schema and its rows
+their own width; they are built once. JSON and MessagePack differ in one member: `inputs` is a
+list of rows there, and one binary string of float32 here. Unknown and duplicate members are
+rejected, and nothing is converted: no number from text, no integer from 48.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+
+from models.events.parse import event_type
+from models.events.schema import EventSchema
+from models.spec.decoder import known_schema
+from models.spec.detection import MAX_ALARM_RATE
+from service.codec.field_rules import (
+    EPOCH,
+    EXAMPLE_EPOCH,
+    EXAMPLE_STREAM,
+    EXAMPLE_TAG,
+    MAX_POSITION,
+    FeedName,
+    Fingerprint,
+    PositionNumber,
+    StateValues,
+)
+from service.codec.limits import ApiLimits
+from service.codec.media import Media
+from service.core.values import STREAM_NAME
+from service.pipeline.served_model import ServedModel
+
+Resets = Annotated[list[Annotated[int, Field(ge=0, le=MAX_POSITION)]], Field(fail_fast=True)]
+"""Stops at its first wrong value."""
+
+
+class StrictBody(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StepsBody(StrictBody):
+    """Events or rows: exactly one of the two."""
+
+    events: list[dict[str, Any]] | None = None
+    inputs: Any = None
+    resets: Resets | None = Field(
+        None,
+        description="Ascending indexes of the events or rows before which the state is reset to "
+        "the model's initial state; in events the member `reset` has the same effect.",
+        examples=[[0, 12]],
+    )
+    false_alarms_per_day: Annotated[float, Field(gt=0, le=MAX_ALARM_RATE)] | None = Field(
+        None,
+        description="For a model with `detection`: the expected false alarms per stream and day, "
+        "which set the threshold of the alarms of these events; by default the model's.",
+        examples=[0.2],
+    )
+
+
+class SequenceBody(StepsBody):
+    """A sequence to predict."""
+
+    state_token: Any = None
+
+
+class ChunkBody(StepsBody):
+    """One chunk of the stream that the address names."""
+
+    position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
+        None,
+        description="Index of the chunk's first event, for delivery exactly once. Without it "
+        "the chunk is appended at the stream's current position, and a retry appends it again.",
+        examples=[0],
+    )
+    epoch: Annotated[str, Field(pattern=f"^{EPOCH}$")] | None = Field(
+        None,
+        description="The epoch of the stream that the client expects.",
+        examples=[EXAMPLE_EPOCH],
+    )
+    final: bool = Field(
+        False,
+        description="For a model with `blocks`: no event follows; the waiting events are computed, "
+        "and the stream is closed. A final chunk may be empty.",
+    )
+    dry_run: bool = Field(
+        False,
+        description="Compute the outputs from the stream's current state, and apply nothing.",
+    )
+
+
+class ItemBody(ChunkBody):
+    """One chunk in a request for many streams."""
+
+    stream: str = Field(
+        description="The stream's name: 1 to 256 characters of `A-Z a-z 0-9 . _ : @ -`.",
+        examples=[EXAMPLE_STREAM],
+        json_schema_extra={"pattern": STREAM_NAME},
+    )
+    if_match: str | None = Field(
+        None,
+        description="As the header If-Match; a single ETag needs no quotes.",
+        examples=[f"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"],
+    )
+
+
+class ManyBody(StrictBody):
+    """Chunks of many streams."""
+
+    chunks: list[ItemBody]
+
+
+class PredictBody(StrictBody):
+    """Whole sequences."""
+
+    sequences: list[SequenceBody]
+
+
+class ForecastBody(StrictBody):
+    """The horizon of a forecast, and the known future covariates."""
+
+    horizon: Annotated[int, Field(ge=1, le=MAX_POSITION)] = Field(
+        description="Steps ahead.", examples=[24]
+    )
+    samples: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
+        0, description="Paths to draw.", examples=[100]
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
+        0, description="Of the draws: the same seed gives the same paths of the same state."
+    )
+    position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
+        None, description="The position that the stream is expected to have.", examples=[48]
+    )
+    future: list[dict[str, Any]] | None = None
+
+
+class StateBody(StrictBody):
+    """What `GET .../state` gave. Only fingerprint, feed, position and state are read."""
+
+    fingerprint: Fingerprint
+    feed: FeedName
+    position: PositionNumber
+    state: StateValues
+    model: str | None = None
+    version: str | None = None
+    stream: str | None = None
+    epoch: str | None = None
+    tag: str | None = None
+    updated_ms: int | None = None
+
+
+class ForkBody(StrictBody):
+    """The stream to begin."""
+
+    to: str = Field(
+        description="Name of the new stream.",
+        examples=[f"{EXAMPLE_STREAM}:what-if"],
+        json_schema_extra={"pattern": STREAM_NAME},
+    )
+
+
+B = TypeVar("B", bound=StrictBody)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyTypes:
+    """The types of the bodies for one model in one media type."""
+
+    chunk: type[ChunkBody]
+    item: type[ItemBody]
+    sequence: type[SequenceBody]
+    many: type[ManyBody]
+    predict: type[PredictBody]
+    forecast: type[ForecastBody] | None
+
+
+def build_body_types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
+    """Build the types of one model's bodies."""
+    steps: dict[str, Any] = {
+        "events": (_events(served, limits), _steps_field(served, "events", limits)),
+        "inputs": (_inputs(served, limits, media), _steps_field(served, "inputs", limits)),
+    }
+    name, suffix = served.name, "" if media is Media.JSON else "-Packed"
+    feeds = ["inputs"] if served.events is None else ["events", "inputs"]
+    one_of = {"oneOf": [{"required": [feed]} for feed in feeds]}
+
+    def build(kind: type[B], title: str, **more: Any) -> type[B]:
+        return create_model(
+            f"{name}-{title}{suffix}",
+            __base__=kind,
+            __cls_kwargs__={"json_schema_extra": one_of},
+            **steps,
+            **more,
+        )
+
+    token = Field(
+        None,
+        description="The `state_token` of a prediction, whose sequence this one continues.",
+    )
+    kind: Any = str if media is Media.JSON else bytes
+    item = build(ItemBody, "Item")
+    sequence = build(SequenceBody, "Sequence", state_token=(kind | None, token))
+    chunk = build(ChunkBody, "Chunk")
+    most: dict[str, Any] = {"maxItems": limits.max_items}
+    many = create_model(
+        f"{name}-Many{suffix}",
+        __base__=ManyBody,
+        # After an error items are validated one by one, and sequences are rejected as a whole.
+        chunks=(list[item], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
+    )
+    predict = create_model(
+        f"{name}-Predict{suffix}",
+        __base__=PredictBody,
+        sequences=(list[sequence], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
+    )
+    return BodyTypes(
+        chunk, item, sequence, many, predict, _forecast(served, limits, f"{name}-", suffix)
+    )
+
+
+def known_future_schema(served: ServedModel) -> EventSchema | None:
+    """The schema of the known future covariates of a step; None if the model has none."""
+    decoder = served.artifact.spec.decoder
+    if decoder is None or served.events is None:
+        return None
+    return known_schema(served.events, decoder, timed=False)
+
+
+def _forecast(
+    served: ServedModel, limits: ApiLimits, lead: str, suffix: str
+) -> type[ForecastBody] | None:
+    decoder = served.artifact.spec.decoder
+    if decoder is None:
+        return None
+    schema = known_future_schema(served)
+    future: Any = None
+    if schema is not None:
+        event: Any = event_type(schema, f"{lead}Coming")
+        most: dict[str, Any] = {"minItems": 1, "maxItems": decoder.max_horizon}
+        future = Annotated[list[event], Field(fail_fast=True, json_schema_extra=most)] | None
+    about = "The known future covariates of each step, as many as `horizon`."
+    ranges = {
+        "horizon": {"maximum": decoder.max_horizon},
+        "samples": {"maximum": limits.max_forecast_samples},
+    }
+
+    def add_ranges(schema: dict[str, Any]) -> None:
+        for name, range_ in ranges.items():
+            schema["properties"][name].update(range_)
+
+    return create_model(
+        f"{lead}Forecast{suffix}",
+        __base__=ForecastBody,
+        __cls_kwargs__={"json_schema_extra": add_ranges},
+        future=(future, Field(None, description=about)),
+    )
+
+
+def _events(served: ServedModel, limits: ApiLimits) -> Any:
+    if served.events is None:
+        hidden: Any = SkipJsonSchema
+        return hidden[Annotated[Any, BeforeValidator(_no_events(served.name))]]
+    event: Any = event_type(served.events, f"{served.name}-Event", marks_resets=True)
+    return Annotated[list[event], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
+
+
+def _inputs(served: ServedModel, limits: ApiLimits, media: Media) -> Any:
+    if media is Media.MSGPACK:
+        return bytes | None
+    width = {"minItems": served.input_features, "maxItems": served.input_features}
+    # Lists stop at their first wrong value: a body of many wrong ones costs no more.
+    row = Annotated[list[float], Field(fail_fast=True, json_schema_extra=width)]
+    return Annotated[list[row], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
+
+
+def _lengths(limits: ApiLimits) -> dict[str, Any]:
+    return {"minItems": 1, "maxItems": limits.max_chunk_steps}
+
+
+def _steps_field(served: ServedModel, name: str, limits: ApiLimits) -> Any:
+    if name == "events":
+        return Field(None, description="Events under the model's schema.")
+    columns = ", ".join(column.name for column in served.artifact.spec.columns[:64])
+    return Field(
+        None,
+        description=f"Rows of {served.input_features} values, in place of events: {columns}. In "
+        "MessagePack one binary string of float32, little-endian, row by row.",
+    )
+
+
+def _no_events(model: str) -> Any:
+    def reject(value: Any) -> Any:
+        if value is not None:
+            raise PydanticCustomError(
+                "no_event_schema",
+                "Input should be nothing, since model {model} has no event schema (send inputs)",
+                {"model": model},
+            )
+        return value
+
+    return reject

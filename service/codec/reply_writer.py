@@ -1,0 +1,235 @@
+"""Writer of replies: from the values of the pipeline to documents or bytes, for one model.
+
+A document holds NumPy arrays, which `media.dumps` encodes; the usual reply in JSON is encoded
+directly to its bytes. This module does not access the store.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from binascii import hexlify
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.spec.state import State
+from service.codec import reply_types
+from service.codec.media import Media, encode_json, encode_msgpack
+from service.core.errors import InvalidInput
+from service.core.values import (
+    NO_STREAM,
+    FloatRows,
+    ForecastReply,
+    ForecastRequest,
+    Prediction,
+    Reply,
+    Timing,
+)
+from service.pipeline.served_model import ServedModel
+from service.transports.v1.request_fields import flag
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyOptions:
+    """The optional parts of a reply, named as in Keras.
+
+    Attributes:
+        return_sequences: the outputs of every step; otherwise of the last one alone, without
+            the axis of time.
+        return_state: the state after the chunk as well.
+        return_attention: the weights of attention over the chunk as well.
+    """
+
+    return_sequences: bool = True
+    return_state: bool = False
+    return_attention: bool = False
+
+
+EVERY_STEP = ReplyOptions()
+REPLY_PARAMETERS = ("return_sequences", "return_state", "return_attention")
+"""Names of the query parameters that `ReplyWriter.options` reads."""
+PREDICT_PARAMETERS = (*REPLY_PARAMETERS, "return_state_token")
+"""Names of the query parameters of a prediction."""
+_ENDS = {
+    (False, False): b'"replayed":false}',
+    (True, False): b'"replayed":true}',
+    (False, True): b'"replayed":false,"created":true}',
+    (True, True): b'"replayed":true,"created":true}',
+}
+
+
+class ServerTiming:
+    """Writes the values of Server-Timing: milliseconds of a chunk by stage."""
+
+    def __init__(self) -> None:
+        self._timing: Timing | None = None
+        self._text = b""
+
+    def value(self, reply: Reply) -> bytes:
+        """The value for one chunk; what the chunks of a batch share is written once."""
+        timing = reply.timing
+        if timing is not self._timing:
+            times_s = timing.load_s, timing.infer_s, timing.commit_s
+            text = b"load;dur=%.3f, infer;dur=%.3f, commit;dur=%.3f"
+            self._timing, self._text = timing, text % tuple([1000 * time_s for time_s in times_s])
+        return b"queue;dur=%.3f, %b" % (reply.queue_s * 1000, self._text)
+
+
+server_timing: Final = ServerTiming().value
+"""The value of Server-Timing; for use from one thread."""
+
+
+class ReplyWriter:
+    """Writes the replies of one model."""
+
+    def __init__(self, served: ServedModel):
+        self._served = served
+        self._name = served.name
+        self._version = served.version
+        outputs = served.outputs.outputs
+        one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
+        is_usual = one_axis and outputs[0].per == "step" and not served.outputs.attention
+        self._only = outputs[0].name if is_usual else None
+        self._once = frozenset(output.name for output in outputs if output.per == "chunk")
+        self._begin = encode_json({"model": self._name, "version": self._version})[:-1]
+
+    def reply(self, reply: Reply, options: ReplyOptions) -> reply_types.ChunkReply:
+        """The reply to a chunk."""
+        head = reply.head
+        document: reply_types.ChunkReply = {
+            "model": self._name,
+            "version": self._version,
+            "stream": reply.key.stream,
+            "epoch": head.epoch.hex(),
+            "position": head.position,
+            "tag": head.tag.hex(),
+            "outputs": self.outputs(reply.outputs, options),
+            "replayed": reply.replayed,
+        }
+        if reply.dry_run:
+            document["dry_run"] = True
+            if head is NO_STREAM:
+                document["epoch"] = document["tag"] = None
+        if reply.created:
+            document["created"] = True
+        if reply.output_position is not None:
+            document["output_position"] = reply.output_position
+        if options.return_state:
+            document["state"] = self.state(reply.state)
+        if options.return_attention:
+            document["attention"] = self.attention(reply.outputs)
+        return document
+
+    def reply_bytes(self, reply: Reply, media: Media) -> bytes:
+        """The bytes of `reply`, of every step and without the state."""
+        if media is not Media.JSON or reply.output_position is not None or reply.dry_run:
+            encode = encode_json if media is Media.JSON else encode_msgpack
+            return encode(self.reply(reply, EVERY_STEP))
+        head = reply.head
+        # A stream's name needs no escapes.
+        return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
+            self._begin,
+            reply.key.stream.encode(),
+            hexlify(head.epoch),
+            head.position,
+            hexlify(head.tag),
+            encode_json(self.outputs(reply.outputs, EVERY_STEP)),
+            _ENDS[reply.replayed, reply.created],
+        )
+
+    def prediction(
+        self, prediction: Prediction, options: ReplyOptions, media: Media
+    ) -> reply_types.PredictionOfOne:
+        """The prediction of one sequence."""
+        document: reply_types.PredictionOfOne = {
+            "outputs": self.outputs(prediction.outputs, options)
+        }
+        if (token := prediction.token) is not None:
+            text: Any = b64encode(token).decode() if media is Media.JSON else token
+            document["state_token"] = text
+        if options.return_state:
+            document["state"] = self.state(prediction.state)
+        if options.return_attention:
+            document["attention"] = self.attention(prediction.outputs)
+        return document
+
+    def outputs(self, rows: FloatRows, options: ReplyOptions) -> dict[str, Any]:
+        """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone (None
+        if there is no step); [...] of an output that holds once for the whole chunk."""
+        if not len(rows) and not options.return_sequences:
+            # in blocks a chunk may bring no output, and so no last one
+            return dict.fromkeys(self._served.outputs.slices)
+        shown_rows = rows if options.return_sequences else rows[-1]
+        if self._only is not None:
+            # the packed rows are its values as they are
+            return {self._only: np.ascontiguousarray(shown_rows)}
+        named = self._served.outputs.by_name(shown_rows)
+        if self._once and options.return_sequences:
+            named = {n: values[-1] if n in self._once else values for n, values in named.items()}
+        return _writable(named)
+
+    def attention(self, rows: FloatRows) -> dict[str, Any]:
+        """By layer that attends over the chunk, the weight of each step [T]."""
+        return _writable(self._served.outputs.attention_by_name(rows))
+
+    def options(self, parameters: dict[str, str]) -> ReplyOptions:
+        """The options that query parameters ask for.
+
+        Raises:
+            InvalidInput: a value is invalid, or the model does not support the option.
+        """
+        options = ReplyOptions(
+            return_sequences=flag(parameters, "return_sequences", default=True),
+            return_state=flag(parameters, "return_state", default=False),
+            return_attention=flag(parameters, "return_attention", default=False),
+        )
+        if options.return_attention and not self._served.outputs.attention:
+            expected = "a model with attention over the chunk"
+            raise InvalidInput(
+                f"?return_attention: expected {expected}, model {self._name!r} has none",
+                at="?return_attention",
+                expected=expected,
+                got="true",
+            )
+        return options
+
+    def state(self, state: State) -> dict[str, Any]:
+        """A state by name."""
+        return _writable(self._served.state.by_name(state))
+
+    def forecast(self, reply: ForecastReply, request: ForecastRequest) -> reply_types.ForecastReply:
+        """The reply to a forecast."""
+        decoder, head, values = self._served.require_decoder(), reply.head, reply.forecast
+        targets: dict[str, reply_types.TargetForecast] = {}
+        for at, name in enumerate(decoder.targets):
+            targets[name] = {
+                "point": np.ascontiguousarray(values.point[:, at]),
+                "quantiles": np.ascontiguousarray(values.quantiles[:, at]),
+            }
+            if request.samples:
+                targets[name]["paths"] = np.ascontiguousarray(values.paths[..., at])
+        document: reply_types.ForecastReply = {
+            "model": self._name,
+            "version": self._version,
+            "stream": reply.key.stream,
+            "epoch": head.epoch.hex(),
+            "position": head.position,
+            "tag": head.tag.hex(),
+            "times_ms": list(reply.times_ms or ()),
+            "levels": list(decoder.head.quantiles),
+            "forecast": targets,
+        }
+        if reply.times_ms is None:
+            del document["times_ms"]
+        return document
+
+
+def _writable(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    # The writers take arrays in C order and scalars, but no array without axes.
+    return {
+        name: np.ascontiguousarray(array) if array.ndim else array[()]
+        for name, array in arrays.items()
+    }

@@ -1,0 +1,243 @@
+"""`carry backup` and `carry restore`: copy the streams of a store into a file, and back.
+
+They connect to the store itself, as the service does, with its settings: `CARRY_REDIS_URL`, or the
+embedded Valkey of `CARRY_DATA_DIR`, whether a service runs on it or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+
+import typer
+
+from service.commands.direct_store import DataDir, RedisUrl, open_settings
+from service.commands.keys_command import describe
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+    from service.store.backup import Progress, Report
+    from service.store.base import StateStore
+
+SHOWN_STREAMS = 10
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="The backup; - for stdout or stdin.")]
+Model = Annotated[str | None, typer.Option(help="Only the streams of this model.")]
+Prefix = Annotated[str, typer.Option(help="Only streams whose names begin with this.")]
+
+
+def backup(
+    file: File,
+    model: Model = None,
+    prefix: Prefix = "",
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys",
+            help="Include the access keys, as hashes. These sign tokens: the file has mode 0600.",
+        ),
+    ] = False,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write every stream's state into a file, whether the service runs or not."""
+    from service.store.backup import BackupError, BackupInfo, write_backup
+
+    key_hint = ""
+    with (
+        open_settings(redis_url, data_dir, BackupError) as settings,
+        _open_output(file, is_secret=keys) as target,
+    ):
+        created_ms = round(time.time() * 1000)
+
+        async def run(store: StateStore, report: Report) -> Progress:
+            nonlocal key_hint
+            version, records = await store.access_keys(None) or (b"", {})
+            stored = (records if keys else {}) if version else None
+            if records:
+                count = f"{len(records):,} access key{'' if len(records) == 1 else 's'}"
+                key_hint = f" and {count}" if keys else f", without the {count} (--keys)"
+            info = BackupInfo(created_ms, settings.namespace, model, prefix, stored)
+            return await write_backup(store, target, info, report)
+
+        progress = _run(settings, "backing up", run)
+    # another namespace would look like an empty store, and its backup like a good one
+    what = "none of these is" if model is not None or prefix else "none is"
+    none = f"{what} in the namespace {settings.namespace!r} (CARRY_NAMESPACE)"
+    hint = "" if progress.streams or progress.damaged else f": {none}"
+    typer.echo(f"backed up {_count(progress.streams)}{key_hint}{hint}", err=True)
+    if progress.damaged:
+        names = [f"{key.model}/{key.stream}" for key in progress.damaged[:SHOWN_STREAMS]]
+        more = len(progress.damaged) - len(names)
+        typer.echo(
+            f"carry: {len(progress.damaged):,} damaged streams are not in the backup: "
+            f"{', '.join(names)}{f' and {more:,} more' if more else ''}",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def restore(
+    file: File,
+    model: Model = None,
+    prefix: Prefix = "",
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Also roll back streams that have later positions; with --keys overwrite keys.",
+        ),
+    ] = False,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Also restore the access keys of `carry backup --keys`.")
+    ] = False,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write the streams of a backup into a store, which may have other partitions and servers.
+
+    A stream that the store has at a later position, or in another epoch, is kept, so that the
+    command can be repeated. If the store of the backup has had access keys, this one requires them.
+    """
+    from service.access.keys import AccessKeyError
+    from service.store.backup import BackupError, BackupReader, restore_backup
+
+    lines: list[str] = []
+    with (
+        open_settings(redis_url, data_dir, BackupError, AccessKeyError, create=True) as settings,
+        _open_input(file) as source,
+    ):
+        if source.seekable():
+            for _ in BackupReader(source):
+                pass  # the whole file is valid before anything is written
+            source.seek(0)
+        reader = BackupReader(source)
+
+        if keys and not reader.info.keys:
+            raise BackupError("the backup has no access keys; `carry backup --keys` includes them")
+
+        async def run(store: StateStore, report: Report) -> Progress:
+            # before the streams, so that no service answers for them without a key
+            lines.extend(await _restore_keys(store, reader.info.keys, keys, replace))
+            return await restore_backup(
+                store, reader, model=model, prefix=prefix, replace=replace, report=report
+            )
+
+        progress = _run(settings, "restoring", run)
+    kept = f", kept {progress.kept:,} that the store has already" if progress.kept else ""
+    typer.echo(f"restored {_count(progress.streams)}{kept}", err=True)
+    for line in lines:
+        typer.echo(line, err=True)
+
+
+async def _restore_keys(
+    store: StateStore, keys: Mapping[str, bytes] | None, wanted: bool, replace: bool
+) -> list[str]:
+    """Write the access keys of a backup, or else mark the store as one that has had keys; returns
+    the lines to print.
+
+    Raises:
+        AccessKeyError: a key is invalid; none was written.
+    """
+    from service.access.keys import check_key_id, decode_key
+
+    if keys is None:
+        return []
+    version, stored = await store.access_keys(None) or (b"", {})
+    if not wanted:
+        if not version:
+            await store.write_access_keys({})
+        if stored:
+            return []
+        hint = ", or restore those of the backup with --keys" if keys else ""
+        return [f"requests need an access key, as before: `carry keys create NAME`{hint}"]
+    known = {check_key_id(key_id): decode_key(record) for key_id, record in keys.items()}
+    differing = [key_id for key_id in keys if stored.get(key_id) != keys[key_id]]
+    kept = [] if replace else [key_id for key_id in differing if key_id in stored]
+    written = {key_id: keys[key_id] for key_id in differing if key_id not in kept}
+    if written:
+        await store.write_access_keys(written)
+    return [
+        *(f"restored key {describe(key_id, known[key_id])}" for key_id in written),
+        *(f"kept key {key_id} as the store has it; --replace overwrites it" for key_id in kept),
+    ]
+
+
+def _count(streams: int) -> str:
+    return f"{streams:,} stream{'' if streams == 1 else 's'}"
+
+
+def _run(
+    settings: Settings,
+    description: str,
+    action: Callable[[StateStore, Report], Coroutine[Any, Any, Progress]],
+) -> Progress:
+    """Act on the store of the settings, and show the progress on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress as Display
+    from rich.progress import TextColumn, TimeElapsedColumn
+
+    from service.store.open import open_store
+    from service.store_settings import store_settings
+
+    columns = (TextColumn("{task.description} {task.completed:,} streams"), TimeElapsedColumn())
+    console = Console(stderr=True)
+
+    async def run() -> Progress:
+        store = open_store(store_settings(settings))
+        with Display(*columns, console=console, disable=not console.is_terminal) as display:
+            task = display.add_task(description, total=None)
+            try:
+                await store.start()
+                return await action(
+                    store, lambda done: display.update(task, completed=done.streams + done.kept)
+                )
+            finally:
+                await store.close()
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def _open_output(file: str, *, is_secret: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing, which replaces an earlier one only when it is complete.
+
+    A secret one may be read by its owner only. Its temporary name is random, since another backup
+    into the same file may be running.
+    """
+    if file == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    from service.store.backup import BackupError
+
+    target = Path(file)
+    if not target.parent.is_dir():
+        raise BackupError(f"{target.parent}: expected an existing folder for the backup")
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.incomplete")
+    try:
+        mode = 0o600 if is_secret else 0o666
+        with open(temporary, "xb", opener=partial(os.open, mode=mode)) as output:
+            yield output
+            output.flush()
+            os.fsync(output.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_input(file: str) -> Iterator[BinaryIO]:
+    if file == "-":
+        yield sys.stdin.buffer
+        return
+    with Path(file).open("rb") as source:
+        yield source

@@ -1,0 +1,112 @@
+"""`carry capacity`: what a number of a model's streams needs, by the formula of `capacity`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from models.artifact.artifact import Artifact
+
+GIB = 2**30
+ORDERS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def capacity(
+    model: Annotated[
+        str, typer.Argument(help="A served model's name, or the directory of an artifact.")
+    ],
+    streams: Annotated[int, typer.Option(min=1, help="How many streams there will be.")],
+    rate: Annotated[float, typer.Option(min=0, help="Events per second, of all streams.")] = 0.0,
+    chunk: Annotated[int, typer.Option(min=1, help="Events of a typical chunk.")] = 16,
+    name_chars: Annotated[int, typer.Option(min=1, help="Average length of a stream's name.")] = 16,
+    node_gib: Annotated[
+        float, typer.Option(min=0.1, help="Memory of one server of the store, in GiB.")
+    ] = 16.0,
+    chunks_per_core: Annotated[
+        float | None,
+        typer.Option(min=1, help="Measured chunks per second of a worker on one core."),
+    ] = None,
+) -> None:
+    """Print the memory, the workers and the servers that a number of streams needs."""
+    from models.errors import ModelsError
+    from service.commands import capacity as formula
+    from service.settings import Settings, SettingsError
+
+    try:
+        settings = Settings.load({})
+        artifact = _find(model, settings.models_dir)
+    except (ModelsError, SettingsError) as error:
+        typer.echo(f"carry: {error}", err=True)
+        raise typer.Exit(1) from error
+    chunks_per_s = rate / chunk
+    state, reply_bytes = artifact.state, 4 * chunk * artifact.outputs.size
+    prefix = f"{settings.namespace}{{p0000}}:s:{artifact.spec.name}:"
+    planned = formula.Streams(
+        count=streams,
+        state_bytes=4 * state.float_size + 8 * state.int_size,
+        name_chars=name_chars,
+        prefix_chars=len(prefix),
+        reply_bytes=reply_bytes if reply_bytes <= settings.reply_max_bytes else 0,
+        replies=min(streams, round(chunks_per_s * settings.reply_ttl_s)) if rate else streams,
+        idle_ttl=settings.idle_ttl_s > 0,
+    )
+    cache_bytes = formula.cache_bytes(planned)
+    per_core = chunks_per_core or formula.CHUNKS_PER_S
+    rows = [
+        ("model", f"{artifact.spec.name}, version {artifact.version}"),
+        ("raw state", f"{planned.state_bytes:,} bytes"),
+        ("stored replies", f"{planned.replies:,} of {planned.reply_bytes:,} bytes"),
+    ]
+    for server in ("valkey", "redis"):
+        data_bytes = formula.stored_bytes(planned, server)
+        servers = formula.primaries(data_bytes, node_gib * GIB, chunks_per_s)
+        rows += [
+            (f"{server}: data", f"{_size(data_bytes)}, {data_bytes / streams:,.0f} bytes a stream"),
+            (f"{server}: memory", _size(formula.COPY_FACTOR * data_bytes)),
+            (f"{server}: primaries", f"{servers:,} of {node_gib:g} GiB"),
+        ]
+    rows.append(("state cache", f"{_size(cache_bytes)} in each worker holds every state"))
+    if rate:
+        rows.append(
+            (
+                "workers",
+                f"{formula.workers(chunks_per_s, per_core):,}, each on a core, for "
+                f"{chunks_per_s:,.0f} chunks/s at {formula.UTILIZATION:.0%} of {per_core:,.0f}",
+            )
+        )
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:{width}}  {value}")
+
+
+def _find(model: str, directory: Path) -> Artifact:
+    """The artifact of a path, or of a name among the served models.
+
+    Raises:
+        ModelsError: there is none.
+    """
+    from models.artifact.artifact import load_artifact
+    from models.errors import ArtifactError
+    from service.app import load_models
+
+    if os.sep in model or Path(model).is_dir():
+        return load_artifact(Path(model))
+    found = {artifact.spec.name: artifact for artifact in load_models(directory)}
+    if model not in found:
+        raise ArtifactError(
+            f"expected one of the models {sorted(found)} of {directory}, or the path of an "
+            f"artifact, got {model!r}"
+        )
+    return found[model]
+
+
+def _size(size: float) -> str:
+    """A number of bytes for people."""
+    for unit_bytes, unit in ORDERS:
+        if size >= unit_bytes:
+            return f"{size / unit_bytes:.1f} {unit}"
+    return f"{size:.0f} bytes"

@@ -1,0 +1,45 @@
+"""Generates the tables of settings in `docs/reference/settings.md`.
+
+python -m service.commands.settings_reference        prints them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from service.settings import PREFIX, Settings
+
+BASIC: Final = (
+    *("host", "port", "require_keys", "workers", "models_dir", "redis_url", "redis_password_file"),
+    *("data_dir", "durability", "lame_duck_s", "log_level", "log_format"),
+)
+"""Settings that most deployments choose; the others are advanced."""
+
+
+def settings_tables() -> str:
+    """Make Markdown tables of the basic and the advanced settings: variable, default, meaning."""
+    advanced = (name for name in Settings.model_fields if name not in BASIC)
+    return f"## Basic settings\n\n{_table(BASIC)}\n\n## Advanced settings\n\n{_table(advanced)}"
+
+
+def _table(names: Iterable[str]) -> str:
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for name in names:
+        field = Settings.model_fields[name]
+        meaning = " ".join((field.description or "").split())
+        rows.append(f"| `{PREFIX}{name.upper()}` | {_default(field.default)} | {meaning} |")
+    return "\n".join(rows)
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, Path) and value.is_absolute():
+        return "the pretrained models"
+    return f"`{value}`"
+
+
+if __name__ == "__main__":
+    print(settings_tables())

@@ -1,0 +1,429 @@
+"""Prometheus metrics: counters, gauges and histograms of the pipeline and the API.
+
+A single process keeps its values in memory. Several workers keep theirs in files under
+`PROMETHEUS_MULTIPROC_DIR`, which the parent process sets before it starts them, and the worker that
+is scraped renders the sum. Label values are bounded: a model that is not served, or an address that
+is no route, is counted as `-`, so that clients cannot create series.
+`docs/reference/metrics.md` describes each metric.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import threading
+from collections import Counter as Tally
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client import values as prometheus_values
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.values import MultiProcessValue, MutexValue
+
+from service.core.errors import CarryError, ServiceFailure
+from service.core.memo import Memo
+from service.core.values import Timing
+from service.pipeline.recorder import ModelStatistics
+from service.telemetry.rejections import KeyRejections
+from service.telemetry.request_lines import GRPC, WEBSOCKET
+
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+UNKNOWN = "-"
+METHODS = frozenset(("DELETE", "GET", GRPC, "HEAD", "OPTIONS", "PATCH", "POST", "PUT", WEBSOCKET))
+"""Methods of requests that have series of their own."""
+
+FLUSH_INTERVAL_S = 1.0
+"""How long the values of batches and requests are collected before they are added to their series;
+a worker that is killed loses those of the last interval."""
+
+SECONDS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10,
+)  # fmt: skip
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+STAGES = ("queue", "load", "infer", "commit")
+
+RESTARTS = "carry_worker_restarts"
+RESTARTS_HELP = "Workers that exited and were started again."
+
+_STATISTICS = (
+    "carry_chunks_total",
+    "carry_batch_rows_count",
+    "carry_refusals_total",
+    "carry_chunk_stage_seconds_sum",
+)
+"""The samples that `statistics` adds up."""
+
+
+class _PendingValues(msgspec.Struct):
+    """What was recorded for one model and is not yet in its metrics.
+
+    Attributes:
+        chunks: for the committed chunks of each batch, the sum of their steps, how long each was
+            queued, and the times that they share.
+        lookups: for each batch, its hits and misses in the state cache.
+        calls: for each call of the runtime, its rows, steps, padded steps and seconds.
+    """
+
+    chunks: list[tuple[int, Sequence[float], Timing]]
+    lookups: list[tuple[int, int]]
+    calls: list[tuple[int, int, int, float]]
+
+
+class PrometheusRecorder:
+    """Recorder of Prometheus metrics (`service.pipeline.recorder.Recorder`); one per process.
+
+    What is recorded for every batch and request is collected and added to its series once per
+    interval, since each addition by itself would cost as much as a tenth of a chunk. Use from the
+    event loop only.
+
+    Attributes:
+        registry: holds the metrics of this process; others may add theirs.
+        rejections: counts those of access keys.
+    """
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        disable_created_metrics()
+        self.registry = registry = CollectorRegistry()
+        self._served: set[str] = set()
+        model = ("model",)
+        self._chunks = Counter(
+            "carry_chunks", "Chunks processed and committed.", model, registry=registry
+        )
+        self._events = Counter(
+            "carry_events", "Events of the chunks committed.", model, registry=registry
+        )
+        self._replays = Counter(
+            "carry_replays", "Retries answered from the stored reply.", model, registry=registry
+        )
+        self._conflicts = Counter(
+            "carry_conflicts", "Version conflicts of commits.", model, registry=registry
+        )
+        self._refusals = Counter(
+            "carry_refusals",
+            "Requests, or items of a request, answered with a problem.",
+            ("model", "code"),
+            registry=registry,
+        )
+        self.rejections = KeyRejections(registry)
+        self._cache_hits = Counter(
+            "carry_cache_hits", "States found in a worker's memory.", model, registry=registry
+        )
+        self._cache_misses = Counter(
+            "carry_cache_misses", "States loaded from the store.", model, registry=registry
+        )
+        self._websockets = Gauge(
+            "carry_websocket_connections",
+            "Open WebSockets.",
+            model,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._watchers = Gauge(
+            "carry_watchers",
+            "Clients that watch the outputs of a stream.",
+            model,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._batch_rows = Histogram(
+            "carry_batch_rows", "Streams in a batch.", model, registry=registry, buckets=ROWS
+        )
+        self._batch_seconds = Histogram(
+            "carry_batch_seconds",
+            "Duration of one inference call.",
+            model,
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self._batch_steps = Counter(
+            "carry_batch_steps", "Steps of the chunks in a batch.", model, registry=registry
+        )
+        self._padded_steps = Counter(
+            "carry_batch_padded_steps",
+            "Steps computed by the network, including padding.",
+            model,
+            registry=registry,
+        )
+        self._stages = Histogram(
+            "carry_chunk_stage_seconds",
+            "Time of a committed chunk in each stage.",
+            ("model", "stage"),
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self._request_seconds = Histogram(
+            "carry_request_seconds",
+            "Duration of requests.",
+            ("method", "route", "status"),
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self._durations: dict[tuple[str, str | None, int], list[float]] = {}
+        self._collected: list[tuple[list[Any], Callable[[list[Any]], None]]] = []
+        self._flush_timer: asyncio.TimerHandle | None = None
+        # two flushes at once would add the same values twice, and drop later ones
+        self._flushing = threading.Lock()
+        self._models = Gauge(
+            "carry_model_info",
+            "The models served; always 1.",
+            ("model", "version", "runtime"),
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._max_rows = Gauge(
+            "carry_batch_max_rows",
+            "Most streams in a batch.",
+            model,
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        # the parent process counts them
+        Counter(RESTARTS, RESTARTS_HELP, registry=registry)
+        Gauge(
+            "carry_build_info",
+            "The service's build; always 1.",
+            ("version", "python"),
+            registry=registry,
+            multiprocess_mode="livemax",
+        ).labels(version("carry"), platform.python_version()).set(1)
+        if not os.environ.get(MULTIPROCESS_DIR):
+            ProcessCollector(registry=registry)
+            GCCollector(registry=registry)
+        # Looking up a child takes a lock, a tuple and a dict.
+        self._pending: Memo[str, _PendingValues] = Memo(self._collect_values)
+        self._refused = lru_cache(maxsize=None)(self._refusals.labels)
+
+    def model(self, name: str, version: str, runtime: str, max_rows: int) -> None:
+        """Register a model that is served, in batches of so many streams; its series start at
+        zero."""
+        self._served.add(name)
+        self._max_rows.labels(name).set(max_rows)
+        self._models.labels(name, version, runtime).set(1)
+        self._pending[name]
+        for each in (self._replays, self._conflicts):
+            each.labels(name)
+        self._websockets.labels(name).set(0)
+        self._watchers.labels(name).set(0)
+        for code in codes_of(ServiceFailure):
+            # an alert on an increase does not see one from no series to 1
+            self._refused(name, code)
+
+    def _collect_values(self, model: str) -> _PendingValues:
+        counters = self._chunks, self._events, self._cache_hits, self._cache_misses
+        chunks, events, hits, misses = [counter.labels(model) for counter in counters]
+        rows, seconds = self._batch_rows.labels(model), self._batch_seconds.labels(model)
+        steps, padded = self._batch_steps.labels(model), self._padded_steps.labels(model)
+        queue, *shared = [self._stages.labels(model, stage) for stage in STAGES]
+
+        def add_chunks(recorded: list[tuple[int, Sequence[float], Timing]]) -> None:
+            counts = [len(queue_s) for _, queue_s, _ in recorded]
+            chunks.inc(sum(counts))
+            events.inc(sum([length for length, *_ in recorded]))
+            observe_all(queue, [time_s for _, queue_s, _ in recorded for time_s in queue_s])
+            shared_s = [(timing.load_s, timing.infer_s, timing.commit_s) for *_, timing in recorded]
+            for stage, times_s in zip(shared, zip(*shared_s, strict=True), strict=True):
+                observe_all(stage, np.repeat(times_s, counts).tolist())
+
+        def add_lookups(recorded: list[tuple[int, int]]) -> None:
+            for counter, values in zip((hits, misses), zip(*recorded, strict=True), strict=True):
+                counter.inc(sum(values))
+
+        def add_calls(recorded: list[tuple[int, int, int, float]]) -> None:
+            rows_of, steps_of, padded_of, seconds_of = zip(*recorded, strict=True)
+            observe_all(rows, rows_of)
+            observe_all(seconds, seconds_of)
+            steps.inc(sum(steps_of))
+            padded.inc(sum(padded_of))
+
+        pending = _PendingValues([], [], [])
+        adders = (pending.chunks, add_chunks), (pending.lookups, add_lookups)
+        self._collected += [*adders, (pending.calls, add_calls)]
+        return pending
+
+    def _flush_soon(self) -> None:
+        """Start the timer of the next flush; without an event loop, flush at once."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._flush_batches()
+        else:
+            self._flush_timer = loop.call_later(FLUSH_INTERVAL_S, self.flush_requests)
+
+    def record_chunks(
+        self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
+    ) -> None:
+        """Record the committed chunks of one batch: the sum of their steps, how long each waited,
+        and the times that they share."""
+        self._pending[model].chunks.append((steps, queue_s, timing))
+        if self._flush_timer is None:
+            self._flush_soon()
+
+    def record_replay(self, model: str) -> None:
+        """Count a retry that is answered from the stored reply."""
+        self._replays.labels(model).inc()
+
+    def record_error(self, model: str, error: CarryError) -> None:
+        """Count a request, or an item of a request, that is answered with a problem."""
+        self._refused(model if model in self._served else UNKNOWN, error.code).inc()
+        if error.reason is not None:
+            self.rejections.record(error)
+
+    def record_conflict(self, model: str) -> None:
+        """Count a version conflict; the chunk is re-evaluated."""
+        self._conflicts.labels(model).inc()
+
+    def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
+        """Count the states of a batch that this worker's cache contains and lacks."""
+        self._pending[model].lookups.append((hits, misses))
+
+    def record_runtime_call(
+        self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
+    ) -> None:
+        """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
+        self._pending[model].calls.append((rows, steps, padded_steps, seconds))
+
+    def record_websockets(self, model: str, change: int) -> None:
+        """Add to the open WebSockets."""
+        self._websockets.labels(model).inc(change)
+
+    def record_watchers(self, model: str, change: int) -> None:
+        """Add to the clients that watch a stream."""
+        self._watchers.labels(model).inc(change)
+
+    def record_request(self, method: str, route: str | None, status: int, ms: float) -> None:
+        """Record a request of any transport."""
+        if self._flush_timer is None:
+            self._flush_soon()
+        self._durations.setdefault((method, route, status), []).append(ms)
+
+    def flush_requests(self) -> None:
+        """Add all that was collected to its series."""
+        self._flush_timer = None
+        self._flush_batches()
+        collected, self._durations = self._durations, {}
+        for (method, route, status), times_ms in collected.items():
+            known = method if route is not None and method in METHODS else UNKNOWN
+            child = self._request_seconds.labels(known, route or UNKNOWN, status)
+            observe_all(child, [ms / 1000 for ms in times_ms])
+
+    def _flush_batches(self) -> None:
+        """Add what was collected of batches to its series; from any thread."""
+        with self._flushing:
+            for values, add in self._collected:
+                if count := len(values):
+                    add(values[:count])
+                    del values[:count]
+
+    def render(self) -> bytes:
+        """Render the metrics of all workers in Prometheus' text format."""
+        self._flush_batches()
+        return generate_latest(self._of_all_workers())
+
+    def statistics(self) -> dict[str, ModelStatistics]:
+        """The totals of every served model, of all workers together.
+
+        Call it in a thread: it reads files where several workers share their numbers.
+        """
+        self._flush_batches()
+        totals: dict[str, Tally[str]] = {}
+        for metric in self._of_all_workers().collect():
+            for sample in metric.samples:
+                if sample.name in _STATISTICS:
+                    model, name = sample.labels["model"], sample.labels.get("stage", sample.name)
+                    totals.setdefault(model, Tally()).update({name: sample.value})
+        return {
+            model: ModelStatistics(
+                int(of_model["carry_chunks_total"]),
+                int(of_model["carry_batch_rows_count"]),
+                int(of_model["carry_refusals_total"]),
+                *[of_model[stage] for stage in STAGES],
+            )
+            for model, of_model in totals.items()
+        }
+
+    def _of_all_workers(self) -> CollectorRegistry:
+        directory = os.environ.get(MULTIPROCESS_DIR)
+        if not directory:
+            return self.registry
+        _drop_gauges_of_dead_workers(Path(directory))
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=directory)
+        return registry
+
+
+def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
+    """Observe several values, like `observe` of each, with one addition per affected bucket.
+
+    It adds to the library's own values, as `observe` does, and so works in multiprocess mode too.
+
+    Args:
+        histogram: a child, if the histogram has labels.
+    """
+    bounds, buckets = histogram._upper_bounds, histogram._buckets
+    histogram._sum.inc(sum(values))
+    indexes, counts = np.unique(np.searchsorted(bounds, values), return_counts=True)
+    for bucket, count in zip(indexes.tolist(), counts.tolist(), strict=True):
+        buckets[bucket].inc(count)
+
+
+def codes_of(kind: type[CarryError]) -> set[str]:
+    """The codes of an error and of those that derive from it."""
+    own = {kind.code} if kind.code else set()
+    return own.union(*map(codes_of, kind.__subclasses__()))
+
+
+def share_metrics(directory: str) -> None:
+    """Store the metrics of this process and its children in files of one directory, from which any
+    of them can report all; call it before the first metric is made."""
+    os.environ[MULTIPROCESS_DIR] = directory
+    # the library read the environment when it was imported
+    prometheus_values.ValueClass = MultiProcessValue()
+
+
+class WorkerRestarts:
+    """Counts the restarts of workers, in the process that starts them.
+
+    That process serves no metrics: it counts in a file of its own beside those of the workers, with
+    a class of values that its forks do not use. A service that started with one worker has no such
+    folder, and nothing reads its count.
+    """
+
+    def __init__(self) -> None:
+        name = f"{RESTARTS}_total"
+        kind = MultiProcessValue() if os.environ.get(MULTIPROCESS_DIR) else MutexValue
+        self._value = kind("counter", name, name, (), (), RESTARTS_HELP)
+
+    def count(self) -> None:
+        """Count one."""
+        self._value.inc(1)
+
+
+def _drop_gauges_of_dead_workers(directory: Path) -> None:
+    """Drop the gauges of workers that exited; their counters are kept."""
+    for file in directory.glob("gauge_live*_*.db"):
+        pid = int(file.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            mark_process_dead(pid, str(directory))
+        except PermissionError:
+            continue

@@ -1,0 +1,201 @@
+"""Metrics that are sampled once a second, at no cost to requests.
+
+Connections, requests in flight, queues, the state cache and the store count for themselves in plain
+attributes, and the sampler copies these into metrics. Every `COUNT_INTERVAL_S` it also counts the
+streams in the store, which takes bounded time (`service.store.redis.stream_count`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Collection, Mapping
+from typing import Final, NamedTuple
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from service.core.errors import CarryError, StoreRefused
+from service.pipeline.chunk_load import StateCache
+from service.store.base import StateStore
+from service.store.observation import StreamCount
+from service.telemetry.metrics import SECONDS, UNKNOWN, observe_all
+
+SAMPLE_INTERVAL_S: Final = 1.0
+COUNT_INTERVAL_S: Final = 30.0
+"""Time between two counts of the streams in the store; each worker counts."""
+
+log = structlog.get_logger(__name__)
+
+
+class TransportLoad(NamedTuple):
+    """Open connections of one transport, if they are known, and requests being answered."""
+
+    connections: int | None
+    requests: int
+
+
+Loads = Callable[[], Mapping[str, TransportLoad]]
+"""Returns the load of each transport."""
+
+
+class Sampler:
+    """Samples one worker; `start` and `stop` once each, inside its event loop."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        models: Collection[str],
+        store: StateStore,
+        cache: StateCache,
+        loads: Loads,
+        queue_depths: Callable[[], Mapping[str, int]],
+    ):
+        self._models = models
+        self._store = store
+        self._cache = cache
+        self._loads = loads
+        self._queue_depths = queue_depths
+        self._task: asyncio.Task[None] | None = None
+        self._count_at_s = 0.0
+        self._may_count = True
+        self._evictions: Tally[str] = Tally()
+        self._reconnects = 0
+        self._connections = Gauge(
+            "carry_connections",
+            "Open connections of clients.",
+            ("transport",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._requests = Gauge(
+            "carry_requests_in_flight",
+            "Requests that are being answered.",
+            ("transport",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._queue = Gauge(
+            "carry_queue_depth",
+            "Chunks waiting for a batch.",
+            ("model",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._cache_bytes = Gauge(
+            "carry_cache_bytes",
+            "Memory of the states in the workers' caches.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._cache_evictions = Counter(
+            "carry_cache_evictions",
+            "States evicted from a worker's cache.",
+            ("model",),
+            registry=registry,
+        )
+        self._store_up = Gauge(
+            "carry_store_up",
+            "Whether the store accepts commits.",
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._store_servers = Gauge(
+            "carry_store_servers",
+            "Primaries of the store, by whether they accept commits.",
+            ("state",),
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self._store_memory = Gauge(
+            "carry_store_memory_ratio",
+            "Share of its maxmemory that the fullest primary of the store uses.",
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self._store_reconnects = Counter(
+            "carry_store_reconnects", "Connections to the store opened again.", registry=registry
+        )
+        self._round_trips = Histogram(
+            "carry_store_round_trip_seconds",
+            "Time between a command to the store and its reply.",
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self._streams, self._live_streams, self._state_bytes = (
+            Gauge(name, text, ("model",), registry=registry, multiprocess_mode="livemostrecent")
+            for name, text in (
+                ("carry_streams", "Streams in the store."),
+                ("carry_live_streams", "Streams with a chunk in the last five minutes."),
+                ("carry_state_bytes", "Bytes of the states in the store."),
+            )
+        )
+        for model in models:
+            self._cache_evictions.labels(model)
+            self._queue.labels(model).set(0)
+
+    def start(self) -> None:
+        """Sample from now on."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Stop; before the store is closed."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            self.sample()
+            if self._may_count and time.monotonic() >= self._count_at_s:
+                await self._count()
+                self._count_at_s = time.monotonic() + COUNT_INTERVAL_S
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
+
+    def sample(self) -> None:
+        """Copy everything that is counted in memory."""
+        for transport, load in self._loads().items():
+            if load.connections is not None:
+                self._connections.labels(transport).set(load.connections)
+            self._requests.labels(transport).set(load.requests)
+        for model, depth in self._queue_depths().items():
+            self._queue.labels(model).set(depth)
+        self._cache_bytes.set(self._cache.size_bytes)
+        for model, count in self._cache.evictions.items():
+            if added := count - self._evictions[model]:
+                self._evictions[model] = count
+                self._cache_evictions.labels(model).inc(added)
+        telemetry = self._store.telemetry
+        self._store_up.set(telemetry.is_up)
+        self._store_servers.labels("up").set(telemetry.servers_up)
+        self._store_servers.labels("down").set(telemetry.servers_down)
+        self._store_memory.set(telemetry.memory_ratio)
+        self._store_reconnects.inc(telemetry.reconnects - self._reconnects)
+        self._reconnects = telemetry.reconnects
+        if telemetry.round_trips_s:
+            observe_all(self._round_trips, list(telemetry.round_trips_s))
+            telemetry.round_trips_s.clear()
+
+    async def _count(self) -> None:
+        try:
+            counts = await self._store.count_streams()
+        except StoreRefused as error:
+            self._may_count = False
+            log.warning("streams_not_counted", reason=error.detail)
+        except CarryError:
+            # the metrics of the store say that it is unavailable
+            return
+        else:
+            self.record_streams(counts)
+
+    def record_streams(self, counts: Mapping[str, StreamCount]) -> None:
+        """Record the streams of each model; those of models that are not served together."""
+        totals = {model: StreamCount() for model in (*self._models, UNKNOWN)}
+        for model, count in counts.items():
+            name = model if model in self._models else UNKNOWN
+            totals[name] = StreamCount(*map(sum, zip(totals[name], count, strict=True)))
+        for model, (streams, live, state_bytes) in totals.items():
+            self._streams.labels(model).set(round(streams))
+            self._live_streams.labels(model).set(round(live))
+            self._state_bytes.labels(model).set(round(state_bytes))

@@ -1,0 +1,164 @@
+"""Traces by OpenTelemetry: a span of each sampled request, and of each batch that serves one.
+
+    request                   of every transport; a child of the caller's span, if it sent one
+      batch                   a child of the first of its traced requests, linked to each of them
+        load, infer, commit
+
+A batch serves many requests, so its span cannot be a child of each: it has links instead. It is in
+the trace of one of them, so that with little sampling every traced request shows its batch. Its
+spans are made when it has ended, from times that it takes anyway: an untraced batch costs nothing.
+
+Sampling, exporter and resource are those of the standard variables `OTEL_...`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from service.core.tracing import BatchTimes, RequestSpan
+from service.telemetry.request_lines import GRPC, request_facts
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+SCOPE: Final = "carry"
+ERROR_STATUS: Final = 500
+"""HTTP statuses from here on, and gRPC's below, are errors of the service."""
+
+_GRPC_ERRORS: Final = (2, 4, 13, 14, 15)
+
+
+def open_tracer() -> OtelTracer:
+    """The tracer that exports by OTLP over HTTP, in a thread of its own."""
+    # of an extra: not installed with the service
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    attributes = {"service.name": SCOPE, "service.version": version("carry")}
+    provider = TracerProvider(resource=Resource(attributes).merge(OTELResourceDetector().detect()))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return OtelTracer(provider)
+
+
+class _Request(NamedTuple):
+    """The span of a request (`RequestSpan`)."""
+
+    tracer: OtelTracer
+    span: Any
+    trace_id: str
+
+    def end(
+        self,
+        method: str,
+        route: str | None,
+        status: int,
+        *,
+        request_id: str,
+        model: str | None,
+        stream: str | None,
+        code: str | None,
+        received_bytes: int,
+        sent_bytes: int,
+    ) -> None:
+        """End it; once."""
+        span = self.span
+        if method == GRPC:
+            service, _, name = (route or "").strip("/").partition("/")
+            span.update_name(f"{service}/{name}")
+            attributes: dict[str, Any] = {
+                "rpc.system": "grpc",
+                "rpc.service": service,
+                "rpc.method": name,
+                "rpc.grpc.status_code": status,
+            }
+            is_error = status in _GRPC_ERRORS
+        else:
+            span.update_name(f"{method} {route}" if route else method)
+            attributes = {"http.request.method": method, "http.response.status_code": status}
+            if route:
+                attributes["http.route"] = route
+            is_error = status >= ERROR_STATUS
+        known = {
+            "carry.request_id": request_id,
+            "carry.model": model,
+            "carry.stream": stream,
+            "error.type": code,
+            "http.request.body.size": received_bytes or None,
+            "http.response.body.size": sent_bytes or None,
+        }
+        attributes |= {name: value for name, value in known.items() if value is not None}
+        span.set_attributes(attributes)
+        if is_error:
+            span.set_status(self.tracer.error_status)
+        span.end()
+
+
+class OtelTracer:
+    """A `Tracer` over a provider of spans.
+
+    Attributes:
+        error_status: of a span whose request failed by the service's fault.
+    """
+
+    def __init__(self, provider: TracerProvider):
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._trace = trace
+        self._provider = provider
+        self._tracer = provider.get_tracer(SCOPE, version("carry"))
+        self._extract = TraceContextTextMapPropagator().extract
+        self.error_status = trace.StatusCode.ERROR
+
+    def close(self) -> None:
+        """Export what is left; once, and waits for it."""
+        self._provider.shutdown()
+
+    def start_request(self, headers: Mapping[str, str], began_s: float) -> RequestSpan | None:
+        """Start the span of a request; None if it is not sampled."""
+        from opentelemetry.context import Context
+
+        parent = self._extract(headers, Context()) if headers else Context()
+        span = self._tracer.start_span(
+            "request", parent, kind=self._trace.SpanKind.SERVER, start_time=_epoch_ns(began_s)
+        )
+        context = span.get_span_context()
+        if not span.is_recording():
+            return None
+        return _Request(self, span, f"{context.trace_id:032x}")
+
+    def current_span(self) -> RequestSpan | None:
+        """The span of the request that is being served in this context."""
+        facts = request_facts.get()
+        return None if facts is None else facts.span
+
+    def record_batch(
+        self, model: str, requests: Sequence[RequestSpan], chunks: int, times: BatchTimes
+    ) -> None:
+        """Record a batch with the spans of those of its requests that are sampled."""
+        spans: list[Any] = [each.span for each in requests if isinstance(each, _Request)]
+        batch = self._tracer.start_span(
+            "batch",
+            self._trace.set_span_in_context(spans[0]),
+            attributes={"carry.model": model, "carry.batch.chunks": chunks},
+            links=[self._trace.Link(span.get_span_context()) for span in spans],
+            start_time=_epoch_ns(times.batch[0]),
+        )
+        inside = self._trace.set_span_in_context(batch)
+        stages = {"load": times.load, "infer": times.infer, "commit": times.commit}
+        for name, stage in stages.items():
+            if stage is not None:
+                began_s, ended_s = stage
+                span = self._tracer.start_span(name, inside, start_time=_epoch_ns(began_s))
+                span.end(_epoch_ns(ended_s))
+        batch.end(_epoch_ns(times.batch[1]))
+
+
+def _epoch_ns(monotonic_s: float) -> int:
+    """A time of the monotonic clock as nanoseconds of the epoch."""
+    return time.time_ns() - round((time.monotonic() - monotonic_s) * 1e9)

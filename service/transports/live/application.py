@@ -1,0 +1,42 @@
+"""Live sockets of an application: the upgrader, and the addresses for requests without upgrade."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.core.errors import UpgradeRequired
+from service.server.http_protocol import HttpState
+from service.server.origins import parse_origins
+from service.telemetry.logs import RequestIds
+from service.transports.live.handshake import (
+    MODEL_ROUTE,
+    STREAM_ROUTE,
+    LiveUpgrader,
+)
+from service.transports.live.live_socket import SocketLimits
+from service.transports.v1.context import ApiContext, pipeline_of
+
+__all__ = ["SocketLimits", "add_live_sockets"]
+
+
+def add_live_sockets(app: FastAPI, limits: SocketLimits, origins: str = "") -> None:
+    """Serve the live sockets of an application that `create_api` made.
+
+    Args:
+        origins: allowed origins besides the service's own host, separated by commas; `*` allows
+            all.
+    """
+    api: ApiContext = app.state.api
+    state: HttpState = app.state.http
+    upgrader = LiveUpgrader(api, state.connections, RequestIds(), limits, parse_origins(origins))
+    app.state.http = state._replace(upgrader=upgrader)
+    for route in (STREAM_ROUTE, MODEL_ROUTE):
+        app.add_api_route(route, _require_upgrade, methods=["GET"], include_in_schema=False)
+
+
+async def _require_upgrade(request: Request) -> Response:
+    """Answer a request that reached HTTP: it is not the handshake of a WebSocket."""
+    pipeline_of(request)
+    raise UpgradeRequired("expected a WebSocket handshake, got an HTTP request")

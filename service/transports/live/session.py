@@ -1,0 +1,396 @@
+"""Chunks of one live socket: read, started in their order, and answered with frames.
+
+Each frame gets one outcome, a reply or an error; `stream_order` has the order of the chunks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any, Final
+
+from msgspec.structs import replace
+from structlog.contextvars import bound_contextvars
+
+from service.codec.limits import LONG_BYTES
+from service.codec.media import Media
+from service.codec.pieces import LONG_VALUES, encode_pieces
+from service.codec.reply_writer import EVERY_STEP, ReplyOptions
+from service.codec.validation_errors import Origin
+from service.core.errors import CarryError
+from service.core.tracing import RequestSpan
+from service.core.values import Chunk, Reply, StreamKey
+from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
+from service.telemetry.request_lines import CLIENT_DISCONNECTED, WEBSOCKET, log_request
+from service.transports.common.failure_log import log_failure, log_unexpected_failure
+from service.transports.common.stream_order import PendingChunk, StreamOrder
+from service.transports.live.frames import (
+    Frame,
+    FrameId,
+    error_frame,
+    read_frame,
+    read_long_frame,
+    reply_frame,
+    split_frame,
+)
+from service.transports.v1.context import ApiContext, ModelCodec
+from service.transports.v1.problems import status_of
+
+ENVELOPE: Final = ("id", "if_match")
+"""The members of a frame besides those of a chunk's body."""
+ENVELOPE_OF_MANY: Final = (*ENVELOPE, "stream")
+"""The same on a socket for many streams."""
+
+Send = Callable[[Media, bytes], None]
+
+
+class Entry(PendingChunk):
+    """A chunk that has not been answered.
+
+    Attributes:
+        deadline_s: when its client stops waiting, on the monotonic clock.
+        chunk: None until the body is read.
+        job: the chunk in the pipeline, until it has a result.
+        span: that of a chunk that is traced.
+        is_recorded: whether its outcome was counted.
+        outcome: the frame to send, once it is known.
+    """
+
+    __slots__ = (
+        "chunk",
+        "deadline_s",
+        "frame_id",
+        "is_recorded",
+        "job",
+        "media",
+        "received_bytes",
+        "span",
+    )
+
+    outcome: bytes | None
+
+    def __init__(
+        self,
+        frame_id: FrameId | None,
+        media: Media,
+        stream: str,
+        deadline_s: float,
+        received_bytes: int,
+    ):
+        super().__init__(stream)
+        self.received_bytes = received_bytes
+        self.frame_id = frame_id
+        self.media = media
+        self.deadline_s = deadline_s
+        self.chunk: Chunk | None = None
+        self.job: Enqueued | None = None
+        self.span: RequestSpan | None = None
+        self.is_recorded = False
+
+
+class Session:
+    """The chunks of one socket.
+
+    Args:
+        pipeline: as the client may use it.
+        stream: the stream of the socket; None if each frame names its own.
+        timeout_s: deadline of each chunk, from the receipt of its frame.
+        route: the address of the socket, with the names of its parameters.
+        propagated: the headers of the handshake that carry the trace of the caller.
+        send: sends a frame.
+        on_progress: called when chunks have been answered, or a long frame has been read.
+        on_end: called when the client may not use the pipeline any more.
+
+    Attributes:
+        model, stream: as above.
+        is_reading: whether a long frame is being read; no other may be received meanwhile.
+        chunks, errors: number of frames received, and of those answered with an error.
+    """
+
+    __slots__ = (
+        "_api",
+        "_envelope",
+        "_forget",
+        "_is_open",
+        "_on_end",
+        "_on_progress",
+        "_options",
+        "_order",
+        "_pipeline",
+        "_propagated",
+        "_request_id",
+        "_route",
+        "_send",
+        "_tasks",
+        "_timeout_s",
+        "chunks",
+        "errors",
+        "is_reading",
+        "model",
+        "stream",
+    )
+
+    def __init__(
+        self,
+        api: ApiContext,
+        pipeline: PipelineInterface,
+        model: str,
+        stream: str | None,
+        *,
+        options: ReplyOptions,
+        timeout_s: float,
+        request_id: bytes,
+        route: str,
+        propagated: Mapping[str, str],
+        send: Send,
+        on_progress: Callable[[], None],
+        on_end: Callable[[CarryError], None],
+    ):
+        self._api = api
+        self._pipeline = pipeline
+        self.model = model
+        self.stream = stream
+        self._options = options
+        self._timeout_s = timeout_s
+        self._request_id = request_id.decode()
+        self._route = route
+        self._propagated = propagated
+        self._send = send
+        self._on_progress = on_progress
+        self._on_end = on_end
+        self._forget: Callable[[], None] = lambda: None
+        self._envelope = ENVELOPE_OF_MANY if stream is None else ENVELOPE
+        self._order: StreamOrder[Entry] = StreamOrder(
+            self._begin, self._resolve, self._release, overlaps=True
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_open = False
+        self.is_reading = False
+        self.chunks = 0
+        self.errors = 0
+
+    def open(self) -> None:
+        """Count the socket as open; once."""
+        self._is_open = True
+        self._forget = self._api.access.notify_end(self._pipeline, self._on_end)
+        self._api.recorder.record_websockets(self.model, 1)
+
+    def close(self) -> None:
+        """The connection ended."""
+        self.cancel()
+        self._forget()
+        if self._is_open:
+            self._is_open = False
+            self._api.recorder.record_websockets(self.model, -1)
+
+    @property
+    def unanswered(self) -> int:
+        """The number of chunks that have not been answered."""
+        return self._order.unanswered
+
+    def receive(self, media: Media, data: bytes | bytearray) -> None:
+        """Start the chunk of a frame, or answer what is wrong with it."""
+        self.chunks += 1
+        deadline_s = time.monotonic() + self._timeout_s
+        entry: Entry | None = None
+        if self.stream is not None:
+            entry = self._order.add(Entry(None, media, self.stream, deadline_s, len(data)))
+        frame_id = None
+        try:
+            is_long = len(data) >= LONG_BYTES
+            frame = read_long_frame(media, data) if is_long else read_frame(media, data)
+            frame_id = frame.id
+            codec = self._api.codec(self._pipeline.model(self.model))
+            if entry is None and (not is_long or frame.has("stream")):
+                entry = self._order.add(
+                    Entry(frame_id, media, frame.stream(), deadline_s, len(data))
+                )
+            if entry is not None:
+                entry.frame_id = frame_id
+                self._check_admission(entry)
+            if is_long or entry is None:
+                self.is_reading = True
+                self._run(self._read_long(codec, entry, frame, deadline_s))
+                return
+            precondition = frame.precondition()
+            body, origin = frame.body(self._envelope), Origin(beside=self._envelope)
+            chunk = codec.reader.chunk(body, media, entry.stream, precondition, origin)
+        except CarryError as error:
+            self._reject(media, frame_id, entry, error)
+        except Exception as error:
+            self._reject(media, frame_id, entry, log_unexpected_failure(error))
+        else:
+            self._start_in_order(entry, chunk)
+
+    def cancel(self) -> None:
+        """Drop the chunks of a client that disconnected, unless they are already in a batch."""
+        for task in self._tasks:
+            task.cancel()
+        for entry in self._order:
+            if entry.job is not None:
+                self._pipeline.cancel(entry.job)
+            self._record(entry, CLIENT_DISCONNECTED)
+        self._order.clear()
+
+    def _check_admission(self, entry: Entry) -> None:
+        """Reject a chunk that has to wait too long: before its body is read, and again before it
+        is queued, since others may have been queued meanwhile.
+
+        Raises:
+            Overloaded
+        """
+        key = StreamKey(self.model, entry.stream)
+        left_s = entry.deadline_s - time.monotonic()
+        rejection = self._pipeline.check_admission(self.model, key, left_s)
+        if rejection is not None:
+            raise rejection.copy()
+
+    async def _read_long(
+        self, codec: ModelCodec, entry: Entry | None, frame: Frame, deadline_s: float
+    ) -> None:
+        """Read a long frame in blocks, and start its chunk.
+
+        Args:
+            entry: None if the stream is not among the leading members.
+        """
+        media, envelope = frame.media, self._envelope
+        try:
+            async with self._api.long_bodies.admit(frame.data, deadline_s) as checkpoint:
+                split = await codec.long.split_chunk(
+                    memoryview(frame.data), media, envelope, checkpoint
+                )
+                frame = split_frame(frame, split, envelope)
+                if entry is None:
+                    entry = self._order.add(
+                        Entry(frame.id, media, frame.stream(), deadline_s, len(frame.data))
+                    )
+                    self._check_admission(entry)
+                precondition = frame.precondition()
+                chunk = await codec.long.chunk_of(
+                    split, media, checkpoint, entry.stream, precondition, envelope
+                )
+        except CarryError as error:
+            self._reject(media, frame.id, entry, error)
+        except Exception as error:
+            self._reject(media, frame.id, entry, log_unexpected_failure(error))
+        else:
+            entry.frame_id = frame.id
+            self._start_in_order(entry, chunk)
+        finally:
+            self.is_reading = False
+        self._on_progress()
+
+    def _start_in_order(self, entry: Entry, chunk: Chunk) -> None:
+        if self._api.tracer is not None:
+            began_s = entry.deadline_s - self._timeout_s
+            entry.span = self._api.tracer.start_request(self._propagated, began_s)
+            chunk = replace(chunk, span=entry.span)
+        entry.chunk = chunk
+        entry.appends = chunk.position is None
+        self._order.set_ready(entry)
+
+    def _begin(self, entry: Entry) -> None:
+        """Hand a chunk to the pipeline."""
+        if entry.chunk is None:
+            raise RuntimeError("a chunk that was not read cannot start")
+        try:
+            self._check_admission(entry)
+        except CarryError as error:
+            self._resolve(entry, error)
+            return
+        on_result = partial(self._on_result, entry)
+        entry.job = self._pipeline.enqueue(entry.chunk, entry.deadline_s, on_result)
+
+    def _on_result(self, entry: Entry, result: Reply | CarryError) -> None:
+        entry.job = None
+        if not self._order.is_cleared:
+            self._resolve(entry, result)
+            self._on_progress()
+
+    def _reject(
+        self, media: Media, frame_id: FrameId | None, entry: Entry | None, error: CarryError
+    ) -> None:
+        """Answer a frame that is not a chunk; without an entry, its stream is not known."""
+        if entry is None:
+            self._send(media, self._error_frame(media, frame_id, error, None))
+        else:
+            entry.frame_id = frame_id
+            self._resolve(entry, error)
+
+    def _resolve(self, entry: Entry, result: Reply | CarryError) -> None:
+        """Encode an outcome, and send it when it is its turn."""
+        if isinstance(result, CarryError):
+            if entry.chunk is None or not entry.chunk.dry_run:
+                self._order.record_result(entry, failed=True)
+            frame = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
+            self._record(entry, status_of(result), len(frame), result)
+            self._order.answer(entry, frame)
+            return
+        if not result.dry_run:
+            self._order.record_result(entry, failed=False)
+        codec = self._api.codec(self._pipeline.model(self.model))
+        is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES[entry.media]
+        if is_short and self._options == EVERY_STEP:
+            reply = codec.writer.reply_bytes(result, entry.media)
+            self._answer(entry, reply)
+        else:
+            self._run(self._write_in_pieces(codec, entry, result))
+
+    async def _write_in_pieces(self, codec: ModelCodec, entry: Entry, reply: Reply) -> None:
+        """Encode a reply in pieces, while the event loop runs."""
+        pieces = []
+        for piece in encode_pieces(entry.media, codec.writer.reply(reply, self._options)):
+            pieces.append(piece)
+            await asyncio.sleep(0)
+        self._answer(entry, b"".join(pieces))
+        self._on_progress()
+
+    def _answer(self, entry: Entry, reply: bytes) -> None:
+        """Send an encoded reply when it is its turn."""
+        frame = reply_frame(entry.media, entry.frame_id, reply)
+        self._record(entry, 200, len(frame))
+        self._order.answer(entry, frame)
+
+    def _record(
+        self, entry: Entry, status: int, sent_bytes: int = 0, error: CarryError | None = None
+    ) -> None:
+        """Count an outcome, once, and end its span; only an error has a line in the log."""
+        if entry.is_recorded:
+            return
+        entry.is_recorded = True
+        received_s = entry.deadline_s - self._timeout_s
+        log_request(
+            self._request_id,
+            WEBSOCKET,
+            self._route,
+            status,
+            round((time.monotonic() - received_s) * 100_000) / 100,
+            model=self.model,
+            stream=entry.stream,
+            code=None if error is None else error.code,
+            key=self._pipeline.key_id,
+            reason=None if error is None else error.reason,
+            received_bytes=entry.received_bytes,
+            sent_bytes=sent_bytes,
+            span=entry.span,
+            has_line=error is not None,
+        )
+
+    def _release(self, entry: Entry) -> None:
+        self._send(entry.media, entry.outcome or b"")
+
+    def _error_frame(
+        self, media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None
+    ) -> bytes:
+        self.errors += 1
+        self._api.recorder.record_error(self.model, error)
+        with bound_contextvars(request_id=self._request_id):
+            log_failure(error)
+            return error_frame(media, frame_id, error, stream)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,186 @@
+"""Watching a stream that others feed: its outputs as server-sent events.
+
+The `id` of an event is the position up to which the client has all that can be delivered, so that a
+browser that reconnects continues there (`Last-Event-ID`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from service.access.principal import Verb
+from service.codec.field_rules import MAX_POSITION
+from service.codec.media import Media, dumps
+from service.codec.pieces import encode_pieces
+from service.codec.reply_writer import (
+    EVERY_STEP,
+    REPLY_PARAMETERS,
+    ReplyOptions,
+)
+from service.core.errors import InvalidInput
+from service.core.values import StreamHead, StreamKey
+from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
+from service.server.http_protocol import HttpState
+from service.transports.v1.context import ModelCodec, api_of, pipeline_of
+from service.transports.v1.openapi import operations
+from service.transports.v1.request_fields import query, stream_name
+from service.transports.v1.routes.routing import ChunkRoute, ModelPath, StreamPath
+
+ROUTE: Final = "/v1/models/{model}/streams/{stream}/outputs"
+HEARTBEAT_S: Final = 15.0
+"""Time between two comments if nothing happens."""
+
+RETRY_MS: Final = 1000
+WRITE_BYTES: Final = 16 * 1024
+"""Maximum bytes written before the client has to read again."""
+
+LAST_EVENT_ID: Final = "last-event-id"
+_HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
+_is_position = re.compile(r"[0-9]{1,19}", re.ASCII).fullmatch
+
+
+def add_watching(app: FastAPI, watches: Watches) -> None:
+    """Serve the outputs of streams to watchers, in an application that `create_api` made."""
+    state: HttpState = app.state.http
+    state.connections.on_drain.append(watches.drain)
+    encoding = asyncio.Lock()
+
+    async def watch_outputs(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+        """Stream the outputs of a stream, from now on or from a position."""
+        pipeline = pipeline_of(request)
+        pipeline.require(Verb.WATCH, model=model, stream=stream)
+        api = api_of(request)
+        codec = api.codec(pipeline.model(model))
+        key = StreamKey(codec.served.name, stream_name(stream))
+        parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
+        start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))
+        options = codec.writer.options(parameters) if parameters else EVERY_STEP
+        async with AsyncExitStack() as stack:
+            watch = await stack.enter_async_context(watches.watch(key, start))
+            stack.callback(api.access.notify_end(pipeline, watch.end))
+            events = _EventWriter(codec, key, options, encoding).encode(watch)
+            return _WatchResponse(events, stack.pop_all())
+
+    app.router.add_api_route(
+        ROUTE,
+        watch_outputs,
+        methods=["GET"],
+        tags=["streams"],
+        summary="Watch the outputs of a stream",
+        response_class=StreamingResponse,
+        route_class_override=ChunkRoute,
+        **operations.OUTPUTS,
+    )
+
+
+class _WatchResponse(StreamingResponse):
+    """The events of a watch, which ends with the response.
+
+    A client may disconnect before the first event is asked for: then its iterator never runs, and
+    cannot end the watch itself.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], watch: AsyncExitStack):
+        super().__init__(events, headers=_HEADERS, media_type="text/event-stream")
+        self._watch = watch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until the watch ends or the client disconnects."""
+        async with self._watch:
+            await super().__call__(scope, receive, send)
+
+
+def _start(parameter: str | None, last_event_id: str | None) -> int | None:
+    """The position from which outputs are wanted; that of a reconnecting client comes first.
+
+    Raises:
+        InvalidInput
+    """
+    for at, text in (("Last-Event-ID", last_event_id), ("?from", parameter)):
+        if text:
+            if not _is_position(text) or int(text) > MAX_POSITION:
+                expected = "a position"
+                raise InvalidInput(
+                    f"{at}: expected {expected}, got {text[:300]!r}",
+                    at=at,
+                    expected=expected,
+                    got=text[:300],
+                )
+            return int(text)
+    return None
+
+
+class _EventWriter:
+    """Encodes the events of one watch.
+
+    Args:
+        lock: held while outputs are encoded; other watches of the stream then need not encode
+            them as well, even if they are long and the event loop runs between their pieces.
+    """
+
+    def __init__(
+        self, codec: ModelCodec, key: StreamKey, options: ReplyOptions, lock: asyncio.Lock
+    ):
+        served = codec.served
+        self._writer = codec.writer
+        self._options = options
+        self._lock = lock
+        self._names = {"model": served.name, "version": served.version, "stream": key.stream}
+        self._encoding = (served.version, options)
+
+    async def encode(self, watch: Watch) -> AsyncIterator[bytes]:
+        """The whole response, in pieces that each wait for the client to read."""
+        yield b"retry: %d\n\n" % RETRY_MS
+        async for events in watch.follow(HEARTBEAT_S):
+            text = b"".join([await self._event(event) for event in events])
+            for at in range(0, len(text), WRITE_BYTES):
+                yield text[at : at + WRITE_BYTES]
+
+    async def _event(self, event: WatchEvent) -> bytes:
+        if isinstance(event, Outputs):
+            return event.encoded.get(self._encoding) or await self._encode_outputs(event)
+        if isinstance(event, Idle):
+            return b": idle\n\n"
+        if isinstance(event, Watched):
+            document = {**self._names, **_head(event.head)}
+            return _event_text(b"stream", event.position, dumps(Media.JSON, document))
+        if isinstance(event, Gap):
+            document = {"from": event.start, "to": event.end}
+            return _event_text(b"gap", event.end, dumps(Media.JSON, document))
+        return _event_text(b"end", None, dumps(Media.JSON, {"reason": event.reason}))
+
+    async def _encode_outputs(self, event: Outputs) -> bytes:
+        """An event of outputs, encoded once for all watches of the stream with these options."""
+        outputs = self._writer.outputs(event.outputs, self._options)
+        document = {**self._names, "from": event.start, **_head(event.head), "outputs": outputs}
+        pieces: list[bytes] = []
+        async with self._lock:
+            if (encoded := event.encoded.get(self._encoding)) is not None:
+                return encoded
+            for piece in encode_pieces(Media.JSON, document):
+                if pieces:
+                    await asyncio.sleep(0)
+                pieces.append(piece)
+            encoded = _event_text(b"outputs", event.head.position, b"".join(pieces))
+            event.encoded[self._encoding] = encoded
+        return encoded
+
+
+def _event_text(name: bytes, position: int | None, data: bytes) -> bytes:
+    identity = b"" if position is None else b"id: %d\n" % position
+    return b"event: %b\n%bdata: %b\n\n" % (name, identity, data)
+
+
+def _head(head: StreamHead | None) -> dict[str, Any]:
+    if head is None:
+        return {"position": 0}
+    return {"epoch": head.epoch.hex(), "position": head.position, "tag": head.tag.hex()}

@@ -1,0 +1,106 @@
+"""The admin port: metrics, health and documentation, apart from the port of the clients.
+
+It requires no key, so only the monitoring may reach it. Each worker listens on the port by itself
+(SO_REUSEPORT), and the one that gets a scrape answers for all of them.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from typing import Any, Final
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.server.connections import ConnectionLimits, Connections
+from service.server.error_responses import ConnectionErrors
+from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
+from service.server.origins import host_rule
+from service.telemetry.logs import RequestIds
+from service.transports.v1.application import create_application
+from service.transports.v1.routes import health
+from service.transports.v1.routes.health import RenderMetrics
+
+MAX_CONNECTIONS: Final = 100
+STOP_S: Final = 1
+"""How long the shutdown waits for requests of the admin port, in seconds."""
+
+
+class AdminServer(uvicorn.Server):
+    """Serves the admin port of one worker, on the worker's event loop.
+
+    Args:
+        api: the application of the clients' port, whose health and documentation it serves.
+        metrics: renders `/metrics`; without it there is none.
+        docs: whether it has the documentation.
+        port: a port that the parent process has bound with SO_REUSEPORT.
+        hosts: its names, as of `host_rule`.
+    """
+
+    def __init__(
+        self,
+        api: FastAPI,
+        connections: ConnectionLimits,
+        *,
+        metrics: RenderMetrics | None,
+        docs: bool,
+        host: str,
+        port: int,
+        hosts: str = "",
+    ):
+        self._address = (host, port)
+        ids = RequestIds()
+        routes = [*health.router.routes, *health.checks_router().routes]
+        if metrics is not None:
+            routes += health.metrics_router(metrics).routes
+        # the requests that the page describes are those of the other port
+        no_requests: dict[str, Any] = {"supportedSubmitMethods": []}
+        app = create_application(routes, ids, docs=docs, swagger_ui_parameters=no_requests)
+        app.state.api = api.state.api
+        app.openapi = api.openapi  # type: ignore[method-assign]
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            http=HttpProtocol,
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=STOP_S,
+        )
+        super().__init__(config)
+        config.load()
+        self.lifespan = config.lifespan_class(config)
+        self.lifespan.state[HTTP_STATE] = HttpState(
+            Connections(replace(connections, max_connections=MAX_CONNECTIONS)),
+            ConnectionErrors(api.state.api.recorder, ids),
+            (),
+            accepts_host=host_rule(host, hosts),
+        )
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address cannot be used.
+        """
+        family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(self._address)
+        await self.startup([listener])
+
+    def retire(self) -> None:
+        """Close the port: from now on another process has the metrics of the service."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+
+    async def stop(self) -> None:
+        """Answer accepted requests, and close the port."""
+        if self.started:
+            await self.shutdown()

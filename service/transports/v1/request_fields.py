@@ -1,0 +1,274 @@
+"""Fields of a request outside its body, and the bytes of its body within the limit.
+
+Names, preconditions and query parameters are validated here, before anything is looked up. An
+unknown query parameter is rejected, so that a misspelt one is noticed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Collection
+from urllib.parse import parse_qsl
+
+from starlette.requests import ClientDisconnect, Request
+
+from service.codec.field_rules import (
+    is_bare_etag,
+    is_stream_prefix,
+)
+from service.codec.limits import ApiLimits
+from service.codec.media import Media, accepted, media_of
+from service.core.errors import (
+    BodyTooLarge,
+    DuplicateField,
+    InvalidInput,
+    InvalidName,
+    InvalidPrecondition,
+    UnsupportedMediaType,
+)
+from service.core.values import STREAM_NAME_RULE, Precondition, is_stream_name
+
+_ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
+TIMEOUT_HEADER = "carry-timeout"
+_TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
+SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
+_SECONDS = re.compile(SECONDS, re.ASCII)
+MAX_PARAMETERS = 16
+"""Maximum parameters of a query."""
+MAX_PRECONDITION = 8 * 1024
+"""Longest list of ETags, in characters."""
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        BodyTooLarge: by its Content-Length, or as soon as more than the limit is received.
+        UnsupportedMediaType: it is compressed.
+        ClientDisconnect: the client disconnected while sending.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(
+            f"Content-Encoding: expected none, got {encoding!r}", expected="none", got=encoding
+        )
+    return await read_encoded_body(request, limit_bytes)
+
+
+async def read_encoded_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body as it was sent, whatever its Content-Encoding.
+
+    Raises:
+        BodyTooLarge, ClientDisconnect: as `read_body`.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit_bytes:
+        raise _too_large(limit_bytes, int(length))
+    # A BytesIO grows in place; joining a list of parts would hold the body twice.
+    body = io.BytesIO()
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
+        if not more and not body.tell():
+            return _checked_size(part, limit_bytes)
+        body.write(part)
+        if body.tell() > limit_bytes:
+            raise _too_large(limit_bytes, body.tell())
+    return body.getvalue()
+
+
+def _checked_size(body: bytes, limit_bytes: int) -> bytes:
+    if len(body) > limit_bytes:
+        raise _too_large(limit_bytes, len(body))
+    return body
+
+
+def _too_large(limit_bytes: int, got_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"body: expected at most {limit_bytes} bytes, got {got_bytes} or more",
+        expected=limit_bytes,
+        got=got_bytes,
+    )
+
+
+def body_media(request: Request) -> Media:
+    """The media type of the body."""
+    return media_of(request.headers.get("content-type"))
+
+
+def reply_media(request: Request, otherwise: Media = Media.JSON) -> Media:
+    """The media type of the reply; `otherwise` if Accept allows both."""
+    return accepted(", ".join(request.headers.getlist("accept")), otherwise)
+
+
+def stream_name(name: str, at: str = "stream") -> str:
+    """The name, if it is one.
+
+    Raises:
+        InvalidName
+    """
+    if not is_stream_name(name):
+        raise _invalid_name(at, STREAM_NAME_RULE, name)
+    return name
+
+
+def stream_prefix(prefix: str) -> str:
+    """The beginning of a stream's name; may be empty."""
+    if not is_stream_prefix(prefix):
+        raise _invalid_name("prefix", "at most 256 characters of A-Z a-z 0-9 . _ : @ -", prefix)
+    return prefix
+
+
+def _invalid_name(at: str, expected: str, name: str) -> InvalidName:
+    got = name if len(name) <= 300 else f"{len(name)} characters"
+    return InvalidName(f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got)
+
+
+def if_match(request: Request) -> Precondition | None:
+    """The If-Match header, if there is one.
+
+    Raises:
+        InvalidPrecondition
+    """
+    lines = request.headers.getlist("if-match")
+    return parse_if_match(",".join(lines), "If-Match") if lines else None
+
+
+def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
+    """A list of strong ETags, or `*`.
+
+    Args:
+        text: the header's value.
+        at: its name in errors.
+        bare: whether a single ETag may be without quotes.
+
+    Raises:
+        InvalidPrecondition: also for weak ETags, since states are compared exactly.
+    """
+    text = text.strip(" \t")
+    if text == "*":
+        return Precondition(any_state=True)
+    if bare and is_bare_etag(text):
+        return Precondition((text,))
+    if len(text) > MAX_PRECONDITION:
+        raise InvalidPrecondition(
+            f"{at}: expected at most {MAX_PRECONDITION} characters, got {len(text)}",
+            at=at,
+            expected=MAX_PRECONDITION,
+            got=len(text),
+        )
+    etags: list[str] = []
+    end = 0
+    while match := _ETAG.match(text, end):
+        etags.append(match[1])
+        end = match.end()
+    if not etags or end != len(text) or text.endswith(","):
+        expected = 'strong ETags such as "epoch-tag", separated by commas, or *'
+        raise InvalidPrecondition(
+            f"{at}: expected {expected}, got {text[:300]!r}",
+            at=at,
+            expected=expected,
+            got=text[:300],
+        )
+    return Precondition(tuple(etags))
+
+
+def deadline(request: Request, limits: ApiLimits) -> float:
+    """When the client stops waiting, on the monotonic clock: by its Carry-Timeout header, counted
+    from now, or else by the setting.
+
+    Raises:
+        InvalidInput
+    """
+    lines = request.headers.getlist(TIMEOUT_HEADER)
+    requested_s = None
+    if lines:
+        text = ", ".join(lines)
+        requested_s = parse_timeout(text)
+        if requested_s is None:
+            at, got = "Carry-Timeout", text[:300]
+            raise InvalidInput(
+                f"{at}: expected {_TIMEOUT_EXPECTED}, got {got!r}",
+                at=at,
+                expected=_TIMEOUT_EXPECTED,
+                got=got,
+            )
+    return time.monotonic() + limits.effective_timeout_s(requested_s)
+
+
+def parse_timeout(text: str) -> float | None:
+    """The seconds of a Carry-Timeout header; None if it is invalid."""
+    seconds = float(text) if _SECONDS.fullmatch(text) else 0.0
+    return seconds if seconds > 0 else None
+
+
+def query(request: Request, known: Collection[str] = ()) -> dict[str, str]:
+    """The query parameters by name.
+
+    Raises:
+        InvalidInput: a parameter is unknown.
+        DuplicateField: a parameter comes twice.
+    """
+    raw: bytes = request.scope["query_string"]
+    return parse_query(raw, known) if raw else {}
+
+
+def parse_query(raw: bytes, known: Collection[str]) -> dict[str, str]:
+    """The parameters of a query string by name; raises as `query` does."""
+    parameters: dict[str, str] = {}
+    parts = raw.decode("latin-1").split("&", MAX_PARAMETERS)
+    for name, value in parse_qsl("&".join(parts[:MAX_PARAMETERS]), keep_blank_values=True):
+        if name not in known:
+            expected = f"one of the parameters {sorted(known)}" if known else "no parameters"
+            raise _invalid_query(name[:300], expected, name)
+        if name in parameters:
+            at = f"?{name}"
+            raise DuplicateField(f"{at}: expected once, got it again", at=at, expected="once")
+        parameters[name] = value
+    if len(parts) > MAX_PARAMETERS:
+        raise _invalid_query("", f"at most {MAX_PARAMETERS} parameters", "more")
+    return parameters
+
+
+def flag(parameters: dict[str, str], name: str, *, default: bool) -> bool:
+    """A parameter that is `true` or `false`."""
+    text = parameters.get(name)
+    if text is None:
+        return default
+    if text not in _FLAGS:
+        raise _invalid_query(name, "true or false", text)
+    return _FLAGS[text]
+
+
+def count(parameters: dict[str, str], name: str, *, default: int, most: int) -> int:
+    """A parameter that is a whole number from 1 to `most`."""
+    text = parameters.get(name)
+    if text is None:
+        return min(default, most)
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= most:
+        raise _invalid_query(name, f"a whole number from 1 to {most}", text)
+    return int(text)
+
+
+def required(parameters: dict[str, str], name: str, why: str) -> str:
+    """A required parameter; it may be empty."""
+    text = parameters.get(name)
+    if text is None:
+        at, expected, got = f"?{name}", f"this parameter, {why}", "nothing"
+        raise InvalidInput(
+            f"{at}: expected {expected}, got {got}", at=at, expected=expected, got=got
+        )
+    return text
+
+
+def _invalid_query(name: str, expected: str, got: str) -> InvalidInput:
+    at, got = f"?{name}", got[:300]
+    return InvalidInput(
+        f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got
+    )

@@ -1,0 +1,128 @@
+"""Request ids, and one log line per request.
+
+A line names the route, never the requested path: names of streams may be names of people.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from structlog.contextvars import bind_contextvars, reset_contextvars
+
+from service.core.tracing import PROPAGATED, RequestSpan, Tracer
+from service.telemetry.logs import RequestIds
+from service.telemetry.request_lines import RequestFacts, log_request, request_facts
+
+REQUEST_ID_HEADER = b"x-request-id"
+is_request_id = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}").fullmatch
+
+PROBES = (
+    "/health/live",
+    "/health/ready",
+    "/health/store",
+    "/metrics",
+    "/v2/health/live",
+    "/v2/health/ready",
+)
+"""Routes that probes request every few seconds; logged at `debug`."""
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class RequestLogMiddleware:
+    """ASGI middleware: assigns every request an id, and logs one line about it and traces it.
+
+    The id is the client's `X-Request-Id` if that is a token, else a new one; it is bound to all log
+    lines of the request and sent in the response. Add it last, so that it is outside of all
+    other middleware and measures the whole time.
+    """
+
+    def __init__(self, app: AsgiApp, ids: RequestIds | None = None):
+        self._app = app
+        self._ids = ids or RequestIds()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection; anything but HTTP passes through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_s = time.monotonic()
+        request_id = self._request_id(scope)
+        status: int = 0
+        facts = RequestFacts()
+        api = getattr(getattr(scope.get("app"), "state", None), "api", None)
+        if api is not None and api.tracer is not None:
+            facts.span = _start_span(api.tracer, scope, began_s)
+
+        async def count_received() -> Message:
+            message = await receive()
+            facts.received_bytes += len(message.get("body", b""))
+            return message
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id)]
+                message = {**message, "headers": headers}
+            else:
+                facts.sent_bytes += len(message.get("body", b""))
+            await send(message)
+
+        name = request_id.decode()
+        outside = bind_contextvars(request_id=name)
+        facts_outside = request_facts.set(facts)
+        try:
+            await self._app(scope, count_received, send_with_id)
+        except BaseException:
+            # no response: the server sends a plain 500, or the client disconnected
+            status = status or 500
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", None)
+            path = scope.get("path_params", {})
+            is_known = api is not None and path.get("model") in api.codecs
+            if is_known and facts.model is None:
+                facts.model, facts.stream = path["model"], path.get("stream")
+            log_request(
+                name,
+                scope["method"],
+                route,
+                status,
+                round((time.monotonic() - began_s) * 1000, 2),
+                model=facts.model,
+                stream=facts.stream,
+                code=facts.code,
+                key=facts.key,
+                reason=facts.reason,
+                received_bytes=facts.received_bytes,
+                sent_bytes=facts.sent_bytes,
+                span=facts.span,
+                is_probe=route in PROBES,
+            )
+            request_facts.reset(facts_outside)
+            reset_contextvars(**outside)
+
+    def _request_id(self, scope: Scope) -> bytes:
+        for name, value in scope["headers"]:
+            if name == REQUEST_ID_HEADER and is_request_id(value):
+                return bytes(value)
+        return self._ids.next()
+
+
+def _start_span(tracer: Tracer, scope: Scope, began_s: float) -> RequestSpan | None:
+    """The span of a request; a repeated header of the caller's trace is not valid."""
+    lines = [
+        (name.decode(), value.decode("latin-1"))
+        for name, value in scope["headers"]
+        if name.decode("latin-1") in PROPAGATED
+    ]
+    propagated = dict(lines)
+    return tracer.start_request(propagated if len(propagated) == len(lines) else {}, began_s)

@@ -1,0 +1,148 @@
+"""The served models: inputs, outputs, state and limits."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from models.events.parse import event_json_schema
+from models.events.schema import CategoricalField, Column
+from models.spec.decoder import DecoderSpec
+from models.spec.detection import DetectionSpec
+from service.access.principal import Verb
+from service.codec.limits import ApiLimits
+from service.codec.replies import reply
+from service.codec.reply_types import (
+    AlarmsInfo,
+    BlocksInfo,
+    ColumnInfo,
+    ForecastInfo,
+    ModelDetail,
+    ModelList,
+    ModelSummary,
+)
+from service.pipeline.served_model import ServedModel
+from service.transports.v1.context import api_of, pipeline_of
+from service.transports.v1.openapi import operations
+from service.transports.v1.request_fields import query, reply_media
+from service.transports.v1.routes.routing import ModelPath
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", summary="List the models", **operations.MODELS)
+async def get_models(request: Request) -> Response:
+    """A summary of every served model."""
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.MODELS)
+    query(request)
+    answer = reply_media(request)
+    served = pipeline.models
+    document: ModelList = {"models": [_summary(served[name]) for name in sorted(served)]}
+    return reply(answer, document)
+
+
+@router.get(
+    "/v1/models/{model}", summary="Inputs, outputs, state and limits of a model", **operations.MODEL
+)
+async def get_model(request: Request, model: ModelPath) -> Response:
+    """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.MODELS, model=model)
+    query(request)
+    answer = reply_media(request)
+    return reply(answer, detail(pipeline.model(model), api_of(request).limits))
+
+
+def _summary(served: ServedModel) -> ModelSummary:
+    return {
+        "name": served.name,
+        "version": served.version,
+        "description": served.artifact.spec.description,
+        "input_features": served.input_features,
+        "events": served.events is not None,
+        "outputs": [output.name for output in served.outputs.outputs],
+        "runtime": served.runtime.name,
+    }
+
+
+def detail(served: ServedModel, limits: ApiLimits) -> ModelDetail:
+    """All that a client needs to know of a model."""
+    schema, limits = served.events, limits.of_model(served.chunk_limit)
+    return {
+        "name": served.name,
+        "version": served.version,
+        "fingerprint": served.fingerprint.hex(),
+        "description": served.artifact.spec.description,
+        "input_features": served.input_features,
+        "columns": [_column(served, column) for column in served.artifact.spec.columns],
+        "events": None if schema is None else event_json_schema(schema),
+        "outputs": {
+            output.name: {
+                "shape": list(output.shape),
+                "per": output.per,
+                "labels": list(output.labels),
+            }
+            for output in served.outputs.outputs
+        },
+        "state": {
+            part.name: {"shape": list(part.shape), "dtype": part.dtype}
+            for part in served.state.parts
+        },
+        "attention": list(served.outputs.attention),
+        "chunking": served.artifact.spec.chunking,
+        "blocks": _blocks(served),
+        "max_chunk_steps": served.chunk_limit,
+        "reset_every": served.artifact.spec.reset_every,
+        "session_gap_s": served.artifact.spec.session_gap_s,
+        "runtimes": [served.runtime.name],
+        "forecast": _forecast(served.artifact.spec.decoder),
+        "alarms": _alarms(served.artifact.spec.detection),
+        "limits": {
+            "max_body_bytes": limits.max_body_bytes,
+            "max_chunk_steps": limits.max_chunk_steps,
+            "max_predict_steps": limits.max_predict_steps,
+            "max_items": limits.max_items,
+            "max_forecast_samples": limits.max_forecast_samples,
+        },
+        "metrics": dict(served.artifact.manifest.get("metrics") or {}),
+    }
+
+
+def _blocks(served: ServedModel) -> BlocksInfo | None:
+    blocks = served.artifact.spec.blocks
+    return None if blocks is None else {"size": blocks.size, "lookahead": blocks.lookahead}
+
+
+def _alarms(detection: DetectionSpec | None) -> AlarmsInfo | None:
+    if detection is None or detection.fit is None:
+        return None
+    return {
+        "output": f"{detection.head}.alarm",
+        "false_alarms_per_day": detection.alarm.false_alarms_per_day,
+        "max_false_alarms_per_day": detection.fit.rates[-1],
+    }
+
+
+def _forecast(decoder: DecoderSpec | None) -> ForecastInfo | None:
+    if decoder is None:
+        return None
+    return {
+        "targets": list(decoder.targets),
+        "known": list(decoder.known),
+        "step_s": decoder.step_s,
+        "levels": list(decoder.head.quantiles),
+        "max_horizon": decoder.max_horizon,
+    }
+
+
+def _column(served: ServedModel, column: Column) -> ColumnInfo:
+    document: ColumnInfo = {"name": column.name, "field": column.field}
+    if column.codes is not None:
+        document["codes"] = column.codes
+    if column.field is not None and served.events is not None:
+        field = served.events.field(column.field)
+        if isinstance(field, CategoricalField):
+            document["labels"] = list(field.labels)
+    return document

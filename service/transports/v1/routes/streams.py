@@ -1,0 +1,318 @@
+"""Administration of streams: read, list, delete, restore and fork.
+
+All is answered from the store. A request that overwrites a stream needs an If-Match header
+with that stream's ETag.
+"""
+
+from __future__ import annotations
+
+import time
+from urllib.parse import quote
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from models.errors import DataError, StateError
+from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
+from models.spec.blocks import WAITING
+from models.spec.state import State
+from service.access.principal import Verb
+from service.codec.media import Media
+from service.codec.replies import etag, reply
+from service.codec.reply_types import (
+    Deleted,
+    StateReply,
+    StreamInfo,
+    StreamList,
+    StreamRecord,
+)
+from service.codec.request_body import receive_body
+from service.core.errors import InvalidInput, StateIncompatible
+from service.core.values import Feed, Precondition, StreamKey, StreamState
+from service.pipeline.scoped_pipeline import DESCRIBE, PipelineInterface
+from service.pipeline.served_model import ServedModel
+from service.transports.v1.context import ApiContext, api_of, pipeline_of
+from service.transports.v1.openapi import operations
+from service.transports.v1.request_fields import (
+    body_media,
+    count,
+    if_match,
+    query,
+    reply_media,
+    required,
+    stream_name,
+    stream_prefix,
+)
+from service.transports.v1.routes.routing import ModelPath, StreamPath
+
+PAGE_STREAMS = 100
+MAX_DELETED = 100_000
+VERSION_DIGITS = 12
+
+router = APIRouter(tags=["streams"])
+
+
+@router.get(
+    "/v1/models/{model}/streams/{stream}",
+    summary="Current state of a stream, without its values",
+    **operations.STREAM,
+)
+async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+    """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
+    pipeline = pipeline_of(request)
+    pipeline.require(*DESCRIBE, model=model, stream=stream)
+    query(request)
+    answer = reply_media(request)
+    key = _stream_key(pipeline, model, stream)
+    record = await pipeline.streams.read(key, precondition=if_match(request))
+    return reply(answer, _info(request, key, record), headers=[etag(record.head)])
+
+
+@router.delete(
+    "/v1/models/{model}/streams/{stream}",
+    summary="Delete a stream",
+    status_code=204,
+    **operations.DELETE_STREAM,
+)
+async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+    """Deletes its state and its stored reply; its next chunk starts a new stream at position 0."""
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.DELETE, model=model, stream=stream)
+    query(request)
+    await pipeline.streams.delete(_stream_key(pipeline, model, stream), if_match(request))
+    return Response(status_code=204)
+
+
+@router.get(
+    "/v1/models/{model}/streams/{stream}/state",
+    summary="The state of a stream, by name",
+    **operations.STATE,
+)
+async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+    """The whole state with all that is needed to restore it.
+
+    Rejected (`state_incompatible`) if another version of the model wrote it.
+    """
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.READ_STATE, model=model, stream=stream)
+    query(request)
+    answer = reply_media(request)
+    key = _stream_key(pipeline, model, stream)
+    codec = api_of(request).codec(pipeline.model(model))
+    record = await pipeline.streams.read_state(key, if_match(request))
+    document: StateReply = {
+        **_stream_record(key, record),
+        "state": codec.writer.state(record.state),
+    }
+    return reply(answer, document, headers=[etag(record.head)])
+
+
+@router.put(
+    "/v1/models/{model}/streams/{stream}/state",
+    summary="Restore a stream from a state",
+    **operations.RESTORE,
+)
+async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+    """Accepts what `GET` returned, of this stream or another. The stream gets a new epoch.
+
+    A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
+    created, 200 if it was overwritten.
+    """
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.WRITE_STATE, model=model, stream=stream)
+    query(request)
+    api = api_of(request)
+    key = _stream_key(pipeline, model, stream)
+    codec = api.codec(pipeline.model(model))
+    codec.reader.check_accepts_chunks()
+    served = codec.served
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    content = await receive_body(request, media, _deadline(api))
+    body = await content.read(codec.reader.state, codec.long.state)
+    fingerprint = bytes.fromhex(body.fingerprint)
+    if fingerprint != served.fingerprint:
+        raise _fingerprint_mismatch(served, key.stream, fingerprint)
+    try:
+        state = served.state.from_names(body.state)
+        Clock.from_ints(served.state, state.ints, MAX_RESTORED_SEEN)
+        _check_waiting(served, state, body.position)
+    except StateError as error:
+        raise InvalidInput(f"state: {error}", at="state", stream=key.stream) from error
+    feed = Feed(body.feed)
+    if feed is Feed.EVENTS and served.events is None:
+        raise InvalidInput(
+            f"feed: expected inputs, since model {served.name!r} has no event schema, got events",
+            at="feed",
+            expected="inputs",
+            got="events",
+            stream=key.stream,
+        )
+    record = await pipeline.streams.restore(
+        key,
+        feed=feed,
+        position=body.position,
+        fingerprint=fingerprint,
+        state=state,
+        precondition=precondition,
+    )
+    return _created_or_overwritten(request, answer, key, record, precondition)
+
+
+@router.post(
+    "/v1/models/{model}/streams/{stream}/fork",
+    summary="Start a second stream from the state of this one",
+    **operations.FORK,
+)
+async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+    """The new stream has this one's state, position and kind of feed, and an epoch of its own.
+
+    An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
+    of the stream `to`. 201 if it was created, 200 if it was overwritten.
+    """
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.FORK, model=model, stream=stream)
+    query(request)
+    api = api_of(request)
+    key = _stream_key(pipeline, model, stream)
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    content = await receive_body(request, media, _deadline(api))
+    codec = api.codec(pipeline.model(model))
+    body = await content.read(codec.reader.fork, codec.long.fork)
+    to = StreamKey(key.model, stream_name(body.to, "to"))
+    record = await pipeline.streams.fork(key, to.stream, precondition)
+    return _created_or_overwritten(request, answer, to, record, precondition)
+
+
+@router.get("/v1/models/{model}/streams", summary="List streams", **operations.STREAMS)
+async def get_streams(request: Request, model: ModelPath) -> Response:
+    """One page of names, in no order; continue with its `cursor` until that is null.
+
+    A stream that exists throughout a listing comes at least once; a name may come twice, and a
+    page may be empty before the last.
+    """
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.LIST, model=model)
+    parameters = query(request, ("prefix", "cursor", "limit"))
+    answer = reply_media(request)
+    name = pipeline.model(model).name
+    most = api_of(request).limits.max_items
+    limit = count(parameters, "limit", default=PAGE_STREAMS, most=most)
+    prefix = stream_prefix(parameters.get("prefix", ""))
+    page = await pipeline.streams.page(name, prefix, parameters.get("cursor") or None, limit)
+    document: StreamList = {"model": name, "streams": list(page.streams), "cursor": page.cursor}
+    return reply(answer, document)
+
+
+@router.delete(
+    "/v1/models/{model}/streams",
+    summary="Delete every stream whose name starts with a prefix",
+    **operations.DELETE_STREAMS,
+)
+async def delete_streams(request: Request, model: ModelPath) -> Response:
+    """The parameter `prefix` is required; `?prefix=` alone deletes all streams of the model.
+
+    With `limit`, the request ends after about that many; continue with its `cursor` until that is
+    null. Streams that are created meanwhile may remain.
+    """
+    pipeline = pipeline_of(request)
+    pipeline.require(Verb.DELETE, model=model)
+    parameters = query(request, ("prefix", "cursor", "limit"))
+    answer = reply_media(request)
+    name = pipeline.model(model).name
+    prefix = stream_prefix(
+        required(parameters, "prefix", "which selects the streams to delete (?prefix= for all)")
+    )
+    limit = None
+    if "limit" in parameters:
+        limit = count(parameters, "limit", default=MAX_DELETED, most=MAX_DELETED)
+    deleted, cursor = await pipeline.streams.delete_prefix(
+        name, prefix, parameters.get("cursor") or None, limit
+    )
+    document: Deleted = {"model": name, "deleted": deleted, "cursor": cursor}
+    return reply(answer, document)
+
+
+def _stream_key(pipeline: PipelineInterface, model: str, stream: str) -> StreamKey:
+    """The stream of the URL; the model is looked up first.
+
+    Raises:
+        ModelNotFound, InvalidName
+    """
+    return StreamKey(pipeline.model(model).name, stream_name(stream))
+
+
+def _deadline(api: ApiContext) -> float:
+    """The deadline of a request without `Carry-Timeout`, on the monotonic clock."""
+    return time.monotonic() + api.limits.effective_timeout_s(None)
+
+
+def _stream_record(key: StreamKey, record: StreamState) -> StreamRecord:
+    fingerprint = record.fingerprint.hex()
+    return {
+        "model": key.model,
+        "version": fingerprint[:VERSION_DIGITS],
+        "fingerprint": fingerprint,
+        "stream": key.stream,
+        "feed": record.feed.value,
+        "epoch": record.head.epoch.hex(),
+        "position": record.head.position,
+        "tag": record.head.tag.hex(),
+        "updated_ms": record.updated_ms,
+    }
+
+
+def _info(request: Request, key: StreamKey, record: StreamState) -> StreamInfo:
+    age_ms = max(0, api_of(request).now_ms() - record.updated_ms)
+    return {
+        **_stream_record(key, record),
+        "age_s": age_ms / 1000,
+        "state_bytes": record.state.floats.nbytes + record.state.ints.nbytes,
+    }
+
+
+def _created_or_overwritten(
+    request: Request,
+    answer: Media,
+    key: StreamKey,
+    record: StreamState,
+    precondition: Precondition | None,
+) -> Response:
+    """The reply to a restore or a fork: without a precondition it can only have created."""
+    status = 201 if precondition is None else 200
+    headers = [etag(record.head)]
+    if status == 201:
+        location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
+        headers.append((b"location", location.encode()))
+    return reply(answer, _info(request, key, record), status, headers)
+
+
+def _check_waiting(served: ServedModel, state: State, position: int) -> None:
+    """Reject waiting rows that no stream at that position has, with a StateError."""
+    if served.blocks is None:
+        return
+    served.blocks.check_at(state, position)
+    try:
+        check_rows(served.artifact.spec.columns, served.blocks.pending_rows(state))
+    except DataError as error:
+        raise StateError(
+            f"part {WAITING!r}: row {error.index}, {error.field}: expected {error.expected}, got "
+            f"{error.got}"
+        ) from error
+
+
+def _fingerprint_mismatch(
+    served: ServedModel, stream: str, fingerprint: bytes
+) -> StateIncompatible:
+    expected, got = served.fingerprint.hex(), fingerprint.hex()
+    return StateIncompatible(
+        f"fingerprint: expected {expected} of the served version {served.version}, got {got}",
+        at="fingerprint",
+        expected=expected,
+        got=got,
+        stream=stream,
+    )

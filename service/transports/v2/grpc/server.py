@@ -1,0 +1,150 @@
+"""The gRPC server of one worker, on the worker's event loop.
+
+Every worker listens on the same port (SO_REUSEPORT): the kernel spreads connections over them.
+Beside V2's service it has `public_services`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from service.telemetry.sampler import TransportLoad
+from service.transports.common.failure_log import log_client_disconnect
+from service.transports.v2.grpc.call_admission import CallAdmission
+from service.transports.v2.grpc.message_admission import MessageAdmission
+from service.transports.v2.grpc.public_services import PublicServices
+from service.transports.v2.grpc.servicer import SERVICE, InferenceServicer, Statistics
+from service.transports.v2.grpc.sockets import count_connections
+from service.transports.v2.inference import Inference
+
+MAX_METADATA_BYTES: Final = 16 * 1024
+MAX_STREAMS_PER_CONNECTION: Final = 1024
+KEEPALIVE_MS: Final = 60_000
+KEEPALIVE_TIMEOUT_MS: Final = 20_000
+MIN_CLIENT_PING_MS: Final = 10_000
+"""Clients that ping more often are disconnected."""
+
+log = structlog.get_logger(__name__)
+_library_log: Final = logging.getLogger("grpc._cython.cygrpc")
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcLimits:
+    """Limits of one server.
+
+    Attributes:
+        max_message_bytes: largest request.
+        max_pending_bytes: most bytes of requests that are buffered.
+        receive_s: longest time in which a request may arrive.
+        max_calls: maximum concurrent calls of clients with a key; further ones get
+            RESOURCE_EXHAUSTED.
+        stream_window: most unanswered requests of a stream.
+        drain_s: how long calls may take to finish when the server stops.
+    """
+
+    max_message_bytes: int
+    max_pending_bytes: int
+    receive_s: float
+    max_calls: int
+    stream_window: int
+    drain_s: float
+
+
+class GrpcServer:
+    """One worker's server.
+
+    Args:
+        host: address to listen on.
+        port: 0 selects a free one.
+
+    Attributes:
+        port: after `start`, the one that it listens on.
+    """
+
+    def __init__(
+        self,
+        inference: Inference,
+        statistics: Statistics,
+        limits: GrpcLimits,
+        host: str,
+        port: int,
+    ):
+        messages = MessageAdmission(
+            limits.max_pending_bytes, limits.max_message_bytes, limits.receive_s
+        )
+        calls = CallAdmission(limits.max_calls)
+        self._servicer = InferenceServicer(
+            inference, statistics, calls, messages, limits.stream_window
+        )
+        self._public = PublicServices(self._servicer, calls)
+        self._limits = limits
+        self._host = f"[{host}]" if ":" in host else host
+        self.port = port
+        self._server: grpc.aio.Server | None = None
+        self._stopped: asyncio.Task[None] | None = None
+
+    def load(self) -> TransportLoad:
+        """Its connections and requests; the connections are those of the process."""
+        return TransportLoad(count_connections(), self._servicer.requests)
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            RuntimeError: the address cannot be used.
+        """
+        options: list[tuple[str, Any]] = [
+            ("grpc.so_reuseport", 1),
+            ("grpc.max_receive_message_length", self._limits.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
+        ]
+        server = grpc.aio.server(options=options)
+        services = {SERVICE: self._servicer.handlers(), **self._public.handlers()}
+        for service, handlers in services.items():
+            server.add_registered_method_handlers(service, handlers)
+        _library_log.addFilter(_replace_disconnect)
+        self.port = server.add_insecure_port(f"{self._host}:{self.port}")
+        await server.start()
+        self._server = server
+        log.info("grpc_ready", address=f"{self._host}:{self.port}")
+
+    def begin_stop(self) -> None:
+        """Reject new calls, end the streams, and let the other calls finish."""
+        if self._server is not None and self._stopped is None:
+            self._stopped = asyncio.get_running_loop().create_task(self._stop(self._server))
+
+    async def stop(self) -> None:
+        """The same, and wait for it."""
+        self.begin_stop()
+        if self._stopped is not None:
+            await self._stopped
+
+    async def _stop(self, server: grpc.aio.Server) -> None:
+        await self._public.begin_stop()
+        self._servicer.stopping.set()
+        await server.stop(self._limits.drain_s)
+
+
+def _replace_disconnect(record: logging.LogRecord) -> bool:
+    """Filter of the library's log: a reply that cannot be sent is a client that disconnected.
+
+    The library logs it with a traceback, at the level of its own failures.
+    """
+    kind = record.exc_info[0] if record.exc_info else None
+    # the library does not export this class
+    if kind is not None and kind.__name__ == "ExecuteBatchError":
+        log_client_disconnect("GRPC")
+        return False
+    return True

@@ -1,0 +1,179 @@
+"""The pure parts: options, events of streams, descriptions, the bound of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from carry_client import ModelDescription, Output, read_description
+from models.events.columns import columns_from_events
+from models.events.parse import event_adapter, event_json_schema
+from service.commands.cli import app
+from service.commands.replay.events import (
+    ReplayError,
+    StreamEvents,
+    event_schema,
+    load_streams,
+    split_streams,
+)
+from service.commands.replay.send import ABSOLUTE, excess
+from tests.service.commands.replay.standin import SPEC
+from tests.support.events import FULL_SCHEMA
+
+MODEL = ModelDescription(
+    *("m", "0", (), (), None),
+    outputs=(Output("p", (), False), Output("q", (2, 3), False)),
+    is_cut_invariant=True,
+    max_body_bytes=1,
+    max_chunk_steps=1,
+    max_predict_steps=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--chunk", ["0..4", "5..4", "a", "1..", "..4", "1-4", "-1..4", ""]),
+        ("--speed", ["0", "-1", "inf", "nan", "fast"]),
+        ("--report", ["absent/report.json"]),
+    ],
+)
+def test_invalid_option_is_rejected_before_anything_is_sent(option: str, values: list[str]) -> None:
+    for value in values:
+        result = CliRunner().invoke(app, ["replay", "--url", "http://127.0.0.1:1", option, value])
+        assert result.exit_code == 2
+        assert f"{option}: expected" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_streams_contain_the_earliest_events_in_order() -> None:
+    events = [{"at": moment, "delay": 1.0 * moment, "kind": "a"} for moment in (50, 10, 40, 10, 20)]
+    assert SPEC.events is not None
+    columns = columns_from_events(SPEC.events, events)
+    found = split_streams(SPEC.events, columns, ["x", "y", "x", "x", "y"], limit=4, prefix="p:")
+    by_name = {stream.name: stream for stream in found}
+    assert by_name["p:x"].events(0, 2) == [
+        {"at": 10, "delay": 10.0, "kind": "a"},
+        {"at": 40, "delay": 40.0, "kind": "a"},
+    ]
+    assert by_name["p:y"].events(1, 2) == [{"at": 20, "delay": 20.0, "kind": "a"}]
+    for name in ("a/b", ".", ".."):
+        with pytest.raises(ReplayError, match=f"'{name}'"):
+            split_streams(SPEC.events, columns, [name] * 5)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_events_are_read_from_files(tmp_path: Path, suffix: str) -> None:
+    frame = pl.DataFrame(
+        {
+            "who": [7, 8, 7],
+            "at": ["2013-01-01T00:00:01Z", "2013-01-01T00:00:02Z", "2013-01-01T00:00:03Z"],
+            "delay": [1.5, 2.0, -3.25],
+            "kind": ["a", "b", "a"],
+            "wind": [None, 1.0, None],
+            "other": [1, 2, 3],
+        }
+    )
+    path = tmp_path / f"data.{suffix}"
+    write: Callable[..., Any] = {
+        "csv": frame.write_csv,
+        "jsonl": frame.write_ndjson,
+        "parquet": frame.write_parquet,
+    }[suffix]
+    write(path)
+    assert SPEC.events is not None
+    first, second = load_streams(SPEC.events, path, stream="who")
+    assert (first.name, second.name) == ("7", "8")
+    assert first.events(0, 2) == [
+        {"at": 1_356_998_401_000, "delay": 1.5, "kind": "a"},
+        {"at": 1_356_998_403_000, "delay": -3.25, "kind": "a"},
+    ]
+    assert second.events(0, 1)[0]["wind"] == 1.0
+    with pytest.raises(ReplayError, match="--stream-column"):
+        load_streams(SPEC.events, path)
+
+
+def test_unreadable_data_is_rejected(tmp_path: Path) -> None:
+    assert SPEC.events is not None
+    text = tmp_path / "data.txt"
+    with pytest.raises(ReplayError, match=r"expected \.csv, \.jsonl or \.parquet"):
+        load_streams(SPEC.events, text)
+    with pytest.raises(ReplayError, match=r"none\.csv"):
+        load_streams(SPEC.events, tmp_path / "none.csv")
+    path = tmp_path / "data.csv"
+    path.write_text("stream,at\nx,2013-01-01T00:00:01Z\n")
+    with pytest.raises(ReplayError, match="'delay'"):
+        load_streams(SPEC.events, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("data.csv", "stream,load,load\na,1,2\n", "line 1: columns of different names"),
+        ("data.jsonl", '{"stream": "a", "load": 1, "load": 2}\n', "line 1: each member once"),
+    ],
+)
+def test_duplicate_column_is_rejected(tmp_path: Path, name: str, text: str, place: str) -> None:
+    assert SPEC.events is not None
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ReplayError, match=f"field 'load': expected {path}, {place}, got 'load'"):
+        load_streams(SPEC.events, path)
+
+
+def test_description_gives_fields_and_outputs() -> None:
+    document = {
+        "name": "full",
+        "version": "1",
+        "runtimes": ["numpy"],
+        "columns": [],
+        "limits": {"max_body_bytes": 1, "max_chunk_steps": 1, "max_predict_steps": 1},
+        "events": event_json_schema(FULL_SCHEMA),
+        "outputs": {"q": {"shape": [2, 3], "per": "step", "labels": []}},
+        "chunking": "invisible",
+    }
+    found = read_description(document)
+    shape = [(field.name, field.kind, field.optional) for field in event_schema(found).fields]
+    assert shape == [(field.name, field.kind, field.optional) for field in FULL_SCHEMA.fields]
+    assert found.outputs == (Output("q", (2, 3), False),)
+    assert found.is_cut_invariant
+    assert not read_description({**document, "chunking": "per_chunk"}).is_cut_invariant
+    with pytest.raises(ReplayError, match="takes no events"):
+        event_schema(read_description({**document, "events": None}))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_description({**document, "outputs": [1]})
+
+
+def test_sent_events_pass_the_schema(streams: list[StreamEvents]) -> None:
+    assert SPEC.events is not None
+    adapter = event_adapter(SPEC.events)
+    for stream in streams:
+        for event in stream.events(0, len(stream)):
+            adapter.validate_python(event)
+
+
+def test_outputs_are_packed_by_the_description() -> None:
+    rows = MODEL.pack({"q": np.arange(12).reshape(2, 2, 3).tolist(), "p": [7, 8]}, 2)
+    assert rows.tolist() == [[7, 0, 1, 2, 3, 4, 5], [8, 6, 7, 8, 9, 10, 11]]
+    once = replace(MODEL, outputs=(Output("v", (2,), True), Output("p", (), False)))
+    assert once.pack({"v": [5, 6], "p": [7, 8]}, 2).tolist() == [[5, 6, 7], [5, 6, 8]]
+    for outputs, error in (
+        ({"v": [[5, 6], [5, 6]], "p": [7, 8]}, "'v'"),
+        ({"v": [5, 6], "p": [7]}, "'p'"),
+        ({"v": [5, 6], "p": ["x", "y"]}, "expected numbers"),
+        ({"v": [5, 6]}, "expected the outputs"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            once.pack(outputs, 2)
+
+
+def test_bound_of_outputs_is_absolute_and_relative() -> None:
+    ones = np.full((2, 3), 100, np.float32)
+    assert (excess(ones + np.float32(1.0e-3), ones) <= ABSOLUTE).all()
+    assert not (excess(ones + np.float32(1.1e-3), ones) <= ABSOLUTE).any()

@@ -1,0 +1,268 @@
+"""A replay against the stand-in: order, pace, resuming, faults, many streams at once."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from carry_client import AsyncCarry
+from service.commands.replay.events import ReplayError, StreamEvents
+from service.commands.replay.send import Pace, Replay
+from tests.service.commands.replay.conftest import LENGTHS, Replayed, replay
+from tests.service.commands.replay.standin import Standin
+
+EVENTS = sum(LENGTHS.values())
+
+
+def every(step: int, fault: str) -> Any:
+    """The fault at every `step`-th request, the first of them at `step`."""
+    count = 0
+
+    def decide(request: web.Request) -> str | None:
+        nonlocal count
+        count += 1
+        return fault if count % step == 0 else None
+
+    return decide
+
+
+def assert_all_received(replay: Replay, standin: Standin) -> None:
+    assert replay.tally.faults == []
+    assert {name: stream.position for name, stream in standin.streams.items()} == LENGTHS
+    for stream in replay.streams:
+        assert np.isfinite(stream.outputs).all()
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+async def test_every_event_is_sent_once_and_in_order(
+    replayed: Replayed, standin: Standin, encoding: str
+) -> None:
+    replay = await replayed(encoding=encoding)
+    assert_all_received(replay, standin)
+    ends: dict[str, int] = defaultdict(int)
+    for name, position, steps in standin.seen:
+        assert position == ends[name]
+        assert 1 <= steps <= 9
+        ends[name] += steps
+    assert replay.tally.events == EVENTS
+    assert replay.tally.chunks == len(standin.seen)
+    assert not replay.tally.retries
+
+
+async def test_chunks_depend_on_seed_and_stream_alone(replayed: Replayed, standin: Standin) -> None:
+    async def chunks(seed: int) -> dict[str, list[int]]:
+        standin.streams.clear()
+        standin.seen.clear()
+        await replayed(Pace((2, 6), seed))
+        sizes: dict[str, list[int]] = defaultdict(list)
+        for name, _, steps in standin.seen:
+            sizes[name].append(steps)
+        return sizes
+
+    first = await chunks(1)
+    assert set(first["s:3"][:-1]) == {2, 3, 4, 5, 6}
+    assert await chunks(1) == first
+    assert await chunks(2) != first
+
+
+async def test_no_chunk_is_sent_before_the_time_of_its_last_event(
+    replayed: Replayed, standin: Standin, streams: list[StreamEvents]
+) -> None:
+    times = np.concatenate([stream.times_ms for stream in streams if stream.times_ms is not None])
+    received_s: list[float] = []
+    standin.fault = lambda request: received_s.append(time.monotonic())
+    start_s = time.monotonic()
+    await replayed(Pace((1, 1), speed=float(np.ptp(times)) / 1000))
+    due_s = np.sort(times - times.min()) / np.ptp(times)
+    assert (np.array(received_s[-len(due_s) :]) - start_s >= due_s).all()
+
+
+async def test_streams_are_sent_concurrently(replayed: Replayed, standin: Standin) -> None:
+    await replayed(Pace((1, 2)))
+    names = [name for name, _, _ in standin.seen]
+    assert names.index("s2") < len(names) - 1 - names[::-1].index("s1")
+
+
+FAULTS = ["drop", "drop_after", "store_unavailable", "outcome_unknown", "conflict"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_chunk_without_an_answer_is_repeated_unchanged(
+    replayed: Replayed, standin: Standin, fault: str
+) -> None:
+    standin.fault = every(3, fault)
+    replay = await replayed()
+    assert_all_received(replay, standin)
+    assert replay.tally.retries.total() > 0
+    assert replay.tally.chunks == standin.counts["chunks"]
+    assert (replay.tally.replayed > 0) == (fault in ("drop_after", "outcome_unknown"))
+
+
+async def test_second_replay_resumes_where_the_first_was_rejected(
+    replayed: Replayed, standin: Standin
+) -> None:
+    standin.fault = every(12, "refuse")
+    with pytest.raises(ReplayError, match="invalid_input"):
+        await replayed(Pace((1, 9), streams_in_flight=1))
+    stood = {name: stream.position for name, stream in standin.streams.items()}
+    assert 0 < sum(stood.values()) < EVENTS
+    standin.fault = lambda request: None
+    standin.seen.clear()
+    replay = await replayed()
+    assert replay.tally.faults == []
+    assert replay.tally.events == EVENTS - sum(stood.values())
+    assert min(position for name, position, _ in standin.seen if name == "s:3") == stood["s:3"]
+    for stream in replay.streams:
+        assert stream.start == stood.get(stream.events.name, 0)
+        assert np.isnan(stream.outputs[: stream.start]).all()
+        assert np.isfinite(stream.outputs[stream.start :]).all()
+
+
+async def test_position_request_is_repeated(replayed: Replayed, standin: Standin) -> None:
+    await replayed()
+    standin.deaf = 3
+    replay = await replayed()
+    assert replay.tally.faults == []
+    assert replay.tally.retries == {"store_unavailable": 3}
+    assert replay.tally.events == 0
+
+
+async def test_rolled_back_stream_is_sent_again_from_its_position(
+    replayed: Replayed, standin: Standin
+) -> None:
+    def lose(request: web.Request) -> None:
+        if len(standin.history.get("s:3", ())) == 4 and len(standin.seen) > 0:
+            standin.fault = lambda request: None
+            standin.roll_back("s:3", 4)
+
+    standin.fault = lose
+    replay = await replayed()
+    assert_all_received(replay, standin)
+    assert replay.tally.sent_again > 0
+    assert replay.tally.events == EVENTS + replay.tally.sent_again
+
+
+async def test_different_outputs_of_repeated_events_are_a_fault(
+    replayed: Replayed, standin: Standin
+) -> None:
+    def lose(request: web.Request) -> None:
+        if len(standin.history.get("s:3", ())) == 4:
+            standin.fault = lambda request: None
+            standin.roll_back("s:3", 4)
+            standin.wrong_by = 1e-3
+
+    standin.fault = lose
+    replay = await replayed(Pace((1, 9), streams_in_flight=1))
+    (fault,) = (fault for fault in replay.tally.faults if "'s:3'" in fault)
+    assert "other outputs than before" in fault
+
+
+async def test_expired_reply_is_skipped_and_counted(replayed: Replayed, standin: Standin) -> None:
+    replies = 0
+
+    def forget(request: web.Request) -> str | None:
+        nonlocal replies
+        replies += 1
+        if replies == 5:
+            return "drop_after"
+        if replies == 6:
+            standin.forget_reply(standin.seen[-1][0])
+        return None
+
+    standin.fault = forget
+    replay = await replayed(Pace((1, 9), streams_in_flight=1))
+    name, position, steps = standin.seen[4]
+    assert replay.tally.faults == []
+    assert replay.tally.skipped == steps
+    (stream,) = (stream for stream in replay.streams if stream.events.name == name)
+    missing = np.isnan(stream.outputs).any(axis=1)
+    assert np.flatnonzero(missing).tolist() == list(range(position, position + steps))
+
+
+def port_of(url: str) -> int:
+    return int(url.rstrip("/").rpartition(":")[2])
+
+
+async def test_wrong_position_and_wrong_stream_are_faults(
+    replayed: Replayed, standin: Standin
+) -> None:
+    apply = standin._apply
+
+    def confused(item: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        status, reply = apply(item)
+        if item["stream"] == "s4":
+            return status, {**reply, "position": 7}
+        return status, {**reply, "stream": "s1"} if item["stream"] == "s2" else reply
+
+    standin._apply = confused  # type: ignore[method-assign]
+    faults = "\n".join((await replayed()).tally.faults)
+    assert "expected stream 's4' at position 1, got stream 's4' at 7" in faults
+    assert re.search(r"expected stream 's2' at position \d+, got stream 's1' at ", faults)
+
+
+async def test_position_beyond_the_events_is_a_fault(replayed: Replayed, standin: Standin) -> None:
+    await replayed()
+    standin.streams["s4"] = standin.streams["s:3"]
+    replay = await replayed()
+    assert replay.tally.faults == ["stream 's4': expected position 1, got 61"]
+
+
+async def test_outputs_must_be_finite(replayed: Replayed, standin: Standin) -> None:
+    standin.wrong_by = float("inf")
+    faults = (await replayed(encoding="msgpack")).tally.faults
+    assert len(faults) == 3
+    assert all(fault.endswith("expected finite outputs") for fault in faults)
+
+
+async def test_replay_stops_after_patience_s(
+    url: str, server: TestServer, streams: list[StreamEvents], standin: Standin
+) -> None:
+    closing: list[asyncio.Task[None]] = []
+
+    def close(request: web.Request) -> None:
+        if not closing:
+            closing.append(asyncio.create_task(server.close()))
+
+    standin.fault = close
+    async with AsyncCarry(url, deadline_s=0.2) as carry:
+        with pytest.raises(ReplayError, match=r"no_answer.*start again to resume"):
+            await replay(carry, streams, Pace())
+
+
+async def test_replay_waits_for_a_restarted_service(
+    standin: Standin, url: str, server: TestServer, streams: list[StreamEvents]
+) -> None:
+    back = TestServer(standin.app(), port=port_of(url))
+
+    async def restart() -> None:
+        await server.close()
+        await back.start_server()
+
+    task: list[asyncio.Task[None]] = []
+
+    def kill(request: web.Request) -> str | None:
+        if len(standin.seen) == 10 and not task:
+            task.append(asyncio.create_task(restart()))
+        return "drop" if task and not task[0].done() else None
+
+    standin.fault = kill
+    async with AsyncCarry(url, timeout_s=1) as carry:
+        replayed = await replay(carry, streams, Pace((1, 4), streams_in_flight=2))
+    await back.close()
+    assert_all_received(replayed, standin)
+    assert replayed.tally.retries["no_answer"] > 0
+
+
+async def test_several_addresses_are_tried_in_turn(
+    standin: Standin, url: str, streams: list[StreamEvents]
+) -> None:
+    async with AsyncCarry(["http://127.0.0.1:1", url]) as carry:
+        assert_all_received(await replay(carry, streams, Pace()), standin)

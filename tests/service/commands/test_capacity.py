@@ -1,0 +1,85 @@
+"""The formula of `carry capacity` is compared with the memory of real servers."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from service.commands.capacity import Streams as Planned
+from service.commands.capacity import cache_bytes, primaries, stored_bytes, workers
+from service.commands.cli import app
+from service.pipeline.chunk_load import StateCache
+from service.store.codec import encode_state
+from service.store.settings import StoreSettings
+from tests.support.servers import KINDS, real_server
+from tests.support.streams import Streams, cached, encode_reply, key
+
+ERROR = 0.10
+"""Share by which the formula may differ from the memory, as the documentation says."""
+
+COUNT, PAGE, STEPS, OUTPUTS = 5_000, 500, 4, 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula_is_within_its_error_of_the_memory_of_a_server(kind: str) -> None:
+    streams = Streams()
+    with real_server(kind, "--appendonly", "no") as server, server.client() as client:
+        keys = StoreSettings(server.url).keys
+        for floats, ints, idle_ttl_ms in ((16, 0, None), (300, 7, None), (300, 7, 10**9)):
+            client.execute_command("FLUSHALL", "SYNC")
+            before = client.info("memory")["used_memory"]
+            for first in range(0, COUNT, PAGE):
+                # without the script of a commit, whose interpreter also takes memory
+                pipeline = client.pipeline(transaction=False)
+                for number in range(first, first + PAGE):
+                    commit = streams.creation(key(f"device{number:08}"), floats=floats, ints=ints)
+                    state_key, reply_key = keys.pair(commit.key)
+                    pipeline.set(reply_key, encode_reply(commit.reply), px=600_000)
+                    pipeline.set(state_key, encode_state(commit.new), px=idle_ttl_ms)
+                pipeline.execute()
+            used = client.info("memory")["used_memory"] - before
+            planned = Planned(
+                count=COUNT,
+                state_bytes=4 * floats + 8 * ints,
+                name_chars=len(commit.key.stream),
+                prefix_chars=len(keys.state(key(""))),
+                reply_bytes=4 * STEPS * OUTPUTS,
+                replies=COUNT,
+                idle_ttl=idle_ttl_ms is not None,
+            )
+            assert stored_bytes(planned, kind) == pytest.approx(used, rel=ERROR)
+
+
+def test_a_cache_of_the_computed_size_holds_every_state() -> None:
+    planned = Planned(100, 4 * 50 + 8 * 2, 8, 8, 0, 0)
+    cache, streams = StateCache(cache_bytes(planned)), Streams()
+    for number in range(100):
+        cache.put(key(f"s{number}"), cached(streams.first(floats=50, ints=2)))
+    assert cache.get(key("s0")) is not None
+    cache.put(key("one more"), cached(streams.first(floats=50, ints=2)))
+    assert cache.get(key("s1")) is None
+
+
+def test_processes_are_planned_at_half_their_peak_throughput() -> None:
+    assert [workers(rate) for rate in (0, 3_500, 3_600, 35_500)] == [1, 1, 2, 10]
+    assert workers(3_600, 10_000) == 1
+    # twice the data must fit, and 17,500 chunks a second each
+    assert [primaries(data, 16, 0) for data in (8, 9, 80)] == [1, 2, 10]
+    assert primaries(1, 16, 70_000) == 4
+
+
+def test_command_prints_what_streams_need() -> None:
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(app, ["capacity", *words])
+
+    done = run("flights", "--streams", "1000000", "--rate", "100000")
+    assert done.exit_code == 0, done.stderr
+    rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert rows["raw state"].strip() == "1,952 bytes"
+    assert "bytes a stream" in rows["valkey: data"]
+    assert rows["workers"].strip().startswith("2, each on a core, for 6,250 chunks/s")
+    missing = run("none", "--streams", "1")
+    assert missing.exit_code == 1
+    assert missing.stderr.startswith("carry: expected one of the models ['flights', 'rivers']")
+    assert run("flights", "--streams", "0").exit_code == 2

@@ -1,0 +1,239 @@
+"""Prometheus metrics: every report updates its series, in one process and with several workers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+
+from service.core.errors import ModelNotFound, Overloaded, PositionAhead
+from service.core.values import Timing
+from service.pipeline.recorder import Recorder
+from service.telemetry import metrics
+from service.telemetry.metrics import MULTIPROCESS_DIR, SECONDS, PrometheusRecorder, observe_all
+from tests.support.metrics import read, series
+from tests.support.servers import until_async
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> PrometheusRecorder:
+    monkeypatch.delenv(MULTIPROCESS_DIR, raising=False)
+    return PrometheusRecorder()
+
+
+async def test_clients_cannot_create_series_of_requests(
+    recorder: PrometheusRecorder,
+) -> None:
+    route = "/v1/models/{model}"
+    for ms in (4.0, 40.0, 40.0):
+        recorder.record_request("GET", route, 200, ms)
+    recorder.record_request("BREW", route, 405, 1.0)
+    recorder.record_request("GET", None, 404, 1.0)
+    recorder.record_request("HEAD", None, 404, 1.0)
+    assert b"carry_request_seconds_count{" not in recorder.render()
+    recorder.flush_requests()
+    found = read(recorder.render())
+    name = "carry_request_seconds"
+    known = {"method": "GET", "route": route, "status": "200"}
+    assert found[series(f"{name}_count", **known)] == 3
+    assert found[series(f"{name}_sum", **known)] == pytest.approx(0.084)
+    assert found[series(f"{name}_bucket", le="0.005", **known)] == 1
+    assert found[series(f"{name}_count", method="-", route=route, status="405")] == 1
+    assert found[series(f"{name}_count", method="-", route="-", status="404")] == 2
+    recorder.record_request("GET", route, 200, 1.0)
+    await until_async(lambda: _is_counted(recorder, known), "the next interval")
+
+
+async def _is_counted(recorder: PrometheusRecorder, labels: dict[str, str]) -> bool:
+    return read(recorder.render())[series("carry_request_seconds_count", **labels)] == 4
+
+
+def test_concurrent_scrapes_add_each_value_once(
+    recorder: PrometheusRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def observe_slowly(histogram: Histogram, values: list[float]) -> None:
+        time.sleep(0.02)
+        observe_all(histogram, values)
+
+    monkeypatch.setattr(metrics, "observe_all", observe_slowly)
+    recorder.model("flights", "a1b2", "tensorflow", 64)
+    recorder.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
+    scrapes = [threading.Thread(target=recorder.render) for _ in range(2)]
+    for scrape in scrapes:
+        scrape.start()
+    for scrape in scrapes:
+        scrape.join()
+    assert read(recorder.render())[series("carry_batch_rows_count", model="flights")] == 1
+
+
+def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
+    reports: Recorder = recorder
+    recorder.model("flights", "a1b2", "tensorflow", 64)
+    recorder.model("post", "c3d4", "tensorflow", 64)
+    reports.record_chunks("flights", 12, [0.002], Timing(load_s=0.03, infer_s=0.4, commit_s=5.0))
+    reports.record_chunks("flights", 7, [0.0], Timing())
+    reports.record_chunks("post", 1, [0.0], Timing())
+    reports.record_replay("flights")
+    reports.record_conflict("post")
+    reports.record_conflict("post")
+    reports.record_cache_lookups("flights", hits=5, misses=2)
+    reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
+    reports.record_error("flights", PositionAhead(""))
+    for change in (1, 1, -1):
+        reports.record_websockets("flights", change)
+        reports.record_watchers("post", change)
+
+    found = read(recorder.render())
+    flights = {"model": "flights"}
+    assert found[series("carry_chunks_total", **flights)] == 2
+    assert found[series("carry_events_total", **flights)] == 19
+    assert found[series("carry_chunks_total", model="post")] == 1
+    assert found[series("carry_replays_total", **flights)] == 1
+    assert found[series("carry_conflicts_total", **flights)] == 0
+    assert found[series("carry_conflicts_total", model="post")] == 2
+    assert found[series("carry_cache_hits_total", **flights)] == 5
+    assert found[series("carry_cache_misses_total", **flights)] == 2
+    assert found[series("carry_batch_steps_total", **flights)] == 40
+    assert found[series("carry_batch_padded_steps_total", **flights)] == 64
+    assert found[series("carry_batch_rows_bucket", **flights, le="2.0")] == 0
+    assert found[series("carry_batch_rows_bucket", **flights, le="4.0")] == 1
+    assert found[series("carry_batch_seconds_sum", **flights)] == pytest.approx(0.006)
+    assert found[series("carry_refusals_total", **flights, code="position_ahead")] == 1
+    assert found[series("carry_websocket_connections", **flights)] == 1
+    assert found[series("carry_watchers", model="post")] == 1
+    assert found[series("carry_watchers", **flights)] == 0
+    for stage, seconds in {"queue": 0.002, "load": 0.03, "infer": 0.4, "commit": 5.0}.items():
+        name = "carry_chunk_stage_seconds"
+        assert found[series(f"{name}_sum", **flights, stage=stage)] == pytest.approx(seconds)
+        assert found[series(f"{name}_count", **flights, stage=stage)] == 2
+    info = series("carry_model_info", **flights, version="a1b2", runtime="tensorflow")
+    assert found[info] == 1
+
+
+TIMES_S = st.sampled_from(SECONDS) | st.floats(0, 20)
+
+
+@given(batches=st.lists(st.lists(TIMES_S, max_size=8), max_size=4))
+def test_observe_all_equals_observe_of_each_value(batches: list[list[float]]) -> None:
+    registry = CollectorRegistry()
+    at_once, one_by_one = (
+        Histogram(name, "-", ("model",), registry=registry, buckets=SECONDS).labels("m")
+        for name in ("at_once", "one_by_one")
+    )
+    for values in batches:
+        observe_all(at_once, values)
+        for value in values:
+            one_by_one.observe(value)
+    found = {
+        (name.removeprefix("at_once").removeprefix("one_by_one"), labels, name[:3]): value
+        for (name, labels), value in read(generate_latest(registry)).items()
+    }
+    for (name, labels, which), value in found.items():
+        if which == "at_":
+            assert value == pytest.approx(found[name, labels, "one"])
+
+
+def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> None:
+    recorder.model("flights", "a1b2", "tensorflow", 64)
+    found = read(recorder.render())
+    for name in ("chunks", "events", "replays", "conflicts", "cache_hits", "cache_misses"):
+        assert found[series(f"carry_{name}_total", model="flights")] == 0
+    for code in ("store_refused", "state_damaged", "stream_overloaded", "internal_error"):
+        assert found[series("carry_refusals_total", model="flights", code=code)] == 0
+    assert series("carry_refusals_total", model="flights", code="position_ahead") not in found
+
+
+def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
+    recorder.model("flights", "a1b2", "tensorflow", 64)
+    for name in ("nope", "nope2", "nope3"):
+        recorder.record_error(name, ModelNotFound(""))
+    found = read(recorder.render())
+    refusals = {k: value for k, value in found.items() if k[0] == "carry_refusals_total" and value}
+    assert refusals == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
+
+
+def test_build_info_has_version_and_python(recorder: PrometheusRecorder) -> None:
+    builds = [key for key in read(recorder.render()) if key[0] == "carry_build_info"]
+    assert len(builds) == 1
+    assert {name for name, _ in builds[0][1]} == {"version", "python"}
+
+
+WORKER = """
+import os
+from service.core.errors import Conflict, ModelNotFound, Overloaded, PositionAhead
+from service.core.values import Timing
+from service.telemetry.metrics import PrometheusRecorder
+
+recorder = PrometheusRecorder()
+recorder.model("flights", "a1b2", "tensorflow", 64)
+recorder.record_chunks("flights", 5, [0.0], Timing(infer_s=0.25))
+recorder.record_chunks("flights", 4, [0.003, 0.0], Timing(infer_s=0.2))
+recorder.record_websockets("flights", 3)
+print("recorded", flush=True)
+if input() == "render":
+    os.write(1, recorder.render())
+"""
+
+
+def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> None:
+    environment = {**os.environ, MULTIPROCESS_DIR: str(tmp_path)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env=environment,
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
+    first, second, third = workers
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"recorded\n"
+        first.kill()
+        first.communicate()
+        rendered, _ = second.communicate(b"render\n")
+    finally:
+        for worker in (second, third):
+            if worker.poll() is None:
+                worker.communicate(b"end\n")
+    found = read(rendered)
+    assert found[series("carry_chunks_total", model="flights")] == 9
+    assert found[series("carry_events_total", model="flights")] == 27
+    stage = {"model": "flights", "stage": "infer"}
+    name = "carry_chunk_stage_seconds"
+    assert found[series(f"{name}_sum", **stage)] == pytest.approx(3 * 0.65)
+    assert found[series(f"{name}_bucket", **stage, le="0.1")] == 0
+    assert found[series(f"{name}_bucket", **stage, le="0.25")] == 9
+    stage["stage"] = "queue"
+    assert found[series(f"{name}_bucket", **stage, le="0.0025")] == 6
+    assert found[series(f"{name}_count", **stage)] == 9
+    # the one that was killed has none any more
+    assert found[series("carry_websocket_connections", model="flights")] == 6
+    assert len([key for key in found if key[0] == "carry_model_info"]) == 1
+
+
+def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> None:
+    reports: Recorder = recorder
+    recorder.model("flights", "a1b2", "tensorflow", 64)
+    times = Timing(load_s=0.03, infer_s=0.4, commit_s=5.0)
+    reports.record_chunks("flights", 12, [0.002, 0.002], times)
+    reports.record_chunks("flights", 7, [0.0], Timing())
+    reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
+    reports.record_error("flights", PositionAhead(""))
+    reports.record_error("flights", Overloaded(""))
+    totals = recorder.statistics()["flights"]
+    assert totals[:3] == (3, 1, 2)
+    assert totals[3:] == pytest.approx((0.004, 0.06, 0.8, 10.0))

@@ -1,0 +1,559 @@
+"""Wrong frames, slow readers, silent clients and the end of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import orjson
+import pytest
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import Close, CloseCode, Frame, Opcode
+
+from service.codec.duplicates import find_duplicate
+from service.codec.media import Media
+from service.core.errors import InvalidInput, Unauthenticated
+from service.server.connections import ConnectionLimits, Phase
+from service.transports.live import frames, live_socket
+from service.transports.live.live_socket import LiveSocket
+from tests.service.transports.live.sockets import (
+    Sockets,
+    binary,
+    error,
+    live,
+    outcome,
+    reply,
+    text,
+)
+from tests.service.transports.live.test_handshakes import SECURITY, UPGRADE, handshake
+from tests.service.transports.v1.harness import Harness, rows
+from tests.service.transports.v1.raw_http import HOST, becomes, port_of
+from tests.support.documents import has_duplicates, members, quoted, with_escapes
+
+
+async def closed(client: ClientConnection, code: int) -> str:
+    """Wait until the socket is closed with that code; the reason."""
+    with suppress(ConnectionClosed):
+        async with asyncio.timeout(10):
+            async for _ in client:
+                pass
+    assert client.close_code == code
+    return client.close_reason or ""
+
+
+def expire(api: Harness, sockets: Sockets, phase: Phase) -> None:
+    """Let the timeout of the one socket's phase pass."""
+    [served] = sockets.served()
+    assert served.phase is phase
+    served.expire(phase)
+
+
+@asynccontextmanager
+async def unread(sockets: Sockets) -> AsyncIterator[tuple[ClientConnection, LiveSocket]]:
+    """A client that reads nothing, behind small buffers."""
+    with socket.socket() as unconnected:
+        unconnected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unconnected.connect((HOST, port_of(sockets.server)))
+        async with sockets.open(max_queue=1, sock=unconnected) as (client, _):
+            client.transport.pause_reading()
+            [served] = sockets.served()
+            of_server = served._transport.get_extra_info("socket")
+            of_server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            served._transport.set_write_buffer_limits(high=16 * 1024)
+            yield client, served
+
+
+WRONG_FRAMES = {
+    "no JSON": ("{", "malformed_body"),
+    "nothing": ("", "malformed_body"),
+    "a list": ("[]", "invalid_input"),
+    "unknown member": (text(rows(2), 0, unknown=1), "invalid_input"),
+    "wrong width": (text(rows(2, features=2), 0), "invalid_input"),
+    "no steps": ('{"inputs": []}', "invalid_input"),
+    "too many steps": (text(rows(21), 0), "chunk_too_long"),
+    "position of another type": ('{"position": "0", "inputs": [[0, 0, 0]]}', "invalid_input"),
+    "id of another type": ('{"id": [], "inputs": [[0, 0, 0]]}', "invalid_input"),
+    "long id": (text(rows(1), id="x" * 129), "invalid_input"),
+    "large id": ('{"id": 9223372036854775808, "inputs": [[0, 0, 0]]}', "invalid_input"),
+    "position twice": ('{"id":1,"position":0,"position":1,"inputs":[[0,0,0]]}', "invalid_input"),
+    "escaped twice": (
+        '{"id":1,"position":0,"\\u0070osition":1,"inputs":[[0,0,0]]}', "invalid_input",
+    ),
+    "id twice": ('{"id":1,"id":2,"inputs":[[0,0,0]]}', "invalid_input"),
+    "many members": (text(rows(1), 0, **{f"m{at}": at for at in range(40)}), "invalid_input"),
+    "another stream": (text(rows(2), 0, stream="other"), "invalid_input"),
+    "if_match of another type": (text(rows(2), 0, if_match=3), "invalid_input"),
+    "garbage": (bytes(range(256)), "malformed_body"),
+    "bytes after the document": (binary(rows(2), 0, id=1) + b"\x00", "malformed_body"),
+    "packed member twice": (
+        b"\x83\xa2id\x01\xa2id\x02\xa6inputs\xc4\x0c" + bytes(12), "invalid_input",
+    ),
+    "packed string in place of bytes": (b"\x82\xa2id\x01\xa6inputs\xa3abc", "invalid_input"),
+    "deep": (b'{"id":' + b"[" * 5000, "malformed_body"),
+    "deep text": ('{"id":' + "[" * 5000, "malformed_body"),
+}  # fmt: skip
+
+
+async def test_a_wrong_frame_is_answered_and_leaves_the_socket_usable(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        for position, (frame, code) in enumerate(WRONG_FRAMES.values()):
+            await client.send(frame)
+            await error(client, code)
+            await client.send(text(rows(1), position))
+            assert (await reply(client))["position"] == position + 1
+    assert api.position() == len(WRONG_FRAMES)
+
+
+def test_duplicates_of_long_frames_are_found_without_parsing_their_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed: list[int] = []
+
+    def find(media: Media, data: bytes) -> InvalidInput | None:
+        parsed.append(len(data))
+        return find_duplicate(media, data)
+
+    monkeypatch.setattr(frames, "find_duplicate", find)
+    events = b'[{"x":"' + b"\\u00e9" * 20_000 + b'"}]'
+    for frame in (b'{"id":1,"events":%b}', b'{"id":1,"position":0,"events":%b,"other":%b}'):
+        frame = frame.replace(b"%b", events)
+        assert frames.read_frame(Media.JSON, frame).body(("id",)).endswith(b"}")
+        with pytest.raises(InvalidInput, match="id: expected each member of an object once"):
+            frames.read_frame(Media.JSON, frame[:-1] + b',"i\\u0064":2}')
+        with pytest.raises(InvalidInput, match="body: expected each member once"):
+            frames.read_frame(Media.JSON, frame[:-1] + b',"e\\u0076ents":[]}')
+    assert max(parsed) < 100
+
+
+def test_duplicates_of_frames_are_those_that_another_parser_finds() -> None:
+    """In JSON, whatever is escaped; the body's reader finds those within its members."""
+    for seed in range(300):
+        choose = random.Random(seed)
+        rows_of = [[0.5] * 3] * choose.choice((1, 300))
+        frame = members({"id": quoted(choose), "stream": "s", "position": 0, "inputs": rows_of})
+        for _ in range(choose.choice((0, 0, 1, 2))):
+            frame.insert(choose.randint(0, len(frame)), choose.choice(frame))
+        data = with_escapes(choose, frame).encode()
+        found = None
+        try:
+            is_split = frames.read_frame(Media.JSON, data).members is not None
+        except InvalidInput as error:
+            is_split, found = True, error
+        # one that is not split has no member of the envelope, so that the reader gets all of it
+        assert (found is not None) == (is_split and has_duplicates(data)), (seed, data)
+
+
+async def test_the_error_of_an_unknown_member_lists_the_allowed_members(
+    large_api: Harness,
+) -> None:
+    async with (
+        live(large_api) as sockets,
+        sockets.open() as (client, _),
+        sockets.open("probe/live") as (many, _),
+    ):
+        for steps in (1, 2_000):
+            await client.send(text(rows(steps), 0, unknown=1))
+            of_one = await error(client, "invalid_input")
+            await many.send(text(rows(steps), 0, unknown=1, stream="s"))
+            of_many = await error(many, "invalid_input")
+            assert of_one["at"] == of_many["at"] == "unknown"
+            assert of_one["expected"].endswith("dry_run, id, if_match")
+            assert of_many["expected"].endswith("dry_run, id, if_match, stream")
+
+
+LONG = "x" * 70_000
+WRONG_LONG_FRAMES = {
+    "too many steps": (text(rows(11_000), 0, id=1), "chunk_too_long", 1),
+    "unknown text": (text(rows(2), 0, id=2, unknown=LONG), "invalid_input", 2),
+    "id last": ('{"inputs": [[0, 0, "' + LONG + '"]], "id": 3}', "invalid_input", 3),
+    "id of another type": ('{"id": [1], "x": "' + LONG + '"}', "invalid_input", None),
+    "id twice": ('{"id": 4, "x": "' + LONG + '", "id": 5}', "invalid_input", 4),
+    "no JSON": ('{"id": 6, "inputs": [[' + LONG, "malformed_body", 6),
+    "a list": ("[" + " " * 70_000 + "]", "invalid_input", None),
+    "packed": (binary(rows(70_000), 0, id=7), "chunk_too_long", 7),
+    "packed garbage": (b"\x83\xa2id\x08\xc1" + bytes(70_000), "malformed_body", 8),
+    "no map": (bytes(70_000), "invalid_input", None),
+    "cut": (b"\x85" + b"\xa1a\xda\xff\xff" + bytes(65_535), "invalid_input", None),
+}  # fmt: skip
+
+
+async def test_a_wrong_long_frame_is_answered_with_its_id_and_leaves_the_socket_usable(
+    large_api: Harness,
+) -> None:
+    async with live(large_api) as sockets, sockets.open() as (client, _):
+        for position, (name, (frame, code, frame_id)) in enumerate(WRONG_LONG_FRAMES.items()):
+            await client.send(frame)
+            problem = await error(client, code)
+            assert problem["id"] == frame_id, name
+            assert problem["stream"] == "s"
+            await client.send(text(rows(1), position))
+            await reply(client)
+
+
+async def test_long_frames_for_many_streams_name_theirs_anywhere(large_api: Harness) -> None:
+    inputs = rows(2_000)
+    async with live(large_api) as sockets, sockets.open("probe/live") as (client, _):
+        members = {"id": 1, "stream": "a", "inputs": inputs.tolist(), "position": 0}
+        for names in (members, dict(reversed(members.items()))):
+            await client.send(orjson.dumps({name: members[name] for name in names}).decode())
+            assert (await outcome(client))["id"] == 1
+        await client.send(text(inputs, 0, id=2))
+        problem = await error(client, "invalid_input")
+    assert (problem["at"], problem["id"]) == ("stream", 2)
+    assert large_api.position("a") == 2_000
+
+
+async def test_a_text_frame_that_is_not_utf_8_closes_the_socket(api: Harness) -> None:
+    wrong = b'{"id": "\xff"}'
+    async with live(api) as sockets:
+        for fragments in ([wrong], [wrong[:9], wrong[9:]], [b'{"id": "\xc3', b'"}']):
+            async with sockets.open() as (client, _):
+                last = len(fragments) - 1
+                for at, part in enumerate(fragments):
+                    opcode = Opcode.CONT if at else Opcode.TEXT
+                    frame = Frame(opcode, part, fin=at == last)
+                    client.transport.write(frame.serialize(mask=True))
+                assert "UTF-8" in await closed(client, 1007)
+            await sockets.ended()
+        async with sockets.open() as (client, _):
+            message = '{"id": "\u00e9", "position": 0, "inputs": [[0, 0, 0]]}'.encode()
+            cut = message.index(0xC3) + 1
+            for part, opcode in ((message[:cut], Opcode.TEXT), (message[cut:], Opcode.CONT)):
+                frame = Frame(opcode, part, fin=opcode is Opcode.CONT)
+                client.transport.write(frame.serialize(mask=True))
+            assert (await outcome(client))["id"] == "\u00e9"
+
+
+async def test_errors_name_their_place_and_their_frame(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open("probe/live") as (client, _):
+        await client.send('{"id": "a", "stream": "s", "inputs": [[0, 1, "x"]]}')
+        problem = await error(client, "invalid_input")
+    assert problem["at"] == "inputs[0][2]"
+    assert problem["id"] == "a"
+    assert problem["stream"] == "s"
+    assert problem["retryable"] is False
+
+
+async def test_a_fragmented_message_is_one_frame(api: Harness) -> None:
+    message = text(rows(4), 0, id="whole").encode()
+    async with live(api) as sockets, sockets.open() as (client, _):
+        await client.send(message[at : at + 7].decode() for at in range(0, len(message), 7))
+        assert (await outcome(client))["id"] == "whole"
+
+
+async def test_a_message_over_the_limit_closes_the_socket_and_nothing_is_lost(
+    api: Harness,
+) -> None:
+    async with live(api) as sockets:
+        for oversized in (["x" * 20_001], ["x" * 7_000] * 3):
+            async with sockets.open() as (client, hello):
+                position = hello["position"]
+                await client.send(text(rows(2), position))
+                await reply(client)
+                await client.send(oversized)
+                assert "20000" in await closed(client, 1009)
+            await sockets.ended()
+        assert api.position() == 4
+
+
+VIOLATIONS = {
+    "reserved bit": Frame(Opcode.TEXT, b"{}", rsv1=True),
+    "continuation of nothing": Frame(Opcode.CONT, b"{}"),
+    "long ping": Frame(Opcode.PING, b"x" * 126),
+    "fragmented ping": Frame(Opcode.PING, b"x", fin=False),
+}
+
+
+async def test_a_violation_of_the_protocol_closes_the_socket(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(Frame, "check", lambda _: None)
+        written = [frame.serialize(mask=True) for frame in VIOLATIONS.values()]
+    async with live(api) as sockets:
+        for data in written:
+            async with sockets.open() as (client, _):
+                client.transport.write(data)
+                await closed(client, 1002)
+            await sockets.ended()
+
+
+async def test_an_unmasked_frame_closes_the_socket(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write(Frame(Opcode.TEXT, b"{}").serialize(mask=False))
+        assert "mask" in await closed(client, 1002)
+
+
+async def test_tiny_frames_are_bounded_by_one_piece(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    async with live(api) as sockets, sockets.open() as (client, hello):
+        await client.send(text(rows(1), 0))
+        await becomes(lambda: sockets.served()[0]._session.unanswered == 1, "a chunk")
+        client.transport.write(Frame(Opcode.TEXT, b"").serialize(mask=True) * 100_000)
+        [served] = sockets.served()
+        await becomes(lambda: served._session.unanswered >= hello["window"], "a full window")
+        assert served._is_read_paused
+        assert served._session.unanswered == hello["window"]
+        assert len(served._messages) <= 8192 // 6
+        client.transport.abort()
+        held_back()
+        await sockets.ended()
+
+
+async def test_a_client_that_does_not_read_is_not_read_either_and_loses_nothing(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 300
+    async with live(api) as sockets, unread(sockets) as (client, served):
+
+        async def feed() -> None:
+            for at in range(count):
+                await client.send(text(rows(20), 20 * at))
+
+        feeding = asyncio.create_task(feed())
+        await becomes(lambda: served.phase is Phase.SEND, "an unread socket")
+        await becomes(lambda: not served._session.unanswered, "the outcomes of what was read")
+        received = served._session.chunks
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert served._session.chunks == received
+        unsent = served.unsent_bytes
+        assert served._is_read_paused
+        assert unsent < 64 * 1024
+        client.transport.resume_reading()
+        for at in range(count):
+            assert (await reply(client))["position"] == 20 * (at + 1)
+        await feeding
+    assert api.position() == 20 * count
+
+
+async def test_a_client_that_never_reads_is_disconnected(api: Harness) -> None:
+    async with live(api) as sockets, unread(sockets) as (client, served):
+
+        async def feed() -> None:
+            with suppress(ConnectionClosed):
+                for at in range(100_000):
+                    await client.send(text(rows(20), 20 * at))
+
+        feeding = asyncio.create_task(feed())
+        await becomes(lambda: served.phase is Phase.SEND, "an unread socket")
+        expire(api, sockets, Phase.SEND)
+        await sockets.ended()
+        client.transport.abort()
+        await feeding
+
+
+async def test_a_silent_client_is_pinged_and_closed_without_an_answer(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        expire(api, sockets, Phase.LIVE)
+        await becomes(lambda: not served._has_pinged, "the pong")
+        client.transport.pause_reading()
+        expire(api, sockets, Phase.LIVE)
+        expire(api, sockets, Phase.LIVE)
+        client.transport.resume_reading()
+        assert "ping" in await closed(client, 1011)
+        await sockets.ended()
+
+
+async def test_connections_expire_a_silent_socket(api: Harness) -> None:
+    connections = api.http_state().connections
+    connections.limits = ConnectionLimits(websocket_ping_s=0.001)
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        now_s = asyncio.get_running_loop().time()
+        connections.check(now_s + 1)
+        await becomes(lambda: not served._has_pinged, "the pong")
+        client.transport.pause_reading()
+        for seconds in range(2, 8):
+            connections.check(now_s + seconds)
+        client.transport.resume_reading()
+        await closed(client, 1011)
+
+
+async def test_a_socket_without_chunks_is_closed(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        served._limits = served._limits._replace(idle_s=0.000_001)
+        await client.ping()
+        expire(api, sockets, Phase.LIVE)
+        assert "no chunk" in await closed(client, 1001)
+
+
+async def test_an_incomplete_message_expires(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write(Frame(Opcode.TEXT, b"x" * 100).serialize(mask=True)[:50])
+        await becomes(lambda: sockets.served()[0].phase is Phase.BODY, "a part of a message")
+        assert sockets.served()[0].body_bytes > 0
+        expire(api, sockets, Phase.BODY)
+        assert "in time" in await closed(client, 1008)
+
+
+async def test_messages_over_the_limit_of_all_bodies_are_shed(api: Harness) -> None:
+    connections = api.http_state().connections
+    connections.limits = ConnectionLimits(max_pending_body_bytes=1000)
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write(Frame(Opcode.TEXT, b"x" * 5000).serialize(mask=True)[:4000])
+        await closed(client, 1013)
+
+
+async def test_a_drain_answers_what_was_started_and_sends_clients_elsewhere(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    async with live(api) as sockets:
+        async with sockets.open() as (client, _), sockets.open("probe/live") as (idle, _):
+            await client.send(text(rows(2), 0))
+            await becomes(lambda: any(s._session.unanswered for s in sockets.served()), "a chunk")
+            for each in sockets.served():
+                each.shutdown()
+            await client.send(text(rows(2), 2))
+            assert "connect again" in await closed(idle, 1012)
+            held_back()
+            assert (await reply(client))["position"] == 2
+            await closed(client, 1012)
+        await sockets.ended()
+    assert api.position() == 2
+
+
+async def test_a_client_that_half_closes_gets_its_outcomes(
+    api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And pings before them, which detect a client that disconnected."""
+    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    sent = [Frame(Opcode.TEXT, text(rows(1), at, id=f"n{at}").encode()) for at in range(3)]
+    async with live(api) as sockets:
+        reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
+        writer.write(handshake(*UPGRADE, *SECURITY))
+        assert b" 101 " in await reader.readline()
+        for frame in sent:
+            writer.write(frame.serialize(mask=True))
+        writer.write_eof()
+        await becomes(lambda: bool(sockets.served()[0]._half_closed), "the end of its side")
+        ping = Frame(Opcode.PING, b"carry").serialize(mask=False)
+        async with asyncio.timeout(10):
+            await reader.readuntil(ping)
+            held_back()
+            received = await reader.read()
+        outcomes = [received.index(b'"id":"n%d"' % at) for at in range(3)]
+        assert outcomes == sorted(outcomes)
+        assert received.endswith(Close(CloseCode.NORMAL_CLOSURE, "").serialize())
+        assert api.position() == 3
+        writer.close()
+        await writer.wait_closed()
+        await sockets.ended()
+
+
+@pytest.mark.parametrize("reason", ["revoked", "too many bytes"])
+async def test_connection_whose_client_half_closed_ends_with_its_socket(
+    api: Harness, held_back: Callable[[], None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client cannot answer the close frame."""
+    failures: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, each: failures.append(each))
+    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    async with live(api) as sockets:
+        reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
+        writer.write(handshake(*UPGRADE, *SECURITY))
+        assert b" 101 " in await reader.readline()
+        writer.write(Frame(Opcode.TEXT, text(rows(1), 0).encode()).serialize(mask=True))
+        writer.write_eof()
+        await becomes(lambda: bool(sockets.served()[0]._half_closed), "the end of its side")
+        socket = sockets.served()[0]
+        if reason == "revoked":
+            socket.revoke(Unauthenticated("revoked"))
+        else:
+            socket.shed_body()
+        async with asyncio.timeout(10):
+            assert reason.encode() in await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        await sockets.ended()
+    held_back()
+    assert not failures
+
+
+async def test_a_client_that_half_closes_without_a_chunk_is_disconnected(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write_eof()
+        await sockets.ended()
+
+
+async def test_chunks_of_a_client_that_closed_its_connection_are_dropped(
+    api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of its sending side looks like that of a client that waits for outcomes."""
+    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    async with live(api) as sockets:
+        async with sockets.open() as (client, _):
+            for at in range(5):
+                await client.send(text(rows(1), at))
+            await becomes(lambda: sockets.served()[0]._session.unanswered == 5, "its chunks")
+            client.transport.close()
+            await sockets.ended()
+        held_back()
+        async with sockets.open("probe/streams/other/live") as (client, _):
+            await client.send(text(rows(1), 0))
+            await reply(client)
+    assert (api.position() or 0) < 5
+
+
+async def test_a_disconnected_client_takes_no_queue(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    async with live(api) as sockets:
+        async with sockets.open() as (client, _):
+            for at in range(5):
+                await client.send(text(rows(1), at))
+            await becomes(lambda: sockets.served()[0]._session.unanswered == 5, "its chunks")
+            client.transport.abort()
+        await sockets.ended()
+        held_back()
+        async with sockets.open("probe/streams/other/live") as (client, _):
+            await client.send(text(rows(1), 0))
+            await reply(client)
+    assert (api.position() or 0) < 5
+
+
+async def test_an_unexpected_failure_is_a_frame(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    async with live(api) as sockets, sockets.open() as (client, _):
+        with monkeypatch.context() as broken:
+            broken.setattr(type(api.app.state.api.codecs["probe"].reader), "chunk", fail)
+            await client.send(text(rows(1), 0, id=4))
+            problem = await error(client, "internal_error")
+        assert problem["id"] == 4
+        assert "a defect" not in json.dumps(problem)
+        await client.send(orjson.dumps({"inputs": rows(1).tolist(), "position": 0}).decode())
+        await reply(client)
+
+
+async def test_a_flood_of_control_frames_takes_turns_with_other_work(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_socket, "TURN_S", -1.0)
+    flood = Frame(Opcode.PONG, b"").serialize(mask=True) * 10_000
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        served.data_received(flood)
+        assert served._is_read_paused
+        turns = 0
+        while served._buffered:
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns >= len(flood) // live_socket.PIECE_BYTES
+        assert not served._is_read_paused
+        await client.send(text(rows(1), 0))
+        assert (await reply(client))["position"] == 1

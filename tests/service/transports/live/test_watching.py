@@ -1,0 +1,426 @@
+"""Watchers of a stream: outputs in order, gaps, ends; across workers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from msgspec.structs import replace
+
+from service.core.errors import StoreUnavailable
+from service.core.values import StreamKey
+from service.pipeline import output_buffer, watching
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
+from service.transports.live import watching as sse
+from tests.service.transports.v1.harness import Harness, problem, rows
+from tests.service.transports.v1.raw_http import HOST, becomes, port_of, serving
+from tests.support.servers import RealServer
+from tests.support.streams import encode_reply
+
+OUTPUT = "last"
+
+
+class Events:
+    """The events of one watch, as a browser reads them."""
+
+    def __init__(self, response: httpx.Response):
+        self._lines = response.aiter_lines()
+
+    async def next(self) -> tuple[str, int | None, Any]:
+        """Name, id and data of the next event."""
+        fields: dict[str, str] = {}
+        async with asyncio.timeout(10):
+            async for line in self._lines:
+                if not line and "event" in fields:
+                    break
+                if line and not line.startswith(":"):
+                    name, _, value = line.partition(": ")
+                    fields[name] = value
+        position = int(fields["id"]) if "id" in fields else None
+        return fields["event"], position, orjson.loads(fields["data"])
+
+    async def expect(self, name: str) -> dict[str, Any]:
+        """The data of the next event, which has that name."""
+        got, position, data = await self.next()
+        assert got == name, data
+        if name in ("outputs", "stream"):
+            assert position is not None
+        document: dict[str, Any] = data
+        return document
+
+
+@asynccontextmanager
+async def watched(api: Harness, query: str = "", **headers: str) -> AsyncIterator[Events]:
+    """A watch of stream `s`."""
+    path = f"/v1/models/probe/streams/s/outputs{query}"
+    async with api.client.stream("GET", path, headers=headers) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        yield Events(response)
+
+
+async def follow(watch: watching.Watch, interval_s: float) -> AsyncIterator[watching.WatchEvent]:
+    """The events of a watch, one by one."""
+    async for events in watch.follow(interval_s):
+        for event in events:
+            yield event
+
+
+async def send(api: Harness, steps: int, position: int | None = None) -> dict[str, Any]:
+    """Send a chunk over HTTP."""
+    body: dict[str, Any] = {"inputs": rows(steps, seed=steps).tolist()}
+    response = await api.chunk(body if position is None else {**body, "position": position})
+    assert response.status_code == 200, response.text
+    document: dict[str, Any] = response.json()
+    return document
+
+
+async def test_a_watcher_gets_the_outputs_that_others_get(api: Harness) -> None:
+    await send(api, 3)
+    async with watched(api) as events:
+        stream = await events.expect("stream")
+        assert stream["position"] == 3
+        for steps in (2, 1, 4):
+            reply = await send(api, steps)
+            outputs = await events.expect("outputs")
+            assert outputs["outputs"] == reply["outputs"]
+            assert {outputs[each] == reply[each] for each in ("epoch", "position", "tag")} == {True}
+            assert outputs["from"] == reply["position"] - steps
+
+
+async def test_a_watch_may_begin_before_its_stream(api: Harness) -> None:
+    async with watched(api) as events:
+        stream = await events.expect("stream")
+        assert stream["position"] == 0
+        assert "epoch" not in stream
+        await send(api, 2)
+        created = await events.expect("stream")
+        outputs = await events.expect("outputs")
+        assert created["epoch"] == outputs["epoch"]
+        assert outputs["from"] == 0
+
+
+async def test_a_reconnected_watcher_gets_the_last_chunk_or_a_gap(api: Harness) -> None:
+    first = await send(api, 2)
+    second = await send(api, 3)
+    async with watched(api, **{"last-event-id": "2"}) as events:
+        await events.expect("stream")
+        assert (await events.expect("outputs"))["outputs"] == second["outputs"]
+    async with watched(api, "?from=0") as events:
+        await events.expect("stream")
+        assert await events.expect("gap") == {"from": 0, "to": first["position"]}
+        assert (await events.expect("outputs"))["from"] == 2
+    api.store.states.forget_replies()
+    async with watched(api, "?from=1", **{"last-event-id": "4"}) as events:
+        assert (await events.next())[1] == 4
+        assert await events.expect("gap") == {"from": 4, "to": 5}
+    async with watched(api, "?from=5") as events:
+        await events.expect("stream")
+        await send(api, 1)
+        assert (await events.expect("outputs"))["from"] == 5
+
+
+async def test_a_position_of_another_epoch_does_not_hide_outputs(api: Harness) -> None:
+    await send(api, 2)
+    async with watched(api, "?from=100") as events:
+        assert (await events.next())[1] == 2
+        await send(api, 1)
+        assert (await events.expect("outputs"))["from"] == 2
+
+
+async def test_the_last_step_alone_may_be_watched(api: Harness) -> None:
+    async with watched(api, "?return_sequences=false") as events:
+        await events.expect("stream")
+        reply = await send(api, 3)
+        await events.expect("stream")
+        outputs = await events.expect("outputs")
+    assert outputs["outputs"][OUTPUT] == reply["outputs"][OUTPUT][-1]
+
+
+async def test_a_watch_ends_when_its_stream_is_deleted(api: Harness) -> None:
+    await send(api, 3)
+    async with watched(api) as events:
+        await events.expect("stream")
+        assert (await api.client.delete("/v1/models/probe/streams/s")).status_code == 204
+        assert await events.expect("end") == {"reason": "deleted"}
+
+
+async def test_a_watch_ends_when_the_service_drains(api: Harness) -> None:
+    async with watched(api) as events:
+        await events.expect("stream")
+        api.http_state().connections.drain()
+        assert await events.expect("end") == {"reason": "draining"}
+    path = "/v1/models/probe/streams/s/outputs"
+    problem(await api.client.get(path), 503, "shutting_down")
+
+
+async def test_a_stream_that_is_replaced_is_watched_in_its_new_epoch(api: Harness) -> None:
+    await send(api, 3)
+    snapshot = (await api.client.get("/v1/models/probe/streams/s/state")).json()
+    async with watched(api) as events:
+        before = await events.expect("stream")
+        restored = await api.client.put(
+            "/v1/models/probe/streams/s/state", json=snapshot, headers={"if-match": "*"}
+        )
+        assert restored.status_code == 200
+        reply = await send(api, 2)
+        after = await events.expect("stream")
+        assert after["epoch"] != before["epoch"]
+        assert await events.expect("gap") == {"from": 0, "to": 3}
+        assert (await events.expect("outputs"))["outputs"] == reply["outputs"]
+
+
+async def test_a_slow_watcher_gets_a_gap_and_continues(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_buffer, "MAX_BUFFERED", 3)
+    watches = watching.Watches(api.store, api.counts)
+    key = StreamKey("probe", "s")
+    async with watches.watch(key, None) as slow, watches.watch(key, None) as reading:
+        slow_events, events = follow(slow, 10), follow(reading, 10)
+        for each in (slow_events, events):
+            assert await anext(each) == watching.Watched(None, 0)
+        await send(api, 2)
+        assert isinstance(await anext(events), watching.Watched)
+        starts = [(await anext(events)).start]
+        for _ in range(7):
+            await send(api, 2)
+            starts.append((await anext(events)).start)
+        buffer = watches._buffers[key]
+        assert len(buffer._buffered) == 3
+        got = [await anext(slow_events) for _ in range(5)]
+    assert starts == [*range(0, 16, 2)]
+    assert isinstance(got[0], watching.Watched)
+    assert got[1] == watching.Gap(0, 10)
+    assert [each.start for each in got[2:]] == [10, 12, 14]
+    assert not watches._buffers
+
+
+async def test_watchers_that_do_not_read_take_bounded_memory_and_get_a_gap(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_buffer, "MAX_BUFFERED", 8)
+    monkeypatch.setattr(sse, "WRITE_BYTES", 1024)
+    chunks = 60
+    async with serving(api) as server, AsyncExitStack() as stack:
+        clients = []
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, (HOST, port_of(server)))
+            await loop.sock_sendall(
+                client, b"GET /v1/models/probe/streams/s/outputs HTTP/1.1\r\nHost: carry\r\n\r\n"
+            )
+            clients.append(client)
+        await becomes(lambda: api.counts.seen["watchers"] == 3, "the watches")
+        served = [each.transport for each in server.server_state.connections]
+        for transport in served:
+            of_server = transport.get_extra_info("socket")
+            of_server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            transport.set_write_buffer_limits(high=4096)
+        for _ in range(chunks):
+            await send(api, 20)
+        assert max(each.get_write_buffer_size() for each in served) <= 4096 + sse.WRITE_BYTES
+        got = b""
+        async with asyncio.timeout(10):
+            while b'"position":%d' % (20 * chunks) not in got:
+                got += await loop.sock_recv(clients[0], 2**16)
+    assert b"event: gap" in got
+    assert api.counts.seen["watchers"] == 0
+
+
+async def test_outputs_that_do_not_fit_the_buffer_are_taken_from_the_stored_reply(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_buffer, "MAX_BUFFERED_BYTES", 1)
+    watches = watching.Watches(api.store, api.counts)
+    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+        events = follow(watch, 10)
+        await anext(events)
+        await send(api, 2)
+        assert isinstance(await anext(events), watching.Watched)
+        assert (await anext(events)).start == 0
+        assert not watches._buffers[StreamKey("probe", "s")]._bytes
+
+
+async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await send(api, 1)
+    watches = watching.Watches(api.store, api.counts)
+    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+        events = follow(watch, 0.05)
+        while not isinstance(await anext(events), watching.Idle):
+            pass
+        monkeypatch.setattr(type(api.store.outputs), "publish", lambda *_: None)
+        await send(api, 2)
+        await send(api, 3)
+        got = []
+        while len(got) < 2:
+            event = await anext(events)
+            if not isinstance(event, watching.Idle):
+                got.append(event)
+    assert got[0] == watching.Gap(1, 3)
+    assert got[1].start == 3
+
+
+async def test_duplicates_and_late_outputs_are_not_delivered_twice(api: Harness) -> None:
+    watches = watching.Watches(api.store, api.counts)
+    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+        events = follow(watch, 0.1)
+        await anext(events)
+        await send(api, 2)
+        await send(api, 2)
+        buffer = watches._buffers[StreamKey("probe", "s")]
+        await becomes(lambda: buffer.end == 2, "two outputs")
+        for output, _ in tuple(buffer._buffered):
+            buffer.receive(output)
+        got = [await anext(events) for _ in range(4)]
+    assert [type(each).__name__ for each in got] == ["Watched", "Outputs", "Outputs", "Idle"]
+
+
+async def test_watchers_get_what_another_worker_commits(
+    api: Harness, pipeline_server: RealServer
+) -> None:
+    other = RedisStore(StoreSettings(pipeline_server.url))
+    await other.start()
+    await other.outputs.start()
+    try:
+        async with watched(api) as events:
+            await events.expect("stream")
+            key = StreamKey("probe", "s")
+            await becomes(lambda: key in other.outputs.watched, "the announcement")
+            await send(api, 2)
+            await events.expect("stream")
+            await events.expect("outputs")
+            stored, reply = await other.load_with_reply(key)
+            assert stored is not None
+            assert reply is not None
+            later = reply._replace(head=replace(reply.head, position=4))
+            other.outputs.publish(key, 2, encode_reply(later))
+            assert (await events.expect("outputs"))["position"] == 4
+    finally:
+        await other.outputs.close()
+        await other.close()
+
+
+async def test_nothing_is_published_for_streams_that_nobody_watches(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    channel = api.store.outputs
+    send_to = type(channel)._send
+    monkeypatch.setattr(
+        type(channel), "_send", lambda self, *m: (sent.append(m[0]), send_to(self, *m))[1]
+    )
+    await send(api, 2)
+    async with watched(api) as events:
+        await events.expect("stream")
+        await api.chunk({"inputs": rows(2).tolist()}, stream="other")
+        await api.client.delete("/v1/models/probe/streams/other")
+        await send(api, 2)
+        await events.expect("outputs")
+    assert {topic for topic in sent if "outputs:" in topic} == {"carry:outputs:probe:s"}
+
+
+async def test_an_announcement_expires(api: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = api.store.outputs
+    # a write to a client that disconnected ends its watch
+    monkeypatch.setattr(sse, "HEARTBEAT_S", 0.05)
+    async with watched(api) as events:
+        await events.expect("stream")
+        assert StreamKey("probe", "s") in channel.watched
+    await becomes(lambda: not channel._receivers, "the end of the watch")
+    channel.watched = dict.fromkeys(channel.watched, 0.0)
+    channel._forget_expired()
+    assert not channel.watched
+
+
+async def test_the_document_of_the_api_describes_watching(api: Harness) -> None:
+    document = (await api.client.get("/openapi.json")).json()
+    operation = document["paths"][sse.ROUTE]["get"]
+    assert list(operation["responses"]["200"]["content"]) == ["text/event-stream"]
+    names = {each["name"] for each in operation["parameters"]}
+    assert names >= {"model", "stream", "from", "Last-Event-ID", "return_sequences"}
+
+
+async def test_wrong_parameters_are_problems(api: Harness) -> None:
+    for query in ("?from=-1", "?from=x", "?from=9223372036854775808", "?x=1"):
+        path = f"/v1/models/probe/streams/s/outputs{query}"
+        problem(await api.client.get(path), 422, "invalid_input")
+
+
+async def test_a_watch_needs_the_store(api: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api.store.outputs, "_wait_s", 0.05)
+    monkeypatch.setattr(api.store.outputs, "_on_subscribed", lambda _: None)
+    path = "/v1/models/probe/streams/s/outputs"
+    problem(await api.client.get(path), 503, "store_unavailable")
+
+
+async def test_a_store_that_fails_ends_the_watch(api: Harness) -> None:
+    await send(api, 2)
+    watches = watching.Watches(api.store, api.counts)
+    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+        events = follow(watch, 10)
+        await anext(events)
+        api.store.load_with_reply = _unavailable
+        watch.resynchronize()
+        assert await anext(events) == watching.Ended("store_unavailable")
+
+
+async def _unavailable(*_: object) -> None:
+    raise StoreUnavailable("no answer")
+
+
+async def test_outputs_that_workers_publish_in_another_order_are_sorted(api: Harness) -> None:
+    await send(api, 1)
+    watches = watching.Watches(api.store, api.counts)
+    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+        events = follow(watch, 10)
+        await anext(events)
+        await send(api, 2)
+        await send(api, 3)
+        buffer = watches._buffers[StreamKey("probe", "s")]
+        await becomes(lambda: buffer.end == 2, "two outputs")
+        (first, _), (second, _) = buffer._buffered
+        buffer._buffered.clear()
+        buffer.end = 0
+        buffer.receive(second)
+        asyncio.get_running_loop().call_later(0.01, buffer.receive, first)
+        got = [await anext(events), await anext(events)]
+    assert [(type(each), each.start) for each in got] == [
+        (watching.Outputs, 1),
+        (watching.Outputs, 3),
+    ]
+
+
+async def test_a_client_that_disconnects_before_the_first_event_leaves_no_watch(
+    api: Harness,
+) -> None:
+    channel: Any = api.store.outputs
+    path = "/v1/models/probe/streams/s/outputs"
+    scope = {
+        "type": "http", "method": "GET", "path": path, "raw_path": path.encode(),
+        "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"}, "root_path": "", "client": None,
+        "server": ("x", 80),
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(3600)
+
+    async with asyncio.timeout(10):
+        await api.app(scope, receive, send)
+    assert not channel._receivers

@@ -1,0 +1,116 @@
+"""Requests with ambiguous framing, sent to a real service.
+
+However a request is segmented, each gets one reply, and no hidden request creates a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import suppress
+from itertools import pairwise
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import uvloop
+
+from tests.service.transports.v1.corpus.heads import (
+    CHUNK,
+    EXCHANGES,
+    HIDDEN,
+    LAST,
+    Exchange,
+    chunk,
+)
+from tests.support.service import Service
+
+PAUSE_S = 0.03
+"""Pause between two segments, so that the server reads them separately."""
+
+STREAMS = "/v1/models/post-lstm/streams"
+_STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
+
+
+async def answers(service: Service, *segments: bytes) -> list[int]:
+    """The statuses of all that comes back until the service closes the connection."""
+    address = urlsplit(service.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    received = b""
+
+    async def receive() -> None:
+        nonlocal received
+        while part := await reader.read(65536):
+            received += part
+
+    receiving = asyncio.create_task(receive())
+    try:
+        with suppress(ConnectionError):
+            for segment in segments:
+                writer.write(segment)
+                await writer.drain()
+                await asyncio.sleep(PAUSE_S)
+        async with asyncio.timeout(10):
+            await receiving
+    finally:
+        receiving.cancel()
+        writer.close()
+        await asyncio.gather(receiving, writer.wait_closed(), return_exceptions=True)
+    return [int(status) for status in _STATUS.findall(received)]
+
+
+def segments(sent: bytes) -> dict[str, tuple[bytes, ...]]:
+    """The same bytes, cut in different places."""
+    end = sent.find(b"\r\n\r\n") + 4
+    middle = end + (len(sent) - end) // 2
+    cuts = {"at the head": (end,), "in the body": (middle,), "at 8192": (8192,)}
+    cuts["several"] = (end - 2, end, end + 1, middle)
+    cut = {"whole": (sent,)}
+    for name, places in cuts.items():
+        edges = [0, *sorted({place for place in places if 0 < place < len(sent)}), len(sent)]
+        cut[name] = tuple(sent[start:end] for start, end in pairwise(edges))
+    return cut
+
+
+def expected(exchange: Exchange) -> list[int]:
+    return [*exchange.statuses, *([] if exchange.closes else [200])]
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_every_request_is_answered_once_however_it_is_segmented(
+    service: Service, client: httpx.Client, name: str
+) -> None:
+    exchange = EXCHANGES[name]
+    for stream in (HIDDEN, "."):
+        client.delete(STREAMS, params={"prefix": stream}).raise_for_status()
+    cuts = segments(exchange.sent + LAST)
+
+    async def send() -> list[list[int]]:
+        return await asyncio.gather(*[answers(service, *cut) for cut in cuts.values()])
+
+    got = uvloop.run(send())
+    assert dict(zip(cuts, got, strict=True)) == dict.fromkeys(cuts, expected(exchange))
+    for stream in (HIDDEN, "."):
+        assert client.get(STREAMS, params={"prefix": stream}).json()["streams"] == []
+
+
+def test_a_half_closed_connection_gets_all_replies(service: Service, client: httpx.Client) -> None:
+    """Sent by one write, and read by the service together with the end of the connection."""
+    client.delete(STREAMS, params={"prefix": HIDDEN}).raise_for_status()
+    slow = CHUNK.replace(b"0,", b"1,")
+    sent = chunk() + chunk(b"Accept: application/json;q=0.5", b"If-Match: *", body=slow)
+
+    async def send() -> list[int]:
+        address = urlsplit(service.url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        writer.write(sent)
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            received = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        # without interim responses, which test whether the client is still there
+        return [int(status) for status in _STATUS.findall(received) if status != b"100"]
+
+    assert uvloop.run(send()) == [200, 200]
+    assert client.get(f"{STREAMS}/{HIDDEN}").json()["position"] == 2

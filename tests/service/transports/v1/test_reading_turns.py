@@ -1,0 +1,88 @@
+"""Long bodies are read in turns, so that many uploads do not delay other requests."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from models.artifact.artifact import Artifact
+from service.commands.serve import reading_turns
+from service.server.connections import Connections
+from service.server.reading_turns import LONG_BODY_BYTES, ReadingTurns
+from tests.service.transports.v1.harness import LIMITS, harness
+from tests.service.transports.v1.raw_http import answer, becomes, serving
+from tests.service.transports.v1.test_connection_limits import PREDICT, several
+from tests.support.servers import RealServer
+
+UPLOADS = 16
+SIZE = 40 * LONG_BODY_BYTES
+
+
+async def test_long_bodies_are_read_one_per_turn_of_the_loop(
+    pipeline_server: RealServer, models: Mapping[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, turn = asyncio.get_running_loop(), 0
+    read_in: defaultdict[int, set[Any]] = defaultdict(set)
+    set_body_bytes = Connections.set_body_bytes
+
+    def counted(self: Connections, connection: Any, size: int) -> None:
+        if connection.body_bytes > LONG_BODY_BYTES:
+            read_in[turn].add(connection)
+        set_body_bytes(self, connection, size)
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+        loop.call_soon(next_turn)
+
+    monkeypatch.setattr(Connections, "set_body_bytes", counted)
+    async with (
+        harness(pipeline_server, models, limits=replace(LIMITS, max_body_bytes=SIZE)) as api,
+        serving(api) as server,
+        several(server) as open_one,
+    ):
+        clients = [await open_one() for _ in range(UPLOADS)]
+        next_turn()
+        head = f"{PREDICT}\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: {SIZE}"
+        for _, writer in clients:
+            writer.write(head.encode() + b"\r\n\r\n" + b" " * (SIZE - 1))
+        await asyncio.gather(*[writer.drain() for _, writer in clients])
+        for reader, writer in clients:
+            writer.write(b"]")
+            assert (await answer(reader)).startswith(b"HTTP/1.1 400 ")
+    crowded = [turn for turn, read in read_in.items() if len(read) > 1]
+    assert len(read_in) > UPLOADS
+    # those in which the bodies got long
+    assert len(crowded) <= 2
+
+
+async def test_the_connection_that_waits_longest_is_read_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two of several that wait, the loop has time for other requests."""
+    monkeypatch.setattr(reading_turns, "PAUSE_S", 0.01)
+    turns, read, loop = ReadingTurns(), list[int](), asyncio.get_running_loop()
+    began_s = loop.time()
+    for number in range(6):
+        turns.wait(number, lambda number=number: read.append(number))
+    turns.wait(1, lambda: read.append(-1))
+    turns.forget(0)
+    await becomes(lambda: read == list(range(1, 6)), "their order")
+    # the first and the last do not wait; a timer may be a millisecond early
+    assert loop.time() - began_s > 3 * 0.009
+
+
+async def test_a_connection_that_waits_alone_is_read_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading_turns, "PAUSE_S", math.inf)
+    turns, read = ReadingTurns(), list[int]()
+    for number in range(3):
+        turns.wait(number, lambda number=number: read.append(number))
+        await becomes(lambda number=number: read[-1:] == [number], "its turn")

@@ -1,0 +1,236 @@
+"""Slots, room for messages and time limits of calls with and without a key, without models.
+
+`test_messages.py` runs these tests in a process of their own; see `call_checks`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from service.core.errors import Unauthenticated
+from service.transports.v2.grpc import call_admission
+from service.transports.v2.grpc.call_admission import MAX_RECEIVING, MAX_STREAMS
+from service.transports.v2.grpc.server import GrpcLimits, GrpcServer
+from service.transports.v2.grpc.servicer import SERVICE
+from service.transports.v2.values import InferReply, InferRequest, OutputTensor
+from tests.service.transports.v1.raw_http import becomes
+from tests.service.transports.v2.grpc.call_checks import call_bytes, frame, request_of
+from tests.support.servers import until_async
+
+MAX_CALLS, MANY = 20, 200
+LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=MAX_CALLS, stream_window=1, drain_s=0.0)
+KEY = (("authorization", "Bearer good"),)
+WAIT_S = 20.0
+
+CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+INFER = f"/{SERVICE}/ModelInfer"
+PROBES = (f"/{SERVICE}/ServerLive", f"/{SERVICE}/ServerReady", CHECK)
+STREAMS = ((WATCH, b""), (REFLECTION, b"\x3a\x01*"))
+"""Methods and the messages that are answered at once: the second asks for the services."""
+REQUEST = request_of(4).SerializeToString()
+NO_WINDOW = struct.pack(">HI", 4, 0)
+"""Settings of HTTP/2 with which the server may send no reply."""
+
+
+class Access:
+    """Access control with one key."""
+
+    open_pipeline = None
+
+    def pipeline(self, authorization: bytes | None) -> Any:
+        if authorization != b"Bearer good":
+            raise Unauthenticated("no key")
+        return SimpleNamespace(require=lambda *verbs, model: None, key_id="good")
+
+    def notify_end(self, pipeline: Any, on_end: Any) -> Any:
+        return lambda: None
+
+
+async def infer(pipeline: Any, request: InferRequest, deadline_s: float) -> InferReply:
+    return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(1, np.float32))])
+
+
+async def readiness() -> list[Any]:
+    return [SimpleNamespace(ok=True)]
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
+    """A client of a server whose calls need a key, and the server's port."""
+    api = SimpleNamespace(
+        limits=SimpleNamespace(effective_timeout_s=lambda remaining_s: WAIT_S),
+        access=Access(),
+        recorder=SimpleNamespace(record_error=lambda model, code: None),
+        tracer=None,
+        readiness=readiness,
+    )
+    inference: Any = SimpleNamespace(api=api, infer=infer)
+    server = GrpcServer(inference, dict, LIMITS, "127.0.0.1", 0)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield channel, server.port
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[grpc.aio.Channel]:
+    """A client of a server whose calls need a key."""
+    async with serving() as (channel, _):
+        yield channel
+
+
+async def status(
+    channel: grpc.aio.Channel, method: str, message: bytes = b"", metadata: Any = None
+) -> str:
+    """The status of a call with one message."""
+    call = channel.unary_unary(method)(message, metadata=metadata, timeout=WAIT_S)
+    return (await call.code()).name
+
+
+async def assert_others_are_served(channel: grpc.aio.Channel) -> None:
+    """Probes, health and clients with a key get their answers."""
+    for method in PROBES:
+        assert await status(channel, method) == "OK"
+    for _ in range(2 * MAX_CALLS):
+        assert await status(channel, INFER, REQUEST, KEY) == "OK"
+    assert await status(channel, INFER, REQUEST) == "UNAUTHENTICATED"
+
+
+async def ask(call: Any, message: bytes) -> object:
+    """The first response of a stream; something else if it was rejected."""
+    try:
+        await call.write(message)
+        return await call.read()
+    except (asyncio.InvalidStateError, grpc.aio.AioRpcError) as error:
+        return error
+
+
+@pytest.mark.parametrize(("method", "message"), STREAMS)
+async def test_streams_without_a_key_take_no_slots_of_other_calls(
+    channel: grpc.aio.Channel, method: str, message: bytes
+) -> None:
+    calls = [channel.stream_stream(method)() for _ in range(MANY)]
+    answers = await asyncio.gather(*[ask(call, message) for call in calls])
+    served = sum(isinstance(each, bytes) for each in answers)
+    # a stream of reflection is over with its answer, unless it sends another message
+    assert 0 < served <= (MAX_STREAMS if method == WATCH else len(calls))
+    await assert_others_are_served(channel)
+    for call in calls:
+        call.cancel()
+
+
+@pytest.mark.parametrize("method", [*PROBES, WATCH, REFLECTION])
+async def test_calls_that_send_no_message_do_not_block_other_calls(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_admission, "RECEIVE_S", 600.0)
+    async with serving() as (channel, _), asyncio.timeout(WAIT_S):
+        calls = [channel.stream_stream(method)() for _ in range(MANY)]
+        await becomes(
+            lambda: sum(not each.done() for each in calls) <= MAX_RECEIVING, "the others' end"
+        )
+        await assert_others_are_served(channel)
+        for call in calls:
+            call.cancel()
+
+
+async def test_probes_are_answered_while_messages_of_clients_fill_their_buffer(
+    channel: grpc.aio.Channel,
+) -> None:
+    calls = [channel.stream_unary(INFER)(metadata=KEY) for _ in range(2 * MAX_CALLS)]
+    await becomes(lambda: sum(each.done() for each in calls) >= MAX_CALLS, "no free slot")
+    for method in PROBES:
+        assert await status(channel, method) == "OK"
+    for call in calls:
+        call.cancel()
+
+
+async def overloads(channel: grpc.aio.Channel, *call: Any) -> bool:
+    """Whether a call is rejected for want of a slot."""
+    return await status(channel, *call) == "RESOURCE_EXHAUSTED"
+
+
+async def test_stream_without_a_key_ends_after_its_time_limit(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with a key counts as the calls of clients do."""
+    monkeypatch.setattr(call_admission, "STREAM_S", 0.05)
+    watches = [channel.stream_stream(WATCH)(metadata=KEY) for _ in range(MAX_CALLS)]
+    assert [await ask(each, b"") for each in watches] == [b"\x08\x01"] * MAX_CALLS
+    for method, message in STREAMS:
+        ending = channel.stream_stream(method)()
+        await ask(ending, message)
+        async with asyncio.timeout(WAIT_S):
+            await ending.code()
+        assert "a stream without a key may last 0.05 s" in await ending.details()
+    assert await overloads(channel, INFER, REQUEST, KEY)
+    assert not any(each.done() for each in watches)
+    for each in watches:
+        each.cancel()
+    await until_async(lambda: accepts(channel, INFER, REQUEST, KEY), "a slot")
+
+
+async def accepts(channel: grpc.aio.Channel, *call: Any) -> bool:
+    """Whether a call succeeds."""
+    return await status(channel, *call) == "OK"
+
+
+@pytest.mark.parametrize("method", [*PROBES, WATCH, REFLECTION])
+async def test_call_without_a_key_that_sends_no_message_ends(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_admission, "RECEIVE_S", 0.05)
+    async with serving() as (channel, _):
+        silent = channel.stream_stream(method)()
+        assert await silent.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_probes_whose_replies_cannot_be_sent_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their clients give the server no room to send; it cannot end their calls."""
+    monkeypatch.setattr(call_admission, "MAX_PROBES", 2)
+    async with serving() as (channel, port):
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for replies, client in clients:
+            client.write(call_bytes("ServerLive", b"", NO_WINDOW))
+            await replies.readuntil(frame(1, 4, 1, b"")[3:])
+        assert await overloads(channel, CHECK)
+        assert await accepts(channel, INFER, REQUEST, KEY)
+        for _, client in clients:
+            client.transport.abort()
+        await until_async(lambda: accepts(channel, CHECK), "a slot")
+
+
+async def test_stream_whose_reply_cannot_be_sent_keeps_its_slot_after_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It cannot be ended; without a slot there could be any number of them."""
+    monkeypatch.setattr(call_admission, "MAX_STREAMS", 2)
+    monkeypatch.setattr(call_admission, "STREAM_S", 0.05)
+    path, message = REFLECTION.removeprefix("/").split("/"), STREAMS[1][1]
+    async with serving() as (channel, port), asyncio.timeout(WAIT_S):
+        replies, client = await asyncio.open_connection("127.0.0.1", port)
+        client.write(call_bytes(path[1], message, NO_WINDOW, service=path[0]))
+        await replies.readuntil(frame(1, 4, 1, b"")[3:])
+        # a later one, whose time is over after that of the first
+        assert await channel.stream_stream(WATCH)().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        monkeypatch.setattr(call_admission, "STREAM_S", 600.0)
+        watches = [channel.stream_stream(WATCH)() for _ in range(2)]
+        answers = [await ask(each, b"") for each in watches]
+        assert sum(isinstance(each, bytes) for each in answers) == 1
+        client.transport.abort()
+        for each in watches:
+            each.cancel()

@@ -1,0 +1,394 @@
+"""Requests that do not fit are rejected with an error that names the place; nothing is applied."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import re
+import weakref
+import zlib
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+from starlette.responses import Response
+
+from service.codec.duplicates import find_duplicate
+from service.codec.media import Media
+from service.core.errors import InvalidInput
+from service.transports.v2 import http_body, http_routes
+from service.transports.v2.values import InputTensor, iter_byte_elements
+from tests.service.transports.v1.harness import EVENT, LIMITS, rows
+from tests.service.transports.v2.v2 import (
+    HEADER,
+    V2,
+    binary_body,
+    binary_texts,
+    error_of,
+    json_body,
+    reply_of,
+)
+
+ROWS = rows(4)
+SEQUENCE = {"sequence_id": 7}
+
+
+def changed(**members: Any) -> dict[str, Any]:
+    """A valid chunk with other members in its tensor."""
+    body = json_body(ROWS, parameters=SEQUENCE)
+    body["inputs"][0].update(members)
+    return {**body, "inputs": [{k: v for k, v in body["inputs"][0].items() if v is not None}]}
+
+
+def with_parameters(**parameters: Any) -> dict[str, Any]:
+    """A valid chunk with other parameters."""
+    return json_body(ROWS, parameters=SEQUENCE | parameters)
+
+
+BODIES: dict[str, tuple[Any, str]] = {
+    "an unknown tensor": (changed(name="x"), "inputs[0].name: expected inputs, got 'x'"),
+    "another dtype": (changed(datatype="FP64"), "inputs[0].datatype: expected FP32, got 'FP64'"),
+    "events": (changed(datatype="BYTES"), "inputs[0].datatype: expected FP32, got 'BYTES'"),
+    "strings": (changed(data=["a"] * 12), "inputs[0].data[0]: expected a number, got a string"),
+    "another width": (changed(shape=[3, 4]), "inputs[0].shape: expected [T, 3] or [B, T, 3]"),
+    "one axis": (changed(shape=[12]), "inputs[0].shape: expected [T, 3]"),
+    "four axes": (changed(shape=[1, 1, 4, 3]), "inputs[0].shape: expected [T, 3]"),
+    "a negative axis": (
+        changed(shape=[-4, 3]),
+        "inputs[0].shape[0]: expected a whole number of at least 0",
+    ),
+    "two streams": (changed(shape=[2, 2, 3]), "inputs[0].shape: expected 1 in front"),
+    "too many sequences": (
+        {"inputs": [changed(shape=[2**31 - 1, 0, 3], data=[])["inputs"][0]]},
+        "inputs[0].shape: expected at most 5 sequences, got 2147483647",
+    ),
+    "too few values": (changed(data=[1.0] * 11), "inputs[0].data: expected 12 values"),
+    "no values": (changed(data=None), "inputs[0]: expected either data or"),
+    "a decimal axis": (changed(shape=[4.5, 3]), "shape[0]: expected a whole number, got a decimal"),
+    "nine axes": (
+        changed(shape=[1] * 9),
+        "shape: expected a list with at most 8 elements",
+    ),
+    "a list as a parameter": (with_parameters(a=[1]), "number, a string, got a list"),
+    "a list as body": ([], "body: expected an object, got a list"),
+    "no steps": (changed(shape=[0, 3], data=[]), "inputs: expected at least one step"),
+    "too many steps": (json_body(rows(21), parameters=SEQUENCE), "at most 20 steps"),
+    "a ragged list": (
+        changed(data=[[1.0, 2.0], 3.0]),
+        "data[1]: expected a list, got a decimal",
+    ),
+    "a flag as a number": (
+        changed(data=[True] * 12),
+        "data[0]: expected a number, got true",
+    ),
+    "an overflow": (changed(data=[1e39] * 12), "inputs[0][0] (feature_0): expected a finite"),
+    "shared memory": (
+        changed(parameters={"shared_memory_region": "r"}, data=None),
+        "inputs[0].parameters: expected one of the members binary_data_size, got 'shared",
+    ),
+    "two tensors": (
+        json_body(ROWS) | {"inputs": json_body(ROWS)["inputs"] * 2},
+        "inputs[1].name: expected reset",
+    ),
+    "no tensor": (
+        {"inputs": []},
+        "inputs: expected one tensor, inputs, optionally followed by reset, got 0",
+    ),
+    "no inputs": ({}, "inputs: expected this member, which is required, got nothing"),
+    "an unknown member": (
+        json_body(ROWS, input=1),
+        "members inputs, outputs, id, parameters, got 'input'",
+    ),
+    "an unknown output": (
+        json_body(ROWS, outputs=[{"name": "x"}]),
+        "outputs[0].name: expected each once of last, out, steep, state.lstm_1.hidden, ",
+    ),
+    "an output twice": (
+        json_body(ROWS, outputs=[{"name": "out"}, {"name": "out"}]),
+        "outputs[1].name: expected each once",
+    ),
+    "classification": (
+        json_body(ROWS, outputs=[{"name": "out", "parameters": {"classification": 2}}]),
+        "outputs[0].parameters: expected one of the members binary_data, got 'class",
+    ),
+    "a misspelt parameter": (with_parameters(postion=4), "parameters: expected one of sequence_id"),
+    "a negative id": (
+        with_parameters(sequence_id=-1),
+        f"sequence_id: expected a whole number up to {2**64 - 1}, or a string, got -1",
+    ),
+    "too large an id": (with_parameters(sequence_id=2**64), "sequence_id"),
+    "an id with a fraction": (with_parameters(sequence_id=1.5), "sequence_id: expected a whole"),
+    "a flag as an id": (with_parameters(sequence_id=True), "sequence_id: expected a whole"),
+    "a number as a flag": (with_parameters(sequence_start=1), "expected true or false, got 1"),
+    "a start in the middle": (
+        with_parameters(sequence_start=True, position=4),
+        "parameters.position: expected 0, since the sequence starts, got 4",
+    ),
+    "a string as position": (
+        with_parameters(position="4"),
+        "parameters.position: expected a whole",
+    ),
+    "a bad epoch": (with_parameters(epoch="xyz"), "parameters.epoch: expected 16 hex digits"),
+    "a negative timeout": (with_parameters(timeout=-1), "parameters.timeout: expected a whole"),
+    "a string for binary outputs": (
+        with_parameters(binary_data_output="yes"),
+        "parameters.binary_data_output: expected true or false",
+    ),
+    "a start without a sequence": (
+        json_body(ROWS, parameters={"sequence_start": True}),
+        "parameters.sequence_id: expected one, since sequence_start is set, got none",
+    ),
+    "a position without a sequence": (
+        json_body(ROWS, parameters={"sequence_id": 0, "position": 0}),
+        "parameters.sequence_id: expected one, since position is set",
+    ),
+}
+
+
+async def test_bodies_that_do_not_fit_are_rejected(v2: V2) -> None:
+    for name, (body, expected) in BODIES.items():
+        too_long = name == "too many steps"
+        status, code = (413, "chunk_too_long") if too_long else (422, "invalid_input")
+        error = error_of(await v2.post(body), status, code)
+        assert expected in error["error"], name
+    assert v2.api.counts.seen["invalid_input"] == len(BODIES) - 1
+    assert not v2.api.store.states
+
+
+async def test_values_that_only_their_decoder_rejects_are_wrong_input(v2: V2) -> None:
+    """JSON of one depth and of two: the decoder of the whole body skips them."""
+    rows_of = (b'{"name": "inputs", "datatype": "FP32", "shape": [1, 3], "data": %b}', "probe")
+    events = (b'{"name": "events", "datatype": "BYTES", "shape": [1], "data": %b}', "small")
+    for data, (tensor, model) in (
+        (b"[1e400, 0, 0]", rows_of),
+        (b"[[1e400, 0, 0]]", rows_of),
+        (b'["\xff"]', events),
+        (b'[["\xff"]]', events),
+    ):
+        body = b'{"inputs": [' + tensor % data + b"]}"
+        error = error_of(await v2.post(body, model=model), 422, "invalid_input")["error"]
+        assert re.search(
+            r"inputs\[0\]\.data.*: expected a (list of values|finite number)", error
+        ), data
+
+
+async def test_too_many_steps_are_rejected_before_their_values_are_read(v2: V2) -> None:
+    """By the shape alone: to separate millions of events would block other requests."""
+    for parameters, most in ((SEQUENCE, 20), ({}, LIMITS.max_predict_steps)):
+        tensor = {"name": "events", "datatype": "BYTES", "shape": [most + 1], "data": ["x"]}
+        body = {"inputs": [tensor], "parameters": parameters}
+        error = error_of(await v2.post(body, model="small"), 413, "chunk_too_long")
+        assert f"at most {most} steps" in error["error"]
+    count = LIMITS.max_predict_steps
+    with pytest.raises(InvalidInput, match=f"{count} elements for shape .*, got more elements"):
+        list(
+            iter_byte_elements(InputTensor("events", "BYTES", [count], bytes(4) * (count + 2)), "x")
+        )
+
+
+async def test_duplicates_are_found_without_parsing_values(
+    v2: V2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+
+    def find(media: Media, text: bytes) -> InvalidInput | None:
+        parsed.append(len(text))
+        return find_duplicate(media, text)
+
+    monkeypatch.setattr(http_body, "find_duplicate", find)
+    text = orjson.dumps(changed(data=[0.25] * 2000) | {"id": ""})
+    assert "2000 values" in error_of(await v2.post(text), 422, "invalid_input")["error"]
+    assert max(parsed) < 300
+    twice = text[:-1] + b',"input\\u0073":[]}'
+    assert "inputs: expected each" in error_of(await v2.post(twice), 422, "invalid_input")["error"]
+    long = orjson.dumps(changed(data=[0.25] * 20_000))
+    with pytest.raises(InvalidInput, match="body: expected each member once"):
+        http_body.decode_request(long[:-1] + b',"input\\u0073":[]}', None, "probe", "")
+    assert len(parsed) == 2
+
+
+async def test_text_that_is_no_stream_name_is_rejected(v2: V2) -> None:
+    for identity in ("a b", ".", "x" * 257, "a/b"):
+        response = await v2.post(with_parameters(sequence_id=identity))
+        assert "parameters.sequence_id" in error_of(response, 400, "invalid_name")["error"]
+
+
+def cut_off(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body[:-1], headers
+
+
+def too_long(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body + b"\x00", headers
+
+
+def without_length(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body, {}
+
+
+def beyond_the_body(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body, {HEADER: str(len(body) + 1)}
+
+
+def in_words(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body, {HEADER: "many"}
+
+
+def in_the_json(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body, {HEADER: str(int(headers[HEADER]) - 3)}
+
+
+def other_size(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body.replace(b'_size":48', b'_size":44'), headers
+
+
+async def test_damaged_binary_bodies_are_rejected(v2: V2) -> None:
+    for damage, code, expected in (
+        (cut_off, "invalid_input", "expected 48 bytes after the JSON"),
+        (too_long, "invalid_input", "expected 48 bytes after the JSON"),
+        (without_length, "malformed_body", "expected one JSON document"),
+        (beyond_the_body, "invalid_input", "Inference-Header-Content-Length: expected at most"),
+        (in_words, "invalid_input", "Inference-Header-Content-Length: expected a number"),
+        (in_the_json, "malformed_body", "expected one JSON document"),
+        (other_size, "invalid_input", "expected 44 bytes after the JSON"),
+    ):
+        body, headers = damage(*binary_body(ROWS, SEQUENCE))
+        response = await v2.post(body, headers)
+        error = error_of(response, 422 if code == "invalid_input" else 400, code)
+        assert expected in error["error"], damage
+    assert not v2.api.store.states
+
+
+async def test_duplicate_members_are_rejected(v2: V2) -> None:
+    text = orjson.dumps(with_parameters(position=0))
+    twice = text.replace(b'"position":0', b'"position":0,"position":1')
+    assert "position" in error_of(await v2.post(twice), 422, "invalid_input")["error"]
+
+
+async def test_bytes_that_are_no_events_are_rejected(v2: V2) -> None:
+    good = orjson.dumps(EVENT)
+
+    async def send(data: bytes, count: int) -> str:
+        tensor = {
+            "name": "events",
+            "datatype": "BYTES",
+            "shape": [count],
+            "parameters": {"binary_data_size": len(data)},
+        }
+        text = orjson.dumps({"inputs": [tensor], "parameters": SEQUENCE})
+        response = await v2.post(text + data, {HEADER: str(len(text))}, model="small")
+        error: str = error_of(response, 422, "invalid_input")["error"]
+        return error
+
+    assert "inputs[0].data: expected for each element" in await send(binary_texts(good)[:-1], 1)
+    assert "which end in an element" in await send(b"\x01\x00", 1)
+    assert "expected 2 elements for shape [2], got 1" in await send(binary_texts(good), 2)
+    assert "inputs[0].data[1]: expected an event" in await send(binary_texts(good, b"[]"), 2)
+    assert "inputs[0].data[0]" in await send(binary_texts(good + b"," + good), 1)
+    assert "inputs[0].data[0]" in await send(binary_texts(b'{"load":1,', b'"at":2}'), 2)
+    unknown = orjson.dumps({**EVENT, "speed": 1})
+    assert "events[1].speed" in await send(binary_texts(good, unknown), 2)
+    assert not v2.api.store.states
+
+
+async def test_oversized_bodies_are_rejected(v2: V2, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = LIMITS.max_body_bytes
+    response = await v2.post(b"x" * (most + 1))
+    error_of(response, 413, "body_too_large")
+    bomb = {"content-encoding": "gzip"}
+    error = error_of(await v2.post(gzip.compress(bytes(10 * most)), bomb), 413, "body_too_large")
+    assert "after decompression" in error["error"]
+    monkeypatch.setattr("service.transports.v2.http_body.MAX_JSON_BYTES", 100)
+    error = error_of(await v2.post(json_body(ROWS)), 413, "body_too_large")
+    assert "send the tensor in the binary format" in error["error"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_compressed_body_is_read_to_its_exact_end(v2: V2, encoding: str) -> None:
+    compress = gzip.compress if encoding == "gzip" else zlib.compress
+    content = compress(orjson.dumps(with_parameters()))
+    headers = {"content-encoding": encoding}
+    assert reply_of(await v2.post(content, headers)).parameters["position"] == 4
+    for damaged in (content[:-1], content + b"x", b"x" + content, b""):
+        error_of(await v2.post(damaged, headers), 400, "malformed_body")
+    error = error_of(
+        await v2.post(content, {"content-encoding": "br"}), 415, "unsupported_media_type"
+    )
+    assert "expected gzip, deflate or none" in error["error"]
+    assert v2.api.position("7") == 4
+
+
+async def test_other_addresses_have_errors_in_the_form_of_v2(v2: V2) -> None:
+    for method, address, status, code in (
+        ("GET", "/v2/models/nothing", 404, "model_not_found"),
+        ("GET", "/v2/models/probe/versions/2", 404, "model_not_found"),
+        ("POST", "/v2/models/probe/versions/2/infer", 404, "model_not_found"),
+        ("GET", "/v2/models/probe/infer", 405, "method_not_allowed"),
+        ("POST", "/v2/models/probe", 405, "method_not_allowed"),
+        ("POST", "/v2/repository/models/probe/load", 404, "not_found"),
+        ("GET", "/v2/systemsharedmemory/status", 404, "not_found"),
+        ("GET", "/v2/models/probe?x=1", 422, "invalid_input"),
+    ):
+        response = await v2.api.client.request(method, address)
+        error_of(response, status, code)
+        assert ("allow" in response.headers) == (status == 405)
+
+
+async def test_unexpected_failure_is_an_internal_error(
+    v2: V2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no secret of the service")
+
+    monkeypatch.setattr("service.transports.v2.http_routes.reply_document", fail)
+    error = error_of(await v2.post(json_body(ROWS)), 500, "internal_error")
+    assert "secret" not in error["error"]
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
+async def test_deadline_in_microseconds_is_kept(v2: V2, binary: bool) -> None:
+    parameters = {**SEQUENCE, "timeout": 1, "binary_data_output": binary}
+    body, headers = binary_body(ROWS, parameters)
+    if not binary:
+        body, headers = orjson.dumps(json_body(ROWS, parameters=parameters)), {}
+    error_of(await v2.post(body, headers), 504, "deadline_exceeded")
+    assert not v2.api.store.states
+    reply = await v2.infer(ROWS, binary=binary, timeout=10**9, **SEQUENCE)
+    assert reply.parameters["position"] == 4
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
+async def test_the_parameter_timeout_does_not_extend_the_deadline(v2: V2, binary: bool) -> None:
+    parameters = {**SEQUENCE, "timeout": 10**9, "binary_data_output": binary}
+    body, headers = binary_body(ROWS, parameters)
+    if not binary:
+        body, headers = orjson.dumps(json_body(ROWS, parameters=parameters)), {}
+    response = await v2.post(body, {**headers, "carry-timeout": "0.000001"})
+    error_of(response, 504, "deadline_exceeded")
+    assert not v2.api.store.states
+
+
+async def test_the_body_of_a_rejected_request_is_freed_without_the_garbage_collector() -> None:
+    """Else bodies of many MiB accumulate until the next collection, which counts objects."""
+
+    class Body:
+        """What an endpoint has read."""
+
+    freed: list[weakref.ref[Body]] = []
+
+    async def endpoint(request: Any) -> Response:
+        body = Body()
+        freed.append(weakref.ref(body))
+        raise InvalidInput("why")
+
+    recorder = SimpleNamespace(record_error=lambda model, code: None)
+    app = SimpleNamespace(state=SimpleNamespace(api=SimpleNamespace(recorder=recorder)))
+    request: Any = SimpleNamespace(path_params={}, app=app)
+    gc.disable()
+    try:
+        answer = await http_routes._V2Route("/x", endpoint).get_route_handler()(request)
+        assert answer.status_code == 422
+        assert freed[0]() is None
+    finally:
+        gc.enable()
