@@ -28,8 +28,7 @@ from service.core.errors import CarryError, StoreRefused, StoreUnavailable
 from service.engine.runtimes.loading import RuntimeUnavailableError
 from service.server.worker_pool import KILL_MARGIN_S
 from service.settings import Settings
-from service.store.embedded.embedded_valkey import find_running
-from service.store.embedded.valkey_process import server_binary
+from service.store.embedded import find_running, server_binary
 from service.store.redis.access_keys import read_access_keys
 from service.store.redis.open_router import open_router
 from service.store.redis.router import Router

@@ -35,7 +35,7 @@ def open_settings(
     """
     from service.core.errors import CarryError
     from service.settings import Settings, SettingsError
-    from service.store.embedded.embedded_valkey import running_valkey
+    from service.store.embedded import running_valkey
     from service.telemetry.logs import configure_logs
 
     errors: tuple[type[Exception], ...] = (SettingsError, CarryError, OSError, *expected)

@@ -37,7 +37,7 @@ from service.server.single_worker import SingleWorker
 from service.server.worker_pool import WorkerPool, WorkersFailedError
 from service.service_links import service_links
 from service.settings import PREFIX, Settings
-from service.store.embedded.embedded_valkey import EmbeddedValkey
+from service.store.embedded import EmbeddedValkey
 from service.store.open import open_store
 from service.store_settings import store_settings
 from service.telemetry.logs import flush_logs

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from service.store.embedded.embedded_valkey import EmbeddedValkey
-from service.store.embedded.valkey_process import server_binary
+from service.store.embedded import EmbeddedValkey, server_binary
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
 from tests.support.servers import KINDS, opened, until

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import redis
 
-from service.store.embedded.valkey_process import server_arguments, server_binary
+from service.store.embedded import server_arguments, server_binary
 from tests.faults.history import Loss
 from tests.faults.stores import DOWN_S, ERRORS, LAG_S, NO_REWRITE, SERVES_S, Store
 from tests.faults.traffic import Traffic
@@ -31,7 +31,7 @@ class MonitoredServer(RealServer):
     def launch(self, *_: str) -> None:
         file = self.folder / "server.conf"
         if not file.exists():
-            arguments = [*server_arguments(self.folder, self.socket, 0), *NO_REWRITE]
+            arguments = [*server_arguments(self.folder, self.socket), *NO_REWRITE]
             arguments += ["--appendfsync", "no", "--repl-diskless-sync-delay", "0"]
             arguments += ["--replica-announce-ip", "127.0.0.1"]
             arguments += ["--replica-announce-port", str(self.announced_port)]

@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from service.store.embedded.valkey_process import server_binary
+from service.store.embedded import server_binary
 from tests.support.servers import emptied, free_port, until
 
 NODE_TIMEOUT_MS = 600

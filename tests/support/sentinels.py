@@ -15,7 +15,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.store.embedded.valkey_process import server_binary
+from service.store.embedded import server_binary
 from tests.support.servers import RealServer, free_port, real_server, until
 
 NAME = "main"

@@ -27,7 +27,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from service.store.base import StateStore
-from service.store.embedded.valkey_process import server_arguments, server_binary
+from service.store.embedded import server_arguments, server_binary
 from service.store.open import open_store
 from service.store.settings import StoreSettings
 
@@ -95,7 +95,7 @@ class RealServer:
         binary = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
         if binary is None:
             pytest.skip("redis-server is not on the PATH")
-        arguments = server_arguments(self.folder, self.socket, 0)
+        arguments = server_arguments(self.folder, self.socket)
         self._process = subprocess.Popen(
             [binary, *arguments, "--appendfsync", "no", *self._options, *options],
             stdout=subprocess.DEVNULL,

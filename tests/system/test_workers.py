@@ -86,9 +86,9 @@ os.register_at_fork(after_in_child=signal_itself)
 """A `sitecustomize` with which a fork gets SIGTERM as its first thing, while there is a file."""
 
 SLOW_RESTART = """
-from service.store.embedded import embedded_valkey
+from service.store import embedded
 
-embedded_valkey.BACKOFF_BASE_S = 3.0
+embedded.BACKOFF_BASE_S = 3.0
 """
 """A `sitecustomize` with which the embedded store restarts later than a worker would."""
 

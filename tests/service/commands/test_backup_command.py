@@ -15,7 +15,7 @@ from service.commands.backup_command import _open_output
 from service.commands.serve import _requires_keys
 from service.settings import Settings
 from service.store.backup import BackupInfo, BackupReader, write_backup
-from service.store.embedded.embedded_valkey import EmbeddedValkey
+from service.store.embedded import EmbeddedValkey
 from tests.support import command
 from tests.support.access import new_authorization, revoke
 from tests.support.command import Result

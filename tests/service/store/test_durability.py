@@ -17,7 +17,7 @@ from service.core.delivery import chunk_digest, evaluate_chunk
 from service.core.errors import NotDurable, PositionAhead, StoreRefused
 from service.core.values import Chunk, Steps
 from service.store.base import Committed, StateStore
-from service.store.embedded.embedded_valkey import EmbeddedValkey
+from service.store.embedded import EmbeddedValkey
 from service.store.keys import KeySpace
 from service.store.settings import Durability
 from tests.support.cluster import Cluster, ClusterNode

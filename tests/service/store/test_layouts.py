@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import load_artifact
 from service.store.backup import BackupReader, restore_backup
-from service.store.embedded.embedded_valkey import EmbeddedValkey
+from service.store.embedded import EmbeddedValkey
 from tests.service.transports.v1.harness import Harness, harness
 from tests.support.oracle import oracle_step
 from tests.support.servers import RealServer
