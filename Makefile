@@ -89,7 +89,7 @@ overload: ## send twice the capacity of a service for a minute
 
 example: ## train an example from scratch, compare it with baselines (NAME=customers)
 	@scripts/setup dev
-	@exec $(BIN)/python -m models.examples.$(NAME) $(ARGS)
+	@exec $(BIN)/python -m examples.$(NAME) $(ARGS)
 
 compose-test: ## build the containers, test that streams survive restarts
 	@scripts/setup dev

@@ -10,12 +10,13 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import polars as pl
 import simdjson
 
-from models.errors import DataError
+from models.errors import DataError, ModelsError
 from models.events.frame import TRUTH
 from models.events.schema import (
     BooleanField,
@@ -253,3 +254,19 @@ def _parse_booleans(column: pl.Series) -> pl.Series:
             kept.cast(pl.Int8, strict=False) if not lower.is_in(["true", "false"]).any() else kept
         )
     return lower.replace_strict(TRUTH, default=None, return_dtype=pl.Boolean)
+
+
+def package_folder(package: str, extras: str = "'.[train]'") -> Path:
+    """The directory of an installed package whose data are read.
+
+    Nothing of it is imported: some of these packages need modules that newer Pythons lack.
+
+    Raises:
+        ModelsError: it is not installed; the message names `extras` to install.
+    """
+    module = find_spec(package)
+    if module is None or not module.submodule_search_locations:
+        raise ModelsError(
+            f"expected the package `{package}` for its data: pip install ./client {extras}"
+        )
+    return Path(next(iter(module.submodule_search_locations)))

@@ -29,7 +29,7 @@ from carry_client import Carry, Progress, Reply
 from models.artifact.artifact import Artifact, load_artifact
 from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
-from models.examples.flights.data import EVENT_COLUMNS, flight_events
+from service.commands.replay.departures import EVENT_COLUMNS, flight_events
 from service.commands.replay.verify import Received, keras_runner, verify_outputs
 from tests.support.servers import free_port
 from tests.support.service import Service, running

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from models.examples.post.__main__ import HERE
+from examples.post.__main__ import HERE
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT, agrees, blocks, run
 from tests.support.service import LEAN_KERAS, Service, customise, running
@@ -31,7 +31,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     models = folder / "models"
     customise(folder, LEAN_KERAS)
     made = subprocess.run(
-        [sys.executable, "-m", "models.examples.post", str(models)],
+        [sys.executable, "-m", "examples.post", str(models)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,

@@ -1,7 +1,7 @@
 """The printed tables of "Returning the hidden state in keras RNNs with return_state".
 
 The post prints what one-unit layers return for five inputs, to eight decimals, but not their
-weights; those of `models.examples.post.weights` were solved for, so that the same layers give
+weights; those of `examples.post.weights` were solved for, so that the same layers give
 the same numbers.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.examples.post.weights import known_weights
+from examples.post.weights import known_weights
 from models.spec.model import ModelSpec, parse_spec
 
 INPUT = (0.1, 0.2, 0.3, 0.4, 0.5)

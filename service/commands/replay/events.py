@@ -24,8 +24,8 @@ from models.errors import DataError, ModelsError
 from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
-from models.examples.flights.data import By, flight_events
 from models.training.files import check_duplicate_names
+from service.commands.replay.departures import By, flight_events
 from service.core.values import STREAM_NAME_RULE, is_stream_name
 
 IntArray = NDArray[np.int64]

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from carry_client import AsyncCarry, ModelDescription, Problem
 from models.artifact.artifact import Artifact
-from models.examples.flights.data import By
+from service.commands.replay.departures import By
 from service.commands.replay.events import ReplayError, event_schema, load_streams
 from service.commands.replay.send import Pace, Replay
 from service.commands.replay.verify import (

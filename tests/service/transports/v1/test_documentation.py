@@ -81,7 +81,7 @@ def test_worked_example_of_the_protocol_is_correct() -> None:
 
 def flights_spec() -> ModelSpec:
     """The example's spec with made-up numbers where training would fit them."""
-    data = yaml.safe_load((ROOT / "models/examples/flights/spec.yaml").read_text("utf-8"))
+    data = yaml.safe_load((ROOT / "examples/flights/spec.yaml").read_text("utf-8"))
     for field in data["events"]["fields"]:
         field.update(FITTED[field["kind"]])
     return parse_spec(data)

@@ -1,0 +1,135 @@
+import functools
+from datetime import timedelta
+
+import polars as pl
+import pytest
+
+from examples.flights.__main__ import SPEC
+from models.errors import ModelsError
+from models.events.encode import Clock, encode
+from models.events.fit import fit_schema
+from models.events.frame import columns_from_frame
+from models.spec.spec_file import read_spec
+from service.commands.replay import departures as data
+from service.commands.replay.departures import EVENT_COLUMNS, flight_events, with_weather
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tables():
+    """The files are read once: that takes longer than all that is made of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_read", functools.cache(data._read))
+        yield
+
+
+@pytest.fixture(scope="module")
+def events(tables) -> pl.DataFrame:
+    return flight_events()
+
+
+def test_streams_are_airports_and_carriers_in_the_order_of_departure(events):
+    assert events.height == 328_521
+    assert events["stream"].n_unique() == 35
+    assert events.columns == ["stream", *EVENT_COLUMNS]
+    assert (events["stream"] == events["origin"] + "-" + events["carrier"]).all()
+    since = events.select(
+        pl.col("departed").diff().over("stream").dt.total_milliseconds().alias("since")
+    )["since"]
+    assert since.min() == 0
+    assert (since >= 0).sum() == events.height - 35
+
+
+def test_streams_by_aircraft_contain_the_same_departures(events):
+    other = flight_events("aircraft")
+    assert other["stream"].n_unique() == 4037
+    keys = ["departed", "origin", "carrier", "destination", "dep_delay"]
+    assert other.select(keys).sort(keys).equals(events.select(keys).sort(keys))
+
+
+def test_the_table_is_deterministic(events):
+    assert flight_events().equals(events)
+
+
+def test_departures_match_the_local_clock(events):
+    """`dep_time` is the local time, also across midnight and both clock changes."""
+    flights, _ = data._read()
+    wall = pl.col("departed").dt.convert_time_zone("America/New_York")
+    clock_counts = (
+        events.select(shown=wall.dt.hour().cast(pl.Int64) * 100 + wall.dt.minute())
+        .group_by("shown")
+        .len()
+        .sort("shown")
+    )
+    expected = (
+        flights.filter(pl.col("dep_time").is_not_null())
+        .select(shown=pl.col("dep_time") % 2400)
+        .group_by("shown")
+        .len()
+        .sort("shown")
+    )
+    assert clock_counts.equals(expected)
+
+
+def test_events_do_not_leak_the_future(events, monkeypatch):
+    """Events up to a time do not change if later departures and weather are removed."""
+    now = pl.datetime(2013, 7, 23, 16, 0, time_unit="ms", time_zone="UTC")
+    flights, weather = data._read()
+    planned = data._utc("time_hour") + pl.duration(minutes=pl.col("minute"))
+    departed = planned + pl.duration(minutes=pl.col("dep_delay"))
+    known_flights = flights.filter(departed <= now).with_columns(
+        arr_time=None, arr_delay=None, air_time=None
+    )
+    known_weather = weather.filter(data._utc("time_hour") + pl.duration(hours=1) <= now)
+    monkeypatch.setattr(data, "_read", lambda: (known_flights, known_weather))
+    rebuilt = flight_events()
+    assert rebuilt.height > 180_000
+    assert rebuilt.equals(events.filter(pl.col("departed") <= now))
+
+
+def test_weather_is_that_of_the_last_completed_hour():
+    departed = (
+        pl.datetime_range(
+            pl.datetime(2013, 5, 1, 9),
+            pl.datetime(2013, 5, 1, 16),
+            timedelta(minutes=59),
+            eager=True,
+        )
+        .dt.replace_time_zone("UTC")
+        .cast(pl.Datetime("ms", "UTC"))
+    )
+    departures = pl.DataFrame({"origin": "JFK", "departed": departed})
+    weather = pl.DataFrame(
+        {
+            "origin": ["JFK", "JFK", "LGA"],
+            "time_hour": ["2013-05-01T09:00:00Z", "2013-05-01T10:00:00Z", "2013-05-01T11:00:00Z"],
+            "wind_speed": [1.0, 2.0, 3.0],
+            "precip": [0.0, 0.5, 1.0],
+            "visib": [10.0, None, 1.0],
+        }
+    )
+    departures_with_weather = with_weather(departures, weather)
+    hours = [moment.strftime("%H:%M") for moment in departures_with_weather["departed"]]
+    assert dict(zip(hours, departures_with_weather["wind_speed"], strict=True)) == {
+        "09:00": None,
+        "09:59": None,
+        "10:58": 1.0,
+        "11:57": 2.0,
+        "12:56": 2.0,
+        "13:55": 2.0,
+        "14:54": None,
+        "15:53": None,
+    }
+
+
+def test_the_spec_encodes_every_departure(events):
+    spec = read_spec(SPEC)
+    early = events.head(2000)
+    schema = fit_schema(spec.events, early, stream="stream", order="departed")
+    rows, clock = encode(schema, columns_from_frame(schema, early), Clock())
+    assert rows.shape == (2000, spec.model_copy(update={"events": schema}).input_features)
+    assert clock.seen == 2000
+
+
+def test_other_kinds_of_streams_are_rejected():
+    with pytest.raises(ModelsError, match="got 'gate'"):
+        flight_events("gate")
