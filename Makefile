@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage model faults check docs format bench load dashboards rules overload example compose-test proto console lock clean
+.PHONY: help run test test-harness coverage model faults check docs format bench load dashboards rules overload example compose-test proto console lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ run: ## serve the pretrained models on http://127.0.0.1:8000 (PORT=9000 for anot
 test: ## run the tests on every core (ARGS="tests/service -x" for some, WORKERS=0 for one process)
 	@scripts/setup dev
 	@exec $(PYTEST) $(ARGS)
+
+test-harness: ## run the tests of the harnesses: benchmark, load, faults with planted bugs, protocol model
+	@scripts/setup dev
+	@exec $(PYTEST) -m harness $(ARGS)
 
 coverage: ## run the tests and report branch coverage (ARGS="tests/models" for some of them)
 	@scripts/setup dev

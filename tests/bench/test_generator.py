@@ -15,6 +15,8 @@ from tests.bench.generator import Load, draw_arrivals, make_streams
 from tests.bench.traffic import TrafficSpec, WrongReplyError
 from tests.bench.workloads import Bodies
 
+pytestmark = pytest.mark.harness
+
 Answer = Callable[[bytes], bytes]  # from a request's body to the bytes of the reply; none hang up
 BODIES = Bodies.random(3, features=2, count=4)
 STALL_S = 0.15

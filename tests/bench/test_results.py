@@ -14,6 +14,8 @@ from tests.bench.traffic import WrongReplyError
 from tests.bench.workloads import Bodies, check_answers, make_traffic, standard_model
 from tests.support.oracle import oracle_step
 
+pytestmark = pytest.mark.harness
+
 ABOUT = {"commit": "abc123", "machine": "a machine", "date": "2026-01-02T03:04:05+00:00"}
 BASE = Sample(1000.0, 16000.0, 50.0, 1.5, 4.0, 9.0, 120.0, 0.5, 0.25)
 CARRY = "carry-onnxruntime"

@@ -18,6 +18,8 @@ from tests.support.forks import fork_server
 from tests.support.machine import REPOSITORY, Cores
 from tests.support.service import Service
 
+pytestmark = pytest.mark.harness
+
 CARRY = "carry-onnxruntime"
 FIGURES = {
     "cost": {"onnxruntime 64 x 1, calls", "onnxruntime 64 x 1, allocations"},

@@ -22,6 +22,8 @@ from tests.faults.history import (
 )
 from tests.faults.network import UNITS, ZERO, Rows, compute, random_events
 
+pytestmark = pytest.mark.harness
+
 OTHERS = random_events(np.random.default_rng(9), 5)
 EPOCH, OTHER = "aa" * 8, "bb" * 8
 WRONG_TAG, OTHER_OUTPUTS = bytes(range(16)), np.ones((5, UNITS), np.float32)

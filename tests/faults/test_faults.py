@@ -94,10 +94,12 @@ async def test_chunks_are_applied_once_while_no_sentinel_runs() -> None:
     assert history.seen["Sentinels killed"] == 1
 
 
+@pytest.mark.harness
 def test_short_runs_send_by_all_transports() -> None:
     assert set().union(*SENT_BY.values()) == set(TRANSPORTS)
 
 
+@pytest.mark.harness
 @needs_redis
 @pytest.mark.parametrize("bug", sorted({*CODE, *SCRIPTS}))
 async def test_planted_bug_is_detected(bug: str) -> None:

@@ -9,6 +9,8 @@ from tests.faults import network
 from tests.faults.network import MODEL, PERIOD, ZERO, compute, random_events
 from tests.support.stepping import in_cuts, step
 
+pytestmark = pytest.mark.harness
+
 EVENTS = 3 * PERIOD
 LATER = 2000
 

@@ -9,6 +9,8 @@ from tests.faults.traffic import BEFORE_LOAD, COMMIT_SENT, COMPUTING, REPLY_UNSE
 from tests.support.proxy import Connection
 from tests.support.streams import Streams
 
+pytestmark = pytest.mark.harness
+
 KEYS = b"carry{p0017}:s:keeps-all:s001", b"carry{p0017}:r:keeps-all:s001"
 STATE = encode_state(Streams().first())
 TOMBSTONE = encode_tombstone(Tombstone(StreamHead(bytes(8), FIRST_TAG, 0)))

@@ -18,6 +18,8 @@ from tests.support.pipelines import SPEC
 from tests.support.servers import free_port, until
 from tests.support.service import running
 
+pytestmark = pytest.mark.harness
+
 WARNINGS = ("-W", "error", "-W", "ignore::ResourceWarning")
 """Locust's connection pool leaves its sockets to the garbage collector."""
 SCENARIOS = ("steady", "ramp", "burst", "hot", "cold", "long")

@@ -27,6 +27,8 @@ from tests.load.streams import (
     default_model,
 )
 
+pytestmark = pytest.mark.harness
+
 MODEL = ModelDescription(
     name="probe",
     version="0123456789ab",

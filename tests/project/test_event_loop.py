@@ -11,6 +11,8 @@ import uvloop
 
 from tests.support.event_loop import EventLoop
 
+pytestmark = pytest.mark.harness
+
 
 @pytest.fixture
 async def loop_of_fixtures() -> asyncio.AbstractEventLoop:

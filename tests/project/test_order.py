@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.order import LONG, ordered
 
+pytestmark = pytest.mark.harness
+
 
 @dataclass(frozen=True)
 class Item:

@@ -103,6 +103,7 @@ def test_a_python_without_venv_is_named_with_what_to_install(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.harness
 def test_tests_run_with_a_pythonpath_that_was_set_before(tmp_path: Path) -> None:
     """Their forks of `carry` take only another one for that of a test."""
     program = "from tests.support.command import carry; print(carry('--help').exit_code)"

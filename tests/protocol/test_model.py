@@ -37,6 +37,7 @@ async def test_invariants_hold_and_scripts_match_the_model(
         assert await compare_script_calls(result.model, valkey.url, client) > 0
 
 
+@pytest.mark.harness
 @pytest.mark.parametrize("bug", PLANTED_BUGS, ids=lambda bug: bug.name)
 def test_planted_bug_is_found_with_a_trace(bug: PlantedBug) -> None:
     result = explore(bug.scenario, bug.rules)
@@ -49,6 +50,7 @@ def test_planted_bug_is_found_with_a_trace(bug: PlantedBug) -> None:
     assert trace.endswith(f"VIOLATION: {result.violation}")
 
 
+@pytest.mark.harness
 @pytest.mark.parametrize("bug", [b for b in PLANTED_BUGS if b.lua], ids=lambda bug: bug.name)
 async def test_changed_script_differs_from_the_model(
     bug: PlantedBug, valkey: RealServer, monkeypatch: pytest.MonkeyPatch
