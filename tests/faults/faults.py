@@ -139,7 +139,7 @@ class FaultInjector:
     async def pause_worker(self, fault: Fault) -> None:
         """Stop a worker, and continue it."""
         worker = await self._serving_worker(fault.pick)
-        with suspension(worker.process):
+        with suspension(worker.process.send_signal):
             await asyncio.sleep(fault.seconds)
 
     async def terminate_worker(self, fault: Fault) -> None:

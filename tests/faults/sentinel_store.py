@@ -1,9 +1,5 @@
 """A store behind Sentinels, which fail it over, as a thing that breaks."""
 
-import contextlib
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +7,11 @@ from typing import Any, Final
 
 import redis
 
-from service.store.embedded import server_arguments, server_binary
 from tests.faults.history import Loss
-from tests.faults.stores import DOWN_S, ERRORS, LAG_S, NO_REWRITE, SERVES_S, Store
+from tests.faults.stores import DOWN_S, LAG_S, NO_REWRITE, SERVES_S, Store
 from tests.faults.traffic import Traffic
-from tests.support.sentinels import NAME, has_replica, start_sentinel, write_configuration
-from tests.support.servers import RealServer, free_port, until
+from tests.support.sentinels import NAME, Sentinel, has_replica
+from tests.support.servers import RealServer, until
 
 DOWN_AFTER_MS: Final = 4000
 """Longer than a busy machine suspends the proxies: a failover that no fault caused is no fault."""
@@ -28,28 +23,15 @@ class MonitoredServer(RealServer):
 
     announced_port: int
 
-    def launch(self, *_: str) -> None:
+    def arguments(self) -> Sequence[str]:
         file = self.folder / "server.conf"
         if not file.exists():
-            arguments = [*server_arguments(self.folder, self.socket), *NO_REWRITE]
-            arguments += ["--appendfsync", "no", "--repl-diskless-sync-delay", "0"]
+            arguments = [*super().arguments(), *NO_REWRITE, "--repl-diskless-sync-delay", "0"]
             arguments += ["--replica-announce-ip", "127.0.0.1"]
             arguments += ["--replica-announce-port", str(self.announced_port)]
-            pairs = zip(arguments[::2], arguments[1::2], strict=True)
-            file.write_text("".join(f'{name[2:]} "{value}"\n' for name, value in pairs))
-        self._process = subprocess.Popen(
-            [str(server_binary()), str(file)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={"LC_ALL": "C", "PATH": os.defpath},
-            process_group=0,
-        )
-
-    def is_primary(self) -> bool:
-        """Whether it reports the role of a primary."""
-        with contextlib.suppress(*ERRORS), self.client() as client:
-            return bool(client.info("replication")["role"] == "master")
-        return False
+            pairs = dict(zip(arguments[::2], arguments[1::2], strict=True))
+            file.write_text("".join(f'{name[2:]} "{value}"\n' for name, value in pairs.items()))
+        return [str(file)]
 
 
 class SentinelStore(Store):
@@ -68,7 +50,10 @@ class SentinelStore(Store):
         for server in servers:
             server.folder.mkdir()
         super().__init__(servers, traffic)
-        self._sentinels = [Sentinel(folder / f"sentinel-{number}") for number in range(3)]
+        folders = [folder / f"sentinel-{number}" for number in range(3)]
+        for each in folders:
+            each.mkdir()
+        self._sentinels = [Sentinel("valkey", each) for each in folders]
 
     def url_for(self, _: str) -> str:
         """The address for workers."""
@@ -84,7 +69,8 @@ class SentinelStore(Store):
             client.execute_command("REPLICAOF", "127.0.0.1", primary.announced_port)
             client.config_rewrite()
         for sentinel in self._sentinels:
-            sentinel.start(primary.announced_port)
+            sentinel.monitor(primary.announced_port, 2, DOWN_AFTER_MS)
+            sentinel.start()
         self._wait_until_whole()
 
     def stop(self) -> None:
@@ -109,7 +95,7 @@ class SentinelStore(Store):
         primary = self._primary()
         replica, since_s = self._replica_of(primary), time.monotonic() - LAG_S
         self._down = [primary]
-        replica.signal(signal.SIGSTOP)
+        replica.pause()
         self._abort_connections(primary, replica.pid)
         return since_s
 
@@ -118,7 +104,7 @@ class SentinelStore(Store):
         [primary] = self._down
         replica = self._replica_of(primary)
         primary.kill()
-        replica.signal(signal.SIGCONT)
+        replica.resume()
         until(replica.is_primary, "the promotion", SERVES_S)
         primary.start()
         return self._find_loss("lost before its replica followed", since_s + LAG_S)
@@ -162,43 +148,16 @@ class SentinelStore(Store):
             return (
                 len(primaries) == 1
                 and has_replica(primaries[0])
-                and all(each.knows(primaries[0].announced_port) for each in self._sentinels)
+                and all(_knows(each, primaries[0].announced_port) for each in self._sentinels)
             )
 
         until(is_whole, "a primary with a replica", SERVES_S)
         self._down = []
 
 
-class Sentinel:
-    """One Sentinel, in a folder of its own."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir()
-        self._folder, self.port = folder, free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, primary_port: int | None = None) -> None:
-        """Start the process, for the first time with the primary that it is to monitor."""
-        if primary_port is not None:
-            write_configuration(
-                self._folder,
-                self.port,
-                primary_port,
-                quorum=2,
-                down_after_ms=DOWN_AFTER_MS,
-            )
-        self._process = start_sentinel(str(server_binary()), self._folder)
-
-    def stop(self) -> None:
-        """Kill the process, if it runs."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-    def knows(self, primary_port: int) -> bool:
-        """Whether it names this primary and has a replica of it that is up."""
-        with contextlib.suppress(*ERRORS), redis.Redis(port=self.port, protocol=2) as client:
-            _, port = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME)
-            replicas = client.execute_command("SENTINEL", "REPLICAS", NAME)
-            return int(port) == primary_port and len(replicas) == 1 and b"ok" in replicas[0]
+def _knows(sentinel: Sentinel, primary_port: int) -> bool:
+    """Whether a Sentinel names this primary and has a replica of it that is up."""
+    try:
+        return sentinel.primary_port() == primary_port and sentinel.knows_replica()
+    except redis.RedisError:
         return False

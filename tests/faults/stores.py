@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ class Store:
 
     def __init__(
         self,
-        servers: Sequence[RealServer | ClusterNode],
+        servers: Sequence[RealServer],
         traffic: Traffic,
         owners: Sequence[str | None] = (None,),
     ):
@@ -64,7 +64,7 @@ class Store:
             for server in servers
             for owner in owners
         ]
-        self._down: list[RealServer | ClusterNode] = []
+        self._down: list[RealServer] = []
         self._loop = asyncio.get_running_loop()
 
     def ask(self, *command: str | int) -> Any:
@@ -99,11 +99,11 @@ class Store:
     def pause(self, pick: int, seconds: float) -> Loss | None:
         """Stop a server; where that is a primary, and for long, its replica is promoted."""
         server, struck_s = self._choose(pick), time.monotonic()
-        with suspension(server._process):
+        with suspension(server.signal):
             time.sleep(seconds)
         return self._find_loss("stopped", struck_s)
 
-    def _abort_connections(self, server: RealServer | ClusterNode, replica: int) -> None:
+    def _abort_connections(self, server: RealServer, replica: int) -> None:
         """End the connections of a replica's process to a server: what was sent would otherwise be
         read from the socket when the replica continues."""
         for connection in list(self.proxies[self.servers.index(server)].connections):
@@ -114,8 +114,7 @@ class Store:
         """Keep the memory of all servers full for a while."""
         for size in (1, 0):
             for server in self.servers:
-                with server.client() as client:
-                    client.config_set("maxmemory", size)
+                server.configure("maxmemory", size)
             time.sleep(seconds * size)
 
 
@@ -258,7 +257,7 @@ class ClusterStore(Store):
         self._down = [primary, replica]
         since_s = time.monotonic() - LAG_S
         replica.pause()
-        self._abort_connections(primary, replica._process.pid)
+        self._abort_connections(primary, replica.pid)
         return since_s
 
     def roll_back(self, since_s: float) -> Loss:
@@ -298,13 +297,13 @@ class ClusterStore(Store):
 
 
 @contextmanager
-def suspension(process: Any) -> Iterator[None]:
+def suspension(send_signal: Callable[[int], None]) -> Iterator[None]:
     """Stop a process, and continue it afterwards."""
-    process.send_signal(signal.SIGSTOP)
+    send_signal(signal.SIGSTOP)
     try:
         yield
     finally:
-        process.send_signal(signal.SIGCONT)
+        send_signal(signal.SIGCONT)
 
 
 def has_connection(pid: int | None, connection: Connection) -> bool:
@@ -316,5 +315,5 @@ def has_connection(pid: int | None, connection: Connection) -> bool:
     return False
 
 
-def _address(server: RealServer | ClusterNode) -> Target:
-    return server.socket if isinstance(server, RealServer) else ("127.0.0.1", server.port)
+def _address(server: RealServer) -> Target:
+    return ("127.0.0.1", server.port) if isinstance(server, ClusterNode) else server.socket

@@ -5,15 +5,11 @@ The node timeout is short, so that a failover takes about a second.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -21,8 +17,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from service.store.embedded import server_binary
-from tests.support.servers import emptied, free_port, until
+from tests.support.servers import RealServer, emptied, free_port, until
 
 NODE_TIMEOUT_MS = 600
 """Node timeout before a failover; short, for tests that wait for one."""
@@ -33,23 +28,16 @@ SLOTS = 16_384
 PRIMARIES = 3
 
 
-class ClusterNode:
-    """One server process of a cluster; it can be killed and restarted on its files."""
+class ClusterNode(RealServer):
+    """One server of a cluster, on a port of the loopback."""
 
     def __init__(self, kind: str, folder: Path, options: Sequence[str] = ()):
-        self.kind = kind
-        self.folder = folder
-        self.port, self._bus = free_port(), free_port()
-        self.options = options
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__(kind, folder, *options)
+        self.port, self.bus = free_port(), free_port()
         folder.mkdir()
 
-    def start(self, *options: str) -> None:
-        """Start the process and wait until it answers."""
-        binary = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
-        if binary is None:
-            pytest.skip("redis-server is not on the PATH")
-        fixed = {
+    def arguments(self) -> Sequence[str]:
+        options = {
             "port": self.port,
             "bind": "127.0.0.1",
             "dir": self.folder,
@@ -58,7 +46,7 @@ class ClusterNode:
             "appendonly": "yes",
             "appendfsync": "no",
             "cluster-enabled": "yes",
-            "cluster-port": self._bus,
+            "cluster-port": self.bus,
             "cluster-node-timeout": NODE_TIMEOUT_MS,
             "cluster-replica-validity-factor": 0,
             "repl-ping-replica-period": 1,
@@ -66,65 +54,16 @@ class ClusterNode:
             "repl-timeout": 5,
             "maxmemory-policy": "noeviction",
         }
-        arguments = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
-        self._process = subprocess.Popen(
-            [binary, *arguments, *self.options, *options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={"LC_ALL": "C", "PATH": os.defpath},
-        )
-        until(self.answers, f"node {self.port} answering")
+        return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
     def client(self) -> redis.Redis:
         """A client of this node alone."""
         return redis.Redis(port=self.port, protocol=2, retry=Retry(NoBackoff(), 0))
 
-    def ask(self, *command: Any) -> Any:
-        """The node's reply to one command."""
-        with self.client() as client:
-            return client.execute_command(*command)
-
-    def answers(self) -> bool:
-        """Whether the node answers PING."""
-        try:
-            return bool(self.ask("PING"))
-        except redis.RedisError:
-            return False
-
-    def facts(self, section: str) -> dict[str, Any]:
-        """A section of INFO."""
-        with self.client() as client:
-            return client.info(section)
-
-    def is_primary(self) -> bool:
-        """Whether the node answers, as a primary."""
-        try:
-            return bool(self.facts("replication")["role"] == "master")
-        except redis.RedisError:
-            return False
-
     @property
     def name(self) -> str:
         """The node's id."""
         return self.ask("CLUSTER", "MYID").decode()
-
-    def kill(self) -> None:
-        """Send SIGKILL and wait for the exit."""
-        self._process.kill()
-        self._process.wait()
-
-    def pause(self) -> None:
-        """Send SIGSTOP: the node becomes unresponsive."""
-        self._process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Send SIGCONT."""
-        self._process.send_signal(signal.SIGCONT)
-
-    def stop(self) -> None:
-        """Kill the process, if it runs."""
-        if self._process is not None and self._process.poll() is None:
-            self.kill()
 
 
 class Cluster:
@@ -156,7 +95,7 @@ class Cluster:
             node.ask("CLUSTER", "ADDSLOTSRANGE", first, after - 1)
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
         for node in self.nodes[1:]:
-            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port, self.nodes[0]._bus)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port, self.nodes[0].bus)
         until(lambda: all(self._knows_all(node) for node in self.nodes), "all nodes met")
         for primary, replica in zip(self.primaries, self.replicas, strict=True):
             replica.ask("CLUSTER", "REPLICATE", primary.name)
@@ -175,7 +114,7 @@ class Cluster:
             return False
         if node.ask("CLUSTER", "NODES").count(b"slave") < PRIMARIES:
             return False
-        facts = node.facts("replication")
+        facts = node.ask("INFO", "replication")
         if facts["role"] == "slave":
             return facts["master_link_status"] == "up"
         return facts["connected_slaves"] > 0 and facts["slave0"]["state"] == "online"
@@ -198,7 +137,7 @@ class Cluster:
     def configure(self, name: str, value: str | int) -> None:
         """Run CONFIG SET on every node."""
         for node in self.nodes:
-            node.ask("CONFIG", "SET", name, value)
+            node.configure(name, value)
 
     def stop(self) -> None:
         """Kill every node."""

@@ -1,21 +1,15 @@
-"""A primary with a replica, both monitored by a Sentinel, on the loopback."""
+"""A primary with a replica, both monitored by Sentinels, on the loopback."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.store.embedded import server_binary
 from tests.support.servers import RealServer, free_port, real_server, until
 
 NAME = "main"
@@ -24,50 +18,65 @@ DOWN_AFTER_MS = 1000
 """How long a server may be silent before a failover; a busy machine suspends a process for less."""
 
 
+class Sentinel(RealServer):
+    """One Sentinel, whose file of configuration holds what it learns."""
+
+    def __init__(self, kind: str, folder: Path, password: str = ""):
+        super().__init__(kind, folder)
+        self.port, self._password = free_port(), password
+
+    def monitor(self, port: int, quorum: int = 1, down_after_ms: int = DOWN_AFTER_MS) -> None:
+        """Write the configuration, with the port of the primary; before the first start."""
+        (self.folder / "sentinel.conf").write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
+            f"logfile {self.folder}/sentinel.log\n"
+            + (f"requirepass {self._password}\n" if self._password else "")
+            + f"sentinel monitor {NAME} 127.0.0.1 {port} {quorum}\n"
+            f"sentinel down-after-milliseconds {NAME} {down_after_ms}\n"
+            f"sentinel failover-timeout {NAME} 4000\n"
+        )
+
+    def arguments(self) -> Sequence[str]:
+        return [str(self.folder / "sentinel.conf"), "--sentinel"]
+
+    def client(self) -> redis.Redis:
+        """A client of this Sentinel."""
+        retry = Retry(NoBackoff(), 0)
+        return redis.Redis(port=self.port, password=self._password, protocol=2, retry=retry)
+
+    def primary_port(self) -> int:
+        """The port of the server that it names as the primary."""
+        return int(self.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME)[1])
+
+    def knows_replica(self) -> bool:
+        """Whether it knows one replica, which is up."""
+        replicas = self.ask("SENTINEL", "REPLICAS", NAME)
+        return len(replicas) == 1 and b"ok" in replicas[0]
+
+
 class Monitored:
     """Two servers and their Sentinel.
 
     Attributes:
         primary, replica: the servers' roles at the start.
-        sentinel: the process of the Sentinel.
         url: names a Sentinel that does not run before the one that does.
     """
 
     def __init__(
-        self,
-        primary: RealServer,
-        replica: RealServer,
-        replica_port: int,
-        port: int,
-        sentinel: subprocess.Popen[bytes],
+        self, primary: RealServer, replica: RealServer, replica_port: int, sentinel: Sentinel
     ):
         self.primary, self.replica, self.sentinel = primary, replica, sentinel
-        self.replica_port, self._port = replica_port, port
-        hosts = f"127.0.0.1:{free_port()},127.0.0.1:{port}"
+        self.replica_port = replica_port
+        hosts = f"127.0.0.1:{free_port()},127.0.0.1:{sentinel.port}"
         self.url = f"redis+sentinel://{hosts}/{NAME}/0?sentinel_password={PASSWORD}"
-
-    def ask(self, *command: Any) -> Any:
-        """The Sentinel's reply to a command."""
-        options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
-        with redis.Redis(port=self._port, password=PASSWORD, **options) as client:
-            return client.execute_command(*command)
-
-    def answers(self) -> bool:
-        """Whether the Sentinel answers."""
-        try:
-            return bool(self.ask("PING"))
-        except redis.RedisError:
-            return False
 
     def is_whole(self) -> bool:
         """Whether the Sentinel knows the replica, which follows the primary."""
-        replicas = self.ask("SENTINEL", "REPLICAS", NAME)
-        return len(replicas) == 1 and b"ok" in replicas[0] and has_replica(self.primary)
+        return self.sentinel.knows_replica() and has_replica(self.primary)
 
     def has_failed_over(self) -> bool:
         """Whether the Sentinel names the server that was the replica at the start."""
-        _, port = self.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME)
-        return int(port) == self.replica_port
+        return self.sentinel.primary_port() == self.replica_port
 
 
 def has_replica(server: RealServer) -> bool:
@@ -80,54 +89,22 @@ def has_replica(server: RealServer) -> bool:
         return False
 
 
-def write_configuration(
-    folder: Path,
-    port: int,
-    primary_port: int,
-    password: str = "",
-    quorum: int = 1,
-    down_after_ms: int = DOWN_AFTER_MS,
-) -> None:
-    """Write the configuration of a Sentinel, which stores there what it learns."""
-    (folder / "sentinel.conf").write_text(
-        f"port {port}\nbind 127.0.0.1\ndir {folder}\nlogfile {folder}/sentinel.log\n"
-        + (f"requirepass {password}\n" if password else "")
-        + f"sentinel monitor {NAME} 127.0.0.1 {primary_port} {quorum}\n"
-        f"sentinel down-after-milliseconds {NAME} {down_after_ms}\n"
-        f"sentinel failover-timeout {NAME} 4000\n"
-    )
-
-
-def start_sentinel(binary: str, folder: Path) -> subprocess.Popen[bytes]:
-    """Start the Sentinel whose configuration is in a folder."""
-    return subprocess.Popen(
-        [binary, str(folder / "sentinel.conf"), "--sentinel"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={"LC_ALL": "C", "PATH": os.defpath},
-    )
-
-
 @contextmanager
 def monitored(kind: str, *options: str) -> Iterator[Monitored]:
     """Run the servers, the primary with further options, and the Sentinel; stop them afterwards."""
-    binary = str(server_binary()) if kind == "valkey" else shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not on the PATH")
-    port, replica_port, sentinel_port = free_port(), free_port(), free_port()
+    port, replica_port = free_port(), free_port()
     common = ("--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0")
     of = ("--replicaof", f"127.0.0.1 {port}", "--port", str(replica_port))
     with (
         real_server(kind, *common, "--port", str(port), *options) as primary,
         real_server(kind, *common, *of) as replica,
     ):
-        write_configuration(primary.folder, sentinel_port, port, PASSWORD)
-        process = start_sentinel(binary, primary.folder)
-        running = Monitored(primary, replica, replica_port, sentinel_port, process)
+        sentinel = Sentinel(kind, primary.folder, PASSWORD)
+        sentinel.monitor(port)
+        running = Monitored(primary, replica, replica_port, sentinel)
         try:
-            until(running.answers, "the Sentinel")
+            sentinel.start()
             until(running.is_whole, "a monitored replica")
             yield running
         finally:
-            process.kill()
-            process.wait()
+            sentinel.stop()

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -66,6 +66,14 @@ def written(client: redis.Redis) -> None:
     until(lambda: client.info("persistence")["aof_buffer_length"] == 0, "the file's write")
 
 
+def server_program(kind: str) -> str:
+    """The path of the embedded Valkey, or of the `redis-server` on the PATH; skips without it."""
+    program = str(server_binary()) if kind == "valkey" else shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not on the PATH")
+    return program
+
+
 class RealServer:
     """One server process that can be killed and restarted on its files.
 
@@ -81,23 +89,21 @@ class RealServer:
         environment: Mapping[str, str] = MappingProxyType({}),
         prepare: Callable[[], None] | None = None,
     ):
-        self.kind = kind
-        self.folder = folder
+        self.kind, self.folder, self.options = kind, folder, options
         self.socket = str(folder / "server.sock")
         self.url = f"unix://{self.socket}"
-        self._options = options
         self._environment = {"LC_ALL": "C", "PATH": os.defpath, **environment}
         self._prepare = prepare
         self._process: subprocess.Popen[bytes] | None = None
 
+    def arguments(self) -> Sequence[str]:
+        """The command-line options that come before its own."""
+        return [*server_arguments(self.folder, self.socket), "--appendfsync", "no"]
+
     def launch(self, *options: str) -> None:
         """Start the process with additional options; returns immediately."""
-        binary = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
-        if binary is None:
-            pytest.skip("redis-server is not on the PATH")
-        arguments = server_arguments(self.folder, self.socket)
         self._process = subprocess.Popen(
-            [binary, *arguments, "--appendfsync", "no", *self._options, *options],
+            [server_program(self.kind), *self.arguments(), *self.options, *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=self._environment,
@@ -110,52 +116,69 @@ class RealServer:
         """The running process."""
         return self._process.pid
 
-    def start(self) -> None:
-        """Start the process and wait until it serves."""
-        self.launch()
+    def start(self, *options: str) -> None:
+        """Start the process with additional options, and wait until it serves."""
+        self.launch(*options)
         until(self.answers, f"{self.kind} answering")
+
+    def client(self) -> redis.Redis:
+        """A client of this server, to inspect what the store wrote."""
+        return redis.Redis(
+            unix_socket_path=self.socket, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=10
+        )
+
+    def ask(self, *command: Any) -> Any:
+        """The reply to one command."""
+        with self.client() as client:
+            return client.execute_command(*command)
 
     def answers(self) -> bool:
         """Whether the server serves commands."""
         try:
-            with self.client() as client:
-                return bool(client.ping())
+            return bool(self.ask("PING"))
         except redis.RedisError:
             return False
 
     def refuses(self, word: str) -> bool:
         """Whether the server answers with an error that contains a word."""
         try:
-            with self.client() as client:
-                client.get("any")
+            self.ask("GET", "any")
         except redis.RedisError as error:
             return word.lower() in str(error).lower()
         return False
+
+    def is_primary(self) -> bool:
+        """Whether the server answers, as a primary."""
+        try:
+            return bool(self.ask("INFO", "replication")["role"] == "master")
+        except redis.RedisError:
+            return False
+
+    def configure(self, name: str, value: str | int) -> None:
+        """Run CONFIG SET."""
+        self.ask("CONFIG", "SET", name, value)
+
+    def signal(self, number: int) -> None:
+        """Send the process a signal."""
+        os.kill(self.pid, number)
+
+    def pause(self) -> None:
+        """Send SIGSTOP: the server becomes unresponsive."""
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Send SIGCONT."""
+        self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Send SIGKILL, also to the child that rewrites the file, and wait for the exit."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def signal(self, number: int) -> None:
-        """Send the process a signal."""
-        self._process.send_signal(number)
-
     def stop(self) -> None:
         """Kill the process, if it runs."""
         if self._process is not None and self._process.poll() is None:
             self.kill()
-
-    def configure(self, name: str, value: str | int) -> None:
-        """Run CONFIG SET."""
-        with self.client() as client:
-            client.config_set(name, value)
-
-    def client(self) -> redis.Redis:
-        """A client, to inspect what the store wrote."""
-        return redis.Redis(
-            unix_socket_path=self.socket, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=10
-        )
 
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

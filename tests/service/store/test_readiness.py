@@ -162,7 +162,7 @@ async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Clu
 async def test_memory_ratio_is_that_of_the_fullest_shard(lasting_cluster: Cluster) -> None:
     async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
         fullest, other, unlimited = lasting_cluster.primaries
-        used = fullest.facts("memory")["used_memory"]
+        used = fullest.ask("INFO", "memory")["used_memory"]
         fullest.ask("CONFIG", "SET", "maxmemory", 2 * used)
         other.ask("CONFIG", "SET", "maxmemory", 20 * used)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Iterator
 
 import pytest
@@ -86,7 +85,7 @@ async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
         page = await store.streams("flights", "", None, 2)
         assert page.cursor is not None
         assert until(servers.is_whole, "the replica in step")
-        servers.ask("SENTINEL", "FAILOVER", NAME)
+        servers.sentinel.ask("SENTINEL", "FAILOVER", NAME)
         await asyncio.to_thread(until, servers.has_failed_over, "the failover")
         with servers.replica.client() as new:
             await until_async(lambda: reaches(new, store, streams), "a commit on the new primary")
@@ -113,7 +112,7 @@ async def test_connections_to_the_last_known_primary_open_while_no_sentinel_answ
     primary = servers.replica if servers.has_failed_over() else servers.primary
     async with opened(servers.url, wait_s=30) as store:
         await committed(store, streams.creation(key("known")))
-        servers.sentinel.send_signal(signal.SIGSTOP)
+        servers.sentinel.pause()
         with primary.client() as client:
             client.execute_command("CLIENT", "KILL", "TYPE", "normal")
         (check,) = await store.check()
