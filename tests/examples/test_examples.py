@@ -49,7 +49,7 @@ def chunks_of(name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.json")))
 def test_the_example_bodies_hold_events_of_the_flights_model(name: str) -> None:
-    schema = read_spec(ROOT / "models" / "examples" / "flights" / "spec.yaml").events
+    schema = read_spec(EXAMPLES / "flights" / "spec.yaml").events
     assert schema is not None
     adapter = event_adapter(schema)
     fields = {field.name for field in schema.fields}
@@ -75,7 +75,7 @@ def test_the_chunks_of_a_stream_follow_one_another() -> None:
 
 def test_the_departures_are_those_that_the_replay_sends() -> None:
     """So that a replay goes on where the examples stopped, and its outputs can be verified."""
-    spec = read_spec(ROOT / "models" / "examples" / "flights" / "spec.yaml")
+    spec = read_spec(EXAMPLES / "flights" / "spec.yaml")
     assert spec.events is not None
     frame = flight_events("airport-carrier")
     given = json.loads((EXAMPLES / "departures.json").read_bytes())
