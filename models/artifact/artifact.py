@@ -36,7 +36,14 @@ from typing import Any
 
 from models.artifact.files import inside, replace_file, sync_directory, write_new
 from models.artifact.fingerprint import compute_fingerprint
-from models.artifact.graphs import DECODER_GRAPH_NAME, GRAPH_NAME, TENSORFLOW, Graphs, write_graphs
+from models.artifact.graphs import (
+    DECODER_GRAPH_NAME,
+    GRAPH_NAME,
+    TENSORFLOW,
+    Graphs,
+    check_imported_graph,
+    write_graphs,
+)
 from models.artifact.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -48,8 +55,6 @@ from models.artifact.manifest import (
 )
 from models.artifact.weights import check_weights, read_weights, weights_bytes
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
-from models.onnx.bounded_work import find_unbounded_work
-from models.onnx.decoding import check_self_contained
 from models.spec.decoder import strip_decoder_prefix
 from models.spec.layout import (
     OutputSpec,
@@ -276,11 +281,7 @@ def load_artifact(path: Path) -> Artifact:
     _check_fitted(spec, where)
     weights = read_weights(spec, data, f"{path / str(manifest['weights'])}")
     if network is not None and spec.onnx is not None:
-        graph_path = f"{path / str(manifest['graph'])}"
-        check_self_contained(network, graph_path)
-        sizes = None if spec.onnx.steps is None else spec.onnx.steps.name
-        if reason := find_unbounded_work(network, spec.onnx.value_inputs, sizes):
-            raise ArtifactError(f"{graph_path}: {reason}")
+        check_imported_graph(network, spec.onnx, f"{path / str(manifest['graph'])}")
     digest = compute_fingerprint(spec, weights, network)
     for key, expected in _derived(spec, digest).items():
         given = manifest.get(key, _DEFAULTS.get(key))

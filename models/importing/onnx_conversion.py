@@ -59,7 +59,7 @@ def convert_onnx(
     pairs = find_pairs(signature, options.states, others)
     features = _features(signature, options, pairs, others)
     fed = {*pairs, *(tensor.name for tensor in features), *(each.name for each in controls)}
-    if reason := find_unbounded_work(signature.graph, fed, steps.name if steps else None):
+    if reason := find_unbounded_work(signature.model, fed, steps.name if steps else None):
         raise ImportedModelError(reason)
     served = [each for each in options.outputs if each not in pairs.values()] or options.outputs
     try:

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.files import inside, open_regular
 from models.errors import ArtifactError, ImportedModelError
-from models.onnx.decoding import (
-    DecodingError,
-    decode_string,
-    embed_external_data,
-    fields,
-    local_functions,
-    operators,
-    walk,
-)
 from models.onnx.library import open_session
+from models.onnx.messages import (
+    DecodingError,
+    NodeProto,
+    TensorProto,
+    inner_messages,
+    is_external,
+    operator_name,
+    parse_model,
+    tensor_array,
+)
 
 MAX_GRAPH_BYTES = 2**31 - 1
 """Longest protobuf message, and so the largest graph with its weights."""
@@ -39,13 +39,10 @@ _TYPES = {
     **{f"tensor({name})": name for name in ("int8", "int16", "int32", "int64")},
     **{f"tensor({name})": name for name in ("uint8", "uint16", "uint32", "uint64")},
 }
-_DOMAINS = ("", "ai.onnx.ml", "com.microsoft")
+_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 """Domains whose operators ONNX Runtime contains."""
 _RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"}
 _RANDOM.add("RandomUniformLike")
-_ELEMENTS = {1: "f4", 2: "u1", 3: "i1", 4: "u2", 5: "i2", 6: "i4", 7: "i8", 9: "?", 10: "f2"}
-_ELEMENTS |= {11: "f8", 12: "u4"}
-"""Element types, TensorProto.DataType, in NumPy's letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +78,7 @@ class Signature:
         outputs: in the graph's order.
         defaults: values of the inputs that have one.
         session: a session of the graph.
+        model: the graph as a ModelProto.
         graph: the ONNX file, with all its data.
     """
 
@@ -88,6 +86,7 @@ class Signature:
     outputs: tuple[Tensor, ...]
     defaults: Mapping[str, NDArray[Any]]
     session: Any
+    model: Any
     graph: bytes
 
     def __str__(self) -> str:
@@ -112,20 +111,25 @@ def read_signature(path: Path, folder: Path, most_bytes: int = MAX_GRAPH_BYTES) 
     """
     data = path.read_bytes()
     try:
-        if not any(number == 7 for number, _, _ in fields(memoryview(data))):
-            raise DecodingError("it contains no graph")
-        used, local = operators(data), local_functions(data)
-        data = embed_external_data(data, _external_reader(folder, most_bytes))
+        model = parse_model(data)
+        tensors = [each for each in inner_messages(model, TensorProto) if is_external(each)]
+        read = _external_reader(folder, most_bytes)
+        for tensor in tensors:
+            tensor.raw_data = read({entry.key: entry.value for entry in tensor.external_data})
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
     except DecodingError as error:
         raise ImportedModelError(
             f"expected an ONNX file (a protobuf message ModelProto), got other bytes: {error}"
         ) from error
-    if len(data) > most_bytes:
+    if model.ByteSize() > most_bytes:
         raise ImportedModelError(
             f"expected a graph of at most {most_bytes} bytes with its weights, the longest "
-            f"protobuf message, got {len(data)}; store the weights as float16"
+            f"protobuf message, got {model.ByteSize()}; store the weights as float16"
         )
-    _check_operators(used, local)
+    if tensors:
+        data = model.SerializeToString()
+    _check_operators(model)
     try:
         session = open_session(data, 1, "graph")
     except ArtifactError as error:
@@ -137,8 +141,13 @@ def read_signature(path: Path, folder: Path, most_bytes: int = MAX_GRAPH_BYTES) 
     return Signature(
         tuple(inputs),
         tuple(_tensor(each) for each in session.get_outputs()),
-        _default_values(data, {each.name for each in overridable}),
+        {
+            each.name: tensor_array(each)
+            for each in model.graph.initializer
+            if each.name in {tensor.name for tensor in overridable}
+        },
         session,
+        model,
         data,
     )
 
@@ -148,15 +157,20 @@ def _tensor(declared: Any) -> Tensor:
     return Tensor(declared.name, shape, _TYPES.get(declared.type, declared.type))
 
 
-def _check_operators(used: set[tuple[str, str]], local: set[tuple[str, str]]) -> None:
-    foreign = sorted(used - local, key=str)
-    custom = [f"{domain}.{name}" for domain, name in foreign if domain not in _DOMAINS]
+def _check_operators(model: Any) -> None:
+    local = {operator_name(each.domain, each.name) for each in model.functions}
+    nodes = [(each.domain, each.op_type) for each in inner_messages(model, NodeProto)]
+    custom = sorted(
+        name
+        for domain, kind in set(nodes)
+        if (name := operator_name(domain, kind)) not in local and domain not in _DOMAINS
+    )
     if custom:
         raise ImportedModelError(
             f"expected operators of ONNX (ai.onnx, ai.onnx.ml, com.microsoft), got {custom}; "
             "export the model with standard operators, in PyTorch without custom ones"
         )
-    random = sorted(name for domain, name in used if not domain and name in _RANDOM)
+    random = sorted(_RANDOM.intersection(operator_name(*each) for each in nodes))
     if random:
         raise ImportedModelError(
             f"expected a graph without random numbers, got the operators {random}; export the "
@@ -216,66 +230,3 @@ def _external_reader(folder: Path, most_bytes: int) -> Callable[[dict[str, str]]
         return data
 
     return read
-
-
-def _default_values(graph: bytes, names: set[str]) -> dict[str, NDArray[Any]]:
-    """The values of initializers of the main graph."""
-    values: dict[str, NDArray[Any]] = {}
-    if not names:
-        return values
-    for kind, message in walk(memoryview(graph)):
-        if kind == "tensor":
-            name = next(
-                (decode_string(value) for number, value, _ in fields(message) if number == 8), ""
-            )
-            if name in names:
-                values[name] = tensor_value(message)
-    return values
-
-
-def tensor_value(tensor: memoryview) -> NDArray[Any]:
-    """The value of a TensorProto.
-
-    Raises:
-        DecodingError: of another element type, or without all its values.
-    """
-    shape: list[int] = []
-    element, raw = 0, b""
-    typed: dict[int, list[int | memoryview]] = {}
-    for number, value, _ in fields(tensor):
-        if number == 1:
-            shape += [value] if isinstance(value, int) else _varints(value)
-        elif number == 2 and isinstance(value, int):
-            element = value
-        elif number == 9 and not isinstance(value, int):
-            raw = bytes(value)
-        elif number in (4, 5, 7, 10, 11):
-            typed.setdefault(number, []).append(value)
-    if element not in _ELEMENTS:
-        raise DecodingError(f"a tensor of element type {element}")
-    dtype = np.dtype(_ELEMENTS[element]).newbyteorder("<")
-    if typed:
-        number, pieces = next(iter(typed.items()))
-        if number in (4, 10):
-            raw = b"".join(bytes(piece) for piece in pieces if not isinstance(piece, int))
-        else:
-            numbers = [n for p in pieces for n in ([p] if isinstance(p, int) else _varints(p))]
-            words = np.array(numbers, np.uint64).view(np.int64)
-            if element == 10:  # the bits of float16
-                return words.astype(np.uint16).view(np.float16).reshape(shape)
-            return words.astype(dtype).reshape(shape)
-    values = np.frombuffer(raw, dtype)
-    if values.size != int(np.prod(shape)):
-        raise DecodingError(f"a tensor of {values.size} values of the shape {shape}")
-    return values.reshape(shape)
-
-
-def _varints(packed: memoryview) -> list[int]:
-    numbers, value, shift = [], 0, 0
-    for byte in packed:
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            numbers.append(value & (2**64 - 1))
-            value = shift = 0
-    return numbers

@@ -106,7 +106,7 @@ def over_stream(
     total = nodes.add(
         "Add", nodes.add("Mul", decay, total_before), nodes.add("MatMul", shares, exact)
     )
-    values = nodes.add("Cast", nodes.add("Div", total, normaliser), to=DataType.FLOAT)
+    values = nodes.add("Cast", nodes.add("Div", total, normaliser), to=DataType.FLOAT32)
     sums = nodes.concat([maximum, normaliser, total], axis=2)
     last = nodes.add("Cast", lengths, to=DataType.INT64)
     last = nodes.add("Sub", last, nodes.integers(1))
@@ -114,7 +114,7 @@ def over_stream(
     last = nodes.add("Expand", last, nodes.integers(1, 1, 2 + width))
     final = nodes.split(nodes.add("GatherElements", sums, last, axis=1), [1, 1, width], axis=2)
     after = [
-        nodes.add("Cast", final[0], to=DataType.FLOAT),
+        nodes.add("Cast", final[0], to=DataType.FLOAT32),
         *(_parts(nodes, value) for value in final[1:]),
     ]
     return nodes.add("Transpose", values, perm=[1, 0, 2]), [
@@ -145,10 +145,10 @@ def _exact(nodes: Nodes, state: list[Value], width: int) -> tuple[Value, Value, 
 
 def _parts(nodes: Nodes, value: Value) -> Value:
     """A float64 [..., n] as float32 [..., 2 n]: what float32 holds of it, and the rest."""
-    high = nodes.add("Cast", value, to=DataType.FLOAT)
+    high = nodes.add("Cast", value, to=DataType.FLOAT32)
     low = nodes.add("Sub", value, _double(nodes, high))
-    return nodes.concat([high, nodes.add("Cast", low, to=DataType.FLOAT)], axis=2)
+    return nodes.concat([high, nodes.add("Cast", low, to=DataType.FLOAT32)], axis=2)
 
 
 def _double(nodes: Nodes, value: Value) -> Value:
-    return nodes.add("Cast", value, to=DataType.DOUBLE)
+    return nodes.add("Cast", value, to=DataType.FLOAT64)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
-from models.onnx.node_graph import Node, NodeGraph, read_nodes
+from models.onnx.messages import operator_name
 
 MAX_NAMES: Final = 1_000_000
 """Most names of tensors to analyse, which takes seconds; the names of a loop or function count once
@@ -88,6 +88,10 @@ _AT: Final[dict[str, tuple[int, ...]]] = {
 """The inputs of further operators that determine no size: only these may depend on values."""
 
 
+_OWN_DOMAINS: Final = ("ai.onnx", "com.microsoft", "com.ms.")
+"""Domains whose operators are those of ONNX and ONNX Runtime, whatever function a model defines."""
+
+
 class _UnboundedError(Exception):
     """The work of the graph may depend on values; the message gives node and reason."""
 
@@ -97,12 +101,12 @@ Scope = ChainMap[str, bool]
 
 
 def find_unbounded_work(
-    model: bytes, fed_inputs: Collection[str], lengths_input: str | None
+    model: Any, fed_inputs: Collection[str], lengths_input: str | None
 ) -> str | None:
     """Find a node whose work may depend on the values of the inputs.
 
     Args:
-        model: an ONNX file that `decoding.walk` accepts.
+        model: a ModelProto, from `messages.parse_model`.
         fed_inputs: inputs of the graph that the service feeds with features, states or controls.
         lengths_input: the input of lengths or of the mask, whose values may be sizes.
 
@@ -110,11 +114,11 @@ def find_unbounded_work(
         The problem and a remedy, as one sentence without its subject "the graph"; None if the work
         depends on shapes alone.
     """
+    graph = model.graph
+    default = set(_constants(graph)) - {*fed_inputs}
+    tainted = [each.name not in default and each.name != lengths_input for each in graph.input]
     try:
-        graph, functions = read_nodes(memoryview(model))
-        default = set(graph.constants) - {*fed_inputs}
-        tainted = [name not in default and name != lengths_input for name in graph.inputs]
-        _Analysis(functions).run(graph, ChainMap(), tainted)
+        _Analysis(_local_functions(model)).run_graph(graph, ChainMap(), tainted)
     except _UnboundedError as error:
         return str(error)
     except (IndexError, ValueError) as error:  # also a node without its inputs or outputs
@@ -122,39 +126,90 @@ def find_unbounded_work(
     return None
 
 
+def _local_functions(model: Any) -> dict[str, Any]:
+    """The functions that a model defines itself, by domain and name."""
+    functions: dict[str, Any] = {}
+    for function in model.functions:
+        name = operator_name(function.domain, function.name)
+        if "." not in name or name.startswith(_OWN_DOMAINS) or name in functions:
+            raise _UnboundedError(
+                f"the local function {name!r} has a domain of ONNX Runtime, or the name of "
+                "another one; export the model with functions inlined"
+            )
+        functions[name] = function
+    return functions
+
+
+def _constants(graph: Any) -> list[str]:
+    constants = [*graph.initializer, *(each.values for each in graph.sparse_initializer)]
+    return [each.name for each in constants]
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    attributes = {each.name: each for each in node.attribute}
+    if len(attributes) < len(node.attribute):
+        raise ValueError(f"expected different names of the attributes of {_describe(node)}")
+    return attributes
+
+
+def _subgraph(node: Any, name: str) -> Any:
+    attribute = _attributes(node).get(name)
+    if attribute is None or not attribute.HasField("g"):
+        raise ValueError(f"{_describe(node)} has no subgraph {name!r}")
+    return attribute.g
+
+
+def _describe(node: Any) -> str:
+    operator = operator_name(node.domain, node.op_type)
+    return f"the operator {operator} (node {node.name or node.output[0]!r})"
+
+
 class _Analysis:
     """Finds which tensors depend on values; raises `_UnboundedError` at the first invalid node."""
 
-    def __init__(self, functions: dict[str, NodeGraph]):
+    def __init__(self, functions: dict[str, Any]):
         self._functions = functions
         self._results: dict[tuple[str, tuple[bool, ...]], list[bool]] = {}
         self._names = self._depth = 0
 
-    def run(self, graph: NodeGraph, outer: Scope, tainted: Sequence[bool]) -> list[bool]:
-        """Analyse a graph; returns which of its outputs depend on values.
+    def run_graph(self, graph: Any, outer: Scope, tainted: Sequence[bool]) -> list[bool]:
+        """Analyse a GraphProto; returns which of its outputs depend on values.
 
         Args:
             outer: the tensors that a subgraph may capture.
             tainted: which of its inputs depend on values.
         """
-        values = outer.new_child(dict.fromkeys(graph.constants, False))
-        values.update(zip(graph.inputs, tainted, strict=True))
+        values = outer.new_child(dict.fromkeys(_constants(graph), False))
+        inputs, outputs = ([each.name for each in side] for side in (graph.input, graph.output))
+        return self._run(graph.node, values, inputs, outputs, tainted)
+
+    def _run(
+        self,
+        nodes: Sequence[Any],
+        values: Scope,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        tainted: Sequence[bool],
+    ) -> list[bool]:
+        """Analyse the nodes of a graph or function, with the constants of `values`."""
+        values.update(zip(inputs, tainted, strict=True))
         self._names += len(values.maps[0])
-        for node in graph.nodes:  # ONNX Runtime sorts them: one may come before those it reads
-            values.update(dict.fromkeys(node.outputs, True))
-            self._names += len(node.inputs) + len(node.outputs)
+        for node in nodes:  # ONNX Runtime sorts them: one may come before those it reads
+            values.update(dict.fromkeys(node.output, True))
+            self._names += len(node.input) + len(node.output)
         if self._names > MAX_NAMES:
             raise _UnboundedError(f"expected at most {MAX_NAMES} names to analyse, got more")
-        for node in graph.nodes:
-            taints = [name != "" and values.get(name, True) for name in node.inputs]
-            values.update(zip(node.outputs, self._visit(node, taints, values), strict=False))
-        return [values.get(name, True) for name in graph.outputs]
+        for node in nodes:
+            taints = [name != "" and values.get(name, True) for name in node.input]
+            values.update(zip(node.output, self._visit(node, taints, values), strict=False))
+        return [values.get(name, True) for name in outputs]
 
-    def _visit(self, node: Node, taints: list[bool], values: Scope) -> Iterable[bool]:
+    def _visit(self, node: Any, taints: list[bool], values: Scope) -> Iterable[bool]:
         """Check one node; returns which of its outputs depend on values."""
-        operator = node.operator
+        operator = operator_name(node.domain, node.op_type)
+        _attributes(node)
         if operator in self._functions:
-            return self._call(node, taints)
+            return self._call(operator, node, taints)
         if operator == "If":
             return self._if(node, taints, values)
         if operator == "Loop":
@@ -162,57 +217,66 @@ class _Analysis:
         if operator == "Scan":
             return self._scan(node, taints, values)
         if operator in _SHAPES:
-            return [False] * len(node.outputs)
+            return [False] * len(node.output)
         if operator not in _ANY:
             if operator not in _AT:
                 raise _UnboundedError(
-                    f"{node} is not one whose work is known to depend on shapes alone; export the "
-                    "model with other operators"
+                    f"{_describe(node)} is not one whose work is known to depend on shapes alone; "
+                    "export the model with other operators"
                 )
             for position, depends in enumerate(taints):
                 if depends and position not in _AT[operator]:
-                    raise _dependent(node, f"input {position}", node.inputs[position])
-        return [any(taints)] * len(node.outputs)
+                    raise _dependent(node, f"input {position}", node.input[position])
+        return [any(taints)] * len(node.output)
 
-    def _call(self, node: Node, taints: list[bool]) -> list[bool]:
+    def _call(self, operator: str, node: Any, taints: list[bool]) -> list[bool]:
         """Analyse a local function, once for each set of dependent inputs."""
-        function = self._functions[node.operator]
-        tainted = (*taints, *[False] * (len(function.inputs) - len(taints)))[: len(function.inputs)]
-        if (node.operator, tainted) not in self._results:
+        function = self._functions[operator]
+        count = len(function.input)
+        tainted = (*taints, *[False] * (count - len(taints)))[:count]
+        if (operator, tainted) not in self._results:
             if self._depth >= MAX_CALLS:
-                raise _UnboundedError(f"{node}: expected functions in at most {MAX_CALLS} levels")
+                raise _UnboundedError(
+                    f"{_describe(node)}: expected functions in at most {MAX_CALLS} levels"
+                )
             self._depth += 1
-            self._results[node.operator, tainted] = self.run(function, ChainMap(), tainted)
+            self._results[operator, tainted] = self._run(
+                function.node, ChainMap(), function.input, function.output, tainted
+            )
             self._depth -= 1
-        return self._results[node.operator, tainted]
+        return self._results[operator, tainted]
 
-    def _if(self, node: Node, taints: list[bool], values: Scope) -> list[bool]:
+    def _if(self, node: Any, taints: list[bool], values: Scope) -> list[bool]:
         if taints[0]:
-            raise _dependent(node, "condition", node.inputs[0])
-        branches = [self.run(node.graph(f"{name}_branch"), values, []) for name in ("then", "else")]
+            raise _dependent(node, "condition", node.input[0])
+        branches = [
+            self.run_graph(_subgraph(node, f"{name}_branch"), values, [])
+            for name in ("then", "else")
+        ]
         return [any(each) for each in zip(*branches, strict=True)]
 
-    def _loop(self, node: Node, taints: list[bool], values: Scope) -> list[bool]:
+    def _loop(self, node: Any, taints: list[bool], values: Scope) -> list[bool]:
         for position, what in enumerate(("trip count", "condition")):
             if taints[position]:
-                raise _dependent(node, what, node.inputs[position])
-        body, carried = node.graph("body"), taints[2:]
+                raise _dependent(node, what, node.input[position])
+        body, carried = _subgraph(node, "body"), taints[2:]
         while True:
-            condition, *after = self.run(body, values, [False, False, *carried])
+            condition, *after = self.run_graph(body, values, [False, False, *carried])
             if condition:
-                raise _dependent(node, "condition of the next iteration", body.outputs[0])
+                raise _dependent(node, "condition of the next iteration", body.output[0].name)
             before, carried = carried, _union(carried, after)
             if carried == before:
                 return carried + after[len(carried) :]
 
-    def _scan(self, node: Node, taints: list[bool], values: Scope) -> list[bool]:
-        body = node.graph("body")
-        tainted = taints[-len(body.inputs) :]  # opset 8 has the lengths of sequences in front
-        count = len(body.inputs) - node.scan_inputs
-        if not 0 <= count < len(body.inputs) <= len(node.inputs):
-            raise _UnboundedError(f"{node} has no inputs to scan")
+    def _scan(self, node: Any, taints: list[bool], values: Scope) -> list[bool]:
+        body = _subgraph(node, "body")
+        tainted = taints[-len(body.input) :]  # opset 8 has the lengths of sequences in front
+        scanned = _attributes(node).get("num_scan_inputs")
+        count = len(body.input) - (0 if scanned is None else scanned.i)
+        if not 0 <= count < len(body.input) <= len(node.input):
+            raise _UnboundedError(f"{_describe(node)} has no inputs to scan")
         while True:
-            after = self.run(body, values, tainted)
+            after = self.run_graph(body, values, tainted)
             before, tainted = tainted, _union(tainted[:count], after) + tainted[count:]
             if tainted == before:
                 return tainted[:count] + after[count:]
@@ -223,11 +287,11 @@ def _union(carried: Sequence[bool], after: Sequence[bool]) -> list[bool]:
     return [a or b for a, b in zip(carried, after[: len(carried)], strict=True)]
 
 
-def _dependent(node: Node, what: str, tensor: str) -> _UnboundedError:
+def _dependent(node: Any, what: str, tensor: str) -> _UnboundedError:
     hint = "derive it from shapes or constants, and mask the excess with Where"
-    if node.operator == "If":
+    if node.op_type == "If":
         hint = "compute both branches, and choose with Where"
     return _UnboundedError(
-        f"{node} takes its {what} ({tensor!r}) from the values of inputs or states, so that one "
-        f"request could make a call endless, or exhaust the memory; {hint}"
+        f"{_describe(node)} takes its {what} ({tensor!r}) from the values of inputs or states, so "
+        f"that one request could make a call endless, or exhaust the memory; {hint}"
     )

@@ -29,7 +29,7 @@ from models.onnx.bidirectional import WindowSteps, bidirectional, forward
 from models.onnx.convolution import causal_convolution
 from models.onnx.decoder_graph import last_observed
 from models.onnx.heads import dense, head_output
-from models.onnx.messages import DataType, graph, model, tensor_value
+from models.onnx.messages import DataType, ModelProto, tensor_value
 from models.onnx.names import (
     GRAPH_FORMAT,
     LENGTHS,
@@ -85,44 +85,42 @@ def write_graph(spec: ModelSpec, weights: Weights) -> bytes:
     Raises:
         GraphUnsupportedError: the model has what a graph cannot hold; the message names it.
     """
-    nodes = _Step(spec, weights).nodes
+    model = ModelProto(ir_version=IR_VERSION, producer_name=b"carry")
+    model.opset_import.add(domain="", version=OPSET)
+    nodes = Nodes(model.graph)
+    _Step(spec, weights, nodes)
     if nodes.constant_bytes > MAX_CONSTANT_BYTES:
         raise GraphUnsupportedError(
             f"model {spec.name!r}: expected at most {MAX_CONSTANT_BYTES} bytes of weights in one "
             f"graph, got {nodes.constant_bytes}"
         )
+    model.graph.name = b"step"
     states: list[str | int] = ["B", network_state(spec).float_size]
-    step = graph(
-        "step",
-        nodes.nodes,
-        inputs=[
-            tensor_value(ROWS, DataType.FLOAT, ["B", "T", spec.input_features]),
+    model.graph.input.extend(
+        [
+            tensor_value(ROWS, DataType.FLOAT32, ["B", "T", spec.input_features]),
             tensor_value(LENGTHS, DataType.INT32, ["B"]),
-            tensor_value(STATES, DataType.FLOAT, states),
-        ],
-        outputs=[
-            tensor_value(OUTPUTS, DataType.FLOAT, ["B", "T", network_outputs(spec).size]),
-            tensor_value(STATES_AFTER, DataType.FLOAT, states),
-        ],
-        constants=nodes.constants,
+            tensor_value(STATES, DataType.FLOAT32, states),
+        ]
     )
-    return model(
-        step,
-        ir_version=IR_VERSION,
-        producer="carry",
-        opset=OPSET,
-        metadata={
-            MARK_FORMAT: GRAPH_FORMAT,
-            MARK_FINGERPRINT: compute_fingerprint(spec, weights).hex(),
-        },
+    model.graph.output.extend(
+        [
+            tensor_value(OUTPUTS, DataType.FLOAT32, ["B", "T", network_outputs(spec).size]),
+            tensor_value(STATES_AFTER, DataType.FLOAT32, states),
+        ]
     )
+    fingerprint = compute_fingerprint(spec, weights).hex()
+    for key, value in ((MARK_FORMAT, GRAPH_FORMAT), (MARK_FINGERPRINT, fingerprint)):
+        model.metadata_props.add(key=key.encode(), value=value.encode())
+    data: bytes = model.SerializeToString()
+    return data
 
 
 class _Step:
     """The nodes of one model, sequences as [T, B, width] and state parts as [1, B, size]."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights):
-        self.nodes = nodes = Nodes()
+    def __init__(self, spec: ModelSpec, weights: Weights, nodes: Nodes):
+        self.nodes = nodes
         self._spec = spec
         self._weights = weights
         parts = network_state(spec).parts

@@ -7,14 +7,16 @@ once. Nothing is computed.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import count as counting
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.onnx.messages import Tensor, node
+from models.onnx.messages import GraphProto, add_node, add_tensor
 
 Value: TypeAlias = str
 """The name of a tensor in the graph; "" for an omitted optional input."""
@@ -24,11 +26,15 @@ MOST = np.iinfo(np.int64).max
 
 
 class Nodes:
-    """The nodes and constants added so far, in execution order."""
+    """The nodes and constants added so far, in execution order.
 
-    def __init__(self) -> None:
-        self.nodes: list[bytes] = []
-        self.constants: list[Tensor] = []
+    Args:
+        graph: the GraphProto that they are added to.
+    """
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+        self._constants = graph
         self._names = counting(1)
         self._known: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
 
@@ -37,8 +43,8 @@ class Nodes:
 
         A body sees every value around it; its constants are the graph's.
         """
-        body = Nodes()
-        body.constants, body._names, body._known = self.constants, self._names, self._known
+        body = Nodes(GraphProto())
+        body._constants, body._names, body._known = self._constants, self._names, self._known
         return body
 
     def add(self, operator: str, *inputs: Value, name: Value = "", **attributes: Any) -> Value:
@@ -88,12 +94,11 @@ class Nodes:
 
     def constant(self, array: NDArray[Any]) -> Value:
         """A constant tensor."""
-        array = np.ascontiguousarray(array) if array.ndim else array
-        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        key = (array.dtype.name, array.shape, array.tobytes())
+        raw = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+        key = (array.dtype.name, array.shape, hashlib.sha256(raw).digest())
         if key not in self._known:
-            self._known[key] = f"c{len(self.constants)}"
-            self.constants.append(Tensor(self._known[key], *key))
+            self._known[key] = f"c{len(self._known)}"
+            add_tensor(self._constants, self._known[key], array.dtype.name, array.shape, raw)
         return self._known[key]
 
     def number(self, value: float) -> Value:
@@ -107,7 +112,7 @@ class Nodes:
     @property
     def constant_bytes(self) -> int:
         """Bytes of all constants."""
-        return sum(len(constant.raw) for constant in self.constants)
+        return sum(prod(shape) * np.dtype(dtype).itemsize for dtype, shape, _ in self._known)
 
     def _append(
         self,
@@ -117,7 +122,7 @@ class Nodes:
         attributes: Mapping[str, Any],
     ) -> None:
         present = {name: value for name, value in attributes.items() if value is not None}
-        self.nodes.append(node(operator, inputs, outputs, present))
+        add_node(self.graph, operator, inputs, outputs, present)
 
     def name(self) -> Value:
         """A name that no value has yet, for a value that another graph makes."""

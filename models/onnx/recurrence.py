@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.onnx.activations import activation
-from models.onnx.messages import DataType, Graph, graph, tensor_value
+from models.onnx.messages import DataType, tensor_value
 from models.onnx.nodes import Nodes, Value
 from models.spec.layers import NORMALISATION_EPSILON, LstmLayer
 
@@ -50,29 +50,24 @@ def lstm_loop(
     body.add("Where", names["valid"], hidden, names["hidden"], name=names["h"])
     body.add("Where", names["valid"], carry, names["carry"], name=names["c"])
     body.add("Identity", names["h"], name=names["sequence"])
-    floats, width, units = DataType.FLOAT, layer.width, layer.units
-    one_step = graph(
-        "one_step",
-        body.nodes,
-        inputs=[
-            tensor_value(names["hidden"], floats, ["B", width]),
-            tensor_value(names["carry"], floats, ["B", units]),
-            tensor_value(names["x_part"], floats, ["B", 4 * units]),
-            tensor_value(names["valid"], DataType.BOOL, ["B", 1]),
-        ],
-        outputs=[
-            tensor_value(names["h"], floats, ["B", width]),
-            tensor_value(names["c"], floats, ["B", units]),
-            tensor_value(names["sequence"], floats, ["B", width]),
-        ],
-    )
+    body.graph.name = b"one_step"
+    for side, part, dtype, size in (
+        (body.graph.input, "hidden", DataType.FLOAT32, layer.width),
+        (body.graph.input, "carry", DataType.FLOAT32, layer.units),
+        (body.graph.input, "x_part", DataType.FLOAT32, 4 * layer.units),
+        (body.graph.input, "valid", DataType.BOOL, 1),
+        (body.graph.output, "h", DataType.FLOAT32, layer.width),
+        (body.graph.output, "c", DataType.FLOAT32, layer.units),
+        (body.graph.output, "sequence", DataType.FLOAT32, layer.width),
+    ):
+        side.append(tensor_value(names[part], dtype, ["B", size]))
     after, carry_after, sequence = nodes.add_many(
         "Scan",
         *squeezed,
         x_part,
         _valid(nodes, x, lengths),
         count=3,
-        body=Graph(b"".join(one_step)),
+        body=body.graph,
         num_scan_inputs=2,
     )
     lifted = [nodes.add("Unsqueeze", part, nodes.integers(0)) for part in (after, carry_after)]

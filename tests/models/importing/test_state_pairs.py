@@ -23,7 +23,7 @@ def state(name: str, *shape: Any, dtype: str = "float32") -> Tensor:
 
 
 def signature(inputs: list[Tensor], outputs: list[Tensor]) -> Signature:
-    return Signature((X, *inputs), (Y, *outputs), {}, None, b"")
+    return Signature((X, *inputs), (Y, *outputs), {}, None, None, b"")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_ambiguous_state_pairs_are_rejected() -> None:
 
 def test_an_output_of_the_features_own_name_and_shape_is_no_state() -> None:
     twin = Tensor("x_out", ("b", "t", 3), "float32")
-    given = Signature((X, state("h_in")), (twin, state("h_out")), {}, None, b"")
+    given = Signature((X, state("h_in")), (twin, state("h_out")), {}, None, None, b"")
     assert find_pairs(given, {}, ("x",)) == {"h_in": "h_out"}
 
 
