@@ -211,7 +211,8 @@ def create_app() -> FastAPI:
 
     def loads() -> dict[str, TransportLoad]:
         by_transport = dict.fromkeys(("http", "websocket"), TransportLoad(0, 0))
-        by_transport |= api.state.http.connections.loads
+        counted: Connections = api.state.http.connections
+        by_transport |= {name: TransportLoad(*each) for name, each in counted.loads.items()}
         if grpc_server is not None:
             by_transport["grpc"] = grpc_server.load()
         return by_transport

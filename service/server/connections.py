@@ -18,7 +18,6 @@ from typing import Final, NamedTuple, Protocol
 import structlog
 
 from service.server.reading_turns import ReadingTurns
-from service.telemetry.sampler import TransportLoad
 
 log = structlog.get_logger(__name__)
 
@@ -147,7 +146,7 @@ class Connections:
         limits: the limits.
         turns: in which connections read long bodies.
         on_drain: called when the graceful shutdown begins, to end responses without an end.
-        loads: the load of each transport at the last check.
+        loads: open connections and unanswered requests of each transport at the last check.
         close_after_response: whether each connection is closed after its next response.
     """
 
@@ -165,7 +164,7 @@ class Connections:
         self._timer: asyncio.TimerHandle | None = None
         self._is_draining = False
         self.on_drain: list[Callable[[], None]] = []
-        self.loads: Mapping[str, TransportLoad] = {}
+        self.loads: Mapping[str, tuple[int, int]] = {}
         self.close_after_response = False
 
     def drain(self) -> None:
@@ -304,9 +303,7 @@ class Connections:
                     self._events[f"{phase.value}_timeout"] += 1
                 connection.expire(phase)
                 checked += EXPIRY_COST
-        self.loads = {
-            name: TransportLoad(count, requests[name]) for name, count in open_ones.items()
-        }
+        self.loads = {name: (count, requests[name]) for name, count in open_ones.items()}
         if unsent_bytes > self.limits.max_pending_reply_bytes:
             self._shed_replies(unsent_bytes)
         if self._events and now_s - self._logged_s >= LOG_INTERVAL_S:

@@ -31,17 +31,16 @@ from service.core.errors import (
 )
 from service.core.values import Reply
 from service.server.connections import Connections, Phase
-from service.server.error_responses import ConnectionErrors
-from service.server.flow_control import BackpressureFlow
-from service.server.framing import FramingProtocol, Headers
-from service.server.origins import AcceptsHost, accept_any_host
-from service.server.reading_turns import LONG_BODY_BYTES
-from service.transports.v1.fast_path import (
-    MAX_REQUEST_BYTES,
+from service.server.fast_route import (
+    MAX_FAST_REQUEST_BYTES,
     FastRequest,
     FastRoute,
     IncompleteRequest,
 )
+from service.server.flow_control import BackpressureFlow
+from service.server.framing import FramingProtocol, Headers
+from service.server.origins import AcceptsHost, accept_any_host
+from service.server.reading_turns import LONG_BODY_BYTES
 
 HTTP_STATE: Final = "carry_http"
 """Key of `HttpState` in the lifespan's state, where uvicorn's connections find it."""
@@ -78,14 +77,14 @@ class HttpState(NamedTuple):
     """What the connections of a worker share.
 
     Attributes:
-        errors: responses to requests that are not read to their end.
+        error_response: makes the whole response to a request that is not read to its end.
         fast_routes: parse and answer chunk requests; none if the fast path is disabled.
         upgrader: takes over connections; None ignores every `Upgrade`.
         accepts_host: whether requests for a host name are answered.
     """
 
     connections: Connections
-    errors: ConnectionErrors
+    error_response: Callable[[CarryError], bytes]
     fast_routes: tuple[FastRoute, ...]
     upgrader: Upgrader | None = None
     accepts_host: AcceptsHost = accept_any_host
@@ -111,8 +110,8 @@ class HttpProtocol(FramingProtocol):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         state: HttpState = self.app_state[HTTP_STATE]
-        self._connections, self._errors, self._fast_routes, self._upgrader, accepts_host = state
-        self._accepts_host = accepts_host
+        self._connections, self._error_response, self._fast_routes, *_ = state
+        self._upgrader, self._accepts_host = state.upgrader, state.accepts_host
         self._pending: FastRequest | None = None
         self._running_cycle: Any = None
         self._buffered = b""
@@ -239,7 +238,7 @@ class HttpProtocol(FramingProtocol):
             self.body_began_s = self.loop.time()
         self._buffered = data
         self._connections.set_body_bytes(self, max(len(data), self.body_bytes))
-        if len(data) > MAX_REQUEST_BYTES:
+        if len(data) > MAX_FAST_REQUEST_BYTES:
             # backpressure on a client that pipelines requests
             self._flow.buffer_is_full = True
             self._flow.pause_reading()
@@ -310,7 +309,7 @@ class HttpProtocol(FramingProtocol):
 
     def _send_error(self, error: CarryError) -> None:
         """Send an error and close the connection."""
-        self.transport.write(self._errors.response(error))
+        self.transport.write(self._error_response(error))
         self._linger()
 
     def _close(self) -> None:

@@ -50,7 +50,6 @@ from service.core.tracing import PROPAGATED
 from service.core.values import StreamKey
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.server.connections import Connections
-from service.server.error_responses import CLOSE, error_response
 from service.server.framing import Headers
 from service.server.origins import check_origin
 from service.telemetry.logs import RequestIds
@@ -60,6 +59,7 @@ from service.transports.live.frames import hello_frame
 from service.transports.live.live_socket import LiveSocket, SocketLimits
 from service.transports.live.session import Session
 from service.transports.v1.context import ApiContext
+from service.transports.v1.error_responses import CLOSE, error_response
 from service.transports.v1.problems import status_of
 from service.transports.v1.request_fields import parse_query, parse_timeout, stream_name
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id

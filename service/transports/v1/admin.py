@@ -14,11 +14,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.server.connections import ConnectionLimits, Connections
-from service.server.error_responses import ConnectionErrors
 from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.server.origins import host_rule
 from service.telemetry.logs import RequestIds
 from service.transports.v1.application import create_application
+from service.transports.v1.error_responses import ConnectionErrors
 from service.transports.v1.routes import health
 from service.transports.v1.routes.health import RenderMetrics
 
@@ -76,7 +76,7 @@ class AdminServer(uvicorn.Server):
         self.lifespan = config.lifespan_class(config)
         self.lifespan.state[HTTP_STATE] = HttpState(
             Connections(replace(connections, max_connections=MAX_CONNECTIONS)),
-            ConnectionErrors(api.state.api.recorder, ids),
+            ConnectionErrors(api.state.api.recorder, ids).response,
             (),
             accepts_host=host_rule(host, hosts),
         )

@@ -28,12 +28,12 @@ from service.pipeline.access_control import AccessControl
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.server.connections import ConnectionLimits, Connections
-from service.server.error_responses import ConnectionErrors
 from service.server.http_protocol import HttpState
 from service.server.origins import AcceptsHost, accept_any_host, parse_origins
 from service.telemetry.logs import RequestIds
 from service.transports.v1.context import ApiContext, api_of, pipeline_of
 from service.transports.v1.error_handling import InternalErrorMiddleware, add_error_handlers
+from service.transports.v1.error_responses import ConnectionErrors
 from service.transports.v1.fast_path import FastPath
 from service.transports.v1.openapi.document import DESCRIPTION, openapi_document
 from service.transports.v1.openapi.documentation_page import ASSETS, documentation_html
@@ -117,7 +117,7 @@ def create_api(
         _check_access_to_document(app)
     app.state.http = HttpState(
         Connections(connections),
-        ConnectionErrors(recorder, ids),
+        ConnectionErrors(recorder, ids).response,
         (FastPath(api, ids),) if fast_path else (),
         accepts_host=accepts_host,
     )

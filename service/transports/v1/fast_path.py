@@ -23,7 +23,6 @@ import msgspec
 from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
-from service.codec.limits import LONG_BYTES
 from service.codec.media import Media, accepted, media_of
 from service.codec.pieces import LONG_VALUES
 from service.codec.reply_writer import server_timing
@@ -33,19 +32,17 @@ from service.core.tracing import PROPAGATED, RequestSpan
 from service.core.values import STREAM_NAME, Chunk, Precondition, Reply, StreamKey
 from service.pipeline.pipeline import OnReply
 from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
-from service.server.error_responses import CLOSE, OverloadResponses, error_response
+from service.server.fast_route import MAX_FAST_REQUEST_BYTES, FastRoute, IncompleteRequest
 from service.server.framing import MAX_HEADERS, is_host
 from service.telemetry.logs import RequestIds
 from service.telemetry.request_lines import CLIENT_DISCONNECTED, log_request
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.v1.context import ApiContext, ModelCodec
+from service.transports.v1.error_responses import CLOSE, OverloadResponses, error_response
 from service.transports.v1.problems import status_of
 from service.transports.v1.request_fields import TIMEOUT_HEADER, parse_if_match, parse_timeout
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
 from service.transports.v1.statuses import STATUS
-
-MAX_REQUEST_BYTES: Final = LONG_BYTES
-"""Longer requests take the slow path, which decodes their bodies in blocks."""
 
 MAX_HEADERS_BYTES: Final = 4096
 """Longer headers take the slow path; it bounds the memory of the cache of parsed headers."""
@@ -83,10 +80,6 @@ _TIMEOUT = TIMEOUT_HEADER.encode()
 END_OF_HEAD: Final = b"\r\n\r\n"
 
 
-class IncompleteRequest:
-    """A request whose body is still arriving."""
-
-
 class FastRequest(msgspec.Struct):
     """A complete request for one chunk.
 
@@ -105,7 +98,7 @@ class FastRequest(msgspec.Struct):
         job: the chunk in the pipeline, once it is started.
     """
 
-    route: FastRoute
+    route: FastChunkRoute
     pipeline: PipelineInterface
     codec: ModelCodec
     request_id: bytes
@@ -122,8 +115,8 @@ class FastRequest(msgspec.Struct):
     job: Enqueued | None = None
 
 
-class FastRoute(ABC):
-    """Recognises, starts and answers the requests of one route.
+class FastChunkRoute(FastRoute, ABC):
+    """Recognises, starts and answers the requests for chunks of one route.
 
     Args:
         route: as it is logged.
@@ -150,7 +143,7 @@ class FastRoute(ABC):
         self._route = route
         self._match = request_line.match
         self._headers = Memo(partial(parse_headers, api, read_details), CACHED_HEADERS)
-        self._max_bytes = min(MAX_REQUEST_BYTES, api.limits.max_body_bytes)
+        self._max_bytes = min(MAX_FAST_REQUEST_BYTES, api.limits.max_body_bytes)
         self._serialize = serialize
         self._overload_responses = OverloadResponses(serialize)
 
@@ -332,7 +325,7 @@ class _Details(NamedTuple):
     precondition: Precondition | None
 
 
-class FastPath(FastRoute):
+class FastPath(FastChunkRoute):
     """Parses and answers the chunk requests of one application."""
 
     def __init__(self, api: ApiContext, ids: RequestIds):

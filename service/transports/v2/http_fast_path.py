@@ -20,10 +20,10 @@ from service.codec.media import Media, encode_json
 from service.codec.pieces import LONG_VALUES
 from service.core.errors import CarryError
 from service.core.values import Reply, StreamKey
-from service.server.error_responses import response_bytes
 from service.telemetry.logs import RequestIds
 from service.transports.v1.context import ModelCodec
-from service.transports.v1.fast_path import FastRequest, FastRoute
+from service.transports.v1.error_responses import response_bytes
+from service.transports.v1.fast_path import FastChunkRoute, FastRequest
 from service.transports.v2.calls import ResolvedCall, Signature, output_shape, read_values
 from service.transports.v2.http_body import (
     BINARY_OUTPUT,
@@ -92,7 +92,7 @@ class _Plan(NamedTuple):
     outputs_json: bytes | None
 
 
-class FastInferPath(FastRoute):
+class FastInferPath(FastChunkRoute):
     """Parses and answers the requests of one application.
 
     The details of a request are its plan and its call.

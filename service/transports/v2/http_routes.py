@@ -29,6 +29,7 @@ from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.server.disconnects import cancel_on_disconnect
 from service.server.http_protocol import HttpState
+from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.v1.context import ApiContext, api_of, pipeline_of
 from service.transports.v1.request_fields import deadline, query, read_encoded_body
@@ -70,7 +71,7 @@ def add_kserve(app: FastAPI, inference: Inference, statistics: Statistics) -> No
     app.router.routes.extend(router.routes)
     state: HttpState = app.state.http
     if state.fast_routes:
-        fast = FastInferPath(inference, state.errors.ids)
+        fast = FastInferPath(inference, RequestIds())
         app.state.http = state._replace(fast_routes=(*state.fast_routes, fast))
 
 

@@ -19,8 +19,8 @@ import pytest
 import uvicorn
 from structlog.testing import capture_logs
 
-from service.commands.serve import connections as connections_module
-from service.commands.serve import http_protocol
+from service.server import connections as connections_module
+from service.server import http_protocol
 from service.server.connections import (
     CHECKED_AT_ONCE,
     EXPIRY_COST,
@@ -30,12 +30,12 @@ from service.server.connections import (
     Phase,
     client_network,
 )
+from service.server.fast_route import MAX_FAST_REQUEST_BYTES
 from service.server.framing import MAX_DRAIN_BYTES
 from service.server.http_protocol import (
     MAX_REJECTED,
 )
 from service.server.open_files import limit_connections_to_open_files
-from service.transports.v1.fast_path import MAX_REQUEST_BYTES
 from tests.service.transports.v1.harness import Harness
 from tests.service.transports.v1.raw_http import (
     PATH,
@@ -161,8 +161,8 @@ async def test_a_client_that_does_not_read_is_disconnected(api: Harness) -> None
 async def test_a_closing_connection_whose_reply_is_not_read_is_aborted(api: Harness) -> None:
     """Its transport would wait forever for the client to read."""
     async with connected(api) as client:
-        client.connection.transport.set_write_buffer_limits(10 * MAX_REQUEST_BYTES)
-        client.connection.transport.write(b"x" * 8 * MAX_REQUEST_BYTES)
+        client.connection.transport.set_write_buffer_limits(10 * MAX_FAST_REQUEST_BYTES)
+        client.connection.transport.write(b"x" * 8 * MAX_FAST_REQUEST_BYTES)
         client.connection.transport.close()
         long_after(client, LIMITS.send_timeout_s)
         assert client.server.server_state.connections

@@ -16,10 +16,10 @@ import uvicorn
 from service.core.values import StreamKey
 from service.engine.policy import Admission
 from service.server.connections import ConnectionLimits
+from service.server.fast_route import MAX_FAST_REQUEST_BYTES
 from service.server.framing import MAX_HEAD_BYTES, PIECE_BYTES
 from service.server.http_protocol import HttpProtocol
 from service.transports.v1.fast_path import (
-    MAX_REQUEST_BYTES,
     FastPath,
     FastRequest,
 )
@@ -130,7 +130,7 @@ async def test_backpressure_on_a_client_that_does_not_read(
         client.writer.write(request(chunk(None), stream="deaf") * UNREAD)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
         await becomes(
-            lambda: len(client.connection._buffered) > MAX_REQUEST_BYTES, "much that is held"
+            lambda: len(client.connection._buffered) > MAX_FAST_REQUEST_BYTES, "much that is held"
         )
         client.connection.flow.resume_reading()
         assert not client.connection.transport.is_reading(), "whoever asks for more"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.commands.serve import reading_turns
+from service.server import reading_turns
 from service.server.connections import Connections
 from service.server.reading_turns import LONG_BODY_BYTES, ReadingTurns
 from tests.service.transports.v1.harness import LIMITS, harness
