@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.bench.results import MISSED, Results, check_targets, show, write_lines
 from tests.bench.run import Bench, Options
-from tests.bench.sections import BESIDE, SECTIONS, run_section
+from tests.bench.sections import BESIDE, BESIDE_LOADS, SECTIONS, run_section
 from tests.bench.traffic import WrongReplyError
 from tests.support import machine
 
@@ -50,6 +50,7 @@ def read_options(arguments: Sequence[str] | None) -> Options:
     add = parser.add_argument
     add("--only", type=names, help="sections; all by default")
     add("--beside", type=Path, help="another checkout of Carry, measured in turns")
+    add("--loads", type=names, help="of the comparison: " + ",".join(BESIDE_LOADS))
     add("--rounds", type=int, help="of every row")
     add("--seconds", type=float, help="of a round")
     add("--many-streams", type=int)
@@ -62,9 +63,11 @@ def read_options(arguments: Sequence[str] | None) -> Options:
         options.only = [name for name in SECTIONS if (name == BESIDE) == bool(options.beside)]
     if unknown := set(options.only) - set(SECTIONS):
         parser.error(f"--only: expected some of {','.join(SECTIONS)}, got {','.join(unknown)}")
+    if unknown := set(options.loads) - set(BESIDE_LOADS):
+        parser.error(f"--loads: expected some of {','.join(BESIDE_LOADS)}, got {','.join(unknown)}")
     if options.beside is not None:
         options.beside = options.beside.resolve()
-        if not (options.beside / "service" / "cli.py").is_file():
+        if not (options.beside / "service" / "app.py").is_file():
             parser.error(f"--beside: expected a checkout of Carry, got {options.beside}")
     return options
 

@@ -7,6 +7,7 @@ Loopback only, and each run is bounded by its duration and a grace. Callers subm
 `run_closed` and `run_open` to a helper process.
 """
 
+import asyncio
 import select
 import selectors
 import socket
@@ -17,8 +18,10 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
+import grpc
 import httptools
 import numpy as np
+import uvloop
 from numpy.typing import NDArray
 
 from tests.bench.traffic import Ticket, Traffic, TrafficSpec, WrongReplyError
@@ -28,6 +31,7 @@ READ_BYTES = 1 << 18
 GRACE_S = 20.0  # how long replies are waited for after the last request was sent
 LEAD_S = 0.05  # between the schedule's making and its first moment
 OPEN_CONNECTIONS = 256
+STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 @dataclass(slots=True)
@@ -199,6 +203,8 @@ def make_streams(key: str, spec: TrafficSpec) -> None:
 
 def run_closed(key: str, port: int, connections: int, seconds: float) -> Load:
     """Load a port from connections that each wait for their reply."""
+    if _traffic[key].spec.media == "grpc":
+        return uvloop.run(run_calls(key, connections, seconds))
     with closing(Run(key, port, connections)) as run:
         ends_s, in_flight = time.perf_counter() + seconds, 0
         for connection in run.connections:
@@ -212,6 +218,35 @@ def run_closed(key: str, port: int, connections: int, seconds: float) -> Load:
                 else:
                     in_flight -= 1
         return run.result()
+
+
+async def run_calls(key: str, calls: int, seconds: float) -> Load:
+    """Load a gRPC server from calls that each wait for their reply, one on a connection."""
+    traffic, latencies = _traffic[key], array("d")
+    traffic.sampled, traffic.events = [], 0
+    address = f"{HOST}:{traffic.spec.grpc_port}"
+    cpu_s, started_s = time.process_time(), time.perf_counter()
+
+    async def call() -> None:
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(address, own) as channel:
+            stream = channel.stream_stream(STREAM_INFER)()
+            while time.perf_counter() - started_s < seconds and traffic.ready:
+                message, ticket = traffic.request()
+                sent_s = time.perf_counter()
+                await stream.write(message)
+                traffic.accept(ticket, await stream.read())
+                latencies.append(time.perf_counter() - sent_s)
+            await stream.done_writing()
+
+    async with asyncio.timeout(seconds + GRACE_S), asyncio.TaskGroup() as group:
+        for _ in range(calls):
+            group.create_task(call())
+    passed_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
+    chunks = len(latencies)
+    return Load(
+        passed_s, np.array(latencies), chunks, traffic.events, cpu_s, sampled=traffic.sampled
+    )
 
 
 def run_open(

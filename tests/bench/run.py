@@ -51,6 +51,7 @@ class Options:
     many_streams: int = 100_000
     runtimes: Sequence[str] = ("tensorflow", "onnxruntime")
     beside: Path | None = None
+    loads: Sequence[str] = ("json",)
     strict: bool = False
     instructions: bool = True
     lines: Path | None = None

@@ -35,6 +35,9 @@ from tests.support.streams import Streams
 
 BASELINES = ("fastapi", "competent")
 BESIDE_CONNECTIONS = (1, 8, 16, 32, 64)
+BESIDE_LOADS = ("json", "msgpack", "v2", "grpc", "events")
+"""Chunks of rows as JSON, as MessagePack, and as binary tensors of the V2 protocol over HTTP and in
+streams of gRPC; events of real departures as JSON."""
 BESIDE_FIELDS = {"chunks/s": "chunks_per_s", "CPU": "cpu_us_per_chunk", "p50": "p50_ms"}
 COUNTED_WINDOWS, COUNTED_CHUNKS = 16, 16
 BATCHES, MANY_CONNECTIONS = (1, 8, 32, 64, 128), 4
@@ -98,17 +101,31 @@ def measure_beside(bench: Bench, kind: str) -> None:
     if other is None:
         bench.note("beside: no other checkout was named with --beside")
         return
-    this = bench.start_server(kind, name="this")
-    that = bench.start_server(kind, name="other", checkout=other)
-    for server in (this, that):
-        bench.prepare(server, server.name)
-    for count in BESIDE_CONNECTIONS:
-        rows = [Row(f"beside/{count}/{s.name}", s, s.name, count) for s in (this, that)]
-        pairs = [*zip(*bench.measure_rounds(rows), strict=True)]
-        for shown, of in BESIDE_FIELDS.items():
-            middle, error = geometric_mean([getattr(a, of) / getattr(b, of) for a, b in pairs])
-            spread = [middle / (1 + error), middle, middle * (1 + error)]
-            results.figure(f"beside/{count}: {shown}, this over the other", spread)
+    flights, grpc_ports = workloads.flights_model(bench.artifact.path.parent), {}
+    servers = []
+    for name, checkout in (("this", None), ("other", other)):
+        grpc_ports[name] = free_port()
+        environment = {"CARRY_GRPC_PORT": str(grpc_ports[name])}
+        options = {"models": flights.path.parent, "environment": environment}
+        servers.append(bench.start_server(kind, name=name, checkout=checkout, **options))
+    for load in bench.options.loads:
+        for server in servers:
+            options, bodies = {"media": load, "grpc_port": grpc_ports[server.name]}, bench.bodies
+            if load == "events":
+                server, bodies = (
+                    replace(server, artifact=flights),
+                    workloads.flights_bodies(flights),
+                )
+                options = {"tolerance": workloads.TRAINED_TOLERANCE}
+            bench.prepare(server, f"{load}-{server.name}", bodies, **options)
+        for count in BESIDE_CONNECTIONS:
+            keys = [(s, f"{load}-{s.name}") for s in servers]
+            rows = [Row(f"beside/{load} {count}/{s.name}", s, key, count) for s, key in keys]
+            pairs = [*zip(*bench.measure_rounds(rows), strict=True)]
+            for shown, of in BESIDE_FIELDS.items():
+                middle, error = geometric_mean([getattr(a, of) / getattr(b, of) for a, b in pairs])
+                spread = [middle / (1 + error), middle, middle * (1 + error)]
+                results.figure(f"beside/{load} {count}: {shown}, this over the other", spread)
 
 
 def geometric_mean(ratios: Sequence[float]) -> tuple[float, float]:

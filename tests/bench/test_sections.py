@@ -38,7 +38,7 @@ FIGURES = {
         f"{CARRY} memory, last over first",
     },
     "kinds": {f"{CARRY} forecast over lstm, by CPU"},
-    "beside": {"2: chunks/s, this over the other"},
+    "beside": {f"{load} 2: chunks/s, this over the other" for load in sections.BESIDE_LOADS},
 }
 """Figures of the sections that have any."""
 
@@ -106,7 +106,9 @@ def bench(
 def test_section_runs(section: str, bench: Bench) -> None:
     # processor time is counted in steps of 10 ms
     bench.options.seconds = {"overload": 1.0, "beside": 0.3}.get(section, 0.05)
-    if section != "beside":
+    if section == "beside":
+        bench.options.loads = sections.BESIDE_LOADS
+    else:
         bench.options.beside = None
     sections.run_section(bench, section)
     results = bench.results

@@ -8,20 +8,26 @@ Refuses to go on after a wrong reply: a figure from wrong answers is worth nothi
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import orjson
 import ormsgpack
+
+from service.transports.v2.grpc import v2_pb2 as pb
 
 SAMPLED_CHUNKS = 24
 """Chunks of the sampled stream whose replies are kept; the oracle that checks them is slow."""
 
-Media = Literal["json", "msgpack"]
+Media = Literal["json", "msgpack", "v2", "grpc"]
+"""`v2` and `grpc` are the V2 protocol with binary tensors, over HTTP and in streams of gRPC."""
 Ticket = tuple[tuple[int, int], ...]
 """The streams of a request, each with the position that its reply must give."""
 
@@ -38,6 +44,7 @@ class Reply(msgspec.Struct):
     results: tuple[Reply, ...] = ()
 
 
+_V2_POSITION = re.compile(rb'"position": ?(\d+)')
 _ENCODE: dict[Media, Callable[[Any], bytes]] = {"json": orjson.dumps, "msgpack": ormsgpack.packb}
 _DECODE: dict[Media, Callable[[bytes], Reply]] = {
     "json": msgspec.json.Decoder(Reply).decode,
@@ -52,9 +59,63 @@ def write_request(path: str, media: Media, content: Any) -> bytes:
     return b"%bContent-Length: %d\r\n\r\n%b" % (head.encode(), len(body), body)
 
 
+def write_v2_request(path: str, stream: str, position: int, rows: bytes, steps: int) -> bytes:
+    """A whole request of the V2 protocol: a chunk of a stream as a binary tensor."""
+    features = len(rows) // 4 // steps
+    tensor = {"name": "inputs", "datatype": "FP32", "shape": [1, steps, features]}
+    tensor["parameters"] = {"binary_data_size": len(rows)}
+    parameters = {"sequence_id": stream, "position": position, "binary_data_output": True}
+    header = orjson.dumps({"inputs": [tensor], "parameters": parameters})
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/octet-stream\r\n"
+    head += f"Inference-Header-Content-Length: {len(header)}\r\n"
+    head += f"Content-Length: {len(header) + len(rows)}\r\n\r\n"
+    return b"%b%b%b" % (head.encode(), header, rows)
+
+
+def write_message(model: str, stream: str, position: int, rows: bytes, steps: int) -> bytes:
+    """A message of the V2 protocol in a stream of gRPC."""
+    message = pb.ModelInferRequest(model_name=model, raw_input_contents=[rows])
+    features = len(rows) // 4 // steps
+    message.inputs.add(name="inputs", datatype="FP32", shape=[1, steps, features])
+    message.parameters["sequence_id"].string_param = stream
+    message.parameters["position"].int64_param = position
+    return message.SerializeToString()
+
+
+def read_message(data: bytes) -> pb.ModelInferResponse:
+    """The reply in a message; raises WrongReplyError for an error."""
+    response = pb.ModelStreamInferResponse.FromString(data)
+    if response.error_message:
+        raise WrongReplyError(response.error_message)
+    return response.infer_response
+
+
+def read_grpc_reply(data: bytes) -> dict[str, Any]:
+    """A message as a reply of version 1: its outputs by name."""
+    reply = read_message(data)
+    pairs = zip(reply.outputs, reply.raw_output_contents, strict=True)
+    return {"outputs": {one.name: np.frombuffer(values, "<f4") for one, values in pairs}}
+
+
+def read_v2_reply(body: bytes) -> dict[str, Any]:
+    """A reply of the V2 protocol as one of version 1: its outputs by name."""
+    reply, at = json.JSONDecoder().raw_decode(body.decode("latin-1"))
+    outputs = {}
+    for output in reply["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        outputs[output["name"]] = np.frombuffer(body[at : at + size], "<f4")
+        at += size
+    return {"outputs": outputs}
+
+
 def read_positions(body: bytes, media: Media) -> list[int | None]:
     """The position that a reply's body gives for each of its chunks, None where it gives none;
     raises WrongReplyError where the body cannot be decoded."""
+    if media == "v2":
+        found = _V2_POSITION.search(body)
+        return [found and int(found[1])]
+    if media == "grpc":
+        return [read_message(body).parameters["position"].int64_param]
     try:
         reply = _DECODE[media](body)
     except msgspec.MsgspecError as error:
@@ -68,10 +129,10 @@ def read_positions(body: bytes, media: Media) -> list[int | None]:
 class TrafficSpec:
     """Everything a generator needs to know; sent to its process."""
 
-    path: str  # `{}` stands for the stream's name in a request for one stream
+    path: str  # `{}` stands for the stream's name in a request for one stream; gRPC: the model
     media: Media
     member: Literal["inputs", "events", "sequences", "horizon"]  # of a body
-    values: tuple[bytes, ...]  # the member's in each body: JSON, or bytes for MessagePack
+    values: tuple[bytes, ...]  # the member's in each body: JSON, or the bytes of a tensor
     steps: tuple[int, ...]  # the events in each of them; of a forecast those that it looks ahead
     prefix: str  # of every stream's name
     streams: int  # how many there are
@@ -81,6 +142,7 @@ class TrafficSpec:
     positions: bool = True  # whether replies give the position (the floor's, predictions do not)
     may_reject: bool = False  # whether the server may answer 429; otherwise that ends the run
     is_sampled: bool = False  # whether the first replies to stream 0 are kept
+    grpc_port: int = 0  # of the server that messages of gRPC are sent to
 
     def name(self, stream: int) -> str:
         return f"{self.prefix}-{stream:07d}"
@@ -126,6 +188,13 @@ class Traffic:
         if spec.items:
             return write_request(spec.path, spec.media, {"chunks": chunks}), tuple(ticket)
         [content] = chunks
+        if spec.media == "v2":
+            name = content["stream"]
+            request = write_v2_request(spec.path, name, position, value, spec.steps[body])
+            return request, tuple(ticket)
+        if spec.media == "grpc":
+            name = content["stream"]
+            return write_message(spec.path, name, position, value, spec.steps[body]), tuple(ticket)
         path = spec.path.format(content.pop("stream"))
         if spec.member == "sequences":
             content = {"sequences": [value]}

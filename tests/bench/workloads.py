@@ -10,7 +10,7 @@ by `tests/service/engine/test_runtime_contract.py`; here their shapes are checke
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from models.spec.model import parse_spec
 from service.commands.replay.departures import flight_events
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import open_runtime
-from tests.bench.traffic import Media, TrafficSpec, WrongReplyError
+from tests.bench.traffic import Media, TrafficSpec, WrongReplyError, read_grpc_reply, read_v2_reply
 from tests.support.oracle import contracting_weights, oracle_step
 
 FEATURES, STEPS, UNITS = 16, 16, 64
@@ -166,7 +166,7 @@ class Bodies:
         """Each block as the member of a body."""
         if self.events is not None:
             return self.events
-        if media == "msgpack":
+        if media != "json":
             return tuple(rows.astype("<f4").tobytes() for rows in self.rows)
         return tuple(orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY) for rows in self.rows)
 
@@ -214,7 +214,19 @@ def make_traffic(
         route, member, values = "predict", "sequences", tuple(b'{"inputs":%b}' % v for v in values)
         rest |= {"positions": False}
     path = f"/v1/models/{artifact.spec.name}/{route}"
+    if media == "v2":
+        path = f"/v2/models/{artifact.spec.name}/infer"
+    elif media == "grpc":
+        path = artifact.spec.name
     return TrafficSpec(path, media, member, values, steps, prefix, streams, items=items, **rest)
+
+
+_READ: Mapping[Media, Callable[[bytes], Any]] = {
+    "json": orjson.loads,
+    "msgpack": ormsgpack.unpackb,
+    "v2": read_v2_reply,
+    "grpc": read_grpc_reply,
+}
 
 
 def check_answers(
@@ -228,7 +240,7 @@ def check_answers(
 
     Raises WrongReplyError for another shape or value than the network's, or no reply at all.
     """
-    read = orjson.loads if spec.media == "json" else ormsgpack.unpackb
+    read = _READ[spec.media]
     parts = [_outputs(artifact, read(reply)) for reply in sampled]
     if not parts or not all(np.isfinite(part).all() for part in parts):
         raise WrongReplyError(f"expected finite outputs, got {parts[:1]}")
