@@ -96,7 +96,7 @@ def create_app() -> FastAPI:
         audit=audit,
     )
 
-    keys = AccessKeys(store, required=settings.require_keys, on_change=audit)
+    keys = AccessKeys(store.keys, required=settings.require_keys, on_change=audit)
 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[dict[str, object]]:
@@ -104,7 +104,7 @@ def create_app() -> FastAPI:
         await store.outputs.start()
         await keys.start()
         if settings.log_streams != "none":
-            access_log.name_streams(settings.log_streams, await store.token_key())
+            access_log.name_streams(settings.log_streams, await store.keys.token_key())
         began_s = time.monotonic()
         await pipeline.start()
         for model in served:
@@ -130,7 +130,7 @@ def create_app() -> FastAPI:
         sampler = Sampler(
             recorder.registry,
             sorted(pipeline.models),
-            store,
+            store.monitor,
             pipeline.cache,
             loads,
             pipeline.queue_depths,
@@ -226,7 +226,7 @@ def create_app() -> FastAPI:
         settings.pipelining_window, settings.websocket_idle_s, settings.max_body_bytes
     )
     add_live_sockets(api, sockets, settings.websocket_origins)
-    add_watching(api, Watches(store, recorder))
+    add_watching(api, Watches(store, store.outputs, recorder))
     if has_docs if settings.console is None else settings.console:
         add_console(api)
     return api

@@ -15,7 +15,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 
@@ -23,6 +23,7 @@ from service.access.keys import AccessKey, AccessKeyError, decode_key, parse_key
 from service.access.principal import Principal
 from service.access.tokens import MAX_TOKEN_CHARACTERS, is_token, verify_token
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
+from service.store.capabilities import StoredKeys
 
 REFRESH_S: Final = 0.5
 """Time between two reads of the keys' version."""
@@ -42,19 +43,6 @@ _UNKNOWN: Final = f"{_EXPECTED}, got an unknown key"
 """The same for an unknown id and a wrong secret, so that it does not reveal which ids exist."""
 
 log = structlog.get_logger(__name__)
-
-
-class StoredKeys(Protocol):
-    """The records of the access keys in the store (`StateStore`)."""
-
-    async def access_keys(
-        self, version: bytes | None, deadline_s: float = math.inf
-    ) -> tuple[bytes, Mapping[str, bytes]] | None:
-        """Read the version and the records by key id; None if `version` is still the current one.
-
-        Raises:
-            StoreUnavailable, StoreRefused
-        """
 
 
 def requires_keys(required: bool | None, stored: tuple[bytes, Mapping[str, bytes]]) -> bool:
@@ -134,7 +122,7 @@ class AccessKeys:
 
     async def _read(self, deadline_s: float) -> None:
         began_s = time.monotonic()
-        stored = await self._stored.access_keys(self._version, deadline_s)
+        stored = await self._stored.read(self._version, deadline_s)
         self._read_s = began_s
         if stored is None:
             return

@@ -1,8 +1,8 @@
 """Rate limits of access keys: requests and events of all processes, concurrent requests of one.
 
 Limits of streams and their bytes are quotas (`service.pipeline.quota`). Rates are token buckets in
-the store (`service.store.rates`) that hold the tokens of one second and may be overdrawn: a request
-is accepted while there is a token, and one with many events delays the next ones. So a chunk of any
+the store (`RateLeases`) that hold the tokens of one second and may be overdrawn: a request is
+accepted while there is a token, and one with many events delays the next ones. So a chunk of any
 length is accepted, and the rate holds on average.
 
 A request pays no round trip: it spends tokens that the process has leased, and one background task
@@ -27,7 +27,7 @@ import msgspec
 import structlog
 
 from service.core.errors import CarryError, LimitExceeded
-from service.store.rates import Lease, LeaseRequest, RateLeases
+from service.store.capabilities import Lease, LeaseRequest, RateLeases
 
 RETRY_AFTER_S: Final = 1.0
 """When to send a request again that exceeds the number of concurrent ones."""

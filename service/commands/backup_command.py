@@ -25,7 +25,8 @@ from service.commands.keys_command import describe
 if TYPE_CHECKING:
     from service.settings import Settings
     from service.store.backup import Progress, Report
-    from service.store.base import StateStore
+    from service.store.base import Store
+    from service.store.capabilities import StoredKeys
 
 SHOWN_STREAMS = 10
 
@@ -58,9 +59,9 @@ def backup(
     ):
         created_ms = round(time.time() * 1000)
 
-        async def run(store: StateStore, report: Report) -> Progress:
+        async def run(store: Store, report: Report) -> Progress:
             nonlocal key_hint
-            version, records = await store.access_keys(None) or (b"", {})
+            version, records = await store.keys.read(None) or (b"", {})
             stored = (records if keys else {}) if version else None
             if records:
                 count = f"{len(records):,} access key{'' if len(records) == 1 else 's'}"
@@ -124,9 +125,9 @@ def restore(
         if keys and not reader.info.keys:
             raise BackupError("the backup has no access keys; `carry backup --keys` includes them")
 
-        async def run(store: StateStore, report: Report) -> Progress:
+        async def run(store: Store, report: Report) -> Progress:
             # before the streams, so that no service answers for them without a key
-            lines.extend(await _restore_keys(store, reader.info.keys, keys, replace))
+            lines.extend(await _restore_keys(store.keys, reader.info.keys, keys, replace))
             return await restore_backup(
                 store, reader, model=model, prefix=prefix, replace=replace, report=report
             )
@@ -139,7 +140,7 @@ def restore(
 
 
 async def _restore_keys(
-    store: StateStore, keys: Mapping[str, bytes] | None, wanted: bool, replace: bool
+    stored_keys: StoredKeys, keys: Mapping[str, bytes] | None, wanted: bool, replace: bool
 ) -> list[str]:
     """Write the access keys of a backup, or else mark the store as one that has had keys; returns
     the lines to print.
@@ -151,10 +152,10 @@ async def _restore_keys(
 
     if keys is None:
         return []
-    version, stored = await store.access_keys(None) or (b"", {})
+    version, stored = await stored_keys.read(None) or (b"", {})
     if not wanted:
         if not version:
-            await store.write_access_keys({})
+            await stored_keys.write({})
         if stored:
             return []
         hint = ", or restore those of the backup with --keys" if keys else ""
@@ -164,7 +165,7 @@ async def _restore_keys(
     kept = [] if replace else [key_id for key_id in differing if key_id in stored]
     written = {key_id: keys[key_id] for key_id in differing if key_id not in kept}
     if written:
-        await store.write_access_keys(written)
+        await stored_keys.write(written)
     return [
         *(f"restored key {describe(key_id, known[key_id])}" for key_id in written),
         *(f"kept key {key_id} as the store has it; --replace overwrites it" for key_id in kept),
@@ -178,7 +179,7 @@ def _count(streams: int) -> str:
 def _run(
     settings: Settings,
     description: str,
-    action: Callable[[StateStore, Report], Coroutine[Any, Any, Progress]],
+    action: Callable[[Store, Report], Coroutine[Any, Any, Progress]],
 ) -> Progress:
     """Act on the store of the settings, and show the progress on a terminal."""
     from rich.console import Console

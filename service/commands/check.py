@@ -7,7 +7,6 @@ is a line with what it found, or with the reason of a failure and its remedy.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -29,16 +28,16 @@ from service.engine.runtimes.loading import RuntimeUnavailableError
 from service.server.worker_pool import KILL_MARGIN_S
 from service.settings import Settings
 from service.store.embedded import find_running, server_binary
-from service.store.redis.access_keys import read_access_keys
 from service.store.redis.open_router import open_router
 from service.store.redis.router import Router
 from service.store.redis.server_checks import ALWAYS, check_servers, find_missing_permissions
+from service.store.redis.stored_keys import RedisStoredKeys
 from service.store.redis.tls_files import check_tls_files
 from service.store.settings import StoreSettings
 from service.store_settings import store_settings
 
 P = ParamSpec("P")
-StoredKeys = tuple[bytes, Mapping[str, bytes]]
+KeyRecords = tuple[bytes, Mapping[str, bytes]]
 """The version and the records of the access keys."""
 
 EXPECTED: Final = (CannotServeError, ModelsError, CarryError, RuntimeUnavailableError, OSError)
@@ -111,7 +110,7 @@ def _check_embedded(settings: Settings) -> str:
     return f"an embedded Valkey in {settings.data_dir}"
 
 
-def _find_keys_without_server(settings: Settings) -> StoredKeys | None:
+def _find_keys_without_server(settings: Settings) -> KeyRecords | None:
     """Find the access keys of an embedded Valkey that does not run: none if it is new, None if they
     are unknown."""
     return None if (settings.data_dir / "appendonlydir").exists() else (b"", {})
@@ -165,11 +164,10 @@ async def _check_permissions(router: Router, store_options: StoreSettings, _: Se
 async def _check_stored_access(
     router: Router, store_options: StoreSettings, settings: Settings
 ) -> str:
-    stored = await read_access_keys(router, store_options.keys, None, math.inf)
-    return _check_access(settings, stored)
+    return _check_access(settings, await RedisStoredKeys(router, store_options.keys).read(None))
 
 
-def _check_access(settings: Settings, stored: StoredKeys | None) -> str:
+def _check_access(settings: Settings, stored: KeyRecords | None) -> str:
     """Check the address to listen on, and that it is not open to others by mistake."""
     with bind_port(settings.host, 0) as unused:
         host = unused.getsockname()[0]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from service.access.limits import KeyLimits
     from service.access.principal import Verb
     from service.settings import Settings
-    from service.store.base import StateStore
+    from service.store.capabilities import StoredKeys
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def create_key(
             limits=None if limits == KeyLimits() else limits,
         )
         text, record = new_key(record)
-        _run(settings, lambda store: store.write_access_keys({text.key_id: encode_key(record)}))
+        _run(settings, lambda stored: stored.write({text.key_id: encode_key(record)}))
     typer.echo(f"key {text.key_id}: {_scope(record)}; it is not shown again:", err=True)
     typer.echo(str(text))
 
@@ -144,11 +144,11 @@ def revoke_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = No
 
     from service.access.keys import AccessKeyError, encode_key
 
-    async def revoke(store: StateStore) -> AccessKey:
-        key = _find(await _read(store), key_id)
+    async def revoke(stored: StoredKeys) -> AccessKey:
+        key = _find(await _read(stored), key_id)
         if key.revoked_ms is None:
             key = msgspec.structs.replace(key, revoked_ms=_now_ms())
-            await store.write_access_keys({key_id: encode_key(key)})
+            await stored.write({key_id: encode_key(key)})
         return key
 
     with open_settings(redis_url, data_dir, AccessKeyError) as settings:
@@ -172,13 +172,13 @@ def _verbs(names: list[str] | None) -> tuple[Verb, ...]:
         ) from error
 
 
-async def _read(store: StateStore) -> dict[str, AccessKey]:
+async def _read(stored: StoredKeys) -> dict[str, AccessKey]:
     """The keys in the store; unreadable ones are reported on stderr and skipped."""
     from service.access.keys import AccessKeyError, decode_key
 
-    stored = await store.access_keys(None)
+    _, records = await stored.read(None) or (b"", {})
     keys: dict[str, AccessKey] = {}
-    for key_id, record in ({} if stored is None else stored[1]).items():
+    for key_id, record in records.items():
         try:
             keys[key_id] = decode_key(record)
         except AccessKeyError as error:
@@ -194,8 +194,8 @@ def _find(keys: dict[str, AccessKey], key_id: str) -> AccessKey:
     return keys[key_id]
 
 
-def _run(settings: Settings, action: Callable[[StateStore], Awaitable[T]]) -> T:
-    """Act on the store of the settings."""
+def _run(settings: Settings, action: Callable[[StoredKeys], Awaitable[T]]) -> T:
+    """Act on the keys in the store of the settings."""
     from service.store.open import open_store
     from service.store_settings import store_settings
 
@@ -203,7 +203,7 @@ def _run(settings: Settings, action: Callable[[StateStore], Awaitable[T]]) -> T:
         store = open_store(store_settings(settings))
         try:
             await store.start()
-            return await action(store)
+            return await action(store.keys)
         finally:
             await store.close()
 

@@ -297,7 +297,7 @@ async def _requires_keys(settings: Settings) -> bool:
     store = open_store(store_settings(settings))
     try:
         await store.start()
-        stored = await store.access_keys(None) or (b"", {})
+        stored = await store.keys.read(None) or (b"", {})
     finally:
         await store.close()
     required = requires_keys(settings.require_keys, stored)

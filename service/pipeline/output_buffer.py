@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Final, NamedTuple, Protocol
 
 from service.pipeline.turns import Turns
-from service.store.outputs import Output
+from service.store.capabilities import Output
 
 MAX_BUFFERED: Final = 256
 """Outputs that are buffered for one stream."""

@@ -60,7 +60,7 @@ from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.state_tokens import StateTokens, state_after
 from service.pipeline.streams import Streams
-from service.store.base import StateStore
+from service.store.base import Store
 from service.store.codec import HEADER_BYTES
 
 P = TypeVar("P")
@@ -118,7 +118,7 @@ class Pipeline:
     def __init__(
         self,
         models: Iterable[ServedModel],
-        store: StateStore,
+        store: Store,
         recorder: Recorder,
         *,
         limits: PipelineLimits,
@@ -136,7 +136,7 @@ class Pipeline:
         self.streams = Streams(self.model, store, self.cache, now_ms=now_ms, audit=audit)
         self.quotas = StreamQuotas(store.usage, self._state_bytes)
         self.limiters = KeyLimiters(store.rates)
-        self._tokens = StateTokens(store.token_key)
+        self._tokens = StateTokens(store.keys.token_key)
         self._compute = Compute(limits.inference_timeout_s)
         self._loop_priority = LoopPriority()
         self._warm = False
@@ -248,7 +248,7 @@ class Pipeline:
         """Run the readiness checks."""
         warm = Check("runtime", self._warm, "warm" if self._warm else "still compiling")
         accepting = Check("accepting", not self._stopping, self._stopping or "accepting requests")
-        return [*await self._store.check(), warm, accepting]
+        return [await self._store.monitor.check(), warm, accepting]
 
     def announce_stop(self) -> None:
         """Fail the readiness check from now on, but accept requests: the lame-duck period."""

@@ -1,7 +1,7 @@
 """Quotas of access keys: the most streams that a key may have created, and the most bytes of their
 states.
 
-The store counts (`service.store.usage`), so that a quota holds over all processes, which remember
+The store counts (`StreamUsage`), so that a quota holds over all processes, which remember
 nothing. A chunk, a restore or a fork that would create a stream registers it first; a deletion with
 the key releases the streams that it deleted. Streams that another key deleted, that expired, or
 that a crash left registered are removed when the quota is reached, at most every `RECONCILE_S` in a
@@ -21,7 +21,7 @@ from typing import Final
 from service.access.limits import KeyLimits
 from service.core.errors import CarryError, LimitExceeded
 from service.core.values import StreamKey
-from service.store.usage import Quota, StreamUsage
+from service.store.capabilities import Quota, StreamUsage
 
 RECONCILE_S: Final = 5.0
 RETRY_AFTER_S: Final = 10.0

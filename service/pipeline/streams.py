@@ -34,7 +34,7 @@ from service.store.base import (
     CommitResult,
     Committed,
     Conflicted,
-    StateStore,
+    ListedStore,
     decode_value,
 )
 from service.store.codec import encode_state, pack_head
@@ -65,7 +65,7 @@ class Streams:
     def __init__(
         self,
         model: Callable[[str], ServedModel],
-        store: StateStore,
+        store: ListedStore,
         cache: StateCache,
         *,
         now_ms: Callable[[], int],

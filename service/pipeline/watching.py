@@ -20,6 +20,7 @@ from service.pipeline.output_buffer import BufferedOutput, OutputBuffer
 from service.pipeline.recorder import Recorder
 from service.pipeline.turns import Turns
 from service.store.base import StateStore
+from service.store.capabilities import OutputChannel
 
 REORDER_S: Final = 0.05
 """How long an output waits for the one before it, which another worker may publish later."""
@@ -269,8 +270,9 @@ class Watch:
 class Watches:
     """The watches of a worker."""
 
-    def __init__(self, store: StateStore, recorder: Recorder):
+    def __init__(self, store: StateStore, channel: OutputChannel, recorder: Recorder):
         self._store = store
+        self._channel = channel
         self._recorder = recorder
         self._buffers: dict[StreamKey, OutputBuffer] = {}
         self._watches: set[Watch] = set()
@@ -295,9 +297,8 @@ class Watches:
         buffer.watches.add(watch)
         self._watches.add(watch)
         self._recorder.record_watchers(key.model, 1)
-        channel = self._store.outputs
         try:
-            await channel.subscribe(key, buffer)
+            await self._channel.subscribe(key, buffer)
             yield watch
         finally:
             self._recorder.record_watchers(key.model, -1)
@@ -305,7 +306,7 @@ class Watches:
             buffer.watches.discard(watch)
             if not buffer.watches:
                 del self._buffers[key]
-                channel.unsubscribe(key, buffer)
+                self._channel.unsubscribe(key, buffer)
 
     def drain(self) -> None:
         """End all watches."""

@@ -35,7 +35,14 @@ from models.spec.model import MODEL_NAME
 from service.core.delivery import start_epoch
 from service.core.errors import CarryError, StateDamaged
 from service.core.values import StreamHead, StreamKey, StreamState, is_stream_name
-from service.store.base import CommitColumns, Committed, Loaded, StateStore, decode_value
+from service.store.base import (
+    CommitColumns,
+    Committed,
+    ListedStore,
+    Loaded,
+    StateStore,
+    decode_value,
+)
 from service.store.codec import CodecError, decode_stream, encode_state, pack_head
 
 MAGIC: Final = b"CRRB"
@@ -97,7 +104,7 @@ Report = Callable[[Progress], None]
 
 
 async def write_backup(
-    store: StateStore, file: BinaryIO, info: BackupInfo, report: Report
+    store: ListedStore, file: BinaryIO, info: BackupInfo, report: Report
 ) -> Progress:
     """Write the streams of a store into a file.
 
@@ -304,7 +311,7 @@ def _parse_record(record: Any) -> tuple[StreamKey, StreamState]:
     return StreamKey(model, stream), decode_stream(value)
 
 
-async def _pages(store: StateStore, info: BackupInfo) -> AsyncIterator[Sequence[StreamKey]]:
+async def _pages(store: ListedStore, info: BackupInfo) -> AsyncIterator[Sequence[StreamKey]]:
     cursor: str | None = None
     while True:
         page = await store.streams(info.model, info.prefix, cursor, PAGE_STREAMS)

@@ -1,4 +1,4 @@
-"""Interface of a state store: compare-and-set of many streams per call.
+"""Interfaces of a state store: compare-and-set of many streams per call, and what is beside it.
 
 Streams fail independently: a damaged or failing stream never fails its neighbours. So the failure
 of one stream is a value, and a call raises only if the store as a whole is unavailable
@@ -12,7 +12,7 @@ If it is infinite, the timeout of the store's settings applies.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,7 +21,6 @@ import structlog
 
 from service.core.errors import CarryError, StateDamaged
 from service.core.values import (
-    Check,
     StoredReply,
     StreamHead,
     StreamKey,
@@ -29,11 +28,14 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
+from service.store.capabilities import (
+    OutputChannel,
+    RateLeases,
+    StoredKeys,
+    StoreMonitor,
+    StreamUsage,
+)
 from service.store.codec import CodecError, decode_state, read_packed_head, unpack_head
-from service.store.observation import StoreTelemetry, StreamCount
-from service.store.outputs import OutputChannel
-from service.store.rates import RateLeases
-from service.store.usage import StreamUsage
 
 log = structlog.get_logger(__name__)
 
@@ -108,64 +110,10 @@ def state_damaged_error(key: StreamKey, error: CodecError, value: bytes) -> Stat
 
 
 class StateStore(Protocol):
-    """Stores the states of streams durably."""
-
-    @property
-    def outputs(self) -> OutputChannel:
-        """The channel on which it publishes what it commits to watched streams; not started."""
-
-    @property
-    def usage(self) -> StreamUsage:
-        """The streams of the access keys with quotas."""
-
-    @property
-    def rates(self) -> RateLeases:
-        """The token buckets of the access keys with limits."""
-
-    @property
-    def telemetry(self) -> StoreTelemetry:
-        """What its connections and checks count, in this process."""
-
-    async def start(self) -> None:
-        """Connect and check the servers' configuration; once, before use."""
-
-    async def close(self) -> None:
-        """Release connections; once, after the last call returned."""
-
-    async def check(self) -> list[Check]:
-        """Check readiness: whether the store accepts commits as required. Never raises."""
-
-    async def count_streams(self) -> dict[str, StreamCount]:
-        """Count the streams of each model, in bounded time; estimated if there are many."""
+    """Stores the states of streams durably: what a chunk needs."""
 
     def shard(self, key: StreamKey) -> Hashable:
         """The node that stores a stream; None for a single server."""
-
-    async def token_key(self) -> bytes:
-        """Read the secret of this store that signs state tokens; drawn when it is first read.
-
-        Raises:
-            CarryError: the store does not answer.
-        """
-
-    async def access_keys(
-        self, version: bytes | None, deadline_s: float = math.inf
-    ) -> tuple[bytes, Mapping[str, bytes]] | None:
-        """Read the version of the access keys, which is new after each write and empty if there
-        was none, and their records by id; None if `version` is the current one.
-
-        Raises:
-            CarryError: the store does not answer.
-        """
-
-    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
-        """Write records of access keys by id, in one step; without records, only mark the store as
-        one that has had keys.
-
-        Raises:
-            NotDurable: they were written, but are not as durable as the settings require.
-            CarryError: the store does not answer; they may have been written.
-        """
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float = math.inf
@@ -201,11 +149,9 @@ class StateStore(Protocol):
             Committed if a stream was deleted, otherwise Conflicted with the stored head.
         """
 
-    async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
-        """Delete many streams, each as `delete` does without `expected`, in few round trips.
 
-        Streams fail independently. A key may occur once per call.
-        """
+class ListedStore(StateStore, Protocol):
+    """A store whose streams can be listed, and deleted in bulk."""
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
@@ -215,3 +161,35 @@ class StateStore(Protocol):
         A listing contains every stream that exists throughout, and may contain one twice. It never
         blocks the server for longer than one bounded scan step.
         """
+
+    async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
+        """Delete many streams, each as `delete` does without `expected`, in few round trips.
+
+        Streams fail independently. A key may occur once per call.
+        """
+
+
+class Store(ListedStore, Protocol):
+    """A store with its capabilities, which whoever needs one takes by itself."""
+
+    @property
+    def keys(self) -> StoredKeys: ...
+
+    @property
+    def usage(self) -> StreamUsage: ...
+
+    @property
+    def rates(self) -> RateLeases: ...
+
+    @property
+    def outputs(self) -> OutputChannel:
+        """Not started by `start`."""
+
+    @property
+    def monitor(self) -> StoreMonitor: ...
+
+    async def start(self) -> None:
+        """Connect and check the servers' configuration; once, before use."""
+
+    async def close(self) -> None:
+        """Release connections; once, after the last call returned."""

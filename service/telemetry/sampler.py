@@ -18,8 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from service.core.errors import CarryError, StoreRefused
 from service.pipeline.chunk_load import StateCache
-from service.store.base import StateStore
-from service.store.observation import StreamCount
+from service.store.capabilities import StoreMonitor, StreamCount
 from service.telemetry.metrics import SECONDS, UNKNOWN, observe_all
 
 SAMPLE_INTERVAL_S: Final = 1.0
@@ -47,7 +46,7 @@ class Sampler:
         self,
         registry: CollectorRegistry,
         models: Collection[str],
-        store: StateStore,
+        store: StoreMonitor,
         cache: StateCache,
         loads: Loads,
         queue_depths: Callable[[], Mapping[str, int]],

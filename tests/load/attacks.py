@@ -288,9 +288,9 @@ class Clients:
 async def measure(service: Service, store_url: str, options: argparse.Namespace) -> int:
     """Run the attacks one after another, print a row for each; returns the exit status."""
     async with opened(store_url) as store:
-        key = await new_authorization(store)
+        key = await new_authorization(store.keys)
         verbs = tuple(set(Verb) - {Verb.METRICS})
-        narrow = await new_authorization(store, verbs=verbs, prefix="thief-")
+        narrow = await new_authorization(store.keys, verbs=verbs, prefix="thief-")
     await asyncio.sleep(2)  # until the service knows the keys
     headers = {"Authorization": key, "Content-Type": "application/json"}
     http = httpx.AsyncClient(base_url=service.url, headers=headers, timeout=30)

@@ -26,7 +26,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.store.base import StateStore
+from service.store.base import Store
 from service.store.embedded import server_arguments, server_binary
 from service.store.open import open_store
 from service.store.settings import StoreSettings
@@ -227,7 +227,7 @@ def emptied(running: Any) -> Any:
 
 
 @asynccontextmanager
-async def opened(url: str, **settings: Any) -> AsyncIterator[StateStore]:
+async def opened(url: str, **settings: Any) -> AsyncIterator[Store]:
     """Open and start a store; close it afterwards."""
     store = open_store(StoreSettings(url, **settings))
     try:

@@ -20,7 +20,7 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.store.base import CommitColumns, Committed, Loaded, StateStore, decode_value
+from service.store.base import CommitColumns, Committed, Loaded, Store, decode_value
 from service.store.codec import (
     EncodedStream,
     decode_reply,
@@ -154,12 +154,12 @@ def key(stream: str, model: str = "flights") -> StreamKey:
     return StreamKey(model, stream)
 
 
-async def load(store: StateStore, keys: Sequence[StreamKey]) -> list[Loaded]:
+async def load(store: Store, keys: Sequence[StreamKey]) -> list[Loaded]:
     """Load streams and decode them."""
     return list(map(decode_value, keys, await store.load(keys)))
 
 
-async def absence(store: StateStore, key: StreamKey) -> StreamHead | None:
+async def absence(store: Store, key: StreamKey) -> StreamHead | None:
     """The head that a creation must expect: that of a tombstone, or None."""
     (found,) = await load(store, [key])
     assert found is None or isinstance(found, Tombstone)
@@ -195,10 +195,10 @@ def same_reply(found: Any, expected: StoredReply) -> bool:
     )
 
 
-OpenStore = Callable[..., Awaitable[StateStore]]
+OpenStore = Callable[..., Awaitable[Store]]
 """Opens a store on a test's server, by settings."""
 
 
-async def committed(store: StateStore, *commits: Commit) -> None:
+async def committed(store: Store, *commits: Commit) -> None:
     """Commit, and assert that every commit is written."""
     assert await store.commit(columns(*commits)) == [Committed()] * len(commits)

@@ -74,7 +74,7 @@ def create(service: Service) -> Create:
 
         async def write() -> str:
             async with opened(f"unix://{socket}") as store:
-                return await new_authorization(store, verbs=verbs or tuple(Verb), **scope)
+                return await new_authorization(store.keys, verbs=verbs or tuple(Verb), **scope)
 
         key = uvloop.run(write()).removeprefix("Bearer ")
         if "expires_ms" not in scope:

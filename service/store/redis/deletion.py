@@ -11,6 +11,7 @@ from service.core.delivery import new_epoch
 from service.core.errors import CarryError, Conflict, StoreUnavailable
 from service.core.values import EPOCH_BYTES, FIRST_TAG, StreamHead, StreamKey, Tombstone
 from service.store.base import COMMITTED, CommitResult, Conflicted
+from service.store.capabilities import OutputChannel
 from service.store.codec import (
     COMPARED,
     HEADER_BYTES,
@@ -19,7 +20,6 @@ from service.store.codec import (
     pack_head,
     read_packed_head,
 )
-from service.store.outputs import OutputChannel
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import (
     Outcome,

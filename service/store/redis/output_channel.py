@@ -26,8 +26,8 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
+from service.store.capabilities import Output, Receiver
 from service.store.codec import CodecError, decode_reply
-from service.store.outputs import Output, Receiver
 from service.store.redis.connections import RETRY_AFTER_S, ConnectionFactory, describe_error
 from service.store.redis.topology import node_url, parse_startup_nodes
 from service.store.settings import StoreSettings

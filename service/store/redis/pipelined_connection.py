@@ -35,7 +35,7 @@ from redis.exceptions import InvalidResponse, NoScriptError, RedisError
 
 from service.core.errors import CarryError
 from service.core.values import StreamKey
-from service.store.observation import StoreTelemetry
+from service.store.capabilities import StoreTelemetry
 from service.store.redis.commands import PendingCommand, pack_command
 from service.store.redis.connections import (
     ConnectionFactory,

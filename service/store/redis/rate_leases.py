@@ -1,4 +1,4 @@
-"""Token buckets on Redis or Valkey (`service.store.rates`): a hash each, changed by a script."""
+"""Token buckets on Redis or Valkey (`RateLeases`): a hash each, changed by a script."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import secrets
 from collections.abc import Sequence
 
 from service.core.errors import CarryError
+from service.store.capabilities import Lease, LeaseRequest
 from service.store.keys import KeySpace
-from service.store.rates import Lease, LeaseRequest
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import Outcome, read_value
 from service.store.redis.router import Router

@@ -21,7 +21,7 @@ from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from service.core.errors import StoreUnavailable
-from service.store.observation import StoreTelemetry
+from service.store.capabilities import StoreTelemetry
 from service.store.redis.commands import Command, pack_command
 from service.store.redis.connections import ConnectionFactory, describe_error, is_transient
 from service.store.redis.pipelined_connection import (

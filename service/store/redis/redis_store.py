@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Final, TypeVar
 
 import structlog
@@ -29,7 +29,6 @@ import structlog
 from service.core.errors import CarryError
 from service.core.memo import Memo
 from service.core.values import (
-    Check,
     StoredReply,
     StreamHead,
     StreamKey,
@@ -45,13 +44,16 @@ from service.store.base import (
     StoredValue,
     decode_value,
 )
+from service.store.capabilities import (
+    OutputChannel,
+    RateLeases,
+    StoredKeys,
+    StreamUsage,
+)
 from service.store.codec import COMPARED, CodecError, StateHeader, decode_reply, unpack_head
-from service.store.observation import StoreTelemetry, StreamCount
-from service.store.outputs import OutputChannel
-from service.store.rates import RateLeases
-from service.store.redis.access_keys import read_access_keys, write_access_keys
 from service.store.redis.commands import PendingCommand, Script, pack_arguments
 from service.store.redis.deletion import StreamDeletion
+from service.store.redis.monitor import RedisMonitor
 from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
     Outcome,
@@ -64,16 +66,13 @@ from service.store.redis.outcomes import (
 )
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.rate_leases import RedisRateLeases
-from service.store.redis.readiness import Readiness
 from service.store.redis.router import check_executed
 from service.store.redis.scan import list_streams
 from service.store.redis.script_results import WRITTEN, parse_result
 from service.store.redis.server_checks import check_servers
-from service.store.redis.stream_count import count_streams
+from service.store.redis.stored_keys import RedisStoredKeys
 from service.store.redis.stream_usage import RedisStreamUsage
-from service.store.redis.token_key import read_token_key
 from service.store.settings import Durability, StoreSettings
-from service.store.usage import StreamUsage
 
 CACHED_NAMES: Final = 4096
 """Most streams whose packed names are cached, for their next commands."""
@@ -87,12 +86,9 @@ log = structlog.get_logger(__name__)
 
 
 class RedisStore:
-    """A `StateStore` on a single server or a cluster, depending on the address.
+    """A `Store` on a single server or a cluster, depending on the address.
 
     Attributes:
-        usage: the streams of the access keys with quotas.
-        rates: the token buckets of the access keys with limits.
-        outputs: the channel on which it publishes what it commits to watched streams.
         deletion: deletes its streams.
 
     Raises:
@@ -119,7 +115,8 @@ class RedisStore:
         )
         self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys, self.deletion.fence)
         self.rates: RateLeases = RedisRateLeases(self._router, self._keys)
-        self._readiness = Readiness(self._router, settings, self._commit_script)
+        self.keys: StoredKeys = RedisStoredKeys(self._router, self._keys)
+        self.monitor = RedisMonitor(self._router, settings, self._commit_script)
 
     async def start(self) -> None:
         """Connect, check the servers and initialize a new store; once, before use.
@@ -129,48 +126,17 @@ class RedisStore:
         """
         await self._router.start()
         server = await check_servers(self._router, self._settings)
-        self._readiness.start()
+        self.monitor.start()
         log.info("store_ready", store=self._router.redacted_url, server=server)
 
     async def close(self) -> None:
         """Release connections; once, after the last call returned."""
-        await self._readiness.close()
+        await self.monitor.close()
         await self._router.close()
-
-    async def check(self) -> list[Check]:
-        """Check readiness: whether the servers accept commits and are as durable as required."""
-        return [await self._readiness.check()]
-
-    @property
-    def telemetry(self) -> StoreTelemetry:
-        """What its connections and checks count, in this process."""
-        return self._router.telemetry
-
-    async def count_streams(self) -> dict[str, StreamCount]:
-        """Count the streams of each model, in bounded time; estimated if there are many.
-
-        Raises:
-            StoreUnavailable, StoreRefused: the store as a whole.
-        """
-        return await count_streams(self._router, self._keys)
 
     def shard(self, key: StreamKey) -> Hashable:
         """The node that stores a stream; None for a single server."""
         return None if self._slots is None else self._router.node_of(self._slot(key))
-
-    async def token_key(self) -> bytes:
-        """Read the secret of this store that signs state tokens; drawn when it is first read."""
-        return await read_token_key(self._router, self._keys)
-
-    async def access_keys(
-        self, version: bytes | None, deadline_s: float = math.inf
-    ) -> tuple[bytes, Mapping[str, bytes]] | None:
-        """Read the records of the access keys; None if they are those of `version`."""
-        return await read_access_keys(self._router, self._keys, version, deadline_s)
-
-    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
-        """Write records of access keys by id, and with them a new version of all keys."""
-        await write_access_keys(self._router, self._keys, records)
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float = math.inf

@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 from msgspec.structs import replace
 
 from service.core.errors import CarryError, StoreUnavailable
-from service.store.observation import StoreTelemetry
+from service.store.capabilities import StoreTelemetry
 from service.store.redis.commands import PendingCommand
 from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S, describe_error
 from service.store.redis.outcomes import Outcome, Reply, ReplyLost
@@ -158,6 +158,14 @@ class Router(ABC):
             else outcome
             for command, outcome in zip(commands, outcomes, strict=False)
         ]
+
+    async def execute_one(
+        self, *command: str | bytes | int, durably: bool = False, deadline_s: float = math.inf
+    ) -> Outcome:
+        """Send one command, whose first argument is a key; as `execute`."""
+        pending = PendingCommand.of(*command, slot=self.slot(str(command[1])))
+        (outcome,) = await self.execute(pending, durably=durably, deadline_s=deadline_s)
+        return outcome
 
     async def _outcomes(self, commands: Sequence[PendingCommand], wait_s: float) -> list[Outcome]:
         """Wait for the outcome of each command, until they have timed out."""

@@ -14,9 +14,8 @@ from typing import Final
 
 import structlog
 
-from service.core.errors import CarryError, StoreRefused, StoreUnavailable
-from service.store.redis.commands import PendingCommand
-from service.store.redis.outcomes import Reply
+from service.core.errors import StoreRefused, StoreUnavailable
+from service.store.redis.outcomes import read_value
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
 from service.store.settings import Durability, StoreSettings
@@ -201,16 +200,10 @@ async def _check_partitions(router: Router, settings: StoreSettings) -> None:
     """Compare the `meta` key with the settings; write that of a new store, if they say so."""
     key = settings.keys.meta
     expected = {"format": META_FORMAT, "partitions": settings.partitions}
-    slot = router.slot(key)
     value: bytes | None = None
     commands = [("SET", key, json.dumps(expected), "NX"), ("GET", key)]
     for arguments in commands if settings.initialise else commands[1:]:
-        (outcome,) = await router.execute(PendingCommand.of(*arguments, slot=slot))
-        if isinstance(outcome, CarryError):
-            raise outcome
-        if not isinstance(outcome, Reply):
-            raise StoreUnavailable(f"the store does not answer: {outcome}") from outcome
-        value = outcome.value
+        value = read_value(await router.execute_one(*arguments))
     if value is None and not settings.initialise:
         return
     try:

@@ -15,9 +15,9 @@ from contextlib import suppress
 from typing import Final
 
 from service.core.errors import StoreUnavailable
+from service.store.capabilities import LIVE_S, StreamCount
 from service.store.codec import HEADER_BYTES, CodecError, StateHeader
 from service.store.keys import KeySpace
-from service.store.observation import LIVE_S, StreamCount
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
 

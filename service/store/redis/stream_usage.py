@@ -1,4 +1,4 @@
-"""The usage of access keys with quotas (`service.store.usage`): one hash for each key."""
+"""The usage of access keys with quotas (`StreamUsage`): one hash for each key."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from service.core.values import StreamKey
+from service.store.capabilities import Quota, Registration, RegistrationId
 from service.store.keys import KeySpace
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import read_value
 from service.store.redis.router import Router
-from service.store.usage import Quota, Registration, RegistrationId
 
 PAGE_STREAMS: Final = 100
 """Streams that are reconciled together: few, so that chunks hardly wait behind them."""
@@ -82,10 +82,9 @@ class RedisStreamUsage:
     async def reconcile(self, key_id: str) -> None:
         name, cursor = self._keys.stream_usage(key_id), 0
         while True:
-            arguments = ("HSCAN", name, cursor, "COUNT", PAGE_STREAMS)
-            command = PendingCommand.of(*arguments, slot=self._router.slot(name))
-            (outcome,) = await self._router.execute(command)
-            following, page = read_value(outcome)
+            following, page = read_value(
+                await self._router.execute_one("HSCAN", name, cursor, "COUNT", PAGE_STREAMS)
+            )
             registrations = [
                 (_stream(field), RegistrationId(value))
                 for field, value in zip(page[::2], page[1::2], strict=True)

@@ -49,7 +49,7 @@ class Records:
         self.is_away = False
         self.reads = 0
 
-    async def access_keys(
+    async def read(
         self, version: bytes | None, deadline_s: float = math.inf
     ) -> tuple[bytes, Mapping[str, bytes]] | None:
         if self.is_away:
@@ -59,7 +59,7 @@ class Records:
         self.reads += 1
         return self.version, dict(self.records)
 
-    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
+    async def write(self, records: Mapping[str, bytes]) -> None:
         self.records |= records
         self.version = b"%d" % (int(self.version or b"0") + 1)
 
@@ -229,7 +229,7 @@ async def test_a_store_that_has_had_keys_is_opened_by_the_setting_only(
     keys = AccessKeys(stored, required=required)
     await keys.refresh()
     assert keys.is_open == (not required)
-    await stored.write_access_keys({})
+    await stored.write({})
     await keys.refresh()
     assert keys.is_open == is_open
     await new_authorization(stored)

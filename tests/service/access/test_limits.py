@@ -19,7 +19,7 @@ from service.access.keys import AccessKey, AccessKeyError, decode_key, encode_ke
 from service.access.limits import KeyLimiter, KeyLimiters, KeyLimits
 from service.access.principal import Verb
 from service.core.errors import CarryError, LimitExceeded, StoreUnavailable
-from service.store.rates import Lease, LeaseRequest, RateLeases
+from service.store.capabilities import Lease, LeaseRequest, RateLeases
 from tests.support.servers import RealServer, opened
 
 KEY = "0" * 12

@@ -72,7 +72,7 @@ async def is_open(url: str) -> bool:
     """Whether a service on this store, with the settings of Compose, answers without a key."""
     settings = Settings.load({"redis_url": url, "insecure": True, "host": "0.0.0.0"})
     async with opened(url) as store:
-        cache = AccessKeys(store, required=settings.require_keys)
+        cache = AccessKeys(store.keys, required=settings.require_keys)
         await cache.refresh()
     assert cache.is_open == (not await _requires_keys(settings))
     return cache.is_open
@@ -88,7 +88,7 @@ async def test_a_restored_store_requires_keys_if_the_store_of_the_backup_did(
         await carry("backup", file, "--redis-url", url)
         await carry("restore", file, "--redis-url", new)
         assert await is_open(new)
-        await revoke(store, await new_authorization(store, name="the last"))
+        await revoke(store.keys, await new_authorization(store.keys, name="the last"))
         done = await carry("backup", file, "--redis-url", url, "--prefix", "none")
     assert "without the 1 access key (--keys)" in done.stderr
     done = await carry("restore", file, "--redis-url", new)
@@ -102,9 +102,9 @@ async def test_a_restored_store_requires_keys_if_the_store_of_the_backup_did(
     async with opened(new, namespace="other") as store:
         with file.open("rb") as source:
             assert BackupReader(source).info.keys == {}
-        assert await store.access_keys(None) == (b"", {})
+        assert await store.keys.read(None) == (b"", {})
         await carry("restore", file, "--redis-url", new, CARRY_NAMESPACE="other")
-        assert (await store.access_keys(None))[0] != b""
+        assert (await store.keys.read(None))[0] != b""
 
 
 async def test_keys_are_restored_and_overwritten_only_on_request(
@@ -114,9 +114,9 @@ async def test_keys_are_restored_and_overwritten_only_on_request(
     file = tmp_path / "file"
     file.touch(0o644)
     async with opened(url) as store, opened(new) as restored:
-        authorization = await new_authorization(store, name="of acme")
+        authorization = await new_authorization(store.keys, name="of acme")
         key_id, secret = authorization.split("_")[1:]
-        before = (await store.access_keys(None))[1]
+        before = (await store.keys.read(None))[1]
         done = await carry("backup", file, "--redis-url", url, "--keys")
         assert "backed up 0 streams and 1 access key" in done.stderr
         assert file.stat().st_mode & 0o777 == 0o600
@@ -124,22 +124,22 @@ async def test_keys_are_restored_and_overwritten_only_on_request(
 
         done = await carry("restore", file, "--redis-url", new)
         assert "or restore those of the backup with --keys" in done.stderr
-        assert (await restored.access_keys(None))[1] == {}
+        assert (await restored.keys.read(None))[1] == {}
         done = await carry("restore", file, "--redis-url", new, "--keys")
         assert f"restored key {key_id}  active   of acme: " in done.stderr
-        version, records = await restored.access_keys(None)
+        version, records = await restored.keys.read(None)
         assert records == before
         done = await carry("restore", file, "--redis-url", new, "--keys")
         assert done.stderr == "restored 0 streams\n"
-        assert await restored.access_keys(version) is None
+        assert await restored.keys.read(version) is None
 
-        await revoke(restored, authorization)
+        await revoke(restored.keys, authorization)
         done = await carry("restore", file, "--redis-url", new, "--keys")
         assert f"kept key {key_id} as the store has it" in done.stderr
-        assert (await restored.access_keys(None))[1] != before
+        assert (await restored.keys.read(None))[1] != before
         done = await carry("restore", file, "--redis-url", new, "--keys", "--replace")
         assert f"restored key {key_id}  active" in done.stderr
-        assert (await restored.access_keys(None))[1] == before
+        assert (await restored.keys.read(None))[1] == before
 
 
 @pytest.mark.parametrize("keys", [{"version": b"x"}, {"0a1b2c3d4e5f": b"{}"}, {"0a1b2c3d4e5f": 1}])
@@ -154,7 +154,7 @@ async def test_invalid_keys_of_a_backup_are_not_written(
         done = await carry("restore", tmp_path / "file", "--redis-url", url, "--keys")
         assert done.exit_code == 1
         assert done.stderr.count("\n") == 1, done.stderr
-        assert await store.access_keys(None) == (b"", {})
+        assert await store.keys.read(None) == (b"", {})
 
 
 @pytest.mark.parametrize(

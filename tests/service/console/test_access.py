@@ -49,7 +49,7 @@ async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
     pipeline_server: RealServer, browser: str, tmp_path: Path
 ) -> None:
     async with opened_page(pipeline_server, browser, tmp_path) as (running, page, address):
-        add_watching(running.app, Watches(running.store, running.counts))
+        add_watching(running.app, Watches(running.store, running.store.outputs, running.counts))
         add_console(running.app)
         await running.store.outputs.start()
         key = await running.key(verbs=(Verb.MODELS, Verb.WATCH, Verb.PREDICT), prefix="s")
@@ -78,7 +78,7 @@ async def test_the_page_asks_for_a_key_and_shows_what_it_allows(
 
         await page.evaluate("location.hash = '#/models/probe/streams/s'")
         await page.until(f"{STATUS} === 'Live'")
-        await revoke(running.store, key)
+        await revoke(running.store.keys, key)
         await running.refresh_keys()
         await page.until(f"{DIALOG}.open && {DIALOG}.innerText.includes('rejected')")
         assert page.errors == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.store.base import StateStore
+from service.store.base import Store
 from service.store.open import open_store
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster, breakable_cluster, own_cluster, shared_cluster
@@ -40,7 +40,7 @@ async def open_on(server: RealServer) -> AsyncIterator[OpenStore]:
     """Opens stores on the server; each is closed at the end."""
     async with AsyncExitStack() as stack:
 
-        async def open_one(**settings: Any) -> StateStore:
+        async def open_one(**settings: Any) -> Store:
             store = open_store(StoreSettings(server.url, **settings))
             stack.push_async_callback(store.close)
             await store.start()
@@ -50,7 +50,7 @@ async def open_on(server: RealServer) -> AsyncIterator[OpenStore]:
 
 
 @pytest.fixture
-async def store(open_on: OpenStore) -> StateStore:
+async def store(open_on: OpenStore) -> Store:
     return await open_on()
 
 

@@ -21,7 +21,7 @@ from service.store.backup import (
     restore_backup,
     write_backup,
 )
-from service.store.base import StateStore
+from service.store.base import Store
 from service.store.codec import encode_state
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, opened, real_server
@@ -36,14 +36,14 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
     return emptied(every_store)
 
 
-async def backed_up(store: StateStore, info: BackupInfo = ALL) -> tuple[bytes, Progress]:
+async def backed_up(store: Store, info: BackupInfo = ALL) -> tuple[bytes, Progress]:
     file = io.BytesIO()
     progress = await write_backup(store, file, info, lambda _: None)
     return file.getvalue(), progress
 
 
 async def restored(
-    store: StateStore, backup: bytes, replace: bool = False, prefix: str = "", **options: Any
+    store: Store, backup: bytes, replace: bool = False, prefix: str = "", **options: Any
 ) -> Progress:
     reader = BackupReader(io.BytesIO(backup))
     model = options.get("model")
@@ -52,7 +52,7 @@ async def restored(
     )
 
 
-async def stored(store: StateStore, *keys: StreamKey) -> list[StreamState]:
+async def stored(store: Store, *keys: StreamKey) -> list[StreamState]:
     return [state for state in await load(store, keys) if isinstance(state, StreamState)]
 
 

@@ -17,7 +17,7 @@ from service.core.errors import (
     StoreRefused,
     StoreUnavailable,
 )
-from service.store.base import Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, Store
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import Cluster, ClusterNode
@@ -43,7 +43,7 @@ def cluster(shared_cluster: Cluster) -> Cluster:
 
 
 @pytest.fixture
-async def store(cluster: Cluster) -> AsyncIterator[StateStore]:
+async def store(cluster: Cluster) -> AsyncIterator[Store]:
     async with opened(cluster.url, partitions=PARTITIONS, wait_s=20) as running:
         yield running
 
@@ -107,7 +107,7 @@ class SlotMigration:
 
 
 async def test_moved_updates_the_topology_and_retries(
-    store: StateStore, streams: Streams, cluster: Cluster
+    store: Store, streams: Streams, cluster: Cluster
 ) -> None:
     """MOVED, for a commit and for a load, before the topology was read again."""
     first = streams.creation(key("a"))
@@ -129,7 +129,7 @@ async def test_moved_updates_the_topology_and_retries(
 
 
 async def test_ask_is_followed_once_with_asking(
-    store: StateStore, streams: Streams, cluster: Cluster
+    store: Store, streams: Streams, cluster: Cluster
 ) -> None:
     """ASK: both keys of the stream have moved, but the old node still owns the slot."""
     first = streams.creation(key("a"))
@@ -152,7 +152,7 @@ async def test_ask_is_followed_once_with_asking(
 
 
 async def test_tryagain_is_retried_until_the_migration_ends(
-    store: StateStore, streams: Streams, cluster: Cluster
+    store: Store, streams: Streams, cluster: Cluster
 ) -> None:
     """TRYAGAIN: the state has moved to the new node, its reply has not."""
     first = streams.creation(key("a"))
@@ -205,7 +205,7 @@ async def test_tryagain_until_the_timeout_applies_nothing(
 
 
 async def test_resharding_under_load_loses_and_duplicates_nothing(
-    store: StateStore, streams: Streams, cluster: Cluster
+    store: Store, streams: Streams, cluster: Cluster
 ) -> None:
     async with writing(store, streams, 24) as done:
         for _ in range(2):
@@ -241,7 +241,7 @@ class Writers:
                 if task.done():
                     task.result()
 
-    async def check(self, store: StateStore) -> None:
+    async def check(self, store: Store) -> None:
         """Every stream is where it was last acknowledged, bit by bit."""
         found = await load(store, [commit.key for commit in self.last.values()])
         for stream, commit in zip(found, self.last.values(), strict=True):
@@ -249,7 +249,7 @@ class Writers:
 
 
 @asynccontextmanager
-async def writing(store: StateStore, streams: Streams, count: int) -> AsyncIterator[Writers]:
+async def writing(store: Store, streams: Streams, count: int) -> AsyncIterator[Writers]:
     """Writers, each with a stream of its own, that write until the end of the block."""
     writers, stop = Writers(), asyncio.Event()
 
@@ -293,7 +293,7 @@ async def test_failover_keeps_every_acknowledged_replicated_commit(
             await done.wait_for_more(300)
         await done.check(store)
         await asyncio.to_thread(own_cluster.wait_until_synced)
-        (check,) = await store.check()
+        check = await store.monitor.check()
         assert check.ok, check.detail
         own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
 
@@ -361,7 +361,7 @@ async def test_requests_wait_for_the_majority_and_recover(
                 await hasty.commit(columns(second))
             assert caught.value.retryable
             assert caught.value.facts["retry_after_s"] > 0
-            (check,) = await hasty.check()
+            check = await hasty.monitor.check()
             assert not check.ok
             waiting = asyncio.create_task(patient.commit(columns(second)))
             await asyncio.wait({waiting}, timeout=0.05)
@@ -413,7 +413,7 @@ async def test_an_unavailable_node_fails_only_its_own_streams(
 
 
 async def test_a_listing_restarts_after_a_slot_moved(
-    store: StateStore, streams: Streams, cluster: Cluster
+    store: Store, streams: Streams, cluster: Cluster
 ) -> None:
     await committed(store, *(streams.creation(key(f"s{i}"), floats=1) for i in range(40)))
     cursor, names_, moved = None, set[str](), False

@@ -8,7 +8,7 @@ import pytest
 
 from service.core.errors import Conflict, OutcomeUnknown, StateDamaged
 from service.core.values import StreamHead, StreamState, Tombstone
-from service.store.base import Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, Store
 from service.store.codec import HEADER_BYTES
 from service.store.redis.commands import PendingCommand
 from service.store.redis.outcomes import Outcome, resolve_retried_deletion
@@ -40,7 +40,7 @@ def names(server: RealServer | Cluster) -> tuple[str, str]:
 
 
 async def test_a_stream_is_deleted_with_its_reply(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     first, other = streams.creation(key("a")), streams.creation(key("b"))
     await committed(store, first, other)
@@ -53,7 +53,7 @@ async def test_a_stream_is_deleted_with_its_reply(
         assert client.exists(StoreSettings(server.url).keys.reply(key("a"))) == 0
 
 
-async def test_only_the_expected_stream_is_deleted(store: StateStore, streams: Streams) -> None:
+async def test_only_the_expected_stream_is_deleted(store: Store, streams: Streams) -> None:
     first = streams.creation(key("a"))
     await committed(store, first)
     second = streams.next(first)
@@ -66,7 +66,7 @@ async def test_only_the_expected_stream_is_deleted(store: StateStore, streams: S
 
 
 async def test_a_late_commit_does_not_restore_a_deleted_stream(
-    store: StateStore, streams: Streams
+    store: Store, streams: Streams
 ) -> None:
     first = streams.creation(key("a"))
     await committed(store, first)
@@ -99,7 +99,7 @@ async def test_many_streams_are_deleted_independently(
 
 
 async def test_a_stream_that_is_written_while_many_are_deleted_is_deleted(
-    store: StateStore, streams: Streams, server: RealServer, monkeypatch: pytest.MonkeyPatch
+    store: Store, streams: Streams, server: RealServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await committed(store, streams.creation(key("a")), streams.creation(key("b")))
     conditions: list[bytes] = []
@@ -163,9 +163,7 @@ async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
         assert client.pttl(names(server)[0]) == -1
 
 
-async def test_deleting_a_missing_stream_leaves_a_tombstone(
-    store: StateStore, streams: Streams
-) -> None:
+async def test_deleting_a_missing_stream_leaves_a_tombstone(store: Store, streams: Streams) -> None:
     """A commit that was sent before the deletion's reply is not applied after it."""
     assert await store.delete(key("a")) == Conflicted(None)
     first = await absence(store, key("a"))
@@ -178,16 +176,14 @@ async def test_deleting_a_missing_stream_leaves_a_tombstone(
     assert await store.commit(columns(late)) == [Conflicted(None)]
 
 
-async def test_a_conflicting_deletion_leaves_no_tombstone(
-    store: StateStore, streams: Streams
-) -> None:
+async def test_a_conflicting_deletion_leaves_no_tombstone(store: Store, streams: Streams) -> None:
     other = streams.begin().head
     assert await store.delete(key("a"), other) == Conflicted(None)
     assert await load(store, [key("a")]) == [None]
 
 
 async def test_confirming_a_tombstone_does_not_change_it(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     """The script behind `load_with_reply` where replicas are waited for; it may come late, too."""
     script = (RedisStore(StoreSettings(server.url))._confirm_script).text
@@ -209,7 +205,7 @@ async def test_confirming_a_tombstone_does_not_change_it(
 
 @pytest.mark.parametrize("value", [b"", b"C", b"C" * 40, b"XXXX" + bytes(200)])
 async def test_a_damaged_state_is_deleted_only_if_it_is_unchanged(
-    store: StateStore, streams: Streams, server: RealServer, value: bytes
+    store: Store, streams: Streams, server: RealServer, value: bytes
 ) -> None:
     with server.client() as client:
         client.set(names(server)[0], value)
@@ -224,7 +220,7 @@ async def test_a_damaged_state_is_deleted_only_if_it_is_unchanged(
     assert isinstance((await load(store, [key("a")]))[0], Tombstone)
 
 
-async def test_a_key_of_another_type_is_deleted(store: StateStore, server: RealServer) -> None:
+async def test_a_key_of_another_type_is_deleted(store: Store, server: RealServer) -> None:
     with server.client() as client:
         client.rpush(names(server)[0], "not a stream")
     assert await store.delete(key("a")) == Committed()
@@ -232,7 +228,7 @@ async def test_a_key_of_another_type_is_deleted(store: StateStore, server: RealS
 
 
 async def test_streams_are_deleted_when_memory_is_full(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     await committed(store, streams.creation(key("a")))
     server.configure("maxmemory", 1)
@@ -264,7 +260,7 @@ class Interrupted(RedisStore):
 
 
 async def test_a_stream_under_constant_writes_is_deleted(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     """After repeated conflicts the deletion compares the epoch only."""
     last = streams.creation(key("a"))
@@ -286,7 +282,7 @@ async def test_a_stream_under_constant_writes_is_deleted(
 
 
 async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     async def begin_again() -> None:
         await store.delete(key("a"))

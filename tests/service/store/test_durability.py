@@ -16,7 +16,7 @@ import pytest
 from service.core.delivery import chunk_digest, evaluate_chunk
 from service.core.errors import NotDurable, PositionAhead, StoreRefused
 from service.core.values import Chunk, Steps
-from service.store.base import Committed, StateStore
+from service.store.base import Committed, Store
 from service.store.embedded import EmbeddedValkey
 from service.store.keys import KeySpace
 from service.store.settings import Durability
@@ -45,14 +45,14 @@ async def test_a_server_that_acknowledges_before_fsync_is_rejected(kind: str) ->
             ("appendonly", "no", "yes"),
         ):
             async with opened(server.url, durability=Durability.FSYNC) as store:
-                (check,) = await store.check()
+                check = await store.monitor.check()
                 assert check.ok
                 server.configure(name, wrong)
                 expected = rf"{name} {wrong}; CARRY_DURABILITY=fsync expects {name} {right}"
                 with pytest.raises(StoreRefused, match=expected):
                     async with opened(server.url, durability=Durability.FSYNC):
                         pass
-                (check,) = await store.check()
+                check = await store.monitor.check()
                 assert not check.ok
                 assert name in check.detail
                 server.configure(name, right)
@@ -64,7 +64,7 @@ async def test_every_cluster_node_must_fsync(shared_cluster: Cluster) -> None:
     shared_cluster.configure("appendfsync", "always")
     try:
         async with opened(shared_cluster.url, **settings) as store:
-            (check,) = await store.check()
+            check = await store.monitor.check()
             assert check.ok
         for node in (shared_cluster.primaries[1], shared_cluster.replicas[0]):
             node.ask("CONFIG", "SET", "appendfsync", "everysec")
@@ -146,7 +146,7 @@ def _as_synced(notes: str) -> dict[str, int]:
 
 
 @asynccontextmanager
-async def replicated(cluster: Cluster, **settings: Any) -> AsyncIterator[StateStore]:
+async def replicated(cluster: Cluster, **settings: Any) -> AsyncIterator[Store]:
     async with opened(
         cluster.url, durability=Durability.REPLICATED, partitions=PARTITIONS, **settings
     ) as store:
@@ -165,7 +165,7 @@ def paused(*nodes: ClusterNode) -> Iterator[None]:
 
 
 @contextmanager
-def short_waits(store: StateStore) -> Iterator[None]:
+def short_waits(store: Store) -> Iterator[None]:
     """Each WAIT ends soon without a replica's answer; nothing else ends sooner."""
     router = store._router
     patient_ms, router._wait_timeout_ms = router._wait_timeout_ms, 20
@@ -213,17 +213,17 @@ async def test_missing_replicas_are_logged_and_fail_readiness(
     own_cluster: Cluster,
 ) -> None:
     async with replicated(own_cluster, wait_s=5) as store:
-        (check,) = await store.check()
+        check = await store.monitor.check()
         assert check.ok
         assert "replicas" not in check.detail
         try:
             own_cluster.replicas[1].kill()
-            (check,) = await store.check()
+            check = await store.monitor.check()
             assert check.ok, "the streams of the other shards are served"
             assert check.detail.count("0 replicas, expected 1") == 1
             own_cluster.replicas[0].kill()
             own_cluster.replicas[2].kill()
-            (check,) = await store.check()
+            check = await store.monitor.check()
             assert not check.ok
             assert check.detail.count("0 replicas, expected 1") == 3
         finally:

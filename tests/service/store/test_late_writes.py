@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
-from service.store.base import Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, Store
 from service.store.codec import encode_state
 from service.store.redis.deletion import DELETE_ATTEMPTS
 from service.store.redis.outcomes import Outcome, Reply
@@ -31,13 +31,13 @@ from tests.support.streams import (
 
 
 @asynccontextmanager
-async def delayed_store(server: RealServer) -> AsyncIterator[tuple[LossyPath, StateStore]]:
+async def delayed_store(server: RealServer) -> AsyncIterator[tuple[LossyPath, Store]]:
     """A store behind a path that can hold its requests."""
     async with LossyPath.to(server.socket, server.folder) as path, opened(path.url) as store:
         yield path, store
 
 
-async def create_again(store: StateStore, streams: Streams) -> Commit:
+async def create_again(store: Store, streams: Streams) -> Commit:
     """A creation as a worker commits it: it expects what it has loaded."""
     commit = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
     await committed(store, commit)

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from service.core.errors import StoreRefused
-from service.store.base import StateStore
-from service.store.observation import LIVE_S
+from service.store.base import Store
+from service.store.capabilities import LIVE_S
 from service.store.redis.commands import PendingCommand
 from service.store.redis.stream_count import SAMPLE_KEYS
 from tests.support.cluster import Cluster
@@ -38,12 +38,12 @@ async def test_few_streams_are_counted_exactly(
         await committed(store, *commits, *(creation(streams, f"s{n}", "post") for n in range(7)))
         await committed(other, *(creation(streams, f"s{n}", "flights") for n in range(5)))
         await store.delete(key("s29"))
-        counts = await store.count_streams()
+        counts = await store.monitor.count_streams()
         assert counts == {"flights": (29, 25, 29 * STATE_BYTES), "post": (7, 7, 7 * STATE_BYTES)}
 
 
 async def test_many_streams_are_estimated_from_a_sample(
-    store: StateStore, server: RealServer, streams: Streams
+    store: Store, server: RealServer, streams: Streams
 ) -> None:
     sizes = {"flights": 2400, "post": 600}
     for model, size in sizes.items():
@@ -53,7 +53,7 @@ async def test_many_streams_are_estimated_from_a_sample(
     with server.client() as client:
         keys = client.dbsize()
         client.config_resetstat()
-        counts = await store.count_streams()
+        counts = await store.monitor.count_streams()
         calls = {name: each["calls"] for name, each in client.info("commandstats").items()}
     assert keys > 2 * sum(sizes.values())
     assert calls["cmdstat_randomkey"] == SAMPLE_KEYS
@@ -75,7 +75,7 @@ async def test_count_without_permission_is_refused(server: RealServer) -> None:
         try:
             async with opened(server.url.replace("unix://", "unix://carry:pass@")) as store:
                 with pytest.raises(StoreRefused, match="dbsize"):
-                    await store.count_streams()
+                    await store.monitor.count_streams()
         finally:
             client.acl_deluser("carry")
 
@@ -84,7 +84,7 @@ async def test_reconnects_and_round_trips_are_counted(
     own_server: RealServer, streams: Streams
 ) -> None:
     async with opened(own_server.url, wait_s=10) as store:
-        first, telemetry = streams.creation(key("a")), store.telemetry
+        first, telemetry = streams.creation(key("a")), store.monitor.telemetry
         telemetry.round_trips_s.clear()
         before_s = time.monotonic()
         await committed(store, first)
@@ -95,7 +95,7 @@ async def test_reconnects_and_round_trips_are_counted(
         assert 0 < telemetry.round_trips_s[0] <= after_s - before_s
         own_server.kill()
 
-        assert not (await store.check())[0].ok
+        assert not (await store.monitor.check()).ok
         assert (telemetry.is_up, telemetry.servers_up, telemetry.servers_down) == (False, 0, 1)
         own_server.start()
         await committed(store, streams.next(first))
@@ -105,7 +105,7 @@ async def test_reconnects_and_round_trips_are_counted(
             return len(telemetry.round_trips_s) > 1
 
         await until_async(is_timed_again, "the round trip after the reconnect")
-        assert (await store.check())[0].ok
+        assert (await store.monitor.check()).ok
         assert (telemetry.is_up, telemetry.servers_up, telemetry.servers_down) == (True, 1, 0)
 
 
@@ -115,6 +115,6 @@ async def test_an_error_reply_ends_the_timing_of_its_command(
     async with opened(server.url) as store:
         (rejected,) = await store._router.execute(PendingCommand.of("GET"))
         assert isinstance(rejected, StoreRefused)
-        store.telemetry.round_trips_s.clear()
+        store.monitor.telemetry.round_trips_s.clear()
         await committed(store, streams.creation(key("a")))
-        assert len(store.telemetry.round_trips_s) == 1
+        assert len(store.monitor.telemetry.round_trips_s) == 1

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from service.core.errors import StoreRefused
-from service.store.base import Conflicted, StateStore
-from service.store.outputs import Output
+from service.store.base import Conflicted, Store
+from service.store.capabilities import Output
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
@@ -45,7 +45,7 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
 
 
 @pytest.fixture
-async def stores(open_on: OpenStore) -> list[StateStore]:
+async def stores(open_on: OpenStore) -> list[Store]:
     """Two workers of one store."""
     workers = [await open_on(), await open_on()]
     for worker in workers:
@@ -65,7 +65,7 @@ async def becomes(condition: object, what: str) -> None:
 
 
 async def test_workers_publish_what_they_commit_to_watched_streams(
-    stores: list[StateStore], streams: Streams
+    stores: list[Store], streams: Streams
 ) -> None:
     watching, committing = stores
     first, other = streams.creation(key("a:b")), streams.creation(key("other"))
@@ -90,7 +90,7 @@ async def test_workers_publish_what_they_commit_to_watched_streams(
 
 
 async def test_a_worker_that_starts_later_learns_what_is_watched(
-    stores: list[StateStore], open_on: OpenStore, streams: Streams
+    stores: list[Store], open_on: OpenStore, streams: Streams
 ) -> None:
     await stores[0].outputs.subscribe(key("a"), Recorder())
     late = await open_on()
@@ -102,7 +102,7 @@ async def test_a_worker_that_starts_later_learns_what_is_watched(
 
 
 async def test_a_broken_connection_is_replaced_and_its_streams_are_read(
-    stores: list[StateStore], streams: Streams, monkeypatch: pytest.MonkeyPatch
+    stores: list[Store], streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     channel = stores[0].outputs
     assert isinstance(channel, RedisOutputChannel)
@@ -143,7 +143,7 @@ async def test_permission_error_names_the_commands_that_watching_needs(
 
 
 async def test_publications_beyond_the_bound_are_dropped(
-    stores: list[StateStore], streams: Streams
+    stores: list[Store], streams: Streams
 ) -> None:
     channel = stores[0].outputs
     assert isinstance(channel, RedisOutputChannel)

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from service.core.errors import NotDurable
-from service.store.base import Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, Store
 from service.store.settings import Durability
 from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, free_port, opened, real_server, until
@@ -53,7 +53,7 @@ def paused(*servers: RealServer) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def losing(servers: Servers, replicas: int) -> AsyncIterator[tuple[LossyPath, StateStore]]:
+async def losing(servers: Servers, replicas: int) -> AsyncIterator[tuple[LossyPath, Store]]:
     """An empty store behind a path that can lose replies; the server knows its scripts."""
     primary = servers[0]
     with primary.client() as client:

@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamState
-from service.store.base import StateStore
+from service.store.base import Store
 from service.store.codec import encode_state
 from service.store.open import open_store
 from service.store.redis.sentinel import SentinelAddress, SentinelResolver
@@ -36,7 +36,7 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Monitored]:
 
 async def test_start_and_readiness_need_a_primary_that_a_sentinel_knows(servers: Monitored) -> None:
     async with opened(servers.url, wait_s=5) as store:
-        (check,) = await store.check()
+        check = await store.monitor.check()
         assert check.ok, check.detail
         assert f"/{NAME}/0 accepts commits" in check.detail
     other = servers.url.replace(f"/{NAME}/", "/other/")
@@ -96,7 +96,7 @@ async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
         assert found == names
 
 
-async def reaches(server: redis.Redis, store: StateStore, streams: Streams) -> bool:
+async def reaches(server: redis.Redis, store: Store, streams: Streams) -> bool:
     """Whether the next commit of a stream is written to a server."""
     (before,) = await load(store, [key("s0")])
     assert isinstance(before, StreamState)
@@ -115,7 +115,7 @@ async def test_connections_to_the_last_known_primary_open_while_no_sentinel_answ
         servers.sentinel.pause()
         with primary.client() as client:
             client.execute_command("CLIENT", "KILL", "TYPE", "normal")
-        (check,) = await store.check()
+        check = await store.monitor.check()
         assert check.ok, check.detail
         assert check.degraded
         assert "Sentinel" in check.detail

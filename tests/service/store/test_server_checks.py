@@ -8,7 +8,7 @@ import pytest
 
 from service.core.errors import StoreRefused
 from service.core.values import StoredReply, StreamKey
-from service.store.base import Committed, StateStore
+from service.store.base import Committed, Store
 from service.store.open import open_store
 from service.store.settings import StoreSettings
 from tests.support.servers import RealServer
@@ -47,7 +47,7 @@ async def test_a_foreign_meta_key_is_rejected(open_on: OpenStore, server: RealSe
 
 
 async def test_evicted_scripts_are_sent_again(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     commit = streams.creation(key("a"))
     await committed(store, commit)
@@ -90,14 +90,14 @@ async def test_a_wrong_password_fails_immediately(server: RealServer) -> None:
         with pytest.raises(StoreRefused) as caught:
             await store.start()
     assert "wrong-secret" not in caught.value.detail
-    (check,) = await store.check()
+    check = await store.monitor.check()
     assert not check.ok
     assert "wrong-secret" not in check.detail
     await store.close()
 
 
-async def test_a_server_that_answers_is_ready(store: StateStore, server: RealServer) -> None:
-    (check,) = await store.check()
+async def test_a_server_that_answers_is_ready(store: Store, server: RealServer) -> None:
+    check = await store.monitor.check()
     assert check.ok
     assert server.socket in check.detail
 
@@ -106,7 +106,7 @@ async def test_a_server_that_answers_is_ready(store: StateStore, server: RealSer
     ("raw_bytes", "kind"), [(raw, kind) for raw in (256, 1024) for kind in ("floats", "mixed")]
 )
 async def test_a_stored_stream_has_little_overhead(
-    store: StateStore, streams: Streams, server: RealServer, raw_bytes: int, kind: str
+    store: Store, streams: Streams, server: RealServer, raw_bytes: int, kind: str
 ) -> None:
     ints = 4 if kind == "mixed" else 0
     name = StreamKey("flights", "JFK-AA:N12345")
@@ -118,7 +118,7 @@ async def test_a_stored_stream_has_little_overhead(
     assert used <= 1.25 * raw_bytes + 200
 
 
-async def test_a_reply_names_the_head_it_belongs_to(store: StateStore, streams: Streams) -> None:
+async def test_a_reply_names_the_head_it_belongs_to(store: Store, streams: Streams) -> None:
     """A reply is written before its state, so a reader must see which head it belongs to."""
     first = streams.creation(key("a"))
     await committed(store, first)

@@ -17,10 +17,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.core.errors import StoreRefused, StoreUnavailable
+from service.store.capabilities import Lease, LeaseRequest, Quota
 from service.store.open import open_store
-from service.store.rates import Lease, LeaseRequest
 from service.store.settings import Durability, StoreSettings
-from service.store.usage import Quota
 from tests.support.certificates import Certificates, certificates, make_certificates
 from tests.support.cluster import Cluster
 from tests.support.servers import (
@@ -75,9 +74,9 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
             (found,) = await load(store, [key("a")])
             assert same_stream(found, first.new)
             assert (await store.streams("flights", "", None, 10)).streams == ("a",)
-            assert (await store.check())[0].ok
-            await store.write_access_keys({"a": b"1"})
-            assert (await store.access_keys(b""))[1] == {"a": b"1"}
+            assert (await store.monitor.check()).ok
+            await store.keys.write({"a": b"1"})
+            assert (await store.keys.read(b""))[1] == {"a": b"1"}
             usage = await store.usage.register("a", [(key("b"), 5)], Quota(1, 5))
             (registered,) = await store.usage.find_registrations("a", [key("b")])
             await store.usage.release("a", [(key("b"), registered)])
@@ -158,7 +157,7 @@ async def test_tls_with_a_cluster(certificates: Certificates) -> None:
             found = await load(store, [commit.key for commit in commits])
             for stream, commit in zip(found, commits, strict=True):
                 assert same_stream(stream, commit.new)
-            assert (await store.check())[0].ok
+            assert (await store.monitor.check()).ok
 
 
 async def test_a_cluster_with_credentials(shared_cluster: Cluster) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from service.core.errors import StateDamaged, StoreRefused
 from service.core.values import StreamHead, Tombstone
-from service.store.base import Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, Store
 from service.store.codec import HEADER_BYTES
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
@@ -35,9 +35,7 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
 # Compare-and-set
 
 
-async def test_a_stream_is_created_continued_and_read_back(
-    store: StateStore, streams: Streams
-) -> None:
+async def test_a_stream_is_created_continued_and_read_back(store: Store, streams: Streams) -> None:
     first = streams.creation(key("a"))
     assert await load(store, [first.key]) == [None]
     await committed(store, first)
@@ -66,51 +64,51 @@ async def test_results_keep_the_order_of_the_keys(open_on: OpenStore, streams: S
         assert same_reply((await store.load_with_reply(commit.key))[1], commit.reply)
 
 
-async def test_empty_calls_return_empty_results(store: StateStore) -> None:
+async def test_empty_calls_return_empty_results(store: Store) -> None:
     assert await load(store, []) == []
     assert await store.commit(columns()) == []
 
 
 async def test_the_token_key_is_drawn_once_for_all_workers(
-    store: StateStore, open_on: OpenStore, server: RealServer | Cluster
+    store: Store, open_on: OpenStore, server: RealServer | Cluster
 ) -> None:
-    first, other = await asyncio.gather(store.token_key(), (await open_on()).token_key())
-    assert first == other == await store.token_key()
+    first, other = await asyncio.gather(store.keys.token_key(), (await open_on()).keys.token_key())
+    assert first == other == await store.keys.token_key()
     assert len(first) == 32
     emptied(server)
-    assert await store.token_key() != first
+    assert await store.keys.token_key() != first
     with server.client() as client:
         client.set("carry:token-key", b"short")
     with pytest.raises(StoreRefused, match="carry:token-key"):
-        await store.token_key()
+        await store.keys.token_key()
 
 
 async def test_access_keys_are_read_when_their_version_has_changed(
-    store: StateStore, open_on: OpenStore, server: RealServer | Cluster
+    store: Store, open_on: OpenStore, server: RealServer | Cluster
 ) -> None:
     other = await open_on()
-    assert await store.access_keys(None) == (b"", {})
-    assert await store.access_keys(b"") is None
+    assert await store.keys.read(None) == (b"", {})
+    assert await store.keys.read(b"") is None
     version, records = b"", {}
     for key_id, record in (("a", b"1"), ("b", b"2"), ("a", b"3")):
-        await other.write_access_keys({key_id: record})
+        await other.keys.write({key_id: record})
         records[key_id] = record
-        found = await store.access_keys(version)
+        found = await store.keys.read(version)
         assert found is not None
         assert found[0] != version
         assert found[1] == records
         version = found[0]
-        assert await store.access_keys(version) is None
+        assert await store.keys.read(version) is None
     emptied(server)
-    assert await store.access_keys(version) == (b"", {})
-    await other.write_access_keys({})
-    marked = await store.access_keys(b"")
+    assert await store.keys.read(version) == (b"", {})
+    await other.keys.write({})
+    marked = await store.keys.read(b"")
     assert marked is not None
     assert marked[0] != b""
     assert marked[1] == {}
 
 
-async def test_a_stream_is_not_created_twice(store: StateStore, streams: Streams) -> None:
+async def test_a_stream_is_not_created_twice(store: Store, streams: Streams) -> None:
     first, second = streams.creation(key("a")), streams.creation(key("a"))
     await committed(store, first)
     assert await store.commit(columns(second)) == [Conflicted(first.new.head)]
@@ -120,7 +118,7 @@ async def test_a_stream_is_not_created_twice(store: StateStore, streams: Streams
 
 
 async def test_a_stale_commit_conflicts_with_the_stored_head(
-    store: StateStore, streams: Streams
+    store: Store, streams: Streams
 ) -> None:
     first = streams.creation(key("a"))
     second, late = streams.next(first), streams.next(first)
@@ -132,13 +130,13 @@ async def test_a_stale_commit_conflicts_with_the_stored_head(
     assert same_reply(reply, second.reply)
 
 
-async def test_an_expected_stream_is_never_created(store: StateStore, streams: Streams) -> None:
+async def test_an_expected_stream_is_never_created(store: Store, streams: Streams) -> None:
     missing = streams.next(streams.creation(key("a")))
     assert await store.commit(columns(missing)) == [Conflicted(None)]
     assert await store.load_with_reply(missing.key) == (None, None)
 
 
-async def test_epoch_and_tag_are_both_compared(store: StateStore, streams: Streams) -> None:
+async def test_epoch_and_tag_are_both_compared(store: Store, streams: Streams) -> None:
     first = streams.creation(key("a"))
     await committed(store, first)
     head, new = first.new.head, streams.after(first.new)
@@ -155,7 +153,7 @@ async def test_epoch_and_tag_are_both_compared(store: StateStore, streams: Strea
 
 
 @pytest.mark.parametrize("byte", [0x00, 0x0A, 0x0D, 0x25, 0x80, 0xFF])
-async def test_heads_are_compared_as_bytes(store: StateStore, streams: Streams, byte: int) -> None:
+async def test_heads_are_compared_as_bytes(store: Store, streams: Streams, byte: int) -> None:
     initial = streams.begin()
     odd = StreamHead(bytes([byte]) * 8, bytes([byte]) * 16, 3)
     new = type(initial)(odd, initial.feed, initial.fingerprint, None, 1, initial.state)
@@ -207,7 +205,7 @@ async def test_a_duplicate_of_a_chunk_conflicts_with_its_own_head(
     assert await other.commit(columns(second)) == [Conflicted(second.new.head)]
 
 
-async def test_commits_are_executed_in_call_order(store: StateStore, streams: Streams) -> None:
+async def test_commits_are_executed_in_call_order(store: Store, streams: Streams) -> None:
     chain = [streams.creation(key("a"))]
     for _ in range(40):
         chain.append(streams.next(chain[-1]))
@@ -215,9 +213,7 @@ async def test_commits_are_executed_in_call_order(store: StateStore, streams: St
     assert results == [[Committed()]] * len(chain)
 
 
-async def test_a_cancelled_commit_does_not_shift_replies(
-    store: StateStore, streams: Streams
-) -> None:
+async def test_a_cancelled_commit_does_not_shift_replies(store: Store, streams: Streams) -> None:
     for round_ in range(20):
         first = streams.creation(key(f"cancelled-{round_}"))
         task = asyncio.create_task(store.commit(columns(first)))
@@ -235,7 +231,7 @@ async def test_a_cancelled_commit_does_not_shift_replies(
 
 
 async def test_a_key_of_another_type_fails_only_its_own_stream(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
     spoilt = StoreSettings(server.url).keys.state(key("b"))
@@ -251,7 +247,7 @@ async def test_a_key_of_another_type_fails_only_its_own_stream(
 
 
 async def test_damaged_bytes_fail_only_their_own_stream(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
     await committed(store, *commits)
@@ -268,7 +264,7 @@ async def test_damaged_bytes_fail_only_their_own_stream(
 
 @pytest.mark.parametrize("value", [b"", b"C", b"XXXX" + bytes(200)])
 async def test_foreign_bytes_are_neither_read_nor_overwritten(
-    store: StateStore, streams: Streams, server: RealServer, value: bytes
+    store: Store, streams: Streams, server: RealServer, value: bytes
 ) -> None:
     name = StoreSettings(server.url).keys.state(key("b"))
     with server.client() as client:
@@ -287,7 +283,7 @@ async def test_foreign_bytes_are_neither_read_nor_overwritten(
 
 
 async def test_a_full_server_rejects_commits_and_keeps_streams(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     first, other = streams.creation(key("a")), streams.creation(key("b"))
     await committed(store, first, other)
@@ -342,7 +338,7 @@ async def test_a_reply_over_the_size_limit_is_not_stored(
 
 
 async def test_a_commit_without_a_reply_deletes_the_stored_reply(
-    store: StateStore, streams: Streams
+    store: Store, streams: Streams
 ) -> None:
     first = streams.creation(key("a"))
     await committed(store, first)
@@ -358,7 +354,7 @@ async def test_no_replies_are_stored_with_a_zero_ttl(open_on: OpenStore, streams
 
 
 async def test_a_damaged_reply_counts_as_missing(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     first = streams.creation(key("a"))
     await committed(store, first)

@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from service.core.errors import StoreRefused, StoreUnavailable
-from service.store.base import Committed, StateStore
+from service.store.base import Committed, Store
 from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, opened, until, until_async
 from tests.support.streams import (
@@ -48,7 +48,7 @@ def configured(server: RealServer, **options: str | int) -> Iterator[None]:
 
 
 async def refused_until_it_passes(
-    store: StateStore, streams: Streams, trouble: AbstractContextManager[None], word: str
+    store: Store, streams: Streams, trouble: AbstractContextManager[None], word: str
 ) -> None:
     """During the fault commits fail with the server's message, and reads succeed."""
     first = streams.creation(key("a"))
@@ -71,7 +71,7 @@ async def refused_until_it_passes(
 
 
 async def test_readonly_is_store_refused_until_it_passes(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     @contextmanager
     def demoted() -> Iterator[None]:
@@ -86,7 +86,7 @@ async def test_readonly_is_store_refused_until_it_passes(
 
 
 async def test_misconf_is_store_refused_until_it_passes(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     """A snapshot fails, because a directory has its file name."""
 
@@ -107,7 +107,7 @@ async def test_misconf_is_store_refused_until_it_passes(
 
 
 async def test_noreplicas_is_store_refused_until_it_passes(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     trouble = configured(server, min_replicas_to_write=1)
     await refused_until_it_passes(store, streams, trouble, "NOREPLICAS")
@@ -133,7 +133,7 @@ async def test_busy_is_retried_until_the_timeout(
         try:
             with pytest.raises(StoreUnavailable, match="BUSY"):
                 await hasty.commit(columns(third))
-            (check,) = await hasty.check()
+            check = await hasty.monitor.check()
             assert not check.ok
             waiting = asyncio.create_task(patient.commit(columns(second)))
             _, still = await asyncio.wait({waiting}, timeout=0.05)
@@ -148,7 +148,7 @@ async def test_busy_is_retried_until_the_timeout(
 
 
 async def test_broken_connections_lose_no_commits(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     chains = [[streams.creation(key(f"s{i}"))] for i in range(8)]
     is_done = asyncio.Event()

@@ -13,7 +13,7 @@ import uvloop
 
 from service.core.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
-from service.store.base import Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, Store
 from service.store.open import open_store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
@@ -35,8 +35,8 @@ class Lossy(NamedTuple):
     """A store on a path that can lose replies, and a store beside it on a sound one."""
 
     path: LossyPath
-    store: StateStore
-    others: StateStore
+    store: Store
+    others: Store
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ async def test_acknowledged_commits_survive_kills_under_load(
     acknowledged: dict[int, Commit] = {}
     stop = asyncio.Event()
 
-    async def writer(store: StateStore, number: int) -> None:
+    async def writer(store: Store, number: int) -> None:
         commit = streams.creation(key(f"s{number}"))
         while not stop.is_set():
             assert await store.commit(columns(commit)) == [Committed()]
@@ -177,7 +177,7 @@ async def test_an_unavailable_server_times_out(own_server: RealServer, streams: 
                     await call
             assert caught.value.facts["retry_after_s"] > 0
             assert own_server.socket in caught.value.detail
-        (check,) = await store.check()
+        check = await store.monitor.check()
         assert not check.ok
         assert own_server.socket in check.detail
 
@@ -205,7 +205,7 @@ async def test_a_commit_to_an_unresponsive_server_has_an_unknown_outcome(
                 results = await store.commit(columns(first, second))
                 with pytest.raises(StoreUnavailable):
                     await load(store, [key("a")])
-                (check,) = await store.check()
+                check = await store.monitor.check()
         finally:
             own_server.signal(signal.SIGCONT)
         assert [type(result) for result in results] == [OutcomeUnknown] * 2

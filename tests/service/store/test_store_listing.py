@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.core.errors import InvalidInput
-from service.store.base import StateStore
+from service.store.base import Store
 from service.store.redis.scan import drop_tombstones
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
@@ -19,7 +19,7 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
     return emptied(every_store)
 
 
-async def listed(store: StateStore, model: str, prefix: str, limit: int) -> list[str]:
+async def listed(store: Store, model: str, prefix: str, limit: int) -> list[str]:
     names: list[str] = []
     cursor: str | None = None
     while True:
@@ -45,7 +45,7 @@ async def test_every_stream_is_listed_across_pages(
     assert set(await listed(store, "none", "", limit)) == set()
 
 
-async def test_a_prefix_is_not_a_pattern(store: StateStore, streams: Streams) -> None:
+async def test_a_prefix_is_not_a_pattern(store: Store, streams: Streams) -> None:
     names = ["JFK-AA", "JFK-B6", "JFKX", "jfk-AA", "LGA:JFK-AA"]
     await committed(store, *(streams.creation(key(name)) for name in names))
     assert set(await listed(store, "flights", "JFK-", 10)) == {"JFK-AA", "JFK-B6"}
@@ -67,7 +67,7 @@ async def test_a_page_has_at_most_limit_names(open_on: OpenStore, streams: Strea
 
 
 async def test_other_keys_are_not_listed(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     await committed(store, streams.creation(key("a")))
     with server.client() as client:
@@ -85,14 +85,14 @@ async def test_namespaces_are_isolated(open_on: OpenStore, streams: Streams) -> 
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "-1", "1.5", "²", str(2**64)])
-async def test_an_invalid_cursor_is_rejected(store: StateStore, cursor: str) -> None:
+async def test_an_invalid_cursor_is_rejected(store: Store, cursor: str) -> None:
     expected = "cursor: expected the `cursor` of the previous page"
     with pytest.raises(InvalidInput, match=expected):
         await store.streams("flights", "", cursor, 10)
 
 
 async def test_deleted_streams_are_not_listed(
-    store: StateStore, streams: Streams, server: RealServer
+    store: Store, streams: Streams, server: RealServer
 ) -> None:
     names = [f"s{i}" for i in range(20)]
     await committed(store, *(streams.creation(key(name)) for name in names))

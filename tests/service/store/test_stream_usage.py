@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from service.store.base import Committed, Conflicted, StateStore
+from service.store.base import Committed, Conflicted, Store
+from service.store.capabilities import Quota, Registration
 from service.store.redis.commands import PendingCommand
 from service.store.redis.redis_store import RedisStore
-from service.store.usage import Quota, Registration
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied
 from tests.support.streams import OpenStore, Streams, absence, columns, committed, key
@@ -22,12 +22,12 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
     return emptied(every_store)
 
 
-async def register(store: StateStore, quota: Quota, *streams: str, size: int = 100) -> Registration:
+async def register(store: Store, quota: Quota, *streams: str, size: int = 100) -> Registration:
     return await store.usage.register(KEY, [(key(name), size) for name in streams], quota)
 
 
 async def test_streams_are_accepted_up_to_the_quota_and_then_only_known_ones(
-    store: StateStore,
+    store: Store,
 ) -> None:
     quota = Quota(2, None)
     assert await register(store, quota, "a", "b", "c") == ([True, True, False], 2, 200)
@@ -41,7 +41,7 @@ async def test_streams_are_accepted_up_to_the_quota_and_then_only_known_ones(
     assert other == ([True], 1, 1)
 
 
-async def test_bytes_are_accepted_up_to_the_quota(store: StateStore) -> None:
+async def test_bytes_are_accepted_up_to_the_quota(store: Store) -> None:
     quota = Quota(None, 250)
     assert await register(store, quota, "a", "b", "c") == ([True, True, False], 2, 200)
     assert await register(store, quota, "d", size=51) == ([False], 2, 200)
@@ -58,7 +58,7 @@ async def test_concurrent_processes_do_not_exceed_a_quota_together(open_on: Open
     assert accepted.count(True) == 7
 
 
-async def test_release_keeps_a_stream_that_was_registered_again(store: StateStore) -> None:
+async def test_release_keeps_a_stream_that_was_registered_again(store: Store) -> None:
     await register(store, Quota(2, 1000), "a")
     (before,) = await store.usage.find_registrations(KEY, [key("a")])
     # a larger state replaces the smaller one in the count
@@ -71,7 +71,7 @@ async def test_release_keeps_a_stream_that_was_registered_again(store: StateStor
     assert await register(store, Quota(2, 1000), "b", size=200) == ([True], 1, 200)
 
 
-async def test_reconcile_keeps_the_streams_that_exist(store: StateStore, streams: Streams) -> None:
+async def test_reconcile_keeps_the_streams_that_exist(store: Store, streams: Streams) -> None:
     names = ["live", "deleted", *(f"gone{index}" for index in range(600))]
     await register(store, Quota(None, None), *names, size=10)
     live, deleted = streams.creation(key("live")), streams.creation(key("deleted"))
@@ -88,7 +88,7 @@ async def test_reconcile_keeps_the_streams_that_exist(store: StateStore, streams
 
 @pytest.mark.parametrize("was_deleted", [False, True])
 async def test_commits_behind_a_removed_registration_create_nothing(
-    store: StateStore, streams: Streams, *, was_deleted: bool
+    store: Store, streams: Streams, *, was_deleted: bool
 ) -> None:
     """A stream is never created without being counted."""
     name = key("s")
@@ -106,7 +106,7 @@ async def test_commits_behind_a_removed_registration_create_nothing(
     assert await register(store, Quota(1, None), "t") == ([False], 1, 100)
 
 
-async def test_registrations_of_earlier_versions_are_read(store: StateStore) -> None:
+async def test_registrations_of_earlier_versions_are_read(store: Store) -> None:
     """Their value ends with the time of the registration."""
     assert isinstance(store, RedisStore)
     name = store._keys.stream_usage(KEY)

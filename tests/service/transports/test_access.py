@@ -117,7 +117,7 @@ async def api(
     async with harness(
         pipeline_server, models, fast_path=request.param, requires_keys=True, extend=add_all
     ) as running:
-        add_watching(running.app, Watches(running.store, running.counts))
+        add_watching(running.app, Watches(running.store, running.store.outputs, running.counts))
         await running.store.outputs.start()
         yield running
         await running.store.outputs.close()
@@ -192,7 +192,7 @@ async def test_every_route_needs_a_valid_key(api: Harness, lines: list[RequestLi
     good = await api.key()
     expired = await api.key(expires_ms=5000)
     revoked = await api.key()
-    await revoke(api.store, revoked)
+    await revoke(api.store.keys, revoked)
     await api.refresh_keys()
     wrong = good[:-8] + "00000000"
     unknown = f"Bearer carry_{'0' * 12}_{'0' * 64}"
@@ -354,7 +354,7 @@ async def test_chunks_of_both_protocols_are_limited_to_the_scope_until_the_key_i
     both = await api.key(verbs=(Verb.PREDICT, Verb.READ_STATE))
     for _ in range(2):
         assert await send_tensor(api, both, "s", outputs=STATE) == 200
-    await revoke(api.store, key)
+    await revoke(api.store.keys, key)
     await api.refresh_keys()
     assert await send_chunk(api, key, "acme:1", 6) == 401
     assert await send_tensor(api, key, "acme:2") == 401
@@ -459,7 +459,7 @@ async def test_watch_ends_when_its_key_is_revoked(api: Harness) -> None:
         lines = response.aiter_lines()
         async with asyncio.timeout(20):
             assert "event: stream" in [await anext(lines) for _ in range(3)]
-            await revoke(api.store, key)
+            await revoke(api.store.keys, key)
             await api.refresh_keys()
             rest = [line async for line in lines]
     assert "event: end" in rest
@@ -542,7 +542,7 @@ async def test_token_narrows_its_key_on_both_paths_and_ends_with_it(api: Harness
         assert await door(api, token, stream) == 401
         api.clock[0] = 1_000_000
         assert await door(api, token, f"{stream}2") == 200
-        await revoke(api.store, key)
+        await revoke(api.store.keys, key)
         await api.refresh_keys()
         assert await door(api, token, stream) == 401
 

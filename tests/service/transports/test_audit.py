@@ -117,7 +117,7 @@ async def test_created_and_revoked_keys_are_audited_without_secrets(
 ) -> None:
     authorization = await api.key(verbs=(Verb.LIST,), name="shop")
     await api.refresh_keys()
-    await revoke(api.store, authorization)
+    await revoke(api.store.keys, authorization)
     await api.refresh_keys()
     key_id, secret = authorization.split("_")[1:]
     assert [(line["message"], line["key"], line["name"]) for line in written] == [

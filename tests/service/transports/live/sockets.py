@@ -44,7 +44,8 @@ async def live_application(
         extend(app)
         add_live_sockets(app, sockets, ORIGINS)
         api = app.state.api
-        add_watching(app, Watches(api.access._pipeline._store, api.recorder))
+        store = api.access._pipeline._store
+        add_watching(app, Watches(store, store.outputs, api.recorder))
 
     async with harness(server, models, limits=limits, extend=extend_all, **options) as running:
         await running.store.outputs.start()

@@ -162,7 +162,7 @@ async def test_socket_is_closed_when_its_key_is_revoked(api: Harness) -> None:
             sockets.open(STREAM, **with_key(key)) as (client, _),
             sockets.open(MANY, **with_key(other)) as (stays, _),
         ):
-            await revoke(api.store, key)
+            await revoke(api.store.keys, key)
             await api.refresh_keys()
             with pytest.raises(ConnectionClosed) as caught:
                 async with asyncio.timeout(20):
@@ -186,7 +186,7 @@ async def test_queued_chunks_are_dropped_when_the_key_is_revoked(
             [socket] = sockets.served()
             await becomes(lambda: socket._session.unanswered == hello["window"], "its chunks")
             client.transport.pause_reading()
-            await revoke(api.store, key)
+            await revoke(api.store.keys, key)
             await api.refresh_keys()
             held_back()
             # what is still queued is applied

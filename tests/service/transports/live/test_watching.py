@@ -181,7 +181,7 @@ async def test_a_slow_watcher_gets_a_gap_and_continues(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_buffer, "MAX_BUFFERED", 3)
-    watches = watching.Watches(api.store, api.counts)
+    watches = watching.Watches(api.store, api.store.outputs, api.counts)
     key = StreamKey("probe", "s")
     async with watches.watch(key, None) as slow, watches.watch(key, None) as reading:
         slow_events, events = follow(slow, 10), follow(reading, 10)
@@ -242,7 +242,7 @@ async def test_outputs_that_do_not_fit_the_buffer_are_taken_from_the_stored_repl
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_buffer, "MAX_BUFFERED_BYTES", 1)
-    watches = watching.Watches(api.store, api.counts)
+    watches = watching.Watches(api.store, api.store.outputs, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 10)
         await anext(events)
@@ -256,7 +256,7 @@ async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await send(api, 1)
-    watches = watching.Watches(api.store, api.counts)
+    watches = watching.Watches(api.store, api.store.outputs, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 0.05)
         while not isinstance(await anext(events), watching.Idle):
@@ -274,7 +274,7 @@ async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
 
 
 async def test_duplicates_and_late_outputs_are_not_delivered_twice(api: Harness) -> None:
-    watches = watching.Watches(api.store, api.counts)
+    watches = watching.Watches(api.store, api.store.outputs, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 0.1)
         await anext(events)
@@ -368,7 +368,7 @@ async def test_a_watch_needs_the_store(api: Harness, monkeypatch: pytest.MonkeyP
 
 async def test_a_store_that_fails_ends_the_watch(api: Harness) -> None:
     await send(api, 2)
-    watches = watching.Watches(api.store, api.counts)
+    watches = watching.Watches(api.store, api.store.outputs, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 10)
         await anext(events)
@@ -383,7 +383,7 @@ async def _unavailable(*_: object) -> None:
 
 async def test_outputs_that_workers_publish_in_another_order_are_sorted(api: Harness) -> None:
     await send(api, 1)
-    watches = watching.Watches(api.store, api.counts)
+    watches = watching.Watches(api.store, api.store.outputs, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 10)
         await anext(events)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
+from typing import Any
 
 import redis
 
@@ -13,7 +14,7 @@ from service.core.values import Check, StoredReply, StreamHead, StreamKey, Strea
 from service.store.base import (
     CommitColumns,
     CommitResult,
-    StateStore,
+    Store,
     StoredValue,
 )
 from service.store.codec import TOMBSTONE_PREFIX, decode_state, encode_state
@@ -61,10 +62,21 @@ class StoredStates(MutableMapping[StreamKey, StreamState]):
             self._client.delete(self._keys.reply(key))
 
 
-class FaultyStore:
-    """A `StateStore` that passes everything on, except what a test has it fail."""
+class FaultyPart:
+    """A capability of a store whose methods may be replaced, or fail."""
 
-    def __init__(self, store: StateStore, states: StoredStates):
+    def __init__(self, part: Any, fail: Callable[[], None], **replaced: Any):
+        self._part, self._fail, self._replaced = part, fail, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        self._fail()
+        return self._replaced.get(name) or getattr(self._part, name)
+
+
+class FaultyStore:
+    """A `Store` that passes everything on, except what a test has it fail."""
+
+    def __init__(self, store: Store, states: StoredStates):
         self.states = states
         self.away: Exception | None = None
         """Raised by every call while it is set."""
@@ -74,13 +86,15 @@ class FaultyStore:
         """May answer a commit in the store's place."""
         self.on_delete: Callable[[StreamKey], CommitResult | None] = lambda _: None
         """May answer a deletion in the store's place."""
-        self.checks: list[Check] | None = None
-        """Answers `check` in the store's place."""
+        self.check: Check | None = None
+        """Answers the monitor's `check` in the store's place."""
         self.held: asyncio.Event | None = None
         """While it exists and is not set, loads do not start and commits are not answered."""
         self.holds = 0
         """How many calls were held so far."""
         self._store = store
+        self.keys = FaultyPart(store.keys, self._fail)
+        self.monitor = FaultyPart(store.monitor, lambda: None, check=self._check)
         self.outputs = store.outputs
         self.usage = store.usage
         self.rates = store.rates
@@ -91,25 +105,11 @@ class FaultyStore:
     async def close(self) -> None:
         await self._store.close()
 
-    async def check(self) -> list[Check]:
-        return await self._store.check() if self.checks is None else self.checks
+    async def _check(self) -> Check:
+        return await self._store.monitor.check() if self.check is None else self.check
 
     def shard(self, key: StreamKey) -> Hashable:
         return self._store.shard(key)
-
-    async def access_keys(
-        self, version: bytes | None, deadline_s: float = math.inf
-    ) -> tuple[bytes, Mapping[str, bytes]] | None:
-        if self.away is not None:
-            raise self.away
-        return await self._store.access_keys(version, deadline_s)
-
-    async def write_access_keys(self, records: Mapping[str, bytes]) -> None:
-        await self._store.write_access_keys(records)
-
-    async def token_key(self) -> bytes:
-        self._fail()
-        return await self._store.token_key()
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float = math.inf

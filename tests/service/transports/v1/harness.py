@@ -72,7 +72,7 @@ class Harness:
 
     async def key(self, **scope: Any) -> str:
         """The Authorization of a new access key, which the application knows."""
-        authorization = await new_authorization(self.store, **scope)
+        authorization = await new_authorization(self.store.keys, **scope)
         await self.refresh_keys()
         return authorization
 
@@ -155,7 +155,9 @@ async def harness(
     await built.start()
     keys = None
     if requires_keys is not None:
-        keys = AccessKeys(store, required=requires_keys, now_ms=lambda: clock[0], on_change=audit)
+        keys = AccessKeys(
+            store.keys, required=requires_keys, now_ms=lambda: clock[0], on_change=audit
+        )
         await keys.refresh()
     app = create_api(
         built,

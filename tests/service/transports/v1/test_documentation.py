@@ -146,7 +146,7 @@ async def test_every_exchange_of_the_api_page_is_current(
     async with harness(pipeline_server, {"flights": artifact}) as api:
         address = "unix:///run/carry/valkey.sock"
         detail, servers = f"{address} accepts commits", (ServerStatus(address, "up"),)
-        api.store.checks = [Check("store", True, detail, servers=servers)]
+        api.store.check = Check("store", True, detail, servers=servers)
         for request, abridged, reply in exchanges():
             first, headers, body = parts(request)
             method, address = first.split(" ")
@@ -187,7 +187,7 @@ async def test_every_route_has_its_section(pipeline_server: RealServer, tmp_path
     spec = flights_spec()
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
     async with harness(pipeline_server, {"flights": artifact}) as api:
-        add_watching(api.app, Watches(api.store, api.counts))
+        add_watching(api.app, Watches(api.store, api.store.outputs, api.counts))
         paths = (await api.client.get("/openapi.json")).json()["paths"]
     text = (ROOT / "docs/reference/http-api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^### `([A-Z]+) (\S+)`$", text, re.MULTILINE))

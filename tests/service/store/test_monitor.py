@@ -9,9 +9,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.core.values import Check
-from service.store.base import StateStore
+from service.store.base import Store
 from service.store.open import open_store
-from service.store.redis import readiness
+from service.store.redis import monitor
 from service.store.settings import StoreSettings
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster
 from tests.support.servers import RealServer, opened, real_server, until, until_async
@@ -20,12 +20,11 @@ from tests.support.streams import OpenStore, Streams, committed, key
 PARTITIONS = 16
 
 
-async def store_check(store: StateStore) -> Check:
-    (check,) = await store.check()
-    return check
+async def store_check(store: Store) -> Check:
+    return await store.monitor.check()
 
 
-async def test_full_store_is_not_ready(store: StateStore, server: RealServer) -> None:
+async def test_full_store_is_not_ready(store: Store, server: RealServer) -> None:
     server.configure("maxmemory", 1)
     try:
         check = await store_check(store)
@@ -36,9 +35,9 @@ async def test_full_store_is_not_ready(store: StateStore, server: RealServer) ->
     assert (await store_check(store)).ok
 
 
-async def test_memory_ratio_is_observed(store: StateStore, server: RealServer) -> None:
+async def test_memory_ratio_is_observed(store: Store, server: RealServer) -> None:
     limit = 64 * 2**20
-    assert store.telemetry.memory_ratio == 0
+    assert store.monitor.telemetry.memory_ratio == 0
     server.configure("maxmemory", limit)
     try:
         await store_check(store)
@@ -46,11 +45,11 @@ async def test_memory_ratio_is_observed(store: StateStore, server: RealServer) -
             info = client.info("memory")
         # the server does not count what an append-only file and replicas buffer
         used = info["used_memory"] - info["mem_not_counted_for_evict"]
-        assert store.telemetry.memory_ratio == pytest.approx(used / limit, rel=0.2)
+        assert store.monitor.telemetry.memory_ratio == pytest.approx(used / limit, rel=0.2)
     finally:
         server.configure("maxmemory", 0)
     await store_check(store)
-    assert store.telemetry.memory_ratio == 0
+    assert store.monitor.telemetry.memory_ratio == 0
 
 
 @pytest.mark.parametrize("command", ["eval", "set"])
@@ -70,9 +69,7 @@ async def test_a_store_that_denies_commits_is_not_ready(server: RealServer, comm
             client.acl_deluser("carry")
 
 
-async def test_trial_commits_expire(
-    store: StateStore, server: RealServer, streams: Streams
-) -> None:
+async def test_trial_commits_expire(store: Store, server: RealServer, streams: Streams) -> None:
     await committed(store, streams.creation(key("a")))
     with server.client() as client:
         keys = client.dbsize()
@@ -105,7 +102,7 @@ async def test_enabling_eviction_after_start_fails_readiness(
 async def test_the_store_is_checked_periodically(
     server: RealServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readiness, "RECHECK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(monitor, "RECHECK_INTERVAL_S", 0.01)
     with capture_logs() as lines:
         async with opened(server.url):
             server.configure("maxmemory-policy", "allkeys-lru")
@@ -120,7 +117,7 @@ async def test_the_store_is_checked_periodically(
 
 
 async def test_concurrent_readiness_requests_share_one_check(
-    store: StateStore, server: RealServer
+    store: Store, server: RealServer
 ) -> None:
     with server.client() as client:
         before = (
@@ -167,7 +164,7 @@ async def test_memory_ratio_is_that_of_the_fullest_shard(lasting_cluster: Cluste
         other.ask("CONFIG", "SET", "maxmemory", 20 * used)
         try:
             await store_check(store)
-            ratio = store.telemetry.memory_ratio
+            ratio = store.monitor.telemetry.memory_ratio
             assert ratio == pytest.approx(0.5, rel=0.2)
             fullest.pause()
             try:
@@ -175,7 +172,7 @@ async def test_memory_ratio_is_that_of_the_fullest_shard(lasting_cluster: Cluste
             finally:
                 fullest.resume()
             # one that does not answer is as full as before
-            assert store.telemetry.memory_ratio == ratio
+            assert store.monitor.telemetry.memory_ratio == ratio
         finally:
             for node in (fullest, other, unlimited):
                 node.ask("CONFIG", "SET", "maxmemory", 0)

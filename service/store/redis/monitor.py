@@ -1,4 +1,4 @@
-"""Readiness of the store: whether its servers accept commits, checked on request and periodically.
+"""Monitor of a store: whether its servers accept commits, checked on request and periodically.
 
 Each check reads the configuration of every primary and runs a trial commit on it, with the script
 of all commits, on a key that expires after a millisecond: a server whose memory is full, whose disk
@@ -24,6 +24,7 @@ import structlog
 
 from service.core.errors import CarryError, StoreRefused
 from service.core.values import Check, ServerStatus
+from service.store.capabilities import StreamCount
 from service.store.redis.commands import Command, Script
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
@@ -35,6 +36,7 @@ from service.store.redis.server_checks import (
     parse_info,
     read_fsync_options,
 )
+from service.store.redis.stream_count import count_streams
 from service.store.settings import Durability, StoreSettings
 
 PROBE_TIMEOUT_S: Final = 1.0
@@ -57,14 +59,15 @@ class ServerFault(NamedTuple):
     is_unsafe: bool = False
 
 
-class Readiness:
-    """Readiness of a store; concurrent callers share one check.
+class RedisMonitor:
+    """`StoreMonitor` of a single server or a cluster; concurrent callers share one check.
 
     Args:
         commit_script: the script that writes streams.
     """
 
     def __init__(self, router: Router, settings: StoreSettings, commit_script: Script):
+        self.telemetry = router.telemetry
         self._router = router
         self._settings = settings
         self._commit_script = commit_script
@@ -90,13 +93,17 @@ class Readiness:
             self._checking = asyncio.get_running_loop().create_task(self._check())
         return await asyncio.shield(self._checking)
 
+    async def count_streams(self) -> dict[str, StreamCount]:
+        """Count the streams of each model, in bounded time; estimated if there are many."""
+        return await count_streams(self._router, self._settings.keys)
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(RECHECK_INTERVAL_S)
             await self.check()
 
     async def _check(self) -> Check:
-        telemetry = self._router.telemetry
+        telemetry = self.telemetry
         try:
             layout = await self._router.layout()
         except CarryError as error:
