@@ -82,6 +82,7 @@ def create_app() -> FastAPI:
             max_batch_rows=settings.max_batch_rows,
             max_batch_steps=settings.max_batch_steps,
             inference_timeout_s=settings.inference_timeout_s,
+            runtime_threads=settings.runtime_threads,
             max_queue=settings.max_queue,
             max_queue_wait_s=settings.max_queue_wait_s,
             batches_in_flight=settings.batches_in_flight,

@@ -38,13 +38,8 @@ MIN_YIELD_S: Final = 0.001
 """Shortest pause between two slices while other batches compute; the event loop's timers have a
 resolution of a millisecond."""
 
-_SMOOTHING: Final = 0.2
+SMOOTHING: Final = 0.2
 """Weight of the newest call in the moving average of call times."""
-
-_SLOW_S: Final = 0.1
-"""A call that takes so long counts ten times the longest inline call in the moving average, so the
-next few of its size run in the thread. A shorter one counts at most twice the average, since it may
-be slow because the machine did something else."""
 
 
 class InferenceResult(msgspec.Struct, frozen=True, gc=False):
@@ -67,20 +62,18 @@ class TimeSlicer:
 
     Long computations alternate by themselves. The pauses are for short computations, of one call,
     which would otherwise wait for a slice at each of their stages.
-
-    Args:
-        calls: returns the number of calls so far of short computations.
     """
 
-    def __init__(self, calls: Callable[[], int]):
-        self._calls = calls
-        self._seen, self._began_s = calls(), time.monotonic()
+    def __init__(self, compute: Compute):
+        self._compute = compute
+        self._seen, self._began_s = compute.short_calls, time.monotonic()
 
     async def yield_to_others(self) -> None:
         """Pause between two calls, as long as the last slice took if others compute too."""
         # An inline call blocks the event loop, and a chunk needs several turns of the loop: without
         # a pause, it would wait for a slice of this computation in each of them.
-        with_others, self._seen = self._calls() > self._seen, self._calls()
+        calls = self._compute.short_calls
+        with_others, self._seen = calls > self._seen, calls
         pause_s = max(MIN_YIELD_S, time.monotonic() - self._began_s)
         await asyncio.sleep(pause_s if with_others else 0)
         self._began_s = time.monotonic()
@@ -91,61 +84,55 @@ class Compute:
 
     Args:
         inference_timeout_s: longest call in the thread.
+        threads: threads inside one call, as for `open_runtimes`.
+
+    Attributes:
+        short_calls: number of calls of short computations so far, for `TimeSlicer`.
     """
 
-    def __init__(self, inference_timeout_s: float = 3600.0) -> None:
+    def __init__(self, inference_timeout_s: float = 3600.0, *, threads: int = 1) -> None:
         self._inference_timeout_s = inference_timeout_s
-        self._timer: asyncio.TimerHandle | None = None
+        # The CPU time of a call leaves out what else the machine does meanwhile, the event loop
+        # while the call is in the thread included. A thread has no clock for the others' work.
+        self._clock = time.thread_time if threads == 1 else time.monotonic
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="carry-compute")
+        self._thread = asyncio.Lock()
+        """Locked while a call is in the thread."""
         self._running: Runtime | None = None
         """The runtime of the call in the thread."""
-        self._began_s = 0.0
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="carry-compute")
-        self._in_thread = 0
-        self._seconds: dict[tuple[int, int, int], float] = {}
-        self._calls = 0
+        self._expected_s: dict[tuple[int, int, int], float] = {}
+        self.short_calls = 0
 
-    async def _run(self, runtime: Runtime, call: Callable[[], T]) -> T:
+    async def _run_in_thread(self, runtime: Runtime, call: Callable[[], T]) -> T:
         """Run one call of a runtime in the compute thread."""
+
+        def run() -> T:
+            self._running = runtime
+            try:
+                return call()
+            finally:
+                self._running = None
+
+        def end(_: object) -> None:
+            timer.cancel()
+            self._thread.release()
+
+        await self._thread.acquire()
         loop = asyncio.get_running_loop()
-        future = self._executor.submit(self._run_in_thread, runtime, call)
-        self._in_thread += 1
-        if self._timer is None:
-            self._timer = loop.call_later(self._inference_timeout_s, self._terminate_long_call)
-        try:
-            return await asyncio.wrap_future(future)
-        finally:
-            if future.done():
-                self._note_call_ended()
-            else:
-                # the caller was cancelled, but its call continues in the thread
-                future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._note_call_ended))
+        future = loop.run_in_executor(self._executor, run)
+        timer = loop.call_later(self._inference_timeout_s, self._terminate_call)
+        future.add_done_callback(end)
+        # a call whose caller is cancelled continues in the thread
+        return await asyncio.shield(future)
 
-    def _run_in_thread(self, runtime: Runtime, call: Callable[[], T]) -> T:
-        self._began_s = time.monotonic()
-        self._running = runtime
-        try:
-            return call()
-        finally:
-            self._running = None
-
-    def _note_call_ended(self) -> None:
-        self._in_thread -= 1
-
-    def _terminate_long_call(self) -> None:
-        """Terminate the call in the thread if it took too long, and set the timer again."""
-        self._timer, left_s = None, self._inference_timeout_s
+    def _terminate_call(self) -> None:
+        """Terminate the call in the thread, if it has not ended meanwhile."""
         if (runtime := self._running) is not None:
-            left_s += self._began_s - time.monotonic()
-            if left_s <= 0:
-                runtime.terminate_call()
-                left_s = self._inference_timeout_s
-        if self._in_thread:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(left_s, self._terminate_long_call)
+            runtime.terminate_call()
 
     async def warm(self, runtime: Runtime) -> None:
         """Warm a runtime up in the compute thread."""
-        await self._run(runtime, runtime.warm)
+        await self._run_in_thread(runtime, runtime.warm)
 
     def infer(
         self,
@@ -163,12 +150,13 @@ class Compute:
             states: float32 [B, W]; not modified.
             is_slice: whether this is one slice of a long computation with a `TimeSlicer`.
         """
-        longest = max(map(len, rows))
-        if longest <= runtime.max_steps:
-            self._calls += not is_slice
+        max_steps = runtime.max_steps
+        if max(map(len, rows)) <= max_steps:
+            self.short_calls += not is_slice
             return self._step(runtime, rows, states, on_call)
-        most = runtime.max_steps
-        slices = [[row[at : at + most] for at in range(0, len(row), most)] for row in rows]
+        slices = [
+            [row[at : at + max_steps] for at in range(0, len(row), max_steps)] for row in rows
+        ]
         return self.infer_slices(runtime, slices, states, on_call, is_slice=is_slice)
 
     async def infer_slices(
@@ -192,8 +180,8 @@ class Compute:
         parts: list[list[FloatRows]] = [[] for _ in slices]
         finite = True
         calls = max(map(len, slices))
-        self._calls += calls == 1 and not is_slice
-        slicer = self.time_slicer()
+        self.short_calls += calls == 1 and not is_slice
+        slicer = TimeSlicer(self)
         for turn in range(calls):
             if turn:
                 await slicer.yield_to_others()
@@ -211,54 +199,48 @@ class Compute:
     ) -> InferenceResult:
         """Make one call of the runtime."""
         lengths = [len(row) for row in rows]
-        steps = max(lengths)
-        padded_rows, padded_steps = runtime.padded_shape(len(rows), steps)
-        padded = padded_rows * padded_steps
-        call = runtime, rows, lengths, states, padded_rows, padded_steps
+        padded_rows, padded_steps = shape = runtime.padded_shape(len(rows), max(lengths))
+        call = partial(_call, self._clock, runtime, rows, lengths, states, shape)
         # calls of the same steps, and of about as many rows, take about the same time
         size = (id(runtime), padded_rows.bit_length(), padded_steps)
-        expected_s = self._seconds.get(size, MAX_INLINE_S)
-        if expected_s < MAX_INLINE_S and not self._in_thread:
-            inferred, seconds = _call(*call)
+        expected_s = self._expected_s.get(size, MAX_INLINE_S)
+        if expected_s < MAX_INLINE_S and not self._thread.locked():
+            result, elapsed_s, clock_s = call()
         else:
-            inferred, seconds = await self._run(runtime, partial(_call, *call))
-        before_s = self._seconds.get(size, seconds)
-        noted_s = min(seconds, 2 * before_s) if seconds < _SLOW_S else 10 * MAX_INLINE_S
-        self._seconds[size] = before_s + _SMOOTHING * (noted_s - before_s)
-        on_call(len(rows), sum(lengths), padded, seconds)
-        return inferred
-
-    def time_slicer(self) -> TimeSlicer:
-        """The slicer of a computation of many calls; take it when the computation starts."""
-        return TimeSlicer(lambda: self._calls)
+            result, elapsed_s, clock_s = await self._run_in_thread(runtime, call)
+        before_s = self._expected_s.get(size, clock_s)
+        self._expected_s[size] = before_s + SMOOTHING * (clock_s - before_s)
+        on_call(len(rows), sum(lengths), padded_rows * padded_steps, elapsed_s)
+        return result
 
     def close(self) -> None:
         """Terminate the running call and stop the thread."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if (runtime := self._running) is not None:
-            runtime.terminate_call()
+        self._terminate_call()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _call(
+    clock: Callable[[], float],
     runtime: Runtime,
     rows: Sequence[FloatRows],
     lengths: Sequence[int],
     states: FloatRows,
-    padded_rows: int,
-    padded_steps: int,
-) -> tuple[InferenceResult, float]:
-    began_s = time.monotonic()
-    batch, padded_lengths = _pad(rows, lengths, padded_rows, padded_steps)
-    if padded_rows > len(rows):
-        unpadded = states
-        states = np.zeros((padded_rows, unpadded.shape[1]), np.float32)
-        states[: len(unpadded)] = unpadded
+    shape: tuple[int, int],
+) -> tuple[InferenceResult, float, float]:
+    """Call a runtime with rows that are padded to a shape, and drop the results of the padding.
+
+    Returns:
+        The results, and how long the call took: elapsed, and by the clock of `Compute`.
+    """
+    began_s, clock_began_s = time.monotonic(), clock()
+    batch, padded_lengths = _pad(rows, lengths, *shape)
+    if padding := len(batch) - len(rows):
+        states = np.concatenate([states, np.zeros((padding, states.shape[1]), np.float32)])
     outputs, stepped = runtime.step(batch, padded_lengths, states)
-    finite = _is_finite(outputs) and _is_finite(stepped)
+    is_finite = _is_finite(outputs) and _is_finite(stepped)
     parts = [outputs[index, :length] for index, length in enumerate(lengths)]
-    return InferenceResult(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
+    result = InferenceResult(parts, stepped[: len(rows)], is_finite)
+    return result, time.monotonic() - began_s, clock() - clock_began_s
 
 
 def _is_finite(values: FloatRows | FloatBatch) -> bool:

@@ -61,7 +61,7 @@ class ForecastRunner:
     async def _decode(self, job: ForecastJob) -> Forecast | NotFinite | None:
         """Decode one forecast; None if its caller has cancelled it or was answered already."""
         decoding = Decoding(self._spec, *job.payload)
-        slicer = self._compute.time_slicer()
+        slicer = TimeSlicer(self._compute)
         while not decoding.is_done:
             if job.is_resolved or job.is_cancelled:
                 return None

@@ -83,6 +83,7 @@ class PipelineLimits:
     max_batch_rows: int = 128
     max_batch_steps: int = 4096
     inference_timeout_s: float = 3600.0
+    runtime_threads: int = 1
     max_queue: int = 4096
     max_queue_wait_s: float = math.inf
     batches_in_flight: int = 2
@@ -137,7 +138,7 @@ class Pipeline:
         self.quotas = StreamQuotas(store.usage, self._state_bytes)
         self.limiters = KeyLimiters(store.rates)
         self._tokens = StateTokens(store.keys.token_key)
-        self._compute = Compute(limits.inference_timeout_s)
+        self._compute = Compute(limits.inference_timeout_s, threads=limits.runtime_threads)
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""

@@ -16,7 +16,7 @@ import numpy as np
 
 from models.spec.state import State
 from service.core.values import FloatRows
-from service.engine.compute import Compute, OnCall
+from service.engine.compute import Compute, OnCall, TimeSlicer
 from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
 from service.pipeline.served_model import Segment, ServedModel
 
@@ -44,7 +44,7 @@ async def infer_segments(
     outputs: dict[int, FloatRows] = {}
     states: dict[int, State] = {}
     finite = True
-    slicer = compute.time_slicer()
+    slicer = TimeSlicer(compute)
     groups = list(_groups(segments, served.runtime.max_batch))
     for number, group in enumerate(groups):
         if number:

@@ -250,25 +250,44 @@ async def test_close_terminates_the_running_call() -> None:
 
 
 class Pausing(Hanging):
-    """A runtime whose next call takes as long as its test says, by the clock."""
+    """A runtime whose next call takes as long as its test says, in all and of CPU time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(steps=0)
-        self.takes_s = self._now_s = 0.0
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self._now_s))
+        self.takes_s = 0.0, 0.0
+        self._now_s = self._used_s = 0.0
+        clocks = {"monotonic": lambda: self._now_s, "thread_time": lambda: self._used_s}
+        monkeypatch.setattr(module, "time", SimpleNamespace(**clocks))
 
     def step(self, rows: Any, lengths: Any, states: Any) -> Any:
-        self._now_s += self.takes_s
+        elapsed_s, used_s = self.takes_s
+        self._now_s += elapsed_s
+        self._used_s += used_s
         return super().step(rows, lengths, states)
 
 
+@pytest.mark.parametrize(("threads", "used_s"), [(1, 0.05), (2, 0.0)])
 async def test_after_one_slow_call_a_few_of_its_size_run_in_the_thread(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, threads: int, used_s: float
 ) -> None:
-    compute, runtime = Compute(), Pausing(monkeypatch)
-    for runtime.takes_s in (0, 0, 0.1, *[0] * 10):
+    """The CPU time of one of several threads would say little of the call."""
+    runtime = Pausing(monkeypatch)
+    compute = Compute(threads=threads)
+    fast = 0.0, 0.0
+    for runtime.takes_s in (fast, fast, (0.05, used_s), *[fast] * 10):
         await infer(compute, runtime, 2)
     names = [name.startswith("carry-compute") for name in runtime.threads]
     assert names[:4] == [True, False, False, True]
     assert not names[-1], "and back on the event loop, once they are fast again"
+    compute.close()
+
+
+async def test_calls_stay_on_the_event_loop_while_the_machine_does_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = Pausing(monkeypatch)
+    compute = Compute()
+    for runtime.takes_s in [(0.05, 0.001)] * 10:
+        await infer(compute, runtime, 2)
+    assert [name.startswith("carry-compute") for name in runtime.threads] == [True, *[False] * 9]
     compute.close()
