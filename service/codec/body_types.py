@@ -30,8 +30,8 @@ from service.codec.field_rules import (
     PositionNumber,
     StateValues,
 )
-from service.codec.limits import ApiLimits
 from service.codec.media import Media
+from service.codec.settings import RequestSettings
 from service.core.values import STREAM_NAME
 from service.pipeline.served_model import ServedModel
 
@@ -180,7 +180,7 @@ class BodyTypes:
     forecast: type[ForecastBody] | None
 
 
-def build_body_types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
+def build_body_types(served: ServedModel, limits: RequestSettings, media: Media) -> BodyTypes:
     """Build the types of one model's bodies."""
     steps: dict[str, Any] = {
         "events": (_events(served, limits), _steps_field(served, "events", limits)),
@@ -233,7 +233,7 @@ def known_future_schema(served: ServedModel) -> EventSchema | None:
 
 
 def _forecast(
-    served: ServedModel, limits: ApiLimits, lead: str, suffix: str
+    served: ServedModel, limits: RequestSettings, lead: str, suffix: str
 ) -> type[ForecastBody] | None:
     decoder = served.artifact.spec.decoder
     if decoder is None:
@@ -262,7 +262,7 @@ def _forecast(
     )
 
 
-def _events(served: ServedModel, limits: ApiLimits) -> Any:
+def _events(served: ServedModel, limits: RequestSettings) -> Any:
     if served.events is None:
         hidden: Any = SkipJsonSchema
         return hidden[Annotated[Any, BeforeValidator(_no_events(served.name))]]
@@ -270,7 +270,7 @@ def _events(served: ServedModel, limits: ApiLimits) -> Any:
     return Annotated[list[event], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
 
 
-def _inputs(served: ServedModel, limits: ApiLimits, media: Media) -> Any:
+def _inputs(served: ServedModel, limits: RequestSettings, media: Media) -> Any:
     if media is Media.MSGPACK:
         return bytes | None
     width = {"minItems": served.input_features, "maxItems": served.input_features}
@@ -279,11 +279,11 @@ def _inputs(served: ServedModel, limits: ApiLimits, media: Media) -> Any:
     return Annotated[list[row], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
 
 
-def _lengths(limits: ApiLimits) -> dict[str, Any]:
+def _lengths(limits: RequestSettings) -> dict[str, Any]:
     return {"minItems": 1, "maxItems": limits.max_chunk_steps}
 
 
-def _steps_field(served: ServedModel, name: str, limits: ApiLimits) -> Any:
+def _steps_field(served: ServedModel, name: str, limits: RequestSettings) -> Any:
     if name == "events":
         return Field(None, description="Events under the model's schema.")
     columns = ", ".join(column.name for column in served.artifact.spec.columns[:64])

@@ -33,8 +33,8 @@ from service.codec.duplicates import (
     check_no_duplicates,
 )
 from service.codec.field_rules import EPOCH, MAX_POSITION
-from service.codec.limits import ApiLimits
 from service.codec.media import Media
+from service.codec.settings import RequestSettings
 from service.codec.strict_validator import decode_token
 from service.core.values import Feed, FloatRows, SequenceInput, Steps, is_stream_name
 from service.pipeline.served_model import ServedModel
@@ -262,7 +262,7 @@ class FastDecoder:
         limits: those of the model.
     """
 
-    def __init__(self, served: ServedModel, limits: ApiLimits):
+    def __init__(self, served: ServedModel, limits: RequestSettings):
         self._columns = served.artifact.spec.columns
         self._features = len(self._columns)
         self._row_bytes = _F4.itemsize * self._features
@@ -423,7 +423,7 @@ class FastDecoder:
         steps = Steps(Feed.EVENTS, read.columns.steps, read.columns, None, read.resets)
         return steps, read.members, read.strings
 
-    def _build_decoders(self, media: Media, limits: ApiLimits, event: Any) -> _Decoders:
+    def _build_decoders(self, media: Media, limits: RequestSettings, event: Any) -> _Decoders:
         features, most = self._features, limits.max_chunk_steps
         if media is Media.JSON:
             row: Any = Annotated[list[float], Meta(min_length=features, max_length=features)]

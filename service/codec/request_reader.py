@@ -19,8 +19,8 @@ from service.codec.body_types import (
 )
 from service.codec.duplicates import count_parts, find_duplicates
 from service.codec.fast_decoder import FastDecoder
-from service.codec.limits import ApiLimits
 from service.codec.media import Encoded, Media, encoded_list, encoded_object, loads
+from service.codec.settings import RequestSettings
 from service.codec.strict_validator import StrictValidator, validate_body
 from service.codec.validation_errors import BODY, Origin
 from service.core.delivery import chunk_digest, new_nonce
@@ -62,7 +62,7 @@ class RequestReader:
     """
 
     def __init__(
-        self, served: ServedModel, limits: ApiLimits, nonce: Callable[[], bytes] = new_nonce
+        self, served: ServedModel, limits: RequestSettings, nonce: Callable[[], bytes] = new_nonce
     ):
         limits = limits.of_model(served.chunk_limit)
         self.served = served

@@ -32,8 +32,8 @@ from service.codec.body_types import (
     known_future_schema,
 )
 from service.codec.duplicates import find_duplicate
-from service.codec.limits import ApiLimits
 from service.codec.media import Media, loads, malformed
+from service.codec.settings import RequestSettings
 from service.codec.validation_errors import (
     BODY,
     Origin,
@@ -136,7 +136,7 @@ class StrictValidator:
         future_fields: names of the known future covariates of a step.
     """
 
-    def __init__(self, served: ServedModel, limits: ApiLimits):
+    def __init__(self, served: ServedModel, limits: RequestSettings):
         self.types = {media: build_body_types(served, limits, media) for media in Media}
         self._served = served
         self._columns = served.artifact.spec.columns

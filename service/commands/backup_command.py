@@ -66,13 +66,13 @@ def backup(
             if records:
                 count = f"{len(records):,} access key{'' if len(records) == 1 else 's'}"
                 key_hint = f" and {count}" if keys else f", without the {count} (--keys)"
-            info = BackupInfo(created_ms, settings.namespace, model, prefix, stored)
+            info = BackupInfo(created_ms, settings.store.namespace, model, prefix, stored)
             return await write_backup(store, target, info, report)
 
         progress = _run(settings, "backing up", run)
     # another namespace would look like an empty store, and its backup like a good one
     what = "none of these is" if model is not None or prefix else "none is"
-    none = f"{what} in the namespace {settings.namespace!r} (CARRY_NAMESPACE)"
+    none = f"{what} in the namespace {settings.store.namespace!r} (CARRY_NAMESPACE)"
     hint = "" if progress.streams or progress.damaged else f": {none}"
     typer.echo(f"backed up {_count(progress.streams)}{key_hint}{hint}", err=True)
     if progress.damaged:
@@ -187,13 +187,12 @@ def _run(
     from rich.progress import TextColumn, TimeElapsedColumn
 
     from service.store.open import open_store
-    from service.store_settings import store_settings
 
     columns = (TextColumn("{task.description} {task.completed:,} streams"), TimeElapsedColumn())
     console = Console(stderr=True)
 
     async def run() -> Progress:
-        store = open_store(store_settings(settings))
+        store = open_store(settings.store)
         with Display(*columns, console=console, disable=not console.is_terminal) as display:
             task = display.add_task(description, total=None)
             try:

@@ -38,21 +38,21 @@ def capacity(
 
     try:
         settings = Settings.load({})
-        artifact = _find(model, settings.models_dir)
+        artifact = _find(model, settings.models.models_dir)
     except (ModelsError, SettingsError) as error:
         typer.echo(f"carry: {error}", err=True)
         raise typer.Exit(1) from error
     chunks_per_s = rate / chunk
     state, reply_bytes = artifact.state, 4 * chunk * artifact.outputs.size
-    prefix = f"{settings.namespace}{{p0000}}:s:{artifact.spec.name}:"
+    prefix = f"{settings.store.namespace}{{p0000}}:s:{artifact.spec.name}:"
     planned = formula.Streams(
         count=streams,
         state_bytes=4 * state.float_size + 8 * state.int_size,
         name_chars=name_chars,
         prefix_chars=len(prefix),
-        reply_bytes=reply_bytes if reply_bytes <= settings.reply_max_bytes else 0,
-        replies=min(streams, round(chunks_per_s * settings.reply_ttl_s)) if rate else streams,
-        idle_ttl=settings.idle_ttl_s > 0,
+        reply_bytes=reply_bytes if reply_bytes <= settings.store.reply_max_bytes else 0,
+        replies=min(streams, round(chunks_per_s * settings.store.reply_ttl_s)) if rate else streams,
+        idle_ttl=settings.store.idle_ttl_s > 0,
     )
     cache_bytes = formula.cache_bytes(planned)
     per_core = chunks_per_core or formula.CHUNKS_PER_S
@@ -91,7 +91,7 @@ def _find(model: str, directory: Path) -> Artifact:
     """
     from models.artifact.artifact import load_artifact
     from models.errors import ArtifactError
-    from service.app import load_models
+    from service.build import load_models
 
     if os.sep in model or Path(model).is_dir():
         return load_artifact(Path(model))

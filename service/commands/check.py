@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Final, NamedTuple, ParamSpec
 
 from models.errors import ModelsError
 from service.access.key_cache import requires_keys
-from service.app import open_models
+from service.build import open_models
 from service.commands.serve import (
     CannotServeError,
     bind_port,
@@ -33,8 +32,6 @@ from service.store.redis.router import Router
 from service.store.redis.server_checks import ALWAYS, check_servers, find_missing_permissions
 from service.store.redis.stored_keys import RedisStoredKeys
 from service.store.redis.tls_files import check_tls_files
-from service.store.settings import StoreSettings
-from service.store_settings import store_settings
 
 P = ParamSpec("P")
 KeyRecords = tuple[bytes, Mapping[str, bytes]]
@@ -62,13 +59,13 @@ def run_checks(
     """
     yield _run("packages", _check_packages, settings)
     yield _run("models", _check_models, settings)
-    if settings.redis_url is None:
+    if settings.store.redis_url is None:
         yield _run("store", _check_embedded, settings)
-        url = find_running(settings.data_dir)
-        settings = settings.model_copy(update={"redis_url": url})
+        url = find_running(settings.store.data_dir)
+        settings = settings.changed(redis_url=url)
         if url is None:
             yield _run("access", _check_access, settings, _find_keys_without_server(settings))
-    if settings.redis_url is not None:
+    if settings.store.redis_url is not None:
         yield from asyncio.run(_check_store(settings))
     yield _run("shutdown", _check_shutdown, settings, grace_s, proxy_idle_s)
 
@@ -91,7 +88,8 @@ def _check_packages(settings: Settings) -> str:
 
 def _check_models(settings: Settings) -> str:
     return ", ".join(
-        f"{model.name} {model.version} on {model.runtime.name}" for model in open_models(settings)
+        f"{model.name} {model.version} on {model.runtime.name}"
+        for model in open_models(settings.models)
     )
 
 
@@ -99,7 +97,7 @@ def _check_embedded(settings: Settings) -> str:
     """Check that an embedded Valkey could be started."""
     check_embedded(settings)
     server_binary()
-    folder = settings.data_dir.resolve()
+    folder = settings.store.data_dir.resolve()
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -107,21 +105,20 @@ def _check_embedded(settings: Settings) -> str:
             f"{folder} cannot be written; set CARRY_DATA_DIR to a folder of this user, or "
             "CARRY_REDIS_URL to a Redis or Valkey"
         )
-    return f"an embedded Valkey in {settings.data_dir}"
+    return f"an embedded Valkey in {settings.store.data_dir}"
 
 
 def _find_keys_without_server(settings: Settings) -> KeyRecords | None:
     """Find the access keys of an embedded Valkey that does not run: none if it is new, None if they
     are unknown."""
-    return None if (settings.data_dir / "appendonlydir").exists() else (b"", {})
+    return None if (settings.store.data_dir / "appendonlydir").exists() else (b"", {})
 
 
 async def _check_store(settings: Settings) -> list[Result]:
     """Check TLS files, servers, the permissions of their user, and who may send requests."""
-    store_options = replace(store_settings(settings), initialise=False)
     try:
-        check_tls_files(store_options.url)
-        router = open_router(store_options)
+        check_tls_files(settings.store.url)
+        router = open_router(settings.store)
     except CarryError as error:
         return [_failure("store", error)]
     results, name = list[Result](), "store"
@@ -134,7 +131,7 @@ async def _check_store(settings: Settings) -> list[Result]:
         await router.start()
         for name, check in checks.items():
             try:
-                results.append(Result(name, True, await check(router, store_options, settings)))
+                results.append(Result(name, True, await check(router, settings)))
             except StoreUnavailable:
                 raise
             except EXPECTED as error:
@@ -146,12 +143,13 @@ async def _check_store(settings: Settings) -> list[Result]:
     return results
 
 
-async def _check_servers(router: Router, store_options: StoreSettings, _: Settings) -> str:
-    return f"{router.redacted_url}: {await check_servers(router, store_options)}"
+async def _check_servers(router: Router, settings: Settings) -> str:
+    servers = await check_servers(router, settings.store, initialise=False)
+    return f"{router.redacted_url}: {servers}"
 
 
-async def _check_permissions(router: Router, store_options: StoreSettings, _: Settings) -> str:
-    missing = await find_missing_permissions(router, store_options)
+async def _check_permissions(router: Router, settings: Settings) -> str:
+    missing = await find_missing_permissions(router, settings.store)
     lines = [f"{', '.join(names)} (for {purpose})" for purpose, names in missing.items()]
     if ALWAYS in missing:
         raise StoreRefused(
@@ -161,19 +159,17 @@ async def _check_permissions(router: Router, store_options: StoreSettings, _: Se
     return f"all but {'; '.join(lines)}" if lines else "the store's user may run every command"
 
 
-async def _check_stored_access(
-    router: Router, store_options: StoreSettings, settings: Settings
-) -> str:
-    return _check_access(settings, await RedisStoredKeys(router, store_options.keys).read(None))
+async def _check_stored_access(router: Router, settings: Settings) -> str:
+    return _check_access(settings, await RedisStoredKeys(router, settings.store.keys).read(None))
 
 
 def _check_access(settings: Settings, stored: KeyRecords | None) -> str:
     """Check the address to listen on, and that it is not open to others by mistake."""
-    with bind_port(settings.host, 0) as unused:
+    with bind_port(settings.http.host, 0) as unused:
         host = unused.getsockname()[0]
     if stored is None:
         return f"{host}; the embedded Valkey, which may have access keys, does not run"
-    if requires_keys(settings.require_keys, stored):
+    if requires_keys(settings.access.require_keys, stored):
         return f"{host}; requests need an access key"
     may_be_open(settings, host)
     return f"{host}; requests need no access key"
@@ -190,13 +186,13 @@ def _check_shutdown(settings: Settings, grace_s: float | None, proxy_idle_s: flo
             "CARRY_LAME_DUCK_S plus CARRY_DRAIN_S plus seven seconds, or accepted requests fail. "
             "Raise it (terminationGracePeriodSeconds, TimeoutStopSec), or lower one of the settings"
         )
-    if proxy_idle_s is not None and settings.keep_alive_s <= proxy_idle_s:
+    if proxy_idle_s is not None and settings.connections.keep_alive_s <= proxy_idle_s:
         raise CannotServeError(
             f"expected CARRY_KEEP_ALIVE_S longer than the proxy's {proxy_idle_s:g} s, got "
-            f"{settings.keep_alive_s:g} s: the proxy would send requests on connections that the "
-            "service closes"
+            f"{settings.connections.keep_alive_s:g} s: the proxy "
+            "would send requests on connections that the service closes"
         )
     return (
         f"needs a grace period longer than {needed_s:g} s, and a proxy with an idle timeout below "
-        f"{settings.keep_alive_s:g} s"
+        f"{settings.connections.keep_alive_s:g} s"
     )

@@ -108,7 +108,7 @@ def serve_command(
     }
     try:
         settings = Settings.load(flags)
-        configure_logs(settings.log_level, settings.log_format)
+        configure_logs(settings.telemetry.log_level, settings.telemetry.log_format)
         _report_settings(settings)
         serve(settings)
     except (
@@ -149,7 +149,7 @@ def check_command(
     except SettingsError as error:
         results = [Result("settings", False, str(error))]
     else:
-        names = ", ".join(sorted(settings.model_fields_set)) or "none"
+        names = ", ".join(sorted(settings.origins)) or "none"
         results = [Result("settings", True, f"valid; set: {names}")]
         results += run_checks(settings, grace_s, proxy_idle_s)
     for result in results:
@@ -163,7 +163,7 @@ def _report_settings(settings: Settings) -> None:
     from structlog import get_logger
 
     shown = settings.effective()
-    if settings.log_format == "console":
+    if settings.telemetry.log_format == "console":
         widest = max(len(setting.name) for setting in shown)
         for setting in shown:
             typer.echo(f"{setting.name:{widest}} {setting.value:40} {setting.origin}", err=True)

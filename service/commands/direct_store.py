@@ -42,13 +42,15 @@ def open_settings(
     try:
         settings = Settings.load({"redis_url": redis_url, "data_dir": data_dir})
         configure_logs("warning", "console")
-        if settings.redis_url is not None:
+        if settings.store.redis_url is not None:
             yield settings
             return
-        if not create and not settings.data_dir.is_dir():
-            raise SettingsError(f"there is no data directory {settings.data_dir}")
-        with running_valkey(settings.data_dir, fsync=settings.durability == "fsync") as url:
-            yield settings.model_copy(update={"redis_url": url})
+        if not create and not settings.store.data_dir.is_dir():
+            raise SettingsError(f"there is no data directory {settings.store.data_dir}")
+        with running_valkey(
+            settings.store.data_dir, fsync=settings.store.durability == "fsync"
+        ) as url:
+            yield settings.changed(redis_url=url)
     except errors as error:
         reason = error.detail if isinstance(error, CarryError) else str(error)
         typer.echo(f"carry: {reason}", err=True)

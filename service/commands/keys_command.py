@@ -197,10 +197,9 @@ def _find(keys: dict[str, AccessKey], key_id: str) -> AccessKey:
 def _run(settings: Settings, action: Callable[[StoredKeys], Awaitable[T]]) -> T:
     """Act on the keys in the store of the settings."""
     from service.store.open import open_store
-    from service.store_settings import store_settings
 
     async def run() -> T:
-        store = open_store(store_settings(settings))
+        store = open_store(settings.store)
         try:
             await store.start()
             return await action(store.keys)

@@ -28,6 +28,7 @@ import uvicorn
 
 from models.artifact.graphs import ONNXRUNTIME
 from service.access.key_cache import requires_keys
+from service.core.settings import PREFIX
 from service.engine.runtimes.loading import AUTO, import_runtime
 from service.server.connections import CHECK_INTERVAL_S
 from service.server.graceful_server import LATE_S, Periods
@@ -35,11 +36,9 @@ from service.server.open_files import raise_open_files_limit
 from service.server.process_start import CAN_FORK, SIGHUP, Fork, StartProcess, spawn
 from service.server.single_worker import SingleWorker
 from service.server.worker_pool import WorkerPool, WorkersFailedError
-from service.service_links import service_links
-from service.settings import PREFIX, Settings
+from service.settings import Settings, service_links
 from service.store.embedded import EmbeddedValkey
 from service.store.open import open_store
-from service.store_settings import store_settings
 from service.telemetry.logs import flush_logs
 from service.telemetry.metrics import share_metrics
 
@@ -90,30 +89,34 @@ def serve(settings: Settings) -> None:
     raise_open_files_limit()
     check_packages(settings)
     with ExitStack() as stack:
-        listener = stack.enter_context(bind_port(settings.host, settings.port))
+        listener = stack.enter_context(bind_port(settings.http.host, settings.http.port))
         log.info("port_bound", url=_url(listener), answers="when the models are ready")
         # the address itself: gRPC would listen on every address of a name, also on those that
         # `may_be_open` does not check
-        settings = settings.model_copy(update={"host": listener.getsockname()[0]})
-        if settings.grpc_port is not None:
-            port = stack.enter_context(_reserve_port(settings.host, settings.grpc_port, "grpc"))
-            settings = settings.model_copy(update={"grpc_port": port})
-        if settings.admin_port is not None:
-            host = settings.admin_host or settings.host
-            port = stack.enter_context(_reserve_port(host, settings.admin_port, "admin"))
-            settings = settings.model_copy(update={"admin_port": port})
+        settings = settings.changed(host=listener.getsockname()[0])
+        if settings.v2.grpc_port is not None:
+            port = stack.enter_context(
+                _reserve_port(settings.http.host, settings.v2.grpc_port, "grpc")
+            )
+            settings = settings.changed(grpc_port=port)
+        if settings.http.admin_port is not None:
+            host = settings.http.admin_host or settings.http.host
+            port = stack.enter_context(_reserve_port(host, settings.http.admin_port, "admin"))
+            settings = settings.changed(admin_port=port)
         fork = Fork()
-        if settings.redis_url is None:
+        if settings.store.redis_url is None:
             check_embedded(settings)
-            valkey = EmbeddedValkey(settings.data_dir, fsync=settings.durability == "fsync")
+            valkey = EmbeddedValkey(
+                settings.store.data_dir, fsync=settings.store.durability == "fsync"
+            )
             stack.callback(valkey.stop)
             valkey.start()
             fork = Fork(valkey.without_thread)
-            settings = settings.model_copy(update={"redis_url": valkey.url})
-        if settings.workers > 1:
+            settings = settings.changed(redis_url=valkey.url)
+        if settings.processes.workers > 1:
             share_metrics(stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-")))
-        os.environ.update(_environment(settings))
-        if asyncio.run(_requires_keys(settings)) or not may_be_open(settings, settings.host):
+        os.environ.update(settings.environment())
+        if asyncio.run(_requires_keys(settings)) or not may_be_open(settings, settings.http.host):
             # a worker that starts later requires them too, even if the keys are lost
             os.environ[f"{PREFIX}REQUIRE_KEYS"] = "True"
 
@@ -136,7 +139,7 @@ def _run(
     config = uvicorn.Config(
         "service.app:create_app",
         factory=True,
-        workers=settings.workers,
+        workers=settings.processes.workers,
         log_config=None,
         http="service.server.http_protocol:HttpProtocol",
         # named, so that a missing uvloop is an error and does not halve the rate
@@ -148,17 +151,17 @@ def _run(
         server_header=False,
         date_header=False,
         lifespan="on",
-        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        timeout_graceful_shutdown=max(1, round(settings.processes.drain_s)),
     )
     periods = periods_of(settings)
-    if settings.workers == 1:
+    if settings.processes.workers == 1:
         SingleWorker(config, listener, exit_process, periods).run()
         return
     start: StartProcess = spawn
     if CAN_FORK:
-        import_for_workers(settings.runtime)
+        import_for_workers(settings.models.runtime)
         start = fork
-    size, fill = settings.workers, settings.worker_fill
+    size, fill = settings.processes.workers, settings.processes.worker_fill
     try:
         WorkerPool(config, listener, periods, start, size=size, fill=fill).run()
     except WorkersFailedError as error:
@@ -168,10 +171,10 @@ def _run(
 def periods_of(settings: Settings) -> Periods:
     """The periods of a worker's graceful shutdown."""
     return Periods(
-        lame_duck_s=settings.lame_duck_s,
+        lame_duck_s=settings.processes.lame_duck_s,
         # an idle connection is closed at the second check after its time
-        retire_s=settings.keep_alive_s + 2 * CHECK_INTERVAL_S,
-        drain_s=settings.drain_s + LATE_S,
+        retire_s=settings.connections.keep_alive_s + 2 * CHECK_INTERVAL_S,
+        drain_s=settings.processes.drain_s + LATE_S,
     )
 
 
@@ -247,8 +250,8 @@ def check_packages(settings: Settings) -> None:
         CannotServeError: they are not.
     """
     needed = {
-        "CARRY_GRPC_PORT": (settings.grpc_port is not None, GRPC_MODULES, "grpc"),
-        "CARRY_TRACING": (settings.tracing, TRACING_MODULES, "otel"),
+        "CARRY_GRPC_PORT": (settings.v2.grpc_port is not None, GRPC_MODULES, "grpc"),
+        "CARRY_TRACING": (settings.telemetry.tracing, TRACING_MODULES, "otel"),
     }
     for variable, (is_needed, modules, extra) in needed.items():
         try:
@@ -268,7 +271,7 @@ def check_embedded(settings: Settings) -> None:
     Raises:
         CannotServeError: it has no replicas.
     """
-    if settings.durability == "replicated":
+    if settings.store.durability == "replicated":
         raise CannotServeError(
             "CARRY_DURABILITY=replicated needs a store that has replicas: set "
             "CARRY_REDIS_URL, or CARRY_DURABILITY=fsync for the service's own Valkey"
@@ -294,13 +297,13 @@ def _url(listener: socket.socket) -> str:
 async def _requires_keys(settings: Settings) -> bool:
     """Whether requests need an access key; fails the start, in one line, on a store that the
     workers would reject."""
-    store = open_store(store_settings(settings))
+    store = open_store(settings.store)
     try:
         await store.start()
         stored = await store.keys.read(None) or (b"", {})
     finally:
         await store.close()
-    required = requires_keys(settings.require_keys, stored)
+    required = requires_keys(settings.access.require_keys, stored)
     if required and not stored[1]:
         log.warning(
             "no_access_key",
@@ -319,11 +322,11 @@ def may_be_open(settings: Settings, host: str) -> bool:
     Raises:
         CannotServeError: it would be open to others.
     """
-    if settings.require_keys:
+    if settings.access.require_keys:
         return False
     if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         return True
-    if not settings.insecure:
+    if not settings.access.insecure:
         raise CannotServeError(
             f"{host} is reachable from other machines, and there is no access key: whoever reaches "
             "it could read and delete every stream. Make one with `carry keys create NAME`, or set "
@@ -336,10 +339,3 @@ def may_be_open(settings: Settings, host: str) -> bool:
         reason="there is no access key: whoever reaches the port may do everything",
     )
     return True
-
-
-def _environment(settings: Settings) -> dict[str, str]:
-    """Environment variables for the workers: settings that are set by flags or by this process."""
-    return {
-        PREFIX + name.upper(): str(getattr(settings, name)) for name in settings.model_fields_set
-    }

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from service.settings import PREFIX, Settings
+from service.core.settings import PREFIX
+from service.settings import GROUP_OF, describe_settings
 
 BASIC: Final = (
     *("host", "port", "require_keys", "workers", "models_dir", "redis_url", "redis_password_file"),
@@ -20,16 +21,17 @@ BASIC: Final = (
 
 def settings_tables() -> str:
     """Make Markdown tables of the basic and the advanced settings: variable, default, meaning."""
-    advanced = (name for name in Settings.model_fields if name not in BASIC)
+    advanced = (name for name in GROUP_OF if name not in BASIC)
     return f"## Basic settings\n\n{_table(BASIC)}\n\n## Advanced settings\n\n{_table(advanced)}"
 
 
 def _table(names: Iterable[str]) -> str:
+    described = describe_settings()
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for name in names:
-        field = Settings.model_fields[name]
-        meaning = " ".join((field.description or "").split())
-        rows.append(f"| `{PREFIX}{name.upper()}` | {_default(field.default)} | {meaning} |")
+        default, text = described[name]
+        meaning = " ".join(text.split())
+        rows.append(f"| `{PREFIX}{name.upper()}` | {_default(default)} | {meaning} |")
     return "\n".join(rows)
 
 

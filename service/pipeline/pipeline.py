@@ -12,8 +12,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from msgspec.structs import replace
 
@@ -58,6 +57,7 @@ from service.pipeline.predict import PredictRunner, SequenceStart
 from service.pipeline.quota import StreamQuotas
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
+from service.pipeline.settings import BatchingSettings
 from service.pipeline.state_tokens import StateTokens, state_after
 from service.pipeline.streams import Streams
 from service.store.base import Store
@@ -72,34 +72,16 @@ CACHE_CHECK_S: Final = 60.0
 OnReply = Callable[[Reply | CarryError], None]
 """Called once with the result of a chunk."""
 
-OnModelChange = Literal["refuse", "reset"]
-"""What to do with a stream whose state another model version wrote: reject its chunks, or reset."""
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineLimits:
-    """Limits of the pipeline; see the settings of the same names."""
-
-    max_batch_rows: int = 128
-    max_batch_steps: int = 4096
-    inference_timeout_s: float = 3600.0
-    runtime_threads: int = 1
-    max_queue: int = 4096
-    max_queue_wait_s: float = math.inf
-    batches_in_flight: int = 2
-    state_cache_bytes: int = 64 * 2**20
-    state_cache_s: float = 600.0
-    conflict_attempts: int = 32
-    drain_s: float = 30.0
-
 
 class Pipeline:
     """Serves several models over one store.
 
     Args:
         now_ms: wall clock in epoch milliseconds, for the time of commits.
-        on_model_change: whether to reject the chunks of a stream whose state another version of its
-            model wrote, or to start the stream over.
+        settings: of queues, batches and cached states.
+        runtime_threads: threads of one call of the network.
+        state_cache_s: how long the state of an idle stream is cached.
+        drain_s: longest graceful shutdown.
         tracer: records the batches of traced requests; None records none.
         audit: records changes of streams other than by their chunks.
 
@@ -122,23 +104,26 @@ class Pipeline:
         store: Store,
         recorder: Recorder,
         *,
-        limits: PipelineLimits,
+        settings: BatchingSettings,
         now_ms: Callable[[], int],
-        on_model_change: OnModelChange = "refuse",
+        runtime_threads: int = 1,
+        state_cache_s: float = 600.0,
+        drain_s: float = 30.0,
         tracer: Tracer | None = None,
         audit: Audit = no_audit,
     ):
         self.models: Mapping[str, ServedModel] = {model.name: model for model in models}
         self._store = store
-        self._limits = limits
+        self._settings = settings
+        self._state_cache_s = state_cache_s
+        self._drain_s = drain_s
         self._now_ms = now_ms
-        self._resets_on_model_change = on_model_change == "reset"
-        self.cache = StateCache(limits.state_cache_bytes)
+        self.cache = StateCache(settings.state_cache_bytes)
         self.streams = Streams(self.model, store, self.cache, now_ms=now_ms, audit=audit)
         self.quotas = StreamQuotas(store.usage, self._state_bytes)
         self.limiters = KeyLimiters(store.rates)
         self._tokens = StateTokens(store.keys.token_key)
-        self._compute = Compute(limits.inference_timeout_s, threads=limits.runtime_threads)
+        self._compute = Compute(settings.inference_timeout_s, threads=runtime_threads)
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""
@@ -164,9 +149,9 @@ class Pipeline:
             self._recorder,
             self.quotas,
             now_ms=self._now_ms,
-            attempts=self._limits.conflict_attempts,
-            max_detached=self._limits.max_queue // 2,
-            resets_on_model_change=self._resets_on_model_change,
+            attempts=self._settings.conflict_attempts,
+            max_detached=self._settings.max_queue // 2,
+            resets_on_model_change=self._settings.on_model_change == "reset",
             tracer=self._tracer,
         )
         return self._batcher(
@@ -184,19 +169,19 @@ class Pipeline:
         self, served: ServedModel, decoder: Runtime
     ) -> Batcher[ForecastOrigin, Forecast]:
         run = ForecastRunner(served, decoder, self._compute, self._recorder)
-        return self._batcher(run, BatchLimits(1, self._limits.max_batch_steps))
+        return self._batcher(run, BatchLimits(1, self._settings.max_batch_steps))
 
     def _batch_limits(self, served: ServedModel) -> BatchLimits:
-        rows, steps = self.max_batch_rows(served), self._limits.max_batch_steps
+        rows, steps = self.max_batch_rows(served), self._settings.max_batch_steps
         return BatchLimits(rows, steps, served.runtime.max_steps)
 
     def _batcher(self, run: Run[P, R], limits: BatchLimits, **options: Any) -> Batcher[P, R]:
         return Batcher(
             run,
             limits,
-            max_queue=self._limits.max_queue,
-            max_in_flight=self._limits.batches_in_flight,
-            max_wait_s=self._limits.max_queue_wait_s,
+            max_queue=self._settings.max_queue,
+            max_in_flight=self._settings.batches_in_flight,
+            max_wait_s=self._settings.max_queue_wait_s,
             on_shedding=self._note_shedding,
             **options,
         )
@@ -221,19 +206,18 @@ class Pipeline:
     async def _age_cache(self) -> None:
         """Drop states of idle streams: another worker may have deleted them."""
         while True:
-            await asyncio.sleep(min(CACHE_CHECK_S, self._limits.state_cache_s / 10))
-            self.cache.drop_older(self._now_ms() - round(1000 * self._limits.state_cache_s))
+            await asyncio.sleep(min(CACHE_CHECK_S, self._state_cache_s / 10))
+            self.cache.drop_older(self._now_ms() - round(1000 * self._state_cache_s))
 
     async def stop(self) -> None:
         """Shut down gracefully: drain the queues, then stop; once, before the store is closed."""
         self._stopping = "draining"
         for task in self._tasks:
             task.cancel()
-        drain_s = self._limits.drain_s
         await asyncio.gather(
-            *(batcher.drain(drain_s) for batcher in self._chunks.values()),
-            *(batcher.drain(drain_s) for batcher in self._sequences.values()),
-            *(batcher.drain(drain_s) for batcher in self._forecasts.values()),
+            *(batcher.drain(self._drain_s) for batcher in self._chunks.values()),
+            *(batcher.drain(self._drain_s) for batcher in self._sequences.values()),
+            *(batcher.drain(self._drain_s) for batcher in self._forecasts.values()),
         )
         self._compute.close()
 
@@ -274,7 +258,7 @@ class Pipeline:
 
     def max_batch_rows(self, served: ServedModel) -> int:
         """Most streams in one call of a model's network."""
-        return min(self._limits.max_batch_rows, served.runtime.max_batch)
+        return min(self._settings.max_batch_rows, served.runtime.max_batch)
 
     def check_admission(
         self, model: str, key: StreamKey | None, left_s: float

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Network, ip_address
 from typing import Final, NamedTuple, Protocol
@@ -18,6 +17,7 @@ from typing import Final, NamedTuple, Protocol
 import structlog
 
 from service.server.reading_turns import ReadingTurns
+from service.server.settings import ConnectionSettings
 
 log = structlog.get_logger(__name__)
 
@@ -42,21 +42,6 @@ BODY_BYTES_PER_S: Final = 16 * 1024
 LINGER_S: Final = 2.0
 """How long a closing connection is still read (lingering close), so that the last reply is not lost
 to the reset that unread bytes would cause (RFC 9112, section 9.6)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """Bounds on the connections of a worker; see the settings of the same names."""
-
-    max_connections: int = 10_000
-    max_connections_per_address: int = 0
-    keep_alive_s: float = 5.0
-    head_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    send_timeout_s: float = 30.0
-    websocket_ping_s: float = 20.0
-    max_pending_body_bytes: int = 256 * 2**20
-    max_pending_reply_bytes: int = 256 * 2**20
 
 
 class Phase(Enum):
@@ -150,8 +135,8 @@ class Connections:
         close_after_response: whether each connection is closed after its next response.
     """
 
-    def __init__(self, limits: ConnectionLimits | None = None):
-        self.limits = limits or ConnectionLimits()
+    def __init__(self, limits: ConnectionSettings | None = None):
+        self.limits = limits or ConnectionSettings()
         self.turns = ReadingTurns()
         self._seen: dict[Connection, tuple[Phase, int, float]] = {}
         self._idle: set[Connection] = set()

@@ -53,7 +53,7 @@ async def test_deleted_data_is_gone_after_the_files_are_rewritten(
     ):
         until(lambda: client.set("probe", "") and client.wait(1, 1000), "the replica in step")
         deleted, kept = streams.creation(key("deleted-name")), streams.creation(key("kept-name"))
-        async with opened(primary.url, tombstone_ttl_ms=200) as store:
+        async with opened(primary.url, tombstone_ttl_s=0.2) as store:
             await committed(store, deleted, kept)
             client.wait(1, 10_000)
             for server in (primary, replica):

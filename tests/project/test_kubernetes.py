@@ -107,11 +107,15 @@ def test_settings_and_times_fit_together(overlay: str, monkeypatch: pytest.Monke
     settings = Settings.load()
     probe = container["readinessProbe"]
     unready_s = probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"]
-    assert settings.lame_duck_s > unready_s
-    stopped_s = settings.lame_duck_s + settings.drain_s + MARGIN_S
+    assert settings.processes.lame_duck_s > unready_s
+    stopped_s = settings.processes.lame_duck_s + settings.processes.drain_s + MARGIN_S
     assert pod["terminationGracePeriodSeconds"] > stopped_s
-    assert settings.keep_alive_s > PROXY_IDLE_S.get(overlay, PROXY_IDLE_S["base"])
-    ports = {"http": settings.port, "admin": settings.admin_port, "grpc": settings.grpc_port}
+    assert settings.connections.keep_alive_s > PROXY_IDLE_S.get(overlay, PROXY_IDLE_S["base"])
+    ports = {
+        "http": settings.http.port,
+        "admin": settings.http.admin_port,
+        "grpc": settings.v2.grpc_port,
+    }
     assert {each["name"]: each["containerPort"] for each in container["ports"]} == {
         name: port for name, port in ports.items() if port is not None
     }

@@ -34,8 +34,8 @@ async def compare_script_calls(model: Model, url: str, client: redis.Redis) -> i
 
     The client of the same server reads behind the store; its keys are deleted.
     """
-    ttls_ms = {"idle_ttl_ms": STATE_TTL_MS, "reply_ttl_ms": REPLY_TTL_MS}
-    settings = StoreSettings(url, tombstone_ttl_ms=TOMBSTONE_TTL_MS, **ttls_ms)
+    ttls = {"idle_ttl_s": STATE_TTL_MS / 1000, "reply_ttl_s": REPLY_TTL_MS / 1000}
+    settings = StoreSettings(url, tombstone_ttl_s=TOMBSTONE_TTL_MS / 1000, **ttls)
     store = RedisStore(settings)
     client.flushdb()
     await store.start()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,9 @@ from models.spec.state import State
 from service.core.delivery import chunk_digest, new_nonce
 from service.core.errors import CarryError
 from service.core.values import Chunk, Feed, SequenceInput, Steps, StreamKey, Timing
-from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
+from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
+from service.pipeline.settings import BatchingSettings
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.numpy_runtime import NumpyRuntime
@@ -96,6 +99,10 @@ def make_artifact(folder: Path, seed: int = 1) -> Artifact:
     return write_artifact(folder / f"probe-{seed}", SPEC, contracting_weights(SPEC, seed))
 
 
+UNBOUNDED = BatchingSettings(inference_timeout_s=3600, max_queue_wait_s=math.inf)
+"""Settings whose durations a loaded machine does not exceed."""
+
+
 @asynccontextmanager
 async def worker(
     url: str,
@@ -104,31 +111,32 @@ async def worker(
     *,
     cache_bytes: int = 2**20,
     reply_max_bytes: int = 65_536,
-    idle_ttl_ms: int = 0,
+    idle_ttl_s: int = 0,
     store: RedisStore | None = None,
     runtime: NumpyRuntime | None = None,
     in_flight: int = 3,
     queue: int = 4096,
     drain_s: float = 30.0,
-    on_model_change: OnModelChange = "refuse",
+    on_model_change: Literal["refuse", "reset"] = "refuse",
 ) -> AsyncIterator[Pipeline]:
     """One worker's pipeline on a store of its own connections."""
     store = store or RedisStore(
-        StoreSettings(url, reply_max_bytes=reply_max_bytes, idle_ttl_ms=idle_ttl_ms, wait_s=5)
+        StoreSettings(url, reply_max_bytes=reply_max_bytes, idle_ttl_s=idle_ttl_s, store_wait_s=5)
     )
     pipeline = Pipeline(
         [ServedModel(artifact, runtime or NumpyRuntime(artifact))],
         store,
         counts or Counts(),
-        limits=PipelineLimits(
+        settings=replace(
+            UNBOUNDED,
             max_queue=queue,
             state_cache_bytes=cache_bytes,
             conflict_attempts=64,
             batches_in_flight=in_flight,
-            drain_s=drain_s,
+            on_model_change=on_model_change,
         ),
         now_ms=lambda: time.time_ns() // 1_000_000,
-        on_model_change=on_model_change,
+        drain_s=drain_s,
     )
     await store.start()
     await pipeline.start()

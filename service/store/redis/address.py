@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote, urlsplit
 
-from service.store.settings import CLUSTER_SCHEMES, REDIS_SCHEMES, SENTINEL_SCHEMES
+CLUSTER_SCHEMES: Final = ("redis+cluster", "rediss+cluster")
+SENTINEL_SCHEMES: Final = ("redis+sentinel", "rediss+sentinel")
+REDIS_SCHEMES: Final = ("redis", "rediss", "unix", *CLUSTER_SCHEMES, *SENTINEL_SCHEMES)
 
 OPTIONS: Final = frozenset({"host", "port", "db", "username", "password", "path"})
 """Options that the query of an address may have, besides `ssl_*`."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import structlog
@@ -75,7 +74,9 @@ class ClusterRouter(Router):
         super().__init__(settings)
         self._settings = settings
         self._startup_nodes = parse_startup_nodes(settings.url)
-        self._topology_timeout_s = min(TOPOLOGY_TIMEOUT_S, settings.wait_s / ATTEMPTS_PER_CALL)
+        self._topology_timeout_s = min(
+            TOPOLOGY_TIMEOUT_S, settings.store_wait_s / ATTEMPTS_PER_CALL
+        )
         scheme = settings.url.partition("://")[0]
         self.redacted_url = f"{scheme}://{','.join(map(str, self._startup_nodes))}"
         self._servers = {node: self._connect_to(node) for node in self._startup_nodes}
@@ -267,7 +268,7 @@ class ClusterRouter(Router):
 
     def _connect_to(self, address: Address) -> RedisServer:
         url = node_url(self._settings.url, address)
-        return RedisServer(replace(self._settings, url=url), self, self.telemetry)
+        return RedisServer(self._settings.at(url), self, self.telemetry)
 
     def _address_of(self, connection: PipelinedConnection | None) -> Address | None:
         return next(

@@ -44,6 +44,9 @@ ATTEMPTS_PER_CALL: Final = 3
 """A connection that is unresponsive for a third of a call's timeout is closed and opened again:
 longer than a healthy server pauses, and early enough to reach its replacement after a failover."""
 
+MAX_CONNECTIONS: Final = 16
+"""Size of the connection pool for reads outside the commit path."""
+
 _ERROR_CODES: Final[Mapping[type[RedisError], str]] = {
     MasterDownError: "MASTERDOWN",
     ClusterDownError: "CLUSTERDOWN",
@@ -83,16 +86,15 @@ class ConnectionFactory:
 
     def __init__(self, settings: StoreSettings):
         self._options = _connection_options(settings)
-        self._max_connections = settings.max_connections
         self.redacted_url = _redacted_url(settings, self._options)
         self.resolver: SentinelResolver | None = self._options.get("resolver")
-        self.wait_s = settings.wait_s
-        self.response_timeout_s = settings.wait_s / ATTEMPTS_PER_CALL
+        self.wait_s = settings.store_wait_s
+        self.response_timeout_s = settings.store_wait_s / ATTEMPTS_PER_CALL
 
     def create_pool(self) -> BlockingConnectionPool:
         """Make a bounded pool for commands that need no order; its reads have a timeout."""
         return BlockingConnectionPool(
-            max_connections=self._max_connections,
+            max_connections=MAX_CONNECTIONS,
             timeout=self.wait_s,
             socket_timeout=self.response_timeout_s,
             **self._options,
@@ -175,7 +177,7 @@ def describe_error(error: BaseException) -> str:
 def _connection_options(settings: StoreSettings) -> dict[str, Any]:
     """The client library's connection options: the address, and options it must not change."""
     scheme = settings.url.partition("://")[0]
-    response_timeout_s = settings.wait_s / ATTEMPTS_PER_CALL
+    response_timeout_s = settings.store_wait_s / ATTEMPTS_PER_CALL
     try:
         address: Mapping[str, Any]
         if settings.is_sentinel:
@@ -190,7 +192,7 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
     tcp_options: dict[str, Any] = {}
     if "path" not in address:
         # The kernel drops unacknowledged bytes before the tombstone of a deletion expires.
-        unacknowledged_ms = min(round(settings.wait_s * 1000), settings.tombstone_ttl_ms)
+        unacknowledged_ms = round(1000 * min(settings.store_wait_s, settings.tombstone_ttl_s))
         options = {**_KEEPALIVE, "TCP_USER_TIMEOUT": max(1, unacknowledged_ms)}
         tcp_options = {
             "socket_keepalive": True,

@@ -74,7 +74,7 @@ class StreamDeletion:
             StoreUnavailable, StoreRefused: the store as a whole; nothing was deleted.
         """
         if deadline_s == math.inf:
-            deadline_s = time.monotonic() + self._settings.wait_s
+            deadline_s = time.monotonic() + self._settings.store_wait_s
         condition = pack_head(expected)[COMPARED]
         is_stream, may_have_deleted = expected is not None, False
         for attempts_left in reversed(range(DELETE_ATTEMPTS)):
@@ -111,7 +111,7 @@ class StreamDeletion:
 
     async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
         """Delete many streams as `delete` does, in two round trips if nobody else writes them."""
-        deadline_s = time.monotonic() + self._settings.wait_s
+        deadline_s = time.monotonic() + self._settings.store_wait_s
         results: dict[StreamKey, CommitResult] = {}
         writes: dict[StreamKey, PendingCommand] = {}
         headers = await self._read_headers(keys, deadline_s)
@@ -144,7 +144,7 @@ class StreamDeletion:
     async def fence(self, keys: Sequence[StreamKey]) -> list[bool]:
         """Write a tombstone for each stream that does not exist, so that no commit that was sent
         before can create it; returns for which it was written."""
-        deadline_s = time.monotonic() + self._settings.wait_s
+        deadline_s = time.monotonic() + self._settings.store_wait_s
         headers = await self._read_headers(keys, deadline_s)
         writes = {
             key: self._tombstone_command(
@@ -180,7 +180,8 @@ class StreamDeletion:
 
     def _tombstone_command(self, key: StreamKey, condition: bytes) -> PendingCommand:
         tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))
-        arguments: list[str | bytes | int] = [condition, tombstone, self._settings.tombstone_ttl_ms]
+        ttl_ms = round(1000 * self._settings.tombstone_ttl_s)
+        arguments: list[str | bytes | int] = [condition, tombstone, ttl_ms]
         names, slot = list(self._keys.pair(key)), self._slot_of(key)
         return PendingCommand.for_script(self._script, names, arguments, slot, [key])
 

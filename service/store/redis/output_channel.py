@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
 from itertools import cycle
 from typing import Any, Final
 
@@ -61,14 +60,14 @@ class RedisOutputChannel:
 
     def __init__(self, settings: StoreSettings):
         self.watched: dict[StreamKey, float] = {}
-        self._wait_s = settings.wait_s
+        self._wait_s = settings.store_wait_s
         self._control = f"{settings.namespace}:watched"
         self._prefix = f"{settings.namespace}:outputs:"
         urls = [settings.url]
         if settings.is_cluster:
             nodes = parse_startup_nodes(settings.url)
             urls = [node_url(settings.url, node) for node in nodes]
-        self._factories = cycle([ConnectionFactory(replace(settings, url=url)) for url in urls])
+        self._factories = cycle([ConnectionFactory(settings.at(url)) for url in urls])
         self._receivers: dict[StreamKey, set[Receiver]] = {}
         self._requested: set[StreamKey] = set()
         self._confirmed: set[StreamKey] = set()

@@ -105,8 +105,10 @@ class RedisStore:
             self._slots = [self._router.slot(prefix) for prefix in prefixes]
         self._awaits_durability = settings.durability is not Durability.MEMORY
         self._commit_script = Script.load("commit")
-        self._ttls = pack_arguments(settings.idle_ttl_ms, settings.reply_ttl_ms)
-        self._max_reply_bytes = settings.reply_max_bytes if settings.reply_ttl_ms else 0
+        self._ttls = pack_arguments(
+            round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
+        )
+        self._max_reply_bytes = settings.reply_max_bytes if settings.reply_ttl_s else 0
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(settings)
@@ -343,7 +345,7 @@ class RedisStore:
         """Read state and reply, and wait until they are as durable as a commit."""
         names, slot = list(self._keys.pair(key)), self._slot(key)
         if self._awaits_durability:
-            ttl_ms = max(1, self._settings.reply_ttl_ms)
+            ttl_ms = max(1, round(1000 * self._settings.reply_ttl_s))
             command = PendingCommand.for_script(self._confirm_script, names, [ttl_ms], slot, [key])
         else:
             command = PendingCommand.of("MGET", *names, slot=slot)

@@ -67,10 +67,10 @@ class Router(ABC):
         self._waiting: dict[PendingCommand, tuple[float, float]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = math.inf
-        self._wait_s = settings.wait_s
+        self._wait_s = settings.store_wait_s
         self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
         # Half of the response timeout: a blocked WAIT must not look like an unresponsive server.
-        self._wait_timeout_ms = max(1, round(settings.wait_s / ATTEMPTS_PER_CALL / 2 * 1000))
+        self._wait_timeout_ms = max(1, round(settings.store_wait_s / ATTEMPTS_PER_CALL / 2 * 1000))
 
     @abstractmethod
     async def start(self) -> None:

@@ -21,6 +21,9 @@ from service.store.redis.router import Router
 from service.store.settings import StoreSettings
 
 MAX_STEPS: Final = 100
+SCAN_COUNT: Final = 1000
+"""Largest COUNT of a SCAN call."""
+
 _CURSOR: Final = re.compile(r"(?:([0-9a-f]{12})\.([0-9]{1,4})\.)?([0-9]{1,20})")
 
 Match = TypeVar("Match", bound=Hashable)
@@ -97,7 +100,7 @@ async def list_streams(
             key for key in streams if key is not None and key.stream.startswith(prefix)
         ]
 
-    streams, server_cursor = await scan_page(step, start.cursor, limit, settings.scan_count)
+    streams, server_cursor = await scan_page(step, start.cursor, limit, SCAN_COUNT)
     streams = await drop_tombstones(server, keys, streams)
     following: ScanCursor | None = None
     if server_cursor is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import replace
 from typing import Final, cast
 
 import structlog
@@ -51,7 +50,7 @@ class SentinelRouter(SingleServerRouter):
     async def start(self) -> None:
         """Find the replicas, and begin to follow the primary."""
         self._replicas_at_start = [
-            RedisServer(replace(self._settings, url=self._address.server_url(replica)))
+            RedisServer(self._settings.at(self._address.server_url(replica)))
             for replica in await self._resolver.find_replicas()
         ]
         self._watcher = asyncio.get_running_loop().create_task(self._watch())

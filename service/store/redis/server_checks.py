@@ -64,8 +64,11 @@ return missing
 log = structlog.get_logger(__name__)
 
 
-async def check_servers(router: Router, settings: StoreSettings) -> str:
-    """Check every server and initialize a new store.
+async def check_servers(router: Router, settings: StoreSettings, *, initialise: bool = True) -> str:
+    """Check every server.
+
+    Args:
+        initialise: whether to write the format and the number of partitions to a new store.
 
     Returns:
         A description of the servers for logs: name, version and eviction policy.
@@ -97,7 +100,7 @@ async def check_servers(router: Router, settings: StoreSettings) -> str:
             log.warning("replica_unavailable", store=server.redacted_url, reason=error.detail)
         else:
             await _check_server(server, settings)
-    await _check_partitions(router, settings)
+    await _check_partitions(router, settings, initialise=initialise)
     telemetry = router.telemetry
     telemetry.is_up = True
     telemetry.servers_up, telemetry.servers_down = len(descriptions), len(unavailable)
@@ -196,15 +199,15 @@ def check_fsync(server: RedisServer, options: dict[str, str]) -> None:
         )
 
 
-async def _check_partitions(router: Router, settings: StoreSettings) -> None:
-    """Compare the `meta` key with the settings; write that of a new store, if they say so."""
+async def _check_partitions(router: Router, settings: StoreSettings, *, initialise: bool) -> None:
+    """Compare the `meta` key with the settings; write that of a new store."""
     key = settings.keys.meta
     expected = {"format": META_FORMAT, "partitions": settings.partitions}
     value: bytes | None = None
     commands = [("SET", key, json.dumps(expected), "NX"), ("GET", key)]
-    for arguments in commands if settings.initialise else commands[1:]:
+    for arguments in commands if initialise else commands[1:]:
         value = read_value(await router.execute_one(*arguments))
-    if value is None and not settings.initialise:
+    if value is None and not initialise:
         return
     try:
         stored = json.loads(value or b"")

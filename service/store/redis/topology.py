@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from service.core.errors import StoreRefused
-from service.store.settings import CLUSTER_SCHEMES
+from service.store.redis.address import CLUSTER_SCHEMES
 
 SLOTS: Final = 16_384
 DEFAULT_PORT: Final = 6379

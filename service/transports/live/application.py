@@ -9,28 +9,22 @@ from starlette.responses import Response
 from service.core.errors import UpgradeRequired
 from service.server.http_protocol import HttpState
 from service.server.origins import parse_origins
+from service.server.settings import WebSocketSettings
 from service.telemetry.logs import RequestIds
 from service.transports.live.handshake import (
     MODEL_ROUTE,
     STREAM_ROUTE,
     LiveUpgrader,
 )
-from service.transports.live.live_socket import SocketLimits
 from service.transports.v1.context import ApiContext, pipeline_of
 
-__all__ = ["SocketLimits", "add_live_sockets"]
 
-
-def add_live_sockets(app: FastAPI, limits: SocketLimits, origins: str = "") -> None:
-    """Serve the live sockets of an application that `create_api` made.
-
-    Args:
-        origins: allowed origins besides the service's own host, separated by commas; `*` allows
-            all.
-    """
+def add_live_sockets(app: FastAPI, settings: WebSocketSettings) -> None:
+    """Serve the live sockets of an application that `create_api` made."""
     api: ApiContext = app.state.api
     state: HttpState = app.state.http
-    upgrader = LiveUpgrader(api, state.connections, RequestIds(), limits, parse_origins(origins))
+    origins = parse_origins(settings.websocket_origins)
+    upgrader = LiveUpgrader(api, state.connections, RequestIds(), settings, origins)
     app.state.http = state._replace(upgrader=upgrader)
     for route in (STREAM_ROUTE, MODEL_ROUTE):
         app.add_api_route(route, _require_upgrade, methods=["GET"], include_in_schema=False)

@@ -52,11 +52,12 @@ from service.pipeline.scoped_pipeline import PipelineInterface
 from service.server.connections import Connections
 from service.server.framing import Headers
 from service.server.origins import check_origin
+from service.server.settings import WebSocketSettings
 from service.telemetry.logs import RequestIds
 from service.telemetry.request_lines import RequestFacts, log_request
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.live.frames import hello_frame
-from service.transports.live.live_socket import LiveSocket, SocketLimits
+from service.transports.live.live_socket import LiveSocket
 from service.transports.live.session import Session
 from service.transports.v1.context import ApiContext
 from service.transports.v1.error_responses import CLOSE, error_response
@@ -106,7 +107,7 @@ class LiveUpgrader:
     api: ApiContext
     connections: Connections
     ids: RequestIds
-    limits: SocketLimits
+    settings: WebSocketSettings
     origins: frozenset[str]
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -128,7 +129,8 @@ class LiveUpgrader:
             transport,
             server,
             self.connections,
-            self.limits,
+            self.settings,
+            self.api.limits.max_body_bytes,
             request_id=request_id,
             route=STREAM_ROUTE if is_of_stream else MODEL_ROUTE,
             logger=_library_logger(),
@@ -278,8 +280,8 @@ class LiveUpgrader:
                 pass
         return {
             **facts,
-            "window": self.limits.window,
-            "max_frame_bytes": self.limits.max_frame_bytes,
+            "window": self.settings.pipelining_window,
+            "max_frame_bytes": self.api.limits.max_body_bytes,
         }
 
 

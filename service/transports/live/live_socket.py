@@ -12,7 +12,7 @@ import asyncio
 import codecs
 import logging
 import time
-from typing import Final, NamedTuple
+from typing import Final
 
 import structlog
 from uvicorn.server import ServerState
@@ -25,6 +25,7 @@ from service.core.errors import CarryError, Unauthenticated
 from service.server.connections import Connections, Phase
 from service.server.http_protocol import PROBE_S
 from service.server.reading_turns import LONG_BODY_BYTES
+from service.server.settings import WebSocketSettings
 from service.telemetry.request_lines import access_log
 from service.transports.live.fragments import Fragmenter
 from service.transports.live.session import Session
@@ -44,19 +45,6 @@ UNAUTHENTICATED: Final = 4401
 ELSEWHERE: Final = "the service is stopping: connect again, and continue at your position"
 
 log = structlog.get_logger(__name__)
-
-
-class SocketLimits(NamedTuple):
-    """Limits of a live socket; see the settings of the same names.
-
-    Attributes:
-        idle_s: a socket without a chunk for this long is closed; 0 never.
-        max_frame_bytes: largest message.
-    """
-
-    window: int = 64
-    idle_s: float = 0.0
-    max_frame_bytes: int = 16 * 2**20
 
 
 class LiveSocket(asyncio.Protocol):
@@ -82,7 +70,6 @@ class LiveSocket(asyncio.Protocol):
         "_is_read_scheduled",
         "_is_write_paused",
         "_last_chunk_s",
-        "_limits",
         "_loop",
         "_media",
         "_message",
@@ -94,6 +81,7 @@ class LiveSocket(asyncio.Protocol):
         "_sent_bytes",
         "_server",
         "_session",
+        "_settings",
         "_transport",
         "_waits_for_turn",
         "_websocket",
@@ -108,7 +96,8 @@ class LiveSocket(asyncio.Protocol):
         transport: asyncio.Transport,
         server: ServerState,
         connections: Connections,
-        limits: SocketLimits,
+        settings: WebSocketSettings,
+        max_frame_bytes: int,
         *,
         request_id: bytes,
         route: str,
@@ -118,13 +107,11 @@ class LiveSocket(asyncio.Protocol):
         self._transport = transport
         self._server = server
         self._connections = connections
-        self._limits = limits
+        self._settings = settings
         self._request_id = request_id
         self.route = route
-        self._websocket = ServerProtocol(
-            state=State.OPEN, max_size=limits.max_frame_bytes, logger=logger
-        )
-        self._fragmenter = Fragmenter(limits.max_frame_bytes)
+        self._websocket = ServerProtocol(state=State.OPEN, max_size=max_frame_bytes, logger=logger)
+        self._fragmenter = Fragmenter(max_frame_bytes)
         self._session: Session | None = None
         self._messages: list[tuple[Media, bytes | bytearray]] = []
         self._message: bytearray | None = None
@@ -218,7 +205,7 @@ class LiveSocket(asyncio.Protocol):
         session = self._session
         return self._websocket.state is State.OPEN and (
             session is None
-            or session.unanswered >= self._limits.window
+            or session.unanswered >= self._settings.pipelining_window
             or session.is_reading
             or self._is_write_paused
             or self._is_draining
@@ -382,7 +369,7 @@ class LiveSocket(asyncio.Protocol):
 
     def expire(self, phase: Phase) -> None:
         """Handle the timeout of a phase; a live one is pinged, and closed without an answer."""
-        idle_s = self._limits.idle_s
+        idle_s = self._settings.websocket_idle_s
         if phase is Phase.SEND or self._is_lingering:
             self.abort()
         elif phase is Phase.LINGER:

@@ -13,9 +13,10 @@ from typing import Any, Final
 import uvicorn
 from fastapi import FastAPI
 
-from service.server.connections import ConnectionLimits, Connections
+from service.server.connections import Connections
 from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.server.origins import host_rule
+from service.server.settings import ConnectionSettings, HttpSettings
 from service.telemetry.logs import RequestIds
 from service.transports.v1.application import create_application
 from service.transports.v1.error_responses import ConnectionErrors
@@ -32,31 +33,27 @@ class AdminServer(uvicorn.Server):
 
     Args:
         api: the application of the clients' port, whose health and documentation it serves.
+        http: has its address and names; the parent process has bound its port with SO_REUSEPORT.
         metrics: renders `/metrics`; without it there is none.
-        docs: whether it has the documentation.
-        port: a port that the parent process has bound with SO_REUSEPORT.
-        hosts: its names, as of `host_rule`.
     """
 
     def __init__(
         self,
         api: FastAPI,
-        connections: ConnectionLimits,
+        connections: ConnectionSettings,
+        http: HttpSettings,
         *,
         metrics: RenderMetrics | None,
-        docs: bool,
-        host: str,
-        port: int,
-        hosts: str = "",
     ):
-        self._address = (host, port)
+        host = http.admin_host or http.host
+        self._address = (host, http.admin_port or 0)
         ids = RequestIds()
         routes = [*health.router.routes, *health.checks_router().routes]
         if metrics is not None:
             routes += health.metrics_router(metrics).routes
         # the requests that the page describes are those of the other port
         no_requests: dict[str, Any] = {"supportedSubmitMethods": []}
-        app = create_application(routes, ids, docs=docs, swagger_ui_parameters=no_requests)
+        app = create_application(routes, ids, docs=http.docs, swagger_ui_parameters=no_requests)
         app.state.api = api.state.api
         app.openapi = api.openapi  # type: ignore[method-assign]
         config = uvicorn.Config(
@@ -78,7 +75,7 @@ class AdminServer(uvicorn.Server):
             Connections(replace(connections, max_connections=MAX_CONNECTIONS)),
             ConnectionErrors(api.state.api.recorder, ids).response,
             (),
-            accepts_host=host_rule(host, hosts),
+            accepts_host=host_rule(host, http.allowed_hosts),
         )
 
     async def start(self) -> None:
@@ -99,6 +96,9 @@ class AdminServer(uvicorn.Server):
             server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
+
+    def begin_stop(self) -> None:
+        """Do nothing: the port answers until the pipeline stops."""
 
     async def stop(self) -> None:
         """Answer accepted requests, and close the port."""

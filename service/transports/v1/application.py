@@ -21,15 +21,16 @@ from starlette.routing import BaseRoute, Route
 
 from service.access.key_cache import AccessKeys
 from service.access.principal import Verb
-from service.codec.limits import ApiLimits
 from service.codec.long_bodies.admission import LongBodyAdmission
+from service.codec.settings import RequestSettings
 from service.core.tracing import Tracer
 from service.pipeline.access_control import AccessControl
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
-from service.server.connections import ConnectionLimits, Connections
+from service.server.connections import Connections
 from service.server.http_protocol import HttpState
 from service.server.origins import AcceptsHost, accept_any_host, parse_origins
+from service.server.settings import ConnectionSettings
 from service.telemetry.logs import RequestIds
 from service.transports.v1.context import ApiContext, api_of, pipeline_of
 from service.transports.v1.error_handling import InternalErrorMiddleware, add_error_handlers
@@ -44,7 +45,7 @@ from service.transports.v1.request_log import RequestLogMiddleware
 from service.transports.v1.routes import chunks, forecast, health, models, streams
 from service.transports.v1.routes.health import RenderMetrics
 
-__all__ = ["ApiLimits", "ConnectionLimits", "create_api"]
+__all__ = ["ConnectionSettings", "RequestSettings", "create_api"]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any] | None]]
 
@@ -54,12 +55,12 @@ MAX_DOCUMENTS = 64
 
 def create_api(
     pipeline: Pipeline,
-    limits: ApiLimits,
+    limits: RequestSettings,
     recorder: Recorder,
     *,
     lifespan: Lifespan | None = None,
     metrics: RenderMetrics | None = None,
-    connections: ConnectionLimits | None = None,
+    connections: ConnectionSettings | None = None,
     fast_path: bool = True,
     docs: bool = True,
     keys: AccessKeys | None = None,

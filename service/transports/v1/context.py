@@ -8,12 +8,12 @@ from typing import Final
 
 from starlette.requests import Request
 
-from service.codec.limits import ApiLimits
 from service.codec.long_bodies.admission import LongBodyAdmission
 from service.codec.long_bodies.long_reader import LongReader
 from service.codec.reply_writer import ReplyWriter
 from service.codec.request_reader import RequestReader
 from service.codec.rows_items import RowsItemsReader
+from service.codec.settings import RequestSettings
 from service.core.errors import DuplicateField
 from service.core.tracing import Tracer
 from service.core.values import Check
@@ -40,7 +40,7 @@ class ModelCodec:
 
     __slots__ = ("long", "reader", "rows_items", "served", "writer")
 
-    def __init__(self, served: ServedModel, limits: ApiLimits):
+    def __init__(self, served: ServedModel, limits: RequestSettings):
         self.served = served
         self.reader = RequestReader(served, limits)
         self.long = LongReader(self.reader)
@@ -66,7 +66,7 @@ class ApiContext:
 
     access: AccessControl
     readiness: Callable[[], Awaitable[list[Check]]]
-    limits: ApiLimits
+    limits: RequestSettings
     recorder: Recorder
     now_ms: Callable[[], int]
     long_bodies: LongBodyAdmission

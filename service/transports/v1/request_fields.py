@@ -18,8 +18,8 @@ from service.codec.field_rules import (
     is_bare_etag,
     is_stream_prefix,
 )
-from service.codec.limits import ApiLimits
 from service.codec.media import Media, accepted, media_of
+from service.codec.settings import RequestSettings
 from service.core.errors import (
     BodyTooLarge,
     DuplicateField,
@@ -179,7 +179,7 @@ def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
     return Precondition(tuple(etags))
 
 
-def deadline(request: Request, limits: ApiLimits) -> float:
+def deadline(request: Request, limits: RequestSettings) -> float:
     """When the client stops waiting, on the monotonic clock: by its Carry-Timeout header, counted
     from now, or else by the setting.
 

@@ -24,6 +24,7 @@ from service.access.keys import (
     parse_key,
 )
 from service.access.principal import Principal, Verb
+from service.access.settings import AccessSettings
 from service.commands.serve import CannotServeError, may_be_open
 from service.core.errors import Forbidden, StoreUnavailable, Unauthenticated
 from service.settings import Settings
@@ -171,10 +172,10 @@ def test_service_without_keys_starts_on_loopback_only(
     with capture_logs() as events:
         if is_open is None:
             with pytest.raises(CannotServeError, match="CARRY_INSECURE=1") as caught:
-                may_be_open(Settings(**settings), host)
+                may_be_open(Settings(access=AccessSettings(**settings)), host)
             assert "carry keys create" in str(caught.value)
         else:
-            assert may_be_open(Settings(**settings), host) == is_open
+            assert may_be_open(Settings(access=AccessSettings(**settings)), host) == is_open
     is_exposed = is_open is True and "insecure" in settings
     assert [event["event"] for event in events] == (["insecure"] if is_exposed else [])
 

@@ -72,7 +72,7 @@ async def is_open(url: str) -> bool:
     """Whether a service on this store, with the settings of Compose, answers without a key."""
     settings = Settings.load({"redis_url": url, "insecure": True, "host": "0.0.0.0"})
     async with opened(url) as store:
-        cache = AccessKeys(store.keys, required=settings.require_keys)
+        cache = AccessKeys(store.keys, required=settings.access.require_keys)
         await cache.refresh()
     assert cache.is_open == (not await _requires_keys(settings))
     return cache.is_open

@@ -41,7 +41,7 @@ class HeldStore(RedisStore):
     """
 
     def __init__(self, url: str, wait_s: float = 5):
-        super().__init__(StoreSettings(url, wait_s=wait_s))
+        super().__init__(StoreSettings(url, store_wait_s=wait_s))
         self.loads, self.commits = asyncio.Event(), asyncio.Event()
         self.loads.set()
         self.commits.set()
@@ -296,7 +296,7 @@ async def test_not_durable_is_retryable_with_a_position_only(
     store_url: str, artifact: Artifact
 ) -> None:
     rows = rows_of(np.random.default_rng(45), 4)
-    store = ShortStore(StoreSettings(store_url, wait_s=5))
+    store = ShortStore(StoreSettings(store_url, store_wait_s=5))
     async with worker(store_url, artifact, store=store) as one:
         with pytest.raises(NotDurable) as caught:
             await one.process(chunk_of("placed", rows, 0))

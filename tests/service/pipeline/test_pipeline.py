@@ -235,7 +235,7 @@ async def test_chunks_after_a_failed_commit_are_re_evaluated(
 ) -> None:
     random = np.random.default_rng(32)
     rows, counts = rows_of(random, 12), Counts()
-    store = FailingStore(StoreSettings(store_url, wait_s=5), 8, StoreRefused("no room"))
+    store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, StoreRefused("no room"))
     async with worker(store_url, artifact, counts, store=store) as one:
         outcomes = await asyncio.gather(
             *(one.process(chunk_of("chain", rows[at : at + 4], at)) for at in (0, 4, 8)),
@@ -253,7 +253,7 @@ async def test_chunks_after_a_failed_commit_are_re_evaluated(
 async def test_conflict_in_a_chain_loses_no_chunk(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(33)
     rows, counts = rows_of(random, 20), Counts()
-    store = FailingStore(StoreSettings(store_url, wait_s=5), 8, None)
+    store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, None)
     async with worker(store_url, artifact, counts, store=store) as one:
         replies = await asyncio.gather(
             *(one.process(chunk_of("chain", rows[at : at + 4], at)) for at in range(0, 20, 4))

@@ -35,8 +35,9 @@ from service.core.values import (
     StreamKey,
 )
 from service.engine.compute import Compute
-from service.pipeline.pipeline import Pipeline, PipelineLimits
+from service.pipeline.pipeline import Pipeline
 from service.pipeline.segments import infer_segments
+from service.pipeline.settings import BatchingSettings
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.decoders import decoder_spec
@@ -114,12 +115,12 @@ async def workers(
     """Two workers over one store; what one has in its cache goes stale when the other goes on."""
     running = []
     for _ in range(2):
-        store = RedisStore(StoreSettings(pipeline_server.url, wait_s=5))
+        store = RedisStore(StoreSettings(pipeline_server.url, store_wait_s=5))
         pipeline = Pipeline(
             [numpy_served(artifact) for artifact in artifacts.values()],
             store,
             Counts(),
-            limits=PipelineLimits(),
+            settings=BatchingSettings(),
             now_ms=lambda: START_MS,
         )
         await store.start()

@@ -28,7 +28,7 @@ from service.store.settings import StoreSettings
     ],
 )
 async def test_valid_addresses_are_accepted(url: str) -> None:
-    assert Settings.load({"redis_url": url}).redis_url == url
+    assert Settings.load({"redis_url": url}).store.redis_url == url
     await open_store(StoreSettings(url)).close()
 
 

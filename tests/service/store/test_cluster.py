@@ -44,7 +44,7 @@ def cluster(shared_cluster: Cluster) -> Cluster:
 
 @pytest.fixture
 async def store(cluster: Cluster) -> AsyncIterator[Store]:
-    async with opened(cluster.url, partitions=PARTITIONS, wait_s=20) as running:
+    async with opened(cluster.url, partitions=PARTITIONS, store_wait_s=20) as running:
         yield running
 
 
@@ -182,7 +182,7 @@ async def test_tryagain_is_retried_until_the_migration_ends(
 async def test_tryagain_until_the_timeout_applies_nothing(
     streams: Streams, cluster: Cluster
 ) -> None:
-    async with opened(cluster.url, partitions=PARTITIONS, wait_s=0.3) as store:
+    async with opened(cluster.url, partitions=PARTITIONS, store_wait_s=0.3) as store:
         first = streams.creation(key("a"))
         elsewhere = streams.creation(key("b"))
         assert cluster.owner(names("", "b")[0]) != cluster.owner(names("", "a")[0])
@@ -283,7 +283,7 @@ async def test_failover_keeps_every_acknowledged_replicated_commit(
 ) -> None:
     """`replicated` with all replicas: the new primary has every acknowledged commit."""
     durably = {"durability": Durability.REPLICATED, "replicas": 1}
-    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20, **durably) as store:
+    async with opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=20, **durably) as store:
         victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
         async with writing(store, streams, 16) as done:
             await done.wait_for_more(300)
@@ -303,7 +303,7 @@ async def test_pending_requests_of_a_lost_node_move_to_the_new_primary(
 ) -> None:
     """Requests sent before and after the loss succeed although the node does not return."""
     victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
-    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
+    async with opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=20) as store:
         commits = [streams.creation(key(f"s{i}")) for i in range(12)]
         await committed(store, *commits)
         assert victim.ask("WAIT", 1, 5000) == 1
@@ -326,7 +326,7 @@ async def test_pending_requests_of_a_lost_node_move_to_the_new_primary(
 
 
 async def test_a_manual_failover_loses_nothing(own_cluster: Cluster, streams: Streams) -> None:
-    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
+    async with opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=20) as store:
         old, heir = own_cluster.primaries[1], own_cluster.replicas[1]
         async with writing(store, streams, 16) as done:
             await done.wait_for_more(200)
@@ -345,8 +345,8 @@ async def test_requests_wait_for_the_majority_and_recover(
     down = [own_cluster.primaries[i] for i in (1, 2)] + own_cluster.replicas
     left = own_cluster.primaries[0]
     async with (
-        opened(own_cluster.url, partitions=PARTITIONS, wait_s=0.5) as hasty,
-        opened(own_cluster.url, partitions=PARTITIONS, wait_s=30) as patient,
+        opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=0.5) as hasty,
+        opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=30) as patient,
     ):
         first = streams.creation(key("on-the-node-that-is-left"))
         while own_cluster.owner(names("", first.key.stream)[0]) != 0:
@@ -390,7 +390,7 @@ def _refuses(node: ClusterNode, word: str) -> bool:
 async def test_an_unavailable_node_fails_only_its_own_streams(
     own_cluster: Cluster, streams: Streams
 ) -> None:
-    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=60) as store:
+    async with opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=60) as store:
         commits = [streams.creation(key(f"alone-{i}")) for i in range(12)]
         await committed(store, *commits)
         # on a busy machine the replica may have taken over
@@ -445,7 +445,7 @@ async def test_one_available_startup_node_is_enough(cluster: Cluster, streams: S
     url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{cluster.replicas[1].port}"
     async with opened(url, partitions=PARTITIONS) as store:
         await committed(store, streams.creation(key("a")))
-    store = open_store(StoreSettings("redis+cluster://127.0.0.1:1", wait_s=0.2))
+    store = open_store(StoreSettings("redis+cluster://127.0.0.1:1", store_wait_s=0.2))
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
         await store.start()
     await store.close()
@@ -464,7 +464,7 @@ async def test_a_cluster_node_that_may_evict_is_rejected(cluster: Cluster) -> No
 
 async def test_a_single_server_under_a_cluster_address_is_rejected() -> None:
     with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port := free_port())):
-        store = open_store(StoreSettings(f"redis+cluster://127.0.0.1:{port}", wait_s=5))
+        store = open_store(StoreSettings(f"redis+cluster://127.0.0.1:{port}", store_wait_s=5))
         with pytest.raises(StoreRefused, match="cluster"):
             await store.start()
         await store.close()

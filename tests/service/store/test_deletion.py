@@ -129,8 +129,8 @@ async def test_a_stream_that_is_written_while_many_are_deleted_is_deleted(
 async def test_a_tombstone_expires_after_its_ttl(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
-    store = await open_on(tombstone_ttl_ms=600_000)
-    short = await open_on(tombstone_ttl_ms=50)
+    store = await open_on(tombstone_ttl_s=600)
+    short = await open_on(tombstone_ttl_s=0.05)
     await committed(store, streams.creation(key("a")))
     assert await store.delete(key("a")) == Committed()
     with server.client() as client:
@@ -147,7 +147,7 @@ async def test_a_tombstone_expires_after_its_ttl(
 async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
-    store = await open_on(idle_ttl_ms=0)
+    store = await open_on(idle_ttl_s=0)
     await committed(store, streams.creation(key("a")))
     assert await store.delete(key("a")) == Committed()
     tombstone = await absence(store, key("a"))

@@ -179,7 +179,7 @@ async def test_a_commit_without_enough_replicas_is_not_durable(
     own_cluster: Cluster, streams: Streams
 ) -> None:
     """No deadline passes but that of each WAIT, which no replica can answer."""
-    async with replicated(own_cluster, wait_s=60) as store:
+    async with replicated(own_cluster, store_wait_s=60) as store:
         commits = [streams.creation(key(f"s{i}")) for i in range(8)]
         await committed(store, *commits)
         commits = [streams.next(commit) for commit in commits]
@@ -212,7 +212,7 @@ async def test_a_commit_without_enough_replicas_is_not_durable(
 async def test_missing_replicas_are_logged_and_fail_readiness(
     own_cluster: Cluster,
 ) -> None:
-    async with replicated(own_cluster, wait_s=5) as store:
+    async with replicated(own_cluster, store_wait_s=5) as store:
         check = await store.monitor.check()
         assert check.ok
         assert "replicas" not in check.detail
@@ -236,7 +236,7 @@ async def test_missing_replicas_are_logged_and_fail_readiness(
 async def test_an_interrupted_wait_confirms_nothing(own_cluster: Cluster, streams: Streams) -> None:
     """UNBLOCKED, as a primary says that becomes a replica; and a connection that is cut then, whose
     successor has written nothing that a WAIT would wait for."""
-    async with replicated(own_cluster, wait_s=30) as store:
+    async with replicated(own_cluster, store_wait_s=30) as store:
         first = streams.creation(key("a"))
         await committed(store, first)
         node = own_cluster.primaries[own_cluster.owner(_tag("a"))]
@@ -270,7 +270,7 @@ async def test_after_a_lossy_failover_the_client_is_ahead(
     own_cluster: Cluster, streams: Streams
 ) -> None:
     """A lagging replica is promoted: its stream is at an older position."""
-    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
+    async with opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=20) as store:
         first = streams.creation(key("a"))
         await committed(store, first)
         at = own_cluster.owner(_tag("a"))

@@ -324,7 +324,7 @@ async def test_commits_wait_for_a_restart(data_dir: Path) -> None:
     streams = Streams()
     commit = streams.creation(key("a"))
     with running(data_dir) as valkey:
-        async with opened(valkey.url, wait_s=30) as store:
+        async with opened(valkey.url, store_wait_s=30) as store:
             assert await store.commit(columns(commit)) == [Committed()]
             for _ in range(3):
                 with redis.Redis.from_url(valkey.url) as client:

@@ -137,7 +137,7 @@ def lasting_cluster(own_cluster: Cluster) -> Iterator[Cluster]:
 
 
 async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Cluster) -> None:
-    async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
+    async with opened(lasting_cluster.url, partitions=PARTITIONS, store_wait_s=1) as store:
         victim = lasting_cluster.primaries[0]
         with capture_logs() as lines:
             victim.pause()
@@ -157,7 +157,7 @@ async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Clu
 
 
 async def test_memory_ratio_is_that_of_the_fullest_shard(lasting_cluster: Cluster) -> None:
-    async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
+    async with opened(lasting_cluster.url, partitions=PARTITIONS, store_wait_s=1) as store:
         fullest, other, unlimited = lasting_cluster.primaries
         used = fullest.ask("INFO", "memory")["used_memory"]
         fullest.ask("CONFIG", "SET", "maxmemory", 2 * used)
@@ -185,7 +185,7 @@ async def test_the_store_starts_with_an_unavailable_shard(lasting_cluster: Clust
     with capture_logs() as lines:
         victim.pause()
         try:
-            async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
+            async with opened(lasting_cluster.url, partitions=PARTITIONS, store_wait_s=1) as store:
                 assert (await store_check(store)).ok
         finally:
             victim.resume()

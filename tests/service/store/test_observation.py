@@ -83,7 +83,7 @@ async def test_count_without_permission_is_refused(server: RealServer) -> None:
 async def test_reconnects_and_round_trips_are_counted(
     own_server: RealServer, streams: Streams
 ) -> None:
-    async with opened(own_server.url, wait_s=10) as store:
+    async with opened(own_server.url, store_wait_s=10) as store:
         first, telemetry = streams.creation(key("a")), store.monitor.telemetry
         telemetry.round_trips_s.clear()
         before_s = time.monotonic()

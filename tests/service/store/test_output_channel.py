@@ -126,7 +126,7 @@ async def test_permission_error_names_the_commands_that_watching_needs(
         everything = ("on", "nopass", "~*", "&*", "+@all")
         admin.execute_command("ACL", "SETUSER", "watcher", *everything, missing)
         path = pipeline_server.url.partition("://")[2]
-        channel = RedisOutputChannel(StoreSettings(f"unix://watcher:any@{path}", wait_s=30))
+        channel = RedisOutputChannel(StoreSettings(f"unix://watcher:any@{path}", store_wait_s=30))
         await channel.start()
         try:
             for recorder in (Recorder(), Recorder()):

@@ -136,7 +136,7 @@ def test_writes_to_a_closed_transport_do_not_break_the_next_connection(
     """On stock asyncio a second write registered the socket of a closed transport."""
 
     async def cut_before_two_requests(failures: list[dict[str, Any]]) -> None:
-        async with opened(server.url, wait_s=60) as store:
+        async with opened(server.url, store_wait_s=60) as store:
             assert await load(store, [key("a")]) == [None]
             with server.client() as client:
                 client.client_kill_filter(_type="normal", skipme=True)
@@ -157,7 +157,7 @@ async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
     port = free_port()
     with real_server(kind, "--bind", "127.0.0.1", "--port", str(port)) as server:
         url = f"redis://127.0.0.1:{port}" if over_tcp else server.url
-        async with opened(url, wait_s=0.3) as store:
+        async with opened(url, store_wait_s=0.3) as store:
             known = streams.creation(key("known"))
             await store.commit(columns(known))
             server.signal(signal.SIGSTOP)
@@ -179,9 +179,9 @@ async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
 async def test_tcp_user_timeout_is_shorter_than_a_tombstones_lifetime() -> None:
     port = free_port()
     with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port)):
-        for wait_s, tombstone_ttl_ms, expected_ms in ((3.0, 600_000, 3_000), (30.0, 9_000, 9_000)):
+        for wait_s, tombstone_ttl_s, expected_ms in ((3.0, 600, 3_000), (30.0, 9, 9_000)):
             url = f"redis://127.0.0.1:{port}"
-            async with opened(url, wait_s=wait_s, tombstone_ttl_ms=tombstone_ttl_ms) as store:
+            async with opened(url, store_wait_s=wait_s, tombstone_ttl_s=tombstone_ttl_s) as store:
                 given = transport_of(store._router._server.connection._connection).get_extra_info(
                     "socket"
                 )

@@ -35,17 +35,17 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Monitored]:
 
 
 async def test_start_and_readiness_need_a_primary_that_a_sentinel_knows(servers: Monitored) -> None:
-    async with opened(servers.url, wait_s=5) as store:
+    async with opened(servers.url, store_wait_s=5) as store:
         check = await store.monitor.check()
         assert check.ok, check.detail
         assert f"/{NAME}/0 accepts commits" in check.detail
     other = servers.url.replace(f"/{NAME}/", "/other/")
     with pytest.raises(StoreUnavailable, match="does not know the primary 'other'"):
-        async with opened(other, wait_s=0.5):
+        async with opened(other, store_wait_s=0.5):
             pass
     wrong = servers.url.replace(PASSWORD, "wrong")
     with pytest.raises(StoreUnavailable, match="invalid username-password") as caught:
-        async with opened(wrong, wait_s=0.5):
+        async with opened(wrong, store_wait_s=0.5):
             pass
     assert "wrong" not in str(caught.value)
 
@@ -61,7 +61,7 @@ async def test_a_connection_to_a_replica_is_rejected(
 
     monkeypatch.setattr(SentinelResolver, "find_primary", find_replica)
     with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{replica} is not a primary"):
-        async with opened(servers.url, wait_s=0.5):
+        async with opened(servers.url, store_wait_s=0.5):
             pass
 
 
@@ -79,7 +79,7 @@ async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
     servers: Monitored, streams: Streams
 ) -> None:
     """Sentinel leaves it writable for eight seconds, here for good; then its writes are lost."""
-    async with opened(servers.url, wait_s=5) as store:
+    async with opened(servers.url, store_wait_s=5) as store:
         names = {f"s{index}" for index in range(STREAMS)}
         await committed(store, *(streams.creation(key(name)) for name in names))
         page = await store.streams("flights", "", None, 2)
@@ -110,7 +110,7 @@ async def test_connections_to_the_last_known_primary_open_while_no_sentinel_answ
 ) -> None:
     """A Sentinel is asked for as long as a readiness check may take, and none answers."""
     primary = servers.replica if servers.has_failed_over() else servers.primary
-    async with opened(servers.url, wait_s=30) as store:
+    async with opened(servers.url, store_wait_s=30) as store:
         await committed(store, streams.creation(key("known")))
         servers.sentinel.pause()
         with primary.client() as client:

@@ -85,7 +85,7 @@ async def test_a_server_that_forbids_scripts_is_reported(
 
 async def test_a_wrong_password_fails_immediately(server: RealServer) -> None:
     url = server.url.replace("unix://", "unix://nobody:wrong-secret@")
-    store = open_store(StoreSettings(url, wait_s=60))
+    store = open_store(StoreSettings(url, store_wait_s=60))
     async with asyncio.timeout(30):
         with pytest.raises(StoreRefused) as caught:
             await store.start()

@@ -40,7 +40,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture
 def settings(own_cluster: Cluster) -> StoreSettings:
-    return StoreSettings(own_cluster.url, partitions=PARTITIONS, wait_s=3)
+    return StoreSettings(own_cluster.url, partitions=PARTITIONS, store_wait_s=3)
 
 
 @pytest.fixture

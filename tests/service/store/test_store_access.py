@@ -89,7 +89,7 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
 async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) -> None:
     with behind_tls(certificates) as (_, at):
         url = f"rediss://{at.partition('?')[0]}"
-        store = open_store(StoreSettings(url, wait_s=0.5))
+        store = open_store(StoreSettings(url, store_wait_s=0.5))
         with pytest.raises(StoreUnavailable, match="certificate verify failed"):
             await store.start()
         await store.close()
@@ -98,7 +98,7 @@ async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) 
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="Python does not ask for it")
 async def test_a_ca_certificate_without_key_usage_is_explained(tmp_path: Path) -> None:
     with behind_tls(make_certificates(tmp_path)) as (_, at):
-        store = open_store(StoreSettings(f"rediss://{at}", wait_s=0.5))
+        store = open_store(StoreSettings(f"rediss://{at}", store_wait_s=0.5))
         with pytest.raises(StoreUnavailable, match=r"ssl_ca_certs.*keyUsage with keyCertSign"):
             await store.start()
         await store.close()
@@ -128,7 +128,7 @@ async def test_start_logs_an_untrusted_certificate_immediately(
     certificates: Certificates, scheme: str
 ) -> None:
     with behind_tls(certificates) as (_, at), capture_logs() as lines:
-        store = open_store(StoreSettings(f"{scheme}://{at.partition('?')[0]}", wait_s=60))
+        store = open_store(StoreSettings(f"{scheme}://{at.partition('?')[0]}", store_wait_s=60))
         starting = asyncio.create_task(store.start())
 
         async def is_logged() -> bool:
@@ -175,7 +175,9 @@ async def test_a_cluster_with_credentials(shared_cluster: Cluster) -> None:
             state, _ = await store.load_with_reply(key("s3"))
             assert same_stream(state, commits[3].new)
             assert len((await store.streams("flights", "", None, 100)).streams) <= 20
-        wrong = open_store(StoreSettings(f"redis+cluster://carry:wrong-secret@{hosts}", wait_s=60))
+        wrong = open_store(
+            StoreSettings(f"redis+cluster://carry:wrong-secret@{hosts}", store_wait_s=60)
+        )
         with pytest.raises(StoreRefused) as caught:
             await wrong.start()
         assert "wrong-secret" not in caught.value.detail

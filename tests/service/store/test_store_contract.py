@@ -309,7 +309,7 @@ async def test_a_full_server_rejects_commits_and_keeps_streams(
 
 
 async def test_a_reply_expires_after_its_ttl(open_on: OpenStore, streams: Streams) -> None:
-    store = await open_on(reply_ttl_ms=50)
+    store = await open_on(reply_ttl_s=0.05)
     first = streams.creation(key("a"))
     await committed(store, first)
 
@@ -347,7 +347,7 @@ async def test_a_commit_without_a_reply_deletes_the_stored_reply(
 
 
 async def test_no_replies_are_stored_with_a_zero_ttl(open_on: OpenStore, streams: Streams) -> None:
-    store = await open_on(reply_ttl_ms=0)
+    store = await open_on(reply_ttl_s=0)
     first = streams.creation(key("a"))
     await committed(store, first)
     assert (await store.load_with_reply(first.key))[1] is None
@@ -368,7 +368,7 @@ async def test_a_damaged_reply_counts_as_missing(
 async def test_a_commit_renews_the_idle_ttl(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
-    long_, short = await open_on(idle_ttl_ms=600_000), await open_on(idle_ttl_ms=50)
+    long_, short = await open_on(idle_ttl_s=600), await open_on(idle_ttl_s=0.05)
     first = streams.creation(key("a"))
     await committed(long_, first)
     name = StoreSettings(server.url).keys.state(key("a"))
@@ -390,7 +390,7 @@ async def test_a_stream_has_no_ttl_by_default(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     first = streams.creation(key("a"))
-    await committed(await open_on(idle_ttl_ms=1000_000), first)
+    await committed(await open_on(idle_ttl_s=1000), first)
     await committed(await open_on(), streams.next(first))
     keys = StoreSettings(server.url).keys
     with server.client() as client:

@@ -117,7 +117,7 @@ async def test_busy_is_retried_until_the_timeout(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     """Another client's script does not end: calls wait, and name the reason at their timeout."""
-    patient, hasty = await open_on(wait_s=30), await open_on(wait_s=0.3)
+    patient, hasty = await open_on(store_wait_s=30), await open_on(store_wait_s=0.3)
     first = streams.creation(key("a"))
     await committed(patient, first)
     await committed(hasty, streams.creation(key("known")))
@@ -182,7 +182,7 @@ async def test_broken_connections_lose_no_commits(
 async def test_a_truncated_reply_is_retried(own_server: RealServer, streams: Streams) -> None:
     async with (
         LossyPath.to(own_server.socket, own_server.folder) as path,
-        opened(path.url, wait_s=20) as store,
+        opened(path.url, store_wait_s=20) as store,
     ):
         commits = [streams.creation(key(f"s{i}")) for i in range(20)]
         await committed(store, *commits)
@@ -201,7 +201,7 @@ async def test_reconnect_backs_off(own_server: RealServer, streams: Streams) -> 
     """One connection retries with exponential backoff and jitter, however many callers wait."""
     async with (
         LossyPath.to(own_server.socket, own_server.folder) as path,
-        opened(path.url, wait_s=1.5) as store,
+        opened(path.url, store_wait_s=1.5) as store,
     ):
         await committed(store, streams.creation(key("known")))
         path.dead, path.losses, path.accepted = True, 1, 0

@@ -44,7 +44,7 @@ async def lossy(own_server: RealServer, request: pytest.FixtureRequest) -> Async
     """The server knows the scripts already; a parameter is how long the store waits for it."""
     async with (
         LossyPath.to(own_server.socket, own_server.folder) as path,
-        opened(path.url, wait_s=getattr(request, "param", 20)) as store,
+        opened(path.url, store_wait_s=getattr(request, "param", 20)) as store,
         opened(own_server.url) as others,
     ):
         known = Streams(1).creation(key("known"))
@@ -96,7 +96,7 @@ async def test_acknowledged_commits_survive_kills_under_load(
             await asyncio.sleep(0)
             assert not any(task.done() for task in writers), "a writer ended early"
 
-    async with opened(own_server.url, wait_s=30) as store, opened(own_server.url) as reader:
+    async with opened(own_server.url, store_wait_s=30) as store, opened(own_server.url) as reader:
         writers = [asyncio.create_task(writer(store, number)) for number in range(12)]
         try:
             for _ in range(3):
@@ -113,7 +113,7 @@ async def test_acknowledged_commits_survive_kills_under_load(
 
 
 async def test_calls_wait_for_a_restarting_server(own_server: RealServer, streams: Streams) -> None:
-    async with opened(own_server.url, wait_s=30) as store:
+    async with opened(own_server.url, store_wait_s=30) as store:
         first, other = streams.creation(key("a")), streams.creation(key("b"))
         assert await store.commit(columns(first, other)) == [Committed()] * 2
         own_server.kill()
@@ -144,7 +144,7 @@ async def test_calls_wait_for_a_restarting_server(own_server: RealServer, stream
 
 
 async def test_calls_wait_for_a_loading_server(own_server: RealServer, streams: Streams) -> None:
-    async with opened(own_server.url, wait_s=60) as store:
+    async with opened(own_server.url, store_wait_s=60) as store:
         first = streams.creation(key("a"))
         assert await store.commit(columns(first)) == [Committed()]
         with own_server.client() as client:
@@ -163,7 +163,7 @@ async def test_calls_wait_for_a_loading_server(own_server: RealServer, streams: 
 
 
 async def test_an_unavailable_server_times_out(own_server: RealServer, streams: Streams) -> None:
-    async with opened(own_server.url, wait_s=0.3) as store:
+    async with opened(own_server.url, store_wait_s=0.3) as store:
         own_server.kill()
         await asyncio.sleep(0)
         for call in (
@@ -185,7 +185,7 @@ async def test_an_unavailable_server_times_out(own_server: RealServer, streams: 
 async def test_start_times_out_without_a_server(
     own_server: RealServer,
 ) -> None:
-    store = open_store(StoreSettings(own_server.url + "-elsewhere", wait_s=0.2))
+    store = open_store(StoreSettings(own_server.url + "-elsewhere", store_wait_s=0.2))
     with pytest.raises(StoreUnavailable, match="elsewhere"):
         await store.start()
     await store.close()
@@ -194,7 +194,7 @@ async def test_start_times_out_without_a_server(
 async def test_a_commit_to_an_unresponsive_server_has_an_unknown_outcome(
     own_server: RealServer, streams: Streams
 ) -> None:
-    async with opened(own_server.url, wait_s=60) as store:
+    async with opened(own_server.url, store_wait_s=60) as store:
         first, second = streams.creation(key("a")), streams.creation(key("b"))
         assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
         # not while it answers
@@ -216,7 +216,7 @@ async def test_a_commit_to_an_unresponsive_server_has_an_unknown_outcome(
 async def test_calls_wait_for_an_unresponsive_server(
     own_server: RealServer, streams: Streams
 ) -> None:
-    async with opened(own_server.url, wait_s=60) as store:
+    async with opened(own_server.url, store_wait_s=60) as store:
         own_server.signal(signal.SIGSTOP)
         first = streams.creation(key("a"))
         chain = [first, streams.next(first)]
@@ -230,7 +230,7 @@ async def test_all_requests_to_an_unresponsive_server_have_unknown_outcomes(
     own_server: RealServer, streams: Streams
 ) -> None:
     """Requests are pipelined: all that were sent may be executed later."""
-    async with opened(own_server.url, wait_s=60) as store:
+    async with opened(own_server.url, store_wait_s=60) as store:
         assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
         commits = [streams.creation(key(f"s{i}")) for i in range(5)]
         store._router._wait_s = 0.3
@@ -420,7 +420,10 @@ async def test_a_cluster_node_under_a_single_address_is_rejected(kind: str) -> N
 
 async def test_a_call_ends_at_its_deadline_while_an_earlier_call_waits_longer() -> None:
     """One timer serves all calls, so a later call may have the earlier deadline."""
-    store, key = RedisStore(StoreSettings("redis://127.0.0.1:1", wait_s=60)), StreamKey("m", "s")
+    store, key = (
+        RedisStore(StoreSettings("redis://127.0.0.1:1", store_wait_s=60)),
+        StreamKey("m", "s"),
+    )
     waiting = asyncio.create_task(store.load([key], time.monotonic() + 60))
     try:
         await asyncio.sleep(0)

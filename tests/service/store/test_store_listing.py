@@ -6,6 +6,7 @@ import pytest
 
 from service.core.errors import InvalidInput
 from service.store.base import Store
+from service.store.redis import scan
 from service.store.redis.scan import drop_tombstones
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
@@ -33,9 +34,10 @@ async def listed(store: Store, model: str, prefix: str, limit: int) -> list[str]
 
 @pytest.mark.parametrize("limit", [1, 7, 50, 1000])
 async def test_every_stream_is_listed_across_pages(
-    open_on: OpenStore, streams: Streams, limit: int
+    monkeypatch: pytest.MonkeyPatch, open_on: OpenStore, streams: Streams, limit: int
 ) -> None:
-    store = await open_on(scan_count=40)
+    monkeypatch.setattr(scan, "SCAN_COUNT", 40)
+    store = await open_on()
     names = {f"N{i}:{tail}" for i in range(60) for tail in ("x.y", "@-")}
     await committed(store, *(streams.creation(key(name), floats=2) for name in names))
     await committed(store, *(streams.creation(key(n, "other"), floats=2) for n in ("N1:", "M")))
@@ -54,8 +56,11 @@ async def test_a_prefix_is_not_a_pattern(store: Store, streams: Streams) -> None
         assert await listed(store, "flights", pattern, 10) == []
 
 
-async def test_a_page_has_at_most_limit_names(open_on: OpenStore, streams: Streams) -> None:
-    store = await open_on(scan_count=200)
+async def test_a_page_has_at_most_limit_names(
+    monkeypatch: pytest.MonkeyPatch, open_on: OpenStore, streams: Streams
+) -> None:
+    monkeypatch.setattr(scan, "SCAN_COUNT", 200)
+    store = await open_on()
     await committed(store, *(streams.creation(key(f"s{i}"), floats=1) for i in range(200)))
     cursor: str | None = None
     while True:

@@ -24,9 +24,10 @@ from service.console.page import add_console
 from service.core.errors import CarryError, LimitExceeded, Overloaded
 from service.core.values import Reply, StreamKey, StreamState
 from service.pipeline.watching import Watches
+from service.server.settings import WebSocketSettings
 from service.store.codec import HEADER_BYTES, encode_state
 from service.telemetry.request_lines import RequestLine, access_log
-from service.transports.live.application import SocketLimits, add_live_sockets
+from service.transports.live.application import add_live_sockets
 from service.transports.live.watching import add_watching
 from service.transports.v1 import application
 from service.transports.v1.openapi.document import openapi_document
@@ -91,7 +92,7 @@ OPEN = {
 
 CHECKS = ["store", "runtime", "accepting"]
 STATE = [{"name": "state.lstm_1.hidden"}]
-SOCKETS = SocketLimits(window=8, max_frame_bytes=20_000)
+SOCKETS = WebSocketSettings(pipelining_window=8)
 
 
 def add_all(app: FastAPI) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
-from service.app import with_alarm_rates
+from service.build import with_alarm_rates
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
 from service.engine.runtimes.loading import open_runtimes
@@ -225,7 +225,7 @@ async def test_rates_that_no_alarm_can_have_are_rejected(api: Harness, rows: Flo
 
 def test_a_deployment_sets_the_rate_of_a_model(sensors: Artifact, rows: Floats) -> None:
     settings = Settings.load({"false_alarms_per_day": f"sensors={RATE}"})
-    (changed,) = with_alarm_rates([sensors], settings.alarm_rates())
+    (changed,) = with_alarm_rates([sensors], settings.models.alarm_rates())
     assert changed.fingerprint == sensors.fingerprint
     assert computed(changed, rows, [None] * 20) == computed(sensors, rows, [RATE] * 20)
     assert with_alarm_rates([sensors], {}) == [sensors]

@@ -11,7 +11,6 @@ from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
 from service.access.principal import Verb
-from service.codec.limits import ApiLimits
 from service.codec.replies import reply
 from service.codec.reply_types import (
     AlarmsInfo,
@@ -22,6 +21,7 @@ from service.codec.reply_types import (
     ModelList,
     ModelSummary,
 )
+from service.codec.settings import RequestSettings
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import api_of, pipeline_of
 from service.transports.v1.openapi import operations
@@ -67,7 +67,7 @@ def _summary(served: ServedModel) -> ModelSummary:
     }
 
 
-def detail(served: ServedModel, limits: ApiLimits) -> ModelDetail:
+def detail(served: ServedModel, limits: RequestSettings) -> ModelDetail:
     """All that a client needs to know of a model."""
     schema, limits = served.events, limits.of_model(served.chunk_limit)
     return {

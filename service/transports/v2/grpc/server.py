@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
 import structlog
 
+from service.server.connections import BODY_BYTES_PER_S
+from service.server.settings import ConnectionSettings
 from service.telemetry.sampler import TransportLoad
 from service.transports.common.failure_log import log_client_disconnect
 from service.transports.v2.grpc.call_admission import CallAdmission
@@ -22,6 +23,7 @@ from service.transports.v2.grpc.public_services import PublicServices
 from service.transports.v2.grpc.servicer import SERVICE, InferenceServicer, Statistics
 from service.transports.v2.grpc.sockets import count_connections
 from service.transports.v2.inference import Inference
+from service.transports.v2.settings import V2Settings
 
 MAX_METADATA_BYTES: Final = 16 * 1024
 MAX_STREAMS_PER_CONNECTION: Final = 1024
@@ -34,34 +36,14 @@ log = structlog.get_logger(__name__)
 _library_log: Final = logging.getLogger("grpc._cython.cygrpc")
 
 
-@dataclass(frozen=True, slots=True)
-class GrpcLimits:
-    """Limits of one server.
-
-    Attributes:
-        max_message_bytes: largest request.
-        max_pending_bytes: most bytes of requests that are buffered.
-        receive_s: longest time in which a request may arrive.
-        max_calls: maximum concurrent calls of clients with a key; further ones get
-            RESOURCE_EXHAUSTED.
-        stream_window: most unanswered requests of a stream.
-        drain_s: how long calls may take to finish when the server stops.
-    """
-
-    max_message_bytes: int
-    max_pending_bytes: int
-    receive_s: float
-    max_calls: int
-    stream_window: int
-    drain_s: float
-
-
 class GrpcServer:
     """One worker's server.
 
     Args:
+        connections: bound the bytes and the time of arriving messages.
+        stream_window: most unanswered requests of a stream.
+        drain_s: how long calls may take to finish when the server stops.
         host: address to listen on.
-        port: 0 selects a free one.
 
     Attributes:
         port: after `start`, the one that it listens on.
@@ -71,21 +53,23 @@ class GrpcServer:
         self,
         inference: Inference,
         statistics: Statistics,
-        limits: GrpcLimits,
+        settings: V2Settings,
+        connections: ConnectionSettings,
+        *,
+        stream_window: int,
+        drain_s: float,
         host: str,
-        port: int,
     ):
-        messages = MessageAdmission(
-            limits.max_pending_bytes, limits.max_message_bytes, limits.receive_s
-        )
-        calls = CallAdmission(limits.max_calls)
-        self._servicer = InferenceServicer(
-            inference, statistics, calls, messages, limits.stream_window
-        )
+        max_bytes = settings.grpc_max_message_bytes
+        receive_s = connections.body_timeout_s + max_bytes / BODY_BYTES_PER_S
+        messages = MessageAdmission(connections.max_pending_body_bytes, max_bytes, receive_s)
+        calls = CallAdmission(settings.grpc_max_calls)
+        self._servicer = InferenceServicer(inference, statistics, calls, messages, stream_window)
         self._public = PublicServices(self._servicer, calls)
-        self._limits = limits
+        self._max_message_bytes = max_bytes
+        self._drain_s = drain_s
         self._host = f"[{host}]" if ":" in host else host
-        self.port = port
+        self.port = settings.grpc_port or 0
         self._server: grpc.aio.Server | None = None
         self._stopped: asyncio.Task[None] | None = None
 
@@ -101,7 +85,7 @@ class GrpcServer:
         """
         options: list[tuple[str, Any]] = [
             ("grpc.so_reuseport", 1),
-            ("grpc.max_receive_message_length", self._limits.max_message_bytes),
+            ("grpc.max_receive_message_length", self._max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
@@ -125,6 +109,10 @@ class GrpcServer:
         if self._server is not None and self._stopped is None:
             self._stopped = asyncio.get_running_loop().create_task(self._stop(self._server))
 
+    def retire(self) -> None:
+        """The same: another process accepts calls on the port."""
+        self.begin_stop()
+
     async def stop(self) -> None:
         """The same, and wait for it."""
         self.begin_stop()
@@ -134,7 +122,7 @@ class GrpcServer:
     async def _stop(self, server: grpc.aio.Server) -> None:
         await self._public.begin_stop()
         self._servicer.stopping.set()
-        await server.stop(self._limits.drain_s)
+        await server.stop(self._drain_s)
 
 
 def _replace_disconnect(record: logging.LogRecord) -> bool:

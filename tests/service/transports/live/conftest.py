@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.codec.limits import ApiLimits
-from service.transports.live.application import SocketLimits
+from service.codec.settings import RequestSettings
 from tests.service.transports.live.sockets import live_application
 from tests.service.transports.v1.conftest import held_back, models
 from tests.service.transports.v1.harness import Harness
@@ -31,7 +30,6 @@ async def large_api(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> AsyncIterator[Harness]:
     """The same with limits that allow long frames and replies."""
-    limits = ApiLimits(max_body_bytes=2**20)
-    sockets = SocketLimits(window=8, max_frame_bytes=2**20)
-    async with live_application(pipeline_server, models, limits, sockets) as running:
+    limits = RequestSettings(max_body_bytes=2**20)
+    async with live_application(pipeline_server, models, limits) as running:
         yield running

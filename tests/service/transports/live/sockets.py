@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from websockets.asyncio.client import ClientConnection, connect
 
 from models.artifact.artifact import Artifact
-from service.codec.limits import ApiLimits
+from service.codec.settings import RequestSettings
 from service.pipeline.watching import Watches
-from service.transports.live.application import SocketLimits, add_live_sockets
+from service.server.settings import WebSocketSettings
+from service.transports.live.application import add_live_sockets
 from service.transports.live.live_socket import LiveSocket
 from service.transports.live.watching import add_watching
 from tests.service.transports.v1.harness import LIMITS, Harness, harness
@@ -26,15 +27,14 @@ from tests.service.transports.v1.raw_http import HOST, becomes, port_of, serving
 from tests.support.servers import RealServer
 
 ORIGINS = "https://app.example.com"
-SOCKETS = SocketLimits(window=8, max_frame_bytes=LIMITS.max_body_bytes)
+SOCKETS = WebSocketSettings(pipelining_window=8, websocket_origins=ORIGINS)
 
 
 @asynccontextmanager
 async def live_application(
     server: RealServer,
     models: Mapping[str, Artifact],
-    limits: ApiLimits = LIMITS,
-    sockets: SocketLimits = SOCKETS,
+    limits: RequestSettings = LIMITS,
     extend: Callable[[FastAPI], None] = lambda app: None,
     **options: Any,
 ) -> AsyncIterator[Harness]:
@@ -42,7 +42,7 @@ async def live_application(
 
     def extend_all(app: FastAPI) -> None:
         extend(app)
-        add_live_sockets(app, sockets, ORIGINS)
+        add_live_sockets(app, SOCKETS)
         api = app.state.api
         store = api.access._pipeline._store
         add_watching(app, Watches(store, store.outputs, api.recorder))

@@ -19,7 +19,8 @@ from websockets.frames import Close, CloseCode, Frame, Opcode
 from service.codec.duplicates import find_duplicate
 from service.codec.media import Media
 from service.core.errors import InvalidInput, Unauthenticated
-from service.server.connections import ConnectionLimits, Phase
+from service.server.connections import Phase
+from service.server.settings import ConnectionSettings
 from service.transports.live import frames, live_socket
 from service.transports.live.live_socket import LiveSocket
 from tests.service.transports.live.sockets import (
@@ -365,7 +366,7 @@ async def test_a_silent_client_is_pinged_and_closed_without_an_answer(api: Harne
 
 async def test_connections_expire_a_silent_socket(api: Harness) -> None:
     connections = api.http_state().connections
-    connections.limits = ConnectionLimits(websocket_ping_s=0.001)
+    connections.limits = ConnectionSettings(websocket_ping_s=0.001)
     async with live(api) as sockets, sockets.open() as (client, _):
         [served] = sockets.served()
         now_s = asyncio.get_running_loop().time()
@@ -400,7 +401,7 @@ async def test_an_incomplete_message_expires(api: Harness) -> None:
 
 async def test_messages_over_the_limit_of_all_bodies_are_shed(api: Harness) -> None:
     connections = api.http_state().connections
-    connections.limits = ConnectionLimits(max_pending_body_bytes=1000)
+    connections.limits = ConnectionSettings(max_pending_body_bytes=1000)
     async with live(api) as sockets, sockets.open() as (client, _):
         client.transport.write(Frame(Opcode.TEXT, b"x" * 5000).serialize(mask=True)[:4000])
         await closed(client, 1013)

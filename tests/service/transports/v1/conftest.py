@@ -13,7 +13,7 @@ from models.artifact.artifact import Artifact, write_artifact
 from service.codec import request_reader, strict_validator
 from service.codec.body_types import build_body_types
 from service.codec.fast_decoder import FastDecoder
-from service.codec.limits import ApiLimits
+from service.codec.settings import RequestSettings
 from service.pipeline.served_model import ServedModel
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
@@ -44,7 +44,7 @@ def shared_decoders() -> Iterator[None]:
     built: dict[tuple[Hashable, ...], Any] = {}
 
     def share(build: Callable[..., Any]) -> Callable[..., Any]:
-        def shared(served: ServedModel, limits: ApiLimits, *more: Hashable) -> Any:
+        def shared(served: ServedModel, limits: RequestSettings, *more: Hashable) -> Any:
             model = (served.artifact.path, served.artifact.manifest["checksum"])
             key = (build, *model, served.max_alarm_rate, limits, *more)
             if key not in built:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -23,17 +23,17 @@ from service.access.key_cache import AccessKeys
 from service.core.tracing import Tracer
 from service.core.values import StreamKey
 from service.pipeline.audit import Audit, no_audit
-from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
+from service.pipeline.pipeline import Pipeline
 from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.telemetry.logs import RequestIds
-from service.transports.v1.application import ApiLimits, create_api
+from service.transports.v1.application import RequestSettings, create_api
 from service.transports.v1.fast_path import FastPath
 from tests.service.transports.v1.faulty_store import FaultyStore, StoredStates
 from tests.support.access import new_authorization
 from tests.support.numpy_runtime import numpy_served
-from tests.support.pipelines import Counts
+from tests.support.pipelines import UNBOUNDED, Counts
 from tests.support.servers import RealServer
 
 FAST_PATH = os.environ.get("CARRY_HTTP_FAST_PATH", "1") != "0"
@@ -42,7 +42,9 @@ FAST_PATH = os.environ.get("CARRY_HTTP_FAST_PATH", "1") != "0"
 JSON = {"content-type": "application/json"}
 MSGPACK = {"content-type": "application/msgpack"}
 NOW_MS = 1_700_000_000_000
-LIMITS = ApiLimits(max_body_bytes=20_000, max_chunk_steps=20, max_predict_steps=30, max_items=5)
+LIMITS = RequestSettings(
+    max_body_bytes=20_000, max_chunk_steps=20, max_predict_steps=30, max_items=5
+)
 
 EVENT_MS = 1_357_035_420_000
 EVENT = {"load": 12.5, "at": "2013-01-01T05:17:00-05:00", "carrier": "UA", "heavy": True}
@@ -120,8 +122,7 @@ async def harness(
     server: RealServer,
     models: Mapping[str, Artifact],
     *,
-    limits: ApiLimits = LIMITS,
-    on_model_change: OnModelChange = "refuse",
+    limits: RequestSettings = LIMITS,
     fast_path: bool = FAST_PATH,
     requires_keys: bool | None = None,
     tracer: Tracer | None = None,
@@ -136,7 +137,7 @@ async def harness(
             that has no keys at all.
         extend: adds routes to the application.
     """
-    settings = StoreSettings(server.url, wait_s=5)
+    settings = StoreSettings(server.url, store_wait_s=5)
     peek = server.client()
     peek.flushall()
     store = FaultyStore(RedisStore(settings), StoredStates(peek, settings.keys))
@@ -146,9 +147,8 @@ async def harness(
         [numpy_served(artifact) for artifact in models.values()],
         store,
         counts,
-        limits=PipelineLimits(**pipeline),
+        settings=replace(UNBOUNDED, **pipeline),
         now_ms=lambda: clock[0],
-        on_model_change=on_model_change,
         audit=audit,
         tracer=tracer,
     )

@@ -25,7 +25,6 @@ from service.server.connections import (
     CHECKED_AT_ONCE,
     EXPIRY_COST,
     LINGER_S,
-    ConnectionLimits,
     Connections,
     Phase,
     client_network,
@@ -36,6 +35,7 @@ from service.server.http_protocol import (
     MAX_REJECTED,
 )
 from service.server.open_files import limit_connections_to_open_files
+from service.server.settings import ConnectionSettings
 from tests.service.transports.v1.harness import Harness
 from tests.service.transports.v1.raw_http import (
     PATH,
@@ -50,7 +50,7 @@ from tests.service.transports.v1.raw_http import (
 from tests.service.transports.v1.test_connections import Client, connected, long_after
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-LIMITS = ConnectionLimits()
+LIMITS = ConnectionSettings()
 QUERY = f"POST {PATH.format('s')}?return_state=false HTTP/1.1"
 """The request line of a request for the slow path."""
 PREDICT = "POST /v1/models/probe/predict HTTP/1.1"
@@ -534,7 +534,7 @@ async def test_many_connections_are_checked_in_several_turns_of_the_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(connections_module, "CHECK_INTERVAL_S", 0.05)
-    connections = Connections(ConnectionLimits(keep_alive_s=0.001))
+    connections = Connections(ConnectionSettings(keep_alive_s=0.001))
     loop = asyncio.get_running_loop()
     many = [IdleConnection() for _ in range(3 * CHECKED_AT_ONCE + 1)]
     for each in many:

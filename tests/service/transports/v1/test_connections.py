@@ -15,10 +15,10 @@ import uvicorn
 
 from service.core.values import StreamKey
 from service.engine.policy import Admission
-from service.server.connections import ConnectionLimits
 from service.server.fast_route import MAX_FAST_REQUEST_BYTES
 from service.server.framing import MAX_HEAD_BYTES, PIECE_BYTES
 from service.server.http_protocol import HttpProtocol
+from service.server.settings import ConnectionSettings
 from service.transports.v1.fast_path import (
     FastPath,
     FastRequest,
@@ -41,8 +41,8 @@ UNREAD = 1500
 """Requests whose responses exceed what a connection buffers for its client."""
 FEW = 150
 """Requests that are all read, so that nothing is reset when the connection is closed."""
-KEEP_ALIVE_S = ConnectionLimits().keep_alive_s
-SEND_TIMEOUT_S = ConnectionLimits().send_timeout_s
+KEEP_ALIVE_S = ConnectionSettings().keep_alive_s
+SEND_TIMEOUT_S = ConnectionSettings().send_timeout_s
 GET = request(b"", first="GET /health/live HTTP/1.1", length="")
 PATHS = ("fast path", "slow path")
 QUERY = f"POST {PATH.format('s')}?return_state=true HTTP/1.1"

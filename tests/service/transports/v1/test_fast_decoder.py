@@ -16,17 +16,17 @@ from msgspec.structs import astuple
 
 from models.artifact.artifact import Artifact
 from service.codec.fast_decoder import MAX_BYTES, MAX_DOT, FastDecoder
-from service.codec.limits import ApiLimits
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
 from service.codec.rows_items import RowsItemsReader
+from service.codec.settings import RequestSettings
 from service.core.errors import CarryError, InvalidInput
 from service.core.values import Chunk, SequenceInput, Steps
 from service.pipeline.served_model import ServedModel
 from tests.service.transports.v1.harness import EVENT, EVENT_MS, LATER, rows
 from tests.support.numpy_runtime import NumpyRuntime
 
-LIMITS = ApiLimits(max_chunk_steps=4, max_predict_steps=6, max_items=3)
+LIMITS = RequestSettings(max_chunk_steps=4, max_predict_steps=6, max_items=3)
 KINDS = ("chunk", "items", "sequences")
 
 
@@ -523,7 +523,7 @@ def test_other_bodies_are_left_to_the_other_readers(
 def test_rows_that_are_too_many_to_be_read_at_once_are_left_to_the_long_reader(
     readers: Mapping[str, tuple[RequestReader, RequestReader]], media: Media
 ) -> None:
-    reader = RequestReader(readers["probe"][0].served, ApiLimits())
+    reader = RequestReader(readers["probe"][0].served, RequestSettings())
     item = shown_in(media, {"stream": "a", "inputs": np.ones(12_000, np.float32).tobytes()})
     fitting = MAX_BYTES // len(body_of(media, item))
     for count in (fitting, fitting + 1):
@@ -538,7 +538,7 @@ def test_rows_that_are_too_many_to_be_read_at_once_are_left_to_the_long_reader(
 def test_number_beyond_float32_among_many_is_left_to_the_strict_validator(
     readers: Mapping[str, tuple[RequestReader, RequestReader]], count: int, largest: float
 ) -> None:
-    reader = RequestReader(readers["probe"][0].served, ApiLimits())
+    reader = RequestReader(readers["probe"][0].served, RequestSettings())
     item = {"stream": "a", "inputs": [[0.0, 1.0, 2.0]] * count}
     body = body_of(Media.JSON, {"chunks": [item, {**item, "inputs": [[largest, largest, 0.0]]}]})
     assert RowsItemsReader(reader).items(body, Media.JSON) is None

@@ -17,18 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.artifact.artifact import Artifact
-from service.codec.limits import ApiLimits
 from service.codec.long_bodies import long_reader
 from service.codec.long_bodies.admission import Checkpoint
 from service.codec.long_bodies.long_reader import LongReader
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
+from service.codec.settings import RequestSettings
 from service.core.errors import CarryError
 from service.core.values import Chunk
 from service.pipeline.served_model import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
 
-LIMITS = ApiLimits(
+LIMITS = RequestSettings(
     max_chunk_steps=10_000, max_predict_steps=10_000, max_body_bytes=2**24, max_items=10
 )
 

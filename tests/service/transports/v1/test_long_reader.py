@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from models.artifact.artifact import Artifact, write_artifact
 from service.codec import request_body
-from service.codec.limits import ApiLimits
 from service.codec.long_bodies import long_reader
 from service.codec.long_bodies.admission import Checkpoint, LongBodyAdmission
 from service.codec.long_bodies.json_structure import JsonStructure
 from service.codec.long_bodies.long_reader import LongReader
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
+from service.codec.settings import RequestSettings
 from service.core.errors import (
     CarryError,
     DeadlineExceeded,
@@ -60,7 +60,7 @@ from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights
 from tests.support.servers import RealServer
 
-SMALL = ApiLimits(max_chunk_steps=4, max_predict_steps=6, max_items=3)
+SMALL = RequestSettings(max_chunk_steps=4, max_predict_steps=6, max_items=3)
 LONG = replace(
     LIMITS, max_body_bytes=2**24, max_chunk_steps=10_000, max_predict_steps=20_000, max_items=1_000
 )

@@ -25,13 +25,13 @@ from service.codec.pieces import (
     encode_pieces,
 )
 from service.codec.replies import LongAnswer, reply
-from service.transports.v1.application import ApiLimits
+from service.codec.settings import RequestSettings
 from tests.service.transports.v1.harness import harness, rows
 from tests.service.transports.v1.raw_http import PATH, becomes, port_of, request, serving
 from tests.service.transports.v1.test_connections import connected
 from tests.support.servers import RealServer
 
-LIMITS = ApiLimits(max_chunk_steps=20_000, max_predict_steps=200_000, max_body_bytes=2**24)
+LIMITS = RequestSettings(max_chunk_steps=20_000, max_predict_steps=200_000, max_body_bytes=2**24)
 STEPS = 300
 PREDICT = "POST /v1/models/probe/predict HTTP/1.1"
 

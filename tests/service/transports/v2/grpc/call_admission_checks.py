@@ -17,17 +17,20 @@ import numpy as np
 import pytest
 
 from service.core.errors import Unauthenticated
+from service.server.settings import ConnectionSettings
 from service.transports.v2.grpc import call_admission
 from service.transports.v2.grpc.call_admission import MAX_RECEIVING, MAX_STREAMS
-from service.transports.v2.grpc.server import GrpcLimits, GrpcServer
+from service.transports.v2.grpc.server import GrpcServer
 from service.transports.v2.grpc.servicer import SERVICE
+from service.transports.v2.settings import V2Settings
 from service.transports.v2.values import InferReply, InferRequest, OutputTensor
 from tests.service.transports.v1.raw_http import becomes
 from tests.service.transports.v2.grpc.call_checks import call_bytes, frame, request_of
 from tests.support.servers import until_async
 
 MAX_CALLS, MANY = 20, 200
-LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=MAX_CALLS, stream_window=1, drain_s=0.0)
+SETTINGS = V2Settings(grpc_port=0, grpc_max_calls=MAX_CALLS, grpc_max_message_bytes=2**20)
+CONNECTIONS = ConnectionSettings(max_pending_body_bytes=2**24)
 KEY = (("authorization", "Bearer good"),)
 WAIT_S = 20.0
 
@@ -75,7 +78,15 @@ async def serving() -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
         readiness=readiness,
     )
     inference: Any = SimpleNamespace(api=api, infer=infer)
-    server = GrpcServer(inference, dict, LIMITS, "127.0.0.1", 0)
+    server = GrpcServer(
+        inference,
+        dict,
+        SETTINGS,
+        CONNECTIONS,
+        stream_window=1,
+        drain_s=0.0,
+        host="127.0.0.1",
+    )
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

@@ -20,17 +20,19 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.codec.limits import ApiLimits
 from service.codec.long_bodies.admission import LongBodyAdmission
+from service.codec.settings import RequestSettings
 from service.core.errors import BadRequest, CarryError, Conflict, ShuttingDown
+from service.server.settings import ConnectionSettings
 from service.transports.v2.grpc import incoming
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.call_admission import CallAdmission
 from service.transports.v2.grpc.incoming import InferMessage, parse
 from service.transports.v2.grpc.infer_stream import WINDOW_BYTES, InferStream
 from service.transports.v2.grpc.message_admission import MessageAdmission
-from service.transports.v2.grpc.server import GrpcLimits, GrpcServer
+from service.transports.v2.grpc.server import GrpcServer
 from service.transports.v2.grpc.servicer import SERVICE, InferenceServicer, Model
+from service.transports.v2.settings import V2Settings
 from service.transports.v2.values import InferReply, InferRequest, OutputTensor
 from tests.service.transports.v1.raw_http import becomes
 
@@ -38,7 +40,8 @@ WINDOW = 64
 NOBODY: Any = SimpleNamespace(require=lambda *_, **__: None)
 """The pipeline of a caller who may do everything."""
 
-LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=100, stream_window=WINDOW, drain_s=0.0)
+SETTINGS = V2Settings(grpc_port=0, grpc_max_calls=100, grpc_max_message_bytes=2**20)
+CONNECTIONS = ConnectionSettings(max_pending_body_bytes=2**24)
 UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
 
 
@@ -197,7 +200,7 @@ async def test_long_message_is_rejected_before_objects_are_made_of_its_fields(
 ) -> None:
     data, expected = MANY[name]
     bodies = LongBodyAdmission(2**30)
-    limits = ApiLimits(max_predict_steps=50)
+    limits = RequestSettings(max_predict_steps=50)
     api = SimpleNamespace(limits=limits, long_bodies=bodies, tracer=None)
     inference: Any = SimpleNamespace(api=api)
     parsed: list[int] = []
@@ -235,7 +238,15 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
     access = SimpleNamespace(open_pipeline=SimpleNamespace(require=lambda *verbs, model: None))
     api = SimpleNamespace(limits=limits, access=access, tracer=None)
     inference: Any = SimpleNamespace(api=api, infer=infer)
-    server = GrpcServer(inference, dict, LIMITS, "127.0.0.1", 0)
+    server = GrpcServer(
+        inference,
+        dict,
+        SETTINGS,
+        CONNECTIONS,
+        stream_window=WINDOW,
+        drain_s=0.0,
+        host="127.0.0.1",
+    )
     await server.start()
     try:
         with capture_logs() as events:

@@ -1,0 +1,192 @@
+"""Builds the pipeline of one process by its settings, without a transport.
+
+    async with build_pipeline(Settings.load()) as service:
+        reply = await service.pipeline.apply(chunk, deadline_s)
+
+A transport, a consumer and a command start from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.manifest import MANIFEST_NAME
+from models.errors import ArtifactError
+from service.access.key_cache import AccessKeys
+from service.engine.runtimes.loading import open_decoders, open_runtimes
+from service.pipeline.pipeline import Pipeline
+from service.pipeline.served_model import ServedModel
+from service.pipeline.settings import ModelSettings
+from service.settings import Settings
+from service.store.base import Store
+from service.store.open import open_store
+from service.telemetry.audit import audit
+from service.telemetry.metrics import PrometheusRecorder
+from service.telemetry.request_lines import access_log
+from service.telemetry.sampler import Sampler, TransportLoad
+from service.telemetry.tracing import OtelTracer, open_tracer
+
+
+@dataclass
+class PipelineService:
+    """A pipeline with the store, keys, metrics and traces behind it; made by `build_pipeline`.
+
+    Entering it connects to the store and warms the models up. Leaving it drains the pipeline before
+    it closes the store, so that no accepted chunk is lost. Use it once, on one event loop.
+
+    Attributes:
+        loads: each gives the load of some transports, for the metrics.
+        warm_s: how long the models took to warm up.
+    """
+
+    settings: Settings
+    store: Store
+    pipeline: Pipeline
+    keys: AccessKeys
+    recorder: PrometheusRecorder
+    tracer: OtelTracer | None
+    loads: list[Callable[[], Mapping[str, TransportLoad]]] = field(default_factory=list)
+    warm_s: float = 0.0
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    async def __aenter__(self) -> Self:
+        """Start everything; what is started is closed if the rest fails.
+
+        Raises:
+            StoreUnavailable, StoreRefused: the store cannot be used.
+        """
+        async with AsyncExitStack() as stack:
+            if self.tracer is not None:
+                stack.push_async_callback(asyncio.to_thread, self.tracer.close)
+            stack.push_async_callback(self.store.close)
+            await self.store.start()
+            stack.push_async_callback(self.store.outputs.close)
+            await self.store.outputs.start()
+            stack.push_async_callback(self.keys.close)
+            await self.keys.start()
+            log_streams = self.settings.telemetry.log_streams
+            if log_streams != "none":
+                access_log.name_streams(log_streams, await self.store.keys.token_key())
+            stack.callback(self.recorder.rejections.flush)
+            stack.callback(self.recorder.flush_requests)
+            sampler = Sampler(
+                self.recorder.registry,
+                sorted(self.pipeline.models),
+                self.store.monitor,
+                self.pipeline.cache,
+                lambda: {name: load for loads in self.loads for name, load in loads().items()},
+                self.pipeline.queue_depths,
+            )
+            stack.push_async_callback(sampler.stop)
+            began_s = time.monotonic()
+            stack.push_async_callback(self.pipeline.stop)
+            await self.pipeline.start()
+            self.warm_s = time.monotonic() - began_s
+            for model in self.pipeline.models.values():
+                rows = self.pipeline.max_batch_rows(model)
+                self.recorder.model(model.name, model.version, model.runtime.name, rows)
+            sampler.start()
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+
+def build_pipeline(settings: Settings, drain_s: float | None = None) -> PipelineService:
+    """Load the models and make the pipeline and what it needs; nothing is started yet.
+
+    Args:
+        drain_s: longest graceful shutdown of the pipeline, if not that of the settings.
+
+    Raises:
+        ArtifactError: a model cannot be loaded, or its alarms cannot have the configured rate.
+        RuntimeUnavailableError: the runtime is not installed, or cannot run a model.
+        StoreRefused: the store's address cannot be used.
+    """
+    recorder = PrometheusRecorder()
+    access_log.observe = recorder.record_request
+    access_log.success_ratio = settings.telemetry.log_success_ratio
+    tracer = open_tracer() if settings.telemetry.tracing else None
+    served = open_models(settings.models)
+    store = open_store(settings.store)
+    pipeline = Pipeline(
+        served,
+        store,
+        recorder,
+        settings=settings.batching,
+        now_ms=lambda: time.time_ns() // 1_000_000,
+        runtime_threads=settings.models.runtime_threads,
+        state_cache_s=settings.store.tombstone_ttl_s,
+        drain_s=settings.processes.drain_s if drain_s is None else drain_s,
+        tracer=tracer,
+        audit=audit,
+    )
+    keys = AccessKeys(store.keys, required=settings.access.require_keys, on_change=audit)
+    return PipelineService(settings, store, pipeline, keys, recorder, tracer)
+
+
+def open_models(settings: ModelSettings) -> list[ServedModel]:
+    """Load the artifacts of the settings and open their runtimes, not yet warmed up.
+
+    Raises:
+        ArtifactError, RuntimeUnavailableError: as for `build_pipeline`.
+    """
+    artifacts = with_alarm_rates(load_models(settings.models_dir), settings.alarm_rates())
+    runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
+    decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
+    return [ServedModel(*each) for each in zip(artifacts, runtimes, decoders, strict=True)]
+
+
+def load_models(directory: Path) -> list[Artifact]:
+    """Every artifact in a directory, or the one that the directory itself is.
+
+    Raises:
+        ArtifactError: there is none, one is rejected, or two have one name.
+    """
+    if (directory / MANIFEST_NAME).is_file():
+        return [load_artifact(directory)]
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory}: expected a directory of model artifacts")
+    paths = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}"))
+    if not paths:
+        raise ArtifactError(
+            f"{directory}: expected a model artifact, or a directory of them, and found no "
+            f"{MANIFEST_NAME}; `carry init` or `carry train` makes one"
+        )
+    artifacts: dict[str, Artifact] = {}
+    for path in paths:
+        artifact = load_artifact(path)
+        if artifact.spec.name in artifacts:
+            other = artifacts[artifact.spec.name].path
+            raise ArtifactError(f"{path}: model {artifact.spec.name!r} is also in {other}")
+        artifacts[artifact.spec.name] = artifact
+    return list(artifacts.values())
+
+
+def with_alarm_rates(artifacts: list[Artifact], rates: Mapping[str, float]) -> list[Artifact]:
+    """Apply the expected rates of false alarms, by model, to the artifacts.
+
+    Raises:
+        ArtifactError: there is no such model, or its alarms cannot have that rate.
+    """
+    names = [artifact.spec.name for artifact in artifacts]
+    for name in rates:
+        if name not in names:
+            raise ArtifactError(
+                f"CARRY_FALSE_ALARMS_PER_DAY: expected models among {names}, got {name!r}"
+            )
+    try:
+        return [
+            artifact.with_alarm_rate(rates[name]) if name in rates else artifact
+            for name, artifact in zip(names, artifacts, strict=True)
+        ]
+    except ArtifactError as error:
+        raise ArtifactError(f"CARRY_FALSE_ALARMS_PER_DAY: {error}") from error

@@ -1,0 +1,54 @@
+"""Settings of requests: their limits, whatever transport carries them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
+
+from service.core.settings import KIB, MIB, settings_group
+
+
+@settings_group
+class RequestSettings:
+    """Limits of requests."""
+
+    max_body_bytes: Annotated[int, Field(ge=KIB)] = 16 * MIB
+    """Largest body of a request, in bytes."""
+
+    max_chunk_steps: Annotated[int, Field(ge=1)] = 10_000
+    """Maximum events in one chunk. A long chunk is computed in slices between other streams, so
+    this bounds memory and the wait for its reply."""
+
+    max_items: Annotated[int, Field(ge=1)] = 1_000
+    """Maximum items in one request for many streams."""
+
+    max_predict_steps: Annotated[int, Field(ge=1)] = 100_000
+    """Maximum events in one predict request, all its sequences together."""
+
+    max_forecast_samples: Annotated[int, Field(ge=0)] = 1_000
+    """Maximum sample paths of one forecast; 0 forbids them. Each is a row of the network's calls at
+    every step of the horizon, between other streams' chunks."""
+
+    timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Deadline of a request without `Carry-Timeout`, in seconds. Work that has not started by then
+    is not started. Not longer than the clients' own timeout, nor than `CARRY_MAX_TIMEOUT_S`."""
+
+    max_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
+    """Longest deadline of any request, in seconds; it caps `Carry-Timeout`."""
+
+    @property
+    def max_waiting_bytes(self) -> int:
+        """Maximum bytes of long bodies that wait for validation in one worker."""
+        return 8 * self.max_body_bytes
+
+    def effective_timeout_s(self, requested_s: float | None) -> float:
+        """The timeout of a request with this Carry-Timeout (None: without the header)."""
+        return self.timeout_s if requested_s is None else min(requested_s, self.max_timeout_s)
+
+    def of_model(self, chunk_limit: int | None) -> RequestSettings:
+        """The limits for a model that accepts chunks of at most `chunk_limit` steps (None: any)."""
+        if chunk_limit is None or chunk_limit >= self.max_chunk_steps:
+            return self
+        return replace(self, max_chunk_steps=chunk_limit)

@@ -1,0 +1,90 @@
+"""Settings of the pipeline: the models that it serves, their batches and states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+import models
+from models.spec.detection import parse_alarm_rates
+from service.core.settings import MIB, settings_group
+
+
+def _check_alarm_rates(value: str) -> str:
+    parse_alarm_rates(value)
+    return value
+
+
+@settings_group
+class ModelSettings:
+    """The models to serve, and what runs them."""
+
+    models_dir: Path = Path(models.__file__).parent / "pretrained"
+    """Folder whose sub-folders are the artifacts to serve, one model each."""
+
+    false_alarms_per_day: Annotated[str, AfterValidator(_check_alarm_rates)] = ""
+    """Expected false alarms per stream and day of models with `detection`, instead of the rate in
+    their specification: `MODEL=RATE`, several separated by commas. A request may set another rate
+    for its chunk. All workers of a store need the same value."""
+
+    runtime: Literal["auto", "onnxruntime", "tensorflow"] = "auto"
+    """Library that runs the networks. `auto` chooses for each model: `onnxruntime`, which is faster
+    and smaller, if it is installed and the model has a graph, otherwise `tensorflow`; the log line
+    `runtime` of each model names it and the reason."""
+
+    runtime_threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """Threads that one step of the network may use. Small recurrent networks gain nothing
+    from more than one; use workers instead."""
+
+    def alarm_rates(self) -> dict[str, float]:
+        """By model, the expected number of false alarms of one stream in a day."""
+        return parse_alarm_rates(self.false_alarms_per_day)
+
+
+@settings_group
+class BatchingSettings:
+    """Queues, batches and cached states of a worker."""
+
+    max_batch_rows: Annotated[int, Field(ge=1, le=4096)] = 128
+    """Maximum streams in one inference call, if its runtime supports as many. More raises the
+    throughput until the core is busy, and the duration of each call."""
+
+    max_batch_steps: Annotated[int, Field(ge=1)] = 4_096
+    """Maximum steps in one inference call, rows times the longest, padding included. It bounds
+    the duration of a call, and so the wait of a new chunk for the previous call."""
+
+    inference_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Longest inference call, in seconds. ONNX Runtime terminates a longer one between two
+    operators, and its chunks fail with `inference_timeout`. The calls of other models wait
+    meanwhile: choose little more than the largest call of the slowest model takes."""
+
+    max_queue: Annotated[int, Field(ge=1)] = 4_096
+    """Maximum chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
+    once. The chunks of one stream may take a quarter of the free places (`stream_overloaded`), the
+    items of one request half of them, 256 at a time. It bounds the memory of waiting chunks."""
+
+    max_queue_wait_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    """Longest expected wait of a chunk in the queue, by the rate at which the queue drains, in
+    seconds; beyond it, or beyond its own deadline, the answer is `overloaded` at once. The longest
+    wait that is still useful to a client."""
+
+    batches_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
+    """Concurrent batches between load and commit, so that the store's time is hidden behind the
+    network's. More batches are smaller, which costs more per chunk; try three if the store has a
+    high latency."""
+
+    conflict_attempts: Annotated[int, Field(ge=1, le=100)] = 32
+    """How often a chunk is evaluated again after a version conflict, before `conflict`. Each time
+    another chunk of the stream was applied, so about as many attempts are enough as chunks of one
+    stream are in flight."""
+
+    on_model_change: Literal["refuse", "reset"] = "refuse"
+    """What to do with a stream whose state another version of its model wrote: reject it with
+    `state_incompatible`, or reset it to position 0 (`reset`). Not `reset` while two versions are
+    served at once: they would reset each other's streams."""
+
+    state_cache_bytes: Annotated[int, Field(ge=0)] = 64 * MIB
+    """Size of each worker's cache of recent states, which saves their load; 0 disables it. About
+    the number of live streams times the size of a state."""
