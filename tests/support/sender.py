@@ -19,14 +19,13 @@ class Sender:
 
     Attributes:
         position: the last acknowledged position.
-        rewinds: how often the service reported an earlier position.
     """
 
     def __init__(self, name: str, seed: int, events: int = 60):
         self.random = np.random.default_rng(seed)
         self.path = f"/v1/models/probe/streams/{name}/chunks"
         self.rows = rows_of(self.random, events)
-        self.position = self.rewinds = 0
+        self.position = 0
         self.outputs = np.zeros((events, 7), np.float32)
 
     async def send(
@@ -42,7 +41,7 @@ class Sender:
                     has_reply.set()
 
     async def _send(self, client: httpx.AsyncClient, piece: NDArray[np.float32]) -> None:
-        """Send one chunk until it is answered, or another position is reported."""
+        """Send one chunk until it is answered."""
         body = {"position": self.position, "inputs": piece.tolist()}
         while True:
             try:
@@ -53,12 +52,6 @@ class Sender:
                 break
             await asyncio.sleep(0.05)
         reply = response.json()
-        if response.status_code == 409:
-            # The store lost acknowledged writes: the client gets an error, and resends.
-            assert reply["code"] == "position_ahead", reply
-            self.position = reply["expected"]
-            self.rewinds += 1
-            return
         assert response.status_code == 200, reply
         end = self.position + len(piece)
         for name, columns in (("last", slice(0, 4)), ("out", slice(4, 6)), ("steep", slice(6, 7))):

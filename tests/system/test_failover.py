@@ -51,7 +51,6 @@ async def test_failover_loses_no_acknowledged_replicated_chunk(
             victim.start()
             await asyncio.gather(*sending)
     check(probe, sent)
-    assert [one.rewinds for one in sent] == [0] * STREAMS
     own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
     await asyncio.to_thread(own_cluster.wait_until_synced)
 
@@ -81,29 +80,3 @@ async def test_sentinel_failover_loses_no_acknowledged_replicated_chunk(
             assert ready.status_code == 200, ready.text
             assert "Sentinel" in ready.text
     check(probe, sent)
-    assert [one.rewinds for one in sent] == [0] * STREAMS
-
-
-async def test_clients_recover_from_a_lossy_failover_by_resending(
-    own_cluster: Cluster, probe: Artifact, tmp_path: Path
-) -> None:
-    """`memory`: the replica that takes over has not what was acknowledged last."""
-    sent = senders()
-    with running(tmp_path, probe.path, redis_url=own_cluster.url, CARRY_PARTITIONS="64") as service:
-        await send_all(service.url, sent, EVENTS // 3)
-        for primary, replica in zip(own_cluster.primaries, own_cluster.replicas, strict=True):
-            assert primary.ask("WAIT", 1, 5000) == 1
-            replica.kill()
-        await send_all(service.url, sent, 2 * EVENTS // 3)
-        lost, heir = own_cluster.primaries[0], own_cluster.replicas[0]
-        lost.kill()
-        for replica in own_cluster.replicas:
-            replica.start()
-        await asyncio.to_thread(until, heir.is_primary, "the replica's promotion")
-        await send_all(service.url, sent, EVENTS)
-    check(probe, sent)
-    rewinds = [one.rewinds for one in sent]
-    assert set(rewinds) == {0, 1}, "the streams of the lost primary, and no others"
-    lost.start()
-    own_cluster.primaries[0], own_cluster.replicas[0] = heir, lost
-    await asyncio.to_thread(own_cluster.wait_until_synced)

@@ -1,10 +1,10 @@
 """Every kind of model over HTTP, with kills of service and store.
 
-ONNX Runtime serves all of them at once; TensorFlow one network and the forecast, since what is
-stored does not depend on the runtime (`tests/service/engine` compares the outputs of every
-kind). Each model has a scenario, a generator that yields where the service is killed: the process
-is replaced, and the scenario continues from the stored state. Every reply and every state is what
-the oracle computes for the model; the chunks of models that see a chunk as a whole stay the same.
+ONNX Runtime serves all of them at once: what is stored does not depend on the runtime, and
+`tests/service/engine` compares the outputs of every kind. Each model has a scenario, a generator
+that yields where the service is killed: the process is replaced, and the scenario continues from
+the stored state. Every reply and every state is what the oracle computes for the model; the chunks
+of models that see a chunk as a whole stay the same.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact, write_artifact
-from models.artifact.graphs import ONNXRUNTIME
 from models.spec.model import ModelSpec, parse_spec
-from service.engine.runtimes.loading import RUNTIMES
 from tests.support.decoders import decoder_spec, future_of, hourly_events
 from tests.support.oracle import contracting_weights, joined, oracle_in_blocks, oracle_step
-from tests.support.service import running, runtime_environment
+from tests.support.pipelines import SPEC, oracle_outputs, rows_of
+from tests.support.service import running
 
 KILLS = (False, True)
 """Whether each kill of the service is also one of the store."""
@@ -213,12 +211,41 @@ def forecast_scenario(client: httpx.Client) -> Iterator[None]:
     assert forecast()["forecast"] != before["forecast"]
 
 
+def session_scenario(artifact: Artifact, client: httpx.Client) -> Iterator[None]:
+    """A stream that is reset within a chunk, and the same rows as a sequence with a state token."""
+    model = "/v1/models/probe"
+    rows = rows_of(np.random.default_rng(7), 6)
+
+    def send(path: str, **body: Any) -> Any:
+        return client.post(f"{model}/{path}", json=body).raise_for_status().json()
+
+    def equals(reply: Any, first: int) -> None:
+        """The last outputs are those of one call from row `first` on."""
+        expected = oracle_outputs(artifact, rows[first:]).astype(np.float32)
+        found = reply["outputs"]["out"]
+        wanted = artifact.outputs.by_name(expected)["out"][4 - first :]
+        np.testing.assert_allclose(found, wanted, **CLOSE)
+
+    session = {"position": 0, "inputs": rows[:4].tolist(), "resets": [2]}
+    reply = send("streams/sessions/chunks", **session)
+    predicted = send("predict?return_state_token=true", sequences=[{"inputs": rows[:4].tolist()}])
+    (token,) = [each["state_token"] for each in predicted["predictions"]]
+    yield
+    assert send("streams/sessions/chunks", **session) == {**reply, "replayed": True}
+    rest = {"position": 4, "inputs": rows[4:].tolist()}
+    reply = send("streams/sessions/chunks", **rest)
+    equals(reply, 2)
+    sequence = {"inputs": rows[4:].tolist(), "state_token": token}
+    equals(send("predict", sequences=[sequence])["predictions"][0], 0)
+    yield
+    assert send("streams/sessions/chunks", **rest) == {**reply, "replayed": True}
+
+
 def network_spec(name: str) -> ModelSpec:
     return parse_spec({"name": name, "features": FEATURES, **NETWORKS[name]})
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-def test_every_model_continues_after_kills(tmp_path: Path, runtime: str) -> None:
+def test_every_model_continues_after_kills(tmp_path: Path) -> None:
     def write(spec: ModelSpec, seed: int) -> Artifact:
         """A served artifact of random weights."""
         weights = contracting_weights(spec, seed)
@@ -226,19 +253,18 @@ def test_every_model_continues_after_kills(tmp_path: Path, runtime: str) -> None
 
     client = httpx.Client(timeout=60)
     write(decoder_spec(), 3)
-    scenarios, names = [forecast_scenario(client)], ["attending"]
-    if runtime == ONNXRUNTIME:
-        names, stream = list(NETWORKS), partial(BlockStream, write(BLOCKS, 5))
-        scenarios += [
-            stream("pending").scenario(client, BlockStream.PENDING, killed_final=False),
-            stream("final").scenario(client, (), killed_final=True),
-        ]
-    for seed, name in enumerate(names):
+    stream = partial(BlockStream, write(BLOCKS, 5))
+    scenarios = [
+        forecast_scenario(client),
+        session_scenario(write(SPEC, 1), client),
+        stream("pending").scenario(client, BlockStream.PENDING, killed_final=False),
+        stream("final").scenario(client, (), killed_final=True),
+    ]
+    for seed, name in enumerate(NETWORKS):
         artifact = write(network_spec(name), seed)
         scenarios.append(NetworkStream(artifact, seed).scenario(client))
 
-    environment = {**runtime_environment(runtime, tmp_path), "CARRY_DURABILITY": "fsync"}
-    with client, running(tmp_path, tmp_path / "models", **environment) as service:
+    with client, running(tmp_path, tmp_path / "models", CARRY_DURABILITY="fsync") as service:
         for kills_store in KILLS:
             client.base_url = service.url
             for scenario in scenarios:
@@ -247,9 +273,8 @@ def test_every_model_continues_after_kills(tmp_path: Path, runtime: str) -> None
             service.kill()
             if kills_store:
                 os.kill(valkey, signal.SIGKILL)
-            service.start(**environment)
-            assert f'"runtime":"{runtime}"' in service.log()
-            assert (service.valkey_pid() != valkey) == kills_store
+            service.start(CARRY_DURABILITY="fsync")
+            assert service.valkey_pid() != valkey
         client.base_url = service.url
         for scenario in scenarios:
             assert next(scenario, "ended") == "ended"

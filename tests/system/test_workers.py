@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -91,11 +92,13 @@ embedded.BACKOFF_BASE_S = 3.0
 """
 """A `sitecustomize` with which the embedded store restarts later than a worker is replaced."""
 
-IMPATIENT = """
-import service.server.worker_pool
-service.server.worker_pool.HEARTBEAT_TIMEOUT_S = 20
+BACKOFF_S = 0.2
+IMPATIENT = f"""
+from service.server import worker_pool, worker_process
+worker_pool.HEARTBEAT_TIMEOUT_S = worker_process.HEARTBEAT_TIMEOUT_S = 8
+worker_pool.BACKOFF_BASE_S = {BACKOFF_S}
 """
-"""A `sitecustomize` that shortens the parent's heartbeat timeout."""
+"""A `sitecustomize` that shortens the parent's heartbeat timeout, and the pause before restarts."""
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,23 @@ def _files(pid: int) -> set[tuple[str, str]]:
                 flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().splitlines()[1]
                 files.add((str(link.readlink()), flags[-1]))
     return files
+
+
+async def test_racing_chunks_of_two_workers_are_each_applied_once(
+    two_workers: tuple[Service, RealServer],
+) -> None:
+    service, _ = two_workers
+    rows = [[0.5] * 3] * 3
+    path = "/v1/models/probe/streams/race/chunks"
+    async with httpx.AsyncClient(base_url=service.url, timeout=60, verify=False) as client:
+        appends = (client.post(path, json={"inputs": rows}) for _ in range(16))
+        replies = [reply.json() for reply in await asyncio.gather(*appends)]
+        assert sorted(reply["position"] for reply in replies) == [*range(3, 51, 3)]
+        same = {"position": 48, "inputs": rows}
+        answers = await asyncio.gather(*(client.post(path, json=same) for _ in range(8)))
+    bodies = [answer.json() for answer in answers]
+    assert sorted(answer.pop("replayed") for answer in bodies) == [False] + [True] * 7
+    assert all(answer == bodies[0] for answer in bodies)
 
 
 def test_workers_start_their_request_ids_far_apart(
@@ -363,7 +383,7 @@ def test_a_failing_first_worker_does_not_stop_the_others(
 ) -> None:
     service, _ = two_workers
     failed = service.lines("worker_ended")[0]
-    assert (failed["was_ready"], failed["pause_s"]) == (False, 1)
+    assert (failed["was_ready"], failed["pause_s"]) == (False, BACKOFF_S)
     assert failed["pid"] not in service.ready_workers()
 
 
@@ -394,7 +414,7 @@ def test_a_worker_that_exits_during_start_is_restarted_immediately(
         assert "carry: no worker could be started: " in service.log().splitlines()[-1]
 
 
-def test_a_worker_is_replaced_during_a_restart_of_the_embedded_store(
+def test_a_worker_is_replaced_during_a_restart_of_the_store_and_ends_after_its_parent(
     tmp_path: Path, probe: Artifact
 ) -> None:
     customise(tmp_path, SLOW_RESTART)
@@ -404,6 +424,9 @@ def test_a_worker_is_replaced_during_a_restart_of_the_embedded_store(
         until(lambda: service.lines("valkey_exited"), "the restart", READY_S, POLL_S)
         os.kill(service.ready_workers()[0], signal.SIGKILL)
         until(lambda: len(service.ready_workers()) == 3, "the worker in its place", READY_S, POLL_S)
+        workers = _live_workers(service)
+        service.kill()
+        until(lambda: not any(map(psutil.pid_exists, workers)), "the end of the workers", READY_S)
 
 
 def test_a_hung_worker_is_replaced(two_workers: tuple[Service, RealServer]) -> None:
