@@ -22,8 +22,12 @@ if TYPE_CHECKING:
         StateError,
     )
     from models.importing.isolation import Limits
-    from models.importing.keras_model import ImportReport, import_keras_model
-    from models.importing.onnx_model import OnnxReport, import_onnx_model, onnx_options
+    from models.importing.packaging import (
+        ImportReport,
+        import_keras_model,
+        import_onnx_model,
+        onnx_options,
+    )
     from models.networks.initial_artifact import initialise_artifact
     from models.spec.model import ModelSpec, parse_spec
     from models.spec.spec_file import read_spec
@@ -41,7 +45,6 @@ __all__ = [
     "Limits",
     "ModelSpec",
     "ModelsError",
-    "OnnxReport",
     "SpecError",
     "StateError",
     "evaluate",
@@ -63,8 +66,9 @@ _MODULES = {
         *("ModelsError", "SpecError", "StateError"),
     ),
     "models.importing.isolation": ("Limits",),
-    "models.importing.keras_model": ("ImportReport", "import_keras_model"),
-    "models.importing.onnx_model": ("OnnxReport", "import_onnx_model", "onnx_options"),
+    "models.importing.packaging": (
+        *("ImportReport", "import_keras_model", "import_onnx_model", "onnx_options"),
+    ),
     "models.networks.initial_artifact": ("initialise_artifact",),
     "models.spec.model": ("ModelSpec", "parse_spec"),
     "models.spec.spec_file": ("read_spec",),

@@ -1,18 +1,20 @@
 """Conversion of an untrusted model in a separate process with resource limits.
 
 The file is opened once and copied into a private folder; the copy keeps the file extension, by
-which Keras chooses a reader. The process (`models.importing.worker`) works in that folder, and its
-output there is plain data, validated like any other input. All its processes and files are removed
-at the end.
+which Keras chooses a reader. The process works in that folder (`main`), and its output there is
+plain data, validated like any other input: `results` defines it. Anything else ends it without one,
+also the end of the process that started it. All its processes and files are removed at the end.
 
 The limits hold on Linux; other systems may not enforce the one on memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,19 +23,19 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from models.artifact.files import open_regular
-from models.artifact.graphs import GRAPH_NAME
 from models.artifact.manifest import MAX_ARTIFACT_BYTES
-from models.errors import ImportedModelError
-from models.importing.onnx_options import OnnxConversion, OnnxOptions
-from models.importing.result import (
+from models.errors import ImportedModelError, ModelsError
+from models.importing.results import (
     ERROR_NAME,
+    GRAPH_NAME,
     OUT_OF_MEMORY,
     RESULT_NAME,
     WEIGHTS_NAME,
     Conversion,
+    OnnxOptions,
 )
 
 METADATA_NAME = "keras_metadata.pb"
@@ -45,12 +47,13 @@ WORKER_ARGUMENTS = (
     *("-P", "-c"),
     "from carry.own_packages import load_own_packages\n"
     "load_own_packages('models')\n"
-    "from models.importing.worker import main\n"
+    "from models.importing.isolation import main\n"
     "main()",
 )
 """Arguments of Python for the process: its working directory is not on the import path, and other
 packages called `models` do not matter."""
 MAX_RESULT_BYTES = 16 * 2**20
+PR_SET_PDEATHSIG: Final = 1
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
     "KERAS_BACKEND": "tensorflow",
@@ -61,6 +64,9 @@ _ENVIRONMENT = {
     "TF_NUM_INTRAOP_THREADS": "1",
 }
 """Keeps address space for the model: no memory for each core, or for a GPU."""
+
+Converted = tuple[Conversion, bytes, bytes | None]
+"""A converted model, its weights or initial values as safetensors, and its graph; untrusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,77 +86,48 @@ class Limits:
     open_files: int = 256
 
 
-def convert_isolated(path: Path, name: str, limits: Limits) -> tuple[Conversion, bytes]:
-    """Run `models.importing.conversion.convert` in another process.
+def convert_isolated(
+    path: Path, name: str, options: OnnxOptions | None, limits: Limits
+) -> Converted:
+    """Convert a model in another process.
 
-    Returns:
-        The conversion, and the weights as safetensors; both are untrusted.
-
-    Raises:
-        ImportedModelError: as `convert`; the file cannot be read, is too large or does not match
-            its extension; a limit was reached; the process died.
-    """
-    with tempfile.TemporaryDirectory(prefix="carry-import-") as folder:
-        copy = Path(folder) / ("model" if path.is_dir() else f"model{_suffix(path)}")
-        _run_in(path, copy, {"name": name}, limits)
-        return _results(path, Conversion, copy.parent, (WEIGHTS_NAME,), limits)
-
-
-def convert_onnx_isolated(
-    path: Path, name: str, options: OnnxOptions, limits: Limits
-) -> tuple[OnnxConversion, bytes, bytes]:
-    """Run `models.importing.onnx_conversion.convert_onnx` in another process.
-
-    Returns:
-        The conversion, the initial values as safetensors and the graph; all are untrusted.
+    Args:
+        path: a Keras model, or an ONNX graph.
+        name: the packaged model's name, a lower-case slug.
+        options: what is known of an ONNX graph; None for a Keras model.
 
     Raises:
-        ImportedModelError: as `convert_isolated`.
+        ImportedModelError: the model cannot be converted; the file cannot be read, is too large or
+            does not match its extension; a limit was reached; the process died.
     """
     with tempfile.TemporaryDirectory(prefix="carry-import-") as folder:
-        copy = Path(folder) / "model.onnx"
+        copy = Path(folder) / f"model{'.onnx' if options else _keras_suffix(path)}"
+        _copy(path, copy, limits)
         task = {
             "name": name,
+            "file": copy.name,
+            "where": str(path),
             "folder": str(path.parent.resolve()),
-            "onnx": options.model_dump(mode="json"),
+            "onnx": None if options is None else options.model_dump(mode="json"),
         }
-        _run_in(path, copy, task, limits)
-        names = (WEIGHTS_NAME, GRAPH_NAME)
-        return _results(path, OnnxConversion, copy.parent, names, limits)
-
-
-def _run_in(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
-    """Copy the file, and run the process in the folder of the copy.
-
-    Raises:
-        ImportedModelError: the process reported an error, or ended without a result.
-    """
-    if path.is_dir():
-        _copy_folder(path, copy, limits)
-    else:
-        _copy(path, copy, limits)
-    _run(path, copy, task, limits)
-    error = copy.parent / ERROR_NAME
-    if error.exists():
-        message = _read_output(error, MAX_RESULT_BYTES, path).decode("utf-8", "replace")
-        if message == OUT_OF_MEMORY:
-            message = f"{path}: reading it needs more than {_memory_limit(limits)}"
-        raise ImportedModelError(message)
-
-
-def _results(
-    path: Path, kind: type[Any], folder: Path, names: tuple[str, ...], limits: Limits
-) -> tuple[Any, ...]:
-    """The validated result, and the contents of other files of the process's output."""
-    result = _read_output(folder / RESULT_NAME, MAX_RESULT_BYTES, path)
-    rest = [_read_output(folder / name, limits.file_bytes, path) for name in names]
+        _run(path, copy, task, limits)
+        if (copy.parent / ERROR_NAME).exists():
+            message = _output(copy, ERROR_NAME, MAX_RESULT_BYTES, path).decode("utf-8", "replace")
+            if message == OUT_OF_MEMORY:
+                message = f"{path}: reading it needs more than {_memory_limit(limits)}"
+            raise ImportedModelError(message)
+        result = _output(copy, RESULT_NAME, MAX_RESULT_BYTES, path)
+        weights = _output(copy, WEIGHTS_NAME, limits.file_bytes, path)
+        graph = _output(copy, GRAPH_NAME, limits.file_bytes, path) if options else None
     try:
-        return kind.model_validate_json(result), *rest
+        return Conversion.model_validate_json(result), weights, graph
     except ValueError as error:
         raise ImportedModelError(f"{path}: the import gave an invalid result: {error}") from error
 
 
-def _suffix(path: Path) -> str:
+def _keras_suffix(path: Path) -> str:
+    if path.is_dir():
+        return ""
     for suffix in MAGIC_BYTES:
         if path.name.endswith(suffix):
             return suffix
@@ -165,14 +142,39 @@ def _suffix(path: Path) -> str:
     )
 
 
-def _copy_folder(path: Path, copy: Path, limits: Limits) -> None:
-    """Copy the configuration and the variables of a SavedModel folder.
+def _copy(path: Path, copy: Path, limits: Limits) -> None:
+    """Copy a file, or the configuration and the variables of a SavedModel folder."""
+    folder, files = (path, _saved_model_files(path)) if path.is_dir() else (None, [None])
+    size_bytes = 0
+    try:
+        for name in files:
+            target = copy / (name or "")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open_regular(path / (name or ""), folder) as source, target.open("xb") as out:
+                size_bytes += os.fstat(source.fileno()).st_size
+                if size_bytes > limits.file_bytes:
+                    raise ImportedModelError(
+                        f"{path}: expected a file of at most {limits.file_bytes} bytes, got "
+                        f"{size_bytes}"
+                    )
+                begins = MAGIC_BYTES.get(target.suffix, b"")
+                if source.read(len(begins)) != begins:
+                    raise ImportedModelError(
+                        f"{path}: expected {'a ZIP archive' if begins == b'PK' else 'HDF5'}, "
+                        f"by its extension, got other first bytes"
+                    )
+                source.seek(0)
+                shutil.copyfileobj(source, out)
+    except FileNotFoundError as error:
+        raise ImportedModelError(f"{path}: expected a {copy.suffix} file, there is none") from error
+    except OSError as error:
+        raise ImportedModelError(f"{path}: cannot be read: {error.strerror}") from error
 
-    Raises:
-        ImportedModelError: it has no configuration of a Keras model, or is too large.
-    """
+
+def _saved_model_files(path: Path) -> list[str]:
+    """Configuration and variables of a SavedModel folder of Keras 2."""
     variables = sorted(
-        file.relative_to(path)
+        f"variables/{file.name}"
         for file in path.glob("variables/*")
         if re.fullmatch(r"variables\.(index|data-\d{5}-of-\d{5})", file.name)
     )
@@ -182,59 +184,21 @@ def _copy_folder(path: Path, copy: Path, limits: Limits) -> None:
             "as Keras 2 writes it; a folder of model.export() holds a program without the model's "
             "layers: save the model with model.save('model.keras'), or export it to ONNX"
         )
-    size_bytes = 0
-    try:
-        for name in (Path(METADATA_NAME), *variables):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            with open_regular(path / name, path) as source, (copy / name).open("xb") as target:
-                size_bytes += os.fstat(source.fileno()).st_size
-                if size_bytes > limits.file_bytes:
-                    raise ImportedModelError(
-                        f"{path}: expected at most {limits.file_bytes} bytes, got {size_bytes}"
-                    )
-                shutil.copyfileobj(source, target)
-    except OSError as error:
-        raise ImportedModelError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _copy(path: Path, copy: Path, limits: Limits) -> None:
-    begins = MAGIC_BYTES.get(copy.suffix, b"")
-    try:
-        with open_regular(path) as source, copy.open("xb") as target:
-            size = os.fstat(source.fileno()).st_size
-            if size > limits.file_bytes:
-                raise ImportedModelError(
-                    f"{path}: expected a file of at most {limits.file_bytes} bytes, got {size}"
-                )
-            if source.read(len(begins)) != begins:
-                raise ImportedModelError(
-                    f"{path}: expected {'a ZIP archive' if begins == b'PK' else 'HDF5'}, "
-                    f"by its extension, got other first bytes"
-                )
-            source.seek(0)
-            shutil.copyfileobj(source, target)
-    except FileNotFoundError as error:
-        raise ImportedModelError(f"{path}: expected a {copy.suffix} file, there is none") from error
-    except OSError as error:
-        raise ImportedModelError(f"{path}: cannot be read: {error.strerror}") from error
+    return [METADATA_NAME, *variables]
 
 
 def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
     """Run the process; raises unless it exits normally and in time."""
     seconds = max(1, int(limits.time_s))
-    task = {
-        **task,
-        "file": copy.name,
-        "where": str(path),
-        "parent": os.getpid(),
-        "limits": {
-            "RLIMIT_AS": limits.memory_bytes,
-            "RLIMIT_CPU": seconds,
-            "RLIMIT_FSIZE": limits.file_bytes,
-            "RLIMIT_NOFILE": limits.open_files,
-            "RLIMIT_CORE": 0,
-        },
+    resources = {
+        "RLIMIT_AS": limits.memory_bytes,
+        "RLIMIT_CPU": seconds,
+        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_NOFILE": limits.open_files,
+        "RLIMIT_CORE": 0,
     }
+    task = {**task, "parent": os.getpid(), "limits": resources}
+    too_slow = f"{path}: reading it took longer than {limits.time_s:g} s"
     stderr_path = copy.parent / "stderr.txt"
     with stderr_path.open("wb") as stderr:
         process = subprocess.Popen(  # noqa: S603, our own program
@@ -249,17 +213,23 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
         try:
             status = process.wait(limits.time_s)
         except subprocess.TimeoutExpired as error:
-            raise ImportedModelError(f"{path}: {_timeout_message(limits)}") from error
+            raise ImportedModelError(too_slow) from error
         finally:
             with suppress(ProcessLookupError, PermissionError):  # no process is left
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if status == -signal.SIGXCPU:
-        raise ImportedModelError(f"{path}: {_timeout_message(limits)}")
+        raise ImportedModelError(too_slow)
     if status < 0:
+        hint = ""
+        if task["onnx"] is not None:
+            hint = (
+                ", or have an operator for an element type that ONNX Runtime does not support: "
+                "export the graph in float32"
+            )
         raise ImportedModelError(
             f"{path}: the process that read it was ended by {signal.Signals(-status).name}; "
-            f"it may have needed more than {_memory_limit(limits)}{_crash_hint(copy)}"
+            f"it may have needed more than {_memory_limit(limits)}{hint}"
         )
     if status > 0:
         with stderr_path.open("rb") as stderr:
@@ -268,29 +238,76 @@ def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
         raise ImportedModelError(f"{path}: the process that read it failed: {lines[-1]}")
 
 
-def _read_output(file: Path, most: int, path: Path) -> bytes:
+def _output(copy: Path, name: str, most: int, path: Path) -> bytes:
     """Read a file of the process's output."""
-    try:
-        with open_regular(file, file.parent) as stream:
-            if os.fstat(stream.fileno()).st_size <= most:
-                return stream.read(most)
-    except OSError:
-        pass
-    raise ImportedModelError(f"{path}: the process that read it left no result in {file.name}")
-
-
-def _timeout_message(limits: Limits) -> str:
-    return f"reading it took longer than {limits.time_s:g} s"
-
-
-def _crash_hint(copy: Path) -> str:
-    if copy.suffix != ".onnx":
-        return ""
-    return (
-        ", or have an operator for an element type that ONNX Runtime does not support: export the "
-        "graph in float32"
-    )
+    with suppress(OSError), open_regular(copy.parent / name, copy.parent) as stream:
+        if os.fstat(stream.fileno()).st_size <= most:
+            return stream.read(most)
+    raise ImportedModelError(f"{path}: the process that read it left no result in {name}")
 
 
 def _memory_limit(limits: Limits) -> str:
     return f"{limits.memory_bytes // 2**20} MiB of memory"
+
+
+def main() -> None:
+    """Convert one file in this process, as the JSON object in the first argument says.
+
+    The limits are set before any library reads the file.
+    """
+    task = json.loads(sys.argv[1])
+    end_with_parent(task["parent"])
+    for name, most in task["limits"].items():
+        _set_limit(getattr(resource, name), most)
+    try:
+        convert(task)
+    except MemoryError:
+        _write_error(OUT_OF_MEMORY)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process as soon as its parent has ended, on Linux.
+
+    Args:
+        parent: process id of the parent, which may have ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+def convert(task: dict[str, Any]) -> None:
+    """Convert the file of a task in the working directory, and write result or error there."""
+    from models.artifact.weights import weights_bytes
+
+    file, where = Path(task["file"]), task["where"]
+    try:
+        if task["onnx"] is None:
+            from models.importing.verification import convert_keras
+
+            conversion, weights = convert_keras(file, task["name"])
+        else:
+            from models.importing.onnx_conversion import convert_onnx
+
+            options = OnnxOptions.model_validate(task["onnx"])
+            folder = Path(task["folder"])
+            conversion, weights, graph = convert_onnx(file, folder, task["name"], options)
+            Path(GRAPH_NAME).write_bytes(graph)
+        Path(WEIGHTS_NAME).write_bytes(weights_bytes(weights))
+        Path(RESULT_NAME).write_text(conversion.model_dump_json(), "utf-8")
+    except (ModelsError, OSError) as error:
+        _write_error(f"{where}: {error}")
+
+
+def _write_error(message: str) -> None:
+    Path(ERROR_NAME).write_text(message, "utf-8", "backslashreplace")
+
+
+def _set_limit(which: int, most: int) -> None:
+    """Set a limit, never above the hard limit of this process."""
+    _, hard = resource.getrlimit(which)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard - (which == resource.RLIMIT_CPU))
+    # the soft limit on CPU time sends SIGXCPU, which differs from the hard one's SIGKILL
+    resource.setrlimit(which, (most, most + (which == resource.RLIMIT_CPU)))

@@ -35,6 +35,32 @@ _DYNAMIC = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """What the tensors of a graph are for.
+
+    Attributes:
+        signature: what the graph declares.
+        pairs: state output by state input.
+        features: the inputs of features.
+        steps: the input of lengths or of the mask.
+        controls: inputs about the sequence.
+        outputs: outputs that replies contain; if empty, all that are not states.
+    """
+
+    signature: Signature
+    pairs: dict[str, str]
+    features: Sequence[Tensor]
+    steps: StepsInput | None = None
+    controls: Sequence[ControlInput] = ()
+    outputs: Sequence[str] = ()
+
+    @property
+    def states(self) -> list[Tensor]:
+        """The state inputs."""
+        return [tensor for tensor in self.signature.inputs if tensor.name in self.pairs]
+
+
 class _UnfitError(Exception):
     """These axes do not fit the graph; the message gives the reason."""
 
@@ -48,25 +74,17 @@ class _Reading:
     steps: int | None
     batch_axes: tuple[int, ...]
 
+    def leading(self, batch: int, steps: int) -> tuple[int, ...]:
+        """The sizes of the axes in front."""
+        lead = {"batch_major": (batch, steps), "time_major": (steps, batch), "step": (batch,)}
+        return lead[self.axes]
 
-def find_network(
-    signature: Signature,
-    pairs: dict[str, str],
-    features: Sequence[Tensor],
-    steps: StepsInput | None,
-    *,
-    controls: Sequence[ControlInput] = (),
-    axes: Axes | None = None,
-    outputs: Sequence[str] = (),
-) -> OnnxNetwork:
+
+def find_network(roles: Roles, axes: Axes | None = None) -> OnnxNetwork:
     """Find the axes of all tensors.
 
     Args:
-        pairs: state output by state input.
-        features: the inputs of features.
-        controls: inputs about the sequence.
         axes: their order, if the user gives it.
-        outputs: outputs that replies contain; by default all that are not states.
 
     Returns:
         The network; `batching` is not chosen yet, and works.
@@ -74,50 +92,42 @@ def find_network(
     Raises:
         ImportedModelError: no order of axes fits, or several do.
     """
-    states = [tensor for tensor in signature.inputs if tensor.name in pairs]
-    possible = [axes] if axes else _possible_axes(features[0], states)
     fitting: list[OnnxNetwork] = []
     reasons: list[str] = []
-    for each in possible:
+    for each in [axes] if axes else _possible_axes(roles):
         try:
-            reading = _read(each, signature, pairs, features)
-            fitting.append(_probe(reading, signature, pairs, features, steps, controls, outputs))
+            fitting.append(_probe(_read(each, roles), roles))
         except _UnfitError as error:
             reasons.append(f"{each}: {error}")
     if not fitting:
         raise ImportedModelError(
             "expected features [B, T, F] (batch_major), [T, B, F] (time_major) or [B, F] (step), "
-            f"with states of one batch axis; got {'; '.join(reasons)}{signature}"
+            f"with states of one batch axis; got {'; '.join(reasons)}{roles.signature}"
         )
-    if len(fitting) > 1 and features[0].shape[:2] != (1, 1):
+    if len(fitting) > 1 and roles.features[0].shape[:2] != (1, 1):
         raise ImportedModelError(
             f"the graph runs as {' and as '.join(each.axes for each in fitting)}; say which with "
-            f"`--axes {fitting[0].axes}`, or name the axes in the graph: {_DYNAMIC}{signature}"
+            f"`--axes {fitting[0].axes}`, or name the axes in the graph: {_DYNAMIC}"
+            f"{roles.signature}"
         )
     return fitting[0]
 
 
-def _possible_axes(feature: Tensor, states: Sequence[Tensor]) -> list[Axes]:
+def _possible_axes(roles: Roles) -> list[Axes]:
     """The orders of axes to try: the one whose batch has the name of the states' batch, or both."""
-    shape = feature.shape
+    shape = roles.features[0].shape
     if len(shape) == 1 or (len(shape) == 2 and isinstance(shape[1], int)):
         return ["step"]
-    state_dimensions = {size for state in states for size in state.shape if isinstance(size, str)}
-    has_name = [size in state_dimensions for size in shape[:2]]
+    names = {size for state in roles.states for size in state.shape if isinstance(size, str)}
+    has_name = [size in names for size in shape[:2]]
     if has_name == [True, False]:
         return ["batch_major"]
     return ["time_major"] if has_name == [False, True] else ["batch_major", "time_major"]
 
 
-def _read(
-    axes: Axes,
-    signature: Signature,
-    pairs: dict[str, str],
-    features: Sequence[Tensor],
-) -> _Reading:
-    first = features[0]
-    leading = 1 if axes == "step" else 2
-    for tensor in features:
+def _read(axes: Axes, roles: Roles) -> _Reading:
+    first, leading = roles.features[0], 1 if axes == "step" else 2
+    for tensor in roles.features:
         if not tensor.is_usable or len(tensor.shape) - leading not in (0, 1):
             raise _UnfitError(f"the input {tensor}")
         if len(tensor.shape) > leading and not isinstance(tensor.shape[-1], int):
@@ -129,9 +139,8 @@ def _read(
             f"{first.name} takes exactly {step_size} steps; export it for any number of steps, or "
             f"for one: {_DYNAMIC}"
         )
-    states = [tensor for tensor in signature.inputs if tensor.name in pairs]
     if not isinstance(batch_size, int) and any(
-        all(isinstance(size, int) for size in state.shape) for state in states
+        all(isinstance(size, int) for size in state.shape) for state in roles.states
     ):
         if step_size == 1:
             raise _UnfitError(f"{first.name} would have one row and one step")
@@ -142,7 +151,7 @@ def _read(
         axes,
         batch_size if isinstance(batch_size, int) else None,
         step_size if isinstance(step_size, int) else None,
-        tuple(_batch_axis(state, batch_size) for state in states),
+        tuple(_batch_axis(state, batch_size) for state in roles.states),
     )
 
 
@@ -173,44 +182,32 @@ def _batch_axis(state: Tensor, batch_size: int | str | None) -> int:
     return place
 
 
-def _probe(
-    reading: _Reading,
-    signature: Signature,
-    pairs: dict[str, str],
-    features: Sequence[Tensor],
-    steps: StepsInput | None,
-    controls: Sequence[ControlInput],
-    output_names: Sequence[str],
-) -> OnnxNetwork:
+def _probe(reading: _Reading, roles: Roles) -> OnnxNetwork:
     """Run the graph at two sizes, and read the outputs' axes off their shapes."""
-    states = [tensor for tensor in signature.inputs if tensor.name in pairs]
+    signature = roles.signature
     names = [tensor.name for tensor in signature.outputs if tensor.is_usable]
     shapes: list[dict[str, tuple[int, ...]]] = []
-    sizes = [(reading.batch or batch, reading.steps or count) for batch, count in SIZES]
-    for batch, count in sizes:
-        feeds = dict(_feeds(reading, states, features, steps, batch, count))
-        feeds.update(
-            {each.name: np.zeros((batch, 1)[: each.rank], each.dtype) for each in controls}
-        )
+    sizes = [(reading.batch or batch, reading.steps or steps) for batch, steps in SIZES]
+    for batch, steps in sizes:
+        feeds = dict(_feeds(reading, roles, batch, steps))
         try:
             values = signature.session.run(names, feeds)
         except Exception as error:  # its exceptions have no common base
             raise _UnfitError(
-                f"ONNX Runtime fails on a batch of {batch} and {count} steps: "
+                f"ONNX Runtime fails on a batch of {batch} and {steps} steps: "
                 f"{' '.join(str(error).split())[:300]}; {_failure_hint(signature)}"
             ) from error
         by_name = {name: np.shape(value) for name, value in zip(names, values, strict=True)}
-        for state in states:
-            expected = feeds[state.name].shape
-            if by_name[pairs[state.name]] != expected:
+        for before, after in roles.pairs.items():
+            if by_name[after] != feeds[before].shape:
                 raise _UnfitError(
-                    f"the state {state.name} is {list(expected)} and {pairs[state.name]} is "
-                    f"{list(by_name[pairs[state.name]])}"
+                    f"the state {before} is {list(feeds[before].shape)} and {after} is "
+                    f"{list(by_name[after])}"
                 )
         shapes.append(by_name)
-    outputs = list(_outputs(reading, signature, pairs, output_names, sizes, shapes))
+    outputs = tuple(_outputs(reading, roles, sizes, shapes))
     one_by_one = reading.steps == 1 or not all(output.has_time for output in outputs)
-    leading = 1 if reading.axes == "step" else 2
+    leading = len(reading.leading(1, 1))
     return OnnxNetwork(
         axes=reading.axes,
         inputs=tuple(
@@ -221,23 +218,23 @@ def _probe(
                     "dtype": tensor.dtype,
                 }
             )
-            for tensor in features
+            for tensor in roles.features
         ),
-        outputs=tuple(outputs),
+        outputs=outputs,
         states=tuple(
             StatePair.model_validate(
                 {
                     "input": state.name,
-                    "output": pairs[state.name],
+                    "output": roles.pairs[state.name],
                     "shape": [size for at, size in enumerate(state.shape) if at != axis],
                     "dtype": state.dtype,
                     "batch_axis": axis,
                 }
             )
-            for state, axis in zip(states, reading.batch_axes, strict=True)
+            for state, axis in zip(roles.states, reading.batch_axes, strict=True)
         ),
-        steps=steps,
-        controls=tuple(controls),
+        steps=roles.steps,
+        controls=tuple(roles.controls),
         batching="step" if one_by_one else "equal",
         batch_size=reading.batch,
     )
@@ -251,22 +248,17 @@ def _failure_hint(signature: Signature) -> str:
 
 
 def _feeds(
-    reading: _Reading,
-    states: Sequence[Tensor],
-    features: Sequence[Tensor],
-    steps: StepsInput | None,
-    batch: int,
-    count: int,
+    reading: _Reading, roles: Roles, batch: int, count: int
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    lead = {"batch_major": (batch, count), "time_major": (count, batch), "step": (batch,)}
-    leading = lead[reading.axes]
-    for tensor in features:
-        shape = leading if len(tensor.shape) == len(leading) else (*leading, tensor.shape[-1])
-        yield tensor.name, np.zeros(shape, tensor.dtype)
-    for state, axis in zip(states, reading.batch_axes, strict=True):
+    leading = reading.leading(batch, count)
+    for tensor in roles.features:
+        yield tensor.name, np.zeros((*leading, *tensor.shape[len(leading) :]), tensor.dtype)
+    for state, axis in zip(roles.states, reading.batch_axes, strict=True):
         shape = tuple(batch if at == axis else size for at, size in enumerate(state.shape))
         yield state.name, np.zeros(shape, state.dtype)
-    if steps is not None:
+    for control in roles.controls:
+        yield control.name, np.zeros((batch, 1)[: control.rank], control.dtype)
+    if (steps := roles.steps) is not None:
         if steps.kind == "lengths":
             yield steps.name, np.full(batch, count, steps.dtype)
         else:
@@ -275,16 +267,15 @@ def _feeds(
 
 def _outputs(
     reading: _Reading,
-    signature: Signature,
-    pairs: dict[str, str],
-    output_names: Sequence[str],
+    roles: Roles,
     sizes: Sequence[tuple[int, int]],
     shapes: Sequence[dict[str, tuple[int, ...]]],
 ) -> Iterator[GraphOutput]:
     """The outputs that replies contain; the states themselves, if there is no other."""
+    signature = roles.signature
     tensors = {tensor.name: tensor for tensor in signature.outputs}
-    states = {after: place for place, after in enumerate(pairs.values())}
-    names = list(output_names) or [name for name in tensors if name not in states] or list(states)
+    states = dict(zip(roles.pairs.values(), reading.batch_axes, strict=True))
+    names = list(roles.outputs) or [name for name in tensors if name not in states] or list(states)
     for name in names:
         if name not in tensors:
             raise ImportedModelError(f"--output {name}: expected an output of the graph{signature}")
@@ -293,38 +284,36 @@ def _outputs(
                 f"expected outputs that are tensors of numbers, got {tensors[name]}; name those "
                 f"to serve with `--output NAME`{signature}"
             )
+        measured = [each[name] for each in shapes]
         if name in states:
-            axis = reading.batch_axes[states[name]]
-            shape = shapes[0][name]
-            own = tuple(size for at, size in enumerate(shape) if at != axis)
-            yield GraphOutput(name=name, shape=own, has_time=False, state_axis=axis)
+            axis = states[name]
+            shape = measured[0][:axis] + measured[0][axis + 1 :]
+            yield GraphOutput(name=name, shape=shape, has_time=False, state_axis=axis)
             continue
-        yield _output(reading, tensors[name], sizes, [each[name] for each in shapes], signature)
+        for has_time in (True, False):
+            own = _own_shape(reading, has_time, sizes, measured)
+            if own is not None:
+                yield GraphOutput(name=name, shape=own, has_time=has_time)
+                break
+        else:
+            raise ImportedModelError(
+                "expected outputs that begin with the axes of batch and steps, or of the batch "
+                f"alone; {name} is {' and '.join(str(list(shape)) for shape in measured)} for "
+                f"batches and steps of {list(sizes)}. Leave it out: name the outputs to serve with "
+                f"`--output NAME`{signature}"
+            )
 
 
-def _output(
+def _own_shape(
     reading: _Reading,
-    tensor: Tensor,
+    has_time: bool,
     sizes: Sequence[tuple[int, int]],
     shapes: Sequence[tuple[int, ...]],
-    signature: Signature,
-) -> GraphOutput:
-    for has_time in (False,) if reading.axes == "step" else (True, False):
-        if has_time and reading.steps == 1 and len(shapes[0]) < 3:
-            continue  # [B, 1] is one value for each row
-        leads = [
-            ((count, batch) if reading.axes == "time_major" else (batch, count))
-            if has_time
-            else (batch,)
-            for batch, count in sizes
-        ]
-        rests = [shape[len(lead) :] for shape, lead in zip(shapes, leads, strict=True)]
-        fits = all(shape[: len(lead)] == lead for shape, lead in zip(shapes, leads, strict=True))
-        if fits and rests[0] == rests[1]:
-            return GraphOutput(name=tensor.name, shape=rests[0], has_time=has_time)
-    measured = " and ".join(str(list(shape)) for shape in shapes)
-    raise ImportedModelError(
-        f"expected outputs that begin with the axes of batch and steps, or of the batch alone; "
-        f"{tensor.name} is {measured} for batches and steps of {list(sizes)}. Leave it out: name "
-        f"the outputs to serve with `--output NAME`{signature}"
-    )
+) -> tuple[int, ...] | None:
+    """The shape of an output behind the axes of batch and time; None if it does not have these."""
+    if has_time and (reading.axes == "step" or (reading.steps == 1 and len(shapes[0]) < 3)):
+        return None  # [B, 1] is one value for each row
+    leads = [reading.leading(*size) if has_time else size[:1] for size in sizes]
+    rests = [shape[len(lead) :] for shape, lead in zip(shapes, leads, strict=True)]
+    fits = all(shape[: len(lead)] == lead for shape, lead in zip(shapes, leads, strict=True))
+    return rests[0] if fits and rests[0] == rests[1] else None

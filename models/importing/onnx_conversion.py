@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models.errors import ImportedModelError
-from models.importing.onnx_axes import find_network
-from models.importing.onnx_options import OnnxConversion, OnnxOptions
+from models.importing.onnx_axes import Roles, find_network
 from models.importing.onnx_proof import Prover
 from models.importing.onnx_signature import Signature, Tensor, read_signature
+from models.importing.results import Conversion, OnnxOptions
 from models.importing.state_pairs import find_pairs, require_one_input
 from models.importing.triton_config import TritonConfig, TritonControl
 from models.onnx.bounded_work import find_unbounded_work
@@ -34,7 +34,7 @@ MAX_LONG_VALUES = 65_535
 
 def convert_onnx(
     path: Path, folder: Path, name: str, options: OnnxOptions
-) -> tuple[OnnxConversion, bytes, dict[str, NDArray[Any]]]:
+) -> tuple[Conversion, dict[str, NDArray[Any]], bytes]:
     """Read an ONNX file, find its state pairs and axes, and verify what can be measured.
 
     Args:
@@ -43,7 +43,7 @@ def convert_onnx(
         name: the packaged model's name, a lower-case slug.
 
     Returns:
-        The conversion, the graph with all its data, and the initial values by state part.
+        The conversion, the initial values by state part, and the graph with all its data.
 
     Raises:
         ImportedModelError: the file cannot be read or served; the message gives the reason and an
@@ -63,15 +63,8 @@ def convert_onnx(
         raise ImportedModelError(reason)
     served = [each for each in options.outputs if each not in pairs.values()] or options.outputs
     try:
-        network = find_network(
-            signature,
-            pairs,
-            features,
-            steps,
-            controls=controls,
-            axes=options.axes,
-            outputs=tuple(served),
-        )
+        roles = Roles(signature, pairs, features, steps, controls, served)
+        network = find_network(roles, options.axes)
         spec = ModelSpec(name=name, features=network.features, onnx=network, layers=(), heads=())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -84,12 +77,12 @@ def convert_onnx(
     layout = replace(layout, initial_values=_initial_values(layout, initial))
     proof = Prover(network, layout, signature.session).prove()
     spec = spec.model_copy(update={"onnx": proof.network})
-    conversion = OnnxConversion(
+    conversion = Conversion(
         spec=spec.model_dump(mode="json"),
         notes=(*proof.notes, *_notes(signature, network.outputs)),
         verified={**proof.verified, "onnxruntime": onnxruntime.__version__},
     )
-    return conversion, signature.graph, dict(layout.initial_values)
+    return conversion, dict(layout.initial_values), signature.graph
 
 
 def _with_triton(

@@ -201,31 +201,33 @@ def _external_reader(folder: Path, most_bytes: int) -> Callable[[dict[str, str]]
                 f"expected weights inside the model or in a file beside it, got the file "
                 f"{location!r}; export it as one file, in PyTorch `external_data=False`"
             )
+        place = [entries.get("offset", "0"), entries.get("length", "-1")]
         try:
-            offset, length = int(entries.get("offset", "0")), int(entries.get("length", "-1"))
+            offset, length = map(int, place)
+            if not 0 <= offset <= sys.maxsize:
+                raise ValueError(f"{offset} bytes")
         except ValueError as error:
             raise DecodingError(f"the place of its weights in {location!r}: {error}") from error
-        if not 0 <= offset <= sys.maxsize:
-            raise DecodingError(f"the place of its weights in {location!r}: {offset} bytes")
+        most = remaining + 1
         try:
             with open_regular(folder / location, folder) as stream:
                 stream.seek(offset)
-                data = stream.read(min(length, remaining + 1) if length >= 0 else remaining + 1)
+                data = stream.read(min(length, most) if length >= 0 else most)
         except OSError as error:
             raise ImportedModelError(
                 f"its weights are in the file {location!r}, which cannot be read: "
                 f"{error.strerror}; put it beside the model, or export the model as one file"
             ) from error
-        if length > len(data) and len(data) <= remaining:
-            raise ImportedModelError(
-                f"its weights are in the file {location!r}: expected {length} bytes at {offset}, "
-                f"got {len(data)}"
-            )
         remaining -= len(data)
         if remaining < 0:
             raise ImportedModelError(
                 f"expected weights of at most {most_bytes} bytes, the longest protobuf message; "
                 "store them as float16, or serve fewer layers"
+            )
+        if length > len(data):
+            raise ImportedModelError(
+                f"its weights are in the file {location!r}: expected {length} bytes at {offset}, "
+                f"got {len(data)}"
             )
         return data
 

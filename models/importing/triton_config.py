@@ -5,8 +5,8 @@
                initial_state: { data_type: TYPE_FP32 dims: [ 8 ] zero_data: true } }]
     }
 
-The file is protobuf's text format. Its fields are read by name, and unknown ones are ignored:
-instance groups and the like have no meaning here.
+The file is protobuf's text format. Its fields are read by name, and unknown ones are ignored, in
+every form; the library of protobuf reads only forms whose fields it knows.
 """
 
 from __future__ import annotations
@@ -29,16 +29,14 @@ MAX_CONFIG_BYTES = 2**20
 MAX_INITIAL_BYTES = 2**28
 _DTYPES = {
     "TYPE_BOOL": "bool",
-    "TYPE_FP16": "float16",
-    "TYPE_FP32": "float32",
-    "TYPE_FP64": "float64",
+    **{f"TYPE_FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
     **{f"TYPE_INT{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"TYPE_UINT{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
 _CONTROLS = {f"CONTROL_SEQUENCE_{kind.upper()}": kind for kind in ("start", "ready", "end")}
 _TOKEN = re.compile(
     r"""\s+|\#[^\n]*|(?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
-    r"""|(?P<word>[A-Za-z_][\w.]*)|(?P<number>-?[\d.][\w.+-]*)|(?P<mark>[{}<>\[\]:,;-])"""
+    r"""|(?P<word>[A-Za-z_][\w.]*|-?[\d.][\w.+-]*)|(?P<mark>[{}<>\[\]:,;-])"""
 )
 
 
@@ -69,21 +67,18 @@ class TritonConfig:
 
     def __init__(self, text: str, folder: Path | None = None):
         self._folder = folder
-        tokens = list(_tokens(text))
         try:
-            config, rest = _message(tokens, 0, "")
+            config = _read_message(_tokens(text), "")
         except RecursionError as error:
             raise ImportedModelError("config.pbtxt: messages are nested too deeply") from error
-        if rest < len(tokens):
-            raise ImportedModelError(f"config.pbtxt: expected a field, got {tokens[rest]!r}")
-        self._sequence: Message = _last(config, "sequence_batching", {})
-        self._states: list[Message] = self._sequence.get("state", [])
+        sequence: Message = _last(config, "sequence_batching", {})
+        self._states: list[Message] = sequence.get("state", [])
         if not self._states:
             raise ImportedModelError(
                 "config.pbtxt: expected `sequence_batching { state [...] }` with the state pairs, "
                 "found none; name them with `--state IN=OUT`"
             )
-        self.controls = tuple(map(_control, self._sequence.get("control_input", [])))
+        self.controls = tuple(map(_control, sequence.get("control_input", [])))
         self.inputs = tuple(str(_last(each, "name")) for each in config.get("input", []))
         self.outputs = tuple(str(_last(each, "name")) for each in config.get("output", []))
         self.pairs = {
@@ -96,11 +91,11 @@ class TritonConfig:
         for state in self._states:
             for initial in state.get("initial_state", []):
                 if "data_file" in initial:
-                    yield str(_last(state, "input_name")), self._read(initial)
+                    yield str(_last(state, "input_name")), self._read_file(initial)
 
-    def _read(self, initial: Message) -> NDArray[Any]:
+    def _read_file(self, initial: Message) -> NDArray[Any]:
         name, kind = str(_last(initial, "data_file")), str(_last(initial, "data_type"))
-        dims = [int(size) for each in initial.get("dims", []) for size in _flat(each)]
+        dims = [int(size) for size in initial.get("dims", [])]
         if kind not in _DTYPES or self._folder is None or not inside(name):
             raise ImportedModelError(
                 f"config.pbtxt: initial_state: expected a file in `initial_state/` and a type of "
@@ -134,9 +129,8 @@ def _control(declared: Message) -> TritonControl:
             "without it"
         )
     values = next((control[key] for key in control if key.endswith("_false_true")), ["0", "1"])
-    numbers = [{"false": 0.0, "true": 1.0}.get(str(each), each) for each in values]
     try:
-        no, yes = (float(each) for each in numbers)
+        no, yes = (float({"false": "0", "true": "1"}.get(each, each)) for each in values)
     except (TypeError, ValueError) as error:
         raise ImportedModelError(
             f"config.pbtxt: control_input {name!r}: expected the values of false and true, got "
@@ -145,8 +139,9 @@ def _control(declared: Message) -> TritonControl:
     return TritonControl(name, _CONTROLS[kind], (no, yes))
 
 
-def _tokens(text: str) -> Iterator[str]:
-    at = 0
+def _tokens(text: str) -> list[str]:
+    """Names, numbers, strings and marks in reverse, behind a "" for the end."""
+    tokens, at = [""], 0
     while at < len(text):
         match = _TOKEN.match(text, at)
         if match is None:
@@ -156,57 +151,52 @@ def _tokens(text: str) -> Iterator[str]:
             )
         at = match.end()
         if match.lastgroup:
-            yield match.group()
+            tokens.append(match.group())
+    return tokens[:1] + tokens[:0:-1]
 
 
-def _message(tokens: list[str], at: int, end: str) -> tuple[Message, int]:
-    """The fields up to a closing mark, and the place behind it."""
+def _read_message(tokens: list[str], end: str) -> Message:
+    """The fields up to a closing mark."""
     fields: Message = {}
-    while at < len(tokens) and tokens[at] != end:
-        name = tokens[at]
+    while (name := tokens.pop()) != end:
         if not re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            raise ImportedModelError(f"config.pbtxt: expected the name of a field, got {name!r}")
-        at += 1
-        if _at(tokens, at) == ":":
-            at += 1
-        value, at = _value(tokens, at)
-        fields.setdefault(name, []).extend(value if isinstance(value, list) else [value])
-        while at < len(tokens) and tokens[at] in ",;":
-            at += 1
-    if end and at >= len(tokens):
-        raise ImportedModelError(f"config.pbtxt: expected {end!r} before the end")
-    return fields, at + bool(end)
+            raise _unexpected(f"the name of a field or {end!r}", name)
+        values = fields.setdefault(name, [])
+        _skip(tokens, ":")
+        if _skip(tokens, "["):
+            while not _skip(tokens, "]"):
+                values.append(_read_value(tokens))
+                _skip(tokens, ",")
+        else:
+            values.append(_read_value(tokens))
+        while _skip(tokens, ",;"):
+            pass
+    return fields
 
 
-def _value(tokens: list[str], at: int) -> tuple[Any, int]:
-    first = _at(tokens, at)
-    if first in ("{", "<"):
-        return _message(tokens, at + 1, "}" if first == "{" else ">")
-    if first == "[":
-        values, at = [], at + 1
-        while _at(tokens, at) != "]":
-            value, at = _value(tokens, at)
-            values.append(value)
-            at += _at(tokens, at) == ","
-        return values, at + 1
-    if first[0] in "\"'":
-        try:
-            return ast.literal_eval(first), at + 1
-        except (SyntaxError, ValueError) as error:
-            raise ImportedModelError(f"config.pbtxt: expected a string, got {first}") from error
-    if first in "}>]:,;":
-        raise ImportedModelError(f"config.pbtxt: expected a value, got {first!r}")
-    return first, at + 1
+def _read_value(tokens: list[str]) -> Message | str:
+    value = tokens.pop()
+    if value in ("{", "<"):
+        return _read_message(tokens, "}" if value == "{" else ">")
+    if value in "}>[]:,;-":
+        raise _unexpected("a value", value)
+    try:
+        return str(ast.literal_eval(value)) if value[0] in "\"'" else value
+    except (SyntaxError, ValueError) as error:
+        raise _unexpected("a string", value) from error
 
 
-def _at(tokens: list[str], at: int) -> str:
-    if at >= len(tokens):
-        raise ImportedModelError("config.pbtxt: expected a value before the end")
-    return tokens[at]
+def _skip(tokens: list[str], marks: str) -> bool:
+    """Pass a token that is one of these marks, if it is the next one."""
+    is_there = tokens[-1] != "" and tokens[-1] in marks
+    if is_there:
+        tokens.pop()
+    return is_there
 
 
-def _flat(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _unexpected(expected: str, got: str) -> ImportedModelError:
+    found = f", got {got!r}" if got else " before the end"
+    return ImportedModelError(f"config.pbtxt: expected {expected}{found}")
 
 
 def _last(message: Message, name: str, default: Any = "") -> Any:

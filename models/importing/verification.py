@@ -1,4 +1,4 @@
-"""Verifies the imported model against the original on random sequences of several lengths.
+"""Converts a Keras model file, and verifies the result on random sequences of several lengths.
 
 What is compared depends on the chunking of the imported model:
 
@@ -11,7 +11,8 @@ What is compared depends on the chunking of the imported model:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -19,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ImportedModelError
-from models.importing.graph import Translation, functional_of
+from models.importing.keras_file import read_keras_model
+from models.importing.keras_graph import ModelOutput, Translation, functional_of, translate
+from models.importing.results import Conversion
 from models.networks.build import StepNetwork
 from models.spec.layout import network_state, output_spec, state_spec
 from models.spec.state import State
@@ -34,7 +37,35 @@ SEED = 20240229
 Floats = NDArray[np.float32]
 
 
-def verify(model: Any, translation: Translation, where: str) -> tuple[tuple[int, ...], int, float]:
+def convert_keras(path: Path, name: str) -> tuple[Conversion, dict[str, Floats]]:
+    """Read a Keras model, translate it and verify the translation, in this process.
+
+    Args:
+        path: a `.keras` or `.h5` file, or a SavedModel folder of Keras 2; no other process may
+            write to it.
+        name: the packaged model's name, a lower-case slug.
+
+    Returns:
+        The conversion, and the weights by name.
+
+    Raises:
+        ImportedModelError: the file cannot be read, has unsupported layers, or its outputs differ
+            from the translation's.
+        MemoryError: the process reached its memory limit.
+    """
+    model = read_keras_model(path)
+    translation = translate(model, name)
+    conversion = Conversion(
+        spec=translation.spec.model_dump(mode="json"),
+        keras=keras.__version__,
+        layers=translation.layers,
+        notes=translation.notes,
+        verified=verify(model, translation),
+    )
+    return conversion, translation.weights
+
+
+def verify(model: Any, translation: Translation) -> dict[str, Any]:
     """Run both models on random sequences and compare their outputs.
 
     A model with `stateful=True` keeps its state from one sequence to the next, and so does the
@@ -42,7 +73,7 @@ def verify(model: Any, translation: Translation, where: str) -> tuple[tuple[int,
     have become stateful.
 
     Returns:
-        The lengths, the number of sequences of each, and the largest difference.
+        `lengths_steps` of the sequences, `sequences` of each, and the `largest_difference`.
 
     Raises:
         ImportedModelError: the outputs differ, or those of the original are not finite.
@@ -50,8 +81,7 @@ def verify(model: Any, translation: Translation, where: str) -> tuple[tuple[int,
     network = StepNetwork(translation.spec)
     network.set_weights(translation.weights)
     chunking = translation.spec.chunking
-    graph = functional_of(model)
-    batches = {tensor.shape[0] for tensor in graph.inputs} - {None}
+    batches = {tensor.shape[0] for tensor in functional_of(model).inputs} - {None}
     batch = int(max(batches, default=BATCH))
     fixed_steps = translation.fixed_steps
     lengths = (fixed_steps,) * 3 if fixed_steps else LENGTHS_STEPS
@@ -73,12 +103,10 @@ def verify(model: Any, translation: Translation, where: str) -> tuple[tuple[int,
             chunks = _split(call, random) if chunking == "invisible" else [call]
             outputs, state = _run_imported(network, chunks, state)
             for output in translation.outputs:
-                actual = _output_of(translation, output.head, output.part, outputs, state)
-                if output.last_only:
-                    actual = actual[:, -1]
-                gap = _difference(actual, expected[output.index], call.shape[1], where)
+                actual = _output_of(translation, output, outputs, state)
+                gap = _difference(actual, expected[output.index], call.shape[1])
                 largest = max(largest, gap)
-    return lengths, batch, largest
+    return {"lengths_steps": lengths, "sequences": batch, "largest_difference": largest}
 
 
 def _random_rows(
@@ -128,7 +156,9 @@ def _split(rows: Floats, random: np.random.Generator) -> Iterator[Floats]:
         at += chunk.shape[1]
 
 
-def _run_imported(network: StepNetwork, chunks: Any, state: Floats) -> tuple[Floats, Floats]:
+def _run_imported(
+    network: StepNetwork, chunks: Iterable[Floats], state: Floats
+) -> tuple[Floats, Floats]:
     """Run the imported model on consecutive chunks."""
     parts = []
     for chunk in chunks:
@@ -140,19 +170,19 @@ def _run_imported(network: StepNetwork, chunks: Any, state: Floats) -> tuple[Flo
 
 
 def _output_of(
-    translation: Translation, head: str | None, part: str | None, outputs: Floats, state: Floats
+    translation: Translation, output: ModelOutput, outputs: Floats, state: Floats
 ) -> Floats:
-    if head is not None:
-        return output_spec(translation.spec).by_name(outputs)[head]
-    layout = state_spec(translation.spec)
-    ints = np.zeros(0, np.int64)
-    return np.stack([layout.by_name(State(row, ints))[str(part)] for row in state])
+    if output.head is not None:
+        values = output_spec(translation.spec).by_name(outputs)[output.head]
+        return values[:, -1] if output.last_only else values
+    layout, ints = state_spec(translation.spec), np.zeros(0, np.int64)
+    return np.stack([layout.by_name(State(row, ints))[str(output.part)] for row in state])
 
 
-def _difference(actual: Floats, expected: Floats, length: int, where: str) -> float:
+def _difference(actual: Floats, expected: Floats, length: int) -> float:
     if actual.shape != expected.shape or not np.isfinite(expected).all():
         raise ImportedModelError(
-            f"{where}: expected finite outputs of shape {list(actual.shape)} on a random "
+            f"expected finite outputs of shape {list(actual.shape)} on a random "
             f"sequence of {length} steps, the original gives {list(expected.shape)}"
         )
     gap = np.abs(np.float64(actual) - expected)
@@ -160,7 +190,7 @@ def _difference(actual: Floats, expected: Floats, length: int, where: str) -> fl
     if not (excess <= 1).all():
         worst = np.unravel_index(np.argmax(excess), excess.shape)
         raise ImportedModelError(
-            f"{where}: the packaged model gives {actual[worst]!r} where the original gives "
+            f"the packaged model gives {actual[worst]!r} where the original gives "
             f"{expected[worst]!r} (sequence of {length} steps, largest difference "
             f"{gap.max():.3g}); expected |a - b| <= 1e-5 + 1e-5 |b|. Large recurrent weights "
             "make a network chaotic: any two float32 programs diverge there"

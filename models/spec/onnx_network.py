@@ -3,7 +3,7 @@
     graph(inputs, state inputs, lengths or mask) -> (outputs, state outputs)
 
 Each pair is one part of a stream's state: the graph reads it by one name and returns its next value
-by another. The importer (`models.importing.onnx_model`) writes this section; nobody has to.
+by another. The importer (`models.importing.onnx_conversion`) writes this section; nobody has to.
 """
 
 from __future__ import annotations

@@ -396,11 +396,10 @@ def import_command(
     with _one_line_errors():
         from models.errors import ImportedModelError
         from models.importing.isolation import Limits
+        from models.importing.packaging import import_keras_model, import_onnx_model, onnx_options
 
         limits = Limits(memory_bytes=memory_mib * 2**20, time_s=time_s)
         if model.suffix.lower() == ".onnx":
-            from models.importing.onnx_model import import_onnx_model, onnx_options
-
             options = onnx_options(
                 states=state or (),
                 inputs=input_ or (),
@@ -420,29 +419,19 @@ def import_command(
                 reset_every=reset_every,
                 limits=limits,
             )
-            typer.echo(
-                f"{out}: model {imported.artifact.spec.name}, version {imported.artifact.version}"
-            )
-            for line in imported.lines():
-                typer.echo(line)
-            return
-        if any((state, input_, output, lengths, mask, initial, axes, triton)):
+        elif any((state, input_, output, lengths, mask, initial, axes, triton)):
             raise ImportedModelError(
                 f"{model}: expected a .onnx file with --state, --input, --output, --lengths, "
                 "--mask, --initial, --axes and --triton; they describe ONNX graphs"
             )
-        from models.importing.keras_model import import_keras_model
-
-        report = import_keras_model(
-            model, out, name=name, overwrite=overwrite, reset_every=reset_every, limits=limits
-        )
-        typer.echo(
-            f"{out}: model {report.artifact.spec.name}, version {report.artifact.version}; "
-            f"equal to the original within {report.largest_difference:.1e} on "
-            f"{report.sequences} sequences each of {sorted(set(report.lengths_steps))} steps"
-        )
-        for note in report.notes:
-            typer.echo(f"note: {note}")
+        else:
+            imported = import_keras_model(
+                model, out, name=name, overwrite=overwrite, reset_every=reset_every, limits=limits
+            )
+        artifact = imported.artifact
+        typer.echo(f"{out}: model {artifact.spec.name}, version {artifact.version}")
+        for line in imported.lines():
+            typer.echo(line)
 
 
 @app.command("graph")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from models.artifact.weights import weights_bytes
 from models.importing.onnx_conversion import convert_onnx
-from models.importing.onnx_model import OnnxReport, onnx_options, package_onnx
+from models.importing.packaging import ImportReport, onnx_options, package
 from models.onnx.library import onnxruntime
 
 
@@ -35,10 +35,10 @@ graphs = _recipe(EXAMPLES / "graphs.py")
 Floats = NDArray[np.float32]
 
 
-def import_here(path: Path, out: Path, name: str = "graph", **options: Any) -> OnnxReport:
+def import_here(path: Path, out: Path, name: str = "graph", **options: Any) -> ImportReport:
     """Import a graph in this process, which takes a tenth of a second."""
-    conversion, graph, initial = convert_onnx(path, path.parent, name, onnx_options(**options))
-    return package_onnx(path, conversion, weights_bytes(initial), graph, out)
+    conversion, initial, graph = convert_onnx(path, path.parent, name, onnx_options(**options))
+    return package(path, (conversion, weights_bytes(initial), graph), out)
 
 
 @dataclass(frozen=True)

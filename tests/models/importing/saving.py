@@ -10,8 +10,8 @@ import pytest
 
 from models.artifact.weights import weights_bytes
 from models.errors import ImportedModelError
-from models.importing.conversion import convert
-from models.importing.keras_model import ImportReport, package, slug
+from models.importing.packaging import ImportReport, package, slug
+from models.importing.verification import convert_keras
 
 
 def save_model(model: keras.Model, path: Path, seed: int = 17) -> Path:
@@ -33,8 +33,9 @@ def import_here(
     path: Path, out: Path, name: str | None = None, reset_every: int | None = None
 ) -> ImportReport:
     """As `import_keras_model`, in this process: a process for each test would take seconds."""
-    conversion, weights = convert(path, name or slug(path.stem), str(path))
-    return package(path, conversion, weights_bytes(weights), out, reset_every=reset_every)
+    conversion, weights = convert_keras(path, name or slug(path.stem))
+    converted = conversion, weights_bytes(weights), None
+    return package(path, converted, out, reset_every=reset_every)
 
 
 def import_model(

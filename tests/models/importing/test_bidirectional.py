@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import load_artifact
 from models.importing import verification
-from models.importing.graph import translate
+from models.importing.keras_graph import translate
 from models.networks.build import StepNetwork
 from models.spec.layout import output_spec
 from tests.models.importing.saving import import_error, import_here, import_model, save_model
@@ -64,7 +64,7 @@ def test_every_merge_mode_and_cell_equals_the_original(
     assert (layer.kind, layer.name) == ("bidirectional", "both")
     assert report.artifact.spec.chunking == "whole"
     assert report.artifact.graphs.data is not None
-    assert report.lengths_steps == (1, 6)
+    assert report.verified["lengths_steps"] == (1, 6)
     rows = random_rows(4, 2)
     np.testing.assert_allclose(
         predict_whole(tmp_path, rows)["both"], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
@@ -120,7 +120,7 @@ def test_a_stateful_model_is_verified_from_the_zero_state(
         ]
     )
     report = import_model(model, tmp_path)
-    assert report.lengths_steps == (4, 4, 4)
+    assert report.verified["lengths_steps"] == (4, 4, 4)
     assert "stateful=True is left out: each sequence begins in the zero state" in report.notes
 
 

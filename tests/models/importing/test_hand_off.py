@@ -101,7 +101,7 @@ def test_verification_uses_the_fixed_steps_of_the_original(tmp_path: Path) -> No
     sequence, state = CELLS["gru"](return_state=True, stateful=True, unroll=True)(rows)
     model = keras.Model(rows, CELLS["gru"](stateful=True)(sequence, initial_state=state))
     report = import_model(model, tmp_path)
-    assert (report.lengths_steps, report.sequences) == ((5, 5, 5), 2)
+    assert (report.verified["lengths_steps"], report.verified["sequences"]) == ((5, 5, 5), 2)
 
 
 @pytest.mark.parametrize("lost", ["handed", "carried"])

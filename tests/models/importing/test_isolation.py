@@ -16,9 +16,9 @@ from keras import layers as kl
 
 from models.artifact.artifact import load_artifact
 from models.errors import ImportedModelError
-from models.importing import isolation, worker
+from models.importing import isolation
 from models.importing.isolation import Limits
-from models.importing.keras_model import import_keras_model
+from models.importing.packaging import import_keras_model
 from tests.models.importing.hostile import recurrent, save_edited, two_models
 from tests.models.importing.saving import save_model
 from tests.support.service import LEAN_KERAS, customise
@@ -49,11 +49,11 @@ def import_failure(path: Path, limits: Limits | None = None) -> str:
 
 def test_import_packages_the_model(tmp_path: Path) -> None:
     report = import_keras_model(save_model(recurrent(), tmp_path / "m.keras"), tmp_path / "out")
-    assert (report.artifact.spec.name, report.lengths_steps) == ("m", (1, 2, 7, 33))
-    assert 0 < report.largest_difference < 1e-5
+    assert (report.artifact.spec.name, report.verified["lengths_steps"]) == ("m", [1, 2, 7, 33])
+    assert 0 < report.verified["largest_difference"] < 1e-5
     origin = load_artifact(tmp_path / "out").manifest["training"]["imported"]
     assert origin["file"] == "m.keras"
-    assert origin["verified"]["largest_difference"] == report.largest_difference
+    assert origin["verified"]["largest_difference"] == report.verified["largest_difference"]
 
 
 def test_errors_name_the_original_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_errors_name_the_original_file(tmp_path: Path, monkeypatch: pytest.Monke
     def convert_here(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
         with monkeypatch.context() as patch:
             patch.chdir(copy.parent)
-            worker._convert({**task, "file": copy.name, "where": str(path)})
+            isolation.convert(task)
 
     monkeypatch.setattr(isolation, "_run", convert_here)
     path = two_models(tmp_path / "m.hdf5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
@@ -155,7 +155,7 @@ def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 def test_the_worker_process_ends_with_its_parent() -> None:
     child = (
-        "import os, time; from models.importing.worker import end_with_parent; "
+        "import os, time; from models.importing.isolation import end_with_parent; "
         "end_with_parent(os.getppid()); print('ready', flush=True); time.sleep(3); print('alive')"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import ArtifactError, ImportedModelError
-from models.importing.onnx_model import default_name, import_onnx_model, onnx_options
 from models.importing.onnx_proof import Prover
+from models.importing.packaging import default_name, import_onnx_model, onnx_options
 from models.onnx.library import open_session
 from models.onnx.stateful_graph import StatefulGraph
 from models.spec.onnx_network import OnnxNetwork

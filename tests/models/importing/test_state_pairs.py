@@ -101,7 +101,7 @@ def test_every_form_of_the_text_format_is_read(text: str) -> None:
     [
         ("name: 'm'", r"expected `sequence_batching \{ state \[...\] \}`.*--state IN=OUT"),
         ("name @ 3", r"config\.pbtxt:1: expected protobuf's text format, got '@ 3'"),
-        ("a {", r"expected '\}' before the end"),
+        ("a {", r"'\}' before the end"),
         ("a: [ 1, 2", r"before the end"),
         ("a: }", r"expected a value, got '\}'"),
         ("a { b } c", r"expected a value, got '\}'"),

@@ -13,7 +13,7 @@ import pytest
 
 from models.errors import ImportedModelError
 from models.importing import verification
-from models.importing.keras_model import ImportReport
+from models.importing.packaging import ImportReport
 from tests.models.importing.accepted_models import ACCEPTED, STEPS, Accepted
 from tests.models.importing.rejected_models import REJECTED
 from tests.models.importing.saving import import_error, import_here, save_model
@@ -120,7 +120,6 @@ def test_a_window_can_begin_from_the_zero_state_each_time(
 def test_unsupported_models_are_rejected_with_an_alternative(name: str, tmp_path: Path) -> None:
     case = REJECTED[name]
     error = import_error(case.build(), tmp_path)
-    assert error.startswith(str(tmp_path / "My Model.keras"))
     for words in case.words:
         assert words in error, error
 

@@ -1,4 +1,4 @@
-"""The inputs of a Keras model as the columns of one row.
+"""The inputs of a Keras model as the columns of one row, and the names of what it becomes.
 
 A Keras model may have several inputs: sequences [batch, steps, features], one value or code per
 step [batch, steps], and initial states. The sequences become the columns of the packaged model's
@@ -11,22 +11,25 @@ embedding; so slices are named at once and written by `layers`.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ImportedModelError
-from models.importing.converted import UnsupportedLayerError
-from models.importing.naming import unique_layer_name
-from models.importing.states import Value, state_inputs
+from models.importing.keras_layers import UnsupportedLayerError
+from models.importing.keras_values import Value, state_inputs
 from models.spec.layers import FEATURES
 
 EXPECTED = (
     "expected inputs of shape [batch, steps, features], or [batch, steps] for codes that an "
     "Embedding reads"
 )
+_MAX_CHARACTERS = 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,13 @@ class ModelInput:
     """One input of the Keras model.
 
     Attributes:
+        name: its name.
         columns: the columns of a row that it reads; None if it holds a state.
         dtype: its Keras dtype.
         rank: its number of axes.
     """
 
+    name: str
     columns: range | None
     dtype: str
     rank: int
@@ -46,14 +51,21 @@ class ModelInput:
 
 @dataclass(slots=True)
 class InputColumns:
-    """The columns of a row, those that hold codes, and the parts that layers read."""
+    """The columns of a row, those that hold codes, and the parts that layers read.
+
+    Attributes:
+        names: names that layers have.
+        inputs: the inputs of the Keras model, in their order.
+        values: the same as tensors.
+        steps: the number of steps that they fix, or None.
+        masked: whether codes of 0 are padding in training.
+    """
 
     names: set[str]
     inputs: list[ModelInput] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     steps: int | None = None
     masked: bool = False
-    """Whether codes of 0 are padding in training."""
     _tables: dict[int, tuple[str, NDArray[np.float32]]] = field(default_factory=dict)
     _parts: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -70,17 +82,16 @@ class InputColumns:
         columns, states, start = cls(names), state_inputs(graph), 0
         shapes = [tuple(tensor.shape) for tensor in graph.inputs]
         for index, (tensor, shape) in enumerate(zip(graph.inputs, shapes, strict=True)):
+            own = None
+            if index not in states:
+                if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] is None):
+                    raise ImportedModelError(f"{EXPECTED}, got {shapes}")
+                own = range(start, start + (shape[2] if len(shape) == 3 else 1))
+                start = own.stop
+            state = index if own is None else None
             owner = f"input {tensor.name!r}"
-            if index in states:
-                columns.inputs.append(ModelInput(None, str(tensor.dtype), len(shape)))
-                columns.values.append(Value("", shape, owner, state_input=index))
-                continue
-            if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] is None):
-                raise ImportedModelError(f"{EXPECTED}, got {shapes}")
-            own = range(start, start + (shape[2] if len(shape) == 3 else 1))
-            start = own.stop
-            columns.inputs.append(ModelInput(own, str(tensor.dtype), len(shape)))
-            columns.values.append(Value("", shape, owner, columns=own))
+            columns.inputs.append(ModelInput(tensor.name, own, str(tensor.dtype), len(shape)))
+            columns.values.append(Value("", shape, owner, columns=own, state_input=state))
         steps = {value.shape[1] for value in columns.values if value.columns} - {None}
         if start == 0 or len(steps) > 1:
             raise ImportedModelError(
@@ -93,11 +104,6 @@ class InputColumns:
     def count(self) -> int:
         """F, the number of columns."""
         return max(own.columns.stop for own in self.inputs if own.columns)
-
-    @property
-    def codes(self) -> dict[int, int]:
-        """Column -> number of codes, of those that an `Embedding` reads."""
-        return {column: len(table) for column, (_, table) in self._tables.items()}
 
     def read(self, value: Value) -> str:
         """The layer of the `ModelSpec` that has a value."""
@@ -138,32 +144,30 @@ class InputColumns:
         for start, stop in self._parts:
             both = [column for column in range(start, stop) if column in self._tables]
             if both and stop - start > 1:
-                reader = self._tables[both[0]][0]
                 lines.append(
-                    f"{reader}: the model reads its column as a number too; give the codes to the "
-                    "model as a separate input"
+                    f"{self._tables[both[0]][0]}: the model reads its column as a number too; give "
+                    "the codes to the model as a separate input"
                 )
-            for own in self.inputs:
-                whole = own.columns is not None and own.columns.start <= start < own.columns.stop
-                if whole and not both and not own.dtype.startswith("float"):
-                    lines.append(
-                        f"the model: expected float32 numbers, or codes that an Embedding reads, "
-                        f"got an input of {own.dtype}"
-                    )
+            (whole,) = (own for own in self.inputs if own.columns and start in own.columns)
+            if not both and not whole.dtype.startswith("float"):
+                lines.append(
+                    f"the model: expected float32 numbers, or codes that an Embedding reads, "
+                    f"got an input of {whole.dtype}"
+                )
         return list(dict.fromkeys(lines))
 
     def layers(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """The `slice` layers, and the new names of those that are all the features."""
-        ends = np.cumsum([0, *(self._width(column) for column in range(self.count))])
-        layers, renamed = [], {}
+        widths = [
+            self._tables[c][1].shape[1] if c in self._tables else 1 for c in range(self.count)
+        ]
+        ends, layers, renamed = np.cumsum([0, *widths]).tolist(), [], {}
         for (start, stop), name in self._parts.items():
             if (start, stop) == (0, self.count):
                 renamed[name] = FEATURES
                 continue
-            begin, end = int(ends[start]), int(ends[stop])
-            layers.append(
-                {"kind": "slice", "name": name, "inputs": [FEATURES], "start": begin, "stop": end}
-            )
+            place = {"start": ends[start], "stop": ends[stop]}
+            layers.append({"kind": "slice", "name": name, "inputs": [FEATURES], **place})
         return layers, renamed
 
     def embeddings(self) -> tuple[list[dict[str, int]], dict[str, NDArray[np.float32]]]:
@@ -175,28 +179,21 @@ class InputColumns:
         weights = {f"embedding.feature_{c}": table for c, (_, table) in self._tables.items()}
         return section, weights
 
-    def notes(self, names: list[str]) -> list[str]:
-        """What the user should know about the rows.
-
-        Args:
-            names: of the model's inputs.
-        """
-        sequences = [(n, own) for n, own in zip(names, self.inputs, strict=True) if own.columns]
-        notes = []
-        if len(sequences) > 1:
-            listed = ", ".join(
-                f"{name!r} {_describe(own.columns)}" for name, own in sequences if own.columns
-            )
-            notes.append(f"the inputs are columns of one row of {self.count}: {listed}")
+    def notes(self) -> list[str]:
+        """What the user should know about the rows."""
+        listed, notes = [], []
+        for own in self.inputs:
+            if own.columns:
+                first, last = own.columns[0], own.columns[-1]
+                listed.append(f"{own.name!r} [{first}" + ("]" if first == last else f" to {last}]"))
+        if len(listed) > 1:
+            notes.append(f"the inputs are columns of one row of {self.count}: {', '.join(listed)}")
         for column, (reader, table) in sorted(self._tables.items()):
             notes.append(
                 f"feature_{column} holds codes 0 to {len(table) - 1}, which {reader} reads; a row "
                 "with another value is rejected"
             )
         return notes
-
-    def _width(self, column: int) -> int:
-        return self._tables[column][1].shape[1] if column in self._tables else 1
 
     def _part(self, start: int, stop: int, name: str) -> str:
         if (start, stop) not in self._parts:
@@ -205,7 +202,49 @@ class InputColumns:
         return self._parts[start, stop]
 
 
-def _describe(columns: range) -> str:
-    if len(columns) == 1:
-        return f"[{columns.start}]"
-    return f"[{columns.start} to {columns.stop - 1}]"
+def unique_layer_name(used: set[str], keras_name: str) -> str:
+    """A valid, unused name of a layer that resembles the Keras name; added to `used`."""
+    return _unique(used, re.sub(r"[^a-z0-9_]+", "_", keras_name.lower()).strip("_"), "layer")
+
+
+def unique_output_name(used: set[str], keras_name: str) -> str:
+    """The name of an output: Keras' own, if it is valid and unused; added to `used`."""
+    return _unique(used, re.sub(r"[^A-Za-z0-9_-]+", "_", keras_name).strip("_-"), "output")
+
+
+def _unique(used: set[str], name: str, default: str) -> str:
+    name = name[:_MAX_CHARACTERS] or default
+    name = free = name if name[0].isalpha() else f"{default}_{name}"
+    number = 1
+    while free in used:
+        number += 1
+        free = f"{name}_{number}"
+    used.add(free)
+    return free
+
+
+def output_names(graph: Any, sequences: int) -> list[str]:
+    """The name of each output of a Keras model.
+
+    That is its key if the outputs are a dictionary, else the name of its layer; or `output`, if it
+    is the only one that is not a state and its layer has only an automatic name.
+
+    Args:
+        graph: the functional model.
+        sequences: how many of its outputs are not states.
+    """
+    structure = graph._outputs_struct
+    keys: dict[int, list[str]] = {}
+    for key, tensor in structure.items() if isinstance(structure, Mapping) else ():
+        if isinstance(tensor, keras.KerasTensor):
+            keys.setdefault(id(tensor), []).append(str(key))
+    names = []
+    for tensor in graph.outputs:
+        operation = tensor._keras_history.operation
+        stem = re.sub(r"_\d+$", "", operation.name)  # of a name that Keras gave
+        is_automatic = stem.replace("_", "") == type(operation).__name__.lower()
+        if own := keys.get(id(tensor)):
+            names.append(own.pop(0))
+        else:
+            names.append("output" if sequences == 1 and is_automatic else str(operation.name))
+    return names

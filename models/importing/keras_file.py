@@ -24,7 +24,7 @@ import keras
 from keras.src.ops import numpy as operations
 
 from models.errors import ImportedModelError
-from models.importing.layers import is_known
+from models.importing.keras_layers import is_known
 from models.importing.reasons import (
     NOT_LOADED,
     OPERATION,
@@ -73,22 +73,21 @@ _PARTS = (
 """Namespaces of objects that configure a layer or a compiled model."""
 
 
-def read_keras_model(path: Path, where: str) -> Any:
+def read_keras_model(path: Path) -> Any:
     """Load a `.keras` or `.h5` file, or a SavedModel folder of Keras 2.
 
     Args:
         path: the file or folder; no other process may write to it.
-        where: the file's name, for errors.
 
     Raises:
         ImportedModelError: it is not a Keras model, it contains code, or Keras cannot load it.
         MemoryError: the process reached its memory limit.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return _read(path, Path(folder) / "model.h5", where)
+        return _read(path, Path(folder) / "model.h5")
 
 
-def _read(path: Path, rewritten: Path, where: str) -> Any:
+def _read(path: Path, rewritten: Path) -> Any:
     """Check and load a model; files of Keras 2 are rewritten for Keras 3."""
     try:
         if path.is_dir():
@@ -109,25 +108,16 @@ def _read(path: Path, rewritten: Path, where: str) -> Any:
                 f"custom class, {NOT_LOADED}"
             )
         # the model is loaded uncompiled; those nested in it are compiled as they were
-        foreign = list(_foreign({**config, "compile_config": None}))
-        unknown = list(_unknown(config))
+        foreign = dict(_foreign({**config, "compile_config": None}))
+        unknown = dict(_unknown(config))
     except (OSError, KeyError, ValueError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise ImportedModelError(
-            f"{where}: expected a whole Keras model with its configuration, as "
-            f"model.save('model.keras') writes it (save_weights does not), got {error}"
+            "expected a whole Keras model with its configuration, as model.save('model.keras') "
+            f"writes it (save_weights does not), got {error}"
         ) from error
-    except ImportedModelError as error:
-        raise ImportedModelError(f"{where}: {error}") from error
     if foreign:
-        named_layers = {line.partition(":")[0] for line in foreign}
-        others = {f"{kind} {name!r}": reason_unsupported(kind) for kind, name in unknown}
-        refused = foreign + [
-            f"{who}: {why}" for who, why in others.items() if who not in named_layers
-        ]
-        raise ImportedModelError(
-            f"{where}: the model has unsupported layers:\n"
-            + "\n".join(f"  {line}" for line in refused)
-        )
+        lines = (f"  {layer}: {reason}" for layer, reason in {**unknown, **foreign}.items())
+        raise ImportedModelError("the model has unsupported layers:\n" + "\n".join(lines))
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except MemoryError:
@@ -136,7 +126,7 @@ def _read(path: Path, rewritten: Path, where: str) -> Any:
         way = ""
         if path == rewritten:
             way = "; build this model of Keras 2 again with Keras 3, and give it the weights"
-        raise ImportedModelError(f"{where}: Keras cannot load it: {error}{way}") from error
+        raise ImportedModelError(f"Keras cannot load it: {error}{way}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -183,8 +173,8 @@ def _modernise(config: Any) -> bool:
     return changed
 
 
-def _foreign(config: Any, name: str = "") -> Iterator[str]:
-    """Describe each object of the configuration that is not known to be harmless to build."""
+def _foreign(config: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Each object of the configuration that is not known to be harmless to build, and why."""
     if isinstance(config, list):
         for item in config:
             yield from _foreign(item, name)
@@ -197,7 +187,7 @@ def _foreign(config: Any, name: str = "") -> Iterator[str]:
     if kind is not None:
         reason = _why_foreign(str(kind), config.get("module"), config.get("registered_name"))
         if reason:
-            yield f"{kind} {name!r}: {reason}"
+            yield f"{kind} {name!r}", reason
             return
     for value in config.values():
         yield from _foreign(value, name)
@@ -225,7 +215,7 @@ def _why_foreign(kind: str, module: Any, registered: Any) -> str:
 
 
 def _unknown(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Class and name of every layer whose class is not supported, nested models included."""
+    """Every layer whose class is not supported, nested models included, and why."""
     inner = config.get("config")
     entries = inner.get("layers", []) if isinstance(inner, dict) else inner
     for entry in entries if isinstance(entries, list) else []:
@@ -236,4 +226,4 @@ def _unknown(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield from _unknown(entry)
         elif entry.get("module") != _OPERATIONS and not is_known(kind):
             name = own.get("name") if isinstance(own, dict) else None
-            yield kind, str(name or entry.get("name"))
+            yield f"{kind} {str(name or entry.get('name'))!r}", reason_unsupported(kind)

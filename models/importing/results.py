@@ -1,4 +1,4 @@
-"""Options of the import of an ONNX graph, and what the importing process returns."""
+"""What passes between the process that converts a model and the one that packages it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+RESULT_NAME = "result.json"
+WEIGHTS_NAME = "weights.safetensors"
+GRAPH_NAME = "graph.onnx"
+ERROR_NAME = "error.txt"
+"""Output files of the process: a `Conversion`, its weights and an imported graph, or an error."""
+OUT_OF_MEMORY = "out of memory"
+"""The error of a process that reached its memory limit."""
+
 
 class OnnxOptions(BaseModel):
-    """What the user says about a graph.
+    """What the user says about an ONNX graph.
 
     Attributes:
         states: state output by state input.
@@ -36,13 +44,15 @@ class OnnxOptions(BaseModel):
     triton_folder: str | None = None
 
 
-class OnnxConversion(BaseModel):
-    """An imported graph without its bytes, as plain, untrusted data.
+class Conversion(BaseModel):
+    """A converted model without its weights, as plain, untrusted data.
 
     Attributes:
         spec: the specification.
         notes: what the user should know, one sentence each.
-        verified: what was measured, by name.
+        verified: what was compared or measured, by name.
+        keras: the version of Keras; None for an ONNX graph.
+        layers: Keras name, Keras class and name in the spec ("" if it was left out).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -50,3 +60,5 @@ class OnnxConversion(BaseModel):
     spec: dict[str, Any]
     notes: tuple[str, ...]
     verified: dict[str, Any]
+    keras: str | None = None
+    layers: tuple[tuple[str, str, str], ...] = ()
