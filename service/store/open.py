@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from service.core.errors import StoreRefused
 from service.store.base import Store
-from service.store.redis.address import check_address
+from service.store.redis.address import check_address, check_tls_files
 from service.store.redis.redis_store import RedisStore
-from service.store.redis.tls_files import check_tls_files
 from service.store.settings import StoreSettings
 
 

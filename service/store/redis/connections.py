@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool
@@ -36,7 +36,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.core.errors import StoreRefused, StoreUnavailable
-from service.store.redis.sentinel import SentinelAddress, SentinelResolver, sentinel_options
 from service.store.settings import StoreSettings
 
 RETRY_AFTER_S: Final = 1
@@ -46,6 +45,8 @@ longer than a healthy server pauses, and early enough to reach its replacement a
 
 MAX_CONNECTIONS: Final = 16
 """Size of the connection pool for reads outside the commit path."""
+
+OnConnect = Callable[[Any], Awaitable[None]]
 
 _ERROR_CODES: Final[Mapping[type[RedisError], str]] = {
     MasterDownError: "MASTERDOWN",
@@ -74,20 +75,23 @@ platform supports it."""
 class ConnectionFactory:
     """Makes connections to one server, and errors that name it.
 
+    Args:
+        settings: their address is this server's.
+        on_connect: prepares each connection, in place of the client library's `on_connect`.
+
     Attributes:
+        options: the client library's options of a connection.
         redacted_url: its address without secrets.
         wait_s: timeout of a call.
         response_timeout_s: a connection that owes a reply for this long is unresponsive.
-        resolver: asks the Sentinels at every connect; None for another address.
 
     Raises:
         StoreRefused: the address cannot be used.
     """
 
-    def __init__(self, settings: StoreSettings):
-        self._options = _connection_options(settings)
-        self.redacted_url = _redacted_url(settings, self._options)
-        self.resolver: SentinelResolver | None = self._options.get("resolver")
+    def __init__(self, settings: StoreSettings, on_connect: OnConnect | None = None):
+        self.options = {**_connection_options(settings), "redis_connect_func": on_connect}
+        self.redacted_url = _redacted_url(self.options)
         self.wait_s = settings.store_wait_s
         self.response_timeout_s = settings.store_wait_s / ATTEMPTS_PER_CALL
 
@@ -97,13 +101,13 @@ class ConnectionFactory:
             max_connections=MAX_CONNECTIONS,
             timeout=self.wait_s,
             socket_timeout=self.response_timeout_s,
-            **self._options,
+            **self.options,
         )
 
     def create_connection(self) -> AbstractConnection:
         """Make a dedicated connection; its user has to detect an unresponsive server."""
         # Without a socket timeout it writes at once, in the order of the calls.
-        pool = BlockingConnectionPool(max_connections=1, socket_timeout=None, **self._options)
+        pool = BlockingConnectionPool(max_connections=1, socket_timeout=None, **self.options)
         connection: AbstractConnection = pool.make_connection()
         return connection
 
@@ -179,11 +183,7 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
     scheme = settings.url.partition("://")[0]
     response_timeout_s = settings.store_wait_s / ATTEMPTS_PER_CALL
     try:
-        address: Mapping[str, Any]
-        if settings.is_sentinel:
-            address = sentinel_options(SentinelAddress.parse(settings.url), response_timeout_s)
-        else:
-            address = parse_url(settings.url)
+        address: Mapping[str, Any] = parse_url(settings.url)
     except ValueError as error:
         # after `check_address` the message contains at most the name of an option
         raise StoreRefused(f"the store's address cannot be used: {error}") from None
@@ -212,10 +212,8 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
     }
 
 
-def _redacted_url(settings: StoreSettings, options: Mapping[str, Any]) -> str:
+def _redacted_url(options: Mapping[str, Any]) -> str:
     """The address without user, password and options."""
-    if settings.is_sentinel:
-        return str(SentinelAddress.parse(settings.url))
     if "path" in options:
         return f"unix://{options['path']}"
     scheme = "rediss" if options.get("connection_class") else "redis"

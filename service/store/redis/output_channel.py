@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import cycle
 from typing import Any, Final
 
 import structlog
@@ -27,8 +26,8 @@ from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.capabilities import Output, Receiver
 from service.store.codec import CodecError, decode_reply
-from service.store.redis.connections import RETRY_AFTER_S, ConnectionFactory, describe_error
-from service.store.redis.topology import node_url, parse_startup_nodes
+from service.store.redis.connections import RETRY_AFTER_S, describe_error
+from service.store.redis.router import Router
 from service.store.settings import StoreSettings
 
 ANNOUNCE_INTERVAL_S: Final = 5.0
@@ -53,21 +52,14 @@ class RedisOutputChannel:
 
     Attributes:
         watched: the streams that any worker watches, and until when, on the monotonic clock.
-
-    Raises:
-        StoreRefused: the settings' address cannot be used.
     """
 
-    def __init__(self, settings: StoreSettings):
+    def __init__(self, router: Router, settings: StoreSettings):
         self.watched: dict[StreamKey, float] = {}
         self._wait_s = settings.store_wait_s
         self._control = f"{settings.namespace}:watched"
         self._prefix = f"{settings.namespace}:outputs:"
-        urls = [settings.url]
-        if settings.is_cluster:
-            nodes = parse_startup_nodes(settings.url)
-            urls = [node_url(settings.url, node) for node in nodes]
-        self._factories = cycle([ConnectionFactory(settings.at(url)) for url in urls])
+        self._router = router
         self._receivers: dict[StreamKey, set[Receiver]] = {}
         self._requested: set[StreamKey] = set()
         self._confirmed: set[StreamKey] = set()
@@ -137,7 +129,7 @@ class RedisOutputChannel:
         is_degraded = False
         delay_s = RECONNECT_S
         while True:
-            factory = next(self._factories)
+            factory = self._router.any_server().factory
             pool = factory.create_pool()
             client: Redis = Redis(connection_pool=pool)
             try:

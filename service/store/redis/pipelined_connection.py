@@ -149,12 +149,6 @@ class PipelinedConnection:
         """The server's address without secrets."""
         return self._factory.redacted_url
 
-    @property
-    def peer(self) -> tuple[str, int]:
-        """Host and port of the last attempt to connect over TCP."""
-        connection: Any = self._connection
-        return connection.host, connection.port
-
     def send(self, commands: Sequence[PendingCommand]) -> None:
         """Send commands behind all that were sent before; opens the connection if it is closed."""
         queued: list[PendingCommand] = []

@@ -23,7 +23,12 @@ from redis.exceptions import RedisError, ResponseError
 from service.core.errors import StoreUnavailable
 from service.store.capabilities import StoreTelemetry
 from service.store.redis.commands import Command, pack_command
-from service.store.redis.connections import ConnectionFactory, describe_error, is_transient
+from service.store.redis.connections import (
+    ConnectionFactory,
+    OnConnect,
+    describe_error,
+    is_transient,
+)
 from service.store.redis.pipelined_connection import (
     BACKOFF_BASE_S,
     BACKOFF_CAP_S,
@@ -42,6 +47,7 @@ class RedisServer:
         settings: their address is this server's.
         redirect_handler: takes over redirected commands, if the server is a node of a cluster.
         telemetry: what the connection for chunks counts, of the whole store.
+        on_connect: of `ConnectionFactory`.
 
     Raises:
         StoreRefused: the address cannot be used.
@@ -52,24 +58,17 @@ class RedisServer:
         settings: StoreSettings,
         redirect_handler: RedirectHandler | None = None,
         telemetry: StoreTelemetry | None = None,
+        on_connect: OnConnect | None = None,
     ):
-        self._factory = ConnectionFactory(settings)
-        self.redacted_url = self._factory.redacted_url
-        self.resolver = self._factory.resolver
-        self.connection = PipelinedConnection(self._factory, redirect_handler, telemetry)
-        self._pool = self._factory.create_pool()
+        self.factory = ConnectionFactory(settings, on_connect)
+        self.redacted_url = self.factory.redacted_url
+        self.connection = PipelinedConnection(self.factory, redirect_handler, telemetry)
+        self._pool = self.factory.create_pool()
 
     async def close(self) -> None:
         """Close every connection; once, after the last call returned."""
         await self.connection.close()
         await self._pool.disconnect()
-
-    async def move_to(self, peer: tuple[str, int]) -> None:
-        """Open the connections again, unless they are to this host and port, which the address
-        names now."""
-        if self.connection.peer != peer:
-            self.connection.reconnect()
-        await self._pool.disconnect(inuse_connections=False)
 
     async def execute_once(self, timeout_s: float, *command: str | bytes | int) -> Any:
         """Send a command once, without retries; returns the reply.
@@ -88,7 +87,7 @@ class RedisServer:
         except (RedisError, OSError) as error:
             if is_transient(error):
                 raise StoreUnavailable(f"{self.redacted_url}: {describe_error(error)}") from error
-            raise self._factory.refused_error(error) from error
+            raise self.factory.refused_error(error) from error
 
     async def read(self, *command: str | bytes | int) -> Any:
         """Send a read-only command and return its reply.
@@ -99,7 +98,7 @@ class RedisServer:
         """
         (reply,) = await self.read_many([command])
         if isinstance(reply, RedisError):
-            raise self._factory.refused_error(reply) from reply
+            raise self.factory.refused_error(reply) from reply
         return reply
 
     async def read_many(self, commands: Sequence[Command]) -> list[Any]:
@@ -112,17 +111,17 @@ class RedisServer:
         backoff, failures = EqualJitterBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S), 0
         last_error: BaseException | None = None
         try:
-            async with asyncio.timeout(self._factory.wait_s):
+            async with asyncio.timeout(self.factory.wait_s):
                 while True:
                     try:
                         async with (
                             self._pooled() as connection,
-                            asyncio.timeout(self._factory.response_timeout_s),
+                            asyncio.timeout(self.factory.response_timeout_s),
                         ):
                             return await _exchange_each(connection, commands)
                     except (RedisError, OSError) as error:
                         if not is_transient(error):
-                            raise self._factory.refused_error(error) from error
+                            raise self.factory.refused_error(error) from error
                         if last_error is None:
                             log.warning(
                                 "store_unavailable",
@@ -133,7 +132,7 @@ class RedisServer:
                     await asyncio.sleep(backoff.compute(failures))
                     failures += 1
         except TimeoutError as error:
-            raise self._factory.unavailable_error(last_error or error) from (last_error or error)
+            raise self.factory.unavailable_error(last_error or error) from (last_error or error)
 
     @asynccontextmanager
     async def _pooled(self) -> AsyncIterator[AbstractConnection]:

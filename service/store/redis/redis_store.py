@@ -111,7 +111,7 @@ class RedisStore:
         self._max_reply_bytes = settings.reply_max_bytes if settings.reply_ttl_s else 0
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
-        self.outputs: OutputChannel = RedisOutputChannel(settings)
+        self.outputs: OutputChannel = RedisOutputChannel(self._router, settings)
         self.deletion = StreamDeletion(
             self._router, settings, self.outputs, self._slot, self._ensure_durable
         )

@@ -1,7 +1,7 @@
 """Routes commands to the servers that hold their keys, and waits for their outcomes.
 
-This module holds what both routers share, and the router of a single server; the router of a
-cluster is in `cluster_router`.
+This module holds what all routers share, and the router of a single server. Those of a cluster and
+of a primary behind Sentinels find their servers by themselves (`discovering_router`).
 
 With `replicated` durability, every connection that carried writes of a call then carries one WAIT
 command, whose reply counts the replicas that acknowledged all earlier writes of that connection.
@@ -88,9 +88,9 @@ class Router(ABC):
     def slot(self, key: str) -> int:
         """The hash slot of a key; one command may contain keys of one slot only."""
 
-    @abstractmethod
     def node_of(self, slot: int) -> Hashable:
-        """Identifies the server of a slot; None for a single server."""
+        """Identifies the server of a slot; None if there is one server for all."""
+        return None
 
     @abstractmethod
     async def layout(self) -> Layout:
@@ -105,8 +105,12 @@ class Router(ABC):
         """The server of a slot; None if no server is known to hold it."""
 
     @abstractmethod
+    def any_server(self) -> RedisServer:
+        """One of the current servers, for what does not depend on a key."""
+
     def replicas(self) -> list[RedisServer]:
         """The servers that a failover may promote."""
+        return []
 
     @abstractmethod
     def refresh(self) -> None:
@@ -260,17 +264,14 @@ class SingleServerRouter(Router):
         """Always 0: one command may contain any keys."""
         return 0
 
-    def node_of(self, slot: int) -> None:
-        """Always None: there is one server."""
-
     async def layout(self) -> Layout:
         return Layout("", [self._server])
 
     def server_of(self, slot: int) -> RedisServer | None:
         return self._server
 
-    def replicas(self) -> list[RedisServer]:
-        return []
+    def any_server(self) -> RedisServer:
+        return self._server
 
     def refresh(self) -> None:
         self._server.connection.reconnect()

@@ -1,35 +1,46 @@
-"""Router of a primary behind Redis Sentinel: a single server, whose address may change.
+"""Router of a primary that Redis Sentinel monitors: a single server, whose address may change.
 
-The connections resolve the address by themselves (`sentinel`); commands that are pending in a
-failover are resent to the new primary as retries. A primary that is replaced while it is up (a
-failover by command, or by Sentinels that cannot reach it) keeps its connections for some seconds,
-in which it would acknowledge writes that are lost when it is demoted. So the router also asks for
-the primary once a second, and moves the connections.
+The Sentinels are asked for the primary at the start, whenever its connection breaks, and once a
+second: a primary that is replaced while it is up (a failover by command, or by Sentinels that
+cannot reach it) would acknowledge writes for some seconds that are lost when it is demoted. So its
+connections are closed and pending commands go to the new primary, as retries. While no Sentinel
+answers, the last known primary is used: without Sentinels there is no failover.
+
+Each connection verifies the server's role: a Sentinel that was partitioned may name a server that
+is a replica now, whose reads would be stale.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import Final, cast
+import random
+from typing import Any, Final
 
-import structlog
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from service.store.redis.connections import describe_error
+from service.core.errors import StoreUnavailable
+from service.store.redis.address import Address
+from service.store.redis.connections import ATTEMPTS_PER_CALL, ConnectionFactory
+from service.store.redis.discovering_router import DiscoveringRouter
+from service.store.redis.pipelined_connection import PipelinedConnection
 from service.store.redis.redis_server import RedisServer
-from service.store.redis.router import Layout, SingleServerRouter
-from service.store.redis.sentinel import NoSentinelAnswers, SentinelAddress, SentinelResolver
-from service.store.redis.topology import Address
+from service.store.redis.router import Layout
+from service.store.redis.topology import Topology
 from service.store.settings import StoreSettings
 
 CHECK_INTERVAL_S: Final = 1.0
 """Time between two checks of which server is the primary."""
 
-log = structlog.get_logger(__name__)
+MAX_TIMEOUT_S: Final = 1.0
+"""How long one Sentinel may take to answer before another is asked."""
 
 
-class SentinelRouter(SingleServerRouter):
+class SentinelRouter(DiscoveringRouter):
     """Router of the primary that the Sentinels of an address know.
 
     Raises:
@@ -38,63 +49,111 @@ class SentinelRouter(SingleServerRouter):
 
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
-        self._settings = settings
-        self._address = SentinelAddress.parse(settings.url)
-        # shared with the connections, so that both know the same last primary
-        self._resolver = cast("SentinelResolver", self._server.resolver)
-        self._no_answer = ""
+        self.on_connect = self._verify_role
+        address = self._address
+        share_s = settings.store_wait_s / ATTEMPTS_PER_CALL / (len(address.nodes) + 1)
+        # rejects wrong options; those of the servers are TLS, and a user that Sentinels do not know
+        unresolved = settings.at(address.server_url(Address("unresolved", 0)))
+        servers = ConnectionFactory(unresolved).options
+        self._sentinel_options: dict[str, Any] = {
+            **{name: value for name, value in servers.items() if name.startswith("ssl_")},
+            **address.sentinel_options,
+            "ssl": address.is_tls,
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 0),
+            "socket_timeout": min(MAX_TIMEOUT_S, share_s),
+            "socket_connect_timeout": min(MAX_TIMEOUT_S, share_s),
+        }
+        self._is_down = False
         self._replicas_at_start: list[RedisServer] = []
-        self._primary: Address | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Find the replicas, and begin to follow the primary."""
-        self._replicas_at_start = [
-            RedisServer(self._settings.at(self._address.server_url(replica)))
-            for replica in await self._resolver.find_replicas()
-        ]
+        """Find the servers, and begin to follow the primary."""
+        await super().start()
+        async with self._sentinels() as sentinels:
+            replicas = await sentinels.discover_replicas(self._address.primary_name)
+        for host, port in replicas:
+            url = self._address.server_url(Address(str(host), int(port)))
+            self._replicas_at_start.append(RedisServer(self._settings.at(url)))
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait({self._watcher})
-        for server in (self._server, *self._replicas_at_start):
+        await super().close()
+        for server in self._replicas_at_start:
             await server.close()
+
+    def slot(self, key: str) -> int:
+        """Always 0: one command may contain any keys."""
+        return 0
 
     async def layout(self) -> Layout:
         """The primary; the version changes with every failover, since cursors of a listing belong
         to one server."""
         # while no Sentinel answers, only the watcher waits for them: readiness checks do not
-        error = self._no_answer or await self._follow()
-        version = "" if self._primary is None else _version(self._primary)
-        return Layout(version, [self._server], error)
+        error = self._topology_error or await self._read_topology()
+        if self._topology is None:
+            raise self._unavailable_error() from error
+        return self._layout(self._topology, "" if error is None else error.detail)
 
     def replicas(self) -> list[RedisServer]:
         """The replicas at the start."""
         return self._replicas_at_start
 
+    def refresh(self) -> None:
+        """Connect again, and ask the Sentinels again: the server's role has changed."""
+        for server in self._servers.values():
+            server.connection.reconnect()
+        super().refresh()
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
-            await self._follow()
+            await self._read_topology()
 
-    async def _follow(self) -> str:
-        """Move the connections to the present primary; returns why none is known, if so."""
-        try:
-            primary = await self._resolver.find_primary()
-        except (RedisError, OSError) as error:
-            reason = f"{self.redacted_url}: {describe_error(error)}"
-            self._no_answer = reason if isinstance(error, NoSentinelAnswers) else ""
-            return reason
-        self._no_answer = ""
-        if primary != self._primary:
-            log.info("primary_resolved", store=self.redacted_url, primary=str(primary))
-            is_known, self._primary = self._primary is not None, primary
-            if is_known:
-                await self._server.move_to(primary)
-        return ""
+    async def _discover(self) -> Topology:
+        """Ask for the primary that a Sentinel considers to be up."""
+        name, errors, is_down = self._address.primary_name, list[str](), False
+        # the errors of `discover_master` would show the options of its connections
+        async with self._sentinels() as sentinels:
+            for sentinel in sentinels.sentinels:
+                options = sentinel.connection_pool.connection_kwargs
+                node = Address(options["host"], options["port"])
+                try:
+                    # by name, in version 2 of the protocol
+                    primaries: Any = await sentinel.sentinel_masters()
+                except (RedisError, OSError) as error:
+                    errors.append(f"Sentinel {node}: {str(error) or type(error).__name__}")
+                    continue
+                state = primaries.get(name)
+                if state is not None and sentinels.check_master_state(state, name):
+                    self._is_down = False
+                    primary = Address(str(state["ip"]), int(state["port"]))
+                    version = hashlib.sha256(str(primary).encode()).hexdigest()[:12]
+                    return Topology((primary,), (primary,), (), version)
+                is_down = is_down or state is not None
+                reason = "does not know" if state is None else "considers down"
+                errors.append(f"Sentinel {node} {reason} the primary {name!r}")
+        self._is_down = is_down
+        raise StoreUnavailable("; ".join(errors))
 
+    def _sentinels(self) -> Sentinel:
+        nodes = random.sample(self._address.nodes, len(self._address.nodes))
+        return Sentinel(nodes, sentinel_kwargs=self._sentinel_options)
 
-def _version(primary: Address) -> str:
-    return hashlib.sha256(str(primary).encode()).hexdigest()[:12]
+    def _may_keep_pending(self, connection: PipelinedConnection) -> bool:
+        """A primary that is replaced would still execute them."""
+        return False
+
+    async def _verify_role(self, connection: Any) -> None:
+        """Prepare a connection to the primary."""
+        server = f"{connection.host}:{connection.port}"
+        if self._is_down:
+            raise RedisConnectionError(f"a Sentinel considers the primary {server} down")
+        await connection.on_connect()
+        await connection.send_command("INFO", "replication")
+        if b"role:master" not in await connection.read_response():
+            raise RedisConnectionError(f"{server} is not a primary")

@@ -1,4 +1,4 @@
-"""Topology of a Redis Cluster, parsed from CLUSTER SLOTS, and addresses of its nodes; pure.
+"""Topology of a store with several servers; that of a Redis Cluster is parsed from CLUSTER SLOTS.
 
 The client library's cluster client keeps such a map too, but with connections, retries and locks of
 its own that do not keep the order of commands. CLUSTER SLOTS is answered by every version of Redis
@@ -9,32 +9,21 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, Final
 
 from service.core.errors import StoreRefused
-from service.store.redis.address import CLUSTER_SCHEMES
+from service.store.redis.address import Address
 
 SLOTS: Final = 16_384
-DEFAULT_PORT: Final = 6379
-
-
-class Address(NamedTuple):
-    """Host and port of a node."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A cluster as one of its nodes reports it.
+    """The servers as one of a cluster's nodes, or a Sentinel, reports them.
 
     Attributes:
-        owners: the primary of each slot; None if the slot has none.
+        owners: the primary of each slot, of which there is one without a cluster; None if the slot
+            has none.
         primaries: the primaries that have slots, ordered by node id.
         replicas: all other nodes.
         version: changes when a slot moves or a primary is replaced.
@@ -85,60 +74,3 @@ def _parse_node(node: list[Any], sender: Address) -> Address:
     host = node[0]
     is_known = host not in (None, b"", b"?")
     return Address(host.decode() if is_known else sender.host, int(node[1]))
-
-
-def parse_startup_nodes(url: str) -> list[Address]:
-    """Parse the nodes that a cluster's address names.
-
-    Raises:
-        StoreRefused: it names no node, an invalid one, or a database.
-    """
-    _, hosts, tail = _split(url)
-    if tail.partition("?")[0].strip("/0"):
-        raise StoreRefused("a cluster has database 0 only, expected no other in its address")
-    return parse_nodes(hosts, DEFAULT_PORT)
-
-
-def parse_nodes(hosts: str, default_port: int) -> list[Address]:
-    """Parse a list of hosts, separated by commas, with or without ports.
-
-    Raises:
-        StoreRefused: one is invalid.
-    """
-    nodes: list[Address] = []
-    for number, text in enumerate(hosts.split(","), start=1):
-        try:
-            parsed = urlsplit(f"//{text}")
-            if not parsed.hostname:
-                raise ValueError("no host")
-            nodes.append(Address(parsed.hostname, parsed.port or default_port))
-        except ValueError:
-            # not shown: it may be part of a password with an @ or ? that is not encoded
-            raise StoreRefused(
-                f"expected host:port[,host:port...] in the store's address, and node {number} of "
-                "it is invalid"
-            ) from None
-    return nodes
-
-
-def node_url(url: str, node: Address) -> str:
-    """The address of one node: the cluster's address with one host, credentials and options."""
-    scheme = url.partition("://")[0]
-    credentials, _, tail = _split(url)
-    return f"{scheme.removesuffix('+cluster')}://{credentials}{node}{tail}"
-
-
-def _split(url: str) -> tuple[str, str, str]:
-    scheme = url.partition("://")[0]
-    if scheme not in CLUSTER_SCHEMES:
-        raise StoreRefused(f"expected a cluster's address, got {scheme}://")
-    return split_address(url)
-
-
-def split_address(url: str) -> tuple[str, str, str]:
-    """Split an address into credentials with their @, hosts, and path with query."""
-    rest = url.partition("://")[2]
-    authority, question_mark, query = rest.partition("?")
-    credentials, at, location = authority.rpartition("@")
-    hosts, slash, database = location.partition("/")
-    return credentials + at, hosts, slash + database + question_mark + query

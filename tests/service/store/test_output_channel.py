@@ -9,6 +9,7 @@ import pytest
 from service.core.errors import StoreRefused
 from service.store.base import Conflicted, Store
 from service.store.capabilities import Output
+from service.store.redis.open_router import open_router
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
@@ -126,7 +127,8 @@ async def test_permission_error_names_the_commands_that_watching_needs(
         everything = ("on", "nopass", "~*", "&*", "+@all")
         admin.execute_command("ACL", "SETUSER", "watcher", *everything, missing)
         path = pipeline_server.url.partition("://")[2]
-        channel = RedisOutputChannel(StoreSettings(f"unix://watcher:any@{path}", store_wait_s=30))
+        settings = StoreSettings(f"unix://watcher:any@{path}", store_wait_s=30)
+        channel = RedisOutputChannel(open_router(settings), settings)
         await channel.start()
         try:
             for recorder in (Recorder(), Recorder()):

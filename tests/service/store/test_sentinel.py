@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import pytest
 import redis
 from redis.asyncio.sentinel import Sentinel
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamState
 from service.store.base import Store
 from service.store.codec import encode_state
 from service.store.open import open_store
-from service.store.redis.sentinel import SentinelAddress, SentinelResolver
-from service.store.redis.topology import Address
+from service.store.redis.address import Address, StoreAddress
+from service.store.redis.sentinel_router import SentinelRouter
+from service.store.redis.topology import Topology
 from service.store.settings import StoreSettings
 from tests.support.sentinels import NAME, PASSWORD, Monitored, monitored
 from tests.support.servers import KINDS, opened, until, until_async
@@ -56,10 +56,11 @@ async def test_a_connection_to_a_replica_is_rejected(
     """A Sentinel that is partitioned may still call it the primary."""
     replica = servers.replica_port
 
-    async def find_replica(_: SentinelResolver) -> Address:
-        return Address("127.0.0.1", replica)
+    async def discover_replica(_: SentinelRouter) -> Topology:
+        address = Address("127.0.0.1", replica)
+        return Topology((address,), (address,), (), "replica")
 
-    monkeypatch.setattr(SentinelResolver, "find_primary", find_replica)
+    monkeypatch.setattr(SentinelRouter, "_discover", discover_replica)
     with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{replica} is not a primary"):
         async with opened(servers.url, store_wait_s=0.5):
             pass
@@ -68,11 +69,16 @@ async def test_a_connection_to_a_replica_is_rejected(
 async def test_a_primary_that_a_sentinel_considers_down_is_not_connected_to(
     servers: Monitored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resolver = SentinelResolver(SentinelAddress.parse(servers.url), 5)
-    assert await resolver.resolve() == await resolver.find_primary()
-    monkeypatch.setattr(Sentinel, "check_master_state", lambda *_: False)
-    with pytest.raises(RedisConnectionError, match="considers down the primary"):
-        await resolver.resolve()
+    async with opened(servers.url, store_wait_s=1) as store:
+        monkeypatch.setattr(Sentinel, "check_master_state", lambda *_: False)
+
+        async def is_known_to_be_down() -> bool:
+            return "considers down" in (await store.monitor.check()).detail
+
+        await until_async(is_known_to_be_down, "the Sentinel's answer")
+        servers.primary.ask("CLIENT", "KILL", "TYPE", "normal")
+        with pytest.raises(StoreUnavailable, match=r"considers the primary .* down"):
+            await store.load([key("a")])
 
 
 async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
@@ -113,8 +119,7 @@ async def test_connections_to_the_last_known_primary_open_while_no_sentinel_answ
     async with opened(servers.url, store_wait_s=30) as store:
         await committed(store, streams.creation(key("known")))
         servers.sentinel.pause()
-        with primary.client() as client:
-            client.execute_command("CLIENT", "KILL", "TYPE", "normal")
+        primary.ask("CLIENT", "KILL", "TYPE", "normal")
         check = await store.monitor.check()
         assert check.ok, check.detail
         assert check.degraded
@@ -142,7 +147,7 @@ def test_unusable_sentinel_addresses_are_rejected(url: str) -> None:
 
 
 def test_address_has_the_parts_of_servers_and_sentinels() -> None:
-    address = SentinelAddress.parse(
+    address = StoreAddress.parse(
         "rediss+sentinel://ann:p%23s@one.test,[::1]:5/main/3"
         "?sentinel_password=s%2Fe&ssl_ca_certs=%2Fca.pem"
     )
