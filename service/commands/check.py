@@ -27,7 +27,6 @@ from service.engine.runtimes.loading import RuntimeUnavailableError
 from service.server.worker_pool import KILL_MARGIN_S
 from service.settings import Settings
 from service.store.embedded import find_running, server_binary
-from service.store.redis.address import check_tls_files
 from service.store.redis.open_router import open_router
 from service.store.redis.router import Router
 from service.store.redis.server_checks import ALWAYS, check_servers, find_missing_permissions
@@ -117,7 +116,6 @@ def _find_keys_without_server(settings: Settings) -> KeyRecords | None:
 async def _check_store(settings: Settings) -> list[Result]:
     """Check TLS files, servers, the permissions of their user, and who may send requests."""
     try:
-        check_tls_files(settings.store.url)
         router = open_router(settings.store)
     except CarryError as error:
         return [_failure("store", error)]

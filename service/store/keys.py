@@ -116,6 +116,17 @@ class KeySpace:
         return stream if self.state(stream) == key else None
 
 
+def join_name(key: StreamKey) -> str:
+    """The model and the stream in one string; no name of a model contains a colon."""
+    return f"{key.model}:{key.stream}"
+
+
+def split_name(name: str) -> StreamKey:
+    """The inverse of `join_name`."""
+    model, _, stream = name.partition(":")
+    return StreamKey(model, stream)
+
+
 @lru_cache(maxsize=MAX_PARTITIONS)
 def _partition_prefix(namespace: str, partition: int) -> str:
     return f"{namespace}{{p{partition:04d}}}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 from service.core.delivery import new_epoch
@@ -22,15 +22,16 @@ from service.store.codec import (
 )
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import (
+    WRITTEN,
     Outcome,
     Reply,
     ReplyLost,
     not_durable_error,
     outcome_unknown_error,
+    parse_result,
     resolve_retried_deletion,
 )
 from service.store.redis.router import Router
-from service.store.redis.script_results import WRITTEN, parse_result
 from service.store.settings import StoreSettings
 
 DELETE_ATTEMPTS: Final = 6
@@ -113,18 +114,13 @@ class StreamDeletion:
         """Delete many streams as `delete` does, in two round trips if nobody else writes them."""
         deadline_s = time.monotonic() + self._settings.store_wait_s
         results: dict[StreamKey, CommitResult] = {}
-        writes: dict[StreamKey, PendingCommand] = {}
-        headers = await self._read_headers(keys, deadline_s)
-        for key, outcome in zip(keys, headers, strict=True):
+        conditions: dict[StreamKey, bytes] = {}
+        for key, outcome in (await self._read_headers(keys, deadline_s)).items():
             if isinstance(outcome, StoreUnavailable):
                 results[key] = outcome
             elif isinstance(outcome, Reply) and not _is_absent(outcome.value):
-                condition = read_packed_head(outcome.value)[COMPARED]
-                writes[key] = self._tombstone_command(key, condition)
-        write_outcomes = await self._router.execute(
-            *writes.values(), durably=True, deadline_s=deadline_s
-        )
-        for key, outcome in zip(writes, write_outcomes, strict=True):
+                conditions[key] = read_packed_head(outcome.value)[COMPARED]
+        for key, outcome in (await self._write_tombstones(conditions, deadline_s)).items():
             if isinstance(outcome, ReplyLost):
                 results[key] = outcome_unknown_error(key, None, outcome)
             elif isinstance(outcome, CarryError):
@@ -141,42 +137,46 @@ class StreamDeletion:
                     results[key] = failure
         return [results[key] for key in keys]
 
-    async def fence(self, keys: Sequence[StreamKey]) -> list[bool]:
+    async def fence(self, keys: Sequence[StreamKey]) -> set[StreamKey]:
         """Write a tombstone for each stream that does not exist, so that no commit that was sent
         before can create it; returns for which it was written."""
         deadline_s = time.monotonic() + self._settings.store_wait_s
-        headers = await self._read_headers(keys, deadline_s)
-        writes = {
-            key: self._tombstone_command(
-                key, read_packed_head(outcome.value)[COMPARED] if outcome.value else b""
-            )
-            for key, outcome in zip(keys, headers, strict=True)
+        conditions = {
+            key: read_packed_head(outcome.value)[COMPARED] if outcome.value else b""
+            for key, outcome in (await self._read_headers(keys, deadline_s)).items()
             if isinstance(outcome, Reply) and _is_absent(outcome.value)
         }
-        outcomes = await self._router.execute(*writes.values(), durably=True, deadline_s=deadline_s)
-        fenced = {
+        outcomes = await self._write_tombstones(conditions, deadline_s)
+        return {
             key
-            for key, outcome in zip(writes, outcomes, strict=True)
+            for key, outcome in outcomes.items()
             if isinstance(outcome, Reply) and outcome.value == WRITTEN
         }
-        return [key in fenced for key in keys]
 
-    async def _read_headers(self, keys: Sequence[StreamKey], deadline_s: float) -> list[Outcome]:
+    async def _read_headers(
+        self, keys: Sequence[StreamKey], deadline_s: float
+    ) -> dict[StreamKey, Outcome]:
         reads = [
             PendingCommand.of(
                 "GETRANGE", self._keys.state(key), 0, HEADER_BYTES - 1, slot=self._slot_of(key)
             )
             for key in keys
         ]
-        return await self._router.execute(*reads, deadline_s=deadline_s)
+        outcomes = await self._router.execute(*reads, deadline_s=deadline_s)
+        return dict(zip(keys, outcomes, strict=True))
 
     async def _write_tombstone(
         self, key: StreamKey, condition: bytes, deadline_s: float
     ) -> Outcome:
-        """Try once to write a tombstone over a value whose head begins with `condition`."""
-        command = self._tombstone_command(key, condition)
-        (outcome,) = await self._router.execute(command, durably=True, deadline_s=deadline_s)
-        return outcome
+        return (await self._write_tombstones({key: condition}, deadline_s))[key]
+
+    async def _write_tombstones(
+        self, conditions: Mapping[StreamKey, bytes], deadline_s: float
+    ) -> dict[StreamKey, Outcome]:
+        """Try once to write tombstones over values whose heads begin with these bytes."""
+        commands = [self._tombstone_command(*each) for each in conditions.items()]
+        outcomes = await self._router.execute(*commands, durably=True, deadline_s=deadline_s)
+        return dict(zip(conditions, outcomes, strict=True))
 
     def _tombstone_command(self, key: StreamKey, condition: bytes) -> PendingCommand:
         tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))

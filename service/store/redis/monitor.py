@@ -18,26 +18,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Collection, Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 import structlog
 
-from service.core.errors import CarryError, StoreRefused
+from service.core.errors import CarryError
 from service.core.values import Check, ServerStatus
 from service.store.capabilities import StreamCount
 from service.store.redis.commands import Command, Script
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
-from service.store.redis.server_checks import (
-    check_fsync,
-    check_policy,
-    count_online_replicas,
-    memory_ratio,
-    parse_info,
-    read_fsync_options,
-)
+from service.store.redis.server_checks import ServerFault, find_fault, memory_ratio, parse_info
 from service.store.redis.stream_count import count_streams
-from service.store.settings import Durability, StoreSettings
+from service.store.settings import StoreSettings
 
 PROBE_TIMEOUT_S: Final = 1.0
 """Timeout of each check of a server."""
@@ -46,17 +39,6 @@ RECHECK_INTERVAL_S: Final = 30.0
 """Interval of checks when no client asks for readiness."""
 
 log = structlog.get_logger(__name__)
-
-
-class ServerFault(NamedTuple):
-    """Why a server does not meet the settings.
-
-    Attributes:
-        is_unsafe: whether acknowledged chunks could be lost silently.
-    """
-
-    detail: str
-    is_unsafe: bool = False
 
 
 class RedisMonitor:
@@ -163,20 +145,9 @@ class RedisMonitor:
         try:
             info = parse_info(await server.execute_once(PROBE_TIMEOUT_S, "INFO"))
             self._memory_ratios[server] = memory_ratio(info)
-            try:
-                if "maxmemory_policy" in info:
-                    check_policy(server, info["maxmemory_policy"], self._settings)
-                if self._settings.durability is Durability.FSYNC:
-                    check_fsync(server, await read_fsync_options(server))
-            except StoreRefused as error:
-                return ServerFault(error.detail, is_unsafe=True)
-            if self._settings.durability is Durability.REPLICATED:
-                replicas = count_online_replicas(info)
-                if replicas < self._settings.replicas:
-                    expected = self._settings.replicas
-                    return ServerFault(
-                        f"{server.redacted_url} has {replicas} replicas, expected {expected}"
-                    )
+            fault = await find_fault(server, info, self._settings)
+            if fault is not None:
+                return fault
             if probe is not None:
                 [result] = await server.execute_once(PROBE_TIMEOUT_S, *probe)
                 if result[0] != 1:

@@ -26,6 +26,7 @@ from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.capabilities import Output, Receiver
 from service.store.codec import CodecError, decode_reply
+from service.store.keys import join_name, split_name
 from service.store.redis.connections import RETRY_AFTER_S, describe_error
 from service.store.redis.router import Router
 from service.store.settings import StoreSettings
@@ -89,7 +90,7 @@ class RedisOutputChannel:
         """Send an output to the workers that watch a stream; drops it if too many wait."""
         if key in self.watched:
             payload = start.to_bytes(_POSITION_BYTES, "little") + reply
-            self._send(self._prefix + _name(key), payload)
+            self._send(self._prefix + join_name(key), payload)
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:
         """Receive what any worker commits from now on; end it with `unsubscribe`, in any case.
@@ -106,7 +107,7 @@ class RedisOutputChannel:
                 if self._pubsub is not None and key not in self._requested:
                     self._requested.add(key)
                     with suppress(RedisError, OSError):
-                        await self._pubsub.subscribe(self._prefix + _name(key))
+                        await self._pubsub.subscribe(self._prefix + join_name(key))
                 if self._refusal is None:
                     await announced.wait()
         except TimeoutError:
@@ -178,7 +179,7 @@ class RedisOutputChannel:
         # more may be added meanwhile
         while missing := self._receivers.keys() - self._requested:
             self._requested |= missing
-            await pubsub.subscribe(*[self._prefix + _name(key) for key in missing])
+            await pubsub.subscribe(*[self._prefix + join_name(key) for key in missing])
         self._pubsub = pubsub
         self._send(self._control, _ASK)
 
@@ -199,7 +200,7 @@ class RedisOutputChannel:
 
     def _on_subscribed(self, topic: str) -> None:
         """Announce a stream once its outputs would be received."""
-        key = _key(topic.removeprefix(self._prefix))
+        key = split_name(topic.removeprefix(self._prefix))
         self._confirmed.add(key)
         self._announce([key])
         for receiver in tuple(self._receivers.get(key, ())):
@@ -212,13 +213,13 @@ class RedisOutputChannel:
             return
         until_s = time.monotonic() + LEASE_S
         for name in payload.decode().split():
-            key = _key(name)
+            key = split_name(name)
             self.watched[key] = until_s
             if key in self._waiting and key in self._confirmed:
                 self._waiting[key].set()
 
     def _on_output(self, name: str, payload: bytes) -> None:
-        key = _key(name)
+        key = split_name(name)
         start = int.from_bytes(payload[:_POSITION_BYTES], "little")
         reply = None
         if len(payload) > _POSITION_BYTES:
@@ -235,7 +236,7 @@ class RedisOutputChannel:
             if unused:
                 self._confirmed -= unused
                 self._requested -= unused
-                await pubsub.unsubscribe(*[self._prefix + _name(key) for key in unused])
+                await pubsub.unsubscribe(*[self._prefix + join_name(key) for key in unused])
             self._announce(self._confirmed)
 
     def _forget_expired(self) -> None:
@@ -244,7 +245,7 @@ class RedisOutputChannel:
             del self.watched[key]
 
     def _announce(self, keys: Iterable[StreamKey]) -> None:
-        if names := " ".join(map(_name, keys)):
+        if names := " ".join(map(join_name, keys)):
             self._send(self._control, names.encode())
 
     def _send(self, topic: str, payload: bytes) -> None:
@@ -261,16 +262,6 @@ class RedisOutputChannel:
             if not self._unsent:
                 self._has_unsent.clear()
             await pipeline.execute()
-
-
-def _name(key: StreamKey) -> str:
-    return f"{key.model}:{key.stream}"
-
-
-def _key(name: str) -> StreamKey:
-    # no name of a model contains a colon
-    model, _, stream = name.partition(":")
-    return StreamKey(model, stream)
 
 
 def _first(errors: BaseExceptionGroup[Any]) -> BaseException:

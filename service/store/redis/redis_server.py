@@ -79,7 +79,7 @@ class RedisServer:
         """
         try:
             async with asyncio.timeout(timeout_s), self._pooled() as connection:
-                return await _exchange(connection, command)
+                (reply,) = await _exchange(connection, [command])
         except TimeoutError as error:
             raise StoreUnavailable(
                 f"{self.redacted_url} did not answer in {timeout_s} s"
@@ -88,6 +88,7 @@ class RedisServer:
             if is_transient(error):
                 raise StoreUnavailable(f"{self.redacted_url}: {describe_error(error)}") from error
             raise self.factory.refused_error(error) from error
+        return self._accepted(reply)
 
     async def read(self, *command: str | bytes | int) -> Any:
         """Send a read-only command and return its reply.
@@ -97,9 +98,7 @@ class RedisServer:
             StoreRefused: the server rejects the command.
         """
         (reply,) = await self.read_many([command])
-        if isinstance(reply, RedisError):
-            raise self.factory.refused_error(reply) from reply
-        return reply
+        return self._accepted(reply)
 
     async def read_many(self, commands: Sequence[Command]) -> list[Any]:
         """Send read-only commands in one round trip; the reply to a rejected one is its error.
@@ -118,7 +117,7 @@ class RedisServer:
                             self._pooled() as connection,
                             asyncio.timeout(self.factory.response_timeout_s),
                         ):
-                            return await _exchange_each(connection, commands)
+                            return await _exchange(connection, commands)
                     except (RedisError, OSError) as error:
                         if not is_transient(error):
                             raise self.factory.refused_error(error) from error
@@ -134,6 +133,11 @@ class RedisServer:
         except TimeoutError as error:
             raise self.factory.unavailable_error(last_error or error) from (last_error or error)
 
+    def _accepted(self, reply: Any) -> Any:
+        if isinstance(reply, RedisError):
+            raise self.factory.refused_error(reply) from reply
+        return reply
+
     @asynccontextmanager
     async def _pooled(self) -> AsyncIterator[AbstractConnection]:
         connection: AbstractConnection = await self._pool.get_connection()
@@ -143,7 +147,7 @@ class RedisServer:
             await self._pool.release(connection)
 
 
-async def _exchange_each(connection: AbstractConnection, commands: Sequence[Command]) -> list[Any]:
+async def _exchange(connection: AbstractConnection, commands: Sequence[Command]) -> list[Any]:
     # Joined, because the event loop passes a list to the kernel as one buffer per command. The
     # client library would time every reply.
     packed = b"".join(map(pack_command, commands))
@@ -159,8 +163,3 @@ async def _exchange_each(connection: AbstractConnection, commands: Sequence[Comm
     if transient is not None:
         raise transient
     return replies
-
-
-async def _exchange(connection: AbstractConnection, command: Command) -> Any:
-    await connection.send_command(*command)
-    return await connection.read_response()

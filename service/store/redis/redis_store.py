@@ -56,11 +56,13 @@ from service.store.redis.deletion import StreamDeletion
 from service.store.redis.monitor import RedisMonitor
 from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
+    WRITTEN,
     Outcome,
     Reply,
     ReplyLost,
     not_durable_error,
     outcome_unknown_error,
+    parse_result,
     read_value,
     resolve_retried_commit,
 )
@@ -68,7 +70,6 @@ from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.rate_leases import RedisRateLeases
 from service.store.redis.router import check_executed
 from service.store.redis.scan import list_streams
-from service.store.redis.script_results import WRITTEN, parse_result
 from service.store.redis.server_checks import check_servers
 from service.store.redis.stored_keys import RedisStoredKeys
 from service.store.redis.stream_usage import RedisStreamUsage

@@ -88,18 +88,11 @@ async def list_streams(
             at="cursor",
         ) from error
     keys = settings.keys
-    pattern = keys.pattern(model, prefix)
     layout = await router.layout()
     start = start.or_restart(layout.version, len(layout.servers))
     server = layout.servers[start.server]
 
-    async def step(server_cursor: int, count: int) -> tuple[int, list[StreamKey]]:
-        reply = await server.read("SCAN", server_cursor, "MATCH", pattern, "COUNT", count)
-        streams = map(keys.parse, (name.decode("utf-8", "replace") for name in reply[1]))
-        return int(reply[0]), [
-            key for key in streams if key is not None and key.stream.startswith(prefix)
-        ]
-
+    step = scan_step(server, keys, model, prefix)
     streams, server_cursor = await scan_page(step, start.cursor, limit, SCAN_COUNT)
     streams = await drop_tombstones(server, keys, streams)
     following: ScanCursor | None = None
@@ -110,6 +103,22 @@ async def list_streams(
     elif (current := (await router.layout()).version) != layout.version:
         following = ScanCursor(current)
     return StreamPage(tuple(streams), None if following is None else str(following))
+
+
+def scan_step(
+    server: RedisServer, keys: KeySpace, model: str | None = None, prefix: str = ""
+) -> Step[StreamKey]:
+    """Make the step that reads the streams of a model, or of all, with a name prefix."""
+    pattern = keys.pattern(model, prefix)
+
+    async def step(cursor: int, count: int) -> tuple[int, list[StreamKey]]:
+        reply = await server.read("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+        streams = map(keys.parse, (name.decode("utf-8", "replace") for name in reply[1]))
+        return int(reply[0]), [
+            key for key in streams if key is not None and key.stream.startswith(prefix)
+        ]
+
+    return step
 
 
 async def scan_page(

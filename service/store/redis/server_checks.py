@@ -1,4 +1,4 @@
-"""Start-up checks of the servers' configuration.
+"""Checks of the servers' configuration, at the start and for readiness.
 
 The service refuses to start with a server that may evict keys when its memory is full (a stream
 would silently start over), with a cluster node under the address of a single server or the
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -62,6 +63,17 @@ return missing
 """
 
 log = structlog.get_logger(__name__)
+
+
+class ServerFault(NamedTuple):
+    """Why a server does not meet the settings.
+
+    Attributes:
+        is_unsafe: whether acknowledged chunks could be lost silently.
+    """
+
+    detail: str
+    is_unsafe: bool = False
 
 
 async def check_servers(router: Router, settings: StoreSettings, *, initialise: bool = True) -> str:
@@ -116,87 +128,64 @@ async def _check_server(server: RedisServer, settings: StoreSettings) -> str:
         raise StoreRefused(
             f"the store at {server.redacted_url} is {kind}, whose address begins with {scheme}"
         )
-    policy = await _eviction_policy(server, info)
-    check_policy(server, policy, settings)
+    fault = await find_fault(server, info, settings)
+    if fault is not None and fault.is_unsafe:
+        raise StoreRefused(fault.detail)
+    if fault is not None:
+        # an unavailable replica must not keep the service from starting
+        log.warning("replicas_missing", store=server.redacted_url, reason=fault.detail)
     if info.get("aof_enabled") == "0" and not settings.allow_eviction:
         log.warning(
             "append_only_file_off",
             store=server.redacted_url,
             risk="a restart of the server loses what was written since its last snapshot",
         )
-    if settings.durability is Durability.FSYNC:
-        check_fsync(server, await read_fsync_options(server))
-    if settings.durability is Durability.REPLICATED and info.get("role") == "master":
-        replicas = count_online_replicas(info)
-        if replicas < settings.replicas:
-            # Only a warning: an unavailable replica must not keep the service from starting.
-            log.warning(
-                "replicas_missing",
-                store=server.redacted_url,
-                found=replicas,
-                expected=settings.replicas,
-            )
     name = "Valkey" if "valkey_version" in info else "Redis"
     version = info.get("valkey_version") or info.get("redis_version", "of unknown version")
     aof = "with" if info.get("aof_enabled") == "1" else "without"
-    return f"{name} {version}, {policy}, {aof} an append-only file"
+    return f"{name} {version}, {info.get('maxmemory_policy')}, {aof} an append-only file"
 
 
-def check_policy(server: RedisServer, policy: str, settings: StoreSettings) -> None:
-    """Refuse a server that may evict streams.
-
-    Raises:
-        StoreRefused: its `maxmemory-policy` evicts, and the settings do not allow it.
-    """
+async def find_fault(
+    server: RedisServer, info: Mapping[str, str], settings: StoreSettings
+) -> ServerFault | None:
+    """Find why a server does not meet the settings; what is unsafe comes first."""
+    policy = info.get("maxmemory_policy", "unknown")
     if policy != "noeviction" and not settings.allow_eviction:
-        raise StoreRefused(
+        return ServerFault(
             f"the store at {server.redacted_url} has maxmemory-policy {policy}, expected "
             "noeviction: under another policy streams are lost and silently start over. Set it to "
-            "noeviction, or CARRY_ALLOW_EVICTION=true to accept the risk"
+            "noeviction, or CARRY_ALLOW_EVICTION=true to accept the risk",
+            is_unsafe=True,
         )
-
-
-async def _eviction_policy(server: RedisServer, info: dict[str, str]) -> str:
-    """The `maxmemory-policy`, from INFO if it has it: hosted servers often forbid CONFIG."""
-    if "maxmemory_policy" in info:
-        return info["maxmemory_policy"]
-    reply = await server.read("CONFIG", "GET", "maxmemory-policy")
-    return reply[1].decode() if reply else "unknown"
-
-
-async def read_fsync_options(server: RedisServer) -> dict[str, str]:
-    """Read the options that `check_fsync` checks.
-
-    Raises:
-        StoreUnavailable: the server does not answer.
-        StoreRefused: the server does not allow reading its configuration.
-    """
-    options: dict[str, str] = {}
-    for name in _FSYNC_OPTIONS:
-        try:
-            reply = await server.read("CONFIG", "GET", name)
-        except StoreRefused as error:
-            raise StoreRefused(
-                f"CARRY_DURABILITY=fsync has to read the server's configuration: {error.detail}"
-            ) from error
-        options[name] = reply[1].decode() if reply else "unknown"
-    return options
-
-
-def check_fsync(server: RedisServer, options: dict[str, str]) -> None:
-    """Refuse a server that acknowledges writes before they are synced to disk.
-
-    Raises:
-        StoreRefused: naming the options that are wrong.
-    """
-    wrong = {name: value for name, value in options.items() if value != _FSYNC_OPTIONS[name]}
-    if wrong:
-        got = ", ".join(f"{name} {value}" for name, value in wrong.items())
-        expected = ", ".join(f"{name} {_FSYNC_OPTIONS[name]}" for name in wrong)
-        raise StoreRefused(
-            f"the store at {server.redacted_url} has {got}; CARRY_DURABILITY=fsync expects "
-            f"{expected}"
+    if settings.durability is Durability.FSYNC:
+        wrong: dict[str, str] = {}
+        for name, expected in _FSYNC_OPTIONS.items():
+            try:
+                reply = await server.read("CONFIG", "GET", name)
+            except StoreRefused as error:
+                reason = "CARRY_DURABILITY=fsync has to read the server's configuration"
+                return ServerFault(f"{reason}: {error.detail}", is_unsafe=True)
+            value = reply[1].decode() if reply else "unknown"
+            if value != expected:
+                wrong[name] = value
+        if wrong:
+            got = ", ".join(f"{name} {value}" for name, value in wrong.items())
+            expected = ", ".join(f"{name} {_FSYNC_OPTIONS[name]}" for name in wrong)
+            return ServerFault(
+                f"the store at {server.redacted_url} has {got}; CARRY_DURABILITY=fsync expects "
+                f"{expected}",
+                is_unsafe=True,
+            )
+    if settings.durability is Durability.REPLICATED and info.get("role") == "master":
+        replicas = sum(
+            name.startswith("slave") and "state=online" in value for name, value in info.items()
         )
+        if replicas < settings.replicas:
+            return ServerFault(
+                f"{server.redacted_url} has {replicas} replicas, expected {settings.replicas}"
+            )
+    return None
 
 
 async def _check_partitions(router: Router, settings: StoreSettings, *, initialise: bool) -> None:
@@ -255,12 +244,7 @@ def required_commands(settings: StoreSettings) -> dict[str, tuple[str, ...]]:
     return commands
 
 
-def count_online_replicas(info: dict[str, str]) -> int:
-    """Count the replicas that are connected and in sync."""
-    return sum(name.startswith("slave") and "state=online" in value for name, value in info.items())
-
-
-def memory_ratio(info: dict[str, str]) -> float:
+def memory_ratio(info: Mapping[str, str]) -> float:
     """The share of `maxmemory` that is used, as the server computes it; 0 without a limit."""
     limit = int(info.get("maxmemory", 0))
     used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))

@@ -20,6 +20,7 @@ from service.store.codec import HEADER_BYTES, CodecError, StateHeader
 from service.store.keys import KeySpace
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
+from service.store.redis.scan import scan_page, scan_step
 
 SAMPLE_KEYS: Final = 1_000
 KEYS_PER_ROUND_TRIP: Final = 100
@@ -43,49 +44,34 @@ async def count_streams(router: Router, keys: KeySpace) -> dict[str, StreamCount
 async def _count_on(server: RedisServer, keys: KeySpace) -> dict[str, StreamCount]:
     total = int(await server.read("DBSIZE"))
     if total <= SAMPLE_KEYS:
-        names, weight = await _scan(server, keys), 1.0
+        # in bounded steps: a server that grows meanwhile is not scanned forever
+        step = scan_step(server, keys)
+        streams, _ = await scan_page(step, 0, 2 * SAMPLE_KEYS, KEYS_PER_ROUND_TRIP)
+        weight = 1.0
     else:
-        names, weight = await _sample(server), total / SAMPLE_KEYS
+        parsed = map(keys.parse, await _sample(server))
+        streams, weight = [key for key in parsed if key is not None], total / SAMPLE_KEYS
     live_since_ms = (time.time() - LIVE_S) * 1000
     counts: defaultdict[str, StreamCount] = defaultdict(StreamCount)
-    for at in range(0, len(names), KEYS_PER_ROUND_TRIP):
-        parsed = [(name, keys.parse(name)) for name in names[at : at + KEYS_PER_ROUND_TRIP]]
-        streams = [(name, key.model) for name, key in parsed if key is not None]
-        if not streams:
-            continue
+    for at in range(0, len(streams), KEYS_PER_ROUND_TRIP):
+        part = streams[at : at + KEYS_PER_ROUND_TRIP]
         headers = await server.read_many(
-            [("GETRANGE", name, 0, HEADER_BYTES - 1) for name, _ in streams]
+            [("GETRANGE", keys.state(key), 0, HEADER_BYTES - 1) for key in part]
         )
-        for (_, model), header in zip(streams, headers, strict=True):
+        for key, header in zip(part, headers, strict=True):
             if isinstance(header, Exception):  # of a stream that is migrating
                 continue
             with suppress(CodecError):
                 state = StateHeader.decode(header)
                 if state.is_tombstone:
                     continue
-                streams_, live, state_bytes = counts[model]
-                counts[model] = StreamCount(
-                    streams_ + weight,
+                stored, live, state_bytes = counts[key.model]
+                counts[key.model] = StreamCount(
+                    stored + weight,
                     live + weight * (state.updated_ms >= live_since_ms),
                     state_bytes + weight * state.size_bytes,
                 )
     return dict(counts)
-
-
-async def _scan(server: RedisServer, keys: KeySpace) -> list[str]:
-    """The names of all states of a server that has few keys."""
-    names: dict[str, None] = {}
-    cursor = 0
-    # a server that grows meanwhile is not scanned forever
-    for _ in range(SAMPLE_KEYS // 10):
-        reply = await server.read(
-            "SCAN", cursor, "MATCH", keys.pattern(None, ""), "COUNT", KEYS_PER_ROUND_TRIP
-        )
-        names.update(dict.fromkeys(name.decode("utf-8", "replace") for name in reply[1]))
-        cursor = int(reply[0])
-        if not cursor:
-            break
-    return list(names)
 
 
 async def _sample(server: RedisServer) -> list[str]:

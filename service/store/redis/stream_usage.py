@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from service.core.values import StreamKey
 from service.store.capabilities import Quota, Registration, RegistrationId
-from service.store.keys import KeySpace
+from service.store.keys import KeySpace, join_name, split_name
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import read_value
 from service.store.redis.router import Router
@@ -31,7 +31,7 @@ class RedisStreamUsage:
         self,
         router: Router,
         keys: KeySpace,
-        fence: Callable[[Sequence[StreamKey]], Awaitable[list[bool]]],
+        fence: Callable[[Sequence[StreamKey]], Awaitable[set[StreamKey]]],
     ) -> None:
         self._router = router
         self._keys = keys
@@ -54,7 +54,7 @@ class RedisStreamUsage:
             registration,
         ]
         for key, state_bytes in streams:
-            arguments += (_field(key), state_bytes)
+            arguments += (join_name(key), state_bytes)
         count, total, results = await self._run(
             self._register_script, key_id, arguments, deadline_s
         )
@@ -65,7 +65,7 @@ class RedisStreamUsage:
     ) -> list[RegistrationId]:
         name = self._keys.stream_usage(key_id)
         slot = self._router.slot(name)
-        commands = [PendingCommand.of("HGET", name, _field(key), slot=slot) for key in streams]
+        commands = [PendingCommand.of("HGET", name, join_name(key), slot=slot) for key in streams]
         outcomes = await self._router.execute(*commands)
         return [RegistrationId(read_value(outcome) or b"") for outcome in outcomes]
 
@@ -75,7 +75,7 @@ class RedisStreamUsage:
         arguments: list[str | bytes | int] = []
         for key, registered in registrations:
             if registered:
-                arguments += (_field(key), registered)
+                arguments += (join_name(key), registered)
         if arguments:
             await self._run(self._release_script, key_id, arguments)
 
@@ -86,7 +86,7 @@ class RedisStreamUsage:
                 await self._router.execute_one("HSCAN", name, cursor, "COUNT", PAGE_STREAMS)
             )
             registrations = [
-                (_stream(field), RegistrationId(value))
+                (split_name(field.decode()), RegistrationId(value))
                 for field, value in zip(page[::2], page[1::2], strict=True)
                 if field != _TOTAL
             ]
@@ -94,8 +94,7 @@ class RedisStreamUsage:
             for at in range(0, len(registrations), PAGE_STREAMS):
                 part = registrations[at : at + PAGE_STREAMS]
                 fenced = await self._fence([key for key, _ in part])
-                absent = [each for each, is_fenced in zip(part, fenced, strict=True) if is_fenced]
-                await self.release(key_id, absent)
+                await self.release(key_id, [each for each in part if each[0] in fenced])
             cursor = int(following)
             if not cursor:
                 return
@@ -112,13 +111,3 @@ class RedisStreamUsage:
         command = PendingCommand.for_script(script, [name], list(arguments), slot)
         (outcome,) = await self._router.execute(command, deadline_s=deadline_s)
         return read_value(outcome)
-
-
-def _field(key: StreamKey) -> str:
-    # no name of a model contains a colon
-    return f"{key.model}:{key.stream}"
-
-
-def _stream(field: bytes) -> StreamKey:
-    model, _, stream = field.decode().partition(":")
-    return StreamKey(model, stream)
