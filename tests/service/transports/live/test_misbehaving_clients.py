@@ -8,6 +8,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -384,7 +385,7 @@ async def test_a_socket_without_chunks_is_closed(
 ) -> None:
     async with live(api) as sockets, sockets.open() as (client, _):
         [served] = sockets.served()
-        served._limits = served._limits._replace(idle_s=0.000_001)
+        served._settings = replace(served._settings, websocket_idle_s=0.000_001)
         await client.ping()
         expire(api, sockets, Phase.LIVE)
         assert "no chunk" in await closed(client, 1001)
