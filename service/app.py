@@ -87,7 +87,7 @@ def create_app() -> FastAPI:
     if settings.v2.grpc_port is not None:
         servers.append(_grpc_server(service, inference))
     if has_admin:
-        servers.append(AdminServer(api, connections, http, metrics=metrics))
+        servers.append(AdminServer(api, service.pipeline, connections, http, metrics=metrics))
     return api
 
 

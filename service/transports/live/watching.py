@@ -26,14 +26,15 @@ from service.codec.reply_writer import (
     REPLY_PARAMETERS,
     ReplyOptions,
 )
+from service.core import errors
 from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.server.http_protocol import HttpState
 from service.transports.v1.context import ModelCodec, api_of, pipeline_of
-from service.transports.v1.openapi import operations
 from service.transports.v1.request_fields import query, stream_name
-from service.transports.v1.routes.routing import ChunkRoute, ModelPath, StreamPath
+from service.transports.v1.route import ModelPath, Route, StreamPath, parameter
+from service.transports.v1.table import RETURN_SEQUENCES, STORE
 
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/outputs"
 HEARTBEAT_S: Final = 15.0
@@ -45,6 +46,20 @@ WRITE_BYTES: Final = 16 * 1024
 
 LAST_EVENT_ID: Final = "last-event-id"
 _HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
+_POSITION: Final = {"type": "integer", "minimum": 0}
+_FROM: Final = parameter(
+    "query",
+    "from",
+    "Deliver outputs from this position on, as far as they are known; by default from the current "
+    "position.",
+    _POSITION,
+)
+_LAST_EVENT_ID: Final = parameter(
+    "header",
+    "Last-Event-ID",
+    "As `from`, and before it; browsers send it when they reconnect.",
+    _POSITION,
+)
 _is_position = re.compile(r"[0-9]{1,19}", re.ASCII).fullmatch
 
 
@@ -70,16 +85,23 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
             events = _EventWriter(codec, key, options, encoding).encode(watch)
             return _WatchResponse(events, stack.pop_all())
 
-    app.router.add_api_route(
+    route = Route(
+        "GET",
         ROUTE,
         watch_outputs,
-        methods=["GET"],
-        tags=["streams"],
-        summary="Watch the outputs of a stream",
-        response_class=StreamingResponse,
-        route_class_override=ChunkRoute,
-        **operations.OUTPUTS,
+        "streams",
+        "Watch the outputs of a stream",
+        verbs=(Verb.WATCH,),
+        replies={
+            200: "Events `stream`, `outputs`, `gap` and `end`, until the client disconnects. The "
+            "`id` of an event is a position."
+        },
+        content={"text/event-stream": {"schema": {"type": "string"}}},
+        parameters=(_FROM, _LAST_EVENT_ID, RETURN_SEQUENCES),
+        problems=(*STORE, errors.ShuttingDown),
+        options={"response_class": StreamingResponse},
     )
+    app.router.routes.extend(route.served())
 
 
 class _WatchResponse(StreamingResponse):

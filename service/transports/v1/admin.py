@@ -13,15 +13,15 @@ from typing import Any, Final
 import uvicorn
 from fastapi import FastAPI
 
+from service.pipeline.access_control import AccessControl
+from service.pipeline.pipeline import Pipeline
 from service.server.connections import Connections
 from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.server.origins import host_rule
 from service.server.settings import ConnectionSettings, HttpSettings
 from service.telemetry.logs import RequestIds
-from service.transports.v1.application import create_application
+from service.transports.v1.application import RenderMetrics, create_application
 from service.transports.v1.error_responses import ConnectionErrors
-from service.transports.v1.routes import health
-from service.transports.v1.routes.health import RenderMetrics
 
 MAX_CONNECTIONS: Final = 100
 STOP_S: Final = 1
@@ -40,6 +40,7 @@ class AdminServer(uvicorn.Server):
     def __init__(
         self,
         api: FastAPI,
+        pipeline: Pipeline,
         connections: ConnectionSettings,
         http: HttpSettings,
         *,
@@ -48,13 +49,13 @@ class AdminServer(uvicorn.Server):
         host = http.admin_host or http.host
         self._address = (host, http.admin_port or 0)
         ids = RequestIds()
-        routes = [*health.router.routes, *health.checks_router().routes]
-        if metrics is not None:
-            routes += health.metrics_router(metrics).routes
         # the requests that the page describes are those of the other port
         no_requests: dict[str, Any] = {"supportedSubmitMethods": []}
-        app = create_application(routes, ids, docs=http.docs, swagger_ui_parameters=no_requests)
-        app.state.api = api.state.api
+        app = create_application(
+            (), ids, metrics=metrics, docs=http.docs, swagger_ui_parameters=no_requests
+        )
+        # requires no key
+        app.state.api = replace(api.state.api, access=AccessControl(pipeline))
         app.openapi = api.openapi  # type: ignore[method-assign]
         config = uvicorn.Config(
             app,

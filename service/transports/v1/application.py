@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route as StarletteRoute
 
 from service.access.key_cache import AccessKeys
 from service.access.principal import Verb
@@ -42,10 +42,13 @@ from service.transports.v1.openapi.error_reference import reference_html
 from service.transports.v1.openapi.page_security import page_headers
 from service.transports.v1.problems import REFERENCE
 from service.transports.v1.request_log import RequestLogMiddleware
-from service.transports.v1.routes import chunks, forecast, health, models, streams
-from service.transports.v1.routes.health import RenderMetrics
+from service.transports.v1.route import Route
+from service.transports.v1.table import HEALTH, METRICS, ROUTES
 
 __all__ = ["ConnectionSettings", "RequestSettings", "create_api"]
+
+RenderMetrics = Callable[[], tuple[bytes, str]]
+"""Returns the body of /metrics and its content type; called in a thread."""
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any] | None]]
 
@@ -85,14 +88,8 @@ def create_api(
         accepts_host: as of `host_rule`.
         now_ms: wall clock in epoch milliseconds.
     """
-    routers = [module.router for module in (chunks, streams, forecast, models, health)]
-    routers.append(health.checks_router(pipeline_of))
-    if metrics is not None:
-        routers.append(health.metrics_router(metrics, pipeline_of))
     ids = RequestIds()
-    # `include_router` would wrap each route once more, 8 us a request
-    routes = [route for router in routers for route in router.routes]
-    app = create_application(routes, ids, docs=docs, lifespan=lifespan)
+    app = create_application(ROUTES, ids, metrics=metrics, docs=docs, lifespan=lifespan)
     api = ApiContext(
         AccessControl(pipeline, keys),
         pipeline.readiness,
@@ -126,14 +123,21 @@ def create_api(
 
 
 def create_application(
-    routes: Iterable[BaseRoute], ids: RequestIds, *, docs: bool, **options: Any
+    routes: Iterable[Route],
+    ids: RequestIds,
+    *,
+    metrics: RenderMetrics | None,
+    docs: bool,
+    **options: Any,
 ) -> FastAPI:
-    """An application of these routes, whose errors are problem documents.
+    """An application of these routes and those of health, whose errors are problem documents.
 
     Args:
+        metrics: renders `/metrics`; without it there is none.
         docs: whether it has the documentation.
         options: of FastAPI.
     """
+    table = [*routes, *HEALTH, *([METRICS] if metrics is not None else [])]
     options = {
         "title": "Carry",
         "version": version("carry"),
@@ -142,7 +146,8 @@ def create_application(
         "license_info": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         "redoc_url": None,
         "redirect_slashes": False,
-        "routes": list(routes),
+        # `include_router` would wrap each route once more, 8 us a request
+        "routes": [served for route in table for served in route.served()],
         # reads the environment at every request, 3 us
         "telemetry": {"tracing": False, "metrics": False, "logs": False},
         **options,
@@ -156,6 +161,7 @@ def create_application(
         )
     else:
         app = FastAPI(docs_url=None, openapi_url=None, **options)
+    app.state.render_metrics = metrics
     add_error_handlers(app)
     app.add_middleware(InternalErrorMiddleware)
     app.add_middleware(RequestLogMiddleware, ids=ids)
@@ -181,8 +187,10 @@ def _check_access_to_document(app: FastAPI) -> None:
         return Response(documents[names], media_type="application/json")
 
     for index, route in enumerate(app.router.routes):
-        if isinstance(route, Route) and route.path == app.openapi_url:
-            app.router.routes[index] = Route(route.path, get_document, include_in_schema=False)
+        if isinstance(route, StarletteRoute) and route.path == app.openapi_url:
+            app.router.routes[index] = StarletteRoute(
+                route.path, get_document, include_in_schema=False
+            )
 
 
 def _error_reference() -> HTMLResponse:

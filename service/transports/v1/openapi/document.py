@@ -22,9 +22,6 @@ from service.codec.media import Media
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ApiContext
 
-OPEN_PATHS = ("/health/live", "/health/ready")
-"""Addresses that need no access key."""
-
 ACCESS_KEY = {
     "type": "http",
     "scheme": "bearer",
@@ -84,10 +81,6 @@ def openapi_document(
     document["components"]["securitySchemes"] = {"access_key": ACCESS_KEY}
     # the empty requirement: a service without access keys is open
     document["security"] = [{"access_key": []}, {}]
-    for path, item in document["paths"].items():
-        if path in OPEN_PATHS:
-            for operation in item.values():
-                operation["security"] = []
     for path, examples in _examples(models).items():
         content = document["paths"][path]["post"]["requestBody"]["content"]
         content[Media.JSON.value]["examples"] = examples

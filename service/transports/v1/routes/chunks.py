@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -35,7 +34,6 @@ from service.core.values import NO_STREAM, Reply, StreamKey
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.server.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, ModelCodec, api_of, pipeline_of
-from service.transports.v1.openapi import operations
 from service.transports.v1.problems import problem
 from service.transports.v1.request_fields import (
     body_media,
@@ -46,16 +44,9 @@ from service.transports.v1.request_fields import (
     reply_media,
     stream_name,
 )
-from service.transports.v1.routes.routing import ChunkRoute, ModelPath, StreamPath
-
-router = APIRouter(tags=["chunks"], route_class=ChunkRoute)
+from service.transports.v1.route import ModelPath, StreamPath
 
 
-@router.post(
-    "/v1/models/{model}/streams/{stream}/chunks",
-    summary="Send one chunk of a stream and get its outputs",
-    **operations.CHUNK,
-)
 async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Continue the stream from the state after its last chunk; every event gets its output.
 
@@ -83,11 +74,6 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     return reply(answer, codec.writer.reply(result, options), headers=headers)
 
 
-@router.post(
-    "/v1/models/{model}/chunks",
-    summary="Send chunks of many streams in one request",
-    **operations.MANY,
-)
 async def post_chunks(request: Request, model: ModelPath) -> Response:
     """Each item is one chunk and has its own outcome, in the order of the request.
 
@@ -120,11 +106,6 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     return reply(answer, _outcomes(api, codec, results, options))
 
 
-@router.post(
-    "/v1/models/{model}/predict",
-    summary="Run whole sequences, storing nothing",
-    **operations.PREDICT,
-)
 async def post_predict(request: Request, model: ModelPath) -> Response:
     """Each sequence starts from the initial state, or continues that of its `state_token`. No
     stream is read or changed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -12,7 +11,6 @@ from service.codec.request_body import receive_body
 from service.core.values import StreamKey
 from service.server.disconnects import cancel_on_disconnect
 from service.transports.v1.context import api_of, pipeline_of
-from service.transports.v1.openapi import operations
 from service.transports.v1.request_fields import (
     body_media,
     deadline,
@@ -21,16 +19,9 @@ from service.transports.v1.request_fields import (
     reply_media,
     stream_name,
 )
-from service.transports.v1.routes.routing import ModelPath, StreamPath
-
-router = APIRouter(tags=["streams"])
+from service.transports.v1.route import ModelPath, StreamPath
 
 
-@router.post(
-    "/v1/models/{model}/streams/{stream}/forecast",
-    summary="Forecast from the current state of a stream",
-    **operations.FORECAST,
-)
 async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """The model's decoder starts from the stream's stored state and predicts `horizon` steps ahead.
 

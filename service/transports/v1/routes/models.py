@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,14 +23,10 @@ from service.codec.reply_types import (
 from service.codec.settings import RequestSettings
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import api_of, pipeline_of
-from service.transports.v1.openapi import operations
 from service.transports.v1.request_fields import query, reply_media
-from service.transports.v1.routes.routing import ModelPath
-
-router = APIRouter(tags=["models"])
+from service.transports.v1.route import ModelPath
 
 
-@router.get("/v1/models", summary="List the models", **operations.MODELS)
 async def get_models(request: Request) -> Response:
     """A summary of every served model."""
     pipeline = pipeline_of(request)
@@ -43,9 +38,6 @@ async def get_models(request: Request) -> Response:
     return reply(answer, document)
 
 
-@router.get(
-    "/v1/models/{model}", summary="Inputs, outputs, state and limits of a model", **operations.MODEL
-)
 async def get_model(request: Request, model: ModelPath) -> Response:
     """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
     pipeline = pipeline_of(request)

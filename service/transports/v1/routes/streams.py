@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from urllib.parse import quote
 
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -33,7 +32,6 @@ from service.core.values import Feed, Precondition, StreamKey, StreamState
 from service.pipeline.scoped_pipeline import DESCRIBE, PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ApiContext, api_of, pipeline_of
-from service.transports.v1.openapi import operations
 from service.transports.v1.request_fields import (
     body_media,
     count,
@@ -44,20 +42,13 @@ from service.transports.v1.request_fields import (
     stream_name,
     stream_prefix,
 )
-from service.transports.v1.routes.routing import ModelPath, StreamPath
+from service.transports.v1.route import ModelPath, StreamPath
 
 PAGE_STREAMS = 100
 MAX_DELETED = 100_000
 VERSION_DIGITS = 12
 
-router = APIRouter(tags=["streams"])
 
-
-@router.get(
-    "/v1/models/{model}/streams/{stream}",
-    summary="Current state of a stream, without its values",
-    **operations.STREAM,
-)
 async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
     pipeline = pipeline_of(request)
@@ -69,12 +60,6 @@ async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> 
     return reply(answer, _info(request, key, record), headers=[etag(record.head)])
 
 
-@router.delete(
-    "/v1/models/{model}/streams/{stream}",
-    summary="Delete a stream",
-    status_code=204,
-    **operations.DELETE_STREAM,
-)
 async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Deletes its state and its stored reply; its next chunk starts a new stream at position 0."""
     pipeline = pipeline_of(request)
@@ -84,11 +69,6 @@ async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) 
     return Response(status_code=204)
 
 
-@router.get(
-    "/v1/models/{model}/streams/{stream}/state",
-    summary="The state of a stream, by name",
-    **operations.STATE,
-)
 async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """The whole state with all that is needed to restore it.
 
@@ -108,11 +88,6 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     return reply(answer, document, headers=[etag(record.head)])
 
 
-@router.put(
-    "/v1/models/{model}/streams/{stream}/state",
-    summary="Restore a stream from a state",
-    **operations.RESTORE,
-)
 async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Accepts what `GET` returned, of this stream or another. The stream gets a new epoch.
 
@@ -161,11 +136,6 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     return _created_or_overwritten(request, answer, key, record, precondition)
 
 
-@router.post(
-    "/v1/models/{model}/streams/{stream}/fork",
-    summary="Start a second stream from the state of this one",
-    **operations.FORK,
-)
 async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """The new stream has this one's state, position and kind of feed, and an epoch of its own.
 
@@ -188,7 +158,6 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     return _created_or_overwritten(request, answer, to, record, precondition)
 
 
-@router.get("/v1/models/{model}/streams", summary="List streams", **operations.STREAMS)
 async def get_streams(request: Request, model: ModelPath) -> Response:
     """One page of names, in no order; continue with its `cursor` until that is null.
 
@@ -208,11 +177,6 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
     return reply(answer, document)
 
 
-@router.delete(
-    "/v1/models/{model}/streams",
-    summary="Delete every stream whose name starts with a prefix",
-    **operations.DELETE_STREAMS,
-)
 async def delete_streams(request: Request, model: ModelPath) -> Response:
     """The parameter `prefix` is required; `?prefix=` alone deletes all streams of the model.
 

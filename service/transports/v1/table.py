@@ -1,0 +1,356 @@
+"""The routes of version 1 of the API, as one table.
+
+FastAPI's routes, `/openapi.json`, and the tests of access and of the reference pages come from it.
+A route's place in the API is a row here, its endpoint a function in `routes/`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastapi.responses import PlainTextResponse
+
+from service.access.principal import Verb
+from service.codec import reply_types
+from service.codec.field_rules import EXAMPLE_EPOCH, EXAMPLE_TAG
+from service.core import errors
+from service.pipeline.scoped_pipeline import DESCRIBE
+from service.transports.v1.request_fields import SECONDS
+from service.transports.v1.route import IF_MATCH, Route, parameter
+from service.transports.v1.routes import chunks, forecast, health, models, streams
+
+_MODEL: Final = "/v1/models/{model}"
+_STREAMS: Final = f"{_MODEL}/streams"
+_STREAM: Final = f"{_STREAMS}/{{stream}}"
+
+_TEXT: Final = {"type": "string"}
+_OFF: Final = {"type": "boolean", "default": False}
+_COUNT: Final = {"type": "integer", "minimum": 1}
+
+_ETAG: Final[dict[str, Any]] = {
+    "ETag": {
+        "description": "Names the state the stream is in: its epoch and tag.",
+        "schema": {"type": "string", "examples": [f'"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"']},
+    }
+}
+_TIMING: Final[dict[str, Any]] = {
+    "Server-Timing": {
+        "description": "Milliseconds in queue, load, infer and commit.",
+        "schema": {"type": "string"},
+    }
+}
+_TIMEOUT: Final = parameter(
+    "header",
+    "Carry-Timeout",
+    "How long the client waits, in decimal seconds; work that has not started by then "
+    "is not started. The service has a default and a cap.",
+    {**_TEXT, "pattern": SECONDS, "examples": ["2.5"]},
+)
+RETURN_SEQUENCES: Final = parameter(
+    "query",
+    "return_sequences",
+    "As in Keras: false keeps the last step alone and drops the axis of time.",
+    {"type": "boolean", "default": True},
+)
+_OPTIONS: Final = (
+    RETURN_SEQUENCES,
+    parameter(
+        "query",
+        "return_state",
+        "As in Keras: true adds the state after the last step, by name.",
+        _OFF,
+    ),
+    parameter(
+        "query",
+        "return_attention",
+        "True adds the weight of each step, by layer that attends over the chunk; rejected if "
+        "the model has none.",
+        _OFF,
+    ),
+)
+_RETURN_STATE_TOKEN: Final = parameter(
+    "query",
+    "return_state_token",
+    "True adds the state after the last step as a signed token, which a later sequence may "
+    "continue.",
+    _OFF,
+)
+_PREFIX: Final = "Only streams whose names begin with this."
+
+STORE: Final = (errors.StoreUnavailable, errors.StoreRefused)
+_COMMIT: Final = (*STORE, errors.OutcomeUnknown, errors.NotDurable)
+_ENGINE: Final = (
+    errors.NotFinite,
+    errors.Overloaded,
+    errors.LimitExceeded,
+    errors.DeadlineExceeded,
+    errors.InferenceTimeout,
+    errors.ShuttingDown,
+)
+_STORED: Final = (errors.StreamNotFound, errors.StateDamaged, *STORE)
+_OVERWRITING: Final = (
+    errors.DeadlineExceeded,
+    errors.Overloaded,
+    errors.LimitExceeded,
+    errors.StreamExists,
+    errors.StateIncompatible,
+    errors.Conflict,
+    errors.StateDamaged,
+    *_COMMIT,
+)
+
+ROUTES: Final = (
+    Route(
+        "POST",
+        f"{_STREAM}/chunks",
+        chunks.post_chunk,
+        "chunks",
+        "Send one chunk of a stream and get its outputs",
+        verbs=(Verb.PREDICT,),
+        replies={200: "Applied, now or before."},
+        reply=reply_types.ChunkReply,
+        headers={**_ETAG, **_TIMING},
+        parameters=(*_OPTIONS, IF_MATCH, _TIMEOUT),
+        body="Chunk",
+        problems=(
+            errors.ChunkTooLong,
+            errors.ChunksUnsupported,
+            errors.FinalUnsupported,
+            errors.ResetsUnsupported,
+            errors.EpochMismatch,
+            errors.PositionAhead,
+            errors.PositionBehind,
+            errors.AlreadyApplied,
+            errors.InputKindMismatch,
+            errors.StreamFinal,
+            errors.StateIncompatible,
+            errors.Conflict,
+            errors.StateDamaged,
+            *_COMMIT,
+            *_ENGINE,
+            errors.StreamOverloaded,
+        ),
+    ),
+    Route(
+        "POST",
+        f"{_MODEL}/chunks",
+        chunks.post_chunks,
+        "chunks",
+        "Send chunks of many streams in one request",
+        verbs=(Verb.PREDICT,),
+        replies={200: "One outcome per item."},
+        reply=reply_types.ManyReply,
+        parameters=(*_OPTIONS, _TIMEOUT),
+        body="Many",
+        problems=(
+            errors.ChunksUnsupported,
+            errors.InvalidPrecondition,
+            errors.LimitExceeded,
+        ),
+    ),
+    Route(
+        "POST",
+        f"{_MODEL}/predict",
+        chunks.post_predict,
+        "chunks",
+        "Run whole sequences, storing nothing",
+        verbs=(Verb.PREDICT,),
+        replies={200: "One prediction per sequence."},
+        reply=reply_types.PredictReply,
+        parameters=(*_OPTIONS, _RETURN_STATE_TOKEN, _TIMEOUT),
+        body="Predict",
+        problems=(
+            errors.ChunkTooLong,
+            errors.StateTokenInvalid,
+            errors.StateTokenOfOtherModel,
+            errors.StateTokenOfOtherVersion,
+            errors.InputKindMismatch,
+            *STORE,
+            *_ENGINE,
+        ),
+    ),
+    Route(
+        "GET",
+        _STREAM,
+        streams.get_stream,
+        "streams",
+        "Current state of a stream, without its values",
+        verbs=DESCRIBE,
+        replies={200: "The stream."},
+        reply=reply_types.StreamInfo,
+        headers=_ETAG,
+        parameters=(IF_MATCH,),
+        problems=_STORED,
+    ),
+    Route(
+        "DELETE",
+        _STREAM,
+        streams.delete_stream,
+        "streams",
+        "Delete a stream",
+        verbs=(Verb.DELETE,),
+        replies={204: "Forgotten."},
+        parameters=(IF_MATCH,),
+        problems=(*_STORED, *_COMMIT, errors.Conflict),
+        options={"status_code": 204},
+    ),
+    Route(
+        "GET",
+        f"{_STREAM}/state",
+        streams.get_state,
+        "streams",
+        "The state of a stream, by name",
+        verbs=(Verb.READ_STATE,),
+        replies={200: "The state."},
+        reply=reply_types.StateReply,
+        headers=_ETAG,
+        parameters=(IF_MATCH,),
+        problems=(*_STORED, errors.StateIncompatible),
+    ),
+    Route(
+        "PUT",
+        f"{_STREAM}/state",
+        streams.put_state,
+        "streams",
+        "Restore a stream from a state",
+        verbs=(Verb.WRITE_STATE,),
+        replies={200: "Overwritten.", 201: "Created."},
+        reply=reply_types.StreamInfo,
+        headers=_ETAG,
+        parameters=(IF_MATCH,),
+        body="StateBody",
+        problems=(errors.ChunksUnsupported, *_OVERWRITING),
+    ),
+    Route(
+        "POST",
+        f"{_STREAM}/fork",
+        streams.post_fork,
+        "streams",
+        "Start a second stream from the state of this one",
+        verbs=(Verb.FORK,),
+        replies={200: "Overwritten.", 201: "Created."},
+        reply=reply_types.StreamInfo,
+        headers=_ETAG,
+        parameters=({**IF_MATCH, "description": "ETags of the stream `to`, to overwrite it."},),
+        body="ForkBody",
+        problems=(errors.StreamNotFound, *_OVERWRITING),
+    ),
+    Route(
+        "GET",
+        _STREAMS,
+        streams.get_streams,
+        "streams",
+        "List streams",
+        verbs=(Verb.LIST,),
+        replies={200: "One page."},
+        reply=reply_types.StreamList,
+        parameters=(
+            parameter("query", "prefix", _PREFIX, _TEXT),
+            parameter("query", "cursor", "The `cursor` of the page before.", _TEXT),
+            parameter("query", "limit", "About how many names.", _COUNT),
+        ),
+        problems=(errors.InvalidName, *STORE),
+    ),
+    Route(
+        "DELETE",
+        _STREAMS,
+        streams.delete_streams,
+        "streams",
+        "Delete every stream whose name starts with a prefix",
+        verbs=(Verb.DELETE,),
+        replies={200: "Forgotten."},
+        reply=reply_types.Deleted,
+        parameters=(
+            parameter("query", "prefix", _PREFIX, _TEXT, required=True),
+            parameter("query", "cursor", "The `cursor` of the request before.", _TEXT),
+            parameter("query", "limit", "About how many streams.", _COUNT),
+        ),
+        problems=(errors.InvalidName, errors.Conflict, *_COMMIT),
+    ),
+    Route(
+        "POST",
+        f"{_STREAM}/forecast",
+        forecast.post_forecast,
+        "streams",
+        "Forecast from the current state of a stream",
+        verbs=(Verb.PREDICT,),
+        replies={200: "What is seen ahead."},
+        reply=reply_types.ForecastReply,
+        headers=_ETAG,
+        parameters=(IF_MATCH, _TIMEOUT),
+        body="Forecast",
+        problems=(
+            errors.ForecastUnsupported,
+            errors.PositionAhead,
+            errors.PositionBehind,
+            errors.StateIncompatible,
+            *_STORED,
+            *_ENGINE,
+        ),
+    ),
+    Route(
+        "GET",
+        "/v1/models",
+        models.get_models,
+        "models",
+        "List the models",
+        verbs=(Verb.MODELS,),
+        replies={200: "The models."},
+        reply=reply_types.ModelList,
+    ),
+    Route(
+        "GET",
+        _MODEL,
+        models.get_model,
+        "models",
+        "Inputs, outputs, state and limits of a model",
+        verbs=(Verb.MODELS,),
+        replies={200: "The model."},
+        reply=reply_types.ModelDetail,
+    ),
+)
+
+HEALTH: Final = (
+    Route(
+        "GET",
+        "/health/live",
+        health.get_live,
+        "health",
+        "Whether the process answers",
+        replies={200: "It answers."},
+        reply=reply_types.Live,
+        is_health=True,
+    ),
+    Route(
+        "GET",
+        "/health/ready",
+        health.get_ready,
+        "health",
+        "Whether requests should be sent here",
+        replies={200: "Every check passes.", 503: "Some check fails."},
+        reply=reply_types.Ready,
+        is_health=True,
+    ),
+    Route(
+        "GET",
+        "/health/store",
+        health.get_store,
+        "health",
+        "Each server of the store",
+        verbs=(Verb.METRICS,),
+        replies={200: "How the store is."},
+        reply=reply_types.StoreReport,
+        is_health=True,
+    ),
+)
+
+METRICS: Final = Route(
+    "GET",
+    "/metrics",
+    health.get_metrics,
+    "health",
+    "Metrics for Prometheus",
+    verbs=(Verb.METRICS,),
+    is_health=True,
+    options={"response_class": PlainTextResponse, "response_description": "The metrics."},
+)
