@@ -2,20 +2,12 @@
 
     CarryError
       BadRequest            the request is invalid; nothing was looked up
-        MalformedRequest      malformed_request
-        DuplicateField        duplicate_field
-        HeadTooLarge          head_too_large
-        ExpectationFailed     expectation_failed
-        RequestTimeout        request_timeout
         MalformedBody         malformed_body
         InvalidInput          invalid_input
         ChunkTooLong          chunk_too_long
         BodyTooLarge          body_too_large
         UnsupportedMediaType  unsupported_media_type
         NotAcceptable         not_acceptable
-        UpgradeRequired       upgrade_required
-        OriginNotAllowed      origin_not_allowed
-        HostNotAllowed        host_not_allowed
         InvalidName           invalid_name
         InvalidPrecondition   invalid_precondition
         ChunksUnsupported     chunks_unsupported
@@ -31,8 +23,6 @@
       NotFound
         ModelNotFound         model_not_found
         StreamNotFound        stream_not_found
-        RouteNotFound         not_found
-        MethodNotAllowed      method_not_allowed
       StreamRejection       valid, but rejected because of the current state of the stream
         EpochMismatch         epoch_mismatch
         PositionAhead         position_ahead
@@ -57,16 +47,17 @@
         Overloaded            overloaded
           StreamOverloaded    stream_overloaded
           LimitExceeded       limit_exceeded
-        TooManyConnections    too_many_connections
         ShuttingDown          shutting_down
         InternalError         internal_error
 
 Each class has a stable `code`, says whether the same request may be sent again (`retryable`), and
 what the caller can do (`remedy`). If a chunk may have been applied (`needs_position`), only a chunk
 with a position may be sent again; one without would be applied twice, so `without_position` makes
-its error not retryable. The HTTP status of each code is in `transports/v1/statuses.py`, and
-`docs/reference/errors.md` is generated from this tree. A rejection reports the current epoch,
-position and tag of the stream, so that a client can continue without another request.
+its error not retryable. A rejection reports the current epoch, position and tag of the stream, so
+that a client can continue without another request.
+
+`server/errors.py` adds the errors of HTTP to the tree. The HTTP status of each code is in
+`transports/v1/statuses.py`, and `docs/reference/errors.md` is generated from both.
 """
 
 from __future__ import annotations
@@ -135,37 +126,6 @@ class BadRequest(CarryError):
     """The request is invalid: nothing was looked up and nothing changed."""
 
 
-class MalformedRequest(BadRequest):
-    code = "malformed_request"
-    title = "The head or the framing of the request is malformed or ambiguous"
-    remedy = "Send HTTP/1.1 with one Host. The connection is closed; later bytes were not read."
-
-
-class DuplicateField(BadRequest):
-    code = "duplicate_field"
-    title = "A header or a query parameter is given more than once"
-    remedy = "Send it once; the service does not guess which value was meant."
-
-
-class HeadTooLarge(BadRequest):
-    code = "head_too_large"
-    title = "The head of the request is too large"
-    remedy = "Send fewer and shorter headers, and a shorter address."
-
-
-class ExpectationFailed(BadRequest):
-    code = "expectation_failed"
-    title = "The Expect header is not supported"
-    remedy = "Send `Expect: 100-continue`, or none."
-
-
-class RequestTimeout(BadRequest):
-    code = "request_timeout"
-    title = "The request did not arrive in time"
-    retryable = True
-    remedy = "Send it without pauses; the limits are CARRY_HEAD_TIMEOUT_S and CARRY_BODY_TIMEOUT_S."
-
-
 class MalformedBody(BadRequest):
     code = "malformed_body"
     title = "The body cannot be parsed"
@@ -210,31 +170,6 @@ class NotAcceptable(BadRequest):
     code = "not_acceptable"
     title = "None of the accepted content types is supported"
     remedy = "Accept application/json or application/msgpack."
-
-
-class UpgradeRequired(BadRequest):
-    code = "upgrade_required"
-    title = "The address serves WebSockets only"
-    remedy = (
-        "Connect with a WebSocket client, version 13, over HTTP/1.1; a proxy must pass Upgrade on."
-    )
-
-
-class OriginNotAllowed(BadRequest):
-    code = "origin_not_allowed"
-    title = "Pages of this origin may not send this request"
-    remedy = (
-        "Serve the page from the service's own host, or name its origin in CARRY_WEBSOCKET_ORIGINS."
-    )
-
-
-class HostNotAllowed(BadRequest):
-    code = "host_not_allowed"
-    title = "The Host header does not name this service"
-    remedy = (
-        "Use localhost or 127.0.0.1 on the service's own machine; behind a proxy, name the host of "
-        "its requests in CARRY_ALLOWED_HOSTS."
-    )
 
 
 class InvalidName(BadRequest):
@@ -332,18 +267,6 @@ class StreamNotFound(NotFound):
     code = "stream_not_found"
     title = "No such stream"
     remedy = "The first chunk of a stream, at position 0, creates it."
-
-
-class RouteNotFound(NotFound):
-    code = "not_found"
-    title = "No such address"
-    remedy = "GET /docs lists the addresses."
-
-
-class MethodNotAllowed(NotFound):
-    code = "method_not_allowed"
-    title = "The address does not support this method"
-    remedy = "Use one of the methods in the Allow header."
 
 
 class StreamRejection(CarryError):
@@ -521,13 +444,6 @@ class LimitExceeded(Overloaded):
     code = "limit_exceeded"
     title = "A limit of the access key is reached"
     remedy = "Send it again after Retry-After; `limit` and `allowed` state what the key allows."
-
-
-class TooManyConnections(ServiceFailure):
-    code = "too_many_connections"
-    title = "The worker has reached its limit of connections"
-    retryable = True
-    remedy = "Send it again later; keep fewer connections open, or raise CARRY_MAX_CONNECTIONS."
 
 
 class ShuttingDown(ServiceFailure):

@@ -18,8 +18,8 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.core.errors import (
-    CarryError,
+from service.core.errors import CarryError
+from service.server.errors import (
     DuplicateField,
     ExpectationFailed,
     HeadTooLarge,

@@ -22,15 +22,10 @@ from typing import Any, Final, NamedTuple, Protocol
 from uvicorn.server import ServerState
 
 from service.codec.replies import UNSENT, UnsentReply
-from service.core.errors import (
-    CarryError,
-    MalformedRequest,
-    Overloaded,
-    RequestTimeout,
-    TooManyConnections,
-)
+from service.core.errors import CarryError, Overloaded
 from service.core.values import Reply
 from service.server.connections import Connections, Phase
+from service.server.errors import MalformedRequest, RequestTimeout, TooManyConnections
 from service.server.fast_route import (
     MAX_FAST_REQUEST_BYTES,
     FastRequest,

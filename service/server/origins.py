@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from service.core.errors import OriginNotAllowed
+from service.server.errors import OriginNotAllowed
 
 ANY_ORIGIN: Final = "*"
 

@@ -9,11 +9,12 @@ import pytest
 
 from carry_client import Head, Problem, Stream, errors, read_problem
 from carry_client.errors import Forbidden
-from service.core.errors import CarryError, leaf_errors
+from service.core.errors import CarryError
+from service.transports.v1.statuses import STATUS
 from tests.service.commands.replay.standin import Standin
 from tests.support.pages import ROOT
 
-CODES = list(leaf_errors())
+CODES = list(STATUS)
 
 
 @pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.code)

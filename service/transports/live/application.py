@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.core.errors import UpgradeRequired
+from service.server.errors import UpgradeRequired
 from service.server.http_protocol import HttpState
 from service.server.origins import parse_origins
 from service.server.settings import WebSocketSettings

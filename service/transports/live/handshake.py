@@ -38,18 +38,12 @@ from service.codec.reply_writer import (
     REPLY_PARAMETERS,
     ReplyOptions,
 )
-from service.core.errors import (
-    CarryError,
-    DuplicateField,
-    InvalidInput,
-    MalformedRequest,
-    StreamNotFound,
-    UpgradeRequired,
-)
+from service.core.errors import CarryError, InvalidInput, StreamNotFound
 from service.core.tracing import PROPAGATED
 from service.core.values import StreamKey
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.server.connections import Connections
+from service.server.errors import DuplicateField, MalformedRequest, UpgradeRequired
 from service.server.framing import Headers
 from service.server.origins import check_origin
 from service.server.settings import WebSocketSettings

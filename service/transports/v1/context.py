@@ -14,13 +14,13 @@ from service.codec.reply_writer import ReplyWriter
 from service.codec.request_reader import RequestReader
 from service.codec.rows_items import RowsItemsReader
 from service.codec.settings import RequestSettings
-from service.core.errors import DuplicateField
 from service.core.tracing import Tracer
 from service.core.values import Check
 from service.pipeline.access_control import AccessControl
 from service.pipeline.recorder import Recorder
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
+from service.server.errors import DuplicateField
 from service.server.origins import AcceptsHost, accept_any_host, check_origin
 from service.telemetry.request_lines import note_key
 

@@ -16,11 +16,8 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.codec.replies import Header
-from service.core.errors import (
-    CarryError,
-    MethodNotAllowed,
-    RouteNotFound,
-)
+from service.core.errors import CarryError
+from service.server.errors import MethodNotAllowed, RouteNotFound
 from service.telemetry.request_lines import note_error
 from service.transports.common.failure_log import (
     log_client_disconnect,

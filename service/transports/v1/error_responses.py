@@ -10,8 +10,9 @@ from structlog.contextvars import bound_contextvars
 
 from service.codec.media import Media
 from service.codec.replies import Answer
-from service.core.errors import CarryError, Overloaded, TooManyConnections
+from service.core.errors import CarryError, Overloaded
 from service.pipeline.recorder import Recorder
+from service.server.errors import TooManyConnections
 from service.telemetry.logs import RequestIds
 from service.telemetry.request_lines import log_request
 from service.transports.v1.problems import problem_answer, status_of

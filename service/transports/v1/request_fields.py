@@ -22,13 +22,13 @@ from service.codec.media import Media, accepted, media_of
 from service.codec.settings import RequestSettings
 from service.core.errors import (
     BodyTooLarge,
-    DuplicateField,
     InvalidInput,
     InvalidName,
     InvalidPrecondition,
     UnsupportedMediaType,
 )
 from service.core.values import STREAM_NAME_RULE, Precondition, is_stream_name
+from service.server.errors import DuplicateField
 
 _ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
 TIMEOUT_HEADER = "carry-timeout"

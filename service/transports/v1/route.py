@@ -24,6 +24,7 @@ from service.codec.media import SERVED, Media
 from service.core import errors
 from service.core.errors import CarryError, leaf_errors
 from service.core.values import STREAM_NAME
+from service.server import errors as http_errors
 from service.transports.v1.problems import LATER, PROBLEM_JSON, REFERENCE
 from service.transports.v1.statuses import STATUS
 
@@ -45,13 +46,13 @@ StreamPath = Annotated[
 
 _ANY = (
     errors.InvalidInput,
-    errors.MalformedRequest,
-    errors.DuplicateField,
-    errors.HeadTooLarge,
-    errors.HostNotAllowed,
-    errors.ExpectationFailed,
-    errors.RequestTimeout,
-    errors.TooManyConnections,
+    http_errors.MalformedRequest,
+    http_errors.DuplicateField,
+    http_errors.HeadTooLarge,
+    http_errors.HostNotAllowed,
+    http_errors.ExpectationFailed,
+    http_errors.RequestTimeout,
+    http_errors.TooManyConnections,
     errors.Unauthenticated,
     errors.Forbidden,
     errors.InternalError,

@@ -6,22 +6,23 @@ from collections.abc import Mapping
 
 from service.core import errors
 from service.core.errors import CarryError
+from service.server import errors as http_errors
 
 STATUS: Mapping[type[CarryError], int] = {
-    errors.MalformedRequest: 400,
-    errors.DuplicateField: 400,
-    errors.HeadTooLarge: 431,
-    errors.ExpectationFailed: 417,
-    errors.RequestTimeout: 408,
+    http_errors.MalformedRequest: 400,
+    http_errors.DuplicateField: 400,
+    http_errors.HeadTooLarge: 431,
+    http_errors.ExpectationFailed: 417,
+    http_errors.RequestTimeout: 408,
     errors.MalformedBody: 400,
     errors.InvalidInput: 422,
     errors.ChunkTooLong: 413,
     errors.BodyTooLarge: 413,
     errors.UnsupportedMediaType: 415,
     errors.NotAcceptable: 406,
-    errors.UpgradeRequired: 426,
-    errors.OriginNotAllowed: 403,
-    errors.HostNotAllowed: 421,
+    http_errors.UpgradeRequired: 426,
+    http_errors.OriginNotAllowed: 403,
+    http_errors.HostNotAllowed: 421,
     errors.InvalidName: 400,
     errors.InvalidPrecondition: 400,
     errors.ChunksUnsupported: 422,
@@ -35,8 +36,8 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.Forbidden: 403,
     errors.ModelNotFound: 404,
     errors.StreamNotFound: 404,
-    errors.RouteNotFound: 404,
-    errors.MethodNotAllowed: 405,
+    http_errors.RouteNotFound: 404,
+    http_errors.MethodNotAllowed: 405,
     errors.EpochMismatch: 409,
     errors.PositionAhead: 409,
     errors.PositionBehind: 409,
@@ -59,7 +60,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.Overloaded: 429,
     errors.StreamOverloaded: 429,
     errors.LimitExceeded: 429,
-    errors.TooManyConnections: 503,
+    http_errors.TooManyConnections: 503,
     errors.ShuttingDown: 503,
     errors.InternalError: 500,
 }

@@ -10,7 +10,8 @@ from typing import Final
 
 from service.codec.media import Media, dumps
 from service.codec.replies import Answer
-from service.core.errors import CarryError, MethodNotAllowed
+from service.core.errors import CarryError
+from service.server.errors import MethodNotAllowed
 from service.transports.v1.problems import problem, problem_headers
 
 JSON: Final = (b"content-type", b"application/json")

@@ -18,16 +18,12 @@ from service.access.principal import Verb
 from service.codec.limits import LONG_BYTES
 from service.codec.media import Media, dumps
 from service.codec.replies import Answer, reply
-from service.core.errors import (
-    CarryError,
-    MethodNotAllowed,
-    RouteNotFound,
-    UnsupportedMediaType,
-)
+from service.core.errors import CarryError, UnsupportedMediaType
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.server.disconnects import cancel_on_disconnect
+from service.server.errors import MethodNotAllowed, RouteNotFound
 from service.server.http_protocol import HttpState
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure

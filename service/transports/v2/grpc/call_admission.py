@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from service.core.errors import Overloaded, RequestTimeout
+from service.core.errors import Overloaded
+from service.server.errors import RequestTimeout
 from service.transports.v2.grpc.message_admission import Receivers
 
 MAX_RECEIVING: Final = 64

@@ -15,15 +15,16 @@ from grpc import StatusCode
 from service.codec.media import Media, dumps
 from service.core import errors
 from service.core.errors import CarryError
+from service.server import errors as http_errors
 from service.transports.v1.problems import problem
 
 STATUS_CODES: Final[Mapping[type[CarryError], StatusCode]] = {
     errors.BadRequest: StatusCode.INVALID_ARGUMENT,
-    errors.RequestTimeout: StatusCode.DEADLINE_EXCEEDED,
+    http_errors.RequestTimeout: StatusCode.DEADLINE_EXCEEDED,
     errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
     errors.Forbidden: StatusCode.PERMISSION_DENIED,
     errors.NotFound: StatusCode.NOT_FOUND,
-    errors.MethodNotAllowed: StatusCode.UNIMPLEMENTED,
+    http_errors.MethodNotAllowed: StatusCode.UNIMPLEMENTED,
     errors.StreamRejection: StatusCode.FAILED_PRECONDITION,
     errors.AlreadyApplied: StatusCode.ALREADY_EXISTS,
     errors.StreamExists: StatusCode.ALREADY_EXISTS,
@@ -36,7 +37,7 @@ STATUS_CODES: Final[Mapping[type[CarryError], StatusCode]] = {
     errors.NotDurable: StatusCode.UNKNOWN,
     errors.DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     errors.Overloaded: StatusCode.RESOURCE_EXHAUSTED,
-    errors.TooManyConnections: StatusCode.RESOURCE_EXHAUSTED,
+    http_errors.TooManyConnections: StatusCode.RESOURCE_EXHAUSTED,
     errors.ShuttingDown: StatusCode.UNAVAILABLE,
 }
 """By the class of an error, or the nearest of its base classes."""

@@ -18,7 +18,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from service.core.errors import MalformedBody, Overloaded, RequestTimeout
+from service.core.errors import MalformedBody, Overloaded
+from service.server.errors import RequestTimeout
 
 SLOW_S: Final = 0.05
 """A call that finds no room ends the oldest call that has been receiving for longer than this, and

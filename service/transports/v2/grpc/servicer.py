@@ -21,10 +21,11 @@ from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from service.access.principal import Verb
 from service.codec.limits import LONG_BYTES
-from service.core.errors import BodyTooLarge, CarryError, DuplicateField
+from service.core.errors import BodyTooLarge, CarryError
 from service.core.tracing import PROPAGATED
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.scoped_pipeline import PipelineInterface
+from service.server.errors import DuplicateField
 from service.telemetry.logs import RequestIds, current_request_id
 from service.telemetry.request_lines import GRPC, RequestFacts, log_request, note_key, request_facts
 from service.transports.common.failure_log import log_failure, log_unexpected_failure

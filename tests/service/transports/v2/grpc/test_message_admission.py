@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from service.core.errors import MalformedBody, Overloaded, RequestTimeout
+from service.core.errors import MalformedBody, Overloaded
+from service.server.errors import RequestTimeout
 from service.transports.v2.grpc import message_admission
 from service.transports.v2.grpc.message_admission import MessageAdmission, Receivers
 from tests.service.transports.v1.raw_http import becomes
