@@ -181,6 +181,19 @@ tensorflow.DECODER_RUNGS = ((32, 1),)
 """One with which TensorFlow compiles one program per network, not up to twelve."""
 
 
+SLOW_WARM_UP = """
+import sys, time
+from service.engine.runtimes.onnx import OnnxRuntime
+
+def slow(runtime):
+    print("compiling", file=sys.stderr, flush=True)
+    time.sleep(600)
+
+OnnxRuntime.warm = slow
+"""
+"""A `sitecustomize` that makes the warm-up take ten minutes."""
+
+
 def customise(folder: Path, code: str) -> None:
     """Write a `sitecustomize` that every process with this folder on its PYTHONPATH runs."""
     (folder / "sitecustomize.py").write_text(code)

@@ -11,18 +11,22 @@ import psutil
 
 from models.artifact.artifact import Artifact
 from tests.support.servers import real_server, until
-from tests.support.service import running
+from tests.support.service import customise, running
 
 SESSIONS = "/v1/models/probe/streams/sessions"
 PREDICT = "/v1/models/probe/predict"
 ENVIRONMENT = {"CARRY_RUNTIME_THREADS": "1", "CARRY_DURABILITY": "fsync"}
 
 
-def test_a_graceful_shutdown_is_not_interrupted_by_more_signals(
+def test_ignored_hangup_stays_ignored_and_more_signals_interrupt_no_shutdown(
     tmp_path: Path, probe: Artifact
 ) -> None:
-    with running(tmp_path, probe.path) as service:
+    customise(tmp_path, "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    with running(tmp_path, probe.path, PYTHONPATH=str(tmp_path)) as service:
         valkey = service.valkey_pid()
+        status = Path(f"/proc/{service.process.pid}/status").read_text()
+        (ignored,) = [line.split()[1] for line in status.splitlines() if "SigIgn" in line]
+        assert int(ignored, 16) & 1 << signal.SIGHUP - 1
 
         def ended() -> bool:
             service.process.send_signal(signal.SIGTERM)

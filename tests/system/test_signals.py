@@ -20,26 +20,13 @@ from websockets.frames import CloseCode
 from websockets.sync.client import connect
 
 from models.artifact.artifact import Artifact
-from service.commands import serve
 from tests.support.feeders import feeding
 from tests.support.servers import RealServer, until
-from tests.support.service import POLL_S, READY_S, Service, customise, running
+from tests.support.service import POLL_S, READY_S, SLOW_WARM_UP, Service, customise, running
 
 CHUNKS = "/v1/models/probe/streams/held/chunks"
 LIVE = "/v1/models/probe/streams/live/live"
 CHUNKED = "Transfer-Encoding: chunked"
-
-SLOW = """
-import sys, time
-from service.engine.runtimes.onnx import OnnxRuntime
-
-def slow(runtime):
-    print("compiling", file=sys.stderr, flush=True)
-    time.sleep(600)
-
-OnnxRuntime.warm = slow
-"""
-"""A `sitecustomize` that makes the warm-up take ten minutes."""
 
 FAILS_ON_DEMAND = """
 import pathlib
@@ -82,7 +69,7 @@ warnings.filterwarnings("always", ".*fork", DeprecationWarning)
 def test_sigterm_during_warm_up_stops_the_service(
     tmp_path: Path, probe: Artifact, workers: str
 ) -> None:
-    customise(tmp_path, THREADS_WARN + SLOW)
+    customise(tmp_path, THREADS_WARN + SLOW_WARM_UP)
     service = Service(tmp_path, probe.path, "--workers", workers)
     service.launch(PYTHONPATH=str(tmp_path))
     until(lambda: service.log().count("compiling") == int(workers), "the warm-up", READY_S)
@@ -101,17 +88,6 @@ def test_sigterm_while_valkey_starts_stops_both(tmp_path: Path, probe: Artifact)
     assert service.process.wait(60) == 0
     assert service.lines("valkey_stopped")
     assert not service.lines("valkey_killed"), "the server got no signal"
-
-
-def test_sighup_that_is_ignored_stays_ignored() -> None:
-    before = signal.getsignal(signal.SIGHUP)
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert signal.SIGHUP not in serve._stop_signals()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in serve._stop_signals()
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_sighup_replaces_a_single_worker_without_a_failed_request(

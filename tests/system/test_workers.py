@@ -23,7 +23,7 @@ import redis
 from models.artifact.artifact import Artifact
 from tests.support.feeders import feeding
 from tests.support.servers import RealServer, real_server, until
-from tests.support.service import POLL_S, READY_S, Service, customise, running
+from tests.support.service import POLL_S, READY_S, SLOW_WARM_UP, Service, customise, running
 
 CHUNKS = "/v1/models/probe/streams/held/chunks"
 
@@ -34,18 +34,6 @@ UNUSED_S = 2.5
 
 LIVE = "/v1/models/probe/streams/live/live"
 CHUNKED = "Transfer-Encoding: chunked"
-
-SLOW = """
-import sys, time
-from service.engine.runtimes.onnx import OnnxRuntime
-
-def slow(runtime):
-    print("compiling", file=sys.stderr, flush=True)
-    time.sleep(600)
-
-OnnxRuntime.warm = slow
-"""
-"""A `sitecustomize` that makes the warm-up take ten minutes."""
 
 FIRST_FAILS = """
 import os, pathlib, time
@@ -401,7 +389,7 @@ def test_a_worker_that_does_not_drain_in_time_is_killed(
 def test_a_worker_that_exits_during_start_is_restarted_immediately(
     tmp_path: Path, probe: Artifact
 ) -> None:
-    customise(tmp_path, SLOW)
+    customise(tmp_path, SLOW_WARM_UP)
     with real_server("valkey") as store:
         service = Service(tmp_path, probe.path, "--workers", "2", redis_url=store.url)
         service.launch(PYTHONPATH=str(tmp_path))
