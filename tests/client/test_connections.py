@@ -86,19 +86,18 @@ def test_client_fails_over_to_the_next_address(
         Carry([])
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_a_forked_process_opens_its_own_connections(
-    small: Stream, events: Events, monkeypatch: pytest.MonkeyPatch
+    small: Stream, standin: Standin, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = small._driver
     small.send(events[:1])
-    parents = driver._client
     monkeypatch.setattr(os, "getpid", lambda: -1)
     small.send(events[1:2])
     small.send(events[2:3])
-    assert driver._client is not parents
-    assert driver._inherited == [parents]
-    assert not parents.is_closed, "the parent may have a request in flight on it"
-    parents.close()
+    parents, *own = standin.connections
+    assert own[0] is own[1]
+    assert own[0] is not parents
+    assert not parents.is_closing(), "the parent may have a request in flight on it"
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

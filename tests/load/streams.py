@@ -120,7 +120,7 @@ class LoadStream:
             is_applied = problem.code == "already_applied" and retry.failures > 1
             if self.appends or not is_applied or problem.position != self.position + chunk.steps:
                 detail = f"chunk at {self.position}: {problem.detail}"
-                raise self._wrong(problem.code, detail) from problem
+                raise self.wrong(problem.code, detail) from problem
             tag = next_tag(self.tag, self.position, self.feed, chunk)
             self._append(chunk, self.position, tag, None)
         else:
@@ -132,7 +132,7 @@ class LoadStream:
             reply = read_reply(self.model, document, 0)
             outputs = self.model.pack(reply.outputs, chunk.steps)
         except (Problem, ValueError) as error:
-            raise self._wrong("unreadable", str(error)) from error
+            raise self.wrong("unreadable", str(error)) from error
         position, epoch, tag = reply.head
         start = position - chunk.steps if self.appends else self.position
         own_tag = b"" if self.appends else next_tag(self.tag, start, self.feed, chunk)
@@ -148,7 +148,7 @@ class LoadStream:
             ("wrong_outputs", np.isfinite(outputs).all(), outputs),
         ):
             if not is_right:
-                raise self._wrong(code, f"chunk of {chunk.steps} at {start}: got {received}")
+                raise self.wrong(code, f"chunk of {chunk.steps} at {start}: got {received}")
         self.epoch = epoch
         self._append(chunk, start, own_tag, outputs)
 
@@ -170,7 +170,7 @@ class LoadStream:
             if each.start != position:
                 code = "lost_chunk" if each.start > position else "doubled_chunk"
                 detail = f"chunks end at {position}, the next acknowledged one is at {each.start}"
-                raise self._wrong(code, detail)
+                raise self.wrong(code, detail)
             history.append(each)
             position = each.end
         return history
@@ -190,7 +190,8 @@ class LoadStream:
             parts.append(model.pack(outputs, each.chunk.steps))
         return np.concatenate(parts)
 
-    def _wrong(self, code: str, detail: str) -> WrongAnswerError:
+    def wrong(self, code: str, detail: str) -> WrongAnswerError:
+        """A wrong answer of this stream."""
         return WrongAnswerError(code, f"stream {self.name!r}: {detail}")
 
 
@@ -275,7 +276,7 @@ class Streams:
                 excess = difference - BOUND * np.abs(wanted[each.start : each.end])
                 if not (excess <= BOUND).all():
                     detail = f"chunk at {each.start}: |a-b| - 1e-5|b| is up to {excess.max():.2e}"
-                    self.add_failure(stream._wrong("wrong_outputs", detail))
+                    self.add_failure(stream.wrong("wrong_outputs", detail))
         return events
 
 

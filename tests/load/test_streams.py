@@ -24,7 +24,6 @@ from tests.load.streams import (
     Streams,
     WrongAnswerError,
     check_limits,
-    default_model,
 )
 
 pytestmark = pytest.mark.harness
@@ -281,11 +280,3 @@ def test_a_value_passes_a_threshold_up_to_its_limit(
     for value, is_passed in ((passing, True), (failing, False), (None, False)):
         (check,) = check_limits({name: passing}, {name: value})
         assert check.passed is is_passed
-
-
-@pytest.mark.parametrize(
-    ("served", "model"),
-    [(["small"], "small"), (["a", "flights", "rivers"], "flights"), (["a", "b"], ""), ([], "")],
-)
-def test_load_tests_use_the_only_model_or_that_of_the_readme(served: list[str], model: str) -> None:
-    assert default_model(served) == model

@@ -77,6 +77,7 @@ class Standin:
         seen: stream, position and number of events of every chunk, as they came.
         port_of: the port that each request with chunks came to.
         hosts: the host and port that each of them named.
+        connections: by which each of them came.
         wrong_by: added to an output of every stream's event 7.
         deaf: how many questions for a position go unanswered.
     """
@@ -90,6 +91,7 @@ class Standin:
     counts: Counter[str] = field(default_factory=Counter)
     port_of: list[int] = field(default_factory=list)
     hosts: list[str] = field(default_factory=list)
+    connections: list[Any] = field(default_factory=list)
     wrong_by: float = 0.0
     deaf: int = 0
     with_metrics: bool = True
@@ -171,6 +173,7 @@ class Standin:
         fault = self.fault(request)
         self.port_of.append(request.url.port or 0)
         self.hosts.append(request.host)
+        self.connections.append(request.transport)
         if fault == "drop":
             assert request.transport is not None
             request.transport.close()
