@@ -19,7 +19,8 @@ export PYTHON VENV
 # the tests start hundreds of processes: each would compile what it imports
 unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+# a file's tests stay together, as they share its fixtures; its files keep their order
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-harness coverage model faults check docs format bench load dashboards rules overload example compose-test proto console lock clean

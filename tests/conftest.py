@@ -1,4 +1,4 @@
-"""The event loop of async tests, turns among workers, and a running service that tests share."""
+"""The event loop of async tests, their order, and a running service that tests share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,10 +24,11 @@ from models.artifact.artifact import write_artifact
 from service.telemetry.request_lines import access_log
 from tests.support.browser import running_browser
 from tests.support.event_loop import EventLoop
-from tests.support.order import ordered
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
-from tests.support.turns import turn
+
+LONG = ("engine", "faults", "importing", "networks", "system", "training")
+"""Folders whose tests take seconds: they start services, or build and train networks."""
 
 # As `carry/cli.py` does, for processes of other commands.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -61,11 +62,9 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"uvloop": EventLoop}
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Among several workers, every share begins with long tests."""
-    if hasattr(config, "workerinput"):
-        items[:] = ordered(items, config.workerinput["workercount"])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that several workers end at about the same time."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 def pytest_collection_finish() -> None:
@@ -74,15 +73,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
     gc.set_threshold(10_000, 20, 1_000)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Among several workers, a test marked `alone` runs while the others wait."""
-    if not hasattr(item.config, "workerinput"):
-        return (yield)
-    with turn(alone=item.get_closest_marker("alone") is not None):
-        return (yield)
 
 
 @pytest.fixture(autouse=True)
