@@ -208,7 +208,7 @@ class FramingProtocol(HttpToolsProtocol, ABC):
                     [head_bytes] = upgrade.args
                     if self._switch_protocols(has_more=has_more or head_bytes < len(data)):
                         return
-                    data = self._serialize_without_upgrade() + data[head_bytes:]
+                    data = self._serialize_head(without=b"upgrade") + data[head_bytes:]
                     self._ignores_upgrade = False
                     self.parser = httptools.HttpRequestParser(self)
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -218,14 +218,14 @@ class FramingProtocol(HttpToolsProtocol, ABC):
                 self._framing_error or MalformedRequest(f"expected an HTTP/1.1 request: {error}")
             )
 
-    def _serialize_without_upgrade(self) -> bytes:
-        """The parsed head without its `Upgrade` header.
+    def _serialize_head(self, *, without: bytes) -> bytes:
+        """The parsed head without one of its headers.
 
         No field contains a line end, so that it is parsed to the same head again.
         """
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
-        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != without]
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def _stop_parser(self, error: CarryError) -> None:

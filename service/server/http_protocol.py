@@ -9,17 +9,15 @@ in the parser, unsent responses, and one head.
 
 A request with ambiguous framing (request smuggling) is rejected and the connection closed, so that
 no byte after it is parsed as a request (`framing`). `Connections` enforces the limits of all
-connections together and their timeouts. An `Upgrader` may take over a connection (WebSocket): only
-for a GET without a body, and with nothing received after it.
+connections together and their timeouts. A connection becomes a WebSocket only by a GET without a
+body, and with nothing received after it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Protocol
-
-from uvicorn.server import ServerState
+from typing import Any, Final, NamedTuple
 
 from service.codec.replies import UNSENT, UnsentReply
 from service.core.errors import CarryError, Overloaded
@@ -33,9 +31,10 @@ from service.server.fast_route import (
     IncompleteRequest,
 )
 from service.server.flow_control import BackpressureFlow
-from service.server.framing import FramingProtocol, Headers
+from service.server.framing import FramingProtocol
 from service.server.origins import AcceptsHost, accept_any_host
 from service.server.reading_turns import LONG_BODY_BYTES
+from service.server.websocket_protocol import PROBE_S, WebSocketProtocol, WebSockets
 
 HTTP_STATE: Final = "carry_http"
 """Key of `HttpState` in the lifespan's state, where uvicorn's connections find it."""
@@ -43,29 +42,9 @@ HTTP_STATE: Final = "carry_http"
 MAX_REJECTED: Final = 64
 """Connections over the limit that get an error; further ones are closed at once."""
 
-PROBE_S: Final = 0.5
-"""Time between two interim responses to a client that closed its sending side."""
-
 _BODY_HEADERS: Final = (b"content-length", b"transfer-encoding")
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-class Upgrader(Protocol):
-    """Serves another protocol on connections whose client asks for it."""
-
-    def serves(self, url: bytes) -> bool:
-        """Whether the address is one of this protocol's."""
-
-    def take_over(
-        self, transport: asyncio.Transport, url: bytes, headers: Headers, server: ServerState
-    ) -> None:
-        """Take over a connection, and answer its upgrade request.
-
-        Args:
-            headers: names in lower case.
-            server: the open connections, which the graceful shutdown waits for.
-        """
 
 
 class HttpState(NamedTuple):
@@ -74,14 +53,14 @@ class HttpState(NamedTuple):
     Attributes:
         error_response: makes the whole response to a request that is not read to its end.
         fast_routes: parse and answer chunk requests; none if the fast path is disabled.
-        upgrader: takes over connections; None ignores every `Upgrade`.
+        websockets: those of the application; None ignores every `Upgrade`.
         accepts_host: whether requests for a host name are answered.
     """
 
     connections: Connections
     error_response: Callable[[CarryError], bytes]
     fast_routes: tuple[FastRoute, ...]
-    upgrader: Upgrader | None = None
+    websockets: WebSockets | None = None
     accepts_host: AcceptsHost = accept_any_host
 
 
@@ -106,7 +85,7 @@ class HttpProtocol(FramingProtocol):
         super().__init__(*args, **options)
         state: HttpState = self.app_state[HTTP_STATE]
         self._connections, self._error_response, self._fast_routes, *_ = state
-        self._upgrader, self._accepts_host = state.upgrader, state.accepts_host
+        self._websockets, self._accepts_host = state.websockets, state.accepts_host
         self._pending: FastRequest | None = None
         self._running_cycle: Any = None
         self._buffered = b""
@@ -356,7 +335,7 @@ class HttpProtocol(FramingProtocol):
             self._process_buffered()
 
     def _switch_protocols(self, *, has_more: bool) -> bool:
-        """Let the upgrader take over, if the request is certainly for it and the only one.
+        """Become a WebSocket, if the request is certainly for one and the only one.
 
         A client must not send anything before the response to its upgrade; bytes after it are
         rejected, since a proxy could have framed them as another request.
@@ -364,9 +343,10 @@ class HttpProtocol(FramingProtocol):
         is_alone = not (self._has_cycle or self._pending is not None or self._half_closed)
         has_body = any(name in _BODY_HEADERS for name, _ in self.headers)
         is_get = self.parser.get_method() == b"GET" and self.parser.get_http_version() == "1.1"
-        if self._upgrader is None or not is_alone or has_body or not is_get:
+        websockets = self._websockets
+        if websockets is None or not is_alone or has_body or not is_get:
             return False
-        if not self._upgrader.serves(self.url):
+        if not websockets.serves(self.url):
             return False
         if has_more:
             self._fail(MalformedRequest("expected nothing after a request for an upgrade"))
@@ -375,7 +355,18 @@ class HttpProtocol(FramingProtocol):
         self._is_lingering = True
         self._connections.remove(self)
         self.connections.discard(self)
-        self._upgrader.take_over(self.transport, self.url, self.headers, self.server_state)
+        socket = WebSocketProtocol(
+            websockets,
+            self._connections,
+            self._error_response,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.app_state,
+        )
+        socket.connection_made(self.transport)
+        self.transport.set_protocol(socket)
+        # nothing reads cookies, which may be longer than the library accepts
+        socket.open(self._serialize_head(without=b"cookie"))
         return True
 
     def on_headers_complete(self) -> None:

@@ -1,4 +1,4 @@
-"""Live sockets of an application: the upgrader, and the addresses for requests without upgrade."""
+"""Live sockets of an application, and the addresses for requests without upgrade."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from service.server.errors import UpgradeRequired
 from service.server.http_protocol import HttpState
 from service.server.origins import parse_origins
 from service.server.settings import WebSocketSettings
+from service.server.websocket_protocol import WebSockets
 from service.telemetry.logs import RequestIds
-from service.transports.live.handshake import (
-    MODEL_ROUTE,
-    STREAM_ROUTE,
-    LiveUpgrader,
-)
+from service.transports.live.handshake import MODEL_ROUTE, STREAM_ROUTE, LiveSockets, serves
 from service.transports.v1.context import ApiContext, pipeline_of
 
 
@@ -24,8 +21,10 @@ def add_live_sockets(app: FastAPI, settings: WebSocketSettings) -> None:
     api: ApiContext = app.state.api
     state: HttpState = app.state.http
     origins = parse_origins(settings.websocket_origins)
-    upgrader = LiveUpgrader(api, state.connections, RequestIds(), settings, origins)
-    app.state.http = state._replace(upgrader=upgrader)
+    sockets = LiveSockets(api, RequestIds(), settings.pipelining_window, origins)
+    app.state.http = state._replace(
+        websockets=WebSockets(serves, sockets, api.limits.max_body_bytes, settings.websocket_idle_s)
+    )
     for route in (STREAM_ROUTE, MODEL_ROUTE):
         app.add_api_route(route, _require_upgrade, methods=["GET"], include_in_schema=False)
 

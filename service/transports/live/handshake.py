@@ -14,22 +14,16 @@ allow; programs send none.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
+import structlog
 from structlog.contextvars import bound_contextvars
-from uvicorn.server import ServerState
-from websockets.datastructures import Headers as WebSocketHeaders
-from websockets.exceptions import InvalidHeader, InvalidUpgrade
-from websockets.http11 import Request, Response
-from websockets.server import ServerProtocol
-from websockets.typing import Subprotocol
+from websockets.frames import CloseCode
 
 from service.access.principal import Verb
 from service.codec.media import Media
@@ -42,16 +36,13 @@ from service.core.errors import CarryError, InvalidInput, StreamNotFound
 from service.core.tracing import PROPAGATED
 from service.core.values import StreamKey
 from service.pipeline.scoped_pipeline import PipelineInterface
-from service.server.connections import Connections
-from service.server.errors import DuplicateField, MalformedRequest, UpgradeRequired
-from service.server.framing import Headers
+from service.server.errors import DuplicateField
 from service.server.origins import check_origin
-from service.server.settings import WebSocketSettings
+from service.server.websocket_protocol import Message, Receive, Send, WebSocketProtocol
 from service.telemetry.logs import RequestIds
-from service.telemetry.request_lines import RequestFacts, log_request
+from service.telemetry.request_lines import RequestFacts, access_log, log_request
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.live.frames import hello_frame
-from service.transports.live.live_socket import LiveSocket
 from service.transports.live.session import Session
 from service.transports.v1.context import ApiContext
 from service.transports.v1.error_responses import CLOSE, error_response
@@ -62,18 +53,19 @@ from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
 STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"
 MODEL_ROUTE: Final = "/v1/models/{model}/live"
 TIMEOUT_PARAMETER: Final = "timeout_s"
-SUBPROTOCOL: Final = Subprotocol("carry")
+SUBPROTOCOL: Final = "carry"
 
-MAX_ITEMS: Final = 64
-"""Maximum items of the lists in a handshake: the library takes a microsecond for each."""
-
-_PROTOCOLS: Final = b"sec-websocket-protocol"
 _OFFERED_KEYS = re.compile(rb"(?:\A|,)[ \t]*carry\.bearer\.([^,]*)")
-_LISTS: Final = (b"connection", b"upgrade", _PROTOCOLS)
-_READ: Final = frozenset(
-    (*_LISTS, b"sec-websocket-key", b"sec-websocket-version", b"origin", b"host")
+_ADDRESS = re.compile(
+    rb"/v1/models/([^/?#\x80-\xff]+)(?:/streams/([^/?#\x80-\xff]+))?/live"
+    rb"(?:\?([^#\x80-\xff]*))?"
 )
-_ADDRESS = re.compile(rb"/v1/models/([^/?#]+)(?:/streams/([^/?#]+))?/live(?:\?([^#]*))?")
+serves = _ADDRESS.fullmatch
+"""Whether an address is one of a live socket."""
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+log = structlog.get_logger(__name__)
 
 
 class Target(NamedTuple):
@@ -91,83 +83,66 @@ class Target(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class LiveUpgrader:
-    """Opens the live sockets of one application (`http_protocol.Upgrader`).
+class LiveSockets:
+    """The live sockets of one application (`WebSockets.app`).
 
     Attributes:
+        window: most unanswered chunks of a socket.
         origins: as of `check_origin`.
     """
 
     api: ApiContext
-    connections: Connections
     ids: RequestIds
-    settings: WebSocketSettings
+    window: int
     origins: frozenset[str]
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def serves(self, url: bytes) -> bool:
-        """Whether the address is one of a live socket."""
-        return _ADDRESS.fullmatch(url) is not None
-
-    def take_over(
-        self, transport: asyncio.Transport, url: bytes, headers: Headers, server: ServerState
-    ) -> None:
-        """Open a live socket on a connection, or answer with an error."""
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a handshake, and serve the socket until it is closed."""
+        await receive()
+        socket: WebSocketProtocol = scope["socket"]
+        headers: Headers = scope["headers"]
         request_id = self.ids.next()
         for name, value in headers:
             if name == REQUEST_ID_HEADER and is_request_id(value):
-                request_id = bytes(value)
-        address = _ADDRESS.fullmatch(url)
-        is_of_stream = address is not None and address[2] is not None
-        socket = LiveSocket(
-            transport,
-            server,
-            self.connections,
-            self.settings,
-            self.api.limits.max_body_bytes,
-            request_id=request_id,
-            route=STREAM_ROUTE if is_of_stream else MODEL_ROUTE,
-            logger=_library_logger(),
-        )
-        transport.set_protocol(socket)
-        opening = self._open(socket, url, headers, request_id)
-        task = asyncio.get_running_loop().create_task(opening)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _open(
-        self, socket: LiveSocket, url: bytes, headers: Headers, request_id: bytes
-    ) -> None:
-        """Answer a handshake."""
+                request_id = value
+        query = scope["query_string"]
+        address = _ADDRESS.fullmatch(scope["raw_path"] + (b"?" + query if query else b""))
+        if address is None:
+            raise RuntimeError("the address is none of a live socket")
+        route = MODEL_ROUTE if address[2] is None else STREAM_ROUTE
         began_s = time.monotonic()
-        status, facts = 101, RequestFacts()
-        propagated = _propagated(headers)
+        status, facts, session = 101, RequestFacts(), None
         with bound_contextvars(request_id=request_id.decode()):
             try:
-                # first, since it takes constant time, whatever the head
                 access = self.api.access
                 pipeline = access.open_pipeline or access.pipeline(_authorization(headers))
                 facts.key = pipeline.key_id
-                response = self._accept(url, headers)
-                target = self._target(pipeline, url)
+                _check_origin(headers, self.origins)
+                target = self._target(pipeline, address)
                 facts.model, facts.stream = target.model, target.stream
                 hello = await self._hello(pipeline, target)
-                response.headers[REQUEST_ID_HEADER.decode()] = request_id.decode()
                 session = Session(
                     self.api,
                     pipeline,
+                    socket,
                     target.model,
                     target.stream,
+                    window=self.window,
                     options=target.options,
                     timeout_s=target.timeout_s,
                     request_id=request_id,
-                    route=socket.route,
-                    propagated=propagated,
-                    send=socket.send,
-                    on_progress=socket.on_progress,
-                    on_end=socket.revoke,
+                    route=route,
+                    propagated=_propagated(headers),
                 )
-                socket.start(session, response.serialize(), hello_frame(hello))
+                offers = SUBPROTOCOL in scope["subprotocols"]
+                await send(
+                    {
+                        "type": "websocket.accept",
+                        "subprotocol": SUBPROTOCOL if offers else None,
+                        "headers": [(REQUEST_ID_HEADER, request_id)],
+                    }
+                )
+                socket.send_now(hello_frame(hello), is_text=True)
             except Exception as failure:
                 error = (
                     failure if isinstance(failure, CarryError) else log_unexpected_failure(failure)
@@ -176,63 +151,36 @@ class LiveUpgrader:
                 log_failure(error)
                 facts.note_error(error)
                 self.api.recorder.record_error(facts.model or "-", error)
-                lines = CLOSE + _upgrade_lines(error)
-                socket.reject(error_response(error, Media.JSON, request_id, lines))
-        ms = round((time.monotonic() - began_s) * 1000, 2)
+                socket.reject(error_response(error, Media.JSON, request_id, CLOSE))
         log_request(
             request_id.decode(),
             "GET",
-            socket.route,
+            route,
             status,
-            ms,
+            round((time.monotonic() - began_s) * 1000, 2),
             model=facts.model,
             stream=facts.stream,
             code=facts.code,
             key=facts.key,
             reason=facts.reason,
         )
+        if session is None or status != 101:
+            return
+        # the rest is kept as long as the socket is open
+        scope.clear()
+        opened_s = time.monotonic()
+        try:
+            await session.serve()
+        finally:
+            session.close()
+            _log_closed(session, socket, request_id, route, opened_s)
 
-    def _accept(self, url: bytes, headers: Headers) -> Response:
-        """The response that switches the protocol.
-
-        Raises:
-            UpgradeRequired, MalformedRequest, OriginNotAllowed
-        """
-        items = sum([value.count(b",") + 1 for name, value in headers if name in _LISTS])
-        if items > MAX_ITEMS:
-            raise MalformedRequest(
-                f"Connection, Upgrade, Sec-WebSocket-Protocol: expected at most {MAX_ITEMS} items, "
-                f"got {items}"
-            )
-        received = WebSocketHeaders(
-            [
-                (name.decode("latin-1"), value.decode("latin-1"))
-                for name, value in headers
-                if name in _READ
-            ]
-        )
-        library = ServerProtocol(logger=_library_logger(), select_subprotocol=_select_subprotocol)
-        response = library.accept(Request(url.decode("latin-1"), received))
-        failure = library.handshake_exc
-        if failure is not None:
-            versions = received.get_all("Sec-WebSocket-Version")
-            is_other = len(versions) == 1 and versions != ["13"]
-            wants_other = isinstance(failure, InvalidUpgrade) or is_other
-            kind = UpgradeRequired if wants_other else MalformedRequest
-            raise kind(f"expected a WebSocket handshake: {_reason(failure)}")
-        check_origin(received.get_all("Origin"), received.get("Host", ""), self.origins)
-        del response.headers["Date"]
-        return response
-
-    def _target(self, pipeline: PipelineInterface, url: bytes) -> Target:
+    def _target(self, pipeline: PipelineInterface, address: re.Match[bytes]) -> Target:
         """What an address names.
 
         Raises:
             ModelNotFound, InvalidName, InvalidInput, DuplicateField, ChunksUnsupported, Forbidden
         """
-        address = _ADDRESS.fullmatch(url)
-        if address is None:
-            raise RuntimeError("the address is none of a live socket")
         model = _text(address[1])
         stream = None if address[2] is None else _text(address[2])
         pipeline.require(Verb.PREDICT, model=model, stream=stream)
@@ -274,7 +222,7 @@ class LiveUpgrader:
                 pass
         return {
             **facts,
-            "window": self.settings.pipelining_window,
+            "window": self.window,
             "max_frame_bytes": self.api.limits.max_body_bytes,
         }
 
@@ -296,25 +244,14 @@ def _authorization(headers: Headers) -> bytes | None:
     Raises:
         DuplicateField
     """
-    values = [bytes(value) for name, value in headers if name == b"authorization"]
-    offered = b",".join([value for name, value in headers if name == _PROTOCOLS])
+    values = [value for name, value in headers if name == b"authorization"]
+    offered = b",".join([value for name, value in headers if name == b"sec-websocket-protocol"])
     values += [b"Bearer " + key.rstrip() for key in _OFFERED_KEYS.findall(offered)]
     if len(values) > 1:
         raise DuplicateField(
             f"Authorization: expected one key, got {len(values)}", at="Authorization"
         )
     return values[0] if values else None
-
-
-def _reason(failure: Exception) -> str:
-    """What is wrong with a handshake, without the list of subprotocols, which may have a key."""
-    if isinstance(failure, InvalidHeader) and failure.name.lower().encode() == _PROTOCOLS:
-        return f"invalid {failure.name} header"
-    return str(failure)[:300]
-
-
-def _select_subprotocol(_: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
-    return SUBPROTOCOL if SUBPROTOCOL in offered else None
 
 
 def _text(part: bytes) -> str:
@@ -332,14 +269,34 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _upgrade_lines(error: CarryError) -> bytes:
-    """The headers that a response to a wrong upgrade has to have."""
-    is_wrong = isinstance(error, UpgradeRequired)
-    return b"upgrade: websocket\r\nsec-websocket-version: 13\r\n" if is_wrong else b""
+def _check_origin(headers: Headers, allowed: frozenset[str]) -> None:
+    """Reject a handshake of a page of another site.
+
+    Raises:
+        OriginNotAllowed
+    """
+    texts: dict[bytes, list[str]] = {b"origin": [], b"host": [""]}
+    for name, value in headers:
+        if name in texts:
+            texts[name].append(value.decode("latin-1"))
+    check_origin(texts[b"origin"], texts[b"host"][-1], allowed)
 
 
-def _library_logger() -> logging.Logger:
-    """The library's logger; it logs each connection at `info`, and the service does so itself."""
-    logger = logging.getLogger("websockets.server")
-    logger.setLevel(logging.WARNING)
-    return logger
+def _log_closed(
+    session: Session, socket: WebSocketProtocol, request_id: bytes, route: str, opened_s: float
+) -> None:
+    stream = session.stream and access_log.named(session.stream)
+    close = socket.conn.close_sent or socket.conn.close_rcvd
+    log.info(
+        "websocket_closed",
+        request_id=request_id.decode(),
+        route=route,
+        code=CloseCode.ABNORMAL_CLOSURE.value if close is None else close.code,
+        model=session.model,
+        **({} if stream is None else {"stream": stream}),
+        chunks=session.chunks,
+        errors=session.errors,
+        received_bytes=socket.received_bytes,
+        sent_bytes=socket.sent_bytes,
+        ms=round((time.monotonic() - opened_s) * 1000, 2),
+    )

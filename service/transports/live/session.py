@@ -1,6 +1,8 @@
 """Chunks of one live socket: read, started in their order, and answered with frames.
 
-Each frame gets one outcome, a reply or an error; `stream_order` has the order of the chunks.
+Each frame gets one outcome, a reply or an error; `stream_order` has the order of the chunks. At
+most a window of chunks is unanswered. While it is full, while a long frame is read, or while the
+client does not read its outcomes, no further frame is received (backpressure).
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
+from websockets.frames import CloseCode
 
 from service.codec.limits import LONG_BYTES
 from service.codec.media import Media
 from service.codec.pieces import LONG_VALUES, encode_pieces
 from service.codec.reply_writer import EVERY_STEP, ReplyOptions
 from service.codec.validation_errors import Origin
-from service.core.errors import CarryError
+from service.core.errors import CarryError, Unauthenticated
 from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
 from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
+from service.server.websocket_protocol import STOPPING, WebSocketProtocol
 from service.telemetry.request_lines import CLIENT_DISCONNECTED, WEBSOCKET, log_request
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
@@ -43,7 +47,8 @@ ENVELOPE: Final = ("id", "if_match")
 ENVELOPE_OF_MANY: Final = (*ENVELOPE, "stream")
 """The same on a socket for many streams."""
 
-Send = Callable[[Media, bytes], None]
+UNAUTHENTICATED: Final = 4401
+"""Close code of a socket whose access key is no longer accepted."""
 
 
 class Entry(PendingChunk):
@@ -95,58 +100,32 @@ class Session:
 
     Args:
         pipeline: as the client may use it.
+        socket: receives the frames, and sends the outcomes.
         stream: the stream of the socket; None if each frame names its own.
+        window: most unanswered chunks.
         timeout_s: deadline of each chunk, from the receipt of its frame.
         route: the address of the socket, with the names of its parameters.
         propagated: the headers of the handshake that carry the trace of the caller.
-        send: sends a frame.
-        on_progress: called when chunks have been answered, or a long frame has been read.
-        on_end: called when the client may not use the pipeline any more.
 
     Attributes:
         model, stream: as above.
-        is_reading: whether a long frame is being read; no other may be received meanwhile.
         chunks, errors: number of frames received, and of those answered with an error.
     """
-
-    __slots__ = (
-        "_api",
-        "_envelope",
-        "_forget",
-        "_is_open",
-        "_on_end",
-        "_on_progress",
-        "_options",
-        "_order",
-        "_pipeline",
-        "_propagated",
-        "_request_id",
-        "_route",
-        "_send",
-        "_tasks",
-        "_timeout_s",
-        "chunks",
-        "errors",
-        "is_reading",
-        "model",
-        "stream",
-    )
 
     def __init__(
         self,
         api: ApiContext,
         pipeline: PipelineInterface,
+        socket: WebSocketProtocol,
         model: str,
         stream: str | None,
         *,
+        window: int,
         options: ReplyOptions,
         timeout_s: float,
         request_id: bytes,
         route: str,
         propagated: Mapping[str, str],
-        send: Send,
-        on_progress: Callable[[], None],
-        on_end: Callable[[CarryError], None],
     ):
         self._api = api
         self._pipeline = pipeline
@@ -157,40 +136,71 @@ class Session:
         self._request_id = request_id.decode()
         self._route = route
         self._propagated = propagated
-        self._send = send
-        self._on_progress = on_progress
-        self._on_end = on_end
-        self._forget: Callable[[], None] = lambda: None
+        self._socket = socket
+        self._window = window
+        self._forget = api.access.notify_end(pipeline, self.revoke)
+        api.recorder.record_websockets(model, 1)
         self._envelope = ENVELOPE_OF_MANY if stream is None else ENVELOPE
         self._order: StreamOrder[Entry] = StreamOrder(
             self._begin, self._resolve, self._release, overlaps=True
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_open = False
-        self.is_reading = False
+        self._progress: asyncio.Future[None] | None = None
         self.chunks = 0
         self.errors = 0
+        socket.session = self
 
-    def open(self) -> None:
-        """Count the socket as open; once."""
-        self._is_open = True
-        self._forget = self._api.access.notify_end(self._pipeline, self._on_end)
-        self._api.recorder.record_websockets(self.model, 1)
+    async def serve(self) -> None:
+        """Receive frames until the client disconnects or the service stops; then answer those that
+        were received, and close the socket."""
+        while (event := await self._socket.receive())["type"] == "websocket.receive":
+            text = event.get("text")
+            if text is None:
+                await self._receive(Media.MSGPACK, event["bytes"])
+            else:
+                await self._receive(Media.JSON, text.encode())
+            await self._wait_until(lambda: self.unanswered < self._window)
+            await self._socket.writable.wait()
+            if self._order.is_cleared:
+                return
+        await self._wait_until(lambda: not self.unanswered)
+        code = event.get("code")
+        self._socket.close(code, STOPPING if code == CloseCode.SERVICE_RESTART else "")
+
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for outcomes until a condition is true, or nobody waits for them any more."""
+        while not (condition() or self._order.is_cleared):
+            self._progress = asyncio.get_running_loop().create_future()
+            await self._progress
+
+    def _note_progress(self) -> None:
+        if self._progress is not None and not self._progress.done():
+            self._progress.set_result(None)
+        self._socket.progress += 1
+
+    def _send(self, media: Media, frame: bytes) -> None:
+        self._socket.send_now(frame, is_text=media is Media.JSON)
+
+    def revoke(self, error: CarryError) -> None:
+        """Close the socket: its access key is no longer accepted, or cannot be checked."""
+        self.cancel()
+        is_revoked = isinstance(error, Unauthenticated)
+        self._socket.close(
+            UNAUTHENTICATED if is_revoked else CloseCode.TRY_AGAIN_LATER, error.detail
+        )
 
     def close(self) -> None:
         """The connection ended."""
         self.cancel()
         self._forget()
-        if self._is_open:
-            self._is_open = False
-            self._api.recorder.record_websockets(self.model, -1)
+        self._api.recorder.record_websockets(self.model, -1)
 
     @property
     def unanswered(self) -> int:
         """The number of chunks that have not been answered."""
         return self._order.unanswered
 
-    def receive(self, media: Media, data: bytes | bytearray) -> None:
+    async def _receive(self, media: Media, data: bytes) -> None:
         """Start the chunk of a frame, or answer what is wrong with it."""
         self.chunks += 1
         deadline_s = time.monotonic() + self._timeout_s
@@ -211,8 +221,8 @@ class Session:
                 entry.frame_id = frame_id
                 self._check_admission(entry)
             if is_long or entry is None:
-                self.is_reading = True
-                self._run(self._read_long(codec, entry, frame, deadline_s))
+                # a task of its own, so that a disconnect ends it
+                await asyncio.wait([self._run(self._read_long(codec, entry, frame, deadline_s))])
                 return
             precondition = frame.precondition()
             body, origin = frame.body(self._envelope), Origin(beside=self._envelope)
@@ -233,6 +243,7 @@ class Session:
                 self._pipeline.cancel(entry.job)
             self._record(entry, CLIENT_DISCONNECTED)
         self._order.clear()
+        self._note_progress()
 
     def _check_admission(self, entry: Entry) -> None:
         """Reject a chunk that has to wait too long: before its body is read, and again before it
@@ -278,9 +289,6 @@ class Session:
         else:
             entry.frame_id = frame.id
             self._start_in_order(entry, chunk)
-        finally:
-            self.is_reading = False
-        self._on_progress()
 
     def _start_in_order(self, entry: Entry, chunk: Chunk) -> None:
         if self._api.tracer is not None:
@@ -307,7 +315,7 @@ class Session:
         entry.job = None
         if not self._order.is_cleared:
             self._resolve(entry, result)
-            self._on_progress()
+            self._note_progress()
 
     def _reject(
         self, media: Media, frame_id: FrameId | None, entry: Entry | None, error: CarryError
@@ -345,7 +353,7 @@ class Session:
             pieces.append(piece)
             await asyncio.sleep(0)
         self._answer(entry, b"".join(pieces))
-        self._on_progress()
+        self._note_progress()
 
     def _answer(self, entry: Entry, reply: bytes) -> None:
         """Send an encoded reply when it is its turn."""
@@ -390,7 +398,8 @@ class Session:
             log_failure(error)
             return error_frame(media, frame_id, error, stream)
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

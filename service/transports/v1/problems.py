@@ -18,6 +18,7 @@ from service.codec.media import Media, dumps
 from service.codec.replies import Answer, Header
 from service.codec.reply_types import Problem
 from service.core.errors import CarryError, NotAcceptable, UnsupportedMediaType
+from service.server.errors import UpgradeRequired
 from service.telemetry.logs import current_request_id
 from service.transports.v1.request_fields import body_media, reply_media
 from service.transports.v1.statuses import STATUS
@@ -79,6 +80,8 @@ def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = 
         headers: further ones, their names in lower case.
     """
     document = problem(error)
+    if isinstance(error, UpgradeRequired):
+        headers = [*headers, (b"upgrade", b"websocket"), (b"sec-websocket-version", b"13")]
     content_type = PROBLEM_JSON if media is Media.JSON else media.value
     return Answer(
         dumps(media, document),

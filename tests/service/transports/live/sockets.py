@@ -19,8 +19,8 @@ from models.artifact.artifact import Artifact
 from service.codec.settings import RequestSettings
 from service.pipeline.watching import Watches
 from service.server.settings import WebSocketSettings
+from service.server.websocket_protocol import WebSocketProtocol
 from service.transports.live.application import add_live_sockets
-from service.transports.live.live_socket import LiveSocket
 from service.transports.live.watching import add_watching
 from tests.service.transports.v1.harness import LIMITS, Harness, harness
 from tests.service.transports.v1.raw_http import HOST, becomes, port_of, serving
@@ -73,10 +73,10 @@ class Sockets:
         async with connect(self.url(path), **{"max_size": None, **options}) as client:
             yield client, orjson.loads(await client.recv())["hello"]
 
-    def served(self) -> list[LiveSocket]:
+    def served(self) -> list[WebSocketProtocol]:
         """The open live sockets of the server."""
         found: list[object] = list(self.server.server_state.connections)
-        return [each for each in found if isinstance(each, LiveSocket)]
+        return [each for each in found if isinstance(each, WebSocketProtocol)]
 
     async def ended(self) -> None:
         """Wait until the server has no live socket."""

@@ -117,7 +117,7 @@ async def test_outcomes_of_a_stream_keep_its_order_when_a_later_frame_fails_at_o
         await client.send(text(rows(2), 0, id=0))
         await client.send("{")
         await client.send(text(rows(2), 2, id=2))
-        await becomes(lambda: sockets.served()[0]._session.unanswered == 3, "three chunks")
+        await becomes(lambda: sockets.served()[0].session.unanswered == 3, "three chunks")
         held_back()
         assert (await outcome(client))["id"] == 0
         await error(client, "malformed_body")
@@ -203,14 +203,14 @@ async def test_a_full_window_stops_reading_until_chunks_are_answered(
         for at in range(4 * window):
             await client.send(text(rows(1), at, id=at))
         [socket] = sockets.served()
-        await becomes(lambda: socket._session.unanswered == window, "a full window")
+        await becomes(lambda: socket.session.unanswered == window, "a full window")
         for _ in range(20):
             await asyncio.sleep(0)
-        assert socket._session.chunks == window
-        assert socket._is_read_paused
+        assert socket.session.chunks == window
+        assert socket.read_paused
         held_back()
         assert [(await outcome(client))["id"] for _ in range(4 * window)] == [*range(4 * window)]
-        assert not socket._is_read_paused
+        assert not socket.read_paused
     assert api.position() == 4 * window
 
 
@@ -222,7 +222,7 @@ async def test_a_client_resumes_at_the_position_of_the_hello(
         async with sockets.open() as (client, _):
             for at in range(0, 8, 2):
                 await client.send(text(inputs[at : at + 2], at))
-            await becomes(lambda: sockets.served()[0]._session.unanswered == 4, "its chunks")
+            await becomes(lambda: sockets.served()[0].session.unanswered == 4, "its chunks")
             client.transport.abort()
             held_back()
         await sockets.ended()
@@ -299,7 +299,7 @@ async def test_a_chunk_that_waited_for_its_turn_is_rejected_if_the_queue_is_full
         await client.send(text(rows(2)))
         await becomes(lambda: "s" in committing, "its commit")
         await client.send(text(rows(2)))
-        await becomes(lambda: any(s._session.unanswered == 2 for s in sockets.served()), "both")
+        await becomes(lambda: any(s.session.unanswered == 2 for s in sockets.served()), "both")
         await others.send(text(rows(1), 0, stream="running"))
         await becomes(lambda: "running" in committing, "its commit")
         await others.send(text(rows(1), 0, stream="queued"))
@@ -363,8 +363,8 @@ async def test_a_client_that_leaves_during_a_long_frame_is_forgotten(large_api: 
         # its frame is not read to the end before it leaves
         async with long_bodies.admit(b"", float("inf")), sockets.open() as (client, _):
             await client.send(text(rows(2_000), 0))
-            session = sockets.served()[0]._session
-            await becomes(lambda: session.is_reading, "a long frame")
+            session = sockets.served()[0].session
+            await becomes(lambda: bool(session._tasks), "a long frame")
             client.transport.abort()
             await sockets.ended()
             await becomes(lambda: not session._tasks, "the end of the reading")

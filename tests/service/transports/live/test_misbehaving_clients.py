@@ -8,7 +8,6 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -20,10 +19,11 @@ from websockets.frames import Close, CloseCode, Frame, Opcode
 from service.codec.duplicates import find_duplicate
 from service.codec.media import Media
 from service.core.errors import InvalidInput, Unauthenticated
+from service.server import websocket_protocol
 from service.server.connections import Phase
 from service.server.settings import ConnectionSettings
-from service.transports.live import frames, live_socket
-from service.transports.live.live_socket import LiveSocket
+from service.server.websocket_protocol import WebSocketProtocol
+from service.transports.live import frames
 from tests.service.transports.live.sockets import (
     Sockets,
     binary,
@@ -57,7 +57,7 @@ def expire(api: Harness, sockets: Sockets, phase: Phase) -> None:
 
 
 @asynccontextmanager
-async def unread(sockets: Sockets) -> AsyncIterator[tuple[ClientConnection, LiveSocket]]:
+async def unread(sockets: Sockets) -> AsyncIterator[tuple[ClientConnection, WebSocketProtocol]]:
     """A client that reads nothing, behind small buffers."""
     with socket.socket() as unconnected:
         unconnected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -65,9 +65,9 @@ async def unread(sockets: Sockets) -> AsyncIterator[tuple[ClientConnection, Live
         async with sockets.open(max_queue=1, sock=unconnected) as (client, _):
             client.transport.pause_reading()
             [served] = sockets.served()
-            of_server = served._transport.get_extra_info("socket")
+            of_server = served.transport.get_extra_info("socket")
             of_server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            served._transport.set_write_buffer_limits(high=16 * 1024)
+            served.transport.set_write_buffer_limits(high=16 * 1024)
             yield client, served
 
 
@@ -297,13 +297,13 @@ async def test_tiny_frames_are_bounded_by_one_piece(
 ) -> None:
     async with live(api) as sockets, sockets.open() as (client, hello):
         await client.send(text(rows(1), 0))
-        await becomes(lambda: sockets.served()[0]._session.unanswered == 1, "a chunk")
+        await becomes(lambda: sockets.served()[0].session.unanswered == 1, "a chunk")
         client.transport.write(Frame(Opcode.TEXT, b"").serialize(mask=True) * 100_000)
         [served] = sockets.served()
-        await becomes(lambda: served._session.unanswered >= hello["window"], "a full window")
-        assert served._is_read_paused
-        assert served._session.unanswered == hello["window"]
-        assert len(served._messages) <= 8192 // 6
+        await becomes(lambda: served.session.unanswered >= hello["window"], "a full window")
+        assert served.read_paused
+        assert served.session.unanswered == hello["window"]
+        assert served.queue.qsize() <= 8192 // 6
         client.transport.abort()
         held_back()
         await sockets.ended()
@@ -321,13 +321,13 @@ async def test_a_client_that_does_not_read_is_not_read_either_and_loses_nothing(
 
         feeding = asyncio.create_task(feed())
         await becomes(lambda: served.phase is Phase.SEND, "an unread socket")
-        await becomes(lambda: not served._session.unanswered, "the outcomes of what was read")
-        received = served._session.chunks
+        await becomes(lambda: not served.session.unanswered, "the outcomes of what was read")
+        received = served.session.chunks
         for _ in range(200):
             await asyncio.sleep(0)
-        assert served._session.chunks == received
+        assert served.session.chunks == received
         unsent = served.unsent_bytes
-        assert served._is_read_paused
+        assert served.read_paused
         assert unsent < 64 * 1024
         client.transport.resume_reading()
         for at in range(count):
@@ -385,7 +385,7 @@ async def test_a_socket_without_chunks_is_closed(
 ) -> None:
     async with live(api) as sockets, sockets.open() as (client, _):
         [served] = sockets.served()
-        served._settings = replace(served._settings, websocket_idle_s=0.000_001)
+        served._idle_s = 0.000_001
         await client.ping()
         expire(api, sockets, Phase.LIVE)
         assert "no chunk" in await closed(client, 1001)
@@ -414,7 +414,7 @@ async def test_a_drain_answers_what_was_started_and_sends_clients_elsewhere(
     async with live(api) as sockets:
         async with sockets.open() as (client, _), sockets.open("probe/live") as (idle, _):
             await client.send(text(rows(2), 0))
-            await becomes(lambda: any(s._session.unanswered for s in sockets.served()), "a chunk")
+            await becomes(lambda: any(s.session.unanswered for s in sockets.served()), "a chunk")
             for each in sockets.served():
                 each.shutdown()
             await client.send(text(rows(2), 2))
@@ -430,7 +430,7 @@ async def test_a_client_that_half_closes_gets_its_outcomes(
     api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And pings before them, which detect a client that disconnected."""
-    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    monkeypatch.setattr(websocket_protocol, "PROBE_S", 0.001)
     sent = [Frame(Opcode.TEXT, text(rows(1), at, id=f"n{at}").encode()) for at in range(3)]
     async with live(api) as sockets:
         reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
@@ -461,7 +461,7 @@ async def test_connection_whose_client_half_closed_ends_with_its_socket(
     """The client cannot answer the close frame."""
     failures: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, each: failures.append(each))
-    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    monkeypatch.setattr(websocket_protocol, "PROBE_S", 0.001)
     async with live(api) as sockets:
         reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
         writer.write(handshake(*UPGRADE, *SECURITY))
@@ -471,7 +471,7 @@ async def test_connection_whose_client_half_closed_ends_with_its_socket(
         await becomes(lambda: bool(sockets.served()[0]._half_closed), "the end of its side")
         socket = sockets.served()[0]
         if reason == "revoked":
-            socket.revoke(Unauthenticated("revoked"))
+            socket.session.revoke(Unauthenticated("revoked"))
         else:
             socket.shed_body()
         async with asyncio.timeout(10):
@@ -493,12 +493,12 @@ async def test_chunks_of_a_client_that_closed_its_connection_are_dropped(
     api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end of its sending side looks like that of a client that waits for outcomes."""
-    monkeypatch.setattr(live_socket, "PROBE_S", 0.001)
+    monkeypatch.setattr(websocket_protocol, "PROBE_S", 0.001)
     async with live(api) as sockets:
         async with sockets.open() as (client, _):
             for at in range(5):
                 await client.send(text(rows(1), at))
-            await becomes(lambda: sockets.served()[0]._session.unanswered == 5, "its chunks")
+            await becomes(lambda: sockets.served()[0].session.unanswered == 5, "its chunks")
             client.transport.close()
             await sockets.ended()
         held_back()
@@ -515,7 +515,7 @@ async def test_a_disconnected_client_takes_no_queue(
         async with sockets.open() as (client, _):
             for at in range(5):
                 await client.send(text(rows(1), at))
-            await becomes(lambda: sockets.served()[0]._session.unanswered == 5, "its chunks")
+            await becomes(lambda: sockets.served()[0].session.unanswered == 5, "its chunks")
             client.transport.abort()
         await sockets.ended()
         held_back()
@@ -545,17 +545,17 @@ async def test_an_unexpected_failure_is_a_frame(
 async def test_a_flood_of_control_frames_takes_turns_with_other_work(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_socket, "TURN_S", -1.0)
+    monkeypatch.setattr(websocket_protocol, "TURN_S", -1.0)
     flood = Frame(Opcode.PONG, b"").serialize(mask=True) * 10_000
     async with live(api) as sockets, sockets.open() as (client, _):
         [served] = sockets.served()
         served.data_received(flood)
-        assert served._is_read_paused
+        assert served.read_paused
         turns = 0
-        while served._buffered:
+        while served._unparsed:
             turns += 1
             await asyncio.sleep(0)
-        assert turns >= len(flood) // live_socket.PIECE_BYTES
-        assert not served._is_read_paused
+        assert turns >= len(flood) // websocket_protocol.PIECE_BYTES
+        assert not served.read_paused
         await client.send(text(rows(1), 0))
         assert (await reply(client))["position"] == 1
