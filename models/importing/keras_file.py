@@ -1,10 +1,16 @@
 """Reads a Keras model file without running code that it contains.
 
 The reader is chosen as Keras chooses it, by the file extension. The configuration is checked before
-Keras builds anything. Every object in it must be a class of Keras that only computes; code (Lambda
-layers, functions), other classes and layers that read files are rejected by name, together with
-every other unsupported layer. Only then does Keras load the model from the same file, in safe mode
-and without compiling.
+Keras builds anything: every object in it must be a supported layer, or a part of one, so that code
+(Lambda layers, functions), other classes and layers that read files are rejected by name. Only then
+does Keras load the model from the same file, in safe mode and without compiling.
+
+SavedModel folders of Keras 2 hold `keras_metadata.pb`, the configuration of the model and its
+layers, beside TensorFlow's graph and checkpoint. Configuration and weights are written as an HDF5
+file, which Keras 3 reads; the graph, which is a program, is neither loaded nor run. The
+checkpoint's object graph says which variables belong to a layer; in the HDF5 file they are in the
+order in which Keras stores them, trainable ones first. Folders without that file, as `model.export`
+and TensorFlow write them, hold no configuration and are rejected.
 
 `models.importing.isolation` limits what a hostile file can do to the process that reads it.
 """
@@ -15,49 +21,38 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
 import keras
+import numpy as np
+import tensorflow as tf
 from keras.src.ops import numpy as operations
+from numpy.typing import NDArray
+from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
+from tensorflow.python.keras.protobuf.saved_metadata_pb2 import SavedMetadata
 
 from models.errors import ImportedModelError
-from models.importing.keras_layers import is_known
-from models.importing.reasons import (
+from models.importing.isolation import METADATA_NAME
+from models.importing.keras_layers import (
     NOT_LOADED,
     OPERATION,
     OWN_CLASS,
-    has_reason,
+    REASONS,
+    SUPPORTED,
     reason_unsupported,
 )
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
+CHECKPOINT_NAME = "variables/variables"
 _MODELS = ("Sequential", "Functional", "Model")
 _TENSORS = ("__keras_tensor__", "__tensor__", "__numpy__", "__slice__", "__ellipsis__")
 """Classes that represent a tensor or a slice among a layer's arguments: a name, or numbers."""
 _OPERATIONS = "keras.src.ops.numpy"
 """Module of operations that are not layers, such as `x[...]` and the masks that Keras computes."""
-_LAYERS = tuple(
-    f"keras.src.layers.{package}."
-    for package in (
-        "activations",
-        "attention",
-        "convolutional",
-        "core",
-        "merging",
-        "normalization",
-        "pooling",
-        "preprocessing.normalization",
-        "preprocessing.rescaling",
-        "regularization",
-        "reshaping",
-        "rnn",
-    )
-)
-"""Packages of layers that only compute; except Lambda, which is in `core`."""
 _INNER = ("layer", "backward_layer", "cell", "cells")
 """Members of a layer's configuration that are layers."""
 _PARTS = (
@@ -91,8 +86,6 @@ def _read(path: Path, rewritten: Path) -> Any:
     """Check and load a model; files of Keras 2 are rewritten for Keras 3."""
     try:
         if path.is_dir():
-            from models.importing.saved_model import saved_model_to_hdf5
-
             saved_model_to_hdf5(path, rewritten)
             path = rewritten
         config = _read_config(path)
@@ -108,16 +101,14 @@ def _read(path: Path, rewritten: Path) -> Any:
                 f"custom class, {NOT_LOADED}"
             )
         # the model is loaded uncompiled; those nested in it are compiled as they were
-        foreign = dict(_foreign({**config, "compile_config": None}))
-        unknown = dict(_unknown(config))
+        foreign = list(_foreign({**config, "compile_config": None}))
     except (OSError, KeyError, ValueError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise ImportedModelError(
             "expected a whole Keras model with its configuration, as model.save('model.keras') "
             f"writes it (save_weights does not), got {error}"
         ) from error
     if foreign:
-        lines = (f"  {layer}: {reason}" for layer, reason in {**unknown, **foreign}.items())
-        raise ImportedModelError("the model has unsupported layers:\n" + "\n".join(lines))
+        raise ImportedModelError("the model has unsupported layers:\n" + "\n".join(foreign))
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
     except MemoryError:
@@ -173,8 +164,8 @@ def _modernise(config: Any) -> bool:
     return changed
 
 
-def _foreign(config: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Each object of the configuration that is not known to be harmless to build, and why."""
+def _foreign(config: Any, name: str = "") -> Iterator[str]:
+    """Describe each object of the configuration that is not supported, and so may not be built."""
     if isinstance(config, list):
         for item in config:
             yield from _foreign(item, name)
@@ -187,7 +178,7 @@ def _foreign(config: Any, name: str = "") -> Iterator[tuple[str, str]]:
     if kind is not None:
         reason = _why_foreign(str(kind), config.get("module"), config.get("registered_name"))
         if reason:
-            yield f"{kind} {name!r}", reason
+            yield f"  {kind} {name!r}: {reason}"
             return
     for value in config.values():
         yield from _foreign(value, name)
@@ -208,22 +199,96 @@ def _why_foreign(kind: str, module: Any, registered: Any) -> str:
     if str(module).startswith("keras.src.ops."):
         return OPERATION
     layer = getattr(keras.layers, kind, None)
-    if not isinstance(layer, type):
-        return reason_unsupported(kind) if has_reason(kind) else OWN_CLASS
-    harmless = kind != "Lambda" and f"{layer.__module__}.".startswith(_LAYERS)
-    return "" if harmless else reason_unsupported(kind)
+    if layer in SUPPORTED:
+        return ""
+    return reason_unsupported(kind) if isinstance(layer, type) or kind in REASONS else OWN_CLASS
 
 
-def _unknown(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every layer whose class is not supported, nested models included, and why."""
-    inner = config.get("config")
-    entries = inner.get("layers", []) if isinstance(inner, dict) else inner
-    for entry in entries if isinstance(entries, list) else []:
-        if not isinstance(entry, dict):
-            raise ValueError(f"a layer that is not an object: {str(entry)[:60]!r}")
-        kind, own = str(entry.get("class_name")), entry.get("config")
-        if kind in _MODELS:
-            yield from _unknown(entry)
-        elif entry.get("module") != _OPERATIONS and not is_known(kind):
-            name = own.get("name") if isinstance(own, dict) else None
-            yield f"{kind} {str(name or entry.get('name'))!r}", reason_unsupported(kind)
+def saved_model_to_hdf5(folder: Path, file: Path) -> None:
+    """Write the model of a SavedModel folder as Keras writes an HDF5 file.
+
+    Args:
+        folder: with `keras_metadata.pb` and `variables`; no other process may write to it.
+        file: the file to make.
+
+    Raises:
+        ValueError: the folder holds no whole Keras model.
+    """
+    metadata = _metadata((folder / METADATA_NAME).read_bytes())
+    if "root" not in metadata:
+        raise ValueError(f"{METADATA_NAME} without the model's own configuration")
+    try:
+        layers = list(_layers(folder / CHECKPOINT_NAME, metadata))
+    except (tf.errors.OpError, RuntimeError, KeyError, IndexError) as error:
+        raise ValueError(f"variables that cannot be read: {error}") from error
+    root = metadata["root"]
+    config = {"class_name": root.get("class_name"), "config": root.get("config")}
+    with h5py.File(file, "w") as target:
+        target.attrs["model_config"] = json.dumps(_plain(config))
+        target.attrs["keras_version"], target.attrs["backend"] = "2.0.0", "tensorflow"
+        group = target.create_group("model_weights")
+        group.attrs["keras_version"], group.attrs["backend"] = "2.0.0", "tensorflow"
+        group.attrs["layer_names"] = [name.encode() for name, _ in layers]
+        for name, variables in layers:
+            own = group.create_group(name)
+            places = [f"{index}" for index in range(len(variables))]
+            own.attrs["weight_names"] = [place.encode() for place in places]
+            for place, values in zip(places, variables, strict=True):
+                own[place] = values
+
+
+def _metadata(data: bytes) -> dict[str, dict[str, Any]]:
+    """The metadata of each object by its path in the model."""
+    message = SavedMetadata()
+    try:
+        message.ParseFromString(data)
+    except Exception as error:
+        raise ValueError(f"{METADATA_NAME} that is not a protocol buffer: {error}") from error
+    objects = {}
+    for node in message.nodes:
+        content = json.loads(node.metadata)
+        if isinstance(content, dict):
+            objects[node.node_path] = content
+    return objects
+
+
+def _layers(
+    checkpoint: Path, metadata: Mapping[str, dict[str, Any]]
+) -> Iterator[tuple[str, list[NDArray[Any]]]]:
+    """Name and variables of each layer of the model that has variables."""
+    reader = tf.train.load_checkpoint(str(checkpoint))
+    graph = TrackableObjectGraph()
+    graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+    paths: dict[int, list[str]] = {}
+    for child in graph.nodes[0].children:
+        if child.local_name.startswith("layer"):
+            paths.setdefault(child.node_id, []).append(f"root.{child.local_name}")
+    for node_id, own_paths in paths.items():
+        children = {child.local_name: child.node_id for child in graph.nodes[node_id].children}
+        lists = [
+            [child.node_id for child in graph.nodes[children[name]].children]
+            for name in ("trainable_variables", "variables")
+            if name in children
+        ]
+        variables = list(dict.fromkeys(variable for ids in lists for variable in ids))
+        if not variables:
+            continue
+        names = [metadata[path]["name"] for path in own_paths if path in metadata]
+        if not names:
+            raise KeyError(own_paths[0])
+        yield (
+            str(names[0]),
+            [
+                np.asarray(reader.get_tensor(graph.nodes[variable].attributes[0].checkpoint_key))
+                for variable in variables
+            ],
+        )
+
+
+def _plain(value: Any) -> Any:
+    """JSON as Keras 2 writes it into HDF5 files: tuples and shapes are lists."""
+    if isinstance(value, dict):
+        if value.get("class_name") in ("__tuple__", "TensorShape"):
+            return [_plain(item) for item in value.get("items") or []]
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from models.errors import ImportedModelError, SpecError
 from models.importing.keras_inputs import (
     InputColumns,
-    ModelInput,
     output_names,
     unique_layer_name,
     unique_output_name,
 )
 from models.importing.keras_layers import (
+    EXPORT,
     Converted,
     ConvertedLayer,
     UnsupportedLayerError,
@@ -43,7 +43,6 @@ from models.importing.keras_values import (
     read_through,
     starts_from,
 )
-from models.importing.reasons import EXPORT
 from models.spec.chunking import DEFAULT_CHUNK_STEPS
 from models.spec.layers import FEATURES, RECURRENT
 from models.spec.model import ModelSpec, parse_spec
@@ -78,10 +77,8 @@ class Translation:
     Attributes:
         spec: the model.
         weights: name -> float32, as `models.spec.layout.weight_shapes` requires.
-        inputs: the Keras model's inputs, in their order.
+        columns: the Keras model's inputs.
         states: index of an input -> the state part that it holds.
-        fixed_steps: the number of steps that the Keras model's input fixes, or None.
-        lowest_code: the smallest code that is not padding.
         outputs: the Keras model's outputs, in their order.
         layers: Keras name, Keras class and our layer's name ("" if it was left out).
         notes: what the user should know.
@@ -89,10 +86,8 @@ class Translation:
 
     spec: ModelSpec
     weights: dict[str, NDArray[np.float32]]
-    inputs: tuple[ModelInput, ...]
+    columns: InputColumns
     states: dict[int, str]
-    fixed_steps: int | None
-    lowest_code: int
     outputs: tuple[ModelOutput, ...]
     layers: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
@@ -145,10 +140,8 @@ def translate(model: Any, name: str) -> Translation:
     return Translation(
         spec,
         {**walk.weights, **tables},
-        tuple(columns.inputs),
+        columns,
         walk.states,
-        columns.steps,
-        int(columns.masked),
         outputs,
         tuple(walk.table),
         (*notes, *_chunking_notes(spec, model, columns.steps, explicit=bool(walk.states))),

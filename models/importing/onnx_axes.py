@@ -208,31 +208,25 @@ def _probe(reading: _Reading, roles: Roles) -> OnnxNetwork:
     outputs = tuple(_outputs(reading, roles, sizes, shapes))
     one_by_one = reading.steps == 1 or not all(output.has_time for output in outputs)
     leading = len(reading.leading(1, 1))
+    inputs = [
+        {"name": each.name, "width": next(iter(each.shape[leading:]), None), "dtype": each.dtype}
+        for each in roles.features
+    ]
+    states = [
+        {
+            "input": state.name,
+            "output": roles.pairs[state.name],
+            "shape": state.shape[:axis] + state.shape[axis + 1 :],
+            "dtype": state.dtype,
+            "batch_axis": axis,
+        }
+        for state, axis in zip(roles.states, reading.batch_axes, strict=True)
+    ]
     return OnnxNetwork(
         axes=reading.axes,
-        inputs=tuple(
-            GraphInput.model_validate(
-                {
-                    "name": tensor.name,
-                    "width": tensor.shape[-1] if len(tensor.shape) > leading else None,
-                    "dtype": tensor.dtype,
-                }
-            )
-            for tensor in roles.features
-        ),
+        inputs=tuple(map(GraphInput.model_validate, inputs)),
         outputs=outputs,
-        states=tuple(
-            StatePair.model_validate(
-                {
-                    "input": state.name,
-                    "output": roles.pairs[state.name],
-                    "shape": [size for at, size in enumerate(state.shape) if at != axis],
-                    "dtype": state.dtype,
-                    "batch_axis": axis,
-                }
-            )
-            for state, axis in zip(roles.states, reading.batch_axes, strict=True)
-        ),
+        states=tuple(map(StatePair.model_validate, states)),
         steps=roles.steps,
         controls=tuple(roles.controls),
         batching="step" if one_by_one else "equal",

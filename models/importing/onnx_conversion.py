@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,17 @@ from models.onnx.library import onnxruntime
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec
 from models.spec.onnx_network import ControlInput, StepsInput
-from models.spec.state import Dtype, StatePart, StateSpec
+from models.spec.state import StatePart, StateSpec
 
 MAX_LONG_VALUES = 65_535
 """Most values of a state that are not float32 or float16; the store's header counts them in u16."""
 
+Arrays = dict[str, NDArray[Any]]
+
 
 def convert_onnx(
     path: Path, folder: Path, name: str, options: OnnxOptions
-) -> tuple[Conversion, dict[str, NDArray[Any]], bytes]:
+) -> tuple[Conversion, Arrays, bytes]:
     """Read an ONNX file, find its state pairs and axes, and verify what can be measured.
 
     Args:
@@ -50,20 +52,14 @@ def convert_onnx(
             alternative.
         MemoryError: the process reached its memory limit.
     """
-    options, initial, control_inputs = _with_triton(options)
+    options, initial, controls = _with_triton(options)
     signature = read_signature(path, folder)
-    steps = _steps_input(signature, options)
-    controls = [_control(signature, each) for each in control_inputs]
-    others = [*options.inputs, *([steps.name] if steps else []), *(each.name for each in controls)]
-    _check_names(signature, options)
-    pairs = find_pairs(signature, options.states, others)
-    features = _features(signature, options, pairs, others)
-    fed = {*pairs, *(tensor.name for tensor in features), *(each.name for each in controls)}
-    if reason := find_unbounded_work(signature.model, fed, steps.name if steps else None):
+    roles = _find_roles(signature, options, controls)
+    fed = {*roles.pairs, *(x.name for x in roles.features), *(x.name for x in roles.controls)}
+    lengths = None if roles.steps is None else roles.steps.name
+    if reason := find_unbounded_work(signature.model, fed, lengths):
         raise ImportedModelError(reason)
-    served = [each for each in options.outputs if each not in pairs.values()] or options.outputs
     try:
-        roles = Roles(signature, pairs, features, steps, controls, served)
         network = find_network(roles, options.axes)
         spec = ModelSpec(name=name, features=network.features, onnx=network, layers=(), heads=())
     except ValidationError as error:
@@ -71,23 +67,31 @@ def convert_onnx(
         place = ".".join(str(part) for part in first["loc"])
         raise ImportedModelError(f"{place}: {first['msg']}{signature}") from error
     layout = state_spec(spec)
-    _check_size(layout)
+    if layout.int_size > MAX_LONG_VALUES:
+        raise ImportedModelError(
+            f"expected at most {MAX_LONG_VALUES} values of a state in float64 or integers, got "
+            f"{layout.int_size}; export the model with states in float32"
+        )
     axes = {pair.input: pair.batch_axis for pair in network.states}
-    initial = {**_defaults(signature, axes), **initial, **_initial_from_options(options)}
-    layout = replace(layout, initial_values=_initial_values(layout, initial))
-    proof = Prover(network, layout, signature.session).prove()
-    spec = spec.model_copy(update={"onnx": proof.network})
+    given = {**_defaults(signature, axes), **initial, **_initial_from_options(options)}
+    values = _initial_values(layout, given)
+    prover = Prover(network, replace(layout, initial_values=values), signature.session)
+    spec = spec.model_copy(update={"onnx": prover.prove()})
+    dtypes = {tensor.name: tensor.dtype for tensor in signature.outputs}
+    rounded = [
+        f"the output {output.name!r} is {dtypes[output.name]}; replies contain float32"
+        for output in network.outputs
+        if dtypes[output.name] not in ("float32", "float16", "bool", "int8", "uint8")
+    ]
     conversion = Conversion(
         spec=spec.model_dump(mode="json"),
-        notes=(*proof.notes, *_notes(signature, network.outputs)),
-        verified={**proof.verified, "onnxruntime": onnxruntime.__version__},
+        notes=(*prover.notes, *rounded),
+        verified={**prover.verified, "onnxruntime": onnxruntime.__version__},
     )
-    return conversion, dict(layout.initial_values), signature.graph
+    return conversion, values, signature.graph
 
 
-def _with_triton(
-    options: OnnxOptions,
-) -> tuple[OnnxOptions, dict[str, NDArray[Any]], tuple[TritonControl, ...]]:
+def _with_triton(options: OnnxOptions) -> tuple[OnnxOptions, Arrays, Sequence[TritonControl]]:
     """The options with what Triton's configuration says; the command line takes precedence.
 
     Returns:
@@ -107,8 +111,31 @@ def _with_triton(
     return merged, dict(config.initial_values()), config.controls
 
 
-def _control(signature: Signature, control: TritonControl) -> ControlInput:
-    tensor = next((each for each in signature.inputs if each.name == control.name), None)
+def _find_roles(
+    signature: Signature, options: OnnxOptions, controls: Sequence[TritonControl]
+) -> Roles:
+    """What the tensors are for: as given, or by name and shape."""
+    by_name = {tensor.name: tensor for tensor in signature.inputs}
+    steps = _steps_input(signature, by_name, options)
+    control_inputs = [_control(signature, by_name.get(each.name), each) for each in controls]
+    for option, names in (("--input", options.inputs), ("--initial", tuple(options.initial))):
+        if unknown := [name for name in names if name not in by_name]:
+            raise ImportedModelError(
+                f"{option} {unknown[0]}: expected an input of the graph{signature}"
+            )
+    others = [*options.inputs, *([steps.name] if steps else []), *(c.name for c in control_inputs)]
+    pairs = find_pairs(signature, options.states, others)
+    known = {*pairs, *others, *signature.defaults}
+    remaining = [tensor for tensor in signature.inputs if tensor.name not in known]
+    features = [by_name[name] for name in options.inputs]
+    if not features or remaining:
+        features += remaining
+        require_one_input(signature, features, pairs)
+    served = [each for each in options.outputs if each not in pairs.values()] or options.outputs
+    return Roles(signature, pairs, features, steps, control_inputs, served)
+
+
+def _control(signature: Signature, tensor: Tensor | None, control: TritonControl) -> ControlInput:
     if tensor is None or not tensor.is_usable or len(tensor.shape) not in (1, 2):
         got = "none" if tensor is None else str(tensor)
         raise ImportedModelError(
@@ -120,39 +147,28 @@ def _control(signature: Signature, control: TritonControl) -> ControlInput:
     )
 
 
-def _check_names(signature: Signature, options: OnnxOptions) -> None:
-    known = {tensor.name for tensor in signature.inputs}
-    for option, names in (("--input", options.inputs), ("--initial", tuple(options.initial))):
-        for name in names:
-            if name not in known:
-                raise ImportedModelError(
-                    f"{option} {name}: expected an input of the graph{signature}"
-                )
-
-
-def _steps_input(signature: Signature, options: OnnxOptions) -> StepsInput | None:
-    """The input of lengths or of a mask: as given, or by name and shape."""
-    used = {*options.states, *options.inputs}
-    for tensor in signature.inputs:
-        if tensor.name in (options.lengths, options.mask):
-            kind = "lengths" if tensor.name == options.lengths else "mask"
-            rank = 1 if kind == "lengths" else 2
-            if len(tensor.shape) != rank or not tensor.is_usable:
-                expected = "[B]" if rank == 1 else "[B, T]"
-                raise ImportedModelError(
-                    f"--{kind} {tensor.name}: expected an input {expected}, got {tensor}"
-                )
-            return _steps(kind, tensor)
-    for option, name in (("--lengths", options.lengths), ("--mask", options.mask)):
-        if name is not None:
-            raise ImportedModelError(f"{option} {name}: expected an input of the graph{signature}")
-    for tensor in signature.inputs:
-        if tensor.name in used or not tensor.is_usable:
+def _steps_input(
+    signature: Signature, by_name: Mapping[str, Tensor], options: OnnxOptions
+) -> StepsInput | None:
+    """The input of lengths or of a mask."""
+    for kind, name, rank in (("lengths", options.lengths, 1), ("mask", options.mask, 2)):
+        if name is None:
             continue
+        if name not in by_name:
+            raise ImportedModelError(f"--{kind} {name}: expected an input of the graph{signature}")
+        tensor = by_name[name]
+        if len(tensor.shape) != rank or not tensor.is_usable:
+            shape = "[B]" if rank == 1 else "[B, T]"
+            raise ImportedModelError(f"--{kind} {name}: expected an input {shape}, got {tensor}")
+        return _steps(kind, tensor)
+    for name, tensor in by_name.items():
+        if name in options.states or name in options.inputs:
+            continue
+        rank = len(tensor.shape)
         is_integer = tensor.dtype.startswith(("int", "uint"))
-        if len(tensor.shape) == 1 and is_integer and re.search("len", tensor.name, re.I):
+        if rank == 1 and is_integer and re.search("len", name, re.I):
             return _steps("lengths", tensor)
-        if len(tensor.shape) == 2 and re.search("mask", tensor.name, re.I):
+        if rank == 2 and tensor.is_usable and re.search("mask", name, re.I):
             return _steps("mask", tensor)
     return None
 
@@ -161,82 +177,48 @@ def _steps(kind: str, tensor: Tensor) -> StepsInput:
     return StepsInput.model_validate({"kind": kind, "name": tensor.name, "dtype": tensor.dtype})
 
 
-def _features(
-    signature: Signature, options: OnnxOptions, pairs: Mapping[str, str], others: list[str]
-) -> list[Tensor]:
-    """The inputs of features, in the order of a row's columns."""
-    by_name = {tensor.name: tensor for tensor in signature.inputs}
-    remaining = [
-        tensor
-        for tensor in signature.inputs
-        if tensor.name not in pairs
-        and tensor.name not in others
-        and tensor.name not in signature.defaults
-    ]
-    if not options.inputs:
-        require_one_input(signature, remaining, pairs)
-        return remaining
-    if remaining:
-        named = [by_name[name] for name in options.inputs]
-        require_one_input(signature, [*named, *remaining], pairs)
-    return [by_name[name] for name in options.inputs]
-
-
-def _check_size(layout: StateSpec) -> None:
-    if layout.int_size > MAX_LONG_VALUES:
-        raise ImportedModelError(
-            f"expected at most {MAX_LONG_VALUES} values of a state in float64 or integers, got "
-            f"{layout.int_size}; export the model with states in float32"
-        )
-
-
-def _defaults(signature: Signature, axes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+def _defaults(signature: Signature, axes: Mapping[str, int]) -> Arrays:
     """Default values of state inputs, without the batch axis: learned initial states."""
     values = {}
-    for name, value in signature.defaults.items():
-        if name in axes:
-            if value.shape[axes[name]] != 1:
-                raise ImportedModelError(
-                    f"the state {name!r}: expected a default value for a batch of 1, got "
-                    f"{list(value.shape)}; export it for one row, or give `--initial {name}=FILE`"
-                )
-            values[name] = np.take(value, 0, axis=axes[name])
+    for name in signature.defaults.keys() & axes.keys():
+        value = signature.defaults[name]
+        if value.shape[axes[name]] != 1:
+            raise ImportedModelError(
+                f"the state {name!r}: expected a default value for a batch of 1, got "
+                f"{list(value.shape)}; export it for one row, or give `--initial {name}=FILE`"
+            )
+        values[name] = np.take(value, 0, axis=axes[name])
     return values
 
 
-def _initial_from_options(options: OnnxOptions) -> dict[str, NDArray[Any]]:
-    values: dict[str, NDArray[Any]] = {}
+def _initial_from_options(options: OnnxOptions) -> Arrays:
+    values: Arrays = {}
     for name, value in options.initial.items():
-        if isinstance(value, str):
-            try:
+        try:
+            if isinstance(value, str):
                 stream = io.BytesIO(base64.b64decode(value))
                 values[name] = np.lib.format.read_array(stream, allow_pickle=False)
-            except ValueError as error:
-                raise ImportedModelError(
-                    f"--initial {name}: expected a number or a .npy file, got {error}"
-                ) from error
-        else:
-            values[name] = np.asarray(value)
+            else:
+                values[name] = np.asarray(value)
+        except ValueError as error:
+            raise ImportedModelError(
+                f"--initial {name}: expected a number or a .npy file, got {error}"
+            ) from error
     return values
 
 
-def _initial_values(
-    layout: StateSpec, initial: Mapping[str, NDArray[Any]]
-) -> dict[str, NDArray[Any]]:
+def _initial_values(layout: StateSpec, initial: Arrays) -> Arrays:
     """The values in shape and dtype of their parts, without those that are zero."""
     parts = {part.name: part for part in layout.parts}
-    values = {}
-    for name, value in initial.items():
-        if name not in parts:
-            raise ImportedModelError(
-                f"--initial {name}: expected a state input, one of {sorted(parts)}"
-            )
-        values[name] = _initial_value(parts[name], value)
+    if unknown := [name for name in initial if name not in parts]:
+        raise ImportedModelError(
+            f"--initial {unknown[0]}: expected a state input, one of {sorted(parts)}"
+        )
+    values = {name: _initial_value(parts[name], value) for name, value in initial.items()}
     return {name: value for name, value in values.items() if value.any()}
 
 
 def _initial_value(part: StatePart, value: NDArray[Any]) -> NDArray[Any]:
-    dtype: Dtype = part.dtype
     if value.ndim and value.size == part.size:
         value = value.reshape(part.shape)
     if value.ndim and value.shape != part.shape:
@@ -245,21 +227,11 @@ def _initial_value(part: StatePart, value: NDArray[Any]) -> NDArray[Any]:
             f"without its batch axis), got {list(value.shape)}"
         )
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = value.astype(dtype)
-    if not np.isfinite(cast).all() or (
-        not dtype.startswith("float") and not np.array_equal(cast, value)
-    ):
+        cast = value.astype(part.dtype)
+    is_exact = part.dtype.startswith("float") or np.array_equal(cast, value)
+    if not np.isfinite(cast).all() or not is_exact:
         raise ImportedModelError(
-            f"--initial {part.name}: expected finite values of {dtype}, got {value.dtype} "
+            f"--initial {part.name}: expected finite values of {part.dtype}, got {value.dtype} "
             f"{value.ravel()[:3].tolist()}"
         )
     return np.ascontiguousarray(np.broadcast_to(cast, part.shape))
-
-
-def _notes(signature: Signature, outputs: Any) -> list[str]:
-    dtypes = {tensor.name: tensor.dtype for tensor in signature.outputs}
-    return [
-        f"the output {output.name!r} is {dtypes[output.name]}; replies contain float32"
-        for output in outputs
-        if dtypes[output.name] not in ("float32", "float16", "bool", "int8", "uint8")
-    ]

@@ -101,16 +101,11 @@ def import_onnx_model(
     reset_every: int | None = None,
     limits: Limits | None = None,
 ) -> ImportReport:
-    """Package an ONNX graph whose states are inputs and outputs.
+    """Package an ONNX graph whose states are inputs and outputs; the rest as `import_keras_model`.
 
     Args:
-        path: the file.
-        out: the directory to make.
         name: the packaged model's name, a lower-case slug; `default_name` otherwise.
         options: what is known of the graph; the rest is found.
-        overwrite: whether an artifact that is already there is replaced.
-        reset_every: the model's `reset_every`.
-        limits: resource limits for reading and measuring the model.
 
     Raises:
         ImportedModelError: the graph cannot be served, its state pairs are not certain, or a limit
@@ -134,16 +129,11 @@ def onnx_options(
     axes: Literal["batch_major", "time_major", "step"] | None = None,
     triton: Path | None = None,
 ) -> OnnxOptions:
-    """The options of an import, from those of the command line.
+    """The options of an import, from those of the command line; the rest as in `OnnxOptions`.
 
     Args:
         states: state pairs, `IN=OUT`.
-        inputs: inputs of features.
-        outputs: outputs to serve.
-        lengths: the input of lengths.
-        mask: the input of the mask.
         initial: initial values, `IN=NUMBER` or `IN=FILE.npy`.
-        axes: the order of the axes.
         triton: Triton's `config.pbtxt` of the model.
 
     Raises:
@@ -192,14 +182,11 @@ def package(
     overwrite: bool = False,
     reset_every: int | None = None,
 ) -> ImportReport:
-    """Write the artifact of a converted model.
+    """Write the artifact of a converted model, which is validated here.
 
     Args:
         path: the original file.
-        converted: the converted model; validated here.
         out: the directory to make.
-        overwrite: whether an artifact that is already there is replaced.
-        reset_every: the model's `reset_every`.
 
     Raises:
         ImportedModelError: specification, weights and graph do not fit each other.

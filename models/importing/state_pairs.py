@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from models.errors import ImportedModelError
 from models.importing.onnx_signature import Signature, Tensor
@@ -21,7 +21,7 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 
 def find_pairs(
-    signature: Signature, known: Mapping[str, str], others: Iterable[str]
+    signature: Signature, known: Mapping[str, str], others: Collection[str]
 ) -> dict[str, str]:
     """State output by state input, in the order of the graph's inputs.
 
@@ -32,36 +32,28 @@ def find_pairs(
     Raises:
         ImportedModelError: a known pair does not exist or cannot be one, or there is none.
     """
-    inputs = {tensor.name: tensor for tensor in signature.inputs}
-    outputs = {tensor.name: tensor for tensor in signature.outputs}
-    for before, after in known.items():
-        _check_known(signature, inputs.get(before), outputs.get(after), f"{before}={after}")
-    twice = [name for name in set(known.values()) if list(known.values()).count(name) > 1]
-    if twice:
-        raise ImportedModelError(
-            f"expected one state input for each state output, got several for {sorted(twice)}"
-        )
     pairs = dict(known)
-    free_inputs = [
-        tensor
-        for tensor in signature.inputs
-        if tensor.name not in pairs and tensor.name not in set(others)
-    ]
-    free_outputs = [
-        tensor for tensor in signature.outputs if tensor.name not in set(pairs.values())
-    ]
-    for match in (_marker_key, _step_key):
-        _pair_by_name(pairs, free_inputs, free_outputs, match)
-    if len([each for each in free_inputs if each.name not in pairs]) > 1:
-        _pair_by_shape(pairs, free_inputs, free_outputs)
+    _check_known(signature, known)
+    for key in (_marker_key, _step_key):
+        groups: dict[tuple[str, ...], tuple[list[Tensor], list[Tensor]]]
+        groups = defaultdict(lambda: ([], []))
+        for side, tensors in enumerate(_unpaired(signature, pairs, others)):
+            for tensor in tensors:
+                groups[key(tensor.name)][side].append(tensor)
+        for before, after in groups.values():
+            if len(before) == len(after) == 1 and compatible(before[0], after[0]):
+                pairs[before[0].name] = after[0].name
+    inputs, outputs = _unpaired(signature, pairs, others)
+    if len(inputs) > 1:
+        pairs.update(_pairs_by_shape(inputs, outputs))
     if not pairs:
         raise ImportedModelError(
             "expected state inputs and state outputs, found no pair of them; a model whose state "
             "is inside the graph starts every chunk from the same state. Export it with its "
             "states as inputs and outputs, in PyTorch `forward(x, h0, c0) -> y, hn, cn`; or name "
-            f"the pairs: {_suggestion(signature, free_inputs, free_outputs)}{signature}"
+            f"the pairs: {_suggestion(inputs, outputs)}{signature}"
         )
-    return {name: pairs[name] for name in inputs if name in pairs}
+    return {each.name: pairs[each.name] for each in signature.inputs if each.name in pairs}
 
 
 def require_one_input(
@@ -80,13 +72,12 @@ def require_one_input(
         )
     if len(remaining) > 1:
         names = [tensor.name for tensor in remaining]
-        used = set(pairs.values())
-        outputs = [tensor for tensor in signature.outputs if tensor.name not in used]
-        inputs = " ".join(f"--input {name}" for name in names)
+        _, outputs = _unpaired(signature, pairs, ())
         raise ImportedModelError(
             f"expected one input of features, got {names} besides the states ({known}). Name the "
-            f"missing pairs ({_suggestion(signature, remaining, outputs)}), or if all of them take "
-            f"features, name all, and a row has their columns in this order: {inputs}{signature}"
+            f"missing pairs ({_suggestion(remaining, outputs)}), or if all of them take features, "
+            "name all, and a row has their columns in this order: "
+            f"{' '.join(f'--input {name}' for name in names)}{signature}"
         )
 
 
@@ -103,66 +94,63 @@ def compatible(before: Tensor, after: Tensor) -> bool:
     )
 
 
-def _check_known(
-    signature: Signature, before: Tensor | None, after: Tensor | None, pair: str
-) -> None:
-    if before is None or after is None:
-        missing = "input" if before is None else "output"
+def _check_known(signature: Signature, known: Mapping[str, str]) -> None:
+    inputs = {tensor.name: tensor for tensor in signature.inputs}
+    outputs = {tensor.name: tensor for tensor in signature.outputs}
+    for before, after in known.items():
+        pair = f"--state {before}={after}"
+        if before not in inputs or after not in outputs:
+            missing = "output" if before in inputs else "input"
+            raise ImportedModelError(
+                f"{pair}: expected NAME_OF_INPUT=NAME_OF_OUTPUT, the graph has no such "
+                f"{missing}{signature}"
+            )
+        if not compatible(inputs[before], outputs[after]):
+            raise ImportedModelError(
+                f"{pair}: expected input and output of one element type and shape, got "
+                f"{inputs[before]} and {outputs[after]}"
+            )
+    names = list(known.values())
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ImportedModelError(
-            f"--state {pair}: expected NAME_OF_INPUT=NAME_OF_OUTPUT, the graph has no such "
-            f"{missing}{signature}"
-        )
-    if not compatible(before, after):
-        raise ImportedModelError(
-            f"--state {pair}: expected input and output of one element type and shape, got "
-            f"{before} and {after}"
+            f"expected one state input for each state output, got several for {twice}"
         )
 
 
-def _pair_by_name(
-    pairs: dict[str, str],
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    key: Callable[[str], tuple[str, ...]],
-) -> None:
-    """Pair inputs and outputs with the same key, where each is the only one with it."""
-    by_key: dict[tuple[str, ...], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    used = set(pairs.values())
-    for tensor in inputs:
-        if tensor.name not in pairs:
-            by_key[key(tensor.name)][0].append(tensor)
-    for tensor in outputs:
-        if tensor.name not in used:
-            by_key[key(tensor.name)][1].append(tensor)
-    for before, after in by_key.values():
-        if len(before) == len(after) == 1 and compatible(before[0], after[0]):
-            pairs[before[0].name] = after[0].name
+def _unpaired(
+    signature: Signature, pairs: Mapping[str, str], others: Collection[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs and outputs that are in no pair yet, and may be."""
+    used_inputs, used_outputs = {*pairs, *others}, set(pairs.values())
+    return (
+        [tensor for tensor in signature.inputs if tensor.name not in used_inputs],
+        [tensor for tensor in signature.outputs if tensor.name not in used_outputs],
+    )
 
 
-def _pair_by_shape(
-    pairs: dict[str, str], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> None:
-    """Pair inputs and outputs that nothing else fits, unless the input has an axis of time too."""
-    used = set(pairs.values())
-    before = [tensor for tensor in inputs if tensor.name not in pairs]
-    after = [tensor for tensor in outputs if tensor.name not in used]
+def _has_time(tensor: Tensor) -> bool:
+    """Whether it has more axes without a fixed size than that of the batch."""
+    return sum(not isinstance(size, int) for size in tensor.shape) > 1
+
+
+def _pairs_by_shape(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[str, str]:
+    """Pairs of inputs and outputs that nothing else fits, unless the input has an axis of time."""
     fitting = {
-        first.name: [second.name for second in after if compatible(first, second)]
-        for first in before
-        if sum(not isinstance(size, int) for size in first.shape) < 2
+        before.name: [after.name for after in outputs if compatible(before, after)]
+        for before in inputs
+        if not _has_time(before)
     }
-    for name, names in fitting.items():
-        if len(names) == 1 and sum(names == others for others in fitting.values()) == 1:
-            pairs[name] = names[0]
-
-
-def _words(name: str) -> tuple[str, ...]:
-    return tuple(word.lower() for word in _WORD.findall(name))
+    candidates = list(fitting.values())
+    return {
+        name: names[0]
+        for name, names in fitting.items()
+        if len(names) == 1 and candidates.count(names) == 1
+    }
 
 
 def _marker_key(name: str) -> tuple[str, ...]:
     """The words of a name without those that tell before from after: `h_in`, `h_out`."""
-    words = _words(name)
+    words = tuple(word.lower() for word in _WORD.findall(name))
     return tuple(word for word in words if word not in _MARKERS) or words
 
 
@@ -177,16 +165,13 @@ def _step_key(name: str) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _suggestion(signature: Signature, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
+def _suggestion(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> str:
     """The options to give, with pairs that fit as examples."""
-    options, used = [], set[str]()
+    pairs: dict[str, str] = {}
     for before in inputs:
-        if sum(not isinstance(size, int) for size in before.shape) > 1:
-            continue
-        after = next(
-            (o.name for o in outputs if o.name not in used and compatible(before, o)), None
-        )
-        if after is not None:
-            used.add(after)
-            options.append(f"--state {before.name}={after}")
-    return f"such as `{' '.join(options)}`" if options else "`--state INPUT=OUTPUT`"
+        fitting = [each.name for each in outputs if compatible(before, each)]
+        free = [name for name in fitting if name not in pairs.values()]
+        if free and not _has_time(before):
+            pairs[before.name] = free[0]
+    options = " ".join(f"--state {before}={after}" for before, after in pairs.items())
+    return f"such as `{options}`" if options else "`--state INPUT=OUTPUT`"

@@ -83,7 +83,7 @@ def verify(model: Any, translation: Translation) -> dict[str, Any]:
     chunking = translation.spec.chunking
     batches = {tensor.shape[0] for tensor in functional_of(model).inputs} - {None}
     batch = int(max(batches, default=BATCH))
-    fixed_steps = translation.fixed_steps
+    fixed_steps = translation.columns.steps
     lengths = (fixed_steps,) * 3 if fixed_steps else LENGTHS_STEPS
     is_stateful = _reset(model) and chunking != "whole"
     if chunking == "per_chunk":
@@ -117,7 +117,7 @@ def _random_rows(
     rows = random.standard_normal((batch, length, len(columns))).astype(np.float32)
     for index, column in enumerate(columns):
         if column.codes is not None:
-            lowest = min(translation.lowest_code, column.codes - 1)
+            lowest = min(int(translation.columns.masked), column.codes - 1)
             rows[..., index] = random.integers(lowest, column.codes, (batch, length))
     return rows
 
@@ -137,7 +137,7 @@ def _run_original(
 ) -> list[Floats]:
     """Call the original on rows, and on the states before them where its inputs hold states."""
     slices, values = network_state(translation.spec).slices, []
-    for index, own in enumerate(translation.inputs):
+    for index, own in enumerate(translation.columns.inputs):
         if own.columns is None:
             values.append(state[:, slices[translation.states[index]]])
             continue

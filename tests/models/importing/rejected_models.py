@@ -185,7 +185,7 @@ REJECTED: dict[str, Rejected] = {
         lambda: keras.Sequential(
             [kl.Input((None, 4, 2)), kl.ConvLSTM1D(2, 2, return_sequences=True, name="grid")]
         ),
-        ("expected inputs of shape [batch, steps, features]", "[(None, None, 4, 2)]"),
+        ("ConvLSTM1D 'grid': this cell is not supported", "ONNX"),
     ),
     "code-and-number": Rejected(
         code_and_number, ("Embedding 'code': ", "as a number too", "a separate input")

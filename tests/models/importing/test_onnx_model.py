@@ -307,9 +307,9 @@ def test_measurements_detect_mutants_of_the_runner(
         with pytest.raises(ImportedModelError, match=message):
             prover.prove()
         return
-    proof = prover.prove()
-    assert "padding_invisible" not in proof.verified
-    assert proof.network.batching == "cut"
+    proven = prover.prove()
+    assert "padding_invisible" not in prover.verified
+    assert proven.batching == "cut"
 
 
 def test_a_graph_with_nondeterministic_outputs_is_rejected(tmp_path: Path) -> None:

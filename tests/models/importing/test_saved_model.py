@@ -10,8 +10,8 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from models.errors import ImportedModelError
+from models.importing.keras_file import saved_model_to_hdf5
 from models.importing.packaging import import_keras_model
-from models.importing.saved_model import saved_model_to_hdf5
 from models.networks.build import StepNetwork
 from tests.models.importing.saving import import_here
 
