@@ -27,9 +27,8 @@ from service.pipeline.settings import ModelSettings
 from service.settings import Settings
 from service.store.base import Store
 from service.store.open import open_store
-from service.telemetry.audit import audit
+from service.telemetry.access_log import access_log, audit
 from service.telemetry.metrics import PrometheusRecorder
-from service.telemetry.request_lines import access_log
 from service.telemetry.sampler import Sampler, TransportLoad
 from service.telemetry.tracing import OtelTracer, open_tracer
 

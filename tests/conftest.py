@@ -21,7 +21,7 @@ from structlog.dev import ConsoleRenderer, plain_traceback
 
 import models
 from models.artifact.artifact import write_artifact
-from service.telemetry.request_lines import access_log
+from service.telemetry.access_log import access_log
 from tests.support.browser import running_browser
 from tests.support.event_loop import EventLoop
 from tests.support.post_tables import post_model

@@ -2,15 +2,18 @@
 
 The service logs through structlog, libraries through the standard library; both are rendered
 alike. Every line that is written while a request is served has its `request_id`. The lines of
-requests have a module of their own (`request_lines`). Logging never raises.
+requests have a module of their own (`access_log`). Logging never raises.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import json
 import logging
 import secrets
 import sys
+import threading
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Literal
@@ -21,14 +24,66 @@ import structlog
 from structlog.contextvars import get_contextvars, merge_contextvars
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from service.telemetry.request_lines import RequestLine, access_log
-from service.telemetry.stderr_writer import StderrWriter
+from service.telemetry.access_log import RequestLine, access_log
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
-_stderr = StderrWriter()
+FLUSH_INTERVAL_S = 0.05
+MAX_BUFFERED_LINES = 200
 _ID_LIMIT = 2**64
 _encode_line = msgspec.json.Encoder().encode
+
+
+class StderrWriter:
+    """Writes log lines to stderr, immediately or buffered; one per process.
+
+    `write` flushes the buffer and its line before it returns, so lines keep their order. `buffer`
+    delays a line for up to `FLUSH_INTERVAL_S` while the event loop runs; the buffer is also flushed
+    at exit, but lost if the process is killed. Safe from any thread. Nothing here raises.
+    """
+
+    def __init__(self) -> None:
+        # Reentrant: a signal handler may log while the event loop's thread is writing.
+        self._lock = threading.RLock()
+        self._lines: list[str] = []
+        atexit.register(self.flush)
+
+    def write(self, line: str) -> None:
+        """Write a line immediately."""
+        with self._lock:
+            self._lines.append(line)
+            self.flush()
+
+    def buffer(self, line: str) -> None:
+        """Write a line soon, or immediately outside of the event loop's thread."""
+        with self._lock:
+            self._lines.append(line)
+            if len(self._lines) == 1:
+                try:
+                    asyncio.get_running_loop().call_later(FLUSH_INTERVAL_S, self.flush)
+                except RuntimeError:
+                    self.flush()
+            elif len(self._lines) >= MAX_BUFFERED_LINES:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write the buffered lines."""
+        with self._lock:
+            lines, self._lines = self._lines, []
+            if not lines:
+                return
+            lines.append("")
+            # Looked up each time, to follow a replaced stderr.
+            stream = sys.stderr
+            try:
+                stream.write("\n".join(lines))
+                stream.flush()
+            except (OSError, ValueError):
+                # stderr is closed: the failure cannot be reported anywhere.
+                return
+
+
+_stderr = StderrWriter()
 
 
 class RequestIds:

@@ -41,8 +41,8 @@ from service.core.errors import CarryError, ServiceFailure
 from service.core.memo import Memo
 from service.core.values import Timing
 from service.pipeline.recorder import ModelStatistics
+from service.telemetry.access_log import GRPC, WEBSOCKET
 from service.telemetry.rejections import KeyRejections
-from service.telemetry.request_lines import GRPC, WEBSOCKET
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 UNKNOWN = "-"
@@ -69,6 +69,28 @@ _STATISTICS = (
     "carry_chunk_stage_seconds_sum",
 )
 """The samples that `statistics` adds up."""
+
+
+class Metrics(CollectorRegistry):
+    """The metrics of one process."""
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        """A new counter."""
+        return Counter(name, text, labels, registry=self)
+
+    def gauge(self, name: str, text: str, *labels: str, of_workers: Any) -> Gauge:
+        """A new gauge.
+
+        Args:
+            of_workers: how those of several workers become one.
+        """
+        return Gauge(name, text, labels, registry=self, multiprocess_mode=of_workers)
+
+    def histogram(
+        self, name: str, text: str, *labels: str, buckets: Sequence[float] = SECONDS
+    ) -> Histogram:
+        """A new histogram."""
+        return Histogram(name, text, labels, registry=self, buckets=buckets)
 
 
 class _PendingValues(msgspec.Struct):
@@ -102,115 +124,93 @@ class PrometheusRecorder:
 
     def __init__(self) -> None:
         disable_created_metrics()
-        self.registry = registry = CollectorRegistry()
+        self.registry = registry = Metrics()
         self._served: set[str] = set()
-        model = ("model",)
-        self._chunks = Counter(
-            "carry_chunks", "Chunks processed and committed.", model, registry=registry
+        self._chunks = registry.counter("carry_chunks", "Chunks processed and committed.", "model")
+        self._events = registry.counter("carry_events", "Events of the chunks committed.", "model")
+        self._replays = registry.counter(
+            "carry_replays", "Retries answered from the stored reply.", "model"
         )
-        self._events = Counter(
-            "carry_events", "Events of the chunks committed.", model, registry=registry
+        self._conflicts = registry.counter(
+            "carry_conflicts", "Version conflicts of commits.", "model"
         )
-        self._replays = Counter(
-            "carry_replays", "Retries answered from the stored reply.", model, registry=registry
-        )
-        self._conflicts = Counter(
-            "carry_conflicts", "Version conflicts of commits.", model, registry=registry
-        )
-        self._refusals = Counter(
+        self._problems = registry.counter(
             "carry_refusals",
             "Requests, or items of a request, answered with a problem.",
-            ("model", "code"),
-            registry=registry,
+            "model",
+            "code",
         )
         self.rejections = KeyRejections(registry)
-        self._cache_hits = Counter(
-            "carry_cache_hits", "States found in a worker's memory.", model, registry=registry
+        self._cache_hits = registry.counter(
+            "carry_cache_hits", "States found in a worker's memory.", "model"
         )
-        self._cache_misses = Counter(
-            "carry_cache_misses", "States loaded from the store.", model, registry=registry
+        self._cache_misses = registry.counter(
+            "carry_cache_misses", "States loaded from the store.", "model"
         )
-        self._websockets = Gauge(
-            "carry_websocket_connections",
-            "Open WebSockets.",
-            model,
-            registry=registry,
-            multiprocess_mode="livesum",
+        self._websockets = registry.gauge(
+            "carry_websocket_connections", "Open WebSockets.", "model", of_workers="livesum"
         )
-        self._watchers = Gauge(
+        self._watchers = registry.gauge(
             "carry_watchers",
             "Clients that watch the outputs of a stream.",
-            model,
-            registry=registry,
-            multiprocess_mode="livesum",
+            "model",
+            of_workers="livesum",
         )
-        self._batch_rows = Histogram(
-            "carry_batch_rows", "Streams in a batch.", model, registry=registry, buckets=ROWS
+        self._batch_rows = registry.histogram(
+            "carry_batch_rows", "Streams in a batch.", "model", buckets=ROWS
         )
-        self._batch_seconds = Histogram(
-            "carry_batch_seconds",
-            "Duration of one inference call.",
-            model,
-            registry=registry,
-            buckets=SECONDS,
+        self._batch_seconds = registry.histogram(
+            "carry_batch_seconds", "Duration of one inference call.", "model"
         )
-        self._batch_steps = Counter(
-            "carry_batch_steps", "Steps of the chunks in a batch.", model, registry=registry
+        self._batch_steps = registry.counter(
+            "carry_batch_steps", "Steps of the chunks in a batch.", "model"
         )
-        self._padded_steps = Counter(
+        self._padded_steps = registry.counter(
             "carry_batch_padded_steps",
             "Steps computed by the network, including padding.",
-            model,
-            registry=registry,
+            "model",
         )
-        self._stages = Histogram(
+        self._stages = registry.histogram(
             "carry_chunk_stage_seconds",
             "Time of a committed chunk in each stage.",
-            ("model", "stage"),
-            registry=registry,
-            buckets=SECONDS,
+            "model",
+            "stage",
         )
-        self._request_seconds = Histogram(
-            "carry_request_seconds",
-            "Duration of requests.",
-            ("method", "route", "status"),
-            registry=registry,
-            buckets=SECONDS,
+        self._request_seconds = registry.histogram(
+            "carry_request_seconds", "Duration of requests.", "method", "route", "status"
         )
         self._durations: dict[tuple[str, str | None, int], list[float]] = {}
         self._collected: list[tuple[list[Any], Callable[[list[Any]], None]]] = []
         self._flush_timer: asyncio.TimerHandle | None = None
         # two flushes at once would add the same values twice, and drop later ones
         self._flushing = threading.Lock()
-        self._models = Gauge(
+        self._models = registry.gauge(
             "carry_model_info",
             "The models served; always 1.",
-            ("model", "version", "runtime"),
-            registry=registry,
-            multiprocess_mode="livemax",
+            "model",
+            "version",
+            "runtime",
+            of_workers="livemax",
         )
-        self._max_rows = Gauge(
-            "carry_batch_max_rows",
-            "Most streams in a batch.",
-            model,
-            registry=registry,
-            multiprocess_mode="livemax",
+        self._max_rows = registry.gauge(
+            "carry_batch_max_rows", "Most streams in a batch.", "model", of_workers="livemax"
         )
         # the parent process counts them
-        Counter(RESTARTS, RESTARTS_HELP, registry=registry)
-        Gauge(
+        registry.counter(RESTARTS, RESTARTS_HELP)
+        build = registry.gauge(
             "carry_build_info",
             "The service's build; always 1.",
-            ("version", "python"),
-            registry=registry,
-            multiprocess_mode="livemax",
-        ).labels(version("carry"), platform.python_version()).set(1)
+            "version",
+            "python",
+            of_workers="livemax",
+        )
+        build.labels(version("carry"), platform.python_version()).set(1)
         if not os.environ.get(MULTIPROCESS_DIR):
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
         # Looking up a child takes a lock, a tuple and a dict.
         self._pending: Memo[str, _PendingValues] = Memo(self._collect_values)
-        self._refused = lru_cache(maxsize=None)(self._refusals.labels)
+        self._problems_of = lru_cache(maxsize=None)(self._problems.labels)
 
     def model(self, name: str, version: str, runtime: str, max_rows: int) -> None:
         """Register a model that is served, in batches of so many streams; its series start at
@@ -225,7 +225,7 @@ class PrometheusRecorder:
         self._watchers.labels(name).set(0)
         for code in codes_of(ServiceFailure):
             # an alert on an increase does not see one from no series to 1
-            self._refused(name, code)
+            self._problems_of(name, code)
 
     def _collect_values(self, model: str) -> _PendingValues:
         counters = self._chunks, self._events, self._cache_hits, self._cache_misses
@@ -283,7 +283,7 @@ class PrometheusRecorder:
 
     def record_error(self, model: str, error: CarryError) -> None:
         """Count a request, or an item of a request, that is answered with a problem."""
-        self._refused(model if model in self._served else UNKNOWN, error.code).inc()
+        self._problems_of(model if model in self._served else UNKNOWN, error.code).inc()
         if error.reason is not None:
             self.rejections.record(error)
 

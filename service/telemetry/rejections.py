@@ -17,7 +17,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter
 
 from service.core.errors import CarryError, Unauthenticated
-from service.telemetry.audit import audit
+from service.telemetry.access_log import audit
 
 INTERVAL_S: Final = 60.0
 MAX_KEYS: Final = 100

@@ -14,12 +14,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final, NamedTuple
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from service.core.errors import CarryError, StoreRefused
 from service.pipeline.chunk_load import StateCache
 from service.store.capabilities import StoreMonitor, StreamCount
-from service.telemetry.metrics import SECONDS, UNKNOWN, observe_all
+from service.telemetry.metrics import UNKNOWN, Metrics, observe_all
 
 SAMPLE_INTERVAL_S: Final = 1.0
 COUNT_INTERVAL_S: Final = 30.0
@@ -44,7 +43,7 @@ class Sampler:
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        metrics: Metrics,
         models: Collection[str],
         store: StoreMonitor,
         cache: StateCache,
@@ -61,69 +60,48 @@ class Sampler:
         self._may_count = True
         self._evictions: Tally[str] = Tally()
         self._reconnects = 0
-        self._connections = Gauge(
-            "carry_connections",
-            "Open connections of clients.",
-            ("transport",),
-            registry=registry,
-            multiprocess_mode="livesum",
+        self._connections = metrics.gauge(
+            "carry_connections", "Open connections of clients.", "transport", of_workers="livesum"
         )
-        self._requests = Gauge(
+        self._requests = metrics.gauge(
             "carry_requests_in_flight",
             "Requests that are being answered.",
-            ("transport",),
-            registry=registry,
-            multiprocess_mode="livesum",
+            "transport",
+            of_workers="livesum",
         )
-        self._queue = Gauge(
-            "carry_queue_depth",
-            "Chunks waiting for a batch.",
-            ("model",),
-            registry=registry,
-            multiprocess_mode="livesum",
+        self._queue = metrics.gauge(
+            "carry_queue_depth", "Chunks waiting for a batch.", "model", of_workers="livesum"
         )
-        self._cache_bytes = Gauge(
+        self._cache_bytes = metrics.gauge(
             "carry_cache_bytes",
             "Memory of the states in the workers' caches.",
-            registry=registry,
-            multiprocess_mode="livesum",
+            of_workers="livesum",
         )
-        self._cache_evictions = Counter(
-            "carry_cache_evictions",
-            "States evicted from a worker's cache.",
-            ("model",),
-            registry=registry,
+        self._cache_evictions = metrics.counter(
+            "carry_cache_evictions", "States evicted from a worker's cache.", "model"
         )
-        self._store_up = Gauge(
-            "carry_store_up",
-            "Whether the store accepts commits.",
-            registry=registry,
-            multiprocess_mode="livemin",
+        self._store_up = metrics.gauge(
+            "carry_store_up", "Whether the store accepts commits.", of_workers="livemin"
         )
-        self._store_servers = Gauge(
+        self._store_servers = metrics.gauge(
             "carry_store_servers",
             "Primaries of the store, by whether they accept commits.",
-            ("state",),
-            registry=registry,
-            multiprocess_mode="livemostrecent",
+            "state",
+            of_workers="livemostrecent",
         )
-        self._store_memory = Gauge(
+        self._store_memory = metrics.gauge(
             "carry_store_memory_ratio",
             "Share of its maxmemory that the fullest primary of the store uses.",
-            registry=registry,
-            multiprocess_mode="livemostrecent",
+            of_workers="livemostrecent",
         )
-        self._store_reconnects = Counter(
-            "carry_store_reconnects", "Connections to the store opened again.", registry=registry
+        self._store_reconnects = metrics.counter(
+            "carry_store_reconnects", "Connections to the store opened again."
         )
-        self._round_trips = Histogram(
-            "carry_store_round_trip_seconds",
-            "Time between a command to the store and its reply.",
-            registry=registry,
-            buckets=SECONDS,
+        self._round_trips = metrics.histogram(
+            "carry_store_round_trip_seconds", "Time between a command to the store and its reply."
         )
         self._streams, self._live_streams, self._state_bytes = (
-            Gauge(name, text, ("model",), registry=registry, multiprocess_mode="livemostrecent")
+            metrics.gauge(name, text, "model", of_workers="livemostrecent")
             for name, text in (
                 ("carry_streams", "Streams in the store."),
                 ("carry_live_streams", "Streams with a chunk in the last five minutes."),

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from service.core.tracing import BatchTimes, RequestSpan
-from service.telemetry.request_lines import GRPC, request_facts
+from service.telemetry.access_log import GRPC, request_facts
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

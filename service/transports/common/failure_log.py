@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from service.core.errors import CarryError, InternalError, Overloaded, ServiceFailure
-from service.telemetry.request_lines import note_error
+from service.telemetry.access_log import note_error
 
 log = structlog.get_logger(__name__)
 

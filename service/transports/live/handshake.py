@@ -39,8 +39,8 @@ from service.pipeline.scoped_pipeline import PipelineInterface
 from service.server.errors import DuplicateField
 from service.server.origins import check_origin
 from service.server.websocket_protocol import Message, Receive, Send, WebSocketProtocol
+from service.telemetry.access_log import RequestFacts, access_log, log_request
 from service.telemetry.logs import RequestIds
-from service.telemetry.request_lines import RequestFacts, access_log, log_request
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.live.frames import hello_frame
 from service.transports.live.session import Session
@@ -152,18 +152,8 @@ class LiveSockets:
                 facts.note_error(error)
                 self.api.recorder.record_error(facts.model or "-", error)
                 socket.reject(error_response(error, Media.JSON, request_id, CLOSE))
-        log_request(
-            request_id.decode(),
-            "GET",
-            route,
-            status,
-            round((time.monotonic() - began_s) * 1000, 2),
-            model=facts.model,
-            stream=facts.stream,
-            code=facts.code,
-            key=facts.key,
-            reason=facts.reason,
-        )
+        ms = round((time.monotonic() - began_s) * 1000, 2)
+        log_request(request_id.decode(), "GET", route, status, ms, facts)
         if session is None or status != 101:
             return
         # the rest is kept as long as the socket is open

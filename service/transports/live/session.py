@@ -27,7 +27,7 @@ from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
 from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
 from service.server.websocket_protocol import STOPPING, WebSocketProtocol
-from service.telemetry.request_lines import CLIENT_DISCONNECTED, WEBSOCKET, log_request
+from service.telemetry.access_log import CLIENT_DISCONNECTED, WEBSOCKET, RequestFacts, log_request
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.live.frames import (
@@ -375,14 +375,16 @@ class Session:
             self._route,
             status,
             round((time.monotonic() - received_s) * 100_000) / 100,
-            model=self.model,
-            stream=entry.stream,
-            code=None if error is None else error.code,
-            key=self._pipeline.key_id,
-            reason=None if error is None else error.reason,
-            received_bytes=entry.received_bytes,
-            sent_bytes=sent_bytes,
-            span=entry.span,
+            RequestFacts(
+                self.model,
+                entry.stream,
+                None if error is None else error.code,
+                self._pipeline.key_id,
+                None if error is None else error.reason,
+                entry.received_bytes,
+                sent_bytes,
+                entry.span,
+            ),
             has_line=error is not None,
         )
 

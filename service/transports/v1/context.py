@@ -22,7 +22,7 @@ from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.server.errors import DuplicateField
 from service.server.origins import AcceptsHost, accept_any_host, check_origin
-from service.telemetry.request_lines import note_key
+from service.telemetry.access_log import note_key
 
 SAFE_METHODS: Final = ("GET", "HEAD")
 """Methods that change nothing; a page of another site cannot read their replies."""

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.codec.replies import Header
 from service.core.errors import CarryError
 from service.server.errors import MethodNotAllowed, RouteNotFound
-from service.telemetry.request_lines import note_error
+from service.telemetry.access_log import note_error
 from service.transports.common.failure_log import (
     log_client_disconnect,
     log_failure,

@@ -13,8 +13,8 @@ from service.codec.replies import Answer
 from service.core.errors import CarryError, Overloaded
 from service.pipeline.recorder import Recorder
 from service.server.errors import TooManyConnections
+from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds
-from service.telemetry.request_lines import log_request
 from service.transports.v1.problems import problem_answer, status_of
 from service.transports.v1.request_log import REQUEST_ID_HEADER
 
@@ -101,5 +101,6 @@ class ConnectionErrors:
         self._recorder.record_error("-", error)
         request_id = self.ids.next()
         if not isinstance(error, TooManyConnections):
-            log_request(request_id.decode(), "-", None, status_of(error), 0.0, code=error.code)
+            facts = RequestFacts(code=error.code)
+            log_request(request_id.decode(), "-", None, status_of(error), 0.0, facts)
         return error_response(error, Media.JSON, request_id, CLOSE)

@@ -34,8 +34,8 @@ from service.pipeline.pipeline import OnReply
 from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
 from service.server.fast_route import MAX_FAST_REQUEST_BYTES, FastRoute, IncompleteRequest
 from service.server.framing import MAX_HEADERS, is_host
+from service.telemetry.access_log import CLIENT_DISCONNECTED, RequestFacts, log_request
 from service.telemetry.logs import RequestIds
-from service.telemetry.request_lines import CLIENT_DISCONNECTED, log_request
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.v1.context import ApiContext, ModelCodec
 from service.transports.v1.error_responses import CLOSE, OverloadResponses, error_response
@@ -274,14 +274,16 @@ class FastChunkRoute(FastRoute, ABC):
             self._route,
             status,
             ms,
-            model=request.codec.served.name,
-            stream=request.stream,
-            code=code,
-            key=key,
-            reason=reason,
-            received_bytes=request.body_bytes,
-            sent_bytes=len(response) - response.find(END_OF_HEAD) - len(END_OF_HEAD),
-            span=request.span,
+            RequestFacts(
+                request.codec.served.name,
+                request.stream,
+                code,
+                key,
+                reason,
+                request.body_bytes,
+                len(response) - response.find(END_OF_HEAD) - len(END_OF_HEAD),
+                request.span,
+            ),
         )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from service.core.tracing import PROPAGATED, RequestSpan, Tracer
+from service.telemetry.access_log import RequestFacts, log_request, request_facts
 from service.telemetry.logs import RequestIds
-from service.telemetry.request_lines import RequestFacts, log_request, request_facts
 
 REQUEST_ID_HEADER = b"x-request-id"
 is_request_id = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}").fullmatch
@@ -97,14 +97,7 @@ class RequestLogMiddleware:
                 route,
                 status,
                 round((time.monotonic() - began_s) * 1000, 2),
-                model=facts.model,
-                stream=facts.stream,
-                code=facts.code,
-                key=facts.key,
-                reason=facts.reason,
-                received_bytes=facts.received_bytes,
-                sent_bytes=facts.sent_bytes,
-                span=facts.span,
+                facts,
                 is_probe=route in PROBES,
             )
             request_facts.reset(facts_outside)

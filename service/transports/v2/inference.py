@@ -58,7 +58,7 @@ from service.core.values import (
 )
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
-from service.telemetry.request_lines import note_stream
+from service.telemetry.access_log import note_stream
 from service.transports.v1.context import ApiContext, ModelCodec
 from service.transports.v2.calls import (
     INPUTS,

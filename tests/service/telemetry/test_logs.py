@@ -16,8 +16,8 @@ import structlog
 from fastapi import FastAPI
 
 from service.telemetry import logs
+from service.telemetry.access_log import access_log
 from service.telemetry.logs import configure_logs, current_request_id, flush_logs
-from service.telemetry.request_lines import access_log
 from service.transports.v1.request_log import RequestLogMiddleware
 
 PROCESSORS = structlog.get_config()["processors"]

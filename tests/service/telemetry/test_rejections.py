@@ -12,10 +12,10 @@ from prometheus_client import generate_latest
 
 from service.core.errors import CarryError, Forbidden, LimitExceeded, Unauthenticated
 from service.telemetry import rejections
+from service.telemetry.access_log import access_log
 from service.telemetry.logs import json_line
 from service.telemetry.metrics import PrometheusRecorder
 from service.telemetry.rejections import INTERVAL_S, MAX_ENTRIES, MAX_KEYS
-from service.telemetry.request_lines import access_log
 from tests.support.metrics import read, series
 from tests.support.servers import until_async
 

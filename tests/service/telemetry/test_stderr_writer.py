@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from service.telemetry import stderr_writer
-from service.telemetry.stderr_writer import MAX_BUFFERED_LINES, StderrWriter
+from service.telemetry import logs
+from service.telemetry.logs import MAX_BUFFERED_LINES, StderrWriter
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -39,7 +39,7 @@ async def test_write_flushes_the_buffered_lines_first(
 async def test_buffered_lines_are_flushed_after_the_interval(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stderr_writer, "FLUSH_INTERVAL_S", 0)
+    monkeypatch.setattr(logs, "FLUSH_INTERVAL_S", 0)
     stderr = StderrWriter()
     for text in ("first", "second"):
         stderr.buffer(text)
@@ -71,7 +71,7 @@ def test_lines_are_written_immediately_without_an_event_loop(
 def test_buffered_lines_are_flushed_at_exit(end: str) -> None:
     program = f"""
 import uvloop
-from service.telemetry.stderr_writer import StderrWriter
+from service.telemetry.logs import StderrWriter
 
 async def main():
     StderrWriter().buffer("last words")

@@ -14,9 +14,8 @@ from service.access.keys import parse_key
 from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.core.errors import NotDurable, StoreUnavailable
-from service.telemetry.audit import audit
+from service.telemetry.access_log import access_log, audit
 from service.telemetry.logs import json_line
-from service.telemetry.request_lines import access_log
 from tests.service.transports.v1.harness import Harness, harness, rows
 from tests.support.access import revoke
 from tests.support.pipelines import make_artifact

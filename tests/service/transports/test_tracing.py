@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler
 from opentelemetry.trace import SpanKind, StatusCode
 
-from service.telemetry.request_lines import access_log
+from service.telemetry.access_log import access_log
 from service.telemetry.tracing import OtelTracer
 from service.transports.v1.fast_path import split_trace_headers
 from tests.service.transports.live.sockets import (

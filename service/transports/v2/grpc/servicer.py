@@ -26,8 +26,8 @@ from service.core.tracing import PROPAGATED
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.scoped_pipeline import PipelineInterface
 from service.server.errors import DuplicateField
+from service.telemetry.access_log import GRPC, RequestFacts, log_request, note_key, request_facts
 from service.telemetry.logs import RequestIds, current_request_id
-from service.telemetry.request_lines import GRPC, RequestFacts, log_request, note_key, request_facts
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.v1.request_log import is_request_id
 from service.transports.v2.grpc import v2_pb2 as pb
@@ -436,13 +436,6 @@ def _log(method: str, status: grpc.StatusCode, began_s: float, facts: RequestFac
         f"/{SERVICE}/{method}",
         status.value[0],
         round((time.monotonic() - began_s) * 1000, 2),
-        model=facts.model,
-        stream=facts.stream,
-        code=facts.code,
-        key=facts.key,
-        reason=facts.reason,
-        received_bytes=facts.received_bytes,
-        sent_bytes=facts.sent_bytes,
-        span=facts.span,
+        facts,
         is_probe=method in PROBES,
     )

@@ -18,8 +18,8 @@ from service.codec.limits import LONG_BYTES
 from service.core.errors import StoreRefused
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
+from service.telemetry.access_log import access_log
 from service.telemetry.logs import json_line
-from service.telemetry.request_lines import access_log
 from service.transports.common import failed_streams
 from tests.service.transports.live.sockets import (
     binary,

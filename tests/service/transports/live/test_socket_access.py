@@ -14,7 +14,7 @@ from websockets.server import ServerProtocol
 from models.artifact.artifact import Artifact
 from service.access.limits import KeyLimits
 from service.access.principal import Verb
-from service.telemetry.request_lines import RequestLine, access_log
+from service.telemetry.access_log import RequestLine, access_log
 from service.transports.live.session import UNAUTHENTICATED
 from tests.service.transports.live.sockets import (
     Sockets,

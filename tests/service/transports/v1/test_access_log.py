@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
+from service.telemetry.access_log import GRPC, AccessLog, RequestFacts, access_log
 from service.telemetry.logs import json_line
-from service.telemetry.request_lines import GRPC, AccessLog, access_log
 from tests.service.transports.v1.harness import Harness, harness, rows
 from tests.service.transports.v1.raw_http import (
     becomes,
@@ -168,7 +168,7 @@ def test_the_level_follows_the_outcome(
     log, written = AccessLog(), Lines()
     written.attach(log, monkeypatch)
     for status in levels:
-        log.log("id", method, None, status, 1.0)
+        log.log("id", method, None, status, 1.0, RequestFacts())
     assert {line["status"]: line["level"] for line in written} == levels
 
 
@@ -179,10 +179,10 @@ def test_successes_are_sampled_and_failures_are_not(monkeypatch: pytest.MonkeyPa
     log.observe = lambda method, route, status, ms: observed.update([status])
     log.success_ratio = 0.25
     for _ in range(4000):
-        log.log("id", "GET", "/", 200, 1.0)
+        log.log("id", "GET", "/", 200, 1.0, RequestFacts())
     for status in (404, 503):
         for _ in range(10):
-            log.log("id", "GET", "/", status, 1.0)
+            log.log("id", "GET", "/", status, 1.0, RequestFacts())
     counts = Counter(line["status"] for line in written)
     # five standard deviations
     assert 863 <= counts[200] <= 1137

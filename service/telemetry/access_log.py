@@ -1,7 +1,8 @@
 """The access log: one line for each request of every transport, at the level of its outcome.
 
 The lines have the format of every other line. They are rendered without structlog's processors,
-which take ten times as long, and are buffered.
+which take ten times as long, and are buffered. The audit log is written in the same way: one line
+for each change of streams other than by their chunks, and of keys.
 
     success                                    info; debug if it is a probe's
     client disconnected, or cancelled          info
@@ -15,12 +16,12 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from random import random
 from typing import Any, Final, Literal
 
 import msgspec
+from structlog.contextvars import get_contextvars
 
 from service.core.errors import CarryError
 from service.core.memo import Memo
@@ -56,8 +57,7 @@ _LEVEL_NAMES: Final = {
 }
 
 
-@dataclass(slots=True)
-class RequestFacts:
+class RequestFacts(msgspec.Struct):
     """Facts about a request for its log line and span, added while it is served.
 
     Attributes:
@@ -73,11 +73,11 @@ class RequestFacts:
     model: str | None = None
     stream: str | None = None
     code: str | None = None
+    key: str | None = None
+    reason: str | None = None
     received_bytes: int = 0
     sent_bytes: int = 0
     span: RequestSpan | None = None
-    key: str | None = None
-    reason: str | None = None
 
     def note_error(self, error: CarryError) -> None:
         """Note the error that answers the request."""
@@ -181,15 +181,8 @@ class AccessLog:
         route: str | None,
         status: int,
         ms: float,
+        facts: RequestFacts,
         *,
-        model: str | None = None,
-        stream: str | None = None,
-        code: str | None = None,
-        key: str | None = None,
-        reason: str | None = None,
-        received_bytes: int = 0,
-        sent_bytes: int = 0,
-        span: RequestSpan | None = None,
         is_probe: bool = False,
         has_line: bool = True,
     ) -> None:
@@ -199,24 +192,25 @@ class AccessLog:
             route: the path with the names of its parameters; None if no route matched.
             status: of HTTP; 0 if the client disconnected before the response. Of gRPC its number.
             ms: the total time of the request.
-            model, stream, code, key, reason, received_bytes, sent_bytes: see `RequestFacts`.
-            span: the request's, which is ended.
+            facts: further ones; its span is ended.
             has_line: False to count and trace it only.
         """
         self.observe(method, route, status, ms)
+        stream = facts.stream
         if stream is not None:
             stream = None if self.name_stream is None else self.name_stream(stream)
+        span = facts.span
         if span is not None:
             span.end(
                 method,
                 route,
                 status,
                 request_id=request_id,
-                model=model,
+                model=facts.model,
                 stream=stream,
-                code=code,
-                received_bytes=received_bytes,
-                sent_bytes=sent_bytes,
+                code=facts.code,
+                received_bytes=facts.received_bytes,
+                sent_bytes=facts.sent_bytes,
             )
         if not has_line:
             return
@@ -243,12 +237,12 @@ class AccessLog:
             route,
             status,
             ms,
-            received_bytes,
-            sent_bytes,
-            code,
-            None if code is None else key,
-            reason,
-            model,
+            facts.received_bytes,
+            facts.sent_bytes,
+            facts.code,
+            None if facts.code is None else facts.key,
+            facts.reason,
+            facts.model,
             stream,
             None if span is None else span.trace_id,
             ratio if ratio < 1.0 else None,
@@ -275,3 +269,24 @@ access_log: Final = AccessLog()
 """The access log of this process; `configure_logs` sets its level and format."""
 
 log_request: Final = access_log.log
+
+
+def audit(change: str, /, *, stream: str | None = None, **facts: Any) -> None:
+    """Write a line of the audit log (`service.pipeline.audit.Audit`), at every level of the log.
+
+    It has the request id, and the id of the access key that made the change.
+
+    Args:
+        stream: the stream, or the prefix of several; it is named as in the access log.
+    """
+    line = {
+        "timestamp": datetime.now(UTC),
+        "level": "info",
+        "logger": "service.audit",
+        "message": change,
+        **get_contextvars(),
+        **facts,
+    }
+    if stream is not None and (name := access_log.named(stream)) is not None:
+        line["stream"] = name
+    access_log.write(access_log.render(line))
