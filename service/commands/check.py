@@ -24,7 +24,7 @@ from service.commands.serve import (
 )
 from service.core.errors import CarryError, StoreRefused, StoreUnavailable
 from service.engine.runtimes.loading import RuntimeUnavailableError
-from service.server.worker_pool import KILL_MARGIN_S
+from service.server.workers import KILL_MARGIN_S
 from service.settings import Settings
 from service.store.embedded import find_running, server_binary
 from service.store.redis.open_router import open_router

@@ -1,7 +1,7 @@
 """`carry serve`: the parent process, which owns the port, the embedded store and the workers.
 
-With one worker the service runs in this process (`single_worker`); with several, a pool keeps that
-many child processes on the one listening socket (`worker_pool`). On Linux they are forks of this
+With one worker the service runs in this process; with several, a pool keeps that many child
+processes on the one listening socket (`service.server.workers`). On Linux they are forks of this
 process, which imports the application and the runtime but loads no model. The embedded store
 belongs to the parent, so that all workers share it and it survives each of them.
 """
@@ -27,20 +27,21 @@ import structlog
 import uvicorn
 
 from models.artifact.graphs import ONNXRUNTIME
+from models.errors import ModelsError
 from service.access.key_cache import requires_keys
+from service.core.errors import CarryError
 from service.core.settings import PREFIX
-from service.engine.runtimes.loading import AUTO, import_runtime
+from service.engine.runtimes.loading import AUTO, RuntimeUnavailableError, import_runtime
 from service.server.connections import CHECK_INTERVAL_S
-from service.server.graceful_server import LATE_S, Periods
+from service.server.graceful_server import LATE_S, SIGHUP, Periods
 from service.server.open_files import raise_open_files_limit
-from service.server.process_start import CAN_FORK, SIGHUP, Fork, StartProcess, spawn
-from service.server.single_worker import SingleWorker
-from service.server.worker_pool import WorkerPool, WorkersFailedError
-from service.settings import Settings, service_links
+from service.server.worker_process import CAN_FORK, Fork, StartProcess, WorkerConfig, spawn
+from service.server.workers import SingleWorker, WorkerPool, WorkersFailedError
+from service.settings import Settings, SettingsError, service_links
 from service.store.embedded import EmbeddedValkey
 from service.store.open import open_store
 from service.telemetry.logs import flush_logs
-from service.telemetry.metrics import share_metrics
+from service.telemetry.metrics import WorkerRestarts, share_metrics
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +67,9 @@ WORKER_MODULES = (
     "uvicorn.middleware.message_logger",
 )
 """Modules that every worker imports, beside its runtime; few settings need others."""
+
+START_ERRORS = (ModelsError, CarryError, RuntimeUnavailableError, SettingsError)
+"""Errors of a worker's start that need no traceback."""
 
 
 class CannotServeError(Exception):
@@ -153,17 +157,18 @@ def _run(
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(settings.processes.drain_s)),
     )
-    periods = periods_of(settings)
-    if settings.processes.workers == 1:
-        SingleWorker(config, listener, exit_process, periods).run()
+    worker = WorkerConfig(config, listener, periods_of(settings), START_ERRORS)
+    size, fill = settings.processes.workers, settings.processes.worker_fill
+    if size == 1:
+        SingleWorker(worker, exit_process).serve_and_exit()
         return
     start: StartProcess = spawn
     if CAN_FORK:
         import_for_workers(settings.models.runtime)
         start = fork
-    size, fill = settings.processes.workers, settings.processes.worker_fill
+    restarts = WorkerRestarts()
     try:
-        WorkerPool(config, listener, periods, start, size=size, fill=fill).run()
+        WorkerPool(worker, start, size=size, fill=fill, on_restart=restarts.count).run()
     except WorkersFailedError as error:
         raise CannotServeError(f"no worker could be started: {error}") from error
 

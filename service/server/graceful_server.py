@@ -46,6 +46,9 @@ LATE_S: Final = 2.0
 """How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
 clients disconnected, and batches in their commit may finish."""
 
+SIGHUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
+"""Begins a rolling restart; None on Windows."""
+
 SIGRETIRE: Final[signal.Signals | None] = getattr(signal, "SIGUSR1", None)
 """Begins the retirement; None on Windows."""
 

@@ -1,4 +1,11 @@
-"""One worker process: what the parent sees of it, and what it runs.
+"""One worker process: how it starts, what its parent sees of it, and what it runs.
+
+It is a fork of its parent, or a new interpreter. A fork has what its parent has imported, in memory
+that both share until one of them changes it. The parent must not have another thread, since a lock
+that it holds would stay locked in the child. A fork keeps the descriptors of its parent that it is
+given, and receives no signal before it has handlers of its own: until then the parent's are
+installed. A new interpreter is for a parent that has threads, and for systems other than Linux,
+where some libraries do not support forks.
 
 A worker sends a heartbeat through a pipe twice a second, and shuts down gracefully when its parent
 ends, even by a kill: otherwise it would keep the port.
@@ -13,22 +20,20 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import structlog
 import uvicorn
 
-from models.errors import ModelsError
-from service.core.errors import CarryError
-from service.engine.runtimes.loading import RuntimeUnavailableError
 from service.server.connection_balance import WorkerLoad
-from service.server.graceful_server import SIGRETIRE, GracefulServer, Periods
-from service.server.process_start import SIGHUP, StartProcess, unblock_signals
-from service.settings import SettingsError
+from service.server.graceful_server import SIGHUP, GracefulServer, Periods
 from service.telemetry.logs import flush_logs
+
+CAN_FORK: Final = sys.platform == "linux"
 
 HEARTBEAT_INTERVAL_S: Final = 0.5
 """Interval of the heartbeats of a worker that is ready."""
@@ -45,6 +50,103 @@ BACKOFF_RESET_S: Final = 60.0
 
 log = structlog.get_logger(__name__)
 
+StartProcess = Callable[..., BaseProcess | None]
+"""Starts a process that runs a function: gets the descriptors of the open files that its arguments
+use, which a fork keeps, the function, and its arguments. None if none can be started now."""
+
+WithoutThreads = Callable[[], AbstractContextManager[bool]]
+"""Ends the other threads of a process for the time of a block, and yields whether they have ended;
+starts them again after the block."""
+
+
+def spawn(files: Sequence[int], main: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a new interpreter."""
+    process = multiprocessing.get_context("spawn").Process(target=main, args=arguments)
+    process.start()
+    return process
+
+
+class Fork:
+    """Forks this process; for its main thread.
+
+    Args:
+        without_threads: keeps this process without other threads during a fork; the default is
+            for a process that has none.
+    """
+
+    def __init__(self, without_threads: WithoutThreads = lambda: nullcontext(True)):
+        self._without_threads = without_threads
+
+    def __call__(
+        self, files: Sequence[int], main: Callable[..., None], *arguments: Any
+    ) -> BaseProcess | None:
+        """Start a fork."""
+        with self._without_threads() as is_alone:
+            if not is_alone:
+                return None
+            others = _open_files()
+            for file in (0, 1, 2, *files):
+                others.pop(file, None)
+            context = multiprocessing.get_context("fork")
+            process = context.Process(target=_run_fork, args=(others, main, *arguments))
+            _mask_signals(signal.SIG_BLOCK)
+            try:
+                process.start()
+            finally:
+                _mask_signals(signal.SIG_UNBLOCK)
+        return process
+
+
+def _mask_signals(how: int) -> None:
+    """Block the signals of the service while a process forks, or receive them; a fork does too."""
+    if CAN_FORK:
+        numbers = {signal.SIGTERM, signal.SIGINT, *([] if SIGHUP is None else [SIGHUP])}
+        signal.pthread_sigmask(how, numbers)
+
+
+def _open_files() -> dict[int, os.stat_result]:
+    """The open files of this process, by descriptor."""
+    files = {}
+    for name in os.listdir("/proc/self/fd"):
+        # not the one that the list was read from
+        with suppress(OSError):
+            files[int(name)] = os.fstat(int(name))
+    return files
+
+
+def _run_fork(
+    others: dict[int, os.stat_result], main: Callable[..., None], *arguments: Any
+) -> None:
+    """Main function of a fork.
+
+    Args:
+        others: files of the parent to close. The objects that own them are never deleted in the
+            fork, which would close descriptors again: the frames of the parent's calls, below this
+            one on the stack, refer to them.
+    """
+    for descriptor, file in others.items():
+        # multiprocessing may close one before it forks, and use its number for its own pipes
+        with suppress(OSError):
+            if os.path.samestat(file, os.fstat(descriptor)):
+                os.close(descriptor)
+    main(*arguments)
+
+
+class WorkerConfig(NamedTuple):
+    """What all workers of a pool run.
+
+    Attributes:
+        uvicorn: configuration of its server.
+        listener: the socket that all of them accept from.
+        periods: of the graceful shutdown.
+        start_errors: errors of a start that the operator can understand without a traceback.
+    """
+
+    uvicorn: uvicorn.Config
+    listener: socket.socket
+    periods: Periods
+    start_errors: tuple[type[Exception], ...] = ()
+
 
 class Worker:
     """The parent's view of one worker process."""
@@ -56,7 +158,7 @@ class Worker:
         self.is_ready = False
         self._reason = ""
         self._started_s = self._heartbeat_s = self._ready_s = time.monotonic()
-        self._kill_at_s: float | None = None
+        self._kill_at_s = float("inf")
 
     @property
     def pid(self) -> int:
@@ -101,78 +203,59 @@ class Worker:
         how = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
         return self._reason or f"the worker exited with {how}"
 
-    def terminate(self, kill_after_s: float) -> None:
-        """Ask it to drain after its lame-duck time, and to exit."""
-        self._kill_at_s = time.monotonic() + kill_after_s
-        self.process.terminate()
+    def end(self, number: int, kill_after_s: float) -> None:
+        """Ask it to end, by one of the signals of `GracefulServer`; `has_drained` kills it later.
 
-    def retire(self, kill_after_s: float) -> None:
-        """Ask the worker to retire: to close each connection after its next response, then exit."""
-        self._kill_at_s = time.monotonic() + kill_after_s
-        if not self.has_exited() and SIGRETIRE is not None:
-            os.kill(self.pid, SIGRETIRE)
-
-    def drain(self, kill_after_s: float) -> None:
-        """Ask it to finish accepted requests now, and to exit."""
+        Args:
+            number: SIGTERM drains after the lame-duck time, SIGINT now, SIGRETIRE retires first.
+        """
         self._kill_at_s = time.monotonic() + kill_after_s
         if not self.has_exited():
-            os.kill(self.pid, signal.SIGINT)
+            os.kill(self.pid, number)
+
+    def has_drained(self) -> bool:
+        """Whether it has exited after `end`; kills it once its time is over."""
+        if self.has_exited():
+            return True
+        if time.monotonic() < self._kill_at_s:
+            return False
+        log.error("worker_killed", pid=self.pid)
+        self.kill()
+        return True
 
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
 
-    def has_drained(self) -> bool:
-        """Whether it has exited after `terminate`; kills it once its drain time is over."""
-        if self.has_exited():
-            return True
-        if self._kill_at_s is not None and time.monotonic() >= self._kill_at_s:
-            log.error("worker_killed", pid=self.pid)
-            self.kill()
-            return True
-        return False
 
-
-def start_worker(
-    start: StartProcess,
-    config: uvicorn.Config,
-    listener: socket.socket,
-    periods: Periods,
-    load: WorkerLoad,
-) -> Worker | None:
+def start_worker(start: StartProcess, config: WorkerConfig, load: WorkerLoad) -> Worker | None:
     """Start a worker; None if no process can be started now."""
     heartbeats, child_end = multiprocessing.Pipe(duplex=False)
     # Otherwise the pipe would stay open after the worker exits.
     with child_end:
-        files = (listener.fileno(), child_end.fileno())
-        process = start(files, _run_worker, config, listener, child_end, periods, load)
+        files = (config.listener.fileno(), child_end.fileno())
+        process = start(files, _run_worker, config, child_end, load)
     if process is None:
         heartbeats.close()
         return None
     return Worker(process, heartbeats, load)
 
 
-def _run_worker(
-    config: uvicorn.Config,
-    listener: socket.socket,
-    heartbeats: Connection[Any, Any],
-    periods: Periods,
-    worker_load: WorkerLoad,
-) -> None:
+def _run_worker(config: WorkerConfig, heartbeats: Connection[Any, Any], load: WorkerLoad) -> None:
     """Main function of a worker process."""
     if SIGHUP is not None:
         # A closing terminal signals the whole process group; the parent decides what to do.
         signal.signal(SIGHUP, signal.SIG_IGN)
     # The constructor has configured uvicorn's loggers in the parent process only.
-    config.configure_logging()
-    server = GracefulServer(config, _exit_process, periods, worker_load)
-    unblock_signals()
+    config.uvicorn.configure_logging()
+    server = GracefulServer(config.uvicorn, _exit_process, config.periods, load)
+    _mask_signals(signal.SIG_UNBLOCK)
     threading.Thread(
         target=_send_heartbeats, args=(server, heartbeats), name="carry-heartbeat", daemon=True
     ).start()
     try:
-        server.run(sockets=[listener])
-    except (ModelsError, CarryError, RuntimeUnavailableError, SettingsError) as error:
+        server.run(sockets=[config.listener])
+    except config.start_errors as error:
         heartbeats.send(str(error))
         flush_logs()
         sys.exit(1)

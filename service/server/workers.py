@@ -1,9 +1,10 @@
-"""Worker processes on one listening socket: started, monitored, restarted and drained.
+"""The workers of a service: started, monitored, restarted and drained.
 
-The parent reads the heartbeats of every worker (`worker_process`), and also waits on the process
-itself, so that an exit is noticed at once, even during start-up. A worker that exits is restarted,
-with exponential backoff while it keeps failing. The pool ends on a signal, or when no worker was
-ever ready: then every start would fail in the same way, and the operator should know.
+With several workers, a `WorkerPool` keeps that many processes on one listening socket. The parent
+reads the heartbeats of every worker (`worker_process`), and also waits on the process itself, so
+that an exit is noticed at once, even during start-up. A worker that exits is restarted, with
+exponential backoff while it keeps failing. The pool ends on a signal, or when no worker was ever
+ready: then every start would fail in the same way, and the operator should know.
 
     SIGTERM            every worker fails its readiness check for the lame-duck time, then drains,
                        within its time; then the pool ends
@@ -11,7 +12,9 @@ ever ready: then every start would fail in the same way, and the operator should
     SIGHUP             rolling restart: one worker after another, each retires once its successor is
                        ready, and the next one is replaced once it has exited
 
-One pool per process. `run` is for the main thread, `supervise` for any.
+A `SingleWorker` serves in the parent process, which saves a process. Its rolling restart starts a
+successor in a pool of one worker; once that is ready this server retires, and its process remains
+as the parent of the pool.
 """
 
 from __future__ import annotations
@@ -19,33 +22,38 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.sharedctypes import RawArray
-from typing import Any, Final
+from types import FrameType
+from typing import Any, Final, NoReturn
 
 import structlog
-import uvicorn
 
 from service.server.connection_balance import NOT_ACCEPTING, WorkerLoad
-from service.server.graceful_server import Periods
-from service.server.process_start import SIGHUP, StartProcess
+from service.server.graceful_server import SIGHUP, SIGRETIRE, GracefulServer
 from service.server.worker_process import (
     HEARTBEAT_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
+    StartProcess,
     Worker,
+    WorkerConfig,
+    spawn,
     start_worker,
 )
-from service.telemetry.metrics import WorkerRestarts
 
 BACKOFF_BASE_S: Final = 1.0
 BACKOFF_CAP_S: Final = 30.0
 
 KILL_MARGIN_S: Final = 5.0
 """How long a worker may take, after its drain time, to close its store and exit."""
+
+JOIN_INTERVAL_S: Final = 0.5
 
 log = structlog.get_logger(__name__)
 
@@ -54,10 +62,8 @@ class WorkersFailedError(Exception):
     """No worker was ever ready; the message is the failure of the last one."""
 
 
-def on_hangup(
-    stop: Callable[[int], None], restart: Callable[[], None]
-) -> Callable[[int, object], None]:
-    """Return a handler of SIGHUP, which a closing terminal and an operator send.
+def _handle_hangup(stop: Callable[[int], None], restart: Callable[[], None]) -> None:
+    """Handle SIGHUP, which a closing terminal and an operator send, unless it is ignored.
 
     Args:
         stop: called if the terminal was closed.
@@ -71,7 +77,8 @@ def on_hangup(
         else:
             restart()
 
-    return handle
+    if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
+        signal.signal(SIGHUP, handle)
 
 
 def _has_terminal() -> bool:
@@ -83,36 +90,52 @@ def _has_terminal() -> bool:
     return True
 
 
+@dataclass(eq=False, slots=True)
+class _Slot:
+    """One slot of a pool.
+
+    Attributes:
+        worker: None until one can be started, or until one that exited is restarted.
+        replacement: the worker that takes over once it is ready.
+        has_ended: whether a worker of the slot has exited.
+        failures: consecutive exits before `BACKOFF_RESET_S`.
+        start_at_s: when the worker is restarted.
+    """
+
+    worker: Worker | None = None
+    replacement: Worker | None = None
+    has_ended: bool = False
+    failures: int = 0
+    start_at_s: float = 0.0
+
+
 class WorkerPool:
-    """A pool of worker processes of one application.
+    """A pool of worker processes of one application; one per process.
+
+    `run` is for the main thread, `supervise` for any.
 
     Args:
-        config: uvicorn's configuration of a worker.
-        listener: the socket that all workers accept from.
-        periods: of the workers' graceful shutdown.
         start: starts a process.
         size: number of workers.
         fill: the load up to which a worker is filled before the next one gets any connection.
         on_ready: called once, when the first worker is ready.
+        on_restart: called when a worker that exited has been started again.
     """
 
     def __init__(
         self,
-        config: uvicorn.Config,
-        listener: socket.socket,
-        periods: Periods,
+        config: WorkerConfig,
         start: StartProcess,
         *,
         size: int,
         fill: int = 1,
         on_ready: Callable[[], None] = lambda: None,
+        on_restart: Callable[[], None] = lambda: None,
     ):
         self._config = config
-        self._listener = listener
-        self._periods = periods
         self._start_process = start
-        self._kill_after_s = periods.drain_s + KILL_MARGIN_S
-        self._on_ready = on_ready
+        self._kill_after_s = config.periods.drain_s + KILL_MARGIN_S
+        self._on_ready, self._on_restart = on_ready, on_restart
         self._slots = [_Slot() for _ in range(size)]
         self._fill = fill
         # a rolling restart has one worker more that starts and one that retires
@@ -123,7 +146,6 @@ class WorkerPool:
         self._stop = False
         self._stop_now = False
         self._replace_all = False
-        self._restarts = WorkerRestarts()
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -133,8 +155,7 @@ class WorkerPool:
         """
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
-        if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
-            signal.signal(SIGHUP, on_hangup(self.stop, self.replace_all))
+        _handle_hangup(self.stop, self.replace_all)
         self.supervise()
 
     def supervise(self) -> None:
@@ -168,15 +189,16 @@ class WorkerPool:
             yield from (each for each in (slot.worker, slot.replacement) if each is not None)
         yield from self._draining
 
+    def _unused_indexes(self) -> list[int]:
+        """The entries of the shared loads that belong to no running worker."""
+        used = {worker.load.index for worker in self._workers() if not worker.has_exited()}
+        return [index for index in range(len(self._loads)) if index not in used]
+
     def _start(self) -> Worker | None:
         """Start a worker; None if no process can be started now, which is tried again soon."""
-        used = self._used_indexes()
-        index = next(index for index in range(len(self._loads)) if index not in used)
-        worker_load = WorkerLoad(self._loads, index, self._fill)
-        worker_load.publish(NOT_ACCEPTING)
-        worker = start_worker(
-            self._start_process, self._config, self._listener, self._periods, worker_load
-        )
+        load = WorkerLoad(self._loads, self._unused_indexes()[0], self._fill)
+        load.publish(NOT_ACCEPTING)
+        worker = start_worker(self._start_process, self._config, load)
         if worker is not None:
             log.info("worker_started", pid=worker.pid)
         return worker
@@ -209,34 +231,29 @@ class WorkerPool:
             elif slot.worker is None and self._may_start(slot):
                 slot.worker = self._start()
                 if slot.worker is not None and slot.has_ended:
-                    self._restarts.count()
+                    self._on_restart()
         self._draining = [worker for worker in self._draining if not worker.has_drained()]
-        used = self._used_indexes()
-        for index in range(len(self._loads)):
-            if index not in used:
-                self._loads[index] = NOT_ACCEPTING
+        for index in self._unused_indexes():
+            self._loads[index] = NOT_ACCEPTING
 
     def _may_start(self, slot: _Slot) -> bool:
         """Whether the worker of an empty slot may start: not again before any worker was ready."""
         return not slot.has_ended or (self._was_ready and time.monotonic() >= slot.start_at_s)
 
-    def _used_indexes(self) -> set[int]:
-        return {worker.load.index for worker in self._workers() if not worker.has_exited()}
-
     def _schedule_restart(self, slot: _Slot, worker: Worker) -> None:
         """Schedule the restart of a worker that exited."""
         slot.worker, slot.has_ended = None, True
         slot.failures = 0 if worker.was_stable() else slot.failures + 1
-        backoff_s = (
-            min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** (slot.failures - 1)) if slot.failures else 0
-        )
-        slot.start_at_s = time.monotonic() + backoff_s
+        pause_s = 0.0
+        if slot.failures:
+            pause_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** (slot.failures - 1))
+        slot.start_at_s = time.monotonic() + pause_s
         log.error(
             "worker_ended",
             pid=worker.pid,
             was_ready=worker.is_ready,
             reason=worker.exit_reason(),
-            pause_s=backoff_s,
+            pause_s=pause_s,
         )
         if not self._was_ready and not any(self._workers()):
             raise WorkersFailedError(worker.exit_reason())
@@ -257,8 +274,9 @@ class WorkerPool:
             if not self._draining:
                 slot.replacement = self._start()
         elif slot.replacement.is_ready:
-            if slot.worker is not None:
-                slot.worker.retire(self._periods.retire_s + self._kill_after_s)
+            if slot.worker is not None and SIGRETIRE is not None:
+                retire_s = self._config.periods.retire_s
+                slot.worker.end(SIGRETIRE, retire_s + self._kill_after_s)
                 self._draining.append(slot.worker)
             slot.worker, slot.replacement, slot.failures = slot.replacement, None, 0
             self._to_replace.popleft()
@@ -273,32 +291,89 @@ class WorkerPool:
         log.info("workers_stopping", workers=len(list(self._workers())))
         # The workers have their own. Once they have closed them, connections are refused, and load
         # balancers send their requests elsewhere.
-        self._listener.close()
+        self._config.listener.close()
         if not self._stop_now:
             for worker in self._workers():
-                worker.terminate(self._periods.lame_duck_s + self._kill_after_s)
+                worker.end(signal.SIGTERM, self._config.periods.lame_duck_s + self._kill_after_s)
         while not all(worker.has_drained() for worker in self._workers()):
             if self._stop_now:
                 self._stop_now = False
                 for worker in self._workers():
-                    worker.drain(self._kill_after_s)
+                    worker.end(signal.SIGINT, self._kill_after_s)
             self._wait()
 
 
-@dataclass(eq=False, slots=True)
-class _Slot:
-    """One slot of the pool.
+class SingleWorker(GracefulServer):
+    """Serves in this process until a signal, then exits it.
 
-    Attributes:
-        worker: None until one can be started, or until one that exited is restarted.
-        replacement: the worker that takes over once it is ready.
-        has_ended: whether a worker of the slot has exited.
-        failures: consecutive exits before `BACKOFF_RESET_S`.
-        start_at_s: when the worker is restarted.
+    Args:
+        exit_process: called in the main thread, also from a signal handler.
     """
 
-    worker: Worker | None = None
-    replacement: Worker | None = None
-    has_ended: bool = False
-    failures: int = 0
-    start_at_s: float = 0.0
+    def __init__(self, config: WorkerConfig, exit_process: Callable[[], NoReturn]):
+        super().__init__(config.uvicorn, self._end, config.periods)
+        # this server loads its own config, which then cannot be pickled for another process
+        self._successor = config._replace(uvicorn=copy(config.uvicorn))
+        self._listener = config.listener
+        self._exit = exit_process
+        self._pool: WorkerPool | None = None
+        self._thread: threading.Thread | None = None
+        self._is_replaced = False
+        _handle_hangup(lambda number: self.handle_exit(number, None), self._replace)
+
+    def serve_and_exit(self) -> None:
+        """Serve until a signal, then exit the process."""
+        self.run([self._listener])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM and SIGINT while uvicorn runs."""
+        if self._pool is not None:
+            # a successor that is not ready is not needed any more
+            self._pool.stop(sig if self._is_replaced else signal.SIGINT)
+        if self._is_replaced:
+            self.should_exit = True
+        else:
+            super().handle_exit(sig, frame)
+
+    def _replace(self) -> None:
+        """Start the successor, or replace the one that serves."""
+        if self._pool is not None:
+            self._pool.replace_all()
+        elif not self.should_exit:
+            # this server closes its own listener
+            listener = self._listener.dup()
+            listener.set_inheritable(True)
+            self._pool = WorkerPool(
+                self._successor._replace(listener=listener),
+                # this process has threads, and sessions of the runtime
+                spawn,
+                size=1,
+                on_ready=self._retire_for_successor,
+            )
+            self._thread = threading.Thread(
+                target=self._supervise, args=(self._pool, listener), name="carry-pool"
+            )
+            self._thread.start()
+
+    def _retire_for_successor(self) -> None:
+        self._is_replaced = True
+        self.retire()
+
+    def _supervise(self, pool: WorkerPool, listener: socket.socket) -> None:
+        with listener:
+            try:
+                pool.supervise()
+            except WorkersFailedError as error:
+                log.error("replacement_failed", reason=str(error), kept=1)
+                self._pool = None
+
+    def _end(self) -> NoReturn:
+        """Exit the process once its pool has ended, if there is one."""
+        if self._pool is not None and self._thread is not None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._pool.stop)
+            if not self._is_replaced:
+                self._pool.stop(signal.SIGINT)
+            while self._thread.is_alive():
+                self._thread.join(JOIN_INTERVAL_S)
+        self._exit()
