@@ -67,12 +67,12 @@ def create_app() -> FastAPI:
         service.pipeline,
         settings.requests,
         recorder,
+        service.keys,
         lifespan=lambda api: _serve(api, service, servers),
         connections=connections,
         fast_path=http.http_fast_path,
         metrics=None if has_admin else metrics,
         docs=has_docs,
-        keys=service.keys,
         tracer=service.tracer,
         origins=settings.websocket.websocket_origins,
         accepts_host=host_rule(http.host, http.allowed_hosts),
@@ -87,7 +87,7 @@ def create_app() -> FastAPI:
     if settings.v2.grpc_port is not None:
         servers.append(_grpc_server(service, inference))
     if has_admin:
-        servers.append(AdminServer(api, service.pipeline, connections, http, metrics=metrics))
+        servers.append(AdminServer(api, connections, http, metrics=metrics))
     return api
 
 

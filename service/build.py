@@ -1,7 +1,7 @@
 """Builds the pipeline of one process by its settings, without a transport.
 
     async with build_pipeline(Settings.load()) as service:
-        reply = await service.pipeline.apply(chunk, deadline_s)
+        reply = await service.pipeline.process(caller, chunk, deadline_s)
 
 A transport, a consumer and a command start from it.
 """
@@ -128,7 +128,8 @@ def build_pipeline(settings: Settings, drain_s: float | None = None) -> Pipeline
         tracer=tracer,
         audit=audit,
     )
-    keys = AccessKeys(store.keys, required=settings.access.require_keys, on_change=audit)
+    required = settings.access.require_keys
+    keys = AccessKeys(store.keys, store.rates, store.usage, required=required, on_change=audit)
     return PipelineService(settings, store, pipeline, keys, recorder, tracer)
 
 

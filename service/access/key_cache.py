@@ -1,10 +1,13 @@
-"""Cache of the access keys in one process, at most a second behind the store.
+"""The access keys of one process, at most a second behind the store; they name a request's caller.
 
 Keys are read again every `REFRESH_S`, as a whole if their version has changed. While the store
 does not answer, the last known keys are accepted for `MAX_STALE_S`, after that none: a request is
 never accepted unchecked. A service without keys is open; it requires keys from when the first one
 is created, and continues to if all of them are lost or revoked. So does a new process on a store
 that has had keys, such as one that was restored without them.
+
+A key is verified once for each header; then the header finds its caller in `cached`, from which one
+is dropped as soon as its key is revoked, changed or expired, or the keys are too old.
 
 Use from one event loop.
 """
@@ -15,15 +18,18 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 import structlog
 
+from service.access.caller import ANYONE, Caller
 from service.access.keys import AccessKey, AccessKeyError, decode_key, parse_key
-from service.access.principal import Principal
+from service.access.limits import KeyLimiters, KeyLimits
+from service.access.quota import StreamQuota
 from service.access.tokens import MAX_TOKEN_CHARACTERS, is_token, verify_token
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
-from service.store.capabilities import StoredKeys
+from service.store.capabilities import Quota, RateLeases, StoredKeys, StreamUsage
 
 REFRESH_S: Final = 0.5
 """Time between two reads of the keys' version."""
@@ -34,6 +40,9 @@ READ_S: Final = 0.4
 MAX_STALE_S: Final = 60.0
 """How long the last known keys are accepted while the store does not answer."""
 
+MAX_CACHED: Final = 4096
+"""Most cached headers; when there are more, all are verified again."""
+
 SCHEME: Final = b"bearer "
 MAX_AUTHORIZATION_BYTES: Final = len(SCHEME) + MAX_TOKEN_CHARACTERS
 """Longest header; it bounds the memory of those that were accepted, which are kept."""
@@ -43,6 +52,10 @@ _UNKNOWN: Final = f"{_EXPECTED}, got an unknown key"
 """The same for an unknown id and a wrong secret, so that it does not reveal which ids exist."""
 
 log = structlog.get_logger(__name__)
+
+
+OnEnd = Callable[[CarryError], None]
+"""Called with the reason when a caller is no longer accepted."""
 
 
 def requires_keys(required: bool | None, stored: tuple[bytes, Mapping[str, bytes]]) -> bool:
@@ -56,36 +69,44 @@ class AccessKeys:
 
     Args:
         stored: where they are read from.
+        rates, usage: count for their limits.
         required: whether requests need a key even if there is none; None if the store has had one.
         now_ms: wall clock in epoch milliseconds, for expiry.
         on_change: called with `access_key_created` or `access_key_revoked`, and facts, when the
             keys in the store have changed.
-        on_refresh: called after each attempt to read the keys, and when `start` has read them.
 
     Attributes:
-        is_open: whether requests need no key.
+        open_caller: the caller of each request while they need no key; None if they need one.
+        cached: verified headers and their callers, only while requests need a key.
+        limiters: the limits of rates.
     """
 
     def __init__(
         self,
         stored: StoredKeys,
+        rates: RateLeases,
+        usage: StreamUsage,
         *,
         required: bool | None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         on_change: Callable[..., None] = lambda change, **facts: None,
     ):
         self._stored = stored
+        self._usage = usage
         self._on_change = on_change
         self._now_ms = now_ms
         self._required = required
-        self.is_open = not required
-        self.on_refresh: Callable[[], None] = lambda: None
+        self.open_caller: Caller | None = None if required else ANYONE
+        self.cached: dict[bytes | None, Caller] = {}
+        self.limiters = KeyLimiters(rates)
+        self._quotas: dict[str, StreamQuota] = {}
+        self._on_end: dict[Caller, set[OnEnd]] = {}
         self._version: bytes | None = None
         self._keys: dict[str, AccessKey] = {}
-        self._principals: dict[str, Principal] = {}
+        self._holders: dict[str, Caller] = {}
         self._read_s = time.monotonic()
         self._is_failing = False
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Read the keys, and keep reading them; once, after the store is started.
@@ -94,14 +115,15 @@ class AccessKeys:
             StoreUnavailable, StoreRefused
         """
         await self._read(math.inf)
-        self.on_refresh()
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._drop_ended()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._run()), loop.create_task(self.limiters.run())]
 
     async def close(self) -> None:
         """Stop reading; once, before the store is closed."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:
@@ -118,7 +140,7 @@ class AccessKeys:
             self._is_failing = True
         else:
             self._is_failing = False
-        self.on_refresh()
+        self._drop_ended()
 
     async def _read(self, deadline_s: float) -> None:
         began_s = time.monotonic()
@@ -128,7 +150,7 @@ class AccessKeys:
             return
         is_first, (self._version, records) = self._version is None, stored
         if requires_keys(self._required, stored):
-            self.is_open = False
+            self.open_caller = None
         keys: dict[str, AccessKey] = {}
         for key_id, record in records.items():
             try:
@@ -136,7 +158,7 @@ class AccessKeys:
             except AccessKeyError as error:
                 log.error("access_key_not_readable", key=key_id, reason=str(error))
         before, self._keys = self._keys, keys
-        self._principals.clear()
+        self._holders.clear()
         if not is_first:
             self._report(before)
 
@@ -148,14 +170,69 @@ class AccessKeys:
             if key.revoked_ms is not None and (known is None or known.revoked_ms is None):
                 self._on_change("access_key_revoked", key=key_id, name=key.name)
 
-    def authenticate(self, authorization: bytes | None) -> Principal:
-        """The holder of the key, or of the token, in an Authorization header.
+    def caller(self, authorization: bytes | None) -> Caller:
+        """The caller of a request with this header; call it before more of the request is read.
 
         Raises:
-            Unauthenticated: there is none, or it is not valid.
+            Unauthenticated: there is no key or token that is accepted.
             StoreUnavailable: the keys could not be read for too long.
         """
-        self.check_fresh()
+        if self.open_caller is not None:
+            return self.open_caller
+        caller = self._authenticate(authorization)
+        known = self.cached.get(authorization)
+        if known == caller:
+            return known
+        if len(self.cached) >= MAX_CACHED:
+            self.cached.clear()
+        self.cached[authorization] = caller
+        return caller
+
+    def notify_end(self, caller: Caller, on_end: OnEnd) -> Callable[[], None]:
+        """Call `on_end` once the caller is no longer accepted, within a second of that; for what
+        outlives its request. Returns the function that ends this."""
+        listeners = self._on_end.setdefault(caller, set())
+        listeners.add(on_end)
+
+        def remove() -> None:
+            listeners.discard(on_end)
+            if not listeners:
+                self._on_end.pop(caller, None)
+
+        return remove
+
+    def _drop_ended(self) -> None:
+        """Drop the callers that are no longer accepted."""
+        stale: CarryError | None = None
+        try:
+            if self.open_caller is None:
+                self._check_fresh()
+        except StoreUnavailable as error:
+            stale = error
+            self.cached.clear()
+        for authorization, caller in list(self.cached.items()):
+            if not self.is_current(caller):
+                del self.cached[authorization]
+        for caller, listeners in list(self._on_end.items()):
+            reason = stale or self._end(caller)
+            if reason is not None:
+                del self._on_end[caller]
+                for on_end in list(listeners):
+                    on_end(reason)
+
+    def _end(self, caller: Caller) -> CarryError | None:
+        """Why a caller is no longer accepted; None if it is."""
+        if caller.key_id is not None:
+            if self.is_current(caller):
+                return None
+            return Unauthenticated(f"the key {caller.key_id} is no longer accepted")
+        if self.open_caller is not None:
+            return None
+        return Unauthenticated("the service now requires an access key")
+
+    def _authenticate(self, authorization: bytes | None) -> Caller:
+        """The holder of the key, or of the token, in an Authorization header."""
+        self._check_fresh()
         if authorization is None:
             raise Unauthenticated(f"{_EXPECTED}, got none").with_key("no_key", None)
         if authorization[: len(SCHEME)].lower() != SCHEME:
@@ -166,7 +243,7 @@ class AccessKeys:
             ).with_key("malformed", None)
         bearer = authorization[len(SCHEME) :].strip(b" ").decode("latin-1")
         if is_token(bearer):
-            return verify_token(bearer, self._keys, self._now_ms())
+            return verify_token(bearer, self._keys, self._now_ms(), self._holder)
         text = parse_key(bearer)
         if text is None:
             raise Unauthenticated(_UNKNOWN).with_key("malformed", None)
@@ -179,16 +256,28 @@ class AccessKeys:
             raise Unauthenticated(f"the key {text.key_id} is {status}").with_key(
                 status, text.key_id
             )
-        return self._principal(text.key_id, key)
+        return self._holder(text.key_id, key)
 
-    def _principal(self, key_id: str, key: AccessKey) -> Principal:
-        """The holder of a key, made once: entries are compared with it twice a second."""
-        principal = self._principals.get(key_id)
-        if principal is None:
-            principal = self._principals[key_id] = key.principal(key_id)
-        return principal
+    def _holder(self, key_id: str, key: AccessKey) -> Caller:
+        """The holder of a key, made once: cached ones are compared with it twice a second."""
+        holder = self._holders.get(key_id)
+        if holder is None:
+            limiter = self.limiters.limiter(key_id, key.limits)
+            quota = self._quota(key_id, key.limits)
+            holder = replace(key.caller(key_id), limiter=limiter, quota=quota)
+            self._holders[key_id] = holder
+        return holder
 
-    def check_fresh(self) -> None:
+    def _quota(self, key_id: str, limits: KeyLimits | None) -> StreamQuota | None:
+        """The quota of a key; None if it has none."""
+        if limits is None or (limits.streams is None and limits.state_bytes is None):
+            return None
+        quota, known = Quota(limits.streams, limits.state_bytes), self._quotas.get(key_id)
+        if known is None or known.quota != quota:
+            known = self._quotas[key_id] = StreamQuota(self._usage, key_id, quota)
+        return known
+
+    def _check_fresh(self) -> None:
         """Check that the keys were read recently enough to be relied on.
 
         Raises:
@@ -200,11 +289,11 @@ class AccessKeys:
                 retry_after_s=1,
             )
 
-    def is_current(self, principal: Principal) -> bool:
-        """Whether the principal's key is still accepted, with the same scope, and so its token."""
-        key, now_ms = self._keys.get(principal.key_id), self._now_ms()
-        if key is None or key.status(now_ms) != "active":
+    def is_current(self, caller: Caller) -> bool:
+        """Whether the caller's key is still accepted, with the same scope, and so its token."""
+        key, now_ms = self._keys.get(caller.key_id or ""), self._now_ms()
+        if caller.key_id is None or key is None or key.status(now_ms) != "active":
             return False
-        known, holder = self._principal(principal.key_id, key), principal.signer or principal
+        known, holder = self._holder(caller.key_id, key), caller.signer or caller
         is_same = known is holder or known == holder
-        return is_same and (principal.expires_ms is None or principal.expires_ms > now_ms)
+        return is_same and (caller.expires_ms is None or caller.expires_ms > now_ms)

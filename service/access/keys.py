@@ -17,8 +17,8 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
+from service.access.caller import Caller, Verb, is_model_pattern
 from service.access.limits import KeyLimits
-from service.access.principal import Principal, Verb, is_model_pattern
 
 FORMAT: Final = 1
 MAX_NAME: Final = 64
@@ -72,9 +72,9 @@ class AccessKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """Whether this is the key's secret; takes the same time for every other one."""
         return hmac.compare_digest(_sha256(secret), self.secret_sha256)
 
-    def principal(self, key_id: str) -> Principal:
-        """The key's holder."""
-        return Principal(
+    def caller(self, key_id: str) -> Caller:
+        """The key's holder, whose limits are not enforced yet."""
+        return Caller(
             key_id,
             self.name,
             frozenset(self.verbs),

@@ -1,6 +1,6 @@
 """Rate limits of access keys: requests and events of all processes, concurrent requests of one.
 
-Limits of streams and their bytes are quotas (`service.pipeline.quota`). Rates are token buckets in
+Limits of streams and their bytes are quotas (`service.access.quota`). Rates are token buckets in
 the store (`RateLeases`) that hold the tokens of one second and may be overdrawn: a request is
 accepted while there is a token, and one with many events delays the next ones. So a chunk of any
 length is accepted, and the rate holds on average.
@@ -291,7 +291,7 @@ class KeyLimiters:
     def limiter(self, key_id: str, limits: KeyLimits | None) -> KeyLimiter | None:
         """The limiter of a key, with its present limits; None if it has none.
 
-        It outlives the scoped pipelines of the key, so that a change of the key resets no count.
+        It outlives the callers with the key, so that a change of the key resets no count.
         """
         if limits is None or not any(getattr(limits, name) for name in IN_MEMORY):
             return None

@@ -11,15 +11,15 @@ its key, and shares the key's limits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Final
 
 import jwt
 import msgspec
 
+from service.access.caller import Caller, Verb, is_model_pattern
 from service.access.keys import AccessKey, KeyText
-from service.access.principal import Principal, Verb, is_model_pattern
 from service.core.errors import Unauthenticated
 
 ALGORITHM: Final = "HS256"
@@ -66,8 +66,16 @@ def sign_token(key: KeyText, claims: TokenClaims) -> str:
     )
 
 
-def verify_token(text: str, keys: Mapping[str, AccessKey], now_ms: int) -> Principal:
+def verify_token(
+    text: str,
+    keys: Mapping[str, AccessKey],
+    now_ms: int,
+    holder: Callable[[str, AccessKey], Caller],
+) -> Caller:
     """The holder of a token.
+
+    Args:
+        holder: returns the holder of a key, given its id.
 
     Raises:
         Unauthenticated: it is not accepted.
@@ -96,10 +104,10 @@ def verify_token(text: str, keys: Mapping[str, AccessKey], now_ms: int) -> Princ
         raise _rejected("it has expired", "expired", key_id)
     if claims.nbf is not None and claims.nbf * 1000 > now_ms:
         raise _rejected("it is not valid yet (nbf)", "not_valid_yet", key_id)
-    return _narrow(key.principal(key_id), claims)
+    return _narrow(holder(key_id, key), claims)
 
 
-def _narrow(holder: Principal, claims: TokenClaims) -> Principal:
+def _narrow(holder: Caller, claims: TokenClaims) -> Caller:
     """The key's holder with what the token allows.
 
     Raises:

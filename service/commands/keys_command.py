@@ -19,9 +19,9 @@ from service.commands.direct_store import DataDir, RedisUrl, open_settings
 from service.commands.token_command import sign
 
 if TYPE_CHECKING:
+    from service.access.caller import Verb
     from service.access.keys import AccessKey
     from service.access.limits import KeyLimits
-    from service.access.principal import Verb
     from service.settings import Settings
     from service.store.capabilities import StoredKeys
 
@@ -157,8 +157,8 @@ def revoke_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = No
 
 
 def _verbs(names: list[str] | None) -> tuple[Verb, ...]:
+    from service.access.caller import Verb
     from service.access.keys import AccessKeyError
-    from service.access.principal import Verb
 
     if names is None:
         return (Verb.PREDICT, Verb.MODELS)

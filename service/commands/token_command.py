@@ -26,8 +26,8 @@ def sign(
     """Sign a token that allows a part of what the key in CARRY_API_KEY (or CARRY_API_KEY_FILE)
     allows, and print it."""
     from carry_client.wire import authorization
+    from service.access.caller import Verb
     from service.access.keys import parse_key
-    from service.access.principal import Verb
     from service.access.tokens import TokenClaims, sign_token
 
     try:

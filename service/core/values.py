@@ -186,8 +186,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
             whatever is stored. Its position is 0 or None.
         dry_run: whether it is only computed, from the stream's current state, and not applied.
         span: the span of its request, if that is traced.
-        owner: the access key with a quota under which its stream counts if it creates it; None if
-            there is none.
+        quota: under which its stream counts if it creates it (`service.access.quota.StreamQuota`);
+            None if there is none.
     """
 
     key: StreamKey
@@ -200,7 +200,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     starts_over: bool = False
     dry_run: bool = False
     span: RequestSpan | None = None
-    owner: str | None = None
+    quota: object | None = None
 
 
 class Timing(msgspec.Struct, frozen=True, gc=False):

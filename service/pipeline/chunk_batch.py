@@ -33,7 +33,6 @@ from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.chunk_load import ChunkLoader, StateCache, StoreResponsiveness
 from service.pipeline.inference import Inference
-from service.pipeline.quota import StreamQuotas
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
@@ -60,7 +59,6 @@ class ChunkBatchRunner:
     Afterwards its outcome is unknown until the store answers.
 
     Args:
-        quotas: of the access keys under which new streams count.
         now_ms: wall clock in epoch milliseconds.
         attempts: how often a chunk is tried while other writers change its stream.
         max_detached: most chunks that may wait outside of batches for unresponsive shards.
@@ -76,7 +74,6 @@ class ChunkBatchRunner:
         cache: StateCache,
         compute: Compute,
         recorder: Recorder,
-        quotas: StreamQuotas,
         *,
         now_ms: Callable[[], int],
         attempts: int,
@@ -100,7 +97,6 @@ class ChunkBatchRunner:
             self._shards,
             recorder,
             self._responsiveness,
-            quotas,
             resets_on_model_change=resets_on_model_change,
         )
         self._infer = Inference(served, compute, recorder)

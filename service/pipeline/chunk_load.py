@@ -20,6 +20,7 @@ from collections import Counter, OrderedDict, defaultdict
 from typing import Final
 
 from models.errors import StateError
+from service.access.quota import StreamQuota
 from service.core.delivery import (
     Replay,
     Resolution,
@@ -38,7 +39,6 @@ from service.core.values import Chunk, Reply, StreamKey, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, StageTimes
-from service.pipeline.quota import StreamQuotas
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import RETRY_AFTER_S, SHARD_TIMEOUT_S, Shards
@@ -152,7 +152,6 @@ class ChunkLoader:
     """Loads and evaluates the chunks of one model.
 
     Args:
-        quotas: of the access keys under which new streams count.
         resets_on_model_change: whether a stream whose state another version of the model wrote
             starts over; otherwise its chunks are rejected.
     """
@@ -165,7 +164,6 @@ class ChunkLoader:
         shards: Shards,
         recorder: Recorder,
         responsiveness: StoreResponsiveness,
-        quotas: StreamQuotas,
         *,
         resets_on_model_change: bool,
     ):
@@ -175,8 +173,7 @@ class ChunkLoader:
         self._shards = shards
         self._recorder = recorder
         self._responsiveness = responsiveness
-        self._quotas = quotas
-        # when to register again under an owner, after its count did not answer
+        # when to register again under a key, after its count did not answer
         self._retry_s: defaultdict[str, float] = defaultdict(float)
         self._resets_on_model_change = resets_on_model_change
         self._blocks = served.blocks
@@ -204,7 +201,7 @@ class ChunkLoader:
         loaded = await self._shards.read(uncached, self._load, batch)
         times.load_s = time.monotonic() - times.began_s
         replays: list[ChunkJob] = []
-        created: dict[str, list[ChunkJob]] = {}
+        created: dict[StreamQuota, list[ChunkJob]] = {}
         to_retry: list[ChunkJob] = []
         for (job, value), stream in zip(loaded, self._read_streams(loaded), strict=True):
             if job.is_resolved:
@@ -233,11 +230,11 @@ class ChunkLoader:
                     job.base = EncodedStream(base.head, base.feed, value)
                 job.expected = pack_head(stored.head) if stored else b""
                 ready.append(job)
-                owner = None if job.payload.dry_run else job.payload.owner
-                if owner is not None and not isinstance(stored, StreamState):
-                    created.setdefault(owner, []).append(job)
+                quota = None if job.payload.dry_run else job.payload.quota
+                if isinstance(quota, StreamQuota) and not isinstance(stored, StreamState):
+                    created.setdefault(quota, []).append(job)
         if created:
-            parts = [self._register(owner, group, batch) for owner, group in created.items()]
+            parts = [self._register(quota, group, batch) for quota, group in created.items()]
             rejected = {job for part in await asyncio.gather(*parts) for job in part}
             ready = [job for job in ready if job not in rejected]
         if replays:
@@ -283,28 +280,30 @@ class ChunkLoader:
         return True
 
     async def _register(
-        self, owner: str, jobs: list[ChunkJob], batch: RunningBatch
+        self, quota: StreamQuota, jobs: list[ChunkJob], batch: RunningBatch
     ) -> list[ChunkJob]:
         """Register the streams that jobs create under a quota; returns the rejected jobs.
 
         If the quota is reached, the jobs wait outside of the batch until the streams that do not
         exist are removed from it, and are retried; at most every `quota.RECONCILE_S`.
         """
-        quota, keys = self._quotas[owner], [job.payload.key for job in jobs]
+        keys = [job.payload.key for job in jobs]
         now_s, deadline_s = time.monotonic(), max(job.deadline_s for job in jobs)
         is_sharded = self._store.shard(keys[0]) is not None
         if is_sharded:
             # the shard of the count may not answer, and other streams of the batch must not wait
             deadline_s = min(deadline_s, now_s + SHARD_TIMEOUT_S)
         try:
-            if self._retry_s[owner] > now_s:
-                reason = f"the store does not answer how many streams the key {owner} has"
+            if self._retry_s[quota.key_id] > now_s:
+                reason = f"the store does not answer how many streams the key {quota.key_id} has"
                 raise StoreUnavailable(reason, retry_after_s=RETRY_AFTER_S)
-            errors: list[CarryError | None] = [*await quota.register(keys, deadline_s)]
+            errors: list[CarryError | None] = [
+                *await quota.register(keys, self._served.state_bytes, deadline_s)
+            ]
         except CarryError as failure:
             errors = [failure] * len(jobs)
-            if is_sharded and self._retry_s[owner] <= now_s:
-                self._retry_s[owner] = now_s + RETRY_AFTER_S
+            if is_sharded and self._retry_s[quota.key_id] <= now_s:
+                self._retry_s[quota.key_id] = now_s + RETRY_AFTER_S
         rejected = {job: error for job, error in zip(jobs, errors, strict=True) if error}
 
         async def reconcile() -> list[ChunkJob]:

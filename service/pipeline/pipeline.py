@@ -4,6 +4,10 @@ Transports call this module. It routes requests to the batcher of their model an
 TensorFlow and no Redis: stores and runtimes are behind protocols. `chunk_batch` runs the batches of
 chunks, `core.delivery` has the delivery rules, `streams` the administration of streams. One
 pipeline per process and event loop.
+
+Access is checked here and nowhere else: each use case takes the caller, and checks first that the
+caller's scope covers the verb, the model and the stream, and then the caller's limits. So a
+rejection says nothing about streams, and a transport cannot forget the check.
 """
 
 from __future__ import annotations
@@ -12,23 +16,20 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from msgspec.structs import replace
 
 from models.decoding.forecasts import Forecast
-from service.access.limits import KeyLimiters
-from service.access.principal import Verb
+from service.access.caller import PREDICT, Caller, Verb
 from service.core.delivery import check_position
 from service.core.errors import (
-    AlreadyApplied,
     CarryError,
     DeadlineExceeded,
     InvalidInput,
     ModelNotFound,
     Overloaded,
-    PositionBehind,
-    PreviousFailed,
 )
 from service.core.tracing import Tracer
 from service.core.values import (
@@ -52,16 +53,15 @@ from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_job import ChunkJob
 from service.pipeline.chunk_load import StateCache
+from service.pipeline.chunk_order import apply_in_order
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
 from service.pipeline.predict import PredictRunner, SequenceStart
-from service.pipeline.quota import StreamQuotas
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.pipeline.state_tokens import StateTokens, state_after
 from service.pipeline.streams import Streams
 from service.store.base import Store
-from service.store.codec import HEADER_BYTES
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -71,6 +71,9 @@ CACHE_CHECK_S: Final = 60.0
 
 OnReply = Callable[[Reply | CarryError], None]
 """Called once with the result of a chunk."""
+
+EnqueuedChunk = Job[Chunk, Reply]
+"""A chunk that can be cancelled."""
 
 
 class Pipeline:
@@ -89,14 +92,10 @@ class Pipeline:
         models: the served models by name.
         streams: stream administration.
         cache: the states of recent streams.
-        quotas: the quotas of access keys.
-        limiters: the rate limits of access keys.
-        key_id: None, since no access key is checked.
 
-    A `deadline_s` is the time until which a caller waits, on the monotonic clock.
+    A `deadline_s` is the time until which a caller waits, on the monotonic clock. Each use case may
+    raise Forbidden and LimitExceeded.
     """
-
-    key_id: str | None = None
 
     def __init__(
         self,
@@ -119,15 +118,13 @@ class Pipeline:
         self._drain_s = drain_s
         self._now_ms = now_ms
         self.cache = StateCache(settings.state_cache_bytes)
-        self.streams = Streams(self.model, store, self.cache, now_ms=now_ms, audit=audit)
-        self.quotas = StreamQuotas(store.usage, self._state_bytes)
-        self.limiters = KeyLimiters(store.rates)
+        self.streams = Streams(self._model, store, self.cache, now_ms=now_ms, audit=audit)
         self._tokens = StateTokens(store.keys.token_key)
         self._compute = Compute(settings.inference_timeout_s, threads=runtime_threads)
         self._loop_priority = LoopPriority()
         self._warm = False
         self._stopping = ""
-        self._tasks: list[asyncio.Task[None]] = []
+        self._aging: asyncio.Task[None] | None = None
         self._recorder = recorder
         self._tracer = tracer
         self._chunks = {name: self._chunk_batcher(served) for name, served in self.models.items()}
@@ -147,7 +144,6 @@ class Pipeline:
             self.cache,
             self._compute,
             self._recorder,
-            self.quotas,
             now_ms=self._now_ms,
             attempts=self._settings.conflict_attempts,
             max_detached=self._settings.max_queue // 2,
@@ -189,10 +185,6 @@ class Pipeline:
     def _note_shedding(self, is_shedding: bool) -> None:
         self._loop_priority.note_shedding(is_shedding=is_shedding)
 
-    def _state_bytes(self, model: str) -> int:
-        layout = self.model(model).state
-        return HEADER_BYTES + 4 * layout.float_size + 8 * layout.int_size
-
     async def start(self) -> None:
         """Warm the runtimes up; once, after the store is started."""
         for served in self.models.values():
@@ -200,8 +192,7 @@ class Pipeline:
             if served.decoder is not None:
                 await self._compute.warm(served.decoder)
         self._warm = True
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._age_cache()), loop.create_task(self.limiters.run())]
+        self._aging = asyncio.get_running_loop().create_task(self._age_cache())
 
     async def _age_cache(self) -> None:
         """Drop states of idle streams: another worker may have deleted them."""
@@ -212,8 +203,8 @@ class Pipeline:
     async def stop(self) -> None:
         """Shut down gracefully: drain the queues, then stop; once, before the store is closed."""
         self._stopping = "draining"
-        for task in self._tasks:
-            task.cancel()
+        if self._aging is not None:
+            self._aging.cancel()
         await asyncio.gather(
             *(batcher.drain(self._drain_s) for batcher in self._chunks.values()),
             *(batcher.drain(self._drain_s) for batcher in self._sequences.values()),
@@ -239,21 +230,31 @@ class Pipeline:
         """Fail the readiness check from now on, but accept requests: the lame-duck period."""
         self._stopping = "stopping soon"
 
-    def require(self, *verbs: Verb, model: str | None = None, stream: str | None = None) -> None:
-        """Allow everything: this is the pipeline of a service without keys (`scoped_pipeline`)."""
-
-    def model(self, name: str) -> ServedModel:
-        """Return the served model of that name.
+    def model(
+        self, caller: Caller, verbs: Iterable[Verb], name: str, stream: str | None = None
+    ) -> ServedModel:
+        """Return a served model to a caller who may do one of these with it, or with its stream;
+        transports ask for it before they read the rest of a request.
 
         Raises:
             ModelNotFound
         """
+        caller.check(verbs, name, stream)
         served = self.models.get(name)
         if served is None:
-            names = sorted(self.models)
-            raise ModelNotFound(
-                f"expected one of the models {names}, got {name!r}", expected=names, got=name
-            )
+            raise _model_not_found(name, filter(caller.covers_model, self.models))
+        return served
+
+    def describe(self, caller: Caller) -> dict[str, ServedModel]:
+        """Return the served models that the caller may use, by name, in order."""
+        caller.check((Verb.MODELS,))
+        names = sorted(filter(caller.covers_model, self.models))
+        return {name: self.models[name] for name in names}
+
+    def _model(self, name: str) -> ServedModel:
+        served = self.models.get(name)
+        if served is None:
+            raise _model_not_found(name, self.models)
         return served
 
     def max_batch_rows(self, served: ServedModel) -> int:
@@ -261,7 +262,7 @@ class Pipeline:
         return min(self._settings.max_batch_rows, served.runtime.max_batch)
 
     def check_admission(
-        self, model: str, key: StreamKey | None, left_s: float
+        self, caller: Caller, model: str, key: StreamKey | None, left_s: float
     ) -> Overloaded | None:
         """Return the error that admission control would reject a chunk with now; None if it would
         be admitted. Lets a transport reject a request before it parses the body.
@@ -270,38 +271,56 @@ class Pipeline:
             key: the chunk's stream; None for chunks of many streams.
             left_s: time until the deadline.
         """
+        # `Caller.check` inlined: each chunk passes here, and a Python call less is measurable
+        if caller.key_id is not None and not (
+            Verb.PREDICT in caller.verbs
+            and caller.covers_model(model)
+            and (key is None or key.stream.startswith(caller.prefix))
+        ):
+            raise caller.forbidden(PREDICT, model, None if key is None else key.stream)
+        limiter = caller.limiter
+        if limiter is not None and (rejection := limiter.rejection()) is not None:
+            return rejection
         return self._chunks[model].check_admission(key, left_s)
 
-    def enqueue(self, chunk: Chunk, deadline_s: float, on_result: OnReply) -> Job[Chunk, Reply]:
+    def enqueue(
+        self, caller: Caller, chunk: Chunk, deadline_s: float, on_result: OnReply
+    ) -> EnqueuedChunk:
         """Queue a chunk that `check_admission` admitted, with nothing queued in between.
 
         Args:
             on_result: called with what `process` returns or raises, unless it is cancelled before.
         """
+        limiter = caller.limiter
+        if limiter is not None:
+            limiter.begin(chunk.steps.length)
+            on_result = _then(limiter.end, on_result)
+        if caller.quota is not None:
+            chunk = replace(chunk, quota=caller.quota)
         key, steps = chunk.key, chunk.steps.length
         return self._chunks[key.model].enqueue_admitted(chunk, key, steps, deadline_s, on_result)
 
-    def cancel(self, job: Job[Chunk, Reply]) -> None:
+    def cancel(self, caller: Caller, job: EnqueuedChunk) -> None:
         """Cancel an enqueued chunk whose client disconnected; it is dropped if still queued."""
         self._chunks[job.payload.key.model].cancel(job)
+        if caller.limiter is not None:
+            caller.limiter.end()
 
-    async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
+    async def process(self, caller: Caller, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
         """Apply one chunk and return its reply; safe to retry if the chunk has a position.
 
         Raises:
             CarryError: rejected or failed; see `service.core.errors`.
         """
-        batcher = self._chunks[self.model(chunk.key.model).name]
-        if self._tracer is not None and chunk.span is None:
-            chunk = replace(chunk, span=self._tracer.current_span())
-        specs = [JobSpec(chunk, chunk.key, chunk.steps.length)]
-        [result] = await batcher.submit(specs, deadline_s)
+        model, stream = chunk.key.model, chunk.key.stream
+        with caller.admit(PREDICT, model, stream, chunk.steps.length):
+            [result] = await self._submit(caller, model, deadline_s, [chunk])
         if isinstance(result, CarryError):
             raise result
         return result
 
     async def process_many(
-        self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
+        self, caller: Caller, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
     ) -> list[Reply | CarryError]:
         """Apply chunks of many streams of one model; items fail independently.
 
@@ -313,56 +332,38 @@ class Pipeline:
             items: chunks, or the errors of items that could not be parsed (the fact `stream` names
                 the stream, if that could be parsed).
         """
-        results: dict[int, Reply | CarryError] = {}
-        blocking: dict[str | None, CarryError] = {}
-        waiting = list(enumerate(items))
-        while waiting:
-            # apply the first item of each stream that is not blocked, all of them together
-            runnable: dict[str | None, tuple[int, Chunk]] = {}
-            behind: list[tuple[int, Chunk | CarryError]] = []
-            for index, item in waiting:
-                stream = item.key.stream if isinstance(item, Chunk) else _stream_of(item)
-                if stream in runnable:
-                    behind.append((index, item))
-                    continue
-                if not isinstance(item, Chunk):
-                    results[index] = item
-                    # an item without a stream name blocks no other item
-                    if stream is not None:
-                        blocking[stream] = item
-                    continue
-                failed = blocking.get(stream)
-                blocked = None if failed is None else _blocked_by(item, failed)
-                if blocked is None:
-                    runnable[stream] = index, item
-                    continue
-                results[index] = blocked
-                if not item.dry_run:
-                    blocking[stream] = blocked
-            applied = await self._apply([chunk for _, chunk in runnable.values()], deadline_s)
-            for (index, item), result in zip(runnable.values(), applied, strict=True):
-                if isinstance(result, CarryError):
-                    if isinstance(result, InvalidInput):
-                        result = result.within(f"chunks[{index}]")
-                    if not item.dry_run:
-                        blocking[item.key.stream] = result
-                results[index] = result
-            waiting = behind
-        return [results[index] for index in range(len(items))]
-
-    async def _apply(self, chunks: list[Chunk], deadline_s: float) -> list[Reply | CarryError]:
-        """Apply chunks of different streams of one model."""
+        chunks = [item for item in items if isinstance(item, Chunk)]
         if not chunks:
-            return []
-        batcher = self._chunks[self.model(chunks[0].key.model).name]
+            return [item for item in items if isinstance(item, CarryError)]
+        model = chunks[0].key.model
+        covered = [chunk for chunk in chunks if chunk.key.stream.startswith(caller.prefix)]
+        if len(covered) < len(chunks):
+            items = [
+                caller.forbidden(PREDICT, model, item.key.stream)
+                if isinstance(item, Chunk) and not item.key.stream.startswith(caller.prefix)
+                else item
+                for item in items
+            ]
+        with caller.admit(PREDICT, model, None, sum(chunk.steps.length for chunk in covered)):
+            submit = partial(self._submit, caller, model, deadline_s)
+            return await apply_in_order(items, submit)
+
+    async def _submit(
+        self, caller: Caller, model: str, deadline_s: float, chunks: list[Chunk]
+    ) -> list[Reply | CarryError]:
+        """Apply chunks of different streams of one model."""
+        batcher = self._chunks[self._model(model).name]
+        if caller.quota is not None:
+            chunks = [replace(chunk, quota=caller.quota) for chunk in chunks]
         if self._tracer is not None:
             span = self._tracer.current_span()
-            chunks = [replace(chunk, span=span) for chunk in chunks]
+            chunks = [replace(chunk, span=chunk.span or span) for chunk in chunks]
         specs = [JobSpec(chunk, chunk.key, chunk.steps.length) for chunk in chunks]
         return await batcher.submit(specs, deadline_s)
 
     async def predict(
         self,
+        caller: Caller,
         model: str,
         sequences: Sequence[SequenceInput],
         deadline_s: float = math.inf,
@@ -378,27 +379,28 @@ class Pipeline:
         Raises:
             CarryError: the first failure among the sequences.
         """
-        served = self.model(model)
-        batcher = self._sequences[served.name]
-        if return_tokens:
-            served.check_carries_state("?return_state_token")
-        starts = [
-            SequenceStart(steps, await self._state_before(served, index, steps, token))
-            for index, (steps, token) in enumerate(sequences)
-        ]
-        predictions: list[Prediction] = []
-        specs = [JobSpec(start, None, start.steps.length) for start in starts]
-        for index, result in enumerate(await batcher.submit(specs, deadline_s)):
-            if isinstance(result, InvalidInput):
-                raise result.within(f"sequences[{index}]")
-            if isinstance(result, CarryError):
-                raise result
+        with caller.admit(PREDICT, model, None, sum(each.steps.length for each in sequences)):
+            served = self._model(model)
             if return_tokens:
-                steps, before = starts[index]
-                after = state_after(served, steps, before, result.state)
-                result = result._replace(token=await self._tokens.sign(served, after))
-            predictions.append(result)
-        return predictions
+                served.check_carries_state("?return_state_token")
+            starts = [
+                SequenceStart(steps, await self._state_before(served, index, steps, token))
+                for index, (steps, token) in enumerate(sequences)
+            ]
+            predictions: list[Prediction] = []
+            specs = [JobSpec(start, None, start.steps.length) for start in starts]
+            results = await self._sequences[served.name].submit(specs, deadline_s)
+            for index, result in enumerate(results):
+                if isinstance(result, InvalidInput):
+                    raise result.within(f"sequences[{index}]")
+                if isinstance(result, CarryError):
+                    raise result
+                if return_tokens:
+                    steps, before = starts[index]
+                    after = state_after(served, steps, before, result.state)
+                    result = result._replace(token=await self._tokens.sign(served, after))
+                predictions.append(result)
+            return predictions
 
     async def _state_before(
         self, served: ServedModel, index: int, steps: Steps, token: bytes | None
@@ -415,7 +417,11 @@ class Pipeline:
             raise
 
     async def forecast(
-        self, key: StreamKey, request: ForecastRequest, deadline_s: float = math.inf
+        self,
+        caller: Caller,
+        key: StreamKey,
+        request: ForecastRequest,
+        deadline_s: float = math.inf,
     ) -> ForecastReply:
         """Forecast from a stream's state in the store, which stays as it is.
 
@@ -427,7 +433,13 @@ class Pipeline:
             PositionAhead, PositionBehind: the stream is at another position.
             CarryError: rejected or failed while it was decoded.
         """
-        served = self.model(key.model)
+        with caller.admit(PREDICT, key.model, key.stream, request.horizon):
+            return await self._forecast(key, request, deadline_s)
+
+    async def _forecast(
+        self, key: StreamKey, request: ForecastRequest, deadline_s: float
+    ) -> ForecastReply:
+        served = self._model(key.model)
         max_horizon = served.require_decoder().max_horizon
         if request.horizon > max_horizon:
             raise InvalidInput(
@@ -439,7 +451,7 @@ class Pipeline:
             )
         if deadline_s <= time.monotonic():
             raise DeadlineExceeded("the deadline expired before it started")
-        stored = await self.streams.read(key, deadline_s, request.precondition)
+        stored = await self.streams.load(key, deadline_s, request.precondition)
         if not served.is_compatible(stored):
             raise served.incompatible(key.stream, stored)
         check_position(key.stream, request.position, stored.head)
@@ -452,19 +464,16 @@ class Pipeline:
         return ForecastReply(key, stored.head, result, covariates.times_ms)
 
 
-def _blocked_by(chunk: Chunk, failed: CarryError) -> PreviousFailed | None:
-    """The error of a chunk behind a failed item of its stream; None if it may be applied."""
-    if isinstance(failed, AlreadyApplied | PositionBehind) and chunk.position is not None:
-        return None
-    first = failed.facts.get("previous", failed.code)
-    return PreviousFailed(
-        f"an earlier item of stream {chunk.key.stream!r} failed with {first}",
-        stream=chunk.key.stream,
-        previous=first,
+def _model_not_found(name: str, models: Iterable[str]) -> ModelNotFound:
+    expected = sorted(models)
+    return ModelNotFound(
+        f"expected one of the models {expected}, got {name!r}", expected=expected, got=name
     )
 
 
-def _stream_of(error: CarryError) -> str | None:
-    """The stream of an item that could not be parsed; None if it is not known."""
-    stream = error.facts.get("stream")
-    return stream if isinstance(stream, str) else None
+def _then(first: Callable[[], None], on_result: OnReply) -> OnReply:
+    def on_both(result: Reply | CarryError) -> None:
+        first()
+        on_result(result)
+
+    return on_both

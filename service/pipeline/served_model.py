@@ -36,6 +36,7 @@ from service.core.errors import (
 )
 from service.core.values import Chunk, FloatRows, ForecastRequest, Steps, StreamHead, StreamState
 from service.engine.runtimes.base import Runtime
+from service.store.codec import HEADER_BYTES
 
 Encoded = tuple[FloatRows, NDArray[np.int64]]
 """Rows [T, F] of a chunk, and the int part [M] of the state after it."""
@@ -96,6 +97,11 @@ class ServedModel:
     def state(self) -> StateSpec:
         """The layout of a stream's state."""
         return self.artifact.state
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """The size of a stream's state in the store."""
+        return HEADER_BYTES + 4 * self.state.float_size + 8 * self.state.int_size
 
     @cached_property
     def initial(self) -> State:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import Final
 
+from structlog.contextvars import bound_contextvars
+
 from models.spec.state import State
+from service.access.caller import DESCRIBE, Caller, Verb
+from service.access.quota import StreamQuota
 from service.core.delivery import start_epoch, state_changed, stream_exists, stream_facts
 from service.core.errors import CarryError, Conflict, StateDamaged, StreamNotFound
 from service.core.values import (
@@ -27,7 +31,6 @@ from service.core.values import (
 )
 from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_load import StateCache
-from service.pipeline.quota import StreamQuota
 from service.pipeline.served_model import ServedModel
 from service.store.base import (
     CommitColumns,
@@ -53,13 +56,17 @@ CREATE_ATTEMPTS: Final = 4
 class Streams:
     """The streams of several models in one store.
 
+    Each method first checks that the caller may do it, and counts it for the caller's limits. What
+    a caller with a quota creates or deletes counts for the quota.
+
     Args:
         model: returns the served model of a name; raises ModelNotFound.
         cache: the state cache of the chunk batches; writes invalidate its entries.
         now_ms: wall clock in epoch milliseconds, for the time of commits.
         audit: records what was changed.
 
-    Besides the documented errors, every method may raise ModelNotFound and the store's errors.
+    Besides the documented errors, every method may raise Forbidden, LimitExceeded, ModelNotFound
+    and the store's errors.
     """
 
     def __init__(
@@ -77,31 +84,50 @@ class Streams:
         self._cache = cache
         self._now_ms = now_ms
 
+    @contextmanager
+    def _use(
+        self, caller: Caller, verbs: Iterable[Verb], model: str, stream: str
+    ) -> Iterator[None]:
+        """Admit a call, and name its caller in the lines of the audit log."""
+        names = {} if caller.key_id is None else {"key": caller.key_id}
+        if caller.subject is not None:
+            names["subject"] = caller.subject
+        with caller.admit(verbs, model, stream), bound_contextvars(**names):
+            yield
+
     async def read(
         self,
+        caller: Caller,
         key: StreamKey,
         deadline_s: float = math.inf,
         precondition: Precondition | None = None,
     ) -> StreamState:
-        """Read a stream from the store.
+        """Read a stream from the store; its state's values are not to be shown.
 
         Raises:
             StreamNotFound, StateDamaged, StoreUnavailable
             StateChanged: the precondition names another state.
         """
+        with self._use(caller, DESCRIBE, key.model, key.stream):
+            return await self.load(key, deadline_s, precondition)
+
+    async def load(
+        self,
+        key: StreamKey,
+        deadline_s: float = math.inf,
+        precondition: Precondition | None = None,
+    ) -> StreamState:
+        """Read a stream for a use case that has checked its caller; raises what `read` does."""
         self._model(key.model)
         stored = await self._load(key, deadline_s)
         if precondition is not None:
             _check_precondition(key, stored, precondition)
         if not isinstance(stored, StreamState):
-            raise StreamNotFound(
-                f"model {key.model!r} has no stream {key.stream!r}",
-                **stream_facts(key.stream, None),
-            )
+            raise _not_found(key)
         return stored
 
     async def read_state(
-        self, key: StreamKey, precondition: Precondition | None = None
+        self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
     ) -> StreamState:
         """Read a stream whose state's values are to be shown.
 
@@ -109,58 +135,61 @@ class Streams:
             StreamNotFound, StateDamaged, StoreUnavailable, StateChanged: as `read`.
             StateIncompatible: another version of the model wrote the state.
         """
-        record = await self.read(key, precondition=precondition)
+        with self._use(caller, (Verb.READ_STATE,), key.model, key.stream):
+            return await self._load_compatible(key, precondition)
+
+    async def _load_compatible(
+        self, key: StreamKey, precondition: Precondition | None = None
+    ) -> StreamState:
+        record = await self.load(key, precondition=precondition)
         served = self._model(key.model)
         if not served.is_compatible(record):
             raise served.incompatible(key.stream, record)
         return record
 
-    async def page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+    async def page(
+        self, caller: Caller, model: str, prefix: str, cursor: str | None, limit: int
+    ) -> StreamPage:
         """List a page of the model's streams whose names start with `prefix`."""
+        with self._use(caller, (Verb.LIST,), model, prefix):
+            return await self._page(model, prefix, cursor, limit)
+
+    async def _page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
         return await self._store.streams(self._model(model).name, prefix, cursor, limit)
 
     async def delete(
-        self,
-        key: StreamKey,
-        precondition: Precondition | None = None,
-        quota: StreamQuota | None = None,
+        self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
     ) -> None:
         """Delete a stream.
-
-        Args:
-            quota: releases it.
 
         Raises:
             StreamNotFound
             StateChanged: the precondition names another state.
         """
-        self._model(key.model)
-        expected: StreamHead | None = None
-        if precondition is not None:
-            expected = _check_precondition(key, await self._load(key), precondition)
-        self._cache.drop(key)
-        async with _releasing(quota, [key]) as deleted:
-            result = await self._store.delete(key, expected)
-            if isinstance(result, Committed) or (isinstance(result, Conflicted) and not expected):
-                deleted.append(key)
-        self._record("stream_deleted", key, result)
-        if isinstance(result, CarryError):
-            raise result
-        if isinstance(result, Committed):
-            return
-        if precondition is not None:
-            raise state_changed(key.stream, result.stored)
-        raise StreamNotFound(
-            f"model {key.model!r} has no stream {key.stream!r}", **stream_facts(key.stream, None)
-        )
+        with self._use(caller, (Verb.DELETE,), key.model, key.stream):
+            self._model(key.model)
+            expected: StreamHead | None = None
+            if precondition is not None:
+                expected = _check_precondition(key, await self._load(key), precondition)
+            self._cache.drop(key)
+            async with _releasing(caller.quota, [key]) as deleted:
+                result = await self._store.delete(key, expected)
+                is_deleted = isinstance(result, Committed)
+                if is_deleted or (isinstance(result, Conflicted) and not expected):
+                    deleted.append(key)
+            self._record("stream_deleted", key, result)
+            if isinstance(result, CarryError):
+                raise result
+            if isinstance(result, Conflicted):
+                raise state_changed(key.stream, result.stored) if expected else _not_found(key)
 
     async def delete_prefix(
         self,
+        caller: Caller,
         model: str,
         prefix: str,
         cursor: str | None = None,
         limit: int | None = None,
-        quota: StreamQuota | None = None,
     ) -> tuple[int, str | None]:
         """Delete the streams whose names start with `prefix`.
 
@@ -169,7 +198,6 @@ class Streams:
         Args:
             cursor: where an earlier call with a limit ended.
             limit: ends after about as many streams, or after MAX_DELETE_PAGES pages of the store.
-            quota: releases them.
 
         Returns:
             How many streams were deleted, and the cursor to continue from, None at the end.
@@ -178,39 +206,45 @@ class Streams:
             InvalidInput: the cursor is invalid.
             OutcomeUnknown, NotDurable: of the first stream whose deletion is not certain.
         """
-        deleted, facts = 0, dict[str, str]()
-        try:
-            for pages in itertools.count(1):
-                count = min(DELETE_PAGE_STREAMS, (limit or math.inf) - deleted)
-                page = await self.page(model, prefix, cursor, int(count))
-                for first in range(0, len(page.keys), DELETE_BATCH_STREAMS):
-                    keys = page.keys[first : first + DELETE_BATCH_STREAMS]
-                    for key in keys:
-                        self._cache.drop(key)
-                    async with _releasing(quota, keys) as released:
-                        results = await self._store.delete_many(keys)
-                        released += [
-                            key
-                            for key, result in zip(keys, results, strict=True)
-                            if not isinstance(result, CarryError)
-                        ]
-                    for result in results:
-                        if isinstance(result, CarryError):
-                            facts = _outcome(result)
-                            raise result
-                        deleted += isinstance(result, Committed)
-                cursor = page.cursor
-                if cursor is None or (
-                    limit is not None and (deleted >= limit or pages == MAX_DELETE_PAGES)
-                ):
-                    break
-        finally:
-            if deleted or facts:
-                self._audit("streams_deleted", model=model, stream=prefix, deleted=deleted, **facts)
-        return deleted, cursor
+        with self._use(caller, (Verb.DELETE,), model, prefix):
+            deleted, facts = 0, dict[str, str]()
+            try:
+                for pages in itertools.count(1):
+                    count = min(DELETE_PAGE_STREAMS, (limit or math.inf) - deleted)
+                    page = await self._page(model, prefix, cursor, int(count))
+                    for first in range(0, len(page.keys), DELETE_BATCH_STREAMS):
+                        keys = page.keys[first : first + DELETE_BATCH_STREAMS]
+                        for result in await self._delete_many(keys, caller.quota):
+                            if isinstance(result, CarryError):
+                                facts = _outcome(result)
+                                raise result
+                            deleted += isinstance(result, Committed)
+                    cursor = page.cursor
+                    if cursor is None or (
+                        limit is not None and (deleted >= limit or pages == MAX_DELETE_PAGES)
+                    ):
+                        break
+            finally:
+                if deleted or facts:
+                    self._audit(
+                        "streams_deleted", model=model, stream=prefix, deleted=deleted, **facts
+                    )
+            return deleted, cursor
+
+    async def _delete_many(
+        self, keys: Sequence[StreamKey], quota: StreamQuota | None
+    ) -> Sequence[CommitResult]:
+        for key in keys:
+            self._cache.drop(key)
+        async with _releasing(quota, keys) as released:
+            results = await self._store.delete_many(keys)
+            pairs = zip(keys, results, strict=True)
+            released += [key for key, result in pairs if not isinstance(result, CarryError)]
+        return results
 
     async def restore(
         self,
+        caller: Caller,
         key: StreamKey,
         *,
         feed: Feed,
@@ -218,59 +252,50 @@ class Streams:
         fingerprint: bytes,
         state: State,
         precondition: Precondition | None,
-        quota: StreamQuota | None = None,
     ) -> StreamState:
         """Restore a stream from a snapshot of its state, in a new epoch.
 
-        Args:
-            quota: counts the stream if this creates it; so for a fork.
-
         Raises:
-            LimitExceeded: the quota is reached.
+            LimitExceeded: a limit or the quota is reached.
             StateIncompatible: another version of the model wrote the state.
             StreamExists: the stream exists, and there is no precondition.
             StateChanged: the precondition names another state.
         """
-        served = self._model(key.model)
-        source = StreamState(
-            StreamHead(b"", FIRST_TAG, position), feed, fingerprint, None, self._now_ms(), state
-        )
-        if fingerprint != served.fingerprint:
-            raise served.incompatible(key.stream, source)
-        return await self._create("state_written", key, source, precondition, quota)
+        with self._use(caller, (Verb.WRITE_STATE,), key.model, key.stream):
+            served = self._model(key.model)
+            source = StreamState(
+                StreamHead(b"", FIRST_TAG, position), feed, fingerprint, None, self._now_ms(), state
+            )
+            if fingerprint != served.fingerprint:
+                raise served.incompatible(key.stream, source)
+            return await self._create("state_written", caller, key, source, precondition)
 
     async def fork(
-        self,
-        key: StreamKey,
-        to: str,
-        precondition: Precondition | None,
-        quota: StreamQuota | None = None,
+        self, caller: Caller, key: StreamKey, to: str, precondition: Precondition | None
     ) -> StreamState:
         """Create stream `to` from the current state of `key`, in a new epoch.
 
         Raises:
             StreamNotFound, StateIncompatible, StreamExists, StateChanged, LimitExceeded
         """
-        served = self._model(key.model)
-        source = await self.read(key)
-        if source.fingerprint != served.fingerprint:
-            raise served.incompatible(key.stream, source)
-        target = StreamKey(key.model, to)
-        return await self._create("stream_forked", target, source, precondition, quota)
+        caller.check((Verb.FORK,), key.model, key.stream)
+        with self._use(caller, (Verb.FORK,), key.model, to):
+            source, target = await self._load_compatible(key), StreamKey(key.model, to)
+            return await self._create("stream_forked", caller, target, source, precondition)
 
     async def _create(
         self,
         change: str,
+        caller: Caller,
         key: StreamKey,
         source: StreamState,
         precondition: Precondition | None,
-        quota: StreamQuota | None,
     ) -> StreamState:
         for _ in range(CREATE_ATTEMPTS):
             new = start_epoch(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
             replaced = await self._load_replaceable(key, precondition)
-            if quota is not None and not isinstance(replaced, StreamState):
-                await quota.admit(key)
+            if caller.quota is not None and not isinstance(replaced, StreamState):
+                await caller.quota.admit(key, self._model(key.model).state_bytes)
             self._cache.drop(key)
             expected = pack_head(replaced and replaced.head)
             commit = CommitColumns([key], [expected], [encode_state(new)], [b""])
@@ -327,6 +352,12 @@ class Streams:
         if isinstance(stored, CarryError):
             raise stored
         return stored
+
+
+def _not_found(key: StreamKey) -> StreamNotFound:
+    return StreamNotFound(
+        f"model {key.model!r} has no stream {key.stream!r}", **stream_facts(key.stream, None)
+    )
 
 
 def _releasing(

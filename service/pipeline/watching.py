@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 
+from service.access.caller import Caller, Verb
 from service.core.errors import CarryError, ShuttingDown
 from service.core.values import FloatRows, StoredReply, StreamHead, StreamKey, StreamState
 from service.pipeline.output_buffer import BufferedOutput, OutputBuffer
@@ -280,7 +281,9 @@ class Watches:
         self._is_draining = False
 
     @asynccontextmanager
-    async def watch(self, key: StreamKey, start: int | None) -> AsyncIterator[Watch]:
+    async def watch(
+        self, caller: Caller, key: StreamKey, start: int | None
+    ) -> AsyncIterator[Watch]:
         """Watch a stream, which need not exist.
 
         Args:
@@ -288,8 +291,9 @@ class Watches:
                 current position.
 
         Raises:
-            StoreUnavailable, StoreRefused, ShuttingDown
+            Forbidden, StoreUnavailable, StoreRefused, ShuttingDown
         """
+        caller.check((Verb.WATCH,), key.model, key.stream)
         if self._is_draining:
             raise ShuttingDown("the service is stopping")
         buffer = self._buffers.setdefault(key, OutputBuffer(self._turns))

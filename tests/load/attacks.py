@@ -34,8 +34,8 @@ import uvloop
 from numpy.typing import NDArray
 
 import models
+from service.access.caller import Verb
 from service.access.keys import KeyText
-from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.transports.v2.grpc import v2_pb2 as pb
 from tests.support.access import new_authorization

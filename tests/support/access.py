@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
+from service.access.caller import Verb
 from service.access.keys import AccessKey, encode_key, new_key
-from service.access.principal import Verb
 from service.store.capabilities import StoredKeys
 
 

@@ -16,9 +16,9 @@ import pytest
 import uvloop
 
 from carry_client import Carry, errors
+from service.access.caller import Verb
 from service.access.keys import parse_key
 from service.access.limits import KeyLimits
-from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from tests.support.access import new_authorization
 from tests.support.command import Result, carry

@@ -13,7 +13,7 @@ from service.server.settings import WebSocketSettings
 from service.server.websocket_protocol import WebSockets
 from service.telemetry.logs import RequestIds
 from service.transports.live.handshake import MODEL_ROUTE, STREAM_ROUTE, LiveSockets, serves
-from service.transports.v1.context import ApiContext, pipeline_of
+from service.transports.v1.context import ApiContext, caller_of
 
 
 def add_live_sockets(app: FastAPI, settings: WebSocketSettings) -> None:
@@ -31,5 +31,5 @@ def add_live_sockets(app: FastAPI, settings: WebSocketSettings) -> None:
 
 async def _require_upgrade(request: Request) -> Response:
     """Answer a request that reached HTTP: it is not the handshake of a WebSocket."""
-    pipeline_of(request)
+    caller_of(request)
     raise UpgradeRequired("expected a WebSocket handshake, got an HTTP request")

@@ -25,7 +25,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 from websockets.frames import CloseCode
 
-from service.access.principal import Verb
+from service.access.caller import PREDICT, Caller, Verb
 from service.codec.media import Media
 from service.codec.reply_writer import (
     EVERY_STEP,
@@ -35,7 +35,6 @@ from service.codec.reply_writer import (
 from service.core.errors import CarryError, InvalidInput, StreamNotFound
 from service.core.tracing import PROPAGATED
 from service.core.values import StreamKey
-from service.pipeline.scoped_pipeline import PipelineInterface
 from service.server.errors import DuplicateField
 from service.server.origins import check_origin
 from service.server.websocket_protocol import Message, Receive, Send, WebSocketProtocol
@@ -115,15 +114,15 @@ class LiveSockets:
         with bound_contextvars(request_id=request_id.decode()):
             try:
                 access = self.api.access
-                pipeline = access.open_pipeline or access.pipeline(_authorization(headers))
-                facts.key = pipeline.key_id
+                caller = access.open_caller or access.caller(_authorization(headers))
+                facts.key = caller.key_id
                 _check_origin(headers, self.origins)
-                target = self._target(pipeline, address)
+                target = self._target(caller, address)
                 facts.model, facts.stream = target.model, target.stream
-                hello = await self._hello(pipeline, target)
+                hello = await self._hello(caller, target)
                 session = Session(
                     self.api,
-                    pipeline,
+                    caller,
                     socket,
                     target.model,
                     target.stream,
@@ -165,7 +164,7 @@ class LiveSockets:
             session.close()
             _log_closed(session, socket, request_id, route, opened_s)
 
-    def _target(self, pipeline: PipelineInterface, address: re.Match[bytes]) -> Target:
+    def _target(self, caller: Caller, address: re.Match[bytes]) -> Target:
         """What an address names.
 
         Raises:
@@ -173,8 +172,7 @@ class LiveSockets:
         """
         model = _text(address[1])
         stream = None if address[2] is None else _text(address[2])
-        pipeline.require(Verb.PREDICT, model=model, stream=stream)
-        codec = self.api.codec(pipeline.model(model))
+        codec = self.api.codec(self.api.pipeline.model(caller, PREDICT, model, stream))
         if stream is not None:
             stream_name(stream)
         codec.reader.check_accepts_chunks()
@@ -186,23 +184,23 @@ class LiveSockets:
                 timeout_s = self.api.limits.effective_timeout_s(_seconds(text))
             options = codec.writer.options(parameters)
         if options.return_state:
-            pipeline.require(Verb.READ_STATE, model=model, stream=stream)
+            self.api.pipeline.model(caller, (Verb.READ_STATE,), model, stream)
         return Target(codec.served.name, stream, options, timeout_s)
 
-    async def _hello(self, pipeline: PipelineInterface, target: Target) -> Mapping[str, Any]:
+    async def _hello(self, caller: Caller, target: Target) -> Mapping[str, Any]:
         """What a client has to know first: where its stream is, and what it may send.
 
         Raises:
             StoreUnavailable, StateDamaged
         """
-        served = pipeline.model(target.model)
+        served = self.api.pipeline.models[target.model]
         facts: dict[str, Any] = {"model": served.name, "version": served.version}
         if target.stream is not None:
             key = StreamKey(served.name, target.stream)
             facts |= {"stream": target.stream, "position": 0}
             try:
                 deadline_s = time.monotonic() + self.api.limits.effective_timeout_s(None)
-                stored = await pipeline.streams.read(key, deadline_s)
+                stored = await self.api.pipeline.streams.read(caller, key, deadline_s)
                 head = stored.head
                 facts |= {
                     "position": head.position, "epoch": head.epoch.hex(), "tag": head.tag.hex(),

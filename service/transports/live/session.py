@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 from websockets.frames import CloseCode
 
+from service.access.caller import Caller
 from service.codec.limits import LONG_BYTES
 from service.codec.media import Media
 from service.codec.pieces import LONG_VALUES, encode_pieces
@@ -25,7 +26,7 @@ from service.codec.validation_errors import Origin
 from service.core.errors import CarryError, Unauthenticated
 from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
-from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
+from service.pipeline.pipeline import EnqueuedChunk
 from service.server.websocket_protocol import STOPPING, WebSocketProtocol
 from service.telemetry.access_log import CLIENT_DISCONNECTED, WEBSOCKET, RequestFacts, log_request
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
@@ -90,7 +91,7 @@ class Entry(PendingChunk):
         self.media = media
         self.deadline_s = deadline_s
         self.chunk: Chunk | None = None
-        self.job: Enqueued | None = None
+        self.job: EnqueuedChunk | None = None
         self.span: RequestSpan | None = None
         self.is_recorded = False
 
@@ -99,7 +100,7 @@ class Session:
     """The chunks of one socket.
 
     Args:
-        pipeline: as the client may use it.
+        caller: whose chunks they are.
         socket: receives the frames, and sends the outcomes.
         stream: the stream of the socket; None if each frame names its own.
         window: most unanswered chunks.
@@ -115,7 +116,7 @@ class Session:
     def __init__(
         self,
         api: ApiContext,
-        pipeline: PipelineInterface,
+        caller: Caller,
         socket: WebSocketProtocol,
         model: str,
         stream: str | None,
@@ -128,7 +129,8 @@ class Session:
         propagated: Mapping[str, str],
     ):
         self._api = api
-        self._pipeline = pipeline
+        self._caller = caller
+        self._pipeline = api.pipeline
         self.model = model
         self.stream = stream
         self._options = options
@@ -138,7 +140,7 @@ class Session:
         self._propagated = propagated
         self._socket = socket
         self._window = window
-        self._forget = api.access.notify_end(pipeline, self.revoke)
+        self._forget = api.access.notify_end(caller, self.revoke)
         api.recorder.record_websockets(model, 1)
         self._envelope = ENVELOPE_OF_MANY if stream is None else ENVELOPE
         self._order: StreamOrder[Entry] = StreamOrder(
@@ -212,7 +214,7 @@ class Session:
             is_long = len(data) >= LONG_BYTES
             frame = read_long_frame(media, data) if is_long else read_frame(media, data)
             frame_id = frame.id
-            codec = self._api.codec(self._pipeline.model(self.model))
+            codec = self._api.codec(self._pipeline.models[self.model])
             if entry is None and (not is_long or frame.has("stream")):
                 entry = self._order.add(
                     Entry(frame_id, media, frame.stream(), deadline_s, len(data))
@@ -240,7 +242,7 @@ class Session:
             task.cancel()
         for entry in self._order:
             if entry.job is not None:
-                self._pipeline.cancel(entry.job)
+                self._pipeline.cancel(self._caller, entry.job)
             self._record(entry, CLIENT_DISCONNECTED)
         self._order.clear()
         self._note_progress()
@@ -254,7 +256,7 @@ class Session:
         """
         key = StreamKey(self.model, entry.stream)
         left_s = entry.deadline_s - time.monotonic()
-        rejection = self._pipeline.check_admission(self.model, key, left_s)
+        rejection = self._pipeline.check_admission(self._caller, self.model, key, left_s)
         if rejection is not None:
             raise rejection.copy()
 
@@ -309,7 +311,7 @@ class Session:
             self._resolve(entry, error)
             return
         on_result = partial(self._on_result, entry)
-        entry.job = self._pipeline.enqueue(entry.chunk, entry.deadline_s, on_result)
+        entry.job = self._pipeline.enqueue(self._caller, entry.chunk, entry.deadline_s, on_result)
 
     def _on_result(self, entry: Entry, result: Reply | CarryError) -> None:
         entry.job = None
@@ -338,7 +340,7 @@ class Session:
             return
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
-        codec = self._api.codec(self._pipeline.model(self.model))
+        codec = self._api.codec(self._pipeline.models[self.model])
         is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES[entry.media]
         if is_short and self._options == EVERY_STEP:
             reply = codec.writer.reply_bytes(result, entry.media)
@@ -379,7 +381,7 @@ class Session:
                 self.model,
                 entry.stream,
                 None if error is None else error.code,
-                self._pipeline.key_id,
+                self._caller.key_id,
                 None if error is None else error.reason,
                 entry.received_bytes,
                 sent_bytes,

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.access.principal import Verb
+from service.access.caller import Verb
 from service.codec.field_rules import MAX_POSITION
 from service.codec.media import Media, dumps
 from service.codec.pieces import encode_pieces
@@ -31,7 +31,7 @@ from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.server.http_protocol import HttpState
-from service.transports.v1.context import ModelCodec, api_of, pipeline_of
+from service.transports.v1.context import ModelCodec, api_of, caller_of
 from service.transports.v1.request_fields import query, stream_name
 from service.transports.v1.route import ModelPath, Route, StreamPath, parameter
 from service.transports.v1.table import RETURN_SEQUENCES, STORE
@@ -71,17 +71,15 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
 
     async def watch_outputs(request: Request, model: ModelPath, stream: StreamPath) -> Response:
         """Stream the outputs of a stream, from now on or from a position."""
-        pipeline = pipeline_of(request)
-        pipeline.require(Verb.WATCH, model=model, stream=stream)
-        api = api_of(request)
-        codec = api.codec(pipeline.model(model))
+        caller, api = caller_of(request), api_of(request)
+        codec = api.codec(api.pipeline.model(caller, (Verb.WATCH,), model, stream))
         key = StreamKey(codec.served.name, stream_name(stream))
         parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
         start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))
         options = codec.writer.options(parameters) if parameters else EVERY_STEP
         async with AsyncExitStack() as stack:
-            watch = await stack.enter_async_context(watches.watch(key, start))
-            stack.callback(api.access.notify_end(pipeline, watch.end))
+            watch = await stack.enter_async_context(watches.watch(caller, key, start))
+            stack.callback(api.access.notify_end(caller, watch.end))
             events = _EventWriter(codec, key, options, encoding).encode(watch)
             return _WatchResponse(events, stack.pop_all())
 

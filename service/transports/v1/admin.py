@@ -13,8 +13,6 @@ from typing import Any, Final
 import uvicorn
 from fastapi import FastAPI
 
-from service.pipeline.access_control import AccessControl
-from service.pipeline.pipeline import Pipeline
 from service.server.connections import Connections
 from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.server.origins import host_rule
@@ -40,7 +38,6 @@ class AdminServer(uvicorn.Server):
     def __init__(
         self,
         api: FastAPI,
-        pipeline: Pipeline,
         connections: ConnectionSettings,
         http: HttpSettings,
         *,
@@ -55,7 +52,7 @@ class AdminServer(uvicorn.Server):
             (), ids, metrics=metrics, docs=http.docs, swagger_ui_parameters=no_requests
         )
         # requires no key
-        app.state.api = replace(api.state.api, access=AccessControl(pipeline))
+        app.state.api = replace(api.state.api, requires_keys=False)
         app.openapi = api.openapi  # type: ignore[method-assign]
         config = uvicorn.Config(
             app,

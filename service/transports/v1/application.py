@@ -20,11 +20,9 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route as StarletteRoute
 
 from service.access.key_cache import AccessKeys
-from service.access.principal import Verb
 from service.codec.long_bodies.admission import LongBodyAdmission
 from service.codec.settings import RequestSettings
 from service.core.tracing import Tracer
-from service.pipeline.access_control import AccessControl
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.server.connections import Connections
@@ -32,7 +30,7 @@ from service.server.http_protocol import HttpState
 from service.server.origins import AcceptsHost, accept_any_host, parse_origins
 from service.server.settings import ConnectionSettings
 from service.telemetry.logs import RequestIds
-from service.transports.v1.context import ApiContext, api_of, pipeline_of
+from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.error_handling import InternalErrorMiddleware, add_error_handlers
 from service.transports.v1.error_responses import ConnectionErrors
 from service.transports.v1.fast_path import FastPath
@@ -60,13 +58,13 @@ def create_api(
     pipeline: Pipeline,
     limits: RequestSettings,
     recorder: Recorder,
+    keys: AccessKeys,
     *,
     lifespan: Lifespan | None = None,
     metrics: RenderMetrics | None = None,
     connections: ConnectionSettings | None = None,
     fast_path: bool = True,
     docs: bool = True,
-    keys: AccessKeys | None = None,
     tracer: Tracer | None = None,
     origins: str = "",
     accepts_host: AcceptsHost = accept_any_host,
@@ -76,12 +74,12 @@ def create_api(
 
     Args:
         pipeline: answers every request; started before the first of them.
+        keys: name the callers; started before the first request.
         lifespan: entered before the first request and left after the last.
         metrics: gives the body and the content type of `/metrics`; without it there is none.
         connections: bounds on the connections of this worker.
         fast_path: whether chunk requests may skip uvicorn's parser and FastAPI.
         docs: whether it has the documentation: `/docs`, `/docs/errors` and `/openapi.json`.
-        keys: the access keys; without them the service is open.
         tracer: makes spans of requests; None makes none.
         origins: whose pages may change streams of an open service, besides its own host, separated
             by commas; `*` allows all.
@@ -91,8 +89,8 @@ def create_api(
     ids = RequestIds()
     app = create_application(ROUTES, ids, metrics=metrics, docs=docs, lifespan=lifespan)
     api = ApiContext(
-        AccessControl(pipeline, keys),
-        pipeline.readiness,
+        pipeline,
+        keys,
         limits,
         recorder,
         now_ms,
@@ -176,13 +174,12 @@ def _check_access_to_document(app: FastAPI) -> None:
     documents: dict[frozenset[str], bytes] = {}
 
     async def get_document(request: Request) -> Response:
-        pipeline = pipeline_of(request)
-        pipeline.require(Verb.MODELS)
-        names = frozenset(pipeline.models)
+        models = api_of(request).pipeline.describe(caller_of(request))
+        names = frozenset(models)
         if names not in documents:
             if len(documents) >= MAX_DOCUMENTS:
                 documents.clear()
-            document = openapi_document(app, api_of(request), pipeline.models)
+            document = openapi_document(app, api_of(request), models)
             documents[names] = json.dumps(document, ensure_ascii=False).encode()
         return Response(documents[names], media_type="application/json")
 

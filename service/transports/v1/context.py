@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from starlette.requests import Request
 
+from service.access.caller import ANYONE, Caller
+from service.access.key_cache import AccessKeys
 from service.codec.long_bodies.admission import LongBodyAdmission
 from service.codec.long_bodies.long_reader import LongReader
 from service.codec.reply_writer import ReplyWriter
@@ -15,10 +17,8 @@ from service.codec.request_reader import RequestReader
 from service.codec.rows_items import RowsItemsReader
 from service.codec.settings import RequestSettings
 from service.core.tracing import Tracer
-from service.core.values import Check
-from service.pipeline.access_control import AccessControl
+from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
-from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.server.errors import DuplicateField
 from service.server.origins import AcceptsHost, accept_any_host, check_origin
@@ -52,20 +52,20 @@ class ModelCodec:
 class ApiContext:
     """Shared by all requests of an application, in its `state.api`.
 
-    It has no pipeline: a request gets one from `access`, in the scope of its access key.
-
     Attributes:
-        readiness: runs the readiness checks.
+        access: names the caller of a request, which each use case of the pipeline takes.
         now_ms: wall clock in epoch milliseconds, for the age of streams.
         long_bodies: admission of long bodies.
         tracer: makes spans of requests; None makes none.
         origins: allowed origins of pages, besides the service's own host.
         accepts_host: whether requests for a host name are answered.
+        requires_keys: whether `access` names the callers; otherwise everybody may do everything, as
+            on the admin port.
         codecs: readers and writers that `codec` built, by model; a model may have changed since.
     """
 
-    access: AccessControl
-    readiness: Callable[[], Awaitable[list[Check]]]
+    pipeline: Pipeline
+    access: AccessKeys
     limits: RequestSettings
     recorder: Recorder
     now_ms: Callable[[], int]
@@ -73,6 +73,7 @@ class ApiContext:
     tracer: Tracer | None = None
     origins: frozenset[str] = frozenset()
     accepts_host: AcceptsHost = accept_any_host
+    requires_keys: bool = True
     codecs: dict[str, ModelCodec] = field(default_factory=dict)
 
     def codec(self, served: ServedModel) -> ModelCodec:
@@ -89,27 +90,30 @@ def api_of(request: Request) -> ApiContext:
     return context
 
 
-def pipeline_of(request: Request) -> PipelineInterface:
-    """The pipeline in the scope of the request's access key; call it before anything else.
+def caller_of(request: Request) -> Caller:
+    """The caller of a request; ask for it before anything else.
 
     Raises:
-        Unauthenticated, StoreUnavailable: see `AccessControl.pipeline`.
+        Unauthenticated, StoreUnavailable: see `AccessKeys.caller`.
         DuplicateField: there are several Authorization headers.
         OriginNotAllowed: a page of another site sent it, and the service is open.
     """
-    access = api_of(request).access
-    if access.open_pipeline is not None:
+    api = api_of(request)
+    if not api.requires_keys:
+        return ANYONE
+    access = api.access
+    if access.open_caller is not None:
         if request.method not in SAFE_METHODS:
             _check_origin(request)
-        return access.open_pipeline
+        return access.open_caller
     values = [value for name, value in request.scope["headers"] if name == b"authorization"]
     if len(values) > 1:
         raise DuplicateField(
             f"Authorization: expected it once, got it {len(values)} times", at="Authorization"
         )
-    pipeline = access.pipeline(values[0] if values else None)
-    note_key(pipeline.key_id)
-    return pipeline
+    caller = access.caller(values[0] if values else None)
+    note_key(caller.key_id)
+    return caller
 
 
 def _check_origin(request: Request) -> None:

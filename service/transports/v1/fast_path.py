@@ -23,6 +23,7 @@ import msgspec
 from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
+from service.access.caller import Caller
 from service.codec.media import Media, accepted, media_of
 from service.codec.pieces import LONG_VALUES
 from service.codec.reply_writer import server_timing
@@ -30,8 +31,7 @@ from service.core.errors import CarryError, Forbidden, Overloaded
 from service.core.memo import Memo
 from service.core.tracing import PROPAGATED, RequestSpan
 from service.core.values import STREAM_NAME, Chunk, Precondition, Reply, StreamKey
-from service.pipeline.pipeline import OnReply
-from service.pipeline.scoped_pipeline import Enqueued, PipelineInterface
+from service.pipeline.pipeline import EnqueuedChunk, OnReply
 from service.server.fast_route import MAX_FAST_REQUEST_BYTES, FastRoute, IncompleteRequest
 from service.server.framing import MAX_HEADERS, is_host
 from service.telemetry.access_log import CLIENT_DISCONNECTED, RequestFacts, log_request
@@ -85,7 +85,7 @@ class FastRequest(msgspec.Struct):
 
     Attributes:
         route: which parsed it.
-        pipeline: in the scope of the client's access key.
+        caller: whose chunk it is.
         received_s: when it was complete, on the monotonic clock.
         deadline_s: until when its client waits, on the monotonic clock.
         body_bytes: the length of its body.
@@ -99,7 +99,7 @@ class FastRequest(msgspec.Struct):
     """
 
     route: FastChunkRoute
-    pipeline: PipelineInterface
+    caller: Caller
     codec: ModelCodec
     request_id: bytes
     received_s: float
@@ -112,7 +112,7 @@ class FastRequest(msgspec.Struct):
     reply_media: Media = Media.JSON
     span: RequestSpan | None = None
     details: Any = None
-    job: Enqueued | None = None
+    job: EnqueuedChunk | None = None
 
 
 class FastChunkRoute(FastRoute, ABC):
@@ -137,6 +137,7 @@ class FastChunkRoute(FastRoute, ABC):
     ):
         self._api = api
         self._access = api.access
+        self._pipeline = api.pipeline
         self._codecs = api.codecs
         self._tracer = api.tracer
         self._ids = ids
@@ -173,16 +174,16 @@ class FastChunkRoute(FastRoute, ABC):
         received_s = time.monotonic()
         access = self._access
         # the slow path verifies a new key, and answers what has none
-        pipeline = access.open_pipeline or access.cached.get(headers.authorization)
+        caller = access.open_caller or access.cached.get(headers.authorization)
         model = line[1].decode()
-        if pipeline is None or (served := pipeline.models.get(model)) is None:
+        if caller is None or (served := self._pipeline.models.get(model)) is None:
             return None
         codec = self._codecs.get(model)
         if codec is None or codec.served is not served:
             codec = self._api.codec(served)
         request = FastRequest(
             self,
-            pipeline,
+            caller,
             codec,
             headers.request_id or self._ids.next(),
             received_s,
@@ -229,12 +230,15 @@ class FastChunkRoute(FastRoute, ABC):
             response = self._overload_responses.response(error, media, request_id)
             self._log(request, STATUS[Overloaded], response, error)
             return response
-        request.job = request.pipeline.enqueue(request.chunk, request.deadline_s, on_result)
+        request.job = self._pipeline.enqueue(
+            request.caller, request.chunk, request.deadline_s, on_result
+        )
         return None
 
     def cancel(self, request: FastRequest) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
-        request.pipeline.cancel(request.job)
+        if request.job is not None:
+            self._pipeline.cancel(request.caller, request.job)
         with bound_contextvars(request_id=request.request_id.decode()):
             log_client_disconnect("POST")
         self._log(request, CLIENT_DISCONNECTED, END_OF_HEAD)
@@ -265,7 +269,7 @@ class FastChunkRoute(FastRoute, ABC):
         """
         code = key = reason = None
         if error is not None:
-            code, reason, key = error.code, error.reason, request.pipeline.key_id
+            code, reason, key = error.code, error.reason, request.caller.key_id
         # `round` with a number of digits takes four times as long
         ms = round((time.monotonic() - request.received_s) * 100_000) / 100
         log_request(
@@ -342,7 +346,9 @@ class FastPath(FastChunkRoute):
         key = StreamKey(served.name, request.stream)
         left_s = request.deadline_s - request.received_s
         try:
-            request.rejection = request.pipeline.check_admission(served.name, key, left_s)
+            request.rejection = self._pipeline.check_admission(
+                request.caller, served.name, key, left_s
+            )
         except Forbidden:
             return False
         if request.rejection is not None:

@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.access.principal import Verb
+from service.access.caller import Verb
 from service.codec import reply_types
 from service.codec.field_rules import EXAMPLE_STREAM
 from service.codec.media import SERVED, Media

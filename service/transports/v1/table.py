@@ -10,11 +10,10 @@ from typing import Any, Final
 
 from fastapi.responses import PlainTextResponse
 
-from service.access.principal import Verb
+from service.access.caller import DESCRIBE, PREDICT, Verb
 from service.codec import reply_types
 from service.codec.field_rules import EXAMPLE_EPOCH, EXAMPLE_TAG
 from service.core import errors
-from service.pipeline.scoped_pipeline import DESCRIBE
 from service.transports.v1.request_fields import SECONDS
 from service.transports.v1.route import IF_MATCH, Route, parameter
 from service.transports.v1.routes import chunks, forecast, health, models, streams
@@ -106,7 +105,7 @@ ROUTES: Final = (
         chunks.post_chunk,
         "chunks",
         "Send one chunk of a stream and get its outputs",
-        verbs=(Verb.PREDICT,),
+        verbs=PREDICT,
         replies={200: "Applied, now or before."},
         reply=reply_types.ChunkReply,
         headers={**_ETAG, **_TIMING},
@@ -137,7 +136,7 @@ ROUTES: Final = (
         chunks.post_chunks,
         "chunks",
         "Send chunks of many streams in one request",
-        verbs=(Verb.PREDICT,),
+        verbs=PREDICT,
         replies={200: "One outcome per item."},
         reply=reply_types.ManyReply,
         parameters=(*_OPTIONS, _TIMEOUT),
@@ -154,7 +153,7 @@ ROUTES: Final = (
         chunks.post_predict,
         "chunks",
         "Run whole sequences, storing nothing",
-        verbs=(Verb.PREDICT,),
+        verbs=PREDICT,
         replies={200: "One prediction per sequence."},
         reply=reply_types.PredictReply,
         parameters=(*_OPTIONS, _RETURN_STATE_TOKEN, _TIMEOUT),
@@ -273,7 +272,7 @@ ROUTES: Final = (
         forecast.post_forecast,
         "streams",
         "Forecast from the current state of a stream",
-        verbs=(Verb.PREDICT,),
+        verbs=PREDICT,
         replies={200: "What is seen ahead."},
         reply=reply_types.ForecastReply,
         headers=_ETAG,

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from structlog.contextvars import bound_contextvars
 
-from service.access.principal import Verb
+from service.access.caller import Verb
 from service.codec.media import Media, encode_json
 from service.codec.pieces import LONG_VALUES
 from service.core.errors import CarryError
@@ -111,15 +111,16 @@ class FastInferPath(FastChunkRoute):
         if parts is None:
             return False
         plan, call, stream = request.details = parts
-        request.stream, model, pipeline = stream, request.codec.served.name, request.pipeline
+        request.stream, model, caller = stream, request.codec.served.name, request.caller
         left_s = request.deadline_s - request.received_s
         if call.parameters.timeout_s is not None:
             left_s = min(left_s, call.parameters.timeout_s)
             request.deadline_s = request.received_s + left_s
         try:
-            request.rejection = pipeline.check_admission(model, StreamKey(model, stream), left_s)
+            key = StreamKey(model, stream)
+            request.rejection = self._pipeline.check_admission(caller, model, key, left_s)
             if plan.signature.has_state:
-                pipeline.require(Verb.READ_STATE, model=model, stream=stream)
+                self._pipeline.model(caller, (Verb.READ_STATE,), model, stream)
             if request.rejection is None:
                 request.chunk = self._inference.read_chunk(call, stream)
         except CarryError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -14,20 +14,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from service.access.principal import Verb
+from service.access.caller import PREDICT, Caller, Verb
 from service.codec.limits import LONG_BYTES
 from service.codec.media import Media, dumps
 from service.codec.replies import Answer, reply
 from service.core.errors import CarryError, UnsupportedMediaType
 from service.pipeline.recorder import ModelStatistics
-from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.server.disconnects import cancel_on_disconnect
 from service.server.errors import MethodNotAllowed, RouteNotFound
 from service.server.http_protocol import HttpState
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
-from service.transports.v1.context import ApiContext, api_of, pipeline_of
+from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.request_fields import deadline, query, read_encoded_body
 from service.transports.v2.http_body import (
     COMPRESSIONS,
@@ -56,6 +55,7 @@ Statistics = Callable[[], Mapping[str, ModelStatistics]]
 Decode = Callable[[bytes], tuple[InferRequest, BinaryOutputs]]
 
 _BINARY: Final = (b"content-type", b"application/octet-stream")
+MODELS: Final = (Verb.MODELS,)
 IDENTITY: Final = "identity"
 _is_length = re.compile(r"[0-9]{1,10}", re.ASCII).fullmatch
 
@@ -116,7 +116,7 @@ def _get(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_get("/v2", "/v2/")
 async def get_server(request: Request) -> Response:
     """Name, version and extensions."""
-    pipeline_of(request).require(Verb.MODELS)
+    api_of(request).pipeline.describe(caller_of(request))
     query(request)
     return _answer(server_metadata())
 
@@ -137,24 +137,23 @@ async def get_ready(request: Request) -> Response:
 @_get("/v2/models/stats")
 async def get_all_statistics(request: Request) -> Response:
     """Totals of every model, of all workers together."""
-    models = _described(request).models
+    models = api_of(request).pipeline.describe(caller_of(request))
     query(request)
-    return await _statistics(request, [models[name] for name in sorted(models)])
+    return await _statistics(request, models.values())
 
 
 @_get(_MODEL, _VERSION)
 async def get_model(request: Request, model: str, version: str = "") -> Response:
     """The tensors of a model."""
-    pipeline = _described(request, model)
+    served = _described(request, model, version)
     query(request)
-    return _answer(model_metadata(_inference(request).served(pipeline, model, version)))
+    return _answer(model_metadata(served))
 
 
 @_get(f"{_MODEL}/ready", f"{_VERSION}/ready")
 async def get_model_ready(request: Request, model: str, version: str = "") -> Response:
     """Whether a model can be used: 200, or 503."""
-    pipeline = _described(request, model)
-    served = _inference(request).served(pipeline, model, version)
+    served = _described(request, model, version)
     is_ready = await _is_ready(request)
     return _answer({"name": served.name, "ready": is_ready}, 200 if is_ready else 503)
 
@@ -162,45 +161,41 @@ async def get_model_ready(request: Request, model: str, version: str = "") -> Re
 @_get(f"{_MODEL}/config", f"{_VERSION}/config")
 async def get_config(request: Request, model: str, version: str = "") -> Response:
     """The configuration of a model."""
-    pipeline = _described(request, model)
+    served = _described(request, model, version)
     query(request)
-    inference = _inference(request)
-    served = inference.served(pipeline, model, version)
-    return _answer(model_config(served, inference.api.limits.max_items))
+    return _answer(model_config(served, api_of(request).limits.max_items))
 
 
 @_get(f"{_MODEL}/stats", f"{_VERSION}/stats")
 async def get_statistics(request: Request, model: str, version: str = "") -> Response:
     """Totals of a model, of all workers together."""
-    pipeline = _described(request, model)
+    served = _described(request, model, version)
     query(request)
-    return await _statistics(request, [_inference(request).served(pipeline, model, version)])
+    return await _statistics(request, [served])
 
 
 @router.post("/v2/repository/index")
 async def post_index(request: Request) -> Response:
     """The served models; all of them are ready."""
-    models = _described(request).models
+    models = api_of(request).pipeline.describe(caller_of(request))
     query(request)
     await read_encoded_body(request, api_of(request).limits.max_body_bytes)
-    return _answer(repository_index(models[name] for name in sorted(models)))
+    return _answer(repository_index(models.values()))
 
 
 @router.post(f"{_VERSION}/infer")
 @router.post(f"{_MODEL}/infer")
 async def post_infer(request: Request, model: str, version: str = "") -> Response:
     """A chunk of a stream, or without a sequence id a stateless prediction."""
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.PREDICT, model=model)
+    caller, inference = caller_of(request), _inference(request)
+    inference.served(caller, PREDICT, model, version)
     query(request)
-    inference = _inference(request)
     deadline_s = deadline(request, inference.api.limits)
-    inference.served(pipeline, model, version)
     json_bytes = _json_bytes(request)
     body = await _receive(request, inference.api, deadline_s)
     decode = partial(decode_request, json_bytes=json_bytes, model=model, version=version)
     infer = _infer_long if len(body) >= LONG_BYTES else _infer
-    inferring = infer(inference, pipeline, body, decode, deadline_s)
+    inferring = infer(inference, caller, body, decode, deadline_s)
     result, binary = await cancel_on_disconnect(request, inferring)
     if not binary.has_any(output.name for output in result.outputs):
         return reply(Media.JSON, reply_document(result, binary))
@@ -232,18 +227,18 @@ async def reject(request: Request, path: str) -> Response:
 
 async def _infer(
     inference: Inference,
-    pipeline: PipelineInterface,
+    caller: Caller,
     body: bytes,
     decode: Decode,
     deadline_s: float,
 ) -> tuple[InferReply, BinaryOutputs]:
     request, binary = decode(body)
-    return await inference.infer(pipeline, request, deadline_s), binary
+    return await inference.infer(caller, request, deadline_s), binary
 
 
 async def _infer_long(
     inference: Inference,
-    pipeline: PipelineInterface,
+    caller: Caller,
     body: bytes,
     decode: Decode,
     deadline_s: float,
@@ -251,8 +246,8 @@ async def _infer_long(
     """The same for a body that would block the event loop if it were read at once."""
     async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
         request, binary = decode(body)
-        ready = await inference.read_long(pipeline, request, deadline_s, checkpoint)
-    return await inference.answer(pipeline, ready), binary
+        ready = await inference.read_long(caller, request, deadline_s, checkpoint)
+    return await inference.answer(caller, ready), binary
 
 
 def _inference(request: Request) -> Inference:
@@ -260,15 +255,13 @@ def _inference(request: Request) -> Inference:
     return inference
 
 
-def _described(request: Request, model: str | None = None) -> PipelineInterface:
-    """The pipeline of a request for what describes a model, or all models.
+def _described(request: Request, model: str, version: str) -> ServedModel:
+    """The model of a request for what describes it.
 
     Raises:
-        Unauthenticated, Forbidden
+        Unauthenticated, Forbidden, ModelNotFound
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.MODELS, model=model)
-    return pipeline
+    return _inference(request).served(caller_of(request), MODELS, model, version)
 
 
 def _answer(document: Any, status: int = 200) -> Answer:
@@ -277,10 +270,10 @@ def _answer(document: Any, status: int = 200) -> Answer:
 
 async def _is_ready(request: Request) -> bool:
     query(request)
-    return all(check.ok for check in await api_of(request).readiness())
+    return all(check.ok for check in await api_of(request).pipeline.readiness())
 
 
-async def _statistics(request: Request, models: list[ServedModel]) -> Response:
+async def _statistics(request: Request, models: Iterable[ServedModel]) -> Response:
     statistics: Statistics = request.app.state.kserve_statistics
     return _answer(model_statistics(models, await asyncio.to_thread(statistics)))
 

@@ -1,7 +1,7 @@
 """Inference by KServe's V2 protocol, for HTTP and gRPC alike: a request's value to a reply's value.
 
     inference = Inference(api, delete_at_end=False)
-    reply = await inference.infer(pipeline, request, deadline_s)        # raises CarryError
+    reply = await inference.infer(caller, request, deadline_s)        # raises CarryError
 
 A transport decodes its bytes to an `InferRequest`, calls `infer`, and encodes the `InferReply` or
 the error; it enforces its own limits on bytes, cancels the call if its client disconnects, and
@@ -9,14 +9,15 @@ counts an error with `api.recorder.record_error`. `infer` reads the values at on
 `LONG_BYTES` or more is decoded and read under the admission of long bodies, in small steps:
 
     async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
-        ready = await inference.read_long(pipeline, decode(body), deadline_s, checkpoint)
-    reply = await inference.answer(pipeline, ready)
+        ready = await inference.read_long(caller, decode(body), deadline_s, checkpoint)
+    reply = await inference.answer(caller, ready)
 
 Between `resolve` and `reply_to_chunk` a transport may also hand the chunk to the pipeline itself,
 as the HTTP fast path does:
 
-    call = inference.resolve(pipeline, request)                         # short requests only
-    reply = inference.reply_to_chunk(call, await pipeline.process(call.work, deadline_s))
+    call = inference.resolve(caller, request)                           # short requests only
+    reply = await api.pipeline.process(caller, inference.read_chunk(call, stream), deadline_s)
+    encoded = inference.reply_to_chunk(call, reply)
 
 A request with a sequence id is a chunk of the stream of that name; without one it is a stateless
 prediction. Tensors are `inputs`, FP32 of shape [T, F] or [B, T, F]: encoded rows; or, for a model
@@ -30,7 +31,7 @@ digests are the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -41,7 +42,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from models.spec.layout import Output
-from service.access.principal import Verb
+from service.access.caller import PREDICT, Caller, Verb
 from service.codec.long_bodies.admission import Checkpoint
 from service.codec.request_reader import with_stream
 from service.codec.strict_validator import Limit
@@ -56,7 +57,6 @@ from service.core.values import (
     SequenceInput,
     StreamKey,
 )
-from service.pipeline.scoped_pipeline import PipelineInterface
 from service.pipeline.served_model import ServedModel
 from service.telemetry.access_log import note_stream
 from service.transports.v1.context import ApiContext, ModelCodec
@@ -117,17 +117,25 @@ class Inference:
 
     def __init__(self, api: ApiContext, *, delete_at_end: bool = False):
         self.api = api
+        self._pipeline = api.pipeline
         self.delete_at_end = delete_at_end
         # cached, since clients repeat their shapes
         self._signature = lru_cache(maxsize=1024)(make_signature)
 
-    def served(self, pipeline: PipelineInterface, model: str, version: str = "") -> ServedModel:
-        """The served model of a name and version, if the caller may use it.
+    def served(
+        self,
+        caller: Caller,
+        verbs: Iterable[Verb],
+        model: str,
+        version: str,
+        stream: str | None = None,
+    ) -> ServedModel:
+        """The served model of a name and version, for a caller who may do one of these with it.
 
         Raises:
             ModelNotFound, Forbidden
         """
-        return self.check_version(pipeline.model(model), version)
+        return self.check_version(self._pipeline.model(caller, verbs, model, stream), version)
 
     def check_version(self, served: ServedModel, version: str) -> ServedModel:
         """The model itself, if it has this version.
@@ -145,20 +153,17 @@ class Inference:
             )
         return served
 
-    async def infer(
-        self, pipeline: PipelineInterface, request: InferRequest, deadline_s: float
-    ) -> InferReply:
+    async def infer(self, caller: Caller, request: InferRequest, deadline_s: float) -> InferReply:
         """Answer a request.
 
         Args:
-            pipeline: in the scope of the caller's access key.
             deadline_s: when the client stops waiting, on the monotonic clock; the parameter
                 `timeout` may shorten it.
 
         Raises:
             CarryError
         """
-        call = self.resolve(pipeline, request)
+        call = self.resolve(caller, request)
         deadline_s = _deadline_s(call, deadline_s)
         stream = call.parameters.stream
         work: Chunk | list[SequenceInput]
@@ -166,11 +171,11 @@ class Inference:
             work = call.codec.reader.sequences(*call.encode_body())
         else:
             work = self.read_chunk(call, stream)
-        return await self.answer(pipeline, ReadRequest(call, work, deadline_s))
+        return await self.answer(caller, ReadRequest(call, work, deadline_s))
 
     async def read_long(
         self,
-        pipeline: PipelineInterface,
+        caller: Caller,
         request: InferRequest,
         deadline_s: float,
         checkpoint: Checkpoint,
@@ -181,7 +186,7 @@ class Inference:
             CarryError
         """
         await checkpoint()
-        call = self._resolve(pipeline, request)
+        call = self._resolve(caller, request)
         deadline_s = _deadline_s(call, deadline_s)
         tensor = request.inputs[0]
         if tensor.name == INPUTS:
@@ -206,7 +211,7 @@ class Inference:
             work = _with_start(call, chunk)
         return ReadRequest(call, work, deadline_s)
 
-    async def answer(self, pipeline: PipelineInterface, ready: ReadRequest) -> InferReply:
+    async def answer(self, caller: Caller, ready: ReadRequest) -> InferReply:
         """Answer a request that was read.
 
         Raises:
@@ -215,10 +220,10 @@ class Inference:
         call, work, deadline_s = ready
         if isinstance(work, list):
             name = call.codec.served.name
-            predictions = await pipeline.predict(name, work, deadline_s)
+            predictions = await self._pipeline.predict(caller, name, work, deadline_s)
             return self._reply(call, {}, predictions)
-        reply = await pipeline.process(work, deadline_s)
-        is_deleted = self._deletes(call.parameters) and await self._delete(pipeline, reply)
+        reply = await self._pipeline.process(caller, work, deadline_s)
+        is_deleted = self._deletes(call.parameters) and await self._delete(caller, reply)
         return self.reply_to_chunk(call, reply, is_deleted=is_deleted)
 
     def _deletes(self, parameters: InferParameters) -> bool:
@@ -227,7 +232,7 @@ class Inference:
 
     def _require_access(
         self,
-        pipeline: PipelineInterface,
+        caller: Caller,
         served: ServedModel,
         parameters: InferParameters,
         signature: Signature,
@@ -239,24 +244,24 @@ class Inference:
         """
         model, stream = served.name, parameters.stream
         if stream is not None and self._deletes(parameters):
-            pipeline.require(Verb.DELETE, model=model, stream=stream)
+            self._pipeline.model(caller, (Verb.DELETE,), model, stream)
         if stream is not None and signature.has_state:
-            pipeline.require(Verb.READ_STATE, model=model, stream=stream)
+            self._pipeline.model(caller, (Verb.READ_STATE,), model, stream)
 
-    def resolve(self, pipeline: PipelineInterface, request: InferRequest) -> ResolvedCall:
+    def resolve(self, caller: Caller, request: InferRequest) -> ResolvedCall:
         """Validate all of a request but the values of its tensors, whose number is checked.
 
         Raises:
             ModelNotFound, InvalidInput, InvalidName, ChunksUnsupported, Forbidden
         """
-        call = self._resolve(pipeline, request)
+        call = self._resolve(caller, request)
         return call._replace(values=read_values(request.inputs[0]))
 
-    def _resolve(self, pipeline: PipelineInterface, request: InferRequest) -> ResolvedCall:
+    def _resolve(self, caller: Caller, request: InferRequest) -> ResolvedCall:
         """The same, without the values."""
         parameters = parse_parameters(request.parameters)
-        pipeline.require(Verb.PREDICT, model=request.model, stream=parameters.stream)
-        served = self.served(pipeline, request.model, request.version)
+        model, version, stream = request.model, request.version, parameters.stream
+        served = self.served(caller, PREDICT, model, version, stream)
         note_stream(served.name, parameters.stream)
         codec = self.api.codec(served)
         if not 1 <= len(request.inputs) <= 2:
@@ -266,7 +271,7 @@ class Inference:
         tensor, *others = request.inputs
         name, datatype, shape, _ = tensor
         signature = self._signature(codec, name, datatype, tuple(shape), tuple(request.outputs))
-        self._require_access(pipeline, served, parameters, signature)
+        self._require_access(caller, served, parameters, signature)
         if parameters.stream is not None:
             check_chunk(codec, signature)
         elif (signature.batch or 0) > self.api.limits.max_items:
@@ -324,11 +329,11 @@ class Inference:
                 return _with_start(call, reader.build_chunk(call.parameters, steps, key, None))
         return _with_start(call, reader.chunk(*call.encode_body(), stream, None))
 
-    async def _delete(self, pipeline: PipelineInterface, reply: Reply) -> bool:
+    async def _delete(self, caller: Caller, reply: Reply) -> bool:
         """Delete the stream of a reply, unless it has changed since; returns whether it did."""
         precondition = Precondition((reply.head.etag,))
         try:
-            await pipeline.streams.delete(reply.key, precondition)
+            await self._pipeline.streams.delete(caller, reply.key, precondition)
         except CarryError as error:
             # the chunk was applied, and its outputs must not be lost
             log.warning("stream_not_deleted", model=reply.key.model, code=error.code)

@@ -14,6 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.access import key_cache
+from service.access.caller import ANYONE, Caller, Verb
 from service.access.key_cache import MAX_STALE_S, AccessKeys
 from service.access.keys import (
     AccessKey,
@@ -23,7 +24,6 @@ from service.access.keys import (
     new_key,
     parse_key,
 )
-from service.access.principal import Principal, Verb
 from service.access.settings import AccessSettings
 from service.commands.serve import CannotServeError, may_be_open
 from service.core.errors import Forbidden, StoreUnavailable, Unauthenticated
@@ -39,6 +39,9 @@ SCOPE: dict[str, Any] = {
     "prefix": "acme:",
     "created_ms": 5,
 }
+
+UNUSED: Any = None
+"""In place of the capabilities of a store that count for the limits of keys."""
 
 
 class Records:
@@ -65,8 +68,8 @@ class Records:
         self.version = b"%d" % (int(self.version or b"0") + 1)
 
 
-def authenticate(keys: AccessKeys, authorization: str | None) -> Principal:
-    return keys.authenticate(None if authorization is None else authorization.encode())
+def authenticate(keys: AccessKeys, authorization: str | None) -> Caller:
+    return keys.caller(None if authorization is None else authorization.encode())
 
 
 def test_record_has_the_hash_of_the_secret_only() -> None:
@@ -113,25 +116,25 @@ def test_record_that_could_restrict_more_is_rejected(change: dict[str, Any]) -> 
 def test_model_patterns_cover_whole_names(
     models: tuple[str, ...], covered: list[str], others: list[str]
 ) -> None:
-    principal = Principal("id", "n", frozenset({Verb.PREDICT}), models)
-    assert all(principal.covers_model(model) for model in covered)
-    assert not any(principal.covers_model(model) for model in others)
+    caller = Caller("id", "n", frozenset({Verb.PREDICT}), models)
+    assert all(caller.covers_model(model) for model in covered)
+    assert not any(caller.covers_model(model) for model in others)
 
 
 def test_pattern_of_many_stars_is_matched_without_backtracking() -> None:
-    principal = Principal("id", "n", frozenset({Verb.PREDICT}), ("*a" * 6 + "*b",))
+    caller = Caller("id", "n", frozenset({Verb.PREDICT}), ("*a" * 6 + "*b",))
     began_s = time.process_time()
-    assert not principal.covers_model("a" * 64)
+    assert not caller.covers_model("a" * 64)
     # with backtracking 4 s, and for each further star ten times as long
     assert time.process_time() - began_s < 1
-    assert principal.covers_model("a" * 63 + "b")
+    assert caller.covers_model("a" * 63 + "b")
 
 
 def test_scope_needs_verb_model_and_prefix() -> None:
-    principal = AccessKey(**SCOPE).principal("0a1b2c3d4e5f")
+    caller = AccessKey(**SCOPE).caller("0a1b2c3d4e5f")
     predict = (Verb.PREDICT,)
-    principal.require(predict, "flights", "acme:1")
-    principal.require((Verb.LIST, Verb.PREDICT), "flights", None)
+    caller.check(predict, "flights", "acme:1")
+    caller.check((Verb.LIST, Verb.PREDICT), "flights", None)
     for verbs, model, stream in [
         ((Verb.LIST,), "flights", "acme:1"),
         (predict, "other", "acme:1"),
@@ -140,7 +143,7 @@ def test_scope_needs_verb_model_and_prefix() -> None:
         (predict, "flights", ""),
     ]:
         with pytest.raises(Forbidden) as caught:
-            principal.require(verbs, model, stream)
+            caller.check(verbs, model, stream)
         facts = caught.value.facts
         assert (facts["verb"], facts["model"], facts["stream"]) == (verbs[0], model, stream)
         assert facts["allowed"] == {"verbs": ["predict"], "models": ["flights"], "prefix": "acme:"}
@@ -182,11 +185,11 @@ def test_service_without_keys_starts_on_loopback_only(
 
 async def test_each_unusable_key_is_rejected() -> None:
     stored, clock = Records(), [1000]
-    keys = AccessKeys(stored, required=True, now_ms=lambda: clock[0])
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=True, now_ms=lambda: clock[0])
     good = await new_authorization(stored, **SCOPE)
     expiring = await new_authorization(stored, expires_ms=2000)
     await keys.refresh()
-    assert authenticate(keys, good) == AccessKey(**SCOPE).principal(good.split("_")[1])
+    assert authenticate(keys, good) == AccessKey(**SCOPE).caller(good.split("_")[1])
     assert authenticate(keys, good.replace("Bearer", "bEARER ")).name == "a tenant"
     other = f"Bearer carry_{good.split('_')[1]}_{expiring.split('_')[2]}"
     padded = good.replace(" ", " " * 5000)  # accepted, it would be kept
@@ -195,12 +198,12 @@ async def test_each_unusable_key_is_rejected() -> None:
         with pytest.raises(Unauthenticated):
             authenticate(keys, wrong)
     clock[0] = 1999
-    principal = authenticate(keys, expiring)
-    assert keys.is_current(principal)
+    caller = authenticate(keys, expiring)
+    assert keys.is_current(caller)
     clock[0] = 2000
     with pytest.raises(Unauthenticated, match="expired"):
         authenticate(keys, expiring)
-    assert not keys.is_current(principal)
+    assert not keys.is_current(caller)
     await revoke(stored, good)
     await keys.refresh()
     with pytest.raises(Unauthenticated, match="revoked"):
@@ -209,16 +212,16 @@ async def test_each_unusable_key_is_rejected() -> None:
 
 async def test_service_does_not_become_open_again() -> None:
     stored = Records()
-    keys = AccessKeys(stored, required=False)
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=False)
     await keys.refresh()
-    assert keys.is_open
+    assert keys.open_caller is ANYONE
     await new_authorization(stored)
     await keys.refresh()
-    assert not keys.is_open
+    assert keys.open_caller is None
     stored.records.clear()
     stored.version = b"lost"
     await keys.refresh()
-    assert not keys.is_open
+    assert keys.open_caller is None
 
 
 @pytest.mark.parametrize(("required", "is_open"), [(None, False), (True, False), (False, True)])
@@ -227,20 +230,20 @@ async def test_a_store_that_has_had_keys_is_opened_by_the_setting_only(
 ) -> None:
     """A restored one may have none; one that was never closed is open by default."""
     stored = Records()
-    keys = AccessKeys(stored, required=required)
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=required)
     await keys.refresh()
-    assert keys.is_open == (not required)
+    assert (keys.open_caller is not None) == (not required)
     await stored.write({})
     await keys.refresh()
-    assert keys.is_open == is_open
+    assert (keys.open_caller is not None) == is_open
     await new_authorization(stored)
     await keys.refresh()
-    assert not keys.is_open
+    assert keys.open_caller is None
 
 
 async def test_keys_are_read_again_only_when_they_changed() -> None:
     stored = Records()
-    keys = AccessKeys(stored, required=False)
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=False)
     for expected in (1, 1, 1):
         await keys.refresh()
         assert stored.reads == expected
@@ -254,7 +257,7 @@ async def test_last_known_keys_are_accepted_for_a_while_if_the_store_is_unavaila
 ) -> None:
     clock, stored = ManualClock(), Records()
     monkeypatch.setattr(key_cache, "time", clock)
-    keys = AccessKeys(stored, required=True, now_ms=lambda: 0)
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=True, now_ms=lambda: 0)
     authorization = await new_authorization(stored)
     await keys.refresh()
     stored.is_away = True
@@ -274,12 +277,12 @@ async def test_last_known_keys_are_accepted_for_a_while_if_the_store_is_unavaila
 
 async def test_unreadable_record_is_no_valid_key_but_requires_keys() -> None:
     stored = Records()
-    keys = AccessKeys(stored, required=False)
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=False)
     authorization = await new_authorization(stored)
     stored.records[authorization.split("_")[1]] += b"x"
     with capture_logs() as events:
         await keys.refresh()
     assert [event["event"] for event in events] == ["access_key_not_readable"]
-    assert not keys.is_open
+    assert keys.open_caller is None
     with pytest.raises(Unauthenticated):
         authenticate(keys, authorization)

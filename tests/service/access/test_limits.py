@@ -15,9 +15,9 @@ from random import Random
 import pytest
 from structlog.testing import capture_logs
 
+from service.access.caller import Verb
 from service.access.keys import AccessKey, AccessKeyError, decode_key, encode_key
 from service.access.limits import KeyLimiter, KeyLimiters, KeyLimits
-from service.access.principal import Verb
 from service.core.errors import CarryError, LimitExceeded, StoreUnavailable
 from service.store.capabilities import Lease, LeaseRequest, RateLeases
 from tests.support.servers import RealServer, opened
@@ -352,7 +352,7 @@ def test_record_of_a_key_has_its_limits_and_only_valid_ones() -> None:
         name="a", verbs=(Verb.LIST,), models=("*",), prefix="", created_ms=0, limits=limits
     )
     record = encode_key(key)
-    assert decode_key(record).principal("0" * 12).limits == limits
+    assert decode_key(record).caller("0" * 12).limits == limits
     for wrong in (b"-1", b"0", b'"x"'):
         with pytest.raises(AccessKeyError, match="requests_per_s"):
             decode_key(record.replace(b"0.5", wrong))

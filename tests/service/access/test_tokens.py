@@ -11,9 +11,9 @@ from typing import Any
 import jwt
 import pytest
 
+from service.access.caller import Caller, Verb
 from service.access.keys import AccessKey, KeyText, new_key
 from service.access.limits import KeyLimits
-from service.access.principal import Principal, Verb
 from service.access.tokens import TokenClaims, is_token, sign_token, verify_token
 from service.core.errors import Forbidden, Unauthenticated
 
@@ -50,9 +50,9 @@ def encoded(key: KeyText, claims: Any, digest: bytes | None = None, **header: An
     return (signed + b"." + part(hmac.digest(digest, signed, "sha256"))).decode()
 
 
-def verified(made: tuple[KeyText, AccessKey], token: str, now_ms: int = NOW_MS) -> Principal:
+def verified(made: tuple[KeyText, AccessKey], token: str, now_ms: int = NOW_MS) -> Caller:
     key, record = made
-    return verify_token(token, {key.key_id: record}, now_ms)
+    return verify_token(token, {key.key_id: record}, now_ms, lambda key_id, key: key.caller(key_id))
 
 
 def test_token_of_another_library_narrows_its_key(made: tuple[KeyText, AccessKey]) -> None:
@@ -76,30 +76,30 @@ def test_token_of_another_library_narrows_its_key(made: tuple[KeyText, AccessKey
     )
     for token in (encoded(key, claims), by_library):
         assert is_token(token)
-        principal = verified(made, token)
-        principal.require((Verb.PREDICT,), "probe", "acme:7:x")
+        caller = verified(made, token)
+        caller.check((Verb.PREDICT,), "probe", "acme:7:x")
         for verb, model, stream in (
             (Verb.LIST, "probe", "acme:7:x"),
             (Verb.PREDICT, "small", "acme:7:x"),
             (Verb.PREDICT, "probe", "acme:8:x"),
         ):
             with pytest.raises(Forbidden):
-                principal.require((verb,), model, stream)
-        assert principal.key_id == key.key_id
-        assert (principal.name, principal.subject) == ("shop", "tenant 7")
-        assert principal.limits == LIMITS
-        assert principal.expires_ms == NOW_MS + 60_000
-        assert principal.signer == record.principal(key.key_id)
+                caller.check((verb,), model, stream)
+        assert caller.key_id == key.key_id
+        assert (caller.name, caller.subject) == ("shop", "tenant 7")
+        assert caller.limits == LIMITS
+        assert caller.expires_ms == NOW_MS + 60_000
+        assert caller.signer == record.caller(key.key_id)
 
 
 def test_token_without_scope_has_that_of_its_key(made: tuple[KeyText, AccessKey]) -> None:
     key, record = made
-    principal = verified(made, sign_token(key, TokenClaims(exp=NOW_S + 1e6)))
-    holder = record.principal(key.key_id)
-    assert principal.verbs == holder.verbs
-    assert (principal.models, principal.prefix) == (holder.models, holder.prefix)
+    caller = verified(made, sign_token(key, TokenClaims(exp=NOW_S + 1e6)))
+    holder = record.caller(key.key_id)
+    assert caller.verbs == holder.verbs
+    assert (caller.models, caller.prefix) == (holder.models, holder.prefix)
     # not longer than the key itself
-    assert principal.expires_ms == holder.expires_ms
+    assert caller.expires_ms == holder.expires_ms
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,4 @@ def test_record_without_a_secret_signs_nothing() -> None:
     record = AccessKey(name="a", verbs=(Verb.LIST,), models=("*",), prefix="", created_ms=0)
     key = KeyText("0" * 12, "")
     with pytest.raises(Unauthenticated):
-        verify_token(encoded(key, EXP, digest=b""), {key.key_id: record}, NOW_MS)
+        verified((key, record), encoded(key, EXP, digest=b""))

@@ -72,10 +72,12 @@ async def is_open(url: str) -> bool:
     """Whether a service on this store, with the settings of Compose, answers without a key."""
     settings = Settings.load({"redis_url": url, "insecure": True, "host": "0.0.0.0"})
     async with opened(url) as store:
-        cache = AccessKeys(store.keys, required=settings.access.require_keys)
-        await cache.refresh()
-    assert cache.is_open == (not await _requires_keys(settings))
-    return cache.is_open
+        required = settings.access.require_keys
+        keys = AccessKeys(store.keys, store.rates, store.usage, required=required)
+        await keys.refresh()
+    is_open = keys.open_caller is not None
+    assert is_open == (not await _requires_keys(settings))
+    return is_open
 
 
 async def test_a_restored_store_requires_keys_if_the_store_of_the_backup_did(

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from models.artifact.artifact import Artifact
+from service.access.caller import ANYONE, Caller
 from service.commands.cli import app
 from service.core.values import StreamKey
 from service.pipeline.streams import Streams
@@ -37,7 +38,7 @@ class Commands:
         """Create streams."""
         rows = rows_of(np.random.default_rng(60), 3)
         chunks = (chunk_of(stream, rows, 0) for stream in streams)
-        await asyncio.gather(*(self.api.pipeline.process(chunk) for chunk in chunks))
+        await asyncio.gather(*(self.api.pipeline.process(ANYONE, chunk) for chunk in chunks))
 
     def make_old(self, *streams: str) -> None:
         """Mark states as written by another version of the model."""
@@ -123,12 +124,12 @@ async def test_reset_keeps_streams_that_changed_meanwhile(
     delete = Streams.delete
     took_over: list[StreamKey] = []
 
-    async def late(streams: Streams, key: StreamKey, *rest: Any) -> None:
+    async def late(streams: Streams, caller: Caller, key: StreamKey, *rest: Any) -> None:
         if not took_over:
             took_over.append(key)
             del carry.api.store.states[key]
             await carry.fill(key.stream)
-        await delete(streams, key, *rest)
+        await delete(streams, caller, key, *rest)
 
     monkeypatch.setattr(Streams, "delete", late)
     done = await carry("reset", "probe", "--prefix", "", "--yes")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from service.access.principal import Verb
+from service.access.caller import Verb
 from service.console.page import add_console
 from service.pipeline.watching import Watches
 from service.transports.live.watching import add_watching

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
+from service.access.caller import ANYONE
 from service.core.errors import AlreadyApplied
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
@@ -42,15 +43,15 @@ async def test_duplicate_gets_the_stored_or_the_computed_reply(
         worker(store_url, artifact, store=store) as one,
         worker(store_url, artifact, reply_max_bytes=reply_max_bytes) as two,
     ):
-        await one.process(chunk_of("s", rows[:8], 0))
+        await one.process(ANYONE, chunk_of("s", rows[:8], 0))
         chunk = chunk_of("s", rows[8:], 8)
         others = []
 
         async def overtake() -> None:
-            others.append(await two.process(chunk))
+            others.append(await two.process(ANYONE, chunk))
 
         store.first = overtake
-        reply = await one.process(chunk)
+        reply = await one.process(ANYONE, chunk)
         assert reply.head == others[0].head
         assert reply.replayed == (reply_max_bytes > 16)
         np.testing.assert_array_equal(reply.outputs, others[0].outputs)
@@ -59,4 +60,4 @@ async def test_duplicate_gets_the_stored_or_the_computed_reply(
         )
         if reply_max_bytes == 16:
             with pytest.raises(AlreadyApplied):
-                await one.process(chunk)
+                await one.process(ANYONE, chunk)

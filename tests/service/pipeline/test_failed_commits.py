@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from service.access.caller import ANYONE
 from service.core.errors import StoreRefused
 from service.pipeline.chunk_job import ChunkJob
 from service.store.base import CommitColumns, CommitResult
@@ -32,7 +33,9 @@ async def test_chunks_whose_commit_failed_are_freed(store_url: str, tmp_path: Pa
     before = count_jobs()
     async with worker(store_url, artifact, store=store) as one:
         for _ in range(5):
-            found = await one.process_many([chunk_of("f1", rows, 0), chunk_of("f2", rows, 0)])
+            found = await one.process_many(
+                ANYONE, [chunk_of("f1", rows, 0), chunk_of("f2", rows, 0)]
+            )
             assert [type(each) for each in found] == [StoreRefused] * 2
     del found
     assert count_jobs() <= before

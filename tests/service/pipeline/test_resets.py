@@ -23,6 +23,7 @@ from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
 from models.spec.model import parse_spec
+from service.access.caller import ANYONE
 from service.core.delivery import chunk_digest
 from service.core.errors import InvalidInput, PositionBehind, StreamNotFound
 from service.core.values import (
@@ -246,10 +247,10 @@ async def test_outputs_are_those_of_each_session_for_any_cut(
     key = f"{name}-{next(counter)}"
     inner = [cut for cut in cuts if cut]
     for turn, start, stop in zip(turns, [0, *inner], [*inner, STEPS], strict=False):
-        reply = await workers[turn].process(stream.chunk(key, start, stop))
+        reply = await workers[turn].process(ANYONE, stream.chunk(key, start, stop))
         np.testing.assert_allclose(reply.outputs, expected[start:stop], rtol=1e-4, atol=1e-5)
         assert reply.head.position == stop
-    await workers[0].streams.delete(StreamKey(name, key))
+    await workers[0].streams.delete(ANYONE, StreamKey(name, key))
 
 
 @pytest.mark.parametrize("name", ["gru", "whole", "blocks"])
@@ -259,7 +260,9 @@ async def test_predicted_sessions_are_independent_sequences(
     stream = Given(artifacts[name], 5, [0, 2, 3, 11], [1] * STEPS)
     plain = Given(artifacts[name], 6, [], [1] * STEPS)
     sequences = [SequenceInput(each.steps(0, STEPS)) for each in (stream, plain)]
-    for each, found in zip((stream, plain), await workers[0].predict(name, sequences), strict=True):
+    for each, found in zip(
+        (stream, plain), await workers[0].predict(ANYONE, name, sequences), strict=True
+    ):
         np.testing.assert_allclose(found.outputs, each.expected(), rtol=1e-4, atol=1e-5)
 
 
@@ -269,7 +272,9 @@ async def test_more_resets_than_a_call_has_rows(
     stream = Given(artifacts["lstm"], 3, list(range(STEPS)), [1] * STEPS)
     plain = Given(artifacts["lstm"], 4, [], [1] * STEPS)
     chunks: list[Any] = [stream.chunk("many", 0, STEPS), plain.chunk("none", 0, STEPS)]
-    for each, reply in zip((stream, plain), await workers[0].process_many(chunks), strict=True):
+    for each, reply in zip(
+        (stream, plain), await workers[0].process_many(ANYONE, chunks), strict=True
+    ):
         np.testing.assert_allclose(reply.outputs, each.expected(), rtol=1e-4, atol=1e-5)
 
 
@@ -300,13 +305,13 @@ async def test_a_retry_has_the_same_resets(
 ) -> None:
     first, second = workers
     stream = Given(artifacts[name], 7, [2], [1] * STEPS)
-    applied = await first.process(stream.chunk("retry", 0, 8))
-    again = await second.process(stream.chunk("retry", 0, 8))
+    applied = await first.process(ANYONE, stream.chunk("retry", 0, 8))
+    again = await second.process(ANYONE, stream.chunk("retry", 0, 8))
     assert again.replayed
     np.testing.assert_array_equal(again.outputs, applied.outputs)
     for other in ([], [3], [0, 2]):
         with pytest.raises(PositionBehind):
-            await second.process(stream.chunk("retry", 0, 8, resets=other))
+            await second.process(ANYONE, stream.chunk("retry", 0, 8, resets=other))
 
 
 def test_chunks_without_resets_keep_their_digests() -> None:
@@ -326,7 +331,7 @@ async def test_an_event_that_cannot_be_encoded_is_named_by_its_place_in_the_chun
     stream = Given(artifacts["events"], 8, [2], [1] * STEPS)
     stream.events[5]["load"] = 1e39
     with pytest.raises(InvalidInput) as error:
-        await workers[0].process(stream.chunk("overflow", 0, 8))
+        await workers[0].process(ANYONE, stream.chunk("overflow", 0, 8))
     assert error.value.facts["at"] == "events[5].load"
 
 
@@ -337,26 +342,29 @@ async def test_a_dry_run_applies_nothing(
     pipeline, other = workers
     key = StreamKey(name, "dry")
     stream = Given(artifacts[name], 9, [] if name == "blocks" else [6], [1] * STEPS)
-    reply = await pipeline.process(stream.chunk("dry", 0, 5, dry_run=True))
+    reply = await pipeline.process(ANYONE, stream.chunk("dry", 0, 5, dry_run=True))
     assert (reply.dry_run, reply.head, reply.created) == (True, NO_STREAM, False)
     with pytest.raises(StreamNotFound):
-        await pipeline.streams.read(key)
-    applied = await pipeline.process(stream.chunk("dry", 0, 5))
+        await pipeline.streams.read(ANYONE, key)
+    applied = await pipeline.process(ANYONE, stream.chunk("dry", 0, 5))
     np.testing.assert_array_equal(applied.outputs, reply.outputs)
 
     # the other worker goes on, so that what this one has in its cache is stale
-    went_on = await other.process(stream.chunk("dry", 5, 8))
+    went_on = await other.process(ANYONE, stream.chunk("dry", 5, 8))
     with pytest.raises(PositionBehind):
-        await pipeline.process(stream.chunk("dry", 5, 9, dry_run=True))
+        await pipeline.process(ANYONE, stream.chunk("dry", 5, 9, dry_run=True))
     first, second = [
-        await pipeline.process(stream.chunk("dry", 8, STEPS, dry_run=True)) for _ in range(2)
+        await pipeline.process(ANYONE, stream.chunk("dry", 8, STEPS, dry_run=True))
+        for _ in range(2)
     ]
-    assert first.head == second.head == went_on.head == (await pipeline.streams.read(key)).head
-    applied = await other.process(stream.chunk("dry", 8, STEPS))
+    assert (
+        first.head == second.head == went_on.head == (await pipeline.streams.read(ANYONE, key)).head
+    )
+    applied = await other.process(ANYONE, stream.chunk("dry", 8, STEPS))
     np.testing.assert_array_equal(first.outputs, second.outputs)
     np.testing.assert_allclose(applied.outputs, first.outputs, rtol=1e-5, atol=1e-6)
     assert applied.head.position == STEPS
-    again = await pipeline.process(stream.chunk("dry", 8, STEPS, dry_run=True))
+    again = await pipeline.process(ANYONE, stream.chunk("dry", 8, STEPS, dry_run=True))
     assert (again.replayed, again.dry_run, again.head) == (True, True, applied.head)
 
 
@@ -411,7 +419,7 @@ async def test_a_model_on_whole_chunks_computes_each_segment_separately(
     zero = state = artifact.state.zero().floats
     found = []
     for start, stop in ((0, 9), (9, STEPS)):
-        found.append((await workers[0].process(stream.chunk("seen", start, stop))).outputs)
+        found.append((await workers[0].process(ANYONE, stream.chunk("seen", start, stop))).outputs)
     expected = []
     for start, stop in ((0, 3), (3, 4), (4, 9), (9, STEPS)):
         before = state if start == 9 else zero
@@ -432,16 +440,17 @@ async def test_a_forecast_ignores_events_before_a_reset(
     gaps_s = [3600] * STEPS
     stream = Given(artifacts["decoder"], 12, [6], gaps_s)
     rest = Given(artifacts["decoder"], 12, [], gaps_s)
-    await pipeline.process(stream.chunk("origin", 0, 10))
-    await pipeline.process(stream.chunk("origin", 10, STEPS))
+    await pipeline.process(ANYONE, stream.chunk("origin", 0, 10))
+    await pipeline.process(ANYONE, stream.chunk("origin", 10, STEPS))
     alone = replace(rest.chunk("alone", 6, STEPS), position=0)
-    await pipeline.process(alone)
+    await pipeline.process(ANYONE, alone)
     spec = artifacts["decoder"].spec
     known = known_schema(spec.events, spec.decoder, timed=False)
     future = columns_from_events(known, [{"holiday": False, "tariff": "day", "wind": 1.0}] * 3)
     request = ForecastRequest(3, future=future)
     first, second = [
-        await pipeline.forecast(StreamKey("decoder", name), request) for name in ("origin", "alone")
+        await pipeline.forecast(ANYONE, StreamKey("decoder", name), request)
+        for name in ("origin", "alone")
     ]
     assert (first.head.position, second.head.position) == (STEPS, STEPS - 6)
     assert first.times_ms == second.times_ms

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from models.artifact.artifact import Artifact
+from service.access.caller import ANYONE
 from service.core.values import Chunk
 from service.pipeline.pipeline import Pipeline
 from tests.support.pipelines import (
@@ -33,9 +34,9 @@ async def test_outputs_and_state_after_a_start_are_those_of_a_new_stream(
 ) -> None:
     async with worker(store_url, artifact) as pipeline:
         for position in (None, 0, None):
-            await pipeline.process(chunk_of("s", rows_of(np.random.default_rng(2), 3)))
-            first = await pipeline.process(start(position))
-            rest = await pipeline.process(chunk_of("s", ROWS[4:], 4))
+            await pipeline.process(ANYONE, chunk_of("s", rows_of(np.random.default_rng(2), 3)))
+            first = await pipeline.process(ANYONE, start(position))
+            rest = await pipeline.process(ANYONE, chunk_of("s", ROWS[4:], 4))
             outputs = np.concatenate([first.outputs, rest.outputs])
             np.testing.assert_allclose(
                 outputs, oracle_outputs(artifact, ROWS), rtol=1e-4, atol=1e-5
@@ -50,7 +51,7 @@ async def test_retries_of_a_start_race_and_are_applied_once(
     counts = Counts()
 
     async def apply(pipelines: list[Pipeline]) -> None:
-        chunks = [pipeline.process(start()) for pipeline in pipelines for _ in range(3)]
+        chunks = [pipeline.process(ANYONE, start()) for pipeline in pipelines for _ in range(3)]
         replies = await asyncio.gather(*chunks)
         assert len({reply.head for reply in replies}) == 1
         assert [reply.replayed for reply in replies].count(False) == 1
@@ -60,7 +61,7 @@ async def test_retries_of_a_start_race_and_are_applied_once(
         worker(store_url, artifact, counts) as two,
     ):
         await apply([one, two])
-        await one.process(chunk_of("s", ROWS[4:], 4))
+        await one.process(ANYONE, chunk_of("s", ROWS[4:], 4))
         await apply([two, one])
     assert counts.seen["chunks"] == 3
 
@@ -71,8 +72,8 @@ async def test_start_replaces_the_state_of_another_version(
 ) -> None:
     other = make_artifact(tmp_path_factory.mktemp("other"), seed=2)
     async with worker(store_url, other) as before, worker(store_url, artifact) as after:
-        await before.process(start(position))
-        reply = await after.process(start(position))
+        await before.process(ANYONE, start(position))
+        reply = await after.process(ANYONE, start(position))
         assert not reply.replayed
         np.testing.assert_allclose(
             reply.outputs, oracle_outputs(artifact, ROWS[:4]), rtol=1e-4, atol=1e-5

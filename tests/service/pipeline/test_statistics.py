@@ -16,6 +16,7 @@ from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.model import parse_spec
 from models.spec.state import State
+from service.access.caller import ANYONE
 from service.core.delivery import chunk_digest
 from service.core.values import Chunk, Feed, Steps, StreamKey
 from service.pipeline.pipeline import Pipeline
@@ -85,7 +86,9 @@ async def test_statistics_are_the_same_bits_for_any_cuts_forks_and_restores(
         for turn, (start, stop) in enumerate(pairwise(cuts)):
             pipeline = workers[turn % 2]
             for name in events:
-                reply = await pipeline.process(chunk_of(keys[name], events[name], start, stop))
+                reply = await pipeline.process(
+                    ANYONE, chunk_of(keys[name], events[name], start, stop)
+                )
                 outputs[name].append(reply.outputs)
             if number == 1 and turn == 2:
                 keys = {name: await forked(pipeline, key) for name, key in keys.items()}
@@ -96,7 +99,7 @@ async def test_statistics_are_the_same_bits_for_any_cuts_forks_and_restores(
             initial = artifact.state.zero().floats
             expected, _ = oracle_step(SPEC, artifact.weights, rows, initial)
             np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-5, atol=1e-5)
-            stored = await workers[1].streams.read(StreamKey(SPEC.name, keys[name]))
+            stored = await workers[1].streams.read(ANYONE, StreamKey(SPEC.name, keys[name]))
             states[name].append(stored.state)
     for same in states.values():
         assert {state.ints.tobytes() for state in same} == {same[0].ints.tobytes()}
@@ -107,16 +110,17 @@ async def test_statistics_are_the_same_bits_for_any_cuts_forks_and_restores(
 
 async def forked(pipeline: Pipeline, stream: str) -> str:
     """The name of a fork, which continues in the stream's place."""
-    await pipeline.streams.fork(StreamKey(SPEC.name, stream), f"{stream}-fork", None)
+    await pipeline.streams.fork(ANYONE, StreamKey(SPEC.name, stream), f"{stream}-fork", None)
     return f"{stream}-fork"
 
 
 async def restored(pipeline: Pipeline, artifact: Artifact, stream: str) -> str:
     """The name of a stream that is restored from a snapshot in JSON."""
-    stored = await pipeline.streams.read(StreamKey(SPEC.name, stream))
+    stored = await pipeline.streams.read(ANYONE, StreamKey(SPEC.name, stream))
     parts = {name: part.tolist() for name, part in artifact.state.by_name(stored.state).items()}
     state = artifact.state.from_names(json.loads(json.dumps(parts)))
     await pipeline.streams.restore(
+        ANYONE,
         StreamKey(SPEC.name, f"{stream}-restored"),
         feed=stored.feed,
         position=stored.head.position,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
+from service.access.caller import ANYONE
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Reply, StreamKey
 from service.engine.fair_queue import RunningBatch, Work
@@ -108,11 +109,11 @@ async def test_an_unresponsive_shard_holds_no_batch_slots(
     good = stream_names(own_cluster, settings.keys, "good", 20, down=False)
     if is_known:
         for name in (*late, *good):
-            await pipeline.process(chunk_of(name, rows[:4], 0), later())
+            await pipeline.process(ANYONE, chunk_of(name, rows[:4], 0), later())
     start = 4 if is_known else 0
 
     async def send(name: str) -> Reply:
-        return await pipeline.process(chunk_of(name, rows[start:], start), later())
+        return await pipeline.process(ANYONE, chunk_of(name, rows[start:], start), later())
 
     with one_shard_down(own_cluster):
         waiting = [asyncio.create_task(send(name)) for name in late]
@@ -122,7 +123,7 @@ async def test_an_unresponsive_shard_holds_no_batch_slots(
                 await send(name)
         assert not any(task.done() for task in waiting)
         with pytest.raises(StoreUnavailable):
-            await pipeline.process(chunk_of(short, rows, 0), time.monotonic() + 0.5)
+            await pipeline.process(ANYONE, chunk_of(short, rows, 0), time.monotonic() + 0.5)
     for reply in await asyncio.gather(*waiting):
         assert not reply.replayed
         np.testing.assert_allclose(
@@ -152,15 +153,15 @@ async def test_chunks_waiting_for_an_unresponsive_shard_are_bounded(
     async with worker("", artifact, store=RedisStore(settings), in_flight=2, queue=20) as one:
         with one_shard_down(own_cluster):
             sent = [
-                asyncio.create_task(one.process(chunk_of(late[n], rows, 0), later()))
+                asyncio.create_task(one.process(ANYONE, chunk_of(late[n], rows, 0), later()))
                 for n in range(10)
             ]
             async with asyncio.timeout(WITHIN_S):
                 await full.wait()
-                await one.process(chunk_of(good, rows, 0), later())
+                await one.process(ANYONE, chunk_of(good, rows, 0), later())
                 for name in late[10:]:
                     with pytest.raises(StoreUnavailable, match="10 chunks wait"):
-                        await one.process(chunk_of(name, rows, 0), later())
+                        await one.process(ANYONE, chunk_of(name, rows, 0), later())
             assert not any(task.done() for task in sent)
         for outcome in await asyncio.gather(*sent, return_exceptions=True):
             assert not isinstance(outcome, CarryError)
@@ -208,9 +209,9 @@ async def test_shutdown_waits_for_an_unresponsive_shard_within_its_drain_time(
     store = RedisStore(settings)
     async with worker("", artifact, store=store, in_flight=2, drain_s=0.1) as one:
         with one_shard_down(own_cluster):
-            waiting = asyncio.create_task(one.process(chunk_of(late, rows, 0), later()))
+            waiting = asyncio.create_task(one.process(ANYONE, chunk_of(late, rows, 0), later()))
             async with asyncio.timeout(WITHIN_S):
-                await one.process(chunk_of(good, rows, 0), later())
+                await one.process(ANYONE, chunk_of(good, rows, 0), later())
                 await one.stop()
                 with pytest.raises(CarryError):
                     await waiting

@@ -8,9 +8,9 @@ import time
 import pytest
 from typer.testing import CliRunner, Result
 
+from service.access.caller import Verb
 from service.access.keys import decode_key
 from service.access.limits import KeyLimits
-from service.access.principal import Verb
 from service.access.tokens import verify_token
 from service.commands.cli import app
 from tests.support.servers import RealServer
@@ -40,10 +40,11 @@ def test_created_key_has_its_limits_and_signs_tokens_within_its_scope(
     signed = keys("token", "--prefix", "acme:7:", "--minutes", "5", "--allow", "predict")
     assert signed.exit_code == 0, signed.output
     now_ms = time.time_ns() // 1_000_000
-    principal = verify_token(signed.stdout.strip(), {key_id: record}, now_ms)
-    assert (principal.prefix, principal.verbs) == ("acme:7:", {Verb.PREDICT})
-    assert principal.expires_ms is not None
-    assert abs(principal.expires_ms - now_ms - 300_000) < 60_000
+    holder = record.caller(key_id)
+    caller = verify_token(signed.stdout.strip(), {key_id: record}, now_ms, lambda *_: holder)
+    assert (caller.prefix, caller.verbs) == ("acme:7:", {Verb.PREDICT})
+    assert caller.expires_ms is not None
+    assert abs(caller.expires_ms - now_ms - 300_000) < 60_000
 
     monkeypatch.setenv("CARRY_API_KEY", "wrong")
     failed = keys("token")

@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 from models.artifact.artifact import Artifact, write_artifact
+from service.access.caller import Verb
 from service.access.keys import parse_key
 from service.access.limits import KeyLimits
-from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.console.page import add_console
 from service.core.errors import CarryError, LimitExceeded, Overloaded
@@ -586,7 +586,7 @@ async def test_quota_of_streams_holds_on_every_route_and_deletions_free_it(
 
 
 async def test_quota_of_bytes_counts_the_states(api: Harness) -> None:
-    layout = api.pipeline.model("probe").state
+    layout = api.pipeline.models["probe"].state
     size = HEADER_BYTES + 4 * layout.float_size + 8 * layout.int_size
     assert size == len(encode_state(await stored_state(api)))
     key = await api.key(limits=KeyLimits(state_bytes=2 * size + 1))
@@ -602,15 +602,15 @@ async def stored_state(api: Harness) -> StreamState:
 
 async def test_chunks_behind_the_registration_of_a_stream_keep_their_order(api: Harness) -> None:
     key = await api.key(limits=KeyLimits(streams=5))
-    scoped = api.app.state.api.access.pipeline(key.encode())
+    caller = api.keys.caller(key.encode())
     results: list[asyncio.Future[Reply | CarryError]] = []
 
     def send(position: int) -> None:
         chunk = chunk_of("ordered", rows(1), position)
-        assert scoped.check_admission("probe", chunk.key, 60) is None
+        assert api.pipeline.check_admission(caller, "probe", chunk.key, 60) is None
         result = asyncio.get_running_loop().create_future()
         results.append(result)
-        scoped.enqueue(chunk, time.monotonic() + 60, result.set_result)
+        api.pipeline.enqueue(caller, chunk, time.monotonic() + 60, result.set_result)
 
     for position in range(6):
         send(position)
@@ -624,13 +624,13 @@ async def test_a_chunk_whose_client_disconnected_counts_no_longer(
     api: Harness, streams: int | None
 ) -> None:
     key = await api.key(limits=KeyLimits(concurrent_requests=1, streams=streams))
-    scoped = api.app.state.api.access.pipeline(key.encode())
+    caller = api.keys.caller(key.encode())
     chunk, results = chunk_of("left", rows(1), 0), list[Reply | CarryError]()
-    job = scoped.enqueue(chunk, time.monotonic() + 60, results.append)
-    assert isinstance(scoped.check_admission("probe", chunk.key, 60), LimitExceeded)
-    scoped.cancel(job)
+    job = api.pipeline.enqueue(caller, chunk, time.monotonic() + 60, results.append)
+    assert isinstance(api.pipeline.check_admission(caller, "probe", chunk.key, 60), LimitExceeded)
+    api.pipeline.cancel(caller, job)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert scoped.check_admission("probe", chunk.key, 60) is None
+    assert api.pipeline.check_admission(caller, "probe", chunk.key, 60) is None
     assert await send_chunk(api, key, "next") == 200
     assert not results

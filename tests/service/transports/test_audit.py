@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from models.artifact.artifact import Artifact
+from service.access.caller import Verb
 from service.access.keys import parse_key
-from service.access.principal import Verb
 from service.access.tokens import TokenClaims, sign_token
 from service.core.errors import NotDurable, StoreUnavailable
 from service.telemetry.access_log import access_log, audit
@@ -53,7 +53,7 @@ async def test_every_change_of_a_stream_except_by_chunks_is_audited(
     api: Harness, written: list[dict[str, Any]]
 ) -> None:
     headers, key_id, subject = {}, None, None
-    if api.keys is not None and not api.keys.is_open:
+    if api.keys.open_caller is None:
         key = parse_key((await api.key()).removeprefix("Bearer "))
         assert key is not None
         key_id, subject = key.key_id, "tenant 7"
@@ -98,7 +98,7 @@ async def test_change_with_uncertain_outcome_is_audited(
     api: Harness, written: list[dict[str, Any]]
 ) -> None:
     headers = {}
-    if api.keys is not None and not api.keys.is_open:
+    if api.keys.open_caller is None:
         headers = {"authorization": await api.key()}
     written.clear()
     for error, expected in (

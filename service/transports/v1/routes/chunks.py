@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.access.principal import Verb
+from service.access.caller import PREDICT, Caller, Verb
 from service.codec.pieces import CountedList
 from service.codec.replies import etag, reply
 from service.codec.reply_types import (
@@ -31,9 +31,8 @@ from service.codec.reply_writer import (
 from service.codec.request_body import RequestBody, receive_body
 from service.core.errors import CarryError, InvalidPrecondition
 from service.core.values import NO_STREAM, Reply, StreamKey
-from service.pipeline.scoped_pipeline import PipelineInterface
 from service.server.disconnects import cancel_on_disconnect
-from service.transports.v1.context import ApiContext, ModelCodec, api_of, pipeline_of
+from service.transports.v1.context import ApiContext, ModelCodec, api_of, caller_of
 from service.transports.v1.problems import problem
 from service.transports.v1.request_fields import (
     body_media,
@@ -54,20 +53,18 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     the chunk is applied exactly once: a retry of the stream's last chunk gets the stored reply,
     and a chunk that would skip or repeat events is rejected with the expected position.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.PREDICT, model=model, stream=stream)
-    api = api_of(request)
+    caller, api = caller_of(request), api_of(request)
+    codec = api.codec(api.pipeline.model(caller, PREDICT, model, stream))
     deadline_s = deadline(request, api.limits)
-    codec = api.codec(pipeline.model(model))
     key = StreamKey(codec.served.name, stream_name(stream))
-    options = _options(request, pipeline, codec, key.stream)
+    options = _options(request, api, caller, codec, key.stream)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(pipeline, codec, key, body)
+    _check_capacity(api, caller, key.model, key, body)
     chunk = await body.read(codec.reader.chunk, codec.long.chunk, key.stream, precondition)
-    result = await cancel_on_disconnect(request, pipeline.process(chunk, deadline_s))
+    result = await cancel_on_disconnect(request, api.pipeline.process(caller, chunk, deadline_s))
     headers = [(b"server-timing", server_timing(result))]
     if result.head is not NO_STREAM:
         headers.insert(0, etag(result.head))
@@ -82,12 +79,10 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     later items through if they carry a position, so that a whole request can be sent again.
     The status is 200 even if items fail.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.PREDICT, model=model)
-    api = api_of(request)
+    caller, api = caller_of(request), api_of(request)
+    codec = api.codec(api.pipeline.model(caller, PREDICT, model))
     deadline_s = deadline(request, api.limits)
-    codec = api.codec(pipeline.model(model))
-    options = _options(request, pipeline, codec)
+    options = _options(request, api, caller, codec)
     media = body_media(request)
     answer = reply_media(request, media)
     if "if-match" in request.headers:
@@ -98,11 +93,12 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
             expected="none",
         )
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(pipeline, codec, None, body)
+    _check_capacity(api, caller, codec.served.name, None, body)
     items = codec.rows_items.items(body.content, media)
     if items is None:
         items = await body.read(codec.reader.items, codec.long.items)
-    results = await cancel_on_disconnect(request, pipeline.process_many(items, deadline_s))
+    processing = api.pipeline.process_many(caller, items, deadline_s)
+    results = await cancel_on_disconnect(request, processing)
     return reply(answer, _outcomes(api, codec, results, options))
 
 
@@ -110,11 +106,9 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     """Each sequence starts from the initial state, or continues that of its `state_token`. No
     stream is read or changed.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.PREDICT, model=model)
-    api = api_of(request)
+    caller, api = caller_of(request), api_of(request)
+    codec = api.codec(api.pipeline.model(caller, PREDICT, model))
     deadline_s = deadline(request, api.limits)
-    codec = api.codec(pipeline.model(model))
     parameters = query(request, PREDICT_PARAMETERS)
     options = codec.writer.options(parameters) if parameters else EVERY_STEP
     return_tokens = flag(parameters, "return_state_token", default=False)
@@ -122,8 +116,8 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     answer = reply_media(request, media)
     body = await receive_body(request, media, deadline_s)
     sequences = await body.read(codec.reader.sequences, codec.long.sequences)
-    predicting = pipeline.predict(
-        codec.served.name, sequences, deadline_s, return_tokens=return_tokens
+    predicting = api.pipeline.predict(
+        caller, codec.served.name, sequences, deadline_s, return_tokens=return_tokens
     )
     predictions = await cancel_on_disconnect(request, predicting)
     document: PredictReply = {
@@ -138,7 +132,7 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
 
 
 def _check_capacity(
-    pipeline: PipelineInterface, codec: ModelCodec, key: StreamKey | None, body: RequestBody
+    api: ApiContext, caller: Caller, model: str, key: StreamKey | None, body: RequestBody
 ) -> None:
     """Reject a long body before it is parsed, if the queue would reject its chunks afterwards.
 
@@ -148,18 +142,22 @@ def _check_capacity(
     if not body.is_long:
         return
     left_s = body.deadline_s - time.monotonic()
-    rejection = pipeline.check_admission(codec.served.name, key, left_s)
+    rejection = api.pipeline.check_admission(caller, model, key, left_s)
     if rejection is not None:
         raise rejection.copy()
 
 
 def _options(
-    request: Request, pipeline: PipelineInterface, codec: ModelCodec, stream: str | None = None
+    request: Request,
+    api: ApiContext,
+    caller: Caller,
+    codec: ModelCodec,
+    stream: str | None = None,
 ) -> ReplyOptions:
     parameters = query(request, REPLY_PARAMETERS)
     options = codec.writer.options(parameters) if parameters else EVERY_STEP
     if options.return_state:
-        pipeline.require(Verb.READ_STATE, model=codec.served.name, stream=stream)
+        api.pipeline.model(caller, (Verb.READ_STATE,), codec.served.name, stream)
     return options
 
 

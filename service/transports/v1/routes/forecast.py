@@ -5,12 +5,12 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.access.principal import Verb
+from service.access.caller import PREDICT
 from service.codec.replies import etag, reply
 from service.codec.request_body import receive_body
 from service.core.values import StreamKey
 from service.server.disconnects import cancel_on_disconnect
-from service.transports.v1.context import api_of, pipeline_of
+from service.transports.v1.context import api_of, caller_of
 from service.transports.v1.request_fields import (
     body_media,
     deadline,
@@ -30,12 +30,10 @@ async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) 
     the same state. With a `position` the stream has to be at that position, with
     `If-Match` in the state that it names.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.PREDICT, model=model, stream=stream)
-    api = api_of(request)
+    caller, api = caller_of(request), api_of(request)
+    codec = api.codec(api.pipeline.model(caller, PREDICT, model, stream))
     deadline_s = deadline(request, api.limits)
     query(request)
-    codec = api.codec(pipeline.model(model))
     key = StreamKey(codec.served.name, stream_name(stream))
     codec.served.require_decoder()
     media = body_media(request)
@@ -46,5 +44,6 @@ async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) 
         codec.reader.forecast_request, codec.long.forecast_request, key.stream
     )
     parameters = parameters._replace(precondition=precondition)
-    forecast = await cancel_on_disconnect(request, pipeline.forecast(key, parameters, deadline_s))
+    forecasting = api.pipeline.forecast(caller, key, parameters, deadline_s)
+    forecast = await cancel_on_disconnect(request, forecasting)
     return reply(answer, codec.writer.forecast(forecast, parameters), headers=[etag(forecast.head)])

@@ -13,12 +13,12 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.access.principal import Verb
+from service.access.caller import Verb
 from service.codec.media import Media
 from service.codec.replies import reply
 from service.codec.reply_types import Live, Ready, StoreReport
 from service.core.errors import CarryError
-from service.transports.v1.context import api_of, pipeline_of
+from service.transports.v1.context import api_of, caller_of
 
 HIDDEN: Final = "needs a key that allows metrics"
 """The detail of a check for those who may not read it."""
@@ -32,7 +32,7 @@ async def get_live(_: Request) -> Response:
 
 async def get_ready(request: Request) -> Response:
     """200 if every check passes, otherwise 503; `failing` names the others."""
-    checks = await api_of(request).readiness()
+    checks = await api_of(request).pipeline.readiness()
     failing = [check.name for check in checks if not check.ok]
     # a probe has no key, and details have addresses of the store
     hides = not _allows_metrics(request)
@@ -50,8 +50,8 @@ async def get_ready(request: Request) -> Response:
 
 async def get_store(request: Request) -> Response:
     """Always 200: it is a report, not a reason to send requests elsewhere."""
-    pipeline_of(request).require(Verb.METRICS)
-    checks = await api_of(request).readiness()
+    caller_of(request).check((Verb.METRICS,))
+    checks = await api_of(request).pipeline.readiness()
     check = next(each for each in checks if each.name == "store")
     document: StoreReport = {
         "status": "degraded" if check.degraded else "up" if check.ok else "down",
@@ -66,7 +66,7 @@ async def get_store(request: Request) -> Response:
 
 async def get_metrics(request: Request) -> Response:
     """Prometheus' text format, of all workers together."""
-    pipeline_of(request).require(Verb.METRICS)
+    caller_of(request).check((Verb.METRICS,))
     # in a thread: it reads files if several workers share their counters
     body, content_type = await asyncio.to_thread(request.app.state.render_metrics)
     return Response(body, headers={"Content-Type": content_type})
@@ -74,7 +74,7 @@ async def get_metrics(request: Request) -> Response:
 
 def _allows_metrics(request: Request) -> bool:
     try:
-        pipeline_of(request).require(Verb.METRICS)
+        caller_of(request).check((Verb.METRICS,))
     except CarryError:
         return False
     return True

@@ -9,7 +9,7 @@ from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
-from service.access.principal import Verb
+from service.access.caller import Verb
 from service.codec.replies import reply
 from service.codec.reply_types import (
     AlarmsInfo,
@@ -22,29 +22,27 @@ from service.codec.reply_types import (
 )
 from service.codec.settings import RequestSettings
 from service.pipeline.served_model import ServedModel
-from service.transports.v1.context import api_of, pipeline_of
+from service.transports.v1.context import api_of, caller_of
 from service.transports.v1.request_fields import query, reply_media
 from service.transports.v1.route import ModelPath
 
 
 async def get_models(request: Request) -> Response:
     """A summary of every served model."""
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.MODELS)
+    models = api_of(request).pipeline.describe(caller_of(request))
     query(request)
     answer = reply_media(request)
-    served = pipeline.models
-    document: ModelList = {"models": [_summary(served[name]) for name in sorted(served)]}
+    document: ModelList = {"models": [_summary(served) for served in models.values()]}
     return reply(answer, document)
 
 
 async def get_model(request: Request, model: ModelPath) -> Response:
     """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.MODELS, model=model)
+    api = api_of(request)
+    served = api.pipeline.model(caller_of(request), (Verb.MODELS,), model)
     query(request)
     answer = reply_media(request)
-    return reply(answer, detail(pipeline.model(model), api_of(request).limits))
+    return reply(answer, detail(served, api.limits))
 
 
 def _summary(served: ServedModel) -> ModelSummary:

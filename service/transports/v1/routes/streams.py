@@ -16,7 +16,7 @@ from models.errors import DataError, StateError
 from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
-from service.access.principal import Verb
+from service.access.caller import DESCRIBE, Verb
 from service.codec.media import Media
 from service.codec.replies import etag, reply
 from service.codec.reply_types import (
@@ -29,9 +29,8 @@ from service.codec.reply_types import (
 from service.codec.request_body import receive_body
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
-from service.pipeline.scoped_pipeline import DESCRIBE, PipelineInterface
 from service.pipeline.served_model import ServedModel
-from service.transports.v1.context import ApiContext, api_of, pipeline_of
+from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.request_fields import (
     body_media,
     count,
@@ -51,21 +50,23 @@ VERSION_DIGITS = 12
 
 async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
-    pipeline = pipeline_of(request)
-    pipeline.require(*DESCRIBE, model=model, stream=stream)
+    caller, api = caller_of(request), api_of(request)
+    served = api.pipeline.model(caller, DESCRIBE, model, stream)
     query(request)
     answer = reply_media(request)
-    key = _stream_key(pipeline, model, stream)
-    record = await pipeline.streams.read(key, precondition=if_match(request))
+    key = StreamKey(served.name, stream_name(stream))
+    record = await api.pipeline.streams.read(caller, key, precondition=if_match(request))
     return reply(answer, _info(request, key, record), headers=[etag(record.head)])
 
 
 async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Deletes its state and its stored reply; its next chunk starts a new stream at position 0."""
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.DELETE, model=model, stream=stream)
+    caller, api = caller_of(request), api_of(request)
+    served = api.pipeline.model(caller, (Verb.DELETE,), model, stream)
     query(request)
-    await pipeline.streams.delete(_stream_key(pipeline, model, stream), if_match(request))
+    await api.pipeline.streams.delete(
+        caller, StreamKey(served.name, stream_name(stream)), if_match(request)
+    )
     return Response(status_code=204)
 
 
@@ -74,16 +75,15 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
 
     Rejected (`state_incompatible`) if another version of the model wrote it.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.READ_STATE, model=model, stream=stream)
+    caller, api = caller_of(request), api_of(request)
+    served = api.pipeline.model(caller, (Verb.READ_STATE,), model, stream)
     query(request)
     answer = reply_media(request)
-    key = _stream_key(pipeline, model, stream)
-    codec = api_of(request).codec(pipeline.model(model))
-    record = await pipeline.streams.read_state(key, if_match(request))
+    key = StreamKey(served.name, stream_name(stream))
+    record = await api.pipeline.streams.read_state(caller, key, if_match(request))
     document: StateReply = {
         **_stream_record(key, record),
-        "state": codec.writer.state(record.state),
+        "state": api.codec(served).writer.state(record.state),
     }
     return reply(answer, document, headers=[etag(record.head)])
 
@@ -94,14 +94,12 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
     created, 200 if it was overwritten.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.WRITE_STATE, model=model, stream=stream)
+    caller, api = caller_of(request), api_of(request)
+    served = api.pipeline.model(caller, (Verb.WRITE_STATE,), model, stream)
     query(request)
-    api = api_of(request)
-    key = _stream_key(pipeline, model, stream)
-    codec = api.codec(pipeline.model(model))
+    key = StreamKey(served.name, stream_name(stream))
+    codec = api.codec(served)
     codec.reader.check_accepts_chunks()
-    served = codec.served
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
@@ -125,7 +123,8 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
             got="events",
             stream=key.stream,
         )
-    record = await pipeline.streams.restore(
+    record = await api.pipeline.streams.restore(
+        caller,
         key,
         feed=feed,
         position=body.position,
@@ -142,19 +141,18 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
     of the stream `to`. 201 if it was created, 200 if it was overwritten.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.FORK, model=model, stream=stream)
+    caller, api = caller_of(request), api_of(request)
+    served = api.pipeline.model(caller, (Verb.FORK,), model, stream)
     query(request)
-    api = api_of(request)
-    key = _stream_key(pipeline, model, stream)
+    key = StreamKey(served.name, stream_name(stream))
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
     content = await receive_body(request, media, _deadline(api))
-    codec = api.codec(pipeline.model(model))
+    codec = api.codec(served)
     body = await content.read(codec.reader.fork, codec.long.fork)
     to = StreamKey(key.model, stream_name(body.to, "to"))
-    record = await pipeline.streams.fork(key, to.stream, precondition)
+    record = await api.pipeline.streams.fork(caller, key, to.stream, precondition)
     return _created_or_overwritten(request, answer, to, record, precondition)
 
 
@@ -164,15 +162,16 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
     A stream that exists throughout a listing comes at least once; a name may come twice, and a
     page may be empty before the last.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.LIST, model=model)
+    caller, api = caller_of(request), api_of(request)
+    name = api.pipeline.model(caller, (Verb.LIST,), model).name
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
-    name = pipeline.model(model).name
-    most = api_of(request).limits.max_items
+    most = api.limits.max_items
     limit = count(parameters, "limit", default=PAGE_STREAMS, most=most)
     prefix = stream_prefix(parameters.get("prefix", ""))
-    page = await pipeline.streams.page(name, prefix, parameters.get("cursor") or None, limit)
+    page = await api.pipeline.streams.page(
+        caller, name, prefix, parameters.get("cursor") or None, limit
+    )
     document: StreamList = {"model": name, "streams": list(page.streams), "cursor": page.cursor}
     return reply(answer, document)
 
@@ -183,31 +182,21 @@ async def delete_streams(request: Request, model: ModelPath) -> Response:
     With `limit`, the request ends after about that many; continue with its `cursor` until that is
     null. Streams that are created meanwhile may remain.
     """
-    pipeline = pipeline_of(request)
-    pipeline.require(Verb.DELETE, model=model)
+    caller, api = caller_of(request), api_of(request)
+    name = api.pipeline.model(caller, (Verb.DELETE,), model).name
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
-    name = pipeline.model(model).name
     prefix = stream_prefix(
         required(parameters, "prefix", "which selects the streams to delete (?prefix= for all)")
     )
     limit = None
     if "limit" in parameters:
         limit = count(parameters, "limit", default=MAX_DELETED, most=MAX_DELETED)
-    deleted, cursor = await pipeline.streams.delete_prefix(
-        name, prefix, parameters.get("cursor") or None, limit
+    deleted, cursor = await api.pipeline.streams.delete_prefix(
+        caller, name, prefix, parameters.get("cursor") or None, limit
     )
     document: Deleted = {"model": name, "deleted": deleted, "cursor": cursor}
     return reply(answer, document)
-
-
-def _stream_key(pipeline: PipelineInterface, model: str, stream: str) -> StreamKey:
-    """The stream of the URL; the model is looked up first.
-
-    Raises:
-        ModelNotFound, InvalidName
-    """
-    return StreamKey(pipeline.model(model).name, stream_name(stream))
 
 
 def _deadline(api: ApiContext) -> float:

@@ -12,10 +12,10 @@ from typing import Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from service.access.caller import Caller
 from service.codec.limits import LONG_BYTES
 from service.codec.long_bodies.admission import Checkpoint
 from service.core.errors import CarryError, MalformedBody
-from service.pipeline.scoped_pipeline import PipelineInterface
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.messages import decode_parameter, decode_request
 from service.transports.v2.inference import Inference
@@ -71,9 +71,7 @@ class InferMessage:
             return None
         return None if stream is None else f"{self.head.model_name}/{stream}"
 
-    async def infer(
-        self, inference: Inference, pipeline: PipelineInterface, deadline_s: float
-    ) -> InferReply:
+    async def infer(self, inference: Inference, caller: Caller, deadline_s: float) -> InferReply:
         """Answer the request, once.
 
         Raises:
@@ -81,14 +79,14 @@ class InferMessage:
         """
         data, self._data = self._data, None
         if data is None:
-            return await inference.infer(pipeline, decode_request(self.head), deadline_s)
+            return await inference.infer(caller, decode_request(self.head), deadline_s)
         most = inference.api.limits.max_predict_steps
         async with inference.api.long_bodies.admit(data, deadline_s) as checkpoint:
             await _check_fields(data, most, checkpoint)
             request = decode_request(parse(pb.ModelInferRequest, data))
             del data
-            ready = await inference.read_long(pipeline, request, deadline_s, checkpoint)
-        return await inference.answer(pipeline, ready)
+            ready = await inference.read_long(caller, request, deadline_s, checkpoint)
+        return await inference.answer(caller, ready)
 
 
 def parse(kind: type[M], data: bytes) -> M:

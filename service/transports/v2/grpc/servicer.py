@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -19,12 +19,12 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
-from service.access.principal import Verb
+from service.access.caller import PREDICT, Caller, Verb
 from service.codec.limits import LONG_BYTES
 from service.core.errors import BodyTooLarge, CarryError
 from service.core.tracing import PROPAGATED
 from service.pipeline.recorder import ModelStatistics
-from service.pipeline.scoped_pipeline import PipelineInterface
+from service.pipeline.served_model import ServedModel
 from service.server.errors import DuplicateField
 from service.telemetry.access_log import GRPC, RequestFacts, log_request, note_key, request_facts
 from service.telemetry.logs import RequestIds, current_request_id
@@ -52,6 +52,7 @@ from service.transports.v2.metadata import (
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID: Final = "x-request-id"
+MODELS: Final = (Verb.MODELS,)
 AUTHORIZATION: Final = "authorization"
 PROBES: Final = ("ServerLive", "ServerReady", "ModelReady")
 """Methods that probes call every few seconds; logged at `debug`."""
@@ -62,7 +63,7 @@ M = TypeVar("M", bound=Message)
 Work = Callable[["Model", Context], Awaitable[Message]]
 """Receives and answers the message of a call."""
 
-Describe = Callable[[PipelineInterface, Any], Awaitable[Message]]
+Describe = Callable[[Caller, Any], Awaitable[Message]]
 """Answers a message for what describes a model, or all models in the caller's scope."""
 
 serialize: Final = methodcaller("SerializeToString")
@@ -159,46 +160,45 @@ class InferenceServicer:
         self, kind: type[Message], work: Describe, model: Model, context: Context
     ) -> Message:
         """Answer a call for what describes a model, or all models."""
-        pipeline = self._admit(context)
+        caller = self._admit(context)
         async with self._messages.receive(context.read) as [data]:
             message: Any = parse_short(kind, data)
             model.name = getattr(message, "name", "")
             _note_message(len(data))
-            pipeline.require(Verb.MODELS, model=model.name or None)
-            return await work(pipeline, message)
+            return await work(caller, message)
 
-    def _admit(self, context: Context) -> PipelineInterface:
-        """Admit a call; returns the pipeline in the scope of the caller's access key.
+    def _admit(self, context: Context) -> Caller:
+        """Admit a call; returns the caller.
 
         Raises:
             Unauthenticated, StoreUnavailable, DuplicateField, Overloaded
         """
-        pipeline = self._pipeline(context)
+        caller = self._caller(context)
         self._calls.admit(context)
-        return pipeline
+        return caller
 
-    def _pipeline(self, context: Context) -> PipelineInterface:
+    def _caller(self, context: Context) -> Caller:
         access = self._api.access
-        if access.open_pipeline is not None:
-            return access.open_pipeline
-        pipeline = access.pipeline(_authorization(context))
-        note_key(pipeline.key_id)
-        return pipeline
+        if access.open_caller is not None:
+            return access.open_caller
+        caller = access.caller(_authorization(context))
+        note_key(caller.key_id)
+        return caller
 
     def has_key(self, context: Context) -> bool:
         """Whether the caller has an access key, or needs none."""
         try:
-            self._pipeline(context)
+            self._caller(context)
         except CarryError:
             return False
         return True
 
     async def _model_infer(self, model: Model, context: Context) -> pb.ModelInferResponse:
-        pipeline = self._admit(context)
+        caller = self._admit(context)
         async with self._messages.receive(context.read) as received:
             message = InferMessage(received.pop())
             model.name = message.head.model_name
-            return await self._infer(pipeline, message, context.time_remaining())
+            return await self._infer(caller, message, context.time_remaining())
 
     async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
         # the call has a context of its own, which the tasks of its requests inherit
@@ -206,7 +206,7 @@ class InferenceServicer:
         began_s = time.monotonic()
         try:
             authorization = _authorization(context)
-            pipeline = self._api.access.pipeline(authorization)
+            caller = self._api.access.caller(authorization)
             self._calls.admit(context)
         except CarryError as error:
             facts = RequestFacts()
@@ -222,7 +222,7 @@ class InferenceServicer:
                 self._stream_window,
                 self.stopping,
             )
-            forget = self._api.access.notify_end(pipeline, stream.end)
+            forget = self._api.access.notify_end(caller, stream.end)
             try:
                 async for response in stream.responses(requests):
                     yield response
@@ -235,9 +235,9 @@ class InferenceServicer:
         self, authorization: bytes | None, message: InferMessage
     ) -> pb.ModelInferResponse:
         # the key may have been revoked since the call began
-        pipeline = self._api.access.pipeline(authorization)
-        note_key(pipeline.key_id)
-        return await self._infer(pipeline, message, None)
+        caller = self._api.access.caller(authorization)
+        note_key(caller.key_id)
+        return await self._infer(caller, message, None)
 
     async def _answer_in_stream(
         self, propagated: Mapping[str, str], model: str, work: Callable[[], Awaitable[M]]
@@ -313,14 +313,15 @@ class InferenceServicer:
         return propagated if len(propagated) == len(entries) else {}
 
     async def _infer(
-        self, pipeline: PipelineInterface, message: InferMessage, remaining_s: float | None
+        self, caller: Caller, message: InferMessage, remaining_s: float | None
     ) -> pb.ModelInferResponse:
         """Answer a request whose client waits for so long; None if it does not say."""
-        pipeline.require(Verb.PREDICT, model=message.head.model_name)
+        head = message.head
+        self._inference.served(caller, PREDICT, head.model_name, head.model_version)
         _note_message(message.size)
         timeout_s = self._api.limits.effective_timeout_s(remaining_s)
         deadline_s = time.monotonic() + timeout_s
-        return encode_reply(await message.infer(self._inference, pipeline, deadline_s))
+        return encode_reply(await message.infer(self._inference, caller, deadline_s))
 
     async def _server_live(self, message: Message) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -328,52 +329,47 @@ class InferenceServicer:
     async def _server_ready(self, message: Message) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=await self.is_ready())
 
-    async def _server_metadata(
-        self, pipeline: PipelineInterface, message: Message
-    ) -> pb.ServerMetadataResponse:
+    async def _server_metadata(self, caller: Caller, message: Message) -> pb.ServerMetadataResponse:
+        self._api.pipeline.describe(caller)
         return ParseDict(server_metadata(), pb.ServerMetadataResponse())
 
     async def _model_ready(
-        self, pipeline: PipelineInterface, message: pb.ModelReadyRequest
+        self, caller: Caller, message: pb.ModelReadyRequest
     ) -> pb.ModelReadyResponse:
-        self._inference.served(pipeline, message.name, message.version)
+        self._inference.served(caller, MODELS, message.name, message.version)
         return pb.ModelReadyResponse(ready=await self.is_ready())
 
     async def _model_metadata(
-        self, pipeline: PipelineInterface, message: pb.ModelMetadataRequest
+        self, caller: Caller, message: pb.ModelMetadataRequest
     ) -> pb.ModelMetadataResponse:
-        served = self._inference.served(pipeline, message.name, message.version)
+        served = self._inference.served(caller, MODELS, message.name, message.version)
         return ParseDict(model_metadata(served), pb.ModelMetadataResponse())
 
     async def _model_config(
-        self, pipeline: PipelineInterface, message: pb.ModelConfigRequest
+        self, caller: Caller, message: pb.ModelConfigRequest
     ) -> pb.ModelConfigResponse:
-        served = self._inference.served(pipeline, message.name, message.version)
+        served = self._inference.served(caller, MODELS, message.name, message.version)
         config = model_config(served, self._api.limits.max_items)
         return ParseDict({"config": config}, pb.ModelConfigResponse())
 
     async def _model_statistics(
-        self, pipeline: PipelineInterface, message: pb.ModelStatisticsRequest
+        self, caller: Caller, message: pb.ModelStatisticsRequest
     ) -> pb.ModelStatisticsResponse:
-        models = pipeline.models
-        served = (
-            [self._inference.served(pipeline, message.name, message.version)]
-            if message.name
-            else [models[name] for name in sorted(models)]
-        )
+        served: Iterable[ServedModel] = self._api.pipeline.describe(caller).values()
+        if message.name:
+            served = [self._inference.served(caller, MODELS, message.name, message.version)]
         totals = await asyncio.to_thread(self._statistics)
         return ParseDict(model_statistics(served, totals), pb.ModelStatisticsResponse())
 
     async def _repository_index(
-        self, pipeline: PipelineInterface, message: pb.RepositoryIndexRequest
+        self, caller: Caller, message: pb.RepositoryIndexRequest
     ) -> pb.RepositoryIndexResponse:
-        models = pipeline.models
-        index = repository_index(models[name] for name in sorted(models))
+        index = repository_index(self._api.pipeline.describe(caller).values())
         return ParseDict({"models": index}, pb.RepositoryIndexResponse())
 
     async def is_ready(self) -> bool:
         """Whether requests should be sent here."""
-        return all(check.ok for check in await self._api.readiness())
+        return all(check.ok for check in await self._api.pipeline.readiness())
 
 
 @dataclass(slots=True)

@@ -44,7 +44,7 @@ async def live_application(
         extend(app)
         add_live_sockets(app, SOCKETS)
         api = app.state.api
-        store = api.access._pipeline._store
+        store = api.pipeline._store
         add_watching(app, Watches(store, store.outputs, api.recorder))
 
     async with harness(server, models, limits=limits, extend=extend_all, **options) as running:

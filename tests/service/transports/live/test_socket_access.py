@@ -12,8 +12,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.server import ServerProtocol
 
 from models.artifact.artifact import Artifact
+from service.access.caller import Verb
 from service.access.limits import KeyLimits
-from service.access.principal import Verb
 from service.telemetry.access_log import RequestLine, access_log
 from service.transports.live.session import UNAUTHENTICATED
 from tests.service.transports.live.sockets import (

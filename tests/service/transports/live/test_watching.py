@@ -13,6 +13,7 @@ import orjson
 import pytest
 from msgspec.structs import replace
 
+from service.access.caller import ANYONE
 from service.core.errors import StoreUnavailable
 from service.core.values import StreamKey
 from service.pipeline import output_buffer, watching
@@ -183,7 +184,10 @@ async def test_a_slow_watcher_gets_a_gap_and_continues(
     monkeypatch.setattr(output_buffer, "MAX_BUFFERED", 3)
     watches = watching.Watches(api.store, api.store.outputs, api.counts)
     key = StreamKey("probe", "s")
-    async with watches.watch(key, None) as slow, watches.watch(key, None) as reading:
+    async with (
+        watches.watch(ANYONE, key, None) as slow,
+        watches.watch(ANYONE, key, None) as reading,
+    ):
         slow_events, events = follow(slow, 10), follow(reading, 10)
         for each in (slow_events, events):
             assert await anext(each) == watching.Watched(None, 0)
@@ -243,7 +247,7 @@ async def test_outputs_that_do_not_fit_the_buffer_are_taken_from_the_stored_repl
 ) -> None:
     monkeypatch.setattr(output_buffer, "MAX_BUFFERED_BYTES", 1)
     watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 10)
         await anext(events)
         await send(api, 2)
@@ -257,7 +261,7 @@ async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
 ) -> None:
     await send(api, 1)
     watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 0.05)
         while not isinstance(await anext(events), watching.Idle):
             pass
@@ -275,7 +279,7 @@ async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
 
 async def test_duplicates_and_late_outputs_are_not_delivered_twice(api: Harness) -> None:
     watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 0.1)
         await anext(events)
         await send(api, 2)
@@ -369,7 +373,7 @@ async def test_a_watch_needs_the_store(api: Harness, monkeypatch: pytest.MonkeyP
 async def test_a_store_that_fails_ends_the_watch(api: Harness) -> None:
     await send(api, 2)
     watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 10)
         await anext(events)
         api.store.load_with_reply = _unavailable
@@ -384,7 +388,7 @@ async def _unavailable(*_: object) -> None:
 async def test_outputs_that_workers_publish_in_another_order_are_sorted(api: Harness) -> None:
     await send(api, 1)
     watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 10)
         await anext(events)
         await send(api, 2)

@@ -70,7 +70,7 @@ class Harness:
     counts: Counts
     models: Mapping[str, Artifact]
     clock: list[int]
-    keys: AccessKeys | None
+    keys: AccessKeys
 
     async def key(self, **scope: Any) -> str:
         """The Authorization of a new access key, which the application knows."""
@@ -80,7 +80,6 @@ class Harness:
 
     async def refresh_keys(self) -> None:
         """Read the access keys again, as the service does twice a second."""
-        assert self.keys is not None
         await self.keys.refresh()
 
     async def chunk(
@@ -153,19 +152,25 @@ async def harness(
         tracer=tracer,
     )
     await built.start()
-    keys = None
+    required = requires_keys or False
+    keys = AccessKeys(
+        store.keys,
+        store.rates,
+        store.usage,
+        required=required,
+        now_ms=lambda: clock[0],
+        on_change=audit,
+    )
+    renewing = asyncio.create_task(keys.limiters.run())
     if requires_keys is not None:
-        keys = AccessKeys(
-            store.keys, required=requires_keys, now_ms=lambda: clock[0], on_change=audit
-        )
         await keys.refresh()
     app = create_api(
         built,
         limits,
         counts,
+        keys,
         metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
         fast_path=fast_path,
-        keys=keys,
         tracer=tracer,
         now_ms=lambda: clock[0],
     )
@@ -178,6 +183,7 @@ async def harness(
             try:
                 yield Harness(app, client, built, store, counts, models, clock, keys)
             finally:
+                renewing.cancel()
                 await built.stop()
                 await store.close()
                 peek.close()

@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from models.artifact.artifact import Artifact
 from service import app
+from service.access.caller import ANYONE
 from service.server.framing import MAX_HEADERS, check_head
 from service.server.http_protocol import HttpProtocol, HttpState
 from service.transports.v1.fast_path import FastPath, FastRequest
@@ -409,7 +410,7 @@ async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
         await becomes(lambda: not server.server_state.connections, "no connection")
         assert sorted(logged) == [(f"client-{place}", 0) for place in range(5)]
         held_back()
-        found = await api.pipeline.process(chunk_of("client", INPUTS))
+        found = await api.pipeline.process(ANYONE, chunk_of("client", INPUTS))
     assert found.head.position < 6 * len(INPUTS)
 
 
@@ -427,7 +428,7 @@ async def test_connections_of_disconnected_clients_are_freed(
             writer.transport.abort()
             await becomes(lambda: not server.server_state.connections, "no connection")
         held_back()
-        await api.pipeline.process(chunk_of("client", INPUTS))
+        await api.pipeline.process(ANYONE, chunk_of("client", INPUTS))
 
     def are_freed() -> bool:
         gc.collect()

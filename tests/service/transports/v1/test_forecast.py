@@ -21,6 +21,7 @@ from models.decoding.forecasts import Distribution, encode_covariates
 from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
+from service.access.caller import ANYONE
 from service.codec import reply_types
 from service.core.errors import DeadlineExceeded
 from service.core.values import ForecastRequest, StreamKey
@@ -238,7 +239,7 @@ async def test_expired_and_invalid_deadlines_are_rejected(api: Harness) -> None:
     request = ForecastRequest(1, future=None)
     key = StreamKey("weather", "s")
     with pytest.raises(DeadlineExceeded):
-        await api.pipeline.forecast(key, _told(api, request), time.monotonic() - 1)
+        await api.pipeline.forecast(ANYONE, key, _told(api, request), time.monotonic() - 1)
     response = await look(api, ASKED, headers={"Carry-Timeout": "soon"})
     assert problem(response, 422, "invalid_input")["at"] == "Carry-Timeout"
 

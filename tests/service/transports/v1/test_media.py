@@ -131,8 +131,8 @@ async def test_a_replaced_model_gets_a_new_codec(
 ) -> None:
     async with harness(pipeline_server, models) as api:
         context = api.app.state.api
-        before = context.codec(api.pipeline.model("probe"))
-        assert context.codec(api.pipeline.model("probe")) is before
+        before = context.codec(api.pipeline.models["probe"])
+        assert context.codec(api.pipeline.models["probe"]) is before
         new = ServedModel(models["probe"], NumpyRuntime(models["probe"]))
         api.pipeline.models = {**api.pipeline.models, "probe": new}
-        assert context.codec(api.pipeline.model("probe")).served is new
+        assert context.codec(api.pipeline.models["probe"]).served is new

@@ -221,7 +221,7 @@ async def test_documentation_loads_and_runs_only_the_code_of_the_service(
 
 
 async def test_an_application_without_documentation_and_metrics_has_none(api: Harness) -> None:
-    app = create_api(api.pipeline, LIMITS, api.counts, docs=False)
+    app = create_api(api.pipeline, LIMITS, api.counts, api.keys, docs=False)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
         for path in ("/docs", "/docs/errors", "/docs/assets/favicon.png", "/openapi.json"):

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
+from service.access.caller import ANYONE
 from service.codec import reply_types
 from service.core.errors import ChunkTooLong
 from service.core.values import Feed, SequenceInput, Steps
@@ -184,13 +185,13 @@ async def test_longer_chunks_are_rejected_before_any_computation(api: Harness) -
 async def test_the_pipeline_rejects_longer_chunks_too(api: Harness) -> None:
     for count in (1, 2):
         chunks = [chunk_of(str(n), rows(LIMIT + 1), model="whole") for n in range(count)]
-        for result in await api.pipeline.process_many(chunks):
+        for result in await api.pipeline.process_many(ANYONE, chunks):
             assert isinstance(result, ChunkTooLong)
             assert f"{MOST}, the max_chunk_steps of model 'whole'" in result.detail
     steps = Steps(Feed.INPUTS, LIMIT + 1, rows=rows(LIMIT + 1))
     with pytest.raises(ChunkTooLong):
-        await api.pipeline.predict("whole", [SequenceInput(steps)])
-    (reply,) = await api.pipeline.process_many([chunk_of("s", rows(LIMIT), model="whole")])
+        await api.pipeline.predict(ANYONE, "whole", [SequenceInput(steps)])
+    (reply,) = await api.pipeline.process_many(ANYONE, [chunk_of("s", rows(LIMIT), model="whole")])
     assert not isinstance(reply, Exception)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
+from service.access.caller import Caller
 from service.core import errors
 from service.core.errors import CarryError, leaf_errors
 from service.core.values import Chunk, StreamKey
@@ -55,7 +56,9 @@ async def test_every_error_of_the_pipeline_becomes_its_problem(
     async def fail(*_: object) -> None:
         raise error
 
-    def fail_later(chunk: Chunk, deadline_s: float, on_result: OnReply) -> SimpleNamespace:
+    def fail_later(
+        caller: Caller, chunk: Chunk, deadline_s: float, on_result: OnReply
+    ) -> SimpleNamespace:
         asyncio.get_running_loop().call_soon(on_result, error)
         return SimpleNamespace(payload=chunk)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
+from service.access.caller import ANYONE
 from service.core.errors import StateTokenInvalid, StoreUnavailable
 from service.core.values import Feed, SequenceInput, Steps
 from service.pipeline.pipeline import Pipeline
@@ -189,24 +190,26 @@ async def test_workers_share_the_key_and_detect_a_new_one(
     rest = Steps(Feed.INPUTS, 5, rows=ROWS[4:])
 
     async def token(pipeline: Pipeline) -> bytes:
-        (found,) = await pipeline.predict("probe", [first], return_tokens=True)
+        (found,) = await pipeline.predict(ANYONE, "probe", [first], return_tokens=True)
         assert found.token is not None
         return found.token
 
     async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
         held = await token(one)
         assert held == await token(two)
-        (found,) = await two.predict("probe", [SequenceInput(rest, held)])
-        (whole,) = await one.predict("probe", [SequenceInput(Steps(Feed.INPUTS, 9, rows=ROWS))])
+        (found,) = await two.predict(ANYONE, "probe", [SequenceInput(rest, held)])
+        (whole,) = await one.predict(
+            ANYONE, "probe", [SequenceInput(Steps(Feed.INPUTS, 9, rows=ROWS))]
+        )
         np.testing.assert_allclose(found.outputs, whole.outputs[4:], rtol=1e-5, atol=1e-6)
         with pipeline_server.client() as client:
             client.flushall()
         async with worker(store_url, artifact) as three:
             # it draws a key; the others read it once they meet a token that theirs did not sign
             other = await token(three)
-            await two.predict("probe", [SequenceInput(rest, other)])
+            await two.predict(ANYONE, "probe", [SequenceInput(rest, other)])
             with pytest.raises(StateTokenInvalid):
-                await three.predict("probe", [SequenceInput(rest, held)])
+                await three.predict(ANYONE, "probe", [SequenceInput(rest, held)])
 
 
 async def test_a_key_is_kept_while_the_store_does_not_answer(artifact: Artifact) -> None:

@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from models.artifact.artifact import Artifact
+from service.access.caller import Caller
 from service.core.errors import Overloaded
 from service.core.values import StreamKey
 from service.server.disconnects import WATCH_AFTER_S
@@ -154,7 +155,7 @@ async def test_load_shedding_does_not_decode_the_body(
     """On the fast path, once the request is complete; the connection stays open."""
     asked: list[tuple[StreamKey, float]] = []
 
-    def refusal(model: str, key: StreamKey, left_s: float) -> Overloaded | None:
+    def refusal(caller: Caller, model: str, key: StreamKey, left_s: float) -> Overloaded | None:
         asked.append((key, left_s))
         return Overloaded("too much", retry_after_s=2.5) if left_s == 7 else None
 

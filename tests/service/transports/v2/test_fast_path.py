@@ -16,6 +16,7 @@ import orjson
 import pytest
 
 from models.artifact.artifact import Artifact
+from service.access.caller import ANYONE
 from service.store.redis.redis_store import RedisStore
 from service.transports.v1.fast_path import FastRequest
 from service.transports.v2.http_fast_path import FastInferPath
@@ -181,7 +182,7 @@ async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
         writer.transport.abort()
     await becomes(lambda: len(cancelled) == 5, "no connection")
     gate.set()
-    reply = await ports.api.pipeline.process(chunk_of("1000", ROWS[0]))
+    reply = await ports.api.pipeline.process(ANYONE, chunk_of("1000", ROWS[0]))
     assert reply.head.position < 6 * len(ROWS[0])
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import ModelSpec
+from service.access.caller import ANYONE
 from service.core.errors import StoreUnavailable
 from service.core.values import Reply
 from service.transports.v2.http_routes import add_kserve
@@ -88,7 +89,7 @@ async def test_end_leaves_a_stream_that_others_continued(
 
         async def process_and_be_overtaken(*arguments: Any) -> Reply:
             reply = await process(*arguments)
-            await process(chunk_of("5", ROWS))
+            await process(ANYONE, chunk_of("5", ROWS))
             return reply
 
         monkeypatch.setattr(api.pipeline, "process", process_and_be_overtaken)

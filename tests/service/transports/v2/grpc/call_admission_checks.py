@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 
+from service.access.caller import ANYONE, Caller
 from service.core.errors import Unauthenticated
 from service.server.settings import ConnectionSettings
 from service.transports.v2.grpc import call_admission
@@ -48,18 +49,18 @@ NO_WINDOW = struct.pack(">HI", 4, 0)
 class Access:
     """Access control with one key."""
 
-    open_pipeline = None
+    open_caller = None
 
-    def pipeline(self, authorization: bytes | None) -> Any:
+    def caller(self, authorization: bytes | None) -> Caller:
         if authorization != b"Bearer good":
             raise Unauthenticated("no key")
-        return SimpleNamespace(require=lambda *verbs, model: None, key_id="good")
+        return ANYONE
 
-    def notify_end(self, pipeline: Any, on_end: Any) -> Any:
+    def notify_end(self, caller: Caller, on_end: Any) -> Any:
         return lambda: None
 
 
-async def infer(pipeline: Any, request: InferRequest, deadline_s: float) -> InferReply:
+async def infer(caller: Caller, request: InferRequest, deadline_s: float) -> InferReply:
     return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(1, np.float32))])
 
 
@@ -75,9 +76,9 @@ async def serving() -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
         access=Access(),
         recorder=SimpleNamespace(record_error=lambda model, code: None),
         tracer=None,
-        readiness=readiness,
+        pipeline=SimpleNamespace(readiness=readiness),
     )
-    inference: Any = SimpleNamespace(api=api, infer=infer)
+    inference: Any = SimpleNamespace(api=api, infer=infer, served=lambda *_: None)
     server = GrpcServer(
         inference,
         dict,

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from service.access.caller import ANYONE, Caller
 from service.codec.long_bodies.admission import LongBodyAdmission
 from service.codec.settings import RequestSettings
 from service.core.errors import BadRequest, CarryError, Conflict, ShuttingDown
@@ -37,9 +38,6 @@ from service.transports.v2.values import InferReply, InferRequest, OutputTensor
 from tests.service.transports.v1.raw_http import becomes
 
 WINDOW = 64
-NOBODY: Any = SimpleNamespace(require=lambda *_, **__: None)
-"""The pipeline of a caller who may do everything."""
-
 SETTINGS = V2Settings(grpc_port=0, grpc_max_calls=100, grpc_max_message_bytes=2**20)
 CONNECTIONS = ConnectionSettings(max_pending_body_bytes=2**24)
 UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
@@ -211,7 +209,7 @@ async def test_long_message_is_rejected_before_objects_are_made_of_its_fields(
 
     monkeypatch.setattr(incoming, "parse", record)
     with pytest.raises(BadRequest, match=expected):
-        await InferMessage(data).infer(inference, NOBODY, math.inf)
+        await InferMessage(data).infer(inference, ANYONE, math.inf)
     assert sum(parsed) < LONG
 
 
@@ -231,13 +229,13 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
 ) -> None:
     """The library's other errors are still logged."""
 
-    async def infer(pipeline: Any, request: InferRequest, deadline_s: float) -> InferReply:
+    async def infer(caller: Caller, request: InferRequest, deadline_s: float) -> InferReply:
         return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(2**18, np.float32))])
 
     limits = SimpleNamespace(effective_timeout_s=lambda remaining_s: 1.0)
-    access = SimpleNamespace(open_pipeline=SimpleNamespace(require=lambda *verbs, model: None))
+    access = SimpleNamespace(open_caller=ANYONE)
     api = SimpleNamespace(limits=limits, access=access, tracer=None)
-    inference: Any = SimpleNamespace(api=api, infer=infer)
+    inference: Any = SimpleNamespace(api=api, infer=infer, served=lambda *_: None)
     server = GrpcServer(
         inference,
         dict,

@@ -1,7 +1,8 @@
-"""Principals: holders of access keys, and the scope of verbs, models and streams of each.
+"""The caller of a request: the holder of an access key or a token, or anyone.
 
 A scope is a set of verbs, model patterns and a prefix of stream names. It allows a use case if all
-three cover it; nothing else is looked up, so that a rejection reveals nothing about the store.
+three cover it; nothing else is looked up, so that a rejection reveals nothing about the store. Each
+use case of the pipeline takes the caller and checks the scope before anything else.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from re import Match
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
-from service.access.limits import KeyLimits
+from service.access.limits import KeyLimiter, KeyLimits
+from service.access.quota import StreamQuota
 from service.core.errors import Forbidden
 
 
@@ -45,37 +48,43 @@ class _Covers(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Principal:
-    """The holder of an access key.
+class Caller:
+    """Who makes a request, and what they may do.
 
     Attributes:
-        key_id: public part of the key.
+        key_id: public part of the access key; None for anyone.
         name: what the key is for, as given at its creation.
         verbs: what it may do.
         models: patterns of the models that it may use.
         prefix: names of the streams that it may use begin with this; empty for all.
         expires_ms: epoch milliseconds from which on the key is rejected; None for never.
         limits: None for no limits.
+        limiter: enforces the limits of rates and concurrent requests; None if there are none.
+        quota: of the streams that it creates; None if it has none.
         signer: the holder of the key that signed the token of this one; None for a key.
-        subject: for whom the token is, as its signer says; None for a key.
+        subject: the tenant that the token is for, as its signer says; None for a key.
         covers_model: matches the name of a model that it may use.
     """
 
-    key_id: str
+    key_id: str | None
     name: str
     verbs: frozenset[Verb]
     models: tuple[str, ...]
     prefix: str = ""
     expires_ms: int | None = None
     limits: KeyLimits | None = None
-    signer: Principal | None = None
+    limiter: KeyLimiter | None = field(default=None, repr=False, compare=False)
+    quota: StreamQuota | None = field(default=None, repr=False, compare=False)
+    signer: Caller | None = None
     subject: str | None = None
     covers_model: _Covers = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covers_model", _pattern(self.models).fullmatch)
 
-    def require(self, verbs: Iterable[Verb], model: str | None, stream: str | None) -> None:
+    def check(
+        self, verbs: Iterable[Verb], model: str | None = None, stream: str | None = None
+    ) -> None:
         """Check that a scope covers one of these verbs, the model and the stream.
 
         Args:
@@ -93,6 +102,22 @@ class Principal:
         )
         if not is_covered:
             raise self.forbidden(verbs, model, stream)
+
+    def admit(
+        self,
+        verbs: Iterable[Verb],
+        model: str | None,
+        stream: str | None = None,
+        events: int = 0,
+    ) -> AbstractContextManager[None]:
+        """Check the scope as `check` does, and count a request for the limits while it is answered.
+
+        Raises:
+            Forbidden
+            LimitExceeded: when the context is entered.
+        """
+        self.check(verbs, model, stream)
+        return _UNLIMITED if self.limiter is None else self.limiter.request(events)
 
     def forbidden(self, verbs: Iterable[Verb], model: str | None, stream: str | None) -> Forbidden:
         """The error for a use case that the scope does not cover."""
@@ -118,7 +143,19 @@ class Principal:
         ).with_key(reason, self.key_id)
 
 
+_UNLIMITED: Final = nullcontext()
+
+
 def _pattern(models: Iterable[str]) -> re.Pattern[str]:
     # `translate` makes atomic groups: a holder signs tokens with patterns of their own choice, and
     # backtracking through ten `*` would keep the process busy for hours
     return re.compile("|".join(map(fnmatch.translate, models)))
+
+
+ANYONE: Final = Caller(None, "anyone", frozenset(Verb), ("*",))
+"""The caller of each request while the service is open."""
+
+PREDICT: Final = (Verb.PREDICT,)
+
+DESCRIBE: Final = (Verb.PREDICT, Verb.LIST)
+"""A stream's position and tag are in each of its replies, and part of a listing's use."""
