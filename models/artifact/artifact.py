@@ -137,9 +137,9 @@ class Artifact:
         detection = self.spec.detection
         if detection is None or detection.fit is None:
             raise ArtifactError(f"model {self.spec.name!r}: expected `detection`, which has alarms")
-        if not 0 < rate <= (most := detection.fit.rates[-1]):
+        if not 0 < rate <= (max_rate := detection.fit.rates[-1]):
             raise ArtifactError(
-                f"model {self.spec.name!r}: expected at most {most:g} false alarms a day, the "
+                f"model {self.spec.name!r}: expected at most {max_rate:g} false alarms a day, the "
                 "highest rate that its alarms have on the data that they are calibrated on; "
                 f"got {rate}"
             )
@@ -332,8 +332,8 @@ def add_graph(path: Path) -> Artifact:
         manifest["files"][name] = file_entry(data)
     manifest.update(graphs.manifest_entries)
     replace_file(path / MANIFEST_NAME, manifest_bytes(add_checksum(manifest, str(path))))
-    if graphs.refused is not None:
-        raise GraphUnsupportedError(f"{path}: {graphs.refused}")
+    if graphs.rejection is not None:
+        raise GraphUnsupportedError(f"{path}: {graphs.rejection}")
     return load_artifact(path)
 
 

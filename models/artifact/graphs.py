@@ -39,13 +39,13 @@ class Graphs:
     Attributes:
         data: graph of the network.
         decoder: graph of one decoder step, if the model has a decoder.
-        refused: why the model cannot be exported; None if it can.
+        rejection: why the model cannot be exported; None if it can.
         imported: whether the graph is the network itself, an imported one.
     """
 
     data: bytes | None = None
     decoder: bytes | None = None
-    refused: str | None = None
+    rejection: str | None = None
     imported: bool = False
 
     @property
@@ -60,7 +60,7 @@ class Graphs:
         if self.imported:
             return {"runtimes": [ONNXRUNTIME], "graph": GRAPH_NAME}
         if self.data is None:
-            return {"runtimes": [TENSORFLOW], "graph_refused": self.refused}
+            return {"runtimes": [TENSORFLOW], "graph_refused": self.rejection}
         entries: dict[str, Any] = {"runtimes": [ONNXRUNTIME, TENSORFLOW], "graph": GRAPH_NAME}
         if self.decoder is not None:
             entries["decoder_graph"] = DECODER_GRAPH_NAME
@@ -74,7 +74,7 @@ def write_graphs(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Graphs:
         decoder = None if network is None else write_graph(network, strip_decoder_prefix(weights))
         return Graphs(write_graph(spec, weights), decoder)
     except GraphUnsupportedError as error:
-        return Graphs(refused=str(error))
+        return Graphs(rejection=str(error))
 
 
 def check_imported_graph(data: bytes, network: OnnxNetwork, where: str) -> None:

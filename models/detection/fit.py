@@ -213,11 +213,11 @@ def alarm_threshold(alarm: AlarmSpec, streams: Sequence[Floats], expected: float
 def _sweep(alarm: AlarmSpec, streams: Sequence[Floats], expected: float) -> list[_Alarms]:
     """The alarms at ascending thresholds, up to the last that any expected number may need."""
     swept: list[_Alarms] = []
-    most = sum(map(len, streams)) / 2
+    limit = sum(map(len, streams)) / 2
     threshold = SMALLEST_THRESHOLD
     while threshold < 0.5:
         swept.append(_Alarms(threshold, *count_alarms(alarm, streams, threshold)))
-        is_over = swept[-1].opened > expected or swept[-1].events > most
+        is_over = swept[-1].opened > expected or swept[-1].events > limit
         if is_over or _is_too_long(alarm, swept[-1], expected):
             break
         threshold *= STEP

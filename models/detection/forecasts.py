@@ -192,8 +192,8 @@ def _code_nats(field: EventField, value: Floats, parameters: Floats) -> Floats:
         case CategoricalField():
             code = np.rint(value).astype(np.int64)[np.newaxis]
             chosen = np.take_along_axis(parameters, code, axis=0)
-            most = parameters.max(axis=0, keepdims=True)
-            total = np.log(np.exp(parameters - most).sum(axis=0)) + (most - chosen)[0]
+            largest = parameters.max(axis=0, keepdims=True)
+            total = np.log(np.exp(parameters - largest).sum(axis=0)) + (largest - chosen)[0]
             return np.asarray(total)
         case BooleanField():
             logit = parameters[0]

@@ -166,13 +166,13 @@ class Channels:
         """
         events, steps = self._events(rows, lengths, parameters), rows.shape[1]
         # the matrices grow with the steps, and the season's past is known for a season only
-        most = min(self._season_events or MAX_STEPS, MAX_STEPS)
-        if steps <= most:
+        max_steps = min(self._season_events or MAX_STEPS, MAX_STEPS)
+        if steps <= max_steps:
             return Deviations(*self._follow(events, lengths, state), events)
         computed: list[tuple[Floats, Floats]] = []
-        for at in range(0, steps, most):
-            part = events.part(slice(at, at + most))
-            z, statistics, state = self._follow(part, np.clip(lengths - at, 0, most), state)
+        for at in range(0, steps, max_steps):
+            part = events.part(slice(at, at + max_steps))
+            z, statistics, state = self._follow(part, np.clip(lengths - at, 0, max_steps), state)
             computed.append((z, statistics))
         z, statistics = (np.concatenate(each, axis=-1) for each in zip(*computed, strict=True))
         return Deviations(z, statistics, state, events)

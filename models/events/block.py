@@ -160,7 +160,7 @@ class Block(NamedTuple):
 
     def canonical_bytes(self) -> bytes:
         """The canonical bytes; the format is described in `models.events.columns`."""
-        numbers, wide = self.numbers.astype("<f8", copy=False).tobytes(), 8 * self.steps
+        numbers, row_bytes = self.numbers.astype("<f8", copy=False).tobytes(), 8 * self.steps
         everywhere = b"\1" * self.steps
         parts: list[bytes] = []
         for field, row, string, absent in self.layout.positions.values():
@@ -171,7 +171,7 @@ class Block(NamedTuple):
             if string is not None:
                 parts += _canonical_strings(self.strings[string])
             elif field.kind == "numeric":
-                parts.append(numbers[row * wide : (row + 1) * wide])
+                parts.append(numbers[row * row_bytes : (row + 1) * row_bytes])
             elif field.kind == "boolean":
                 parts.append(self.numbers[row].astype(np.uint8).tobytes())
             elif self.times_ms is not None:

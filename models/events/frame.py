@@ -246,8 +246,8 @@ def _timestamp(
 def _check_milliseconds(name: str, values: NDArray[np.int64], present: BoolArray) -> None:
     if not present.any():
         return
-    least, most = int(np.min(values[present])), int(np.max(values[present]))
-    if least in EPOCH_SECONDS and most in EPOCH_SECONDS:
+    smallest, largest = int(np.min(values[present])), int(np.max(values[present]))
+    if smallest in EPOCH_SECONDS and largest in EPOCH_SECONDS:
         row = int(np.argmax(present))
         moment = np.datetime64(int(values[row]), "s")
         raise DataError(

@@ -147,13 +147,13 @@ def _normalise(
     if options is None or options.std is None or field.mean is None or field.std is None:
         raise ValueError(f"field {field.name!r}: expected a fitted field")
     memory, prior_events, clip = options.memory_events, options.prior_events, options.clip
-    prior, least = options.std * options.std, options.minimum_std * options.std
+    prior, min_std = options.std * options.std, options.minimum_std * options.std
     count, moments = int(own[0]), own[1:MOMENT_WORDS].view(np.float64)
     mean, variance = moments.tolist()
     if count == 0:
         mean, std = field.mean, field.std
     else:
-        std = _deviation(count, variance, prior_events, prior, least)
+        std = _deviation(count, variance, prior_events, prior, min_std)
     skipped = repeat(False) if absent is None else absent.tolist()
     scored, means, deviations = [], [], []
     for x, skip in zip(values.tolist(), skipped, strict=False):
@@ -172,9 +172,9 @@ def _normalise(
                 mean += share * deviation
                 variance += share * ((1.0 - share) * deviation * deviation - variance)
             if count < prior_events:
-                std = _deviation(count, variance, prior_events, prior, least)
-            elif (std := sqrt(variance)) < least:
-                std = least
+                std = _deviation(count, variance, prior_events, prior, min_std)
+            elif (std := sqrt(variance)) < min_std:
+                std = min_std
         scored.append(z)
         means.append(mean)
         deviations.append(std)
@@ -183,10 +183,12 @@ def _normalise(
     return np.array(scored), np.array(means), np.array(deviations)
 
 
-def _deviation(count: int, variance: float, prior_events: int, prior: float, least: float) -> float:
+def _deviation(
+    count: int, variance: float, prior_events: int, prior: float, min_std: float
+) -> float:
     """s_n of the module's equations."""
     rest = max(0.0, 1.0 - count / prior_events)
-    return max(sqrt(rest * prior + (1.0 - rest) * variance), least)
+    return max(sqrt(rest * prior + (1.0 - rest) * variance), min_std)
 
 
 def _season(

@@ -205,9 +205,9 @@ def package(
         out, spec, arrays, network=graph, training=training, overwrite=overwrite
     )
     notes = conversion.notes
-    if artifact.graphs.refused is not None:
+    if artifact.graphs.rejection is not None:
         notes += (
-            f"only TensorFlow can run this model: {artifact.graphs.refused}. A service with it "
+            f"only TensorFlow can run this model: {artifact.graphs.rejection}. A service with it "
             "needs the extra `tensorflow` and about 1 GiB more memory in each worker",
         )
     return ImportReport(artifact, notes, conversion.verified, conversion.layers)

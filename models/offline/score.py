@@ -219,8 +219,8 @@ class _Scorer:
         table[POSITION] = pl.Series(positions)
         outputs = self._artifact.outputs
         for output in outputs.outputs:
-            wide = outputs.by_name(packed)[output.name].reshape(frame.height, -1)
-            table.update(zip(output.column_names(), map(pl.Series, wide.T), strict=True))
+            columns = outputs.by_name(packed)[output.name].reshape(frame.height, -1)
+            table.update(zip(output.column_names(), map(pl.Series, columns.T), strict=True))
         return pl.DataFrame(table)
 
 

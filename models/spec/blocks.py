@@ -155,9 +155,9 @@ class BlockStateLayout:
         count, closed = int(state.ints[self._count]), int(state.ints[self._closed])
         if closed not in (0, 1):
             raise StateError(f"part {CLOSED!r}: expected 0 or 1, got {closed}")
-        most = 0 if closed else self.blocks.window - 1
-        if not 0 <= count <= most:
-            raise StateError(f"part {COUNT!r}: expected 0 to {most} pending rows, got {count}")
+        maximum = 0 if closed else self.blocks.window - 1
+        if not 0 <= count <= maximum:
+            raise StateError(f"part {COUNT!r}: expected 0 to {maximum} pending rows, got {count}")
 
     def check_at(self, state: State, position: int) -> None:
         """Validate the block parts of a state at a position.

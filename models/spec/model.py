@@ -308,8 +308,8 @@ class ModelSpec(Frozen):
                 )
 
     def _check_chunk_limit(self) -> None:
-        most = self.chunk_limit
-        if most is None:
+        limit = self.chunk_limit
+        if limit is None:
             if self.max_chunk_steps is not None:
                 raise ValueError(
                     "max_chunk_steps: expected none, since the network processes chunks of any "
@@ -318,11 +318,11 @@ class ModelSpec(Frozen):
         elif (
             self.training is not None
             and self.training.window_steps is not None
-            and self.training.window_steps > most
+            and self.training.window_steps > limit
         ):
             raise ValueError(
                 "training.window_steps: a window is a chunk of this network; expected at most "
-                f"max_chunk_steps ({most}), got {self.training.window_steps}"
+                f"max_chunk_steps ({limit}), got {self.training.window_steps}"
             )
 
     def _check_resets(self) -> None:

@@ -188,8 +188,8 @@ def _locate(item: ErrorDetails, node: yaml.Node | None, data: Any) -> _Problem:
         case "extra_forbidden":
             message = "expected no member of this name"
         case "too_short":
-            least, got = context["min_length"], len(item["input"])
-            message = f"expected {least} or more, got {got}"
+            minimum, got = context["min_length"], len(item["input"])
+            message = f"expected {minimum} or more, got {got}"
         case "too_long":
             message = f"expected at most {context['max_length']}, got {context['actual_length']}"
         case "union_tag_invalid":

@@ -169,9 +169,9 @@ def _place(
             width = widths[source if source == FEATURES else _member_name(source, index)]
             for owner in owners:
                 kernel = member[f"{owner}.kernel"]
-                wide = np.zeros((*kernel.shape[:-2], width, kernel.shape[-1]), np.float32)
-                wide[..., places[source], :] = kernel
-                weights[f"{name}{owner.removeprefix(layer.name)}.kernel"] = wide
+                widened = np.zeros((*kernel.shape[:-2], width, kernel.shape[-1]), np.float32)
+                widened[..., places[source], :] = kernel
+                weights[f"{name}{owner.removeprefix(layer.name)}.kernel"] = widened
             places[layer.name] = own
         case DropoutLayer():
             places[layer.name] = places[layer.inputs[0]]

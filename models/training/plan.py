@@ -148,13 +148,13 @@ def _check_foresight(spec: ModelSpec) -> None:
 
 def _check_lengths(spec: ModelSpec, streams: Streams) -> None:
     """Reject streams that are too long for one window each."""
-    most = training_of(spec).window_steps
+    limit = training_of(spec).window_steps
     longest, start = max((stop - start, start) for start, stop in streams.sessions)
-    if longest > most:
+    if longest > limit:
         raise SpecError(
             "training.window_steps: the network reads each stream as a whole, in one window; "
             f"expected at least {longest}, the events of {streams.name_of(start)!r}, or shorter "
-            f"streams, got {most}"
+            f"streams, got {limit}"
         )
 
 

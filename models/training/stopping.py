@@ -71,10 +71,10 @@ def _still_falls(losses: list[float]) -> bool:
     recent = max(1, len(losses) // 5)
     if len(losses) <= recent:
         return False
-    least = min(losses)
-    return min(losses[:-recent]) - least > FALLING_SHARE * (losses[0] - least)
+    minimum = min(losses)
+    return min(losses[:-recent]) - minimum > FALLING_SHARE * (losses[0] - minimum)
 
 
 def _has_risen(losses: list[float]) -> bool:
-    least = min(losses)
-    return losses[-1] - least > FALLING_SHARE * (losses[0] - least)
+    minimum = min(losses)
+    return losses[-1] - minimum > FALLING_SHARE * (losses[0] - minimum)

@@ -166,6 +166,6 @@ def _choose(artifact: Artifact, wanted: str) -> tuple[str, str]:
 
 def _missing_graph(artifact: Artifact) -> str | None:
     """Why ONNX Runtime cannot run the model; None if it can."""
-    if artifact.graphs.refused is None:
+    if artifact.graphs.rejection is None:
         return None
-    return f"{artifact.path}: no graph can represent the model: {artifact.graphs.refused}"
+    return f"{artifact.path}: no graph can represent the model: {artifact.graphs.rejection}"

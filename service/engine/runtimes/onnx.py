@@ -81,7 +81,7 @@ class OnnxRuntime(_TerminableRuntime):
         where = str(artifact.path)
         graph = artifact.graphs.data
         if graph is None:
-            raise ArtifactError(f"{where}: no graph can represent it: {artifact.graphs.refused}")
+            raise ArtifactError(f"{where}: no graph can represent it: {artifact.graphs.rejection}")
         self._session = open_session(graph, threads, where)
         blocks = artifact.spec.blocks
         self._window = 1 if blocks is None else blocks.window

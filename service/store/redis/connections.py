@@ -111,7 +111,7 @@ class ConnectionFactory:
         connection: AbstractConnection = pool.make_connection()
         return connection
 
-    def refused_error(self, error: BaseException) -> StoreRefused:
+    def rejection_error(self, error: BaseException) -> StoreRefused:
         """The error for a command that the server rejects permanently."""
         return StoreRefused(
             f"the store at {self.redacted_url} refused: {describe_error(error)}",

@@ -65,7 +65,7 @@ class RedisOutputChannel:
         self._requested: set[StreamKey] = set()
         self._confirmed: set[StreamKey] = set()
         self._waiting: dict[StreamKey, asyncio.Event] = {}
-        self._refusal: StoreRefused | None = None
+        self._rejection: StoreRefused | None = None
         self._pubsub: PubSub | None = None
         self._unsent: deque[tuple[str, bytes]] = deque()
         self._has_unsent = asyncio.Event()
@@ -108,14 +108,14 @@ class RedisOutputChannel:
                     self._requested.add(key)
                     with suppress(RedisError, OSError):
                         await self._pubsub.subscribe(self._prefix + join_name(key))
-                if self._refusal is None:
+                if self._rejection is None:
                     await announced.wait()
         except TimeoutError:
             raise StoreUnavailable(
                 "the store did not confirm the subscription in time", retry_after_s=RETRY_AFTER_S
             ) from None
-        if self._refusal is not None:
-            raise self._refusal
+        if self._rejection is not None:
+            raise self._rejection
 
     def unsubscribe(self, key: StreamKey, receiver: Receiver) -> None:
         """Stop receiving; the announcement expires."""
@@ -146,7 +146,7 @@ class RedisOutputChannel:
             except* Exception as errors:
                 error = _first(errors)
                 if isinstance(error, NoPermissionError):
-                    self._refuse(factory.refused_error(error))
+                    self._reject(factory.rejection_error(error))
                 if not is_degraded:
                     is_degraded = True
                     reason = describe_error(error)
@@ -160,12 +160,12 @@ class RedisOutputChannel:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, MAX_RECONNECT_S)
 
-    def _refuse(self, refusal: StoreRefused) -> None:
+    def _reject(self, rejection: StoreRefused) -> None:
         """Fail the subscriptions that wait, and further ones until the store permits them."""
-        self._refusal = StoreRefused(
-            f"{refusal.detail}; to watch streams, the store's user needs the commands SUBSCRIBE, "
+        self._rejection = StoreRefused(
+            f"{rejection.detail}; to watch streams, the store's user needs the commands SUBSCRIBE, "
             f"UNSUBSCRIBE and PUBLISH on the channels {self._prefix}* and {self._control}",
-            **refusal.facts,
+            **rejection.facts,
         )
         for announced in self._waiting.values():
             announced.set()
@@ -207,7 +207,7 @@ class RedisOutputChannel:
             receiver.resynchronize()
 
     def _on_announcement(self, payload: bytes) -> None:
-        self._refusal = None
+        self._rejection = None
         if payload == _ASK:
             self._announce(self._confirmed)
             return

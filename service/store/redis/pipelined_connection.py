@@ -325,7 +325,7 @@ class PipelinedConnection:
             self._reject(command, error)
 
     def _reject(self, command: PendingCommand, error: BaseException) -> None:
-        rejection: ReplyLost | CarryError = self._factory.refused_error(error)
+        rejection: ReplyLost | CarryError = self._factory.rejection_error(error)
         if command.is_retry:
             # An earlier attempt may have been executed.
             rejection = ReplyLost(f"{self.redacted_url}: {describe_error(error)}")

@@ -87,7 +87,7 @@ class RedisServer:
         except (RedisError, OSError) as error:
             if is_transient(error):
                 raise StoreUnavailable(f"{self.redacted_url}: {describe_error(error)}") from error
-            raise self.factory.refused_error(error) from error
+            raise self.factory.rejection_error(error) from error
         return self._accepted(reply)
 
     async def read(self, *command: str | bytes | int) -> Any:
@@ -120,7 +120,7 @@ class RedisServer:
                             return await _exchange(connection, commands)
                     except (RedisError, OSError) as error:
                         if not is_transient(error):
-                            raise self.factory.refused_error(error) from error
+                            raise self.factory.rejection_error(error) from error
                         if last_error is None:
                             log.warning(
                                 "store_unavailable",
@@ -135,7 +135,7 @@ class RedisServer:
 
     def _accepted(self, reply: Any) -> Any:
         if isinstance(reply, RedisError):
-            raise self.factory.refused_error(reply) from reply
+            raise self.factory.rejection_error(reply) from reply
         return reply
 
     @asynccontextmanager

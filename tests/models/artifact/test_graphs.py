@@ -41,8 +41,8 @@ def test_a_model_without_a_graph_states_the_reason(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "odd", ODD, random_weights(ODD))
 
     assert artifact.graphs.data is None
-    assert "'gelu'" in str(artifact.graphs.refused)
-    assert artifact.manifest["graph_refused"] == artifact.graphs.refused
+    assert "'gelu'" in str(artifact.graphs.rejection)
+    assert artifact.manifest["graph_refused"] == artifact.graphs.rejection
     assert artifact.manifest["runtimes"] == ["tensorflow"]
     assert set(artifact.manifest["files"]) == {"weights.safetensors"}
 

@@ -137,7 +137,7 @@ async def test_permission_error_names_the_commands_that_watching_needs(
                         await channel.subscribe(key("a"), recorder)
                 channel.unsubscribe(key("a"), recorder)
             admin.execute_command("ACL", "SETUSER", "watcher", *everything)
-            await becomes(lambda: channel._refusal is None, "the permission")
+            await becomes(lambda: channel._rejection is None, "the permission")
             await channel.subscribe(key("a"), Recorder())
         finally:
             await channel.close()
