@@ -1,9 +1,10 @@
 """Builds the pipeline of one process by its settings, without a transport.
 
     async with build_pipeline(Settings.load()) as service:
+        caller = service.keys.caller(authorization)
         reply = await service.pipeline.process(caller, chunk, deadline_s)
 
-A transport, a consumer and a command start from it.
+A transport, a consumer and a command start from it; `examples/json_lines.py` is the smallest one.
 """
 
 from __future__ import annotations
