@@ -21,9 +21,10 @@ import asyncio
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Container, Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from typing import Any, Final, Generic
 
 import structlog
@@ -32,24 +33,20 @@ from service.core.errors import (
     CarryError,
     DeadlineExceeded,
     InternalError,
-    Overloaded,
     ShuttingDown,
 )
 from service.engine.fair_queue import (
     BatchLimits,
-    DrainRate,
     FairQueue,
     Job,
     JobSpec,
     OnResult,
     P,
     R,
-    Run,
     RunningBatch,
     Work,
 )
-from service.engine.policy import LINGER_TICKS, Admission, BatchDelay, batching_delay, shared_error
-from service.engine.ticket import Ticket
+from service.engine.policy import Admission, BatchingDelay
 
 DEADLINE_GRACE_S: Final = 0.05
 """How long after its deadline a job in a batch fails. The store call that its batch waits for ends
@@ -57,9 +54,6 @@ at the deadline too, and gives a more specific error."""
 
 DEADLINE_TICK_S: Final = 0.01
 """Shortest interval of the deadline timer."""
-
-LINGER_TICK_S: Final = 0.001
-"""Resolution of the event loop's timers."""
 
 ITEMS_PER_PART: Final = 128
 """A request of more items is queued in parts of this size, two at a time: one for the running batch
@@ -71,161 +65,83 @@ _EAGER_START: Final[dict[str, Any]] = {"eager_start": True} if sys.version_info 
 log = structlog.get_logger(__name__)
 
 
+class BatchRunner(ABC, Generic[P, R]):
+    """Runs the batches of one model.
+
+    Attributes:
+        job_type: the type of its jobs, with the fields that it needs besides those of `Job`.
+    """
+
+    job_type: type[Job[P, R]] = Job
+
+    @abstractmethod
+    async def __call__(self, jobs: list[Any], batch: RunningBatch) -> Sequence[Job[P, R]]:
+        """Run a batch: resolve its jobs, each of another stream, and return those to be retried.
+
+        May release a stream before the batch ends, once the stream's next job can be computed.
+        """
+
+    def map_error(self, job: Any, error: CarryError) -> CarryError:
+        """Map the batcher's own error for a job, which may be committing, to its caller's."""
+        return error
+
+
 class Batcher(Generic[P, R]):
     """The batcher of one model.
 
     Args:
-        run: runs a batch.
+        runner: runs the batches.
         limits: how large a batch may grow.
         max_queue: most waiting jobs; further ones are rejected.
         max_in_flight: most batches in flight.
         max_wait_s: longest expected wait in the queue; jobs with a longer one are rejected.
         on_shedding: called with True when load shedding starts, and with False once the queue is
             drained.
-        map_error: maps the batcher's own error for a job, which may be committing, to the error
-            that the caller gets.
-        job_type: the type of its jobs, with the further fields that `run` needs.
+
+    Attributes:
+        admission: its admission control; `submit` asks it, the callers of `enqueue_admitted` do.
     """
 
     def __init__(
         self,
-        run: Run[P, R],
+        runner: BatchRunner[P, R],
         limits: BatchLimits,
         *,
         max_queue: int,
         max_in_flight: int,
         max_wait_s: float = math.inf,
         on_shedding: Callable[[bool], None] = lambda _: None,
-        map_error: Callable[[Any, CarryError], CarryError] = lambda _, error: error,
-        job_type: type[Job[P, R]] = Job,
     ):
-        self._run = run
-        self._limits = limits
+        self._runner = runner
         self._max_in_flight = max_in_flight
         # a long job occupies a slot for many calls, so never the last
-        self._max_long = max(1, max_in_flight - 1)
-        self._map_error = map_error
-        self._job_type = job_type
-        self._queue: FairQueue[P, R] = FairQueue(limits)
-        self._numbers = count()
-        self._long = 0
+        self._queue: FairQueue[P, R] = FairQueue(limits, max_long=max(1, max_in_flight - 1))
+        self.admission = Admission(
+            self._queue, max_queue=max_queue, max_wait_s=max_wait_s, on_shedding=on_shedding
+        )
+        self._delay = BatchingDelay()
+        self._next_batch = _Timer(self._form)
+        self._next_deadline_s = math.inf
+        self._deadline = _Timer(self._expire_jobs)
         self._batches: set[RunningBatch] = set()
         self._detached: set[RunningBatch] = set()
-        self._rate = DrainRate()
-        self._admission = Admission(
-            self._queue,
-            self._rate,
-            max_queue=max_queue,
-            max_wait_s=max_wait_s,
-            on_shedding=on_shedding,
-        )
-        self._next_deadline_s = math.inf
-        self._timer: asyncio.TimerHandle | None = None
-        self._forming = False
-        self._has_expired = False
-        self._turns = 0
-        self._last_rows = 0
-        self._linger_timer: asyncio.TimerHandle | None = None
-        self._stopping = False
-        self._drained = asyncio.Event()
+        self._drained: asyncio.Event | None = None
 
-    def enqueue(self, specs: Sequence[JobSpec[P]], deadline_s: float = math.inf) -> Ticket[P, R]:
-        """Queue one or more jobs without waiting for them.
+    async def submit(
+        self, specs: Sequence[JobSpec[P]], deadline_s: float = math.inf
+    ) -> list[R | CarryError]:
+        """Queue jobs, and wait for all results.
+
+        More than `ITEMS_PER_PART` jobs are queued in parts, so that one caller cannot fill the
+        queue.
 
         Args:
             deadline_s: time until which the caller waits, on the monotonic clock.
 
         Returns:
-            A ticket for their results. A result is Overloaded if the queue is too long,
+            The results in the order of the jobs: Overloaded if the queue is too long,
             DeadlineExceeded if the deadline passed, ShuttingDown if the service is stopping;
             otherwise whatever the batch resolved the job with.
-        """
-        ticket: Ticket[P, R] = Ticket(len(specs))
-        request = ticket if len(specs) > 1 else None
-        jobs, now_s = ticket.jobs, time.monotonic()
-        left_s, keys = deadline_s - now_s, [spec.key for spec in specs]
-        all_admitted = self._stopping or self._admission.admits_all(keys, left_s)
-        for index, spec in enumerate(specs):
-            payload, key, steps = spec.payload, spec.key, spec.steps
-            if not all_admitted:
-                rejection = self._admission.check_admission(key, left_s, index, len(jobs))
-                if rejection is not None:
-                    ticket.resolve(index, rejection.error())
-                    continue
-            on_result = partial(ticket.resolve, index)
-            number = next(self._numbers)
-            job = self._job_type(payload, key, steps, number, now_s, deadline_s, on_result, request)
-            jobs.append(job)
-        self._push(jobs, deadline_s, now_s)
-        return ticket
-
-    def enqueue_admitted(
-        self,
-        payload: P,
-        key: Hashable | None,
-        steps: int,
-        deadline_s: float,
-        on_result: OnResult[R],
-    ) -> Job[P, R]:
-        """Queue one job that `check_admission` admitted, with nothing queued in between.
-
-        Args:
-            payload, key, steps: as those of `JobSpec`.
-            on_result: called with the result, as `enqueue` describes it, but never Overloaded.
-        """
-        now_s = time.monotonic()
-        number = next(self._numbers)
-        job = self._job_type(payload, key, steps, number, now_s, deadline_s, on_result)
-        self._push([job], deadline_s, now_s)
-        return job
-
-    def _push(self, jobs: list[Job[P, R]], deadline_s: float, now_s: float) -> None:
-        """Queue the jobs of a request, unless the service is stopping."""
-        if self._stopping:
-            error = ShuttingDown("the service is stopping and accepts no work")
-            for job in jobs:
-                asyncio.get_running_loop().call_soon(job.resolve, error)
-        elif jobs:
-            if self._queue.push(*jobs, long_ones=self._long < self._max_long):
-                self._wake()
-            if deadline_s < self._next_deadline_s:
-                self._set_timer(deadline_s, now_s)
-
-    def check_admission(self, key: Hashable | None, left_s: float) -> Overloaded | None:
-        """Return the error that admission control would reject a request with now; None if it would
-        be admitted. Lets a caller reject a request before it is parsed. The error is shared between
-        calls, so it must not be raised.
-
-        Args:
-            left_s: time until the request's deadline.
-        """
-        rejection = self._admission.check_admission(key, left_s)
-        return None if rejection is None else shared_error(rejection)
-
-    @property
-    def waiting(self) -> int:
-        """Number of jobs that wait for a batch."""
-        return len(self._queue)
-
-    def count_jobs(self) -> int:
-        """Count the jobs that wait or run."""
-        return len(self._queue) + sum(len(batch.jobs) for batch in self._batches)
-
-    def cancel(self, *jobs: Job[P, R]) -> None:
-        """Cancel jobs whose caller disconnected; those that are queued are dropped."""
-        for job in jobs:
-            job.is_cancelled = True
-        now_s = time.monotonic()
-        if now_s < self._next_deadline_s:
-            self._set_timer(now_s, now_s)
-
-    async def submit(
-        self, specs: Sequence[JobSpec[P]], deadline_s: float = math.inf
-    ) -> list[R | CarryError]:
-        """Queue jobs as `enqueue` does, and wait for all results.
-
-        More than `ITEMS_PER_PART` jobs are queued in parts, so that one caller cannot fill the
-        queue.
         """
         if len(specs) <= ITEMS_PER_PART:
             return await self._submit(specs, deadline_s)
@@ -241,35 +157,102 @@ class Batcher(Generic[P, R]):
     async def _submit(self, specs: Sequence[JobSpec[P]], deadline_s: float) -> list[R | CarryError]:
         if not specs:
             return []
-        ticket = self.enqueue(specs, deadline_s)
+        results: list[Any] = [None] * len(specs)
+        unresolved = len(specs)
+        is_done = asyncio.get_running_loop().create_future()
+
+        def resolve(index: int, result: R | CarryError) -> None:
+            nonlocal unresolved
+            results[index] = result
+            unresolved -= 1
+            if not unresolved and not is_done.done():
+                is_done.set_result(None)
+
+        request = is_done if len(specs) > 1 else None
+        jobs: list[Job[P, R]] = []
+        now_s = time.monotonic()
+        left_s, keys = deadline_s - now_s, [spec.key for spec in specs]
+        all_admitted = self._drained is not None or self.admission.admits_all(keys, left_s)
+        job_type = self._runner.job_type
+        for index, (payload, key, steps) in enumerate(specs):
+            if not all_admitted:
+                rejection = self.admission.check_admission(key, left_s, index, len(jobs))
+                if rejection is not None:
+                    resolve(index, rejection.error())
+                    continue
+            on_result = partial(resolve, index)
+            jobs.append(job_type(payload, key, steps, now_s, deadline_s, on_result, request))
+        self._push(jobs, deadline_s, now_s)
         try:
-            return await ticket.future
+            await is_done
         except asyncio.CancelledError:
-            self.cancel(*ticket.jobs)
-            # the jobs refer to the ticket, and no last result will clear them
-            ticket.jobs.clear()
+            self.cancel(*jobs)
             raise
+        return results
+
+    def enqueue_admitted(
+        self,
+        payload: P,
+        key: Hashable | None,
+        steps: int,
+        deadline_s: float,
+        on_result: OnResult[R],
+    ) -> Job[P, R]:
+        """Queue one job that `admission` admitted, with nothing queued in between.
+
+        Args:
+            payload, key, steps: as those of `JobSpec`.
+            on_result: called with the result, as `submit` describes it, but never Overloaded.
+        """
+        now_s = time.monotonic()
+        job = self._runner.job_type(payload, key, steps, now_s, deadline_s, on_result)
+        self._push([job], deadline_s, now_s)
+        return job
+
+    def _push(self, jobs: list[Job[P, R]], deadline_s: float, now_s: float) -> None:
+        """Queue the jobs of a request, unless the service is stopping."""
+        if self._drained is not None:
+            error = ShuttingDown("the service is stopping and accepts no work")
+            for job in jobs:
+                asyncio.get_running_loop().call_soon(job.resolve, error)
+        elif jobs:
+            self._queue.push(*jobs)
+            self._wake()
+            if deadline_s < self._next_deadline_s:
+                self._set_deadline(deadline_s, now_s)
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait for a batch."""
+        return self._queue.waiting
+
+    def count_jobs(self) -> int:
+        """Count the jobs that wait or run."""
+        return self._queue.waiting + sum(len(batch.jobs) for batch in self._batches)
+
+    def cancel(self, *jobs: Job[P, R]) -> None:
+        """Cancel jobs whose caller disconnected; those that are queued are dropped."""
+        for job in jobs:
+            job.is_cancelled = True
+        now_s = time.monotonic()
+        if now_s < self._next_deadline_s:
+            self._set_deadline(now_s, now_s)
 
     async def drain(self, timeout_s: float) -> None:
         """Drain the queue: reject new jobs, finish the accepted ones; once.
 
         Jobs that are not finished after `timeout_s` fail with ShuttingDown.
         """
-        self._stopping = True
-        if not self._is_idle:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._drained.wait()
-            except TimeoutError:
-                await self._cancel_all()
-        self._admission.stop_shedding()
-        for timer in (self._timer, self._linger_timer):
-            if timer is not None:
-                timer.cancel()
-
-    @property
-    def _is_idle(self) -> bool:
-        return not (self._queue or self._batches or self._detached)
+        self._drained = asyncio.Event()
+        self._continue()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._drained.wait()
+        except TimeoutError:
+            await self._cancel_all()
+        self.admission.note_ready(0.0, 0)
+        self._next_batch.cancel()
+        self._deadline.cancel()
 
     async def _cancel_all(self) -> None:
         for job in self._queue.clear():
@@ -281,117 +264,70 @@ class Batcher(Generic[P, R]):
             await asyncio.wait(tasks)
 
     def _wake(self) -> None:
-        """Form a batch in the next turn of the event loop, after the callbacks already ready."""
-        if not self._forming and len(self._batches) < self._max_in_flight:
-            self._forming = True
-            asyncio.get_running_loop().call_soon(self._form)
-
-    def _continue(self) -> None:
-        """Form the next batch after one has ended, if jobs are queued.
-
-        Also if jobs have expired: `_start` then resets the drain rate, and load shedding ends.
-        """
-        if self._queue or self._has_expired:
-            self._wake()
-        elif self._stopping:
-            self._complete_drain()
+        """Form a batch in the next turn of the event loop, if one may start with as many jobs as
+        the batching delay waits for."""
+        awaited, has_slot = self._delay.awaited, len(self._batches) < self._max_in_flight
+        if awaited and has_slot and self._queue.startable >= awaited:
+            self._delay.awaited = 0
+            self._next_batch.set(0)
 
     def _form(self) -> None:
-        """Start a batch, unless the batching delay applies."""
+        """Start the next batch, unless the batching delay applies."""
+        queue = self._queue
         # a batch of long jobs takes many calls, so it does not end soon
-        ending_soon = len(self._batches) - self._long
-        ready = self._queue.ready(long_ones=self._long < self._max_long)
-        delay = batching_delay(ready, self._last_rows, ending_soon, self._turns)
-        if delay is BatchDelay.LOOP_TURN:
-            self._turns += 1
-            asyncio.get_running_loop().call_soon(self._form)
+        ending_soon = len(self._batches) - queue.long_batches
+        delay_s = self._delay.decide(queue.startable, ending_soon)
+        if delay_s is not None:
+            self._next_batch.set(delay_s)
             return
-        self._forming, self._turns = False, 0
-        if delay is BatchDelay.NONE:
-            self._start()
-        elif self._linger_timer is None:
-            self._linger()
-
-    def _linger(self, ticks: int = LINGER_TICKS) -> None:
-        """Start a batch after some timer ticks; a batch that blocks the loop may swallow one."""
-        if ticks:
-            self._linger_timer = asyncio.get_running_loop().call_later(
-                LINGER_TICK_S, self._linger, ticks - 1
-            )
-        else:
-            self._start()
-
-    def _start(self) -> None:
-        """Start a batch, if the limit of batches in flight allows it, and schedule the next one."""
-        if self._linger_timer is not None:
-            self._linger_timer.cancel()
-            self._linger_timer = None
         try:
             now_s = time.monotonic()
-            started = len(self._batches) < self._max_in_flight and self._start_batch(now_s)
-            ready = self._queue.ready()
-            self._rate.note(now_s, ready)
-            if not ready:
-                self._admission.stop_shedding()
-            elif started and self._queue.ready(long_ones=self._long < self._max_long):
-                self._wake()
-            self._has_expired = False
+            self._start_batch(now_s)
+            self.admission.note_ready(now_s, queue.ready)
         except Exception as error:
-            log.exception("forming_failed", jobs=len(self._queue))
-            for job in self._queue.clear():
+            log.exception("forming_failed", jobs=queue.waiting)
+            for job in queue.clear():
                 job.resolve(InternalError(f"no batch could be formed: {type(error).__name__}"))
-        if self._stopping:
-            self._complete_drain()
+        self._continue()
 
-    def _complete_drain(self) -> None:
-        """Let `drain` return if nothing is left to do."""
-        if self._is_idle:
+    def _continue(self) -> None:
+        """Form the next batch if jobs wait, or let `drain` return once nothing is left to do."""
+        if self._queue.waiting:
+            self._wake()
+        elif self._drained is not None and not (self._batches or self._detached):
             self._drained.set()
 
-    def _expire_jobs(self, now_s: float) -> None:
+    def _expire_jobs(self) -> None:
         """Drop the jobs that were cancelled, and fail those whose deadline passed."""
-        expired = self._queue.remove(lambda job: job.is_cancelled or job.deadline_s <= now_s)
-        running = [job for job in self._running_jobs() if not job.is_resolved]
-        ends_s = [job.deadline_s + DEADLINE_GRACE_S for job in running]
-        deadlines_s = [job.deadline_s for job in self._queue.jobs()]
-        deadlines_s += [end_s for end_s in ends_s if end_s > now_s]
-        self._set_timer(min(deadlines_s, default=math.inf), now_s)
-        self._has_expired |= bool(expired)
-        for job in expired:
-            self._fail_expired(job, "before it started", now_s)
-        for job, end_s in zip(running, ends_s, strict=True):
+        now_s = time.monotonic()
+        expired = self._queue.remove_expired(now_s)
+        late: list[Job[P, R]] = []
+        next_s = min((job.deadline_s for job in self._queue.jobs()), default=math.inf)
+        for job in self._running_jobs():
+            end_s = job.deadline_s + DEADLINE_GRACE_S
             if end_s <= now_s:
-                self._fail_expired(job, "before it was done", now_s)
+                late.append(job)
+            elif not job.is_resolved:
+                next_s = min(next_s, end_s)
+        self._set_deadline(next_s, now_s)
+        self._fail_expired(expired, "before it started", now_s)
+        self._fail_expired(late, "before it was done", now_s)
+        self._continue()
 
-    def _expire(self, now_s: float, job: Job[P, R]) -> bool:
-        """Fail a queued job whose deadline passed; returns whether nobody waits for it."""
-        if job.is_cancelled:
-            return True
-        if job.deadline_s <= now_s:
-            self._fail_expired(job, "before it started", now_s)
-            return True
-        return False
-
-    def _fail_expired(self, job: Job[P, R], when: str, now_s: float) -> None:
-        waited_s = now_s - job.submitted_s
-        error = DeadlineExceeded(f"the deadline expired {when}, after {waited_s:.3f} s")
-        job.resolve(self._map_error(job, error))
-
-    def _set_timer(self, next_deadline_s: float, now_s: float) -> None:
+    def _set_deadline(self, deadline_s: float, now_s: float) -> None:
         """Set the timer to the earliest deadline."""
-        self._next_deadline_s = next_deadline_s
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if next_deadline_s < math.inf:
-            pause_s = max(DEADLINE_TICK_S, next_deadline_s - now_s)
-            self._timer = asyncio.get_running_loop().call_later(pause_s, self._on_timer)
+        self._next_deadline_s = deadline_s
+        if deadline_s < math.inf:
+            self._deadline.set(max(DEADLINE_TICK_S, deadline_s - now_s))
+        else:
+            self._deadline.cancel()
 
-    def _on_timer(self) -> None:
-        self._timer = None
-        self._expire_jobs(time.monotonic())
-        if self._stopping:
-            self._complete_drain()
+    def _fail_expired(self, jobs: Iterable[Job[P, R]], when: str, now_s: float) -> None:
+        for job in jobs:
+            if not job.is_resolved:
+                waited_s = now_s - job.submitted_s
+                error = DeadlineExceeded(f"the deadline expired {when}, after {waited_s:.3f} s")
+                job.resolve(self._runner.map_error(job, error))
 
     def _mark_out_of_order(self, retried: Job[P, R]) -> None:
         """Mark the running jobs that were started after an earlier one, which is retried."""
@@ -400,22 +336,18 @@ class Batcher(Generic[P, R]):
             if job.key == retried.key and job.number > retried.number:
                 job.is_out_of_order = True
 
-    def _start_batch(self, now_s: float) -> bool:
-        """Start one batch of ready jobs, if there are any; returns whether it was started."""
-        expire = None
-        if now_s >= self._next_deadline_s:
-            # a caller cancelled, or a deadline passed
-            expire = partial(self._expire, now_s)
-        jobs = self._queue.take(expire, long_ones=self._long < self._max_long)
-        if not jobs:
-            return False
-        self._last_rows = len(jobs)
-        held = {job.key for job in jobs if job.key is not None}
-        is_long = jobs[0].steps > self._limits.long_steps
-        batch = RunningBatch(jobs, held, self._release_streams, self._detach, is_long=is_long)
-        self._long += is_long
-        self._start_task(batch, self._run(jobs, batch), self._batches)
-        return True
+    def _start_batch(self, now_s: float) -> None:
+        """Start one batch of ready jobs, if there are any."""
+        before = self._queue.long_batches
+        jobs, expired = self._queue.take(now_s)
+        if jobs:
+            self._delay.last_rows = len(jobs)
+            held = {job.key for job in jobs if job.key is not None}
+            is_long = self._queue.long_batches > before
+            batch = RunningBatch(jobs, held, self._release_streams, self._detach, is_long=is_long)
+            self._start_task(batch, self._runner(jobs, batch), self._batches)
+        if expired:
+            self._fail_expired(expired, "before it started", now_s)
 
     def _start_task(
         self,
@@ -431,8 +363,7 @@ class Batcher(Generic[P, R]):
     def _release_streams(
         self, keys: Iterable[Hashable], first: Container[Hashable] = frozenset()
     ) -> None:
-        for backlog in self._queue.release(*keys, first=first):
-            backlog.note_release(time.monotonic())
+        if self._queue.release(keys, time.monotonic(), first):
             self._wake()
 
     def _detach(self, batch: RunningBatch, jobs: Sequence[Job[P, R]], work: Work) -> None:
@@ -465,23 +396,54 @@ class Batcher(Generic[P, R]):
             failure = InternalError(f"the batch failed: {type(error).__name__}")
         finally:
             running.remove(batch)
-            self._long -= batch.is_long
+            queue = self._queue
+            queue.long_batches -= batch.is_long
             retried = set(to_retry)
-            self._rate.done += len(batch.jobs) - len(retried)
+            self.admission.rate.done += len(batch.jobs) - len(retried)
             for job in batch.jobs:
                 if job in retried:
                     job.attempts += 1
                     self._mark_out_of_order(job)
-                    self._queue.put_back(job)
+                    queue.put_back(job)
                     if job.deadline_s < self._next_deadline_s:
-                        self._set_timer(job.deadline_s, time.monotonic())
+                        self._set_deadline(job.deadline_s, time.monotonic())
                 elif not job.is_resolved:
                     failure = failure or InternalError("the batch ended without its result")
-                    job.resolve(self._map_error(job, failure))
+                    job.resolve(self._runner.map_error(job, failure))
             if batch.held:
                 self._release_streams(batch.held, first={job.key for job in to_retry})
+            if queue.waiting:
+                self._delay.note_batch_end()
+            else:
+                self.admission.note_ready(0.0, 0)
             self._continue()
 
     def _running_jobs(self) -> Iterator[Job[P, R]]:
         """The jobs of all batches, and the detached ones."""
         return chain.from_iterable(batch.jobs for batch in chain(self._batches, self._detached))
+
+
+class _Timer:
+    """One scheduled call of a function.
+
+    Args:
+        call: the function.
+    """
+
+    __slots__ = ("_call", "_handle")
+
+    def __init__(self, call: Callable[[], None]):
+        self._call = call
+        self._handle: asyncio.Handle | None = None
+
+    def set(self, delay_s: float) -> None:
+        """Call after a delay instead of when it was set to; 0: in the next turn of the loop, after
+        the callbacks already ready."""
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = asyncio.get_running_loop().call_later(delay_s, self._call)
+
+    def cancel(self) -> None:
+        """Do not call."""
+        if self._handle is not None:
+            self._handle.cancel()

@@ -7,7 +7,7 @@ At most one job of a stream is ready, its oldest, and none while a batch holds t
 takes ready jobs round robin, one of each request at a time, as a router serves its flows. So a
 stream with a long backlog, or a request of many items, gets no larger share of a batch than any
 other waiting request. Taking a job and releasing a stream cost the same whatever the length of the
-backlogs; only `remove` and `clear` visit all jobs.
+backlogs; only `remove_expired` and `clear` visit all jobs.
 
 Invariants: at most one job of a stream is ready or held; the jobs of a stream keep their order,
 even if one is put back; the request at the front gives the first job of the next batch, so no
@@ -17,17 +17,9 @@ request starves, however many steps its job has.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Container,
-    Coroutine,
-    Hashable,
-    Iterable,
-    Iterator,
-    Sequence,
-)
+from collections.abc import Callable, Container, Coroutine, Hashable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -93,7 +85,7 @@ class DrainRate:
         self._since_s, self._before = now_s, self.done
 
 
-class JobSpec(msgspec.Struct, Generic[P], frozen=True):
+class JobSpec(NamedTuple, Generic[P]):
     """Specification of a job, which a caller submits.
 
     Attributes:
@@ -114,10 +106,10 @@ class Job(msgspec.Struct, Generic[P, R], eq=False):
     """One unit of work in the queue or in a batch.
 
     Attributes:
-        number: position in the order of all jobs.
         submitted_s: time of submission, on the monotonic clock.
         deadline_s: time until which its caller waits, on the monotonic clock.
         request: identifies the request of several jobs that it came with; None if it came alone.
+        number: position in the order of all jobs, counted by the queue.
         attempts: number of batches that it was in before.
         is_cancelled: its caller does not wait any more, and is not called.
         is_committing: its commit was sent, so it may have been applied even if it fails.
@@ -127,11 +119,11 @@ class Job(msgspec.Struct, Generic[P, R], eq=False):
     payload: P
     key: Hashable | None
     steps: int
-    number: int
     submitted_s: float
     deadline_s: float
     on_result: OnResult[R]
     request: Hashable | None = None
+    number: int = 0
     attempts: int = 0
     is_resolved: bool = False
     is_cancelled: bool = False
@@ -197,11 +189,6 @@ class RunningBatch:
         self._on_detach(self, jobs, work)
 
 
-Run = Callable[[list[Any], RunningBatch], Awaitable[Sequence[Job[P, R]]]]
-"""Runs a batch: resolves its jobs, each of another stream, and returns those to be retried. May
-release a stream before it ends, once the stream's next job can be computed."""
-
-
 class Backlog(msgspec.Struct, Generic[P, R], eq=False):
     """The waiting jobs of one stream, oldest first.
 
@@ -238,11 +225,6 @@ class Backlog(msgspec.Struct, Generic[P, R], eq=False):
         self.jobs.insert(at, job)
 
 
-ReadyRequests = OrderedDict[Hashable, Backlog[P, R] | deque[Backlog[P, R]]]
-"""Ready streams by request, in service order. The key is the backlog for a request of one job, and
-`Job.request` for any other."""
-
-
 class RoundRobin(Generic[P, R]):
     """Streams with a ready job, served round robin by request.
 
@@ -254,7 +236,8 @@ class RoundRobin(Generic[P, R]):
 
     def __init__(self) -> None:
         self.ready = 0
-        self._requests: ReadyRequests[P, R] = OrderedDict()
+        # in service order; the key is the backlog for a job that came alone
+        self._requests: OrderedDict[Hashable, list[Backlog[P, R]]] = OrderedDict()
 
     @property
     def requests(self) -> int:
@@ -262,11 +245,9 @@ class RoundRobin(Generic[P, R]):
         return len(self._requests)
 
     @property
-    def front(self) -> Job[P, R] | None:
-        """The job that is taken next."""
-        for request in self._requests.values():
-            return (request if isinstance(request, Backlog) else request[0]).jobs[0]
-        return None
+    def front(self) -> Job[P, R]:
+        """The job that is taken next, if there is one."""
+        return next(iter(self._requests.values()))[0].jobs[0]
 
     def add(self, *backlogs: Backlog[P, R], first: bool = False) -> None:
         """Add ready streams of a request behind its others, and a new request behind all others.
@@ -275,63 +256,74 @@ class RoundRobin(Generic[P, R]):
             first: add them in front, and move their request in front of all others.
         """
         self.ready += len(backlogs)
-        key = backlogs[0].jobs[0].request
-        if key is None:
-            [backlog] = backlogs
-            self._requests[key := backlog] = backlog
-        else:
-            request = self._requests.setdefault(key, deque())
-            if not isinstance(request, Backlog):
-                (request.extendleft if first else request.extend)(backlogs)
+        request = backlogs[0].jobs[0].request
+        key = backlogs[0] if request is None else request
+        others = self._requests.setdefault(key, [])
         if first:
+            others[:0] = backlogs
             self._requests.move_to_end(key, last=False)
+        else:
+            others += backlogs
 
     def pop(self) -> Backlog[P, R]:
         """Take the next stream; its request then moves behind all others."""
         self.ready -= 1
-        key, request = next(iter(self._requests.items()))
-        backlog = request if isinstance(request, Backlog) else request.popleft()
-        if backlog is request or not request:
-            del self._requests[key]
-        else:
+        key, backlogs = next(iter(self._requests.items()))
+        backlog = backlogs.pop(0)
+        if backlogs:
             self._requests.move_to_end(key)
+        else:
+            del self._requests[key]
         return backlog
 
     def prune(self) -> None:
         """Drop the streams that have no job left."""
         requests, self._requests = self._requests, OrderedDict()
         self.ready = 0
-        for request in requests.values():
-            for backlog in (request,) if isinstance(request, Backlog) else request:
-                if backlog.jobs:
-                    self.add(backlog)
+        for backlog in chain.from_iterable(requests.values()):
+            if backlog.jobs:
+                self.add(backlog)
 
 
 class FairQueue(Generic[P, R]):
-    """The queue of one batcher; its length is the number of waiting jobs.
+    """The queue of one batcher.
 
     Jobs of more steps than `long_steps` are long. They are queued separately, since they may not
-    always run, and never share a batch with short ones.
+    always start, and never share a batch with short ones.
+
+    Args:
+        max_long: most batches of long jobs that may run at a time.
+
+    Attributes:
+        waiting: number of waiting jobs.
+        long_batches: number of batches of long jobs that run; its owner counts those that end.
     """
 
-    def __init__(self, limits: BatchLimits):
+    def __init__(self, limits: BatchLimits, max_long: int = 1):
         self._limits = limits
-        self._length = 0
+        self._max_long = max_long
+        self._pushed = 0
         self._backlogs: dict[Hashable, Backlog[P, R]] = {}
         self._short: RoundRobin[P, R] = RoundRobin()
         self._long: RoundRobin[P, R] = RoundRobin()
-
-    def __len__(self) -> int:
-        return self._length
+        self.waiting = 0
+        self.long_batches = 0
 
     @property
     def requests(self) -> int:
         """Number of requests with ready jobs."""
         return self._short.requests + self._long.requests
 
-    def ready(self, *, long_ones: bool = True) -> int:
-        """Number of jobs that may be taken now."""
-        return self._short.ready + (self._long.ready if long_ones else 0)
+    @property
+    def ready(self) -> int:
+        """Number of ready jobs."""
+        return self._short.ready + self._long.ready
+
+    @property
+    def startable(self) -> int:
+        """Number of ready jobs that may start now."""
+        may_start_long = self.long_batches < self._max_long
+        return self._short.ready + (self._long.ready if may_start_long else 0)
 
     def backlog(self, key: Hashable) -> Backlog[P, R] | None:
         """The waiting jobs of a stream; None if there are none."""
@@ -342,16 +334,14 @@ class FairQueue(Generic[P, R]):
         """Whether no job of these streams waits or runs."""
         return self._backlogs.keys().isdisjoint(keys)
 
-    def push(self, *jobs: Job[P, R], long_ones: bool = True) -> bool:
-        """Add the jobs of a request, each behind the others of its stream.
-
-        Returns whether one of them may be taken now; `long_ones` as for `take`.
-        """
-        self._length += len(jobs)
+    def push(self, *jobs: Job[P, R]) -> None:
+        """Add the jobs of a request, each behind the others of its stream."""
+        self.waiting += len(jobs)
         backlogs, long_steps = self._backlogs, self._limits.long_steps
         short: list[Backlog[P, R]] = []
         long: list[Backlog[P, R]] = []
         for job in jobs:
+            job.number = self._pushed = self._pushed + 1
             key = job if job.key is None else job.key
             backlog = backlogs.get(key)
             if backlog is None:
@@ -365,11 +355,10 @@ class FairQueue(Generic[P, R]):
             self._short.add(*short)
         if long:
             self._long.add(*long)
-        return bool(short or (long_ones and long))
 
     def put_back(self, job: Job[P, R]) -> None:
         """Requeue a job at its old place."""
-        self._length += 1
+        self.waiting += 1
         key = job if job.key is None else job.key
         backlog = self._backlogs.setdefault(key, Backlog(key, deque()))
         backlog.insert(job)
@@ -377,14 +366,11 @@ class FairQueue(Generic[P, R]):
             self._queue_of(job).add(backlog, first=True)
 
     def release(
-        self, *keys: Hashable, first: Container[Hashable] = frozenset()
-    ) -> list[Backlog[P, R]]:
-        """Make the next jobs of held streams ready, those of `first` before all others.
-
-        Returns the backlogs of those that have one.
-        """
-        backlogs = self._backlogs
-        waiting: list[Backlog[P, R]] = []
+        self, keys: Iterable[Hashable], now_s: float, first: Container[Hashable] = frozenset()
+    ) -> bool:
+        """Make the next jobs of held streams ready, those of `first` before all others; returns
+        whether any stream has one."""
+        backlogs, has_next = self._backlogs, False
         for key in keys:
             backlog = backlogs[key]
             if not backlog.jobs:
@@ -392,29 +378,32 @@ class FairQueue(Generic[P, R]):
                 continue
             backlog.is_held = False
             self._queue_of(backlog.jobs[0]).add(backlog, first=key in first)
-            waiting.append(backlog)
-        return waiting
+            backlog.note_release(now_s)
+            has_next = True
+        return has_next
 
-    def take(
-        self, expire: Callable[[Job[P, R]], bool] | None = None, *, long_ones: bool = True
-    ) -> list[Job[P, R]]:
-        """Take the jobs of the next batch and hold their streams; empty if none may run.
+    def take(self, now_s: float) -> tuple[list[Job[P, R]], list[Job[P, R]]]:
+        """Take the jobs of the next batch and hold their streams.
 
-        Args:
-            expire: called with a job before it is taken; if it returns True, the job is dropped.
-            long_ones: whether long jobs may be taken too.
+        Returns:
+            The jobs, none if none may start, and the expired ones before them, which are dropped.
         """
         max_rows, max_padded, long_steps = self._limits
-        is_long = long_ones and self._long.ready > 0 and self._is_older(self._long, self._short)
+        is_long = self._long.ready > 0 and self._starts_with_long()
         queue = self._long if is_long else self._short
         jobs: list[Job[P, R]] = []
+        expired: list[Job[P, R]] = []
         skipped: list[Backlog[P, R]] = []
         longest, has_moved = 0, False
         while queue.ready and len(jobs) < max_rows and len(skipped) < MAX_SKIPPED:
             backlog = queue.pop()
-            if expire is not None and not self._drop_expired(backlog, expire):
+            waiting = backlog.jobs
+            while waiting and (waiting[0].is_cancelled or waiting[0].deadline_s <= now_s):
+                expired.append(waiting.popleft())
+            if not waiting:
+                del self._backlogs[backlog.key]
                 continue
-            job = backlog.jobs[0]
+            job = waiting[0]
             steps = job.steps
             if (steps > long_steps) != is_long:
                 # its front job has changed since it was queued: it belongs to the other queue
@@ -427,35 +416,40 @@ class FairQueue(Generic[P, R]):
                     continue
                 longest = steps
                 max_rows = min(max_rows, max_padded // longest)
-            backlog.jobs.popleft()
+            waiting.popleft()
             if job.key is None:
                 del self._backlogs[job]
             else:
                 backlog.is_held = True
             jobs.append(job)
-        self._length -= len(jobs)
+        self.waiting -= len(jobs) + len(expired)
         for backlog in reversed(skipped):
             queue.add(backlog, first=True)
-        return self.take(expire, long_ones=long_ones) if has_moved and not jobs else jobs
+        if jobs:
+            self.long_batches += is_long
+        elif has_moved:
+            jobs, more = self.take(now_s)
+            expired += more
+        return jobs, expired
 
-    def remove(self, is_dead: Callable[[Job[P, R]], bool]) -> list[Job[P, R]]:
-        """Drop the jobs whose caller is not waiting any more, and return them."""
-        removed: list[Job[P, R]] = []
+    def remove_expired(self, now_s: float) -> list[Job[P, R]]:
+        """Drop the jobs that were cancelled or whose deadline passed, and return them."""
+        expired: list[Job[P, R]] = []
         for backlog in list(self._backlogs.values()):
             live: deque[Job[P, R]] = deque()
             for job in backlog.jobs:
-                (removed if is_dead(job) else live).append(job)
+                (expired if job.is_cancelled or job.deadline_s <= now_s else live).append(job)
             backlog.jobs = live
             if not live and not backlog.is_held:
                 del self._backlogs[backlog.key]
-        self._length -= len(removed)
+        self.waiting -= len(expired)
         self._short.prune()
         self._long.prune()
-        return removed
+        return expired
 
     def clear(self) -> list[Job[P, R]]:
         """Drop all jobs and return them."""
-        return self.remove(lambda _: True)
+        return self.remove_expired(math.inf)
 
     def jobs(self) -> Iterator[Job[P, R]]:
         """The waiting jobs, stream by stream."""
@@ -464,17 +458,7 @@ class FairQueue(Generic[P, R]):
     def _queue_of(self, job: Job[P, R]) -> RoundRobin[P, R]:
         return self._long if job.steps > self._limits.long_steps else self._short
 
-    def _is_older(self, one: RoundRobin[P, R], other: RoundRobin[P, R]) -> bool:
-        """Whether the front job of one queue is older than that of the other."""
-        first, second = one.front, other.front
-        return second is None or (first is not None and first.number < second.number)
-
-    def _drop_expired(self, backlog: Backlog[P, R], expire: Callable[[Job[P, R]], bool]) -> bool:
-        """Drop the expired jobs at the front of a backlog; returns whether any job is left."""
-        while backlog.jobs:
-            if not expire(backlog.jobs[0]):
-                return True
-            backlog.jobs.popleft()
-            self._length -= 1
-        del self._backlogs[backlog.key]
-        return False
+    def _starts_with_long(self) -> bool:
+        """Whether the oldest of the jobs at the front that may start is a long one."""
+        short, is_allowed = self._short, self.long_batches < self._max_long
+        return is_allowed and (not short.ready or self._long.front.number < short.front.number)

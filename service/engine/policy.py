@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -22,11 +21,18 @@ import structlog
 from service.core.errors import Overloaded, StreamOverloaded
 from service.engine.fair_queue import Backlog, DrainRate, FairQueue
 
+LOOP_TURN_S: Final = 0.0
+"""A wait until the next turn of the event loop."""
+
+LINGER_TICK_S: Final = 0.001
+"""Resolution of the event loop's timers."""
+
 MAX_DELAY_TURNS: Final = 16
 """Longest batching delay while no batch is in flight, in turns of the event loop."""
 
-LINGER_TICKS: Final = 2
-"""Longest batching delay (linger) while a batch is in flight, in timer ticks of `LINGER_TICK_S`."""
+MAX_LINGER_TICKS: Final = 2
+"""Longest batching delay (linger) while a batch is in flight, in ticks. A tick is one wait, not a
+time: a batch that blocks the event loop may swallow one."""
 
 NO_LINGER_ROWS: Final = 32
 """A batch of this many rows never lingers: its fixed cost is spread well enough, and with the batch
@@ -40,32 +46,47 @@ STREAM_SHARE: Final = 4
 log = structlog.get_logger(__name__)
 
 
-class BatchDelay(Enum):
-    """How long to delay the next batch."""
-
-    NONE = "start it now"
-    LOOP_TURN = "for one turn of the event loop"
-    LINGER = "until a batch in flight ends, for `LINGER_TICKS` at most"
-
-
-def batching_delay(ready: int, last_rows: int, in_flight: int, turns: int) -> BatchDelay:
-    """Decide the batching delay: a batch smaller than the last one waits briefly for more jobs.
+class BatchingDelay:
+    """The batching delay: a batch smaller than the last one waits briefly for more jobs.
 
     Every batch has a fixed cost, which its chunks share. Closed-loop clients send their next
     requests within a few turns of the event loop after the replies, so a batch in flight that is
     about to end brings more jobs. A lone request is never delayed.
 
-    Args:
-        ready: number of ready jobs.
+    Attributes:
         last_rows: rows of the last batch.
-        in_flight: number of running batches, without those of long jobs.
-        turns: turns of the event loop by which the batch was delayed already.
+        awaited: the number of ready jobs that end the delay; 0 in its last turn of the loop.
     """
-    if not 0 < ready < last_rows:
-        return BatchDelay.NONE
-    if in_flight:
-        return BatchDelay.LINGER if ready < NO_LINGER_ROWS else BatchDelay.NONE
-    return BatchDelay.LOOP_TURN if turns < MAX_DELAY_TURNS else BatchDelay.NONE
+
+    __slots__ = ("_waits", "awaited", "last_rows")
+
+    def __init__(self) -> None:
+        self.last_rows, self.awaited = 0, 1
+        self._waits = 0
+
+    def decide(self, ready: int, in_flight: int) -> float | None:
+        """Decide whether the next batch is delayed, or further delayed.
+
+        Args:
+            ready: number of ready jobs.
+            in_flight: number of running batches, without those of long jobs.
+
+        Returns:
+            Seconds to wait before this is decided again; None if the batch starts now.
+        """
+        max_rows = min(self.last_rows, NO_LINGER_ROWS) if in_flight else self.last_rows
+        max_waits = MAX_LINGER_TICKS if in_flight else MAX_DELAY_TURNS
+        if 0 < ready < max_rows and self._waits < max_waits:
+            self._waits += 1
+            self.awaited = max_rows if in_flight else 0
+            return LINGER_TICK_S if in_flight else LOOP_TURN_S
+        self._waits, self.awaited = 0, 1
+        return None
+
+    def note_batch_end(self) -> None:
+        """Note that a batch has ended: what it brings decides again about a delayed one."""
+        if self.awaited:
+            self.awaited = 1
 
 
 class Rejection(NamedTuple):
@@ -95,7 +116,7 @@ class Rejection(NamedTuple):
 
 
 shared_error = lru_cache(maxsize=64)(Rejection.error)
-"""`Rejection.error` with one shared object for equal rejections."""
+"""`Rejection.error` with one object for equal rejections, which must not be raised."""
 
 
 class Admission:
@@ -103,21 +124,22 @@ class Admission:
 
     Args:
         queue: the waiting jobs.
-        rate: how fast the queue drains.
         max_queue, max_wait_s, on_shedding: as the batcher's.
+
+    Attributes:
+        rate: how fast the queue drains.
     """
 
     def __init__(
         self,
         queue: FairQueue[Any, Any],
-        rate: DrainRate,
         *,
         max_queue: int,
         max_wait_s: float,
         on_shedding: Callable[[bool], None],
     ):
         self._queue = queue
-        self._rate = rate
+        self.rate = DrainRate()
         self._max_queue = max_queue
         self._max_wait_s = max_wait_s
         self._on_shedding = on_shedding
@@ -130,7 +152,7 @@ class Admission:
         Args:
             left_s: time until their deadline.
         """
-        waiting, rate = len(self._queue) + len(keys) - 1, self._rate.per_s
+        waiting, rate = self._queue.waiting + len(keys) - 1, self.rate.per_s
         has_room = self._max_queue - waiting >= len(keys)
         is_in_time = rate is None or waiting < self._max_before(left_s, rate)
         return has_room and is_in_time and self._queue.are_idle(keys)
@@ -145,8 +167,8 @@ class Admission:
             index: number of jobs of the same request before it.
             ahead: how many of them were admitted and are not in the queue yet.
         """
-        queue, rate = self._queue, self._rate.per_s
-        waiting = len(queue) + ahead
+        queue, rate = self._queue, self.rate.per_s
+        waiting = queue.waiting + ahead
         room = self._max_queue - waiting
         if room <= index:
             self._report_shedding(waiting)
@@ -154,7 +176,7 @@ class Admission:
         if rate is not None and waiting >= (max_before := self._max_before(left_s, rate)):
             # round robin: before a request's n-th job, every other request starts up to n jobs
             requests = queue.requests + (ahead > 0)
-            before = min(queue.ready() + ahead, requests * (index + 1))
+            before = min(queue.ready + ahead, requests * (index + 1))
             if before >= max_before:
                 self._report_shedding(before)
                 return Rejection(before, rate, False)
@@ -176,9 +198,10 @@ class Admission:
         # at least one, since a job in an empty queue does not wait
         return max(1, int(wait_s * per_s))
 
-    def stop_shedding(self) -> None:
-        """Report the end of load shedding: the queue is drained, or the batcher stops."""
-        if self._is_shedding:
+    def note_ready(self, now_s: float, ready: int) -> None:
+        """Note the number of ready jobs, after starting those that may; 0 ends load shedding."""
+        self.rate.note(now_s, ready)
+        if self._is_shedding and not ready:
             self._is_shedding = False
             self._on_shedding(False)
 
@@ -187,7 +210,7 @@ class Admission:
         if not self._is_shedding:
             self._is_shedding = True
             self._on_shedding(True)
-            rate = self._rate.per_s
+            rate = self.rate.per_s
             log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
 
     def _report_stream_shedding(self, backlog: Backlog[Any, Any]) -> None:

@@ -27,7 +27,8 @@ from service.core.errors import (
     StoreUnavailable,
 )
 from service.core.tracing import BatchTimes, Tracer
-from service.core.values import NO_STREAM, Reply, Timing
+from service.core.values import NO_STREAM, Chunk, Reply, Timing
+from service.engine.batcher import BatchRunner
 from service.engine.compute import Compute
 from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
@@ -46,7 +47,7 @@ from service.store.codec import (
 )
 
 
-class ChunkBatchRunner:
+class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
     """Runs the batches of one model; its batcher calls it with the jobs of each batch.
 
     No chunk is answered before the outcome of its commit is known. The stream is released, and its
@@ -66,6 +67,8 @@ class ChunkBatchRunner:
             starts over; otherwise its chunks are rejected.
         tracer: records the batches of traced requests; None records none.
     """
+
+    job_type = ChunkJob
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import numpy as np
 from models.decoding.forecasts import Decoding, Forecast
 from service.core.errors import NotFinite
 from service.core.values import FloatRows
+from service.engine.batcher import BatchRunner
 from service.engine.compute import Compute, TimeSlicer
 from service.engine.fair_queue import Job, RunningBatch
 from service.engine.runtimes.base import Runtime
@@ -41,7 +42,7 @@ class ForecastOrigin(NamedTuple):
 ForecastJob = Job[ForecastOrigin, Forecast]
 
 
-class ForecastRunner:
+class ForecastRunner(BatchRunner[ForecastOrigin, Forecast]):
     """Decodes forecasts of one model; its batcher calls it with the jobs of each batch."""
 
     def __init__(self, served: ServedModel, decoder: Runtime, compute: Compute, recorder: Recorder):

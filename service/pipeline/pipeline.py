@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from msgspec.structs import replace
 
@@ -44,14 +44,14 @@ from service.core.values import (
     StreamKey,
     StreamState,
 )
-from service.engine.batcher import Batcher
+from service.engine.batcher import Batcher, BatchRunner
 from service.engine.compute import Compute
-from service.engine.fair_queue import BatchLimits, Job, JobSpec, Run
+from service.engine.fair_queue import BatchLimits, Job, JobSpec
+from service.engine.policy import shared_error
 from service.engine.runtimes.base import Runtime
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_batch import ChunkBatchRunner
-from service.pipeline.chunk_job import ChunkJob
 from service.pipeline.chunk_load import StateCache
 from service.pipeline.chunk_order import apply_in_order
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
@@ -150,12 +150,7 @@ class Pipeline:
             resets_on_model_change=self._settings.on_model_change == "reset",
             tracer=self._tracer,
         )
-        return self._batcher(
-            run,
-            self._batch_limits(served),
-            map_error=run.map_error,
-            job_type=ChunkJob,
-        )
+        return self._batcher(run, self._batch_limits(served))
 
     def _sequence_batcher(self, served: ServedModel) -> Batcher[SequenceStart, Prediction]:
         run = PredictRunner(served, self._compute, self._recorder)
@@ -171,15 +166,14 @@ class Pipeline:
         rows, steps = self.max_batch_rows(served), self._settings.max_batch_steps
         return BatchLimits(rows, steps, served.runtime.max_steps)
 
-    def _batcher(self, run: Run[P, R], limits: BatchLimits, **options: Any) -> Batcher[P, R]:
+    def _batcher(self, runner: BatchRunner[P, R], limits: BatchLimits) -> Batcher[P, R]:
         return Batcher(
-            run,
+            runner,
             limits,
             max_queue=self._settings.max_queue,
             max_in_flight=self._settings.batches_in_flight,
             max_wait_s=self._settings.max_queue_wait_s,
             on_shedding=self._note_shedding,
-            **options,
         )
 
     def _note_shedding(self, is_shedding: bool) -> None:
@@ -265,7 +259,8 @@ class Pipeline:
         self, caller: Caller, model: str, key: StreamKey | None, left_s: float
     ) -> Overloaded | None:
         """Return the error that admission control would reject a chunk with now; None if it would
-        be admitted. Lets a transport reject a request before it parses the body.
+        be admitted. Lets a transport reject a request before it parses the body. The error is
+        shared between calls, so it must not be raised.
 
         Args:
             key: the chunk's stream; None for chunks of many streams.
@@ -281,7 +276,8 @@ class Pipeline:
         limiter = caller.limiter
         if limiter is not None and (rejection := limiter.rejection()) is not None:
             return rejection
-        return self._chunks[model].check_admission(key, left_s)
+        reason = self._chunks[model].admission.check_admission(key, left_s)
+        return None if reason is None else shared_error(reason)
 
     def enqueue(
         self, caller: Caller, chunk: Chunk, deadline_s: float, on_result: OnReply

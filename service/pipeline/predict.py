@@ -14,6 +14,7 @@ import structlog
 
 from service.core.errors import CarryError, InternalError, NotFinite
 from service.core.values import Prediction, Steps, StreamState
+from service.engine.batcher import BatchRunner
 from service.engine.compute import Compute
 from service.engine.fair_queue import Job, RunningBatch
 from service.pipeline.recorder import Recorder
@@ -37,7 +38,7 @@ class SequenceStart(NamedTuple):
 SequenceJob = Job[SequenceStart, Prediction]
 
 
-class PredictRunner:
+class PredictRunner(BatchRunner[SequenceStart, Prediction]):
     """Runs batches of sequences of one model; its batcher calls it with the jobs of each batch."""
 
     def __init__(self, served: ServedModel, compute: Compute, recorder: Recorder):

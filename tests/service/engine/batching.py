@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from service.core.errors import CarryError
-from service.engine.batcher import Batcher
+from service.core.errors import CarryError, Overloaded
+from service.engine.batcher import Batcher, BatchRunner
 from service.engine.fair_queue import BatchLimits, Job, JobSpec, RunningBatch
-from service.engine.policy import Admission, Rejection
+from service.engine.policy import Admission, Rejection, shared_error
 
 Jobs = list[Job[str, str]]
 UP_TO_8 = BatchLimits(8, 1000)
 
 
-class Runs:
+class Runs(BatchRunner[str, str]):
     """Records the batches; each waits for the gate.
 
     Attributes:
@@ -57,9 +57,22 @@ class Runs:
             await self._began.wait_for(lambda: len(self.batches) >= count)
 
 
+class Running(BatchRunner[str, str]):
+    """Runs batches by a function."""
+
+    def __init__(self, run: Any, map_error: Any = None):
+        self._run = run
+        if map_error is not None:
+            self.map_error = map_error  # type: ignore[method-assign]
+
+    async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
+        """One batch."""
+        return await self._run(jobs, batch)
+
+
 def no_room(admission: Admission, *_: object) -> Rejection:
     """Replacement of `Admission.check_admission` that admits nothing."""
-    return Rejection(0, admission._rate.per_s, of_stream=False)
+    return Rejection(0, admission.rate.per_s, of_stream=False)
 
 
 def patch_admission(
@@ -68,6 +81,12 @@ def patch_admission(
     """Let a function decide about each job, also where all of a request would be admitted."""
     patched.setattr(Admission, "admits_all", lambda *_: False)
     patched.setattr(Admission, "check_admission", check_admission)
+
+
+def check_admission(batcher: Batcher[str, str], key: str, left_s: float) -> Overloaded | None:
+    """The error that a job would be rejected with now."""
+    rejection = batcher.admission.check_admission(key, left_s)
+    return None if rejection is None else shared_error(rejection)
 
 
 async def submit(
@@ -99,7 +118,7 @@ def start_each(
 
 @asynccontextmanager
 async def batching(
-    runs: Runs,
+    runs: BatchRunner[str, str],
     *,
     in_flight: int = 1,
     queue: int = 100,
@@ -117,5 +136,6 @@ async def batching(
     try:
         yield batcher
     finally:
-        runs.gate.set()
+        if isinstance(runs, Runs):
+            runs.gate.set()
         await batcher.drain(5)

@@ -13,7 +13,14 @@ from service.core.errors import CarryError, Overloaded, StreamOverloaded
 from service.engine.batcher import ITEMS_PER_PART, Batcher
 from service.engine.fair_queue import BatchLimits, JobSpec
 from service.engine.policy import STREAM_SHARE
-from tests.service.engine.batching import UP_TO_8, Runs, batching, patch_admission, submit
+from tests.service.engine.batching import (
+    UP_TO_8,
+    Runs,
+    batching,
+    check_admission,
+    patch_admission,
+    submit,
+)
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import Paced
 
@@ -25,10 +32,18 @@ MOST_OF_ONE = QUEUE // (STREAM_SHARE + 1)
 Results = asyncio.Future[list[str | CarryError]]
 
 
-def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results]:
+async def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results]:
     """Enqueue a request for each key."""
-    requests = [JobSpec(f"{key}{n}", key, 1) for n, key in enumerate(keys)]
-    return [batcher.enqueue([request]).future for request in requests]
+    specs = [JobSpec(f"{key}{n}", key, 1) for n, key in enumerate(keys)]
+    requests = [asyncio.ensure_future(batcher.submit([spec])) for spec in specs]
+    await asyncio.sleep(0)
+    return requests
+
+
+def start_items(batcher: Batcher[str, str], prefix: str, count: int) -> Results:
+    """A request of many items, each of another stream."""
+    specs = [JobSpec("a", f"{prefix}{n}", 1) for n in range(count)]
+    return asyncio.ensure_future(batcher.submit(specs))
 
 
 def rejected(results: Sequence[Results]) -> list[type]:
@@ -40,29 +55,29 @@ async def test_an_overloaded_stream_rejects_its_own_callers_only() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE) as batcher:
         with structlog.testing.capture_logs() as logged:
-            hot = enqueue(batcher, ["hot"] * 500)
-            others = enqueue(batcher, [f"other{n}" for n in range(40)])
+            hot = await enqueue(batcher, ["hot"] * 500)
+            others = await enqueue(batcher, [f"other{n}" for n in range(40)])
         assert rejected(hot) == [StreamOverloaded] * (500 - MOST_OF_ONE)
         assert rejected(others) == []
-        assert isinstance(batcher.check_admission("hot", 60), StreamOverloaded)
-        assert batcher.check_admission("hot", 60) is batcher.check_admission("hot", 60)
-        assert batcher.check_admission("other99", 60) is None
+        assert isinstance(check_admission(batcher, "hot", 60), StreamOverloaded)
+        assert check_admission(batcher, "hot", 60) is check_admission(batcher, "hot", 60)
+        assert check_admission(batcher, "other99", 60) is None
         assert [(line["event"], line["stream"]) for line in logged] == [
             ("stream_overloaded", "hot")
         ]
         runs.gate.set()
         await asyncio.gather(*hot, *others)
-        assert batcher.check_admission("hot", 60) is None
+        assert check_admission(batcher, "hot", 60) is None
 
 
 async def test_an_admitted_job_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        assert batcher.check_admission("a", 60) is None
+        assert check_admission(batcher, "a", 60) is None
         patch_admission(monkeypatch)
         admitted: list[str | CarryError] = []
         batcher.enqueue_admitted("a", "a", 1, math.inf, admitted.append)
-        assert rejected(enqueue(batcher, ["b"])) == [Overloaded]
+        assert rejected(await enqueue(batcher, ["b"])) == [Overloaded]
         runs.gate.set()
         await turns()
         assert admitted == ["A"]
@@ -71,16 +86,16 @@ async def test_an_admitted_job_is_not_checked_again(monkeypatch: pytest.MonkeyPa
 async def test_many_streams_with_many_callers_leave_room_for_others() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE) as batcher:
-        hot = enqueue(batcher, [f"hot{n % 10}" for n in range(1000)])
+        hot = await enqueue(batcher, [f"hot{n % 10}" for n in range(1000)])
         assert set(rejected(hot)) == {StreamOverloaded}
-        assert rejected(enqueue(batcher, [f"other{n}" for n in range(20)])) == []
+        assert rejected(await enqueue(batcher, [f"other{n}" for n in range(20)])) == []
         runs.gate.set()
 
 
 async def test_a_full_queue_rejects_every_stream() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE) as batcher:
-        results = enqueue(batcher, [f"s{n}" for n in range(QUEUE + 2)])
+        results = await enqueue(batcher, [f"s{n}" for n in range(QUEUE + 2)])
         assert rejected(results) == [Overloaded] * 2
         runs.gate.set()
 
@@ -90,23 +105,24 @@ async def test_a_stream_is_admitted_by_its_own_rate(monkeypatch: pytest.MonkeyPa
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000, max_wait_s=4.0) as batcher:
-        hot = enqueue(batcher, ["hot"] * 14)
+        hot = await enqueue(batcher, ["hot"] * 14)
         await runs.wait_for_batches(4)
         assert rejected(hot[3:]) == []
-        rejection = batcher.check_admission("hot", 60)
+        rejection = check_admission(batcher, "hot", 60)
         assert isinstance(rejection, StreamOverloaded)
         assert rejection.detail.startswith("10 chunks of this stream are waiting")
         assert rejection.facts["retry_after_s"] == pytest.approx(10 / 2.5)
-        assert batcher.check_admission("other", 0.001) is None
+        assert check_admission(batcher, "other", 0.001) is None
         runs.gate.set()
 
 
 async def test_a_request_with_many_items_leaves_room_for_others() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE, limits=BatchLimits(1, 1000)) as batcher:
-        many = batcher.enqueue([JobSpec("a", f"m{n}", 1) for n in range(QUEUE)]).future
-        more = batcher.enqueue([JobSpec("a", f"n{n}", 1) for n in range(QUEUE)]).future
-        assert rejected(enqueue(batcher, [f"s{n}" for n in range(20)])) == []
+        many = start_items(batcher, "m", QUEUE)
+        await asyncio.sleep(0)
+        more = start_items(batcher, "n", QUEUE)
+        assert rejected(await enqueue(batcher, [f"s{n}" for n in range(20)])) == []
         runs.gate.set()
         outcomes = [await many, await more]
         assert [sum(isinstance(each, Overloaded) for each in found) for found in outcomes] == [
@@ -122,13 +138,13 @@ async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_ch
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000) as batcher:
-        many = batcher.enqueue([JobSpec("a", f"m{n}", 1) for n in range(60)]).future
+        many = start_items(batcher, "m", 60)
         await runs.wait_for_batches(4)
-        assert batcher.check_admission("lone", 0.1) is None
-        lone = batcher.enqueue([JobSpec("lone", "lone", 1)], runs.now_s + 0.1).future
+        assert check_admission(batcher, "lone", 0.1) is None
+        lone = asyncio.ensure_future(batcher.submit([JobSpec("lone", "lone", 1)], runs.now_s + 0.1))
         assert not lone.done()
         requests = [JobSpec("b", f"n{n}", 1) for n in range(12)]
-        late = batcher.enqueue(requests, runs.now_s + 1.0).future
+        late = asyncio.ensure_future(batcher.submit(requests, runs.now_s + 1.0))
         runs.gate.set()
         await turns()
         assert "lone" in runs.batches[4]
@@ -144,8 +160,8 @@ async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
         many = asyncio.create_task(batcher.submit([JobSpec(name, name, 1) for name in names]))
         await runs.wait_for_batches(1)
         await turns()
-        assert len(batcher._queue) == 2 * ITEMS_PER_PART - UP_TO_8.max_rows
-        assert rejected(enqueue(batcher, [f"lone{n}" for n in range(ITEMS_PER_PART)])) == []
+        assert batcher.waiting == 2 * ITEMS_PER_PART - UP_TO_8.max_rows
+        assert rejected(await enqueue(batcher, [f"lone{n}" for n in range(ITEMS_PER_PART)])) == []
         runs.gate.set()
         assert await many == [name.upper() for name in names]
 

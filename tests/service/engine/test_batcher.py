@@ -15,7 +15,7 @@ from service.core.errors import CarryError, InternalError, Overloaded, ShuttingD
 from service.engine.batcher import Batcher
 from service.engine.fair_queue import BatchLimits, DrainRate, FairQueue, JobSpec, RunningBatch
 from service.engine.policy import MAX_DELAY_TURNS
-from tests.service.engine.batching import Jobs, Runs, batching, start, start_each, submit
+from tests.service.engine.batching import Jobs, Running, Runs, batching, start, start_each, submit
 
 LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)
 
@@ -64,7 +64,7 @@ async def test_request_of_many_jobs_is_freed_without_the_garbage_collector(
 @pytest.fixture
 def no_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable the time limit of the batching delay."""
-    monkeypatch.setattr("service.engine.batcher.LINGER_TICK_S", 60)
+    monkeypatch.setattr("service.engine.policy.LINGER_TICK_S", 60)
 
 
 @pytest.mark.usefixtures("no_time_limit")
@@ -105,7 +105,7 @@ async def test_no_linger_for_a_long_job_in_flight() -> None:
         return await (runs if jobs[0].payload == "long" else short)(jobs, batch)
 
     async with asyncio.timeout(5), batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
-        batcher._run = run
+        batcher._runner = Running(run)
         long = start(batcher, "long", steps=1000)
         await runs.wait_for_batches(1)
         await asyncio.gather(*(submit(batcher, name) for name in "bc"))
@@ -184,7 +184,7 @@ async def test_a_batch_does_not_release_a_stream_twice() -> None:
         return again
 
     async with batching(runs, in_flight=3) as batcher:
-        batcher._run = run
+        batcher._runner = Running(run)
         runs.gate.set()
         tasks = start_each(batcher, ("a1", "a2", "a3"), "same")
         await runs.wait_for_batches(2)
@@ -227,7 +227,7 @@ async def test_jobs_started_after_a_retried_one_are_out_of_order() -> None:
         return await runs(jobs, batch)
 
     async with batching(runs, in_flight=3) as batcher:
-        batcher._run = run
+        batcher._runner = Running(run)
         runs.gate.set()
         tasks = []
         for name in ("a1", "a2", "b"):
@@ -386,7 +386,7 @@ def ready_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     take = FairQueue.take
 
     def counted(queue: FairQueue[Any, Any], *rest: Any, **more: Any) -> list[Any]:
-        found.append(queue.ready())
+        found.append(queue.ready)
         return take(queue, *rest, **more)
 
     monkeypatch.setattr(FairQueue, "take", counted)

@@ -8,7 +8,7 @@ import pytest
 
 from service.core.errors import DeadlineExceeded, InternalError, ShuttingDown
 from service.engine.fair_queue import RunningBatch
-from tests.service.engine.batching import Jobs, Runs, batching, start, submit
+from tests.service.engine.batching import Jobs, Running, Runs, batching, start, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import soon
 
@@ -108,7 +108,7 @@ async def test_job_after_a_retried_detached_job_is_out_of_order() -> None:
         return await runs(jobs, batch)
 
     async with batching(runs, in_flight=2) as batcher, asyncio.timeout(5):
-        batcher._run = run
+        batcher._runner = Running(run)
         first = start(batcher, "late", "s")
         await turns()
         behind = start(batcher, "next", "s")

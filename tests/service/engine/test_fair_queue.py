@@ -28,21 +28,28 @@ class Waiting:
     """A queue whose jobs are named by stream and number, each of a separate request."""
 
     def __init__(self, limits: BatchLimits = LIMITS):
-        self.queue: FairQueue[str, str] = FairQueue(limits)
+        self.queue: FairQueue[str, str] = FairQueue(limits, max_long=1000)
+        self.jobs: dict[str, Job[str, str]] = {}
         self._numbers = count()
 
     def job(self, key: str | None, steps: int = 1, request: str | None = None) -> Any:
-        number = next(self._numbers)
-        name = f"{key}{number}"
-        return Job(name, key, steps, number, 0.0, math.inf, lambda _: None, request)
+        name = f"{key}{next(self._numbers)}"
+        job = Job(name, key, steps, 0.0, math.inf, lambda _: None, request)
+        self.jobs[name] = job
+        return job
 
     def push(self, *keys: str | None, steps: int = 1, request: str | None = None) -> None:
         jobs = [self.job(key, steps, request) for key in keys]
         for together in [jobs] if request else [[job] for job in jobs]:
             self.queue.push(*together)
 
-    def take(self, **options: Any) -> list[str]:
-        return [job.payload for job in self.queue.take(lambda _: False, **options)]
+    def cancel(self, *names: str) -> None:
+        for name in names:
+            self.jobs[name].is_cancelled = True
+
+    def take(self, *, long_ones: bool = True) -> list[str]:
+        self.queue.long_batches = 0 if long_ones else 1000
+        return [job.payload for job in self.queue.take(0.0)[0]]
 
 
 async def test_a_batch_takes_one_job_of_each_stream() -> None:
@@ -50,8 +57,8 @@ async def test_a_batch_takes_one_job_of_each_stream() -> None:
     waiting.push("a", "a", "b")
     assert waiting.take() == ["a0", "b2"]
     assert waiting.take() == []
-    waiting.queue.release("a")
-    waiting.queue.release("b")
+    waiting.queue.release(["a"], 0.0)
+    waiting.queue.release(["b"], 0.0)
     assert waiting.take() == ["a1"]
 
 
@@ -71,14 +78,14 @@ async def test_jobs_without_a_stream_share_a_batch() -> None:
     waiting = Waiting()
     waiting.push(None, None)
     assert waiting.take() == ["None0", "None1"]
-    assert (len(waiting.queue), waiting.queue.ready()) == (0, 0)
+    assert (waiting.queue.waiting, waiting.queue.ready) == (0, 0)
 
 
 async def test_a_stream_with_a_backlog_is_served_round_robin() -> None:
     waiting = Waiting(BatchLimits(max_rows=2, max_padded_steps=64))
     waiting.push("hot", "hot", "hot", "a", "b")
     assert waiting.take() == ["hot0", "a3"]
-    waiting.queue.release("hot")
+    waiting.queue.release(["hot"], 0.0)
     assert waiting.take() == ["b4", "hot1"]
 
 
@@ -90,7 +97,7 @@ async def test_jobs_pushed_together_wait_behind_the_others_of_their_streams() ->
     assert not waiting.queue.are_idle(["a", "d"])
     assert waiting.queue.are_idle(["d"])
     assert waiting.take() == ["b2", "c4"]
-    waiting.queue.release("a", "b", "c")
+    waiting.queue.release(["a", "b", "c"], 0.0)
     assert waiting.take() == ["a1", "b3"]
 
 
@@ -133,7 +140,7 @@ async def test_the_number_of_skipped_jobs_is_bounded() -> None:
     waiting.push(*(f"large{n}:" for n in range(MAX_SKIPPED)), steps=60)
     waiting.push("small")
     assert waiting.take() == ["first0"]
-    assert waiting.queue.ready() == MAX_SKIPPED + 1
+    assert waiting.queue.ready == MAX_SKIPPED + 1
     assert waiting.take() == ["large0:1"]
 
 
@@ -157,37 +164,37 @@ async def test_long_and_short_jobs_are_batched_separately_oldest_first() -> None
 async def test_a_job_that_is_put_back_comes_before_all_others() -> None:
     waiting = Waiting(BatchLimits(max_rows=1, max_padded_steps=64))
     waiting.push("a", "a", "b")
-    (first,) = waiting.queue.take(lambda _: False)
+    (first,) = waiting.queue.take(0.0)[0]
     waiting.queue.put_back(first)
-    waiting.queue.release("a", first={"a"})
+    waiting.queue.release(["a"], 0.0, {"a"})
     assert waiting.take() == ["a0"]
-    waiting.queue.release("a")
+    waiting.queue.release(["a"], 0.0)
     assert waiting.take() + waiting.take() == ["b2", "a1"]
 
 
 async def test_a_job_of_a_released_stream_is_put_back_before_the_streams_later_jobs() -> None:
     waiting = Waiting(BatchLimits(max_rows=1, max_padded_steps=64))
     waiting.push("a", "a", "b")
-    (first,) = waiting.queue.take(lambda _: False)
-    waiting.queue.release("a")
+    (first,) = waiting.queue.take(0.0)[0]
+    waiting.queue.release(["a"], 0.0)
     waiting.queue.put_back(first)
     assert waiting.take() + waiting.take() == ["b2", "a0"]
-    waiting.queue.release("a")
+    waiting.queue.release(["a"], 0.0)
     assert waiting.take() == ["a1"]
 
 
 async def test_a_job_put_back_waits_while_its_stream_is_held() -> None:
     waiting = Waiting()
     waiting.push("a", "a")
-    (first,) = waiting.queue.take(lambda _: False)
-    waiting.queue.release("a")
-    (second,) = waiting.queue.take(lambda _: False)
+    (first,) = waiting.queue.take(0.0)[0]
+    waiting.queue.release(["a"], 0.0)
+    (second,) = waiting.queue.take(0.0)[0]
     waiting.queue.put_back(first)
     assert waiting.take() == []
     waiting.queue.put_back(second)
-    waiting.queue.release("a", first={"a"})
+    waiting.queue.release(["a"], 0.0, {"a"})
     assert waiting.take() == ["a0"]
-    waiting.queue.release("a")
+    waiting.queue.release(["a"], 0.0)
     assert waiting.take() == ["a1"]
 
 
@@ -195,8 +202,8 @@ async def test_short_job_behind_a_put_back_long_job_keeps_its_place() -> None:
     waiting = Waiting(LONG_BEYOND_16)
     waiting.push("a", steps=1000)
     waiting.push("a", "b")
-    (first,) = waiting.queue.take(lambda _: False)
-    waiting.queue.release("a")
+    (first,) = waiting.queue.take(0.0)[0]
+    waiting.queue.release(["a"], 0.0)
     waiting.queue.put_back(first)
     assert waiting.take(long_ones=False) == ["b2"]
     assert waiting.take(long_ones=False) == []
@@ -212,40 +219,37 @@ async def test_a_job_behind_a_dropped_one_of_another_length_is_taken_at_once(
     waiting = Waiting(LONG_BEYOND_16)
     waiting.push("a", steps=first)
     waiting.push("a", steps=second)
+    waiting.cancel("a0")
     if dropped_early:
-        waiting.queue.remove(lambda job: job.payload == "a0")
-    [taken] = waiting.queue.take(lambda job: job.payload == "a0")
-    assert taken.payload == "a1"
+        waiting.queue.remove_expired(0.0)
+    assert waiting.take() == ["a1"]
 
 
 async def test_cancelled_jobs_are_dropped_and_free_their_streams() -> None:
     waiting = Waiting()
     waiting.push("a", "a", "b", "c", "c")
-    held = waiting.queue.take(lambda job: job.payload == "b2")
-    assert [job.payload for job in held] == ["a0", "c3"]
+    waiting.cancel("b2")
+    assert waiting.take() == ["a0", "c3"]
     assert waiting.queue.backlog("b") is None
     waiting.push("b")
-    waiting.queue.remove(lambda job: job.payload == "a1")
-    assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (2, 1, 1)
-    waiting.queue.remove(lambda job: job.payload == "b5")
-    assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (1, 0, 0)
+    waiting.cancel("a1")
+    waiting.queue.remove_expired(0.0)
+    assert (waiting.queue.waiting, waiting.queue.ready, waiting.queue.requests) == (2, 1, 1)
+    waiting.cancel("b5")
+    waiting.queue.remove_expired(0.0)
+    assert (waiting.queue.waiting, waiting.queue.ready, waiting.queue.requests) == (1, 0, 0)
     assert waiting.queue.backlog("b") is None
-    waiting.queue.release("a")
+    waiting.queue.release(["a"], 0.0)
     assert waiting.queue.backlog("a") is None
     assert [job.payload for job in waiting.queue.clear()] == ["c4"]
-    assert len(waiting.queue) == 0
+    assert waiting.queue.waiting == 0
 
 
 async def test_a_batch_costs_the_same_however_long_a_streams_backlog_is() -> None:
-    waiting, looks = Waiting(), 0
-
-    def expire(_: Job[str, str]) -> bool:
-        nonlocal looks
-        looks += 1
-        return False
-
+    waiting = Waiting()
     waiting.push(*["hot"] * 5000, "a")
     backlog = waiting.queue.backlog("hot")
+    assert backlog is not None
 
     class Untouched(deque[Any]):
         def __iter__(self) -> Any:
@@ -253,9 +257,8 @@ async def test_a_batch_costs_the_same_however_long_a_streams_backlog_is() -> Non
 
     backlog.jobs = Untouched(backlog.jobs)
     for _ in range(10):
-        waiting.queue.take(expire)
-        waiting.queue.release("hot")
-    assert looks == 11
+        waiting.take()
+        waiting.queue.release(["hot"], 0.0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -281,10 +284,10 @@ async def test_invariants(seed: int) -> None:
             else:
                 done.append(job)
             if job.key is not None:
-                waiting.queue.release(job.key, first={job.key} if again else set())
+                waiting.queue.release([job.key], 0.0, {job.key} if again else set())
         else:
-            ready = waiting.queue.ready()
-            jobs = waiting.queue.take(lambda _: False)
+            ready = waiting.queue.ready
+            jobs = waiting.queue.take(0.0)[0]
             assert bool(jobs) == bool(ready)
             assert len(jobs) <= 4
             assert len(jobs) < 2 or len(jobs) * max(job.steps for job in jobs) <= 64
@@ -292,7 +295,7 @@ async def test_invariants(seed: int) -> None:
             held += jobs
             keys = [job.key for job in held if job.key is not None]
             assert len(set(keys)) == len(keys), "a stream has one job in flight"
-    assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (0, 0, 0)
+    assert (waiting.queue.waiting, waiting.queue.ready, waiting.queue.requests) == (0, 0, 0)
     for key in "abcdef":
         numbers = [job.number for job in done if job.key == key]
         assert numbers == sorted(numbers)

@@ -187,7 +187,7 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
 
     def jobs(count: int) -> list[ChunkJob]:
         chunks = [chunk_of(f"s{n}", np.zeros((1, 3), np.float32)) for n in range(count)]
-        return [ChunkJob(each, each.key, 1, 0, 0.0, math.inf, ignore) for each in chunks]
+        return [ChunkJob(each, each.key, 1, 0.0, math.inf, ignore) for each in chunks]
 
     shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
     batch = RunningBatch([], set(), lambda _: None, detach)
@@ -234,7 +234,7 @@ async def test_a_short_deadline_does_not_cancel_the_wait_of_others_for_a_shard()
 
     chunks = [chunk_of(name, np.zeros((1, 3), np.float32)) for name in "ab"]
     hurried, patient = (
-        ChunkJob(each, each.key, 1, 0, 0.0, deadline_s, lambda _: None)
+        ChunkJob(each, each.key, 1, 0.0, deadline_s, lambda _: None)
         for each, deadline_s in zip(chunks, (1.0, 3.0), strict=True)
     )
     shards = Shards(Late(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
