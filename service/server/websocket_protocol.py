@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, Final, NamedTuple, Protocol
 
 from uvicorn.protocols.utils import ClientDisconnected
@@ -180,12 +181,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.transport.write(response)
         self._linger()
 
+    async def accept(self, subprotocol: str | None, headers: list[tuple[bytes, bytes]]) -> None:
+        """Accept the handshake, unless the client disconnected."""
+        with suppress(ClientDisconnected):
+            await self.send(
+                {"type": "websocket.accept", "subprotocol": subprotocol, "headers": headers}
+            )
+
     async def run_asgi(self) -> None:
         """Run the application, and close the connection after it."""
         try:
             await self.app(self.scope, self.receive, self.send)
-        except ClientDisconnected:
-            pass
         except Exception:
             self.logger.exception("a WebSocket failed")
             self.fail(CloseCode.INTERNAL_ERROR, "")

@@ -16,21 +16,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final
 from urllib.parse import unquote
 
-import structlog
 from structlog.contextvars import bound_contextvars
-from websockets.frames import CloseCode
 
 from service.access.caller import PREDICT, Caller, Verb
 from service.codec.media import Media
 from service.codec.reply_writer import (
     EVERY_STEP,
     REPLY_PARAMETERS,
-    ReplyOptions,
 )
 from service.core.errors import CarryError, InvalidInput, StreamNotFound
 from service.core.tracing import PROPAGATED
@@ -38,7 +37,7 @@ from service.core.values import StreamKey
 from service.server.errors import DuplicateField
 from service.server.origins import check_origin
 from service.server.websocket_protocol import Message, Receive, Send, WebSocketProtocol
-from service.telemetry.access_log import RequestFacts, access_log, log_request
+from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.live.frames import hello_frame
@@ -63,22 +62,6 @@ serves = _ADDRESS.fullmatch
 """Whether an address is one of a live socket."""
 
 Headers = Sequence[tuple[bytes, bytes]]
-
-log = structlog.get_logger(__name__)
-
-
-class Target(NamedTuple):
-    """What a socket is for.
-
-    Attributes:
-        stream: None for a socket for many streams.
-        timeout_s: deadline of each of its chunks.
-    """
-
-    model: str
-    stream: str | None
-    options: ReplyOptions
-    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,33 +96,15 @@ class LiveSockets:
         status, facts, session = 101, RequestFacts(), None
         with bound_contextvars(request_id=request_id.decode()):
             try:
-                access = self.api.access
-                caller = access.open_caller or access.caller(_authorization(headers))
+                caller = self._caller(headers)
                 facts.key = caller.key_id
                 _check_origin(headers, self.origins)
-                target = self._target(caller, address)
-                facts.model, facts.stream = target.model, target.stream
-                hello = await self._hello(caller, target)
-                session = Session(
-                    self.api,
-                    caller,
-                    socket,
-                    target.model,
-                    target.stream,
-                    window=self.window,
-                    options=target.options,
-                    timeout_s=target.timeout_s,
-                    request_id=request_id,
-                    route=route,
-                    propagated=_propagated(headers),
-                )
-                offers = SUBPROTOCOL in scope["subprotocols"]
-                await send(
-                    {
-                        "type": "websocket.accept",
-                        "subprotocol": SUBPROTOCOL if offers else None,
-                        "headers": [(REQUEST_ID_HEADER, request_id)],
-                    }
+                make_session, hello = await self._prepare(caller, address, facts)
+                accepted = SUBPROTOCOL if SUBPROTOCOL in scope["subprotocols"] else None
+                await socket.accept(accepted, [(REQUEST_ID_HEADER, request_id)])
+                propagated = _propagated(headers)
+                session = make_session(
+                    socket, request_id=request_id.decode(), route=route, propagated=propagated
                 )
                 socket.send_now(hello_frame(hello), is_text=True)
             except Exception as failure:
@@ -153,66 +118,60 @@ class LiveSockets:
                 socket.reject(error_response(error, Media.JSON, request_id, CLOSE))
         ms = round((time.monotonic() - began_s) * 1000, 2)
         log_request(request_id.decode(), "GET", route, status, ms, facts)
-        if session is None or status != 101:
-            return
-        # the rest is kept as long as the socket is open
-        scope.clear()
-        opened_s = time.monotonic()
-        try:
+        if session is not None:
+            # it would be kept as long as the socket is open
+            scope.clear()
             await session.serve()
-        finally:
-            session.close()
-            _log_closed(session, socket, request_id, route, opened_s)
 
-    def _target(self, caller: Caller, address: re.Match[bytes]) -> Target:
-        """What an address names.
+    def _caller(self, headers: Headers) -> Caller:
+        """Who opens a socket.
 
         Raises:
-            ModelNotFound, InvalidName, InvalidInput, DuplicateField, ChunksUnsupported, Forbidden
+            Unauthenticated, StoreUnavailable, DuplicateField
         """
+        access = self.api.access
+        return access.open_caller or access.caller(_authorization(headers))
+
+    async def _prepare(
+        self, caller: Caller, address: re.Match[bytes], facts: RequestFacts
+    ) -> tuple[Callable[..., Session], Mapping[str, Any]]:
+        """Read what an address names; returns what makes its session, and what the client has to
+        know first: where its stream is, and what it may send.
+
+        Raises:
+            ModelNotFound, InvalidName, InvalidInput, DuplicateField, ChunksUnsupported, Forbidden,
+            StoreUnavailable, StateDamaged
+        """
+        api = self.api
         model = _text(address[1])
         stream = None if address[2] is None else _text(address[2])
-        codec = self.api.codec(self.api.pipeline.model(caller, PREDICT, model, stream))
+        served = api.pipeline.model(caller, PREDICT, model, stream)
+        codec = api.codec(served)
         if stream is not None:
             stream_name(stream)
         codec.reader.check_accepts_chunks()
-        query = address[3] or b""
-        options, timeout_s = EVERY_STEP, self.api.limits.effective_timeout_s(None)
-        if query:
-            parameters = parse_query(query, (*REPLY_PARAMETERS, TIMEOUT_PARAMETER))
-            if (text := parameters.pop(TIMEOUT_PARAMETER, None)) is not None:
-                timeout_s = self.api.limits.effective_timeout_s(_seconds(text))
-            options = codec.writer.options(parameters)
+        parameters = parse_query(address[3] or b"", (*REPLY_PARAMETERS, TIMEOUT_PARAMETER))
+        text = parameters.pop(TIMEOUT_PARAMETER, None)
+        timeout_s = api.limits.effective_timeout_s(None if text is None else _seconds(text))
+        options = codec.writer.options(parameters) if parameters else EVERY_STEP
         if options.return_state:
-            self.api.pipeline.model(caller, (Verb.READ_STATE,), model, stream)
-        return Target(codec.served.name, stream, options, timeout_s)
-
-    async def _hello(self, caller: Caller, target: Target) -> Mapping[str, Any]:
-        """What a client has to know first: where its stream is, and what it may send.
-
-        Raises:
-            StoreUnavailable, StateDamaged
-        """
-        served = self.api.pipeline.models[target.model]
-        facts: dict[str, Any] = {"model": served.name, "version": served.version}
-        if target.stream is not None:
-            key = StreamKey(served.name, target.stream)
-            facts |= {"stream": target.stream, "position": 0}
-            try:
-                deadline_s = time.monotonic() + self.api.limits.effective_timeout_s(None)
-                stored = await self.api.pipeline.streams.read(caller, key, deadline_s)
-                head = stored.head
-                facts |= {
-                    "position": head.position, "epoch": head.epoch.hex(), "tag": head.tag.hex(),
-                }  # fmt: skip
-            except StreamNotFound:
-                # the first chunk creates it
-                pass
-        return {
-            **facts,
-            "window": self.window,
-            "max_frame_bytes": self.api.limits.max_body_bytes,
-        }
+            api.pipeline.model(caller, (Verb.READ_STATE,), model, stream)
+        facts.model, facts.stream = model, stream
+        hello: dict[str, Any] = {"model": model, "version": served.version}
+        if stream is not None:
+            hello |= {"stream": stream, "position": 0}
+            deadline_s = time.monotonic() + api.limits.effective_timeout_s(None)
+            # the first chunk creates a stream that does not exist
+            with suppress(StreamNotFound):
+                key = StreamKey(model, stream)
+                head = (await api.pipeline.streams.read(caller, key, deadline_s)).head
+                tag, epoch = head.tag.hex(), head.epoch.hex()
+                hello |= {"position": head.position, "epoch": epoch, "tag": tag}
+        hello |= {"window": self.window, "max_frame_bytes": api.limits.max_body_bytes}
+        make_session = partial(
+            Session, api, caller, model, stream, self.window, options=options, timeout_s=timeout_s
+        )
+        return make_session, hello
 
 
 def _propagated(headers: Headers) -> dict[str, str]:
@@ -268,23 +227,3 @@ def _check_origin(headers: Headers, allowed: frozenset[str]) -> None:
         if name in texts:
             texts[name].append(value.decode("latin-1"))
     check_origin(texts[b"origin"], texts[b"host"][-1], allowed)
-
-
-def _log_closed(
-    session: Session, socket: WebSocketProtocol, request_id: bytes, route: str, opened_s: float
-) -> None:
-    stream = session.stream and access_log.named(session.stream)
-    close = socket.conn.close_sent or socket.conn.close_rcvd
-    log.info(
-        "websocket_closed",
-        request_id=request_id.decode(),
-        route=route,
-        code=CloseCode.ABNORMAL_CLOSURE.value if close is None else close.code,
-        model=session.model,
-        **({} if stream is None else {"stream": stream}),
-        chunks=session.chunks,
-        errors=session.errors,
-        received_bytes=socket.received_bytes,
-        sent_bytes=socket.sent_bytes,
-        ms=round((time.monotonic() - opened_s) * 1000, 2),
-    )

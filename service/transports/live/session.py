@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Final
 
+import structlog
 from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 from websockets.frames import CloseCode
@@ -28,7 +29,13 @@ from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
 from service.pipeline.pipeline import EnqueuedChunk
 from service.server.websocket_protocol import STOPPING, WebSocketProtocol
-from service.telemetry.access_log import CLIENT_DISCONNECTED, WEBSOCKET, RequestFacts, log_request
+from service.telemetry.access_log import (
+    CLIENT_DISCONNECTED,
+    WEBSOCKET,
+    RequestFacts,
+    access_log,
+    log_request,
+)
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.live.frames import (
@@ -50,6 +57,9 @@ ENVELOPE_OF_MANY: Final = (*ENVELOPE, "stream")
 
 UNAUTHENTICATED: Final = 4401
 """Close code of a socket whose access key is no longer accepted."""
+
+
+log = structlog.get_logger(__name__)
 
 
 class Entry(PendingChunk):
@@ -101,41 +111,40 @@ class Session:
 
     Args:
         caller: whose chunks they are.
-        socket: receives the frames, and sends the outcomes.
         stream: the stream of the socket; None if each frame names its own.
         window: most unanswered chunks.
+        socket: receives the frames, and sends the outcomes.
         timeout_s: deadline of each chunk, from the receipt of its frame.
         route: the address of the socket, with the names of its parameters.
         propagated: the headers of the handshake that carry the trace of the caller.
 
     Attributes:
-        model, stream: as above.
-        chunks, errors: number of frames received, and of those answered with an error.
+        chunks: number of frames received.
     """
 
     def __init__(
         self,
         api: ApiContext,
         caller: Caller,
-        socket: WebSocketProtocol,
         model: str,
         stream: str | None,
-        *,
         window: int,
+        socket: WebSocketProtocol,
+        *,
         options: ReplyOptions,
         timeout_s: float,
-        request_id: bytes,
+        request_id: str,
         route: str,
         propagated: Mapping[str, str],
     ):
         self._api = api
         self._caller = caller
         self._pipeline = api.pipeline
-        self.model = model
-        self.stream = stream
+        self._model = model
+        self._stream = stream
         self._options = options
         self._timeout_s = timeout_s
-        self._request_id = request_id.decode()
+        self._request_id = request_id
         self._route = route
         self._propagated = propagated
         self._socket = socket
@@ -149,12 +158,22 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress: asyncio.Future[None] | None = None
         self.chunks = 0
-        self.errors = 0
+        self._errors = 0
         socket.session = self
 
     async def serve(self) -> None:
-        """Receive frames until the client disconnects or the service stops; then answer those that
-        were received, and close the socket."""
+        """Answer frames until the client disconnects or the service stops, and close the socket."""
+        opened_s = time.monotonic()
+        try:
+            await self._serve()
+        finally:
+            self.cancel()
+            self._forget()
+            self._api.recorder.record_websockets(self._model, -1)
+            self._log_closed(opened_s)
+
+    async def _serve(self) -> None:
+        """Receive frames, and at the end answer those that were received."""
         while (event := await self._socket.receive())["type"] == "websocket.receive":
             text = event.get("text")
             if text is None:
@@ -168,6 +187,23 @@ class Session:
         await self._wait_until(lambda: not self.unanswered)
         code = event.get("code")
         self._socket.close(code, STOPPING if code == CloseCode.SERVICE_RESTART else "")
+
+    def _log_closed(self, opened_s: float) -> None:
+        stream = self._stream and access_log.named(self._stream)
+        close = self._socket.conn.close_sent or self._socket.conn.close_rcvd
+        log.info(
+            "websocket_closed",
+            request_id=self._request_id,
+            route=self._route,
+            code=CloseCode.ABNORMAL_CLOSURE.value if close is None else close.code,
+            model=self._model,
+            **({} if stream is None else {"stream": stream}),
+            chunks=self.chunks,
+            errors=self._errors,
+            received_bytes=self._socket.received_bytes,
+            sent_bytes=self._socket.sent_bytes,
+            ms=round((time.monotonic() - opened_s) * 1000, 2),
+        )
 
     async def _wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for outcomes until a condition is true, or nobody waits for them any more."""
@@ -191,12 +227,6 @@ class Session:
             UNAUTHENTICATED if is_revoked else CloseCode.TRY_AGAIN_LATER, error.detail
         )
 
-    def close(self) -> None:
-        """The connection ended."""
-        self.cancel()
-        self._forget()
-        self._api.recorder.record_websockets(self.model, -1)
-
     @property
     def unanswered(self) -> int:
         """The number of chunks that have not been answered."""
@@ -207,14 +237,14 @@ class Session:
         self.chunks += 1
         deadline_s = time.monotonic() + self._timeout_s
         entry: Entry | None = None
-        if self.stream is not None:
-            entry = self._order.add(Entry(None, media, self.stream, deadline_s, len(data)))
+        if self._stream is not None:
+            entry = self._order.add(Entry(None, media, self._stream, deadline_s, len(data)))
         frame_id = None
         try:
             is_long = len(data) >= LONG_BYTES
             frame = read_long_frame(media, data) if is_long else read_frame(media, data)
             frame_id = frame.id
-            codec = self._api.codec(self._pipeline.models[self.model])
+            codec = self._api.codec(self._pipeline.models[self._model])
             if entry is None and (not is_long or frame.has("stream")):
                 entry = self._order.add(
                     Entry(frame_id, media, frame.stream(), deadline_s, len(data))
@@ -254,9 +284,9 @@ class Session:
         Raises:
             Overloaded
         """
-        key = StreamKey(self.model, entry.stream)
+        key = StreamKey(self._model, entry.stream)
         left_s = entry.deadline_s - time.monotonic()
-        rejection = self._pipeline.check_admission(self._caller, self.model, key, left_s)
+        rejection = self._pipeline.check_admission(self._caller, self._model, key, left_s)
         if rejection is not None:
             raise rejection.copy()
 
@@ -340,7 +370,7 @@ class Session:
             return
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
-        codec = self._api.codec(self._pipeline.models[self.model])
+        codec = self._api.codec(self._pipeline.models[self._model])
         is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES[entry.media]
         if is_short and self._options == EVERY_STEP:
             reply = codec.writer.reply_bytes(result, entry.media)
@@ -378,7 +408,7 @@ class Session:
             status,
             round((time.monotonic() - received_s) * 100_000) / 100,
             RequestFacts(
-                self.model,
+                self._model,
                 entry.stream,
                 None if error is None else error.code,
                 self._caller.key_id,
@@ -396,8 +426,8 @@ class Session:
     def _error_frame(
         self, media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None
     ) -> bytes:
-        self.errors += 1
-        self._api.recorder.record_error(self.model, error)
+        self._errors += 1
+        self._api.recorder.record_error(self._model, error)
         with bound_contextvars(request_id=self._request_id):
             log_failure(error)
             return error_frame(media, frame_id, error, stream)
