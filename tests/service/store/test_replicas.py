@@ -59,7 +59,7 @@ async def losing(servers: Servers, replicas: int) -> AsyncIterator[tuple[LossyPa
     with primary.client() as client:
         client.flushall()
     assert until(lambda: primary_has_acknowledged(primary, 2), "both replicas in step")
-    settings = {"durability": Durability.REPLICATED, "replicas": replicas, "wait_s": 4}
+    settings = {"durability": Durability.REPLICATED, "replicas": replicas, "store_wait_s": 4}
     async with (
         LossyPath.to(primary.socket, primary.folder) as path,
         opened(path.url, **settings) as store,
