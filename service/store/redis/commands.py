@@ -75,6 +75,7 @@ class PendingCommand(msgspec.Struct, eq=False):
         needs_asking: the next attempt must follow ASKING, on the node that imports the slot.
         is_asking: it is the ASKING command of another command, whose future it shares.
         is_connection_bound: it has a meaning on its present connection only and is never resent.
+        is_once: it fails if the connection breaks or cannot be opened.
         redirect_count: how often a node redirected or deferred it.
         redirect_error: the error reply of the last redirect.
         connection: the connection of the last attempt.
@@ -92,6 +93,7 @@ class PendingCommand(msgspec.Struct, eq=False):
     needs_asking: bool = False
     is_asking: bool = False
     is_connection_bound: bool = False
+    is_once: bool = False
     redirect_count: int = 0
     redirect_error: Exception | None = None
     connection: PipelinedConnection | None = None

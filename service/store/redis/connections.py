@@ -118,10 +118,10 @@ class ConnectionFactory:
             retry_after_s=RETRY_AFTER_S,
         )
 
-    def unavailable_error(self, error: BaseException) -> StoreUnavailable:
-        """The error for a command that timed out and was not executed."""
+    def unavailable_error(self, error: BaseException, timeout_s: float) -> StoreUnavailable:
+        """The error for a command that was not answered in time."""
         return StoreUnavailable(
-            f"the store at {self.redacted_url} did not answer within {self.wait_s:g} s: "
+            f"the store at {self.redacted_url} did not answer within {timeout_s:g} s: "
             f"{describe_error(error)}",
             retry_after_s=RETRY_AFTER_S,
         )

@@ -90,9 +90,8 @@ class DiscoveringRouter(Router):
                     if isinstance(error, StoreRefused):
                         raise error
                     if failures == 0:
-                        log.warning(
-                            "store_unavailable", store=self.redacted_url, reason=error.detail
-                        )
+                        reason = error.detail
+                        log.warning("topology_unknown", store=self.redacted_url, reason=reason)
                     await asyncio.sleep(self._backoff.compute(failures))
                     failures += 1
         except TimeoutError:

@@ -33,7 +33,7 @@ from redis.backoff import EqualJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse, NoScriptError, RedisError
 
-from service.core.errors import CarryError
+from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.capabilities import StoreTelemetry
 from service.store.redis.commands import PendingCommand, pack_command
@@ -382,6 +382,9 @@ class PipelinedConnection:
         # the timeout of a connect has no message
         error = error if str(error) or self.last_error is None else self.last_error
         self.last_error = error
+        for command in self._pending:
+            if command.is_once:
+                command.resolve(StoreUnavailable(f"{self.redacted_url}: {describe_error(error)}"))
         if self._redirect_handler is not None:
             self._redirect_handler.handle_disconnect()
         if self._unavailable_since_s is None:

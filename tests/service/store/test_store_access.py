@@ -139,7 +139,7 @@ async def test_start_logs_an_untrusted_certificate_immediately(
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await store.close()
-        assert [line["event"] for line in lines] == ["store_unavailable"]
+        assert [line["event"] for line in lines].count("store_unavailable") == 1
 
 
 async def test_tls_with_a_cluster(certificates: Certificates) -> None:
