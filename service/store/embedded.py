@@ -121,7 +121,7 @@ class EmbeddedValkey:
         self._start_supervisor()
 
     def stop(self) -> None:
-        """Stop the server after it has flushed its file; safe to repeat, and after a failed start."""
+        """Stop the server after it has flushed its file; safe to repeat."""
         self._end_supervisor()
         try:
             if self._socket is not None:

@@ -202,3 +202,18 @@ OpenStore = Callable[..., Awaitable[Store]]
 async def committed(store: Store, *commits: Commit) -> None:
     """Commit, and assert that every commit is written."""
     assert await store.commit(columns(*commits)) == [Committed()] * len(commits)
+
+
+async def assert_stored(store: Store, *commits: Commit) -> None:
+    """Assert that each stream is where its commit left it, bit by bit."""
+    found = await load(store, [commit.key for commit in commits])
+    for state, commit in zip(found, commits, strict=True):
+        assert same_stream(state, commit.new), (commit.key, state)
+
+
+async def assert_replayable(store: Store, *commits: Commit) -> None:
+    """Assert the same, and that each has the reply of its commit."""
+    for commit in commits:
+        state, reply = await store.load_with_reply(commit.key)
+        assert same_stream(state, commit.new), (commit.key, state)
+        assert same_reply(reply, commit.reply), commit.key

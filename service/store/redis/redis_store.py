@@ -109,7 +109,7 @@ class RedisStore:
         self._ttls = pack_arguments(
             round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
         )
-        self._max_reply_bytes = settings.reply_max_bytes if settings.reply_ttl_s else 0
+        self._max_reply_bytes = settings.reply_max_bytes
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
         self.outputs: OutputChannel = RedisOutputChannel(self._router, settings)

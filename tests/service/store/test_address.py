@@ -9,7 +9,7 @@ import pytest
 from service.core.errors import StoreRefused
 from service.settings import Settings, SettingsError
 from service.store.open import open_store
-from service.store.redis.address import redact_url
+from service.store.redis.address import Address, StoreAddress, redact_url
 from service.store.settings import StoreSettings
 
 
@@ -91,3 +91,42 @@ def test_repr_of_store_settings_has_no_address() -> None:
 )
 def test_passwords_are_redacted(url: str, shown: str) -> None:
     assert redact_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        *((url, "redis://.*rediss://.*unix://") for url in ("http://localhost", "localhost:6379")),
+        *((url, "redis://.*rediss://.*unix://") for url in ("", "memory://")),
+        ("unix://", "unix:///path"),
+        ("redis://localhost:port/0", "address"),
+        ("redis://localhost?decode_responses=true", "only the options"),
+        ("redis://one.test?sentinel_password=secret", "only the options"),
+        ("redis+cluster://", "node 1"),
+        ("redis+cluster://localhost:port", "node 1"),
+        ("redis+cluster://localhost,,other", "node 2"),
+        ("redis+cluster://localhost/1", "database 0 only"),
+        ("redis+cluster://localhost?decode_responses=true", "only the options"),
+        ("redis+sentinel://one.test,two.test:1", "NAME"),
+        ("redis+sentinel://one.test/", "NAME"),
+        ("redis+sentinel://one.test/main/x", "NAME"),
+        ("redis+sentinel://one.test,,two.test/main", "node 2"),
+        ("redis+sentinel://one.test:port/main", "node 1"),
+        ("redis+sentinel://one.test/main?decode_responses=true", "only the options"),
+    ],
+)
+def test_an_unusable_address_is_rejected(url: str, message: str) -> None:
+    with pytest.raises(StoreRefused, match=message):
+        open_store(StoreSettings(url))
+
+
+def test_address_has_the_parts_of_servers_and_sentinels() -> None:
+    address = StoreAddress.parse(
+        "rediss+sentinel://ann:p%23s@one.test,[::1]:5/main/3"
+        "?sentinel_password=s%2Fe&ssl_ca_certs=%2Fca.pem"
+    )
+    assert str(address) == "rediss+sentinel://one.test:26379,[::1]:5/main/3"
+    assert address.server_url(Address("ten.test", 7)) == (
+        "rediss://ann:p%23s@ten.test:7/3?ssl_ca_certs=%2Fca.pem"
+    )
+    assert address.sentinel_options == {"password": "s/e"}

@@ -21,10 +21,12 @@ from service.store.base import Committed, Conflicted, Store
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import Cluster, ClusterNode
-from tests.support.servers import emptied, free_port, opened, real_server, until
+from tests.support.servers import emptied, opened, until
 from tests.support.streams import (
     Commit,
     Streams,
+    assert_replayable,
+    assert_stored,
     columns,
     committed,
     key,
@@ -46,11 +48,6 @@ def cluster(shared_cluster: Cluster) -> Cluster:
 async def store(cluster: Cluster) -> AsyncIterator[Store]:
     async with opened(cluster.url, partitions=PARTITIONS, store_wait_s=20) as running:
         yield running
-
-
-@pytest.fixture
-def streams() -> Streams:
-    return Streams()
 
 
 def names(url: str, stream: str) -> tuple[str, str]:
@@ -117,15 +114,12 @@ async def test_moved_updates_the_topology_and_retries(
     try:
         second = streams.next(first)
         await committed(store, second)
-        state, reply = await store.load_with_reply(key("a"))
-        assert same_stream(state, second.new)
-        assert same_reply(reply, second.reply)
+        await assert_replayable(store, second)
     finally:
         migration.reversed().run()
     async with opened(cluster.url, partitions=PARTITIONS) as other:
         assert await other.load([key("none")]) == [None]
-    (found,) = await load(store, [key("a")])
-    assert same_stream(found, second.new)
+    await assert_stored(store, second)
 
 
 async def test_ask_is_followed_once_with_asking(
@@ -142,9 +136,7 @@ async def test_ask_is_followed_once_with_asking(
         migration.target.ask("SCRIPT", "FLUSH")
         second = streams.next(first)
         await committed(store, second)
-        state, reply = await store.load_with_reply(key("a"))
-        assert same_stream(state, second.new)
-        assert same_reply(reply, second.reply)
+        await assert_replayable(store, second)
         assert migration.source.ask("CLUSTER", "COUNTKEYSINSLOT", migration.slot) == 0
     finally:
         migration.finish()
@@ -199,8 +191,7 @@ async def test_tryagain_until_the_timeout_applies_nothing(
         finally:
             migration.migrate_keys(reply_key)
             migration.finish()
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, first.new)
+        await assert_stored(store, first)
         migration.reversed().run()
 
 
@@ -243,9 +234,7 @@ class Writers:
 
     async def check(self, store: Store) -> None:
         """Every stream is where it was last acknowledged, bit by bit."""
-        found = await load(store, [commit.key for commit in self.last.values()])
-        for stream, commit in zip(found, self.last.values(), strict=True):
-            assert same_stream(stream, commit.new)
+        await assert_stored(store, *self.last.values())
 
 
 @asynccontextmanager
@@ -278,8 +267,9 @@ async def writing(store: Store, streams: Streams, count: int) -> AsyncIterator[W
         stop.set()
 
 
+@pytest.mark.parametrize("is_lost", [True, False], ids=["lost", "by command"])
 async def test_failover_keeps_every_acknowledged_replicated_commit(
-    own_cluster: Cluster, streams: Streams
+    own_cluster: Cluster, streams: Streams, *, is_lost: bool
 ) -> None:
     """`replicated` with all replicas: the new primary has every acknowledged commit."""
     durably = {"durability": Durability.REPLICATED, "replicas": 1}
@@ -287,15 +277,19 @@ async def test_failover_keeps_every_acknowledged_replicated_commit(
         victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
         async with writing(store, streams, 16) as done:
             await done.wait_for_more(300)
-            victim.kill()
+            if is_lost:
+                victim.kill()
+            else:
+                heir.ask("CLUSTER", "FAILOVER")
             await asyncio.to_thread(until, heir.is_primary, "the replica's promotion")
-            victim.start()
+            if is_lost:
+                victim.start()
             await done.wait_for_more(300)
         await done.check(store)
+        own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
         await asyncio.to_thread(own_cluster.wait_until_synced)
         check = await store.monitor.check()
         assert check.ok, check.detail
-        own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
 
 
 async def test_pending_requests_of_a_lost_node_move_to_the_new_primary(
@@ -323,19 +317,6 @@ async def test_pending_requests_of_a_lost_node_move_to_the_new_primary(
             victim.start()
             own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
             await asyncio.to_thread(own_cluster.wait_until_synced)
-
-
-async def test_a_manual_failover_loses_nothing(own_cluster: Cluster, streams: Streams) -> None:
-    async with opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=20) as store:
-        old, heir = own_cluster.primaries[1], own_cluster.replicas[1]
-        async with writing(store, streams, 16) as done:
-            await done.wait_for_more(200)
-            heir.ask("CLUSTER", "FAILOVER")
-            await asyncio.to_thread(until, heir.is_primary, "the replica's promotion")
-            await done.wait_for_more(200)
-        await done.check(store)
-        own_cluster.primaries[1], own_cluster.replicas[1] = heir, old
-        await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def test_requests_wait_for_the_majority_and_recover(
@@ -460,26 +441,3 @@ async def test_a_cluster_node_that_may_evict_is_rejected(cluster: Cluster) -> No
                     pass
         finally:
             node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
-
-
-async def test_a_single_server_under_a_cluster_address_is_rejected() -> None:
-    with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port := free_port())):
-        store = open_store(StoreSettings(f"redis+cluster://127.0.0.1:{port}", store_wait_s=5))
-        with pytest.raises(StoreRefused, match="cluster"):
-            await store.start()
-        await store.close()
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis+cluster://",
-        "redis+cluster://localhost:port",
-        "redis+cluster://localhost,,other",
-        "redis+cluster://localhost/1",
-        "redis+cluster://localhost?decode_responses=true",
-    ],
-)
-def test_an_invalid_cluster_address_is_rejected(url: str) -> None:
-    with pytest.raises(StoreRefused):
-        open_store(StoreSettings(url))

@@ -20,6 +20,7 @@ from tests.support.streams import (
     OpenStore,
     Streams,
     absence,
+    assert_stored,
     columns,
     committed,
     key,
@@ -47,8 +48,7 @@ async def test_a_stream_is_deleted_with_its_reply(
     assert await store.delete(key("a")) == Committed()
     assert await store.load_with_reply(key("a")) == (None, None)
     assert await store.delete(key("a")) == Conflicted(None)
-    (found,) = await load(store, [key("b")])
-    assert same_stream(found, other.new)
+    await assert_stored(store, other)
     with server.client() as client:
         assert client.exists(StoreSettings(server.url).keys.reply(key("a"))) == 0
 
@@ -59,8 +59,7 @@ async def test_only_the_expected_stream_is_deleted(store: Store, streams: Stream
     second = streams.next(first)
     await committed(store, second)
     assert await store.delete(key("a"), first.new.head) == Conflicted(second.new.head)
-    (found,) = await load(store, [key("a")])
-    assert same_stream(found, second.new)
+    await assert_stored(store, second)
     assert await store.delete(key("a"), second.new.head) == Committed()
     assert await store.delete(key("a"), second.new.head) == Conflicted(None)
 

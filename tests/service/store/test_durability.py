@@ -22,15 +22,19 @@ from service.store.keys import KeySpace
 from service.store.settings import Durability
 from tests.support.cluster import Cluster, ClusterNode
 from tests.support.servers import KINDS, emptied, opened, real_server, until
-from tests.support.streams import Streams, columns, committed, key, load, same_reply, same_stream
+from tests.support.streams import (
+    Streams,
+    assert_replayable,
+    assert_stored,
+    columns,
+    committed,
+    key,
+    load,
+    same_stream,
+)
 
 ALWAYS = ("--appendfsync", "always")
 PARTITIONS = 16
-
-
-@pytest.fixture
-def streams() -> Streams:
-    return Streams()
 
 
 # The disk
@@ -90,8 +94,7 @@ async def test_the_embedded_valkey_fsyncs_if_configured(tmp_path: Path, streams:
                     await committed(store, first)
             else:
                 async with opened(valkey.url, durability=Durability.FSYNC) as store:
-                    (found,) = await load(store, [key("a")])
-                    assert same_stream(found, first.new)
+                    await assert_stored(store, first)
         finally:
             valkey.stop()
 
@@ -196,12 +199,9 @@ async def test_a_commit_without_enough_replicas_is_not_durable(
             with pytest.raises(NotDurable):
                 await store.load_with_reply(key("s1"))
             # It was applied nevertheless, as reads may show.
-            (found,) = await load(store, [key("s0")])
-            assert same_stream(found, commits[0].new)
+            await assert_stored(store, commits[0])
         for commit in commits[2:]:
-            state, reply = await store.load_with_reply(commit.key)
-            assert same_stream(state, commit.new)
-            assert same_reply(reply, commit.reply)
+            await assert_replayable(store, commit)
         await committed(store, *(streams.next(commit) for commit in commits))
         assert await store.delete(key("s0")) == Committed()
         with paused(*own_cluster.replicas), short_waits(store):
@@ -294,5 +294,4 @@ async def test_after_a_lossy_failover_the_client_is_ahead(
         primary.start()
         own_cluster.primaries[at], own_cluster.replicas[at] = replica, primary
         await asyncio.to_thread(own_cluster.wait_until_synced)
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, other.new)
+        await assert_stored(store, other)

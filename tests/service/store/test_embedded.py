@@ -24,7 +24,7 @@ from service.store import embedded
 from service.store.base import Committed
 from service.store.embedded import MAX_SOCKET_PATH_BYTES, EmbeddedValkey, find_running
 from tests.support.servers import opened, until, written
-from tests.support.streams import Streams, columns, key, load, same_stream
+from tests.support.streams import Streams, assert_stored, columns, key
 
 OWNER = """
 import signal, sys
@@ -145,8 +145,7 @@ async def test_streams_survive_a_restart_of_the_service(data_dir: Path) -> None:
             assert await store.commit(columns(commit)) == [Committed()]
     with running(data_dir) as valkey:
         async with opened(valkey.url) as store:
-            (found,) = await load(store, [commit.key])
-            assert same_stream(found, commit.new)
+            await assert_stored(store, commit)
 
 
 def test_a_stopped_server_leaves_no_process_and_no_socket(data_dir: Path) -> None:
@@ -332,8 +331,7 @@ async def test_commits_wait_for_a_restart(data_dir: Path) -> None:
                 os.kill(until(lambda: pid_of(data_dir)), signal.SIGKILL)
                 commit = streams.next(commit)
                 assert await store.commit(columns(commit)) == [Committed()]
-                (found,) = await load(store, [commit.key])
-                assert same_stream(found, commit.new)
+                await assert_stored(store, commit)
 
 
 def test_a_failed_restart_is_retried(data_dir: Path) -> None:

@@ -22,6 +22,7 @@ from tests.support.streams import (
     Commit,
     Streams,
     absence,
+    assert_stored,
     columns,
     committed,
     key,
@@ -54,8 +55,7 @@ async def test_a_late_deletion_does_not_delete_a_stream_created_since(
         again = await create_again(store, streams)
         assert path.held
         await path.deliver()
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, again.new)
+        await assert_stored(store, again)
 
 
 async def test_a_late_creation_does_not_restore_a_deleted_stream(
@@ -85,8 +85,7 @@ async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied
         abandoned.cancel()
         assert await awaited == [Committed()]
         await path.deliver()
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, second.new)
+        await assert_stored(store, second)
 
 
 async def test_loads_behind_an_abandoned_commit_return_their_own_streams_after_a_reconnect(
@@ -200,8 +199,7 @@ async def test_no_late_attempt_of_a_deletion_deletes_a_later_stream(
         again = await create_again(store, streams)
         assert paths[0].held
         await paths[0].deliver()
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, again.new)
+        await assert_stored(store, again)
 
 
 async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
@@ -226,5 +224,4 @@ async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
         second = streams.next(first)
         await committed(store, second)
         await path.deliver()
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, second.new)
+        await assert_stored(store, second)

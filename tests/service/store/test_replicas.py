@@ -13,7 +13,7 @@ from service.store.base import Committed, Conflicted, Store
 from service.store.settings import Durability
 from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, free_port, opened, real_server, until
-from tests.support.streams import Streams, columns, committed, key, load, same_stream
+from tests.support.streams import Streams, assert_stored, columns, committed, key
 
 Servers = tuple[RealServer, RealServer, RealServer]
 
@@ -96,8 +96,7 @@ async def test_a_retried_write_is_acknowledged_once_its_first_attempt_is_durable
             path.losses = 1
             (result,) = await store.commit(columns(second))
             assert isinstance(result, NotDurable)
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, second.new)
+        await assert_stored(store, second)
         path.losses = 1
         third = streams.next(second)
         await committed(store, third)

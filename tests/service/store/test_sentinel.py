@@ -9,12 +9,11 @@ import pytest
 import redis
 from redis.asyncio.sentinel import Sentinel
 
-from service.core.errors import StoreRefused, StoreUnavailable
+from service.core.errors import StoreUnavailable
 from service.core.values import StreamState
 from service.store.base import Store
 from service.store.codec import encode_state
-from service.store.open import open_store
-from service.store.redis.address import Address, StoreAddress
+from service.store.redis.address import Address
 from service.store.redis.sentinel_router import SentinelRouter
 from service.store.redis.topology import Topology
 from service.store.settings import StoreSettings
@@ -127,32 +126,3 @@ async def test_connections_to_the_last_known_primary_open_while_no_sentinel_answ
         (state,) = await load(store, [key("known")])
         assert isinstance(state, StreamState)
         assert (await store.streams("flights", "", None, 100)).keys
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis+sentinel://one.test,two.test:1",
-        "redis+sentinel://one.test/",
-        "redis+sentinel://one.test/main/x",
-        "redis+sentinel://one.test,,two.test/main",
-        "redis+sentinel://one.test:port/main",
-        "redis+sentinel://one.test/main?decode_responses=true",
-        "redis://one.test?sentinel_password=secret",
-    ],
-)
-def test_unusable_sentinel_addresses_are_rejected(url: str) -> None:
-    with pytest.raises(StoreRefused, match="address"):
-        open_store(StoreSettings(url))
-
-
-def test_address_has_the_parts_of_servers_and_sentinels() -> None:
-    address = StoreAddress.parse(
-        "rediss+sentinel://ann:p%23s@one.test,[::1]:5/main/3"
-        "?sentinel_password=s%2Fe&ssl_ca_certs=%2Fca.pem"
-    )
-    assert str(address) == "rediss+sentinel://one.test:26379,[::1]:5/main/3"
-    assert address.server_url(Address("ten.test", 7)) == (
-        "rediss://ann:p%23s@ten.test:7/3?ssl_ca_certs=%2Fca.pem"
-    )
-    assert address.sentinel_options == {"password": "s/e"}

@@ -7,11 +7,11 @@ import asyncio
 import pytest
 
 from service.core.errors import StoreRefused
-from service.core.values import StoredReply, StreamKey
+from service.core.values import StreamKey
 from service.store.base import Committed, Store
 from service.store.open import open_store
 from service.store.settings import StoreSettings
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, free_port, real_server
 from tests.support.streams import Commit, OpenStore, Streams, columns, committed, key
 
 
@@ -35,6 +35,22 @@ async def test_a_store_with_other_partitions_is_rejected(
         await open_on(partitions=128)
     again = await open_on(partitions=64)
     assert await again.load([key("a")]) != [None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_node"), [("valkey", True), ("redis", True), ("valkey", False)]
+)
+async def test_a_server_under_an_address_of_another_kind_is_rejected(
+    kind: str, *, is_node: bool
+) -> None:
+    port, bus = str(free_port()), ("--cluster-port", str(free_port()))
+    node = ("--cluster-enabled", "yes", *bus) if is_node else ()
+    with real_server(kind, "--bind", "127.0.0.1", "--port", port, *node) as running:
+        url = running.url if is_node else f"redis+cluster://127.0.0.1:{port}"
+        store = open_store(StoreSettings(url, store_wait_s=5))
+        with pytest.raises(StoreRefused, match="cluster"):
+            await store.start()
+        await store.close()
 
 
 async def test_a_foreign_meta_key_is_rejected(open_on: OpenStore, server: RealServer) -> None:
@@ -96,12 +112,6 @@ async def test_a_wrong_password_fails_immediately(server: RealServer) -> None:
     await store.close()
 
 
-async def test_a_server_that_answers_is_ready(store: Store, server: RealServer) -> None:
-    check = await store.monitor.check()
-    assert check.ok
-    assert server.socket in check.detail
-
-
 @pytest.mark.parametrize(
     ("raw_bytes", "kind"), [(raw, kind) for raw in (256, 1024) for kind in ("floats", "mixed")]
 )
@@ -116,12 +126,3 @@ async def test_a_stored_stream_has_little_overhead(
         used = client.memory_usage(StoreSettings(server.url).keys.state(name))
     print(f"{server.kind}: {raw_bytes} bytes of state take {used}")
     assert used <= 1.25 * raw_bytes + 200
-
-
-async def test_a_reply_names_the_head_it_belongs_to(store: Store, streams: Streams) -> None:
-    """A reply is written before its state, so a reader must see which head it belongs to."""
-    first = streams.creation(key("a"))
-    await committed(store, first)
-    state, reply = await store.load_with_reply(key("a"))
-    assert isinstance(reply, StoredReply)
-    assert reply.head == state.head == first.new.head

@@ -32,7 +32,7 @@ from tests.support.servers import (
     until,
     until_async,
 )
-from tests.support.streams import Streams, committed, key, load, same_stream
+from tests.support.streams import Streams, assert_stored, committed, key, same_stream
 
 __all__ = ["certificates"]
 
@@ -71,8 +71,7 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
         async with opened(f"rediss://{user}{at}") as store:
             first = streams.creation(key("a"))
             await committed(store, first)
-            (found,) = await load(store, [key("a")])
-            assert same_stream(found, first.new)
+            await assert_stored(store, first)
             assert (await store.streams("flights", "", None, 10)).streams == ("a",)
             assert (await store.monitor.check()).ok
             await store.keys.write({"a": b"1"})
@@ -154,9 +153,7 @@ async def test_tls_with_a_cluster(certificates: Certificates) -> None:
         async with opened(f"rediss+cluster://{user}{at}") as store:
             commits = [streams.creation(key(f"s{i}")) for i in range(20)]
             await committed(store, *commits)
-            found = await load(store, [commit.key for commit in commits])
-            for stream, commit in zip(found, commits, strict=True):
-                assert same_stream(stream, commit.new)
+            await assert_stored(store, *commits)
             assert (await store.monitor.check()).ok
 
 
@@ -207,7 +204,6 @@ async def test_streams_survive_a_restart_with_the_access_control_list(
         server.launch()
         until(lambda: server.refuses("authentication"), "a server that needs a password")
         async with opened(url) as store:
-            (found,) = await load(store, [key("a")])
-            assert same_stream(found, first.new)
+            await assert_stored(store, first)
     finally:
         server.stop()

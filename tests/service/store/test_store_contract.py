@@ -17,6 +17,8 @@ from tests.support.streams import (
     Commit,
     OpenStore,
     Streams,
+    assert_replayable,
+    assert_stored,
     columns,
     committed,
     key,
@@ -36,18 +38,15 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
 
 
 async def test_a_stream_is_created_continued_and_read_back(store: Store, streams: Streams) -> None:
-    first = streams.creation(key("a"))
-    assert await load(store, [first.key]) == [None]
-    await committed(store, first)
-    second = streams.next(first)
-    await committed(store, second)
-    third = streams.next(second)
-    await committed(store, third)
-    (found,) = await load(store, [first.key])
-    assert same_stream(found, third.new)
-    state, reply = await store.load_with_reply(first.key)
-    assert same_stream(state, third.new)
-    assert same_reply(reply, third.reply)
+    assert await load(store, []) == []
+    assert await store.commit(columns()) == []
+    commit = streams.creation(key("a"))
+    assert await load(store, [commit.key]) == [None]
+    for _ in range(3):
+        await committed(store, commit)
+        await assert_stored(store, commit)
+        await assert_replayable(store, commit)
+        commit = streams.next(commit)
 
 
 async def test_results_keep_the_order_of_the_keys(open_on: OpenStore, streams: Streams) -> None:
@@ -62,11 +61,6 @@ async def test_results_keep_the_order_of_the_keys(open_on: OpenStore, streams: S
     for stream, commit in zip(found, commits[::-1], strict=True):
         assert same_stream(stream, commit.new)
         assert same_reply((await store.load_with_reply(commit.key))[1], commit.reply)
-
-
-async def test_empty_calls_return_empty_results(store: Store) -> None:
-    assert await load(store, []) == []
-    assert await store.commit(columns()) == []
 
 
 async def test_the_token_key_is_drawn_once_for_all_workers(
@@ -108,31 +102,21 @@ async def test_access_keys_are_read_when_their_version_has_changed(
     assert marked[1] == {}
 
 
-async def test_a_stream_is_not_created_twice(store: Store, streams: Streams) -> None:
-    first, second = streams.creation(key("a")), streams.creation(key("a"))
-    await committed(store, first)
-    assert await store.commit(columns(second)) == [Conflicted(first.new.head)]
-    state, reply = await store.load_with_reply(first.key)
-    assert same_stream(state, first.new)
-    assert same_reply(reply, first.reply)
-
-
-async def test_a_stale_commit_conflicts_with_the_stored_head(
-    store: Store, streams: Streams
+async def test_a_commit_that_expects_another_head_conflicts_with_the_stored_one(
+    store: Store, open_on: OpenStore, streams: Streams
 ) -> None:
+    """A second creation, a late continuation, and a duplicate, whose loser must answer with the
+    stored reply, not with its own."""
     first = streams.creation(key("a"))
-    second, late = streams.next(first), streams.next(first)
+    second = streams.next(first)
     await committed(store, first)
     await committed(store, second)
-    assert await store.commit(columns(late)) == [Conflicted(second.new.head)]
-    state, reply = await store.load_with_reply(first.key)
-    assert same_stream(state, second.new)
-    assert same_reply(reply, second.reply)
-
-
-async def test_an_expected_stream_is_never_created(store: Store, streams: Streams) -> None:
-    missing = streams.next(streams.creation(key("a")))
-    assert await store.commit(columns(missing)) == [Conflicted(None)]
+    missing = streams.next(streams.creation(key("missing")))
+    for worker in (store, await open_on()):
+        for late in (streams.creation(key("a")), streams.next(first), second):
+            assert await worker.commit(columns(late)) == [Conflicted(second.new.head)]
+        assert await worker.commit(columns(missing)) == [Conflicted(None)]
+    await assert_replayable(store, second)
     assert await store.load_with_reply(missing.key) == (None, None)
 
 
@@ -161,48 +145,21 @@ async def test_heads_are_compared_as_bytes(store: Store, streams: Streams, byte:
     await committed(store, Commit(key("a"), odd, streams.after(new), None))
 
 
-async def test_exactly_one_of_many_concurrent_creations_succeeds(
-    open_on: OpenStore, streams: Streams
-) -> None:
-    stores = [await open_on() for _ in range(4)]
-    commits = [streams.creation(key("hot")) for _ in range(32)]
-    results = await asyncio.gather(
-        *(stores[i % 4].commit(columns(commit)) for i, commit in enumerate(commits))
-    )
-    winners = [c for c, [result] in zip(commits, results, strict=True) if result == Committed()]
-    assert len(winners) == 1
-    assert all(r in ([Committed()], [Conflicted(winners[0].new.head)]) for r in results)
-    (found,) = await load(stores[0], [key("hot")])
-    assert same_stream(found, winners[0].new)
-
-
-async def test_exactly_one_of_many_concurrent_continuations_succeeds(
-    open_on: OpenStore, streams: Streams
+@pytest.mark.parametrize("exists", [False, True])
+async def test_exactly_one_of_many_concurrent_commits_succeeds(
+    open_on: OpenStore, streams: Streams, *, exists: bool
 ) -> None:
     stores = [await open_on() for _ in range(4)]
     first = streams.creation(key("hot"))
-    await committed(stores[0], first)
-    commits = [streams.next(first) for _ in range(32)]
+    if exists:
+        await committed(stores[0], first)
+    commits = [streams.next(first) if exists else streams.creation(key("hot")) for _ in range(32)]
     results = await asyncio.gather(
         *(stores[i % 4].commit(columns(commit)) for i, commit in enumerate(commits))
     )
-    winners = [c for c, [result] in zip(commits, results, strict=True) if result == Committed()]
-    assert len(winners) == 1
-    state, reply = await stores[0].load_with_reply(first.key)
-    assert same_stream(state, winners[0].new)
-    assert same_reply(reply, winners[0].reply)
-
-
-async def test_a_duplicate_of_a_chunk_conflicts_with_its_own_head(
-    open_on: OpenStore, streams: Streams
-) -> None:
-    """The loser of the race must answer with the stored reply, not with its own."""
-    one, other = await open_on(), await open_on()
-    first = streams.creation(key("a"))
-    await committed(one, first)
-    second = streams.next(first)
-    await committed(one, second)
-    assert await other.commit(columns(second)) == [Conflicted(second.new.head)]
+    (winner,) = [c for c, [result] in zip(commits, results, strict=True) if result == Committed()]
+    assert all(r in ([Committed()], [Conflicted(winner.new.head)]) for r in results)
+    await assert_replayable(stores[0], winner)
 
 
 async def test_commits_are_executed_in_call_order(store: Store, streams: Streams) -> None:
@@ -223,8 +180,7 @@ async def test_a_cancelled_commit_does_not_shift_replies(store: Store, streams: 
         await asyncio.gather(task, return_exceptions=True)
         other = streams.creation(key(f"stays-{round_}"))
         await committed(store, other)
-        (found,) = await load(store, [other.key])
-        assert same_stream(found, other.new)
+        await assert_stored(store, other)
 
 
 # Failures of one stream
@@ -317,11 +273,10 @@ async def test_a_reply_expires_after_its_ttl(open_on: OpenStore, streams: Stream
         return (await store.load_with_reply(first.key))[1] is None
 
     await until_async(reply_expired, "the reply's expiry")
-    (found,) = await load(store, [first.key])
-    assert same_stream(found, first.new)
+    await assert_stored(store, first)
 
 
-async def test_a_reply_over_the_size_limit_is_not_stored(
+async def test_a_commit_without_a_reply_or_with_a_large_one_stores_none(
     open_on: OpenStore, streams: Streams
 ) -> None:
     new = streams.first()
@@ -335,22 +290,10 @@ async def test_a_reply_over_the_size_limit_is_not_stored(
     state, reply = await store.load_with_reply(key("a"))
     assert same_stream(state, after)
     assert reply is None
-
-
-async def test_a_commit_without_a_reply_deletes_the_stored_reply(
-    store: Store, streams: Streams
-) -> None:
-    first = streams.creation(key("a"))
-    await committed(store, first)
-    await committed(store, Commit(first.key, first.new.head, streams.after(first.new), None))
-    assert (await store.load_with_reply(first.key))[1] is None
-
-
-async def test_no_replies_are_stored_with_a_zero_ttl(open_on: OpenStore, streams: Streams) -> None:
-    store = await open_on(reply_ttl_s=0)
-    first = streams.creation(key("a"))
-    await committed(store, first)
-    assert (await store.load_with_reply(first.key))[1] is None
+    last = streams.after(after)
+    await committed(store, Commit(key("a"), after.head, last, streams.reply(last)))
+    await committed(store, Commit(key("a"), last.head, streams.after(last), None))
+    assert (await store.load_with_reply(key("a")))[1] is None
 
 
 async def test_a_damaged_reply_counts_as_missing(

@@ -23,11 +23,12 @@ from tests.support.streams import (
     Commit,
     OpenStore,
     Streams,
+    assert_replayable,
+    assert_stored,
     columns,
     committed,
     key,
     load,
-    same_reply,
     same_stream,
 )
 
@@ -60,9 +61,7 @@ async def refused_until_it_passes(
             assert word in result.detail
             assert result.retryable
             assert result.facts["retry_after_s"] > 0
-        state, reply = await store.load_with_reply(key("a"))
-        assert same_stream(state, first.new)
-        assert same_reply(reply, first.reply)
+        await assert_replayable(store, first)
         assert await load(store, [key("b")]) == [None]
     await committed(store, second, new)
     found = await load(store, [key("a"), key("b")])
@@ -192,9 +191,7 @@ async def test_a_truncated_reply_is_retried(own_server: RealServer, streams: Str
             path.losses = 1
             await committed(store, *commits)
             assert path.losses == 0
-        found = await load(store, [commit.key for commit in commits])
-        for stream, commit in zip(found, commits, strict=True):
-            assert same_stream(stream, commit.new)
+        await assert_stored(store, *commits)
 
 
 async def test_reconnect_backs_off(own_server: RealServer, streams: Streams) -> None:

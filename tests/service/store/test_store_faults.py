@@ -12,18 +12,21 @@ import pytest
 import uvloop
 
 from service.core.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
-from service.core.values import StreamKey
+from service.core.values import StreamKey, StreamState
 from service.store.base import Committed, Conflicted, Store
 from service.store.open import open_store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.proxy import LossyPath
-from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until
+from tests.support.servers import RealServer, opened, until
 from tests.support.streams import (
     Commit,
     Streams,
     absence,
+    assert_replayable,
+    assert_stored,
     columns,
+    committed,
     key,
     load,
     same_reply,
@@ -51,11 +54,6 @@ async def lossy(own_server: RealServer, request: pytest.FixtureRequest) -> Async
         assert await store.commit(columns(known)) == [Committed()]
         assert await store.delete(known.key) == Committed()
         yield Lossy(path, store, others)
-
-
-@pytest.fixture
-def streams() -> Streams:
-    return Streams()
 
 
 def test_a_transport_closed_by_the_loop_is_reopened(server: RealServer, streams: Streams) -> None:
@@ -107,9 +105,8 @@ async def test_acknowledged_commits_survive_kills_under_load(
         finally:
             stop.set()
             await asyncio.gather(*writers)
-        found = await load(reader, [acknowledged[i].key for i in range(12)])
-        for number, stream in enumerate(found):
-            assert same_stream(stream, acknowledged[number].new)
+        assert len(acknowledged) == 12
+        await assert_stored(reader, *acknowledged.values())
 
 
 async def test_calls_wait_for_a_restarting_server(own_server: RealServer, streams: Streams) -> None:
@@ -139,8 +136,7 @@ async def test_calls_wait_for_a_restarting_server(own_server: RealServer, stream
         assert set(page.streams) == {"a", "b"}
         # It may be sent before the exit is detected: then the outcome is ambiguous.
         assert deleted in (Conflicted(None), Committed())
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, second.new)
+        await assert_stored(store, second)
 
 
 async def test_calls_wait_for_a_loading_server(own_server: RealServer, streams: Streams) -> None:
@@ -157,12 +153,15 @@ async def test_calls_wait_for_a_loading_server(own_server: RealServer, streams: 
         slow = ("--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024")
         own_server.launch(*slow)
         until(lambda: own_server.refuses("LOADING"), "a server that is loading")
-        (found,) = await load(store, [key("a")])
-        assert same_stream(found, first.new)
+        await assert_stored(store, first)
         assert await store.commit(columns(streams.next(first))) == [Committed()]
 
 
 async def test_an_unavailable_server_times_out(own_server: RealServer, streams: Streams) -> None:
+    store = open_store(StoreSettings(own_server.url + "-elsewhere", store_wait_s=0.2))
+    with pytest.raises(StoreUnavailable, match="elsewhere"):
+        await store.start()
+    await store.close()
     async with opened(own_server.url, store_wait_s=0.3) as store:
         own_server.kill()
         await asyncio.sleep(0)
@@ -182,37 +181,6 @@ async def test_an_unavailable_server_times_out(own_server: RealServer, streams: 
         assert own_server.socket in check.detail
 
 
-async def test_start_times_out_without_a_server(
-    own_server: RealServer,
-) -> None:
-    store = open_store(StoreSettings(own_server.url + "-elsewhere", store_wait_s=0.2))
-    with pytest.raises(StoreUnavailable, match="elsewhere"):
-        await store.start()
-    await store.close()
-
-
-async def test_a_commit_to_an_unresponsive_server_has_an_unknown_outcome(
-    own_server: RealServer, streams: Streams
-) -> None:
-    async with opened(own_server.url, store_wait_s=60) as store:
-        first, second = streams.creation(key("a")), streams.creation(key("b"))
-        assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
-        # not while it answers
-        store._router._wait_s = 0.3
-        own_server.signal(signal.SIGSTOP)
-        try:
-            async with asyncio.timeout(10):
-                results = await store.commit(columns(first, second))
-                with pytest.raises(StoreUnavailable):
-                    await load(store, [key("a")])
-                check = await store.monitor.check()
-        finally:
-            own_server.signal(signal.SIGCONT)
-        assert [type(result) for result in results] == [OutcomeUnknown] * 2
-        assert [result.facts["stream"] for result in results] == ["a", "b"]
-        assert not check.ok
-
-
 async def test_calls_wait_for_an_unresponsive_server(
     own_server: RealServer, streams: Streams
 ) -> None:
@@ -226,23 +194,27 @@ async def test_calls_wait_for_an_unresponsive_server(
         assert await asyncio.gather(*tasks) == [[Committed()], [Committed()]]
 
 
-async def test_all_requests_to_an_unresponsive_server_have_unknown_outcomes(
+async def test_all_commits_to_an_unresponsive_server_have_unknown_outcomes(
     own_server: RealServer, streams: Streams
 ) -> None:
-    """Requests are pipelined: all that were sent may be executed later."""
+    """Commands are pipelined: all that were sent may be executed later."""
     async with opened(own_server.url, store_wait_s=60) as store:
         assert await store.commit(columns(streams.creation(key("before")))) == [Committed()]
-        commits = [streams.creation(key(f"s{i}")) for i in range(5)]
+        commits = [streams.creation(key(f"s{i}")) for i in range(6)]
+        # not while it answers
         store._router._wait_s = 0.3
         own_server.signal(signal.SIGSTOP)
         try:
             async with asyncio.timeout(10):
-                outcomes = await asyncio.gather(
-                    *(store.commit(columns(commit)) for commit in commits)
-                )
+                calls = [store.commit(columns(*commits[at : at + 2])) for at in (0, 2, 4)]
+                outcomes = [each for part in await asyncio.gather(*calls) for each in part]
+                with pytest.raises(StoreUnavailable):
+                    await load(store, [key("a")])
+                assert not (await store.monitor.check()).ok
         finally:
             own_server.signal(signal.SIGCONT)
-        assert all(isinstance(outcome, OutcomeUnknown) for [outcome] in outcomes)
+        assert all(isinstance(outcome, OutcomeUnknown) for outcome in outcomes)
+        assert [outcome.facts["stream"] for outcome in outcomes] == [f"s{i}" for i in range(6)]
     async with opened(own_server.url) as store:
         for commit in commits:
             assert await store.commit(columns(commit)) in (
@@ -267,76 +239,45 @@ async def test_a_retried_commit_that_finds_its_own_head_was_written(
     path.losses = 2
     results = await store.commit(columns(second, stale))
     assert results == [Committed(), Conflicted(other.new.head)]
-    state, reply = await store.load_with_reply(key("a"))
-    assert same_stream(state, second.new)
-    assert same_reply(reply, second.reply)
+    await assert_replayable(store, second)
 
 
-async def test_a_retried_creation_in_its_own_epoch_was_written(
+async def test_a_retried_commit_is_resolved_by_what_others_wrote_meanwhile(
     lossy: Lossy, streams: Streams
 ) -> None:
-    """No other commit can have created its epoch."""
+    """Its own epoch: written, since no other commit can have created it. A later position of the
+    same epoch, or a newer one, which may start from the state that was written (a restore):
+    unknown. A rollback to an earlier position: not written, or only by the retry."""
     path, store, others = lossy
-    first = streams.creation(key("a"))
-    path.losses, path.after_loss = 1, lambda: others.commit(columns(streams.next(first)))
-    assert await store.commit(columns(first)) == [Committed()]
 
-
-async def test_a_retried_continuation_behind_the_stored_head_is_unknown(
-    lossy: Lossy, streams: Streams
-) -> None:
-    path, store, others = lossy
-    first = streams.creation(key("a"))
-    assert await store.commit(columns(first)) == [Committed()]
-    second = streams.next(first)
-    third = streams.next(second)
-    path.losses, path.after_loss = 1, lambda: others.commit(columns(third))
-    (result,) = await store.commit(columns(second))
-    assert isinstance(result, OutcomeUnknown)
-    assert result.facts["position"] == third.new.head.position
-    assert result.facts["epoch"] == third.new.head.epoch.hex()
-
-
-async def test_a_retried_commit_in_a_newer_epoch_is_unknown(lossy: Lossy, streams: Streams) -> None:
-    """The epoch may start from the state that was written (a restore)."""
-    path, store, others = lossy
-    first, *creations = (streams.creation(key("a")) for _ in range(3))
-
-    async def create_again() -> None:
+    async def create(new: StreamState) -> None:
         await others.delete(key("a"))
         expected = await absence(others, key("a"))
-        await others.commit(columns(creations.pop()._replace(expected=expected)))
+        await committed(others, Commit(key("a"), expected, new, None))
 
-    assert await store.commit(columns(first)) == [Committed()]
-    path.losses, path.after_loss = 1, create_again
-    (result,) = await store.commit(columns(streams.next(first)))
-    assert isinstance(result, OutcomeUnknown)
+    first, newer = (streams.creation(key("a")) for _ in range(2))
+    second = streams.next(first)
+    third = streams.next(second)
+    for stored, retried, meanwhile, expected in (
+        (None, first, lambda: committed(others, second), Committed()),
+        (first.new, second, lambda: committed(others, third), OutcomeUnknown),
+        (first.new, second, lambda: create(newer.new), OutcomeUnknown),
+        (first.new, third, lambda: create(first.new), Conflicted(first.new.head)),
+        (first.new, second, lambda: create(first.new), Committed()),
+    ):
+        if stored is not None:
+            await create(stored)
+        path.losses, path.after_loss = 1, meanwhile
+        (result,) = await store.commit(columns(retried))
+        assert result == expected or type(result) is expected
+        if type(result) is OutcomeUnknown:
+            (found,) = await load(store, [key("a")])
+            assert result.facts["position"] == found.head.position
+            assert result.facts["epoch"] == found.head.epoch.hex()
+    await assert_stored(store, second)
     (found,) = await load(store, [key("a")])
-    path.losses, path.after_loss = 1, create_again
+    path.losses, path.after_loss = 1, lambda: create(newer.new)
     assert isinstance(await store.delete(key("a"), found.head), OutcomeUnknown)
-
-
-async def test_a_retried_commit_after_a_rollback_is_written_or_conflicts(
-    lossy: Lossy, streams: Streams
-) -> None:
-    path, store, others = lossy
-    first = streams.creation(key("a"))
-    second = streams.next(first)
-    third = streams.next(second)
-
-    async def roll_back() -> None:
-        await others.delete(key("a"))
-        expected = await absence(others, key("a"))
-        await others.commit(columns(Commit(key("a"), expected, first.new, None)))
-
-    assert await store.commit(columns(first)) == [Committed()]
-    path.losses, path.after_loss = 1, roll_back
-    assert await store.commit(columns(third)) == [Conflicted(first.new.head)]
-    path.losses, path.after_loss = 1, roll_back
-    # The stream is back at the expected head: the retry itself is written.
-    assert await store.commit(columns(second)) == [Committed()]
-    (found,) = await load(store, [key("a")])
-    assert same_stream(found, second.new)
 
 
 @pytest.mark.parametrize("lossy", [0.4], indirect=True)
@@ -349,8 +290,7 @@ async def test_a_commit_without_any_reply_has_an_unknown_outcome(
     (result,) = await store.commit(columns(first))
     assert isinstance(result, OutcomeUnknown)
     assert result.retryable
-    (found,) = await load(others, [key("a")])
-    assert same_stream(found, first.new)
+    await assert_stored(others, first)
 
 
 async def test_a_rejection_after_a_lost_reply_has_an_unknown_outcome(
@@ -376,46 +316,6 @@ async def test_a_retried_deletion_succeeds(lossy: Lossy, streams: Streams) -> No
     assert await store.delete(key("a"), first.new.head) == Committed()
     assert await store.load_with_reply(key("a")) == (None, None)
     assert await store.delete(key("a")) == Conflicted(None)
-
-
-# Addresses
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis+sentinel://localhost",
-        "http://localhost",
-        "localhost:6379",
-        "",
-        "memory://",
-        "unix://",
-    ],
-)
-def test_an_unknown_scheme_is_rejected_with_the_supported_ones(url: str) -> None:
-    with pytest.raises(StoreRefused) as caught:
-        open_store(StoreSettings(url))
-    if not url.startswith(("unix://", "redis+sentinel://")):
-        for scheme in ("redis://", "rediss://", "unix://"):
-            assert scheme in caught.value.detail
-
-
-@pytest.mark.parametrize(
-    "url", ["redis://localhost:port/0", "redis://localhost?decode_responses=true"]
-)
-def test_an_unusable_address_is_rejected(url: str) -> None:
-    with pytest.raises(StoreRefused):
-        open_store(StoreSettings(url))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_cluster_node_under_a_single_address_is_rejected(kind: str) -> None:
-    bus = ("--bind", "127.0.0.1", "--cluster-port", str(free_port()))
-    with real_server(kind, "--cluster-enabled", "yes", *bus) as node:
-        store = open_store(StoreSettings(node.url))
-        with pytest.raises(StoreRefused, match="cluster"):
-            await store.start()
-        await store.close()
 
 
 async def test_a_call_ends_at_its_deadline_while_an_earlier_call_waits_longer() -> None:
