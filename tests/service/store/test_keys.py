@@ -73,13 +73,11 @@ def test_partitions_are_balanced() -> None:
     assert max(counts) < 1150
 
 
-@pytest.mark.parametrize("namespace", ["", "Carry", "a b", "a{b}", "a:b", "a*", "x" * 33])
-def test_an_invalid_namespace_is_rejected(namespace: str) -> None:
-    with pytest.raises(ValueError, match="namespace"):
-        KeySpace(namespace, 1024)
-
-
-@pytest.mark.parametrize("partitions", [0, -1, 65_537])
-def test_a_number_of_partitions_out_of_range_is_rejected(partitions: int) -> None:
-    with pytest.raises(ValueError, match="partitions"):
-        KeySpace("carry", partitions)
+@pytest.mark.parametrize(
+    ("namespace", "partitions", "wrong"),
+    [(each, 1, "namespace") for each in ("", "Carry", "a b", "a{b}", "a:b", "a*", "x" * 33)]
+    + [("carry", each, "partitions") for each in (0, -1, 65_537)],
+)
+def test_an_invalid_key_space_is_rejected(namespace: str, partitions: int, wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong):
+        KeySpace(namespace, partitions)

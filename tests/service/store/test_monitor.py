@@ -1,38 +1,42 @@
-"""Readiness of the store, on real servers."""
+"""What a store tells its operator, on real servers: readiness, counts of streams, round trips."""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Iterator
 
 import pytest
 from structlog.testing import capture_logs
 
-from service.core.values import Check
+from service.core.errors import StoreRefused
 from service.store.base import Store
+from service.store.capabilities import LIVE_S
 from service.store.open import open_store
 from service.store.redis import monitor
+from service.store.redis.commands import PendingCommand
+from service.store.redis.stream_count import SAMPLE_KEYS
 from service.store.settings import StoreSettings
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster
-from tests.support.servers import RealServer, opened, real_server, until, until_async
-from tests.support.streams import OpenStore, Streams, committed, key
+from tests.support.servers import RealServer, emptied, opened, real_server, until, until_async
+from tests.support.streams import Commit, OpenStore, Streams, committed, key
 
 PARTITIONS = 16
-
-
-async def store_check(store: Store) -> Check:
-    return await store.monitor.check()
+HEADER_BYTES = 96
+FLOATS, INTS = 6, 2
+STATE_BYTES = HEADER_BYTES + 4 * FLOATS + 8 * INTS
 
 
 async def test_full_store_is_not_ready(store: Store, server: RealServer) -> None:
     server.configure("maxmemory", 1)
     try:
-        check = await store_check(store)
+        check = await store.monitor.check()
         assert not check.ok
         assert f"{server.url} refuses commits: OOM" in check.detail
     finally:
         server.configure("maxmemory", 0)
-    assert (await store_check(store)).ok
+    assert (await store.monitor.check()).ok
 
 
 async def test_memory_ratio_is_observed(store: Store, server: RealServer) -> None:
@@ -40,7 +44,7 @@ async def test_memory_ratio_is_observed(store: Store, server: RealServer) -> Non
     assert store.monitor.telemetry.memory_ratio == 0
     server.configure("maxmemory", limit)
     try:
-        await store_check(store)
+        await store.monitor.check()
         with server.client() as client:
             info = client.info("memory")
         # the server does not count what an append-only file and replicas buffer
@@ -48,7 +52,7 @@ async def test_memory_ratio_is_observed(store: Store, server: RealServer) -> Non
         assert store.monitor.telemetry.memory_ratio == pytest.approx(used / limit, rel=0.2)
     finally:
         server.configure("maxmemory", 0)
-    await store_check(store)
+    await store.monitor.check()
     assert store.monitor.telemetry.memory_ratio == 0
 
 
@@ -59,9 +63,9 @@ async def test_a_store_that_denies_commits_is_not_ready(server: RealServer, comm
         try:
             store = open_store(StoreSettings(server.url.replace("unix://", "unix://carry:pass@")))
             await store.start()
-            assert (await store_check(store)).ok
+            assert (await store.monitor.check()).ok
             client.execute_command("ACL", "SETUSER", "carry", f"-{command}")
-            check = await store_check(store)
+            check = await store.monitor.check()
             assert not check.ok
             assert "permissions" in check.detail
             await store.close()
@@ -73,7 +77,7 @@ async def test_trial_commits_expire(store: Store, server: RealServer, streams: S
     await committed(store, streams.creation(key("a")))
     with server.client() as client:
         keys = client.dbsize()
-        assert (await store_check(store)).ok
+        assert (await store.monitor.check()).ok
         assert (await store.streams("flights", "", None, 10)).streams == ("a",)
         await asyncio.to_thread(until, lambda: client.dbsize() == keys, "the probe's end")
 
@@ -86,13 +90,13 @@ async def test_enabling_eviction_after_start_fails_readiness(
         server.configure("maxmemory-policy", "allkeys-lru")
         try:
             for _ in range(2):
-                check = await store_check(strict)
+                check = await strict.monitor.check()
                 assert not check.ok
                 assert "maxmemory-policy allkeys-lru, expected noeviction" in check.detail
-            assert (await store_check(lenient)).ok
+            assert (await lenient.monitor.check()).ok
         finally:
             server.configure("maxmemory-policy", "noeviction")
-        assert (await store_check(strict)).ok
+        assert (await strict.monitor.check()).ok
     assert [(line["event"], line["log_level"]) for line in lines] == [
         ("store_degraded", "error"),
         ("store_recovered", "info"),
@@ -120,10 +124,9 @@ async def test_concurrent_readiness_requests_share_one_check(
     store: Store, server: RealServer
 ) -> None:
     with server.client() as client:
-        before = (
-            client.info("commandstats")["cmdstat_eval"]["calls"] if await store_check(store) else 0
-        )
-        checks = await asyncio.gather(*(store_check(store) for _ in range(20)))
+        assert (await store.monitor.check()).ok
+        before = client.info("commandstats")["cmdstat_eval"]["calls"]
+        checks = await asyncio.gather(*(store.monitor.check() for _ in range(20)))
         assert all(check.ok for check in checks)
         assert client.info("commandstats")["cmdstat_eval"]["calls"] == before + 1
 
@@ -142,7 +145,7 @@ async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Clu
         with capture_logs() as lines:
             victim.pause()
             try:
-                check = await store_check(store)
+                check = await store.monitor.check()
             finally:
                 victim.resume()
         assert check.ok
@@ -163,12 +166,12 @@ async def test_memory_ratio_is_that_of_the_fullest_shard(lasting_cluster: Cluste
         fullest.ask("CONFIG", "SET", "maxmemory", 2 * used)
         other.ask("CONFIG", "SET", "maxmemory", 20 * used)
         try:
-            await store_check(store)
+            await store.monitor.check()
             ratio = store.monitor.telemetry.memory_ratio
             assert ratio == pytest.approx(0.5, rel=0.2)
             fullest.pause()
             try:
-                await store_check(store)
+                await store.monitor.check()
             finally:
                 fullest.resume()
             # one that does not answer is as full as before
@@ -186,41 +189,35 @@ async def test_the_store_starts_with_an_unavailable_shard(lasting_cluster: Clust
         victim.pause()
         try:
             async with opened(lasting_cluster.url, partitions=PARTITIONS, store_wait_s=1) as store:
-                assert (await store_check(store)).ok
+                assert (await store.monitor.check()).ok
         finally:
             victim.resume()
     (reason,) = [line["reason"] for line in lines if line["event"] == "primary_unavailable"]
     assert str(victim.port) in reason
 
 
-async def test_a_shard_that_may_evict_fails_readiness(own_cluster: Cluster) -> None:
-    *_, unsafe = own_cluster.current_primaries()
-    async with opened(own_cluster.url, partitions=PARTITIONS) as store:
-        unsafe.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-        try:
-            check = await store_check(store)
-            assert not check.ok
-            assert not check.degraded
-            assert str(unsafe.port) in check.detail
-            assert sorted(each.status for each in check.servers) == ["unsafe", "up", "up"]
-        finally:
-            unsafe.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
-        assert (await store_check(store)).ok
-
-
-async def test_readiness_runs_a_trial_commit_on_every_shard(own_cluster: Cluster) -> None:
+async def test_every_shard_is_checked(own_cluster: Cluster) -> None:
     primaries = own_cluster.current_primaries()
     async with opened(own_cluster.url, partitions=PARTITIONS) as store:
         for node in primaries:
-            node.ask("CONFIG", "SET", "maxmemory", "1")
+            node.configure("maxmemory", "1")
         try:
-            check = await store_check(store)
+            check = await store.monitor.check()
             assert not check.ok
             assert check.detail.count("refuses commits: OOM") == len(primaries)
         finally:
             for node in primaries:
-                node.ask("CONFIG", "SET", "maxmemory", "0")
-        check = await store_check(store)
+                node.configure("maxmemory", "0")
+        unsafe = primaries[-1]
+        unsafe.configure("maxmemory-policy", "allkeys-lru")
+        try:
+            check = await store.monitor.check()
+            assert (check.ok, check.degraded) == (False, False)
+            assert str(unsafe.port) in check.detail
+            assert sorted(each.status for each in check.servers) == ["unsafe", "up", "up"]
+        finally:
+            unsafe.configure("maxmemory-policy", "noeviction")
+        check = await store.monitor.check()
         assert check.ok, check.detail
 
 
@@ -232,3 +229,105 @@ async def test_start_warns_of_a_server_without_an_append_only_file(
         async with opened(server.url):
             pass
         assert [line["event"] for line in lines].count("append_only_file_off") == warnings
+
+
+# Counts
+
+
+def creation(streams: Streams, name: str, model: str, age_s: float = 0.0) -> Commit:
+    """The first chunk of a stream, so long ago."""
+    new = streams.first(floats=FLOATS, ints=INTS)
+    new = new._replace(updated_ms=round((time.time() - age_s) * 1000))
+    return Commit(key(name, model), None, new, streams.reply(new))
+
+
+async def test_few_streams_are_counted_exactly(
+    every_store: RealServer | Cluster, streams: Streams
+) -> None:
+    emptied(every_store)
+    async with opened(every_store.url) as store, opened(every_store.url, namespace="two") as other:
+        old_s = LIVE_S + 60
+        commits = [creation(streams, f"s{n}", "flights", old_s * (n < 4)) for n in range(30)]
+        await committed(store, *commits, *(creation(streams, f"s{n}", "post") for n in range(7)))
+        await committed(other, *(creation(streams, f"s{n}", "flights") for n in range(5)))
+        await store.delete(key("s29"))
+        counts = await store.monitor.count_streams()
+        assert counts == {"flights": (29, 25, 29 * STATE_BYTES), "post": (7, 7, 7 * STATE_BYTES)}
+
+
+async def test_many_streams_are_estimated_from_a_sample(
+    store: Store, server: RealServer, streams: Streams
+) -> None:
+    sizes = {"flights": 2400, "post": 600}
+    for model, size in sizes.items():
+        every = [creation(streams, f"s{n}", model) for n in range(size)]
+        for at in range(0, size, 200):
+            await committed(store, *every[at : at + 200])
+    with server.client() as client:
+        keys = client.dbsize()
+        client.config_resetstat()
+        counts = await store.monitor.count_streams()
+        calls = {name: each["calls"] for name, each in client.info("commandstats").items()}
+    assert keys > 2 * sum(sizes.values())
+    assert calls["cmdstat_randomkey"] == SAMPLE_KEYS
+    assert calls["cmdstat_getrange"] <= SAMPLE_KEYS
+    assert "cmdstat_scan" not in calls
+    for model, size in sizes.items():
+        share = size / keys
+        deviation = keys * math.sqrt(share * (1 - share) / SAMPLE_KEYS)
+        streams_counted, live, state_bytes = counts[model]
+        assert abs(streams_counted - size) < 5 * deviation
+        assert live == pytest.approx(streams_counted)
+        assert state_bytes == pytest.approx(streams_counted * STATE_BYTES)
+
+
+async def test_count_without_permission_is_refused(server: RealServer) -> None:
+    with server.client() as client:
+        rules = ("on", ">pass", "~*", "&*", "+@all", "-dbsize")
+        client.execute_command("ACL", "SETUSER", "carry", *rules)
+        try:
+            async with opened(server.url.replace("unix://", "unix://carry:pass@")) as store:
+                with pytest.raises(StoreRefused, match="dbsize"):
+                    await store.monitor.count_streams()
+        finally:
+            client.acl_deluser("carry")
+
+
+async def test_reconnects_and_round_trips_are_counted(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with opened(own_server.url, store_wait_s=10) as store:
+        first, telemetry = streams.creation(key("a")), store.monitor.telemetry
+        telemetry.round_trips_s.clear()
+        before_s = time.monotonic()
+        await committed(store, first)
+        after_s = time.monotonic()
+        assert telemetry.reconnects == 0
+        assert (telemetry.is_up, telemetry.servers_up, telemetry.servers_down) == (True, 1, 0)
+        assert len(telemetry.round_trips_s) == 1
+        assert 0 < telemetry.round_trips_s[0] <= after_s - before_s
+        own_server.kill()
+
+        assert not (await store.monitor.check()).ok
+        assert (telemetry.is_up, telemetry.servers_up, telemetry.servers_down) == (False, 0, 1)
+        own_server.start()
+        await committed(store, streams.next(first))
+        assert telemetry.reconnects == 1
+
+        async def is_timed_again() -> bool:
+            return len(telemetry.round_trips_s) > 1
+
+        await until_async(is_timed_again, "the round trip after the reconnect")
+        assert (await store.monitor.check()).ok
+        assert (telemetry.is_up, telemetry.servers_up, telemetry.servers_down) == (True, 1, 0)
+
+
+async def test_an_error_reply_ends_the_timing_of_its_command(
+    server: RealServer, streams: Streams
+) -> None:
+    async with opened(server.url) as store:
+        (rejected,) = await store._router.execute(PendingCommand.of("GET"))
+        assert isinstance(rejected, StoreRefused)
+        store.monitor.telemetry.round_trips_s.clear()
+        await committed(store, streams.creation(key("a")))
+        assert len(store.monitor.telemetry.round_trips_s) == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
@@ -29,7 +29,6 @@ from tests.support.streams import (
     committed,
     key,
     load,
-    same_stream,
 )
 
 
@@ -48,14 +47,51 @@ def configured(server: RealServer, **options: str | int) -> Iterator[None]:
                 client.config_set(name, value)
 
 
-async def refused_until_it_passes(
-    store: Store, streams: Streams, trouble: AbstractContextManager[None], word: str
+@contextmanager
+def demoted(server: RealServer) -> Iterator[None]:
+    server.ask("REPLICAOF", "127.0.0.1", 1)
+    try:
+        yield
+    finally:
+        server.ask("REPLICAOF", "NO", "ONE")
+
+
+@contextmanager
+def unsaved(server: RealServer) -> Iterator[None]:
+    """A snapshot fails, because a directory has its file name."""
+    (server.folder / "dump.rdb").mkdir()
+    with server.client() as client, configured(server, save="3600 1"):
+        client.bgsave()
+        until(lambda: not client.info("persistence")["rdb_bgsave_in_progress"], "its end")
+        try:
+            yield
+        finally:
+            (server.folder / "dump.rdb").rmdir()
+            client.bgsave()
+            until(lambda: not client.info("persistence")["rdb_bgsave_in_progress"], "its end")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "word"),
+    [
+        (demoted, "READONLY"),
+        (unsaved, "MISCONF"),
+        (lambda server: configured(server, min_replicas_to_write=1), "NOREPLICAS"),
+    ],
+    ids=["readonly", "misconf", "noreplicas"],
+)
+async def test_commits_are_refused_until_the_trouble_passes(
+    store: Store,
+    streams: Streams,
+    server: RealServer,
+    trouble: Callable[[RealServer], AbstractContextManager[None]],
+    word: str,
 ) -> None:
-    """During the fault commits fail with the server's message, and reads succeed."""
+    """With the server's message; reads succeed."""
     first = streams.creation(key("a"))
     await committed(store, first)
     second, new = streams.next(first), streams.creation(key("b"))
-    with trouble:
+    with trouble(server):
         for result in await store.commit(columns(second, new)):
             assert isinstance(result, StoreRefused), result
             assert word in result.detail
@@ -64,52 +100,7 @@ async def refused_until_it_passes(
         await assert_replayable(store, first)
         assert await load(store, [key("b")]) == [None]
     await committed(store, second, new)
-    found = await load(store, [key("a"), key("b")])
-    assert same_stream(found[0], second.new)
-    assert same_stream(found[1], new.new)
-
-
-async def test_readonly_is_store_refused_until_it_passes(
-    store: Store, streams: Streams, server: RealServer
-) -> None:
-    @contextmanager
-    def demoted() -> Iterator[None]:
-        with server.client() as client:
-            client.replicaof("127.0.0.1", 1)
-            try:
-                yield
-            finally:
-                client.replicaof("NO", "ONE")
-
-    await refused_until_it_passes(store, streams, demoted(), "READONLY")
-
-
-async def test_misconf_is_store_refused_until_it_passes(
-    store: Store, streams: Streams, server: RealServer
-) -> None:
-    """A snapshot fails, because a directory has its file name."""
-
-    @contextmanager
-    def unsaved() -> Iterator[None]:
-        (server.folder / "dump.rdb").mkdir()
-        with server.client() as client, configured(server, save="3600 1"):
-            client.bgsave()
-            until(lambda: not client.info("persistence")["rdb_bgsave_in_progress"], "its end")
-            try:
-                yield
-            finally:
-                (server.folder / "dump.rdb").rmdir()
-                client.bgsave()
-                until(lambda: not client.info("persistence")["rdb_bgsave_in_progress"], "its end")
-
-    await refused_until_it_passes(store, streams, unsaved(), "MISCONF")
-
-
-async def test_noreplicas_is_store_refused_until_it_passes(
-    store: Store, streams: Streams, server: RealServer
-) -> None:
-    trouble = configured(server, min_replicas_to_write=1)
-    await refused_until_it_passes(store, streams, trouble, "NOREPLICAS")
+    await assert_stored(store, second, new)
 
 
 async def test_busy_is_retried_until_the_timeout(
@@ -173,9 +164,7 @@ async def test_broken_connections_lose_no_commits(
     await eight_more_commits()
     is_done.set()
     await asyncio.gather(*writers)
-    found = await load(store, [chain[0].key for chain in chains])
-    for stream, chain in zip(found, chains, strict=True):
-        assert same_stream(stream, chain[-2].new)
+    await assert_stored(store, *(chain[-2] for chain in chains))
 
 
 async def test_a_truncated_reply_is_retried(own_server: RealServer, streams: Streams) -> None:

@@ -26,6 +26,8 @@ async def listed(store: Store, model: str, prefix: str, limit: int) -> list[str]
     while True:
         page = await store.streams(model, prefix, cursor, limit)
         assert len(set(page.streams)) == len(page.streams)
+        # a bucket of the server's hash table may have several
+        assert limit == 1 or len(page.streams) <= limit
         names += page.streams
         cursor = page.cursor
         if cursor is None:
@@ -56,37 +58,18 @@ async def test_a_prefix_is_not_a_pattern(store: Store, streams: Streams) -> None
         assert await listed(store, "flights", pattern, 10) == []
 
 
-async def test_a_page_has_at_most_limit_names(
-    monkeypatch: pytest.MonkeyPatch, open_on: OpenStore, streams: Streams
+async def test_keys_of_others_are_not_listed(
+    store: Store, open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
-    monkeypatch.setattr(scan, "SCAN_COUNT", 200)
-    store = await open_on()
-    await committed(store, *(streams.creation(key(f"s{i}"), floats=1) for i in range(200)))
-    cursor: str | None = None
-    while True:
-        page = await store.streams("flights", "", cursor, 20)
-        assert len(page.streams) <= 20
-        cursor = page.cursor
-        if cursor is None:
-            return
-
-
-async def test_other_keys_are_not_listed(
-    store: Store, streams: Streams, server: RealServer
-) -> None:
+    other = await open_on(namespace="other")
     await committed(store, streams.creation(key("a")))
+    assert await other.load([key("a")]) == [None]
+    assert await listed(other, "flights", "", 10) == []
     with server.client() as client:
         client.set("carry{p0000}:s:flights:elsewhere", b"in the wrong partition")
         client.set("carry{x}:s:flights:a", b"foreign")
         client.set("other{p0001}:s:flights:a", b"another service")
     assert await listed(store, "flights", "", 10) == ["a"]
-
-
-async def test_namespaces_are_isolated(open_on: OpenStore, streams: Streams) -> None:
-    one, other = await open_on(namespace="one"), await open_on(namespace="other")
-    await committed(one, streams.creation(key("a")))
-    assert await other.load([key("a")]) == [None]
-    assert await listed(other, "flights", "", 10) == []
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "-1", "1.5", "²", str(2**64)])
