@@ -118,15 +118,22 @@ class StateStore(Protocol):
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float = math.inf
     ) -> list[StoredValue]:
-        """Load many streams in one round trip; `decode_value` decodes one."""
+        """Load many streams in one round trip; `decode_value` decodes one.
+
+        A result is an error if its node does not answer while others do.
+        """
 
     async def load_with_reply(
         self, key: StreamKey, deadline_s: float = math.inf
     ) -> tuple[StreamState | None, StoredReply | None]:
-        """Load one stream and its stored reply in one step.
+        """Load one stream and its stored reply in one step; a damaged reply counts as missing.
+
+        What is returned is as durable as a commit: beyond `memory` durability, the read also
+        writes (it renews the reply's TTL) and waits for durability like a commit.
 
         Raises:
-            CarryError: the state is damaged.
+            StateDamaged: the state's bytes are invalid.
+            NotDurable: the state is not as durable as the settings require.
         """
 
     async def commit(
@@ -134,7 +141,13 @@ class StateStore(Protocol):
     ) -> list[CommitResult]:
         """Compare-and-set many streams in one round trip; each succeeds or fails independently.
 
-        A key may occur once per call. The reply is written before the state.
+        A key may occur once per call. The reply is written before the state. If the first attempt
+        finds the stream at the commit's own head, a duplicate of the same chunk wrote it: the
+        result is Conflicted, and the stored reply answers the chunk.
+
+        Raises:
+            StoreUnavailable: nothing was sent.
+            StoreRefused: nothing was written.
         """
 
     async def delete(
@@ -156,10 +169,14 @@ class ListedStore(StateStore, Protocol):
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
     ) -> StreamPage:
-        """Read a page of the streams of a model, or of all models; they are unordered.
+        """Read a page of at most `limit` streams of a model, or of all models; they are unordered.
 
-        A listing contains every stream that exists throughout, and may contain one twice. It never
-        blocks the server for longer than one bounded scan step.
+        It may be empty and still have a cursor, and has more than `limit` only if one bucket of the
+        server's hash table has. A listing contains every stream that exists throughout, and may
+        contain one twice. It never blocks the server for longer than one bounded scan step.
+
+        Raises:
+            InvalidInput: the cursor is invalid.
         """
 
     async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
@@ -170,26 +187,24 @@ class ListedStore(StateStore, Protocol):
 
 
 class Store(ListedStore, Protocol):
-    """A store with its capabilities, which whoever needs one takes by itself."""
+    """A store with its capabilities, which whoever needs one takes by itself.
 
-    @property
-    def keys(self) -> StoredKeys: ...
+    Attributes:
+        outputs: not started by `start`.
+    """
 
-    @property
-    def usage(self) -> StreamUsage: ...
-
-    @property
-    def rates(self) -> RateLeases: ...
-
-    @property
-    def outputs(self) -> OutputChannel:
-        """Not started by `start`."""
-
-    @property
-    def monitor(self) -> StoreMonitor: ...
+    keys: StoredKeys
+    usage: StreamUsage
+    rates: RateLeases
+    outputs: OutputChannel
+    monitor: StoreMonitor
 
     async def start(self) -> None:
-        """Connect and check the servers' configuration; once, before use."""
+        """Connect, check the servers and initialize a new store; once, before use.
+
+        Raises:
+            StoreUnavailable, StoreRefused: a server does not answer, or must not be used.
+        """
 
     async def close(self) -> None:
         """Release connections; once, after the last call returned."""

@@ -256,11 +256,13 @@ LIVE_S: Final = 300
 
 
 class StoreMonitor(Protocol):
-    """What a store lets its operator observe."""
+    """What a store lets its operator observe.
 
-    @property
-    def telemetry(self) -> StoreTelemetry:
-        """What its connections and checks count, in this process."""
+    Attributes:
+        telemetry: what its connections and checks count, in this process.
+    """
+
+    telemetry: StoreTelemetry
 
     async def check(self) -> Check:
         """Check readiness: whether the store accepts commits as required. Never raises."""

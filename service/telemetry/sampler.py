@@ -2,7 +2,7 @@
 
 Connections, requests in flight, queues, the state cache and the store count for themselves in plain
 attributes, and the sampler copies these into metrics. Every `COUNT_INTERVAL_S` it also counts the
-streams in the store, which takes bounded time (`service.store.redis.stream_count`).
+streams in the store, which takes bounded time (`service.store.redis.monitor`).
 """
 
 from __future__ import annotations

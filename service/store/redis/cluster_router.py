@@ -1,6 +1,7 @@
 """Router of a Redis Cluster: sends each command to the primary of its slot.
 
-The topology is read from any node that answers, also after a redirect or a deferral:
+The topology is read from any node that answers, also after a redirect or a deferral. CLUSTER SLOTS
+is answered by every version of Redis and Valkey.
 
     MOVED              the slot has another primary: the map is updated, the command goes there
     ASK                the slot is migrating and these keys have moved: sent there once, with ASKING
@@ -14,22 +15,23 @@ Use from one event loop. Errors of the client library do not leave this module.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Collection
-from typing import Final
+from typing import Any, Final
 
 from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError, TryAgainError
 
-from service.core.errors import CarryError, StoreUnavailable
+from service.core.errors import CarryError, StoreRefused, StoreUnavailable
 from service.store.redis.address import Address
 from service.store.redis.commands import PendingCommand
 from service.store.redis.connections import ATTEMPTS_PER_CALL
-from service.store.redis.discovering_router import DiscoveringRouter
+from service.store.redis.discovering_router import DiscoveringRouter, Topology
 from service.store.redis.pipelined_connection import PipelinedConnection
-from service.store.redis.topology import Topology, parse_topology
 from service.store.settings import StoreSettings
 
+SLOTS: Final = 16_384
 NO_NODE: Final = "none"
 
 TOPOLOGY_TIMEOUT_S: Final = 1.0
@@ -120,3 +122,39 @@ class ClusterRouter(DiscoveringRouter):
         return next(
             (at for at, each in self._servers.items() if each.connection is connection), None
         )
+
+
+def parse_topology(reply: Any, sender: Address) -> Topology:
+    """Parse the reply to CLUSTER SLOTS.
+
+    Args:
+        reply: for each range its first and last slot, its primary and its replicas; each node a
+            host, a port and an id.
+        sender: the node that replied; it replaces the host of a node that does not know its own.
+
+    Raises:
+        StoreRefused: the reply has another shape.
+    """
+    owners: list[Address | None] = [None] * SLOTS
+    primaries: dict[bytes, Address] = {}
+    replicas: dict[Address, None] = {}
+    ranges: list[tuple[int, int, bytes]] = []
+    try:
+        for first, last, *nodes in reply:
+            primary, *others = nodes
+            address = _parse_node(primary, sender)
+            owners[first : last + 1] = [address] * (last + 1 - first)
+            primaries[primary[2]] = address
+            replicas.update(dict.fromkeys(_parse_node(node, sender) for node in others))
+            ranges.append((first, last, primary[2]))
+    except (TypeError, ValueError, IndexError) as error:
+        raise StoreRefused(f"{sender} did not return a cluster's slots: {reply!r}") from error
+    ordered = tuple(primaries[node_id] for node_id in sorted(primaries))
+    version = hashlib.sha256(repr(sorted(ranges)).encode()).hexdigest()[:12]
+    return Topology(tuple(owners), ordered, tuple(replicas), version)
+
+
+def _parse_node(node: list[Any], sender: Address) -> Address:
+    host = node[0]
+    is_known = host not in (None, b"", b"?")
+    return Address(host.decode() if is_known else sender.host, int(node[1]))

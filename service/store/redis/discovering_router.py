@@ -20,6 +20,7 @@ import asyncio
 import random
 from abc import abstractmethod
 from collections.abc import Collection, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
@@ -37,13 +38,35 @@ from service.store.redis.pipelined_connection import (
 )
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Layout, Router
-from service.store.redis.topology import Topology
 from service.store.settings import StoreSettings
 
 REFRESH_INTERVAL_S: Final = 0.1
 """Minimum time between two reads of the topology; half of it is jitter."""
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The servers as one of a cluster's nodes, or a Sentinel, reports them.
+
+    Attributes:
+        owners: the primary of each slot, of which there is one without a cluster; None if the slot
+            has none.
+        primaries: the primaries that have slots, ordered by node id.
+        replicas: all other nodes.
+        version: changes when a slot moves or a primary is replaced.
+    """
+
+    owners: tuple[Address | None, ...]
+    primaries: tuple[Address, ...]
+    replicas: tuple[Address, ...]
+    version: str
+
+    @property
+    def uncovered_slots(self) -> int:
+        """Number of slots without a primary."""
+        return self.owners.count(None)
 
 
 class DiscoveringRouter(Router):

@@ -10,6 +10,12 @@ fails or whose user may not run scripts answers PING and yet rejects every chunk
                   syncs too late): streams could be lost silently. The store is not ready, as the
                   service would refuse such a server at start.
 
+It also counts the streams of each model in bounded time, however many there are. A server with at
+most `SAMPLE_KEYS` keys is scanned, and its counts are exact. A larger one is sampled: of `SAMPLE_KEYS` random keys (RANDOMKEY), each stands for as many keys as the server has,
+divided by the sample. The standard error of a model that has a share p of the keys is
+sqrt(p (1 - p) / SAMPLE_KEYS) of all keys, 1.6 % of them at most. Per server it takes 2,000 short
+commands, in pipelines of `KEYS_PER_ROUND_TRIP`, so that no commit waits long behind one.
+
 Use from one event loop.
 """
 
@@ -17,19 +23,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from typing import Final
 
 import structlog
 
-from service.core.errors import CarryError
+from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Check, ServerStatus
-from service.store.capabilities import StreamCount
+from service.store.capabilities import LIVE_S, StoreMonitor, StreamCount
+from service.store.codec import HEADER_BYTES, CodecError, StateHeader
+from service.store.keys import KeySpace
 from service.store.redis.commands import Command, Script
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
+from service.store.redis.scan import scan_page, scan_step
 from service.store.redis.server_checks import ServerFault, find_fault, memory_ratio, parse_info
-from service.store.redis.stream_count import count_streams
 from service.store.settings import StoreSettings
 
 PROBE_TIMEOUT_S: Final = 1.0
@@ -38,11 +49,14 @@ PROBE_TIMEOUT_S: Final = 1.0
 RECHECK_INTERVAL_S: Final = 30.0
 """Interval of checks when no client asks for readiness."""
 
+SAMPLE_KEYS: Final = 1_000
+KEYS_PER_ROUND_TRIP: Final = 100
+
 log = structlog.get_logger(__name__)
 
 
-class RedisMonitor:
-    """`StoreMonitor` of a single server or a cluster; concurrent callers share one check.
+class RedisMonitor(StoreMonitor):
+    """Monitor of a store; concurrent callers share one check.
 
     Args:
         commit_script: the script that writes streams.
@@ -76,8 +90,12 @@ class RedisMonitor:
         return await asyncio.shield(self._checking)
 
     async def count_streams(self) -> dict[str, StreamCount]:
-        """Count the streams of each model, in bounded time; estimated if there are many."""
-        return await count_streams(self._router, self._settings.keys)
+        keys, totals = self._settings.keys, defaultdict[str, StreamCount](StreamCount)
+        for server in (await self._router.layout()).servers:
+            for model, count in (await _count_on(server, keys)).items():
+                added = [a + b for a, b in zip(totals[model], count, strict=True)]
+                totals[model] = StreamCount(*added)
+        return dict(totals)
 
     async def _watch(self) -> None:
         while True:
@@ -168,3 +186,50 @@ class RedisMonitor:
         for fault in now:
             level = log.error if fault.is_unsafe else log.warning
             level("store_degraded", store=self._router.redacted_url, reason=fault.detail)
+
+
+async def _count_on(server: RedisServer, keys: KeySpace) -> dict[str, StreamCount]:
+    total = int(await server.read("DBSIZE"))
+    if total <= SAMPLE_KEYS:
+        # in bounded steps: a server that grows meanwhile is not scanned forever
+        step = scan_step(server, keys)
+        streams, _ = await scan_page(step, 0, 2 * SAMPLE_KEYS, KEYS_PER_ROUND_TRIP)
+        weight = 1.0
+    else:
+        parsed = map(keys.parse, await _sample(server))
+        streams, weight = [key for key in parsed if key is not None], total / SAMPLE_KEYS
+    live_since_ms = (time.time() - LIVE_S) * 1000
+    counts: defaultdict[str, StreamCount] = defaultdict(StreamCount)
+    for at in range(0, len(streams), KEYS_PER_ROUND_TRIP):
+        part = streams[at : at + KEYS_PER_ROUND_TRIP]
+        headers = await server.read_many(
+            [("GETRANGE", keys.state(key), 0, HEADER_BYTES - 1) for key in part]
+        )
+        for key, header in zip(part, headers, strict=True):
+            if isinstance(header, Exception):  # of a stream that is migrating
+                continue
+            with suppress(CodecError):
+                state = StateHeader.decode(header)
+                if state.is_tombstone:
+                    continue
+                stored, live, state_bytes = counts[key.model]
+                counts[key.model] = StreamCount(
+                    stored + weight,
+                    live + weight * (state.updated_ms >= live_since_ms),
+                    state_bytes + weight * state.size_bytes,
+                )
+    return dict(counts)
+
+
+async def _sample(server: RedisServer) -> list[str]:
+    """Random keys of a server, with repetitions."""
+    names: list[str] = []
+    commands = [("RANDOMKEY",)] * KEYS_PER_ROUND_TRIP
+    while len(names) < SAMPLE_KEYS:
+        replies = await server.read_many(commands)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                await server.read("RANDOMKEY")  # raises what the server rejects
+                raise StoreUnavailable(f"{server.redacted_url}: {reply}") from reply
+            names.append("" if reply is None else reply.decode("utf-8", "replace"))
+    return names

@@ -41,16 +41,12 @@ from service.store.base import (
     CommitColumns,
     CommitResult,
     Conflicted,
+    Store,
     StoredValue,
     decode_value,
 )
-from service.store.capabilities import (
-    OutputChannel,
-    RateLeases,
-    StoredKeys,
-    StreamUsage,
-)
 from service.store.codec import COMPARED, CodecError, StateHeader, decode_reply, unpack_head
+from service.store.redis.capabilities import RedisRateLeases, RedisStoredKeys, RedisStreamUsage
 from service.store.redis.commands import PendingCommand, Script, pack_arguments
 from service.store.redis.deletion import StreamDeletion
 from service.store.redis.monitor import RedisMonitor
@@ -67,12 +63,9 @@ from service.store.redis.outcomes import (
     resolve_retried_commit,
 )
 from service.store.redis.output_channel import RedisOutputChannel
-from service.store.redis.rate_leases import RedisRateLeases
 from service.store.redis.router import check_executed
 from service.store.redis.scan import list_streams
 from service.store.redis.server_checks import check_servers
-from service.store.redis.stored_keys import RedisStoredKeys
-from service.store.redis.stream_usage import RedisStreamUsage
 from service.store.settings import Durability, StoreSettings
 
 CACHED_NAMES: Final = 4096
@@ -86,8 +79,8 @@ _STREAM: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
 log = structlog.get_logger(__name__)
 
 
-class RedisStore:
-    """A `Store` on a single server or a cluster, depending on the address.
+class RedisStore(Store):
+    """The store on a single server or a cluster, depending on the address.
 
     Attributes:
         deletion: deletes its streams.
@@ -112,42 +105,31 @@ class RedisStore:
         self._max_reply_bytes = settings.reply_max_bytes
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
-        self.outputs: OutputChannel = RedisOutputChannel(self._router, settings)
+        self.outputs = RedisOutputChannel(self._router, settings)
         self.deletion = StreamDeletion(
             self._router, settings, self.outputs, self._slot, self._ensure_durable
         )
-        self.usage: StreamUsage = RedisStreamUsage(self._router, self._keys, self.deletion.fence)
-        self.rates: RateLeases = RedisRateLeases(self._router, self._keys)
-        self.keys: StoredKeys = RedisStoredKeys(self._router, self._keys)
+        self.usage = RedisStreamUsage(self._router, self._keys, self.deletion.fence)
+        self.rates = RedisRateLeases(self._router, self._keys)
+        self.keys = RedisStoredKeys(self._router, self._keys)
         self.monitor = RedisMonitor(self._router, settings, self._commit_script)
 
     async def start(self) -> None:
-        """Connect, check the servers and initialize a new store; once, before use.
-
-        Raises:
-            StoreUnavailable, StoreRefused: a server does not answer, or must not be used.
-        """
         await self._router.start()
         server = await check_servers(self._router, self._settings)
         self.monitor.start()
         log.info("store_ready", store=self._router.redacted_url, server=server)
 
     async def close(self) -> None:
-        """Release connections; once, after the last call returned."""
         await self.monitor.close()
         await self._router.close()
 
     def shard(self, key: StreamKey) -> Hashable:
-        """The node that stores a stream; None for a single server."""
         return None if self._slots is None else self._router.node_of(self._slot(key))
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float = math.inf
     ) -> list[StoredValue]:
-        """Load many streams in one round trip.
-
-        A result is the error of its node if other nodes of a cluster answered.
-        """
         if not keys:
             return []
         groups = self._group_by_slot(keys)
@@ -170,16 +152,6 @@ class RedisStore:
     async def load_with_reply(
         self, key: StreamKey, deadline_s: float = math.inf
     ) -> tuple[StreamState | None, StoredReply | None]:
-        """Load one stream and its stored reply in one step; a damaged reply counts as missing.
-
-        What is returned is as durable as a commit: beyond `memory` durability, the read also
-        writes (it renews the reply's TTL) and waits for durability like a commit.
-
-        Raises:
-            StateDamaged: the state's bytes are invalid.
-            NotDurable: the state is not as durable as the settings require.
-            StoreUnavailable, StoreRefused: the store as a whole.
-        """
         value, reply = await self._read_durably(key, deadline_s)
         state = decode_value(key, value)
         if isinstance(state, CarryError):
@@ -197,15 +169,6 @@ class RedisStore:
     async def commit(
         self, commits: CommitColumns, deadline_s: float = math.inf
     ) -> list[CommitResult]:
-        """Compare-and-set many streams, with one script call for each slot, in one round trip.
-
-        If the first attempt finds the stream at the commit's own head, a duplicate of the same
-        chunk wrote it: the result is Conflicted, and the stored reply answers the chunk.
-
-        Raises:
-            StoreUnavailable: nothing was sent.
-            StoreRefused: the store as a whole; nothing was written.
-        """
         if not commits.keys:
             return []
         groups = self._group_by_slot(commits.keys)
@@ -269,29 +232,14 @@ class RedisStore:
     async def delete(
         self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float = math.inf
     ) -> CommitResult:
-        """Replace a stream by a tombstone, with a bounded number of compare-and-sets.
-
-        Raises:
-            StoreUnavailable, StoreRefused: the store as a whole; nothing was deleted.
-        """
         return await self.deletion.delete(key, expected, deadline_s)
 
     async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
-        """Delete many streams as `delete` does, in two round trips if nobody else writes them."""
         return await self.deletion.delete_many(keys)
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
     ) -> StreamPage:
-        """Read a page of at most `limit` streams, of a model or of all models.
-
-        It has more only if one bucket of the server's hash table has more; it may be empty and
-        still have a cursor.
-
-        Raises:
-            InvalidInput: the cursor is invalid.
-            StoreUnavailable, StoreRefused: the store as a whole.
-        """
         return await list_streams(self._router, self._settings, model, prefix, cursor, limit)
 
     def _slot(self, key: StreamKey) -> int:

@@ -26,11 +26,10 @@ from redis.exceptions import RedisError
 from service.core.errors import StoreUnavailable
 from service.store.redis.address import Address
 from service.store.redis.connections import ATTEMPTS_PER_CALL, ConnectionFactory
-from service.store.redis.discovering_router import DiscoveringRouter
+from service.store.redis.discovering_router import DiscoveringRouter, Topology
 from service.store.redis.pipelined_connection import PipelinedConnection
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Layout
-from service.store.redis.topology import Topology
 from service.store.settings import StoreSettings
 
 CHECK_INTERVAL_S: Final = 1.0

@@ -259,7 +259,7 @@ def test_values_outside_the_layout_are_not_encoded() -> None:
     for outputs in (np.zeros((2, 2)), np.zeros(4, np.float32)):
         with pytest.raises(CodecError):
             encode_reply(StoredReply(good.head, outputs))
-    for epoch, tag, position in (
+    for head in (
         (b"short", bytes(16), 0),
         (bytes(8), b"t" * 16, 0),
         (bytes(8), bytes(16), 1),

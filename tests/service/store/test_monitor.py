@@ -16,7 +16,7 @@ from service.store.capabilities import LIVE_S
 from service.store.open import open_store
 from service.store.redis import monitor
 from service.store.redis.commands import PendingCommand
-from service.store.redis.stream_count import SAMPLE_KEYS
+from service.store.redis.monitor import SAMPLE_KEYS
 from service.store.settings import StoreSettings
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster
 from tests.support.servers import RealServer, emptied, opened, real_server, until, until_async
