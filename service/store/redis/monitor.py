@@ -11,8 +11,9 @@ fails or whose user may not run scripts answers PING and yet rejects every chunk
                   service would refuse such a server at start.
 
 It also counts the streams of each model in bounded time, however many there are. A server with at
-most `SAMPLE_KEYS` keys is scanned, and its counts are exact. A larger one is sampled: of `SAMPLE_KEYS` random keys (RANDOMKEY), each stands for as many keys as the server has,
-divided by the sample. The standard error of a model that has a share p of the keys is
+most `SAMPLE_KEYS` keys is scanned, and its counts are exact. A larger one is sampled: of
+`SAMPLE_KEYS` random keys (RANDOMKEY), each stands for as many keys as the server has, divided by
+the sample. The standard error of a model that has a share p of the keys is
 sqrt(p (1 - p) / SAMPLE_KEYS) of all keys, 1.6 % of them at most. Per server it takes 2,000 short
 commands, in pipelines of `KEYS_PER_ROUND_TRIP`, so that no commit waits long behind one.
 
