@@ -70,7 +70,10 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
     encoding = asyncio.Lock()
 
     async def watch_outputs(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-        """Stream the outputs of a stream, from now on or from a position."""
+        """Watch the outputs of a stream.
+
+        They are streamed from now on or from a position.
+        """
         caller, api = caller_of(request), api_of(request)
         codec = api.codec(api.pipeline.model(caller, (Verb.WATCH,), model, stream))
         key = StreamKey(codec.served.name, stream_name(stream))
@@ -87,8 +90,6 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         "GET",
         ROUTE,
         watch_outputs,
-        "streams",
-        "Watch the outputs of a stream",
         verbs=(Verb.WATCH,),
         replies={
             200: "Events `stream`, `outputs`, `gap` and `end`, until the client disconnects. The "
@@ -97,6 +98,7 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         content={"text/event-stream": {"schema": {"type": "string"}}},
         parameters=(_FROM, _LAST_EVENT_ID, RETURN_SEQUENCES),
         problems=(*STORE, errors.ShuttingDown),
+        tag="streams",
         options={"response_class": StreamingResponse},
     )
     app.router.routes.extend(route.served())

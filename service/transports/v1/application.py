@@ -43,8 +43,6 @@ from service.transports.v1.request_log import RequestLogMiddleware
 from service.transports.v1.route import Route
 from service.transports.v1.table import HEALTH, METRICS, ROUTES
 
-__all__ = ["ConnectionSettings", "RequestSettings", "create_api"]
-
 RenderMetrics = Callable[[], tuple[bytes, str]]
 """Returns the body of /metrics and its content type; called in a thread."""
 

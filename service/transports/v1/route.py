@@ -7,6 +7,7 @@ so `request_fields` reads all others.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -95,10 +96,11 @@ REQUEST_ID = parameter(
 
 @dataclass(frozen=True)
 class Route:
-    """One route. The docstring of its endpoint is its description.
+    """One route. The docstring of its endpoint is its summary and its description.
 
     Attributes:
-        endpoint: called with the request and the path parameters.
+        endpoint: called with the request and the path parameters; the name of its module is the
+            tag, if there is no other.
         verbs: of an access key, each of which allows the route.
         replies: what each status of success means.
         reply: the type of their body; None if it is not one of the API's, or there is none.
@@ -114,8 +116,6 @@ class Route:
     method: str
     path: str
     endpoint: Callable[..., Any]
-    tag: str
-    summary: str
     verbs: tuple[Verb, ...] = ()
     replies: Mapping[int, str] = field(default_factory=dict)
     reply: Any = None
@@ -125,6 +125,7 @@ class Route:
     body: str | None = None
     problems: tuple[type[CarryError], ...] = ()
     is_health: bool = False
+    tag: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def served(self) -> list[APIRoute]:
@@ -138,12 +139,14 @@ class Route:
             extra["requestBody"] = {"required": True, "content": content}
         replies: Responses = {code: self._reply(text) for code, text in self.replies.items()}
         problems: Responses = {} if self.is_health else _problems(self._errors())
+        summary, _, description = (inspect.getdoc(self.endpoint) or "").partition("\n\n")
         served = DirectRoute(
             self.path,
             self.endpoint,
             methods=[self.method],
-            summary=self.summary,
-            tags=[self.tag],
+            summary=summary.removesuffix("."),
+            description=description,
+            tags=[self.tag or self.endpoint.__module__.rpartition(".")[2]],
             responses={**replies, **problems, **replies},
             openapi_extra=extra,
             **self.options,

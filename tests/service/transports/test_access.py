@@ -251,6 +251,12 @@ async def test_every_route_needs_its_verb(api: Harness) -> None:
             assert allowed == set(Verb)
         else:
             assert allowed == needed, (method, path)
+    headers = {"authorization": await api.key()}
+    document = (await api.client.get("/openapi.json", headers=headers)).json()
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            named = {verb for each in operation["security"] for verb in each.get("access_key", ())}
+            assert named == NEEDED.get((method.upper(), path), set()), (method, path)
 
 
 @once

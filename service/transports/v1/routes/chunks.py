@@ -47,7 +47,9 @@ from service.transports.v1.route import ModelPath, StreamPath
 
 
 async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """Continue the stream from the state after its last chunk; every event gets its output.
+    """Send one chunk of a stream and get its outputs.
+
+    Continue the stream from the state after its last chunk; every event gets its output.
 
     The first chunk creates the stream. With a `position`, the index of the chunk's first event,
     the chunk is applied exactly once: a retry of the stream's last chunk gets the stored reply,
@@ -72,7 +74,9 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
 
 
 async def post_chunks(request: Request, model: ModelPath) -> Response:
-    """Each item is one chunk and has its own outcome, in the order of the request.
+    """Send chunks of many streams in one request.
+
+    Each item is one chunk and has its own outcome, in the order of the request.
 
     Items of one stream are applied in their order. After an item that failed, later items of
     its stream are not applied (`previous_failed`); `already_applied` and `position_behind` let
@@ -103,7 +107,9 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
 
 
 async def post_predict(request: Request, model: ModelPath) -> Response:
-    """Each sequence starts from the initial state, or continues that of its `state_token`. No
+    """Run whole sequences, storing nothing.
+
+    Each sequence starts from the initial state, or continues that of its `state_token`. No
     stream is read or changed.
     """
     caller, api = caller_of(request), api_of(request)

@@ -25,13 +25,19 @@ HIDDEN: Final = "needs a key that allows metrics"
 
 
 async def get_live(_: Request) -> Response:
-    """Always 200."""
+    """Whether the process answers.
+
+    Always 200.
+    """
     document: Live = {"status": "live"}
     return reply(Media.JSON, document)
 
 
 async def get_ready(request: Request) -> Response:
-    """200 if every check passes, otherwise 503; `failing` names the others."""
+    """Whether requests should be sent here.
+
+    200 if every check passes, otherwise 503; `failing` names the others.
+    """
     checks = await api_of(request).pipeline.readiness()
     failing = [check.name for check in checks if not check.ok]
     # a probe has no key, and details have addresses of the store
@@ -49,7 +55,10 @@ async def get_ready(request: Request) -> Response:
 
 
 async def get_store(request: Request) -> Response:
-    """Always 200: it is a report, not a reason to send requests elsewhere."""
+    """Each server of the store.
+
+    Always 200: it is a report, not a reason to send requests elsewhere.
+    """
     caller_of(request).check((Verb.METRICS,))
     checks = await api_of(request).pipeline.readiness()
     check = next(each for each in checks if each.name == "store")
@@ -65,7 +74,10 @@ async def get_store(request: Request) -> Response:
 
 
 async def get_metrics(request: Request) -> Response:
-    """Prometheus' text format, of all workers together."""
+    """Metrics for Prometheus.
+
+    Prometheus' text format, of all workers together.
+    """
     caller_of(request).check((Verb.METRICS,))
     # in a thread: it reads files if several workers share their counters
     body, content_type = await asyncio.to_thread(request.app.state.render_metrics)

@@ -28,7 +28,10 @@ from service.transports.v1.route import ModelPath
 
 
 async def get_models(request: Request) -> Response:
-    """A summary of every served model."""
+    """List the models.
+
+    A summary of every served model.
+    """
     models = api_of(request).pipeline.describe(caller_of(request))
     query(request)
     answer = reply_media(request)
@@ -37,7 +40,10 @@ async def get_models(request: Request) -> Response:
 
 
 async def get_model(request: Request, model: ModelPath) -> Response:
-    """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
+    """Inputs, outputs, state and limits of a model.
+
+    Event schema, columns of `inputs`, outputs, layout of the state, version and limits.
+    """
     api = api_of(request)
     served = api.pipeline.model(caller_of(request), (Verb.MODELS,), model)
     query(request)

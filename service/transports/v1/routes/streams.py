@@ -1,4 +1,4 @@
-"""Administration of streams: read, list, delete, restore and fork.
+"""Streams: read, list, delete, restore, fork and forecast.
 
 All is answered from the store. A request that overwrites a stream needs an If-Match header
 with that stream's ETag.
@@ -16,7 +16,7 @@ from models.errors import DataError, StateError
 from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
-from service.access.caller import DESCRIBE, Verb
+from service.access.caller import DESCRIBE, PREDICT, Verb
 from service.codec.media import Media
 from service.codec.replies import etag, reply
 from service.codec.reply_types import (
@@ -30,10 +30,12 @@ from service.codec.request_body import receive_body
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
 from service.pipeline.served_model import ServedModel
+from service.server.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.request_fields import (
     body_media,
     count,
+    deadline,
     if_match,
     query,
     reply_media,
@@ -49,7 +51,10 @@ VERSION_DIGITS = 12
 
 
 async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
+    """Current state of a stream, without its values.
+
+    Position, epoch, tag, age, size, and the version of the model that wrote its state.
+    """
     caller, api = caller_of(request), api_of(request)
     served = api.pipeline.model(caller, DESCRIBE, model, stream)
     query(request)
@@ -60,7 +65,10 @@ async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> 
 
 
 async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """Deletes its state and its stored reply; its next chunk starts a new stream at position 0."""
+    """Delete a stream.
+
+    Deletes its state and its stored reply; its next chunk starts a new stream at position 0.
+    """
     caller, api = caller_of(request), api_of(request)
     served = api.pipeline.model(caller, (Verb.DELETE,), model, stream)
     query(request)
@@ -71,7 +79,9 @@ async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) 
 
 
 async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """The whole state with all that is needed to restore it.
+    """The state of a stream, by name.
+
+    The whole state with all that is needed to restore it.
 
     Rejected (`state_incompatible`) if another version of the model wrote it.
     """
@@ -89,7 +99,9 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
 
 
 async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """Accepts what `GET` returned, of this stream or another. The stream gets a new epoch.
+    """Restore a stream from a state.
+
+    Accepts what `GET` returned, of this stream or another. The stream gets a new epoch.
 
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
     created, 200 if it was overwritten.
@@ -136,7 +148,9 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
 
 
 async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """The new stream has this one's state, position and kind of feed, and an epoch of its own.
+    """Start a second stream from the state of this one.
+
+    The new stream has this one's state, position and kind of feed, and an epoch of its own.
 
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
     of the stream `to`. 201 if it was created, 200 if it was overwritten.
@@ -156,8 +170,39 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     return _created_or_overwritten(request, answer, to, record, precondition)
 
 
+async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+    """Forecast from the current state of a stream.
+
+    The model's decoder starts from the stream's stored state and predicts `horizon` steps ahead.
+
+    Nothing is stored and the stream does not change. The reply has the medians, quantiles of each
+    step along them and, with `samples`, drawn paths; the same `seed` draws the same paths from
+    the same state. With a `position` the stream has to be at that position, with
+    `If-Match` in the state that it names.
+    """
+    caller, api = caller_of(request), api_of(request)
+    codec = api.codec(api.pipeline.model(caller, PREDICT, model, stream))
+    deadline_s = deadline(request, api.limits)
+    query(request)
+    key = StreamKey(codec.served.name, stream_name(stream))
+    codec.served.require_decoder()
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    body = await receive_body(request, media, deadline_s)
+    parameters = await body.read(
+        codec.reader.forecast_request, codec.long.forecast_request, key.stream
+    )
+    parameters = parameters._replace(precondition=precondition)
+    forecasting = api.pipeline.forecast(caller, key, parameters, deadline_s)
+    forecast = await cancel_on_disconnect(request, forecasting)
+    return reply(answer, codec.writer.forecast(forecast, parameters), headers=[etag(forecast.head)])
+
+
 async def get_streams(request: Request, model: ModelPath) -> Response:
-    """One page of names, in no order; continue with its `cursor` until that is null.
+    """List streams.
+
+    One page of names, in no order; continue with its `cursor` until that is null.
 
     A stream that exists throughout a listing comes at least once; a name may come twice, and a
     page may be empty before the last.
@@ -177,7 +222,9 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
 
 
 async def delete_streams(request: Request, model: ModelPath) -> Response:
-    """The parameter `prefix` is required; `?prefix=` alone deletes all streams of the model.
+    """Delete every stream whose name starts with a prefix.
+
+    The parameter `prefix` is required; `?prefix=` alone deletes all streams of the model.
 
     With `limit`, the request ends after about that many; continue with its `cursor` until that is
     null. Streams that are created meanwhile may remain.
