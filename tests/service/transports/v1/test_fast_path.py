@@ -403,7 +403,7 @@ async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
         logged: list[tuple[str, int]] = []
         monkeypatch.setattr(
             "service.transports.v1.fast_path.log_request",
-            lambda request_id, method, route, status, ms, **_: logged.append((request_id, status)),
+            lambda request_id, method, route, status, *_, **__: logged.append((request_id, status)),
         )
         for writer in writers:
             writer.transport.abort()

@@ -372,7 +372,7 @@ async def test_long_bodies_are_rejected_unparsed_when_the_queue_is_full(
     monkeypatch.setattr(
         api.pipeline,
         "check_admission",
-        lambda model, key, left_s: Overloaded("full", retry_after_s=1),
+        lambda *_: Overloaded("full", retry_after_s=1),
     )
     for path in ("streams/s/chunks", "chunks"):
         response = await api.client.post(
