@@ -50,13 +50,12 @@ BACKOFF_RESET_S: Final = 60.0
 
 log = structlog.get_logger(__name__)
 
-StartProcess = Callable[..., BaseProcess | None]
+StartProcess = Callable[..., BaseProcess]
 """Starts a process that runs a function: gets the descriptors of the open files that its arguments
-use, which a fork keeps, the function, and its arguments. None if none can be started now."""
+use, which a fork keeps, the function, and its arguments."""
 
-WithoutThreads = Callable[[], AbstractContextManager[bool]]
-"""Ends the other threads of a process for the time of a block, and yields whether they have ended;
-starts them again after the block."""
+WithoutThreads = Callable[[], AbstractContextManager[None]]
+"""Ends the other threads of a process for the time of a block, and starts them again after it."""
 
 
 def spawn(files: Sequence[int], main: Callable[..., None], *arguments: Any) -> BaseProcess:
@@ -74,16 +73,14 @@ class Fork:
             for a process that has none.
     """
 
-    def __init__(self, without_threads: WithoutThreads = lambda: nullcontext(True)):
+    def __init__(self, without_threads: WithoutThreads = nullcontext):
         self._without_threads = without_threads
 
     def __call__(
         self, files: Sequence[int], main: Callable[..., None], *arguments: Any
-    ) -> BaseProcess | None:
+    ) -> BaseProcess:
         """Start a fork."""
-        with self._without_threads() as is_alone:
-            if not is_alone:
-                return None
+        with self._without_threads():
             others = _open_files()
             for file in (0, 1, 2, *files):
                 others.pop(file, None)
@@ -228,16 +225,13 @@ class Worker:
         self.process.join()
 
 
-def start_worker(start: StartProcess, config: WorkerConfig, load: WorkerLoad) -> Worker | None:
-    """Start a worker; None if no process can be started now."""
+def start_worker(start: StartProcess, config: WorkerConfig, load: WorkerLoad) -> Worker:
+    """Start a worker."""
     heartbeats, child_end = multiprocessing.Pipe(duplex=False)
     # Otherwise the pipe would stay open after the worker exits.
     with child_end:
         files = (config.listener.fileno(), child_end.fileno())
         process = start(files, _run_worker, config, child_end, load)
-    if process is None:
-        heartbeats.close()
-        return None
     return Worker(process, heartbeats, load)
 
 

@@ -95,7 +95,7 @@ class _Slot:
     """One slot of a pool.
 
     Attributes:
-        worker: None until one can be started, or until one that exited is restarted.
+        worker: None until one that exited is restarted.
         replacement: the worker that takes over once it is ready.
         has_ended: whether a worker of the slot has exited.
         failures: consecutive exits before `BACKOFF_RESET_S`.
@@ -194,13 +194,11 @@ class WorkerPool:
         used = {worker.load.index for worker in self._workers() if not worker.has_exited()}
         return [index for index in range(len(self._loads)) if index not in used]
 
-    def _start(self) -> Worker | None:
-        """Start a worker; None if no process can be started now, which is tried again soon."""
+    def _start(self) -> Worker:
         load = WorkerLoad(self._loads, self._unused_indexes()[0], self._fill)
         load.publish(NOT_ACCEPTING)
         worker = start_worker(self._start_process, self._config, load)
-        if worker is not None:
-            log.info("worker_started", pid=worker.pid)
+        log.info("worker_started", pid=worker.pid)
         return worker
 
     def _wait(self) -> None:
@@ -230,7 +228,7 @@ class WorkerPool:
                 self._schedule_restart(slot, slot.worker)
             elif slot.worker is None and self._may_start(slot):
                 slot.worker = self._start()
-                if slot.worker is not None and slot.has_ended:
+                if slot.has_ended:
                     self._on_restart()
         self._draining = [worker for worker in self._draining if not worker.has_drained()]
         for index in self._unused_indexes():

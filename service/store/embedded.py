@@ -141,11 +141,11 @@ class EmbeddedValkey:
                 self._lock = None
 
     @contextmanager
-    def without_thread(self) -> Iterator[bool]:
+    def without_thread(self) -> Iterator[None]:
         """Do not supervise the server during the block, which may then fork this process."""
         self._end_supervisor()
         try:
-            yield True
+            yield
         finally:
             self._start_supervisor()
 
