@@ -16,6 +16,9 @@ from service.pipeline.served_model import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_in_blocks
 
+ONE_RUNG = {64: (8,)}
+"""Rows by steps of what TensorFlow compiles, for seconds a rung: as many as there are streams."""
+
 SPEC = parse_spec(
     {
         "name": "tagger",
@@ -42,7 +45,10 @@ def runtime(request: pytest.FixtureRequest, artifact: Artifact) -> Runtime:
     if request.param == "numpy":
         return NumpyRuntime(artifact)
     threads = 0 if request.param == "tensorflow" else 1
-    opened = open_runtime(request.param, artifact, threads=threads)
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "tensorflow":
+            patched.setattr("service.engine.runtimes.tensorflow.ROWS_AT", ONE_RUNG)
+        opened = open_runtime(request.param, artifact, threads=threads)
     opened.warm()
     return opened
 
