@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 import ormsgpack
 
-from service.transports.v2.grpc import v2_pb2 as pb
+from tests.support.v2_messages import message_class
 
 SAMPLED_CHUNKS = 24
 """Chunks of the sampled stream whose replies are kept; the oracle that checks them is slow."""
@@ -30,6 +30,10 @@ Media = Literal["json", "msgpack", "v2", "grpc"]
 """`v2` and `grpc` are the V2 protocol with binary tensors, over HTTP and in streams of gRPC."""
 Ticket = tuple[tuple[int, int], ...]
 """The streams of a request, each with the position that its reply must give."""
+
+
+_INFER_REQUEST = message_class("ModelInferRequest")
+_STREAM_RESPONSE = message_class("ModelStreamInferResponse")
 
 
 class WrongReplyError(Exception):
@@ -74,7 +78,7 @@ def write_v2_request(path: str, stream: str, position: int, rows: bytes, steps: 
 
 def write_message(model: str, stream: str, position: int, rows: bytes, steps: int) -> bytes:
     """A message of the V2 protocol in a stream of gRPC."""
-    message = pb.ModelInferRequest(model_name=model, raw_input_contents=[rows])
+    message = _INFER_REQUEST(model_name=model, raw_input_contents=[rows])
     features = len(rows) // 4 // steps
     message.inputs.add(name="inputs", datatype="FP32", shape=[1, steps, features])
     message.parameters["sequence_id"].string_param = stream
@@ -82,9 +86,9 @@ def write_message(model: str, stream: str, position: int, rows: bytes, steps: in
     return message.SerializeToString()
 
 
-def read_message(data: bytes) -> pb.ModelInferResponse:
+def read_message(data: bytes) -> Any:
     """The reply in a message; raises WrongReplyError for an error."""
-    response = pb.ModelStreamInferResponse.FromString(data)
+    response = _STREAM_RESPONSE.FromString(data)
     if response.error_message:
         raise WrongReplyError(response.error_message)
     return response.infer_response

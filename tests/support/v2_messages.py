@@ -1,35 +1,29 @@
-"""The messages of the V2 protocol's `.proto`, in a descriptor pool of their own.
+"""The messages of the V2 protocol, in a descriptor pool of their own.
 
 `tritonclient` registers the same names in the default pool, so that a process which imports it
-cannot import the service's `v2_pb2`.
+cannot import the service's `v2_pb2`: its descriptors are read from the generated file.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import ast
 from typing import Any
 
-from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 
 from tests.support.machine import REPOSITORY
 
-PROTO = REPOSITORY / "service/transports/v2/grpc/v2.proto"
+GENERATED = REPOSITORY / "service/transports/v2/grpc/v2_pb2.py"
 
 
 def _pool() -> DescriptorPool:
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "descriptors"
-        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO.parent}"]
-        subprocess.run([*command, f"--descriptor_set_out={out}", PROTO.name], check=True)
-        described = FileDescriptorSet.FromString(out.read_bytes())
+    calls = [
+        node for node in ast.walk(ast.parse(GENERATED.read_text())) if isinstance(node, ast.Call)
+    ]
+    (file,) = [each.args[0] for each in calls if "AddSerializedFile" in ast.unparse(each.func)]
     pool = DescriptorPool()
-    for file in described.file:
-        pool.Add(file)
+    pool.AddSerializedFile(ast.literal_eval(file))
     return pool
 
 
