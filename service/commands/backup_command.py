@@ -6,7 +6,6 @@ embedded Valkey of `CARRY_DATA_DIR`, whether a service runs on it or not.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import sys
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from service.commands.direct_store import DataDir, RedisUrl, open_settings
+from service.commands.common import DataDir, RedisUrl, open_settings, run_on_store
 from service.commands.keys_command import describe
 
 if TYPE_CHECKING:
@@ -186,24 +185,16 @@ def _run(
     from rich.progress import Progress as Display
     from rich.progress import TextColumn, TimeElapsedColumn
 
-    from service.store.open import open_store
-
     columns = (TextColumn("{task.description} {task.completed:,} streams"), TimeElapsedColumn())
     console = Console(stderr=True)
 
-    async def run() -> Progress:
-        store = open_store(settings.store)
-        with Display(*columns, console=console, disable=not console.is_terminal) as display:
-            task = display.add_task(description, total=None)
-            try:
-                await store.start()
-                return await action(
-                    store, lambda done: display.update(task, completed=done.streams + done.kept)
-                )
-            finally:
-                await store.close()
+    with Display(*columns, console=console, disable=not console.is_terminal) as display:
+        task = display.add_task(description, total=None)
 
-    return asyncio.run(run())
+        def report(done: Progress) -> None:
+            display.update(task, completed=done.streams + done.kept)
+
+        return run_on_store(settings, lambda store: action(store, report))
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.commands.common import one_line_errors
+
 if TYPE_CHECKING:
     from models.artifact.artifact import Artifact
 
@@ -36,12 +38,9 @@ def capacity(
     from service.commands import capacity as formula
     from service.settings import Settings, SettingsError
 
-    try:
+    with one_line_errors(ModelsError, SettingsError):
         settings = Settings.load({})
         artifact = _find(model, settings.models.models_dir)
-    except (ModelsError, SettingsError) as error:
-        typer.echo(f"carry: {error}", err=True)
-        raise typer.Exit(1) from error
     chunks_per_s = rate / chunk
     state, reply_bytes = artifact.state, 4 * chunk * artifact.outputs.size
     prefix = f"{settings.store.namespace}{{p0000}}:s:{artifact.spec.name}:"

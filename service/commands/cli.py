@@ -20,6 +20,7 @@ import typer
 from models.errors import ModelsError
 from service.commands.backup_command import backup, restore
 from service.commands.capacity_command import capacity
+from service.commands.common import DataDir, RedisUrl, one_line_errors
 from service.commands.keys_command import keys_app
 from service.commands.replay.command import replay
 from service.commands.streams_command import streams_app
@@ -53,28 +54,21 @@ TreesTime = Annotated[
     float, typer.Option("--trees-s", min=0, help="Time that boosted trees may take, in seconds.")
 ]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
-RedisUrl = Annotated[
-    str | None, typer.Option(help="Address of the state store; default: an embedded Valkey.")
-]
 Models = Annotated[
     Path | None, typer.Option(metavar="DIR", help="An artifact, or a directory of artifacts.")
-]
-DataDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Data directory of the embedded Valkey.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn expected errors into one line and exit status 1."""
+def _training_errors() -> Iterator[None]:
+    """Turn errors of models, and packages that are not installed, into one line."""
     try:
-        yield
-    except (ModelsError, ModuleNotFoundError) as error:
-        hint = ""
-        if isinstance(error, ModuleNotFoundError):
-            hint = "; training needs the extra `train` (in a clone: scripts/setup dev)"
-        typer.echo(f"carry: {error}{hint}", err=True)
+        with one_line_errors(ModelsError):
+            yield
+    except ModuleNotFoundError as error:
+        hint = "training needs the extra `train` (in a clone: scripts/setup dev)"
+        typer.echo(f"carry: {error}; {hint}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -92,7 +86,6 @@ def serve_command(
 ) -> None:
     """Serve models over HTTP. Every setting is also a CARRY_ variable; flags take precedence."""
     from service.commands.serve import CannotServeError, serve
-    from service.core.errors import CarryError
     from service.engine.runtimes.loading import RuntimeUnavailableError
     from service.settings import Settings, SettingsError
     from service.telemetry.logs import configure_logs
@@ -106,20 +99,12 @@ def serve_command(
         "models_dir": models,
         "data_dir": data_dir,
     }
-    try:
+    expected = (CannotServeError, SettingsError, ModelsError, RuntimeUnavailableError)
+    with one_line_errors(*expected):
         settings = Settings.load(flags)
         configure_logs(settings.telemetry.log_level, settings.telemetry.log_format)
         _report_settings(settings)
         serve(settings)
-    except (
-        CannotServeError,
-        SettingsError,
-        ModelsError,
-        CarryError,
-        RuntimeUnavailableError,
-    ) as error:
-        typer.echo(f"carry: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @app.command("check")
@@ -184,7 +169,7 @@ def init_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Write an artifact with random weights, for tests and benchmarks."""
-    with _one_line_errors():
+    with _training_errors():
         from models.networks.initial_artifact import initialise_artifact
         from models.spec.spec_file import read_spec
 
@@ -204,7 +189,7 @@ def train_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a model, compare it with baselines, write the artifact, a report and plots."""
-    with _one_line_errors():
+    with _training_errors():
         from models.training import commands
 
         commands.train_command(
@@ -251,7 +236,7 @@ def evaluate_command(
     """Score an artifact on data, chunk by chunk as the service computes it."""
     if plots is not None and anomalies is None:
         raise typer.BadParameter("--plots needs --anomalies")
-    with _one_line_errors():
+    with _training_errors():
         from models.training import commands
 
         scores = commands.evaluate_command(
@@ -288,7 +273,7 @@ def plot_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Plot a stream over time: values, forecasts, scores, alarms and labels."""
-    with _one_line_errors():
+    with _training_errors():
         from models.training import commands
 
         commands.plot_command(
@@ -317,7 +302,7 @@ def score_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a model's outputs for a file of events, as the service would answer them."""
-    with _one_line_errors():
+    with _training_errors():
         from rich.console import Console
 
         from models.offline.score import score_file
@@ -393,7 +378,7 @@ def import_command(
     ] = None,
 ) -> None:
     """Import a Keras model or an ONNX graph as an artifact, and verify it."""
-    with _one_line_errors():
+    with _training_errors():
         from models.errors import ImportedModelError
         from models.importing.isolation import Limits
         from models.importing.packaging import import_keras_model, import_onnx_model, onnx_options
@@ -441,7 +426,7 @@ def graph_command(
     ],
 ) -> None:
     """Write the ONNX graphs of artifacts, for other programs; the service does not read them."""
-    with _one_line_errors():
+    with _training_errors():
         from models.artifact.artifact import add_graph
 
         for path in artifacts:

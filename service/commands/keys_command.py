@@ -6,26 +6,20 @@ store could create keys anyway, and an API that requires keys could not create t
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.commands.direct_store import DataDir, RedisUrl, open_settings
-from service.commands.token_command import sign
+from service.commands.common import DataDir, RedisUrl, one_line_errors, open_settings, run_on_store
 
 if TYPE_CHECKING:
     from service.access.caller import Verb
     from service.access.keys import AccessKey
     from service.access.limits import KeyLimits
-    from service.settings import Settings
-    from service.store.capabilities import StoredKeys
-
-T = TypeVar("T")
+    from service.store.base import Store
 
 ALL = "all"
 DAY_MS = 86_400_000
@@ -33,8 +27,6 @@ DAY_MS = 86_400_000
 keys_app = typer.Typer(
     help="Create, list, show and revoke access keys, in the store itself.", no_args_is_help=True
 )
-
-keys_app.command("token")(sign)
 
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The key's id, 12 hex digits.")]
 
@@ -99,7 +91,7 @@ def create_key(
             limits=None if limits == KeyLimits() else limits,
         )
         text, record = new_key(record)
-        _run(settings, lambda stored: stored.write({text.key_id: encode_key(record)}))
+        run_on_store(settings, lambda store: store.keys.write({text.key_id: encode_key(record)}))
     typer.echo(f"key {text.key_id}: {_scope(record)}; it is not shown again:", err=True)
     typer.echo(str(text))
 
@@ -108,7 +100,7 @@ def create_key(
 def list_keys(redis_url: RedisUrl = None, data_dir: DataDir = None) -> None:
     """Print a line for each key, the oldest first."""
     with open_settings(redis_url, data_dir) as settings:
-        keys = _run(settings, _read)
+        keys = run_on_store(settings, _read)
     for key_id, key in sorted(keys.items(), key=lambda item: item[1].created_ms):
         typer.echo(describe(key_id, key))
 
@@ -121,7 +113,7 @@ def show_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = None
     from service.access.keys import AccessKeyError
 
     with open_settings(redis_url, data_dir, AccessKeyError) as settings:
-        key = _find(_run(settings, _read), key_id)
+        key = _find(run_on_store(settings, _read), key_id)
     document: dict[str, Any] = {
         "id": key_id,
         "name": key.name,
@@ -144,16 +136,54 @@ def revoke_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = No
 
     from service.access.keys import AccessKeyError, encode_key
 
-    async def revoke(stored: StoredKeys) -> AccessKey:
-        key = _find(await _read(stored), key_id)
+    async def revoke(store: Store) -> AccessKey:
+        key = _find(await _read(store), key_id)
         if key.revoked_ms is None:
             key = msgspec.structs.replace(key, revoked_ms=_now_ms())
-            await stored.write({key_id: encode_key(key)})
+            await store.keys.write({key_id: encode_key(key)})
         return key
 
     with open_settings(redis_url, data_dir, AccessKeyError) as settings:
-        key = _run(settings, revoke)
+        key = run_on_store(settings, revoke)
     typer.echo(f"revoked {key_id}, {key.name}")
+
+
+@keys_app.command("token")
+def sign(
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="VERB", help="What it may do; default: what the key may."),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Models that it may use; default: those of the key.")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="Only streams whose names begin with this; default: that of the key."),
+    ] = None,
+    subject: Annotated[str | None, typer.Option(help="The tenant, for logs.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.001, help="Minutes until it expires.")] = 60.0,
+) -> None:
+    """Sign a token that allows a part of what the key in CARRY_API_KEY (or CARRY_API_KEY_FILE)
+    allows, and print it."""
+    from carry_client.wire import authorization
+    from service.access.caller import Verb
+    from service.access.keys import parse_key
+    from service.access.tokens import TokenClaims, sign_token
+
+    with one_line_errors(ValueError):
+        bearer = authorization().get("authorization", "").removeprefix("Bearer ")
+        key = parse_key(bearer)
+        if key is None:
+            raise ValueError("expected an access key in CARRY_API_KEY or CARRY_API_KEY_FILE")
+        claims = TokenClaims(
+            exp=round(time.time() + 60 * minutes),
+            sub=subject,
+            verbs=None if allow is None else tuple(map(Verb, allow)),
+            models=None if model is None else tuple(model),
+            prefix=prefix,
+        )
+    typer.echo(sign_token(key, claims))
 
 
 def _verbs(names: list[str] | None) -> tuple[Verb, ...]:
@@ -172,11 +202,11 @@ def _verbs(names: list[str] | None) -> tuple[Verb, ...]:
         ) from error
 
 
-async def _read(stored: StoredKeys) -> dict[str, AccessKey]:
+async def _read(store: Store) -> dict[str, AccessKey]:
     """The keys in the store; unreadable ones are reported on stderr and skipped."""
     from service.access.keys import AccessKeyError, decode_key
 
-    _, records = await stored.read(None) or (b"", {})
+    _, records = await store.keys.read(None) or (b"", {})
     keys: dict[str, AccessKey] = {}
     for key_id, record in records.items():
         try:
@@ -192,21 +222,6 @@ def _find(keys: dict[str, AccessKey], key_id: str) -> AccessKey:
     if check_key_id(key_id) not in keys:
         raise AccessKeyError(f"there is no key {key_id}; `carry keys list` lists them")
     return keys[key_id]
-
-
-def _run(settings: Settings, action: Callable[[StoredKeys], Awaitable[T]]) -> T:
-    """Act on the keys in the store of the settings."""
-    from service.store.open import open_store
-
-    async def run() -> T:
-        store = open_store(settings.store)
-        try:
-            await store.start()
-            return await action(store.keys)
-        finally:
-            await store.close()
-
-    return asyncio.run(run())
 
 
 def describe(key_id: str, key: AccessKey) -> str:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.commands.common import one_line_errors
+
 if TYPE_CHECKING:
     from carry_client import Carry
 
@@ -51,12 +53,9 @@ def _service(url: str) -> Iterator[Carry]:
     # Imported here: it would take a third of the start-up time of every other command.
     from carry_client import Carry, Problem
 
-    try:
+    # of the access key in the environment
+    with one_line_errors(ValueError):
         client = Carry(url, encoding="json")
-    except ValueError as error:
-        # of the access key in the environment
-        typer.echo(f"carry: {error}", err=True)
-        raise typer.Exit(1) from error
     try:
         with client:
             yield client
