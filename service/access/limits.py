@@ -182,7 +182,7 @@ class KeyLimiter:
         self._concurrent = 0
         self.is_active = False
         self.limits = KeyLimits()
-        self._most_concurrent: int | None = None
+        self._max_concurrent: int | None = None
         self._requests: RateShare | None = None
         self._events: RateShare | None = None
         self.update(limits)
@@ -192,7 +192,7 @@ class KeyLimiter:
         self.limits = limits
         if not self.shares:
             self.is_active = False
-        self._most_concurrent = limits.concurrent_requests
+        self._max_concurrent = limits.concurrent_requests
         self._requests = self._share(self._requests, "requests_per_s", limits.requests_per_s)
         self._events = self._share(self._events, "events_per_s", limits.events_per_s)
 
@@ -212,9 +212,9 @@ class KeyLimiter:
 
     def rejection(self) -> LimitExceeded | None:
         """The error with which a request would be rejected now; None if it would be accepted."""
-        most = self._most_concurrent
-        if most is not None and self._concurrent >= most:
-            return self._error("concurrent_requests", most, RETRY_AFTER_S)
+        maximum = self._max_concurrent
+        if maximum is not None and self._concurrent >= maximum:
+            return self._error("concurrent_requests", maximum, RETRY_AFTER_S)
         requests, events = self._requests, self._events
         if requests is not None and requests.level < 1.0:
             now_s = self._clock()

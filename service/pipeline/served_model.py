@@ -180,18 +180,18 @@ class ServedModel:
         Raises:
             InvalidInput
         """
-        most = self.max_alarm_rate
-        if most is None:
+        limit = self.max_alarm_rate
+        if limit is None:
             expected = f"none, since model {self.name!r} has no `detection`"
-        elif rate > most:
+        elif rate > limit:
             expected = (
-                f"at most {most:g}, the highest rate that the alarms of model {self.name!r} have "
+                f"at most {limit:g}, the highest rate that the alarms of model {self.name!r} have "
                 "on the data that they are calibrated on"
             )
         else:
             return
         raise InvalidInput(
-            f"{at}: expected {expected}; got {rate}", at=at, expected=most or "none", got=rate
+            f"{at}: expected {expected}; got {rate}", at=at, expected=limit or "none", got=rate
         )
 
     def states_before(self, steps: Sequence[Steps], states: State) -> State:

@@ -209,14 +209,14 @@ class RedisStore(Store):
             commits.keys, commits.expected, commits.states, commits.replies
         )  # fmt: skip
         packed_names, numkeys = self._packed_names, b"%d" % (2 * len(keys))
-        script, most = self._commit_script, self._max_reply_bytes
+        script, max_bytes = self._commit_script, self._max_reply_bytes
         packed = [
             _CALL % (5 + 5 * len(keys), script.by_hash, len(numkeys), numkeys),
             *[packed_names[key][1] for key in keys],
             self._ttls,
         ]
         for head, state, reply in zip(expected, states, replies, strict=True):
-            head, reply = head[COMPARED], reply if len(reply) <= most else b""
+            head, reply = head[COMPARED], reply if len(reply) <= max_bytes else b""
             packed.append(_STREAM % (len(head), head, len(state), state, len(reply), reply))
         future = asyncio.get_running_loop().create_future()
         return PendingCommand(b"".join(packed), future, script, keys, slot)

@@ -246,13 +246,13 @@ def flag(parameters: dict[str, str], name: str, *, default: bool) -> bool:
     return _FLAGS[text]
 
 
-def count(parameters: dict[str, str], name: str, *, default: int, most: int) -> int:
-    """A parameter that is a whole number from 1 to `most`."""
+def count(parameters: dict[str, str], name: str, *, default: int, maximum: int) -> int:
+    """A parameter that is a whole number from 1 to `maximum`."""
     text = parameters.get(name)
     if text is None:
-        return min(default, most)
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= most:
-        raise _invalid_query(name, f"a whole number from 1 to {most}", text)
+        return min(default, maximum)
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= maximum:
+        raise _invalid_query(name, f"a whole number from 1 to {maximum}", text)
     return int(text)
 
 

@@ -211,8 +211,8 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
     name = api.pipeline.model(caller, (Verb.LIST,), model).name
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
-    most = api.limits.max_items
-    limit = count(parameters, "limit", default=PAGE_STREAMS, most=most)
+    maximum = api.limits.max_items
+    limit = count(parameters, "limit", default=PAGE_STREAMS, maximum=maximum)
     prefix = stream_prefix(parameters.get("prefix", ""))
     page = await api.pipeline.streams.page(
         caller, name, prefix, parameters.get("cursor") or None, limit
@@ -238,7 +238,7 @@ async def delete_streams(request: Request, model: ModelPath) -> Response:
     )
     limit = None
     if "limit" in parameters:
-        limit = count(parameters, "limit", default=MAX_DELETED, most=MAX_DELETED)
+        limit = count(parameters, "limit", default=MAX_DELETED, maximum=MAX_DELETED)
     deleted, cursor = await api.pipeline.streams.delete_prefix(
         caller, name, prefix, parameters.get("cursor") or None, limit
     )
