@@ -1,6 +1,6 @@
 """All connections of a worker: limits on their number, their idle times and their buffered bytes.
 
-One timer checks every connection once a second, so that a request needs no timer of its own. A
+One task checks every connection once a second, so that a request needs no timer of its own. A
 connection whose phase (`Phase`) has not changed since an earlier check has waited at least as long
 as the time between the checks. So every timeout may be exceeded by up to a second.
 """
@@ -25,7 +25,7 @@ CHECK_INTERVAL_S: Final = 1.0
 """Time between two checks of all connections."""
 
 CHECKED_AT_ONCE: Final = 500
-"""Connections that are checked in one turn of the event loop, in about a millisecond."""
+"""Connections that are checked before other tasks run, in about a millisecond."""
 
 EXPIRY_COST: Final = 9
 """Cost of closing a connection, in checks: those that were opened together expire together."""
@@ -146,7 +146,7 @@ class Connections:
         self._events: Counter[str] = Counter()
         self._rejected_networks: Counter[str] = Counter()
         self._logged_s = -LOG_INTERVAL_S
-        self._timer: asyncio.TimerHandle | None = None
+        self._checks: asyncio.Task[None] | None = None
         self._is_draining = False
         self.on_drain: list[Callable[[], None]] = []
         self.loads: Mapping[str, tuple[int, int]] = {}
@@ -191,8 +191,8 @@ class Connections:
             peer: the client's address, as a transport gives it.
         """
         self._seen[connection] = (connection.phase, connection.progress, loop.time())
-        if self._timer is None:
-            self._timer = loop.call_later(CHECK_INTERVAL_S, self._check, loop)
+        if self._checks is None:
+            self._checks = loop.create_task(self._check_periodically(loop))
         limits = self.limits
         if limits.max_connections_per_address and (network := client_network(peer)):
             self._networks[connection] = network
@@ -221,9 +221,9 @@ class Connections:
             self._per_network[network] -= 1
             if not self._per_network[network]:
                 del self._per_network[network]
-        if not self._seen and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if not self._seen and self._checks is not None:
+            self._checks.cancel()
+            self._checks = None
             self.loads = {}
 
     def set_body_bytes(self, connection: Connection, count: int) -> None:
@@ -240,15 +240,11 @@ class Connections:
             self._events["body_shed"] += 1
             min(unfinished, key=lambda each: each.body_began_s).shed_body()
 
-    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = loop.call_later(CHECK_INTERVAL_S, self._check, loop)
-        self._check_part(loop, self._check_parts(loop.time()))
-
-    def _check_part(self, loop: asyncio.AbstractEventLoop, parts: Iterator[None]) -> None:
-        """Check some connections in this turn of the loop, and the others in the next ones."""
-        for _ in parts:
-            loop.call_soon(self._check_part, loop, parts)
-            return
+    async def _check_periodically(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            for _ in self._check_parts(loop.time()):
+                await asyncio.sleep(0)
 
     def check(self, now_s: float) -> None:
         """Expire connections that have waited too long, and shed replies that are not read.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, Protocol
@@ -31,11 +30,8 @@ from service.server.connections import Connections, Phase
 from service.server.errors import MalformedRequest, UpgradeRequired
 
 PIECE_BYTES: Final = 4 * 1024
-"""Maximum bytes given to the parser at once: it allocates an object for each frame."""
-
-TURN_S: Final = 0.005
-"""Received bytes are parsed no longer than this, and a piece, before other tasks run: one read may
-have ten thousands of frames without a message."""
+"""Maximum bytes given to the parser before other tasks run: it allocates an object for each frame,
+and one read may have ten thousands of them, which takes tens of milliseconds."""
 
 PROBE_S: Final = 0.5
 """Time between two writes to a client that closed its sending side."""
@@ -141,6 +137,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._error_response = error_response
         self.session: Session | None = None
         self._message: bytearray | None = None
+        self._waiter: asyncio.Future[None] | None = None
         self._unparsed = b""
         self._parsed_bytes = 0
         self._half_closed = False
@@ -199,39 +196,52 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._linger()
 
     def data_received(self, data: bytes) -> None:
-        """Parse received bytes, after those that are unparsed."""
+        """Keep received bytes until the application is ready for a message."""
         self.progress += 1
         self._has_pinged = False
         self.received_bytes += len(data)
         if not self._is_lingering:
             self._unparsed = self._unparsed[self._parsed_bytes :] + data if self._unparsed else data
             self._parsed_bytes = 0
-            self._parse()
+            self._set_reading()
+            self._wake()
 
-    def _parse(self) -> None:
-        """Parse until the application has a message to receive; the rest in later turns."""
-        end_s = time.monotonic() + TURN_S
-        while self._unparsed and self.queue.empty() and self.handshake_complete:
-            start, self._parsed_bytes = self._parsed_bytes, self._parsed_bytes + PIECE_BYTES
-            piece = self._unparsed[start : self._parsed_bytes]
-            if self._parsed_bytes >= len(self._unparsed):
-                self._unparsed = b""
-            self.conn.receive_data(piece)
-            self.handle_events()
-            if self.conn.parser_exc is not None:
-                self._finish_close()
-            if self._is_lingering:
-                break
-            if time.monotonic() > end_s:
-                self.loop.call_soon(self._parse)
-                break
+    async def receive(self) -> Any:
+        """The next message, or the disconnect; one in each iteration of the event loop."""
+        if not self.queue.empty():
+            await asyncio.sleep(0)
+        while self.queue.empty():
+            if self._unparsed:
+                self._parse_piece()
+                if self.queue.empty():
+                    await asyncio.sleep(0)
+            elif self._half_closed:
+                self._end(CloseCode.NORMAL_CLOSURE)
+            else:
+                self._set_reading()
+                self._waiter = self.loop.create_future()
+                await self._waiter
+        return self.queue.get_nowait()
+
+    def _wake(self) -> None:
+        """Let `receive` go on."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _parse_piece(self) -> None:
+        start, self._parsed_bytes = self._parsed_bytes, self._parsed_bytes + PIECE_BYTES
+        piece = self._unparsed[start : self._parsed_bytes]
+        if self._parsed_bytes >= len(self._unparsed):
+            self._unparsed = b""
+        self.conn.receive_data(piece)
+        self.handle_events()
+        if self.conn.parser_exc is not None:
+            self._finish_close()
         incomplete = len(self.conn.reader.buffer) + len(self._message or b"".join(self.frames))
         if (incomplete or self.body_bytes) and not self._is_lingering:
             if not self.body_bytes:
                 self.body_began_s = self.loop.time()
             self._connections.set_body_bytes(self, incomplete)
-        if self._half_closed and not self._unparsed:
-            self._end(CloseCode.NORMAL_CLOSURE)
         self._set_reading()
 
     def _set_reading(self) -> None:
@@ -269,14 +279,6 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.queue.put_nowait({"type": "websocket.receive", "text": data.decode()})
         except UnicodeDecodeError as error:
             self.fail(CloseCode.INVALID_DATA, f"expected UTF-8 in text frames: {error.reason}")
-
-    async def receive(self) -> Any:
-        """The next message, or the disconnect; one in each turn of the event loop."""
-        if self.queue.empty() and (self._unparsed or self.read_paused):
-            self._parse()
-        if not self.queue.empty():
-            await asyncio.sleep(0)
-        return await self.queue.get()
 
     def send_now(self, message: bytes, *, is_text: bool) -> None:
         """Send a message, unless the socket is closing."""
@@ -317,6 +319,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if not self._has_ended:
             self._has_ended = True
             self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
+            self._wake()
 
     def _linger(self) -> None:
         """Lingering close: flush, send FIN, and discard further input for a moment."""
@@ -411,7 +414,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if not self.is_open or not (self.requests or self._unparsed or self.queue.qsize()):
             return None
         self._half_closed = True
-        self._parse()
+        self._wake()
         self.loop.call_later(PROBE_S, self._probe)
         return True
 
@@ -427,3 +430,4 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._linger()
         self._connections.remove(self)
         super().connection_lost(exc)
+        self._wake()

@@ -82,7 +82,7 @@ async def connected(api: Harness) -> AsyncIterator[Client]:
         try:
             await becomes(lambda: bool(connections_of(server)), "a connection")
             [connection] = connections_of(server)
-            connection._connections._timer.cancel()
+            connection._connections._checks.cancel()
             theirs = connection.transport.get_extra_info("socket")
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             yield Client(reader, writer, connection, server)
