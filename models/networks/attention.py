@@ -41,7 +41,7 @@ BLOCK_STEPS = 64
 _tanh: Any = activation_of("tanh")
 
 
-class StreamState(NamedTuple):
+class AttentionState(NamedTuple):
     """The state of attention over the stream, in the layout of the packed state.
 
     Attributes:
@@ -84,8 +84,8 @@ class Attention:
         return tf.broadcast_to(value, tf.shape(x)), weights
 
     def over_stream(
-        self, x: Tensor, lengths: Tensor, state: StreamState
-    ) -> tuple[Tensor, StreamState]:
+        self, x: Tensor, lengths: Tensor, state: AttentionState
+    ) -> tuple[Tensor, AttentionState]:
         """Attend over all steps of the stream up to each step.
 
         Args:
@@ -106,21 +106,21 @@ class Attention:
         sums = tf.concat(blocks, axis=1)
         values = tf.cast(sums[..., 2:] / sums[..., 1:2], tf.float32)
         last = tf.gather(sums, tf.maximum(lengths - 1, 0), axis=1, batch_dims=1)
-        after = StreamState(
+        after = AttentionState(
             tf.cast(last[:, :1], tf.float32),
             _split_float64(last[:, 1:2]),
             _split_float64(last[:, 2:]),
         )
         has_steps = (lengths > 0)[:, tf.newaxis]
         parts = [tf.where(has_steps, new, old) for new, old in zip(after, state, strict=True)]
-        return values, StreamState(*parts)
+        return values, AttentionState(*parts)
 
     def _scores(self, x: Tensor) -> Tensor:
         """s_t: float32 [B, T]."""
         hidden = _tanh(tf.linalg.matmul(x, self.kernel) + self.bias)
         return tf.reduce_sum(hidden * self.context, axis=-1)
 
-    def _exact(self, state: StreamState) -> Tensor:
+    def _exact(self, state: AttentionState) -> Tensor:
         """Maximum, normaliser and sum side by side, float64 [B, 1, 2 + W]."""
         maximum, normaliser, total = (tf.cast(part, tf.float64) for part in state)
         maximum = tf.where(normaliser[:, :1] > 0, maximum, EMPTY_MAXIMUM)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from models.errors import ArtifactError, SpecError
 from models.networks.activations import activation_of
-from models.networks.attention import Attention, StreamState
+from models.networks.attention import Attention, AttentionState
 from models.networks.bidirectional import run_bidirectional, run_forward
 from models.networks.cells import recurrent_layer
 from models.networks.convolution import CausalConvolution
@@ -226,7 +226,7 @@ class StepNetwork:
                     )
                 case AttentionLayer():
                     names = [f"{layer.name}.{part}" for part in ("maximum", "normaliser", "sum")]
-                    before = StreamState(*(self._part(state, name) for name in names))
+                    before = AttentionState(*(self._part(state, name) for name in names))
                     values[layer.name], after = keras_layer.over_stream(sources[0], lengths, before)
                     parts.update(zip(names, after, strict=True))
                 case Conv1dLayer():

@@ -32,7 +32,7 @@ StreamStates = dict[str, tuple[State, int]]
 """By stream, its state and its position."""
 
 
-class Progress(NamedTuple):
+class ScoringProgress(NamedTuple):
     """How far the input is scored.
 
     Attributes:
@@ -73,7 +73,7 @@ class Parts:
         status = data.stat()
         self._key = f"{key} {status.st_size} {status.st_mtime_ns}"
 
-    def open(self, *, resume: bool, overwrite: bool) -> Progress:
+    def open(self, *, resume: bool, overwrite: bool) -> ScoringProgress:
         """Start, or continue from the checkpoint.
 
         Raises:
@@ -85,9 +85,9 @@ class Parts:
             return self._read_checkpoint()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        return Progress(0, {}, 0)
+        return ScoringProgress(0, {}, 0)
 
-    def add(self, part: pl.DataFrame, progress: Progress) -> None:
+    def add(self, part: pl.DataFrame, progress: ScoringProgress) -> None:
         """Write the next part, and every few seconds a checkpoint."""
         part.write_parquet(self._part(self._written))
         self._written += 1
@@ -111,7 +111,7 @@ class Parts:
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:06d}.parquet"
 
-    def _write_checkpoint(self, progress: Progress) -> None:
+    def _write_checkpoint(self, progress: ScoringProgress) -> None:
         streams = progress.streams
         metadata = {
             "key": self._key,
@@ -127,7 +127,7 @@ class Parts:
         }
         replace_file(self._folder / CHECKPOINT, save(arrays, metadata))
 
-    def _read_checkpoint(self) -> Progress:
+    def _read_checkpoint(self) -> ScoringProgress:
         path = self._folder / CHECKPOINT
         try:
             with safe_open(path, framework="numpy") as file:
@@ -147,7 +147,7 @@ class Parts:
         self._written = int(metadata["parts"])
         names = json.loads(metadata["names"])
         states = map(State, floats, ints)
-        return Progress(
+        return ScoringProgress(
             int(metadata["rows"]),
             dict(zip(names, zip(states, positions.tolist(), strict=True), strict=True)),
             int(metadata["out_of_order"]),

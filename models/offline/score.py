@@ -23,7 +23,7 @@ from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, event_times
 from models.events.frame import columns_from_frame
-from models.offline.parts import Parts, Progress, StreamStates
+from models.offline.parts import Parts, ScoringProgress, StreamStates
 from models.offline.runner import OrderedEvents, Runner
 from models.offline.step import FloatArray
 from models.spec.model import schema_of
@@ -115,7 +115,7 @@ def _check(artifact: Artifact, stream: str | None) -> str:
 class _Scorer:
     """Computes pieces of the file, one after another."""
 
-    def __init__(self, artifact: Artifact, stream: str, source: str, progress: Progress):
+    def __init__(self, artifact: Artifact, stream: str, source: str, progress: ScoringProgress):
         self._artifact, self._schema = artifact, schema_of(artifact.spec)
         self._runner = Runner(artifact.spec, artifact.weights)
         self._stream, self._source = stream, source
@@ -124,9 +124,9 @@ class _Scorer:
         self._out_of_order = progress.out_of_order
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> ScoringProgress:
         """How far the input is scored."""
-        return Progress(self.rows, self._streams, self._out_of_order)
+        return ScoringProgress(self.rows, self._streams, self._out_of_order)
 
     def score(self, frame: pl.DataFrame) -> pl.DataFrame:
         """The outputs of the next rows, in their order."""

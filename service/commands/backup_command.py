@@ -23,7 +23,7 @@ from service.commands.keys_command import describe
 
 if TYPE_CHECKING:
     from service.settings import Settings
-    from service.store.backup import Progress, Report
+    from service.store.backup import BackupProgress, Report
     from service.store.base import Store
     from service.store.capabilities import StoredKeys
 
@@ -58,7 +58,7 @@ def backup(
     ):
         created_ms = round(time.time() * 1000)
 
-        async def run(store: Store, report: Report) -> Progress:
+        async def run(store: Store, report: Report) -> BackupProgress:
             nonlocal key_hint
             version, records = await store.keys.read(None) or (b"", {})
             stored = (records if keys else {}) if version else None
@@ -124,7 +124,7 @@ def restore(
         if keys and not reader.info.keys:
             raise BackupError("the backup has no access keys; `carry backup --keys` includes them")
 
-        async def run(store: Store, report: Report) -> Progress:
+        async def run(store: Store, report: Report) -> BackupProgress:
             # before the streams, so that no service answers for them without a key
             lines.extend(await _restore_keys(store.keys, reader.info.keys, keys, replace))
             return await restore_backup(
@@ -178,8 +178,8 @@ def _count(streams: int) -> str:
 def _run(
     settings: Settings,
     description: str,
-    action: Callable[[Store, Report], Coroutine[Any, Any, Progress]],
-) -> Progress:
+    action: Callable[[Store, Report], Coroutine[Any, Any, BackupProgress]],
+) -> BackupProgress:
     """Act on the store of the settings, and show the progress on a terminal."""
     from rich.console import Console
     from rich.progress import Progress as Display
@@ -191,7 +191,7 @@ def _run(
     with Display(*columns, console=console, disable=not console.is_terminal) as display:
         task = display.add_task(description, total=None)
 
-        def report(done: Progress) -> None:
+        def report(done: BackupProgress) -> None:
             display.update(task, completed=done.streams + done.kept)
 
         return run_on_store(settings, lambda store: action(store, report))

@@ -33,7 +33,7 @@ COPY_FACTOR: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
+class StoredStreams:
     """What is stored.
 
     Attributes:
@@ -89,7 +89,7 @@ def _jemalloc(size: int) -> int:
     return -(-size // step) * step
 
 
-def stored_bytes(streams: Streams, server: str) -> int:
+def stored_bytes(streams: StoredStreams, server: str) -> int:
     """Memory of the streams in a server: `valkey` or `redis`."""
     measure = valkey_key_bytes if server == "valkey" else redis_key_bytes
     key = streams.key_bytes
@@ -100,7 +100,7 @@ def stored_bytes(streams: Streams, server: str) -> int:
     return streams.count * state + streams.replies * reply
 
 
-def cache_bytes(streams: Streams) -> int:
+def cache_bytes(streams: StoredStreams) -> int:
     """Size of a worker's cache that holds every stream's state."""
     return streams.count * (streams.state_bytes + OVERHEAD_BYTES)
 

@@ -44,7 +44,7 @@ def capacity(
     chunks_per_s = rate / chunk
     state, reply_bytes = artifact.state, 4 * chunk * artifact.outputs.size
     prefix = f"{settings.store.namespace}{{p0000}}:s:{artifact.spec.name}:"
-    planned = formula.Streams(
+    planned = formula.StoredStreams(
         count=streams,
         state_bytes=4 * state.float_size + 8 * state.int_size,
         name_chars=name_chars,

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Final, NamedTuple, Protocol
 
 from service.pipeline.turns import Turns
-from service.store.capabilities import Output
+from service.store.capabilities import PublishedOutput
 
 MAX_BUFFERED: Final = 256
 """Outputs that are buffered for one stream."""
@@ -39,7 +39,7 @@ class BufferedOutput(NamedTuple):
         encoded: by the options of the transport.
     """
 
-    output: Output
+    output: PublishedOutput
     encoded: dict[Any, bytes]
 
 
@@ -60,7 +60,7 @@ class OutputBuffer:
         # ordered, so that the watch that has waited longest is first
         self._idle: dict[asyncio.Future[None], None] = {}
 
-    def receive(self, output: Output) -> None:
+    def receive(self, output: PublishedOutput) -> None:
         """Buffer an output, in place of the oldest ones if there is no room."""
         self._buffered.append(BufferedOutput(output, {}))
         self._bytes += _size(output)
@@ -101,5 +101,5 @@ class OutputBuffer:
             self._idle.pop(turn, None)
 
 
-def _size(output: Output) -> int:
+def _size(output: PublishedOutput) -> int:
     return 0 if output.reply is None else output.reply.outputs.nbytes

@@ -60,7 +60,7 @@ from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
 from service.pipeline.state_tokens import StateTokens, state_after
-from service.pipeline.streams import Streams
+from service.pipeline.streams import StreamAdministration
 from service.store.base import Store
 
 P = TypeVar("P")
@@ -118,7 +118,9 @@ class Pipeline:
         self._drain_s = drain_s
         self._now_ms = now_ms
         self.cache = StateCache(settings.state_cache_bytes)
-        self.streams = Streams(self._model, store, self.cache, now_ms=now_ms, audit=audit)
+        self.streams = StreamAdministration(
+            self._model, store, self.cache, now_ms=now_ms, audit=audit
+        )
         self._tokens = StateTokens(store.keys.token_key)
         self._compute = Compute(settings.inference_timeout_s, threads=runtime_threads)
         self._loop_priority = LoopPriority()

@@ -53,7 +53,7 @@ CREATE_ATTEMPTS: Final = 4
 """Attempts of a restore or fork; each may meet a version conflict with another writer."""
 
 
-class Streams:
+class StreamAdministration:
     """The streams of several models in one store.
 
     Each method first checks that the caller may do it, and counts it for the caller's limits. What

@@ -86,7 +86,7 @@ class BackupInfo:
 
 
 @dataclass(slots=True)
-class Progress:
+class BackupProgress:
     """What a backup or a restoration did so far.
 
     Attributes:
@@ -100,12 +100,12 @@ class Progress:
     damaged: list[StreamKey] = field(default_factory=list)
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[BackupProgress], None]
 
 
 async def write_backup(
     store: ListedStore, file: BinaryIO, info: BackupInfo, report: Report
-) -> Progress:
+) -> BackupProgress:
     """Write the streams of a store into a file.
 
     Args:
@@ -114,7 +114,7 @@ async def write_backup(
     Raises:
         StoreUnavailable, StoreRefused: the file is incomplete.
     """
-    progress = Progress()
+    progress = BackupProgress()
     description = [info.created_ms, info.namespace, info.model, info.prefix]
     file.write(_START.pack(MAGIC, FORMAT if info.keys is None else FORMAT_WITH_KEYS))
     _write_block(file, description if info.keys is None else [*description, dict(info.keys)])
@@ -130,7 +130,7 @@ async def write_backup(
 
 
 async def _write_streams(
-    store: StateStore, keys: Sequence[StreamKey], file: BinaryIO, progress: Progress
+    store: StateStore, keys: Sequence[StreamKey], file: BinaryIO, progress: BackupProgress
 ) -> int:
     """Write streams in one or more blocks; returns the bytes of their states."""
     records: list[tuple[str, str, bytes]] = []
@@ -218,7 +218,7 @@ async def restore_backup(
     prefix: str,
     replace: bool,
     report: Report,
-) -> Progress:
+) -> BackupProgress:
     """Write the streams of a backup into a store.
 
     Args:
@@ -232,7 +232,7 @@ async def restore_backup(
             stays; the restoration can be repeated.
         StoreUnavailable, StoreRefused: the store as a whole.
     """
-    progress = Progress()
+    progress = BackupProgress()
     for block in backup:
         latest = {
             key: state
@@ -246,7 +246,7 @@ async def restore_backup(
 
 
 async def _restore(
-    store: StateStore, states: dict[StreamKey, StreamState], replace: bool, progress: Progress
+    store: StateStore, states: dict[StreamKey, StreamState], replace: bool, progress: BackupProgress
 ) -> None:
     """Write each state with a compare-and-set, until each is written or kept."""
     failure: CarryError | None = None

@@ -152,7 +152,7 @@ class RateLeases(Protocol):
         """Renew leases, in one round trip; after an error, tokens may or may not be counted."""
 
 
-class Output(NamedTuple):
+class PublishedOutput(NamedTuple):
     """What happened to a watched stream.
 
     Attributes:
@@ -168,7 +168,7 @@ class Output(NamedTuple):
 class Receiver(Protocol):
     """Receives the outputs of one stream."""
 
-    def receive(self, output: Output) -> None:
+    def receive(self, output: PublishedOutput) -> None:
         """Take an output; must not block."""
 
     def resynchronize(self) -> None:
@@ -196,7 +196,7 @@ class OutputChannel(Protocol):
         """Send an output to the workers that watch a stream; never blocks, may drop it.
 
         Args:
-            start, reply: as those of `Output`; the reply is encoded, and empty if there is none.
+            start, reply: as of `PublishedOutput`; the reply is encoded, empty if there is none.
         """
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:

@@ -27,7 +27,7 @@ from service.store.capabilities import (
 )
 from service.store.keys import KeySpace, join_name, split_name
 from service.store.redis.commands import PendingCommand, Script
-from service.store.redis.outcomes import Outcome, Reply, read_value
+from service.store.redis.outcomes import Outcome, ServerReply, read_value
 from service.store.redis.router import Router
 
 VERSION: Final = "version"
@@ -67,7 +67,7 @@ class RedisStoredKeys(StoredKeys):
         arguments = ("HSET", self._keys.access_keys, *fields, VERSION, secrets.token_hex(8))
         outcome = await self._router.execute_one(*arguments, durably=True)
         read_value(outcome)
-        if isinstance(outcome, Reply) and not outcome.is_durable:
+        if isinstance(outcome, ServerReply) and not outcome.is_durable:
             raise NotDurable(
                 f"the access keys {', '.join(records)} were written, but are not yet as durable as "
                 "CARRY_DURABILITY requires; repeat the command"

@@ -24,8 +24,8 @@ from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import (
     WRITTEN,
     Outcome,
-    Reply,
     ReplyLost,
+    ServerReply,
     not_durable_error,
     outcome_unknown_error,
     parse_result,
@@ -118,7 +118,7 @@ class StreamDeletion:
         for key, outcome in (await self._read_headers(keys, deadline_s)).items():
             if isinstance(outcome, StoreUnavailable):
                 results[key] = outcome
-            elif isinstance(outcome, Reply) and not _is_absent(outcome.value):
+            elif isinstance(outcome, ServerReply) and not _is_absent(outcome.value):
                 conditions[key] = read_packed_head(outcome.value)[COMPARED]
         for key, outcome in (await self._write_tombstones(conditions, deadline_s)).items():
             if isinstance(outcome, ReplyLost):
@@ -144,13 +144,13 @@ class StreamDeletion:
         conditions = {
             key: read_packed_head(outcome.value)[COMPARED] if outcome.value else b""
             for key, outcome in (await self._read_headers(keys, deadline_s)).items()
-            if isinstance(outcome, Reply) and _is_absent(outcome.value)
+            if isinstance(outcome, ServerReply) and _is_absent(outcome.value)
         }
         outcomes = await self._write_tombstones(conditions, deadline_s)
         return {
             key
             for key, outcome in outcomes.items()
-            if isinstance(outcome, Reply) and outcome.value == WRITTEN
+            if isinstance(outcome, ServerReply) and outcome.value == WRITTEN
         }
 
     async def _read_headers(

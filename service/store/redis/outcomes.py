@@ -43,7 +43,7 @@ class ReplyLost(Exception):
     """
 
 
-class Reply(msgspec.Struct, frozen=True):
+class ServerReply(msgspec.Struct, frozen=True):
     """The server's reply.
 
     Attributes:
@@ -58,7 +58,7 @@ class Reply(msgspec.Struct, frozen=True):
     is_durable: bool = True
 
 
-Outcome = Reply | ReplyLost | CarryError
+Outcome = ServerReply | ReplyLost | CarryError
 
 
 def read_value(outcome: Outcome) -> Any:
@@ -67,7 +67,7 @@ def read_value(outcome: Outcome) -> Any:
     Raises:
         StoreUnavailable, StoreRefused: the read has no reply.
     """
-    if isinstance(outcome, Reply):
+    if isinstance(outcome, ServerReply):
         return outcome.value
     if isinstance(outcome, CarryError):
         raise outcome

@@ -24,7 +24,7 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
-from service.store.capabilities import Output, Receiver
+from service.store.capabilities import PublishedOutput, Receiver
 from service.store.codec import CodecError, decode_reply
 from service.store.keys import join_name, split_name
 from service.store.redis.connections import RETRY_AFTER_S, describe_error
@@ -226,7 +226,7 @@ class RedisOutputChannel:
             with suppress(CodecError):
                 reply = decode_reply(payload[_POSITION_BYTES:])
         for receiver in tuple(self._receivers.get(key, ())):
-            receiver.receive(Output(key, start, reply))
+            receiver.receive(PublishedOutput(key, start, reply))
 
     async def _announce_repeatedly(self, pubsub: PubSub) -> None:
         while not self._is_closed:

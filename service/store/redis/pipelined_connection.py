@@ -46,7 +46,7 @@ from service.store.redis.connections import (
     is_transient,
     transport_of,
 )
-from service.store.redis.outcomes import Reply, ReplyLost
+from service.store.redis.outcomes import ReplyLost, ServerReply
 
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.5
@@ -294,7 +294,7 @@ class PipelinedConnection:
                 self._measured_command = None
                 self._telemetry.round_trips_s.append(time.monotonic() - self._measured_since_s)
             if not command.future.done() and not command.is_asking:
-                command.future.set_result(Reply(value, command.is_retry))
+                command.future.set_result(ServerReply(value, command.is_retry))
         self._has_replied = True
         self._reply_due_since_s = time.monotonic() if self._pending else None
 

@@ -54,8 +54,8 @@ from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
     WRITTEN,
     Outcome,
-    Reply,
     ReplyLost,
+    ServerReply,
     not_durable_error,
     outcome_unknown_error,
     parse_result,
@@ -302,7 +302,7 @@ class RedisStore(Store):
             command, durably=self._awaits_durability, deadline_s=deadline_s
         )
         values: list[bytes | None] = read_value(outcome)
-        if isinstance(outcome, Reply) and not outcome.is_durable and values[0] is not None:
+        if isinstance(outcome, ServerReply) and not outcome.is_durable and values[0] is not None:
             raise not_durable_error(self._settings, key)
         return values
 

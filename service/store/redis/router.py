@@ -28,7 +28,7 @@ from service.core.errors import CarryError, StoreUnavailable
 from service.store.capabilities import StoreTelemetry
 from service.store.redis.commands import PendingCommand
 from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S, describe_error
-from service.store.redis.outcomes import Outcome, Reply, ReplyLost
+from service.store.redis.outcomes import Outcome, ReplyLost, ServerReply
 from service.store.redis.pipelined_connection import PipelinedConnection
 from service.store.redis.redis_server import RedisServer
 from service.store.settings import Durability, StoreSettings
@@ -158,7 +158,7 @@ class Router(ABC):
         await self._outcomes(waits, wait_s + now_s - time.monotonic())
         return [
             replace(outcome, is_durable=self._is_replicated(command, waits))
-            if isinstance(outcome, Reply)
+            if isinstance(outcome, ServerReply)
             else outcome
             for command, outcome in zip(commands, outcomes, strict=False)
         ]
@@ -218,7 +218,8 @@ class Router(ABC):
         # An error if the server is a replica now, or became one (UNBLOCKED).
         outcomes = [wait.future.result() for wait in waits if _follows(wait, command)]
         return any(
-            isinstance(outcome, Reply) and outcome.value >= self._replicas for outcome in outcomes
+            isinstance(outcome, ServerReply) and outcome.value >= self._replicas
+            for outcome in outcomes
         )
 
     def _timeout_outcome(self, command: PendingCommand, wait_s: float) -> Outcome:

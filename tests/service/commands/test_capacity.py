@@ -6,7 +6,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from service.commands.capacity import Streams as Planned
+from service.commands.capacity import StoredStreams as Planned
 from service.commands.capacity import cache_bytes, primaries, stored_bytes, workers
 from service.commands.cli import app
 from service.pipeline.chunk_load import StateCache

@@ -15,7 +15,7 @@ from models.artifact.artifact import Artifact
 from service.access.caller import ANYONE, Caller
 from service.commands.cli import app
 from service.core.values import StreamKey
-from service.pipeline.streams import Streams
+from service.pipeline.streams import StreamAdministration
 from tests.service.transports.v1.harness import Harness, harness
 from tests.service.transports.v1.raw_http import port_of, serving
 from tests.support.pipelines import chunk_of, make_artifact, rows_of
@@ -121,17 +121,19 @@ async def test_reset_keeps_streams_that_changed_meanwhile(
     """The client creates the stream again between the read of its version and the deletion."""
     await carry.fill("s1")
     carry.make_old("s1")
-    delete = Streams.delete
+    delete = StreamAdministration.delete
     took_over: list[StreamKey] = []
 
-    async def late(streams: Streams, caller: Caller, key: StreamKey, *rest: Any) -> None:
+    async def late(
+        streams: StreamAdministration, caller: Caller, key: StreamKey, *rest: Any
+    ) -> None:
         if not took_over:
             took_over.append(key)
             del carry.api.store.states[key]
             await carry.fill(key.stream)
         await delete(streams, caller, key, *rest)
 
-    monkeypatch.setattr(Streams, "delete", late)
+    monkeypatch.setattr(StreamAdministration, "delete", late)
     done = await carry("reset", "probe", "--prefix", "", "--yes")
     assert done.stdout.startswith("reset 0 streams, kept 1 of version ")
     assert took_over

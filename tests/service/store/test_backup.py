@@ -16,8 +16,8 @@ from service.store import backup as module
 from service.store.backup import (
     BackupError,
     BackupInfo,
+    BackupProgress,
     BackupReader,
-    Progress,
     restore_backup,
     write_backup,
 )
@@ -36,7 +36,7 @@ def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
     return emptied(every_store)
 
 
-async def backed_up(store: Store, info: BackupInfo = ALL) -> tuple[bytes, Progress]:
+async def backed_up(store: Store, info: BackupInfo = ALL) -> tuple[bytes, BackupProgress]:
     file = io.BytesIO()
     progress = await write_backup(store, file, info, lambda _: None)
     return file.getvalue(), progress
@@ -44,7 +44,7 @@ async def backed_up(store: Store, info: BackupInfo = ALL) -> tuple[bytes, Progre
 
 async def restored(
     store: Store, backup: bytes, replace: bool = False, prefix: str = "", **options: Any
-) -> Progress:
+) -> BackupProgress:
     reader = BackupReader(io.BytesIO(backup))
     model = options.get("model")
     return await restore_backup(

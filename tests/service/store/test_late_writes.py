@@ -13,7 +13,7 @@ from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
 from service.store.base import Committed, Conflicted, Store
 from service.store.codec import encode_state
 from service.store.redis.deletion import DELETE_ATTEMPTS
-from service.store.redis.outcomes import Outcome, Reply
+from service.store.redis.outcomes import Outcome, ServerReply
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.proxy import LossyPath
@@ -115,8 +115,8 @@ async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
     store = RedisStore(StoreSettings("unix:///none"))
     tries = [repeated] + [False] * (DELETE_ATTEMPTS - 1)
 
-    async def recreated(*_: object) -> Reply:
-        return Reply([0, encode_state(streams.first())], tries.pop())
+    async def recreated(*_: object) -> ServerReply:
+        return ServerReply([0, encode_state(streams.first())], tries.pop())
 
     monkeypatch.setattr(store.deletion, "_write_tombstone", recreated)
     assert isinstance(await store.delete(key("a")), outcome)

@@ -8,7 +8,7 @@ import pytest
 
 from service.core.errors import StoreRefused
 from service.store.base import Conflicted, Store
-from service.store.capabilities import Output
+from service.store.capabilities import PublishedOutput
 from service.store.redis.open_router import open_router
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.settings import StoreSettings
@@ -29,10 +29,10 @@ class Recorder:
     """Records what a receiver gets."""
 
     def __init__(self) -> None:
-        self.outputs: list[Output] = []
+        self.outputs: list[PublishedOutput] = []
         self.reads = 0
 
-    def receive(self, output: Output) -> None:
+    def receive(self, output: PublishedOutput) -> None:
         self.outputs.append(output)
 
     def resynchronize(self) -> None:
@@ -84,7 +84,7 @@ async def test_workers_publish_what_they_commit_to_watched_streams(
         assert same_reply(output.reply, commit.reply)
     await committing.delete(first.key)
     await becomes(lambda: len(recorder.outputs) == 3, "the deletion")
-    assert recorder.outputs[2] == Output(first.key, 0, None)
+    assert recorder.outputs[2] == PublishedOutput(first.key, 0, None)
     watching.outputs.unsubscribe(first.key, recorder)
     await committed(committing, streams.creation(key("third")))
     assert len(recorder.outputs) == 3

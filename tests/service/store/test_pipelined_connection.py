@@ -16,7 +16,7 @@ import pytest
 from service.core.errors import OutcomeUnknown
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.connections import ConnectionFactory, transport_of
-from service.store.redis.outcomes import Reply, ReplyLost
+from service.store.redis.outcomes import ReplyLost, ServerReply
 from service.store.redis.pipelined_connection import PipelinedConnection, ReplyReader
 from service.store.settings import StoreSettings
 from tests.support.servers import (
@@ -57,7 +57,7 @@ async def test_resending_an_abandoned_request_keeps_replies_matched(
                 # The first follows the error, the last follows the fallback.
                 await asyncio.wait({other.future}, timeout=10)
             for number, other in enumerate(others):
-                assert other.future.result() == Reply(f"{round_}.{number}".encode(), False)
+                assert other.future.result() == ServerReply(f"{round_}.{number}".encode(), False)
         assert connection.is_idle
 
 
@@ -94,7 +94,7 @@ async def test_requests_taken_over_keep_their_attempts(own_server: RealServer) -
         # The connection is not used again: late replies are ignored.
         later = PendingCommand.of("ECHO", "later")
         connection.send([later])
-        assert await later.future == Reply(b"later", False)
+        assert await later.future == ServerReply(b"later", False)
         assert not any(request.future.done() for request in (sent, asking))
 
 
