@@ -313,7 +313,7 @@ async def test_an_overload_response_has_the_current_drain_rate(
     batcher = api.pipeline._chunks["probe"]
     patch_admission(monkeypatch)
     [first] = await converse(ports.fast, request(chunk()))
-    monkeypatch.setattr(batcher._queue.rate, "per_s", 20.0)
+    monkeypatch.setattr(batcher.admission.rate, "per_s", 20.0)
     [second] = await converse(ports.fast, request(chunk()))
     assert b"which is the limit" in first
     assert b"and 20 are done per second" in second
