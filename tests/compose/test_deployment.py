@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +27,8 @@ import pytest
 from models.artifact.artifact import load_artifact
 from service.commands.replay.events import StreamEvents, load_streams
 from tests.support.feeders import feeding
-from tests.support.servers import until
+from tests.support.pages import blocks, run
+from tests.support.servers import free_port, until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 
@@ -94,12 +94,6 @@ class Deployment:
         )
         found: dict[str, Any] = json.loads(done.stdout)[0]
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +164,8 @@ def test_containers_are_hardened(deployment: Deployment) -> None:
 
 
 def test_the_examples_of_the_readme_work(deployment: Deployment) -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    replies = []
-    for block in re.findall(r"^```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL):
-        script = block.replace("http://127.0.0.1:8000", deployment.url)
-        done = subprocess.run(
-            ["sh", "-euc", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        )
-        replies.append(json.loads(done.stdout))
+    scripts = [text for language, text in blocks("README.md") if language == "sh"]
+    replies = [run(script, deployment.url) for script in scripts]
     assert [reply.get("position") for reply in replies[:4]] == [4, 6, 6, 6]
     assert [reply.get("replayed") for reply in replies[:3]] == [False, False, True]
     assert replies[3]["code"] == "position_ahead"

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,9 +61,3 @@ def test_specifications_equal_the_packaged_ones() -> None:
     assert sorted(found) == sorted(packaged.values())
     for text in found:
         assert yaml.safe_load(text)["name"].startswith("post-")
-
-
-def test_keras_code_of_the_page_compiles() -> None:
-    for language, text in blocks(PAGE):
-        if language == "python":
-            compile(text, str(Path(PAGE)), "exec")

@@ -1,4 +1,4 @@
-"""Links, code blocks and named files of every page of the documentation."""
+"""Links, code blocks, tables and named files of every page of the documentation."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ _HEADING = re.compile(r"^#{1,6} (.+?)\s*$", re.MULTILINE)
 _ANCHOR = re.compile(r'<a id="([^"]+)">')
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
 _FILE = re.compile(r"(?:client|service|models|tests|docs|scripts|examples|\.ci)/[\w./-]*[\w/]")
+
+_SEPARATOR = re.compile(r"\|(\s*:?-+:?\s*\|)+")
+_CELL_BORDER = re.compile(r"(?<!\\)\|")
 
 each_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
@@ -104,3 +107,30 @@ def test_index_lists_every_page_below_it(index: str) -> None:
     if folder.name == "docs":
         pages -= set(folder.glob("decisions/*.md")) - {folder / "decisions" / "index.md"}
     assert not pages - listed
+
+
+def tables(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and rows of each table outside of code blocks.
+
+    A table ends at an empty line: Markdown treats any other line below it as a row.
+    """
+    rows: list[str] = []
+    in_code = False
+    for number, line in enumerate([*text.splitlines(), ""], start=1):
+        if line.startswith("```"):
+            in_code = not in_code
+        if (rows or line.startswith("|")) and line.strip() and not in_code:
+            rows.append(line)
+        elif rows:
+            yield number - len(rows), rows
+            rows = []
+
+
+@each_page
+def test_every_row_belongs_to_a_table_with_a_header(page: Path) -> None:
+    for number, rows in tables(page.read_text(encoding="utf-8")):
+        where = f"{page.relative_to(ROOT)}:{number}"
+        assert len(rows) > 2, f"{where}: rows without a header"
+        assert _SEPARATOR.fullmatch(rows[1].strip()), f"{where}: no separator below the header"
+        columns = {len(_CELL_BORDER.findall(row.strip())) for row in rows}
+        assert len(columns) == 1, f"{where}: rows of different numbers of cells"

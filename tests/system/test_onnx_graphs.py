@@ -117,20 +117,17 @@ def test_chunks_and_kills_do_not_change_outputs(service: Service) -> None:
 
 def test_a_restored_state_continues_bit_by_bit(service: Service) -> None:
     random = np.random.default_rng(SEED + 1)
-    with httpx.Client(base_url=service.url, timeout=60) as client:
+    with Carry(service.url) as carry:
         for name, graph in {**EXAMPLE_GRAPHS, **VARIANTS}.items():
-            stream, rows = f"/v1/models/{name}/streams/original", graph.features
-            values = random.integers(0, 4, (2, 3, rows)).tolist()
-            first, second = ({"inputs": value} for value in values)
-            client.post(f"{stream}/chunks", json=first).raise_for_status()
-            state = client.get(f"{stream}/state").raise_for_status().json()
-            copy = f"/v1/models/{name}/streams/copy"
-            body = {key: state[key] for key in ("fingerprint", "feed", "position", "state")}
-            client.put(f"{copy}/state", json=body).raise_for_status()
-            replies = [client.post(f"{url}/chunks", json=second).json() for url in (stream, copy)]
-            assert replies[0]["outputs"] == replies[1]["outputs"]
-            states = [client.get(f"{url}/state").json()["state"] for url in (stream, copy)]
-            assert states[0] == states[1]
+            pair = [carry.model(name).stream(each) for each in ("original", "copy")]
+            first, second = random.integers(0, 4, (2, 3, graph.features)).astype(np.float32)
+            pair[0].send(first)
+            pair[1].restore(pair[0].state())
+            np.testing.assert_equal(*(stream.send(second).outputs for stream in pair))
+            states = [stream.state().values for stream in pair]
+            np.testing.assert_equal(*states)
+            if name == "double":
+                assert {values.dtype for values in states[0].values()} == {np.dtype(np.float64)}
 
 
 @pytest.mark.parametrize("name", ["learned", "started"])
@@ -153,24 +150,6 @@ def test_a_row_that_the_graph_fails_on_fails_alone(service: Service) -> None:
         reply = client.post("/v1/models/codes/chunks", json={"chunks": chunks}).json()
         assert [item["status"] for item in reply["results"]] == [200, 500, 200]
         assert reply["results"][1]["error"]["code"] == "output_not_finite"
-
-
-@pytest.mark.parametrize("name", ["double", "counters"])
-def test_the_python_client_restores_every_dtype_exactly(service: Service, name: str) -> None:
-    rows = np.random.default_rng(SEED).standard_normal((5, VARIANTS[name].features))
-    with Carry(service.url) as carry:
-        model = carry.model(name)
-        model.stream("first").send(rows)
-        state = model.stream("first").state()
-        model.stream("second").restore(state)
-        again = model.stream("second").state()
-    for part, values in state.values.items():
-        assert values.tolist() == again.values[part].tolist()
-    if name == "double":
-        (values,) = state.values.values()
-        assert values.dtype == np.float64
-        expected = VARIANTS[name].reference(rows.astype(np.float32).astype(np.float64))[1]["h_in"]
-        np.testing.assert_allclose(values, expected, rtol=1e-12)
 
 
 def test_triton_requests_continue_a_sequence(service: Service) -> None:
