@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,7 +18,7 @@ from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.server.origins import host_rule
 from service.server.settings import ConnectionSettings, HttpSettings
 from service.telemetry.logs import RequestIds
-from service.transports.v1.application import RenderMetrics, create_application
+from service.transports.v1.application import RenderMetrics, add_documentation, create_application
 from service.transports.v1.error_responses import ConnectionErrors
 
 MAX_CONNECTIONS: Final = 100
@@ -46,14 +46,12 @@ class AdminServer(uvicorn.Server):
         host = http.admin_host or http.host
         self._address = (host, http.admin_port or 0)
         ids = RequestIds()
-        # the requests that the page describes are those of the other port
-        no_requests: dict[str, Any] = {"supportedSubmitMethods": []}
-        app = create_application(
-            (), ids, metrics=metrics, docs=http.docs, swagger_ui_parameters=no_requests
-        )
+        app = create_application((), ids, metrics=metrics)
+        if http.docs:
+            # the requests that the page describes are those of the other port
+            add_documentation(app, api, supportedSubmitMethods=[])
         # requires no key
         app.state.api = replace(api.state.api, requires_keys=False)
-        app.openapi = api.openapi  # type: ignore[method-assign]
         config = uvicorn.Config(
             app,
             log_config=None,

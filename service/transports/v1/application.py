@@ -10,14 +10,12 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi_offline import FastAPIOffline
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
-from starlette.routing import Route as StarletteRoute
+from starlette.staticfiles import StaticFiles
 
 from service.access.key_cache import AccessKeys
 from service.codec.long_bodies.admission import LongBodyAdmission
@@ -34,7 +32,7 @@ from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.error_handling import InternalErrorMiddleware, add_error_handlers
 from service.transports.v1.error_responses import ConnectionErrors
 from service.transports.v1.fast_path import FastPath
-from service.transports.v1.openapi.document import DESCRIPTION, openapi_document
+from service.transports.v1.openapi.document import openapi_document
 from service.transports.v1.openapi.documentation_page import ASSETS, documentation_html
 from service.transports.v1.openapi.error_reference import reference_html
 from service.transports.v1.openapi.page_security import page_headers
@@ -46,7 +44,7 @@ from service.transports.v1.table import HEALTH, METRICS, ROUTES
 RenderMetrics = Callable[[], tuple[bytes, str]]
 """Returns the body of /metrics and its content type; called in a thread."""
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]
 
 MAX_DOCUMENTS = 64
 """Documents that are kept, one for each set of models that some key may use."""
@@ -85,7 +83,9 @@ def create_api(
         now_ms: wall clock in epoch milliseconds.
     """
     ids = RequestIds()
-    app = create_application(ROUTES, ids, metrics=metrics, docs=docs, lifespan=lifespan)
+    app = create_application(ROUTES, ids, metrics=metrics, lifespan=lifespan)
+    if docs:
+        add_documentation(app, app)
     api = ApiContext(
         pipeline,
         keys,
@@ -101,14 +101,6 @@ def create_api(
     for served in pipeline.models.values():
         api.codec(served)
 
-    def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = openapi_document(app, api, pipeline.models)
-        return app.openapi_schema
-
-    app.openapi = document  # type: ignore[method-assign]
-    if docs:
-        _check_access_to_document(app)
     app.state.http = HttpState(
         Connections(connections),
         ConnectionErrors(recorder, ids).response,
@@ -123,74 +115,59 @@ def create_application(
     ids: RequestIds,
     *,
     metrics: RenderMetrics | None,
-    docs: bool,
-    **options: Any,
+    lifespan: Lifespan | None = None,
 ) -> FastAPI:
     """An application of these routes and those of health, whose errors are problem documents.
 
     Args:
         metrics: renders `/metrics`; without it there is none.
-        docs: whether it has the documentation.
-        options: of FastAPI.
     """
     table = [*routes, *HEALTH, *([METRICS] if metrics is not None else [])]
-    options = {
-        "title": "Carry",
-        "version": version("carry"),
-        "summary": "Stateful recurrent networks over event streams.",
-        "description": DESCRIPTION,
-        "license_info": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        "redoc_url": None,
-        "redirect_slashes": False,
+    app = FastAPI(
+        lifespan=lifespan,
+        openapi_url=None,
+        redirect_slashes=False,
         # `include_router` would wrap each route once more, 8 us a request
-        "routes": [served for route in table for served in route.served()],
+        routes=[served for route in table for served in route.served()],
         # reads the environment at every request, 3 us
-        "telemetry": {"tracing": False, "metrics": False, "logs": False},
-        **options,
-    }
-    if docs:
-        app = FastAPIOffline(docs_url=None, static_url=ASSETS, **options)
-        page = documentation_html(app.swagger_ui_parameters or {})
-        app.add_route("/docs", lambda _: _page(page), include_in_schema=False)
-        app.add_api_route(
-            REFERENCE, _error_reference, include_in_schema=False, response_class=HTMLResponse
-        )
-    else:
-        app = FastAPI(docs_url=None, openapi_url=None, **options)
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     app.state.render_metrics = metrics
+    app.state.has_documentation = False
     add_error_handlers(app)
     app.add_middleware(InternalErrorMiddleware)
     app.add_middleware(RequestLogMiddleware, ids=ids)
     return app
 
 
-def _check_access_to_document(app: FastAPI) -> None:
-    """Let `/openapi.json`, which describes the models, show those that a key may use.
+def add_documentation(app: FastAPI, documented: FastAPI, **parameters: Any) -> None:
+    """Add the pages `/docs` and `/docs/errors`, and `/openapi.json`.
 
-    Making a document takes a tenth of a second of the event loop, so each is made once.
+    The document describes the models that the caller may use. Making one takes a tenth of a second
+    of the event loop, so each is made once.
+
+    Args:
+        documented: the application whose routes are described.
+        parameters: of Swagger UI.
     """
     documents: dict[frozenset[str], bytes] = {}
 
     async def get_document(request: Request) -> Response:
-        models = api_of(request).pipeline.describe(caller_of(request))
+        api = api_of(request)
+        models = api.pipeline.describe(caller_of(request))
         names = frozenset(models)
         if names not in documents:
             if len(documents) >= MAX_DOCUMENTS:
                 documents.clear()
-            document = openapi_document(app, api_of(request), models)
+            document = openapi_document(documented.routes, api, models)
             documents[names] = json.dumps(document, ensure_ascii=False).encode()
         return Response(documents[names], media_type="application/json")
 
-    for index, route in enumerate(app.router.routes):
-        if isinstance(route, StarletteRoute) and route.path == app.openapi_url:
-            app.router.routes[index] = StarletteRoute(
-                route.path, get_document, include_in_schema=False
-            )
+    def add_page(path: str, page: str) -> None:
+        app.add_route(path, lambda _: HTMLResponse(page, headers=page_headers(page)))
 
-
-def _error_reference() -> HTMLResponse:
-    return _page(reference_html())
-
-
-def _page(page: str) -> HTMLResponse:
-    return HTMLResponse(page, headers=page_headers(page))
+    app.add_route("/openapi.json", get_document)
+    add_page("/docs", documentation_html(parameters))
+    add_page(REFERENCE, reference_html())
+    app.mount(ASSETS, StaticFiles(packages=[("fastapi_offline", "static")]))
+    app.state.has_documentation = True

@@ -80,7 +80,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     path, method = request.url.path, request.method
     if error.status_code == 404:
         expected = (
-            "an address that GET /docs lists" if request.app.openapi_url else "a known address"
+            "an address that GET /docs lists"
+            if request.app.state.has_documentation
+            else "a known address"
         )
         return _error_response(request, RouteNotFound(f"expected {expected}, got {path[:300]!r}"))
     if error.status_code == 405:

@@ -311,9 +311,9 @@ async def test_the_openapi_document_of_a_key_is_built_once(
     """Making one blocks the event loop for long: with a key anybody could stop the service."""
     made: list[frozenset[str]] = []
 
-    def counted(app: Any, context: Any, models: Mapping[str, Any]) -> dict[str, Any]:
+    def counted(routes: Any, context: Any, models: Mapping[str, Any]) -> dict[str, Any]:
         made.append(frozenset(models))
-        return openapi_document(app, context, models)
+        return openapi_document(routes, context, models)
 
     monkeypatch.setattr(application, "openapi_document", counted)
     for models in (("small",), ("*",), ("small", "none"), ("small",), ("*",)):

@@ -7,13 +7,14 @@ the routes (`Chunk`, `Many`, `Predict`) are any of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.routing import BaseRoute
 
 from models.events.parse import example_event
 from service.codec.body_types import BodyTypes, ForkBody, StateBody
@@ -48,17 +49,17 @@ Failures are [problem documents](/docs/errors) with a stable `code`.
 
 
 def openapi_document(
-    app: FastAPI, api: ApiContext, models: Mapping[str, ServedModel]
+    routes: Sequence[BaseRoute], api: ApiContext, models: Mapping[str, ServedModel]
 ) -> dict[str, Any]:
-    """The whole document, for these models."""
+    """The whole document of an application's routes, for these models."""
     document = get_openapi(
-        title=app.title,
-        version=app.version,
-        summary=app.summary,
-        description=app.description,
+        title="Carry",
+        version=version("carry"),
+        summary="Stateful recurrent networks over event streams.",
+        description=DESCRIPTION,
         tags=TAGS,
-        license_info=app.license_info,
-        routes=app.routes,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        routes=routes,
     )
     types = {
         name: api.codec(models[name]).reader.strict.types[Media.JSON] for name in sorted(models)
