@@ -107,9 +107,7 @@ class Acceptor:
         self._measure_load = measure_load
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
-        self._patience = 1.0
-        self._skipped_at_s = 0.0
+        self._accepting: asyncio.Task[None] | None = None
         self._is_closed = False
 
     def start(self, backlog: int) -> None:
@@ -117,7 +115,7 @@ class Acceptor:
         self._listener.setblocking(False)
         self._listener.listen(backlog)
         self.publish()
-        self._watch()
+        self._accepting = self._loop.create_task(self._accept_until_closed())
 
     def publish(self) -> int:
         """Publish and return the load, which also falls when connections close or become idle."""
@@ -133,56 +131,52 @@ class Acceptor:
             return
         self._is_closed = True
         self._worker_load.publish(NOT_ACCEPTING)
-        self._loop.remove_reader(self._listener)
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._accepting is not None:
+            self._accepting.cancel()
 
     async def wait_closed(self) -> None:
         """Wait until the accepted connections are open."""
         if self._opening:
             await asyncio.wait(self._opening)
 
-    def _watch(self) -> None:
-        self._timer = None
-        self._loop.add_reader(self._listener, self._on_waiting)
+    async def _accept_until_closed(self) -> None:
+        """Accept in this worker's turn; and out of turn, after a wait, one connection.
 
-    def _on_waiting(self) -> None:
-        self._loop.remove_reader(self._listener)
-        defer_s, now_s = DEFER_S if self.publish() < FULL else RETRY_S, self._loop.time()
-        if now_s - self._skipped_at_s > RETRY_S:
-            self._patience = 1.0
-        self._accept_or_defer(now_s + defer_s * self._patience)
-
-    def _accept_or_defer(self, until_s: float) -> None:
-        """Accept while it is this worker's turn; otherwise check again soon, and at the latest at
-        `until_s` accept one connection out of turn. The worker whose turn it is hardly takes the
-        connections behind it, so they wait half as long each."""
-        pause_s = 0.0
-        try:
-            if not self._accept_in_turn():
-                if self._loop.time() < until_s:
-                    pause_s = DEFER_TICK_S
-                elif self._accept():
-                    self._patience, self._skipped_at_s = self._patience / 2, self._loop.time()
+        The worker whose turn it is hardly takes the connections behind that one, so they wait half
+        as long each.
+        """
+        patience, skipped_at_s = 1.0, 0.0
+        while True:
+            await self._wait_for_connection()
+            now_s = self._loop.time()
+            if now_s - skipped_at_s > RETRY_S:
+                patience = 1.0
+            until_s = now_s + patience * (DEFER_S if self.publish() < FULL else RETRY_S)
+            while not (is_next := self._worker_load.is_next()) and self._loop.time() < until_s:
+                await asyncio.sleep(DEFER_TICK_S)
+                self.publish()
+            try:
+                has_accepted = self._accept()
+                if is_next:
+                    for _ in range(ACCEPTED_AT_ONCE):
+                        if not (has_accepted and self._worker_load.is_next()):
+                            break
+                        has_accepted = self._accept()
+                elif has_accepted:
+                    patience, skipped_at_s = patience / 2, self._loop.time()
                 else:
-                    self._patience = 1.0
-        except OSError as error:
-            log.error("accept_failed", reason=error.strerror, pause_s=RETRY_S)
-            pause_s = RETRY_S
-        if pause_s:
-            self._timer = self._loop.call_later(pause_s, self._accept_or_defer, until_s)
-        else:
-            self._watch()
+                    patience = 1.0
+            except OSError as error:
+                log.error("accept_failed", reason=error.strerror, pause_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
 
-    def _accept_in_turn(self) -> bool:
-        """Accept while it is this worker's turn; returns False once it is not."""
-        self.publish()
-        for _ in range(ACCEPTED_AT_ONCE):
-            if not self._worker_load.is_next():
-                return False
-            if not self._accept():
-                break
-        return True
+    async def _wait_for_connection(self) -> None:
+        ready = asyncio.Event()
+        self._loop.add_reader(self._listener, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            self._loop.remove_reader(self._listener)
 
     def _accept(self) -> bool:
         """Accept one connection; returns whether one was waiting.
