@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from service.pipeline.chunk_load import OVERHEAD_BYTES
+from service.pipeline.state_cache import OVERHEAD_BYTES
 from service.store.codec import HEADER_BYTES, REPLY_HEADER_BYTES
 
 CHUNKS_PER_S: Final = 7_100

@@ -32,11 +32,12 @@ from service.engine.batcher import BatchRunner
 from service.engine.compute import Compute
 from service.engine.fair_queue import RunningBatch
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
-from service.pipeline.chunk_load import ChunkLoader, StateCache, StoreResponsiveness
+from service.pipeline.chunk_load import ChunkLoader, StoreResponsiveness
 from service.pipeline.inference import Inference
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
+from service.pipeline.state_cache import StateCache
 from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StateStore
 from service.store.codec import (
     EncodedStream,
@@ -85,6 +86,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         tracer: Tracer | None = None,
     ):
         self._served = served
+        self._has_blocks = served.blocks is not None
         self._store = store
         self._cache = cache
         self._recorder = recorder
@@ -260,7 +262,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             job.base is None,
             times.began_s - job.submitted_s,
             timing,
-            self._served.output_position(job.payload, head),
+            self._served.output_position(job.payload, head) if self._has_blocks else None,
             row=at,
         )
 

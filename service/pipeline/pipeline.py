@@ -50,15 +50,14 @@ from service.engine.fair_queue import BatchLimits, Job, JobSpec
 from service.engine.policy import shared_error
 from service.engine.runtimes.base import Runtime
 from service.engine.thread_priority import LoopPriority
-from service.pipeline.audit import Audit, no_audit
 from service.pipeline.chunk_batch import ChunkBatchRunner
-from service.pipeline.chunk_load import StateCache
 from service.pipeline.chunk_order import apply_in_order
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
 from service.pipeline.predict import PredictRunner, SequenceStart
-from service.pipeline.recorder import Recorder
+from service.pipeline.recorder import Audit, Recorder, no_audit
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
+from service.pipeline.state_cache import StateCache
 from service.pipeline.state_tokens import StateTokens, state_after
 from service.pipeline.streams import StreamAdministration
 from service.store.base import Store

@@ -1,9 +1,9 @@
-"""Telemetry of the pipeline and the engine: the interface of a metrics recorder."""
+"""Telemetry of the pipeline and the engine: interfaces of a metrics recorder and an audit log."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from service.core.errors import CarryError
 from service.core.values import Timing
@@ -59,3 +59,22 @@ class Recorder(Protocol):
 
     def record_watchers(self, model: str, change: int) -> None:
         """Record that watches of a model's streams began, or with a negative number ended."""
+
+
+class Audit(Protocol):
+    """Writes a line about a change of streams other than by their chunks; never raises."""
+
+    def __call__(
+        self, change: str, /, *, model: str, stream: str | None = None, **facts: Any
+    ) -> None:
+        """Record a change.
+
+        Args:
+            change: `stream_deleted`, `streams_deleted`, `state_written` or `stream_forked`.
+            stream: the stream, or the prefix of several.
+            facts: further members of the line.
+        """
+
+
+def no_audit(change: str, /, **facts: Any) -> None:
+    """Record nothing."""

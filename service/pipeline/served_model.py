@@ -273,8 +273,11 @@ class ServedModel:
             return None
         return self.blocks.blocks.outputs_emitted_at(after.position - chunk.steps.length)
 
-    def encode(self, steps: Steps, state: State) -> Encoded:
+    def encode(self, steps: Steps, state: State, resets: Sequence[int] = ()) -> Encoded:
         """Encode a chunk that continues `state`.
+
+        Args:
+            resets: ascending indexes of the events before which the state is reset.
 
         Raises:
             ChunkTooLong: as `check_length`.
@@ -282,15 +285,16 @@ class ServedModel:
             StateDamaged: the state holds an impossible clock.
         """
         self.check_length(steps)
+        ints = self.initial.ints if resets else state.ints
         if steps.rows is not None:
-            return steps.rows, state.ints
+            return steps.rows, ints
         if steps.columns is None or self.events is None:
             raise InvalidInput(f"model {self.name!r} has no event schema; send `inputs`")
         try:
-            rows, clock = encode(self.events, steps.columns, self._clock(state))
+            rows, clock = encode(self.events, steps.columns, self._clock(state), resets)
         except DataError as error:
             raise invalid_data("events", error) from error
-        return rows, clock.into_ints(self.state, state.ints)
+        return rows, clock.into_ints(self.state, ints)
 
     def find_resets(self, steps: Steps, state: State, position: int) -> tuple[int, ...]:
         """Where the state is reset within a chunk: by the client's resets, and by the model's
@@ -320,19 +324,9 @@ class ServedModel:
         Raises:
             ChunkTooLong, InvalidInput, StateDamaged: as `encode`.
         """
-        self.check_length(steps)
+        rows, ints = self.encode(steps, state, resets)
         initial = self._state_before(steps, self.initial)
         state = self._state_before(steps, state)
-        rows, last = steps.rows, initial if resets else state
-        ints = last.ints
-        if rows is None:
-            if steps.columns is None or self.events is None:
-                raise InvalidInput(f"model {self.name!r} has no event schema; send `inputs`")
-            try:
-                rows, clock = encode(self.events, steps.columns, self._clock(state), resets)
-            except DataError as error:
-                raise invalid_data("events", error) from error
-            ints = clock.into_ints(self.state, ints)
         cuts = segments_of(steps.length, resets)
         states = [initial] * len(cuts)
         if not resets or resets[0] > 0:

@@ -29,9 +29,9 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.pipeline.audit import Audit, no_audit
-from service.pipeline.chunk_load import StateCache
+from service.pipeline.recorder import Audit, no_audit
 from service.pipeline.served_model import ServedModel
+from service.pipeline.state_cache import StateCache
 from service.store.base import (
     CommitColumns,
     CommitResult,

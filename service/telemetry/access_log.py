@@ -272,7 +272,7 @@ log_request: Final = access_log.log
 
 
 def audit(change: str, /, *, stream: str | None = None, **facts: Any) -> None:
-    """Write a line of the audit log (`service.pipeline.audit.Audit`), at every level of the log.
+    """Write a line of the audit log (`service.pipeline.recorder.Audit`), at every level of the log.
 
     It has the request id, and the id of the access key that made the change.
 

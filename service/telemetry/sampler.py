@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from service.core.errors import CarryError, StoreRefused
-from service.pipeline.chunk_load import StateCache
+from service.pipeline.state_cache import StateCache
 from service.store.capabilities import StoreMonitor, StreamCount
 from service.telemetry.metrics import UNKNOWN, Metrics, observe_all
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from service.commands.capacity import StoredStreams as Planned
 from service.commands.capacity import cache_bytes, primaries, stored_bytes, workers
 from service.commands.cli import app
-from service.pipeline.chunk_load import StateCache
+from service.pipeline.state_cache import StateCache
 from service.store.codec import encode_state
 from service.store.settings import StoreSettings
 from tests.support.servers import KINDS, real_server

@@ -6,7 +6,7 @@ import numpy as np
 
 from models.spec.state import State
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
-from service.pipeline.chunk_load import OVERHEAD_BYTES, StateCache
+from service.pipeline.state_cache import OVERHEAD_BYTES, StateCache
 from service.store.codec import EncodedStream
 from tests.support.streams import cached
 

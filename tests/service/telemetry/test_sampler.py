@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from models.spec.state import State
 from service.core.errors import Conflict, StoreRefused
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
-from service.pipeline.chunk_load import OVERHEAD_BYTES, StateCache
+from service.pipeline.state_cache import OVERHEAD_BYTES, StateCache
 from service.store.capabilities import StoreTelemetry, StreamCount
 from service.telemetry.metrics import MULTIPROCESS_DIR, PrometheusRecorder
 from service.telemetry.sampler import Sampler, TransportLoad

@@ -22,8 +22,8 @@ from models.artifact.artifact import Artifact
 from service.access.key_cache import AccessKeys
 from service.core.tracing import Tracer
 from service.core.values import StreamKey
-from service.pipeline.audit import Audit, no_audit
 from service.pipeline.pipeline import Pipeline
+from service.pipeline.recorder import Audit, no_audit
 from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
