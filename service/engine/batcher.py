@@ -288,7 +288,8 @@ class Batcher(Generic[P, R]):
             log.exception("forming_failed", jobs=queue.waiting)
             for job in queue.clear():
                 job.resolve(InternalError(f"no batch could be formed: {type(error).__name__}"))
-        self._continue()
+        if queue.waiting or self._drained is not None:
+            self._continue()
 
     def _continue(self) -> None:
         """Form the next batch if jobs wait, or let `drain` return once nothing is left to do."""

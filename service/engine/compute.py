@@ -113,17 +113,22 @@ class Compute:
             finally:
                 self._running = None
 
-        def end(_: object) -> None:
+        def end() -> None:
             timer.cancel()
             self._thread.release()
 
         await self._thread.acquire()
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._executor, run)
+        future = self._executor.submit(run)
         timer = loop.call_later(self._inference_timeout_s, self._terminate_call)
-        future.add_done_callback(end)
-        # a call whose caller is cancelled continues in the thread
-        return await asyncio.shield(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            if future.done():
+                end()
+            else:
+                # the caller was cancelled, but its call continues in the thread
+                future.add_done_callback(lambda _: loop.call_soon_threadsafe(end))
 
     def _terminate_call(self) -> None:
         """Terminate the call in the thread, if it has not ended meanwhile."""

@@ -89,7 +89,25 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
     Args:
         decoding: whether the model is a decoder's step (`Artifact.decoder`).
     """
-    runtime = _open_network(name, artifact, threads, decoding=decoding)
+    try:
+        missing = _missing_graph(artifact) if name == ONNXRUNTIME else None
+        if missing is not None:
+            raise RuntimeUnsupportedError(f"runtime_unsupported: {missing}")
+        import_runtime(name)
+        runtime: Runtime
+        if name == ONNXRUNTIME:
+            from service.engine.runtimes.onnx import OnnxRuntime
+
+            runtime = OnnxRuntime(artifact, threads)
+        else:
+            from service.engine.runtimes.tensorflow import TensorflowRuntime
+
+            runtime = TensorflowRuntime(artifact, threads, decoding=decoding)
+    except ModuleNotFoundError as error:
+        raise RuntimeMissingError(
+            f"runtime_missing: the runtime {name!r} needs {error.name!r}: "
+            f"pip install ./client '.[{_EXTRAS[name]}]'"
+        ) from error
     if artifact.spec.detection is None:
         return runtime
     from service.engine.runtimes.detecting import DetectingRuntime
@@ -109,29 +127,6 @@ def import_runtime(name: str) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import_module(_MODULES[name])
-
-
-def _open_network(name: str, artifact: Artifact, threads: int, *, decoding: bool) -> Runtime:
-    try:
-        if name == ONNXRUNTIME:
-            missing = _missing_graph(artifact)
-            if missing is not None:
-                raise RuntimeUnsupportedError(f"runtime_unsupported: {missing}")
-        import_runtime(name)
-        if name == ONNXRUNTIME:
-            from service.engine.runtimes.onnx import ImportedRuntime, OnnxRuntime
-
-            if artifact.network is not None:
-                return ImportedRuntime(artifact, threads)
-            return OnnxRuntime(artifact, threads)
-        from service.engine.runtimes.tensorflow import TensorflowRuntime
-
-        return TensorflowRuntime(artifact, threads, decoding=decoding)
-    except ModuleNotFoundError as error:
-        raise RuntimeMissingError(
-            f"runtime_missing: the runtime {name!r} needs {error.name!r}: "
-            f"pip install ./client '.[{_EXTRAS[name]}]'"
-        ) from error
 
 
 _MODULES = {

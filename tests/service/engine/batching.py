@@ -13,7 +13,8 @@ import pytest
 from service.core.errors import CarryError, Overloaded
 from service.engine.batcher import Batcher, BatchRunner
 from service.engine.fair_queue import BatchLimits, Job, JobSpec, RunningBatch
-from service.engine.policy import Admission, Rejection, shared_error
+from service.engine.policy import MAX_DELAY_TURNS, Admission, Rejection, shared_error
+from tests.support.servers import until_async
 
 Jobs = list[Job[str, str]]
 UP_TO_8 = BatchLimits(8, 1000)
@@ -25,6 +26,8 @@ class Runs(BatchRunner[str, str]):
     Attributes:
         releasing: whether a batch releases its streams before it ends.
         retries: how often the batch of a job returns it to be retried, by payload.
+        gates: opened instead of `gate` for the batches of some jobs, by payload.
+        seen: the jobs that were in a batch, by payload.
     """
 
     def __init__(self) -> None:
@@ -32,6 +35,8 @@ class Runs(BatchRunner[str, str]):
         self.releasing = False
         self.retries: dict[str, int] = {}
         self.gate = asyncio.Event()
+        self.gates: dict[str, asyncio.Event] = {}
+        self.seen: dict[str, Job[str, str]] = {}
         self._began = asyncio.Condition()
 
     async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
@@ -39,10 +44,11 @@ class Runs(BatchRunner[str, str]):
         async with self._began:
             self.batches.append([job.payload for job in jobs])
             self._began.notify_all()
+        self.seen |= {job.payload: job for job in jobs}
         if self.releasing:
             for job in jobs:
                 batch.release_streams([job.key])
-        await self.gate.wait()
+        await self.gates.get(jobs[0].payload, self.gate).wait()
         to_retry = [job for job in jobs if job.attempts < self.retries.get(job.payload, 0)]
         for job in jobs:
             if job.payload.startswith("poison"):
@@ -57,17 +63,27 @@ class Runs(BatchRunner[str, str]):
             await self._began.wait_for(lambda: len(self.batches) >= count)
 
 
-class Running(BatchRunner[str, str]):
-    """Runs batches by a function."""
+class Paced(Runs):
+    """Each batch of 8 takes 0.4 s of a simulated clock; the last ones wait for the gate."""
 
-    def __init__(self, run: Any, map_error: Any = None):
-        self._run = run
-        if map_error is not None:
-            self.map_error = map_error  # type: ignore[method-assign]
+    def __init__(self, patched: pytest.MonkeyPatch, batches: int = 3) -> None:
+        super().__init__()
+        self.now_s = 1000.0
+        self._free = batches
+        patched.setattr("service.engine.batcher.time", self)
+
+    def monotonic(self) -> float:
+        return self.now_s
 
     async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
-        """One batch."""
-        return await self._run(jobs, batch)
+        self.now_s += 0.4
+        if not self._free:
+            return await super().__call__(jobs, batch)
+        self._free -= 1
+        self.batches.append([job.payload for job in jobs])
+        for job in jobs:
+            job.resolve(job.payload.upper())
+        return []
 
 
 def no_room(admission: Admission, *_: object) -> Rejection:
@@ -87,6 +103,15 @@ def check_admission(batcher: Batcher[str, str], key: str, left_s: float) -> Over
     """The error that a job would be rejected with now."""
     rejection = batcher.admission.check_admission(key, left_s)
     return None if rejection is None else shared_error(rejection)
+
+
+async def wait_for_capacity(batcher: Batcher[str, str]) -> None:
+    """Wait until admission control accepts one more job."""
+
+    async def has_capacity() -> bool:
+        return check_admission(batcher, "new", 60) is None
+
+    await until_async(has_capacity, "capacity")
 
 
 async def submit(
@@ -116,9 +141,15 @@ def start_each(
     return [start(batcher, payload, *rest, **options) for payload in payloads]
 
 
+async def turns() -> None:
+    """Run the event loop until every batch that may start has started."""
+    for _ in range(MAX_DELAY_TURNS + 4):
+        await asyncio.sleep(0)
+
+
 @asynccontextmanager
 async def batching(
-    runs: BatchRunner[str, str],
+    runs: Runs,
     *,
     in_flight: int = 1,
     queue: int = 100,
@@ -126,16 +157,9 @@ async def batching(
     **options: Any,
 ) -> AsyncIterator[Batcher[str, str]]:
     """A batcher with batches of 8 by default, drained at the end."""
-    batcher: Batcher[str, str] = Batcher(
-        runs,
-        limits,
-        max_queue=queue,
-        max_in_flight=in_flight,
-        **options,
-    )
+    batcher = Batcher(runs, limits, max_queue=queue, max_in_flight=in_flight, **options)
     try:
         yield batcher
     finally:
-        if isinstance(runs, Runs):
-            runs.gate.set()
+        runs.gate.set()
         await batcher.drain(5)

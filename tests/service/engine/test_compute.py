@@ -1,7 +1,4 @@
-"""Time slicing of long chunks: the same outputs, and other batches run between slices.
-
-And calls that take too long: they are ended, and the event loop runs on.
-"""
+"""Inference calls: time slicing, inline or in the thread, one at a time, terminated if too long."""
 
 from __future__ import annotations
 
@@ -21,29 +18,58 @@ SLICES = 20
 
 
 class Summing:
-    """A runtime whose state is the sum of its rows; calls take no time."""
+    """A runtime whose state is the sum of its rows; calls take no time.
+
+    Attributes:
+        waits: steps of the calls that end once `released` is set, or they are terminated.
+        spoils: the number of a call, from 1, with another output.
+        rows: of each call.
+        threads: of each call: whether it ran in the compute thread.
+    """
 
     max_batch, max_steps = 8, 4
 
-    def __init__(self) -> None:
+    def __init__(self, waits: int = 0, spoils: int = 0, output: float = np.inf) -> None:
+        self.waits, self.spoils, self.output = waits, spoils, output
         self.rows: list[int] = []
+        self.threads: list[bool] = []
+        self.running, self.most_running = 0, 0
+        self.began, self.released = threading.Event(), threading.Event()
+        self.is_terminated = False
 
     def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
         return rows, steps
 
     def step(self, rows: Any, lengths: Any, states: Any) -> Any:
+        self.threads.append(threading.current_thread().name.startswith("carry-compute"))
         self.rows.append(len(rows))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        if rows.shape[1] == self.waits:
+            self.began.set()
+            self.released.wait()
+        self.running -= 1
+        if self.is_terminated:
+            self.is_terminated = False
+            self.released.clear()
+            raise InferenceTimeout("ended")
         sums = states[:, None, :] + np.cumsum(rows, axis=1)
-        ends = np.asarray(lengths) - 1
-        return sums, sums[np.arange(len(rows)), ends]
+        after = sums[np.arange(len(rows)), np.asarray(lengths) - 1]
+        if len(self.rows) == self.spoils:
+            sums[0, 0] = self.output
+        return sums, after
+
+    def warm(self) -> None:
+        self.step(*inputs(self.waits)[:1], [self.waits], np.zeros((1, 1)))
 
     def terminate_call(self) -> None:
-        """Do nothing, as TensorFlow."""
+        self.is_terminated = True
+        self.released.set()
 
 
-def inputs(steps: int, count: int = 1) -> tuple[list[Any], Any]:
+def inputs(steps: int, count: int = 1) -> tuple[Any, Any]:
     rows = [np.ones((steps, 1), np.float32) for _ in range(count)]
-    return rows, np.zeros((count, 1), np.float32)
+    return np.array(rows), np.zeros((count, 1), np.float32)
 
 
 async def infer(compute: Compute, runtime: Any, steps: int, count: int = 1) -> Any:
@@ -53,94 +79,77 @@ async def infer(compute: Compute, runtime: Any, steps: int, count: int = 1) -> A
 @pytest.fixture
 def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Durations of the sleeps of the module under test; other modules sleep as usual."""
-    found: list[float] = []
+    durations: list[float] = []
 
     class Noting:
         async def sleep(self, seconds: float) -> None:
-            found.append(seconds)
+            durations.append(seconds)
             await asyncio.sleep(0)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(asyncio, name)
 
     monkeypatch.setattr(module, "asyncio", Noting())
-    return found
+    return durations
 
 
-async def test_lone_long_chunk_never_pauses(sleeps: list[float]) -> None:
-    compute, runtime = Compute(), Summing()
-    inferred = await infer(compute, runtime, 4 * SLICES)
-    outputs, states, finite = inferred.outputs, inferred.states, inferred.finite
+@pytest.fixture
+def compute() -> Any:
+    compute = Compute(0.05)
+    yield compute
     compute.close()
-    assert finite
-    assert outputs[0][:, 0].tolist() == list(range(1, 4 * SLICES + 1))
-    assert states.tolist() == [[4 * SLICES]]
+
+
+async def test_lone_long_chunk_never_pauses(compute: Compute, sleeps: list[float]) -> None:
+    rows, states = inputs(4 * SLICES)
+    result = await compute.infer(Summing(), rows, states, lambda *_: None)  # type: ignore[arg-type]
+    assert result.finite
+    assert result.outputs[0][:, 0].tolist() == list(range(1, 4 * SLICES + 1))
+    assert result.states.tolist() == [[4 * SLICES]]
+    assert not states.any(), "what it was given is not written to"
     assert sleeps == [0] * (SLICES - 1)
 
 
-async def test_two_long_chunks_alternate_without_pauses(sleeps: list[float]) -> None:
-    compute, runtime = Compute(), Summing()
+async def test_two_long_chunks_alternate_without_pauses(
+    compute: Compute, sleeps: list[float]
+) -> None:
+    runtime = Summing()
     await infer(compute, runtime, 4)
     await asyncio.gather(
         infer(compute, runtime, 4 * SLICES), infer(compute, runtime, 4 * SLICES, count=2)
     )
-    compute.close()
     assert sleeps == [0] * 2 * (SLICES - 1)
     assert runtime.rows[1:9] == [1, 2] * 4
 
 
-async def test_single_call_slices_count_as_other_work(sleeps: list[float]) -> None:
-    """A batch whose rows have one slice each is one call, like a batch of short rows."""
-    compute, runtime = Compute(), Summing()
-    await infer(compute, runtime, 4)
-    rows, states = inputs(4)
-    long = asyncio.create_task(infer(compute, runtime, 4 * SLICES))
-    while not long.done():
-        await compute.infer_slices(runtime, [rows], states, lambda *_: None)
-        await asyncio.sleep(0)
-    compute.close()
-    assert any(seconds >= module.MIN_YIELD_S for seconds in sleeps)
-
-
-async def test_long_chunk_pauses_between_slices_if_others_compute(sleeps: list[float]) -> None:
-    compute, runtime = Compute(), Summing()
-    # The first call of a size is timed in the thread; all others run on the loop.
+@pytest.mark.parametrize("are_slices", [False, True])
+async def test_long_chunk_pauses_between_slices_if_others_compute(
+    compute: Compute, sleeps: list[float], are_slices: bool
+) -> None:
+    """Also if the rows of the others come as slices, of one call."""
+    runtime = Summing()
+    # the first call of a size is timed in the thread; all others run on the loop
     await infer(compute, runtime, 4)
     await infer(compute, runtime, 2)
     runtime.rows.clear()
     long = asyncio.create_task(infer(compute, runtime, 4 * SLICES))
+    rows, states = inputs(2, count=2)
     while not long.done():
-        await infer(compute, runtime, 2, count=2)
+        if are_slices:
+            slices = [[row] for row in rows]
+            await compute.infer_slices(runtime, slices, states, lambda *_: None)  # type: ignore[arg-type]
+        else:
+            await infer(compute, runtime, 2, count=2)
         await asyncio.sleep(0)
-    compute.close()
     assert (await long).states.tolist() == [[4 * SLICES]]
     assert runtime.rows.count(1) == SLICES
-    own = [seconds for seconds in sleeps if seconds >= module.MIN_YIELD_S]
-    assert len(own) >= SLICES - 3, "it pauses as soon as others compute too"
-
-
-class Blocking(Summing):
-    """A runtime whose calls of `steps` steps end once `released` is set."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self._steps = steps
-        self.running, self.most_running = 0, 0
-        self.began, self.released = threading.Event(), threading.Event()
-
-    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        if rows.shape[1] == self._steps:
-            self.began.set()
-            self.released.wait()
-        self.running -= 1
-        return super().step(rows, lengths, states)
+    pauses = [seconds for seconds in sleeps if seconds >= module.MIN_YIELD_S]
+    assert len(pauses) >= SLICES - 3, "it pauses as soon as others compute too"
 
 
 async def test_a_call_whose_caller_is_cancelled_runs_alone_to_its_end() -> None:
-    compute, runtime = Compute(), Blocking(steps=4)
-    # The first call of a size is timed in the thread; this size runs on the loop from now on.
+    compute, runtime = Compute(), Summing(waits=4)
+    # the first call of a size is timed in the thread; this size runs on the loop from now on
     await infer(compute, runtime, 1)
     cancelled = asyncio.create_task(infer(compute, runtime, 4))
     await asyncio.to_thread(runtime.began.wait)
@@ -154,94 +163,43 @@ async def test_a_call_whose_caller_is_cancelled_runs_alone_to_its_end() -> None:
     assert runtime.most_running == 1
 
 
-class Overflowing(Summing):
-    """A runtime with one other output in one call, by default one that is not finite."""
-
-    def __init__(self, call: int, output: float = np.inf) -> None:
-        super().__init__()
-        self._call, self._output = call, output
-
-    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
-        outputs, after = super().step(rows, lengths, states)
-        if len(self.rows) == self._call:
-            outputs[0, 0] = self._output
-        return outputs, after
-
-
 @pytest.mark.parametrize("call", [1, 2, SLICES])
-async def test_non_finite_outputs_are_detected_in_every_slice(call: int) -> None:
-    compute = Compute()
-    inferred = await infer(compute, Overflowing(call), 4 * SLICES)
-    outputs, states, finite = inferred.outputs, inferred.states, inferred.finite
-    compute.close()
-    assert not finite
-    assert not np.isfinite(outputs[0]).all()
-    assert np.isfinite(states).all()
+async def test_non_finite_outputs_are_detected_in_every_slice(compute: Compute, call: int) -> None:
+    result = await infer(compute, Summing(spoils=call), 4 * SLICES)
+    assert not result.finite
+    assert not np.isfinite(result.outputs[0]).all()
+    assert np.isfinite(result.states).all()
 
 
-async def test_finite_outputs_whose_squares_overflow_are_accepted_without_a_warning() -> None:
-    compute = Compute()
-    inferred = await infer(compute, Overflowing(1, 1e30), 1)
-    compute.close()
-    assert inferred.finite
+async def test_non_finite_states_are_detected(compute: Compute) -> None:
+    rows, states = inputs(1)
+    runtime: Any = Summing(spoils=1, output=0.0)
+    states[0, 0] = np.inf
+    assert not (await compute.infer(runtime, rows, states, lambda *_: None)).finite
 
 
-class Hanging(Summing):
-    """A runtime whose calls of `steps` steps end only when they are terminated."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self._steps = steps
-        self.threads: list[str] = []
-        self.began, self._ended = threading.Event(), threading.Event()
-
-    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
-        self.threads.append(threading.current_thread().name)
-        if rows.shape[1] == self._steps:
-            self.began.set()
-            self._ended.wait()
-            self._ended.clear()
-            raise InferenceTimeout("ended")
-        return super().step(rows, lengths, states)
-
-    def warm(self) -> None:
-        self.step(np.zeros((1, self._steps, 1)), None, None)
-
-    def terminate_call(self) -> None:
-        self._ended.set()
+async def test_finite_outputs_whose_squares_overflow_are_accepted_without_a_warning(
+    compute: Compute,
+) -> None:
+    assert (await infer(compute, Summing(spoils=1, output=1e30), 1)).finite
 
 
-async def test_a_call_in_the_thread_is_terminated_after_the_timeout() -> None:
-    compute, runtime = Compute(0.05), Hanging(steps=4)
-    for _ in range(2):
-        with pytest.raises(InferenceTimeout):
-            await infer(compute, runtime, 4)
-        assert (await infer(compute, runtime, 3)).states.tolist() == [[3]], "others run on"
-    compute.close()
-
-
-async def test_steps_that_were_not_measured_never_run_on_the_event_loop() -> None:
-    compute, runtime = Compute(0.05), Hanging(steps=3)
+async def test_a_call_in_the_thread_is_terminated_after_the_timeout(compute: Compute) -> None:
+    """Calls of steps that were not measured never run on the event loop; others run on."""
+    runtime: Any = Summing(waits=3)
     for _ in range(2):
         await infer(compute, runtime, 2)
     for _ in range(2):
         with pytest.raises(InferenceTimeout):
             await infer(compute, runtime, 3)
-    await infer(compute, runtime, 2)
-    names = [name.startswith("carry-compute") for name in runtime.threads]
-    assert names == [True, False, True, True, False]
-    compute.close()
-
-
-async def test_a_warm_up_is_terminated_after_the_timeout() -> None:
-    compute = Compute(0.05)
+        assert (await infer(compute, runtime, 2)).states.tolist() == [[2]]
+    assert runtime.threads == [True, False, True, False, True, False]
     with pytest.raises(InferenceTimeout):
-        await compute.warm(Hanging(steps=4))  # type: ignore[arg-type]
-    compute.close()
+        await compute.warm(runtime)
 
 
 async def test_close_terminates_the_running_call() -> None:
-    compute, runtime = Compute(), Hanging(steps=4)
+    compute, runtime = Compute(), Summing(waits=4)
     call = asyncio.create_task(infer(compute, runtime, 4))
     await asyncio.to_thread(runtime.began.wait)
     compute.close()
@@ -249,45 +207,37 @@ async def test_close_terminates_the_running_call() -> None:
         await call
 
 
-class Pausing(Hanging):
-    """A runtime whose next call takes as long as its test says, in all and of CPU time."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__(steps=0)
-        self.takes_s = 0.0, 0.0
-        self._now_s = self._used_s = 0.0
-        clocks = {"monotonic": lambda: self._now_s, "thread_time": lambda: self._used_s}
-        monkeypatch.setattr(module, "time", SimpleNamespace(**clocks))
-
-    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
-        elapsed_s, used_s = self.takes_s
-        self._now_s += elapsed_s
-        self._used_s += used_s
-        return super().step(rows, lengths, states)
-
-
-@pytest.mark.parametrize(("threads", "used_s"), [(1, 0.05), (2, 0.0)])
-async def test_after_one_slow_call_a_few_of_its_size_run_in_the_thread(
-    monkeypatch: pytest.MonkeyPatch, threads: int, used_s: float
-) -> None:
-    """The CPU time of one of several threads would say little of the call."""
-    runtime = Pausing(monkeypatch)
-    compute = Compute(threads=threads)
-    fast = 0.0, 0.0
-    for runtime.takes_s in (fast, fast, (0.05, used_s), *[fast] * 10):
-        await infer(compute, runtime, 2)
-    names = [name.startswith("carry-compute") for name in runtime.threads]
-    assert names[:4] == [True, False, False, True]
-    assert not names[-1], "and back on the event loop, once they are fast again"
-    compute.close()
-
-
-async def test_calls_stay_on_the_event_loop_while_the_machine_does_something_else(
+@pytest.mark.parametrize(
+    ("threads", "elapsed_s", "used_s", "in_thread"),
+    [
+        pytest.param(1, 0.05, 0.05, True, id="slow"),
+        pytest.param(1, 0.05, 0.001, False, id="while the machine does something else"),
+        # the CPU time of one of several threads would say little of the call
+        pytest.param(2, 0.05, 0.001, True, id="slow in several threads"),
+    ],
+)
+async def test_after_a_slow_call_a_few_of_its_size_run_in_the_thread(
     monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    elapsed_s: float,
+    used_s: float,
+    in_thread: bool,
 ) -> None:
-    runtime = Pausing(monkeypatch)
-    compute = Compute()
-    for runtime.takes_s in [(0.05, 0.001)] * 10:
+    now = {"monotonic": 0.0, "thread_time": 0.0}
+    clocks = {name: lambda name=name: now[name] for name in now}
+    monkeypatch.setattr(module, "time", SimpleNamespace(**clocks))
+    compute, runtime = Compute(threads=threads), Summing()
+    step = runtime.step
+
+    def slow(*arguments: Any) -> Any:
+        if len(runtime.rows) == 2:
+            now["monotonic"] += elapsed_s
+            now["thread_time"] += used_s
+        return step(*arguments)
+
+    monkeypatch.setattr(runtime, "step", slow)
+    for _ in range(13):
         await infer(compute, runtime, 2)
-    assert [name.startswith("carry-compute") for name in runtime.threads] == [True, *[False] * 9]
+    assert runtime.threads[:6] == [True, False, False, *[in_thread] * 3]
+    assert not runtime.threads[-1], "and back on the event loop, once they are fast again"
     compute.close()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from service.core.errors import DeadlineExceeded, InternalError, ShuttingDown
 from service.engine.fair_queue import RunningBatch
-from tests.service.engine.batching import Jobs, Running, Runs, batching, start, submit
-from tests.service.engine.test_batcher import turns
-from tests.service.engine.test_batcher_deadlines import soon
+from tests.service.engine.batching import Jobs, Runs, batching, start, submit, turns
 
 
 class Detaching(Runs):
@@ -26,11 +25,16 @@ class Detaching(Runs):
 
     async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
         self.batches.append([job.payload for job in jobs])
+        self.seen |= {job.payload: job for job in jobs}
         late = [job for job in jobs if job.payload.startswith("late") and not job.attempts]
+        if self.releasing:
+            batch.release_streams([job.key for job in jobs])
         if late:
             batch.detach(late, self._wait(late))
         for job in jobs:
             if job not in late:
+                if job.payload in self.gates:
+                    await self.gates[job.payload].wait()
                 job.resolve(job.payload.upper())
         return []
 
@@ -54,67 +58,52 @@ async def test_detached_jobs_hold_no_slot_and_keep_their_order() -> None:
     assert runs.batches[2][0] == "late0"
 
 
-async def test_detached_jobs_fail_at_their_deadlines() -> None:
+async def test_detached_jobs_fail_independently() -> None:
+    """At their deadlines, or with an error of their work."""
     runs = Detaching()
     async with batching(runs) as batcher, asyncio.timeout(5):
         with pytest.raises(DeadlineExceeded, match="before it was done"):
-            await submit(batcher, "late", deadline_s=soon())
-        assert await submit(batcher, "a") == "A"
-
-
-async def test_detached_jobs_fail_independently() -> None:
-    runs = Detaching()
-    runs.fails = RuntimeError("unforeseen")
-    runs.gate.set()
-    async with batching(runs) as batcher, asyncio.timeout(5):
-        late = start(batcher, "late", "s")
+            await submit(batcher, "late", deadline_s=time.monotonic() + 0.02)
+        runs.fails = RuntimeError("unforeseen")
+        runs.gate.set()
+        late = start(batcher, "late2", "s")
         assert await submit(batcher, "a") == "A"
         with pytest.raises(InternalError):
             await late
         assert await submit(batcher, "b", "s") == "B"
 
 
-async def test_drain_waits_for_detached_jobs_within_its_timeout() -> None:
+@pytest.mark.parametrize("timeout_s", [5, 0.01])
+async def test_drain_waits_for_detached_jobs_within_its_timeout(timeout_s: float) -> None:
     runs = Detaching()
     async with batching(runs) as batcher:
         late = start(batcher, "late", "s")
         await turns()
-        draining = asyncio.create_task(batcher.drain(5))
+        draining = asyncio.create_task(batcher.drain(timeout_s))
         await turns()
         assert not draining.done()
+        if timeout_s < 1:
+            await draining
+            with pytest.raises(ShuttingDown):
+                await late
+            return
         runs.gate.set()
         await draining
         assert await late == "LATE"
-    runs = Detaching()
-    async with batching(runs) as batcher:
-        late = start(batcher, "late", "s")
-        await turns()
-        await batcher.drain(0.01)
-        with pytest.raises(ShuttingDown):
-            await late
 
 
 async def test_job_after_a_retried_detached_job_is_out_of_order() -> None:
     """Its stream was released before it was detached, as it is while its commit is awaited."""
-    runs, seen = Detaching(), {}
-    hold = asyncio.Event()
-
-    async def run(jobs: Jobs, batch: RunningBatch) -> Jobs:
-        (job,) = jobs
-        seen[job.payload] = job
-        batch.release_streams([job.key])
-        if job.payload == "next":
-            await hold.wait()
-        return await runs(jobs, batch)
-
+    runs = Detaching()
+    runs.releasing = True
+    runs.gates["next"] = asyncio.Event()
     async with batching(runs, in_flight=2) as batcher, asyncio.timeout(5):
-        batcher._runner = Running(run)
         first = start(batcher, "late", "s")
         await turns()
         behind = start(batcher, "next", "s")
         await turns()
         runs.gate.set()
         await turns()
-        assert seen["next"].is_out_of_order
-        hold.set()
+        assert runs.seen["next"].is_out_of_order
+        runs.gates["next"].set()
         assert await asyncio.gather(first, behind) == ["LATE", "NEXT"]
