@@ -211,27 +211,6 @@ async def test_long_frames_for_many_streams_name_theirs_anywhere(large_api: Harn
     assert large_api.position("a") == 2_000
 
 
-async def test_a_text_frame_that_is_not_utf_8_closes_the_socket(api: Harness) -> None:
-    wrong = b'{"id": "\xff"}'
-    async with live(api) as sockets:
-        for fragments in ([wrong], [wrong[:9], wrong[9:]], [b'{"id": "\xc3', b'"}']):
-            async with sockets.open() as (client, _):
-                last = len(fragments) - 1
-                for at, part in enumerate(fragments):
-                    opcode = Opcode.CONT if at else Opcode.TEXT
-                    frame = Frame(opcode, part, fin=at == last)
-                    client.transport.write(frame.serialize(mask=True))
-                assert "UTF-8" in await closed(client, 1007)
-            await sockets.ended()
-        async with sockets.open() as (client, _):
-            message = '{"id": "\u00e9", "position": 0, "inputs": [[0, 0, 0]]}'.encode()
-            cut = message.index(0xC3) + 1
-            for part, opcode in ((message[:cut], Opcode.TEXT), (message[cut:], Opcode.CONT)):
-                frame = Frame(opcode, part, fin=opcode is Opcode.CONT)
-                client.transport.write(frame.serialize(mask=True))
-            assert (await outcome(client))["id"] == "\u00e9"
-
-
 async def test_errors_name_their_place_and_their_frame(api: Harness) -> None:
     async with live(api) as sockets, sockets.open("probe/live") as (client, _):
         await client.send('{"id": "a", "stream": "s", "inputs": [[0, 1, "x"]]}')
@@ -249,47 +228,75 @@ async def test_a_fragmented_message_is_one_frame(api: Harness) -> None:
         assert (await outcome(client))["id"] == "whole"
 
 
-async def test_a_message_over_the_limit_closes_the_socket_and_nothing_is_lost(
-    api: Harness,
-) -> None:
-    async with live(api) as sockets:
-        for oversized in (["x" * 20_001], ["x" * 7_000] * 3):
-            async with sockets.open() as (client, hello):
-                position = hello["position"]
-                await client.send(text(rows(2), position))
-                await reply(client)
-                await client.send(oversized)
-                assert "20000" in await closed(client, 1009)
-            await sockets.ended()
-        assert api.position() == 4
+def unchecked(*frames: Frame, mask: bool = True) -> bytes:
+    """The bytes of these frames, which may be invalid."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Frame, "check", lambda _: None)
+        return b"".join(frame.serialize(mask=mask) for frame in frames)
 
 
-VIOLATIONS = {
-    "reserved bit": Frame(Opcode.TEXT, b"{}", rsv1=True),
-    "continuation of nothing": Frame(Opcode.CONT, b"{}"),
-    "long ping": Frame(Opcode.PING, b"x" * 126),
-    "fragmented ping": Frame(Opcode.PING, b"x", fin=False),
+NOT_UTF_8 = b'{"id": "\xff"}'
+CLOSES = {
+    "reserved bit": (unchecked(Frame(Opcode.TEXT, b"{}", rsv1=True)), 1002, ""),
+    "continuation of nothing": (unchecked(Frame(Opcode.CONT, b"{}")), 1002, ""),
+    "long ping": (unchecked(Frame(Opcode.PING, b"x" * 126)), 1002, ""),
+    "fragmented ping": (unchecked(Frame(Opcode.PING, b"x", fin=False)), 1002, ""),
+    "unmasked": (unchecked(Frame(Opcode.TEXT, b"{}"), mask=False), 1002, "mask"),
+    "not UTF-8": (unchecked(Frame(Opcode.TEXT, NOT_UTF_8)), 1007, "UTF-8"),
+    "not UTF-8, in fragments": (
+        unchecked(Frame(Opcode.TEXT, NOT_UTF_8[:9], fin=False), Frame(Opcode.CONT, NOT_UTF_8[9:])),
+        1007,
+        "UTF-8",
+    ),
+    "too long": (unchecked(Frame(Opcode.TEXT, b"x" * 20_001)), 1009, "20000"),
+    "too long, in fragments": (
+        unchecked(
+            Frame(Opcode.TEXT, b"x" * 7_000, fin=False),
+            *[Frame(Opcode.CONT, b"x" * 7_000, fin=False)] * 2,
+        ),
+        1009,
+        "20000",
+    ),
 }
 
 
-async def test_a_violation_of_the_protocol_closes_the_socket(
-    api: Harness, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("sent", "code", "reason"), CLOSES.values(), ids=CLOSES)
+async def test_what_is_wrong_with_a_frame_closes_the_socket_and_nothing_is_lost(
+    api: Harness, sent: bytes, code: int, reason: str
 ) -> None:
-    with monkeypatch.context() as unchecked:
-        unchecked.setattr(Frame, "check", lambda _: None)
-        written = [frame.serialize(mask=True) for frame in VIOLATIONS.values()]
     async with live(api) as sockets:
-        for data in written:
-            async with sockets.open() as (client, _):
-                client.transport.write(data)
-                await closed(client, 1002)
-            await sockets.ended()
+        async with sockets.open() as (client, _):
+            await client.send(text(rows(2), 0))
+            assert (await reply(client))["position"] == 2
+            client.transport.write(sent)
+            assert reason in await closed(client, code)
+        await sockets.ended()
 
 
-async def test_an_unmasked_frame_closes_the_socket(api: Harness) -> None:
+async def test_a_character_may_be_split_between_fragments(api: Harness) -> None:
+    message = '{"id": "\u00e9", "position": 0, "inputs": [[0, 0, 0]]}'.encode()
+    cut = message.index(0xC3) + 1
     async with live(api) as sockets, sockets.open() as (client, _):
-        client.transport.write(Frame(Opcode.TEXT, b"{}").serialize(mask=False))
-        assert "mask" in await closed(client, 1002)
+        frames = Frame(Opcode.TEXT, message[:cut], fin=False), Frame(Opcode.CONT, message[cut:])
+        client.transport.write(unchecked(*frames))
+        assert (await outcome(client))["id"] == "\u00e9"
+
+
+async def test_an_incomplete_message_expires_or_is_shed(api: Harness) -> None:
+    connections = api.http_state().connections
+    part = Frame(Opcode.TEXT, b"x" * 5000).serialize(mask=True)[:4000]
+    async with live(api) as sockets:
+        async with sockets.open() as (client, _):
+            client.transport.write(part)
+            await becomes(lambda: sockets.served()[0].phase is Phase.BODY, "a part of a message")
+            assert sockets.served()[0].body_bytes > 0
+            expire(api, sockets, Phase.BODY)
+            assert "in time" in await closed(client, 1008)
+        await sockets.ended()
+        connections.limits = ConnectionSettings(max_pending_body_bytes=1000)
+        async with sockets.open() as (client, _):
+            client.transport.write(part)
+            await closed(client, 1013)
 
 
 async def test_tiny_frames_are_bounded_by_one_piece(
@@ -352,19 +359,6 @@ async def test_a_client_that_never_reads_is_disconnected(api: Harness) -> None:
         await feeding
 
 
-async def test_a_silent_client_is_pinged_and_closed_without_an_answer(api: Harness) -> None:
-    async with live(api) as sockets, sockets.open() as (client, _):
-        [served] = sockets.served()
-        expire(api, sockets, Phase.LIVE)
-        await becomes(lambda: not served._has_pinged, "the pong")
-        client.transport.pause_reading()
-        expire(api, sockets, Phase.LIVE)
-        expire(api, sockets, Phase.LIVE)
-        client.transport.resume_reading()
-        assert "ping" in await closed(client, 1011)
-        await sockets.ended()
-
-
 async def test_connections_expire_a_silent_socket(api: Harness) -> None:
     connections = api.http_state().connections
     connections.limits = ConnectionSettings(websocket_ping_s=0.001)
@@ -377,7 +371,7 @@ async def test_connections_expire_a_silent_socket(api: Harness) -> None:
         for seconds in range(2, 8):
             connections.check(now_s + seconds)
         client.transport.resume_reading()
-        await closed(client, 1011)
+        assert "ping" in await closed(client, 1011)
 
 
 async def test_a_socket_without_chunks_is_closed(
@@ -389,23 +383,6 @@ async def test_a_socket_without_chunks_is_closed(
         await client.ping()
         expire(api, sockets, Phase.LIVE)
         assert "no chunk" in await closed(client, 1001)
-
-
-async def test_an_incomplete_message_expires(api: Harness) -> None:
-    async with live(api) as sockets, sockets.open() as (client, _):
-        client.transport.write(Frame(Opcode.TEXT, b"x" * 100).serialize(mask=True)[:50])
-        await becomes(lambda: sockets.served()[0].phase is Phase.BODY, "a part of a message")
-        assert sockets.served()[0].body_bytes > 0
-        expire(api, sockets, Phase.BODY)
-        assert "in time" in await closed(client, 1008)
-
-
-async def test_messages_over_the_limit_of_all_bodies_are_shed(api: Harness) -> None:
-    connections = api.http_state().connections
-    connections.limits = ConnectionSettings(max_pending_body_bytes=1000)
-    async with live(api) as sockets, sockets.open() as (client, _):
-        client.transport.write(Frame(Opcode.TEXT, b"x" * 5000).serialize(mask=True)[:4000])
-        await closed(client, 1013)
 
 
 async def test_a_drain_answers_what_was_started_and_sends_clients_elsewhere(
@@ -489,8 +466,9 @@ async def test_a_client_that_half_closes_without_a_chunk_is_disconnected(api: Ha
         await sockets.ended()
 
 
-async def test_chunks_of_a_client_that_closed_its_connection_are_dropped(
-    api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_chunks_of_a_client_that_disconnected_are_dropped(
+    api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """The end of its sending side looks like that of a client that waits for outcomes."""
     monkeypatch.setattr(websocket_protocol, "PROBE_S", 0.001)
@@ -499,25 +477,8 @@ async def test_chunks_of_a_client_that_closed_its_connection_are_dropped(
             for at in range(5):
                 await client.send(text(rows(1), at))
             await becomes(lambda: sockets.served()[0].session.unanswered == 5, "its chunks")
-            client.transport.close()
+            getattr(client.transport, how)()
             await sockets.ended()
-        held_back()
-        async with sockets.open("probe/streams/other/live") as (client, _):
-            await client.send(text(rows(1), 0))
-            await reply(client)
-    assert (api.position() or 0) < 5
-
-
-async def test_a_disconnected_client_takes_no_queue(
-    api: Harness, held_back: Callable[[], None]
-) -> None:
-    async with live(api) as sockets:
-        async with sockets.open() as (client, _):
-            for at in range(5):
-                await client.send(text(rows(1), at))
-            await becomes(lambda: sockets.served()[0].session.unanswered == 5, "its chunks")
-            client.transport.abort()
-        await sockets.ended()
         held_back()
         async with sockets.open("probe/streams/other/live") as (client, _):
             await client.send(text(rows(1), 0))
