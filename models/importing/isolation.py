@@ -14,7 +14,6 @@ import ctypes
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -258,7 +257,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     end_with_parent(task["parent"])
     for name, most in task["limits"].items():
-        _set_limit(getattr(resource, name), most)
+        _set_limit(name, most)
     try:
         convert(task)
     except MemoryError:
@@ -304,8 +303,11 @@ def _write_error(message: str) -> None:
     Path(ERROR_NAME).write_text(message, "utf-8", "backslashreplace")
 
 
-def _set_limit(which: int, most: int) -> None:
+def _set_limit(name: str, most: int) -> None:
     """Set a limit, never above the hard limit of this process."""
+    import resource  # not on every system
+
+    which: int = getattr(resource, name)
     _, hard = resource.getrlimit(which)
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard - (which == resource.RLIMIT_CPU))

@@ -94,11 +94,7 @@ class Translation:
 
 
 def translate(model: Any, name: str) -> Translation:
-    """Translate a built Sequential or functional Keras model.
-
-    Args:
-        model: the Keras model.
-        name: the packaged model's name, a lower-case slug.
+    """Translate a built Sequential or functional Keras model to one of that name.
 
     Raises:
         ImportedModelError: an input is not a sequence, or the model has unsupported layers.
@@ -386,12 +382,7 @@ def _convert(operation: Any, call: Call, calls: int) -> Converted:
 def _chunking_notes(
     spec: ModelSpec, model: Any, steps: int | None, *, explicit: bool
 ) -> Sequence[str]:
-    """How the model's chunking relates to the original.
-
-    Args:
-        steps: the fixed number of steps of the original's input, if it has one.
-        explicit: whether its states are inputs of the original.
-    """
+    """How the model's chunking relates to the original, whose states may be inputs (`explicit`)."""
     stateful = any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
     if spec.chunking == "per_chunk":
         recurrent = [layer for layer in spec.layers if isinstance(layer, RECURRENT)]

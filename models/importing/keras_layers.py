@@ -126,14 +126,10 @@ Converted = tuple[ConvertedLayer, ...]
 
 
 def convert_layer(layer: Any, shape: tuple[Any, ...]) -> Converted:
-    """Translate one built Keras layer.
+    """The layers that a built Keras layer becomes, each reading the one before it.
 
     Args:
-        layer: the layer.
         shape: of the tensors it reads, [batch, steps, features] or [batch, features].
-
-    Returns:
-        The layers that it becomes, each reading the one before it.
 
     Raises:
         UnsupportedLayerError: the reason why it is not supported.

@@ -123,13 +123,11 @@ def explicit_states(
     """Index of an input -> the state part that it holds; empty if no state is an input.
 
     Args:
-        layer: the Keras layer.
-        initial: the tensors of its `initial_state`.
+        initial: the tensors of the layer's `initial_state`.
         names: the layers of the `ModelSpec` that it becomes.
 
     Raises:
-        UnsupportedLayerError: it starts from some inputs and from something else, or they are not
-            its whole state.
+        UnsupportedLayerError: some are inputs, and they are not its whole state.
     """
     inputs = [v.state_input for v in initial if v is not None and v.state_input is not None]
     if not inputs:
@@ -153,7 +151,6 @@ def starts_from(layer: Any, initial: Sequence[Value | None]) -> list[str]:
     """The layers of the `ModelSpec` whose returned states a Keras layer is called with.
 
     Args:
-        layer: the Keras layer.
         initial: the tensors of its `initial_state`; None for one that no layer returned.
 
     Returns:
@@ -195,12 +192,9 @@ def is_mask(node: Any) -> bool:
 
 
 def read_mask(node: Any, reads: Sequence[Value], notes: list[str]) -> Value:
-    """The mask that such a node computes; rejected if it depends on anything but padding.
+    """The mask that such a node computes, rejected if it depends on anything but padding.
 
-    Args:
-        node: the Keras node.
-        reads: what it reads.
-        notes: what the user should know is added here.
+    What the user should know is added to `notes`.
     """
     operation = node.operation
     kind = type(operation).__name__
@@ -222,13 +216,7 @@ def read_mask(node: Any, reads: Sequence[Value], notes: list[str]) -> Value:
 def read_through(node: Any, value: Value, notes: list[str]) -> Value | ConvertedLayer | None:
     """The value that a slice, `Reshape` or `Masking` gives, or the `slice` that it is.
 
-    Args:
-        node: the Keras node.
-        value: what it reads.
-        notes: what the user should know is added here.
-
-    Returns:
-        None for any other operation.
+    None for any other operation. What the user should know is added to `notes`.
 
     Raises:
         UnsupportedLayerError: it chooses or arranges something else.

@@ -54,8 +54,22 @@ def sequential(*layers: Any, steps: int | None = None) -> Callable[[], keras.Mod
     return lambda: keras.Sequential([sequence(steps), *(layer() for layer in layers)])
 
 
+def of_rows(network: Callable[[Any], Any], steps: int | None = None) -> Callable[[], keras.Model]:
+    """A functional model of one input."""
+
+    def build() -> keras.Model:
+        rows = sequence(steps)
+        return keras.Model(rows, network(rows))
+
+    return build
+
+
 def lstm(units: int = 4, **options: Any) -> Callable[[], Any]:
     return lambda: kl.LSTM(units, **{"return_sequences": True, **options})
+
+
+def gru(units: int = 4, **options: Any) -> Callable[[], Any]:
+    return lambda: kl.GRU(units, **{"return_sequences": True, **options})
 
 
 def dense(units: int = 2, **options: Any) -> Callable[[], Any]:
@@ -100,46 +114,30 @@ def explicit_cells() -> keras.Model:
     return keras.Model([rows, *states], [values, *pair, last])
 
 
-def named_outputs() -> keras.Model:
-    rows = sequence()
-    values = kl.LSTM(4, return_sequences=True)(rows)
-    return keras.Model(rows, {"Reg-1": kl.Dense(1)(values), "class": kl.Dense(3)(values)})
+def named_heads(rows: Any) -> dict[str, Any]:
+    values = lstm()()(rows)
+    return {"Reg-1": kl.Dense(1)(values), "class": kl.Dense(3)(values)}
 
 
-def listed_outputs() -> keras.Model:
-    rows = sequence()
-    values = kl.LSTM(4, return_sequences=True)(rows)
-    last = kl.GRU(3)(values)
-    return keras.Model(rows, [kl.Dense(1, name="Now")(values), kl.Dense(2, name="out of 5")(last)])
+def listed_heads(rows: Any) -> list[Any]:
+    values = lstm()()(rows)
+    return [kl.Dense(1, name="Now")(values), kl.Dense(2, name="out of 5")(kl.GRU(3)(values))]
 
 
-def last_slice() -> keras.Model:
-    rows = sequence()
-    return keras.Model(rows, kl.Dense(2)(kl.LSTM(4, return_sequences=True)(rows)[:, -1, :]))
+def gated(rows: Any) -> Any:
+    values = lstm()()(rows)
+    return kl.Multiply()([values[..., :2], values[:, :, 2:]])
 
 
-def last_value_added() -> keras.Model:
-    """Predicts the difference to some of the inputs, which are sliced."""
-    rows = sequence()
-    change = kl.Dense(2)(kl.GRU(4, return_sequences=True)(rows[..., 1:]))
-    return keras.Model(rows, kl.Add()([change, rows[..., :2]]))
-
-
-def sliced_gates() -> keras.Model:
-    rows = sequence()
-    values = kl.LSTM(4, return_sequences=True)(rows)
-    return keras.Model(rows, kl.Multiply()([values[..., :2], values[:, :, 2:]]))
+def coded_column(rows: Any) -> Any:
+    both = kl.Concatenate()([rows[..., 1:], kl.Embedding(5, 2)(rows[..., 0])])
+    return kl.Dense(1)(lstm()()(both))
 
 
 def normalised() -> keras.Model:
     layer = kl.Normalization()
     layer.adapt(np.random.default_rng(1).normal(3.0, 2.0, (4, 5, FEATURES)))
     return keras.Sequential([sequence(), layer, kl.LSTM(4), kl.Dense(1)])
-
-
-def standardised_target() -> keras.Model:
-    inverse = kl.Normalization(axis=None, mean=3.0, variance=4.0, invert=True)
-    return keras.Sequential([sequence(), kl.GRU(4, return_sequences=True), kl.Dense(2), inverse])
 
 
 def coded(mask_zero: bool = False) -> keras.Model:
@@ -157,51 +155,50 @@ def numbers_and_codes() -> keras.Model:
     return keras.Model([rows, store, day], kl.Dense(1)(kl.GRU(4, return_sequences=True)(both)))
 
 
-def coded_column() -> keras.Model:
-    rows = sequence()
-    both = kl.Concatenate()([rows[..., 1:], kl.Embedding(5, 2)(rows[..., 0])])
-    return keras.Model(rows, kl.Dense(1)(kl.LSTM(4, return_sequences=True)(both)))
-
-
 def two_sequences() -> keras.Model:
     one, two = kl.Input((None, 1), name="price"), kl.Input((None, 2), name="weather")
     branches = [kl.LSTM(3, return_sequences=True)(one), kl.GRU(3, return_sequences=True)(two)]
     return keras.Model([one, two], kl.Dense(1)(kl.Average()(branches)))
 
 
-def one_series() -> keras.Model:
-    return keras.Sequential(
-        [kl.Input((STEPS,)), kl.Reshape((STEPS, 1)), kl.LSTM(4), kl.Flatten(), kl.Dense(1)]
-    )
-
-
-def residual() -> keras.Model:
-    rows = sequence()
-    below = kl.LSTM(FEATURES, return_sequences=True)(rows)
-    above = kl.GRU(FEATURES, return_sequences=True)(kl.Add()([rows, below]))
-    return keras.Model(rows, kl.Dense(2, activation="tanh")(above + below))
-
-
-def nested() -> keras.Model:
-    inner = keras.Sequential([sequence(), kl.GRU(4, return_sequences=True), kl.Dense(3)])
-    rows = sequence()
-    return keras.Model(rows, kl.LSTM(2, return_sequences=True)(inner(rows)))
+def residual(rows: Any) -> Any:
+    below = lstm(FEATURES)()(rows)
+    added = kl.Add()([rows, below])
+    above = gru(FEATURES)()(added)
+    plus = above + below
+    averaged = kl.Average()([plus, above])
+    mixed = kl.Concatenate()([averaged, kl.Multiply()([above * plus, added]), rows])
+    return kl.Dense(2, activation="tanh")(mixed)
 
 
 def seq2seq() -> keras.Model:
+    """States are passed through several layers, one in another model."""
     rows = sequence()
-    values, *states = kl.LSTM(4, return_sequences=True, return_state=True)(rows)
-    above = kl.LSTM(4, return_sequences=True)(values, initial_state=states)
-    return keras.Model(rows, kl.Dense(2)(above))
+    _, *states = kl.LSTM(4, return_state=True, name="first")(rows)
+    values, *states = lstm(return_state=True, name="second")()(rows, initial_state=states)
+    inputs = [kl.Input((None, 4)), kl.Input((4,)), kl.Input((4,))]
+    above = keras.Model(inputs, lstm(name="last")()(inputs[0], initial_state=inputs[1:]))
+    return keras.Model(rows, kl.Dense(2)(above([values, *states])))
 
 
-def dilated() -> keras.Model:
-    def block(x: Any, dilation: int) -> Any:
-        y = kl.Conv1D(3, 2, padding="causal", dilation_rate=dilation, activation="relu")(x)
-        return kl.Add()([x, kl.LayerNormalization()(y)])
-
+def both_handed(layer: Callable[..., Callable[[], Any]], merge: str, **options: Any) -> keras.Model:
+    """All states of a bidirectional layer are passed on."""
     rows = sequence()
-    return keras.Model(rows, kl.Dense(1)(block(block(block(rows, 1), 2), 4)))
+    below = kl.Bidirectional(layer(return_state=True, **options)(), merge_mode=merge, name="below")
+    values, *states = below(rows)
+    above = kl.Bidirectional(layer(**options)(), merge_mode=merge, name="above")
+    return keras.Model(rows, [values, above(values, initial_state=states)])
+
+
+def bidirectional(layer: Callable[[], Any], merge: str) -> Callable[[], Any]:
+    return lambda: kl.Bidirectional(layer(), merge_mode=merge)
+
+
+def dilated(rows: Any) -> Any:
+    for rate in (1, 2, 4):
+        y = kl.Conv1D(3, 2, padding="causal", dilation_rate=rate, activation="relu")(rows)
+        rows = kl.Add()([rows, kl.LayerNormalization()(y)])
+    return kl.Dense(1)(rows)
 
 
 def zeros(*sizes: int) -> list[Floats]:
@@ -217,13 +214,21 @@ ACCEPTED: dict[str, Accepted] = {
     "lstm-last": Accepted(sequential(lstm(return_sequences=False), dense(1)), notes=(LAST,)),
     "deep": Accepted(
         sequential(
-            lstm(dropout=0.2),
+            dense(6, activation="gelu", name="Inlet Proj"),
+            lstm(dropout=0.2, recurrent_dropout=0.1),
             lambda: kl.BatchNormalization(),
-            lambda: kl.GRU(3, return_sequences=True, reset_after=False),
+            lambda: kl.GaussianNoise(0.1),
+            gru(3, reset_after=False, use_bias=False),
+            lambda: kl.LayerNormalization(scale=False),
             lambda: kl.Dropout(0.3),
-            lambda: kl.TimeDistributed(kl.Dense(3, activation="gelu")),
+            lambda: kl.SpatialDropout1D(0.2),
+            lambda: kl.ELU(),
+            lambda: kl.LeakyReLU(negative_slope=0.2),
+            lambda: kl.ReLU(),
+            lambda: kl.TimeDistributed(kl.Dense(3, activation="tanh")),
             lambda: kl.Softmax(),
-        )
+        ),
+        notes=("GaussianNoise",),
     ),
     "stateful": Accepted(
         lambda: keras.Sequential(
@@ -244,10 +249,7 @@ ACCEPTED: dict[str, Accepted] = {
     "simple-rnn": Accepted(
         sequential(lambda: kl.SimpleRNN(4, return_sequences=True, activation="relu"), dense())
     ),
-    "lstm-cell": Accepted(sequential(cells(kl.LSTMCell), dense())),
     "gru-cell": Accepted(sequential(cells(kl.GRUCell), dense())),
-    "simple-rnn-cell": Accepted(sequential(cells(kl.SimpleRNNCell), dense())),
-    "stacked-cells": Accepted(sequential(cells(kl.LSTMCell, kl.LSTMCell), dense())),
     "mixed-cells": Accepted(
         sequential(cells(kl.GRUCell, kl.LSTMCell, kl.SimpleRNNCell, return_sequences=False)),
         notes=(LAST,),
@@ -271,18 +273,26 @@ ACCEPTED: dict[str, Accepted] = {
         states={1: "cells_1.hidden", 2: "cells_1.carry", 3: "cells_2.hidden"},
         inputs=lambda rows: [rows, *zeros(3, 3, 4)],
     ),
-    "named-outputs": Accepted(named_outputs, heads=("Reg-1", "class")),
+    "named-outputs": Accepted(of_rows(named_heads), heads=("Reg-1", "class")),
     "listed-outputs": Accepted(
-        listed_outputs,
+        of_rows(listed_heads),
         heads=("Now", "out_of_5"),
         notes=("output 'out of 5' is called 'out_of_5'",),
     ),
     "layer-called-out": Accepted(sequential(lstm(), dense(name="out")), heads=("out",)),
-    "last-slice": Accepted(last_slice, notes=("x[:, -1]: " + LAST,)),
-    "sliced-inputs": Accepted(last_value_added),
-    "sliced-values": Accepted(sliced_gates),
+    "last-slice": Accepted(
+        of_rows(lambda rows: kl.Dense(2)(lstm()()(rows)[:, -1, :])), notes=("x[:, -1]: " + LAST,)
+    ),
+    "sliced-inputs": Accepted(
+        of_rows(lambda rows: kl.Add()([kl.Dense(2)(gru()()(rows[..., 1:])), rows[..., :2]]))
+    ),
+    "sliced-values": Accepted(of_rows(gated)),
     "normalization": Accepted(normalised),
-    "inverse-normalization": Accepted(standardised_target),
+    "inverse-normalization": Accepted(
+        sequential(
+            gru(), dense(), lambda: kl.Normalization(None, mean=3.0, variance=4.0, invert=True)
+        )
+    ),
     "rescaling": Accepted(
         sequential(lambda: kl.Rescaling([0.5, 2.0, -1.0], offset=0.1), lstm(), dense())
     ),
@@ -313,18 +323,48 @@ ACCEPTED: dict[str, Accepted] = {
             rows[..., 4].astype(np.int32),
         ],
     ),
-    "coded-column": Accepted(coded_column, codes={0: 5}),
+    "coded-column": Accepted(of_rows(coded_column), codes={0: 5}),
     "two-sequences": Accepted(two_sequences, inputs=lambda rows: [rows[..., :1], rows[..., 1:]]),
-    "one-series": Accepted(one_series, features=1, inputs=lambda rows: rows[..., 0]),
+    "one-series": Accepted(
+        lambda: keras.Sequential(
+            [kl.Input((STEPS,)), kl.Reshape((STEPS, 1)), kl.LSTM(4), kl.Flatten(), kl.Dense(1)]
+        ),
+        features=1,
+        inputs=lambda rows: rows[..., 0],
+    ),
     "conv-lstm": Accepted(
         sequential(lambda: kl.Conv1D(4, 3, padding="causal", activation="relu"), lstm(), dense())
     ),
-    "dilated": Accepted(dilated),
-    "residual": Accepted(residual),
-    "nested": Accepted(nested),
-    "seq2seq": Accepted(seq2seq, notes=("chunking per_chunk",)),
+    "dilated": Accepted(of_rows(dilated)),
+    "residual": Accepted(of_rows(residual)),
+    "nested": Accepted(
+        sequential(sequential(gru(name="cell"), dense(3)), lstm(2, name="cell")), heads=("cell",)
+    ),
+    "seq2seq": Accepted(seq2seq, notes=("chunking per_chunk", "'second' from 'first'")),
     "bidirectional": Accepted(
-        sequential(lambda: kl.Bidirectional(kl.LSTM(3, return_sequences=True)), dense()),
+        sequential(
+            dense(3),
+            bidirectional(lstm(3, dropout=0.1), "concat"),
+            lambda: kl.LayerNormalization(scale=False),
+            bidirectional(lstm(use_bias=False), "sum"),
+            lstm(return_sequences=False),
+            dense(2, activation="softmax"),
+        ),
+        notes=("chunking whole: it takes whole sequences of at most 1024 steps (predict)", LAST),
+    ),
+    "bidirectional-gru": Accepted(
+        sequential(
+            bidirectional(gru(), "mul"),
+            bidirectional(gru(), "concat"),
+            bidirectional(gru(reset_after=False), "ave"),
+            dense(),
+        ),
         notes=("chunking whole",),
+    ),
+    "bidirectional-states": Accepted(
+        lambda: both_handed(lstm, "concat"), ("below", "above"), notes=("chunking whole",)
+    ),
+    "bidirectional-gru-states": Accepted(
+        lambda: both_handed(gru, "ave", reset_after=False), ("below", "above")
     ),
 }

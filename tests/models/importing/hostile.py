@@ -12,7 +12,7 @@ import h5py
 import keras
 from keras import layers as kl
 
-from tests.models.importing.saving import save_model
+from tests.models.importing.saving import save_model, write_model
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -52,7 +52,8 @@ def _edited(data: bytes | str, edit: Edit) -> bytes:
 
 def two_models(path: Path, code: kl.Lambda) -> Path:
     """HDF5 of a model with code, and behind it a ZIP archive with the configuration of another."""
-    keras.Sequential([kl.Input((None, 3)), code, kl.LSTM(3, return_sequences=True)]).save(path)
+    model = keras.Sequential([kl.Input((None, 3)), code, kl.LSTM(3, return_sequences=True)])
+    write_model(model, path)
     harmless = save_model(recurrent(), path.with_name("harmless.keras"))
     with zipfile.ZipFile(harmless) as good, zipfile.ZipFile(path, "a") as behind:
         behind.writestr("config.json", good.read("config.json"))

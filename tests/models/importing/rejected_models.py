@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -14,18 +13,12 @@ from tests.models.importing.accepted_models import (
     FEATURES,
     STEPS,
     dense,
+    gru,
     lstm,
+    of_rows,
     sequence,
     sequential,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A model that is rejected, and the words of the reason and of the alternative."""
-
-    build: Callable[[], keras.Model]
-    words: tuple[str, ...]
 
 
 class OwnModel(keras.Model):
@@ -52,26 +45,27 @@ def subclassed() -> keras.Model:
     return model
 
 
-def mixed_precision() -> keras.Model:
-    policy = keras.DTypePolicy("mixed_float16")
-    return keras.Sequential([sequence(), kl.LSTM(4, dtype=policy, name="half"), kl.Dense(1)])
+def of_shape(*shape: int | None) -> Callable[[], keras.Model]:
+    return lambda: keras.Sequential([kl.Input(shape), kl.Activation("relu")])
 
 
-def autoencoder() -> keras.Model:
+def behind_lstm(layer: Callable[[], Any], steps: int | None = None) -> Callable[[], keras.Model]:
+    return sequential(lstm(FEATURES), layer, steps=steps)
+
+
+def unsupported_layers() -> keras.Model:
     return keras.Sequential(
         [
-            sequence(STEPS),
-            kl.LSTM(4),
-            kl.RepeatVector(STEPS, name="repeat"),
-            kl.LSTM(4, return_sequences=True),
-            kl.TimeDistributed(kl.Dense(FEATURES)),
+            kl.Input((8, 3)),
+            kl.Conv1D(4, 3, padding="same", name="window"),
+            kl.Masking(name="skip"),
+            kl.Bidirectional(kl.SimpleRNN(3, return_sequences=True), name="both"),
+            kl.GRU(3, return_sequences=True, go_backwards=True, name="back"),
+            kl.LSTM(3, return_sequences=True, activation="mish", name="odd"),
+            kl.LayerNormalization(axis=1, name="over_steps"),
+            kl.Dense(2, dtype="float64", name="double"),
         ]
     )
-
-
-def shared_layer() -> keras.Model:
-    rows, shared = sequence(), kl.LSTM(FEATURES, return_sequences=True, name="twice")
-    return keras.Model(rows, shared(shared(rows)))
 
 
 def forgotten_states() -> keras.Model:
@@ -86,122 +80,196 @@ def conditioned() -> keras.Model:
     return keras.Model([rows, about], kl.GRU(4, name="cell")(rows, initial_state=start))
 
 
-def attending() -> keras.Model:
-    rows = sequence()
+def attending(rows: Any) -> Any:
     values = kl.LSTM(4, return_sequences=True)(rows)
-    return keras.Model(rows, kl.Attention(name="looks")([values, values]))
+    return kl.Attention(name="looks")([values, values])
 
 
-def masked_by_values() -> keras.Model:
-    rows = sequence()
-    late = keras.ops.greater(rows[..., 0], 0.5)
-    return keras.Model(rows, kl.GRU(4, name="cell")(rows, mask=late))
-
-
-def code_and_number() -> keras.Model:
-    rows = sequence()
+def code_and_number(rows: Any) -> Any:
     both = kl.Concatenate()([rows, kl.Embedding(5, 2, name="code")(rows[..., 0])])
-    return keras.Model(rows, kl.LSTM(4)(both))
+    return kl.LSTM(4)(both)
 
 
-def first_step() -> keras.Model:
-    rows = sequence()
-    return keras.Model(rows, kl.Dense(1)(kl.LSTM(4, return_sequences=True)(rows)[:, 0]))
+def broadcast(rows: Any) -> Any:
+    return kl.Add(name="spread")([kl.LSTM(4, return_sequences=True)(rows), kl.Dense(1)(rows)])
 
 
-def bare_series() -> keras.Model:
-    return keras.Sequential([kl.Input((STEPS,), name="series"), kl.Dense(4, name="wide")])
+def below(rows: Any, **options: Any) -> Any:
+    return lstm(return_state=True, name="below", **options)()(rows)
 
 
-REJECTED: dict[str, Rejected] = {
-    "subclassed": Rejected(
-        subclassed, ("got 'OwnModel'", "keras.Model(inputs, outputs)", "carry import MODEL.onnx")
+def both(rows: Any) -> Any:
+    layer = lstm(return_state=True)()
+    return kl.Bidirectional(layer, name="both")(rows)
+
+
+def above(rows: Any, states: Any) -> Any:
+    return lstm(name="above")()(rows, initial_state=states)
+
+
+def swapped(rows: Any) -> Any:
+    values, hidden, carry = below(rows)
+    return above(values, [carry, hidden])
+
+
+def directions_swapped(rows: Any) -> Any:
+    values, *states = both(rows)
+    layer = kl.Bidirectional(lstm()(), name="above")
+    return layer(values, initial_state=[*states[2:], *states[:2]])
+
+
+def one_direction(rows: Any) -> Any:
+    values, *states = both(rows)
+    return above(values, states[:2])
+
+
+def two_layers(rows: Any) -> Any:
+    values, hidden, _ = below(rows)
+    values, _, carry = lstm(return_state=True, name="other")()(values)
+    return above(values, [hidden, carry])
+
+
+def another_cell(rows: Any) -> Any:
+    values, _, carry = below(rows)
+    return gru(name="above")()(values, initial_state=carry)
+
+
+def from_dense(rows: Any) -> Any:
+    start = kl.Dense(4, name="start")(kl.LSTM(2)(rows))
+    return gru(name="above")()(rows, initial_state=start)
+
+
+def state_as_output(rows: Any) -> Any:
+    values, *states = below(rows)
+    return lstm(return_state=True, name="above")()(values, initial_state=states)
+
+
+def bidirectional(forward: Any, backward: Any = None, **options: Any) -> Callable[[], keras.Model]:
+    def layer() -> Any:
+        other = None if backward is None else backward()
+        return kl.Bidirectional(forward(), backward_layer=other, name="both", **options)
+
+    return sequential(layer)
+
+
+REJECTED: dict[str, Callable[[], keras.Model]] = {
+    "got 'OwnModel' | keras.Model(inputs, outputs) | carry import MODEL.onnx": subclassed,
+    (
+        "OwnLayer 'mine':  | keras.Model(inputs, outputs) | ONNX | MaxPooling1D 'pool': it gives "
+        "fewer outputs | dilation_rate"
+    ): sequential(lambda: OwnLayer(name="mine"), lstm(), lambda: kl.MaxPooling1D(name="pool")),
+    "Lambda 'double': it contains code | Rescaling | ONNX": sequential(
+        lambda: kl.Lambda(lambda x: x * 2, name="double", output_shape=(None, FEATURES)), lstm()
     ),
-    "own-layer": Rejected(
-        sequential(lambda: OwnLayer(name="mine"), lstm()),
-        ("OwnLayer 'mine': ", "keras.Model(inputs, outputs)", "ONNX"),
+    "LSTM 'half': it computes in float16 | set_dtype_policy('float32')": sequential(
+        lstm(dtype=keras.DTypePolicy("mixed_float16"), name="half")
     ),
-    "lambda": Rejected(
-        sequential(
-            lambda: kl.Lambda(lambda x: x * 2, name="double", output_shape=(None, FEATURES)), lstm()
-        ),
-        ("Lambda 'double': it contains code", "Rescaling", "ONNX"),
+    (
+        "Masking 'skip': it would skip steps | at the front | Conv1D 'window': padding='same': it "
+        "looks at several steps | padding='causal' | Bidirectional 'both': it wraps SimpleRNN | "
+        "GRU 'back': go_backwards=True | use go_backwards=False | LSTM 'odd': activation 'mish' | "
+        "LayerNormalization 'over_steps': axis= | Dense 'double': it computes in float64"
+    ): unsupported_layers,
+    "RepeatVector 'repeat': it repeats the last step | `anomaly` head": sequential(
+        lstm(return_sequences=False),
+        lambda: kl.RepeatVector(STEPS, name="repeat"),
+        lstm(),
+        steps=STEPS,
     ),
-    "mixed-precision": Rejected(
-        mixed_precision, ("LSTM 'half': it computes in float16", "set_dtype_policy('float32')")
+    "Conv1D 'half': strides=2 | dilation_rate": sequential(
+        lambda: kl.Conv1D(4, 3, padding="causal", strides=2, name="half"), lstm()
     ),
-    "autoencoder": Rejected(
-        autoencoder, ("RepeatVector 'repeat': it repeats the last step", "`anomaly` head")
+    "GlobalAveragePooling1D 'mean': it looks at the whole | attention over the stream": behind_lstm(
+        lambda: kl.GlobalAveragePooling1D(name="mean")
     ),
-    "conv-same": Rejected(
-        sequential(lambda: kl.Conv1D(4, 3, padding="same", name="wide"), lstm()),
-        ("Conv1D 'wide': padding='same'", "padding='causal'"),
+    "Attention 'looks':  | attention over the stream": of_rows(attending),
+    "Flatten 'flat': it flattens all steps into one row | x[:, -1]": behind_lstm(
+        lambda: kl.Flatten(name="flat"), STEPS
     ),
-    "conv-strides": Rejected(
-        sequential(lambda: kl.Conv1D(4, 3, padding="causal", strides=2, name="half"), lstm()),
-        ("Conv1D 'half': strides=2", "dilation_rate"),
+    "Dense 'after': it reads the last step's values | Reshape to be the last layer": sequential(
+        lstm(return_sequences=False),
+        dense(6),
+        lambda: kl.Reshape((3, 2)),
+        lambda: kl.Dense(1, name="after"),
     ),
-    "max-pooling": Rejected(
-        sequential(lstm(), lambda: kl.MaxPooling1D(name="pool")),
-        ("MaxPooling1D 'pool': it gives fewer outputs", "dilation_rate"),
+    "ReLU 'odd': max_value=6.0, threshold=0.0": behind_lstm(
+        lambda: kl.ReLU(max_value=6.0, name="odd")
     ),
-    "average-pooling": Rejected(
-        sequential(lstm(), lambda: kl.GlobalAveragePooling1D(name="mean")),
-        ("GlobalAveragePooling1D 'mean': it looks at the whole", "attention over the stream"),
+    "ReLU 'odd': max_value=None, threshold=0.1": behind_lstm(
+        lambda: kl.ReLU(threshold=0.1, name="odd")
     ),
-    "attention": Rejected(attending, ("Attention 'looks': ", "attention over the stream")),
-    "flatten": Rejected(
-        sequential(lstm(), lambda: kl.Flatten(name="flat"), dense(), steps=STEPS),
-        ("Flatten 'flat': it flattens all steps into one row", "x[:, -1]"),
+    "PReLU 'odd': it has numbers of shape [8, 3]; expected one | shared_axes=[1]": behind_lstm(
+        lambda: kl.PReLU(name="odd"), STEPS
     ),
-    "reshaped-inside": Rejected(
-        sequential(
-            lstm(return_sequences=False),
-            dense(6),
-            lambda: kl.Reshape((3, 2)),
-            lambda: kl.Dense(1, name="after"),
-        ),
-        ("Dense 'after': it reads the last step's values", "expected Reshape to be the last layer"),
+    "ELU 'odd': alpha=0.5": behind_lstm(lambda: kl.ELU(alpha=0.5, name="odd")),
+    "Softmax 'odd': axis=1": behind_lstm(lambda: kl.Softmax(axis=1, name="odd"), STEPS),
+    "BatchNormalization 'odd': axis=1": behind_lstm(
+        lambda: kl.BatchNormalization(axis=1, name="odd"), STEPS
     ),
-    "shared-layer": Rejected(
-        shared_layer, ("LSTM 'twice': it is used 2 times", "a separate layer for each")
+    "'odd': it wraps Masking 'm'": behind_lstm(
+        lambda: kl.TimeDistributed(kl.Masking(name="m"), name="odd"), STEPS
     ),
-    "forgotten-states": Rejected(
-        forgotten_states,
-        ("GRU 'cell': its initial_state is given as inputs", "cell.hidden", "return_state=True"),
+    "LSTM 'twice': it is used 2 times | a separate layer for each | Multiply": of_rows(
+        lambda rows: (shared := lstm(FEATURES, name="twice")())(shared(rows)) * 0.5
     ),
-    "conditioned": Rejected(
-        conditioned, ("Dense 'start': it reads input 'about'", "goes into every event")
+    "Add 'spread': it broadcasts widths [4, 1]": of_rows(broadcast),
+    "GRU 'cell': its initial_state is given as inputs | cell.hidden": forgotten_states,
+    "Dense 'start': it reads input 'about' | goes into every event": conditioned,
+    "Bidirectional 'both': return_sequences=False | expected return_sequences=True": bidirectional(
+        gru(return_sequences=False)
     ),
-    "backwards": Rejected(
-        sequential(lstm(go_backwards=True, name="back")),
-        ("LSTM 'back': go_backwards=True", "use go_backwards=False"),
+    "Bidirectional 'both': go_backwards=True": bidirectional(lstm(go_backwards=True), lstm()),
+    "Bidirectional 'both': it computes in": bidirectional(lstm(dtype="float64")),
+    "Bidirectional 'both': it wraps GRU": bidirectional(lstm(), gru(go_backwards=True)),
+    "Bidirectional 'both': its backward_layer differs in ['units', 'activation']": bidirectional(
+        lstm(), lstm(3, activation="relu", go_backwards=True)
     ),
-    "bidirectional-last": Rejected(
-        sequential(lambda: kl.Bidirectional(kl.GRU(3), name="both"), dense()),
-        ("Bidirectional 'both': return_sequences=False", "expected return_sequences=True"),
+    "Bidirectional 'both': merge_mode=None: expected one of": of_rows(
+        lambda rows: kl.Bidirectional(lstm()(), merge_mode=None, name="both")(rows)
     ),
-    "conv-lstm-cell": Rejected(
-        lambda: keras.Sequential(
-            [kl.Input((None, 4, 2)), kl.ConvLSTM1D(2, 2, return_sequences=True, name="grid")]
-        ),
-        ("ConvLSTM1D 'grid': this cell is not supported", "ONNX"),
+    (
+        "LSTM 'above': its initial_state is ['carry', 'hidden'] of LSTM 'below'; expected its "
+        "['hidden', 'carry'], in this order"
+    ): of_rows(swapped),
+    (
+        "Bidirectional 'above': its initial_state is ['backward.hidden', 'backward.carry', "
+        "'forward.hidden', 'forward.carry'] of Bidirectional 'both'; expected its "
+    ): of_rows(directions_swapped),
+    "LSTM 'above': its initial_state is ['forward.hidden', 'forward.carry'] of ": of_rows(
+        one_direction
     ),
-    "code-and-number": Rejected(
-        code_and_number, ("Embedding 'code': ", "as a number too", "a separate input")
+    "LSTM 'above': its initial_state comes from LSTM 'below' and LSTM 'other'; expected": of_rows(
+        two_layers
     ),
-    "first-step": Rejected(
-        first_step, ("GetItem ", "[:, 0, :] takes some of the steps", "x[:, -1]")
+    "GRU 'above': its initial_state is ['carry'] of LSTM 'below'; expected": of_rows(another_cell),
+    "GRU 'above': its initial_state is the output of Dense 'start'; a layer starts": of_rows(
+        from_dense
     ),
-    "masked-inside": Rejected(
-        sequential(lstm(), lambda: kl.Masking(name="skip"), lstm()),
-        ("Masking 'skip': it would skip steps", "at the front"),
+    "GRU 'above': its initial_state is a constant; a layer starts from": of_rows(
+        lambda rows: gru(name="above")()(rows, initial_state=keras.ops.ones((3, 4)))
     ),
-    "masked-by-values": Rejected(
-        masked_by_values, ("GRU 'cell': it is called with a mask", "use Masking at the front")
+    "GRU 'above': it is called with a mask": of_rows(
+        lambda rows: gru(name="above")()(rows, mask=keras.ops.ones((3, 7), "bool"))
     ),
-    "series-without-axis": Rejected(
-        bare_series, ("Dense 'wide': it reads input 'series'", "Reshape((-1, 1))")
+    "GRU 'cell': it is called with a mask | use Masking at the front": of_rows(
+        lambda rows: gru(name="cell")()(rows, mask=keras.ops.greater(rows[..., 0], 0.5))
     ),
-    "no-state": Rejected(sequential(dense()), ("at least one recurrent layer", "simple_rnn")),
+    "LSTM 'above': output 1 of the model is its returned state": of_rows(state_as_output),
+    "ConvLSTM1D 'grid': this cell is not supported | ONNX": lambda: keras.Sequential(
+        [kl.Input((None, 4, 2)), kl.ConvLSTM1D(2, 2, return_sequences=True, name="grid")]
+    ),
+    "Embedding 'code':  | as a number too | a separate input": of_rows(code_and_number),
+    "GetItem  | [:, 0, :] takes some of the steps | x[:, -1]": of_rows(
+        lambda rows: kl.Dense(1)(lstm()()(rows)[:, 0])
+    ),
+    "Dense 'wide': it reads input 'series' | Reshape((-1, 1))": lambda: keras.Sequential(
+        [kl.Input((STEPS,), name="series"), kl.Dense(4, name="wide")]
+    ),
+    "at least one recurrent layer | simple_rnn": sequential(dense()),
+    "of shape [None, 3]; expected inputs of shape [batch, steps, features]": of_shape(3),
+    "expected inputs of shape [batch, steps, features] | [(None, None, None)]": of_shape(
+        None, None
+    ),
+    "expected inputs of shape [batch, steps, features] | [(None, 2, 4, 3)]": of_shape(2, 4, 3),
 }
+"""The reason and the alternatives that the error contains, between `|`, and the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import keras
@@ -25,7 +26,14 @@ def save_model(model: keras.Model, path: Path, seed: int = 17) -> Path:
         if weight.path.endswith(("gamma", "moving_variance")):
             values = values + 1
         weight.assign(values)
-    model.save(path)
+    return write_model(model, path)
+
+
+def write_model(model: keras.Model, path: Path) -> Path:
+    """Save a model as it is; returns its path."""
+    with warnings.catch_warnings():  # of the HDF5 format, and of NumPy's protocol that Keras uses
+        warnings.simplefilter("ignore")
+        model.save(path)
     return path
 
 

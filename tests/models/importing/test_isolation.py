@@ -23,11 +23,6 @@ from tests.models.importing.hostile import recurrent, save_edited, two_models
 from tests.models.importing.saving import save_model
 from tests.support.service import LEAN_KERAS, customise
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
-    pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
-]
-
 
 @pytest.fixture(autouse=True)
 def lean_keras(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,6 @@ from models.errors import ImportedModelError
 from tests.models.importing.hostile import Edit, recurrent, save_edited, two_models
 from tests.models.importing.saving import import_here, save_model
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
-    pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
-]
-
 
 def change(**members: Any) -> Edit:
     return lambda layer: layer.update(members)
@@ -41,6 +36,10 @@ OBJECTS: dict[str, tuple[Edit, str]] = {
     "registered class": (
         change(registered_name="own>Evil"),
         "LSTM 'cell': it is a custom class",
+    ),
+    "class of another module": (
+        change(module="no_such_module.inside", class_name="Popper"),
+        "Popper 'cell': it comes from 'no_such_module.inside'",
     ),
     "class that is none": (change(class_name="Popper"), "Popper 'cell': it is a custom class"),
     "operation": (
@@ -106,14 +105,20 @@ CONFIGURATIONS += [b'{"class_name": "Functional", "config": {"layers": 3}}', b"\
 @pytest.mark.parametrize("content", CONFIGURATIONS, ids=lambda content: content[:20])
 def test_a_malformed_configuration_is_rejected(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"m{suffix}"
-    if suffix == ".keras":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("config.json", content)
-    else:
-        with h5py.File(path, "w") as file:
+    with zipfile.ZipFile(path, "w") if suffix == ".keras" else h5py.File(path, "w") as file:
+        if suffix == ".keras":
+            file.writestr("config.json", content)
+        else:
             file.attrs.create("model_config", content[:60_000], dtype=h5py.string_dtype())
     with pytest.raises(ImportedModelError):
         import_here(path, tmp_path / "out")
+
+
+def test_a_configuration_that_is_not_text_is_rejected(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file.attrs["model_config"] = [1.0, 2.0]
+    with pytest.raises(ImportedModelError, match="expected a whole Keras model"):
+        import_here(tmp_path / "m.h5", tmp_path / "out")
 
 
 def test_an_oversized_configuration_is_rejected(tmp_path: Path) -> None:
@@ -121,14 +126,6 @@ def test_an_oversized_configuration_is_rejected(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("config.json", b" " * (16 * 2**20 + 1))
     with pytest.raises(ImportedModelError, match="16777217 bytes, more than 16777216"):
-        import_here(path, tmp_path / "out")
-
-
-def test_a_configuration_that_is_not_text_is_rejected(tmp_path: Path) -> None:
-    path = tmp_path / "m.h5"
-    with h5py.File(path, "w") as file:
-        file.attrs["model_config"] = [1.0, 2.0]
-    with pytest.raises(ImportedModelError, match="expected a whole Keras model"):
         import_here(path, tmp_path / "out")
 
 
