@@ -170,6 +170,22 @@ def test_lengths_that_do_not_hide_padding_share_no_calls(tmp_path: Path) -> None
     assert "padding changes results in spite of the input 'lengths'" in report.notes[0]
 
 
+def test_the_batch_of_a_state_is_behind_its_layers(tmp_path: Path) -> None:
+    """In a state [layers, batch, units] that is exported for one layer and a batch of one."""
+    g = graphs.Builder("layers", 1)
+    rows, last = scanned(g, "x", g.add("Squeeze", "h_in", g.constant([0])))
+    g.add("Identity", rows, outputs=["y"])
+    g.add("Unsqueeze", last, g.constant([0]), outputs=["h_out"])
+    state = [1, 1, H]
+    g.save(
+        tmp_path / "m.onnx",
+        {"x": [1, "time", F], "h_in": state},
+        {"y": [1, "time", H], "h_out": state},
+    )
+    network = graph_of(import_here(tmp_path / "m.onnx", tmp_path / "out").artifact)
+    assert (network.batch_size, network.states[0].batch_axis) == (1, 1)
+
+
 def test_weights_in_a_file_beside_the_model_are_embedded(tmp_path: Path) -> None:
     plain(tmp_path / "whole.onnx")
     model = onnx.load(tmp_path / "whole.onnx")

@@ -62,6 +62,13 @@ def test_tensors_in_other_files_are_found_at_any_depth(where: str) -> None:
     assert found == [True]
 
 
+@pytest.mark.parametrize("part", ["data_location", "external_data"])
+def test_either_sign_of_another_file_is_enough(part: str) -> None:
+    tensor = external("initializer").graph.initializer[0]
+    tensor.ClearField(part)
+    assert messages.is_external(messages.TensorProto.FromString(tensor.SerializeToString()))
+
+
 @pytest.mark.parametrize(
     "value",
     [
