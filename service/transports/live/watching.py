@@ -101,7 +101,7 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         tag="streams",
         options={"response_class": StreamingResponse},
     )
-    app.router.routes.extend(route.served())
+    app.router.routes.extend(route.served)
 
 
 class _WatchResponse(StreamingResponse):
