@@ -13,23 +13,18 @@ from functools import partial
 import numpy as np
 import structlog
 
-from models.spec.blocks import BlockStateLayout
 from models.spec.state import State
 from service.core.delivery import next_head, stream_facts
 from service.core.errors import CarryError, InternalError, InvalidInput, NotFinite
 from service.core.values import FloatRows
 from service.engine.compute import Compute
-from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.recorder import Recorder
-from service.pipeline.segments import infer_segments
+from service.pipeline.segments import BatchOutput, infer_batch, infer_segments
 from service.pipeline.served_model import Segment, ServedModel
 from service.store.codec import HEADER_BYTES, decode_states
 
 log = structlog.get_logger(__name__)
-
-OutputColumns = tuple[list[FloatRows], State, bool]
-"""A `BatchOutput` whose states are columns, [B, N] and [B, M]."""
 
 
 class Inference:
@@ -43,7 +38,7 @@ class Inference:
         self._initial = bytes(HEADER_BYTES) + initial.ints.tobytes() + initial.floats.tobytes()
         self._sizes = layout.int_size, layout.float_size
         self._runtime_state = served.runtime_state
-        self._blocks = served.blocks
+        self._has_blocks = served.blocks is not None
         self._has_alarms = served.artifact.spec.detection is not None
         self._resets_automatically = served.artifact.spec.resets.is_active
         self._rows_skip_encoder = (
@@ -74,8 +69,10 @@ class Inference:
         if is_cut:
             segments = await infer_segments(self._compute, self._served, parts, self._on_call)
             outputs, after, finite = _columns(segments)
-        elif self._blocks is not None:
-            outputs, after, finite = await self._infer_blocks(self._blocks, jobs, parts)
+        elif self._has_blocks:
+            whole = [segment for [segment] in parts]
+            batch = await infer_batch(self._compute, self._served, whole, self._on_call)
+            outputs, after, finite = _columns(batch)
         else:
             # where events were encoded, the int parts of `before` are those after the chunks
             packed = self._runtime_state.pack(before)
@@ -114,7 +111,7 @@ class Inference:
             if isinstance(result, Exception):
                 jobs[at].resolve(self._encoding_error(jobs[at], result))
             else:
-                encoded[at] = [Segment(states[at], *result)]
+                encoded[at] = [Segment(states[at], *result, jobs[at].payload.final)]
         return encoded, is_cut
 
     def _encoding_error(self, job: ChunkJob, error: Exception) -> CarryError:
@@ -124,20 +121,6 @@ class Inference:
             return error
         log.error("encoding_failed", model=self._served.name, exc_info=error)
         return InternalError(f"encoding failed: {type(error).__name__}")
-
-    async def _infer_blocks(
-        self, blocks: BlockStateLayout, jobs: list[ChunkJob], parts: list[list[Segment]]
-    ) -> OutputColumns:
-        """Compute every block of every job whose window is complete."""
-        inputs = [
-            BlockInput(*part[0], job.payload.final) for job, part in zip(jobs, parts, strict=True)
-        ]
-        width = self._served.outputs.size
-        return _columns(
-            await infer_blocks(
-                self._compute, self._served.runtime, blocks, inputs, width, self._on_call
-            )
-        )
 
     def _finite(
         self, jobs: list[ChunkJob], outputs: list[FloatRows], states: State, finite: bool
@@ -157,7 +140,8 @@ class Inference:
         return computed.select(np.flatnonzero(is_finite).tolist())
 
 
-def _columns(output: BatchOutput) -> OutputColumns:
+def _columns(output: BatchOutput) -> tuple[list[FloatRows], State, bool]:
+    """The same with the states as columns, [B, N] and [B, M]."""
     floats, ints = zip(*output.states, strict=True)
     return output.outputs, State(np.stack(floats), np.stack(ints)), output.finite
 

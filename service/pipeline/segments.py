@@ -1,27 +1,46 @@
-"""Inference for chunks and sequences with resets, cut into segments.
+"""Inference for chunks and sequences that resets cut into segments, and for models with blocks.
 
 A segment starts from the initial state, the first one of a chunk usually from the stream's: so the
 segments of a chunk do not depend on each other, and all segments of a batch are computed side by
 side, like chunks of different streams. The outputs of a chunk are those of its segments one after
 another, and its state is that after the last one. A model that sees a chunk as a whole sees each
 segment as a whole.
+
+A model with blocks computes a block once its whole window has arrived. Waiting rows and new rows
+are split into windows (`models.spec.blocks`). The windows of a stream are computed one after
+another, those of different streams together; between two calls other batches run. A chunk that
+completes no window needs no runtime call: it has no outputs, and its rows wait in the state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
+from models.spec.blocks import BlockStateLayout, cut_blocks
 from models.spec.state import State
 from service.core.values import FloatRows
 from service.engine.compute import Compute, OnCall, TimeSlicer
-from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
 from service.pipeline.served_model import Segment, ServedModel
 
 MAX_PADDED_STEPS: Final = 4096
 """Most padded steps of one call, unless a single segment is longer."""
+
+
+class BatchOutput(NamedTuple):
+    """The results of a batch.
+
+    Attributes:
+        outputs: B arrays float32 [T, O]; of a model with blocks, the outputs that are due.
+        states: B whole states.
+        finite: as `InferenceResult.finite`; waiting rows were validated when they arrived.
+    """
+
+    outputs: list[FloatRows]
+    states: list[State]
+    finite: bool
 
 
 async def infer_segments(
@@ -31,8 +50,6 @@ async def infer_segments(
     on_call: OnCall,
 ) -> BatchOutput:
     """Compute the segments of each chunk or sequence.
-
-    A model with blocks computes each segment to its end, as a whole sequence.
 
     Args:
         parts: one or more segments of each.
@@ -49,7 +66,7 @@ async def infer_segments(
     for number, group in enumerate(groups):
         if number:
             await slicer.yield_to_others()
-        computed = await _infer(
+        computed = await infer_batch(
             compute, served, [segments[at] for at in group], on_call, is_slice=len(groups) > 1
         )
         finite = finite and computed.finite
@@ -69,20 +86,17 @@ async def infer_segments(
     return BatchOutput(joined, last, finite)
 
 
-async def _infer(
+async def infer_batch(
     compute: Compute,
     served: ServedModel,
     segments: Sequence[Segment],
     on_call: OnCall,
     *,
-    is_slice: bool,
+    is_slice: bool = False,
 ) -> BatchOutput:
+    """Compute segments together; `is_slice` as in `Compute.infer`."""
     if served.blocks is not None:
-        inputs = [BlockInput(*segment, final=True) for segment in segments]
-        width = served.outputs.size
-        return await infer_blocks(
-            compute, served.runtime, served.blocks, inputs, width, on_call, is_slice=is_slice
-        )
+        return await _infer_blocks(compute, served, served.blocks, segments, on_call, is_slice)
     layout = served.runtime_state
     inferred = await compute.infer(
         served.runtime,
@@ -96,6 +110,43 @@ async def _infer(
     return BatchOutput(inferred.outputs, states, inferred.finite)
 
 
+async def _infer_blocks(
+    compute: Compute,
+    served: ServedModel,
+    layout: BlockStateLayout,
+    segments: Sequence[Segment],
+    on_call: OnCall,
+    is_slice: bool,
+) -> BatchOutput:
+    """Compute every block whose window is complete."""
+    cuts = [
+        cut_blocks(
+            layout.blocks, _append(layout.pending_rows(each.state), each.rows), final=each.final
+        )
+        for each in segments
+    ]
+    networks = [layout.network_floats(each.state) for each in segments]
+    outputs = [np.zeros((0, served.outputs.size), np.float32)] * len(segments)
+    due = [index for index, split in enumerate(cuts) if split.windows]
+    finite = True
+    if due:
+        inferred = await compute.infer_slices(
+            served.runtime,
+            [cuts[index].windows for index in due],
+            np.stack([networks[index] for index in due]),
+            on_call,
+            is_slice=is_slice,
+        )
+        finite = inferred.finite
+        for index, output, after in zip(due, inferred.outputs, inferred.states, strict=True):
+            outputs[index], networks[index] = output, after
+    states = [
+        layout.pack(network, each.ints, split.waiting, closed=each.final)
+        for each, network, split in zip(segments, networks, cuts, strict=True)
+    ]
+    return BatchOutput(outputs, states, finite)
+
+
 def _groups(segments: Sequence[Segment], max_rows: int) -> Iterator[list[int]]:
     """Indexes of segments for one call each, those of about the same length together."""
     group: list[int] = []
@@ -107,3 +158,7 @@ def _groups(segments: Sequence[Segment], max_rows: int) -> Iterator[list[int]]:
         group.append(at)
     if group:
         yield group
+
+
+def _append(waiting: FloatRows, rows: FloatRows) -> FloatRows:
+    return np.concatenate([waiting, rows]) if len(waiting) else rows

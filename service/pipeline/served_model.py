@@ -52,12 +52,14 @@ class Segment(NamedTuple):
         state: the state before them: the stream's, or after a reset the initial one.
         rows: float32 [t, F].
         ints: int64 [M], the int part of the state after them; in a chunk with resets only that of
-            the last segment, whose state is kept.
+            the last segment, whose state is kept; without the part of the blocks.
+        final: for a model with blocks, whether no event follows.
     """
 
     state: State
     rows: FloatRows
     ints: NDArray[np.int64]
+    final: bool = True
 
 
 @dataclass(frozen=True)

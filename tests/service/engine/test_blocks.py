@@ -11,8 +11,8 @@ from models.spec.state import State
 from service.engine.compute import Compute
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import RUNTIMES, open_runtime
-from service.pipeline.blocks import BlockInput, infer_blocks
-from service.pipeline.served_model import ServedModel
+from service.pipeline.segments import infer_batch
+from service.pipeline.served_model import Segment, ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_in_blocks
 
@@ -57,7 +57,9 @@ async def streamed(
     runtime: Runtime, artifact: Artifact, streams: list[np.ndarray], random: np.random.Generator
 ) -> list[np.ndarray]:
     """All streams in one batch, each in chunks of its own, also of one event or none."""
-    layout = ServedModel(artifact, runtime).blocks
+    served = ServedModel(artifact, runtime)
+    layout = served.blocks
+    assert layout is not None
     compute = Compute()
     states: list[State] = [artifact.state.zero()] * len(streams)
     at = [0] * len(streams)
@@ -72,10 +74,8 @@ async def streamed(
             at[b] += len(piece)
             # sometimes the end is told with the last events, sometimes alone
             ended[b] = at[b] == len(streams[b]) and (not len(piece) or bool(random.integers(2)))
-            known.append(BlockInput(states[b], piece, states[b].ints, ended[b]))
-        done = await infer_blocks(
-            compute, runtime, layout, known, artifact.outputs.size, lambda *_: None
-        )
+            known.append(Segment(states[b], piece, states[b].ints, ended[b]))
+        done = await infer_batch(compute, served, known, lambda *_: None)
         for b, output, state in zip(members, done.outputs, done.states, strict=True):
             outputs[b].append(output)
             states[b] = state
