@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from service.core.errors import Conflict, OutcomeUnknown, StateDamaged
-from service.core.values import StreamHead, StreamState, Tombstone
+from service.core.errors import OutcomeUnknown, StateDamaged
+from service.core.values import StreamHead, Tombstone
 from service.store.base import Committed, Conflicted, Store
 from service.store.codec import HEADER_BYTES
 from service.store.redis.commands import PendingCommand
-from service.store.redis.outcomes import Outcome, resolve_retried_deletion
+from service.store.redis.outcomes import resolve_retried_deletion
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
@@ -237,64 +237,6 @@ async def test_streams_are_deleted_when_memory_is_full(
     finally:
         server.configure("maxmemory", 0)
     assert isinstance((await load(store, [key("a")]))[0], Tombstone)
-
-
-# Concurrent writers
-
-
-class Interrupted(RedisStore):
-    """A store whose tries to write a tombstone are each preceded by what others do."""
-
-    def __init__(self, settings: StoreSettings, others: Any):
-        super().__init__(settings)
-        self._others = others
-        self.conditions: list[bytes] = []
-        self._try = self.deletion._write_tombstone
-        self.deletion._write_tombstone = self._interrupted_try
-
-    async def _interrupted_try(self, key: Any, condition: bytes, *rest: Any) -> Outcome:
-        await self._others()
-        self.conditions.append(condition)
-        return await self._try(key, condition, *rest)
-
-
-async def test_a_stream_under_constant_writes_is_deleted(
-    store: Store, streams: Streams, server: RealServer
-) -> None:
-    """After repeated conflicts the deletion compares the epoch only."""
-    last = streams.creation(key("a"))
-    await committed(store, last)
-
-    async def move_on() -> None:
-        nonlocal last
-        last = streams.next(last)
-        await committed(store, last)
-
-    busy = Interrupted(StoreSettings(server.url), move_on)
-    await busy.start()
-    try:
-        assert await busy.delete(key("a")) == Committed()
-    finally:
-        await busy.close()
-    assert isinstance((await load(store, [key("a")]))[0], Tombstone)
-    assert [len(condition) for condition in busy.conditions] == [0, 24, 24, 8]
-
-
-async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(
-    store: Store, streams: Streams, server: RealServer
-) -> None:
-    async def begin_again() -> None:
-        await store.delete(key("a"))
-        again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
-        await committed(store, again)
-
-    busy = Interrupted(StoreSettings(server.url), begin_again)
-    await busy.start()
-    try:
-        assert isinstance(await busy.delete(key("a")), Conflict)
-    finally:
-        await busy.close()
-    assert isinstance((await load(store, [key("a")]))[0], StreamState)
 
 
 @pytest.mark.parametrize(

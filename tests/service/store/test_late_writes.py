@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
+from service.core.values import StreamKey, StreamState, Tombstone
 from service.store.base import Committed, Conflicted, Store
 from service.store.codec import encode_state
 from service.store.redis.deletion import DELETE_ATTEMPTS
@@ -43,19 +44,6 @@ async def create_again(store: Store, streams: Streams) -> Commit:
     commit = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
     await committed(store, commit)
     return commit
-
-
-async def test_a_late_deletion_does_not_delete_a_stream_created_since(
-    server: RealServer, streams: Streams
-) -> None:
-    async with delayed_store(server) as (path, store):
-        await committed(store, streams.creation(key("a")))
-        path.holds = 1
-        assert await store.delete(key("a")) == Committed()
-        again = await create_again(store, streams)
-        assert path.held
-        await path.deliver()
-        await assert_stored(store, again)
 
 
 async def test_a_late_creation_does_not_restore_a_deleted_stream(
@@ -127,24 +115,26 @@ async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
 
 
 class Watched(RedisStore):
-    """A store that does something before each try to write a tombstone."""
+    """A store that does something before each try to write a tombstone, which may answer it."""
 
-    def __init__(self, settings: StoreSettings, before: Callable[[int], Outcome | None]):
+    def __init__(self, settings: StoreSettings, before: Callable[[int], Awaitable[Outcome | None]]):
         super().__init__(settings)
         self._before = before
         self.tries = 0
+        self.conditions: list[bytes] = []
         self._try = self.deletion._write_tombstone
         self.deletion._write_tombstone = self._counted_try
 
-    async def _counted_try(self, *arguments: Any) -> Outcome:
+    async def _counted_try(self, name: StreamKey, condition: bytes, *rest: Any) -> Outcome:
         self.tries += 1
-        outcome = self._before(self.tries)
-        return await self._try(*arguments) if outcome is None else outcome
+        self.conditions.append(condition)
+        outcome = await self._before(self.tries)
+        return await self._try(name, condition, *rest) if outcome is None else outcome
 
 
 @asynccontextmanager
 async def watched(
-    server: RealServer, before: Callable[[int, LossyPath], Outcome | None]
+    server: RealServer, before: Callable[[int, LossyPath], Awaitable[Outcome | None]]
 ) -> AsyncIterator[Watched]:
     """A store on a lossy path, and what is done before each of its tries to delete."""
     async with LossyPath.to(server.socket, server.folder) as path:
@@ -159,7 +149,7 @@ async def watched(
 async def test_a_retried_deletion_that_finds_its_tombstone_succeeds(
     server: RealServer, streams: Streams
 ) -> None:
-    def lose_the_second(number: int, path: LossyPath) -> None:
+    async def lose_the_second(number: int, path: LossyPath) -> None:
         path.losses = number == 2
 
     async with watched(server, lose_the_second) as store:
@@ -172,7 +162,7 @@ async def test_a_retried_deletion_that_finds_its_tombstone_succeeds(
 async def test_an_interrupted_deletion_has_an_unknown_outcome(
     server: RealServer, streams: Streams
 ) -> None:
-    def lose_the_second_and_break_off(number: int, path: LossyPath) -> Outcome | None:
+    async def lose_the_second_and_break_off(number: int, path: LossyPath) -> Outcome | None:
         path.losses = number == 2
         return StoreUnavailable("no answer") if number == 3 else None
 
@@ -188,7 +178,7 @@ async def test_an_interrupted_deletion_has_an_unknown_outcome(
 async def test_no_late_attempt_of_a_deletion_deletes_a_later_stream(
     server: RealServer, streams: Streams, held: int
 ) -> None:
-    def hold_one(number: int, path: LossyPath) -> None:
+    async def hold_one(number: int, path: LossyPath) -> None:
         path.holds = number == held
         paths.append(path)
 
@@ -207,7 +197,7 @@ async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
 ) -> None:
     holding_path: asyncio.Future[LossyPath] = asyncio.get_running_loop().create_future()
 
-    def hold_the_second(number: int, path: LossyPath) -> None:
+    async def hold_the_second(number: int, path: LossyPath) -> None:
         if number == 2:
             path.holds = 1
             holding_path.set_result(path)
@@ -225,3 +215,36 @@ async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
         await committed(store, second)
         await path.deliver()
         await assert_stored(store, second)
+
+
+# Concurrent writers
+
+
+async def test_a_stream_under_constant_writes_is_deleted(
+    server: RealServer, store: Store, streams: Streams
+) -> None:
+    """After repeated conflicts the deletion compares the epoch only."""
+    last = streams.creation(key("a"))
+    await committed(store, last)
+
+    async def move_on(*_: Any) -> None:
+        nonlocal last
+        last = streams.next(last)
+        await committed(store, last)
+
+    async with watched(server, move_on) as busy:
+        assert await busy.delete(key("a")) == Committed()
+        assert [len(condition) for condition in busy.conditions] == [0, 24, 24, 8]
+    assert isinstance((await load(store, [key("a")]))[0], Tombstone)
+
+
+async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(
+    server: RealServer, store: Store, streams: Streams
+) -> None:
+    async def begin_again(*_: Any) -> None:
+        await store.delete(key("a"))
+        await create_again(store, streams)
+
+    async with watched(server, begin_again) as busy:
+        assert isinstance(await busy.delete(key("a")), Conflict)
+    assert isinstance((await load(store, [key("a")]))[0], StreamState)
