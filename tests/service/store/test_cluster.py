@@ -368,31 +368,6 @@ def _refuses(node: ClusterNode, word: str) -> bool:
 # Nodes and addresses
 
 
-async def test_an_unavailable_node_fails_only_its_own_streams(
-    own_cluster: Cluster, streams: Streams
-) -> None:
-    async with opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=60) as store:
-        commits = [streams.creation(key(f"alone-{i}")) for i in range(12)]
-        await committed(store, *commits)
-        # on a busy machine the replica may have taken over
-        pair = own_cluster.primaries[2], own_cluster.replicas[2]
-        victim = next(node for node in pair if node.is_primary())
-        victim.pause()
-        # long enough for the other nodes, less than a failover takes
-        store._router._wait_s = 0.3
-        try:
-            found = await load(store, [commit.key for commit in commits])
-        finally:
-            victim.resume()
-        for stream, commit in zip(found, commits, strict=True):
-            if own_cluster.owner(names("", commit.key.stream)[0]) == 2:
-                assert isinstance(stream, StoreUnavailable)
-            else:
-                assert same_stream(stream, commit.new)
-        assert any(isinstance(stream, StoreUnavailable) for stream in found)
-    await asyncio.to_thread(own_cluster.wait_until_synced)
-
-
 async def test_a_listing_restarts_after_a_slot_moved(
     store: Store, streams: Streams, cluster: Cluster
 ) -> None:

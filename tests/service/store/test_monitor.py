@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from service.core.errors import StoreRefused
+from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.base import Store
 from service.store.capabilities import LIVE_S
 from service.store.open import open_store
@@ -20,7 +20,7 @@ from service.store.redis.monitor import SAMPLE_KEYS
 from service.store.settings import StoreSettings
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster
 from tests.support.servers import RealServer, emptied, opened, real_server, until, until_async
-from tests.support.streams import Commit, OpenStore, Streams, committed, key
+from tests.support.streams import Commit, OpenStore, Streams, committed, key, load, same_stream
 
 PARTITIONS = 16
 HEADER_BYTES = 96
@@ -139,61 +139,50 @@ def lasting_cluster(own_cluster: Cluster) -> Iterator[Cluster]:
     own_cluster.configure("cluster-node-timeout", NODE_TIMEOUT_MS)
 
 
-async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Cluster) -> None:
-    async with opened(lasting_cluster.url, partitions=PARTITIONS, store_wait_s=1) as store:
-        victim = lasting_cluster.primaries[0]
+async def test_an_unavailable_shard_fails_only_its_own_streams(
+    lasting_cluster: Cluster, streams: Streams
+) -> None:
+    """Others are served, readiness is degraded, and further stores start."""
+    at = (lasting_cluster.owner("carry:meta") + 1) % 3
+    victim, url = lasting_cluster.primaries[at], lasting_cluster.url
+    keys = StoreSettings(url, partitions=PARTITIONS).keys
+    used = victim.ask("INFO", "memory")["used_memory"]
+    async with opened(url, partitions=PARTITIONS, store_wait_s=1) as store:
+        commits = [streams.creation(key(f"alone-{i}")) for i in range(12)]
+        await committed(store, *commits)
+        lost = [c.key for c in commits if lasting_cluster.owner(keys.state(c.key)) == at]
+        assert 0 < len(lost) < len(commits)
+        victim.configure("maxmemory", 2 * used)
+        lasting_cluster.primaries[at - 1].configure("maxmemory", 20 * used)
+        await store.monitor.check()
+        ratio = store.monitor.telemetry.memory_ratio
+        assert ratio == pytest.approx(0.5, rel=0.2), "that of the fullest shard"
         with capture_logs() as lines:
             victim.pause()
             try:
                 check = await store.monitor.check()
+                for commit, state in zip(
+                    commits, await load(store, [c.key for c in commits]), strict=True
+                ):
+                    is_lost = isinstance(state, StoreUnavailable)
+                    assert is_lost == (commit.key in lost)
+                    assert is_lost or same_stream(state, commit.new)
+                async with opened(url, partitions=PARTITIONS, store_wait_s=1) as later:
+                    assert (await later.monitor.check()).ok
             finally:
                 victim.resume()
-        assert check.ok
-        assert check.degraded
-        assert str(victim.port) in check.detail
-        down = [each for each in check.servers if each.status == "down"]
+                lasting_cluster.configure("maxmemory", 0)
+        assert (check.ok, check.degraded) == (True, True)
+        (down,) = [each for each in check.servers if each.status == "down"]
         assert len(check.servers) == len(lasting_cluster.primaries)
-        assert [each.detail in check.detail for each in down] == [True]
-        assert str(victim.port) in down[0].address
-        (degraded,) = [line for line in lines if line["event"] == "store_degraded"]
-        assert str(victim.port) in degraded["reason"]
-
-
-async def test_memory_ratio_is_that_of_the_fullest_shard(lasting_cluster: Cluster) -> None:
-    async with opened(lasting_cluster.url, partitions=PARTITIONS, store_wait_s=1) as store:
-        fullest, other, unlimited = lasting_cluster.primaries
-        used = fullest.ask("INFO", "memory")["used_memory"]
-        fullest.ask("CONFIG", "SET", "maxmemory", 2 * used)
-        other.ask("CONFIG", "SET", "maxmemory", 20 * used)
-        try:
-            await store.monitor.check()
-            ratio = store.monitor.telemetry.memory_ratio
-            assert ratio == pytest.approx(0.5, rel=0.2)
-            fullest.pause()
-            try:
-                await store.monitor.check()
-            finally:
-                fullest.resume()
-            # one that does not answer is as full as before
-            assert store.monitor.telemetry.memory_ratio == ratio
-        finally:
-            for node in (fullest, other, unlimited):
-                node.ask("CONFIG", "SET", "maxmemory", 0)
-
-
-async def test_the_store_starts_with_an_unavailable_shard(lasting_cluster: Cluster) -> None:
-    async with opened(lasting_cluster.url, partitions=PARTITIONS):
-        pass
-    victim = lasting_cluster.primaries[(lasting_cluster.owner("carry:meta") + 1) % 3]
-    with capture_logs() as lines:
-        victim.pause()
-        try:
-            async with opened(lasting_cluster.url, partitions=PARTITIONS, store_wait_s=1) as store:
-                assert (await store.monitor.check()).ok
-        finally:
-            victim.resume()
-    (reason,) = [line["reason"] for line in lines if line["event"] == "primary_unavailable"]
-    assert str(victim.port) in reason
+        assert str(victim.port) in down.address
+        assert down.detail in check.detail
+        # one that does not answer is as full as before
+        assert store.monitor.telemetry.memory_ratio == ratio
+        for event in ("store_degraded", "primary_unavailable"):
+            reasons = [line["reason"] for line in lines if line["event"] == event]
+            assert reasons
+            assert all(str(victim.port) in reason for reason in reasons)
 
 
 async def test_every_shard_is_checked(own_cluster: Cluster) -> None:
