@@ -11,7 +11,7 @@ from redis.asyncio.sentinel import Sentinel
 
 from service.core.errors import StoreUnavailable
 from service.core.values import StreamState
-from service.store.base import Store
+from service.store.base import Committed, Store
 from service.store.codec import encode_state
 from service.store.redis.address import Address
 from service.store.redis.discovering_router import Topology
@@ -83,15 +83,25 @@ async def test_a_primary_that_a_sentinel_considers_down_is_not_connected_to(
 async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
     servers: Monitored, streams: Streams
 ) -> None:
-    """Sentinel leaves it writable for eight seconds, here for good; then its writes are lost."""
-    async with opened(servers.url, store_wait_s=5) as store:
+    """Sentinel leaves it writable for eight seconds, here for good; then its writes are lost. What
+    it owes a reply is sent to the new primary, long before the connection counts as unresponsive.
+    """
+    async with opened(servers.url, store_wait_s=180) as store:
         names = {f"s{index}" for index in range(STREAMS)}
-        await committed(store, *(streams.creation(key(name)) for name in names))
+        commits = [streams.creation(key(name)) for name in names]
+        await committed(store, *commits)
         page = await store.streams("flights", "", None, 2)
         assert page.cursor is not None
         assert until(servers.is_whole, "the replica in step")
-        servers.sentinel.ask("SENTINEL", "FAILOVER", NAME)
-        await asyncio.to_thread(until, servers.has_failed_over, "the failover")
+        servers.primary.pause()
+        owed = asyncio.create_task(store.commit(columns(streams.next(commits[0]))))
+        try:
+            servers.sentinel.ask("SENTINEL", "FAILOVER", NAME)
+            await asyncio.to_thread(until, servers.has_failed_over, "the failover")
+            async with asyncio.timeout(40):
+                assert await owed == [Committed()]
+        finally:
+            servers.primary.resume()
         with servers.replica.client() as new:
             await until_async(lambda: reaches(new, store, streams), "a commit on the new primary")
         found = {each.stream for each in page.keys}
