@@ -94,34 +94,25 @@ def check_head(
                 raise DuplicateField(f"{at}: expected once, got it again", at=at, expected="once")
             fields[name] = value
     if codings and (version == "1.0" or len(codings) > 1 or codings[0].lower() != b"chunked"):
-        got = b", ".join(codings)[:300].decode("latin-1")
         expected = "chunked" if version == "1.1" else "none in HTTP/1.0"
-        raise MalformedRequest(
-            f"Transfer-Encoding: expected {expected}, got {got!r}",
-            at="Transfer-Encoding",
-            expected=expected,
-            got=got,
-        )
+        raise _wrong_field(MalformedRequest, "Transfer-Encoding", expected, b", ".join(codings))
     host = fields.get(b"host")
     if host is None and version == "1.1":
         raise MalformedRequest("Host: expected one, got none", at="Host", expected="one")
     if host is not None and not is_host(host):
         raise MalformedRequest("Host: expected a host and a port", at="Host", expected="host:port")
     if host is not None and not accepts_host(host):
-        got = host[:300].decode("latin-1")
         expected = "localhost, 127.0.0.1 or a name in CARRY_ALLOWED_HOSTS"
-        raise HostNotAllowed(
-            f"Host: expected {expected}, got {got!r}", at="Host", expected=expected, got=got
-        )
+        raise _wrong_field(HostNotAllowed, "Host", expected, host)
     expectation = fields.get(b"expect", b"100-continue").lower()
     if expectation != b"100-continue":
-        got = expectation[:300].decode("latin-1")
-        raise ExpectationFailed(
-            f"Expect: expected 100-continue, got {got!r}",
-            at="Expect",
-            expected="100-continue",
-            got=got,
-        )
+        raise _wrong_field(ExpectationFailed, "Expect", "100-continue", expectation)
+
+
+def _wrong_field(kind: type[CarryError], at: str, expected: str, value: bytes) -> CarryError:
+    got = value[:300].decode("latin-1")
+    detail = f"{at}: expected {expected}, got {got!r}"
+    return kind(detail, at=at, expected=expected, got=got)
 
 
 def _check_fields(url: bytes, headers: Headers) -> None:

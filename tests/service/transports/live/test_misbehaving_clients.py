@@ -20,7 +20,7 @@ from service.codec.duplicates import find_duplicate
 from service.codec.media import Media
 from service.core.errors import InvalidInput, Unauthenticated
 from service.server import websocket_protocol
-from service.server.connections import Phase
+from service.server.connections import LINGER_S, Phase
 from service.server.settings import ConnectionSettings
 from service.server.websocket_protocol import WebSocketProtocol
 from service.transports.live import frames
@@ -271,6 +271,23 @@ async def test_what_is_wrong_with_a_frame_closes_the_socket_and_nothing_is_lost(
             client.transport.write(sent)
             assert reason in await closed(client, code)
         await sockets.ended()
+
+
+async def test_a_client_that_keeps_a_closed_socket_is_disconnected(api: Harness) -> None:
+    connections = api.http_state().connections
+    async with live(api) as sockets:
+        reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
+        writer.write(handshake(*UPGRADE, *SECURITY))
+        assert b" 101 " in await reader.readline()
+        writer.write(CLOSES["unmasked"][0])
+        async with asyncio.timeout(10):
+            assert (await reader.read()).count(b"mask") == 1
+        assert sockets.served()[0].phase is Phase.LINGER
+        now_s = asyncio.get_running_loop().time()
+        connections.check(now_s)
+        connections.check(now_s + LINGER_S + 1)
+        await sockets.ended()
+        writer.close()
 
 
 async def test_a_character_may_be_split_between_fragments(api: Harness) -> None:

@@ -117,6 +117,7 @@ async def test_a_slow_body_is_answered_with_a_timeout(api: Harness, part: bytes)
         await client.writer.drain()
         assert not client.connection.transport.is_closing(), "unread bytes would reset the answer"
         long_after(client, LINGER_S + 1)
+        await becomes(lambda: not client.server.server_state.connections, "no connection")
         await client.is_cut_off()
     assert api.position("s") is None
     assert api.position("after") is None
@@ -449,49 +450,37 @@ async def test_a_rejected_body_is_drained_up_to_a_limit(api: Harness) -> None:
         await client.is_cut_off()
 
 
-async def test_a_rejected_request_gets_one_reply(api: Harness) -> None:
-    """Its body is not read."""
-    head = request(b"", "Transfer-Encoding: chunked", first="POST /v2 HTTP/1.1", length="")
-    async with connected(api) as client:
-        client.writer.write(head)
-        assert await client.statuses(1) == [b"404"]
-        client.writer.write(b"no size\r\n" + request(chunk(), stream="behind"))
-        await client.is_cut_off()
-    assert api.position("behind") is None
-
-
-async def test_the_connection_closes_after_rejecting_expect_100_continue(api: Harness) -> None:
-    """The request is rejected before its body, so the next bytes could be its body or a request."""
-    expects = "Expect: 100-continue"
-    async with connected(api) as client:
-        client.writer.write(
-            request(b"", expects, first=PREDICT, length="Content-Length: 100000000")
-        )
-        reply = await answer(client.reader)
-        assert reply.startswith(b"HTTP/1.1 413 ")
-        assert b"\r\nconnection: close\r\n" in reply
-        client.writer.write(request(chunk(), stream="behind"))
-        await client.is_cut_off()
-    assert api.position("behind") is None
+LONG_BODY = "Content-Length: 100000000"
+REJECTED_HEADS = {
+    # its body is not read
+    "chunked": (("Transfer-Encoding: chunked",), "POST /v2 HTTP/1.1", "", 404),
+    "close": (("Connection: close",), "POST /v2 HTTP/1.1", LONG_BODY, 404),
+    "HTTP/1.0": ((), "POST /v2 HTTP/1.0", LONG_BODY, 404),
+    # the next bytes could be its body or a request
+    "expects": (("Expect: 100-continue",), "POST /v2 HTTP/1.1", LONG_BODY, 404),
+    "expects, too long": (("Expect: 100-continue",), PREDICT, LONG_BODY, 413),
+}
 
 
 @pytest.mark.parametrize(
-    ("version", "field"),
-    [("1.1", "Connection: close"), ("1.0", "X-Test: 1"), ("1.1", "Expect: 100-continue")],
+    ("lines", "first", "length", "status"), REJECTED_HEADS.values(), ids=REJECTED_HEADS
 )
-async def test_a_rejected_upload_is_not_reset_before_its_reply(
-    api: Harness, version: str, field: str
+async def test_a_rejected_head_gets_one_reply_which_no_reset_destroys(
+    api: Harness, lines: tuple[str, ...], first: str, length: str, status: int
 ) -> None:
-    """A reset would destroy the response."""
-    first = f"POST /v2 HTTP/{version}"
     async with connected(api) as client:
-        client.writer.write(request(b"", field, first=first, length="Content-Length: 100000"))
-        assert await client.statuses(1) == [b"404"]
-        assert client.connection._is_lingering
-        assert not client.connection.transport.is_closing()
-        client.writer.write(b"x" * 100_000)
+        client.writer.write(request(b"", *lines, first=first, length=length))
+        reply = await answer(client.reader)
+        assert reply.startswith(b"HTTP/1.1 %d " % status)
+        if length:
+            assert b"\r\nconnection: close\r\n" in reply or first.endswith("1.0")
+            assert client.connection._is_lingering
+            assert not client.connection.transport.is_closing()
+            client.writer.write(b"x" * 100_000)
+        client.writer.write(b"no size\r\n" + request(chunk(), stream="behind"))
         await client.writer.drain()
         await client.is_cut_off()
+    assert api.position("behind") is None
 
 
 def test_connections_are_limited_by_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
