@@ -70,13 +70,6 @@ def test_last_attempt_is_at_the_time_limit() -> None:
     assert clock.now_s == pytest.approx(7.0)
 
 
-def test_problem_that_is_not_retryable_is_raised_at_once() -> None:
-    clock = Clock()
-    with pytest.raises(Problem, match="invalid_input"):
-        run(clock, failing(1, read_problem(422, {"code": "invalid_input", "retryable": False})))
-    assert clock.slept == []
-
-
 @pytest.mark.parametrize(
     ("status", "body", "code", "is_retryable"),
     [

@@ -18,31 +18,40 @@ PACE_S = 0.05
 """Pause between chunks: the tests are about requests during a restart, not about load."""
 
 
-class Feeder(threading.Thread):
-    """Sends the same chunk again and again to one stream, on one connection.
+class Feeders:
+    """Several clients at once, each of which sends the same chunk again and again to a stream of
+    its own, on one connection, until a request fails.
 
-    It stops at the first request that fails.
-
-    Args:
-        url: of the stream.
-        chunk: body of the request without a position.
+    Attributes:
+        problems: requests that failed.
     """
 
-    def __init__(self, url: str, chunk: dict[str, Any], stopped: threading.Event):
-        super().__init__(daemon=True)
-        self._url = url
-        self._chunk = chunk
-        self._stopped = stopped
+    def __init__(self, clients: int):
         self.problems: list[Any] = []
-        self.chunks = 0
+        self._sent = [0] * clients
 
-    def run(self) -> None:
+    @property
+    def chunks(self) -> int:
+        """Requests that were answered with 200."""
+        return sum(self._sent)
+
+    def wait_for_more(self) -> None:
+        """Until each client has sent ten more chunks, or one has failed."""
+        enough = [sent + 10 for sent in self._sent]
+
+        def is_enough() -> bool:
+            pairs = zip(self._sent, enough, strict=True)
+            return bool(self.problems) or all(sent > least for sent, least in pairs)
+
+        until(is_enough, "more chunks")
+
+    def feed(self, number: int, url: str, chunk: dict[str, Any], stopped: threading.Event) -> None:
+        """Send chunks as one of the clients."""
         position = 0
         with httpx.Client(timeout=30) as client:
-            while not self._stopped.wait(PACE_S):
-                chunk = {**self._chunk, "position": position}
+            while not stopped.wait(PACE_S):
                 try:
-                    answer = client.post(f"{self._url}/chunks", json=chunk)
+                    answer = client.post(url, json={**chunk, "position": position})
                 except httpx.HTTPError as error:
                     self.problems.append(error)
                     return
@@ -50,48 +59,7 @@ class Feeder(threading.Thread):
                     self.problems.append(answer.text)
                     return
                 position = answer.json()["position"]
-                self.chunks += 1
-
-
-class Feeders:
-    """Several clients at once, each with its own stream."""
-
-    def __init__(self, url: str, model: str, chunk: dict[str, Any], clients: int):
-        self._stopped = threading.Event()
-        self._feeders = [
-            Feeder(f"{url}/v1/models/{model}/streams/fed-{index}", chunk, self._stopped)
-            for index in range(clients)
-        ]
-
-    @property
-    def problems(self) -> list[Any]:
-        """Requests that failed."""
-        return [problem for feeder in self._feeders for problem in feeder.problems]
-
-    @property
-    def chunks(self) -> int:
-        """Requests that were answered with 200."""
-        return sum(feeder.chunks for feeder in self._feeders)
-
-    def start(self) -> None:
-        for feeder in self._feeders:
-            feeder.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        for feeder in self._feeders:
-            feeder.join()
-
-    def wait_for_more(self) -> None:
-        """Until each client has sent ten more chunks, or failed."""
-        before = [feeder.chunks for feeder in self._feeders]
-        until(
-            lambda: all(
-                feeder.problems or feeder.chunks > chunks + 10
-                for feeder, chunks in zip(self._feeders, before, strict=True)
-            ),
-            "more chunks",
-        )
+                self._sent[number] += 1
 
 
 @contextmanager
@@ -99,11 +67,18 @@ def feeding(
     url: str, model: str = "probe", chunk: dict[str, Any] = PROBE, clients: int = CLIENTS
 ) -> Iterator[Feeders]:
     """Feed a service, and assert that no request failed."""
-    feeders = Feeders(url, model, chunk, clients)
-    feeders.start()
+    feeders, stopped = Feeders(clients), threading.Event()
+    threads = []
+    for number in range(clients):
+        stream = f"{url}/v1/models/{model}/streams/fed-{number}/chunks"
+        arguments = (number, stream, chunk, stopped)
+        threads.append(threading.Thread(target=feeders.feed, args=arguments, daemon=True))
+        threads[-1].start()
     try:
         yield feeders
         feeders.wait_for_more()
     finally:
-        feeders.stop()
+        stopped.set()
+        for thread in threads:
+            thread.join()
     assert feeders.problems == []
