@@ -27,8 +27,7 @@ from models.onnx.activations import activation
 from models.onnx.attention import check_steps, over_chunk, over_stream
 from models.onnx.bidirectional import WindowSteps, bidirectional, forward
 from models.onnx.convolution import causal_convolution
-from models.onnx.decoder_graph import last_observed
-from models.onnx.heads import dense, head_output
+from models.onnx.heads import dense, head_output, last_observed
 from models.onnx.messages import DataType, ModelProto, tensor_value
 from models.onnx.names import (
     GRAPH_FORMAT,

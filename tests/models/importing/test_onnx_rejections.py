@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -86,6 +87,15 @@ def fixed_steps(path: Path) -> None:
     g.add("Identity", rows, outputs=["y"])
     g.add("Identity", last, outputs=["h_out"])
     g.save(path, {"x": [1, 7, F], "h_in": [1, H]}, {"y": [1, 7, H], "h_out": [1, H]})
+
+
+def either_axes(path: Path) -> None:
+    """A state that does not depend on the rows, so that nothing tells steps from batch."""
+    g = graphs.Builder("either", 1)
+    g.add("Identity", g.dense("x", F, H), outputs=["y"])
+    g.add("Mul", "h_in", g.constant(np.float32(0.5)), outputs=["h_out"])
+    state = [None, H]
+    g.save(path, {"x": [None, None, F], "h_in": state}, {"y": [None, None, H], "h_out": state})
 
 
 def mixes_rows(path: Path) -> None:
@@ -175,6 +185,10 @@ REJECTIONS: dict[str, tuple[Write, dict[str, Any]]] = {
         {},
     ),
     r"x takes exactly 7 steps; export it for any number": (fixed_steps, {}),
+    r"runs as batch_major and as time_major; say which with `--axes batch_major`": (
+        either_axes,
+        {},
+    ),
     r"values that it has alone.*statistic over the batch": (mixes_rows, {}),
     r"expected finite outputs on random rows": (not_finite, {}),
     r"y is \[6, 5\] and \[15, 5\].*--output NAME": (flattened, {}),
