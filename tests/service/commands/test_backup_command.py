@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from service.access.key_cache import AccessKeys
 from service.commands.backup_command import _open_output
 from service.commands.serve import _requires_keys
 from service.settings import Settings
 from service.store.backup import BackupInfo, BackupReader, write_backup
+from service.store.codec import HEADER_BYTES
 from service.store.embedded import EmbeddedValkey
+from service.store.settings import StoreSettings
 from tests.support import command
 from tests.support.access import new_authorization, revoke
 from tests.support.command import Result
@@ -78,6 +81,22 @@ async def is_open(url: str) -> bool:
     is_open = keys.open_caller is not None
     assert is_open == (not await _requires_keys(settings))
     return is_open
+
+
+async def test_damaged_streams_are_named_and_left_out(
+    servers: tuple[str, str], tmp_path: Path
+) -> None:
+    url, new = servers
+    streams = Streams()
+    async with opened(url) as store:
+        await committed(store, *(streams.creation(key(name)) for name in ("a", "b")))
+        with redis.Redis.from_url(url) as client:
+            client.setrange(StoreSettings(url).keys.state(key("b")), HEADER_BYTES + 3, b"\xff")
+        done = await carry("backup", tmp_path / "file", "--redis-url", url)
+    assert done.exit_code == 1
+    assert "backed up 1 stream\n" in done.stderr
+    assert "1 damaged streams are not in the backup: flights/b\n" in done.stderr
+    assert (await carry("restore", tmp_path / "file", "--redis-url", new)).exit_code == 0
 
 
 async def test_a_restored_store_requires_keys_if_the_store_of_the_backup_did(

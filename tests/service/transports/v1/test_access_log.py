@@ -179,10 +179,10 @@ def test_successes_are_sampled_and_failures_are_not(monkeypatch: pytest.MonkeyPa
     log.observe = lambda method, route, status, ms: observed.update([status])
     log.success_ratio = 0.25
     for _ in range(4000):
-        log.log("id", "GET", "/", 200, 1.0, RequestFacts())
+        log.log("id", "GET", "/", 200, 1.0, RequestFacts(key="a"))
     for status in (404, 503):
         for _ in range(10):
-            log.log("id", "GET", "/", status, 1.0, RequestFacts())
+            log.log("id", "GET", "/", status, 1.0, RequestFacts(key="a", code="x"))
     counts = Counter(line["status"] for line in written)
     # five standard deviations
     assert 863 <= counts[200] <= 1137
@@ -190,3 +190,6 @@ def test_successes_are_sampled_and_failures_are_not(monkeypatch: pytest.MonkeyPa
     assert observed == {200: 4000, 404: 10, 503: 10}
     assert {line.get("sample_ratio") for line in written if line["status"] == 200} == {0.25}
     assert {line.get("sample_ratio") for line in written if line["status"] != 200} == {None}
+    assert {(line["status"], line.get("key")) for line in written} == {
+        (200, None), (404, "a"), (503, "a"),
+    }  # fmt: skip

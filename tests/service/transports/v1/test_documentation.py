@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import yaml
 from pydantic import TypeAdapter
 
@@ -174,13 +173,6 @@ async def test_every_exchange_of_the_api_page_is_current(
                 state_body = response.text
             compared += 1
     assert compared == 16
-
-
-@pytest.mark.parametrize("page", ["http-api.md", "errors.md", "protocol.md"])
-def test_links_of_the_pages_exist(page: str) -> None:
-    text = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert (ROOT / "docs" / "reference" / target).exists(), target
 
 
 async def test_every_route_has_its_section(pipeline_server: RealServer, tmp_path: Path) -> None:
