@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
 from models.spec.state import State
+from service.access.caller import ANYONE
 from service.core.delivery import chunk_digest, new_nonce
 from service.core.errors import CarryError
-from service.core.values import Chunk, Feed, SequenceInput, Steps, StreamKey, Timing
+from service.core.values import Chunk, Feed, Reply, SequenceInput, Steps, StreamKey, Timing
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings
@@ -164,6 +165,20 @@ def chunk_of(
     steps = Steps(Feed.INPUTS, len(rows), rows=rows)
     nonce = b"" if position is not None else new_nonce()
     return Chunk(StreamKey(model, stream), steps, chunk_digest(None, steps, nonce), position, epoch)
+
+
+async def send(
+    pipeline: Pipeline,
+    stream: str,
+    rows: NDArray[np.float32],
+    position: int | None = None,
+    *,
+    epoch: bytes | None = None,
+    deadline_s: float = math.inf,
+) -> Reply:
+    """Send a chunk of the probe model to a service that is open; returns its reply."""
+    chunk = chunk_of(stream, rows, position, epoch=epoch)
+    return await pipeline.process(ANYONE, chunk, deadline_s)
 
 
 def sequence_of(rows: NDArray[np.float32]) -> SequenceInput:

@@ -18,7 +18,7 @@ from service.pipeline.pipeline import Pipeline
 from service.pipeline.watching import Watches
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
-from tests.support.pipelines import Counts, chunk_of, rows_of, sequence_of, worker
+from tests.support.pipelines import Counts, chunk_of, rows_of, send, sequence_of, worker
 
 MODEL, STREAM = "probe", "acme:1"
 KEY = StreamKey(MODEL, STREAM)
@@ -129,8 +129,8 @@ async def test_use_case_needs_a_verb_the_model_and_the_stream(
 async def test_fork_needs_both_streams(parts: tuple[Pipeline, Watches]) -> None:
     pipeline, _ = parts
     within = caller(prefix="acme:")
-    await pipeline.process(ANYONE, chunk_of("b:1", ROWS, 0))
-    await pipeline.process(ANYONE, chunk_of(STREAM, ROWS, 0))
+    await send(pipeline, "b:1", ROWS, 0)
+    await send(pipeline, STREAM, ROWS, 0)
     for stream, to in (("b:1", "acme:2"), (STREAM, "b:2")):
         with pytest.raises(Forbidden):
             await pipeline.streams.fork(within, StreamKey(MODEL, stream), to, None)

@@ -29,7 +29,7 @@ from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.clock import ManualClock
 from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, worker
+from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, send, worker
 from tests.support.servers import RealServer, real_server, until_async
 from tests.support.streams import rows as commit_rows
 
@@ -89,7 +89,7 @@ async def test_sent_commit_is_outcome_unknown_at_the_deadline(
     async with worker(store_url, artifact, store=store) as one:
         store.commits.clear()
         chunk = chunk_of("open", rows, position)
-        waiting = asyncio.create_task(one.process(ANYONE, chunk_of("mate", rows, 0), clock.later()))
+        waiting = asyncio.create_task(send(one, "mate", rows, 0, deadline_s=clock.later()))
         late = asyncio.create_task(one.process(ANYONE, chunk, clock.soon()))
         await wait_for_count(store.committing, "open")
         clock.expire()
@@ -127,8 +127,8 @@ async def test_short_deadline_does_not_cancel_the_commit_of_other_streams(
     store = Punctual(store_url)
     async with worker(store_url, artifact, store=store) as one:
         store.commits.clear()
-        mate = asyncio.create_task(one.process(ANYONE, chunk_of("mate", rows, 0), clock.later()))
-        late = asyncio.create_task(one.process(ANYONE, chunk_of("late", rows, 0), clock.soon()))
+        mate = asyncio.create_task(send(one, "mate", rows, 0, deadline_s=clock.later()))
+        late = asyncio.create_task(send(one, "late", rows, 0, deadline_s=clock.soon()))
         await wait_for_count(store.committing, "late")
         clock.expire()
         with pytest.raises(OutcomeUnknown):
@@ -148,8 +148,8 @@ async def test_chunk_loading_at_its_deadline_is_never_applied(
     store = HeldStore(store_url)
     async with worker(store_url, artifact, store=store) as one:
         store.loads.clear()
-        waiting = asyncio.create_task(one.process(ANYONE, chunk_of("mate", rows, 0), clock.later()))
-        late = asyncio.create_task(one.process(ANYONE, chunk_of("late", rows, 0), clock.soon()))
+        waiting = asyncio.create_task(send(one, "mate", rows, 0, deadline_s=clock.later()))
+        late = asyncio.create_task(send(one, "late", rows, 0, deadline_s=clock.soon()))
         await wait_for_count(store.loading, "late")
         clock.expire()
         with pytest.raises(DeadlineExceeded) as caught:
@@ -159,7 +159,7 @@ async def test_chunk_loading_at_its_deadline_is_never_applied(
         assert_close((await waiting).outputs, oracle_outputs(artifact, rows))
         with pytest.raises(StreamNotFound):
             await one.streams.read(ANYONE, StreamKey("probe", "late"))
-        assert not (await one.process(ANYONE, chunk_of("late", rows, 0), clock.later())).replayed
+        assert not (await send(one, "late", rows, 0, deadline_s=clock.later())).replayed
 
 
 class LateRuntime(NumpyRuntime):
@@ -179,11 +179,11 @@ async def test_chunk_computed_after_its_deadline_is_not_committed(
     rows = rows_of(np.random.default_rng(42), 6)
     runtime = LateRuntime(artifact)
     async with worker(store_url, artifact, runtime=runtime) as one:
-        await one.process(ANYONE, chunk_of("known", rows, 0))
+        await send(one, "known", rows, 0)
         runtime.clock = clock
         late, mate = await asyncio.gather(
-            one.process(ANYONE, chunk_of("late", rows, 0), clock.soon()),
-            one.process(ANYONE, chunk_of("mate", rows, 0), clock.later()),
+            send(one, "late", rows, 0, deadline_s=clock.soon()),
+            send(one, "mate", rows, 0, deadline_s=clock.later()),
             return_exceptions=True,
         )
         assert isinstance(late, DeadlineExceeded)
@@ -199,15 +199,11 @@ async def test_chain_continues_after_a_chunk_that_expired_while_committing(
     rows = rows_of(np.random.default_rng(43), 16)
     store = HeldStore(store_url)
     async with worker(store_url, artifact, store=store) as one:
-        first = await one.process(ANYONE, chunk_of("chain", rows[:4], 0))
+        first = await send(one, "chain", rows[:4], 0)
         store.commits.clear()
-        second = asyncio.create_task(
-            one.process(ANYONE, chunk_of("chain", rows[4:8], 4), clock.soon())
-        )
+        second = asyncio.create_task(send(one, "chain", rows[4:8], 4, deadline_s=clock.soon()))
         rest = [
-            asyncio.create_task(
-                one.process(ANYONE, chunk_of("chain", rows[at : at + 4], at), clock.later())
-            )
+            asyncio.create_task(send(one, "chain", rows[at : at + 4], at, deadline_s=clock.later()))
             for at in (8, 12)
         ]
         await wait_for_count(store.committing, "chain", 2)
@@ -240,14 +236,10 @@ async def test_chain_is_re_evaluated_after_a_chunk_that_was_not_written(
 
     store = Losing(store_url)
     async with worker(store_url, artifact, store=store) as one:
-        await one.process(ANYONE, chunk_of("chain", rows[:4], 0))
+        await send(one, "chain", rows[:4], 0)
         store.commits.clear()
-        second = asyncio.create_task(
-            one.process(ANYONE, chunk_of("chain", rows[4:8], 4), clock.soon())
-        )
-        third = asyncio.create_task(
-            one.process(ANYONE, chunk_of("chain", rows[8:], 8), clock.later())
-        )
+        second = asyncio.create_task(send(one, "chain", rows[4:8], 4, deadline_s=clock.soon()))
+        third = asyncio.create_task(send(one, "chain", rows[8:], 8, deadline_s=clock.later()))
         await wait_for_count(store.committing, "chain", 2)
         clock.expire()
         with pytest.raises(OutcomeUnknown):
@@ -278,14 +270,14 @@ async def test_conflicting_commit_counts_as_not_sent(
 
     store = Racing(store_url)
     async with worker(store_url, artifact, store=store) as one:
-        late = asyncio.create_task(one.process(ANYONE, chunk_of("raced", rows), clock.soon()))
+        late = asyncio.create_task(send(one, "raced", rows, deadline_s=clock.soon()))
         await wait_for_count(store.loading, "raced", 2)
         clock.expire()
         with pytest.raises(DeadlineExceeded) as caught:
             await late
         assert caught.value.retryable
         store.loads.set()
-        again = await one.process(ANYONE, chunk_of("raced", rows), clock.later())
+        again = await send(one, "raced", rows, deadline_s=clock.later())
         assert again.head.position == len(rows)
 
 
@@ -306,11 +298,11 @@ async def test_not_durable_is_retryable_with_a_position_only(
     store = ShortStore(StoreSettings(store_url, store_wait_s=5))
     async with worker(store_url, artifact, store=store) as one:
         with pytest.raises(NotDurable) as caught:
-            await one.process(ANYONE, chunk_of("placed", rows, 0))
+            await send(one, "placed", rows, 0)
         assert caught.value.retryable
         assert caught.value.facts["retry_after_s"] == 1
         with pytest.raises(NotDurable, match="applied twice") as caught:
-            await one.process(ANYONE, chunk_of("placed", rows))
+            await send(one, "placed", rows)
         assert not caught.value.retryable
         assert "retry_after_s" not in caught.value.facts
         assert caught.value.facts["stream"] == "placed"
@@ -331,18 +323,14 @@ async def test_unavailable_store_is_awaited_until_each_deadline(
     rows = {name: rows_of(random, 5) for name in ("patient", "b", "c", "d", "e", "f")}
     store = HeldStore(own_server.url, wait_s=1)
     async with worker("", artifact, store=store, in_flight=2) as one:
-        await one.process(ANYONE, chunk_of("known", rows["b"], 0))
+        await send(one, "known", rows["b"], 0)
         own_server.kill()
-        patient = asyncio.create_task(
-            one.process(ANYONE, chunk_of("patient", rows["patient"], 0), later())
-        )
+        patient = asyncio.create_task(send(one, "patient", rows["patient"], 0, deadline_s=later()))
         await wait_for_count(store.loading, "patient")
         hasty = []
         for name in "bcdef":
             deadline_s = time.monotonic() + 1.2
-            task = asyncio.create_task(
-                one.process(ANYONE, chunk_of(name, rows[name], 0), deadline_s)
-            )
+            task = asyncio.create_task(send(one, name, rows[name], 0, deadline_s=deadline_s))
             hasty.append(task)
             await asyncio.sleep(0)
         async with asyncio.timeout(10):
@@ -354,9 +342,7 @@ async def test_unavailable_store_is_awaited_until_each_deadline(
         assert not patient.done()
         own_server.start()
         assert_close((await patient).outputs, oracle_outputs(artifact, rows["patient"]))
-        again = [
-            await one.process(ANYONE, chunk_of(name, rows[name], 0), later()) for name in "bcdef"
-        ]
+        again = [await send(one, name, rows[name], 0, deadline_s=later()) for name in "bcdef"]
         assert not any(reply.replayed for reply in again)
 
 
@@ -383,10 +369,10 @@ async def test_hanging_store_at_shutdown_is_outcome_unknown(
     store = HeldStore(store_url)
     async with worker(store_url, artifact, store=store, drain_s=0.05) as one:
         store.commits.clear()
-        sent = asyncio.create_task(one.process(ANYONE, chunk_of("sent", rows, 0)))
+        sent = asyncio.create_task(send(one, "sent", rows, 0))
         await wait_for_count(store.committing, "sent")
         store.loads.clear()
-        loading = asyncio.create_task(one.process(ANYONE, chunk_of("loading", rows, 0)))
+        loading = asyncio.create_task(send(one, "loading", rows, 0))
         await asyncio.sleep(0)
         await one.stop()
         outcomes = await asyncio.gather(sent, loading, return_exceptions=True)

@@ -14,7 +14,7 @@ from service.core.errors import AlreadyApplied
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
-from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, worker
+from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, send, worker
 
 
 class OvertakenStore(RedisStore):
@@ -43,7 +43,7 @@ async def test_duplicate_gets_the_stored_or_the_computed_reply(
         worker(store_url, artifact, store=store) as one,
         worker(store_url, artifact, reply_max_bytes=reply_max_bytes) as two,
     ):
-        await one.process(ANYONE, chunk_of("s", rows[:8], 0))
+        await send(one, "s", rows[:8], 0)
         chunk = chunk_of("s", rows[8:], 8)
         others = []
 

@@ -9,8 +9,8 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.access.caller import ANYONE
-from service.core.errors import NotFinite
-from service.core.values import Reply
+from service.core.errors import NotFinite, StreamNotFound
+from service.core.values import Reply, StreamKey
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, sequence_of, worker
 
@@ -39,6 +39,8 @@ async def test_overflow_fails_its_own_stream_only(
         for index, outcome in enumerate(found):
             if index == at:
                 assert isinstance(outcome, NotFinite)
+                with pytest.raises(StreamNotFound):
+                    await one.streams.read(ANYONE, StreamKey("probe", f"s{index}"))
                 continue
             assert isinstance(outcome, Reply)
             np.testing.assert_allclose(

@@ -19,7 +19,7 @@ from service.core.errors import (
     StreamNotFound,
 )
 from service.core.values import Precondition, StreamKey
-from tests.support.pipelines import chunk_of, make_artifact, oracle_outputs, rows_of, worker
+from tests.support.pipelines import chunk_of, make_artifact, oracle_outputs, rows_of, send, worker
 
 KEY = StreamKey("probe", "s")
 
@@ -36,11 +36,11 @@ async def test_stream_of_another_version_is_rejected_and_unchanged(
     old, new = versions
     rows = rows_of(np.random.default_rng(15), 8)
     async with worker(store_url, old) as before, worker(store_url, new) as after:
-        await before.process(ANYONE, chunk_of("s", rows[:4], 0))
+        await send(before, "s", rows[:4], 0)
         with pytest.raises(StateIncompatible) as caught:
-            await after.process(ANYONE, chunk_of("s", rows[4:], 4))
+            await send(after, "s", rows[4:], 4)
         assert caught.value.facts["position"] == 4
-        await before.process(ANYONE, chunk_of("s", rows[4:], 4))
+        await send(before, "s", rows[4:], 4)
 
 
 async def test_reset_stream_starts_over_at_position_0_only(
@@ -52,32 +52,32 @@ async def test_reset_stream_starts_over_at_position_0_only(
         worker(store_url, old) as before,
         worker(store_url, new, on_model_change="reset") as after,
     ):
-        first = await before.process(ANYONE, chunk_of("s", rows[:4], 0))
+        first = await send(before, "s", rows[:4], 0)
         with pytest.raises(PositionAhead) as caught:
-            await after.process(ANYONE, chunk_of("s", rows[4:8], 4))
+            await send(after, "s", rows[4:8], 4)
         assert caught.value.facts["expected"] == 0
         with pytest.raises(EpochMismatch):
-            await after.process(ANYONE, chunk_of("s", rows[:4], 0, epoch=first.head.epoch))
+            await send(after, "s", rows[:4], 0, epoch=first.head.epoch)
         chunk = replace(chunk_of("s", rows[:4], 0), precondition=Precondition((first.head.etag,)))
         with pytest.raises(StateChanged):
             await after.process(ANYONE, chunk)
         # The very chunk that was the old version's last one is no replay.
         assert (await before.streams.read(ANYONE, KEY)).head == first.head
-        reset = await after.process(ANYONE, chunk_of("s", rows[:4], 0))
+        reset = await send(after, "s", rows[:4], 0)
         assert (reset.replayed, reset.created) == (False, True)
         assert reset.head.epoch != first.head.epoch
-        rest = await after.process(ANYONE, chunk_of("s", rows[4:], 4))
+        rest = await send(after, "s", rows[4:], 4)
         np.testing.assert_allclose(
             np.concatenate([reset.outputs, rest.outputs]),
             oracle_outputs(new, rows),
             rtol=1e-5,
             atol=1e-5,
         )
-        again = await after.process(ANYONE, chunk_of("s", rows[4:], 4))
+        again = await send(after, "s", rows[4:], 4)
         assert again.replayed
         # The other way it is refused: that service does not reset.
         with pytest.raises(StateIncompatible):
-            await before.process(ANYONE, chunk_of("s", rows[:4], 0))
+            await send(before, "s", rows[:4], 0)
 
 
 async def test_concurrent_resets_reset_the_stream_once(
@@ -87,36 +87,17 @@ async def test_concurrent_resets_reset_the_stream_once(
     old, new = versions
     random = np.random.default_rng(51)
     async with worker(store_url, old) as before:
-        await before.process(ANYONE, chunk_of("s", rows_of(random, 3), 0))
+        await send(before, "s", rows_of(random, 3), 0)
     async with (
         worker(store_url, new, on_model_change="reset") as one,
         worker(store_url, new, on_model_change="reset") as two,
     ):
         replies = await asyncio.gather(
-            *(each.process(ANYONE, chunk_of("s", rows_of(random, 2))) for each in (one, two) * 8)
+            *(send(each, "s", rows_of(random, 2)) for each in (one, two) * 8)
         )
         assert sorted(reply.head.position for reply in replies) == list(range(2, 34, 2))
         assert len({reply.head.epoch for reply in replies}) == 1
         assert [reply.created for reply in replies].count(True) == 1
-
-
-async def test_stream_changed_during_a_reset_is_not_overwritten(
-    store_url: str, versions: tuple[Artifact, Artifact]
-) -> None:
-    """A reset is a compare-and-set on the old state: the first one wins."""
-    old, new = versions
-    rows = rows_of(np.random.default_rng(52), 8)
-    async with (
-        worker(store_url, old) as before,
-        worker(store_url, new, on_model_change="reset") as one,
-        worker(store_url, new, on_model_change="reset") as two,
-    ):
-        await before.process(ANYONE, chunk_of("s", rows[:4], 0))
-        first, second = await asyncio.gather(
-            one.process(ANYONE, chunk_of("s", rows, 0)), two.process(ANYONE, chunk_of("s", rows, 0))
-        )
-        assert first.head == second.head
-        assert first.replayed != second.replayed
 
 
 async def test_stream_of_another_version_is_not_forked(
@@ -126,7 +107,7 @@ async def test_stream_of_another_version_is_not_forked(
     rows = rows_of(np.random.default_rng(54), 4)
     copy = StreamKey("probe", "copy")
     async with worker(store_url, old) as before, worker(store_url, new) as after:
-        await before.process(ANYONE, chunk_of("s", rows, 0))
+        await send(before, "s", rows, 0)
         with pytest.raises(StateIncompatible) as caught:
             await after.streams.fork(ANYONE, KEY, "copy", None)
         assert caught.value.facts["stream"] == "s"

@@ -20,7 +20,6 @@ from service.core.errors import (
     AlreadyApplied,
     CarryError,
     InternalError,
-    NotFinite,
     PositionAhead,
     PositionBehind,
     StateChanged,
@@ -37,7 +36,15 @@ from service.pipeline.served_model import ServedModel
 from service.store.base import CommitColumns, CommitResult, Conflicted
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
-from tests.support.pipelines import Counts, chunk_of, oracle_outputs, rows_of, sequence_of, worker
+from tests.support.pipelines import (
+    Counts,
+    chunk_of,
+    oracle_outputs,
+    rows_of,
+    send,
+    sequence_of,
+    worker,
+)
 from tests.support.streams import rows as commit_rows
 
 
@@ -59,7 +66,7 @@ async def feed(
     replies, position = [], 0
     for index, piece in enumerate(pieces):
         pipeline = pipelines[index // 2 % len(pipelines)]
-        replies.append(await pipeline.process(ANYONE, chunk_of(stream, piece, position)))
+        replies.append(await send(pipeline, stream, piece, position))
         position += len(piece)
     return replies
 
@@ -110,27 +117,27 @@ async def test_retry_of_the_last_chunk_gets_the_stored_reply(
     random = np.random.default_rng(5)
     first, second = rows_of(random, 5), rows_of(random, 7)
     async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
-        await one.process(ANYONE, chunk_of("retry", first, 0))
-        sent = await one.process(ANYONE, chunk_of("retry", second, 5))
+        await send(one, "retry", first, 0)
+        sent = await send(one, "retry", second, 5)
         for pipeline in (one, two):
-            again = await pipeline.process(ANYONE, chunk_of("retry", second, 5))
+            again = await send(pipeline, "retry", second, 5)
             assert again.replayed
             assert again.head == sent.head
             np.testing.assert_array_equal(again.outputs, sent.outputs)
             np.testing.assert_array_equal(again.state.floats, sent.state.floats)
         with pytest.raises(PositionBehind):
-            await two.process(ANYONE, chunk_of("retry", first, 0))
+            await send(two, "retry", first, 0)
         with pytest.raises(PositionAhead) as caught:
-            await two.process(ANYONE, chunk_of("retry", second, 13))
+            await send(two, "retry", second, 13)
         assert caught.value.facts["expected"] == 12
 
 
 async def test_too_large_reply_is_not_kept(store_url: str, artifact: Artifact) -> None:
     rows = rows_of(np.random.default_rng(6), 5)
     async with worker(store_url, artifact, reply_max_bytes=16) as one:
-        await one.process(ANYONE, chunk_of("large", rows, 0))
+        await send(one, "large", rows, 0)
         with pytest.raises(AlreadyApplied) as caught:
-            await one.process(ANYONE, chunk_of("large", rows, 0))
+            await send(one, "large", rows, 0)
         assert caught.value.facts["position"] == 5
 
 
@@ -149,7 +156,7 @@ async def test_duplicates_at_two_workers_are_applied_once(
             piece = rows_of(random, 4)
             answers = await asyncio.gather(
                 *(
-                    pipeline.process(ANYONE, chunk_of(name, piece, position))
+                    send(pipeline, name, piece, position)
                     for name in names
                     for pipeline in (one, two, one)
                 )
@@ -175,7 +182,7 @@ async def test_sixteen_concurrent_appends_are_all_applied(
         worker(store_url, artifact, counts) as two,
     ):
         replies = await asyncio.gather(
-            *(pipeline.process(ANYONE, chunk_of("race", same)) for pipeline in [one, two] * 8)
+            *(send(pipeline, "race", same) for pipeline in [one, two] * 8)
         )
     replies.sort(key=lambda reply: reply.head.position)
     assert [reply.head.position for reply in replies] == list(range(3, 51, 3))
@@ -195,7 +202,7 @@ async def test_queued_chunks_of_a_stream_are_computed_speculatively(
     rows, counts = rows_of(random, 48), Counts()
     async with worker(store_url, artifact, counts) as one:
         replies = await asyncio.gather(
-            *(one.process(ANYONE, chunk_of("hot", rows[at : at + 3], at)) for at in range(0, 48, 3))
+            *(send(one, "hot", rows[at : at + 3], at) for at in range(0, 48, 3))
         )
     assert [reply.head.position for reply in replies] == list(range(3, 51, 3))
     assert (counts.seen["misses"], counts.seen["conflicts"]) == (1, 0)
@@ -239,16 +246,14 @@ async def test_chunks_after_a_failed_commit_are_re_evaluated(
     store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, StoreRefused("no room"))
     async with worker(store_url, artifact, counts, store=store) as one:
         outcomes = await asyncio.gather(
-            *(one.process(ANYONE, chunk_of("chain", rows[at : at + 4], at)) for at in (0, 4, 8)),
+            *(send(one, "chain", rows[at : at + 4], at) for at in (0, 4, 8)),
             return_exceptions=True,
         )
         assert isinstance(outcomes[0], Reply)
         assert isinstance(outcomes[1], StoreRefused)
         assert isinstance(outcomes[2], PositionAhead)
         assert outcomes[2].facts["expected"] == 4
-        rest = [
-            await one.process(ANYONE, chunk_of("chain", rows[at : at + 4], at)) for at in (4, 8)
-        ]
+        rest = [await send(one, "chain", rows[at : at + 4], at) for at in (4, 8)]
     outputs = [reply.outputs for reply in (outcomes[0], *rest)]
     assert_close(np.concatenate(outputs), oracle_outputs(artifact, rows))
 
@@ -259,32 +264,13 @@ async def test_conflict_in_a_chain_loses_no_chunk(store_url: str, artifact: Arti
     store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, None)
     async with worker(store_url, artifact, counts, store=store) as one:
         replies = await asyncio.gather(
-            *(
-                one.process(ANYONE, chunk_of("chain", rows[at : at + 4], at))
-                for at in range(0, 20, 4)
-            )
+            *(send(one, "chain", rows[at : at + 4], at) for at in range(0, 20, 4))
         )
     assert counts.seen["conflicts"] >= 2
     assert [reply.head.position for reply in replies] == [4, 8, 12, 16, 20]
     assert_close(
         np.concatenate([reply.outputs for reply in replies]), oracle_outputs(artifact, rows)
     )
-
-
-async def test_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) -> None:
-    random = np.random.default_rng(9)
-    good = rows_of(random, 4)
-    bad = np.sign(artifact.weights["heads.steep.kernel"]).T * np.full((4, 3), 1e30, np.float32)
-    async with worker(store_url, artifact) as one:
-        outcomes = await asyncio.gather(
-            one.process(ANYONE, chunk_of("good", good, 0)),
-            one.process(ANYONE, chunk_of("bad", bad, 0)),
-            return_exceptions=True,
-        )
-        assert isinstance(outcomes[0], Reply)
-        assert isinstance(outcomes[1], NotFinite)
-        with pytest.raises(StreamNotFound):
-            await one.streams.read(ANYONE, StreamKey("probe", "bad"))
 
 
 async def test_a_chunk_that_cannot_be_encoded_fails_alone(
@@ -305,7 +291,7 @@ async def test_a_chunk_that_cannot_be_encoded_fails_alone(
     counts = Counts()
     async with worker(store_url, artifact, counts) as one:
         outcomes = await asyncio.gather(
-            *(one.process(ANYONE, chunk_of(f"n{i}", rows_of(random, 2 + i), 0)) for i in range(4)),
+            *(send(one, f"n{i}", rows_of(random, 2 + i), 0) for i in range(4)),
             return_exceptions=True,
         )
     assert [type(outcome) for outcome in outcomes] == [Reply, InternalError, Reply, Reply]
@@ -318,14 +304,11 @@ async def test_damaged_stream_fails_alone_and_can_be_restored(
     random = np.random.default_rng(10)
     async with worker(store_url, artifact, cache_bytes=0) as one:
         for name in ("fine", "broken"):
-            await one.process(ANYONE, chunk_of(name, rows_of(random, 4), 0))
+            await send(one, name, rows_of(random, 4), 0)
         kept = await one.streams.read(ANYONE, StreamKey("probe", "broken"))
         damage("broken")
         outcomes = await asyncio.gather(
-            *(
-                one.process(ANYONE, chunk_of(name, rows_of(random, 4), 4))
-                for name in ("fine", "broken")
-            ),
+            *(send(one, name, rows_of(random, 4), 4) for name in ("fine", "broken")),
             return_exceptions=True,
         )
         assert isinstance(outcomes[0], Reply)
@@ -342,16 +325,16 @@ async def test_damaged_stream_fails_alone_and_can_be_restored(
             precondition=None,
         )
         assert restored.head.position == 4
-        await one.process(ANYONE, chunk_of("broken", rows_of(random, 4), 4))
+        await send(one, "broken", rows_of(random, 4), 4)
 
 
 async def test_stale_cached_state_is_never_used(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(11)
     rows, counts = rows_of(random, 30), Counts()
     async with worker(store_url, artifact, counts) as one, worker(store_url, artifact) as two:
-        parts = [await one.process(ANYONE, chunk_of("stale", rows[:10]))]
-        parts.append(await two.process(ANYONE, chunk_of("stale", rows[10:20])))
-        parts.append(await one.process(ANYONE, chunk_of("stale", rows[20:])))
+        parts = [await send(one, "stale", rows[:10])]
+        parts.append(await send(two, "stale", rows[10:20]))
+        parts.append(await send(one, "stale", rows[20:]))
     assert counts.seen["conflicts"] == 1
     assert_close(np.concatenate([part.outputs for part in parts]), oracle_outputs(artifact, rows))
 
@@ -362,12 +345,12 @@ async def test_deleted_stream_is_not_revived_from_a_cache(
     rows = rows_of(np.random.default_rng(12), 8)
     key = StreamKey("probe", "gone")
     async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
-        await one.process(ANYONE, chunk_of("gone", rows[:4], 0))
+        await send(one, "gone", rows[:4], 0)
         await two.streams.delete(ANYONE, key)
         with pytest.raises(PositionAhead) as caught:
-            await one.process(ANYONE, chunk_of("gone", rows[4:], 4))
+            await send(one, "gone", rows[4:], 4)
         assert caught.value.facts["expected"] == 0
-        again = await one.process(ANYONE, chunk_of("gone", rows[4:]))
+        again = await send(one, "gone", rows[4:])
         assert again.created
         with pytest.raises(StreamNotFound):
             await two.streams.delete(ANYONE, StreamKey("probe", "never"))
@@ -379,10 +362,7 @@ async def test_cached_state_does_not_keep_its_batch_alive(
     random = np.random.default_rng(22)
     async with worker(store_url, artifact) as one:
         replies = await asyncio.gather(
-            *(
-                one.process(ANYONE, chunk_of(f"own{index}", rows_of(random, 2), 0))
-                for index in range(6)
-            )
+            *(send(one, f"own{index}", rows_of(random, 2), 0) for index in range(6))
         )
         copies = [one.cache.get(reply.key) for reply in replies]
     assert all(copy is not None and type(copy.value) is bytes for copy in copies)
@@ -392,11 +372,11 @@ async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifac
     rows = rows_of(np.random.default_rng(14), 20)
     key = StreamKey("probe", "source")
     async with worker(store_url, artifact) as one:
-        first = await one.process(ANYONE, chunk_of("source", rows[:8], 0))
+        first = await send(one, "source", rows[:8], 0)
         forked = await one.streams.fork(ANYONE, key, "copy", None)
         assert forked.head.position == 8
         assert forked.head.epoch != first.head.epoch
-        rest = await one.process(ANYONE, chunk_of("copy", rows[8:], 8))
+        rest = await send(one, "copy", rows[8:], 8)
         assert_close(np.concatenate([first.outputs, rest.outputs]), oracle_outputs(artifact, rows))
         with pytest.raises(StreamExists):
             await one.streams.fork(ANYONE, key, "copy", None)
@@ -427,23 +407,11 @@ async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifac
             )
 
 
-async def test_predict_runs_whole_sequences_and_stores_nothing(
-    store_url: str, artifact: Artifact
-) -> None:
-    random = np.random.default_rng(16)
-    sequences = [rows_of(random, count) for count in (1, 40, 7)]
-    async with worker(store_url, artifact) as one:
-        predictions = await one.predict(ANYONE, "probe", [sequence_of(rows) for rows in sequences])
-        for rows, prediction in zip(sequences, predictions, strict=True):
-            assert_close(prediction.outputs, oracle_outputs(artifact, rows))
-        assert (await one.streams.page(ANYONE, "probe", "", None, 10)).streams == ()
-
-
-async def test_long_sequences_are_encoded_beside_the_event_loop(
+async def test_sequences_store_nothing_and_long_ones_are_encoded_beside_the_event_loop(
     store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random = np.random.default_rng(18)
-    sequences = [rows_of(random, count) for count in (9, 10, 11)]
+    sequences = [rows_of(random, count) for count in (1, 10, 40)]
     threads: list[int] = []
     encode = ServedModel.encode_segments
 
@@ -455,6 +423,7 @@ async def test_long_sequences_are_encoded_beside_the_event_loop(
     monkeypatch.setattr(ServedModel, "encode_segments", record)
     async with worker(store_url, artifact) as one:
         predictions = await one.predict(ANYONE, "probe", [sequence_of(rows) for rows in sequences])
+        assert (await one.streams.page(ANYONE, "probe", "", None, 10)).streams == ()
     for rows, prediction in zip(sequences, predictions, strict=True):
         assert_close(prediction.outputs, oracle_outputs(artifact, rows))
     assert [each == threading.get_ident() for each in threads] == [True, False, False]
@@ -466,13 +435,13 @@ async def test_cancelled_caller_does_not_affect_its_neighbours(
     random = np.random.default_rng(17)
     rows = {name: rows_of(random, 12) for name in ("stays", "leaves")}
     async with worker(store_url, artifact) as one:
-        stays = asyncio.create_task(one.process(ANYONE, chunk_of("stays", rows["stays"], 0)))
-        leaves = asyncio.create_task(one.process(ANYONE, chunk_of("leaves", rows["leaves"], 0)))
+        stays = asyncio.create_task(send(one, "stays", rows["stays"], 0))
+        leaves = asyncio.create_task(send(one, "leaves", rows["leaves"], 0))
         await asyncio.sleep(0)
         leaves.cancel()
         assert_close((await stays).outputs, oracle_outputs(artifact, rows["stays"]))
         # Applied or not, the same chunk again is applied once in all.
-        again = await one.process(ANYONE, chunk_of("leaves", rows["leaves"], 0))
+        again = await send(one, "leaves", rows["leaves"], 0)
         assert again.head.position == 12
         assert_close(again.outputs, oracle_outputs(artifact, rows["leaves"]))
 
@@ -481,10 +450,7 @@ async def test_stop_finishes_accepted_chunks(store_url: str, artifact: Artifact)
     random = np.random.default_rng(18)
     sent = {f"stop{i}": rows_of(random, 10) for i in range(20)}
     async with worker(store_url, artifact) as one:
-        tasks = [
-            asyncio.create_task(one.process(ANYONE, chunk_of(name, rows, 0)))
-            for name, rows in sent.items()
-        ]
+        tasks = [asyncio.create_task(send(one, name, rows, 0)) for name, rows in sent.items()]
         await asyncio.sleep(0)
         await one.stop()
         for task, rows in zip(tasks, sent.values(), strict=True):

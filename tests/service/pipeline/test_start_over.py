@@ -18,6 +18,7 @@ from tests.support.pipelines import (
     make_artifact,
     oracle_outputs,
     rows_of,
+    send,
     worker,
 )
 
@@ -34,9 +35,9 @@ async def test_outputs_and_state_after_a_start_are_those_of_a_new_stream(
 ) -> None:
     async with worker(store_url, artifact) as pipeline:
         for position in (None, 0, None):
-            await pipeline.process(ANYONE, chunk_of("s", rows_of(np.random.default_rng(2), 3)))
+            await send(pipeline, "s", rows_of(np.random.default_rng(2), 3))
             first = await pipeline.process(ANYONE, start(position))
-            rest = await pipeline.process(ANYONE, chunk_of("s", ROWS[4:], 4))
+            rest = await send(pipeline, "s", ROWS[4:], 4)
             outputs = np.concatenate([first.outputs, rest.outputs])
             np.testing.assert_allclose(
                 outputs, oracle_outputs(artifact, ROWS), rtol=1e-4, atol=1e-5
@@ -61,7 +62,7 @@ async def test_retries_of_a_start_race_and_are_applied_once(
         worker(store_url, artifact, counts) as two,
     ):
         await apply([one, two])
-        await one.process(ANYONE, chunk_of("s", ROWS[4:], 4))
+        await send(one, "s", ROWS[4:], 4)
         await apply([two, one])
     assert counts.seen["chunks"] == 3
 
