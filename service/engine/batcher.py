@@ -123,8 +123,8 @@ class Batcher(Generic[P, R]):
         self._next_batch = _Timer(self._form)
         self._next_deadline_s = math.inf
         self._deadline = _Timer(self._expire_jobs)
-        self._batches: set[RunningBatch] = set()
-        self._detached: set[RunningBatch] = set()
+        self._running: set[RunningBatch] = set()
+        self._in_flight = 0
         self._drained: asyncio.Event | None = None
 
     async def submit(
@@ -228,7 +228,7 @@ class Batcher(Generic[P, R]):
 
     def count_jobs(self) -> int:
         """Count the jobs that wait or run."""
-        return self._queue.waiting + sum(len(batch.jobs) for batch in self._batches)
+        return self._queue.waiting + sum(len(batch.jobs) for batch in self._running)
 
     def cancel(self, *jobs: Job[P, R]) -> None:
         """Cancel jobs whose caller disconnected; those that are queued are dropped."""
@@ -257,7 +257,7 @@ class Batcher(Generic[P, R]):
     async def _cancel_all(self) -> None:
         for job in self._queue.clear():
             job.resolve(ShuttingDown("the service stopped before the chunk was processed"))
-        tasks = [batch.task for batch in chain(self._batches, self._detached) if batch.task]
+        tasks = [batch.task for batch in self._running if batch.task]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -266,7 +266,7 @@ class Batcher(Generic[P, R]):
     def _wake(self) -> None:
         """Form a batch in the next turn of the event loop, if one may start with as many jobs as
         the batching delay waits for."""
-        awaited, has_slot = self._delay.awaited, len(self._batches) < self._max_in_flight
+        awaited, has_slot = self._delay.awaited, self._in_flight < self._max_in_flight
         if awaited and has_slot and self._queue.startable >= awaited:
             self._delay.awaited = 0
             self._next_batch.set(0)
@@ -275,7 +275,7 @@ class Batcher(Generic[P, R]):
         """Start the next batch, unless the batching delay applies."""
         queue = self._queue
         # a batch of long jobs takes many calls, so it does not end soon
-        ending_soon = len(self._batches) - queue.long_batches
+        ending_soon = self._in_flight - queue.long_batches
         delay_s = self._delay.decide(queue.startable, ending_soon)
         if delay_s is not None:
             self._next_batch.set(delay_s)
@@ -295,7 +295,7 @@ class Batcher(Generic[P, R]):
         """Form the next batch if jobs wait, or let `drain` return once nothing is left to do."""
         if self._queue.waiting:
             self._wake()
-        elif self._drained is not None and not (self._batches or self._detached):
+        elif self._drained is not None and not self._running:
             self._drained.set()
 
     def _expire_jobs(self) -> None:
@@ -318,10 +318,7 @@ class Batcher(Generic[P, R]):
     def _set_deadline(self, deadline_s: float, now_s: float) -> None:
         """Set the timer to the earliest deadline."""
         self._next_deadline_s = deadline_s
-        if deadline_s < math.inf:
-            self._deadline.set(max(DEADLINE_TICK_S, deadline_s - now_s))
-        else:
-            self._deadline.cancel()
+        self._deadline.set(max(DEADLINE_TICK_S, deadline_s - now_s))
 
     def _fail_expired(self, jobs: Iterable[Job[P, R]], when: str, now_s: float) -> None:
         for job in jobs:
@@ -345,21 +342,18 @@ class Batcher(Generic[P, R]):
             self._delay.last_rows = len(jobs)
             held = {job.key for job in jobs if job.key is not None}
             is_long = self._queue.long_batches > before
-            batch = RunningBatch(jobs, held, self._release_streams, self._detach, is_long=is_long)
-            self._start_task(batch, self._runner(jobs, batch), self._batches)
+            batch = RunningBatch(
+                jobs, held, self._release_streams, self._detach, has_slot=True, is_long=is_long
+            )
+            self._in_flight += 1
+            self._start_task(batch, self._runner(jobs, batch))
         if expired:
             self._fail_expired(expired, "before it started", now_s)
 
-    def _start_task(
-        self,
-        batch: RunningBatch,
-        work: Awaitable[Sequence[Job[P, R]]],
-        running: set[RunningBatch],
-    ) -> None:
-        """Start the task of a batch, which is in the set `running` until the task ends."""
-        running.add(batch)
+    def _start_task(self, batch: RunningBatch, work: Awaitable[Sequence[Job[P, R]]]) -> None:
+        self._running.add(batch)
         loop = asyncio.get_running_loop()
-        batch.task = asyncio.Task(self._finish(batch, work, running), loop=loop, **_EAGER_START)
+        batch.task = asyncio.Task(self._finish(batch, work), loop=loop, **_EAGER_START)
 
     def _release_streams(
         self, keys: Iterable[Hashable], first: Container[Hashable] = frozenset()
@@ -374,14 +368,9 @@ class Batcher(Generic[P, R]):
         removed = set(jobs)
         batch.jobs[:] = [job for job in batch.jobs if job not in removed]
         detached = RunningBatch(list(jobs), held, self._release_streams, self._detach)
-        self._start_task(detached, work, self._detached)
+        self._start_task(detached, work)
 
-    async def _finish(
-        self,
-        batch: RunningBatch,
-        work: Awaitable[Sequence[Job[P, R]]],
-        running: set[RunningBatch],
-    ) -> None:
+    async def _finish(self, batch: RunningBatch, work: Awaitable[Sequence[Job[P, R]]]) -> None:
         """Await the work on a batch, then resolve or requeue its jobs and release its streams."""
         failure: CarryError | None = None
         to_retry: Sequence[Job[P, R]] = []
@@ -396,7 +385,8 @@ class Batcher(Generic[P, R]):
             log.exception("batch_failed", jobs=len(batch.jobs))
             failure = InternalError(f"the batch failed: {type(error).__name__}")
         finally:
-            running.remove(batch)
+            self._running.remove(batch)
+            self._in_flight -= batch.has_slot
             queue = self._queue
             queue.long_batches -= batch.is_long
             retried = set(to_retry)
@@ -421,7 +411,7 @@ class Batcher(Generic[P, R]):
 
     def _running_jobs(self) -> Iterator[Job[P, R]]:
         """The jobs of all batches, and the detached ones."""
-        return chain.from_iterable(batch.jobs for batch in chain(self._batches, self._detached))
+        return chain.from_iterable(batch.jobs for batch in self._running)
 
 
 class _Timer:

@@ -1,7 +1,6 @@
 """Jobs, and the fair queue of one model: FIFO within a stream, round robin between requests.
 
 A job is resolved exactly once, by whichever part gets to it first, and then calls its `on_result`.
-A caller that awaits the results of several jobs has a ticket, whose future completes with the last.
 
 At most one job of a stream is ready, its oldest, and none while a batch holds the stream. A batch
 takes ready jobs round robin, one of each request at a time, as a router serves its flows. So a
@@ -18,9 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Coroutine, Hashable, Iterable, Iterator, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -54,35 +55,33 @@ class BatchLimits(NamedTuple):
     long_steps: int = 2**31
 
 
-class DrainRate:
+class DrainRate(msgspec.Struct, eq=False):
     """The drain rate of one queue; use from one task at a time.
 
     Attributes:
         done: number of jobs done so far, counted by the owner.
         per_s: jobs done per second; None if unknown.
+        since_s, before: when the measurement began, and the jobs done before it.
     """
 
-    __slots__ = ("_before", "_since_s", "done", "per_s")
-
-    def __init__(self) -> None:
-        self.done = 0
-        self.per_s: float | None = None
-        self._before = 0
-        self._since_s: float | None = None
+    done: int = 0
+    per_s: float | None = None
+    since_s: float | None = None
+    before: int = 0
 
     def note(self, now_s: float, waiting: int) -> None:
         """Note the number of waiting jobs; call after starting all jobs that may start."""
         if not waiting:
-            self.per_s = self._since_s = None
+            self.per_s = self.since_s = None
             return
-        if self._since_s is not None:
-            seconds, done = now_s - self._since_s, self.done - self._before
+        if self.since_s is not None:
+            seconds, done = now_s - self.since_s, self.done - self.before
             if seconds < WINDOW_S:
                 return
             if done:
                 rate = done / seconds
                 self.per_s = rate if self.per_s is None else (self.per_s + rate) / 2
-        self._since_s, self._before = now_s, self.done
+        self.since_s, self.before = now_s, self.done
 
 
 class JobSpec(NamedTuple, Generic[P]):
@@ -146,39 +145,31 @@ class Job(msgspec.Struct, Generic[P, R], eq=False):
 Work = Coroutine[Any, Any, Sequence[Job[Any, Any]]]
 
 
-class RunningBatch:
+class RunningBatch(msgspec.Struct, eq=False):
     """A running batch; with it, the batch releases streams early and detaches jobs.
 
     Attributes:
         jobs: the jobs that are not detached.
         held: the streams that it holds: their next jobs wait until they are released.
-        task: runs it; None before the start.
+        on_release, on_detach: called with what is released, and what is detached from it.
+        has_slot: whether it counts as in flight; detached jobs do not.
         is_long: whether it occupies the slot of a long job.
+        task: runs it; None before the start.
     """
 
-    __slots__ = ("_on_detach", "_on_release", "held", "is_long", "jobs", "task")
-
-    def __init__(
-        self,
-        jobs: list[Job[Any, Any]],
-        held: set[Hashable],
-        on_release: Callable[[Iterable[Hashable]], None],
-        on_detach: Callable[[RunningBatch, Sequence[Job[Any, Any]], Work], None],
-        *,
-        is_long: bool = False,
-    ):
-        self.jobs = jobs
-        self.held = held
-        self.task: asyncio.Task[None] | None = None
-        self.is_long = is_long
-        self._on_release = on_release
-        self._on_detach = on_detach
+    jobs: list[Job[Any, Any]]
+    held: set[Hashable]
+    on_release: Callable[[Iterable[Hashable]], None]
+    on_detach: Callable[[RunningBatch, Sequence[Job[Any, Any]], Work], None]
+    has_slot: bool = False
+    is_long: bool = False
+    task: asyncio.Task[None] | None = None
 
     def release_streams(self, keys: Iterable[Hashable]) -> None:
         """Let the next jobs of some streams run, in this order, before this batch ends."""
         released = [key for key in keys if key in self.held]
         self.held.difference_update(released)
-        self._on_release(released)
+        self.on_release(released)
 
     def detach(self, jobs: Sequence[Job[Any, Any]], work: Work) -> None:
         """Remove jobs from the batch and continue them in a task without a slot.
@@ -186,7 +177,7 @@ class RunningBatch:
         Args:
             work: resolves the jobs; returns those to be retried.
         """
-        self._on_detach(self, jobs, work)
+        self.on_detach(self, jobs, work)
 
 
 class Backlog(msgspec.Struct, Generic[P, R], eq=False):
@@ -218,11 +209,8 @@ class Backlog(msgspec.Struct, Generic[P, R], eq=False):
         self.rate.note(now_s, len(self.jobs))
 
     def insert(self, job: Job[P, R]) -> None:
-        """Insert a job by its number; linear in the number of older jobs, which are few."""
-        at = 0
-        while at < len(self.jobs) and self.jobs[at].number < job.number:
-            at += 1
-        self.jobs.insert(at, job)
+        """Insert a job by its number."""
+        insort(self.jobs, job, key=attrgetter("number"))
 
 
 class RoundRobin(Generic[P, R]):

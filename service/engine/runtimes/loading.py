@@ -129,10 +129,7 @@ def import_runtime(name: str) -> None:
     import_module(_MODULES[name])
 
 
-_MODULES = {
-    ONNXRUNTIME: "service.engine.runtimes.onnx",
-    TENSORFLOW: "service.engine.runtimes.tensorflow",
-}
+_MODULES = {ONNXRUNTIME: f"{__package__}.onnx", TENSORFLOW: f"{__package__}.tensorflow"}
 _EXTRAS = {ONNXRUNTIME: "onnx", TENSORFLOW: "tensorflow"}
 
 
