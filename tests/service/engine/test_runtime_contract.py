@@ -343,15 +343,6 @@ def test_results_are_not_overwritten_by_the_next_call(opened: Opened) -> None:
     np.testing.assert_array_equal(after, kept_after)
 
 
-def test_runtime_reports_its_name_and_limits(opened: Opened) -> None:
-    runtime = opened.runtime
-    assert runtime.name in RUNTIMES
-    for rows, steps in ((1, 1), (2, 3), (runtime.max_batch, 1), (1, runtime.max_steps)):
-        padded = runtime.padded_shape(rows, steps)
-        assert padded[0] >= rows
-        assert padded[1] >= steps
-
-
 @pytest.mark.parametrize("options", [{}, {"peepholes": True}, {"projection": 15}], ids=str)
 def test_chunk_boundaries_are_bitwise_invisible_on_onnxruntime(
     tmp_path: Path, options: dict[str, Any]

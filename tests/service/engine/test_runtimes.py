@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,11 @@ from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.stepping import step
 
 
-def artifact(folder: Path, *, activation: str = "tanh", seed: int = 1) -> Artifact:
+def artifact(folder: Path, activation: str = "tanh") -> Artifact:
     layers = [{"kind": "lstm", "units": 2, "activation": activation}]
     heads = [{"kind": "sequence", "name": "h"}]
     spec = parse_spec({"name": "m", "features": 1, "layers": layers, "heads": heads})
-    return write_artifact(folder, spec, contracting_weights(spec, seed))
+    return write_artifact(folder, spec, contracting_weights(spec, 1))
 
 
 @pytest.fixture
@@ -42,72 +44,54 @@ def with_graph(tmp_path: Path) -> Artifact:
     return artifact(tmp_path / "with_graph")
 
 
-@pytest.fixture
-def without_graph(tmp_path: Path) -> Artifact:
-    """An artifact without a graph."""
-    return artifact(tmp_path / "without_graph", activation="selu")
+BOTH, ONNX, TENSORFLOW = ("onnxruntime", "tensorflow"), ("onnxruntime",), ("tensorflow",)
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Pretend which libraries are installed; record what would be opened."""
-
-    def only(*names: str) -> None:
-        monkeypatch.setattr(loading, "find_spec", lambda name: name in names or None)
-        monkeypatch.setattr(loading, "open_runtime", lambda name, *_: name)
-
-    return only
-
-
-def chosen(*artifacts: Artifact, wanted: str = "auto") -> list[tuple[str, str]]:
-    """The runtime of each model, and why."""
+@pytest.mark.parametrize(
+    ("wanted", "installed", "has_graph", "chosen", "reason"),
+    [
+        ("auto", BOTH, True, "onnxruntime", "the model has a graph"),
+        ("auto", BOTH, False, "tensorflow", r"'selu'"),
+        ("auto", ONNX, True, "onnxruntime", "the model has a graph"),
+        ("auto", TENSORFLOW, True, "tensorflow", "onnxruntime is not installed"),
+        ("tensorflow", BOTH, True, "tensorflow", "as configured"),
+        ("auto", ONNX, False, RuntimeMissingError, r"no_graph: .*'selu'.*\.\[tensorflow\]"),
+        ("auto", (), True, RuntimeMissingError, r"\.\[onnx\].*\.\[tensorflow\]"),
+        ("torch", BOTH, True, ValueError, r"'onnxruntime', 'tensorflow'\], got 'torch'"),
+    ],
+)
+def test_a_runtime_is_chosen_for_each_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    installed: Sequence[str],
+    has_graph: bool,
+    chosen: str | type[Exception],
+    reason: str,
+) -> None:
+    model = artifact(tmp_path / "m") if has_graph else artifact(tmp_path / "no_graph", "selu")
+    monkeypatch.setattr(loading, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(loading, "open_runtime", lambda name, *_: name)
     with capture_logs() as logs:
-        opened = open_runtimes(wanted, artifacts, 1)
-    lines = [entry for entry in logs if entry["event"] == "runtime"]
-    assert [line["model"] for line in lines] == [artifact.spec.name for artifact in artifacts]
-    assert [line["runtime"] for line in lines] == opened
-    return [(line["runtime"], line["reason"]) for line in lines]
+        if not isinstance(chosen, str):
+            with pytest.raises(chosen, match=reason):
+                open_runtimes(wanted, [model], 1)
+            return
+        assert open_runtimes(wanted, [model], 1) == [chosen]
+    [line] = [entry for entry in logs if entry["event"] == "runtime"]
+    assert (line["model"], line["runtime"]) == ("m", chosen)
+    assert re.search(reason, line["reason"])
 
 
-def test_auto_chooses_for_each_model(
-    with_graph: Artifact, without_graph: Artifact, installed: Any
-) -> None:
-    installed("onnxruntime", "tensorflow")
-    first, second, third = chosen(with_graph, without_graph, with_graph)
-    assert first == third == ("onnxruntime", "the model has a graph")
-    assert second[0] == "tensorflow"
-    assert "'selu'" in second[1]
-
-
-def test_auto_selects_an_installed_runtime(
-    with_graph: Artifact, without_graph: Artifact, installed: Any
-) -> None:
-    installed("tensorflow")
-    assert chosen(with_graph) == [("tensorflow", "onnxruntime is not installed")]
-    installed("onnxruntime")
-    assert chosen(with_graph)[0][0] == "onnxruntime"
-    with pytest.raises(RuntimeMissingError, match=r"without_graph: .*'selu'.*\.\[tensorflow\]"):
-        open_runtimes("auto", [with_graph, without_graph], 1)
-    installed()
-    with pytest.raises(RuntimeMissingError, match=r"\.\[onnx\].*\.\[tensorflow\]"):
-        open_runtimes("auto", [with_graph], 1)
-
-
-def test_the_requested_runtime_is_used(with_graph: Artifact, installed: Any) -> None:
-    installed("onnxruntime", "tensorflow")
-    assert chosen(with_graph, wanted="tensorflow") == [("tensorflow", "as configured")]
-    with pytest.raises(ValueError, match=r"'onnxruntime', 'tensorflow'\], got 'torch'"):
-        open_runtimes("torch", [with_graph], 1)
-
-
-def test_a_model_without_a_graph_is_unsupported(without_graph: Artifact) -> None:
+def test_a_model_without_a_graph_is_unsupported(tmp_path: Path) -> None:
     with pytest.raises(RuntimeUnsupportedError, match=r"^runtime_unsupported: .*'selu'"):
-        open_runtimes("onnxruntime", [without_graph], 1)
+        open_runtimes("onnxruntime", [artifact(tmp_path / "m", "selu")], 1)
 
 
 def test_models_of_one_service_run_on_two_runtimes(
-    with_graph: Artifact, without_graph: Artifact, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, with_graph: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_graph = artifact(tmp_path / "without_graph", "selu")
     # the rung for every batch alone: each takes a second to compile
     monkeypatch.setattr("service.engine.runtimes.tensorflow.ROWS_AT", {64: (32,)})
     opened = open_runtimes("auto", [without_graph, with_graph], 0)
