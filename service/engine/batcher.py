@@ -396,8 +396,6 @@ class Batcher(Generic[P, R]):
                     job.attempts += 1
                     self._mark_out_of_order(job)
                     queue.put_back(job)
-                    if job.deadline_s < self._next_deadline_s:
-                        self._set_deadline(job.deadline_s, time.monotonic())
                 elif not job.is_resolved:
                     failure = failure or InternalError("the batch ended without its result")
                     job.resolve(self._runner.map_error(job, failure))

@@ -185,6 +185,14 @@ async def test_retried_job_returns_to_its_old_place(runs: Runs) -> None:
     assert [name for batch in runs.batches for name in batch] == ["a1", "a2", "a1", "a2", "a3"]
 
 
+async def test_retried_job_of_a_held_stream_comes_before_all_others(runs: Runs) -> None:
+    runs.retries = {"a": 2}
+    runs.gate.set()
+    async with batching(runs, limits=BatchLimits(1, 1000)) as batcher:
+        await asyncio.gather(*start_each(batcher, "abc"))
+    assert runs.batches == [["a"], ["a"], ["a"], ["b"], ["c"]]
+
+
 async def test_jobs_started_after_a_retried_one_are_out_of_order(runs: Runs) -> None:
     """Later jobs of the same stream that are in batches; no others."""
     runs.releasing = True

@@ -21,20 +21,18 @@ from tests.service.engine.batching import (
 SHORT_S = 0.02
 
 
-def soon() -> float:
-    return time.monotonic() + SHORT_S
-
-
 async def test_expired_queued_jobs_never_start() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
         first = start(batcher, "a")
         await runs.wait_for_batches(1)
         stays = start(batcher, "b", deadline_s=time.monotonic() + 3600)
-        for name in ("late", "later"):
-            with pytest.raises(DeadlineExceeded, match="before it started"):
-                async with asyncio.timeout(5):
-                    await submit(batcher, name, deadline_s=soon())
+        now_s = time.monotonic()
+        late = [start(batcher, f"late{n}", deadline_s=now_s + n * SHORT_S) for n in (1, 3)]
+        async with asyncio.timeout(5):
+            for waiting in late:
+                with pytest.raises(DeadlineExceeded, match="before it started"):
+                    await waiting
         runs.gate.set()
         assert await asyncio.gather(first, stays) == ["A", "B"]
     assert runs.batches == [["a"], ["b"]]
@@ -59,7 +57,7 @@ async def test_running_job_fails_at_its_deadline() -> None:
 
     runs = Mapping()
     async with batching(runs) as batcher:
-        deadline_s = soon()
+        deadline_s = time.monotonic() + SHORT_S
         late = start(batcher, "late", deadline_s=deadline_s)
         stays = start(batcher, "b")
         await runs.wait_for_batches(1)
