@@ -63,7 +63,8 @@ class JsonLines:
             model, stream, key, body = _split(line)
             caller = self._keys.caller(None if key == "-" else f"Bearer {key}".encode())
             served = self._pipeline.model(caller, PREDICT, model, stream)
-            chunk = self._readers[served.name].chunk(body, Media.JSON, stream, None)
+            reader = self._readers[served.name]
+            chunk = reader.chunk(body, Media.JSON, reader.key(stream))
             reply = await self._pipeline.process(caller, chunk, deadline_s)
         except CarryError as error:
             return _problem(error)

@@ -2,7 +2,7 @@
 
 One array per field instead of one dict per event, so that all processing after parsing is
 vectorised. Absent values are 0, false or "", and only `present` distinguishes them. Events
-of requests stay in the block that the fast decoder made; their columns are views of it.
+of requests stay in the block that the reader made; their columns are views of it.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ accepted) or outside 1900 to 2200.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Annotated, Any, NotRequired
@@ -56,6 +57,8 @@ _RFC3339 = (
 )
 
 _EXAMPLE_TIMESTAMP = "2013-01-01T05:17:00-05:00"
+_WITH_OFFSET = " with an offset (Z, or one such as -05:00)"
+_BOOLEAN_FORM = "true or false, or 1 or 0, or a string of these"
 
 
 class Timestamp:
@@ -99,9 +102,7 @@ def _timestamp_schema() -> CoreSchema:
         mode="left_to_right",
         custom_error_type="timestamp",
         custom_error_message=(
-            "Input should be an RFC 3339 timestamp with an offset (Z, or one such as -05:00), "
-            f"for example {_EXAMPLE_TIMESTAMP}, or integer epoch milliseconds; "
-            "from 1900-01-01 to before 2200-01-01"
+            f"Input should be {_timestamp_form(_WITH_OFFSET, 'integer epoch milliseconds')}"
         ),
     )
 
@@ -118,7 +119,7 @@ class _CoercedBoolean:
             [core_schema.bool_schema(strict=True), number, text],
             mode="left_to_right",
             custom_error_type="boolean",
-            custom_error_message="Input should be true or false, or 1 or 0, or a string of these",
+            custom_error_message=f"Input should be {_BOOLEAN_FORM}",
         )
         return core_schema.no_info_after_validator_function(
             lambda value: value in (True, "true", "1"), forms
@@ -151,33 +152,56 @@ class _OtherTimestamp:
                 number,
                 core_schema.no_info_after_validator_function(timestamp_ms, text),
             ]
-            numbers = "epoch seconds"
         else:
             forms = [
                 core_schema.no_info_after_validator_function(timestamp_ms, _timestamp_schema())
             ]
-            numbers = "integer epoch milliseconds"
-        offset = " with an offset (Z, or one such as -05:00)"
         if self._field.without_offset == "local":
             local = core_schema.no_info_after_validator_function(
                 lambda text: local_ms(text, self._timezone), core_schema.str_schema(strict=True)
             )
             forms.append(local)
-            offset = f", without an offset in {self._timezone}"
         return core_schema.union_schema(
             forms,
             mode="left_to_right",
             custom_error_type="timestamp",
-            custom_error_message=(
-                f"Input should be an RFC 3339 timestamp{offset}, for example {_EXAMPLE_TIMESTAMP}, "
-                f"or {numbers}; from 1900-01-01 to before 2200-01-01"
-            ),
+            custom_error_message=f"Input should be {expected_form(self._field, self._timezone)}",
         )
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         return {"anyOf": [{"type": "string"}, {"type": "number"}]}
+
+
+def _timestamp_form(offset: str, numbers: str) -> str:
+    return (
+        f"an RFC 3339 timestamp{offset}, for example {_EXAMPLE_TIMESTAMP}, or {numbers}; "
+        "from 1900-01-01 to before 2200-01-01"
+    )
+
+
+def expected_form(field: EventField, timezone: str) -> str | None:
+    """Description of a field's values that have several forms: timestamps, coerced booleans."""
+    if isinstance(field, BooleanField) and field.coerce:
+        return _BOOLEAN_FORM
+    if not isinstance(field, TimestampField):
+        return None
+    is_local = field.without_offset == "local"
+    offset = f", without an offset in {timezone}" if is_local else _WITH_OFFSET
+    numbers = "epoch seconds" if field.epoch == "s" else "integer epoch milliseconds"
+    return _timestamp_form(offset, numbers)
+
+
+def value_validator(schema: EventSchema, field: EventField) -> Callable[[Any], Any]:
+    """Converts one value of a field in any of its forms, as in an event."""
+    adapter: TypeAdapter[Any] = _value_adapter(field, schema.timezone)
+    return adapter.validate_python
+
+
+@cache
+def _value_adapter(field: EventField, timezone: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_value_type(field, timezone))
 
 
 def seconds_to_ms(seconds: float) -> int:
@@ -267,21 +291,24 @@ def example_event(schema: EventSchema) -> dict[str, Any]:
     return {field.name: _example(field) for field in schema.fields}
 
 
-def _annotation(field: EventField, timezone: str) -> Any:
-    value: Any
+def _value_type(field: EventField, timezone: str) -> Any:
     match field:
         case NumericField():
-            value = float
+            return float
         case CategoricalField():
-            value = Annotated[str, Field(min_length=1, max_length=MAX_CATEGORY_CHARS)]
+            return Annotated[str, Field(min_length=1, max_length=MAX_CATEGORY_CHARS)]
         case BooleanField(coerce=True):
-            value = Annotated[Any, _CoercedBoolean()]
+            return Annotated[Any, _CoercedBoolean()]
         case BooleanField():
-            value = bool
+            return bool
         case TimestampField(epoch="ms", without_offset=None | "reject"):
-            value = Timestamp
+            return Timestamp
         case TimestampField():
-            value = Annotated[Any, _OtherTimestamp(field, timezone)]
+            return Annotated[Any, _OtherTimestamp(field, timezone)]
+
+
+def _annotation(field: EventField, timezone: str) -> Any:
+    value = _value_type(field, timezone)
     described = Field(description=_description(field), examples=[_example(field)])
     if field.optional:
         return NotRequired[Annotated[value | None, described]]

@@ -1,27 +1,27 @@
-"""Fast decoder of events: from bytes to columns in one pass.
+"""Reader of events: from objects that a decoder has checked to columns.
 
-The event schema becomes a msgspec type whose decoder validates in C while it parses: types,
-unknown and missing fields, finite numbers, lengths of categories, integer timestamps. The
-columns are then extracted from its objects, for all events and all numbers at a time.
-
-The decoder accepts only events that the strict type (`models.events.parse.event_type`) accepts,
-and decodes the same values; it makes no errors. If it returns None, the caller must use the strict
-type, which makes the error or accepts the events after all.
+The event schema becomes a msgspec type whose decoder checks in C: types, unknown and missing
+fields, finite numbers, lengths of categories, integer timestamps. The columns are then extracted
+from its objects, for all events and all numbers at a time. Timestamps and booleans in unusual
+forms are converted one by one, by the types of `models.events.parse`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
-from typing import Annotated, Any, NamedTuple
+from itertools import chain
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
 from msgspec.structs import astuple
+from pydantic import ValidationError
 
+from models.errors import DataError
 from models.events.block import (
     Block,
     BoolArray,
@@ -36,6 +36,9 @@ from models.events.parse import (
     MIN_TIMESTAMP_MS,
     RESET,
     can_mark_resets,
+    expected_form,
+    timestamp_ms,
+    value_validator,
 )
 from models.events.schema import (
     MAX_CATEGORY_CHARS,
@@ -47,51 +50,56 @@ from models.events.schema import (
     TimestampField,
 )
 
-_LARGEST = float(np.finfo(np.float64).max)
+LARGEST = float(np.finfo(np.float64).max)
 
 # NaN is outside of every range, so the range rejects it too.
-_NUMBER = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
+_NUMBER = Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)]
 _CATEGORY = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_CATEGORY_CHARS)]
 _EPOCH_MS = Annotated[int, msgspec.Meta(ge=MIN_TIMESTAMP_MS, lt=MAX_TIMESTAMP_MS)]
+_EPOCH_S = Annotated[float, msgspec.Meta(ge=MIN_TIMESTAMP_MS / 1000, lt=MAX_TIMESTAMP_MS / 1000)]
+
+EXPECTED: Final = "expected"
+"""Key, in the `extra` of a type's `Meta`, of the description of its valid values."""
+
+MAX_GOT_CHARS: Final = 80
 
 
 class ReadEvents(NamedTuple):
-    """Decoded events, with counts for the detection of duplicate members.
+    """Events as columns.
 
     Attributes:
-        members: number of members with a value other than null.
-        strings: number of those values that are strings.
         resets: ascending indexes of the events that are marked by `reset`.
     """
 
     columns: EventColumns
-    members: int
-    strings: int
     resets: tuple[int, ...] = ()
 
 
 class EventReader:
-    """Fast decoder of the events of one model; reusable and thread-safe.
+    """Reads the events of one schema; reusable and thread-safe.
+
+    Args:
+        marks_resets: whether an event may have the member `reset`, if no field has its name.
 
     Attributes:
         event: the msgspec Struct of one event, for decoders of whole request bodies.
-        marked_event: the same with the member `reset`; None if that is the name of a field.
+        has_marks: whether events may have the member `reset`.
     """
 
-    def __init__(self, schema: EventSchema):
+    def __init__(self, schema: EventSchema, *, marks_resets: bool = False):
+        self._schema = schema
+        self.has_marks = marks_resets and can_mark_resets(schema)
+        self.event = _event_struct(schema, marked=self.has_marks)
         self._layout = new_layout(schema)
-        self.event = _event_struct(schema)
-        self.marked_event = _event_struct(schema, marked=True) if can_mark_resets(schema) else None
-        self._list: Any = list[self.event]  # type: ignore[name-defined]
-        self._json: msgspec.json.Decoder[Any] = msgspec.json.Decoder(self._list)
-        self._msgpack: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(self._list)
         positions = list(self._layout.positions.values())
         value_fields, strings = self._layout.value_fields, len(self._layout.codes)
         self._numbers = value_fields[: len(value_fields) - strings]
         self._strings = value_fields[len(value_fields) - strings :]
         self._may_be_none = [positions[at].absent is not None for at in self._numbers]
-        self._optional = [
-            at for at, position in enumerate(positions) if position.absent is not None
+        self._coerced = [
+            at
+            for at, field in enumerate(schema.fields)
+            if isinstance(field, BooleanField) and field.coerce
         ]
         self._time_at = positions.index(self._layout.time) if self._layout.time else None
         # Packing fails at a None among numbers, but not among strings and timestamps.
@@ -101,53 +109,28 @@ class EventReader:
             if position.absent is not None and at not in self._numbers
         )
 
-    def from_json(self, body: bytes) -> EventColumns | None:
-        """Decode a JSON list of events; None: use the strict type."""
-        return self._decoded(self._json, body)
+    def read(self, events: Sequence[msgspec.Struct]) -> ReadEvents:
+        """Convert T >= 0 objects of the type `event` to columns.
 
-    def from_msgpack(self, body: bytes) -> EventColumns | None:
-        """Decode a MessagePack list of events; None: use the strict type."""
-        return self._decoded(self._msgpack, body)
-
-    def from_values(self, events: list[Any]) -> EventColumns | None:
-        """Convert events that are parsed already; None: use the strict type.
-
-        Args:
-            events: values as returned by a parser of JSON or MessagePack.
+        Raises:
+            DataError: a timestamp or a boolean has none of its forms.
         """
-        try:
-            columns = self.columns(msgspec.convert(events, self._list))
-            # No parser returns a lone surrogate, but a str may contain one.
-            for strings in columns.block.strings if columns and columns.block else ():
-                "".join(strings).encode()
-        except (msgspec.MsgspecError, ValueError):
-            return None
-        return columns
-
-    def columns(self, events: Sequence[msgspec.Struct]) -> EventColumns | None:
-        """Convert T >= 0 decoded objects of the type `event` to columns.
-
-        Returns:
-            None: use the strict type.
-        """
-        read = self.read(events)
-        return None if read is None else read.columns
-
-    def read(self, events: Sequence[msgspec.Struct]) -> ReadEvents | None:
-        """Convert like `columns`, and count members and strings."""
         if not events:
-            return ReadEvents(columns_from_events(self._layout.schema, []), 0, 0)
+            return ReadEvents(columns_from_events(self._schema, []))
         steps, layout = len(events), self._layout
-        by_field = tuple(zip(*map(astuple, events), strict=True))
-        marks: tuple[bool | UnsetType, ...] = ()
-        if type(events[0]) is self.marked_event:
-            *fields, marks = by_field
-            by_field = tuple(fields)
+        by_field: Sequence[Sequence[Any]] = tuple(zip(*map(astuple, events), strict=True))
+        resets: tuple[int, ...] = ()
+        if self.has_marks:
+            *by_field, marks = by_field
+            if marks.count(UNSET) != steps:
+                resets = tuple(at for at, mark in enumerate(marks) if mark is True)
+        if self._coerced:
+            by_field = list(by_field)
+            for at in self._coerced:
+                by_field[at] = self._converted(at, by_field[at])
         times_ms = None
         if self._time_at is not None:
             times_ms = self._times_ms(by_field[self._time_at])
-            if times_ms is None:
-                return None
         strings: list[Sequence[str]] = [by_field[at] for at in self._strings]
         codes: list[int] = []
         for code_of, column in zip(layout.codes, strings, strict=True):
@@ -174,35 +157,7 @@ class EventReader:
         columns = EventColumns.of_block(
             Block(layout, steps, numbers, tuple(strings), times_ms, absent)
         )
-        members, string_count = self._count_values(by_field, steps)
-        if not marks:
-            return ReadEvents(columns, members, string_count)
-        resets = tuple(at for at, mark in enumerate(marks) if mark is True)
-        return ReadEvents(columns, members + steps - marks.count(UNSET), string_count, resets)
-
-    def _count_values(self, by_field: Sequence[Sequence[Any]], steps: int) -> tuple[int, int]:
-        """Count the values, and those that are strings."""
-        members, strings = steps * len(by_field), steps * len(self._strings)
-        for at in self._optional:
-            absent = by_field[at].count(None)
-            members -= absent
-            if at in self._strings:
-                strings -= absent
-        if self._time_at is not None:
-            strings += list(map(type, by_field[self._time_at])).count(str)
-        return members, strings
-
-    def columns_many(self, chunks: Sequence[Sequence[msgspec.Struct]]) -> list[EventColumns] | None:
-        """Convert several chunks in one batch, which is faster; the results share arrays.
-
-        Returns:
-            None: use the strict type, because of at least one of them.
-        """
-        together = self.columns(list(chain.from_iterable(chunks)))
-        if together is None:
-            return None
-        cuts = accumulate(map(len, chunks), initial=0)
-        return [together[start:stop] for start, stop in pairwise(cuts)]
+        return ReadEvents(columns, resets)
 
     def _absent(self, by_field: Sequence[Sequence[Any]], numbers: DoubleArray) -> BoolArray:
         """What is absent, bool [optionals, T], and `numbers` told so; NaN in them becomes 0."""
@@ -216,24 +171,45 @@ class EventReader:
         numbers[layout.missing] = absent[:marked]
         return absent
 
-    def _times_ms(self, moments: Sequence[Any]) -> IntArray | None:
-        """Parse timestamps to epoch milliseconds, 0 if absent; None: use the strict type."""
-        time = self._layout.time
+    def _times_ms(self, moments: Sequence[Any]) -> IntArray:
+        """Parse timestamps to epoch milliseconds, 0 if absent."""
+        time, at = self._layout.time, self._time_at or 0
         if time is None or time.absent is None or None not in moments:
-            return epoch_ms(moments)
-        found = epoch_ms([moment for moment in moments if moment is not None])
-        if found is None:
-            return None
+            return self._present_times_ms(at, moments)
+        is_present = [moment is not None for moment in moments]
         times_ms = np.zeros(len(moments), np.int64)
-        times_ms[[moment is not None for moment in moments]] = found
+        times_ms[is_present] = self._present_times_ms(at, moments)
         return times_ms
 
-    def _decoded(self, decoder: Any, body: bytes) -> EventColumns | None:
-        try:
-            events = decoder.decode(body)
-        except (msgspec.MsgspecError, ValueError):
-            return None
-        return self.columns(events)
+    def _present_times_ms(self, at: int, moments: Sequence[Any]) -> IntArray:
+        present = moments if None not in moments else [each for each in moments if each is not None]
+        found = epoch_ms(present)
+        if found is None:
+            converted = [each for each in self._converted(at, moments) if each is not None]
+            found = np.array(list(map(timestamp_ms, converted)), np.int64)
+        return found
+
+    def _converted(self, at: int, values: Sequence[Any]) -> Sequence[Any]:
+        """Values of a field, each in one of several forms, as its strict type converts them.
+
+        Raises:
+            DataError
+        """
+        if set(map(type, values)) <= {bool, type(None)}:
+            return values
+        field = self._schema.fields[at]
+        convert = value_validator(self._schema, field)
+        converted: list[Any] = []
+        for index, value in enumerate(values):
+            try:
+                converted.append(None if value is None else convert(value))
+            except ValidationError as error:
+                expected = expected_form(field, self._schema.timezone) or "another value"
+                got = json.dumps(value)[:MAX_GOT_CHARS]
+                raise DataError(
+                    index=index, field=field.name, expected=expected, got=got
+                ) from error
+        return converted
 
 
 def _with_nans(values: Sequence[Any]) -> Sequence[Any]:
@@ -245,7 +221,9 @@ def _event_struct(schema: EventSchema, *, marked: bool = False) -> type[msgspec.
     # Attributes have generated names: a field may have the name of a method.
     names = {f"f{at}": field.name for at, field in enumerate(schema.fields)}
     fields: list[Any] = [
-        (name, _annotation(field) | None, None) if field.optional else (name, _annotation(field))
+        (name, _annotation(schema, field) | None, None)
+        if field.optional
+        else (name, _annotation(schema, field))
         for name, field in zip(names, schema.fields, strict=True)
     ]
     if marked:
@@ -257,16 +235,19 @@ def _event_struct(schema: EventSchema, *, marked: bool = False) -> type[msgspec.
     )
 
 
-def _annotation(field: EventField) -> Any:
+def _annotation(schema: EventSchema, field: EventField) -> Any:
+    kind: Any
     match field:
         case NumericField():
             return _NUMBER
         case CategoricalField():
             return _CATEGORY
+        case BooleanField(coerce=True):
+            kind = bool | int | str
         case BooleanField():
             return bool
         case TimestampField(epoch="s"):
-            # The strict type converts numbers.
-            return str
+            kind = _EPOCH_S | str
         case TimestampField():
-            return _EPOCH_MS | str
+            kind = _EPOCH_MS | str
+    return Annotated[kind, msgspec.Meta(extra={EXPECTED: expected_form(field, schema.timezone)})]

@@ -1,152 +1,119 @@
-"""The types of a model's request bodies, validated straight from the body's bytes.
+"""The types of a model's request bodies, which decoders check while they decode.
 
-Each served model has its own types, because its events have their own schema and its rows
-their own width; they are built once. JSON and MessagePack differ in one member: `inputs` is a
-list of rows there, and one binary string of float32 here. Unknown and duplicate members are
-rejected, and nothing is converted: no number from text, no integer from 48.0.
+Each served model has its own types, because its events have their own schema and its rows their own
+width. JSON and MessagePack differ in two members: `inputs` is a list of rows in JSON and one binary
+string of float32 in MessagePack, and a `state_token` is base64 in JSON. Unknown members are
+rejected, and nothing is converted: no number from a string, no integer from 48.0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
-from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import PydanticCustomError
+import msgspec
+from msgspec import Meta
 
-from models.events.parse import event_type
+from models.events.reader import EXPECTED, EventReader
 from models.events.schema import EventSchema
 from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
-from service.codec.field_rules import (
-    EPOCH,
-    EXAMPLE_EPOCH,
-    EXAMPLE_STREAM,
-    EXAMPLE_TAG,
-    MAX_POSITION,
-    FeedName,
-    Fingerprint,
-    PositionNumber,
-    StateValues,
-)
+from service.codec.decoding import WRONG_LENGTH, invalid, undecoded
+from service.codec.field_rules import EPOCH, FINGERPRINT, MAX_FRAME_ID_CHARS, MAX_POSITION
+from service.codec.limits import Limit
 from service.codec.media import Media
+from service.codec.model import CodecModel
 from service.codec.settings import RequestSettings
-from service.core.values import STREAM_NAME
-from service.pipeline.served_model import ServedModel
+from service.core.errors import CarryError, InvalidInput
 
-Resets = Annotated[list[Annotated[int, Field(ge=0, le=MAX_POSITION)]], Field(fail_fast=True)]
-"""Stops at its first wrong value."""
+NAMED_COLUMNS: Final = 8
+"""How many columns an error names before it says `...`."""
+
+Whole = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
+Epoch = Annotated[str, Meta(pattern=rf"^{EPOCH}\Z", extra={EXPECTED: f"string matching ^{EPOCH}$"})]
+AlarmRate = Annotated[float, Meta(gt=0, le=MAX_ALARM_RATE)]
+FrameId = (
+    Annotated[str, Meta(max_length=MAX_FRAME_ID_CHARS)]
+    | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+)
+_FRAME_ID: Final = f"an integer of 64 bits or a string of at most {MAX_FRAME_ID_CHARS} characters"
 
 
-class StrictBody(BaseModel):
-    """Base of every request body."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, gc=False):
+    """Base of every request body; an absent member is None."""
 
 
-class StepsBody(StrictBody):
+class StepsBody(Body):
     """Events or rows: exactly one of the two."""
 
-    events: list[dict[str, Any]] | None = None
-    inputs: Any = None
-    resets: Resets | None = Field(
-        None,
-        description="Ascending indexes of the events or rows before which the state is reset to "
-        "the model's initial state; in events the member `reset` has the same effect.",
-        examples=[[0, 12]],
-    )
-    false_alarms_per_day: Annotated[float, Field(gt=0, le=MAX_ALARM_RATE)] | None = Field(
-        None,
-        description="For a model with `detection`: the expected false alarms per stream and day, "
-        "which set the threshold of the alarms of these events; by default the model's.",
-        examples=[0.2],
-    )
-
-
-class SequenceBody(StepsBody):
-    """A sequence to predict."""
-
-    state_token: Any = None
+    events: Any
+    inputs: Any
+    resets: list[Whole] | None
+    false_alarms_per_day: AlarmRate | None
 
 
 class ChunkBody(StepsBody):
-    """One chunk of the stream that the address names."""
+    """One chunk of a stream that is named elsewhere."""
 
-    position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
-        None,
-        description="Index of the chunk's first event, for delivery exactly once. Without it "
-        "the chunk is appended at the stream's current position, and a retry appends it again.",
-        examples=[0],
-    )
-    epoch: Annotated[str, Field(pattern=f"^{EPOCH}$")] | None = Field(
-        None,
-        description="The epoch of the stream that the client expects.",
-        examples=[EXAMPLE_EPOCH],
-    )
-    final: bool = Field(
-        False,
-        description="For a model with `blocks`: no event follows; the waiting events are computed, "
-        "and the stream is closed. A final chunk may be empty.",
-    )
-    dry_run: bool = Field(
-        False,
-        description="Compute the outputs from the stream's current state, and apply nothing.",
-    )
+    position: int | None
+    epoch: str | None
+    final: bool
+    dry_run: bool
 
 
 class ItemBody(ChunkBody):
     """One chunk in a request for many streams."""
 
-    stream: str = Field(
-        description="The stream's name: 1 to 256 characters of `A-Z a-z 0-9 . _ : @ -`.",
-        examples=[EXAMPLE_STREAM],
-        json_schema_extra={"pattern": STREAM_NAME},
-    )
-    if_match: str | None = Field(
-        None,
-        description="As the header If-Match; a single ETag needs no quotes.",
-        examples=[f"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"],
-    )
+    stream: str
+    if_match: str | None
 
 
-class ManyBody(StrictBody):
-    """Chunks of many streams."""
+class FrameBody(ChunkBody):
+    """One chunk as the frame of a live socket."""
 
-    chunks: list[ItemBody]
+    id: str | int | None
+    stream: str | None
+    if_match: str | None
 
 
-class PredictBody(StrictBody):
+class SequenceBody(StepsBody):
+    """A sequence to predict; its token is a string in JSON."""
+
+    state_token: str | bytes | None
+
+
+class ManyBody(Body):
+    """Chunks of many streams, each an `ItemBody` or not yet decoded."""
+
+    chunks: list[Any]
+
+
+class PredictBody(Body):
     """Whole sequences."""
 
     sequences: list[SequenceBody]
 
 
-class ForecastBody(StrictBody):
+class ForecastBody(Body):
     """The horizon of a forecast, and the known future covariates."""
 
-    horizon: Annotated[int, Field(ge=1, le=MAX_POSITION)] = Field(
-        description="Steps ahead.", examples=[24]
-    )
-    samples: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
-        0, description="Paths to draw.", examples=[100]
-    )
-    seed: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
-        0, description="Of the draws: the same seed gives the same paths of the same state."
-    )
-    position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
-        None, description="The position that the stream is expected to have.", examples=[48]
-    )
-    future: list[dict[str, Any]] | None = None
+    horizon: Annotated[int, Meta(ge=1, le=MAX_POSITION)]
+    samples: Whole = 0
+    seed: Whole = 0
+    position: Whole | None = None
+    future: Any = None
 
 
-class StateBody(StrictBody):
+class StateBody(Body):
     """What `GET .../state` gave. Only fingerprint, feed, position and state are read."""
 
-    fingerprint: Fingerprint
-    feed: FeedName
-    position: PositionNumber
-    state: StateValues
+    fingerprint: Annotated[
+        str,
+        Meta(pattern=rf"^{FINGERPRINT}\Z", extra={EXPECTED: f"string matching ^{FINGERPRINT}$"}),
+    ]
+    feed: Annotated[Literal["events", "inputs"], Meta(extra={EXPECTED: "'events' or 'inputs'"})]
+    position: Annotated[int, Meta(ge=0, le=2**62)]
+    state: dict[str, Any]
     model: str | None = None
     version: str | None = None
     stream: str | None = None
@@ -155,153 +122,167 @@ class StateBody(StrictBody):
     updated_ms: int | None = None
 
 
-class ForkBody(StrictBody):
+class ForkBody(Body):
     """The stream to begin."""
 
-    to: str = Field(
-        description="Name of the new stream.",
-        examples=[f"{EXAMPLE_STREAM}:what-if"],
-        json_schema_extra={"pattern": STREAM_NAME},
-    )
+    to: str
 
 
-B = TypeVar("B", bound=StrictBody)
+class FrameEnvelope(msgspec.Struct, gc=False):
+    """The members of a frame by which its error is answered, undecoded."""
+
+    id: msgspec.Raw = msgspec.Raw()
+    stream: msgspec.Raw = msgspec.Raw()
 
 
-@dataclass(frozen=True, slots=True)
-class BodyTypes:
+class BodyTypes(NamedTuple):
     """The types of the bodies for one model in one media type."""
 
     chunk: type[ChunkBody]
     item: type[ItemBody]
-    sequence: type[SequenceBody]
-    many: type[ManyBody]
+    frame: type[FrameBody]
+    items: type[ManyBody]
+    undecoded_items: type[ManyBody]
     predict: type[PredictBody]
+    state: type[StateBody]
     forecast: type[ForecastBody] | None
 
 
-def build_body_types(served: ServedModel, limits: RequestSettings, media: Media) -> BodyTypes:
-    """Build the types of one model's bodies."""
-    steps: dict[str, Any] = {
-        "events": (_events(served, limits), _steps_field(served, "events", limits)),
-        "inputs": (_inputs(served, limits, media), _steps_field(served, "inputs", limits)),
-    }
-    name, suffix = served.name, "" if media is Media.JSON else "-Packed"
-    feeds = ["inputs"] if served.events is None else ["events", "inputs"]
-    one_of = {"oneOf": [{"required": [feed]} for feed in feeds]}
+class BodyLimits(NamedTuple):
+    """The limits of a model: on the steps of a chunk, of a sequence and of all sequences of a
+    request, and on items."""
 
-    def build(kind: type[B], title: str, **more: Any) -> type[B]:
-        return create_model(
-            f"{name}-{title}{suffix}",
-            __base__=kind,
-            __cls_kwargs__={"json_schema_extra": one_of},
-            **steps,
-            **more,
-        )
+    chunk: Limit
+    sequence: Limit
+    predict: Limit
+    items: int
 
-    token = Field(
-        None,
-        description="The `state_token` of a prediction, whose sequence this one continues.",
-    )
-    kind: Any = str if media is Media.JSON else bytes
-    item = build(ItemBody, "Item")
-    sequence = build(SequenceBody, "Sequence", state_token=(kind | None, token))
-    chunk = build(ChunkBody, "Chunk")
-    most: dict[str, Any] = {"maxItems": limits.max_items}
-    many = create_model(
-        f"{name}-Many{suffix}",
-        __base__=ManyBody,
-        # After an error items are validated one by one, and sequences are rejected as a whole.
-        chunks=(list[item], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
-    )
-    predict = create_model(
-        f"{name}-Predict{suffix}",
-        __base__=PredictBody,
-        sequences=(list[sequence], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
-    )
-    return BodyTypes(
-        chunk, item, sequence, many, predict, _forecast(served, limits, f"{name}-", suffix)
-    )
+    @classmethod
+    def of(cls, limits: RequestSettings, chunk_limit: int | None) -> BodyLimits:
+        """Those of a model that computes chunks of at most `chunk_limit` steps (None: any)."""
+        predict = Limit(limits.max_predict_steps, "max_predict_steps")
+        longest = [] if chunk_limit is None else [Limit(chunk_limit, "max_chunk_steps")]
+        chunk = Limit(limits.max_chunk_steps, "max_chunk_steps")
+        return cls(chunk, min([predict, *longest]), predict, limits.max_items)
 
 
-def known_future_schema(served: ServedModel) -> EventSchema | None:
+def known_future_schema(model: CodecModel) -> EventSchema | None:
     """The schema of the known future covariates of a step; None if the model has none."""
-    decoder = served.artifact.spec.decoder
-    if decoder is None or served.events is None:
+    decoder = model.spec.decoder
+    if decoder is None or model.events is None:
         return None
-    return known_schema(served.events, decoder, timed=False)
+    return known_schema(model.events, decoder, timed=False)
 
 
-def _forecast(
-    served: ServedModel, limits: RequestSettings, lead: str, suffix: str
-) -> type[ForecastBody] | None:
-    decoder = served.artifact.spec.decoder
+def build_body_types(
+    model: CodecModel,
+    limits: BodyLimits,
+    media: Media,
+    events: EventReader | None,
+    future: EventReader | None,
+) -> BodyTypes:
+    """Build the types of one model's bodies.
+
+    Args:
+        events, future: the readers of its events and of the known future covariates; None if it
+            has none.
+    """
+    chunk_members: list[Any] = [
+        ("position", Whole | None, None),
+        ("epoch", Epoch | None, None),
+        ("final", bool, False),
+        ("dry_run", bool, False),
+    ]
+    of_chunk = _steps_members(model, limits.chunk, media, events) + chunk_members
+    of_item = [*of_chunk, ("stream", str), ("if_match", str | None, None)]
+    described = Annotated[FrameId | None, Meta(extra={EXPECTED: _FRAME_ID})]
+    of_frame = [*of_chunk, ("id", described, None), ("stream", str | None, None)]
+    token: Any = str if media is Media.JSON else bytes
+    of_sequence = _steps_members(model, limits.sequence, media, events)
+    of_sequence.append(("state_token", token | None, None))
+    item = _struct(ItemBody, of_item)
+    sequence = _struct(SequenceBody, of_sequence)
+    too_many = Meta(max_length=limits.items, extra={WRONG_LENGTH: _too_many(limits.items)})
+    element: Any = undecoded(media)
+    return BodyTypes(
+        _struct(ChunkBody, of_chunk),
+        item,
+        _struct(FrameBody, [*of_frame, ("if_match", str | None, None)]),
+        _struct(ManyBody, [("chunks", Annotated[list[item], too_many])]),  # type: ignore[valid-type]
+        _struct(ManyBody, [("chunks", Annotated[list[element], too_many])]),
+        _struct(PredictBody, [("sequences", Annotated[list[sequence], too_many])]),  # type: ignore[valid-type]
+        _struct(StateBody, [("state", dict[str, element])]),
+        _forecast(model, future),
+    )
+
+
+def _steps_members(
+    model: CodecModel, limit: Limit, media: Media, events: EventReader | None
+) -> list[Any]:
+    """The members of a chunk or a sequence."""
+    bounded = Meta(max_length=limit.steps, extra={WRONG_LENGTH: limit.exceeded})
+    of_events: Any = Annotated[
+        None,
+        Meta(
+            extra={EXPECTED: f"nothing, since model {model.name} has no event schema (send inputs)"}
+        ),
+    ]
+    if events is not None:
+        of_events = Annotated[list[events.event], bounded] | None  # type: ignore[name-defined]
+    inputs: Any = bytes
+    if media is Media.JSON:
+        features = model.spec.input_features
+        width = Meta(
+            min_length=features, max_length=features, extra={WRONG_LENGTH: wrong_width(model)}
+        )
+        inputs = Annotated[list[Annotated[list[float], width]], bounded]
+    return [
+        ("events", of_events, None),
+        ("inputs", inputs | None, None),
+        ("resets", Annotated[list[Whole], Meta(max_length=limit.steps)] | None, None),
+        ("false_alarms_per_day", AlarmRate | None, None),
+    ]
+
+
+def _forecast(model: CodecModel, future: EventReader | None) -> type[ForecastBody] | None:
+    decoder = model.spec.decoder
     if decoder is None:
         return None
-    schema = known_future_schema(served)
-    future: Any = None
-    if schema is not None:
-        event: Any = event_type(schema, f"{lead}Coming")
-        most: dict[str, Any] = {"minItems": 1, "maxItems": decoder.max_horizon}
-        future = Annotated[list[event], Field(fail_fast=True, json_schema_extra=most)] | None
-    about = "The known future covariates of each step, as many as `horizon`."
-    ranges = {
-        "horizon": {"maximum": decoder.max_horizon},
-        "samples": {"maximum": limits.max_forecast_samples},
-    }
+    steps: Any = None
+    if future is not None:
+        most = decoder.max_horizon
+        too_many = Meta(max_length=most, extra={WRONG_LENGTH: _too_many(most)})
+        steps = Annotated[list[future.event], too_many] | None  # type: ignore[name-defined]
+    kind: type[ForecastBody] = _struct(ForecastBody, [("future", steps, None)])
+    return kind
 
-    def add_ranges(schema: dict[str, Any]) -> None:
-        for name, range_ in ranges.items():
-            schema["properties"][name].update(range_)
 
-    return create_model(
-        f"{lead}Forecast{suffix}",
-        __base__=ForecastBody,
-        __cls_kwargs__={"json_schema_extra": add_ranges},
-        future=(future, Field(None, description=about)),
+def _struct(base: type[Any], members: list[Any]) -> Any:
+    # gc=False: a decoded body holds no cycles to collect
+    return msgspec.defstruct(
+        base.__name__,
+        members,
+        bases=(base,),
+        forbid_unknown_fields=True,
+        kw_only=True,
+        gc=False,
     )
 
 
-def _events(served: ServedModel, limits: RequestSettings) -> Any:
-    if served.events is None:
-        hidden: Any = SkipJsonSchema
-        return hidden[Annotated[Any, BeforeValidator(_no_events(served.name))]]
-    event: Any = event_type(served.events, f"{served.name}-Event", marks_resets=True)
-    return Annotated[list[event], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
+def _too_many(most: int) -> Callable[[str, int], CarryError]:
+    return lambda at, got: too_many_elements(at, most, got)
 
 
-def _inputs(served: ServedModel, limits: RequestSettings, media: Media) -> Any:
-    if media is Media.MSGPACK:
-        return bytes | None
-    width = {"minItems": served.input_features, "maxItems": served.input_features}
-    # Lists stop at their first wrong value: a body of many wrong ones costs no more.
-    row = Annotated[list[float], Field(fail_fast=True, json_schema_extra=width)]
-    return Annotated[list[row], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
-
-
-def _lengths(limits: RequestSettings) -> dict[str, Any]:
-    return {"minItems": 1, "maxItems": limits.max_chunk_steps}
-
-
-def _steps_field(served: ServedModel, name: str, limits: RequestSettings) -> Any:
-    if name == "events":
-        return Field(None, description="Events under the model's schema.")
-    columns = ", ".join(column.name for column in served.artifact.spec.columns[:64])
-    return Field(
-        None,
-        description=f"Rows of {served.input_features} values, in place of events: {columns}. In "
-        "MessagePack one binary string of float32, little-endian, row by row.",
+def too_many_elements(at: str, most: int, got: int) -> InvalidInput:
+    """The error for a list with too many elements."""
+    return InvalidInput(
+        f"{at}: expected at most {most} items, got {got}", at=at, expected=most, got=got
     )
 
 
-def _no_events(model: str) -> Any:
-    def reject(value: Any) -> Any:
-        if value is not None:
-            raise PydanticCustomError(
-                "no_event_schema",
-                "Input should be nothing, since model {model} has no event schema (send inputs)",
-                {"model": model},
-            )
-        return value
-
-    return reject
+def wrong_width(model: CodecModel) -> Callable[[str, int | str], InvalidInput]:
+    """Makes the error for a row of the wrong width, at a place."""
+    names = [column.name for column in model.spec.columns]
+    more = ", ..." if len(names) > NAMED_COLUMNS else ""
+    expected = f"rows of {len(names)} values ({', '.join(names[:NAMED_COLUMNS])}{more})"
+    return lambda at, got: invalid(at, expected, str(got))

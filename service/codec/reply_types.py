@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, GetPydanticSchema, with_config
 from typing_extensions import TypedDict
 
 from models.spec.state import Dtype
-from service.codec.field_rules import (
+from service.codec.schema_fields import (
     BY_PART,
     EpochText,
     FeedName,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from models.spec.state import State
 from service.codec import reply_types
 from service.codec.media import Media, encode_json, encode_msgpack
+from service.codec.model import CodecModel
 from service.core.errors import InvalidInput
 from service.core.values import (
     NO_STREAM,
@@ -28,8 +29,6 @@ from service.core.values import (
     Reply,
     Timing,
 )
-from service.pipeline.served_model import ServedModel
-from service.transports.v1.request_fields import flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +48,6 @@ class ReplyOptions:
 
 
 EVERY_STEP = ReplyOptions()
-REPLY_PARAMETERS = ("return_sequences", "return_state", "return_attention")
-"""Names of the query parameters that `ReplyWriter.options` reads."""
-PREDICT_PARAMETERS = (*REPLY_PARAMETERS, "return_state_token")
-"""Names of the query parameters of a prediction."""
 _ENDS = {
     (False, False): b'"replayed":false}',
     (True, False): b'"replayed":true}',
@@ -85,13 +80,13 @@ server_timing: Final = ServerTiming().value
 class ReplyWriter:
     """Writes the replies of one model."""
 
-    def __init__(self, served: ServedModel):
-        self._served = served
-        self._name = served.name
-        self._version = served.version
-        outputs = served.outputs.outputs
+    def __init__(self, model: CodecModel):
+        self._model = model
+        self._name = model.name
+        self._version = model.version
+        outputs = model.outputs.outputs
         one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
-        is_usual = one_axis and outputs[0].per == "step" and not served.outputs.attention
+        is_usual = one_axis and outputs[0].per == "step" and not model.outputs.attention
         self._only = outputs[0].name if is_usual else None
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
         self._begin = encode_json({"model": self._name, "version": self._version})[:-1]
@@ -161,32 +156,27 @@ class ReplyWriter:
         if there is no step); [...] of an output that holds once for the whole chunk."""
         if not len(rows) and not options.return_sequences:
             # in blocks a chunk may bring no output, and so no last one
-            return dict.fromkeys(self._served.outputs.slices)
+            return dict.fromkeys(self._model.outputs.slices)
         shown_rows = rows if options.return_sequences else rows[-1]
         if self._only is not None:
             # the packed rows are its values as they are
             return {self._only: np.ascontiguousarray(shown_rows)}
-        named = self._served.outputs.by_name(shown_rows)
+        named = self._model.outputs.by_name(shown_rows)
         if self._once and options.return_sequences:
             named = {n: values[-1] if n in self._once else values for n, values in named.items()}
         return _writable(named)
 
     def attention(self, rows: FloatRows) -> dict[str, Any]:
         """By layer that attends over the chunk, the weight of each step [T]."""
-        return _writable(self._served.outputs.attention_by_name(rows))
+        return _writable(self._model.outputs.attention_by_name(rows))
 
-    def options(self, parameters: dict[str, str]) -> ReplyOptions:
-        """The options that query parameters ask for.
+    def check_options(self, options: ReplyOptions) -> None:
+        """Reject options that the model does not support.
 
         Raises:
-            InvalidInput: a value is invalid, or the model does not support the option.
+            InvalidInput
         """
-        options = ReplyOptions(
-            return_sequences=flag(parameters, "return_sequences", default=True),
-            return_state=flag(parameters, "return_state", default=False),
-            return_attention=flag(parameters, "return_attention", default=False),
-        )
-        if options.return_attention and not self._served.outputs.attention:
+        if options.return_attention and not self._model.outputs.attention:
             expected = "a model with attention over the chunk"
             raise InvalidInput(
                 f"?return_attention: expected {expected}, model {self._name!r} has none",
@@ -194,15 +184,14 @@ class ReplyWriter:
                 expected=expected,
                 got="true",
             )
-        return options
 
     def state(self, state: State) -> dict[str, Any]:
         """A state by name."""
-        return _writable(self._served.state.by_name(state))
+        return _writable(self._model.state.by_name(state))
 
     def forecast(self, reply: ForecastReply, request: ForecastRequest) -> reply_types.ForecastReply:
         """The reply to a forecast."""
-        decoder, head, values = self._served.require_decoder(), reply.head, reply.forecast
+        decoder, head, values = self._model.require_decoder(), reply.head, reply.forecast
         targets: dict[str, reply_types.TargetForecast] = {}
         for at, name in enumerate(decoder.targets):
             targets[name] = {

@@ -1,40 +1,80 @@
 """Reader of request bodies: from bytes to the values of the pipeline, for one model.
 
-The fast decoder reads what is certainly valid, the strict validator the rest. Both check all that
-does not depend on a stream's state. This module does not access the store.
+There is one way to read a body, whatever transport brings it: usual rows in JSON by simdjson,
+everything else by `decoding` into the types of `body_types`, and the steps by `steps`. All that
+does not depend on a stream's state is checked. This module does not access the store.
 """
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
-from models.events.columns import EventColumns, columns_from_events
+import msgspec
+
+from models.events.columns import EventColumns
+from models.events.reader import EventReader
 from service.codec.body_types import (
+    BodyLimits,
+    ChunkBody,
     ForecastBody,
     ForkBody,
+    FrameBody,
+    FrameEnvelope,
+    FrameId,
     ItemBody,
+    SequenceBody,
     StateBody,
+    build_body_types,
     known_future_schema,
 )
-from service.codec.duplicates import count_parts, find_duplicates
-from service.codec.fast_decoder import FastDecoder
-from service.codec.media import Encoded, Media, encoded_list, encoded_object, loads
+from service.codec.decoding import decode, decode_element, invalid, load_json, loaded
+from service.codec.field_rules import parse_if_match, stream_name
+from service.codec.json_rows import JsonRowsDecoder, RowsChunk
+from service.codec.media import Media
+from service.codec.model import CodecModel
 from service.codec.settings import RequestSettings
-from service.codec.strict_validator import StrictValidator, validate_body
-from service.codec.validation_errors import BODY, Origin
+from service.codec.steps import StepsReader, check_count, read_columns
 from service.core.delivery import chunk_digest, new_nonce
-from service.core.errors import CarryError, ChunksUnsupported, InvalidInput
+from service.core.errors import (
+    CarryError,
+    ChunksUnsupported,
+    FinalUnsupported,
+    InvalidInput,
+    MalformedBody,
+)
 from service.core.values import (
     Chunk,
+    Feed,
+    FloatRows,
     ForecastRequest,
     Precondition,
     SequenceInput,
     Steps,
     StreamKey,
+    is_stream_name,
 )
-from service.pipeline.served_model import ServedModel
-from service.transports.v1.request_fields import parse_if_match, stream_name
+
+MAX_SCALAR_BYTES: Final = 2048
+"""Longest value of a frame's id and of a stream's name, before it is decoded."""
+
+_JSON_ENVELOPE: Final = msgspec.json.Decoder(FrameEnvelope)
+_PACKED_ENVELOPE: Final = msgspec.msgpack.Decoder(FrameEnvelope)
+
+
+class Frame(NamedTuple):
+    """A frame of a live socket.
+
+    Attributes:
+        id: returned with its outcome.
+        stream: that of the chunk.
+        result: the chunk, or what is wrong with it.
+    """
+
+    id: str | int | None
+    stream: str | None
+    result: Chunk | CarryError
 
 
 class PlacedChunk(Protocol):
@@ -56,23 +96,37 @@ class RequestReader:
         nonce: returns the random bytes of a chunk without a position.
 
     Attributes:
-        fast: decodes valid bodies.
-        strict: validates all other bodies.
         limits: limits of the API for this model.
+        bounds: those on the steps of chunks and sequences.
+        steps: reads the steps of chunks and sequences.
     """
 
     def __init__(
-        self, served: ServedModel, limits: RequestSettings, nonce: Callable[[], bytes] = new_nonce
+        self, model: CodecModel, limits: RequestSettings, nonce: Callable[[], bytes] = new_nonce
     ):
-        limits = limits.of_model(served.chunk_limit)
-        self.served = served
-        self.fast = FastDecoder(served, limits)
-        self.strict = StrictValidator(served, limits)
-        self.limits = limits
+        self.limits = limits = limits.of_model(model.chunk_limit)
+        self._model = model
         self._nonce = nonce
-        self._name = served.name
-        self._schema = served.events
-        self._whole = served.artifact.spec.chunking == "whole"
+        self._name = model.name
+        self._schema = model.events
+        self._is_whole = model.spec.chunking == "whole"
+        self.bounds = BodyLimits.of(limits, model.chunk_limit)
+        events = None
+        if self._schema is not None:
+            events = EventReader(self._schema, marks_resets=True)
+        future = known_future_schema(model)
+        self._future = None if future is None else EventReader(future)
+        self.steps = StepsReader(model, self.bounds, events)
+        self._json_rows = JsonRowsDecoder(model.spec.input_features, limits.max_chunk_steps)
+        self._types = {
+            media: build_body_types(model, self.bounds, media, events, self._future)
+            for media in Media
+        }
+        self._state_bytes = {
+            # a number takes at most 9 bytes, the header of a list 5
+            part.name: 16 + (9 + 5) * part.size
+            for part in model.state.parts
+        }
 
     def key(self, stream: str) -> StreamKey:
         """The key of a stream of the model."""
@@ -84,7 +138,7 @@ class RequestReader:
         Raises:
             ChunksUnsupported
         """
-        if self._whole:
+        if self._is_whole:
             raise ChunksUnsupported(
                 f"model {self._name!r} reads its sequences from both ends: expected whole ones, "
                 "sent to its address /predict",
@@ -92,12 +146,7 @@ class RequestReader:
             )
 
     def chunk(
-        self,
-        body: bytes,
-        media: Media,
-        stream: str,
-        precondition: Precondition | None,
-        origin: Origin = BODY,
+        self, body: bytes, media: Media, key: StreamKey, precondition: Precondition | None = None
     ) -> Chunk:
         """The one chunk of a body.
 
@@ -105,57 +154,90 @@ class RequestReader:
             ChunksUnsupported, FinalUnsupported, ResetsUnsupported, MalformedBody, InvalidInput,
                 ChunkTooLong: with the fact `stream`.
         """
-        key = self.key(stream)
-        decoded = self.decode_chunk(body, media, key, precondition)
-        if decoded is not None:
-            return decoded
+        try:
+            if media is Media.JSON and not self._is_whole:
+                rows = self._json_rows.decode_chunk(body)
+                if rows is not None:
+                    steps = Steps(Feed.INPUTS, len(rows.rows), None, rows.rows)
+                    if self.steps.has_codes:
+                        self.steps.checked_rows(rows.rows, "inputs")
+                    return self.build_chunk(rows, steps, key, precondition)
+            self.check_accepts_chunks()
+            decoded = decode(media, body, self._types[media].chunk)
+            return self._chunk_of(decoded, "", key, precondition)
+        except CarryError as error:
+            raise with_stream(key.stream, error) from error
+
+    def frame(self, body: bytes, media: Media, stream: str | None) -> Frame:
+        """The chunk of a live socket's frame, or what is wrong with it.
+
+        Args:
+            stream: that of the socket; None if each frame names its own.
+        """
         try:
             self.check_accepts_chunks()
-            validated = self.strict.validate(self.strict.types[media].chunk, media, body, origin)
-            steps = self.strict.chunk_steps(validated, "")
+            decoded = self._frame(body, media)
         except CarryError as error:
-            raise with_stream(stream, error) from error
-        return self.build_chunk(
-            validated, steps, key, precondition, final=validated.final, dry_run=validated.dry_run
-        )
+            frame_id, name = self.envelope(body, media)
+            name = stream or name
+            return Frame(frame_id, name, error if name is None else with_stream(name, error))
+        name = decoded.stream
+        try:
+            if stream is None:
+                if name is None:
+                    raise invalid("stream", "a string", "none")
+                name = stream = stream_name(name)
+            elif name is not None:
+                raise invalid("stream", "none, since the address names the stream", repr(name))
+            precondition = None
+            if decoded.if_match is not None:
+                precondition = parse_if_match(decoded.if_match, "if_match", bare=True)
+            key = self.key(stream)
+            if isinstance(decoded, RowsChunk):
+                steps = self.steps.checked_rows(decoded.rows, "inputs")
+                return Frame(
+                    decoded.id, stream, self.build_chunk(decoded, steps, key, precondition)
+                )
+            return Frame(decoded.id, stream, self._chunk_of(decoded, "", key, precondition))
+        except CarryError as error:
+            return Frame(
+                decoded.id, stream, error if stream is None else with_stream(stream, error)
+            )
 
-    def decode_chunk(
-        self,
-        body: bytes,
-        media: Media,
-        key: StreamKey,
-        precondition: Precondition | None = None,
-    ) -> Chunk | None:
-        """The one chunk of a body, if the fast decoder reads it; otherwise None."""
-        if self._whole:
-            return None
-        decoded = self.fast.decode_chunk(media, body)
-        return None if decoded is None else self.build_chunk(*decoded, key, precondition)
+    def envelope(self, body: bytes, media: Media) -> tuple[str | int | None, str | None]:
+        """The id of a frame and the stream that it names, without anything else of it; None for
+        what is absent or invalid."""
+        try:
+            decoder = _JSON_ENVELOPE if media is Media.JSON else _PACKED_ENVELOPE
+            found = decoder.decode(body)
+            frame_id, name = [_scalar(raw, media) for raw in (found.id, found.stream)]
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            frame_id, name = self._loaded_envelope(body, media)
+        try:
+            frame_id = msgspec.convert(frame_id, FrameId)
+        except msgspec.ValidationError:
+            frame_id = None
+        return frame_id, name if isinstance(name, str) and is_stream_name(name) else None
 
-    def part_of_steps(
-        self, media: Media, name: str, elements: Sequence[Encoded], origin: Origin
-    ) -> Steps:
-        """Read consecutive elements of a list of events or rows.
+    def _loaded_envelope(self, body: bytes, media: Media) -> tuple[Any, Any]:
+        """The same of a frame that may have NaN in it."""
+        try:
+            members = load_json(body) if media is Media.JSON else {}
+        except MalformedBody:
+            members = {}
+        if not isinstance(members, dict):
+            members = {}
+        return members.get("id"), members.get("stream")
 
-        Args:
-            name: `events` or `inputs`.
-            origin: place of the chunk or sequence, and index of the first element.
+    def _frame(self, body: bytes, media: Media) -> FrameBody | RowsChunk:
+        if media is Media.JSON:
+            rows = self._json_rows.decode_frame(body)
+            if rows is not None:
+                return rows
+        return decode(media, body, self._types[media].frame)
 
-        Raises:
-            MalformedBody, InvalidInput
-        """
-        body = encoded_object(media, {name: encoded_list(media, elements)})
-        decoded = self.fast.decode_chunk(media, body)
-        if decoded is not None:
-            return decoded[1]
-        kind = self.strict.types[media].sequence
-        return self.strict.part_steps(self.strict.validate(kind, media, body, origin), origin)
-
-    def items(self, body: bytes, media: Media, first: int = 0) -> list[Chunk | CarryError]:
+    def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or what is wrong with each.
-
-        Args:
-            first: index in the request of the body's first item.
 
         An item's error has the fact `stream` if the item names one.
 
@@ -164,80 +246,113 @@ class RequestReader:
             ChunksUnsupported
         """
         self.check_accepts_chunks()
-        decoded = self.fast.decode_items(media, body)
-        if decoded is not None and all(item.if_match is None for item, _ in decoded):
-            return [
-                self.build_chunk(item, steps, self.key(item.stream), None)
-                for item, steps in decoded
-            ]
-        kind, origin = self.strict.types[media].many, Origin(first=first)
-        self._check_count("chunks", count_parts(media, body))
+        if media is Media.JSON:
+            read = self._json_rows.decode_items(body, self.limits.max_items)
+            if read is not None and (chunks := self._chunks_of_rows(*read)) is not None:
+                return list(chunks)
+        types, document = self._types[media], loaded(media, body)
         try:
-            many = self.strict.validate(kind, media, body, origin, allow_duplicates=True)
-            values: list[Any] = list(many.chunks)
-        except InvalidInput as error:
-            values = self._item_values(body, media, error)
-        self._check_count("chunks", len(values))
-        items = [
-            self._item(value, media, f"chunks[{at}]") for at, value in enumerate(values, first)
+            decoded = decode_element(media, document, types.items).chunks
+        except CarryError:
+            # perhaps an item alone is invalid
+            elements = decode_element(media, document, types.undecoded_items).chunks
+            return [
+                self._undecoded_item(element, media, f"chunks[{at}]")
+                for at, element in enumerate(elements)
+            ]
+        return self._chunks_of_many(decoded) or [
+            self._item(item, f"chunks[{at}]") for at, item in enumerate(decoded)
         ]
-        if any(isinstance(item, Chunk) for item in items):
-            for at, duplicate in find_duplicates(media, body, "chunks", origin).items():
-                items[at] = _with_item_stream(duplicate, items[at])
-        return items
 
-    def _check_count(self, name: str, count: int) -> None:
-        """Reject more items or sequences than a request may have."""
-        if count > self.limits.max_items:
-            raise too_many_elements(name, self.limits.max_items, count)
+    def _chunks_of_rows(self, rows: FloatRows, items: Sequence[RowsChunk]) -> list[Chunk] | None:
+        """The chunks of items whose rows are views of `rows`; None if a row is invalid."""
+        if self.steps.has_codes:
+            try:
+                self.steps.checked_rows(rows, "")
+            except InvalidInput:
+                return None
+        return [
+            self.build_chunk(
+                item,
+                Steps(Feed.INPUTS, len(item.rows), None, item.rows),
+                self.key(item.stream or ""),
+                None,
+            )
+            for item in items
+        ]
 
-    def _item_values(self, body: bytes, media: Media, error: InvalidInput) -> list[Any]:
-        """The parsed items, if the error is in an item and not in the body as a whole."""
-        values = loads(media, body)
-        if not isinstance(values, dict) or not isinstance(values.get("chunks"), list):
-            raise error
-        if len(values) > 1:
-            raise error
-        items: list[Any] = values["chunks"]
-        return items
+    def _chunks_of_many(self, items: Sequence[ItemBody]) -> list[Chunk | CarryError] | None:
+        """The chunks of valid items without options, read together; None if one is not."""
+        for item in items:
+            if (
+                item.resets is not None
+                or item.false_alarms_per_day is not None
+                or item.if_match is not None
+                or item.final
+                or item.dry_run
+                or not is_stream_name(item.stream)
+            ):
+                return None
+        steps = self.steps.read_many(items, self.bounds.chunk)
+        if steps is None:
+            return None
+        return [
+            self.build_chunk(item, own, self.key(item.stream), None)
+            for item, own in zip(items, steps, strict=True)
+        ]
 
-    def _item(self, value: Any, media: Media, inside: str) -> Chunk | CarryError:
+    def _undecoded_item(self, element: Any, media: Media, inside: str) -> Chunk | CarryError:
+        try:
+            item = decode_element(media, element, self._types[media].item, inside)
+        except CarryError as error:
+            return item_error(error, _stream_in(element, media))
+        return self._item(item, inside)
+
+    def _item(self, item: ItemBody, inside: str) -> Chunk | CarryError:
         stream: str | None = None
         try:
-            name = value.stream if isinstance(value, ItemBody) else _name_in(value)
-            if name is not None:
-                stream = stream_name(name, f"{inside}.stream")
-            if not isinstance(value, ItemBody):
-                kind = self.strict.types[media].item
-                value = self.strict.validate_value(kind, media, value, inside)
+            stream = stream_name(item.stream, f"{inside}.stream")
             precondition = None
-            if value.if_match is not None:
-                precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
-            steps = self.strict.chunk_steps(value, inside)
-            key = self.key(value.stream)
-            return self.build_chunk(
-                value, steps, key, precondition, final=value.final, dry_run=value.dry_run
-            )
+            if item.if_match is not None:
+                precondition = parse_if_match(item.if_match, f"{inside}.if_match", bare=True)
+            return self._chunk_of(item, inside, self.key(stream), precondition)
         except CarryError as error:
             return item_error(error, stream)
 
-    def sequences(self, body: bytes, media: Media, first: int = 0) -> list[SequenceInput]:
+    def sequences(self, body: bytes, media: Media) -> list[SequenceInput]:
         """The sequences of a predict request.
-
-        Args:
-            first: index in the request of the body's first sequence.
 
         Raises:
             MalformedBody, InvalidInput, ChunkTooLong
         """
-        decoded = self.fast.decode_sequences(media, body)
-        if decoded is not None:
-            return decoded
-        self._check_count("sequences", count_parts(media, body))
-        kind = self.strict.types[media].predict
-        sequences = self.strict.validate(kind, media, body, Origin(first=first)).sequences
-        self._check_count("sequences", len(sequences))
-        return self.strict.all_sequences(sequences, first)
+        bodies = decode(media, body, self._types[media].predict).sequences
+        steps = self.steps.read_many(bodies, self.bounds.sequence) or [
+            self.steps.read(sequence, f"sequences[{at}]", self.bounds.sequence)
+            for at, sequence in enumerate(bodies)
+        ]
+        read = [
+            self._sequence(sequence, own, f"sequences[{at}]")
+            for at, (sequence, own) in enumerate(zip(bodies, steps, strict=True))
+        ]
+        self.check_total(read)
+        return read
+
+    def _sequence(self, body: SequenceBody, steps: Steps, inside: str) -> SequenceInput:
+        if body.resets is not None or body.false_alarms_per_day is not None:
+            steps = self.steps.add_options(
+                steps, inside, body.resets, body.false_alarms_per_day, is_chunk=False
+            )
+        token = body.state_token
+        return SequenceInput(steps, None if token is None else _token(token, inside))
+
+    def check_total(self, sequences: Sequence[SequenceInput]) -> None:
+        """Reject a request with no sequence, or with more steps than all may have together.
+
+        Raises:
+            InvalidInput, ChunkTooLong
+        """
+        steps = sum([sequence.steps.length for sequence in sequences])
+        check_count(steps, "sequences", self.bounds.predict)
 
     def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:
         """The forecast that a body asks for.
@@ -246,61 +361,31 @@ class RequestReader:
             ForecastUnsupported, MalformedBody, InvalidInput: with the fact `stream`.
         """
         try:
-            return self.build_forecast_request(
-                self.strict.validate(self.forecast_body_type(media), media, body)
+            self._model.require_decoder()
+            kind = self._types[media].forecast
+            if kind is None:
+                raise TypeError("expected a body type of a model with a decoder")
+            decoded = decode(media, body, kind)
+            most = self.limits.max_forecast_samples
+            if decoded.samples > most:
+                raise InvalidInput(
+                    f"samples: expected at most {most}, got {decoded.samples}",
+                    at="samples",
+                    expected=most,
+                    got=decoded.samples,
+                )
+            return ForecastRequest(
+                decoded.horizon,
+                decoded.samples,
+                decoded.seed,
+                self._future_columns(decoded),
+                decoded.position,
             )
         except CarryError as error:
             raise with_stream(stream, error) from error
 
-    def state(self, body: bytes, media: Media) -> StateBody:
-        """A state to restore.
-
-        Raises:
-            MalformedBody, InvalidInput
-        """
-        return validate_body(StateBody, media, body)
-
-    def fork(self, body: bytes, media: Media) -> ForkBody:
-        """The name of the new stream of a fork.
-
-        Raises:
-            MalformedBody, InvalidInput
-        """
-        return validate_body(ForkBody, media, body)
-
-    def forecast_body_type(self, media: Media) -> type[ForecastBody]:
-        """The type that validates the body of a forecast.
-
-        Raises:
-            ForecastUnsupported
-        """
-        self.served.require_decoder()
-        kind = self.strict.types[media].forecast
-        if kind is None:
-            raise TypeError("expected a body type of a model with a decoder")
-        return kind
-
-    def build_forecast_request(self, body: ForecastBody) -> ForecastRequest:
-        """Build the forecast request of a validated body.
-
-        Raises:
-            InvalidInput
-        """
-        most = self.limits.max_forecast_samples
-        if body.samples > most:
-            raise InvalidInput(
-                f"samples: expected at most {most}, got {body.samples}",
-                at="samples",
-                expected=most,
-                got=body.samples,
-            )
-        return ForecastRequest(
-            body.horizon, body.samples, body.seed, self._future(body), body.position
-        )
-
-    def _future(self, body: ForecastBody) -> EventColumns | None:
-        schema = known_future_schema(self.served)
-        if body.future is None or schema is None:
+    def _future_columns(self, body: ForecastBody) -> EventColumns | None:
+        if body.future is None or self._future is None:
             return None
         if len(body.future) != body.horizon:
             expected = f"{body.horizon} steps, as many as `horizon`"
@@ -310,11 +395,79 @@ class RequestReader:
                 expected=body.horizon,
                 got=len(body.future),
             )
-        return columns_from_events(schema, body.future)
+        return read_columns(self._future, body.future, "future").columns
+
+    def state(self, body: bytes, media: Media) -> StateBody:
+        """A state to restore.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        decoded = decode(media, body, self._types[media].state)
+        if media is Media.MSGPACK:
+            decoded.state = {name: self._part(name, raw) for name, raw in decoded.state.items()}
+        return decoded
+
+    def _part(self, name: str, raw: msgspec.Raw) -> Any:
+        """The values of a part of a state in MessagePack, where a byte can be an object."""
+        most, size = self._state_bytes.get(name), len(memoryview(raw))
+        if most is None:
+            # reported with all other unknown parts
+            return None
+        if size > most:
+            raise invalid(f"state.{name}", f"at most {most} bytes", f"{size} bytes")
+        return decode_element(Media.MSGPACK, raw, Any, f"state.{name}")
+
+    def fork(self, body: bytes, media: Media) -> ForkBody:
+        """The name of the new stream of a fork.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        return decode(media, body, ForkBody)
+
+    def _chunk_of(
+        self,
+        body: ChunkBody,
+        inside: str,
+        key: StreamKey,
+        precondition: Precondition | None,
+    ) -> Chunk:
+        """The chunk of a decoded body.
+
+        Args:
+            inside: where the chunk is in its request, as `chunks[2]`; empty for the body itself.
+
+        Raises:
+            FinalUnsupported, ResetsUnsupported, InvalidInput, ChunkTooLong
+        """
+        self.check_final(body.final, f"{inside}.final" if inside else "final")
+        steps = self.steps.read(body, inside, self.bounds.chunk, 0 if body.final else 1)
+        if body.resets is not None or body.false_alarms_per_day is not None or steps.resets:
+            steps = self.steps.add_options(
+                steps, inside, body.resets, body.false_alarms_per_day, is_chunk=True
+            )
+        return self.build_chunk(
+            body, steps, key, precondition, final=body.final, dry_run=body.dry_run
+        )
+
+    def check_final(self, final: bool, at: str) -> None:
+        """Reject `final` if the model does not support it.
+
+        Raises:
+            FinalUnsupported
+        """
+        if final and self._model.spec.blocks is None:
+            raise FinalUnsupported(
+                f"{at}: expected none, since model {self._name!r} has no `blocks` and "
+                "answers every event at once",
+                at=at,
+                expected="no `final`",
+            )
 
     def build_chunk(
         self,
-        body: PlacedChunk,
+        placed: PlacedChunk,
         steps: Steps,
         key: StreamKey,
         precondition: Precondition | None,
@@ -322,25 +475,18 @@ class RequestReader:
         final: bool = False,
         dry_run: bool = False,
     ) -> Chunk:
-        """Build the chunk of a body and its steps."""
-        nonce = self._nonce() if body.position is None else b""
+        """Build the chunk of its place in the stream and its steps."""
+        nonce = self._nonce() if placed.position is None else b""
         return Chunk(
             key,
             steps,
             chunk_digest(self._schema, steps, nonce, final=final),
-            body.position,
-            None if body.epoch is None else bytes.fromhex(body.epoch),
+            placed.position,
+            None if placed.epoch is None else bytes.fromhex(placed.epoch),
             precondition,
             final,
             dry_run=dry_run,
         )
-
-
-def too_many_elements(at: str, most: int, got: int | str) -> InvalidInput:
-    """The error for a list with too many elements."""
-    return InvalidInput(
-        f"{at}: expected at most {most} items, got {got}", at=at, expected=most, got=got
-    )
 
 
 def item_error(error: CarryError, stream: str | None) -> CarryError:
@@ -350,18 +496,44 @@ def item_error(error: CarryError, stream: str | None) -> CarryError:
     return error if stream is None else with_stream(stream, error)
 
 
-def _with_item_stream(error: CarryError, item: Chunk | CarryError) -> CarryError:
-    """Add the stream of an item to its error."""
-    stream = item.key.stream if isinstance(item, Chunk) else item.facts.get("stream")
-    return error if stream is None else with_stream(stream, error)
-
-
-def _name_in(value: Any) -> str | None:
-    name = value.get("stream") if isinstance(value, dict) else None
-    return name if isinstance(name, str) else None
-
-
 def with_stream(stream: str, error: CarryError) -> CarryError:
     """Add the stream to the facts of an error."""
     error.facts = {**error.facts, "stream": stream}
     return error
+
+
+def _stream_in(element: Any, media: Media) -> str | None:
+    """The stream that an invalid item names; None if it names none."""
+    if media is Media.MSGPACK:
+        try:
+            element = {"stream": _scalar(_PACKED_ENVELOPE.decode(element).stream, media)}
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return None
+    name = element.get("stream") if isinstance(element, dict) else None
+    return name if isinstance(name, str) and is_stream_name(name) else None
+
+
+def _scalar(raw: msgspec.Raw, media: Media) -> Any:
+    """The string or the number in a short value; None for any other."""
+    if not 0 < len(memoryview(raw)) <= MAX_SCALAR_BYTES:
+        return None
+    module = msgspec.json if media is Media.JSON else msgspec.msgpack
+    try:
+        return module.decode(raw, type=str | int)
+    except (msgspec.MsgspecError, ValueError):
+        return None
+
+
+def _token(token: str | bytes, inside: str) -> bytes:
+    """The bytes of a sequence's state token.
+
+    Raises:
+        InvalidInput: it is not base64.
+    """
+    if not isinstance(token, str):
+        return token
+    try:
+        return b64decode(token, validate=True)
+    except ValueError:
+        at, expected = f"{inside}.state_token", "a token in base64, as it was returned"
+        raise InvalidInput(f"{at}: expected {expected}", at=at, expected=expected) from None

@@ -14,7 +14,7 @@ from service.core.settings import KIB, MIB, settings_group
 class RequestSettings:
     """Limits of requests."""
 
-    max_body_bytes: Annotated[int, Field(ge=KIB)] = 16 * MIB
+    max_body_bytes: Annotated[int, Field(ge=KIB)] = 2 * MIB
     """Largest body of a request, in bytes."""
 
     max_chunk_steps: Annotated[int, Field(ge=1)] = 10_000
@@ -37,11 +37,6 @@ class RequestSettings:
 
     max_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
     """Longest deadline of any request, in seconds; it caps `Carry-Timeout`."""
-
-    @property
-    def max_waiting_bytes(self) -> int:
-        """Maximum bytes of long bodies that wait for validation in one worker."""
-        return 8 * self.max_body_bytes
 
     def effective_timeout_s(self, requested_s: float | None) -> float:
         """The timeout of a request with this Carry-Timeout (None: without the header)."""

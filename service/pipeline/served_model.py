@@ -24,6 +24,7 @@ from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import ALARM_RATE
 from models.spec.layout import OutputSpec
+from models.spec.model import ModelSpec
 from models.spec.resets import find_resets, segments_of
 from models.spec.state import State, StateSpec
 from service.core.delivery import stream_facts
@@ -84,6 +85,11 @@ class ServedModel:
     def fingerprint(self) -> bytes:
         """Hash of everything that determines the model's outputs, 16 bytes."""
         return self.artifact.fingerprint
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The specification."""
+        return self.artifact.spec
 
     @property
     def events(self) -> EventSchema | None:

@@ -7,7 +7,7 @@ from collections import deque
 from typing import Final
 
 AT_ONCE: Final = 8
-"""Tasks that continue in one iteration of the loop; each works for some tens of microseconds."""
+"""Tasks that continue in one iteration of the loop, if each works for some tens of microseconds."""
 
 
 class Turns:
@@ -15,11 +15,12 @@ class Turns:
 
     asyncio runs everything that is ready before it reads from a socket again, so a thousand tasks
     that one event wakes would delay every request by the work of all of them. Here at most
-    `AT_ONCE` continue in one iteration of the loop, and then none for as long as it took, so that
+    `at_once` continue in one iteration of the loop, and then none for as long as it took, so that
     other work gets half of the time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = AT_ONCE) -> None:
+        self._at_once = at_once
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._is_scheduled = False
 
@@ -32,7 +33,7 @@ class Turns:
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
         count = 0
-        while self._waiting and count < AT_ONCE:
+        while self._waiting and count < self._at_once:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(None)

@@ -19,7 +19,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from service.codec.replies import UNSENT, UnsentReply
 from service.core.errors import CarryError, Overloaded
 from service.core.values import Reply
 from service.server.connections import Connections, Phase
@@ -34,6 +33,7 @@ from service.server.flow_control import BackpressureFlow
 from service.server.framing import FramingProtocol
 from service.server.origins import AcceptsHost, accept_any_host
 from service.server.reading_turns import LONG_BODY_BYTES
+from service.server.unsent_reply import UNSENT, UnsentReply
 from service.server.websocket_protocol import PROBE_S, WebSocketProtocol, WebSockets
 
 HTTP_STATE: Final = "carry_http"

@@ -26,11 +26,8 @@ from urllib.parse import unquote
 from structlog.contextvars import bound_contextvars
 
 from service.access.caller import PREDICT, Caller, Verb
+from service.codec.field_rules import stream_name
 from service.codec.media import Media
-from service.codec.reply_writer import (
-    EVERY_STEP,
-    REPLY_PARAMETERS,
-)
 from service.core.errors import CarryError, InvalidInput, StreamNotFound
 from service.core.tracing import PROPAGATED
 from service.core.values import StreamKey
@@ -45,7 +42,12 @@ from service.transports.live.session import Session
 from service.transports.v1.context import ApiContext
 from service.transports.v1.error_responses import CLOSE, error_response
 from service.transports.v1.problems import status_of
-from service.transports.v1.request_fields import parse_query, parse_timeout, stream_name
+from service.transports.v1.request_fields import (
+    REPLY_PARAMETERS,
+    parse_query,
+    parse_timeout,
+    reply_options,
+)
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
 
 STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"
@@ -153,7 +155,7 @@ class LiveSockets:
         parameters = parse_query(address[3] or b"", (*REPLY_PARAMETERS, TIMEOUT_PARAMETER))
         text = parameters.pop(TIMEOUT_PARAMETER, None)
         timeout_s = api.limits.effective_timeout_s(None if text is None else _seconds(text))
-        options = codec.writer.options(parameters) if parameters else EVERY_STEP
+        options = reply_options(parameters, codec.writer)
         if options.return_state:
             api.pipeline.model(caller, (Verb.READ_STATE,), model, stream)
         facts.model, facts.stream = model, stream

@@ -19,11 +19,10 @@ from structlog.contextvars import bound_contextvars
 from websockets.frames import CloseCode
 
 from service.access.caller import Caller
-from service.codec.limits import LONG_BYTES
 from service.codec.media import Media
 from service.codec.pieces import LONG_VALUES, encode_pieces
 from service.codec.reply_writer import EVERY_STEP, ReplyOptions
-from service.codec.validation_errors import Origin
+from service.codec.request_reader import Frame
 from service.core.errors import CarryError, Unauthenticated
 from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
@@ -37,23 +36,11 @@ from service.telemetry.access_log import (
     log_request,
 )
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
+from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.common.stream_order import PendingChunk, StreamOrder
-from service.transports.live.frames import (
-    Frame,
-    FrameId,
-    error_frame,
-    read_frame,
-    read_long_frame,
-    reply_frame,
-    split_frame,
-)
+from service.transports.live.frames import FrameId, error_frame, reply_frame
 from service.transports.v1.context import ApiContext, ModelCodec
 from service.transports.v1.problems import status_of
-
-ENVELOPE: Final = ("id", "if_match")
-"""The members of a frame besides those of a chunk's body."""
-ENVELOPE_OF_MANY: Final = (*ENVELOPE, "stream")
-"""The same on a socket for many streams."""
 
 UNAUTHENTICATED: Final = 4401
 """Close code of a socket whose access key is no longer accepted."""
@@ -151,7 +138,6 @@ class Session:
         self._window = window
         self._forget = api.access.notify_end(caller, self.revoke)
         api.recorder.record_websockets(model, 1)
-        self._envelope = ENVELOPE_OF_MANY if stream is None else ENVELOPE
         self._order: StreamOrder[Entry] = StreamOrder(
             self._begin, self._resolve, self._release, overlaps=True
         )
@@ -239,32 +225,22 @@ class Session:
         entry: Entry | None = None
         if self._stream is not None:
             entry = self._order.add(Entry(None, media, self._stream, deadline_s, len(data)))
-        frame_id = None
+        codec: ModelCodec | None = None
+        body = bytes(data)
         try:
-            is_long = len(data) >= LONG_BYTES
-            frame = read_long_frame(media, data) if is_long else read_frame(media, data)
-            frame_id = frame.id
             codec = self._api.codec(self._pipeline.models[self._model])
-            if entry is None and (not is_long or frame.has("stream")):
-                entry = self._order.add(
-                    Entry(frame_id, media, frame.stream(), deadline_s, len(data))
-                )
-            if entry is not None:
-                entry.frame_id = frame_id
-                self._check_admission(entry)
-            if is_long or entry is None:
+            self._check_admission(self._stream, deadline_s)
+            if len(body) >= LONG_BYTES:
                 # a task of its own, so that a disconnect ends it
-                await asyncio.wait([self._run(self._read_long(codec, entry, frame, deadline_s))])
+                reading = self._run(self._read_long(codec, entry, media, body, deadline_s))
+                await asyncio.wait([reading])
                 return
-            precondition = frame.precondition()
-            body, origin = frame.body(self._envelope), Origin(beside=self._envelope)
-            chunk = codec.reader.chunk(body, media, entry.stream, precondition, origin)
+            frame = codec.reader.frame(body, media, self._stream)
+            self._start(entry, media, frame, deadline_s, body)
         except CarryError as error:
-            self._reject(media, frame_id, entry, error)
+            self._reject(entry, media, codec, body, deadline_s, error)
         except Exception as error:
-            self._reject(media, frame_id, entry, log_unexpected_failure(error))
-        else:
-            self._start_in_order(entry, chunk)
+            self._reject(entry, media, codec, body, deadline_s, log_unexpected_failure(error))
 
     def cancel(self) -> None:
         """Drop the chunks of a client that disconnected, unless they are already in a batch."""
@@ -277,50 +253,55 @@ class Session:
         self._order.clear()
         self._note_progress()
 
-    def _check_admission(self, entry: Entry) -> None:
+    def _check_admission(self, stream: str | None, deadline_s: float) -> None:
         """Reject a chunk that has to wait too long: before its body is read, and again before it
         is queued, since others may have been queued meanwhile.
 
         Raises:
             Overloaded
         """
-        key = StreamKey(self._model, entry.stream)
-        left_s = entry.deadline_s - time.monotonic()
+        key = None if stream is None else StreamKey(self._model, stream)
+        left_s = deadline_s - time.monotonic()
         rejection = self._pipeline.check_admission(self._caller, self._model, key, left_s)
         if rejection is not None:
             raise rejection.copy()
 
     async def _read_long(
-        self, codec: ModelCodec, entry: Entry | None, frame: Frame, deadline_s: float
+        self,
+        codec: ModelCodec,
+        entry: Entry | None,
+        media: Media,
+        body: bytes,
+        deadline_s: float,
     ) -> None:
-        """Read a long frame in blocks, and start its chunk.
-
-        Args:
-            entry: None if the stream is not among the leading members.
-        """
-        media, envelope = frame.media, self._envelope
+        """Read a long frame when it is its turn, and start its chunk."""
         try:
-            async with self._api.long_bodies.admit(frame.data, deadline_s) as checkpoint:
-                split = await codec.long.split_chunk(
-                    memoryview(frame.data), media, envelope, checkpoint
-                )
-                frame = split_frame(frame, split, envelope)
-                if entry is None:
-                    entry = self._order.add(
-                        Entry(frame.id, media, frame.stream(), deadline_s, len(frame.data))
-                    )
-                    self._check_admission(entry)
-                precondition = frame.precondition()
-                chunk = await codec.long.chunk_of(
-                    split, media, checkpoint, entry.stream, precondition, envelope
-                )
+            frame = await self._api.long_bodies.read(
+                len(body), deadline_s, partial(codec.reader.frame, body, media, self._stream)
+            )
+            self._start(entry, media, frame, deadline_s, body)
         except CarryError as error:
-            self._reject(media, frame.id, entry, error)
+            self._reject(entry, media, codec, body, deadline_s, error)
         except Exception as error:
-            self._reject(media, frame.id, entry, log_unexpected_failure(error))
-        else:
+            self._reject(entry, media, codec, body, deadline_s, log_unexpected_failure(error))
+
+    def _start(
+        self, entry: Entry | None, media: Media, frame: Frame, deadline_s: float, body: bytes
+    ) -> None:
+        """Start the chunk of a frame when it is its turn, or answer what is wrong with it."""
+        if entry is None and frame.stream is not None:
+            entry = self._order.add(Entry(frame.id, media, frame.stream, deadline_s, len(body)))
+        result = frame.result
+        if entry is not None:
             entry.frame_id = frame.id
-            self._start_in_order(entry, chunk)
+        if not isinstance(result, CarryError):
+            if entry is not None:
+                self._start_in_order(entry, result)
+        elif entry is None:
+            # nothing says which stream it is for
+            self._send(media, self._error_frame(media, frame.id, result, None))
+        else:
+            self._resolve(entry, result)
 
     def _start_in_order(self, entry: Entry, chunk: Chunk) -> None:
         if self._api.tracer is not None:
@@ -336,7 +317,7 @@ class Session:
         if entry.chunk is None:
             raise RuntimeError("a chunk that was not read cannot start")
         try:
-            self._check_admission(entry)
+            self._check_admission(entry.stream, entry.deadline_s)
         except CarryError as error:
             self._resolve(entry, error)
             return
@@ -350,14 +331,17 @@ class Session:
             self._note_progress()
 
     def _reject(
-        self, media: Media, frame_id: FrameId | None, entry: Entry | None, error: CarryError
+        self,
+        entry: Entry | None,
+        media: Media,
+        codec: ModelCodec | None,
+        body: bytes,
+        deadline_s: float,
+        error: CarryError,
     ) -> None:
-        """Answer a frame that is not a chunk; without an entry, its stream is not known."""
-        if entry is None:
-            self._send(media, self._error_frame(media, frame_id, error, None))
-        else:
-            entry.frame_id = frame_id
-            self._resolve(entry, error)
+        """Answer a frame that was not read."""
+        frame_id, stream = (None, None) if codec is None else codec.reader.envelope(body, media)
+        self._start(entry, media, Frame(frame_id, stream, error), deadline_s, body)
 
     def _resolve(self, entry: Entry, result: Reply | CarryError) -> None:
         """Encode an outcome, and send it when it is its turn."""

@@ -18,12 +18,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.access.caller import Verb
-from service.codec.field_rules import MAX_POSITION
+from service.codec.field_rules import MAX_POSITION, stream_name
 from service.codec.media import Media, dumps
 from service.codec.pieces import encode_pieces
 from service.codec.reply_writer import (
-    EVERY_STEP,
-    REPLY_PARAMETERS,
     ReplyOptions,
 )
 from service.core import errors
@@ -32,7 +30,7 @@ from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.server.http_protocol import HttpState
 from service.transports.v1.context import ModelCodec, api_of, caller_of
-from service.transports.v1.request_fields import query, stream_name
+from service.transports.v1.request_fields import REPLY_PARAMETERS, query, reply_options
 from service.transports.v1.route import ModelPath, Route, StreamPath, parameter
 from service.transports.v1.table import RETURN_SEQUENCES, STORE
 
@@ -79,7 +77,7 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         key = StreamKey(codec.served.name, stream_name(stream))
         parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
         start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))
-        options = codec.writer.options(parameters) if parameters else EVERY_STEP
+        options = reply_options(parameters, codec.writer)
         async with AsyncExitStack() as stack:
             watch = await stack.enter_async_context(watches.watch(caller, key, start))
             stack.callback(api.access.notify_end(caller, watch.end))

@@ -18,7 +18,6 @@ from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from service.access.key_cache import AccessKeys
-from service.codec.long_bodies.admission import LongBodyAdmission
 from service.codec.settings import RequestSettings
 from service.core.tracing import Tracer
 from service.pipeline.pipeline import Pipeline
@@ -28,6 +27,7 @@ from service.server.http_protocol import HttpState
 from service.server.origins import AcceptsHost, accept_any_host, parse_origins
 from service.server.settings import ConnectionSettings
 from service.telemetry.logs import RequestIds
+from service.transports.common.long_bodies import LongBodies
 from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.error_handling import InternalErrorMiddleware, add_error_handlers
 from service.transports.v1.error_responses import ConnectionErrors
@@ -92,7 +92,7 @@ def create_api(
         limits,
         recorder,
         now_ms,
-        LongBodyAdmission(limits.max_waiting_bytes),
+        LongBodies(limits.max_body_bytes),
         tracer,
         parse_origins(origins),
         accepts_host,

@@ -10,11 +10,8 @@ from starlette.requests import Request
 
 from service.access.caller import ANYONE, Caller
 from service.access.key_cache import AccessKeys
-from service.codec.long_bodies.admission import LongBodyAdmission
-from service.codec.long_bodies.long_reader import LongReader
 from service.codec.reply_writer import ReplyWriter
 from service.codec.request_reader import RequestReader
-from service.codec.rows_items import RowsItemsReader
 from service.codec.settings import RequestSettings
 from service.core.tracing import Tracer
 from service.pipeline.pipeline import Pipeline
@@ -23,6 +20,7 @@ from service.pipeline.served_model import ServedModel
 from service.server.errors import DuplicateField
 from service.server.origins import AcceptsHost, accept_any_host, check_origin
 from service.telemetry.access_log import note_key
+from service.transports.common.long_bodies import LongBodies
 
 SAFE_METHODS: Final = ("GET", "HEAD")
 """Methods that change nothing; a page of another site cannot read their replies."""
@@ -33,18 +31,14 @@ class ModelCodec:
 
     Attributes:
         reader: reads its requests.
-        long: reads its long requests, yielding the event loop.
-        rows_items: reads its requests of many chunks of rows.
         writer: writes its replies.
     """
 
-    __slots__ = ("long", "reader", "rows_items", "served", "writer")
+    __slots__ = ("reader", "served", "writer")
 
     def __init__(self, served: ServedModel, limits: RequestSettings):
         self.served = served
         self.reader = RequestReader(served, limits)
-        self.long = LongReader(self.reader)
-        self.rows_items = RowsItemsReader(self.reader)
         self.writer = ReplyWriter(served)
 
 
@@ -55,7 +49,7 @@ class ApiContext:
     Attributes:
         access: names the caller of a request, which each use case of the pipeline takes.
         now_ms: wall clock in epoch milliseconds, for the age of streams.
-        long_bodies: admission of long bodies.
+        long_bodies: lets long bodies be decoded one at a time.
         tracer: makes spans of requests; None makes none.
         origins: allowed origins of pages, besides the service's own host.
         accepts_host: whether requests for a host name are answered.
@@ -69,7 +63,7 @@ class ApiContext:
     limits: RequestSettings
     recorder: Recorder
     now_ms: Callable[[], int]
-    long_bodies: LongBodyAdmission
+    long_bodies: LongBodies
     tracer: Tracer | None = None
     origins: frozenset[str] = frozenset()
     accepts_host: AcceptsHost = accept_any_host

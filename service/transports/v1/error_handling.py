@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.codec.replies import Header
 from service.core.errors import CarryError
 from service.server.errors import MethodNotAllowed, RouteNotFound
 from service.telemetry.access_log import note_error
@@ -26,6 +25,7 @@ from service.transports.common.failure_log import (
 )
 from service.transports.v1.context import api_of
 from service.transports.v1.problems import problem_response
+from service.transports.v1.replies import Header
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -9,13 +9,13 @@ from typing import Final
 from structlog.contextvars import bound_contextvars
 
 from service.codec.media import Media
-from service.codec.replies import Answer
 from service.core.errors import CarryError, Overloaded
 from service.pipeline.recorder import Recorder
 from service.server.errors import TooManyConnections
 from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds
 from service.transports.v1.problems import problem_answer, status_of
+from service.transports.v1.replies import Answer
 from service.transports.v1.request_log import REQUEST_ID_HEADER
 
 CLOSE: Final = b"connection: close\r\n"

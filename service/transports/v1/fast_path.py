@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from structlog.contextvars import bound_contextvars
 
 from service.access.caller import Caller
+from service.codec.field_rules import parse_if_match
 from service.codec.media import Media, accepted, media_of
 from service.codec.pieces import LONG_VALUES
 from service.codec.reply_writer import server_timing
@@ -40,7 +41,7 @@ from service.transports.common.failure_log import log_client_disconnect, log_fai
 from service.transports.v1.context import ApiContext, ModelCodec
 from service.transports.v1.error_responses import CLOSE, OverloadResponses, error_response
 from service.transports.v1.problems import status_of
-from service.transports.v1.request_fields import TIMEOUT_HEADER, parse_if_match, parse_timeout
+from service.transports.v1.request_fields import TIMEOUT_HEADER, parse_timeout
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
 from service.transports.v1.statuses import STATUS
 
@@ -353,10 +354,13 @@ class FastPath(FastChunkRoute):
             return False
         if request.rejection is not None:
             return True
-        request.chunk = chunk = reader.decode_chunk(body, media, key, precondition)
-        # the slow path encodes long replies in pieces
+        try:
+            request.chunk = chunk = reader.chunk(body, media, key, precondition)
+        except CarryError:
+            return False
+        # the slow path encodes long replies in pieces, and answers what applies nothing
         most = LONG_VALUES[request.reply_media]
-        return chunk is not None and chunk.steps.length * served.outputs.size <= most
+        return not chunk.dry_run and chunk.steps.length * served.outputs.size <= most
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         body = request.codec.writer.reply_bytes(reply, request.reply_media)

@@ -14,32 +14,31 @@ from urllib.parse import parse_qsl
 
 from starlette.requests import ClientDisconnect, Request
 
-from service.codec.field_rules import (
-    is_bare_etag,
-    is_stream_prefix,
-)
+from service.codec.field_rules import parse_if_match
 from service.codec.media import Media, accepted, media_of
+from service.codec.reply_writer import EVERY_STEP, ReplyOptions, ReplyWriter
 from service.codec.settings import RequestSettings
 from service.core.errors import (
     BodyTooLarge,
     InvalidInput,
-    InvalidName,
-    InvalidPrecondition,
     UnsupportedMediaType,
 )
-from service.core.values import STREAM_NAME_RULE, Precondition, is_stream_name
+from service.core.values import Precondition
 from service.server.errors import DuplicateField
 
-_ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
 TIMEOUT_HEADER = "carry-timeout"
 _TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
 SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
 _SECONDS = re.compile(SECONDS, re.ASCII)
 MAX_PARAMETERS = 16
 """Maximum parameters of a query."""
-MAX_PRECONDITION = 8 * 1024
-"""Longest list of ETags, in characters."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+REPLY_PARAMETERS = ("return_sequences", "return_state", "return_attention")
+"""Names of the query parameters that `reply_options` reads."""
+PREDICT_PARAMETERS = (*REPLY_PARAMETERS, "return_state_token")
+"""Names of the query parameters of a prediction."""
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
@@ -107,29 +106,6 @@ def reply_media(request: Request, otherwise: Media = Media.JSON) -> Media:
     return accepted(", ".join(request.headers.getlist("accept")), otherwise)
 
 
-def stream_name(name: str, at: str = "stream") -> str:
-    """The name, if it is one.
-
-    Raises:
-        InvalidName
-    """
-    if not is_stream_name(name):
-        raise _invalid_name(at, STREAM_NAME_RULE, name)
-    return name
-
-
-def stream_prefix(prefix: str) -> str:
-    """The beginning of a stream's name; may be empty."""
-    if not is_stream_prefix(prefix):
-        raise _invalid_name("prefix", "at most 256 characters of A-Z a-z 0-9 . _ : @ -", prefix)
-    return prefix
-
-
-def _invalid_name(at: str, expected: str, name: str) -> InvalidName:
-    got = name if len(name) <= 300 else f"{len(name)} characters"
-    return InvalidName(f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got)
-
-
 def if_match(request: Request) -> Precondition | None:
     """The If-Match header, if there is one.
 
@@ -138,45 +114,6 @@ def if_match(request: Request) -> Precondition | None:
     """
     lines = request.headers.getlist("if-match")
     return parse_if_match(",".join(lines), "If-Match") if lines else None
-
-
-def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
-    """A list of strong ETags, or `*`.
-
-    Args:
-        text: the header's value.
-        at: its name in errors.
-        bare: whether a single ETag may be without quotes.
-
-    Raises:
-        InvalidPrecondition: also for weak ETags, since states are compared exactly.
-    """
-    text = text.strip(" \t")
-    if text == "*":
-        return Precondition(any_state=True)
-    if bare and is_bare_etag(text):
-        return Precondition((text,))
-    if len(text) > MAX_PRECONDITION:
-        raise InvalidPrecondition(
-            f"{at}: expected at most {MAX_PRECONDITION} characters, got {len(text)}",
-            at=at,
-            expected=MAX_PRECONDITION,
-            got=len(text),
-        )
-    etags: list[str] = []
-    end = 0
-    while match := _ETAG.match(text, end):
-        etags.append(match[1])
-        end = match.end()
-    if not etags or end != len(text) or text.endswith(","):
-        expected = 'strong ETags such as "epoch-tag", separated by commas, or *'
-        raise InvalidPrecondition(
-            f"{at}: expected {expected}, got {text[:300]!r}",
-            at=at,
-            expected=expected,
-            got=text[:300],
-        )
-    return Precondition(tuple(etags))
 
 
 def deadline(request: Request, limits: RequestSettings) -> float:
@@ -244,6 +181,23 @@ def flag(parameters: dict[str, str], name: str, *, default: bool) -> bool:
     if text not in _FLAGS:
         raise _invalid_query(name, "true or false", text)
     return _FLAGS[text]
+
+
+def reply_options(parameters: dict[str, str], writer: ReplyWriter) -> ReplyOptions:
+    """The options of a reply that query parameters ask for.
+
+    Raises:
+        InvalidInput: a value is invalid, or the model does not support the option.
+    """
+    if not parameters:
+        return EVERY_STEP
+    options = ReplyOptions(
+        return_sequences=flag(parameters, "return_sequences", default=True),
+        return_state=flag(parameters, "return_state", default=False),
+        return_attention=flag(parameters, "return_attention", default=False),
+    )
+    writer.check_options(options)
+    return options
 
 
 def count(parameters: dict[str, str], name: str, *, default: int, maximum: int) -> int:

@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from service.access.caller import DESCRIBE, PREDICT, Verb
 from service.codec import reply_types
-from service.codec.field_rules import EXAMPLE_EPOCH, EXAMPLE_TAG
+from service.codec.schema_fields import EXAMPLE_EPOCH, EXAMPLE_TAG
 from service.core import errors
 from service.transports.v1.request_fields import SECONDS
 from service.transports.v1.route import IF_MATCH, Route, parameter

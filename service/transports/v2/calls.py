@@ -5,18 +5,20 @@ Everything here is pure: no I/O, no waiting, no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from models.spec.layout import Output
-from service.codec.long_bodies.long_reader import MAX_EVENT_BYTES
-from service.codec.media import Media, dumps, list_parts, object_parts
+from service.codec.decoding import invalid, load_json, shown
+from service.codec.limits import Limit
+from service.codec.request_reader import with_stream
+from service.core.errors import CarryError, MalformedBody
+from service.core.values import Chunk, SequenceInput, Steps
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ModelCodec
-from service.transports.v2.json_errors import json_error
 from service.transports.v2.parameters import InferParameters
 from service.transports.v2.values import (
     BOOL,
@@ -24,10 +26,9 @@ from service.transports.v2.values import (
     FP32,
     InferRequest,
     InputTensor,
+    byte_elements,
     flags,
-    float32_bytes,
-    invalid,
-    iter_byte_elements,
+    float_values,
 )
 
 INPUTS: Final = "inputs"
@@ -39,8 +40,6 @@ ATTENTION: Final = "attention."
 STATE: Final = "state."
 """Before the name of a part of the state: the output of its values after the chunk."""
 RESET: Final = "reset"
-
-_EVENT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class SelectedOutput(NamedTuple):
@@ -76,7 +75,7 @@ class ResolvedCall(NamedTuple):
     """A request, resolved against its model.
 
     Attributes:
-        values: the rows in the binary format, or the events, each in JSON.
+        values: the tensor of rows or of events; without its data once that is read.
         resets: of the chunk or of each sequence, the ascending indexes of the steps before which
             the state is reset; empty without such a tensor.
     """
@@ -85,7 +84,7 @@ class ResolvedCall(NamedTuple):
     codec: ModelCodec
     parameters: InferParameters
     signature: Signature
-    values: bytes | list[bytes]
+    values: InputTensor
     resets: Sequence[Sequence[int]] = ()
 
     @property
@@ -93,38 +92,99 @@ class ResolvedCall(NamedTuple):
         """Whether the chunk closes its stream."""
         return self.parameters.ends and self.codec.served.blocks is not None
 
-    def encode_body(self) -> tuple[bytes, Media]:
-        """The chunk or the sequences as a body of the HTTP API."""
-        media, name = Media.JSON, EVENTS
-        if isinstance(self.values, bytes):
-            media, name = Media.MSGPACK, INPUTS
-        parameters, values = self.parameters, self.values
+    def read(self) -> Chunk | list[SequenceInput]:
+        """The chunk of a request for a stream, or the sequences to predict.
+
+        Raises:
+            FinalUnsupported, ResetsUnsupported, InvalidInput, ChunkTooLong
+        """
+        reader, parameters = self.codec.reader, self.parameters
+        steps, rate = reader.steps, parameters.false_alarms_per_day
+        read = self._read_rows if self.values.name == INPUTS else self._read_events
+        if parameters.stream is None:
+            sequences: list[SequenceInput] = []
+            for at, own in enumerate(read(reader.bounds.sequence, 1)):
+                inside = f"sequences[{at}]"
+                resets = self.resets[at] if self.resets else None
+                own = steps.add_options(own, inside, resets, rate, is_chunk=False)
+                sequences.append(SequenceInput(own, None))
+            reader.check_total(sequences)
+            return sequences
+        return self.read_chunk(parameters.stream)
+
+    def read_chunk(self, stream: str) -> Chunk:
+        """The chunk of a request for this stream.
+
+        Raises:
+            FinalUnsupported, ResetsUnsupported, InvalidInput, ChunkTooLong
+        """
+        reader, parameters = self.codec.reader, self.parameters
         rate = parameters.false_alarms_per_day
-        if parameters.stream is not None:
-            members: dict[str, Any] = {"position": parameters.position, "epoch": parameters.epoch}
-            present = {key: value for key, value in members.items() if value is not None}
-            if self.is_final:
-                present["final"] = True
-            if parameters.dry_run:
-                present["dry_run"] = True
-            if rate is not None:
-                present["false_alarms_per_day"] = rate
-            if self.resets:
-                present["resets"] = self.resets[0]
-            others = {key: [dumps(media, value)] for key, value in present.items()}
-            parts = object_parts(media, {name: _encoded_values(values), **others})
-            return b"".join(parts), media
+        read = self._read_rows if self.values.name == INPUTS else self._read_events
+        try:
+            [own] = read(reader.bounds.chunk, 0 if self.is_final else 1)
+            if rate is not None or self.resets or own.resets:
+                resets = self.resets[0] if self.resets else None
+                own = reader.steps.add_options(own, "", resets, rate, is_chunk=True)
+        except CarryError as error:
+            raise with_stream(stream, error) from error
+        chunk = reader.build_chunk(
+            parameters,
+            own,
+            reader.key(stream),
+            None,
+            final=self.is_final,
+            dry_run=parameters.dry_run,
+        )
+        return replace(chunk, starts_over=True) if parameters.starts_over else chunk
+
+    def _read_rows(self, limit: Limit, least: int) -> list[Steps]:
+        """The rows of the chunk or of each sequence."""
+        steps, values = self.codec.reader.steps, float_values(self.values, "inputs[0]")
+        read = steps.flat_rows if isinstance(values, np.ndarray) else steps.packed_rows
+        if self.parameters.stream is not None:
+            return [read(values, "", limit, least)]  # type: ignore[arg-type]
         count = 1 if self.signature.batch is None else self.signature.batch
         size = len(values) // max(count, 1)
-        sequences = []
-        for at in range(count):
-            encoded = {name: _encoded_values(values[at * size : (at + 1) * size])}
-            if rate is not None:
-                encoded["false_alarms_per_day"] = [dumps(media, rate)]
-            if self.resets:
-                encoded["resets"] = [dumps(media, self.resets[at])]
-            sequences.append(object_parts(media, encoded))
-        return b"".join(object_parts(media, {"sequences": list_parts(media, sequences)})), media
+        return [
+            read(values[at * size : (at + 1) * size], f"sequences[{at}]", limit, least)  # type: ignore[arg-type]
+            for at in range(count)
+        ]
+
+    def _read_events(self, limit: Limit, least: int) -> list[Steps]:
+        """The events of the chunk or of each sequence, of which each element is one in JSON."""
+        steps, elements = self.codec.reader.steps, byte_elements(self.values, "inputs[0]")
+        is_chunk = self.parameters.stream is not None
+        count = 1 if is_chunk or self.signature.batch is None else self.signature.batch
+        size = len(elements) // max(count, 1)
+        read: list[Steps] = []
+        for sequence in range(count):
+            inside = "" if is_chunk else f"sequences[{sequence}]"
+            at = f"{inside}.events" if inside else "events"
+            first = sequence * size
+            events = [
+                steps.event(_load_event(element, first + index), f"{at}[{index}]")
+                for index, element in enumerate(elements[first : first + size])
+            ]
+            read.append(steps.events(events, inside, limit, least))
+        return read
+
+
+def _load_event(element: bytes, index: int) -> dict[str, Any]:
+    """An element of the tensor of events.
+
+    Raises:
+        InvalidInput: it is not one JSON object.
+    """
+    at, expected = f"inputs[0].data[{index}]", "an event: one JSON object"
+    try:
+        event = load_json(element)
+    except MalformedBody as error:
+        got = f"a string that cannot be parsed ({error.facts['got']})"
+        raise invalid(at, expected, got) from error
+    if not isinstance(event, dict):
+        raise invalid(at, expected, shown(event))
+    return event
 
 
 def input_names(served: ServedModel) -> list[str]:
@@ -159,13 +219,6 @@ def _selected_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[Sel
             expected = f"each once of {', '.join(known)}"
             raise invalid(f"outputs[{at}].name", expected, repr(name[:100]))
     return [known[name] for name in names]
-
-
-def _encoded_values(values: bytes | list[bytes]) -> list[bytes]:
-    """Rows in MessagePack, or events in JSON, in parts."""
-    if isinstance(values, bytes):
-        return [b"\xc6", len(values).to_bytes(4, "big"), values]
-    return [b"[", b",".join(values), b"]"]
 
 
 def make_signature(
@@ -227,34 +280,3 @@ def read_resets(tensors: Sequence[InputTensor], signature: Signature) -> list[li
         raise invalid(f"{at}.shape", f"{expected}, a value for each step", list(tensor.shape)[:16])
     marks = np.array(flags(tensor, at), np.bool_).reshape(expected if batch else [1, *expected])
     return [np.flatnonzero(row).tolist() for row in marks]
-
-
-def read_values(tensor: InputTensor) -> bytes | list[bytes]:
-    """The values of a tensor whose name and datatype are checked, as in `ResolvedCall`.
-
-    Raises:
-        InvalidInput
-    """
-    is_rows = tensor.name == INPUTS
-    return float32_bytes(tensor, "inputs[0]") if is_rows else list(iter_events(tensor))
-
-
-def iter_events(tensor: InputTensor) -> Iterator[bytes]:
-    """The elements of a BYTES tensor, each an object in JSON.
-
-    Raises:
-        InvalidInput
-    """
-    for index, event in enumerate(iter_byte_elements(tensor, "inputs[0]")):
-        at = f"inputs[0].data[{index}]"
-        if len(event) > MAX_EVENT_BYTES:
-            raise invalid(at, f"an event of at most {MAX_EVENT_BYTES} bytes", f"{len(event)} bytes")
-        try:
-            _EVENT.decode(event)
-        except msgspec.ValidationError as error:
-            got = json_error(error).facts["got"]
-            raise invalid(at, "an event: one JSON object", got) from error
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            got = f"a string that cannot be parsed ({error})"
-            raise invalid(at, "an event: one JSON object", got) from error
-        yield event

@@ -13,23 +13,16 @@ from typing import Annotated, Any, Final, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from service.codec.duplicates import find_duplicate, replace_long_values
+from service.codec.decoding import decode, invalid
 from service.codec.media import Media, encode_json
 from service.core.errors import BodyTooLarge, MalformedBody
-from service.transports.v2.json_errors import json_error
 from service.transports.v2.values import (
     MAX_RANK,
     InferReply,
     InferRequest,
     InputTensor,
-    JsonElements,
     Parameter,
-    invalid,
 )
-
-MAX_JSON_BYTES: Final = 1024 * 1024
-"""Longest JSON of a request: it is parsed at once, and longer JSON would block other requests.
-Tensors in the binary format may be longer."""
 
 HEADER_LENGTH: Final = "inference-header-content-length"
 BINARY_OUTPUT: Final = "binary_data_output"
@@ -38,10 +31,8 @@ COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 """The arguments of zlib by Content-Encoding."""
 
 _FEW: Final = Meta(max_length=256)
-"""Bounds the lists of tensors and parameters: their members are searched for duplicates, which
-would block other requests."""
+"""Bounds the lists of tensors and parameters."""
 
-_ABSENT: Final = msgspec.Raw(b"")
 Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
@@ -64,7 +55,7 @@ class _Input(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=
     datatype: str
     shape: Annotated[tuple[Dimension, ...], Meta(max_length=MAX_RANK)]
     parameters: InputParameters | None = None
-    data: msgspec.Raw = _ABSENT
+    data: list[Any] | None = None
 
 
 class RequestedOutput(
@@ -81,19 +72,6 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, g
     outputs: Annotated[list[RequestedOutput], _FEW] = []
     id: str = ""
     parameters: Annotated[dict[str, bool | int | float | str], _FEW] = {}
-
-
-_REQUEST: Final = msgspec.json.Decoder(_Request)
-_MEMBERS: Final = {
-    "body": _Request.__struct_fields__,
-    "inputs": _Input.__struct_fields__,
-    "inputs.parameters": InputParameters.__struct_fields__,
-    "outputs": RequestedOutput.__struct_fields__,
-    "outputs.parameters": _OutputParameters.__struct_fields__,
-}
-"""The members of each object, by its place."""
-
-_ENCODER: Final = msgspec.json.Encoder()
 
 
 class BinaryOutputs(NamedTuple):
@@ -163,30 +141,21 @@ def decode_request(
         expected = f"at most {len(body)}, the length of the body"
         raise invalid("Inference-Header-Content-Length", expected, json_bytes)
     text = body if json_bytes is None else body[:json_bytes]
-    if len(text) > MAX_JSON_BYTES:
-        raise BodyTooLarge(
-            f"body: expected at most {MAX_JSON_BYTES} bytes of JSON, got {len(text)}; send the "
-            "tensor in the binary format",
-            expected=MAX_JSON_BYTES,
-            got=len(text),
-        )
-    decoded = _decode_json(text)
+    decoded = decode(Media.JSON, text, _Request)
     begin, binary_bytes = len(text), len(body) - len(text)
     inputs: list[InputTensor] = []
     used = 0
     for index, each in enumerate(decoded.inputs):
         at = f"inputs[{index}]"
         size = each.parameters.binary_data_size if each.parameters else None
-        if (size is None) == (not each.data):
+        data: bytes | list[Any] | None = each.data
+        if (size is None) == (data is None):
             got = "none" if size is None else "both"
             raise invalid(at, "either data or parameters.binary_data_size", got)
-        data: bytes | JsonElements
-        if size is None:
-            data = JsonElements(bytes(each.data))
-        else:
+        if size is not None:
             data = body[begin + used : begin + used + size]
             used += size
-        inputs.append(InputTensor(each.name, each.datatype, each.shape, data))
+        inputs.append(InputTensor(each.name, each.datatype, each.shape, data or []))
     if used != binary_bytes:
         expected = f"{used} bytes after the JSON, all the binary_data_size together"
         raise invalid("body", expected, binary_bytes)
@@ -227,34 +196,6 @@ def encode_reply(reply: InferReply, binary: BinaryOutputs) -> tuple[bytes, int]:
     """The body of a reply with binary outputs, and the length of its JSON."""
     text = encode_json(reply_document(reply, binary))
     return b"".join((text, *[o.data for o in reply.outputs if binary.has(o.name)])), len(text)
-
-
-def may_have_duplicates(text: bytes, decoded: msgspec.Struct) -> bool:
-    """Whether JSON may have duplicate members: it has more quotation marks around its strings than
-    the value that was decoded from it.
-
-    Those within strings do not count: each may be escaped in two ways."""
-    encoded = _ENCODER.encode(decoded)
-    if b"\\" in text:
-        text, encoded = [
-            each.replace(b"\\\\", b"").replace(b'\\"', b"") for each in (text, encoded)
-        ]
-    return text.count(b'"') != encoded.count(b'"')
-
-
-def _decode_json(text: bytes) -> _Request:
-    try:
-        decoded: _Request = _REQUEST.decode(text)
-    except msgspec.ValidationError as error:
-        raise json_error(error, members=_MEMBERS) from error
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _malformed(f"expected one JSON document: {error}") from error
-    if may_have_duplicates(text, decoded):
-        values = [tensor.data for tensor in decoded.inputs if tensor.data]
-        duplicate = find_duplicate(Media.JSON, replace_long_values(text, values))
-        if duplicate is not None:
-            raise duplicate
-    return decoded
 
 
 def _malformed(reason: str) -> MalformedBody:

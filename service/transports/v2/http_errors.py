@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Final
 
 from service.codec.media import Media, dumps
-from service.codec.replies import Answer
 from service.core.errors import CarryError
 from service.server.errors import MethodNotAllowed
 from service.transports.v1.problems import problem, problem_headers
+from service.transports.v1.replies import Answer
 
 JSON: Final = (b"content-type", b"application/json")
 

@@ -15,9 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from service.access.caller import PREDICT, Caller, Verb
-from service.codec.limits import LONG_BYTES
+from service.codec.decoding import invalid
 from service.codec.media import Media, dumps
-from service.codec.replies import Answer, reply
 from service.core.errors import CarryError, UnsupportedMediaType
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
@@ -27,6 +26,7 @@ from service.server.http_protocol import HttpState
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.v1.context import ApiContext, api_of, caller_of
+from service.transports.v1.replies import Answer, reply
 from service.transports.v1.request_fields import deadline, query, read_encoded_body
 from service.transports.v2.http_body import (
     COMPRESSIONS,
@@ -39,7 +39,7 @@ from service.transports.v2.http_body import (
 )
 from service.transports.v2.http_errors import JSON, error_answer
 from service.transports.v2.http_fast_path import FastInferPath
-from service.transports.v2.inference import Inference
+from service.transports.v2.inference import Inference, ReadRequest
 from service.transports.v2.metadata import (
     model_config,
     model_metadata,
@@ -47,7 +47,7 @@ from service.transports.v2.metadata import (
     repository_index,
     server_metadata,
 )
-from service.transports.v2.values import InferReply, InferRequest, invalid
+from service.transports.v2.values import InferReply, InferRequest
 
 Statistics = Callable[[], Mapping[str, ModelStatistics]]
 """Returns the totals of every model; called in a thread."""
@@ -194,8 +194,7 @@ async def post_infer(request: Request, model: str, version: str = "") -> Respons
     json_bytes = _json_bytes(request)
     body = await _receive(request, inference.api, deadline_s)
     decode = partial(decode_request, json_bytes=json_bytes, model=model, version=version)
-    infer = _infer_long if len(body) >= LONG_BYTES else _infer
-    inferring = infer(inference, caller, body, decode, deadline_s)
+    inferring = _infer(inference, caller, body, decode, deadline_s)
     result, binary = await cancel_on_disconnect(request, inferring)
     if not binary.has_any(output.name for output in result.outputs):
         return reply(Media.JSON, reply_document(result, binary))
@@ -232,21 +231,11 @@ async def _infer(
     decode: Decode,
     deadline_s: float,
 ) -> tuple[InferReply, BinaryOutputs]:
-    request, binary = decode(body)
-    return await inference.infer(caller, request, deadline_s), binary
-
-
-async def _infer_long(
-    inference: Inference,
-    caller: Caller,
-    body: bytes,
-    decode: Decode,
-    deadline_s: float,
-) -> tuple[InferReply, BinaryOutputs]:
-    """The same for a body that would block the event loop if it were read at once."""
-    async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
+    def read() -> tuple[ReadRequest, BinaryOutputs]:
         request, binary = decode(body)
-        ready = await inference.read_long(caller, request, deadline_s, checkpoint)
+        return inference.read(caller, request, deadline_s), binary
+
+    ready, binary = await inference.api.long_bodies.read(len(body), deadline_s, read)
     return await inference.answer(caller, ready), binary
 
 
@@ -309,5 +298,6 @@ async def _receive(request: Request, api: ApiContext, deadline_s: float) -> byte
     if encoding == IDENTITY:
         return body
     # one at a time: a small body may become a large one
-    async with api.long_bodies.admit(body, deadline_s):
-        return await asyncio.to_thread(decompress, body, encoding, limit_bytes)
+    return await api.long_bodies.run_in_thread(
+        len(body), deadline_s, partial(decompress, body, encoding, limit_bytes)
+    )

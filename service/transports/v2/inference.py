@@ -5,18 +5,19 @@
 
 A transport decodes its bytes to an `InferRequest`, calls `infer`, and encodes the `InferReply` or
 the error; it enforces its own limits on bytes, cancels the call if its client disconnects, and
-counts an error with `api.recorder.record_error`. `infer` reads the values at once. A request of
-`LONG_BYTES` or more is decoded and read under the admission of long bodies, in small steps:
+counts an error with `api.recorder.record_error`. `infer` reads the values at once; a long request
+is decoded and read when it is its turn:
 
-    async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
-        ready = await inference.read_long(caller, decode(body), deadline_s, checkpoint)
+    ready = await inference.api.long_bodies.read(
+        len(body), deadline_s, lambda: inference.read(caller, decode(body), deadline_s)
+    )
     reply = await inference.answer(caller, ready)
 
 Between `resolve` and `reply_to_chunk` a transport may also hand the chunk to the pipeline itself,
 as the HTTP fast path does:
 
     call = inference.resolve(caller, request)                           # short requests only
-    reply = await api.pipeline.process(caller, inference.read_chunk(call, stream), deadline_s)
+    reply = await api.pipeline.process(caller, call.read_chunk(stream), deadline_s)
     encoded = inference.reply_to_chunk(call, reply)
 
 A request with a sequence id is a chunk of the stream of that name; without one it is a stateless
@@ -24,8 +25,8 @@ prediction. Tensors are `inputs`, FP32 of shape [T, F] or [B, T, F]: encoded row
 with an event schema, `events`, BYTES of shape [T] or [B, T]: each element an event in JSON. B is 1
 for a chunk, and the number of sequences for a prediction; the outputs have the same leading axis.
 A second tensor, `reset`, BOOL of shape [T] or [B, T], may mark the steps before which the state is
-reset. All becomes a body of the HTTP API, which its readers validate, so that limits, errors and
-digests are the same.
+reset. The model's reader, which reads the bodies of the HTTP API too, makes chunks of them, so that
+limits, errors and digests are the same.
 """
 
 from __future__ import annotations
@@ -33,19 +34,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import structlog
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from models.spec.layout import Output
 from service.access.caller import PREDICT, Caller, Verb
-from service.codec.long_bodies.admission import Checkpoint
+from service.codec.decoding import invalid
+from service.codec.limits import Limit
 from service.codec.request_reader import with_stream
-from service.codec.strict_validator import Limit
 from service.core.errors import CarryError, ModelNotFound
 from service.core.values import (
     NO_STREAM,
@@ -55,24 +54,20 @@ from service.core.values import (
     Prediction,
     Reply,
     SequenceInput,
-    StreamKey,
 )
 from service.pipeline.served_model import ServedModel
 from service.telemetry.access_log import note_stream
 from service.transports.v1.context import ApiContext, ModelCodec
 from service.transports.v2.calls import (
-    INPUTS,
     RESET,
     STATE,
     ResolvedCall,
     Signature,
     check_chunk,
     input_names,
-    iter_events,
     make_signature,
     output_shape,
     read_resets,
-    read_values,
 )
 from service.transports.v2.parameters import InferParameters, parse_parameters
 from service.transports.v2.values import (
@@ -80,8 +75,6 @@ from service.transports.v2.values import (
     InferRequest,
     OutputTensor,
     Parameter,
-    float32_bytes,
-    invalid,
 )
 
 VERSION: Final = "1"
@@ -163,53 +156,20 @@ class Inference:
         Raises:
             CarryError
         """
-        call = self.resolve(caller, request)
-        deadline_s = _deadline_s(call, deadline_s)
-        stream = call.parameters.stream
-        work: Chunk | list[SequenceInput]
-        if stream is None:
-            work = call.codec.reader.sequences(*call.encode_body())
-        else:
-            work = self.read_chunk(call, stream)
-        return await self.answer(caller, ReadRequest(call, work, deadline_s))
+        return await self.answer(caller, self.read(caller, request, deadline_s))
 
-    async def read_long(
-        self,
-        caller: Caller,
-        request: InferRequest,
-        deadline_s: float,
-        checkpoint: Checkpoint,
-    ) -> ReadRequest:
-        """Read a long request, yielding the event loop; the arguments are as for `infer`.
+    def read(self, caller: Caller, request: InferRequest, deadline_s: float) -> ReadRequest:
+        """Read a request and its values; the arguments are as for `infer`.
 
         Raises:
             CarryError
         """
-        await checkpoint()
-        call = self._resolve(caller, request)
+        call = self.resolve(caller, request)
         deadline_s = _deadline_s(call, deadline_s)
-        tensor = request.inputs[0]
-        if tensor.name == INPUTS:
-            values: bytes | list[bytes] = float32_bytes(tensor, "inputs[0]")
-        else:
-            values = []
-            events = iter_events(tensor)
-            while block := list(islice(events, EVENTS_AT_ONCE)):
-                values += block
-                await checkpoint()
-        call = call._replace(values=values)
-        body, media = call.encode_body()
-        call = call._replace(request=request._replace(inputs=()), values=b"")
-        del request, tensor, values
-        await checkpoint()
-        stream = call.parameters.stream
-        work: Chunk | list[SequenceInput]
-        if stream is None:
-            work = await call.codec.long.sequences(body, media, checkpoint)
-        else:
-            chunk = await call.codec.long.chunk(body, media, checkpoint, stream, None)
-            work = _with_start(call, chunk)
-        return ReadRequest(call, work, deadline_s)
+        work = call.read()
+        request = request._replace(inputs=())
+        values = call.values._replace(data=b"")
+        return ReadRequest(call._replace(request=request, values=values), work, deadline_s)
 
     async def answer(self, caller: Caller, ready: ReadRequest) -> InferReply:
         """Answer a request that was read.
@@ -254,11 +214,6 @@ class Inference:
         Raises:
             ModelNotFound, InvalidInput, InvalidName, ChunksUnsupported, Forbidden
         """
-        call = self._resolve(caller, request)
-        return call._replace(values=read_values(request.inputs[0]))
-
-    def _resolve(self, caller: Caller, request: InferRequest) -> ResolvedCall:
-        """The same, without the values."""
         parameters = parse_parameters(request.parameters)
         model, version, stream = request.model, request.version, parameters.stream
         served = self.served(caller, PREDICT, model, version, stream)
@@ -279,7 +234,7 @@ class Inference:
             raise invalid("inputs[0].shape", expected, signature.batch)
         self._check_length(name, signature, parameters.stream)
         resets = read_resets(others, signature)
-        return ResolvedCall(request, codec, parameters, signature, b"", resets)
+        return ResolvedCall(request, codec, parameters, signature, tensor, resets)
 
     def _check_length(self, name: str, signature: Signature, stream: str | None) -> None:
         """Reject too many steps before their values are read, which may be millions.
@@ -311,23 +266,6 @@ class Inference:
         signature = self._signature(codec, *tensor, outputs)
         check_chunk(codec, signature)
         return signature
-
-    def read_chunk(self, call: ResolvedCall, stream: str) -> Chunk:
-        """The chunk of a short request.
-
-        Raises:
-            InvalidInput, ChunkTooLong: with the fact `stream`.
-        """
-        reader = call.codec.reader
-        parameters = call.parameters
-        has_options = parameters.dry_run or parameters.false_alarms_per_day is not None
-        is_plain = not (call.is_final or call.resets or has_options)
-        if isinstance(call.values, bytes) and is_plain:
-            steps = reader.fast.decode_rows(call.values)
-            if steps is not None:
-                key = StreamKey(call.codec.served.name, stream)
-                return _with_start(call, reader.build_chunk(call.parameters, steps, key, None))
-        return _with_start(call, reader.chunk(*call.encode_body(), stream, None))
 
     async def _delete(self, caller: Caller, reply: Reply) -> bool:
         """Delete the stream of a reply, unless it has changed since; returns whether it did."""
@@ -406,7 +344,3 @@ def _deadline_s(call: ResolvedCall, deadline_s: float) -> float:
     """The deadline of a request that was just received, which its parameter may shorten."""
     timeout_s = call.parameters.timeout_s
     return deadline_s if timeout_s is None else min(deadline_s, time.monotonic() + timeout_s)
-
-
-def _with_start(call: ResolvedCall, chunk: Chunk) -> Chunk:
-    return replace(chunk, starts_over=True) if call.parameters.starts_over else chunk

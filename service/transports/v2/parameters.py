@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from models.spec.detection import MAX_ALARM_RATE
-from service.codec.field_rules import EPOCH, MAX_POSITION
-from service.transports.v1.request_fields import stream_name
-from service.transports.v2.values import Parameter, invalid
+from service.codec.decoding import invalid
+from service.codec.field_rules import EPOCH, MAX_POSITION, stream_name
+from service.transports.v2.values import Parameter
 
 MAX_SEQUENCE_ID: Final = 2**64 - 1
 IGNORED: Final = ("priority",)

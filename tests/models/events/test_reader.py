@@ -1,4 +1,4 @@
-"""Fast decoder of events: agrees with the strict type on values and on rejection."""
+"""Reader of events: agrees with the pydantic type, which is independent of it, on every value."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+import orjson
 import ormsgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
+from models.errors import DataError
 from models.events.block import layout_of
 from models.events.columns import EventColumns, block_of, canonical_bytes, columns_from_events
 from models.events.encode import Clock, encode
@@ -69,19 +71,38 @@ def assert_same(schema: EventSchema, found: EventColumns | None, wanted: EventCo
         assert after == wanted_after
 
 
+def read(schema: EventSchema, chunk: Any) -> EventColumns | None:
+    """The columns of Python's objects, or None where the reader rejects the events."""
+    reader = READERS[id(schema)]
+    try:
+        return reader.read(msgspec.convert(chunk, list[reader.event])).columns
+    except (msgspec.ValidationError, DataError):
+        return None
+
+
+def decoded(body: bytes) -> EventColumns | None:
+    try:
+        return read(FULL_SCHEMA, orjson.loads(body))
+    except orjson.JSONDecodeError:
+        return None
+
+
+def packed(body: bytes) -> EventColumns | None:
+    try:
+        return READER.read(msgspec.msgpack.decode(body, type=list[READER.event])).columns
+    except (msgspec.MsgspecError, DataError, UnicodeDecodeError):
+        return None
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(SCHEMAS).flatmap(lambda s: st.tuples(st.just(s), events(s, 12))))
-def test_the_fast_decoder_equals_the_strict_type(
+def test_events_are_read_as_the_pydantic_type_reads_them(
     case: tuple[EventSchema, list[dict[str, Any]]],
 ) -> None:
     schema, chunk = case
-    body, reader = json.dumps(chunk).encode(), READERS[id(schema)]
-    wanted = strict(schema, body)
+    wanted = strict(schema, json.dumps(chunk).encode())
     assert wanted is not None
-
-    assert_same(schema, reader.from_json(body), wanted)
-    assert_same(schema, reader.from_msgpack(ormsgpack.packb(chunk)), wanted)
-    assert_same(schema, reader.from_values(chunk), wanted)
+    assert_same(schema, read(schema, chunk), wanted)
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,43 +115,18 @@ def test_a_slice_equals_decoding_its_events(
     case: tuple[EventSchema, list[dict[str, Any]]], start: int, stop: int
 ) -> None:
     schema, chunk = case
-    found = READERS[id(schema)].from_values(chunk)
+    found = read(schema, chunk)
     assert found is not None
 
     assert_same(schema, found[start:stop], columns_from_events(schema, chunk[start:stop]))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(SCHEMAS).flatmap(
-        lambda s: st.tuples(st.just(s), st.lists(events(s, 5), max_size=5))
-    )
-)
-def test_batched_decoding_equals_separate_decoding(
-    case: tuple[EventSchema, list[list[dict[str, Any]]]],
-) -> None:
-    schema, chunks = case
-    reader = READERS[id(schema)]
-
-    found = reader.columns_many(msgspec.convert(chunks, list[list[reader.event]]))
-
-    assert found is not None
-    for columns, chunk in zip(found, chunks, strict=True):
-        assert_same(schema, columns, columns_from_events(schema, chunk))
-
-
-def test_batched_decoding_falls_back_for_all_chunks() -> None:
-    chunks = [[GOOD], [{**GOOD, "at": "2013-02-30T05:17:00Z"}]]
-
-    assert READER.columns_many(msgspec.convert(chunks, list[list[READER.event]])) is None
 
 
 def test_decoded_columns_are_not_copied() -> None:
     # one equal to it has been met before
     layout_of(FULL_SCHEMA)
     schema = FULL_SCHEMA.model_copy()
-    found = EventReader(schema).from_values([GOOD])
-    assert found is not None
+    reader = EventReader(schema)
+    found = reader.read(msgspec.convert([GOOD], list[reader.event])).columns
 
     assert block_of(schema, found) is found.block
     assert block_of(schema, found[:1]).numbers.base is found.block.numbers
@@ -147,7 +143,7 @@ def test_another_schema_encodes_with_its_own_numbers() -> None:
             )
         }
     )
-    found = READER.from_values([GOOD])
+    found = read(FULL_SCHEMA, [GOOD])
     assert found is not None
 
     rows, _ = encode(other, found, Clock())
@@ -170,34 +166,33 @@ ODD_VALUES = [
 
 @pytest.mark.parametrize("text", ODD_VALUES)
 @pytest.mark.parametrize("name", GOOD)
-def test_unusual_values_are_accepted_only_if_the_strict_type_accepts_them(
+def test_unusual_values_are_accepted_if_the_pydantic_type_accepts_them(
     name: str, text: str
 ) -> None:
     body = json.dumps([GOOD, {**GOOD, name: "@"}, REQUIRED]).replace('"@"', text).encode()
-    wanted = strict(FULL_SCHEMA, body)
-
-    found = READER.from_json(body)
+    wanted, found = strict(FULL_SCHEMA, body), decoded(body)
     if wanted is None:
         assert found is None
-    elif found is not None:
+    else:
         assert_same(FULL_SCHEMA, found, wanted)
 
 
 @pytest.mark.parametrize(
     "value",
-    [float("nan"), float("inf"), -float("inf"), 10**400, True, "3", b"x", "\ud800", None, [], {}],
+    [float("nan"), float("inf"), -float("inf"), 10**400, True, "3", b"x", None, [], {}],
 )
 @pytest.mark.parametrize("name", GOOD)
-def test_unusual_objects_are_accepted_only_if_the_strict_type_accepts_them(
+def test_unusual_objects_are_accepted_if_the_pydantic_type_accepts_them(
     name: str, value: Any
 ) -> None:
     chunk = [GOOD, {**GOOD, name: value}]
+    found = read(FULL_SCHEMA, chunk)
     try:
         wanted = columns_from_events(FULL_SCHEMA, STRICT[id(FULL_SCHEMA)].validate_python(chunk))
     except ValidationError:
-        assert READER.from_values(chunk) is None
+        assert found is None
         return
-    assert_same(FULL_SCHEMA, READER.from_values(chunk), wanted)
+    assert_same(FULL_SCHEMA, found, wanted)
 
 
 @pytest.mark.parametrize(
@@ -205,54 +200,56 @@ def test_unusual_objects_are_accepted_only_if_the_strict_type_accepts_them(
     [
         *(json.dumps(value) for value in (None, {}, "x", 1, [1], [[]], [None], [{}], GOOD)),
         *(json.dumps([GOOD, wrong]) for wrong in ({**GOOD, "x": 1}, {"load": 1}, {"f0": 1})),
-        *("", "[", "[{}", "[] x", "\ufeff[]", "[,]", "[[[[[[", '[{"load": 1,}]'),
-        json.dumps([GOOD]).replace('"load": 3', '"load": 3, "load": "4"'),
         json.dumps([GOOD]).replace('"load": 3', '"load": "3", "load": 4'),
-        json.dumps([GOOD]).replace('"load": 3', '"load": 3, "load": 4'),
         json.dumps([GOOD]).replace('"load"', '"lo\\u0061d"'),
     ],
 )
-def test_unusual_bodies_are_accepted_only_if_the_strict_type_accepts_them(body: str) -> None:
-    wanted = strict(FULL_SCHEMA, body.encode())
-    found = READER.from_json(body.encode())
-
+def test_unusual_bodies_are_accepted_if_the_pydantic_type_accepts_them(body: str) -> None:
+    wanted, found = strict(FULL_SCHEMA, body.encode()), decoded(body.encode())
     if wanted is None:
         assert found is None
-    elif found is not None:
+    else:
         assert_same(FULL_SCHEMA, found, wanted)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_damaged_bytes_are_accepted_only_if_the_strict_type_accepts_them(
-    data: st.DataObject,
-) -> None:
+def test_damaged_bytes_are_accepted_if_the_pydantic_type_accepts_them(data: st.DataObject) -> None:
     body = json.dumps([GOOD, REQUIRED], ensure_ascii=data.draw(st.booleans())).encode()
     at = data.draw(st.integers(0, len(body)))
     put = data.draw(st.one_of(st.binary(max_size=4), st.sampled_from([b'"', b"\\", b"e", b"9"])))
     damaged = body[:at] + put + body[at + data.draw(st.integers(0, 4)) :]
-    found = READER.from_json(damaged)
-
-    if found is not None:
-        wanted = strict(FULL_SCHEMA, damaged)
-        assert wanted is not None
+    wanted, found = strict(FULL_SCHEMA, damaged), decoded(damaged)
+    if wanted is None:
+        assert found is None
+    else:
         assert_same(FULL_SCHEMA, found, wanted)
 
 
 def test_msgpack_other_than_a_list_of_events_is_rejected() -> None:
     good = ormsgpack.packb([GOOD])
     no_utf8 = good.replace(b"\xa2UA", b"\xa2U\xff")
-    assert READER.from_msgpack(good) is not None
-
+    wanted = strict(FULL_SCHEMA, json.dumps([GOOD]).encode())
+    assert wanted is not None
+    assert_same(FULL_SCHEMA, packed(good), wanted)
     for body in (good[:-1], good + b"\x01", ormsgpack.packb(GOOD), no_utf8):
-        assert READER.from_msgpack(body) is None
+        assert packed(body) is None
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**1023), 2**1023))
 def test_numbers_are_decoded_exactly(number: float, whole: int) -> None:
     chunk = [{**GOOD, "load": number}, {**GOOD, "load": whole}]
-    found = READER.from_json(json.dumps(chunk).encode())
+    found = read(FULL_SCHEMA, chunk)
 
     assert found is not None
     assert found.values["load"].tolist() == [number, float(whole)]
+
+
+def test_wrong_timestamp_is_reported_with_its_event_and_its_forms() -> None:
+    chunk = [GOOD, {**GOOD, "at": "2013-02-30T05:17:00Z"}]
+    with pytest.raises(DataError) as caught:
+        READER.read(msgspec.convert(chunk, list[READER.event]))
+    error = caught.value
+    assert (error.index, error.field, error.got) == (1, "at", '"2013-02-30T05:17:00Z"')
+    assert "RFC 3339 timestamp with an offset" in error.expected

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-import msgspec
 import numpy as np
 import orjson
 import ormsgpack
@@ -18,6 +17,7 @@ from models.errors import ArtifactError
 from service.build import with_alarm_rates
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
+from service.core.errors import InvalidInput
 from service.engine.runtimes.loading import open_runtimes
 from service.pipeline.served_model import ServedModel
 from service.settings import Settings, SettingsError
@@ -168,27 +168,26 @@ async def test_every_transport_accepts_the_rate(
         assert np.ravel(outputs[ALARM]).tolist() == expected
 
 
-def test_the_fast_decoder_reads_what_the_validator_accepts(sensors: Artifact, rows: Floats) -> None:
+def test_rate_is_read_with_rows_and_events(sensors: Artifact, rows: Floats) -> None:
     served = ServedModel(sensors, open_runtimes("onnxruntime", [sensors], 1)[0])
     reader = RequestReader(served, LIMITS)
     event = {"time": 1_700_000_000_000, "value": 1.5}
     most = served.max_alarm_rate
-    for rate, is_read in ((RATE, True), (1, most >= 1), (most, True), (None, True), (2e3, False)):
+    for rate, is_valid in ((RATE, True), (1, most >= 1), (most, True), (None, True), (2e3, False)):
         for members in (body(rows), {"events": [event] * 3, "resets": [1]}):
             content = orjson.dumps({**members, "false_alarms_per_day": rate})
-            decoded = reader.fast.decode_chunk(Media.JSON, content)
-            assert (decoded is not None) == is_read
-            if decoded is not None:
-                chunk = reader.chunk(content, Media.JSON, "s", None)
-                kind = reader.strict.types[Media.JSON].chunk
-                strict = reader.strict.validate(kind, Media.JSON, content)
-                assert chunk.steps.false_alarms_per_day == strict.false_alarms_per_day == rate
+            try:
+                chunk = reader.chunk(content, Media.JSON, reader.key("s"))
+            except InvalidInput:
+                assert not is_valid
+            else:
+                assert is_valid
+                assert chunk.steps.false_alarms_per_day == rate
     for wrong in (float("nan"), True, "0.1"):
         packed = ormsgpack.packb({"inputs": rows.tobytes()})
         packed = b"\x82" + packed[1:] + ormsgpack.packb("false_alarms_per_day")
-        assert (
-            reader.fast.decode_chunk(Media.MSGPACK, packed + msgspec.msgpack.encode(wrong)) is None
-        )
+        with pytest.raises(InvalidInput, match="false_alarms_per_day"):
+            reader.chunk(packed + ormsgpack.packb(wrong), Media.MSGPACK, reader.key("s"))
 
 
 async def test_a_chunk_with_another_rate_is_not_a_replay(api: Harness, rows: Floats) -> None:

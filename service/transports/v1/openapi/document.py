@@ -17,11 +17,16 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from models.events.parse import example_event
-from service.codec.body_types import BodyTypes, ForkBody, StateBody
-from service.codec.field_rules import EXAMPLE_STREAM
 from service.codec.media import Media
+from service.codec.schema_fields import EXAMPLE_STREAM
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ApiContext
+from service.transports.v1.openapi.body_schemas import (
+    BodySchemas,
+    ForkBody,
+    StateBody,
+    build_body_schemas,
+)
 
 ACCESS_KEY = {
     "type": "http",
@@ -61,9 +66,10 @@ def openapi_document(
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         routes=routes,
     )
-    types = {
-        name: api.codec(models[name]).reader.strict.types[Media.JSON] for name in sorted(models)
-    }
+    types = {}
+    for name in sorted(models):
+        limits = api.limits.of_model(models[name].chunk_limit)
+        types[name] = build_body_schemas(models[name], limits)
     components = {
         **_with_integer_bounds(document["components"]["schemas"]),
         **_schemas([StateBody, ForkBody]),
@@ -127,7 +133,7 @@ def _reference(model: str) -> dict[str, str]:
     return {"$ref": REF_TEMPLATE.format(model=model)}
 
 
-def _kinds(types: BodyTypes) -> list[type[BaseModel]]:
+def _kinds(types: BodySchemas) -> list[type[BaseModel]]:
     kinds: list[type[BaseModel]] = [types.chunk, types.item, types.many, types.predict]
     return kinds if types.forecast is None else [*kinds, types.forecast]
 

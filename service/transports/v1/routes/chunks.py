@@ -6,15 +6,14 @@ before the pipeline is called.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.access.caller import PREDICT, Caller, Verb
+from service.codec.field_rules import stream_name
 from service.codec.pieces import CountedList
-from service.codec.replies import etag, reply
 from service.codec.reply_types import (
     AppliedItem,
     FailedItem,
@@ -22,26 +21,26 @@ from service.codec.reply_types import (
     PredictReply,
 )
 from service.codec.reply_writer import (
-    EVERY_STEP,
-    PREDICT_PARAMETERS,
-    REPLY_PARAMETERS,
     ReplyOptions,
     server_timing,
 )
-from service.codec.request_body import RequestBody, receive_body
 from service.core.errors import CarryError, InvalidPrecondition
 from service.core.values import NO_STREAM, Reply, StreamKey
 from service.server.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, ModelCodec, api_of, caller_of
 from service.transports.v1.problems import problem
+from service.transports.v1.replies import etag, reply
+from service.transports.v1.request_body import receive_body
 from service.transports.v1.request_fields import (
+    PREDICT_PARAMETERS,
+    REPLY_PARAMETERS,
     body_media,
     deadline,
     flag,
     if_match,
     query,
     reply_media,
-    stream_name,
+    reply_options,
 )
 from service.transports.v1.route import ModelPath, StreamPath
 
@@ -64,8 +63,8 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(api, caller, key.model, key, body)
-    chunk = await body.read(codec.reader.chunk, codec.long.chunk, key.stream, precondition)
+    body.check_capacity(caller, key.model, key)
+    chunk = await body.read(codec.reader.chunk, key, precondition)
     result = await cancel_on_disconnect(request, api.pipeline.process(caller, chunk, deadline_s))
     headers = [(b"server-timing", server_timing(result))]
     if result.head is not NO_STREAM:
@@ -97,10 +96,8 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
             expected="none",
         )
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(api, caller, codec.served.name, None, body)
-    items = codec.rows_items.items(body.content, media)
-    if items is None:
-        items = await body.read(codec.reader.items, codec.long.items)
+    body.check_capacity(caller, codec.served.name, None)
+    items = await body.read(codec.reader.items)
     processing = api.pipeline.process_many(caller, items, deadline_s)
     results = await cancel_on_disconnect(request, processing)
     return reply(answer, _outcomes(api, codec, results, options))
@@ -116,12 +113,12 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     codec = api.codec(api.pipeline.model(caller, PREDICT, model))
     deadline_s = deadline(request, api.limits)
     parameters = query(request, PREDICT_PARAMETERS)
-    options = codec.writer.options(parameters) if parameters else EVERY_STEP
+    options = reply_options(parameters, codec.writer)
     return_tokens = flag(parameters, "return_state_token", default=False)
     media = body_media(request)
     answer = reply_media(request, media)
     body = await receive_body(request, media, deadline_s)
-    sequences = await body.read(codec.reader.sequences, codec.long.sequences)
+    sequences = await body.read(codec.reader.sequences)
     predicting = api.pipeline.predict(
         caller, codec.served.name, sequences, deadline_s, return_tokens=return_tokens
     )
@@ -137,22 +134,6 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     return reply(answer, document)
 
 
-def _check_capacity(
-    api: ApiContext, caller: Caller, model: str, key: StreamKey | None, body: RequestBody
-) -> None:
-    """Reject a long body before it is parsed, if the queue would reject its chunks afterwards.
-
-    Raises:
-        Overloaded
-    """
-    if not body.is_long:
-        return
-    left_s = body.deadline_s - time.monotonic()
-    rejection = api.pipeline.check_admission(caller, model, key, left_s)
-    if rejection is not None:
-        raise rejection.copy()
-
-
 def _options(
     request: Request,
     api: ApiContext,
@@ -161,7 +142,7 @@ def _options(
     stream: str | None = None,
 ) -> ReplyOptions:
     parameters = query(request, REPLY_PARAMETERS)
-    options = codec.writer.options(parameters) if parameters else EVERY_STEP
+    options = reply_options(parameters, codec.writer)
     if options.return_state:
         api.pipeline.model(caller, (Verb.READ_STATE,), codec.served.name, stream)
     return options

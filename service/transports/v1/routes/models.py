@@ -10,7 +10,6 @@ from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
 from service.access.caller import Verb
-from service.codec.replies import reply
 from service.codec.reply_types import (
     AlarmsInfo,
     BlocksInfo,
@@ -23,6 +22,7 @@ from service.codec.reply_types import (
 from service.codec.settings import RequestSettings
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import api_of, caller_of
+from service.transports.v1.replies import reply
 from service.transports.v1.request_fields import query, reply_media
 from service.transports.v1.route import ModelPath
 

@@ -17,8 +17,8 @@ from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
 from service.access.caller import DESCRIBE, PREDICT, Verb
+from service.codec.field_rules import stream_name, stream_prefix
 from service.codec.media import Media
-from service.codec.replies import etag, reply
 from service.codec.reply_types import (
     Deleted,
     StateReply,
@@ -26,12 +26,13 @@ from service.codec.reply_types import (
     StreamList,
     StreamRecord,
 )
-from service.codec.request_body import receive_body
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
 from service.pipeline.served_model import ServedModel
 from service.server.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, api_of, caller_of
+from service.transports.v1.replies import etag, reply
+from service.transports.v1.request_body import receive_body
 from service.transports.v1.request_fields import (
     body_media,
     count,
@@ -40,8 +41,6 @@ from service.transports.v1.request_fields import (
     query,
     reply_media,
     required,
-    stream_name,
-    stream_prefix,
 )
 from service.transports.v1.route import ModelPath, StreamPath
 
@@ -116,7 +115,7 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     answer = reply_media(request, media)
     precondition = if_match(request)
     content = await receive_body(request, media, _deadline(api))
-    body = await content.read(codec.reader.state, codec.long.state)
+    body = await content.read(codec.reader.state)
     fingerprint = bytes.fromhex(body.fingerprint)
     if fingerprint != served.fingerprint:
         raise _fingerprint_mismatch(served, key.stream, fingerprint)
@@ -164,7 +163,7 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     precondition = if_match(request)
     content = await receive_body(request, media, _deadline(api))
     codec = api.codec(served)
-    body = await content.read(codec.reader.fork, codec.long.fork)
+    body = await content.read(codec.reader.fork)
     to = StreamKey(key.model, stream_name(body.to, "to"))
     record = await api.pipeline.streams.fork(caller, key, to.stream, precondition)
     return _created_or_overwritten(request, answer, to, record, precondition)
@@ -190,9 +189,7 @@ async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) 
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await receive_body(request, media, deadline_s)
-    parameters = await body.read(
-        codec.reader.forecast_request, codec.long.forecast_request, key.stream
-    )
+    parameters = await body.read(codec.reader.forecast_request, key.stream)
     parameters = parameters._replace(precondition=precondition)
     forecasting = api.pipeline.forecast(caller, key, parameters, deadline_s)
     forecast = await cancel_on_disconnect(request, forecasting)

@@ -1,8 +1,7 @@
 """Requests for inference as they are received: bytes, which are checked before they are parsed.
 
-Parsing takes time and memory for each element. So of a long message (`LONG_BYTES`) first the fields
-are counted, a few at a time, and one with more of them than a request may have is rejected. Only
-its head, all but the tensors, is parsed at once.
+A long message (`LONG_BYTES`) is parsed when it is its turn. Its head, all but the tensors, is
+parsed at once, and one with more fields than a request may have is rejected.
 """
 
 from __future__ import annotations
@@ -13,31 +12,22 @@ from typing import Final, NamedTuple, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from service.access.caller import Caller
-from service.codec.limits import LONG_BYTES
-from service.codec.long_bodies.admission import Checkpoint
+from service.codec.decoding import invalid
 from service.core.errors import CarryError, MalformedBody
+from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.messages import decode_parameter, decode_request
-from service.transports.v2.inference import Inference
+from service.transports.v2.inference import Inference, ReadRequest
 from service.transports.v2.parameters import parse_sequence_id
-from service.transports.v2.values import InferReply, invalid
+from service.transports.v2.values import InferReply
 
 SEQUENCE_ID: Final = "sequence_id"
 
 MAX_FIELDS: Final = 1000
-"""Most fields of a long message, besides the elements of its tensors."""
-
-FIELDS_AT_ONCE: Final = 2000
-"""Fields that are counted in one turn of the event loop, in less than a millisecond."""
+"""Most fields of a long message, besides those within its tensors."""
 
 _INPUTS: Final = pb.ModelInferRequest.INPUTS_FIELD_NUMBER
 _RAW: Final = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
-_CONTENTS: Final = pb.ModelInferRequest.InferInputTensor.CONTENTS_FIELD_NUMBER
-_VALUES: Final = (
-    pb.InferTensorContents.BOOL_CONTENTS_FIELD_NUMBER,
-    pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER,
-    pb.InferTensorContents.BYTES_CONTENTS_FIELD_NUMBER,
-)
 
 M = TypeVar("M", bound=Message)
 
@@ -80,12 +70,12 @@ class InferMessage:
         data, self._data = self._data, None
         if data is None:
             return await inference.infer(caller, decode_request(self.head), deadline_s)
-        most = inference.api.limits.max_predict_steps
-        async with inference.api.long_bodies.admit(data, deadline_s) as checkpoint:
-            await _check_fields(data, most, checkpoint)
+
+        def read() -> ReadRequest:
             request = decode_request(parse(pb.ModelInferRequest, data))
-            del data
-            ready = await inference.read_long(caller, request, deadline_s, checkpoint)
+            return inference.read(caller, request, deadline_s)
+
+        ready = await inference.api.long_bodies.read(self.size, deadline_s, read)
         return await inference.answer(caller, ready)
 
 
@@ -165,42 +155,6 @@ def _head(data: bytes) -> bytes:
         expected = f"less than {LONG_BYTES} bytes besides the tensors"
         raise invalid("message", expected, f"{len(head)} bytes")
     return head
-
-
-async def _check_fields(data: bytes, most: int, checkpoint: Checkpoint) -> None:
-    """Reject a long message with more fields, or longer ones, than a request may have.
-
-    Args:
-        most: most elements of a tensor, each of which may be a field.
-
-    Raises:
-        MalformedBody, InvalidInput
-    """
-    others = elements = 0
-    for top in _fields(data, 0, len(data)):
-        others += 1
-        inside = _fields(data, top.start, top.end) if top.number == _INPUTS else ()
-        for field in inside:
-            others += 1
-            if others > MAX_FIELDS:
-                raise _too_many(MAX_FIELDS)
-            if field.number != _CONTENTS:
-                _check_length("inputs", field)
-                continue
-            for value in _fields(data, field.start, field.end):
-                elements += 1
-                if elements > most:
-                    raise _too_many(most)
-                if elements % FIELDS_AT_ONCE == 0:
-                    await checkpoint()
-                if value.number not in _VALUES:
-                    _check_length("inputs.contents", value)
-
-
-def _check_length(at: str, field: _Field) -> None:
-    if field.end - field.start >= LONG_BYTES:
-        expected = f"less than {LONG_BYTES} bytes in all fields but bool_, bytes_ and fp32_contents"
-        raise invalid(at, expected, f"{field.end - field.start} bytes")
 
 
 def _too_many(most: int) -> CarryError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from service.codec.decoding import invalid
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.values import (
     BOOL,
@@ -14,7 +15,6 @@ from service.transports.v2.values import (
     InferRequest,
     InputTensor,
     Parameter,
-    invalid,
 )
 
 _CONTENTS: Final = {

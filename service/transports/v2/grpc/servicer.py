@@ -20,7 +20,6 @@ from google.protobuf.message import Message
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from service.access.caller import PREDICT, Caller, Verb
-from service.codec.limits import LONG_BYTES
 from service.core.errors import BodyTooLarge, CarryError
 from service.core.tracing import PROPAGATED
 from service.pipeline.recorder import ModelStatistics
@@ -29,6 +28,7 @@ from service.server.errors import DuplicateField
 from service.telemetry.access_log import GRPC, RequestFacts, log_request, note_key, request_facts
 from service.telemetry.logs import RequestIds, current_request_id
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
+from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v1.request_log import is_request_id
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.call_admission import CallAdmission

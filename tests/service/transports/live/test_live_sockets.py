@@ -14,13 +14,13 @@ import orjson
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.codec.limits import LONG_BYTES
 from service.core.errors import StoreRefused
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from service.telemetry.access_log import access_log
 from service.telemetry.logs import json_line
 from service.transports.common import failed_streams
+from service.transports.common.long_bodies import LONG_BYTES, LongBodies
 from tests.service.transports.live.sockets import (
     binary,
     error,
@@ -340,17 +340,20 @@ async def test_long_frames_and_replies_keep_the_order(
         assert (await reply(client))["position"] == steps + 3
 
 
-async def test_a_client_that_leaves_during_a_long_frame_is_forgotten(large_api: Harness) -> None:
-    long_bodies = large_api.app.state.api.long_bodies
+async def test_a_client_that_leaves_during_a_long_frame_is_forgotten(
+    large_api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with live(large_api) as sockets:
-        # its frame is not read to the end before it leaves
-        async with long_bodies.admit(b"", float("inf")), sockets.open() as (client, _):
-            await client.send(text(rows(2_000), 0))
-            session = sockets.served()[0].session
-            await becomes(lambda: bool(session._tasks), "a long frame")
-            client.transport.abort()
-            await sockets.ended()
-            await becomes(lambda: not session._tasks, "the end of the reading")
+        # its frame is not read before it leaves
+        with monkeypatch.context() as patch:
+            patch.setattr(LongBodies, "_turn", lambda bodies: asyncio.Event().wait())
+            async with sockets.open() as (client, _):
+                await client.send(text(rows(4_000), 0))
+                session = sockets.served()[0].session
+                await becomes(lambda: bool(session._tasks), "a long frame")
+                client.transport.abort()
+                await sockets.ended()
+                await becomes(lambda: not session._tasks, "the end of the reading")
         async with sockets.open("probe/streams/t/live") as (client, _):
             await client.send(text(rows(2_000), 0))
             await reply(client)

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import pytest
 
 from models.artifact.artifact import Artifact, write_artifact
-from service.codec import request_reader, strict_validator
-from service.codec.body_types import build_body_types
-from service.codec.fast_decoder import FastDecoder
-from service.codec.settings import RequestSettings
-from service.pipeline.served_model import ServedModel
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from tests.service.transports.v1.harness import FAST_PATH, Harness, harness
@@ -35,28 +29,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
         folder / "small", spec, random_weights(spec), metrics={"held_out": {"auc": 0.75}}
     )
     return {"small": small, "probe": make_artifact(folder)}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shared_decoders() -> Iterator[None]:
-    """Build the decoder and the body types of each model and limits once: they do not change, and
-    take 10 and 50 ms."""
-    built: dict[tuple[Hashable, ...], Any] = {}
-
-    def share(build: Callable[..., Any]) -> Callable[..., Any]:
-        def shared(served: ServedModel, limits: RequestSettings, *more: Hashable) -> Any:
-            model = (served.artifact.path, served.artifact.manifest["checksum"])
-            key = (build, *model, served.max_alarm_rate, limits, *more)
-            if key not in built:
-                built[key] = build(served, limits, *more)
-            return built[key]
-
-        return shared
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strict_validator, "build_body_types", share(build_body_types))
-        patch.setattr(request_reader, "FastDecoder", share(FastDecoder))
-        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

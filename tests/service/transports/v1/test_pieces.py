@@ -24,8 +24,8 @@ from service.codec.pieces import (
     count_values,
     encode_pieces,
 )
-from service.codec.replies import LongAnswer, reply
 from service.codec.settings import RequestSettings
+from service.transports.v1.replies import LongAnswer, reply
 from tests.service.transports.v1.harness import harness, rows
 from tests.service.transports.v1.raw_http import PATH, becomes, port_of, request, serving
 from tests.service.transports.v1.test_connections import connected
@@ -121,12 +121,12 @@ async def test_a_long_reply_equals_the_short_replies(
 ) -> None:
     """Over a real connection, by the fast path's address too."""
     for name in (
-        "service.codec.replies.LONG_VALUES",
+        "service.transports.v1.replies.LONG_VALUES",
         "service.transports.v1.fast_path.LONG_VALUES",
     ):
         monkeypatch.setattr(name, dict.fromkeys(Media, 200))
     monkeypatch.setattr(module, "PIECE_VALUES", 50)
-    monkeypatch.setattr("service.codec.replies.WRITE_BYTES", 500)
+    monkeypatch.setattr("service.transports.v1.replies.WRITE_BYTES", 500)
     inputs = rows(STEPS)
     body: dict[str, Any] = {"inputs": inputs.tobytes()}
     if address.endswith("predict"):

@@ -74,8 +74,10 @@ FAST: dict[str, bytes] = {
         outputs=[{"name": "steep"}, {"name": "last", "parameters": {"binary_data": False}}]
     ),
     "without the leading axis": infer(rows=ROWS[0]),
+    "duplicate member": infer(change=lambda text: text.replace(b"{", b'{"id":"a","id":"b",', 1)),
 }
 SLOW: dict[str, bytes] = {
+    "long JSON": infer(change=lambda text: text + b" " * 4096),
     "stateless": infer(sequence_id=0),
     "JSON outputs": infer(binary_data_output=False),
     "JSON input": request(orjson.dumps(json_body(ROWS, parameters=SEQUENCE)), first=FIRST),
@@ -85,7 +87,6 @@ SLOW: dict[str, bytes] = {
     "HTTP/1.0": infer(first="POST /v2/models/probe/infer HTTP/1.0"),
     "close": infer("Connection: close"),
     "unknown parameter": infer(postion=4),
-    "duplicate member": infer(change=lambda text: text.replace(b"{", b'{"id":"a","id":"b",', 1)),
     "not JSON": infer(change=lambda text: text[:-1] + b"]"),
     "wrong width": infer(rows=ROWS.reshape(1, 6, 2)),
     "not finite": infer(rows=np.full((1, 1, 3), np.nan, np.float32)),

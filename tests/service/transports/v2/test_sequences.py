@@ -243,14 +243,14 @@ async def test_attention_and_state_are_outputs_that_a_request_may_select(
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
-async def test_long_requests_are_read_in_blocks_with_the_same_results(
+async def test_long_requests_wait_for_their_turn_with_the_same_results(
     pipeline_server: RealServer,
     models: dict[str, Artifact],
     monkeypatch: pytest.MonkeyPatch,
     binary: bool,
 ) -> None:
     """Requests of usual length, as if they were long."""
-    monkeypatch.setattr("service.transports.v2.http_routes.LONG_BYTES", 100)
+    monkeypatch.setattr("service.transports.common.long_bodies.LONG_BYTES", 100)
     sent = rows(15)
     async with harness(pipeline_server, models, fast_path=False, extend=add_v2) as api:
         v2 = V2(api)

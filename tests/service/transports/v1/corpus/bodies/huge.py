@@ -1,4 +1,4 @@
-"""Bodies of nearly 16 MiB that are cheap to send and expensive to parse.
+"""Bodies of nearly 2 MiB that are cheap to send and expensive to parse.
 
 Each is made when it is asked for. They are for the model `flights` (17 columns, 10 event fields)
 under the default limits. The first five are an attack's; the others are of the same kind.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 JSON, MSGPACK = "application/json", "application/msgpack"
-MAX_BYTES = 16 * 2**20
+MAX_BYTES = 2 * 2**20
 
 CHUNK = "/v1/models/flights/streams/huge/chunks"
 CHUNKS = "/v1/models/flights/chunks"
@@ -51,7 +51,7 @@ def _packed(lead: bytes, element: bytes) -> bytes:
 
 
 def _unknown_members() -> bytes:
-    return b"{%b}" % b",".join([b'"m%07d":0' % at for at in range(1_290_000)])
+    return b"{%b}" % b",".join([b'"m%07d":0' % at for at in range(MAX_BYTES // 13)])
 
 
 def _one_name() -> bytes:
@@ -66,7 +66,7 @@ def _state(value: bytes) -> bytes:
 
 def _items(part: bytes) -> bytes:
     """A thousand items, each with a list of as many parts as fit."""
-    inputs = b",".join([part] * (16_000 // (len(part) + 1)))
+    inputs = b",".join([part] * (2_000 // (len(part) + 1)))
     item = b'{"stream":"a%04d","inputs":[%b]}'
     return b'{"chunks":[%b]}' % b",".join([item % (at, inputs) for at in range(1000)])
 
@@ -128,7 +128,9 @@ def _json() -> Iterator[HugeBody]:
     yield body(
         "open objects", lambda: _filled(b"", b'{"inputs":', between=b""), 400, "malformed_body"
     )
-    yield body("one string", lambda: b'{"epoch":"%b","inputs":[%b]}' % (b"a" * 16_000_000, ROW))
+    yield body(
+        "one string", lambda: b'{"epoch":"%b","inputs":[%b]}' % (b"a" * (MAX_BYTES - 1000), ROW)
+    )
     yield body("escapes", lambda: _filled(b'{"epoch":"', b"\\\\", b'"}', between=b""))
     yield body("strings for rows", lambda: _filled(inputs, b'"]"', b"]}"), 413, "chunk_too_long")
     yield body("numbers for items", lambda: _filled(b'{"chunks":[', b"0", b"]}"), path=CHUNKS)

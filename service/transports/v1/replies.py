@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,6 +15,7 @@ from service.codec.media import Media, dumps
 from service.codec.pieces import LONG_VALUES, count_values, encode_pieces
 from service.core.values import StreamHead
 from service.server.disconnects import cancel_on_disconnect
+from service.server.unsent_reply import UNSENT, UnsentReply
 
 Header = tuple[bytes, bytes]
 
@@ -55,18 +55,8 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": self.body})
 
 
-UNSENT: Final = "unsent_reply"
-"""Key of `UnsentReply` in a request's state, where the server's protocol puts it."""
-
 VALUE_BYTES: Final = 4
 """Memory of one value of a reply before it is encoded."""
-
-
-@dataclass(slots=True)
-class UnsentReply:
-    """Memory that a connection holds for replies, besides its transport's buffer."""
-
-    kept_bytes: int = 0
 
 
 class LongAnswer(Response):

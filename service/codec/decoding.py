@@ -1,0 +1,471 @@
+"""Decoding of bodies, JSON and MessagePack alike, to typed values, and every error of it.
+
+A body is decoded once. orjson parses JSON, whose numbers msgspec would take seconds for if they are
+chosen badly, and msgspec checks the objects against the type; MessagePack is decoded by msgspec
+straight into the type, since a byte of it can be an object. Of duplicate members the last one
+counts. msgspec's errors are translated here, and nowhere else: the place, what was expected, what
+was received. A place is written as in `events[3].dep_delay`.
+
+A type describes what its errors say, in the `extra` of its `Meta`: `EXPECTED` is a description of
+valid values, `WRONG_LENGTH` makes the error of a list whose length does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, TypeVar
+
+import msgspec
+import orjson
+from msgspec import inspect
+
+from models.events.reader import EXPECTED, LARGEST, MAX_GOT_CHARS
+from service.codec.media import Media, malformed
+from service.core.errors import CarryError, InvalidInput
+
+T = TypeVar("T")
+Path = list[str | int]
+
+WRONG_LENGTH: Final = "wrong_length"
+"""Key in a type's `extra`: a function of a place and the length of a list, which makes an error."""
+
+MAX_NAME_CHARS: Final = 100
+MAX_REPORTED: Final = 5
+"""Most errors of one object that are reported."""
+MAX_MEMBERS: Final = 10_000
+"""Most members of an object in MessagePack that are searched for a wrong value, to show it."""
+
+_STEP: Final = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[(\d+)\]")
+_MISSING: Final = re.compile(r"Object missing required field `(.+)`")
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_KIND: Final = re.compile(r"Expected `([a-z |]+)`, got `[A-Za-z]+`")
+_BOUND: Final = re.compile(r"Expected `(?:int|float)` ([<>]=?) (-?[0-9.e+]+)")
+_LENGTH: Final = re.compile(r"Expected `([a-z]+)` of (?:at (?:least|most) )?length ([<>]=)? ?(\d+)")
+_PATTERN: Final = re.compile(r"Expected `str` matching regex '(.+)'")
+_KINDS: Final = {
+    "array": "a list",
+    "object": "an object",
+    "str": "a valid string",
+    "int": "a valid integer",
+    "float": "a valid number",
+    "bool": "a valid boolean",
+    "bytes": "a string of bytes",
+}
+_BOUNDS: Final = {
+    ">": "greater than",
+    ">=": "greater than or equal to",
+    "<": "less than",
+    "<=": "less than or equal to",
+}
+FINITE: Final = "a finite number"
+_OUT_OF_RANGE: Final = {
+    "Number out of range": FINITE,
+    "Integer value out of range": "an integer of 64 bits",
+}
+_NOT_JSON: Final = re.compile(r"at `key`|, got `ext`")
+"""In msgspec's errors for what MessagePack has and JSON has not."""
+_NOT_FINITE: Final = re.compile(rb"NaN|Infinity")
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAPS: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
+_ARRAYS: Final = frozenset([*range(0x90, 0xA0), 0xDC, 0xDD])
+
+
+def decode(media: Media, body: bytes, kind: type[T]) -> T:
+    """The value of a whole body.
+
+    Raises:
+        MalformedBody: it is not one document of that media type.
+        InvalidInput: the document does not fit the type.
+        CarryError: made by the type, by `WRONG_LENGTH`.
+    """
+    if media is Media.JSON:
+        return convert(load_json(body), kind)
+    return decode_packed(body, kind)
+
+
+def loaded(media: Media, body: bytes) -> Any:
+    """A document that `decode_element` may decode more than once.
+
+    Raises:
+        MalformedBody
+    """
+    return load_json(body) if media is Media.JSON else body
+
+
+def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T:
+    """The value of a document that `loaded` gave, or of an element of a list that was not decoded:
+    Python's objects from JSON, and bytes of MessagePack.
+
+    Args:
+        at: the place of the element, with which the places in errors begin; empty for a body.
+
+    Raises:
+        MalformedBody, InvalidInput, CarryError: as `decode`.
+    """
+    if media is Media.JSON:
+        return convert(element, kind, at)
+    return decode_packed(element, kind, at)
+
+
+def undecoded(media: Media) -> Any:
+    """The type of an element that `decode_element` decodes."""
+    return Any if media is Media.JSON else msgspec.Raw
+
+
+def load_json(body: bytes) -> Any:
+    """The value of a JSON document; NaN, infinities and numbers beyond float64 are floats, so that
+    whoever reads them names their place.
+
+    Raises:
+        MalformedBody
+    """
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        reason = str(error)
+        may_be_read = "infinity" in reason or _NOT_FINITE.search(body) is not None
+        # the standard library accepts lone surrogates
+        if may_be_read and _SURROGATE.search(body) is None:
+            try:
+                return json.loads(body.decode())
+            except (ValueError, RecursionError):
+                pass
+        raise malformed(Media.JSON, reason) from error
+
+
+def convert(value: Any, kind: type[T], inside: str = "") -> T:
+    """Python's objects as a typed value.
+
+    Args:
+        inside: the place of the value; empty for a body.
+
+    Raises:
+        InvalidInput, CarryError
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _translated(error, kind, inside, _Parsed(value)) from error
+
+
+def decode_packed(body: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
+    """A document in MessagePack as a typed value.
+
+    Raises:
+        MalformedBody, InvalidInput, CarryError
+    """
+    try:
+        value: T = _packed_decoder(kind).decode(body)  # type: ignore[arg-type]
+    except msgspec.ValidationError as error:
+        wrong = error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise malformed(Media.MSGPACK, str(error)) from error
+    else:
+        return value
+    try:
+        if _NOT_JSON.search(str(wrong)):
+            raise ValueError("names are strings, and there are no extension types")
+        translated = _translated(wrong, kind, inside, _Packed(msgspec.Raw(body)))
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        # damaged behind its first invalid value
+        raise malformed(Media.MSGPACK, str(error)) from error
+    raise translated from wrong
+
+
+def invalid(at: str, expected: object, got: object) -> InvalidInput:
+    """The error for a part of a request that does not fit."""
+    return InvalidInput(f"{at}: expected {expected}, got {got}", at=at, expected=expected, got=got)
+
+
+def shown(value: Any) -> str:
+    """A value as a client wrote it, cut to a few characters."""
+    match value:
+        case Mapping():
+            return "an object"
+        case list() | tuple():
+            return f"a list of {len(value)}"
+        case bytes() | bytearray() | memoryview():
+            return f"{len(value)} bytes"
+        case float() if value != value:
+            return "NaN"
+        case float() if value in (float("inf"), float("-inf")):
+            return "Infinity" if value > 0 else "-Infinity"
+    try:
+        text = orjson.dumps(value).decode()
+    except TypeError:
+        # an integer over 64 bits, or no value of JSON
+        text = repr(value)
+    return text if len(text) <= MAX_GOT_CHARS else f"{text[:MAX_GOT_CHARS]}..."
+
+
+def place(path: Sequence[str | int], inside: str = "") -> str:
+    """`["events", 3, "load"]` as `events[3].load`; the body itself is `body`."""
+    text = inside
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            text += f".{step}" if text else step
+    return text or "body"
+
+
+class _Parsed:
+    """Python's objects, in which an error is looked up."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def value(self, path: Path) -> Any:
+        """The value at a path; raises LookupError."""
+        value = self._value
+        for step in path:
+            try:
+                value = value[step]
+            except (TypeError, KeyError) as error:
+                raise LookupError from error
+        return value
+
+    def members(self, path: Path) -> Mapping[str, Any]:
+        """The members of the object at a path; raises LookupError."""
+        value = self.value(path)
+        if not isinstance(value, dict):
+            raise LookupError
+        return value
+
+    def check(self, member: Any, kind: Any, at: str) -> None:
+        """Raise the error of a member that does not fit its type."""
+        convert(member, kind, at)
+
+
+class _Packed:
+    """A document in MessagePack, in which an error is looked up without decoding the rest.
+
+    The methods are those of `_Parsed`; a damaged document raises MsgspecError or ValueError.
+    """
+
+    def __init__(self, raw: msgspec.Raw):
+        self._raw = raw
+
+    def _at(self, path: Path) -> msgspec.Raw:
+        raw = self._raw
+        for step in path:
+            raw = _members(raw)[step] if isinstance(step, str) else _elements(raw)[step]
+        return raw
+
+    def value(self, path: Path) -> Any:
+        raw = self._at(path)
+        first = memoryview(raw)[0]
+        if first in _MAPS:
+            return {}
+        return _Elements(raw) if first in _ARRAYS else msgspec.msgpack.decode(raw)
+
+    def members(self, path: Path) -> Mapping[str, Any]:
+        return _members(self._at(path))
+
+    def check(self, member: Any, kind: Any, at: str) -> None:
+        decode_packed(member, kind, at)
+
+
+def _translated(
+    error: msgspec.ValidationError, kind: Any, inside: str, source: _Parsed | _Packed
+) -> CarryError:
+    """The API's error for one of msgspec, with the other errors of the same object."""
+    text, mark, tail = str(error).rpartition(" - at `$")
+    if not tail.endswith("`"):
+        mark = ""
+    reason = text if mark else str(error)
+    path: Path = [match[1] or int(match[2]) for match in (_STEP.finditer(tail) if mark else ())]
+    if "[...]" in tail:
+        # the value of a mapping whose name msgspec does not say
+        return invalid(place(path, inside), _expected(reason), "another value")
+    first = _first_error(reason, path, kind, inside, source)
+    if not isinstance(first, InvalidInput):
+        return first
+    try:
+        errors = _errors_of_object(path, kind, inside, source) or [first]
+    except LookupError:
+        errors = [first]
+    reported = errors[:MAX_REPORTED]
+    detail = "; ".join([error.detail for error in reported])
+    if len(errors) > len(reported):
+        detail += "; and more"
+    facts = [{name: error.facts[name] for name in ("at", "expected", "got")} for error in reported]
+    return InvalidInput(detail, **facts[0], **({"errors": facts} if facts[1:] else {}))
+
+
+def _first_error(
+    reason: str, path: Path, kind: Any, inside: str, source: _Parsed | _Packed
+) -> CarryError:
+    node = _node(_type_info(kind), path)
+    extra: Mapping[str, Any] = {}
+    while isinstance(node, inspect.Metadata):
+        extra, node = {**(node.extra or {}), **extra}, node.type
+    if match := _MISSING.fullmatch(reason):
+        return _missing(place([*path, match[1]], inside))
+    if match := _UNKNOWN.fullmatch(reason):
+        known = [field.encode_name for field in getattr(node, "fields", ())]
+        return _unknown(match[1], path, known, inside, source)
+    try:
+        value = source.value(path)
+    except LookupError:
+        value = msgspec.UNSET
+    at = place(path, inside)
+    if (wrong_length := extra.get(WRONG_LENGTH)) and _LENGTH.match(reason):
+        made: CarryError = wrong_length(at, "more" if value is msgspec.UNSET else len(value))
+        return made
+    got = "another value" if value is msgspec.UNSET else shown(value)
+    return invalid(at, extra.get(EXPECTED) or _expected(reason), got)
+
+
+def _errors_of_object(
+    path: Path, kind: Any, inside: str, source: _Parsed | _Packed
+) -> list[InvalidInput]:
+    """The first few errors of the innermost object at a path; raises LookupError."""
+    end = len(path)
+    while end >= 0:
+        node = _alternatives(_node(_type_info(kind), path[:end]))[0]
+        if isinstance(node, inspect.StructType):
+            break
+        end -= 1
+    else:
+        return []
+    path = path[:end]
+    members = source.members(path)
+    fields = _fields(node.cls)
+    errors: list[InvalidInput] = []
+    for name, field in fields.items():
+        at = place([*path, name], inside)
+        try:
+            if name in members:
+                source.check(members[name], field.type, at)
+            elif field.required:
+                raise _missing(at)
+        except InvalidInput as error:
+            several = error.facts.get("errors", [])
+            errors += [invalid(**facts) for facts in several] or [error]
+        except CarryError:
+            # too long: not what is reported here
+            pass
+    for name in members:
+        if len(errors) > MAX_REPORTED:
+            break
+        if name not in fields:
+            errors.append(_unknown(name, path, fields, inside, source))
+    return errors
+
+
+def _missing(at: str) -> InvalidInput:
+    return invalid(at, "this member, which is required", "nothing")
+
+
+def _unknown(
+    name: str, path: Path, known: Iterable[str], inside: str, source: _Parsed | _Packed
+) -> InvalidInput:
+    try:
+        got = shown(source.value([*path, name]))
+    except LookupError:
+        got = "another value"
+    at = place([*path, name[:MAX_NAME_CHARS]], inside)
+    return invalid(at, f"one of the members {', '.join(known)}", got)
+
+
+def _expected(reason: str) -> str:
+    """The description of valid values in a reason of msgspec."""
+    if match := _KIND.fullmatch(reason):
+        kinds = [kind for kind in match[1].split(" | ") if kind != "null"]
+        return " or ".join([_KINDS.get(kind, kind) for kind in kinds]) or "null"
+    if match := _BOUND.fullmatch(reason):
+        is_bound = abs(float(match[2])) < LARGEST
+        return f"{_BOUNDS[match[1]]} {match[2].removesuffix('.0')}" if is_bound else FINITE
+    if match := _LENGTH.fullmatch(reason):
+        kind, bound, length = match.groups()
+        noun, unit = ("string", "characters") if kind == "str" else ("list", "values")
+        how = {">=": "at least ", "<=": "at most "}.get(bound, "")
+        return f"{noun} of {how}{length} {unit}"
+    if match := _PATTERN.fullmatch(reason):
+        return f"string matching {match[1]}"
+    return _OUT_OF_RANGE.get(reason, reason[:300])
+
+
+@lru_cache(maxsize=1024)
+def _packed_decoder(kind: Any) -> Any:
+    return msgspec.msgpack.Decoder(kind)
+
+
+@lru_cache(maxsize=1024)
+def _type_info(kind: Any) -> Any:
+    return inspect.type_info(kind)
+
+
+@lru_cache(maxsize=1024)
+def _fields(kind: Any) -> dict[str, msgspec.structs.FieldInfo]:
+    """The fields of a struct by the names of their members."""
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
+
+
+def _node(node: Any, path: Path) -> Any:
+    """The type at a path within a type; None if the path leads nowhere."""
+    for step in path:
+        for each in _alternatives(node):
+            if isinstance(step, int) and isinstance(each, inspect.CollectionType):
+                node = each.item_type
+                break
+            if isinstance(step, int) and isinstance(each, inspect.TupleType):
+                node = each.item_types[step]
+                break
+            if isinstance(each, inspect.StructType):
+                node = {field.encode_name: field.type for field in each.fields}.get(str(step))
+                break
+        else:
+            return None
+    if isinstance(node, inspect.UnionType):
+        others = [each for each in node.types if not isinstance(each, inspect.NoneType)]
+        return others[0] if len(others) == 1 else node
+    return node
+
+
+def _alternatives(node: Any) -> list[Any]:
+    """The types of a union, or the one type."""
+    while isinstance(node, inspect.Metadata):
+        node = node.type
+    if isinstance(node, inspect.UnionType):
+        return [each for part in node.types for each in _alternatives(part)]
+    return [node]
+
+
+class _Elements(list[Any]):
+    """The elements of an array in MessagePack, of which only the number is read."""
+
+    def __init__(self, raw: msgspec.Raw):
+        super().__init__()
+        self._length = _packed_length(raw)
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def _packed_length(raw: msgspec.Raw) -> int:
+    """The number of elements of an array or members of a map in MessagePack, by its header."""
+    header = bytes(memoryview(raw)[:5])
+    if header[0] < 0xA0:
+        return header[0] & 0x0F
+    return int.from_bytes(header[1:3] if header[0] in (0xDC, 0xDE) else header[1:5], "big")
+
+
+def _members(raw: msgspec.Raw) -> dict[str, msgspec.Raw]:
+    if memoryview(raw)[0] not in _MAPS or _packed_length(raw) > MAX_MEMBERS:
+        raise LookupError
+    try:
+        return msgspec.msgpack.decode(raw, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError as error:
+        raise LookupError from error
+
+
+def _elements(raw: msgspec.Raw) -> list[msgspec.Raw]:
+    try:
+        return msgspec.msgpack.decode(raw, type=list[msgspec.Raw])
+    except msgspec.ValidationError as error:
+        raise LookupError from error

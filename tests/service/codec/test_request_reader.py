@@ -1,0 +1,674 @@
+"""One request means the same on every path: its values, or the error and its place.
+
+Requests are generated with wrong and unusual values. An oracle of plain Python, which shares no
+code with the readers, says what each means. The paths are those of every transport: usual and
+unusual JSON, MessagePack, an item of many, a frame of a live socket, and V2 as JSON, with a binary
+tensor and over gRPC.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import ormsgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import astuple
+from pydantic import TypeAdapter, ValidationError
+
+from models.artifact.artifact import Artifact, write_artifact
+from models.events.columns import columns_from_events
+from models.events.parse import event_adapter
+from service.access.caller import ANYONE
+from service.codec.json_rows import MAX_BYTES, MAX_DOT
+from service.codec.media import Media
+from service.codec.request_reader import RequestReader
+from service.codec.settings import RequestSettings
+from service.core.delivery import chunk_digest
+from service.core.errors import CarryError
+from service.core.values import Chunk, Feed, SequenceInput, Steps
+from service.pipeline.served_model import ServedModel
+from service.transports.v1.context import ModelCodec
+from service.transports.v2.http_body import decode_request
+from service.transports.v2.inference import Inference
+from service.transports.v2.values import InferRequest, InputTensor
+from tests.service.transports.v1.harness import EVENT, EVENT_MS, LATER, rows
+from tests.support.models import random_weights, small_spec
+from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.pipelines import make_artifact
+from tests.support.v2_messages import message_class
+
+LIMITS = RequestSettings(max_chunk_steps=4, max_predict_steps=6, max_items=3)
+NONCE = b"n" * 16
+EPOCH = "0123456789abcdef"
+
+
+class Wrong(NamedTuple):
+    """What the oracle says of a wrong request: the codes and places that its error may have."""
+
+    codes: frozenset[str]
+    places: frozenset[str]
+
+
+@pytest.fixture(scope="module")
+def codecs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, ModelCodec]:
+    """`small` takes events, `probe` rows of three numbers."""
+    folder = tmp_path_factory.mktemp("models")
+    spec = small_spec()
+    small = write_artifact(folder / "small", spec, random_weights(spec))
+    return {
+        name: codec_of(artifact)
+        for name, artifact in (("small", small), ("probe", make_artifact(folder)))
+    }
+
+
+def codec_of(artifact: Artifact, limits: RequestSettings = LIMITS) -> ModelCodec:
+    codec = ModelCodec(ServedModel(artifact, NumpyRuntime(artifact)), limits)
+    codec.reader = RequestReader(codec.served, limits, lambda: NONCE)
+    return codec
+
+
+# The oracle.
+
+
+def is_whole(value: Any, most: int = 2**63 - 1) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
+def expected(codec: ModelCodec, body: Mapping[str, Any]) -> Chunk | Wrong:
+    """What a body means: each rule of the reference, in plain Python."""
+    codes, places = set[str](), set[str]()
+
+    def wrong(place: str, code: str = "invalid_input") -> None:
+        codes.add(code)
+        places.add(place)
+
+    known = {"events", "inputs", "resets", "false_alarms_per_day"}
+    for name in body.keys() - known - {"position", "epoch", "final", "dry_run"}:
+        wrong(name)
+    position, epoch = body.get("position"), body.get("epoch")
+    if position is not None and not is_whole(position):
+        wrong("position")
+    if epoch is not None and not (type(epoch) is str and re.fullmatch("[0-9a-f]{16}", epoch)):
+        wrong("epoch")
+    for name in ("final", "dry_run"):
+        if type(body.get(name, False)) is not bool:
+            wrong(name)
+    if body.get("final") is True:
+        wrong("final", "final_unsupported")
+    if body.get("false_alarms_per_day") is not None:
+        wrong("false_alarms_per_day")  # neither model has alarms
+    events, inputs = body.get("events"), body.get("inputs")
+    if (events is None) == (inputs is None):
+        wrong("body")
+    steps, marks = None, list[int]()
+    if events is not None:
+        steps, marks = oracle_events(codec, events, wrong)
+    if inputs is not None:
+        steps = oracle_rows(codec, inputs, wrong)
+    resets = body.get("resets")
+    if resets is not None:
+        if type(resets) is not list:
+            wrong("resets")
+        else:
+            if len(resets) > LIMITS.max_chunk_steps:
+                wrong("resets")
+            length = 0 if steps is None else steps.length
+            for at, reset in enumerate(resets):
+                before = resets[at - 1] if at else -1
+                fits = is_whole(reset) and is_whole(before + 1) and before < reset < length
+                if not fits:
+                    wrong(f"resets[{at}]")
+    if codes or steps is None:
+        return Wrong(frozenset(codes), frozenset(places))
+    merged = tuple(sorted({*marks, *(resets or [])}))
+    steps = Steps(steps.feed, steps.length, steps.columns, steps.rows, merged)
+    nonce = NONCE if position is None else b""
+    digest = chunk_digest(codec.served.events, steps, nonce, final=False)
+    return Chunk(
+        codec.reader.key("s"),
+        steps,
+        digest,
+        position,
+        None if epoch is None else bytes.fromhex(epoch),
+        dry_run=body.get("dry_run", False),
+    )
+
+
+Report = Callable[..., None]
+
+
+def oracle_rows(codec: ModelCodec, inputs: Any, wrong: Report) -> Steps | None:
+    wide = codec.served.input_features
+    if type(inputs) is not list:
+        wrong("inputs")
+        return None
+    if not inputs or len(inputs) > LIMITS.max_chunk_steps:
+        wrong("inputs", "chunk_too_long" if inputs else "invalid_input")
+    for at, row in enumerate(inputs):
+        if type(row) is not list or len(row) != wide:
+            wrong(f"inputs[{at}]")
+            if type(row) is not list:
+                continue
+        for column, value in enumerate(row):
+            is_number = type(value) in (int, float)
+            with np.errstate(over="ignore"):
+                fits = is_number and bool(np.isfinite(np.float32(float(value))))
+            codes = codec.served.spec.columns[column].codes if column < wide else None
+            if codes is not None:
+                fits = fits and value == int(value) and 0 <= value < codes
+            if not fits:
+                wrong(f"inputs[{at}][{column}]")
+    try:
+        with np.errstate(over="ignore"):
+            values = np.array(inputs, np.float64).astype("<f4")
+        return Steps(Feed.INPUTS, len(inputs), rows=values)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def oracle_events(codec: ModelCodec, events: Any, wrong: Report) -> tuple[Steps | None, list[int]]:
+    schema, marks, valid = codec.served.events, list[int](), list[Any]()
+    if schema is None or type(events) is not list:
+        wrong("events")
+        return None, marks
+    if not events or len(events) > LIMITS.max_chunk_steps:
+        wrong("events", "chunk_too_long" if events else "invalid_input")
+    adapter: TypeAdapter[Any] = event_adapter(schema)
+    for at, event in enumerate(events):
+        if type(event) is not dict:
+            wrong(f"events[{at}]")
+            continue
+        mark = event.get("reset", False)
+        if type(mark) is not bool:
+            wrong(f"events[{at}].reset")
+        elif mark:
+            marks.append(at)
+        try:
+            members = {name: value for name, value in event.items() if name != "reset"}
+            valid.append(adapter.validate_python(members))
+        except ValidationError as error:
+            for each in error.errors():
+                wrong(f"events[{at}].{each['loc'][0]}")
+    if len(valid) < len(events):
+        return None, marks
+    return Steps(Feed.EVENTS, len(events), columns=columns_from_events(schema, valid)), marks
+
+
+# The paths.
+
+
+def shown(value: Any) -> Any:
+    """A value whose equality is that of all that a pipeline or a client would see."""
+    if isinstance(value, CarryError):
+        return value.code, dict(value.facts)
+    if isinstance(value, SequenceInput):
+        return shown(value.steps), value.token
+    if isinstance(value, Chunk):
+        members = [member for member in astuple(value) if member is not value.steps]
+        return (*map(str, members), shown(value.steps))
+    if isinstance(value, Steps):
+        content: Any = value.rows
+        if content is not None:
+            content = (content.dtype.str, content.shape, (content + 0.0).tobytes())
+        elif value.columns is not None:
+            content = {
+                name: (array.tolist(), value.columns.present[name].tolist())
+                for name, array in value.columns.values.items()
+            }
+        return value.feed, value.length, content, value.resets, value.false_alarms_per_day
+    return [shown(item) for item in value]
+
+
+def result(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except CarryError as error:
+        return error
+
+
+def read_chunk(codec: ModelCodec, body: bytes, media: Media = Media.JSON) -> Any:
+    return result(lambda: codec.reader.chunk(body, media, codec.reader.key("s")))
+
+
+def in_frame(codec: ModelCodec, body: Mapping[str, Any]) -> Any:
+    frame = codec.reader.frame(dumps({"id": 7, **body}), Media.JSON, "s")
+    assert (frame.id, frame.stream) == (7, "s")
+    return frame.result
+
+
+def as_item(codec: ModelCodec, body: Mapping[str, Any]) -> Any:
+    other = {"stream": "other", "inputs": [[0.0] * codec.served.input_features]}
+    many = dumps({"chunks": [other, {"stream": "s", **body}]})
+    found = result(lambda: codec.reader.items(many, Media.JSON))
+    assert isinstance(found, list), found
+    assert isinstance(found[0], Chunk)
+    if isinstance(found[1], CarryError):
+        found[1].facts = without_prefix(found[1].facts, "chunks[1]")
+    return found[1]
+
+
+def without_prefix(facts: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    at = facts["at"].removeprefix(prefix).removeprefix(".") or "body"
+    return {**facts, "at": at}
+
+
+def dumps(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def unusual(body: Mapping[str, Any]) -> bytes:
+    """JSON that simdjson does not get: a name is escaped, or a member comes twice."""
+    text = json.dumps(body).replace('"inputs"', '"\\u0069nputs"')
+    return (('{"position": "earlier", ' + text[1:]) if "position" in body else text).encode()
+
+
+def packed(body: Mapping[str, Any], wide: int) -> bytes | None:
+    """MessagePack; None for values that it cannot hold, and rows that are not rectangular."""
+    found = dict(body)
+    if found.get("inputs") is not None:
+        if type(found["inputs"]) is not list:
+            return None
+        try:
+            with np.errstate(over="ignore"):
+                values = np.array(found["inputs"], np.float64).astype("<f4")
+        except (ValueError, TypeError, OverflowError):
+            return None
+        flat = [value for row in found["inputs"] if type(row) is list for value in row]
+        if values.ndim != 2 or values.shape[1] != wide or not set(map(type, flat)) <= {int, float}:
+            return None
+        found["inputs"] = values.tobytes()
+    try:
+        return ormsgpack.packb(found)
+    except TypeError:
+        return None
+
+
+V2_MEMBERS = {"events", "inputs", "position", "epoch", "resets", "dry_run"}
+
+
+def by_v2(codec: ModelCodec, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of V2's paths; none for what its requests cannot say."""
+    steps = body.get("inputs") or body.get("events")
+    feed = "inputs" if body.get("inputs") else "events"
+    is_usual = set(body) <= V2_MEMBERS and type(steps) is list and None not in body.values()
+    if not is_usual or len({"events", "inputs"} & set(body)) != 1:
+        return {}
+    resets, position, epoch = [body.get(name) for name in ("resets", "position", "epoch")]
+    length, wide = len(steps), codec.served.input_features
+    indexes = [] if resets is None else resets
+    if type(indexes) is not list or not set(map(type, indexes)) <= {int}:
+        return {}
+    if sorted(set(indexes)) != indexes or not set(indexes) <= {*range(length)}:
+        return {}
+    if not is_whole(position or 0) or type(epoch or "") is not str:
+        return {}
+    if type(body.get("dry_run", True)) is not bool or type(position) is bool:
+        return {}
+    parameters = {"sequence_id": "s"} | {
+        name: body[name] for name in ("position", "epoch", "dry_run") if name in body
+    }
+    if feed == "inputs":
+        is_flat = all(type(row) is list and len(row) == wide for row in steps)
+        numbers = is_flat and all(type(value) in (int, float) for row in steps for value in row)
+        if not numbers:
+            return {}
+        with np.errstate(over="ignore"):
+            binary = np.array(steps, np.float64).astype("<f4").tobytes()
+        tensor = {"name": "inputs", "datatype": "FP32", "shape": [length, wide]}
+        data: Any = steps
+    else:
+        if not all(type(event) is dict for event in steps):
+            return {}
+        elements = [dumps(event) for event in steps]
+        binary = b"".join([len(each).to_bytes(4, "little") + each for each in elements])
+        tensor = {"name": "events", "datatype": "BYTES", "shape": [length]}
+        data = [each.decode() for each in elements]
+    marks = [at in indexes for at in range(length)]
+    reset = {"name": "reset", "datatype": "BOOL", "shape": [length], "data": marks}
+    others = [reset] if "resets" in body else []
+    model = codec.served.name
+    text = dumps({"inputs": [{**tensor, "data": data}, *others], "parameters": parameters})
+    sized = {**tensor, "parameters": {"binary_data_size": len(binary)}}
+    head = dumps({"inputs": [sized, *others], "parameters": parameters})
+    message = message_class("ModelInferRequest")()
+    contents = message.inputs.add().contents
+    if feed == "inputs":
+        contents.fp32_contents.extend(np.frombuffer(binary, "<f4").tolist())
+        values = contents.fp32_contents
+    else:
+        contents.bytes_contents.extend(elements)
+        values = contents.bytes_contents
+    tensors = [InputTensor(tensor["name"], tensor["datatype"], tensor["shape"], values)]
+    tensors += [InputTensor("reset", "BOOL", [length], bytes(marks))] if others else []
+    pipeline = SimpleNamespace(model=lambda *of: codec.served)
+    api: Any = SimpleNamespace(codec=lambda served: codec, limits=LIMITS, pipeline=pipeline)
+    inference = Inference(api)
+    requests = {
+        "V2 JSON": lambda: decode_request(text, None, model, "")[0],
+        "V2 binary": lambda: decode_request(head + binary, len(head), model, "")[0],
+        "gRPC": lambda: InferRequest(model, tensors, parameters),
+    }
+    return {
+        name: result(lambda make=make: inference.read(ANYONE, make(), math.inf).work)  # type: ignore[misc]
+        for name, make in requests.items()
+    }
+
+
+def check(name: str, found: Any, wanted: Chunk | Wrong) -> None:
+    if isinstance(wanted, Chunk):
+        assert shown(found) == shown(wanted), name
+    else:
+        assert isinstance(found, CarryError), name
+        assert found.code in wanted.codes, (name, found.facts)
+        at = found.facts["at"]
+        assert at.removeprefix("parameters.") in wanted.places, (name, found.facts)
+        assert found.facts.get("stream") == "s" or at.startswith("parameters."), name
+
+
+# What is generated.
+
+NUMBERS = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.sampled_from([0, 1, 2, -0.0, 1.5, 2.0, 3e38]),
+)
+ODD_NUMBERS = st.sampled_from(
+    [math.nan, math.inf, -math.inf, 1e39, 3.4028235677973366e38, True, None, "1", [1.0], {}, 10**30]
+)
+EVENT_MEMBERS = st.sampled_from([*LATER, "more"])
+VALUES = st.sampled_from(
+    [
+        *(None, True, 1, -0.0, 2.5, "x", "", EVENT_MS, "2013-01-01", "2013-02-30T00:00:00Z"),
+        *("2013-01-01T05:17:00.5Z", "x" * 257, [], {}, 1e39, math.nan, 10**15),
+    ]
+)
+
+
+def mostly(usual: Any, odd: Any, chance: int = 20) -> st.SearchStrategy[Any]:
+    return st.integers(0, chance).flatmap(lambda roll: odd if roll == 0 else usual)
+
+
+@st.composite
+def events(draw: st.DrawFn) -> Any:
+    found = []
+    for _ in range(draw(st.integers(0, 5))):
+        event: dict[str, Any] = dict(draw(st.sampled_from([EVENT, LATER])))
+        if draw(st.integers(0, 3)) == 0:
+            event[draw(EVENT_MEMBERS)] = draw(VALUES)
+        if draw(st.integers(0, 4)) == 0:
+            event["reset"] = draw(st.sampled_from([True, True, False, None, 1]))
+        found.append(draw(mostly(st.just(event), st.sampled_from([None, 1, []]))))
+    return found
+
+
+@st.composite
+def bodies(draw: st.DrawFn, model: str) -> dict[str, Any]:
+    wide = 3 if model == "probe" else 9
+    value = mostly(NUMBERS, ODD_NUMBERS, 40) if model == "probe" else st.just(0.0)
+    width = mostly(st.just(wide), st.just(wide - 1), 40)
+    row = width.flatmap(lambda count: st.lists(value, min_size=count, max_size=count))
+    inputs = mostly(st.lists(row, max_size=5), st.sampled_from([None, 1, "x", {}, [[]], [1]]))
+    body: dict[str, Any] = {"inputs": draw(inputs)}
+    if model == "small" and draw(st.booleans()):
+        body = {"events": draw(mostly(events(), st.sampled_from([None, 1, {}])))}
+        if draw(st.integers(0, 15)) == 0:
+            body["inputs"] = draw(inputs)
+    odd: dict[str, list[Any]] = {
+        "position": [0, 7, 2**63 - 1, 2**63, -1, 1.0, True, None, "0"],
+        "epoch": [EPOCH, EPOCH.upper(), EPOCH + "\n", None, 5],
+        "resets": [[], [0], [0, 1], [1, 0], [1, 1], [4], [-1], [0.0], [True], None, 5],
+        "final": [False, True, None],
+        "dry_run": [True, False, 1],
+        "false_alarms_per_day": [None, 0.5, 0],
+        "odd": [1],
+    }
+    for name, values in odd.items():
+        if draw(st.integers(0, 2 if name == "position" else 8)) == 0:
+            body[name] = draw(st.sampled_from(values))
+    return dict(draw(st.permutations(list(body.items()))))
+
+
+@pytest.mark.parametrize("model", ["probe", "small"])
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_every_path_gives_what_the_oracle_says(
+    codecs: Mapping[str, ModelCodec], data: st.DataObject, model: str
+) -> None:
+    codec, body = codecs[model], data.draw(bodies(model))
+    wanted = expected(codec, body)
+    found = {
+        "JSON": read_chunk(codec, dumps(body)),
+        "unusual JSON": read_chunk(codec, unusual(body)),
+        "frame": in_frame(codec, body),
+        "item": as_item(codec, body),
+        **by_v2(codec, body),
+    }
+    if (content := packed(body, codec.served.input_features)) is not None:
+        found["MessagePack"] = read_chunk(codec, content, Media.MSGPACK)
+    for name, each in found.items():
+        check(name, each, wanted)
+    if isinstance(wanted, Wrong) and len(wanted.places) == 1:
+        facts = {
+            name: {key: each.facts[key] for key in ("at", "got") if key in each.facts}
+            for name, each in found.items()
+            if name in ("JSON", "unusual JSON", "item")
+        }
+        assert facts["JSON"] == facts["unusual JSON"]
+        assert facts["JSON"] == facts["item"]
+
+
+EDGES = [
+    '{"inputs":[[1,2,3]],"position":9223372036854775807}',
+    '{"inputs":[[1,2,3]],"position":9223372036854775808}',
+    '{"inputs":[[1,2,3]],"position":-0}',
+    '{"inputs":[[1,2,3]],"position":1.0}',
+    '{"inputs":[[1,2,3]],"position":true}',
+    '{"inputs":[[1,2,3]],"position":null,"epoch":null,"events":null}',
+    '{"inputs":null,"position":1}',
+    '{"inputs":[[1,2,true]]}',
+    '{"inputs":[[1,2,-0]]}',
+    '{"inputs":[[1,2,-0.0]]}',
+    '{"inputs":[[1,2,1e39]]}',
+    '{"inputs":[[1,2,1e999]]}',
+    '{"inputs":[[1,2,NaN]]}',
+    '{"inputs":[[1,2,123456789012345678901234567890]]}',
+    '{"inputs":[[1,2]]}',
+    '{"inputs":[[1,2,[3]]]}',
+    '{"inputs":[[1,2,[3,4]],[5,6,[]]]}',
+    '{"inputs":[[1,2,3],[[4,5,6]]]}',
+    '{"inputs":["abc"]}',
+    '{"inputs":[{"a":1,"b":2,"c":3}]}',
+    '{"inputs":{"a":[1,2,3]}}',
+    '{"inputs":[[1,2,18446744073709551615]]}',
+    '{"inputs":[[1,2,3.4028235677973366e38]]}',
+    '{"inputs":[[1,2,1e200]]}',
+    '{"inputs":[[1,2,3]],"position":7,"epoch":"0123456789abcdef"}',
+    '{"epoch":"0123456789abcdeF","inputs":[[1,2,3]]}',
+    '{"epoch":["0123456789abcdef"],"inputs":[[1,2,3]]}',
+    '{"inputs":[]}',
+    '{"inputs":[[1,2,3],[1,2,3],[1,2,3],[1,2,3],[1,2,3]]}',
+    '{"inputs":[[1,2,3]],"inputs":[[4,5,6]]}',
+    '{"inputs":[[1,2]],"inputs":[[4,5,6]]}',
+    '{"inputs":[[4,5,6]],"inputs":[[1,2]]}',
+    '{"position":-1,"inputs":[[4,5,6]],"position":1}',
+    '{"inputs":[[1,2,3]],"epoch":"0123456789abcdef\\n"}',
+    '{"inputs":[[1,2,3]],"epoch":"0123456789abcde\\ud800"}',
+    '{"inputs":[[1,2,3]],"odd":1}',
+    '{"\\u0069nputs":[[1,2,3]]}',
+    '{"inputs":[[1,2,3]]} ',
+    '{"inputs":[[1,2,3]]}{}',
+    '\ufeff{"inputs":[[1,2,3]]}',
+]
+
+
+@pytest.mark.parametrize("text", EDGES)
+def test_unusual_json_is_read_as_by_the_slow_decoder(
+    codecs: Mapping[str, ModelCodec], text: str
+) -> None:
+    """A space in front keeps simdjson away."""
+    reader, body = codecs["probe"].reader, text.encode()
+    fast, slow = [shown(read_chunk(codecs["probe"], each)) for each in (body, b" " + body)]
+    assert fast == slow or fast[0] == slow[0] == "malformed_body"
+    item = b'{"stream":"a",' + body[1:]
+    many = [b'{"chunks":[%b]}' % item, b' {"chunks":[%b]}' % item]
+    fast, slow = [shown(result(lambda b=each: reader.items(b, Media.JSON))) for each in many]
+    assert fast == slow or fast[0] == slow[0] == "malformed_body"
+    framed = [reader.frame(each, Media.JSON, None) for each in (item, b" " + item)]
+    assert [each[:2] for each in framed] == [framed[0][:2]] * 2
+    assert shown(framed[0].result)[0] == shown(framed[1].result)[0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_damaged_bodies_are_rejected_alike(
+    codecs: Mapping[str, ModelCodec], data: st.DataObject
+) -> None:
+    """A damaged body is read in the same way by both decoders of JSON, and breaks none."""
+    codec = codecs["probe"]
+    body = dumps({"position": 0, "inputs": rows(2).tolist(), "epoch": EPOCH})
+    many = dumps({"chunks": [{"stream": "a", "inputs": rows(1).tolist()}] * 2})
+    put = data.draw(st.one_of(st.binary(max_size=2), st.sampled_from([b",", b"]", b"NaN", b'"'])))
+    for whole, read in ((body, lambda b: read_chunk(codec, b)), (many, items(codec))):
+        at = data.draw(st.integers(0, len(whole)))
+        damaged = whole[:at] + put + whole[at + data.draw(st.integers(0, 3)) :]
+        fast, slow = shown(read(damaged)), shown(read(b" " + damaged))
+        assert fast == slow or fast[0] == slow[0] == "malformed_body"
+    packed_body = ormsgpack.packb({"chunks": [{"stream": "a", "inputs": rows(1).tobytes()}]})
+    at = data.draw(st.integers(0, len(packed_body)))
+    damaged = packed_body[:at] + put + packed_body[at + data.draw(st.integers(0, 3)) :]
+    found = result(lambda: codec.reader.items(damaged, Media.MSGPACK))
+    assert isinstance(found, list | CarryError)
+
+
+def items(codec: ModelCodec) -> Callable[[bytes], Any]:
+    return lambda body: result(lambda: codec.reader.items(body, Media.JSON))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), model=st.sampled_from(["probe", "small"]))
+def test_items_and_sequences_are_what_each_is_alone(
+    codecs: Mapping[str, ModelCodec], data: st.DataObject, model: str
+) -> None:
+    codec = codecs[model]
+    reader = codec.reader
+    several = data.draw(st.lists(bodies(model), min_size=1, max_size=3))
+    alone = [read_chunk(codec, dumps(body)) for body in several]
+    many = dumps({"chunks": [{"stream": "s", **body} for body in several]})
+    found = result(lambda: reader.items(many, Media.JSON))
+    for at, (item, one) in enumerate(zip(found, alone, strict=True)):
+        if isinstance(one, CarryError):
+            facts = without_prefix(item.facts, f"chunks[{at}]")
+            assert (item.code, facts["at"], facts["stream"]) == (one.code, one.facts["at"], "s")
+        else:
+            assert shown(item) == shown(one)
+    kept = {"events", "inputs", "resets"}
+    parts = [{name: body[name] for name in body if name in kept} for body in several]
+    alone = [read_chunk(codec, dumps(part)) for part in parts]
+    sequences = result(lambda: reader.sequences(dumps({"sequences": parts}), Media.JSON))
+    if isinstance(sequences, CarryError):
+        wrong = [one for one in alone if isinstance(one, CarryError)]
+        assert wrong or sequences.facts["at"] == "sequences" or sequences.code == "chunk_too_long"
+    else:
+        steps = [one.steps for one in alone if isinstance(one, Chunk)]
+        assert shown([each.steps for each in sequences])[: len(steps)] == shown(steps)
+
+
+TWICE = {
+    "a member of a chunk": ({"position": 3, "inputs": [[0.0] * 3]}, '"position": 3'),
+    "the rows": ({"inputs": [[1.0, 2.0, 3.0]]}, '"inputs": [[1.0, 2.0, 3.0]]'),
+}
+
+
+@pytest.mark.parametrize("earlier", ["4", "null", '"x"', "[[9, 9, 9]]"])
+@pytest.mark.parametrize("name", TWICE)
+def test_last_of_duplicate_members_counts(
+    codecs: Mapping[str, ModelCodec], name: str, earlier: str
+) -> None:
+    codec, (body, member) = codecs["probe"], TWICE[name]
+    key = member.partition(":")[0]
+    text = json.dumps(body).replace(member, f"{key}: {earlier}, {member}").encode()
+    assert shown(read_chunk(codec, text)) == shown(read_chunk(codec, dumps(body)))
+    many = b'{"chunks": [{"stream": "other", "stream": "s", %b]}' % text[1:]
+    [item] = result(lambda: codec.reader.items(many, Media.JSON))
+    assert shown(item) == shown(read_chunk(codec, dumps(body)))
+    frame = codec.reader.frame(b'{"id": 1, "id": 2, %b' % text[1:], Media.JSON, "s")
+    assert frame.id == 2
+    assert shown(frame.result) == shown(read_chunk(codec, dumps(body)))
+
+
+def test_last_of_duplicate_members_counts_in_messagepack(codecs: Mapping[str, ModelCodec]) -> None:
+    codec, rest = codecs["probe"], ormsgpack.packb({"inputs": rows(1).tobytes()})[1:]
+    twice = b"\x83\xa8position\x01\xa8position\x02" + rest
+    found = read_chunk(codec, twice, Media.MSGPACK)
+    assert found.position == 2
+
+
+@pytest.mark.parametrize("media", Media)
+@pytest.mark.parametrize("size", [(20, 16), (16, 20), (12, 13, 23)], ids=str)
+def test_incomplete_rows_are_not_completed_by_other_chunks(
+    codecs: Mapping[str, ModelCodec], media: Media, size: tuple[int, ...]
+) -> None:
+    """Rows of 12 bytes: together the lengths are whole rows, and each is its own chunk's alone."""
+    reader = codecs["probe"].reader
+    if media is Media.JSON:
+        inputs: list[Any] = [[[0.0] * (each // 4)] for each in size]
+    else:
+        inputs = [rows(2).tobytes()[:each] for each in size]
+    encode = dumps if media is Media.JSON else ormsgpack.packb
+    many = encode({"chunks": [{"stream": f"s{at}", "inputs": x} for at, x in enumerate(inputs)]})
+    found = reader.items(many, media)
+    assert [isinstance(each, CarryError) for each in found] == [
+        each % 12 > 0 if media is Media.MSGPACK else each // 4 != 3 for each in size
+    ]
+    predict = encode({"sequences": [{"inputs": each} for each in inputs]})
+    error = result(lambda: reader.sequences(predict, media))
+    assert error.code == "invalid_input"
+
+
+@pytest.mark.parametrize("largest", [0.5, 1e39, 1.3e154, 1e300])
+@pytest.mark.parametrize("count", [1, MAX_DOT, 25_000])
+def test_number_beyond_float32_among_many_is_found(
+    codecs: Mapping[str, ModelCodec], count: int, largest: float
+) -> None:
+    """Also in a body that is too long for simdjson."""
+    codec = codec_of(codecs["probe"].served.artifact, RequestSettings(max_chunk_steps=30_000))
+    inputs = [[0.0, 1.0, 2.0]] * count + [[largest, 0.0, 0.0]]
+    body = dumps({"inputs": inputs})
+    assert (len(body) > MAX_BYTES) == (count == 25_000)
+    found = read_chunk(codec, body)
+    if largest == 0.5:
+        np.testing.assert_array_equal(found.steps.rows, np.float32(inputs))
+    else:
+        assert found.facts["at"] == f"inputs[{count}][0]"
+        assert found.facts["got"] == json.dumps(largest)
+
+
+def test_all_errors_of_an_object_are_reported(codecs: Mapping[str, ModelCodec]) -> None:
+    body = {"position": -1, "events": [{"load": "x", "carrier": 3, "other": 1}], "odd": True}
+    for media, content in ((Media.JSON, dumps(body)), (Media.MSGPACK, ormsgpack.packb(body))):
+        error = read_chunk(codecs["small"], content, media)
+        places = [each["at"] for each in error.facts["errors"]]
+        wrong = ("load", "at", "carrier", "heavy", "other")
+        assert places[:5] == [f"events[0].{name}" for name in wrong]
+        assert error.facts["errors"][1]["got"] == "nothing"
+
+
+@pytest.mark.parametrize("packed_id", [b"\xa2id\x08", b"\xa2id\xa18"])
+def test_wrong_frame_has_its_id_and_stream(
+    codecs: Mapping[str, ModelCodec], packed_id: bytes
+) -> None:
+    reader = codecs["probe"].reader
+    text = b'{"inputs": [[0, 0, "x"]], "stream": "a", "id": 8}'
+    frame = reader.frame(text, Media.JSON, None)
+    assert (frame.id, frame.stream, frame.result.facts["at"]) == (8, "a", "inputs[0][2]")  # type: ignore[union-attr]
+    frame = reader.frame(b"\x82" + packed_id + b"\xa6inputs\x01", Media.MSGPACK, "s")
+    assert frame.id in (8, "8")
+    assert reader.frame(b'{"id": [1], "inputs": []}', Media.JSON, "s").id is None
+    assert reader.frame(b'{"id": 1', Media.JSON, "s").id is None
