@@ -1,4 +1,7 @@
-"""One chunk for each of many streams of a model, in requests of at most `STREAMS_PER_REQUEST`."""
+"""One chunk for each of many streams of a model, in requests of at most `STREAMS_PER_REQUEST`.
+
+A request that is too long for the service is sent again in halves.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +11,14 @@ from typing import Any, Final
 
 from carry_client.calls import LOG, Attempts, Call, Sleep
 from carry_client.chunks import Chunk
-from carry_client.errors import AlreadyApplied, CarryError, Problem, StreamMoved, read_problem
+from carry_client.errors import (
+    AlreadyApplied,
+    BodyTooLarge,
+    CarryError,
+    Problem,
+    StreamMoved,
+    read_problem,
+)
 from carry_client.models import ModelCore
 from carry_client.replies import Reply, unreadable
 from carry_client.steps import to_steps
@@ -58,6 +68,12 @@ def _deliver(
         some = dict(islice(waiting.items(), limit))
         try:
             results = yield from _attempt(model, some, params, attempts)
+        except BodyTooLarge as problem:
+            if len(some) == 1:
+                outcomes.update({stream.name: problem for stream in some})
+                del waiting[next(iter(some))]
+            limit = max(1, len(some) // 2)
+            continue
         except Problem as problem:
             outcomes.update({stream.name: problem for stream in waiting})
             break

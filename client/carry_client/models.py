@@ -14,6 +14,8 @@ from carry_client.types import Events
 from carry_client.wire import model_path
 
 DEFAULT_CHUNK_EVENTS: Final = 256
+VALUE_BYTES: Final = 48
+"""A value of an event or a row takes fewer bytes in a body, with its name."""
 DELETE_LIMIT: Final = 10_000
 """About how many streams one request deletes."""
 
@@ -44,11 +46,13 @@ class ModelCore:
         return known
 
     def chunk_events(self, chunk_events: int | None = None) -> Call[int]:
-        """How many events a chunk has, within the service's limit."""
+        """How many events a chunk has, within the service's limits of events and of bytes."""
         if chunk_events is not None and chunk_events < 1:
             raise ValueError(f"expected at least one event a chunk, got {chunk_events}")
-        limit = (yield from self.description()).max_chunk_steps
-        return min(limit, chunk_events or DEFAULT_CHUNK_EVENTS)
+        known = yield from self.description()
+        values = max(len(known.codes), len(known.fields or ()))
+        fitting = max(1, known.max_body_bytes // (VALUE_BYTES * max(1, values)))
+        return min(known.max_chunk_steps, fitting, chunk_events or DEFAULT_CHUNK_EVENTS)
 
     def check_rows(self, steps: Steps) -> Call[None]:
         """Raise ValueError if rows have another width than the model's.

@@ -179,3 +179,34 @@ def test_unreadable_item_of_many_is_a_problem_of_its_own() -> None:
         stream = stream_of(driver)
         outcomes = driver.run(send_many(stream.model, [(stream, [{"a": 1}])], {}))
         assert outcomes["s"].code == "unreadable_reply"
+
+
+def described(**limits: int) -> Response:
+    document = json.loads(DESCRIPTION)
+    document["columns"] = [{"name": f"c{at}", "field": f"c{at}"} for at in range(10)]
+    document["limits"] |= limits
+    return response(200, json.dumps(document).encode())
+
+
+@pytest.mark.parametrize(
+    ("body_bytes", "expected"), [(10**6, 100), (48 * 10 * 7, 7), (100, 1)], ids=str
+)
+def test_chunks_fit_the_longest_body(body_bytes: int, expected: int) -> None:
+    driver = Driver(described(max_body_bytes=body_bytes, max_chunk_steps=100))
+    model = ModelCore(driver.session, "m")
+    assert driver.run(model.chunk_events()) == expected
+
+
+def test_request_for_many_streams_that_is_too_long_is_sent_in_halves() -> None:
+    too_large = response(413, b'{"code": "body_too_large", "retryable": false}')
+    missing = response(404, b'{"code": "stream_not_found", "retryable": false}')
+    wrong = {"status": 422, "error": {"code": "invalid_input", "retryable": False}}
+    one, two = [
+        response(200, json.dumps({"results": [wrong] * count}).encode()) for count in (1, 2)
+    ]
+    driver = Driver(described(), *[missing] * 4, too_large, two, too_large, too_large, one)
+    model = ModelCore(driver.session, "m")
+    streams = [StreamCore(driver.session, model, f"s{at}") for at in range(4)]
+    outcomes = driver.run(send_many(model, [(each, [{"a": 1}]) for each in streams], {}))
+    codes = [outcomes[each.name].code for each in streams]  # type: ignore[union-attr]
+    assert codes == ["invalid_input", "invalid_input", "body_too_large", "invalid_input"]
