@@ -282,7 +282,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def send_now(self, message: bytes, *, is_text: bool) -> None:
         """Send a message, unless the socket is closing."""
-        if self.conn.state is not State.OPEN or self.transport.is_closing():
+        if not self.is_open:
             return
         if is_text:
             self.conn.send_text(message)
@@ -299,7 +299,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def close(self, code: int, reason: str) -> None:
         """Close the socket, once the application has received what is complete."""
-        if self.conn.state is State.OPEN:
+        if self.is_open:
             self.conn.send_close(code, reason)
             self._flush()
             self._end(code)

@@ -433,7 +433,11 @@ async def test_a_client_that_half_closes_without_a_chunk_is_disconnected(api: Ha
 
 @pytest.mark.parametrize("how", ["close", "abort"])
 async def test_chunks_of_a_client_that_disconnected_are_dropped(
-    api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch, how: str
+    api: Harness,
+    held_back: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
 ) -> None:
     """The end of its sending side looks like that of a client that waits for outcomes."""
     monkeypatch.setattr(websocket_protocol, "PROBE_S", 0.001)
@@ -448,7 +452,10 @@ async def test_chunks_of_a_client_that_disconnected_are_dropped(
         async with sockets.open("probe/streams/other/live") as (client, _):
             await client.send(text(rows(1), 0))
             await reply(client)
+            client.transport.abort()
+        await sockets.ended()
     assert (api.position() or 0) < 5
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
 
 
 async def test_an_unexpected_failure_is_a_frame(
