@@ -56,6 +56,19 @@ async def test_memory_ratio_is_observed(store: Store, server: RealServer) -> Non
     assert store.monitor.telemetry.memory_ratio == 0
 
 
+async def test_a_server_that_is_gone_fails_the_check_at_once(
+    own_server: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "PROBE_TIMEOUT_S", 60)
+    async with opened(own_server.url) as store:
+        own_server.kill()
+        for _ in range(3):
+            async with asyncio.timeout(20):
+                check = await store.monitor.check()
+            assert not check.ok
+            assert own_server.url in check.detail
+
+
 @pytest.mark.parametrize("command", ["eval", "set"])
 async def test_a_store_that_denies_commits_is_not_ready(server: RealServer, command: str) -> None:
     with server.client() as client:

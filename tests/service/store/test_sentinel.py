@@ -34,17 +34,17 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Monitored]:
 
 
 async def test_start_and_readiness_need_a_primary_that_a_sentinel_knows(servers: Monitored) -> None:
-    async with opened(servers.url, store_wait_s=5) as store:
+    async with opened(servers.url, store_wait_s=20) as store:
         check = await store.monitor.check()
         assert check.ok, check.detail
         assert f"/{NAME}/0 accepts commits" in check.detail
     other = servers.url.replace(f"/{NAME}/", "/other/")
     with pytest.raises(StoreUnavailable, match="does not know the primary 'other'"):
-        async with opened(other, store_wait_s=0.5):
+        async with opened(other, store_wait_s=2):
             pass
     wrong = servers.url.replace(PASSWORD, "wrong")
     with pytest.raises(StoreUnavailable, match="invalid username-password") as caught:
-        async with opened(wrong, store_wait_s=0.5):
+        async with opened(wrong, store_wait_s=2):
             pass
     assert "wrong" not in str(caught.value)
 
