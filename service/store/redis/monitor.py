@@ -8,7 +8,7 @@ fails or whose user may not run scripts answers PING and yet rejects every chunk
                   or fail, others are served. The store is ready while one primary is available.
     unsafe        the server is not configured as the settings require (it may evict keys, or
                   syncs too late): streams could be lost silently. The store is not ready, as the
-                  service would refuse such a server at start.
+                  service rejects such a server at start.
 
 It also counts the streams of each model in bounded time, however many there are. A server with at
 most `SAMPLE_KEYS` keys is scanned, and its counts are exact. A larger one is sampled: of

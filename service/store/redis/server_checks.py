@@ -1,6 +1,6 @@
 """Checks of the servers' configuration, at the start and for readiness.
 
-The service refuses to start with a server that may evict keys when its memory is full (a stream
+The service does not start with a server that may evict keys when its memory is full (a stream
 would silently start over), with a cluster node under the address of a single server or the
 reverse, with a store that was created with another number of partitions (its streams would not be
 found), and with `fsync` durability, with a server that acknowledges writes before they are synced.
