@@ -425,10 +425,14 @@ async def test_connection_whose_client_half_closed_ends_with_its_socket(
     assert not failures
 
 
-async def test_a_client_that_half_closes_without_a_chunk_is_disconnected(api: Harness) -> None:
+@pytest.mark.parametrize("how", ["write_eof", "abort"])
+async def test_a_client_that_leaves_without_a_chunk_is_disconnected(
+    api: Harness, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
     async with live(api) as sockets, sockets.open() as (client, _):
-        client.transport.write_eof()
+        getattr(client.transport, how)()
         await sockets.ended()
+    assert "a WebSocket failed" not in caplog.text
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
