@@ -247,9 +247,8 @@ class KeyLimiter:
         """The request was answered or cancelled."""
         self._concurrent -= 1
 
-    @contextmanager
-    def request(self, events: int) -> Iterator[None]:
-        """Count a request while it is being answered.
+    def start(self, events: int) -> None:
+        """Count a request, if it is accepted; `end` ends it.
 
         Raises:
             LimitExceeded
@@ -258,6 +257,15 @@ class KeyLimiter:
         if rejection is not None:
             raise rejection
         self.begin(events)
+
+    @contextmanager
+    def request(self, events: int) -> Iterator[None]:
+        """Count a request while it is being answered.
+
+        Raises:
+            LimitExceeded
+        """
+        self.start(events)
         try:
             yield
         finally:

@@ -309,9 +309,15 @@ class Pipeline:
         Raises:
             CarryError: rejected or failed; see `service.core.errors`.
         """
-        model, stream = chunk.key.model, chunk.key.stream
-        with caller.admit(PREDICT, model, stream, chunk.steps.length):
+        model, limiter = chunk.key.model, caller.limiter
+        caller.check(PREDICT, model, chunk.key.stream)
+        if limiter is not None:
+            limiter.start(chunk.steps.length)
+        try:
             [result] = await self._submit(caller, model, deadline_s, [chunk])
+        finally:
+            if limiter is not None:
+                limiter.end()
         if isinstance(result, CarryError):
             raise result
         return result

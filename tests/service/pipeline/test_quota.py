@@ -189,6 +189,10 @@ async def test_restores_and_forks_count_if_they_create_a_stream(
     # it replaces a stream that counts already
     await second.fork("a", "b", Precondition(any_state=True))
     assert await stored(workers[0]) == {"a", "b"}
+    # one over the quota finds what another key deleted
+    await workers[1].tenant(OTHER, None).delete("b")
+    await first.fork("a", "c")
+    assert await stored(workers[0]) == {"a", "c"}
 
 
 async def test_a_quota_counts_every_stream_that_exists_whatever_happens_together(

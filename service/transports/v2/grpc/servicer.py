@@ -316,8 +316,7 @@ class InferenceServicer:
         self, caller: Caller, message: InferMessage, remaining_s: float | None
     ) -> pb.ModelInferResponse:
         """Answer a request whose client waits for so long; None if it does not say."""
-        head = message.head
-        self._inference.served(caller, PREDICT, head.model_name, head.model_version)
+        self._api.pipeline.model(caller, PREDICT, message.head.model_name)
         _note_message(message.size)
         timeout_s = self._api.limits.effective_timeout_s(remaining_s)
         deadline_s = time.monotonic() + timeout_s

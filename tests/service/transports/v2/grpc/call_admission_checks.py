@@ -76,9 +76,9 @@ async def serving() -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
         access=Access(),
         recorder=SimpleNamespace(record_error=lambda model, code: None),
         tracer=None,
-        pipeline=SimpleNamespace(readiness=readiness),
+        pipeline=SimpleNamespace(readiness=readiness, model=lambda *_: None),
     )
-    inference: Any = SimpleNamespace(api=api, infer=infer, served=lambda *_: None)
+    inference: Any = SimpleNamespace(api=api, infer=infer)
     server = GrpcServer(
         inference,
         dict,

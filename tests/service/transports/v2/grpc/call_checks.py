@@ -223,8 +223,9 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
 
     limits = SimpleNamespace(effective_timeout_s=lambda remaining_s: 1.0)
     access = SimpleNamespace(open_caller=ANYONE)
-    api = SimpleNamespace(limits=limits, access=access, tracer=None)
-    inference: Any = SimpleNamespace(api=api, infer=infer, served=lambda *_: None)
+    pipeline = SimpleNamespace(model=lambda *_: None)
+    api = SimpleNamespace(limits=limits, access=access, tracer=None, pipeline=pipeline)
+    inference: Any = SimpleNamespace(api=api, infer=infer)
     server = GrpcServer(
         inference,
         dict,
