@@ -12,7 +12,7 @@ from starlette.requests import Request
 from service.access.caller import Caller
 from service.codec.media import Media
 from service.core.values import StreamKey
-from service.server.disconnects import cancel_on_disconnect
+from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v1.context import api_of
 from service.transports.v1.request_fields import read_body

@@ -20,10 +20,10 @@ from service.codec.media import Media, dumps
 from service.core.errors import CarryError, UnsupportedMediaType
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
-from service.server.disconnects import cancel_on_disconnect
 from service.server.errors import MethodNotAllowed, RouteNotFound
 from service.server.http_protocol import HttpState
 from service.telemetry.logs import RequestIds
+from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.replies import Answer, reply

@@ -26,7 +26,7 @@ from service.codec.reply_writer import (
 )
 from service.core.errors import CarryError, InvalidPrecondition
 from service.core.values import NO_STREAM, Reply, StreamKey
-from service.server.disconnects import cancel_on_disconnect
+from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, ModelCodec, api_of, caller_of
 from service.transports.v1.problems import problem
 from service.transports.v1.replies import etag, reply

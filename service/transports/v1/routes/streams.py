@@ -29,7 +29,7 @@ from service.codec.reply_types import (
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
 from service.pipeline.served_model import ServedModel
-from service.server.disconnects import cancel_on_disconnect
+from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.replies import etag, reply
 from service.transports.v1.request_body import receive_body

@@ -14,7 +14,7 @@ from models.artifact.artifact import Artifact
 from service.access.caller import Caller
 from service.core.errors import Overloaded
 from service.core.values import StreamKey
-from service.server.disconnects import WATCH_AFTER_S
+from service.transports.common.disconnects import WATCH_AFTER_S
 from tests.service.transports.v1.harness import LIMITS, Harness, harness, problem, rows
 from tests.service.transports.v1.raw_http import converse, port_of, request, serving
 from tests.support.clock import SHORT_S, ManualClock
