@@ -191,7 +191,7 @@ async def test_restores_and_forks_count_if_they_create_a_stream(
     assert await stored(workers[0]) == {"a", "b"}
     # one over the quota finds what another key deleted
     await workers[1].tenant(OTHER, None).delete("b")
-    await first.fork("a", "c")
+    await second.fork("a", "c")
     assert await stored(workers[0]) == {"a", "c"}
 
 
