@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from service.core.errors import Overloaded
 from service.core.values import StreamKey
 from service.transports.common.disconnects import WATCH_AFTER_S
 from tests.service.transports.v1.harness import LIMITS, Harness, harness, problem, rows
-from tests.service.transports.v1.raw_http import converse, port_of, request, serving
+from tests.service.transports.v1.raw_http import becomes, converse, port_of, request, serving
 from tests.support.clock import SHORT_S, ManualClock
 from tests.support.servers import RealServer, until_async
 
@@ -221,18 +221,10 @@ async def test_a_waiting_chunk_of_a_disconnected_client_is_dropped(
     async with harness(pipeline_server, models, batches_in_flight=1) as api:
         api.store.held = asyncio.Event()
         first = asyncio.create_task(api.chunk(BODY, stream="first"))
-        batcher = api.pipeline._chunks["probe"]
-
-        def holding(what: str) -> Callable[[], Awaitable[bool]]:
-            async def holds() -> bool:
-                return bool(getattr(batcher, what))
-
-            return holds
-
-        await until_async(holding("_batches"), "a batch")
+        await becomes(lambda: api.store.holds > 0, "a batch")
         client = DisconnectingClient()
         serving_client = asyncio.create_task(api.app(client.scope(), client.receive, client.send))
-        await until_async(holding("_queue"), "a chunk that waits")
+        await becomes(lambda: api.pipeline.queue_depths()["probe"] == 1, "a chunk that waits")
         client.disconnects.set()
         await serving_client
         assert client.sent == []
