@@ -16,7 +16,7 @@ import pytest
 from service.core.delivery import chunk_digest, evaluate_chunk
 from service.core.errors import NotDurable, PositionAhead, StoreRefused
 from service.core.values import Chunk, Steps
-from service.store.base import Committed, Store
+from service.store.base import Store
 from service.store.embedded import EmbeddedValkey
 from service.store.keys import KeySpace
 from service.store.settings import Durability
@@ -24,7 +24,6 @@ from tests.support.cluster import Cluster, ClusterNode
 from tests.support.servers import KINDS, emptied, opened, real_server, until
 from tests.support.streams import (
     Streams,
-    assert_replayable,
     assert_stored,
     columns,
     committed,
@@ -165,48 +164,6 @@ def paused(*nodes: ClusterNode) -> Iterator[None]:
     finally:
         for node in nodes:
             node.resume()
-
-
-@contextmanager
-def short_waits(store: Store) -> Iterator[None]:
-    """Each WAIT ends soon without a replica's answer; nothing else ends sooner."""
-    router = store._router
-    patient_ms, router._wait_timeout_ms = router._wait_timeout_ms, 20
-    try:
-        yield
-    finally:
-        router._wait_timeout_ms = patient_ms
-
-
-async def test_a_commit_without_enough_replicas_is_not_durable(
-    own_cluster: Cluster, streams: Streams
-) -> None:
-    """No deadline passes but that of each WAIT, which no replica can answer."""
-    async with replicated(own_cluster, store_wait_s=60) as store:
-        commits = [streams.creation(key(f"s{i}")) for i in range(8)]
-        await committed(store, *commits)
-        commits = [streams.next(commit) for commit in commits]
-        with paused(*own_cluster.replicas), short_waits(store):
-            for result in await store.commit(columns(*commits)):
-                assert isinstance(result, NotDurable)
-                assert result.retryable
-                assert result.facts["retry_after_s"] > 0
-            # A replay is not acknowledged earlier, whether its reply is stored or not.
-            with pytest.raises(NotDurable):
-                await store.load_with_reply(key("s0"))
-            with own_cluster.client() as client:
-                client.delete(*client.keys("*:r:*:s1"))
-            with pytest.raises(NotDurable):
-                await store.load_with_reply(key("s1"))
-            # It was applied nevertheless, as reads may show.
-            await assert_stored(store, commits[0])
-        for commit in commits[2:]:
-            await assert_replayable(store, commit)
-        await committed(store, *(streams.next(commit) for commit in commits))
-        assert await store.delete(key("s0")) == Committed()
-        with paused(*own_cluster.replicas), short_waits(store):
-            assert isinstance(await store.delete(key("s1")), NotDurable)
-    await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def test_missing_replicas_are_logged_and_fail_readiness(

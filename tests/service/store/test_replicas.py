@@ -13,7 +13,7 @@ from service.store.base import Committed, Conflicted, Store
 from service.store.settings import Durability
 from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, free_port, opened, real_server, until
-from tests.support.streams import Streams, assert_stored, columns, committed, key
+from tests.support.streams import Streams, assert_replayable, assert_stored, columns, committed, key
 
 Servers = tuple[RealServer, RealServer, RealServer]
 
@@ -74,14 +74,31 @@ async def losing(servers: Servers, replicas: int) -> AsyncIterator[tuple[LossyPa
 async def test_a_write_is_durable_once_enough_replicas_acknowledge_it(
     replicated: Servers, streams: Streams, replicas: int, is_durable: bool
 ) -> None:
+    """Until then a replay is not acknowledged either, whether its reply is stored or not."""
     async with losing(replicated, replicas) as (_, store):
-        first = streams.creation(key("a"))
-        await committed(store, first)
+        commits = [streams.creation(key(name)) for name in "ab"]
+        await committed(store, *commits)
+        commits = [streams.next(commit) for commit in commits]
         with paused(replicated[2]):
-            (result,) = await store.commit(columns(streams.next(first)))
+            results = await store.commit(columns(*commits))
+            with replicated[0].client() as client:
+                client.delete(*client.keys("*:r:*:b"))
+            for commit, result in zip(commits, results, strict=True):
+                if is_durable:
+                    assert result == Committed()
+                    assert (await store.load_with_reply(commit.key))[0] is not None
+                    continue
+                assert isinstance(result, NotDurable)
+                assert result.retryable
+                assert result.facts["retry_after_s"] > 0
+                with pytest.raises(NotDurable):
+                    await store.load_with_reply(commit.key)
+            # they were applied nevertheless, as reads may show
+            await assert_stored(store, *commits)
             deleted = await store.delete(key("known"))
-        assert isinstance(result, Committed if is_durable else NotDurable)
         assert isinstance(deleted, Conflicted if is_durable else NotDurable)
+        await assert_replayable(store, commits[0])
+        await committed(store, *(streams.next(commit) for commit in commits))
 
 
 async def test_a_retried_write_is_acknowledged_once_its_first_attempt_is_durable(
