@@ -180,11 +180,12 @@ class OutputChannel(Protocol):
 
     Nobody has to listen, so it is cheap and lossy: delivery is at most once. A receiver notices
     what it missed by the positions, and reads the stream to be sure.
+
+    Attributes:
+        watched: the streams that any worker watches now; usually none.
     """
 
-    @property
-    def watched(self) -> Collection[StreamKey]:
-        """The streams that any worker watches now; usually none."""
+    watched: Collection[StreamKey]
 
     async def start(self) -> None:
         """Connect, in the background; once, after the store is started."""

@@ -24,7 +24,7 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
-from service.store.capabilities import PublishedOutput, Receiver
+from service.store.capabilities import OutputChannel, PublishedOutput, Receiver
 from service.store.codec import CodecError, decode_reply
 from service.store.keys import join_name, split_name
 from service.store.redis.connections import RETRY_AFTER_S, describe_error
@@ -48,8 +48,8 @@ _POSITION_BYTES: Final = 8
 log = structlog.get_logger(__name__)
 
 
-class RedisOutputChannel:
-    """An `OutputChannel` on a single server or a cluster.
+class RedisOutputChannel(OutputChannel):
+    """The channel on a single server or a cluster.
 
     Attributes:
         watched: the streams that any worker watches, and until when, on the monotonic clock.
@@ -73,11 +73,9 @@ class RedisOutputChannel:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Connect, in the background; once, after the store is started."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Release connections; once."""
         self._is_closed = True
         self._has_unsent.set()
         while self._task is not None and not self._task.done():
@@ -87,18 +85,11 @@ class RedisOutputChannel:
             await asyncio.wait([self._task], timeout=CANCEL_S)
 
     def publish(self, key: StreamKey, start: int, reply: bytes) -> None:
-        """Send an output to the workers that watch a stream; drops it if too many wait."""
         if key in self.watched:
             payload = start.to_bytes(_POSITION_BYTES, "little") + reply
             self._send(self._prefix + join_name(key), payload)
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:
-        """Receive what any worker commits from now on; end it with `unsubscribe`, in any case.
-
-        Raises:
-            StoreUnavailable: the workers could not be told in time.
-            StoreRefused: the store does not permit it.
-        """
         self._receivers.setdefault(key, set()).add(receiver)
         announced = self._waiting.setdefault(key, asyncio.Event())
         try:
