@@ -50,7 +50,8 @@ from models.spec.model import ModelSpec, parse_spec
 _MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
 """`x + y` and `x * y` of a functional model: Keras operations that are not layers."""
 _CONSTANT = Value("", (), "a constant")
-_MERGES = ("add", "multiply", "average", "concatenate")
+_ELEMENTWISE = ("add", "multiply", "average")
+_MERGES = (*_ELEMENTWISE, "concatenate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,27 +354,45 @@ def _convert(operation: Any, call: Call, calls: int) -> Converted:
         converted = convert_layer(operation, reads[0].shape)
     merge = converted[0].data.get("kind")
     widths = [value.shape[-1] for value in reads]
-    problems = {
-        f"it is used {calls} times in the model, and each use would need its own state and "
-        "weights; use a separate layer for each": calls > 1,
-        "it reads more than one tensor; expected one": len(reads) > 1 and merge not in _MERGES,
-        "it is called with a mask; every event of a stream counts: leave the mask out, or use "
-        "Masking at the front": call.mask is not None
-        and (call.mask.rejected or not call.mask.mask),
-        "it reads a layer's returned state; only sequences are passed on: read the layer's "
-        "output, whose last step is the returned hidden state": any(v.part for v in reads),
-        "it reads an input that is the initial state of a layer too; expected initial_state to be "
-        "the inputs themselves, and their only use": any(
-            value.state_input is not None for value in reads
+    masked = call.mask is not None and (call.mask.rejected or not call.mask.mask)
+    problems = [
+        (
+            calls > 1,
+            f"it is used {calls} times in the model, and each use would need its own state and "
+            "weights; use a separate layer for each",
         ),
-        "it reads the last step's values as Reshape arranged them; expected Reshape to be the "
-        "last layer": any(value.arranged for value in reads),
-        "it merges whole sequences with a last step; expected return_sequences=True for all, or "
-        "the last step of all (x[:, -1])": len({len(value.shape) for value in reads}) > 1,
-        f"it broadcasts widths {widths}; expected equal ones": merge in _MERGES[:3]
-        and len(set(widths)) > 1,
-    }
-    for problem, is_present in problems.items():
+        (len(reads) > 1 and merge not in _MERGES, "it reads more than one tensor; expected one"),
+        (
+            masked,
+            "it is called with a mask; every event of a stream counts: leave the mask out, or use "
+            "Masking at the front",
+        ),
+        (
+            any(value.part for value in reads),
+            "it reads a layer's returned state; only sequences are passed on: read the layer's "
+            "output, whose last step is the returned hidden state",
+        ),
+        (
+            any(value.state_input is not None for value in reads),
+            "it reads an input that is the initial state of a layer too; expected initial_state "
+            "to be the inputs themselves, and their only use",
+        ),
+        (
+            any(value.arranged for value in reads),
+            "it reads the last step's values as Reshape arranged them; expected Reshape to be the "
+            "last layer",
+        ),
+        (
+            len({len(value.shape) for value in reads}) > 1,
+            "it merges whole sequences with a last step; expected return_sequences=True for all, "
+            "or the last step of all (x[:, -1])",
+        ),
+        (
+            merge in _ELEMENTWISE and len(set(widths)) > 1,
+            f"it broadcasts widths {widths}; expected equal ones",
+        ),
+    ]
+    for is_present, problem in problems:
         if is_present:
             raise UnsupportedLayerError(problem)
     return converted

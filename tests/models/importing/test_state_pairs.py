@@ -57,6 +57,8 @@ def test_ambiguous_state_pairs_are_rejected() -> None:
     with pytest.raises(ImportedModelError, match=r"--state a=p --state c=q"):
         find_pairs(twins, {}, ())
     assert find_pairs(twins, {"a": "q", "c": "p"}, ()) == {"a": "q", "c": "p"}
+    with pytest.raises(ImportedModelError, match="found no pair"):
+        find_pairs(signature([state("a"), state("c")], [state("p")]), {}, ())
     with pytest.raises(ImportedModelError, match=r"one state input for each .*\['p'\]"):
         find_pairs(twins, {"a": "p", "c": "p"}, ())
 
@@ -88,6 +90,7 @@ STATE = 'input_name: "a" output_name: "b"'
     [
         f"sequence_batching {{ state [ {{ {STATE} }} ] }}",
         f"sequence_batching: < state < {STATE} > >;",
+        f"sequence_batching {{ state {{ input_name: 'of which the last counts' {STATE} }} }}",
         "# no comma, single quotes\nsequence_batching{state{input_name:'a',output_name:'b'}}",
         f"platform: 'x' a {{ b: -1 }} sequence_batching {{ state {{ {STATE} }} }}",
     ],
