@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from models.errors import ImportedModelError
+from models.errors import ImportedModelError, ModelsError
 from models.importing import verification
 from models.importing.packaging import ImportReport
 from tests.models.importing.accepted_models import ACCEPTED, STEPS, Accepted, gru, lstm, sequence
@@ -23,7 +23,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WINDOWED = "window-reset"
 """The model `window`, whose state is reset after each window."""
 
-Import = tuple[Any, ImportReport | ImportedModelError]
+Import = tuple[Any, ImportReport | ModelsError]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Import]:
         path = save_model(model, folder / f"{name}.keras", seed)
         try:
             models[name] = model, import_here(path, folder / "models" / name)
-        except ImportedModelError as error:
+        except ModelsError as error:
             models[name] = model, error
     window = folder / "window.keras"
     reset = import_here(window, folder / "models" / WINDOWED, WINDOWED, reset_every=STEPS)
