@@ -29,7 +29,7 @@ from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.server.http_protocol import HttpState
-from service.transports.v1.context import ModelCodec, api_of, caller_of
+from service.transports.v1.context import ModelCodec, allowed_model, api_of
 from service.transports.v1.request_fields import REPLY_PARAMETERS, query, reply_options
 from service.transports.v1.route import ModelPath, Route, StreamPath, parameter
 from service.transports.v1.table import RETURN_SEQUENCES, STORE
@@ -72,8 +72,9 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
 
         They are streamed from now on or from a position.
         """
-        caller, api = caller_of(request), api_of(request)
-        codec = api.codec(api.pipeline.model(caller, (Verb.WATCH,), model, stream))
+        caller, served = allowed_model(request, model, stream)
+        api = api_of(request)
+        codec = api.codec(served)
         key = StreamKey(codec.served.name, stream_name(stream))
         parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
         start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.access.caller import PREDICT, Caller, Verb
+from service.access.caller import Caller, Verb
 from service.codec.field_rules import stream_name
 from service.codec.pieces import CountedList
 from service.codec.reply_types import (
@@ -27,7 +27,7 @@ from service.codec.reply_writer import (
 from service.core.errors import CarryError, InvalidPrecondition
 from service.core.values import NO_STREAM, Reply, StreamKey
 from service.transports.common.disconnects import cancel_on_disconnect
-from service.transports.v1.context import ApiContext, ModelCodec, api_of, caller_of
+from service.transports.v1.context import ApiContext, ModelCodec, allowed_model, api_of
 from service.transports.v1.problems import problem
 from service.transports.v1.replies import etag, reply
 from service.transports.v1.request_body import receive_body
@@ -54,8 +54,9 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     the chunk is applied exactly once: a retry of the stream's last chunk gets the stored reply,
     and a chunk that would skip or repeat events is rejected with the expected position.
     """
-    caller, api = caller_of(request), api_of(request)
-    codec = api.codec(api.pipeline.model(caller, PREDICT, model, stream))
+    caller, served = allowed_model(request, model, stream)
+    api = api_of(request)
+    codec = api.codec(served)
     deadline_s = deadline(request, api.limits)
     key = StreamKey(codec.served.name, stream_name(stream))
     options = _options(request, api, caller, codec, key.stream)
@@ -82,8 +83,9 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     later items through if they carry a position, so that a whole request can be sent again.
     The status is 200 even if items fail.
     """
-    caller, api = caller_of(request), api_of(request)
-    codec = api.codec(api.pipeline.model(caller, PREDICT, model))
+    caller, served = allowed_model(request, model)
+    api = api_of(request)
+    codec = api.codec(served)
     deadline_s = deadline(request, api.limits)
     options = _options(request, api, caller, codec)
     media = body_media(request)
@@ -109,8 +111,9 @@ async def post_predict(request: Request, model: ModelPath) -> Response:
     Each sequence starts from the initial state, or continues that of its `state_token`. No
     stream is read or changed.
     """
-    caller, api = caller_of(request), api_of(request)
-    codec = api.codec(api.pipeline.model(caller, PREDICT, model))
+    caller, served = allowed_model(request, model)
+    api = api_of(request)
+    codec = api.codec(served)
     deadline_s = deadline(request, api.limits)
     parameters = query(request, PREDICT_PARAMETERS)
     options = reply_options(parameters, codec.writer)

@@ -9,7 +9,6 @@ from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
-from service.access.caller import Verb
 from service.codec.reply_types import (
     AlarmsInfo,
     BlocksInfo,
@@ -21,7 +20,7 @@ from service.codec.reply_types import (
 )
 from service.codec.settings import RequestSettings
 from service.pipeline.served_model import ServedModel
-from service.transports.v1.context import api_of, caller_of
+from service.transports.v1.context import allowed_model, api_of, caller_of
 from service.transports.v1.replies import reply
 from service.transports.v1.request_fields import query, reply_media
 from service.transports.v1.route import ModelPath
@@ -45,7 +44,7 @@ async def get_model(request: Request, model: ModelPath) -> Response:
     Event schema, columns of `inputs`, outputs, layout of the state, version and limits.
     """
     api = api_of(request)
-    served = api.pipeline.model(caller_of(request), (Verb.MODELS,), model)
+    _, served = allowed_model(request, model)
     query(request)
     answer = reply_media(request)
     return reply(answer, detail(served, api.limits))

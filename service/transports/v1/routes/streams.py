@@ -16,7 +16,6 @@ from models.errors import DataError, StateError
 from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
-from service.access.caller import DESCRIBE, PREDICT, Verb
 from service.codec.field_rules import stream_name, stream_prefix
 from service.codec.media import Media
 from service.codec.reply_types import (
@@ -30,7 +29,7 @@ from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
 from service.pipeline.served_model import ServedModel
 from service.transports.common.disconnects import cancel_on_disconnect
-from service.transports.v1.context import ApiContext, api_of, caller_of
+from service.transports.v1.context import ApiContext, allowed_model, api_of
 from service.transports.v1.replies import etag, reply
 from service.transports.v1.request_body import receive_body
 from service.transports.v1.request_fields import (
@@ -54,8 +53,8 @@ async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> 
 
     Position, epoch, tag, age, size, and the version of the model that wrote its state.
     """
-    caller, api = caller_of(request), api_of(request)
-    served = api.pipeline.model(caller, DESCRIBE, model, stream)
+    caller, served = allowed_model(request, model, stream)
+    api = api_of(request)
     query(request)
     answer = reply_media(request)
     key = StreamKey(served.name, stream_name(stream))
@@ -68,8 +67,8 @@ async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) 
 
     Deletes its state and its stored reply; its next chunk starts a new stream at position 0.
     """
-    caller, api = caller_of(request), api_of(request)
-    served = api.pipeline.model(caller, (Verb.DELETE,), model, stream)
+    caller, served = allowed_model(request, model, stream)
+    api = api_of(request)
     query(request)
     await api.pipeline.streams.delete(
         caller, StreamKey(served.name, stream_name(stream)), if_match(request)
@@ -84,8 +83,8 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
 
     Rejected (`state_incompatible`) if another version of the model wrote it.
     """
-    caller, api = caller_of(request), api_of(request)
-    served = api.pipeline.model(caller, (Verb.READ_STATE,), model, stream)
+    caller, served = allowed_model(request, model, stream)
+    api = api_of(request)
     query(request)
     answer = reply_media(request)
     key = StreamKey(served.name, stream_name(stream))
@@ -105,8 +104,8 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
     created, 200 if it was overwritten.
     """
-    caller, api = caller_of(request), api_of(request)
-    served = api.pipeline.model(caller, (Verb.WRITE_STATE,), model, stream)
+    caller, served = allowed_model(request, model, stream)
+    api = api_of(request)
     query(request)
     key = StreamKey(served.name, stream_name(stream))
     codec = api.codec(served)
@@ -154,8 +153,8 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
     of the stream `to`. 201 if it was created, 200 if it was overwritten.
     """
-    caller, api = caller_of(request), api_of(request)
-    served = api.pipeline.model(caller, (Verb.FORK,), model, stream)
+    caller, served = allowed_model(request, model, stream)
+    api = api_of(request)
     query(request)
     key = StreamKey(served.name, stream_name(stream))
     media = body_media(request)
@@ -179,8 +178,9 @@ async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) 
     the same state. With a `position` the stream has to be at that position, with
     `If-Match` in the state that it names.
     """
-    caller, api = caller_of(request), api_of(request)
-    codec = api.codec(api.pipeline.model(caller, PREDICT, model, stream))
+    caller, served = allowed_model(request, model, stream)
+    api = api_of(request)
+    codec = api.codec(served)
     deadline_s = deadline(request, api.limits)
     query(request)
     key = StreamKey(codec.served.name, stream_name(stream))
@@ -204,8 +204,8 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
     A stream that exists throughout a listing comes at least once; a name may come twice, and a
     page may be empty before the last.
     """
-    caller, api = caller_of(request), api_of(request)
-    name = api.pipeline.model(caller, (Verb.LIST,), model).name
+    caller, served = allowed_model(request, model)
+    api, name = api_of(request), served.name
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
     maximum = api.limits.max_items
@@ -226,8 +226,8 @@ async def delete_streams(request: Request, model: ModelPath) -> Response:
     With `limit`, the request ends after about that many; continue with its `cursor` until that is
     null. Streams that are created meanwhile may remain.
     """
-    caller, api = caller_of(request), api_of(request)
-    name = api.pipeline.model(caller, (Verb.DELETE,), model).name
+    caller, served = allowed_model(request, model)
+    api, name = api_of(request), served.name
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
     prefix = stream_prefix(
