@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from models.artifact.artifact import Artifact
 from service.access import quota as module
@@ -175,6 +176,9 @@ async def test_streams_of_other_keys_do_not_count(workers: tuple[Worker, Worker]
     assert await first.create("own")
     reply = await first.pipeline.process(first.caller, chunk_of("other", ROWS, 1))
     assert isinstance(reply, Reply)
+    # nor if a stream that exists starts over
+    over = replace(chunk_of("other", ROWS, 0), starts_over=True)
+    assert (await first.pipeline.process(first.caller, over)).created
     assert not await first.create("more")
 
 
