@@ -269,8 +269,6 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """A message is complete."""
         data = self.frames.pop() if self._message is None else self._message
         self._message = None
-        if self._has_ended:
-            return
         self._last_message_s = self.loop.time()
         if self.curr_msg_data_type == "bytes":
             self.queue.put_nowait({"type": "websocket.receive", "bytes": bytes(data)})
