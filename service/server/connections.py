@@ -243,8 +243,11 @@ class Connections:
     async def _check_periodically(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
-            for _ in self._check_parts(loop.time()):
-                await asyncio.sleep(0)
+            try:
+                for _ in self._check_parts(loop.time()):
+                    await asyncio.sleep(0)
+            except Exception:
+                log.exception("connection_check_failed")
 
     def check(self, now_s: float) -> None:
         """Expire connections that have waited too long, and shed replies that are not read.

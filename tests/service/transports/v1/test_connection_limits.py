@@ -544,3 +544,18 @@ async def test_many_connections_are_checked_in_several_turns_of_the_loop(
     assert all(each.expired for each in many[:-2])
     for each in many:
         connections.remove(each)
+
+
+async def test_connections_are_checked_again_after_a_check_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections_module, "CHECK_INTERVAL_S", 0.01)
+    connections = Connections(ConnectionSettings(keep_alive_s=0.001))
+    failing, other = IdleConnection(), IdleConnection()
+    failing.then = lambda: connections.remove(failing) or 1 / 0
+    for each in (failing, other):
+        connections.add(each, asyncio.get_running_loop())
+    with capture_logs() as logs:
+        await becomes(lambda: other.expired > 0, "the next check")
+    assert [line["event"] for line in logs] == ["connection_check_failed"]
+    connections.remove(other)
