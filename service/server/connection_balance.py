@@ -147,15 +147,15 @@ class Acceptor:
         """
         patience, skipped_at_s = 1.0, 0.0
         while True:
-            await self._wait_for_connection()
-            now_s = self._loop.time()
-            if now_s - skipped_at_s > RETRY_S:
-                patience = 1.0
-            until_s = now_s + patience * (DEFER_S if self.publish() < FULL else RETRY_S)
-            while not (is_next := self._worker_load.is_next()) and self._loop.time() < until_s:
-                await asyncio.sleep(DEFER_TICK_S)
-                self.publish()
             try:
+                await self._wait_for_connection()
+                now_s = self._loop.time()
+                if now_s - skipped_at_s > RETRY_S:
+                    patience = 1.0
+                until_s = now_s + patience * (DEFER_S if self.publish() < FULL else RETRY_S)
+                while not (is_next := self._worker_load.is_next()) and self._loop.time() < until_s:
+                    await asyncio.sleep(DEFER_TICK_S)
+                    self.publish()
                 has_accepted = self._accept()
                 if is_next:
                     for _ in range(ACCEPTED_AT_ONCE):
@@ -166,8 +166,8 @@ class Acceptor:
                     patience, skipped_at_s = patience / 2, self._loop.time()
                 else:
                     patience = 1.0
-            except OSError as error:
-                log.error("accept_failed", reason=error.strerror, pause_s=RETRY_S)
+            except Exception as error:
+                log.error("accept_failed", reason=str(error), pause_s=RETRY_S)
                 await asyncio.sleep(RETRY_S)
 
     async def _wait_for_connection(self) -> None:
