@@ -7,7 +7,6 @@ Markdown, for docs/reference/performance.md.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,9 @@ from tests.bench.generator import Load
 from tests.bench.workloads import FEW, MANY
 
 MIB = 2**20
+CPU_STEP_S = 0.01
+"""Processor time is counted in steps: in a very short round a server has used less than one."""
+
 MISSED = "not reached"
 COLUMNS = {
     "chunks/s": "{:,.0f}",
@@ -95,7 +97,7 @@ class Sample(NamedTuple):
         return cls(
             load.chunks_per_s,
             load.events / load.seconds,
-            cpu_s / load.chunks * 1e6,
+            max(cpu_s, CPU_STEP_S) / load.chunks * 1e6,
             *(np.percentile(load.latencies_s, (50, 99, 99.9)) * 1000).tolist(),
             memory_bytes / MIB,
             load.cpu_s / load.seconds,
@@ -132,8 +134,7 @@ class Results:
         pairs = [
             (getattr(one, of), getattr(other, of)) for one, other in zip(above, below, strict=True)
         ]
-        # Processor time is counted in steps of 10 ms: in a very short round it can be zero.
-        self.figure(name, [one / other if other else math.inf for one, other in pairs])
+        self.figure(name, [one / other for one, other in pairs])
 
     def compare(self, name: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
         """Keep the ratio of our chunks/s to theirs, and the same by CPU time of a chunk."""
