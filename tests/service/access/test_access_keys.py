@@ -25,10 +25,11 @@ from service.access.keys import (
     parse_key,
 )
 from service.access.settings import AccessSettings
+from service.access.tokens import TokenClaims, sign_token
 from service.commands.serve import CannotServeError, may_be_open
-from service.core.errors import Forbidden, StoreUnavailable, Unauthenticated
+from service.core.errors import CarryError, Forbidden, StoreUnavailable, Unauthenticated
 from service.settings import Settings
-from tests.support.access import new_authorization, revoke
+from tests.support.access import change_key, new_authorization, revoke
 from tests.support.clock import ManualClock
 from tests.support.pages import ROOT
 
@@ -258,21 +259,27 @@ async def test_last_known_keys_are_accepted_for_a_while_if_the_store_is_unavaila
     clock, stored = ManualClock(), Records()
     monkeypatch.setattr(key_cache, "time", clock)
     keys = AccessKeys(stored, UNUSED, UNUSED, required=True, now_ms=lambda: 0)
-    authorization = await new_authorization(stored)
+    authorization = (await new_authorization(stored)).encode()
     await keys.refresh()
+    ended: list[CarryError] = []
+    keys.notify_end(keys.caller(authorization), ended.append)
     stored.is_away = True
     clock.now_s += MAX_STALE_S - 1
     with capture_logs() as events:
         await keys.refresh()
         await keys.refresh()
     assert [event["event"] for event in events] == ["access_keys_not_read"]
-    authenticate(keys, authorization)
+    assert keys.caller(authorization) is keys.cached[authorization]
+    assert not ended
     clock.now_s += 2
     with pytest.raises(StoreUnavailable):
-        authenticate(keys, authorization)
+        keys.caller(authorization)
+    await keys.refresh()
+    assert not keys.cached
+    assert [type(error) for error in ended] == [StoreUnavailable]
     stored.is_away = False
     await keys.refresh()
-    authenticate(keys, authorization)
+    keys.caller(authorization)
 
 
 async def test_unreadable_record_is_no_valid_key_but_requires_keys() -> None:
@@ -286,3 +293,71 @@ async def test_unreadable_record_is_no_valid_key_but_requires_keys() -> None:
     assert keys.open_caller is None
     with pytest.raises(Unauthenticated):
         authenticate(keys, authorization)
+
+
+async def test_revoked_key_is_dropped_and_its_listeners_are_notified() -> None:
+    stored = Records()
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=True)
+    authorizations = [(await new_authorization(stored)).encode() for _ in range(2)]
+    await keys.refresh()
+    ended: dict[bytes, list[CarryError]] = {}
+    removed: list[CarryError] = []
+    for authorization in authorizations:
+        caller = keys.caller(authorization)
+        assert keys.caller(authorization) is caller
+        assert keys.cached[authorization] is caller
+        keys.notify_end(caller, ended.setdefault(authorization, []).append)
+        keys.notify_end(caller, removed.append)()
+    await revoke(stored, authorizations[0].decode())
+    await keys.refresh()
+    await keys.refresh()
+    assert [type(error) for error in ended[authorizations[0]]] == [Unauthenticated]
+    assert not ended[authorizations[1]]
+    assert not removed
+    assert list(keys.cached) == [authorizations[1]]
+
+
+@pytest.mark.parametrize("with_token", [False, True])
+async def test_key_whose_scope_changed_is_dropped_and_verified_again(*, with_token: bool) -> None:
+    stored = Records()
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=True)
+    key, unchanged = [await new_authorization(stored) for _ in range(2)]
+    authorization = key.encode()
+    if with_token:
+        text = parse_key(key.removeprefix("Bearer "))
+        assert text is not None
+        token = sign_token(
+            text, TokenClaims(exp=time.time() + 3600, verbs=(Verb.PREDICT, Verb.LIST))
+        )
+        authorization = f"Bearer {token}".encode()
+    await keys.refresh()
+    ended: list[CarryError] = []
+    keys.notify_end(keys.caller(authorization), ended.append)
+    keys.caller(unchanged.encode())
+    await change_key(stored, key, verbs=(Verb.PREDICT,), prefix="acme:")
+    await keys.refresh()
+    assert [type(error) for error in ended] == [Unauthenticated]
+    assert list(keys.cached) == [unchanged.encode()]
+    if with_token:
+        # it claims a verb that its key no longer has
+        with pytest.raises(Unauthenticated):
+            keys.caller(authorization)
+    else:
+        caller = keys.caller(authorization)
+        assert caller.verbs == {Verb.PREDICT}
+        assert caller.prefix == "acme:"
+
+
+async def test_cached_headers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_cache, "MAX_CACHED", 3)
+    stored = Records()
+    keys = AccessKeys(stored, UNUSED, UNUSED, required=True)
+    authorizations = [(await new_authorization(stored)).encode() for _ in range(5)]
+    await keys.refresh()
+    for authorization in authorizations:
+        keys.caller(authorization)
+        assert len(keys.cached) <= 3
+    for wrong in (b"Bearer x", b"Basic y", None):
+        with pytest.raises(Unauthenticated):
+            keys.caller(wrong)
+    assert set(keys.cached) <= set(authorizations)
