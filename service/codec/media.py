@@ -1,4 +1,4 @@
-"""JSON and MessagePack: content negotiation, encoding and parsing.
+"""JSON and MessagePack: content negotiation and encoding.
 
 Both carry the same schema. JSON writes float32 values with the fewest digits that read back
 as the same float32; MessagePack writes them as float32. Only one whole document of
@@ -7,16 +7,13 @@ UTF-8 JSON or MessagePack is accepted: no trailing bytes, no extension types, no
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import lru_cache, partial
-from itertools import chain
 from typing import Any, Final
 
 import orjson
 import ormsgpack
-import pydantic_core
 
 from service.core.errors import MalformedBody, NotAcceptable, UnsupportedMediaType
 
@@ -50,12 +47,6 @@ MAX_FIELD: Final = 1024
 """Longest `Accept` and `Content-Type`, in characters: longer ones would block the event loop while
 they are parsed, and fill the cache."""
 
-# The body is parsed as an array of itself and this marker, to notice other trailing bytes.
-_END = secrets.token_bytes(16)
-_PAIR = b"\x92"
-_END_PACKED = ormsgpack.packb(_END)
-
-
 encode_json: Final = partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
 """`dumps` in JSON."""
 
@@ -68,56 +59,13 @@ def dumps(media: Media, value: Any) -> bytes:
     return encode_json(value) if media is Media.JSON else encode_msgpack(value)
 
 
-def loads(media: Media, body: bytes) -> Any:
-    """The value of a whole body.
-
-    Raises:
-        MalformedBody: it is not one document of that type.
-    """
-    try:
-        if media is Media.JSON:
-            return pydantic_core.from_json(body)
-        value, end = _unpack_pair(body)
-    except ValueError as error:
-        raise malformed(media, str(error)) from error
-    if end != _END:
-        raise malformed(media, "bytes follow the document")
-    return value
-
-
-def encoded_list(media: Media, elements: Sequence[Encoded]) -> bytes:
-    """Encode a list from encoded elements."""
-    if media is Media.JSON:
-        return b"[%b]" % b",".join(elements)
-    return b"".join((b"\xdd", len(elements).to_bytes(4, "big"), *elements))
-
-
 def encoded_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
     """Encode an object from encoded values."""
-    return b"".join(object_parts(media, {name: [value] for name, value in members.items()}))
-
-
-def object_parts(media: Media, members: Mapping[str, Sequence[Encoded]]) -> list[Encoded]:
-    """An encoded object in parts, from the parts of encoded values: long values are not copied."""
-    parts: list[Encoded] = []
-    for name, value in members.items():
-        if media is Media.JSON:
-            parts += (b"," if parts else b"", orjson.dumps(name), b":", *value)
-        else:
-            parts += (ormsgpack.packb(name), *value)
     if media is Media.JSON:
-        return [b"{", *parts, b"}"]
-    return [b"\xdf", len(members).to_bytes(4, "big"), *parts]
-
-
-def list_parts(media: Media, elements: Sequence[Sequence[Encoded]]) -> list[Encoded]:
-    """An encoded list in parts, from the parts of encoded elements."""
-    if media is Media.MSGPACK:
-        return [b"\xdd", len(elements).to_bytes(4, "big"), *chain.from_iterable(elements)]
-    parts: list[Encoded] = [b"["]
-    for element in elements:
-        parts += (b"," if len(parts) > 1 else b"", *element)
-    return [*parts, b"]"]
+        parts = [b"".join((orjson.dumps(name), b":", value)) for name, value in members.items()]
+        return b"{%b}" % b",".join(parts)
+    pairs = [part for name, value in members.items() for part in (ormsgpack.packb(name), value)]
+    return b"".join((b"\xdf", len(members).to_bytes(4, "big"), *pairs))
 
 
 def malformed(media: Media, reason: str) -> MalformedBody:
@@ -217,10 +165,3 @@ def _weight(accept: str, media: Media) -> float:
 def _parameters(text: str) -> dict[str, str]:
     pairs = (item.partition("=") for item in text.split(";"))
     return {name.strip().lower(): value.strip() for name, _, value in pairs}
-
-
-def _unpack_pair(body: bytes) -> tuple[Any, Any]:
-    # The library ignores bytes after the document. The body is read as the first of two
-    # values, the second being a marker that no client knows.
-    value, end = ormsgpack.unpackb(_PAIR + body + _END_PACKED)
-    return value, end

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,16 +21,15 @@ from service.codec.body_types import (
     ForecastBody,
     ForkBody,
     FrameBody,
-    FrameEnvelope,
-    FrameId,
     ItemBody,
     SequenceBody,
     StateBody,
     build_body_types,
     known_future_schema,
 )
-from service.codec.decoding import decode, decode_element, invalid, load_json, loaded
+from service.codec.decoding import decode, decode_element, invalid, loaded
 from service.codec.field_rules import parse_if_match, stream_name
+from service.codec.frames import Frame, read_envelope, stream_of_item
 from service.codec.json_rows import JsonRowsDecoder, RowsChunk
 from service.codec.media import Media
 from service.codec.model import CodecModel
@@ -42,7 +41,6 @@ from service.core.errors import (
     ChunksUnsupported,
     FinalUnsupported,
     InvalidInput,
-    MalformedBody,
 )
 from service.core.values import (
     Chunk,
@@ -55,26 +53,6 @@ from service.core.values import (
     StreamKey,
     is_stream_name,
 )
-
-MAX_SCALAR_BYTES: Final = 2048
-"""Longest value of a frame's id and of a stream's name, before it is decoded."""
-
-_JSON_ENVELOPE: Final = msgspec.json.Decoder(FrameEnvelope)
-_PACKED_ENVELOPE: Final = msgspec.msgpack.Decoder(FrameEnvelope)
-
-
-class Frame(NamedTuple):
-    """A frame of a live socket.
-
-    Attributes:
-        id: returned with its outcome.
-        stream: that of the chunk.
-        result: the chunk, or what is wrong with it.
-    """
-
-    id: str | int | None
-    stream: str | None
-    result: Chunk | CarryError
 
 
 class PlacedChunk(Protocol):
@@ -178,7 +156,7 @@ class RequestReader:
             self.check_accepts_chunks()
             decoded = self._frame(body, media)
         except CarryError as error:
-            frame_id, name = self.envelope(body, media)
+            frame_id, name = read_envelope(media, body)
             name = stream or name
             return Frame(frame_id, name, error if name is None else with_stream(name, error))
         name = decoded.stream
@@ -203,31 +181,6 @@ class RequestReader:
             return Frame(
                 decoded.id, stream, error if stream is None else with_stream(stream, error)
             )
-
-    def envelope(self, body: bytes, media: Media) -> tuple[str | int | None, str | None]:
-        """The id of a frame and the stream that it names, without anything else of it; None for
-        what is absent or invalid."""
-        try:
-            decoder = _JSON_ENVELOPE if media is Media.JSON else _PACKED_ENVELOPE
-            found = decoder.decode(body)
-            frame_id, name = [_scalar(raw, media) for raw in (found.id, found.stream)]
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            frame_id, name = self._loaded_envelope(body, media)
-        try:
-            frame_id = msgspec.convert(frame_id, FrameId)
-        except msgspec.ValidationError:
-            frame_id = None
-        return frame_id, name if isinstance(name, str) and is_stream_name(name) else None
-
-    def _loaded_envelope(self, body: bytes, media: Media) -> tuple[Any, Any]:
-        """The same of a frame that may have NaN in it."""
-        try:
-            members = load_json(body) if media is Media.JSON else {}
-        except MalformedBody:
-            members = {}
-        if not isinstance(members, dict):
-            members = {}
-        return members.get("id"), members.get("stream")
 
     def _frame(self, body: bytes, media: Media) -> FrameBody | RowsChunk:
         if media is Media.JSON:
@@ -305,7 +258,7 @@ class RequestReader:
         try:
             item = decode_element(media, element, self._types[media].item, inside)
         except CarryError as error:
-            return item_error(error, _stream_in(element, media))
+            return item_error(error, stream_of_item(media, element))
         return self._item(item, inside)
 
     def _item(self, item: ItemBody, inside: str) -> Chunk | CarryError:
@@ -500,28 +453,6 @@ def with_stream(stream: str, error: CarryError) -> CarryError:
     """Add the stream to the facts of an error."""
     error.facts = {**error.facts, "stream": stream}
     return error
-
-
-def _stream_in(element: Any, media: Media) -> str | None:
-    """The stream that an invalid item names; None if it names none."""
-    if media is Media.MSGPACK:
-        try:
-            element = {"stream": _scalar(_PACKED_ENVELOPE.decode(element).stream, media)}
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            return None
-    name = element.get("stream") if isinstance(element, dict) else None
-    return name if isinstance(name, str) and is_stream_name(name) else None
-
-
-def _scalar(raw: msgspec.Raw, media: Media) -> Any:
-    """The string or the number in a short value; None for any other."""
-    if not 0 < len(memoryview(raw)) <= MAX_SCALAR_BYTES:
-        return None
-    module = msgspec.json if media is Media.JSON else msgspec.msgpack
-    try:
-        return module.decode(raw, type=str | int)
-    except (msgspec.MsgspecError, ValueError):
-        return None
 
 
 def _token(token: str | bytes, inside: str) -> bytes:

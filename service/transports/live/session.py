@@ -19,10 +19,10 @@ from structlog.contextvars import bound_contextvars
 from websockets.frames import CloseCode
 
 from service.access.caller import Caller
+from service.codec.frames import Frame, read_envelope
 from service.codec.media import Media
 from service.codec.pieces import LONG_VALUES, encode_pieces
 from service.codec.reply_writer import EVERY_STEP, ReplyOptions
-from service.codec.request_reader import Frame
 from service.core.errors import CarryError, Unauthenticated
 from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
@@ -340,7 +340,7 @@ class Session:
         error: CarryError,
     ) -> None:
         """Answer a frame that was not read."""
-        frame_id, stream = (None, None) if codec is None else codec.reader.envelope(body, media)
+        frame_id, stream = (None, None) if codec is None else read_envelope(media, body)
         self._start(entry, media, Frame(frame_id, stream, error), deadline_s, body)
 
     def _resolve(self, entry: Entry, result: Reply | CarryError) -> None:

@@ -146,10 +146,10 @@ def _json() -> Iterator[HugeBody]:
     yield body(
         "a sequence of short rows",
         lambda: _filled(b'{"sequences":[{"inputs":[', SHORT_ROW, b"]}]}"),
-        413, "chunk_too_long", PREDICT,
+        path=PREDICT,
     )  # fmt: skip
-    yield body("a state of lists", lambda: _state(b"[]"), path=STATE, method="PUT")
-    yield body("a state of numbers", lambda: _state(b"0"), path=STATE, method="PUT")
+    yield body("a state of lists", lambda: _state(b"[]"), 409, "state_incompatible", STATE, "PUT")
+    yield body("a state of numbers", lambda: _state(b"0"), 409, "state_incompatible", STATE, "PUT")
 
 
 HUGE = [*_json(), *_messagepack()]
