@@ -15,11 +15,11 @@ from typing import Any, cast
 from starlette.requests import Request
 
 from service.codec.media import Media, dumps
-from service.codec.reply_types import Problem
 from service.core.errors import CarryError, NotAcceptable, UnsupportedMediaType
 from service.server.errors import UpgradeRequired
 from service.telemetry.logs import current_request_id
 from service.transports.v1.replies import Answer, Header
+from service.transports.v1.reply_types import Problem
 from service.transports.v1.request_fields import body_media, reply_media
 from service.transports.v1.statuses import STATUS
 

@@ -20,13 +20,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.access.caller import Verb
-from service.codec import reply_types
 from service.codec.media import SERVED, Media
 from service.codec.schema_fields import EXAMPLE_STREAM
 from service.core import errors
 from service.core.errors import CarryError, leaf_errors
 from service.core.values import STREAM_NAME
 from service.server import errors as http_errors
+from service.transports.v1 import reply_types
 from service.transports.v1.problems import LATER, PROBLEM_JSON, REFERENCE
 from service.transports.v1.statuses import STATUS
 

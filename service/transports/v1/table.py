@@ -11,9 +11,10 @@ from typing import Any, Final
 from fastapi.responses import PlainTextResponse
 
 from service.access.caller import DESCRIBE, PREDICT, Verb
-from service.codec import reply_types
+from service.codec.reply_types import ChunkReply, ForecastReply
 from service.codec.schema_fields import EXAMPLE_EPOCH, EXAMPLE_TAG
 from service.core import errors
+from service.transports.v1 import reply_types
 from service.transports.v1.request_fields import SECONDS
 from service.transports.v1.route import IF_MATCH, Route, parameter
 from service.transports.v1.routes import chunks, health, models, streams
@@ -105,7 +106,7 @@ ROUTES: Final = (
         chunks.post_chunk,
         verbs=PREDICT,
         replies={200: "Applied, now or before."},
-        reply=reply_types.ChunkReply,
+        reply=ChunkReply,
         headers={**_ETAG, **_TIMING},
         parameters=(*_OPTIONS, IF_MATCH, _TIMEOUT),
         body="Chunk",
@@ -252,7 +253,7 @@ ROUTES: Final = (
         streams.post_forecast,
         verbs=PREDICT,
         replies={200: "What is seen ahead."},
-        reply=reply_types.ForecastReply,
+        reply=ForecastReply,
         headers=_ETAG,
         parameters=(IF_MATCH, _TIMEOUT),
         body="Forecast",

@@ -14,12 +14,6 @@ from starlette.responses import Response
 from service.access.caller import Caller, Verb
 from service.codec.field_rules import stream_name
 from service.codec.pieces import CountedList
-from service.codec.reply_types import (
-    AppliedItem,
-    FailedItem,
-    ManyReply,
-    PredictReply,
-)
 from service.codec.reply_writer import (
     ReplyOptions,
     server_timing,
@@ -30,6 +24,7 @@ from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, ModelCodec, allowed_model, api_of
 from service.transports.v1.problems import problem
 from service.transports.v1.replies import etag, reply
+from service.transports.v1.reply_types import AppliedItem, FailedItem, ManyReply, PredictReply
 from service.transports.v1.request_body import receive_body
 from service.transports.v1.request_fields import (
     PREDICT_PARAMETERS,

@@ -15,10 +15,10 @@ from starlette.responses import Response
 
 from service.access.caller import Verb
 from service.codec.media import Media
-from service.codec.reply_types import Live, Ready, StoreReport
 from service.core.errors import CarryError
 from service.transports.v1.context import api_of, caller_of
 from service.transports.v1.replies import reply
+from service.transports.v1.reply_types import Live, Ready, StoreReport
 
 HIDDEN: Final = "needs a key that allows metrics"
 """The detail of a check for those who may not read it."""

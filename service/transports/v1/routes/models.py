@@ -9,7 +9,11 @@ from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
-from service.codec.reply_types import (
+from service.codec.settings import RequestSettings
+from service.pipeline.served_model import ServedModel
+from service.transports.v1.context import allowed_model, api_of, caller_of
+from service.transports.v1.replies import reply
+from service.transports.v1.reply_types import (
     AlarmsInfo,
     BlocksInfo,
     ColumnInfo,
@@ -18,10 +22,6 @@ from service.codec.reply_types import (
     ModelList,
     ModelSummary,
 )
-from service.codec.settings import RequestSettings
-from service.pipeline.served_model import ServedModel
-from service.transports.v1.context import allowed_model, api_of, caller_of
-from service.transports.v1.replies import reply
 from service.transports.v1.request_fields import query, reply_media
 from service.transports.v1.route import ModelPath
 

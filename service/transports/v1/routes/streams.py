@@ -18,19 +18,19 @@ from models.spec.blocks import WAITING
 from models.spec.state import State
 from service.codec.field_rules import stream_name, stream_prefix
 from service.codec.media import Media
-from service.codec.reply_types import (
-    Deleted,
-    StateReply,
-    StreamInfo,
-    StreamList,
-    StreamRecord,
-)
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
 from service.pipeline.served_model import ServedModel
 from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, allowed_model, api_of
 from service.transports.v1.replies import etag, reply
+from service.transports.v1.reply_types import (
+    Deleted,
+    StateReply,
+    StreamInfo,
+    StreamList,
+    StreamRecord,
+)
 from service.transports.v1.request_body import receive_body
 from service.transports.v1.request_fields import (
     body_media,

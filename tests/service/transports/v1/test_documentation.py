@@ -18,11 +18,11 @@ from models.events.columns import canonical_bytes, columns_from_events
 from models.events.parse import event_adapter
 from models.events.schema import EventSchema
 from models.spec.model import ModelSpec, parse_spec
-from service.codec import reply_types
 from service.core.delivery import chunk_digest, next_tag
 from service.core.values import FIRST_TAG, Check, Feed, ServerStatus, Steps
 from service.pipeline.watching import Watches
 from service.transports.live.watching import add_watching
+from service.transports.v1 import reply_types
 from tests.service.transports.v1.harness import harness
 from tests.support.oracle import contracting_weights
 from tests.support.servers import RealServer

@@ -22,9 +22,10 @@ from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
 from service.access.caller import ANYONE
-from service.codec import reply_types
+from service.codec.reply_types import ForecastReply
 from service.core.errors import DeadlineExceeded
 from service.core.values import ForecastRequest, StreamKey
+from service.transports.v1 import reply_types
 from tests.service.transports.v1.harness import LIMITS, MSGPACK, Harness, harness, problem
 from tests.support.decoder_oracle import oracle_decode
 from tests.support.decoders import HOUR_MS, START_MS, decoder_spec, future_of, hourly_events
@@ -92,7 +93,7 @@ async def test_forecast_equals_the_oracle_and_does_not_change_the_stream(
         sent = await send(api, EVENTS[cut])
     response = await look(api, {**ASKED, "position": 9})
     assert response.status_code == 200, response.text
-    TypeAdapter(reply_types.ForecastReply).validate_json(response.content)
+    TypeAdapter(ForecastReply).validate_json(response.content)
     found = response.json()
     assert [found[name] for name in ("epoch", "position", "tag")] == [
         sent[name] for name in ("epoch", "position", "tag")

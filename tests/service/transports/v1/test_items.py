@@ -10,9 +10,9 @@ import numpy as np
 import ormsgpack
 from pydantic import TypeAdapter
 
-from service.codec.reply_types import ManyReply, PredictReply
 from service.core.errors import StateDamaged
 from service.core.values import StreamKey
+from service.transports.v1.reply_types import ManyReply, PredictReply
 from tests.service.transports.v1.harness import EVENT, LATER, MSGPACK, Harness, problem, rows
 from tests.support.pipelines import oracle_outputs
 

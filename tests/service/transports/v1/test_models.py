@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 from pydantic import TypeAdapter
 
-from service.codec import reply_types
 from service.core.errors import leaf_errors
 from service.core.values import Check, ServerStatus
+from service.transports.v1 import reply_types
 from service.transports.v1.application import create_api
 from tests.service.transports.v1.harness import EVENT, LIMITS, Harness, problem, rows
 

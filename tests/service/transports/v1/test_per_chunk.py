@@ -15,9 +15,10 @@ from pydantic import TypeAdapter
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
 from service.access.caller import ANYONE
-from service.codec import reply_types
+from service.codec.reply_types import ChunkReply
 from service.core.errors import ChunkTooLong
 from service.core.values import Feed, SequenceInput, Steps
+from service.transports.v1 import reply_types
 from tests.service.transports.v1.harness import MSGPACK, Harness, harness, problem, rows
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_in_cuts
@@ -89,7 +90,7 @@ async def test_each_chunk_is_one_call_whatever_its_length(api: Harness, artifact
         body = {"position": at, "inputs": given[at : at + length].tolist()}
         response = await api.client.post(f"{PATH}?return_attention=true", json=body)
         assert response.status_code == 200, response.text
-        TypeAdapter(reply_types.ChunkReply).validate_json(response.content)
+        TypeAdapter(ChunkReply).validate_json(response.content)
         reply = response.json()
         close(reply["outputs"]["each"], wanted["each"])
         close(reply["outputs"]["once"], wanted["once"])

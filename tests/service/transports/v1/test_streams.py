@@ -13,9 +13,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from models.artifact.artifact import Artifact
-from service.codec.reply_types import Deleted, StateReply, StreamInfo, StreamList
 from service.core.errors import OutcomeUnknown, StoreUnavailable
 from service.core.values import StreamKey
+from service.transports.v1.reply_types import Deleted, StateReply, StreamInfo, StreamList
 from tests.service.transports.v1.harness import (
     EVENT,
     LATER,
