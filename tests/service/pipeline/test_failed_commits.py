@@ -1,4 +1,4 @@
-"""What a batch leaves behind whose commit failed."""
+"""Commits that fail: what their batch leaves behind, and how often a chunk is tried."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from models.artifact.artifact import Artifact
 from service.access.caller import ANYONE
-from service.core.errors import StoreRefused
+from service.core.errors import Conflict, StoreRefused
 from service.pipeline.chunk_job import ChunkJob
-from service.store.base import CommitColumns, CommitResult
+from service.store.base import CommitColumns, CommitResult, Conflicted
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
-from tests.support.pipelines import chunk_of, make_artifact, rows_of, worker
+from tests.support.pipelines import Counts, chunk_of, make_artifact, rows_of, send, worker
 
 
 class FullStore(RedisStore):
-    """Refuses every commit."""
+    """Rejects every commit."""
 
     async def commit(
         self, commits: CommitColumns, deadline_s: float = math.inf
@@ -44,3 +46,20 @@ async def test_chunks_whose_commit_failed_are_freed(store_url: str, tmp_path: Pa
 def count_jobs() -> int:
     gc.collect()
     return sum(isinstance(each, ChunkJob) for each in gc.get_objects())
+
+
+class ContestedStore(RedisStore):
+    """Another writer is faster each time."""
+
+    async def commit(
+        self, commits: CommitColumns, deadline_s: float = math.inf
+    ) -> list[CommitResult]:
+        return [Conflicted(None)] * len(commits.keys)
+
+
+async def test_chunk_is_tried_a_limited_number_of_times(store_url: str, artifact: Artifact) -> None:
+    counts, store = Counts(), ContestedStore(StoreSettings(store_url))
+    async with worker(store_url, artifact, counts, store=store) as one:
+        with pytest.raises(Conflict, match="64 times"):
+            await send(one, "contested", rows_of(np.random.default_rng(53), 2), 0)
+    assert counts.seen["conflicts"] == 64

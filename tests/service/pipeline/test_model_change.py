@@ -40,6 +40,8 @@ async def test_stream_of_another_version_is_rejected_and_unchanged(
         with pytest.raises(StateIncompatible) as caught:
             await send(after, "s", rows[4:], 4)
         assert caught.value.facts["position"] == 4
+        with pytest.raises(EpochMismatch):
+            await send(after, "s", rows[4:], 4, epoch=bytes(8))
         await send(before, "s", rows[4:], 4)
 
 
