@@ -19,7 +19,6 @@ from service.server.connection_balance import (
     DEFER_S,
     FULL,
     NOT_ACCEPTING,
-    SLACK_SHARE,
     Acceptor,
     WorkerLoad,
     is_next,
@@ -64,17 +63,6 @@ def test_some_worker_is_always_next() -> None:
         loads = [choose.choice([NOT_ACCEPTING, 0, choose.randrange(50), FULL]) for _ in range(5)]
         if any(load != NOT_ACCEPTING for load in loads):
             assert turns(loads), loads
-
-
-@pytest.mark.parametrize("count", [3, FILL, 2 * FILL, 100])
-def test_workers_are_filled_one_by_one_and_then_evenly(count: int) -> None:
-    loads, choose = [0, 0, 0], random.Random(count)
-    for _ in range(count):
-        loads[choose.choice(turns(loads))] += 1
-    if count <= 3 * FILL:
-        assert loads == [min(FILL, max(0, count - FILL * index)) for index in range(3)]
-    else:
-        assert max(loads) - min(loads) <= max(loads) // SLACK_SHARE + 1
 
 
 class Workers:
