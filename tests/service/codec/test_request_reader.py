@@ -427,9 +427,12 @@ def events(draw: st.DrawFn) -> Any:
     return found
 
 
+SMALL_WIDTH = len(small_spec().columns)
+
+
 @st.composite
 def bodies(draw: st.DrawFn, model: str) -> dict[str, Any]:
-    wide = 3 if model == "probe" else 9
+    wide = 3 if model == "probe" else SMALL_WIDTH
     value = mostly(NUMBERS, st.sampled_from(ODD_NUMBERS), 40) if model == "probe" else st.just(0.0)
     width = mostly(st.just(wide), st.just(wide - 1), 40)
     row = width.flatmap(lambda count: st.lists(value, min_size=count, max_size=count))
@@ -491,18 +494,31 @@ def test_every_path_gives_what_the_oracle_says_of_each_odd_value(
         for at in range(3):
             wrong = [*row[:at], number, *row[at + 1 :]]
             check_every_path(codecs["probe"], {"inputs": [row, wrong], "position": 0})
-    for steps in ([], [row] * 4, [row] * 5, [row, [1.0]], [[*row, 1.0]], [1], {}, "x", [[]]):
+    for steps in (
+        [],
+        [row] * 4,
+        [row] * 5,
+        [row, [1.0]],
+        [[*row, 1.0]],
+        [row[:2], [*row, 1.0]],
+        [1],
+        {},
+        "x",
+        [[]],
+    ):
         check_every_path(codecs["probe"], {"inputs": steps, "position": 0})
     for member in (*LATER, "more", "reset"):
         for value in ODD_VALUES:
             check_every_path(codecs["small"], {"events": [event, {**event, member: value}]})
     for events in ([], [event] * 4, [event] * 5, [None], [1], {}, "x", [{}]):
         check_every_path(codecs["small"], {"events": events})
-    zeros = [[0.0] * 9]
+    wide = codecs["small"].served.input_features
+    zeros = [[0.0] * wide]
+    check_every_path(codecs["small"], {"inputs": zeros, "position": 0})
     for both in ({"inputs": zeros, "events": [event]}, {"inputs": None, "events": None}, {}):
         check_every_path(codecs["small"], both)
     for code in (0.0, 1.0, 2.0, 1.5, -1.0, 99.0):
-        check_every_path(codecs["small"], {"inputs": [[code] * 9], "position": 1})
+        check_every_path(codecs["small"], {"inputs": [[code] * wide], "position": 1})
 
 
 EDGES = [
@@ -619,6 +635,21 @@ def test_items_and_sequences_are_what_each_is_alone(
     else:
         steps = [one.steps for one in alone if isinstance(one, Chunk)]
         assert shown([each.steps for each in sequences])[: len(steps)] == shown(steps)
+
+
+@pytest.mark.parametrize("media", Media)
+@pytest.mark.parametrize("name", ["", "..", "a b", "a\n", "x" * 257])
+def test_item_with_a_wrong_name_fails_alone(
+    codecs: Mapping[str, ModelCodec], media: Media, name: str
+) -> None:
+    reader, values = codecs["probe"].reader, rows(1)
+    inputs: Any = values.tolist() if media is Media.JSON else values.tobytes()
+    encode = dumps if media is Media.JSON else ormsgpack.packb
+    items_of = [{"stream": each, "inputs": inputs} for each in ("a", name, "b")]
+    found = reader.items(encode({"chunks": items_of}), media)
+    assert [isinstance(each, Chunk) for each in found] == [True, False, True]
+    assert isinstance(found[1], CarryError)
+    assert (found[1].code, found[1].facts["at"]) == ("invalid_name", "chunks[1].stream")
 
 
 TWICE = {
