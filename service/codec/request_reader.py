@@ -27,7 +27,15 @@ from service.codec.body_types import (
     build_body_types,
     known_future_schema,
 )
-from service.codec.decoding import decode, decode_element, invalid, loaded
+from service.codec.decoding import (
+    convert,
+    decode,
+    decode_element,
+    decode_packed,
+    invalid,
+    load_json,
+    loaded,
+)
 from service.codec.field_rules import parse_if_match, stream_name
 from service.codec.frames import Frame, read_envelope, stream_of_item
 from service.codec.json_rows import JsonRowsDecoder, RowsChunk
@@ -141,7 +149,11 @@ class RequestReader:
                         self.steps.checked_rows(rows.rows, "inputs")
                     return self.build_chunk(rows, steps, key, precondition)
             self.check_accepts_chunks()
-            decoded = decode(media, body, self._types[media].chunk)
+            kind = self._types[media].chunk
+            if media is Media.JSON:
+                decoded = convert(load_json(body), kind)
+            else:
+                decoded = decode_packed(body, kind)
             return self._chunk_of(decoded, "", key, precondition)
         except CarryError as error:
             raise with_stream(key.stream, error) from error
@@ -394,7 +406,8 @@ class RequestReader:
         Raises:
             FinalUnsupported, ResetsUnsupported, InvalidInput, ChunkTooLong
         """
-        self.check_final(body.final, f"{inside}.final" if inside else "final")
+        if body.final:
+            self._check_final(f"{inside}.final" if inside else "final")
         steps = self.steps.read(body, inside, self.bounds.chunk, 0 if body.final else 1)
         if body.resets is not None or body.false_alarms_per_day is not None or steps.resets:
             steps = self.steps.add_options(
@@ -404,13 +417,13 @@ class RequestReader:
             body, steps, key, precondition, final=body.final, dry_run=body.dry_run
         )
 
-    def check_final(self, final: bool, at: str) -> None:
-        """Reject `final` if the model does not support it.
+    def _check_final(self, at: str) -> None:
+        """Reject a final chunk if the model does not support it.
 
         Raises:
             FinalUnsupported
         """
-        if final and self._model.spec.blocks is None:
+        if self._model.spec.blocks is None:
             raise FinalUnsupported(
                 f"{at}: expected none, since model {self._name!r} has no `blocks` and "
                 "answers every event at once",

@@ -722,6 +722,15 @@ def test_number_beyond_float32_among_many_is_found(
         assert found.facts["got"] == json.dumps(largest)
 
 
+@pytest.mark.parametrize("load", ["1", "NaN", "1e999"])
+def test_lone_surrogate_is_malformed_whatever_is_beside_it(
+    codecs: Mapping[str, ModelCodec], load: str
+) -> None:
+    text = json.dumps({"events": [{**EVENT, "load": "@", "carrier": "\ud800"}]})
+    error = read_chunk(codecs["small"], text.replace('"@"', load).encode())
+    assert error.code == "malformed_body"
+
+
 def test_all_errors_of_an_object_are_reported(codecs: Mapping[str, ModelCodec]) -> None:
     body = {"position": -1, "events": [{"load": "x", "carrier": 3, "other": 1}], "odd": True}
     for media, content in ((Media.JSON, dumps(body)), (Media.MSGPACK, ormsgpack.packb(body))):
