@@ -253,7 +253,7 @@ async def test_load_shedding_stops_once_a_batch_ends_if_the_queue_expired_meanwh
         pytest.param([(100, 1), (300, 2), (300, 3)], 100 / 4 + 300 / 4 + 300 / 2, id="averaged"),
         pytest.param([(50, 1), (0, 31), (50, 32)], 50, id="kept without progress"),
         pytest.param([(50, 1), (None, 2)], None, id="unknown of an empty queue"),
-        pytest.param([(50, 1), (None, 2), (1, 60)], None, id="measured anew"),
+        pytest.param([(50, 1), (None, 2), (1, 60)], None, id="unknown again after that"),
     ],
 )
 def test_drain_rate(windows: list[tuple[int | None, float]], per_s: float | None) -> None:

@@ -72,7 +72,7 @@ async def streamed(
             count = int(random.choice([1, 1, 2, 3, 5, 11]))
             piece = streams[b][at[b] : at[b] + count]
             at[b] += len(piece)
-            # sometimes the end is told with the last events, sometimes alone
+            # sometimes the end comes with the last events, sometimes alone
             ended[b] = at[b] == len(streams[b]) and (not len(piece) or bool(random.integers(2)))
             known.append(Segment(states[b], piece, states[b].ints, ended[b]))
         done = await infer_batch(compute, served, known, lambda *_: None)

@@ -64,8 +64,8 @@ def known_of(artifact: Artifact, horizon: int = HORIZON) -> NDArray[np.float32]:
     assert spec.decoder is not None
     schema = known_schema(spec.events, spec.decoder, timed=False)
     assert schema is not None
-    told = columns_from_events(schema, future_of(horizon))
-    return encode_covariates(spec, clock(), horizon, told).rows
+    columns = columns_from_events(schema, future_of(horizon))
+    return encode_covariates(spec, clock(), horizon, columns).rows
 
 
 def decoded(opened: Opened, known: NDArray[np.float32], samples: int = SAMPLES) -> Forecast:
@@ -85,16 +85,16 @@ def decoded(opened: Opened, known: NDArray[np.float32], samples: int = SAMPLES) 
 
 def test_forecast_matches_the_oracle(opened: Opened) -> None:
     spec, weights, known = opened.artifact.spec, opened.artifact.weights, known_of(opened.artifact)
-    found = decoded(opened, known)
+    forecast = decoded(opened, known)
     noise = Distribution(spec).noise(SEED, HORIZON, SAMPLES)
     state = random_state(spec)
     point, quantiles = oracle_decode(spec, weights, state, known)
-    np.testing.assert_allclose(found.point, point, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(found.quantiles, quantiles, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(forecast.point, point, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(forecast.quantiles, quantiles, rtol=2e-5, atol=2e-5)
     for path in range(SAMPLES):
         drawn, _ = oracle_decode(spec, weights, state, known, noise[:, path])
-        np.testing.assert_allclose(found.paths[path], drawn, rtol=2e-5, atol=2e-5)
-    assert np.abs(np.diff(found.paths, axis=0)).min() > 1e-3
+        np.testing.assert_allclose(forecast.paths[path], drawn, rtol=2e-5, atol=2e-5)
+    assert np.abs(np.diff(forecast.paths, axis=0)).min() > 1e-3
 
 
 def test_forecast_is_deterministic_and_a_shorter_one_is_its_prefix(opened: Opened) -> None:

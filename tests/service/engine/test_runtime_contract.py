@@ -233,13 +233,13 @@ def equals_the_oracle(
     np.testing.assert_allclose(numbers, expected_numbers, rtol=1e-5, atol=1e-5)
 
 
-def same(found: Floats, expected: Floats) -> None:
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+def same(actual: Floats, expected: Floats) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-def same_state(opened: Opened, found: Floats, expected: Floats) -> None:
+def same_state(opened: Opened, actual: Floats, expected: Floats) -> None:
     np.testing.assert_allclose(
-        joined(opened.spec, found), joined(opened.spec, expected), rtol=1e-6, atol=1e-6
+        joined(opened.spec, actual), joined(opened.spec, expected), rtol=1e-6, atol=1e-6
     )
 
 
@@ -288,8 +288,8 @@ async def test_longest_chunk_is_one_call_if_the_model_sees_chunks_whole(
         compute.close()
     assert len(calls) == (3 if limit is None else 1)
     for index, row in enumerate(rows):
-        found = inferred.outputs[index], inferred.states[index]
-        equals_the_oracle(opened, row, states[index], *found)
+        actual = inferred.outputs[index], inferred.states[index]
+        equals_the_oracle(opened, row, states[index], *actual)
 
 
 def test_batched_outputs_equal_single_outputs(opened: Opened) -> None:
@@ -314,8 +314,8 @@ def test_padding_does_not_change_outputs(opened: Opened, more_rows: int, more_st
         opened.runtime, rows, states, more_rows=more_rows, more_steps=more_steps
     )
     same_state(opened, padded_after, after)
-    for found, expected in zip(padded, outputs, strict=True):
-        same(found, expected)
+    for actual, expected in zip(padded, outputs, strict=True):
+        same(actual, expected)
 
 
 def test_state_does_not_change_beyond_a_rows_length(opened: Opened) -> None:
@@ -376,5 +376,5 @@ def test_chunk_boundaries_are_bitwise_invisible_on_onnxruntime(
         same(end, after)
     company = [rows, rows[:7], rows[:30]]
     outputs, _ = step(runtime, company, np.stack([state] * 3))
-    for found, row in zip(outputs, company, strict=True):
-        same(found, whole[: len(row)])
+    for actual, row in zip(outputs, company, strict=True):
+        same(actual, whole[: len(row)])

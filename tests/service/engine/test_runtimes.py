@@ -97,11 +97,11 @@ def test_models_of_one_service_run_on_two_runtimes(
     opened = open_runtimes("auto", [without_graph, with_graph], 0)
     assert [runtime.name for runtime in opened] == ["tensorflow", "onnxruntime"]
     rows = np.random.default_rng(1).normal(size=(3, 1)).astype(np.float32)
-    for runtime, found in zip(opened, (without_graph, with_graph), strict=True):
+    for runtime, model in zip(opened, (without_graph, with_graph), strict=True):
         runtime.warm()
-        state = np.full(found.state.float_size, 0.3, np.float32)
+        state = np.full(model.state.float_size, 0.3, np.float32)
         (outputs,), _ = step(runtime, [rows], state[np.newaxis])
-        expected = oracle_step(found.spec, found.weights, rows, state)[0]
+        expected = oracle_step(model.spec, model.weights, rows, state)[0]
         np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_a_missing_library_is_named_with_its_extra(
             open_runtime(name, with_graph, 1)
 
 
-def endless(found: Artifact, _: Any) -> bytes:
+def endless(model: Artifact, _: Any) -> bytes:
     """A loop that does not terminate."""
     number, truth = onnx.TensorProto.INT64, onnx.TensorProto.BOOL
     body = helper.make_graph(
@@ -143,26 +143,26 @@ def endless(found: Artifact, _: Any) -> bytes:
             helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, []),
         ],
     )
-    loop = helper.make_node("Loop", ["most", "true", "start"], ["end"], body=body)
+    loop = helper.make_node("Loop", ["trips", "true", "start"], ["end"], body=body)
     constants = [
-        helper.make_tensor("most", number, [], [2**62]),
+        helper.make_tensor("trips", number, [], [2**62]),
         helper.make_tensor("true", truth, [], [True]),
         helper.make_tensor("start", onnx.TensorProto.FLOAT, [], [1.0]),
     ]
-    return with_this_first(found, [loop], constants)
+    return with_this_first(model, [loop], constants)
 
 
-def external(found: Artifact, _: Any) -> bytes:
+def external(model: Artifact, _: Any) -> bytes:
     """A constant whose elements are in a file of the working directory."""
     constant = onnx.TensorProto(name="secret", data_type=onnx.TensorProto.FLOAT, dims=[1])
     constant.data_location = onnx.TensorProto.EXTERNAL
     constant.external_data.add(key="location", value="secret.bin")
-    return with_this_first(found, [helper.make_node("Neg", ["secret"], ["end"])], [constant])
+    return with_this_first(model, [helper.make_node("Neg", ["secret"], ["end"])], [constant])
 
 
-def with_this_first(found: Artifact, nodes: list[Any], constants: list[Any]) -> bytes:
+def with_this_first(source: Artifact, nodes: list[Any], constants: list[Any]) -> bytes:
     """The graph of the weights, the heads included, and nodes before it whose output is `end`."""
-    model = onnx.load_from_string(write_graph(found.spec, found.weights))
+    model = onnx.load_from_string(write_graph(source.spec, source.weights))
     kept = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *kept])
@@ -174,10 +174,10 @@ def with_this_first(found: Artifact, nodes: list[Any], constants: list[Any]) -> 
 EXCHANGED = {
     "endless loop": endless,
     "external data": external,
-    "other weights": lambda found, other: write_graph(found.spec, other).replace(
-        compute_fingerprint(found.spec, other).hex().encode(), found.fingerprint.hex().encode()
+    "other weights": lambda model, other: write_graph(model.spec, other).replace(
+        compute_fingerprint(model.spec, other).hex().encode(), model.fingerprint.hex().encode()
     ),
-    "no graph": lambda found, other: b"junk",
+    "no graph": lambda model, other: b"junk",
 }
 
 

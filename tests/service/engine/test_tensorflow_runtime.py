@@ -65,15 +65,15 @@ def check_that_padding_does_not_matter(
     states = random.uniform(-0.5, 0.5, (1, artifact.state.float_size)).astype(np.float32)
     (expected,), expected_states = step(runtime, [rows], states)
     fitting = [rung for rung in rungs_up_to(runtime.max_steps) if rung[1] >= length]
-    for most_rows, most_steps in fitting:
-        more = {"more_rows": most_rows - 1, "more_steps": most_steps - length}
+    for max_rows, max_steps in fitting:
+        more = {"more_rows": max_rows - 1, "more_steps": max_steps - length}
         (outputs,), after = step(runtime, [rows], states, **more)
         np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(after, expected_states, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("most", "steps"),
+    ("max_steps", "steps"),
     [
         (1, [1]),
         (10, [1, 4, 10]),
@@ -83,10 +83,10 @@ def check_that_padding_does_not_matter(
         (1024, [1, 4, 16, 64, 256, 1024]),
     ],
 )
-def test_ladder_reaches_the_longest_call(most: int, steps: list[int]) -> None:
-    rungs = rungs_up_to(most)
+def test_ladder_reaches_the_longest_call(max_steps: int, steps: list[int]) -> None:
+    rungs = rungs_up_to(max_steps)
     assert list(dict.fromkeys(step for _, step in rungs)) == steps
-    assert rungs[-1] == (TensorflowRuntime.max_batch, most)
+    assert rungs[-1] == (TensorflowRuntime.max_batch, max_steps)
     assert len(set(rungs)) == len(rungs)
 
 
