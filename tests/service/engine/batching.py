@@ -46,6 +46,7 @@ class Runs(BatchRunner[str, str]):
             self._began.notify_all()
         self.seen |= {job.payload: job for job in jobs}
         if self.releasing:
+            await asyncio.sleep(0)
             for job in jobs:
                 batch.release_streams([job.key])
         await self.gates.get(jobs[0].payload, self.gate).wait()

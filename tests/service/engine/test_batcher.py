@@ -236,16 +236,19 @@ async def test_a_failed_batch_fails_its_own_jobs_only(runs: Runs) -> None:
 
 async def test_a_cancelled_caller_does_not_affect_the_others_of_its_batch(runs: Runs) -> None:
     async with batching(runs) as batcher:
-        running = start_each(batcher, "ab")
+        running = start_each(batcher, "abe")
         await runs.wait_for_batches(1)
         queued = start_each(batcher, "cd")
         await turns()
-        for cancelled in (running[0], queued[0]):
+        for cancelled in (running[0], running[2], queued[0]):
             cancelled.cancel()
-        await turns()
+        with structlog.testing.capture_logs() as logged:
+            runs.seen["e"].resolve("before the task knows that it is cancelled")
+            await turns()
+        assert not logged
         runs.gate.set()
         assert await asyncio.gather(running[1], queued[1]) == ["B", "D"]
-    assert runs.batches == [["a", "b"], ["d"]]
+    assert runs.batches == [["a", "b", "e"], ["d"]]
 
 
 async def test_drain_finishes_accepted_jobs_and_rejects_new_ones(runs: Runs) -> None:

@@ -151,6 +151,10 @@ SCENARIOS = {
         LIMITS,
         "push a b; cancel a0; take b1; push a; take a2;push c; cancel c3; drop c3; push c; take c4",
     ),
+    "so does one that a batch had released": (
+        LIMITS,
+        "push a a; take a0; release a; cancel a1; drop a1; push a; take a2",
+    ),
     "a held stream whose waiting jobs were dropped stays held": (
         LIMITS,
         "push a a; take a0; cancel a1; drop a1; push a; take; release a; take a2",
@@ -190,12 +194,12 @@ async def test_jobs_are_counted_until_they_are_taken_or_dropped() -> None:
 
 async def test_expired_jobs_are_returned() -> None:
     waiting = Waiting(LONG_BEYOND_16)
-    waiting.push("a:20", "a:20", "a", "b")
-    for name, deadline_s in (("a0", 1.0), ("a1", 1.0), ("b3", 2.0)):
+    waiting.push("a:20", "a:20", "a", "b", "c")
+    for name, deadline_s in (("a0", 1.0), ("a1", 1.0), ("b3", 2.0), ("c4", 1.0)):
         waiting.jobs[name].deadline_s = deadline_s
     jobs, expired = waiting.queue.take(1.0)
     assert [job.payload for job in jobs] == ["a2", "b3"]
-    assert [job.payload for job in expired] == ["a0", "a1"]
+    assert [job.payload for job in expired] == ["a0", "a1", "c4"]
     assert waiting.queue.waiting == 0
 
 
