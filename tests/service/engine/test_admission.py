@@ -228,6 +228,26 @@ async def test_one_job_is_always_admitted_and_a_drain_ends_load_shedding(
         await asyncio.gather(*tasks, one, return_exceptions=True)
 
 
+async def test_load_shedding_goes_on_while_jobs_wait() -> None:
+    runs, shedding = Runs(), list[bool]()
+    runs.gates["b"] = asyncio.Event()
+    limits = BatchLimits(1, 1000)
+    async with batching(runs, queue=2, limits=limits, on_shedding=shedding.append) as batcher:
+        running = start(batcher, "a")
+        await runs.wait_for_batches(1)
+        waiting = start_each(batcher, "bc")
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await submit(batcher, "d")
+        runs.gate.set()
+        await runs.wait_for_batches(2)
+        await turns()
+        assert shedding == [True]
+        runs.gates["b"].set()
+        await asyncio.gather(running, *waiting)
+        assert shedding == [True, False]
+
+
 async def test_load_shedding_stops_once_a_batch_ends_if_the_queue_expired_meanwhile() -> None:
     runs, shedding = Runs(), list[bool]()
     async with batching(runs, queue=1, on_shedding=shedding.append) as batcher:

@@ -78,8 +78,10 @@ async def test_linger_ends_with_the_batch_in_flight_or_with_as_many_jobs_as_the_
     async with batching(runs, in_flight=2) as batcher, asyncio.timeout(5):
         many = start_each(batcher, "abcd")
         await runs.wait_for_batches(1)
-        late = start_each(batcher, "efg")
-        await turns()
+        late = []
+        for name in "efg":
+            late.append(start(batcher, name))
+            await turns()
         assert runs.batches == [["a", "b", "c", "d"]]
         if by == "jobs":
             late.append(start(batcher, "h"))
@@ -240,6 +242,8 @@ async def test_a_cancelled_caller_does_not_affect_the_others_of_its_batch(runs: 
         await runs.wait_for_batches(1)
         queued = start_each(batcher, "cd")
         await turns()
+        got: list[str | CarryError] = []
+        batcher.cancel(batcher.enqueue_admitted("f", "f", 1, math.inf, got.append))
         for cancelled in (running[0], running[2], queued[0]):
             cancelled.cancel()
         with structlog.testing.capture_logs() as logged:
@@ -248,6 +252,7 @@ async def test_a_cancelled_caller_does_not_affect_the_others_of_its_batch(runs: 
         assert not logged
         runs.gate.set()
         assert await asyncio.gather(running[1], queued[1]) == ["B", "D"]
+        assert not got
     assert runs.batches == [["a", "b", "e"], ["d"]]
 
 

@@ -58,8 +58,10 @@ async def test_running_job_fails_at_its_deadline() -> None:
     runs = Mapping()
     async with batching(runs) as batcher:
         deadline_s = time.monotonic() + SHORT_S
+        got: list[str | CarryError] = []
         late = start(batcher, "late", deadline_s=deadline_s)
         stays = start(batcher, "b")
+        batcher.enqueue_admitted("c", "c", 1, deadline_s, got.append)
         await runs.wait_for_batches(1)
         with pytest.raises(StoreRefused, match="before it was done"):
             await late
@@ -67,9 +69,10 @@ async def test_running_job_fails_at_its_deadline() -> None:
         assert not stays.done()
         runs.gate.set()
         assert await stays == "B"
+        assert list(map(type, got)) == [StoreRefused]
         with pytest.raises(StoreRefused, match="RuntimeError"):
             await submit(batcher, "poison")
-    assert runs.batches[0] == ["late", "b"]
+    assert set(runs.batches[0]) == {"late", "b", "c"}
 
 
 async def test_endlessly_retried_job_fails_at_its_deadline() -> None:

@@ -37,6 +37,8 @@ def test_batch_smaller_than_the_last_is_delayed(
 ) -> None:
     delay = BatchingDelay()
     delay.last_rows = last
-    for _ in range(waits):
-        assert delay.decide(waiting, in_flight) is not None
-    assert delay.decide(waiting, in_flight) == expected
+    for _ in range(2):
+        for _ in range(waits):
+            assert delay.decide(waiting, in_flight) is not None
+        assert delay.decide(waiting, in_flight) == expected
+        assert delay.decide(last, in_flight) is None, "a batch starts"

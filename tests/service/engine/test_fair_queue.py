@@ -115,7 +115,7 @@ SCENARIOS = {
     ),
     "long and short jobs are batched separately, oldest first": (
         LONG_BEYOND_16,
-        "push a:20 b c:20; take a0 c2; take b1",
+        "push a:20 b c:20; take a0 c2; take b1; push d e:20 f; take d3 f5; take e4",
     ),
     "a retried job comes before all others": (
         ONE_ROW,
@@ -176,7 +176,7 @@ async def test_the_number_of_skipped_jobs_is_bounded() -> None:
 
 
 async def test_jobs_are_counted_until_they_are_taken_or_dropped() -> None:
-    waiting, queue = Waiting(), FairQueue[str, str](LIMITS)
+    waiting = Waiting()
     waiting.play("push a a b c c; cancel b2; take a0 c3")
     queue = waiting.queue
     assert (queue.waiting, queue.ready, queue.requests) == (2, 0, 0)
@@ -190,6 +190,8 @@ async def test_jobs_are_counted_until_they_are_taken_or_dropped() -> None:
     assert queue.are_idle(["a"])
     assert [job.payload for job in queue.clear()] == ["c4", "b5"]
     assert (queue.waiting, queue.ready, queue.requests) == (0, 0, 0)
+    waiting.play("push -; take -6")
+    assert queue.are_idle(["a", "b", waiting.jobs["-6"]])
 
 
 async def test_expired_jobs_are_returned() -> None:
