@@ -38,9 +38,17 @@ MAX_REPORTED: Final = 5
 MAX_MEMBERS: Final = 10_000
 """Most members of an object in MessagePack that are searched for a wrong value, to show it."""
 
-_STEP: Final = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[(\d+)\]")
+MAX_DEPTH: Final = 16
+"""More steps than a place has in any of the types."""
+
+_STEP: Final = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[(\d{1,9}|\.\.\.)\]")
+_AT: Final = " - at `$"
+_PLACE: Final = re.compile(rf"{re.escape(_AT)}((?:{_STEP.pattern}){{1,{MAX_DEPTH}}})`")
+_ANY_NAME: Final = "..."
+"""Step from a mapping to the value of a name that msgspec does not say."""
 _MISSING: Final = re.compile(r"Object missing required field `(.+)`")
-_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_UNKNOWN_BEGIN: Final = "Object contains unknown field `"
+_UNKNOWN: Final = re.compile(rf"{_UNKNOWN_BEGIN}(.*)`", re.DOTALL)
 _KIND: Final = re.compile(r"Expected `([a-z |]+)`, got `[A-Za-z]+`")
 _BOUND: Final = re.compile(r"Expected `(?:int|float)` ([<>]=?) (-?[0-9.e+]+)")
 _LENGTH: Final = re.compile(r"Expected `([a-z]+)` of (?:at (?:least|most) )?length ([<>]=)? ?(\d+)")
@@ -65,7 +73,9 @@ _OUT_OF_RANGE: Final = {
     "Number out of range": FINITE,
     "Integer value out of range": "an integer of 64 bits",
 }
-_NOT_JSON: Final = re.compile(r"at `key`|, got `ext`")
+_NOT_JSON: Final = re.compile(
+    r"Expected `[a-z |]+`(?:, got `ext`|(?:, got `[a-z]+`)? - at `key` in )"
+)
 """In msgspec's errors for what MessagePack has and JSON has not."""
 _NOT_FINITE: Final = re.compile(rb"NaN|Infinity")
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -166,7 +176,7 @@ def decode_packed(body: bytes | msgspec.Raw, kind: type[T], inside: str = "") ->
     else:
         return value
     try:
-        if _NOT_JSON.search(str(wrong)):
+        if _NOT_JSON.match(str(wrong)):
             raise ValueError("names are strings, and there are no extension types")
         translated = _translated(wrong, kind, inside, _Packed(msgspec.Raw(body)))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -235,6 +245,10 @@ class _Parsed:
             raise LookupError
         return value
 
+    def element(self, member: Any) -> Any:
+        """The value of a member."""
+        return member
+
     def check(self, member: Any, kind: Any, at: str) -> None:
         """Raise the error of a member that does not fit its type."""
         convert(member, kind, at)
@@ -256,7 +270,9 @@ class _Packed:
         return raw
 
     def value(self, path: Path) -> Any:
-        raw = self._at(path)
+        return self.element(self._at(path))
+
+    def element(self, raw: msgspec.Raw) -> Any:
         first = memoryview(raw)[0]
         if first in _MAPS:
             return {}
@@ -273,14 +289,10 @@ def _translated(
     error: msgspec.ValidationError, kind: Any, inside: str, source: _Parsed | _Packed
 ) -> CarryError:
     """The API's error for one of msgspec, with the other errors of the same object."""
-    text, mark, tail = str(error).rpartition(" - at `$")
-    if not tail.endswith("`"):
-        mark = ""
-    reason = text if mark else str(error)
-    path: Path = [match[1] or int(match[2]) for match in (_STEP.finditer(tail) if mark else ())]
-    if "[...]" in tail:
-        # the value of a mapping whose name msgspec does not say
-        return invalid(place(path, inside), _expected(reason), "another value")
+    reason, path = _reason_and_path(str(error), kind)
+    if _ANY_NAME in path:
+        known = path[: path.index(_ANY_NAME)]
+        return invalid(place(known, inside), _expected(reason), "another value")
     first = _first_error(reason, path, kind, inside, source)
     if not isinstance(first, InvalidInput):
         return first
@@ -296,6 +308,26 @@ def _translated(
     return InvalidInput(detail, **facts[0], **({"errors": facts} if facts[1:] else {}))
 
 
+def _reason_and_path(message: str, kind: Any) -> tuple[str, Path]:
+    """What is wrong by a message of msgspec, and where; empty for the value as a whole.
+
+    The name of an unknown member is the client's and may end as a place does, of any length: only
+    an object of the type can have an unknown member.
+    """
+    end = message.rfind(_AT)
+    match = _PLACE.fullmatch(message, end) if end >= 0 else None
+    if match is None:
+        return message, []
+    path: Path = []
+    for step in _STEP.finditer(match[1]):
+        path.append(int(step[2]) if step[2] and step[2] != _ANY_NAME else step[1] or step[2])
+    if message.startswith(_UNKNOWN_BEGIN):
+        node = _alternatives(_node(_type_info(kind), path))[0]
+        if not (_UNKNOWN.fullmatch(message, 0, end) and isinstance(node, inspect.StructType)):
+            return message, []
+    return message[:end], path
+
+
 def _first_error(
     reason: str, path: Path, kind: Any, inside: str, source: _Parsed | _Packed
 ) -> CarryError:
@@ -307,7 +339,11 @@ def _first_error(
         return _missing(place([*path, match[1]], inside))
     if match := _UNKNOWN.fullmatch(reason):
         known = [field.encode_name for field in getattr(node, "fields", ())]
-        return _unknown(match[1], path, known, inside, source)
+        try:
+            got = shown(source.value([*path, match[1]]))
+        except LookupError:
+            got = "another value"
+        return _unknown(match[1], path, known, inside, got)
     try:
         value = source.value(path)
     except LookupError:
@@ -353,7 +389,8 @@ def _errors_of_object(
         if len(errors) > MAX_REPORTED:
             break
         if name not in fields:
-            errors.append(_unknown(name, path, fields, inside, source))
+            got = shown(source.element(members[name]))
+            errors.append(_unknown(name, path, fields, inside, got))
     return errors
 
 
@@ -361,13 +398,7 @@ def _missing(at: str) -> InvalidInput:
     return invalid(at, "this member, which is required", "nothing")
 
 
-def _unknown(
-    name: str, path: Path, known: Iterable[str], inside: str, source: _Parsed | _Packed
-) -> InvalidInput:
-    try:
-        got = shown(source.value([*path, name]))
-    except LookupError:
-        got = "another value"
+def _unknown(name: str, path: Path, known: Iterable[str], inside: str, got: str) -> InvalidInput:
     at = place([*path, name[:MAX_NAME_CHARS]], inside)
     return invalid(at, f"one of the members {', '.join(known)}", got)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -33,20 +34,26 @@ class Frame(NamedTuple):
     result: Chunk | CarryError
 
 
-def read_envelope(media: Media, body: bytes) -> tuple[str | int | None, str | None]:
+def read_envelope(
+    media: Media, body: bytes, document: Any = msgspec.UNSET
+) -> tuple[str | int | None, str | None]:
     """The id of a frame and the stream that it names, without anything else of it; None for
-    what is absent or invalid."""
+    what is absent or invalid.
+
+    Args:
+        document: what `loaded` gave; None if it failed, and unset if it was not called.
+    """
+    if isinstance(document, dict):
+        return _checked_envelope(document)
     decoder = _JSON_ENVELOPE if media is Media.JSON else _PACKED_ENVELOPE
     try:
         found = decoder.decode(body)
-        frame_id, name = [_scalar(raw, media) for raw in (found.id, found.stream)]
+        members = {"id": _scalar(found.id, media), "stream": _scalar(found.stream, media)}
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        frame_id, name = _loaded_envelope(media, body)
-    try:
-        frame_id = msgspec.convert(frame_id, FrameId)
-    except msgspec.ValidationError:
-        frame_id = None
-    return frame_id, _stream(name)
+        # JSON may have NaN in it
+        is_unread = media is Media.JSON and document is msgspec.UNSET
+        members = _loaded_members(body) if is_unread else {}
+    return _checked_envelope(members)
 
 
 def stream_of_item(media: Media, element: Any) -> str | None:
@@ -56,14 +63,21 @@ def stream_of_item(media: Media, element: Any) -> str | None:
     return _stream(element.get("stream")) if isinstance(element, dict) else None
 
 
-def _loaded_envelope(media: Media, body: bytes) -> tuple[Any, Any]:
-    """The same of a frame that may have NaN in it."""
+def _loaded_members(body: bytes) -> dict[str, Any]:
+    """The members of a frame in JSON; none if it is malformed."""
     try:
-        members = load_json(body) if media is Media.JSON else None
+        members = load_json(body)
     except MalformedBody:
-        members = None
-    members = members if isinstance(members, dict) else {}
-    return members.get("id"), members.get("stream")
+        return {}
+    return members if isinstance(members, dict) else {}
+
+
+def _checked_envelope(members: Mapping[str, Any]) -> tuple[str | int | None, str | None]:
+    try:
+        frame_id = msgspec.convert(members.get("id"), FrameId)
+    except msgspec.ValidationError:
+        frame_id = None
+    return frame_id, _stream(members.get("stream"))
 
 
 def _stream(name: object) -> str | None:

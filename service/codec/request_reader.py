@@ -164,11 +164,18 @@ class RequestReader:
         Args:
             stream: that of the socket; None if each frame names its own.
         """
+        document: Any = msgspec.UNSET
         try:
             self.check_accepts_chunks()
-            decoded = self._frame(body, media)
+            decoded: FrameBody | RowsChunk | None = None
+            if media is Media.JSON:
+                decoded = self._json_rows.decode_frame(body)
+            if decoded is None:
+                document = None
+                document = loaded(media, body)
+                decoded = decode_element(media, document, self._types[media].frame)
         except CarryError as error:
-            frame_id, name = read_envelope(media, body)
+            frame_id, name = read_envelope(media, body, document)
             name = stream or name
             return Frame(frame_id, name, error if name is None else with_stream(name, error))
         name = decoded.stream
@@ -193,13 +200,6 @@ class RequestReader:
             return Frame(
                 decoded.id, stream, error if stream is None else with_stream(stream, error)
             )
-
-    def _frame(self, body: bytes, media: Media) -> FrameBody | RowsChunk:
-        if media is Media.JSON:
-            rows = self._json_rows.decode_frame(body)
-            if rows is not None:
-                return rows
-        return decode(media, body, self._types[media].frame)
 
     def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or what is wrong with each.

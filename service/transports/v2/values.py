@@ -169,8 +169,15 @@ def _elements(tensor: InputTensor, kind: Any, at: str) -> list[Any]:
             raise _wrong_count(tensor, at, len(values))
         return list(values)
     depth, inner = 0, values
-    while isinstance(inner, list) and inner and depth < MAX_RANK:
+    while isinstance(inner, list) and inner and depth < len(tensor.shape):
         depth, inner = depth + 1, inner[0]
+    # each list is an object, and is copied when it is checked
+    lists, most = values, math.prod(tensor.shape[:-1])
+    for _ in range(depth - 1):
+        if len(lists) > most:
+            expected = f"at most {most} lists of values for shape {list(tensor.shape)}"
+            raise invalid(f"{at}.data", expected, len(lists))
+        lists = [each for part in lists if isinstance(part, list) for each in part]
     values = convert(values, _nested(kind, max(depth, 1)), f"{at}.data")
     for _ in range(depth - 1):
         values = list(chain.from_iterable(values))

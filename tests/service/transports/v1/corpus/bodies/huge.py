@@ -17,6 +17,7 @@ CHUNKS = "/v1/models/flights/chunks"
 PREDICT = "/v1/models/flights/predict"
 FORK = "/v1/models/flights/streams/huge/fork"
 STATE = "/v1/models/flights/streams/huge/state"
+INFER = "/v2/models/flights/infer"
 
 ROW = b"[" + b",".join([b"0"] * 17) + b"]"
 SHORT_ROW = b"[" + b",".join([b"0"] * 16) + b"]"
@@ -54,9 +55,22 @@ def _unknown_members() -> bytes:
     return b"{%b}" % b",".join([b'"m%07d":0' % at for at in range(MAX_BYTES // 13)])
 
 
-def _one_name() -> bytes:
-    length = MAX_BYTES - 16
-    return b"\x81\xdb" + length.to_bytes(4, "big") + b"a" * length + b"\xc0"
+def _one_name(lead: bytes = b"", part: bytes = b"a", tail: bytes = b"") -> bytes:
+    name = _filled(lead, part, tail + b" " * 16, b"").rstrip()
+    return b"\x81\xdb" + len(name).to_bytes(4, "big") + name + b"\xc0"
+
+
+PLACES = {
+    "a name like a deep place": (b"x - at `$", b".a"),
+    "a name like a place at a long index": (b"x - at `$[", b"1", b"]"),
+    "a name like a place in a name": (b"x` - at `$.events", b"[0]"),
+}
+"""Names of members that end as the places in msgspec's errors do."""
+
+
+def _tensor(shape: bytes, part: bytes) -> Callable[[], bytes]:
+    lead = b'{"inputs":[{"name":"inputs","datatype":"FP32","shape":%b,"data":[' % shape
+    return lambda: _filled(lead, part, b"]}]}")
 
 
 def _state(value: bytes) -> bytes:
@@ -99,6 +113,16 @@ def _messagepack() -> Iterator[HugeBody]:
         422, "invalid_input",
     )  # fmt: skip
     yield HugeBody("one name", CHUNK, MSGPACK, _one_name, 422, "invalid_input")
+    for title, parts in PLACES.items():
+        yield HugeBody(
+            title, CHUNK, MSGPACK, lambda name=parts: _one_name(*name), 422, "invalid_input"
+        )
+    unknown = b"".join([b"\xa3%03d\xc0" % at for at in range(400)])
+    lead, item = b"\x81\xa6chunks\xdc\x03\xe8", b"\xde\x01\x91\xa6stream\xa1a" + unknown
+    yield HugeBody(
+        "a thousand items of unknown members", CHUNKS, MSGPACK,
+        lambda: lead + item * 1000, 200, "invalid_input",
+    )  # fmt: skip
     yield body("fork of nils", FORK, b"\x81\xa2to", b"\xc0")
 
 
@@ -148,6 +172,12 @@ def _json() -> Iterator[HugeBody]:
         lambda: _filled(b'{"sequences":[{"inputs":[', SHORT_ROW, b"]}]}"),
         path=PREDICT,
     )  # fmt: skip
+    for title, (begin, part, *end) in PLACES.items():
+        name = b'{"' + begin, part, b"".join(end) + b'":1}'
+        yield body(title, lambda name=name: _filled(*name, between=b""))
+    yield body("a tensor of deep lists", _tensor(b"[1,17]", b"[[[[[[[0]]]]]]]"), path=INFER)
+    yield body("a tensor of short lists", _tensor(b"[1000,58,17]", b"[0]"), path=INFER)
+    yield body("a tensor of short lists in one", _tensor(b"[1000,58,17]", b"[[0],[0]]"), path=INFER)
     yield body("a state of lists", lambda: _state(b"[]"), 409, "state_incompatible", STATE, "PUT")
     yield body("a state of numbers", lambda: _state(b"0"), 409, "state_incompatible", STATE, "PUT")
 
