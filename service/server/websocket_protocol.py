@@ -211,7 +211,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if not self.queue.empty():
             await asyncio.sleep(0)
         while self.queue.empty():
-            if self._unparsed:
+            if self._unparsed and not self.writable.is_set():
+                # a client that reads no pongs gets no more of them
+                await self.writable.wait()
+            elif self._unparsed:
                 self._parse_piece()
                 if self.queue.empty():
                     await asyncio.sleep(0)

@@ -488,3 +488,22 @@ async def test_a_flood_of_control_frames_takes_turns_with_other_work(api: Harnes
         assert not served.read_paused
         await client.send(text(rows(1), 0))
         assert (await reply(client))["position"] == 1
+
+
+async def test_pings_are_answered_as_fast_as_their_pongs_are_read(api: Harness) -> None:
+    flood = Frame(Opcode.PING, b"x" * 125).serialize(mask=True) * 1000
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        client.transport.pause_reading()
+        for _ in range(100):
+            client.transport.write(flood)
+        await becomes(lambda: not served.writable.is_set() and served.read_paused, "a full buffer")
+        received, unsent = served.received_bytes, served.unsent_bytes
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert (served.received_bytes, served.unsent_bytes) == (received, unsent)
+        assert served.phase is Phase.SEND
+        client.transport.resume_reading()
+        await becomes(lambda: served.received_bytes == 100 * len(flood), "every ping")
+        await client.send(text(rows(1), 0))
+        assert (await reply(client))["position"] == 1
