@@ -23,7 +23,6 @@ from service.server.connections import Connections
 from service.server.graceful_server import LATE_S, MEASURE_LOAD, ON_LAME_DUCK, ON_RETIRE, ON_STOP
 from service.server.http_protocol import HTTP_STATE
 from service.server.open_files import limit_connections_to_open_files
-from service.server.origins import host_rule
 from service.settings import Settings
 from service.telemetry.logs import configure_logs
 from service.telemetry.sampler import TransportLoad
@@ -56,7 +55,6 @@ def create_app() -> FastAPI:
     service = build_pipeline(settings, min(settings.processes.drain_s, LATE_S))
     http, recorder = settings.http, service.recorder
     has_admin = http.admin_port is not None
-    has_docs = http.docs and not has_admin
     metrics = (lambda: (recorder.render(), recorder.content_type)) if http.metrics else None
     connections = replace(
         settings.connections,
@@ -68,21 +66,19 @@ def create_app() -> FastAPI:
         settings.requests,
         recorder,
         service.keys,
+        http,
         lifespan=lambda api: _serve(api, service, servers),
         connections=connections,
-        fast_path=http.http_fast_path,
         metrics=None if has_admin else metrics,
-        docs=has_docs,
         tracer=service.tracer,
         origins=settings.websocket.websocket_origins,
-        accepts_host=host_rule(http.host, http.allowed_hosts),
     )
     service.loads.append(lambda: _loads(api))
     inference = Inference(api.state.api, delete_at_end=settings.v2.sequence_end == "delete")
     add_kserve(api, inference, recorder.statistics)
     add_live_sockets(api, settings.websocket)
     add_watching(api, Watches(service.store, service.store.outputs, recorder))
-    if has_docs if http.console is None else http.console:
+    if api.state.has_documentation if http.console is None else http.console:
         add_console(api)
     if settings.v2.grpc_port is not None:
         servers.append(_grpc_server(service, inference))

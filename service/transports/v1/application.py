@@ -24,8 +24,8 @@ from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.server.connections import Connections
 from service.server.http_protocol import HttpState
-from service.server.origins import AcceptsHost, accept_any_host, parse_origins
-from service.server.settings import ConnectionSettings
+from service.server.origins import host_rule, parse_origins
+from service.server.settings import ConnectionSettings, HttpSettings
 from service.telemetry.logs import RequestIds
 from service.transports.common.long_bodies import LongBodies
 from service.transports.v1.context import ApiContext, api_of, caller_of
@@ -55,15 +55,13 @@ def create_api(
     limits: RequestSettings,
     recorder: Recorder,
     keys: AccessKeys,
+    http: HttpSettings,
     *,
     lifespan: Lifespan | None = None,
     metrics: RenderMetrics | None = None,
     connections: ConnectionSettings | None = None,
-    fast_path: bool = True,
-    docs: bool = True,
     tracer: Tracer | None = None,
     origins: str = "",
-    accepts_host: AcceptsHost = accept_any_host,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -71,21 +69,20 @@ def create_api(
     Args:
         pipeline: answers every request; started before the first of them.
         keys: name the callers; started before the first request.
+        http: what is served, and for which names of the host.
         lifespan: entered before the first request and left after the last.
         metrics: gives the body and the content type of `/metrics`; without it there is none.
         connections: bounds on the connections of this worker.
-        fast_path: whether chunk requests may skip uvicorn's parser and FastAPI.
-        docs: whether it has the documentation: `/docs`, `/docs/errors` and `/openapi.json`.
         tracer: makes spans of requests; None makes none.
         origins: whose pages may change streams of an open service, besides its own host, separated
             by commas; `*` allows all.
-        accepts_host: as of `host_rule`.
         now_ms: wall clock in epoch milliseconds.
     """
     ids = RequestIds()
     app = create_application(ROUTES, ids, metrics=metrics, lifespan=lifespan)
-    if docs:
+    if http.docs and http.admin_port is None:
         add_documentation(app, app)
+    accepts_host = host_rule(http.host, http.allowed_hosts)
     api = ApiContext(
         pipeline,
         keys,
@@ -104,7 +101,7 @@ def create_api(
     app.state.http = HttpState(
         Connections(connections),
         ConnectionErrors(recorder, ids).response,
-        (FastPath(api, ids),) if fast_path else (),
+        (FastPath(api, ids),) if http.http_fast_path else (),
         accepts_host=accepts_host,
     )
     return app

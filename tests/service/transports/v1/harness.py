@@ -25,6 +25,7 @@ from service.core.values import StreamKey
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Audit, no_audit
 from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
+from service.server.settings import HttpSettings
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.telemetry.logs import RequestIds
@@ -42,6 +43,7 @@ FAST_PATH = os.environ.get("CARRY_HTTP_FAST_PATH", "1") != "0"
 JSON = {"content-type": "application/json"}
 MSGPACK = {"content-type": "application/msgpack"}
 NOW_MS = 1_700_000_000_000
+ANY_HOST = HttpSettings(allowed_hosts="*")
 LIMITS = RequestSettings(
     max_body_bytes=20_000, max_chunk_steps=20, max_predict_steps=30, max_items=5
 )
@@ -169,8 +171,8 @@ async def harness(
         limits,
         counts,
         keys,
+        replace(ANY_HOST, http_fast_path=fast_path),
         metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
-        fast_path=fast_path,
         tracer=tracer,
         now_ms=lambda: clock[0],
     )
