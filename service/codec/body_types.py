@@ -18,7 +18,7 @@ from models.events.reader import EXPECTED, EventReader
 from models.events.schema import EventSchema
 from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
-from service.codec.decoding import WRONG_LENGTH, invalid, undecoded
+from service.codec.decoding import WRONG_LENGTH, invalid, undecoded_type
 from service.codec.field_rules import EPOCH, FINGERPRINT, MAX_FRAME_ID_CHARS, MAX_POSITION
 from service.codec.limits import Limit
 from service.codec.media import Media
@@ -29,7 +29,7 @@ from service.core.errors import CarryError, InvalidInput
 NAMED_COLUMNS: Final = 8
 """How many columns an error names before it says `...`."""
 
-Whole = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
+NonNegativeInt = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
 Epoch = Annotated[str, Meta(pattern=rf"^{EPOCH}\Z", extra={EXPECTED: f"string matching ^{EPOCH}$"})]
 AlarmRate = Annotated[float, Meta(gt=0, le=MAX_ALARM_RATE)]
 FrameId = (
@@ -48,7 +48,7 @@ class StepsBody(Body):
 
     events: Any
     inputs: Any
-    resets: list[Whole] | None
+    resets: list[NonNegativeInt] | None
     false_alarms_per_day: AlarmRate | None
 
 
@@ -98,9 +98,9 @@ class ForecastBody(Body):
     """The horizon of a forecast, and the known future covariates."""
 
     horizon: Annotated[int, Meta(ge=1, le=MAX_POSITION)]
-    samples: Whole = 0
-    seed: Whole = 0
-    position: Whole | None = None
+    samples: NonNegativeInt = 0
+    seed: NonNegativeInt = 0
+    position: NonNegativeInt | None = None
     future: Any = None
 
 
@@ -123,7 +123,7 @@ class StateBody(Body):
 
 
 class ForkBody(Body):
-    """The stream to begin."""
+    """The name of the new stream."""
 
     to: str
 
@@ -188,7 +188,7 @@ def build_body_types(
             has none.
     """
     chunk_members: list[Any] = [
-        ("position", Whole | None, None),
+        ("position", NonNegativeInt | None, None),
         ("epoch", Epoch | None, None),
         ("final", bool, False),
         ("dry_run", bool, False),
@@ -203,7 +203,7 @@ def build_body_types(
     item = _struct(ItemBody, of_item)
     sequence = _struct(SequenceBody, of_sequence)
     too_many = Meta(max_length=limits.items, extra={WRONG_LENGTH: _too_many(limits.items)})
-    element: Any = undecoded(media)
+    element: Any = undecoded_type(media)
     return BodyTypes(
         _struct(ChunkBody, of_chunk),
         item,
@@ -239,7 +239,7 @@ def _steps_members(
     return [
         ("events", of_events, None),
         ("inputs", inputs | None, None),
-        ("resets", Annotated[list[Whole], Meta(max_length=limit.steps)] | None, None),
+        ("resets", Annotated[list[NonNegativeInt], Meta(max_length=limit.steps)] | None, None),
         ("false_alarms_per_day", AlarmRate | None, None),
     ]
 
@@ -250,8 +250,8 @@ def _forecast(model: CodecModel, future: EventReader | None) -> type[ForecastBod
         return None
     steps: Any = None
     if future is not None:
-        most = decoder.max_horizon
-        too_many = Meta(max_length=most, extra={WRONG_LENGTH: _too_many(most)})
+        max_steps = decoder.max_horizon
+        too_many = Meta(max_length=max_steps, extra={WRONG_LENGTH: _too_many(max_steps)})
         steps = Annotated[list[future.event], too_many] | None  # type: ignore[name-defined]
     kind: type[ForecastBody] = _struct(ForecastBody, [("future", steps, None)])
     return kind
@@ -269,14 +269,14 @@ def _struct(base: type[Any], members: list[Any]) -> Any:
     )
 
 
-def _too_many(most: int) -> Callable[[str, int], CarryError]:
-    return lambda at, got: too_many_elements(at, most, got)
+def _too_many(limit: int) -> Callable[[str, int], CarryError]:
+    return lambda at, got: too_many_elements(at, limit, got)
 
 
-def too_many_elements(at: str, most: int, got: int) -> InvalidInput:
+def too_many_elements(at: str, limit: int, got: int) -> InvalidInput:
     """The error for a list with too many elements."""
     return InvalidInput(
-        f"{at}: expected at most {most} items, got {got}", at=at, expected=most, got=got
+        f"{at}: expected at most {limit} items, got {got}", at=at, expected=limit, got=got
     )
 
 

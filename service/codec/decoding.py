@@ -1,10 +1,10 @@
 """Decoding of bodies, JSON and MessagePack alike, to typed values, and every error of it.
 
-A body is decoded once. orjson parses JSON, whose numbers msgspec would take seconds for if they are
-chosen badly, and msgspec checks the objects against the type; MessagePack is decoded by msgspec
-straight into the type, since a byte of it can be an object. Of duplicate members the last one
-counts. msgspec's errors are translated here, and nowhere else: the place, what was expected, what
-was received. A place is written as in `events[3].dep_delay`.
+A body is decoded once. orjson parses JSON, since hostile numbers would take msgspec's parser
+seconds, and msgspec checks the objects against the type. msgspec decodes MessagePack straight into
+the type, since a byte of it can be an object. Of duplicate members the last one counts. msgspec's
+errors are translated here, and nowhere else: the place, what was expected, what was received. A
+place is written as in `events[3].dep_delay`.
 
 A type describes what its errors say, in the `extra` of its `Meta`: `EXPECTED` is a description of
 valid values, `WRONG_LENGTH` makes the error of a list whose length does not fit.
@@ -76,7 +76,7 @@ _OUT_OF_RANGE: Final = {
 _NOT_JSON: Final = re.compile(
     r"Expected `[a-z |]+`(?:, got `ext`|(?:, got `[a-z]+`)? - at `key` in )"
 )
-"""In msgspec's errors for what MessagePack has and JSON has not."""
+"""In msgspec's errors for what MessagePack allows and JSON does not."""
 _NOT_FINITE: Final = re.compile(rb"NaN|Infinity")
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAPS: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
@@ -93,10 +93,10 @@ def decode(media: Media, body: bytes, kind: type[T]) -> T:
     """
     if media is Media.JSON:
         return convert(load_json(body), kind)
-    return decode_packed(body, kind)
+    return decode_msgpack(body, kind)
 
 
-def loaded(media: Media, body: bytes) -> Any:
+def load_document(media: Media, body: bytes) -> Any:
     """A document that `decode_element` may decode more than once.
 
     Raises:
@@ -106,8 +106,8 @@ def loaded(media: Media, body: bytes) -> Any:
 
 
 def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T:
-    """The value of a document that `loaded` gave, or of an element of a list that was not decoded:
-    Python's objects from JSON, and bytes of MessagePack.
+    """Decode a document of `load_document`, or an element of a list that was not decoded: Python's
+    objects from JSON, and bytes of MessagePack.
 
     Args:
         at: the place of the element, with which the places in errors begin; empty for a body.
@@ -117,10 +117,10 @@ def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T
     """
     if media is Media.JSON:
         return convert(element, kind, at)
-    return decode_packed(element, kind, at)
+    return decode_msgpack(element, kind, at)
 
 
-def undecoded(media: Media) -> Any:
+def undecoded_type(media: Media) -> Any:
     """The type of an element that `decode_element` decodes."""
     return Any if media is Media.JSON else msgspec.Raw
 
@@ -158,17 +158,17 @@ def convert(value: Any, kind: type[T], inside: str = "") -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _translated(error, kind, inside, _Parsed(value)) from error
+        raise _translate(error, kind, inside, _ParsedDocument(value)) from error
 
 
-def decode_packed(body: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
+def decode_msgpack(body: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
     """A document in MessagePack as a typed value.
 
     Raises:
         MalformedBody, InvalidInput, CarryError
     """
     try:
-        value: T = _packed_decoder(kind).decode(body)  # type: ignore[arg-type]
+        value: T = _msgpack_decoder(kind).decode(body)  # type: ignore[arg-type]
     except msgspec.ValidationError as error:
         wrong = error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -178,7 +178,7 @@ def decode_packed(body: bytes | msgspec.Raw, kind: type[T], inside: str = "") ->
     try:
         if _NOT_JSON.match(str(wrong)):
             raise ValueError("names are strings, and there are no extension types")
-        translated = _translated(wrong, kind, inside, _Packed(msgspec.Raw(body)))
+        translated = _translate(wrong, kind, inside, _MsgpackDocument(msgspec.Raw(body)))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         # damaged behind its first invalid value
         raise malformed(Media.MSGPACK, str(error)) from error
@@ -190,7 +190,7 @@ def invalid(at: str, expected: object, got: object) -> InvalidInput:
     return InvalidInput(f"{at}: expected {expected}, got {got}", at=at, expected=expected, got=got)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a client wrote it, cut to a few characters."""
     match value:
         case Mapping():
@@ -222,7 +222,7 @@ def place(path: Sequence[str | int], inside: str = "") -> str:
     return text or "body"
 
 
-class _Parsed:
+class _ParsedDocument:
     """Python's objects, in which an error is looked up."""
 
     def __init__(self, value: Any):
@@ -254,10 +254,10 @@ class _Parsed:
         convert(member, kind, at)
 
 
-class _Packed:
+class _MsgpackDocument:
     """A document in MessagePack, in which an error is looked up without decoding the rest.
 
-    The methods are those of `_Parsed`; a damaged document raises MsgspecError or ValueError.
+    The methods are those of `_ParsedDocument`; a damaged one raises MsgspecError or ValueError.
     """
 
     def __init__(self, raw: msgspec.Raw):
@@ -282,11 +282,17 @@ class _Packed:
         return _members(self._at(path))
 
     def check(self, member: Any, kind: Any, at: str) -> None:
-        decode_packed(member, kind, at)
+        decode_msgpack(member, kind, at)
 
 
-def _translated(
-    error: msgspec.ValidationError, kind: Any, inside: str, source: _Parsed | _Packed
+_Document = _ParsedDocument | _MsgpackDocument
+
+
+def _translate(
+    error: msgspec.ValidationError,
+    kind: Any,
+    inside: str,
+    source: _Document,
 ) -> CarryError:
     """The API's error for one of msgspec, with the other errors of the same object."""
     reason, path = _reason_and_path(str(error), kind)
@@ -328,9 +334,7 @@ def _reason_and_path(message: str, kind: Any) -> tuple[str, Path]:
     return message[:end], path
 
 
-def _first_error(
-    reason: str, path: Path, kind: Any, inside: str, source: _Parsed | _Packed
-) -> CarryError:
+def _first_error(reason: str, path: Path, kind: Any, inside: str, source: _Document) -> CarryError:
     node = _node(_type_info(kind), path)
     extra: Mapping[str, Any] = {}
     while isinstance(node, inspect.Metadata):
@@ -340,7 +344,7 @@ def _first_error(
     if match := _UNKNOWN.fullmatch(reason):
         known = [field.encode_name for field in getattr(node, "fields", ())]
         try:
-            got = shown(source.value([*path, match[1]]))
+            got = format_value(source.value([*path, match[1]]))
         except LookupError:
             got = "another value"
         return _unknown(match[1], path, known, inside, got)
@@ -352,13 +356,11 @@ def _first_error(
     if (wrong_length := extra.get(WRONG_LENGTH)) and _LENGTH.match(reason):
         made: CarryError = wrong_length(at, "more" if value is msgspec.UNSET else len(value))
         return made
-    got = "another value" if value is msgspec.UNSET else shown(value)
+    got = "another value" if value is msgspec.UNSET else format_value(value)
     return invalid(at, extra.get(EXPECTED) or _expected(reason), got)
 
 
-def _errors_of_object(
-    path: Path, kind: Any, inside: str, source: _Parsed | _Packed
-) -> list[InvalidInput]:
+def _errors_of_object(path: Path, kind: Any, inside: str, source: _Document) -> list[InvalidInput]:
     """The first few errors of the innermost object at a path; raises LookupError."""
     end = len(path)
     while end >= 0:
@@ -389,7 +391,7 @@ def _errors_of_object(
         if len(errors) > MAX_REPORTED:
             break
         if name not in fields:
-            got = shown(source.element(members[name]))
+            got = format_value(source.element(members[name]))
             errors.append(_unknown(name, path, fields, inside, got))
     return errors
 
@@ -422,7 +424,7 @@ def _expected(reason: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _packed_decoder(kind: Any) -> Any:
+def _msgpack_decoder(kind: Any) -> Any:
     return msgspec.msgpack.Decoder(kind)
 
 
@@ -472,13 +474,13 @@ class _Elements(list[Any]):
 
     def __init__(self, raw: msgspec.Raw):
         super().__init__()
-        self._length = _packed_length(raw)
+        self._length = _msgpack_length(raw)
 
     def __len__(self) -> int:
         return self._length
 
 
-def _packed_length(raw: msgspec.Raw) -> int:
+def _msgpack_length(raw: msgspec.Raw) -> int:
     """The number of elements of an array or members of a map in MessagePack, by its header."""
     header = bytes(memoryview(raw)[:5])
     if header[0] < 0xA0:
@@ -487,7 +489,7 @@ def _packed_length(raw: msgspec.Raw) -> int:
 
 
 def _members(raw: msgspec.Raw) -> dict[str, msgspec.Raw]:
-    if memoryview(raw)[0] not in _MAPS or _packed_length(raw) > MAX_MEMBERS:
+    if memoryview(raw)[0] not in _MAPS or _msgpack_length(raw) > MAX_MEMBERS:
         raise LookupError
     try:
         return msgspec.msgpack.decode(raw, type=dict[str, msgspec.Raw])

@@ -1,4 +1,4 @@
-"""What a frame of a live socket, or an item of many, says of itself although its body is wrong."""
+"""Frames of live sockets, and the id and stream of a frame or an item whose body is invalid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_SCALAR_BYTES: Final = 2048
 """Longest value of an id or of a stream's name, before it is decoded."""
 
 _JSON_ENVELOPE: Final = msgspec.json.Decoder(FrameEnvelope)
-_PACKED_ENVELOPE: Final = msgspec.msgpack.Decoder(FrameEnvelope)
+_MSGPACK_ENVELOPE: Final = msgspec.msgpack.Decoder(FrameEnvelope)
 
 
 class Frame(NamedTuple):
@@ -26,7 +26,7 @@ class Frame(NamedTuple):
     Attributes:
         id: returned with its outcome.
         stream: that of the chunk; None if none is known.
-        result: the chunk, or what is wrong with it.
+        result: the chunk, or its error.
     """
 
     id: str | int | None
@@ -41,19 +41,19 @@ def read_envelope(
     what is absent or invalid.
 
     Args:
-        document: what `loaded` gave; None if it failed, and unset if it was not called.
+        document: what `load_document` gave; None if it failed, and unset if it was not called.
     """
     if isinstance(document, dict):
-        return _checked_envelope(document)
-    decoder = _JSON_ENVELOPE if media is Media.JSON else _PACKED_ENVELOPE
+        return _check_envelope(document)
+    decoder = _JSON_ENVELOPE if media is Media.JSON else _MSGPACK_ENVELOPE
     try:
         found = decoder.decode(body)
         members = {"id": _scalar(found.id, media), "stream": _scalar(found.stream, media)}
     except (msgspec.MsgspecError, ValueError, RecursionError):
         # JSON may have NaN in it
         is_unread = media is Media.JSON and document is msgspec.UNSET
-        members = _loaded_members(body) if is_unread else {}
-    return _checked_envelope(members)
+        members = _load_members(body) if is_unread else {}
+    return _check_envelope(members)
 
 
 def stream_of_item(media: Media, element: Any) -> str | None:
@@ -63,7 +63,7 @@ def stream_of_item(media: Media, element: Any) -> str | None:
     return _stream(element.get("stream")) if isinstance(element, dict) else None
 
 
-def _loaded_members(body: bytes) -> dict[str, Any]:
+def _load_members(body: bytes) -> dict[str, Any]:
     """The members of a frame in JSON; none if it is malformed."""
     try:
         members = load_json(body)
@@ -72,7 +72,7 @@ def _loaded_members(body: bytes) -> dict[str, Any]:
     return members if isinstance(members, dict) else {}
 
 
-def _checked_envelope(members: Mapping[str, Any]) -> tuple[str | int | None, str | None]:
+def _check_envelope(members: Mapping[str, Any]) -> tuple[str | int | None, str | None]:
     try:
         frame_id = msgspec.convert(members.get("id"), FrameId)
     except msgspec.ValidationError:

@@ -1,8 +1,8 @@
-"""Decoder of chunks of rows in JSON, the usual ones, by simdjson.
+"""Decoder of chunks of rows in JSON, in the usual form, by simdjson.
 
-It makes one array of all numbers, without an object for each, and no error: what it does not
-accept, because it is wrong or only unusual, the decoder of any body reads. Both give the same
-values for what both accept.
+It makes one array of all numbers, without an object for each, and makes no errors: what it does not
+accept, because it is invalid or only unusual, is decoded by `decoding`. Both give the same values
+for what both accept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from service.core.values import FloatRows, is_stream_name
 
 MAX_BYTES: Final = 256 * 1024
 """Longest body that simdjson parses: its parser keeps its memory, and takes up to 0.5 us for a byte
-of numbers that are chosen badly."""
+of hostile numbers."""
 
 _F4: Final = np.dtype("<f4")
 _F8: Final = np.dtype(np.float64)
@@ -78,7 +78,7 @@ class JsonRowsDecoder:
 
     Args:
         features: F, numbers in a row.
-        max_rows: most rows in one text.
+        max_rows: maximum rows in one body.
     """
 
     def __init__(self, features: int, max_rows: int):
@@ -169,7 +169,7 @@ class JsonRowsDecoder:
         Raises:
             ValueError, TypeError, KeyError: it is not in the usual form.
         """
-        # no duplicate member is in any of these
+        # a body with a duplicate member has none of these orders
         names = tuple(members)
         if names not in orders:
             raise ValueError("other members")

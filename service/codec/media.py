@@ -59,7 +59,7 @@ def dumps(media: Media, value: Any) -> bytes:
     return encode_json(value) if media is Media.JSON else encode_msgpack(value)
 
 
-def encoded_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
+def encode_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
     """Encode an object from encoded values."""
     if media is Media.JSON:
         parts = [b"".join((orjson.dumps(name), b":", value)) for name, value in members.items()]
@@ -109,7 +109,7 @@ def _media_of(content_type: str) -> Media:
     return media
 
 
-def accepted(accept: str | None, otherwise: Media) -> Media:
+def negotiate_media(accept: str | None, otherwise: Media) -> Media:
     """The media type of a reply.
 
     Args:
@@ -126,11 +126,11 @@ def accepted(accept: str | None, otherwise: Media) -> Media:
             f"Accept: expected at most {MAX_FIELD} characters, got {len(accept)}",
             expected=list(SERVED),
         )
-    return _accepted(accept, otherwise)
+    return _negotiate(accept, otherwise)
 
 
 @lru_cache(maxsize=256)
-def _accepted(accept: str, otherwise: Media) -> Media:
+def _negotiate(accept: str, otherwise: Media) -> Media:
     weights = {media: _weight(accept, media) for media in Media}
     best = max(weights.values())
     if best <= 0:

@@ -1,8 +1,8 @@
 """Reader of request bodies: from bytes to the values of the pipeline, for one model.
 
-There is one way to read a body, whatever transport brings it: usual rows in JSON by simdjson,
-everything else by `decoding` into the types of `body_types`, and the steps by `steps`. All that
-does not depend on a stream's state is checked. This module does not access the store.
+Every transport reads its bodies here: rows in JSON, in the usual form, by simdjson; everything else
+by `decoding` into the types of `body_types`; and the steps by `steps`. All that does not depend on
+a stream's state is checked. This module does not access the store.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from service.codec.decoding import (
     convert,
     decode,
     decode_element,
-    decode_packed,
+    decode_msgpack,
     invalid,
+    load_document,
     load_json,
-    loaded,
 )
 from service.codec.field_rules import parse_if_match, stream_name
 from service.codec.frames import Frame, read_envelope, stream_of_item
@@ -153,13 +153,13 @@ class RequestReader:
             if media is Media.JSON:
                 decoded = convert(load_json(body), kind)
             else:
-                decoded = decode_packed(body, kind)
+                decoded = decode_msgpack(body, kind)
             return self._chunk_of(decoded, "", key, precondition)
         except CarryError as error:
             raise with_stream(key.stream, error) from error
 
     def frame(self, body: bytes, media: Media, stream: str | None) -> Frame:
-        """The chunk of a live socket's frame, or what is wrong with it.
+        """The chunk of a live socket's frame, or its error.
 
         Args:
             stream: that of the socket; None if each frame names its own.
@@ -172,7 +172,7 @@ class RequestReader:
                 decoded = self._json_rows.decode_frame(body)
             if decoded is None:
                 document = None
-                document = loaded(media, body)
+                document = load_document(media, body)
                 decoded = decode_element(media, document, self._types[media].frame)
         except CarryError as error:
             frame_id, name = read_envelope(media, body, document)
@@ -202,7 +202,7 @@ class RequestReader:
             )
 
     def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
-        """The chunks of a request for many streams, or what is wrong with each.
+        """The chunks of a request for many streams, or the error of each.
 
         An item's error has the fact `stream` if the item names one.
 
@@ -215,7 +215,7 @@ class RequestReader:
             read = self._json_rows.decode_items(body, self.limits.max_items)
             if read is not None and (chunks := self._chunks_of_rows(*read)) is not None:
                 return list(chunks)
-        types, document = self._types[media], loaded(media, body)
+        types, document = self._types[media], load_document(media, body)
         try:
             decoded = decode_element(media, document, types.items).chunks
         except CarryError:
@@ -331,12 +331,12 @@ class RequestReader:
             if kind is None:
                 raise TypeError("expected a body type of a model with a decoder")
             decoded = decode(media, body, kind)
-            most = self.limits.max_forecast_samples
-            if decoded.samples > most:
+            max_samples = self.limits.max_forecast_samples
+            if decoded.samples > max_samples:
                 raise InvalidInput(
-                    f"samples: expected at most {most}, got {decoded.samples}",
+                    f"samples: expected at most {max_samples}, got {decoded.samples}",
                     at="samples",
-                    expected=most,
+                    expected=max_samples,
                     got=decoded.samples,
                 )
             return ForecastRequest(
@@ -375,12 +375,12 @@ class RequestReader:
 
     def _part(self, name: str, raw: msgspec.Raw) -> Any:
         """The values of a part of a state in MessagePack, where a byte can be an object."""
-        most, size = self._state_bytes.get(name), len(memoryview(raw))
-        if most is None:
+        max_bytes, size = self._state_bytes.get(name), len(memoryview(raw))
+        if max_bytes is None:
             # reported with all other unknown parts
             return None
-        if size > most:
-            raise invalid(f"state.{name}", f"at most {most} bytes", f"{size} bytes")
+        if size > max_bytes:
+            raise invalid(f"state.{name}", f"at most {max_bytes} bytes", f"{size} bytes")
         return decode_element(Media.MSGPACK, raw, Any, f"state.{name}")
 
     def fork(self, body: bytes, media: Media) -> ForkBody:

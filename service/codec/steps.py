@@ -19,7 +19,7 @@ from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.reader import EventReader, ReadEvents
 from service.codec.body_types import BodyLimits, StepsBody, wrong_width
-from service.codec.decoding import convert, invalid, shown
+from service.codec.decoding import convert, format_value, invalid
 from service.codec.limits import Limit
 from service.codec.model import CodecModel
 from service.core.errors import InvalidInput, ResetsUnsupported
@@ -45,7 +45,7 @@ class StepsReader:
         self._limits = limits
         self._wrong_width = wrong_width(model)
 
-    def read(self, body: StepsBody, inside: str, limit: Limit, least: int = 1) -> Steps:
+    def read(self, body: StepsBody, inside: str, limit: Limit, min_steps: int = 1) -> Steps:
         """The steps of a decoded chunk or sequence, without its options.
 
         Args:
@@ -58,13 +58,13 @@ class StepsReader:
             got = "both" if body.events is not None else "none"
             raise self._not_exactly_one(inside or "body", got)
         if body.events is not None:
-            return self.events(body.events, inside, limit, least)
+            return self.events(body.events, inside, limit, min_steps)
         if isinstance(body.inputs, bytes):
-            return self.packed_rows(body.inputs, inside, limit, least)
-        return self.rows(body.inputs, inside, limit, least)
+            return self.packed_rows(body.inputs, inside, limit, min_steps)
+        return self.rows(body.inputs, inside, limit, min_steps)
 
     def events(
-        self, events: Sequence[msgspec.Struct], inside: str, limit: Limit, least: int = 1
+        self, events: Sequence[msgspec.Struct], inside: str, limit: Limit, min_steps: int = 1
     ) -> Steps:
         """The steps of events that are decoded.
 
@@ -72,14 +72,14 @@ class StepsReader:
             InvalidInput, ChunkTooLong
         """
         at = f"{inside}.events" if inside else "events"
-        check_count(len(events), at, limit, least)
+        check_count(len(events), at, limit, min_steps)
         if self._events is None:
             raise self._not_exactly_one(inside or "body", "events")
         read = read_columns(self._events, events, at)
         return Steps(Feed.EVENTS, len(events), read.columns, None, read.resets)
 
     def rows(
-        self, values: Sequence[Sequence[float]], inside: str, limit: Limit, least: int
+        self, values: Sequence[Sequence[float]], inside: str, limit: Limit, min_steps: int
     ) -> Steps:
         """The steps of rows of numbers, each of the model's width.
 
@@ -87,13 +87,13 @@ class StepsReader:
             InvalidInput, ChunkTooLong
         """
         at = f"{inside}.inputs" if inside else "inputs"
-        check_count(len(values), at, limit, least)
+        check_count(len(values), at, limit, min_steps)
         count = len(values) * self._features
         flat = np.fromiter(chain.from_iterable(values), np.float64, count)
         return self._flat_rows(flat, at)
 
     def flat_rows(
-        self, flat: NDArray[np.float64], inside: str, limit: Limit, least: int = 1
+        self, flat: NDArray[np.float64], inside: str, limit: Limit, min_steps: int = 1
     ) -> Steps:
         """The steps of rows of the model's width, one number after the other.
 
@@ -101,11 +101,11 @@ class StepsReader:
             InvalidInput, ChunkTooLong
         """
         at = f"{inside}.inputs" if inside else "inputs"
-        check_count(len(flat) // self._features, at, limit, least)
+        check_count(len(flat) // self._features, at, limit, min_steps)
         return self._flat_rows(flat, at)
 
     def packed_rows(
-        self, packed: bytes | memoryview, inside: str, limit: Limit, least: int = 1
+        self, packed: bytes | memoryview, inside: str, limit: Limit, min_steps: int = 1
     ) -> Steps:
         """The steps of rows of float32 in little-endian, row by row.
 
@@ -118,7 +118,7 @@ class StepsReader:
         if rest:
             got = f"{len(packed)} bytes, no multiple of {row_bytes} (4 for each value)"
             raise self._wrong_width(at, got)
-        check_count(count, at, limit, least)
+        check_count(count, at, limit, min_steps)
         return self.checked_rows(np.frombuffer(packed, _F4).reshape(count, self._features), at)
 
     def event(self, event: object, at: str) -> msgspec.Struct:
@@ -252,7 +252,7 @@ class StepsReader:
         got = error.got
         if sent is not None and error.index is not None:
             # as it was sent: after the cast, what overflowed is infinite
-            got = shown(float(sent[error.index * self._features + column]))
+            got = format_value(float(sent[error.index * self._features + column]))
         return InvalidInput(
             f"{place} ({error.field}): expected {error.expected}, got {got}",
             at=place,
@@ -284,13 +284,13 @@ def _invalid_reset(at: str, steps: int, got: int) -> InvalidInput:
     return invalid(at, expected, got)
 
 
-def check_count(count: int, at: str, limit: Limit, least: int = 1) -> None:
+def check_count(count: int, at: str, limit: Limit, min_steps: int = 1) -> None:
     """Reject too few or too many steps.
 
     Raises:
         InvalidInput, ChunkTooLong
     """
-    if count < least:
+    if count < min_steps:
         expected = "at least one step"
         raise InvalidInput(f"{at}: expected {expected}, got none", at=at, expected=expected, got=0)
     if count > limit.steps:

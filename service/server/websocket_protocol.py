@@ -93,12 +93,12 @@ class _Library(ServerProtocol):
         response = super().accept(request)
         if (failure := self.handshake_exc) is not None:
             versions = request.headers.get_all("Sec-WebSocket-Version")
-            is_other = len(versions) == 1 and versions != ["13"]
-            wants_other = isinstance(failure, InvalidUpgrade) or is_other
-            kind = UpgradeRequired if wants_other else MalformedRequest
+            has_other_version = len(versions) == 1 and versions != ["13"]
+            needs_upgrade = isinstance(failure, InvalidUpgrade) or has_other_version
+            kind = UpgradeRequired if needs_upgrade else MalformedRequest
             reason = str(failure)[:300]
             if isinstance(failure, InvalidHeader) and failure.name == "Sec-WebSocket-Protocol":
-                # it may have a key
+                # the header may contain an access key
                 reason = f"invalid {failure.name} header"
             raise kind(f"expected a WebSocket handshake: {reason}")
         return response

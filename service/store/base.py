@@ -1,4 +1,4 @@
-"""Interfaces of a state store: compare-and-set of many streams per call, and what is beside it.
+"""Interfaces of a state store: compare-and-set of many streams per call, and other capabilities.
 
 Streams fail independently: a damaged or failing stream never fails its neighbours. So the failure
 of one stream is a value, and a call raises only if the store as a whole is unavailable

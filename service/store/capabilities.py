@@ -52,7 +52,7 @@ RegistrationId = NewType("RegistrationId", bytes)
 
 
 class Quota(NamedTuple):
-    """The most that a key may use; None for any number."""
+    """The limits on what a key may use; None for no limit."""
 
     streams: int | None
     state_bytes: int | None
@@ -111,7 +111,7 @@ class StreamUsage(Protocol):
 
 
 class LeaseRequest(NamedTuple):
-    """A process reports what it spent, and needs another lease.
+    """The tokens that a process spent, and its request for another lease.
 
     Attributes:
         bucket: the name of the bucket.
@@ -204,7 +204,7 @@ class OutputChannel(Protocol):
         """Receive what any worker commits from now on; end it with `unsubscribe`, in any case.
 
         Raises:
-            StoreUnavailable: the workers could not be told in time.
+            StoreUnavailable: the other workers could not be notified in time.
             StoreRefused: the store does not permit it.
         """
 

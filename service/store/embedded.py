@@ -246,7 +246,7 @@ class EmbeddedValkey:
             time.sleep(POLL_S)
 
     def _shut_down(self, socket: str) -> bool:
-        """Shut the directory's server down, after it has flushed its file; False if it goes on."""
+        """Shut the directory's server down, after it has flushed its file; False if it runs on."""
         deadline_s = time.monotonic() + self._stop_timeout_s
         while _is_locked(self._path / "valkey.lock"):
             if time.monotonic() >= deadline_s:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from service.codec.media import Encoded, Media, dumps, encoded_object
+from service.codec.media import Encoded, Media, dumps, encode_object
 from service.core.errors import CarryError
 from service.transports.v1.problems import problem
 
@@ -42,4 +42,4 @@ def _outcome_frame(
     media: Media, frame_id: FrameId | None, status: int, name: str, document: bytes
 ) -> bytes:
     members: dict[str, Encoded] = {} if frame_id is None else {"id": dumps(media, frame_id)}
-    return encoded_object(media, {**members, "status": dumps(media, status), name: document})
+    return encode_object(media, {**members, "status": dumps(media, status), name: document})

@@ -219,7 +219,7 @@ class Session:
         return self._order.unanswered
 
     async def _receive(self, media: Media, data: bytes) -> None:
-        """Start the chunk of a frame, or answer what is wrong with it."""
+        """Start the chunk of a frame, or answer with its error."""
         self.chunks += 1
         deadline_s = time.monotonic() + self._timeout_s
         entry: Entry | None = None
@@ -288,7 +288,7 @@ class Session:
     def _start(
         self, entry: Entry | None, media: Media, frame: Frame, deadline_s: float, body: bytes
     ) -> None:
-        """Start the chunk of a frame when it is its turn, or answer what is wrong with it."""
+        """Start the chunk of a frame when it is its turn, or answer with its error."""
         if entry is None and frame.stream is not None:
             entry = self._order.add(Entry(frame.id, media, frame.stream, deadline_s, len(body)))
         result = frame.result

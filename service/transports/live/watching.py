@@ -100,7 +100,7 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         tag="streams",
         options={"response_class": StreamingResponse},
     )
-    app.router.routes.extend(route.served)
+    app.router.routes.extend(route.fastapi_routes)
 
 
 class _WatchResponse(StreamingResponse):

@@ -1,10 +1,10 @@
 """Fast path for well-formed chunk requests: parsed from the socket buffer, no ASGI scope.
 
 `FastPath.parse` reads a request for one chunk, complete, from the received bytes. It accepts a
-strict subset: the one route, no query, common headers in their usual form, and a body that the fast
-decoder reads. Anything else, invalid or only unusual, is None: uvicorn and FastAPI (the slow path)
-read it from its first byte and make the errors. A response of the fast path has the same bytes as
-the slow path's (`test_fast_path.py` compares them). Nothing here waits.
+strict subset: the one route, no query, common headers in their usual form, and a valid body.
+Anything else, invalid or only unusual, is None: uvicorn and FastAPI (the slow path) read it from
+its first byte and make the errors. A response of the fast path has the same bytes as the slow
+path's (`test_fast_path.py` compares them). Nothing here waits.
 
 Load shedding: a request that admission control would reject is rejected before its body is decoded.
 """
@@ -25,7 +25,7 @@ from structlog.contextvars import bound_contextvars
 
 from service.access.caller import Caller
 from service.codec.field_rules import parse_if_match
-from service.codec.media import Media, accepted, media_of
+from service.codec.media import Media, media_of, negotiate_media
 from service.codec.pieces import LONG_VALUES
 from service.codec.reply_writer import server_timing
 from service.core.errors import CarryError, Forbidden, Overloaded
@@ -379,7 +379,7 @@ def _read_details(values: dict[bytes, bytes]) -> _Details | None:
     """What these headers say; None leaves the request to the slow path."""
     try:
         media = media_of(_text(values.get(b"content-type")))
-        reply_media = accepted(_text(values.get(b"accept")), media)
+        reply_media = negotiate_media(_text(values.get(b"accept")), media)
         precondition = None
         if (etags := _text(values.get(b"if-match"))) is not None:
             precondition = parse_if_match(etags, "If-Match")

@@ -317,7 +317,7 @@ class StoreServer(TypedDict):
 
 @closed
 class StoreReport(TypedDict):
-    """How the store is."""
+    """The condition of the store."""
 
     status: Literal["up", "degraded", "down"]
     """`degraded`: the streams of some servers wait or fail; `down`: chunks are not served."""

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 from starlette.requests import ClientDisconnect, Request
 
 from service.codec.field_rules import parse_if_match
-from service.codec.media import Media, accepted, media_of
+from service.codec.media import Media, media_of, negotiate_media
 from service.codec.reply_writer import EVERY_STEP, ReplyOptions, ReplyWriter
 from service.codec.settings import RequestSettings
 from service.core.errors import (
@@ -103,7 +103,7 @@ def body_media(request: Request) -> Media:
 
 def reply_media(request: Request, otherwise: Media = Media.JSON) -> Media:
     """The media type of the reply; `otherwise` if Accept allows both."""
-    return accepted(", ".join(request.headers.getlist("accept")), otherwise)
+    return negotiate_media(", ".join(request.headers.getlist("accept")), otherwise)
 
 
 def if_match(request: Request) -> Precondition | None:

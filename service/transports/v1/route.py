@@ -130,7 +130,7 @@ class Route:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def served(self) -> list[APIRoute]:
+    def fastapi_routes(self) -> list[APIRoute]:
         """The routes of FastAPI, for any application: it takes milliseconds to make them."""
         extra: dict[str, Any] = {"security": self._security()}
         if not self.is_health:
@@ -142,7 +142,7 @@ class Route:
         replies: Responses = {code: self._reply(text) for code, text in self.replies.items()}
         problems: Responses = {} if self.is_health else _problems(self._errors())
         summary, _, description = (inspect.getdoc(self.endpoint) or "").partition("\n\n")
-        served = DirectRoute(
+        route = DirectRoute(
             self.path,
             self.endpoint,
             methods=[self.method],
@@ -153,12 +153,12 @@ class Route:
             openapi_extra=extra,
             **self.options,
         )
-        served.verbs = self.verbs
+        route.verbs = self.verbs
         if not self.is_health:
-            return [served]
+            return [route]
         return [
             DirectRoute(self.path, self.endpoint, methods=["HEAD"], include_in_schema=False),
-            served,
+            route,
         ]
 
     def _security(self) -> list[dict[str, list[str]]]:

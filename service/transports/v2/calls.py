@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from models.spec.layout import Output
-from service.codec.decoding import invalid, load_json, shown
+from service.codec.decoding import format_value, invalid, load_json
 from service.codec.limits import Limit
 from service.codec.request_reader import with_stream
 from service.core.errors import CarryError, MalformedBody
@@ -138,20 +138,20 @@ class ResolvedCall(NamedTuple):
         )
         return replace(chunk, starts_over=True) if parameters.starts_over else chunk
 
-    def _read_rows(self, limit: Limit, least: int) -> list[Steps]:
+    def _read_rows(self, limit: Limit, min_steps: int) -> list[Steps]:
         """The rows of the chunk or of each sequence."""
         steps, values = self.codec.reader.steps, float_values(self.values, "inputs[0]")
         read = steps.flat_rows if isinstance(values, np.ndarray) else steps.packed_rows
         if self.parameters.stream is not None:
-            return [read(values, "", limit, least)]  # type: ignore[arg-type]
+            return [read(values, "", limit, min_steps)]  # type: ignore[arg-type]
         count = 1 if self.signature.batch is None else self.signature.batch
         size = len(values) // max(count, 1)
         return [
-            read(values[at * size : (at + 1) * size], f"sequences[{at}]", limit, least)  # type: ignore[arg-type]
+            read(values[at * size : (at + 1) * size], f"sequences[{at}]", limit, min_steps)  # type: ignore[arg-type]
             for at in range(count)
         ]
 
-    def _read_events(self, limit: Limit, least: int) -> list[Steps]:
+    def _read_events(self, limit: Limit, min_steps: int) -> list[Steps]:
         """The events of the chunk or of each sequence, of which each element is one in JSON."""
         steps, elements = self.codec.reader.steps, byte_elements(self.values, "inputs[0]")
         is_chunk = self.parameters.stream is not None
@@ -166,7 +166,7 @@ class ResolvedCall(NamedTuple):
                 steps.event(_load_event(element, first + index), f"{at}[{index}]")
                 for index, element in enumerate(elements[first : first + size])
             ]
-            read.append(steps.events(events, inside, limit, least))
+            read.append(steps.events(events, inside, limit, min_steps))
         return read
 
 
@@ -183,7 +183,7 @@ def _load_event(element: bytes, index: int) -> dict[str, Any]:
         got = f"a string that cannot be parsed ({error.facts['got']})"
         raise invalid(at, expected, got) from error
     if not isinstance(event, dict):
-        raise invalid(at, expected, shown(event))
+        raise invalid(at, expected, format_value(event))
     return event
 
 

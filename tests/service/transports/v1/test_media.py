@@ -12,7 +12,7 @@ from starlette.requests import Request
 from models.artifact.artifact import Artifact
 from models.spec.state import State
 from service.codec.decoding import decode
-from service.codec.media import Media, accepted, dumps, media_of
+from service.codec.media import Media, dumps, media_of, negotiate_media
 from service.codec.reply_writer import server_timing
 from service.core.errors import (
     BodyTooLarge,
@@ -51,21 +51,23 @@ from tests.support.servers import RealServer
 def test_accept_header_chooses_the_media_type(
     accept: str | None, otherwise: Media, media: Media
 ) -> None:
-    assert accepted(accept, otherwise) is media
+    assert negotiate_media(accept, otherwise) is media
 
 
 @pytest.mark.parametrize("accept", ["text/html", "*/*;q=0", "application/json;q=x", "json"])
 def test_accept_header_without_a_supported_type_is_rejected(accept: str) -> None:
     with pytest.raises(NotAcceptable):
-        accepted(accept, Media.JSON)
+        negotiate_media(accept, Media.JSON)
 
 
 def test_long_headers_are_rejected_unparsed() -> None:
     """A list of a few thousand ranges would hold the event loop up."""
     ranges = ",".join(["text/x;q=0.1"] * 5000) + ",*/*"
     with pytest.raises(NotAcceptable, match="at most 1024 characters"):
-        accepted(ranges, Media.JSON)
-    assert accepted(", ".join(["text/x;q=0.1"] * 60 + ["*/*"]), Media.MSGPACK) is Media.MSGPACK
+        negotiate_media(ranges, Media.JSON)
+    assert (
+        negotiate_media(", ".join(["text/x;q=0.1"] * 60 + ["*/*"]), Media.MSGPACK) is Media.MSGPACK
+    )
     with pytest.raises(UnsupportedMediaType, match="at most 1024 characters"):
         media_of("application/json" + ";a=b" * 16_000)
     with pytest.raises(InvalidPrecondition, match="at most 8192 characters"):
