@@ -89,7 +89,7 @@ class ManyBody(Body):
 
 
 class PredictBody(Body):
-    """Whole sequences."""
+    """The whole sequences to predict."""
 
     sequences: list[SequenceBody]
 

@@ -315,7 +315,7 @@ def _translate(
 
 
 def _reason_and_path(message: str, kind: Any) -> tuple[str, Path]:
-    """What is wrong by a message of msgspec, and where; empty for the value as a whole.
+    """Parse a message of msgspec into its reason and a path; empty for the value as a whole.
 
     The name of an unknown member is the client's and may end as a place does, of any length: only
     an object of the type can have an unknown member.

@@ -441,7 +441,7 @@ class RequestReader:
         final: bool = False,
         dry_run: bool = False,
     ) -> Chunk:
-        """Build the chunk of its place in the stream and its steps."""
+        """Build a chunk from its place in the stream and its steps."""
         nonce = self._nonce() if placed.position is None else b""
         return Chunk(
             key,

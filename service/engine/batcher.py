@@ -433,6 +433,6 @@ class _Timer:
         self._handle = asyncio.get_running_loop().call_later(delay_s, self._call)
 
     def cancel(self) -> None:
-        """Do not call."""
+        """Cancel the scheduled call."""
         if self._handle is not None:
             self._handle.cancel()

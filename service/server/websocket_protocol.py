@@ -151,7 +151,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.body_began_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection of an upgrade is taken over."""
+        """Take over the connection of an upgrade."""
         super().connection_made(transport)
         self._connections.add(self, self.loop, transport.get_extra_info("peername"))
         # nothing is read before the handshake is answered
@@ -227,7 +227,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         return self.queue.get_nowait()
 
     def _wake(self) -> None:
-        """Let `receive` go on."""
+        """Wake the task that waits in `receive`."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -269,7 +269,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.send_receive_event_to_app()
 
     def send_receive_event_to_app(self) -> None:
-        """A message is complete."""
+        """Queue a complete message for the application."""
         data = self.frames.pop() if self._message is None else self._message
         self._message = None
         self._last_message_s = self.loop.time()
@@ -398,7 +398,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.transport.abort()
 
     def resume_writing(self) -> None:
-        """The client reads again."""
+        """Resume sending: the client reads again."""
         super().resume_writing()
         self.progress += 1
 

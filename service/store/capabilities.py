@@ -25,7 +25,7 @@ from service.core.values import Check, StoredReply, StreamKey
 
 
 class StoredKeys(Protocol):
-    """The keys that a store has."""
+    """The records of access keys in a store, and the secret that signs state tokens."""
 
     async def read(
         self, version: bytes | None, deadline_s: float = math.inf

@@ -117,7 +117,7 @@ class StoreAddress:
 
     @property
     def primary_name(self) -> str:
-        """By which the Sentinels know the primary."""
+        """The name of the primary in the configuration of the Sentinels."""
         return self.path.partition("/")[0]
 
     def server_url(self, server: Address) -> str:

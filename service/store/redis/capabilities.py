@@ -41,7 +41,7 @@ _TOTAL: Final = b"total"
 
 
 class RedisStoredKeys(StoredKeys):
-    """The keys of a store."""
+    """The records of access keys in a store."""
 
     def __init__(self, router: Router, keys: KeySpace):
         self._router = router
@@ -115,7 +115,7 @@ def _lease(outcome: Outcome) -> Lease | CarryError:
 
 
 class RedisStreamUsage(StreamUsage):
-    """The usage of a store.
+    """The streams that access keys with quotas have created in a store.
 
     Args:
         fence: writes a tombstone for each stream that does not exist, and returns for which it did.

@@ -108,7 +108,7 @@ class ClusterRouter(DiscoveringRouter):
         raise next((error for error in errors if isinstance(error, StoreUnavailable)), errors[0])
 
     def _may_keep_pending(self, connection: PipelinedConnection) -> bool:
-        """A node without slots redirects them."""
+        """Keep them while the node responds: one without the slots redirects them."""
         return connection.is_responsive
 
     def _kept_servers(self, topology: Topology) -> Collection[Address]:

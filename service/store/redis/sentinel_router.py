@@ -144,7 +144,7 @@ class SentinelRouter(DiscoveringRouter):
         return Sentinel(nodes, sentinel_kwargs=self._sentinel_options)
 
     def _may_keep_pending(self, connection: PipelinedConnection) -> bool:
-        """A primary that is replaced would still execute them."""
+        """Never keep them: a primary that was replaced would still execute them."""
         return False
 
     async def _verify_role(self, connection: Any) -> None:

@@ -24,9 +24,8 @@ LONG_BYTES: Final = 64 * 1024
 AT_ONCE_BYTES: Final = 2 * 2**20
 """Longest body that is decoded on the event loop."""
 
-
 MAX_WAITING_BYTES: Final = 128 * 2**20
-"""Most bytes of all bodies that wait, unless a body may be very long; one more is rejected."""
+"""Maximum bytes of all waiting bodies, unless eight of the longest are more."""
 
 
 class LongBodies:

@@ -92,7 +92,7 @@ class LiveSockets:
         query = scope["query_string"]
         address = _ADDRESS.fullmatch(scope["raw_path"] + (b"?" + query if query else b""))
         if address is None:
-            raise RuntimeError("the address is none of a live socket")
+            raise RuntimeError("expected the address of a live socket")
         route = MODEL_ROUTE if address[2] is None else STREAM_ROUTE
         began_s = time.monotonic()
         status, facts, session = 101, RequestFacts(), None
@@ -126,7 +126,7 @@ class LiveSockets:
             await session.serve()
 
     def _caller(self, headers: Headers) -> Caller:
-        """Who opens a socket.
+        """The caller who opens a socket.
 
         Raises:
             Unauthenticated, StoreUnavailable, DuplicateField

@@ -43,7 +43,7 @@ from service.transports.v2.values import InferReply, InferRequest, InputTensor, 
 ROUTE: Final = "/v2/models/{model}/infer"
 
 MAX_JSON_BYTES: Final = 4096
-"""Longer JSON takes the slow path: msgspec may take 15 us for a number that is chosen badly."""
+"""Longer JSON takes the slow path: msgspec may take 15 us for a hostile number."""
 
 _REQUEST_LINE = re.compile(
     rb"POST /v2/models/([a-z0-9_-]{1,64})(?:/versions/([0-9a-f]{1,12}))?/infer HTTP/1\.1\r\n"

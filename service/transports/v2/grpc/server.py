@@ -110,7 +110,7 @@ class GrpcServer:
             self._stopped = asyncio.get_running_loop().create_task(self._stop(self._server))
 
     def retire(self) -> None:
-        """The same: another process accepts calls on the port."""
+        """As `begin_stop`: another process accepts calls on the port."""
         self.begin_stop()
 
     async def stop(self) -> None:
