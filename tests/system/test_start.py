@@ -126,6 +126,6 @@ def test_kubernetes_service_links_are_logged_once(tmp_path: Path) -> None:
         CARRY_STORE_WAIT_S="0.1",
         **links,
     )
-    assert f"{tmp_path}/none.sock" in last_line(done), "no setting was refused"
+    assert f"{tmp_path}/none.sock" in last_line(done), "no setting was rejected"
     lines = [line for line in done.stderr.splitlines() if "service_links_ignored" in line]
     assert [json.loads(line)["variables"] for line in lines] == [sorted(links)]

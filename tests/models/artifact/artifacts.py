@@ -39,8 +39,8 @@ def seal(path: Path, manifest: dict[str, Any]) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest), "utf-8")
 
 
-def refusal(path: Path, *words: str) -> None:
-    """Loading is refused, with all these words in the message."""
+def check_rejection(path: Path, *words: str) -> None:
+    """Check that loading is rejected, with all these words in the message."""
     with pytest.raises(ArtifactError) as caught:
         load_artifact(path)
     for word in words:

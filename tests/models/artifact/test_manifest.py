@@ -15,7 +15,7 @@ from models.artifact.artifact import load_artifact, write_artifact
 from models.artifact.fingerprint import canonical_json
 from models.errors import ArtifactError
 from models.spec.model import parse_spec
-from tests.models.artifact.artifacts import WEIGHTS, manifest_of, refusal, seal
+from tests.models.artifact.artifacts import WEIGHTS, check_rejection, manifest_of, seal
 from tests.support.models import SMALL
 
 
@@ -29,13 +29,13 @@ def test_an_unfitted_spec_is_neither_written_nor_loaded(artifact_dir: Path, tmp_
     manifest = manifest_of(artifact_dir)
     manifest["spec"] = spec.model_dump(mode="json")
     seal(artifact_dir, manifest)
-    refusal(artifact_dir, "manifest.json", "fitted", "['load']")
+    check_rejection(artifact_dir, "manifest.json", "fitted", "['load']")
 
 
 def test_paths_without_an_artifact_are_rejected(artifact_dir: Path, tmp_path: Path) -> None:
-    refusal(tmp_path / "none", "none", "expected a directory")
-    refusal(artifact_dir / "report.json", "expected a directory")
-    refusal(tmp_path, "manifest.json", "No such file")
+    check_rejection(tmp_path / "none", "none", "expected a directory")
+    check_rejection(artifact_dir / "report.json", "expected a directory")
+    check_rejection(tmp_path, "manifest.json", "No such file")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_invalid_manifests_are_rejected(
 ) -> None:
     (artifact_dir / "manifest.json").write_bytes(content)
 
-    refusal(artifact_dir, "manifest.json", *words)
+    check_rejection(artifact_dir, "manifest.json", *words)
 
 
 def test_a_changed_manifest_fails_its_checksum(artifact_dir: Path) -> None:
@@ -67,7 +67,9 @@ def test_a_changed_manifest_fails_its_checksum(artifact_dir: Path) -> None:
     manifest["metrics"]["auc"] = 0.99
     (artifact_dir / "manifest.json").write_text(json.dumps(manifest), "utf-8")
 
-    refusal(artifact_dir, "manifest.json", "changed since it was written", manifest["checksum"])
+    check_rejection(
+        artifact_dir, "manifest.json", "changed since it was written", manifest["checksum"]
+    )
 
 
 FILES = ["weights.safetensors", "graph.onnx", "report.json", "plots/skill.png"]
@@ -79,11 +81,11 @@ def test_every_listed_file_is_verified(artifact_dir: Path, name: str) -> None:
     content = file.read_bytes()
 
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refusal(artifact_dir, name, "SHA-256")
+    check_rejection(artifact_dir, name, "SHA-256")
     file.write_bytes(content + b"x")
-    refusal(artifact_dir, name, f"expected {len(content)} bytes, got {len(content) + 1}")
+    check_rejection(artifact_dir, name, f"expected {len(content)} bytes, got {len(content) + 1}")
     file.unlink()
-    refusal(artifact_dir, name, "No such file")
+    check_rejection(artifact_dir, name, "No such file")
 
 
 Edit = Callable[[dict[str, Any]], None]
@@ -139,7 +141,7 @@ def test_an_inconsistent_manifest_is_rejected(
     edit(manifest)
     seal(artifact_dir, manifest)
 
-    refusal(artifact_dir, "manifest.json", *words)
+    check_rejection(artifact_dir, "manifest.json", *words)
 
 
 def test_a_symlink_out_of_the_directory_is_not_followed(artifact_dir: Path, tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_symlink_out_of_the_directory_is_not_followed(artifact_dir: Path, tmp_
     (artifact_dir / "report.json").unlink()
     (artifact_dir / "report.json").symlink_to(outside)
 
-    refusal(artifact_dir, "inside the artifact", "report.json")
+    check_rejection(artifact_dir, "inside the artifact", "report.json")
 
 
 def test_symlinks_to_and_inside_the_directory_are_followed(
@@ -197,13 +199,13 @@ def test_irregular_files_are_rejected_before_they_are_read(
     (artifact_dir / name).unlink()
     make(artifact_dir / name)
 
-    refusal(artifact_dir, name, word)
+    check_rejection(artifact_dir, name, word)
 
 
 def test_an_oversized_manifest_is_rejected_before_it_is_read(artifact_dir: Path) -> None:
     (artifact_dir / "manifest.json").write_bytes(b" " * (16 * 2**20 + 1))
 
-    refusal(artifact_dir, "manifest.json", "at most 16777216 bytes, got 16777217")
+    check_rejection(artifact_dir, "manifest.json", "at most 16777216 bytes, got 16777217")
 
 
 def test_a_file_is_opened_once(artifact_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

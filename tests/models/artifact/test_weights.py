@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from models.artifact.artifact import write_artifact
 from models.errors import ArtifactError
-from tests.models.artifact.artifacts import SPEC, WEIGHTS, manifest_of, refusal, seal
+from tests.models.artifact.artifacts import SPEC, WEIGHTS, check_rejection, manifest_of, seal
 
 
 def test_weights_in_another_memory_order_are_stored_correctly(tmp_path: Path) -> None:
@@ -66,14 +66,14 @@ def test_weights_of_another_spec_are_neither_written_nor_loaded(
 
     (artifact_dir / "weights.safetensors").write_bytes(safetensors.numpy.save(weights))
     seal(artifact_dir, manifest_of(artifact_dir))
-    refusal(artifact_dir, "weights.safetensors", message)
+    check_rejection(artifact_dir, "weights.safetensors", message)
 
 
 def test_invalid_safetensors_are_rejected(artifact_dir: Path) -> None:
     for content in (b"", b"\x08\0\0\0\0\0\0\0{}", b"\xff" * 64):
         (artifact_dir / "weights.safetensors").write_bytes(content)
         seal(artifact_dir, manifest_of(artifact_dir))
-        refusal(artifact_dir, "weights.safetensors")
+        check_rejection(artifact_dir, "weights.safetensors")
 
 
 def test_changed_weights_fail_the_fingerprint(artifact_dir: Path) -> None:
@@ -85,4 +85,4 @@ def test_changed_weights_fail_the_fingerprint(artifact_dir: Path) -> None:
     (artifact_dir / "weights.safetensors").write_bytes(safetensors.numpy.save(swapped))
     seal(artifact_dir, manifest_of(artifact_dir))
 
-    refusal(artifact_dir, "`fingerprint`")
+    check_rejection(artifact_dir, "`fingerprint`")

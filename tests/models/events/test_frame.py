@@ -56,7 +56,7 @@ def one(kind: str, values: Any, *, dtype: Any = None, optional: bool = False) ->
     return columns.values["x"].tolist(), columns.present["x"].tolist()
 
 
-def refusal(kind: str, values: Any, *, dtype: Any = None, optional: bool = False) -> DataError:
+def rejection(kind: str, values: Any, *, dtype: Any = None, optional: bool = False) -> DataError:
     with pytest.raises(DataError) as caught:
         one(kind, values, dtype=dtype, optional=optional)
     assert caught.value.field == "x"
@@ -69,11 +69,11 @@ def test_columns_of_numbers_are_read() -> None:
         [1.5, 0.0, 0.0],
         [True, False, False],
     )
-    assert refusal("numeric", [1.0, float("nan")]).index == 1
-    assert refusal("numeric", [1.0, 2.0, None]).index == 2
-    assert refusal("numeric", [1.0, float("inf")], optional=True).index == 1
-    assert "numbers" in refusal("numeric", ["1", "2"]).expected
-    assert "numbers" in refusal("numeric", [True]).expected
+    assert rejection("numeric", [1.0, float("nan")]).index == 1
+    assert rejection("numeric", [1.0, 2.0, None]).index == 2
+    assert rejection("numeric", [1.0, float("inf")], optional=True).index == 1
+    assert "numbers" in rejection("numeric", ["1", "2"]).expected
+    assert "numbers" in rejection("numeric", [True]).expected
 
 
 def test_columns_of_categories_are_read() -> None:
@@ -81,11 +81,11 @@ def test_columns_of_categories_are_read() -> None:
     assert one("categorical", ["b", "a"], dtype=pl.Categorical)[0] == ["b", "a"]
     assert one("categorical", ["b", "a"], dtype=pl.Enum(["a", "b"]))[0] == ["b", "a"]
     assert one("categorical", [7, -1])[0] == ["7", "-1"]
-    assert refusal("categorical", ["a", None]).index == 1
-    assert refusal("categorical", ["a", ""]).index == 1
-    assert refusal("categorical", ["a", "x" * 257]).index == 1
+    assert rejection("categorical", ["a", None]).index == 1
+    assert rejection("categorical", ["a", ""]).index == 1
+    assert rejection("categorical", ["a", "x" * 257]).index == 1
     assert one("categorical", ["航" * 256])[0] == ["航" * 256]
-    assert "strings" in refusal("categorical", [1.5]).expected
+    assert "strings" in rejection("categorical", [1.5]).expected
 
 
 def test_columns_of_booleans_are_read() -> None:
@@ -94,11 +94,11 @@ def test_columns_of_booleans_are_read() -> None:
         [True, False, False],
         [True, True, False],
     )
-    assert refusal("boolean", [1, 0, 2]).index == 2
-    assert refusal("boolean", [True, None]).index == 1
+    assert rejection("boolean", [1, 0, 2]).index == 2
+    assert rejection("boolean", [True, None]).index == 1
     assert one("boolean", ["true", "False", "1"]) == ([True, False, True], [True] * 3)
-    assert refusal("boolean", ["true", "yes"]).index == 1
-    assert "booleans" in refusal("boolean", [1.5]).expected
+    assert rejection("boolean", ["true", "yes"]).index == 1
+    assert "booleans" in rejection("boolean", [1.5]).expected
 
 
 MOMENT = datetime(2013, 7, 1, 12, 0, 0, 1999, tzinfo=UTC)
@@ -140,11 +140,11 @@ def test_strings_with_and_without_offset_are_read() -> None:
     ["soon", "2013-02-30T00:00:00Z", "1899-01-01T00:00:00Z", "1899-01-01", "2013-03-10T02:30:00"],
 )
 def test_invalid_timestamps_are_rejected(bad: str) -> None:
-    assert refusal("timestamp", ["2013-07-01T12:00:00Z", bad]).index == 1
+    assert rejection("timestamp", ["2013-07-01T12:00:00Z", bad]).index == 1
 
 
 def test_nonexistent_local_times_are_rejected() -> None:
-    error = refusal("timestamp", [datetime(2013, 3, 10, 1), datetime(2013, 3, 10, 2, 30)])
+    error = rejection("timestamp", [datetime(2013, 3, 10, 1), datetime(2013, 3, 10, 2, 30)])
 
     assert error.index == 1
     assert "America/New_York" in error.expected
@@ -159,12 +159,12 @@ def test_ambiguous_local_times_are_the_earlier_one() -> None:
 
 def test_integers_are_epoch_milliseconds_in_range() -> None:
     assert one("timestamp", [MOMENT_MS])[0] == [MOMENT_MS]
-    assert refusal("timestamp", [0, 7_258_118_400_000]).index == 1
-    assert refusal("timestamp", [0, -2_208_988_800_001]).index == 1
-    assert refusal("timestamp", [0, 2**64 - 1], dtype=pl.UInt64).index == 1
+    assert rejection("timestamp", [0, 7_258_118_400_000]).index == 1
+    assert rejection("timestamp", [0, -2_208_988_800_001]).index == 1
+    assert rejection("timestamp", [0, 2**64 - 1], dtype=pl.UInt64).index == 1
     assert one("timestamp", [5, None], dtype=pl.Int16, optional=True) == ([5, 0], [True, False])
-    assert "timestamps" in refusal("timestamp", [1.5]).expected
-    assert refusal("timestamp", [0, None]).index == 1
+    assert "timestamps" in rejection("timestamp", [1.5]).expected
+    assert rejection("timestamp", [0, None]).index == 1
 
 
 def test_a_missing_column_is_rejected() -> None:
@@ -185,4 +185,4 @@ def test_a_column_of_nulls_is_absent(kind: str) -> None:
 
     assert present == [False, False]
     assert values == [{"categorical": ""}.get(kind, 0)] * 2
-    assert refusal(kind, [None]).index == 0
+    assert rejection(kind, [None]).index == 0

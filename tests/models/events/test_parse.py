@@ -28,8 +28,8 @@ ADAPTER = event_adapter(FULL_SCHEMA)
 GOOD_MS = 1_357_035_420_000
 
 
-def refusals(event: Any) -> list[tuple[tuple[Any, ...], str]]:
-    """Where and why an event is refused; the same from JSON and from objects."""
+def rejections(event: Any) -> list[tuple[tuple[Any, ...], str]]:
+    """Where and why an event is rejected; the same from JSON and from objects."""
     found = []
     for validate, data in (
         (ADAPTER.validate_json, json.dumps(event)),
@@ -66,10 +66,10 @@ def test_optional_fields_may_be_absent_or_null() -> None:
 
 @pytest.mark.parametrize("name", ["load", "at", "carrier", "heavy"])
 def test_a_required_field_may_be_neither_absent_nor_null(name: str) -> None:
-    assert refusals({key: value for key, value in GOOD.items() if key != name}) == [
+    assert rejections({key: value for key, value in GOOD.items() if key != name}) == [
         ((name,), "Field required")
     ]
-    assert [loc for loc, _ in refusals({**GOOD, name: None})] == [(name,)]
+    assert [loc for loc, _ in rejections({**GOOD, name: None})] == [(name,)]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_required_field_may_be_neither_absent_nor_null(name: str) -> None:
     ],
 )
 def test_a_value_of_another_type_is_rejected_at_its_field(name: str, value: Any) -> None:
-    assert [loc for loc, _ in refusals({**GOOD, name: value})] == [(name,)]
+    assert [loc for loc, _ in rejections({**GOOD, name: value})] == [(name,)]
 
 
 def test_a_number_too_large_for_a_float_is_rejected_in_json() -> None:
@@ -104,16 +104,16 @@ def test_bytes_are_rejected_as_category_and_timestamp() -> None:
 
 def test_categories_are_limited_in_characters_not_bytes() -> None:
     assert ADAPTER.validate_python({**GOOD, "carrier": "航" * 256})["carrier"] == "航" * 256
-    assert refusals({**GOOD, "carrier": "航" * 257})
+    assert rejections({**GOOD, "carrier": "航" * 257})
 
 
 def test_unknown_fields_are_rejected() -> None:
-    assert refusals({**GOOD, "extra": 1}) == [(("extra",), "Extra inputs are not permitted")]
+    assert rejections({**GOOD, "extra": 1}) == [(("extra",), "Extra inputs are not permitted")]
 
 
 @pytest.mark.parametrize("event", [[], "x", 1, None])
 def test_an_event_must_be_an_object(event: Any) -> None:
-    assert refusals(event)
+    assert rejections(event)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_integers_are_epoch_milliseconds(number: int) -> None:
     ],
 )
 def test_other_timestamps_are_rejected_with_the_expected_format(value: Any) -> None:
-    [(loc, message)] = refusals({**GOOD, "at": value})
+    [(loc, message)] = rejections({**GOOD, "at": value})
 
     assert loc == ("at",)
     assert "RFC 3339 timestamp with an offset" in message

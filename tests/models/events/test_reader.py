@@ -47,7 +47,7 @@ READER = READERS[id(FULL_SCHEMA)]
 
 
 def strict(schema: EventSchema, body: bytes) -> EventColumns | None:
-    """The columns by way of the strict type, or None where it refuses the events."""
+    """The columns by way of the strict type, or None where it rejects the events."""
     try:
         return columns_from_events(schema, STRICT[id(schema)].validate_json(body))
     except ValidationError:

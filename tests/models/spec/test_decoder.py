@@ -16,7 +16,7 @@ from tests.support.decoders import decoder_spec
 from tests.support.models import random_weights, small_spec
 
 
-def refusal(change: Any) -> str:
+def rejection(change: Any) -> str:
     data = decoder_spec().model_dump(mode="json")
     change(data)
     with pytest.raises(SpecError) as caught:
@@ -133,7 +133,7 @@ def _layers(**starts: str | None) -> list[dict[str, Any]]:
     ],
 )
 def test_an_invalid_decoder_section_is_rejected(change: Any, message: str) -> None:
-    assert message in refusal(change)
+    assert message in rejection(change)
 
 
 SEQUENCE = {"kind": "sequence", "name": "out"}

@@ -40,7 +40,7 @@ training:
 """
 
 
-def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
+def rejection(tmp_path: Path, text: str | bytes) -> list[str]:
     """The lines of the error message, without the path of the file."""
     path = tmp_path / "SPEC.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -98,7 +98,7 @@ def test_times_need_no_quotes(tmp_path: Path) -> None:
 )
 def test_errors_have_line_numbers(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert GOOD.count(old) == 1, old
-    assert any(line.startswith(message) for line in refusal(tmp_path, GOOD.replace(old, new)))
+    assert any(line.startswith(message) for line in rejection(tmp_path, GOOD.replace(old, new)))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ decoder:
     path = tmp_path / "SPEC.yaml"
     path.write_text(GOOD + decoder)
     assert read_spec(path).decoder is not None
-    (line,) = refusal(tmp_path, GOOD + decoder.replace(old, new))
+    (line,) = rejection(tmp_path, GOOD + decoder.replace(old, new))
     assert line.startswith(message)
 
 
@@ -145,13 +145,13 @@ def test_too_short_is_reported_only_for_short_lists(
 ) -> None:
     """A list whose every element is invalid is not reported as too short."""
     heads = "heads: [{kind: sequence, name: last}]"
-    (line,) = refusal(tmp_path, f"name: m\nfeatures: 2\nlayers: {layers}\n{heads}\n")
+    (line,) = rejection(tmp_path, f"name: m\nfeatures: 2\nlayers: {layers}\n{heads}\n")
     assert line.startswith(message)
 
 
 def test_errors_are_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = GOOD.replace("stream:", "streams:").replace("units: 8", "units: many")
-    assert refusal(tmp_path, text) == [
+    assert rejection(tmp_path, text) == [
         ":9: layers.0.units: expected a valid integer, unable to parse string as an integer, "
         "got 'many'",
         ":20: training.stream: expected a value, got none",
@@ -160,7 +160,7 @@ def test_errors_are_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_long_value_is_truncated(tmp_path: Path) -> None:
-    (line,) = refusal(tmp_path, GOOD.replace("units: 8", f"units: {'m' * 500}"))
+    (line,) = rejection(tmp_path, GOOD.replace("units: 8", f"units: {'m' * 500}"))
     assert line.endswith("m...")
     assert len(line) < 200
 
@@ -171,7 +171,7 @@ def test_an_overridden_merge_key_has_the_line_of_the_override(tmp_path: Path) ->
     path = tmp_path / "SPEC.yaml"
     path.write_text(text.replace(old, "- <<: *first\n    units: 8"))
     assert [layer.units for layer in read_spec(path).layers[:2]] == [8, 8]
-    found = refusal(tmp_path, text.replace(old, "- <<: *first\n    units: -1"))
+    found = rejection(tmp_path, text.replace(old, "- <<: *first\n    units: -1"))
     assert found == [":11: layers.1.units: expected greater than or equal to 1, got -1"]
 
 
@@ -194,13 +194,13 @@ def test_later_errors_have_line_numbers(tmp_path: Path, found: str, message: str
 
 @pytest.mark.parametrize("content", ["", "7\n", "- 1\n"])
 def test_a_file_without_a_mapping_is_rejected(tmp_path: Path, content: str) -> None:
-    (line,) = refusal(tmp_path, content)
+    (line,) = rejection(tmp_path, content)
     assert line.startswith(":1: spec: expected a mapping")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"name: \x00"])
 def test_a_binary_file_is_rejected_by_name(tmp_path: Path, content: bytes) -> None:
-    assert refusal(tmp_path, content)[0].startswith(": ")
+    assert rejection(tmp_path, content)[0].startswith(": ")
 
 
 def test_a_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_rejected_with_a_reason(tmp_path: Path, name: str) -> None:
     content, reason = HOSTILE[name]
-    (line,) = refusal(tmp_path, content)
+    (line,) = rejection(tmp_path, content)
     assert reason in line
 
 

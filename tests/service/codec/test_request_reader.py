@@ -566,7 +566,7 @@ EDGES = [
 
 
 @pytest.mark.parametrize("text", EDGES)
-def test_unusual_json_is_read_as_by_the_slow_decoder(
+def test_unusual_json_is_read_as_without_simdjson(
     codecs: Mapping[str, ModelCodec], text: str
 ) -> None:
     """A space in front keeps simdjson away."""

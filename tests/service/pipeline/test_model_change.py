@@ -77,7 +77,7 @@ async def test_reset_stream_starts_over_at_position_0_only(
         )
         again = await send(after, "s", rows[4:], 4)
         assert again.replayed
-        # The other way it is refused: that service does not reset.
+        # The other way it is rejected: that service does not reset.
         with pytest.raises(StateIncompatible):
             await send(before, "s", rows[:4], 0)
 

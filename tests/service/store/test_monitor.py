@@ -283,7 +283,7 @@ async def test_many_streams_are_estimated_from_a_sample(
         assert state_bytes == pytest.approx(streams_counted * STATE_BYTES)
 
 
-async def test_count_without_permission_is_refused(server: RealServer) -> None:
+async def test_count_without_permission_is_rejected(server: RealServer) -> None:
     with server.client() as client:
         rules = ("on", ">pass", "~*", "&*", "+@all", "-dbsize")
         client.execute_command("ACL", "SETUSER", "carry", *rules)

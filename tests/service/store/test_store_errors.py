@@ -80,7 +80,7 @@ def unsaved(server: RealServer) -> Iterator[None]:
     ],
     ids=["readonly", "misconf", "noreplicas"],
 )
-async def test_commits_are_refused_until_the_trouble_passes(
+async def test_commits_are_rejected_until_the_fault_ends(
     store: Store,
     streams: Streams,
     server: RealServer,

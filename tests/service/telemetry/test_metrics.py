@@ -158,8 +158,10 @@ def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
     for name in ("nope", "nope2", "nope3"):
         recorder.record_error(name, ModelNotFound(""))
     found = read(recorder.render())
-    refusals = {k: value for k, value in found.items() if k[0] == "carry_refusals_total" and value}
-    assert refusals == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
+    rejections = {
+        k: value for k, value in found.items() if k[0] == "carry_refusals_total" and value
+    }
+    assert rejections == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
 
 
 def test_build_info_has_version_and_python(recorder: PrometheusRecorder) -> None:

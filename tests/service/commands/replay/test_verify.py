@@ -145,8 +145,8 @@ def test_exit_status_is_the_result_of_the_verification(
     status: int,
 ) -> None:
     standin.version, standin.wrong_by = artifact.version, wrong_by
-    refusals = iter(["store_unavailable"])
-    standin.fault = lambda request: next(refusals, None)
+    rejections = iter(["store_unavailable"])
+    standin.fault = lambda request: next(rejections, None)
     actual = run_replay(
         [background],
         "small",

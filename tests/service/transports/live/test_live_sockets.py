@@ -340,11 +340,11 @@ async def test_long_frames_and_replies_keep_the_order(
         assert (await reply(client))["position"] == steps + 3
 
 
-async def test_a_client_that_leaves_during_a_long_frame_is_forgotten(
+async def test_disconnect_during_a_long_frame_cancels_its_reading(
     large_api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with live(large_api) as sockets:
-        # its frame is not read before it leaves
+        # its frame is not read before it disconnects
         with monkeypatch.context() as patch:
             patch.setattr(LongBodies, "_turn", lambda bodies: asyncio.Event().wait())
             async with sockets.open() as (client, _):

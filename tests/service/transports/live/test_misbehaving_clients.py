@@ -202,7 +202,7 @@ CLOSES = {
 
 
 @pytest.mark.parametrize(("sent", "code", "reason"), CLOSES.values(), ids=CLOSES)
-async def test_what_is_wrong_with_a_frame_closes_the_socket_and_nothing_is_lost(
+async def test_invalid_frames_close_the_socket_and_nothing_is_lost(
     api: Harness, sent: bytes, code: int, reason: str
 ) -> None:
     async with live(api) as sockets:
@@ -421,7 +421,7 @@ async def test_connection_whose_client_half_closed_ends_with_its_socket(
 
 
 @pytest.mark.parametrize("how", ["write_eof", "abort"])
-async def test_a_client_that_leaves_without_a_chunk_is_disconnected(
+async def test_disconnect_without_a_chunk_ends_the_socket(
     api: Harness, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     async with live(api) as sockets, sockets.open() as (client, _):

@@ -1,4 +1,4 @@
-"""One chunk over HTTP: what comes out, what is refused, and that a refusal changes nothing."""
+"""One chunk over HTTP: what comes out, what is rejected, and that a rejection changes nothing."""
 
 from __future__ import annotations
 

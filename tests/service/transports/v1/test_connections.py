@@ -103,10 +103,10 @@ def long_after(client: Client, wait_s: float = 3600.0) -> None:
 def reject_short(monkeypatch: pytest.MonkeyPatch) -> str:
     """The header of requests that are rejected as overloaded."""
 
-    def refusal(admission: Admission, key: StreamKey, left_s: float, *_: int) -> Any:
+    def rejection(admission: Admission, key: StreamKey, left_s: float, *_: int) -> Any:
         return no_room(admission) if left_s <= 2.5 else None
 
-    patch_admission(monkeypatch, refusal)
+    patch_admission(monkeypatch, rejection)
     return "Carry-Timeout: 2.5"
 
 

@@ -1,4 +1,4 @@
-"""Looking ahead over HTTP: the numbers, what stays as it was, and what is refused."""
+"""Forecasts over HTTP: the numbers, what is left unchanged, and what is rejected."""
 
 from __future__ import annotations
 

@@ -155,11 +155,11 @@ async def test_load_shedding_does_not_decode_the_body(
     """On the fast path, once the request is complete; the connection stays open."""
     asked: list[tuple[StreamKey, float]] = []
 
-    def refusal(caller: Caller, model: str, key: StreamKey, left_s: float) -> Overloaded | None:
+    def rejection(caller: Caller, model: str, key: StreamKey, left_s: float) -> Overloaded | None:
         asked.append((key, left_s))
         return Overloaded("too much", retry_after_s=2.5) if left_s == 7 else None
 
-    monkeypatch.setattr(api.pipeline, "check_admission", refusal)
+    monkeypatch.setattr(api.pipeline, "check_admission", rejection)
     async with serving(api) as server:
         parts = [request(b"not even JSON", "Carry-Timeout: 7"), request(orjson.dumps(BODY))]
         refused, answered = await converse(port_of(server), *parts, answers=2)

@@ -63,7 +63,7 @@ def _upgrade(connection: bytes, upgrade: bytes, body: bytes = INNER) -> bytes:
     return post(b"Connection: " + connection, b"Upgrade: " + upgrade, length(body)) + body
 
 
-def _refused(sent: bytes, status: int = 400) -> Exchange:
+def _rejected(sent: bytes, status: int = 400) -> Exchange:
     return Exchange(sent, (status,), closes=True)
 
 
@@ -85,7 +85,7 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "upgrade in lower case": Exchange(_upgrade(b"upgrade", b"x"), (400,)),
     "upgrade and keep-alive": Exchange(_upgrade(b"keep-alive, Upgrade", b"x"), (400,)),
     "upgrade, long body": Exchange(_upgrade(b"Upgrade", b"x", LONG), (400,)),
-    "upgrade and close": _refused(_upgrade(b"close, Upgrade", b"x") + INNER),
+    "upgrade and close": _rejected(_upgrade(b"close, Upgrade", b"x") + INNER),
     "upgrade by a proxy": Exchange(
         post(b"Proxy-Connection: Upgrade", b"Upgrade: x", length(INNER)) + INNER, (400,)
     ),
@@ -103,39 +103,39 @@ EXCHANGES: Final[dict[str, Exchange]] = {
         (200,),
     ),
     "two upgrades": Exchange(_upgrade(b"Upgrade", b"h2c", PREDICT) * 2, (200, 200)),
-    "CONNECT": _refused(
+    "CONNECT": _rejected(
         b"CONNECT carry:80 HTTP/1.1\r\n" + HOST + length(INNER) + b"\r\n\r\n" + INNER
     ),
-    "HTTP/2 preface": _refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + INNER),
+    "HTTP/2 preface": _rejected(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + INNER),
     # Bodies with ambiguous framing end the connection.
-    "length and chunked": _refused(post(length(INNER), TE) + chunked(b"") + INNER),
-    "chunked and length": _refused(post(TE, length(INNER)) + chunked(b"") + INNER),
-    "gzip, chunked": _refused(post(b"Transfer-Encoding: gzip, chunked") + chunked(PREDICT)),
-    "identity": _refused(post(b"Transfer-Encoding: identity") + INNER),
-    "identity, then chunked": _refused(
+    "length and chunked": _rejected(post(length(INNER), TE) + chunked(b"") + INNER),
+    "chunked and length": _rejected(post(TE, length(INNER)) + chunked(b"") + INNER),
+    "gzip, chunked": _rejected(post(b"Transfer-Encoding: gzip, chunked") + chunked(PREDICT)),
+    "identity": _rejected(post(b"Transfer-Encoding: identity") + INNER),
+    "identity, then chunked": _rejected(
         post(b"Transfer-Encoding: identity", TE) + chunked(PREDICT) + INNER
     ),
-    "chunked twice": _refused(post(TE, TE) + chunked(PREDICT) + INNER),
-    "chunked in HTTP/1.0": _refused(post(TE, version=b"1.0") + chunked(PREDICT) + INNER),
-    "folded coding": _refused(post(b"Transfer-Encoding:\r\n chunked") + chunked(PREDICT)),
-    "coding with a tab": _refused(post(b"Transfer-Encoding:\x0bchunked") + chunked(PREDICT)),
-    "two lengths": _refused(post(length(INNER), b"Content-Length: 0") + INNER),
-    "the same length twice": _refused(post(length(INNER), length(INNER)) + INNER),
-    "list of lengths": _refused(post(b"Content-Length: 0, %d" % len(INNER)) + INNER),
-    "signed length": _refused(post(b"Content-Length: +%d" % len(INNER)) + INNER),
-    "length in hexadecimal": _refused(post(b"Content-Length: 0x10") + INNER),
-    "empty length": _refused(post(b"Content-Length:") + INNER),
-    "length over 64 bits": _refused(post(b"Content-Length: 18446744073709551617") + INNER),
-    "space before the colon": _refused(post(b"Content-Length : %d" % len(INNER)) + INNER),
-    "bare line feeds": _refused(b"POST /x HTTP/1.1\nHost: c\nContent-Length: 1\n\nx" + INNER),
-    "bare line feed in a line": _refused(post(b"X: 1\nContent-Length: 0") + INNER),
-    "bare carriage return": _refused(post(b"X: 1\rContent-Length: 0") + INNER),
-    "folded line": _refused(post(b"X: 1\r\n 2", length(PREDICT)) + PREDICT + INNER),
-    "chunk size with 0x": _refused(post(TE) + b"0x1\r\nx\r\n0\r\n\r\n" + INNER),
-    "chunk size of 65 bits": _refused(post(TE) + b"10000000000000000\r\n" + INNER),
-    "chunk without its end": _refused(post(TE) + b"1\r\nx0\r\n\r\n" + INNER),
-    "line feed after a chunk size": _refused(post(TE) + b"1\nx\r\n0\r\n\r\n" + INNER),
-    "line feed in an extension": _refused(post(TE) + b"1;a\nx\r\n0\r\n\r\n" + INNER),
+    "chunked twice": _rejected(post(TE, TE) + chunked(PREDICT) + INNER),
+    "chunked in HTTP/1.0": _rejected(post(TE, version=b"1.0") + chunked(PREDICT) + INNER),
+    "folded coding": _rejected(post(b"Transfer-Encoding:\r\n chunked") + chunked(PREDICT)),
+    "coding with a tab": _rejected(post(b"Transfer-Encoding:\x0bchunked") + chunked(PREDICT)),
+    "two lengths": _rejected(post(length(INNER), b"Content-Length: 0") + INNER),
+    "the same length twice": _rejected(post(length(INNER), length(INNER)) + INNER),
+    "list of lengths": _rejected(post(b"Content-Length: 0, %d" % len(INNER)) + INNER),
+    "signed length": _rejected(post(b"Content-Length: +%d" % len(INNER)) + INNER),
+    "length in hexadecimal": _rejected(post(b"Content-Length: 0x10") + INNER),
+    "empty length": _rejected(post(b"Content-Length:") + INNER),
+    "length over 64 bits": _rejected(post(b"Content-Length: 18446744073709551617") + INNER),
+    "space before the colon": _rejected(post(b"Content-Length : %d" % len(INNER)) + INNER),
+    "bare line feeds": _rejected(b"POST /x HTTP/1.1\nHost: c\nContent-Length: 1\n\nx" + INNER),
+    "bare line feed in a line": _rejected(post(b"X: 1\nContent-Length: 0") + INNER),
+    "bare carriage return": _rejected(post(b"X: 1\rContent-Length: 0") + INNER),
+    "folded line": _rejected(post(b"X: 1\r\n 2", length(PREDICT)) + PREDICT + INNER),
+    "chunk size with 0x": _rejected(post(TE) + b"0x1\r\nx\r\n0\r\n\r\n" + INNER),
+    "chunk size of 65 bits": _rejected(post(TE) + b"10000000000000000\r\n" + INNER),
+    "chunk without its end": _rejected(post(TE) + b"1\r\nx0\r\n\r\n" + INNER),
+    "line feed after a chunk size": _rejected(post(TE) + b"1\nx\r\n0\r\n\r\n" + INNER),
+    "line feed in an extension": _rejected(post(TE) + b"1;a\nx\r\n0\r\n\r\n" + INNER),
     # Trailers are not headers.
     "trailers": Exchange(
         post(TE) + chunked(PREDICT, b"Carry-Timeout: x\r\nContent-Encoding: gzip\r\n"), (200,)
@@ -143,10 +143,10 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "upgrade in a trailer": Exchange(
         post(TE) + chunked(PREDICT, b"Connection: upgrade\r\nUpgrade: x\r\n"), (200,)
     ),
-    "length in a trailer": _refused(
+    "length in a trailer": _rejected(
         post(TE) + chunked(PREDICT, b"Content-Length: %d\r\n" % len(INNER)) + INNER
     ),
-    "coding in a trailer": _refused(post(TE) + chunked(PREDICT, TE + b"\r\n") + INNER),
+    "coding in a trailer": _rejected(post(TE) + chunked(PREDICT, TE + b"\r\n") + INNER),
     "chunk extensions": Exchange(post(TE) + chunked(PREDICT, extension=b';a="b"'), (200,)),
     # White space around a value is not part of it.
     "white space": Exchange(
@@ -160,9 +160,9 @@ EXCHANGES: Final[dict[str, Exchange]] = {
         post(b"Transfer-Encoding:  chunked ") + chunked(PREDICT), (200,)
     ),
     # One host, one version, one value of headers that may come once.
-    "no host": _refused(INNER.replace(HOST, b"")),
-    "two hosts": _refused(post(HOST[:-2], length(PREDICT)) + PREDICT),
-    "bad host": _refused(post(length(PREDICT)).replace(HOST, b"Host: a b/c\r\n") + PREDICT),
+    "no host": _rejected(INNER.replace(HOST, b"")),
+    "two hosts": _rejected(post(HOST[:-2], length(PREDICT)) + PREDICT),
+    "bad host": _rejected(post(length(PREDICT)).replace(HOST, b"Host: a b/c\r\n") + PREDICT),
     "HTTP/1.0": Exchange(post(length(PREDICT), version=b"1.0") + PREDICT + INNER, (200,), True),
     "HTTP/1.0, kept alive": Exchange(
         post(b"Connection: keep-alive", length(PREDICT), version=b"1.0") + PREDICT + INNER,
@@ -172,25 +172,25 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "HTTP/1.0 without a host": Exchange(
         post(length(PREDICT), version=b"1.0").replace(HOST, b"") + PREDICT, (200,), True
     ),
-    "HTTP/0.9": _refused(b"GET /health/live\r\n\r\n" + INNER),
-    "HTTP/2.0": _refused(post(length(PREDICT), version=b"2.0") + PREDICT + INNER),
+    "HTTP/0.9": _rejected(b"GET /health/live\r\n\r\n" + INNER),
+    "HTTP/2.0": _rejected(post(length(PREDICT), version=b"2.0") + PREDICT + INNER),
     "close": Exchange(post(b"Connection: close", length(PREDICT)) + PREDICT + INNER, (200,), True),
     "close in a list": Exchange(
         post(b"Connection: x, close", length(PREDICT)) + PREDICT + INNER, (200,), True
     ),
-    "two content types": _refused(
+    "two content types": _rejected(
         chunk(b"Content-Type: application/json", b"Content-Type: application/msgpack")
     ),
-    "two content encodings": _refused(
+    "two content encodings": _rejected(
         chunk(b"Content-Encoding: identity", b"Content-Encoding: gzip")
     ),
     # A page whose host name resolves to this machine has the same origin as the service.
-    "host of a page": _refused(
+    "host of a page": _rejected(
         chunk(b"Origin: http://evil.example:8000").replace(b"localhost", b"evil.example:8000"), 421
     ),
-    "host of a page, no origin": _refused(chunk().replace(b"localhost", b"evil.example"), 421),
-    "host of a page, GET": _refused(LAST.replace(b"localhost", b"evil.example"), 421),
-    "host of a page, upgrade": _refused(
+    "host of a page, no origin": _rejected(chunk().replace(b"localhost", b"evil.example"), 421),
+    "host of a page, GET": _rejected(LAST.replace(b"localhost", b"evil.example"), 421),
+    "host of a page, upgrade": _rejected(
         _upgrade(b"Upgrade", b"websocket").replace(b"localhost", b"evil.example"), 421
     ),
     "host behind a request": Exchange(
@@ -205,19 +205,19 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "expects 100 in HTTP/1.0": Exchange(
         post(b"Expect: 100-continue", length(PREDICT), version=b"1.0") + PREDICT, (200,), True
     ),
-    "expects something else": _refused(post(b"Expect: tea", length(INNER)) + INNER, 417),
+    "expects something else": _rejected(post(b"Expect: tea", length(INNER)) + INNER, 417),
     # Limits of a head.
-    "a head of 70 KB": _refused(post(b"X: " + b"v" * 70_000, length(PREDICT)) + INNER, 431),
-    "a body after a long head": _refused(
+    "a head of 70 KB": _rejected(post(b"X: " + b"v" * 70_000, length(PREDICT)) + INNER, 431),
+    "a body after a long head": _rejected(
         post(b"X: " + b"v" * 70_000, length(INNER), path=b"/x") + INNER, 431
     ),
-    "many lines": _refused(post(*[b"X: 1"] * 300, length(PREDICT)) + PREDICT + INNER, 431),
-    "an address of 70 KB": _refused(post(path=b"/" + b"a" * 70_000) + INNER, 431),
-    "a long list in many lines": _refused(
+    "many lines": _rejected(post(*[b"X: 1"] * 300, length(PREDICT)) + PREDICT + INNER, 431),
+    "an address of 70 KB": _rejected(post(path=b"/" + b"a" * 70_000) + INNER, 431),
+    "a long list in many lines": _rejected(
         post(*[b"Accept: " + LIST[:1000]] * 9, length(PREDICT)) + PREDICT + INNER, 431
     ),
-    "a long list of connection options": _refused(_upgrade(b"Upgrade," + LIST, b"x"), 431),
-    "many parameters": _refused(post(length(PREDICT), path=b"/v1/models?" + b"a=1&" * 200), 431),
+    "a long list of connection options": _rejected(_upgrade(b"Upgrade," + LIST, b"x"), 431),
+    "many parameters": _rejected(post(length(PREDICT), path=b"/v1/models?" + b"a=1&" * 200), 431),
     "long cookies": Exchange(
         post(b"Cookie: " + b"a=1; " * 4000, length(PREDICT)) + PREDICT, (200,)
     ),
