@@ -70,14 +70,6 @@ class EventColumns:
         )
 
 
-def concatenate_field(
-    parts: Sequence[EventColumns], name: str
-) -> tuple[NDArray[np.bool_], NDArray[Any]]:
-    """The presence and the values of a field in consecutive events of one schema."""
-    present = np.concatenate([part.present[name] for part in parts])
-    return present, np.concatenate([part.values[name] for part in parts])
-
-
 def value_dtype(field: EventField) -> np.dtype[Any]:
     """The dtype of a field's values in `EventColumns`."""
     match field:

@@ -190,13 +190,10 @@ class StateSpec:
             np.isfinite(part.decode(state.ints[self.slices[part.name]])).all() for part in doubles
         )
 
-    @property
-    def runtime_size(self) -> int:
-        """W, the length of the row that a runtime reads and writes; see `pack`."""
-        return self.float_size + 2 * self.int_size
-
     def pack(self, state: State) -> FloatArray:
         """The row of a network's parts that a runtime takes, float32 [W]; of many states [..., W].
+
+        W is N floats and two for each of the M integers.
 
         Args:
             state: a state whose first values are those of this layout, or many, [..., N] and

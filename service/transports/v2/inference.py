@@ -81,9 +81,6 @@ VERSION: Final = "1"
 """Version of every model, since clients of Triton expect a whole number; the model's own version,
 the beginning of its fingerprint, is accepted as well."""
 
-EVENTS_AT_ONCE: Final = 256
-"""Events of a long request that are validated in one turn of the event loop."""
-
 log = structlog.get_logger(__name__)
 
 
