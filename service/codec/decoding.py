@@ -170,19 +170,29 @@ def decode_msgpack(body: bytes | msgspec.Raw, kind: type[T], inside: str = "") -
     try:
         value: T = _msgpack_decoder(kind).decode(body)  # type: ignore[arg-type]
     except msgspec.ValidationError as error:
-        wrong = error
+        raise _translate_msgpack(error, body, kind, inside) from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise malformed(Media.MSGPACK, str(error)) from error
-    else:
-        return value
+    return value
+
+
+def _translate_msgpack(
+    error: msgspec.ValidationError, body: bytes | msgspec.Raw, kind: Any, inside: str
+) -> CarryError:
+    """As `_translate`, unless the document is damaged behind its first invalid value."""
     try:
-        if _NOT_JSON.match(str(wrong)):
+        if _NOT_JSON.match(str(error)):
             raise ValueError("names are strings, and there are no extension types")
-        translated = _translate(wrong, kind, inside, _MsgpackDocument(msgspec.Raw(body)))
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        # damaged behind its first invalid value
-        raise malformed(Media.MSGPACK, str(error)) from error
-    raise translated from wrong
+        return _translate(error, kind, inside, _MsgpackDocument(msgspec.Raw(body)))
+    except (msgspec.MsgspecError, ValueError, RecursionError) as damage:
+        return malformed(Media.MSGPACK, str(damage))
+
+
+def detached(error: CarryError) -> CarryError:
+    """The error without traceback and causes, whose frames keep the body: if a frame keeps the
+    error too, it would stay in memory until the garbage collector runs."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 def invalid(at: str, expected: object, got: object) -> InvalidInput:
@@ -382,6 +392,7 @@ def _errors_of_object(path: Path, kind: Any, inside: str, source: _Document) -> 
             elif field.required:
                 raise _missing(at)
         except InvalidInput as error:
+            detached(error)
             several = error.facts.get("errors", [])
             errors += [invalid(**facts) for facts in several] or [error]
         except CarryError:

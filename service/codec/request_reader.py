@@ -32,6 +32,7 @@ from service.codec.decoding import (
     decode,
     decode_element,
     decode_msgpack,
+    detached,
     invalid,
     load_document,
     load_json,
@@ -156,7 +157,8 @@ class RequestReader:
                 decoded = decode_msgpack(body, kind)
             return self._chunk_of(decoded, "", key, precondition)
         except CarryError as error:
-            raise with_stream(key.stream, error) from error
+            with_stream(key.stream, error)
+            raise
 
     def frame(self, body: bytes, media: Media, stream: str | None) -> Frame:
         """The chunk of a live socket's frame, or its error.
@@ -177,7 +179,7 @@ class RequestReader:
         except CarryError as error:
             frame_id, name = read_envelope(media, body, document)
             name = stream or name
-            return Frame(frame_id, name, error if name is None else with_stream(name, error))
+            return Frame(frame_id, name, item_error(error, name))
         name = decoded.stream
         try:
             if stream is None:
@@ -197,9 +199,7 @@ class RequestReader:
                 )
             return Frame(decoded.id, stream, self._chunk_of(decoded, "", key, precondition))
         except CarryError as error:
-            return Frame(
-                decoded.id, stream, error if stream is None else with_stream(stream, error)
-            )
+            return Frame(decoded.id, stream, item_error(error, stream))
 
     def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or the error of each.
@@ -347,7 +347,8 @@ class RequestReader:
                 decoded.position,
             )
         except CarryError as error:
-            raise with_stream(stream, error) from error
+            with_stream(stream, error)
+            raise
 
     def _future_columns(self, body: ForecastBody) -> EventColumns | None:
         if body.future is None or self._future is None:
@@ -456,9 +457,8 @@ class RequestReader:
 
 
 def item_error(error: CarryError, stream: str | None) -> CarryError:
-    """The error as the outcome of an item, without its traceback and causes: a thousand may be in
-    memory at a time, and each would keep the item's values."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
+    """The error as the outcome of an item or a frame; a thousand may be in memory at a time."""
+    error = detached(error)
     return error if stream is None else with_stream(stream, error)
 
 

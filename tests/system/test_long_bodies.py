@@ -58,6 +58,19 @@ def test_a_huge_body_is_rejected_while_other_requests_are_served(
     assert memory.growth <= MOST_MEMORY
 
 
+@pytest.mark.parametrize("name", ["one string", "one name"])
+def test_rejected_bodies_do_not_stay_in_memory(service: Service, name: str) -> None:
+    """An error that refers to itself would keep its body until the garbage collector runs."""
+    [body] = [each for each in HUGE if each.name == name]
+    content = body.make()
+    assert service.process is not None
+    send(service.url, body, content)
+    memory = Memory(service.process.pid)
+    for _ in range(100):
+        assert send(service.url, body, content)[0] == body.status
+    assert memory.growth <= MOST_MEMORY
+
+
 def test_eight_concurrent_huge_bodies_are_rejected(tmp_path: Path, model_dir: Path) -> None:
     bodies = [*ATTACK, *ATTACK][:8]
     contents = {body.name: body.make() for body in ATTACK}

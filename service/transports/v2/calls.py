@@ -127,7 +127,8 @@ class ResolvedCall(NamedTuple):
                 resets = self.resets[0] if self.resets else None
                 own = reader.steps.add_options(own, "", resets, rate, is_chunk=True)
         except CarryError as error:
-            raise with_stream(stream, error) from error
+            with_stream(stream, error)
+            raise
         chunk = reader.build_chunk(
             parameters,
             own,

@@ -8,9 +8,11 @@ tensor and over gRPC.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -769,6 +771,49 @@ def test_name_that_looks_like_a_place_is_an_unknown_member(
         error = read_chunk(codecs["small"], encode(body), media)
         assert (error.code, error.facts["at"]) == ("invalid_input", f"{at}{name[:100]}")
         assert error.facts["got"] == "1"
+
+
+WRONG_MEMBERS: Mapping[str, Mapping[str, Any]] = {
+    "a wrong value": {"position": "x"},
+    "several": {"position": "x", "epoch": 3, "odd": 1},
+    "an unknown member": {"odd": 1},
+    "no steps": {},
+    "a wrong event": {"events": [{**EVENT, "load": "x"}]},
+    "a wrong moment": {"events": [{**EVENT, "at": "yesterday"}]},
+    "a reset": {"events": [EVENT], "resets": [4]},
+}
+
+
+@pytest.mark.parametrize("media", Media)
+@pytest.mark.parametrize("wrong", [*WRONG_MEMBERS, "damaged"])
+def test_rejected_body_is_not_kept_by_its_error(
+    codecs: Mapping[str, ModelCodec], media: Media, wrong: str
+) -> None:
+    """Not even until the garbage collector runs: hundreds of bodies of 2 MiB may be rejected."""
+    reader, encode = codecs["small"].reader, dumps if media is Media.JSON else ormsgpack.packb
+    chunk = WRONG_MEMBERS.get(wrong, {"events": [EVENT]})
+    documents: dict[str, Mapping[str, Any]] = {
+        "chunk": chunk,
+        "items": {"chunks": [{"stream": "s", **chunk}] * 2},
+        "sequences": {"sequences": [chunk]},
+    }
+    readers: dict[str, Callable[[bytes], Any]] = {
+        "chunk": lambda b: reader.chunk(b, media, reader.key("s")),
+        "items": lambda b: reader.items(b, media),
+        "sequences": lambda b: reader.sequences(b, media),
+    }
+    gc.disable()
+    try:
+        for name, read in [*readers.items(), ("chunk", lambda b: reader.frame(b, media, "s"))]:
+            body = bytearray(encode(documents[name]))
+            body = bytes(body[:-1] if wrong == "damaged" else body)
+            before = sys.getrefcount(body)
+            found = result(lambda read=read, body=body: read(body))
+            if isinstance(found, CarryError):
+                found = found.code
+            assert sys.getrefcount(body) == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("packed_id", [b"\xa2id\x08", b"\xa2id\xa18"])
