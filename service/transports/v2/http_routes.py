@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from service.access.caller import PREDICT, Caller, Verb
-from service.codec.decoding import invalid
+from service.codec.decoding import detached, invalid
 from service.codec.media import Media, dumps
 from service.core.errors import CarryError, UnsupportedMediaType
 from service.pipeline.recorder import ModelStatistics
@@ -88,8 +88,8 @@ class _V2Route(APIRoute):
                 raise
             except Exception as error:
                 failure = log_unexpected_failure(error)
-            # it refers to this frame, which refers to it: the body would not be freed
-            failure.__traceback__ = None
+            # it and its causes refer to this frame, which refers to it
+            detached(failure)
             model = request.path_params.get("model", "-")
             api_of(request).recorder.record_error(model, failure)
             return error_answer(failure)

@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from service.access.caller import PREDICT, Caller, Verb
+from service.codec.decoding import detached
 from service.core.errors import BodyTooLarge, CarryError
 from service.core.tracing import PROPAGATED
 from service.pipeline.recorder import ModelStatistics
@@ -278,8 +279,8 @@ class InferenceServicer:
         finally:
             self.requests -= 1
         if isinstance(result, CarryError):
-            # it refers to this frame, which refers to it: the request would not be freed
-            result.__traceback__ = None
+            # it and its causes refer to this frame, which refers to it
+            detached(result)
             self._api.recorder.record_error(model.name or "-", result)
             _log(method, status_code(result), began_s, facts)
         else:

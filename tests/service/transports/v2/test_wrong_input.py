@@ -356,7 +356,10 @@ async def test_the_body_of_a_rejected_request_is_freed_without_the_garbage_colle
     async def endpoint(request: Any) -> Response:
         body = Body()
         freed.append(weakref.ref(body))
-        raise InvalidInput("why")
+        try:
+            raise ValueError
+        except ValueError as cause:
+            raise InvalidInput("why") from cause
 
     recorder = SimpleNamespace(record_error=lambda model, code: None)
     app = SimpleNamespace(state=SimpleNamespace(api=SimpleNamespace(recorder=recorder)))

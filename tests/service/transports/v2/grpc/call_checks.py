@@ -124,7 +124,10 @@ async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> No
     async def reject() -> pb.ModelInferResponse:
         request = Call(0, 0)
         freed.append(weakref.ref(request))
-        raise Conflict("why")
+        try:
+            raise ValueError
+        except ValueError as cause:
+            raise Conflict("why") from cause
 
     gc.disable()
     try:
