@@ -9,11 +9,13 @@ decoded in a thread; most of its time it holds the interpreter's lock there.
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from service.core.errors import DeadlineExceeded, Overloaded
+from service.codec.decoding import detached
+from service.core.errors import CarryError, DeadlineExceeded, Overloaded
 from service.pipeline.turns import Turns
 
 T = TypeVar("T")
@@ -56,7 +58,7 @@ class LongBodies:
         if size > AT_ONCE_BYTES:
             return await self.run_in_thread(size, deadline_s, decode)
         await self._wait(size, deadline_s, self._turn)
-        return decode()
+        return _decode_uncollected(decode)
 
     async def run_in_thread(self, size: int, deadline_s: float, work: Callable[[], T]) -> T:
         """The result of long work on a body in a thread, one body at a time; raises as `read`."""
@@ -93,3 +95,19 @@ class LongBodies:
             ) from error
         finally:
             self._waiting_bytes -= size
+
+
+def _decode_uncollected(decode: Callable[[], T]) -> T:
+    """The result of `decode`, without garbage collections: they would traverse the objects of the
+    body, which live until it is decoded, again and again, and take as long as the decoding."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return decode()
+    except CarryError as error:
+        # frees the objects before the next collection
+        detached(error)
+        raise
+    finally:
+        if is_enabled:
+            gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from itertools import pairwise
@@ -87,3 +88,22 @@ async def test_too_many_waiting_bytes_are_rejected(
         each.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert await bodies.read(size, NEVER, lambda: 1) == 1
+
+
+async def test_no_garbage_is_collected_while_a_body_is_decoded() -> None:
+    """A collection traverses a million lists of a hostile body, which are all in use."""
+    collections: list[str] = []
+
+    def decode() -> list[list[int]]:
+        gc.callbacks.append(note)
+        try:
+            return [[] for _ in range(100_000)]
+        finally:
+            gc.callbacks.remove(note)
+
+    def note(phase: str, _: object) -> None:
+        collections.append(phase)
+
+    await LongBodies(AT_ONCE_BYTES).read(LONG_BYTES, NEVER, decode)
+    assert not collections
+    assert gc.isenabled()

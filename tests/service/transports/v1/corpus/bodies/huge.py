@@ -172,6 +172,7 @@ def _json() -> Iterator[HugeBody]:
         lambda: _filled(b'{"sequences":[{"inputs":[', SHORT_ROW, b"]}]}"),
         path=PREDICT,
     )  # fmt: skip
+    yield body("lists in lists", lambda: _filled(b'{"odd":[', b"[" * 1000 + b"]" * 1000, b"]}"))
     for title, (begin, part, *end) in PLACES.items():
         name = b'{"' + begin, part, b"".join(end) + b'":1}'
         yield body(title, lambda name=name: _filled(*name, between=b""))
