@@ -19,6 +19,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+import structlog
+
 from service.core.errors import CarryError, Overloaded
 from service.core.values import Reply
 from service.server.connections import Connections, Phase
@@ -45,6 +47,8 @@ MAX_REJECTED: Final = 64
 _BODY_HEADERS: Final = (b"content-length", b"transfer-encoding")
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+log = structlog.get_logger(__name__)
 
 
 class HttpState(NamedTuple):
@@ -128,11 +132,16 @@ class HttpProtocol(FramingProtocol):
             return b""
         if not self._message_complete:
             return self._parse(data)
-        for route in self._fast_routes:
-            request = route.parse(data)
-            if request is not None:
-                break
-        else:
+        request = None
+        try:
+            for route in self._fast_routes:
+                request = route.parse(data)
+                if request is not None:
+                    break
+        except Exception:
+            # a defect; the slow path answers, with 500 if it has it too
+            log.exception("fast_route_failed")
+        if request is None:
             return self._parse(data)
         if isinstance(request, IncompleteRequest):
             self._buffer(data)

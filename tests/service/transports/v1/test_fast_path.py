@@ -19,6 +19,7 @@ import httptools
 import orjson
 import pytest
 import uvicorn
+from structlog.testing import capture_logs
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from models.artifact.artifact import Artifact
@@ -363,6 +364,20 @@ async def test_graceful_shutdown_answers_the_current_request(
         assert b"connection: close\r\n" in reply
         assert await reader.read() == b""
         writer.close()
+
+
+async def test_request_that_the_fast_path_fails_to_parse_is_left_to_the_slow_path(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fast_path: FastPath, data: bytes) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(FastPath, "parse", fail)
+    with capture_logs() as logs:
+        async with serving(api) as server:
+            [response] = await converse(port_of(server), request(chunk(0)))
+    assert response.startswith(b"HTTP/1.1 200"), response
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == ["fast_route_failed"]
 
 
 async def test_a_response_that_cannot_be_made_ends_its_connection_alone(
