@@ -48,7 +48,7 @@ class Service:
         program = [COMMAND]
         if checkout is not None and not (checkout / "carry").is_dir():
             # a commit that has no package of that name; the command would run this checkout's code
-            program = [sys.executable, "-m", "service.commands.cli"]
+            program = [sys.executable, "-m", "service.cli"]
         self._command = [
             *(*prefix, *program, "serve", "--port", "0"),
             *("--models", str(models), "--data-dir", str(self.data_dir), *options),
