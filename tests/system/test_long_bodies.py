@@ -19,7 +19,7 @@ from tests.support.responsiveness import Health, Memory
 from tests.support.service import Service, running
 
 SLOWEST_S = 1.0
-MOST_MEMORY = 128 * 2**20
+MOST_MEMORY = 96 * 2**20
 """Bytes that a rejected body of 2 MiB may take while it is decoded: a list of two characters is an
 object of 56 bytes."""
 
