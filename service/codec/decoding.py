@@ -23,11 +23,11 @@ import orjson
 from msgspec import inspect
 
 from models.events.reader import EXPECTED, LARGEST, MAX_GOT_CHARS
+from service.codec.documents import Document, MsgpackDocument, ParsedDocument, Path
 from service.codec.media import Media, malformed
 from service.core.errors import CarryError, InvalidInput
 
 T = TypeVar("T")
-Path = list[str | int]
 
 WRONG_LENGTH: Final = "wrong_length"
 """Key in a type's `extra`: a function of a place and the length of a list, which makes an error."""
@@ -35,8 +35,6 @@ WRONG_LENGTH: Final = "wrong_length"
 MAX_NAME_CHARS: Final = 100
 MAX_REPORTED: Final = 5
 """Most errors of one object that are reported."""
-MAX_MEMBERS: Final = 10_000
-"""Most members of an object in MessagePack that are searched for a wrong value, to show it."""
 
 MAX_DEPTH: Final = 16
 """More steps than a place has in any of the types."""
@@ -79,8 +77,6 @@ _NOT_JSON: Final = re.compile(
 """In msgspec's errors for what MessagePack allows and JSON does not."""
 _NOT_FINITE: Final = re.compile(rb"NaN|Infinity")
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-_MAPS: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
-_ARRAYS: Final = frozenset([*range(0x90, 0xA0), 0xDC, 0xDD])
 
 
 def decode(media: Media, body: bytes, kind: type[T]) -> T:
@@ -158,7 +154,7 @@ def convert(value: Any, kind: type[T], inside: str = "") -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _translate(error, kind, inside, _ParsedDocument(value)) from error
+        raise _translate(error, kind, inside, ParsedDocument(value, convert)) from error
 
 
 def decode_msgpack(body: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
@@ -183,7 +179,7 @@ def _translate_msgpack(
     try:
         if _NOT_JSON.match(str(error)):
             raise ValueError("names are strings, and there are no extension types")
-        return _translate(error, kind, inside, _MsgpackDocument(msgspec.Raw(body)))
+        return _translate(error, kind, inside, MsgpackDocument(msgspec.Raw(body), decode_msgpack))
     except (msgspec.MsgspecError, ValueError, RecursionError) as damage:
         return malformed(Media.MSGPACK, str(damage))
 
@@ -232,77 +228,11 @@ def place(path: Sequence[str | int], inside: str = "") -> str:
     return text or "body"
 
 
-class _ParsedDocument:
-    """Python's objects, in which an error is looked up."""
-
-    def __init__(self, value: Any):
-        self._value = value
-
-    def value(self, path: Path) -> Any:
-        """The value at a path; raises LookupError."""
-        value = self._value
-        for step in path:
-            try:
-                value = value[step]
-            except (TypeError, KeyError) as error:
-                raise LookupError from error
-        return value
-
-    def members(self, path: Path) -> Mapping[str, Any]:
-        """The members of the object at a path; raises LookupError."""
-        value = self.value(path)
-        if not isinstance(value, dict):
-            raise LookupError
-        return value
-
-    def element(self, member: Any) -> Any:
-        """The value of a member."""
-        return member
-
-    def check(self, member: Any, kind: Any, at: str) -> None:
-        """Raise the error of a member that does not fit its type."""
-        convert(member, kind, at)
-
-
-class _MsgpackDocument:
-    """A document in MessagePack, in which an error is looked up without decoding the rest.
-
-    The methods are those of `_ParsedDocument`; a damaged one raises MsgspecError or ValueError.
-    """
-
-    def __init__(self, raw: msgspec.Raw):
-        self._raw = raw
-
-    def _at(self, path: Path) -> msgspec.Raw:
-        raw = self._raw
-        for step in path:
-            raw = _members(raw)[step] if isinstance(step, str) else _elements(raw)[step]
-        return raw
-
-    def value(self, path: Path) -> Any:
-        return self.element(self._at(path))
-
-    def element(self, raw: msgspec.Raw) -> Any:
-        first = memoryview(raw)[0]
-        if first in _MAPS:
-            return {}
-        return _Elements(raw) if first in _ARRAYS else msgspec.msgpack.decode(raw)
-
-    def members(self, path: Path) -> Mapping[str, Any]:
-        return _members(self._at(path))
-
-    def check(self, member: Any, kind: Any, at: str) -> None:
-        decode_msgpack(member, kind, at)
-
-
-_Document = _ParsedDocument | _MsgpackDocument
-
-
 def _translate(
     error: msgspec.ValidationError,
     kind: Any,
     inside: str,
-    source: _Document,
+    source: Document,
 ) -> CarryError:
     """The API's error for one of msgspec, with the other errors of the same object."""
     reason, path = _reason_and_path(str(error), kind)
@@ -344,7 +274,7 @@ def _reason_and_path(message: str, kind: Any) -> tuple[str, Path]:
     return message[:end], path
 
 
-def _first_error(reason: str, path: Path, kind: Any, inside: str, source: _Document) -> CarryError:
+def _first_error(reason: str, path: Path, kind: Any, inside: str, source: Document) -> CarryError:
     node = _node(_type_info(kind), path)
     extra: Mapping[str, Any] = {}
     while isinstance(node, inspect.Metadata):
@@ -370,7 +300,7 @@ def _first_error(reason: str, path: Path, kind: Any, inside: str, source: _Docum
     return invalid(at, extra.get(EXPECTED) or _expected(reason), got)
 
 
-def _errors_of_object(path: Path, kind: Any, inside: str, source: _Document) -> list[InvalidInput]:
+def _errors_of_object(path: Path, kind: Any, inside: str, source: Document) -> list[InvalidInput]:
     """The first few errors of the innermost object at a path; raises LookupError."""
     end = len(path)
     while end >= 0:
@@ -478,38 +408,3 @@ def _alternatives(node: Any) -> list[Any]:
     if isinstance(node, inspect.UnionType):
         return [each for part in node.types for each in _alternatives(part)]
     return [node]
-
-
-class _Elements(list[Any]):
-    """The elements of an array in MessagePack, of which only the number is read."""
-
-    def __init__(self, raw: msgspec.Raw):
-        super().__init__()
-        self._length = _msgpack_length(raw)
-
-    def __len__(self) -> int:
-        return self._length
-
-
-def _msgpack_length(raw: msgspec.Raw) -> int:
-    """The number of elements of an array or members of a map in MessagePack, by its header."""
-    header = bytes(memoryview(raw)[:5])
-    if header[0] < 0xA0:
-        return header[0] & 0x0F
-    return int.from_bytes(header[1:3] if header[0] in (0xDC, 0xDE) else header[1:5], "big")
-
-
-def _members(raw: msgspec.Raw) -> dict[str, msgspec.Raw]:
-    if memoryview(raw)[0] not in _MAPS or _msgpack_length(raw) > MAX_MEMBERS:
-        raise LookupError
-    try:
-        return msgspec.msgpack.decode(raw, type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError as error:
-        raise LookupError from error
-
-
-def _elements(raw: msgspec.Raw) -> list[msgspec.Raw]:
-    try:
-        return msgspec.msgpack.decode(raw, type=list[msgspec.Raw])
-    except msgspec.ValidationError as error:
-        raise LookupError from error
