@@ -280,9 +280,15 @@ def event_adapter(schema: EventSchema) -> TypeAdapter[dict[str, Any]]:
     return TypeAdapter(event_type(schema))
 
 
-def event_json_schema(schema: EventSchema) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of one event in a request, with descriptions and an example."""
-    adapter: TypeAdapter[Any] = TypeAdapter(event_type(schema, marks_resets=True))
+def event_json_schema(
+    schema: EventSchema, name: str = "Event", *, marks_resets: bool = True
+) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of one event in a request, with descriptions and an example.
+
+    Args:
+        name, marks_resets: as of `event_type`.
+    """
+    adapter: TypeAdapter[Any] = TypeAdapter(event_type(schema, name, marks_resets=marks_resets))
     return adapter.json_schema()
 
 

@@ -86,6 +86,7 @@ class RequestReader:
         limits: limits of the API for this model.
         bounds: those on the steps of chunks and sequences.
         steps: reads the steps of chunks and sequences.
+        types: of the bodies.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class RequestReader:
         self._future = None if future is None else EventReader(future)
         self.steps = StepsReader(model, self.bounds, events)
         self._json_rows = JsonRowsDecoder(model.spec.input_features, limits.max_chunk_steps)
-        self._types = {
+        self.types = {
             media: build_body_types(model, self.bounds, media, events, self._future)
             for media in Media
         }
@@ -150,7 +151,7 @@ class RequestReader:
                         self.steps.checked_rows(rows.rows, "inputs")
                     return self.build_chunk(rows, steps, key, precondition)
             self.check_accepts_chunks()
-            kind = self._types[media].chunk
+            kind = self.types[media].chunk
             if media is Media.JSON:
                 decoded = convert(load_json(body), kind)
             else:
@@ -175,7 +176,7 @@ class RequestReader:
             if decoded is None:
                 document = None
                 document = load_document(media, body)
-                decoded = decode_element(media, document, self._types[media].frame)
+                decoded = decode_element(media, document, self.types[media].frame)
         except CarryError as error:
             frame_id, name = read_envelope(media, body, document)
             name = stream or name
@@ -215,7 +216,7 @@ class RequestReader:
             read = self._json_rows.decode_items(body, self.limits.max_items)
             if read is not None and (chunks := self._chunks_of_rows(*read)) is not None:
                 return list(chunks)
-        types, document = self._types[media], load_document(media, body)
+        types, document = self.types[media], load_document(media, body)
         try:
             decoded = decode_element(media, document, types.items).chunks
         except CarryError:
@@ -268,7 +269,7 @@ class RequestReader:
 
     def _undecoded_item(self, element: Any, media: Media, inside: str) -> Chunk | CarryError:
         try:
-            item = decode_element(media, element, self._types[media].item, inside)
+            item = decode_element(media, element, self.types[media].item, inside)
         except CarryError as error:
             return item_error(error, stream_of_item(media, element))
         return self._item(item, inside)
@@ -290,7 +291,7 @@ class RequestReader:
         Raises:
             MalformedBody, InvalidInput, ChunkTooLong
         """
-        bodies = decode(media, body, self._types[media].predict).sequences
+        bodies = decode(media, body, self.types[media].predict).sequences
         steps = self.steps.read_many(bodies, self.bounds.sequence) or [
             self.steps.read(sequence, f"sequences[{at}]", self.bounds.sequence)
             for at, sequence in enumerate(bodies)
@@ -327,7 +328,7 @@ class RequestReader:
         """
         try:
             self._model.require_decoder()
-            kind = self._types[media].forecast
+            kind = self.types[media].forecast
             if kind is None:
                 raise TypeError("expected a body type of a model with a decoder")
             decoded = decode(media, body, kind)
@@ -369,7 +370,7 @@ class RequestReader:
         Raises:
             MalformedBody, InvalidInput
         """
-        decoded = decode(media, body, self._types[media].state)
+        decoded = decode(media, body, self.types[media].state)
         if media is Media.MSGPACK:
             decoded.state = {name: self._part(name, raw) for name, raw in decoded.state.items()}
         return decoded

@@ -14,6 +14,7 @@ EXAMPLE_EPOCH: Final = "5f0c1e7ab2d34896"
 EXAMPLE_TAG: Final = "c2a94d0b71e65f3889d1046be7a2f35c"
 EXAMPLE_VERSION: Final = "9c04e2d1b8a7"
 EXAMPLE_FINGERPRINT: Final = "9c04e2d1b8a75f6631c2d4e8f9a0b7c6"
+EXAMPLE_STATE: Final = {"lstm_1.hidden": [0.12, -0.4], "lstm_1.carry": [0.3, -0.91]}
 
 StreamName = Annotated[str, Field(pattern=STREAM_NAME, examples=[EXAMPLE_STREAM])]
 ModelName = Annotated[str, Field(description="The model's slug.", examples=["flights"])]
@@ -56,6 +57,6 @@ StateValues = Annotated[
     dict[str, Any],
     Field(
         description=BY_PART,
-        examples=[{"lstm_1.hidden": [0.12, -0.4], "lstm_1.carry": [0.3, -0.91]}],
+        examples=[EXAMPLE_STATE],
     ),
 ]

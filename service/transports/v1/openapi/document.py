@@ -1,8 +1,9 @@
 """The OpenAPI document of the models that are served: `/openapi.json`.
 
-The routes are the same for every model, the bodies are not. So the components hold each
-model's event, chunk, items and sequences under its name (`flights-Event`), and the bodies of
-the routes (`Chunk`, `Many`, `Predict`) are any of them.
+The routes are the same for every model, the bodies are not. So the components hold each model's
+event, chunk, items and sequences under its name (`flights-Event`), and the bodies of the routes
+(`Chunk`, `Many`, `Predict`) are any of them. FastAPI describes the replies by their types; the
+bodies are described by the types that decode them.
 """
 
 from __future__ import annotations
@@ -11,22 +12,16 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
-from models.events.parse import example_event
+from models.events.parse import event_json_schema, example_event
+from service.codec.body_types import ForkBody, StateBody, known_future_schema
 from service.codec.media import Media
 from service.codec.schema_fields import EXAMPLE_STREAM
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ApiContext
-from service.transports.v1.openapi.body_schemas import (
-    BodySchemas,
-    ForkBody,
-    StateBody,
-    build_body_schemas,
-)
 
 ACCESS_KEY = {
     "type": "http",
@@ -34,7 +29,7 @@ ACCESS_KEY = {
     "bearerFormat": "carry_<id>_<secret>",
     "description": "An access key that `carry keys create` printed, or a token that it signed.",
 }
-REF_TEMPLATE = "#/components/schemas/{model}"
+SCHEMAS = "#/components/schemas/"
 
 TAGS = [
     {"name": "chunks", "description": "Send events, get outputs."},
@@ -51,6 +46,8 @@ Bodies are JSON or MessagePack (`application/msgpack`), the same members in both
 `inputs`: in MessagePack it is one binary string of float32, little-endian, row by row.
 Failures are [problem documents](/docs/errors) with a stable `code`.
 """
+_ONE_FEED = ("Chunk", "Item", "Sequence")
+"""Bodies that have either events or inputs."""
 
 
 def openapi_document(
@@ -66,24 +63,17 @@ def openapi_document(
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         routes=routes,
     )
-    types = {}
+    components = _with_integer_bounds(document["components"]["schemas"])
+    components |= _schemas([ForkBody, StateBody], "")
     for name in sorted(models):
-        limits = api.limits.of_model(models[name].chunk_limit)
-        types[name] = build_body_schemas(models[name], limits)
-    components = {
-        **_with_integer_bounds(document["components"]["schemas"]),
-        **_schemas([StateBody, ForkBody]),
-        **_schemas([kind for body_types in types.values() for kind in _kinds(body_types)]),
-    }
-    for body in ("Chunk", "Many", "Predict"):
-        references = [_reference(f"{name}-{body}") for name in types]
+        components |= _model_schemas(api, models[name])
+    for body in ("Chunk", "Many", "Predict", "Forecast"):
+        named = [f"{name}-{body}" for name in sorted(models)]
+        references = [{"$ref": SCHEMAS + name} for name in named if name in components]
         components[body] = {"title": body, "anyOf": references}
-    forecasts = [name for name, body_types in types.items() if body_types.forecast is not None]
-    components["Forecast"] = (
-        {"title": "Forecast", "anyOf": [_reference(f"{name}-Forecast") for name in forecasts]}
-        if forecasts
-        else {"title": "Forecast", "not": {}, "description": "No model has a decoder."}
-    )
+    if not components["Forecast"]["anyOf"]:
+        no_model = {"not": {}, "description": "No model has a decoder."}
+        components["Forecast"] = {"title": "Forecast", **no_model}
     document["components"]["schemas"] = dict(sorted(components.items()))
     document["components"]["securitySchemes"] = {"access_key": ACCESS_KEY}
     # the empty requirement: a service without access keys is open
@@ -108,17 +98,47 @@ def _with_integer_bounds(schema: Any) -> Any:
     return converted
 
 
-def _schemas(kinds: list[type[BaseModel]]) -> dict[str, Any]:
-    if not kinds:
-        return {}
-    _, document = models_json_schema(
-        [(kind, "validation") for kind in kinds], ref_template=REF_TEMPLATE
-    )
-    by_name: dict[str, Any] = document["$defs"]
-    for schema in by_name.values():
-        for member in schema.get("properties", {}).values():
+def _model_schemas(api: ApiContext, served: ServedModel) -> dict[str, Any]:
+    """The components of one model's bodies."""
+    reader, lead = api.codec(served).reader, f"{served.name}-"
+    types = reader.types[Media.JSON]
+    components = _schemas([types.chunk, types.item, types.items, types.predict], lead)
+    feeds = ["inputs"] if served.events is None else ["events", "inputs"]
+    has_blocks = served.spec.blocks is not None
+    for name in _ONE_FEED:
+        body = components[lead + name]
+        body["oneOf"] = [{"required": [feed]} for feed in feeds]
+        if served.events is None:
+            del body["properties"]["events"]
+        for feed in feeds:
+            # a final chunk of a model with blocks may be empty
+            body["properties"][feed]["minItems"] = 1 if name == "Sequence" or not has_blocks else 0
+    if served.events is not None:
+        components[f"{lead}Event"] = event_json_schema(served.events, f"{lead}Event")
+    if types.forecast is None:
+        return components
+    decoder = served.require_decoder()
+    forecast = _schemas([types.forecast], lead)[f"{lead}Forecast"]
+    members = forecast["properties"]
+    members["horizon"]["maximum"] = decoder.max_horizon
+    members["samples"]["maximum"] = reader.limits.max_forecast_samples
+    if (future := known_future_schema(served)) is not None:
+        name = f"{lead}Coming"
+        components[name] = event_json_schema(future, name, marks_resets=False)
+        members["future"]["items"] = {"$ref": SCHEMAS + name}
+    return {**components, f"{lead}Forecast": forecast}
+
+
+def _schemas(kinds: Sequence[type[msgspec.Struct]], lead: str) -> dict[str, Any]:
+    """The components that describe types of bodies, by name with a lead."""
+    _, described = msgspec.json.schema_components(kinds, ref_template=f"{SCHEMAS}{lead}{{name}}")
+    for name, schema in described.items():
+        schema["title"] = lead + name
+        for member in schema["properties"].values():
             _leave_out_null(member)
-    return by_name
+            if "pattern" in member:
+                member["pattern"] = member["pattern"].replace(r"\Z", "$")
+    return {lead + name: schema for name, schema in described.items()}
 
 
 def _leave_out_null(member: dict[str, Any]) -> None:
@@ -129,36 +149,23 @@ def _leave_out_null(member: dict[str, Any]) -> None:
         member.update(kinds[0])
 
 
-def _reference(model: str) -> dict[str, str]:
-    return {"$ref": REF_TEMPLATE.format(model=model)}
-
-
-def _kinds(types: BodySchemas) -> list[type[BaseModel]]:
-    kinds: list[type[BaseModel]] = [types.chunk, types.item, types.many, types.predict]
-    return kinds if types.forecast is None else [*kinds, types.forecast]
-
-
 def _examples(models: Mapping[str, ServedModel]) -> dict[str, dict[str, Any]]:
     chunks: dict[str, Any] = {}
     many: dict[str, Any] = {}
     predict: dict[str, Any] = {}
     for name, served in sorted(models.items()):
-        for feed, steps in _steps(served).items():
+        steps: dict[str, Any] = {}
+        if served.events is not None:
+            steps["events"] = [example_event(served.events)]
+        steps["inputs"] = [[0.0] * served.input_features]
+        for feed, values in steps.items():
             title = f"{name}: {feed}"
-            chunks[title] = {"value": {"position": 0, feed: steps}}
-            item = {"stream": EXAMPLE_STREAM, "position": 0, feed: steps}
+            chunks[title] = {"value": {"position": 0, feed: values}}
+            item = {"stream": EXAMPLE_STREAM, "position": 0, feed: values}
             many[title] = {"value": {"chunks": [item]}}
-            predict[title] = {"value": {"sequences": [{feed: steps}]}}
+            predict[title] = {"value": {"sequences": [{feed: values}]}}
     return {
         "/v1/models/{model}/streams/{stream}/chunks": chunks,
         "/v1/models/{model}/chunks": many,
         "/v1/models/{model}/predict": predict,
     }
-
-
-def _steps(served: ServedModel) -> dict[str, list[Any]]:
-    examples: dict[str, list[Any]] = {}
-    if served.events is not None:
-        examples["events"] = [example_event(served.events)]
-    examples["inputs"] = [[0.0] * served.input_features]
-    return examples
