@@ -2,9 +2,11 @@
 
 A body is decoded once. orjson parses JSON, since hostile numbers would take msgspec's parser
 seconds, and msgspec checks the objects against the type. msgspec decodes MessagePack straight into
-the type, since a byte of it can be an object. Of duplicate members the last one counts. msgspec's
-errors are translated here, and nowhere else: the place, what was expected, what was received. A
-place is written as in `events[3].dep_delay`.
+the type, since a byte of it can be an object. Of duplicate members the last one counts.
+
+If a document does not fit, it and its type are walked together down to the values that do not fit
+alone. Paths in msgspec's messages would not do: the messages have names of the client in them. Of
+MessagePack only what is on the way is decoded. A place is written as in `events[3].dep_delay`.
 
 A type describes what its errors say, in the `extra` of its `Meta`: `EXPECTED` is a description of
 valid values, `WRONG_LENGTH` makes the error of a list whose length does not fit.
@@ -14,16 +16,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Final, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
 
 import msgspec
 import orjson
-from msgspec import inspect
 
 from models.events.reader import EXPECTED, LARGEST, MAX_GOT_CHARS
-from service.codec.documents import Document, MsgpackDocument, ParsedDocument, Path
 from service.codec.media import Media, malformed
 from service.core.errors import CarryError, InvalidInput
 
@@ -34,23 +35,16 @@ WRONG_LENGTH: Final = "wrong_length"
 
 MAX_NAME_CHARS: Final = 100
 MAX_REPORTED: Final = 5
-"""Most errors of one object that are reported."""
+"""Most errors that are reported."""
 
-MAX_DEPTH: Final = 16
-"""More steps than a place has in any of the types."""
+MAX_MEMBERS: Final = 10_000
+"""Most members of an object in MessagePack that are searched for wrong ones."""
 
-_STEP: Final = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[(\d{1,9}|\.\.\.)\]")
-_AT: Final = " - at `$"
-_PLACE: Final = re.compile(rf"{re.escape(_AT)}((?:{_STEP.pattern}){{1,{MAX_DEPTH}}})`")
-_ANY_NAME: Final = "..."
-"""Step from a mapping to the value of a name that msgspec does not say."""
-_MISSING: Final = re.compile(r"Object missing required field `(.+)`")
-_UNKNOWN_BEGIN: Final = "Object contains unknown field `"
-_UNKNOWN: Final = re.compile(rf"{_UNKNOWN_BEGIN}(.*)`", re.DOTALL)
+_MAPS: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
+_ARRAYS: Final = frozenset([*range(0x90, 0xA0), 0xDC, 0xDD])
 _KIND: Final = re.compile(r"Expected `([a-z |]+)`, got `[A-Za-z]+`")
 _BOUND: Final = re.compile(r"Expected `(?:int|float)` ([<>]=?) (-?[0-9.e+]+)")
-_LENGTH: Final = re.compile(r"Expected `([a-z]+)` of (?:at (?:least|most) )?length ([<>]=)? ?(\d+)")
-_PATTERN: Final = re.compile(r"Expected `str` matching regex '(.+)'")
+_LENGTH: Final = re.compile(r"Expected `([a-z]+)` of length ([<>]=) (\d+)")
 _KINDS: Final = {
     "array": "a list",
     "object": "an object",
@@ -66,15 +60,16 @@ _BOUNDS: Final = {
     "<": "less than",
     "<=": "less than or equal to",
 }
-FINITE: Final = "a finite number"
+_LENGTHS: Final = {">=": "at least", "<=": "at most"}
+_FINITE: Final = "a finite number"
 _OUT_OF_RANGE: Final = {
-    "Number out of range": FINITE,
+    "Number out of range": _FINITE,
     "Integer value out of range": "an integer of 64 bits",
 }
 _NOT_JSON: Final = re.compile(
     r"Expected `[a-z |]+`(?:, got `ext`|(?:, got `[a-z]+`)? - at `key` in )"
 )
-"""In msgspec's errors for what MessagePack allows and JSON does not."""
+"""In msgspec's messages for what MessagePack allows and JSON does not."""
 _NOT_FINITE: Final = re.compile(rb"NaN|Infinity")
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -87,9 +82,7 @@ def decode(media: Media, body: bytes, kind: type[T]) -> T:
         InvalidInput: the document does not fit the type.
         CarryError: made by the type, by `WRONG_LENGTH`.
     """
-    if media is Media.JSON:
-        return convert(load_json(body), kind)
-    return decode_msgpack(body, kind)
+    return decode_element(media, load_json(body) if media is Media.JSON else body, kind)
 
 
 def load_document(media: Media, body: bytes) -> Any:
@@ -99,26 +92,6 @@ def load_document(media: Media, body: bytes) -> Any:
         MalformedBody
     """
     return load_json(body) if media is Media.JSON else body
-
-
-def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T:
-    """Decode a document of `load_document`, or an element of a list that was not decoded: Python's
-    objects from JSON, and bytes of MessagePack.
-
-    Args:
-        at: the place of the element, with which the places in errors begin; empty for a body.
-
-    Raises:
-        MalformedBody, InvalidInput, CarryError: as `decode`.
-    """
-    if media is Media.JSON:
-        return convert(element, kind, at)
-    return decode_msgpack(element, kind, at)
-
-
-def undecoded_type(media: Media) -> Any:
-    """The type of an element that `decode_element` decodes."""
-    return Any if media is Media.JSON else msgspec.Raw
 
 
 def load_json(body: bytes) -> Any:
@@ -142,46 +115,37 @@ def load_json(body: bytes) -> Any:
         raise malformed(Media.JSON, reason) from error
 
 
-def convert(value: Any, kind: type[T], inside: str = "") -> T:
-    """Python's objects as a typed value.
+def undecoded_type(media: Media) -> Any:
+    """The type of an element that `decode_element` decodes."""
+    return Any if media is Media.JSON else msgspec.Raw
+
+
+def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T:
+    """Decode a document of `load_document`, or an element of a list that was not decoded: Python's
+    objects from JSON, and bytes of MessagePack.
 
     Args:
-        inside: the place of the value; empty for a body.
+        at: the place of the element, with which the places in errors begin; empty for a body.
 
     Raises:
-        InvalidInput, CarryError
+        MalformedBody, InvalidInput, CarryError: as `decode`.
     """
     try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise _translate(error, kind, inside, ParsedDocument(value, convert)) from error
-
-
-def decode_msgpack(body: bytes | msgspec.Raw, kind: type[T], inside: str = "") -> T:
-    """A document in MessagePack as a typed value.
-
-    Raises:
-        MalformedBody, InvalidInput, CarryError
-    """
-    try:
-        value: T = _msgpack_decoder(kind).decode(body)  # type: ignore[arg-type]
-    except msgspec.ValidationError as error:
-        raise _translate_msgpack(error, body, kind, inside) from error
+        if media is Media.JSON:
+            return msgspec.convert(element, kind)
+        value: T = _msgpack_decoder(kind).decode(element)  # type: ignore[arg-type]
+        return value
+    except msgspec.ValidationError:
+        # raised below: with this one as its cause, the error would keep the body
+        pass
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise malformed(Media.MSGPACK, str(error)) from error
-    return value
-
-
-def _translate_msgpack(
-    error: msgspec.ValidationError, body: bytes | msgspec.Raw, kind: Any, inside: str
-) -> CarryError:
-    """As `_translate`, unless the document is damaged behind its first invalid value."""
+        raise malformed(media, str(error)) from error
     try:
-        if _NOT_JSON.match(str(error)):
-            raise ValueError("names are strings, and there are no extension types")
-        return _translate(error, kind, inside, MsgpackDocument(msgspec.Raw(body), decode_msgpack))
+        found = _errors(element if media is Media.JSON else msgspec.Raw(element), kind, at)
     except (msgspec.MsgspecError, ValueError, RecursionError) as damage:
-        return malformed(Media.MSGPACK, str(damage))
+        # behind the first value that does not fit
+        raise malformed(media, str(damage)) from damage
+    raise _combined(found)
 
 
 def detached(error: CarryError) -> CarryError:
@@ -217,133 +181,159 @@ def format_value(value: Any) -> str:
     return text if len(text) <= MAX_GOT_CHARS else f"{text[:MAX_GOT_CHARS]}..."
 
 
-def place(path: Sequence[str | int], inside: str = "") -> str:
-    """`["events", 3, "load"]` as `events[3].load`; the body itself is `body`."""
-    text = inside
-    for step in path:
-        if isinstance(step, int):
-            text += f"[{step}]"
-        else:
-            text += f".{step}" if text else step
-    return text or "body"
+@lru_cache(maxsize=1024)
+def _msgpack_decoder(kind: Any) -> Any:
+    return msgspec.msgpack.Decoder(kind)
 
 
-def _translate(
-    error: msgspec.ValidationError,
-    kind: Any,
-    inside: str,
-    source: Document,
-) -> CarryError:
-    """The API's error for one of msgspec, with the other errors of the same object."""
-    reason, path = _reason_and_path(str(error), kind)
-    if _ANY_NAME in path:
-        known = path[: path.index(_ANY_NAME)]
-        return invalid(place(known, inside), _expected(reason), "another value")
-    first = _first_error(reason, path, kind, inside, source)
-    if not isinstance(first, InvalidInput):
-        return first
-    try:
-        errors = _errors_of_object(path, kind, inside, source) or [first]
-    except LookupError:
-        errors = [first]
-    reported = errors[:MAX_REPORTED]
+def _combined(errors: list[CarryError]) -> CarryError:
+    """One error that reports the first few; another than InvalidInput is reported alone."""
+    if not errors:
+        # a member of MessagePack does not fit, and fits where it comes again
+        return invalid("body", "each member once", "one twice")
+    if not isinstance(errors[0], InvalidInput):
+        return errors[0]
+    several = [error for error in errors if isinstance(error, InvalidInput)]
+    reported = several[:MAX_REPORTED]
     detail = "; ".join([error.detail for error in reported])
-    if len(errors) > len(reported):
+    if len(several) > len(reported):
         detail += "; and more"
-    facts = [{name: error.facts[name] for name in ("at", "expected", "got")} for error in reported]
+    facts = [error.facts for error in reported]
     return InvalidInput(detail, **facts[0], **({"errors": facts} if facts[1:] else {}))
 
 
-def _reason_and_path(message: str, kind: Any) -> tuple[str, Path]:
-    """Parse a message of msgspec into its reason and a path; empty for the value as a whole.
+def _errors(value: Any, kind: Any, at: str) -> list[CarryError]:
+    """The errors of a value: those of its first few wrong members, of its first wrong element, or
+    its own; none if it fits.
 
-    The name of an unknown member is the client's and may end as a place does, of any length: only
-    an object of the type can have an unknown member.
+    Raises:
+        ValueError: it is MessagePack that JSON cannot express.
+        MsgspecError, RecursionError: it is damaged.
     """
-    end = message.rfind(_AT)
-    match = _PLACE.fullmatch(message, end) if end >= 0 else None
-    if match is None:
-        return message, []
-    path: Path = []
-    for step in _STEP.finditer(match[1]):
-        path.append(int(step[2]) if step[2] and step[2] != _ANY_NAME else step[1] or step[2])
-    if message.startswith(_UNKNOWN_BEGIN):
-        node = _alternatives(_node(_type_info(kind), path))[0]
-        if not (_UNKNOWN.fullmatch(message, 0, end) and isinstance(node, inspect.StructType)):
-            return message, []
-    return message[:end], path
-
-
-def _first_error(reason: str, path: Path, kind: Any, inside: str, source: Document) -> CarryError:
-    node = _node(_type_info(kind), path)
-    extra: Mapping[str, Any] = {}
-    while isinstance(node, inspect.Metadata):
-        extra, node = {**(node.extra or {}), **extra}, node.type
-    if match := _MISSING.fullmatch(reason):
-        return _missing(place([*path, match[1]], inside))
-    if match := _UNKNOWN.fullmatch(reason):
-        known = [field.encode_name for field in getattr(node, "fields", ())]
-        try:
-            got = format_value(source.value([*path, match[1]]))
-        except LookupError:
-            got = "another value"
-        return _unknown(match[1], path, known, inside, got)
-    try:
-        value = source.value(path)
-    except LookupError:
-        value = msgspec.UNSET
-    at = place(path, inside)
-    if (wrong_length := extra.get(WRONG_LENGTH)) and _LENGTH.match(reason):
-        made: CarryError = wrong_length(at, "more" if value is msgspec.UNSET else len(value))
-        return made
-    got = "another value" if value is msgspec.UNSET else format_value(value)
-    return invalid(at, extra.get(EXPECTED) or _expected(reason), got)
-
-
-def _errors_of_object(path: Path, kind: Any, inside: str, source: Document) -> list[InvalidInput]:
-    """The first few errors of the innermost object at a path; raises LookupError."""
-    end = len(path)
-    while end >= 0:
-        node = _alternatives(_node(_type_info(kind), path[:end]))[0]
-        if isinstance(node, inspect.StructType):
-            break
-        end -= 1
-    else:
+    reason = _reason(value, kind)
+    if reason is None:
         return []
-    path = path[:end]
-    members = source.members(path)
-    fields = _fields(node.cls)
-    errors: list[InvalidInput] = []
-    for name, field in fields.items():
-        at = place([*path, name], inside)
-        try:
-            if name in members:
-                source.check(members[name], field.type, at)
-            elif field.required:
-                raise _missing(at)
-        except InvalidInput as error:
-            detached(error)
-            several = error.facts.get("errors", [])
-            errors += [invalid(**facts) for facts in several] or [error]
-        except CarryError:
-            # too long: not what is reported here
-            pass
-    for name in members:
+    extra, kind = _described(kind)
+    origin, fields = get_origin(kind), _fields(kind)
+    if fields is not None or origin is dict:
+        members = _members(value, at)
+        if members is not None:
+            if fields is None:
+                fields = dict.fromkeys(members, (get_args(kind)[1], True))
+            return _errors_of_members(members, fields, at)
+    elif origin in (list, tuple):
+        # the last one: names of the client come before it
+        _, has_index, path = reason.rpartition(" - at `$[")
+        if has_index:
+            index = int(path[: path.index("]")])
+            return _errors(_elements(value)[index], get_args(kind)[0], f"{at}[{index}]")
+    if _NOT_JSON.match(reason):
+        raise ValueError("names are strings, and there are no extension types")
+    wrong_length = extra.get(WRONG_LENGTH)
+    if wrong_length is not None and _LENGTH.match(reason):
+        return [wrong_length(at, _length(value))]
+    return [invalid(at or "body", extra.get(EXPECTED) or _expected(reason), _shown(value))]
+
+
+def _errors_of_members(
+    members: Mapping[str, Any], fields: Mapping[str, tuple[Any, bool]], at: str
+) -> list[CarryError]:
+    errors: list[CarryError] = []
+    lead = f"{at}." if at else ""
+    for name, (kind, is_required) in fields.items():
+        if name in members:
+            errors += _errors(members[name], kind, f"{lead}{name}")
+        elif is_required:
+            extra, bare = _described(kind)
+            expected = extra.get(EXPECTED) or _expected(_reason(None, bare) or "a value")
+            errors.append(invalid(f"{lead}{name}", expected, "nothing"))
+    for name, value in members.items():
         if len(errors) > MAX_REPORTED:
             break
         if name not in fields:
-            got = format_value(source.element(members[name]))
-            errors.append(_unknown(name, path, fields, inside, got))
+            expected = f"one of the members {', '.join(fields)}"
+            errors.append(invalid(f"{lead}{name[:MAX_NAME_CHARS]}", expected, _shown(value)))
     return errors
 
 
-def _missing(at: str) -> InvalidInput:
-    return invalid(at, "this member, which is required", "nothing")
+def _reason(value: Any, kind: Any) -> str | None:
+    """Why a value does not fit a type, in msgspec's words; None if it fits."""
+    try:
+        if isinstance(value, msgspec.Raw):
+            msgspec.msgpack.decode(value, type=kind)
+        else:
+            msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return None
 
 
-def _unknown(name: str, path: Path, known: Iterable[str], inside: str, got: str) -> InvalidInput:
-    at = place([*path, name[:MAX_NAME_CHARS]], inside)
-    return invalid(at, f"one of the members {', '.join(known)}", got)
+def _described(kind: Any) -> tuple[dict[str, Any], Any]:
+    """The `extra` of a type, and the type without `Meta` and None."""
+    extra: dict[str, Any] = {}
+    while True:
+        origin, parts = get_origin(kind), get_args(kind)
+        if origin is Annotated:
+            for meta in parts[1:]:
+                extra = {**(meta.extra or {}), **extra}
+        elif origin in (Union, UnionType):
+            parts = tuple([part for part in parts if part is not NoneType])
+            if len(parts) > 1:
+                return extra, kind
+        else:
+            return extra, kind
+        kind = parts[0]
+
+
+@lru_cache(maxsize=1024)
+def _fields(kind: Any) -> dict[str, tuple[Any, bool]] | None:
+    """The types of a struct's members by their names, and whether each is required."""
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return None
+    fields = msgspec.structs.fields(kind)
+    return {field.encode_name: (field.type, field.required) for field in fields}
+
+
+def _members(value: Any, at: str) -> Mapping[str, Any] | None:
+    """The members of an object; None for another value."""
+    if not isinstance(value, msgspec.Raw):
+        return value if isinstance(value, dict) else None
+    if memoryview(value)[0] not in _MAPS:
+        return None
+    if _length(value) > MAX_MEMBERS:
+        raise invalid(at or "body", f"at most {MAX_MEMBERS} members", _length(value))
+    try:
+        return msgspec.msgpack.decode(value, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError as error:
+        raise ValueError("names are strings") from error
+
+
+def _elements(value: Any) -> Any:
+    if isinstance(value, msgspec.Raw):
+        return msgspec.msgpack.decode(value, type=list[msgspec.Raw])
+    return value
+
+
+def _length(value: Any) -> int:
+    """The number of elements or members; of MessagePack by the header."""
+    if not isinstance(value, msgspec.Raw):
+        return len(value)
+    header = bytes(memoryview(value)[:5])
+    if header[0] < 0xA0:
+        return header[0] & 0x0F
+    return int.from_bytes(header[1:3] if header[0] in (0xDC, 0xDE) else header[1:5], "big")
+
+
+def _shown(value: Any) -> str:
+    """A wrong value as its error shows it; a long one of MessagePack is not decoded."""
+    if isinstance(value, msgspec.Raw):
+        first = memoryview(value)[0]
+        if first in _MAPS:
+            return "an object"
+        if first in _ARRAYS:
+            return f"a list of {_length(value)}"
+        value = msgspec.msgpack.decode(value)
+    return format_value(value)
 
 
 def _expected(reason: str) -> str:
@@ -353,58 +343,9 @@ def _expected(reason: str) -> str:
         return " or ".join([_KINDS.get(kind, kind) for kind in kinds]) or "null"
     if match := _BOUND.fullmatch(reason):
         is_bound = abs(float(match[2])) < LARGEST
-        return f"{_BOUNDS[match[1]]} {match[2].removesuffix('.0')}" if is_bound else FINITE
+        return f"{_BOUNDS[match[1]]} {match[2].removesuffix('.0')}" if is_bound else _FINITE
     if match := _LENGTH.fullmatch(reason):
         kind, bound, length = match.groups()
         noun, unit = ("string", "characters") if kind == "str" else ("list", "values")
-        how = {">=": "at least ", "<=": "at most "}.get(bound, "")
-        return f"{noun} of {how}{length} {unit}"
-    if match := _PATTERN.fullmatch(reason):
-        return f"string matching {match[1]}"
+        return f"{noun} of {_LENGTHS[bound]} {length} {unit}"
     return _OUT_OF_RANGE.get(reason, reason[:300])
-
-
-@lru_cache(maxsize=1024)
-def _msgpack_decoder(kind: Any) -> Any:
-    return msgspec.msgpack.Decoder(kind)
-
-
-@lru_cache(maxsize=1024)
-def _type_info(kind: Any) -> Any:
-    return inspect.type_info(kind)
-
-
-@lru_cache(maxsize=1024)
-def _fields(kind: Any) -> dict[str, msgspec.structs.FieldInfo]:
-    """The fields of a struct by the names of their members."""
-    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
-
-
-def _node(node: Any, path: Path) -> Any:
-    """The type at a path within a type; None if the path leads nowhere."""
-    for step in path:
-        for each in _alternatives(node):
-            if isinstance(step, int) and isinstance(each, inspect.CollectionType):
-                node = each.item_type
-                break
-            if isinstance(step, int) and isinstance(each, inspect.TupleType):
-                node = each.item_types[step]
-                break
-            if isinstance(each, inspect.StructType):
-                node = {field.encode_name: field.type for field in each.fields}.get(str(step))
-                break
-        else:
-            return None
-    if isinstance(node, inspect.UnionType):
-        others = [each for each in node.types if not isinstance(each, inspect.NoneType)]
-        return others[0] if len(others) == 1 else node
-    return node
-
-
-def _alternatives(node: Any) -> list[Any]:
-    """The types of a union, or the one type."""
-    while isinstance(node, inspect.Metadata):
-        node = node.type
-    if isinstance(node, inspect.UnionType):
-        return [each for part in node.types for each in _alternatives(part)]
-    return [node]

@@ -28,10 +28,8 @@ from service.codec.body_types import (
     known_future_schema,
 )
 from service.codec.decoding import (
-    convert,
     decode,
     decode_element,
-    decode_msgpack,
     detached,
     invalid,
     load_document,
@@ -151,11 +149,8 @@ class RequestReader:
                         self.steps.checked_rows(rows.rows, "inputs")
                     return self.build_chunk(rows, steps, key, precondition)
             self.check_accepts_chunks()
-            kind = self.types[media].chunk
-            if media is Media.JSON:
-                decoded = convert(load_json(body), kind)
-            else:
-                decoded = decode_msgpack(body, kind)
+            document = load_json(body) if media is Media.JSON else body
+            decoded = decode_element(media, document, self.types[media].chunk)
             return self._chunk_of(decoded, "", key, precondition)
         except CarryError as error:
             with_stream(key.stream, error)

@@ -19,8 +19,9 @@ from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.reader import EventReader, ReadEvents
 from service.codec.body_types import BodyLimits, StepsBody, wrong_width
-from service.codec.decoding import convert, format_value, invalid
+from service.codec.decoding import decode_element, format_value, invalid
 from service.codec.limits import Limit
+from service.codec.media import Media
 from service.codec.model import CodecModel
 from service.core.errors import InvalidInput, ResetsUnsupported
 from service.core.values import Feed, FloatRows, Steps
@@ -129,7 +130,7 @@ class StepsReader:
         """
         if self._events is None:
             raise self._not_exactly_one("body", "events")
-        checked: msgspec.Struct = convert(event, self._events.event, at)
+        checked: msgspec.Struct = decode_element(Media.JSON, event, self._events.event, at)
         return checked
 
     def read_many(self, bodies: Sequence[StepsBody], limit: Limit) -> list[Steps] | None:

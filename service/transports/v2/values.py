@@ -16,7 +16,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codec.decoding import convert, invalid
+from service.codec.decoding import decode_element, invalid
+from service.codec.media import Media
 from service.core.errors import InvalidInput
 
 Parameter = bool | int | float | str
@@ -178,7 +179,7 @@ def _elements(tensor: InputTensor, kind: Any, at: str) -> list[Any]:
             expected = f"at most {most} lists of values for shape {list(tensor.shape)}"
             raise invalid(f"{at}.data", expected, len(lists))
         lists = [each for part in lists if isinstance(part, list) for each in part]
-    values = convert(values, _nested(kind, max(depth, 1)), f"{at}.data")
+    values = decode_element(Media.JSON, values, _nested(kind, max(depth, 1)), f"{at}.data")
     for _ in range(depth - 1):
         values = list(chain.from_iterable(values))
     if len(values) != math.prod(tensor.shape):

@@ -431,7 +431,31 @@ def test_all_errors_of_an_object_are_reported(codecs: Mapping[str, ModelCodec]) 
         places = [each["at"] for each in error.facts["errors"]]
         wrong = ("load", "at", "carrier", "heavy", "other")
         assert places[:5] == [f"events[0].{name}" for name in wrong]
-        assert error.facts["errors"][1]["got"] == "nothing"
+        missing = error.facts["errors"][1]
+        assert missing["expected"].startswith("an RFC 3339 timestamp")
+        assert missing["got"] == "nothing"
+
+
+MEMBERS_TWICE = b"\x83\xa8position\xa1x\xa8position\x02"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "at"),
+    [
+        (MEMBERS_TWICE + b"\xa5final\xc2", "invalid_input", "body"),
+        (MEMBERS_TWICE + b"\xa5final\xc1", "malformed_body", "body"),
+        (b"\x81\x01\x02", "malformed_body", "body"),
+        (b"\x81\xa6events\x91\x81\x01\x02", "malformed_body", "body"),
+        (b"\x81\xa8position\xd4\x01\x01", "malformed_body", "body"),
+        (b"\x81\xa6events\x91\xd4\x01\x01", "malformed_body", "body"),
+        (b"\xde\x27\x11" + b"\xa1x\xc0" * 10_001, "invalid_input", "body"),
+    ],
+)
+def test_messagepack_that_json_cannot_say_is_rejected(
+    codecs: Mapping[str, ModelCodec], body: bytes, code: str, at: str
+) -> None:
+    error = read_chunk(codecs["small"], body, Media.MSGPACK)
+    assert (error.code, error.facts["at"]) == (code, at)
 
 
 @pytest.mark.parametrize("media", Media)
@@ -444,6 +468,8 @@ def test_all_errors_of_an_object_are_reported(codecs: Mapping[str, ModelCodec]) 
         "x - at `$[" + "1" * 5000 + "]",
         "x - at `$" + ".a" * 20,
         "x` - at `$.inputs[0",
+        "x` - at `$.events[0]",
+        "x - at `$.events[0]`",
         "x - at `key` in `$",
         ", got `ext`",
     ],

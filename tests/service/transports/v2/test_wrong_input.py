@@ -68,7 +68,7 @@ BODIES: dict[str, tuple[Any, str]] = {
         changed(shape=[1] * 9),
         "shape: expected list of at most 8 values, got a list of 9",
     ),
-    "a list as a parameter": (with_parameters(a=[1]), "parameters: expected a valid boolean or"),
+    "a list as a parameter": (with_parameters(a=[1]), "parameters.a: expected a valid boolean or"),
     "a list as body": ([], "body: expected an object, got a list"),
     "no steps": (changed(shape=[0, 3], data=[]), "inputs: expected at least one step"),
     "too many steps": (json_body(rows(21), parameters=SEQUENCE), "at most 20 steps"),
@@ -93,7 +93,7 @@ BODIES: dict[str, tuple[Any, str]] = {
         {"inputs": []},
         "inputs: expected one tensor, inputs, optionally followed by reset, got 0",
     ),
-    "no inputs": ({}, "inputs: expected this member, which is required, got nothing"),
+    "no inputs": ({}, "inputs: expected a list, got nothing"),
     "an unknown member": (
         json_body(ROWS, input=1),
         "input: expected one of the members inputs, outputs, id, parameters, got 1",
