@@ -13,11 +13,9 @@ from models.artifact.artifact import Artifact
 from models.detection.scoring import DRAWS, StreamScores, with_intervals
 from models.spec.layout import detection_of, network_outputs, output_spec
 from models.spec.model import ModelSpec
-from models.training.data import Streams, streams_of
-from models.training.detection import fitted_to_outputs
-from models.training.detection_baselines import Run, Scored, detection_baselines, scored_by
+from models.training.data import Streams, split_of, streams_of
+from models.training.detection import Run, Scored, detection_baselines, fitted_to_outputs, scored_by
 from models.training.evaluate import anomalous_events, detect, run_network, scores_from
-from models.training.split import split_of
 
 LABEL = "anomaly"
 PARTS: dict[str, dict[str, Any]] = {

@@ -19,14 +19,13 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 
 import models
 from models.artifact.artifact import load_artifact
-from models.events.zones import zone_table
+from models.events.calendar import zone_table
 from models.spec.layout import output_spec
 from models.spec.model import schema_of
-from models.training.data import streams_of
+from models.training.data import split_of, streams_of
 from models.training.evaluate import run_chunks, scored_rows
 from models.training.report import DRAWS
 from models.training.scores import DayDraws, auc, interval, score_binary
-from models.training.split import split_of
 from service.commands.replay.departures import WEATHER, flight_events
 
 SETTINGS = ((5, 31), (20, 63))

@@ -20,7 +20,7 @@ from examples.rivers.windows import CLASSES, codes
 from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
 from models.onnx.library import open_session
-from models.onnx.names import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
+from models.onnx.messages import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import streams_of
 from models.training.evaluate import run_network

@@ -18,10 +18,9 @@ from models.events.schema import NumericField
 from models.spec.heads import ForecastHead
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec, schema_of
-from models.training.data import Streams, streams_of, without_normalisation
+from models.training.data import Streams, split_of, streams_of, without_normalisation
 from models.training.evaluate import run_chunks, scored_rows
 from models.training.scores import score_forecast, score_outputs, stream_scales
-from models.training.split import split_of
 from models.training.trainer import train
 
 Floats = NDArray[np.float64]

@@ -17,7 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 
-from models.events.zones import zone_table
+from models.events.calendar import zone_table
 from models.spec.heads import AnomalyHead, Head
 from models.spec.model import schema_of
 from models.training.scores import Floats, Scored

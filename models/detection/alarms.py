@@ -1,4 +1,15 @@
-"""Alarms: one for each period of unusual events, with hysteresis and a hold time.
+"""Tail probabilities of statistics, and the alarms that open below a threshold of them.
+
+A tail probability says how often a statistic is at least this large on streams without anomalies.
+Peaks over threshold (Davison & Smith, 1990): beyond a high quantile u the excess follows a
+generalised Pareto distribution,
+
+    P(X > x) = P(X > u) (1 + k (x - u) / s)^(-1/k),      x > u
+
+and up to u the logarithm of the probability falls linearly from 0. The parameters come from
+probability-weighted moments (Hosking & Wallis, 1987), which need no iterations. Statistics of
+different kinds are combined by the harmonic mean of their tail probabilities, which is valid for
+dependent ones (Wilson, 2019).
 
 An alarm opens after `min_events` consecutive events whose tail probability is at most the
 threshold. It closes after `hold_events` consecutive events above the lower threshold, which is
@@ -10,14 +21,67 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.spec.detection import AlarmSpec
+from models.spec.detection import AlarmSpec, Tail
 
 Floats = NDArray[np.float64]
+
+MAX_SHAPE: Final = 0.6
+MIN_EXCESSES: Final = 20
+MAX_NATS: Final = 60.0
+"""Tail probabilities are no smaller than exp(-60)."""
+
+
+class Tails:
+    """The tails of K statistics."""
+
+    def __init__(self, tails: Sequence[Tail]):
+        self._threshold = np.array([tail.threshold for tail in tails])
+        self._base = -np.log([tail.exceeded for tail in tails])
+        self._scale = np.array([tail.scale for tail in tails])
+        self._shape = np.maximum([tail.shape for tail in tails], 1e-6)
+        self._slope = self._base / self._threshold
+
+    def nats(self, values: Floats) -> Floats:
+        """-log P(X >= value) of values [K, n] that are not negative."""
+        nats = values * self._slope[:, np.newaxis]
+        above = np.flatnonzero(nats > self._base[:, np.newaxis])
+        if len(above):
+            column = above // values.shape[1]
+            k = self._shape[column]
+            excess = (values.ravel()[above] - self._threshold[column]) / self._scale[column]
+            beyond = self._base[column] + np.log1p(k * excess) / k
+            nats.ravel()[above] = np.minimum(beyond, MAX_NATS)
+        return np.asarray(nats)
+
+
+def combine(inverse: Floats) -> Floats:
+    """-log of the harmonic mean of tail probabilities, given their inverses [K, n]: [n]."""
+    return np.asarray(np.log(inverse.sum(axis=0) / len(inverse)))
+
+
+def fit_tail(values: Floats, exceeded: float) -> Tail:
+    """The tail of values [n] >= 0 beyond their quantile 1 - `exceeded`."""
+    values = np.sort(values)
+    count = max(1, min(len(values) - 1, round(len(values) * exceeded)))
+    threshold = max(float(values[-count - 1]), 1e-6)
+    excesses = values[-count:] - threshold
+    excesses = excesses[excesses > 0]
+    share = min(max(len(excesses), 1) / len(values), 0.999)
+    if len(excesses) < MIN_EXCESSES:
+        scale = float(excesses.mean()) if len(excesses) else threshold
+        return Tail(threshold=threshold, exceeded=share, scale=max(scale, 1e-9), shape=0.0)
+    mean = float(excesses.mean())
+    ranks = (np.arange(len(excesses)) + 0.65) / len(excesses)
+    weighted = float(np.mean(excesses * (1.0 - ranks)))
+    ratio = mean / max(mean - 2.0 * weighted, 1e-12)
+    shape = min(max(2.0 - ratio, 0.0), MAX_SHAPE)
+    return Tail(threshold=threshold, exceeded=share, scale=mean * (1.0 - shape), shape=shape)
+
 
 NONE, OPENED, CONTINUING, CLOSED = range(4)
 

@@ -1,7 +1,7 @@
 """Detection on the outputs of a network with an anomaly head: tail probabilities and alarms.
 
 Each event's statistics (`models.detection.statistics`) have tail probabilities by the fitted tails
-(`models.detection.tails`), which are combined into one. It is comparable between streams: of a
+(`models.detection.alarms`), which are combined into one. It is comparable between streams: of a
 thousand usual events, one has a probability below 0.001. Alarms open below a threshold of it, which
 each chunk may choose: as a rate of false alarms in its state, which the pipeline writes there.
 """
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.alarms import AlarmState, follow_alarm
+from models.detection.alarms import AlarmState, Tails, combine, follow_alarm
 from models.detection.forecasts import DESCRIBED
 from models.detection.statistics import Channels, Deviations
-from models.detection.tails import Tails, combine
 from models.errors import SpecError
 from models.spec.detection import ALARM_RATE
 from models.spec.layout import (

@@ -8,9 +8,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.detection.alarms import count_alarms
+from models.detection.alarms import Tails, combine, count_alarms, fit_tail
 from models.detection.statistics import ENERGY_LIMIT, SMALLEST, Channels
-from models.detection.tails import Tails, combine, fit_tail
 from models.errors import DataError
 from models.spec.detection import MAX_ALARM_RATE, ROOT_OF_NORMAL, AlarmSpec, DetectionFit
 from models.spec.layout import detection_of, detection_state

@@ -28,9 +28,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from models.errors import DataError, SpecError, StateError
-from models.events.block import GAP_ROW, Block, BlockLayout, FieldPosition, IntArray
 from models.events.calendar import calendar_angles
-from models.events.columns import EventColumns, block_of
+from models.events.columns import (
+    GAP_ROW,
+    Block,
+    BlockLayout,
+    EventColumns,
+    FieldPosition,
+    IntArray,
+    block_of,
+)
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
     UNKNOWN_CODE,

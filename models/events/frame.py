@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models.errors import DataError
-from models.events.block import BoolArray
-from models.events.columns import EventColumns
+from models.events.calendar import zone_table
+from models.events.columns import BoolArray, EventColumns
 from models.events.parse import (
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
@@ -39,7 +39,6 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.events.zones import zone_table
 
 EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
 """Integer columns with all values in this range are rejected as epoch seconds. As seconds these are

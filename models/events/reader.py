@@ -22,20 +22,21 @@ from msgspec.structs import astuple
 from pydantic import ValidationError
 
 from models.errors import DataError
-from models.events.block import (
+from models.events.columns import (
     Block,
     BoolArray,
     DoubleArray,
+    EventColumns,
     IntArray,
+    columns_from_events,
     new_layout,
 )
-from models.events.columns import EventColumns, columns_from_events
-from models.events.moments import epoch_ms
 from models.events.parse import (
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
     RESET,
     can_mark_resets,
+    epoch_ms,
     expected_form,
     timestamp_ms,
     value_validator,

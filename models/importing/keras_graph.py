@@ -43,8 +43,7 @@ from models.importing.keras_values import (
     read_through,
     starts_from,
 )
-from models.spec.chunking import DEFAULT_CHUNK_STEPS
-from models.spec.layers import FEATURES, RECURRENT
+from models.spec.layers import DEFAULT_CHUNK_STEPS, FEATURES, RECURRENT
 from models.spec.model import ModelSpec, parse_spec
 
 _MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}

@@ -15,11 +15,16 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models.errors import ImportedModelError
+from models.importing.isolation import Conversion, OnnxOptions
 from models.importing.onnx_axes import Roles, find_network
 from models.importing.onnx_proof import Prover
-from models.importing.onnx_signature import Signature, Tensor, read_signature
-from models.importing.results import Conversion, OnnxOptions
-from models.importing.state_pairs import find_pairs, require_one_input
+from models.importing.onnx_signature import (
+    Signature,
+    Tensor,
+    find_pairs,
+    read_signature,
+    require_one_input,
+)
 from models.importing.triton_config import TritonConfig, TritonControl
 from models.onnx.bounded_work import find_unbounded_work
 from models.onnx.library import onnxruntime

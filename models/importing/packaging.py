@@ -20,8 +20,7 @@ from models.artifact.artifact import Artifact, write_artifact
 from models.artifact.files import open_regular
 from models.artifact.weights import read_weights
 from models.errors import ArtifactError, ImportedModelError, SpecError
-from models.importing.isolation import Converted, Limits, convert_isolated
-from models.importing.results import OnnxOptions
+from models.importing.isolation import Converted, Limits, OnnxOptions, convert_isolated
 from models.importing.triton_config import MAX_CONFIG_BYTES
 from models.spec.model import parse_spec
 from models.spec.onnx_network import OnnxNetwork

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ImportedModelError
+from models.importing.isolation import Conversion
 from models.importing.keras_file import read_keras_model
 from models.importing.keras_graph import ModelOutput, Translation, functional_of, translate
-from models.importing.results import Conversion
 from models.networks.build import StepNetwork
 from models.spec.layout import network_state, output_spec, state_spec
 from models.spec.state import State

@@ -25,21 +25,26 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from models.errors import ArtifactError, SpecError
-from models.networks.activations import activation_of
-from models.networks.attention import Attention, AttentionState
-from models.networks.bidirectional import run_bidirectional, run_forward
 from models.networks.cells import recurrent_layer
-from models.networks.convolution import CausalConvolution
-from models.networks.decoder_network import last_observed
-from models.networks.elementwise import Affine, Prelu
 from models.networks.heads import (
     Tensor,
     anomaly_forecast,
     build_head,
     head_output,
+    last_observed,
     mean_losses,
 )
 from models.networks.initial_weights import draw_weights
+from models.networks.layers import (
+    Affine,
+    Attention,
+    AttentionState,
+    CausalConvolution,
+    Prelu,
+    activation_of,
+    run_bidirectional,
+    run_forward,
+)
 from models.spec.decoder import LAST, add_decoder_prefix
 from models.spec.heads import AnomalyHead
 from models.spec.layers import (

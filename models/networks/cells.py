@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from models.networks.activations import activation_of
+from models.networks.layers import activation_of
 from models.spec.layers import NORMALISATION_EPSILON, Cell, GruLayer, LstmLayer, SimpleRnnLayer
 
 Tensor = Any

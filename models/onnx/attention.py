@@ -1,4 +1,4 @@
-"""Attention with context as ONNX nodes; equations in `models.networks.attention`.
+"""Attention with context as ONNX nodes; equations in `models.networks.layers`.
 
 Sequences are [T, B, W], state parts [1, B, size]. Over the stream all steps of a call are summed
 at once, in float64, from the state before it: memory grows with T squared. Calls are short if
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from models.errors import GraphUnsupportedError
 from models.onnx.heads import dense
-from models.onnx.messages import DataType
-from models.onnx.nodes import Nodes, Value
+from models.onnx.messages import DataType, Nodes, Value
 from models.spec.layers import EMPTY_MAXIMUM, MASKED_SCORE, AttentionLayer
 
 Weights = Mapping[str, NDArray[np.float32]]

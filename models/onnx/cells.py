@@ -1,16 +1,16 @@
-"""LSTM, GRU and simple RNN layers as ONNX operators.
+"""Recurrent and bidirectional layers as ONNX operators, and Keras activations as nodes.
 
-Keras and ONNX compute the same cells, LSTM with its gates in another order. If a weight has
-its gates side by side, [..., gates * H], `_gates` reorders them for ONNX:
+Keras and ONNX compute the same cells, LSTM with its gates in another order. If a weight has its
+gates side by side, [..., gates * H], `_gates` reorders them for ONNX:
 
     LSTM        Keras i, f, c, o    ONNX i, o, f, c
     peepholes         i, f, o            i, o, f
     GRU               z, r, h            z, r, h
     simple RNN        h                  h
 
-ONNX keeps weights transposed, [1, gates * H, in], and two biases, one added to x W and one to
-h R. Keras' GRU has both with `reset_after` (ONNX: `linear_before_reset`); every other cell has
-the first, and the second is zero.
+ONNX keeps weights transposed, [1, gates * H, in], and two biases, one added to x W and one to h R.
+Keras' GRU has both with `reset_after` (ONNX: `linear_before_reset`); every other cell has the
+first, and the second is zero.
 
 Sequences are [T, B, width] and state parts [1, B, H], as the operators expect.
 
@@ -18,26 +18,106 @@ Cells without an ONNX operator are an explicit loop: `Scan` runs one step's node
 What does not depend on the state, the product of the inputs and its normalisation, is computed
 before it for all steps at once. A step at or beyond a row's length keeps the state, as the
 operators do. The equations and the names of the weights are those of `models.networks.cells`.
+
+A bidirectional layer is two operators, one of them with direction `reverse`, which reverse by each
+row's length, as Keras does under a mask; each direction keeps its own state value. In blocks
+(`models.spec.blocks`) the steps are those of a window: a forward operator runs over the block and
+another goes on over the lookahead, and the state between them is the one that is carried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.onnx.activations import CellFunction, activation, cell_function
-from models.onnx.messages import DataType, tensor_value
-from models.onnx.nodes import Nodes, Value
+from models.errors import GraphUnsupportedError
+from models.onnx.messages import MOST, DataType, Nodes, Value, tensor_value
+from models.spec.blocks import BlockSpec
 from models.spec.layers import (
     NORMALISATION_EPSILON,
     ActivationName,
+    BidirectionalLayer,
     Cell,
     GruLayer,
     LstmLayer,
     SimpleRnnLayer,
 )
+
+_HARD_SIGMOID = {"alpha": 1 / 6, "beta": 0.5}
+_LEAKY_SLOPE = 0.2
+_NODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "relu": ("Relu", {}),
+    "sigmoid": ("Sigmoid", {}),
+    "hard_sigmoid": ("HardSigmoid", _HARD_SIGMOID),
+    "tanh": ("Tanh", {}),
+    "softplus": ("Softplus", {}),
+    "softsign": ("Softsign", {}),
+    "elu": ("Elu", {"alpha": 1.0}),
+    "selu": ("Selu", {}),
+    "exponential": ("Exp", {}),
+    "leaky_relu": ("LeakyRelu", {"alpha": _LEAKY_SLOPE}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CellFunction:
+    """A function inside a recurrent operator; the numbers only if it takes them."""
+
+    name: str
+    alpha: float | None = None
+    beta: float | None = None
+
+
+_CELL_FUNCTIONS = {
+    "linear": CellFunction("Affine", 1.0, 0.0),
+    "relu": CellFunction("Relu"),
+    "sigmoid": CellFunction("Sigmoid"),
+    "hard_sigmoid": CellFunction("HardSigmoid", _HARD_SIGMOID["alpha"], _HARD_SIGMOID["beta"]),
+    "tanh": CellFunction("Tanh"),
+    "softplus": CellFunction("Softplus"),
+    "softsign": CellFunction("Softsign"),
+    "elu": CellFunction("Elu", 1.0),
+    "leaky_relu": CellFunction("LeakyRelu", _LEAKY_SLOPE),
+}
+
+
+def activation(nodes: Nodes, name: ActivationName, x: Value) -> Value:
+    """The activation of every value; softmax over the last axis."""
+    match name:
+        case "linear":
+            return x
+        case "softmax":
+            return nodes.add("Softmax", x, axis=-1)
+        case "silu":
+            return nodes.add("Mul", x, nodes.add("Sigmoid", x))
+        case "gelu":
+            # x / 2 (1 + erf(x / sqrt 2))
+            error = nodes.add("Erf", nodes.add("Mul", x, nodes.number(1 / sqrt(2))))
+            share = nodes.add("Add", error, nodes.number(1.0))
+            return nodes.add("Mul", nodes.add("Mul", x, nodes.number(0.5)), share)
+    operator, attributes = _NODES[name]
+    return nodes.add(operator, x, **attributes)
+
+
+def cell_function(layer: str, name: ActivationName) -> CellFunction:
+    """The function of that name inside LSTM and GRU.
+
+    Raises:
+        GraphUnsupportedError: the operators have none like it; `layer` is named.
+    """
+    function = _CELL_FUNCTIONS.get(name)
+    if function is None:
+        raise GraphUnsupportedError(
+            f"layer {layer!r}: ONNX' recurrent operators have no activation {name!r}, "
+            f"expected one of {sorted(_CELL_FUNCTIONS)}"
+        )
+    return function
+
 
 Floats = NDArray[np.float32]
 
@@ -282,3 +362,105 @@ def _valid(nodes: Nodes, x: Value, lengths: Value) -> Value:
     indices = nodes.add("Unsqueeze", nodes.steps(x), nodes.integers(1, 2))
     rows = nodes.add("Cast", lengths, to=DataType.INT64)
     return nodes.add("Less", indices, nodes.add("Unsqueeze", rows, nodes.integers(0, 2)))
+
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+
+class WindowSteps(NamedTuple):
+    """The valid steps of each row, int32 [B], and in blocks also how they are divided.
+
+    Attributes:
+        lengths: of the whole row.
+        block: of its block; "" if there are no blocks, or no lookahead.
+        lookahead: of its lookahead.
+        size: C, where the lookahead begins.
+    """
+
+    lengths: Value
+    block: Value = ""
+    lookahead: Value = ""
+    size: int = 0
+
+    @classmethod
+    def of(cls, nodes: Nodes, lengths: Value, blocks: BlockSpec | None) -> WindowSteps:
+        """The steps of a network with these blocks, if it has any."""
+        if blocks is None or not blocks.lookahead:
+            return cls(lengths)
+        size, zero = (nodes.constant(np.array(n, np.int32)) for n in (blocks.size, 0))
+        block = nodes.add("Min", lengths, size)
+        lookahead = nodes.add("Max", nodes.add("Sub", lengths, size), zero)
+        return cls(lengths, block, lookahead, blocks.size)
+
+
+def forward(
+    nodes: Nodes,
+    cell: Cell,
+    weights: Weights,
+    x: Value,
+    steps: WindowSteps,
+    initial: list[Value],
+) -> tuple[Value, list[Value]]:
+    """A forward cell: the sequence, and the states after the last step, or after the block."""
+    if not steps.block:
+        return _run(nodes, cell, weights, x, steps.lengths, initial)
+    block, lookahead = nodes.part(x, 0, steps.size, axis=0), nodes.part(x, steps.size, MOST, axis=0)
+    first, after = _run(nodes, cell, weights, block, steps.block, initial)
+    second, _ = _run(nodes, cell, weights, lookahead, steps.lookahead, after)
+    return nodes.concat([first, second], axis=0), after
+
+
+def bidirectional(
+    nodes: Nodes,
+    layer: BidirectionalLayer,
+    weights: Weights,
+    x: Value,
+    steps: WindowSteps,
+    initial: list[Value],
+) -> tuple[Value, list[Value]]:
+    """Both directions of a layer.
+
+    Args:
+        x: float32 [T, B, in].
+        steps: valid steps of each row.
+        initial: the states of the forward cell, then of the backward cell, each [1, B, H], or
+            "" for zero.
+
+    Returns:
+        The merged sequence [T, B, width] and the states after, in the order of `initial`.
+    """
+    half = len(initial) // 2
+    ahead_cell, back_cell = layer.directions
+    forward_outputs, after = forward(nodes, ahead_cell, weights, x, steps, initial[:half])
+    backward_outputs, after_back = _run(
+        nodes, back_cell, weights, x, steps.lengths, initial[half:], "reverse"
+    )
+    return _merge(nodes, layer, forward_outputs, backward_outputs), [*after, *after_back]
+
+
+def _run(
+    nodes: Nodes,
+    cell: Cell,
+    weights: Weights,
+    x: Value,
+    lengths: Value,
+    initial: list[Value],
+    direction: str | None = None,
+) -> tuple[Value, list[Value]]:
+    if isinstance(cell, LstmLayer):
+        return lstm(nodes, cell, weights, x, lengths, initial, direction)
+    if isinstance(cell, GruLayer):
+        return gru(nodes, cell, weights, x, lengths, initial, direction)
+    return simple_rnn(nodes, cell, weights, x, lengths, initial, direction)
+
+
+def _merge(
+    nodes: Nodes, layer: BidirectionalLayer, forward_outputs: Value, backward_outputs: Value
+) -> Value:
+    match layer.merge:
+        case "concat":
+            return nodes.concat([forward_outputs, backward_outputs], axis=2)
+        case "mul":
+            return nodes.add("Mul", forward_outputs, backward_outputs)
+    total = nodes.add("Add", forward_outputs, backward_outputs)
+    return total if layer.merge == "sum" else nodes.add("Div", total, nodes.number(2.0))

@@ -5,12 +5,12 @@
 In blocks T is C+R, the steps of a window, and the outputs are those of its block, [B,C,O].
 
 The same step as `models.networks.build`, with the ONNX operators LSTM, GRU and RNN, which take
-initial states and the length of each row. B and T are free: one graph serves every batch. Names
-and dtypes are in `models.onnx.names`, the packing in `models.spec.layout`.
+initial states and the length of each row. B and T are free: one graph serves every batch. Names and
+dtypes are in `models.onnx.messages`, the packing in `models.spec.layout`.
 
-Written from the specification alone, with neither TensorFlow nor ONNX Runtime; the same model
-gives equal bytes. Models that a graph cannot represent are rejected: those with an activation that
-the recurrent operators lack, or with more weights than fit in one file. Rows of length 0 are not
+Written from the specification alone, with neither TensorFlow nor ONNX Runtime; the same model gives
+equal bytes. Models that a graph cannot represent are rejected: those with an activation that the
+recurrent operators lack, or with more weights than fit in one file. Rows of length 0 are not
 supported, and values beyond a row's length must be zero, as the engine pads them.
 """
 
@@ -23,23 +23,25 @@ from numpy.typing import NDArray
 
 from models.artifact.fingerprint import compute_fingerprint
 from models.errors import GraphUnsupportedError
-from models.onnx.activations import activation
 from models.onnx.attention import check_steps, over_chunk, over_stream
-from models.onnx.bidirectional import WindowSteps, bidirectional, forward
-from models.onnx.convolution import causal_convolution
+from models.onnx.cells import WindowSteps, activation, bidirectional, forward
 from models.onnx.heads import dense, head_output, last_observed
-from models.onnx.messages import DataType, ModelProto, tensor_value
-from models.onnx.names import (
+from models.onnx.messages import (
     GRAPH_FORMAT,
     LENGTHS,
     MARK_FINGERPRINT,
     MARK_FORMAT,
+    MOST,
     OUTPUTS,
     ROWS,
     STATES,
     STATES_AFTER,
+    DataType,
+    ModelProto,
+    Nodes,
+    Value,
+    tensor_value,
 )
-from models.onnx.nodes import Nodes, Value
 from models.spec.decoder import LAST
 from models.spec.heads import AnomalyHead
 from models.spec.layers import (
@@ -65,6 +67,56 @@ from models.spec.layers import (
 )
 from models.spec.layout import layer_widths, network_outputs, network_state
 from models.spec.model import ModelSpec
+
+
+def causal_convolution(
+    nodes: Nodes,
+    layer: Conv1dLayer,
+    weights: Mapping[str, NDArray[np.float32]],
+    x: Value,
+    lengths: Value,
+    past: Value,
+) -> tuple[Value, Value]:
+    """One layer over a chunk.
+
+    Args:
+        x: float32 [T, B, W].
+        lengths: int32 [B], each 1..T.
+        past: float32 [1, B, P W], the P rows before the chunk; "" if P is 0.
+
+    Returns:
+        The sequence [T, B, units], and the last P rows up to each row's length, [1, B, P W]; ""
+        if P is 0.
+    """
+    kernel, count = weights[f"{layer.name}.kernel"], layer.past_steps
+    width = kernel.shape[1]
+    rows, after = x, ""
+    if count:
+        shape = nodes.integers(0, count, width)
+        before = nodes.add("Reshape", nodes.add("Squeeze", past, nodes.integers(0)), shape)
+        rows = nodes.concat([nodes.add("Transpose", before, perm=[1, 0, 2]), x], axis=0)
+        after = _last_rows(nodes, rows, lengths, count, width)
+    taps = [
+        nodes.part(rows, start, start - count if start < count else MOST, axis=0)
+        for start in range(0, count + 1, layer.dilation)
+    ]
+    matrix = nodes.constant(kernel.reshape(-1, layer.units))
+    y = nodes.add("MatMul", nodes.concat(taps, axis=2), matrix)
+    if layer.use_bias:
+        y = nodes.add("Add", y, nodes.constant(weights[f"{layer.name}.bias"]))
+    return activation(nodes, layer.activation, y), after
+
+
+def _last_rows(nodes: Nodes, rows: Value, lengths: Value, count: int, width: int) -> Value:
+    """Rows length .. length + count - 1 of each stream: [P + T, B, W] -> [1, B, P W]."""
+    first = nodes.add("Cast", lengths, to=DataType.INT64)
+    steps = nodes.constant(np.arange(count, dtype=np.int64)[:, np.newaxis])
+    places = nodes.add("Unsqueeze", nodes.add("Add", steps, first), nodes.integers(2))
+    places = nodes.add("Expand", places, nodes.integers(1, 1, width))
+    last = nodes.add("Transpose", nodes.add("GatherElements", rows, places, axis=0), perm=[1, 0, 2])
+    flat = nodes.add("Reshape", last, nodes.integers(0, count * width))
+    return nodes.add("Unsqueeze", flat, nodes.integers(0))
+
 
 OPSET = 20
 IR_VERSION = 9

@@ -1,6 +1,6 @@
 """The outputs and states of the heads, and the state for a decoder, as ONNX nodes.
 
-The equations are those of `models.networks.heads` and `models.networks.decoder_network`, in the
+The equations are those of `models.networks.heads` and `models.networks.heads`, in the
 same order of operations. Sequences
 are [T, B, width], an anomaly head's part of the state is [1, B, P]. Values beyond a row's
 length mean nothing, but are numbers.
@@ -23,9 +23,8 @@ from models.events.schema import (
     EventSchema,
     NumericField,
 )
-from models.onnx.activations import activation
-from models.onnx.messages import DataType
-from models.onnx.nodes import Nodes, Value
+from models.onnx.cells import activation
+from models.onnx.messages import DataType, Nodes, Value
 from models.spec.heads import (
     DEVIATION_LIMIT,
     EXPONENT_LIMIT,

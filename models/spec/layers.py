@@ -1,11 +1,18 @@
-"""Specifications of layers: sizes, inputs and options, and constants that runtimes share.
+"""Layers: their options, sizes, and the chunking semantics that they give a network.
 
-Contains neither weights nor a runtime.
+Contains neither weights nor a runtime, but the constants that runtimes share. The outputs of a
+network may depend on how a stream is cut into chunks:
+
+    invisible   every layer is causal and continues from its own state: outputs do not depend on
+                the chunk boundaries
+    per_chunk   some layer sees the chunk as a whole: each chunk is one Keras call from the carried
+                state, and outputs depend on the chunk boundaries
+    whole       some layer reads backward: only complete sequences can be processed
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -289,7 +296,7 @@ class AttentionLayer(_Layer):
             `normaliser` and `sum`.
         units: size of the hidden layer that scores a step.
 
-    `models.networks.attention` has the equations.
+    `models.networks.layers` has the equations.
     """
 
     kind: Literal["attention"] = "attention"
@@ -373,3 +380,100 @@ def layer_width(layer: Layer, widths: Mapping[str, int]) -> int:
 
 FEATURES = "features"
 """Input name of the encoded rows, in which categories are replaced by their embeddings."""
+
+
+Chunking = Literal["invisible", "per_chunk", "whole"]
+
+_STEPWISE = (
+    DenseLayer,
+    ActivationLayer,
+    DropoutLayer,
+    LayerNormalizationLayer,
+    BatchNormalizationLayer,
+    AffineLayer,
+    PreluLayer,
+    SliceLayer,
+    MergeLayer,
+)
+"""Layers that treat every step alike, and so are constant if their inputs are."""
+
+DEFAULT_CHUNK_STEPS = 1024
+"""Default of the longest chunk of a network that sees a chunk as a whole."""
+
+
+def chunking_of(layers: Iterable[Layer], *, blocks: bool) -> Chunking:
+    """Determine the chunking semantics of a network.
+
+    Args:
+        blocks: whether the stream is processed in blocks (`models.spec.blocks`).
+    """
+    if blocks:
+        return "invisible"
+    layers = tuple(layers)
+    if any(isinstance(layer, BidirectionalLayer) for layer in layers):
+        return "whole"
+    return "per_chunk" if any(_is_non_causal(layer) for layer in layers) else "invisible"
+
+
+def non_causal_layers(layers: Iterable[Layer]) -> frozenset[str]:
+    """Names of the layers whose value at a step depends on later steps of the same chunk."""
+    names: set[str] = set()
+    for layer in layers:
+        if _is_non_causal(layer) or names.intersection(layer.inputs):
+            names.add(layer.name)
+    return frozenset(names)
+
+
+def chunk_constant_layers(layers: Iterable[Layer]) -> frozenset[str]:
+    """Names of the layers that have the same value at every step of a chunk."""
+    names: set[str] = set()
+    for layer in layers:
+        if isinstance(layer, AttentionLayer):
+            is_constant = layer.over == "chunk"
+        else:
+            is_constant = isinstance(layer, _STEPWISE) and names.issuperset(layer.inputs)
+        if is_constant:
+            names.add(layer.name)
+    return frozenset(names)
+
+
+def check_starts_from(layer: Recurrent, before: Mapping[str, Layer]) -> None:
+    """Check that a layer can take its initial state from the layer in `starts_from`.
+
+    Args:
+        before: the preceding layers, by name.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if layer.starts_from is None:
+        return
+    source = before.get(layer.starts_from)
+    if not isinstance(source, RECURRENT):
+        names = [name for name, other in before.items() if isinstance(other, RECURRENT)]
+        raise ValueError(
+            f"layer {layer.name!r} starts from {layer.starts_from!r}, "
+            f"expected a recurrent layer before it: {names}"
+        )
+    expected, actual = returned_state(layer), returned_state(source)
+    if expected != actual:
+        raise ValueError(
+            f"layer {layer.name!r} starts from {source.name!r}, which returns "
+            f"{_format_parts(actual)}; expected {_format_parts(expected)}"
+        )
+
+
+def _is_non_causal(layer: Layer) -> bool:
+    match layer:
+        case LstmLayer() | GruLayer() | SimpleRnnLayer():
+            return layer.starts_from is not None
+        case BidirectionalLayer():
+            return True
+        case AttentionLayer():
+            return layer.over == "chunk"
+        case _:
+            return False
+
+
+def _format_parts(parts: Mapping[str, int]) -> str:
+    return " and ".join(f"{name} [{size}]" for name, size in parts.items())

@@ -26,7 +26,6 @@ from models.events.schema import (
 )
 from models.events.statistics import statistic_parts
 from models.spec.blocks import block_parts
-from models.spec.chunking import chunk_constant_layers
 from models.spec.decoder import LAST, add_decoder_prefix
 from models.spec.detection import DetectionSpec, detection_parts
 from models.spec.heads import (
@@ -57,6 +56,7 @@ from models.spec.layers import (
     PreluLayer,
     SimpleRnnLayer,
     SliceLayer,
+    chunk_constant_layers,
     layer_width,
     returned_state,
 )

@@ -29,13 +29,6 @@ from pydantic_core import PydanticKnownError
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen, NumericField
 from models.spec.blocks import BlockSpec
-from models.spec.chunking import (
-    DEFAULT_CHUNK_STEPS,
-    Chunking,
-    check_starts_from,
-    chunking_of,
-    non_causal_layers,
-)
 from models.spec.decoder import (
     DECODER,
     DecoderSpec,
@@ -54,15 +47,20 @@ from models.spec.heads import (
     SequenceHead,
 )
 from models.spec.layers import (
+    DEFAULT_CHUNK_STEPS,
     FEATURES,
     RECURRENT,
     AttentionLayer,
     BidirectionalLayer,
+    Chunking,
     Conv1dLayer,
     Layer,
     MergeLayer,
     Units,
+    check_starts_from,
+    chunking_of,
     layer_width,
+    non_causal_layers,
 )
 from models.spec.onnx_network import OnnxNetwork
 from models.spec.resets import ResetPolicy
@@ -409,7 +407,7 @@ class ModelSpec(Frozen):
 
     @property
     def chunking(self) -> Chunking:
-        """The chunking semantics of the network; see `models.spec.chunking`."""
+        """The chunking semantics of the network; see `models.spec.layers`."""
         if self.onnx is not None:
             return self.onnx.chunking
         return chunking_of(self.layers, blocks=self.blocks is not None)

@@ -132,7 +132,7 @@ class OnnxNetwork(Frozen):
             every longer row), `equal` (one call for the rows of each length) or `step` (one call
             for each step).
         batch_size: B, if the graph has a fixed one.
-        chunking: whether outputs depend on the chunk boundaries; see `models.spec.chunking`.
+        chunking: whether outputs depend on the chunk boundaries; see `models.spec.layers`.
     """
 
     axes: Axes

@@ -44,8 +44,7 @@ from models.training.scores import (
     truth_of,
 )
 from models.training.table import Baseline, Table, gaussian_nats
-from models.training.time_budget import OutOfTimeError, TimeBudget
-from models.training.trees import Trees
+from models.training.trees import OutOfTimeError, TimeBudget, Trees
 
 HALF_LIVES = (None, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Events after which a running mean has forgotten half; None forgets nothing."""

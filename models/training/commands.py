@@ -21,12 +21,10 @@ from models.errors import ArtifactError, DataError, SpecError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
 from models.spec.spec_file import add_line_number, read_spec
-from models.training.data import streams_of
+from models.training.data import labels_of, split_of, streams_of
 from models.training.evaluate import evaluate, events_to_score
 from models.training.files import read_data
-from models.training.labels import labels_of
 from models.training.progress import Progress
-from models.training.split import split_of
 
 if TYPE_CHECKING:
     from models.training.report import Further
@@ -98,8 +96,7 @@ def train_frame(
 
     A table without events from `test_from` on gives an artifact without a report.
     """
-    from models.training.checkpoint import checkpoint_path
-    from models.training.trainer import train
+    from models.training.trainer import checkpoint_path, train
 
     out = Path(out)
     progress = Progress(Console(quiet=quiet))

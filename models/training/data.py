@@ -1,18 +1,29 @@
-"""Converts a table of events to encoded streams.
+"""Converts a table of events to encoded streams, with their labels and their split.
 
 `models.training.files` reads the table from a file, and `models.events.frame` its columns as
 fields, the same for training, evaluation and replay. Rows of one stream are put in the order of
 `order_by` (the timestamp field by default); rows that tie keep the order of the file.
 
 Errors name the file, the column and the row (data rows counted from 1).
+
+Either by two times, the same for all streams, or by shares of each stream's events. What is
+compared is `Streams.split_keys`: the time of an event, or its position within its stream. In both
+cases every stream's validation events follow its training events, and its test events follow those.
+By shares, one stream's test events can be at the time of another's training events: split by time
+if streams depend on each other.
+
+A label is a value of the event itself that the event does not carry
+(`models.spec.heads.LabelHead`). Here each becomes a number: the index of its class, or 1 and 0 if
+there are no classes; NaN if the cell is empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -30,6 +41,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
+from models.spec.heads import LabelHead
 from models.spec.model import ModelSpec, schema_of
 from models.spec.resets import find_resets, segments_of
 from models.spec.training import ResolvedTraining, TrainingSpec
@@ -52,7 +64,7 @@ class Streams:
         columns: the same rows as event columns.
         moments_ms: int64 [rows], epoch milliseconds of each event; an event without a timestamp has
             its predecessor's.
-        split_keys: int64 [rows], by which data are split (`models.training.split`): the moments, or
+        split_keys: int64 [rows], by which data are split (`models.training.data`): the moments, or
             the positions within the streams.
     """
 
@@ -331,3 +343,130 @@ def _select_rows(columns: EventColumns, rows: NDArray[Any]) -> EventColumns:
         {name: array[rows] for name, array in columns.present.items()},
         {name: array[rows] for name, array in columns.values.items()},
     )
+
+
+class Split(NamedTuple):
+    """Where validation and test begin.
+
+    Attributes:
+        validate, test: key of the first event of each.
+        train_range, validation_range, test_range: the events of each, in words.
+    """
+
+    validate: int
+    test: int
+    train_range: str
+    validation_range: str
+    test_range: str
+
+
+def split_of(spec: ModelSpec) -> Split:
+    """The split of a spec with resolved `training`.
+
+    Raises:
+        SpecError: a time cannot be read, or the test begins before validation does.
+    """
+    schema, training = schema_of(spec), training_of(spec)
+    if training.is_split_by_share:
+        validate_share, test_share = training.validate_share or 0.0, training.test_share or 0.0
+        return Split(
+            round((1 - validate_share - test_share) * POSITIONS),
+            round((1 - test_share) * POSITIONS),
+            f"before the last {validate_share + test_share:.4g} of each stream",
+            f"in the {validate_share:.4g} of each stream before its test events (validate_share)",
+            f"in the last {test_share:.4g} of each stream",
+        )
+    validate_from, test_from = training.validate_from or "", training.test_from or ""
+    split = Split(
+        moment_ms(schema, validate_from, "training.validate_from"),
+        moment_ms(schema, test_from, "training.test_from"),
+        f"before {validate_from} (validate_from)",
+        f"from {validate_from} to before {test_from} (test_from)",
+        f"from {test_from} on",
+    )
+    if split.test < split.validate:
+        raise SpecError(
+            "training.test_from: expected a moment at or after validate_from "
+            f"({validate_from!r}), got {test_from!r}"
+        )
+    return split
+
+
+Labels = Mapping[str, NDArray[np.float32]]
+"""Head name -> float32 [rows]."""
+
+_TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
+
+
+def label_heads(spec: ModelSpec) -> tuple[LabelHead, ...]:
+    """The spec's label heads, in their order."""
+    return tuple(head for head in spec.heads if isinstance(head, LabelHead))
+
+
+def labels_of(
+    spec: ModelSpec,
+    frame: pl.DataFrame,
+    source: str = "data",
+    rows: NDArray[np.int64] | None = None,
+) -> Labels:
+    """Read the column of every label head.
+
+    Args:
+        spec: the model.
+        frame: one row per event; the labels are in its order.
+        source: what errors call the table.
+        rows: int64, index of each row in the table, for errors; by default the frame is the
+            table.
+
+    Raises:
+        DataError: a column is not there, or a cell is neither empty nor a class of its head
+            (true, false, 1 or 0 if it has no classes).
+    """
+    return {head.name: _column(head, frame, source, rows) for head in label_heads(spec)}
+
+
+def _column(
+    head: LabelHead, frame: pl.DataFrame, source: str, rows: NDArray[np.int64] | None
+) -> NDArray[np.float32]:
+    if head.source not in frame.columns:
+        raise DataError(
+            field=head.source,
+            expected=f"{source}: a column of the labels of {head.name!r}",
+            got=f"{frame.columns}",
+        )
+    if head.classes:
+        codes = {name: float(at) for at, name in enumerate(head.classes)}
+        return _codes(frame[head.source].cast(pl.String), codes, source, rows)
+    return read_truth(frame[head.source], source, rows)
+
+
+def read_truth(
+    column: pl.Series, source: str = "data", rows: NDArray[np.int64] | None = None
+) -> NDArray[np.float32]:
+    """Read a column of true and false as 1 and 0, also if it is text; NaN where a cell is empty.
+
+    Args:
+        source, rows: as in `labels_of`.
+
+    Raises:
+        DataError: a cell is neither empty nor true, false, 1 or 0.
+    """
+    text = column.cast(pl.String).str.strip_chars().str.to_lowercase()
+    return _codes(text, _TRUTH, source, rows)
+
+
+def _codes(
+    text: pl.Series, codes: Mapping[str, float], source: str, rows: NDArray[np.int64] | None
+) -> NDArray[np.float32]:
+    labels = text.replace_strict(codes, default=None, return_dtype=pl.Float32)
+    invalid = text.is_not_null() & labels.is_null()
+    if invalid.any():
+        at = invalid.arg_true().to_numpy()
+        numbers = at if rows is None else rows[at]
+        first = int(np.argmin(numbers))
+        raise DataError(
+            field=text.name,
+            expected=f"{source}, row {numbers[first] + 1}: one of {list(codes)}, or nothing",
+            got=repr(text[int(at[first])]),
+        )
+    return labels.fill_null(float("nan")).to_numpy().astype(np.float32)

@@ -40,8 +40,7 @@ from models.spec.heads import ForecastHead
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec
 from models.spec.training import ResolvedTraining
-from models.training.plan import Plan
-from models.training.windows import Window
+from models.training.plan import Plan, Window
 
 STEEPNESS = 20.0
 """k of the inverse sigmoid: it begins at k / (k + 1)."""

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from models.errors import DataError
+from models.events.calendar import DAY_MS
 from models.events.schema import EventSchema
-from models.events.zones import DAY_MS
-from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
+from models.spec.layers import DEFAULT_CHUNK_STEPS, chunking_of
 from models.spec.model import ModelSpec, schema_of
 from models.spec.training import ResolvedTraining, TrainingSpec
 from models.training.data import (
@@ -26,7 +26,7 @@ from models.training.data import (
     moment_text,
     unresolved_training_of,
 )
-from models.training.windows import groups_of, segments_of
+from models.training.plan import groups_of, segments_of
 
 VALIDATE_SHARE, TEST_SHARE = 0.7, 0.85
 """Shares of the events before `validate_from` and before `test_from`."""

@@ -23,8 +23,7 @@ from models.artifact.artifact import Artifact
 from models.detection.detector import Detector
 from models.detection.scoring import StreamScores, score_streams, with_intervals
 from models.errors import DataError
-from models.offline.runner import Advance, run_rows
-from models.offline.step import Step, open_step
+from models.offline.runner import Advance, Step, open_step, run_rows
 from models.spec.blocks import BlockSpec, cut_blocks
 from models.spec.heads import Head, LabelHead
 from models.spec.layout import (
@@ -35,10 +34,17 @@ from models.spec.layout import (
     output_spec,
 )
 from models.spec.model import ModelSpec, schema_of
-from models.training.data import Streams, moment_ms, streams_of, training_of
-from models.training.labels import Labels, labels_of, read_truth
+from models.training.data import (
+    Labels,
+    Streams,
+    labels_of,
+    moment_ms,
+    read_truth,
+    split_of,
+    streams_of,
+    training_of,
+)
 from models.training.scores import add_scaled, has_targets, score_outputs, stream_scales
-from models.training.split import split_of
 
 DETECTION_STEPS = 256
 MS_PER_DAY = 86_400_000

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import Distribution, decoder_of, start
-from models.events.zones import DAY_MS
-from models.offline.step import Step, open_step
+from models.events.calendar import DAY_MS
+from models.offline.runner import Step, open_step
 from models.spec.decoder import known_columns, strip_decoder_prefix
 from models.spec.layout import network_state
 from models.spec.model import ModelSpec

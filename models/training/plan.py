@@ -1,26 +1,119 @@
-"""Plans training: which steps are for training or validation, and in which order they run.
+"""Plans training: windows of the streams, which steps train or validate, and in which order.
 
-Invariant: nothing at or after the key `validate` is trained on, neither as an event nor as the
-event to be predicted, and nothing at or after `test` is validated on. A label belongs to the
-time of its own event: omit labels from the table that are known only later.
+A stream's events are split into *segments* of at most `segment_steps`, a segment into *windows* of
+nearly equal length, at most `window_steps`. Segments of about the same length run side by side as
+one *group*: its windows follow one another, each from the state the last one left, and gradients
+stop between them. A segment starts from the state in which the segment before it last ended; a
+stream's first segment starts from the zero state. So every event is seen once per epoch, from its
+stream's own past, and streams of any lengths share full batches. Within an epoch each step is in
+exactly one window, and a window's rows never mix two streams.
+
+Nothing at or after the key `validate` is trained on, neither as an event nor as the event to be
+predicted, and nothing at or after `test` is validated on. A label belongs to the time of its own
+event: omit labels from the table that are known only later.
+
+A head is trained on the values of its column before `validate_from`, and its best epoch is chosen
+on those from there to `test_from`. If a table has no values in one of these ranges, or a single
+class to train on, losses are meaningless and baselines cannot be fitted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import DataError, SpecError
-from models.spec.chunking import non_causal_layers
-from models.spec.heads import LabelHead
+from models.events.schema import BooleanField, CategoricalField
+from models.spec.decoder import DecoderSpec
+from models.spec.heads import ClassificationHead, Head, LabelHead
+from models.spec.layers import non_causal_layers
+from models.spec.layout import event_field
 from models.spec.model import ModelSpec, schema_of
-from models.training.data import Streams, training_of
-from models.training.labels import Labels
-from models.training.scores import has_targets
-from models.training.windows import Segment, groups_of, segments_of
+from models.training.data import Labels, Streams, split_of, training_of
+from models.training.evaluate import scored_rows, target_rows
+from models.training.scores import Floats, has_targets, truth_of
+
+LENGTHS_PER_WINDOW = 4
+"""Padded window lengths are multiples of a quarter window: few shapes, little padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive steps of one stream.
+
+    Attributes:
+        start: first row, an index into the rows of all streams.
+        stop: one past the last row.
+        before: index of the segment that precedes it in its stream, or None for the first.
+    """
+
+    start: int
+    stop: int
+    before: int | None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One window of a group, padded to T steps and B slots of a batch.
+
+    Attributes:
+        index: int64 [B, T], the row that each step reads; padding repeats row 0.
+        lengths: int32 [B], valid steps of each slot; 0 if a slot is empty or has ended.
+    """
+
+    index: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+
+
+def segments_of(spans: Sequence[tuple[int, int]], segment_steps: int) -> list[Segment]:
+    """Split each stream's rows [start, stop) into segments; empty streams have none."""
+    segments: list[Segment] = []
+    for start, stop in spans:
+        before: int | None = None
+        for begin in range(start, stop, segment_steps):
+            segments.append(Segment(begin, min(begin + segment_steps, stop), before))
+            before = len(segments) - 1
+    return segments
+
+
+def groups_of(segments: Sequence[Segment], batch_size: int) -> list[list[int]]:
+    """Indices of segments, `batch_size` to a group, those of about the same length together."""
+    order = sorted(range(len(segments)), key=lambda i: (-segments[i].steps, i))
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+
+def windows_of(group: Sequence[Segment], batch_size: int, window_steps: int) -> Iterator[Window]:
+    """The windows of one group, in order.
+
+    Args:
+        group: at most `batch_size` segments; slot i carries segment i.
+        batch_size: B.
+        window_steps: most steps of a window; the longest segment's are nearly equal.
+    """
+    longest = max(segment.steps for segment in group)
+    count = ceil(longest / window_steps)
+    grain = max(1, window_steps // LENGTHS_PER_WINDOW)
+    steps = min(window_steps, ceil(ceil(longest / count) / grain) * grain)
+    offsets = np.arange(steps, dtype=np.int64)
+    starts = np.zeros(batch_size, np.int64)
+    stops = np.zeros(batch_size, np.int64)
+    starts[: len(group)] = [segment.start for segment in group]
+    stops[: len(group)] = [segment.stop for segment in group]
+    for begin in range(0, longest, steps):
+        first = starts + begin
+        lengths = np.clip(stops - first, 0, steps).astype(np.int32)
+        index = np.where(offsets < lengths[:, None], first[:, None] + offsets, 0)
+        yield Window(index, lengths)
 
 
 def trained_network(spec: ModelSpec) -> ModelSpec:
@@ -163,3 +256,86 @@ def _within(labels: Labels, side: NDArray[np.bool_]) -> Labels:
     return {
         name: np.where(side, values, np.nan).astype(np.float32) for name, values in labels.items()
     }
+
+
+def check_targets(
+    spec: ModelSpec,
+    streams: Streams,
+    labels: Labels,
+    source: str = "data",
+) -> None:
+    """Reject a table without usable targets for one of the heads, or for the decoder.
+
+    Args:
+        spec: with a fitted schema.
+        streams, labels: the table.
+        source: what errors call the table.
+
+    Raises:
+        DataError: a target has no value in one range, or a single class to train on; `field` is
+            its column.
+    """
+    split = split_of(spec)
+    for head in (*(head for head in spec.heads if has_targets(head)), spec.decoder):
+        if head is None:
+            continue
+        train_rows, validation_rows = (
+            scored_rows(streams, *span)
+            if isinstance(head, DecoderSpec)
+            else target_rows(head, streams, labels, *span)
+            for span in ((None, split.validate), (split.validate, split.test))
+        )
+        name = "the decoder" if isinstance(head, DecoderSpec) else f"head {head.name!r}"
+        for column, has_value in _target_masks(head, streams, labels):
+            for rows, range_ in (
+                (train_rows, split.train_range),
+                (validation_rows, split.validation_range),
+            ):
+                if not has_value[rows].any():
+                    raise DataError(
+                        field=column,
+                        expected=f"{source}: values for {name} {range_}",
+                        got="none" if column in streams.frame.columns else "no such column",
+                    )
+            if isinstance(head, ClassificationHead | LabelHead):
+                classes = _classes(spec, head, streams, labels, train_rows[has_value[train_rows]])
+                if len(classes) < 2:
+                    raise DataError(
+                        field=column,
+                        expected=f"{source}: two classes or more for {name} {split.train_range}",
+                        got=f"{_class_name(spec, head, int(classes[0]))} alone",
+                    )
+
+
+def _target_masks(
+    head: Head | DecoderSpec, streams: Streams, labels: Labels
+) -> list[tuple[str, NDArray[np.bool_]]]:
+    """The target columns of a head, each with a mask of the rows that have a value, bool [rows]."""
+    if isinstance(head, LabelHead):
+        return [(head.source, ~np.isnan(labels[head.name]))]
+    names = (head.target,) if isinstance(head, ClassificationHead) else getattr(head, "targets", ())
+    return [(name, streams.columns.present[name]) for name in names]
+
+
+def _classes(
+    spec: ModelSpec,
+    head: ClassificationHead | LabelHead,
+    streams: Streams,
+    labels: Labels,
+    rows: NDArray[np.int64],
+) -> Floats:
+    """The distinct classes of the rows."""
+    if isinstance(head, LabelHead):
+        return np.unique(labels[head.name][rows].astype(np.float64))
+    return np.unique(truth_of(spec, head, streams.columns, rows))
+
+
+def _class_name(spec: ModelSpec, head: ClassificationHead | LabelHead, number: int) -> str:
+    if isinstance(head, LabelHead):
+        return repr(head.classes[number]) if head.classes else ("false", "true")[number]
+    field = event_field(spec, head.target)
+    if isinstance(field, CategoricalField):
+        return repr(field.labels[number])
+    if isinstance(field, BooleanField):
+        return ("false", "true")[number]
+    return f"numbers {('at most', 'above')[number]} {head.above:g}"

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from models.training.verdict import MODEL
+from models.training.report import MODEL
 
 DPI = 90
 

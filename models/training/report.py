@@ -21,19 +21,21 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
 from models.errors import DataError, SpecError
-from models.events.zones import zone_table
+from models.events.calendar import zone_table
 from models.spec.heads import ForecastHead, Head
 from models.spec.layout import output_spec
 from models.spec.model import schema_of
 from models.training.baselines import baselines_of
 from models.training.data import (
     Streams,
+    labels_of,
     moment_ms,
+    split_of,
     streams_of,
     training_of,
     without_normalisation,
 )
-from models.training.detection_baselines import compare_detection
+from models.training.detection import compare_detection
 from models.training.evaluate import (
     anomalous_events,
     chunk_settings,
@@ -43,7 +45,6 @@ from models.training.evaluate import (
     target_rows,
 )
 from models.training.horizon import horizon_lines, horizon_report
-from models.training.labels import labels_of
 from models.training.plan import trained_network
 from models.training.scores import (
     DayDraws,
@@ -55,10 +56,82 @@ from models.training.scores import (
     score_outputs,
     stream_scales,
 )
-from models.training.split import split_of
 from models.training.table import Baseline, Table
-from models.training.time_budget import Note, TimeBudget
-from models.training.verdict import HIGHER_IS_BETTER, MODEL, direction, verdict_line, verdicts
+from models.training.trees import Note, TimeBudget
+
+MODEL = "model"
+HIGHER_IS_BETTER = frozenset({"auc"})
+NAIVE = ("last value", "base rate")
+"""Baselines that need no model: one that is worse than them is of no use."""
+
+
+def direction(metric: str) -> str:
+    """A metric with the direction in which it is better."""
+    return f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)"
+
+
+def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """By head, and by target of a decoder, what the model is better and worse than.
+
+    Returns:
+        Dicts with `head`, `metric` (the first of the head's), `better_than` and `worse_than`
+        (names of baselines, by their mean), and `worse_than_naive` (one of `NAIVE`, or None).
+    """
+    found = [
+        _verdict(name, metric, {other: each[metric]["value"] for other, each in scores.items()})
+        for name, head in report["heads"].items()
+        for scores in (head["scores"],)
+        for metric in (next(iter(scores[MODEL])),)
+    ]
+    for name, target in report.get("decoder", {}).get("targets", {}).items():
+        means = {other: _mean(steps) for other, steps in target["mae"].items()}
+        known = {other: mean for other, mean in means.items() if mean is not None}
+        if MODEL in known:
+            found.append(_verdict(f"decoder.{name}", "mae", known))
+    return found
+
+
+def verdict_line(verdict: dict[str, Any]) -> str:
+    """One verdict as a line."""
+    parts = []
+    if verdict["better_than"]:
+        parts.append(f"better than {_names(verdict['better_than'])}")
+    if verdict["worse_than"]:
+        parts.append(f"worse than {_names(verdict['worse_than'])}")
+    line = f"{verdict['head']}: {'; '.join(parts) or 'no baseline to compare with'}"
+    line += f", by {direction(verdict['metric'])}"
+    if verdict["worse_than_naive"] is None:
+        return line
+    return (
+        f"{line}. This model is worse than the {verdict['worse_than_naive']}: do not serve it for "
+        f"{verdict['head']}. Let the head read the features besides the recurrent layers "
+        "(`concatenate` both), or train on more data"
+    )
+
+
+def _verdict(head: str, metric: str, values: dict[str, float]) -> dict[str, Any]:
+    own = values[MODEL]
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    worse = [name for name, value in values.items() if sign * (own - value) > 0]
+    better = [name for name in values if name not in (MODEL, *worse)]
+    naive = next((name for name in NAIVE if name in worse), None)
+    return {
+        "head": head,
+        "metric": metric,
+        "better_than": better,
+        "worse_than": worse,
+        "worse_than_naive": naive,
+    }
+
+
+def _mean(steps: list[float | None]) -> float | None:
+    present = [step for step in steps if step is not None]
+    return float(np.mean(present)) if present else None
+
+
+def _names(names: list[str]) -> str:
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
+
 
 DRAWS = 1000
 CALIBRATION_BINS = 10

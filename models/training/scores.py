@@ -41,8 +41,7 @@ from models.spec.heads import (
 )
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
-from models.training.data import Streams
-from models.training.labels import Labels
+from models.training.data import Labels, Streams
 
 Floats = NDArray[np.float64]
 MIN_PROBABILITY = 1e-6

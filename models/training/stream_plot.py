@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
-from models.detection.measures import runs
+from models.detection.scoring import runs
 from models.errors import DataError
 from models.events.schema import NumericField
 from models.spec.detection import ALARM_STATES
@@ -50,11 +50,11 @@ from models.training.data import (
     Streams,
     moment_ms,
     moment_text,
+    split_of,
     streams_of,
     unresolved_training_of,
 )
 from models.training.evaluate import anomalous_events, detect, run_chunks, run_network
-from models.training.split import split_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from models.spec.model import ModelSpec
-from models.training.data import Streams
-from models.training.labels import Labels
+from models.training.data import Labels, Streams
 from models.training.scores import Floats, Scored
 from models.training.trees import tree_features
 

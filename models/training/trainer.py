@@ -5,42 +5,182 @@ Keeps the best epoch by validation loss, and stops early after `patience` epochs
 improvement, or once the time limit has passed. A checkpoint beside the artifact is replaced after
 every epoch; `resume` continues from it to equal weights. `models.training.report` scores held-out
 events.
+
+The file holds the weights, their average, the optimiser's moments, the best weights so far, the
+states in which segments ended, and as metadata the finished epochs. It belongs to one spec and one
+table; others are rejected. Invariant: a run that is interrupted after any epoch and resumed ends
+with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.fingerprint import canonical_json
 from models.errors import ArtifactError
 from models.spec.model import ModelSpec
-from models.training.checkpoint import (
-    Checkpoint,
-    checkpoint_path,
-    read_checkpoint,
-    training_key,
-    write_checkpoint,
-)
-from models.training.data import fitted_spec, streams_of, training_of
+from models.spec.training import ResolvedTraining
+from models.training.data import Labels, fitted_spec, labels_of, split_of, streams_of, training_of
 from models.training.defaults import calendar_warning, resolve_training
 from models.training.detection import check_detection, fitted_detection
 from models.training.ensemble import check_members, merge_members
-from models.training.labels import labels_of
 from models.training.loop import Loop
-from models.training.plan import plan_of, trained_network
+from models.training.plan import check_targets, plan_of, trained_network
 from models.training.progress import Advance, Progress
-from models.training.split import split_of
-from models.training.stopping import best_epoch, reason_to_stop, stopping_warning
-from models.training.targets import check_targets
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One epoch's end.
+
+    Attributes:
+        arrays: everything numeric, by name.
+        history: one record per epoch done.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    history: tuple[dict[str, Any], ...]
+
+
+def checkpoint_path(out: Path) -> Path:
+    """Where training for the artifact `out` keeps its checkpoint."""
+    return out.parent / f".{out.name}.checkpoint.safetensors"
+
+
+def training_key(
+    spec: ModelSpec,
+    rows: NDArray[np.float32],
+    spans: tuple[tuple[int, int], ...],
+    labels: Labels,
+) -> str:
+    """A digest of all that determines a training run: the fitted spec, encoded data, labels."""
+    digest = hashlib.sha256(canonical_json(spec.model_dump(mode="json")))
+    digest.update(np.ascontiguousarray(rows).tobytes())
+    digest.update(np.asarray(spans, np.int64).tobytes())
+    for name, values in labels.items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def write_checkpoint(path: Path, key: str, checkpoint: Checkpoint) -> None:
+    """Replace the checkpoint at once: a reader finds the old one or the new one."""
+    metadata = {"format": FORMAT, "key": key, "history": json.dumps(list(checkpoint.history))}
+    arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(save(arrays, metadata))
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def read_checkpoint(path: Path, key: str) -> Checkpoint:
+    """Read what `write_checkpoint` wrote.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, or it is of another spec or other data.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: there is no checkpoint to resume from") from error
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: expected a checkpoint, got {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: expected checkpoint format {FORMAT}")
+    if metadata.get("key") != key:
+        raise ArtifactError(f"{path}: was made with another spec or other data")
+    return Checkpoint(arrays, tuple(json.loads(metadata["history"])))
+
+
+Reason = Literal["epochs", "patience", "time"]
+FALLING_SHARE = 0.05
+
+
+def best_epoch(history: list[dict[str, Any]]) -> int:
+    """The first epoch, from 1, with the least validation loss."""
+    losses = [record["validation"]["loss"] for record in history]
+    return int(np.argmin(losses)) + 1
+
+
+def reason_to_stop(history: list[dict[str, Any]], training: ResolvedTraining) -> Reason | None:
+    """Why one member's training stops after these epochs; None if it goes on."""
+    if not history:
+        return None
+    if len(history) >= training.epochs:
+        return "epochs"
+    if len(history) - best_epoch(history) >= training.patience:
+        return "patience"
+    limit_s = training.time_limit_s
+    spent_s = sum(record["seconds"] for record in history)
+    if limit_s is not None and spent_s >= limit_s / training.members:
+        return "time"
+    return None
+
+
+def stopping_warning(history: list[dict[str, Any]], training: ResolvedTraining) -> str | None:
+    """A line about a training that stopped too early, with the option to change; or None."""
+    validation = [float(record["validation"]["loss"]) for record in history]
+    losses = [float(record["train_loss"]) for record in history]
+    stopped = f"training stopped after epoch {len(history)} of {training.epochs}"
+    match reason_to_stop(history, training):
+        case "time":
+            return (
+                f"{stopped} at its time limit, before the learning rate had fallen: raise "
+                f"`training.time_limit_s` (now {training.time_limit_s:g}), or set fewer `epochs`"
+            )
+        case "epochs" if _still_falls(validation):
+            return (
+                f"{stopped} while the validation loss still fell: raise `training.epochs` "
+                f"(now {training.epochs})"
+            )
+        case "patience" if best_epoch(history) == 1:
+            return (
+                f"{stopped}, and no epoch was better than the first: lower "
+                f"`training.learning_rate` (now {training.learning_rate:g}), or raise "
+                f"`training.patience` (now {training.patience})"
+            )
+        case "patience" if _still_falls(losses) and not _has_risen(validation):
+            return (
+                f"{stopped} while the training loss still fell and the validation loss did not "
+                f"rise: raise `training.patience` (now {training.patience})"
+            )
+    return None
+
+
+def _still_falls(losses: list[float]) -> bool:
+    recent = max(1, len(losses) // 5)
+    if len(losses) <= recent:
+        return False
+    minimum = min(losses)
+    return min(losses[:-recent]) - minimum > FALLING_SHARE * (losses[0] - minimum)
+
+
+def _has_risen(losses: list[float]) -> bool:
+    minimum = min(losses)
+    return losses[-1] - minimum > FALLING_SHARE * (losses[0] - minimum)
+
 
 AfterEpoch = Callable[[dict[str, Any]], None]
 KEPT = "kept/"

@@ -1,9 +1,9 @@
 """Gradient-boosted trees on the last few events, tuned on the validation events.
 
-scikit-learn's histogram trees (after LightGBM). They look back on the last k events of the
-stream: everything that the last two events hold, and of older ones what moves from event to
-event: the gap, the time of day, the targets and the categories. Angles are given as one
-number, absent values as NaN, categories as such or as numbers, whichever validates better.
+scikit-learn's histogram trees (after LightGBM). They look back on the last k events of the stream:
+everything that the last two events hold, and of older ones what moves from event to event: the gap,
+the time of day, the targets and the categories. Angles are given as one number, absent values as
+NaN, categories as such or as numbers, whichever validates better.
 
 An ensemble is doubled until its best size is at most half of it. When the time is over, the best
 ensemble so far is kept.
@@ -11,6 +11,7 @@ ensemble so far is kept.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,44 @@ from sklearn.metrics import log_loss, mean_absolute_error, mean_squared_error
 from models.events.schema import CategoricalField, NumericField, TimestampField
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
-from models.training.time_budget import OutOfTimeError, TimeBudget
+
+Note = Callable[[str], None]
+
+
+class OutOfTimeError(Exception):
+    """A baseline would take longer than it may; it is left out."""
+
+
+class TimeBudget:
+    """A time limit, divided among parts of the work; it also reports their progress.
+
+    Args:
+        limit_s: from now; None is no limit.
+        note: called with a line of progress.
+        now_s: a monotonic clock.
+    """
+
+    def __init__(
+        self,
+        limit_s: float | None = None,
+        note: Note = lambda text: None,
+        now_s: Callable[[], float] = time.monotonic,
+    ):
+        self._now_s = now_s
+        self._end_s = None if limit_s is None else now_s() + limit_s
+        self.note = note
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether the time is over."""
+        return self._end_s is not None and self._now_s() >= self._end_s
+
+    def part(self, parts: int, name: str = "") -> TimeBudget:
+        """The first of `parts` equal shares of the time left; its notes begin with `name`."""
+        left_s = None if self._end_s is None else max(0.0, self._end_s - self._now_s()) / parts
+        prefix = f"{name}, " if name else ""
+        return TimeBudget(left_s, lambda text: self.note(f"{prefix}{text}"), self._now_s)
+
 
 Features = Callable[[int, bool], tuple[NDArray[np.float32], list[bool]]]
 

@@ -11,9 +11,8 @@ from examples.scales.comparison import _by_stream, _encodings, _naive, _table
 from examples.scales.data import meters
 from models.spec.model import ModelSpec
 from models.spec.spec_file import read_spec
-from models.training.data import fitted_spec, streams_of
+from models.training.data import fitted_spec, split_of, streams_of
 from models.training.defaults import resolve_training
-from models.training.split import split_of
 
 
 @pytest.fixture(scope="module")

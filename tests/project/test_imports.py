@@ -37,7 +37,7 @@ LIGHT: list[tuple[set[str], list[str]]] = [
             "models.artifact.graphs",
             "models.spec.layout",
             "models.artifact.manifest",
-            "models.onnx.names",
+            "models.onnx.messages",
             "models.spec.model",
             "models.spec.state",
             "models.artifact.weights",

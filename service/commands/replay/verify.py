@@ -21,8 +21,7 @@ import models
 from models.artifact.artifact import Artifact, load_artifact
 from models.errors import ArtifactError
 from models.events.columns import EventColumns
-from models.offline.runner import OrderedEvents, Runner
-from models.offline.step import open_keras_step
+from models.offline.runner import OrderedEvents, Runner, open_keras_step
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec
 from service.commands.replay.events import ReplayError

@@ -19,7 +19,7 @@ import structlog
 from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
 from models.onnx.library import onnxruntime, open_session
-from models.onnx.names import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
+from models.onnx.messages import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
 from models.onnx.stateful_graph import StatefulGraph
 from service.core.errors import InferenceTimeout
 from service.core.values import FloatRows

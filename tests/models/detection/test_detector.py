@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from models.detection.alarms import Tails, fit_tail
 from models.detection.detector import Detector
 from models.detection.fit import Stream, fit_detection
-from models.detection.tails import Tails, fit_tail
 from models.errors import DataError, SpecError
 from models.spec.layout import detection_state, network_outputs, output_spec
 from models.spec.model import ModelSpec, parse_spec

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from models.detection.measures import average_precision, runs, vus_pr
-from models.detection.scoring import score_streams, summarise, with_intervals
+from models.detection.scoring import (
+    average_precision,
+    runs,
+    score_streams,
+    summarise,
+    vus_pr,
+    with_intervals,
+)
 
 SECOND = (0, 0, 0, 0, 1, 1, 0, 0, 0, 0)
 ALARMS = (0, 0, 1, 2, 2, 2, 0, 0, 1, 0)

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.events.moments import _parts, epoch_ms, parse_uniform_strings
 from models.events.parse import (
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
+    _parts,
+    epoch_ms,
+    parse_uniform_strings,
     timestamp_ms,
     timestamp_validator,
 )

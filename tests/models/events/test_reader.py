@@ -15,8 +15,13 @@ from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
 from models.errors import DataError
-from models.events.block import layout_of
-from models.events.columns import EventColumns, block_of, canonical_bytes, columns_from_events
+from models.events.columns import (
+    EventColumns,
+    block_of,
+    canonical_bytes,
+    columns_from_events,
+    layout_of,
+)
 from models.events.encode import Clock, encode
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS, event_type
 from models.events.reader import EventReader

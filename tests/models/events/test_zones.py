@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.events.calendar import DAY_MS, STEP_DAYS, zone_table
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
-from models.events.zones import DAY_MS, STEP_DAYS, zone_table
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 ZONES = [

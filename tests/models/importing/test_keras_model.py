@@ -12,9 +12,9 @@ from keras import layers as kl
 from models.artifact.artifact import load_artifact
 from models.artifact.weights import weights_bytes
 from models.errors import ImportedModelError
+from models.importing.isolation import Conversion
 from models.importing.keras_graph import translate
 from models.importing.packaging import package
-from models.importing.results import Conversion
 from models.spec.model import parse_spec
 from tests.models.importing.accepted_models import gru, lstm
 from tests.models.importing.saving import import_here, import_model, save_model

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from models.errors import ImportedModelError
-from models.importing.onnx_signature import Signature, Tensor
-from models.importing.state_pairs import find_pairs
+from models.importing.onnx_signature import Signature, Tensor, find_pairs
 from models.importing.triton_config import TritonConfig
 from tests.support.onnx_graphs import EXAMPLES
 

@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 
 from models.artifact.artifact import Artifact, write_artifact
-from models.networks.attention import BLOCK_STEPS
 from models.networks.build import StepNetwork
+from models.networks.layers import BLOCK_STEPS
 from models.spec.model import parse_spec
 from service.engine.runtimes import tensorflow
 from service.engine.runtimes.base import Runtime

@@ -14,7 +14,7 @@ from carry_client import Carry
 from models.artifact.artifact import load_artifact, write_artifact
 from models.errors import ArtifactError, DataError, SpecError
 from models.events.schema import CategoricalField, EventSchema, NumericField, TimestampField
-from models.offline import parts
+from models.offline import score as parts
 from models.offline.score import score_file
 from models.spec.model import parse_spec
 from tests.support.command import carry

@@ -18,7 +18,7 @@ from models.networks.build import StepNetwork
 from models.onnx import graph as graph_module
 from models.onnx.graph import write_graph
 from models.onnx.library import onnxruntime
-from models.onnx.names import MARK_FINGERPRINT, MARK_FORMAT
+from models.onnx.messages import MARK_FINGERPRINT, MARK_FORMAT
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.specs import (

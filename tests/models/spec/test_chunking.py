@@ -11,7 +11,7 @@ import pytest
 from models.artifact.artifact import load_artifact, write_artifact
 from models.artifact.fingerprint import compute_fingerprint
 from models.errors import SpecError
-from models.spec.chunking import (
+from models.spec.layers import (
     DEFAULT_CHUNK_STEPS,
     chunk_constant_layers,
     non_causal_layers,

@@ -12,15 +12,14 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from models.errors import SpecError
-from models.events.zones import DAY_MS
+from models.events.calendar import DAY_MS
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec, parse_spec
 from models.training import label_baselines
 from models.training.commands import train_frame
-from models.training.data import fitted_spec, streams_of
+from models.training.data import fitted_spec, labels_of, streams_of
 from models.training.evaluate import run_chunks
 from models.training.label_baselines import BASE, BOTH, LAST_EVENTS
-from models.training.labels import labels_of
 from models.training.plan import plan_of
 from models.training.trainer import train
 from tests.support.training import HOUR_MS

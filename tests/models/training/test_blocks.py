@@ -22,9 +22,8 @@ from models.training.commands import evaluate_command, train_command
 from models.training.data import Streams, streams_of
 from models.training.ensemble import merge_members
 from models.training.evaluate import run_chunks
-from models.training.report import WHOLE
+from models.training.report import MODEL, WHOLE
 from models.training.trainer import train
-from models.training.verdict import MODEL
 from tests.support.oracle import oracle_in_blocks, oracle_step
 from tests.support.training import both_ways_frame, both_ways_spec
 

@@ -22,8 +22,7 @@ from models.training.decoder_training import (
     steps_ahead,
     truth_share,
 )
-from models.training.plan import Plan, plan_of
-from models.training.windows import Window, windows_of
+from models.training.plan import Plan, Window, plan_of, windows_of
 from tests.support.oracle import contracting_weights
 
 HOUR_MS = 3_600_000

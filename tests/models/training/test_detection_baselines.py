@@ -12,12 +12,12 @@ pytest.importorskip("tensorflow")
 from models.spec.layout import network_outputs, output_spec
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import streams_of
-from models.training.detection import fitted_to_outputs
-from models.training.detection_baselines import (
+from models.training.detection import (
     WINDOW,
     Run,
     Scored,
     detection_baselines,
+    fitted_to_outputs,
     rolling_z,
     scored_by,
     windows_of,

@@ -13,8 +13,7 @@ pytest.importorskip("tensorflow")
 
 from models.training.data import fitted_spec, streams_of
 from models.training.loop import BETA_1, BETA_2, EPSILON, WARM_UP_WINDOWS, Loop
-from models.training.plan import plan_of
-from models.training.windows import Window
+from models.training.plan import Window, plan_of
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
 
 Arrays = dict[str, NDArray[Any]]

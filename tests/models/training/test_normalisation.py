@@ -15,12 +15,11 @@ from models.errors import DataError, SpecError
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec, parse_spec
 from models.training.commands import evaluate_command
-from models.training.data import fitted_spec, streams_of, without_normalisation
+from models.training.data import fitted_spec, split_of, streams_of, without_normalisation
 from models.training.defaults import resolve_training
 from models.training.evaluate import evaluate, run_chunks
 from models.training.plan import plan_of
 from models.training.report import make_report, report_lines
-from models.training.split import split_of
 from models.training.trainer import train
 from tests.support.oracle_statistics import statistics_of
 

@@ -10,15 +10,13 @@ from models.artifact.artifact import load_artifact
 from models.errors import ArtifactError, DataError
 from models.training import trees
 from models.training.baselines import LAST, RUNNING, TREES, baselines_of
-from models.training.checkpoint import checkpoint_path
 from models.training.commands import evaluate_command, train_command, train_frame
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import scored_rows
-from models.training.report import make_report, report_lines
+from models.training.report import MODEL, make_report, report_lines, verdict_line
 from models.training.table import Table
-from models.training.time_budget import TimeBudget
-from models.training.trees import Trees, tree_features
-from models.training.verdict import MODEL, verdict_line
+from models.training.trainer import checkpoint_path
+from models.training.trees import TimeBudget, Trees, tree_features
 from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
 
 VALIDATE, TEST = 16 * HOUR_MS, 22 * HOUR_MS

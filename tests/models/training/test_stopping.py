@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from models.spec.training import ResolvedTraining
-from models.training.stopping import best_epoch, reason_to_stop, stopping_warning
+from models.training.trainer import best_epoch, reason_to_stop, stopping_warning
 
 
 def training(**options: Any) -> ResolvedTraining:

@@ -5,12 +5,11 @@ tf = pytest.importorskip("tensorflow")
 
 from models.artifact.artifact import load_artifact  # noqa: E402
 from models.errors import ArtifactError, SpecError  # noqa: E402
-from models.training.checkpoint import checkpoint_path  # noqa: E402
 from models.training.data import fitted_spec, streams_of  # noqa: E402
 from models.training.evaluate import evaluate, run_chunks  # noqa: E402
 from models.training.loop import Loop  # noqa: E402
 from models.training.plan import plan_of  # noqa: E402
-from models.training.trainer import train  # noqa: E402
+from models.training.trainer import checkpoint_path, train  # noqa: E402
 from tests.support.training import (  # noqa: E402
     HOUR_MS,
     latch_frame,

@@ -9,9 +9,8 @@ import numpy as np
 from rich.console import Console
 
 from models.training.progress import LINE_EVERY_S, Progress
-from models.training.report import report_lines, verdict_lines
-from models.training.time_budget import TimeBudget
-from models.training.verdict import direction, verdicts
+from models.training.report import direction, report_lines, verdict_lines, verdicts
+from models.training.trees import TimeBudget
 
 
 def report_of(model: float, **baselines: float) -> dict[str, Any]:

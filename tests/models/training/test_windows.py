@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from models.training.windows import groups_of, segments_of, windows_of
+from models.training.plan import groups_of, segments_of, windows_of
 
 SPANS = [(0, 37), (37, 38), (38, 38), (38, 120), (120, 133)]
 
