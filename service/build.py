@@ -27,7 +27,7 @@ from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import ModelSettings
 from service.settings import Settings
 from service.store.base import Store
-from service.store.open import open_store
+from service.store.redis.redis_store import RedisStore
 from service.telemetry.access_log import access_log, audit
 from service.telemetry.metrics import PrometheusRecorder
 from service.telemetry.sampler import Sampler, TransportLoad
@@ -116,7 +116,7 @@ def build_pipeline(settings: Settings, drain_s: float | None = None) -> Pipeline
     access_log.success_ratio = settings.telemetry.log_success_ratio
     tracer = open_tracer() if settings.telemetry.tracing else None
     served = open_models(settings.models)
-    store = open_store(settings.store)
+    store = RedisStore(settings.store)
     pipeline = Pipeline(
         served,
         store,

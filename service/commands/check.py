@@ -28,7 +28,7 @@ from service.server.workers import KILL_MARGIN_S
 from service.settings import Settings
 from service.store.embedded import find_running, server_binary
 from service.store.redis.capabilities import RedisStoredKeys
-from service.store.redis.open_router import open_router
+from service.store.redis.redis_store import open_router
 from service.store.redis.router import Router
 from service.store.redis.server_checks import ALWAYS, check_servers, find_missing_permissions
 

@@ -70,10 +70,10 @@ def open_settings(
 
 def run_on_store(settings: Settings, action: Callable[[Store], Awaitable[T]]) -> T:
     """Act on the store of the settings, and close it."""
-    from service.store.open import open_store
+    from service.store.redis.redis_store import RedisStore
 
     async def run() -> T:
-        store = open_store(settings.store)
+        store = RedisStore(settings.store)
         try:
             await store.start()
             return await action(store)

@@ -39,7 +39,7 @@ from service.server.worker_process import CAN_FORK, Fork, StartProcess, WorkerCo
 from service.server.workers import SingleWorker, WorkerPool, WorkersFailedError
 from service.settings import Settings, SettingsError, service_links
 from service.store.embedded import EmbeddedValkey
-from service.store.open import open_store
+from service.store.redis.redis_store import RedisStore
 from service.telemetry.logs import flush_logs
 from service.telemetry.metrics import WorkerRestarts, share_metrics
 
@@ -302,7 +302,7 @@ def _url(listener: socket.socket) -> str:
 async def _requires_keys(settings: Settings) -> bool:
     """Whether requests need an access key; fails the start, in one line, on a store that the
     workers would reject."""
-    store = open_store(settings.store)
+    store = RedisStore(settings.store)
     try:
         await store.start()
         stored = await store.keys.read(None) or (b"", {})

@@ -20,7 +20,7 @@ class LoopPriority:
     def __init__(self) -> None:
         self._shedding_queues = 0
 
-    def note_shedding(self, *, is_shedding: bool) -> None:
+    def note_shedding(self, is_shedding: bool) -> None:
         """Note that one queue starts or stops load shedding."""
         was_shedding = self._shedding_queues > 0
         self._shedding_queues += 1 if is_shedding else -1

@@ -48,7 +48,6 @@ from service.engine.batcher import Batcher, BatchRunner
 from service.engine.compute import Compute
 from service.engine.fair_queue import BatchLimits, Job, JobSpec
 from service.engine.policy import shared_error
-from service.engine.runtimes.base import Runtime
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_order import apply_in_order
@@ -126,46 +125,31 @@ class Pipeline:
         self._warm = False
         self._stopping = ""
         self._aging: asyncio.Task[None] | None = None
-        self._recorder = recorder
         self._tracer = tracer
-        self._chunks = {name: self._chunk_batcher(served) for name, served in self.models.items()}
-        self._sequences = {
-            name: self._sequence_batcher(served) for name, served in self.models.items()
-        }
-        self._forecasts = {
-            name: self._forecast_batcher(served, served.decoder)
-            for name, served in self.models.items()
-            if served.decoder is not None
-        }
-
-    def _chunk_batcher(self, served: ServedModel) -> Batcher[Chunk, Reply]:
-        run = ChunkBatchRunner(
-            served,
-            self._store,
-            self.cache,
-            self._compute,
-            self._recorder,
-            now_ms=self._now_ms,
-            attempts=self._settings.conflict_attempts,
-            max_detached=self._settings.max_queue // 2,
-            resets_on_model_change=self._settings.on_model_change == "reset",
-            tracer=self._tracer,
-        )
-        return self._batcher(run, self._batch_limits(served))
-
-    def _sequence_batcher(self, served: ServedModel) -> Batcher[SequenceStart, Prediction]:
-        run = PredictRunner(served, self._compute, self._recorder)
-        return self._batcher(run, self._batch_limits(served))
-
-    def _forecast_batcher(
-        self, served: ServedModel, decoder: Runtime
-    ) -> Batcher[ForecastOrigin, Forecast]:
-        run = ForecastRunner(served, decoder, self._compute, self._recorder)
-        return self._batcher(run, BatchLimits(1, self._settings.max_batch_steps))
-
-    def _batch_limits(self, served: ServedModel) -> BatchLimits:
-        rows, steps = self.max_batch_rows(served), self._settings.max_batch_steps
-        return BatchLimits(rows, steps, served.runtime.max_steps)
+        self._chunks: dict[str, Batcher[Chunk, Reply]] = {}
+        self._sequences: dict[str, Batcher[SequenceStart, Prediction]] = {}
+        self._forecasts: dict[str, Batcher[ForecastOrigin, Forecast]] = {}
+        for name, served in self.models.items():
+            rows, steps = self.max_batch_rows(served), settings.max_batch_steps
+            limits = BatchLimits(rows, steps, served.runtime.max_steps)
+            run = ChunkBatchRunner(
+                served,
+                store,
+                self.cache,
+                self._compute,
+                recorder,
+                now_ms=now_ms,
+                attempts=settings.conflict_attempts,
+                max_detached=settings.max_queue // 2,
+                resets_on_model_change=settings.on_model_change == "reset",
+                tracer=tracer,
+            )
+            predict = PredictRunner(served, self._compute, recorder)
+            self._chunks[name] = self._batcher(run, limits)
+            self._sequences[name] = self._batcher(predict, limits)
+            if served.decoder is not None:
+                forecast = ForecastRunner(served, served.decoder, self._compute, recorder)
+                self._forecasts[name] = self._batcher(forecast, BatchLimits(1, steps))
 
     def _batcher(self, runner: BatchRunner[P, R], limits: BatchLimits) -> Batcher[P, R]:
         return Batcher(
@@ -174,11 +158,8 @@ class Pipeline:
             max_queue=self._settings.max_queue,
             max_in_flight=self._settings.batches_in_flight,
             max_wait_s=self._settings.max_queue_wait_s,
-            on_shedding=self._note_shedding,
+            on_shedding=self._loop_priority.note_shedding,
         )
-
-    def _note_shedding(self, is_shedding: bool) -> None:
-        self._loop_priority.note_shedding(is_shedding=is_shedding)
 
     async def start(self) -> None:
         """Warm the runtimes up; once, after the store is started."""
@@ -200,10 +181,9 @@ class Pipeline:
         self._stopping = "draining"
         if self._aging is not None:
             self._aging.cancel()
+        batchers = (self._chunks, self._sequences, self._forecasts)
         await asyncio.gather(
-            *(batcher.drain(self._drain_s) for batcher in self._chunks.values()),
-            *(batcher.drain(self._drain_s) for batcher in self._sequences.values()),
-            *(batcher.drain(self._drain_s) for batcher in self._forecasts.values()),
+            *(each.drain(self._drain_s) for group in batchers for each in group.values())
         )
         self._compute.close()
 

@@ -8,8 +8,6 @@ encodes the chunks of a batch together, with an outcome for each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -19,14 +17,11 @@ from models.artifact.artifact import Artifact
 from models.decoding.forecasts import FutureCovariates, encode_covariates
 from models.errors import DataError, StateError
 from models.events.encode import Clock, encode, encode_many, event_times
-from models.events.schema import EventSchema
 from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import ALARM_RATE
-from models.spec.layout import OutputSpec
-from models.spec.model import ModelSpec
 from models.spec.resets import find_resets, segments_of
-from models.spec.state import State, StateSpec
+from models.spec.state import State
 from service.core.delivery import stream_facts
 from service.core.errors import (
     ChunkTooLong,
@@ -63,79 +58,49 @@ class Segment(NamedTuple):
     final: bool = True
 
 
-@dataclass(frozen=True)
 class ServedModel:
-    """A model that is ready to serve once its runtimes are warm."""
+    """A model that is ready to serve once its runtimes are warm.
 
-    artifact: Artifact
-    runtime: Runtime
-    decoder: Runtime | None = None
+    Attributes:
+        name: in URLs.
+        version: the first 12 hex digits of the fingerprint.
+        fingerprint: hash of everything that determines the model's outputs, 16 bytes.
+        events: the event schema; None for a model that takes `inputs` only.
+        input_features: F, values per row of `inputs`.
+        outputs: the layout of one step's outputs.
+        chunk_limit: maximum steps of one chunk; None if a chunk may be split anywhere.
+        state: the layout of a stream's state.
+        state_bytes: the size of a stream's state in the store.
+        initial: the state of a stream before its first event, and after a reset; not to be
+            modified.
+        runtime_state: the layout of the parts that the runtime reads and writes.
+        blocks: the parts of the state that hold waiting rows; None for a model without blocks.
+        max_alarm_rate: the highest rate of false alarms that a chunk may ask for; None without
+            `detection`.
+    """
 
-    @cached_property
-    def name(self) -> str:
-        """The name in URLs."""
-        return self.artifact.spec.name
-
-    @property
-    def version(self) -> str:
-        """The first 12 hex digits of the fingerprint."""
-        return self.artifact.version
-
-    @cached_property
-    def fingerprint(self) -> bytes:
-        """Hash of everything that determines the model's outputs, 16 bytes."""
-        return self.artifact.fingerprint
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The specification."""
-        return self.artifact.spec
-
-    @property
-    def events(self) -> EventSchema | None:
-        """The event schema; None for a model that takes `inputs` only."""
-        return self.artifact.spec.events
-
-    @cached_property
-    def input_features(self) -> int:
-        """F, values per row of `inputs`."""
-        return self.artifact.spec.input_features
-
-    @cached_property
-    def state(self) -> StateSpec:
-        """The layout of a stream's state."""
-        return self.artifact.state
-
-    @cached_property
-    def state_bytes(self) -> int:
-        """The size of a stream's state in the store."""
-        return HEADER_BYTES + 4 * self.state.float_size + 8 * self.state.int_size
-
-    @cached_property
-    def initial(self) -> State:
-        """The state of a stream before its first event, and after a reset; not to be modified."""
-        return self.state.initial()
-
-    @cached_property
-    def runtime_state(self) -> StateSpec:
-        """The layout of the parts that the runtime reads and writes."""
-        return self.artifact.runtime_state
-
-    @cached_property
-    def blocks(self) -> BlockStateLayout | None:
-        """The parts of the state that hold waiting rows; None for a model without blocks."""
-        spec = self.artifact.spec.blocks
-        return None if spec is None else BlockStateLayout(spec, self.state)
-
-    @cached_property
-    def outputs(self) -> OutputSpec:
-        """The layout of one step's outputs."""
-        return self.artifact.outputs
-
-    @cached_property
-    def chunk_limit(self) -> int | None:
-        """Maximum steps of one chunk; None if a chunk may be split anywhere."""
-        return self.artifact.spec.chunk_limit
+    def __init__(self, artifact: Artifact, runtime: Runtime, decoder: Runtime | None = None):
+        self.artifact = artifact
+        self.runtime = runtime
+        self.decoder = decoder
+        self.spec = spec = artifact.spec
+        self.name = spec.name
+        self.version = artifact.version
+        self.fingerprint = artifact.fingerprint
+        self.events = spec.events
+        self.input_features = spec.input_features
+        self.outputs = artifact.outputs
+        self.chunk_limit = spec.chunk_limit
+        self.state = layout = artifact.state
+        self.state_bytes = HEADER_BYTES + 4 * layout.float_size + 8 * layout.int_size
+        self.initial = layout.initial()
+        self.runtime_state = artifact.runtime_state
+        self.blocks = None if spec.blocks is None else BlockStateLayout(spec.blocks, layout)
+        detection = spec.detection
+        self.max_alarm_rate = detection.fit.rates[-1] if detection and detection.fit else None
+        self._alarm_rate_at: int | None = None
+        if detection is not None:
+            self._alarm_rate_at = layout.slices[f"{detection.head}.{ALARM_RATE}"].start
 
     def check_length(self, steps: Steps) -> None:
         """Reject a chunk that is too long for a network that sees each chunk as a whole.
@@ -157,8 +122,7 @@ class ServedModel:
         Raises:
             InvalidInput
         """
-        spec = self.artifact.spec
-        if spec.chunking == "whole" or spec.blocks is not None:
+        if self.spec.chunking == "whole" or self.blocks is not None:
             expected = "none"
             raise InvalidInput(
                 f"{at}: expected {expected}, since model {self.name!r} computes each sequence to "
@@ -166,21 +130,6 @@ class ServedModel:
                 at=at,
                 expected=expected,
             )
-
-    @cached_property
-    def _alarm_rate_at(self) -> int | None:
-        """Where the rate of a chunk's alarms is in the state; None without `detection`."""
-        detection = self.artifact.spec.detection
-        if detection is None:
-            return None
-        at: int = self.state.slices[f"{detection.head}.{ALARM_RATE}"].start
-        return at
-
-    @cached_property
-    def max_alarm_rate(self) -> float | None:
-        """The highest rate of false alarms that a chunk may ask for; None without `detection`."""
-        detection = self.artifact.spec.detection
-        return detection.fit.rates[-1] if detection and detection.fit else None
 
     def check_alarm_rate(self, rate: float, at: str) -> None:
         """Reject a rate of false alarms that the model's alarms cannot have.
@@ -235,7 +184,7 @@ class ServedModel:
         """
         clock = self._clock(state)
         try:
-            return encode_covariates(self.artifact.spec, clock, request.horizon, request.future)
+            return encode_covariates(self.spec, clock, request.horizon, request.future)
         except DataError as error:
             raise invalid_data("future", error) from error
 
@@ -245,7 +194,7 @@ class ServedModel:
         Raises:
             ForecastUnsupported: it has none.
         """
-        decoder = self.artifact.spec.decoder
+        decoder = self.spec.decoder
         if decoder is None:
             raise ForecastUnsupported(
                 f"model {self.name!r} has no decoder, so its streams cannot be forecast"
@@ -315,7 +264,7 @@ class ServedModel:
         Raises:
             StateDamaged: the state holds an impossible clock.
         """
-        policy = self.artifact.spec.resets
+        policy = self.spec.resets
         if not policy.is_active:
             return steps.resets
         times = None
@@ -359,27 +308,23 @@ class ServedModel:
             In the order of the items: what `encode` returns, or the exception that it raises for
             this item. The rows of several chunks are views of one array.
         """
-        event_items = [(steps, state) for steps, state in items if steps.rows is None]
         is_whole = self.chunk_limit is not None
+        event_items = [(steps, state) for steps, state in items if steps.rows is None]
         together = None
         if len(event_items) > 1 and not is_whole:
             together = self._encode_together(event_items)
         encoded: list[Encoded | Exception] = []
         for steps, state in items:
-            rows = steps.rows
-            if rows is not None and not is_whole:
-                encoded.append((rows, state.ints))
+            if steps.rows is not None and not is_whole:
+                encoded.append((steps.rows, state.ints))
             elif together is not None:
                 encoded.append(next(together))
             else:
-                encoded.append(self._try_encode(steps, state))
+                try:
+                    encoded.append(self.encode(steps, state))
+                except Exception as error:
+                    encoded.append(error)
         return encoded
-
-    def _try_encode(self, steps: Steps, state: State) -> Encoded | Exception:
-        try:
-            return self.encode(steps, state)
-        except Exception as error:
-            return error
 
     def _encode_together(self, items: Sequence[tuple[Steps, State]]) -> Iterator[Encoded] | None:
         """Encode chunks of events at once; None if any of them fails."""

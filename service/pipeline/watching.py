@@ -5,26 +5,40 @@ Whatever is lost, by a watch that is slower than its stream or by a broken conne
 the positions: of the next output, or of the stream, which is read again whenever the watch was idle
 for a while. The last chunk's outputs are then taken from its stored reply; of older ones only the
 positions are known (`Gap`).
+
+The latest outputs of a stream are buffered once for all its watches, which read them at their own
+pace, by sequence numbers. Neither a watch that waits for its client nor their number costs anything
+when an output arrives, and the memory is bounded by the stream: the oldest outputs are dropped for
+new ones.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from service.access.caller import Caller, Verb
 from service.core.errors import CarryError, ShuttingDown
 from service.core.values import FloatRows, StoredReply, StreamHead, StreamKey, StreamState
-from service.pipeline.output_buffer import BufferedOutput, OutputBuffer
 from service.pipeline.recorder import Recorder
 from service.pipeline.turns import Turns
 from service.store.base import StateStore
-from service.store.capabilities import OutputChannel
+from service.store.capabilities import OutputChannel, PublishedOutput
 
 REORDER_S: Final = 0.05
 """How long an output waits for the one before it, which another worker may publish later."""
+
+MAX_BUFFERED: Final = 256
+"""Outputs that are buffered for one stream."""
+
+MAX_BUFFERED_BYTES: Final = 2**20
+
+MAX_AT_ONCE_BYTES: Final = 16 * 1024
+"""Outputs that a watch reads in one turn, unless a single one has more."""
 
 
 class Watched(NamedTuple):
@@ -74,6 +88,75 @@ class Idle(NamedTuple):
 
 StreamEvent = Watched | Outputs | Gap | Ended
 WatchEvent = StreamEvent | Idle
+
+
+class BufferedOutput(NamedTuple):
+    """An output and what transports made of it, so that each encodes it once for all watches.
+
+    Attributes:
+        encoded: by the options of the transport.
+    """
+
+    output: PublishedOutput
+    encoded: dict[Any, bytes]
+
+
+class OutputBuffer:
+    """Buffer of one stream, a `Receiver`.
+
+    Attributes:
+        watches: the watches that read it.
+        end: sequence number of the next output.
+    """
+
+    def __init__(self, turns: Turns):
+        self.watches: set[Watch] = set()
+        self._turns = turns
+        self._buffered: deque[BufferedOutput] = deque()
+        self._bytes = 0
+        self.end = 0
+        # ordered, so that the watch that has waited longest is first
+        self._idle: dict[asyncio.Future[None], None] = {}
+
+    def receive(self, output: PublishedOutput) -> None:
+        """Buffer an output, in place of the oldest ones if there is no room."""
+        self._buffered.append(BufferedOutput(output, {}))
+        self._bytes += _size(output)
+        self.end += 1
+        while len(self._buffered) > MAX_BUFFERED or self._bytes > MAX_BUFFERED_BYTES:
+            self._bytes -= _size(self._buffered.popleft().output)
+        for turn in self._idle:
+            self._turns.request(turn)
+        self._idle.clear()
+
+    def resynchronize(self) -> None:
+        """Outputs may have been lost: the watches read the stream."""
+        for watch in self.watches:
+            watch.resynchronize()
+
+    def read(self, start: int) -> tuple[list[BufferedOutput], int]:
+        """The outputs from a sequence number on, as many as are read at once, and the sequence
+        number after them; those that were dropped are skipped."""
+        first = max(start, self.end - len(self._buffered))
+        outputs: list[BufferedOutput] = []
+        size = 0
+        for each in islice(self._buffered, first - self.end + len(self._buffered), None):
+            size += _size(each.output)
+            if outputs and size > MAX_AT_ONCE_BYTES:
+                break
+            outputs.append(each)
+        return outputs, first + len(outputs)
+
+    async def wait(self, start: int, turn: asyncio.Future[None]) -> None:
+        """Wait for a turn, which is requested once there is an output from `start` on."""
+        if start < self.end:
+            self._turns.request(turn)
+        else:
+            self._idle[turn] = None
+        try:
+            await turn
+        finally:
+            self._idle.pop(turn, None)
 
 
 class Watch:
@@ -128,14 +211,18 @@ class Watch:
         Args:
             interval_s: time between two `Idle` if nothing happens.
         """
-        events = await self._begin()
+        is_begun = False
         while True:
+            try:
+                events = await (self._next() if is_begun else self._begin())
+            except CarryError as error:
+                events = [Ended(error.code)]
+            is_begun = True
             if events:
                 yield events
                 if isinstance(events[-1], Ended):
                     return
             await self._wait(interval_s)
-            events = await self._next()
 
     async def _wait(self, interval_s: float) -> None:
         """Wait for a turn, until something happened or the interval is over."""
@@ -192,10 +279,7 @@ class Watch:
         return all(reply is not None and reply.head.epoch == self._epoch for reply in replies)
 
     async def _begin(self) -> list[WatchEvent]:
-        try:
-            stored, reply = await self._store.load_with_reply(self._key)
-        except CarryError as error:
-            return [Ended(error.code)]
+        stored, reply = await self._store.load_with_reply(self._key)
         if stored is None:
             return [Watched(None, 0)]
         self._epoch, self._position = stored.head.epoch, stored.head.position
@@ -207,34 +291,30 @@ class Watch:
     async def _on_outputs(self, outputs: list[BufferedOutput]) -> list[WatchEvent]:
         events: list[WatchEvent] = []
         for (_, start, reply), encoded in outputs:
-            if reply is None:
-                events += await self._read()
-            else:
-                if reply.head.epoch != self._epoch:
+            try:
+                if reply is None:
+                    events += await self._read()
+                elif reply.head.epoch != self._epoch:
                     events += await self._enter_epoch(reply.head.epoch)
-                if reply.head.epoch == self._epoch and reply.head.position > self._position:
-                    events += self._deliver(start, reply, encoded)
+            except CarryError as error:
+                events.append(Ended(error.code))
             if events and isinstance(events[-1], Ended):
                 break
+            if reply and reply.head.epoch == self._epoch and reply.head.position > self._position:
+                events += self._deliver(start, reply, encoded)
         return events
 
     async def _enter_epoch(self, epoch: bytes) -> list[WatchEvent]:
         """Enter the epoch of an output if it is the stream's, and read the stream otherwise: the
         output was published late by another worker."""
-        try:
-            stored, _ = await self._store.load_with_reply(self._key)
-        except CarryError as error:
-            return [Ended(error.code)]
+        stored, _ = await self._store.load_with_reply(self._key)
         if stored is None or stored.head.epoch != epoch:
             return await self._read()
         return [self._enter(stored.head)]
 
     async def _read(self) -> list[WatchEvent]:
         """Compare with the stream in the store."""
-        try:
-            stored, reply = await self._store.load_with_reply(self._key)
-        except CarryError as error:
-            return [Ended(error.code)]
+        stored, reply = await self._store.load_with_reply(self._key)
         if stored is None:
             return [] if self._epoch is None else [Ended("deleted")]
         events: list[WatchEvent] = []
@@ -317,3 +397,7 @@ class Watches:
         self._is_draining = True
         for watch in self._watches:
             watch.drain()
+
+
+def _size(output: PublishedOutput) -> int:
+    return 0 if output.reply is None else output.reply.outputs.nbytes

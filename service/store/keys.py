@@ -27,7 +27,6 @@ from typing import Final
 
 from service.core.values import StreamKey
 
-_NAMESPACE: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _GLOB: Final = re.compile(r"([*?\[\]\\^])")
 MAX_PARTITIONS: Final = 65_536
 
@@ -43,12 +42,6 @@ class KeySpace:
 
     namespace: str
     partitions: int
-
-    def __post_init__(self) -> None:
-        if not _NAMESPACE.fullmatch(self.namespace):
-            raise ValueError(f"namespace: expected 1 to 32 of a-z 0-9 _ -, got {self.namespace!r}")
-        if not 1 <= self.partitions <= MAX_PARTITIONS:
-            raise ValueError(f"partitions: expected 1 to {MAX_PARTITIONS}, got {self.partitions}")
 
     @property
     def meta(self) -> str:

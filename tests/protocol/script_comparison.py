@@ -15,7 +15,7 @@ import redis
 from service.core.values import StreamKey, Tombstone
 from service.store.base import Committed, Conflicted
 from service.store.codec import HEADER_BYTES, encode_state, encode_tombstone
-from service.store.redis import deletion
+from service.store.redis import redis_store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.protocol.model import MODEL, Effect, Model, ScriptCall
@@ -61,8 +61,8 @@ async def _make_call(call: ScriptCall, key: StreamKey, store: RedisStore) -> Any
         return tuple(value and value.head for value in await store.load_with_reply(key))
     if call.script == "commit":
         return (await store.commit(columns(call.commit(key))))[0]
-    with patch.object(deletion, "new_epoch", return_value=call.new.state.stored.head.epoch):
-        return (await store.deletion._write_tombstone(key, call.condition, math.inf)).value
+    with patch.object(redis_store, "new_epoch", return_value=call.new.state.stored.head.epoch):
+        return (await store._write_tombstones({key: call.condition}, math.inf))[key].value
 
 
 def _check_call(

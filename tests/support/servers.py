@@ -28,7 +28,7 @@ from redis.retry import Retry
 
 from service.store.base import Store
 from service.store.embedded import server_arguments, server_binary
-from service.store.open import open_store
+from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 
 KINDS = ("valkey", "redis")
@@ -229,7 +229,7 @@ def emptied(running: Any) -> Any:
 @asynccontextmanager
 async def opened(url: str, **settings: Any) -> AsyncIterator[Store]:
     """Open and start a store; close it afterwards."""
-    store = open_store(StoreSettings(url, **settings))
+    store = RedisStore(StoreSettings(url, **settings))
     try:
         await store.start()
         yield store

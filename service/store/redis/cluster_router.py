@@ -24,11 +24,11 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError, TryAgainError
 
 from service.core.errors import CarryError, StoreRefused, StoreUnavailable
-from service.store.redis.address import Address
+from service.store.redis.address import Address, StoreAddress
 from service.store.redis.commands import PendingCommand
 from service.store.redis.connections import ATTEMPTS_PER_CALL
-from service.store.redis.discovering_router import DiscoveringRouter, Topology
 from service.store.redis.pipelined_connection import PipelinedConnection
+from service.store.redis.router import Router, Topology
 from service.store.settings import StoreSettings
 
 SLOTS: Final = 16_384
@@ -38,7 +38,7 @@ TOPOLOGY_TIMEOUT_S: Final = 1.0
 """How long one node may take to return the topology before another is asked."""
 
 
-class ClusterRouter(DiscoveringRouter):
+class ClusterRouter(Router):
     """Router of a cluster; its startup nodes are the nodes of the address.
 
     Raises:
@@ -47,6 +47,8 @@ class ClusterRouter(DiscoveringRouter):
 
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
+        self._address = StoreAddress.parse(settings.url)
+        self.redacted_url = str(self._address)
         self._topology_timeout_s = min(
             TOPOLOGY_TIMEOUT_S, settings.store_wait_s / ATTEMPTS_PER_CALL
         )

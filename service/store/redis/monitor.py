@@ -41,11 +41,14 @@ from service.store.redis.commands import Command, Script
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
 from service.store.redis.scan import scan_page, scan_step
-from service.store.redis.server_checks import ServerFault, find_fault, memory_ratio, parse_info
+from service.store.redis.server_checks import (
+    PROBE_TIMEOUT_S,
+    ServerFault,
+    find_fault,
+    memory_ratio,
+    parse_info,
+)
 from service.store.settings import StoreSettings
-
-PROBE_TIMEOUT_S: Final = 1.0
-"""Timeout of each check of a server."""
 
 RECHECK_INTERVAL_S: Final = 30.0
 """Interval of checks when no client asks for readiness."""

@@ -13,22 +13,28 @@ finds the stream at a later position of the same epoch, or in a newer epoch, nob
 it was written before, and the result is OutcomeUnknown. A commit that was written but is not as
 durable as the settings require is NotDurable.
 
-A deletion (`deletion`) is a compare-and-set too and leaves a tombstone, so that neither a deletion
-nor an earlier commit changes anything when it is delivered late.
+A deletion is a compare-and-set too and leaves a tombstone, so that neither a deletion nor an
+earlier commit changes anything when it is delivered late. Each attempt expects the head that the
+one before found: epoch and tag, and after repeated conflicts only the epoch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Hashable, Sequence
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import structlog
 
-from service.core.errors import CarryError
+from service.core.delivery import new_epoch
+from service.core.errors import CarryError, Conflict, StoreRefused, StoreUnavailable
 from service.core.memo import Memo
 from service.core.values import (
+    EPOCH_BYTES,
+    FIRST_TAG,
     StoredReply,
     StreamHead,
     StreamKey,
@@ -45,12 +51,22 @@ from service.store.base import (
     StoredValue,
     decode_value,
 )
-from service.store.codec import COMPARED, CodecError, StateHeader, decode_reply, unpack_head
+from service.store.codec import (
+    COMPARED,
+    TOMBSTONE_PREFIX,
+    CodecError,
+    StateHeader,
+    decode_reply,
+    encode_tombstone,
+    pack_head,
+    read_packed_head,
+    unpack_head,
+)
+from service.store.redis.address import check_address, check_tls_files
 from service.store.redis.capabilities import RedisRateLeases, RedisStoredKeys, RedisStreamUsage
+from service.store.redis.cluster_router import ClusterRouter
 from service.store.redis.commands import PendingCommand, Script, pack_arguments
-from service.store.redis.deletion import StreamDeletion
 from service.store.redis.monitor import RedisMonitor
-from service.store.redis.open_router import open_router
 from service.store.redis.outcomes import (
     WRITTEN,
     Outcome,
@@ -61,15 +77,19 @@ from service.store.redis.outcomes import (
     parse_result,
     read_value,
     resolve_retried_commit,
+    resolve_retried_deletion,
 )
 from service.store.redis.output_channel import RedisOutputChannel
-from service.store.redis.router import check_executed
+from service.store.redis.router import Router, SingleServerRouter
 from service.store.redis.scan import list_streams
+from service.store.redis.sentinel_router import SentinelRouter
 from service.store.redis.server_checks import check_servers
 from service.store.settings import Durability, StoreSettings
 
 CACHED_NAMES: Final = 4096
 """Most streams whose packed names are cached, for their next commands."""
+
+DELETE_ATTEMPTS: Final = 6
 
 T = TypeVar("T")
 
@@ -79,11 +99,40 @@ _STREAM: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
 log = structlog.get_logger(__name__)
 
 
-class RedisStore(Store):
-    """The store on a single server or a cluster, depending on the address.
+def open_router(settings: StoreSettings) -> Router:
+    """Create the router of the settings' address; `start` it before use.
+
+    Raises:
+        StoreRefused: the address cannot be used.
+    """
+    try:
+        check_address(settings.url)
+    except ValueError as error:
+        raise StoreRefused(f"the store's address cannot be used: {error}") from None
+    check_tls_files(settings.url)
+    if settings.is_cluster:
+        return ClusterRouter(settings)
+    return SentinelRouter(settings) if settings.is_sentinel else SingleServerRouter(settings)
+
+
+@dataclass(slots=True)
+class _Deletion:
+    """The deletion of one stream, whatever its head is.
 
     Attributes:
-        deletion: deletes its streams.
+        condition: the first bytes of the head that the next attempt expects; none if nothing may be
+            stored.
+        is_stream: whether the last attempt found a stream.
+        may_have_deleted: whether an earlier attempt, whose reply was lost, may have deleted it.
+    """
+
+    condition: bytes = b""
+    is_stream: bool = False
+    may_have_deleted: bool = False
+
+
+class RedisStore(Store):
+    """The store on a single server or a cluster, depending on the address; `start` it before use.
 
     Raises:
         StoreRefused: the settings' address cannot be used.
@@ -105,11 +154,9 @@ class RedisStore(Store):
         self._max_reply_bytes = settings.reply_max_bytes
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
+        self._delete_script = Script.load("delete")
         self.outputs = RedisOutputChannel(self._router, settings)
-        self.deletion = StreamDeletion(
-            self._router, settings, self.outputs, self._slot, self._ensure_durable
-        )
-        self.usage = RedisStreamUsage(self._router, self._keys, self.deletion.fence)
+        self.usage = RedisStreamUsage(self._router, self._keys, self._fence)
         self.rates = RedisRateLeases(self._router, self._keys)
         self.keys = RedisStoredKeys(self._router, self._keys)
         self.monitor = RedisMonitor(self._router, settings, self._commit_script)
@@ -137,7 +184,7 @@ class RedisStore(Store):
             self._load_command([keys[index] for index in group], slot) for slot, group in groups
         ]
         outcomes = await self._router.execute(*commands, deadline_s=deadline_s)
-        check_executed(outcomes)
+        _check_executed(outcomes)
         if len(groups) == 1:
             values: list[StoredValue] = read_value(outcomes[0])
             return values
@@ -177,7 +224,7 @@ class RedisStore(Store):
             self._commit_command(part, slot) for part, (slot, _) in zip(parts, groups, strict=True)
         ]
         outcomes = await self._router.execute(*commands, durably=True, deadline_s=deadline_s)
-        check_executed(outcomes)
+        _check_executed(outcomes)
         if len(groups) == 1:
             results = await self._commit_results(commits, outcomes[0], deadline_s)
         else:
@@ -232,10 +279,119 @@ class RedisStore(Store):
     async def delete(
         self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float = math.inf
     ) -> CommitResult:
-        return await self.deletion.delete(key, expected, deadline_s)
+        if expected is None:
+            (result,) = await self.delete_many([key], deadline_s)
+            if isinstance(result, StoreUnavailable | StoreRefused):
+                raise result
+            return result
+        deadline_s = self._deletion_deadline_s(deadline_s)
+        condition = {key: pack_head(expected)[COMPARED]}
+        outcome = (await self._write_tombstones(condition, deadline_s))[key]
+        if isinstance(outcome, ReplyLost):
+            return outcome_unknown_error(key, expected, outcome)
+        if isinstance(outcome, CarryError):
+            raise outcome
+        if outcome.value == WRITTEN:
+            return self._deleted(key, outcome)
+        result = parse_result(self._router, key, outcome.value)
+        if outcome.is_retry and isinstance(result, Conflicted):
+            result = resolve_retried_deletion(key, expected, result)
+            if result is COMMITTED:
+                result = await self._ensure_durable(key, deadline_s)
+        return result
 
-    async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
-        return await self.deletion.delete_many(keys)
+    async def delete_many(
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
+    ) -> list[CommitResult]:
+        deadline_s = self._deletion_deadline_s(deadline_s)
+        results: dict[StreamKey, CommitResult] = {}
+        pending = {key: _Deletion() for key in keys}
+        for attempts_left in reversed(range(DELETE_ATTEMPTS)):
+            if not pending:
+                break
+            conditions = {key: deletion.condition for key, deletion in pending.items()}
+            for key, outcome in (await self._write_tombstones(conditions, deadline_s)).items():
+                result = self._deletion_result(key, pending[key], outcome)
+                if result is not None:
+                    results[key] = result
+                    del pending[key]
+                elif attempts_left <= DELETE_ATTEMPTS // 2:
+                    pending[key].condition = pending[key].condition[:EPOCH_BYTES]
+        reason = f"concurrent writes changed it {DELETE_ATTEMPTS} times in a row"
+        for key, deletion in pending.items():
+            conflict = Conflict(
+                f"stream {key.stream!r} is not deleted: {reason}", stream=key.stream
+            )
+            unknown = outcome_unknown_error(key, None, reason)
+            results[key] = unknown if deletion.may_have_deleted else conflict
+        return [results[key] for key in keys]
+
+    def _deletion_deadline_s(self, deadline_s: float) -> float:
+        """The end of a deletion's attempts, of which each waits for a reply."""
+        wait_s = self._settings.store_wait_s
+        return time.monotonic() + wait_s if deadline_s == math.inf else deadline_s
+
+    def _deletion_result(
+        self, key: StreamKey, deletion: _Deletion, outcome: Outcome
+    ) -> CommitResult | None:
+        """The result of a deletion; None if it has to be tried again, expecting what was found."""
+        if isinstance(outcome, ReplyLost):
+            return outcome_unknown_error(key, None, outcome)
+        if isinstance(outcome, CarryError):
+            return (
+                outcome_unknown_error(key, None, outcome.detail)
+                if deletion.may_have_deleted
+                else outcome
+            )
+        if outcome.value == WRITTEN:
+            result = self._deleted(key, outcome)
+            is_deleted = deletion.is_stream or deletion.may_have_deleted
+            return result if is_deleted or result is not COMMITTED else Conflicted(None)
+        # an earlier attempt may have deleted a stream and left a tombstone, which is replaced
+        deletion.may_have_deleted = deletion.may_have_deleted or outcome.is_retry
+        header = outcome.value[1] if len(outcome.value) > 1 else None
+        deletion.condition = b"" if header is None else read_packed_head(header)[COMPARED]
+        deletion.is_stream = header is not None and not header.startswith(TOMBSTONE_PREFIX)
+        return None
+
+    def _deleted(self, key: StreamKey, outcome: ServerReply) -> CommitResult:
+        """The result of an attempt that wrote a tombstone, which is published."""
+        self.outputs.publish(key, 0, b"")
+        return COMMITTED if outcome.is_durable else not_durable_error(self._settings, key)
+
+    async def _fence(self, keys: Sequence[StreamKey]) -> set[StreamKey]:
+        """Write a tombstone for each stream that does not exist, so that no commit that was sent
+        before can create it; returns for which it was written."""
+        deadline_s = self._deletion_deadline_s(math.inf)
+        outcomes = await self._write_tombstones(dict.fromkeys(keys, b""), deadline_s)
+        tombstones = {
+            key: read_packed_head(outcome.value[1])[COMPARED]
+            for key, outcome in outcomes.items()
+            if isinstance(outcome, ServerReply)
+            and len(outcome.value) > 1
+            and outcome.value[1].startswith(TOMBSTONE_PREFIX)
+        }
+        outcomes |= await self._write_tombstones(tombstones, deadline_s)
+        return {
+            key
+            for key, outcome in outcomes.items()
+            if isinstance(outcome, ServerReply) and outcome.value == WRITTEN
+        }
+
+    async def _write_tombstones(
+        self, conditions: Mapping[StreamKey, bytes], deadline_s: float
+    ) -> dict[StreamKey, Outcome]:
+        """Try once to write tombstones over values whose heads begin with these bytes."""
+        ttl_ms, commands = round(1000 * self._settings.tombstone_ttl_s), list[PendingCommand]()
+        for key, condition in conditions.items():
+            tombstone = encode_tombstone(Tombstone(StreamHead(new_epoch(), FIRST_TAG, 0)))
+            names, slot = self._keys.pair(key), self._slot(key)
+            arguments = (condition, tombstone, ttl_ms)
+            commands.append(
+                PendingCommand.for_script(self._delete_script, names, arguments, slot, [key])
+            )
+        outcomes = await self._router.execute(*commands, durably=True, deadline_s=deadline_s)
+        return dict(zip(conditions, outcomes, strict=True))
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
@@ -292,7 +448,7 @@ class RedisStore(Store):
 
     async def _read_durably(self, key: StreamKey, deadline_s: float) -> list[bytes | None]:
         """Read state and reply, and wait until they are as durable as a commit."""
-        names, slot = list(self._keys.pair(key)), self._slot(key)
+        names, slot = self._keys.pair(key), self._slot(key)
         if self._awaits_durability:
             ttl_ms = max(1, round(1000 * self._settings.reply_ttl_s))
             command = PendingCommand.for_script(self._confirm_script, names, [ttl_ms], slot, [key])
@@ -305,6 +461,13 @@ class RedisStore(Store):
         if isinstance(outcome, ServerReply) and not outcome.is_durable and values[0] is not None:
             raise not_durable_error(self._settings, key)
         return values
+
+
+def _check_executed(outcomes: Sequence[Outcome]) -> None:
+    """Raise the first error if every outcome is an error, so that no command was executed."""
+    first = outcomes[0]
+    if isinstance(first, CarryError) and all(isinstance(each, CarryError) for each in outcomes):
+        raise first
 
 
 def _in_order(groups: list[tuple[int, Sequence[int]]], parts: list[list[T]]) -> list[T]:

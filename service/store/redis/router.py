@@ -1,7 +1,16 @@
 """Routes commands to the servers that hold their keys, and waits for their outcomes.
 
-This module holds what all routers share, and the router of a single server. Those of a cluster and
-of a primary behind Sentinels find their servers by themselves (`discovering_router`).
+A router knows the servers by its topology: a single server's never changes, that of a cluster and
+of a primary behind Sentinels is read at the start and again after a lost connection, by one task at
+a time, after a jittered delay. As soon as it names another primary, the pending commands of an
+unavailable server go there, marked as retries. Each primary has one pipelined connection, so
+commands of one slot are executed in the order of the calls.
+
+While the topology changes, commands of one stream may overtake each other: one is backing off
+while the next finds its server at once. That is safe, because correctness does not depend on their
+order. A commit that overtakes the one before it fails its compare-and-set, and its chunk is
+evaluated again. A commit that is retried on another server finds its own head, the expected head or
+neither, and is resolved as on a single server. Order only avoids these retries.
 
 With `replicated` durability, every connection that carried writes of a call then carries one WAIT
 command, whose reply counts the replicas that acknowledged all earlier writes of that connection.
@@ -17,25 +26,63 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Collection, Coroutine, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
+import structlog
 from msgspec.structs import replace
+from redis.backoff import EqualJitterBackoff
+from redis.exceptions import RedisError
 
-from service.core.errors import CarryError, StoreUnavailable
+from service.core.errors import CarryError, StoreRefused, StoreUnavailable
 from service.store.capabilities import StoreTelemetry
+from service.store.redis.address import Address, StoreAddress
 from service.store.redis.commands import PendingCommand
-from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S, describe_error
+from service.store.redis.connections import (
+    ATTEMPTS_PER_CALL,
+    RETRY_AFTER_S,
+    OnConnect,
+    describe_error,
+)
 from service.store.redis.outcomes import Outcome, ReplyLost, ServerReply
-from service.store.redis.pipelined_connection import PipelinedConnection
+from service.store.redis.pipelined_connection import (
+    BACKOFF_BASE_S,
+    BACKOFF_CAP_S,
+    PipelinedConnection,
+)
 from service.store.redis.redis_server import RedisServer
 from service.store.settings import Durability, StoreSettings
 
 TICK_S: Final = 0.01
 """Resolution of the timeouts of calls. One timer, set to the earliest, serves all: a timer for each
 call would cost more than the rest of the call."""
+
+REFRESH_INTERVAL_S: Final = 0.1
+"""Minimum time between two reads of the topology; half of it is jitter."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The servers as one of a cluster's nodes, or a Sentinel, reports them.
+
+    Attributes:
+        owners: the primary of each slot, of which there is one without a cluster; None if the slot
+            has none.
+        primaries: the primaries that have slots, ordered by node id.
+        replicas: all other nodes.
+        version: changes when a slot moves or a primary is replaced.
+    """
+
+    owners: tuple[Address | None, ...]
+    primaries: tuple[Address, ...]
+    replicas: tuple[Address, ...]
+    version: str
 
 
 class Layout(NamedTuple):
@@ -58,12 +105,15 @@ class Router(ABC):
     Attributes:
         redacted_url: the address without secrets.
         telemetry: what its connections count.
+        on_connect: prepares each connection (`ConnectionFactory`).
     """
 
     redacted_url: str
+    on_connect: OnConnect | None = None
 
     def __init__(self, settings: StoreSettings):
         self.telemetry = StoreTelemetry()
+        self._settings = settings
         self._waiting: dict[PendingCommand, tuple[float, float]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = math.inf
@@ -71,61 +121,91 @@ class Router(ABC):
         self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
         # Half of the response timeout: a blocked WAIT must not look like an unresponsive server.
         self._wait_timeout_ms = max(1, round(settings.store_wait_s / ATTEMPTS_PER_CALL / 2 * 1000))
+        self._servers: dict[Address, RedisServer] = {}
+        self._topology: Topology | None = None
+        self._topology_error: CarryError | None = None
+        self._owners: list[Address | None] = []
+        self._refreshing: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._backoff = EqualJitterBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S)
 
-    @abstractmethod
     async def start(self) -> None:
         """Discover the servers; once, before use.
 
         Raises:
             StoreUnavailable, StoreRefused
         """
+        failures = 0
+        try:
+            async with asyncio.timeout(self._wait_s):
+                while (error := await self._read_topology()) is not None:
+                    if isinstance(error, StoreRefused):
+                        raise error
+                    if failures == 0:
+                        reason = error.detail
+                        log.warning("topology_unknown", store=self.redacted_url, reason=reason)
+                    await asyncio.sleep(self._backoff.compute(failures))
+                    failures += 1
+        except TimeoutError:
+            raise self._unavailable_error() from self._topology_error
 
-    @abstractmethod
     async def close(self) -> None:
         """Close every connection; once, after the last call returned."""
+        for task in (*self._tasks, *([self._refreshing] if self._refreshing else [])):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for server in list(self._servers.values()):
+            await server.close()
 
     @abstractmethod
+    async def _discover(self) -> Topology:
+        """Read the topology.
+
+        Raises:
+            StoreUnavailable: it may be known later.
+            StoreRefused: it will not be known.
+        """
+
     def slot(self, key: str) -> int:
-        """The hash slot of a key; one command may contain keys of one slot only."""
+        """The hash slot of a key, always 0 without a cluster; one command may contain keys of one
+        slot only."""
+        return 0
 
     def node_of(self, slot: int) -> Hashable:
         """Identifies the server of a slot; None if there is one server for all."""
         return None
 
-    @abstractmethod
     async def layout(self) -> Layout:
         """The current servers.
 
         Raises:
             StoreUnavailable, StoreRefused
         """
+        error = await self._read_topology()
+        if error is not None or self._topology is None:
+            raise self._unavailable_error() from error
+        uncovered = self._topology.owners.count(None)
+        return self._layout(self._topology, f"{uncovered} slots have no node" if uncovered else "")
 
-    @abstractmethod
     def server_of(self, slot: int) -> RedisServer | None:
         """The server of a slot; None if no server is known to hold it."""
+        owner = self._owners[slot] if self._owners else None
+        return None if owner is None else self._server(owner)
 
-    @abstractmethod
     def any_server(self) -> RedisServer:
         """One of the current servers, for what does not depend on a key."""
+        known = self._topology.primaries if self._topology else tuple(self._servers)
+        return self._server(random.choice(known))  # noqa: S311
 
     def replicas(self) -> list[RedisServer]:
         """The servers that a failover may promote."""
-        return []
+        return list(map(self._server, self._topology.replicas if self._topology else ()))
 
-    @abstractmethod
     def refresh(self) -> None:
-        """Resolve the address again for the next commands: a server's role has changed."""
+        """Find the servers again for the next commands: a server's role has changed."""
+        self.handle_disconnect()
 
-    @abstractmethod
-    def _dispatch(self, commands: Sequence[PendingCommand]) -> Iterable[PipelinedConnection]:
-        """Send commands to their servers; returns the connections that they are sent on.
-
-        Commands without a known server are deferred.
-        """
-
-    @abstractmethod
-    def _last_error(self) -> BaseException | None:
-        """Why commands without a connection had to wait."""
+    # Commands
 
     async def execute(
         self, *commands: PendingCommand, durably: bool = False, deadline_s: float = math.inf
@@ -227,7 +307,7 @@ class Router(ABC):
         connection = command.connection
         url = self.redacted_url if connection is None else connection.redacted_url
         cause = command.redirect_error or (
-            self._last_error() if connection is None else connection.last_error
+            self._topology_error if connection is None else connection.last_error
         )
         if command.is_sent:
             lost = ReplyLost(f"{url}: {describe_error(cause or TimeoutError())}")
@@ -241,9 +321,118 @@ class Router(ABC):
         unavailable.__cause__ = cause
         return unavailable
 
+    def _dispatch(self, commands: Sequence[PendingCommand]) -> Iterable[PipelinedConnection]:
+        """Send commands to their servers; returns the connections that they are sent on.
+
+        Commands without a known server are deferred.
+        """
+        connections: dict[PipelinedConnection, list[PendingCommand]] = {}
+        for command in commands:
+            owner = self._owners[command.slot]
+            if owner is None:
+                command.redirect_count += 1
+                self.refresh()
+                self._retry_with_backoff(command)
+            else:
+                connections.setdefault(self._server(owner).connection, []).append(command)
+        for connection, group in connections.items():
+            connection.send(group)
+        return connections
+
+    def _retry_with_backoff(self, command: PendingCommand) -> None:
+        self._spawn(self._retry(command, self._backoff.compute(command.redirect_count)))
+
+    async def _retry(self, command: PendingCommand, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        if not command.future.done():
+            self._dispatch((command,))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # `RedirectHandler`
+
+    def handle_redirect(self, command: PendingCommand, error: RedisError) -> bool:
+        """Take over a command that a server did not execute; False if the error is no redirect."""
+        return False
+
+    def handle_disconnect(self) -> None:
+        """Read the topology: another server may have been promoted."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
+
+    # Topology
+
+    async def _refresh(self) -> None:
+        # Jitter: all workers lose a server at once, and need not ask for the topology at once.
+        await asyncio.sleep(random.uniform(0, REFRESH_INTERVAL_S / 2))  # noqa: S311
+        await self._read_topology()
+        await asyncio.sleep(random.uniform(REFRESH_INTERVAL_S / 2, REFRESH_INTERVAL_S))  # noqa: S311
+
+    async def _read_topology(self) -> CarryError | None:
+        """Read and use the topology; returns the error if it is not known."""
+        try:
+            topology = await self._discover()
+        except CarryError as error:
+            self._topology_error = error
+        else:
+            self._topology_error = None
+            self._apply(topology)
+        return self._topology_error
+
+    def _apply(self, topology: Topology) -> None:
+        """Use a topology, and move pending commands away from servers that are no primaries."""
+        if self._topology is None or topology.version != self._topology.version:
+            log.info(
+                "topology_changed",
+                store=self.redacted_url,
+                primaries=[str(address) for address in topology.primaries],
+                uncovered_slots=topology.owners.count(None),
+            )
+        self._topology, self._owners = topology, list(topology.owners)
+        for address in self._servers.keys() - {*topology.primaries}:
+            connection = self._servers[address].connection
+            if not self._may_keep_pending(connection):
+                for command in connection.take_pending():
+                    command.needs_asking = False
+                    self._spawn(self._retry(command, 0))
+            if connection.is_idle and address not in self._kept_servers(topology):
+                self._spawn(self._servers.pop(address).close())
+
+    def _may_keep_pending(self, connection: PipelinedConnection) -> bool:
+        """Whether pending commands stay on the connection to a server that is no primary now, which
+        may still execute them."""
+        return False
+
+    def _kept_servers(self, topology: Topology) -> Collection[Address]:
+        """The servers to which connections stay open although they are no primaries."""
+        return topology.replicas
+
+    def _layout(self, topology: Topology, coverage_error: str) -> Layout:
+        servers = [self._server(address) for address in topology.primaries]
+        return Layout(topology.version, servers, coverage_error)
+
+    def _server(self, address: Address) -> RedisServer:
+        server = self._servers.get(address)
+        if server is None:
+            url = StoreAddress.parse(self._settings.url).server_url(address)
+            settings = self._settings.at(url)
+            server = RedisServer(settings, self, self.telemetry, self.on_connect)
+            self._servers[address] = server
+        return server
+
+    def _unavailable_error(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"the servers of the store at {self.redacted_url} are not known after "
+            f"{self._wait_s:g} s: {self._topology_error}",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
 
 class SingleServerRouter(Router):
-    """Router of a single server.
+    """Router of a single server, which the address names.
 
     Raises:
         StoreRefused: the address cannot be used.
@@ -251,45 +440,23 @@ class SingleServerRouter(Router):
 
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
-        self._server = RedisServer(settings, telemetry=self.telemetry)
-        self._connections = (self._server.connection,)
-        self.redacted_url = self._server.redacted_url
+        server = RedisServer(settings, telemetry=self.telemetry)
+        self._connections = (server.connection,)
+        self.redacted_url = server.redacted_url
+        address = Address(server.redacted_url, 0)
+        self._servers[address] = server
+        self._only = self._topology = Topology((address,), (address,), (), "")
+        self._owners = [address]
 
-    async def start(self) -> None:
-        """Does nothing: the address names the server."""
-
-    async def close(self) -> None:
-        await self._server.close()
-
-    def slot(self, key: str) -> int:
-        """Always 0: one command may contain any keys."""
-        return 0
-
-    async def layout(self) -> Layout:
-        return Layout("", [self._server])
-
-    def server_of(self, slot: int) -> RedisServer | None:
-        return self._server
-
-    def any_server(self) -> RedisServer:
-        return self._server
+    async def _discover(self) -> Topology:
+        return self._only
 
     def refresh(self) -> None:
-        self._server.connection.reconnect()
+        self._connections[0].reconnect()
 
     def _dispatch(self, commands: Sequence[PendingCommand]) -> Iterable[PipelinedConnection]:
-        self._server.connection.send(commands)
+        self._connections[0].send(commands)
         return self._connections
-
-    def _last_error(self) -> BaseException | None:
-        return self._server.connection.last_error
-
-
-def check_executed(outcomes: Sequence[Outcome]) -> None:
-    """Raise the first error if every outcome is an error, so that no command was executed."""
-    first = outcomes[0]
-    if isinstance(first, CarryError) and all(isinstance(each, CarryError) for each in outcomes):
-        raise first
 
 
 def _follows(wait: PendingCommand, command: PendingCommand) -> bool:

@@ -24,12 +24,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from service.core.errors import StoreUnavailable
-from service.store.redis.address import Address
+from service.store.redis.address import Address, StoreAddress
 from service.store.redis.connections import ATTEMPTS_PER_CALL, ConnectionFactory
-from service.store.redis.discovering_router import DiscoveringRouter, Topology
-from service.store.redis.pipelined_connection import PipelinedConnection
 from service.store.redis.redis_server import RedisServer
-from service.store.redis.router import Layout
+from service.store.redis.router import Layout, Router, Topology
 from service.store.settings import StoreSettings
 
 CHECK_INTERVAL_S: Final = 1.0
@@ -39,7 +37,7 @@ MAX_TIMEOUT_S: Final = 1.0
 """How long one Sentinel may take to answer before another is asked."""
 
 
-class SentinelRouter(DiscoveringRouter):
+class SentinelRouter(Router):
     """Router of the primary that the Sentinels of an address know.
 
     Raises:
@@ -49,7 +47,8 @@ class SentinelRouter(DiscoveringRouter):
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
         self.on_connect = self._verify_role
-        address = self._address
+        self._address = address = StoreAddress.parse(settings.url)
+        self.redacted_url = str(address)
         share_s = settings.store_wait_s / ATTEMPTS_PER_CALL / (len(address.nodes) + 1)
         # rejects wrong options; those of the servers are TLS, and a user that Sentinels do not know
         unresolved = settings.at(address.server_url(Address("unresolved", 0)))
@@ -84,10 +83,6 @@ class SentinelRouter(DiscoveringRouter):
         await super().close()
         for server in self._replicas_at_start:
             await server.close()
-
-    def slot(self, key: str) -> int:
-        """Always 0: one command may contain any keys."""
-        return 0
 
     async def layout(self) -> Layout:
         """The primary; the version changes with every failover, since cursors of a listing belong
@@ -142,10 +137,6 @@ class SentinelRouter(DiscoveringRouter):
     def _sentinels(self) -> Sentinel:
         nodes = random.sample(self._address.nodes, len(self._address.nodes))
         return Sentinel(nodes, sentinel_kwargs=self._sentinel_options)
-
-    def _may_keep_pending(self, connection: PipelinedConnection) -> bool:
-        """Never keep them: a primary that was replaced would still execute them."""
-        return False
 
     async def _verify_role(self, connection: Any) -> None:
         """Prepare a connection to the primary."""

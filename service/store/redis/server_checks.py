@@ -23,6 +23,7 @@ from service.store.settings import Durability, StoreSettings
 
 META_FORMAT = 1
 PROBE_TIMEOUT_S: Final = 1.0
+"""Timeout of each check of a server."""
 
 _FSYNC_OPTIONS: Final = {
     "appendonly": "yes",

@@ -33,9 +33,9 @@ SCRIPTS = {
 
 def compare_positions() -> None:
     """A commit compares the position alone, not epoch and tag."""
-    from service.store.redis import deletion, redis_store
+    from service.store.redis import redis_store
 
-    redis_store.COMPARED = deletion.COMPARED = slice(24, 32)
+    redis_store.COMPARED = slice(24, 32)
 
 
 def share_tags() -> None:

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
+from models.spec.model import ModelSpec
 from models.spec.state import State
 from service.access.caller import ANYONE
 from service.core.delivery import next_tag
@@ -287,7 +288,7 @@ async def test_a_chunk_that_cannot_be_encoded_fails_alone(
 
     monkeypatch.setattr(ServedModel, "encode_many", encode_or_fail)
     # rows of a model without a limit need no encoding, so none can fail
-    monkeypatch.setattr(ServedModel, "chunk_limit", 100)
+    monkeypatch.setattr(ModelSpec, "chunk_limit", 100)
     counts = Counts()
     async with worker(store_url, artifact, counts) as one:
         outcomes = await asyncio.gather(

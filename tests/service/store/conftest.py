@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from service.store.base import Store
-from service.store.open import open_store
+from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster, breakable_cluster, own_cluster, shared_cluster
 from tests.support.servers import KINDS, RealServer, own_server, real_server, server, shared_server
@@ -41,7 +41,7 @@ async def open_on(server: RealServer) -> AsyncIterator[OpenStore]:
     async with AsyncExitStack() as stack:
 
         async def open_one(**settings: Any) -> Store:
-            store = open_store(StoreSettings(server.url, **settings))
+            store = RedisStore(StoreSettings(server.url, **settings))
             stack.push_async_callback(store.close)
             await store.start()
             return store

@@ -8,8 +8,8 @@ import pytest
 
 from service.core.errors import StoreRefused
 from service.settings import Settings, SettingsError
-from service.store.open import open_store
 from service.store.redis.address import Address, StoreAddress, redact_url
+from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 
 
@@ -29,7 +29,7 @@ from service.store.settings import StoreSettings
 )
 async def test_valid_addresses_are_accepted(url: str) -> None:
     assert Settings.load({"redis_url": url}).store.redis_url == url
-    await open_store(StoreSettings(url)).close()
+    await RedisStore(StoreSettings(url)).close()
 
 
 SECRET_PARTS = ("s3c", "r3t")
@@ -57,7 +57,7 @@ def test_a_malformed_address_is_rejected_without_repeating_it(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({"redis_url": url})
     with pytest.raises(StoreRefused) as refused:
-        open_store(StoreSettings(url))
+        RedisStore(StoreSettings(url))
     for error in (caught.value, refused.value):
         chain = "".join(traceback.format_exception(error)).replace(repr(url), "")
         assert not any(part in chain for part in SECRET_PARTS)
@@ -117,7 +117,7 @@ def test_passwords_are_redacted(url: str, shown: str) -> None:
 )
 def test_an_unusable_address_is_rejected(url: str, message: str) -> None:
     with pytest.raises(StoreRefused, match=message):
-        open_store(StoreSettings(url))
+        RedisStore(StoreSettings(url))
 
 
 def test_address_has_the_parts_of_servers_and_sentinels() -> None:

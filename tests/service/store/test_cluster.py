@@ -18,7 +18,7 @@ from service.core.errors import (
     StoreUnavailable,
 )
 from service.store.base import Committed, Conflicted, Store
-from service.store.open import open_store
+from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import Cluster, ClusterNode
 from tests.support.servers import emptied, opened, until
@@ -401,7 +401,7 @@ async def test_one_available_startup_node_is_enough(cluster: Cluster, streams: S
     url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{cluster.replicas[1].port}"
     async with opened(url, partitions=PARTITIONS) as store:
         await committed(store, streams.creation(key("a")))
-    store = open_store(StoreSettings("redis+cluster://127.0.0.1:1", store_wait_s=0.2))
+    store = RedisStore(StoreSettings("redis+cluster://127.0.0.1:1", store_wait_s=0.2))
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
         await store.start()
     await store.close()

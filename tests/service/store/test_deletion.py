@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from service.core.errors import OutcomeUnknown, StateDamaged
 from service.core.values import StreamHead, Tombstone
 from service.store.base import Committed, Conflicted, Store
 from service.store.codec import HEADER_BYTES
-from service.store.redis.commands import PendingCommand
 from service.store.redis.outcomes import resolve_retried_deletion
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
@@ -95,31 +92,6 @@ async def test_many_streams_are_deleted_independently(
     with server.client() as client:
         assert client.exists(keyspace.reply(alive[0])) == 0
     assert await store.delete_many([]) == []
-
-
-async def test_a_stream_that_is_written_while_many_are_deleted_is_deleted(
-    store: Store, streams: Streams, server: RealServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await committed(store, streams.creation(key("a")), streams.creation(key("b")))
-    conditions: list[bytes] = []
-
-    overtaken = RedisStore(StoreSettings(server.url))
-    tombstone_command = overtaken.deletion._tombstone_command
-
-    def overtaken_command(key: Any, condition: bytes) -> PendingCommand:
-        """Another writer is faster than the first deletion."""
-        conditions.append(condition)
-        return tombstone_command(
-            key, condition if len(conditions) > 1 else b"another head".ljust(24)
-        )
-
-    monkeypatch.setattr(overtaken.deletion, "_tombstone_command", overtaken_command)
-    await overtaken.start()
-    try:
-        assert await overtaken.delete_many([key("a"), key("b")]) == [Committed()] * 2
-    finally:
-        await overtaken.close()
-    assert [len(condition) for condition in conditions] == [24, 24, 0, 24]
 
 
 # Tombstones

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import re
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,13 +70,3 @@ def test_partitions_are_balanced() -> None:
         counts[KeySpace("carry", 16).partition(StreamKey("m", f"stream-{number}"))] += 1
     assert min(counts) > 850
     assert max(counts) < 1150
-
-
-@pytest.mark.parametrize(
-    ("namespace", "partitions", "wrong"),
-    [(each, 1, "namespace") for each in ("", "Carry", "a b", "a{b}", "a:b", "a*", "x" * 33)]
-    + [("carry", each, "partitions") for each in (0, -1, 65_537)],
-)
-def test_an_invalid_key_space_is_rejected(namespace: str, partitions: int, wrong: str) -> None:
-    with pytest.raises(ValueError, match=wrong):
-        KeySpace(namespace, partitions)

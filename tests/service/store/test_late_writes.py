@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,9 +13,8 @@ from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
 from service.core.values import StreamKey, StreamState, Tombstone
 from service.store.base import Committed, Conflicted, Store
 from service.store.codec import encode_state
-from service.store.redis.deletion import DELETE_ATTEMPTS
 from service.store.redis.outcomes import Outcome, ServerReply
-from service.store.redis.redis_store import RedisStore
+from service.store.redis.redis_store import DELETE_ATTEMPTS, RedisStore
 from service.store.settings import StoreSettings
 from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, opened
@@ -97,18 +96,16 @@ async def test_loads_behind_an_abandoned_commit_return_their_own_streams_after_a
 
 @pytest.mark.parametrize(("repeated", "outcome"), [(False, Conflict), (True, OutcomeUnknown)])
 async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
-    repeated: bool, outcome: type, streams: Streams, monkeypatch: pytest.MonkeyPatch
+    repeated: bool, outcome: type, streams: Streams
 ) -> None:
     """Every attempt finds a recreated stream, after one whose reply was lost or not."""
-    store = RedisStore(StoreSettings("unix:///none"))
-    tries = [repeated] + [False] * (DELETE_ATTEMPTS - 1)
 
-    async def recreated(*_: object) -> ServerReply:
-        return ServerReply([0, encode_state(streams.first())], tries.pop())
+    async def recreated(number: int) -> ServerReply:
+        return ServerReply([0, encode_state(streams.first())], repeated and number == 1)
 
-    monkeypatch.setattr(store.deletion, "_write_tombstone", recreated)
+    store = Watched(StoreSettings("unix:///none"), recreated)
     assert isinstance(await store.delete(key("a")), outcome)
-    assert not tries
+    assert store.tries == DELETE_ATTEMPTS
 
 
 # Repeated deletions
@@ -122,14 +119,16 @@ class Watched(RedisStore):
         self._before = before
         self.tries = 0
         self.conditions: list[bytes] = []
-        self._try = self.deletion._write_tombstone
-        self.deletion._write_tombstone = self._counted_try
 
-    async def _counted_try(self, name: StreamKey, condition: bytes, *rest: Any) -> Outcome:
+    async def _write_tombstones(
+        self, conditions: Mapping[StreamKey, bytes], deadline_s: float
+    ) -> dict[StreamKey, Outcome]:
         self.tries += 1
-        self.conditions.append(condition)
+        self.conditions += conditions.values()
         outcome = await self._before(self.tries)
-        return await self._try(name, condition, *rest) if outcome is None else outcome
+        if outcome is not None:
+            return dict.fromkeys(conditions, outcome)
+        return await super()._write_tombstones(conditions, deadline_s)
 
 
 @asynccontextmanager
@@ -223,9 +222,9 @@ async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
 async def test_a_stream_under_constant_writes_is_deleted(
     server: RealServer, store: Store, streams: Streams
 ) -> None:
-    """After repeated conflicts the deletion compares the epoch only."""
+    """After repeated conflicts the deletion compares the epoch only, and only that stream's."""
     last = streams.creation(key("a"))
-    await committed(store, last)
+    await committed(store, last, streams.creation(key("b")))
 
     async def move_on(*_: Any) -> None:
         nonlocal last
@@ -233,9 +232,9 @@ async def test_a_stream_under_constant_writes_is_deleted(
         await committed(store, last)
 
     async with watched(server, move_on) as busy:
-        assert await busy.delete(key("a")) == Committed()
-        assert [len(condition) for condition in busy.conditions] == [0, 24, 24, 8]
-    assert isinstance((await load(store, [key("a")]))[0], Tombstone)
+        assert await busy.delete_many([key("a"), key("b")]) == [Committed()] * 2
+        assert [len(condition) for condition in busy.conditions] == [0, 0, 24, 24, 24, 8]
+    assert all(isinstance(each, Tombstone) for each in await load(store, [key("a"), key("b")]))
 
 
 async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(

@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.base import Store
 from service.store.capabilities import LIVE_S
-from service.store.open import open_store
 from service.store.redis import monitor
 from service.store.redis.commands import PendingCommand
 from service.store.redis.monitor import SAMPLE_KEYS
+from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster
 from tests.support.servers import RealServer, emptied, opened, real_server, until, until_async
@@ -74,7 +74,7 @@ async def test_a_store_that_denies_commits_is_not_ready(server: RealServer, comm
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "carry", "on", ">pass", "~*", "+@all")
         try:
-            store = open_store(StoreSettings(server.url.replace("unix://", "unix://carry:pass@")))
+            store = RedisStore(StoreSettings(server.url.replace("unix://", "unix://carry:pass@")))
             await store.start()
             assert (await store.monitor.check()).ok
             client.execute_command("ACL", "SETUSER", "carry", f"-{command}")

@@ -9,8 +9,8 @@ import pytest
 from service.core.errors import StoreRefused
 from service.store.base import Conflicted, Store
 from service.store.capabilities import PublishedOutput
-from service.store.redis.open_router import open_router
 from service.store.redis.output_channel import RedisOutputChannel
+from service.store.redis.redis_store import open_router
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async

@@ -15,7 +15,11 @@ import pytest
 
 from service.core.errors import OutcomeUnknown
 from service.store.redis.commands import PendingCommand, Script
-from service.store.redis.connections import ConnectionFactory, transport_of
+from service.store.redis.connections import (
+    ConnectionFactory,
+    drop_unsent_on_close,
+    transport_of,
+)
 from service.store.redis.outcomes import ReplyLost, ServerReply
 from service.store.redis.pipelined_connection import PipelinedConnection, ReplyReader
 from service.store.settings import StoreSettings
@@ -181,12 +185,14 @@ async def test_tcp_user_timeout_is_shorter_than_a_tombstones_lifetime() -> None:
     with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port)):
         for wait_s, tombstone_ttl_s, expected_ms in ((3.0, 600, 3_000), (30.0, 9, 9_000)):
             url = f"redis://127.0.0.1:{port}"
-            async with opened(url, store_wait_s=wait_s, tombstone_ttl_s=tombstone_ttl_s) as store:
-                given = transport_of(store._router._server.connection._connection).get_extra_info(
-                    "socket"
-                )
-                assert given.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-                linger = given.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
-                assert linger == struct.pack("ii", 1, 0)
-                limit_ms = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-                assert limit_ms == expected_ms
+            settings = StoreSettings(url, store_wait_s=wait_s, tombstone_ttl_s=tombstone_ttl_s)
+            connection = ConnectionFactory(settings).create_connection()
+            await connection.connect()
+            drop_unsent_on_close(connection)
+            given = transport_of(connection).get_extra_info("socket")
+            assert given.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            linger = given.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+            assert linger == struct.pack("ii", 1, 0)
+            limit_ms = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert limit_ms == expected_ms
+            await connection.disconnect()

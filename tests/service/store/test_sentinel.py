@@ -14,7 +14,7 @@ from service.core.values import StreamState
 from service.store.base import Committed, Store
 from service.store.codec import encode_state
 from service.store.redis.address import Address
-from service.store.redis.discovering_router import Topology
+from service.store.redis.router import Topology
 from service.store.redis.sentinel_router import SentinelRouter
 from service.store.settings import StoreSettings
 from tests.support.sentinels import NAME, PASSWORD, Monitored, monitored

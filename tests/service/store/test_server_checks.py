@@ -9,7 +9,7 @@ import pytest
 from service.core.errors import StoreRefused
 from service.core.values import StreamKey
 from service.store.base import Committed, Store
-from service.store.open import open_store
+from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.servers import RealServer, free_port, real_server
 from tests.support.streams import Commit, OpenStore, Streams, columns, committed, key
@@ -47,7 +47,7 @@ async def test_a_server_under_an_address_of_another_kind_is_rejected(
     node = ("--cluster-enabled", "yes", *bus) if is_node else ()
     with real_server(kind, "--bind", "127.0.0.1", "--port", port, *node) as running:
         url = running.url if is_node else f"redis+cluster://127.0.0.1:{port}"
-        store = open_store(StoreSettings(url, store_wait_s=5))
+        store = RedisStore(StoreSettings(url, store_wait_s=5))
         with pytest.raises(StoreRefused, match="cluster"):
             await store.start()
         await store.close()
@@ -89,7 +89,7 @@ async def test_a_server_that_forbids_scripts_is_reported(
         )
         try:
             url = server.url.replace("unix://", "unix://reader:secret@")
-            store = open_store(StoreSettings(url))
+            store = RedisStore(StoreSettings(url))
             await store.start()
             with pytest.raises(StoreRefused, match="permissions") as caught:
                 await store.commit(columns(streams.creation(key("a"))))
@@ -101,7 +101,7 @@ async def test_a_server_that_forbids_scripts_is_reported(
 
 async def test_a_wrong_password_fails_immediately(server: RealServer) -> None:
     url = server.url.replace("unix://", "unix://nobody:wrong-secret@")
-    store = open_store(StoreSettings(url, store_wait_s=60))
+    store = RedisStore(StoreSettings(url, store_wait_s=60))
     async with asyncio.timeout(30):
         with pytest.raises(StoreRefused) as caught:
             await store.start()

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.capabilities import Lease, LeaseRequest, Quota
-from service.store.open import open_store
+from service.store.redis.redis_store import RedisStore
 from service.store.settings import Durability, StoreSettings
 from tests.support.certificates import Certificates, certificates, make_certificates
 from tests.support.cluster import Cluster
@@ -88,7 +88,7 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
 async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) -> None:
     with behind_tls(certificates) as (_, at):
         url = f"rediss://{at.partition('?')[0]}"
-        store = open_store(StoreSettings(url, store_wait_s=0.5))
+        store = RedisStore(StoreSettings(url, store_wait_s=0.5))
         with pytest.raises(StoreUnavailable, match="certificate verify failed"):
             await store.start()
         await store.close()
@@ -97,7 +97,7 @@ async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) 
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="Python does not ask for it")
 async def test_a_ca_certificate_without_key_usage_is_explained(tmp_path: Path) -> None:
     with behind_tls(make_certificates(tmp_path)) as (_, at):
-        store = open_store(StoreSettings(f"rediss://{at}", store_wait_s=0.5))
+        store = RedisStore(StoreSettings(f"rediss://{at}", store_wait_s=0.5))
         with pytest.raises(StoreUnavailable, match=r"ssl_ca_certs.*keyUsage with keyCertSign"):
             await store.start()
         await store.close()
@@ -119,7 +119,7 @@ def test_unusable_tls_files_are_named(certificates: Certificates, tmp_path: Path
     }.items():
         for scheme in ("rediss", "rediss+cluster"):
             with pytest.raises(StoreRefused, match=message):
-                open_store(StoreSettings(f"{scheme}://cache.test?{options}"))
+                RedisStore(StoreSettings(f"{scheme}://cache.test?{options}"))
 
 
 @pytest.mark.parametrize("scheme", ["rediss", "rediss+cluster"])
@@ -127,7 +127,7 @@ async def test_start_logs_an_untrusted_certificate_immediately(
     certificates: Certificates, scheme: str
 ) -> None:
     with behind_tls(certificates) as (_, at), capture_logs() as lines:
-        store = open_store(StoreSettings(f"{scheme}://{at.partition('?')[0]}", store_wait_s=60))
+        store = RedisStore(StoreSettings(f"{scheme}://{at.partition('?')[0]}", store_wait_s=60))
         starting = asyncio.create_task(store.start())
 
         async def is_logged() -> bool:
@@ -172,7 +172,7 @@ async def test_a_cluster_with_credentials(shared_cluster: Cluster) -> None:
             state, _ = await store.load_with_reply(key("s3"))
             assert same_stream(state, commits[3].new)
             assert len((await store.streams("flights", "", None, 100)).streams) <= 20
-        wrong = open_store(
+        wrong = RedisStore(
             StoreSettings(f"redis+cluster://carry:wrong-secret@{hosts}", store_wait_s=60)
         )
         with pytest.raises(StoreRefused) as caught:

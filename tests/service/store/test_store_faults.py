@@ -14,7 +14,7 @@ import uvloop
 from service.core.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
 from service.core.values import StreamKey, StreamState
 from service.store.base import Committed, Conflicted, Store
-from service.store.open import open_store
+from service.store.redis.connections import transport_of
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.proxy import LossyPath
@@ -64,7 +64,7 @@ def test_a_transport_closed_by_the_loop_is_reopened(server: RealServer, streams:
             commit = streams.creation(key("s"))
             assert await store.commit(columns(commit)) == [Committed()]
             for _ in range(5):
-                store._router._server.connection._connection._writer.transport.abort()
+                transport_of(store._router.any_server().connection._connection).abort()
                 await asyncio.sleep(0)
                 commit = streams.next(commit)
                 assert await store.commit(columns(commit)) == [Committed()]
@@ -158,7 +158,7 @@ async def test_calls_wait_for_a_loading_server(own_server: RealServer, streams: 
 
 
 async def test_an_unavailable_server_times_out(own_server: RealServer, streams: Streams) -> None:
-    store = open_store(StoreSettings(own_server.url + "-elsewhere", store_wait_s=0.2))
+    store = RedisStore(StoreSettings(own_server.url + "-elsewhere", store_wait_s=0.2))
     with pytest.raises(StoreUnavailable, match="elsewhere"):
         await store.start()
     await store.close()

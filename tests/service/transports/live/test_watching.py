@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from service.access.caller import ANYONE
 from service.core.errors import StoreUnavailable
 from service.core.values import StreamKey
-from service.pipeline import output_buffer, watching
+from service.pipeline import watching
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.live import watching as sse
@@ -181,7 +181,7 @@ async def test_a_stream_that_is_replaced_is_watched_in_its_new_epoch(api: Harnes
 async def test_a_slow_watcher_gets_a_gap_and_continues(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_buffer, "MAX_BUFFERED", 3)
+    monkeypatch.setattr(watching, "MAX_BUFFERED", 3)
     watches = watching.Watches(api.store, api.store.outputs, api.counts)
     key = StreamKey("probe", "s")
     async with (
@@ -210,7 +210,7 @@ async def test_a_slow_watcher_gets_a_gap_and_continues(
 async def test_watchers_that_do_not_read_take_bounded_memory_and_get_a_gap(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_buffer, "MAX_BUFFERED", 8)
+    monkeypatch.setattr(watching, "MAX_BUFFERED", 8)
     monkeypatch.setattr(sse, "WRITE_BYTES", 1024)
     chunks = 60
     async with serving(api) as server, AsyncExitStack() as stack:
@@ -245,7 +245,7 @@ async def test_watchers_that_do_not_read_take_bounded_memory_and_get_a_gap(
 async def test_outputs_that_do_not_fit_the_buffer_are_taken_from_the_stored_reply(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_buffer, "MAX_BUFFERED_BYTES", 1)
+    monkeypatch.setattr(watching, "MAX_BUFFERED_BYTES", 1)
     watches = watching.Watches(api.store, api.store.outputs, api.counts)
     async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
         events = follow(watch, 10)
