@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 import ormsgpack
 
-from tests.support.v2_messages import message_class
+from tests.support.v2_messages import infer_request, message_class, read_outputs
 
 SAMPLED_CHUNKS = 24
 """Chunks of the sampled stream whose replies are kept; the oracle that checks them is slow."""
@@ -32,7 +32,6 @@ Ticket = tuple[tuple[int, int], ...]
 """The streams of a request, each with the position that its reply must give."""
 
 
-_INFER_REQUEST = message_class("ModelInferRequest")
 _STREAM_RESPONSE = message_class("ModelStreamInferResponse")
 
 
@@ -78,12 +77,9 @@ def write_v2_request(path: str, stream: str, position: int, rows: bytes, steps: 
 
 def write_message(model: str, stream: str, position: int, rows: bytes, steps: int) -> bytes:
     """A message of the V2 protocol in a stream of gRPC."""
-    message = _INFER_REQUEST(model_name=model, raw_input_contents=[rows])
-    features = len(rows) // 4 // steps
-    message.inputs.add(name="inputs", datatype="FP32", shape=[1, steps, features])
-    message.parameters["sequence_id"].string_param = stream
-    message.parameters["position"].int64_param = position
-    return message.SerializeToString()
+    chunk = np.frombuffer(rows, "<f4").reshape(steps, -1)
+    message: bytes = infer_request(model, chunk, stream, position=position).SerializeToString()
+    return message
 
 
 def read_message(data: bytes) -> Any:
@@ -96,9 +92,7 @@ def read_message(data: bytes) -> Any:
 
 def read_grpc_reply(data: bytes) -> dict[str, Any]:
     """A message as a reply of version 1: its outputs by name."""
-    reply = read_message(data)
-    pairs = zip(reply.outputs, reply.raw_output_contents, strict=True)
-    return {"outputs": {one.name: np.frombuffer(values, "<f4") for one, values in pairs}}
+    return {"outputs": read_outputs(read_message(data))}
 
 
 def read_v2_reply(body: bytes) -> dict[str, Any]:

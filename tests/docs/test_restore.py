@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -15,10 +14,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from service.store.embedded import EmbeddedValkey, server_binary
+from service.store.embedded import EmbeddedValkey
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT
-from tests.support.servers import KINDS, opened, until
+from tests.support.servers import KINDS, opened, server_program, until
 from tests.support.streams import Streams, committed, key, load, same_stream
 
 pytestmark = needs_tools("redis-cli")
@@ -87,11 +86,8 @@ class Configured:
 
 @pytest.fixture(params=KINDS)
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Configured]:
-    binary = str(server_binary()) if request.param == "valkey" else shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not on the PATH")
     (tmp_path / "backup").mkdir()
-    server = Configured(binary, tmp_path)
+    server = Configured(server_program(request.param), tmp_path)
     try:
         yield server
     finally:

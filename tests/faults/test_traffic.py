@@ -1,13 +1,14 @@
 """The stages of chunks, derived from traffic."""
 
+import numpy as np
 import pytest
-from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from service.core.values import FIRST_TAG, StreamHead, Tombstone
 from service.store.codec import encode_state, encode_tombstone
 from tests.faults.traffic import BEFORE_LOAD, COMMIT_SENT, COMPUTING, REPLY_UNSENT, Traffic
 from tests.support.proxy import Connection
 from tests.support.streams import Streams
+from tests.support.v2_messages import infer_request
 
 pytestmark = pytest.mark.harness
 
@@ -53,8 +54,7 @@ def test_stages_follow_from_commands_and_answers(
     assert traffic.has_pending_commit(store) == (passing[-1] == COMMIT)
 
 
-MESSAGE = ModelInferRequest(model_name="keeps-all")
-MESSAGE.parameters["sequence_id"].string_param = "s001"
+MESSAGE = infer_request("keeps-all", np.zeros((1, 3)), "s001")
 PATH = b" /v1/models/keeps-all/streams/s001"
 
 

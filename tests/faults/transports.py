@@ -21,8 +21,6 @@ from typing import Any, Final, NamedTuple, TypeVar
 import grpc
 import msgpack
 import numpy as np
-from tritonclient.grpc.service_pb2 import ModelInferRequest
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus, WebSocketException
 
@@ -38,6 +36,7 @@ from carry_client import (
 )
 from tests.faults.history import NO_HEAD, Chunk, Head, Reply
 from tests.faults.network import MODEL, OUTPUT
+from tests.support.v2_messages import callable_of, infer_request, read_outputs
 
 TIMEOUT_S: Final = 2.5
 _REJECTIONS: Final = frozenset(
@@ -205,16 +204,11 @@ class Grpc(ConnectionPool):
         self._address = url.removeprefix("http://")
 
     async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
-        request = ModelInferRequest(model_name=MODEL)
-        for name, value in conditions.members(chunk, sequence_id=chunk.stream).items():
-            kind = "int64_param" if isinstance(value, int) else "string_param"
-            setattr(request.parameters[name], kind, value)
-        request.inputs.add(name="inputs", datatype="FP32", shape=chunk.rows.shape)
-        request.raw_input_contents.append(chunk.rows.astype("<f4").tobytes())
+        members = conditions.members(chunk)
+        request = infer_request(MODEL, chunk.rows, chunk.stream, **members)
         async with self.acquire("") as channel:
             try:
-                stub = GRPCInferenceServiceStub(channel)
-                reply = await self.infer(stub, request, conditions.deadline_s)
+                reply = await self.infer(channel, request, conditions.deadline_s)
             except grpc.aio.AioRpcError as error:
                 document = dict(error.trailing_metadata()).get("carry-problem-bin")
                 raise NoAnswer(error) if document is None else _read_problem(document) from error
@@ -222,13 +216,11 @@ class Grpc(ConnectionPool):
             name: getattr(value, value.WhichOneof("parameter_choice"))
             for name, value in reply.parameters.items()
         }
-        [output], [data] = reply.outputs, reply.raw_output_contents
-        outputs = np.frombuffer(data, "<f4").reshape(output.shape)
-        return {**members, "outputs": {output.name: outputs}}
+        return {**members, "outputs": read_outputs(reply)}
 
-    async def infer(self, stub: Any, request: ModelInferRequest, timeout_s: float | None) -> Any:
+    async def infer(self, channel: Any, request: Any, timeout_s: float | None) -> Any:
         """Make the call."""
-        return await stub.ModelInfer(request, timeout=timeout_s)
+        return await callable_of(channel, "ModelInfer")(request, timeout=timeout_s)
 
     async def open(self, key: str) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(self._address, tuple(_CHANNEL.items()))
@@ -240,8 +232,8 @@ class Grpc(ConnectionPool):
 class GrpcStream(Grpc):
     """The same, by a call with a stream of requests."""
 
-    async def infer(self, stub: Any, request: ModelInferRequest, timeout_s: float | None) -> Any:
-        call = stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
+    async def infer(self, channel: Any, request: Any, timeout_s: float | None) -> Any:
+        call = callable_of(channel, "ModelStreamInfer")(iter([request]), timeout=timeout_s)
         [answer] = [each async for each in call]
         if answer.error_message:
             raise _read_problem(answer.infer_response.parameters["carry_problem"].string_param)

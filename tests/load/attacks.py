@@ -37,17 +37,18 @@ import models
 from service.access.caller import Verb
 from service.access.keys import KeyText
 from service.access.tokens import TokenClaims, sign_token
-from service.transports.v2.grpc import v2_pb2 as pb
 from tests.support.access import new_authorization
 from tests.support.machine import describe_run, read_usage
 from tests.support.servers import opened, real_server
 from tests.support.service import Service, running
+from tests.support.v2_messages import callable_of, infer_request, message_class
 
 MIB = 2**20
 MODEL = "/v1/models/flights"
 VICTIM = f"{MODEL}/streams/victim"
 INFERENCE = "/inference.GRPCInferenceService"
 CLIENTS, ROWS, PAUSE_S, RAMP_S = 4, 16, 0.01, 3.0
+PROBE = message_class("ServerLiveRequest")()
 
 
 class Target(NamedTuple):
@@ -243,10 +244,9 @@ class Clients:
 
     def __init__(self, http: httpx.AsyncClient, channel: grpc.aio.Channel, pid: int, features: int):
         self._http, self._channel, self._pid = http, channel, pid
-        self._body = orjson.dumps({"inputs": np.zeros((ROWS, features)).tolist()})
-        self._message = pb.ModelInferRequest(model_name="flights")
-        self._message.inputs.add(name="inputs", datatype="FP32", shape=[ROWS, features])
-        self._message.raw_input_contents.append(bytes(4 * ROWS * features))
+        self._metadata = (("authorization", http.headers["Authorization"]),)
+        self._rows = np.zeros((ROWS, features))
+        self._body = orjson.dumps({"inputs": self._rows.tolist()})
         self._positions = dict.fromkeys(["victim", *map(str, range(1, CLIENTS))], 0)
         self.errors = 0
 
@@ -255,17 +255,14 @@ class Clients:
         return int(reply.json().get("position", 0))
 
     async def _send_grpc(self, name: str) -> int:
-        self._message.parameters["sequence_id"].string_param = name
-        message = self._message.SerializeToString()
-        metadata = [("authorization", self._http.headers["Authorization"])]
-        infer = self._channel.unary_unary(f"{INFERENCE}/ModelInfer")
         try:
-            await self._channel.unary_unary(f"{INFERENCE}/ServerLive")(b"", timeout=30)
-            data = await infer(message, metadata=metadata, timeout=30)
+            await callable_of(self._channel, "ServerLive")(PROBE, timeout=30)
+            chunk = infer_request("flights", self._rows, name)
+            infer = callable_of(self._channel, "ModelInfer")
+            reply = await infer(chunk, metadata=self._metadata, timeout=30)
         except grpc.aio.AioRpcError:
             return 0
-        reply = pb.ModelInferResponse.FromString(data)
-        return reply.parameters["position"].int64_param
+        return int(reply.parameters["position"].int64_param)
 
     async def feed(self, seconds: float, *, uses_grpc: bool = False) -> NDArray[np.float64]:
         """Send chunks for so long; returns the 99th percentiles, in ms, of the latency and of the

@@ -1,4 +1,4 @@
-"""Tests run on the event loop that production uses."""
+"""Async tests run on the event loop that production uses; it closes what they leave open."""
 
 from __future__ import annotations
 
@@ -14,20 +14,9 @@ from tests.support.event_loop import EventLoop
 pytestmark = pytest.mark.harness
 
 
-@pytest.fixture
-async def loop_of_fixtures() -> asyncio.AbstractEventLoop:
-    return asyncio.get_running_loop()
-
-
-async def test_async_tests_and_fixtures_run_on_uvloop(
-    loop_of_fixtures: asyncio.AbstractEventLoop,
-) -> None:
-    assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
-    assert loop_of_fixtures is asyncio.get_running_loop()
-
-
-def test_event_loop_closes_open_transports_and_names_them() -> None:
+async def test_event_loop_closes_open_transports_and_names_them() -> None:
     """It neither waits for that, as uvloop does where warnings are errors, nor passes over it."""
+    assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
     failures: list[str] = []
 
     def leave_open() -> None:
@@ -41,5 +30,5 @@ def test_event_loop_closes_open_transports_and_names_them() -> None:
     # in a thread, since a loop that waits forever cannot be interrupted
     thread = threading.Thread(target=leave_open, daemon=True)
     thread.start()
-    thread.join(timeout=60)
+    await asyncio.to_thread(thread.join, 60)
     assert "unclosed resource <UnixTransport" in failures[0]

@@ -26,35 +26,9 @@ LIGHT: list[tuple[set[str], list[str]]] = [
     (
         NETWORKS | TABLES | WEB | STORES,
         [
-            "carry_client",
-            "models.artifact.artifact",
-            "models.events.columns",
-            "models.events.encode",
-            "models.events.parse",
-            "models.events.reader",
-            "models.events.schema",
-            "models.artifact.fingerprint",
-            "models.artifact.graphs",
-            "models.spec.layout",
-            "models.artifact.manifest",
-            "models.onnx.messages",
-            "models.spec.model",
-            "models.spec.state",
-            "models.artifact.weights",
-            "service.commands.cli",
-            "service.core.delivery",
-            "service.core.values",
-            "service.engine.batcher",
-            "service.engine.policy",
-            "service.engine.runtimes.loading",
-            "service.core.errors",
-            "service.telemetry.logs",
-            "service.telemetry.metrics",
-            "service.pipeline.pipeline",
-            "service.settings",
-            "service.store.codec",
-            "service.store.base",
-            "service.pipeline.streams",
+            *("carry_client", "models.artifact.*", "models.spec.*", "models.events.encode"),
+            *("models.events.reader", "service.commands.cli", "service.settings"),
+            *("service.access.*", "service.core.*", "service.engine.*", "service.pipeline.*"),
         ],
     ),
     (NETWORKS | WEB | STORES, ["models.events.frame", "models.events.fit"]),
@@ -97,11 +71,8 @@ def expanded(modules: list[str]) -> list[str]:
             found.append(module)
             continue
         package = importlib.import_module(module.removesuffix(".*"))
-        below = [
-            f"{package.__name__}.{each.name}" for each in pkgutil.iter_modules(package.__path__)
-        ]
-        assert below
-        found += below
+        names = [each.name for each in pkgutil.iter_modules(package.__path__)]
+        found += [f"{package.__name__}.{name}" for name in names]
     return found
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.support.needs import find_program
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 def make_certificates(folder: Path, *signing: str) -> Certificates:
     """Make certificates with `openssl`, that of the CA with further options."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not on the PATH")
+    openssl = find_program("openssl")
     made = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key")
     fresh = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1")
     ours = ("-keyout", folder / "ca.key", "-out", made.authority, "-subj", "/CN=authority")

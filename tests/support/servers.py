@@ -30,6 +30,7 @@ from service.store.base import Store
 from service.store.embedded import server_arguments, server_binary
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
+from tests.support.needs import find_program
 
 KINDS = ("valkey", "redis")
 DEADLINE_S = 20.0
@@ -68,10 +69,7 @@ def written(client: redis.Redis) -> None:
 
 def server_program(kind: str) -> str:
     """The path of the embedded Valkey, or of the `redis-server` on the PATH; skips without it."""
-    program = str(server_binary()) if kind == "valkey" else shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not on the PATH")
-    return program
+    return str(server_binary()) if kind == "valkey" else find_program("redis-server")
 
 
 class RealServer:

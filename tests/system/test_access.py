@@ -24,7 +24,7 @@ from tests.support.access import new_authorization
 from tests.support.command import Result, carry
 from tests.support.servers import opened, until
 from tests.support.service import Service
-from tests.support.v2_messages import METHODS, message_class
+from tests.support.v2_messages import METHODS, callable_of, message_class
 
 OPEN = {"ServerLive", "ServerReady"}
 NEEDED = {
@@ -111,16 +111,11 @@ def call(channel: grpc.Channel, method: str, key: str | None, stream: str = "acm
         message.inputs.add(name="inputs", datatype="FP32", shape=[1, 1])
         message.raw_input_contents.append(bytes(4))
     metadata = () if key is None else (("authorization", f"Bearer {key}"),)
-    path = f"/{described.containing_service.full_name}/{method}"
-    options = {
-        "request_serializer": lambda each: each.SerializeToString(),
-        "response_deserializer": message_class(described.output_type.name).FromString,
-    }
     try:
         if method == "ModelStreamInfer":
-            (response,) = channel.stream_stream(path, **options)(iter([message]), metadata=metadata)
+            (response,) = callable_of(channel, method)(iter([message]), metadata=metadata)
             return response.error_message.partition(":")[0] or "ok"
-        channel.unary_unary(path, **options)(message, metadata=metadata)
+        callable_of(channel, method)(message, metadata=metadata)
     except grpc.RpcError as error:
         carried = dict(error.trailing_metadata())
         return str(carried["carry-error"])
@@ -225,11 +220,8 @@ def test_revoked_key_is_rejected_and_listed_as_revoked(service: Service, create:
     assert key.split("_")[2] not in keys(service, "list").stdout.decode() + json.dumps(shown)
     address = service.grpc_address().replace("0.0.0.0", "127.0.0.1")
     with grpc.insecure_channel(address) as channel:
-        open_stream = channel.stream_stream(
-            "/inference.GRPCInferenceService/ModelStreamInfer",
-            request_serializer=lambda each: each.SerializeToString(),
-            response_deserializer=message_class("ModelStreamInferResponse").FromString,
-        )(waiting(), metadata=(("authorization", f"Bearer {key}"),))
+        metadata = (("authorization", f"Bearer {key}"),)
+        open_stream = callable_of(channel, "ModelStreamInfer")(waiting(), metadata=metadata)
         assert next(open_stream).error_message
         assert keys(service, "revoke", key_id).stdout.decode() == f"revoked {key_id}, test\n"
         with pytest.raises(grpc.RpcError) as caught:

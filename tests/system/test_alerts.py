@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import yaml
 
-from models.artifact.artifact import Artifact
-from tests.support.metrics import read
 from tests.support.monitoring import RULES, Series, check_rules, rule_test
 from tests.support.needs import needs_tools
-from tests.support.proxy import Connection, Direction, Proxy
-from tests.support.servers import RealServer, until_async
-from tests.support.service import running
 
 pytestmark = needs_tools("promtool")
 
 GROUPS = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
 ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if "alert" in rule}
-
-ONE_WAY_S = 0.2
-"""Delay of the slow store, in each direction."""
-
-SLOW_CHUNKS = 3
-HISTOGRAMS = "carry_request_seconds", "carry_store_round_trip_seconds"
 
 
 class Case(NamedTuple):
@@ -236,65 +222,3 @@ def test_alerts_fire_beyond_their_thresholds_only(tmp_path: Path) -> None:
         firing = [*quiet[: case.first_m], {**quiet[case.first_m], "exp_alerts": [alert]}]
         tests.append(rule_test(f"{case.alert}, firing", case.firing, alert_rule_test=firing))
     check_rules(tmp_path, tests)
-
-
-class SlowPath(Proxy):
-    """A proxy to a store that is far away once `one_way_s` is set: every packet arrives later."""
-
-    one_way_s = 0.0
-
-    async def inspect(self, connection: Connection, direction: Direction, data: bytes) -> None:
-        await asyncio.sleep(self.one_way_s)
-
-
-async def test_slow_store_is_alerted(tmp_path: Path, store: RealServer, probe: Artifact) -> None:
-    chunk = {"inputs": [[0.5] * 3]}
-    recorded: dict[str, float] = {}
-    async with SlowPath(lambda: store.socket).listening() as path:
-        with ExitStack() as stack:
-            url = f"redis://127.0.0.1:{path.port}"
-            service = await asyncio.to_thread(
-                stack.enter_context, running(tmp_path, probe.path, redis_url=url)
-            )
-            path.one_way_s = ONE_WAY_S
-            async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
-                for _ in range(SLOW_CHUNKS):
-                    reply = await client.post("/v1/models/probe/streams/s/chunks", json=chunk)
-                    reply.raise_for_status()
-
-                async def are_recorded() -> bool:
-                    recorded.update(buckets((await client.get("/metrics")).content))
-                    return all(count_slow(recorded, name) >= SLOW_CHUNKS for name in HISTOGRAMS)
-
-                await until_async(are_recorded, "the metrics of the chunks")
-            path.one_way_s = 0.0
-            await asyncio.to_thread(stack.close)
-    series = {name: f"0+{count:g}x60" for name, count in recorded.items()}
-    firing = [
-        {
-            "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})',
-            "eval_time": "15m",
-            "exp_samples": [{"labels": "{}", "value": 1}],
-        }
-        for alert in ("CarryStoreSlow", "CarryRequestsSlow")
-    ]
-    check_rules(tmp_path, [rule_test("slow store", series, promql_expr_test=firing)])
-
-
-def buckets(page: bytes) -> dict[str, float]:
-    """The buckets of the histograms that see the store's time, as promtool names series."""
-    found = {}
-    for (name, labels), count in read(page).items():
-        if name.removesuffix("_bucket") in HISTOGRAMS and name.endswith("_bucket"):
-            pairs = ",".join(sorted(f'{key}="{value}"' for key, value in labels))
-            found[f"{name}{{{pairs}}}"] = count
-    return found
-
-
-def count_slow(found: Mapping[str, float], histogram: str) -> float:
-    """How many observations of a histogram are longer than 0.25 s."""
-    slow = 0.0
-    for name, count in found.items():
-        if name.startswith(histogram):
-            slow += count * (('le="+Inf"' in name) - ('le="0.25"' in name))
-    return slow

@@ -17,7 +17,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import ormsgpack
 import pytest
 
 from carry_client import Carry
@@ -31,12 +30,11 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SEED = 20261127
 
 
-class Stream:
-    """One stream of one graph."""
+class CutStream:
+    """One stream of one graph, sent as JSON and as MessagePack."""
 
     def __init__(self, name: str, graph: Example | Variant, random: np.random.Generator):
-        self.name, self.graph = name, graph
-        self.url = f"/v1/models/{name}/streams/one"
+        self.name, self.graph, self.random = name, graph, random
         self.close = HALF if name == "half" else CLOSE
         self.rows = random.standard_normal((STEPS, graph.features)).astype(np.float32)
         if isinstance(graph, Variant) and graph.integers:
@@ -44,40 +42,34 @@ class Stream:
         self.outputs: list[Any] = []
         self.position = 0
 
-    def send(self, client: httpx.Client, length: int) -> dict[str, Any]:
-        """Send the next steps."""
-        chunk = self.rows[self.position : self.position + length]
-        body = {"position": self.position, "inputs": chunk.tolist()}
-        if length % 2:
-            reply = client.post(f"{self.url}/chunks", json=body).raise_for_status().json()
-        else:
-            kind = {"content-type": "application/msgpack", "accept": "application/msgpack"}
-            answer = client.post(
-                f"{self.url}/chunks",
-                content=ormsgpack.packb({**body, "inputs": chunk.tobytes()}),
-                headers=kind,
-            )
-            assert answer.is_success, ormsgpack.unpackb(answer.content)
-            reply = ormsgpack.unpackb(answer.raise_for_status().content)
-        parts = [np.asarray(each).reshape(len(chunk), -1) for each in reply["outputs"].values()]
-        self.outputs.append(np.concatenate(parts, axis=1))
-        self.position += len(chunk)
-        return {**reply, "body": body}
+    def send(self, url: str, until: int) -> None:
+        """Send the next steps, in chunks of random lengths."""
+        with Carry(url, encoding="json") as one, Carry(url) as other:
+            streams = [each.model(self.name).stream("one") for each in (one, other)]
+            assert streams[0].refresh().position == self.position
+            while self.position < until:
+                count = int(self.random.integers(1, 8))
+                chunk = self.rows[self.position : self.position + count]
+                streams[count % 2].refresh()
+                reply = streams[count % 2].send(chunk)
+                parts = [each.reshape(len(chunk), -1) for each in reply.outputs.values()]
+                self.outputs.append(np.concatenate(parts, axis=1))
+                self.position += len(chunk)
 
-    def check(self, client: httpx.Client) -> None:
+    def check(self, url: str) -> None:
         """Outputs and state are those of the whole sequence."""
         if isinstance(self.graph, Example):
             outputs, states = self.graph.whole(self.rows)
         else:
             outputs, states = self.graph.reference(self.rows.astype(np.float64))
         np.testing.assert_allclose(np.concatenate(self.outputs), outputs, **self.close)
-        stored = client.get(f"{self.url}/state").raise_for_status().json()
-        assert stored["position"] == STEPS
-        assert set(stored["state"]) == set(states)
+        with Carry(url) as carry:
+            stored = carry.model(self.name).stream("one").state()
+        assert stored.head.position == STEPS
+        assert set(stored.values) == set(states)
         for name, expected in states.items():
-            actual = np.asarray(stored["state"][name]).ravel()
             exact = {"rtol": 1e-12} if self.name == "double" else self.close
-            np.testing.assert_allclose(actual, expected.ravel(), **exact)
+            np.testing.assert_allclose(stored.values[name].ravel(), expected.ravel(), **exact)
 
 
 @pytest.fixture(scope="module")
@@ -96,23 +88,16 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def test_chunks_and_kills_do_not_change_outputs(service: Service) -> None:
     random = np.random.default_rng(SEED)
     every = {**EXAMPLE_GRAPHS, **VARIANTS}
-    streams = [Stream(name, graph, random) for name, graph in every.items()]
-    with httpx.Client(base_url=service.url, timeout=60) as client:
-        for stream in streams:
-            while stream.position < STEPS // 2:
-                last = stream.send(client, int(random.integers(1, 8)))
-            again = client.post(f"{stream.url}/chunks", json=last["body"]).json()
-            assert again["replayed"]
+    streams = [CutStream(name, graph, random) for name, graph in every.items()]
+    for stream in streams:
+        stream.send(service.url, STEPS // 2)
     valkey = service.valkey_pid()
     service.kill()
     os.kill(valkey, signal.SIGKILL)
     service.start(CARRY_DURABILITY="fsync")
-    with httpx.Client(base_url=service.url, timeout=60) as client:
-        for stream in streams:
-            assert client.get(stream.url).json()["position"] == stream.position
-            while stream.position < STEPS:
-                stream.send(client, int(random.integers(1, 8)))
-            stream.check(client)
+    for stream in streams:
+        stream.send(service.url, STEPS)
+        stream.check(service.url)
 
 
 def test_a_restored_state_continues_bit_by_bit(service: Service) -> None:
