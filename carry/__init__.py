@@ -12,6 +12,7 @@ from carry.own_packages import load_own_packages
 
 if TYPE_CHECKING:
     from models.artifact.artifact import Artifact, load_artifact
+    from models.commands import evaluate, train
     from models.errors import (
         ArtifactError,
         DataError,
@@ -31,9 +32,7 @@ if TYPE_CHECKING:
     from models.networks.initial_artifact import initialise_artifact
     from models.spec.model import ModelSpec, parse_spec
     from models.spec.spec_file import read_spec
-    from models.training.commands import evaluate_command as evaluate
-    from models.training.commands import train_command as train
-    from models.training.commands import train_frame
+    from models.training.train_frame import train_frame
 
 __all__ = [
     "Artifact",
@@ -61,6 +60,7 @@ __all__ = [
 
 _MODULES = {
     "models.artifact.artifact": ("Artifact", "load_artifact"),
+    "models.commands": ("evaluate", "train"),
     "models.errors": (
         *("ArtifactError", "DataError", "GraphUnsupportedError", "ImportedModelError"),
         *("ModelsError", "SpecError", "StateError"),
@@ -72,10 +72,9 @@ _MODULES = {
     "models.networks.initial_artifact": ("initialise_artifact",),
     "models.spec.model": ("ModelSpec", "parse_spec"),
     "models.spec.spec_file": ("read_spec",),
-    "models.training.commands": ("evaluate", "train", "train_frame"),
+    "models.training.train_frame": ("train_frame",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
-_OTHER_NAMES = {"evaluate": "evaluate_command", "train": "train_command"}
 
 
 def __getattr__(name: str) -> object:
@@ -83,7 +82,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     load_own_packages("models")
-    value: object = getattr(import_module(_HOMES[name]), _OTHER_NAMES.get(name, name))
+    value: object = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

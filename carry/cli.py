@@ -1,8 +1,18 @@
-"""The console script `carry`."""
+"""The console script `carry`: all commands, one thin function each.
+
+A command imports what it needs when it runs, so that `carry --help` is quick and every command
+works whose dependencies are installed. Expected errors end in one line on stderr and exit status 1;
+usage errors exit with 2.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
 
 from carry.own_packages import load_own_packages
 
@@ -11,15 +21,74 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 # Worker processes import this module first too, since it is the main module's.
 load_own_packages("models", "service")
 
-from service.commands.cli import main as run  # noqa: E402
+from models.commands import COMMANDS, add_model_commands  # noqa: E402
+from models.errors import ModelsError  # noqa: E402
+from service.commands.backup import backup, restore  # noqa: E402
+from service.commands.capacity import capacity  # noqa: E402
+from service.commands.keys import keys_app  # noqa: E402
+from service.commands.replay.command import replay  # noqa: E402
+from service.commands.serve import check, serve  # noqa: E402
+from service.commands.streams import streams_app  # noqa: E402
+from service.core.errors import CarryError, OperatorError  # noqa: E402
+
+EXTRAS = {"replay": "replay", **dict.fromkeys(COMMANDS, "train")}
+"""The extra with the packages that a command needs."""
+
+
+class Commands(TyperGroup):
+    """The commands, of which an expected error is one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command of the command line."""
+        try:
+            return super().invoke(ctx)
+        except (CarryError, ModelsError, OperatorError, ModuleNotFoundError) as error:
+            line = error.detail if isinstance(error, CarryError) else str(error)
+            if isinstance(error, ModuleNotFoundError):
+                extra = EXTRAS.get(ctx.invoked_subcommand or "")
+                if extra is None:
+                    raise
+                line += (
+                    f"; `carry {ctx.invoked_subcommand}` needs the extra `{extra}`: "
+                    f"pip install ./client '.[{extra}]' (in a clone: scripts/setup dev)"
+                )
+            typer.echo(f"carry: {line}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="carry",
+    help="Serve stateful recurrent networks over event streams.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve)
+app.command("check")(check)
+add_model_commands(app)
+app.command("replay")(replay)
+app.command("backup")(backup)
+app.command("restore")(restore)
+app.add_typer(keys_app, name="keys")
+app.command("capacity")(capacity)
+app.add_typer(streams_app, name="streams")
+
+
+@app.command("version")
+def print_version() -> None:
+    """Print the version."""
+    typer.echo(version("carry"))
 
 
 def main() -> None:
     """Run a command; its processes ignore modules of the working directory."""
     os.environ["PYTHONSAFEPATH"] = "1"
-    # TensorFlow logs its start to stderr from C++; errors are still logged
+    # TensorFlow logs its start to stderr from C++; errors are still logged. Without oneDNN sums
+    # are in the same order on every processor, as in the service.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    run()
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    app(prog_name="carry")
 
 
 if __name__ == "__main__":

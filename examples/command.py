@@ -15,7 +15,7 @@ from models.artifact.artifact import Artifact
 from models.artifact.files import replace_file
 from models.errors import ModelsError
 from models.spec.spec_file import read_spec
-from models.training.commands import REPORT, train_frame
+from models.training.train_frame import REPORT, train_frame
 
 if TYPE_CHECKING:
     from models.training.report import Further

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from service.access.settings import AccessSettings
 from service.codec.settings import RequestSettings
+from service.core.errors import OperatorError
 from service.core.settings import PREFIX
 from service.pipeline.settings import BatchingSettings, ModelSettings
 from service.server.settings import (
@@ -50,7 +51,7 @@ _SERVICE_LINK = re.compile(
 ).fullmatch
 
 
-class SettingsError(ValueError):
+class SettingsError(OperatorError, ValueError):
     """Settings that cannot be used; the message names each and says what was expected."""
 
 

@@ -26,7 +26,7 @@ from examples.rivers.trees import LAGS, Trees, tune_trees
 from examples.rivers.windows import CLASSES, STREAM, codes
 from models.artifact.artifact import Artifact, load_artifact
 from models.errors import ModelsError
-from models.training.commands import train_frame
+from models.training.train_frame import train_frame
 
 Floats = NDArray[np.float64]
 

@@ -19,6 +19,7 @@ import msgspec
 
 from service.access.caller import Caller, Verb, is_model_pattern
 from service.access.limits import KeyLimits
+from service.core.errors import OperatorError
 
 FORMAT: Final = 1
 MAX_NAME: Final = 64
@@ -28,7 +29,7 @@ _is_key_id = re.compile(r"[0-9a-f]{12}", re.ASCII).fullmatch
 _is_prefix = re.compile(r"[A-Za-z0-9._:@-]*", re.ASCII).fullmatch
 
 
-class AccessKeyError(ValueError):
+class AccessKeyError(OperatorError, ValueError):
     """A key that cannot be made, or a record that cannot be read; one line."""
 
 

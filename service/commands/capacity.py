@@ -1,117 +1,100 @@
-"""Capacity of a deployment: the memory and the processes that a number of streams needs.
-
-The memory of a key is computed from the servers' own data structures, so it holds for every size:
-
-- Valkey 9 as it is embedded (its allocator rounds up to 16 bytes): one object with the key in it,
-  the value beside it or, if it is short, in it too, and a slot of the hash table.
-- Redis with jemalloc: an object, an entry of the hash table, the key and the value, each rounded up
-  to jemalloc's size classes, which are up to a quarter apart.
-
-Memory of the server itself, of its clients and of its replication buffer is not included.
-"""
+"""`carry capacity`: what a number of streams of a model needs, by `capacity_formula`."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Final
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from service.pipeline.state_cache import OVERHEAD_BYTES
-from service.store.codec import HEADER_BYTES, REPLY_HEADER_BYTES
+import typer
 
-CHUNKS_PER_S: Final = 7_100
-"""Chunks per second of a worker on one core (docs/reference/performance.md, standard workload)."""
+if TYPE_CHECKING:
+    from models.artifact.artifact import Artifact
 
-STORE_CHUNKS_PER_S: Final = 35_000
-"""Chunks per second of a store's server on one core, likewise: a fifth of it serves 7,100."""
-
-UTILIZATION: Final = 0.5
-"""Planned utilization of a process: the rest is headroom for bursts and failures."""
-
-COPY_FACTOR: Final = 2.0
-"""Memory of a server, as a multiple of its data: copy-on-write during a rewrite of its file."""
+GIB = 2**30
+UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 
-@dataclass(frozen=True, slots=True)
-class StoredStreams:
-    """What is stored.
+def capacity(
+    model: Annotated[
+        str, typer.Argument(help="A served model's name, or the directory of an artifact.")
+    ],
+    streams: Annotated[int, typer.Option(min=1, help="How many streams there will be.")],
+    rate: Annotated[float, typer.Option(min=0, help="Events per second, of all streams.")] = 0.0,
+    chunk: Annotated[int, typer.Option(min=1, help="Events of a typical chunk.")] = 16,
+    name_chars: Annotated[int, typer.Option(min=1, help="Average length of a stream's name.")] = 16,
+    node_gib: Annotated[
+        float, typer.Option(min=0.1, help="Memory of one server of the store, in GiB.")
+    ] = 16.0,
+    chunks_per_core: Annotated[
+        float | None,
+        typer.Option(min=1, help="Measured chunks per second of a worker on one core."),
+    ] = None,
+) -> None:
+    """Print the memory, the workers and the servers that a number of streams needs."""
+    from service.commands import capacity_formula as formula
+    from service.settings import Settings
 
-    Attributes:
-        count: streams.
-        state_bytes: raw values of a state.
-        name_chars: average length of a stream's name.
-        prefix_chars: length of a key before the stream's name.
-        reply_bytes: outputs of a stored reply; 0 if none is stored.
-        replies: stored replies at a time.
-        idle_ttl: whether states have a lifetime.
+    settings = Settings.load({})
+    artifact = _find(model, settings.models.models_dir)
+    chunks_per_s = rate / chunk
+    state, reply_bytes = artifact.state, 4 * chunk * artifact.outputs.size
+    prefix = f"{settings.store.namespace}{{p0000}}:s:{artifact.spec.name}:"
+    planned = formula.StoredStreams(
+        count=streams,
+        state_bytes=4 * state.float_size + 8 * state.int_size,
+        key_bytes=len(prefix) + name_chars,
+        reply_bytes=reply_bytes if reply_bytes <= settings.store.reply_max_bytes else 0,
+        replies=min(streams, round(chunks_per_s * settings.store.reply_ttl_s)) if rate else streams,
+        idle_ttl=settings.store.idle_ttl_s > 0,
+    )
+    rows = {
+        "model": f"{artifact.spec.name}, version {artifact.version}",
+        "raw state": f"{planned.state_bytes:,} bytes",
+        "stored replies": f"{planned.replies:,} of {planned.reply_bytes:,} bytes",
+    }
+    for server in ("valkey", "redis"):
+        data_bytes = formula.stored_bytes(planned, server)
+        servers = formula.primaries(data_bytes, node_gib * GIB, chunks_per_s)
+        rows |= {
+            f"{server}: data": f"{_size(data_bytes)}, {data_bytes / streams:,.0f} bytes a stream",
+            f"{server}: memory": _size(formula.COPY_FACTOR * data_bytes),
+            f"{server}: primaries": f"{servers:,} of {node_gib:g} GiB",
+        }
+    cache_bytes = formula.cache_bytes(planned)
+    rows["state cache"] = f"{_size(cache_bytes)} in each worker holds every state"
+    if rate:
+        per_core = chunks_per_core or formula.CHUNKS_PER_S
+        rows["workers"] = (
+            f"{formula.workers(chunks_per_s, per_core):,}, each on a core, for "
+            f"{chunks_per_s:,.0f} chunks/s at {formula.UTILIZATION:.0%} of {per_core:,.0f}"
+        )
+    for name, value in rows.items():
+        typer.echo(f"{name:{max(map(len, rows))}}  {value}")
+
+
+def _find(model: str, directory: Path) -> Artifact:
+    """The artifact of a path, or of a name among the served models.
+
+    Raises:
+        ArtifactError: there is none.
     """
+    from models.artifact.artifact import load_artifact
+    from models.errors import ArtifactError
+    from service.build import load_models
 
-    count: int
-    state_bytes: int
-    name_chars: int
-    prefix_chars: int
-    reply_bytes: int
-    replies: int
-    idle_ttl: bool = False
-
-    @property
-    def key_bytes(self) -> int:
-        """Length of a key."""
-        return self.prefix_chars + self.name_chars
-
-
-def valkey_key_bytes(key: int, value: int, *, expires: bool) -> int:
-    """Memory of a key and its value in the embedded Valkey."""
-    return _malloc(16 + key + 3 + 8 * expires) + _malloc(_string(value)) + 12 + 12 * expires
+    if os.sep in model or Path(model).is_dir():
+        return load_artifact(Path(model))
+    artifacts = {artifact.spec.name: artifact for artifact in load_models(directory)}
+    if model not in artifacts:
+        raise ArtifactError(
+            f"expected one of the models {sorted(artifacts)} of {directory}, or the path of an "
+            f"artifact, got {model!r}"
+        )
+    return artifacts[model]
 
 
-def redis_key_bytes(key: int, value: int, *, expires: bool) -> int:
-    """Memory of a key and its value in Redis with jemalloc."""
-    entry = 24 + 12
-    return _jemalloc(key + 4) + 16 + entry + _jemalloc(_string(value)) + (entry if expires else 0)
-
-
-def _string(length: int) -> int:
-    """A string as the servers store it: a header, which has two more bytes from 256 on, and NUL."""
-    return length + (4 if length < 256 else 6)
-
-
-def _malloc(size: int) -> int:
-    """What glibc allocates for a request: a header of 8 bytes, in steps of 16."""
-    return max(32, (size + 8 + 15) // 16 * 16)
-
-
-def _jemalloc(size: int) -> int:
-    """jemalloc's size class: multiples of 16 up to 128, then four classes between powers of two."""
-    if size <= 128:
-        return max(8, (size + 15) // 16 * 16)
-    step = 1 << ((size - 1).bit_length() - 3)
-    return -(-size // step) * step
-
-
-def stored_bytes(streams: StoredStreams, server: str) -> int:
-    """Memory of the streams in a server: `valkey` or `redis`."""
-    measure = valkey_key_bytes if server == "valkey" else redis_key_bytes
-    key = streams.key_bytes
-    state = measure(key, HEADER_BYTES + streams.state_bytes, expires=streams.idle_ttl)
-    reply = 0
-    if streams.reply_bytes:
-        reply = measure(key, REPLY_HEADER_BYTES + streams.reply_bytes, expires=True)
-    return streams.count * state + streams.replies * reply
-
-
-def cache_bytes(streams: StoredStreams) -> int:
-    """Size of a worker's cache that holds every stream's state."""
-    return streams.count * (streams.state_bytes + OVERHEAD_BYTES)
-
-
-def workers(chunks_per_s: float, chunks_per_core: float = CHUNKS_PER_S) -> int:
-    """Workers, each on a core of its own."""
-    return max(1, math.ceil(chunks_per_s / (chunks_per_core * UTILIZATION)))
-
-
-def primaries(data_bytes: float, node_bytes: float, chunks_per_s: float) -> int:
-    """Primaries of the store, by memory and by commits, whichever needs more."""
-    by_memory = COPY_FACTOR * data_bytes / node_bytes
-    by_commits = chunks_per_s / (STORE_CHUNKS_PER_S * UTILIZATION)
-    return max(1, math.ceil(max(by_memory, by_commits)))
+def _size(size: float) -> str:
+    """A number of bytes for people."""
+    unit_bytes, unit = next(each for each in UNITS if size >= each[0] or each[0] == 1)
+    return f"{size / unit_bytes:.{int(unit_bytes > 1)}f} {unit}"

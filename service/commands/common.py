@@ -1,4 +1,4 @@
-"""What commands share: options, errors as one line, and the store of the settings."""
+"""What commands share: options, the store of the settings, and progress on a terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+
+from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
     from service.settings import Settings
@@ -25,47 +27,31 @@ DataDir = Annotated[
 
 
 @contextmanager
-def one_line_errors(*expected: type[Exception]) -> Iterator[None]:
-    """Turn expected errors, and those of the service, into one line and exit status 1."""
-    from service.core.errors import CarryError
-
-    errors: tuple[type[Exception], ...] = (CarryError, *expected)
-    try:
-        yield
-    except errors as error:
-        reason = error.detail if isinstance(error, CarryError) else str(error)
-        typer.echo(f"carry: {reason}", err=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
 def open_settings(
-    redis_url: str | None,
-    data_dir: Path | None,
-    *expected: type[Exception],
-    create: bool = False,
+    redis_url: str | None, data_dir: Path | None, *, create: bool = False
 ) -> Iterator[Settings]:
     """The settings of a command that accesses the store itself, with the store's address.
 
     Args:
-        expected: further errors that are expected.
         create: whether the data directory of the embedded Valkey may be new.
     """
-    from service.settings import Settings, SettingsError
+    from service.settings import Settings
     from service.store.embedded import running_valkey
     from service.telemetry.logs import configure_logs
 
-    with one_line_errors(SettingsError, OSError, *expected):
-        settings = Settings.load({"redis_url": redis_url, "data_dir": data_dir})
-        configure_logs("warning", "console")
-        store = settings.store
+    settings = Settings.load({"redis_url": redis_url, "data_dir": data_dir})
+    configure_logs("warning", "console")
+    store = settings.store
+    try:
         if store.redis_url is not None:
             yield settings
             return
         if not create and not store.data_dir.is_dir():
-            raise SettingsError(f"there is no data directory {store.data_dir}")
+            raise OperatorError(f"there is no data directory {store.data_dir}")
         with running_valkey(store.data_dir, fsync=store.durability == "fsync") as url:
             yield settings.changed(redis_url=url)
+    except OSError as error:
+        raise OperatorError(str(error)) from error
 
 
 def run_on_store(settings: Settings, action: Callable[[Store], Awaitable[T]]) -> T:
@@ -81,3 +67,20 @@ def run_on_store(settings: Settings, action: Callable[[Store], Awaitable[T]]) ->
             await store.close()
 
     return asyncio.run(run())
+
+
+@contextmanager
+def show_progress(
+    description: str, total: int | None = None, *, quiet: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr if that is a terminal; yields what takes the number done so far."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, completed=done)

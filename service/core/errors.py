@@ -69,6 +69,10 @@ if TYPE_CHECKING:
     from service.core.values import StreamHead
 
 
+class OperatorError(Exception):
+    """Base of expected errors of commands and of the start: the message is one line for people."""
+
+
 class CarryError(Exception):
     """Base of every error the service raises on purpose.
 

@@ -33,7 +33,7 @@ import ormsgpack
 
 from models.spec.model import MODEL_NAME
 from service.core.delivery import start_epoch
-from service.core.errors import CarryError, StateDamaged
+from service.core.errors import CarryError, OperatorError, StateDamaged
 from service.core.values import StreamHead, StreamKey, StreamState, is_stream_name
 from service.store.base import (
     CommitColumns,
@@ -61,7 +61,7 @@ _BLOCK = struct.Struct("<II")
 _is_model_name = re.compile(MODEL_NAME[1:-1]).fullmatch
 
 
-class BackupError(Exception):
+class BackupError(OperatorError):
     """A backup file that cannot be used, or a stream that could not be restored."""
 
 

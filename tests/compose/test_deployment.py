@@ -213,7 +213,7 @@ def test_streams_continue_after_a_restart_of_each_container(
 def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [
-        *(sys.executable, "-m", "service.commands.cli", "replay"),
+        *(sys.executable, "-m", "carry.cli", "replay"),
         *("--url", deployment.url, "--prefix", "replay-", "--events", "20000"),
         *("--chunk", "1..16", "--verify"),
         *("--patience-s", "300"),

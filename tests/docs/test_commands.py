@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 from typer.main import get_command
 
-from service.commands.cli import app
+from carry.cli import app
 from tests.support.pages import PAGES, ROOT
 
 _TARGET = re.compile(r"^([a-z-]+):(?! export).*?\n((?:\t.*\n)*)", re.MULTILINE)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from service.commands.settings_reference import settings_tables
 from service.core.settings import PREFIX
 from service.settings import CLIENT_VARIABLES, GROUP_OF
+from tests.docs.settings_reference import settings_tables
 from tests.support.pages import PAGES, ROOT
 
 PAGE = ROOT / "docs" / "reference" / "settings.md"
@@ -16,7 +16,7 @@ OTHERS = {"CARRY_SERVICE_HOST", *CLIENT_VARIABLES}
 
 def test_settings_tables_match_the_code() -> None:
     assert settings_tables() in PAGE.read_text(encoding="utf-8"), (
-        "update the page: python -m service.commands.settings_reference"
+        "update the page: python -m tests.docs.settings_reference"
     )
 
 

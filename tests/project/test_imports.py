@@ -27,7 +27,7 @@ LIGHT: list[tuple[set[str], list[str]]] = [
         NETWORKS | TABLES | WEB | STORES,
         [
             *("carry_client", "models.artifact.*", "models.spec.*", "models.events.encode"),
-            *("models.events.reader", "service.commands.cli", "service.settings"),
+            *("models.events.reader", "carry.cli", "service.settings"),
             *("service.access.*", "service.core.*", "service.engine.*", "service.pipeline.*"),
         ],
     ),
@@ -36,7 +36,7 @@ LIGHT: list[tuple[set[str], list[str]]] = [
     (NETWORKS | TABLES | STORES, ["service.transports.v1.*"]),
     (NETWORKS | TABLES, ["service.app"]),
     # the parent of several workers serves nothing itself
-    (NETWORKS | TABLES | (WEB - {"uvicorn"}), ["service.commands.serve"]),
+    (NETWORKS | TABLES | (WEB - {"uvicorn"}), ["service.serve"]),
 ]
 
 BROUGHT = """

@@ -166,5 +166,5 @@ def _run(
 if __name__ == "__main__":
     exec(sys.argv[2], {"__name__": "preparation"})
     import_module("carry.cli")
-    import_module("service.commands.serve").import_for_workers("onnxruntime")
+    import_module("service.serve").import_for_workers("onnxruntime")
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -16,6 +16,7 @@ import structlog
 
 from models.artifact.artifact import Artifact
 from models.artifact.graphs import ONNXRUNTIME, TENSORFLOW
+from service.core.errors import OperatorError
 from service.engine.runtimes.base import Runtime
 
 log = structlog.get_logger(__name__)
@@ -25,7 +26,7 @@ RUNTIMES = (ONNXRUNTIME, TENSORFLOW)
 AUTO = "auto"
 
 
-class RuntimeUnavailableError(Exception):
+class RuntimeUnavailableError(OperatorError):
     """The chosen runtime cannot run the models; the message is one line that says what to do."""
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 
+from carry.cli import app
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import ArtifactError, ImportedModelError
 from models.importing.onnx_proof import Prover
@@ -19,7 +20,6 @@ from models.importing.packaging import default_name, import_onnx_model, onnx_opt
 from models.onnx.library import open_session
 from models.onnx.stateful_graph import StatefulGraph
 from models.spec.onnx_network import OnnxNetwork
-from service.commands.cli import app
 from tests.support.onnx_graphs import EXAMPLE_GRAPHS, EXAMPLES, graphs, import_here
 from tests.support.onnx_variants import F, H, W, outside, plain, scanned
 

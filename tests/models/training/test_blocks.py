@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 pytest.importorskip("tensorflow")
 
+from models import commands
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import DataError, SpecError
 from models.networks.initial_weights import draw_weights
 from models.spec.blocks import BlockSpec
 from models.spec.layout import network_state
-from models.training.commands import evaluate_command, train_command
 from models.training.data import Streams, streams_of
 from models.training.ensemble import merge_members
 from models.training.evaluate import run_chunks
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Pat
     folder = tmp_path_factory.mktemp("blocks")
     frame.write_parquet(folder / "events.parquet")
     (folder / "SPEC.yaml").write_text(both_ways_spec(blocks=BLOCKS, layers=1).model_dump_json())
-    train_command(
+    commands.train(
         folder / "SPEC.yaml", folder / "events.parquet", folder / "model", trees=False, quiet=True
     )
     return folder
@@ -138,8 +138,8 @@ def test_the_report_compares_blocks_with_whole_sequences(
     assert list(head["scores"])[:2] == [MODEL, WHOLE]
     since = both_ways_spec().training.test_from
     data = folder / "events.parquet"
-    block_scores = evaluate_command(folder / "model", data, since=since, quiet=True)
-    whole_scores = evaluate_command(whole_artifact.path, data, since=since, quiet=True)
+    block_scores = commands.evaluate(folder / "model", data, since=since, quiet=True)
+    whole_scores = commands.evaluate(whole_artifact.path, data, since=since, quiet=True)
     assert block_scores["blocks"] == BLOCKS
     assert "chunk" not in block_scores
     for metric, value in block_scores["heads"]["up"].items():
@@ -190,6 +190,6 @@ def test_a_stream_longer_than_a_window_is_rejected_with_the_line_of_the_setting(
     line = text[: text.index("window_steps" if window_steps else "training:")].count("\n") + 1
     frame.write_parquet(tmp_path / "events.parquet")
     with pytest.raises(SpecError, match=rf"SPEC\.yaml:{line}: {message}"):
-        train_command(
+        commands.train(
             tmp_path / "SPEC.yaml", tmp_path / "events.parquet", tmp_path / "model", quiet=True
         )

@@ -9,11 +9,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from models import commands
 from models.artifact.artifact import load_artifact
 from models.networks.build import StepNetwork
 from models.spec.decoder import DecoderTraining
 from models.spec.model import ModelSpec, parse_spec, schema_of
-from models.training.commands import evaluate_command, train_frame
 from models.training.data import fitted_spec, moment_ms, streams_of
 from models.training.decoder_training import (
     Anchors,
@@ -23,6 +23,7 @@ from models.training.decoder_training import (
     truth_share,
 )
 from models.training.plan import Plan, Window, plan_of, windows_of
+from models.training.train_frame import train_frame
 from tests.support.oracle import contracting_weights
 
 HOUR_MS = 3_600_000
@@ -220,7 +221,7 @@ def test_decoder_learns_and_is_scored_by_step(tmp_path: Path, head: str) -> None
     assert artifact.manifest["metrics"]["held_out"]["decoder.level"]["mae"] < 0.7
     frame.write_parquet(tmp_path / "tides.parquet")
     since = f"1970-01-{VALIDATED + 1:02d}T00:00:00Z"
-    report = evaluate_command(tmp_path / "m", tmp_path / "tides.parquet", since=since, quiet=True)
+    report = commands.evaluate(tmp_path / "m", tmp_path / "tides.parquet", since=since, quiet=True)
     level = report["decoder"]["targets"]["level"]
     assert report["decoder"]["forecasts"] > 20
     assert all(steps > 20 for steps in level["steps"])

@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
+from models import commands
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.artifact.fingerprint import compute_fingerprint
 from models.errors import ArtifactError, DataError
 from models.offline.score import score_file
 from models.spec.detection import DetectionSpec
 from models.spec.layout import output_spec
-from models.training.commands import evaluate_command
 from models.training.data import streams_of
 from models.training.evaluate import evaluate, run_chunks
 from models.training.files import read_data
@@ -133,7 +133,7 @@ def test_the_report_compares_detection_with_its_baselines(
     path = tmp_path / "labelled.parquet"
     labelled.write_parquet(path)
     plots = tmp_path / "plots"
-    report = evaluate_command(
+    report = commands.evaluate(
         artifact.path,
         path,
         anomalies="anomaly",

@@ -11,16 +11,17 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
+from models import commands
 from models.artifact.artifact import load_artifact
 from models.errors import ArtifactError, DataError, SpecError
 from models.spec.model import ModelSpec, parse_spec
 from models.training import label_baselines
-from models.training.commands import evaluate_command, train_frame
 from models.training.data import fitted_spec, labels_of, streams_of
 from models.training.evaluate import target_rows
 from models.training.loop import Loop
 from models.training.plan import plan_of
 from models.training.table import Table, rows_around
+from models.training.train_frame import train_frame
 from models.training.trainer import train
 from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
 
@@ -114,7 +115,7 @@ def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tm
         train_frame(spec, frame, tmp_path / "model", quiet=True)
     artifact = load_artifact(tmp_path / "model")
     frame.write_csv(tmp_path / "events.csv")
-    evaluation = evaluate_command(
+    evaluation = commands.evaluate(
         tmp_path / "model",
         tmp_path / "events.csv",
         since="1970-01-01T22:00:00Z",

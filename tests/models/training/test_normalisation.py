@@ -10,11 +10,11 @@ import polars as pl
 import pytest
 from numpy.typing import NDArray
 
+from models import commands
 from models.artifact.artifact import Artifact, load_artifact
 from models.errors import DataError, SpecError
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec, parse_spec
-from models.training.commands import evaluate_command
 from models.training.data import fitted_spec, split_of, streams_of, without_normalisation
 from models.training.defaults import resolve_training
 from models.training.evaluate import evaluate, run_chunks
@@ -169,7 +169,7 @@ def test_held_out_events_are_scored_by_share_or_from_a_moment(
 ) -> None:
     frame = frame_of()
     frame.write_parquet(tmp_path / "data.parquet")
-    scored = evaluate_command(trained.path, tmp_path / "data.parquet", held_out=True, quiet=True)
+    scored = commands.evaluate(trained.path, tmp_path / "data.parquet", held_out=True, quiet=True)
     assert scored["scored"] == sum(held_out(length) for length in LENGTHS.values())
 
     since = evaluate(trained, frame, since="1970-01-07T00:00:00Z")

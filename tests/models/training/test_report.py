@@ -6,15 +6,16 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
+from models import commands
 from models.artifact.artifact import load_artifact
 from models.errors import ArtifactError, DataError
 from models.training import trees
 from models.training.baselines import LAST, RUNNING, TREES, baselines_of
-from models.training.commands import evaluate_command, train_command, train_frame
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import scored_rows
 from models.training.report import MODEL, make_report, report_lines, verdict_line
 from models.training.table import Table
+from models.training.train_frame import train_frame
 from models.training.trainer import checkpoint_path
 from models.training.trees import TimeBudget, Trees, tree_features
 from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
@@ -182,13 +183,13 @@ def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("models.training.report.make_report", stop)
         with pytest.raises(Stopped):
-            train_command(*files, trees=False, quiet=True)
+            commands.train(*files, trees=False, quiet=True)
     artifact = load_artifact(out)
     assert not (out / "report.json").exists()
     assert checkpoint_path(out).exists()
     with monkeypatch.context() as patch:
         patch.setattr("models.training.loop.Loop.train_epoch", stop)
-        train_command(*files, trees=False, resume=True)
+        commands.train(*files, trees=False, resume=True)
     assert not checkpoint_path(out).exists()
     assert load_artifact(out).fingerprint == artifact.fingerprint
     artifact = load_artifact(out)
@@ -211,7 +212,7 @@ def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatc
     assert any("| model |" in line for line in report_lines(report))
     for plot in ("learning", "skill", "calibration"):
         assert (out / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
-    evaluated = evaluate_command(
+    evaluated = commands.evaluate(
         out, tmp_path / "events.csv", since="1970-01-01T22:00:00Z", chunk=3, quiet=True
     )
     held_out = artifact.manifest["metrics"]["held_out"]
@@ -219,7 +220,7 @@ def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatc
         held_out["up"]["log_loss"], rel=1e-5
     )
     assert evaluated["scored"] == report["data"]["held_out"]
-    compared = evaluate_command(
+    compared = commands.evaluate(
         out, tmp_path / "events.csv", baselines=True, trees=False, quiet=True
     )
     for head, scores in report["heads"].items():

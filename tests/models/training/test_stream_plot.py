@@ -11,13 +11,13 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from models.artifact.artifact import Artifact
+from models.commands import plot
 from models.errors import ArtifactError, DataError
 from models.events.schema import NumericField
 from models.networks.initial_artifact import initialise_artifact
 from models.spec.detection import DetectionFit, Tail
 from models.spec.model import ModelSpec, parse_spec
 from models.training.baselines import in_units
-from models.training.commands import plot_command
 from models.training.data import streams_of
 from models.training.stream_plot import by_field
 from tests.support.command import carry
@@ -83,7 +83,7 @@ def test_a_plot_shows_values_forecasts_scores_and_alarms(
     artifact: Artifact, data: Path, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
-    plot_command(artifact.path, data, "t1", first, anomalies="anomaly")
+    plot(artifact.path, data, "t1", first, anomalies="anomaly")
     text = first.read_text(encoding="utf-8")
     for shown in (
         ">tanks: t1<",
@@ -98,7 +98,7 @@ def test_a_plot_shows_values_forecasts_scores_and_alarms(
         ">high<",
     ):
         assert shown in text, shown
-    plot_command(artifact.path, data, "t1", second, until="1970-01-02T12:00:00Z", overwrite=True)
+    plot(artifact.path, data, "t1", second, until="1970-01-02T12:00:00Z", overwrite=True)
     assert ">alarm<" not in second.read_text(encoding="utf-8")
 
 
@@ -111,13 +111,13 @@ def test_plot_errors_name_the_cause(artifact: Artifact, data: Path, tmp_path: Pa
         ("t1", tmp_path / "plot.txt", {}, "OUT to end in .svg, .png, .pdf"),
     ):
         with pytest.raises(DataError, match=message):
-            plot_command(artifact.path, data, stream, path, **options)
+            plot(artifact.path, data, stream, path, **options)
     done = carry("plot", artifact.path, data, "t2", out)
     assert done.exit_code == 1
     assert "events of stream 't2'" in done.stderr
     out.write_text("here")
     with pytest.raises(ArtifactError, match=r"exists; .* --overwrite"):
-        plot_command(artifact.path, data, "t1", out)
+        plot(artifact.path, data, "t1", out)
 
 
 @pytest.mark.parametrize("transform", ["none", "signed_log1p"])

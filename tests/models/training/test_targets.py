@@ -13,10 +13,10 @@ pytest.importorskip("tensorflow")
 
 from models.errors import DataError
 from models.spec.model import ModelSpec, parse_spec
-from models.training.commands import train_frame
 from models.training.data import streams_of
 from models.training.evaluate import evaluate
 from models.training.files import read_data
+from models.training.train_frame import train_frame
 from models.training.trainer import train
 from tests.support.training import HOUR_MS, train_nothing
 

@@ -26,9 +26,9 @@ from service.access.keys import (
 )
 from service.access.settings import AccessSettings
 from service.access.tokens import TokenClaims, sign_token
-from service.commands.serve import CannotServeError, may_be_open
 from service.core.errors import CarryError, Forbidden, StoreUnavailable, Unauthenticated
 from service.settings import Settings
+from service.start_checks import CannotServeError, may_be_open
 from tests.support.access import change_key, new_authorization, revoke
 from tests.support.clock import ManualClock
 from tests.support.pages import ROOT

@@ -12,8 +12,8 @@ import pytest
 import redis
 
 from service.access.key_cache import AccessKeys
-from service.commands.backup_command import _open_output
-from service.commands.serve import _requires_keys
+from service.commands.backup import _open_output
+from service.serve import _requires_keys
 from service.settings import Settings
 from service.store.backup import BackupInfo, BackupReader, write_backup
 from service.store.codec import HEADER_BYTES

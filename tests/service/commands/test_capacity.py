@@ -6,9 +6,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from service.commands.capacity import StoredStreams as Planned
-from service.commands.capacity import cache_bytes, primaries, stored_bytes, workers
-from service.commands.cli import app
+from carry.cli import app
+from service.commands.capacity_formula import StoredStreams as Planned
+from service.commands.capacity_formula import cache_bytes, primaries, stored_bytes, workers
 from service.pipeline.state_cache import StateCache
 from service.store.codec import encode_state
 from service.store.settings import StoreSettings
@@ -42,8 +42,7 @@ def test_formula_is_within_its_error_of_the_memory_of_a_server(kind: str) -> Non
             planned = Planned(
                 count=COUNT,
                 state_bytes=4 * floats + 8 * ints,
-                name_chars=len(commit.key.stream),
-                prefix_chars=len(keys.state(key(""))),
+                key_bytes=len(keys.state(commit.key)),
                 reply_bytes=4 * STEPS * OUTPUTS,
                 replies=COUNT,
                 idle_ttl=idle_ttl_ms is not None,
@@ -52,7 +51,7 @@ def test_formula_is_within_its_error_of_the_memory_of_a_server(kind: str) -> Non
 
 
 def test_a_cache_of_the_computed_size_holds_every_state() -> None:
-    planned = Planned(100, 4 * 50 + 8 * 2, 8, 8, 0, 0)
+    planned = Planned(100, 4 * 50 + 8 * 2, 16, 0, 0)
     cache, streams = StateCache(cache_bytes(planned)), Streams()
     for number in range(100):
         cache.put(key(f"s{number}"), cached(streams.first(floats=50, ints=2)))

@@ -13,9 +13,8 @@ import pytest
 import redis
 
 from models.artifact.artifact import Artifact
-from service.commands.check import run_checks
-from service.commands.serve import CannotServeError, check_packages
 from service.settings import Settings
+from service.start_checks import CannotServeError, check_packages, run_checks
 from service.store.redis.server_checks import REQUIRED_COMMANDS, required_commands
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import Cluster, shared_cluster
@@ -96,7 +95,7 @@ def test_a_failed_check_is_the_exit_status(tmp_path: Path) -> None:
 def test_packages_that_a_setting_needs_are_named(
     monkeypatch: pytest.MonkeyPatch, modules: str, setting: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(f"service.commands.serve.{modules}", ("redis", "missing_package.module"))
+    monkeypatch.setattr(f"service.start_checks.{modules}", ("redis", "missing_package.module"))
     check_packages(Settings.load())
     with pytest.raises(CannotServeError, match=message):
         check_packages(Settings.load(setting))

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from service.commands import cli
+from carry import cli
 
 
 def test_commands_keep_the_start_of_tensorflow_off_stderr(monkeypatch: pytest.MonkeyPatch) -> None:

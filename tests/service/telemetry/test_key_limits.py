@@ -8,11 +8,11 @@ import time
 import pytest
 from typer.testing import CliRunner, Result
 
+from carry.cli import app
 from service.access.caller import Verb
 from service.access.keys import decode_key
 from service.access.limits import KeyLimits
 from service.access.tokens import verify_token
-from service.commands.cli import app
 from tests.support.servers import RealServer
 
 

@@ -12,10 +12,10 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
+from carry.cli import app
 from carry_client import ModelDescription, Output, read_description
 from models.events.columns import columns_from_events
 from models.events.parse import event_adapter, event_json_schema
-from service.commands.cli import app
 from service.commands.replay.events import (
     ReplayError,
     StreamEvents,

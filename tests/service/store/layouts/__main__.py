@@ -67,7 +67,7 @@ def record(folder: Path, checkout: Path, data_dir: Path) -> None:
     artifact.rename(folder / "model")
     port = free_port()
     options = ("--models", str(folder / "model"), "--data-dir", str(data_dir))
-    service = run("-m", "service.commands.cli", "serve", "--port", str(port), *options)
+    service = run("-m", "carry.cli", "serve", "--port", str(port), *options)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             until(lambda: _is_ready(client), "the service", READY_S)
@@ -80,9 +80,7 @@ def record(folder: Path, checkout: Path, data_dir: Path) -> None:
     document = {"streams": streams, "token": token, "keys": keys}
     (folder / "store.json").write_text(json.dumps(document) + "\n")
     shutil.copytree(data_dir / "appendonlydir", folder / "appendonlydir")
-    backup = run(
-        "-m", "service.commands.cli", "backup", str(folder / "backup"), "--data-dir", str(data_dir)
-    )
+    backup = run("-m", "carry.cli", "backup", str(folder / "backup"), "--data-dir", str(data_dir))
     backup.communicate()
 
 

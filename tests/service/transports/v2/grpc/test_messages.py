@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from service.commands.serve import CannotServeError, _reserve_port, bind_port
 from service.core import errors
 from service.core.errors import CarryError
+from service.start_checks import CannotServeError, bind_port, reserve_port
 from service.transports.v1.statuses import STATUS
 from service.transports.v2.grpc.errors import STATUS_CODES, status_code
 
@@ -58,7 +58,7 @@ def test_port_that_is_in_use_is_an_error() -> None:
         port = other.getsockname()[1]
         with (
             pytest.raises(CannotServeError, match=f"cannot listen on 127.0.0.1:{port}") as caught,
-            _reserve_port("127.0.0.1", port, "grpc"),
+            reserve_port("127.0.0.1", port, "grpc"),
         ):
             pass
     assert f"carry serve --grpc-port {port + 1}`" in str(caught.value)
@@ -70,7 +70,7 @@ def test_port_of_http_is_an_error() -> None:
         port = listener.getsockname()[1]
         with (
             pytest.raises(CannotServeError, match=f"cannot listen on 127.0.0.1:{port}"),
-            _reserve_port("127.0.0.1", port, "grpc"),
+            reserve_port("127.0.0.1", port, "grpc"),
         ):
             pass
 

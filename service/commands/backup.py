@@ -10,20 +10,26 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from service.commands.common import DataDir, RedisUrl, open_settings, run_on_store
-from service.commands.keys_command import describe
+from service.commands.common import (
+    DataDir,
+    RedisUrl,
+    open_settings,
+    run_on_store,
+    show_progress,
+)
+from service.commands.keys import describe
+from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
-    from service.settings import Settings
-    from service.store.backup import BackupProgress, Report
+    from service.store.backup import BackupProgress
     from service.store.base import Store
     from service.store.capabilities import StoredKeys
 
@@ -49,16 +55,17 @@ def backup(
     data_dir: DataDir = None,
 ) -> None:
     """Write every stream's state into a file, whether the service runs or not."""
-    from service.store.backup import BackupError, BackupInfo, write_backup
+    from service.store.backup import BackupInfo, write_backup
 
     key_hint = ""
     with (
-        open_settings(redis_url, data_dir, BackupError) as settings,
+        open_settings(redis_url, data_dir) as settings,
         _open_output(file, is_secret=keys) as target,
+        show_progress("backing up") as show,
     ):
         created_ms = round(time.time() * 1000)
 
-        async def run(store: Store, report: Report) -> BackupProgress:
+        async def run(store: Store) -> BackupProgress:
             nonlocal key_hint
             version, records = await store.keys.read(None) or (b"", {})
             stored = (records if keys else {}) if version else None
@@ -66,9 +73,9 @@ def backup(
                 count = f"{len(records):,} access key{'' if len(records) == 1 else 's'}"
                 key_hint = f" and {count}" if keys else f", without the {count} (--keys)"
             info = BackupInfo(created_ms, settings.store.namespace, model, prefix, stored)
-            return await write_backup(store, target, info, report)
+            return await write_backup(store, target, info, lambda done: show(done.streams))
 
-        progress = _run(settings, "backing up", run)
+        progress = run_on_store(settings, run)
     # another namespace would look like an empty store, and its backup like a good one
     what = "none of these is" if model is not None or prefix else "none is"
     none = f"{what} in the namespace {settings.store.namespace!r} (CARRY_NAMESPACE)"
@@ -77,12 +84,10 @@ def backup(
     if progress.damaged:
         names = [f"{key.model}/{key.stream}" for key in progress.damaged[:SHOWN_STREAMS]]
         more = len(progress.damaged) - len(names)
-        typer.echo(
-            f"carry: {len(progress.damaged):,} damaged streams are not in the backup: "
-            f"{', '.join(names)}{f' and {more:,} more' if more else ''}",
-            err=True,
+        raise OperatorError(
+            f"{len(progress.damaged):,} damaged streams are not in the backup: "
+            f"{', '.join(names)}{f' and {more:,} more' if more else ''}"
         )
-        raise typer.Exit(1)
 
 
 def restore(
@@ -107,13 +112,13 @@ def restore(
     A stream that the store has at a later position, or in another epoch, is kept, so that the
     command can be repeated. If the store of the backup has had access keys, this one requires them.
     """
-    from service.access.keys import AccessKeyError
     from service.store.backup import BackupError, BackupReader, restore_backup
 
     lines: list[str] = []
     with (
-        open_settings(redis_url, data_dir, BackupError, AccessKeyError, create=True) as settings,
-        _open_input(file) as source,
+        open_settings(redis_url, data_dir, create=True) as settings,
+        nullcontext(sys.stdin.buffer) if file == "-" else Path(file).open("rb") as source,
+        show_progress("restoring") as show,
     ):
         if source.seekable():
             for _ in BackupReader(source):
@@ -124,14 +129,17 @@ def restore(
         if keys and not reader.info.keys:
             raise BackupError("the backup has no access keys; `carry backup --keys` includes them")
 
-        async def run(store: Store, report: Report) -> BackupProgress:
+        def report(done: BackupProgress) -> None:
+            show(done.streams + done.kept)
+
+        async def run(store: Store) -> BackupProgress:
             # before the streams, so that no service answers for them without a key
             lines.extend(await _restore_keys(store.keys, reader.info.keys, keys, replace))
             return await restore_backup(
                 store, reader, model=model, prefix=prefix, replace=replace, report=report
             )
 
-        progress = _run(settings, "restoring", run)
+        progress = run_on_store(settings, run)
     kept = f", kept {progress.kept:,} that the store has already" if progress.kept else ""
     typer.echo(f"restored {_count(progress.streams)}{kept}", err=True)
     for line in lines:
@@ -175,28 +183,6 @@ def _count(streams: int) -> str:
     return f"{streams:,} stream{'' if streams == 1 else 's'}"
 
 
-def _run(
-    settings: Settings,
-    description: str,
-    action: Callable[[Store, Report], Coroutine[Any, Any, BackupProgress]],
-) -> BackupProgress:
-    """Act on the store of the settings, and show the progress on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Display
-    from rich.progress import TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description} {task.completed:,} streams"), TimeElapsedColumn())
-    console = Console(stderr=True)
-
-    with Display(*columns, console=console, disable=not console.is_terminal) as display:
-        task = display.add_task(description, total=None)
-
-        def report(done: BackupProgress) -> None:
-            display.update(task, completed=done.streams + done.kept)
-
-        return run_on_store(settings, lambda store: action(store, report))
-
-
 @contextmanager
 def _open_output(file: str, *, is_secret: bool = False) -> Iterator[BinaryIO]:
     """Open a file for writing, which replaces an earlier one only when it is complete.
@@ -208,11 +194,9 @@ def _open_output(file: str, *, is_secret: bool = False) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    from service.store.backup import BackupError
-
     target = Path(file)
     if not target.parent.is_dir():
-        raise BackupError(f"{target.parent}: expected an existing folder for the backup")
+        raise OperatorError(f"{target.parent}: expected an existing folder for the backup")
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.incomplete")
     try:
         mode = 0o600 if is_secret else 0o666
@@ -223,12 +207,3 @@ def _open_output(file: str, *, is_secret: bool = False) -> Iterator[BinaryIO]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _open_input(file: str) -> Iterator[BinaryIO]:
-    if file == "-":
-        yield sys.stdin.buffer
-        return
-    with Path(file).open("rb") as source:
-        yield source

@@ -1,6 +1,6 @@
 """Generates the tables of settings in `docs/reference/settings.md`.
 
-python -m service.commands.settings_reference        prints them
+python -m tests.docs.settings_reference        prints them
 """
 
 from __future__ import annotations

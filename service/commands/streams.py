@@ -6,18 +6,18 @@ The commands are a client of the HTTP API: they hold no state and connect to no 
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.commands.common import one_line_errors
+from service.commands.common import show_progress
+from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
     from carry_client import Carry
@@ -27,6 +27,9 @@ CONCURRENT_REQUESTS = 8
 
 DELETE_LIMIT = 10_000
 """About how many streams one request deletes."""
+
+PAGE_STREAMS = 1000
+"""Streams that are submitted together: it bounds the memory of their requests."""
 
 streams_app = typer.Typer(
     help="List, show, delete and reset streams of a running service.", no_args_is_help=True
@@ -41,21 +44,19 @@ Prefix = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 DELETED, KEPT, NOT_FOUND, DAMAGED = "deleted", "kept", "not_found", "damaged"
-"""Outcomes of an action on one stream."""
-
-Action = Callable[["Carry", str], str]
-"""Acts on the stream of a URL path; returns the outcome."""
+"""Outcomes of the reset of one stream."""
 
 
 @contextmanager
 def _service(url: str) -> Iterator[Carry]:
-    """Open a client; a problem prints one line and exits with status 1."""
+    """Open a client; a problem is one line."""
     # Imported here: it would take a third of the start-up time of every other command.
     from carry_client import Carry, Problem
 
-    # of the access key in the environment
-    with one_line_errors(ValueError):
+    try:
         client = Carry(url, encoding="json")
+    except (Problem, ValueError) as error:  # of the address, or of the key in the environment
+        raise OperatorError(str(error)) from error
     try:
         with client:
             yield client
@@ -69,8 +70,7 @@ def _service(url: str) -> Iterator[Carry]:
         else:
             phrase = HTTPStatus(problem.status).phrase
             line = f"{problem.status} {phrase}; is this a Carry service?"
-        typer.echo(f"carry: {line}", err=True)
-        raise typer.Exit(1) from problem
+        raise OperatorError(line) from problem
 
 
 def _request(
@@ -108,17 +108,14 @@ def _path(model: str, stream: str | None = None) -> str:
 def _names(client: Carry, model: str, prefix: str) -> Iterator[str]:
     """Yield the name of each stream once, page by page."""
     seen: set[str] = set()
-    cursor: str | None = None
-    while True:
-        parameters = {} if cursor is None else {"cursor": cursor}
-        page = _request(client, "GET", _path(model), prefix=prefix, **parameters)
+    cursor: str | None = ""
+    while cursor is not None:
+        page = _request(client, "GET", _path(model), prefix=prefix, cursor=cursor)
         for name in page["streams"]:
             if name not in seen:
                 seen.add(name)
                 yield name
         cursor = page["cursor"]
-        if cursor is None:
-            return
 
 
 @streams_app.command("list")
@@ -130,10 +127,8 @@ def list_streams(
 ) -> None:
     """Print the names of a model's streams, one per line."""
     with _service(url) as client:
-        for count, name in enumerate(_names(client, model, prefix), start=1):
+        for name in islice(_names(client, model, prefix), limit or None):
             typer.echo(name)
-            if count == limit:
-                break
 
 
 @streams_app.command("show")
@@ -160,11 +155,23 @@ def delete_streams(
     """Delete one stream, or all streams with a prefix."""
     _confirm(model, stream, prefix, yes, "Delete {}?")
     with _service(url) as client:
-        if prefix is not None:
-            typer.echo(f"deleted {_delete_prefix(client, model, prefix):,} streams")
+        if stream is not None:
+            _request(client, "DELETE", _path(model, stream))
+            typer.echo(f"deleted {stream}")
             return
-        _apply(client, model, stream, prefix, "deleting", _delete)
-    typer.echo(f"deleted {stream}")
+        deleted: int = 0
+        cursor: str | None = ""
+        with show_progress("deleting") as show:
+            while cursor is not None:
+                page = _request(
+                    *(client, "DELETE", _path(model)),
+                    prefix=prefix or "",
+                    limit=DELETE_LIMIT,
+                    cursor=cursor,
+                )
+                deleted, cursor = deleted + page["deleted"], page["cursor"]
+                show(deleted)
+        typer.echo(f"deleted {deleted:,} streams")
 
 
 @streams_app.command("reset")
@@ -181,20 +188,30 @@ def reset_streams(
     starts at position 0. Streams of the version that is served now are kept.
     """
     _confirm(model, stream, prefix, yes, "Delete {}, if another version wrote the state?")
-    with _service(url) as client:
-        detail = _request(client, "GET", _path(model).removesuffix("/streams"))
-        reset = partial(_reset, fingerprint=detail["fingerprint"])
-        outcomes = _apply(client, model, stream, prefix, "resetting", reset)
+    outcomes: Counter[str] = Counter()
+    # a failure ends the command; run again, it continues from there
+    with _service(url) as client, ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+        served = _request(client, "GET", _path(model).removesuffix("/streams"))
+
+        def reset(name: str) -> str:
+            return _reset(client, _path(model, name), served["fingerprint"])
+
+        names = list(_names(client, model, prefix or "")) if stream is None else [stream]
+        with show_progress("resetting", len(names)) as show:
+            for first in range(0, len(names), PAGE_STREAMS):
+                for outcome in pool.map(reset, names[first : first + PAGE_STREAMS]):
+                    outcomes[outcome] += 1
+                    show(outcomes.total())
+    if stream is not None and outcomes[NOT_FOUND]:
+        raise OperatorError(f"model {model} has no stream {stream}")
     typer.echo(
         f"reset {outcomes[DELETED]:,} streams, kept {outcomes[KEPT]:,} of version "
-        f"{detail['version']}"
+        f"{served['version']}"
     )
     if outcomes[DAMAGED]:
-        typer.echo(
-            f"carry: {outcomes[DAMAGED]:,} damaged streams were kept; restore or delete them",
-            err=True,
+        raise OperatorError(
+            f"{outcomes[DAMAGED]:,} damaged streams were kept; restore or delete them"
         )
-        raise typer.Exit(1)
 
 
 def _confirm(model: str, stream: str | None, prefix: str | None, yes: bool, question: str) -> None:
@@ -210,83 +227,8 @@ def _confirm(model: str, stream: str | None, prefix: str | None, yes: bool, ques
         typer.confirm(question.format(f"{which} of model {model}"), abort=True)
 
 
-def _apply(
-    client: Carry,
-    model: str,
-    stream: str | None,
-    prefix: str | None,
-    description: str,
-    action: Action,
-) -> Counter[str]:
-    """Act on one stream, which must exist, or on all streams with a prefix; count the outcomes."""
-    if stream is None:
-        return _apply_to_prefix(client, model, prefix or "", description, action)
-    outcome = action(client, _path(model, stream))
-    if outcome == NOT_FOUND:
-        typer.echo(f"carry: model {model} has no stream {stream}", err=True)
-        raise typer.Exit(1)
-    return Counter([outcome])
-
-
-def _apply_to_prefix(
-    client: Carry, model: str, prefix: str, description: str, action: Action
-) -> Counter[str]:
-    """Act on every stream with a prefix concurrently, and count the outcomes.
-
-    Stops at the first failure; running the same command again continues from there.
-    """
-    # Imported here, because it takes long.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    outcomes: Counter[str] = Counter()
-    with (
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool,
-    ):
-        task = progress.add_task("listing", total=None)
-        names = list(progress.track(_names(client, model, prefix), task_id=task))
-        progress.reset(task, description=description, total=len(names))
-        futures = (pool.submit(action, client, _path(model, name)) for name in names)
-        for future in _with_lookahead(futures, 2 * CONCURRENT_REQUESTS):
-            outcomes[future.result()] += 1
-            progress.advance(task)
-    return outcomes
-
-
-def _delete_prefix(client: Carry, model: str, prefix: str) -> int:
-    """Delete all streams with a prefix, in requests of bounded size; returns how many."""
-    from rich.console import Console
-
-    deleted: int = 0
-    cursor: str | None = ""
-    with Console(stderr=True).status("deleting") as status:
-        while cursor is not None:
-            page = _request(
-                client, "DELETE", _path(model), prefix=prefix, limit=DELETE_LIMIT, cursor=cursor
-            )
-            deleted += page["deleted"]
-            cursor = page["cursor"]
-            status.update(f"deleted {deleted:,} streams")
-    return deleted
-
-
-def _with_lookahead(futures: Iterator[Future[str]], count: int) -> Iterator[Future[str]]:
-    """Yield the futures in order, with `count` of them submitted ahead."""
-    submitted = deque(islice(futures, count))
-    while submitted:
-        yield submitted.popleft()
-        submitted.extend(islice(futures, 1))
-
-
-def _delete(client: Carry, path: str) -> str:
-    return NOT_FOUND if _request(client, "DELETE", path, accept=("stream_not_found",)) else DELETED
-
-
 def _reset(client: Carry, path: str, fingerprint: str) -> str:
-    """Delete a stream unless its state has this fingerprint."""
+    """Delete a stream unless its state has this fingerprint; returns the outcome."""
     while True:
         stream = _request(client, "GET", path, accept=("stream_not_found", "state_damaged"))
         if stream.get("code") == "stream_not_found":

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.commands.common import DataDir, RedisUrl, one_line_errors, open_settings, run_on_store
+from service.commands.common import DataDir, RedisUrl, open_settings, run_on_store
+from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
     from service.access.caller import Verb
     from service.access.keys import AccessKey
-    from service.access.limits import KeyLimits
     from service.store.base import Store
 
 ALL = "all"
@@ -69,28 +70,29 @@ def create_key(
     data_dir: DataDir = None,
 ) -> None:
     """Create a key and print it, the only time that it is shown."""
-    from service.access.keys import AccessKey, AccessKeyError, encode_key, new_key
+    from service.access.caller import Verb
+    from service.access.keys import AccessKey, encode_key, new_key
     from service.access.limits import KeyLimits
 
-    with open_settings(redis_url, data_dir, AccessKeyError, create=True) as settings:
-        now_ms = _now_ms()
-        limits = KeyLimits(
-            requests_per_s=requests_per_s,
-            events_per_s=events_per_s,
-            concurrent_requests=concurrent_requests,
-            streams=streams,
-            state_bytes=state_bytes,
-        )
-        record = AccessKey(
-            name=name,
-            verbs=_verbs(allow),
-            models=tuple(model or ("*",)),
-            prefix=prefix,
-            created_ms=now_ms,
-            expires_ms=None if days is None else now_ms + round(days * DAY_MS),
-            limits=None if limits == KeyLimits() else limits,
-        )
-        text, record = new_key(record)
+    now_ms = _now_ms()
+    limits = KeyLimits(
+        requests_per_s=requests_per_s,
+        events_per_s=events_per_s,
+        concurrent_requests=concurrent_requests,
+        streams=streams,
+        state_bytes=state_bytes,
+    )
+    record = AccessKey(
+        name=name,
+        verbs=_verbs(allow or (Verb.PREDICT, Verb.MODELS)),
+        models=tuple(model or ("*",)),
+        prefix=prefix,
+        created_ms=now_ms,
+        expires_ms=None if days is None else now_ms + round(days * DAY_MS),
+        limits=None if limits == KeyLimits() else limits,
+    )
+    text, record = new_key(record)
+    with open_settings(redis_url, data_dir, create=True) as settings:
         run_on_store(settings, lambda store: store.keys.write({text.key_id: encode_key(record)}))
     typer.echo(f"key {text.key_id}: {_scope(record)}; it is not shown again:", err=True)
     typer.echo(str(text))
@@ -110,9 +112,7 @@ def show_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = None
     """Print what a key allows as JSON."""
     import msgspec
 
-    from service.access.keys import AccessKeyError
-
-    with open_settings(redis_url, data_dir, AccessKeyError) as settings:
+    with open_settings(redis_url, data_dir) as settings:
         key = _find(run_on_store(settings, _read), key_id)
     document: dict[str, Any] = {
         "id": key_id,
@@ -134,7 +134,7 @@ def revoke_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = No
     """Revoke a key permanently; running services reject it within a second."""
     import msgspec
 
-    from service.access.keys import AccessKeyError, encode_key
+    from service.access.keys import encode_key
 
     async def revoke(store: Store) -> AccessKey:
         key = _find(await _read(store), key_id)
@@ -143,7 +143,7 @@ def revoke_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = No
             await store.keys.write({key_id: encode_key(key)})
         return key
 
-    with open_settings(redis_url, data_dir, AccessKeyError) as settings:
+    with open_settings(redis_url, data_dir) as settings:
         key = run_on_store(settings, revoke)
     typer.echo(f"revoked {key_id}, {key.name}")
 
@@ -167,37 +167,35 @@ def sign(
     """Sign a token that allows a part of what the key in CARRY_API_KEY (or CARRY_API_KEY_FILE)
     allows, and print it."""
     from carry_client.wire import authorization
-    from service.access.caller import Verb
     from service.access.keys import parse_key
     from service.access.tokens import TokenClaims, sign_token
 
-    with one_line_errors(ValueError):
+    try:
         bearer = authorization().get("authorization", "").removeprefix("Bearer ")
-        key = parse_key(bearer)
-        if key is None:
-            raise ValueError("expected an access key in CARRY_API_KEY or CARRY_API_KEY_FILE")
-        claims = TokenClaims(
-            exp=round(time.time() + 60 * minutes),
-            sub=subject,
-            verbs=None if allow is None else tuple(map(Verb, allow)),
-            models=None if model is None else tuple(model),
-            prefix=prefix,
-        )
+    except ValueError as error:
+        raise OperatorError(str(error)) from error
+    key = parse_key(bearer)
+    if key is None:
+        raise OperatorError("expected an access key in CARRY_API_KEY or CARRY_API_KEY_FILE")
+    claims = TokenClaims(
+        exp=round(time.time() + 60 * minutes),
+        sub=subject,
+        verbs=None if allow is None else _verbs(allow),
+        models=None if model is None else tuple(model),
+        prefix=prefix,
+    )
     typer.echo(sign_token(key, claims))
 
 
-def _verbs(names: list[str] | None) -> tuple[Verb, ...]:
+def _verbs(names: Sequence[str]) -> tuple[Verb, ...]:
     from service.access.caller import Verb
-    from service.access.keys import AccessKeyError
 
-    if names is None:
-        return (Verb.PREDICT, Verb.MODELS)
-    if names == [ALL]:
+    if list(names) == [ALL]:
         return tuple(Verb)
     try:
         return tuple(dict.fromkeys(map(Verb, names)))
     except ValueError as error:
-        raise AccessKeyError(
+        raise OperatorError(
             f"--allow: expected {', '.join(Verb)} or {ALL}, got {', '.join(names)}"
         ) from error
 
@@ -230,17 +228,18 @@ def describe(key_id: str, key: AccessKey) -> str:
 
 
 def _scope(key: AccessKey) -> str:
-    streams = f"streams {key.prefix}*" if key.prefix else "all streams"
-    until = "" if key.expires_ms is None else f", until {_time(key.expires_ms)}"
-    limits = "" if key.limits is None else f", at most {_limits(key.limits)}"
-    verbs, models = ", ".join(sorted(key.verbs)), ", ".join(key.models)
-    return f"{verbs} on models {models}, {streams}{until}{limits}"
-
-
-def _limits(limits: KeyLimits) -> str:
     import msgspec
 
-    return ", ".join(f"{value} {name}" for name, value in msgspec.to_builtins(limits).items())
+    streams = f"streams {key.prefix}*" if key.prefix else "all streams"
+    until = "" if key.expires_ms is None else f", until {_time(key.expires_ms)}"
+    limits = (
+        ""
+        if key.limits is None
+        else ", at most "
+        + ", ".join(f"{value} {name}" for name, value in msgspec.to_builtins(key.limits).items())
+    )
+    verbs, models = ", ".join(sorted(key.verbs)), ", ".join(key.models)
+    return f"{verbs} on models {models}, {streams}{until}{limits}"
 
 
 def _time(epoch_ms: int | None) -> str | None:

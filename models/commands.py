@@ -1,0 +1,393 @@
+"""Commands of `carry` that make, score and convert models; each is a function of Python too.
+
+The options of a command are the arguments of its function, so that `carry train` and `carry.train`
+are the same. A function imports what it needs when it runs: `carry --help` is quick, and every
+command works whose packages are installed. All raise `ModelsError` if a specification, a table, a
+graph or an artifact is rejected.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from models.errors import ArtifactError, DataError, ImportedModelError, SpecError
+
+if TYPE_CHECKING:
+    from models.artifact.artifact import Artifact
+else:
+    Artifact = Any  # typer evaluates annotations
+
+ArtifactDir = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")]
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The model's specification.")]
+DataFile = Annotated[
+    Path, typer.Argument(metavar="DATA", help="Events as CSV, JSON Lines or Parquet.")
+]
+OutDir = Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")]
+Trees = Annotated[
+    bool, typer.Option("--trees/--no-trees", help="Also train boosted trees as a baseline.")
+]
+TreesTime = Annotated[
+    float | None,
+    typer.Option("--trees-s", min=0, help="Time that boosted trees may take, in seconds."),
+]
+Anomalies = Annotated[
+    str | None, typer.Option(help="Boolean column of labelled anomalies, to score or show them.")
+]
+Since = Annotated[str | None, typer.Option(help="Score or show events from this RFC 3339 time on.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.")]
+Axes = Literal["batch_major", "time_major", "step"]
+
+
+def initialise(
+    spec: SpecFile,
+    out: OutDir,
+    seed: Annotated[int, typer.Option(help="Random seed of the weights.")] = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an artifact with random weights, for tests and benchmarks."""
+    from models.networks.initial_artifact import initialise_artifact
+    from models.spec.spec_file import read_spec
+
+    artifact = initialise_artifact(read_spec(spec), out, seed, overwrite=overwrite)
+    typer.echo(f"{out}: model {artifact.spec.name}, version {artifact.version}")
+
+
+def train(
+    spec: SpecFile,
+    data: DataFile,
+    out: OutDir,
+    *,
+    resume: Resume = False,
+    trees: Trees = True,
+    trees_s: TreesTime = 60.0,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> Artifact:
+    """Train a model, compare it with baselines, write the artifact, a report and plots.
+
+    `resume` continues with the training or with the report; `trees_s` of None is no limit.
+
+    Raises:
+        SpecError: with the line of what cannot be trained, as for what cannot be read.
+    """
+    from models.spec.spec_file import add_line_number, read_spec
+    from models.training.files import read_data
+    from models.training.train_frame import train_frame
+
+    parsed = read_spec(spec)
+    try:
+        return train_frame(
+            parsed,
+            read_data(data, parsed),
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            trees=trees,
+            trees_s=trees_s,
+            quiet=quiet,
+            source=str(data),
+        )
+    except SpecError as error:
+        raise add_line_number(spec, error) from error
+
+
+def evaluate(
+    artifact: ArtifactDir,
+    data: DataFile,
+    *,
+    chunk: Annotated[int, typer.Option(min=1, help="Longest chunk; chunk sizes are random.")] = 64,
+    seed: Annotated[int, typer.Option(help="Random seed of the chunk sizes.")] = 0,
+    since: Since = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Score the events of the test set only.")
+    ] = False,
+    anomalies: Anomalies = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Plot the streams with most missed anomalies and false alarms."
+        ),
+    ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines", help="Compare with the baselines of a report, with intervals."),
+    ] = False,
+    trees: Trees = True,
+    trees_s: TreesTime = 60.0,
+    quiet: Quiet = False,
+) -> dict[str, Any]:
+    """Score an artifact on data, chunk by chunk as the service computes it.
+
+    Events before `since` only move the states. With `baselines`, which are fitted to the events
+    before the artifact's `test_from`, the test set is scored.
+
+    Returns:
+        What `models.training.evaluate.evaluate` gives; with baselines, what
+        `models.training.report.make_report` does.
+    """
+    from rich.console import Console
+
+    from models.artifact.artifact import load_artifact
+    from models.artifact.files import replace_file
+    from models.training import evaluate as scoring
+    from models.training.files import read_data
+    from models.training.progress import Progress
+
+    if plots is not None and anomalies is None:
+        raise DataError(expected="--anomalies with --plots", got="none")
+    loaded = load_artifact(artifact)
+    frame = read_data(data, loaded.spec)
+    # The scores are on stdout.
+    progress = Progress(Console(quiet=quiet, stderr=True))
+    chosen: dict[str, Any] = {
+        "chunk": chunk,
+        "seed": seed,
+        "since": since,
+        "anomalies": anomalies,
+        "source": str(data),
+    }
+    if baselines:
+        from models.training.report import make_report
+
+        with progress.task("report", 1.0) as note:
+            scores = make_report(
+                *(loaded, frame),
+                **chosen,
+                trees=trees,
+                trees_s=trees_s,
+                note=lambda text: note(0.0, text),
+            )
+    else:
+        done = 0
+        with progress.task("events", max(1, frame.height)) as advance:
+
+            def count(events: int) -> None:
+                nonlocal done
+                done += events
+                advance(done, f"{done:,} of {frame.height:,}")
+
+            scores = scoring.evaluate(loaded, frame, **chosen, held_out=held_out, advance=count)
+    if plots is not None:
+        from models.training.stream_plot import plot_streams
+
+        worst = [each["stream"] for each in scores["detection"]["worst"]]
+        plots.mkdir(parents=True, exist_ok=True)
+        with progress.task("plots", max(1, len(worst))) as advance:
+            drawn = plot_streams(
+                *(loaded, frame, worst),
+                since=since,
+                held_out=held_out or baselines,
+                anomalies=anomalies,
+                source=str(data),
+            )
+            for number, content in enumerate(drawn, start=1):
+                replace_file(plots / f"worst-{number:02d}.svg", content)
+                advance(number, f"{number} of {len(worst)}")
+    return scores
+
+
+def plot(
+    artifact: ArtifactDir,
+    data: DataFile,
+    stream: Annotated[str, typer.Argument(metavar="STREAM", help="The stream's name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, .svg, .png or .pdf.")],
+    *,
+    since: Since = None,
+    until: Annotated[
+        str | None, typer.Option(help="Show events before this RFC 3339 time.")
+    ] = None,
+    anomalies: Anomalies = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Plot a stream over time: values, forecasts, scores, alarms and labels."""
+    from models.artifact.artifact import load_artifact
+    from models.artifact.files import replace_file
+    from models.training.files import read_data
+    from models.training.stream_plot import FORMATS, plot_stream
+
+    kind = out.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise DataError(expected=f"OUT to end in .{', .'.join(FORMATS)}", got=str(out))
+    if out.exists() and not overwrite:
+        raise ArtifactError(f"{out}: exists; expected a new path, or --overwrite")
+    loaded = load_artifact(artifact)
+    content = plot_stream(
+        *(loaded, read_data(data, loaded.spec), stream),
+        kind=kind,
+        since=since,
+        until=until,
+        anomalies=anomalies,
+        source=str(data),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, content)
+    typer.echo(f"{out}: stream {stream}")
+
+
+def score(
+    artifact: ArtifactDir,
+    data: DataFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file, .parquet or .csv.")],
+    stream: Annotated[
+        str | None, typer.Option(help="Column of stream names; default: that of training.")
+    ] = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model's outputs for a file of events, as the service would answer them."""
+    from rich.console import Console
+
+    from models.offline.score import score_file
+    from models.training.progress import Progress
+
+    progress = Progress(Console(quiet=quiet))
+    with progress.task("events", 1.0) as advance:
+        scored = score_file(
+            *(artifact, data, out),
+            stream=stream,
+            resume=resume,
+            overwrite=overwrite,
+            advance=lambda rows: advance(0.0, f"{rows:,} done"),
+        )
+    progress.say(f"{out}: {scored.events:,} events of {scored.streams:,} streams")
+    if scored.out_of_order:
+        progress.say(
+            f"warning: {scored.out_of_order:,} events are earlier than one before them in "
+            "their stream; `carry train` sorts them: sort DATA by time to score as trained",
+            "yellow",
+        )
+
+
+def import_model(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A saved Keras model, or an ONNX graph.")
+    ],
+    out: OutDir,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The model's name; default: the name of the file or Triton folder."),
+    ] = None,
+    overwrite: Overwrite = False,
+    reset_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Reset streams every N events, the length of training windows."),
+    ] = None,
+    memory_mib: Annotated[
+        int, typer.Option(min=1, help="Memory limit for reading and verifying the model, in MiB.")
+    ] = 8192,
+    time_s: Annotated[
+        float,
+        typer.Option(min=1, help="Time limit for reading and verifying the model, in seconds."),
+    ] = 600.0,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="IN=OUT", help="ONNX: a state input and the output with its next value."
+        ),
+    ] = None,
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", help="ONNX: a feature input.")
+    ] = None,
+    output: Annotated[list[str] | None, typer.Option(help="ONNX: an output to serve.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="ONNX: the input with row lengths [B].")
+    ] = None,
+    mask: Annotated[str | None, typer.Option(help="ONNX: the input with the mask [B, T].")] = None,
+    initial: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="IN=VALUE", help="ONNX: a state's initial value, a number or .npy file."
+        ),
+    ] = None,
+    axes: Annotated[
+        Axes | None, typer.Option(help="ONNX: order of the axes, if it is ambiguous.")
+    ] = None,
+    triton: Annotated[
+        Path | None, typer.Option(metavar="config.pbtxt", help="ONNX: Triton's configuration.")
+    ] = None,
+) -> None:
+    """Import a Keras model or an ONNX graph as an artifact, and verify it."""
+    from models.importing.isolation import Limits
+    from models.importing.packaging import import_keras_model, import_onnx_model, onnx_options
+
+    chosen: dict[str, Any] = {
+        "name": name,
+        "overwrite": overwrite,
+        "reset_every": reset_every,
+        "limits": Limits(memory_bytes=memory_mib * 2**20, time_s=time_s),
+    }
+    if model.suffix.lower() == ".onnx":
+        options = onnx_options(
+            states=state or (),
+            inputs=input_ or (),
+            outputs=output or (),
+            lengths=lengths,
+            mask=mask,
+            initial=initial or (),
+            axes=axes,
+            triton=triton,
+        )
+        imported = import_onnx_model(model, out, options=options, **chosen)
+    elif any((state, input_, output, lengths, mask, initial, axes, triton)):
+        raise ImportedModelError(
+            f"{model}: expected a .onnx file with --state, --input, --output, --lengths, "
+            "--mask, --initial, --axes and --triton; they describe ONNX graphs"
+        )
+    else:
+        imported = import_keras_model(model, out, **chosen)
+    artifact = imported.artifact
+    typer.echo(f"{out}: model {artifact.spec.name}, version {artifact.version}")
+    for line in imported.lines():
+        typer.echo(line)
+
+
+def write_graphs(
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT...", help="The models' directories.")
+    ],
+) -> None:
+    """Write the ONNX graphs of artifacts, for other programs; the service does not read them."""
+    from models.artifact.artifact import add_graph
+
+    for path in artifacts:
+        artifact = add_graph(path)
+        size = len(artifact.graphs.data or b"")
+        typer.echo(f"{path}: the graph of {artifact.spec.name}, {size:,} bytes")
+
+
+def _printed(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """The command of a function: prints what it returns as JSON."""
+
+    @wraps(function)
+    def command(**options: Any) -> None:
+        typer.echo(json.dumps(function(**options), indent=2))
+
+    return command
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "init": initialise,
+    "train": train,
+    "evaluate": _printed(evaluate),
+    "plot": plot,
+    "score": score,
+    "import": import_model,
+    "graph": write_graphs,
+}
+
+
+def add_model_commands(app: typer.Typer) -> None:
+    """Add the commands to an application; the help of each is the first paragraph of its text."""
+    for name, function in COMMANDS.items():
+        text, _, _ = (inspect.getdoc(function) or "").partition("\n\n")
+        app.command(name, help=text)(function)

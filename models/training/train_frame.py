@@ -1,0 +1,156 @@
+"""Trains a model on a table, and writes its artifact with report and plots.
+
+The artifact is written before its report; the checkpoint stays until the report is written too, so
+that `resume` continues with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+import polars as pl
+from rich.console import Console
+
+from models.artifact.artifact import Artifact, write_artifact
+from models.errors import ArtifactError
+from models.spec.decoder import DECODER
+from models.spec.model import ModelSpec
+from models.training.data import labels_of, split_of, streams_of
+from models.training.evaluate import events_to_score
+from models.training.progress import Progress
+
+if TYPE_CHECKING:
+    from models.training.report import Further
+    from models.training.trainer import TrainReport
+
+REPORT = "report.json"
+
+
+def train_frame(
+    spec: ModelSpec,
+    frame: pl.DataFrame,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trees: bool = True,
+    trees_s: float | None = None,
+    quiet: bool = False,
+    source: str = "data",
+    further: Further | None = None,
+) -> Artifact:
+    """Train a specification on a table in memory.
+
+    A table without events from `test_from` on gives an artifact without a report.
+
+    Args:
+        frame: one row per event, as `models.training.files.read_data` gives it.
+        out: the artifact's directory.
+        resume: continue from the checkpoint of an interrupted run.
+        overwrite: replace an artifact that is there.
+        trees: compare with boosted trees too.
+        trees_s: seconds that they may take; None is no limit.
+        quiet: print nothing.
+        source: what errors and the report call the table.
+        further: as for `make_report`.
+
+    Raises:
+        ModelsError: specification, table or artifact are rejected.
+    """
+    from models.training.trainer import checkpoint_path, train
+
+    out = Path(out)
+    progress = Progress(Console(quiet=quiet))
+    if out.exists() and any(out.iterdir()) and not overwrite and not resume:
+        raise ArtifactError(f"{out}: is not empty; expected a new path, or --overwrite")
+    result = train(
+        spec,
+        frame,
+        out,
+        resume=resume,
+        quiet=quiet,
+        overwrite=overwrite,
+        keep_checkpoint=True,
+        source=source,
+    )
+    progress.say(
+        f"kept epoch {', '.join(map(str, result.best_epochs))}; {result.seconds:.0f} s of "
+        f"training; the model is in {out}"
+    )
+    artifact = result.artifact
+    split = split_of(artifact.spec)
+    if _has_events_from(artifact, frame, split.test):
+        artifact = _write_report(result, frame, progress, trees, trees_s, source, further)
+    else:
+        progress.say(f"no events {split.test_range}: nothing held out, no report")
+        for warning in result.warnings:
+            progress.say(f"warning: {warning}", "yellow")
+    checkpoint_path(out).unlink(missing_ok=True)
+    return artifact
+
+
+def _write_report(
+    result: TrainReport,
+    frame: pl.DataFrame,
+    progress: Progress,
+    trees: bool,
+    trees_s: float | None,
+    source: str,
+    further: Further | None,
+) -> Artifact:
+    """Write report and plots into the artifact of a training."""
+    from models.training.plots import plot_report
+    from models.training.report import make_report, report_lines, verdict_lines
+
+    artifact = result.artifact
+    with progress.task("report", 1.0) as advance:
+        report = make_report(
+            artifact,
+            frame,
+            history=result.history,
+            warnings=result.warnings,
+            trees=trees,
+            trees_s=trees_s,
+            further=further,
+            source=source,
+            note=lambda text: advance(0.0, text),
+        )
+    for line in report_lines(report):
+        progress.say(line)
+    progress.say("")
+    for line, is_worse in verdict_lines(report):
+        is_warning = line.startswith("warning")
+        progress.say(line, "bold red" if is_worse else "yellow" if is_warning else None)
+    files: dict[str, bytes | Path] = {
+        REPORT: orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE),
+        **plot_report(report),
+    }
+    return write_artifact(
+        artifact.path,
+        artifact.spec,
+        artifact.weights,
+        metrics={**artifact.manifest["metrics"], "held_out": _values(report)},
+        training=artifact.manifest["training"],
+        files=files,
+        overwrite=True,
+    )
+
+
+def _has_events_from(artifact: Artifact, frame: pl.DataFrame, key: int) -> bool:
+    streams = streams_of(artifact.spec, frame)
+    labels = labels_of(artifact.spec, streams.frame, rows=streams.table_rows)
+    return events_to_score(artifact.spec, streams, labels, key) > 0
+
+
+def _values(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    metrics = {
+        name: {metric: score["value"] for metric, score in head["scores"]["model"].items()}
+        for name, head in report["heads"].items()
+    }
+    for name, target in report.get("decoder", {}).get("targets", {}).items():
+        scored = [value for value in target["mae"]["model"] if value is not None]
+        metrics[f"{DECODER}.{name}"] = {"mae": float(np.mean(scored))} if scored else {}
+    return metrics

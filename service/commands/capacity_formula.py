@@ -1,0 +1,110 @@
+"""Capacity of a deployment: the memory and the processes that a number of streams needs.
+
+The memory of a key is computed from the servers' own data structures, so it holds for every size:
+
+- Valkey 9 as it is embedded (its allocator rounds up to 16 bytes): one object with the key in it,
+  the value beside it or, if it is short, in it too, and a slot of the hash table.
+- Redis with jemalloc: an object, an entry of the hash table, the key and the value, each rounded up
+  to jemalloc's size classes, which are up to a quarter apart.
+
+Memory of the server itself, of its clients and of its replication buffer is not included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from service.pipeline.state_cache import OVERHEAD_BYTES
+from service.store.codec import HEADER_BYTES, REPLY_HEADER_BYTES
+
+CHUNKS_PER_S: Final = 7_100
+"""Chunks per second of a worker on one core (docs/reference/performance.md, standard workload)."""
+
+STORE_CHUNKS_PER_S: Final = 35_000
+"""Chunks per second of a store's server on one core, likewise: a fifth of it serves 7,100."""
+
+UTILIZATION: Final = 0.5
+"""Planned utilization of a process: the rest is headroom for bursts and failures."""
+
+COPY_FACTOR: Final = 2.0
+"""Memory of a server, as a multiple of its data: copy-on-write during a rewrite of its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStreams:
+    """What is stored.
+
+    Attributes:
+        count: streams.
+        state_bytes: raw values of a state.
+        key_bytes: average length of a key.
+        reply_bytes: outputs of a stored reply; 0 if none is stored.
+        replies: stored replies at a time.
+        idle_ttl: whether states have a lifetime.
+    """
+
+    count: int
+    state_bytes: int
+    key_bytes: int
+    reply_bytes: int
+    replies: int
+    idle_ttl: bool = False
+
+
+def valkey_key_bytes(key: int, value: int, *, expires: bool) -> int:
+    """Memory of a key and its value in the embedded Valkey."""
+    return _malloc(16 + key + 3 + 8 * expires) + _malloc(_string(value)) + 12 + 12 * expires
+
+
+def redis_key_bytes(key: int, value: int, *, expires: bool) -> int:
+    """Memory of a key and its value in Redis with jemalloc."""
+    entry = 24 + 12
+    return _jemalloc(key + 4) + 16 + entry + _jemalloc(_string(value)) + (entry if expires else 0)
+
+
+def _string(length: int) -> int:
+    """A string as the servers store it: a header, which has two more bytes from 256 on, and NUL."""
+    return length + (4 if length < 256 else 6)
+
+
+def _malloc(size: int) -> int:
+    """What glibc allocates for a request: a header of 8 bytes, in steps of 16."""
+    return max(32, (size + 8 + 15) // 16 * 16)
+
+
+def _jemalloc(size: int) -> int:
+    """jemalloc's size class: multiples of 16 up to 128, then four classes between powers of two."""
+    if size <= 128:
+        return max(8, (size + 15) // 16 * 16)
+    step = 1 << ((size - 1).bit_length() - 3)
+    return -(-size // step) * step
+
+
+def stored_bytes(streams: StoredStreams, server: str) -> int:
+    """Memory of the streams in a server: `valkey` or `redis`."""
+    measure = valkey_key_bytes if server == "valkey" else redis_key_bytes
+    key = streams.key_bytes
+    state = measure(key, HEADER_BYTES + streams.state_bytes, expires=streams.idle_ttl)
+    reply = 0
+    if streams.reply_bytes:
+        reply = measure(key, REPLY_HEADER_BYTES + streams.reply_bytes, expires=True)
+    return streams.count * state + streams.replies * reply
+
+
+def cache_bytes(streams: StoredStreams) -> int:
+    """Size of a worker's cache that holds every stream's state."""
+    return streams.count * (streams.state_bytes + OVERHEAD_BYTES)
+
+
+def workers(chunks_per_s: float, chunks_per_core: float = CHUNKS_PER_S) -> int:
+    """Workers, each on a core of its own."""
+    return max(1, math.ceil(chunks_per_s / (chunks_per_core * UTILIZATION)))
+
+
+def primaries(data_bytes: float, node_bytes: float, chunks_per_s: float) -> int:
+    """Primaries of the store, by memory and by commits, whichever needs more."""
+    by_memory = COPY_FACTOR * data_bytes / node_bytes
+    by_commits = chunks_per_s / (STORE_CHUNKS_PER_S * UTILIZATION)
+    return max(1, math.ceil(max(by_memory, by_commits)))
