@@ -63,15 +63,12 @@ def create_app() -> FastAPI:
     servers: list[GrpcServer | AdminServer] = []
     api = create_api(
         service.pipeline,
-        settings.requests,
         recorder,
         service.keys,
-        http,
+        replace(settings, connections=connections),
         lifespan=lambda api: _serve(api, service, servers),
-        connections=connections,
         metrics=None if has_admin else metrics,
         tracer=service.tracer,
-        origins=settings.websocket.websocket_origins,
     )
     service.loads.append(lambda: _loads(api))
     inference = Inference(api.state.api, delete_at_end=settings.v2.sequence_end == "delete")

@@ -57,7 +57,7 @@ its error not retryable. A rejection reports the current epoch, position and tag
 that a client can continue without another request.
 
 `server/errors.py` adds the errors of HTTP to the tree. The HTTP status of each code is in
-`transports/v1/statuses.py`, and `docs/reference/errors.md` is generated from both.
+`transports/v1/problems.py`, and `docs/reference/errors.md` is generated from both.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from carry_client import Head, Problem, Stream, errors, read_problem
 from carry_client.errors import Forbidden
 from service.core.errors import CarryError
-from service.transports.v1.statuses import STATUS
+from service.transports.v1.problems import STATUS
 from tests.service.commands.replay.standin import Standin
 from tests.support.pages import ROOT
 

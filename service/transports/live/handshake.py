@@ -40,8 +40,7 @@ from service.transports.common.failure_log import log_failure, log_unexpected_fa
 from service.transports.live.frames import hello_frame
 from service.transports.live.session import Session
 from service.transports.v1.context import ApiContext
-from service.transports.v1.error_responses import CLOSE, error_response
-from service.transports.v1.problems import status_of
+from service.transports.v1.problems import CLOSE, error_response, status_of
 from service.transports.v1.request_fields import (
     REPLY_PARAMETERS,
     parse_query,

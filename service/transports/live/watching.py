@@ -13,12 +13,11 @@ from contextlib import AsyncExitStack
 from typing import Any, Final
 
 from fastapi import FastAPI
-from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.access.caller import Verb
-from service.codec.field_rules import MAX_POSITION, stream_name
+from service.codec.field_rules import MAX_POSITION
 from service.codec.media import Media, dumps
 from service.codec.pieces import encode_pieces
 from service.codec.reply_writer import (
@@ -29,9 +28,9 @@ from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.server.http_protocol import HttpState
-from service.transports.v1.context import ModelCodec, allowed_model, api_of
-from service.transports.v1.request_fields import REPLY_PARAMETERS, query, reply_options
-from service.transports.v1.route import ModelPath, Route, StreamPath, parameter
+from service.transports.v1.call import Call
+from service.transports.v1.context import ModelCodec
+from service.transports.v1.route import Route, parameter
 from service.transports.v1.table import RETURN_SEQUENCES, STORE
 
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/outputs"
@@ -67,22 +66,17 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
     state.connections.on_drain.append(watches.drain)
     encoding = asyncio.Lock()
 
-    async def watch_outputs(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+    async def watch_outputs(call: Call) -> Response:
         """Watch the outputs of a stream.
 
         They are streamed from now on or from a position.
         """
-        caller, served = allowed_model(request, model, stream)
-        api = api_of(request)
-        codec = api.codec(served)
-        key = StreamKey(codec.served.name, stream_name(stream))
-        parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
-        start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))
-        options = reply_options(parameters, codec.writer)
+        start = _start(call.parameters.pop("from", None), call.header(LAST_EVENT_ID))
+        options = call.reply_options()
         async with AsyncExitStack() as stack:
-            watch = await stack.enter_async_context(watches.watch(caller, key, start))
-            stack.callback(api.access.notify_end(caller, watch.end))
-            events = _EventWriter(codec, key, options, encoding).encode(watch)
+            watch = await stack.enter_async_context(watches.watch(call.caller, call.key, start))
+            stack.callback(call.api.access.notify_end(call.caller, watch.end))
+            events = _EventWriter(call.codec, call.key, options, encoding).encode(watch)
             return _WatchResponse(events, stack.pop_all())
 
     route = Route(
@@ -98,9 +92,9 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         parameters=(_FROM, _LAST_EVENT_ID, RETURN_SEQUENCES),
         problems=(*STORE, errors.ShuttingDown),
         tag="streams",
-        options={"response_class": StreamingResponse},
+        response_class=StreamingResponse,
     )
-    app.router.routes.extend(route.fastapi_routes)
+    app.router.routes.append(route)
 
 
 class _WatchResponse(StreamingResponse):

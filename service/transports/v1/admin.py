@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
 import uvicorn
@@ -19,7 +20,7 @@ from service.server.origins import host_rule
 from service.server.settings import ConnectionSettings, HttpSettings
 from service.telemetry.logs import RequestIds
 from service.transports.v1.application import RenderMetrics, add_documentation, create_application
-from service.transports.v1.error_responses import ConnectionErrors
+from service.transports.v1.problems import connection_error_response
 
 MAX_CONNECTIONS: Final = 100
 STOP_S: Final = 1
@@ -69,7 +70,7 @@ class AdminServer(uvicorn.Server):
         self.lifespan = config.lifespan_class(config)
         self.lifespan.state[HTTP_STATE] = HttpState(
             Connections(replace(connections, max_connections=MAX_CONNECTIONS)),
-            ConnectionErrors(api.state.api.recorder, ids).response,
+            partial(connection_error_response, api.state.api.recorder, ids),
             (),
             accepts_host=host_rule(host, http.allowed_hosts),
         )

@@ -10,33 +10,41 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from service.access.key_cache import AccessKeys
-from service.codec.settings import RequestSettings
+from service.core.errors import CarryError
 from service.core.tracing import Tracer
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.server.connections import Connections
+from service.server.errors import MethodNotAllowed, RouteNotFound
 from service.server.http_protocol import HttpState
 from service.server.origins import host_rule, parse_origins
-from service.server.settings import ConnectionSettings, HttpSettings
+from service.settings import Settings
 from service.telemetry.logs import RequestIds
+from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.long_bodies import LongBodies
 from service.transports.v1.context import ApiContext, api_of, caller_of
-from service.transports.v1.error_handling import InternalErrorMiddleware, add_error_handlers
-from service.transports.v1.error_responses import ConnectionErrors
 from service.transports.v1.fast_path import FastPath
 from service.transports.v1.openapi.document import openapi_document
-from service.transports.v1.openapi.documentation_page import ASSETS, documentation_html
 from service.transports.v1.openapi.error_reference import reference_html
-from service.transports.v1.openapi.page_security import page_headers
-from service.transports.v1.problems import REFERENCE
+from service.transports.v1.openapi.pages import ASSETS, documentation_html, page_headers
+from service.transports.v1.problems import (
+    REFERENCE,
+    connection_error_response,
+    problem_response,
+)
+from service.transports.v1.replies import Header
 from service.transports.v1.request_log import RequestLogMiddleware
 from service.transports.v1.route import Route
 from service.transports.v1.table import HEALTH, METRICS, ROUTES
@@ -52,16 +60,13 @@ MAX_DOCUMENTS = 64
 
 def create_api(
     pipeline: Pipeline,
-    limits: RequestSettings,
     recorder: Recorder,
     keys: AccessKeys,
-    http: HttpSettings,
+    settings: Settings,
     *,
     lifespan: Lifespan | None = None,
     metrics: RenderMetrics | None = None,
-    connections: ConnectionSettings | None = None,
     tracer: Tracer | None = None,
-    origins: str = "",
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -69,16 +74,12 @@ def create_api(
     Args:
         pipeline: answers every request; started before the first of them.
         keys: name the callers; started before the first request.
-        http: what is served, and for which names of the host.
         lifespan: entered before the first request and left after the last.
         metrics: gives the body and the content type of `/metrics`; without it there is none.
-        connections: bounds on the connections of this worker.
         tracer: makes spans of requests; None makes none.
-        origins: whose pages may change streams of an open service, besides its own host, separated
-            by commas; `*` allows all.
         now_ms: wall clock in epoch milliseconds.
     """
-    ids = RequestIds()
+    ids, http = RequestIds(), settings.http
     app = create_application(ROUTES, ids, metrics=metrics, lifespan=lifespan)
     if http.docs and http.admin_port is None:
         add_documentation(app, app)
@@ -86,12 +87,12 @@ def create_api(
     api = ApiContext(
         pipeline,
         keys,
-        limits,
+        settings.requests,
         recorder,
         now_ms,
-        LongBodies(limits.max_body_bytes),
+        LongBodies(settings.requests.max_body_bytes),
         tracer,
-        parse_origins(origins),
+        parse_origins(settings.websocket.websocket_origins),
         accepts_host,
     )
     app.state.api = api
@@ -99,8 +100,8 @@ def create_api(
         api.codec(served)
 
     app.state.http = HttpState(
-        Connections(connections),
-        ConnectionErrors(recorder, ids).response,
+        Connections(settings.connections),
+        partial(connection_error_response, recorder, ids),
         (FastPath(api, ids),) if http.http_fast_path else (),
         accepts_host=accepts_host,
     )
@@ -119,22 +120,65 @@ def create_application(
     Args:
         metrics: renders `/metrics`; without it there is none.
     """
-    table = [*routes, *HEALTH, *([METRICS] if metrics is not None else [])]
     app = FastAPI(
         lifespan=lifespan,
         openapi_url=None,
         redirect_slashes=False,
         # `include_router` would wrap each route once more, 8 us a request
-        routes=[served for route in table for served in route.fastapi_routes],
+        routes=[*routes, *HEALTH, *(METRICS if metrics is not None else ())],
         # reads the environment at every request, 3 us
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.render_metrics = metrics
     app.state.has_documentation = False
-    add_error_handlers(app)
-    app.add_middleware(InternalErrorMiddleware)
-    app.add_middleware(RequestLogMiddleware, ids=ids)
+    app.add_exception_handler(CarryError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_routing_error)
+    app.add_middleware(RequestLogMiddleware, answer_failure=_answer_failure, ids=ids)
     return app
+
+
+async def _answer_error(request: Request, error: Any, headers: Iterable[Header] = ()) -> Response:
+    """Log and count an error of the service, and answer it with its problem document."""
+    log_failure(error)
+    return _error_response(request, error, headers)
+
+
+async def _answer_routing_error(request: Request, error: Any) -> Response:
+    """The answer if there is no such address, or not with this method."""
+    path, method = request.url.path, request.method
+    if error.status_code == 404:
+        is_documented = request.app.state.has_documentation
+        expected = "an address that GET /docs lists" if is_documented else "a known address"
+        no_route = RouteNotFound(f"expected {expected}, got {path[:300]!r}")
+        return await _answer_error(request, no_route)
+    if error.status_code == 405:
+        # FastAPI would name the methods of the first route at this address only
+        methods: set[str] = set()
+        for route in request.app.routes:
+            if route.matches(request.scope)[0] is not Match.NONE:
+                methods.update(getattr(route, "methods", None) or ())
+        allowed = sorted(methods)
+        not_allowed = MethodNotAllowed(
+            f"expected {' or '.join(allowed)}, got {method}", expected=allowed, got=method
+        )
+        headers = [(b"allow", ", ".join(allowed).encode())]
+        return await _answer_error(request, not_allowed, headers)
+    raise error
+
+
+async def _answer_failure(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer `internal_error`, which carries the id of the request and no internals."""
+    response = _error_response(Request(scope), log_unexpected_failure(error))
+    await response(scope, receive, send)
+
+
+def _error_response(
+    request: Request, error: CarryError, headers: Iterable[Header] = ()
+) -> Response:
+    # before routing there is no path parameter; the recorder bounds the names of models
+    model = request.scope.get("path_params", {}).get("model", "-")
+    api_of(request).recorder.record_error(model, error)
+    return problem_response(error, request, headers)
 
 
 def add_documentation(app: FastAPI, documented: FastAPI, **parameters: Any) -> None:

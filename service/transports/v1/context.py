@@ -8,7 +8,7 @@ from typing import Final
 
 from starlette.requests import Request
 
-from service.access.caller import ANYONE, Caller, Verb
+from service.access.caller import ANYONE, Caller
 from service.access.key_cache import AccessKeys
 from service.codec.reply_writer import ReplyWriter
 from service.codec.request_reader import RequestReader
@@ -108,19 +108,6 @@ def caller_of(request: Request) -> Caller:
     caller = access.caller(values[0] if values else None)
     note_key(caller.key_id)
     return caller
-
-
-def allowed_model(
-    request: Request, model: str, stream: str | None = None
-) -> tuple[Caller, ServedModel]:
-    """The caller of a request, and the model, which a verb of the request's route allows it.
-
-    Raises:
-        Forbidden, ModelNotFound: and as for `caller_of`.
-    """
-    caller = caller_of(request)
-    verbs: tuple[Verb, ...] = request.scope["route"].verbs
-    return caller, api_of(request).pipeline.model(caller, verbs, model, stream)
 
 
 def _check_origin(request: Request) -> None:

@@ -39,11 +39,15 @@ from service.telemetry.access_log import CLIENT_DISCONNECTED, RequestFacts, log_
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.v1.context import ApiContext, ModelCodec
-from service.transports.v1.error_responses import CLOSE, OverloadResponses, error_response
-from service.transports.v1.problems import status_of
+from service.transports.v1.problems import (
+    CLOSE,
+    STATUS,
+    OverloadResponses,
+    error_response,
+    status_of,
+)
 from service.transports.v1.request_fields import TIMEOUT_HEADER, parse_timeout
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
-from service.transports.v1.statuses import STATUS
 
 MAX_HEADERS_BYTES: Final = 4096
 """Longer headers take the slow path; it bounds the memory of the cache of parsed headers."""

@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 problem documents.
+"""Errors as RFC 9457 problem documents: the status of each, and whole responses.
 
 A document has `type` (an address that explains the code), `title`, `status`, `detail`,
 `code`, `retryable` and `request_id`, and beside them the facts of the error: `at`, `expected`,
@@ -9,27 +9,101 @@ of the service. It is `application/problem+json`, or MessagePack if that is acce
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from http import HTTPStatus
+from typing import Any, Final, cast
 
 from starlette.requests import Request
+from structlog.contextvars import bound_contextvars
 
 from service.codec.media import Media, dumps
-from service.core.errors import CarryError, NotAcceptable, UnsupportedMediaType
-from service.server.errors import UpgradeRequired
-from service.telemetry.logs import current_request_id
+from service.core import errors
+from service.core.errors import CarryError, NotAcceptable, Overloaded, UnsupportedMediaType
+from service.pipeline.recorder import Recorder
+from service.server import errors as http_errors
+from service.server.errors import TooManyConnections, UpgradeRequired
+from service.telemetry.access_log import RequestFacts, log_request
+from service.telemetry.logs import RequestIds, current_request_id
 from service.transports.v1.replies import Answer, Header
 from service.transports.v1.reply_types import Problem
 from service.transports.v1.request_fields import body_media, reply_media
-from service.transports.v1.statuses import STATUS
+from service.transports.v1.request_log import REQUEST_ID_HEADER
 
-PROBLEM_JSON = "application/problem+json"
-REFERENCE = "/docs/errors"
+PROBLEM_JSON: Final = "application/problem+json"
+REFERENCE: Final = "/docs/errors"
 """URL of the explanations; `type` is this, `#` and the code."""
 
-DEFAULT_RETRY_S = 1
-LATER = (429, 503, 504)
+DEFAULT_RETRY_S: Final = 1
+LATER: Final = (429, 503, 504)
 """Statuses of errors that may be temporary."""
+
+CLOSE: Final = b"connection: close\r\n"
+"""Header line of a response after which the connection is closed."""
+
+MIN_ID_BYTES: Final = 16
+"""Shortest request id that `OverloadResponses` replaces: a shorter one could match other bytes."""
+
+_BY_STATUS: Mapping[int, tuple[type[CarryError], ...]] = {
+    400: (
+        http_errors.MalformedRequest,
+        http_errors.DuplicateField,
+        errors.MalformedBody,
+        errors.InvalidName,
+        errors.InvalidPrecondition,
+    ),
+    401: (errors.Unauthenticated,),
+    403: (errors.Forbidden, http_errors.OriginNotAllowed),
+    404: (errors.ModelNotFound, errors.StreamNotFound, http_errors.RouteNotFound),
+    405: (http_errors.MethodNotAllowed,),
+    406: (errors.NotAcceptable,),
+    408: (http_errors.RequestTimeout,),
+    409: (
+        errors.EpochMismatch,
+        errors.PositionAhead,
+        errors.PositionBehind,
+        errors.AlreadyApplied,
+        errors.InputKindMismatch,
+        errors.StreamFinal,
+        errors.StreamExists,
+        errors.StateIncompatible,
+        errors.Conflict,
+    ),
+    412: (errors.StateChanged,),
+    413: (errors.ChunkTooLong, errors.BodyTooLarge),
+    415: (errors.UnsupportedMediaType,),
+    417: (http_errors.ExpectationFailed,),
+    421: (http_errors.HostNotAllowed,),
+    422: (
+        errors.InvalidInput,
+        errors.ChunksUnsupported,
+        errors.FinalUnsupported,
+        errors.ForecastUnsupported,
+        errors.ResetsUnsupported,
+        errors.StateTokenInvalid,
+        errors.StateTokenOfOtherModel,
+        errors.StateTokenOfOtherVersion,
+    ),
+    424: (errors.PreviousFailed,),
+    426: (http_errors.UpgradeRequired,),
+    429: (errors.Overloaded, errors.StreamOverloaded, errors.LimitExceeded),
+    431: (http_errors.HeadTooLarge,),
+    500: (errors.StateDamaged, errors.NotFinite, errors.InternalError),
+    503: (
+        errors.StoreUnavailable,
+        errors.StoreRefused,
+        errors.OutcomeUnknown,
+        errors.NotDurable,
+        errors.ShuttingDown,
+        http_errors.TooManyConnections,
+    ),
+    504: (errors.DeadlineExceeded, errors.InferenceTimeout),
+}
+STATUS: Final = {kind: status for status, kinds in _BY_STATUS.items() for kind in kinds}
+"""The HTTP status of every error: the one table."""
+
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
 
 
 def status_of(error: CarryError) -> int:
@@ -37,19 +111,22 @@ def status_of(error: CarryError) -> int:
     return STATUS[type(error)]
 
 
-def problem(error: CarryError) -> Problem:
-    """The problem document of an error; its facts are further members."""
+def problem(error: CarryError, request_id: str | None = None) -> Problem:
+    """The problem document of an error; its facts are further members.
+
+    Args:
+        request_id: by default that of the current request.
+    """
     status = status_of(error)
-    members: Problem = {
+    document: dict[str, Any] = {
         "type": f"{REFERENCE}#{error.code}",
         "title": error.title,
         "status": status,
         "detail": error.detail,
         "code": error.code,
         "retryable": error.retryable,
-        "request_id": current_request_id(),
+        "request_id": request_id or current_request_id(),
     }
-    document: dict[str, Any] = {**members}
     for name, fact in error.facts.items():
         document.setdefault(name, fact)
     if status in LATER and error.retryable:
@@ -92,13 +169,73 @@ def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = 
 
 
 def problem_response(error: CarryError, request: Request, headers: Iterable[Header] = ()) -> Answer:
-    """The same, in the media type that the request accepts."""
-    return problem_answer(error, _media(request), headers)
-
-
-def _media(request: Request) -> Media:
-    """The media type of the reply: by Accept, else that of the body, else JSON."""
+    """The same, in the media type of the reply: by Accept, else that of the body, else JSON."""
     try:
-        return reply_media(request, body_media(request))
+        media = reply_media(request, body_media(request))
     except (NotAcceptable, UnsupportedMediaType):
-        return Media.JSON
+        media = Media.JSON
+    return problem_answer(error, media, headers)
+
+
+def error_response(
+    error: CarryError, media: Media, request_id: bytes, header_lines: bytes = b""
+) -> bytes:
+    """A whole response with a problem document, as bytes, without the slow path.
+
+    Args:
+        header_lines: further lines of its head, each with its line end.
+    """
+    with bound_contextvars(request_id=request_id.decode()):
+        answer = problem_answer(error, media)
+    return response_bytes(answer, request_id, header_lines)
+
+
+def response_bytes(answer: Answer, request_id: bytes, header_lines: bytes = b"") -> bytes:
+    """A whole response, as for `error_response`."""
+    headers = [*answer.raw_headers, (REQUEST_ID_HEADER, request_id)]
+    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+    return _STATUS_LINES[answer.status_code] + lines + header_lines + b"\r\n" + answer.body
+
+
+class OverloadResponses:
+    """Responses to rejected requests, serialized once per error and media type.
+
+    Load shedding repeats one error many times; only the request id differs between its responses.
+
+    Args:
+        serialize: makes a whole response from error, media type and request id.
+    """
+
+    def __init__(self, serialize: Callable[[CarryError, Media, bytes], bytes]):
+        self._serialize = serialize
+        self._error: Overloaded | None = None
+        self._templates: dict[tuple[Media, int], list[bytes]] = {}
+
+    def response(self, error: Overloaded, media: Media, request_id: bytes) -> bytes:
+        """The same bytes as `serialize` makes."""
+        length = len(request_id)
+        if length < MIN_ID_BYTES:
+            return self._serialize(error, media, request_id)
+        if error is not self._error:
+            self._error = error
+            self._templates.clear()
+        template = self._templates.get((media, length))
+        if template is None:
+            placeholder = b"#" + b"~" * (length - 1)
+            template = self._serialize(error, media, placeholder).split(placeholder)
+            self._templates[media, length] = template
+        return request_id.join(template)
+
+
+def connection_error_response(recorder: Recorder, ids: RequestIds, error: CarryError) -> bytes:
+    """Count and log a request that is not read to its end, and make its whole response.
+
+    These are timeouts, framing errors, and rejected connections and bodies; the connection has to
+    be closed after the response.
+    """
+    recorder.record_error("-", error)
+    request_id = ids.next()
+    if not isinstance(error, TooManyConnections):
+        facts = RequestFacts(code=error.code)
+        log_request(request_id.decode(), "-", None, status_of(error), 0.0, facts)
+    return error_response(error, Media.JSON, request_id, CLOSE)

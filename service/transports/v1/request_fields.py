@@ -27,7 +27,7 @@ from service.core.values import Precondition
 from service.server.errors import DuplicateField
 
 TIMEOUT_HEADER = "carry-timeout"
-_TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
+TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
 SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
 _SECONDS = re.compile(SECONDS, re.ASCII)
 MAX_PARAMETERS = 16
@@ -64,8 +64,7 @@ async def read_encoded_body(request: Request, limit_bytes: int) -> bytes:
         BodyTooLarge, ClientDisconnect: as `read_body`.
     """
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limit_bytes:
-        raise _too_large(limit_bytes, int(length))
+    _check_size(int(length) if length.isdecimal() else 0, limit_bytes)
     # A BytesIO grows in place; joining a list of parts would hold the body twice.
     body = io.BytesIO()
     more = True
@@ -74,26 +73,21 @@ async def read_encoded_body(request: Request, limit_bytes: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         part, more = message.get("body", b""), message.get("more_body", False)
+        _check_size(body.tell() + len(part), limit_bytes)
         if not more and not body.tell():
-            return _checked_size(part, limit_bytes)
+            whole: bytes = part
+            return whole
         body.write(part)
-        if body.tell() > limit_bytes:
-            raise _too_large(limit_bytes, body.tell())
     return body.getvalue()
 
 
-def _checked_size(body: bytes, limit_bytes: int) -> bytes:
-    if len(body) > limit_bytes:
-        raise _too_large(limit_bytes, len(body))
-    return body
-
-
-def _too_large(limit_bytes: int, got_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"body: expected at most {limit_bytes} bytes, got {got_bytes} or more",
-        expected=limit_bytes,
-        got=got_bytes,
-    )
+def _check_size(got_bytes: int, limit_bytes: int) -> None:
+    if got_bytes > limit_bytes:
+        raise BodyTooLarge(
+            f"body: expected at most {limit_bytes} bytes, got {got_bytes} or more",
+            expected=limit_bytes,
+            got=got_bytes,
+        )
 
 
 def body_media(request: Request) -> Media:
@@ -116,26 +110,23 @@ def if_match(request: Request) -> Precondition | None:
     return parse_if_match(",".join(lines), "If-Match") if lines else None
 
 
-def deadline(request: Request, limits: RequestSettings) -> float:
+def deadline(request: Request | None, limits: RequestSettings) -> float:
     """When the client stops waiting, on the monotonic clock: by its Carry-Timeout header, counted
     from now, or else by the setting.
+
+    Args:
+        request: None if the route does not read the header.
 
     Raises:
         InvalidInput
     """
-    lines = request.headers.getlist(TIMEOUT_HEADER)
+    lines = [] if request is None else request.headers.getlist(TIMEOUT_HEADER)
     requested_s = None
     if lines:
         text = ", ".join(lines)
         requested_s = parse_timeout(text)
         if requested_s is None:
-            at, got = "Carry-Timeout", text[:300]
-            raise InvalidInput(
-                f"{at}: expected {_TIMEOUT_EXPECTED}, got {got!r}",
-                at=at,
-                expected=_TIMEOUT_EXPECTED,
-                got=got,
-            )
+            raise invalid_value("Carry-Timeout", TIMEOUT_EXPECTED, text)
     return time.monotonic() + limits.effective_timeout_s(requested_s)
 
 
@@ -163,13 +154,13 @@ def parse_query(raw: bytes, known: Collection[str]) -> dict[str, str]:
     for name, value in parse_qsl("&".join(parts[:MAX_PARAMETERS]), keep_blank_values=True):
         if name not in known:
             expected = f"one of the parameters {sorted(known)}" if known else "no parameters"
-            raise _invalid_query(name[:300], expected, name)
+            raise invalid_value(f"?{name[:300]}", expected, name)
         if name in parameters:
             at = f"?{name}"
             raise DuplicateField(f"{at}: expected once, got it again", at=at, expected="once")
         parameters[name] = value
     if len(parts) > MAX_PARAMETERS:
-        raise _invalid_query("", f"at most {MAX_PARAMETERS} parameters", "more")
+        raise invalid_value("?", f"at most {MAX_PARAMETERS} parameters", "more")
     return parameters
 
 
@@ -179,7 +170,7 @@ def flag(parameters: dict[str, str], name: str, *, default: bool) -> bool:
     if text is None:
         return default
     if text not in _FLAGS:
-        raise _invalid_query(name, "true or false", text)
+        raise invalid_value(f"?{name}", "true or false", text)
     return _FLAGS[text]
 
 
@@ -206,23 +197,13 @@ def count(parameters: dict[str, str], name: str, *, default: int, maximum: int) 
     if text is None:
         return min(default, maximum)
     if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= maximum:
-        raise _invalid_query(name, f"a whole number from 1 to {maximum}", text)
+        raise invalid_value(f"?{name}", f"a whole number from 1 to {maximum}", text)
     return int(text)
 
 
-def required(parameters: dict[str, str], name: str, why: str) -> str:
-    """A required parameter; it may be empty."""
-    text = parameters.get(name)
-    if text is None:
-        at, expected, got = f"?{name}", f"this parameter, {why}", "nothing"
-        raise InvalidInput(
-            f"{at}: expected {expected}, got {got}", at=at, expected=expected, got=got
-        )
-    return text
-
-
-def _invalid_query(name: str, expected: str, got: str) -> InvalidInput:
-    at, got = f"?{name}", got[:300]
+def invalid_value(at: str, expected: str, got: str) -> InvalidInput:
+    """The error for a value of a header or of a query parameter."""
+    got = got[:300]
     return InvalidInput(
         f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got
     )

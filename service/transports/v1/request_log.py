@@ -1,4 +1,4 @@
-"""Request ids, and one log line per request.
+"""Around every request of the slow path: its id, its line in the log, and the answer of its error.
 
 A line names the route, never the requested path: names of streams may be names of people.
 """
@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Final
 
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from service.core.tracing import PROPAGATED, RequestSpan, Tracer
 from service.telemetry.access_log import RequestFacts, log_request, request_facts
 from service.telemetry.logs import RequestIds
+from service.transports.common.failure_log import log_client_disconnect
 
-REQUEST_ID_HEADER = b"x-request-id"
+REQUEST_ID_HEADER: Final = b"x-request-id"
 is_request_id = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}").fullmatch
 
-PROBES = (
+PROBES: Final = (
     "/health/live",
     "/health/ready",
     "/health/store",
@@ -29,11 +32,8 @@ PROBES = (
 )
 """Routes that probes request every few seconds; logged at `debug`."""
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+AnswerFailure = Callable[[Exception, Scope, Receive, Send], Awaitable[None]]
+"""Answers a request whose application raised an unexpected exception."""
 
 
 class RequestLogMiddleware:
@@ -42,10 +42,14 @@ class RequestLogMiddleware:
     The id is the client's `X-Request-Id` if that is a token, else a new one; it is bound to all log
     lines of the request and sent in the response. Add it last, so that it is outside of all
     other middleware and measures the whole time.
+
+    A client that disconnected gets no response. Once a response has started it cannot be replaced,
+    and an unexpected exception is passed to the server.
     """
 
-    def __init__(self, app: AsgiApp, ids: RequestIds | None = None):
+    def __init__(self, app: ASGIApp, answer_failure: AnswerFailure, ids: RequestIds | None = None):
         self._app = app
+        self._answer_failure = answer_failure
         self._ids = ids or RequestIds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,8 +85,14 @@ class RequestLogMiddleware:
         facts_outside = request_facts.set(facts)
         try:
             await self._app(scope, count_received, send_with_id)
+        except ClientDisconnect:
+            log_client_disconnect(scope["method"])
+        except Exception as error:
+            if status:
+                raise
+            await self._answer_failure(error, scope, receive, send_with_id)
         except BaseException:
-            # no response: the server sends a plain 500, or the client disconnected
+            # no response: the server sends a plain 500
             status = status or 500
             raise
         finally:
@@ -91,15 +101,9 @@ class RequestLogMiddleware:
             is_known = api is not None and path.get("model") in api.codecs
             if is_known and facts.model is None:
                 facts.model, facts.stream = path["model"], path.get("stream")
-            log_request(
-                name,
-                scope["method"],
-                route,
-                status,
-                round((time.monotonic() - began_s) * 1000, 2),
-                facts,
-                is_probe=route in PROBES,
-            )
+            ms = round((time.monotonic() - began_s) * 1000, 2)
+            is_probe = route in PROBES
+            log_request(name, scope["method"], route, status, ms, facts, is_probe=is_probe)
             request_facts.reset(facts_outside)
             reset_contextvars(**outside)
 

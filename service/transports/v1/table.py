@@ -1,7 +1,8 @@
 """The routes of version 1 of the API, as one table.
 
-FastAPI's routes, `/openapi.json`, and the tests of access and of the reference pages come from it.
-A route's place in the API is a row here, its endpoint a function in `routes/`.
+FastAPI's routes, what each reads of a request, `/openapi.json`, and the tests of access and of the
+reference pages come from it. A route's place in the API is a row here, its endpoint a function in
+`routes/`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from service.codec.schema_fields import EXAMPLE_EPOCH, EXAMPLE_TAG
 from service.core import errors
 from service.transports.v1 import reply_types
 from service.transports.v1.request_fields import SECONDS
-from service.transports.v1.route import IF_MATCH, Route, parameter
+from service.transports.v1.route import IF_MATCH, Endpoint, Route, parameter
 from service.transports.v1.routes import chunks, health, models, streams
 
 _MODEL: Final = "/v1/models/{model}"
@@ -98,6 +99,13 @@ _OVERWRITING: Final = (
     errors.StateDamaged,
     *_COMMIT,
 )
+
+
+def _probe(path: str, endpoint: Endpoint, **row: Any) -> tuple[Route, Route]:
+    """A route of health and monitoring; probes use HEAD too."""
+    head = Route("HEAD", path, endpoint, is_health=True, include_in_schema=False)
+    return head, Route("GET", path, endpoint, is_health=True, **row)
+
 
 ROUTES: Final = (
     Route(
@@ -182,7 +190,7 @@ ROUTES: Final = (
         replies={204: "Deleted."},
         parameters=(IF_MATCH,),
         problems=(*_STORED, *_COMMIT, errors.Conflict),
-        options={"status_code": 204},
+        status_code=204,
     ),
     Route(
         "GET",
@@ -285,38 +293,31 @@ ROUTES: Final = (
 )
 
 HEALTH: Final = (
-    Route(
-        "GET",
+    *_probe(
         "/health/live",
         health.get_live,
         replies={200: "The process answers."},
         reply=reply_types.Live,
-        is_health=True,
     ),
-    Route(
-        "GET",
+    *_probe(
         "/health/ready",
         health.get_ready,
         replies={200: "Every check passes.", 503: "A check fails."},
         reply=reply_types.Ready,
-        is_health=True,
     ),
-    Route(
-        "GET",
+    *_probe(
         "/health/store",
         health.get_store,
         verbs=(Verb.METRICS,),
         replies={200: "The condition of the store."},
         reply=reply_types.StoreReport,
-        is_health=True,
     ),
 )
 
-METRICS: Final = Route(
-    "GET",
+METRICS: Final = _probe(
     "/metrics",
     health.get_metrics,
     verbs=(Verb.METRICS,),
-    is_health=True,
-    options={"response_class": PlainTextResponse, "response_description": "The metrics."},
+    response_class=PlainTextResponse,
+    response_description="The metrics.",
 )

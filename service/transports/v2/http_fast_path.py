@@ -22,8 +22,8 @@ from service.core.errors import CarryError
 from service.core.values import Reply, StreamKey
 from service.telemetry.logs import RequestIds
 from service.transports.v1.context import ModelCodec
-from service.transports.v1.error_responses import response_bytes
 from service.transports.v1.fast_path import FastChunkRoute, FastRequest
+from service.transports.v1.problems import response_bytes
 from service.transports.v2.calls import ResolvedCall, Signature, output_shape
 from service.transports.v2.http_body import (
     BINARY_OUTPUT,

@@ -132,10 +132,14 @@ def test_console_format_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert not first.startswith("{")
 
 
+async def _unexpected(error: Exception, *_: Any) -> None:
+    raise error
+
+
 @pytest.fixture
 def api() -> FastAPI:
     app = FastAPI()
-    app.add_middleware(RequestLogMiddleware)
+    app.add_middleware(RequestLogMiddleware, answer_failure=_unexpected)
 
     @app.get("/v1/models/{model}/streams/{stream}")
     async def read(model: str, stream: str) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from service.core.errors import CarryError, leaf_errors
-from service.transports.v1.statuses import STATUS
+from service.transports.v1.problems import STATUS
 
 INTRODUCTION = """\
 # Errors

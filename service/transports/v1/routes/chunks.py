@@ -8,39 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from starlette.requests import Request
 from starlette.responses import Response
 
-from service.access.caller import Caller, Verb
-from service.codec.field_rules import stream_name
 from service.codec.pieces import CountedList
-from service.codec.reply_writer import (
-    ReplyOptions,
-    server_timing,
-)
+from service.codec.reply_writer import ReplyOptions, server_timing
 from service.core.errors import CarryError, InvalidPrecondition
-from service.core.values import NO_STREAM, Reply, StreamKey
-from service.transports.common.disconnects import cancel_on_disconnect
-from service.transports.v1.context import ApiContext, ModelCodec, allowed_model, api_of
+from service.core.values import NO_STREAM, Reply
+from service.transports.v1.call import Call
 from service.transports.v1.problems import problem
-from service.transports.v1.replies import etag, reply
+from service.transports.v1.replies import etag
 from service.transports.v1.reply_types import AppliedItem, FailedItem, ManyReply, PredictReply
-from service.transports.v1.request_body import receive_body
-from service.transports.v1.request_fields import (
-    PREDICT_PARAMETERS,
-    REPLY_PARAMETERS,
-    body_media,
-    deadline,
-    flag,
-    if_match,
-    query,
-    reply_media,
-    reply_options,
-)
-from service.transports.v1.route import ModelPath, StreamPath
+from service.transports.v1.request_fields import flag, reply_options
 
 
-async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+async def post_chunk(call: Call) -> Response:
     """Send one chunk of a stream and get its outputs.
 
     Continue the stream from the state after its last chunk; every event gets its output.
@@ -49,26 +30,18 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     the chunk is applied exactly once: a retry of the stream's last chunk gets the stored reply,
     and a chunk that would skip or repeat events is rejected with the expected position.
     """
-    caller, served = allowed_model(request, model, stream)
-    api = api_of(request)
-    codec = api.codec(served)
-    deadline_s = deadline(request, api.limits)
-    key = StreamKey(codec.served.name, stream_name(stream))
-    options = _options(request, api, caller, codec, key.stream)
-    media = body_media(request)
-    answer = reply_media(request, media)
-    precondition = if_match(request)
-    body = await receive_body(request, media, deadline_s)
-    body.check_capacity(caller, key.model, key)
-    chunk = await body.read(codec.reader.chunk, key, precondition)
-    result = await cancel_on_disconnect(request, api.pipeline.process(caller, chunk, deadline_s))
+    options = call.reply_options()
+    reader = call.codec.reader
+    chunk = await call.read(reader.chunk, call.key, call.precondition, queues=True)
+    processing = call.api.pipeline.process(call.caller, chunk, call.deadline_s)
+    result = await call.until_disconnect(processing)
     headers = [(b"server-timing", server_timing(result))]
     if result.head is not NO_STREAM:
         headers.insert(0, etag(result.head))
-    return reply(answer, codec.writer.reply(result, options), headers=headers)
+    return call.reply(call.codec.writer.reply(result, options), headers=headers)
 
 
-async def post_chunks(request: Request, model: ModelPath) -> Response:
+async def post_chunks(call: Call) -> Response:
     """Send chunks of many streams in one request.
 
     Each item is one chunk and has its own outcome, in the order of the request.
@@ -78,91 +51,63 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     later items through if they carry a position, so that a whole request can be sent again.
     The status is 200 even if items fail.
     """
-    caller, served = allowed_model(request, model)
-    api = api_of(request)
-    codec = api.codec(served)
-    deadline_s = deadline(request, api.limits)
-    options = _options(request, api, caller, codec)
-    media = body_media(request)
-    answer = reply_media(request, media)
-    if "if-match" in request.headers:
+    options = call.reply_options()
+    if call.header("if-match") is not None:
         raise InvalidPrecondition(
             "If-Match: expected none, since it would name one stream of many; send `if_match` in "
             "an item",
             at="If-Match",
             expected="none",
         )
-    body = await receive_body(request, media, deadline_s)
-    body.check_capacity(caller, codec.served.name, None)
-    items = await body.read(codec.reader.items)
-    processing = api.pipeline.process_many(caller, items, deadline_s)
-    results = await cancel_on_disconnect(request, processing)
-    return reply(answer, _outcomes(api, codec, results, options))
+    items = await call.read(call.codec.reader.items, queues=True)
+    processing = call.api.pipeline.process_many(call.caller, items, call.deadline_s)
+    results = await call.until_disconnect(processing)
+    return call.reply(_outcomes(call, results, options))
 
 
-async def post_predict(request: Request, model: ModelPath) -> Response:
+async def post_predict(call: Call) -> Response:
     """Run whole sequences, storing nothing.
 
     Each sequence starts from the initial state, or continues that of its `state_token`. No
     stream is read or changed.
     """
-    caller, served = allowed_model(request, model)
-    api = api_of(request)
-    codec = api.codec(served)
-    deadline_s = deadline(request, api.limits)
-    parameters = query(request, PREDICT_PARAMETERS)
-    options = reply_options(parameters, codec.writer)
-    return_tokens = flag(parameters, "return_state_token", default=False)
-    media = body_media(request)
-    answer = reply_media(request, media)
-    body = await receive_body(request, media, deadline_s)
-    sequences = await body.read(codec.reader.sequences)
-    predicting = api.pipeline.predict(
-        caller, codec.served.name, sequences, deadline_s, return_tokens=return_tokens
+    # the state of a whole sequence is no stream's, so it needs no right to read states
+    options = reply_options(call.parameters, call.codec.writer)
+    return_tokens = flag(call.parameters, "return_state_token", default=False)
+    sequences = await call.read(call.codec.reader.sequences)
+    predicting = call.api.pipeline.predict(
+        call.caller, call.served.name, sequences, call.deadline_s, return_tokens=return_tokens
     )
-    predictions = await cancel_on_disconnect(request, predicting)
+    predictions = await call.until_disconnect(predicting)
     document: PredictReply = {
-        "model": codec.served.name,
-        "version": codec.served.version,
+        "model": call.served.name,
+        "version": call.served.version,
         "predictions": CountedList(
-            [codec.writer.prediction(each, options, answer) for each in predictions],
+            [
+                call.codec.writer.prediction(each, options, call.answer_media)
+                for each in predictions
+            ],
             [each.outputs.size for each in predictions],
         ),
     }
-    return reply(answer, document)
-
-
-def _options(
-    request: Request,
-    api: ApiContext,
-    caller: Caller,
-    codec: ModelCodec,
-    stream: str | None = None,
-) -> ReplyOptions:
-    parameters = query(request, REPLY_PARAMETERS)
-    options = reply_options(parameters, codec.writer)
-    if options.return_state:
-        api.pipeline.model(caller, (Verb.READ_STATE,), codec.served.name, stream)
-    return options
+    return call.reply(document)
 
 
 def _outcomes(
-    api: ApiContext,
-    codec: ModelCodec,
-    results: Sequence[Reply | CarryError],
-    options: ReplyOptions,
+    call: Call, results: Sequence[Reply | CarryError], options: ReplyOptions
 ) -> ManyReply:
+    name, writer = call.served.name, call.codec.writer
     outcomes: list[AppliedItem | FailedItem] = []
     for result in results:
         if isinstance(result, CarryError):
-            api.recorder.record_error(codec.served.name, result)
+            call.api.recorder.record_error(name, result)
             error = problem(result)
             outcomes.append({"status": error["status"], "error": error})
         else:
-            outcomes.append({"status": 200, "reply": codec.writer.reply(result, options)})
+            outcomes.append({"status": 200, "reply": writer.reply(result, options)})
     return {
-        "model": codec.served.name,
-        "version": codec.served.version,
+        "model": name,
+        "version": call.served.version,
         "results": CountedList(
             outcomes,
             [-1 if isinstance(each, CarryError) else each.outputs.size for each in results],

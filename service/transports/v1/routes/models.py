@@ -11,7 +11,8 @@ from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
 from service.codec.settings import RequestSettings
 from service.pipeline.served_model import ServedModel
-from service.transports.v1.context import allowed_model, api_of, caller_of
+from service.transports.v1.call import Call
+from service.transports.v1.context import api_of, caller_of
 from service.transports.v1.replies import reply
 from service.transports.v1.reply_types import (
     AlarmsInfo,
@@ -23,7 +24,6 @@ from service.transports.v1.reply_types import (
     ModelSummary,
 )
 from service.transports.v1.request_fields import query, reply_media
-from service.transports.v1.route import ModelPath
 
 
 async def get_models(request: Request) -> Response:
@@ -38,16 +38,12 @@ async def get_models(request: Request) -> Response:
     return reply(answer, document)
 
 
-async def get_model(request: Request, model: ModelPath) -> Response:
+async def get_model(call: Call) -> Response:
     """Inputs, outputs, state and limits of a model.
 
     Event schema, columns of `inputs`, outputs, layout of the state, version and limits.
     """
-    api = api_of(request)
-    _, served = allowed_model(request, model)
-    query(request)
-    answer = reply_media(request)
-    return reply(answer, detail(served, api.limits))
+    return call.reply(detail(call.served, call.api.limits))
 
 
 def _summary(served: ServedModel) -> ModelSummary:

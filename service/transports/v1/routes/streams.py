@@ -6,24 +6,21 @@ with that stream's ETag.
 
 from __future__ import annotations
 
-import time
 from urllib.parse import quote
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from models.errors import DataError, StateError
 from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.spec.blocks import WAITING
 from models.spec.state import State
+from service.codec.decoding import invalid
 from service.codec.field_rules import stream_name, stream_prefix
-from service.codec.media import Media
 from service.core.errors import InvalidInput, StateIncompatible
-from service.core.values import Feed, Precondition, StreamKey, StreamState
+from service.core.values import Feed, StreamKey, StreamState
 from service.pipeline.served_model import ServedModel
-from service.transports.common.disconnects import cancel_on_disconnect
-from service.transports.v1.context import ApiContext, allowed_model, api_of
-from service.transports.v1.replies import etag, reply
+from service.transports.v1.call import Call
+from service.transports.v1.replies import etag
 from service.transports.v1.reply_types import (
     Deleted,
     StateReply,
@@ -31,72 +28,49 @@ from service.transports.v1.reply_types import (
     StreamList,
     StreamRecord,
 )
-from service.transports.v1.request_body import receive_body
-from service.transports.v1.request_fields import (
-    body_media,
-    count,
-    deadline,
-    if_match,
-    query,
-    reply_media,
-    required,
-)
-from service.transports.v1.route import ModelPath, StreamPath
+from service.transports.v1.request_fields import count
 
 PAGE_STREAMS = 100
 MAX_DELETED = 100_000
 VERSION_DIGITS = 12
 
 
-async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+async def get_stream(call: Call) -> Response:
     """Current state of a stream, without its values.
 
     Position, epoch, tag, age, size, and the version of the model that wrote its state.
     """
-    caller, served = allowed_model(request, model, stream)
-    api = api_of(request)
-    query(request)
-    answer = reply_media(request)
-    key = StreamKey(served.name, stream_name(stream))
-    record = await api.pipeline.streams.read(caller, key, precondition=if_match(request))
-    return reply(answer, _info(request, key, record), headers=[etag(record.head)])
+    streams = call.api.pipeline.streams
+    record = await streams.read(call.caller, call.key, precondition=call.precondition)
+    return call.reply(_info(call, call.key, record), headers=[etag(record.head)])
 
 
-async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+async def delete_stream(call: Call) -> Response:
     """Delete a stream.
 
     Deletes its state and its stored reply; its next chunk starts a new stream at position 0.
     """
-    caller, served = allowed_model(request, model, stream)
-    api = api_of(request)
-    query(request)
-    await api.pipeline.streams.delete(
-        caller, StreamKey(served.name, stream_name(stream)), if_match(request)
-    )
+    await call.api.pipeline.streams.delete(call.caller, call.key, call.precondition)
     return Response(status_code=204)
 
 
-async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+async def get_state(call: Call) -> Response:
     """The state of a stream, by name.
 
     The whole state with all that is needed to restore it.
 
     Rejected (`state_incompatible`) if another version of the model wrote it.
     """
-    caller, served = allowed_model(request, model, stream)
-    api = api_of(request)
-    query(request)
-    answer = reply_media(request)
-    key = StreamKey(served.name, stream_name(stream))
-    record = await api.pipeline.streams.read_state(caller, key, if_match(request))
+    streams = call.api.pipeline.streams
+    record = await streams.read_state(call.caller, call.key, call.precondition)
     document: StateReply = {
-        **_stream_record(key, record),
-        "state": api.codec(served).writer.state(record.state),
+        **_stream_record(call.key, record),
+        "state": call.codec.writer.state(record.state),
     }
-    return reply(answer, document, headers=[etag(record.head)])
+    return call.reply(document, headers=[etag(record.head)])
 
 
-async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+async def put_state(call: Call) -> Response:
     """Restore a stream from a state.
 
     Accepts what `GET` returned, of this stream or another. The stream gets a new epoch.
@@ -104,26 +78,26 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
     created, 200 if it was overwritten.
     """
-    caller, served = allowed_model(request, model, stream)
-    api = api_of(request)
-    query(request)
-    key = StreamKey(served.name, stream_name(stream))
-    codec = api.codec(served)
-    codec.reader.check_accepts_chunks()
-    media = body_media(request)
-    answer = reply_media(request, media)
-    precondition = if_match(request)
-    content = await receive_body(request, media, _deadline(api))
-    body = await content.read(codec.reader.state)
+    served, stream = call.served, call.key.stream
+    call.codec.reader.check_accepts_chunks()
+    body = await call.read(call.codec.reader.state)
     fingerprint = bytes.fromhex(body.fingerprint)
     if fingerprint != served.fingerprint:
-        raise _fingerprint_mismatch(served, key.stream, fingerprint)
+        expected = served.fingerprint.hex()
+        raise StateIncompatible(
+            f"fingerprint: expected {expected} of the served version {served.version}, got "
+            f"{body.fingerprint}",
+            at="fingerprint",
+            expected=expected,
+            got=body.fingerprint,
+            stream=stream,
+        )
     try:
         state = served.state.from_names(body.state)
         Clock.from_ints(served.state, state.ints, MAX_RESTORED_SEEN)
         _check_waiting(served, state, body.position)
     except StateError as error:
-        raise InvalidInput(f"state: {error}", at="state", stream=key.stream) from error
+        raise InvalidInput(f"state: {error}", at="state", stream=stream) from error
     feed = Feed(body.feed)
     if feed is Feed.EVENTS and served.events is None:
         raise InvalidInput(
@@ -131,21 +105,21 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
             at="feed",
             expected="inputs",
             got="events",
-            stream=key.stream,
+            stream=stream,
         )
-    record = await api.pipeline.streams.restore(
-        caller,
-        key,
+    record = await call.api.pipeline.streams.restore(
+        call.caller,
+        call.key,
         feed=feed,
         position=body.position,
         fingerprint=fingerprint,
         state=state,
-        precondition=precondition,
+        precondition=call.precondition,
     )
-    return _created_or_overwritten(request, answer, key, record, precondition)
+    return _created_or_overwritten(call, call.key, record)
 
 
-async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+async def post_fork(call: Call) -> Response:
     """Start a second stream from the state of this one.
 
     The new stream has this one's state, position and kind of feed, and an epoch of its own.
@@ -153,22 +127,14 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
     of the stream `to`. 201 if it was created, 200 if it was overwritten.
     """
-    caller, served = allowed_model(request, model, stream)
-    api = api_of(request)
-    query(request)
-    key = StreamKey(served.name, stream_name(stream))
-    media = body_media(request)
-    answer = reply_media(request, media)
-    precondition = if_match(request)
-    content = await receive_body(request, media, _deadline(api))
-    codec = api.codec(served)
-    body = await content.read(codec.reader.fork)
-    to = StreamKey(key.model, stream_name(body.to, "to"))
-    record = await api.pipeline.streams.fork(caller, key, to.stream, precondition)
-    return _created_or_overwritten(request, answer, to, record, precondition)
+    body = await call.read(call.codec.reader.fork)
+    to = StreamKey(call.key.model, stream_name(body.to, "to"))
+    streams = call.api.pipeline.streams
+    record = await streams.fork(call.caller, call.key, to.stream, call.precondition)
+    return _created_or_overwritten(call, to, record)
 
 
-async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+async def post_forecast(call: Call) -> Response:
     """Forecast from the current state of a stream.
 
     The model's decoder starts from the stream's stored state and predicts `horizon` steps ahead.
@@ -178,25 +144,16 @@ async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) 
     the same state. With a `position` the stream has to be at that position, with
     `If-Match` in the state that it names.
     """
-    caller, served = allowed_model(request, model, stream)
-    api = api_of(request)
-    codec = api.codec(served)
-    deadline_s = deadline(request, api.limits)
-    query(request)
-    key = StreamKey(codec.served.name, stream_name(stream))
-    codec.served.require_decoder()
-    media = body_media(request)
-    answer = reply_media(request, media)
-    precondition = if_match(request)
-    body = await receive_body(request, media, deadline_s)
-    parameters = await body.read(codec.reader.forecast_request, key.stream)
-    parameters = parameters._replace(precondition=precondition)
-    forecasting = api.pipeline.forecast(caller, key, parameters, deadline_s)
-    forecast = await cancel_on_disconnect(request, forecasting)
-    return reply(answer, codec.writer.forecast(forecast, parameters), headers=[etag(forecast.head)])
+    call.served.require_decoder()
+    parameters = await call.read(call.codec.reader.forecast_request, call.key.stream)
+    parameters = parameters._replace(precondition=call.precondition)
+    forecasting = call.api.pipeline.forecast(call.caller, call.key, parameters, call.deadline_s)
+    forecast = await call.until_disconnect(forecasting)
+    document = call.codec.writer.forecast(forecast, parameters)
+    return call.reply(document, headers=[etag(forecast.head)])
 
 
-async def get_streams(request: Request, model: ModelPath) -> Response:
+async def get_streams(call: Call) -> Response:
     """List streams.
 
     One page of names, in no order; continue with its `cursor` until that is null.
@@ -204,21 +161,18 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
     A stream that exists throughout a listing comes at least once; a name may come twice, and a
     page may be empty before the last.
     """
-    caller, served = allowed_model(request, model)
-    api, name = api_of(request), served.name
-    parameters = query(request, ("prefix", "cursor", "limit"))
-    answer = reply_media(request)
-    maximum = api.limits.max_items
+    name, parameters = call.served.name, call.parameters
+    maximum = call.api.limits.max_items
     limit = count(parameters, "limit", default=PAGE_STREAMS, maximum=maximum)
     prefix = stream_prefix(parameters.get("prefix", ""))
-    page = await api.pipeline.streams.page(
-        caller, name, prefix, parameters.get("cursor") or None, limit
+    page = await call.api.pipeline.streams.page(
+        call.caller, name, prefix, parameters.get("cursor") or None, limit
     )
     document: StreamList = {"model": name, "streams": list(page.streams), "cursor": page.cursor}
-    return reply(answer, document)
+    return call.reply(document)
 
 
-async def delete_streams(request: Request, model: ModelPath) -> Response:
+async def delete_streams(call: Call) -> Response:
     """Delete every stream whose name starts with a prefix.
 
     The parameter `prefix` is required; `?prefix=` alone deletes all streams of the model.
@@ -226,26 +180,19 @@ async def delete_streams(request: Request, model: ModelPath) -> Response:
     With `limit`, the request ends after about that many; continue with its `cursor` until that is
     null. Streams that are created meanwhile may remain.
     """
-    caller, served = allowed_model(request, model)
-    api, name = api_of(request), served.name
-    parameters = query(request, ("prefix", "cursor", "limit"))
-    answer = reply_media(request)
-    prefix = stream_prefix(
-        required(parameters, "prefix", "which selects the streams to delete (?prefix= for all)")
-    )
+    name, parameters = call.served.name, call.parameters
+    if "prefix" not in parameters:
+        expected = "this parameter, which selects the streams to delete (?prefix= for all)"
+        raise invalid("?prefix", expected, "nothing")
+    prefix = stream_prefix(parameters["prefix"])
     limit = None
     if "limit" in parameters:
         limit = count(parameters, "limit", default=MAX_DELETED, maximum=MAX_DELETED)
-    deleted, cursor = await api.pipeline.streams.delete_prefix(
-        caller, name, prefix, parameters.get("cursor") or None, limit
+    deleted, cursor = await call.api.pipeline.streams.delete_prefix(
+        call.caller, name, prefix, parameters.get("cursor") or None, limit
     )
     document: Deleted = {"model": name, "deleted": deleted, "cursor": cursor}
-    return reply(answer, document)
-
-
-def _deadline(api: ApiContext) -> float:
-    """The deadline of a request without `Carry-Timeout`, on the monotonic clock."""
-    return time.monotonic() + api.limits.effective_timeout_s(None)
+    return call.reply(document)
 
 
 def _stream_record(key: StreamKey, record: StreamState) -> StreamRecord:
@@ -263,8 +210,8 @@ def _stream_record(key: StreamKey, record: StreamState) -> StreamRecord:
     }
 
 
-def _info(request: Request, key: StreamKey, record: StreamState) -> StreamInfo:
-    age_ms = max(0, api_of(request).now_ms() - record.updated_ms)
+def _info(call: Call, key: StreamKey, record: StreamState) -> StreamInfo:
+    age_ms = max(0, call.api.now_ms() - record.updated_ms)
     return {
         **_stream_record(key, record),
         "age_s": age_ms / 1000,
@@ -272,20 +219,13 @@ def _info(request: Request, key: StreamKey, record: StreamState) -> StreamInfo:
     }
 
 
-def _created_or_overwritten(
-    request: Request,
-    answer: Media,
-    key: StreamKey,
-    record: StreamState,
-    precondition: Precondition | None,
-) -> Response:
+def _created_or_overwritten(call: Call, key: StreamKey, record: StreamState) -> Response:
     """The reply to a restore or a fork: without a precondition it can only have created."""
-    status = 201 if precondition is None else 200
-    headers = [etag(record.head)]
-    if status == 201:
-        location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
-        headers.append((b"location", location.encode()))
-    return reply(answer, _info(request, key, record), status, headers)
+    document, headers = _info(call, key, record), [etag(record.head)]
+    if call.precondition is not None:
+        return call.reply(document, 200, headers)
+    location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
+    return call.reply(document, 201, [*headers, (b"location", location.encode())])
 
 
 def _check_waiting(served: ServedModel, state: State, position: int) -> None:
@@ -300,16 +240,3 @@ def _check_waiting(served: ServedModel, state: State, position: int) -> None:
             f"part {WAITING!r}: row {error.index}, {error.field}: expected {error.expected}, got "
             f"{error.got}"
         ) from error
-
-
-def _fingerprint_mismatch(
-    served: ServedModel, stream: str, fingerprint: bytes
-) -> StateIncompatible:
-    expected, got = served.fingerprint.hex(), fingerprint.hex()
-    return StateIncompatible(
-        f"fingerprint: expected {expected} of the served version {served.version}, got {got}",
-        at="fingerprint",
-        expected=expected,
-        got=got,
-        stream=stream,
-    )

@@ -20,16 +20,18 @@ from uvicorn.server import ServerState
 
 from models.artifact.artifact import Artifact
 from service.access.key_cache import AccessKeys
+from service.codec.settings import RequestSettings
 from service.core.tracing import Tracer
 from service.core.values import StreamKey
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Audit, no_audit
 from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.server.settings import HttpSettings
+from service.settings import Settings
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.telemetry.logs import RequestIds
-from service.transports.v1.application import RequestSettings, create_api
+from service.transports.v1.application import create_api
 from service.transports.v1.fast_path import FastPath
 from tests.service.transports.v1.faulty_store import FaultyStore, StoredStates
 from tests.support.access import new_authorization
@@ -168,10 +170,9 @@ async def harness(
         await keys.refresh()
     app = create_api(
         built,
-        limits,
         counts,
         keys,
-        replace(ANY_HOST, http_fast_path=fast_path),
+        Settings(requests=limits, http=replace(ANY_HOST, http_fast_path=fast_path)),
         metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
         tracer=tracer,
         now_ms=lambda: clock[0],

@@ -13,9 +13,10 @@ from pydantic import TypeAdapter
 
 from service.core.errors import leaf_errors
 from service.core.values import Check, ServerStatus
+from service.settings import Settings
 from service.transports.v1 import reply_types
 from service.transports.v1.application import create_api
-from tests.service.transports.v1.harness import ANY_HOST, EVENT, LIMITS, Harness, problem, rows
+from tests.service.transports.v1.harness import ANY_HOST, EVENT, Harness, problem, rows
 
 
 async def test_models_are_listed_by_name(api: Harness) -> None:
@@ -222,7 +223,9 @@ async def test_documentation_loads_and_runs_only_the_code_of_the_service(
 
 
 async def test_an_application_without_documentation_and_metrics_has_none(api: Harness) -> None:
-    app = create_api(api.pipeline, LIMITS, api.counts, api.keys, replace(ANY_HOST, docs=False))
+    app = create_api(
+        api.pipeline, api.counts, api.keys, Settings(http=replace(ANY_HOST, docs=False))
+    )
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
         for path in ("/docs", "/docs/errors", "/docs/assets/favicon.png", "/openapi.json"):

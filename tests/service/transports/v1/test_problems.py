@@ -18,8 +18,7 @@ from service.core.values import Chunk, StreamKey
 from service.pipeline.pipeline import OnReply
 from service.store.base import Conflicted
 from service.transports.v1.openapi.error_reference import reference_html, reference_markdown
-from service.transports.v1.problems import status_of
-from service.transports.v1.statuses import STATUS
+from service.transports.v1.problems import STATUS, status_of
 from tests.service.transports.v1.harness import Harness, harness, problem, rows
 from tests.support.servers import RealServer
 

@@ -13,7 +13,7 @@ import pytest
 from service.core import errors
 from service.core.errors import CarryError
 from service.start_checks import CannotServeError, bind_port, reserve_port
-from service.transports.v1.statuses import STATUS
+from service.transports.v1.problems import STATUS
 from service.transports.v2.grpc.errors import STATUS_CODES, status_code
 
 PROTO = Path("service/transports/v2/grpc/v2.proto")

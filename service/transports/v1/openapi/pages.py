@@ -1,13 +1,19 @@
-"""The page `/docs`: Swagger UI for `/openapi.json`, which asks for an access key if one is needed.
+"""The pages of the documentation, and the security headers of every page of the service.
 
-The key is kept as the console keeps it, in the `sessionStorage` of the tab: it is entered once for
-both pages.
+A page has no content of other hosts, and no code but its own: what it shows, such as a name from
+the model, cannot become code that reads the user's key.
+
+`/docs` is Swagger UI for `/openapi.json`, which asks for an access key if one is needed. The key is
+kept as the console keeps it, in the `sessionStorage` of the tab: it is entered once for both pages.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Final
 
 ASSETS: Final = "/docs/assets"
@@ -86,3 +92,35 @@ def documentation_html(parameters: Mapping[str, Any]) -> str:
         **parameters,
     }
     return _PAGE.replace("ASSETS", ASSETS).replace("PARAMETERS", json.dumps(shown))
+
+
+def page_headers(page: str = "", directives: Sequence[str] = ()) -> dict[str, str]:
+    """Make the security headers of a page.
+
+    Args:
+        page: its HTML; the scripts and styles in it are allowed by their hashes.
+        directives: further ones of its content security policy.
+    """
+    policy = (
+        "default-src 'none'",
+        f"script-src 'self'{_hashes('script', page)}",
+        f"style-src 'self'{_hashes('style', page)}",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        *directives,
+    )
+    return {
+        "content-security-policy": "; ".join(policy),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-opener-policy": "same-origin",
+    }
+
+
+def _hashes(tag: str, page: str) -> str:
+    inline = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    digests = [b64encode(sha256(text.encode()).digest()).decode() for text in inline]
+    return "".join([f" 'sha256-{digest}'" for digest in digests])
