@@ -20,7 +20,7 @@ from service.core.values import FloatRows
 from service.engine.compute import Compute
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.recorder import Recorder
-from service.pipeline.segments import BatchOutput, infer_batch, infer_segments
+from service.pipeline.segments import infer_segments
 from service.pipeline.served_model import Segment, ServedModel
 from service.store.codec import HEADER_BYTES, decode_states
 
@@ -66,13 +66,10 @@ class Inference:
             ints = np.stack([part[-1].ints for part in parts])
             before = State(before.floats[list(encoded)], ints)
         times.infer_began_s = time.monotonic()
-        if is_cut:
-            segments = await infer_segments(self._compute, self._served, parts, self._on_call)
-            outputs, after, finite = _columns(segments)
-        elif self._has_blocks:
-            whole = [segment for [segment] in parts]
-            batch = await infer_batch(self._compute, self._served, whole, self._on_call)
-            outputs, after, finite = _columns(batch)
+        if is_cut or self._has_blocks:
+            outputs, after, finite = await infer_segments(
+                self._compute, self._served, parts, self._on_call
+            )
         else:
             # where events were encoded, the int parts of `before` are those after the chunks
             packed = self._runtime_state.pack(before)
@@ -138,12 +135,6 @@ class Inference:
             if not item_is_finite:
                 job.resolve(_not_finite(job))
         return computed.select(np.flatnonzero(is_finite).tolist())
-
-
-def _columns(output: BatchOutput) -> tuple[list[FloatRows], State, bool]:
-    """The same with the states as columns, [B, N] and [B, M]."""
-    floats, ints = zip(*output.states, strict=True)
-    return output.outputs, State(np.stack(floats), np.stack(ints)), output.finite
 
 
 def _not_finite(job: ChunkJob) -> NotFinite:

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import structlog
 
+from models.spec.state import State
 from service.core.errors import CarryError, InternalError, NotFinite
 from service.core.values import Prediction, Steps, StreamState
 from service.engine.batcher import BatchRunner
@@ -54,7 +55,7 @@ class PredictRunner(BatchRunner[SequenceStart, Prediction]):
         outputs, states, finite = await infer_segments(
             self._compute, self._served, [parts for _, parts in encoded], self._on_call
         )
-        for (job, _), output, state in zip(encoded, outputs, states, strict=True):
+        for (job, _), output, state in zip(encoded, outputs, map(State, *states), strict=True):
             if finite or (np.isfinite(output).all() and self._served.state.is_finite(state)):
                 job.resolve(Prediction(output, state))
             else:

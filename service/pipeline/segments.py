@@ -34,12 +34,12 @@ class BatchOutput(NamedTuple):
 
     Attributes:
         outputs: B arrays float32 [T, O]; of a model with blocks, the outputs that are due.
-        states: B whole states.
+        states: B whole states, float32 [B, N] and int64 [B, M].
         finite: as `InferenceResult.finite`; waiting rows were validated when they arrived.
     """
 
     outputs: list[FloatRows]
-    states: list[State]
+    states: State
     finite: bool
 
 
@@ -71,7 +71,7 @@ async def infer_segments(
         )
         finite = finite and computed.finite
         outputs.update(zip(group, computed.outputs, strict=True))
-        states.update(zip(group, computed.states, strict=True))
+        states.update(zip(group, map(State, *computed.states), strict=True))
     joined: list[FloatRows] = []
     last: list[State] = []
     stop = 0
@@ -83,7 +83,7 @@ async def infer_segments(
             else np.concatenate([outputs[at] for at in range(start, stop)])
         )
         last.append(states[stop - 1])
-    return BatchOutput(joined, last, finite)
+    return BatchOutput(joined, _stack(last), finite)
 
 
 async def infer_batch(
@@ -105,9 +105,8 @@ async def infer_batch(
         on_call,
         is_slice=is_slice,
     )
-    after = zip(inferred.states, segments, strict=True)
-    states = [layout.unpack(row, each.ints) for row, each in after]
-    return BatchOutput(inferred.outputs, states, inferred.finite)
+    ints = np.stack([segment.ints for segment in segments])
+    return BatchOutput(inferred.outputs, layout.unpack(inferred.states, ints), inferred.finite)
 
 
 async def _infer_blocks(
@@ -144,7 +143,12 @@ async def _infer_blocks(
         layout.pack(network, each.ints, split.waiting, closed=each.final)
         for each, network, split in zip(segments, networks, cuts, strict=True)
     ]
-    return BatchOutput(outputs, states, finite)
+    return BatchOutput(outputs, _stack(states), finite)
+
+
+def _stack(states: Sequence[State]) -> State:
+    floats, ints = zip(*states, strict=True)
+    return State(np.stack(floats), np.stack(ints))
 
 
 def _groups(segments: Sequence[Segment], max_rows: int) -> Iterator[list[int]]:

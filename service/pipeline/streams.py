@@ -152,10 +152,7 @@ class StreamAdministration:
     ) -> StreamPage:
         """List a page of the model's streams whose names start with `prefix`."""
         with self._use(caller, (Verb.LIST,), model, prefix):
-            return await self._page(model, prefix, cursor, limit)
-
-    async def _page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
-        return await self._store.streams(self._model(model).name, prefix, cursor, limit)
+            return await self._store.streams(self._model(model).name, prefix, cursor, limit)
 
     async def delete(
         self, caller: Caller, key: StreamKey, precondition: Precondition | None = None
@@ -207,11 +204,12 @@ class StreamAdministration:
             OutcomeUnknown, NotDurable: of the first stream whose deletion is not certain.
         """
         with self._use(caller, (Verb.DELETE,), model, prefix):
+            self._model(model)
             deleted, facts = 0, dict[str, str]()
             try:
                 for pages in itertools.count(1):
-                    count = min(DELETE_PAGE_STREAMS, (limit or math.inf) - deleted)
-                    page = await self._page(model, prefix, cursor, int(count))
+                    count = int(min(DELETE_PAGE_STREAMS, (limit or math.inf) - deleted))
+                    page = await self._store.streams(model, prefix, cursor, count)
                     for first in range(0, len(page.keys), DELETE_BATCH_STREAMS):
                         keys = page.keys[first : first + DELETE_BATCH_STREAMS]
                         for result in await self._delete_many(keys, caller.quota):

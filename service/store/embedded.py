@@ -86,7 +86,6 @@ class EmbeddedValkey:
         self._child: subprocess.Popen[Any] | None = None
         self._backoff_s = BACKOFF_BASE_S
         self._started_s = 0.0
-        self._restart_at_s: float | None = None
         self._stopping = threading.Event()
         self._supervisor: threading.Thread | None = None
 
@@ -135,7 +134,7 @@ class EmbeddedValkey:
                 (self._path / "valkey.json").unlink(missing_ok=True)
                 log.info("valkey_stopped", data_dir=str(self._path))
         finally:
-            self._socket = self._child = self._restart_at_s = None
+            self._socket = self._child = None
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
@@ -175,25 +174,22 @@ class EmbeddedValkey:
             self._supervisor = None
 
     def _supervise(self) -> None:
-        """Restart the server whenever it exits; in its own thread, which never waits for it."""
+        """Restart the server whenever it exits, after a backoff that grows while it keeps exiting;
+        in its own thread."""
         while not self._stopping.wait(SUPERVISE_INTERVAL_S):
-            if self._restart_at_s is not None and time.monotonic() >= self._restart_at_s:
-                self._restart_at_s = None
-                try:
-                    self._spawn(self._socket or "")
-                except (CarryError, OSError) as error:
-                    log.error("valkey_start_failed", reason=str(error))
-            if self._restart_at_s is None and self._child and self._child.poll() is not None:
-                self._schedule_restart(self._child.returncode)
-
-    def _schedule_restart(self, status: int) -> None:
-        """Schedule a restart after a backoff, which grows while the server keeps exiting."""
-        if time.monotonic() - self._started_s >= BACKOFF_RESET_S:
-            self._backoff_s = BACKOFF_BASE_S
-        reason = _read_log_tail(self._path)
-        log.error("valkey_exited", status=status, backoff_s=self._backoff_s, log=reason)
-        self._restart_at_s = time.monotonic() + self._backoff_s
-        self._backoff_s = min(BACKOFF_CAP_S, 2 * self._backoff_s)
+            if self._child is None or (status := self._child.poll()) is None:
+                continue
+            if time.monotonic() - self._started_s >= BACKOFF_RESET_S:
+                self._backoff_s = BACKOFF_BASE_S
+            reason = _read_log_tail(self._path)
+            log.error("valkey_exited", status=status, backoff_s=self._backoff_s, log=reason)
+            if self._stopping.wait(self._backoff_s):
+                return
+            self._backoff_s = min(BACKOFF_CAP_S, 2 * self._backoff_s)
+            try:
+                self._spawn(self._socket or "")
+            except (CarryError, OSError) as error:
+                log.error("valkey_start_failed", reason=str(error))
 
     def _spawn(self, socket: str) -> None:
         """Start the process, which inherits the lock and no other descriptor."""

@@ -76,7 +76,7 @@ async def streamed(
             ended[b] = at[b] == len(streams[b]) and (not len(piece) or bool(random.integers(2)))
             known.append(Segment(states[b], piece, states[b].ints, ended[b]))
         done = await infer_batch(compute, served, known, lambda *_: None)
-        for b, output, state in zip(members, done.outputs, done.states, strict=True):
+        for b, output, state in zip(members, done.outputs, map(State, *done.states), strict=True):
             outputs[b].append(output)
             states[b] = state
             layout.check(state)
