@@ -10,10 +10,12 @@ members are rejected, and nothing is converted: no number from a string, no inte
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from types import new_class
+from typing import Annotated, Any, Final, Generic, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
+from typing_extensions import TypeVar
 
 from models.events.reader import EXPECTED, EventReader
 from models.events.schema import EventSchema
@@ -21,7 +23,7 @@ from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
 from service.codec.decoding import WRONG_LENGTH, invalid, undecoded_type
 from service.codec.field_rules import EPOCH, FINGERPRINT, MAX_FRAME_ID_CHARS, MAX_POSITION
-from service.codec.limits import Limit
+from service.codec.limits import Limit, ModelLimits
 from service.codec.media import Media
 from service.codec.model import CodecModel
 from service.codec.schema_fields import (
@@ -32,31 +34,26 @@ from service.codec.schema_fields import (
     EXAMPLE_STREAM,
     EXAMPLE_TAG,
 )
-from service.codec.settings import RequestSettings
-from service.core.errors import CarryError, InvalidInput
+from service.core.errors import InvalidInput
 from service.core.values import STREAM_NAME
 
 NAMED_COLUMNS: Final = 8
 """How many columns an error names before it says `...`."""
 
 NonNegativeInt = Annotated[int, Meta(ge=0, le=MAX_POSITION)]
-Epoch = Annotated[
+StreamName = Annotated[
     str,
     Meta(
-        pattern=rf"^{EPOCH}\Z",
-        description="The epoch of the stream that the client expects.",
-        examples=[EXAMPLE_EPOCH],
-        extra={EXPECTED: f"string matching ^{EPOCH}$"},
+        description="The stream's name: 1 to 256 characters of `A-Z a-z 0-9 . _ : @ -`.",
+        examples=[EXAMPLE_STREAM],
+        extra_json_schema={"pattern": STREAM_NAME},
     ),
 ]
-AlarmRate = Annotated[
-    float,
+IfMatch = Annotated[
+    str,
     Meta(
-        gt=0,
-        le=MAX_ALARM_RATE,
-        description="For a model with `detection`: the expected false alarms per stream and day, "
-        "which set the threshold of the alarms of these events; by default the model's.",
-        examples=[0.2],
+        description="As the header If-Match; a single ETag needs no quotes.",
+        examples=[f"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"],
     ),
 ]
 FrameId = (
@@ -65,95 +62,135 @@ FrameId = (
 )
 _FRAME_ID: Final = f"an integer of 64 bits or a string of at most {MAX_FRAME_ID_CHARS} characters"
 
-
-_POSITION: Final = Meta(
-    description="Index of the chunk's first event, for delivery exactly once. Without it the chunk "
-    "is appended at the stream's current position, and a retry appends it again.",
-    examples=[0],
-)
-_FINAL: Final = Meta(
-    description="For a model with `blocks`: no event follows; the waiting events are computed, and "
-    "the stream is closed. A final chunk may be empty."
-)
-_DRY_RUN: Final = Meta(
-    description="Compute the outputs from the stream's current state, and apply nothing."
-)
-_ITEM_STREAM: Final = Meta(
-    description="The stream's name: 1 to 256 characters of `A-Z a-z 0-9 . _ : @ -`.",
-    examples=[EXAMPLE_STREAM],
-    extra_json_schema={"pattern": STREAM_NAME},
-)
-_IF_MATCH: Final = Meta(
-    description="As the header If-Match; a single ETag needs no quotes.",
-    examples=[f"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"],
-)
-_STATE_TOKEN: Final = Meta(
-    description="The `state_token` of a prediction, whose sequence this one continues."
-)
-_STATE: Final = Meta(description=BY_PART, examples=[EXAMPLE_STATE])
-_RESETS: Final = (
-    "Ascending indexes of the events or rows before which the state is reset to the model's "
-    "initial state; in events the member `reset` has the same effect."
-)
+# The types that differ between models and media types; unless a body has parameters, they are Any.
+Events = TypeVar("Events", default=Any)
+Inputs = TypeVar("Inputs", default=Any)
+Resets = TypeVar("Resets", default=Any)
+Elements = TypeVar("Elements", default=list[Any])
+Part = TypeVar("Part", default=Any)
 
 
-class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, gc=False):
-    """Base of every request body; an absent member is None."""
+class Body(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """Base of every request body. A decoded one holds no cycles that would have to be collected."""
 
 
-class StepsBody(Body):
+class StepsBody(Body, Generic[Events, Inputs, Resets]):
     """Events or rows: exactly one of the two."""
 
-    events: Any
-    inputs: Any
-    resets: list[NonNegativeInt] | None
-    false_alarms_per_day: AlarmRate | None
+    events: Events | None = None
+    inputs: Inputs | None = None
+    resets: (
+        Annotated[
+            Resets,
+            Meta(
+                description="Ascending indexes of the events or rows before which the state is "
+                "reset to the model's initial state; in events the member `reset` has the same "
+                "effect.",
+                examples=[[0, 12]],
+            ),
+        ]
+        | None
+    ) = None
+    false_alarms_per_day: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                le=MAX_ALARM_RATE,
+                description="For a model with `detection`: the expected false alarms per stream "
+                "and day, which set the threshold of the alarms of these events; by default the "
+                "model's.",
+                examples=[0.2],
+            ),
+        ]
+        | None
+    ) = None
 
 
-class ChunkBody(StepsBody):
+class ChunkBody(StepsBody[Events, Inputs, Resets]):
     """One chunk of a stream."""
 
-    position: int | None
-    epoch: str | None
-    final: bool
-    dry_run: bool
+    position: (
+        Annotated[
+            NonNegativeInt,
+            Meta(
+                description="Index of the chunk's first event, for delivery exactly once. Without "
+                "it the chunk is appended at the stream's current position, and a retry appends "
+                "it again.",
+                examples=[0],
+            ),
+        ]
+        | None
+    ) = None
+    epoch: (
+        Annotated[
+            str,
+            Meta(
+                pattern=rf"^{EPOCH}\Z",
+                description="The epoch of the stream that the client expects.",
+                examples=[EXAMPLE_EPOCH],
+                extra={EXPECTED: f"string matching ^{EPOCH}$"},
+            ),
+        ]
+        | None
+    ) = None
+    final: Annotated[
+        bool,
+        Meta(
+            description="For a model with `blocks`: no event follows; the waiting events are "
+            "computed, and the stream is closed. A final chunk may be empty."
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool,
+        Meta(description="Compute the outputs from the stream's current state, and apply nothing."),
+    ] = False
 
 
-class ItemBody(ChunkBody):
+class ItemBody(ChunkBody[Events, Inputs, Resets], kw_only=True):
     """One chunk in a request for many streams."""
 
-    stream: str
-    if_match: str | None
+    stream: StreamName
+    if_match: IfMatch | None = None
 
 
-class FrameBody(ChunkBody):
+class FrameBody(ChunkBody[Events, Inputs, Resets]):
     """One chunk as the frame of a live socket."""
 
-    id: str | int | None
-    stream: str | None
-    if_match: str | None
+    id: Annotated[FrameId | None, Meta(extra={EXPECTED: _FRAME_ID})] = None
+    stream: str | None = None
+    if_match: IfMatch | None = None
 
 
-class SequenceBody(StepsBody):
-    """A sequence to predict; its token is a string in JSON."""
+class SequenceBody(StepsBody[Events, Inputs, Resets]):
+    """A sequence to predict."""
 
-    state_token: str | bytes | None
+    state_token: (
+        Annotated[
+            bytes,
+            Meta(
+                description="The `state_token` of a prediction, whose sequence this one continues.",
+                extra={EXPECTED: "a state token, as it was returned"},
+            ),
+        ]
+        | None
+    ) = None
 
 
-class ManyBody(Body):
+class ManyBody(Body, Generic[Elements]):
     """Chunks of many streams."""
 
-    chunks: list[Any]
+    chunks: Elements
     """Each is an `ItemBody`, or not yet decoded."""
 
 
-class PredictBody(Body):
+class PredictBody(Body, Generic[Elements]):
     """The whole sequences to predict."""
 
-    sequences: list[SequenceBody]
+    sequences: Elements
 
 
-class ForecastBody(Body):
+class ForecastBody(Body, Generic[Events]):
     """The horizon of a forecast, and the known future covariates."""
 
     horizon: Annotated[int, Meta(ge=1, le=MAX_POSITION, description="Steps ahead.", examples=[24])]
@@ -169,10 +206,10 @@ class ForecastBody(Body):
         ]
         | None
     ) = None
-    future: Any = None
+    future: Events | None = None
 
 
-class StateBody(Body):
+class StateBody(Body, Generic[Part]):
     """What `GET .../state` gave. Only fingerprint, feed, position and state are read."""
 
     fingerprint: Annotated[
@@ -192,7 +229,7 @@ class StateBody(Body):
         ),
     ]
     position: Annotated[int, Meta(ge=0, le=2**62, description="Events consumed.", examples=[48])]
-    state: Annotated[dict[str, Any], _STATE]
+    state: Annotated[dict[str, Part], Meta(description=BY_PART, examples=[EXAMPLE_STATE])]
     model: str | None = None
     version: str | None = None
     stream: str | None = None
@@ -214,42 +251,18 @@ class ForkBody(Body):
     ]
 
 
-class FrameEnvelope(msgspec.Struct, gc=False):
-    """The members of a frame by which its error is answered, undecoded."""
-
-    id: msgspec.Raw = msgspec.Raw()
-    stream: msgspec.Raw = msgspec.Raw()
-
-
 class BodyTypes(NamedTuple):
     """The types of the bodies for one model in one media type."""
 
     chunk: type[ChunkBody]
     item: type[ItemBody]
     frame: type[FrameBody]
-    items: type[ManyBody]
+    items: type[ManyBody[list[ItemBody]]]
     undecoded_items: type[ManyBody]
-    predict: type[PredictBody]
+    predict: type[PredictBody[list[SequenceBody]]]
     state: type[StateBody]
-    forecast: type[ForecastBody] | None
-
-
-class BodyLimits(NamedTuple):
-    """The limits of a model: on the steps of a chunk, of a sequence and of all sequences of a
-    request, and on items."""
-
-    chunk: Limit
-    sequence: Limit
-    predict: Limit
-    items: int
-
-    @classmethod
-    def of(cls, limits: RequestSettings, chunk_limit: int | None) -> BodyLimits:
-        """Those of a model that computes chunks of at most `chunk_limit` steps (None: any)."""
-        predict = Limit(limits.max_predict_steps, "max_predict_steps")
-        longest = [] if chunk_limit is None else [Limit(chunk_limit, "max_chunk_steps")]
-        chunk = Limit(limits.max_chunk_steps, "max_chunk_steps")
-        return cls(chunk, min([predict, *longest]), predict, limits.max_items)
+    forecast: Any
+    """A `ForecastBody`; None for a model without a decoder."""
 
 
 def known_future_schema(model: CodecModel) -> EventSchema | None:
@@ -262,7 +275,7 @@ def known_future_schema(model: CodecModel) -> EventSchema | None:
 
 def build_body_types(
     model: CodecModel,
-    limits: BodyLimits,
+    limits: ModelLimits,
     media: Media,
     events: EventReader | None,
     future: EventReader | None,
@@ -273,54 +286,40 @@ def build_body_types(
         events, future: the readers of its events and of the known future covariates; None if it
             has none.
     """
-    chunk_members: list[Any] = [
-        ("position", Annotated[NonNegativeInt, _POSITION] | None, None),
-        ("epoch", Epoch | None, None),
-        ("final", Annotated[bool, _FINAL], False),
-        ("dry_run", Annotated[bool, _DRY_RUN], False),
-    ]
-    of_chunk = _steps_members(model, limits.chunk, media, events) + chunk_members
-    if_match = ("if_match", Annotated[str, _IF_MATCH] | None, None)
-    of_item = [*of_chunk, ("stream", Annotated[str, _ITEM_STREAM]), if_match]
-    described = Annotated[FrameId | None, Meta(extra={EXPECTED: _FRAME_ID})]
-    of_frame = [*of_chunk, ("id", described, None), ("stream", str | None, None)]
-    token: Any = str if media is Media.JSON else bytes
-    of_sequence = _steps_members(model, limits.sequence, media, events)
-    of_sequence.append(("state_token", Annotated[token, _STATE_TOKEN] | None, None))
-    item = _struct(ItemBody, of_item)
-    sequence = _struct(SequenceBody, of_sequence)
-    too_many = Meta(max_length=limits.items, extra={WRONG_LENGTH: _too_many(limits.items)})
-    element: Any = undecoded_type(media)
+    chunk = _steps_types(model, limits.chunk, media, events)
+    item = _concrete(ItemBody, *chunk)
+    sequence = _concrete(SequenceBody, *_steps_types(model, limits.sequence, media, events))
+    undecoded: Any = undecoded_type(media)
+    forecast = None
+    if (decoder := model.spec.decoder) is not None:
+        known: Any = None
+        if future is not None:
+            about = "The known future covariates of each step, as many as `horizon`."
+            known = _bounded(future.event, decoder.max_horizon, description=about)
+        forecast = _concrete(ForecastBody, known)
     return BodyTypes(
-        _struct(ChunkBody, of_chunk),
+        _concrete(ChunkBody, *chunk),
         item,
-        _struct(FrameBody, [*of_frame, if_match]),
-        _struct(ManyBody, [("chunks", Annotated[list[item], too_many])]),  # type: ignore[valid-type]
-        _struct(ManyBody, [("chunks", Annotated[list[element], too_many])]),
-        _struct(PredictBody, [("sequences", Annotated[list[sequence], too_many])]),  # type: ignore[valid-type]
-        _struct(StateBody, [("state", Annotated[dict[str, element], _STATE])]),
-        _forecast(model, future),
+        _concrete(FrameBody, *chunk),
+        _concrete(ManyBody, _bounded(item, limits.items)),
+        _concrete(ManyBody, _bounded(undecoded, limits.items)),
+        _concrete(PredictBody, _bounded(sequence, limits.items)),
+        _concrete(StateBody, undecoded),
+        forecast,
     )
 
 
-def _steps_members(
+def _steps_types(
     model: CodecModel, limit: Limit, media: Media, events: EventReader | None
-) -> list[Any]:
-    """The members of a chunk or a sequence."""
+) -> tuple[Any, Any, Any]:
+    """The types of events, inputs and resets."""
     wrong_length = {WRONG_LENGTH: limit.exceeded}
-    of_events: Any = Annotated[
-        None,
-        Meta(
-            extra={EXPECTED: f"nothing, since model {model.name} has no event schema (send inputs)"}
-        ),
-    ]
+    no_schema = f"nothing, since model {model.name} has no event schema (send inputs)"
+    of_events: Any = Annotated[None, Meta(extra={EXPECTED: no_schema})]
     if events is not None:
-        bounded = Meta(
-            max_length=limit.steps,
-            description="Events under the model's schema.",
-            extra=wrong_length,
-        )
-        of_events = Annotated[list[events.event], bounded] | None  # type: ignore[name-defined]
+        about = "Events under the model's schema."
+        bounded = Meta(max_length=limit.steps, description=about, extra=wrong_length)
+        of_events = Annotated[list[events.event], bounded]  # type: ignore[name-defined]
     inputs: Any = bytes
     if media is Media.JSON:
         features = model.spec.input_features
@@ -335,54 +334,27 @@ def _steps_members(
             extra=wrong_length,
         )
         inputs = Annotated[list[Annotated[list[float], width]], bounded]
-    resets = Meta(max_length=limit.steps, description=_RESETS, examples=[[0, 12]])
-    return [
-        ("events", of_events, None),
-        ("inputs", inputs | None, None),
-        ("resets", Annotated[list[NonNegativeInt], resets] | None, None),
-        ("false_alarms_per_day", AlarmRate | None, None),
+    return of_events, inputs, Annotated[list[NonNegativeInt], Meta(max_length=limit.steps)]
+
+
+def _bounded(element: Any, limit: int, **described: Any) -> Any:
+    """The type of a list of at most `limit` elements."""
+
+    def too_many(at: str, got: int) -> InvalidInput:
+        return InvalidInput(
+            f"{at}: expected at most {limit} items, got {got}", at=at, expected=limit, got=got
+        )
+
+    return Annotated[
+        list[element], Meta(max_length=limit, extra={WRONG_LENGTH: too_many}, **described)
     ]
 
 
-def _forecast(model: CodecModel, future: EventReader | None) -> type[ForecastBody] | None:
-    decoder = model.spec.decoder
-    if decoder is None:
-        return None
-    steps: Any = None
-    if future is not None:
-        max_steps = decoder.max_horizon
-        too_many = Meta(
-            max_length=max_steps,
-            description="The known future covariates of each step, as many as `horizon`.",
-            extra={WRONG_LENGTH: _too_many(max_steps)},
-        )
-        steps = Annotated[list[future.event], too_many] | None  # type: ignore[name-defined]
-    kind: type[ForecastBody] = _struct(ForecastBody, [("future", steps, None)])
-    return kind
-
-
-def _struct(base: type[Any], members: list[Any]) -> Any:
-    # gc=False: a decoded body holds no cycles to collect
-    return msgspec.defstruct(
-        base.__name__.removesuffix("Body"),
-        members,
-        bases=(base,),
-        namespace={"__doc__": base.__doc__},
-        forbid_unknown_fields=True,
-        kw_only=True,
-        gc=False,
-    )
-
-
-def _too_many(limit: int) -> Callable[[str, int], CarryError]:
-    return lambda at, got: too_many_elements(at, limit, got)
-
-
-def too_many_elements(at: str, limit: int, got: int) -> InvalidInput:
-    """The error for a list with too many elements."""
-    return InvalidInput(
-        f"{at}: expected at most {limit} items, got {got}", at=at, expected=limit, got=got
-    )
+def _concrete(body: Any, *parameters: Any) -> Any:
+    """A body with its parameters as a type of its own, for which msgspec is faster."""
+    name = body.__name__.removesuffix("Body")
+    documented = {"__doc__": body.__doc__}
+    return new_class(name, (body[parameters],), exec_body=lambda own: own.update(documented))
 
 
 def wrong_width(model: CodecModel) -> Callable[[str, int | str], InvalidInput]:

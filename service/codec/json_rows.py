@@ -17,7 +17,7 @@ import simdjson
 from numpy.typing import NDArray
 
 from service.codec.field_rules import MAX_FRAME_ID_CHARS, MAX_POSITION, is_epoch
-from service.core.values import FloatRows, is_stream_name
+from service.core.values import Feed, FloatRows, Steps, is_stream_name
 
 MAX_BYTES: Final = 256 * 1024
 """Longest body that simdjson parses: its parser keeps its memory, and takes up to 0.5 us for a byte
@@ -26,8 +26,8 @@ of hostile numbers."""
 _F4: Final = np.dtype("<f4")
 _F8: Final = np.dtype(np.float64)
 _INPUTS: Final = b'"inputs"'
-_NEAR_BEGIN: Final = 96
-"""A chunk of rows has `inputs` within this many bytes; other bodies are not parsed by simdjson."""
+_NEAR_BEGIN: Final = 512
+"""A body of rows has `inputs` within this many bytes; other bodies are not parsed by simdjson."""
 
 
 def _orders(*names: str) -> frozenset[tuple[str, ...]]:
@@ -37,10 +37,9 @@ def _orders(*names: str) -> frozenset[tuple[str, ...]]:
     return frozenset(order for order in orders if "inputs" in order)
 
 
-_MEMBERS: Final = _orders("inputs", "position", "epoch")
+CHUNK_MEMBERS: Final = _orders("inputs", "position", "epoch")
+FRAME_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream", "id")
 _ITEM_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream")
-_FRAME_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream", "id")
-_NEAR_BEGIN_OF_ITEMS: Final = 512
 MAX_DOT: Final = 10_000
 """Largest `dot` that OpenBLAS computes in the calling thread alone; waiting for its other threads
 may take milliseconds."""
@@ -56,17 +55,16 @@ class RowsChunk(msgspec.Struct, gc=False):
     """A chunk of rows.
 
     Attributes:
-        rows: float32 [T, F], finite.
+        steps: of rows, finite.
         stream: in a body for many streams, and in a frame that names one.
         id: of a frame.
     """
 
-    rows: FloatRows
+    steps: Steps
     position: int | None
     epoch: str | None
     stream: str | None = None
     id: str | int | None = None
-    if_match: None = None
 
 
 class JsonRowsDecoder:
@@ -78,7 +76,7 @@ class JsonRowsDecoder:
 
     Args:
         features: F, numbers in a row.
-        max_rows: maximum rows in one body.
+        max_rows: maximum rows in one chunk.
     """
 
     def __init__(self, features: int, max_rows: int):
@@ -89,37 +87,39 @@ class JsonRowsDecoder:
         self._ignoring_overflow = Context()
         self._ignoring_overflow.run(np.seterr, over="ignore")
 
-    def decode_chunk(self, body: bytes) -> RowsChunk | None:
-        """The chunk of a body; None if it is not a valid chunk of rows in the usual form."""
+    def decode(
+        self, body: bytes, orders: frozenset[tuple[str, ...]] = CHUNK_MEMBERS
+    ) -> RowsChunk | None:
+        """The chunk of a body; None if it is not a valid chunk of rows in the usual form.
+
+        Args:
+            orders: of its members; those of a live socket's frame are `FRAME_MEMBERS`.
+        """
         # simdjson would skip a byte order mark
         is_usual = body[:1] == b"{" and body.find(_INPUTS, 0, _NEAR_BEGIN) > 0
         if not is_usual or len(body) > MAX_BYTES:
             return None
         try:
-            members = self._parser.parse(body)
-            if not isinstance(members, simdjson.Object):
-                return None
-            count, numbers, position, epoch = self._read(members, _MEMBERS)
-            return RowsChunk(self._rows(body, numbers, 1 + count), position, epoch)
-        except _PARSER_ERRORS:
-            return None
-
-    def decode_frame(self, body: bytes) -> RowsChunk | None:
-        """As `decode_chunk`, for the frame of a live socket."""
-        try:
-            members = self._parse(body, _NEAR_BEGIN_OF_ITEMS)
-            count, numbers, position, epoch = self._read(members, _FRAME_MEMBERS)
-            chunk = RowsChunk(self._rows(body, numbers, 1 + count), position, epoch)
-            chunk.stream, chunk.id = _stream(members), _frame_id(members)
+            members: Any = self._parser.parse(body)
+            count, numbers, position, epoch = self._read(members, orders)
+            rows = self._rows(body, numbers, 1 + count)
+            chunk = RowsChunk(Steps(Feed.INPUTS, count, None, rows), position, epoch)
+            if orders is FRAME_MEMBERS:
+                chunk.stream, chunk.id = members.get("stream"), members.get("id")
+                if not (isinstance(chunk.stream, str | None) and _is_frame_id(chunk.id)):
+                    return None
         except _PARSER_ERRORS:
             return None
         return chunk
 
-    def decode_items(self, body: bytes, max_items: int) -> tuple[FloatRows, list[RowsChunk]] | None:
-        """The rows of all chunks of a body for many streams, and the chunks, whose rows are views
-        of them; None if one is no chunk of rows in the usual form."""
+    def decode_items(self, body: bytes, max_items: int) -> list[RowsChunk] | None:
+        """The chunks of a body for many streams, whose rows are views of one array; None if one is
+        no chunk of rows in the usual form."""
+        is_usual = body[:1] == b"{" and body.find(_INPUTS, 0, _NEAR_BEGIN) > 0
+        if not is_usual or len(body) > MAX_BYTES:
+            return None
         try:
-            members = self._parse(body, _NEAR_BEGIN_OF_ITEMS)
+            members: Any = self._parser.parse(body)
             if tuple(members) != ("chunks",):
                 return None
             chunks = members["chunks"]
@@ -143,23 +143,9 @@ class JsonRowsDecoder:
         end = 0
         for stream, (count, _, position, epoch) in zip(streams, read, strict=True):
             start, end = end, end + count
-            items.append(RowsChunk(rows[start:end], position, epoch, stream))
-        return rows, items
-
-    def _parse(self, body: bytes, near_begin: int) -> simdjson.Object:
-        """Parse a body that may be in the usual form.
-
-        Raises:
-            ValueError, RuntimeError
-        """
-        # simdjson would skip a byte order mark
-        is_usual = body[:1] == b"{" and body.find(_INPUTS, 0, near_begin) > 0
-        if not is_usual or len(body) > MAX_BYTES:
-            raise ValueError("another form")
-        members = self._parser.parse(body)
-        if not isinstance(members, simdjson.Object):
-            raise ValueError("no object")
-        return members
+            steps = Steps(Feed.INPUTS, count, None, rows[start:end])
+            items.append(RowsChunk(steps, position, epoch, stream))
+        return items
 
     def _read(
         self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
@@ -213,26 +199,7 @@ def _sum_of_squares(values: NDArray[np.float64]) -> float:
     return float(np.square(values).sum())
 
 
-def _stream(members: simdjson.Object) -> str | None:
-    """The stream that a frame names.
-
-    Raises:
-        ValueError
-    """
-    stream = members.get("stream")
-    if stream is not None and type(stream) is not str:
-        raise ValueError("another stream")
-    return stream
-
-
-def _frame_id(members: simdjson.Object) -> str | int | None:
-    """The id of a frame.
-
-    Raises:
-        ValueError
-    """
-    frame_id = members.get("id")
-    is_text = type(frame_id) is str and len(frame_id) <= MAX_FRAME_ID_CHARS
-    if not (frame_id is None or is_text or (type(frame_id) is int and frame_id < 2**63)):
-        raise ValueError("another id")
-    return frame_id  # type: ignore[return-value]
+def _is_frame_id(value: object) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_FRAME_ID_CHARS
+    return value is None or (type(value) is int and value < 2**63)

@@ -7,16 +7,14 @@ a stream's state is checked. This module does not access the store.
 
 from __future__ import annotations
 
-from base64 import b64decode
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from models.events.columns import EventColumns
 from models.events.reader import EventReader
 from service.codec.body_types import (
-    BodyLimits,
     ChunkBody,
     ForecastBody,
     ForkBody,
@@ -37,11 +35,12 @@ from service.codec.decoding import (
 )
 from service.codec.field_rules import parse_if_match, stream_name
 from service.codec.frames import Frame, read_envelope, stream_of_item
-from service.codec.json_rows import JsonRowsDecoder, RowsChunk
+from service.codec.json_rows import FRAME_MEMBERS, JsonRowsDecoder, RowsChunk
+from service.codec.limits import ModelLimits
 from service.codec.media import Media
 from service.codec.model import CodecModel
 from service.codec.settings import RequestSettings
-from service.codec.steps import StepsReader, check_count, read_columns
+from service.codec.steps import StepsReader, check_count, member_place, read_columns
 from service.core.delivery import chunk_digest, new_nonce
 from service.core.errors import (
     CarryError,
@@ -51,8 +50,6 @@ from service.core.errors import (
 )
 from service.core.values import (
     Chunk,
-    Feed,
-    FloatRows,
     ForecastRequest,
     Precondition,
     SequenceInput,
@@ -62,18 +59,6 @@ from service.core.values import (
 )
 
 
-class PlacedChunk(Protocol):
-    """Where a chunk belongs in its stream, as a body or another transport says it."""
-
-    @property
-    def position(self) -> int | None:
-        """Index of the first event; None to append."""
-
-    @property
-    def epoch(self) -> str | None:
-        """Expected epoch of the stream, 16 hex digits."""
-
-
 class RequestReader:
     """Reads the requests for one model.
 
@@ -81,32 +66,29 @@ class RequestReader:
         nonce: returns the random bytes of a chunk without a position.
 
     Attributes:
-        limits: limits of the API for this model.
-        bounds: those on the steps of chunks and sequences.
+        limits: those of this model.
         steps: reads the steps of chunks and sequences.
         types: of the bodies.
     """
 
     def __init__(
-        self, model: CodecModel, limits: RequestSettings, nonce: Callable[[], bytes] = new_nonce
+        self, model: CodecModel, settings: RequestSettings, nonce: Callable[[], bytes] = new_nonce
     ):
-        self.limits = limits = limits.of_model(model.chunk_limit)
+        self.limits = limits = ModelLimits.of(settings, model.chunk_limit)
         self._model = model
         self._nonce = nonce
         self._name = model.name
         self._schema = model.events
         self._is_whole = model.spec.chunking == "whole"
-        self.bounds = BodyLimits.of(limits, model.chunk_limit)
         events = None
         if self._schema is not None:
             events = EventReader(self._schema, marks_resets=True)
         future = known_future_schema(model)
         self._future = None if future is None else EventReader(future)
-        self.steps = StepsReader(model, self.bounds, events)
-        self._json_rows = JsonRowsDecoder(model.spec.input_features, limits.max_chunk_steps)
+        self.steps = StepsReader(model, events)
+        self._json_rows = JsonRowsDecoder(model.spec.input_features, limits.chunk.steps)
         self.types = {
-            media: build_body_types(model, self.bounds, media, events, self._future)
-            for media in Media
+            media: build_body_types(model, limits, media, events, self._future) for media in Media
         }
         self._state_bytes = {
             # a number takes at most 9 bytes, the header of a list 5
@@ -142,12 +124,13 @@ class RequestReader:
         """
         try:
             if media is Media.JSON and not self._is_whole:
-                rows = self._json_rows.decode_chunk(body)
+                rows = self._json_rows.decode(body)
                 if rows is not None:
-                    steps = Steps(Feed.INPUTS, len(rows.rows), None, rows.rows)
                     if self.steps.has_codes:
-                        self.steps.checked_rows(rows.rows, "inputs")
-                    return self.build_chunk(rows, steps, key, precondition)
+                        self.steps.check_codes(rows.steps)
+                    return self.build_chunk(
+                        rows.position, rows.epoch, rows.steps, key, precondition
+                    )
             self.check_accepts_chunks()
             document = load_json(body) if media is Media.JSON else body
             decoded = decode_element(media, document, self.types[media].chunk)
@@ -162,18 +145,15 @@ class RequestReader:
         Args:
             stream: that of the socket; None if each frame names its own.
         """
-        document: Any = msgspec.UNSET
         try:
             self.check_accepts_chunks()
             decoded: FrameBody | RowsChunk | None = None
             if media is Media.JSON:
-                decoded = self._json_rows.decode_frame(body)
+                decoded = self._json_rows.decode(body, FRAME_MEMBERS)
             if decoded is None:
-                document = None
-                document = load_document(media, body)
-                decoded = decode_element(media, document, self.types[media].frame)
+                decoded = decode(media, body, self.types[media].frame)
         except CarryError as error:
-            frame_id, name = read_envelope(media, body, document)
+            frame_id, name = read_envelope(media, body)
             name = stream or name
             return Frame(frame_id, name, item_error(error, name))
         name = decoded.stream
@@ -181,19 +161,14 @@ class RequestReader:
             if stream is None:
                 if name is None:
                     raise invalid("stream", "a string", "none")
-                name = stream = stream_name(name)
+                stream = stream_name(name)
             elif name is not None:
                 raise invalid("stream", "none, since the address names the stream", repr(name))
-            precondition = None
-            if decoded.if_match is not None:
-                precondition = parse_if_match(decoded.if_match, "if_match", bare=True)
-            key = self.key(stream)
             if isinstance(decoded, RowsChunk):
-                steps = self.steps.checked_rows(decoded.rows, "inputs")
-                return Frame(
-                    decoded.id, stream, self.build_chunk(decoded, steps, key, precondition)
-                )
-            return Frame(decoded.id, stream, self._chunk_of(decoded, "", key, precondition))
+                chunk = self._chunk_of_rows(decoded, stream)
+            else:
+                chunk = self._chunk_of_item(decoded, "", stream)
+            return Frame(decoded.id, stream, chunk)
         except CarryError as error:
             return Frame(decoded.id, stream, item_error(error, stream))
 
@@ -208,9 +183,9 @@ class RequestReader:
         """
         self.check_accepts_chunks()
         if media is Media.JSON:
-            read = self._json_rows.decode_items(body, self.limits.max_items)
-            if read is not None and (chunks := self._chunks_of_rows(*read)) is not None:
-                return list(chunks)
+            rows = self._json_rows.decode_items(body, self.limits.items)
+            if rows is not None and not self.steps.has_codes:
+                return [self._chunk_of_rows(item, item.stream or "") for item in rows]
         types, document = self.types[media], load_document(media, body)
         try:
             decoded = decode_element(media, document, types.items).chunks
@@ -225,22 +200,10 @@ class RequestReader:
             self._item(item, f"chunks[{at}]") for at, item in enumerate(decoded)
         ]
 
-    def _chunks_of_rows(self, rows: FloatRows, items: Sequence[RowsChunk]) -> list[Chunk] | None:
-        """The chunks of items whose rows are views of `rows`; None if a row is invalid."""
+    def _chunk_of_rows(self, rows: RowsChunk, stream: str) -> Chunk:
         if self.steps.has_codes:
-            try:
-                self.steps.checked_rows(rows, "")
-            except InvalidInput:
-                return None
-        return [
-            self.build_chunk(
-                item,
-                Steps(Feed.INPUTS, len(item.rows), None, item.rows),
-                self.key(item.stream or ""),
-                None,
-            )
-            for item in items
-        ]
+            self.steps.check_codes(rows.steps)
+        return self.build_chunk(rows.position, rows.epoch, rows.steps, self.key(stream), None)
 
     def _chunks_of_many(self, items: Sequence[ItemBody]) -> list[Chunk | CarryError] | None:
         """The chunks of valid items without options, read together; None if one is not."""
@@ -254,11 +217,11 @@ class RequestReader:
                 or not is_stream_name(item.stream)
             ):
                 return None
-        steps = self.steps.read_many(items, self.bounds.chunk)
+        steps = self.steps.read_many(items, self.limits.chunk)
         if steps is None:
             return None
         return [
-            self.build_chunk(item, own, self.key(item.stream), None)
+            self.build_chunk(item.position, item.epoch, own, self.key(item.stream), None)
             for item, own in zip(items, steps, strict=True)
         ]
 
@@ -273,12 +236,16 @@ class RequestReader:
         stream: str | None = None
         try:
             stream = stream_name(item.stream, f"{inside}.stream")
-            precondition = None
-            if item.if_match is not None:
-                precondition = parse_if_match(item.if_match, f"{inside}.if_match", bare=True)
-            return self._chunk_of(item, inside, self.key(stream), precondition)
+            return self._chunk_of_item(item, inside, stream)
         except CarryError as error:
             return item_error(error, stream)
+
+    def _chunk_of_item(self, item: ItemBody | FrameBody, inside: str, stream: str) -> Chunk:
+        precondition = None
+        if item.if_match is not None:
+            at = member_place(inside, "if_match")
+            precondition = parse_if_match(item.if_match, at, bare=True)
+        return self._chunk_of(item, inside, self.key(stream), precondition)
 
     def sequences(self, body: bytes, media: Media) -> list[SequenceInput]:
         """The sequences of a predict request.
@@ -287,8 +254,8 @@ class RequestReader:
             MalformedBody, InvalidInput, ChunkTooLong
         """
         bodies = decode(media, body, self.types[media].predict).sequences
-        steps = self.steps.read_many(bodies, self.bounds.sequence) or [
-            self.steps.read(sequence, f"sequences[{at}]", self.bounds.sequence)
+        steps = self.steps.read_many(bodies, self.limits.sequence) or [
+            self.steps.read(sequence, f"sequences[{at}]", self.limits.sequence)
             for at, sequence in enumerate(bodies)
         ]
         read = [
@@ -303,8 +270,7 @@ class RequestReader:
             steps = self.steps.add_options(
                 steps, inside, body.resets, body.false_alarms_per_day, is_chunk=False
             )
-        token = body.state_token
-        return SequenceInput(steps, None if token is None else _token(token, inside))
+        return SequenceInput(steps, body.state_token)
 
     def check_total(self, sequences: Sequence[SequenceInput]) -> None:
         """Reject a request with no sequence, or with more steps than all may have together.
@@ -313,7 +279,7 @@ class RequestReader:
             InvalidInput, ChunkTooLong
         """
         steps = sum([sequence.steps.length for sequence in sequences])
-        check_count(steps, "sequences", self.bounds.predict)
+        check_count(steps, "sequences", self.limits.predict)
 
     def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:
         """The forecast that a body asks for.
@@ -323,11 +289,8 @@ class RequestReader:
         """
         try:
             self._model.require_decoder()
-            kind = self.types[media].forecast
-            if kind is None:
-                raise TypeError("expected a body type of a model with a decoder")
-            decoded = decode(media, body, kind)
-            max_samples = self.limits.max_forecast_samples
+            decoded = decode(media, body, self.types[media].forecast)
+            max_samples = self.limits.samples
             if decoded.samples > max_samples:
                 raise InvalidInput(
                     f"samples: expected at most {max_samples}, got {decoded.samples}",
@@ -404,14 +367,20 @@ class RequestReader:
             FinalUnsupported, ResetsUnsupported, InvalidInput, ChunkTooLong
         """
         if body.final:
-            self._check_final(f"{inside}.final" if inside else "final")
-        steps = self.steps.read(body, inside, self.bounds.chunk, 0 if body.final else 1)
+            self._check_final(member_place(inside, "final"))
+        steps = self.steps.read(body, inside, self.limits.chunk, 0 if body.final else 1)
         if body.resets is not None or body.false_alarms_per_day is not None or steps.resets:
             steps = self.steps.add_options(
                 steps, inside, body.resets, body.false_alarms_per_day, is_chunk=True
             )
         return self.build_chunk(
-            body, steps, key, precondition, final=body.final, dry_run=body.dry_run
+            body.position,
+            body.epoch,
+            steps,
+            key,
+            precondition,
+            final=body.final,
+            dry_run=body.dry_run,
         )
 
     def _check_final(self, at: str) -> None:
@@ -430,7 +399,8 @@ class RequestReader:
 
     def build_chunk(
         self,
-        placed: PlacedChunk,
+        position: int | None,
+        epoch: str | None,
         steps: Steps,
         key: StreamKey,
         precondition: Precondition | None,
@@ -438,14 +408,19 @@ class RequestReader:
         final: bool = False,
         dry_run: bool = False,
     ) -> Chunk:
-        """Build a chunk from its place in the stream and its steps."""
-        nonce = self._nonce() if placed.position is None else b""
+        """Build a chunk.
+
+        Args:
+            position: index of its first event; None to append.
+            epoch: expected epoch of the stream, 16 hex digits.
+        """
+        nonce = self._nonce() if position is None else b""
         return Chunk(
             key,
             steps,
             chunk_digest(self._schema, steps, nonce, final=final),
-            placed.position,
-            None if placed.epoch is None else bytes.fromhex(placed.epoch),
+            position,
+            None if epoch is None else bytes.fromhex(epoch),
             precondition,
             final,
             dry_run=dry_run,
@@ -462,18 +437,3 @@ def with_stream(stream: str, error: CarryError) -> CarryError:
     """Add the stream to the facts of an error."""
     error.facts = {**error.facts, "stream": stream}
     return error
-
-
-def _token(token: str | bytes, inside: str) -> bytes:
-    """The bytes of a sequence's state token.
-
-    Raises:
-        InvalidInput: it is not base64.
-    """
-    if not isinstance(token, str):
-        return token
-    try:
-        return b64decode(token, validate=True)
-    except ValueError:
-        at, expected = f"{inside}.state_token", "a token in base64, as it was returned"
-        raise InvalidInput(f"{at}: expected {expected}", at=at, expected=expected) from None

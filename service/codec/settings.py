@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -41,9 +40,3 @@ class RequestSettings:
     def effective_timeout_s(self, requested_s: float | None) -> float:
         """The timeout of a request with this Carry-Timeout (None: without the header)."""
         return self.timeout_s if requested_s is None else min(requested_s, self.max_timeout_s)
-
-    def of_model(self, chunk_limit: int | None) -> RequestSettings:
-        """The limits for a model that accepts chunks of at most `chunk_limit` steps (None: any)."""
-        if chunk_limit is None or chunk_limit >= self.max_chunk_steps:
-            return self
-        return replace(self, max_chunk_steps=chunk_limit)

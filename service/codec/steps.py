@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.reader import EventReader, ReadEvents
-from service.codec.body_types import BodyLimits, StepsBody, wrong_width
+from service.codec.body_types import StepsBody, wrong_width
 from service.codec.decoding import decode_element, format_value, invalid
 from service.codec.limits import Limit
 from service.codec.media import Media
@@ -29,6 +29,11 @@ from service.core.values import Feed, FloatRows, Steps
 _F4: Final = np.dtype("<f4")
 
 
+def member_place(inside: str, name: str) -> str:
+    """The place of a member of an object; the object's is empty for the body."""
+    return f"{inside}.{name}" if inside else name
+
+
 class StepsReader:
     """Reads the steps of chunks and sequences of one model.
 
@@ -36,14 +41,13 @@ class StepsReader:
         has_codes: whether a column has codes of categories, which finite rows may violate.
     """
 
-    def __init__(self, model: CodecModel, limits: BodyLimits, events: EventReader | None):
+    def __init__(self, model: CodecModel, events: EventReader | None):
         self._model = model
         self._columns = model.spec.columns
         self._features = len(self._columns)
         self.has_codes = any(column.codes is not None for column in self._columns)
         self._has_blocks = model.spec.blocks is not None
         self._events = events
-        self._limits = limits
         self._wrong_width = wrong_width(model)
 
     def read(self, body: StepsBody, inside: str, limit: Limit, min_steps: int = 1) -> Steps:
@@ -55,14 +59,16 @@ class StepsReader:
         Raises:
             InvalidInput, ChunkTooLong
         """
-        if (body.events is None) == (body.inputs is None):
-            got = "both" if body.events is not None else "none"
-            raise self._not_exactly_one(inside or "body", got)
-        if body.events is not None:
-            return self.events(body.events, inside, limit, min_steps)
-        if isinstance(body.inputs, bytes):
-            return self.packed_rows(body.inputs, inside, limit, min_steps)
-        return self.rows(body.inputs, inside, limit, min_steps)
+        events, inputs = body.events, body.inputs
+        if events is not None and inputs is None:
+            return self.events(events, inside, limit, min_steps)
+        if inputs is None or events is not None:
+            raise self._not_exactly_one(inside or "body", "none" if inputs is None else "both")
+        if isinstance(inputs, bytes):
+            return self.packed_rows(inputs, inside, limit, min_steps)
+        size = len(inputs) * self._features
+        flat = np.fromiter(chain.from_iterable(inputs), np.float64, size)
+        return self.flat_rows(flat, inside, limit, min_steps)
 
     def events(
         self, events: Sequence[msgspec.Struct], inside: str, limit: Limit, min_steps: int = 1
@@ -72,26 +78,12 @@ class StepsReader:
         Raises:
             InvalidInput, ChunkTooLong
         """
-        at = f"{inside}.events" if inside else "events"
+        at = member_place(inside, "events")
         check_count(len(events), at, limit, min_steps)
         if self._events is None:
             raise self._not_exactly_one(inside or "body", "events")
         read = read_columns(self._events, events, at)
         return Steps(Feed.EVENTS, len(events), read.columns, None, read.resets)
-
-    def rows(
-        self, values: Sequence[Sequence[float]], inside: str, limit: Limit, min_steps: int
-    ) -> Steps:
-        """The steps of rows of numbers, each of the model's width.
-
-        Raises:
-            InvalidInput, ChunkTooLong
-        """
-        at = f"{inside}.inputs" if inside else "inputs"
-        check_count(len(values), at, limit, min_steps)
-        count = len(values) * self._features
-        flat = np.fromiter(chain.from_iterable(values), np.float64, count)
-        return self._flat_rows(flat, at)
 
     def flat_rows(
         self, flat: NDArray[np.float64], inside: str, limit: Limit, min_steps: int = 1
@@ -101,9 +93,11 @@ class StepsReader:
         Raises:
             InvalidInput, ChunkTooLong
         """
-        at = f"{inside}.inputs" if inside else "inputs"
+        at = member_place(inside, "inputs")
         check_count(len(flat) // self._features, at, limit, min_steps)
-        return self._flat_rows(flat, at)
+        with np.errstate(over="ignore"):
+            rows = flat.astype(_F4).reshape(-1, self._features)
+        return self.checked_rows(rows, at, flat)
 
     def packed_rows(
         self, packed: bytes | memoryview, inside: str, limit: Limit, min_steps: int = 1
@@ -113,7 +107,7 @@ class StepsReader:
         Raises:
             InvalidInput, ChunkTooLong
         """
-        at = f"{inside}.inputs" if inside else "inputs"
+        at = member_place(inside, "inputs")
         row_bytes = _F4.itemsize * self._features
         count, rest = divmod(len(packed), row_bytes)
         if rest:
@@ -183,6 +177,15 @@ class StepsReader:
             for count, end in zip(counts, accumulate(counts), strict=True)
         ]
 
+    def check_codes(self, steps: Steps) -> None:
+        """Check the codes of rows that are finite.
+
+        Raises:
+            InvalidInput
+        """
+        if steps.rows is not None:
+            self.checked_rows(steps.rows, "inputs")
+
     def checked_rows(
         self, rows: FloatRows, at: str, sent: NDArray[np.float64] | None = None
     ) -> Steps:
@@ -218,16 +221,21 @@ class StepsReader:
             InvalidInput: an index is out of range or out of order, or the model has no such alarms.
             ResetsUnsupported: it is a chunk of a model whose streams cannot be reset.
         """
-        lead = f"{inside}." if inside else ""
         if false_alarms_per_day is not None:
-            self._model.check_alarm_rate(false_alarms_per_day, f"{lead}false_alarms_per_day")
+            at = member_place(inside, "false_alarms_per_day")
+            self._model.check_alarm_rate(false_alarms_per_day, at)
             steps = replace(steps, false_alarms_per_day=false_alarms_per_day)
-        at = f"{lead}resets"
+        at = member_place(inside, "resets")
         if resets:
             before = -1
             for index, reset in enumerate(resets):
                 if not before < reset < steps.length:
-                    raise _invalid_reset(f"{at}[{index}]", steps.length, reset)
+                    raise invalid(
+                        f"{at}[{index}]",
+                        f"ascending indexes from 0 to {steps.length - 1}, each once, of the "
+                        f"{steps.length} events or rows",
+                        reset,
+                    )
                 before = reset
             steps = replace(steps, resets=tuple(sorted({*resets, *steps.resets})))
         if steps.resets and is_chunk and self._has_blocks:
@@ -238,11 +246,6 @@ class StepsReader:
                 expected="no resets",
             )
         return steps
-
-    def _flat_rows(self, flat: NDArray[np.float64], at: str) -> Steps:
-        with np.errstate(over="ignore"):
-            rows = flat.astype(_F4).reshape(-1, self._features)
-        return self.checked_rows(rows, at, flat)
 
     def _invalid_row(
         self, at: str, error: DataError, sent: NDArray[np.float64] | None
@@ -278,11 +281,6 @@ def read_columns(reader: EventReader, events: Sequence[msgspec.Struct], at: str)
     except DataError as error:
         place = f"{at}[{error.index}].{error.field}"
         raise invalid(place, error.expected, error.got) from error
-
-
-def _invalid_reset(at: str, steps: int, got: int) -> InvalidInput:
-    expected = f"ascending indexes from 0 to {steps - 1}, each once, of the {steps} events or rows"
-    return invalid(at, expected, got)
 
 
 def check_count(count: int, at: str, limit: Limit, min_steps: int = 1) -> None:

@@ -103,7 +103,7 @@ class ResolvedCall(NamedTuple):
         read = self._read_rows if self.values.name == INPUTS else self._read_events
         if parameters.stream is None:
             sequences: list[SequenceInput] = []
-            for at, own in enumerate(read(reader.bounds.sequence, 1)):
+            for at, own in enumerate(read(reader.limits.sequence, 1)):
                 inside = f"sequences[{at}]"
                 resets = self.resets[at] if self.resets else None
                 own = steps.add_options(own, inside, resets, rate, is_chunk=False)
@@ -122,7 +122,7 @@ class ResolvedCall(NamedTuple):
         rate = parameters.false_alarms_per_day
         read = self._read_rows if self.values.name == INPUTS else self._read_events
         try:
-            [own] = read(reader.bounds.chunk, 0 if self.is_final else 1)
+            [own] = read(reader.limits.chunk, 0 if self.is_final else 1)
             if rate is not None or self.resets or own.resets:
                 resets = self.resets[0] if self.resets else None
                 own = reader.steps.add_options(own, "", resets, rate, is_chunk=True)
@@ -130,7 +130,8 @@ class ResolvedCall(NamedTuple):
             with_stream(stream, error)
             raise
         chunk = reader.build_chunk(
-            parameters,
+            parameters.position,
+            parameters.epoch,
             own,
             reader.key(stream),
             None,

@@ -121,7 +121,7 @@ def _model_schemas(api: ApiContext, served: ServedModel) -> dict[str, Any]:
     forecast = _schemas([types.forecast], lead)[f"{lead}Forecast"]
     members = forecast["properties"]
     members["horizon"]["maximum"] = decoder.max_horizon
-    members["samples"]["maximum"] = reader.limits.max_forecast_samples
+    members["samples"]["maximum"] = reader.limits.samples
     if (future := known_future_schema(served)) is not None:
         name = f"{lead}Coming"
         components[name] = event_json_schema(future, name, marks_resets=False)

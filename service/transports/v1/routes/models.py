@@ -9,6 +9,7 @@ from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
+from service.codec.limits import ModelLimits
 from service.codec.settings import RequestSettings
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.call import Call
@@ -60,7 +61,7 @@ def _summary(served: ServedModel) -> ModelSummary:
 
 def detail(served: ServedModel, limits: RequestSettings) -> ModelDetail:
     """All that a client needs to know of a model."""
-    schema, limits = served.events, limits.of_model(served.chunk_limit)
+    schema = served.events
     return {
         "name": served.name,
         "version": served.version,
@@ -92,7 +93,7 @@ def detail(served: ServedModel, limits: RequestSettings) -> ModelDetail:
         "alarms": _alarms(served.artifact.spec.detection),
         "limits": {
             "max_body_bytes": limits.max_body_bytes,
-            "max_chunk_steps": limits.max_chunk_steps,
+            "max_chunk_steps": ModelLimits.of(limits, served.chunk_limit).chunk.steps,
             "max_predict_steps": limits.max_predict_steps,
             "max_items": limits.max_items,
             "max_forecast_samples": limits.max_forecast_samples,
