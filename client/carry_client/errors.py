@@ -226,7 +226,7 @@ class MalformedBody(BadRequest, code="malformed_body"):
 
 
 class InvalidInput(BadRequest, code="invalid_input"):
-    """The body does not fit the schema."""
+    """The body, the query or a header does not fit the schema."""
 
 
 class ChunkTooLong(BadRequest, code="chunk_too_long"):

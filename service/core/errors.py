@@ -138,7 +138,7 @@ class MalformedBody(BadRequest):
 
 class InvalidInput(BadRequest):
     code = "invalid_input"
-    title = "The body does not fit the schema"
+    title = "The body, the query or a header does not fit the schema"
     remedy = "Correct the named field; GET the model for its event schema and input_features."
 
     def within(self, element: str) -> Self:

@@ -27,27 +27,18 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
     try:
         done, _ = await asyncio.wait({task}, timeout=WATCH_AFTER_S)
         if not done:
-            await _watch(request, task)
+            disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
+            try:
+                await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                disconnect.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+                raise ClientDisconnect
         return await task
     finally:
         task.cancel()
-
-
-async def _watch(request: Request, task: asyncio.Task[T]) -> None:
-    """Wait until the work is done.
-
-    Raises:
-        ClientDisconnect: the client disconnected; the work was cancelled.
-    """
-    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
-    try:
-        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-            raise ClientDisconnect
-    finally:
-        disconnect.cancel()
 
 
 async def _wait_for_disconnect(request: Request) -> None:

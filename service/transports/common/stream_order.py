@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from service.core.errors import PreviousFailed
-from service.transports.common.failed_streams import FailedStreams
+
+MAX_FAILED_STREAMS: Final = 1024
+"""Streams of a connection that are remembered as failed; beyond it, no stream of this connection
+accepts chunks without a position."""
 
 
 class PendingChunk:
@@ -42,7 +45,6 @@ class _PendingChunks(Generic[T]):
     """The chunks of one stream, in order.
 
     Attributes:
-        unanswered: all of them.
         waiting: those that are ready and have not started.
     """
 
@@ -71,6 +73,7 @@ class StreamOrder(Generic[T]):
     __slots__ = (
         "_begin",
         "_failed",
+        "_forgot_failed",
         "_overlaps",
         "_reject",
         "_release",
@@ -92,7 +95,8 @@ class StreamOrder(Generic[T]):
         self._release = release
         self._overlaps = overlaps
         self._streams: dict[str, _PendingChunks[T]] = {}
-        self._failed = FailedStreams()
+        self._failed: set[str] = set()
+        self._forgot_failed = False
         self.unanswered = 0
         self.is_cleared = False
 
@@ -120,6 +124,9 @@ class StreamOrder(Generic[T]):
         """Record whether a chunk was applied or failed; not for dry runs, which change nothing."""
         if failed:
             self._failed.add(chunk.stream)
+            if len(self._failed) > MAX_FAILED_STREAMS:
+                self._failed.clear()
+                self._forgot_failed = True
         elif not chunk.appends:
             self._failed.discard(chunk.stream)
 
@@ -152,7 +159,7 @@ class StreamOrder(Generic[T]):
             if waits and chunks.unanswered[0] is not chunk:
                 break
             chunks.waiting.popleft()
-            if chunk.appends and chunk.stream in self._failed:
+            if chunk.appends and (self._forgot_failed or chunk.stream in self._failed):
                 detail = (
                     "expected a chunk with a position, or one that starts the stream over, since "
                     "an earlier chunk of the stream failed on this connection"

@@ -147,7 +147,7 @@ class LiveSockets:
         model = _text(address[1])
         stream = None if address[2] is None else _text(address[2])
         served = api.pipeline.model(caller, PREDICT, model, stream)
-        codec = api.codec(served)
+        codec = api.codecs[served.name]
         if stream is not None:
             stream_name(stream)
         codec.reader.check_accepts_chunks()

@@ -228,7 +228,7 @@ class Session:
         codec: ModelCodec | None = None
         body = bytes(data)
         try:
-            codec = self._api.codec(self._pipeline.models[self._model])
+            codec = self._api.codecs[self._model]
             self._check_admission(self._stream, deadline_s)
             if len(body) >= LONG_BYTES:
                 # a task of its own, so that a disconnect ends it
@@ -354,7 +354,7 @@ class Session:
             return
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
-        codec = self._api.codec(self._pipeline.models[self._model])
+        codec = self._api.codecs[self._model]
         is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES[entry.media]
         if is_short and self._options == EVERY_STEP:
             reply = codec.writer.reply_bytes(result, entry.media)

@@ -34,7 +34,7 @@ from service.settings import Settings
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.long_bodies import LongBodies
-from service.transports.v1.context import ApiContext, api_of, caller_of
+from service.transports.v1.context import ApiContext, ModelCodec, api_of, caller_of
 from service.transports.v1.fast_path import FastPath
 from service.transports.v1.openapi.document import openapi_document
 from service.transports.v1.openapi.error_reference import reference_html
@@ -84,21 +84,19 @@ def create_api(
     if http.docs and http.admin_port is None:
         add_documentation(app, app)
     accepts_host = host_rule(http.host, http.allowed_hosts)
-    api = ApiContext(
+    limits, models = settings.requests, pipeline.models.values()
+    api = app.state.api = ApiContext(
         pipeline,
         keys,
-        settings.requests,
+        limits,
         recorder,
         now_ms,
-        LongBodies(settings.requests.max_body_bytes),
+        LongBodies(limits.max_body_bytes),
+        {served.name: ModelCodec(served, limits) for served in models},
         tracer,
         parse_origins(settings.websocket.websocket_origins),
         accepts_host,
     )
-    app.state.api = api
-    for served in pipeline.models.values():
-        api.codec(served)
-
     app.state.http = HttpState(
         Connections(settings.connections),
         partial(connection_error_response, recorder, ids),

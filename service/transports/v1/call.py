@@ -74,7 +74,7 @@ class Call:
         self.api = api = api_of(request)
         self.caller = caller_of(request)
         self.served = api.pipeline.model(self.caller, route.verbs, path["model"], stream)
-        self.codec = api.codec(self.served)
+        self.codec = api.codecs[self.served.name]
         has_timeout = "Carry-Timeout" in route.header_names
         self.deadline_s = deadline(request if has_timeout else None, api.limits)
         self._key = None

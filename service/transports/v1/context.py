@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from starlette.requests import Request
@@ -55,7 +55,7 @@ class ApiContext:
         accepts_host: whether requests for a host name are answered.
         requires_keys: whether `access` names the callers; otherwise everybody may do everything, as
             on the admin port.
-        codecs: readers and writers that `codec` built, by model; a model may have changed since.
+        codecs: readers and writers, by model.
     """
 
     pipeline: Pipeline
@@ -64,18 +64,11 @@ class ApiContext:
     recorder: Recorder
     now_ms: Callable[[], int]
     long_bodies: LongBodies
+    codecs: Mapping[str, ModelCodec]
     tracer: Tracer | None = None
     origins: frozenset[str] = frozenset()
     accepts_host: AcceptsHost = accept_any_host
     requires_keys: bool = True
-    codecs: dict[str, ModelCodec] = field(default_factory=dict)
-
-    def codec(self, served: ServedModel) -> ModelCodec:
-        """Reader and writer of a served model, built on first use and when the model changes."""
-        codec = self.codecs.get(served.name)
-        if codec is None or codec.served is not served:
-            codec = self.codecs[served.name] = ModelCodec(served, self.limits)
-        return codec
 
 
 def api_of(request: Request) -> ApiContext:

@@ -140,7 +140,7 @@ class FastChunkRoute(FastRoute, ABC):
         read_details: Callable[[dict[bytes, bytes]], Any],
         serialize: Callable[..., bytes],
     ):
-        self._api = api
+        self._recorder = api.recorder
         self._access = api.access
         self._pipeline = api.pipeline
         self._codecs = api.codecs
@@ -180,12 +180,9 @@ class FastChunkRoute(FastRoute, ABC):
         access = self._access
         # the slow path verifies a new key, and answers what has none
         caller = access.open_caller or access.cached.get(headers.authorization)
-        model = line[1].decode()
-        if caller is None or (served := self._pipeline.models.get(model)) is None:
+        codec = self._codecs.get(line[1].decode())
+        if caller is None or codec is None:
             return None
-        codec = self._codecs.get(model)
-        if codec is None or codec.served is not served:
-            codec = self._api.codec(served)
         request = FastRequest(
             self,
             caller,
@@ -230,7 +227,7 @@ class FastChunkRoute(FastRoute, ABC):
         """
         if request.chunk is None:
             error = request.rejection or Overloaded("the request was rejected")
-            self._api.recorder.record_error(request.codec.served.name, error)
+            self._recorder.record_error(request.codec.served.name, error)
             media, request_id = request.reply_media, request.request_id
             response = self._overload_responses.response(error, media, request_id)
             self._log(request, STATUS[Overloaded], response, error)
@@ -256,7 +253,7 @@ class FastChunkRoute(FastRoute, ABC):
             self._log(request, 200, response)
             return response
         request_id = request.request_id
-        self._api.recorder.record_error(request.codec.served.name, result)
+        self._recorder.record_error(request.codec.served.name, result)
         with bound_contextvars(request_id=request_id.decode()):
             log_failure(result)
         response = self._serialize(result, request.reply_media, request_id, header_lines)
@@ -296,13 +293,6 @@ class FastChunkRoute(FastRoute, ABC):
         )
 
 
-class TracedHeaders(NamedTuple):
-    """Headers without those that carry a trace, which differ from request to request."""
-
-    block: bytes
-    propagated: dict[str, str]
-
-
 _TRACE_HEADER = re.compile(
     rb"\r\n(%b):[ \t]*([\x21-\x7e]+(?:[ \t]+[\x21-\x7e]+)*)[ \t]*(?=\r\n|\Z)"
     % "|".join(PROPAGATED).encode(),
@@ -310,18 +300,17 @@ _TRACE_HEADER = re.compile(
 )
 
 
-def split_trace_headers(block: bytes) -> TracedHeaders:
-    """Take the headers that carry a trace out of a block of lines.
-
-    Repeated ones are not valid, and are ignored.
+def split_trace_headers(block: bytes) -> tuple[bytes, dict[str, str]]:
+    """Take the headers that carry a trace, which differ from request to request, out of a block of
+    lines. Repeated ones are not valid, and are ignored.
     """
     block = b"\r\n" + block
     lines = _TRACE_HEADER.findall(block)
     if not lines:
-        return TracedHeaders(block[2:], {})
+        return block[2:], {}
     propagated = {name.decode().lower(): value.decode() for name, value in lines}
     is_valid = len(propagated) == len(lines)
-    return TracedHeaders(_TRACE_HEADER.sub(b"", block)[2:], propagated if is_valid else {})
+    return _TRACE_HEADER.sub(b"", block)[2:], propagated if is_valid else {}
 
 
 class _Details(NamedTuple):

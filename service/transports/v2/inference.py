@@ -215,7 +215,7 @@ class Inference:
         model, version, stream = request.model, request.version, parameters.stream
         served = self.served(caller, PREDICT, model, version, stream)
         note_stream(served.name, parameters.stream)
-        codec = self.api.codec(served)
+        codec = self.api.codecs[served.name]
         if not 1 <= len(request.inputs) <= 2:
             names = " or ".join(input_names(served))
             expected = f"one tensor, {names}, optionally followed by {RESET}"

@@ -100,7 +100,7 @@ def _with_integer_bounds(schema: Any) -> Any:
 
 def _model_schemas(api: ApiContext, served: ServedModel) -> dict[str, Any]:
     """The components of one model's bodies."""
-    reader, lead = api.codec(served).reader, f"{served.name}-"
+    reader, lead = api.codecs[served.name].reader, f"{served.name}-"
     types = reader.types[Media.JSON]
     components = _schemas([types.chunk, types.item, types.items, types.predict], lead)
     feeds = ["inputs"] if served.events is None else ["events", "inputs"]

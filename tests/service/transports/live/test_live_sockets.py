@@ -19,7 +19,7 @@ from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from service.telemetry.access_log import access_log
 from service.telemetry.logs import json_line
-from service.transports.common import failed_streams
+from service.transports.common import stream_order
 from service.transports.common.long_bodies import LONG_BYTES, LongBodies
 from tests.service.transports.live.sockets import (
     binary,
@@ -308,7 +308,7 @@ async def test_a_chunk_that_waited_for_its_turn_is_rejected_if_the_queue_is_full
 async def test_many_failed_streams_leave_only_chunks_with_a_position(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failed_streams, "MAX_FAILED_STREAMS", 2)
+    monkeypatch.setattr(stream_order, "MAX_FAILED_STREAMS", 2)
     async with live(api) as sockets, sockets.open("probe/live") as (client, _):
         for stream in ("a", "b", "c"):
             await client.send(text(rows(1), 5, stream=stream))

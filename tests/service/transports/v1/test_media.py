@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pytest
 from msgspec.structs import replace
 from starlette.requests import Request
 
-from models.artifact.artifact import Artifact
 from models.spec.state import State
 from service.codec.decoding import decode
 from service.codec.media import Media, dumps, media_of, negotiate_media
@@ -22,11 +19,7 @@ from service.core.errors import (
     UnsupportedMediaType,
 )
 from service.core.values import NO_STREAM, Precondition, Reply, StreamKey, Timing
-from service.pipeline.served_model import ServedModel
 from service.transports.v1.request_fields import parse_if_match, read_body
-from tests.service.transports.v1.harness import harness
-from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.servers import RealServer
 
 
 @pytest.mark.parametrize(
@@ -129,16 +122,3 @@ async def test_a_declared_length_over_the_limit_is_rejected_before_reading() -> 
     with pytest.raises(BodyTooLarge) as caught:
         await read_body(Request(scope, receive), 10)
     assert caught.value.facts == {"expected": 10, "got": 11}
-
-
-async def test_a_replaced_model_gets_a_new_codec(
-    pipeline_server: RealServer,
-    models: Mapping[str, Artifact],
-) -> None:
-    async with harness(pipeline_server, models) as api:
-        context = api.app.state.api
-        before = context.codec(api.pipeline.models["probe"])
-        assert context.codec(api.pipeline.models["probe"]) is before
-        new = ServedModel(models["probe"], NumpyRuntime(models["probe"]))
-        api.pipeline.models = {**api.pipeline.models, "probe": new}
-        assert context.codec(api.pipeline.models["probe"]).served is new

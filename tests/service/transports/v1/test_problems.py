@@ -40,8 +40,10 @@ def test_every_error_has_exactly_one_status() -> None:
 
 
 def test_the_reference_is_current() -> None:
-    # python -m service.transports.v1.openapi.error_reference docs/reference/errors.md
-    assert (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8") == reference_markdown()
+    page = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
+    assert page.endswith(reference_markdown()), (
+        "update the page: python -m service.transports.v1.openapi.error_reference"
+    )
     for kind in leaf_errors():
         assert f'id="{kind.code}"' in reference_html()
 
