@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from random import Random
 from typing import Final, TypeVar
 
@@ -76,11 +75,3 @@ class Retry:
                 return attempt()
             except Problem as problem:
                 self._sleep(self.next_delay_s(problem))
-
-    async def run_async(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """As `run`, without blocking the event loop."""
-        while True:
-            try:
-                return await attempt()
-            except Problem as problem:
-                await asyncio.sleep(self.next_delay_s(problem))

@@ -55,6 +55,7 @@ CACHES = {"uncached": {"CARRY_STATE_CACHE_BYTES": "0"}, "cached": {}}
 FILL_BATCH = 2_000
 STATE_BYTES = (256, 512, 1024, 2048, 4096, 16384)
 FIRST_REPLY_WITHIN_S = 180.0
+DETECTION_SEASON = 96  # events
 WORKER_CONNECTIONS = (8, 32, 128)
 """One of two workers gets all of the first two; of the last each gets half."""
 
@@ -190,6 +191,21 @@ def measure_compute(bench: Bench, kind: str) -> None:
         if None not in rates:
             name = f"compute/{runtime} {batch} x {steps}, us CPU/chunk"
             bench.results.figure(name, [rate.cpu_us_per_chunk for rate in rates])
+
+
+def measure_detection(bench: Bench, kind: str) -> None:
+    """What detection adds to a call of the network, without a service; no runtime but ONNX's."""
+    process = bench.start(helper_process(bench.cores.servers))
+    for season in (None, DETECTION_SEASON):
+        folder = bench.folder / f"detection-{season}"
+        calls = process.submit(workloads.measure_detection, folder, season).result()
+        for (streams, events), (plain, detected) in calls.items():
+            name = f"detection/{streams} x {events}, {'a' if season else 'no'} season, us/stream"
+            per_stream = 1e6 / streams
+            bench.results.figure(f"{name} of the network", plain * per_stream)
+            bench.results.figure(f"{name} more", (detected - plain) * per_stream)
+            fastest = (detected.min() - plain.min()) * per_stream
+            bench.results.figure(f"{name} more, fastest", [fastest])
 
 
 def measure_latency(bench: Bench, kind: str) -> None:
@@ -428,6 +444,7 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     "single": partial(measure_servers, section="single", steps=1),
     "many": measure_many,
     "compute": measure_compute,
+    "detection": measure_detection,
     "latency": measure_latency,
     "streams": measure_streams,
     "cold": measure_cold_start,
@@ -439,7 +456,7 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     BESIDE: measure_beside,
 }
 """In the order in which they are run."""
-ONCE = ("cost", "peak", "single", "streams", "overload", BESIDE)
+ONCE = ("cost", "peak", "single", "detection", "streams", "overload", BESIDE)
 
 
 def run_section(bench: Bench, name: str) -> None:

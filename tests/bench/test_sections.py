@@ -27,6 +27,7 @@ FIGURES = {
     "single": {f"{CARRY} over fastapi"},
     "many": {f"{CARRY} over compute"},
     "compute": {"onnxruntime 8 x 16, us CPU/chunk"},
+    "detection": {"32 x 16, a season, us/stream more"},
     "latency": {f"{CARRY} p99 beside long chunks over without"},
     "streams": {"2000 over 1000"},
     "cold": {f"{CARRY} s"},
@@ -56,7 +57,13 @@ BRIEF = {
         "LENGTHS": (1, 16),
         "LONG_STEPS": 500,
     },
-    workloads: {"COMPUTE_S": 0.01, "KINDS": {name: workloads.KINDS[name] for name in KINDS}},
+    workloads: {
+        "COMPUTE_S": 0.01,
+        "DETECTION_CALLS": 2,
+        "DETECTION_SHAPES": ((32, 16),),
+        "DETECTION_WARM_EVENTS": 16,
+        "KINDS": {name: workloads.KINDS[name] for name in KINDS},
+    },
 }
 
 

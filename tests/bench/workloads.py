@@ -29,8 +29,9 @@ from models.events.frame import columns_from_frame
 from models.spec.model import parse_spec
 from service.commands.replay.departures import flight_events
 from service.engine.runtimes.base import Runtime
-from service.engine.runtimes.loading import open_runtime
+from service.engine.runtimes.loading import open_runtime, open_runtimes
 from tests.bench.traffic import Media, TrafficSpec, WrongReplyError, read_grpc_reply, read_v2_reply
+from tests.support.detection import sensor_model
 from tests.support.oracle import contracting_weights, oracle_step
 
 FEATURES, STEPS, UNITS = 16, 16, 64
@@ -112,6 +113,38 @@ def flights_model(folder: Path) -> Artifact:
     """The pretrained model as `folder/flights`, packaged again: a graph for every runtime."""
     shipped = load_artifact(Path(models.__file__).parent / "pretrained" / "flights")
     return write_artifact(folder / "flights", shipped.spec, shipped.weights)
+
+
+DETECTION_SHAPES = ((1, 1), (1, 16), (32, 1), (32, 16), (128, 16))
+"""Streams and events of the calls by which detection is measured."""
+DETECTION_CALLS, DETECTION_WARM_EVENTS = 400, 200
+"""Calls of each shape, and events of each stream before them: more than a season."""
+
+
+def measure_detection(folder: Path, season: int | None) -> dict[tuple[int, int], tuple[Any, Any]]:
+    """By streams and events of a call, the seconds of calls of a network alone and of the same with
+    detection, which alternate; on the model of the example with random weights."""
+    artifact = sensor_model(folder / "sensors", season_events=season)
+    without = artifact.spec.model_copy(update={"detection": None})
+    alone = write_artifact(folder / "alone", without, artifact.weights)
+    network, runtime = open_runtimes("onnxruntime", [alone, artifact], 1)
+    random, measured = np.random.default_rng(2), {}
+    for streams, events in DETECTION_SHAPES:
+        lengths = np.full(streams, events, np.int32)
+        states = np.tile(artifact.runtime_state.initial().floats, (streams, 1))
+        times = []
+        for _ in range(DETECTION_CALLS + DETECTION_WARM_EVENTS // events):
+            shape = (streams, events, artifact.spec.input_features)
+            rows = random.normal(0, 1, shape).astype(np.float32)
+            own = np.ascontiguousarray(states[:, : artifact.network_state.float_size])
+            began_s = time.perf_counter()
+            network.step(rows, lengths, own)
+            between_s = time.perf_counter()
+            _, states = runtime.step(rows, lengths, states)
+            times.append((between_s - began_s, time.perf_counter() - between_s))
+        plain, detected = np.array(times[-DETECTION_CALLS:]).T
+        measured[streams, events] = plain, detected
+    return measured
 
 
 class Rate(NamedTuple):

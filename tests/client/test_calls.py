@@ -13,6 +13,7 @@ from carry_client.errors import NoAnswer, Problem, StreamExists
 from carry_client.many_streams import send_many
 from carry_client.models import ModelCore
 from carry_client.replies import StreamState
+from carry_client.retry import Retry
 from carry_client.streams import StreamCore
 from carry_client.types import Head
 from carry_client.wire import Request, Response
@@ -78,6 +79,29 @@ def test_no_attempt_begins_after_the_deadline() -> None:
         driver.run(driver.session.request("GET", "/x"))
     assert driver.now_s <= 120 + 1
     assert "carry-timeout" not in driver.sent[0].headers
+
+
+def test_backoff_grows_with_jitter_up_to_two_seconds() -> None:
+    driver = Driver(*[REFUSED] * 10, response(200, b"[1]"))
+    driver.run(driver.session.request("GET", "/x"))
+    longest = [min(2.0, 0.05 * 2**failure) for failure in range(10)]
+    assert all(0.5 * most <= s <= most for s, most in zip(driver.slept, longest, strict=True))
+    assert len(set(driver.slept)) == 10
+
+
+@pytest.mark.parametrize("retry_after_s", [0, 100])
+def test_last_attempt_is_at_the_time_limit(retry_after_s: float) -> None:
+    now_s = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now_s[0] += seconds
+
+    def attempt() -> None:
+        raise Problem(503, "busy", is_retryable=True, retry_after_s=retry_after_s)
+
+    with pytest.raises(Problem, match="busy"):
+        Retry(7.0, Random(1), clock=lambda: now_s[0], sleep=sleep).run(attempt)
+    assert now_s[0] == pytest.approx(7.0)
 
 
 def test_retry_after_of_a_response_without_document_is_honoured() -> None:

@@ -10,8 +10,7 @@ import httpx
 import pytest
 
 import carry
-from carry.own_packages import load_own_packages
-from tests.support.pages import blocks
+from tests.support.pages import ROOT, blocks
 from tests.support.service import running
 
 FOREIGN = "raise RuntimeError('a module of the project')"
@@ -54,39 +53,31 @@ def test_the_example_of_the_python_api_runs(project: Path) -> None:
     assert done.stdout.startswith("pumps ")
 
 
+def python(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in an interpreter of its own."""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def test_a_foreign_module_imported_before_is_named_in_the_error(project: Path) -> None:
     (project / "models" / "__init__.py").write_text("")
-    program = "import models, carry; carry.load_artifact"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    last = done.stderr.strip().splitlines()[-1]
+    last = python("import models, carry; carry.load_artifact").stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: expected Carry's package 'models'")
     assert f"{project}/models/__init__.py" in last
     assert "the command `carry`" in last
 
 
 def test_importing_carry_loads_no_libraries(project: Path) -> None:
-    program = (
+    (project / "signal.py").unlink()
+    done = python(
         "import sys; before = set(sys.modules); import carry; "
         "print({name.partition('.')[0] for name in sys.modules} - before); carry.ModelsError"
-    )
-    (project / "signal.py").unlink()
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert not {"models", "service", "numpy", "tensorflow"} & set(eval(done.stdout))
 
 
 def test_every_public_name_exists_and_is_documented() -> None:
-    page = (Path(carry.__file__).parent.parent / "docs/reference/python-api.md").read_text()
+    page = (ROOT / "docs/reference/python-api.md").read_text()
     for name in carry.__all__:
         assert getattr(carry, name) is not None
         assert f"`{name}" in page
-    with pytest.raises(AttributeError, match="no_such_name"):
-        carry.no_such_name  # noqa: B018
-
-
-def test_a_missing_package_is_an_error() -> None:
-    with pytest.raises(ImportError, match=r"'no_such_package' in .*; install Carry again"):
-        load_own_packages("models", "no_such_package")

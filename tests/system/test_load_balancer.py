@@ -76,12 +76,10 @@ def test_rolling_restart_behind_a_load_balancer_fails_no_request(tmp_path: Path)
         with feeding(url) as feeders:
             for service in services:
                 _restart(service, feeders)
-            restarted_chunks = feeders.chunks
-            for service in services:
-                _reload(service, feeders)
-            reloaded_chunks = feeders.chunks - restarted_chunks
-        print(f"  0 of {restarted_chunks} requests failed while two services restarted")
-        print(f"  0 of {reloaded_chunks} requests failed while two services reloaded")
+            _reload(services[0], feeders)
+        for service in services:
+            service.kill()  # at once, not as a lame duck
+        print(f"  0 of {feeders.chunks} requests failed while services restarted and reloaded")
 
 
 @pytest.fixture(scope="module")

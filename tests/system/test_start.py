@@ -11,11 +11,8 @@ import pytest
 
 from service.settings import GROUP_OF
 from tests.support.command import Result, carry
-from tests.support.servers import RealServer, real_server
+from tests.support.servers import RealServer
 from tests.support.service import Service
-
-pytestmark = pytest.mark.usefixtures("model_dir")
-
 
 serve = partial(carry, "serve")
 
@@ -52,54 +49,47 @@ def test_settings_are_a_table_or_one_line_of_the_log() -> None:
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "192.0.2.1"])
 def test_a_host_of_another_machine_is_reported(host: str, tmp_path: Path) -> None:
-    done = serve("--host", host, "--port", "0", "--data-dir", str(tmp_path))
-    assert f"carry: cannot listen on {host}:0" in last_line(done)
-    assert last_line(done).endswith(
-        "; set CARRY_HOST to an address of this machine, for example 127.0.0.1"
-    )
+    last = last_line(serve("--host", host, "--port", "0", "--data-dir", tmp_path))
+    assert f"carry: cannot listen on {host}:0" in last
+    assert last.endswith("; set CARRY_HOST to an address of this machine, for example 127.0.0.1")
 
 
 def test_a_data_directory_in_use_is_reported(service: Service) -> None:
-    done = serve("--port", "0", "--data-dir", str(service.data_dir))
+    done = serve("--port", "0", "--data-dir", service.data_dir)
     assert str(service.process.pid) in last_line(done)
 
 
-def test_an_invalid_setting_is_reported(tmp_path: Path) -> None:
-    done = serve("--data-dir", str(tmp_path), CARRY_PROT="9000")
-    assert "CARRY_PROT is not a setting; did you mean CARRY_PORT?" in last_line(done)
+@pytest.mark.parametrize(
+    ("options", "environment", "parts"),
+    [
+        ((), {"CARRY_PROT": "9000"}, ("CARRY_PROT is not a setting; did you mean CARRY_PORT?",)),
+        (("--models", "{folder}"), {}, ("{folder}", "carry init")),
+        (
+            ("--models", "{folder}", "--workers", "2"),
+            {},
+            ("carry: no worker could be started: {folder}: expected a model",),
+        ),
+        (
+            ("--redis-url", "unix://{folder}/none.sock"),
+            {"CARRY_STORE_WAIT_S": "0.2"},
+            ("{folder}/none.sock",),
+        ),
+    ],
+    ids=["setting", "models", "workers", "store"],
+)
+def test_a_start_that_fails_says_what_is_wrong(
+    options: tuple[str, ...], environment: dict[str, str], parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = [word.format(folder=tmp_path) for word in options]
+    data = ("--data-dir", tmp_path / "data")
+    last = last_line(serve("--port", "0", *data, *words, **environment))
+    for part in parts:
+        assert part.format(folder=tmp_path) in last
 
 
-def test_a_directory_without_models_is_reported(tmp_path: Path) -> None:
-    done = serve("--port", "0", "--data-dir", str(tmp_path / "data"), "--models", str(tmp_path))
-    assert str(tmp_path) in last_line(done)
-    assert "carry init" in last_line(done)
-
-
-def test_the_service_exits_with_the_reason_if_no_worker_starts(tmp_path: Path) -> None:
-    done = serve(
-        *("--port", "0", "--workers", "2"),
-        *("--data-dir", str(tmp_path / "data"), "--models", str(tmp_path)),
-    )
-    assert f"carry: no worker could be started: {tmp_path}: expected a model" in last_line(done)
-
-
-def test_an_unavailable_store_is_reported(tmp_path: Path, model_dir: Path) -> None:
-    done = serve(
-        *("--port", "0", "--models", str(model_dir)),
-        *("--redis-url", f"unix://{tmp_path}/none.sock"),
-        CARRY_STORE_WAIT_S="0.2",
-    )
-    assert f"{tmp_path}/none.sock" in last_line(done)
-
-
-@pytest.fixture
-def evicting() -> RealServer:
-    with real_server("valkey", "--maxmemory-policy", "allkeys-lru") as server:
-        yield server
-
-
-def test_a_store_that_may_evict_is_reported(evicting: RealServer, model_dir: Path) -> None:
-    done = serve("--port", "0", "--models", str(model_dir), "--redis-url", evicting.url)
+def test_a_store_that_may_evict_is_reported(store: RealServer) -> None:
+    store.configure("maxmemory-policy", "allkeys-lru")
+    done = serve("--port", "0", "--redis-url", store.url)
     assert "allkeys-lru" in last_line(done)
     assert "CARRY_ALLOW_EVICTION" in last_line(done)
 

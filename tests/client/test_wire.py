@@ -1,8 +1,6 @@
-"""Retries, problems and paths of the HTTP client, without a service."""
+"""Responses and addresses of the HTTP client, without a service."""
 
 from __future__ import annotations
-
-from random import Random
 
 import orjson
 import pytest
@@ -11,63 +9,9 @@ from carry_client import (
     AsyncCarry,
     Carry,
     Problem,
-    Retry,
-    read_problem,
     read_response,
     stream_path,
 )
-
-BUSY = read_problem(503, {"code": "overloaded", "retryable": True})
-
-
-class Clock:
-    """A clock that only sleeping advances."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self.slept: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now_s += seconds
-
-    def retry(self, limit_s: float) -> Retry:
-        return Retry(limit_s, Random(1), clock=lambda: self.now_s, sleep=self.sleep)
-
-
-def failing(times: int, problem: Problem = BUSY) -> list[Problem]:
-    return [problem] * times
-
-
-def run(clock: Clock, problems: list[Problem], limit_s: float = 60.0) -> str:
-    def attempt() -> str:
-        if problems:
-            raise problems.pop()
-        return "done"
-
-    return clock.retry(limit_s).run(attempt)
-
-
-def test_backoff_grows_with_jitter_up_to_two_seconds() -> None:
-    clock = Clock()
-    assert run(clock, failing(10)) == "done"
-    longest = [min(2.0, 0.05 * 2**failure) for failure in range(10)]
-    assert all(0.5 * most <= s <= most for s, most in zip(clock.slept, longest, strict=True))
-    assert len(set(clock.slept)) == 10
-
-
-@pytest.mark.parametrize(("seconds", "expected_s"), [(3, 3), (100, 60)])
-def test_retry_after_is_a_lower_bound_within_the_limit(seconds: int, expected_s: int) -> None:
-    clock = Clock()
-    run(clock, failing(1, read_problem(429, {"retry_after_s": seconds})))
-    assert clock.slept == [expected_s]
-
-
-def test_last_attempt_is_at_the_time_limit() -> None:
-    clock = Clock()
-    with pytest.raises(Problem, match="overloaded"):
-        run(clock, failing(1000), limit_s=7.0)
-    assert clock.now_s == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize(
