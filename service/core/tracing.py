@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 
 class RequestSpan(Protocol):
@@ -29,14 +29,8 @@ class RequestSpan(Protocol):
         """End it; once. Arguments are those of a line in the access log."""
 
 
-class BatchTimes(NamedTuple):
-    """When the stages of a batch began and ended, on the monotonic clock; None if one was not
-    reached."""
-
-    batch: tuple[float, float]
-    load: tuple[float, float] | None
-    infer: tuple[float, float] | None
-    commit: tuple[float, float] | None
+Period = tuple[float, float]
+"""When something began and ended, on the monotonic clock."""
 
 
 class Tracer(Protocol):
@@ -54,9 +48,15 @@ class Tracer(Protocol):
         """The span of the request that is being served in this context."""
 
     def record_batch(
-        self, model: str, requests: Sequence[RequestSpan], chunks: int, times: BatchTimes
+        self,
+        model: str,
+        requests: Sequence[RequestSpan],
+        chunks: int,
+        batch: Period,
+        stages: Mapping[str, Period],
     ) -> None:
-        """Record a batch with the spans of those of its requests that are sampled, at least one."""
+        """Record a batch and its stages, with the spans of those of its requests that are sampled,
+        at least one."""
 
 
 PROPAGATED = ("traceparent", "tracestate")

@@ -26,7 +26,7 @@ from service.core.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
-from service.core.tracing import BatchTimes, Tracer
+from service.core.tracing import Tracer
 from service.core.values import NO_STREAM, Chunk, Reply, Timing
 from service.engine.batcher import BatchRunner
 from service.engine.compute import Compute
@@ -298,15 +298,14 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         # a request for many streams has several chunks
         spans = list(dict.fromkeys(job.payload.span for job in jobs if job.payload.span))
         if spans:
-            load_end_s = times.began_s + times.load_s
-            infer_end_s = times.infer_began_s + times.infer_s
-            stages = BatchTimes(
-                (times.began_s, time.monotonic()),
-                (times.began_s, load_end_s) if times.load_s else None,
-                (times.infer_began_s, infer_end_s) if times.infer_s else None,
-                (times.commit_began_s, times.commit_ended_s) if times.commit_ended_s else None,
-            )
-            tracer.record_batch(self._served.name, spans, len(jobs), stages)
+            stages = {
+                "load": (times.began_s, times.began_s + times.load_s),
+                "infer": (times.infer_began_s, times.infer_began_s + times.infer_s),
+                "commit": (times.commit_began_s, times.commit_ended_s),
+            }
+            reached = {name: each for name, each in stages.items() if each[0] < each[1]}
+            batch = times.began_s, time.monotonic()
+            tracer.record_batch(self._served.name, spans, len(jobs), batch, reached)
 
     def _fail_exhausted(self, jobs: list[ChunkJob]) -> list[ChunkJob]:
         """Fail jobs that have no attempts left with Conflict; returns the unresolved ones."""

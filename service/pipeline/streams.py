@@ -37,7 +37,7 @@ from service.store.base import (
     CommitResult,
     Committed,
     Conflicted,
-    ListedStore,
+    Store,
     decode_value,
 )
 from service.store.codec import encode_state, pack_head
@@ -72,7 +72,7 @@ class StreamAdministration:
     def __init__(
         self,
         model: Callable[[str], ServedModel],
-        store: ListedStore,
+        store: Store,
         cache: StateCache,
         *,
         now_ms: Callable[[], int],

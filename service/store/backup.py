@@ -38,9 +38,9 @@ from service.core.values import StreamHead, StreamKey, StreamState, is_stream_na
 from service.store.base import (
     CommitColumns,
     Committed,
-    ListedStore,
     Loaded,
     StateStore,
+    Store,
     decode_value,
 )
 from service.store.codec import CodecError, decode_stream, encode_state, pack_head
@@ -49,9 +49,11 @@ MAGIC: Final = b"CRRB"
 FORMAT: Final = 1
 FORMAT_WITH_KEYS: Final = 2
 PAGE_STREAMS: Final = 1000
-FIRST_STREAMS: Final = 64
+STREAMS_AT_ONCE: Final = 200
+"""Streams that are read together: few, so that large states fit in memory."""
+
 BLOCK_BYTES: Final = 16 * 2**20
-"""About as much is read, written and restored together, or a single larger state."""
+"""About as much is written and restored together, or a single larger state."""
 
 MAX_BLOCK_BYTES: Final = 2**30
 WRITE_ATTEMPTS: Final = 8
@@ -104,7 +106,7 @@ Report = Callable[[BackupProgress], None]
 
 
 async def write_backup(
-    store: ListedStore, file: BinaryIO, info: BackupInfo, report: Report
+    store: Store, file: BinaryIO, info: BackupInfo, report: Report
 ) -> BackupProgress:
     """Write the streams of a store into a file.
 
@@ -118,40 +120,37 @@ async def write_backup(
     description = [info.created_ms, info.namespace, info.model, info.prefix]
     file.write(_START.pack(MAGIC, FORMAT if info.keys is None else FORMAT_WITH_KEYS))
     _write_block(file, description if info.keys is None else [*description, dict(info.keys)])
-    together = FIRST_STREAMS
     async for page in _pages(store, info):
-        while page:
-            keys, page = page[:together], page[together:]
-            size_bytes = await _write_streams(store, keys, file, progress)
-            together = max(1, min(PAGE_STREAMS, BLOCK_BYTES * len(keys) // max(1, size_bytes)))
+        for first in range(0, len(page), STREAMS_AT_ONCE):
+            keys = page[first : first + STREAMS_AT_ONCE]
+            for records in await _read_streams(store, keys, progress):
+                _write_block(file, records)
             report(progress)
     _write_block(file, progress.streams)
     return progress
 
 
-async def _write_streams(
-    store: StateStore, keys: Sequence[StreamKey], file: BinaryIO, progress: BackupProgress
-) -> int:
-    """Write streams in one or more blocks; returns the bytes of their states."""
-    records: list[tuple[str, str, bytes]] = []
-    waiting_bytes = written_bytes = 0
+async def _read_streams(
+    store: StateStore, keys: Sequence[StreamKey], progress: BackupProgress
+) -> list[list[tuple[str, str, bytes]]]:
+    """Read streams; returns the contents of one or more blocks."""
+    blocks: list[list[tuple[str, str, bytes]]] = []
+    size_bytes = BLOCK_BYTES
     for key, value in zip(keys, await store.load(keys), strict=True):
         loaded = decode_value(key, value)
         if isinstance(loaded, StreamState):
             record = (key.model, key.stream, encode_state(loaded))
-            if records and waiting_bytes + len(record[2]) > BLOCK_BYTES:
-                _write_block(file, records)
-                records, waiting_bytes, written_bytes = [], 0, written_bytes + waiting_bytes
-            records.append(record)
-            waiting_bytes += len(record[2])
+            size_bytes += len(record[2])
+            if size_bytes > BLOCK_BYTES:
+                blocks.append([])
+                size_bytes = len(record[2])
+            blocks[-1].append(record)
             progress.streams += 1
         elif isinstance(loaded, StateDamaged):
             progress.damaged.append(key)
         elif isinstance(loaded, CarryError):
             raise loaded
-    if records:
-        _write_block(file, records)
-    return written_bytes + waiting_bytes
+    return blocks
 
 
 class BackupReader:
@@ -311,7 +310,7 @@ def _parse_record(record: Any) -> tuple[StreamKey, StreamState]:
     return StreamKey(model, stream), decode_stream(value)
 
 
-async def _pages(store: ListedStore, info: BackupInfo) -> AsyncIterator[Sequence[StreamKey]]:
+async def _pages(store: Store, info: BackupInfo) -> AsyncIterator[Sequence[StreamKey]]:
     cursor: str | None = None
     while True:
         page = await store.streams(info.model, info.prefix, cursor, PAGE_STREAMS)

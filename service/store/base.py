@@ -163,8 +163,19 @@ class StateStore(Protocol):
         """
 
 
-class ListedStore(StateStore, Protocol):
-    """A store whose streams can be listed, and deleted in bulk."""
+class Store(StateStore, Protocol):
+    """A store whose streams can be listed, and deleted in bulk, with its other capabilities, which
+    whoever needs one takes by itself.
+
+    Attributes:
+        outputs: not started by `start`.
+    """
+
+    keys: StoredKeys
+    usage: StreamUsage
+    rates: RateLeases
+    outputs: OutputChannel
+    monitor: StoreMonitor
 
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
@@ -184,20 +195,6 @@ class ListedStore(StateStore, Protocol):
 
         Streams fail independently. A key may occur once per call.
         """
-
-
-class Store(ListedStore, Protocol):
-    """A store with its capabilities, which whoever needs one takes by itself.
-
-    Attributes:
-        outputs: not started by `start`.
-    """
-
-    keys: StoredKeys
-    usage: StreamUsage
-    rates: RateLeases
-    outputs: OutputChannel
-    monitor: StoreMonitor
 
     async def start(self) -> None:
         """Connect, check the servers and initialize a new store; once, before use.

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from service.core.tracing import BatchTimes, RequestSpan
+from service.core.tracing import Period, RequestSpan
 from service.telemetry.access_log import GRPC, request_facts
 
 if TYPE_CHECKING:
@@ -138,25 +138,27 @@ class OtelTracer:
         return None if facts is None else facts.span
 
     def record_batch(
-        self, model: str, requests: Sequence[RequestSpan], chunks: int, times: BatchTimes
+        self,
+        model: str,
+        requests: Sequence[RequestSpan],
+        chunks: int,
+        batch: Period,
+        stages: Mapping[str, Period],
     ) -> None:
         """Record a batch with the spans of those of its requests that are sampled."""
         spans: list[Any] = [each.span for each in requests if isinstance(each, _Request)]
-        batch = self._tracer.start_span(
+        whole = self._tracer.start_span(
             "batch",
             self._trace.set_span_in_context(spans[0]),
             attributes={"carry.model": model, "carry.batch.chunks": chunks},
             links=[self._trace.Link(span.get_span_context()) for span in spans],
-            start_time=_epoch_ns(times.batch[0]),
+            start_time=_epoch_ns(batch[0]),
         )
-        inside = self._trace.set_span_in_context(batch)
-        stages = {"load": times.load, "infer": times.infer, "commit": times.commit}
-        for name, stage in stages.items():
-            if stage is not None:
-                began_s, ended_s = stage
-                span = self._tracer.start_span(name, inside, start_time=_epoch_ns(began_s))
-                span.end(_epoch_ns(ended_s))
-        batch.end(_epoch_ns(times.batch[1]))
+        inside = self._trace.set_span_in_context(whole)
+        for name, (began_s, ended_s) in stages.items():
+            span = self._tracer.start_span(name, inside, start_time=_epoch_ns(began_s))
+            span.end(_epoch_ns(ended_s))
+        whole.end(_epoch_ns(batch[1]))
 
 
 def _epoch_ns(monotonic_s: float) -> int:

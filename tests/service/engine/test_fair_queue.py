@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Sequence
 from random import Random
 from typing import Any
 
@@ -15,8 +14,6 @@ from service.engine.fair_queue import (
     BatchLimits,
     FairQueue,
     Job,
-    RunningBatch,
-    Work,
 )
 
 LIMITS = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=200)
@@ -258,15 +255,3 @@ async def test_invariants(seed: int) -> None:
         numbers = [job.number for job in done if job.key == key]
         assert numbers == sorted(numbers)
         assert queue.backlog(key) is None
-
-
-def test_a_batch_releases_only_streams_that_it_holds_and_in_their_order() -> None:
-    released: list[Hashable] = []
-
-    def detach(batch: RunningBatch, jobs: Sequence[Job[Any, Any]], work: Work) -> None:
-        raise AssertionError("nothing is detached")
-
-    batch = RunningBatch([], {*"abcd"}, released.extend, detach)
-    batch.release_streams("cxa")
-    batch.release_streams("abcd")
-    assert released == [*"ca", *"bd"]

@@ -91,41 +91,6 @@ EVENTS: dict[str, Any] = {
         {"kind": "label", "name": "phase", "classes": ["start", "run", "stop"]},
     ],
 }
-CELLS: dict[str, Any] = {
-    "layers": [
-        {"kind": "lstm", "units": 6, "peepholes": True},
-        {"kind": "lstm", "units": 7, "layer_normalization": True, "use_bias": False},
-        {"kind": "lstm", "units": 8, "projection": 3, "peepholes": True},
-        {
-            "kind": "lstm",
-            "units": 5,
-            "peepholes": True,
-            "layer_normalization": True,
-            "projection": 3,
-            "recurrent_activation": "hard_sigmoid",
-        },
-        {"kind": "add", "inputs": ["lstm_3", "lstm_4"]},
-    ],
-    "heads": [
-        {"kind": "dense", "name": "out", "units": 2},
-        {"kind": "sequence", "name": "peeping", "input": "lstm_1"},
-    ],
-}
-HANDED: dict[str, Any] = {
-    "layers": [
-        {"kind": "lstm", "name": "below", "units": 5},
-        {"kind": "gru", "name": "aside", "units": 4, "inputs": ["features"]},
-        {"kind": "lstm", "name": "above", "units": 5, "inputs": ["below"], "starts_from": "below"},
-        {"kind": "gru", "units": 4, "reset_after": False, "starts_from": "aside"},
-        {"kind": "lstm", "name": "top", "units": 5, "starts_from": "above"},
-    ],
-    "heads": [
-        {"kind": "sequence", "name": "last"},
-        {"kind": "dense", "name": "out", "units": 3, "input": "above"},
-    ],
-    "max_chunk_steps": 70,
-}
-"""Both kinds passed on, a state passed on twice, and a name that is not the layer before."""
 ATTENDING: dict[str, Any] = {
     "layers": [
         {"kind": "lstm", "units": 5},
@@ -157,9 +122,7 @@ WHOLE: dict[str, Any] = {
 MODELS = {
     "stacked": {"features": 3, **STACKED},
     "merged": {"features": 3, **MERGED},
-    "cells": {"features": 3, **CELLS},
     "events": EVENTS,
-    "handed": {"features": 3, **HANDED},
     "attending": {"features": 3, **ATTENDING},
     "whole": {"features": 3, **WHOLE},
 }

@@ -11,7 +11,6 @@ from models.spec.model import parse_spec
 from service.engine.compute import Compute
 from service.engine.runtimes.tensorflow import TensorflowRuntime, rungs_up_to
 from tests.support.oracle import contracting_weights, oracle_step
-from tests.support.stepping import step
 
 SPEC = parse_spec(
     {
@@ -56,22 +55,6 @@ async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[in
         np.testing.assert_allclose(after[index], state, rtol=1e-5, atol=1e-5)
 
 
-def check_that_padding_does_not_matter(
-    runtime: TensorflowRuntime, artifact: Artifact, length: int
-) -> None:
-    """A chunk gets the same outputs and the same state at every rung that fits it."""
-    random = np.random.default_rng(length)
-    rows = rows_of(random, length)
-    states = random.uniform(-0.5, 0.5, (1, artifact.state.float_size)).astype(np.float32)
-    (expected,), expected_states = step(runtime, [rows], states)
-    fitting = [rung for rung in rungs_up_to(runtime.max_steps) if rung[1] >= length]
-    for max_rows, max_steps in fitting:
-        more = {"more_rows": max_rows - 1, "more_steps": max_steps - length}
-        (outputs,), after = step(runtime, [rows], states, **more)
-        np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(after, expected_states, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("max_steps", "steps"),
     [
@@ -100,5 +83,3 @@ async def test_a_warm_runtime_has_compiled_every_rung(artifact: Artifact) -> Non
     assert runtime.padded_shape(runtime.max_batch, runtime.max_steps) == (32, 64)
     for lengths in batches:
         await check(runtime, artifact, lengths)
-    for length in (1, 13):
-        check_that_padding_does_not_matter(runtime, artifact, length)

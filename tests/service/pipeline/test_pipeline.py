@@ -18,7 +18,6 @@ from models.spec.state import State
 from service.access.caller import ANYONE
 from service.core.delivery import next_tag
 from service.core.errors import (
-    AlreadyApplied,
     CarryError,
     InternalError,
     PositionAhead,
@@ -30,7 +29,7 @@ from service.core.errors import (
     StreamExists,
     StreamNotFound,
 )
-from service.core.values import Precondition, Reply, Steps, StreamKey
+from service.core.values import Precondition, Reply, Steps, StreamKey, StreamState
 from service.pipeline import predict
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
@@ -70,6 +69,21 @@ async def feed(
         replies.append(await send(pipeline, stream, piece, position))
         position += len(piece)
     return replies
+
+
+async def restore(
+    pipeline: Pipeline, stream: str, kept: StreamState, precondition: Precondition | None = None
+) -> StreamState:
+    """Restore a stream of the probe model to what it was."""
+    return await pipeline.streams.restore(
+        ANYONE,
+        StreamKey("probe", stream),
+        feed=kept.feed,
+        position=kept.head.position,
+        fingerprint=kept.fingerprint,
+        state=kept.state,
+        precondition=precondition,
+    )
 
 
 def assert_close(got: NDArray[np.float32], expected: NDArray[np.float64]) -> None:
@@ -131,15 +145,6 @@ async def test_retry_of_the_last_chunk_gets_the_stored_reply(
         with pytest.raises(PositionAhead) as caught:
             await send(two, "retry", second, 13)
         assert caught.value.facts["expected"] == 12
-
-
-async def test_too_large_reply_is_not_kept(store_url: str, artifact: Artifact) -> None:
-    rows = rows_of(np.random.default_rng(6), 5)
-    async with worker(store_url, artifact, reply_max_bytes=16) as one:
-        await send(one, "large", rows, 0)
-        with pytest.raises(AlreadyApplied) as caught:
-            await send(one, "large", rows, 0)
-        assert caught.value.facts["position"] == 5
 
 
 async def test_duplicates_at_two_workers_are_applied_once(
@@ -239,39 +244,26 @@ class FailingStore(RedisStore):
         ]
 
 
-async def test_chunks_after_a_failed_commit_are_re_evaluated(
-    store_url: str, artifact: Artifact
+@pytest.mark.parametrize("error", [StoreRefused("no room"), None], ids=["failed", "conflict"])
+async def test_chunks_after_a_commit_that_was_not_written_are_re_evaluated(
+    store_url: str, artifact: Artifact, error: CarryError | None
 ) -> None:
-    random = np.random.default_rng(32)
-    rows, counts = rows_of(random, 12), Counts()
-    store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, StoreRefused("no room"))
+    rows, counts = rows_of(np.random.default_rng(32), 12), Counts()
+    store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, error)
     async with worker(store_url, artifact, counts, store=store) as one:
-        outcomes = await asyncio.gather(
+        replies: list[Any] = await asyncio.gather(
             *(send(one, "chain", rows[at : at + 4], at) for at in (0, 4, 8)),
             return_exceptions=True,
         )
-        assert isinstance(outcomes[0], Reply)
-        assert isinstance(outcomes[1], StoreRefused)
-        assert isinstance(outcomes[2], PositionAhead)
-        assert outcomes[2].facts["expected"] == 4
-        rest = [await send(one, "chain", rows[at : at + 4], at) for at in (4, 8)]
-    outputs = [reply.outputs for reply in (outcomes[0], *rest)]
+        if error is not None:
+            assert isinstance(replies[1], StoreRefused)
+            assert isinstance(replies[2], PositionAhead)
+            assert replies[2].facts["expected"] == 4
+            replies[1:] = [await send(one, "chain", rows[at : at + 4], at) for at in (4, 8)]
+    assert counts.seen["conflicts"] >= (1 if error else 2)
+    assert [reply.head.position for reply in replies] == [4, 8, 12]
+    outputs = [reply.outputs for reply in replies]
     assert_close(np.concatenate(outputs), oracle_outputs(artifact, rows))
-
-
-async def test_conflict_in_a_chain_loses_no_chunk(store_url: str, artifact: Artifact) -> None:
-    random = np.random.default_rng(33)
-    rows, counts = rows_of(random, 20), Counts()
-    store = FailingStore(StoreSettings(store_url, store_wait_s=5), 8, None)
-    async with worker(store_url, artifact, counts, store=store) as one:
-        replies = await asyncio.gather(
-            *(send(one, "chain", rows[at : at + 4], at) for at in range(0, 20, 4))
-        )
-    assert counts.seen["conflicts"] >= 2
-    assert [reply.head.position for reply in replies] == [4, 8, 12, 16, 20]
-    assert_close(
-        np.concatenate([reply.outputs for reply in replies]), oracle_outputs(artifact, rows)
-    )
 
 
 async def test_a_chunk_that_cannot_be_encoded_fails_alone(
@@ -316,16 +308,7 @@ async def test_damaged_stream_fails_alone_and_can_be_restored(
         assert isinstance(outcomes[1], StateDamaged)
         with pytest.raises(StateDamaged):
             await one.streams.read(ANYONE, StreamKey("probe", "broken"))
-        restored = await one.streams.restore(
-            ANYONE,
-            StreamKey("probe", "broken"),
-            feed=kept.feed,
-            position=4,
-            fingerprint=kept.fingerprint,
-            state=kept.state,
-            precondition=None,
-        )
-        assert restored.head.position == 4
+        assert (await restore(one, "broken", kept)).head.position == 4
         await send(one, "broken", rows_of(random, 4), 4)
 
 
@@ -357,18 +340,6 @@ async def test_deleted_stream_is_not_revived_from_a_cache(
             await two.streams.delete(ANYONE, StreamKey("probe", "never"))
 
 
-async def test_cached_state_does_not_keep_its_batch_alive(
-    store_url: str, artifact: Artifact
-) -> None:
-    random = np.random.default_rng(22)
-    async with worker(store_url, artifact) as one:
-        replies = await asyncio.gather(
-            *(send(one, f"own{index}", rows_of(random, 2), 0) for index in range(6))
-        )
-        copies = [one.cache.get(reply.key) for reply in replies]
-    assert all(copy is not None and type(copy.value) is bytes for copy in copies)
-
-
 async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifact) -> None:
     rows = rows_of(np.random.default_rng(14), 20)
     key = StreamKey("probe", "source")
@@ -386,26 +357,11 @@ async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifac
         again = await one.streams.fork(ANYONE, key, "copy", Precondition((rest.head.etag,)))
         assert (await one.streams.read(ANYONE, StreamKey("probe", "copy"))).head == again.head
         kept = await one.streams.read(ANYONE, key)
+        other = kept._replace(fingerprint=b"x" * 16)
         with pytest.raises(StateIncompatible):
-            await one.streams.restore(
-                ANYONE,
-                key,
-                feed=kept.feed,
-                position=8,
-                fingerprint=b"x" * 16,
-                state=kept.state,
-                precondition=Precondition(any_state=True),
-            )
+            await restore(one, "source", other, Precondition(any_state=True))
         with pytest.raises(StreamExists):
-            await one.streams.restore(
-                ANYONE,
-                key,
-                feed=kept.feed,
-                position=8,
-                fingerprint=kept.fingerprint,
-                state=kept.state,
-                precondition=None,
-            )
+            await restore(one, "source", kept)
 
 
 async def test_sequences_store_nothing_and_long_ones_are_encoded_beside_the_event_loop(
@@ -428,23 +384,6 @@ async def test_sequences_store_nothing_and_long_ones_are_encoded_beside_the_even
     for rows, prediction in zip(sequences, predictions, strict=True):
         assert_close(prediction.outputs, oracle_outputs(artifact, rows))
     assert [each == threading.get_ident() for each in threads] == [True, False, False]
-
-
-async def test_cancelled_caller_does_not_affect_its_neighbours(
-    store_url: str, artifact: Artifact
-) -> None:
-    random = np.random.default_rng(17)
-    rows = {name: rows_of(random, 12) for name in ("stays", "leaves")}
-    async with worker(store_url, artifact) as one:
-        stays = asyncio.create_task(send(one, "stays", rows["stays"], 0))
-        leaves = asyncio.create_task(send(one, "leaves", rows["leaves"], 0))
-        await asyncio.sleep(0)
-        leaves.cancel()
-        assert_close((await stays).outputs, oracle_outputs(artifact, rows["stays"]))
-        # Applied or not, the same chunk again is applied once in all.
-        again = await send(one, "leaves", rows["leaves"], 0)
-        assert again.head.position == 12
-        assert_close(again.outputs, oracle_outputs(artifact, rows["leaves"]))
 
 
 async def test_stop_finishes_accepted_chunks(store_url: str, artifact: Artifact) -> None:

@@ -388,26 +388,21 @@ def test_impossible_resets_are_rejected_in_the_specification(
         parse_spec({**plain, **change})
 
 
-def test_resets_are_part_of_the_fingerprint_only_if_there_are_any(
+def test_resets_are_part_of_fingerprint_and_manifest_only_if_there_are_any(
     artifacts: dict[str, Artifact],
 ) -> None:
-    plain = artifacts["gru"]
+    """Older versions read the others."""
+    plain, both = artifacts["gru"], artifacts["both"]
     prints = {compute_fingerprint(plain.spec, plain.weights)}
     for change in ({"reset_every": 5}, {"reset_every": 6}):
         spec = plain.spec.model_copy(update=change)
         prints.add(compute_fingerprint(spec, plain.weights))
     assert len(prints) == 3
     assert plain.fingerprint in prints
-
-
-def test_manifests_without_resets_are_readable_by_older_versions(
-    artifacts: dict[str, Artifact],
-) -> None:
-    dumped = {name: artifact.manifest["spec"] for name, artifact in artifacts.items()}
-    assert not {"reset_every", "session_gap_s"} & dumped["gru"].keys()
-    assert dumped["both"]["reset_every"] == 3
-    assert dumped["both"]["session_gap_s"] == GAP_S
-    assert parse_spec(dumped["both"]) == artifacts["both"].spec
+    assert not {"reset_every", "session_gap_s"} & plain.manifest["spec"].keys()
+    dumped = both.manifest["spec"]
+    assert (dumped["reset_every"], dumped["session_gap_s"]) == (3, GAP_S)
+    assert parse_spec(dumped) == both.spec
 
 
 async def test_a_model_on_whole_chunks_computes_each_segment_separately(

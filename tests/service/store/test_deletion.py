@@ -61,18 +61,6 @@ async def test_only_the_expected_stream_is_deleted(store: Store, streams: Stream
     assert await store.delete(key("a"), second.new.head) == Conflicted(None)
 
 
-async def test_a_late_commit_does_not_restore_a_deleted_stream(
-    store: Store, streams: Streams
-) -> None:
-    first = streams.creation(key("a"))
-    await committed(store, first)
-    await store.delete(key("a"))
-    assert await store.commit(columns(streams.creation(key("a")))) == [Conflicted(None)]
-    again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
-    await committed(store, again)
-    assert await store.commit(columns(streams.next(first))) == [Conflicted(again.new.head)]
-
-
 async def test_many_streams_are_deleted_independently(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
@@ -119,7 +107,8 @@ async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     store = await open_on(idle_ttl_s=0)
-    await committed(store, streams.creation(key("a")))
+    first = streams.creation(key("a"))
+    await committed(store, first)
     assert await store.delete(key("a")) == Committed()
     tombstone = await absence(store, key("a"))
     for expected in (None, StreamHead(b"other ep", bytes(16), 0)):
@@ -127,6 +116,7 @@ async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
         assert await store.commit(columns(late)) == [Conflicted(None)]
     again = streams.creation(key("a"))._replace(expected=tombstone)
     await committed(store, again)
+    assert await store.commit(columns(streams.next(first))) == [Conflicted(again.new.head)]
     state, reply = await store.load_with_reply(key("a"))
     assert same_stream(state, again.new)
     assert reply is not None
@@ -188,13 +178,6 @@ async def test_a_damaged_state_is_deleted_only_if_it_is_unchanged(
         assert await store.delete(key("a"), damaged.head) == Conflicted(sound.new.head)
         client.set(names(server)[0], value)
     assert await store.delete(key("a"), damaged.head) == Committed()
-    assert isinstance((await load(store, [key("a")]))[0], Tombstone)
-
-
-async def test_a_key_of_another_type_is_deleted(store: Store, server: RealServer) -> None:
-    with server.client() as client:
-        client.rpush(names(server)[0], "not a stream")
-    assert await store.delete(key("a")) == Committed()
     assert isinstance((await load(store, [key("a")]))[0], Tombstone)
 
 

@@ -252,12 +252,6 @@ def test_a_second_service_is_rejected_with_the_pid_of_the_first(data_dir: Path) 
         assert has(valkey.url, "still served")
 
 
-def test_two_directories_have_two_servers(tmp_path: Path) -> None:
-    with running(tmp_path / "a") as one, running(tmp_path / "b") as other:
-        put(one.url, "x")
-        assert not has(other.url, "x")
-
-
 # Left behind
 
 

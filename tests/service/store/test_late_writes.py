@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
-from service.core.values import StreamKey, StreamState, Tombstone
+from service.core.values import StreamKey, Tombstone
 from service.store.base import Committed, Conflicted, Store
 from service.store.codec import encode_state
 from service.store.redis.outcomes import Outcome, ServerReply
@@ -235,15 +235,3 @@ async def test_a_stream_under_constant_writes_is_deleted(
         assert await busy.delete_many([key("a"), key("b")]) == [Committed()] * 2
         assert [len(condition) for condition in busy.conditions] == [0, 0, 24, 24, 24, 8]
     assert all(isinstance(each, Tombstone) for each in await load(store, [key("a"), key("b")]))
-
-
-async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(
-    server: RealServer, store: Store, streams: Streams
-) -> None:
-    async def begin_again(*_: Any) -> None:
-        await store.delete(key("a"))
-        await create_again(store, streams)
-
-    async with watched(server, begin_again) as busy:
-        assert isinstance(await busy.delete(key("a")), Conflict)
-    assert isinstance((await load(store, [key("a")]))[0], StreamState)

@@ -28,17 +28,6 @@ FLOATS, INTS = 6, 2
 STATE_BYTES = HEADER_BYTES + 4 * FLOATS + 8 * INTS
 
 
-async def test_full_store_is_not_ready(store: Store, server: RealServer) -> None:
-    server.configure("maxmemory", 1)
-    try:
-        check = await store.monitor.check()
-        assert not check.ok
-        assert f"{server.url} refuses commits: OOM" in check.detail
-    finally:
-        server.configure("maxmemory", 0)
-    assert (await store.monitor.check()).ok
-
-
 async def test_memory_ratio_is_observed(store: Store, server: RealServer) -> None:
     limit = 64 * 2**20
     assert store.monitor.telemetry.memory_ratio == 0

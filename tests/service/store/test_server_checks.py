@@ -12,7 +12,7 @@ from service.store.base import Committed, Store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.servers import RealServer, free_port, real_server
-from tests.support.streams import Commit, OpenStore, Streams, columns, committed, key
+from tests.support.streams import Commit, OpenStore, Streams, committed, key
 
 
 async def test_a_server_that_may_evict_is_rejected(open_on: OpenStore, server: RealServer) -> None:
@@ -73,30 +73,6 @@ async def test_evicted_scripts_are_sent_again(
         await committed(store, commit)
         client.script_flush()
         assert await store.delete(key("a"), commit.new.head) == Committed()
-
-
-async def test_a_server_that_forbids_scripts_is_reported(
-    open_on: OpenStore, server: RealServer, streams: Streams
-) -> None:
-    with server.client() as client:
-        client.acl_setuser(
-            "reader",
-            enabled=True,
-            passwords=["+secret"],
-            keys=["*"],
-            categories=["+@all"],
-            commands=["-eval", "-evalsha"],
-        )
-        try:
-            url = server.url.replace("unix://", "unix://reader:secret@")
-            store = RedisStore(StoreSettings(url))
-            await store.start()
-            with pytest.raises(StoreRefused, match="permissions") as caught:
-                await store.commit(columns(streams.creation(key("a"))))
-            assert "secret" not in caught.value.detail
-            await store.close()
-        finally:
-            client.acl_deluser("reader")
 
 
 async def test_a_wrong_password_fails_immediately(server: RealServer) -> None:

@@ -85,15 +85,6 @@ async def test_tls_with_a_single_server(certificates: Certificates) -> None:
             assert lease == Lease(1.5, 1.5, 1)
 
 
-async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) -> None:
-    with behind_tls(certificates) as (_, at):
-        url = f"rediss://{at.partition('?')[0]}"
-        store = RedisStore(StoreSettings(url, store_wait_s=0.5))
-        with pytest.raises(StoreUnavailable, match="certificate verify failed"):
-            await store.start()
-        await store.close()
-
-
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="Python does not ask for it")
 async def test_a_ca_certificate_without_key_usage_is_explained(tmp_path: Path) -> None:
     with behind_tls(make_certificates(tmp_path)) as (_, at):

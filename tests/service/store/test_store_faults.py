@@ -43,11 +43,11 @@ class Lossy(NamedTuple):
 
 
 @pytest.fixture
-async def lossy(own_server: RealServer, request: pytest.FixtureRequest) -> AsyncIterator[Lossy]:
-    """The server knows the scripts already; a parameter is how long the store waits for it."""
+async def lossy(own_server: RealServer) -> AsyncIterator[Lossy]:
+    """The server knows the scripts already."""
     async with (
         LossyPath.to(own_server.socket, own_server.folder) as path,
-        opened(path.url, store_wait_s=getattr(request, "param", 20)) as store,
+        opened(path.url, store_wait_s=20) as store,
         opened(own_server.url) as others,
     ):
         known = Streams(1).creation(key("known"))
@@ -181,19 +181,6 @@ async def test_an_unavailable_server_times_out(own_server: RealServer, streams: 
         assert own_server.socket in check.detail
 
 
-async def test_calls_wait_for_an_unresponsive_server(
-    own_server: RealServer, streams: Streams
-) -> None:
-    async with opened(own_server.url, store_wait_s=60) as store:
-        own_server.signal(signal.SIGSTOP)
-        first = streams.creation(key("a"))
-        chain = [first, streams.next(first)]
-        tasks = [asyncio.create_task(store.commit(columns(commit))) for commit in chain]
-        await asyncio.wait(tasks, timeout=0.05)
-        own_server.signal(signal.SIGCONT)
-        assert await asyncio.gather(*tasks) == [[Committed()], [Committed()]]
-
-
 async def test_all_commits_to_an_unresponsive_server_have_unknown_outcomes(
     own_server: RealServer, streams: Streams
 ) -> None:
@@ -280,19 +267,6 @@ async def test_a_retried_commit_is_resolved_by_what_others_wrote_meanwhile(
     assert isinstance(await store.delete(key("a"), found.head), OutcomeUnknown)
 
 
-@pytest.mark.parametrize("lossy", [0.4], indirect=True)
-async def test_a_commit_without_any_reply_has_an_unknown_outcome(
-    lossy: Lossy, streams: Streams
-) -> None:
-    path, store, others = lossy
-    first = streams.creation(key("a"))
-    path.losses, path.dead_after_loss = 1, True
-    (result,) = await store.commit(columns(first))
-    assert isinstance(result, OutcomeUnknown)
-    assert result.retryable
-    await assert_stored(others, first)
-
-
 async def test_a_rejection_after_a_lost_reply_has_an_unknown_outcome(
     lossy: Lossy, own_server: RealServer, streams: Streams
 ) -> None:
@@ -306,16 +280,6 @@ async def test_a_rejection_after_a_lost_reply_has_an_unknown_outcome(
     assert isinstance(result, OutcomeUnknown)
     with pytest.raises(StoreRefused):
         await store.commit(columns(streams.creation(key("b"))))
-
-
-async def test_a_retried_deletion_succeeds(lossy: Lossy, streams: Streams) -> None:
-    path, store, _ = lossy
-    first = streams.creation(key("a"))
-    assert await store.commit(columns(first)) == [Committed()]
-    path.losses = 1
-    assert await store.delete(key("a"), first.new.head) == Committed()
-    assert await store.load_with_reply(key("a")) == (None, None)
-    assert await store.delete(key("a")) == Conflicted(None)
 
 
 async def test_a_call_ends_at_its_deadline_while_an_earlier_call_waits_longer() -> None:
