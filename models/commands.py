@@ -79,6 +79,7 @@ def train(
     Raises:
         SpecError: with the line of what cannot be trained, as for what cannot be read.
     """
+    from models.spec.model import schema_of
     from models.spec.spec_file import add_line_number, read_spec
     from models.training.files import read_data
     from models.training.train_frame import train_frame
@@ -87,7 +88,7 @@ def train(
     try:
         return train_frame(
             parsed,
-            read_data(data, parsed),
+            read_data(data, schema_of(parsed)),
             out,
             resume=resume,
             overwrite=overwrite,
@@ -138,6 +139,7 @@ def evaluate(
 
     from models.artifact.artifact import load_artifact
     from models.artifact.files import replace_file
+    from models.spec.model import schema_of
     from models.training import evaluate as scoring
     from models.training.files import read_data
     from models.training.progress import Progress
@@ -145,7 +147,7 @@ def evaluate(
     if plots is not None and anomalies is None:
         raise DataError(expected="--anomalies with --plots", got="none")
     loaded = load_artifact(artifact)
-    frame = read_data(data, loaded.spec)
+    frame = read_data(data, schema_of(loaded.spec))
     # The scores are on stdout.
     progress = Progress(Console(quiet=quiet, stderr=True))
     chosen: dict[str, Any] = {
@@ -211,6 +213,7 @@ def plot(
     """Plot a stream over time: values, forecasts, scores, alarms and labels."""
     from models.artifact.artifact import load_artifact
     from models.artifact.files import replace_file
+    from models.spec.model import schema_of
     from models.training.files import read_data
     from models.training.stream_plot import FORMATS, plot_stream
 
@@ -221,7 +224,7 @@ def plot(
         raise ArtifactError(f"{out}: exists; expected a new path, or --overwrite")
     loaded = load_artifact(artifact)
     content = plot_stream(
-        *(loaded, read_data(data, loaded.spec), stream),
+        *(loaded, read_data(data, schema_of(loaded.spec)), stream),
         kind=kind,
         since=since,
         until=until,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from examples.command import run_example
-from service.commands.replay.departures import flight_events
+from models.pretrained.departures import flight_events
 
 HERE = Path(__file__).parent
 SPEC = HERE / "spec.yaml"

@@ -21,6 +21,7 @@ import polars as pl
 from examples.command import BUILT, run_example
 from examples.detection import comparison
 from models.artifact.artifact import Artifact
+from models.spec.model import schema_of
 from models.spec.spec_file import read_spec
 from models.training.files import read_data
 
@@ -61,7 +62,7 @@ def generate_once(kinds: str) -> pl.DataFrame:
         unfinished = path.with_suffix(".unfinished")
         _run(python, HERE / "generate.py", kinds, unfinished)
         unfinished.replace(path)
-    return read_data(path, read_spec(SPEC))
+    return read_data(path, schema_of(read_spec(SPEC)))
 
 
 def _run(*command: str | Path) -> None:

@@ -365,6 +365,14 @@ class EventColumns:
             {name: array[cut] for name, array in self.values.items()},
         )
 
+    def take(self, rows: Sequence[int] | IntArray) -> EventColumns:
+        """The events of some rows, in their order, as copies."""
+        return EventColumns(
+            len(rows),
+            {name: array[rows] for name, array in self.present.items()},
+            {name: array[rows] for name, array in self.values.items()},
+        )
+
 
 def value_dtype(field: EventField) -> np.dtype[Any]:
     """The dtype of a field's values in `EventColumns`."""

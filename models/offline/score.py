@@ -225,7 +225,7 @@ def score_file(
     parts = Parts(out, f"{artifact.fingerprint.hex()} {name}", data)
     progress = parts.open(resume=resume, overwrite=overwrite)
     scorer = _Scorer(artifact, name, str(data), progress)
-    for frame in read_batches(data, artifact.spec, rows_per_piece, skip=scorer.rows):
+    for frame in read_batches(data, schema_of(artifact.spec), rows_per_piece, skip=scorer.rows):
         parts.add(scorer.score(frame), scorer.progress)
         advance(scorer.rows)
     parts.finish()
@@ -273,7 +273,7 @@ class _Scorer:
         columns = self._read(frame)
         rows_of = self._rows_by_stream(frame)
         parts = [
-            OrderedEvents(name, _select(columns, rows), *self._before(name))
+            OrderedEvents(name, columns.take(rows), *self._before(name))
             for name, rows in rows_of.items()
         ]
         for part in parts:
@@ -362,11 +362,3 @@ class _Scorer:
             columns = outputs.by_name(packed)[output.name].reshape(frame.height, -1)
             table.update(zip(output.column_names(), map(pl.Series, columns.T), strict=True))
         return pl.DataFrame(table)
-
-
-def _select(columns: EventColumns, rows: NDArray[np.int64]) -> EventColumns:
-    return EventColumns(
-        len(rows),
-        {name: array[rows] for name, array in columns.present.items()},
-        {name: array[rows] for name, array in columns.values.items()},
-    )

@@ -205,7 +205,7 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
                 expected=f"{source}, row {rank[start] + 1}: a moment in stream {name!r}",
                 got="none in any of its rows",
             )
-    ordered = _select_rows(columns, rank)
+    ordered = columns.take(rank)
     filled = _fill_moments(moments[0][rank], present, spans)
     return Streams(
         names,
@@ -335,14 +335,6 @@ def _fill_moments(
         last = np.searchsorted(present_rows, np.arange(stop - start), side="right") - 1
         filled[start:stop] = moments_ms[start:stop][present_rows[np.maximum(last, 0)]]
     return filled
-
-
-def _select_rows(columns: EventColumns, rows: NDArray[Any]) -> EventColumns:
-    return EventColumns(
-        len(rows),
-        {name: array[rows] for name, array in columns.present.items()},
-        {name: array[rows] for name, array in columns.values.items()},
-    )
 
 
 class Split(NamedTuple):

@@ -25,7 +25,6 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.spec.model import ModelSpec, schema_of
 
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
 _NUMBER = r"^-?\d+(\.\d+)?$"
@@ -34,10 +33,10 @@ _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
-def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
-    """Read a table for a spec: `.csv`, `.jsonl`, `.ndjson` or `.parquet`.
+def read_data(path: Path, schema: EventSchema) -> pl.DataFrame:
+    """Read a table of events: `.csv`, `.jsonl`, `.ndjson` or `.parquet`.
 
-    Numbers and booleans (`true`, `false`, 1, 0) in a CSV file are read as the spec's fields
+    Numbers and booleans (`true`, `false`, 1, 0) in a CSV file are read as the schema's fields
     say; an empty cell is an absent value.
 
     Raises:
@@ -56,11 +55,11 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
             return pl.read_ndjson(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise _unreadable(path, error) from error
-    return _parse_columns(path, schema_of(spec), frame)
+    return _parse_columns(path, schema, frame)
 
 
 def read_batches(
-    path: Path, spec: ModelSpec, rows: int, *, skip: int = 0
+    path: Path, schema: EventSchema, rows: int, *, skip: int = 0
 ) -> Iterator[pl.DataFrame]:
     """Read a table as `read_data` does, in its order, without holding more than a few batches.
 
@@ -85,7 +84,7 @@ def read_batches(
         for frame in table.slice(skip).collect_batches(chunk_size=rows, maintain_order=True):
             if frame.height:
                 is_text = kind == ".csv"
-                yield _parse_columns(path, schema_of(spec), frame, skip) if is_text else frame
+                yield _parse_columns(path, schema, frame, skip) if is_text else frame
                 skip += frame.height
     except (OSError, pl.exceptions.PolarsError) as error:
         raise _unreadable(path, error) from error

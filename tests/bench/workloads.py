@@ -26,8 +26,8 @@ import models
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
+from models.pretrained.departures import flight_events
 from models.spec.model import parse_spec
-from service.commands.replay.departures import flight_events
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import open_runtime, open_runtimes
 from tests.bench.traffic import Media, TrafficSpec, WrongReplyError, read_grpc_reply, read_v2_reply

@@ -8,10 +8,10 @@ import pytest
 
 from carry_client import Carry, Stream
 from service.commands.replay.events import StreamEvents
-from tests.service.commands.replay.conftest import background, standin, streams
+from tests.service.commands.replay.conftest import background, standin, streams, table
 from tests.support.service import Service
 
-__all__ = ["background", "standin", "streams"]
+__all__ = ["background", "standin", "streams", "table"]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from carry_client import Carry, Progress
 from models.artifact.artifact import load_artifact
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
-from service.commands.replay.departures import EVENT_COLUMNS, flight_events
+from models.pretrained.departures import EVENT_COLUMNS, flight_events
 from tests.support.oracle import oracle_step
 from tests.support.servers import free_port
 from tests.support.service import Service, running

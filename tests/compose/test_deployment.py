@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import load_artifact
-from service.commands.replay.events import StreamEvents, load_streams
+from models.pretrained.departures import flight_events
+from service.commands.replay.events import StreamEvents, split_streams
 from tests.support.feeders import feeding
 from tests.support.pages import blocks, run
 from tests.support.servers import free_port, until
@@ -127,7 +128,7 @@ def streams() -> list[StreamEvents]:
     """The earliest departures, cut into streams of at least 40 events."""
     schema = load_artifact(REPOSITORY / "models" / "pretrained" / MODEL).spec.events
     assert schema is not None
-    found = load_streams(schema, limit=4000, prefix="compose-")
+    found = split_streams(schema, flight_events(), limit=4000, prefix="compose-")
     return [stream for stream in found if len(stream) >= 40][:8]
 
 

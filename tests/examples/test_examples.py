@@ -14,8 +14,8 @@ from examples.client import main
 from models.events.columns import canonical_bytes, columns_from_events
 from models.events.frame import columns_from_frame
 from models.events.parse import event_adapter
+from models.pretrained.departures import flight_events
 from models.spec.spec_file import read_spec
-from service.commands.replay.departures import flight_events
 from tests.support.service import Service
 
 ROOT = Path(__file__).parents[2]

@@ -5,13 +5,12 @@ import polars as pl
 import pytest
 
 from examples.flights.__main__ import SPEC
-from models.errors import ModelsError
 from models.events.encode import Clock, encode
 from models.events.fit import fit_schema
 from models.events.frame import columns_from_frame
+from models.pretrained import departures as data
+from models.pretrained.departures import EVENT_COLUMNS, flight_events, with_weather
 from models.spec.spec_file import read_spec
-from service.commands.replay import departures as data
-from service.commands.replay.departures import EVENT_COLUMNS, flight_events, with_weather
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,8 +127,3 @@ def test_the_spec_encodes_every_departure(events):
     rows, clock = encode(schema, columns_from_frame(schema, early), Clock())
     assert rows.shape == (2000, spec.model_copy(update={"events": schema}).input_features)
     assert clock.seen == 2000
-
-
-def test_other_kinds_of_streams_are_rejected():
-    with pytest.raises(ModelsError, match="got 'gate'"):
-        flight_events("gate")

@@ -1,28 +1,31 @@
-"""The options of `carry replay`; the replay itself is imported when it is called."""
+"""`carry replay`: sends recorded events as live streams, verifies the outputs, prints a summary.
+
+The summary goes to standard output, progress and errors to standard error.
+"""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
+from service.commands.common import show_progress
+from service.core.errors import OperatorError
+
+if TYPE_CHECKING:
+    from carry_client import ModelDescription
+    from service.commands.replay.send import Replay
+    from service.commands.replay.verify import Verification
+
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
-
-
-class By(StrEnum):
-    """Which departures form one stream."""
-
-    AIRPORT_CARRIER = "airport-carrier"
-    AIRCRAFT = "aircraft"
-
-
-class Encoding(StrEnum):
-    """Encoding of the bodies."""
-
-    JSON = "json"
-    MSGPACK = "msgpack"
+EXIT_FAILED: Final = 1
+EXIT_UNFINISHED: Final = 2
+EXIT_INTERRUPTED: Final = 130
+SHOWN_FAULTS: Final = 10
+TIMEOUT_S: Final = 30.0
+"""Of one attempt."""
 
 
 def replay(
@@ -34,7 +37,10 @@ def replay(
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="The model's name.")] = "flights",
-    by: Annotated[By, typer.Option(help="Which departures form one stream.")] = By.AIRPORT_CARRIER,
+    by: Annotated[
+        Literal["airport-carrier", "aircraft"],
+        typer.Option(help="Which departures form one stream."),
+    ] = "airport-carrier",
     data: Annotated[
         Path | None,
         typer.Option(help="Events to replay (.csv, .jsonl or .parquet) instead of the departures."),
@@ -61,8 +67,8 @@ def replay(
         str, typer.Option(help="`max`, or a factor of real time by the events' timestamps.")
     ] = "max",
     encoding: Annotated[
-        Encoding, typer.Option("--format", help="Encoding of the bodies.")
-    ] = Encoding.JSON,
+        Literal["json", "msgpack"], typer.Option("--format", help="Encoding of the bodies.")
+    ] = "json",
     patience_s: Annotated[
         float,
         typer.Option(
@@ -92,44 +98,67 @@ def replay(
         raise typer.BadParameter(
             f"--report: expected a file in an existing directory, got {report}"
         )
-    sizes, factor = _parse_chunk(chunk), _parse_speed(speed)
+    pace: dict[str, Any] = {
+        "chunk": _parse_chunk(chunk),
+        "speed": _parse_speed(speed),
+        "seed": seed,
+        "streams_in_flight": streams_in_flight,
+    }
+
+    import orjson
+    import uvloop
+
+    from carry_client import AsyncCarry, Problem
+    from models.errors import ModelsError
+    from models.pretrained.departures import flight_events
+    from models.training.files import read_data
+    from service.commands.replay.events import event_schema, split_streams
+    from service.commands.replay.send import Replay
+    from service.commands.replay.verify import keras_runner, open_reference, verify_outputs
+
+    async def run() -> dict[str, Any]:
+        async with AsyncCarry(
+            url or DEFAULT_URL, encoding=encoding, timeout_s=TIMEOUT_S, deadline_s=patience_s
+        ) as carry:
+            served = await carry.model(model).describe()
+            reference = open_reference(served, artifact) if verify else None
+            schema = event_schema(served)
+            frame = flight_events(by) if data is None else read_data(data, schema)
+            column = "stream" if data is None else stream_column
+            streams = split_streams(schema, frame, stream=column, limit=events, prefix=prefix)
+            with show_progress("events", sum(map(len, streams)), quiet=quiet) as show:
+                replay = Replay(carry.model(model), served, streams, **pace, show=show)
+                await replay.run()
+        verification = None
+        if reference is not None:
+            received = [(each.events, each.outputs) for each in replay.streams]
+            verification = verify_outputs(reference.spec, keras_runner(reference), received)
+        return _summary(served, replay, verification)
+
     try:
-        from service.commands.replay.run import run_replay
-        from service.commands.replay.send import Pace
-    except ImportError as error:
-        typer.echo(
-            f"carry replay needs more packages ({error}): pip install ./client '.[replay]'",
-            err=True,
-        )
-        raise typer.Exit(2) from error
-    status = run_replay(
-        url or [DEFAULT_URL],
-        model,
-        Pace(sizes, seed, streams_in_flight, factor),
-        data=data,
-        by=by.value,
-        stream_column=stream_column,
-        prefix=prefix,
-        limit=events,
-        encoding=encoding.value,
-        patience_s=patience_s,
-        verify=verify,
-        artifact=artifact,
-        report=report,
-        quiet=quiet,
-    )
-    raise typer.Exit(status)
+        summary = uvloop.run(run())
+        if report is not None:
+            report.write_bytes(orjson.dumps(summary, option=orjson.OPT_INDENT_2) + b"\n")
+    except (OperatorError, ModelsError, OSError, ValueError, Problem) as error:
+        typer.echo(f"carry replay: {error}", err=True)
+        raise typer.Exit(EXIT_UNFINISHED) from error
+    except KeyboardInterrupt as error:
+        typer.echo("carry replay: interrupted; start again to continue from here", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from error
+    for line in _lines(summary):
+        typer.echo(line)
+    if summary["failed"]:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _parse_chunk(text: str) -> tuple[int, int]:
     """`A..B` or `N` as the least and the most events of a chunk."""
-    low, dots, high = text.partition("..")
-    if not low.isdecimal() or (dots and not high.isdecimal()):
-        raise typer.BadParameter(f"--chunk: expected A..B, for example 1..64, got {text!r}")
-    smallest, largest = int(low), int(high if dots else low)
-    if not 1 <= smallest <= largest:
-        raise typer.BadParameter(f"--chunk: expected 1 <= A <= B, got {text!r}")
-    return smallest, largest
+    low, _, high = text.partition("..") if ".." in text else (text, "", text)
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+        raise typer.BadParameter(
+            f"--chunk: expected N or A..B with 1 <= A <= B, for example 1..64, got {text!r}"
+        )
+    return int(low), int(high)
 
 
 def _parse_speed(text: str) -> float | None:
@@ -143,3 +172,69 @@ def _parse_speed(text: str) -> float | None:
     if not 0 < factor < float("inf"):
         raise typer.BadParameter(f"--speed: expected `max` or a factor above 0, got {text!r}")
     return factor
+
+
+def _summary(
+    served: ModelDescription, replay: Replay, verification: Verification | None
+) -> dict[str, Any]:
+    """The result as plain data."""
+    import numpy as np
+
+    counts = asdict(replay.tally)
+    p50_ms, p99_ms = np.percentile(counts.pop("latencies_s") or [0.0], (50, 99)) * 1000
+    return {
+        "model": served.name,
+        "version": served.version,
+        "streams": len(replay.streams),
+        "resumed": sum(stream.start > 0 for stream in replay.streams),
+        **counts,
+        "retries": dict(replay.tally.retries),  # `asdict` cannot copy a Counter
+        "events_per_s": counts["events"] / counts["wall_s"] if counts["wall_s"] else 0.0,
+        "p50_ms": float(p50_ms),
+        "p99_ms": float(p99_ms),
+        "verification": None if verification is None else asdict(verification),
+        "failed": bool(counts["faults"]) or (verification is not None and not verification.holds),
+    }
+
+
+def _lines(summary: dict[str, Any]) -> list[str]:
+    """The summary for a person: a name and a figure in each line."""
+    retries = ", ".join(f"{code} {count}" for code, count in sorted(summary["retries"].items()))
+    rows = [
+        ("model", f"{summary['model']} {summary['version']}"),
+        ("streams", f"{summary['streams']:,}, {summary['resumed']:,} of them resumed"),
+        (
+            "events",
+            f"{summary['events']:,} in {summary['wall_s']:.1f} s, {summary['events_per_s']:,.0f}/s",
+        ),
+        ("chunks", f"{summary['chunks']:,}, {summary['replayed']:,} replies replayed"),
+        ("latency", f"p50 {summary['p50_ms']:.1f} ms, p99 {summary['p99_ms']:.1f} ms"),
+        ("retries", retries or "none"),
+        ("sent again", f"{summary['sent_again']:,} events that the store had lost"),
+        ("skipped", f"{summary['skipped']:,} events whose stored replies had expired"),
+    ]
+    verification = summary["verification"]
+    if verification is not None:
+        checks = verification["outputs"]
+        for check in checks:
+            verdict = f"BEYOND, {check['beyond']:,} values" if check["beyond"] else "within"
+            largest = f"|a-b| - 1e-5|b| at most {check['excess']:.2e} (bound 1e-5)"
+            place = f"{check['stream']}[{check['step']}]"
+            rows.append((f"verify {check['name']}", f"{verdict}: {largest} at {place}"))
+        if summary["resumed"] and any(check["beyond"] for check in checks):
+            rows.append(
+                (
+                    "resumed",
+                    f"{summary['resumed']:,} streams had events before; if those were not the "
+                    "first of the same data, replay with --prefix as new streams",
+                )
+            )
+        missing = verification["missing"]
+        rest = f", {missing:,} were not received by this run" if missing else ""
+        rows.append(("verified", f"{verification['compared']:,} events' outputs{rest}"))
+    faults = summary["faults"]
+    rows += [("fault", fault) for fault in faults[:SHOWN_FAULTS]]
+    if len(faults) > SHOWN_FAULTS:
+        rows.append(("faults", f"{len(faults) - SHOWN_FAULTS:,} more"))
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]

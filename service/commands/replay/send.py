@@ -49,23 +49,6 @@ def excess(actual: FloatRows, expected: FloatRows) -> NDArray[np.float64]:
     return np.asarray(np.abs(a - b) - RELATIVE * np.abs(b))
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Sizes and times of the chunks.
-
-    Attributes:
-        chunk: the least and the most events of a chunk, drawn uniformly between the two.
-        seed: of the sizes; the same seed and stream give the same chunks.
-        streams_in_flight: most streams with a chunk in flight at once.
-        speed: times real time by the events' timestamps; None for as fast as possible.
-    """
-
-    chunk: tuple[int, int] = (1, 64)
-    seed: int = 1
-    streams_in_flight: int = 64
-    speed: float | None = None
-
-
 @dataclass(slots=True)
 class Tally:
     """Counts of one replay.
@@ -92,54 +75,22 @@ class Tally:
     wall_s: float = 0.0
 
 
+@dataclass(slots=True, eq=False)
 class StreamReplay:
     """Position and outputs of one stream.
 
     Attributes:
-        events: the stream's events.
-        position: how many of them the service has consumed.
-        start: its position before the replay.
         outputs: float32 [T, O], NaN if this run received none.
+        position: how many of its events the service has consumed.
+        start: its position before the replay.
     """
 
-    def __init__(self, events: StreamEvents, stream: AsyncStream, width: int, pace: Pace):
-        self.events = events
-        self.position = self.start = 0
-        self.outputs = np.full((len(events), width), np.nan, np.float32)
-        self._stream = stream
-        self._chunk = pace.chunk
-        self._random = Random(f"{pace.seed} {events.name}")  # noqa: S311
-
-    def next_stop(self) -> int:
-        """The position after the next chunk; every call draws its size again."""
-        return min(self.position + self._random.randint(*self._chunk), len(self.events))
-
-    async def refresh(self) -> int:
-        """Ask for the stream's position, and continue from there.
-
-        Raises:
-            Problem
-        """
-        self.position = (await self._stream.refresh()).position
-        return self.position
-
-    async def send(self, stop: int) -> Reply | AlreadyApplied | StreamMoved | Problem:
-        """Send the events up to a position.
-
-        Returns:
-            The reply, or the error after which the stream's position has to be asked for.
-
-        Raises:
-            Problem: the service rejected the chunk, or no attempt is left.
-        """
-        try:
-            return await self._stream.send(self.events.events(self.position, stop))
-        except (AlreadyApplied, StreamMoved) as error:
-            return error
-        except Problem as problem:
-            if problem.code != "unreadable_reply":
-                raise
-            return problem
+    events: StreamEvents
+    client: AsyncStream
+    outputs: FloatRows
+    random: Random
+    position: int = 0
+    start: int = 0
 
 
 class Replay:
@@ -149,9 +100,11 @@ class Replay:
         model: of a client whose deadline bounds the retries of one chunk.
         description: the model's.
         streams: the events to send.
-        pace: sizes and times of the chunks.
-        advance: called with the number of events that were applied or skipped, negative if the
-            store lost some.
+        chunk: the least and the most events of a chunk, drawn uniformly between the two.
+        seed: of the sizes; the same seed and stream give the same chunks.
+        streams_in_flight: most streams with a chunk in flight at once.
+        speed: times real time by the events' timestamps; None for as fast as possible.
+        show: called with the number of events that the service has consumed.
     """
 
     def __init__(
@@ -159,18 +112,28 @@ class Replay:
         model: AsyncModel,
         description: ModelDescription,
         streams: Sequence[StreamEvents],
-        pace: Pace,
-        advance: Callable[[int], None] = lambda events: None,
+        *,
+        chunk: tuple[int, int] = (1, 64),
+        seed: int = 1,
+        streams_in_flight: int = 64,
+        speed: float | None = None,
+        show: Callable[[int], None] = lambda events: None,
     ) -> None:
-        self._description, self._pace, self._advance = description, pace, advance
-        self._slots = asyncio.Semaphore(pace.streams_in_flight)
+        self._description, self._chunk, self._speed = description, chunk, speed
+        self._show = show
+        self._slots = asyncio.Semaphore(streams_in_flight)
         self._start_s = 0.0
-        self._first_ms = 0
+        self._first_ms = self._consumed = 0
         self.tally = Tally()
         # without a buffer the client raises instead of sending events again by itself, so that
         # the outputs of all that are sent again are seen
         self.streams = [
-            StreamReplay(each, model.stream(each.name, buffer_events=0), description.width, pace)
+            StreamReplay(
+                each,
+                model.stream(each.name, buffer_events=0),
+                np.full((len(each), description.width), np.nan, np.float32),
+                Random(f"{seed} {each.name}"),  # noqa: S311
+            )
             for each in streams
         ]
 
@@ -184,7 +147,7 @@ class Replay:
             await self._each(self._ask_start)
             waiting = [each for each in self.streams if each.position < len(each.events)]
             self._first_ms = min(
-                (each.events.time_ms(each.position) for each in waiting), default=0
+                (int(each.events.times_ms[each.position]) for each in waiting), default=0
             )
             self._start_s = time.monotonic()
             await self._each(self._send_all)
@@ -202,7 +165,6 @@ class Replay:
     async def _ask_start(self, stream: StreamReplay) -> None:
         async with self._slots:
             stream.start = await self._refresh(stream)
-        self._advance(min(stream.start, len(stream.events)))
 
     async def _check_position(self, stream: StreamReplay) -> None:
         async with self._slots:
@@ -212,16 +174,16 @@ class Replay:
             self.tally.faults.append(f"stream {name!r}: expected position {end}, got {position}")
 
     async def _send_all(self, stream: StreamReplay) -> None:
-        while stream.position < len(stream.events):
-            stop = stream.next_stop()
-            if self._pace.speed is not None:
-                due_s = (stream.events.time_ms(stop - 1) - self._first_ms) / 1000 / self._pace.speed
-                await asyncio.sleep(self._start_s + due_s - time.monotonic())
+        end = len(stream.events)
+        while stream.position < end:
+            stop = min(stream.position + stream.random.randint(*self._chunk), end)
+            if self._speed is not None:
+                due_ms = int(stream.events.times_ms[stop - 1]) - self._first_ms
+                due_s = self._start_s + due_ms / 1000 / self._speed
+                await asyncio.sleep(due_s - time.monotonic())
             # a semaphore is fair: streams take turns
             async with self._slots:
-                before = stream.position
                 await self._send_chunk(stream, stop)
-            self._advance(min(stream.position, len(stream.events)) - before)
 
     async def _send_chunk(self, stream: StreamReplay, stop: int) -> None:
         """Send one chunk, check its reply, and move the stream."""
@@ -229,24 +191,27 @@ class Replay:
         chunk = f"stream {stream.events.name!r}, chunk at {start}: "
         sent_s = time.monotonic()
         try:
-            answer = await stream.send(stop)
+            reply = await stream.client.send(stream.events.events(start, stop))
+        except (AlreadyApplied, StreamMoved) as error:
+            unanswered: CarryError = error
         except Problem as problem:
-            raise _replay_error(problem, chunk) from problem
-        if isinstance(answer, Reply):
+            if problem.code != "unreadable_reply":
+                raise _replay_error(problem, chunk) from problem
+            tally.faults.append(f"{chunk}{problem.detail}")
+            unanswered = problem
+        else:
             tally.latencies_s.append(time.monotonic() - sent_s)
-            self._store_outputs(stream, stop, answer, chunk)
-            tally.replayed += answer.is_replayed
+            self._store_outputs(stream, stop, reply, chunk)
+            tally.replayed += reply.is_replayed
             tally.chunks += 1
             tally.events += stop - start
-            stream.position = stop
+            self._move(stream, stop)
             return
-        if not isinstance(answer, (AlreadyApplied, StreamMoved)):
-            tally.faults.append(f"{chunk}{answer.detail}")
         position = await self._refresh(stream)
         if position < start:
             tally.sent_again += start - position
-        elif position == start and not isinstance(answer, StreamMoved):
-            raise ReplayError(f"{chunk}expected a reply, got {answer}")
+        elif position == start and not isinstance(unanswered, StreamMoved):
+            raise ReplayError(f"{chunk}expected a reply, got {unanswered}")
         else:
             tally.skipped += min(position, len(stream.events)) - start
 
@@ -261,13 +226,21 @@ class Replay:
         stored[:] = outputs
 
     async def _refresh(self, stream: StreamReplay) -> int:
+        """Ask for a stream's position, and continue from there."""
         try:
-            return await stream.refresh()
+            self._move(stream, (await stream.client.refresh()).position)
         except CarryError as error:
             raise _replay_error(error, f"stream {stream.events.name!r}: ") from error
+        return stream.position
+
+    def _move(self, stream: StreamReplay, position: int) -> None:
+        end = len(stream.events)
+        self._consumed += min(position, end) - min(stream.position, end)
+        stream.position = position
+        self._show(self._consumed)
 
 
-def _replay_error(error: CarryError, what: str = "") -> ReplayError:
+def _replay_error(error: CarryError, what: str) -> ReplayError:
     """The error that ends a replay after the last attempt of a request."""
     if isinstance(error, Problem) and error.is_retryable:
         return ReplayError(f"{what}{error}; start again to resume from the streams' positions")
@@ -279,14 +252,14 @@ def _counted_retries(retries: Counter[str]) -> Iterator[None]:
     """Count the failed attempts that the client repeats and logs."""
     logger = logging.getLogger("carry_client")
     before = logger.level, logger.propagate
+    handler = logging.Handler()
 
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            code = getattr(record, "code", None)
-            if code is not None:
-                retries[code] += 1
+    def count(record: logging.LogRecord) -> None:
+        code = getattr(record, "code", None)
+        if code is not None:
+            retries[code] += 1
 
-    handler = Handler()
+    handler.emit = count  # type: ignore[method-assign]
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 
 import models
+from carry_client import ModelDescription
 from models.artifact.artifact import Artifact, load_artifact
 from models.errors import ArtifactError
-from models.events.columns import EventColumns
 from models.offline.runner import OrderedEvents, Runner, open_keras_step
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec
-from service.commands.replay.events import ReplayError
+from service.commands.replay.events import ReplayError, StreamEvents
 from service.commands.replay.send import ABSOLUTE, FloatRows, excess
 
 MAX_PADDED_STEPS = 65_536
@@ -32,20 +32,8 @@ MAX_PADDED_STEPS = 65_536
 PADDING_SHARE = 1.5
 """A stream joins a call while the longest is at most this much longer."""
 
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """One stream's events and the outputs that the replay received.
-
-    Attributes:
-        name: the stream.
-        columns: its whole events, from event 0 to the position at the end of the replay.
-        outputs: float32 [T, O]; NaN if this run received none.
-    """
-
-    name: str
-    columns: EventColumns
-    outputs: FloatRows
+Received = tuple[StreamEvents, FloatRows]
+"""A stream's events, and its outputs [T, O]; NaN where the replay received none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +54,6 @@ class OutputCheck:
     step: int
     beyond: int
 
-    @property
-    def holds(self) -> bool:
-        """Whether every value is within the contract."""
-        return self.beyond == 0
-
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -83,53 +66,44 @@ class Verification:
     @property
     def holds(self) -> bool:
         """Whether every output is within the contract."""
-        return all(output.holds for output in self.outputs)
+        return not any(output.beyond for output in self.outputs)
 
 
-def open_artifact(path: Path | None, model: str, version: str) -> Artifact:
+def open_reference(served: ModelDescription, path: Path | None) -> Artifact:
     """The artifact of the model that the service serves.
 
     Args:
         path: its directory; None for the pretrained model of that name.
-        model: the model's name.
-        version: the version that the service serves.
 
     Raises:
-        ReplayError: there is none, it is damaged, or it is another version than the service's.
+        ReplayError: its outputs depend on the chunks, TensorFlow is not installed, or there is no
+            such artifact of the served version.
     """
-    path = path or Path(models.__file__).parent / "pretrained" / model
-    try:
-        artifact = load_artifact(path)
-    except ArtifactError as error:
-        raise ReplayError(f"--artifact: {error}") from error
-    if artifact.version != version:
+    if not served.is_cut_invariant:
         raise ReplayError(
-            f"--artifact: expected the model that is served, version {version}, "
-            f"got {artifact.version} at {path}"
+            f"--verify compares with one call per whole stream, and the outputs of model "
+            f"{served.name!r} depend on how a stream is cut into chunks"
         )
-    return artifact
-
-
-def check_tensorflow() -> None:
-    """Check, before a replay starts, that `keras_runner` will work; does not import TensorFlow.
-
-    Raises:
-        ReplayError: TensorFlow, the reference for every runtime, is not installed.
-    """
     if find_spec("tensorflow") is None:
         raise ReplayError(
             "--verify compares with Keras and needs TensorFlow, whatever runtime serves: "
             "pip install ./client '.[tensorflow]'"
         )
+    path = path or Path(models.__file__).parent / "pretrained" / served.name
+    try:
+        artifact = load_artifact(path)
+    except ArtifactError as error:
+        raise ReplayError(f"--artifact: {error}") from error
+    if artifact.version != served.version:
+        raise ReplayError(
+            f"--artifact: expected the model that is served, version {served.version}, "
+            f"got {artifact.version} at {path}"
+        )
+    return artifact
 
 
 def keras_runner(artifact: Artifact) -> Runner:
-    """Runs the artifact's Keras layers. Imports TensorFlow.
-
-    Raises:
-        ReplayError: TensorFlow is not installed.
-    """
-    check_tensorflow()
+    """Runs the artifact's Keras layers. Imports TensorFlow."""
     return Runner(artifact.spec, artifact.weights, open_keras_step(artifact.spec, artifact.weights))
 
 
@@ -142,67 +116,52 @@ def verify_outputs(spec: ModelSpec, runner: Runner, streams: Sequence[Received])
         streams: a stream without a received output is not computed.
     """
     layout, initial = output_spec(spec), state_spec(spec).initial()
-    worst = {output.name: OutputCheck(output.name, 0.0, 0.0, "", 0, 0) for output in layout.outputs}
-    compared = missing = 0
+    actual = [np.empty((0, layout.size), np.float32)]
+    expected = actual.copy()
+    places: list[tuple[str, int]] = []
     for group in _groups(streams):
-        events = [OrderedEvents(stream.name, stream.columns, initial) for stream in group]
-        whole, _ = runner.run(events, chunk=None, batch=len(group))
-        for stream, expected in zip(group, whole, strict=True):
-            is_received = ~np.isnan(stream.outputs).any(axis=1)
-            compared += int(is_received.sum())
-            steps = np.flatnonzero(is_received)
-            for name, columns in layout.slices.items():
-                rows = expected[is_received][:, columns]
-                check = _check(name, stream, steps, rows, columns)
-                worst[name] = _worse(worst[name], check)
-    missing = sum(int(np.isnan(stream.outputs).any(axis=1).sum()) for stream in streams)
-    return Verification(tuple(worst.values()), compared, missing)
+        ordered = [OrderedEvents(events.name, events.columns, initial) for events, _ in group]
+        whole, _ = runner.run(ordered, chunk=None, batch=len(group))
+        for (events, outputs), rows in zip(group, whole, strict=True):
+            steps = np.flatnonzero(~np.isnan(outputs).any(axis=1))
+            actual.append(outputs[steps])
+            expected.append(rows[steps])
+            places += [(events.name, int(step)) for step in steps]
+    received, computed = np.concatenate(actual), np.concatenate(expected)
+    checks = tuple(
+        _check(name, received[:, columns], computed[:, columns], places)
+        for name, columns in layout.slices.items()
+    )
+    total = sum(len(events) for events, _ in streams)
+    return Verification(checks, len(places), total - len(places))
 
 
 def _check(
-    name: str, stream: Received, steps: np.ndarray, expected: FloatRows, columns: slice
+    name: str, actual: FloatRows, expected: FloatRows, places: Sequence[tuple[str, int]]
 ) -> OutputCheck:
-    actual = stream.outputs[steps][:, columns]
+    if not places:
+        return OutputCheck(name, 0.0, 0.0, "", 0, 0)
     over = excess(actual, expected)
     # A value that is not a number would compare as within any bound.
     over = np.where(np.isfinite(over), over, np.inf)
-    at = int(np.argmax(np.max(over, axis=1)))
-    difference = np.max(np.abs(actual.astype(np.float64) - expected))
+    stream, step = places[int(np.argmax(np.max(over, axis=1)))]
+    difference = float(np.max(np.abs(actual.astype(np.float64) - expected)))
     beyond = int((over > ABSOLUTE).sum())
-    return OutputCheck(
-        name,
-        float(np.max(over)),
-        float(difference),
-        stream.name,
-        int(steps[at]),
-        beyond,
-    )
-
-
-def _worse(a: OutputCheck, b: OutputCheck) -> OutputCheck:
-    top = b if b.excess > a.excess or not a.stream else a
-    return OutputCheck(
-        top.name,
-        top.excess,
-        max(a.difference, b.difference),
-        top.stream,
-        top.step,
-        a.beyond + b.beyond,
-    )
+    return OutputCheck(name, float(np.max(over)), difference, stream, step, beyond)
 
 
 def _groups(streams: Sequence[Received]) -> Iterator[list[Received]]:
     """Streams with received outputs, similar lengths together, within `MAX_PADDED_STEPS`."""
     group: list[Received] = []
-    useful = [stream for stream in streams if not np.isnan(stream.outputs).any(axis=1).all()]
-    for stream in sorted(useful, key=lambda stream: len(stream.columns)):
-        longest = len(stream.columns)
+    useful = [each for each in streams if not np.isnan(each[1]).any(axis=1).all()]
+    for each in sorted(useful, key=lambda each: len(each[0])):
+        longest = len(each[0])
         if group and (
             (len(group) + 1) * longest > MAX_PADDED_STEPS
-            or longest > PADDING_SHARE * len(group[0].columns) + 1
+            or longest > PADDING_SHARE * len(group[0][0]) + 1
         ):
             yield group
             group = []
-        group.append(stream)
+        group.append(each)
     if group:
         yield group

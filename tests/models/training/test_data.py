@@ -3,6 +3,7 @@ import polars as pl
 import pytest
 
 from models.errors import DataError, SpecError
+from models.spec.model import schema_of
 from models.training.data import fitted_spec, moment_ms, streams_of
 from models.training.files import read_data
 from models.training.plan import plan_of
@@ -37,7 +38,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path, frame, name, moments):
         table = frame
     write(table, tmp_path / name)
     expected = streams_of(spec, frame)
-    streams = streams_of(spec, read_data(tmp_path / name, spec))
+    streams = streams_of(spec, read_data(tmp_path / name, schema_of(spec)))
     fitted = fitted_spec(spec, expected, 16 * HOUR_MS).events
     assert streams.names == expected.names
     assert streams.spans == expected.spans
@@ -66,7 +67,7 @@ def test_a_wrong_cell_is_named(tmp_path, frame, cell, expected):
     cells = pl.when(pl.int_range(pl.len()) == 2).then(pl.lit("seven")).otherwise(pl.col(cell))
     table.with_columns(cells.alias(cell)).write_csv(path)
     with pytest.raises(DataError, match=expected) as caught:
-        streams_of(latch_spec(), read_data(path, latch_spec()), str(path))
+        streams_of(latch_spec(), read_data(path, schema_of(latch_spec())), str(path))
     assert str(path) in str(caught.value)
     assert caught.value.field == cell
     assert "seven" in str(caught.value)
@@ -77,7 +78,7 @@ def test_an_empty_cell_of_a_required_field_is_named(tmp_path, frame):
     hole = pl.when(pl.int_range(pl.len()) == 4).then(None).otherwise(pl.col("noise"))
     frame.with_columns(hole.alias("noise")).write_csv(path)
     with pytest.raises(DataError, match="row 5: a value"):
-        streams_of(latch_spec(), read_data(path, latch_spec()), str(path))
+        streams_of(latch_spec(), read_data(path, schema_of(latch_spec())), str(path))
 
 
 @pytest.mark.parametrize("column", ["id", "at", "noise"])
@@ -89,13 +90,13 @@ def test_a_missing_column_is_named(frame, column):
 @pytest.mark.parametrize("name", ["t.xlsx", "missing.csv", "missing.parquet", "missing.jsonl"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
     with pytest.raises(DataError, match=name.split(".")[0]):
-        read_data(tmp_path / name, latch_spec())
+        read_data(tmp_path / name, schema_of(latch_spec()))
 
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"t\.parquet"):
-        read_data(tmp_path / "t.parquet", latch_spec())
+        read_data(tmp_path / "t.parquet", schema_of(latch_spec()))
 
 
 def test_moments_without_a_zone_are_local():
@@ -141,12 +142,12 @@ def test_a_row_with_too_many_cells_is_rejected_with_its_number(tmp_path, frame):
     cells = len(frame.columns)
     message = rf"t\.csv, row 5: {cells} cells, as in the header, got {cells + 1}"
     with pytest.raises(DataError, match=message):
-        read_data(path, latch_spec())
+        read_data(path, schema_of(latch_spec()))
 
 
 def test_a_file_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(DataError, match=r"expected an existing file, got .*t\.csv"):
-        read_data(tmp_path / "t.csv", latch_spec())
+        read_data(tmp_path / "t.csv", schema_of(latch_spec()))
 
 
 def test_out_of_order_events_do_not_leak_past_the_split(frame):

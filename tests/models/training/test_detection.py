@@ -17,6 +17,7 @@ from models.errors import ArtifactError, DataError
 from models.offline.score import score_file
 from models.spec.detection import DetectionSpec
 from models.spec.layout import output_spec
+from models.spec.model import schema_of
 from models.training.data import streams_of
 from models.training.evaluate import evaluate, run_chunks
 from models.training.files import read_data
@@ -114,7 +115,7 @@ def test_anomalies_are_scored_by_the_labels_of_a_csv_file(
     assert expected["detection"]["anomalies"] > 0
     path = tmp_path / "labelled.csv"
     frame.with_columns(anomalous).write_csv(path)
-    labelled = read_data(path, artifact.spec)
+    labelled = read_data(path, schema_of(artifact.spec))
     assert evaluate(artifact, labelled, anomalies="anomaly")["detection"] == expected["detection"]
 
     cell = pl.when(pl.int_range(pl.len()) == 4).then(pl.lit("perhaps")).otherwise("anomaly")

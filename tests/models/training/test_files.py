@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from models.errors import DataError
-from models.spec.model import ModelSpec, parse_spec
+from models.spec.model import ModelSpec, parse_spec, schema_of
 from models.training.data import streams_of
 from models.training.files import read_batches, read_data
 
@@ -72,7 +72,7 @@ def test_malformed_csv_files_are_rejected(
     path = tmp_path / "events.csv"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        streams_of(spec, read_data(path, spec), str(path))
+        streams_of(spec, read_data(path, schema_of(spec)), str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -92,13 +92,13 @@ def test_malformed_files_of_other_formats_are_rejected(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     for read in (
-        lambda path: read_data(path, spec),
-        lambda path: list(read_batches(path, spec, 9)),
+        lambda path: read_data(path, schema_of(spec)),
+        lambda path: list(read_batches(path, schema_of(spec), 9)),
     ):
         with pytest.raises(DataError, match=message):
             read(tmp_path / name)
     with pytest.raises(DataError, match="an existing file"):
-        read_data(tmp_path / "none.csv", spec)
+        read_data(tmp_path / "none.csv", schema_of(spec))
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
@@ -106,12 +106,12 @@ def test_batches_have_the_rows_of_the_table(spec: ModelSpec, tmp_path: Path, mar
     """A byte order mark is skipped; columns of optional fields may be missing."""
     path = tmp_path / "events.csv"
     path.write_bytes(mark + GOOD)
-    frame = read_data(path, spec)
+    frame = read_data(path, schema_of(spec))
     assert frame.columns == HEADER.split(",")
     assert frame["x"].to_list() == [1.5, None]
     assert frame["flag"].to_list() == [True, False]
-    assert pl.concat(read_batches(path, spec, 1)).equals(frame)
-    assert pl.concat(read_batches(path, spec, 1, skip=1)).equals(frame[1:])
+    assert pl.concat(read_batches(path, schema_of(spec), 1)).equals(frame)
+    assert pl.concat(read_batches(path, schema_of(spec), 1, skip=1)).equals(frame[1:])
     assert streams_of(spec, frame).columns.present["later"].tolist() == [False, False]
 
 
@@ -119,4 +119,4 @@ def test_errors_of_batches_count_rows_from_the_beginning(spec: ModelSpec, tmp_pa
     path = tmp_path / "events.csv"
     path.write_bytes(changed("false", "no"))
     with pytest.raises(DataError, match="row 2: true or false"):
-        list(read_batches(path, spec, 1, skip=1))
+        list(read_batches(path, schema_of(spec), 1, skip=1))

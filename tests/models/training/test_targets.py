@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from models.errors import DataError
-from models.spec.model import ModelSpec, parse_spec
+from models.spec.model import ModelSpec, parse_spec, schema_of
 from models.training.data import streams_of
 from models.training.evaluate import evaluate
 from models.training.files import read_data
@@ -207,7 +207,7 @@ def test_a_csv_file_with_a_duplicate_column_is_rejected(tmp_path: Path, unused: 
     path.write_text(frame.write_csv().replace("again", name, 1))
     message = rf"t\.csv, line 1: columns of different names, got '{name}' as columns "
     with pytest.raises(DataError, match=message) as caught:
-        read_data(path, spec_of(UP))
+        read_data(path, schema_of(spec_of(UP)))
     assert caught.value.field == name
 
 
@@ -215,7 +215,7 @@ def test_unnamed_columns_are_ignored(tmp_path: Path) -> None:
     """As some spreadsheets add at the end of every line."""
     path = tmp_path / "t.csv"
     path.write_text("".join(f"{line},,\n" for line in table().write_csv().splitlines()))
-    streams_of(spec_of(UP), read_data(path, spec_of(UP)))
+    streams_of(spec_of(UP), read_data(path, schema_of(spec_of(UP))))
 
 
 def test_a_json_row_with_a_duplicate_member_is_rejected(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_json_row_with_a_duplicate_member_is_rejected(tmp_path: Path) -> None:
     lines[6] = lines[6].replace('"extra"', '"noise"')
     path.write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"t\.jsonl, line 7: each member once, got 'noise' 2 times"):
-        read_data(path, spec_of(UP))
+        read_data(path, schema_of(spec_of(UP)))
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
@@ -237,5 +237,5 @@ def test_epoch_seconds_are_rejected(tmp_path: Path, name: str) -> None:
     seconds = frame["at"][0]
     message = rf"{name}, row 1: epoch milliseconds, got {seconds}, which is 2023-11-15T.*Z in epoch"
     with pytest.raises(DataError, match=message) as caught:
-        streams_of(spec_of(UP), read_data(path, spec_of(UP)), name)
+        streams_of(spec_of(UP), read_data(path, schema_of(spec_of(UP))), name)
     assert caught.value.field == "at"

