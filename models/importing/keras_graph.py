@@ -43,7 +43,8 @@ from models.importing.keras_values import (
     read_through,
     starts_from,
 )
-from models.spec.layers import DEFAULT_CHUNK_STEPS, FEATURES, RECURRENT
+from models.spec.chunking import DEFAULT_CHUNK_STEPS
+from models.spec.layers import FEATURES, Recurrent
 from models.spec.model import ModelSpec, parse_spec
 
 _MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
@@ -403,7 +404,7 @@ def _chunking_notes(
     """How the model's chunking relates to the original, whose states may be inputs (`explicit`)."""
     stateful = any(getattr(layer, "stateful", False) for layer in model._flatten_layers())
     if spec.chunking == "per_chunk":
-        recurrent = [layer for layer in spec.layers if isinstance(layer, RECURRENT)]
+        recurrent = [layer for layer in spec.layers if isinstance(layer, Recurrent)]
         starts = " and ".join(
             f"{to.name!r} from {to.starts_from!r}" for to in recurrent if to.starts_from
         )

@@ -66,7 +66,6 @@ from models.spec.layers import (
     Recurrent,
     SimpleRnnLayer,
     SliceLayer,
-    returned_state,
 )
 from models.spec.layout import (
     head_units,
@@ -214,12 +213,12 @@ class StepNetwork:
             keras_layer: Any = self._layers.get(layer.name)
             match layer:
                 case LstmLayer() | GruLayer() | SimpleRnnLayer() | BidirectionalLayer():
-                    names = [f"{layer.name}.{part}" for part in returned_state(layer)]
+                    names = [f"{layer.name}.{part}" for part in layer.returned_state]
                     if layer.starts_from is None:
                         initial = [self._part(state, name) for name in names]
                     else:
                         initial = [
-                            parts[f"{layer.starts_from}.{part}"] for part in returned_state(layer)
+                            parts[f"{layer.starts_from}.{part}"] for part in layer.returned_state
                         ]
                     values[layer.name], after = self._recurrent(
                         layer, sources[0], initial, mask, training

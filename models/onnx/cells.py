@@ -28,7 +28,6 @@ another goes on over the lookahead, and the state between them is the one that i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -64,26 +63,17 @@ _NODES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class CellFunction:
-    """A function inside a recurrent operator; the numbers only if it takes them."""
-
-    name: str
-    alpha: float | None = None
-    beta: float | None = None
-
-
-_CELL_FUNCTIONS = {
-    "linear": CellFunction("Affine", 1.0, 0.0),
-    "relu": CellFunction("Relu"),
-    "sigmoid": CellFunction("Sigmoid"),
-    "hard_sigmoid": CellFunction("HardSigmoid", _HARD_SIGMOID["alpha"], _HARD_SIGMOID["beta"]),
-    "tanh": CellFunction("Tanh"),
-    "softplus": CellFunction("Softplus"),
-    "softsign": CellFunction("Softsign"),
-    "elu": CellFunction("Elu", 1.0),
-    "leaky_relu": CellFunction("LeakyRelu", _LEAKY_SLOPE),
+_CELL_FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("Affine", {"alpha": 1.0, "beta": 0.0}),
+    **{name: own for name, own in _NODES.items() if name not in ("selu", "exponential")},
 }
+"""The functions that recurrent operators have inside; the numbers only if one takes them."""
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+LSTM_GATES = (0, 3, 1, 2)
+PEEPHOLE_GATES = (0, 2, 1)
+"""Order of ONNX' gates among Keras'; an LSTM's peepholes are i, f, o and in ONNX i, o, f."""
 
 
 def activation(nodes: Nodes, name: ActivationName, x: Value) -> Value:
@@ -104,127 +94,61 @@ def activation(nodes: Nodes, name: ActivationName, x: Value) -> Value:
     return nodes.add(operator, x, **attributes)
 
 
-def cell_function(layer: str, name: ActivationName) -> CellFunction:
-    """The function of that name inside LSTM and GRU.
-
-    Raises:
-        GraphUnsupportedError: the operators have none like it; `layer` is named.
-    """
-    function = _CELL_FUNCTIONS.get(name)
-    if function is None:
-        raise GraphUnsupportedError(
-            f"layer {layer!r}: ONNX' recurrent operators have no activation {name!r}, "
-            f"expected one of {sorted(_CELL_FUNCTIONS)}"
-        )
-    return function
-
-
-Floats = NDArray[np.float32]
-
-LSTM_GATES = (0, 3, 1, 2)
-GRU_GATES = (0, 1, 2)
-RNN_GATES = (0,)
-PEEPHOLE_GATES = (0, 2, 1)
-"""Order of ONNX' gates among Keras'; an LSTM's peepholes are i, f, o and in ONNX i, o, f."""
-
-
-def lstm(
+def recurrent(
     nodes: Nodes,
-    layer: LstmLayer,
-    weights: Mapping[str, Floats],
+    cell: Cell,
+    weights: Weights,
     x: Value,
     lengths: Value,
     state: list[Value],
     direction: str | None = None,
 ) -> tuple[Value, list[Value]]:
-    """One LSTM layer.
+    """One recurrent layer of one direction.
 
     Args:
         x: float32 [T, B, in].
         lengths: int32 [B], valid steps of each row.
-        state: hidden and carry, float32 [1, B, H].
+        state: hidden, and of an LSTM carry, float32 [1, B, H].
         direction: forward, or `reverse`: from each row's last valid step to its first.
 
     Returns:
-        The sequence [T, B, H], and hidden and carry after a row's length.
+        The sequence [T, B, H], and the state after a row's length.
 
     Raises:
         GraphUnsupportedError: an activation that the operator does not have.
     """
-    if layer.layer_normalization or layer.projection is not None:
-        return _lstm_loop(nodes, layer, weights, x, lengths, state)
-    hidden, carry = state
-    functions = _functions(
-        layer.name, layer.recurrent_activation, layer.activation, layer.activation
-    )
-    sequence, after, carry_after = nodes.add_many(
-        "LSTM",
-        x,
-        *_constants(nodes, layer, weights, LSTM_GATES),
-        lengths,
-        hidden,
-        carry,
-        *_peepholes(nodes, layer, weights),
-        count=3,
-        hidden_size=layer.units,
+    names = [cell.activation]
+    gates: tuple[int, ...]
+    options: dict[str, Any] = {}
+    match cell:
+        case LstmLayer() if cell.layer_normalization or cell.projection is not None:
+            return _lstm_loop(nodes, cell, weights, x, lengths, state)
+        case LstmLayer():
+            operator, gates = "LSTM", LSTM_GATES
+            names = [cell.recurrent_activation, cell.activation, cell.activation]
+        case GruLayer():
+            operator, gates = "GRU", (0, 1, 2)
+            names = [cell.recurrent_activation, cell.activation]
+            options["linear_before_reset"] = int(cell.reset_after)
+        case SimpleRnnLayer():
+            operator, gates = "RNN", (0,)
+    inputs = [x, *_constants(nodes, cell, weights, gates), lengths, *state]
+    if isinstance(cell, LstmLayer) and cell.peepholes:
+        peepholes = weights[f"{cell.name}.peepholes"][np.newaxis]
+        inputs.append(nodes.constant(_gates(peepholes, PEEPHOLE_GATES)))
+    sequence, *after = nodes.add_many(
+        operator,
+        *inputs,
+        count=1 + len(state),
+        hidden_size=cell.units,
         direction=direction,
-        **functions,
+        **options,
+        **_functions(cell.name, names),
     )
-    return nodes.add("Squeeze", sequence, nodes.integers(1)), [after, carry_after]
+    return nodes.add("Squeeze", sequence, nodes.integers(1)), after
 
 
-def gru(
-    nodes: Nodes,
-    layer: GruLayer,
-    weights: Mapping[str, Floats],
-    x: Value,
-    lengths: Value,
-    state: list[Value],
-    direction: str | None = None,
-) -> tuple[Value, list[Value]]:
-    """One GRU layer; as `lstm`, with the hidden part alone."""
-    sequence, after = nodes.add_many(
-        "GRU",
-        x,
-        *_constants(nodes, layer, weights, GRU_GATES),
-        lengths,
-        *state,
-        count=2,
-        hidden_size=layer.units,
-        direction=direction,
-        linear_before_reset=int(layer.reset_after),
-        **_functions(layer.name, layer.recurrent_activation, layer.activation),
-    )
-    return nodes.add("Squeeze", sequence, nodes.integers(1)), [after]
-
-
-def simple_rnn(
-    nodes: Nodes,
-    layer: SimpleRnnLayer,
-    weights: Mapping[str, Floats],
-    x: Value,
-    lengths: Value,
-    state: list[Value],
-    direction: str | None = None,
-) -> tuple[Value, list[Value]]:
-    """One simple RNN layer; as `gru`."""
-    sequence, after = nodes.add_many(
-        "RNN",
-        x,
-        *_constants(nodes, layer, weights, RNN_GATES),
-        lengths,
-        *state,
-        count=2,
-        hidden_size=layer.units,
-        direction=direction,
-        **_functions(layer.name, layer.activation),
-    )
-    return nodes.add("Squeeze", sequence, nodes.integers(1)), [after]
-
-
-def _constants(
-    nodes: Nodes, layer: Cell, weights: Mapping[str, Floats], order: tuple[int, ...]
-) -> list[Value]:
+def _constants(nodes: Nodes, layer: Cell, weights: Weights, order: tuple[int, ...]) -> list[Value]:
     """The operator's W [1, gates * H, in], R [1, gates * H, H] and B [1, 2 * gates * H]."""
     width = len(order) * layer.units
     biases = np.zeros((2, width), np.float32)
@@ -238,36 +162,32 @@ def _constants(
     ]
 
 
-def _peepholes(nodes: Nodes, layer: LstmLayer, weights: Mapping[str, Floats]) -> list[Value]:
-    """The operator's P [1, 3 * H], if there is one."""
-    if not layer.peepholes:
-        return []
-    peepholes = weights[f"{layer.name}.peepholes"][np.newaxis]
-    return [nodes.constant(_gates(peepholes, PEEPHOLE_GATES))]
-
-
-def _gates(weight: Floats, order: tuple[int, ...]) -> Floats:
+def _gates(weight: NDArray[np.float32], order: tuple[int, ...]) -> NDArray[np.float32]:
     """The same gates in ONNX' order: [..., gates * H] -> [..., gates * H]."""
     blocks = weight.reshape(*weight.shape[:-1], len(order), -1)
     return blocks[..., order, :].reshape(weight.shape)
 
 
-def _functions(layer: str, *names: ActivationName) -> dict[str, list[str] | list[float] | None]:
+def _functions(layer: str, names: list[ActivationName]) -> dict[str, Any]:
     """The operator's attributes; its numbers are given in order, to those that take any."""
-    functions: list[CellFunction] = [cell_function(layer, name) for name in names]
-    alphas = [function.alpha for function in functions if function.alpha is not None]
-    betas = [function.beta for function in functions if function.beta is not None]
+    for name in names:
+        if name not in _CELL_FUNCTIONS:
+            raise GraphUnsupportedError(
+                f"layer {layer!r}: ONNX' recurrent operators have no activation {name!r}, "
+                f"expected one of {sorted(_CELL_FUNCTIONS)}"
+            )
+    functions = [_CELL_FUNCTIONS[name] for name in names]
     return {
-        "activations": [function.name for function in functions],
-        "activation_alpha": alphas or None,
-        "activation_beta": betas or None,
+        "activations": [operator for operator, _ in functions],
+        "activation_alpha": [own["alpha"] for _, own in functions if "alpha" in own] or None,
+        "activation_beta": [own["beta"] for _, own in functions if "beta" in own] or None,
     }
 
 
 def _lstm_loop(
     nodes: Nodes,
     layer: LstmLayer,
-    weights: Mapping[str, NDArray[np.float32]],
+    weights: Weights,
     x: Value,
     lengths: Value,
     state: list[Value],
@@ -364,9 +284,6 @@ def _valid(nodes: Nodes, x: Value, lengths: Value) -> Value:
     return nodes.add("Less", indices, nodes.add("Unsqueeze", rows, nodes.integers(0, 2)))
 
 
-Weights = Mapping[str, NDArray[np.float32]]
-
-
 class WindowSteps(NamedTuple):
     """The valid steps of each row, int32 [B], and in blocks also how they are divided.
 
@@ -403,10 +320,10 @@ def forward(
 ) -> tuple[Value, list[Value]]:
     """A forward cell: the sequence, and the states after the last step, or after the block."""
     if not steps.block:
-        return _run(nodes, cell, weights, x, steps.lengths, initial)
+        return recurrent(nodes, cell, weights, x, steps.lengths, initial)
     block, lookahead = nodes.part(x, 0, steps.size, axis=0), nodes.part(x, steps.size, MOST, axis=0)
-    first, after = _run(nodes, cell, weights, block, steps.block, initial)
-    second, _ = _run(nodes, cell, weights, lookahead, steps.lookahead, after)
+    first, after = recurrent(nodes, cell, weights, block, steps.block, initial)
+    second, _ = recurrent(nodes, cell, weights, lookahead, steps.lookahead, after)
     return nodes.concat([first, second], axis=0), after
 
 
@@ -432,26 +349,10 @@ def bidirectional(
     half = len(initial) // 2
     ahead_cell, back_cell = layer.directions
     forward_outputs, after = forward(nodes, ahead_cell, weights, x, steps, initial[:half])
-    backward_outputs, after_back = _run(
+    backward_outputs, after_back = recurrent(
         nodes, back_cell, weights, x, steps.lengths, initial[half:], "reverse"
     )
     return _merge(nodes, layer, forward_outputs, backward_outputs), [*after, *after_back]
-
-
-def _run(
-    nodes: Nodes,
-    cell: Cell,
-    weights: Weights,
-    x: Value,
-    lengths: Value,
-    initial: list[Value],
-    direction: str | None = None,
-) -> tuple[Value, list[Value]]:
-    if isinstance(cell, LstmLayer):
-        return lstm(nodes, cell, weights, x, lengths, initial, direction)
-    if isinstance(cell, GruLayer):
-        return gru(nodes, cell, weights, x, lengths, initial, direction)
-    return simple_rnn(nodes, cell, weights, x, lengths, initial, direction)
 
 
 def _merge(

@@ -63,7 +63,6 @@ from models.spec.layers import (
     Recurrent,
     SimpleRnnLayer,
     SliceLayer,
-    returned_state,
 )
 from models.spec.layout import layer_widths, network_outputs, network_state
 from models.spec.model import ModelSpec
@@ -265,12 +264,12 @@ class _Step:
         source, states = layer.starts_from, self._before
         if source is not None:
             states = self._after
-        names = [f"{source or layer.name}.{part}" for part in returned_state(layer)]
+        names = [f"{source or layer.name}.{part}" for part in layer.returned_state]
         # In blocks a backward cell has no part: left out, the operator begins from zero.
         return [states.get(name, "") for name in names]
 
     def _keep(self, layer: Recurrent, after: list[Value]) -> None:
-        names = [f"{layer.name}.{part}" for part in returned_state(layer)]
+        names = [f"{layer.name}.{part}" for part in layer.returned_state]
         self._after.update(zip(names, after, strict=True))
 
     def _layer_normalization(self, layer: LayerNormalizationLayer, x: Value) -> Value:

@@ -28,7 +28,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.spec.layers import Cell, Layer, LayerName, returned_state
+from models.spec.layers import Cell, Layer, LayerName
 
 if TYPE_CHECKING:
     from models.spec.model import ModelSpec
@@ -43,25 +43,6 @@ observed yet. It is the first input of the decoder."""
 DISTRIBUTION = "distribution"
 """Name of the only head of the step network."""
 MEDIAN = 0.5
-STEPWISE_KINDS = (
-    "lstm",
-    "gru",
-    "simple_rnn",
-    "dense",
-    "activation",
-    "dropout",
-    "layer_normalization",
-    "batch_normalization",
-    "affine",
-    "prelu",
-    "slice",
-    "add",
-    "multiply",
-    "average",
-    "concatenate",
-)
-"""Kinds of layers that depend only on the current step and their state."""
-
 Quantile = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -174,10 +155,10 @@ def check_decoder(spec: ModelSpec, decoder: DecoderSpec) -> None:
             raise ValueError(f"decoder: expected no layer or head of that name, got {name!r}")
     _check_fields(spec.events, decoder)
     for layer in decoder.layers:
-        if layer.kind not in STEPWISE_KINDS:
+        if not (isinstance(layer, Cell) or layer.is_stepwise):
             raise ValueError(
-                f"decoder: layer {layer.name!r}: expected a layer that works step by step "
-                f"({', '.join(STEPWISE_KINDS)}), got {layer.kind}"
+                f"decoder: layer {layer.name!r}: expected a layer that works step by step, not a "
+                f"bidirectional, conv1d or attention one, got {layer.kind}"
             )
     _check_starts(spec, decoder)
 
@@ -232,7 +213,7 @@ def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
                 f"decoder: layer {name!r} starts from {source!r}, expected one of the encoder's "
                 f"layers that keep a state: {sorted(encoder)}"
             )
-        if returned_state(layer) != returned_state(encoder[source]):
+        if layer.returned_state != encoder[source].returned_state:
             raise ValueError(
                 f"decoder: layer {name!r} starts from {source!r}: expected the same kind and "
                 f"units, got {_describe(layer)} and {_describe(encoder[source])}"
@@ -245,7 +226,7 @@ def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
 
 
 def _describe(layer: Cell) -> str:
-    width = returned_state(layer)["hidden"]
+    width = layer.returned_state["hidden"]
     projected = "" if width == layer.units else f" to {width}"
     return f"{layer.kind} of {layer.units}{projected}"
 

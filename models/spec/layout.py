@@ -26,6 +26,7 @@ from models.events.schema import (
 )
 from models.events.statistics import statistic_parts
 from models.spec.blocks import block_parts
+from models.spec.chunking import chunk_constant_layers
 from models.spec.decoder import LAST, add_decoder_prefix
 from models.spec.detection import DetectionSpec, detection_parts
 from models.spec.heads import (
@@ -39,26 +40,7 @@ from models.spec.heads import (
 )
 from models.spec.layers import (
     FEATURES,
-    ActivationLayer,
-    AffineLayer,
     AttentionLayer,
-    BatchNormalizationLayer,
-    BidirectionalLayer,
-    Cell,
-    Conv1dLayer,
-    DenseLayer,
-    DropoutLayer,
-    GruLayer,
-    Layer,
-    LayerNormalizationLayer,
-    LstmLayer,
-    MergeLayer,
-    PreluLayer,
-    SimpleRnnLayer,
-    SliceLayer,
-    chunk_constant_layers,
-    layer_width,
-    returned_state,
 )
 from models.spec.model import ModelSpec
 from models.spec.onnx_network import STARTED
@@ -203,7 +185,9 @@ def network_state(spec: ModelSpec) -> StateSpec:
     parts = [
         StatePart(f"{layer.name}.{part}", shape, "float32")
         for layer in spec.layers
-        for part, shape in _state_parts(layer, widths, in_blocks=spec.blocks is not None).items()
+        for part, shape in layer.state_shapes(widths[layer.inputs[0]]).items()
+        # in blocks a backward cell starts from zero at the end of each window
+        if not (spec.blocks is not None and part.startswith("backward."))
     ]
     parts.extend(
         StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32")
@@ -213,30 +197,6 @@ def network_state(spec: ModelSpec) -> StateSpec:
     if spec.decoder is not None:
         parts.append(StatePart(LAST, (len(spec.decoder.targets),), "float32"))
     return StateSpec(tuple(parts))
-
-
-def _state_parts(
-    layer: Layer, widths: Mapping[str, int], *, in_blocks: bool
-) -> dict[str, tuple[int, ...]]:
-    """The state parts of a layer, with their shapes.
-
-    With blocks, a backward cell has none: it starts from zero at the end of each window.
-    """
-    match layer:
-        case LstmLayer() | GruLayer() | SimpleRnnLayer() | BidirectionalLayer():
-            returned = returned_state(layer).items() if layer.starts_from is None else ()
-            return {
-                part: (size,)
-                for part, size in returned
-                if not (in_blocks and part.startswith("backward."))
-            }
-        case Conv1dLayer() if layer.past_steps:
-            return {"past": (layer.past_steps, widths[layer.inputs[0]])}
-        case AttentionLayer(over="stream"):
-            # Each sum is stored as a float32 and its remainder.
-            return {"maximum": (), "normaliser": (2,), "sum": (2, widths[layer.name])}
-        case _:
-            return {}
 
 
 def output_spec(spec: ModelSpec) -> OutputSpec:
@@ -356,7 +316,7 @@ def layer_widths(spec: ModelSpec) -> dict[str, int]:
     """Output width per step of each layer, including `features`."""
     widths = {FEATURES: sum(column.width for column in spec.columns)}
     for layer in spec.layers:
-        widths[layer.name] = layer_width(layer, widths)
+        widths[layer.name] = layer.width_of([widths[name] for name in layer.inputs])
     return widths
 
 
@@ -377,39 +337,8 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         if column.codes is not None and column.embedding is not None:
             shapes[f"embedding.{column.name}"] = (column.codes, column.embedding)
     for layer in spec.layers:
-        read, name = widths[layer.inputs[0]], layer.name
-        match layer:
-            case LstmLayer() | GruLayer() | SimpleRnnLayer():
-                shapes.update(_cell_shapes(layer, read))
-            case BidirectionalLayer():
-                for cell in layer.directions:
-                    shapes.update(_cell_shapes(cell, read))
-            case DenseLayer():
-                shapes[f"{name}.kernel"] = (read, layer.units)
-                if layer.use_bias:
-                    shapes[f"{name}.bias"] = (layer.units,)
-            case Conv1dLayer():
-                shapes[f"{name}.kernel"] = (layer.kernel_size, read, layer.units)
-                if layer.use_bias:
-                    shapes[f"{name}.bias"] = (layer.units,)
-            case AffineLayer():
-                shapes.update({f"{name}.{kind}": (read,) for kind in ("shift", "scale", "offset")})
-            case PreluLayer():
-                shapes[f"{name}.slope"] = (read,)
-            case LayerNormalizationLayer() | BatchNormalizationLayer():
-                if layer.scale:
-                    shapes[f"{name}.gamma"] = (read,)
-                if layer.center:
-                    shapes[f"{name}.beta"] = (read,)
-                if isinstance(layer, BatchNormalizationLayer):
-                    shapes[f"{name}.moving_mean"] = (read,)
-                    shapes[f"{name}.moving_variance"] = (read,)
-            case AttentionLayer():
-                shapes[f"{name}.kernel"] = (read, layer.units)
-                shapes[f"{name}.bias"] = (layer.units,)
-                shapes[f"{name}.context"] = (layer.units,)
-            case ActivationLayer() | DropoutLayer() | MergeLayer() | SliceLayer():
-                pass
+        own = layer.weight_shapes(widths[layer.inputs[0]])
+        shapes.update((f"{layer.name}.{kind}", shape) for kind, shape in own.items())
     for head in spec.heads:
         units = head_units(spec, head)
         if units:
@@ -418,39 +347,4 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
                 shapes[f"heads.{head.name}.bias"] = (units,)
     if spec.decoder_network is not None:
         shapes.update(add_decoder_prefix(weight_shapes(spec.decoder_network)))
-    return shapes
-
-
-def _cell_shapes(cell: Cell, read: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the weights of a cell with an input width."""
-    if isinstance(cell, LstmLayer):
-        return _lstm_shapes(cell, read)
-    gates = cell.units if isinstance(cell, SimpleRnnLayer) else 3 * cell.units
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{cell.name}.kernel": (read, gates),
-        f"{cell.name}.recurrent_kernel": (cell.units, gates),
-    }
-    if cell.use_bias:
-        twice = isinstance(cell, GruLayer) and cell.reset_after
-        shapes[f"{cell.name}.bias"] = (2, gates) if twice else (gates,)
-    return shapes
-
-
-def _lstm_shapes(layer: LstmLayer, read: int) -> dict[str, tuple[int, ...]]:
-    name, gates = layer.name, 4 * layer.units
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{name}.kernel": (read, gates),
-        f"{name}.recurrent_kernel": (layer.width, gates),
-    }
-    if layer.use_bias:
-        shapes[f"{name}.bias"] = (gates,)
-    if layer.peepholes:
-        shapes[f"{name}.peepholes"] = (3 * layer.units,)
-    if layer.layer_normalization:
-        shapes[f"{name}.kernel_gamma"] = (gates,)
-        shapes[f"{name}.recurrent_gamma"] = (gates,)
-        shapes[f"{name}.carry_gamma"] = (layer.units,)
-        shapes[f"{name}.carry_beta"] = (layer.units,)
-    if layer.projection is not None:
-        shapes[f"{name}.projection"] = (layer.units, layer.projection)
     return shapes

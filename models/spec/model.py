@@ -29,6 +29,13 @@ from pydantic_core import PydanticKnownError
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen, NumericField
 from models.spec.blocks import BlockSpec
+from models.spec.chunking import (
+    DEFAULT_CHUNK_STEPS,
+    Chunking,
+    check_starts_from,
+    chunking_of,
+    non_causal_layers,
+)
 from models.spec.decoder import (
     DECODER,
     DecoderSpec,
@@ -47,20 +54,14 @@ from models.spec.heads import (
     SequenceHead,
 )
 from models.spec.layers import (
-    DEFAULT_CHUNK_STEPS,
     FEATURES,
-    RECURRENT,
     AttentionLayer,
     BidirectionalLayer,
-    Chunking,
     Conv1dLayer,
     Layer,
     MergeLayer,
+    Recurrent,
     Units,
-    check_starts_from,
-    chunking_of,
-    layer_width,
-    non_causal_layers,
 )
 from models.spec.onnx_network import OnnxNetwork
 from models.spec.resets import ResetPolicy
@@ -187,12 +188,12 @@ class ModelSpec(Frozen):
                 raise ValueError(
                     f"layer {layer.name!r}: expected {expected}, got {list(layer.inputs)}"
                 )
-            if isinstance(layer, RECURRENT):
+            if isinstance(layer, Recurrent):
                 check_starts_from(layer, before)
-            widths[layer.name] = layer_width(layer, widths)
+            widths[layer.name] = layer.width_of([widths[name] for name in layer.inputs])
             before[layer.name] = layer
         if not any(
-            isinstance(layer, RECURRENT) or (isinstance(layer, Conv1dLayer) and layer.past_steps)
+            isinstance(layer, Recurrent) or (isinstance(layer, Conv1dLayer) and layer.past_steps)
             for layer in self.layers
         ):
             raise ValueError(
@@ -293,7 +294,7 @@ class ModelSpec(Frozen):
                     f"layer {layer.name!r}: expected no {layer.kind} in a network with `blocks`, "
                     "whose windows overlap"
                 )
-            if isinstance(layer, RECURRENT) and layer.starts_from is not None:
+            if isinstance(layer, Recurrent) and layer.starts_from is not None:
                 raise ValueError(
                     f"layer {layer.name!r}: expected no `starts_from` in a network with `blocks`, "
                     "whose layers carry their own states from block to block"

@@ -16,7 +16,7 @@ import numpy as np
 from models.errors import DataError
 from models.events.calendar import DAY_MS
 from models.events.schema import EventSchema
-from models.spec.layers import DEFAULT_CHUNK_STEPS, chunking_of
+from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
 from models.spec.model import ModelSpec, schema_of
 from models.spec.training import ResolvedTraining, TrainingSpec
 from models.training.data import (

@@ -24,13 +24,13 @@ from models.events.schema import CategoricalField
 from models.spec.heads import SequenceHead
 from models.spec.layers import (
     FEATURES,
-    RECURRENT,
     BidirectionalLayer,
     Conv1dLayer,
     DenseLayer,
     DropoutLayer,
     Layer,
     MergeLayer,
+    Recurrent,
 )
 from models.spec.layout import layer_widths
 from models.spec.model import ModelSpec, parse_spec, schema_of
@@ -38,7 +38,7 @@ from models.spec.model import ModelSpec, parse_spec, schema_of
 Weights = Mapping[str, NDArray[np.float32]]
 Places = NDArray[np.int64]
 
-_WITH_KERNELS = (*RECURRENT, Conv1dLayer, DenseLayer)
+_WITH_KERNELS = Recurrent | Conv1dLayer | DenseLayer
 
 
 def check_members(spec: ModelSpec) -> None:

@@ -20,8 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from models.spec.chunking import non_causal_layers
 from models.spec.heads import LabelHead
-from models.spec.layers import non_causal_layers
 from models.training.scores import Floats, Scored, score_label
 from models.training.table import Baseline, Table, rows_around
 from models.training.trees import Grid, TimeBudget, Trees

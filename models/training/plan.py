@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 from models.errors import DataError, SpecError
 from models.events.schema import BooleanField, CategoricalField
+from models.spec.chunking import non_causal_layers
 from models.spec.decoder import DecoderSpec
 from models.spec.heads import ClassificationHead, Head, LabelHead
-from models.spec.layers import non_causal_layers
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec, schema_of
 from models.training.data import Labels, Streams, split_of, training_of

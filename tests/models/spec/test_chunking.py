@@ -11,11 +11,7 @@ import pytest
 from models.artifact.artifact import load_artifact, write_artifact
 from models.artifact.fingerprint import compute_fingerprint
 from models.errors import SpecError
-from models.spec.layers import (
-    DEFAULT_CHUNK_STEPS,
-    chunk_constant_layers,
-    non_causal_layers,
-)
+from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunk_constant_layers, non_causal_layers
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.oracle import contracting_weights, oracle_in_cuts
