@@ -21,16 +21,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from models.artifact.artifact import Artifact, load_artifact
-from models.artifact.files import replace_file
 from models.errors import ArtifactError, DataError, SpecError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, event_times
@@ -39,6 +36,7 @@ from models.offline.runner import FloatArray, OrderedEvents, Runner
 from models.spec.model import schema_of
 from models.spec.resets import find_resets, gaps_since_latest_ms, segment_numbers
 from models.spec.state import State
+from models.training.checkpoint import read_checkpoint, write_checkpoint
 from models.training.files import read_batches
 
 KINDS = (".parquet", ".csv")
@@ -129,44 +127,30 @@ class Parts:
         return self._folder / f"part-{number:06d}.parquet"
 
     def _write_checkpoint(self, progress: ScoringProgress) -> None:
-        streams = progress.streams
-        metadata = {
-            "key": self._key,
-            "rows": str(progress.rows),
-            "out_of_order": str(progress.out_of_order),
-            "parts": str(self._written),
-            "names": json.dumps(list(streams)),
-        }
-        arrays: dict[str, NDArray[Any]] = {
-            "floats": np.stack([state.floats for state, _ in streams.values()]),
-            "ints": np.stack([state.ints for state, _ in streams.values()]),
-            "positions": np.array([position for _, position in streams.values()], np.int64),
-        }
-        replace_file(self._folder / CHECKPOINT, save(arrays, metadata))
+        states = [state for state, _ in progress.streams.values()]
+        write_checkpoint(
+            self._folder / CHECKPOINT,
+            self._key,
+            {
+                "floats": np.stack([state.floats for state in states]),
+                "ints": np.stack([state.ints for state in states]),
+                "positions": np.array([at for _, at in progress.streams.values()], np.int64),
+            },
+            rows=str(progress.rows),
+            out_of_order=str(progress.out_of_order),
+            parts=str(self._written),
+            names=json.dumps(list(progress.streams)),
+        )
 
     def _read_checkpoint(self) -> ScoringProgress:
-        path = self._folder / CHECKPOINT
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                floats, ints, positions = (
-                    file.get_tensor(name) for name in ("floats", "ints", "positions")
-                )
-        except FileNotFoundError as error:
-            raise ArtifactError(
-                f"{path}: there is no checkpoint to resume from; one is written every "
-                f"{CHECKPOINT_EVERY_S:g} s"
-            ) from error
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{path}: expected a checkpoint, got {error}") from error
-        if metadata.get("key") != self._key:
-            raise ArtifactError(f"{path}: was made with another model or other data")
+        arrays, metadata = read_checkpoint(self._folder / CHECKPOINT, self._key)
         self._written = int(metadata["parts"])
         names = json.loads(metadata["names"])
-        states = map(State, floats, ints)
+        states = map(State, arrays["floats"], arrays["ints"])
+        positions = arrays["positions"].tolist()
         return ScoringProgress(
             int(metadata["rows"]),
-            dict(zip(names, zip(states, positions.tolist(), strict=True), strict=True)),
+            dict(zip(names, zip(states, positions, strict=True), strict=True)),
             int(metadata["out_of_order"]),
         )
 
@@ -312,10 +296,7 @@ class _Scorer:
         try:
             return columns_from_frame(self._schema, frame)
         except DataError as error:
-            at = "" if error.index is None else f", row {self.rows + error.index + 1}"
-            raise DataError(
-                field=error.field, expected=f"{self._source}{at}: {error.expected}", got=error.got
-            ) from error
+            raise error.in_table(self._source, self.rows) from error
 
     def _rows_by_stream(self, frame: pl.DataFrame) -> Mapping[str, NDArray[np.int64]]:
         names = frame[self._stream].cast(pl.String)

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +26,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.artifact.fingerprint import canonical_json
 from models.errors import ArtifactError
 from models.spec.model import ModelSpec
 from models.spec.training import ResolvedTraining
+from models.training.checkpoint import read_checkpoint, write_checkpoint
 from models.training.data import Labels, fitted_spec, labels_of, split_of, streams_of, training_of
 from models.training.defaults import calendar_warning, resolve_training
 from models.training.detection import check_detection, fitted_detection
@@ -42,21 +40,6 @@ from models.training.ensemble import check_members, merge_members
 from models.training.loop import Loop
 from models.training.plan import check_targets, plan_of, trained_network
 from models.training.progress import Advance, Progress
-
-FORMAT = "1"
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """One epoch's end.
-
-    Attributes:
-        arrays: everything numeric, by name.
-        history: one record per epoch done.
-    """
-
-    arrays: Mapping[str, NDArray[Any]]
-    history: tuple[dict[str, Any], ...]
 
 
 def checkpoint_path(out: Path) -> Path:
@@ -78,40 +61,6 @@ def training_key(
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
-
-
-def write_checkpoint(path: Path, key: str, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint at once: a reader finds the old one or the new one."""
-    metadata = {"format": FORMAT, "key": key, "history": json.dumps(list(checkpoint.history))}
-    arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(save(arrays, metadata))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def read_checkpoint(path: Path, key: str) -> Checkpoint:
-    """Read what `write_checkpoint` wrote.
-
-    Raises:
-        ArtifactError: there is none, it is damaged, or it is of another spec or other data.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: there is no checkpoint to resume from") from error
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: expected a checkpoint, got {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: expected checkpoint format {FORMAT}")
-    if metadata.get("key") != key:
-        raise ArtifactError(f"{path}: was made with another spec or other data")
-    return Checkpoint(arrays, tuple(json.loads(metadata["history"])))
 
 
 Reason = Literal["epochs", "patience", "time"]
@@ -323,9 +272,9 @@ class _Run:
 
     def resume(self) -> None:
         """Take over the checkpoint; ArtifactError if there is none that fits."""
-        checkpoint = read_checkpoint(self.path, self._key)
-        self.history = list(checkpoint.history)
-        for name, value in checkpoint.arrays.items():
+        arrays, metadata = read_checkpoint(self.path, self._key)
+        self.history = json.loads(metadata["history"])
+        for name, value in arrays.items():
             (self._kept if name.startswith(KEPT) else self._loop_arrays)[name] = value
 
     def of(self, member: int) -> list[dict[str, Any]]:
@@ -357,7 +306,7 @@ class _Run:
                     for name, value in loop.averaged_weights().items():
                         self._kept[f"{KEPT}{member}/{name}"] = value
                 arrays = {**loop.arrays(), **self._kept}
-                write_checkpoint(self.path, self._key, Checkpoint(arrays, tuple(self.history)))
+                write_checkpoint(self.path, self._key, arrays, history=json.dumps(self.history))
                 if after_epoch is not None:
                     after_epoch(record)
 

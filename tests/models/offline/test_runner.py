@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from models.errors import DataError
-from models.events.columns import EventColumns, columns_from_events
+from models.events.columns import EventColumns
 from models.events.encode import Clock, encode
 from models.offline.runner import OrderedEvents, Runner
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec, schema_of
 from tests.support.models import small_spec
 from tests.support.oracle import contracting_weights, oracle_step
+from tests.support.strict_events import columns_from_events
 
 LENGTHS = (1, 37, 12, 80, 5)
 

@@ -141,7 +141,7 @@ def test_a_run_that_is_interrupted_is_resumed(
     with pytest.raises(KeyboardInterrupt):
         score_file(small, data, cut, advance=stop, **options)
     assert not cut.exists()
-    with pytest.raises(ArtifactError, match="another model or other data"):
+    with pytest.raises(ArtifactError, match="another model or specification, or other data"):
         score_file(small, whole, cut, resume=True, **options)
     done: list[int] = []
     score_file(small, data, cut, resume=True, advance=done.append, **options)

@@ -128,9 +128,9 @@ def test_a_checkpoint_of_another_run_is_rejected(frame, checkpoint, tmp_path):
     spec = latch_spec(members=2, epochs=2)
     path = checkpoint_path(tmp_path / "a")
     path.write_bytes(checkpoint)
-    with pytest.raises(ArtifactError, match="another spec or other data"):
+    with pytest.raises(ArtifactError, match="another model or specification, or other data"):
         train(latch_spec(seed=9), frame, tmp_path / "a", quiet=True, resume=True)
-    with pytest.raises(ArtifactError, match="another spec or other data"):
+    with pytest.raises(ArtifactError, match="another model or specification, or other data"):
         train(spec, frame[1:], tmp_path / "a", quiet=True, resume=True)
     with pytest.raises(ArtifactError, match="no checkpoint"):
         train(spec, frame, tmp_path / "b", quiet=True, resume=True)
