@@ -59,3 +59,8 @@ class DataError(ModelsError):
         where = "" if index is None else f"event {index}: "
         what = "" if field is None else f"field {field!r}: "
         super().__init__(f"{where}{what}expected {expected}, got {got}")
+
+    def in_table(self, source: str, first_row: int = 0) -> DataError:
+        """The same error, whose index is that of a row of a table behind others, named from 1."""
+        at = "" if self.index is None else f", row {first_row + self.index + 1}"
+        return DataError(field=self.field, expected=f"{source}{at}: {self.expected}", got=self.got)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.events.parse import timestamp_ms
 from models.events.schema import (
     UNKNOWN_CODE,
     BooleanField,
@@ -372,47 +371,6 @@ class EventColumns:
             {name: array[rows] for name, array in self.present.items()},
             {name: array[rows] for name, array in self.values.items()},
         )
-
-
-def value_dtype(field: EventField) -> np.dtype[Any]:
-    """The dtype of a field's values in `EventColumns`."""
-    match field:
-        case NumericField():
-            return np.dtype(np.float64)
-        case TimestampField():
-            return np.dtype(np.int64)
-        case BooleanField():
-            return np.dtype(np.bool_)
-        case CategoricalField():
-            return np.dtype(object)
-
-
-def columns_from_events(schema: EventSchema, events: Sequence[Mapping[str, Any]]) -> EventColumns:
-    """Columns of events that `event_adapter(schema)` (or `event_type`) has validated.
-
-    Args:
-        schema: the schema that the events were validated under.
-        events: T dicts; an optional field may be absent or None.
-    """
-    steps = len(events)
-    present: dict[str, BoolArray] = {}
-    values: dict[str, NDArray[Any]] = {}
-    for field in schema.fields:
-        name, dtype = field.name, value_dtype(field)
-        if field.optional:
-            given: list[Any] = [event.get(name) for event in events]
-            present[name] = np.array([value is not None for value in given], np.bool_)
-            blank: Any = "" if dtype.hasobject else 0
-            given = [blank if value is None else value for value in given]
-        else:
-            given = [event[name] for event in events]
-            present[name] = np.ones(steps, np.bool_)
-        if isinstance(field, TimestampField):
-            given = [timestamp_ms(moment) for moment in given]
-        column = np.array(given, dtype)
-        # -0.0 and 0.0 are one number to a client, so they must be one to digest and network.
-        values[name] = column + 0.0 if dtype.kind == "f" else column
-    return EventColumns(steps, present, values)
 
 
 def block_of(schema: EventSchema, columns: EventColumns) -> Block:

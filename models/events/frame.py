@@ -13,13 +13,13 @@ Polars is used here and in `fit`, but not in serving.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from models.errors import DataError
 from models.events.calendar import zone_table
@@ -27,8 +27,10 @@ from models.events.columns import BoolArray, EventColumns
 from models.events.parse import (
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
-    timestamp_ms,
-    timestamp_validator,
+    TRUTH,
+    datetime_ms,
+    epoch_ms,
+    rfc3339_ms,
 )
 from models.events.schema import (
     MAX_CATEGORY_CHARS,
@@ -43,9 +45,6 @@ from models.events.schema import (
 EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
 """Integer columns with all values in this range are rejected as epoch seconds. As seconds these are
 times of 1979 to 2103; as milliseconds, of January and February 1970."""
-
-TRUTH = {"true": True, "false": False, "1": True, "0": False}
-"""Strings that are booleans, in lower case."""
 
 _HAS_OFFSET = r"([Zz]|[+-]\d{2}:?\d{2})$"
 _EXPECTED_TIME = "an RFC 3339 timestamp from 1900 to before 2200"
@@ -75,9 +74,8 @@ def columns_from_frame(schema: EventSchema, frame: pl.DataFrame) -> EventColumns
                 field=field.name, expected="a column of that name", got=f"{frame.columns}"
             )
         there, found = _read(schema, field, column)
-        if not field.optional and not there.all():
-            row = int(np.argmin(there))
-            raise DataError(index=row, field=field.name, expected="a value", got="none")
+        if not field.optional:
+            _reject(column, ~there, "a value", got="none")
         present[field.name] = there
         values[field.name] = found
     return EventColumns(frame.height, present, values)
@@ -137,9 +135,7 @@ def _numeric(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
     floats = column.cast(pl.Float64).fill_nan(None)
     present = floats.is_not_null().to_numpy()
     values = floats.fill_null(0.0).to_numpy() + 0.0
-    if not np.isfinite(values).all():
-        row = int(np.argmin(np.isfinite(values)))
-        raise DataError(index=row, field=column.name, expected="a finite number", got="infinity")
+    _reject(column, ~np.isfinite(values), "a finite number", got="infinity")
     return present, values
 
 
@@ -150,14 +146,8 @@ def _categorical(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
     present = strings.is_not_null().to_numpy()
     lengths = strings.str.len_chars().fill_null(1).to_numpy()
     wrong = (lengths < 1) | (lengths > MAX_CATEGORY_CHARS)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise DataError(
-            index=row,
-            field=column.name,
-            expected=f"a category of 1 to {MAX_CATEGORY_CHARS} characters",
-            got=f"one of {lengths[row]}",
-        )
+    expected = f"a category of 1 to {MAX_CATEGORY_CHARS} characters"
+    _reject(column, wrong, expected, got=lambda row: f"one of {lengths[row]}")
     values = np.empty(len(column), object)
     values[:] = strings.fill_null("").to_list()
     return present, values
@@ -168,30 +158,18 @@ def _boolean(field: BooleanField, column: pl.Series) -> tuple[BoolArray, NDArray
     if column.dtype != pl.Boolean and not column.dtype.is_integer() and not is_text:
         raise _wrong_type(column, "booleans")
     present = column.is_not_null().to_numpy()
-    if column.dtype != pl.Boolean and field.coerce is False and present.any():
-        row = int(np.argmax(present))
-        raise DataError(
-            index=row,
-            field=column.name,
-            expected="true or false (with `coerce: true` in the field also 1, 0 and strings)",
-            got=repr(column[row]),
-        )
+    if column.dtype != pl.Boolean and field.coerce is False:
+        expected = "true or false (with `coerce: true` in the field also 1, 0 and strings)"
+        _reject(column, present, expected, got=lambda row: repr(column[row]))
     if is_text:
         lower = column.cast(pl.String).str.strip_chars().str.to_lowercase()
         parsed = lower.replace_strict(TRUTH, default=None, return_dtype=pl.Boolean)
-        wrong = column.is_not_null() & parsed.is_null()
-        if wrong.any():
-            row = int(wrong.arg_true()[0])
-            raise DataError(
-                index=row, field=column.name, expected="true or false", got=repr(column[row])
-            )
+        wrong = (column.is_not_null() & parsed.is_null()).to_numpy()
+        _reject(column, wrong, "true or false", got=lambda row: repr(column[row]))
         column = parsed
     values = column.fill_null(False if column.dtype == pl.Boolean else 0).to_numpy()
     if column.dtype != pl.Boolean:
-        wrong = (values != 0) & (values != 1)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise DataError(index=row, field=column.name, expected="0 or 1", got=f"{values[row]}")
+        _reject(column, (values != 0) & (values != 1), "0 or 1", lambda row: f"{values[row]}")
     return present, values.astype(np.bool_)
 
 
@@ -200,62 +178,48 @@ def _timestamp(
 ) -> tuple[BoolArray, NDArray[Any]]:
     present = column.is_not_null().to_numpy()
     dtype = column.dtype
-    if field.without_offset == "reject":
-        without = _local_times(column)
-        if without.any():
-            row = int(without.arg_true()[0])
-            is_time = dtype != pl.String or _naive(column[row]) is not None
-            raise DataError(
-                index=row,
-                field=column.name,
-                expected="an offset, such as Z or +01:00 (with `without_offset: local` in the "
-                f"field, times of {schema.timezone} have none)"
-                if is_time
-                else _EXPECTED_TIME,
-                got=f"{column[row]}",
+    if field.without_offset == "reject" and (without := _local_times(column).to_numpy()).any():
+        first = column[int(np.argmax(without))]
+        expected = _EXPECTED_TIME
+        if dtype != pl.String or _naive(first) is not None:
+            expected = (
+                "an offset, such as Z or +01:00 (with `without_offset: local` in the field, times "
+                f"of {schema.timezone} have none)"
             )
+        _reject(column, without, expected, got=f"{first}")
     if field.epoch == "s" and dtype.is_numeric():
         seconds = column.cast(pl.Float64).fill_nan(None).fill_null(0.0).to_numpy()
         values = np.round(np.clip(seconds, -1e11, 1e11) * 1000).astype(np.int64)
     elif dtype.is_integer():
         # Integers that overflow int64 are out of range, and must not wrap around into it.
         values = column.cast(pl.Int64, strict=False).fill_null(MAX_TIMESTAMP_MS).to_numpy()
-        _check_milliseconds(column.name, values, present)
+        _check_milliseconds(column, values, present)
     elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
         values = _epoch_ms(column)
     elif isinstance(dtype, (pl.Datetime, pl.Date)):
         local = _epoch_ms(column.cast(pl.Datetime("us")))
-        values = _from_local(schema, column.name, local, present)
+        values = _from_local(schema, column, local, present)
     elif dtype == pl.String:
         values = _from_strings(schema, column, present)
     else:
         raise _wrong_type(column, "timestamps")
     wrong = present & ((values < MIN_TIMESTAMP_MS) | (values >= MAX_TIMESTAMP_MS))
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise DataError(
-            index=row,
-            field=column.name,
-            expected="a time from 1900-01-01 to before 2200-01-01",
-            got=f"{column[row]}",
-        )
+    expected = "a time from 1900-01-01 to before 2200-01-01"
+    _reject(column, wrong, expected, got=lambda row: f"{column[row]}")
     return present, np.where(present, values, 0)
 
 
-def _check_milliseconds(name: str, values: NDArray[np.int64], present: BoolArray) -> None:
-    if not present.any():
-        return
-    smallest, largest = int(np.min(values[present])), int(np.max(values[present]))
-    if smallest in EPOCH_SECONDS and largest in EPOCH_SECONDS:
-        row = int(np.argmax(present))
+def _check_milliseconds(column: pl.Series, values: NDArray[np.int64], present: BoolArray) -> None:
+    def got(row: int) -> str:
         moment = np.datetime64(int(values[row]), "s")
-        raise DataError(
-            index=row,
-            field=name,
-            expected="epoch milliseconds",
-            got=f"{values[row]}, which is {moment}Z in epoch seconds: multiply by 1,000, or write "
-            "`epoch: s` in the field",
+        return (
+            f"{values[row]}, which is {moment}Z in epoch seconds: multiply by 1,000, or write "
+            "`epoch: s` in the field"
         )
+
+    there = values[present]
+    if there.size and all(int(end) in EPOCH_SECONDS for end in (np.min(there), np.max(there))):
+        _reject(column, present, "epoch milliseconds", got=got)
 
 
 def _epoch_ms(column: pl.Series) -> NDArray[np.int64]:
@@ -265,15 +229,18 @@ def _epoch_ms(column: pl.Series) -> NDArray[np.int64]:
 
 
 def _from_strings(schema: EventSchema, column: pl.Series, present: BoolArray) -> NDArray[np.int64]:
-    validate = timestamp_validator().validate_python
     values = np.zeros(len(column), np.int64)
+    alike = epoch_ms(column.drop_nulls().to_list())
+    if alike is not None:
+        values[present] = alike
+        return values
     naive = np.zeros(len(column), np.bool_)
     for row, text in enumerate(column.to_list()):
         if text is None:
             continue
         try:
-            values[row] = timestamp_ms(validate(text))
-        except ValidationError as error:
+            values[row] = rfc3339_ms(text)
+        except ValueError as error:
             local = _naive(text)
             if local is None:
                 raise DataError(
@@ -282,10 +249,10 @@ def _from_strings(schema: EventSchema, column: pl.Series, present: BoolArray) ->
                     expected=_EXPECTED_TIME,
                     got=repr(text),
                 ) from error
-            values[row] = timestamp_ms(local)
+            values[row] = datetime_ms(local)
             naive[row] = True
     if naive.any():
-        moments = _from_local(schema, column.name, values, present & naive)
+        moments = _from_local(schema, column, values, present & naive)
         values = np.where(naive, moments, values)
     return values
 
@@ -300,20 +267,26 @@ def _naive(text: str) -> datetime | None:
 
 
 def _from_local(
-    schema: EventSchema, name: str, local_ms: NDArray[np.int64], present: BoolArray
+    schema: EventSchema, column: pl.Series, local_ms: NDArray[np.int64], present: BoolArray
 ) -> NDArray[np.int64]:
     moments, exists = zone_table(schema.timezone).to_utc(local_ms)
-    wrong = present & ~exists
+
+    def skipped(row: int) -> str:
+        return f"{np.datetime64(int(local_ms[row]), 'ms')}, which clocks skipped"
+
+    expected = f"a local time that exists in {schema.timezone}"
+    _reject(column, present & ~exists, expected, got=skipped)
+    return moments
+
+
+def _reject(
+    column: pl.Series, wrong: BoolArray, expected: str, got: str | Callable[[int], str]
+) -> None:
+    """Raise the error of the first row that is wrong, if there is one."""
     if wrong.any():
         row = int(np.argmax(wrong))
-        shown = np.datetime64(int(local_ms[row]), "ms")
-        raise DataError(
-            index=row,
-            field=name,
-            expected=f"a local time that exists in {schema.timezone}",
-            got=f"{shown}, which clocks skipped",
-        )
-    return moments
+        text = got if isinstance(got, str) else got(row)
+        raise DataError(index=row, field=column.name, expected=expected, got=text)
 
 
 def _wrong_type(column: pl.Series, wanted: str) -> DataError:

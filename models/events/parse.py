@@ -1,17 +1,10 @@
-"""Strict validation of events with pydantic, their JSON Schema, and vectorised timestamps.
+"""Forms of the values in events: timestamps, booleans, and their JSON Schema.
 
-The event schema becomes a pydantic type, so that events are validated while their JSON is parsed,
-errors have their location, and the same type generates the JSON Schema. Python objects (from
-MessagePack) are validated by the same type with the same rules: a number is never accepted as a
-string, nor a boolean as a number, and nothing is coerced but what the schema's fields say.
-
-Rejected are unknown fields, missing required fields, NaN and infinity, empty or too long
-categories, timestamps without an offset (unless local ones are accepted) or outside 1900 to 2200.
-
-The timestamps of one client have the same shape: number of decimals, kind of offset. Such a list is
-compared with its shape at once, and parsed by one NumPy call; any other list is validated string by
-string by the validator of the event type. Both ways accept the same strings and return the same
-times.
+A timestamp is an RFC 3339 string with an offset, or integer epoch milliseconds, in 1900 to 2199; a
+field's options add epoch seconds and local times. Leap seconds (`:60`) are rejected. The timestamps
+of one client have the same shape: number of decimals, kind of offset. Such a list is compared with
+its shape at once, and parsed by one NumPy call; any other list is converted value by value. Both
+ways accept the same strings and return the same times.
 """
 
 from __future__ import annotations
@@ -19,23 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cache, lru_cache
-from typing import Annotated, Any, NotRequired
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import (
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, SchemaValidator, core_schema
-from typing_extensions import TypedDict
 
 from models.events.calendar import zone_table
 from models.events.schema import (
@@ -48,171 +29,36 @@ from models.events.schema import (
     TimestampField,
 )
 
+IntArray = NDArray[np.int64]
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MIN = datetime(1900, 1, 1, tzinfo=UTC)
-_MAX = datetime(2200, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
-MIN_TIMESTAMP_MS = (_MIN - _EPOCH) // _MILLISECOND
-MAX_TIMESTAMP_MS = (_MAX - _EPOCH) // _MILLISECOND
+MIN_TIMESTAMP_MS = (datetime(1900, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
+MAX_TIMESTAMP_MS = (datetime(2200, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
 """Timestamps are in [1900-01-01, 2200-01-01), as epoch milliseconds."""
 
-_RFC3339 = (
-    r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?"
-    r"([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
+RESET = "reset"
+"""The member of an event by which a client resets the state before it."""
+TRUTH = {"true": True, "false": False, "1": True, "0": False}
+"""Strings that are booleans, in lower case."""
+
+_RFC3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?"
+    r"([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 )
-
 _EXAMPLE_TIMESTAMP = "2013-01-01T05:17:00-05:00"
-_WITH_OFFSET = " with an offset (Z, or one such as -05:00)"
-_BOOLEAN_FORM = "true or false, or 1 or 0, or a string of these"
 
 
-class Timestamp:
-    """Type of a timestamp: an RFC 3339 string with an offset, or integer epoch milliseconds.
+def rfc3339_ms(text: str) -> int:
+    """Epoch milliseconds of an RFC 3339 timestamp with an offset, rounded down.
 
-    Strings without an offset are ambiguous and rejected, as are times
-    outside [1900-01-01, 2200-01-01) and leap seconds (`:60`). The validated value is an aware
-    `datetime` or an int; `timestamp_ms` converts both to epoch milliseconds. It is built from
-    pydantic's compiled validators, as a validator in Python takes ten times as long.
+    Raises:
+        ValueError: it is none, or is out of range.
     """
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return _timestamp_schema()
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        number = {
-            "type": "integer",
-            "minimum": MIN_TIMESTAMP_MS,
-            "exclusiveMaximum": MAX_TIMESTAMP_MS,
-        }
-        return {"anyOf": [{"type": "string", "format": "date-time"}, number]}
-
-
-def _timestamp_schema() -> CoreSchema:
-    number = core_schema.int_schema(strict=True, ge=MIN_TIMESTAMP_MS, lt=MAX_TIMESTAMP_MS)
-    text = core_schema.str_schema(strict=True, pattern=_RFC3339, regex_engine="rust-regex")
-    # Not strict, as it must parse the string that the previous step validated.
-    moment = core_schema.datetime_schema(
-        strict=False,
-        tz_constraint="aware",
-        ge=_MIN,
-        lt=_MAX,
-        microseconds_precision="truncate",
-    )
-    return core_schema.union_schema(
-        [number, core_schema.chain_schema([text, moment])],
-        mode="left_to_right",
-        custom_error_type="timestamp",
-        custom_error_message=(
-            f"Input should be {_timestamp_form(_WITH_OFFSET, 'integer epoch milliseconds')}"
-        ),
-    )
-
-
-class _CoercedBoolean:
-    """Type of a boolean that may be written as a number or a string; validated to bool."""
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        number = core_schema.int_schema(strict=True, ge=0, le=1)
-        text = core_schema.str_schema(strict=True, to_lower=True, pattern="(?i)^(true|false|1|0)$")
-        forms = core_schema.union_schema(
-            [core_schema.bool_schema(strict=True), number, text],
-            mode="left_to_right",
-            custom_error_type="boolean",
-            custom_error_message=f"Input should be {_BOOLEAN_FORM}",
-        )
-        return core_schema.no_info_after_validator_function(
-            lambda value: value in (True, "true", "1"), forms
-        )
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {"enum": [True, False, 1, 0, "true", "false", "1", "0"]}
-
-
-class _OtherTimestamp:
-    """Type of a timestamp in the forms that its field's options name; validated to epoch ms."""
-
-    def __init__(self, field: TimestampField, timezone: str):
-        self._field, self._timezone = field, timezone
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        if self._field.epoch == "s":
-            lowest_s, highest_s = MIN_TIMESTAMP_MS / 1000, MAX_TIMESTAMP_MS / 1000
-            number: CoreSchema = core_schema.no_info_after_validator_function(
-                seconds_to_ms, core_schema.float_schema(strict=True, ge=lowest_s, lt=highest_s)
-            )
-            text = core_schema.chain_schema(
-                [core_schema.str_schema(strict=True), _timestamp_schema()]
-            )
-            forms: list[CoreSchema | tuple[CoreSchema, str]] = [
-                number,
-                core_schema.no_info_after_validator_function(timestamp_ms, text),
-            ]
-        else:
-            forms = [
-                core_schema.no_info_after_validator_function(timestamp_ms, _timestamp_schema())
-            ]
-        if self._field.without_offset == "local":
-            local = core_schema.no_info_after_validator_function(
-                lambda text: local_ms(text, self._timezone), core_schema.str_schema(strict=True)
-            )
-            forms.append(local)
-        return core_schema.union_schema(
-            forms,
-            mode="left_to_right",
-            custom_error_type="timestamp",
-            custom_error_message=f"Input should be {expected_form(self._field, self._timezone)}",
-        )
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {"anyOf": [{"type": "string"}, {"type": "number"}]}
-
-
-def _timestamp_form(offset: str, numbers: str) -> str:
-    return (
-        f"an RFC 3339 timestamp{offset}, for example {_EXAMPLE_TIMESTAMP}, or {numbers}; "
-        "from 1900-01-01 to before 2200-01-01"
-    )
-
-
-def expected_form(field: EventField, timezone: str) -> str | None:
-    """Description of a field's values that have several forms: timestamps, coerced booleans."""
-    if isinstance(field, BooleanField) and field.coerce:
-        return _BOOLEAN_FORM
-    if not isinstance(field, TimestampField):
-        return None
-    is_local = field.without_offset == "local"
-    offset = f", without an offset in {timezone}" if is_local else _WITH_OFFSET
-    numbers = "epoch seconds" if field.epoch == "s" else "integer epoch milliseconds"
-    return _timestamp_form(offset, numbers)
-
-
-def value_validator(schema: EventSchema, field: EventField) -> Callable[[Any], Any]:
-    """Converts one value of a field in any of its forms, as in an event."""
-    adapter: TypeAdapter[Any] = _value_adapter(field, schema.timezone)
-    return adapter.validate_python
-
-
-@cache
-def _value_adapter(field: EventField, timezone: str) -> TypeAdapter[Any]:
-    return TypeAdapter(_value_type(field, timezone))
-
-
-def seconds_to_ms(seconds: float) -> int:
-    """Epoch seconds to epoch milliseconds, rounded."""
-    return round(seconds * 1000)
+    if not _RFC3339.fullmatch(text):
+        raise ValueError("expected an RFC 3339 timestamp with an offset")
+    return _in_range(datetime_ms(datetime.fromisoformat(text.upper())))
 
 
 def local_ms(text: str, timezone: str) -> int:
@@ -224,66 +70,77 @@ def local_ms(text: str, timezone: str) -> int:
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is not None:
         raise ValueError("expected no offset")
-    moments, exists = zone_table(timezone).to_utc(
-        np.array([timestamp_ms(moment.replace(tzinfo=UTC))], np.int64)
-    )
-    if not exists[0] or not MIN_TIMESTAMP_MS <= moments[0] < MAX_TIMESTAMP_MS:
+    local = np.array([datetime_ms(moment.replace(tzinfo=UTC))], np.int64)
+    moments, exists = zone_table(timezone).to_utc(local)
+    if not exists[0]:
         raise ValueError(f"expected a local time that exists in {timezone}")
-    return int(moments[0])
+    return _in_range(int(moments[0]))
 
 
-@cache
-def timestamp_validator() -> SchemaValidator:
-    """The validator of one timestamp, the same as in an event."""
-    return SchemaValidator(_timestamp_schema())
-
-
-def timestamp_ms(moment: datetime | int) -> int:
-    """Convert a validated timestamp to epoch milliseconds, rounding down."""
-    if isinstance(moment, int):
-        return moment
+def datetime_ms(moment: datetime) -> int:
+    """Epoch milliseconds of an aware datetime, rounded down."""
     return (moment - _EPOCH) // _MILLISECOND
 
 
-RESET = "reset"
-"""The member of an event by which a client resets the state before it."""
+def _in_range(moment_ms: int) -> int:
+    if not MIN_TIMESTAMP_MS <= moment_ms < MAX_TIMESTAMP_MS:
+        raise ValueError("expected a time from 1900-01-01 to before 2200-01-01")
+    return moment_ms
+
+
+def value_converter(schema: EventSchema, field: EventField) -> Callable[[Any], bool | int]:
+    """What converts one value of a timestamp or a boolean in any of its forms.
+
+    Timestamps become epoch milliseconds; a value in none of the forms raises ValueError.
+    """
+
+    def to_epoch_ms(value: str | float) -> int:
+        if isinstance(value, str):
+            if allows_local and not _RFC3339.fullmatch(value):
+                return local_ms(value, schema.timezone)
+            return rfc3339_ms(value)
+        if in_seconds and type(value) in (int, float):
+            if MIN_TIMESTAMP_MS / 1000 <= value < MAX_TIMESTAMP_MS / 1000:
+                return round(value * 1000)
+        elif type(value) is int:
+            return _in_range(value)
+        raise ValueError("expected a timestamp")
+
+    if not isinstance(field, TimestampField):
+        return _to_boolean
+    in_seconds, allows_local = field.epoch == "s", field.without_offset == "local"
+    return to_epoch_ms
+
+
+def _to_boolean(value: Any) -> bool:
+    if type(value) is bool or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, str) and (known := TRUTH.get(value.lower())) is not None:
+        return known
+    raise ValueError("expected a boolean")
+
+
+def expected_form(field: EventField, timezone: str) -> str | None:
+    """Description of a field's values that have several forms: timestamps, coerced booleans."""
+    if isinstance(field, BooleanField) and field.coerce:
+        return "true or false, or 1 or 0, or a string of these"
+    if not isinstance(field, TimestampField):
+        return None
+    is_local = field.without_offset == "local"
+    offset = f", without an offset in {timezone}" if is_local else _WITH_OFFSET
+    numbers = "epoch seconds" if field.epoch == "s" else "integer epoch milliseconds"
+    return (
+        f"an RFC 3339 timestamp{offset}, for example {_EXAMPLE_TIMESTAMP}, or {numbers}; "
+        "from 1900-01-01 to before 2200-01-01"
+    )
+
+
+_WITH_OFFSET = " with an offset (Z, or one such as -05:00)"
 
 
 def can_mark_resets(schema: EventSchema) -> bool:
     """Whether the member `reset` of an event is free for marks: no field of the schema has it."""
     return all(field.name != RESET for field in schema.fields)
-
-
-def event_type(schema: EventSchema, name: str = "Event", *, marks_resets: bool = False) -> Any:
-    """Create the TypedDict type of one event, for a `TypeAdapter` or a pydantic model.
-
-    Args:
-        schema: the event schema; fitted or not.
-        name: title of the type in JSON Schema and OpenAPI.
-        marks_resets: whether an event may have the member `reset`, if no field has its name.
-
-    Returns:
-        A type whose validated values are plain dicts of float, str, bool and, for the
-        timestamp, aware datetime or int epoch milliseconds. Build it once per model.
-    """
-    fields = {field.name: _annotation(field, schema.timezone) for field in schema.fields}
-    if marks_resets and can_mark_resets(schema):
-        described = Field(description="Whether the state is reset before this event.")
-        fields[RESET] = NotRequired[Annotated[bool, described]]
-    event = TypedDict(name, fields)  # type: ignore[misc]
-    return with_config(
-        ConfigDict(
-            strict=True,
-            extra="forbid",
-            allow_inf_nan=False,
-            json_schema_extra={"examples": [example_event(schema)]},
-        )
-    )(event)
-
-
-def event_adapter(schema: EventSchema) -> TypeAdapter[dict[str, Any]]:
-    """The validator of one event, from JSON (`validate_json`) or objects (`validate_python`)."""
-    return TypeAdapter(event_type(schema))
 
 
 def event_json_schema(
@@ -292,10 +149,23 @@ def event_json_schema(
     """The JSON Schema (2020-12) of one event in a request, with descriptions and an example.
 
     Args:
-        name, marks_resets: as of `event_type`.
+        schema: the event schema; fitted or not.
+        name: its title.
+        marks_resets: whether an event may have the member `reset`, if no field has its name.
     """
-    adapter: TypeAdapter[Any] = TypeAdapter(event_type(schema, name, marks_resets=marks_resets))
-    return adapter.json_schema()
+    properties = {field.name: _property(field) for field in schema.fields}
+    if marks_resets and can_mark_resets(schema):
+        described = "Whether the state is reset before this event."
+        properties[RESET] = {"description": described, "title": "Reset", "type": "boolean"}
+    required = [field.name for field in schema.fields if not field.optional]
+    return {
+        "additionalProperties": False,
+        "examples": [example_event(schema)],
+        "properties": properties,
+        **({"required": required} if required else {}),
+        "title": name,
+        "type": "object",
+    }
 
 
 def example_event(schema: EventSchema) -> dict[str, Any]:
@@ -303,28 +173,28 @@ def example_event(schema: EventSchema) -> dict[str, Any]:
     return {field.name: _example(field) for field in schema.fields}
 
 
-def _value_type(field: EventField, timezone: str) -> Any:
+def _property(field: EventField) -> dict[str, Any]:
+    value: dict[str, Any]
     match field:
         case NumericField():
-            return float
+            value = {"type": "number"}
         case CategoricalField():
-            return Annotated[str, Field(min_length=1, max_length=MAX_CATEGORY_CHARS)]
+            value = {"maxLength": MAX_CATEGORY_CHARS, "minLength": 1, "type": "string"}
         case BooleanField(coerce=True):
-            return Annotated[Any, _CoercedBoolean()]
+            value = {"enum": [True, False, 1, 0, "true", "false", "1", "0"]}
         case BooleanField():
-            return bool
+            value = {"type": "boolean"}
         case TimestampField(epoch="ms", without_offset=None | "reject"):
-            return Timestamp
+            bounds = {"exclusiveMaximum": MAX_TIMESTAMP_MS, "minimum": MIN_TIMESTAMP_MS}
+            text = {"format": "date-time", "type": "string"}
+            value = {"anyOf": [text, {**bounds, "type": "integer"}]}
         case TimestampField():
-            return Annotated[Any, _OtherTimestamp(field, timezone)]
-
-
-def _annotation(field: EventField, timezone: str) -> Any:
-    value = _value_type(field, timezone)
-    described = Field(description=_description(field), examples=[_example(field)])
+            value = {"anyOf": [{"type": "string"}, {"type": "number"}]}
     if field.optional:
-        return NotRequired[Annotated[value | None, described]]
-    return Annotated[value, described]
+        value = {"anyOf": [*value.get("anyOf", [value]), {"type": "null"}]}
+    title = field.name.replace("_", " ").title()
+    described = {"description": _description(field), "examples": [_example(field)], "title": title}
+    return {**value, **described}
 
 
 def _description(field: EventField) -> str:
@@ -359,8 +229,6 @@ def _example(field: EventField) -> Any:
             return _EXAMPLE_TIMESTAMP
 
 
-IntArray = NDArray[np.int64]
-
 _MINUTE_MS = 60_000
 _LONGEST = len("2013-01-01T05:17:00.123456789-05:00")
 
@@ -370,27 +238,18 @@ _SHAPE = re.compile(rb"0000-00-00[T ]00:00:00(?:\.0{1,9})?([Zz]|[+-]00:00)")
 
 
 def epoch_ms(moments: Sequence[str | int]) -> IntArray | None:
-    """Parse timestamps of events to epoch milliseconds, int64 [T].
+    """Parse timestamps to epoch milliseconds, int64 [T], if they are alike.
 
     Args:
-        moments: RFC 3339 strings, or integers that are validated already.
+        moments: strings, or integers that are validated already.
 
     Returns:
-        None if one of them is invalid.
+        None if they are neither integers nor valid strings of one shape.
     """
     kinds = set(map(type, moments))
     if kinds == {str}:
-        strings: Sequence[str] = moments  # type: ignore[assignment]
-        alike = parse_uniform_strings(strings)
-        if alike is not None:
-            return alike
-    elif kinds <= {int}:
-        return np.array(moments, np.int64)
-    validate = timestamp_validator().validate_python
-    try:
-        return np.array([timestamp_ms(validate(moment)) for moment in moments], np.int64)
-    except ValidationError:
-        return None
+        return parse_uniform_strings(moments)  # type: ignore[arg-type]
+    return np.array(moments, np.int64) if kinds <= {int} else None
 
 
 def parse_uniform_strings(strings: Sequence[str]) -> IntArray | None:

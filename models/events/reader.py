@@ -3,7 +3,7 @@
 The event schema becomes a msgspec type whose decoder checks in C: types, unknown and missing
 fields, finite numbers, lengths of categories, integer timestamps. The columns are then extracted
 from its objects, for all events and all numbers at a time. Timestamps and booleans in unusual
-forms are converted one by one, by the types of `models.events.parse`.
+forms are converted one by one, by `models.events.parse`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, UnsetType
 from msgspec.structs import astuple
-from pydantic import ValidationError
 
 from models.errors import DataError
 from models.events.columns import (
@@ -28,7 +27,6 @@ from models.events.columns import (
     DoubleArray,
     EventColumns,
     IntArray,
-    columns_from_events,
     new_layout,
 )
 from models.events.parse import (
@@ -38,8 +36,7 @@ from models.events.parse import (
     can_mark_resets,
     epoch_ms,
     expected_form,
-    timestamp_ms,
-    value_validator,
+    value_converter,
 )
 from models.events.schema import (
     MAX_CATEGORY_CHARS,
@@ -116,10 +113,10 @@ class EventReader:
         Raises:
             DataError: a timestamp or a boolean has none of its forms.
         """
-        if not events:
-            return ReadEvents(columns_from_events(self._schema, []))
         steps, layout = len(events), self._layout
         by_field: Sequence[Sequence[Any]] = tuple(zip(*map(astuple, events), strict=True))
+        if not events:
+            by_field = [()] * (len(self._schema.fields) + self.has_marks)
         resets: tuple[int, ...] = ()
         if self.has_marks:
             *by_field, marks = by_field
@@ -150,7 +147,11 @@ class EventReader:
             packed = struct.pack(f"{count}d", *values, *codes)
         numbers = np.zeros((len(layout.columns), steps))
         # -0.0 and 0.0 are equal for clients, so they must be equal for digest and network.
-        np.add(np.frombuffer(packed).reshape(-1, steps), 0.0, out=numbers[layout.values])
+        np.add(
+            np.frombuffer(packed).reshape(len(layout.value_fields), steps),
+            0.0,
+            out=numbers[layout.values],
+        )
         absent = self._absent(by_field, numbers) if blanks else None
         for at, _ in self._optional_strings_and_time if blanks else ():
             if at in self._strings:
@@ -187,11 +188,11 @@ class EventReader:
         found = epoch_ms(present)
         if found is None:
             converted = [each for each in self._converted(at, moments) if each is not None]
-            found = np.array(list(map(timestamp_ms, converted)), np.int64)
+            found = np.array(converted, np.int64)
         return found
 
     def _converted(self, at: int, values: Sequence[Any]) -> Sequence[Any]:
-        """Values of a field, each in one of several forms, as its strict type converts them.
+        """Values of a field, each in one of several forms, as `value_converter` converts them.
 
         Raises:
             DataError
@@ -199,12 +200,12 @@ class EventReader:
         if set(map(type, values)) <= {bool, type(None)}:
             return values
         field = self._schema.fields[at]
-        convert = value_validator(self._schema, field)
+        convert = value_converter(self._schema, field)
         converted: list[Any] = []
         for index, value in enumerate(values):
             try:
                 converted.append(None if value is None else convert(value))
-            except ValidationError as error:
+            except ValueError as error:
                 expected = expected_form(field, self._schema.timezone) or "another value"
                 got = json.dumps(value)[:MAX_GOT_CHARS]
                 raise DataError(

@@ -36,6 +36,7 @@ from models.events.columns import EventColumns
 from models.events.encode import Clock, encode, event_times
 from models.events.fit import fit_schema
 from models.events.frame import columns_from_frame, resolve_forms
+from models.events.parse import TRUTH
 from models.events.schema import (
     EventSchema,
     NumericField,
@@ -185,10 +186,7 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
             keyed = keyed.with_columns(_order=_order(schema, order, columns, frame))
             keys.append(pl.col("_order"))
     except DataError as error:
-        at = "" if error.index is None else f", row {error.index + 1}"
-        raise DataError(
-            field=error.field, expected=f"{source}{at}: {error.expected}", got=error.got
-        ) from error
+        raise error.in_table(source) from error
     rows = keyed.with_row_index("_row").sort(keys, maintain_order=True)["_row"]
     rank = rows.to_numpy().astype(np.int64)
     keyed = keyed[rank]
@@ -387,8 +385,6 @@ def split_of(spec: ModelSpec) -> Split:
 Labels = Mapping[str, NDArray[np.float32]]
 """Head name -> float32 [rows]."""
 
-_TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
-
 
 def label_heads(spec: ModelSpec) -> tuple[LabelHead, ...]:
     """The spec's label heads, in their order."""
@@ -444,7 +440,7 @@ def read_truth(
         DataError: a cell is neither empty nor true, false, 1 or 0.
     """
     text = column.cast(pl.String).str.strip_chars().str.to_lowercase()
-    return _codes(text, _TRUTH, source, rows)
+    return _codes(text, {name: float(is_true) for name, is_true in TRUTH.items()}, source, rows)
 
 
 def _codes(

@@ -17,7 +17,7 @@ import polars as pl
 import simdjson
 
 from models.errors import DataError, ModelsError
-from models.events.frame import TRUTH
+from models.events.parse import TRUTH
 from models.events.schema import (
     BooleanField,
     CategoricalField,

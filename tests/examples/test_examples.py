@@ -11,12 +11,12 @@ import pytest
 
 from carry_client import Carry
 from examples.client import main
-from models.events.columns import canonical_bytes, columns_from_events
+from models.events.columns import canonical_bytes
 from models.events.frame import columns_from_frame
-from models.events.parse import event_adapter
 from models.pretrained.departures import flight_events
 from models.spec.spec_file import read_spec
 from tests.support.service import Service
+from tests.support.strict_events import columns_from_events, event_adapter
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

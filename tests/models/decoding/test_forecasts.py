@@ -7,7 +7,7 @@ import pytest
 
 from models.decoding.forecasts import Decoding, Distribution, encode_covariates, start
 from models.errors import DataError
-from models.events.columns import EventColumns, columns_from_events
+from models.events.columns import EventColumns
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
 from models.spec.layout import state_spec
@@ -21,6 +21,7 @@ from tests.support.decoders import (
     hourly_events,
     random_state,
 )
+from tests.support.strict_events import columns_from_events
 
 
 def covariates(spec: ModelSpec, events: list[dict[str, object]]) -> EventColumns:

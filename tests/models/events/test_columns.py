@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.events.columns import EventColumns, canonical_bytes, columns_from_events
+from models.events.columns import EventColumns, canonical_bytes
 from models.events.schema import EventSchema
 from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
+from tests.support.strict_events import columns_from_events
 
 EVENTS: list[dict[str, Any]] = [
     {"load": -0.0, "delay": 2.5, "at": 5, "carrier": "UA", "heavy": True, "gate": "B"},

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.errors import DataError, StateError
-from models.events.columns import columns_from_events
 from models.events.encode import (
     Clock,
     check_rows,
@@ -35,6 +34,7 @@ from models.spec.layout import state_spec
 from models.spec.model import parse_spec
 from models.spec.state import StateSpec
 from tests.support.events import FULL_SCHEMA, NORMALISED, SPARSE_TIMES, events
+from tests.support.strict_events import columns_from_events
 
 SECOND = 1000
 MONDAY_NOON = 1_362_999_600_000

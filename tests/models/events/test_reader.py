@@ -15,18 +15,13 @@ from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
 from models.errors import DataError
-from models.events.columns import (
-    EventColumns,
-    block_of,
-    canonical_bytes,
-    columns_from_events,
-    layout_of,
-)
+from models.events.columns import EventColumns, block_of, canonical_bytes, layout_of
 from models.events.encode import Clock, encode
-from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS, event_type
+from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.reader import EventReader
 from models.events.schema import EventSchema
 from tests.support.events import FULL_SCHEMA, GOOD, SPARSE_TIMES, events
+from tests.support.strict_events import columns_from_events, event_type
 
 ALL_OPTIONAL = FULL_SCHEMA.model_copy(
     update={

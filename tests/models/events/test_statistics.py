@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.errors import SpecError, StateError
-from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode, standardise
 from models.events.fit import fit_schema
 from models.events.schema import EventSchema, Normalisation, NumericField
@@ -20,6 +19,7 @@ from models.spec.layout import state_spec
 from models.spec.model import parse_spec
 from tests.support.events import NORMALISED
 from tests.support.oracle_statistics import statistics_of
+from tests.support.strict_events import columns_from_events
 
 BASE: dict[str, Any] = {"kind": "numeric", "name": "load", "mean": 3.0, "std": 2.0}
 

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode, standardise
 from models.networks.heads import head_loss
 from models.spec.layout import output_spec, state_spec
@@ -20,6 +19,7 @@ from tests.models.networks.running import CLOSE, assert_oracle, network_of, run_
 from tests.support.oracle import oracle_step
 from tests.support.oracle_heads import nats
 from tests.support.oracle_layers import sigmoid, softmax, softplus
+from tests.support.strict_events import columns_from_events
 
 EVENTS = {
     "fields": [

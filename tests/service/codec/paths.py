@@ -18,8 +18,6 @@ from msgspec.structs import astuple
 from pydantic import TypeAdapter, ValidationError
 
 from models.artifact.artifact import Artifact
-from models.events.columns import columns_from_events
-from models.events.parse import event_adapter
 from service.access.caller import ANYONE
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
@@ -33,6 +31,7 @@ from service.transports.v2.http_body import decode_request
 from service.transports.v2.inference import Inference
 from service.transports.v2.values import InferRequest, InputTensor
 from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.strict_events import columns_from_events, event_adapter
 from tests.support.v2_messages import message_class
 
 LIMITS = RequestSettings(max_chunk_steps=4, max_predict_steps=6, max_items=3)

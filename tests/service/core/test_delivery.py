@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from models.events.columns import columns_from_events
 from models.events.schema import EventSchema
 from models.spec.state import State
 from service.core.delivery import (
@@ -40,6 +39,7 @@ from service.core.values import (
     StreamState,
 )
 from tests.support.streams import applied
+from tests.support.strict_events import columns_from_events
 
 EPOCH, OTHER_EPOCH = b"\x01" * 8, b"\x02" * 8
 FINGERPRINT = b"\x03" * 16

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact, add_graph, load_artifact, write_artifact
 from models.decoding.forecasts import Decoding, Distribution, Forecast, encode_covariates
-from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
 from models.spec.layout import state_spec
@@ -21,6 +20,7 @@ from service.engine.runtimes.loading import RUNTIMES, open_decoders, open_runtim
 from tests.support.decoder_oracle import oracle_decode
 from tests.support.decoders import clock, decoder_spec, future_of, hourly_events, random_state
 from tests.support.oracle import contracting_weights, oracle_step
+from tests.support.strict_events import columns_from_events
 
 HORIZON, SAMPLES, SEED = 7, 3, 5
 WITH_EVERY_RUNG = "quantiles"

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact, write_artifact
 from models.artifact.fingerprint import compute_fingerprint
 from models.errors import SpecError
-from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
 from models.spec.model import parse_spec
@@ -47,6 +46,7 @@ from tests.support.numpy_runtime import numpy_served
 from tests.support.oracle import contracting_weights, oracle_in_blocks, oracle_step
 from tests.support.pipelines import Counts
 from tests.support.servers import RealServer
+from tests.support.strict_events import columns_from_events
 
 DENSE: list[dict[str, Any]] = [{"kind": "dense", "name": "out", "units": 2}]
 STEPS = 16

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import write_artifact
-from models.events.columns import columns_from_events
 from models.events.encode import Clock
 from models.spec.model import parse_spec
 from models.spec.state import State
@@ -20,6 +19,7 @@ from service.pipeline.served_model import ServedModel
 from tests.support.events import FULL_SCHEMA
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights
+from tests.support.strict_events import columns_from_events
 
 SPEC = parse_spec(
     {

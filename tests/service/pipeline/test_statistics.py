@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact, write_artifact
-from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.model import parse_spec
 from models.spec.state import State
@@ -24,6 +23,7 @@ from tests.support.events import NORMALISED
 from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.pipelines import worker
 from tests.support.servers import RealServer
+from tests.support.strict_events import columns_from_events
 
 SPEC = parse_spec(
     {

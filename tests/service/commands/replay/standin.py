@@ -18,12 +18,12 @@ import orjson
 import ormsgpack
 from aiohttp import web
 
-from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.events.parse import event_json_schema
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.oracle import oracle_step
+from tests.support.strict_events import columns_from_events
 
 SPEC = parse_spec(
     {

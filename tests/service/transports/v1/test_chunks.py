@@ -12,7 +12,6 @@ import ormsgpack
 import pytest
 from pydantic import TypeAdapter
 
-from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from service.codec.reply_types import ChunkReply
 from tests.service.transports.v1.harness import (
@@ -26,6 +25,7 @@ from tests.service.transports.v1.harness import (
 )
 from tests.support.oracle import oracle_step
 from tests.support.pipelines import oracle_outputs
+from tests.support.strict_events import columns_from_events
 
 
 async def test_outputs_do_not_depend_on_how_the_sequence_is_cut(api: Harness) -> None:

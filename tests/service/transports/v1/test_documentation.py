@@ -14,8 +14,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from models.artifact.artifact import write_artifact
-from models.events.columns import canonical_bytes, columns_from_events
-from models.events.parse import event_adapter
+from models.events.columns import canonical_bytes
 from models.events.schema import EventSchema
 from models.spec.model import ModelSpec, parse_spec
 from service.core.delivery import chunk_digest, next_tag
@@ -26,6 +25,7 @@ from service.transports.v1 import reply_types
 from tests.service.transports.v1.harness import harness
 from tests.support.oracle import contracting_weights
 from tests.support.servers import RealServer
+from tests.support.strict_events import columns_from_events, event_adapter
 
 ROOT = Path(__file__).parents[4]
 FITTED: dict[str, dict[str, Any]] = {

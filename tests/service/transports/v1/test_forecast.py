@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.decoding.forecasts import Distribution, encode_covariates
-from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
 from service.access.caller import ANYONE
@@ -32,6 +31,7 @@ from tests.support.decoders import HOUR_MS, START_MS, decoder_spec, future_of, h
 from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer
+from tests.support.strict_events import columns_from_events
 
 EVENTS = hourly_events(9)
 ASKED: dict[str, Any] = {"horizon": 4, "samples": 9, "seed": 3, "future": future_of(4)}
