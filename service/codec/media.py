@@ -24,9 +24,9 @@ class Media(StrEnum):
     JSON = "application/json"
     MSGPACK = "application/msgpack"
 
+    # that of Enum is a call of Python's, for every look-up by the media of a chunk
+    __hash__ = str.__hash__
 
-Encoded = bytes | memoryview
-"""An encoded value."""
 
 SERVED: tuple[str, ...] = tuple(media.value for media in Media)
 
@@ -57,15 +57,6 @@ encode_msgpack: Final = partial(ormsgpack.packb, option=ormsgpack.OPT_SERIALIZE_
 def dumps(media: Media, value: Any) -> bytes:
     """Encode a value of dictionaries, lists, NumPy arrays (C order, not 0-d) and scalars."""
     return encode_json(value) if media is Media.JSON else encode_msgpack(value)
-
-
-def encode_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
-    """Encode an object from encoded values."""
-    if media is Media.JSON:
-        parts = [b"".join((orjson.dumps(name), b":", value)) for name, value in members.items()]
-        return b"{%b}" % b",".join(parts)
-    pairs = [part for name, value in members.items() for part in (ormsgpack.packb(name), value)]
-    return b"".join((b"\xdf", len(members).to_bytes(4, "big"), *pairs))
 
 
 def malformed(media: Media, reason: str) -> MalformedBody:

@@ -1,13 +1,11 @@
-"""Writer of replies: from the values of the pipeline to documents or bytes, for one model.
+"""Writer of replies: from the values of the pipeline to documents, for one model.
 
-A document holds NumPy arrays, which `media.dumps` encodes; the usual reply in JSON is encoded
-directly to its bytes. This module does not access the store.
+A document holds NumPy arrays, which `media.dumps` encodes. This module does not access the store.
 """
 
 from __future__ import annotations
 
 from base64 import b64encode
-from binascii import hexlify
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 from models.spec.state import State
 from service.codec import reply_types
-from service.codec.media import Media, encode_json, encode_msgpack
+from service.codec.media import Media
 from service.codec.model import CodecModel
 from service.core.errors import InvalidInput
 from service.core.values import (
@@ -48,12 +46,6 @@ class ReplyOptions:
 
 
 EVERY_STEP = ReplyOptions()
-_ENDS = {
-    (False, False): b'"replayed":false}',
-    (True, False): b'"replayed":true}',
-    (False, True): b'"replayed":false,"created":true}',
-    (True, True): b'"replayed":true,"created":true}',
-}
 
 
 class ServerTiming:
@@ -89,7 +81,6 @@ class ReplyWriter:
         is_usual = one_axis and outputs[0].per == "step" and not model.outputs.attention
         self._only = outputs[0].name if is_usual else None
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
-        self._begin = encode_json({"model": self._name, "version": self._version})[:-1]
 
     def reply(self, reply: Reply, options: ReplyOptions) -> reply_types.ChunkReply:
         """The reply to a chunk."""
@@ -117,23 +108,6 @@ class ReplyWriter:
         if options.return_attention:
             document["attention"] = self.attention(reply.outputs)
         return document
-
-    def reply_bytes(self, reply: Reply, media: Media) -> bytes:
-        """The bytes of `reply`, of every step and without the state."""
-        if media is not Media.JSON or reply.output_position is not None or reply.dry_run:
-            encode = encode_json if media is Media.JSON else encode_msgpack
-            return encode(self.reply(reply, EVERY_STEP))
-        head = reply.head
-        # A stream's name needs no escapes.
-        return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
-            self._begin,
-            reply.key.stream.encode(),
-            hexlify(head.epoch),
-            head.position,
-            hexlify(head.tag),
-            encode_json(self.outputs(reply.outputs, EVERY_STEP)),
-            _ENDS[reply.replayed, reply.created],
-        )
 
     def prediction(
         self, prediction: Prediction, options: ReplyOptions, media: Media

@@ -164,10 +164,12 @@ class RequestReader:
                 stream = stream_name(name)
             elif name is not None:
                 raise invalid("stream", "none, since the address names the stream", repr(name))
-            if isinstance(decoded, RowsChunk):
-                chunk = self._chunk_of_rows(decoded, stream)
-            else:
-                chunk = self._chunk_of_item(decoded, "", stream)
+            if isinstance(decoded, FrameBody):
+                return Frame(decoded.id, stream, self._chunk_of_item(decoded, "", stream))
+            if self.steps.has_codes:
+                self.steps.check_codes(decoded.steps)
+            key, steps = self.key(stream), decoded.steps
+            chunk = self.build_chunk(decoded.position, decoded.epoch, steps, key, None)
             return Frame(decoded.id, stream, chunk)
         except CarryError as error:
             return Frame(decoded.id, stream, item_error(error, stream))
@@ -185,7 +187,12 @@ class RequestReader:
         if media is Media.JSON:
             rows = self._json_rows.decode_items(body, self.limits.items)
             if rows is not None and not self.steps.has_codes:
-                return [self._chunk_of_rows(item, item.stream or "") for item in rows]
+                return [
+                    self.build_chunk(
+                        item.position, item.epoch, item.steps, self.key(item.stream or ""), None
+                    )
+                    for item in rows
+                ]
         types, document = self.types[media], load_document(media, body)
         try:
             decoded = decode_element(media, document, types.items).chunks
@@ -199,11 +206,6 @@ class RequestReader:
         return self._chunks_of_many(decoded) or [
             self._item(item, f"chunks[{at}]") for at, item in enumerate(decoded)
         ]
-
-    def _chunk_of_rows(self, rows: RowsChunk, stream: str) -> Chunk:
-        if self.steps.has_codes:
-            self.steps.check_codes(rows.steps)
-        return self.build_chunk(rows.position, rows.epoch, rows.steps, self.key(stream), None)
 
     def _chunks_of_many(self, items: Sequence[ItemBody]) -> list[Chunk | CarryError] | None:
         """The chunks of valid items without options, read together; None if one is not."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from service.codec.media import Encoded, Media, dumps, encode_object
+from service.codec.media import Media, dumps
 from service.core.errors import CarryError
 from service.transports.v1.problems import problem
 
@@ -23,23 +23,21 @@ def hello_frame(facts: Mapping[str, Any]) -> bytes:
     return dumps(Media.JSON, {"hello": facts})
 
 
-def reply_frame(media: Media, frame_id: FrameId | None, reply: bytes) -> bytes:
-    """The outcome of an applied chunk, from the bytes of v1's reply."""
-    return _outcome_frame(media, frame_id, 200, "reply", reply)
+def reply_outcome(frame_id: FrameId | None, reply: Mapping[str, Any]) -> dict[str, Any]:
+    """The outcome of an applied chunk, with v1's reply."""
+    return _outcome(frame_id, 200, reply=reply)
 
 
-def error_frame(
-    media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None
-) -> bytes:
+def error_outcome(
+    frame_id: FrameId | None, error: CarryError, stream: str | None
+) -> dict[str, Any]:
     """The outcome of a chunk that was rejected or failed, with v1's problem document."""
     document: dict[str, Any] = {**problem(error)}
     if stream is not None:
         document.setdefault("stream", stream)
-    return _outcome_frame(media, frame_id, document["status"], "error", dumps(media, document))
+    return _outcome(frame_id, document["status"], error=document)
 
 
-def _outcome_frame(
-    media: Media, frame_id: FrameId | None, status: int, name: str, document: bytes
-) -> bytes:
-    members: dict[str, Encoded] = {} if frame_id is None else {"id": dumps(media, frame_id)}
-    return encode_object(media, {**members, "status": dumps(media, status), name: document})
+def _outcome(frame_id: FrameId | None, status: int, **document: Any) -> dict[str, Any]:
+    members = {"status": status, **document}
+    return members if frame_id is None else {"id": frame_id, **members}

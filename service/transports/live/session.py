@@ -20,7 +20,7 @@ from websockets.frames import CloseCode
 
 from service.access.caller import Caller
 from service.codec.frames import Frame, read_envelope
-from service.codec.media import Media
+from service.codec.media import Media, dumps
 from service.codec.pieces import LONG_VALUES, encode_pieces
 from service.codec.reply_writer import EVERY_STEP, ReplyOptions
 from service.core.errors import CarryError, Unauthenticated
@@ -38,7 +38,7 @@ from service.telemetry.access_log import (
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.common.stream_order import PendingChunk, StreamOrder
-from service.transports.live.frames import FrameId, error_frame, reply_frame
+from service.transports.live.frames import FrameId, error_outcome, reply_outcome
 from service.transports.v1.context import ApiContext, ModelCodec
 from service.transports.v1.problems import status_of
 
@@ -356,24 +356,23 @@ class Session:
             self._order.record_result(entry, failed=False)
         codec = self._api.codecs[self._model]
         is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES[entry.media]
+        outcome = reply_outcome(entry.frame_id, codec.writer.reply(result, self._options))
         if is_short and self._options == EVERY_STEP:
-            reply = codec.writer.reply_bytes(result, entry.media)
-            self._answer(entry, reply)
+            self._answer(entry, dumps(entry.media, outcome))
         else:
-            self._run(self._write_in_pieces(codec, entry, result))
+            self._run(self._write_in_pieces(entry, outcome))
 
-    async def _write_in_pieces(self, codec: ModelCodec, entry: Entry, reply: Reply) -> None:
-        """Encode a reply in pieces, while the event loop runs."""
+    async def _write_in_pieces(self, entry: Entry, outcome: Mapping[str, Any]) -> None:
+        """Encode an outcome in pieces, while the event loop runs."""
         pieces = []
-        for piece in encode_pieces(entry.media, codec.writer.reply(reply, self._options)):
+        for piece in encode_pieces(entry.media, outcome):
             pieces.append(piece)
             await asyncio.sleep(0)
         self._answer(entry, b"".join(pieces))
         self._note_progress()
 
-    def _answer(self, entry: Entry, reply: bytes) -> None:
-        """Send an encoded reply when it is its turn."""
-        frame = reply_frame(entry.media, entry.frame_id, reply)
+    def _answer(self, entry: Entry, frame: bytes) -> None:
+        """Send an encoded outcome when it is its turn."""
         self._record(entry, 200, len(frame))
         self._order.answer(entry, frame)
 
@@ -414,7 +413,7 @@ class Session:
         self._api.recorder.record_error(self._model, error)
         with bound_contextvars(request_id=self._request_id):
             log_failure(error)
-            return error_frame(media, frame_id, error, stream)
+            return dumps(media, error_outcome(frame_id, error, stream))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

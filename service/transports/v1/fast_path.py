@@ -25,9 +25,9 @@ from structlog.contextvars import bound_contextvars
 
 from service.access.caller import Caller
 from service.codec.field_rules import parse_if_match
-from service.codec.media import Media, media_of, negotiate_media
+from service.codec.media import Media, encode_json, encode_msgpack, media_of, negotiate_media
 from service.codec.pieces import LONG_VALUES
-from service.codec.reply_writer import server_timing
+from service.codec.reply_writer import EVERY_STEP, server_timing
 from service.core.errors import CarryError, Forbidden, Overloaded
 from service.core.memo import Memo
 from service.core.tracing import PROPAGATED, RequestSpan
@@ -356,7 +356,8 @@ class FastPath(FastChunkRoute):
         return not chunk.dry_run and chunk.steps.length * served.outputs.size <= most
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
-        body = request.codec.writer.reply_bytes(reply, request.reply_media)
+        encode = encode_json if request.reply_media is Media.JSON else encode_msgpack
+        body = encode(request.codec.writer.reply(reply, EVERY_STEP))
         head = _RESPONSE_HEADS[request.reply_media] % (
             hexlify(reply.head.epoch),
             hexlify(reply.head.tag),
