@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from re import Match
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from service.access.limits import KeyLimiter, KeyLimits
-from service.access.quota import StreamQuota
+from service.access.limits import KeyLimiter, KeyLimits, StreamQuota
 from service.core.errors import Forbidden
 
 
@@ -35,16 +34,8 @@ class Verb(StrEnum):
     METRICS = "metrics"
 
 
-MODEL_PATTERN = r"[a-z0-9_*-]{1,64}"
-"""A model's name, in which each `*` stands for any characters."""
-
-
-is_model_pattern = re.compile(MODEL_PATTERN, re.ASCII).fullmatch
-
-
-class _Covers(Protocol):
-    def __call__(self, model: str, /) -> Match[str] | None:
-        """Whether a pattern covers the model."""
+is_model_pattern = re.compile(r"[a-z0-9_*-]{1,64}").fullmatch
+"""Whether it is a model's name, in which each `*` stands for any characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +68,7 @@ class Caller:
     quota: StreamQuota | None = field(default=None, repr=False, compare=False)
     signer: Caller | None = None
     subject: str | None = None
-    covers_model: _Covers = field(init=False, repr=False, compare=False)
+    covers_model: Callable[[str], Match[str] | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covers_model", _pattern(self.models).fullmatch)

@@ -25,8 +25,7 @@ import structlog
 
 from service.access.caller import ANYONE, Caller
 from service.access.keys import AccessKey, AccessKeyError, decode_key, parse_key
-from service.access.limits import KeyLimiters, KeyLimits
-from service.access.quota import StreamQuota
+from service.access.limits import KeyLimiters, KeyLimits, StreamQuota
 from service.access.tokens import MAX_TOKEN_CHARACTERS, is_token, verify_token
 from service.core.errors import CarryError, StoreUnavailable, Unauthenticated
 from service.store.capabilities import Quota, RateLeases, StoredKeys, StreamUsage
@@ -203,12 +202,8 @@ class AccessKeys:
 
     def _drop_ended(self) -> None:
         """Drop the callers that are no longer accepted."""
-        stale: CarryError | None = None
-        try:
-            if self.open_caller is None:
-                self._check_fresh()
-        except StoreUnavailable as error:
-            stale = error
+        stale = self._stale() if self.open_caller is None else None
+        if stale is not None:
             self.cached.clear()
         for authorization, caller in list(self.cached.items()):
             if not self.is_current(caller):
@@ -222,40 +217,37 @@ class AccessKeys:
 
     def _end(self, caller: Caller) -> CarryError | None:
         """Why a caller is no longer accepted; None if it is."""
-        if caller.key_id is not None:
-            if self.is_current(caller):
-                return None
-            return Unauthenticated(f"the key {caller.key_id} is no longer accepted")
-        if self.open_caller is not None:
+        if caller.key_id is None:
+            required = Unauthenticated("the service now requires an access key")
+            return required if self.open_caller is None else None
+        if self.is_current(caller):
             return None
-        return Unauthenticated("the service now requires an access key")
+        return Unauthenticated(f"the key {caller.key_id} is no longer accepted")
 
     def _authenticate(self, authorization: bytes | None) -> Caller:
         """The holder of the key, or of the token, in an Authorization header."""
-        self._check_fresh()
+        if (stale := self._stale()) is not None:
+            raise stale
         if authorization is None:
-            raise Unauthenticated(f"{_EXPECTED}, got none").with_key("no_key", None)
+            raise _rejected(f"{_EXPECTED}, got none", "no_key")
         if authorization[: len(SCHEME)].lower() != SCHEME:
-            raise Unauthenticated(f"{_EXPECTED}, got another scheme").with_key("malformed", None)
+            raise _rejected(f"{_EXPECTED}, got another scheme")
         if len(authorization) > MAX_AUTHORIZATION_BYTES:
-            raise Unauthenticated(
-                f"{_EXPECTED}, of at most {MAX_AUTHORIZATION_BYTES} bytes, got {len(authorization)}"
-            ).with_key("malformed", None)
+            most = f"at most {MAX_AUTHORIZATION_BYTES} bytes"
+            raise _rejected(f"{_EXPECTED}, of {most}, got {len(authorization)}")
         bearer = authorization[len(SCHEME) :].strip(b" ").decode("latin-1")
         if is_token(bearer):
             return verify_token(bearer, self._keys, self._now_ms(), self._holder)
         text = parse_key(bearer)
         if text is None:
-            raise Unauthenticated(_UNKNOWN).with_key("malformed", None)
+            raise _rejected(_UNKNOWN)
         key = self._keys.get(text.key_id)
         if key is None or not key.matches(text.secret):
             reason = "unknown_key" if key is None else "wrong_secret"
             raise Unauthenticated(_UNKNOWN).with_key(reason, text.key_id, is_proven=False)
         status = key.status(self._now_ms())
         if status != "active":
-            raise Unauthenticated(f"the key {text.key_id} is {status}").with_key(
-                status, text.key_id
-            )
+            raise _rejected(f"the key {text.key_id} is {status}", status, text.key_id)
         return self._holder(text.key_id, key)
 
     def _holder(self, key_id: str, key: AccessKey) -> Caller:
@@ -277,17 +269,14 @@ class AccessKeys:
             known = self._quotas[key_id] = StreamQuota(self._usage, key_id, quota)
         return known
 
-    def _check_fresh(self) -> None:
-        """Check that the keys were read recently enough to be relied on.
-
-        Raises:
-            StoreUnavailable
-        """
-        if time.monotonic() - self._read_s > MAX_STALE_S:
-            raise StoreUnavailable(
-                f"the access keys could not be read from the store for {MAX_STALE_S:g} s",
-                retry_after_s=1,
-            )
+    def _stale(self) -> StoreUnavailable | None:
+        """The error if the keys were not read recently enough to be relied on."""
+        if time.monotonic() - self._read_s <= MAX_STALE_S:
+            return None
+        return StoreUnavailable(
+            f"the access keys could not be read from the store for {MAX_STALE_S:g} s",
+            retry_after_s=1,
+        )
 
     def is_current(self, caller: Caller) -> bool:
         """Whether the caller's key is still accepted, with the same scope, and so its token."""
@@ -297,3 +286,7 @@ class AccessKeys:
         known, holder = self._holder(caller.key_id, key), caller.signer or caller
         is_same = known is holder or known == holder
         return is_same and (caller.expires_ms is None or caller.expires_ms > now_ms)
+
+
+def _rejected(detail: str, reason: str = "malformed", key_id: str | None = None) -> Unauthenticated:
+    return Unauthenticated(detail).with_key(reason, key_id)

@@ -1,15 +1,20 @@
-"""Rate limits of access keys: requests and events of all processes, concurrent requests of one.
+"""Limits of access keys: rates of requests and events, concurrent requests, quotas of streams.
 
-Limits of streams and their bytes are quotas (`service.access.quota`). Rates are token buckets in
-the store (`RateLeases`) that hold the tokens of one second and may be overdrawn: a request is
-accepted while there is a token, and one with many events delays the next ones. So a chunk of any
-length is accepted, and the rate holds on average.
+Rates hold over all processes. They are token buckets in the store (`RateLeases`) that hold the
+tokens of one second and may be overdrawn: a request is accepted while there is a token, and one
+with many events delays the next ones. So a chunk of any length is accepted, and the rate holds on
+average. A request pays no round trip: it spends tokens that the process has leased, and one
+background task reports the spent tokens and renews the leases. Between two renewals a process also
+spends its share of the tokens that the bucket must have by now: these, divided by the number of
+processes that use it. So a key that one process serves has the whole rate and burst there. While
+the store does not answer, each process accepts its share, and the tokens that it spends then are
+not counted.
 
-A request pays no round trip: it spends tokens that the process has leased, and one background task
-reports the spent tokens and renews the leases. Between two renewals a process also spends its share
-of the tokens that the bucket must have by now: these, divided by the number of processes that use
-it. So a key that one process serves has the whole rate and burst there. While the store does not
-answer, each process accepts its share, and the tokens that it spends then are not counted.
+A quota is the most streams that a key may have created, and the most bytes of their states. The
+store counts (`StreamUsage`), so it holds over all processes too. A chunk, a restore or a fork that
+would create a stream registers it first; a deletion with the key releases the streams that it
+deleted. Streams that another key deleted, that expired, or that a crash left registered are removed
+when the quota is reached, at most every `RECONCILE_S` in a process.
 
 Use from one event loop.
 """
@@ -19,20 +24,23 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Annotated, Final
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Annotated, Any, Final
 
 import msgspec
 import structlog
 
 from service.core.errors import CarryError, LimitExceeded
-from service.store.capabilities import Lease, LeaseRequest, RateLeases
+from service.core.values import StreamKey
+from service.store.capabilities import Lease, LeaseRequest, Quota, RateLeases, StreamUsage
 
 RETRY_AFTER_S: Final = 1.0
 """When to send a request again that exceeds the number of concurrent ones."""
 
+QUOTA_RETRY_AFTER_S: Final = 10.0
 MAX_RETRY_AFTER_S: Final = 60.0
+RECONCILE_S: Final = 5.0
 
 TICK_S: Final = 0.05
 """Shortest interval between two renewals of a lease."""
@@ -67,8 +75,7 @@ class KeyLimits(
     state_bytes: Count | None = None
 
 
-IN_MEMORY: Final = ("requests_per_s", "events_per_s", "concurrent_requests")
-"""The limits that processes enforce without a round trip."""
+_RATES: Final = ("requests_per_s", "events_per_s")
 
 log = structlog.get_logger(__name__)
 
@@ -77,20 +84,23 @@ class RateShare:
     """What one process may spend of a token bucket.
 
     Attributes:
+        limit: its name.
         level: tokens that it may spend now; more may be spent than there are.
-        is_short: a request was rejected since the last lease.
     """
 
-    def __init__(self, name: str, rate_per_s: float, now_s: float):
-        self.name = name
+    def __init__(self, key_id: str, limit: str, rate_per_s: float, now_s: float):
+        self.limit = limit
         self.rate_per_s = rate_per_s
+        self._bucket = f"{key_id}:{limit}"
         self._burst = max(1.0, rate_per_s)
+        # when the lease began
         self.level = self._start = 0.0
-        self.is_short = False
+        self._leased_s = -math.inf
+        # whether a request was rejected since then
+        self._is_short = False
         # tokens that no process has leased, when that was known, and among how many they are shared
         self._free, self._free_s = max(1.0, UNKNOWN_PART * self._burst), now_s
         self._processes = 1
-        self._leased_s = -math.inf
 
     def borrow(self, now_s: float, *, is_active: bool) -> bool:
         """Add this process's share of the tokens that the bucket must have by now; False if it has
@@ -102,7 +112,7 @@ class RateShare:
         if not is_active and free >= 1.0:
             part = max(part, 1.0)
         if self.level + part < 1.0:
-            self.is_short = True
+            self._is_short = True
             return False
         self.level += part
         self._start += part
@@ -119,33 +129,28 @@ class RateShare:
         return min(self._burst - self.level, free)
 
     @property
-    def spent(self) -> float:
-        """Tokens that were spent since the last lease began."""
-        return self._start - self.level
-
-    @property
     def is_idle(self) -> bool:
         """Whether nothing was spent since the last lease began, nor rejected."""
-        return self.level == self._start and not self.is_short
+        return self.level == self._start and not self._is_short
 
     def is_due(self, now_s: float) -> bool:
         """Whether the lease is to be renewed, or ends."""
         age_s = now_s - self._leased_s
-        has_new_token = self.is_short and age_s * self.rate_per_s >= 1.0
+        has_new_token = self._is_short and age_s * self.rate_per_s >= 1.0
         return has_new_token or 2 * self.level < self._start or age_s >= RENEW_S
 
     def expire(self) -> None:
         """Make the renewal due at once."""
         self._leased_s = -math.inf
 
-    def request(self, now_s: float) -> LeaseRequest:
-        """The request for the next lease."""
-        self._leased_s, self.is_short = now_s, False
-        return LeaseRequest(self.name, self.rate_per_s, self._burst, self.spent)
-
     def end(self) -> None:
         """Spend nothing more of the lease, which is not renewed."""
         self.level = self._start = min(0.0, self.level)
+
+    def request(self, now_s: float) -> LeaseRequest:
+        """The request for the next lease."""
+        self._leased_s, self._is_short = now_s, False
+        return LeaseRequest(self._bucket, self.rate_per_s, self._burst, self._start - self.level)
 
     def forget(self) -> None:
         """Forget what was spent: the store does not answer, or may have counted it."""
@@ -153,28 +158,25 @@ class RateShare:
 
     def update(self, request: LeaseRequest, lease: Lease, now_s: float) -> None:
         """Begin the lease that was requested."""
-        spent_since = self.spent - request.spent
+        spent_since = self._start - self.level - request.spent
         self._start, self.level = lease.tokens, lease.tokens - spent_since
         self._free, self._free_s, self._processes = lease.free, now_s, lease.processes
 
 
 class KeyLimiter:
-    """Enforces the limits of one key in this process.
+    """Enforces the rates and the concurrent requests of one key in this process.
 
     Args:
         on_active: called when requests arrive after none did, so that leases are to be renewed.
 
     Attributes:
         limits: in force; set them by `KeyLimiters.limiter`.
+        shares: of the buckets of its rates.
         is_active: whether leases are renewed.
     """
 
     def __init__(
-        self,
-        key_id: str,
-        limits: KeyLimits,
-        clock: Callable[[], float],
-        on_active: Callable[[KeyLimiter], None],
+        self, key_id: str, clock: Callable[[], float], on_active: Callable[[KeyLimiter], None]
     ):
         self._key_id = key_id
         self._clock = clock
@@ -182,66 +184,43 @@ class KeyLimiter:
         self._concurrent = 0
         self.is_active = False
         self.limits = KeyLimits()
-        self._max_concurrent: int | None = None
-        self._requests: RateShare | None = None
-        self._events: RateShare | None = None
-        self.update(limits)
+        self.shares: list[RateShare] = []
 
     def update(self, limits: KeyLimits) -> None:
         """Apply changed limits; shares of rates that are the same keep their tokens."""
-        self.limits = limits
         if not self.shares:
             self.is_active = False
-        self._max_concurrent = limits.concurrent_requests
-        self._requests = self._share(self._requests, "requests_per_s", limits.requests_per_s)
-        self._events = self._share(self._events, "events_per_s", limits.events_per_s)
-
-    def _share(
-        self, before: RateShare | None, limit: str, rate_per_s: float | None
-    ) -> RateShare | None:
-        if rate_per_s is None:
-            return None
-        if before is not None and before.rate_per_s == rate_per_s:
-            return before
-        return RateShare(f"{self._key_id}:{limit}", rate_per_s, self._clock())
-
-    @property
-    def shares(self) -> list[RateShare]:
-        """Its shares of the buckets of its limits."""
-        return [share for share in (self._requests, self._events) if share is not None]
+        self.limits = limits
+        known = {(share.limit, share.rate_per_s): share for share in self.shares}
+        rates = [(limit, rate) for limit in _RATES if (rate := getattr(limits, limit)) is not None]
+        self.shares = [
+            known.get(rate) or RateShare(self._key_id, *rate, self._clock()) for rate in rates
+        ]
 
     def rejection(self) -> LimitExceeded | None:
         """The error with which a request would be rejected now; None if it would be accepted."""
-        maximum = self._max_concurrent
+        maximum = self.limits.concurrent_requests
         if maximum is not None and self._concurrent >= maximum:
-            return self._error("concurrent_requests", maximum, RETRY_AFTER_S)
-        requests, events = self._requests, self._events
-        if requests is not None and requests.level < 1.0:
-            now_s = self._clock()
-            if not requests.borrow(now_s, is_active=self.is_active):
-                return self._error("requests_per_s", requests.rate_per_s, requests.wait_s(now_s))
-        if events is not None and events.level < 1.0:
-            now_s = self._clock()
-            if not events.borrow(now_s, is_active=self.is_active):
-                return self._error("events_per_s", events.rate_per_s, events.wait_s(now_s))
+            return _exceeded(self._key_id, "concurrent_requests", maximum, RETRY_AFTER_S)
+        for share in self.shares:
+            if share.level < 1.0:
+                now_s = self._clock()
+                if not share.borrow(now_s, is_active=self.is_active):
+                    wait_s = share.wait_s(now_s)
+                    return _exceeded(self._key_id, share.limit, share.rate_per_s, wait_s)
         return None
 
     def begin(self, events: int) -> None:
         """Count a request that was accepted; `end` ends it."""
         self._concurrent += 1
-        if self._requests is not None:
-            self._requests.level -= 1
-        if self._events is not None:
-            self._events.level -= events
-        if not self.is_active:
-            self._activate()
-
-    def _activate(self) -> None:
         for share in self.shares:
-            share.expire()
-        self.is_active = True
-        if self.shares:
-            self._on_active(self)
+            share.level -= events if share.limit == "events_per_s" else 1
+        if not self.is_active:
+            self.is_active = True
+            for share in self.shares:
+                share.expire()
+            if self.shares:
+                self._on_active(self)
 
     def end(self, _: object = None) -> None:
         """The request was answered or cancelled."""
@@ -271,18 +250,9 @@ class KeyLimiter:
         finally:
             self.end()
 
-    def _error(self, limit: str, allowed: float, retry_after_s: float) -> LimitExceeded:
-        return LimitExceeded(
-            f"the key {self._key_id} has reached its limit {limit}: {allowed:g}",
-            key=self._key_id,
-            limit=limit,
-            allowed=allowed,
-            retry_after_s=round(min(retry_after_s, MAX_RETRY_AFTER_S), 3),
-        ).with_key(limit, self._key_id)
-
 
 class KeyLimiters:
-    """The limiters of all keys that have limits, in this process.
+    """The limiters of all keys that have rates or a number of concurrent requests.
 
     Args:
         leases: leases tokens of the store's buckets.
@@ -301,13 +271,15 @@ class KeyLimiters:
 
         It outlives the callers with the key, so that a change of the key resets no count.
         """
-        if limits is None or not any(getattr(limits, name) for name in IN_MEMORY):
+        if limits is None or not any(
+            getattr(limits, name) for name in (*_RATES, "concurrent_requests")
+        ):
             return None
         limiter = self._limiters.get(key_id)
         if limiter is None:
-            limiter = KeyLimiter(key_id, limits, self._clock, self._note_active)
+            limiter = KeyLimiter(key_id, self._clock, self._note_active)
             self._limiters[key_id] = limiter
-        elif limiter.limits != limits:
+        if limiter.limits != limits:
             limiter.update(limits)
         return limiter
 
@@ -345,11 +317,126 @@ class KeyLimiters:
         errors: list[CarryError] = []
         for share, request, lease in zip(due, requests, leases, strict=True):
             if isinstance(lease, CarryError):
-                share.forget()
                 errors.append(lease)
+                share.forget()
             else:
                 share.update(request, lease, self._clock())
         if errors and not self._is_failing:
             reason = errors[0].detail
             log.warning("rate_leases_not_renewed", code=errors[0].code, reason=reason)
         self._is_failing = bool(errors)
+
+
+class StreamQuota:
+    """The quota of one key in one process.
+
+    Attributes:
+        key_id: of the key.
+        quota: the most that it may use.
+    """
+
+    def __init__(self, usage: StreamUsage, key_id: str, quota: Quota):
+        self._usage = usage
+        self.key_id = key_id
+        self.quota = quota
+        self._reconciled_s = -math.inf
+
+    async def register(
+        self, keys: Sequence[StreamKey], size_bytes: int, deadline_s: float = math.inf
+    ) -> list[LimitExceeded | None]:
+        """Register streams that are about to be created; the error of each that exceeds the quota.
+
+        Call it between the read of the heads that the commits expect and the commits.
+
+        Args:
+            size_bytes: of the state of each.
+
+        Raises:
+            StoreUnavailable, StoreRefused
+        """
+        sizes = [(key, size_bytes) for key in keys]
+        result = await self._usage.register(self.key_id, sizes, self.quota, deadline_s)
+        return [
+            None if accepted else self._error(key, size_bytes, result.streams, result.state_bytes)
+            for key, accepted in zip(keys, result.accepted, strict=True)
+        ]
+
+    @property
+    def may_reconcile(self) -> bool:
+        """Whether `reconcile` was not called for a while."""
+        return time.monotonic() - self._reconciled_s >= RECONCILE_S
+
+    async def reconcile(self) -> None:
+        """Remove the streams that do not exist from the count.
+
+        Raises:
+            StoreUnavailable, StoreRefused
+        """
+        # calls that find the quota reached meanwhile neither wait for this one nor start another
+        self._reconciled_s = math.inf
+        try:
+            await self._usage.reconcile(self.key_id)
+        finally:
+            self._reconciled_s = time.monotonic()
+
+    async def admit(self, key: StreamKey, size_bytes: int) -> None:
+        """Register one stream that is about to be created.
+
+        Raises:
+            LimitExceeded, StoreUnavailable, StoreRefused
+        """
+        (error,) = await self.register([key], size_bytes)
+        if error is not None and self.may_reconcile:
+            await self.reconcile()
+            (error,) = await self.register([key], size_bytes)
+        if error is not None:
+            raise error
+
+    @asynccontextmanager
+    async def releasing(self, keys: Sequence[StreamKey]) -> AsyncIterator[list[StreamKey]]:
+        """Release streams that are deleted within the context: those that are added to the list,
+        once a tombstone of each is written.
+
+        Raises:
+            StoreUnavailable, StoreRefused
+        """
+        before = await self._usage.find_registrations(self.key_id, keys)
+        deleted: list[StreamKey] = []
+        try:
+            yield deleted
+        finally:
+            # streams that are not released now are removed when the quota is reached
+            with suppress(CarryError):
+                registrations = dict(zip(keys, before, strict=True))
+                await self._usage.release(
+                    self.key_id, [(key, registrations[key]) for key in deleted]
+                )
+
+    def _error(self, key: StreamKey, size: int, streams: int, state_bytes: int) -> LimitExceeded:
+        limit, allowed, used, needed = "streams", self.quota.streams, streams, ""
+        if allowed is None or streams < allowed:
+            limit, allowed, used = "state_bytes", self.quota.state_bytes, state_bytes
+            needed = f", and the stream needs {size}"
+        return _exceeded(
+            self.key_id,
+            limit,
+            allowed or 0,
+            QUOTA_RETRY_AFTER_S,
+            f"; it uses {used}{needed}",
+            used=used,
+            stream=key.stream,
+        )
+
+
+def _exceeded(
+    key_id: str, limit: str, allowed: float, retry_after_s: float, usage: str = "", **facts: Any
+) -> LimitExceeded:
+    shown = allowed if isinstance(allowed, int) else f"{allowed:g}"
+    return LimitExceeded(
+        f"the key {key_id} has reached its limit {limit}: {shown}{usage}",
+        key=key_id,
+        limit=limit,
+        allowed=allowed,
+        **facts,
+        retry_after_s=round(min(retry_after_s, MAX_RETRY_AFTER_S), 3),
+    ).with_key(limit, key_id)

@@ -1,55 +1,5 @@
 """The errors of the service, in one tree.
 
-    CarryError
-      BadRequest            the request is invalid; nothing was looked up
-        MalformedBody         malformed_body
-        InvalidInput          invalid_input
-        ChunkTooLong          chunk_too_long
-        BodyTooLarge          body_too_large
-        UnsupportedMediaType  unsupported_media_type
-        NotAcceptable         not_acceptable
-        InvalidName           invalid_name
-        InvalidPrecondition   invalid_precondition
-        ChunksUnsupported     chunks_unsupported
-        FinalUnsupported      final_unsupported
-        ForecastUnsupported   forecast_unsupported
-        ResetsUnsupported     resets_unsupported
-        StateTokenInvalid     state_token_invalid
-        StateTokenOfOtherModel    state_token_of_other_model
-        StateTokenOfOtherVersion  state_token_of_other_version
-      AccessDenied          no access key allows the request; nothing was looked up
-        Unauthenticated       unauthenticated
-        Forbidden             forbidden
-      NotFound
-        ModelNotFound         model_not_found
-        StreamNotFound        stream_not_found
-      StreamRejection       valid, but rejected because of the current state of the stream
-        EpochMismatch         epoch_mismatch
-        PositionAhead         position_ahead
-        PositionBehind        position_behind
-        AlreadyApplied        already_applied
-        InputKindMismatch     input_kind_mismatch
-        StreamFinal           stream_final
-        StateChanged          state_changed
-        StreamExists          stream_exists
-        StateIncompatible     state_incompatible
-        PreviousFailed        previous_failed
-        Conflict              conflict
-      ServiceFailure        a failure of the service or its store
-        StateDamaged          state_damaged
-        NotFinite             output_not_finite
-        StoreUnavailable      store_unavailable
-        StoreRefused          store_refused
-        OutcomeUnknown        outcome_unknown
-        NotDurable            not_durable
-        DeadlineExceeded      deadline_exceeded
-          InferenceTimeout    inference_timeout
-        Overloaded            overloaded
-          StreamOverloaded    stream_overloaded
-          LimitExceeded       limit_exceeded
-        ShuttingDown          shutting_down
-        InternalError         internal_error
-
 Each class has a stable `code`, says whether the same request may be sent again (`retryable`), and
 what the caller can do (`remedy`). If a chunk may have been applied (`needs_position`), only a chunk
 with a position may be sent again; one without would be applied twice, so `without_position` makes

@@ -186,7 +186,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
             whatever is stored. Its position is 0 or None.
         dry_run: whether it is only computed, from the stream's current state, and not applied.
         span: the span of its request, if that is traced.
-        quota: under which its stream counts if it creates it (`service.access.quota.StreamQuota`);
+        quota: under which its stream counts if it creates it (`service.access.limits.StreamQuota`);
             None if there is none.
     """
 

@@ -20,7 +20,7 @@ from collections import defaultdict
 from typing import Final
 
 from models.errors import StateError
-from service.access.quota import StreamQuota
+from service.access.limits import StreamQuota
 from service.core.delivery import (
     Replay,
     Resolution,

@@ -16,7 +16,7 @@ from structlog.contextvars import bound_contextvars
 
 from models.spec.state import State
 from service.access.caller import DESCRIBE, Caller, Verb
-from service.access.quota import StreamQuota
+from service.access.limits import StreamQuota
 from service.core.delivery import start_epoch, state_changed, stream_exists, stream_facts
 from service.core.errors import CarryError, Conflict, StateDamaged, StreamNotFound
 from service.core.values import (

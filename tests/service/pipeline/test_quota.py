@@ -16,9 +16,9 @@ import pytest
 from msgspec.structs import replace
 
 from models.artifact.artifact import Artifact
-from service.access import quota as module
+from service.access import limits as module
 from service.access.caller import ANYONE, Caller, Verb
-from service.access.quota import StreamQuota
+from service.access.limits import StreamQuota
 from service.core.errors import CarryError, LimitExceeded, StoreUnavailable
 from service.core.values import Precondition, Reply, StreamKey
 from service.pipeline.pipeline import Pipeline
