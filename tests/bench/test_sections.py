@@ -129,7 +129,7 @@ def test_section_runs(section: str, bench: Bench) -> None:
         assert results.figures[f"workers/{CARRY} lost"].high == 0
     if section == "overload":
         # `make overload` bounds what depends on the speed of the machine; the work that a rejected
-        # chunk costs is bounded by tests/service/transports/v1/test_chunk_cost.py
+        # chunk costs is bounded by tests/service/transports/v1/test_chunk_path.py
         assert results.figures[f"overload/{CARRY} rejected share"].high > 0
         assert not [note for note in results.notes if UNANSWERED in note]
 

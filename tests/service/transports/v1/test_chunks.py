@@ -17,6 +17,7 @@ from service.codec.reply_types import ChunkReply
 from tests.service.transports.v1.harness import (
     EVENT,
     EVENT_MS,
+    JSON,
     LATER,
     MSGPACK,
     Harness,
@@ -89,15 +90,6 @@ async def test_json_and_messagepack_replies_are_equal(api: Harness) -> None:
                 np.testing.assert_array_equal(
                     np.array(values, np.float32), np.array(other[part][name], np.float32)
                 )
-
-
-async def test_events_in_messagepack_equal_those_in_json(api: Harness) -> None:
-    plain = (await api.chunk({"events": [EVENT, LATER]}, model="small", stream="a")).json()
-    packed = await api.packed({"events": [EVENT, LATER]}, model="small", stream="b")
-    for name, values in plain["outputs"].items():
-        np.testing.assert_array_equal(
-            np.array(values, np.float32), np.array(packed["outputs"][name], np.float32)
-        )
 
 
 async def test_accept_header_chooses_the_media_type_of_the_reply(api: Harness) -> None:
@@ -246,19 +238,6 @@ async def test_invalid_events_are_rejected_with_their_place(
     assert api.position(model="small") is None
 
 
-async def test_every_invalid_member_of_an_event_is_reported(api: Harness) -> None:
-    body = {"events": [{"load": "x", "carrier": 3, "other": 1}]}
-    document = problem(await api.chunk(body, model="small"), 422, "invalid_input")
-    assert [found["at"] for found in document["errors"]] == [
-        "events[0].load",
-        "events[0].at",
-        "events[0].carrier",
-        "events[0].heavy",
-        "events[0].other",
-    ]
-    assert document["errors"][1]["got"] == "nothing"
-
-
 async def test_exactly_one_of_events_and_inputs_is_required(api: Harness) -> None:
     both = {"events": [EVENT], "inputs": [[0.0] * 13]}
     document = problem(await api.chunk(both, model="small"), 422, "invalid_input")
@@ -279,33 +258,36 @@ async def test_codes_of_categories_are_checked(api: Harness) -> None:
     assert "0 to 4" in document["expected"]
 
 
-@pytest.mark.parametrize(
-    "body", ["", "{", "{} x", "\xff", '{"inputs":[[1,2,3]]', '{"a":"\\ud800"}']
-)
-async def test_malformed_json_is_rejected(api: Harness, body: str) -> None:
-    document = problem(await api.chunk(body.encode("latin-1")), 400, "malformed_body")
-    assert document["expected"] == "one JSON document"
+ROW = ormsgpack.packb({"inputs": rows(1).tobytes()})
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("headers", "body"),
     [
-        b"",
-        b"\xc1",
-        b"\x81",
-        b"\x81\x01\x02",
-        ormsgpack.packb({"inputs": rows(1).tobytes()}) + b"\xc0",
-        ormsgpack.packb({"inputs": rows(1).tobytes()}) * 2,
-        b"\xd4\x01\x02",
+        *[
+            (JSON, body)
+            for body in (b"", b"{", b"{} x", b"\xff", b'{"inputs":[[1,2,3]]', b'{"a":"\\ud800"}')
+        ],
+        *[
+            (MSGPACK, body)
+            for body in (
+                b"",
+                b"\xc1",
+                b"\x81",
+                b"\x81\x01\x02",
+                ROW + b"\xc0",
+                ROW * 2,
+                b"\xd4\x01\x02",
+            )
+        ],
     ],
 )
-async def test_malformed_messagepack_is_rejected(api: Harness, body: bytes) -> None:
-    document = problem(
-        await api.chunk(body, headers=MSGPACK | {"accept": "application/json"}),
-        400,
-        "malformed_body",
-    )
-    assert document["expected"] == "one MessagePack document"
+async def test_malformed_body_is_rejected(
+    api: Harness, headers: dict[str, str], body: bytes
+) -> None:
+    response = await api.chunk(body, headers=headers | {"accept": "application/json"})
+    kind = "JSON" if headers is JSON else "MessagePack"
+    assert problem(response, 400, "malformed_body")["expected"] == f"one {kind} document"
     assert api.position() is None
 
 
@@ -415,22 +397,6 @@ async def test_if_match_is_compared_with_the_current_state(api: Harness) -> None
     assert api.position() == 3
 
 
-@pytest.mark.parametrize(
-    ("query", "at"),
-    [
-        ("return_stat=true", "?return_stat"),
-        ("return_state=maybe", "?return_state"),
-        ("return_sequences=", "?return_sequences"),
-    ],
-)
-async def test_query_parameters_are_validated(api: Harness, query: str, at: str) -> None:
-    response = await api.client.post(
-        f"/v1/models/probe/streams/s/chunks?{query}", json={"inputs": rows(1).tolist()}
-    )
-    assert problem(response, 422, "invalid_input")["at"] == at
-    assert api.position() is None
-
-
 async def test_final_is_rejected_for_a_model_without_blocks(api: Harness) -> None:
     body = {"position": 0, "inputs": rows(2).tolist()}
     refused = problem(await api.chunk({**body, "final": True}), 422, "final_unsupported")
@@ -442,25 +408,25 @@ async def test_final_is_rejected_for_a_model_without_blocks(api: Harness) -> Non
 @pytest.mark.parametrize(
     ("method", "address", "at"),
     [
-        (
-            "POST",
-            "streams/s/chunks?return_state=1&return_state=0",
-            "?return_state",
-        ),
+        ("POST", "streams/s/chunks?return_stat=true", "?return_stat"),
+        ("POST", "streams/s/chunks?return_state=maybe", "?return_state"),
+        ("POST", "streams/s/chunks?return_sequences=", "?return_sequences"),
+        ("POST", "streams/s/chunks?return_state=1&return_state=0", "?return_state"),
         ("POST", "predict?return_state=1&return_state=1", "?return_state"),
         ("GET", "streams?limit=1&prefix=a&limit=2", "?limit"),
         ("DELETE", "streams?prefix=s&prefix=", "?prefix"),
     ],
 )
-async def test_a_duplicate_query_parameter_is_rejected(
+async def test_query_parameters_are_validated(
     api: Harness, method: str, address: str, at: str
 ) -> None:
-    """The service does not guess which of two values was meant."""
+    """Of a duplicate one the service does not guess which value was meant."""
     await api.chunk({"inputs": rows(1).tolist()})
     body = {"inputs": rows(1).tolist()}
     response = await api.client.request(method, f"/v1/models/probe/{address}", json=body)
-    document = problem(response, 400, "duplicate_field")
-    assert (document["at"], document["expected"]) == (at, "once")
+    is_duplicate = address.count(at[1:]) > 1
+    expected = (400, "duplicate_field") if is_duplicate else (422, "invalid_input")
+    assert problem(response, *expected)["at"] == at
     assert api.position() == 1
 
 

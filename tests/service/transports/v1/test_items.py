@@ -160,15 +160,16 @@ async def test_if_match_applies_to_its_item(api: Harness) -> None:
     one = rows(1).tolist()
     (first,) = await send(api, [{"stream": "a", "inputs": one}])
     etag = f"{first['reply']['epoch']}-{first['reply']['tag']}"
-    bare, quoted, stale = await send(
+    results = await send(
         api,
         [
             {"stream": "a", "inputs": one, "if_match": etag},
             {"stream": "b", "inputs": one, "if_match": "*"},
             {"stream": "a", "inputs": one, "if_match": f'"{etag}"'},
+            {"stream": "c", "inputs": one, "if_match": ""},
         ],
     )
-    assert codes([bare, quoted, stale]) == [2, "state_changed", "state_changed"]
+    assert codes(results) == [2, "state_changed", "state_changed", "invalid_precondition"]
     response = await api.client.post(
         "/v1/models/probe/chunks", json={"chunks": []}, headers={"if-match": "*"}
     )

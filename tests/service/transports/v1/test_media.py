@@ -47,7 +47,15 @@ def test_accept_header_chooses_the_media_type(
     assert negotiate_media(accept, otherwise) is media
 
 
-@pytest.mark.parametrize("accept", ["text/html", "*/*;q=0", "application/json;q=x", "json"])
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/html",
+        "*/*;q=0",
+        "json",
+        *(f"application/json;q={q}" for q in ("x", "nan", "inf", "-1")),
+    ],
+)
 def test_accept_header_without_a_supported_type_is_rejected(accept: str) -> None:
     with pytest.raises(NotAcceptable):
         negotiate_media(accept, Media.JSON)

@@ -156,35 +156,3 @@ async def test_unknown_paths_and_methods_become_problems(api: Harness) -> None:
         document = problem(response, 405, "method_not_allowed")
         assert response.headers["allow"] == ", ".join(allowed)
         assert document["expected"] == allowed
-
-
-async def test_a_client_that_disconnects_while_sending_changes_nothing(api: Harness) -> None:
-    sent: list[object] = []
-    messages = [
-        {"type": "http.request", "body": b'{"inputs":', "more_body": True},
-        {"type": "http.disconnect"},
-    ]
-
-    async def receive() -> dict[str, object]:
-        return messages.pop(0)
-
-    async def send(message: object) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/v1/models/probe/streams/s/chunks",
-        "raw_path": b"/v1/models/probe/streams/s/chunks",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-        "server": ("carry", 80),
-        "client": ("127.0.0.1", 1),
-        "root_path": "",
-    }
-    await api.app(scope, receive, send)
-    assert sent == []
-    assert api.position() is None

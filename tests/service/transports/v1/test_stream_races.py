@@ -48,34 +48,8 @@ def etag(state: Any) -> dict[str, str]:
     return {"if-match": f'"{state["epoch"]}-{state["tag"]}"'}
 
 
-async def test_a_conditional_deletion_keeps_a_stream_that_changed(api: Harness) -> None:
-    state = await saved(api)
-    api.store.on_delete = once(lambda: moved(api))
-    refused = await api.client.delete(f"{ADDRESS}/s", headers=etag(state))
-    assert problem(refused, 412, "state_changed")["epoch"] == b"others01".hex()
-    assert api.store.states[KEY].head.epoch == b"others01"
-
-
-async def test_a_conditional_deletion_of_a_deleted_stream_is_rejected(api: Harness) -> None:
-    state = await saved(api)
-    api.store.on_delete = once(lambda: api.store.states.pop(KEY))
-    refused = await api.client.delete(f"{ADDRESS}/s", headers=etag(state))
-    assert problem(refused, 412, "state_changed")["epoch"] is None
-
-
-async def test_an_unconditional_deletion_deletes_a_stream_that_changed(
-    api: Harness,
-) -> None:
-    await saved(api)
-    api.store.on_delete = once(lambda: moved(api))
-    assert (await api.client.delete(f"{ADDRESS}/s")).status_code == 204
-    assert not api.store.states
-
-
-async def test_a_deletion_reports_an_unknown_outcome(api: Harness) -> None:
-    await saved(api)
-    api.store.on_delete = lambda key: OutcomeUnknown("the reply was lost", stream=key.stream)
-    problem(await api.client.delete(f"{ADDRESS}/s"), 503, "outcome_unknown")
+def delete(api: Harness, state: Any, headers: dict[str, str]) -> Any:
+    return api.client.delete(f"{ADDRESS}/s", headers=headers)
 
 
 def restore(api: Harness, state: Any, headers: dict[str, str]) -> Any:
@@ -86,35 +60,45 @@ def fork(api: Harness, state: Any, headers: dict[str, str]) -> Any:
     return api.client.post(f"{ADDRESS}/s/fork", json={"to": "t"}, headers=headers)
 
 
-async def test_a_conditional_restore_keeps_a_stream_that_changed(api: Harness) -> None:
+OTHERS, ANY = b"others01", "*"
+
+
+@pytest.mark.parametrize(
+    ("write", "condition", "is_gone", "status", "epoch"),
+    [
+        (delete, None, False, 412, OTHERS),
+        (delete, None, True, 412, None),
+        (delete, "", False, 204, None),
+        (restore, None, False, 412, OTHERS),
+        (restore, None, True, 412, None),
+        (restore, ANY, False, 200, b"new"),
+        (fork, "", False, 409, OTHERS),
+    ],
+)
+async def test_a_write_respects_a_stream_that_changed_since_it_was_read(
+    api: Harness,
+    write: Callable[..., Any],
+    condition: str | None,
+    is_gone: bool,
+    status: int,
+    epoch: bytes | None,
+) -> None:
+    """Under its ETag, any or no condition, after the stream is replaced or deleted."""
     state = await saved(api)
-    api.store.on_commit = once(lambda: moved(api))
-    refused = await restore(api, state, etag(state))
-    assert problem(refused, 412, "state_changed")["epoch"] == b"others01".hex()
-    assert api.store.states[KEY].head.epoch == b"others01"
-
-
-async def test_a_restore_with_if_match_any_replaces_a_stream_that_changed(api: Harness) -> None:
-    state = await saved(api)
-    api.store.on_commit = once(lambda: moved(api))
-    assert (await restore(api, state, {"if-match": "*"})).status_code == 200
-    assert api.store.states[KEY].head.epoch not in (b"others01", bytes.fromhex(state["epoch"]))
-
-
-async def test_a_conditional_restore_of_a_deleted_stream_is_rejected(api: Harness) -> None:
-    state = await saved(api)
-    api.store.on_commit = once(lambda: api.store.states.pop(KEY))
-    assert problem(await restore(api, state, etag(state)), 412, "state_changed")["epoch"] is None
-    assert not api.store.states
-
-
-async def test_a_fork_does_not_replace_a_stream_created_meanwhile(api: Harness) -> None:
-    state = await saved(api)
-    to = StreamKey("probe", "t")
-    api.store.on_commit = once(lambda: moved(api, to))
-    refused = await fork(api, state, {})
-    assert problem(refused, 409, "stream_exists")["epoch"] == b"others01".hex()
-    assert api.store.states[to].head.epoch == b"others01"
+    key = StreamKey("probe", "t") if write is fork else KEY
+    headers = etag(state) if condition is None else {"if-match": condition} if condition else {}
+    hook = once(lambda: api.store.states.pop(key) if is_gone else moved(api, key))
+    api.store.on_delete = api.store.on_commit = hook
+    response = await write(api, state, headers)
+    assert response.status_code == status, response.text
+    if status >= 400:
+        code = "stream_exists" if write is fork else "state_changed"
+        assert problem(response, status, code)["epoch"] == (epoch.hex() if epoch else None)
+    left = api.store.states.get(key)
+    if epoch == b"new":
+        assert left.head.epoch not in (OTHERS, bytes.fromhex(state["epoch"]))
+    else:
+        assert (left and left.head.epoch) == epoch
 
 
 @pytest.mark.parametrize("write", [restore, fork])
@@ -139,11 +123,12 @@ async def test_restore_and_fork_succeed_after_a_concurrent_deletion(
     assert api.position(name) == 2
 
 
-async def test_restore_and_fork_report_an_unknown_outcome(api: Harness) -> None:
+@pytest.mark.parametrize("write", [delete, restore, fork])
+async def test_a_write_reports_an_unknown_outcome(api: Harness, write: Callable[..., Any]) -> None:
     state = await saved(api)
+    api.store.on_delete = lambda key: OutcomeUnknown("lost", stream=key.stream)
     api.store.on_commit = lambda commit: OutcomeUnknown("lost", stream=commit.key.stream)
-    problem(await fork(api, state, {}), 503, "outcome_unknown")
-    problem(await restore(api, state, etag(state)), 503, "outcome_unknown")
+    problem(await write(api, state, {} if write is fork else etag(state)), 503, "outcome_unknown")
 
 
 # Damaged states

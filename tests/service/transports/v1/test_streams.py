@@ -18,6 +18,7 @@ from service.core.values import StreamKey
 from service.transports.v1.reply_types import Deleted, StateReply, StreamInfo, StreamList
 from tests.service.transports.v1.harness import (
     EVENT,
+    JSON,
     LATER,
     MSGPACK,
     NOW_MS,
@@ -102,6 +103,7 @@ async def test_streams_are_listed_page_by_page(api: Harness) -> None:
         ("limit=6", "invalid_input"),
         ("limit=x", "invalid_input"),
         ("order=name", "invalid_input"),
+        (f"cursor={'9' * 5000}", "invalid_input"),
         ("prefix=a%20b", "invalid_name"),
     ):
         response = await api.client.get(f"{ADDRESS}?{query}")
@@ -201,27 +203,31 @@ async def test_restoring_over_a_stream_requires_its_etag(api: Harness) -> None:
     problem(missing, 412, "state_changed")
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
-    ("change", "status", "code", "at"),
+    ("change", "status", "at"),
     [
-        ({"fingerprint": "0" * 32}, 409, "state_incompatible", "fingerprint"),
-        ({"fingerprint": "abc"}, 422, "invalid_input", "fingerprint"),
-        ({"fingerprint": None}, 422, "invalid_input", "fingerprint"),
-        ({"position": -1}, 422, "invalid_input", "position"),
-        ({"position": 2.0}, 422, "invalid_input", "position"),
-        ({"feed": "rows"}, 422, "invalid_input", "feed"),
-        ({"feed": "events"}, 422, "invalid_input", "feed"),
-        ({"state": {}}, 422, "invalid_input", "state"),
-        ({"state": []}, 422, "invalid_input", "state"),
-        ({"age": 3}, 422, "invalid_input", "age"),
+        ({"fingerprint": "0" * 32}, 409, "fingerprint"),
+        ({"fingerprint": "abc"}, 422, "fingerprint"),
+        ({"fingerprint": None}, 422, "fingerprint"),
+        ({"position": -1}, 422, "position"),
+        ({"position": 2.0}, 422, "position"),
+        ({"feed": "rows"}, 422, "feed"),
+        ({"feed": "events"}, 422, "feed"),
+        ({"state": {}}, 422, "state"),
+        ({"state": []}, 422, "state"),
+        ({"age": 3}, 422, "age"),
     ],
 )
 async def test_invalid_states_are_rejected(
-    api: Harness, change: dict[str, Any], status: int, code: str, at: str
+    api: Harness, change: dict[str, Any], status: int, at: str
 ) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
     response = await api.client.put(f"{ADDRESS}/new/state", json={**kept, **change})
+    code = "state_incompatible" if status == 409 else "invalid_input"
     assert problem(response, status, code)["at"] == at
     assert api.position("new") is None
 
@@ -229,35 +235,25 @@ async def test_invalid_states_are_rejected(
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("lstm_1.hidden", [0.0] * 4),
-        ("lstm_1.hidden", 0.5),
-        ("lstm_1.hidden", [0, 0, 0, 0, "x"]),
-        ("lstm_1.hidden", [0, 0, 0, 0, 1e39]),
-        ("lstm_1.hidden", [0, 0, 0, 0, float("nan")]),
-        ("lstm_1.hidden", [[0.0] * 5, [0.0]]),
+        *[("lstm_1.hidden", wrong) for wrong in ([0.0] * 2, 0.5, [[0.0] * 3, [0.0]])],
+        *[("lstm_1.hidden", [0, 0, wrong]) for wrong in ("x", 1e39, NAN, True)],
         ("lstm_1.other", [0.0]),
+        ("clock.out_of_order", 9),
+        *[("clock.seen", wrong) for wrong in (2**61 + 1, 2**62, 2**63 - 1, -1)],
     ],
 )
 async def test_invalid_parts_of_a_state_are_rejected(api: Harness, part: str, value: Any) -> None:
-    await api.chunk({"inputs": rows(2).tolist()})
-    kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
-    kept["state"][part] = value
-    response = await api.client.put(
-        f"{ADDRESS}/new/state",
-        content=json.dumps(kept),
-        headers={"content-type": "application/json"},
-    )
-    document = problem(response, 422, "invalid_input")
-    assert part in document["detail"]
-    assert document["at"] == "state"
-
-
-async def test_a_clock_that_no_stream_reaches_is_rejected(api: Harness) -> None:
+    """Also counts that no stream reaches, or that could not be continued."""
     await api.chunk({"events": [EVENT]}, model="small")
-    kept = (await api.client.get("/v1/models/small/streams/s/state")).json()
-    kept["state"]["clock.out_of_order"] = 9
-    response = await api.client.put("/v1/models/small/streams/new/state", json=kept)
-    assert problem(response, 422, "invalid_input")["at"] == "state"
+    address = "/v1/models/small/streams"
+    kept = (await api.client.get(f"{address}/s/state")).json()
+    kept["state"][part] = value
+    content, headers = json.dumps(kept), {"content-type": "application/json"}
+    response = await api.client.put(f"{address}/new/state", content=content, headers=headers)
+    document = problem(response, 422, "invalid_input")
+    assert document["at"] == "state"
+    assert part.startswith("clock.") or part in document["detail"]
+    assert api.position("new", "small") is None
 
 
 async def test_a_fork_is_independent_of_its_source(api: Harness) -> None:
@@ -314,30 +310,6 @@ async def test_a_state_of_another_version_is_not_returned(api: Harness) -> None:
     assert (info["version"], info["position"]) == ("0" * 12, 2)
 
 
-async def test_a_cursor_of_many_digits_is_rejected(api: Harness) -> None:
-    response = await api.client.get(f"{ADDRESS}?cursor={'9' * 5000}")
-    problem(response, 422, "invalid_input")
-
-
-async def test_a_clock_that_no_stream_can_have_is_not_restored(api: Harness) -> None:
-    await api.chunk({"events": [EVENT]}, model="small")
-    address = "/v1/models/small/streams/s/state"
-    given = (await api.client.get(address)).json()
-    given["state"]["clock.seen"] = 2**63 - 1
-    await api.client.delete("/v1/models/small/streams/s")
-    response = await api.client.put(address, json=given)
-    assert response.status_code == 422, response.text
-
-
-async def test_booleans_in_a_state_are_rejected(api: Harness) -> None:
-    await api.chunk({"inputs": rows(2).tolist()})
-    given = (await api.client.get(f"{ADDRESS}/s/state")).json()
-    given["state"]["lstm_1.hidden"][0] = True
-    await api.client.delete(f"{ADDRESS}/s")
-    response = await api.client.put(f"{ADDRESS}/s/state", json=given)
-    problem(response, 422, "invalid_input")
-
-
 async def test_predictions_do_not_use_the_store(api: Harness) -> None:
     api.store.away = StoreUnavailable("no answer")
     body = {"sequences": [{"inputs": rows(3).tolist()}]}
@@ -347,22 +319,6 @@ async def test_predictions_do_not_use_the_store(api: Harness) -> None:
     )
     assert predicted.status_code == 200
     problem(refused, 503, "store_unavailable")
-
-
-async def test_an_empty_precondition_is_rejected(api: Harness) -> None:
-    item = {"stream": "s", "position": 0, "inputs": rows(2).tolist(), "if_match": ""}
-    reply = await api.client.post("/v1/models/probe/chunks", json={"chunks": [item]})
-    (result,) = reply.json()["results"]
-    assert result["error"]["code"] == "invalid_precondition"
-    assert api.position() is None
-
-
-@pytest.mark.parametrize("weight", ["nan", "inf", "-1"])
-async def test_a_media_type_with_an_invalid_weight_is_not_acceptable(
-    api: Harness, weight: str
-) -> None:
-    response = await api.client.get(ADDRESS, headers={"accept": f"application/json;q={weight}"})
-    problem(response, 406, "not_acceptable")
 
 
 async def test_a_damaged_state_is_not_used_and_can_be_deleted_or_overwritten(
@@ -418,3 +374,87 @@ async def test_reads_check_if_match(api: Harness) -> None:
         problem(weak, 400, "invalid_precondition")
         missing = await api.client.get(path.replace("/s", "/t", 1), headers={"if-match": "*"})
         assert missing.status_code in (404, 412)
+
+
+@pytest.mark.parametrize("feed", ["events", "inputs"])
+@pytest.mark.parametrize(
+    "clock",
+    [
+        {"clock.seen": 2**61},
+        {"clock.seen": 2**61, "clock.out_of_order": 2**61 - 1},
+        {"clock.last_ms": -2_208_988_800_000},
+        {"clock.last_ms": 7_258_118_399_999},
+    ],
+)
+async def test_every_restored_state_can_be_continued(
+    api: Harness, feed: str, clock: dict[str, int]
+) -> None:
+    await api.chunk({"events": [EVENT, LATER]}, model="small")
+    address = "/v1/models/small/streams"
+    kept = (await api.client.get(f"{address}/s/state")).json()
+    kept["state"].update(clock)
+    restored = await api.client.put(f"{address}/t/state", json={**kept, "feed": feed})
+    assert restored.status_code == 201, restored.text
+    features = len((await api.client.get("/v1/models/small")).json()["columns"])
+    steps: dict[str, Any] = {"inputs": [[0.0] * features]}
+    if feed == "events":
+        moments = ["1900-01-01T00:00:00Z", "2199-12-31T23:59:59.999Z"]
+        steps = {"events": [{**EVENT, "at": moment} for moment in moments * 2]}
+    for _ in range(2):
+        response = await api.chunk(steps, model="small", stream="t")
+        assert response.status_code == 200, response.text
+    kept = (await api.client.get(f"{address}/t/state")).json()
+    assert kept["state"]["clock.seen"] >= clock.get("clock.seen", 0)
+
+
+@pytest.mark.parametrize("position", [2**62, 2**62 - 1])
+async def test_the_last_restorable_position_can_be_continued(api: Harness, position: int) -> None:
+    await api.chunk({"inputs": rows(2).tolist()})
+    kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
+    kept["position"] = position
+    response = await api.client.put(f"{ADDRESS}/t/state", json=kept)
+    assert response.status_code == 201
+    for _ in range(2):
+        response = await api.chunk({"inputs": rows(2).tolist()}, stream="t")
+        assert response.status_code == 200, response.text
+    assert (await api.client.get(f"{ADDRESS}/t")).json()["position"] == position + 4
+
+
+@pytest.mark.parametrize("depth", [30, 150, 400, 1000])
+@pytest.mark.parametrize("packed", [False, True])
+async def test_deeply_nested_states_are_rejected(api: Harness, depth: int, packed: bool) -> None:
+    await api.chunk({"inputs": rows(2).tolist()})
+    kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
+    kept["state"]["lstm_1.hidden"] = "deep"
+    if packed:
+        text = ormsgpack.packb(kept).replace(b"\xa4deep", b"\x91" * depth + b"\x01")
+    else:
+        text = json.dumps(kept).encode().replace(b'"deep"', b"[" * depth + b"1" + b"]" * depth)
+    headers = {**(MSGPACK if packed else JSON), "accept": "application/json"}
+    response = await api.client.put(f"{ADDRESS}/t/state", content=text, headers=headers)
+    assert response.status_code in (400, 422), response.text
+
+
+async def test_created_is_true_for_the_chunk_that_creates_its_stream_only(api: Harness) -> None:
+    """In its reply and in its replays, also as an item; not after a restore or a fork at 0."""
+
+    async def created(stream: str, position: int) -> list[bool | None]:
+        body = {"position": position, "inputs": rows(2, seed=position).tolist()}
+        replies = [(await api.chunk(body, stream=stream)).json() for _ in range(2)]
+        many = {"chunks": [{"stream": stream, **body}]}
+        items = (await api.client.post("/v1/models/probe/chunks", json=many)).json()["results"]
+        packed = {**body, "inputs": rows(2, seed=position).tobytes()}
+        replies += [items[0]["reply"], await api.packed(packed, stream=stream)]
+        assert [reply["replayed"] for reply in replies] == [False, True, True, True]
+        return [reply.get("created") for reply in replies]
+
+    assert await created("s", 0) == [True] * 4
+    assert await created("s", 2) == [None] * 4
+    kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
+    restored = await api.client.put(f"{ADDRESS}/zero/state", json={**kept, "position": 0})
+    assert restored.status_code == 201
+    await api.client.post(f"{ADDRESS}/zero/fork", json={"to": "fork"})
+    for name in ("fork", "zero"):
+        assert await created(name, 0) == [None] * 4
+    await api.client.delete(f"{ADDRESS}/zero")
+    assert await created("zero", 0) == [True] * 4

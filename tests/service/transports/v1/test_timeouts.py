@@ -175,15 +175,15 @@ async def test_load_shedding_does_not_decode_the_body(
 
 
 class DisconnectingClient:
-    """An ASGI client that may disconnect after its request is sent."""
+    """An ASGI client that may disconnect after its request, or a part of it, is sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: bytes = orjson.dumps(BODY), *, is_complete: bool = True) -> None:
         self.sent: list[Any] = []
         self.disconnects = asyncio.Event()
         self._message: dict[str, Any] | None = {
             "type": "http.request",
-            "body": orjson.dumps(BODY),
-            "more_body": False,
+            "body": body,
+            "more_body": not is_complete,
         }
 
     async def receive(self) -> dict[str, Any]:
@@ -244,3 +244,11 @@ async def test_a_watched_request_is_answered(api: Harness) -> None:
     await serving_client
     assert client.sent[0]["status"] == 200
     assert api.position() == 2
+
+
+async def test_a_client_that_disconnects_while_sending_changes_nothing(api: Harness) -> None:
+    client = DisconnectingClient(b'{"inputs":', is_complete=False)
+    client.disconnects.set()
+    await api.app(client.scope(), client.receive, client.send)
+    assert client.sent == []
+    assert api.position() is None

@@ -11,7 +11,7 @@ import pytest
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
-from tests.service.transports.v1.harness import LIMITS, Harness, harness
+from tests.service.transports.v1.harness import LIMITS, Harness, harness, problem
 from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.servers import RealServer
 
@@ -63,35 +63,31 @@ PARTS = ("forward.hidden", "forward.carry", "backward.hidden", "backward.carry")
 async def test_a_sequence_beyond_the_limit_is_rejected(api: Harness) -> None:
     body = {"sequences": [{"inputs": [[0.0, 0.0]] * 26}]}
     response = await api.client.post("/v1/models/tagger/predict", json=body)
-    assert (response.status_code, response.json()["code"]) == (413, "chunk_too_long")
-    assert response.json()["expected"] == 25 < LIMITS.max_predict_steps
+    document = problem(response, 413, "chunk_too_long")
+    assert document["expected"] == 25 < LIMITS.max_predict_steps
 
 
 CHUNK: dict[str, Any] = {"position": 0, "inputs": [[0.0, 1.0]]}
 
 
-async def test_chunks_are_rejected(api: Harness) -> None:
-    response = await api.chunk(CHUNK, model="tagger")
-    problem = response.json()
-    assert (response.status_code, problem["code"]) == (422, "chunks_unsupported")
-    assert (problem["stream"], problem["expected"]) == ("s", "/predict")
-    many = {"chunks": [{"stream": "s", **CHUNK}]}
-    response = await api.client.post("/v1/models/tagger/chunks", json=many)
-    assert (response.status_code, response.json()["code"]) == (422, "chunks_unsupported")
-    assert api.position(model="tagger") is None
-
-
-async def test_restoring_a_state_is_rejected(api: Harness, tagger: Artifact) -> None:
-    """Of a model that takes whole sequences there is none to restore."""
+async def test_chunks_and_restores_are_rejected(api: Harness, tagger: Artifact) -> None:
+    """Of a model that takes whole sequences there is no stream."""
     zero = tagger.state.by_name(tagger.state.zero())
-    body = {
+    state = {
         "fingerprint": tagger.fingerprint.hex(),
         "feed": "inputs",
         "position": 0,
         "state": {name: value.tolist() for name, value in zero.items()},
     }
-    response = await api.client.put("/v1/models/tagger/streams/s/state", json=body)
-    assert (response.status_code, response.json()["code"]) == (422, "chunks_unsupported")
+    for method, path, body in (
+        ("POST", "streams/s/chunks", CHUNK),
+        ("POST", "chunks", {"chunks": [{"stream": "s", **CHUNK}]}),
+        ("PUT", "streams/s/state", state),
+    ):
+        response = await api.client.request(method, f"/v1/models/tagger/{path}", json=body)
+        document = problem(response, 422, "chunks_unsupported")
+        assert document["expected"] == "/predict"
+        assert document.get("stream") == ("s" if body is CHUNK else None)
     assert api.position(model="tagger") is None
 
 
