@@ -22,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from service.access.key_cache import AccessKeys
+from service.codec.decoding import detached
 from service.core.errors import CarryError
 from service.core.tracing import Tracer
 from service.pipeline.pipeline import Pipeline
@@ -129,6 +130,7 @@ def create_application(
     )
     app.state.render_metrics = metrics
     app.state.has_documentation = False
+    app.state.error_answers = {}
     app.add_exception_handler(CarryError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_routing_error)
     app.add_middleware(RequestLogMiddleware, answer_failure=_answer_failure, ids=ids)
@@ -138,7 +140,10 @@ def create_application(
 async def _answer_error(request: Request, error: Any, headers: Iterable[Header] = ()) -> Response:
     """Log and count an error of the service, and answer it with its problem document."""
     log_failure(error)
-    return _error_response(request, error, headers)
+    response = _error_response(request, error, headers)
+    # a frame of its traceback may refer to it, and another one to the body
+    detached(error)
+    return response
 
 
 async def _answer_routing_error(request: Request, error: Any) -> Response:
@@ -176,6 +181,11 @@ def _error_response(
     # before routing there is no path parameter; the recorder bounds the names of models
     model = request.scope.get("path_params", {}).get("model", "-")
     api_of(request).recorder.record_error(model, error)
+    # other protocols have a form of their own for the errors of their addresses
+    for prefix, answer in request.app.state.error_answers.items():
+        if f"{request.url.path}/".startswith(f"{prefix}/"):
+            response: Response = answer(error)
+            return response
     return problem_response(error, request, headers)
 
 

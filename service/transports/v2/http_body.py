@@ -1,31 +1,31 @@
-"""Bodies of V2 inference over HTTP: JSON, and JSON followed by tensors in the binary format.
+"""Bodies of V2 over HTTP: requests and replies of inference, and errors.
 
-`Inference-Header-Content-Length` is the length of the JSON, if tensors follow it. Their order is
-that of the inputs or outputs with `binary_data_size`.
+They are JSON, or JSON followed by tensors in the binary format. `Inference-Header-Content-Length`
+is the length of the JSON, if tensors follow it. Their order is that of the inputs or outputs with
+`binary_data_size`. An error is `{"error": "code: detail"}`, with the members of a problem document
+beside it.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final, NamedTuple
+from collections.abc import Iterable
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
 from service.codec.decoding import decode, invalid
 from service.codec.media import Media, encode_json
-from service.core.errors import BodyTooLarge, MalformedBody
-from service.transports.v2.values import (
-    MAX_RANK,
-    InferReply,
-    InferRequest,
-    InputTensor,
-    Parameter,
-)
+from service.core.errors import BodyTooLarge, CarryError, MalformedBody
+from service.server.errors import MethodNotAllowed
+from service.transports.v1.problems import problem, problem_headers
+from service.transports.v1.replies import Answer, Header
+from service.transports.v2.inference import InferReply
+from service.transports.v2.request import BinaryOutputs, InferRequest, Parameter, parse_parameters
+from service.transports.v2.tensors import MAX_RANK, InputTensor, OutputTensor
 
 HEADER_LENGTH: Final = "inference-header-content-length"
-BINARY_OUTPUT: Final = "binary_data_output"
 
 COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 """The arguments of zlib by Content-Encoding."""
@@ -36,21 +36,21 @@ _FEW: Final = Meta(max_length=256)
 Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
-class InputParameters(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
-):
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """Base of a request's objects."""
+
+
+class InputParameters(Body, frozen=True):
     """The parameters of a request's tensor."""
 
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
 
-class _OutputParameters(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
-):
+class _OutputParameters(Body, frozen=True):
     binary_data: bool | None = None
 
 
-class _Input(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+class _Input(Body, frozen=True):
     name: str
     datatype: str
     shape: Annotated[tuple[Dimension, ...], Meta(max_length=MAX_RANK)]
@@ -58,45 +58,28 @@ class _Input(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=
     data: list[Any] | None = None
 
 
-class RequestedOutput(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
-):
+class RequestedOutput(Body, frozen=True):
     """An output that a request names."""
 
     name: str
     parameters: _OutputParameters | None = None
 
 
-class _Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+class _Request(Body, frozen=True):
     inputs: Annotated[list[_Input], _FEW]
     outputs: Annotated[list[RequestedOutput], _FEW] = []
     id: str = ""
-    parameters: Annotated[dict[str, bool | int | float | str], _FEW] = {}
+    parameters: Annotated[dict[str, Parameter], _FEW] = {}
 
 
-class BinaryOutputs(NamedTuple):
-    """Which outputs a client wants in the binary format."""
-
-    by_name: Mapping[str, bool]
-    by_default: bool = False
-
-    @classmethod
-    def of(cls, outputs: Iterable[RequestedOutput], by_default: bool) -> BinaryOutputs:
-        """What the outputs that a request names say, and its parameter."""
-        by_name = {
-            output.name: output.parameters.binary_data
-            for output in outputs
-            if output.parameters is not None and output.parameters.binary_data is not None
-        }
-        return cls(by_name, by_default)
-
-    def has(self, name: str) -> bool:
-        """Whether it wants this one so."""
-        return self.by_name.get(name, self.by_default)
-
-    def has_any(self, names: Iterable[str]) -> bool:
-        """Whether it wants any of these so."""
-        return any(map(self.has, names)) if self.by_name else self.by_default
+def binary_outputs(outputs: Iterable[RequestedOutput], by_default: bool) -> BinaryOutputs:
+    """Which outputs are binary, by the outputs that a request names and its parameter."""
+    by_name = {
+        output.name: output.parameters.binary_data
+        for output in outputs
+        if output.parameters is not None and output.parameters.binary_data is not None
+    }
+    return BinaryOutputs(by_name, by_default)
 
 
 def decompress(body: bytes, encoding: str, limit_bytes: int) -> bytes:
@@ -126,25 +109,22 @@ def decompress(body: bytes, encoding: str, limit_bytes: int) -> bytes:
     return content
 
 
-def decode_request(
-    body: bytes, json_bytes: int | None, model: str, version: str
-) -> tuple[InferRequest, BinaryOutputs]:
+def decode_request(body: bytes, json_bytes: int | None, model: str, version: str) -> InferRequest:
     """Decode a body.
 
     Args:
         json_bytes: length of its JSON; None if all of it is JSON.
 
     Raises:
-        MalformedBody, InvalidInput, BodyTooLarge
+        MalformedBody, InvalidInput, InvalidName
     """
     if json_bytes is not None and json_bytes > len(body):
         expected = f"at most {len(body)}, the length of the body"
         raise invalid("Inference-Header-Content-Length", expected, json_bytes)
-    text = body if json_bytes is None else body[:json_bytes]
-    decoded = decode(Media.JSON, text, _Request)
-    begin, binary_bytes = len(text), len(body) - len(text)
+    begin = len(body) if json_bytes is None else json_bytes
+    decoded = decode(Media.JSON, body[:begin], _Request)
+    end = begin
     inputs: list[InputTensor] = []
-    used = 0
     for index, each in enumerate(decoded.inputs):
         at = f"inputs[{index}]"
         size = each.parameters.binary_data_size if each.parameters else None
@@ -153,49 +133,60 @@ def decode_request(
             got = "none" if size is None else "both"
             raise invalid(at, "either data or parameters.binary_data_size", got)
         if size is not None:
-            data = body[begin + used : begin + used + size]
-            used += size
+            data = body[end : end + size]
+            end += size
         inputs.append(InputTensor(each.name, each.datatype, each.shape, data or []))
-    if used != binary_bytes:
-        expected = f"{used} bytes after the JSON, all the binary_data_size together"
-        raise invalid("body", expected, binary_bytes)
-    parameters: dict[str, Parameter] = decoded.parameters
-    by_default = parameters.pop(BINARY_OUTPUT, False)
-    if not isinstance(by_default, bool):
-        raise invalid(f"parameters.{BINARY_OUTPUT}", "true or false", repr(by_default)[:300])
-    names = [output.name for output in decoded.outputs]
-    request = InferRequest(model, inputs, parameters, names, version, decoded.id)
-    return request, BinaryOutputs.of(decoded.outputs, by_default)
+    if end != len(body):
+        expected = f"{end - begin} bytes after the JSON, all the binary_data_size together"
+        raise invalid("body", expected, len(body) - begin)
+    parameters = parse_parameters(decoded.parameters)
+    binary = binary_outputs(decoded.outputs, parameters.binary_by_default)
+    names = tuple([output.name for output in decoded.outputs])
+    return InferRequest(model, inputs, parameters, names, version, decoded.id, binary)
 
 
-def reply_document(reply: InferReply, binary: BinaryOutputs) -> dict[str, Any]:
+def reply_document(reply: InferReply) -> dict[str, Any]:
     """The JSON of a reply, with the values of the outputs that are not binary as NumPy arrays."""
     document: dict[str, Any] = {"model_name": reply.model, "model_version": reply.version}
     if reply.id:
         document["id"] = reply.id
     if reply.parameters:
         document["parameters"] = reply.parameters
-    outputs: list[dict[str, Any]] = []
-    for tensor in reply.outputs:
-        name, values = tensor
-        output: dict[str, Any] = {
-            "name": name,
-            "datatype": tensor.datatype,
-            "shape": list(values.shape),
-        }
-        if binary.has(name):
-            output["parameters"] = {"binary_data_size": values.nbytes}
-        else:
-            output["data"] = values.ravel()
-        outputs.append(output)
-    document["outputs"] = outputs
+    document["outputs"] = [
+        _output(tensor, reply.binary.has(tensor.name)) for tensor in reply.outputs
+    ]
     return document
 
 
-def encode_reply(reply: InferReply, binary: BinaryOutputs) -> tuple[bytes, int]:
+def _output(tensor: OutputTensor, is_binary: bool) -> dict[str, Any]:
+    name, values = tensor
+    data: dict[str, Any] = {"data": values.ravel()}
+    if is_binary:
+        data = {"parameters": {"binary_data_size": values.nbytes}}
+    return {"name": name, "datatype": tensor.datatype, "shape": list(values.shape), **data}
+
+
+def encode_reply(reply: InferReply) -> tuple[bytes, int]:
     """The body of a reply with binary outputs, and the length of its JSON."""
-    text = encode_json(reply_document(reply, binary))
-    return b"".join((text, *[o.data for o in reply.outputs if binary.has(o.name)])), len(text)
+    text = encode_json(reply_document(reply))
+    data = [output.data for output in reply.outputs if reply.binary.has(output.name)]
+    return b"".join((text, *data)), len(text)
+
+
+def error_answer(error: CarryError) -> Answer:
+    """The response to a request that failed; its status and headers are those of the HTTP API, and
+    `Carry-Error` has the code alone."""
+    document = problem(error)
+    content = {"error": f"{error.code}: {error.detail}", **document}
+    headers = [(b"carry-error", error.code.encode()), *problem_headers(document)]
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", ", ".join(error.facts["expected"]).encode()))
+    return json_answer(content, document["status"], headers)
+
+
+def json_answer(document: Any, status: int = 200, headers: Iterable[Header] = ()) -> Answer:
+    """A response with a document in JSON."""
+    return Answer(encode_json(document), (b"content-type", b"application/json"), status, headers)
 
 
 def _malformed(reason: str) -> MalformedBody:

@@ -24,21 +24,33 @@ from service.telemetry.logs import RequestIds
 from service.transports.v1.context import ModelCodec
 from service.transports.v1.fast_path import FastChunkRoute, FastRequest
 from service.transports.v1.problems import response_bytes
-from service.transports.v2.calls import ResolvedCall, Signature, output_shape
 from service.transports.v2.http_body import (
-    BINARY_OUTPUT,
     HEADER_LENGTH,
-    BinaryOutputs,
+    Body,
     Dimension,
     InputParameters,
     RequestedOutput,
+    binary_outputs,
     encode_reply,
+    error_answer,
     reply_document,
 )
-from service.transports.v2.http_errors import error_answer
-from service.transports.v2.inference import VERSION, Inference
-from service.transports.v2.parameters import parse_parameters
-from service.transports.v2.values import InferReply, InferRequest, InputTensor, OutputTensor
+from service.transports.v2.inference import (
+    VERSION,
+    InferCall,
+    Inference,
+    InferReply,
+    read_chunk,
+    reply_to_chunk,
+)
+from service.transports.v2.request import (
+    BinaryOutputs,
+    Parameter,
+    Signature,
+    output_shape,
+    parse_parameters,
+)
+from service.transports.v2.tensors import InputTensor, OutputTensor
 
 ROUTE: Final = "/v2/models/{model}/infer"
 
@@ -60,20 +72,20 @@ _RESPONSE_HEAD: Final = (
 )
 
 
-class _BinaryTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+class _BinaryTensor(Body, frozen=True):
     name: str
     datatype: str
     shape: tuple[Dimension, ...]
     parameters: InputParameters
 
 
-class _BinaryRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+class _BinaryRequest(Body, frozen=True):
     """The JSON of a request with one binary tensor."""
 
     inputs: tuple[_BinaryTensor]
     outputs: tuple[RequestedOutput, ...] = ()
     id: str = ""
-    parameters: dict[str, bool | int | float | str] = {}
+    parameters: dict[str, Parameter] = msgspec.field(default_factory=dict)
 
 
 _DECODER: Final = msgspec.json.Decoder(_BinaryRequest)
@@ -97,7 +109,7 @@ class _Plan(NamedTuple):
 class FastInferPath(FastChunkRoute):
     """Parses and answers the requests of one application.
 
-    The details of a request are its plan and its call.
+    The details of a request are its plan and its id.
     """
 
     def __init__(self, inference: Inference, ids: RequestIds):
@@ -109,53 +121,37 @@ class FastInferPath(FastChunkRoute):
         self._plan = lru_cache(maxsize=1024)(self._make_plan)
 
     def _read(self, request: FastRequest, line: re.Match[bytes], details: int, body: bytes) -> bool:
-        parts = self._read_body(request.codec, (line[2] or b"").decode(), body, details)
-        if parts is None:
+        if details > MAX_JSON_BYTES:
             return False
-        plan, call, stream = request.details = parts
-        request.stream, model, caller = stream, request.codec.served.name, request.caller
-        left_s = request.deadline_s - request.received_s
-        if call.parameters.timeout_s is not None:
-            left_s = min(left_s, call.parameters.timeout_s)
-            request.deadline_s = request.received_s + left_s
         try:
-            key = StreamKey(model, stream)
-            request.rejection = self._pipeline.check_admission(caller, model, key, left_s)
-            if plan.signature.has_state:
-                self._pipeline.model(caller, (Verb.READ_STATE,), model, stream)
-            if request.rejection is None:
-                request.chunk = call.read_chunk(stream)
-        except CarryError:
-            return False
-        return True
-
-    def _read_body(
-        self, codec: ModelCodec, version: str, body: bytes, json_bytes: int
-    ) -> tuple[_Plan, ResolvedCall, str] | None:
-        """The chunk in a body, its values not yet validated, and its stream; or None."""
-        if json_bytes > MAX_JSON_BYTES:
-            return None
-        text, data = body[:json_bytes], body[json_bytes:]
-        try:
-            decoded: _BinaryRequest = _DECODER.decode(text)
-            by_default = decoded.parameters.get(BINARY_OUTPUT, False)
-            if not isinstance(by_default, bool):
-                return None
-            decoded.parameters.pop(BINARY_OUTPUT, None)
-            parameters = parse_parameters(decoded.parameters)
-            [tensor] = decoded.inputs
-            plan = self._plan(codec, version, tensor, decoded.outputs, by_default)
-            if plan is None or len(data) != tensor.parameters.binary_data_size:
-                return None
-            values = InputTensor(tensor.name, tensor.datatype, tensor.shape, data)
+            version = (line[2] or b"").decode()
+            return self._read_chunk(request, version, body[:details], body[details:])
         except (CarryError, msgspec.MsgspecError, ValueError, RecursionError):
-            return None
-        is_deleted = parameters.ends and self._inference.delete_at_end
-        if parameters.stream is None or is_deleted or parameters.dry_run:
-            return None
-        request = InferRequest(codec.served.name, (), id=decoded.id)
-        call = ResolvedCall(request, codec, parameters, plan.signature, values)
-        return plan, call, parameters.stream
+            return False
+
+    def _read_chunk(self, request: FastRequest, version: str, text: bytes, data: bytes) -> bool:
+        decoded: _BinaryRequest = _DECODER.decode(text)
+        parameters, [tensor] = parse_parameters(decoded.parameters), decoded.inputs
+        codec, caller, stream = request.codec, request.caller, parameters.stream
+        by_default = parameters.binary_by_default
+        plan = self._plan(codec, version, tensor, decoded.outputs, by_default)
+        if plan is None or len(data) != tensor.parameters.binary_data_size:
+            return False
+        if stream is None or parameters.dry_run or self._inference.deletes(parameters):
+            return False
+        request.stream, request.details, model = stream, (plan, decoded.id), codec.served.name
+        left_s = request.deadline_s - request.received_s
+        if parameters.timeout_us:
+            left_s = min(left_s, parameters.timeout_us / 1e6)
+            request.deadline_s = request.received_s + left_s
+        key = StreamKey(model, stream)
+        request.rejection = self._pipeline.check_admission(caller, model, key, left_s)
+        if plan.signature.has_state:
+            self._pipeline.model(caller, (Verb.READ_STATE,), model, stream)
+        if request.rejection is None:
+            values = InputTensor(tensor.name, tensor.datatype, tensor.shape, data)
+            request.chunk = read_chunk(codec, parameters, stream, values, None)
+        return True
 
     def _make_plan(
         self,
@@ -173,7 +169,7 @@ class FastInferPath(FastChunkRoute):
         names = tuple([output.name for output in outputs])
         shape = tensor.name, tensor.datatype, tensor.shape
         signature = self._inference.chunk_signature(codec, version, shape, names)
-        binary, layout = BinaryOutputs.of(outputs, by_default), codec.served.outputs
+        binary, layout = binary_outputs(outputs, by_default), codec.served.outputs
         is_binary = [binary.has(output.name) for output in signature.outputs]
         if not any(is_binary) or signature.steps * layout.size > LONG_VALUES[Media.JSON]:
             return None
@@ -183,8 +179,8 @@ class FastInferPath(FastChunkRoute):
         if is_only and first is not None and first.per == "step" and codec.served.blocks is None:
             lead = () if signature.batch is None else (1,)
             values = np.zeros((*lead, signature.steps, *output_shape(first)), np.float32)
-            reply = InferReply("", "", "", {}, [OutputTensor(first.name, values)])
-            outputs_json = encode_json(reply_document(reply, binary)["outputs"])
+            reply = InferReply("", "", "", {}, [OutputTensor(first.name, values)], binary)
+            outputs_json = encode_json(reply_document(reply)["outputs"])
         return _Plan(codec, signature, binary, outputs_json)
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
@@ -195,12 +191,12 @@ class FastInferPath(FastChunkRoute):
     def _encode(self, request: FastRequest, reply: Reply) -> tuple[bytes, int]:
         """The body of a reply, and the length of its JSON."""
         plan: _Plan
-        call: ResolvedCall
-        plan, call, _ = request.details
+        identity: str
+        plan, identity = request.details
         if plan.outputs_json is None:
-            return encode_reply(self._inference.reply_to_chunk(call, reply), plan.binary)
+            call = InferCall(plan.codec, identity, plan.signature, plan.binary)
+            return encode_reply(reply_to_chunk(call, reply))
         head = reply.head
-        identity = call.request.id
         text = _REPLY % (
             plan.codec.served.name.encode(),
             b'"id":%b,' % encode_json(identity) if identity else b"",

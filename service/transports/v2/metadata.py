@@ -14,9 +14,9 @@ from typing import Any, Final
 from models.spec.layout import Output
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
-from service.transports.v2.calls import EVENTS, INPUTS, input_names, output_shape
 from service.transports.v2.inference import VERSION
-from service.transports.v2.values import BYTES, FP32
+from service.transports.v2.request import EVENTS, INPUTS, input_names, output_shape
+from service.transports.v2.tensors import BYTES, FP32
 
 NAME: Final = "carry"
 

@@ -29,7 +29,8 @@ from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ModelCodec
 from service.transports.v2.http_body import decode_request
 from service.transports.v2.inference import Inference
-from service.transports.v2.values import InferRequest, InputTensor
+from service.transports.v2.request import InferRequest, parse_parameters
+from service.transports.v2.tensors import InputTensor
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.strict_events import columns_from_events, event_adapter
 from tests.support.v2_messages import message_class
@@ -323,15 +324,15 @@ def by_v2(codec: ModelCodec, body: Mapping[str, Any]) -> dict[str, Any]:
     else:
         contents.bytes_contents.extend(elements)
         values = contents.bytes_contents
-    tensors = [InputTensor(tensor["name"], tensor["datatype"], tensor["shape"], values)]
-    tensors += [InputTensor("reset", "BOOL", [length], bytes(marks))] if others else []
+    tensors = [InputTensor(tensor["name"], tensor["datatype"], tuple(tensor["shape"]), values)]
+    tensors += [InputTensor("reset", "BOOL", (length,), bytes(marks))] if others else []
     pipeline = SimpleNamespace(model=lambda *of: codec.served)
-    api: Any = SimpleNamespace(codec=lambda served: codec, limits=LIMITS, pipeline=pipeline)
+    api: Any = SimpleNamespace(codecs={codec.served.name: codec}, limits=LIMITS, pipeline=pipeline)
     inference = Inference(api)
     requests = {
-        "V2 JSON": lambda: decode_request(text, None, model, "")[0],
-        "V2 binary": lambda: decode_request(head + binary, len(head), model, "")[0],
-        "gRPC": lambda: InferRequest(model, tensors, parameters),
+        "V2 JSON": lambda: decode_request(text, None, model, ""),
+        "V2 binary": lambda: decode_request(head + binary, len(head), model, ""),
+        "gRPC": lambda: InferRequest(model, tensors, parse_parameters(parameters)),
     }
     return {
         name: result(lambda make=make: inference.read(ANYONE, make(), math.inf).work)  # type: ignore[misc]

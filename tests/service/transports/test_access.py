@@ -85,8 +85,6 @@ OPEN = {
     "/console",
     "/console/",
     "/console/{asset}",
-    # 404 and 405 for other addresses
-    "/v2/{path:path}",
 }
 """Routes for everybody: they say nothing of models and streams."""
 

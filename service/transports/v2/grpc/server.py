@@ -1,27 +1,24 @@
 """The gRPC server of one worker, on the worker's event loop.
 
 Every worker listens on the same port (SO_REUSEPORT): the kernel spreads connections over them.
-Beside V2's service it has `public_services`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from importlib import import_module
 from typing import Any, Final
 
 import grpc
+import msgspec
 import structlog
 
-from service.server.connections import BODY_BYTES_PER_S
 from service.server.settings import ConnectionSettings
 from service.telemetry.sampler import TransportLoad
 from service.transports.common.failure_log import log_client_disconnect
-from service.transports.v2.grpc.call_admission import CallAdmission
-from service.transports.v2.grpc.message_admission import MessageAdmission
-from service.transports.v2.grpc.public_services import PublicServices
-from service.transports.v2.grpc.servicer import SERVICE, InferenceServicer, Statistics
-from service.transports.v2.grpc.sockets import count_connections
+from service.transports.v2.grpc.admission import Admission
+from service.transports.v2.grpc.servicer import InferenceServicer, Statistics
 from service.transports.v2.inference import Inference
 from service.transports.v2.settings import V2Settings
 
@@ -31,6 +28,11 @@ KEEPALIVE_MS: Final = 60_000
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
 MIN_CLIENT_PING_MS: Final = 10_000
 """Clients that ping more often are disconnected."""
+
+MAX_PAGES: Final = 20
+"""Pages of connections that are counted of one server, each of up to `PAGE`."""
+
+PAGE: Final = 500
 
 log = structlog.get_logger(__name__)
 _library_log: Final = logging.getLogger("grpc._cython.cygrpc")
@@ -60,13 +62,9 @@ class GrpcServer:
         drain_s: float,
         host: str,
     ):
-        max_bytes = settings.grpc_max_message_bytes
-        receive_s = connections.body_timeout_s + max_bytes / BODY_BYTES_PER_S
-        messages = MessageAdmission(connections.max_pending_body_bytes, max_bytes, receive_s)
-        calls = CallAdmission(settings.grpc_max_calls)
-        self._servicer = InferenceServicer(inference, statistics, calls, messages, stream_window)
-        self._public = PublicServices(self._servicer, calls)
-        self._max_message_bytes = max_bytes
+        admission = Admission(settings, connections)
+        self._servicer = InferenceServicer(inference, statistics, admission, stream_window)
+        self._max_message_bytes = settings.grpc_max_message_bytes
         self._drain_s = drain_s
         self._host = f"[{host}]" if ":" in host else host
         self.port = settings.grpc_port or 0
@@ -95,8 +93,7 @@ class GrpcServer:
             ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
         ]
         server = grpc.aio.server(options=options)
-        services = {SERVICE: self._servicer.handlers(), **self._public.handlers()}
-        for service, handlers in services.items():
+        for service, handlers in self._servicer.handlers().items():
             server.add_registered_method_handlers(service, handlers)
         _library_log.addFilter(_replace_disconnect)
         self.port = server.add_insecure_port(f"{self._host}:{self.port}")
@@ -120,8 +117,7 @@ class GrpcServer:
             await self._stopped
 
     async def _stop(self, server: grpc.aio.Server) -> None:
-        await self._public.begin_stop()
-        self._servicer.stopping.set()
+        await self._servicer.begin_stop()
         await server.stop(self._drain_s)
 
 
@@ -136,3 +132,29 @@ def _replace_disconnect(record: logging.LogRecord) -> bool:
         log_client_disconnect("GRPC")
         return False
     return True
+
+
+def count_connections() -> int | None:
+    """The open connections of all gRPC servers in this process, in bounded time.
+
+    None if the library does not report them: it does so by channelz, whose Python interface is
+    private; the public package `grpcio-channelz` only serves it over gRPC.
+    """
+    try:
+        library = import_module("grpc._cython.cygrpc")
+        servers = msgspec.json.decode(library.channelz_get_servers(0)).get("server", ())
+        return sum(_connections_of(library, int(server["ref"]["serverId"])) for server in servers)
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _connections_of(library: Any, server: int) -> int:
+    count, start = 0, 0
+    for _ in range(MAX_PAGES):
+        page = msgspec.json.decode(library.channelz_get_server_sockets(server, start, PAGE))
+        sockets = page.get("socketRef", ())
+        count += len(sockets)
+        if page.get("end") or not sockets:
+            break
+        start = int(sockets[-1]["socketId"]) + 1
+    return count

@@ -1,15 +1,18 @@
-"""The methods of V2's `GRPCInferenceService`: messages to values, a call, values to messages.
+"""The methods of V2's `GRPCInferenceService`, and the standard services health and reflection.
 
-Each request gets an id (the metadata `x-request-id` of a call, or a new one), one line in the log,
-and on failure a status with Carry's code (see `errors`). Deadline and cancellation are gRPC's.
+Each request of V2 gets an id (the metadata `x-request-id` of a call, or a new one), one line in the
+log, and on failure a status with Carry's code (see `messages`). Deadline and cancellation are
+gRPC's. Health, for the whole server and for V2's service, and reflection need no key.
+
+All methods are streams of requests for the library, since only those leave it to the handler when a
+message is received; clients see no difference.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from operator import methodcaller
 from typing import Any, Final, NoReturn, TypeVar
@@ -17,11 +20,13 @@ from typing import Any, Final, NoReturn, TypeVar
 import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
-from service.access.caller import PREDICT, Caller, Verb
+from service.access.caller import ANYONE, Caller, Verb
 from service.codec.decoding import detached
-from service.core.errors import BodyTooLarge, CarryError
+from service.core.errors import CarryError, MalformedBody, ShuttingDown
 from service.core.tracing import PROPAGATED
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
@@ -29,20 +34,19 @@ from service.server.errors import DuplicateField
 from service.telemetry.access_log import GRPC, RequestFacts, log_request, note_key, request_facts
 from service.telemetry.logs import RequestIds, current_request_id
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
-from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v1.request_log import is_request_id
 from service.transports.v2.grpc import v2_pb2 as pb
-from service.transports.v2.grpc.call_admission import CallAdmission
-from service.transports.v2.grpc.errors import (
+from service.transports.v2.grpc.admission import Admission
+from service.transports.v2.grpc.infer_stream import InferStream
+from service.transports.v2.grpc.messages import (
+    InferMessage,
+    encode_reply,
+    parse_short,
     status_code,
     status_details,
     trailing_metadata,
 )
-from service.transports.v2.grpc.incoming import InferMessage, parse
-from service.transports.v2.grpc.infer_stream import InferStream, Requests, Responses
-from service.transports.v2.grpc.message_admission import MessageAdmission
-from service.transports.v2.grpc.messages import encode_reply
-from service.transports.v2.inference import Inference
+from service.transports.v2.inference import Inference, InferReply
 from service.transports.v2.metadata import (
     model_config,
     model_metadata,
@@ -52,23 +56,26 @@ from service.transports.v2.metadata import (
 )
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+SERVICES: Final = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 REQUEST_ID: Final = "x-request-id"
 MODELS: Final = (Verb.MODELS,)
 AUTHORIZATION: Final = "authorization"
-PROBES: Final = ("ServerLive", "ServerReady", "ModelReady")
+OPEN: Final = ("ServerLive", "ServerReady")
+"""Methods that need no key."""
+
+PROBES: Final = (*OPEN, "ModelReady")
 """Methods that probes call every few seconds; logged at `debug`."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Statistics = Callable[[], Mapping[str, ModelStatistics]]
 M = TypeVar("M", bound=Message)
-Work = Callable[["Model", Context], Awaitable[Message]]
-"""Receives and answers the message of a call."""
+Work = Callable[[RequestFacts], Awaitable[M]]
+"""Answers a request, whose facts it notes."""
 
-Describe = Callable[[Caller, Any], Awaitable[Message]]
-"""Answers a message for what describes a model, or all models in the caller's scope."""
+CallWork = Callable[[Context, RequestFacts], Awaitable[Message]]
+"""Receives and answers the request of a call."""
 
-serialize: Final = methodcaller("SerializeToString")
-"""The bytes of a message."""
+_serialize: Final = methodcaller("SerializeToString")
 
 
 class InferenceServicer:
@@ -76,12 +83,9 @@ class InferenceServicer:
 
     Args:
         statistics: returns the totals of every model; called in a thread.
-        calls: admits calls.
-        messages: admits what calls with a key receive.
         stream_window: most unanswered requests of a stream.
 
     Attributes:
-        stopping: set when the server stops, which ends the streams.
         requests: requests that are being answered.
     """
 
@@ -89,27 +93,26 @@ class InferenceServicer:
         self,
         inference: Inference,
         statistics: Statistics,
-        calls: CallAdmission,
-        messages: MessageAdmission,
+        admission: Admission,
         stream_window: int,
     ):
-        self._calls = calls
-        self._messages = messages
+        self._admission = admission
         self._stream_window = stream_window
         self._inference = inference
         self._api = inference.api
         self._statistics = statistics
         self._ids = RequestIds()
-        self.stopping = asyncio.Event()
+        self._health = health.aio.HealthServicer()
+        self._reflection = reflection.aio.ReflectionServicer(SERVICES)
+        self._streams: set[InferStream] = set()
+        self._end: CarryError | None = None
         self.requests = 0
 
-    def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        """The handler of each method."""
-        probes: dict[str, tuple[type[Message], Callable[[Any], Awaitable[Message]]]] = {
+    def handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
+        """The handlers of each service's methods."""
+        short: dict[str, tuple[type[Message], Callable[[Caller, Any], Awaitable[Message]]]] = {
             "ServerLive": (pb.ServerLiveRequest, self._server_live),
             "ServerReady": (pb.ServerReadyRequest, self._server_ready),
-        }
-        descriptions: dict[str, tuple[type[Message], Describe]] = {
             "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
             "ModelReady": (pb.ModelReadyRequest, self._model_ready),
             "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
@@ -117,140 +120,127 @@ class InferenceServicer:
             "ModelStatistics": (pb.ModelStatisticsRequest, self._model_statistics),
             "RepositoryIndex": (pb.RepositoryIndexRequest, self._repository_index),
         }
-        unary: dict[str, Work] = {
-            **{method: partial(self._probe, *probe) for method, probe in probes.items()},
-            **{method: partial(self._describe, *each) for method, each in descriptions.items()},
+        unary: dict[str, CallWork] = {
+            **{name: partial(self._answer_short, name, *each) for name, each in short.items()},
             "ModelInfer": self._model_infer,
         }
-        # as streams, since only those leave it to the handler when a message is received;
-        # clients see no difference
-        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            method: grpc.stream_unary_rpc_method_handler(
-                partial(self._call, method, work), response_serializer=serialize
-            )
-            for method, work in unary.items()
+        return {
+            SERVICE: {
+                **{name: _unary(partial(self._call, name, work)) for name, work in unary.items()},
+                "ModelStreamInfer": _stream(self._model_stream_infer),
+            },
+            health.SERVICE_NAME: {"Check": _unary(self._check), "Watch": _stream(self._watch)},
+            reflection.SERVICE_NAME: {"ServerReflectionInfo": _stream(self._reflect)},
         }
-        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-            self._model_stream_infer, response_serializer=serialize
-        )
-        return handlers
+
+    async def begin_stop(self) -> None:
+        """Report that the server is not ready, and end the streams of requests."""
+        self._end = ShuttingDown("the service is stopping and reads no more requests")
+        for stream in self._streams:
+            stream.end(self._end)
+        await self._health.enter_graceful_shutdown()
 
     async def _call(
-        self, method: str, work: Work, requests: AsyncIterator[bytes], context: Context
+        self,
+        method: str,
+        work: CallWork,
+        context: Context,
     ) -> Message:
         """Answer a call with one request; an error ends it with a status."""
         with bound_contextvars(request_id=self._request_id(context)):
-            model = Model()
-            propagated = self._propagated(context)
-            result = await self._answer(method, model, partial(work, model, context), propagated)
+            result = await self._answer(method, partial(work, context), self._propagated(context))
             if isinstance(result, CarryError):
-                return await abort(context, result)
+                return await _abort(context, result)
             return result
 
-    async def _probe(
+    async def _answer_short(
         self,
+        method: str,
         kind: type[Message],
-        work: Callable[[Any], Awaitable[Message]],
-        model: Model,
+        answer: Callable[[Caller, Any], Awaitable[Message]],
         context: Context,
+        facts: RequestFacts,
     ) -> Message:
-        """Answer a call that needs no access key."""
-        return await work(parse_short(kind, await self._calls.receive_probe(context)))
-
-    async def _describe(
-        self, kind: type[Message], work: Describe, model: Model, context: Context
-    ) -> Message:
-        """Answer a call for what describes a model, or all models."""
+        """Answer a call for what describes the server or its models."""
+        if method in OPEN:
+            message = parse_short(kind, await self._admission.receive_probe(context))
+            return await answer(ANYONE, message)
         caller = self._admit(context)
-        async with self._messages.receive(context.read) as [data]:
-            message: Any = parse_short(kind, data)
-            model.name = getattr(message, "name", "")
-            _note_message(len(data))
-            return await work(caller, message)
+        async with self._admission.messages.receive(context.read) as [data]:
+            message = parse_short(kind, data)
+            self._note(facts, getattr(message, "name", ""), len(data))
+            return await answer(caller, message)
 
-    def _admit(self, context: Context) -> Caller:
-        """Admit a call; returns the caller.
-
-        Raises:
-            Unauthenticated, StoreUnavailable, DuplicateField, Overloaded
-        """
-        caller = self._caller(context)
-        self._calls.admit(context)
-        return caller
-
-    def _caller(self, context: Context) -> Caller:
-        access = self._api.access
-        if access.open_caller is not None:
-            return access.open_caller
-        caller = access.caller(_authorization(context))
-        note_key(caller.key_id)
-        return caller
-
-    def has_key(self, context: Context) -> bool:
-        """Whether the caller has an access key, or needs none."""
-        try:
-            self._caller(context)
-        except CarryError:
-            return False
-        return True
-
-    async def _model_infer(self, model: Model, context: Context) -> pb.ModelInferResponse:
+    async def _model_infer(self, context: Context, facts: RequestFacts) -> pb.ModelInferResponse:
         caller = self._admit(context)
-        async with self._messages.receive(context.read) as received:
+        async with self._admission.messages.receive(context.read) as received:
             message = InferMessage(received.pop())
-            model.name = message.head.model_name
-            return await self._infer(caller, message, context.time_remaining())
+            reply = await self._infer(caller, message, context.time_remaining(), facts)
+            return encode_reply(reply, pb.ModelInferResponse())
 
-    async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
+    async def _model_stream_infer(self, context: Context) -> None:
         # the call has a context of its own, which the tasks of its requests inherit
         bind_contextvars(request_id=self._request_id(context))
         began_s = time.monotonic()
         try:
             authorization = _authorization(context)
             caller = self._api.access.caller(authorization)
-            self._calls.admit(context)
+            self._admission.calls.acquire(context)
         except CarryError as error:
-            facts = RequestFacts()
-            facts.note_error(error)
-            self._api.recorder.record_error("-", error)
-            _log("ModelStreamInfer", status_code(error), began_s, facts)
-            await abort(context, error)
+            self._finish("ModelStreamInfer", RequestFacts(), began_s, error)
+            raise
+        answer = partial(self._answer_in_stream, authorization, self._propagated(context))
+        stream = InferStream(context, answer, self._admission.messages, self._stream_window)
+        forget = self._api.access.notify_end(caller, stream.end)
+        self._streams.add(stream)
         try:
-            stream = InferStream(
-                partial(self._infer_in_stream, authorization),
-                partial(self._answer_in_stream, self._propagated(context)),
-                self._messages,
-                self._stream_window,
-                self.stopping,
-            )
-            forget = self._api.access.notify_end(caller, stream.end)
-            try:
-                async for response in stream.responses(requests):
-                    yield response
-            finally:
-                forget()
-        except CarryError as error:
-            await abort(context, error)
-
-    async def _infer_in_stream(
-        self, authorization: bytes | None, message: InferMessage
-    ) -> pb.ModelInferResponse:
-        # the key may have been revoked since the call began
-        caller = self._api.access.caller(authorization)
-        note_key(caller.key_id)
-        return await self._infer(caller, message, None)
+            if self._end is not None:
+                raise self._end
+            await stream.run()
+        finally:
+            self._streams.discard(stream)
+            forget()
 
     async def _answer_in_stream(
-        self, propagated: Mapping[str, str], model: str, work: Callable[[], Awaitable[M]]
-    ) -> M | CarryError:
-        return await self._answer("ModelStreamInfer", Model(model), work, propagated)
+        self,
+        authorization: bytes | None,
+        propagated: Mapping[str, str],
+        message: InferMessage,
+        error: CarryError | None,
+    ) -> pb.ModelStreamInferResponse | CarryError:
+        async def work(facts: RequestFacts) -> pb.ModelStreamInferResponse:
+            # the key may have been revoked since the call began
+            caller = self._api.access.caller(authorization)
+            facts.key = caller.key_id
+            if error is not None:
+                raise error
+            reply = await self._infer(caller, message, None, facts)
+            response = pb.ModelStreamInferResponse()
+            encode_reply(reply, response.infer_response)
+            return response
+
+        return await self._answer("ModelStreamInfer", work, propagated)
+
+    async def _infer(
+        self,
+        caller: Caller,
+        message: InferMessage,
+        remaining_s: float | None,
+        facts: RequestFacts,
+    ) -> InferReply:
+        """Answer a request whose client waits for so long; None if it does not say."""
+        self._note(facts, message.head.model_name, message.size)
+        deadline_s = time.monotonic() + self._api.limits.effective_timeout_s(remaining_s)
+        call = await message.read(self._inference, caller, deadline_s)
+        return await self._inference.answer(caller, call)
+
+    def _note(self, facts: RequestFacts, model: str, received_bytes: int) -> None:
+        """Note the message of a request, and its model if that is served."""
+        facts.received_bytes = received_bytes
+        facts.model = model if model in self._api.pipeline.models else None
 
     async def _answer(
-        self,
-        method: str,
-        model: Model,
-        work: Callable[[], Awaitable[M]],
-        propagated: Mapping[str, str],
+        self, method: str, work: Work[M], propagated: Mapping[str, str]
     ) -> M | CarryError:
         """The result of a request's work, or its error, counted; either is logged and traced.
 
@@ -259,15 +249,14 @@ class InferenceServicer:
         Args:
             propagated: the metadata that carries the trace of the caller.
         """
-        began_s = time.monotonic()
-        facts = RequestFacts()
+        began_s, facts = time.monotonic(), RequestFacts()
         request_facts.set(facts)
         if self._api.tracer is not None:
             facts.span = self._api.tracer.start_request(propagated, began_s)
-        result: M | CarryError
         self.requests += 1
+        result: M | CarryError
         try:
-            result = await work()
+            result = await work(facts)
         except CarryError as error:
             result = error
             log_failure(error)
@@ -278,56 +267,72 @@ class InferenceServicer:
             result = log_unexpected_failure(error)
         finally:
             self.requests -= 1
+        self._finish(method, facts, began_s, result)
+        return result
+
+    def _finish(
+        self, method: str, facts: RequestFacts, began_s: float, result: Message | CarryError
+    ) -> None:
+        """Count and log a request that was answered."""
+        status = grpc.StatusCode.OK
         if isinstance(result, CarryError):
-            # it and its causes refer to this frame, which refers to it
+            # it and its causes refer to frames that refer to it
             detached(result)
-            self._api.recorder.record_error(model.name or "-", result)
-            _log(method, status_code(result), began_s, facts)
+            facts.note_error(result)
+            self._api.recorder.record_error(facts.model or "-", result)
+            status = status_code(result)
         else:
             facts.sent_bytes = result.ByteSize()
-            _log(method, grpc.StatusCode.OK, began_s, facts)
-        return result
+        _log(method, status, began_s, facts)
+
+    def _admit(self, context: Context) -> Caller:
+        """Admit a call; returns the caller.
+
+        Raises:
+            Unauthenticated, StoreUnavailable, DuplicateField, Overloaded
+        """
+        caller = self._caller(context)
+        note_key(caller.key_id)
+        self._admission.calls.acquire(context)
+        return caller
+
+    def _caller(self, context: Context) -> Caller:
+        access = self._api.access
+        return access.open_caller or access.caller(_authorization(context))
+
+    def _has_key(self, context: Context) -> bool:
+        """Whether the caller has an access key, or needs none."""
+        try:
+            self._caller(context)
+        except CarryError:
+            return False
+        return True
 
     def _request_id(self, context: Context) -> str:
         """The id of a call, as for HTTP: the client's if it is a token, else a new one; the client
         reads it from the trailing metadata."""
-        request_id = self._sent_request_id(context) or self._ids.next().decode()
+        for request_id in _metadata(context, REQUEST_ID):
+            if isinstance(request_id, str) and is_request_id(request_id.encode()):
+                break
+        else:
+            request_id = self._ids.next().decode()
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
         return request_id
-
-    def _sent_request_id(self, context: Context) -> str | None:
-        for name, value in context.invocation_metadata() or ():
-            if name == REQUEST_ID and isinstance(value, str) and is_request_id(value.encode()):
-                return value
-        return None
 
     def _propagated(self, context: Context) -> dict[str, str]:
         """The metadata that carries the trace of the caller; none if it is repeated."""
         if self._api.tracer is None:
             return {}
-        entries = [
-            (name, value)
-            for name, value in context.invocation_metadata() or ()
-            if name in PROPAGATED and isinstance(value, str)
-        ]
-        propagated = dict(entries)
-        return propagated if len(propagated) == len(entries) else {}
+        values = {name: _metadata(context, name) for name in PROPAGATED}
+        if any(len(each) > 1 for each in values.values()):
+            return {}
+        return {name: str(each[0]) for name, each in values.items() if each}
 
-    async def _infer(
-        self, caller: Caller, message: InferMessage, remaining_s: float | None
-    ) -> pb.ModelInferResponse:
-        """Answer a request whose client waits for so long; None if it does not say."""
-        self._api.pipeline.model(caller, PREDICT, message.head.model_name)
-        _note_message(message.size)
-        timeout_s = self._api.limits.effective_timeout_s(remaining_s)
-        deadline_s = time.monotonic() + timeout_s
-        return encode_reply(await message.infer(self._inference, caller, deadline_s))
-
-    async def _server_live(self, message: Message) -> pb.ServerLiveResponse:
+    async def _server_live(self, caller: Caller, message: Message) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    async def _server_ready(self, message: Message) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=await self.is_ready())
+    async def _server_ready(self, caller: Caller, message: Message) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=await self._is_ready())
 
     async def _server_metadata(self, caller: Caller, message: Message) -> pb.ServerMetadataResponse:
         self._api.pipeline.describe(caller)
@@ -336,28 +341,29 @@ class InferenceServicer:
     async def _model_ready(
         self, caller: Caller, message: pb.ModelReadyRequest
     ) -> pb.ModelReadyResponse:
-        self._inference.served(caller, MODELS, message.name, message.version)
-        return pb.ModelReadyResponse(ready=await self.is_ready())
+        self._described(caller, message)
+        return pb.ModelReadyResponse(ready=await self._is_ready())
 
     async def _model_metadata(
         self, caller: Caller, message: pb.ModelMetadataRequest
     ) -> pb.ModelMetadataResponse:
-        served = self._inference.served(caller, MODELS, message.name, message.version)
+        served = self._described(caller, message)
         return ParseDict(model_metadata(served), pb.ModelMetadataResponse())
 
     async def _model_config(
         self, caller: Caller, message: pb.ModelConfigRequest
     ) -> pb.ModelConfigResponse:
-        served = self._inference.served(caller, MODELS, message.name, message.version)
+        served = self._described(caller, message)
         config = model_config(served, self._api.limits.max_items)
         return ParseDict({"config": config}, pb.ModelConfigResponse())
 
     async def _model_statistics(
         self, caller: Caller, message: pb.ModelStatisticsRequest
     ) -> pb.ModelStatisticsResponse:
-        served: Iterable[ServedModel] = self._api.pipeline.describe(caller).values()
         if message.name:
-            served = [self._inference.served(caller, MODELS, message.name, message.version)]
+            served = [self._described(caller, message)]
+        else:
+            served = [*self._api.pipeline.describe(caller).values()]
         totals = await asyncio.to_thread(self._statistics)
         return ParseDict(model_statistics(served, totals), pb.ModelStatisticsResponse())
 
@@ -367,31 +373,79 @@ class InferenceServicer:
         index = repository_index(self._api.pipeline.describe(caller).values())
         return ParseDict({"models": index}, pb.RepositoryIndexResponse())
 
-    async def is_ready(self) -> bool:
-        """Whether requests should be sent here."""
+    def _described(self, caller: Caller, message: Any) -> ServedModel:
+        """The model that a message names."""
+        return self._inference.served(caller, MODELS, message.name, message.version)
+
+    async def _is_ready(self) -> bool:
         return all(check.ok for check in await self._api.pipeline.readiness())
 
-
-@dataclass(slots=True)
-class Model:
-    """The model of a request, once it is known."""
-
-    name: str = ""
-
-
-def parse_short(kind: type[M], data: bytes) -> M:
-    """Parse a message of a kind that is always short.
-
-    Raises:
-        BodyTooLarge, MalformedBody
-    """
-    if len(data) >= LONG_BYTES:
-        raise BodyTooLarge(
-            f"message: expected less than {LONG_BYTES} bytes, got {len(data)}",
-            expected=LONG_BYTES,
-            got=len(data),
+    async def _check(self, context: Context) -> health_pb2.HealthCheckResponse:
+        """Whether calls should be sent here; watchers get a change at the next check."""
+        data = await self._admission.receive_probe(context)
+        request = parse_short(health_pb2.HealthCheckRequest, data)
+        status = health_pb2.HealthCheckResponse.ServingStatus.Value(
+            "SERVING" if await self._is_ready() else "NOT_SERVING"
         )
-    return parse(kind, data)
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+        return await self._health.Check(request, context)
+
+    async def _watch(self, context: Context) -> None:
+        async with self._admission.public_stream(context, has_key=self._has_key(context)):
+            data = await self._admission.receive_public(context)
+            await self._health.Watch(parse_short(health_pb2.HealthCheckRequest, data), context)
+
+    async def _reflect(self, context: Context) -> None:
+        async with self._admission.public_stream(context, has_key=self._has_key(context)):
+            # an async generator, which the types of the library say it is not
+            answers: Any = self._reflection.ServerReflectionInfo(
+                self._reflection_requests(context), context
+            )
+            async for answer in answers:
+                await context.write(answer)
+
+    async def _reflection_requests(
+        self, context: Context
+    ) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+        while True:
+            try:
+                data = await self._admission.receive_public(context)
+            except MalformedBody:
+                return  # the client has sent all
+            yield parse_short(reflection_pb2.ServerReflectionRequest, data)
+
+
+def _unary(answer: Callable[[Context], Awaitable[Message]]) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler of a method with one response."""
+    return grpc.stream_unary_rpc_method_handler(
+        _with_status(answer), response_serializer=_serialize
+    )
+
+
+def _stream(answer: Callable[[Context], Awaitable[None]]) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler of a method with many responses."""
+    return grpc.stream_stream_rpc_method_handler(
+        _with_status(answer), response_serializer=_serialize
+    )
+
+
+def _with_status(answer: Callable[[Context], Awaitable[Any]]) -> Any:
+    """A call's errors end it with their status."""
+
+    async def handle(requests: object, context: Context) -> Any:
+        try:
+            return await answer(context)
+        except CarryError as error:
+            await _abort(context, error)
+
+    return handle
+
+
+async def _abort(context: Context, error: CarryError) -> NoReturn:
+    """End a call with the status of an error."""
+    metadata = (*context.trailing_metadata(), *trailing_metadata(error))
+    await context.abort(status_code(error), status_details(error), metadata)
 
 
 def _authorization(context: Context) -> bytes | None:
@@ -400,7 +454,7 @@ def _authorization(context: Context) -> bytes | None:
     Raises:
         DuplicateField
     """
-    values = [value for name, value in context.invocation_metadata() or () if name == AUTHORIZATION]
+    values = _metadata(context, AUTHORIZATION)
     if len(values) > 1:
         raise DuplicateField(
             f"{AUTHORIZATION}: expected it once, got it {len(values)} times", at=AUTHORIZATION
@@ -411,17 +465,9 @@ def _authorization(context: Context) -> bytes | None:
     return value.encode("latin-1", "replace") if isinstance(value, str) else value
 
 
-async def abort(context: Context, error: CarryError) -> NoReturn:
-    """End a call with the status of an error."""
-    metadata = (*context.trailing_metadata(), *trailing_metadata(error))
-    await context.abort(status_code(error), status_details(error), metadata)
-
-
-def _note_message(size: int) -> None:
-    """Note the length of the message of the request that is being served."""
-    facts = request_facts.get()
-    if facts is not None:
-        facts.received_bytes = size
+def _metadata(context: Context, name: str) -> list[str | bytes]:
+    """The values of a call's metadata of this name."""
+    return [value for key, value in context.invocation_metadata() or () if key == name]
 
 
 def _log(method: str, status: grpc.StatusCode, began_s: float, facts: RequestFacts) -> None:

@@ -110,7 +110,7 @@ async def test_a_dry_run_applies_nothing(v2: V2, *, binary: bool) -> None:
         ({"marks": MARKS[:5]}, "inputs[1].shape: expected [6]"),
         ({"marks": MARKS[:5], "shape": [6]}, "inputs[1].data: expected 6 values"),
         ({"marks": [1] * 6}, "inputs[1].data[0]: expected a valid boolean"),
-        ({"dry_run": 1}, "parameters.dry_run: expected true or false"),
+        ({"dry_run": 1}, "parameters.dry_run: expected a valid boolean"),
         ({"sequence_id": 0, "dry_run": True}, "expected one, since dry_run is set"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Slots, room for messages and time limits of calls with and without a key, without models.
+"""Slots, room for messages, time limits and disconnects of calls with and without a key.
 
 `test_messages.py` runs these tests in a process of their own; see `call_checks`.
 """
@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import struct
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -15,18 +18,20 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from service.access.caller import ANYONE, Caller
-from service.core.errors import Unauthenticated
+from service.core.errors import Conflict, Unauthenticated
 from service.server.settings import ConnectionSettings
-from service.transports.v2.grpc import call_admission
-from service.transports.v2.grpc.call_admission import MAX_RECEIVING, MAX_STREAMS
+from service.transports.v2.grpc import admission
+from service.transports.v2.grpc.admission import MAX_RECEIVING, MAX_STREAMS
 from service.transports.v2.grpc.server import GrpcServer
 from service.transports.v2.grpc.servicer import SERVICE
+from service.transports.v2.inference import InferReply
 from service.transports.v2.settings import V2Settings
-from service.transports.v2.values import InferReply, InferRequest, OutputTensor
+from service.transports.v2.tensors import OutputTensor
 from tests.service.transports.v1.raw_http import becomes
-from tests.service.transports.v2.grpc.call_checks import call_bytes, frame, request_of
+from tests.service.transports.v2.grpc.call_checks import request_of
 from tests.support.servers import until_async
 
 MAX_CALLS, MANY = 20, 200
@@ -60,27 +65,46 @@ class Access:
         return lambda: None
 
 
-async def infer(caller: Caller, request: InferRequest, deadline_s: float) -> InferReply:
-    return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(1, np.float32))])
+class Inference:
+    """Answers with zeros.
 
+    Attributes:
+        size: number of values.
+        rejected: the requests that were rejected; None if none are.
+    """
 
-async def readiness() -> list[Any]:
-    return [SimpleNamespace(ok=True)]
+    def __init__(self, size: int = 1):
+        self.size = size
+        self.rejected: list[weakref.ref[Any]] | None = None
+        self.api = SimpleNamespace(
+            limits=SimpleNamespace(effective_timeout_s=lambda remaining_s: WAIT_S),
+            access=Access(),
+            recorder=SimpleNamespace(record_error=lambda model, code: None),
+            tracer=None,
+            pipeline=SimpleNamespace(readiness=self.readiness, models={}),
+        )
+
+    async def readiness(self) -> list[Any]:
+        return [SimpleNamespace(ok=True)]
+
+    def read(self, caller: Caller, request: Any, deadline_s: float) -> Any:
+        if self.rejected is not None:
+            values = np.frombuffer(request.inputs[0].data)
+            self.rejected.append(weakref.ref(values))
+            try:
+                raise ValueError
+            except ValueError as cause:
+                raise Conflict("why") from cause
+
+    async def answer(self, caller: Caller, call: Any) -> InferReply:
+        return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(self.size, np.float32))])
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
+async def serving(inference: Any = None) -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
     """A client of a server whose calls need a key, and the server's port."""
-    api = SimpleNamespace(
-        limits=SimpleNamespace(effective_timeout_s=lambda remaining_s: WAIT_S),
-        access=Access(),
-        recorder=SimpleNamespace(record_error=lambda model, code: None),
-        tracer=None,
-        pipeline=SimpleNamespace(readiness=readiness, model=lambda *_: None),
-    )
-    inference: Any = SimpleNamespace(api=api, infer=infer)
     server = GrpcServer(
-        inference,
+        inference or Inference(),
         dict,
         SETTINGS,
         CONNECTIONS,
@@ -147,7 +171,7 @@ async def test_streams_without_a_key_take_no_slots_of_other_calls(
 async def test_calls_that_send_no_message_do_not_block_other_calls(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(call_admission, "RECEIVE_S", 600.0)
+    monkeypatch.setattr(admission, "RECEIVE_S", 600.0)
     async with serving() as (channel, _), asyncio.timeout(WAIT_S):
         calls = [channel.stream_stream(method)() for _ in range(MANY)]
         await becomes(
@@ -178,7 +202,7 @@ async def test_stream_without_a_key_ends_after_its_time_limit(
     channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One with a key counts as the calls of clients do."""
-    monkeypatch.setattr(call_admission, "STREAM_S", 0.05)
+    monkeypatch.setattr(admission, "STREAM_S", 0.05)
     watches = [channel.stream_stream(WATCH)(metadata=KEY) for _ in range(MAX_CALLS)]
     assert [await ask(each, b"") for each in watches] == [b"\x08\x01"] * MAX_CALLS
     for method, message in STREAMS:
@@ -203,7 +227,7 @@ async def accepts(channel: grpc.aio.Channel, *call: Any) -> bool:
 async def test_call_without_a_key_that_sends_no_message_ends(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(call_admission, "RECEIVE_S", 0.05)
+    monkeypatch.setattr(admission, "RECEIVE_S", 0.05)
     async with serving() as (channel, _):
         silent = channel.stream_stream(method)()
         assert await silent.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -213,11 +237,11 @@ async def test_probes_whose_replies_cannot_be_sent_are_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Their clients give the server no room to send; it cannot end their calls."""
-    monkeypatch.setattr(call_admission, "MAX_PROBES", 2)
+    monkeypatch.setattr(admission, "MAX_PROBES", 2)
     async with serving() as (channel, port):
         clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         for replies, client in clients:
-            client.write(call_bytes("ServerLive", b"", NO_WINDOW))
+            client.write(call_bytes(PROBES[0], b"", NO_WINDOW))
             await replies.readuntil(frame(1, 4, 1, b"")[3:])
         assert await overloads(channel, CHECK)
         assert await accepts(channel, INFER, REQUEST, KEY)
@@ -230,19 +254,80 @@ async def test_stream_whose_reply_cannot_be_sent_keeps_its_slot_after_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It cannot be ended; without a slot there could be any number of them."""
-    monkeypatch.setattr(call_admission, "MAX_STREAMS", 2)
-    monkeypatch.setattr(call_admission, "STREAM_S", 0.05)
-    path, message = REFLECTION.removeprefix("/").split("/"), STREAMS[1][1]
+    monkeypatch.setattr(admission, "MAX_STREAMS", 2)
+    monkeypatch.setattr(admission, "STREAM_S", 0.05)
     async with serving() as (channel, port), asyncio.timeout(WAIT_S):
         replies, client = await asyncio.open_connection("127.0.0.1", port)
-        client.write(call_bytes(path[1], message, NO_WINDOW, service=path[0]))
+        client.write(call_bytes(REFLECTION, STREAMS[1][1], NO_WINDOW))
         await replies.readuntil(frame(1, 4, 1, b"")[3:])
         # a later one, whose time is over after that of the first
         assert await channel.stream_stream(WATCH)().code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        monkeypatch.setattr(call_admission, "STREAM_S", 600.0)
+        monkeypatch.setattr(admission, "STREAM_S", 600.0)
         watches = [channel.stream_stream(WATCH)() for _ in range(2)]
         answers = [await ask(each, b"") for each in watches]
         assert sum(isinstance(each, bytes) for each in answers) == 1
         client.transport.abort()
         for each in watches:
             each.cancel()
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """An HTTP/2 frame."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def call_bytes(
+    path: str, message: bytes, settings: bytes = b"", headers: dict[str, str] | None = None
+) -> bytes:
+    """A connection with one call, whose client never lets the server send over 64 KiB."""
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": path,
+        ":authority": "localhost",
+        "content-type": "application/grpc",
+        "te": "trailers",
+        **(headers or {}),
+    }
+    # literal fields that no table has
+    fields = b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in headers.items()
+    )
+    return (
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        + frame(4, 0, 0, settings)
+        + frame(1, 4, 1, fields)
+        + frame(0, 1, 1, struct.pack(">BI", 0, len(message)) + message)
+    )
+
+
+async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The library's other errors are still logged."""
+    async with serving(Inference(2**18)) as (_, port):
+        with capture_logs() as events:
+            replies, client = await asyncio.open_connection("127.0.0.1", port)
+            client.write(call_bytes(INFER, REQUEST, headers=dict(KEY)))
+            await replies.readexactly(2**16 - 1)
+            client.transport.abort()
+            disconnect = {"event": "client_disconnected", "method": "GRPC", "log_level": "info"}
+            await becomes(lambda: disconnect in events, "the event")
+        assert not caplog.records
+        logging.getLogger("grpc._cython.cygrpc").error("another", exc_info=ValueError())
+        assert [each.message for each in caplog.records] == ["another"]
+
+
+async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> None:
+    """Else requests of many MiB accumulate until the next collection, which counts objects."""
+    inference = Inference()
+    inference.rejected = rejected = []
+    gc.disable()
+    try:
+        async with serving(inference) as (channel, _):
+            message = request_of(8).SerializeToString()
+            assert await status(channel, INFER, message, KEY) == "ABORTED"
+            await becomes(lambda: rejected[0]() is None, "the freed request")
+    finally:
+        gc.enable()

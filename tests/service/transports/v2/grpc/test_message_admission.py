@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import math
 
 import pytest
 
 from service.core.errors import MalformedBody, Overloaded
 from service.server.errors import RequestTimeout
-from service.transports.v2.grpc import message_admission
-from service.transports.v2.grpc.message_admission import MessageAdmission, Receivers
+from service.transports.v2.grpc import admission
+from service.transports.v2.grpc.admission import MessageRoom
 from tests.service.transports.v1.raw_http import becomes
 
 LARGEST = 100
@@ -24,7 +23,7 @@ class Calls:
         held: the calls whose message was received.
     """
 
-    def __init__(self, messages: MessageAdmission):
+    def __init__(self, messages: MessageRoom):
         self._messages = messages
         self._sent: dict[int, asyncio.Future[object]] = {}
         self._answers: dict[int, asyncio.Event] = {}
@@ -58,13 +57,13 @@ class Calls:
 
 
 @pytest.fixture
-def messages() -> MessageAdmission:
+def messages() -> MessageRoom:
     """Room for three of the largest messages."""
-    return MessageAdmission(3 * LARGEST, LARGEST, timeout_s=60.0)
+    return MessageRoom(3 * LARGEST, LARGEST, timeout_s=60.0)
 
 
 @pytest.fixture
-async def calls(messages: MessageAdmission) -> Calls:
+async def calls(messages: MessageRoom) -> Calls:
     return Calls(messages)
 
 
@@ -94,7 +93,7 @@ async def test_no_more_messages_are_received_than_there_is_room_for(calls: Calls
 async def test_call_that_receives_slowly_is_ended_if_others_need_its_room(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(message_admission, "SLOW_S", 0.02)
+    monkeypatch.setattr(admission, "SLOW_S", 0.02)
     tasks = [calls.start(call) for call in range(4)]
     with pytest.raises(Overloaded, match="arrived slowly"):
         await tasks[0]
@@ -106,7 +105,8 @@ async def test_call_that_receives_slowly_is_ended_if_others_need_its_room(
 async def test_call_without_room_ends_a_slow_call_at_once(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(message_admission, "SLOW_S", 0.2)
+    slow_s = 0.2
+    calls = Calls(MessageRoom(3 * LARGEST, LARGEST, 60.0, slow_s))
     loop = asyncio.get_running_loop()
     tasks = [calls.start(call) for call in range(3)]
     await becomes(lambda: calls.reading == [0, 1, 2], "three calls that receive")
@@ -123,7 +123,7 @@ async def test_call_without_room_ends_a_slow_call_at_once(
 async def test_call_is_rejected_if_the_room_is_taken_by_messages_that_are_held(
     calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(message_admission, "WAIT_S", 0.02)
+    monkeypatch.setattr(admission, "WAIT_S", 0.02)
     held = [calls.start(call) for call in range(3)]
     await becomes(lambda: calls.reading == [0, 1, 2], "three calls that receive")
     for call in range(3):
@@ -140,7 +140,7 @@ async def test_call_is_rejected_if_the_room_is_taken_by_messages_that_are_held(
 
 @pytest.mark.parametrize("turns", range(5))
 async def test_call_that_is_cancelled_as_it_gets_room_gives_it_back(turns: int) -> None:
-    messages = MessageAdmission(LARGEST, LARGEST, timeout_s=60.0)
+    messages = MessageRoom(LARGEST, LARGEST, timeout_s=60.0)
     calls = Calls(messages)
     messages.count(0, LARGEST)
     waiting = calls.start(0)
@@ -156,7 +156,7 @@ async def test_call_that_is_cancelled_as_it_gets_room_gives_it_back(turns: int) 
     last.cancel()
 
 
-async def test_stream_waits_while_messages_take_all_room(messages: MessageAdmission) -> None:
+async def test_stream_waits_while_messages_take_all_room(messages: MessageRoom) -> None:
     await messages.wait_for_room()
     messages.count(0, 2 * LARGEST + 1)
     waiting = asyncio.create_task(messages.wait_for_room())
@@ -168,25 +168,33 @@ async def test_stream_waits_while_messages_take_all_room(messages: MessageAdmiss
 
 
 async def test_message_that_does_not_come_is_an_error() -> None:
-    calls = Calls(MessageAdmission(LARGEST, LARGEST, timeout_s=0.02))
+    calls = Calls(MessageRoom(LARGEST, LARGEST, timeout_s=0.02))
     with pytest.raises(RequestTimeout):
         await calls.start(0)
 
 
 async def test_call_that_times_out_may_be_ended_in_the_same_turn() -> None:
-    receivers, reading = Receivers(0.02), asyncio.get_running_loop().create_future()
+    messages, reading = MessageRoom(LARGEST, LARGEST, 0.02, 0.0), asyncio.Event()
+    future = asyncio.get_running_loop().create_future()
 
     async def read() -> object:
-        return await reading
+        reading.set()
+        return await future
 
-    call = asyncio.create_task(receivers.receive(read))
+    async def receive() -> None:
+        async with messages.receive(read):
+            pass
+
+    first = asyncio.create_task(receive())
+    await reading.wait()
     # the timeout cancels it before the call resumes
-    for _ in iter(reading.cancelled, True):
+    for _ in iter(future.cancelled, True):
         await asyncio.sleep(0)
-    receivers.end_oldest(math.inf)
+    other = receive()
+    other.send(None)
+    other.close()
     with pytest.raises(Overloaded):
-        await call
-    assert len(receivers) == 0
+        await first
 
 
 async def test_call_without_a_message_is_an_error(calls: Calls) -> None:

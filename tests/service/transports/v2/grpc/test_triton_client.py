@@ -329,15 +329,15 @@ def wrong_requests() -> Iterator[tuple[str, Any, str]]:
     yield "no value", message, "parameters.position: expected a value"
     expected = f"sequence_id: expected a whole number up to {2**64 - 1}, or a string, got -1"
     yield "negative id", request_of(sequence_id=-1), expected
-    yield "negative position", request_of("s", position=-1), "parameters.position: expected a whole"
+    yield "negative position", request_of("s", position=-1), "parameters.position: expected greater"
     message = request_of("s")
     message.parameters["position"].uint64_param = 2**64 - 1
-    yield "too large a position", message, "parameters.position: expected a whole number from 0 to"
-    yield "negative timeout", request_of(timeout=-1), "parameters.timeout: expected a whole number"
+    yield "too large a position", message, "parameters.position: expected less than or equal to"
+    yield "negative timeout", request_of(timeout=-1), "parameters.timeout: expected greater"
     yield "no sequence", request_of(position=0), "parameters.sequence_id: expected one"
     message = request_of("s")
     message.parameters["sequence_start"].int64_param = 1
-    yield "flag", message, "parameters.sequence_start: expected true or false"
+    yield "flag", message, "parameters.sequence_start: expected a valid boolean"
 
 
 WRONG = {name: (message, expected) for name, message, expected in wrong_requests()}

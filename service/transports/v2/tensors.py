@@ -1,4 +1,4 @@
-"""Values of KServe's V2 inference protocol, as HTTP and gRPC carry them, and its binary format.
+"""Tensors of KServe's V2 protocol, as HTTP and gRPC carry them, and their binary format.
 
 Numbers of a tensor are row-major and little-endian. An element of a `BYTES` tensor is its length as
 a little-endian uint32 and then its bytes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any, Final, NamedTuple
@@ -19,9 +19,6 @@ from numpy.typing import NDArray
 from service.codec.decoding import decode_element, invalid
 from service.codec.media import Media
 from service.core.errors import InvalidInput
-
-Parameter = bool | int | float | str
-"""The value of a request's or a reply's parameter."""
 
 FP32: Final = "FP32"
 BYTES: Final = "BYTES"
@@ -56,8 +53,8 @@ class InputTensor(NamedTuple):
 
     name: str
     datatype: str
-    shape: Sequence[int]
-    data: bytes | memoryview | Sequence[Any]
+    shape: tuple[int, ...]
+    data: bytes | Sequence[Any]
 
 
 class OutputTensor(NamedTuple):
@@ -77,44 +74,17 @@ class OutputTensor(NamedTuple):
         return self.values.astype(self.values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-class InferRequest(NamedTuple):
-    """A request of the V2 protocol.
-
-    Attributes:
-        version: the model's version; empty for the one that is served.
-        id: returned in the reply.
-        outputs: names of the outputs to return; empty for all.
-    """
-
-    model: str
-    inputs: Sequence[InputTensor]
-    parameters: Mapping[str, Parameter] = {}
-    outputs: Sequence[str] = ()
-    version: str = ""
-    id: str = ""
-
-
-class InferReply(NamedTuple):
-    """A reply of the V2 protocol."""
-
-    model: str
-    version: str
-    id: str
-    parameters: Mapping[str, Parameter]
-    outputs: Sequence[OutputTensor]
-
-
-def float_values(tensor: InputTensor, at: str) -> NDArray[np.float64] | bytes | memoryview:
+def float_values(tensor: InputTensor, at: str) -> NDArray[np.float64] | bytes:
     """The values of an FP32 tensor: numbers, or all of them in the binary format.
 
     Raises:
         InvalidInput: their number does not fit the shape.
     """
-    count = math.prod(tensor.shape)
     data = tensor.data
-    if isinstance(data, bytes | memoryview):
-        if len(data) != _F4.itemsize * count:
-            expected = f"{_F4.itemsize * count} bytes for FP32 of shape {list(tensor.shape)}"
+    if isinstance(data, bytes):
+        expected_bytes = _F4.itemsize * math.prod(tensor.shape)
+        if len(data) != expected_bytes:
+            expected = f"{expected_bytes} bytes for FP32 of shape {list(tensor.shape)}"
             raise invalid(f"{at}.data", expected, f"{len(data)} bytes")
         return data
     return np.array(_elements(tensor, float, at), np.float64)
@@ -126,13 +96,12 @@ def flags(tensor: InputTensor, at: str) -> list[bool]:
     Raises:
         InvalidInput: their number does not fit the shape, or a byte is another.
     """
-    count, data = math.prod(tensor.shape), tensor.data
-    if not isinstance(data, bytes | memoryview):
+    data = tensor.data
+    if not isinstance(data, bytes):
         return _elements(tensor, bool, at)
-    if len(data) != count:
-        expected = f"{count} values for shape {list(tensor.shape)}"
-        raise invalid(f"{at}.data", expected, f"{len(data)} values")
-    if bytes(data).strip(b"\0\1"):
+    if len(data) != math.prod(tensor.shape):
+        raise _wrong_count(tensor, at, len(data))
+    if data.strip(b"\0\1"):
         raise invalid(f"{at}.data", "bytes that are 0 or 1", "another byte")
     return list(map(bool, data))
 
@@ -144,11 +113,11 @@ def byte_elements(tensor: InputTensor, at: str) -> list[bytes]:
         InvalidInput: their number does not fit the shape, or the binary format is damaged.
     """
     data, count = tensor.data, math.prod(tensor.shape)
-    if not isinstance(data, bytes | memoryview):
+    if not isinstance(data, bytes):
         elements = _elements(tensor, str, at)
         return [each.encode() if isinstance(each, str) else each for each in elements]
     split: list[bytes] = []
-    for element in _split_bytes(bytes(data), at):
+    for element in _split_bytes(data, at):
         if len(split) == count:
             raise _wrong_count(tensor, at, "more")
         split.append(element)
@@ -164,33 +133,31 @@ def _elements(tensor: InputTensor, kind: Any, at: str) -> list[Any]:
         InvalidInput: one has another type, or their number does not fit the shape.
     """
     values: Any = tensor.data
-    if not isinstance(values, list):
-        # of a message of gRPC, whose elements have their type; counted before they are copied
-        if len(values) != math.prod(tensor.shape):
-            raise _wrong_count(tensor, at, len(values))
-        return list(values)
-    depth, inner = 0, values
-    while isinstance(inner, list) and inner and depth < len(tensor.shape):
-        depth, inner = depth + 1, inner[0]
-    # each list is an object, and is copied when it is checked
-    lists, most = values, math.prod(tensor.shape[:-1])
-    for _ in range(depth - 1):
-        if len(lists) > most:
-            expected = f"at most {most} lists of values for shape {list(tensor.shape)}"
-            raise invalid(f"{at}.data", expected, len(lists))
-        lists = [each for part in lists if isinstance(part, list) for each in part]
-    values = decode_element(Media.JSON, values, _nested(kind, max(depth, 1)), f"{at}.data")
-    for _ in range(depth - 1):
-        values = list(chain.from_iterable(values))
+    if isinstance(values, list):
+        values = _flatten(values, kind, tensor.shape, f"{at}.data")
+    # those of a message of gRPC have their type, and are counted before they are copied
     if len(values) != math.prod(tensor.shape):
         raise _wrong_count(tensor, at, len(values))
+    return list(values)
+
+
+def _flatten(values: Any, kind: Any, shape: Sequence[int], at: str) -> list[Any]:
+    """The elements of lists of JSON, which are flat or nested as the shape is."""
+    depth, inner = 0, values
+    while isinstance(inner, list) and inner and depth < len(shape):
+        depth, inner = depth + 1, inner[0]
+    # each list is an object, and is copied when it is checked
+    lists, max_lists = values, math.prod(shape[:-1])
+    for _ in range(depth - 1):
+        if len(lists) > max_lists:
+            expected = f"at most {max_lists} lists of values for shape {list(shape)}"
+            raise invalid(at, expected, len(lists))
+        lists = [each for part in lists if isinstance(part, list) for each in part]
+    values = decode_element(Media.JSON, values, _nested(kind, max(depth, 1)), at)
+    for _ in range(depth - 1):
+        values = list(chain.from_iterable(values))
     flat: list[Any] = values
     return flat
-
-
-def _wrong_count(tensor: InputTensor, at: str, got: int | str) -> InvalidInput:
-    expected = f"{math.prod(tensor.shape)} values for shape {list(tensor.shape)}"
-    return invalid(f"{at}.data", expected, f"{got} values")
 
 
 @cache
@@ -199,6 +166,11 @@ def _nested(kind: Any, depth: int) -> Any:
     for _ in range(depth):
         kind = list[kind]
     return kind
+
+
+def _wrong_count(tensor: InputTensor, at: str, got: int | str) -> InvalidInput:
+    expected = f"{math.prod(tensor.shape)} values for shape {list(tensor.shape)}"
+    return invalid(f"{at}.data", expected, f"{got} values")
 
 
 def _split_bytes(data: bytes, at: str) -> Iterator[bytes]:

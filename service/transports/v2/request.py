@@ -1,0 +1,349 @@
+"""Requests of the V2 protocol, of HTTP and gRPC alike: their parameters, tensors and outputs.
+
+A transport decodes its bytes to an `InferRequest`. `make_signature` checks its tensor and its
+outputs against the model, `read_steps` makes the steps of its values by the model's reader, which
+reads the bodies of the HTTP API too, so that limits, errors and digests are the same. Everything
+here is pure: no I/O, no waiting, no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from models.events.reader import EXPECTED
+from models.spec.detection import MAX_ALARM_RATE
+from models.spec.layout import Output
+from service.codec.body_types import NonNegativeInt
+from service.codec.decoding import decode_element, format_value, invalid, load_json
+from service.codec.field_rules import EPOCH, stream_name
+from service.codec.limits import Limit
+from service.codec.media import Media
+from service.codec.request_reader import RequestReader
+from service.core.errors import MalformedBody
+from service.core.values import Steps
+from service.pipeline.served_model import ServedModel
+from service.transports.v1.context import ModelCodec
+from service.transports.v2.tensors import (
+    BOOL,
+    BYTES,
+    FP32,
+    InputTensor,
+    byte_elements,
+    flags,
+    float_values,
+)
+
+Parameter = bool | int | float | str
+"""The value of a request's or a reply's parameter."""
+
+MAX_SEQUENCE_ID: Final = 2**64 - 1
+_Epoch = Annotated[str, Meta(pattern=rf"^{EPOCH}\Z", extra={EXPECTED: "16 hex digits"})]
+_AlarmRate = Annotated[float, Meta(gt=0, le=MAX_ALARM_RATE)]
+
+INPUTS: Final = "inputs"
+EVENTS: Final = "events"
+RESET: Final = "reset"
+
+ATTENTION: Final = "attention."
+"""Before the name of a layer that attends over the chunk: the output of its weights."""
+
+STATE: Final = "state."
+"""Before the name of a part of the state: the output of its values after the chunk."""
+
+
+class InferParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The parameters of one request: Triton's sequence extension, and Carry's own.
+
+    Attributes:
+        stream: name of the stream; None for a stateless prediction.
+        starts_over: whether the stream starts over with this request.
+        ends: whether no request of this sequence follows.
+        position: index of the first event in the stream; None to append.
+        epoch: expected epoch of the stream, 16 hex digits; of one that starts over, the epoch that
+            ends.
+        dry_run: whether the chunk is only computed.
+        false_alarms_per_day: the rate that the alarms of these events follow; None for the model's.
+        timeout_us: how long the client waits, in microseconds; 0 if it does not say.
+        binary_by_default: over HTTP, whether outputs that do not say it are returned in the binary
+            format.
+    """
+
+    stream: str | None = msgspec.field(default=None, name="sequence_id")
+    starts_over: bool = msgspec.field(default=False, name="sequence_start")
+    ends: bool = msgspec.field(default=False, name="sequence_end")
+    position: NonNegativeInt | None = None
+    epoch: _Epoch | None = None
+    dry_run: bool = False
+    false_alarms_per_day: _AlarmRate | None = None
+    timeout_us: NonNegativeInt = msgspec.field(default=0, name="timeout")
+    binary_by_default: bool = msgspec.field(default=False, name="binary_data_output")
+
+
+_NO_PARAMETERS: Final = InferParameters()
+
+
+class BinaryOutputs(NamedTuple):
+    """Which outputs a client of HTTP wants in the binary format; gRPC has no other."""
+
+    by_name: Mapping[str, bool]
+    by_default: bool = False
+
+    def has(self, name: str) -> bool:
+        """Whether it wants this one so."""
+        return self.by_name.get(name, self.by_default)
+
+    def has_any(self, names: Iterable[str]) -> bool:
+        """Whether it wants any of these so."""
+        return any(map(self.has, names)) if self.by_name else self.by_default
+
+
+NOT_BINARY: Final = BinaryOutputs({})
+
+
+class InferRequest(NamedTuple):
+    """A request, the values of its tensors not yet read.
+
+    Attributes:
+        version: the model's version; empty for the one that is served.
+        id: returned in the reply.
+        outputs: names of the outputs to return; empty for all.
+    """
+
+    model: str
+    inputs: Sequence[InputTensor]
+    parameters: InferParameters = _NO_PARAMETERS
+    outputs: tuple[str, ...] = ()
+    version: str = ""
+    id: str = ""
+    binary: BinaryOutputs = NOT_BINARY
+
+
+class SelectedOutput(NamedTuple):
+    """An output to return.
+
+    Attributes:
+        output: None for a part of the state.
+        columns: of the packed rows of outputs.
+    """
+
+    name: str
+    output: Output | None = None
+    columns: slice = slice(0)
+
+
+class Signature(NamedTuple):
+    """What follows from a tensor's name and shape, and from the names of the outputs.
+
+    Attributes:
+        outputs: the outputs to return.
+        steps: T.
+        batch: length of the leading axis of the outputs; None if there is none.
+        has_state: whether parts of the state are among the outputs.
+    """
+
+    outputs: Sequence[SelectedOutput]
+    steps: int
+    batch: int | None
+    has_state: bool
+
+
+def parse_parameters(parameters: Mapping[str, Parameter]) -> InferParameters:
+    """The parameters of a request, each checked.
+
+    An unknown one is rejected, so that a misspelt `position` is noticed; those of Triton's clients
+    that mean nothing here are ignored.
+
+    Raises:
+        InvalidInput, InvalidName
+    """
+    if not parameters:
+        return _NO_PARAMETERS
+    known: dict[str, Any] = {
+        name: value
+        for name, value in parameters.items()
+        if name != "priority" and not name.startswith("triton_")
+    }
+    if "sequence_id" in known:
+        known["sequence_id"] = parse_sequence_id(known["sequence_id"])
+    parsed = decode_element(Media.JSON, known, InferParameters, "parameters")
+    if parsed.stream is None:
+        for name in ("sequence_start", "sequence_end", "position", "epoch", "dry_run"):
+            if known.get(name, False) is not False:
+                raise invalid("parameters.sequence_id", f"one, since {name} is set", "none")
+    if parsed.starts_over and parsed.position:
+        raise invalid("parameters.position", "0, since the sequence starts", parsed.position)
+    return parsed
+
+
+def parse_sequence_id(value: Parameter) -> str | None:
+    """The stream of a sequence id: a number in decimal digits, or the string itself.
+
+    None for 0 and the empty string, which mean no sequence.
+
+    Raises:
+        InvalidInput, InvalidName
+    """
+    at = "parameters.sequence_id"
+    if isinstance(value, str):
+        return stream_name(value, at) if value else None
+    if type(value) is not int or not 0 <= value <= MAX_SEQUENCE_ID:
+        expected = f"a whole number up to {MAX_SEQUENCE_ID}, or a string"
+        raise invalid(at, expected, repr(value)[:300])
+    return str(value) if value else None
+
+
+def input_names(served: ServedModel) -> list[str]:
+    """The tensors that a model takes, of which a request has one."""
+    return [INPUTS] if served.events is None else [EVENTS, INPUTS]
+
+
+def output_shape(output: Output) -> tuple[int, ...]:
+    """The shape of one step of an output; of one that is given once for a chunk, its shape, which
+    has at least one axis."""
+    return output.shape or ((1,) if output.per == "chunk" else ())
+
+
+def make_signature(
+    codec: ModelCodec, name: str, datatype: str, shape: tuple[int, ...], outputs: tuple[str, ...]
+) -> Signature:
+    """The signature of a request.
+
+    Raises:
+        InvalidInput: the model has no such tensor, or no such output.
+    """
+    selected = _select_outputs(codec.served, outputs)
+    _check_tensor(codec.served, name, datatype, shape)
+    rank = 2 if name == INPUTS else 1
+    batch = None if len(shape) == rank else shape[0]
+    has_state = any(output.output is None for output in selected)
+    return Signature(selected, shape[-rank], batch, has_state)
+
+
+def _select_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[SelectedOutput]:
+    """The outputs with these names, in this order; without names all outputs of the model."""
+    layout = served.outputs
+    known = {
+        output.name: SelectedOutput(output.name, output, layout.slices[output.name])
+        for output in layout.outputs
+    }
+    if not names:
+        return list(known.values())
+    first = layout.size - len(layout.attention)
+    for at, layer in enumerate(layout.attention, start=first):
+        name = f"{ATTENTION}{layer}"
+        known.setdefault(name, SelectedOutput(name, Output(name, ()), slice(at, at + 1)))
+    for part in served.state.parts:
+        name = f"{STATE}{part.name}"
+        known.setdefault(name, SelectedOutput(name))
+    for at, name in enumerate(names):
+        if name not in known or name in names[:at]:
+            expected = f"each once of {', '.join(known)}"
+            raise invalid(f"outputs[{at}].name", expected, repr(name[:100]))
+    return [known[name] for name in names]
+
+
+def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[int, ...]) -> None:
+    """Reject a tensor with another name, type or shape than the model takes."""
+    at = "inputs[0]"
+    names = input_names(served)
+    if name not in names:
+        raise invalid(f"{at}.name", " or ".join(names), repr(name[:100]))
+    expected_type = FP32 if name == INPUTS else BYTES
+    if datatype != expected_type:
+        raise invalid(f"{at}.datatype", expected_type, repr(datatype[:100]))
+    steps: list[Any] = ["T", served.input_features] if name == INPUTS else ["T"]
+    fits = len(steps) <= len(shape) <= len(steps) + 1 and min(shape) >= 0
+    if not fits or (name == INPUTS and shape[-1] != served.input_features):
+        shapes = [f"[{', '.join(map(str, axes))}]" for axes in (steps, ["B", *steps])]
+        raise invalid(f"{at}.shape", " or ".join(shapes), list(shape)[:16])
+
+
+def check_chunk(codec: ModelCodec, signature: Signature) -> None:
+    """Reject a tensor of several sequences, and chunks for a model that needs whole sequences."""
+    codec.reader.check_accepts_chunks()
+    if signature.batch not in (None, 1):
+        expected = "1 in front, since a chunk of a sequence is of one stream"
+        raise invalid("inputs[0].shape", expected, signature.batch)
+
+
+def read_resets(tensors: Sequence[InputTensor], signature: Signature) -> list[list[int]]:
+    """The ascending indexes of the steps before which the chunk, or each sequence, is reset: those
+    that the tensor after the first one marks, if there is one.
+
+    Raises:
+        InvalidInput: it is not the tensor of resets.
+    """
+    if not tensors:
+        return []
+    at, tensor = "inputs[1]", tensors[0]
+    if tensor.name != RESET:
+        raise invalid(f"{at}.name", RESET, repr(tensor.name[:100]))
+    if tensor.datatype != BOOL:
+        raise invalid(f"{at}.datatype", BOOL, repr(tensor.datatype[:100]))
+    batch = () if signature.batch is None else (signature.batch,)
+    expected = [*batch, signature.steps]
+    if list(tensor.shape) != expected:
+        raise invalid(f"{at}.shape", f"{expected}, a value for each step", list(tensor.shape)[:16])
+    marks = np.array(flags(tensor, at), np.bool_).reshape(expected if batch else [1, *expected])
+    return [np.flatnonzero(row).tolist() for row in marks]
+
+
+def read_steps(
+    reader: RequestReader, tensor: InputTensor, count: int | None, limit: Limit, min_steps: int = 1
+) -> list[Steps]:
+    """The steps of a tensor of rows or of events.
+
+    Args:
+        count: number of sequences; None for a chunk.
+
+    Raises:
+        InvalidInput, ChunkTooLong
+    """
+    read: Any = reader.steps.packed_rows
+    values: Any
+    if tensor.name == EVENTS:
+        read = partial(_read_events, reader)
+        elements = byte_elements(tensor, "inputs[0]")
+        values = [_load_event(element, at) for at, element in enumerate(elements)]
+    else:
+        values = float_values(tensor, "inputs[0]")
+        if not isinstance(values, bytes):
+            read = reader.steps.flat_rows
+    if count is None:
+        return [read(values, "", limit, min_steps)]
+    size = len(values) // max(count, 1)
+    return [
+        read(values[at * size : (at + 1) * size], f"sequences[{at}]", limit, min_steps)
+        for at in range(count)
+    ]
+
+
+def _read_events(
+    reader: RequestReader, events: Sequence[object], inside: str, limit: Limit, min_steps: int
+) -> Steps:
+    at = f"{inside}.events" if inside else "events"
+    checked = [reader.steps.event(event, f"{at}[{index}]") for index, event in enumerate(events)]
+    return reader.steps.events(checked, inside, limit, min_steps)
+
+
+def _load_event(element: bytes, index: int) -> dict[str, Any]:
+    """An element of the tensor of events.
+
+    Raises:
+        InvalidInput: it is not one JSON object.
+    """
+    at, expected = f"inputs[0].data[{index}]", "an event: one JSON object"
+    try:
+        event = load_json(element)
+    except MalformedBody as error:
+        got = f"a string that cannot be parsed ({error.facts['got']})"
+        raise invalid(at, expected, got) from error
+    if not isinstance(event, dict):
+        raise invalid(at, expected, format_value(event))
+    return event
