@@ -75,7 +75,7 @@ class PipelineService:
             if log_streams != "none":
                 access_log.name_streams(log_streams, await self.store.keys.token_key())
             stack.callback(self.recorder.rejections.flush)
-            stack.callback(self.recorder.flush_requests)
+            stack.callback(self.recorder.flush)
             sampler = Sampler(
                 self.recorder.registry,
                 sorted(self.pipeline.models),

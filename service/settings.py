@@ -40,7 +40,7 @@ AT_LEAST: Final = {"max_pending_body_bytes": "max_body_bytes", "max_timeout_s": 
 
 Origin = Literal["flag", "env", "default"]
 
-_SERVICE_LINK = re.compile(
+_is_service_link = re.compile(
     r"""CARRY (_[A-Z0-9_]+)? (
       _SERVICE_HOST=[0-9a-fA-F.:]+
     | _SERVICE_PORT (_[A-Z0-9_]+)? =\d+
@@ -105,7 +105,7 @@ class Settings:
         for group, names in GROUPS.items():
             chosen = {name: values[name] for name in names if name in values}
             try:
-                groups[group] = TypeAdapter(_TYPES[group]).validate_python(chosen)
+                groups[group] = TypeAdapter(TYPES[group]).validate_python(chosen)
             except ValidationError as error:
                 errors += _explain(error, origins)
         if not errors:
@@ -143,25 +143,16 @@ class Settings:
         return {PREFIX + name.upper(): str(self.value(name)) for name in self.origins}
 
 
-_TYPES: Final[dict[str, type[Any]]] = {
+TYPES: Final[dict[str, type[Any]]] = {
     group: type(value) for group, value in vars(Settings()).items() if group != "origins"
 }
-GROUPS: Final = {group: [each.name for each in fields(_TYPES[group])] for group in _TYPES}
+"""The types of the groups, by name."""
+
+GROUPS: Final = {group: [each.name for each in fields(TYPES[group])] for group in TYPES}
 """The names of the settings, by group."""
 
 GROUP_OF: Final = {name: group for group, names in GROUPS.items() for name in names}
 """The group of each setting, by its name."""
-
-
-def describe_settings() -> dict[str, tuple[Any, str]]:
-    """The default of each setting, and its text."""
-    settings = Settings()
-    return {
-        name: (settings.value(name), properties[name]["description"])
-        for kind in _TYPES.values()
-        for properties in [TypeAdapter(kind).json_schema()["properties"]]
-        for name in properties
-    }
 
 
 def reject_unknown(environ: Mapping[str, str]) -> None:
@@ -191,12 +182,7 @@ def service_links(environ: Mapping[str, str]) -> list[str]:
 
     They are not settings, although they have the prefix, and `CARRY_PORT` the name of a setting.
     """
-    return sorted(name for name, value in environ.items() if is_service_link(name, value))
-
-
-def is_service_link(name: str, value: str) -> bool:
-    """Whether a variable is one of these."""
-    return _SERVICE_LINK(f"{name}={value}") is not None
+    return sorted(name for name, value in environ.items() if _is_service_link(f"{name}={value}"))
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -207,7 +193,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
         if name.upper().removeprefix(PREFIX).lower() in GROUP_OF
         and name.upper().startswith(PREFIX)
         and value
-        and not is_service_link(name.upper(), value)
+        and not _is_service_link(f"{name.upper()}={value}")
     }
 
 

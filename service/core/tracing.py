@@ -14,19 +14,9 @@ class RequestSpan(Protocol):
         """32 hexadecimal digits."""
 
     def end(
-        self,
-        method: str,
-        route: str | None,
-        status: int,
-        *,
-        request_id: str,
-        model: str | None,
-        stream: str | None,
-        code: str | None,
-        received_bytes: int,
-        sent_bytes: int,
+        self, method: str, route: str | None, status: int, facts: Mapping[str, str | int | None]
     ) -> None:
-        """End it; once. Arguments are those of a line in the access log."""
+        """End it; once. `facts` are members of its line in the access log; None is unknown."""
 
 
 Period = tuple[float, float]

@@ -46,10 +46,12 @@ HASH_BYTES: Final = 8
 CACHED_STREAMS: Final = 4096
 """Most streams whose hashes are cached."""
 
+GRPC_ERRORS: Final = (2, 4, 13, 14, 15)
+"""UNKNOWN, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS: errors of the service."""
+
 _GRPC_LEVELS: Final = {
     **dict.fromkeys((0, 1), logging.INFO),  # OK, CANCELLED
-    # UNKNOWN, DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE, DATA_LOSS
-    **dict.fromkeys((2, 4, 13, 14, 15), logging.ERROR),
+    **dict.fromkeys(GRPC_ERRORS, logging.ERROR),
 }
 _LEVEL_NAMES: Final = {
     number: logging.getLevelName(number).lower()
@@ -163,12 +165,8 @@ class AccessLog:
         Args:
             key: secret of the store; with it nobody can compute the hashes of guessed names.
         """
-        if how == "none":
-            self.name_stream = None
-        elif how == "clear":
-            self.name_stream = str
-        else:
-            self.name_stream = stream_hash(key)
+        names = {"none": None, "clear": str, "hashed": stream_hash(key)}
+        self.name_stream = names[how]
 
     def named(self, stream: str) -> str | None:
         """How lines and spans name a stream."""
@@ -201,17 +199,15 @@ class AccessLog:
             stream = None if self.name_stream is None else self.name_stream(stream)
         span = facts.span
         if span is not None:
-            span.end(
-                method,
-                route,
-                status,
-                request_id=request_id,
-                model=facts.model,
-                stream=stream,
-                code=facts.code,
-                received_bytes=facts.received_bytes,
-                sent_bytes=facts.sent_bytes,
-            )
+            members = {
+                "request_id": request_id,
+                "model": facts.model,
+                "stream": stream,
+                "code": facts.code,
+                "received_bytes": facts.received_bytes,
+                "sent_bytes": facts.sent_bytes,
+            }
+            span.end(method, route, status, members)
         if not has_line:
             return
         if method == GRPC:

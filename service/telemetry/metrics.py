@@ -14,13 +14,13 @@ import os
 import platform
 import threading
 from collections import Counter as Tally
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -38,7 +38,6 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.values import MultiProcessValue, MutexValue
 
 from service.core.errors import CarryError, ServiceFailure
-from service.core.memo import Memo
 from service.core.values import Timing
 from service.pipeline.recorder import ModelStatistics
 from service.telemetry.access_log import GRPC, WEBSOCKET
@@ -78,7 +77,7 @@ class Metrics(CollectorRegistry):
         """A new counter."""
         return Counter(name, text, labels, registry=self)
 
-    def gauge(self, name: str, text: str, *labels: str, of_workers: Any) -> Gauge:
+    def gauge(self, name: str, text: str, *labels: str, of_workers: Any = "livesum") -> Gauge:
         """A new gauge.
 
         Args:
@@ -91,21 +90,6 @@ class Metrics(CollectorRegistry):
     ) -> Histogram:
         """A new histogram."""
         return Histogram(name, text, labels, registry=self, buckets=buckets)
-
-
-class _PendingValues(msgspec.Struct):
-    """What was recorded for one model and is not yet in its metrics.
-
-    Attributes:
-        chunks: for the committed chunks of each batch, the sum of their steps, how long each was
-            queued, and the times that they share.
-        lookups: for each batch, its hits and misses in the state cache.
-        calls: for each call of the runtime, its rows, steps, padded steps and seconds.
-    """
-
-    chunks: list[tuple[int, Sequence[float], Timing]]
-    lookups: list[tuple[int, int]]
-    calls: list[tuple[int, int, int, float]]
 
 
 class PrometheusRecorder:
@@ -125,66 +109,49 @@ class PrometheusRecorder:
     def __init__(self) -> None:
         disable_created_metrics()
         self.registry = registry = Metrics()
+        counter, gauge, histogram = registry.counter, registry.gauge, registry.histogram
         self._served: set[str] = set()
-        self._chunks = registry.counter("carry_chunks", "Chunks processed and committed.", "model")
-        self._events = registry.counter("carry_events", "Events of the chunks committed.", "model")
-        self._replays = registry.counter(
-            "carry_replays", "Retries answered from the stored reply.", "model"
-        )
-        self._conflicts = registry.counter(
-            "carry_conflicts", "Version conflicts of commits.", "model"
-        )
-        self._problems = registry.counter(
+        self._chunks = counter("carry_chunks", "Chunks processed and committed.", "model")
+        self._events = counter("carry_events", "Events of the chunks committed.", "model")
+        self._replays = counter("carry_replays", "Retries answered from the stored reply.", "model")
+        self._conflicts = counter("carry_conflicts", "Version conflicts of commits.", "model")
+        self._problems = counter(
             "carry_refusals",
             "Requests, or items of a request, answered with a problem.",
             "model",
             "code",
         )
         self.rejections = KeyRejections(registry)
-        self._cache_hits = registry.counter(
+        self._cache_hits = counter(
             "carry_cache_hits", "States found in a worker's memory.", "model"
         )
-        self._cache_misses = registry.counter(
-            "carry_cache_misses", "States loaded from the store.", "model"
+        self._cache_misses = counter("carry_cache_misses", "States loaded from the store.", "model")
+        self._websockets = gauge("carry_websocket_connections", "Open WebSockets.", "model")
+        self._watchers = gauge(
+            "carry_watchers", "Clients that watch the outputs of a stream.", "model"
         )
-        self._websockets = registry.gauge(
-            "carry_websocket_connections", "Open WebSockets.", "model", of_workers="livesum"
-        )
-        self._watchers = registry.gauge(
-            "carry_watchers",
-            "Clients that watch the outputs of a stream.",
-            "model",
-            of_workers="livesum",
-        )
-        self._batch_rows = registry.histogram(
+        self._batch_rows = histogram(
             "carry_batch_rows", "Streams in a batch.", "model", buckets=ROWS
         )
-        self._batch_seconds = registry.histogram(
+        self._batch_seconds = histogram(
             "carry_batch_seconds", "Duration of one inference call.", "model"
         )
-        self._batch_steps = registry.counter(
-            "carry_batch_steps", "Steps of the chunks in a batch.", "model"
-        )
-        self._padded_steps = registry.counter(
+        self._batch_steps = counter("carry_batch_steps", "Steps of the chunks in a batch.", "model")
+        self._padded_steps = counter(
             "carry_batch_padded_steps",
             "Steps computed by the network, including padding.",
             "model",
         )
-        self._stages = registry.histogram(
+        self._stages = histogram(
             "carry_chunk_stage_seconds",
             "Time of a committed chunk in each stage.",
             "model",
             "stage",
         )
-        self._request_seconds = registry.histogram(
+        self._request_seconds = histogram(
             "carry_request_seconds", "Duration of requests.", "method", "route", "status"
         )
-        self._durations: dict[tuple[str, str | None, int], list[float]] = {}
-        self._collected: list[tuple[list[Any], Callable[[list[Any]], None]]] = []
-        self._flush_timer: asyncio.TimerHandle | None = None
-        # two flushes at once would add the same values twice, and drop later ones
-        self._flushing = threading.Lock()
-        self._models = registry.gauge(
+        self._models = gauge(
             "carry_model_info",
             "The models served; always 1.",
             "model",
@@ -192,12 +159,12 @@ class PrometheusRecorder:
             "runtime",
             of_workers="livemax",
         )
-        self._max_rows = registry.gauge(
+        self._max_rows = gauge(
             "carry_batch_max_rows", "Most streams in a batch.", "model", of_workers="livemax"
         )
         # the parent process counts them
-        registry.counter(RESTARTS, RESTARTS_HELP)
-        build = registry.gauge(
+        counter(RESTARTS, RESTARTS_HELP)
+        build = gauge(
             "carry_build_info",
             "The service's build; always 1.",
             "version",
@@ -209,8 +176,21 @@ class PrometheusRecorder:
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
         # Looking up a child takes a lock, a tuple and a dict.
-        self._pending: Memo[str, _PendingValues] = Memo(self._collect_values)
         self._problems_of = lru_cache(maxsize=None)(self._problems.labels)
+        self._batches: defaultdict[str, list[tuple[int, Sequence[float], Timing]]]
+        self._batches = defaultdict(list)
+        self._lookups: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._calls: defaultdict[str, list[tuple[int, int, int, float]]] = defaultdict(list)
+        self._requests: defaultdict[tuple[str, str | None, int], list[float]] = defaultdict(list)
+        self._collected: tuple[tuple[dict[Any, list[Any]], Callable[..., None]], ...] = (
+            (self._batches, self._add_batches),
+            (self._lookups, self._add_lookups),
+            (self._calls, self._add_calls),
+            (self._requests, self._add_requests),
+        )
+        self._flush_timer: asyncio.TimerHandle | None = None
+        # two flushes at once would add the same values twice
+        self._flushing = threading.Lock()
 
     def model(self, name: str, version: str, runtime: str, max_rows: int) -> None:
         """Register a model that is served, in batches of so many streams; its series start at
@@ -218,64 +198,33 @@ class PrometheusRecorder:
         self._served.add(name)
         self._max_rows.labels(name).set(max_rows)
         self._models.labels(name, version, runtime).set(1)
-        self._pending[name]
-        for each in (self._replays, self._conflicts):
+        self._add_batches(name, [])
+        self._add_lookups(name, [])
+        self._add_calls(name, [])
+        for each in (self._replays, self._conflicts, self._websockets, self._watchers):
             each.labels(name)
-        self._websockets.labels(name).set(0)
-        self._watchers.labels(name).set(0)
         for code in codes_of(ServiceFailure):
             # an alert on an increase does not see one from no series to 1
             self._problems_of(name, code)
-
-    def _collect_values(self, model: str) -> _PendingValues:
-        counters = self._chunks, self._events, self._cache_hits, self._cache_misses
-        chunks, events, hits, misses = [counter.labels(model) for counter in counters]
-        rows, seconds = self._batch_rows.labels(model), self._batch_seconds.labels(model)
-        steps, padded = self._batch_steps.labels(model), self._padded_steps.labels(model)
-        queue, *shared = [self._stages.labels(model, stage) for stage in STAGES]
-
-        def add_chunks(recorded: list[tuple[int, Sequence[float], Timing]]) -> None:
-            counts = [len(queue_s) for _, queue_s, _ in recorded]
-            chunks.inc(sum(counts))
-            events.inc(sum([length for length, *_ in recorded]))
-            observe_all(queue, [time_s for _, queue_s, _ in recorded for time_s in queue_s])
-            shared_s = [(timing.load_s, timing.infer_s, timing.commit_s) for *_, timing in recorded]
-            for stage, times_s in zip(shared, zip(*shared_s, strict=True), strict=True):
-                observe_all(stage, np.repeat(times_s, counts).tolist())
-
-        def add_lookups(recorded: list[tuple[int, int]]) -> None:
-            for counter, values in zip((hits, misses), zip(*recorded, strict=True), strict=True):
-                counter.inc(sum(values))
-
-        def add_calls(recorded: list[tuple[int, int, int, float]]) -> None:
-            rows_of, steps_of, padded_of, seconds_of = zip(*recorded, strict=True)
-            observe_all(rows, rows_of)
-            observe_all(seconds, seconds_of)
-            steps.inc(sum(steps_of))
-            padded.inc(sum(padded_of))
-
-        pending = _PendingValues([], [], [])
-        adders = (pending.chunks, add_chunks), (pending.lookups, add_lookups)
-        self._collected += [*adders, (pending.calls, add_calls)]
-        return pending
-
-    def _flush_soon(self) -> None:
-        """Start the timer of the next flush; without an event loop, flush at once."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self._flush_batches()
-        else:
-            self._flush_timer = loop.call_later(FLUSH_INTERVAL_S, self.flush_requests)
 
     def record_chunks(
         self, model: str, steps: int, queue_s: Sequence[float], timing: Timing
     ) -> None:
         """Record the committed chunks of one batch: the sum of their steps, how long each waited,
         and the times that they share."""
-        self._pending[model].chunks.append((steps, queue_s, timing))
+        self._batches[model].append((steps, queue_s, timing))
         if self._flush_timer is None:
             self._flush_soon()
+
+    def _add_batches(self, model: str, recorded: list[tuple[int, Sequence[float], Timing]]) -> None:
+        counts = [len(queue_s) for _, queue_s, _ in recorded]
+        self._chunks.labels(model).inc(sum(counts))
+        self._events.labels(model).inc(sum([steps for steps, *_ in recorded]))
+        shared_s = [(timing.load_s, timing.infer_s, timing.commit_s) for *_, timing in recorded]
+        queued_s = [time_s for _, queue_s, _ in recorded for time_s in queue_s]
+        stages_s = np.repeat(np.array(shared_s).reshape(-1, 3), counts, axis=0).T
+        for stage, times_s in zip(STAGES, (queued_s, *stages_s.tolist()), strict=True):
+            observe_all(self._stages.labels(model, stage), times_s)
 
     def record_replay(self, model: str) -> None:
         """Count a retry that is answered from the stored reply."""
@@ -293,13 +242,24 @@ class PrometheusRecorder:
 
     def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         """Count the states of a batch that this worker's cache contains and lacks."""
-        self._pending[model].lookups.append((hits, misses))
+        self._lookups[model].append((hits, misses))
+
+    def _add_lookups(self, model: str, recorded: list[tuple[int, int]]) -> None:
+        self._cache_hits.labels(model).inc(sum([hits for hits, _ in recorded]))
+        self._cache_misses.labels(model).inc(sum([misses for _, misses in recorded]))
 
     def record_runtime_call(
         self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
     ) -> None:
         """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
-        self._pending[model].calls.append((rows, steps, padded_steps, seconds))
+        self._calls[model].append((rows, steps, padded_steps, seconds))
+
+    def _add_calls(self, model: str, recorded: list[tuple[int, int, int, float]]) -> None:
+        rows, steps, padded, seconds = zip(*recorded, strict=True) if recorded else [()] * 4
+        observe_all(self._batch_rows.labels(model), rows)
+        observe_all(self._batch_seconds.labels(model), seconds)
+        self._batch_steps.labels(model).inc(sum(steps))
+        self._padded_steps.labels(model).inc(sum(padded))
 
     def record_websockets(self, model: str, change: int) -> None:
         """Add to the open WebSockets."""
@@ -311,31 +271,43 @@ class PrometheusRecorder:
 
     def record_request(self, method: str, route: str | None, status: int, ms: float) -> None:
         """Record a request of any transport."""
+        if method not in METHODS:
+            method = UNKNOWN
+        self._requests[method, route, status].append(ms)
         if self._flush_timer is None:
             self._flush_soon()
-        self._durations.setdefault((method, route, status), []).append(ms)
 
-    def flush_requests(self) -> None:
-        """Add all that was collected to its series."""
+    def _add_requests(self, request: tuple[str, str | None, int], times_ms: list[float]) -> None:
+        method, route, status = request
+        method, route = (UNKNOWN, UNKNOWN) if route is None else (method, route)
+        child = self._request_seconds.labels(method, route, status)
+        observe_all(child, [ms / 1000 for ms in times_ms])
+
+    def _flush_soon(self) -> None:
+        """Start the timer of the next flush; without an event loop, flush at once."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.flush()
+        else:
+            self._flush_timer = loop.call_later(FLUSH_INTERVAL_S, self._flush_at_interval)
+
+    def _flush_at_interval(self) -> None:
         self._flush_timer = None
-        self._flush_batches()
-        collected, self._durations = self._durations, {}
-        for (method, route, status), times_ms in collected.items():
-            known = method if route is not None and method in METHODS else UNKNOWN
-            child = self._request_seconds.labels(known, route or UNKNOWN, status)
-            observe_all(child, [ms / 1000 for ms in times_ms])
+        self.flush()
 
-    def _flush_batches(self) -> None:
-        """Add what was collected of batches to its series; from any thread."""
+    def flush(self) -> None:
+        """Add all that was collected to its series; from any thread."""
         with self._flushing:
-            for values, add in self._collected:
-                if count := len(values):
-                    add(values[:count])
-                    del values[:count]
+            for collected, add in self._collected:
+                for key, values in [*collected.items()]:
+                    if count := len(values):
+                        add(key, values[:count])
+                        del values[:count]
 
     def render(self) -> bytes:
         """Render the metrics of all workers in Prometheus' text format."""
-        self._flush_batches()
+        self.flush()
         return generate_latest(self._of_all_workers())
 
     def statistics(self) -> dict[str, ModelStatistics]:
@@ -343,7 +315,7 @@ class PrometheusRecorder:
 
         Call it in a thread: it reads files where several workers share their numbers.
         """
-        self._flush_batches()
+        self.flush()
         totals: dict[str, Tally[str]] = {}
         for metric in self._of_all_workers().collect():
             for sample in metric.samples:

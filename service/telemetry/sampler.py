@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Final, NamedTuple
 
 import structlog
@@ -60,53 +61,41 @@ class Sampler:
         self._may_count = True
         self._evictions: Tally[str] = Tally()
         self._reconnects = 0
-        self._connections = metrics.gauge(
-            "carry_connections", "Open connections of clients.", "transport", of_workers="livesum"
+        gauge, counter = metrics.gauge, metrics.counter
+        self._connections = gauge("carry_connections", "Open connections of clients.", "transport")
+        self._requests = gauge(
+            "carry_requests_in_flight", "Requests that are being answered.", "transport"
         )
-        self._requests = metrics.gauge(
-            "carry_requests_in_flight",
-            "Requests that are being answered.",
-            "transport",
-            of_workers="livesum",
+        self._queue = gauge("carry_queue_depth", "Chunks waiting for a batch.", "model")
+        self._cache_bytes = gauge(
+            "carry_cache_bytes", "Memory of the states in the workers' caches."
         )
-        self._queue = metrics.gauge(
-            "carry_queue_depth", "Chunks waiting for a batch.", "model", of_workers="livesum"
-        )
-        self._cache_bytes = metrics.gauge(
-            "carry_cache_bytes",
-            "Memory of the states in the workers' caches.",
-            of_workers="livesum",
-        )
-        self._cache_evictions = metrics.counter(
+        self._cache_evictions = counter(
             "carry_cache_evictions", "States evicted from a worker's cache.", "model"
         )
-        self._store_up = metrics.gauge(
+        self._store_up = gauge(
             "carry_store_up", "Whether the store accepts commits.", of_workers="livemin"
         )
-        self._store_servers = metrics.gauge(
+        latest = partial(gauge, of_workers="livemostrecent")
+        self._store_servers = latest(
             "carry_store_servers",
             "Primaries of the store, by whether they accept commits.",
             "state",
-            of_workers="livemostrecent",
         )
-        self._store_memory = metrics.gauge(
+        self._store_memory = latest(
             "carry_store_memory_ratio",
             "Share of its maxmemory that the fullest primary of the store uses.",
-            of_workers="livemostrecent",
         )
-        self._store_reconnects = metrics.counter(
+        self._store_reconnects = counter(
             "carry_store_reconnects", "Connections to the store opened again."
         )
         self._round_trips = metrics.histogram(
             "carry_store_round_trip_seconds", "Time between a command to the store and its reply."
         )
-        self._streams, self._live_streams, self._state_bytes = (
-            metrics.gauge(name, text, "model", of_workers="livemostrecent")
-            for name, text in (
-                ("carry_streams", "Streams in the store."),
-                ("carry_live_streams", "Streams with a chunk in the last five minutes."),
-                ("carry_state_bytes", "Bytes of the states in the store."),
-            )
+        self._counts = (
+            latest("carry_streams", "Streams in the store.", "model"),
+            latest("carry_live_streams", "Streams with a chunk in the last five minutes.", "model"),
+            latest("carry_state_bytes", "Bytes of the states in the store.", "model"),
         )
         for model in models:
             self._cache_evictions.labels(model)
@@ -161,8 +150,7 @@ class Sampler:
             self._may_count = False
             log.warning("streams_not_counted", reason=error.detail)
         except CarryError:
-            # the metrics of the store say that it is unavailable
-            return
+            return  # the metrics of the store say that it is unavailable
         else:
             self.record_streams(counts)
 
@@ -172,7 +160,6 @@ class Sampler:
         for model, count in counts.items():
             name = model if model in self._models else UNKNOWN
             totals[name] = StreamCount(*map(sum, zip(totals[name], count, strict=True)))
-        for model, (streams, live, state_bytes) in totals.items():
-            self._streams.labels(model).set(round(streams))
-            self._live_streams.labels(model).set(round(live))
-            self._state_bytes.labels(model).set(round(state_bytes))
+        for model, total in totals.items():
+            for metric, value in zip(self._counts, total, strict=True):
+                metric.labels(model).set(round(value))

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from service.core.tracing import Period, RequestSpan
-from service.telemetry.access_log import GRPC, request_facts
+from service.telemetry.access_log import GRPC, GRPC_ERRORS, request_facts
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -28,7 +28,15 @@ SCOPE: Final = "carry"
 ERROR_STATUS: Final = 500
 """HTTP statuses from here on, and gRPC's below, are errors of the service."""
 
-_GRPC_ERRORS: Final = (2, 4, 13, 14, 15)
+_ATTRIBUTES: Final = {
+    "request_id": "carry.request_id",
+    "model": "carry.model",
+    "stream": "carry.stream",
+    "code": "error.type",
+    "received_bytes": "http.request.body.size",
+    "sent_bytes": "http.response.body.size",
+}
+"""The attributes of a span for members of a line in the access log."""
 
 
 def open_tracer() -> OtelTracer:
@@ -53,17 +61,7 @@ class _Request(NamedTuple):
     trace_id: str
 
     def end(
-        self,
-        method: str,
-        route: str | None,
-        status: int,
-        *,
-        request_id: str,
-        model: str | None,
-        stream: str | None,
-        code: str | None,
-        received_bytes: int,
-        sent_bytes: int,
+        self, method: str, route: str | None, status: int, facts: Mapping[str, str | int | None]
     ) -> None:
         """End it; once."""
         span = self.span
@@ -76,22 +74,14 @@ class _Request(NamedTuple):
                 "rpc.method": name,
                 "rpc.grpc.status_code": status,
             }
-            is_error = status in _GRPC_ERRORS
+            is_error = status in GRPC_ERRORS
         else:
             span.update_name(f"{method} {route}" if route else method)
             attributes = {"http.request.method": method, "http.response.status_code": status}
             if route:
                 attributes["http.route"] = route
             is_error = status >= ERROR_STATUS
-        known = {
-            "carry.request_id": request_id,
-            "carry.model": model,
-            "carry.stream": stream,
-            "error.type": code,
-            "http.request.body.size": received_bytes or None,
-            "http.response.body.size": sent_bytes or None,
-        }
-        attributes |= {name: value for name, value in known.items() if value is not None}
+        attributes |= {_ATTRIBUTES[name]: value for name, value in facts.items() if value}
         span.set_attributes(attributes)
         if is_error:
             span.set_status(self.tracer.error_status)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from pydantic import TypeAdapter
 
 from service.core.settings import PREFIX
-from service.settings import GROUP_OF, describe_settings
+from service.settings import GROUP_OF, TYPES, Settings
 
 BASIC: Final = (
     *("host", "port", "require_keys", "workers", "models_dir", "redis_url", "redis_password_file"),
@@ -23,6 +25,17 @@ def settings_tables() -> str:
     """Make Markdown tables of the basic and the advanced settings: variable, default, meaning."""
     advanced = (name for name in GROUP_OF if name not in BASIC)
     return f"## Basic settings\n\n{_table(BASIC)}\n\n## Advanced settings\n\n{_table(advanced)}"
+
+
+def describe_settings() -> dict[str, tuple[Any, str]]:
+    """The default of each setting, and its text."""
+    settings = Settings()
+    return {
+        name: (settings.value(name), properties[name]["description"])
+        for kind in TYPES.values()
+        for properties in [TypeAdapter(kind).json_schema()["properties"]]
+        for name in properties
+    }
 
 
 def _table(names: Iterable[str]) -> str:

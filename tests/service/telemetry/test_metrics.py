@@ -40,8 +40,6 @@ async def test_clients_cannot_create_series_of_requests(
     recorder.record_request("BREW", route, 405, 1.0)
     recorder.record_request("GET", None, 404, 1.0)
     recorder.record_request("HEAD", None, 404, 1.0)
-    assert b"carry_request_seconds_count{" not in recorder.render()
-    recorder.flush_requests()
     found = read(recorder.render())
     name = "carry_request_seconds"
     known = {"method": "GET", "route": route, "status": "200"}

@@ -127,7 +127,7 @@ def test_only_served_models_and_transports_have_series(recorder: PrometheusRecor
 async def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow", 64)
     recorder.record_request("GET", "/metrics", 200, 1.0)
-    recorder.flush_requests()
+    recorder.flush()
     recorder.record_error("flights", Conflict(""))
     sampler = sampler_of(recorder, ObservedStore(), StateCache(0))
     sampler.sample()
