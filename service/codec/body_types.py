@@ -23,10 +23,9 @@ from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
 from service.codec.decoding import WRONG_LENGTH, invalid, undecoded_type
 from service.codec.field_rules import EPOCH, FINGERPRINT, MAX_FRAME_ID_CHARS, MAX_POSITION
-from service.codec.limits import Limit, ModelLimits
 from service.codec.media import Media
 from service.codec.model import CodecModel
-from service.codec.schema_fields import (
+from service.codec.reply_types import (
     BY_PART,
     EXAMPLE_EPOCH,
     EXAMPLE_FINGERPRINT,
@@ -34,6 +33,7 @@ from service.codec.schema_fields import (
     EXAMPLE_STREAM,
     EXAMPLE_TAG,
 )
+from service.codec.settings import Limit, ModelLimits
 from service.core.errors import InvalidInput
 from service.core.values import STREAM_NAME
 

@@ -45,7 +45,7 @@ _ACCEPTS: Mapping[str, tuple[Media, ...]] = {
 
 MAX_FIELD: Final = 1024
 """Longest `Accept` and `Content-Type`, in characters: longer ones would block the event loop while
-they are parsed, and fill the cache."""
+they are parsed."""
 
 encode_json: Final = partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
 """`dumps` in JSON."""
@@ -67,6 +67,7 @@ def malformed(media: Media, reason: str) -> MalformedBody:
     )
 
 
+@lru_cache(maxsize=256)
 def media_of(content_type: str | None) -> Media:
     """The media type of a body with this Content-Type; JSON if there is none.
 
@@ -80,11 +81,6 @@ def media_of(content_type: str | None) -> Media:
             f"Content-Type: expected at most {MAX_FIELD} characters, got {len(content_type)}",
             expected=list(SERVED),
         )
-    return _media_of(content_type)
-
-
-@lru_cache(maxsize=256)
-def _media_of(content_type: str) -> Media:
     name, _, parameters = content_type.partition(";")
     media = _READS.get(name.strip().lower())
     charset = _parameters(parameters).get("charset", "utf-8").strip('"').lower()
@@ -100,6 +96,7 @@ def _media_of(content_type: str) -> Media:
     return media
 
 
+@lru_cache(maxsize=256)
 def negotiate_media(accept: str | None, otherwise: Media) -> Media:
     """The media type of a reply.
 
@@ -117,11 +114,6 @@ def negotiate_media(accept: str | None, otherwise: Media) -> Media:
             f"Accept: expected at most {MAX_FIELD} characters, got {len(accept)}",
             expected=list(SERVED),
         )
-    return _negotiate(accept, otherwise)
-
-
-@lru_cache(maxsize=256)
-def _negotiate(accept: str, otherwise: Media) -> Media:
     weights = {media: _weight(accept, media) for media in Media}
     best = max(weights.values())
     if best <= 0:
@@ -147,9 +139,7 @@ def _weight(accept: str, media: Media) -> float:
             weight = float(_parameters(parameters).get("q", "1"))
         except ValueError:
             weight = 0.0
-        if not 0 <= weight <= 1:
-            weight = 0.0
-        best = max(best, (-name.count("*"), weight))
+        best = max(best, (-name.count("*"), weight if 0 <= weight <= 1 else 0.0))
     return best[1]
 
 

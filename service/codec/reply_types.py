@@ -1,5 +1,5 @@
 """Types of the replies to chunks, predictions and forecasts, which the writer builds and the API
-document describes.
+document describes, and their members, which other documents have too.
 
 They are dictionaries when the service runs, so that a reply costs nothing more than its encoding.
 """
@@ -11,16 +11,60 @@ from typing import Annotated, Any, Final, Literal, NotRequired
 from pydantic import ConfigDict, Field, GetPydanticSchema, with_config
 from typing_extensions import TypedDict
 
-from service.codec.schema_fields import (
-    BY_PART,
-    EpochText,
-    ModelName,
-    PositionNumber,
-    StateValues,
-    StreamName,
-    TagText,
-    Version,
-)
+from service.codec.field_rules import EPOCH, FINGERPRINT, TAG
+from service.core.values import STREAM_NAME
+
+EXAMPLE_STREAM: Final = "EWR-UA"
+EXAMPLE_EPOCH: Final = "5f0c1e7ab2d34896"
+EXAMPLE_TAG: Final = "c2a94d0b71e65f3889d1046be7a2f35c"
+EXAMPLE_VERSION: Final = "9c04e2d1b8a7"
+EXAMPLE_FINGERPRINT: Final = "9c04e2d1b8a75f6631c2d4e8f9a0b7c6"
+EXAMPLE_STATE: Final = {"lstm_1.hidden": [0.12, -0.4], "lstm_1.carry": [0.3, -0.91]}
+
+StreamName = Annotated[str, Field(pattern=STREAM_NAME, examples=[EXAMPLE_STREAM])]
+ModelName = Annotated[str, Field(description="The model's slug.", examples=["flights"])]
+Version = Annotated[
+    str,
+    Field(description="First 12 digits of the model's fingerprint.", examples=[EXAMPLE_VERSION]),
+]
+Fingerprint = Annotated[
+    str,
+    Field(
+        pattern=f"^{FINGERPRINT}$",
+        description="Hash of what determines the model's numbers.",
+        examples=[EXAMPLE_FINGERPRINT],
+    ),
+]
+EpochText = Annotated[
+    str,
+    Field(
+        pattern=f"^{EPOCH}$",
+        description="Random; new whenever the stream is created, restored or forked.",
+        examples=[EXAMPLE_EPOCH],
+    ),
+]
+TagText = Annotated[
+    str,
+    Field(
+        pattern=f"^{TAG}$",
+        description="Hash chain over the commits of the epoch.",
+        examples=[EXAMPLE_TAG],
+    ),
+]
+PositionNumber = Annotated[
+    int, Field(ge=0, le=2**62, description="Events consumed.", examples=[48])
+]
+FeedName = Annotated[
+    Literal["events", "inputs"], Field(description="How the stream is fed, since its first chunk.")
+]
+BY_PART: Final = "Each part of the state by its name, as nested lists of the part's shape."
+StateValues = Annotated[
+    dict[str, Any],
+    Field(
+        description=BY_PART,
+        examples=[EXAMPLE_STATE],
+    ),
+]
 
 closed: Final = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
 """A reply has no other members than its type."""
@@ -39,6 +83,10 @@ Outputs = Annotated[
 ]
 
 
+StateAfter = Annotated[
+    StateValues,
+    Field(description=f"The state after the last step, with `return_state=true`. {BY_PART}"),
+]
 AttentionWeights = Annotated[
     dict[str, Any],
     Field(
@@ -71,14 +119,7 @@ class ChunkReply(TypedDict):
     """Nothing was applied: epoch, position and tag are those of the current stream head."""
     created: NotRequired[Literal[True]]
     """Present, and true, in the first reply of a stream."""
-    state: NotRequired[
-        Annotated[
-            StateValues,
-            Field(
-                description=f"The state after the last step, with `return_state=true`. {BY_PART}"
-            ),
-        ]
-    ]
+    state: NotRequired[StateAfter]
     attention: NotRequired[AttentionWeights]
 
 
@@ -90,14 +131,7 @@ class PredictionOfOne(TypedDict):
     state_token: NotRequired[str]
     """With `return_state_token=true`: the state after the last step, signed; send it with the
     sequence that follows. Base64 in JSON, binary in MessagePack."""
-    state: NotRequired[
-        Annotated[
-            StateValues,
-            Field(
-                description=f"The state after the last step, with `return_state=true`. {BY_PART}"
-            ),
-        ]
-    ]
+    state: NotRequired[StateAfter]
     attention: NotRequired[AttentionWeights]
 
 

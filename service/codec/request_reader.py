@@ -36,10 +36,9 @@ from service.codec.decoding import (
 from service.codec.field_rules import parse_if_match, stream_name
 from service.codec.frames import Frame, read_envelope, stream_of_item
 from service.codec.json_rows import FRAME_MEMBERS, JsonRowsDecoder, RowsChunk
-from service.codec.limits import ModelLimits
 from service.codec.media import Media
 from service.codec.model import CodecModel
-from service.codec.settings import RequestSettings
+from service.codec.settings import ModelLimits, RequestSettings
 from service.codec.steps import StepsReader, check_count, member_place, read_columns
 from service.core.delivery import chunk_digest, new_nonce
 from service.core.errors import (

@@ -20,9 +20,9 @@ from models.events.encode import check_rows
 from models.events.reader import EventReader, ReadEvents
 from service.codec.body_types import StepsBody, wrong_width
 from service.codec.decoding import decode_element, format_value, invalid
-from service.codec.limits import Limit
 from service.codec.media import Media
 from service.codec.model import CodecModel
+from service.codec.settings import Limit
 from service.core.errors import InvalidInput, ResetsUnsupported
 from service.core.values import Feed, FloatRows, Steps
 

@@ -11,17 +11,19 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from models.spec.state import Dtype
-from service.codec.reply_types import ChunkReply, PredictionOfOne, closed
-from service.codec.schema_fields import (
+from service.codec.reply_types import (
+    ChunkReply,
     EpochText,
     FeedName,
     Fingerprint,
     ModelName,
     PositionNumber,
+    PredictionOfOne,
     StateValues,
     StreamName,
     TagText,
     Version,
+    closed,
 )
 
 

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from service.access.caller import Verb
 from service.codec.media import SERVED, Media
-from service.codec.schema_fields import EXAMPLE_STREAM
+from service.codec.reply_types import EXAMPLE_STREAM
 from service.core import errors
 from service.core.errors import CarryError, leaf_errors
 from service.core.values import STREAM_NAME

@@ -12,8 +12,7 @@ from typing import Any, Final
 from fastapi.responses import PlainTextResponse
 
 from service.access.caller import DESCRIBE, PREDICT, Verb
-from service.codec.reply_types import ChunkReply, ForecastReply
-from service.codec.schema_fields import EXAMPLE_EPOCH, EXAMPLE_TAG
+from service.codec.reply_types import EXAMPLE_EPOCH, EXAMPLE_TAG, ChunkReply, ForecastReply
 from service.core import errors
 from service.transports.v1 import reply_types
 from service.transports.v1.request_fields import SECONDS

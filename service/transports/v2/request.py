@@ -22,9 +22,9 @@ from models.spec.layout import Output
 from service.codec.body_types import NonNegativeInt
 from service.codec.decoding import decode_element, format_value, invalid, load_json
 from service.codec.field_rules import EPOCH, stream_name
-from service.codec.limits import Limit
 from service.codec.media import Media
 from service.codec.request_reader import RequestReader
+from service.codec.settings import Limit
 from service.core.errors import MalformedBody
 from service.core.values import Steps
 from service.pipeline.served_model import ServedModel

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute
 from models.events.parse import event_json_schema, example_event
 from service.codec.body_types import ForkBody, StateBody, known_future_schema
 from service.codec.media import Media
-from service.codec.schema_fields import EXAMPLE_STREAM
+from service.codec.reply_types import EXAMPLE_STREAM
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ApiContext
 

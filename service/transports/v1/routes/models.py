@@ -9,8 +9,7 @@ from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
-from service.codec.limits import ModelLimits
-from service.codec.settings import RequestSettings
+from service.codec.settings import ModelLimits, RequestSettings
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.call import Call
 from service.transports.v1.context import api_of, caller_of
