@@ -51,8 +51,12 @@ from service.engine.policy import shared_error
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_order import apply_in_order
-from service.pipeline.forecast import ForecastOrigin, ForecastRunner
-from service.pipeline.predict import PredictRunner, SequenceStart
+from service.pipeline.predict import (
+    ForecastOrigin,
+    ForecastRunner,
+    PredictRunner,
+    SequenceStart,
+)
 from service.pipeline.recorder import Audit, Recorder, no_audit
 from service.pipeline.served_model import ServedModel
 from service.pipeline.settings import BatchingSettings

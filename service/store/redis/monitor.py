@@ -38,7 +38,7 @@ from service.store.capabilities import LIVE_S, StoreMonitor, StreamCount
 from service.store.codec import HEADER_BYTES, CodecError, StateHeader
 from service.store.keys import KeySpace
 from service.store.redis.commands import Command, Script
-from service.store.redis.redis_server import RedisServer
+from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Router
 from service.store.redis.scan import scan_page, scan_step
 from service.store.redis.server_checks import (

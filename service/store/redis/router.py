@@ -53,8 +53,8 @@ from service.store.redis.pipelined_connection import (
     BACKOFF_BASE_S,
     BACKOFF_CAP_S,
     PipelinedConnection,
+    RedisServer,
 )
-from service.store.redis.redis_server import RedisServer
 from service.store.settings import Durability, StoreSettings
 
 TICK_S: Final = 0.01

@@ -16,7 +16,7 @@ from service.core.errors import InvalidInput
 from service.core.values import StreamKey, StreamPage
 from service.store.codec import TOMBSTONE_PREFIX
 from service.store.keys import KeySpace
-from service.store.redis.redis_server import RedisServer
+from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Router
 from service.store.settings import StoreSettings
 

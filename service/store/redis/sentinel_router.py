@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 from service.core.errors import StoreUnavailable
 from service.store.redis.address import Address, StoreAddress
 from service.store.redis.connections import ATTEMPTS_PER_CALL, ConnectionFactory
-from service.store.redis.redis_server import RedisServer
+from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Layout, Router, Topology
 from service.store.settings import StoreSettings
 

@@ -17,7 +17,7 @@ import structlog
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.redis.outcomes import read_value
-from service.store.redis.redis_server import RedisServer
+from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Router
 from service.store.settings import Durability, StoreSettings
 

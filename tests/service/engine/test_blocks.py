@@ -11,7 +11,7 @@ from models.spec.state import State
 from service.engine.compute import Compute
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import RUNTIMES, open_runtime
-from service.pipeline.segments import infer_batch
+from service.pipeline.inference import infer_batch
 from service.pipeline.served_model import Segment, ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_in_blocks

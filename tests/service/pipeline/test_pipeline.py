@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,10 @@ from service.core.errors import (
     InternalError,
     PositionAhead,
     PositionBehind,
-    StateChanged,
-    StateDamaged,
-    StateIncompatible,
     StoreRefused,
-    StreamExists,
     StreamNotFound,
 )
-from service.core.values import Precondition, Reply, Steps, StreamKey, StreamState
+from service.core.values import Reply, Steps, StreamKey
 from service.pipeline import predict
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
@@ -69,21 +65,6 @@ async def feed(
         replies.append(await send(pipeline, stream, piece, position))
         position += len(piece)
     return replies
-
-
-async def restore(
-    pipeline: Pipeline, stream: str, kept: StreamState, precondition: Precondition | None = None
-) -> StreamState:
-    """Restore a stream of the probe model to what it was."""
-    return await pipeline.streams.restore(
-        ANYONE,
-        StreamKey("probe", stream),
-        feed=kept.feed,
-        position=kept.head.position,
-        fingerprint=kept.fingerprint,
-        state=kept.state,
-        precondition=precondition,
-    )
 
 
 def assert_close(got: NDArray[np.float32], expected: NDArray[np.float64]) -> None:
@@ -291,27 +272,6 @@ async def test_a_chunk_that_cannot_be_encoded_fails_alone(
     assert counts.largest_batch == 3
 
 
-async def test_damaged_stream_fails_alone_and_can_be_restored(
-    store_url: str, artifact: Artifact, damage: Callable[[str], None]
-) -> None:
-    random = np.random.default_rng(10)
-    async with worker(store_url, artifact, cache_bytes=0) as one:
-        for name in ("fine", "broken"):
-            await send(one, name, rows_of(random, 4), 0)
-        kept = await one.streams.read(ANYONE, StreamKey("probe", "broken"))
-        damage("broken")
-        outcomes = await asyncio.gather(
-            *(send(one, name, rows_of(random, 4), 4) for name in ("fine", "broken")),
-            return_exceptions=True,
-        )
-        assert isinstance(outcomes[0], Reply)
-        assert isinstance(outcomes[1], StateDamaged)
-        with pytest.raises(StateDamaged):
-            await one.streams.read(ANYONE, StreamKey("probe", "broken"))
-        assert (await restore(one, "broken", kept)).head.position == 4
-        await send(one, "broken", rows_of(random, 4), 4)
-
-
 async def test_stale_cached_state_is_never_used(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(11)
     rows, counts = rows_of(random, 30), Counts()
@@ -338,30 +298,6 @@ async def test_deleted_stream_is_not_revived_from_a_cache(
         assert again.created
         with pytest.raises(StreamNotFound):
             await two.streams.delete(ANYONE, StreamKey("probe", "never"))
-
-
-async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifact) -> None:
-    rows = rows_of(np.random.default_rng(14), 20)
-    key = StreamKey("probe", "source")
-    async with worker(store_url, artifact) as one:
-        first = await send(one, "source", rows[:8], 0)
-        forked = await one.streams.fork(ANYONE, key, "copy", None)
-        assert forked.head.position == 8
-        assert forked.head.epoch != first.head.epoch
-        rest = await send(one, "copy", rows[8:], 8)
-        assert_close(np.concatenate([first.outputs, rest.outputs]), oracle_outputs(artifact, rows))
-        with pytest.raises(StreamExists):
-            await one.streams.fork(ANYONE, key, "copy", None)
-        with pytest.raises(StateChanged):
-            await one.streams.fork(ANYONE, key, "copy", Precondition((forked.head.etag,)))
-        again = await one.streams.fork(ANYONE, key, "copy", Precondition((rest.head.etag,)))
-        assert (await one.streams.read(ANYONE, StreamKey("probe", "copy"))).head == again.head
-        kept = await one.streams.read(ANYONE, key)
-        other = kept._replace(fingerprint=b"x" * 16)
-        with pytest.raises(StateIncompatible):
-            await restore(one, "source", other, Precondition(any_state=True))
-        with pytest.raises(StreamExists):
-            await restore(one, "source", kept)
 
 
 async def test_sequences_store_nothing_and_long_ones_are_encoded_beside_the_event_loop(

@@ -35,8 +35,8 @@ from service.core.values import (
     StreamKey,
 )
 from service.engine.compute import Compute
+from service.pipeline.inference import infer_segments
 from service.pipeline.pipeline import Pipeline
-from service.pipeline.segments import infer_segments
 from service.pipeline.settings import BatchingSettings
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
