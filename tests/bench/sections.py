@@ -55,7 +55,7 @@ CACHES = {"uncached": {"CARRY_STATE_CACHE_BYTES": "0"}, "cached": {}}
 FILL_BATCH = 2_000
 STATE_BYTES = (256, 512, 1024, 2048, 4096, 16384)
 FIRST_REPLY_WITHIN_S = 180.0
-DETECTION_SEASON = 96  # events
+DETECTION_SEASON, DETECTION_CALLS = 96, 400  # events, calls of each shape
 WORKER_CONNECTIONS = (8, 32, 128)
 """One of two workers gets all of the first two; of the last each gets half."""
 
@@ -198,7 +198,9 @@ def measure_detection(bench: Bench, kind: str) -> None:
     process = bench.start(helper_process(bench.cores.servers))
     for season in (None, DETECTION_SEASON):
         folder = bench.folder / f"detection-{season}"
-        calls = process.submit(workloads.measure_detection, folder, season).result()
+        calls = process.submit(
+            workloads.measure_detection, folder, season, DETECTION_CALLS
+        ).result()
         for (streams, events), (plain, detected) in calls.items():
             name = f"detection/{streams} x {events}, {'a' if season else 'no'} season, us/stream"
             per_stream = 1e6 / streams

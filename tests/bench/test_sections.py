@@ -48,6 +48,7 @@ BRIEF = {
     run: {"WARM_S": 0.05, "REST_S": 0.02, "RESTS_WITHIN_S": 0.0},
     sections: {
         "RACES": 2,
+        "DETECTION_CALLS": 2,
         "BATCHES": (1, 8),
         "OVERLOAD_PARTS": 3,
         "OVERLOAD_QUEUE_WAIT_S": 0.1,
@@ -59,9 +60,6 @@ BRIEF = {
     },
     workloads: {
         "COMPUTE_S": 0.01,
-        "DETECTION_CALLS": 2,
-        "DETECTION_SHAPES": ((32, 16),),
-        "DETECTION_WARM_EVENTS": 16,
         "KINDS": {name: workloads.KINDS[name] for name in KINDS},
     },
 }

@@ -117,11 +117,13 @@ def flights_model(folder: Path) -> Artifact:
 
 DETECTION_SHAPES = ((1, 1), (1, 16), (32, 1), (32, 16), (128, 16))
 """Streams and events of the calls by which detection is measured."""
-DETECTION_CALLS, DETECTION_WARM_EVENTS = 400, 200
-"""Calls of each shape, and events of each stream before them: more than a season."""
+DETECTION_WARM_EVENTS = 200
+"""Events of each stream before the calls: more than a season."""
 
 
-def measure_detection(folder: Path, season: int | None) -> dict[tuple[int, int], tuple[Any, Any]]:
+def measure_detection(
+    folder: Path, season: int | None, calls: int
+) -> dict[tuple[int, int], tuple[Any, Any]]:
     """By streams and events of a call, the seconds of calls of a network alone and of the same with
     detection, which alternate; on the model of the example with random weights."""
     artifact = sensor_model(folder / "sensors", season_events=season)
@@ -133,7 +135,7 @@ def measure_detection(folder: Path, season: int | None) -> dict[tuple[int, int],
         lengths = np.full(streams, events, np.int32)
         states = np.tile(artifact.runtime_state.initial().floats, (streams, 1))
         times = []
-        for _ in range(DETECTION_CALLS + DETECTION_WARM_EVENTS // events):
+        for _ in range(calls + DETECTION_WARM_EVENTS // events):
             shape = (streams, events, artifact.spec.input_features)
             rows = random.normal(0, 1, shape).astype(np.float32)
             own = np.ascontiguousarray(states[:, : artifact.network_state.float_size])
@@ -142,7 +144,7 @@ def measure_detection(folder: Path, season: int | None) -> dict[tuple[int, int],
             between_s = time.perf_counter()
             _, states = runtime.step(rows, lengths, states)
             times.append((between_s - began_s, time.perf_counter() - between_s))
-        plain, detected = np.array(times[-DETECTION_CALLS:]).T
+        plain, detected = np.array(times[-calls:]).T
         measured[streams, events] = plain, detected
     return measured
 

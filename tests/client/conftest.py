@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from carry_client import Carry, Stream
+from carry_client import Carry, Model, Stream
 from service.commands.replay.events import StreamEvents
 from tests.service.commands.replay.conftest import background, standin, streams, table
 from tests.support.service import Service
@@ -15,10 +15,16 @@ __all__ = ["background", "standin", "streams", "table"]
 
 
 @pytest.fixture
-def small(background: str) -> Iterator[Stream]:
-    """The stream `s` of the stand-in."""
+def model(background: str) -> Iterator[Model]:
+    """The model of the stand-in."""
     with Carry(background, deadline_s=20) as carry:
-        yield carry.model("small").stream("s")
+        yield carry.model("small")
+
+
+@pytest.fixture
+def small(model: Model) -> Stream:
+    """The stream `s` of the stand-in."""
+    return model.stream("s")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 from carry_client import (
     AsyncCarry,
     Carry,
+    Model,
     NoAnswer,
     Progress,
     Reply,
@@ -33,10 +34,9 @@ Events = list[dict[str, Any]]
 
 
 @pytest.fixture
-def right(background: str, events: Events) -> list[float]:
+def right(model: Model, events: Events) -> list[float]:
     """The outputs `late` of all events, without any fault."""
-    with Carry(background) as carry:
-        return late(carry.model("small").stream("right").send_all(events, chunk_events=CHUNK))
+    return late(model.stream("right").send_all(events, chunk_events=CHUNK))
 
 
 def late(replies: Iterator[Reply] | list[Reply]) -> list[float]:
@@ -70,12 +70,11 @@ def test_failed_chunks_are_repeated_and_applied_once(
 
 
 def test_second_run_continues_where_the_first_stopped(
-    background: str, standin: Standin, events: Events, right: list[float]
+    model: Model, standin: Standin, events: Events, right: list[float]
 ) -> None:
     for count, expected in ((2, right[: 2 * CHUNK]), (99, right[2 * CHUNK :]), (99, [])):
-        with Carry(background) as carry:
-            replies = carry.model("small").stream("s").send_all(iter(events), chunk_events=CHUNK)
-            received = [reply for _, reply in zip(range(count), replies, strict=False)]
+        replies = model.stream("s").send_all(iter(events), chunk_events=CHUNK)
+        received = [reply for _, reply in zip(range(count), replies, strict=False)]
         assert late(received) == pytest.approx(expected)
     assert standin.streams["s"].position == len(events)
 
@@ -90,7 +89,7 @@ def test_source_that_is_shorter_than_the_stream_is_rejected(small: Stream, event
 
 
 def test_a_source_that_begins_after_the_stream_is_rejected(
-    background: str, small: Stream, events: Events, right: list[float]
+    model: Model, small: Stream, events: Events, right: list[float]
 ) -> None:
     list(small.send_all(events[:10]))
     for source in (events[20:], iter(events[20:])):
@@ -100,10 +99,9 @@ def test_a_source_that_begins_after_the_stream_is_rejected(
         assert raised.value.head == small.head
         for words in ("stream 's'", "got first_position=20", "send events 10 to 19", "replay_from"):
             assert words in str(raised.value)
-    with Carry(background) as carry:
-        stream = carry.model("small").stream("s", replay_from=lambda at: events[at:])
-        sent = stream.send_all(events[20:], first_position=20, chunk_events=CHUNK)
-        assert late(sent) == pytest.approx(right[20:], abs=1e-6)
+    stream = model.stream("s", replay_from=lambda at: events[at:])
+    sent = stream.send_all(events[20:], first_position=20, chunk_events=CHUNK)
+    assert late(sent) == pytest.approx(right[20:], abs=1e-6)
 
 
 def test_other_events_after_a_send_of_unknown_outcome_name_that_send(
@@ -120,7 +118,7 @@ def test_other_events_after_a_send_of_unknown_outcome_name_that_send(
 
 @pytest.mark.parametrize("how", ["source", "buffer", "replay_from"])
 def test_rolled_back_events_are_sent_again(
-    background: str,
+    model: Model,
     standin: Standin,
     events: Events,
     right: list[float],
@@ -139,9 +137,9 @@ def test_rolled_back_events_are_sent_again(
         if len(seen) == 4:
             standin.roll_back("s", 3)
 
-    with Carry(background) as carry, caplog.at_level(logging.WARNING, "carry_client"):
+    with caplog.at_level(logging.WARNING, "carry_client"):
         source = events if how == "source" else iter(events)
-        stream = carry.model("small").stream("s", **options)
+        stream = model.stream("s", **options)
         outputs = late(stream.send_all(source, chunk_events=CHUNK, progress=roll_back))
     assert outputs == right, "each event's outputs once"
     starts = [start // CHUNK for name, start, _ in standin.seen if name == "s"]
@@ -165,25 +163,24 @@ def test_vanished_stream_counts_as_rolled_back(
 
 
 def test_rollback_without_events_is_raised_until_it_is_accepted(
-    background: str, standin: Standin, events: Events
+    model: Model, standin: Standin, events: Events
 ) -> None:
-    with Carry(background) as carry:
-        stream = carry.model("small").stream("s", buffer_events=0)
-        early = stream.send(events[:4]).head
-        known = stream.send(events[4:8]).head
-        standin.roll_back("s", 1)
-        for _ in range(2):
-            with pytest.raises(StreamRolledBack) as raised:
-                stream.send(events[8:9])
-            assert (raised.value.expected, raised.value.actual) == (known, early)
-        assert stream.refresh() == early
-        assert stream.send(events[4:5]).position == 5
+    stream = model.stream("s", buffer_events=0)
+    early = stream.send(events[:4]).head
+    known = stream.send(events[4:8]).head
+    standin.roll_back("s", 1)
+    for _ in range(2):
+        with pytest.raises(StreamRolledBack) as raised:
+            stream.send(events[8:9])
+        assert (raised.value.expected, raised.value.actual) == (known, early)
+    assert stream.refresh() == early
+    assert stream.send(events[4:5]).position == 5
 
 
 @pytest.mark.parametrize("options", [{}, {"replay_from": True, "buffer_events": 0}])
 @pytest.mark.parametrize("lost", [3, 2])
 def test_events_that_were_rolled_back_are_not_skipped_after_another_failure(
-    background: str,
+    model: Model,
     standin: Standin,
     events: Events,
     right: list[float],
@@ -193,46 +190,43 @@ def test_events_that_were_rolled_back_are_not_skipped_after_another_failure(
 ) -> None:
     if options:
         options["replay_from"] = lambda at: events[at:]
-    with Carry(background) as carry:
-        stream = carry.model("small").stream("s", save=tmp_path / "head", **options)
-        for start in (0, 2, 4):
-            stream.send(events[start : start + 2])
-        head = stream.head
-        standin.roll_back("s", lost)
-        # rejected; then the first chunk of the buffer is sent again; then one fails
-        standin.fault = failing(*((None,) if options else (None, None)), "refuse")
-        with pytest.raises(errors.InvalidInput):
-            stream.send(events[6:8])
-        assert stream.head == head
-        assert json.loads((tmp_path / "head").read_text())["position"] == 6
-        reply = stream.send(events[6:8])
+    stream = model.stream("s", save=tmp_path / "head", **options)
+    for start in (0, 2, 4):
+        stream.send(events[start : start + 2])
+    head = stream.head
+    standin.roll_back("s", lost)
+    # rejected; then the first chunk of the buffer is sent again; then one fails
+    standin.fault = failing(*((None,) if options else (None, None)), "refuse")
+    with pytest.raises(errors.InvalidInput):
+        stream.send(events[6:8])
+    assert stream.head == head
+    assert json.loads((tmp_path / "head").read_text())["position"] == 6
+    reply = stream.send(events[6:8])
     assert standin.streams["s"].position == 8
     assert late([reply]) == pytest.approx(right[6:8])
 
 
 def test_other_cuts_continue_after_a_chunk_of_unknown_outcome(
-    background: str, standin: Standin, events: Events, right: list[float]
+    model: Model, standin: Standin, events: Events, right: list[float]
 ) -> None:
-    with Carry(background) as carry:
-        stream = carry.model("small").stream("s")
-        stream.send(events[:4])
-        standin.fault = failing("outcome_unknown_for_good")
-        with pytest.raises(errors.OutcomeUnknown):
-            list(stream.send_all(events, chunk_events=CHUNK))
-        assert standin.streams["s"].position == 4 + CHUNK
-        replies = list(stream.send_all(events, chunk_events=5))
+    stream = model.stream("s")
+    stream.send(events[:4])
+    standin.fault = failing("outcome_unknown_for_good")
+    with pytest.raises(errors.OutcomeUnknown):
+        list(stream.send_all(events, chunk_events=CHUNK))
+    assert standin.streams["s"].position == 4 + CHUNK
+    replies = list(stream.send_all(events, chunk_events=5))
     assert replies[0].first_position == 4 + CHUNK
     assert late(replies) == pytest.approx(right[4 + CHUNK :])
 
 
 def test_rollback_at_equal_position_is_noticed_by_its_tag(
-    small: Stream, background: str, standin: Standin, events: Events
+    small: Stream, model: Model, standin: Standin, events: Events
 ) -> None:
     small.send(events[:4])
     small.send(events[4:6])
     standin.roll_back("s", 1)
-    with Carry(background) as other:
-        other.model("small").stream("s").send(events[10:12])
+    model.stream("s").send(events[10:12])
     with pytest.raises(StreamDiverged, match="was changed by others") as raised:
         small.send(events[6:8])
     assert raised.value.actual.position == raised.value.expected.position == 6
@@ -241,60 +235,53 @@ def test_rollback_at_equal_position_is_noticed_by_its_tag(
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_saved_head_reveals_a_rollback_to_a_later_process(
-    background: str, standin: Standin, events: Events, tmp_path: Path, lost: int
+    model: Model, standin: Standin, events: Events, tmp_path: Path, lost: int
 ) -> None:
     file = tmp_path / "head.json"
-    with Carry(background) as carry:
-        stream = carry.model("small").stream("s", save=file)
-        stream.send(events[:4])
-        stream.send(events[4:6])
+    stream = model.stream("s", save=file)
+    stream.send(events[:4])
+    stream.send(events[4:6])
     assert json.loads(file.read_text())["position"] == 6
     standin.roll_back("s", lost)
-    with Carry(background) as carry:
-        model = carry.model("small")
-        stream = model.stream("s", save=file)
-        for _ in range(2 * lost):
-            with pytest.raises(StreamRolledBack):
-                stream.send(events[6:8])
-        stream = model.stream("s", save=file, replay_from=lambda at: events[at:])
-        assert stream.send(events[6:8]).position == 8
-        with pytest.raises(ValueError, match="expected the head of"):
-            model.stream("other", save=file)
+    stream = model.stream("s", save=file)
+    for _ in range(2 * lost):
+        with pytest.raises(StreamRolledBack):
+            stream.send(events[6:8])
+    stream = model.stream("s", save=file, replay_from=lambda at: events[at:])
+    assert stream.send(events[6:8]).position == 8
+    with pytest.raises(ValueError, match="expected the head of"):
+        model.stream("other", save=file)
 
 
 def test_whole_source_needs_no_recovery_of_what_a_saved_head_shows_as_lost(
-    background: str, standin: Standin, events: Events, right: list[float], tmp_path: Path
+    model: Model, standin: Standin, events: Events, right: list[float], tmp_path: Path
 ) -> None:
-    with Carry(background) as carry:
-        list(carry.model("small").stream("s", save=tmp_path / "head").send_all(events[:CHUNK]))
-        list(carry.model("small").stream("s", save=tmp_path / "head").send_all(events[: 2 * CHUNK]))
-        standin.roll_back("s", 1)
-        stream = carry.model("small").stream("s", save=tmp_path / "head")
-        assert late(stream.send_all(iter(events), chunk_events=CHUNK)) == right[CHUNK:]
+    list(model.stream("s", save=tmp_path / "head").send_all(events[:CHUNK]))
+    list(model.stream("s", save=tmp_path / "head").send_all(events[: 2 * CHUNK]))
+    standin.roll_back("s", 1)
+    stream = model.stream("s", save=tmp_path / "head")
+    assert late(stream.send_all(iter(events), chunk_events=CHUNK)) == right[CHUNK:]
 
 
 def test_source_is_not_read_again_after_its_end(
-    background: str, standin: Standin, events: Events
+    model: Model, standin: Standin, events: Events
 ) -> None:
-    with Carry(background) as carry:
-        stream = carry.model("small").stream("s", buffer_events=0)
-        list(stream.send_all(events[:10], chunk_events=5))
-        standin.roll_back("s", 1)
-        with pytest.raises(StreamRolledBack):
-            stream.send(events[10:12])
+    stream = model.stream("s", buffer_events=0)
+    list(stream.send_all(events[:10], chunk_events=5))
+    standin.roll_back("s", 1)
+    with pytest.raises(StreamRolledBack):
+        stream.send(events[10:12])
 
 
 def test_head_of_another_incarnation_is_not_continued(
-    background: str, events: Events, standin: Standin
+    model: Model, events: Events, standin: Standin
 ) -> None:
     heads = []
-    with Carry(background) as carry:
-        model = carry.model("small")
-        model.stream("s", save=heads.append).send(events[:4])
-        standin.roll_back("s", 1)
-        model.stream("s").send(events[:5])
-        with pytest.raises(StreamDiverged):
-            model.stream("s", head=heads[-1]).send(events[5:6])
+    model.stream("s", save=heads.append).send(events[:4])
+    standin.roll_back("s", 1)
+    model.stream("s").send(events[:5])
+    with pytest.raises(StreamDiverged):
+        model.stream("s", head=heads[-1]).send(events[5:6])
 
 
 def test_lost_reply_that_is_no_longer_stored_is_counted(
@@ -357,13 +344,11 @@ def test_wrong_arguments_are_rejected_before_any_request(tmp_path: Path) -> None
 
 
 def test_items_of_many_streams_are_retried_by_themselves(
-    background: str, standin: Standin, events: Events
+    model: Model, standin: Standin, events: Events
 ) -> None:
     standin.fault = failing("one_fails", "one_fails")
-    with Carry(background) as carry:
-        model = carry.model("small")
-        streams = [model.stream(f"s{number}") for number in range(4)]
-        outcomes = model.send_many(dict.fromkeys(streams, events[:3]))
+    streams = [model.stream(f"s{number}") for number in range(4)]
+    outcomes = model.send_many(dict.fromkeys(streams, events[:3]))
     assert list(outcomes) == [f"s{number}" for number in range(4)]
     assert all(isinstance(outcome, Reply) for outcome in outcomes.values())
     assert [stream.position for stream in streams] == [3] * 4
@@ -373,25 +358,23 @@ def test_items_of_many_streams_are_retried_by_themselves(
 
 
 def test_many_streams_recover_from_rollbacks_by_themselves(
-    background: str, standin: Standin, events: Events
+    model: Model, standin: Standin, events: Events
 ) -> None:
-    with Carry(background) as carry:
-        model = carry.model("small")
-        a, b, c = (
-            model.stream(name, buffer_events=size) for name, size in (("a", 9), ("b", 0), ("c", 9))
-        )
-        for part in (events[:2], events[2:4]):
-            model.send_many({a: part, b: part, c: part})
-        standin.roll_back("a", 1)
-        standin.roll_back("b", 1)
-        outcomes = model.send_many(dict.fromkeys((a, b, c), events[4:6]))
+    a, b, c = (
+        model.stream(name, buffer_events=size) for name, size in (("a", 9), ("b", 0), ("c", 9))
+    )
+    for part in (events[:2], events[2:4]):
+        model.send_many({a: part, b: part, c: part})
+    standin.roll_back("a", 1)
+    standin.roll_back("b", 1)
+    outcomes = model.send_many(dict.fromkeys((a, b, c), events[4:6]))
     assert isinstance(outcomes["b"], StreamRolledBack)
     replies = [outcome for outcome in (outcomes["a"], outcomes["c"]) if isinstance(outcome, Reply)]
     np.testing.assert_array_equal(*(reply.outputs["late"] for reply in replies))
 
 
 def test_many_streams_continue_behind_a_chunk_whose_reply_is_no_longer_stored(
-    background: str, standin: Standin, events: Events
+    model: Model, standin: Standin, events: Events
 ) -> None:
     """Its outcome is an error, but it was applied."""
 
@@ -404,11 +387,9 @@ def test_many_streams_continue_behind_a_chunk_whose_reply_is_no_longer_stored(
         return None
 
     standin.fault = lose_reply
-    with Carry(background) as carry:
-        model = carry.model("small")
-        a, b = model.stream("a"), model.stream("b")
-        first = model.send_many(dict.fromkeys((a, b), events[:2]))
-        second = model.send_many(dict.fromkeys((a, b), events[2:4]))
+    a, b = model.stream("a"), model.stream("b")
+    first = model.send_many(dict.fromkeys((a, b), events[:2]))
+    second = model.send_many(dict.fromkeys((a, b), events[2:4]))
     assert isinstance(first["a"], errors.AlreadyApplied)
     assert isinstance(first["b"], Reply)
     replies = [outcome for outcome in second.values() if isinstance(outcome, Reply)]
@@ -417,28 +398,25 @@ def test_many_streams_continue_behind_a_chunk_whose_reply_is_no_longer_stored(
 
 
 def test_many_streams_notice_another_history(
-    background: str, standin: Standin, events: Events
+    model: Model, standin: Standin, events: Events
 ) -> None:
-    with Carry(background) as carry:
-        mine, others = (carry.model("small").stream("s") for _ in range(2))
-        for part in (events[:2], events[2:4]):
-            mine.send(part)
-        standin.roll_back("s", 1)
-        others.send(events[10:12])
-        outcomes = carry.model("small").send_many({mine: events[4:6]})
+    mine, others = (model.stream("s") for _ in range(2))
+    for part in (events[:2], events[2:4]):
+        mine.send(part)
+    standin.roll_back("s", 1)
+    others.send(events[10:12])
+    outcomes = model.send_many({mine: events[4:6]})
     assert isinstance(outcomes["s"], StreamDiverged)
 
 
 def test_stream_of_another_history_does_not_keep_many_from_being_sent(
-    background: str, standin: Standin, events: Events
+    model: Model, standin: Standin, events: Events
 ) -> None:
-    with Carry(background) as carry:
-        model = carry.model("small")
-        good = model.stream("s")
-        good.send(events[:2])
-        moved = model.stream("moved", head=good.head)
-        model.stream("moved").send(events[:2])
-        outcomes = model.send_many({moved: events[2:4], good: events[2:4]})
+    good = model.stream("s")
+    good.send(events[:2])
+    moved = model.stream("moved", head=good.head)
+    model.stream("moved").send(events[:2])
+    outcomes = model.send_many({moved: events[2:4], good: events[2:4]})
     assert isinstance(outcomes["moved"], StreamDiverged)
     assert isinstance(outcomes["s"], Reply)
 
