@@ -146,13 +146,6 @@ def test_the_other_checkout_runs_its_own_code(tmp_path: Path, package: str) -> N
     assert service.log() == "the other checkout\n"
 
 
-def test_geometric_mean_of_ratios_has_its_error() -> None:
-    middle, error = sections.geometric_mean([2.0, 0.5, 2.0, 0.5])
-    assert middle == pytest.approx(1.0)
-    assert error == pytest.approx(0.4002, abs=1e-4)
-    assert sections.geometric_mean([1.5]) == (pytest.approx(1.5), 0.0)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,4 +1,4 @@
-"""Code blocks, tables and named files of every page, and the links of those beside the site.
+"""Code blocks and named files of every page, and the links of those beside the site.
 
 `make check` checks the links of the others, by `zensical build --strict`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,6 @@ _LINK = re.compile(r"\[(?:[^\]]|\](?=\]))*\]\(([^)\s]+)\)")
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
 _FILE = re.compile(r"(?:client|service|models|tests|docs|scripts|examples|\.ci)/[\w./-]*[\w/]")
 
-_SEPARATOR = re.compile(r"\|(\s*:?-+:?\s*\|)+")
-_CELL_BORDER = re.compile(r"(?<!\\)\|")
 
 each_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
@@ -63,30 +60,3 @@ def test_navigation_has_every_page_once() -> None:
     navigation = (ROOT / "zensical.toml").read_text(encoding="utf-8").partition("\nnav")[2]
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")]
     assert sorted(re.findall(r'"([^"]+\.md)"', navigation)) == sorted(pages)
-
-
-def tables(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and rows of each table outside of code blocks.
-
-    A table ends at an empty line: Markdown treats any other line below it as a row.
-    """
-    rows: list[str] = []
-    in_code = False
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
-        if line.startswith("```"):
-            in_code = not in_code
-        if (rows or line.startswith("|")) and line.strip() and not in_code:
-            rows.append(line)
-        elif rows:
-            yield number - len(rows), rows
-            rows = []
-
-
-@each_page
-def test_every_row_belongs_to_a_table_with_a_header(page: Path) -> None:
-    for number, rows in tables(page.read_text(encoding="utf-8")):
-        where = f"{page.relative_to(ROOT)}:{number}"
-        assert len(rows) > 2, f"{where}: rows without a header"
-        assert _SEPARATOR.fullmatch(rows[1].strip()), f"{where}: no separator below the header"
-        columns = {len(_CELL_BORDER.findall(row.strip())) for row in rows}
-        assert len(columns) == 1, f"{where}: rows of different numbers of cells"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.checker import LOST, MIXED, ROLLED_BACK
 from tests.faults.deployment import RunOptions
-from tests.faults.faults import HOLD, IN_FLIGHT, KILL, WARM_ROLLBACKS, Fault, kinds_of
+from tests.faults.faults import HOLD, IN_FLIGHT, KILL, KILLED, WARM_ROLLBACKS, Fault, kinds_of
 from tests.faults.history import History
 from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
 from tests.faults.run import describe_failures, report, run
@@ -74,7 +74,9 @@ async def run_without_findings(
 async def test_nothing_is_lost_doubled_or_mixed(store: str) -> None:
     kinds = kinds_of(store)
     history = await run_without_findings(store, len(kinds))
-    assert history.seen.keys() >= set(kinds)
+    # a kill at a stage happens if the proxies derive the stages from the traffic
+    assert history.seen.keys() >= {*kinds, *KILLED.values()}
+    assert history.seen["conflicts"] > 0
 
 
 async def test_nothing_is_lost_doubled_or_mixed_where_a_cluster_fails_over() -> None:

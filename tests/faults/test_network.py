@@ -7,7 +7,7 @@ from models.artifact.artifact import Artifact, load_artifact
 from service.engine.runtimes.onnx import OnnxRuntime
 from tests.faults import network
 from tests.faults.network import MODEL, PERIOD, ZERO, compute, random_events
-from tests.support.stepping import in_cuts, step
+from tests.support.stepping import in_cuts
 
 pytestmark = pytest.mark.harness
 
@@ -20,26 +20,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return load_artifact(network.write(tmp_path_factory.mktemp("models")) / MODEL)
 
 
-def test_runtime_equals_the_reference_bit_by_bit(artifact: Artifact) -> None:
-    runtime = OnnxRuntime(artifact)
-    random = np.random.default_rng(5)
-    rows = [random_events(random, length) for length in (40, 7, 64, 1)]
-    states = np.zeros((4, artifact.state.float_size), np.float32)
-    for _ in range(60):
-        outputs, states = step(runtime, [each.astype(np.float32) for each in rows], states)
-    for index, each in enumerate(rows):
-        state = ZERO
-        for _ in range(60):
-            expected = compute(state, each)
-            state = expected[-1]
-        assert (outputs[index] == expected).all()
-
-
-def test_outputs_do_not_depend_on_cuts(artifact: Artifact) -> None:
-    rows = random_events(np.random.default_rng(6), 90)
+def test_runtime_equals_the_reference_bit_by_bit_in_any_cuts(artifact: Artifact) -> None:
+    runtime, random = OnnxRuntime(artifact), np.random.default_rng(5)
+    rows = random_events(random, 600)
+    expected = compute(ZERO, rows)
     zero = np.zeros(artifact.state.float_size, np.float32)
-    cut, _ = in_cuts(OnnxRuntime(artifact), rows.astype(np.float32), zero, (1, 30, 2, 57))
-    assert (cut == compute(ZERO, rows)).all()
+    for cuts in ((40,) * 15, (1, 30, 2, 57, 510)):
+        outputs, _ = in_cuts(runtime, rows.astype(np.float32), zero, cuts)
+        assert (outputs == expected).all()
 
 
 @pytest.mark.parametrize("mistake", ["wrong", "missing", "doubled", "swapped", "moved"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import textwrap
 import tomllib
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -169,36 +167,6 @@ def test_gateway_routes_to_ports_of_the_service() -> None:
     # a listener rejects the second kind of route for a host
     assert not set(routes["http"]["hostnames"]) & set(routes["grpc"]["hostnames"])
     assert ports["grpc"]["appProtocol"] == "kubernetes.io/h2c"
-
-
-def replicas(spec: dict[str, Any], current: int, measured: Sequence[float]) -> int:
-    """How many replicas the HPA that KEDA makes wants, from the value of each trigger.
-
-    The documented formula: `Value` and `Utilization` scale the current number by value / target,
-    `AverageValue`, KEDA's default, divides the value by the target.
-    """
-    wanted = []
-    for trigger, value in zip(spec["triggers"], measured, strict=True):
-        target = float(trigger["metadata"].get("threshold") or trigger["metadata"]["value"])
-        is_average = trigger.get("metricType", "AverageValue") == "AverageValue"
-        wanted.append(math.ceil((1 if is_average else current) * value / target))
-    return int(min(max(*wanted, spec["minReplicaCount"]), spec["maxReplicaCount"]))
-
-
-@pytest.mark.parametrize(
-    ("wait_ms", "cpu_percent", "expected"),
-    [(40, 30, 10), (30, 30, 9), (20, 30, 6), (10, 30, 3), (0, 65, 6), (0, 90, 8), (0, 10, 2)],
-)
-def test_pods_are_added_while_chunks_wait(
-    wait_ms: float, cpu_percent: float, expected: int
-) -> None:
-    spec = manifests("overlays/keda")["ScaledObject"]["spec"]
-    assert [trigger["type"] for trigger in spec["triggers"]] == ["prometheus", "cpu"]
-    assert replicas(spec, 6, (wait_ms, cpu_percent)) == expected
-    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"] == {
-        "stabilizationWindowSeconds": 300,
-        "policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}],
-    }
 
 
 @needs_tools("promtool")
