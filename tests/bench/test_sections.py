@@ -99,7 +99,7 @@ def bench(
     # without cores to choose, only the end of a run that is killed needs a `preexec_fn`
     monkeypatch.setattr(run, "pin_child", lambda cores: None)
     resource_tracker.ensure_running()
-    fork_server("")
+    fork_server()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     about = {"commit": "none", "machine": "none", "date": "now"}
     yield Bench(options, Cores((), ()), tmp_path, Results(about))

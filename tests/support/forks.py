@@ -43,18 +43,13 @@ class Fork:
         environment: Mapping[str, str],
         streams: Sequence[IO[bytes] | int],
         folder: str | None = None,
-        preparation: str = "",
     ):
-        """Start `command`, of which the first word is `COMMAND`, with stdin, stdout and stderr.
-
-        Args:
-            preparation: code that the fork server runs before it imports Carry.
-        """
+        """Start `command`, of which the first word is `COMMAND`, with stdin, stdout and stderr."""
         self.returncode: int | None = None
         self._status, status = os.pipe()
         request = json.dumps({"command": command, "environment": {**environment}, "folder": folder})
         files = [each if isinstance(each, int) else each.fileno() for each in streams]
-        socket.send_fds(fork_server(preparation), [request.encode()], [*files, status])
+        socket.send_fds(fork_server(), [request.encode()], [*files, status])
         os.close(status)
         self.pid = self._read()
 
@@ -87,7 +82,7 @@ class Fork:
 
 
 @cache
-def fork_server(preparation: str) -> socket.socket:
+def fork_server() -> socket.socket:
     """The connection to this process's fork server, which ends with it."""
     environment = {**os.environ, **ENVIRONMENT}
     environment.pop("PYTHONPATH", None)
@@ -96,7 +91,7 @@ def fork_server(preparation: str) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno()), preparation],
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -164,7 +159,6 @@ def _run(
 
 
 if __name__ == "__main__":
-    exec(sys.argv[2], {"__name__": "preparation"})
     import_module("carry.cli")
     import_module("service.serve").import_for_workers("onnxruntime")
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -25,6 +25,11 @@ POLL_S = 0.025
 class Service:
     """One `carry serve` process and its log.
 
+    Args:
+        checkout: whose code it runs, by default this one's.
+        prefix: of the command: the program that runs it, with its options.
+        prepare: runs in its process first.
+
     Attributes:
         forks: whether it may start in a fork of a process that has imported it, as tests do;
             what is measured is the command itself.
@@ -83,10 +88,7 @@ class Service:
         variables = {**inherited, **environment}
         with self._log.open("ab") as output:
             if self.forks and self._may_fork and _is_only_customised(variables):
-                is_tensorflow = variables.get("CARRY_RUNTIME") == "tensorflow"
-                preparation = LEAN_KERAS + TENSORFLOW if is_tensorflow else ""
-                streams = [0, output, output]
-                self.process = Fork(self._command, variables, streams, preparation=preparation)
+                self.process = Fork(self._command, variables, [0, output, output])
                 return
             self.process = subprocess.Popen(
                 self._command,
@@ -169,9 +171,6 @@ sys.modules.update(dict.fromkeys(("pandas", "scipy", "sklearn")))
 """A `sitecustomize` for Keras: it imports these packages if they are installed, for a second, and
 in a deployment they are not."""
 
-TENSORFLOW = """
-import service.engine.runtimes.tensorflow
-"""
 ONE_RUNG = """
 from service.engine.runtimes import tensorflow
 
@@ -202,9 +201,8 @@ def customise(folder: Path, code: str) -> None:
 def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
     """The environment of a service on a runtime, in which TensorFlow compiles as little as it can.
 
-    Programs are compiled for one shape and hardly optimised (`tests/service/engine` tests all
-    shapes, optimised), and stored in `folder` for the next start. XLA compares the features of the
-    machine in two spellings and warns about the difference.
+    Programs are compiled for one shape and hardly optimised; `tests/service/engine` tests all
+    shapes, optimised.
     """
     if runtime != "tensorflow":
         return {"CARRY_RUNTIME": runtime}
@@ -215,30 +213,19 @@ def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
         "CARRY_RUNTIME": runtime,
         "PYTHONPATH": str(customisation),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={folder / 'compiled'}",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 
 
 @contextmanager
-def running(
-    folder: Path,
-    models: Path,
-    *options: str,
-    redis_url: str | None = None,
-    checkout: Path | None = None,
-    prefix: Sequence[str] = (),
-    prepare: Callable[[], None] | None = None,
-    **environment: str,
-) -> Iterator[Service]:
+def running(folder: Path, models: Path, *options: str, **arguments: Any) -> Iterator[Service]:
     """Run a service; stop it afterwards, together with an orphaned embedded server.
 
     Args:
-        checkout: whose code it runs, by default this one's.
-        prefix: of the command: the program that runs it, with its options.
-        prepare: runs in its process first.
+        arguments: variables of its environment, in capitals, and further arguments of `Service`.
     """
-    process = {"redis_url": redis_url, "checkout": checkout, "prefix": prefix, "prepare": prepare}
+    environment = {name: value for name, value in arguments.items() if name.isupper()}
+    process = {name: value for name, value in arguments.items() if not name.isupper()}
     service = Service(folder, models, *options, **process)
     try:
         service.start(**environment)
@@ -246,5 +233,5 @@ def running(
     finally:
         if not service.ended():
             service.stop()
-        elif redis_url is None and (service.data_dir / "valkey.json").exists():
+        elif (service.data_dir / "valkey.json").exists():
             os.kill(service.valkey_pid(), signal.SIGKILL)
