@@ -20,7 +20,7 @@ from service.console.page import add_console
 from service.pipeline.watching import Watches
 from service.server.connection_balance import FULL
 from service.server.connections import Connections
-from service.server.graceful_server import LATE_S, MEASURE_LOAD, ON_LAME_DUCK, ON_RETIRE, ON_STOP
+from service.server.graceful_server import LATE_S, LIFECYCLE, Lifecycle
 from service.server.http_protocol import HTTP_STATE
 from service.server.open_files import limit_connections_to_open_files
 from service.settings import Settings
@@ -106,10 +106,12 @@ async def _serve(
         try:
             yield {
                 HTTP_STATE: api.state.http,
-                MEASURE_LOAD: measure_load,
-                ON_LAME_DUCK: [pipeline.announce_stop, connections.announce_close],
-                ON_RETIRE: [connections.retire, *(server.retire for server in servers)],
-                ON_STOP: [server.begin_stop for server in servers],
+                LIFECYCLE: Lifecycle(
+                    measure_load,
+                    on_lame_duck=[pipeline.announce_stop, connections.announce_close],
+                    on_retire=[connections.retire, *(server.retire for server in servers)],
+                    on_drain=[server.begin_stop for server in servers],
+                ),
             }
         finally:
             for server in servers:

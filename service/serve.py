@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -31,7 +31,7 @@ from service.core.settings import PREFIX
 from service.engine.runtimes.loading import AUTO, import_runtime
 from service.server.graceful_server import SIGHUP
 from service.server.open_files import raise_open_files_limit
-from service.server.worker_process import CAN_FORK, Fork, StartProcess, WorkerConfig, spawn
+from service.server.worker_process import CAN_FORK, WithoutThreads, WorkerConfig
 from service.server.workers import SingleWorker, WorkerPool, WorkersFailedError
 from service.settings import Settings, service_links
 from service.start_checks import (
@@ -95,7 +95,7 @@ def serve(settings: Settings) -> None:
             host = settings.http.admin_host or settings.http.host
             port = reserve_port(host, settings.http.admin_port, "admin")
             settings = settings.changed(admin_port=stack.enter_context(port))
-        fork = Fork()
+        without_threads: WithoutThreads = nullcontext
         if settings.store.redis_url is None:
             check_embedded(settings)
             valkey = EmbeddedValkey(
@@ -103,7 +103,7 @@ def serve(settings: Settings) -> None:
             )
             stack.callback(valkey.stop)
             valkey.start()
-            fork = Fork(valkey.without_thread)
+            without_threads = valkey.without_thread
             settings = settings.changed(redis_url=valkey.url)
         if settings.processes.workers > 1:
             share_metrics(stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-")))
@@ -119,14 +119,14 @@ def serve(settings: Settings) -> None:
             flush_logs()
             os._exit(0)
 
-        _run(settings, listener, exit_process, fork)
+        _run(settings, listener, exit_process, without_threads)
 
 
 def _run(
     settings: Settings,
     listener: socket.socket,
     exit_process: Callable[[], NoReturn],
-    fork: Fork,
+    without_threads: WithoutThreads,
 ) -> None:
     config = uvicorn.Config(
         "service.app:create_app",
@@ -150,13 +150,12 @@ def _run(
     if size == 1:
         SingleWorker(worker, exit_process).serve_and_exit()
         return
-    start: StartProcess = spawn
     if CAN_FORK:
         import_for_workers(settings.models.runtime)
-        start = fork
+        worker = worker._replace(without_threads=without_threads)
     restarts = WorkerRestarts()
     try:
-        WorkerPool(worker, start, size=size, fill=fill, on_restart=restarts.count).run()
+        WorkerPool(worker, size=size, fill=fill, on_restart=restarts.count).run()
     except WorkersFailedError as error:
         raise CannotServeError(f"no worker could be started: {error}") from error
 

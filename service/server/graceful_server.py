@@ -19,7 +19,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import Final, NamedTuple, NoReturn, cast
@@ -29,18 +29,8 @@ import uvicorn
 
 from service.server.connection_balance import Acceptor, WorkerLoad
 
-ON_LAME_DUCK: Final = "on_lame_duck"
-"""Key in the lifespan's state: functions to call when the lame-duck period begins."""
-
-ON_RETIRE: Final = "on_retire"
-"""Key in the lifespan's state: functions to call when the retirement begins."""
-
-ON_STOP: Final = "on_stop"
-"""Key in the lifespan's state: functions to call when the server begins to drain."""
-
-MEASURE_LOAD: Final = "measure_load"
-"""Key in the lifespan's state: a function that returns the load which new connections are balanced
-by."""
+LIFECYCLE: Final = "lifecycle"
+"""Key of the application's `Lifecycle` in the lifespan's state."""
 
 LATE_S: Final = 2.0
 """How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
@@ -53,6 +43,20 @@ SIGRETIRE: Final[signal.Signals | None] = getattr(signal, "SIGUSR1", None)
 """Begins the retirement; None on Windows."""
 
 log = structlog.get_logger(__name__)
+
+
+class Lifecycle(NamedTuple):
+    """What a server asks of its application, and notifies it of.
+
+    Attributes:
+        measure_load: returns the load that new connections are balanced by.
+        on_lame_duck, on_retire, on_drain: called when these phases begin.
+    """
+
+    measure_load: Callable[[], int]
+    on_lame_duck: Sequence[Callable[[], None]]
+    on_retire: Sequence[Callable[[], None]]
+    on_drain: Sequence[Callable[[], None]]
 
 
 class Periods(NamedTuple):
@@ -123,16 +127,17 @@ class GracefulServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
-        measure_load = self.lifespan.state[MEASURE_LOAD]
         for listener in sockets:
-            acceptor = Acceptor(listener, create_protocol, self._worker_load, measure_load)
+            acceptor = Acceptor(
+                listener, create_protocol, self._worker_load, self._lifecycle.measure_load
+            )
             acceptor.start(self.config.backlog)
             self._acceptors.append(acceptor)
         self.servers = cast("list[asyncio.Server]", self._acceptors)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain."""
-        self._announce(ON_STOP)
+        _notify(self._lifecycle.on_drain)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -165,16 +170,22 @@ class GracefulServer(uvicorn.Server):
                 log.info("worker_retiring", connections=len(self.server_state.connections))
                 for server in self.servers:
                     server.close()
-                self._announce(ON_RETIRE)
+                _notify(self._lifecycle.on_retire)
             elif not self.server_state.connections or now_s - self._retired_at_s > self._retire_s:
                 self.should_exit = True
         return await super().on_tick(counter)
 
     def _start_lame_duck(self, duration_s: float) -> None:
         log.info("lame_duck", duration_s=duration_s)
-        self._announce(ON_LAME_DUCK)
+        _notify(self._lifecycle.on_lame_duck)
         asyncio.get_running_loop().call_later(duration_s, super().handle_exit, signal.SIGTERM, None)
 
-    def _announce(self, event: str) -> None:
-        for announce in self.lifespan.state.get(event, ()):
-            announce()
+    @property
+    def _lifecycle(self) -> Lifecycle:
+        lifecycle: Lifecycle = self.lifespan.state[LIFECYCLE]
+        return lifecycle
+
+
+def _notify(listeners: Sequence[Callable[[], None]]) -> None:
+    for notify in listeners:
+        notify()

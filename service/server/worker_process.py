@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -50,83 +50,8 @@ BACKOFF_RESET_S: Final = 60.0
 
 log = structlog.get_logger(__name__)
 
-StartProcess = Callable[..., BaseProcess]
-"""Starts a process that runs a function: gets the descriptors of the open files that its arguments
-use, which a fork keeps, the function, and its arguments."""
-
 WithoutThreads = Callable[[], AbstractContextManager[None]]
 """Ends the other threads of a process for the time of a block, and starts them again after it."""
-
-
-def spawn(files: Sequence[int], main: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """Start a new interpreter."""
-    process = multiprocessing.get_context("spawn").Process(target=main, args=arguments)
-    process.start()
-    return process
-
-
-class Fork:
-    """Forks this process; for its main thread.
-
-    Args:
-        without_threads: keeps this process without other threads during a fork; the default is
-            for a process that has none.
-    """
-
-    def __init__(self, without_threads: WithoutThreads = nullcontext):
-        self._without_threads = without_threads
-
-    def __call__(
-        self, files: Sequence[int], main: Callable[..., None], *arguments: Any
-    ) -> BaseProcess:
-        """Start a fork."""
-        with self._without_threads():
-            others = _open_files()
-            for file in (0, 1, 2, *files):
-                others.pop(file, None)
-            context = multiprocessing.get_context("fork")
-            process = context.Process(target=_run_fork, args=(others, main, *arguments))
-            _mask_signals(signal.SIG_BLOCK)
-            try:
-                process.start()
-            finally:
-                _mask_signals(signal.SIG_UNBLOCK)
-        return process
-
-
-def _mask_signals(how: int) -> None:
-    """Block the signals of the service while a process forks, or receive them; a fork does too."""
-    if CAN_FORK:
-        numbers = {signal.SIGTERM, signal.SIGINT, *([] if SIGHUP is None else [SIGHUP])}
-        signal.pthread_sigmask(how, numbers)
-
-
-def _open_files() -> dict[int, os.stat_result]:
-    """The open files of this process, by descriptor."""
-    files = {}
-    for name in os.listdir("/proc/self/fd"):
-        # not the one that the list was read from
-        with suppress(OSError):
-            files[int(name)] = os.fstat(int(name))
-    return files
-
-
-def _run_fork(
-    others: dict[int, os.stat_result], main: Callable[..., None], *arguments: Any
-) -> None:
-    """Main function of a fork.
-
-    Args:
-        others: files of the parent to close. The objects that own them are never deleted in the
-            fork, which would close descriptors again: the frames of the parent's calls, below this
-            one on the stack, refer to them.
-    """
-    for descriptor, file in others.items():
-        # multiprocessing may close one before it forks, and use its number for its own pipes
-        with suppress(OSError):
-            if os.path.samestat(file, os.fstat(descriptor)):
-                os.close(descriptor)
-    main(*arguments)
 
 
 class WorkerConfig(NamedTuple):
@@ -137,12 +62,78 @@ class WorkerConfig(NamedTuple):
         listener: the socket that all of them accept from.
         periods: of the graceful shutdown.
         start_errors: errors of a start that the operator can understand without a traceback.
+        without_threads: keeps this process without other threads while it forks; None starts new
+            interpreters instead.
     """
 
     uvicorn: uvicorn.Config
     listener: socket.socket
     periods: Periods
     start_errors: tuple[type[Exception], ...] = ()
+    without_threads: WithoutThreads | None = None
+
+
+def start_worker(config: WorkerConfig, load: WorkerLoad) -> Worker:
+    """Start a worker; from the main thread."""
+    heartbeats, child_end = multiprocessing.Pipe(duplex=False)
+    # Otherwise the pipe would stay open after the worker exits.
+    with child_end:
+        if config.without_threads is not None:
+            return Worker(_fork(config, child_end, load), heartbeats, load)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_run_worker, args=(config, child_end, load)
+        )
+        process.start()
+        return Worker(process, heartbeats, load)
+
+
+def _fork(config: WorkerConfig, heartbeats: Connection[Any, Any], load: WorkerLoad) -> BaseProcess:
+    """Start a fork, which keeps only the files of this process that it uses."""
+    with (config.without_threads or nullcontext)():
+        kept = (0, 1, 2, config.listener.fileno(), heartbeats.fileno())
+        others = {file for file in _open_files() if file[0] not in kept}
+        process = multiprocessing.get_context("fork").Process(
+            target=_run_fork, args=(others, config, heartbeats, load)
+        )
+        _mask_signals(signal.SIG_BLOCK)
+        try:
+            process.start()
+        finally:
+            _mask_signals(signal.SIG_UNBLOCK)
+    return process
+
+
+def _mask_signals(how: int) -> None:
+    """Block the signals of the service while a process forks, or receive them; a fork does too."""
+    if CAN_FORK:
+        numbers = {signal.SIGTERM, signal.SIGINT, *([] if SIGHUP is None else [SIGHUP])}
+        signal.pthread_sigmask(how, numbers)
+
+
+def _open_files() -> set[tuple[int, int, int]]:
+    """The open files of this process: descriptors, each with its device and inode."""
+    files = set()
+    for name in os.listdir("/proc/self/fd"):
+        # not the one that the list was read from
+        with suppress(OSError):
+            file = os.fstat(int(name))
+            files.add((int(name), file.st_dev, file.st_ino))
+    return files
+
+
+def _run_fork(others: set[tuple[int, int, int]], *arguments: Any) -> None:
+    """Main function of a fork.
+
+    Args:
+        others: files of the parent to close, unless multiprocessing has closed one before the fork
+            and used its number for a pipe of its own. The objects that own them are never deleted
+            in the fork, which would close descriptors again: the frames of the parent's calls,
+            below this one on the stack, refer to them.
+        arguments: of `_run_worker`.
+    """
+    for descriptor, *_ in others & _open_files():
+        os.close(descriptor)
+    _run_worker(*arguments)
 
 
 class Worker:
@@ -223,16 +214,6 @@ class Worker:
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
-
-
-def start_worker(start: StartProcess, config: WorkerConfig, load: WorkerLoad) -> Worker:
-    """Start a worker."""
-    heartbeats, child_end = multiprocessing.Pipe(duplex=False)
-    # Otherwise the pipe would stay open after the worker exits.
-    with child_end:
-        files = (config.listener.fileno(), child_end.fileno())
-        process = start(files, _run_worker, config, child_end, load)
-    return Worker(process, heartbeats, load)
 
 
 def _run_worker(config: WorkerConfig, heartbeats: Connection[Any, Any], load: WorkerLoad) -> None:

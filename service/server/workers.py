@@ -12,17 +12,17 @@ ready: then every start would fail in the same way, and the operator should know
     SIGHUP             rolling restart: one worker after another, each retires once its successor is
                        ready, and the next one is replaced once it has exited
 
-A `SingleWorker` serves in the parent process, which saves a process. Its rolling restart starts a
-successor in a pool of one worker; once that is ready this server retires, and its process remains
-as the parent of the pool.
+A `SingleWorker` serves in the parent process, which saves the memory of another one. Its rolling
+restart starts a successor in a pool of one worker; once that is ready this server retires, and its
+process remains as the parent of the pool.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -40,10 +40,8 @@ from service.server.graceful_server import SIGHUP, SIGRETIRE, GracefulServer
 from service.server.worker_process import (
     HEARTBEAT_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
-    StartProcess,
     Worker,
     WorkerConfig,
-    spawn,
     start_worker,
 )
 
@@ -52,8 +50,6 @@ BACKOFF_CAP_S: Final = 30.0
 
 KILL_MARGIN_S: Final = 5.0
 """How long a worker may take, after its drain time, to close its store and exit."""
-
-JOIN_INTERVAL_S: Final = 0.5
 
 log = structlog.get_logger(__name__)
 
@@ -110,41 +106,36 @@ class _Slot:
 
 
 class WorkerPool:
-    """A pool of worker processes of one application; one per process.
-
-    `run` is for the main thread, `supervise` for any.
+    """A pool of worker processes of one application; one per process, in its main thread.
 
     Args:
-        start: starts a process.
         size: number of workers.
         fill: the load up to which a worker is filled before the next one gets any connection.
-        on_ready: called once, when the first worker is ready.
         on_restart: called when a worker that exited has been started again.
+
+    Attributes:
+        was_ready: whether any worker has been ready.
     """
 
     def __init__(
         self,
         config: WorkerConfig,
-        start: StartProcess,
         *,
         size: int,
         fill: int = 1,
-        on_ready: Callable[[], None] = lambda: None,
         on_restart: Callable[[], None] = lambda: None,
     ):
         self._config = config
-        self._start_process = start
         self._kill_after_s = config.periods.drain_s + KILL_MARGIN_S
-        self._on_ready, self._on_restart = on_ready, on_restart
+        self._on_restart = on_restart
         self._slots = [_Slot() for _ in range(size)]
         self._fill = fill
         # a rolling restart has one worker more that starts and one that retires
         self._loads = RawArray("i", [NOT_ACCEPTING] * (size + 2))
         self._draining: list[Worker] = []
         self._to_replace: deque[_Slot] = deque()
-        self._was_ready = False
-        self._stop = False
-        self._stop_now = False
+        self.was_ready = False
+        self._stop = self._stop_now = self._is_draining = False
         self._replace_all = False
 
     def run(self) -> None:
@@ -156,32 +147,25 @@ class WorkerPool:
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
         _handle_hangup(self.stop, self.replace_all)
-        self.supervise()
-
-    def supervise(self) -> None:
-        """Serve until `stop`.
-
-        Raises:
-            WorkersFailedError: no worker was ever ready.
-        """
         try:
-            for slot in self._slots:
-                slot.worker = self._start()
-            while not self._stop:
+            while self.check():
                 self._wait()
-                self._check_workers()
-            self._drain_all()
         finally:
-            for worker in self._workers():
-                worker.kill()
+            self.close()
+
+    def close(self) -> None:
+        """End all workers at once, and close the listener."""
+        self._config.listener.close()
+        for worker in self._workers():
+            worker.kill()
 
     def stop(self, number: int, frame: object = None) -> None:
-        """Handle SIGTERM or SIGINT; from a signal handler or another thread."""
+        """Handle SIGTERM or SIGINT; from a signal handler."""
         self._stop_now = self._stop or number == signal.SIGINT
         self._stop = True
 
     def replace_all(self) -> None:
-        """Start a rolling restart; from a signal handler or another thread."""
+        """Start a rolling restart; from a signal handler."""
         self._replace_all = True
 
     def _workers(self) -> Iterator[Worker]:
@@ -197,7 +181,7 @@ class WorkerPool:
     def _start(self) -> Worker:
         load = WorkerLoad(self._loads, self._unused_indexes()[0], self._fill)
         load.publish(NOT_ACCEPTING)
-        worker = start_worker(self._start_process, self._config, load)
+        worker = start_worker(self._config, load)
         log.info("worker_started", pid=worker.pid)
         return worker
 
@@ -211,14 +195,21 @@ class WorkerPool:
                     objects.append(worker.heartbeats)
         wait(objects, HEARTBEAT_INTERVAL_S / 2)
 
-    def _check_workers(self) -> None:
-        """Read heartbeats, kill hung workers, and restart those that exited."""
+    def check(self) -> bool:
+        """Read heartbeats, kill hung workers, and start those that are missing; without waiting.
+
+        Returns:
+            Whether to check again: False once the pool was stopped and every worker has exited.
+
+        Raises:
+            WorkersFailedError: no worker was ever ready.
+        """
+        if self._stop:
+            return self._drain()
         for worker in self._workers():
             if worker.read_heartbeats():
                 log.info("worker_ready", pid=worker.pid, after_s=worker.age_s())
-                if not self._was_ready:
-                    self._was_ready = True
-                    self._on_ready()
+                self.was_ready = True
             if worker.is_hung():
                 log.error("worker_hangs", pid=worker.pid, unresponsive_s=HEARTBEAT_TIMEOUT_S)
                 worker.kill()
@@ -233,10 +224,11 @@ class WorkerPool:
         self._draining = [worker for worker in self._draining if not worker.has_drained()]
         for index in self._unused_indexes():
             self._loads[index] = NOT_ACCEPTING
+        return True
 
     def _may_start(self, slot: _Slot) -> bool:
         """Whether the worker of an empty slot may start: not again before any worker was ready."""
-        return not slot.has_ended or (self._was_ready and time.monotonic() >= slot.start_at_s)
+        return not slot.has_ended or (self.was_ready and time.monotonic() >= slot.start_at_s)
 
     def _schedule_restart(self, slot: _Slot, worker: Worker) -> None:
         """Schedule the restart of a worker that exited."""
@@ -253,7 +245,7 @@ class WorkerPool:
             reason=worker.exit_reason(),
             pause_s=pause_s,
         )
-        if not self._was_ready and not any(self._workers()):
+        if not self.was_ready and not any(self._workers()):
             raise WorkersFailedError(worker.exit_reason())
 
     def _replace_next(self) -> None:
@@ -285,20 +277,25 @@ class WorkerPool:
             slot.replacement = None
             self._to_replace.clear()
 
-    def _drain_all(self) -> None:
-        log.info("workers_stopping", workers=len(list(self._workers())))
-        # The workers have their own. Once they have closed them, connections are refused, and load
-        # balancers send their requests elsewhere.
-        self._config.listener.close()
-        if not self._stop_now:
-            for worker in self._workers():
-                worker.end(signal.SIGTERM, self._config.periods.lame_duck_s + self._kill_after_s)
-        while not all(worker.has_drained() for worker in self._workers()):
-            if self._stop_now:
-                self._stop_now = False
-                for worker in self._workers():
-                    worker.end(signal.SIGINT, self._kill_after_s)
-            self._wait()
+    def _drain(self) -> bool:
+        """Let the workers drain; returns whether any of them runs."""
+        if not self._is_draining:
+            self._is_draining = True
+            log.info("workers_stopping", workers=len(list(self._workers())))
+            # The workers have their own. Once they have closed them, connections are refused, and
+            # load balancers send their requests elsewhere.
+            self._config.listener.close()
+            if not self._stop_now:
+                lame_duck_s = self._config.periods.lame_duck_s
+                self._end_all(signal.SIGTERM, lame_duck_s + self._kill_after_s)
+        if self._stop_now:
+            self._stop_now = False
+            self._end_all(signal.SIGINT, self._kill_after_s)
+        return not all(worker.has_drained() for worker in self._workers())
+
+    def _end_all(self, number: int, kill_after_s: float) -> None:
+        for worker in self._workers():
+            worker.end(number, kill_after_s)
 
 
 class SingleWorker(GracefulServer):
@@ -310,18 +307,23 @@ class SingleWorker(GracefulServer):
 
     def __init__(self, config: WorkerConfig, exit_process: Callable[[], NoReturn]):
         super().__init__(config.uvicorn, self._end, config.periods)
-        # this server loads its own config, which then cannot be pickled for another process
-        self._successor = config._replace(uvicorn=copy(config.uvicorn))
+        # this server loads its own config, which then cannot be pickled for another process; a fork
+        # would have this one's threads and sessions of the runtime
+        self._successor = config._replace(uvicorn=copy(config.uvicorn), without_threads=None)
         self._listener = config.listener
         self._exit = exit_process
         self._pool: WorkerPool | None = None
-        self._thread: threading.Thread | None = None
         self._is_replaced = False
         _handle_hangup(lambda number: self.handle_exit(number, None), self._replace)
 
     def serve_and_exit(self) -> None:
         """Serve until a signal, then exit the process."""
         self.run([self._listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Load the application, and accept connections."""
+        await super().startup(sockets)
+        self._supervising = asyncio.create_task(self._supervise())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT while uvicorn runs."""
@@ -341,37 +343,27 @@ class SingleWorker(GracefulServer):
             # this server closes its own listener
             listener = self._listener.dup()
             listener.set_inheritable(True)
-            self._pool = WorkerPool(
-                self._successor._replace(listener=listener),
-                # this process has threads, and sessions of the runtime
-                spawn,
-                size=1,
-                on_ready=self._retire_for_successor,
-            )
-            self._thread = threading.Thread(
-                target=self._supervise, args=(self._pool, listener), name="carry-pool"
-            )
-            self._thread.start()
+            self._pool = WorkerPool(self._successor._replace(listener=listener), size=1)
 
-    def _retire_for_successor(self) -> None:
-        self._is_replaced = True
-        self.retire()
-
-    def _supervise(self, pool: WorkerPool, listener: socket.socket) -> None:
-        with listener:
-            try:
-                pool.supervise()
-            except WorkersFailedError as error:
-                log.error("replacement_failed", reason=str(error), kept=1)
-                self._pool = None
+    async def _supervise(self) -> None:
+        """Check the pool of the successor while this server runs, or drains."""
+        while True:
+            if (pool := self._pool) is not None:
+                try:
+                    pool.check()
+                except (WorkersFailedError, OSError) as error:
+                    log.error("replacement_failed", reason=str(error), kept=1)
+                    pool.close()
+                    self._pool = None
+                if pool.was_ready and not self._is_replaced:
+                    self._is_replaced = True
+                    self.retire()
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S / 2)
 
     def _end(self) -> NoReturn:
         """Exit the process once its pool has ended, if there is one."""
-        if self._pool is not None and self._thread is not None:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._pool.stop)
+        if self._pool is not None:
             if not self._is_replaced:
                 self._pool.stop(signal.SIGINT)
-            while self._thread.is_alive():
-                self._thread.join(JOIN_INTERVAL_S)
+            self._pool.run()
         self._exit()
