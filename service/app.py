@@ -20,13 +20,13 @@ from service.console.page import add_console
 from service.pipeline.watching import Watches
 from service.server.connection_balance import FULL
 from service.server.connections import Connections
-from service.server.graceful_server import LATE_S, LIFECYCLE, Lifecycle
-from service.server.http_protocol import HTTP_STATE
+from service.server.graceful_server import LATE_S
+from service.server.interface import HTTP_STATE, LIFECYCLE, Lifecycle
 from service.server.open_files import limit_connections_to_open_files
 from service.settings import Settings
 from service.telemetry.logs import configure_logs
 from service.telemetry.sampler import TransportLoad
-from service.transports.live.application import add_live_sockets
+from service.transports.live.handshake import add_live_sockets
 from service.transports.live.watching import add_watching
 from service.transports.v1.admin import AdminServer
 from service.transports.v1.application import create_api

@@ -8,15 +8,17 @@ as the time between the checks. So every timeout may be exceeded by up to a seco
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Network, ip_address
-from typing import Final, NamedTuple, Protocol
+from typing import ClassVar, Final
 
 import structlog
 
-from service.server.reading_turns import ReadingTurns
+from service.server.errors import TooManyConnections
+from service.server.reading import ReadingTurns
 from service.server.settings import ConnectionSettings
 
 log = structlog.get_logger(__name__)
@@ -39,6 +41,9 @@ LOGGED_ADDRESSES: Final = 5
 BODY_BYTES_PER_S: Final = 16 * 1024
 """Minimum rate of an upload: this many bytes of a body extend its timeout by a second."""
 
+MAX_REJECTED: Final = 64
+"""Connections over a limit that get an error; further ones are closed at once."""
+
 LINGER_S: Final = 2.0
 """How long a closing connection is still read (lingering close), so that the last reply is not lost
 to the reset that unread bytes would cause (RFC 9112, section 9.6)."""
@@ -57,20 +62,6 @@ class Phase(Enum):
     LINGER = "linger"
 
 
-class Excess(NamedTuple):
-    """A limit that a new connection exceeds.
-
-    Attributes:
-        number: connections that it applies to, with the new one.
-        limit: how many are accepted.
-        scope: which those are, for the message.
-    """
-
-    number: int
-    limit: int
-    scope: str
-
-
 def client_network(peer: object) -> str:
     """The address that a client is limited by, from its transport's; empty without one.
 
@@ -84,8 +75,8 @@ def client_network(peer: object) -> str:
     return str(address.ipv4_mapped or IPv6Network((address, 64), strict=False))
 
 
-class Connection(Protocol):
-    """What `Connections` needs of a connection.
+class Connection(ABC):
+    """One client's connection: what its limits are enforced by, and how it is closed.
 
     Attributes:
         transport_name: its transport, as metrics name it.
@@ -94,34 +85,70 @@ class Connection(Protocol):
         body_began_s: when the body that it is receiving began, on the loop's clock.
     """
 
-    transport_name: str
-    progress: int
-    body_bytes: int
-    body_began_s: float
+    transport_name: ClassVar[str]
+    transport: asyncio.Transport
+    progress = 0
+    body_bytes = 0
+    body_began_s = 0.0
+    _connections: Connections
+    _half_closed = False
+    _is_lingering = False
 
     @property
+    @abstractmethod
     def requests(self) -> int:
         """Requests that are being answered."""
 
     @property
+    @abstractmethod
     def phase(self) -> Phase:
         """What it is waiting for now."""
+
+    def _closing_phase(self, *, write_paused: bool) -> Phase | None:
+        """The phase of a connection whose client has to read first, or that is closing."""
+        ends = self._is_lingering or self.transport.is_closing()
+        if write_paused or (ends and self.transport.get_write_buffer_size()):
+            return Phase.SEND
+        return Phase.LINGER if ends else None
 
     @property
     def unsent_bytes(self) -> int:
         """Bytes of replies that it buffers."""
+        return self.transport.get_write_buffer_size()
 
+    @abstractmethod
     def expire(self, phase: Phase) -> None:
         """Handle the timeout of a phase."""
 
+    @abstractmethod
     def retire(self) -> None:
         """Close the connection after its next response; a live socket as soon as possible."""
 
+    @abstractmethod
     def shed_body(self) -> None:
-        """Reject the body that it is receiving."""
+        """Reject the body that it is receiving, because all together exceed the limit."""
 
     def abort(self) -> None:
         """Close it at once and drop what is buffered."""
+        self.transport.abort()
+
+    def _linger(self) -> None:
+        """Lingering close: flush, send FIN, and discard further input for a moment."""
+        if self._is_lingering:
+            return
+        self._is_lingering = True
+        self._drop_received()
+        self._connections.set_body_bytes(self, 0)
+        if self.transport.is_closing():
+            return
+        if self._half_closed or not self.transport.can_write_eof():
+            self.transport.close()
+        else:
+            self.transport.write_eof()
+
+    @abstractmethod
+    def _drop_received(self) -> None:
+        """Drop received bytes that were not processed, and read further ones."""
 
 
 class Connections:
@@ -184,8 +211,10 @@ class Connections:
 
     def add(
         self, connection: Connection, loop: asyncio.AbstractEventLoop, peer: object = None
-    ) -> Excess | None:
-        """Register a new connection; returns which limit it exceeds if it must be rejected.
+    ) -> TooManyConnections | None:
+        """Register a new connection; returns the error to answer it with if it exceeds a limit.
+
+        Far beyond the limit it is aborted.
 
         Args:
             peer: the client's address, as a transport gives it.
@@ -193,28 +222,27 @@ class Connections:
         self._seen[connection] = (connection.phase, connection.progress, loop.time())
         if self._checks is None:
             self._checks = loop.create_task(self._check_periodically(loop))
-        limits = self.limits
-        if limits.max_connections_per_address and (network := client_network(peer)):
+        count, limit, scope = len(self._seen), self.limits.max_connections, ""
+        event = "rejected"
+        if self.limits.max_connections_per_address and (network := client_network(peer)):
             self._networks[connection] = network
             self._per_network[network] += 1
-            if self._per_network[network] > limits.max_connections_per_address:
-                self._events["rejected_by_address"] += 1
+            per_network = self._per_network[network]
+            if per_network > self.limits.max_connections_per_address:
                 self._rejected_networks[network] += 1
-                return Excess(
-                    self._per_network[network],
-                    limits.max_connections_per_address,
-                    f"of a worker from {network}",
-                )
-        if len(self._seen) <= limits.max_connections:
+                count, limit = per_network, self.limits.max_connections_per_address
+                event, scope = "rejected_by_address", f" from {network}"
+        if count <= limit:
             return None
-        self._events["rejected"] += 1
-        return Excess(len(self._seen), limits.max_connections, "of a worker")
+        self._events[event] += 1
+        if count > limit + MAX_REJECTED:
+            connection.abort()
+        return TooManyConnections(f"expected at most {limit} connections of a worker{scope}")
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection that was closed."""
         self._seen.pop(connection, None)
         self._idle.discard(connection)
-        self.turns.forget(connection)
         self.set_body_bytes(connection, 0)
         network = self._networks.pop(connection, None)
         if network is not None:
@@ -244,22 +272,20 @@ class Connections:
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)
             try:
-                for _ in self._check_parts(loop.time()):
+                for _ in self.check(loop.time()):
                     await asyncio.sleep(0)
             except Exception:
                 log.exception("connection_check_failed")
 
-    def check(self, now_s: float) -> None:
+    def check(self, now_s: float) -> Iterator[None]:
         """Expire connections that have waited too long, and shed replies that are not read.
 
         Args:
             now_s: the time on the loop's clock.
-        """
-        for _ in self._check_parts(now_s):
-            pass
 
-    def _check_parts(self, now_s: float) -> Iterator[None]:
-        """The same; yields after every `CHECKED_AT_ONCE` connections."""
+        Yields:
+            After every `CHECKED_AT_ONCE` connections.
+        """
         unsent_bytes = 0
         open_ones: Counter[str] = Counter()
         requests: Counter[str] = Counter()

@@ -1,20 +1,4 @@
-"""The errors of HTTP itself, below those of `service/core/errors.py`.
-
-BadRequest
-  MalformedRequest    malformed_request
-  DuplicateField      duplicate_field
-  HeadTooLarge        head_too_large
-  ExpectationFailed   expectation_failed
-  RequestTimeout      request_timeout
-  UpgradeRequired     upgrade_required
-  OriginNotAllowed    origin_not_allowed
-  HostNotAllowed      host_not_allowed
-NotFound
-  RouteNotFound       not_found
-  MethodNotAllowed    method_not_allowed
-ServiceFailure
-  TooManyConnections  too_many_connections
-"""
+"""The errors of HTTP itself, below those of `service/core/errors.py`."""
 
 from __future__ import annotations
 

@@ -1,22 +1,16 @@
-"""HTTP framing on the slow path: uvicorn's parser, with checks against request smuggling.
+"""Checks of HTTP heads against request smuggling, and the bounds of their sizes.
 
-`llhttp` rejects malformed lines, folded lines, bare line feeds, invalid lengths, and a length
-beside a transfer coding. `check_head` rejects what it accepts although a proxy and this service
-could frame or interpret it differently. `Upgrade` is ignored, as RFC 9110 (7.8) allows, and its
-request is framed as one without it, unless a subclass switches protocols. Heads, their
-fields, trailers and bytes after an early response are bounded.
+`llhttp`, uvicorn's parser, rejects malformed lines, folded lines, bare line feeds, invalid lengths,
+and a length beside a transfer coding. `check_head` rejects what it accepts although a proxy and
+this service could frame or interpret it differently.
 """
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final
-
-import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from typing import Final
 
 from service.core.errors import CarryError
 from service.server.errors import (
@@ -43,6 +37,8 @@ PIECE_BYTES: Final = 8 * 1024
 
 MAX_DRAIN_BYTES: Final = 1024 * 1024
 """Maximum bytes that are discarded of a body whose request was answered early."""
+
+BODY_HEADERS: Final = (b"content-length", b"transfer-encoding")
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -130,152 +126,13 @@ def _check_fields(url: bytes, headers: Headers) -> None:
         raise HeadTooLarge(f"{at[:300]}: expected at most {MAX_FIELD_BYTES} bytes, got {size}")
 
 
-class FramingProtocol(HttpToolsProtocol, ABC):
-    """uvicorn's protocol up to the boundaries of requests.
+def serialize_head(
+    method: bytes, url: bytes, version: str, headers: Headers, *, without: bytes
+) -> bytes:
+    """A parsed head without one of its headers.
 
-    A subclass decides what happens between requests, how a request is failed, and which upgrades
-    are not ignored.
+    No field contains a line end, so that it is parsed to the same head again.
     """
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self._message_complete = True
-        self._head_complete = False
-        self._ignores_upgrade = False
-        self._parser_bytes = 0
-        self._drained_bytes = 0
-        self._framing_error: CarryError | None = None
-        self._accepts_host: AcceptsHost = accept_any_host
-
-    @property
-    @abstractmethod
-    def _is_blocked(self) -> bool:
-        """Whether the next request has to wait for the current one."""
-
-    @property
-    @abstractmethod
-    def _stops_reading(self) -> bool:
-        """Whether no further request of this connection is processed."""
-
-    @abstractmethod
-    def _fail(self, error: CarryError) -> None:
-        """Answer the request that is being read with an error, and close the connection."""
-
-    @abstractmethod
-    def _switch_protocols(self, *, has_more: bool) -> bool:
-        """Switch to another protocol, if the parsed head asks for one that is served; otherwise the
-        head's `Upgrade` is ignored.
-
-        Args:
-            has_more: whether bytes after the head were received.
-        """
-
-    def _parse(self, data: bytes) -> bytes:
-        """Parse as far as possible now; returns the bytes of the next request.
-
-        The parser buffers an incomplete line, however long; so what it buffers is counted.
-        """
-        for start in range(0, len(data), PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
-            self._parser_bytes += len(piece)
-            self._feed(piece, has_more=start + PIECE_BYTES < len(data))
-            if self._parser_bytes > MAX_HEAD_BYTES:
-                self._fail(HeadTooLarge(f"head: expected at most {MAX_HEAD_BYTES} bytes"))
-            if self._stops_reading:
-                break
-            if self._message_complete or self._is_blocked:
-                return data[start + PIECE_BYTES :]
-        return b""
-
-    def _feed(self, data: bytes, *, has_more: bool) -> None:
-        try:
-            while data:
-                try:
-                    self.parser.feed_data(data)
-                    return
-                except httptools.HttpParserUpgrade as upgrade:
-                    # the parser treats the body of an upgrade as another protocol: restart with
-                    # a new parser and the same head without `Upgrade`
-                    [head_bytes] = upgrade.args
-                    if self._switch_protocols(has_more=has_more or head_bytes < len(data)):
-                        return
-                    data = self._serialize_head(without=b"upgrade") + data[head_bytes:]
-                    self._ignores_upgrade = False
-                    self.parser = httptools.HttpRequestParser(self)
-                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        except httptools.HttpParserError as error:
-            # without `from error`: the application may be handling another exception
-            self._fail(
-                self._framing_error or MalformedRequest(f"expected an HTTP/1.1 request: {error}")
-            )
-
-    def _serialize_head(self, *, without: bytes) -> bytes:
-        """The parsed head without one of its headers.
-
-        No field contains a line end, so that it is parsed to the same head again.
-        """
-        version = self.parser.get_http_version().encode()
-        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
-        lines += [b"%b: %b" % header for header in self.headers if header[0] != without]
-        return b"\r\n".join(lines) + b"\r\n\r\n"
-
-    def _stop_parser(self, error: CarryError) -> None:
-        """Raise through the parser; the error is kept, since the parser's own does not name it."""
-        self._framing_error = error
-        raise error
-
-    def on_message_begin(self) -> None:
-        """Parser callback: a request begins."""
-        self._message_complete = self._head_complete = False
-        self._drained_bytes = 0
-        super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Parser callback: a header, or a trailer, which is dropped."""
-        if self._head_complete:
-            return
-        if len(self.headers) == MAX_HEADERS:
-            self._stop_parser(HeadTooLarge(f"head: expected at most {MAX_HEADERS} lines"))
-        # the parser does not strip trailing white space
-        super().on_header(name, value.rstrip(b" \t"))
-
-    def on_headers_complete(self) -> None:
-        """Parser callback: the head is complete; uvicorn starts the application."""
-        version = self.parser.get_http_version()
-        try:
-            method = self.parser.get_method()
-            check_head(method, self.url, version, self.headers, self._accepts_host)
-        except CarryError as error:
-            self._stop_parser(error)
-        self._ignores_upgrade = self.parser.should_upgrade()
-        if self._ignores_upgrade:
-            return
-        self._parser_bytes = 0
-        if version == "1.0":
-            self.expect_100_continue = False
-        super().on_headers_complete()
-        self._head_complete = True
-        if self.expect_100_continue:
-            # the body may never come, and the next bytes would then be ambiguous
-            self.cycle.keep_alive = False
-
-    def on_body(self, body: bytes) -> None:
-        """Parser callback: a part of a body."""
-        self._parser_bytes = 0
-        if self.cycle.response_complete:
-            self._drained_bytes += len(body)
-            if self._drained_bytes > MAX_DRAIN_BYTES:
-                self._stop_parser(
-                    MalformedRequest("the body of a request that was answered continues")
-                )
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """Parser callback: a request is complete."""
-        if self._ignores_upgrade:
-            return
-        self._parser_bytes = 0
-        self._message_complete = True
-        if self.expect_100_continue:
-            self.cycle.keep_alive = self.parser.should_keep_alive()
-        super().on_message_complete()
+    lines = [b"%b %b HTTP/%b" % (method, url, version.encode())]
+    lines += [b"%b: %b" % header for header in headers if header[0] != without]
+    return b"\r\n".join(lines) + b"\r\n\r\n"

@@ -28,9 +28,7 @@ import structlog
 import uvicorn
 
 from service.server.connection_balance import Acceptor, WorkerLoad
-
-LIFECYCLE: Final = "lifecycle"
-"""Key of the application's `Lifecycle` in the lifespan's state."""
+from service.server.interface import LIFECYCLE, Lifecycle
 
 LATE_S: Final = 2.0
 """How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
@@ -43,20 +41,6 @@ SIGRETIRE: Final[signal.Signals | None] = getattr(signal, "SIGUSR1", None)
 """Begins the retirement; None on Windows."""
 
 log = structlog.get_logger(__name__)
-
-
-class Lifecycle(NamedTuple):
-    """What a server asks of its application, and notifies it of.
-
-    Attributes:
-        measure_load: returns the load that new connections are balanced by.
-        on_lame_duck, on_retire, on_drain: called when these phases begin.
-    """
-
-    measure_load: Callable[[], int]
-    on_lame_duck: Sequence[Callable[[], None]]
-    on_retire: Sequence[Callable[[], None]]
-    on_drain: Sequence[Callable[[], None]]
 
 
 class Periods(NamedTuple):

@@ -1,121 +1,89 @@
 """The service's HTTP protocol: uvicorn's, with a fast path for well-formed chunk requests.
 
 Between two requests, received bytes are shown to the fast routes first; what one of them parses is
-answered with one write. Everything else is uvicorn's and FastAPI's (the slow path), from its first
-byte. While a request is being answered, or responses wait for the client to read them, further
-(pipelined) requests are buffered, and beyond a bound not even read (backpressure). So responses
-keep the order of their requests, and a connection's memory is bounded: buffered requests, one piece
-in the parser, unsent responses, and one head.
+answered with one write. Everything else takes the slow path, from its first byte. While a request
+is being answered, or responses wait for the client to read them, further (pipelined) requests are
+buffered, and beyond a bound not even read (backpressure). So responses keep the order of their
+requests, and a connection's memory is bounded: buffered requests, one piece in the parser, unsent
+responses, and one head.
 
 A request with ambiguous framing (request smuggling) is rejected and the connection closed, so that
-no byte after it is parsed as a request (`framing`). `Connections` enforces the limits of all
-connections together and their timeouts. A connection becomes a WebSocket only by a GET without a
-body, and with nothing received after it.
+no byte after it is parsed as a request (`framing`); trailers and bytes after an early response are
+bounded. `Upgrade` is ignored, as RFC 9110 (7.8) allows, and its request is framed as one without
+it, except for a WebSocket: a GET without a body, and with nothing received after it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Final
 
+import httptools
 import structlog
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.core.errors import CarryError, Overloaded
 from service.core.values import Reply
-from service.server.connections import Connections, Phase
-from service.server.errors import MalformedRequest, RequestTimeout, TooManyConnections
-from service.server.fast_route import (
-    MAX_FAST_REQUEST_BYTES,
-    FastRequest,
-    FastRoute,
-    IncompleteRequest,
+from service.server.connections import Connection, Phase
+from service.server.errors import HeadTooLarge, MalformedRequest, RequestTimeout
+from service.server.framing import (
+    BODY_HEADERS,
+    MAX_DRAIN_BYTES,
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    PIECE_BYTES,
+    check_head,
+    serialize_head,
 )
-from service.server.flow_control import BackpressureFlow
-from service.server.framing import FramingProtocol
-from service.server.origins import AcceptsHost, accept_any_host
-from service.server.reading_turns import LONG_BODY_BYTES
-from service.server.unsent_reply import UNSENT, UnsentReply
-from service.server.websocket_protocol import PROBE_S, WebSocketProtocol, WebSockets
-
-HTTP_STATE: Final = "carry_http"
-"""Key of `HttpState` in the lifespan's state, where uvicorn's connections find it."""
-
-MAX_REJECTED: Final = 64
-"""Connections over the limit that get an error; further ones are closed at once."""
-
-_BODY_HEADERS: Final = (b"content-length", b"transfer-encoding")
+from service.server.interface import (
+    HTTP_STATE,
+    MAX_FAST_REQUEST_BYTES,
+    UNSENT,
+    FastRequest,
+    HttpState,
+    IncompleteRequest,
+    UnsentReply,
+)
+from service.server.reading import BUFFER_FULL, LONG_BODY_BYTES, ReadingFlow
+from service.server.websocket_protocol import PROBE_S, WebSocketProtocol
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 log = structlog.get_logger(__name__)
 
 
-class HttpState(NamedTuple):
-    """What the connections of a worker share.
-
-    Attributes:
-        error_response: makes the whole response to a request that is not read to its end.
-        fast_routes: parse and answer chunk requests; none if the fast path is disabled.
-        websockets: those of the application; None ignores every `Upgrade`.
-        accepts_host: whether requests for a host name are answered.
-    """
-
-    connections: Connections
-    error_response: Callable[[CarryError], bytes]
-    fast_routes: tuple[FastRoute, ...]
-    websockets: WebSockets | None = None
-    accepts_host: AcceptsHost = accept_any_host
-
-
-class CycleTransport(NamedTuple):
-    """The transport as uvicorn's request cycle sees it; the protocol decides how it is closed."""
-
-    write: Callable[[bytes], None]
-    is_closing: Callable[[], bool]
-    close: Callable[[], None]
-
-
-class HttpProtocol(FramingProtocol):
-    """One connection.
-
-    Attributes:
-        transport_name, progress, body_bytes, body_began_s: see `connections.Connection`.
-    """
+class HttpProtocol(HttpToolsProtocol, Connection):
+    """One HTTP connection."""
 
     transport_name = "http"
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         state: HttpState = self.app_state[HTTP_STATE]
-        self._connections, self._error_response, self._fast_routes, *_ = state
+        self._connections, self._error_response, self._fast_routes = state[:3]
         self._websockets, self._accepts_host = state.websockets, state.accepts_host
         self._pending: FastRequest | None = None
         self._running_cycle: Any = None
         self._buffered = b""
         self._unsent = UnsentReply()
         self._closes_after_reply = False
-        self._is_lingering = False
-        self._half_closed = False
         self._deferred_error: CarryError | None = None
-        self.progress = 0
-        self.body_bytes = 0
-        self.body_began_s = 0.0
+        # of the request that uvicorn's parser is reading
+        self._message_complete = True
+        self._head_complete = False
+        self._ignores_upgrade = False
+        self._parser_bytes = 0
+        self._drained_bytes = 0
+        self._framing_error: CarryError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected."""
         super().connection_made(transport)
-        self._flow = self.flow = BackpressureFlow(transport)
-        peer = transport.get_extra_info("peername")
-        excess = self._connections.add(self, self.loop, peer)
-        if excess is None:
-            return
-        if excess.number > excess.limit + MAX_REJECTED:
-            self.abort()
-        else:
-            self._send_error(
-                TooManyConnections(f"expected at most {excess.limit} connections {excess.scope}")
-            )
+        self._flow = self.flow = ReadingFlow(transport)
+        error = self._connections.add(self, self.loop, transport.get_extra_info("peername"))
+        if error is not None and not transport.is_closing():
+            self._send_error(error)
 
     def data_received(self, data: bytes) -> None:
         """Process received bytes, after those that were buffered."""
@@ -157,9 +125,8 @@ class HttpProtocol(FramingProtocol):
     @property
     def _stops_reading(self) -> bool:
         """Whether no further request of this connection is processed."""
-        if self._is_lingering or self._deferred_error is not None:
-            return True
-        return self.transport.is_closing()
+        stops = self._is_lingering or self._deferred_error is not None
+        return stops or self.transport.is_closing()
 
     @property
     def _is_blocked(self) -> bool:
@@ -181,29 +148,21 @@ class HttpProtocol(FramingProtocol):
         return bool(self.pipeline) or not self.cycle.more_body
 
     @property
-    def _is_busy(self) -> bool:
-        """Whether a complete request is being answered."""
-        return self._is_cycle_received if self._has_cycle else self._pending is not None
-
-    @property
     def requests(self) -> int:
-        """Requests that are being answered."""
-        return int(self._is_busy)
+        """Whether a complete request is being answered, as a number."""
+        return int(self._is_cycle_received if self._has_cycle else self._pending is not None)
 
     @property
     def _has_pending_replies(self) -> bool:
         """Whether responses to complete requests are still to be sent."""
-        return self._is_busy or bool(self._buffered and self.flow.write_paused)
+        return bool(self.requests or (self._buffered and self.flow.write_paused))
 
     @property
     def phase(self) -> Phase:
         """What the connection is waiting for."""
-        ends = self._is_lingering or self.transport.is_closing()
-        if self.flow.write_paused or (ends and self.transport.get_write_buffer_size()):
-            return Phase.SEND
-        if ends:
-            return Phase.LINGER
-        if self._is_busy:
+        if (closing := self._closing_phase(write_paused=self.flow.write_paused)) is not None:
+            return closing
+        if self.requests:
             return Phase.SERVICE
         if not self._message_complete and self._head_complete:
             return Phase.BODY if self._has_cycle else Phase.REJECTED_BODY
@@ -217,21 +176,19 @@ class HttpProtocol(FramingProtocol):
         return self._unsent.kept_bytes + self.transport.get_write_buffer_size()
 
     def _buffer(self, data: bytes) -> None:
-        if not self._is_busy and not self.body_bytes:
+        if not self.requests and not self.body_bytes:
             self.body_began_s = self.loop.time()
         self._buffered = data
         self._connections.set_body_bytes(self, max(len(data), self.body_bytes))
         if len(data) > MAX_FAST_REQUEST_BYTES:
             # backpressure on a client that pipelines requests
-            self._flow.buffer_is_full = True
-            self._flow.pause_reading()
+            self._flow.pause_reading(BUFFER_FULL)
 
     def _process_buffered(self) -> None:
         """Process the bytes that were buffered."""
         buffered, self._buffered = self._buffered, b""
-        if self._flow.buffer_is_full:
-            self._flow.buffer_is_full = False
-            self._flow.resume_reading()
+        if self._flow.pauses & BUFFER_FULL:
+            self._flow.resume_reading(BUFFER_FULL)
         self.data_received(buffered)
         if self._half_closed and not self._has_pending_replies:
             self.transport.close()
@@ -255,7 +212,7 @@ class HttpProtocol(FramingProtocol):
             self.transport.close()
             return
         self._complete_fast_request()
-        if self._buffered or self._half_closed or self._flow.buffer_is_full:
+        if self._buffered or self._half_closed or self._flow.pauses & BUFFER_FULL:
             self._process_buffered()
 
     def _complete_fast_request(self) -> None:
@@ -265,11 +222,8 @@ class HttpProtocol(FramingProtocol):
             self._connections.set_body_bytes(self, 0)
 
     def _fail(self, error: CarryError) -> None:
-        """Answer the request that is being read with an error, and close the connection.
-
-        Requests before it are answered first; nothing after it is read, because its end is not
-        known.
-        """
+        """Answer the request that is being read with an error, after those before it, and close the
+        connection: where the next one begins is not known."""
         if self._is_lingering or self._deferred_error:
             return
         self._buffered = b""
@@ -302,20 +256,12 @@ class HttpProtocol(FramingProtocol):
         else:
             self._linger()
 
-    def _linger(self) -> None:
-        """Lingering close: flush, send FIN, and discard further input for a moment."""
-        if self._is_lingering or self.transport.is_closing():
-            return
-        self._is_lingering = True
+    def _drop_received(self) -> None:
         self._buffered = b""
         self.pipeline.clear()
-        self._connections.set_body_bytes(self, 0)
-        self._flow.buffer_is_full = False
-        self._flow.resume_reading()
-        if self._half_closed or not self.transport.can_write_eof():
-            self.transport.close()
-        else:
-            self.transport.write_eof()
+        if not self.transport.is_closing():
+            self._flow.pauses = 0
+            self._flow.resume_reading()
 
     def expire(self, phase: Phase) -> None:
         """Handle the timeout of a phase."""
@@ -328,13 +274,9 @@ class HttpProtocol(FramingProtocol):
             self.transport.close()
 
     def shed_body(self) -> None:
-        """Reject the body that is being received, because all bodies together exceed the limit."""
+        """Reject the body that it is receiving, because all together exceed the limit."""
         limit = self._connections.limits.max_pending_body_bytes
         self._fail(Overloaded(f"bodies of more than {limit} bytes together are on their way"))
-
-    def abort(self) -> None:
-        """Close the connection at once and drop unsent responses."""
-        self.transport.abort()
 
     def resume_writing(self) -> None:
         """The client reads its responses again."""
@@ -350,12 +292,12 @@ class HttpProtocol(FramingProtocol):
         rejected, since a proxy could have framed them as another request.
         """
         is_alone = not (self._has_cycle or self._pending is not None or self._half_closed)
-        has_body = any(name in _BODY_HEADERS for name, _ in self.headers)
+        has_body = any(name in BODY_HEADERS for name, _ in self.headers)
         is_get = self.parser.get_method() == b"GET" and self.parser.get_http_version() == "1.1"
         websockets = self._websockets
-        if websockets is None or not is_alone or has_body or not is_get:
-            return False
-        if not websockets.serves(self.url):
+        if not (
+            websockets and is_alone and is_get and not has_body and websockets.serves(self.url)
+        ):
             return False
         if has_more:
             self._fail(MalformedRequest("expected nothing after a request for an upgrade"))
@@ -364,41 +306,123 @@ class HttpProtocol(FramingProtocol):
         self._is_lingering = True
         self._connections.remove(self)
         self.connections.discard(self)
-        socket = WebSocketProtocol(
-            websockets,
-            self._connections,
-            self._error_response,
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.app_state,
-        )
-        socket.connection_made(self.transport)
-        self.transport.set_protocol(socket)
         # nothing reads cookies, which may be longer than the library accepts
-        socket.open(self._serialize_head(without=b"cookie"))
+        WebSocketProtocol.take_over(self, websockets, self._serialize_head(without=b"cookie"))
         return True
+
+    def _parse(self, data: bytes) -> bytes:
+        """Parse as far as possible now; returns the bytes of the next request."""
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            # the parser buffers an incomplete line, however long
+            self._parser_bytes += len(piece)
+            self._feed(piece, has_more=start + PIECE_BYTES < len(data))
+            if self._parser_bytes > MAX_HEAD_BYTES:
+                self._fail(HeadTooLarge(f"head: expected at most {MAX_HEAD_BYTES} bytes"))
+            if self._stops_reading:
+                break
+            if self._message_complete or self._is_blocked:
+                return data[start + PIECE_BYTES :]
+        return b""
+
+    def _feed(self, data: bytes, *, has_more: bool) -> None:
+        try:
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    # the parser treats the body of an upgrade as another protocol: restart with
+                    # a new parser and the same head without `Upgrade`
+                    [head_bytes] = upgrade.args
+                    if self._switch_protocols(has_more=has_more or head_bytes < len(data)):
+                        return
+                    data = self._serialize_head(without=b"upgrade") + data[head_bytes:]
+                    self._ignores_upgrade = False
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        except httptools.HttpParserError as error:
+            # without `from error`: the application may be handling another exception
+            self._fail(
+                self._framing_error or MalformedRequest(f"expected an HTTP/1.1 request: {error}")
+            )
+
+    def _serialize_head(self, *, without: bytes) -> bytes:
+        parser = self.parser
+        return serialize_head(
+            parser.get_method(), self.url, parser.get_http_version(), self.headers, without=without
+        )
+
+    def _stop_parser(self, error: CarryError) -> None:
+        """Raise through the parser; the error is kept, since the parser's own does not name it."""
+        self._framing_error = error
+        raise error
+
+    def on_message_begin(self) -> None:
+        """Parser callback: a request begins."""
+        self._message_complete = self._head_complete = False
+        self._drained_bytes = 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Parser callback: a header, or a trailer, which is dropped."""
+        if self._head_complete:
+            return
+        if len(self.headers) == MAX_HEADERS:
+            self._stop_parser(HeadTooLarge(f"head: expected at most {MAX_HEADERS} lines"))
+        # the parser does not strip trailing white space
+        super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """Parser callback: the head is complete; uvicorn starts the application."""
+        version = self.parser.get_http_version()
+        try:
+            method = self.parser.get_method()
+            check_head(method, self.url, version, self.headers, self._accepts_host)
+        except CarryError as error:
+            self._stop_parser(error)
+        self._ignores_upgrade = self.parser.should_upgrade()
+        if self._ignores_upgrade:
+            return
+        self._parser_bytes = 0
+        if version == "1.0":
+            self.expect_100_continue = False
         self.scope["state"][UNSENT] = self._unsent
         super().on_headers_complete()
-        if self._connections.close_after_response and self._has_cycle:
+        self._head_complete = True
+        if self.expect_100_continue or self._connections.close_after_response:
+            # of an expected body, which may never come, the next bytes would be ambiguous
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Parser callback: a part of a body, which is counted if its request is unanswered."""
-        is_unanswered = not self.cycle.response_complete
-        if is_unanswered and not self.body_bytes:
+        self._parser_bytes = 0
+        if self.cycle.response_complete:
+            self._drained_bytes += len(body)
+            if self._drained_bytes > MAX_DRAIN_BYTES:
+                self._stop_parser(
+                    MalformedRequest("the body of a request that was answered continues")
+                )
+            return
+        if not self.body_bytes:
             self.body_began_s = self.loop.time()
         super().on_body(body)
-        if is_unanswered:
-            self._connections.set_body_bytes(self, self.body_bytes + len(body))
-            if self._is_lingering:
-                # it was shed just now; any exception stops the parser
-                raise Overloaded("this body was shed")
-            if self.body_bytes > LONG_BODY_BYTES and self.cycle.more_body:
-                self._flow.wait_for_turn()
-                self._connections.turns.wait(self, self._flow.take_turn)
+        self._connections.set_body_bytes(self, self.body_bytes + len(body))
+        if self._is_lingering:
+            # it was shed just now; any exception stops the parser
+            raise Overloaded("this body was shed")
+        if self.body_bytes > LONG_BODY_BYTES and self.cycle.more_body:
+            self._connections.turns.wait(self._flow)
+
+    def on_message_complete(self) -> None:
+        """Parser callback: a request is complete."""
+        if self._ignores_upgrade:
+            return
+        self._parser_bytes = 0
+        self._message_complete = True
+        if self.expect_100_continue and not self._connections.close_after_response:
+            self.cycle.keep_alive = self.parser.should_keep_alive()
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """uvicorn's callback: a request was answered, and the next pipelined one started."""
@@ -416,8 +440,11 @@ class HttpProtocol(FramingProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running_cycle = cycle
+        # the cycle only writes and closes, which this object does in its own way
         transport = self.transport
-        cycle.transport = CycleTransport(transport.write, transport.is_closing, self._close)
+        cycle.transport = SimpleNamespace(
+            write=transport.write, is_closing=transport.is_closing, close=self._close
+        )
         super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
@@ -431,10 +458,8 @@ class HttpProtocol(FramingProtocol):
             self._closes_after_reply = True
 
     def retire(self) -> None:
-        """Close after the current response, or after the next one; until then the client may send.
-
-        Unlike `shutdown`, it does not close an idle connection, on which a request may be arriving.
-        """
+        """Close after the current response, or the next one: on an idle connection a request may be
+        arriving."""
         if self._has_cycle:
             self.cycle.keep_alive = False
 
@@ -449,7 +474,7 @@ class HttpProtocol(FramingProtocol):
     def _probe(self) -> None:
         """Write an interim response: a client that disconnected resets the connection upon the
         first one, so that the next write fails."""
-        if self.transport.is_closing() or not self._is_busy:
+        if self.transport.is_closing() or not self.requests:
             return
         if self._pending is not None or not (
             self._running_cycle.response_started
@@ -461,6 +486,7 @@ class HttpProtocol(FramingProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client disconnected, or the connection was closed."""
         self._connections.remove(self)
+        self._connections.turns.forget(self._flow)
         request, self._pending = self._pending, None
         if request is not None:
             # otherwise they would reference each other: the garbage collector skips `FastRequest`

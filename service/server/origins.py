@@ -55,21 +55,27 @@ def host_rule(address: str, names: str) -> AcceptsHost:
     return re.compile(rb"(?:%b)(?::[0-9]*)?" % b"|".join(known), re.IGNORECASE).fullmatch
 
 
-def check_origin(origins: Sequence[str], host: str, allowed: frozenset[str]) -> None:
+def check_origin(headers: Sequence[tuple[bytes, bytes]], allowed: frozenset[str]) -> None:
     """Reject a request of a page of another site.
 
     Args:
-        origins: the values of its header Origin.
-        host: the value of its header Host.
-        allowed: origins besides that host; `ANY_ORIGIN` allows all.
+        headers: of the request, their names in lower case.
+        allowed: origins besides the request's own host; `ANY_ORIGIN` allows all.
 
     Raises:
         OriginNotAllowed
     """
-    if not origins or ANY_ORIGIN in allowed:
+    texts: dict[bytes, list[str]] = {b"origin": [], b"host": [""], b"sec-fetch-site": []}
+    for name, value in headers:
+        if name in texts:
+            texts[name].append(value.decode("latin-1"))
+    origins = texts[b"origin"]
+    # a page cannot set `Sec-Fetch-Site`, and a proxy may have changed the host
+    is_own = texts[b"sec-fetch-site"] == ["same-origin"]
+    if not origins or is_own or ANY_ORIGIN in allowed:
         return
     origin = origins[0]
-    is_own = _host(origin) == host.lower()
+    is_own = _host(origin) == texts[b"host"][-1].lower()
     if len(origins) > 1 or not (origin in allowed or is_own):
         raise OriginNotAllowed(
             f"Origin: expected the service's own host or one of CARRY_WEBSOCKET_ORIGINS, "

@@ -1,9 +1,10 @@
 """One WebSocket: uvicorn's protocol, with the limits, backpressure and closes of the service.
 
-The application is called once, in ASGI's way: it accepts the handshake, then receives messages, one
-at a time. What it is not ready for stays unparsed, and while anything is unparsed the connection is
-not read (backpressure through TCP): a connection buffers one read, one incomplete message and
-unsent ones. It sends messages by `send_now`, without waiting, since outcomes come by callbacks.
+The application is called once, with the socket: it accepts the handshake, then receives messages,
+one at a time. What it is not ready for stays unparsed, and while anything is unparsed the
+connection is not read (backpressure through TCP): a connection buffers one read or two, one
+incomplete message and unsent ones. It sends messages by `send_now`, without waiting, since outcomes
+come by callbacks.
 
 `Connections` enforces timeouts and the limits of all connections together. A connection is closed
 only after the client had time to read what was sent last (lingering close).
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import deque
 from contextlib import suppress
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidHeader, InvalidUpgrade
@@ -26,8 +28,9 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from service.core.errors import CarryError
-from service.server.connections import Connections, Phase
+from service.server.connections import Connection, Phase
 from service.server.errors import MalformedRequest, UpgradeRequired
+from service.server.interface import HTTP_STATE, Session, WebSockets
 
 PIECE_BYTES: Final = 4 * 1024
 """Maximum bytes given to the parser before other tasks run: it allocates an object for each frame,
@@ -39,40 +42,7 @@ PROBE_S: Final = 0.5
 MAX_LIST_ITEMS: Final = 64
 """Maximum items of the lists in a handshake: the library takes a microsecond for each."""
 
-STOPPING: Final = "the service is stopping: connect again, and continue at your position"
-
 _LISTS: Final = ("Connection", "Upgrade", "Sec-WebSocket-Protocol")
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-
-class Session(Protocol):
-    """What the protocol asks of the application."""
-
-    @property
-    def unanswered(self) -> int:
-        """Messages that have not been answered."""
-
-    def cancel(self) -> None:
-        """Drop them: nobody waits for the answers any more."""
-
-
-class WebSockets(NamedTuple):
-    """The WebSockets of an application.
-
-    Attributes:
-        serves: whether an address, with its query, is one of a WebSocket.
-        app: serves one, until it is closed; its `scope` has the protocol as `scope["socket"]`.
-        max_bytes: largest message.
-        idle_s: one without a message for this long is closed; 0 never.
-    """
-
-    serves: Callable[[bytes], object]
-    app: Callable[[Message, Receive, Send], Awaitable[None]]
-    max_bytes: int
-    idle_s: float
 
 
 class _Library(ServerProtocol):
@@ -104,65 +74,55 @@ class _Library(ServerProtocol):
         return response
 
 
-class WebSocketProtocol(WebSocketsSansIOProtocol):
+class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
     """One WebSocket, from its handshake on.
 
     Args:
-        error_response: as of `http_protocol.HttpState`.
         options: of uvicorn's protocol.
 
     Attributes:
         session: set by the application before it accepts the handshake.
+        end_code: the close code of a socket that receives nothing more; 0 until then.
         received_bytes, sent_bytes: of frames.
-        transport_name, progress, body_bytes, body_began_s: see `connections.Connection`.
     """
 
     transport_name = "websocket"
 
-    def __init__(
-        self,
-        websockets: WebSockets,
-        connections: Connections,
-        error_response: Callable[[CarryError], bytes],
-        **options: Any,
-    ):
+    def __init__(self, websockets: WebSockets, **options: Any):
         super().__init__(**options)
         # its lines at `info` name streams, or repeat those of the service
         self.logger = logging.getLogger("websockets.server")
         self.logger.setLevel(logging.WARNING)
         self.conn = _Library(max_size=websockets.max_bytes, logger=self.logger)
-        self.app = websockets.app
-        self._idle_s = websockets.idle_s
-        self._connections = connections
-        self._error_response = error_response
+        self._websockets = websockets
+        self._connections, self._error_response, *_ = self.app_state[HTTP_STATE]
         self.session: Session | None = None
+        self._received: deque[tuple[bytes, bool] | None] = deque()
         self._message: bytearray | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._unparsed = b""
         self._parsed_bytes = 0
-        self._half_closed = False
-        self._has_ended = False
-        self._is_lingering = False
+        self.end_code = 0
         self._has_pinged = False
         self._last_message_s = self.loop.time()
         self.received_bytes = self.sent_bytes = 0
-        self.progress = 0
-        self.body_bytes = 0
-        self.body_began_s = 0.0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take over the connection of an upgrade."""
-        super().connection_made(transport)
-        self._connections.add(self, self.loop, transport.get_extra_info("peername"))
+    @classmethod
+    def take_over(cls, http: HttpToolsProtocol, websockets: WebSockets, head: bytes) -> None:
+        """Serve the connection of a request for an upgrade, and start the handshake of its head."""
+        state = {"server_state": http.server_state, "app_state": http.app_state}
+        socket = cls(websockets, config=http.config, **state)
+        socket.connection_made(http.transport)
+        http.transport.set_protocol(socket)
+        peer = http.transport.get_extra_info("peername")
+        socket._connections.add(socket, socket.loop, peer)
         # nothing is read before the handshake is answered
-        self._set_reading()
-
-    def open(self, head: bytes) -> None:
-        """Start the handshake with this head."""
-        self.conn.receive_data(head)
-        self.handle_events()
-        if not (self.handshake_initiated or self._is_lingering):
-            self.reject(self._error_response(MalformedRequest("expected a WebSocket handshake")))
+        socket._set_reading()
+        socket.conn.receive_data(head)
+        socket.handle_events()
+        if not (socket.handshake_initiated or socket._is_lingering):
+            error = MalformedRequest("expected a WebSocket handshake")
+            socket.reject(socket._error_response(error))
 
     def handle_connect(self, event: Request) -> None:
         """Start the application, unless the handshake is wrong."""
@@ -170,8 +130,6 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             super().handle_connect(event)
         except CarryError as error:
             self.reject(self._error_response(error))
-        else:
-            self.scope["socket"] = self  # type: ignore[typeddict-unknown-key]
 
     def reject(self, response: bytes) -> None:
         """Answer the handshake with an error, and close the connection."""
@@ -188,7 +146,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     async def run_asgi(self) -> None:
         """Run the application, and close the connection after it."""
         try:
-            await self.app(self.scope, self.receive, self.send)
+            await self._websockets.serve(self)
         except Exception:
             self.logger.exception("a WebSocket failed")
             self.fail(CloseCode.INTERNAL_ERROR, "")
@@ -203,20 +161,25 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if not self._is_lingering:
             self._unparsed = self._unparsed[self._parsed_bytes :] + data if self._unparsed else data
             self._parsed_bytes = 0
-            self._set_reading()
-            self._wake()
+            # not paused for a moment: that would take two system calls
+            if not self._wake():
+                self._set_reading()
 
-    async def receive(self) -> Any:
-        """The next message, or the disconnect; one in each iteration of the event loop."""
-        if not self.queue.empty():
+    async def receive(self) -> tuple[bytes, bool] | None:  # type: ignore[override]
+        """The next message, and whether it is text; None at the end of all (`end_code`).
+
+        One in each iteration of the event loop.
+        """
+        if self._received:
             await asyncio.sleep(0)
-        while self.queue.empty():
+        while not self._received:
             if self._unparsed and not self.writable.is_set():
                 # a client that reads no pongs gets no more of them
+                self._set_reading()
                 await self.writable.wait()
             elif self._unparsed:
                 self._parse_piece()
-                if self.queue.empty():
+                if not self._received:
                     await asyncio.sleep(0)
             elif self._half_closed:
                 self._end(CloseCode.NORMAL_CLOSURE)
@@ -224,12 +187,14 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
                 self._set_reading()
                 self._waiter = self.loop.create_future()
                 await self._waiter
-        return self.queue.get_nowait()
+        return self._received.popleft()
 
-    def _wake(self) -> None:
-        """Wake the task that waits in `receive`."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _wake(self) -> bool:
+        """Wake the task that waits in `receive`; returns whether there is one."""
+        if self._waiter is None or self._waiter.done():
+            return False
+        self._waiter.set_result(None)
+        return True
 
     def _parse_piece(self) -> None:
         start, self._parsed_bytes = self._parsed_bytes, self._parsed_bytes + PIECE_BYTES
@@ -273,13 +238,20 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         data = self.frames.pop() if self._message is None else self._message
         self._message = None
         self._last_message_s = self.loop.time()
-        if self.curr_msg_data_type == "bytes":
-            self.queue.put_nowait({"type": "websocket.receive", "bytes": bytes(data)})
-            return
+        is_text = self.curr_msg_data_type == "text"
         try:
-            self.queue.put_nowait({"type": "websocket.receive", "text": data.decode()})
+            if is_text and not data.isascii():
+                data.decode()
         except UnicodeDecodeError as error:
             self.fail(CloseCode.INVALID_DATA, f"expected UTF-8 in text frames: {error.reason}")
+        else:
+            self._received.append((bytes(data), is_text))
+
+    def handle_close(self, event: Frame) -> None:
+        """The client closes the socket, or answers its close."""
+        self._flush()
+        self._end(CloseCode.NORMAL_CLOSURE)
+        self.transport.close()
 
     def send_now(self, message: bytes, *, is_text: bool) -> None:
         """Send a message, unless the socket is closing."""
@@ -317,29 +289,19 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def _end(self, code: int) -> None:
         """Let the application receive no further message but those that are complete."""
-        if not self._has_ended:
-            self._has_ended = True
-            self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
+        if not self.end_code:
+            self.end_code = code
+            self._received.append(None)
             self._wake()
 
-    def _linger(self) -> None:
-        """Lingering close: flush, send FIN, and discard further input for a moment."""
-        if self._is_lingering:
-            return
-        self._is_lingering = True
+    def _drop_received(self) -> None:
         self._unparsed = b""
         self.frames, self._message = [], None
         if self.session is not None:
             self.session.cancel()
-        self._connections.set_body_bytes(self, 0)
-        if self.transport.is_closing():
-            return
-        is_last = self._half_closed or self.conn.close_rcvd is not None
-        if is_last or not self.transport.can_write_eof():
-            self.transport.close()
-        else:
-            self._set_reading()
-            self.transport.write_eof()
+        # nothing comes after the client's close frame
+        self._half_closed |= self.conn.close_rcvd is not None
+        self._set_reading()
 
     @property
     def is_open(self) -> bool:
@@ -349,10 +311,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     @property
     def phase(self) -> Phase:
         """What the connection is waiting for."""
-        is_closing = self._is_lingering or self.transport.is_closing()
-        if not self.writable.is_set() or (is_closing and self.transport.get_write_buffer_size()):
-            return Phase.SEND
-        if is_closing or self.conn.state is State.CLOSING:
+        if (closing := self._closing_phase(write_paused=not self.writable.is_set())) is not None:
+            return closing
+        if self.conn.state is State.CLOSING:
             return Phase.LINGER
         if not self.handshake_complete or self.requests:
             return Phase.SERVICE
@@ -362,11 +323,6 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def requests(self) -> int:
         """Messages that have not been answered."""
         return 0 if self.session is None else self.session.unanswered
-
-    @property
-    def unsent_bytes(self) -> int:
-        """Bytes of messages that wait for the client to read."""
-        return self.transport.get_write_buffer_size()
 
     def expire(self, phase: Phase) -> None:
         """Handle the timeout of a phase; a live socket is pinged, and closed without an answer."""
@@ -378,8 +334,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.fail(CloseCode.POLICY_VIOLATION, "the message did not arrive in time")
         elif self._has_pinged:
             self.fail(CloseCode.INTERNAL_ERROR, "no answer to a ping")
-        elif self._idle_s and self.loop.time() - self._last_message_s > self._idle_s:
-            self.close(CloseCode.GOING_AWAY, f"no chunk for {self._idle_s:g} s")
+        elif 0 < self._websockets.idle_s < self.loop.time() - self._last_message_s:
+            self.close(CloseCode.GOING_AWAY, f"no chunk for {self._websockets.idle_s:g} s")
         else:
             self._has_pinged = True
             self.progress += 1
@@ -390,12 +346,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._flush()
 
     def shed_body(self) -> None:
-        """Reject the message that is being received: all bodies together exceed the limit."""
+        """Reject the message that it is receiving, because all together exceed the limit."""
         self.fail(CloseCode.TRY_AGAIN_LATER, "too many bytes of incomplete messages")
-
-    def abort(self) -> None:
-        """Close the connection at once and drop unsent messages."""
-        self.transport.abort()
 
     def resume_writing(self) -> None:
         """Resume sending: the client reads again."""
@@ -412,7 +364,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Handle a half-close: the client disconnected, or waits for its outcomes."""
-        if not self.is_open or not (self.requests or self._unparsed or self.queue.qsize()):
+        if not self.is_open or not (self.requests or self._unparsed or self._received):
             return None
         self._half_closed = True
         self._wake()
@@ -431,4 +383,4 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._linger()
         self._connections.remove(self)
         super().connection_lost(exc)
-        self._wake()
+        self._end(CloseCode.ABNORMAL_CLOSURE)

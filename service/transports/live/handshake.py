@@ -2,7 +2,7 @@
 
 An address names one stream or a model. The request is checked, and a stream's position is read,
 before the protocol is switched, so that a failure is a problem document as of any other request.
-The hello that follows says where to continue.
+The hello that follows names where to continue.
 
 A client shows its access key in the header Authorization. A browser cannot set it, and offers the
 subprotocols `carry` and `carry.bearer.` with the key instead; the answer names the first only.
@@ -16,30 +16,33 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 from urllib.parse import unquote
 
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
 from structlog.contextvars import bound_contextvars
 
 from service.access.caller import PREDICT, Caller, Verb
 from service.codec.field_rules import stream_name
-from service.codec.media import Media
+from service.codec.media import Media, dumps
 from service.core.errors import CarryError, InvalidInput, StreamNotFound
 from service.core.tracing import PROPAGATED
 from service.core.values import StreamKey
-from service.server.errors import DuplicateField
+from service.server.errors import DuplicateField, UpgradeRequired
+from service.server.interface import HttpState, WebSockets
 from service.server.origins import check_origin
-from service.server.websocket_protocol import Message, Receive, Send, WebSocketProtocol
+from service.server.settings import WebSocketSettings
+from service.server.websocket_protocol import WebSocketProtocol
 from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
-from service.transports.live.frames import hello_frame
 from service.transports.live.session import Session
-from service.transports.v1.context import ApiContext
+from service.transports.v1.context import ApiContext, caller_of
 from service.transports.v1.problems import CLOSE, error_response, status_of
 from service.transports.v1.request_fields import (
     REPLY_PARAMETERS,
@@ -59,37 +62,49 @@ _ADDRESS = re.compile(
     rb"/v1/models/([^/?#\x80-\xff]+)(?:/streams/([^/?#\x80-\xff]+))?/live"
     rb"(?:\?([^#\x80-\xff]*))?"
 )
-serves = _ADDRESS.fullmatch
-"""Whether an address is one of a live socket."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 
+def add_live_sockets(app: FastAPI, settings: WebSocketSettings) -> None:
+    """Serve the live sockets of an application that `create_api` made."""
+    api: ApiContext = app.state.api
+    state: HttpState = app.state.http
+    serve = LiveSockets(api, RequestIds(), settings.pipelining_window).serve
+    app.state.http = state._replace(
+        websockets=WebSockets(
+            _ADDRESS.fullmatch, serve, api.limits.max_body_bytes, settings.websocket_idle_s
+        )
+    )
+    for route in (STREAM_ROUTE, MODEL_ROUTE):
+        app.add_api_route(route, _require_upgrade, methods=["GET"], include_in_schema=False)
+
+
+async def _require_upgrade(request: Request) -> Response:
+    """Answer a request that reached HTTP: it is not the handshake of a WebSocket."""
+    caller_of(request)
+    raise UpgradeRequired("expected a WebSocket handshake, got an HTTP request")
+
+
 @dataclass(frozen=True, slots=True)
 class LiveSockets:
-    """The live sockets of one application (`WebSockets.app`).
+    """The live sockets of one application.
 
     Attributes:
         window: most unanswered chunks of a socket.
-        origins: as of `check_origin`.
     """
 
     api: ApiContext
     ids: RequestIds
     window: int
-    origins: frozenset[str]
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def serve(self, socket: WebSocketProtocol) -> None:
         """Answer a handshake, and serve the socket until it is closed."""
-        await receive()
-        socket: WebSocketProtocol = scope["socket"]
-        headers: Headers = scope["headers"]
-        request_id = self.ids.next()
-        for name, value in headers:
-            if name == REQUEST_ID_HEADER and is_request_id(value):
-                request_id = value
-        query = scope["query_string"]
-        address = _ADDRESS.fullmatch(scope["raw_path"] + (b"?" + query if query else b""))
+        scope = socket.scope
+        headers = [*scope["headers"]]
+        sent_ids = [value for name, value in headers if name == REQUEST_ID_HEADER]
+        request_id = next(filter(is_request_id, reversed(sent_ids)), None) or self.ids.next()
+        address = _ADDRESS.fullmatch(socket.request.path.encode())
         if address is None:
             raise RuntimeError("expected the address of a live socket")
         route = MODEL_ROUTE if address[2] is None else STREAM_ROUTE
@@ -99,15 +114,13 @@ class LiveSockets:
             try:
                 caller = self._caller(headers)
                 facts.key = caller.key_id
-                _check_origin(headers, self.origins)
-                make_session, hello = await self._prepare(caller, address, facts)
+                check_origin(headers, self.api.origins)
+                traced = (request_id.decode(), route, _propagated(headers))
+                opened, hello = await self._open(caller, address, facts, traced)
                 accepted = SUBPROTOCOL if SUBPROTOCOL in scope["subprotocols"] else None
                 await socket.accept(accepted, [(REQUEST_ID_HEADER, request_id)])
-                propagated = _propagated(headers)
-                session = make_session(
-                    socket, request_id=request_id.decode(), route=route, propagated=propagated
-                )
-                socket.send_now(hello_frame(hello), is_text=True)
+                socket.send_now(dumps(Media.JSON, {"hello": hello}), is_text=True)
+                session = opened
             except Exception as failure:
                 error = (
                     failure if isinstance(failure, CarryError) else log_unexpected_failure(failure)
@@ -121,8 +134,8 @@ class LiveSockets:
         log_request(request_id.decode(), "GET", route, status, ms, facts)
         if session is not None:
             # it would be kept as long as the socket is open
-            scope.clear()
-            await session.serve()
+            scope.clear()  # type: ignore[attr-defined]
+            await session.serve(socket)
 
     def _caller(self, headers: Headers) -> Caller:
         """The caller who opens a socket.
@@ -133,11 +146,18 @@ class LiveSockets:
         access = self.api.access
         return access.open_caller or access.caller(_authorization(headers))
 
-    async def _prepare(
-        self, caller: Caller, address: re.Match[bytes], facts: RequestFacts
-    ) -> tuple[Callable[..., Session], Mapping[str, Any]]:
-        """Read what an address names; returns what makes its session, and what the client has to
-        know first: where its stream is, and what it may send.
+    async def _open(
+        self,
+        caller: Caller,
+        address: re.Match[bytes],
+        facts: RequestFacts,
+        traced: tuple[str, str, Mapping[str, str]],
+    ) -> tuple[Session, Mapping[str, Any]]:
+        """Read what an address names; returns its session, and what the client has to know first:
+        where its stream is, and what it may send.
+
+        Args:
+            traced: the session's `request_id`, `route` and `propagated`.
 
         Raises:
             ModelNotFound, InvalidName, InvalidInput, DuplicateField, ChunksUnsupported, Forbidden,
@@ -169,10 +189,8 @@ class LiveSockets:
                 tag, epoch = head.tag.hex(), head.epoch.hex()
                 hello |= {"position": head.position, "epoch": epoch, "tag": tag}
         hello |= {"window": self.window, "max_frame_bytes": api.limits.max_body_bytes}
-        make_session = partial(
-            Session, api, caller, model, stream, self.window, options=options, timeout_s=timeout_s
-        )
-        return make_session, hello
+        session = Session(api, caller, model, stream, self.window, options, timeout_s, *traced)
+        return session, hello
 
 
 def _propagated(headers: Headers) -> dict[str, str]:
@@ -215,16 +233,3 @@ def _seconds(text: str) -> float:
             f"{at}: expected {expected}, got {text[:300]!r}", at=at, expected=expected, got=text
         )
     return seconds
-
-
-def _check_origin(headers: Headers, allowed: frozenset[str]) -> None:
-    """Reject a handshake of a page of another site.
-
-    Raises:
-        OriginNotAllowed
-    """
-    texts: dict[bytes, list[str]] = {b"origin": [], b"host": [""]}
-    for name, value in headers:
-        if name in texts:
-            texts[name].append(value.decode("latin-1"))
-    check_origin(texts[b"origin"], texts[b"host"][-1], allowed)

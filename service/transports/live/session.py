@@ -1,8 +1,11 @@
 """Chunks of one live socket: read, started in their order, and answered with frames.
 
-Each frame gets one outcome, a reply or an error; `stream_order` has the order of the chunks. At
-most a window of chunks is unanswered. While it is full, while a long frame is read, or while the
-client does not read its outcomes, no further frame is received (backpressure).
+A client's frame is the body of a chunk request with further members: `id`, which is returned with
+the outcome, `stream` on a socket for many streams, and `if_match`; the model's reader reads it.
+JSON comes in text frames and MessagePack in binary ones. Each frame gets one outcome of its media
+type, a reply or an error; `stream_order` has the order of the chunks. At most a window of chunks is
+unanswered. While it is full, while a long frame is read, or while the client does not read its
+outcomes, no further frame is received (backpressure).
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 from msgspec.structs import replace
@@ -27,7 +31,7 @@ from service.core.errors import CarryError, Unauthenticated
 from service.core.tracing import RequestSpan
 from service.core.values import Chunk, Reply, StreamKey
 from service.pipeline.pipeline import EnqueuedChunk
-from service.server.websocket_protocol import STOPPING, WebSocketProtocol
+from service.server.websocket_protocol import WebSocketProtocol
 from service.telemetry.access_log import (
     CLIENT_DISCONNECTED,
     WEBSOCKET,
@@ -38,22 +42,26 @@ from service.telemetry.access_log import (
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.common.stream_order import PendingChunk, StreamOrder
-from service.transports.live.frames import FrameId, error_outcome, reply_outcome
-from service.transports.v1.context import ApiContext, ModelCodec
-from service.transports.v1.problems import status_of
+from service.transports.v1.context import ApiContext
+from service.transports.v1.problems import problem, status_of
 
 UNAUTHENTICATED: Final = 4401
 """Close code of a socket whose access key is no longer accepted."""
 
+STOPPING: Final = "the service is stopping: connect again, and continue at your position"
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class Entry(PendingChunk):
     """A chunk that has not been answered.
 
     Attributes:
         deadline_s: when its client stops waiting, on the monotonic clock.
+        received_bytes: of its frame.
         chunk: None until the body is read.
         job: the chunk in the pipeline, until it has a result.
         span: that of a chunk that is traced.
@@ -61,133 +69,97 @@ class Entry(PendingChunk):
         outcome: the frame to send, once it is known.
     """
 
-    __slots__ = (
-        "chunk",
-        "deadline_s",
-        "frame_id",
-        "is_recorded",
-        "job",
-        "media",
-        "received_bytes",
-        "span",
-    )
-
-    outcome: bytes | None
-
-    def __init__(
-        self,
-        frame_id: FrameId | None,
-        media: Media,
-        stream: str,
-        deadline_s: float,
-        received_bytes: int,
-    ):
-        super().__init__(stream)
-        self.received_bytes = received_bytes
-        self.frame_id = frame_id
-        self.media = media
-        self.deadline_s = deadline_s
-        self.chunk: Chunk | None = None
-        self.job: EnqueuedChunk | None = None
-        self.span: RequestSpan | None = None
-        self.is_recorded = False
+    stream: str
+    media: Media
+    deadline_s: float
+    received_bytes: int
+    frame_id: str | int | None = None
+    appends: bool = True
+    chunk: Chunk | None = None
+    job: EnqueuedChunk | None = None
+    span: RequestSpan | None = None
+    is_recorded: bool = False
+    outcome: bytes | None = None
 
 
+@dataclass(slots=True, eq=False)
 class Session:
     """The chunks of one socket.
 
-    Args:
+    Attributes:
         caller: whose chunks they are.
         stream: the stream of the socket; None if each frame names its own.
         window: most unanswered chunks.
-        socket: receives the frames, and sends the outcomes.
         timeout_s: deadline of each chunk, from the receipt of its frame.
         route: the address of the socket, with the names of its parameters.
         propagated: the headers of the handshake that carry the trace of the caller.
-
-    Attributes:
+        socket: receives the frames, and sends the outcomes; set by `serve`.
         chunks: number of frames received.
+        errors: number of outcomes that are errors.
     """
 
-    def __init__(
-        self,
-        api: ApiContext,
-        caller: Caller,
-        model: str,
-        stream: str | None,
-        window: int,
-        socket: WebSocketProtocol,
-        *,
-        options: ReplyOptions,
-        timeout_s: float,
-        request_id: str,
-        route: str,
-        propagated: Mapping[str, str],
-    ):
-        self._api = api
-        self._caller = caller
-        self._pipeline = api.pipeline
-        self._model = model
-        self._stream = stream
-        self._options = options
-        self._timeout_s = timeout_s
-        self._request_id = request_id
-        self._route = route
-        self._propagated = propagated
-        self._socket = socket
-        self._window = window
-        self._forget = api.access.notify_end(caller, self.revoke)
-        api.recorder.record_websockets(model, 1)
-        self._order: StreamOrder[Entry] = StreamOrder(
-            self._begin, self._resolve, self._release, overlaps=True
-        )
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._progress: asyncio.Future[None] | None = None
-        self.chunks = 0
-        self._errors = 0
-        socket.session = self
+    api: ApiContext
+    caller: Caller
+    model: str
+    stream: str | None
+    window: int
+    options: ReplyOptions
+    timeout_s: float
+    request_id: str
+    route: str
+    propagated: Mapping[str, str]
+    socket: WebSocketProtocol = field(init=False)
+    chunks: int = 0
+    errors: int = 0
+    _order: StreamOrder[Entry] = field(init=False)
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    _progress: asyncio.Future[None] | None = None
 
-    async def serve(self) -> None:
+    async def serve(self, socket: WebSocketProtocol) -> None:
         """Answer frames until the client disconnects or the service stops, and close the socket."""
+        self._order = StreamOrder(self._begin, self._resolve, self._release, overlaps=True)
+        self.socket = socket
+        socket.session = self
+        self.api.recorder.record_websockets(self.model, 1)
+        forget = self.api.access.notify_end(self.caller, self.revoke)
         opened_s = time.monotonic()
         try:
             await self._serve()
         finally:
             self.cancel()
-            self._forget()
-            self._api.recorder.record_websockets(self._model, -1)
+            forget()
+            self.api.recorder.record_websockets(self.model, -1)
             self._log_closed(opened_s)
 
     async def _serve(self) -> None:
         """Receive frames, and at the end answer those that were received."""
-        while (event := await self._socket.receive())["type"] == "websocket.receive":
-            text = event.get("text")
-            if text is None:
-                await self._receive(Media.MSGPACK, event["bytes"])
-            else:
-                await self._receive(Media.JSON, text.encode())
-            await self._wait_until(lambda: self.unanswered < self._window)
-            await self._socket.writable.wait()
+        socket = self.socket
+        while (message := await socket.receive()) is not None:
+            await self._receive(*message)
+            if self.unanswered >= self.window:
+                await self._wait_until(lambda: self.unanswered < self.window)
+            if not socket.writable.is_set():
+                await socket.writable.wait()
             if self._order.is_cleared:
                 return
         await self._wait_until(lambda: not self.unanswered)
-        code = event.get("code")
-        self._socket.close(code, STOPPING if code == CloseCode.SERVICE_RESTART else "")
+        code = socket.end_code
+        socket.close(code, STOPPING if code == CloseCode.SERVICE_RESTART else "")
 
     def _log_closed(self, opened_s: float) -> None:
-        stream = self._stream and access_log.named(self._stream)
-        close = self._socket.conn.close_sent or self._socket.conn.close_rcvd
+        stream = self.stream and access_log.named(self.stream)
+        close = self.socket.conn.close_sent or self.socket.conn.close_rcvd
         log.info(
             "websocket_closed",
-            request_id=self._request_id,
-            route=self._route,
+            request_id=self.request_id,
+            route=self.route,
             code=CloseCode.ABNORMAL_CLOSURE.value if close is None else close.code,
-            model=self._model,
+            model=self.model,
             **({} if stream is None else {"stream": stream}),
             chunks=self.chunks,
-            errors=self._errors,
-            received_bytes=self._socket.received_bytes,
-            sent_bytes=self._socket.sent_bytes,
+            errors=self.errors,
+            received_bytes=self.socket.received_bytes,
+            sent_bytes=self.socket.sent_bytes,
             ms=round((time.monotonic() - opened_s) * 1000, 2),
         )
 
@@ -200,16 +172,16 @@ class Session:
     def _note_progress(self) -> None:
         if self._progress is not None and not self._progress.done():
             self._progress.set_result(None)
-        self._socket.progress += 1
+        self.socket.progress += 1
 
     def _send(self, media: Media, frame: bytes) -> None:
-        self._socket.send_now(frame, is_text=media is Media.JSON)
+        self.socket.send_now(frame, is_text=media is Media.JSON)
 
     def revoke(self, error: CarryError) -> None:
         """Close the socket: its access key is no longer accepted, or cannot be checked."""
         self.cancel()
         is_revoked = isinstance(error, Unauthenticated)
-        self._socket.close(
+        self.socket.close(
             UNAUTHENTICATED if is_revoked else CloseCode.TRY_AGAIN_LATER, error.detail
         )
 
@@ -218,29 +190,32 @@ class Session:
         """The number of chunks that have not been answered."""
         return self._order.unanswered
 
-    async def _receive(self, media: Media, data: bytes) -> None:
+    async def _receive(self, body: bytes, is_text: bool) -> None:
         """Start the chunk of a frame, or answer with its error."""
         self.chunks += 1
-        deadline_s = time.monotonic() + self._timeout_s
+        media = Media.JSON if is_text else Media.MSGPACK
+        deadline_s = time.monotonic() + self.timeout_s
         entry: Entry | None = None
-        if self._stream is not None:
-            entry = self._order.add(Entry(None, media, self._stream, deadline_s, len(data)))
-        codec: ModelCodec | None = None
-        body = bytes(data)
+        if self.stream is not None:
+            entry = self._order.add(Entry(self.stream, media, deadline_s, len(body)))
         try:
-            codec = self._api.codecs[self._model]
-            self._check_admission(self._stream, deadline_s)
-            if len(body) >= LONG_BYTES:
+            reader = self.api.codecs[self.model].reader
+            self._check_admission(self.stream, deadline_s)
+            if len(body) < LONG_BYTES:
+                frame = reader.frame(body, media, self.stream)
+            else:
                 # a task of its own, so that a disconnect ends it
-                reading = self._run(self._read_long(codec, entry, media, body, deadline_s))
+                decode = partial(reader.frame, body, media, self.stream)
+                reading = self._run(self.api.long_bodies.read(len(body), deadline_s, decode))
                 await asyncio.wait([reading])
-                return
-            frame = codec.reader.frame(body, media, self._stream)
-            self._start(entry, media, frame, deadline_s, body)
-        except CarryError as error:
-            self._reject(entry, media, codec, body, deadline_s, error)
+                if reading.cancelled():
+                    return
+                frame = reading.result()
         except Exception as error:
-            self._reject(entry, media, codec, body, deadline_s, log_unexpected_failure(error))
+            frame = Frame(*read_envelope(media, body), _as_carry_error(error))
+        if entry is None and frame.stream is not None:
+            entry = self._order.add(Entry(frame.stream, media, deadline_s, len(body)))
+        self._start(entry, frame, media)
 
     def cancel(self) -> None:
         """Drop the chunks of a client that disconnected, unless they are already in a batch."""
@@ -248,7 +223,7 @@ class Session:
             task.cancel()
         for entry in self._order:
             if entry.job is not None:
-                self._pipeline.cancel(self._caller, entry.job)
+                self.api.pipeline.cancel(self.caller, entry.job)
             self._record(entry, CLIENT_DISCONNECTED)
         self._order.clear()
         self._note_progress()
@@ -260,88 +235,50 @@ class Session:
         Raises:
             Overloaded
         """
-        key = None if stream is None else StreamKey(self._model, stream)
+        key = None if stream is None else StreamKey(self.model, stream)
         left_s = deadline_s - time.monotonic()
-        rejection = self._pipeline.check_admission(self._caller, self._model, key, left_s)
+        rejection = self.api.pipeline.check_admission(self.caller, self.model, key, left_s)
         if rejection is not None:
             raise rejection.copy()
 
-    async def _read_long(
-        self,
-        codec: ModelCodec,
-        entry: Entry | None,
-        media: Media,
-        body: bytes,
-        deadline_s: float,
-    ) -> None:
-        """Read a long frame when it is its turn, and start its chunk."""
-        try:
-            frame = await self._api.long_bodies.read(
-                len(body), deadline_s, partial(codec.reader.frame, body, media, self._stream)
-            )
-            self._start(entry, media, frame, deadline_s, body)
-        except CarryError as error:
-            self._reject(entry, media, codec, body, deadline_s, error)
-        except Exception as error:
-            self._reject(entry, media, codec, body, deadline_s, log_unexpected_failure(error))
-
-    def _start(
-        self, entry: Entry | None, media: Media, frame: Frame, deadline_s: float, body: bytes
-    ) -> None:
+    def _start(self, entry: Entry | None, frame: Frame, media: Media) -> None:
         """Start the chunk of a frame when it is its turn, or answer with its error."""
-        if entry is None and frame.stream is not None:
-            entry = self._order.add(Entry(frame.id, media, frame.stream, deadline_s, len(body)))
-        result = frame.result
+        chunk = frame.result
         if entry is not None:
             entry.frame_id = frame.id
-        if not isinstance(result, CarryError):
+        if isinstance(chunk, CarryError):
             if entry is not None:
-                self._start_in_order(entry, result)
-        elif entry is None:
-            # nothing says which stream it is for
-            self._send(media, self._error_frame(media, frame.id, result, None))
-        else:
-            self._resolve(entry, result)
-
-    def _start_in_order(self, entry: Entry, chunk: Chunk) -> None:
-        if self._api.tracer is not None:
-            began_s = entry.deadline_s - self._timeout_s
-            entry.span = self._api.tracer.start_request(self._propagated, began_s)
-            chunk = replace(chunk, span=entry.span)
-        entry.chunk = chunk
-        entry.appends = chunk.position is None
-        self._order.set_ready(entry)
+                self._resolve(entry, chunk)
+            else:
+                # nothing says which stream it is for
+                self._send(media, self._error_frame(media, frame.id, chunk, None))
+        elif entry is not None:
+            if self.api.tracer is not None:
+                began_s = entry.deadline_s - self.timeout_s
+                entry.span = self.api.tracer.start_request(self.propagated, began_s)
+                chunk = replace(chunk, span=entry.span)
+            entry.chunk = chunk
+            entry.appends = chunk.position is None
+            self._order.set_ready(entry)
 
     def _begin(self, entry: Entry) -> None:
         """Hand a chunk to the pipeline."""
         if entry.chunk is None:
             raise RuntimeError("a chunk that was not read cannot start")
+        on_result = partial(self._on_result, entry)
         try:
             self._check_admission(entry.stream, entry.deadline_s)
-        except CarryError as error:
-            self._resolve(entry, error)
-            return
-        on_result = partial(self._on_result, entry)
-        entry.job = self._pipeline.enqueue(self._caller, entry.chunk, entry.deadline_s, on_result)
+            entry.job = self.api.pipeline.enqueue(
+                self.caller, entry.chunk, entry.deadline_s, on_result
+            )
+        except Exception as error:
+            self._resolve(entry, _as_carry_error(error))
 
     def _on_result(self, entry: Entry, result: Reply | CarryError) -> None:
         entry.job = None
         if not self._order.is_cleared:
             self._resolve(entry, result)
             self._note_progress()
-
-    def _reject(
-        self,
-        entry: Entry | None,
-        media: Media,
-        codec: ModelCodec | None,
-        body: bytes,
-        deadline_s: float,
-        error: CarryError,
-    ) -> None:
-        """Answer a frame that was not read."""
-        frame_id, stream = (None, None) if codec is None else read_envelope(media, body)
-        self._start(entry, media, Frame(frame_id, stream, error), deadline_s, body)
 
     def _resolve(self, entry: Entry, result: Reply | CarryError) -> None:
         """Encode an outcome, and send it when it is its turn."""
@@ -354,10 +291,10 @@ class Session:
             return
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
-        codec = self._api.codecs[self._model]
+        codec = self.api.codecs[self.model]
         is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES[entry.media]
-        outcome = reply_outcome(entry.frame_id, codec.writer.reply(result, self._options))
-        if is_short and self._options == EVERY_STEP:
+        outcome = _outcome(entry.frame_id, 200, reply=codec.writer.reply(result, self.options))
+        if is_short and self.options == EVERY_STEP:
             self._answer(entry, dumps(entry.media, outcome))
         else:
             self._run(self._write_in_pieces(entry, outcome))
@@ -383,18 +320,18 @@ class Session:
         if entry.is_recorded:
             return
         entry.is_recorded = True
-        received_s = entry.deadline_s - self._timeout_s
+        received_s = entry.deadline_s - self.timeout_s
         log_request(
-            self._request_id,
+            self.request_id,
             WEBSOCKET,
-            self._route,
+            self.route,
             status,
             round((time.monotonic() - received_s) * 100_000) / 100,
             RequestFacts(
-                self._model,
+                self.model,
                 entry.stream,
                 None if error is None else error.code,
-                self._caller.key_id,
+                self.caller.key_id,
                 None if error is None else error.reason,
                 entry.received_bytes,
                 sent_bytes,
@@ -407,16 +344,29 @@ class Session:
         self._send(entry.media, entry.outcome or b"")
 
     def _error_frame(
-        self, media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None
+        self, media: Media, frame_id: str | int | None, error: CarryError, stream: str | None
     ) -> bytes:
-        self._errors += 1
-        self._api.recorder.record_error(self._model, error)
-        with bound_contextvars(request_id=self._request_id):
+        self.errors += 1
+        self.api.recorder.record_error(self.model, error)
+        with bound_contextvars(request_id=self.request_id):
             log_failure(error)
-            return dumps(media, error_outcome(frame_id, error, stream))
+            document: dict[str, Any] = {**problem(error)}
+        if stream is not None:
+            document.setdefault("stream", stream)
+        return dumps(media, _outcome(frame_id, document["status"], error=document))
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _as_carry_error(error: Exception) -> CarryError:
+    return error if isinstance(error, CarryError) else log_unexpected_failure(error)
+
+
+def _outcome(frame_id: str | int | None, status: int, **document: Any) -> dict[str, Any]:
+    """The outcome of a chunk: v1's reply, or its problem document."""
+    members = {"status": status, **document}
+    return members if frame_id is None else {"id": frame_id, **members}

@@ -27,7 +27,7 @@ from service.core import errors
 from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
-from service.server.http_protocol import HttpState
+from service.server.interface import HttpState
 from service.transports.v1.call import Call
 from service.transports.v1.context import ModelCodec
 from service.transports.v1.route import Route, parameter

@@ -15,7 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.server.connections import Connections
-from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
+from service.server.http_protocol import HttpProtocol
+from service.server.interface import HTTP_STATE, HttpState
 from service.server.origins import host_rule
 from service.server.settings import ConnectionSettings, HttpSettings
 from service.telemetry.logs import RequestIds

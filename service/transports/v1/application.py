@@ -29,7 +29,7 @@ from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.server.connections import Connections
 from service.server.errors import MethodNotAllowed, RouteNotFound
-from service.server.http_protocol import HttpState
+from service.server.interface import HttpState
 from service.server.origins import host_rule, parse_origins
 from service.settings import Settings
 from service.telemetry.logs import RequestIds

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from service.codec.media import Media, dumps
 from service.codec.pieces import LONG_VALUES, count_values, encode_pieces
 from service.core.values import StreamHead
-from service.server.unsent_reply import UNSENT, UnsentReply
+from service.server.interface import UNSENT, UnsentReply
 from service.transports.common.disconnects import cancel_on_disconnect
 
 Header = tuple[bytes, bytes]

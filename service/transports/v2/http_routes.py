@@ -19,7 +19,7 @@ from service.codec.media import Media
 from service.core.errors import UnsupportedMediaType
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
-from service.server.http_protocol import HttpState
+from service.server.interface import HttpState
 from service.telemetry.logs import RequestIds
 from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.v1.context import ApiContext, api_of, caller_of

@@ -27,7 +27,7 @@ from service.pipeline.watching import Watches
 from service.server.settings import WebSocketSettings
 from service.store.codec import HEADER_BYTES, encode_state
 from service.telemetry.access_log import RequestLine, access_log
-from service.transports.live.application import add_live_sockets
+from service.transports.live.handshake import add_live_sockets
 from service.transports.live.watching import add_watching
 from service.transports.v1 import application
 from service.transports.v1.openapi.document import openapi_document

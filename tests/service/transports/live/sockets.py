@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,14 @@ from service.codec.settings import RequestSettings
 from service.pipeline.watching import Watches
 from service.server.settings import WebSocketSettings
 from service.server.websocket_protocol import WebSocketProtocol
-from service.transports.live.application import add_live_sockets
+from service.transports.live.handshake import add_live_sockets
 from service.transports.live.watching import add_watching
 from tests.service.transports.v1.harness import LIMITS, Harness, harness
 from tests.service.transports.v1.raw_http import HOST, becomes, port_of, serving
 from tests.support.servers import RealServer
 
 ORIGINS = "https://app.example.com"
-SOCKETS = WebSocketSettings(pipelining_window=8, websocket_origins=ORIGINS)
+SOCKETS = WebSocketSettings(pipelining_window=8)
 
 
 @asynccontextmanager
@@ -42,8 +42,8 @@ async def live_application(
 
     def extend_all(app: FastAPI) -> None:
         extend(app)
+        api = app.state.api = replace(app.state.api, origins=frozenset([ORIGINS]))
         add_live_sockets(app, SOCKETS)
-        api = app.state.api
         store = api.pipeline._store
         add_watching(app, Watches(store, store.outputs, api.recorder))
 

@@ -25,7 +25,8 @@ from service.core.tracing import Tracer
 from service.core.values import StreamKey
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Audit, no_audit
-from service.server.http_protocol import HTTP_STATE, HttpProtocol, HttpState
+from service.server.http_protocol import HttpProtocol
+from service.server.interface import HTTP_STATE, HttpState
 from service.server.settings import HttpSettings
 from service.settings import Settings
 from service.store.redis.redis_store import RedisStore

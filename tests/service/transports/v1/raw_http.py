@@ -13,7 +13,9 @@ import orjson
 import ormsgpack
 import uvicorn
 
-from service.server.http_protocol import HTTP_STATE, HttpProtocol
+from service.server.connections import Connections
+from service.server.http_protocol import HttpProtocol
+from service.server.interface import HTTP_STATE
 from tests.service.transports.v1.harness import Harness, rows
 from tests.support.servers import until_async
 
@@ -81,6 +83,12 @@ def port_of(server: uvicorn.Server) -> int:
 def connections_of(server: uvicorn.Server) -> list[HttpProtocol]:
     """The open connections of a server."""
     return [c for c in server.server_state.connections if isinstance(c, HttpProtocol)]
+
+
+def check(connections: Connections, now_s: float) -> None:
+    """Check all connections as at this time."""
+    for _ in connections.check(now_s):
+        pass
 
 
 async def converse(port: int, *parts: bytes, answers: int = 1) -> list[bytes]:

@@ -25,15 +25,13 @@ from service.server.connections import (
     CHECKED_AT_ONCE,
     EXPIRY_COST,
     LINGER_S,
+    MAX_REJECTED,
     Connections,
     Phase,
     client_network,
 )
-from service.server.fast_route import MAX_FAST_REQUEST_BYTES
-from service.server.framing import MAX_DRAIN_BYTES
-from service.server.http_protocol import (
-    MAX_REJECTED,
-)
+from service.server.http_protocol import MAX_DRAIN_BYTES
+from service.server.interface import MAX_FAST_REQUEST_BYTES
 from service.server.open_files import limit_connections_to_open_files
 from service.server.settings import ConnectionSettings
 from tests.service.transports.v1.harness import Harness
@@ -41,6 +39,7 @@ from tests.service.transports.v1.raw_http import (
     PATH,
     answer,
     becomes,
+    check,
     chunk,
     connections_of,
     port_of,
@@ -141,7 +140,7 @@ async def test_connection_timeouts_do_not_apply_while_a_request_is_processed(
 ) -> None:
     async with connected(api) as client:
         client.writer.write(request(chunk(), first=QUERY))
-        await becomes(lambda: client.connection._is_busy, "a request under way")
+        await becomes(lambda: client.connection.requests, "a request under way")
         long_after(client)
         held_back()
         assert await client.statuses(1) == [b"200"]
@@ -219,7 +218,7 @@ async def test_a_complete_body_is_not_rejected_for_incomplete_ones(
     async with serving(api) as server, several(server) as open_one:
         (reader, writer), (late_reader, late_writer) = await open_one(), await open_one()
         writer.write(whole)
-        await becomes(lambda: any(c._is_busy for c in connections_of(server)), "a request")
+        await becomes(lambda: any(c.requests for c in connections_of(server)), "a request")
         late_writer.write(part)
         assert (await answer(late_reader)).startswith(b"HTTP/1.1 429 ")
         held_back()
@@ -285,7 +284,7 @@ async def test_connections_of_one_address_over_its_limit_are_rejected(api: Harne
         writer.write(request(chunk(None)))
         assert (await answer(reader)).startswith(b"HTTP/1.1 200 ")
         with capture_logs() as logs:
-            connections.check(asyncio.get_running_loop().time())
+            check(connections, asyncio.get_running_loop().time())
         (line,) = logs
         assert (line["rejected_by_address"], line["addresses"]) == (1, {"127.0.0.1": 1})
     await becomes(lambda: not connections._per_network, "no connection")
@@ -306,8 +305,8 @@ async def test_connections_over_the_limit_are_rejected(api: Harness) -> None:
         assert await clients[-1][0].read() == b""
         now_s = asyncio.get_running_loop().time()
         with capture_logs() as logs:
-            connections.check(now_s)
-            connections.check(now_s + 1)
+            check(connections, now_s)
+            check(connections, now_s + 1)
         assert [(line["event"], line["rejected"]) for line in logs] == [
             ("connections_closed", MAX_REJECTED + 3)
         ]
@@ -320,17 +319,17 @@ async def test_connection_is_active_unless_nobody_used_it_between_two_checks(api
         await becomes(lambda: len(connections) == 2, "connections")
         now_s = asyncio.get_running_loop().time()
         assert (connections.count_active(), connections.is_full) == (2, False)
-        connections.check(now_s + 1)
+        check(connections, now_s + 1)
         assert connections.count_active() == 0
         used[1].write(request(chunk(None)))
         await answer(used[0])
-        connections.check(now_s + 2)
+        check(connections, now_s + 2)
         assert connections.count_active() == 1
         _, writer = await open_one()
         await becomes(lambda: connections.is_full, "a full worker")
         assert connections.count_active() == 2
-        connections.check(now_s + 3)
-        connections.check(now_s + 4)
+        check(connections, now_s + 3)
+        check(connections, now_s + 4)
         assert connections.count_active() == 0
         writer.close()
         await becomes(lambda: not connections.is_full, "a closed connection")
@@ -346,10 +345,10 @@ async def test_unread_replies_are_shed_over_the_limit(
         client.writer.write(request(chunk(None), stream="deaf") * 2000)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
         now_s = asyncio.get_running_loop().time()
-        connections.check(now_s)
+        check(connections, now_s)
         assert not client.connection.transport.is_closing()
         limit(api, max_pending_reply_bytes=1000)
-        connections.check(now_s)
+        check(connections, now_s)
         await becomes(lambda: not client.server.server_state.connections, "no connection")
 
 
@@ -392,7 +391,7 @@ async def test_a_half_closed_connection_gets_all_replies_however_late_it_reads(
                 connection._half_closed
                 and connection.flow.write_paused
                 and bool(connection._buffered)
-                and not connection._is_busy
+                and not connection.requests
             )
 
         await becomes(waits_for_its_client, "too much to send")
@@ -430,7 +429,7 @@ async def test_a_disconnected_client_is_distinguished_from_a_half_closed_one(
         monkeypatch.setattr(api.pipeline, "process", lambda *_: gate.wait())
         _, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
         writer.write(request(chunk(), first=QUERY))
-        await becomes(lambda: any(c._is_busy for c in connections_of(server)), "a request")
+        await becomes(lambda: any(c.requests for c in connections_of(server)), "a request")
         writer.close()
         await becomes(lambda: not server.server_state.connections, "no connection")
 

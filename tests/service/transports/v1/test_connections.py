@@ -15,9 +15,8 @@ import uvicorn
 
 from service.core.values import StreamKey
 from service.engine.policy import Admission
-from service.server.fast_route import MAX_FAST_REQUEST_BYTES
-from service.server.framing import MAX_HEAD_BYTES, PIECE_BYTES
-from service.server.http_protocol import HttpProtocol
+from service.server.framing import MAX_HEAD_BYTES, PIECE_BYTES, HttpProtocol
+from service.server.interface import MAX_FAST_REQUEST_BYTES
 from service.server.settings import ConnectionSettings
 from service.transports.v1.fast_path import (
     FastPath,
@@ -29,6 +28,7 @@ from tests.service.transports.v1.raw_http import (
     PATH,
     answer,
     becomes,
+    check,
     chunk,
     connections_of,
     port_of,
@@ -95,8 +95,8 @@ def long_after(client: Client, wait_s: float = 3600.0) -> None:
     """Check all connections now and again after a while."""
     connections = client.connection._connections
     now_s = asyncio.get_running_loop().time()
-    connections.check(now_s)
-    connections.check(now_s + wait_s)
+    check(connections, now_s)
+    check(connections, now_s + wait_s)
 
 
 @pytest.fixture

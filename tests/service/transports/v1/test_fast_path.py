@@ -26,7 +26,8 @@ from models.artifact.artifact import Artifact
 from service import app
 from service.access.caller import ANYONE
 from service.server.framing import MAX_HEADERS, check_head
-from service.server.http_protocol import HttpProtocol, HttpState
+from service.server.http_protocol import HttpProtocol
+from service.server.interface import HttpState
 from service.transports.v1.fast_path import FastPath, FastRequest
 from tests.service.engine.batching import patch_admission
 from tests.service.transports.v1.corpus.heads import LISTED

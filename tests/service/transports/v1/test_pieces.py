@@ -25,9 +25,10 @@ from service.codec.pieces import (
     encode_pieces,
 )
 from service.codec.settings import RequestSettings
+from service.server.settings import ConnectionSettings
 from service.transports.v1.replies import LongAnswer, reply
 from tests.service.transports.v1.harness import harness, rows
-from tests.service.transports.v1.raw_http import PATH, becomes, port_of, request, serving
+from tests.service.transports.v1.raw_http import PATH, becomes, check, port_of, request, serving
 from tests.service.transports.v1.test_connections import connected
 from tests.support.servers import RealServer
 
@@ -189,13 +190,13 @@ async def test_a_reply_is_encoded_only_as_the_client_reads(
         assert connection.unsent_bytes > kept_bytes
 
         now_s = asyncio.get_running_loop().time()
-        connection._connections.check(now_s)
+        check(connection._connections, now_s)
         progress = connection.progress
         await client.reader.readexactly(100_000)
         await becomes(
             lambda: connection.progress > progress and connection.flow.write_paused, "more"
         )
-        connection._connections.check(now_s + connection._connections.limits.send_timeout_s + 1)
+        check(connection._connections, now_s + ConnectionSettings().send_timeout_s + 1)
         assert not connection.transport.is_closing(), "it is read, if slowly"
         client.writer.transport.abort()
         await becomes(lambda: not connection._unsent.kept_bytes, "nothing kept")

@@ -8,13 +8,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.server import reading_turns
+from service.server import reading
 from service.server.connections import Connections
-from service.server.reading_turns import LONG_BODY_BYTES, ReadingTurns
+from service.server.reading import LONG_BODY_BYTES, UNCONSUMED, ReadingFlow, ReadingTurns
 from tests.service.transports.v1.harness import LIMITS, harness
 from tests.service.transports.v1.raw_http import answer, becomes, serving
 from tests.service.transports.v1.test_connection_limits import PREDICT, several
@@ -62,27 +63,44 @@ async def test_long_bodies_are_read_one_per_turn_of_the_loop(
     assert len(crowded) <= 2
 
 
+class Flow(ReadingFlow):
+    """The flow of a connection without a socket, which notes when it is read."""
+
+    def __init__(self, number: int, read: list[int]) -> None:
+        super().__init__(Mock())
+        self.number, self.read = number, read
+
+    def resume_reading(self, reason: int = UNCONSUMED) -> None:
+        super().resume_reading(reason)
+        if not self.read_paused:
+            self.read.append(self.number)
+
+
 async def test_the_connection_that_waits_longest_is_read_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Between two of several that wait, the loop has time for other requests."""
-    monkeypatch.setattr(reading_turns, "PAUSE_S", 0.01)
+    monkeypatch.setattr(reading, "PAUSE_S", 0.01)
     turns, read, loop = ReadingTurns(), list[int](), asyncio.get_running_loop()
     began_s = loop.time()
-    for number in range(6):
-        turns.wait(number, lambda number=number: read.append(number))
-    turns.wait(1, lambda: read.append(-1))
-    turns.forget(0)
-    await becomes(lambda: read == list(range(1, 6)), "their order")
+    flows = [Flow(number, read) for number in range(7)]
+    for flow in (*flows, flows[1]):
+        turns.wait(flow)
+    turns.forget(flows[0])
+    flows[2].pause_reading()
+    flows[3].resume_reading()
+    await becomes(lambda: read == [1, 3, 4, 5, 6], "their order")
     # the first and the last do not wait; a timer may be a millisecond early
     assert loop.time() - began_s > 3 * 0.009
+    flows[2].resume_reading()
+    assert read[-1] == 2
 
 
 async def test_a_connection_that_waits_alone_is_read_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reading_turns, "PAUSE_S", math.inf)
+    monkeypatch.setattr(reading, "PAUSE_S", math.inf)
     turns, read = ReadingTurns(), list[int]()
     for number in range(3):
-        turns.wait(number, lambda number=number: read.append(number))
+        turns.wait(Flow(number, read))
         await becomes(lambda number=number: read[-1:] == [number], "its turn")

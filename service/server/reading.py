@@ -1,0 +1,84 @@
+"""Whether the socket of a connection is read; long bodies are read round robin.
+
+In one turn of the event loop, every socket with input is read. With a hundred uploads, a turn
+processes megabytes, and a chunk that arrived meanwhile waits for all of it. So a connection whose
+body is long is paused after each read, and the paused ones are resumed one by one, the one that has
+waited longest first. In the pauses between them the loop serves other requests: a chunk takes
+several turns, each of which would otherwise also copy a part of a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from uvicorn.protocols.http.flow_control import FlowControl
+
+LONG_BODY_BYTES: Final = 64 * 1024
+"""A body is read in turns once more than this has arrived; few chunks are longer."""
+
+PAUSE_S: Final = 0.002
+"""Time between two reads, of at most 256 KiB, while several connections wait: 128 MiB a second."""
+
+
+UNCONSUMED: Final = 1
+"""Reason not to read: the application has not consumed what was received."""
+
+BUFFER_FULL: Final = 2
+"""Reason not to read: too many bytes of pipelined requests are buffered."""
+
+OTHERS_TURN: Final = 4
+"""Reason not to read: other connections have their turn."""
+
+
+class ReadingFlow(FlowControl):
+    """uvicorn's flow control, which reads once there is no reason left to pause.
+
+    Attributes:
+        pauses: the reasons, as bits.
+    """
+
+    pauses = 0
+
+    def pause_reading(self, reason: int = UNCONSUMED) -> None:
+        """Pause reading for a reason."""
+        self.pauses |= reason
+        super().pause_reading()
+
+    def resume_reading(self, reason: int = UNCONSUMED) -> None:
+        """Resume reading if there is no other reason to pause."""
+        self.pauses &= ~reason
+        if not self.pauses:
+            super().resume_reading()
+
+
+class ReadingTurns:
+    """The connections of a worker that wait for their turn; use from one event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[ReadingFlow, None] = {}
+        self._is_scheduled = False
+
+    def wait(self, flow: ReadingFlow) -> None:
+        """Pause a connection until its turn."""
+        flow.pause_reading(OTHERS_TURN)
+        self._waiting.setdefault(flow)
+        self._schedule()
+
+    def forget(self, flow: ReadingFlow) -> None:
+        """Remove a connection that was closed."""
+        self._waiting.pop(flow, None)
+
+    def _schedule(self) -> None:
+        if self._waiting and not self._is_scheduled:
+            self._is_scheduled = True
+            pause_s = PAUSE_S if len(self._waiting) > 1 else 0.0
+            asyncio.get_running_loop().call_later(pause_s, self._run)
+
+    def _run(self) -> None:
+        self._is_scheduled = False
+        if self._waiting:
+            flow = next(iter(self._waiting))
+            del self._waiting[flow]
+            flow.resume_reading(OTHERS_TURN)
+            self._schedule()
