@@ -30,7 +30,7 @@ from service.server.connections import (
     Phase,
     client_network,
 )
-from service.server.http_protocol import MAX_DRAIN_BYTES
+from service.server.framing import MAX_DRAIN_BYTES
 from service.server.interface import MAX_FAST_REQUEST_BYTES
 from service.server.open_files import limit_connections_to_open_files
 from service.server.settings import ConnectionSettings

@@ -15,7 +15,8 @@ import uvicorn
 
 from service.core.values import StreamKey
 from service.engine.policy import Admission
-from service.server.framing import MAX_HEAD_BYTES, PIECE_BYTES, HttpProtocol
+from service.server.framing import MAX_HEAD_BYTES, PIECE_BYTES
+from service.server.http_protocol import HttpProtocol
 from service.server.interface import MAX_FAST_REQUEST_BYTES
 from service.server.settings import ConnectionSettings
 from service.transports.v1.fast_path import (
