@@ -45,7 +45,6 @@ from service.transports.v1.problems import (
     connection_error_response,
     problem_response,
 )
-from service.transports.v1.replies import Header
 from service.transports.v1.request_log import RequestLogMiddleware
 from service.transports.v1.route import Route
 from service.transports.v1.table import HEALTH, METRICS, ROUTES
@@ -137,10 +136,10 @@ def create_application(
     return app
 
 
-async def _answer_error(request: Request, error: Any, headers: Iterable[Header] = ()) -> Response:
+async def _answer_error(request: Request, error: Any) -> Response:
     """Log and count an error of the service, and answer it with its problem document."""
     log_failure(error)
-    response = _error_response(request, error, headers)
+    response = _error_response(request, error)
     # a frame of its traceback may refer to it, and another one to the body
     detached(error)
     return response
@@ -152,21 +151,20 @@ async def _answer_routing_error(request: Request, error: Any) -> Response:
     if error.status_code == 404:
         is_documented = request.app.state.has_documentation
         expected = "an address that GET /docs lists" if is_documented else "a known address"
-        no_route = RouteNotFound(f"expected {expected}, got {path[:300]!r}")
-        return await _answer_error(request, no_route)
-    if error.status_code == 405:
+        error = RouteNotFound(f"expected {expected}, got {path[:300]!r}")
+    elif error.status_code == 405:
         # FastAPI would name the methods of the first route at this address only
         methods: set[str] = set()
         for route in request.app.routes:
             if route.matches(request.scope)[0] is not Match.NONE:
                 methods.update(getattr(route, "methods", None) or ())
         allowed = sorted(methods)
-        not_allowed = MethodNotAllowed(
+        error = MethodNotAllowed(
             f"expected {' or '.join(allowed)}, got {method}", expected=allowed, got=method
         )
-        headers = [(b"allow", ", ".join(allowed).encode())]
-        return await _answer_error(request, not_allowed, headers)
-    raise error
+    else:
+        raise error
+    return await _answer_error(request, error)
 
 
 async def _answer_failure(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,9 +173,7 @@ async def _answer_failure(error: Exception, scope: Scope, receive: Receive, send
     await response(scope, receive, send)
 
 
-def _error_response(
-    request: Request, error: CarryError, headers: Iterable[Header] = ()
-) -> Response:
+def _error_response(request: Request, error: CarryError) -> Response:
     # before routing there is no path parameter; the recorder bounds the names of models
     model = request.scope.get("path_params", {}).get("model", "-")
     api_of(request).recorder.record_error(model, error)
@@ -186,7 +182,7 @@ def _error_response(
         if f"{request.url.path}/".startswith(f"{prefix}/"):
             response: Response = answer(error)
             return response
-    return problem_response(error, request, headers)
+    return problem_response(error, request)
 
 
 def add_documentation(app: FastAPI, documented: FastAPI, **parameters: Any) -> None:

@@ -9,7 +9,7 @@ of the service. It is `application/problem+json`, or MessagePack if that is acce
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Final, cast
 
@@ -18,10 +18,16 @@ from structlog.contextvars import bound_contextvars
 
 from service.codec.media import Media, dumps
 from service.core import errors
-from service.core.errors import CarryError, NotAcceptable, Overloaded, UnsupportedMediaType
+from service.core.errors import (
+    CarryError,
+    NotAcceptable,
+    Overloaded,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
 from service.pipeline.recorder import Recorder
 from service.server import errors as http_errors
-from service.server.errors import TooManyConnections, UpgradeRequired
+from service.server.errors import MethodNotAllowed, TooManyConnections, UpgradeRequired
 from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds, current_request_id
 from service.transports.v1.replies import Answer, Header
@@ -134,12 +140,16 @@ def problem(error: CarryError, request_id: str | None = None) -> Problem:
     return cast(Problem, document)
 
 
-def problem_headers(document: Problem) -> list[Header]:
-    """The ETag of a problem that names a state, `Retry-After` of a temporary one, and the
-    challenge of a request without a key."""
+def problem_headers(error: CarryError, document: Problem) -> list[Header]:
+    """The headers beside a problem document: the ETag of a state that it names, `Retry-After` of a
+    temporary problem, and what HTTP requires of a status."""
     headers: list[Header] = []
-    if document["status"] == 401:
+    if isinstance(error, Unauthenticated):
         headers.append((b"www-authenticate", b'Bearer realm="carry"'))
+    elif isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", ", ".join(error.facts.get("expected", ())).encode()))
+    elif isinstance(error, UpgradeRequired):
+        headers += [(b"upgrade", b"websocket"), (b"sec-websocket-version", b"13")]
     if "retry_after_s" in document:
         seconds = max(1, math.ceil(document["retry_after_s"]))
         headers.append((b"retry-after", b"%d" % seconds))
@@ -149,32 +159,25 @@ def problem_headers(document: Problem) -> list[Header]:
     return headers
 
 
-def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = ()) -> Answer:
-    """The response to a request that failed as a whole.
-
-    Args:
-        media: media type of the response.
-        headers: further ones, their names in lower case.
-    """
+def problem_answer(error: CarryError, media: Media) -> Answer:
+    """The response to a request that failed as a whole, in a media type."""
     document = problem(error)
-    if isinstance(error, UpgradeRequired):
-        headers = [*headers, (b"upgrade", b"websocket"), (b"sec-websocket-version", b"13")]
     content_type = PROBLEM_JSON if media is Media.JSON else media.value
     return Answer(
         dumps(media, document),
         (b"content-type", content_type.encode()),
         document["status"],
-        [*headers, *problem_headers(document)],
+        problem_headers(error, document),
     )
 
 
-def problem_response(error: CarryError, request: Request, headers: Iterable[Header] = ()) -> Answer:
+def problem_response(error: CarryError, request: Request) -> Answer:
     """The same, in the media type of the reply: by Accept, else that of the body, else JSON."""
     try:
         media = reply_media(request, body_media(request))
     except (NotAcceptable, UnsupportedMediaType):
         media = Media.JSON
-    return problem_answer(error, media, headers)
+    return problem_answer(error, media)
 
 
 def error_response(

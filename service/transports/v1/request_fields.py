@@ -34,11 +34,8 @@ MAX_PARAMETERS = 16
 """Maximum parameters of a query."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
-
 REPLY_PARAMETERS = ("return_sequences", "return_state", "return_attention")
 """Names of the query parameters that `reply_options` reads."""
-PREDICT_PARAMETERS = (*REPLY_PARAMETERS, "return_state_token")
-"""Names of the query parameters of a prediction."""
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:

@@ -25,7 +25,6 @@ _STREAM: Final = f"{_STREAMS}/{{stream}}"
 
 _TEXT: Final = {"type": "string"}
 _OFF: Final = {"type": "boolean", "default": False}
-_COUNT: Final = {"type": "integer", "minimum": 1}
 
 _ETAG: Final[dict[str, Any]] = {
     "ETag": {
@@ -76,6 +75,10 @@ _RETURN_STATE_TOKEN: Final = parameter(
     _OFF,
 )
 _PREFIX: Final = "Only streams whose names begin with this."
+_PAGE: Final = (
+    parameter("query", "cursor", "The `cursor` of the reply before.", _TEXT),
+    parameter("query", "limit", "About how many streams.", {"type": "integer", "minimum": 1}),
+)
 
 STORE: Final = (errors.StoreUnavailable, errors.StoreRefused)
 _COMMIT: Final = (*STORE, errors.OutcomeUnknown, errors.NotDurable)
@@ -233,11 +236,7 @@ ROUTES: Final = (
         verbs=(Verb.LIST,),
         replies={200: "One page."},
         reply=reply_types.StreamList,
-        parameters=(
-            parameter("query", "prefix", _PREFIX, _TEXT),
-            parameter("query", "cursor", "The `cursor` of the page before.", _TEXT),
-            parameter("query", "limit", "About how many names.", _COUNT),
-        ),
+        parameters=(parameter("query", "prefix", _PREFIX, _TEXT), *_PAGE),
         problems=(errors.InvalidName, *STORE),
     ),
     Route(
@@ -247,11 +246,7 @@ ROUTES: Final = (
         verbs=(Verb.DELETE,),
         replies={200: "Deleted."},
         reply=reply_types.Deleted,
-        parameters=(
-            parameter("query", "prefix", _PREFIX, _TEXT, required=True),
-            parameter("query", "cursor", "The `cursor` of the request before.", _TEXT),
-            parameter("query", "limit", "About how many streams.", _COUNT),
-        ),
+        parameters=(parameter("query", "prefix", _PREFIX, _TEXT, required=True), *_PAGE),
         problems=(errors.InvalidName, errors.Conflict, *_COMMIT),
     ),
     Route(

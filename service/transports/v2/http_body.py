@@ -18,7 +18,6 @@ from msgspec import Meta
 from service.codec.decoding import decode, invalid
 from service.codec.media import Media, encode_json
 from service.core.errors import BodyTooLarge, CarryError, MalformedBody
-from service.server.errors import MethodNotAllowed
 from service.transports.v1.problems import problem, problem_headers
 from service.transports.v1.replies import Answer, Header
 from service.transports.v2.inference import InferReply
@@ -178,9 +177,7 @@ def error_answer(error: CarryError) -> Answer:
     `Carry-Error` has the code alone."""
     document = problem(error)
     content = {"error": f"{error.code}: {error.detail}", **document}
-    headers = [(b"carry-error", error.code.encode()), *problem_headers(document)]
-    if isinstance(error, MethodNotAllowed):
-        headers.append((b"allow", ", ".join(error.facts["expected"]).encode()))
+    headers = [(b"carry-error", error.code.encode()), *problem_headers(error, document)]
     return json_answer(content, document["status"], headers)
 
 

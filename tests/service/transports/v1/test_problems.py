@@ -127,6 +127,18 @@ async def test_a_full_queue_and_a_stopping_service_reject_chunks(
         problem(await stopping.chunk(BODY), 503, "shutting_down")
 
 
+async def test_a_long_body_is_rejected_undecoded_if_the_queue_is_full(
+    pipeline_server: RealServer, models: Mapping[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.transports.v1.call.LONG_BYTES", 1)
+    async with harness(pipeline_server, models, max_queue=0, fast_path=False) as full:
+        problem(await full.chunk(b"{"), 429, "overloaded")
+        many = await full.client.post("/v1/models/probe/chunks", content=b"{")
+        problem(many, 429, "overloaded")
+        predicted = await full.client.post("/v1/models/probe/predict", content=b"{")
+        problem(predicted, 400, "malformed_body")
+
+
 async def test_unexpected_exceptions_reveal_no_internals(
     api: Harness, capsys: pytest.CaptureFixture[str]
 ) -> None:
