@@ -42,8 +42,10 @@ class Commands(TyperGroup):
         """Run the command of the command line."""
         try:
             return super().invoke(ctx)
-        except (CarryError, ModelsError, OperatorError, ModuleNotFoundError) as error:
+        except (CarryError, ModelsError, OperatorError, OSError, ModuleNotFoundError) as error:
             line = error.detail if isinstance(error, CarryError) else str(error)
+            if isinstance(error, OSError) and ctx.invoked_subcommand == "serve":
+                raise  # of the service: not expected
             if isinstance(error, ModuleNotFoundError):
                 extra = EXTRAS.get(ctx.invoked_subcommand or "")
                 if extra is None:

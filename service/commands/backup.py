@@ -21,7 +21,6 @@ import typer
 from service.commands.common import (
     DataDir,
     RedisUrl,
-    open_settings,
     run_on_store,
     show_progress,
 )
@@ -55,30 +54,27 @@ def backup(
     data_dir: DataDir = None,
 ) -> None:
     """Write every stream's state into a file, whether the service runs or not."""
+    from service.settings import Settings
     from service.store.backup import BackupInfo, write_backup
 
     key_hint = ""
-    with (
-        open_settings(redis_url, data_dir) as settings,
-        _open_output(file, is_secret=keys) as target,
-        show_progress("backing up") as show,
-    ):
-        created_ms = round(time.time() * 1000)
+    namespace = Settings.load().store.namespace
 
-        async def run(store: Store) -> BackupProgress:
-            nonlocal key_hint
-            version, records = await store.keys.read(None) or (b"", {})
-            stored = (records if keys else {}) if version else None
-            if records:
-                count = f"{len(records):,} access key{'' if len(records) == 1 else 's'}"
-                key_hint = f" and {count}" if keys else f", without the {count} (--keys)"
-            info = BackupInfo(created_ms, settings.store.namespace, model, prefix, stored)
-            return await write_backup(store, target, info, lambda done: show(done.streams))
+    async def write(store: Store) -> BackupProgress:
+        nonlocal key_hint
+        version, records = await store.keys.read(None) or (b"", {})
+        stored = (records if keys else {}) if version else None
+        if records:
+            count = f"{len(records):,} access key{'' if len(records) == 1 else 's'}"
+            key_hint = f" and {count}" if keys else f", without the {count} (--keys)"
+        info = BackupInfo(round(time.time() * 1000), namespace, model, prefix, stored)
+        return await write_backup(store, target, info, lambda done: show(done.streams))
 
-        progress = run_on_store(settings, run)
+    with _open_output(file, is_secret=keys) as target, show_progress("backing up") as show:
+        progress = run_on_store(redis_url, data_dir, write)
     # another namespace would look like an empty store, and its backup like a good one
     what = "none of these is" if model is not None or prefix else "none is"
-    none = f"{what} in the namespace {settings.store.namespace!r} (CARRY_NAMESPACE)"
+    none = f"{what} in the namespace {namespace!r} (CARRY_NAMESPACE)"
     hint = "" if progress.streams or progress.damaged else f": {none}"
     typer.echo(f"backed up {_count(progress.streams)}{key_hint}{hint}", err=True)
     if progress.damaged:
@@ -115,31 +111,28 @@ def restore(
     from service.store.backup import BackupError, BackupReader, restore_backup
 
     lines: list[str] = []
-    with (
-        open_settings(redis_url, data_dir, create=True) as settings,
-        nullcontext(sys.stdin.buffer) if file == "-" else Path(file).open("rb") as source,
-        show_progress("restoring") as show,
-    ):
+
+    async def write(store: Store) -> BackupProgress:
+        # before the streams, so that no service answers for them without a key
+        lines.extend(await _restore_keys(store.keys, reader.info.keys, keys, replace))
+        return await restore_backup(
+            *(store, reader),
+            model=model,
+            prefix=prefix,
+            replace=replace,
+            report=lambda done: show(done.streams + done.kept),
+        )
+
+    with nullcontext(sys.stdin.buffer) if file == "-" else Path(file).open("rb") as source:
         if source.seekable():
             for _ in BackupReader(source):
                 pass  # the whole file is valid before anything is written
             source.seek(0)
         reader = BackupReader(source)
-
         if keys and not reader.info.keys:
             raise BackupError("the backup has no access keys; `carry backup --keys` includes them")
-
-        def report(done: BackupProgress) -> None:
-            show(done.streams + done.kept)
-
-        async def run(store: Store) -> BackupProgress:
-            # before the streams, so that no service answers for them without a key
-            lines.extend(await _restore_keys(store.keys, reader.info.keys, keys, replace))
-            return await restore_backup(
-                store, reader, model=model, prefix=prefix, replace=replace, report=report
-            )
-
-        progress = run_on_store(settings, run)
+        with show_progress("restoring") as show:
+            progress = run_on_store(redis_url, data_dir, write, create=True)
     kept = f", kept {progress.kept:,} that the store has already" if progress.kept else ""
     typer.echo(f"restored {_count(progress.streams)}{kept}", err=True)
     for line in lines:

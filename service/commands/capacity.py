@@ -38,30 +38,34 @@ def capacity(
     settings = Settings.load({})
     artifact = _find(model, settings.models.models_dir)
     chunks_per_s = rate / chunk
-    state, reply_bytes = artifact.state, 4 * chunk * artifact.outputs.size
     prefix = f"{settings.store.namespace}{{p0000}}:s:{artifact.spec.name}:"
-    planned = formula.StoredStreams(
-        count=streams,
-        state_bytes=4 * state.float_size + 8 * state.int_size,
-        key_bytes=len(prefix) + name_chars,
-        reply_bytes=reply_bytes if reply_bytes <= settings.store.reply_max_bytes else 0,
-        replies=min(streams, round(chunks_per_s * settings.store.reply_ttl_s)) if rate else streams,
-        idle_ttl=settings.store.idle_ttl_s > 0,
-    )
+    state_bytes = 4 * artifact.state.float_size + 8 * artifact.state.int_size
+    reply_bytes = 4 * chunk * artifact.outputs.size
+    replies = min(streams, round(chunks_per_s * settings.store.reply_ttl_s)) if rate else streams
+    if reply_bytes > settings.store.reply_max_bytes:
+        replies = 0
     rows = {
         "model": f"{artifact.spec.name}, version {artifact.version}",
-        "raw state": f"{planned.state_bytes:,} bytes",
-        "stored replies": f"{planned.replies:,} of {planned.reply_bytes:,} bytes",
+        "raw state": f"{state_bytes:,} bytes",
+        "stored replies": f"{replies:,} of {reply_bytes:,} bytes",
     }
     for server in ("valkey", "redis"):
-        data_bytes = formula.stored_bytes(planned, server)
+        data_bytes = formula.stored_bytes(
+            server,
+            streams=streams,
+            state_bytes=state_bytes,
+            key_bytes=len(prefix) + name_chars,
+            replies=replies,
+            reply_bytes=reply_bytes,
+            idle_ttl=settings.store.idle_ttl_s > 0,
+        )
         servers = formula.primaries(data_bytes, node_gib * GIB, chunks_per_s)
         rows |= {
             f"{server}: data": f"{_size(data_bytes)}, {data_bytes / streams:,.0f} bytes a stream",
             f"{server}: memory": _size(formula.COPY_FACTOR * data_bytes),
             f"{server}: primaries": f"{servers:,} of {node_gib:g} GiB",
         }
-    cache_bytes = formula.cache_bytes(planned)
+    cache_bytes = formula.cache_bytes(streams, state_bytes)
     rows["state cache"] = f"{_size(cache_bytes)} in each worker holds every state"
     if rate:
         per_core = chunks_per_core or formula.CHUNKS_PER_S

@@ -13,7 +13,6 @@ Memory of the server itself, of its clients and of its replication buffer is not
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Final
 
 from service.pipeline.state_cache import OVERHEAD_BYTES
@@ -30,27 +29,6 @@ UTILIZATION: Final = 0.5
 
 COPY_FACTOR: Final = 2.0
 """Memory of a server, as a multiple of its data: copy-on-write during a rewrite of its file."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredStreams:
-    """What is stored.
-
-    Attributes:
-        count: streams.
-        state_bytes: raw values of a state.
-        key_bytes: average length of a key.
-        reply_bytes: outputs of a stored reply; 0 if none is stored.
-        replies: stored replies at a time.
-        idle_ttl: whether states have a lifetime.
-    """
-
-    count: int
-    state_bytes: int
-    key_bytes: int
-    reply_bytes: int
-    replies: int
-    idle_ttl: bool = False
 
 
 def valkey_key_bytes(key: int, value: int, *, expires: bool) -> int:
@@ -82,20 +60,35 @@ def _jemalloc(size: int) -> int:
     return -(-size // step) * step
 
 
-def stored_bytes(streams: StoredStreams, server: str) -> int:
-    """Memory of the streams in a server: `valkey` or `redis`."""
+def stored_bytes(
+    server: str,
+    *,
+    streams: int,
+    state_bytes: int,
+    key_bytes: int,
+    replies: int = 0,
+    reply_bytes: int = 0,
+    idle_ttl: bool = False,
+) -> int:
+    """Memory of streams in a server.
+
+    Args:
+        server: `valkey` or `redis`.
+        state_bytes: raw values of a state.
+        key_bytes: average length of a key.
+        replies: replies that are stored at a time.
+        reply_bytes: outputs of one.
+        idle_ttl: whether states have a lifetime.
+    """
     measure = valkey_key_bytes if server == "valkey" else redis_key_bytes
-    key = streams.key_bytes
-    state = measure(key, HEADER_BYTES + streams.state_bytes, expires=streams.idle_ttl)
-    reply = 0
-    if streams.reply_bytes:
-        reply = measure(key, REPLY_HEADER_BYTES + streams.reply_bytes, expires=True)
-    return streams.count * state + streams.replies * reply
+    state = measure(key_bytes, HEADER_BYTES + state_bytes, expires=idle_ttl)
+    reply = measure(key_bytes, REPLY_HEADER_BYTES + reply_bytes, expires=True)
+    return streams * state + replies * reply
 
 
-def cache_bytes(streams: StoredStreams) -> int:
+def cache_bytes(streams: int, state_bytes: int) -> int:
     """Size of a worker's cache that holds every stream's state."""
-    return streams.count * (streams.state_bytes + OVERHEAD_BYTES)
+    return streams * (state_bytes + OVERHEAD_BYTES)
 
 
 def workers(chunks_per_s: float, chunks_per_core: float = CHUNKS_PER_S) -> int:

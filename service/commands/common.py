@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -13,7 +13,6 @@ import typer
 from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
-    from service.settings import Settings
     from service.store.base import Store
 
 T = TypeVar("T")
@@ -26,37 +25,25 @@ DataDir = Annotated[
 ]
 
 
-@contextmanager
-def open_settings(
-    redis_url: str | None, data_dir: Path | None, *, create: bool = False
-) -> Iterator[Settings]:
-    """The settings of a command that accesses the store itself, with the store's address.
+def run_on_store(
+    redis_url: str | None,
+    data_dir: Path | None,
+    action: Callable[[Store], Awaitable[T]],
+    *,
+    create: bool = False,
+) -> T:
+    """Act on the store of the settings, which a running service may use too, and close it.
 
     Args:
         create: whether the data directory of the embedded Valkey may be new.
     """
     from service.settings import Settings
     from service.store.embedded import running_valkey
+    from service.store.redis.redis_store import RedisStore
     from service.telemetry.logs import configure_logs
 
     settings = Settings.load({"redis_url": redis_url, "data_dir": data_dir})
     configure_logs("warning", "console")
-    store = settings.store
-    try:
-        if store.redis_url is not None:
-            yield settings
-            return
-        if not create and not store.data_dir.is_dir():
-            raise OperatorError(f"there is no data directory {store.data_dir}")
-        with running_valkey(store.data_dir, fsync=store.durability == "fsync") as url:
-            yield settings.changed(redis_url=url)
-    except OSError as error:
-        raise OperatorError(str(error)) from error
-
-
-def run_on_store(settings: Settings, action: Callable[[Store], Awaitable[T]]) -> T:
-    """Act on the store of the settings, and close it."""
-    from service.store.redis.redis_store import RedisStore
 
     async def run() -> T:
         store = RedisStore(settings.store)
@@ -66,7 +53,14 @@ def run_on_store(settings: Settings, action: Callable[[Store], Awaitable[T]]) ->
         finally:
             await store.close()
 
-    return asyncio.run(run())
+    with ExitStack() as stack:
+        store = settings.store
+        if store.redis_url is None:
+            if not create and not store.data_dir.is_dir():
+                raise OperatorError(f"there is no data directory {store.data_dir}")
+            valkey = running_valkey(store.data_dir, fsync=store.durability == "fsync")
+            settings = settings.changed(redis_url=stack.enter_context(valkey))
+        return asyncio.run(run())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.commands.common import DataDir, RedisUrl, open_settings, run_on_store
+from service.commands.common import DataDir, RedisUrl, run_on_store
 from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def create_key(
         limits=None if limits == KeyLimits() else limits,
     )
     text, record = new_key(record)
-    with open_settings(redis_url, data_dir, create=True) as settings:
-        run_on_store(settings, lambda store: store.keys.write({text.key_id: encode_key(record)}))
+    stored = {text.key_id: encode_key(record)}
+    run_on_store(redis_url, data_dir, lambda store: store.keys.write(stored), create=True)
     typer.echo(f"key {text.key_id}: {_scope(record)}; it is not shown again:", err=True)
     typer.echo(str(text))
 
@@ -101,8 +101,7 @@ def create_key(
 @keys_app.command("list")
 def list_keys(redis_url: RedisUrl = None, data_dir: DataDir = None) -> None:
     """Print a line for each key, the oldest first."""
-    with open_settings(redis_url, data_dir) as settings:
-        keys = run_on_store(settings, _read)
+    keys = run_on_store(redis_url, data_dir, _read)
     for key_id, key in sorted(keys.items(), key=lambda item: item[1].created_ms):
         typer.echo(describe(key_id, key))
 
@@ -112,8 +111,7 @@ def show_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = None
     """Print what a key allows as JSON."""
     import msgspec
 
-    with open_settings(redis_url, data_dir) as settings:
-        key = _find(run_on_store(settings, _read), key_id)
+    key = _find(run_on_store(redis_url, data_dir, _read), key_id)
     document: dict[str, Any] = {
         "id": key_id,
         "name": key.name,
@@ -143,8 +141,7 @@ def revoke_key(key_id: KeyId, redis_url: RedisUrl = None, data_dir: DataDir = No
             await store.keys.write({key_id: encode_key(key)})
         return key
 
-    with open_settings(redis_url, data_dir) as settings:
-        key = run_on_store(settings, revoke)
+    key = run_on_store(redis_url, data_dir, revoke)
     typer.echo(f"revoked {key_id}, {key.name}")
 
 

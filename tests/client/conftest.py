@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from carry_client import Carry, Model, Stream
-from service.commands.replay.events import StreamEvents
+from service.commands.replay.send import StreamEvents
 from tests.service.commands.replay.conftest import background, standin, streams, table
 from tests.support.service import Service
 

@@ -112,8 +112,7 @@ def replay(
     from models.errors import ModelsError
     from models.pretrained.departures import flight_events
     from models.training.files import read_data
-    from service.commands.replay.events import event_schema, split_streams
-    from service.commands.replay.send import Replay
+    from service.commands.replay.send import Replay, event_schema, split_streams
     from service.commands.replay.verify import keras_runner, open_reference, verify_outputs
 
     async def run() -> dict[str, Any]:

@@ -24,8 +24,13 @@ from models.errors import ArtifactError
 from models.offline.runner import OrderedEvents, Runner, open_keras_step
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec
-from service.commands.replay.events import ReplayError, StreamEvents
-from service.commands.replay.send import ABSOLUTE, FloatRows, excess
+from service.commands.replay.send import (
+    ABSOLUTE,
+    FloatRows,
+    ReplayError,
+    StreamEvents,
+    excess,
+)
 
 MAX_PADDED_STEPS = 65_536
 """Rows times steps of one call; a longer stream goes alone."""

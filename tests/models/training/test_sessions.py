@@ -17,7 +17,7 @@ from models.spec.model import ModelSpec, parse_spec
 from models.training.data import Streams, fitted_spec, streams_of
 from models.training.evaluate import run_chunks
 from models.training.plan import plan_of
-from service.commands.replay.events import StreamEvents
+from service.commands.replay.send import StreamEvents
 from service.commands.replay.verify import verify_outputs
 from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.training import HOUR_MS, latch_frame, latch_spec

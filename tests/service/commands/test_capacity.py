@@ -7,7 +7,6 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from carry.cli import app
-from service.commands.capacity_formula import StoredStreams as Planned
 from service.commands.capacity_formula import cache_bytes, primaries, stored_bytes, workers
 from service.pipeline.state_cache import StateCache
 from service.store.codec import encode_state
@@ -39,20 +38,20 @@ def test_formula_is_within_its_error_of_the_memory_of_a_server(kind: str) -> Non
                     pipeline.set(state_key, encode_state(commit.new), px=idle_ttl_ms)
                 pipeline.execute()
             used = client.info("memory")["used_memory"] - before
-            planned = Planned(
-                count=COUNT,
+            computed = stored_bytes(
+                kind,
+                streams=COUNT,
                 state_bytes=4 * floats + 8 * ints,
                 key_bytes=len(keys.state(commit.key)),
                 reply_bytes=4 * STEPS * OUTPUTS,
                 replies=COUNT,
                 idle_ttl=idle_ttl_ms is not None,
             )
-            assert stored_bytes(planned, kind) == pytest.approx(used, rel=ERROR)
+            assert computed == pytest.approx(used, rel=ERROR)
 
 
 def test_a_cache_of_the_computed_size_holds_every_state() -> None:
-    planned = Planned(100, 4 * 50 + 8 * 2, 16, 0, 0)
-    cache, streams = StateCache(cache_bytes(planned)), Streams()
+    cache, streams = StateCache(cache_bytes(100, 4 * 50 + 8 * 2)), Streams()
     for number in range(100):
         cache.put(key(f"s{number}"), cached(streams.first(floats=50, ints=2)))
     assert cache.get(key("s0")) is not None

@@ -15,8 +15,7 @@ import uvloop
 from aiohttp.test_utils import TestServer
 
 from carry_client import AsyncCarry
-from service.commands.replay.events import StreamEvents, split_streams
-from service.commands.replay.send import Replay
+from service.commands.replay.send import Replay, StreamEvents, split_streams
 from tests.service.commands.replay.standin import SPEC, Standin
 from tests.support.oracle import contracting_weights
 

@@ -15,8 +15,14 @@ from carry_client import ModelDescription, Output, read_description
 from models.errors import DataError
 from models.events.parse import event_json_schema
 from models.training.files import read_data
-from service.commands.replay.events import ReplayError, StreamEvents, event_schema, split_streams
-from service.commands.replay.send import ABSOLUTE, excess
+from service.commands.replay.send import (
+    ABSOLUTE,
+    ReplayError,
+    StreamEvents,
+    event_schema,
+    excess,
+    split_streams,
+)
 from tests.service.commands.replay.standin import SPEC
 from tests.support.events import FULL_SCHEMA
 from tests.support.strict_events import event_adapter

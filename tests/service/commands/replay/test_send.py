@@ -14,8 +14,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from carry_client import AsyncCarry
-from service.commands.replay.events import ReplayError, StreamEvents
-from service.commands.replay.send import Replay
+from service.commands.replay.send import Replay, ReplayError, StreamEvents
 from tests.service.commands.replay.conftest import LENGTHS, Replayed, replay
 from tests.service.commands.replay.standin import Standin
 

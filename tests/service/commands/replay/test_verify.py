@@ -15,7 +15,7 @@ from models.artifact.artifact import Artifact, write_artifact
 from models.offline.runner import Runner
 from service.commands.replay import verify as verify_module
 from service.commands.replay.command import EXIT_UNFINISHED, replay
-from service.commands.replay.events import StreamEvents
+from service.commands.replay.send import StreamEvents
 from service.commands.replay.verify import Received, keras_runner, verify_outputs
 from tests.service.commands.replay.conftest import LENGTHS, STANDIN_SEED, Replayed
 from tests.service.commands.replay.standin import SPEC, Standin
