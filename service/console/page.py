@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from service.transports.v1.openapi.pages import page_headers
+from service.transports.v1.pages import page_headers
 
 PATH: Final = "/console"
 ASSETS: Final = Path(__file__).parent / "assets"

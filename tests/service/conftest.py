@@ -9,7 +9,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.engine import batcher
 from service.pipeline import chunk_batch, chunk_load
-from service.transports.v1 import fast_path, request_fields
+from service.transports.v1 import call, fast_path
 from tests.support.clock import ManualClock
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server
@@ -45,7 +45,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
         chunk_batch,
         chunk_load,
         fast_path,
-        request_fields,
+        call,
     ):
         monkeypatch.setattr(module, "time", clock)
     return clock

@@ -42,14 +42,14 @@ from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure
 from service.transports.live.session import Session
-from service.transports.v1.context import ApiContext, caller_of
-from service.transports.v1.problems import CLOSE, error_response, status_of
-from service.transports.v1.request_fields import (
+from service.transports.v1.call import (
     REPLY_PARAMETERS,
     parse_query,
     parse_timeout,
     reply_options,
 )
+from service.transports.v1.context import ApiContext, caller_of
+from service.transports.v1.problems import CLOSE, error_response, status_of
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
 
 STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"

@@ -37,9 +37,13 @@ from service.transports.common.failure_log import log_failure, log_unexpected_fa
 from service.transports.common.long_bodies import LongBodies
 from service.transports.v1.context import ApiContext, ModelCodec, api_of, caller_of
 from service.transports.v1.fast_path import FastPath
-from service.transports.v1.openapi.document import openapi_document
-from service.transports.v1.openapi.error_reference import reference_html
-from service.transports.v1.openapi.pages import ASSETS, documentation_html, page_headers
+from service.transports.v1.openapi import openapi_document
+from service.transports.v1.pages import (
+    ASSETS,
+    documentation_html,
+    page_headers,
+    reference_html,
+)
 from service.transports.v1.problems import (
     REFERENCE,
     connection_error_response,

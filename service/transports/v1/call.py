@@ -1,38 +1,50 @@
-"""A request for a model, read as its route declares it; and its body, when it is its turn."""
+"""A request for a model, read as its route declares it; and its body, when it is its turn.
+
+Names, preconditions and query parameters are validated here, before anything is looked up. An
+unknown query parameter is rejected, so that a misspelt one is noticed.
+"""
 
 from __future__ import annotations
 
+import io
+import re
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from service.access.caller import Verb
-from service.codec.field_rules import stream_name
-from service.codec.media import Media
-from service.codec.reply_writer import ReplyOptions
-from service.core.values import StreamKey
+from service.codec.field_rules import parse_if_match, stream_name
+from service.codec.media import Media, media_of, negotiate_media
+from service.codec.reply_writer import EVERY_STEP, ReplyOptions, ReplyWriter
+from service.codec.settings import RequestSettings
+from service.core.errors import BodyTooLarge, InvalidInput, UnsupportedMediaType
+from service.core.values import Precondition, StreamKey
+from service.server.errors import DuplicateField
 from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v1.context import api_of, caller_of
 from service.transports.v1.replies import Header, reply
-from service.transports.v1.request_fields import (
-    body_media,
-    deadline,
-    if_match,
-    query,
-    read_body,
-    reply_media,
-    reply_options,
-)
 
 if TYPE_CHECKING:
     from service.transports.v1.route import Route
 
 T = TypeVar("T")
+
+TIMEOUT_HEADER = "carry-timeout"
+TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
+SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
+_SECONDS = re.compile(SECONDS, re.ASCII)
+MAX_PARAMETERS = 16
+"""Maximum parameters of a query."""
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+REPLY_PARAMETERS = ("return_sequences", "return_state", "return_attention")
+"""Names of the query parameters that `reply_options` reads."""
 
 
 class Call:
@@ -144,3 +156,171 @@ class Call:
     def reply(self, document: Any, status: int = 200, headers: Iterable[Header] = ()) -> Response:
         """A response with a document, in the media type that the request accepts."""
         return reply(self.answer_media, document, status, headers)
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        BodyTooLarge: by its Content-Length, or as soon as more than the limit is received.
+        UnsupportedMediaType: it is compressed.
+        ClientDisconnect: the client disconnected while sending.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(
+            f"Content-Encoding: expected none, got {encoding!r}", expected="none", got=encoding
+        )
+    return await read_encoded_body(request, limit_bytes)
+
+
+async def read_encoded_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body as it was sent, whatever its Content-Encoding.
+
+    Raises:
+        BodyTooLarge, ClientDisconnect: as `read_body`.
+    """
+    length = request.headers.get("content-length", "")
+    _check_size(int(length) if length.isdecimal() else 0, limit_bytes)
+    # A BytesIO grows in place; joining a list of parts would hold the body twice.
+    body = io.BytesIO()
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
+        _check_size(body.tell() + len(part), limit_bytes)
+        if not more and not body.tell():
+            whole: bytes = part
+            return whole
+        body.write(part)
+    return body.getvalue()
+
+
+def _check_size(got_bytes: int, limit_bytes: int) -> None:
+    if got_bytes > limit_bytes:
+        raise BodyTooLarge(
+            f"body: expected at most {limit_bytes} bytes, got {got_bytes} or more",
+            expected=limit_bytes,
+            got=got_bytes,
+        )
+
+
+def body_media(request: Request) -> Media:
+    """The media type of the body."""
+    return media_of(request.headers.get("content-type"))
+
+
+def reply_media(request: Request, otherwise: Media = Media.JSON) -> Media:
+    """The media type of the reply; `otherwise` if Accept allows both."""
+    return negotiate_media(", ".join(request.headers.getlist("accept")), otherwise)
+
+
+def if_match(request: Request) -> Precondition | None:
+    """The If-Match header, if there is one.
+
+    Raises:
+        InvalidPrecondition
+    """
+    lines = request.headers.getlist("if-match")
+    return parse_if_match(",".join(lines), "If-Match") if lines else None
+
+
+def deadline(request: Request | None, limits: RequestSettings) -> float:
+    """When the client stops waiting, on the monotonic clock: by its Carry-Timeout header, counted
+    from now, or else by the setting.
+
+    Args:
+        request: None if the route does not read the header.
+
+    Raises:
+        InvalidInput
+    """
+    lines = [] if request is None else request.headers.getlist(TIMEOUT_HEADER)
+    requested_s = None
+    if lines:
+        text = ", ".join(lines)
+        requested_s = parse_timeout(text)
+        if requested_s is None:
+            raise invalid_value("Carry-Timeout", TIMEOUT_EXPECTED, text)
+    return time.monotonic() + limits.effective_timeout_s(requested_s)
+
+
+def parse_timeout(text: str) -> float | None:
+    """The seconds of a Carry-Timeout header; None if it is invalid."""
+    seconds = float(text) if _SECONDS.fullmatch(text) else 0.0
+    return seconds if seconds > 0 else None
+
+
+def query(request: Request, known: Collection[str] = ()) -> dict[str, str]:
+    """The query parameters by name.
+
+    Raises:
+        InvalidInput: a parameter is unknown.
+        DuplicateField: a parameter comes twice.
+    """
+    raw: bytes = request.scope["query_string"]
+    return parse_query(raw, known) if raw else {}
+
+
+def parse_query(raw: bytes, known: Collection[str]) -> dict[str, str]:
+    """The parameters of a query string by name; raises as `query` does."""
+    parameters: dict[str, str] = {}
+    parts = raw.decode("latin-1").split("&", MAX_PARAMETERS)
+    for name, value in parse_qsl("&".join(parts[:MAX_PARAMETERS]), keep_blank_values=True):
+        if name not in known:
+            expected = f"one of the parameters {sorted(known)}" if known else "no parameters"
+            raise invalid_value(f"?{name[:300]}", expected, name)
+        if name in parameters:
+            at = f"?{name}"
+            raise DuplicateField(f"{at}: expected once, got it again", at=at, expected="once")
+        parameters[name] = value
+    if len(parts) > MAX_PARAMETERS:
+        raise invalid_value("?", f"at most {MAX_PARAMETERS} parameters", "more")
+    return parameters
+
+
+def flag(parameters: dict[str, str], name: str, *, default: bool) -> bool:
+    """A parameter that is `true` or `false`."""
+    text = parameters.get(name)
+    if text is None:
+        return default
+    if text not in _FLAGS:
+        raise invalid_value(f"?{name}", "true or false", text)
+    return _FLAGS[text]
+
+
+def reply_options(parameters: dict[str, str], writer: ReplyWriter) -> ReplyOptions:
+    """The options of a reply that query parameters ask for.
+
+    Raises:
+        InvalidInput: a value is invalid, or the model does not support the option.
+    """
+    if not parameters:
+        return EVERY_STEP
+    options = ReplyOptions(
+        return_sequences=flag(parameters, "return_sequences", default=True),
+        return_state=flag(parameters, "return_state", default=False),
+        return_attention=flag(parameters, "return_attention", default=False),
+    )
+    writer.check_options(options)
+    return options
+
+
+def count(parameters: dict[str, str], name: str, *, default: int, maximum: int) -> int:
+    """A parameter that is a whole number from 1 to `maximum`."""
+    text = parameters.get(name)
+    if text is None:
+        return min(default, maximum)
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= maximum:
+        raise invalid_value(f"?{name}", f"a whole number from 1 to {maximum}", text)
+    return int(text)
+
+
+def invalid_value(at: str, expected: str, got: str) -> InvalidInput:
+    """The error for a value of a header or of a query parameter."""
+    got = got[:300]
+    return InvalidInput(
+        f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got
+    )

@@ -38,6 +38,7 @@ from service.server.interface import MAX_FAST_REQUEST_BYTES, FastRoute, Incomple
 from service.telemetry.access_log import CLIENT_DISCONNECTED, RequestFacts, log_request
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_client_disconnect, log_failure
+from service.transports.v1.call import TIMEOUT_HEADER, parse_timeout
 from service.transports.v1.context import ApiContext, ModelCodec
 from service.transports.v1.problems import (
     CLOSE,
@@ -46,7 +47,6 @@ from service.transports.v1.problems import (
     error_response,
     status_of,
 )
-from service.transports.v1.request_fields import TIMEOUT_HEADER, parse_timeout
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
 
 MAX_HEADERS_BYTES: Final = 4096

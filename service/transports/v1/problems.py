@@ -30,9 +30,9 @@ from service.server import errors as http_errors
 from service.server.errors import MethodNotAllowed, TooManyConnections, UpgradeRequired
 from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds, current_request_id
+from service.transports.v1.call import body_media, reply_media
 from service.transports.v1.replies import Answer, Header
 from service.transports.v1.reply_types import Problem
-from service.transports.v1.request_fields import body_media, reply_media
 from service.transports.v1.request_log import REQUEST_ID_HEADER
 
 PROBLEM_JSON: Final = "application/problem+json"

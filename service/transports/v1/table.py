@@ -15,7 +15,7 @@ from service.access.caller import DESCRIBE, PREDICT, Verb
 from service.codec.reply_types import EXAMPLE_EPOCH, EXAMPLE_TAG, ChunkReply, ForecastReply
 from service.core import errors
 from service.transports.v1 import reply_types
-from service.transports.v1.request_fields import SECONDS
+from service.transports.v1.call import SECONDS
 from service.transports.v1.route import IF_MATCH, Endpoint, Route, parameter
 from service.transports.v1.routes import chunks, health, models, streams
 

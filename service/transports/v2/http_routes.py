@@ -22,9 +22,9 @@ from service.pipeline.served_model import ServedModel
 from service.server.interface import HttpState
 from service.telemetry.logs import RequestIds
 from service.transports.common.disconnects import cancel_on_disconnect
+from service.transports.v1.call import deadline, query, read_encoded_body
 from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.replies import Answer, reply
-from service.transports.v1.request_fields import deadline, query, read_encoded_body
 from service.transports.v2.http_body import (
     COMPRESSIONS,
     HEADER_LENGTH,

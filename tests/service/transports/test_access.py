@@ -30,7 +30,7 @@ from service.telemetry.access_log import RequestLine, access_log
 from service.transports.live.handshake import add_live_sockets
 from service.transports.live.watching import add_watching
 from service.transports.v1 import application
-from service.transports.v1.openapi.document import openapi_document
+from service.transports.v1.openapi import openapi_document
 from service.transports.v2.http_routes import add_kserve
 from service.transports.v2.inference import Inference
 from tests.service.transports.v1.harness import Harness, harness, problem, rows

@@ -14,11 +14,10 @@ from service.codec.pieces import CountedList
 from service.codec.reply_writer import ReplyOptions, server_timing
 from service.core.errors import CarryError, InvalidPrecondition
 from service.core.values import NO_STREAM, Reply
-from service.transports.v1.call import Call
+from service.transports.v1.call import Call, flag, reply_options
 from service.transports.v1.problems import problem
 from service.transports.v1.replies import etag
 from service.transports.v1.reply_types import AppliedItem, FailedItem, ManyReply, PredictReply
-from service.transports.v1.request_fields import flag, reply_options
 
 
 async def post_chunk(call: Call) -> Response:

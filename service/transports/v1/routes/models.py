@@ -11,7 +11,7 @@ from models.spec.decoder import DecoderSpec
 from models.spec.detection import DetectionSpec
 from service.codec.settings import ModelLimits, RequestSettings
 from service.pipeline.served_model import ServedModel
-from service.transports.v1.call import Call
+from service.transports.v1.call import Call, query, reply_media
 from service.transports.v1.context import api_of, caller_of
 from service.transports.v1.replies import reply
 from service.transports.v1.reply_types import (
@@ -23,7 +23,6 @@ from service.transports.v1.reply_types import (
     ModelList,
     ModelSummary,
 )
-from service.transports.v1.request_fields import query, reply_media
 
 
 async def get_models(request: Request) -> Response:

@@ -19,7 +19,7 @@ from service.codec.field_rules import stream_name, stream_prefix
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, StreamKey, StreamState
 from service.pipeline.served_model import ServedModel
-from service.transports.v1.call import Call
+from service.transports.v1.call import Call, count
 from service.transports.v1.replies import etag
 from service.transports.v1.reply_types import (
     Deleted,
@@ -28,7 +28,6 @@ from service.transports.v1.reply_types import (
     StreamList,
     StreamRecord,
 )
-from service.transports.v1.request_fields import count
 
 PAGE_STREAMS = 100
 MAX_DELETED = 100_000

@@ -19,7 +19,7 @@ from service.core.errors import (
     UnsupportedMediaType,
 )
 from service.core.values import NO_STREAM, Precondition, Reply, StreamKey, Timing
-from service.transports.v1.request_fields import parse_if_match, read_body
+from service.transports.v1.call import parse_if_match, read_body
 
 
 @pytest.mark.parametrize(

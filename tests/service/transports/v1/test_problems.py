@@ -17,7 +17,7 @@ from service.core.errors import CarryError, leaf_errors
 from service.core.values import Chunk, StreamKey
 from service.pipeline.pipeline import OnReply
 from service.store.base import Conflicted
-from service.transports.v1.openapi.error_reference import reference_html, reference_markdown
+from service.transports.v1.pages import reference_html, reference_markdown
 from service.transports.v1.problems import STATUS, status_of
 from tests.service.transports.v1.harness import Harness, harness, problem, rows
 from tests.support.servers import RealServer
@@ -42,7 +42,7 @@ def test_every_error_has_exactly_one_status() -> None:
 def test_the_reference_is_current() -> None:
     page = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
     assert page.endswith(reference_markdown()), (
-        "update the page: python -m service.transports.v1.openapi.error_reference"
+        "update the page: python -m service.transports.v1.pages"
     )
     for kind in leaf_errors():
         assert f'id="{kind.code}"' in reference_html()

@@ -1,20 +1,27 @@
 """The pages of the documentation, and the security headers of every page of the service.
 
+    python -m service.transports.v1.pages      prints the tables of docs/reference/errors.md
+
 A page has no content of other hosts, and no code but its own: what it shows, such as a name from
 the model, cannot become code that reads the user's key.
 
 `/docs` is Swagger UI for `/openapi.json`, which asks for an access key if one is needed. The key is
 kept as the console keeps it, in the `sessionStorage` of the tab: it is entered once for both pages.
+`/docs/errors` is what problem documents refer to: the errors by branch of their tree.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Final
+
+from service.core.errors import CarryError, leaf_errors
+from service.transports.v1.problems import STATUS
 
 ASSETS: Final = "/docs/assets"
 
@@ -77,6 +84,25 @@ open();
 """
 
 
+_HEADINGS: Final = {
+    "BadRequest": "Invalid requests",
+    "AccessDenied": "Access",
+    "NotFound": "Unknown addresses",
+    "StreamRejection": "Rejections by the stream",
+    "ServiceFailure": "Failures of the service",
+}
+_ERRORS_PAGE: Final = """\
+<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Carry: errors</title>\
+<style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;\
+padding:0 1rem;color-scheme:light dark}table{border-collapse:collapse}td,th{padding:\
+.4rem .8rem;border-bottom:1px solid #8886;text-align:left;vertical-align:top}\
+tr:target{background:#fd83}</style></head><body><h1>Errors</h1><p>Every failure is a \
+problem document (RFC 9457). Decide by <code>code</code>.</p><table><thead><tr>\
+<th>code</th><th>status</th><th>retry</th><th>meaning</th><th>remedy</th>\
+</tr></thead><tbody>ROWS</tbody></table></body></html>
+"""
+
+
 def documentation_html(parameters: Mapping[str, Any]) -> str:
     """The page; its addresses are relative, so that a proxy may serve it below a path.
 
@@ -124,3 +150,41 @@ def _hashes(tag: str, page: str) -> str:
     inline = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     digests = [b64encode(sha256(text.encode()).digest()).decode() for text in inline]
     return "".join([f" 'sha256-{digest}'" for digest in digests])
+
+
+def reference_markdown() -> str:
+    """The tables of `docs/reference/errors.md`: one for each branch of the tree."""
+    parts = []
+    for branch in CarryError.__subclasses__():
+        explanation = " ".join((branch.__doc__ or "").split())
+        parts.append(f"\n## {_HEADINGS[branch.__name__]}\n\n{explanation}\n\n")
+        parts.append(
+            "| code | status | retry | meaning | remedy |\n| --- | --- | --- | --- | --- |\n"
+        )
+        for code, status, retry, meaning, remedy in _entries(branch):
+            remedy = remedy.replace("|", "\\|")
+            anchor = f'<a id="{code}"></a>`{code}`'
+            parts.append(f"| {anchor} | {status} | {retry} | {meaning} | {remedy} |\n")
+    return "".join(parts)
+
+
+def reference_html() -> str:
+    """The same entries as a page; each code is an anchor."""
+    rows = []
+    for code, status, *texts in _entries(CarryError):
+        cells = "".join([f"<td>{html.escape(text)}</td>" for text in texts])
+        rows.append(f'<tr id="{code}"><td><code>{code}</code></td><td>{status}</td>{cells}</tr>')
+    return _ERRORS_PAGE.replace("ROWS", "".join(rows))
+
+
+def _entries(branch: type[CarryError]) -> Iterator[tuple[str, int, str, str, str]]:
+    """Code, status, whether to retry, meaning and remedy of each error of a branch."""
+    for kind in leaf_errors(branch):
+        retry = "yes" if kind.retryable else "no"
+        if kind.needs_position:
+            retry = "with a position"
+        yield kind.code, STATUS[kind], retry, f"{kind.title}.", kind.remedy
+
+
+if __name__ == "__main__":
+    print(reference_markdown())
