@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from service.core.errors import CarryError
@@ -61,19 +61,10 @@ class Recorder(Protocol):
         """Record that watches of a model's streams began, or with a negative number ended."""
 
 
-class Audit(Protocol):
-    """Writes a line about a change of streams other than by their chunks; never raises."""
-
-    def __call__(
-        self, change: str, /, *, model: str, stream: str | None = None, **facts: Any
-    ) -> None:
-        """Record a change.
-
-        Args:
-            change: `stream_deleted`, `streams_deleted`, `state_written` or `stream_forked`.
-            stream: the stream, or the prefix of several.
-            facts: further members of the line.
-        """
+Audit = Callable[..., None]
+"""Writes a line about a change of streams other than by their chunks: `stream_deleted`,
+`streams_deleted`, `state_written` or `stream_forked`, with the members `model`, `stream` (or the
+prefix of several) and further facts; never raises."""
 
 
 def no_audit(change: str, /, **facts: Any) -> None:

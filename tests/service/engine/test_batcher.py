@@ -224,18 +224,6 @@ async def test_results_come_in_the_order_of_the_requests(runs: Runs) -> None:
         assert await batcher.submit([]) == []
 
 
-async def test_a_failed_batch_fails_its_own_jobs_only(runs: Runs) -> None:
-    async with batching(runs) as batcher:
-        bad = start(batcher, "poison")
-        await runs.wait_for_batches(1)
-        good = start(batcher, "b")
-        await turns()
-        runs.gate.set()
-        with pytest.raises(InternalError):
-            await bad
-        assert await good == "B"
-
-
 async def test_a_cancelled_caller_does_not_affect_the_others_of_its_batch(runs: Runs) -> None:
     async with batching(runs) as batcher:
         running = start_each(batcher, "abe")

@@ -38,16 +38,6 @@ async def test_expired_queued_jobs_never_start() -> None:
     assert runs.batches == [["a"], ["b"]]
 
 
-async def test_idle_batcher_does_not_start_an_expired_job() -> None:
-    runs = Runs()
-    runs.gate.set()
-    async with batching(runs) as batcher, asyncio.timeout(5):
-        with pytest.raises(DeadlineExceeded):
-            await submit(batcher, "late", deadline_s=time.monotonic() - 1)
-        assert await submit(batcher, "a", deadline_s=time.monotonic() + 60) == "A"
-    assert runs.batches == [["a"]]
-
-
 async def test_running_job_fails_at_its_deadline() -> None:
     """The batch continues; the late result is discarded, other jobs get theirs."""
 

@@ -38,26 +38,6 @@ STACKED: dict[str, Any] = {
         {"kind": "dense", "name": "out", "units": 3, "input": "gru_2", "activation": "softmax"},
     ],
 }
-MERGED: dict[str, Any] = {
-    "layers": [
-        {"kind": "dense", "name": "wide", "units": 5, "activation": "gelu"},
-        {"kind": "layer_normalization", "epsilon": 0.05},
-        {"kind": "lstm", "name": "left", "units": 5, "recurrent_activation": "hard_sigmoid"},
-        {"kind": "gru", "name": "right", "units": 5, "use_bias": False, "inputs": ["wide"]},
-        {"kind": "average", "inputs": ["left", "right", "wide"]},
-        {"kind": "gru", "name": "inner", "units": 5, "reset_after": False, "activation": "elu"},
-        {"kind": "add", "name": "residual", "inputs": ["inner", "average_1"]},
-        {"kind": "batch_normalization", "epsilon": 0.1},
-        {"kind": "multiply", "inputs": ["batch_normalization_1", "left", "right"]},
-        {"kind": "concatenate", "inputs": ["multiply_1", "residual", "features"]},
-        {"kind": "dropout", "rate": 0.5},
-        {"kind": "activation", "activation": "silu"},
-    ],
-    "heads": [
-        {"kind": "dense", "name": "out", "units": 2, "use_bias": False},
-        {"kind": "sequence", "name": "inner", "input": "inner"},
-    ],
-}
 FLOW: dict[str, Any] = {
     "kind": "numeric",
     "name": "flow",
@@ -121,7 +101,6 @@ WHOLE: dict[str, Any] = {
 }
 MODELS = {
     "stacked": {"features": 3, **STACKED},
-    "merged": {"features": 3, **MERGED},
     "events": EVENTS,
     "attending": {"features": 3, **ATTENDING},
     "whole": {"features": 3, **WHOLE},

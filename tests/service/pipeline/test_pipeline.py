@@ -320,15 +320,3 @@ async def test_sequences_store_nothing_and_long_ones_are_encoded_beside_the_even
     for rows, prediction in zip(sequences, predictions, strict=True):
         assert_close(prediction.outputs, oracle_outputs(artifact, rows))
     assert [each == threading.get_ident() for each in threads] == [True, False, False]
-
-
-async def test_stop_finishes_accepted_chunks(store_url: str, artifact: Artifact) -> None:
-    random = np.random.default_rng(18)
-    sent = {f"stop{i}": rows_of(random, 10) for i in range(20)}
-    async with worker(store_url, artifact) as one:
-        tasks = [asyncio.create_task(send(one, name, rows, 0)) for name, rows in sent.items()]
-        await asyncio.sleep(0)
-        await one.stop()
-        for task, rows in zip(tasks, sent.values(), strict=True):
-            assert_close((await task).outputs, oracle_outputs(artifact, rows))
-        tasks.clear()

@@ -14,7 +14,6 @@ from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.base import Store
 from service.store.capabilities import LIVE_S
 from service.store.redis import monitor
-from service.store.redis.commands import PendingCommand
 from service.store.redis.monitor import SAMPLE_KEYS
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
@@ -317,8 +316,10 @@ async def test_an_error_reply_ends_the_timing_of_its_command(
     server: RealServer, streams: Streams
 ) -> None:
     async with opened(server.url) as store:
-        (rejected,) = await store._router.execute(PendingCommand.of("GET"))
-        assert isinstance(rejected, StoreRefused)
+        with server.client() as client:
+            client.set("carry:keys", "of another type")
+        with pytest.raises(StoreRefused, match="WRONGTYPE"):
+            await store.keys.read(None)
         store.monitor.telemetry.round_trips_s.clear()
         await committed(store, streams.creation(key("a")))
         assert len(store.monitor.telemetry.round_trips_s) == 1

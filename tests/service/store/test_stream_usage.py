@@ -8,8 +8,7 @@ import pytest
 
 from service.store.base import Committed, Conflicted, Store
 from service.store.capabilities import Quota, Registration
-from service.store.redis.commands import PendingCommand
-from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied
 from tests.support.streams import OpenStore, Streams, absence, columns, committed, key
@@ -106,13 +105,13 @@ async def test_commits_behind_a_removed_registration_create_nothing(
     assert await register(store, Quota(1, None), "t") == ([False], 1, 100)
 
 
-async def test_registrations_of_earlier_versions_are_read(store: Store) -> None:
+async def test_registrations_of_earlier_versions_are_read(
+    store: Store, server: RealServer | Cluster
+) -> None:
     """Their value ends with the time of the registration."""
-    assert isinstance(store, RedisStore)
-    name = store._keys.stream_usage(KEY)
-    fields = ("flights:a", "100:1700000000", "total", "100")
-    command = PendingCommand.of("HSET", name, *fields, slot=store._router.slot(name))
-    await store._router.execute(command)
+    name = StoreSettings(server.url).keys.stream_usage(KEY)
+    with server.client() as client:
+        client.hset(name, mapping={"flights:a": "100:1700000000", "total": "100"})
     assert await register(store, Quota(1, None), "b") == ([False], 1, 100)
     await store.usage.reconcile(KEY)
     assert await register(store, Quota(1, None), "b") == ([True], 1, 100)
