@@ -60,12 +60,13 @@ def create_app() -> FastAPI:
         settings.connections,
         max_connections=limit_connections_to_open_files(settings.connections.max_connections),
     )
+    limited = replace(settings, connections=connections)
     servers: list[GrpcServer | AdminServer] = []
     api = create_api(
         service.pipeline,
         recorder,
         service.keys,
-        replace(settings, connections=connections),
+        limited,
         lifespan=lambda api: _serve(api, service, servers),
         metrics=None if has_admin else metrics,
         tracer=service.tracer,
@@ -80,7 +81,7 @@ def create_app() -> FastAPI:
     if settings.v2.grpc_port is not None:
         servers.append(_grpc_server(service, inference))
     if has_admin:
-        servers.append(AdminServer(api, connections, http, metrics=metrics))
+        servers.append(AdminServer(api, limited, metrics))
     return api
 
 

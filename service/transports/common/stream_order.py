@@ -70,18 +70,6 @@ class StreamOrder(Generic[T]):
         is_cleared: whether the client disconnected.
     """
 
-    __slots__ = (
-        "_begin",
-        "_failed",
-        "_forgot_failed",
-        "_overlaps",
-        "_reject",
-        "_release",
-        "_streams",
-        "is_cleared",
-        "unanswered",
-    )
-
     def __init__(
         self,
         begin: Callable[[T], None],

@@ -18,7 +18,7 @@ from service.server.connections import Connections
 from service.server.http_protocol import HttpProtocol
 from service.server.interface import HTTP_STATE, HttpState
 from service.server.origins import host_rule
-from service.server.settings import ConnectionSettings, HttpSettings
+from service.settings import Settings
 from service.telemetry.logs import RequestIds
 from service.transports.v1.application import RenderMetrics, add_documentation, create_application
 from service.transports.v1.problems import connection_error_response
@@ -33,18 +33,12 @@ class AdminServer(uvicorn.Server):
 
     Args:
         api: the application of the clients' port, whose health and documentation it serves.
-        http: has its address and names; the parent process has bound its port with SO_REUSEPORT.
+        settings: of its address and names; the parent process has bound its port with SO_REUSEPORT.
         metrics: renders `/metrics`; without it there is none.
     """
 
-    def __init__(
-        self,
-        api: FastAPI,
-        connections: ConnectionSettings,
-        http: HttpSettings,
-        *,
-        metrics: RenderMetrics | None,
-    ):
+    def __init__(self, api: FastAPI, settings: Settings, metrics: RenderMetrics | None):
+        http = settings.http
         host = http.admin_host or http.host
         self._address = (host, http.admin_port or 0)
         ids = RequestIds()
@@ -70,7 +64,7 @@ class AdminServer(uvicorn.Server):
         config.load()
         self.lifespan = config.lifespan_class(config)
         self.lifespan.state[HTTP_STATE] = HttpState(
-            Connections(replace(connections, max_connections=MAX_CONNECTIONS)),
+            Connections(replace(settings.connections, max_connections=MAX_CONNECTIONS)),
             partial(connection_error_response, api.state.api.recorder, ids),
             (),
             accepts_host=host_rule(host, http.allowed_hosts),

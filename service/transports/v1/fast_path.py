@@ -40,13 +40,7 @@ from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_client_disconnect, log_failure
 from service.transports.v1.call import TIMEOUT_HEADER, parse_timeout
 from service.transports.v1.context import ApiContext, ModelCodec
-from service.transports.v1.problems import (
-    CLOSE,
-    STATUS,
-    OverloadResponses,
-    error_response,
-    status_of,
-)
+from service.transports.v1.problems import CLOSE, OverloadResponses, error_response, status_of
 from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
 
 MAX_HEADERS_BYTES: Final = 4096
@@ -226,12 +220,8 @@ class FastChunkRoute(FastRoute, ABC):
             The whole response to a rejected request; None if `on_result` will get its result.
         """
         if request.chunk is None:
-            error = request.rejection or Overloaded("the request was rejected")
-            self._recorder.record_error(request.codec.served.name, error)
-            media, request_id = request.reply_media, request.request_id
-            response = self._overload_responses.response(error, media, request_id)
-            self._log(request, STATUS[Overloaded], response, error)
-            return response
+            rejection = request.rejection or Overloaded("the request was rejected")
+            return self.response(request, rejection, closes=False)
         request.job = self._pipeline.enqueue(
             request.caller, request.chunk, request.deadline_s, on_result
         )
@@ -252,11 +242,14 @@ class FastChunkRoute(FastRoute, ABC):
             response = self._response(request, result, header_lines)
             self._log(request, 200, response)
             return response
-        request_id = request.request_id
+        media, request_id = request.reply_media, request.request_id
         self._recorder.record_error(request.codec.served.name, result)
-        with bound_contextvars(request_id=request_id.decode()):
-            log_failure(result)
-        response = self._serialize(result, request.reply_media, request_id, header_lines)
+        if isinstance(result, Overloaded) and not closes:
+            response = self._overload_responses.response(result, media, request_id)
+        else:
+            with bound_contextvars(request_id=request_id.decode()):
+                log_failure(result)
+            response = self._serialize(result, media, request_id, header_lines)
         self._log(request, status_of(result), response, result)
         return response
 
