@@ -134,3 +134,12 @@ def test_load_that_cannot_run_prints_the_reason(url: str, options: list[str], me
     status, _, errors = load(*(option.format(**values) for option in options))
     assert status == 2
     assert message.format(**values) in errors
+
+
+def test_load_needs_only_the_client_of_the_project() -> None:
+    imported = (
+        "import sys, tests.load.locustfile\n"
+        "print([name for name in sys.modules if name.startswith(('models', 'service'))])"
+    )
+    command = [sys.executable, "-c", imported]
+    assert subprocess.check_output(command, cwd=REPOSITORY, text=True) == "[]\n"

@@ -1,6 +1,7 @@
 """Small ONNX graphs with one property each, and what they compute, in float64 NumPy.
 
-All are variations of h' = a h + (1 - a) W x, y = h', which is known without a library.
+All are variations of h' = a h + (1 - a) W x, y = h', which is known without a library. Variants are
+written in ONNX's own syntax; tests write further graphs by `Builder`, from `plain`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from tests.support.onnx_graphs import graphs
 
@@ -22,6 +24,7 @@ DECAY = 0.75
 RANDOM = np.random.default_rng(11)
 W = RANDOM.uniform(-1, 1, (F, H)).astype(np.float32)
 START = RANDOM.uniform(-1, 1, H).astype(np.float32)
+CODES = np.eye(F, dtype=np.float32)[[0, 1, 2, 0]]
 
 Rows = NDArray[np.float64]
 Write = Callable[[Path], Any]
@@ -33,19 +36,29 @@ class Variant:
     """One graph.
 
     Attributes:
-        write: writes its file.
+        text: its inputs, outputs and nodes; names of `WEIGHTS` are weights.
         reference: outputs [T, O] and last states of rows [T, F], from the initial state.
         options: options of the import.
         integers: whether its rows are codes 0 to 3.
         config: text of Triton's configuration.
+        more: further weights, such as the default of an input.
     """
 
-    write: Callable[[Path], None]
+    text: str
     reference: Reference
     options: Mapping[str, Any] = field(default_factory=dict)
     features: int = F
     integers: bool = False
     config: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the graph's file."""
+        header = '<ir_version: 10, opset_import: ["": 18]> variant '
+        model = onnx.parser.parse_model(header + self.text)
+        _add_weights(model.graph, {**WEIGHTS, **self.more})
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, path)
 
     def arguments(self, path: Path) -> dict[str, Any]:
         """Write the file, and its configuration of Triton; returns the options of the import."""
@@ -54,6 +67,34 @@ class Variant:
             return dict(self.options)
         path.with_suffix(".pbtxt").write_text(self.config)
         return {**self.options, "triton": path.with_suffix(".pbtxt")}
+
+
+WEIGHTS = {
+    **{f"w{kind}": (W * (1 - DECAY)).astype(f"float{kind}") for kind in (16, 32, 64)},
+    **{f"a{kind}": np.asarray(DECAY, f"float{kind}") for kind in (16, 32, 64)},
+    "zero": np.float32(0),
+    "one": np.float32(1),
+    "two": np.float32(2),
+    "last": np.int64(-1),
+    "axis0": np.array([0]),
+    "axis1": np.array([1]),
+    "axis2": np.array([2]),
+    "codes": CODES,
+    "start": START,
+}
+
+
+def _add_weights(graph: Any, weights: Mapping[str, Any]) -> None:
+    """Give a graph, and the graphs within, the weights that its nodes or inputs name."""
+    names = {name for node in graph.node for name in node.input} | {
+        each.name for each in graph.input
+    }
+    for name in sorted(names & weights.keys()):
+        graph.initializer.append(numpy_helper.from_array(np.asarray(weights[name]), name))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _add_weights(attribute.g, weights)
 
 
 def leaky(rows: Rows, start: float | Rows = 0.0) -> Rows:
@@ -65,200 +106,66 @@ def leaky(rows: Rows, start: float | Rows = 0.0) -> Rows:
     return np.array(states)
 
 
-def step_nodes(g: Any, x: str, h: str, dtype: Any = np.float32) -> str:
-    """The nodes of one step; returns h'."""
-    new = g.add("MatMul", x, g.constant((W * (1 - DECAY)).astype(dtype)))
-    return str(g.add("Add", g.add("Mul", h, g.constant(np.asarray(DECAY, dtype))), new))
+def _plain(start: float | Rows = 0.0) -> Reference:
+    def reference(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
+        states = leaky(rows, start)
+        return states, {"h_in": states[-1]}
 
-
-def scanned(g: Any, x: str, h: str, *, mask: str | None = None, axis: int = 1) -> tuple[str, str]:
-    """A loop over time; returns all h and the last one."""
-    body = graphs.Builder("cell", 1)
-    after = step_nodes(body, "row", "state")
-    inputs = {"state": [None, H], "row": [None, F]}
-    if mask is not None:
-        inputs["valid"] = [None]
-        valid = body.add("Unsqueeze", "valid", body.constant([1]))
-        rest = body.add("Sub", body.constant(np.float32(1)), valid)
-        kept = body.add("Mul", "state", rest)
-        after = body.add("Add", body.add("Mul", after, valid), kept)
-    body.add("Identity", after, outputs=["state_next"])
-    body.add("Identity", after, outputs=["y_step"])
-    step = body.graph(inputs, {"state_next": [None, H], "y_step": [None, H]})
-    sequences = [x] if mask is None else [x, mask]
-    g.add(
-        "Scan",
-        h,
-        *sequences,
-        outputs=["scan_state", "scan_rows"],
-        body=step,
-        num_scan_inputs=len(sequences),
-        scan_input_axes=[axis] * len(sequences),
-        scan_output_axes=[axis],
-    )
-    return "scan_rows", "scan_state"
-
-
-def _rename(g: Any, **names: str) -> None:
-    for name, value in names.items():
-        g.add("Identity", value, outputs=[name])
-
-
-def write_double(path: Path) -> None:
-    """A float64 state, which float32 would round."""
-    g = graphs.Builder("double", 1)
-    x = g.add("Cast", "x", to=TensorProto.DOUBLE)
-    h = step_nodes(g, x, "h_in", np.float64)
-    _rename(g, h_out=h, y=g.add("Cast", h, to=TensorProto.FLOAT))
-    state = (TensorProto.DOUBLE, ["batch", H])
-    g.save(path, {"x": ["batch", F], "h_in": state}, {"y": ["batch", H], "h_out": state})
-
-
-def write_half(path: Path) -> None:
-    """A float16 state and a float16 input."""
-    g = graphs.Builder("half", 1)
-    h = step_nodes(g, "x", "h_in", np.float16)
-    _rename(g, h_out=h, y=h)
-    half = (TensorProto.FLOAT16, ["batch", H])
-    g.save(
-        path,
-        {"x": (TensorProto.FLOAT16, ["batch", F]), "h_in": half},
-        {"y": half, "h_out": half},
-    )
-
-
-def write_counters(path: Path) -> None:
-    """Integer and boolean states: the number of positive values, and whether one was above 1."""
-    g = graphs.Builder("counters", 1)
-    first = g.add("Slice", "x", g.constant([0]), g.constant([1]), g.constant([1]))
-    above = g.add("Greater", first, g.constant(np.float32(1)))
-    flag = g.add("Or", "seen_in", above)
-    positive = g.add("Greater", first, g.constant(np.float32(0)))
-    count = g.add("Add", "count_in", g.add("Cast", positive, to=TensorProto.INT32))
-    y = g.add(
-        "Concat",
-        g.add("Cast", count, to=TensorProto.FLOAT),
-        g.add("Cast", flag, to=TensorProto.FLOAT),
-        axis=1,
-    )
-    _rename(g, seen_out=flag, count_out=count, y=y)
-    count_type, flag_type = (TensorProto.INT32, ["n", 1]), (TensorProto.BOOL, ["n", 1])
-    g.save(
-        path,
-        {"x": ["n", F], "count_in": count_type, "seen_in": flag_type},
-        {"y": ["n", 2], "count_out": count_type, "seen_out": flag_type},
-    )
+    return reference
 
 
 def counters(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
-    """What `write_counters` computes."""
+    """The number of positive values, and whether one was above 1."""
     count = np.cumsum(rows[:, 0] > 0)
     flag = np.logical_or.accumulate(rows[:, 0] > 1)
     last = {"count_in": count[-1:], "seen_in": flag[-1:]}
     return np.stack([count, flag], axis=1).astype(np.float64), last
 
 
-def write_masked(path: Path) -> None:
-    """A mask of float32, by which padding is ignored."""
-    _write_masked(path, ["batch", "time"], axis=1)
-
-
-def write_masked_time_major(path: Path) -> None:
-    """The same with the time first."""
-    _write_masked(path, ["time", "batch"], axis=0)
-
-
-def _write_masked(path: Path, lead: list[str], axis: int) -> None:
-    g = graphs.Builder("masked", 1)
-    rows, last = scanned(g, "x", "h_in", mask="mask", axis=axis)
-    _rename(g, y=rows, h_out=last)
-    state = ["batch", H]
-    g.save(
-        path,
-        {"x": [*lead, F], "h_in": state, "mask": lead},
-        {"y": [*lead, H], "h_out": state},
-    )
-
-
-def write_fixed_batch(path: Path) -> None:
-    """Exported for a batch of one."""
-    g = graphs.Builder("fixed", 1)
-    rows, last = scanned(g, "x", "h_in")
-    _rename(g, y=rows, h_out=last)
-    g.save(
-        path,
-        {"x": [1, "time", F], "h_in": [1, H]},
-        {"y": [1, "time", H], "h_out": [1, H]},
-    )
-
-
-def write_last_step(path: Path) -> None:
-    """An output of the last step only, and a state [H, B]: the batch axis is the last one."""
-    g = graphs.Builder("last", 1)
-    rows, last = scanned(g, "x", g.add("Transpose", "h_in", perm=[1, 0]))
-    g.add("Gather", rows, g.constant(-1), axis=1, outputs=["y"])
-    _rename(g, h_out=g.add("Transpose", last, perm=[1, 0]))
-    state = [H, "batch"]
-    g.save(
-        path,
-        {"x": ["batch", "time", F], "h_in": state},
-        {"y": ["batch", H], "h_out": state},
-    )
-
-
-CODES = np.eye(F, dtype=np.float32)[[0, 1, 2, 0]]
-
-
-def write_codes(path: Path) -> None:
-    """Codes [T, B] without an axis of features, embedded; two outputs of different shapes."""
-    g = graphs.Builder("codes", 1)
-    rows, last = scanned(g, g.add("Gather", g.constant(CODES), "tokens"), "h_in", axis=0)
-    g.add("ReduceSum", rows, g.constant([2]), keepdims=0, outputs=["total"])
-    _rename(g, y=rows, h_out=last)
-    state = ["batch", H]
-    g.save(
-        path,
-        {"tokens": (TensorProto.INT64, ["time", "batch"]), "h_in": state},
-        {"y": ["time", "batch", H], "total": ["time", "batch"], "h_out": state},
-    )
-
-
 def codes(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
-    """What `write_codes` computes."""
+    """The outputs of embedded codes, and their sum."""
     states = leaky(CODES.astype(np.float64)[rows[:, 0].astype(int)])
     outputs = np.concatenate([states, states.sum(axis=1, keepdims=True)], axis=1)
     return outputs, {"h_in": states[-1]}
 
 
-def write_learned(path: Path) -> None:
-    """A learned initial state: the default value of the state input."""
-    g = graphs.Builder("learned", 1)
-    rows, last = scanned(g, "x", "h_in")
-    _rename(g, y=rows, h_out=last)
-    g.default("h_in", START[np.newaxis])
-    state = ["batch", H]
-    g.save(
-        path,
-        {"x": ["batch", "time", F], "h_in": state},
-        {"y": ["batch", "time", H], "h_out": state},
-    )
+def started(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
+    """A model that sets its own first state."""
+    states = leaky(rows, START)
+    return states, {"h_in": states[-1], "sequence.started": np.array(True)}
 
 
-def write_started(path: Path) -> None:
-    """As for Triton: the model sets its own first state when `START` says so."""
-    g = graphs.Builder("started", 1)
-    begins = g.add("Greater", "START", g.constant(np.float32(2)))
-    h = g.add("Where", begins, g.constant(START), "h_in")
-    h = step_nodes(g, "x", h)
-    ready = g.add("Cast", "READY", to=TensorProto.FLOAT)
-    _rename(g, h_out=g.add("Mul", h, g.add("Unsqueeze", ready, g.constant([1]))), y=h)
-    state = ["batch", H]
-    g.save(
-        path,
-        {"x": ["batch", F], "h_in": state, "START": ["batch", 1]}
-        | {"READY": (TensorProto.BOOL, ["batch"])},
-        {"y": ["batch", H], "h_out": state},
-    )
+def _step(kind: str = "32", x: str = "x", h: str = "h_in", after: str = "h_out") -> str:
+    """The nodes of one step."""
+    return f"new = MatMul({x}, w{kind}) kept = Mul({h}, a{kind}) {after} = Add(kept, new)"
+
+
+def _scan(x: str = "x", h: str = "h_in", last: str = "h_out", axis: int = 1) -> str:
+    """A loop over time: all h are `y`."""
+    return f"""
+    {last}, y = Scan <num_scan_inputs = 1, scan_input_axes = [{axis}], scan_output_axes = [{axis}],
+        body = cell (float[N, 5] state, float[N, 3] row) => (float[N, 5] next, float[N, 5] out)
+        {{ {_step(x="row", h="state", after="next")} out = Identity(next) }}>({h}, {x})"""
+
+
+def _masked(lead: str, axis: int) -> str:
+    """A mask of float32, by which padding is ignored."""
+    return f"""
+    (float[{lead}, 3] x, float[batch, 5] h_in, float[{lead}] mask)
+        => (float[{lead}, 5] y, float[batch, 5] h_out) {{
+        h_out, y = Scan <num_scan_inputs = 2, scan_input_axes = [{axis}, {axis}],
+            scan_output_axes = [{axis}],
+            body = cell (float[N, 5] state, float[N, 3] row, float[N] valid)
+                => (float[N, 5] next, float[N, 5] out) {{
+                {_step(x="row", h="state", after="moved")}
+                is_valid = Unsqueeze(valid, axis1)
+                taken = Mul(moved, is_valid)
+                rest = Sub(one, is_valid)
+                left = Mul(state, rest)
+                next = Add(taken, left)
+                out = Identity(next)
+            }}>(h_in, x, mask)
+    }}"""
 
 
 STARTED_CONFIG = """\
@@ -270,34 +177,115 @@ sequence_batching {
   state [ { input_name: "h_in" output_name: "h_out" data_type: TYPE_FP32 dims: [ 5 ] } ]
 }
 """
-
-
-def started(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
-    """What `write_started` computes."""
-    states = leaky(rows, START)
-    return states, {"h_in": states[-1], "sequence.started": np.array(True)}
-
-
-def _plain(start: float | Rows = 0.0) -> Reference:
-    def reference(rows: Rows) -> tuple[Rows, dict[str, NDArray[Any]]]:
-        states = leaky(rows, start)
-        return states, {"h_in": states[-1]}
-
-    return reference
-
-
+IN_TIME = "float[batch, time, 3] x, float[batch, 5] h_in"
+OUT_IN_TIME = "float[batch, time, 5] y, float[batch, 5] h_out"
 VARIANTS = {
-    "double": Variant(write_double, _plain()),
-    "half": Variant(write_half, _plain()),
-    "counters": Variant(write_counters, counters),
-    "masked": Variant(write_masked, _plain()),
-    "masked-time-major": Variant(write_masked_time_major, _plain()),
-    "fixed-batch": Variant(write_fixed_batch, _plain(0.5), {"initial": ("h_in=0.5",)}),
-    "last-step": Variant(write_last_step, _plain()),
-    "codes": Variant(write_codes, codes, features=1, integers=True),
-    "started": Variant(write_started, started, config=STARTED_CONFIG),
-    "learned": Variant(write_learned, _plain(START)),
+    # a float64 state, which float32 would round
+    "double": Variant(
+        f"""(float[batch, 3] x, double[batch, 5] h_in)
+        => (float[batch, 5] y, double[batch, 5] h_out) {{
+        x64 = Cast <to = 11> (x)
+        {_step("64", "x64")}
+        y = Cast <to = 1> (h_out)
+        }}""",
+        _plain(),
+    ),
+    # a float16 state and a float16 input
+    "half": Variant(
+        f"""(float16[batch, 3] x, float16[batch, 5] h_in)
+        => (float16[batch, 5] y, float16[batch, 5] h_out)
+        {{ {_step("16")} y = Identity(h_out) }}""",
+        _plain(),
+    ),
+    # integer and boolean states
+    "counters": Variant(
+        """(float[n, 3] x, int32[n, 1] count_in, bool[n, 1] seen_in)
+        => (float[n, 2] y, int32[n, 1] count_out, bool[n, 1] seen_out) {
+        first = Slice(x, axis0, axis1, axis1)
+        above = Greater(first, one)
+        seen_out = Or(seen_in, above)
+        positive = Greater(first, zero)
+        more = Cast <to = 6> (positive)
+        count_out = Add(count_in, more)
+        count = Cast <to = 1> (count_out)
+        seen = Cast <to = 1> (seen_out)
+        y = Concat <axis = 1> (count, seen)
+        }""",
+        counters,
+    ),
+    "masked": Variant(_masked("batch, time", 1), _plain()),
+    "masked-time-major": Variant(_masked("time, batch", 0), _plain()),
+    # exported for a batch of one
+    "fixed-batch": Variant(
+        f"""(float[1, time, 3] x, float[1, 5] h_in) => (float[1, time, 5] y, float[1, 5] h_out)
+        {{ {_scan()} }}""",
+        _plain(0.5),
+        {"initial": ("h_in=0.5",)},
+    ),
+    # an output of the last step only, and a state [H, B]: the batch axis is the last one
+    "last-step": Variant(
+        f"""(float[batch, time, 3] x, float[5, batch] h_in)
+        => (float[batch, 5] z, float[5, batch] h_out) {{
+        h = Transpose <perm = [1, 0]> (h_in)
+        {_scan(h="h", last="after")}
+        z = Gather <axis = 1> (y, last)
+        h_out = Transpose <perm = [1, 0]> (after)
+        }}""",
+        _plain(),
+    ),
+    # codes [T, B] without an axis of features, embedded; two outputs of different shapes
+    "codes": Variant(
+        f"""(int64[time, batch] tokens, float[batch, 5] h_in)
+        => (float[time, batch, 5] y, float[time, batch] total, float[batch, 5] h_out) {{
+        embedded = Gather(codes, tokens)
+        {_scan("embedded", axis=0)}
+        total = ReduceSum <keepdims = 0> (y, axis2)
+        }}""",
+        codes,
+        features=1,
+        integers=True,
+    ),
+    # as for Triton: the model sets its own first state when `START` says so
+    "started": Variant(
+        f"""(float[batch, 3] x, float[batch, 5] h_in, float[batch, 1] START, bool[batch] READY)
+        => (float[batch, 5] y, float[batch, 5] h_out) {{
+        begins = Greater(START, two)
+        h = Where(begins, start, h_in)
+        {_step(h="h", after="y")}
+        ready = Cast <to = 1> (READY)
+        each = Unsqueeze(ready, axis1)
+        h_out = Mul(y, each)
+        }}""",
+        started,
+        config=STARTED_CONFIG,
+    ),
+    # a learned initial state: the default value of the state input
+    "learned": Variant(
+        f"({IN_TIME}) => ({OUT_IN_TIME}) {{ {_scan()} }}",
+        _plain(START),
+        more={"h_in": START[np.newaxis]},
+    ),
 }
+
+
+def step_nodes(g: Any, x: str, h: str) -> str:
+    """The nodes of one step; returns h'."""
+    new = g.add("MatMul", x, g.constant(WEIGHTS["w32"]))
+    return str(g.add("Add", g.add("Mul", h, g.constant(WEIGHTS["a32"])), new))
+
+
+def scanned(g: Any, x: str, h: str) -> tuple[str, str]:
+    """A loop over time; returns all h and the last one."""
+    body = graphs.Builder("cell", 1)
+    after = step_nodes(body, "row", "state")
+    for name in ("state_next", "y_step"):
+        body.add("Identity", after, outputs=[name])
+    shape = [None, H]
+    inputs, outputs = {"state": shape, "row": [None, F]}, {"state_next": shape, "y_step": shape}
+    axes = {"scan_input_axes": [1], "scan_output_axes": [1], "num_scan_inputs": 1}
+    step = body.graph(inputs, outputs)
+    g.add("Scan", h, x, outputs=["scan_state", "scan_rows"], body=step, **axes)
+    return "scan_rows", "scan_state"
 
 
 def plain(path: Path, **changes: Any) -> None:
