@@ -9,19 +9,29 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, PercentFormatter
 from PIL import Image
 
 from tests.support.monitoring import Panel
 
 WIDTH, COLUMNS = 13.0, 24
 ROW_INCHES = 0.34
-DPI = 100
 COLORS = 96
 """Of the palette: a picture has few, and so half the bytes."""
 
-MAX_LEGEND = 6
-LONG_LABEL = 32
+MAX_LEGEND, LONG_LABEL = 6, 32
+
+
+def _format_number(value: float, _: object = None) -> str:
+    return EngFormatter()(value) if value >= 1000 else f"{value:.3g}"
+
+
+UNITS: dict[str, Formatter] = {
+    "percentunit": PercentFormatter(1, 0),
+    "s": EngFormatter("s"),
+    "bytes": EngFormatter("B"),
+}
+PLAIN = FuncFormatter(_format_number)
 
 
 class Curve(NamedTuple):
@@ -34,43 +44,38 @@ class Curve(NamedTuple):
 def draw(panels: Sequence[tuple[Panel, list[Curve]]], path: Path) -> None:
     """Draw the panels of a dashboard."""
     rows = max(panel.place[1] + panel.place[3] for panel, _ in panels)
-    height = rows * ROW_INCHES
-    with mpl.rc_context({"font.size": 8, "axes.titlesize": 9, "axes.grid": True}):
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="#f4f5f5")
+    style = {"font.size": 8, "axes.titlesize": 9, "axes.grid": True, "grid.color": "#e0e0e0"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    with mpl.rc_context(style):
+        size = (WIDTH, rows * ROW_INCHES)
+        figure = Figure(size, dpi=100, facecolor="#f4f5f5")
         for panel, curves in panels:
             x, y, w, h = panel.place
-            left, bottom = x / COLUMNS, 1 - (y + h) / rows
-            inside = (
-                left + 0.6 / WIDTH,
-                bottom + 0.62 / height,
-                w / COLUMNS - 0.75 / WIDTH,
-                h / rows - 0.95 / height,
-            )
-            axes = figure.add_axes(inside)
+            # within its place, with room for the title, the ticks and the legend
+            left, bottom = x / COLUMNS + 0.045, 1 - (y + h - 1.8) / rows
+            axes = figure.add_axes((left, bottom, w / COLUMNS - 0.055, (h - 2.7) / rows))
             axes.set_title(panel.title, loc="left", fontweight="bold")
             (_draw_number if panel.kind == "stat" else _draw_curves)(axes, panel, curves)
-    _save(figure, path)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    picture = Image.open(buffer).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)
 
 
 def _draw_number(axes: Any, panel: Panel, curves: list[Curve]) -> None:
     axes.set_axis_off()
-    value = curves[0].points[-1][1] if curves else None
-    text = "no data" if value is None else _text(panel.unit, value)
+    unit = UNITS.get(panel.unit, PLAIN)
+    text = unit(curves[0].points[-1][1]) if curves else "no data"
     axes.text(0.5, 0.4, text, ha="center", va="center", fontsize=22, color="#1a7f37")
 
 
 def _draw_curves(axes: Any, panel: Panel, curves: list[Curve]) -> None:
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _text(panel.unit, value)))
-    axes.grid(color="#e0e0e0", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.yaxis.set_major_formatter(UNITS.get(panel.unit, PLAIN))
     below: dict[float, float] = {}
     # of many codes of errors most are zero
-    shown = [curve for curve in curves if _is_not_zero(curve)] or curves
-    for curve in shown:
-        seconds = [at for at, _ in curve.points]
-        values = [value for _, value in curve.points]
+    other_than_zero = [curve for curve in curves if any(value for _, value in curve.points)]
+    for curve in other_than_zero or curves:
+        seconds, values = zip(*curve.points, strict=True)
         if panel.is_stacked:
             bottoms = [below.get(at, 0.0) for at in seconds]
             values = [a + b for a, b in zip(values, bottoms, strict=True)]
@@ -78,10 +83,10 @@ def _draw_curves(axes: Any, panel: Panel, curves: list[Curve]) -> None:
             axes.fill_between(seconds, bottoms, values, alpha=0.25)
         axes.plot(seconds, values, linewidth=1.3, label=curve.label)
     axes.set_ylim(bottom=0)
-    if panel.unit == "percentunit" or not any(map(_is_not_zero, shown)):
+    if panel.unit == "percentunit" or not other_than_zero:
         axes.set_ylim(0, 1)
-    if shown:
-        handles, labels = axes.get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
         axes.legend(
             handles[:MAX_LEGEND],
             labels[:MAX_LEGEND],
@@ -91,34 +96,3 @@ def _draw_curves(axes: Any, panel: Panel, curves: list[Curve]) -> None:
             fontsize=6.5,
             frameon=False,
         )
-
-
-def _is_not_zero(curve: Curve) -> bool:
-    return any(value for _, value in curve.points)
-
-
-def _text(unit: str, value: float) -> str:
-    """A value in its unit, as Grafana writes it."""
-    if unit == "percentunit":
-        return f"{value:.0%}"
-    if unit == "s":
-        for factor, name in ((1, "s"), (1e3, "ms")):
-            if value * factor >= 1 or not value:
-                return f"{value * factor:.3g} {name}"
-        return f"{value * 1e6:.3g} us"
-    steps = ["", "Ki", "Mi", "Gi"] if unit == "bytes" else ["", "k", "M", "G"]
-    base = 1024 if unit == "bytes" else 1000
-    for step in steps:
-        if abs(value) < base or step == steps[-1]:
-            return f"{value:.3g} {step}{'B' if unit == 'bytes' else ''}".strip()
-        value /= base
-    raise RuntimeError("unreachable")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG with a palette."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    Image.open(buffer).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
