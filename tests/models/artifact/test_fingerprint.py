@@ -93,15 +93,10 @@ LEAVES = {
 }
 
 
-@pytest.mark.parametrize("change", DETERMINES.values(), ids=DETERMINES.keys())
-def test_changes_of_outputs_change_the_fingerprint(change: Change) -> None:
-    assert after(change) != BASE
+def test_changes_of_outputs_have_different_fingerprints() -> None:
+    found = {BASE, *(after(change) for change in DETERMINES.values())}
 
-
-def test_different_changes_have_different_fingerprints() -> None:
-    found = [after(change) for change in DETERMINES.values()]
-
-    assert len(set(found)) == len(found)
+    assert len(found) == 1 + len(DETERMINES)
 
 
 @pytest.mark.parametrize("change", LEAVES.values(), ids=LEAVES.keys())

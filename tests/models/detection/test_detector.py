@@ -213,14 +213,6 @@ def test_a_chunk_follows_its_own_rate_of_alarms(everything: ModelSpec) -> None:
     )
 
 
-def test_streams_of_a_batch_are_scored_independently(everything: ModelSpec) -> None:
-    rows, outputs = events(np.random.default_rng(12), everything, 40)
-    whole, state = run(everything, rows, outputs, [40])
-    parts, again = run(everything, rows, outputs, [13, 27], more=5)
-    np.testing.assert_allclose(whole["odd.probability"], parts["odd.probability"], rtol=1e-4)
-    np.testing.assert_allclose(state, again, rtol=1e-5, atol=1e-5)
-
-
 def test_probabilities_mean_the_same_on_streams_of_any_scale() -> None:
     spec = spec_of(["flow"], memory_events=300)
     spec = fitted(spec, streams_of(spec, 60, 1000, seed=1))

@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 
 from models.errors import DataError
-from models.events.columns import canonical_bytes
 from models.events.encode import Clock, encode
 from models.events.fit import fit_schema
 from models.events.frame import columns_from_frame
@@ -141,16 +140,6 @@ def test_fields_without_values_are_fitted() -> None:
     assert isinstance(carrier, CategoricalField)
     assert (load.mean, load.std) == (0.0, 1.0)
     assert carrier.vocabulary == ()
-
-
-def test_the_fitted_schema_knows_its_new_codes() -> None:
-    open_schema = schema()
-    assert open_schema.columns[-1].codes == 2
-
-    fitted = fit_schema(open_schema, ROWS, stream="tail", order="at")
-
-    assert fitted.columns[-1].codes == 5
-    assert canonical_bytes(fitted, columns_from_frame(fitted, ROWS))
 
 
 def test_fit_errors_name_the_column() -> None:

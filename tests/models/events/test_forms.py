@@ -75,6 +75,7 @@ def test_the_service_accepts_the_forms_of_the_training_table(
     [
         ({"coerce": None}, [True], [1], r"event 0.*`coerce: true`", "Expected `bool`"),
         ({"coerce": None}, [True], ["true"], r"event 0.*`coerce: true`", "Expected `bool`"),
+        ({"coerce": True}, [1], [2], "event 0.*0 or 1", "or 1 or 0"),
         (
             {},
             ["2025-06-20T12:00:00Z"],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from models.events.schema import CategoricalField, Column, EventSchema, NumericField
+from models.events.schema import CategoricalField, Column, EventSchema
 from models.spec.layout import state_spec
 from models.spec.model import parse_spec
 from tests.support.events import FULL_SCHEMA, SPARSE_TIMES
@@ -92,13 +92,6 @@ def test_a_schema_is_fitted_when_every_field_is() -> None:
 def test_invalid_schemas_are_rejected(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         EventSchema.model_validate(data)
-
-
-def test_fields_are_found_by_name() -> None:
-    assert isinstance(FULL_SCHEMA.field("delay"), NumericField)
-    assert FULL_SCHEMA.timestamp is FULL_SCHEMA.field("at")
-    with pytest.raises(KeyError):
-        FULL_SCHEMA.field("nothing")
 
 
 def test_seasons_of_all_fields_fit_the_header_of_a_stored_state() -> None:

@@ -67,14 +67,6 @@ def test_the_search_step_is_shorter_than_any_period() -> None:
     assert min(stays) > 2 * STEP_DAYS * DAY_MS
 
 
-def test_a_week_of_summer_time() -> None:
-    moments = np.array([datetime(2000, 10, day, 12, tzinfo=UTC).timestamp() for day in (7, 10, 20)])
-
-    offsets = zone_table("America/Recife").offsets((moments * 1000).astype(np.int64))
-
-    assert (offsets / 3_600_000).tolist() == [-3, -2, -3]
-
-
 def local(text: str) -> int:
     return (datetime.fromisoformat(text) - datetime(1970, 1, 1)) // timedelta(milliseconds=1)
 

@@ -129,28 +129,6 @@ def test_batched_windows_of_any_length_equal_the_oracle() -> None:
                 np.testing.assert_allclose(np.asarray(after)[b], expected_state, **CLOSE)
 
 
-def test_a_block_without_lookahead_depends_on_itself_only() -> None:
-    spec = spec_of(STACK, 4, 0)
-    weights = contracting_weights(spec, 6)
-    session = session_of(spec, weights)
-    network = StepNetwork(spec)
-    network.set_weights(weights)
-    rows = rows_of(6, 11)
-    expected = oracle_in_blocks(spec, weights, rows)
-    for ran in (lambda *batch: run(session, *batch), lambda *batch: step(network, *batch)):
-        np.testing.assert_allclose(run_stream(spec, rows, ran), expected, **CLOSE)
-
-
-def test_a_window_over_the_whole_stream_equals_the_network_without_blocks() -> None:
-    spec = spec_of(STACK, 16, 3)
-    whole_spec = parse_spec({**spec.model_dump(mode="json"), "blocks": None})
-    weights = contracting_weights(spec, 7)
-    rows = rows_of(7, 16)
-    state = np.zeros(network_state(whole_spec).float_size)
-    expected, _ = oracle_step(whole_spec, weights, rows, state)
-    np.testing.assert_allclose(oracle_in_blocks(spec, weights, rows), expected, **CLOSE)
-
-
 def test_the_state_has_forward_parts_and_pending_rows() -> None:
     spec = spec_of([two_way(), {"kind": "gru", "units": 4}], 3, 2)
     parts = {part.name: (part.shape, part.dtype) for part in state_spec(spec).parts}

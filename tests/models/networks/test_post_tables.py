@@ -66,22 +66,6 @@ def test_printed_outputs_and_states_are_reproduced(
     np.testing.assert_allclose(np.float64(state[0]), expected_state, rtol=0, atol=PRINTED)
 
 
-def layer_outputs(kind: str) -> list[np.ndarray]:
-    """The return values of the network's own Keras layer for the post's input."""
-    values = post_network(kind)._layers["cell"](np.array(INPUT, np.float32).reshape(1, 5, 1))
-    return [np.float64(value) for value in values]
-
-
-def test_a_layer_returns_its_sequence_and_states_of_which_the_first_is_its_output(
-    kind: str,
-) -> None:
-    sequence, *states = layer_outputs(kind)
-    np.testing.assert_allclose(sequence[0, :, 0], OUTPUTS[kind], rtol=0, atol=PRINTED)
-    printed = [[[state]] for state in STATES[kind].values()]
-    np.testing.assert_allclose(states, printed, rtol=0, atol=PRINTED)
-    np.testing.assert_array_equal(sequence[:, -1], states[0])
-
-
 def test_the_oracle_reproduces_the_printed_numbers(kind: str) -> None:
     spec, weights = post_model(kind)
     expected, expected_state = OUTPUTS[kind], list(STATES[kind].values())

@@ -65,21 +65,6 @@ def test_step_equals_the_oracle_with_any_chunking_batch_and_padding(
         np.testing.assert_allclose(joined(spec, after[b]), joined(spec, expected_state), **CLOSE)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(stacks(), st.integers(0, 2**32 - 1))
-def test_chunks_batches_and_padding_do_not_change_outputs(spec: ModelSpec, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    network = network_of(spec, seed)
-    streams = sequences(random, [7, 2, 4], spec.input_features)
-    states = random_states(spec, random, 3)
-    together, after, _ = run_in_chunks(network, streams, states, random)
-    for b, rows in enumerate(streams):
-        alone, alone_state = step(network, rows[np.newaxis], [len(rows)], states[b : b + 1])
-        np.testing.assert_allclose(together[b], alone[0], rtol=1e-6, atol=1e-6)
-        alone_joined = joined(spec, alone_state[0])
-        np.testing.assert_allclose(joined(spec, after[b]), alone_joined, rtol=1e-6, atol=1e-6)
-
-
 def test_rows_beyond_their_length_keep_their_state() -> None:
     network = network_of(two_layers(), 5)
     random = np.random.default_rng(5)
@@ -253,19 +238,6 @@ def test_invalid_weights_are_rejected_and_none_is_set(
         network.set_weights(invalid)
     for name, value in network.get_weights().items():
         np.testing.assert_array_equal(value, before[name])
-
-
-def test_initialise_is_deterministic_and_opens_the_forget_gate() -> None:
-    networks = [StepNetwork(two_layers()) for _ in range(3)]
-    for network, seed in zip(networks, [1, 1, 2], strict=True):
-        network.initialise(seed)
-    one, same, other = (network.get_weights() for network in networks)
-    for name in one:
-        np.testing.assert_array_equal(one[name], same[name])
-    assert np.abs(one["lstm_1.kernel"] - other["lstm_1.kernel"]).max() > 1e-3
-    recurrent = one["lstm_1.recurrent_kernel"].astype(np.float64)
-    np.testing.assert_allclose(recurrent @ recurrent.T, np.eye(4), atol=1e-6)
-    np.testing.assert_array_equal(one["lstm_1.bias"], [0] * 4 + [1] * 4 + [0] * 8)
 
 
 def test_unfitted_schema_is_rejected() -> None:

@@ -53,13 +53,6 @@ def test_windows_and_pending_rows_do_not_depend_on_chunking(
         np.testing.assert_array_equal(window[:, 0], expected)
 
 
-def test_no_rows_are_pending_after_the_end() -> None:
-    rows = np.ones((7, 2), np.float32)
-    found = cut_blocks(BLOCKS, rows, final=True)
-    assert ([len(window) for window in found.windows], len(found.waiting)) == ([5, 4, 1], 0)
-    assert cut_blocks(BLOCKS, rows[:0], final=True) == ([], pytest.approx(rows[:0]))
-
-
 def test_a_state_stores_the_pending_rows() -> None:
     rows = np.array([[1, 2], [3, 4]], np.float32)
     ints = np.array([9, 0, 0], np.int64)

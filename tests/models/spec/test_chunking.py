@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from models.artifact.artifact import load_artifact, write_artifact
@@ -14,7 +13,7 @@ from models.errors import SpecError
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunk_constant_layers, non_causal_layers
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.support.oracle import contracting_weights, oracle_in_cuts
+from tests.support.oracle import contracting_weights
 
 BELOW: dict[str, Any] = {"kind": "lstm", "name": "below", "units": 4}
 ABOVE: dict[str, Any] = {"kind": "lstm", "name": "above", "units": 4, "starts_from": "below"}
@@ -92,18 +91,6 @@ def test_an_anomaly_head_requires_a_causal_layer() -> None:
     with pytest.raises(SpecError, match=r"'odd' scores events by forecasts.*'above' depends"):
         parse_spec({**given, "layers": [BELOW, ABOVE]})
     parse_spec({**given, "layers": [BELOW, {**ABOVE, "starts_from": None}]})
-
-
-def test_per_chunk_outputs_depend_on_the_chunking() -> None:
-    spec = spec_of(BELOW, ABOVE)
-    rows = np.random.default_rng(1).normal(size=(9, 2)).astype(np.float32)
-    weights, state = contracting_weights(spec, 1), np.full(8, 0.3)
-    whole, after = oracle_in_cuts(spec, weights, rows, state, [9])
-    cut, end = oracle_in_cuts(spec, weights, rows, state, [4, 5])
-    assert np.abs(cut - whole).max() > 1e-3
-    np.testing.assert_allclose(
-        end, after, atol=1e-12, err_msg="the carried state does not depend on the cuts"
-    )
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.spec.heads import AnomalyHead
 from models.spec.layout import (
-    anomaly_size,
-    event_field,
-    head_units,
-    layer_widths,
     output_spec,
     state_spec,
     weight_shapes,
@@ -40,13 +35,6 @@ def test_state_parts_are_those_of_layers_heads_and_clock() -> None:
         ("clock.seen", (), "int64"),
         ("clock.out_of_order", (), "int64"),
     ]
-
-
-def test_a_model_of_rows_has_no_clock() -> None:
-    spec = state_spec(raw([{"kind": "gru", "units": 2}]))
-
-    assert [part.name for part in spec.parts] == ["gru_1.hidden"]
-    assert spec.int_size == 0
 
 
 def test_outputs_have_the_shapes_and_labels_of_their_heads() -> None:
@@ -85,18 +73,6 @@ def test_packed_rows_are_split_into_outputs() -> None:
     assert np.concatenate([part.reshape(2, -1) for part in named.values()], 1).tolist() == (
         rows.tolist()
     )
-
-
-def test_widths_follow_the_layers() -> None:
-    assert layer_widths(SPEC) == {
-        "features": WIDTH,
-        "lstm_1": 3,
-        "dropout_1": 3,
-        "layer_normalization_1": 3,
-        "gru_1": 4,
-        "concatenate_1": 7,
-        "dense_1": 5,
-    }
 
 
 def test_every_layer_and_head_has_its_weights() -> None:
@@ -161,16 +137,3 @@ def test_a_dense_head_without_bias_has_none() -> None:
 
     assert shapes["heads.d.kernel"] == (3, 2)
     assert "heads.d.bias" not in shapes
-
-
-def test_sizes_follow_the_heads() -> None:
-    assert [head_units(SPEC, head) for head in SPEC.heads] == [0, 1, 6, 1, 5, 8]
-    anomaly = SPEC.heads[-1]
-    assert isinstance(anomaly, AnomalyHead)
-    assert anomaly_size(SPEC, anomaly) == 8
-
-
-def test_event_field_requires_events() -> None:
-    assert event_field(SPEC, "load").name == "load"
-    with pytest.raises(KeyError):
-        event_field(raw([{"kind": "gru", "units": 1}]), "load")

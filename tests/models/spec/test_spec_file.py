@@ -203,11 +203,6 @@ def test_a_binary_file_is_rejected_by_name(tmp_path: Path, content: bytes) -> No
     assert rejection(tmp_path, content)[0].startswith(": ")
 
 
-def test_a_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"none\.yaml"):
-        read_spec(tmp_path / "none.yaml")
-
-
 @pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
 def test_file_that_is_not_regular_is_rejected_before_it_is_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "SPEC.yaml"

@@ -20,7 +20,7 @@ from models.training.data import fitted_spec, labels_of, streams_of
 from models.training.evaluate import target_rows
 from models.training.loop import Loop
 from models.training.plan import plan_of
-from models.training.table import Table, rows_around
+from models.training.table import Table
 from models.training.train_frame import train_frame
 from models.training.trainer import train
 from tests.support.training import HOUR_MS, latch_frame, latch_spec, train_nothing
@@ -165,22 +165,6 @@ def test_a_checkpoint_of_other_labels_is_rejected(tmp_path, monkeypatch) -> None
     other = frame.with_columns(up=~pl.col("up"))
     with pytest.raises(ArtifactError, match="other data"):
         train(spec, other, tmp_path / "model", quiet=True, resume=True)
-
-
-def test_tree_features_cover_the_requested_events_of_one_stream() -> None:
-    spec = label_spec(UP)
-    streams = streams_of(spec, labelled_frame(4))
-    fitted = fitted_spec(spec, streams, VALIDATE)
-    assert fitted.events is not None
-    rows = streams.encoded(fitted.events)
-    table = Table(fitted, streams, rows, np.arange(0), np.arange(0), np.arange(0), {})
-    features = rows_around(table, 2, 1).reshape(len(rows), 4, -1)
-    for start, stop in streams.spans:
-        for at in range(start, stop):
-            for place, offset in enumerate((-2, -1, 0, 1)):
-                other = at + offset
-                expected = rows[other] if start <= other < stop else np.full(rows.shape[1], np.nan)
-                np.testing.assert_array_equal(features[at, place], expected)
 
 
 def test_padding_has_no_labels() -> None:

@@ -199,18 +199,6 @@ def test_heads_without_held_out_targets_are_not_scored(
     assert set(scores["heads"]["up"]) == {"log_loss", "brier"}
 
 
-@pytest.mark.parametrize("unused", [False, True], ids=["read", "not read"])
-def test_a_csv_file_with_a_duplicate_column_is_rejected(tmp_path: Path, unused: bool) -> None:
-    path = tmp_path / "t.csv"
-    name = "other" if unused else "noise"
-    frame = table().with_columns(other=pl.lit(1), again=pl.lit(2))
-    path.write_text(frame.write_csv().replace("again", name, 1))
-    message = rf"t\.csv, line 1: columns of different names, got '{name}' as columns "
-    with pytest.raises(DataError, match=message) as caught:
-        read_data(path, schema_of(spec_of(UP)))
-    assert caught.value.field == name
-
-
 def test_unnamed_columns_are_ignored(tmp_path: Path) -> None:
     """As some spreadsheets add at the end of every line."""
     path = tmp_path / "t.csv"
