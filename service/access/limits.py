@@ -188,8 +188,6 @@ class KeyLimiter:
 
     def update(self, limits: KeyLimits) -> None:
         """Apply changed limits; shares of rates that are the same keep their tokens."""
-        if not self.shares:
-            self.is_active = False
         self.limits = limits
         known = {(share.limit, share.rate_per_s): share for share in self.shares}
         rates = [(limit, rate) for limit in _RATES if (rate := getattr(limits, limit)) is not None]
@@ -215,12 +213,11 @@ class KeyLimiter:
         self._concurrent += 1
         for share in self.shares:
             share.level -= events if share.limit == "events_per_s" else 1
-        if not self.is_active:
+        if self.shares and not self.is_active:
             self.is_active = True
             for share in self.shares:
                 share.expire()
-            if self.shares:
-                self._on_active(self)
+            self._on_active(self)
 
     def end(self, _: object = None) -> None:
         """The request was answered or cancelled."""

@@ -194,7 +194,12 @@ async def test_each_unusable_key_is_rejected() -> None:
     clock[0] = 1999
     caller = authenticate(keys, expiring)
     assert keys.is_current(caller)
+    text = parse_key(good.removeprefix("Bearer "))
+    assert text is not None
+    token = f"Bearer {sign_token(text, TokenClaims(exp=2))}"
+    assert keys.is_current(by_token := authenticate(keys, token))
     clock[0] = 2000
+    assert not keys.is_current(by_token)
     with pytest.raises(Unauthenticated, match="expired"):
         authenticate(keys, expiring)
     assert not keys.is_current(caller)

@@ -15,8 +15,6 @@ from random import Random
 import pytest
 from structlog.testing import capture_logs
 
-from service.access.caller import Verb
-from service.access.keys import AccessKey, AccessKeyError, decode_key, encode_key
 from service.access.limits import KeyLimiter, KeyLimiters, KeyLimits
 from service.core.errors import CarryError, LimitExceeded, StoreUnavailable
 from service.store.capabilities import Lease, LeaseRequest, RateLeases
@@ -135,35 +133,38 @@ async def send(
     return sent, count, processes.elapsed_s - began_s
 
 
-def shares(count: int, shape: str) -> list[float]:
-    """The shares of the traffic that processes get."""
-    if shape == "even" or count == 1:
-        return [1.0] * count
-    return [0.9, *[0.1 / (count - 1)] * (count - 1)]
+SHAPES = {
+    "one": [1.0],
+    "2, even": [1.0] * 2,
+    "2, skewed": [0.9, 0.1],
+    "10, even": [1.0] * 10,
+    "10, skewed": [0.9, *[0.1 / 9] * 9],
+}
+"""The shares of the traffic that processes get."""
 
 
 @pytest.mark.parametrize("rate_per_s", [2.0, 20.0, 100.0, 1000.0])
-@pytest.mark.parametrize("shape", ["even", "skewed"])
-@pytest.mark.parametrize("count", [2, 10])
+@pytest.mark.parametrize("shape", [*SHAPES][1:])
 async def test_processes_accept_the_rate_together(
-    start: Start, count: int, shape: str, rate_per_s: float
+    start: Start, shape: str, rate_per_s: float
 ) -> None:
-    processes, weights = start(count), shares(count, shape)
+    weights = SHAPES[shape]
+    processes = start(len(weights))
     # the burst, and what processes spend that do not know of each other yet
     await send(processes, rate_per_s, 3, weights, 3)
     _, received, seconds = await send(processes, rate_per_s, 3, weights, 8)
     part = received / (rate_per_s * seconds)
-    print(f"{count} processes, {rate_per_s:g} per second, {shape}: {part:.3f} of the rate")
+    print(f"{shape}, {rate_per_s:g} per second: {part:.3f} of the rate")
     # at a low rate, one request more or less counts
     assert abs(part - 1) <= 0.1 + 2 / (rate_per_s * seconds)
 
 
-@pytest.mark.parametrize("shape", ["even", "skewed"])
-@pytest.mark.parametrize("count", [1, 2, 10])
+@pytest.mark.parametrize("shape", SHAPES)
 async def test_requests_below_the_rate_are_accepted_on_any_process(
-    start: Start, count: int, shape: str
+    start: Start, shape: str
 ) -> None:
-    sent, received, _ = await send(start(count), 40.0, 0.8, shares(count, shape), 5)
+    weights = SHAPES[shape]
+    sent, received, _ = await send(start(len(weights)), 40.0, 0.8, weights, 5)
     assert received >= 0.9 * sent
 
 
@@ -231,13 +232,9 @@ async def test_long_chunk_is_accepted_and_delays_later_requests(start: Start) ->
     assert accepted(first, events=50)
     rejection = first.rejection()
     assert rejection is not None
-    assert {**rejection.facts, "retry_after_s": 0} == {
-        "key": KEY,
-        "limit": "events_per_s",
-        "allowed": 10.0,
-        "retry_after_s": 0,
-    }
-    assert 3.5 < rejection.facts["retry_after_s"] < 4.3
+    facts = {**rejection.facts}
+    assert 3.5 < facts.pop("retry_after_s") < 4.3
+    assert facts == {"key": KEY, "limit": "events_per_s", "allowed": 10.0}
     # the other process learns of it when it renews its own lease
     accepted(second)
     await processes.renew()
@@ -344,17 +341,3 @@ async def test_changed_limit_keeps_the_counts_of_other_limits(start: Start) -> N
     assert processes.leases[0].calls == 1
     assert limiters.limiter(KEY, None) is None
     assert limiters.limiter("1" * 12, KeyLimits()) is None
-
-
-def test_record_of_a_key_has_its_limits_and_only_valid_ones() -> None:
-    limits = KeyLimits(requests_per_s=0.5, concurrent_requests=3)
-    key = AccessKey(
-        name="a", verbs=(Verb.LIST,), models=("*",), prefix="", created_ms=0, limits=limits
-    )
-    record = encode_key(key)
-    assert decode_key(record).caller("0" * 12).limits == limits
-    for wrong in (b"-1", b"0", b'"x"'):
-        with pytest.raises(AccessKeyError, match="requests_per_s"):
-            decode_key(record.replace(b"0.5", wrong))
-    with pytest.raises(AccessKeyError, match="per_day"):
-        decode_key(record.replace(b"requests_per_s", b"requests_per_day"))

@@ -211,40 +211,24 @@ def test_every_path_gives_what_the_oracle_says_of_each_odd_value(
 
 
 EDGES = [
-    '{"inputs":[[1,2,3]],"position":9223372036854775807}',
-    '{"inputs":[[1,2,3]],"position":9223372036854775808}',
     '{"inputs":[[1,2,3]],"position":-0}',
-    '{"inputs":[[1,2,3]],"position":1.0}',
-    '{"inputs":[[1,2,3]],"position":true}',
     '{"inputs":[[1,2,3]],"position":null,"epoch":null,"events":null}',
-    '{"inputs":null,"position":1}',
-    '{"inputs":[[1,2,true]]}',
     '{"inputs":[[1,2,-0]]}',
-    '{"inputs":[[1,2,-0.0]]}',
-    '{"inputs":[[1,2,1e39]]}',
     '{"inputs":[[1,2,1e999]]}',
     '{"inputs":[[1,2,NaN]]}',
     '{"inputs":[[1,2,123456789012345678901234567890]]}',
-    '{"inputs":[[1,2]]}',
+    '{"inputs":[[1,2,18446744073709551615]]}',
+    '{"inputs":[[1,2,1e200]]}',
     '{"inputs":[[1,2,[3]]]}',
     '{"inputs":[[1,2,[3,4]],[5,6,[]]]}',
     '{"inputs":[[1,2,3],[[4,5,6]]]}',
-    '{"inputs":["abc"]}',
     '{"inputs":[{"a":1,"b":2,"c":3}]}',
     '{"inputs":{"a":[1,2,3]}}',
-    '{"inputs":[[1,2,18446744073709551615]]}',
-    '{"inputs":[[1,2,3.4028235677973366e38]]}',
-    '{"inputs":[[1,2,1e200]]}',
     '{"inputs":[[1,2,3]],"position":7,"epoch":"0123456789abcdef"}',
-    '{"epoch":"0123456789abcdeF","inputs":[[1,2,3]]}',
     '{"epoch":["0123456789abcdef"],"inputs":[[1,2,3]]}',
-    '{"inputs":[]}',
-    '{"inputs":[[1,2,3],[1,2,3],[1,2,3],[1,2,3],[1,2,3]]}',
-    '{"inputs":[[1,2,3]],"inputs":[[4,5,6]]}',
     '{"inputs":[[1,2]],"inputs":[[4,5,6]]}',
     '{"inputs":[[4,5,6]],"inputs":[[1,2]]}',
     '{"position":-1,"inputs":[[4,5,6]],"position":1}',
-    '{"inputs":[[1,2,3]],"epoch":"0123456789abcdef\\n"}',
     '{"inputs":[[1,2,3]],"epoch":"0123456789abcde\\ud800"}',
     '{"inputs":[[1,2,3]],"odd":1}',
     '{"\\u0069nputs":[[1,2,3]]}',
@@ -366,13 +350,9 @@ def test_last_of_duplicate_members_counts(
     frame = codec.reader.frame(b'{"id": 1, "id": 2, %b' % text[1:], Media.JSON, "s")
     assert frame.id == 2
     assert shown(frame.result) == shown(read_chunk(codec, dumps(body)))
-
-
-def test_last_of_duplicate_members_counts_in_messagepack(codecs: Mapping[str, ModelCodec]) -> None:
-    codec, rest = codecs["probe"], ormsgpack.packb({"inputs": rows(1).tobytes()})[1:]
-    twice = b"\x83\xa8position\x01\xa8position\x02" + rest
-    found = read_chunk(codec, twice, Media.MSGPACK)
-    assert found.position == 2
+    rest = ormsgpack.packb({"inputs": rows(1).tobytes()})[1:]
+    packed_twice = b"\x83\xa8position\x01\xa8position\x02" + rest
+    assert read_chunk(codec, packed_twice, Media.MSGPACK).position == 2
 
 
 @pytest.mark.parametrize("media", Media)
