@@ -202,21 +202,21 @@ async def test_failed_backup_keeps_the_earlier_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CARRY_STORE_WAIT_S", "0.2")
-    (tmp_path / "file").write_bytes(b"earlier")
-    done = await carry("backup", tmp_path / "file", "--data-dir", tmp_path / "none")
-    assert (done.exit_code, done.stderr) == (
-        1,
-        f"carry: there is no data directory {tmp_path / 'none'}\n",
-    )
-    done = await carry("backup", tmp_path / "file", "--redis-url", "redis://127.0.0.1:1?")
-    assert done.exit_code == 1
+    file = tmp_path / "file"
+    file.write_bytes(b"earlier")
+    failures = [
+        (file, "--data-dir", tmp_path / "none", f"there is no data directory {tmp_path / 'none'}"),
+        (file, "--redis-url", "redis://127.0.0.1:1?", "127.0.0.1:1"),
+        (tmp_path / "no" / "file", "--redis-url", "unix:///no", "no: expected an existing folder"),
+    ]
+    for target, *address, message in failures:
+        done = await carry("backup", target, *address)
+        assert done.exit_code == 1
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("carry: ")
+        assert message in last
     assert os.listdir(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"earlier"
-    done = await carry("backup", tmp_path / "no" / "file", "--redis-url", "unix:///nowhere")
-    assert (done.exit_code, done.stderr) == (
-        1,
-        f"carry: {tmp_path / 'no'}: expected an existing folder for the backup\n",
-    )
+    assert file.read_bytes() == b"earlier"
 
 
 def test_backups_into_one_file_do_not_mix(tmp_path: Path) -> None:

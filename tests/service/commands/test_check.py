@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[3]
 ACCESS_LIST = (ROOT / "deploy" / "redis" / "users.acl").read_text()
 PERMISSIONS = ACCESS_LIST[ACCESS_LIST.index("user carry") :].split()[4:]
 
+ALL_PERMITTED = (True, "the store's user may run every command")
+
 Check = Callable[..., dict[str, tuple[bool, str]]]
 
 
@@ -57,7 +59,10 @@ def permit(client: redis.Redis, *denied: str) -> None:
     client.execute_command("ACL", "SETUSER", "carry", "on", ">hush", *rules)
 
 
-def test_a_usable_store_is_not_written_to(check: Check, server: RealServer) -> None:
+def test_a_usable_store_is_not_written_to_and_no_port_listened_on(
+    check: Check, server: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket.socket, "listen", None)
     results = check()
     assert list(results) == ["packages", "models", "store", "permissions", "access", "shutdown"]
     assert failures(results) == []
@@ -133,10 +138,7 @@ def test_permissions_of_the_user_are_checked(check: Check, server: RealServer) -
     with server.client() as client:
         try:
             permit(client)
-            assert check(redis_url=url)["permissions"] == (
-                True,
-                "the store's user may run every command",
-            )
+            assert check(redis_url=url)["permissions"] == ALL_PERMITTED
             permit(client, "+dbsize", "+subscribe")
             ok, detail = check(redis_url=url)["permissions"]
             assert ok
@@ -161,13 +163,14 @@ def test_the_servers_of_a_cluster_are_checked(check: Check, shared_cluster: Clus
     emptied(shared_cluster)
     results = check(redis_url=shared_cluster.url)
     assert failures(results) == []
-    assert results["permissions"][1] == "the store's user may run every command"
+    assert results["permissions"] == ALL_PERMITTED
     with shared_cluster.client() as client:
         assert client.dbsize() == 0
 
 
 def test_an_address_that_is_open_to_others_fails(check: Check, tmp_path: Path) -> None:
-    for store in ({}, {"redis_url": None, "data_dir": tmp_path / "new"}):
+    embedded = {"redis_url": None, "data_dir": tmp_path / "new"}
+    for store in ({}, embedded):
         results = check(host="0.0.0.0", **store)
         assert failures(results) == ["access"]
         assert "CARRY_INSECURE=1" in results["access"][1]
@@ -176,10 +179,7 @@ def test_an_address_that_is_open_to_others_fails(check: Check, tmp_path: Path) -
     (tmp_path / "appendonlydir").mkdir()
     results = check(host="0.0.0.0", redis_url=None, data_dir=tmp_path)
     assert "may have access keys" in results["access"][1]
-
-
-def test_an_embedded_store_without_replicas_fails(check: Check, tmp_path: Path) -> None:
-    results = check(redis_url=None, data_dir=tmp_path, durability="replicated")
+    results = check(**embedded, durability="replicated")
     assert failures(results) == ["store"]
     assert "CARRY_DURABILITY=fsync" in results["store"][1]
 
@@ -202,8 +202,3 @@ def test_permissions_are_those_of_the_access_list_and_the_page() -> None:
     table = page[page.index("The user needs these commands") :].partition("\n## ")[0]
     assert names == set(re.findall(r"`([A-Z]+(?: [A-Z]+)?)`", table))
     assert len(REQUIRED_COMMANDS) == len(required_commands(cluster))
-
-
-def test_no_port_is_listened_on(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket.socket, "listen", None)
-    assert failures(check()) == []

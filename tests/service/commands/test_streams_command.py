@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from service.core.values import StreamKey
 from service.pipeline.streams import StreamAdministration
 from tests.service.transports.v1.harness import Harness, harness
 from tests.service.transports.v1.raw_http import port_of, serving
-from tests.support.pipelines import chunk_of, make_artifact, rows_of
+from tests.support.pipelines import chunk_of, rows_of
 from tests.support.servers import RealServer
 
 
@@ -52,17 +51,9 @@ class Commands:
         return sorted(key.stream for key in self.api.store.states)
 
 
-@pytest.fixture(scope="session")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
-    folder: Path = tmp_path_factory.mktemp("commands")
-    return {"probe": make_artifact(folder)}
-
-
 @pytest.fixture
-async def carry(
-    pipeline_server: RealServer, probe: Mapping[str, Artifact]
-) -> AsyncIterator[Commands]:
-    async with harness(pipeline_server, probe) as api, serving(api) as server:
+async def carry(pipeline_server: RealServer, artifact: Artifact) -> AsyncIterator[Commands]:
+    async with harness(pipeline_server, {"probe": artifact}) as api, serving(api) as server:
         yield Commands(api, f"http://127.0.0.1:{port_of(server)}")
 
 
@@ -155,19 +146,16 @@ async def test_reset_keeps_and_reports_damaged_streams(
     assert carry.streams() == ["s3"]
 
 
-async def test_an_unavailable_service_is_reported(carry: Commands) -> None:
+async def test_requests_that_cannot_be_sent_are_reported(carry: Commands) -> None:
     unavailable = Commands(carry.api, "http://127.0.0.1:1")
     for words in (("list", "probe"), ("reset", "probe", "--prefix", "", "--yes")):
         failed = await unavailable(*words)
         assert failed.exit_code == 1
         assert failed.stderr.startswith("carry: http://127.0.0.1:1 does not answer")
-
-
-@pytest.mark.parametrize("name", [".", ".."])
-async def test_stream_names_that_urls_cannot_have_are_rejected(carry: Commands, name: str) -> None:
     await carry.fill("a")
-    for words in (("show", "probe", name), ("delete", "probe", name, "--yes")):
-        found = await carry(*words)
-        assert found.exit_code == 1
-        assert f"neither . nor .., got {name!r}" in found.output
+    for name in (".", ".."):
+        for words in (("show", "probe", name), ("delete", "probe", name, "--yes")):
+            failed = await carry(*words)
+            assert failed.exit_code == 1
+            assert f"neither . nor .., got {name!r}" in failed.output
     assert carry.streams() == ["a"]

@@ -1,13 +1,18 @@
-"""Logs: one JSON line per event with the request id, from structlog and the standard library."""
+"""Logs: JSON lines of structlog and the standard library with the request id; their writer."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import re
+import subprocess
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,11 +22,20 @@ from fastapi import FastAPI
 
 from service.telemetry import logs
 from service.telemetry.access_log import access_log
-from service.telemetry.logs import configure_logs, current_request_id, flush_logs
+from service.telemetry.logs import (
+    MAX_BUFFERED_LINES,
+    StderrWriter,
+    configure_logs,
+    current_request_id,
+    flush_logs,
+)
 from service.transports.v1.request_log import RequestLogMiddleware
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 PROCESSORS = structlog.get_config()["processors"]
 """Of the tests, as long as no command configures the logs."""
+
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +44,9 @@ def restored_logging() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     access_log_level = access_log.level
-    logs.flush_logs()
+    flush_logs()
     yield
-    logs.flush_logs()
+    flush_logs()
     access_log.level = access_log_level
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -41,54 +55,48 @@ def restored_logging() -> Iterator[None]:
     structlog.configure(PROCESSORS)
 
 
-def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def lines(capsys: Capture) -> list[dict[str, Any]]:
     flush_logs()
     captured = capsys.readouterr()
     assert captured.out == ""
     return [json.loads(line) for line in captured.err.splitlines()]
 
 
-def test_a_line_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_all_loggers_are_rendered_alike(capsys: Capture) -> None:
     configure_logs()
     structlog.get_logger("service.app").info("ready", models=["flights"], warm_s=1.5)
-    (line,) = lines(capsys)
-    assert list(line)[:4] == ["timestamp", "level", "logger", "message"]
-    assert line.pop("timestamp").endswith("Z")
-    assert line == {
-        "level": "info",
-        "logger": "service.app",
-        "message": "ready",
-        "models": ["flights"],
-        "warm_s": 1.5,
-    }
-
-
-def test_standard_library_records_are_rendered_alike(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logs()
     coloured = {"color_message": "Started server process [\x1b[36m%d\x1b[0m]"}
     logging.getLogger("uvicorn.error").info("Started server process [%d]", 42, extra=coloured)
     logging.getLogger("lib").warning("odd", extra={"size_bytes": 7})
-    started, odd = lines(capsys)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        logging.captureWarnings(False)
+        configure_logs()
+        warnings.warn("old", UserWarning, stacklevel=1)
+    ready, started, odd, warning = lines(capsys)
+    assert list(ready)[:4] == ["timestamp", "level", "logger", "message"]
+    assert ready.pop("timestamp").endswith("Z")
+    names = {"level": "info", "logger": "service.app", "message": "ready"}
+    assert ready == {**names, "models": ["flights"], "warm_s": 1.5}
     assert started["message"] == "Started server process [42]"
     assert (started["level"], started["logger"]) == ("info", "uvicorn.error")
     assert set(started) == {"timestamp", "level", "logger", "message"}
     assert (odd["level"], odd["size_bytes"]) == ("warning", 7)
+    assert (warning["level"], warning["logger"]) == ("warning", "py.warnings")
+    assert "UserWarning: old" in warning["message"]
 
 
-def test_configure_logs_is_idempotent(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_logs_can_be_configured_again(capsys: Capture) -> None:
     configure_logs("info")
     configure_logs("warning")
-    structlog.get_logger("a").info("quiet")
-    logging.getLogger("a").info("quiet")
-    structlog.get_logger("a").warning("loud")
-    logging.getLogger("a").warning("loud")
+    for logger in (structlog.get_logger("a"), logging.getLogger("a")):
+        logger.info("quiet")
+        logger.warning("loud")
     assert [line["message"] for line in lines(capsys)] == ["loud", "loud"]
 
 
 @pytest.mark.parametrize("source", [structlog.get_logger, logging.getLogger])
-def test_a_traceback_is_part_of_its_line(capsys: pytest.CaptureFixture[str], source: Any) -> None:
+def test_a_traceback_is_part_of_its_line(capsys: Capture, source: Any) -> None:
     configure_logs()
     try:
         raise ValueError("broken\nin two")
@@ -99,7 +107,7 @@ def test_a_traceback_is_part_of_its_line(capsys: pytest.CaptureFixture[str], sou
     assert "ValueError: broken\nin two" in line["exception"]
 
 
-def test_logging_never_raises(capsys: pytest.CaptureFixture[str]) -> None:
+def test_logging_never_raises(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     configure_logs()
     log = structlog.get_logger("a")
     log.info("odd", path="\udcff", number=2**70, thing=object(), raw=b"\x00")
@@ -107,29 +115,10 @@ def test_logging_never_raises(capsys: pytest.CaptureFixture[str]) -> None:
     assert line["path"] == "\udcff"
     assert line["number"] == 2**70
     assert line["thing"].startswith("<object")
-
-
-def test_python_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logs()
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        logging.captureWarnings(True)
-        warnings.warn("old", UserWarning, stacklevel=1)
-    (line,) = lines(capsys)
-    assert (line["level"], line["logger"]) == ("warning", "py.warnings")
-    assert "UserWarning: old" in line["message"]
-
-
-def test_console_format_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logs("info", "console")
-    structlog.get_logger("service.app").info("ready", workers=2)
-    logging.getLogger("uvicorn.error").info("Started")
-    flush_logs()
-    first, second = capsys.readouterr().err.splitlines()
-    assert "ready" in first
-    assert "workers=2" in first
-    assert "Started" in second
-    assert not first.startswith("{")
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    log.info("lost")
 
 
 async def _unexpected(error: Exception, *_: Any) -> None:
@@ -146,10 +135,6 @@ def api() -> FastAPI:
         structlog.get_logger("inner").info("reading")
         return {"id": current_request_id()}
 
-    @app.get("/health/ready")
-    async def ready() -> None:
-        return None
-
     return app
 
 
@@ -158,16 +143,13 @@ def client(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://carry.test")
 
 
-def requests(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    return [line for line in lines(capsys) if line["logger"] == "service.requests"]
+PATH = "/v1/models/flights/streams/ann@home"
 
 
-async def test_access_log_names_the_route_and_not_the_stream(
-    capsys: pytest.CaptureFixture[str], api: FastAPI
-) -> None:
+async def test_access_log_names_the_route_and_not_the_stream(capsys: Capture, api: FastAPI) -> None:
     configure_logs("info")
     async with client(api) as http:
-        reply = await http.get("/v1/models/flights/streams/ann@home")
+        reply = await http.get(PATH)
     captured = [line for line in lines(capsys) if not line["logger"].startswith("httpx")]
     inner, line = captured
     assert inner["message"] == "reading"
@@ -189,42 +171,108 @@ async def test_access_log_names_the_route_and_not_the_stream(
     assert current_request_id() is None
 
 
-async def test_a_client_request_id_is_kept_if_it_is_a_valid_token(api: FastAPI) -> None:
-    async with client(api) as http:
-        kept = await http.get("/health/ready", headers={"X-Request-Id": "client-7"})
-        for odd in ("two words", "x" * 129, '"quoted"', ""):
-            made = await http.get("/health/ready", headers={"X-Request-Id": odd})
-            assert len(made.headers["x-request-id"]) == 16
-    assert kept.headers.get_list("x-request-id") == ["client-7"]
-
-
-async def test_concurrent_requests_keep_their_ids(
-    capsys: pytest.CaptureFixture[str], api: FastAPI
-) -> None:
+async def test_requests_keep_valid_ids_of_clients(capsys: Capture, api: FastAPI) -> None:
     configure_logs()
+    ids = [f"r{index}" for index in range(20)]
     async with client(api) as http:
-        asked = [
-            http.get("/v1/models/m/streams/s", headers={"X-Request-Id": f"r{index}"})
-            for index in range(20)
-        ]
+        asked = [http.get(PATH, headers={"X-Request-Id": request_id}) for request_id in ids]
         replies = await asyncio.gather(*asked)
-    assert [reply.json()["id"] for reply in replies] == [f"r{index}" for index in range(20)]
-    assert {line["request_id"] for line in requests(capsys)} == {f"r{i}" for i in range(20)}
+        for odd in ("two words", "x" * 129, '"quoted"', ""):
+            made = await http.get(PATH, headers={"X-Request-Id": odd})
+            assert len(made.headers["x-request-id"]) == 16
+    assert [reply.json()["id"] for reply in replies] == ids
+    assert [reply.headers.get_list("x-request-id") for reply in replies] == [[i] for i in ids]
+    written = [line for line in lines(capsys) if line["logger"] == "service.requests"]
+    assert {line["request_id"] for line in written[:20]} == set(ids)
 
 
-async def test_access_log_uses_the_configured_format_and_level(
-    capsys: pytest.CaptureFixture[str], api: FastAPI
-) -> None:
+async def test_format_and_level_are_those_of_the_settings(capsys: Capture, api: FastAPI) -> None:
     configure_logs("info", "console")
+    logging.getLogger("uvicorn.error").info("Started")
     async with client(api) as http:
-        await http.get("/v1/models/m/streams/ann", headers={"X-Request-Id": "mine"})
+        await http.get(PATH, headers={"X-Request-Id": "mine"})
     flush_logs()
-    line = next(line for line in capsys.readouterr().err.splitlines() if "status=200" in line)
+    written = capsys.readouterr().err.splitlines()
+    assert "Started" in written[0]
+    assert not written[0].startswith("{")
+    line = next(line for line in written if "status=200" in line)
     for part in ("[info", "request", "request_id=mine", "route=/v1/models/{model}/streams"):
         assert part in line
     assert re.match(r"[0-9-]{10}T[0-9:.]{8,15}Z ", line)
     configure_logs("warning")
     async with client(api) as http:
-        await http.get("/v1/models/m/streams/ann")
-    flush_logs()
-    assert requests(capsys) == []
+        await http.get(PATH)
+    assert lines(capsys) == []
+
+
+def written(capsys: Capture) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+async def test_lines_are_buffered_in_their_order(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "FLUSH_INTERVAL_S", 0)
+    stderr = StderrWriter()
+    stderr.buffer("one")
+    stderr.buffer("two")
+    assert written(capsys) == []
+    stderr.write("three")
+    assert written(capsys) == ["one", "two", "three"]
+    for text in ("first", "second"):
+        stderr.buffer(text)
+        assert written(capsys) == []
+        done = asyncio.Event()
+        asyncio.get_running_loop().call_later(0, done.set)
+        await done.wait()
+        assert written(capsys) == [text]
+    expected = [str(number) for number in range(MAX_BUFFERED_LINES)]
+    for text in expected[:-1]:
+        stderr.buffer(text)
+    assert written(capsys) == []
+    stderr.buffer(expected[-1])
+    assert written(capsys) == expected
+
+
+def test_lines_are_written_immediately_without_an_event_loop(capsys: Capture) -> None:
+    StderrWriter().buffer("now")
+    assert written(capsys) == ["now"]
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "1 / 0"])
+def test_buffered_lines_are_flushed_at_exit(end: str) -> None:
+    program = f"""
+import uvloop
+from service.telemetry.logs import StderrWriter
+
+async def main():
+    StderrWriter().buffer("last words")
+    {end}
+
+uvloop.run(main())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, timeout=60
+    )
+    assert b"last words\n" in ended.stderr
+
+
+async def test_lines_of_several_threads_keep_their_order(capsys: Capture) -> None:
+    stderr = StderrWriter()
+
+    def write(name: str) -> None:
+        for at in range(200):
+            stderr.write(f"{name}{at}")
+
+    others = [threading.Thread(target=write, args=name) for name in "ab"]
+    for thread in others:
+        thread.start()
+    for at in range(200):
+        stderr.buffer(f"c{at}")
+    for thread in others:
+        thread.join()
+    stderr.flush()
+    found = written(capsys)
+    for name in "abc":
+        assert [text for text in found if text[0] == name] == [f"{name}{at}" for at in range(200)]
+    assert len(found) == 600

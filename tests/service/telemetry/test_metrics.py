@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,23 +24,26 @@ from tests.support.metrics import read, series
 from tests.support.servers import until_async
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+FLIGHTS = {"model": "flights"}
 
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> PrometheusRecorder:
     monkeypatch.delenv(MULTIPROCESS_DIR, raising=False)
-    return PrometheusRecorder()
+    recorder = PrometheusRecorder()
+    recorder.model("flights", "a1b2", "tensorflow", 64)
+    return recorder
 
 
-async def test_clients_cannot_create_series_of_requests(
-    recorder: PrometheusRecorder,
-) -> None:
+async def test_clients_cannot_create_series(recorder: PrometheusRecorder) -> None:
     route = "/v1/models/{model}"
     for ms in (4.0, 40.0, 40.0):
         recorder.record_request("GET", route, 200, ms)
     recorder.record_request("BREW", route, 405, 1.0)
     recorder.record_request("GET", None, 404, 1.0)
     recorder.record_request("HEAD", None, 404, 1.0)
+    for name in ("nope", "nope2", "nope3"):
+        recorder.record_error(name, ModelNotFound(""))
     found = read(recorder.render())
     name = "carry_request_seconds"
     known = {"method": "GET", "route": route, "status": "200"}
@@ -48,12 +52,19 @@ async def test_clients_cannot_create_series_of_requests(
     assert found[series(f"{name}_bucket", le="0.005", **known)] == 1
     assert found[series(f"{name}_count", method="-", route=route, status="405")] == 1
     assert found[series(f"{name}_count", method="-", route="-", status="404")] == 2
-    recorder.record_request("GET", route, 200, 1.0)
-    await until_async(lambda: _is_counted(recorder, known), "the next interval")
+    errors = {key: value for key, value in found.items() if key[0] == "carry_refusals_total"}
+    assert {key for key, value in errors.items() if value} == {
+        series("carry_refusals_total", model="-", code="model_not_found")
+    }
+    total = series(f"{name}_count", **known)
 
+    async def is_counted(count: int) -> bool:
+        return read(generate_latest(recorder.registry))[total] == count
 
-async def _is_counted(recorder: PrometheusRecorder, labels: dict[str, str]) -> bool:
-    return read(recorder.render())[series("carry_request_seconds_count", **labels)] == 4
+    # in the next interval, and in the one after it
+    for count in (4, 5):
+        recorder.record_request("GET", route, 200, 1.0)
+        await until_async(partial(is_counted, count), "the interval")
 
 
 def test_concurrent_scrapes_add_each_value_once(
@@ -64,19 +75,17 @@ def test_concurrent_scrapes_add_each_value_once(
         observe_all(histogram, values)
 
     monkeypatch.setattr(metrics, "observe_all", observe_slowly)
-    recorder.model("flights", "a1b2", "tensorflow", 64)
     recorder.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
     scrapes = [threading.Thread(target=recorder.render) for _ in range(2)]
     for scrape in scrapes:
         scrape.start()
     for scrape in scrapes:
         scrape.join()
-    assert read(recorder.render())[series("carry_batch_rows_count", model="flights")] == 1
+    assert read(recorder.render())[series("carry_batch_rows_count", **FLIGHTS)] == 1
 
 
 def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports: Recorder = recorder
-    recorder.model("flights", "a1b2", "tensorflow", 64)
     recorder.model("post", "c3d4", "tensorflow", 64)
     reports.record_chunks("flights", 12, [0.002], Timing(load_s=0.03, infer_s=0.4, commit_s=5.0))
     reports.record_chunks("flights", 7, [0.0], Timing())
@@ -92,30 +101,24 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
         reports.record_watchers("post", change)
 
     found = read(recorder.render())
-    flights = {"model": "flights"}
-    assert found[series("carry_chunks_total", **flights)] == 2
-    assert found[series("carry_events_total", **flights)] == 19
+    counts = {"chunks": 2, "events": 19, "replays": 1, "conflicts": 0, "cache_hits": 5}
+    counts |= {"cache_misses": 2, "batch_steps": 40, "batch_padded_steps": 64}
+    for name, count in counts.items():
+        assert found[series(f"carry_{name}_total", **FLIGHTS)] == count, name
     assert found[series("carry_chunks_total", model="post")] == 1
-    assert found[series("carry_replays_total", **flights)] == 1
-    assert found[series("carry_conflicts_total", **flights)] == 0
     assert found[series("carry_conflicts_total", model="post")] == 2
-    assert found[series("carry_cache_hits_total", **flights)] == 5
-    assert found[series("carry_cache_misses_total", **flights)] == 2
-    assert found[series("carry_batch_steps_total", **flights)] == 40
-    assert found[series("carry_batch_padded_steps_total", **flights)] == 64
-    assert found[series("carry_batch_rows_bucket", **flights, le="2.0")] == 0
-    assert found[series("carry_batch_rows_bucket", **flights, le="4.0")] == 1
-    assert found[series("carry_batch_seconds_sum", **flights)] == pytest.approx(0.006)
-    assert found[series("carry_refusals_total", **flights, code="position_ahead")] == 1
-    assert found[series("carry_websocket_connections", **flights)] == 1
+    assert found[series("carry_batch_rows_bucket", **FLIGHTS, le="2.0")] == 0
+    assert found[series("carry_batch_rows_bucket", **FLIGHTS, le="4.0")] == 1
+    assert found[series("carry_batch_seconds_sum", **FLIGHTS)] == pytest.approx(0.006)
+    assert found[series("carry_refusals_total", **FLIGHTS, code="position_ahead")] == 1
+    assert found[series("carry_websocket_connections", **FLIGHTS)] == 1
     assert found[series("carry_watchers", model="post")] == 1
-    assert found[series("carry_watchers", **flights)] == 0
+    assert found[series("carry_watchers", **FLIGHTS)] == 0
     for stage, seconds in {"queue": 0.002, "load": 0.03, "infer": 0.4, "commit": 5.0}.items():
         name = "carry_chunk_stage_seconds"
-        assert found[series(f"{name}_sum", **flights, stage=stage)] == pytest.approx(seconds)
-        assert found[series(f"{name}_count", **flights, stage=stage)] == 2
-    info = series("carry_model_info", **flights, version="a1b2", runtime="tensorflow")
-    assert found[info] == 1
+        assert found[series(f"{name}_sum", **FLIGHTS, stage=stage)] == pytest.approx(seconds)
+        assert found[series(f"{name}_count", **FLIGHTS, stage=stage)] == 2
+    assert found[series("carry_model_info", **FLIGHTS, version="a1b2", runtime="tensorflow")] == 1
 
 
 TIMES_S = st.sampled_from(SECONDS) | st.floats(0, 20)
@@ -132,45 +135,27 @@ def test_observe_all_equals_observe_of_each_value(batches: list[list[float]]) ->
         observe_all(at_once, values)
         for value in values:
             one_by_one.observe(value)
-    found = {
-        (name.removeprefix("at_once").removeprefix("one_by_one"), labels, name[:3]): value
-        for (name, labels), value in read(generate_latest(registry)).items()
-    }
-    for (name, labels, which), value in found.items():
-        if which == "at_":
-            assert value == pytest.approx(found[name, labels, "one"])
+    found = read(generate_latest(registry))
+    for (name, labels), value in found.items():
+        if name.startswith("at_once"):
+            expected = found[name.replace("at_once", "one_by_one"), labels]
+            assert value == pytest.approx(expected)
 
 
 def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> None:
-    recorder.model("flights", "a1b2", "tensorflow", 64)
     found = read(recorder.render())
     for name in ("chunks", "events", "replays", "conflicts", "cache_hits", "cache_misses"):
-        assert found[series(f"carry_{name}_total", model="flights")] == 0
+        assert found[series(f"carry_{name}_total", **FLIGHTS)] == 0
+    assert found[series("carry_websocket_connections", **FLIGHTS)] == 0
     for code in ("store_refused", "state_damaged", "stream_overloaded", "internal_error"):
-        assert found[series("carry_refusals_total", model="flights", code=code)] == 0
-    assert series("carry_refusals_total", model="flights", code="position_ahead") not in found
-
-
-def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
-    recorder.model("flights", "a1b2", "tensorflow", 64)
-    for name in ("nope", "nope2", "nope3"):
-        recorder.record_error(name, ModelNotFound(""))
-    found = read(recorder.render())
-    rejections = {
-        k: value for k, value in found.items() if k[0] == "carry_refusals_total" and value
-    }
-    assert rejections == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
-
-
-def test_build_info_has_version_and_python(recorder: PrometheusRecorder) -> None:
-    builds = [key for key in read(recorder.render()) if key[0] == "carry_build_info"]
-    assert len(builds) == 1
-    assert {name for name, _ in builds[0][1]} == {"version", "python"}
+        assert found[series("carry_refusals_total", **FLIGHTS, code=code)] == 0
+    assert series("carry_refusals_total", **FLIGHTS, code="position_ahead") not in found
+    (build,) = [key for key in found if key[0] == "carry_build_info"]
+    assert {name for name, _ in build[1]} == {"version", "python"}
 
 
 WORKER = """
 import os
-from service.core.errors import Conflict, ModelNotFound, Overloaded, PositionAhead
 from service.core.values import Timing
 from service.telemetry.metrics import PrometheusRecorder
 
@@ -187,20 +172,14 @@ if input() == "render":
 
 def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> None:
     environment = {**os.environ, MULTIPROCESS_DIR: str(tmp_path)}
+    command = [sys.executable, "-c", WORKER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            env=environment,
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for _ in range(3)
+        subprocess.Popen(command, env=environment, cwd=REPOSITORY, **pipes) for _ in range(3)
     ]
     first, second, third = workers
     try:
         for worker in workers:
-            assert worker.stdout is not None
             assert worker.stdout.readline() == b"recorded\n"
         first.kill()
         first.communicate()
@@ -210,9 +189,9 @@ def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> No
             if worker.poll() is None:
                 worker.communicate(b"end\n")
     found = read(rendered)
-    assert found[series("carry_chunks_total", model="flights")] == 9
-    assert found[series("carry_events_total", model="flights")] == 27
-    stage = {"model": "flights", "stage": "infer"}
+    assert found[series("carry_chunks_total", **FLIGHTS)] == 9
+    assert found[series("carry_events_total", **FLIGHTS)] == 27
+    stage = {**FLIGHTS, "stage": "infer"}
     name = "carry_chunk_stage_seconds"
     assert found[series(f"{name}_sum", **stage)] == pytest.approx(3 * 0.65)
     assert found[series(f"{name}_bucket", **stage, le="0.1")] == 0
@@ -221,13 +200,12 @@ def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> No
     assert found[series(f"{name}_bucket", **stage, le="0.0025")] == 6
     assert found[series(f"{name}_count", **stage)] == 9
     # the one that was killed has none any more
-    assert found[series("carry_websocket_connections", model="flights")] == 6
+    assert found[series("carry_websocket_connections", **FLIGHTS)] == 6
     assert len([key for key in found if key[0] == "carry_model_info"]) == 1
 
 
 def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> None:
     reports: Recorder = recorder
-    recorder.model("flights", "a1b2", "tensorflow", 64)
     times = Timing(load_s=0.03, infer_s=0.4, commit_s=5.0)
     reports.record_chunks("flights", 12, [0.002, 0.002], times)
     reports.record_chunks("flights", 7, [0.0], Timing())

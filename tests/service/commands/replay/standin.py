@@ -94,7 +94,6 @@ class Standin:
     connections: list[Any] = field(default_factory=list)
     wrong_by: float = 0.0
     deaf: int = 0
-    with_metrics: bool = True
     version: str = VERSION
     chunking: str = "invisible"
     hides_models: bool = False
@@ -105,7 +104,6 @@ class Standin:
         app.router.add_get("/v1/models/{model}/streams/{stream}", self._stream)
         app.router.add_post("/v1/models/{model}/streams/{stream}/chunks", self._one)
         app.router.add_post("/v1/models/{model}/chunks", self._many)
-        app.router.add_get("/metrics", self._metrics)
         return app
 
     def roll_back(self, name: str, commits: int) -> None:
@@ -147,15 +145,6 @@ class Standin:
         if found is None:
             return _respond(request, 404, _problem(404, "stream_not_found", False))
         return _respond(request, 200, found.head)
-
-    async def _metrics(self, request: web.Request) -> web.Response:
-        if not self.with_metrics:
-            return web.Response(status=404)
-        lines = [
-            f'carry_{name}_total{{model="small"}} {self.counts[name]}'
-            for name in ("chunks", "replays", "conflicts", "cache_hits", "cache_misses")
-        ]
-        return web.Response(text="\n".join(lines) + "\n")
 
     async def _one(self, request: web.Request) -> web.Response:
         body = _read(request, await request.read())

@@ -6,18 +6,17 @@ import json
 import time
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from carry.cli import app
 from service.access.caller import Verb
 from service.access.keys import decode_key
 from service.access.limits import KeyLimits
 from service.access.tokens import verify_token
+from tests.support.command import Result, carry
 from tests.support.servers import RealServer
 
 
 def keys(*words: str) -> Result:
-    return CliRunner().invoke(app, ["keys", *words])
+    return carry("keys", *words)
 
 
 def test_created_key_has_its_limits_and_signs_tokens_within_its_scope(
@@ -26,9 +25,9 @@ def test_created_key_has_its_limits_and_signs_tokens_within_its_scope(
     at = ("--redis-url", pipeline_server.url)
     limits = ("--requests-per-s", "20.5", "--streams", "100", "--state-bytes", "1000000")
     made = keys("create", "shop", *limits, "--prefix", "acme:", *at)
-    assert made.exit_code == 0, made.output
+    assert made.exit_code == 0, made.stderr
     assert "at most 20.5 requests_per_s, 100 streams, 1000000 state_bytes" in made.stderr
-    key = made.stdout.strip()
+    key = made.stdout.decode().strip()
     key_id = key.split("_")[1]
     shown = json.loads(keys("show", key_id, *at).stdout)
     assert shown["limits"] == {"requests_per_s": 20.5, "streams": 100, "state_bytes": 1_000_000}
@@ -38,10 +37,12 @@ def test_created_key_has_its_limits_and_signs_tokens_within_its_scope(
 
     monkeypatch.setenv("CARRY_API_KEY", key)
     signed = keys("token", "--prefix", "acme:7:", "--minutes", "5", "--allow", "predict")
-    assert signed.exit_code == 0, signed.output
+    assert signed.exit_code == 0, signed.stderr
     now_ms = time.time_ns() // 1_000_000
     holder = record.caller(key_id)
-    caller = verify_token(signed.stdout.strip(), {key_id: record}, now_ms, lambda *_: holder)
+    caller = verify_token(
+        signed.stdout.decode().strip(), {key_id: record}, now_ms, lambda *_: holder
+    )
     assert (caller.prefix, caller.verbs) == ("acme:7:", {Verb.PREDICT})
     assert caller.expires_ms is not None
     assert abs(caller.expires_ms - now_ms - 300_000) < 60_000
