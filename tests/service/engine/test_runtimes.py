@@ -88,23 +88,6 @@ def test_a_model_without_a_graph_is_unsupported(tmp_path: Path) -> None:
         open_runtimes("onnxruntime", [artifact(tmp_path / "m", "selu")], 1)
 
 
-def test_models_of_one_service_run_on_two_runtimes(
-    tmp_path: Path, with_graph: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_graph = artifact(tmp_path / "without_graph", "selu")
-    # the rung for every batch alone: each takes a second to compile
-    monkeypatch.setattr("service.engine.runtimes.tensorflow.ROWS_AT", {64: (32,)})
-    opened = open_runtimes("auto", [without_graph, with_graph], 0)
-    assert [runtime.name for runtime in opened] == ["tensorflow", "onnxruntime"]
-    rows = np.random.default_rng(1).normal(size=(3, 1)).astype(np.float32)
-    for runtime, model in zip(opened, (without_graph, with_graph), strict=True):
-        runtime.warm()
-        state = np.full(model.state.float_size, 0.3, np.float32)
-        (outputs,), _ = step(runtime, [rows], state[np.newaxis])
-        expected = oracle_step(model.spec, model.weights, rows, state)[0]
-        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_tensorflow_is_not_imported_unless_a_model_needs_it(
     with_graph: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -378,28 +378,3 @@ async def test_hanging_store_at_shutdown_is_outcome_unknown(
         outcomes = await asyncio.gather(sent, loading, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [OutcomeUnknown, ShuttingDown]
         store.loads.set()
-
-
-async def test_many_chunks_share_one_deadline(
-    store_url: str, artifact: Artifact, clock: ManualClock
-) -> None:
-    """Chunks of one stream that follow one another in one request."""
-    rows = rows_of(np.random.default_rng(49), 8)
-    store = HeldStore(store_url)
-    async with worker(store_url, artifact, store=store) as one:
-        store.commits.clear()
-        chunks = [chunk_of("s", rows[:4], 0), chunk_of("s", rows[4:], 4), chunk_of("t", rows, 0)]
-        late = asyncio.create_task(one.process_many(ANYONE, chunks, clock.soon()))
-        for stream in "st":
-            await wait_for_count(store.committing, stream)
-        clock.expire()
-        results = await late
-        assert [type(result).__name__ for result in results] == [
-            "OutcomeUnknown",
-            "PreviousFailed",
-            "OutcomeUnknown",
-        ]
-        store.commits.set()
-        again = await one.process_many(ANYONE, chunks, clock.later())
-        assert all(isinstance(result, Reply) for result in again)
-        assert [result.replayed for result in again] == [True, False, True]

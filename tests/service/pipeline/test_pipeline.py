@@ -16,12 +16,10 @@ from models.artifact.artifact import Artifact
 from models.spec.model import ModelSpec
 from models.spec.state import State
 from service.access.caller import ANYONE
-from service.core.delivery import next_tag
 from service.core.errors import (
     CarryError,
     InternalError,
     PositionAhead,
-    PositionBehind,
     StoreRefused,
     StreamNotFound,
 )
@@ -34,7 +32,6 @@ from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.pipelines import (
     Counts,
-    chunk_of,
     oracle_outputs,
     rows_of,
     send,
@@ -92,40 +89,6 @@ async def test_chunking_batching_and_workers_do_not_change_outputs(
             np.concatenate([part.outputs for part in parts]), oracle_outputs(artifact, rows)
         )
         assert parts[-1].head.position == len(rows), name
-
-
-async def test_tag_chain_matches_the_protocol(store_url: str, artifact: Artifact) -> None:
-    random = np.random.default_rng(4)
-    pieces = cut(random, rows_of(random, 40), 9)
-    async with worker(store_url, artifact) as one:
-        replies = await feed([one], "chain", pieces)
-    tag, position = bytes(16), 0
-    for piece, reply in zip(pieces, replies, strict=True):
-        tag = next_tag(tag, position, chunk_of("chain", piece, position).digest)
-        position += len(piece)
-        assert (reply.head.tag, reply.head.position) == (tag, position)
-    assert len({reply.head.epoch for reply in replies}) == 1
-
-
-async def test_retry_of_the_last_chunk_gets_the_stored_reply(
-    store_url: str, artifact: Artifact
-) -> None:
-    random = np.random.default_rng(5)
-    first, second = rows_of(random, 5), rows_of(random, 7)
-    async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
-        await send(one, "retry", first, 0)
-        sent = await send(one, "retry", second, 5)
-        for pipeline in (one, two):
-            again = await send(pipeline, "retry", second, 5)
-            assert again.replayed
-            assert again.head == sent.head
-            np.testing.assert_array_equal(again.outputs, sent.outputs)
-            np.testing.assert_array_equal(again.state.floats, sent.state.floats)
-        with pytest.raises(PositionBehind):
-            await send(two, "retry", first, 0)
-        with pytest.raises(PositionAhead) as caught:
-            await send(two, "retry", second, 13)
-        assert caught.value.facts["expected"] == 12
 
 
 async def test_duplicates_at_two_workers_are_applied_once(

@@ -157,16 +157,6 @@ def test_the_layout_of_a_state_matches_its_documentation() -> None:
     assert decode_state(value).last == existed.last
 
 
-def test_the_layout_of_a_reply_matches_its_documentation() -> None:
-    head = StreamHead(b"epoch-89", b"tag-0123456789ab", 77)
-    value = encode_reply(StoredReply(head, np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
-    assert value[0:8] == b"CRRP\x01\x00\x00\x00"
-    assert value[8:16] == struct.pack("<2I", 2, 3)
-    assert value[16:20] == struct.pack("<I", zlib.crc32(value[:16] + value[20:]))
-    assert value[20:52] == b"epoch-89" + b"tag-0123456789ab" + struct.pack("<Q", 77)
-    assert value[52:] == struct.pack("<6f", 1, 2, 3, 4, 5, 6)
-
-
 @pytest.mark.parametrize("kind", ["state", "head", "reply"])
 def test_every_flipped_bit_and_every_other_length_is_rejected(kind: str) -> None:
     streams = Streams()

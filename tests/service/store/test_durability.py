@@ -21,7 +21,7 @@ from service.store.embedded import EmbeddedValkey
 from service.store.keys import KeySpace
 from service.store.settings import Durability
 from tests.support.cluster import Cluster, ClusterNode
-from tests.support.servers import KINDS, emptied, opened, real_server, until
+from tests.support.servers import KINDS, opened, real_server, until
 from tests.support.streams import (
     Streams,
     assert_stored,
@@ -59,24 +59,6 @@ async def test_a_server_that_acknowledges_before_fsync_is_rejected(kind: str) ->
                 assert not check.ok
                 assert name in check.detail
                 server.configure(name, right)
-
-
-async def test_every_cluster_node_must_fsync(shared_cluster: Cluster) -> None:
-    settings = {"durability": Durability.FSYNC, "partitions": PARTITIONS}
-    emptied(shared_cluster)
-    shared_cluster.configure("appendfsync", "always")
-    try:
-        async with opened(shared_cluster.url, **settings) as store:
-            check = await store.monitor.check()
-            assert check.ok
-        for node in (shared_cluster.primaries[1], shared_cluster.replicas[0]):
-            node.ask("CONFIG", "SET", "appendfsync", "everysec")
-            with pytest.raises(StoreRefused, match=str(node.port)):
-                async with opened(shared_cluster.url, **settings):
-                    pass
-            node.ask("CONFIG", "SET", "appendfsync", "always")
-    finally:
-        shared_cluster.configure("appendfsync", "no")
 
 
 async def test_the_embedded_valkey_fsyncs_if_configured(tmp_path: Path, streams: Streams) -> None:

@@ -7,12 +7,11 @@ import asyncio
 import pytest
 
 from service.core.errors import StoreRefused
-from service.core.values import StreamKey
 from service.store.base import Committed, Store
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.servers import RealServer, free_port, real_server
-from tests.support.streams import Commit, OpenStore, Streams, committed, key
+from tests.support.streams import OpenStore, Streams, committed, key
 
 
 async def test_a_server_that_may_evict_is_rejected(open_on: OpenStore, server: RealServer) -> None:
@@ -86,19 +85,3 @@ async def test_a_wrong_password_fails_immediately(server: RealServer) -> None:
     assert not check.ok
     assert "wrong-secret" not in check.detail
     await store.close()
-
-
-@pytest.mark.parametrize(
-    ("raw_bytes", "kind"), [(raw, kind) for raw in (256, 1024) for kind in ("floats", "mixed")]
-)
-async def test_a_stored_stream_has_little_overhead(
-    store: Store, streams: Streams, server: RealServer, raw_bytes: int, kind: str
-) -> None:
-    ints = 4 if kind == "mixed" else 0
-    name = StreamKey("flights", "JFK-AA:N12345")
-    new = streams.first(floats=(raw_bytes - 8 * ints) // 4, ints=ints)
-    await committed(store, Commit(name, None, new, None))
-    with server.client() as client:
-        used = client.memory_usage(StoreSettings(server.url).keys.state(name))
-    print(f"{server.kind}: {raw_bytes} bytes of state take {used}")
-    assert used <= 1.25 * raw_bytes + 200

@@ -14,7 +14,7 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.access.caller import ANYONE
-from service.core.errors import CarryError, StoreUnavailable
+from service.core.errors import StoreUnavailable
 from service.core.values import Reply, StreamKey
 from service.engine.fair_queue import RunningBatch, Work
 from service.pipeline.chunk_batch import ChunkBatchRunner
@@ -132,113 +132,76 @@ async def test_an_unresponsive_shard_holds_no_batch_slots(
     assert attempts == {0}
 
 
-async def test_chunks_waiting_for_an_unresponsive_shard_are_bounded(
-    own_cluster: Cluster,
-    settings: StoreSettings,
-    artifact: Artifact,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """At half of the queue's limit; more of them fail at once."""
-    full, detach = asyncio.Event(), Shards.detach
+class Hanging(RedisStore):
+    """Loads wait for a gate; one with a deadline before 2 gets no answer."""
 
-    def noting(self: Shards, *given: Any) -> None:
-        detach(self, *given)
-        if self._detached == 10:
-            full.set()
+    def __init__(self) -> None:
+        super().__init__(StoreSettings("redis://127.0.0.1:1"))
+        self.gate = asyncio.Event()
 
-    monkeypatch.setattr(Shards, "detach", noting)
-    rows = rows_of(np.random.default_rng(57), 4)
-    late = stream_names(own_cluster, settings.keys, "late", 40, down=True)
-    (good,) = stream_names(own_cluster, settings.keys, "good", 1, down=False)
-    async with worker("", artifact, store=RedisStore(settings), in_flight=2, queue=20) as one:
-        with one_shard_down(own_cluster):
-            sent = [
-                asyncio.create_task(one.process(ANYONE, chunk_of(late[n], rows, 0), later()))
-                for n in range(10)
-            ]
-            async with asyncio.timeout(WITHIN_S):
-                await full.wait()
-                await one.process(ANYONE, chunk_of(good, rows, 0), later())
-                for name in late[10:]:
-                    with pytest.raises(StoreUnavailable, match="10 chunks wait"):
-                        await one.process(ANYONE, chunk_of(name, rows, 0), later())
-            assert not any(task.done() for task in sent)
-        for outcome in await asyncio.gather(*sent, return_exceptions=True):
-            assert not isinstance(outcome, CarryError)
+    async def load(
+        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
+    ) -> list[StoredValue]:
+        if deadline_s < 2:
+            raise StoreUnavailable("no answer in time")
+        await self.gate.wait()
+        return [None] * len(keys)
 
 
-async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() -> None:
+class Detached:
+    """Detaches jobs of two chunks at most; `requeued` are those whose work ended."""
+
+    def __init__(self) -> None:
+        self.store = Hanging()
+        self.shards = Shards(self.store, max_detached=2)
+        self.batch = RunningBatch([], set(), lambda _: None, self._detach)
+        self.work: list[asyncio.Future[Sequence[Any]]] = []
+
+    def _detach(self, _: RunningBatch, jobs: Sequence[ChunkJob], work: Work) -> None:
+        self.work.append(asyncio.ensure_future(work))
+
+    async def requeued(self) -> list[ChunkJob]:
+        return [job for jobs in await asyncio.gather(*self.work) for job in jobs]
+
+
+def jobs(count: int, *deadlines_s: float) -> list[ChunkJob]:
+    chunks = [chunk_of(f"s{n}", np.zeros((1, 3), np.float32)) for n in range(count)]
+    ends_s = deadlines_s or [math.inf] * count
+    return [
+        ChunkJob(each, each.key, 1, 0.0, end_s, lambda _: None)
+        for each, end_s in zip(chunks, ends_s, strict=True)
+    ]
+
+
+async def test_chunks_that_wait_for_an_unresponsive_shard_are_bounded() -> None:
     """Detached commits are never rejected, and so exceed the bound."""
-    tasks: list[asyncio.Task[None]] = []
-    gate = asyncio.Event()
-
-    def detach(_: RunningBatch, jobs: Sequence[ChunkJob], work: Work) -> None:
-        tasks.append(asyncio.create_task(resolved(work)))
-
-    async def resolved(work: Work) -> None:
-        await work
+    detached = Detached()
+    shards, batch = detached.shards, detached.batch
+    waiting, late = jobs(3), jobs(4)
+    shards.detach_until_answer("shard", waiting, batch)
+    assert [job.is_resolved for job in waiting] == [False, False, True]
 
     async def commit() -> list[ChunkJob]:
-        await gate.wait()
+        await detached.store.gate.wait()
         return []
 
-    def ignore(_: Reply | CarryError) -> None:
-        pass
-
-    def jobs(count: int) -> list[ChunkJob]:
-        chunks = [chunk_of(f"s{n}", np.zeros((1, 3), np.float32)) for n in range(count)]
-        return [ChunkJob(each, each.key, 1, 0.0, math.inf, ignore) for each in chunks]
-
-    shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
-    batch = RunningBatch([], set(), lambda _: None, detach)
     shards.detach("shard", jobs(3), batch, commit())
-    late = jobs(4)
     shards.detach_until_answer("shard", late, batch)
     assert all(job.is_resolved for job in late)
-    gate.set()
-    await asyncio.gather(*tasks)
-    assert not shards._detached
-
-
-async def test_shutdown_waits_for_an_unresponsive_shard_within_its_drain_time(
-    own_cluster: Cluster, settings: StoreSettings, artifact: Artifact
-) -> None:
-    rows = rows_of(np.random.default_rng(58), 4)
-    (late,) = stream_names(own_cluster, settings.keys, "late", 1, down=True)
-    (good,) = stream_names(own_cluster, settings.keys, "good", 1, down=False)
-    store = RedisStore(settings)
-    async with worker("", artifact, store=store, in_flight=2, drain_s=0.1) as one:
-        with one_shard_down(own_cluster):
-            waiting = asyncio.create_task(one.process(ANYONE, chunk_of(late, rows, 0), later()))
-            async with asyncio.timeout(WITHIN_S):
-                await one.process(ANYONE, chunk_of(good, rows, 0), later())
-                await one.stop()
-                with pytest.raises(CarryError):
-                    await waiting
+    detached.store.gate.set()
+    assert await detached.requeued() == waiting[:2]
+    assert not shards.unresponsive
+    again = jobs(2)
+    shards.detach_until_answer("shard", again, batch)
+    assert not any(job.is_resolved for job in again)
+    await detached.requeued()
 
 
 async def test_a_short_deadline_does_not_cancel_the_wait_of_others_for_a_shard() -> None:
     """The shard answers after the deadline of one chunk and before that of the other."""
-    requeued: list[asyncio.Task[list[ChunkJob]]] = []
-
-    class Late(RedisStore):
-        async def load(
-            self, keys: Sequence[StreamKey], deadline_s: float = math.inf
-        ) -> list[StoredValue]:
-            if deadline_s < 2:
-                raise StoreUnavailable("no answer in time")
-            return [None] * len(keys)
-
-    def detach(_: RunningBatch, jobs: Sequence[ChunkJob], work: Work) -> None:
-        requeued.append(asyncio.ensure_future(work))
-
-    chunks = [chunk_of(name, np.zeros((1, 3), np.float32)) for name in "ab"]
-    hurried, patient = (
-        ChunkJob(each, each.key, 1, 0.0, deadline_s, lambda _: None)
-        for each, deadline_s in zip(chunks, (1.0, 3.0), strict=True)
-    )
-    shards = Shards(Late(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
-    batch = RunningBatch([], set(), lambda _: None, detach)
-    shards.detach_until_answer("shard", [hurried, patient], batch)
-    assert patient in await requeued[0]
+    detached = Detached()
+    detached.store.gate.set()
+    hurried, patient = jobs(2, 1.0, 3.0)
+    detached.shards.detach_until_answer("shard", [hurried, patient], detached.batch)
+    assert patient in await detached.requeued()
     assert not patient.is_resolved

@@ -162,27 +162,6 @@ async def test_exactly_one_of_many_concurrent_commits_succeeds(
     await assert_replayable(stores[0], winner)
 
 
-async def test_commits_are_executed_in_call_order(store: Store, streams: Streams) -> None:
-    chain = [streams.creation(key("a"))]
-    for _ in range(40):
-        chain.append(streams.next(chain[-1]))
-    results = await asyncio.gather(*(store.commit(columns(commit)) for commit in chain))
-    assert results == [[Committed()]] * len(chain)
-
-
-async def test_a_cancelled_commit_does_not_shift_replies(store: Store, streams: Streams) -> None:
-    for round_ in range(20):
-        first = streams.creation(key(f"cancelled-{round_}"))
-        task = asyncio.create_task(store.commit(columns(first)))
-        for _ in range(round_ % 5):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        other = streams.creation(key(f"stays-{round_}"))
-        await committed(store, other)
-        await assert_stored(store, other)
-
-
 # Failures of one stream
 
 
@@ -311,11 +290,16 @@ async def test_a_damaged_reply_counts_as_missing(
 async def test_a_commit_renews_the_idle_ttl(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
-    long_, short = await open_on(idle_ttl_s=600), await open_on(idle_ttl_s=0.05)
+    """Without one, a stream has no TTL; its reply always has."""
+    default, long_, short = [await open_on(idle_ttl_s=each) for each in (0, 600, 0.05)]
     first = streams.creation(key("a"))
-    await committed(long_, first)
-    name = StoreSettings(server.url).keys.state(key("a"))
+    await committed(default, first)
+    name, reply_name = StoreSettings(server.url).keys.pair(key("a"))
     with server.client() as client:
+        assert client.pttl(name) == -1
+        assert 500_000 < client.pttl(reply_name) <= 600_000
+        first = streams.next(first)
+        await committed(long_, first)
         assert 500_000 < client.pttl(name) <= 600_000
         client.pexpire(name, 400_000)
         second = streams.next(first)
@@ -327,15 +311,3 @@ async def test_a_commit_renews_the_idle_ttl(
         return (await short.load([key("a")])) == [None]
 
     await until_async(has_expired, "the stream's expiry")
-
-
-async def test_a_stream_has_no_ttl_by_default(
-    open_on: OpenStore, streams: Streams, server: RealServer
-) -> None:
-    first = streams.creation(key("a"))
-    await committed(await open_on(idle_ttl_s=1000), first)
-    await committed(await open_on(), streams.next(first))
-    keys = StoreSettings(server.url).keys
-    with server.client() as client:
-        assert client.pttl(keys.state(key("a"))) == -1
-        assert 500_000 < client.pttl(keys.reply(key("a"))) <= 600_000

@@ -18,9 +18,8 @@ import redis
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.base import Committed, Store
 from tests.support.proxy import LossyPath
-from tests.support.servers import RealServer, opened, until, until_async
+from tests.support.servers import RealServer, opened, until
 from tests.support.streams import (
-    Commit,
     OpenStore,
     Streams,
     assert_replayable,
@@ -135,36 +134,6 @@ async def test_busy_is_retried_until_the_timeout(
         assert await waiting == [Committed()]
     assert await hasty.load([key("b")]) == [None]
     await committed(hasty, third)
-
-
-async def test_broken_connections_lose_no_commits(
-    store: Store, streams: Streams, server: RealServer
-) -> None:
-    chains = [[streams.creation(key(f"s{i}"))] for i in range(8)]
-    is_done = asyncio.Event()
-
-    async def write(chain: list[Commit]) -> None:
-        while not is_done.is_set():
-            assert await store.commit(columns(chain[-1])) == [Committed()]
-            chain.append(streams.next(chain[-1]))
-
-    async def eight_more_commits() -> None:
-        goal = min(map(len, chains)) + 8
-
-        async def is_reached() -> bool:
-            return min(map(len, chains)) >= goal
-
-        await until_async(is_reached, "progress")
-
-    writers = [asyncio.create_task(write(chain)) for chain in chains]
-    with server.client() as client:
-        for _ in range(5):
-            await eight_more_commits()
-            assert client.client_kill_filter(_type="normal", skipme=True) > 0
-    await eight_more_commits()
-    is_done.set()
-    await asyncio.gather(*writers)
-    await assert_stored(store, *(chain[-2] for chain in chains))
 
 
 async def test_a_truncated_reply_is_retried(own_server: RealServer, streams: Streams) -> None:
