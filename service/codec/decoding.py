@@ -141,11 +141,11 @@ def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise malformed(media, str(error)) from error
     try:
-        found = _errors(element if media is Media.JSON else msgspec.Raw(element), kind, at)
+        # in no variable: a frame that keeps its error would keep the body too
+        raise _combined(_errors(element if media is Media.JSON else msgspec.Raw(element), kind, at))
     except (msgspec.MsgspecError, ValueError, RecursionError) as damage:
         # behind the first value that does not fit
         raise malformed(media, str(damage)) from damage
-    raise _combined(found)
 
 
 def detached(error: CarryError) -> CarryError:

@@ -14,7 +14,6 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import simdjson
-from numpy.typing import NDArray
 
 from service.codec.field_rules import MAX_FRAME_ID_CHARS, MAX_POSITION, is_epoch
 from service.core.values import Feed, FloatRows, Steps, is_stream_name
@@ -40,13 +39,6 @@ def _orders(*names: str) -> frozenset[tuple[str, ...]]:
 CHUNK_MEMBERS: Final = _orders("inputs", "position", "epoch")
 FRAME_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream", "id")
 _ITEM_MEMBERS: Final = _orders("inputs", "position", "epoch", "stream")
-MAX_DOT: Final = 10_000
-"""Largest `dot` that OpenBLAS computes in the calling thread alone; waiting for its other threads
-may take milliseconds."""
-
-_LARGEST_SQUARES: Final = 1e76
-"""A sum of squares below this has no member that overflows float32."""
-
 _PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError)
 """What simdjson raises for malformed JSON, and for a list of values other than numbers."""
 
@@ -187,16 +179,11 @@ class JsonRowsDecoder:
         # `replace` finds rare bytes three times as fast as `count`; there are none elsewhere
         if len(body) - len(body.replace(b"[", b"")) != brackets:
             raise ValueError("lists within rows")
-        flat = np.frombuffer(numbers, _F8)
-        run, is_short = self._ignoring_overflow.run, flat.size <= MAX_DOT
-        squares: Any = run(flat.dot, flat) if is_short else run(_sum_of_squares, flat)
-        if not squares < _LARGEST_SQUARES:
+        rows = self._ignoring_overflow.run(np.frombuffer(numbers, _F8).astype, _F4)
+        # takes half the time of `all()`
+        if np.count_nonzero(np.isfinite(rows)) != rows.size:
             raise ValueError("a number is too large")
-        return flat.astype(_F4).reshape(-1, self._features)
-
-
-def _sum_of_squares(values: NDArray[np.float64]) -> float:
-    return float(np.square(values).sum())
+        return rows.reshape(-1, self._features)
 
 
 def _is_frame_id(value: object) -> bool:
