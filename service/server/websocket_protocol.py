@@ -94,6 +94,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         self.logger = logging.getLogger("websockets.server")
         self.logger.setLevel(logging.WARNING)
         self.conn = _Library(max_size=websockets.max_bytes, logger=self.logger)
+        # `Connections` pings: uvicorn would close a socket whose pong is not parsed yet
+        self.ping_interval = None
         self._websockets = websockets
         self._connections, self._error_response, *_ = self.app_state[HTTP_STATE]
         self.session: Session | None = None

@@ -334,6 +334,13 @@ async def test_connections_expire_a_silent_socket(api: Harness) -> None:
         assert "ping" in await closed(client, 1011)
 
 
+async def test_only_connections_ping_a_socket(api: Harness) -> None:
+    """uvicorn would, too, and close a socket whose pong waits behind unread chunks."""
+    async with live(api) as sockets, sockets.open():
+        [served] = sockets.served()
+        assert served.ping_timer is None
+
+
 async def test_a_socket_without_chunks_is_closed(
     api: Harness,
 ) -> None:
