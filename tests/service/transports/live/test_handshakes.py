@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from websockets.exceptions import InvalidStatus
 from service.core.errors import StoreUnavailable
 from tests.service.transports.live.sockets import ORIGINS, Sockets, live
 from tests.service.transports.v1.harness import Harness, problem
-from tests.service.transports.v1.raw_http import HOST, converse, port_of
+from tests.service.transports.v1.raw_http import HOST, answer, converse, port_of
 
 PATH = "/v1/models/probe/streams/s/live"
 UPGRADE = ("Connection: Upgrade", "Upgrade: websocket")
@@ -38,6 +39,8 @@ def code_of(response: bytes) -> str:
 async def test_a_valid_handshake_switches_the_protocol(api: Harness) -> None:
     async with live(api) as sockets:
         [(status, head)] = await exchange(sockets, handshake(*UPGRADE, *SECURITY))
+        async with sockets.open("probe/streams/a%3Ab/live") as (_, hello):
+            assert hello["stream"] == "a:b"
     assert status == 101
     # RFC 6455, section 1.3
     assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head
@@ -126,13 +129,14 @@ async def test_bytes_after_a_handshake_are_not_read(api: Harness) -> None:
 
 
 async def test_a_handshake_may_follow_an_answered_request(api: Harness) -> None:
-    first = handshake(first="GET /v1/models HTTP/1.1")
     async with live(api) as sockets:
-        port = port_of(sockets.server)
-        answers = await converse(port, first, answers=1)
-        assert answers
-        async with sockets.open() as (_, hello):
-            assert hello["stream"] == "s"
+        reader, writer = await asyncio.open_connection(HOST, port_of(sockets.server))
+        writer.write(handshake(first="GET /health/live HTTP/1.1"))
+        assert (await answer(reader)).startswith(b"HTTP/1.1 200 ")
+        writer.write(handshake(*UPGRADE, *SECURITY))
+        assert (await answer(reader)).startswith(b"HTTP/1.1 101 ")
+        writer.close()
+        await writer.wait_closed()
 
 
 WRONG_ADDRESSES = {
@@ -156,11 +160,6 @@ async def test_a_wrong_address_is_a_problem_before_the_switch(api: Harness) -> N
             assert response.status_code == status, path
             assert response.headers["content-type"] == "application/problem+json"
             assert json.loads(response.body)["status"] == status
-
-
-async def test_a_percent_encoded_name_is_decoded(api: Harness) -> None:
-    async with live(api) as sockets, sockets.open("probe/streams/a%3Ab/live") as (_, hello):
-        assert hello["stream"] == "a:b"
 
 
 OPENS = {

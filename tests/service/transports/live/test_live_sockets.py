@@ -15,12 +15,13 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.core.errors import StoreRefused
+from service.pipeline.turns import Turns
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from service.telemetry.access_log import access_log
 from service.telemetry.logs import json_line
 from service.transports.common import stream_order
-from service.transports.common.long_bodies import LONG_BYTES, LongBodies
+from service.transports.common.long_bodies import LONG_BYTES
 from tests.service.transports.live.sockets import (
     binary,
     error,
@@ -118,21 +119,40 @@ async def test_outcomes_of_a_stream_keep_its_order_when_a_later_frame_fails_at_o
         assert (await outcome(client))["id"] == 2
 
 
-async def test_chunks_without_a_position_are_not_applied_after_a_failed_one(api: Harness) -> None:
+SEQUENCES: dict[str, list[tuple[dict[str, Any], int | str]]] = {
+    "a failed chunk": [
+        ({}, 2),
+        ({"features": 2}, "invalid_input"),
+        ({}, "previous_failed"),
+        ({}, "previous_failed"),
+        ({"position": 2}, 4),
+        ({}, 6),
+    ],
+    "dry runs": [
+        ({"position": 0}, 2),
+        ({"position": 7, "dry_run": True}, "position_ahead"),
+        ({}, 4),
+        ({"position": 7}, "position_ahead"),
+        ({"position": 4, "dry_run": True}, 4),
+        ({}, "previous_failed"),
+    ],
+}
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=SEQUENCES)
+async def test_a_chunk_without_a_position_is_not_applied_in_place_of_a_failed_one(
+    api: Harness, sequence: list[tuple[dict[str, Any], int | str]]
+) -> None:
+    """Also if all are sent at once; dry runs neither block nor admit it."""
     async with live(api) as sockets, sockets.open() as (client, _):
-        await client.send(text(rows(2), id=0))
-        await client.send(text(rows(2, features=2), id=1))
-        await client.send(text(rows(2), id=2))
-        assert (await reply(client))["position"] == 2
-        await error(client, "invalid_input")
-        assert (await error(client, "previous_failed"))["id"] == 2
-        await client.send(text(rows(2)))
-        await error(client, "previous_failed")
-        await client.send(text(rows(2), 2))
-        assert (await reply(client))["position"] == 4
-        await client.send(text(rows(2)))
-        assert (await reply(client))["position"] == 6
-    assert api.position() == 6
+        for members, _ in sequence:
+            inputs = rows(2, features=members.get("features", 3))
+            await client.send(text(inputs, **{k: v for k, v in members.items() if k != "features"}))
+        for members, expected in sequence:
+            if isinstance(expected, str):
+                await error(client, expected)
+            else:
+                assert (await reply(client))["position"] == expected, members
 
 
 async def test_dry_runs_and_resets_are_those_of_http(api: Harness) -> None:
@@ -153,20 +173,7 @@ async def test_dry_runs_and_resets_are_those_of_http(api: Harness) -> None:
             )
 
 
-async def test_a_dry_run_neither_blocks_nor_admits_chunks_without_a_position(api: Harness) -> None:
-    async with live(api) as sockets, sockets.open() as (client, _):
-        await client.send(text(rows(2), 0))
-        await client.send(text(rows(2), 7, dry_run=True))
-        await client.send(text(rows(2)))
-        assert (await reply(client))["position"] == 2
-        await error(client, "position_ahead")
-        assert (await reply(client))["position"] == 4
-        await client.send(text(rows(2), 7))
-        await client.send(text(rows(2), 4, dry_run=True))
-        await client.send(text(rows(2)))
-        await error(client, "position_ahead")
-        assert (await reply(client))["dry_run"]
-        await error(client, "previous_failed")
+async def test_a_dry_run_admits_an_item_without_a_position(api: Harness) -> None:
     items = [
         {"stream": "s", "inputs": rows(1).tolist(), "position": 7, "dry_run": True},
         {"stream": "s", "inputs": rows(1).tolist()},
@@ -343,17 +350,17 @@ async def test_long_frames_and_replies_keep_the_order(
 async def test_disconnect_during_a_long_frame_cancels_its_reading(
     large_api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    waiting: list[asyncio.Future[None]] = []
     async with live(large_api) as sockets:
         # its frame is not read before it disconnects
         with monkeypatch.context() as patch:
-            patch.setattr(LongBodies, "_turn", lambda bodies: asyncio.Event().wait())
+            patch.setattr(Turns, "request", lambda _, turn: waiting.append(turn))
             async with sockets.open() as (client, _):
                 await client.send(text(rows(4_000), 0))
-                session = sockets.served()[0].session
-                await becomes(lambda: bool(session._tasks), "a long frame")
+                await becomes(lambda: len(waiting) == 1, "a long frame")
                 client.transport.abort()
                 await sockets.ended()
-                await becomes(lambda: not session._tasks, "the end of the reading")
+                await becomes(lambda: waiting[0].cancelled(), "the end of the reading")
         async with sockets.open("probe/streams/t/live") as (client, _):
             await client.send(text(rows(2_000), 0))
             await reply(client)

@@ -26,6 +26,7 @@ from tests.support.servers import RealServer
 from tests.support.streams import encode_reply
 
 OUTPUT = "last"
+KEY = StreamKey("probe", "s")
 
 
 class Events:
@@ -67,11 +68,27 @@ async def watched(api: Harness, query: str = "", **headers: str) -> AsyncIterato
         yield Events(response)
 
 
-async def follow(watch: watching.Watch, interval_s: float) -> AsyncIterator[watching.WatchEvent]:
-    """The events of a watch, one by one."""
-    async for events in watch.follow(interval_s):
-        for event in events:
-            yield event
+@asynccontextmanager
+async def following(
+    api: Harness, watches: watching.Watches, interval_s: float = 10
+) -> AsyncIterator[AsyncIterator[watching.WatchEvent]]:
+    """The events of a watch of stream `s` after the first one, one by one."""
+
+    async def follow(watch: watching.Watch) -> AsyncIterator[watching.WatchEvent]:
+        async for events in watch.follow(interval_s):
+            for event in events:
+                yield event
+
+    async with watches.watch(ANYONE, KEY, None) as watch:
+        events = follow(watch)
+        assert isinstance(await anext(events), watching.Watched)
+        yield events
+
+
+@pytest.fixture
+def watches(api: Harness) -> watching.Watches:
+    """Watches without a transport."""
+    return watching.Watches(api.store, api.store.outputs, api.counts)
 
 
 async def send(api: Harness, steps: int, position: int | None = None) -> dict[str, Any]:
@@ -179,32 +196,21 @@ async def test_a_stream_that_is_replaced_is_watched_in_its_new_epoch(api: Harnes
 
 
 async def test_a_slow_watcher_gets_a_gap_and_continues(
-    api: Harness, monkeypatch: pytest.MonkeyPatch
+    api: Harness, watches: watching.Watches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watching, "MAX_BUFFERED", 3)
-    watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    key = StreamKey("probe", "s")
-    async with (
-        watches.watch(ANYONE, key, None) as slow,
-        watches.watch(ANYONE, key, None) as reading,
-    ):
-        slow_events, events = follow(slow, 10), follow(reading, 10)
-        for each in (slow_events, events):
-            assert await anext(each) == watching.Watched(None, 0)
+    async with following(api, watches) as slow, following(api, watches) as events:
         await send(api, 2)
         assert isinstance(await anext(events), watching.Watched)
         starts = [(await anext(events)).start]
         for _ in range(7):
             await send(api, 2)
             starts.append((await anext(events)).start)
-        buffer = watches._buffers[key]
-        assert len(buffer._buffered) == 3
-        got = [await anext(slow_events) for _ in range(5)]
+        got = [await anext(slow) for _ in range(5)]
     assert starts == [*range(0, 16, 2)]
     assert isinstance(got[0], watching.Watched)
     assert got[1] == watching.Gap(0, 10)
     assert [each.start for each in got[2:]] == [10, 12, 14]
-    assert not watches._buffers
 
 
 async def test_watchers_that_do_not_read_take_bounded_memory_and_get_a_gap(
@@ -243,26 +249,20 @@ async def test_watchers_that_do_not_read_take_bounded_memory_and_get_a_gap(
 
 
 async def test_outputs_that_do_not_fit_the_buffer_are_taken_from_the_stored_reply(
-    api: Harness, monkeypatch: pytest.MonkeyPatch
+    api: Harness, watches: watching.Watches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watching, "MAX_BUFFERED_BYTES", 1)
-    watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
-        events = follow(watch, 10)
-        await anext(events)
+    async with following(api, watches) as events:
         await send(api, 2)
         assert isinstance(await anext(events), watching.Watched)
         assert (await anext(events)).start == 0
-        assert not watches._buffers[StreamKey("probe", "s")]._bytes
 
 
 async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
-    api: Harness, monkeypatch: pytest.MonkeyPatch
+    api: Harness, watches: watching.Watches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await send(api, 1)
-    watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
-        events = follow(watch, 0.05)
+    async with following(api, watches, 0.05) as events:
         while not isinstance(await anext(events), watching.Idle):
             pass
         monkeypatch.setattr(type(api.store.outputs), "publish", lambda *_: None)
@@ -277,19 +277,23 @@ async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
     assert got[1].start == 3
 
 
-async def test_duplicates_and_late_outputs_are_not_delivered_twice(api: Harness) -> None:
-    watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
-        events = follow(watch, 0.1)
-        await anext(events)
+async def test_outputs_are_delivered_once_and_in_order_however_they_are_published(
+    api: Harness, watches: watching.Watches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers publish late, or again after a lost reply."""
+    published: list[Any] = []
+    publish = type(api.store.outputs).publish
+    monkeypatch.setattr(type(api.store.outputs), "publish", lambda _, *m: published.append(m))
+    await send(api, 1)
+    async with following(api, watches, 1) as events:
         await send(api, 2)
-        await send(api, 2)
-        buffer = watches._buffers[StreamKey("probe", "s")]
-        await becomes(lambda: buffer.end == 2, "two outputs")
-        for output, _ in tuple(buffer._buffered):
-            buffer.receive(output)
-        got = [await anext(events) for _ in range(4)]
-    assert [type(each).__name__ for each in got] == ["Watched", "Outputs", "Outputs", "Idle"]
+        await send(api, 3)
+        first, second = published
+        for message in (second, first, second, first):
+            publish(api.store.outputs, *message)
+        got = [await anext(events) for _ in range(3)]
+    assert [each.start for each in got[:2]] == [1, 3]
+    assert isinstance(got[2], watching.Idle)
 
 
 async def test_watchers_get_what_another_worker_commits(
@@ -301,39 +305,38 @@ async def test_watchers_get_what_another_worker_commits(
     try:
         async with watched(api) as events:
             await events.expect("stream")
-            key = StreamKey("probe", "s")
-            await becomes(lambda: key in other.outputs.watched, "the announcement")
+            await becomes(lambda: KEY in other.outputs.watched, "the announcement")
             await send(api, 2)
             await events.expect("stream")
             await events.expect("outputs")
-            stored, reply = await other.load_with_reply(key)
+            stored, reply = await other.load_with_reply(KEY)
             assert stored is not None
             assert reply is not None
             later = reply._replace(head=replace(reply.head, position=4))
-            other.outputs.publish(key, 2, encode_reply(later))
+            other.outputs.publish(KEY, 2, encode_reply(later))
             assert (await events.expect("outputs"))["position"] == 4
     finally:
         await other.outputs.close()
         await other.close()
 
 
-async def test_nothing_is_published_for_streams_that_nobody_watches(
-    api: Harness, monkeypatch: pytest.MonkeyPatch
+async def test_outputs_are_published_for_watched_streams_only(
+    api: Harness, pipeline_server: RealServer
 ) -> None:
-    sent: list[str] = []
-    channel = api.store.outputs
-    send_to = type(channel)._send
-    monkeypatch.setattr(
-        type(channel), "_send", lambda self, *m: (sent.append(m[0]), send_to(self, *m))[1]
-    )
-    await send(api, 2)
-    async with watched(api) as events:
-        await events.expect("stream")
-        await api.chunk({"inputs": rows(2).tolist()}, stream="other")
-        await api.client.delete("/v1/models/probe/streams/other")
+    with pipeline_server.client() as client, client.pubsub() as listener:
+        listener.psubscribe("*outputs:*")
         await send(api, 2)
-        await events.expect("outputs")
-    assert {topic for topic in sent if "outputs:" in topic} == {"carry:outputs:probe:s"}
+        async with watched(api) as events:
+            await events.expect("stream")
+            await api.chunk({"inputs": rows(2).tolist()}, stream="other")
+            await api.client.delete("/v1/models/probe/streams/other")
+            await send(api, 2)
+            await events.expect("outputs")
+        topics = set()
+        while (message := listener.get_message(timeout=0.2)) is not None:
+            if message["type"] == "pmessage":
+                topics.add(message["channel"])
+    assert topics == {b"carry:outputs:probe:s"}
 
 
 async def test_an_announcement_expires(api: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,8 +345,8 @@ async def test_an_announcement_expires(api: Harness, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sse, "HEARTBEAT_S", 0.05)
     async with watched(api) as events:
         await events.expect("stream")
-        assert StreamKey("probe", "s") in channel.watched
-    await becomes(lambda: not channel._receivers, "the end of the watch")
+        assert KEY in channel.watched
+    await becomes(lambda: not api.counts.seen["watchers"], "the end of the watch")
     channel.watched = dict.fromkeys(channel.watched, 0.0)
     channel._forget_expired()
     assert not channel.watched
@@ -370,47 +373,22 @@ async def test_a_watch_needs_the_store(api: Harness, monkeypatch: pytest.MonkeyP
     problem(await api.client.get(path), 503, "store_unavailable")
 
 
-async def test_a_store_that_fails_ends_the_watch(api: Harness) -> None:
+async def test_a_store_that_fails_ends_the_watch(api: Harness, watches: watching.Watches) -> None:
     await send(api, 2)
-    watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
-        events = follow(watch, 10)
-        await anext(events)
+    async with following(api, watches, 0.01) as events:
         api.store.load_with_reply = _unavailable
-        watch.resynchronize()
-        assert await anext(events) == watching.Ended("store_unavailable")
+        while isinstance(event := await anext(events), watching.Idle):
+            pass
+    assert event == watching.Ended("store_unavailable")
 
 
 async def _unavailable(*_: object) -> None:
     raise StoreUnavailable("no answer")
 
 
-async def test_outputs_that_workers_publish_in_another_order_are_sorted(api: Harness) -> None:
-    await send(api, 1)
-    watches = watching.Watches(api.store, api.store.outputs, api.counts)
-    async with watches.watch(ANYONE, StreamKey("probe", "s"), None) as watch:
-        events = follow(watch, 10)
-        await anext(events)
-        await send(api, 2)
-        await send(api, 3)
-        buffer = watches._buffers[StreamKey("probe", "s")]
-        await becomes(lambda: buffer.end == 2, "two outputs")
-        (first, _), (second, _) = buffer._buffered
-        buffer._buffered.clear()
-        buffer.end = 0
-        buffer.receive(second)
-        asyncio.get_running_loop().call_later(0.01, buffer.receive, first)
-        got = [await anext(events), await anext(events)]
-    assert [(type(each), each.start) for each in got] == [
-        (watching.Outputs, 1),
-        (watching.Outputs, 3),
-    ]
-
-
 async def test_a_client_that_disconnects_before_the_first_event_leaves_no_watch(
     api: Harness,
 ) -> None:
-    channel: Any = api.store.outputs
     path = "/v1/models/probe/streams/s/outputs"
     scope = {
         "type": "http", "method": "GET", "path": path, "raw_path": path.encode(),
@@ -427,4 +405,4 @@ async def test_a_client_that_disconnects_before_the_first_event_leaves_no_watch(
 
     async with asyncio.timeout(10):
         await api.app(scope, receive, send)
-    assert not channel._receivers
+    assert not api.counts.seen["watchers"]
