@@ -157,6 +157,7 @@ class Connections:
     Attributes:
         limits: the limits.
         turns: in which connections read long bodies.
+        body_bytes: bytes of request bodies that all of them buffer.
         on_drain: called when the graceful shutdown begins, to end responses without an end.
         loads: open connections and unanswered requests of each transport at the last check.
         close_after_response: whether each connection is closed after its next response.
@@ -167,7 +168,7 @@ class Connections:
         self.turns = ReadingTurns()
         self._seen: dict[Connection, tuple[Phase, int, float]] = {}
         self._idle: set[Connection] = set()
-        self._body_bytes = 0
+        self.body_bytes = 0
         self._networks: dict[Connection, str] = {}
         self._per_network: Counter[str] = Counter()
         self._events: Counter[str] = Counter()
@@ -259,9 +260,9 @@ class Connections:
 
         Beyond the limit on all connections, the oldest incomplete bodies are rejected.
         """
-        self._body_bytes += count - connection.body_bytes
+        self.body_bytes += count - connection.body_bytes
         connection.body_bytes = count
-        while self._body_bytes > self.limits.max_pending_body_bytes:
+        while self.body_bytes > self.limits.max_pending_body_bytes:
             unfinished = [c for c in self._seen if c.body_bytes and c.phase is Phase.BODY]
             if not unfinished:
                 break

@@ -31,6 +31,7 @@ from service.server.connections import (
     client_network,
 )
 from service.server.framing import MAX_DRAIN_BYTES
+from service.server.http_protocol import HttpProtocol
 from service.server.interface import MAX_FAST_REQUEST_BYTES
 from service.server.open_files import limit_connections_to_open_files
 from service.server.settings import ConnectionSettings
@@ -46,7 +47,7 @@ from tests.service.transports.v1.raw_http import (
     request,
     serving,
 )
-from tests.service.transports.v1.test_connections import Client, connected, long_after
+from tests.service.transports.v1.test_connections import Client, connected
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LIMITS = ConnectionSettings()
@@ -71,55 +72,39 @@ async def problem_of(client: Client) -> tuple[bytes, str]:
 @pytest.mark.parametrize("sent", [b"", b"\r\n" * 9], ids=["nothing", "empty lines"])
 async def test_an_idle_connection_is_closed(api: Harness, sent: bytes) -> None:
     async with connected(api) as client:
-        client.writer.write(sent)
-        await becomes(lambda: client.connection._parser_bytes == len(sent), "what was sent")
-        long_after(client, LIMITS.keep_alive_s - 1)
+        client.deliver(sent)
+        client.pass_time(LIMITS.keep_alive_s - 1)
         assert not client.connection.transport.is_closing()
-        long_after(client, LIMITS.keep_alive_s + 1)
+        client.pass_time(LIMITS.keep_alive_s + 1)
         await client.is_cut_off()
 
 
-@pytest.mark.parametrize(
-    ("head", "more"),
-    [(b"P", b"O"), (request(chunk())[:40], request(chunk())[40:41])],
-    ids=["first byte", "first line"],
-)
-async def test_a_slow_head_is_answered_with_a_timeout(
-    api: Harness, head: bytes, more: bytes
+SLOW_PARTS = {
+    "first byte": (b"P", b"O", LIMITS.head_timeout_s),
+    "first line": (request(chunk())[:40], request(chunk())[40:41], LIMITS.head_timeout_s),
+    "body, fast path": (request(chunk())[:-1], b"", LIMITS.body_timeout_s + 1),
+    "body, slow path": (request(chunk(), first=QUERY)[:-1], b"", LIMITS.body_timeout_s + 1),
+}
+
+
+@pytest.mark.parametrize(("part", "more", "timeout_s"), SLOW_PARTS.values(), ids=SLOW_PARTS)
+async def test_a_slow_request_is_answered_with_a_timeout(
+    api: Harness, part: bytes, more: bytes, timeout_s: float
 ) -> None:
+    """Unread bytes would reset the answer."""
     async with connected(api) as client:
-        client.writer.write(head)
-        await becomes(lambda: client.connection._parser_bytes > 0, "its beginning")
-        long_after(client, LIMITS.head_timeout_s)
-        assert not client.connection._is_lingering
-        client.writer.write(more)
-        await becomes(lambda: client.connection._parser_bytes > len(head), "a little more")
-        long_after(client, LIMITS.head_timeout_s + 1)
+        client.deliver(part)
+        client.pass_time(timeout_s - 1)
+        assert client.connection.phase is not Phase.LINGER
+        client.deliver(more)
+        client.pass_time(timeout_s + 1)
         assert await problem_of(client) == (b"408", "request_timeout")
-        await client.is_cut_off()
-
-
-@pytest.mark.parametrize(
-    "part",
-    [request(chunk())[:-1], request(chunk(), first=QUERY)[:-1]],
-    ids=["fast path", "slow path"],
-)
-async def test_a_slow_body_is_answered_with_a_timeout(api: Harness, part: bytes) -> None:
-    async with connected(api) as client:
-        client.writer.write(part)
-        await becomes(lambda: client.connection.body_bytes > 0, "a part of its body")
-        long_after(client, LIMITS.body_timeout_s)
-        assert not client.connection._is_lingering
-        long_after(client, LIMITS.body_timeout_s + 2)
-        assert await problem_of(client) == (b"408", "request_timeout")
-        client.writer.write(part[-1:] + request(chunk(), stream="after"))
+        client.writer.write(b"}" + request(chunk(), stream="after"))
         await client.writer.drain()
-        assert not client.connection.transport.is_closing(), "unread bytes would reset the answer"
-        long_after(client, LINGER_S + 1)
-        await becomes(lambda: not client.server.server_state.connections, "no connection")
+        assert not client.connection.transport.is_closing()
+        client.pass_time(LINGER_S + 1)
         await client.is_cut_off()
-    assert api.position("s") is None
-    assert api.position("after") is None
+    assert api.position("s") is api.position("after") is None
 
 
 async def test_received_bytes_extend_the_body_timeout(api: Harness) -> None:
@@ -127,11 +112,10 @@ async def test_received_bytes_extend_the_body_timeout(api: Harness) -> None:
     limit(api, body_timeout_s=1)
     head = request(b"", first=QUERY, length="Content-Length: 19999")
     async with connected(api) as client:
-        client.writer.write(head + b"x" * 16 * 1024)
-        await becomes(lambda: client.connection.body_bytes == 16 * 1024, "most of its body")
-        long_after(client, 2)
-        assert not client.connection._is_lingering
-        long_after(client, 3)
+        client.deliver(head + b"x" * 16 * 1024)
+        client.pass_time(2)
+        assert client.connection.phase is Phase.BODY
+        client.pass_time(3)
         assert await problem_of(client) == (b"408", "request_timeout")
 
 
@@ -139,9 +123,8 @@ async def test_connection_timeouts_do_not_apply_while_a_request_is_processed(
     api: Harness, held_back: Callable[[], None]
 ) -> None:
     async with connected(api) as client:
-        client.writer.write(request(chunk(), first=QUERY))
-        await becomes(lambda: client.connection.requests, "a request under way")
-        long_after(client)
+        client.deliver(request(chunk(), first=QUERY))
+        client.pass_time()
         held_back()
         assert await client.statuses(1) == [b"200"]
 
@@ -151,11 +134,11 @@ async def test_a_client_that_does_not_read_is_disconnected(api: Harness) -> None
     async with connected(api) as client:
         client.writer.write(request(chunk(None), stream="deaf") * 2000)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
-        long_after(client, LIMITS.send_timeout_s)
+        client.pass_time(LIMITS.send_timeout_s)
         assert not client.connection.transport.is_closing()
-        long_after(client, LIMITS.send_timeout_s + 1)
+        client.pass_time(LIMITS.send_timeout_s + 1)
         await becomes(lambda: not client.server.server_state.connections, "no connection")
-        assert len(client.connection._connections) == 0
+        assert len(client.connections) == 0
 
 
 async def test_a_closing_connection_whose_reply_is_not_read_is_aborted(api: Harness) -> None:
@@ -164,9 +147,9 @@ async def test_a_closing_connection_whose_reply_is_not_read_is_aborted(api: Harn
         client.connection.transport.set_write_buffer_limits(10 * MAX_FAST_REQUEST_BYTES)
         client.connection.transport.write(b"x" * 8 * MAX_FAST_REQUEST_BYTES)
         client.connection.transport.close()
-        long_after(client, LIMITS.send_timeout_s)
+        client.pass_time(LIMITS.send_timeout_s)
         assert client.server.server_state.connections
-        long_after(client, LIMITS.send_timeout_s + 1)
+        client.pass_time(LIMITS.send_timeout_s + 1)
         await becomes(lambda: not client.server.server_state.connections, "no connection")
 
 
@@ -198,14 +181,14 @@ async def test_the_oldest_incomplete_bodies_are_rejected_over_the_limit(
         for count in (1, 2, 3, 3):
             clients.append(await open_one())
             clients[-1][1].write(part)
-            await becomes(lambda n=count: connections._body_bytes == n * 19_998, "its part")
+            await becomes(lambda n=count: connections.body_bytes == n * 19_998, "its part")
         reply = await answer(clients[0][0])
         assert reply.startswith(b"HTTP/1.1 429 ")
         assert orjson.loads(reply.split(b"\r\n\r\n", 1)[1])["code"] == "overloaded"
         for reader, writer in clients[1:]:
             writer.write(b" ")
             assert (await answer(reader)).startswith(b"HTTP/1.1 400 ")
-        assert connections._body_bytes == 0
+        assert connections.body_bytes == 0
 
 
 async def test_a_complete_body_is_not_rejected_for_incomplete_ones(
@@ -223,7 +206,7 @@ async def test_a_complete_body_is_not_rejected_for_incomplete_ones(
         assert (await answer(late_reader)).startswith(b"HTTP/1.1 429 ")
         held_back()
         assert (await answer(reader)).startswith(b"HTTP/1.1 200 ")
-        assert connections._body_bytes == 0
+        assert connections.body_bytes == 0
 
 
 async def test_small_incomplete_bodies_count_towards_the_limit(api: Harness) -> None:
@@ -236,7 +219,7 @@ async def test_small_incomplete_bodies_count_towards_the_limit(api: Harness) -> 
         answered = [asyncio.create_task(answer(reader)) for reader, _ in clients]
         done, rest = await asyncio.wait(answered, return_when=asyncio.FIRST_COMPLETED)
         assert [task.result()[9:12] for task in done] == [b"429"]
-        assert connections._body_bytes <= 10_000
+        assert connections.body_bytes <= 10_000
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
@@ -247,11 +230,11 @@ async def test_an_answered_request_buffers_nothing(api: Harness, first: str) -> 
     sent = request(chunk(None), first=first)
     async with connected(api) as client:
         for _ in range(3):
-            client.writer.write(sent[:-1])
-            await becomes(lambda: client.connection.body_bytes > 0, "a part of its body")
-            client.writer.write(sent[-1:])
+            client.deliver(sent[:-1])
+            assert client.connection.body_bytes > 0
+            client.deliver(sent[-1:])
             assert await client.statuses(1) == [b"200"]
-            assert client.connection._connections._body_bytes == client.connection.body_bytes == 0
+            assert client.connections.body_bytes == client.connection.body_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -287,7 +270,6 @@ async def test_connections_of_one_address_over_its_limit_are_rejected(api: Harne
             check(connections, asyncio.get_running_loop().time())
         (line,) = logs
         assert (line["rejected_by_address"], line["addresses"]) == (1, {"127.0.0.1": 1})
-    await becomes(lambda: not connections._per_network, "no connection")
 
 
 async def test_connections_over_the_limit_are_rejected(api: Harness) -> None:
@@ -353,30 +335,36 @@ async def test_unread_replies_are_shed_over_the_limit(
 
 
 @pytest.fixture
-def no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A half-closed connection gets no interim responses."""
+def half_closed(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once a client has closed its side; its connection gets no interim responses."""
     monkeypatch.setattr(http_protocol, "PROBE_S", 3600)
+    noticed, notice = asyncio.Event(), HttpProtocol.eof_received
+
+    def eof_received(connection: HttpProtocol) -> bool | None:
+        noticed.set()
+        return notice(connection)
+
+    monkeypatch.setattr(HttpProtocol, "eof_received", eof_received)
+    return noticed
 
 
-@pytest.mark.usefixtures("no_probe")
 @pytest.mark.parametrize("first", ["", QUERY], ids=["fast path", "slow path"])
 async def test_a_half_closed_connection_gets_its_reply(
-    api: Harness, held_back: Callable[[], None], first: str
+    api: Harness, held_back: Callable[[], None], first: str, half_closed: asyncio.Event
 ) -> None:
     """For a reply that is ready at once, and for one that takes time."""
     async with connected(api) as client:
         client.writer.write(request(chunk(), first=first) + request(chunk(4), first=first))
         client.writer.write_eof()
-        await becomes(lambda: client.connection._half_closed, "its end")
+        await half_closed.wait()
         held_back()
         assert await client.statuses(2) == [b"200", b"200"]
         await client.is_cut_off()
     assert api.position("s") == 8
 
 
-@pytest.mark.usefixtures("no_probe")
 async def test_a_half_closed_connection_gets_all_replies_however_late_it_reads(
-    api: Harness,
+    api: Harness, half_closed: asyncio.Event
 ) -> None:
     """Complete requests are buffered while replies wait to be read, and none is answered."""
     count = 150
@@ -385,16 +373,11 @@ async def test_a_half_closed_connection_gets_all_replies_however_late_it_reads(
         connection.transport.set_write_buffer_limits(high=1)
         client.writer.write(request(chunk(None), stream="deaf") * count)
         client.writer.write_eof()
-
-        def waits_for_its_client() -> bool:
-            return (
-                connection._half_closed
-                and connection.flow.write_paused
-                and bool(connection._buffered)
-                and not connection.requests
-            )
-
-        await becomes(waits_for_its_client, "too much to send")
+        await half_closed.wait()
+        await becomes(
+            lambda: connection.phase is Phase.SEND and not connection.requests, "too much to send"
+        )
+        assert connection.body_bytes > 0, "nothing is buffered"
         assert set(await client.statuses(count)) == {b"200"}
         await client.is_cut_off()
 
@@ -440,7 +423,7 @@ async def test_a_rejected_body_is_drained_up_to_a_limit(api: Harness) -> None:
         client.writer.write(head)
         assert await client.statuses(1) == [b"413"]
         sent = 0
-        while not client.connection._is_lingering and sent < 4 * MAX_DRAIN_BYTES:
+        while client.connection.phase is not Phase.LINGER and sent < 4 * MAX_DRAIN_BYTES:
             client.writer.write(b"x" * 65536)
             await client.writer.drain()
             await asyncio.sleep(0)
@@ -473,7 +456,7 @@ async def test_a_rejected_head_gets_one_reply_which_no_reset_destroys(
         assert reply.startswith(b"HTTP/1.1 %d " % status)
         if length:
             assert b"\r\nconnection: close\r\n" in reply or first.endswith("1.0")
-            assert client.connection._is_lingering
+            assert client.connection.phase is Phase.LINGER
             assert not client.connection.transport.is_closing()
             client.writer.write(b"x" * 100_000)
         client.writer.write(b"no size\r\n" + request(chunk(), stream="behind"))

@@ -15,6 +15,8 @@ import uvicorn
 
 from service.core.values import StreamKey
 from service.engine.policy import Admission
+from service.server import connections
+from service.server.connections import Connections
 from service.server.framing import MAX_HEAD_BYTES, PIECE_BYTES
 from service.server.http_protocol import HttpProtocol
 from service.server.interface import MAX_FAST_REQUEST_BYTES
@@ -57,11 +59,22 @@ class Client(NamedTuple):
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     connection: HttpProtocol
+    connections: Connections
     server: uvicorn.Server
+
+    def deliver(self, data: bytes) -> None:
+        """Let the server receive these bytes now."""
+        self.connection.data_received(data)
 
     async def statuses(self, count: int) -> list[bytes]:
         """The status codes of the next responses."""
         return [(await answer(self.reader))[9:12] for _ in range(count)]
+
+    def pass_time(self, wait_s: float = 3600.0) -> None:
+        """Check all connections now and again after a while."""
+        now_s = asyncio.get_running_loop().time()
+        check(self.connections, now_s)
+        check(self.connections, now_s + wait_s)
 
     async def is_cut_off(self) -> None:
         """Wait until the server closes the connection."""
@@ -75,29 +88,22 @@ class Client(NamedTuple):
 @asynccontextmanager
 async def connected(api: Harness) -> AsyncIterator[Client]:
     """The one client of a server, which checks its connections when the test does."""
-    async with serving(api) as server:
-        own = socket.socket()
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        own.connect(("127.0.0.1", port_of(server)))
-        reader, writer = await asyncio.open_connection(sock=own, limit=4096)
-        try:
-            await becomes(lambda: bool(connections_of(server)), "a connection")
-            [connection] = connections_of(server)
-            connection._connections._checks.cancel()
-            theirs = connection.transport.get_extra_info("socket")
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            yield Client(reader, writer, connection, server)
-        finally:
-            writer.close()
-            await asyncio.gather(writer.wait_closed(), return_exceptions=True)
-
-
-def long_after(client: Client, wait_s: float = 3600.0) -> None:
-    """Check all connections now and again after a while."""
-    connections = client.connection._connections
-    now_s = asyncio.get_running_loop().time()
-    check(connections, now_s)
-    check(connections, now_s + wait_s)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "CHECK_INTERVAL_S", 3600.0)
+        async with serving(api) as server:
+            own = socket.socket()
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            own.connect(("127.0.0.1", port_of(server)))
+            reader, writer = await asyncio.open_connection(sock=own, limit=4096)
+            try:
+                await becomes(lambda: bool(connections_of(server)), "a connection")
+                [connection] = connections_of(server)
+                theirs = connection.transport.get_extra_info("socket")
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                yield Client(reader, writer, connection, api.http_state().connections, server)
+            finally:
+                writer.close()
+                await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
 @pytest.fixture
@@ -131,11 +137,11 @@ async def test_backpressure_on_a_client_that_does_not_read(
         client.writer.write(request(chunk(None), stream="deaf") * UNREAD)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
         await becomes(
-            lambda: len(client.connection._buffered) > MAX_FAST_REQUEST_BYTES, "much that is held"
+            lambda: client.connection.body_bytes > MAX_FAST_REQUEST_BYTES, "much that is buffered"
         )
         client.connection.flow.resume_reading()
         assert not client.connection.transport.is_reading(), "whoever asks for more"
-        long_after(client, SEND_TIMEOUT_S)
+        client.pass_time(SEND_TIMEOUT_S)
         assert set(await client.statuses(UNREAD)) == {b"429" if refused else b"200"}
     assert len(paused) == UNREAD
     assert not any(paused)
@@ -172,8 +178,7 @@ async def test_a_request_that_is_queued_in_uvicorn_is_answered_in_order(
     async with connected(api) as client:
         client.writer.write(GET + request(chunk(), first=QUERY))
         assert await client.statuses(1) == [b"200"]
-        client.writer.write(request(chunk(4), reject_short))
-        await becomes(lambda: bool(client.connection._buffered), "the last one")
+        client.deliver(request(chunk(4), reject_short))
         held_back()
         assert await client.statuses(2) == [b"200", b"429"]
 
@@ -191,8 +196,7 @@ async def test_lost_connection_cancels_a_request_with_another_queued_behind_it(
 
     monkeypatch.setattr(api.pipeline, "process", process)
     async with connected(api) as client:
-        client.writer.write(2 * request(chunk(), first=QUERY))
-        await becomes(lambda: bool(client.connection.pipeline), "a request that waits")
+        client.deliver(2 * request(chunk(), first=QUERY))
         client.writer.transport.abort()
         async with asyncio.timeout(10):
             await given_up.wait()
@@ -204,10 +208,8 @@ async def test_the_body_of_a_pipelined_request_may_arrive_later(
     """Its head arrives with the request before it, whose response it waits for."""
     first, second = (request(chunk(position), first=QUERY) for position in (0, 4))
     async with connected(api) as client:
-        client.writer.write(first + second[:-9])
-        await becomes(lambda: bool(client.connection.pipeline), "a request that waits")
-        client.writer.write(second[-9:])
-        await becomes(lambda: bool(client.connection._buffered), "its end")
+        client.deliver(first + second[:-9])
+        client.deliver(second[-9:])
         held_back()
         assert await client.statuses(2) == [b"200", b"200"]
 
@@ -217,9 +219,8 @@ async def test_a_body_that_looks_like_a_request_is_not_one(api: Harness) -> None
     body = request(chunk(), stream="hidden")
     head = request(body, first="POST /v1/models/probe/predict HTTP/1.1").removesuffix(body)
     async with connected(api) as client:
-        client.writer.write(head)
-        await becomes(lambda: not client.connection._message_complete, "a head")
-        client.writer.write(body + GET)
+        client.deliver(head)
+        client.deliver(body + GET)
         assert await client.statuses(2) == [b"400", b"200"]
     assert api.position("hidden") is None
 
@@ -286,15 +287,14 @@ async def test_idle_connections_are_closed_and_busy_ones_are_not(api: Harness, l
         for sent in (request(chunk()), last):
             client.writer.write(sent)
             await answer(client.reader)
-        long_after(client, KEEP_ALIVE_S)
+        client.pass_time(KEEP_ALIVE_S)
         assert not connection.transport.is_closing(), "it has just been used"
-        client.writer.write(request(chunk(4))[:-1])
-        await becomes(lambda: bool(connection._buffered), "half a request")
-        long_after(client, 2 * KEEP_ALIVE_S)
+        client.deliver(request(chunk(4))[:-1])
+        client.pass_time(2 * KEEP_ALIVE_S)
         assert not connection.transport.is_closing(), "a request is on its way"
         client.writer.write(request(chunk(4))[-1:])
         assert await client.statuses(1) == [b"200"]
-        long_after(client, KEEP_ALIVE_S + 1)
+        client.pass_time(KEEP_ALIVE_S + 1)
         await client.is_cut_off()
 
 
@@ -303,10 +303,9 @@ async def test_a_connection_is_not_idle_while_a_request_is_processed(
 ) -> None:
     """Also if a rejected request arrived together with it."""
     async with connected(api) as client:
-        client.writer.write(request(chunk(), reject_short) + request(chunk()))
+        client.deliver(request(chunk(), reject_short) + request(chunk()))
         assert await client.statuses(1) == [b"429"]
-        await becomes(lambda: client.connection._pending is not None, "a request under way")
-        long_after(client)
+        client.pass_time()
         held_back()
         assert await client.statuses(1) == [b"200"]
 
@@ -345,5 +344,5 @@ async def test_a_rejected_body_that_does_not_arrive_expires(
     async with connected(api) as client:
         client.writer.write(request(b"", length="Content-Length: 1000000"))
         assert await client.statuses(1) == [b"413"]
-        long_after(client)
+        client.pass_time()
         await client.is_cut_off()

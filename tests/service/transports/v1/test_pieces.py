@@ -190,13 +190,13 @@ async def test_a_reply_is_encoded_only_as_the_client_reads(
         assert connection.unsent_bytes > kept_bytes
 
         now_s = asyncio.get_running_loop().time()
-        check(connection._connections, now_s)
+        check(client.connections, now_s)
         progress = connection.progress
         await client.reader.readexactly(100_000)
         await becomes(
             lambda: connection.progress > progress and connection.flow.write_paused, "more"
         )
-        check(connection._connections, now_s + ConnectionSettings().send_timeout_s + 1)
+        check(client.connections, now_s + ConnectionSettings().send_timeout_s + 1)
         assert not connection.transport.is_closing(), "it is read, if slowly"
         client.writer.transport.abort()
         await becomes(lambda: not connection._unsent.kept_bytes, "nothing kept")
