@@ -360,7 +360,7 @@ def write_graphs(
     ],
 ) -> None:
     """Write the ONNX graphs of artifacts, for other programs; the service does not read them."""
-    from models.artifact.artifact import add_graph
+    from models.artifact.writing import add_graph
 
     for path in artifacts:
         artifact = add_graph(path)

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from structlog.dev import ConsoleRenderer, plain_traceback
 
 import models
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from service.telemetry.access_log import access_log
 from tests.support.browser import running_browser
 from tests.support.event_loop import EventLoop

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from examples.post.weights import known_weights
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.networks.initial_artifact import initialise_artifact
 from models.spec.spec_file import read_spec
 

@@ -1,4 +1,4 @@
-"""Writes and loads artifacts: directories with `manifest.json`, weights, graphs and reports.
+"""Loads artifacts: directories with `manifest.json`, weights, graphs and reports.
 
 The manifest contains the spec, derived data (state layout, outputs, fingerprint), the supported
 runtimes, training metadata and a SHA-256 of every file; its `checksum`
@@ -9,24 +9,20 @@ code.
 `decoder.onnx` one step of its decoder, if it has one. They are for other programs: loading
 verifies them like every file, but the service derives its graphs from spec and weights, so
 that no file can change an output without changing the fingerprint. A model that cannot be
-exported has no graph, and its manifest gives the reason; `add_graph` rewrites the files.
+exported has no graph, and its manifest gives the reason.
 
 The network of an imported ONNX model is the graph itself: there, `graph.onnx` is what runs, and the
 fingerprint covers its bytes. A graph is rejected if it refers to data outside of itself, or if its
 work may depend on the values of its inputs.
 
-Loading rejects artifacts that are damaged, of another format or inconsistent; errors name
-the file and the reason. Writing is atomic: a directory under the final name is complete.
-Files that the manifest does not list are ignored. The modules `manifest`, `weights`
-and `graphs` handle the parts; this one writes, reads and validates the directory as a whole.
+Loading rejects artifacts that are damaged, of another format or inconsistent; errors name the file
+and the reason. Files that the manifest does not list are ignored. The modules `manifest`, `weights`
+and `graphs` handle the parts, this one the directory as a whole; `writing` writes it.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,27 +30,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from models.artifact.files import inside, replace_file, sync_directory, write_new
 from models.artifact.fingerprint import compute_fingerprint
 from models.artifact.graphs import (
-    DECODER_GRAPH_NAME,
-    GRAPH_NAME,
-    TENSORFLOW,
     Graphs,
     check_imported_graph,
     write_graphs,
 )
 from models.artifact.manifest import (
-    FORMAT,
     MANIFEST_NAME,
-    add_checksum,
     file_entry,
-    manifest_bytes,
     read_files,
     read_manifest,
 )
-from models.artifact.weights import check_weights, read_weights, weights_bytes
-from models.errors import ArtifactError, GraphUnsupportedError, SpecError
+from models.artifact.weights import read_weights
+from models.errors import ArtifactError, SpecError
 from models.spec.decoder import strip_decoder_prefix
 from models.spec.layout import (
     OutputSpec,
@@ -68,21 +57,9 @@ from models.spec.state import FloatArray, StateSpec
 
 WEIGHTS_NAME = "weights.safetensors"
 
-_OWN_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, GRAPH_NAME, DECODER_GRAPH_NAME)
 _VERSION_DIGITS = 12
 _DEFAULTS = {"chunking": "invisible"}
 """Values of keys that older manifests do not have."""
-_LIBRARIES = (
-    "carry",
-    "keras",
-    "numpy",
-    "onnxruntime",
-    "polars",
-    "pydantic",
-    "safetensors",
-    "tensorflow",
-    "tensorflow-cpu",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,81 +158,6 @@ class Artifact:
         return output_spec(self.spec)
 
 
-def write_artifact(
-    path: Path,
-    spec: ModelSpec,
-    weights: Mapping[str, FloatArray],
-    *,
-    network: bytes | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
-    files: Mapping[str, bytes | Path] = MappingProxyType({}),
-    overwrite: bool = False,
-) -> Artifact:
-    """Write a model and return it as `load_artifact` reads it.
-
-    Args:
-        path: the directory to create, with its parents.
-        spec: a fitted spec.
-        weights: every weight of `models.spec.layout.weight_shapes(spec)`, float32 and finite; of an
-            imported graph, initial values by state part.
-        network: the imported graph, if the spec is one's.
-        metrics: evaluation results as JSON data.
-        training: training metadata as JSON data.
-        files: additional files by name (such as `report.json`, `plots/skill.png`): their bytes, or
-            the path of a file to copy.
-        overwrite: whether to replace an existing artifact.
-
-    Raises:
-        ArtifactError: invalid spec or weights, data that is not JSON, a file name
-            that is reserved or leads out of the directory, or a path that exists.
-    """
-    path = Path(path)
-    _check_fitted(spec, str(path))
-    check_weights(spec, weights, str(path))
-    if (spec.onnx is None) != (network is None):
-        raise ArtifactError(
-            f"{path}: expected an ONNX graph together with its signature `onnx`; "
-            "`carry import MODEL.onnx` packages both"
-        )
-    graphs = write_graphs(spec, weights) if network is None else Graphs(network, imported=True)
-    contents: dict[str, bytes] = {WEIGHTS_NAME: weights_bytes(weights), **graphs.files}
-    for name, content in dict(files).items():
-        if name in _OWN_NAMES or not inside(name):
-            raise ArtifactError(f"{path}: expected a file name inside the artifact, got {name!r}")
-        contents[name] = content.read_bytes() if isinstance(content, Path) else content
-    manifest = add_checksum(
-        {
-            "format": FORMAT,
-            **_derived(spec, compute_fingerprint(spec, weights, network)),
-            "weights": WEIGHTS_NAME,
-            **graphs.manifest_entries,
-            "metrics": dict(metrics or {}),
-            "training": dict(training or {}),
-            "libraries": _library_versions(),
-            "files": {name: file_entry(data) for name, data in sorted(contents.items())},
-            "spec": spec.model_dump(mode="json"),
-        },
-        str(path),
-    )
-    _check_target(path, overwrite)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
-    try:
-        temporary.mkdir()
-        for name, data in contents.items():
-            write_new(temporary / name, data)
-        write_new(temporary / MANIFEST_NAME, manifest_bytes(manifest))
-        for folder in {temporary, *(temporary.joinpath(name).parent for name in contents)}:
-            sync_directory(folder)
-        artifact = load_artifact(temporary)
-        _move_into_place(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return replace(artifact, path=path)
-
-
 def load_artifact(path: Path) -> Artifact:
     """Load and validate a model.
 
@@ -278,12 +180,12 @@ def load_artifact(path: Path) -> Artifact:
         spec = parse_spec(described, f"{where}: spec")
     except SpecError as error:
         raise ArtifactError(str(error)) from error
-    _check_fitted(spec, where)
+    check_fitted(spec, where)
     weights = read_weights(spec, data, f"{path / str(manifest['weights'])}")
     if network is not None and spec.onnx is not None:
         check_imported_graph(network, spec.onnx, f"{path / str(manifest['graph'])}")
     digest = compute_fingerprint(spec, weights, network)
-    for key, expected in _derived(spec, digest).items():
+    for key, expected in derived_entries(spec, digest).items():
         given = manifest.get(key, _DEFAULTS.get(key))
         if given != expected:
             raise ArtifactError(
@@ -302,42 +204,8 @@ def load_artifact(path: Path) -> Artifact:
     )
 
 
-def add_graph(path: Path) -> Artifact:
-    """Rewrite the graphs of an artifact in place; nothing else changes.
-
-    The directory is a valid artifact at every time, with the old graphs, none or the new ones.
-
-    Raises:
-        ArtifactError: the artifact is invalid.
-        GraphUnsupportedError: the model cannot be exported; the manifest then gives the reason.
-    """
-    path = Path(path)
-    artifact = load_artifact(path)
-    if artifact.network is not None:
-        return artifact
-    graphs = artifact.graphs
-    manifest = dict(artifact.manifest)
-    old = [manifest.pop(key, None) for key in ("graph", "decoder_graph")]
-    manifest.pop("graph_refused", None)
-    manifest["files"] = {
-        name: entry
-        for name, entry in manifest["files"].items()
-        if name not in (GRAPH_NAME, DECODER_GRAPH_NAME)
-    }
-    if old != [None, None]:
-        without = {**manifest, "runtimes": [TENSORFLOW]}
-        replace_file(path / MANIFEST_NAME, manifest_bytes(add_checksum(without, str(path))))
-    for name, data in graphs.files.items():
-        replace_file(path / name, data)
-        manifest["files"][name] = file_entry(data)
-    manifest.update(graphs.manifest_entries)
-    replace_file(path / MANIFEST_NAME, manifest_bytes(add_checksum(manifest, str(path))))
-    if graphs.rejection is not None:
-        raise GraphUnsupportedError(f"{path}: {graphs.rejection}")
-    return load_artifact(path)
-
-
-def _derived(spec: ModelSpec, digest: bytes) -> dict[str, Any]:
+def derived_entries(spec: ModelSpec, digest: bytes) -> dict[str, Any]:
+    """The entries of the manifest that follow from spec and fingerprint."""
     return {
         "name": spec.name,
         "input_features": spec.input_features,
@@ -360,7 +228,8 @@ def _derived(spec: ModelSpec, digest: bytes) -> dict[str, Any]:
     }
 
 
-def _check_fitted(spec: ModelSpec, where: str) -> None:
+def check_fitted(spec: ModelSpec, where: str) -> None:
+    """Raise ArtifactError if a specification lacks fitted numbers."""
     if spec.detection is not None and spec.detection.fit is None:
         raise ArtifactError(f"{where}: expected a fitted `detection`, as `carry train` writes it")
     if spec.events is not None and not spec.events.fitted:
@@ -369,41 +238,6 @@ def _check_fitted(spec: ModelSpec, where: str) -> None:
             f"{where}: expected a fitted event schema, but these fields lack their numbers: "
             f"{open_fields}"
         )
-
-
-def _check_target(path: Path, overwrite: bool) -> None:
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / MANIFEST_NAME).is_file():
-        raise ArtifactError(f"{path}: exists and is not an artifact; expected a new path")
-    if not overwrite:
-        raise ArtifactError(f"{path}: is an artifact already; expected a new path, or --overwrite")
-
-
-def _move_into_place(temporary: Path, path: Path) -> None:
-    if not path.exists() or not any(path.iterdir()):
-        temporary.rename(path)
-        sync_directory(path.parent)
-        return
-    old = path.parent / f".{path.name}.{secrets.token_hex(6)}.old"
-    path.rename(old)
-    try:
-        temporary.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    sync_directory(path.parent)
-    shutil.rmtree(old)
-
-
-def _library_versions() -> dict[str, str]:
-    versions: dict[str, str] = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _version(digest: bytes) -> str:

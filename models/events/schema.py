@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import (
@@ -45,6 +45,18 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    later_options: ClassVar[frozenset[str]] = frozenset()
+    """Options that older versions do not know: they are left out at their defaults."""
+
+    @model_serializer(mode="wrap")
+    def _omit_later_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = serialize(self)
+        fields = type(self).model_fields
+        for name in self.later_options & data.keys():
+            if getattr(self, name) == fields[name].default:
+                del data[name]
+        return data
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a validated copy with changed values.
 
@@ -53,31 +65,6 @@ class Frozen(BaseModel):
         """
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self).model_validate({**values, **(update or {})})
-
-
-class WithForms(Frozen):
-    """Base of fields whose values may be written in other forms, if options say so.
-
-    Options at their defaults are left out of manifests, so that older versions read them.
-    """
-
-    @model_serializer(mode="wrap")
-    def _omit_default_forms(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = serialise(self)
-        defaults = {
-            "coerce": None,
-            "without_offset": None,
-            "epoch": "ms",
-            "calendar": list(DEFAULT_CALENDAR),
-            "normalisation": None,
-            "season_events": None,
-        }
-        return {
-            name: value
-            for name, value in data.items()
-            if name not in defaults
-            or (list(value) if name == "calendar" else value) != defaults[name]
-        }
 
 
 class Normalisation(Frozen):
@@ -101,7 +88,7 @@ class Normalisation(Frozen):
     std: Annotated[float, Field(gt=0)] | None = None
 
 
-class NumericField(WithForms):
+class NumericField(Frozen):
     """A number, standardised as (transform(value) - mean) / std.
 
     `transform` is applied before standardising: `signed_log1p` is sign(v) * log(1 + |v|).
@@ -113,6 +100,8 @@ class NumericField(WithForms):
     not read them. `season_events` adds the column `<name>.season`: the value one season before the
     next event, standardised as a forecast of it would be.
     """
+
+    later_options = frozenset({"normalisation", "season_events"})
 
     kind: Literal["numeric"] = "numeric"
     name: FieldName
@@ -191,12 +180,14 @@ class CategoricalField(Frozen):
         return ("<unknown>", *(self.vocabulary or ()), *absent)
 
 
-class BooleanField(WithForms):
+class BooleanField(Frozen):
     """true or false, encoded as 1 or 0; `optional` adds the column `<name>.missing`.
 
     With `coerce`, also the numbers 1 and 0 and the strings true, false, 1 and 0 in any case, in
     tables and in requests. By default as the table that it is trained on.
     """
+
+    later_options = frozenset({"coerce"})
 
     kind: Literal["boolean"] = "boolean"
     name: FieldName
@@ -210,7 +201,7 @@ class BooleanField(WithForms):
         return True
 
 
-class TimestampField(WithForms):
+class TimestampField(Frozen):
     """The time of the event: RFC 3339 or an epoch time, at most one per schema.
 
     Numbers are epoch milliseconds, or seconds with `epoch: s`. Dates and times without an offset
@@ -223,6 +214,8 @@ class TimestampField(WithForms):
     (`.weekday_sin`, `.weekday_cos`), the day of the year (`.yearday_sin`, `.yearday_cos`);
     `optional` adds `<name>.missing`.
     """
+
+    later_options = frozenset({"without_offset", "epoch", "calendar"})
 
     kind: Literal["timestamp"] = "timestamp"
     name: FieldName

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
 from models.artifact.files import open_regular
 from models.artifact.weights import read_weights
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError, ImportedModelError, SpecError
 from models.importing.isolation import Converted, Limits, OnnxOptions, convert_isolated
 from models.importing.triton_config import MAX_CONFIG_BYTES

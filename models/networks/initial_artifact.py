@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.errors import SpecError
 from models.events.schema import (
     BooleanField,

@@ -71,17 +71,18 @@ def _tanh(x: Any) -> Any:
     return tf.cast(tf.tanh(tf.cast(x, tf.float64)), tf.float32)
 
 
+def _variable(name: str, *shape: int, value: float = 0.0, trainable: bool = True) -> Any:
+    values = np.full(shape, value, np.float32)
+    return keras.Variable(values, trainable=trainable, dtype="float32", name=name)
+
+
 class Affine:
     """(x - shift) scale + offset, with constants that training does not change."""
 
     def __init__(self, name: str, width: int):
-        def constant(kind: str, value: float) -> Any:
-            values = np.full(width, value, np.float32)
-            return keras.Variable(values, trainable=False, dtype="float32", name=f"{name}_{kind}")
-
-        self.shift = constant("shift", 0.0)
-        self.scale = constant("scale", 1.0)
-        self.offset = constant("offset", 0.0)
+        self.shift = _variable(f"{name}_shift", width, trainable=False)
+        self.scale = _variable(f"{name}_scale", width, value=1.0, trainable=False)
+        self.offset = _variable(f"{name}_offset", width, trainable=False)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]."""
@@ -92,8 +93,7 @@ class Prelu:
     """x where x >= 0, slope x elsewhere (He et al., "Delving deep into rectifiers", 2015)."""
 
     def __init__(self, name: str, width: int):
-        zeros = np.zeros(width, np.float32)
-        self.slope = keras.Variable(zeros, dtype="float32", name=f"{name}_slope")
+        self.slope = _variable(f"{name}_slope", width)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]."""
@@ -104,12 +104,9 @@ class CausalConvolution:
     """One layer over sequences of `width` values."""
 
     def __init__(self, layer: Conv1dLayer, width: int):
-        def variable(kind: str, *shape: int) -> Any:
-            zeros = np.zeros(shape, np.float32)
-            return keras.Variable(zeros, dtype="float32", name=f"{layer.name}_{kind}")
-
-        self.kernel = variable("kernel", layer.kernel_size, width, layer.units)
-        self.bias = variable("bias", layer.units) if layer.use_bias else None
+        name, units = layer.name, layer.units
+        self.kernel = _variable(f"{name}_kernel", layer.kernel_size, width, units)
+        self.bias = _variable(f"{name}_bias", units) if layer.use_bias else None
         self._activation = keras.activations.get(activation_of(layer.activation))
         self._layer = layer
         self._width = width
@@ -161,13 +158,9 @@ class Attention:
     """One attention layer over a sequence of `width` values."""
 
     def __init__(self, layer: AttentionLayer, width: int):
-        def variable(kind: str, *shape: int) -> Any:
-            name = f"{layer.name}_{kind}"
-            return keras.Variable(np.zeros(shape, np.float32), dtype="float32", name=name)
-
-        self.kernel = variable("kernel", width, layer.units)
-        self.bias = variable("bias", layer.units)
-        self.context = variable("context", layer.units)
+        self.kernel = _variable(f"{layer.name}_kernel", width, layer.units)
+        self.bias = _variable(f"{layer.name}_bias", layer.units)
+        self.context = _variable(f"{layer.name}_context", layer.units)
         self._width = width
 
     def over_chunk(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -201,33 +201,6 @@ def attribute(name: str, value: Any) -> Any:
     return AttributeProto(name=name, type=kind, **{kind.name.lower(): value})
 
 
-def add_node(
-    graph: Any,
-    operator: str,
-    inputs: Iterable[str],
-    outputs: Iterable[str],
-    attributes: Mapping[str, Any],
-) -> None:
-    """Add a node of the default domain to a GraphProto, with attributes sorted by name."""
-    graph.node.add(
-        input=inputs,
-        output=outputs,
-        op_type=operator,
-        attribute=[attribute(name, attributes[name]) for name in sorted(attributes)],
-    )
-
-
-def add_tensor(graph: Any, name: str, dtype: str, shape: Iterable[int], raw: bytes) -> None:
-    """Add a constant to a GraphProto.
-
-    Args:
-        dtype: NumPy's name of the element type.
-        raw: the elements, little-endian, in row-major order.
-    """
-    kind = DataType[dtype.upper()]
-    graph.initializer.add(name=name, data_type=kind, dims=shape, raw_data=raw)
-
-
 def tensor_value(name: str, dtype: DataType, shape: Iterable[str | int]) -> Any:
     """The ValueInfoProto of a tensor; a dynamic dimension is given by name."""
     value = ValueInfoProto(name=name)
@@ -347,7 +320,12 @@ class Nodes:
         key = (array.dtype.name, array.shape, hashlib.sha256(raw).digest())
         if key not in self._known:
             self._known[key] = f"c{len(self._known)}"
-            add_tensor(self._constants, self._known[key], array.dtype.name, array.shape, raw)
+            self._constants.initializer.add(
+                name=self._known[key],
+                data_type=DataType[array.dtype.name.upper()],
+                dims=array.shape,
+                raw_data=raw,
+            )
         return self._known[key]
 
     def number(self, value: float) -> Value:
@@ -370,8 +348,16 @@ class Nodes:
         outputs: Sequence[Value],
         attributes: Mapping[str, Any],
     ) -> None:
-        present = {name: value for name, value in attributes.items() if value is not None}
-        add_node(self.graph, operator, inputs, outputs, present)
+        self.graph.node.add(
+            input=inputs,
+            output=outputs,
+            op_type=operator,
+            attribute=[
+                attribute(name, attributes[name])
+                for name in sorted(attributes)
+                if attributes[name] is not None
+            ],
+        )
 
     def name(self) -> Value:
         """A name that no value has yet, for a value that another graph makes."""

@@ -6,9 +6,9 @@ and, for the steps of a decoder, `models.decoding.forecasts`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from models.events.schema import Frozen
 from models.spec.layers import ActivationName, LayerName, Units
@@ -38,16 +38,10 @@ class SequenceHead(_Head):
         shape: arranges the values of a step, the last axis fastest; one axis by default.
     """
 
+    later_options = frozenset({"shape"})
+
     kind: Literal["sequence"] = "sequence"
     shape: tuple[Annotated[int, Field(ge=1)], ...] = ()
-
-    @model_serializer(mode="wrap")
-    def _without_default_shape(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Older versions, which do not know `shape`, read a model without it."""
-        data: dict[str, Any] = handler(self)
-        if not self.shape:
-            data.pop("shape", None)
-        return data
 
 
 class DenseHead(_Head):

@@ -17,11 +17,9 @@ from typing import Annotated, Any
 
 from pydantic import (
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
@@ -67,9 +65,6 @@ from models.spec.onnx_network import OnnxNetwork
 from models.spec.resets import ResetPolicy
 from models.spec.training import TrainingSpec
 
-_LATER_OPTIONS = ("detection", "embeddings", "onnx", "reset_every", "session_gap_s")
-"""Options that older versions do not know: they read a model that does not use them."""
-
 MAX_RESET_EVERY = 2**63 - 1
 """The largest period of resets, as large as the largest position."""
 
@@ -113,6 +108,8 @@ class ModelSpec(Frozen):
             becomes the initial state again.
     """
 
+    later_options = frozenset({"detection", "embeddings", "onnx", "reset_every", "session_gap_s"})
+
     name: ModelName
     description: str = ""
     events: EventSchema | None = None
@@ -128,11 +125,6 @@ class ModelSpec(Frozen):
     decoder: DecoderSpec | None = None
     detection: DetectionSpec | None = None
     training: TrainingSpec | None = None
-
-    @model_serializer(mode="wrap")
-    def _omit_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = serialize(self)
-        return {name: value for name, value in data.items() if value or name not in _LATER_OPTIONS}
 
     @model_validator(mode="before")
     @classmethod

@@ -102,8 +102,9 @@ class TrainingSpec(Frozen):
         return self
 
     @model_serializer(mode="wrap")
-    def _omit_open_options(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = serialise(self)
+    def _omit_later_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Options that are open are left out too."""
+        data: dict[str, Any] = serialize(self)
         return {name: value for name, value in data.items() if value is not None}
 
 

@@ -14,7 +14,8 @@ import orjson
 import polars as pl
 from rich.console import Console
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec

@@ -27,8 +27,9 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
 
-from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.fingerprint import canonical_json
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError
 from models.spec.model import ModelSpec
 from models.spec.training import ResolvedTraining

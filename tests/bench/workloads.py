@@ -23,7 +23,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 import models
-from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import write_artifact
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
 from models.pretrained.departures import flight_events

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import block_diag
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
 
 MODEL: Final = "keeps-all"

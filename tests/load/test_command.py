@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from tests.support.machine import REPOSITORY
 from tests.support.models import small_spec
 from tests.support.oracle import contracting_weights

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from tests.models.artifact.artifacts import METRICS, SPEC, WEIGHTS
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import write_artifact
 from models.detection.fit import Stream, fit_detection
 from models.spec.layout import anomaly_size, detection_of
 from models.spec.model import ModelSpec, parse_spec

@@ -20,7 +20,8 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.decoders import decoder_spec, future_of, hourly_events
 from tests.support.oracle import contracting_weights, joined, oracle_in_blocks, oracle_step

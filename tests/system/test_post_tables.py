@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from carry_client import Carry
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from tests.support.post_tables import INPUT, OUTPUTS, PRINTED, STATES, post_model
 from tests.support.service import running, runtime_environment
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.fingerprint import compute_fingerprint
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import parse_spec

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from models.artifact.artifact import add_graph, load_artifact, write_artifact
+from models.artifact.artifact import load_artifact
 from models.artifact.fingerprint import compute_fingerprint
+from models.artifact.writing import add_graph, write_artifact
 from models.errors import GraphUnsupportedError
 from models.onnx.graph import write_graph
 from models.spec.model import parse_spec

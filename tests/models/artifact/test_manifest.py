@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from models.artifact.artifact import load_artifact, write_artifact
+from models.artifact.artifact import load_artifact
 from models.artifact.fingerprint import canonical_json
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError
 from models.spec.model import parse_spec
 from tests.models.artifact.artifacts import WEIGHTS, check_rejection, manifest_of, seal

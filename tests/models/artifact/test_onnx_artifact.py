@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from models.artifact.artifact import Artifact, add_graph, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.fingerprint import compute_fingerprint
+from models.artifact.writing import add_graph, write_artifact
 from models.errors import ArtifactError, SpecError
 from models.spec.model import parse_spec
 from tests.support.onnx_graphs import EXAMPLES, import_here

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError
 from tests.models.artifact.artifacts import SPEC, WEIGHTS, check_rejection, manifest_of, seal
 

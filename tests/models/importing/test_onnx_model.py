@@ -13,7 +13,8 @@ from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 
 from carry.cli import app
-from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError, ImportedModelError
 from models.importing.onnx_proof import Prover
 from models.importing.packaging import default_name, import_onnx_model, onnx_options

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import RUNTIMES, open_runtime

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.networks.build import StepNetwork
 from models.networks.layers import BLOCK_STEPS
 from models.spec.model import parse_spec

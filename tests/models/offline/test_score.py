@@ -11,7 +11,8 @@ import pytest
 
 import models
 from carry_client import Carry
-from models.artifact.artifact import load_artifact, write_artifact
+from models.artifact.artifact import load_artifact
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError, DataError, SpecError
 from models.events.schema import CategoricalField, EventSchema, NumericField, TimestampField
 from models.offline import score as parts

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from models.artifact.artifact import load_artifact, write_artifact
+from models.artifact.artifact import load_artifact
 from models.artifact.fingerprint import compute_fingerprint
+from models.artifact.writing import write_artifact
 from models.errors import SpecError
 from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunk_constant_layers, non_causal_layers
 from models.spec.layout import output_spec, state_spec

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 pytest.importorskip("tensorflow")
 
 from models import commands
-from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import write_artifact
 from models.errors import DataError, SpecError
 from models.networks.initial_weights import draw_weights
 from models.spec.blocks import BlockSpec

@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from models import commands
-from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.fingerprint import compute_fingerprint
+from models.artifact.writing import write_artifact
 from models.errors import ArtifactError, DataError
 from models.offline.score import score_file
 from models.spec.detection import DetectionSpec

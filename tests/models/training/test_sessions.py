@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from models.events.encode import Clock, encode
 from models.offline.runner import Runner
 from models.spec.layout import network_state

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from service.codec.json_rows import MAX_BYTES
 from service.codec.media import Media
 from service.codec.settings import RequestSettings

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.artifact.artifact import Artifact, add_graph, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import add_graph, write_artifact
 from models.decoding.forecasts import Decoding, Distribution, Forecast, encode_covariates
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema

@@ -15,8 +15,9 @@ from onnx import helper
 from structlog.testing import capture_logs
 
 import models
-from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.fingerprint import compute_fingerprint
+from models.artifact.writing import write_artifact
 from models.onnx.graph import write_graph
 from models.spec.model import parse_spec
 from service.engine.runtimes import loading

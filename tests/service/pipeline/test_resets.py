@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
 from models.artifact.fingerprint import compute_fingerprint
+from models.artifact.writing import write_artifact
 from models.errors import SpecError
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from models.events.encode import Clock
 from models.spec.model import parse_spec
 from models.spec.state import State

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.events.encode import Clock, encode
 from models.spec.model import parse_spec
 from models.spec.state import State

@@ -15,7 +15,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from service.access.caller import Verb
 from service.access.keys import parse_key
 from service.access.limits import KeyLimits

@@ -14,7 +14,7 @@ import orjson
 import polars as pl
 import pytest
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from service.commands.replay.command import replay
 from tests.service.commands.replay.standin import SPEC
 from tests.support.oracle import contracting_weights

@@ -11,7 +11,8 @@ import orjson
 import pytest
 import typer
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.offline.runner import Runner
 from service.commands.replay import verify as verify_module
 from service.commands.replay.command import EXIT_UNFINISHED, replay

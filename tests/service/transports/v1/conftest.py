@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 import pytest
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from service.store.base import CommitColumns, CommitResult
 from service.store.redis.redis_store import RedisStore
 from tests.service.transports.v1.harness import FAST_PATH, Harness, harness

@@ -9,7 +9,8 @@ import numpy as np
 import ormsgpack
 import pytest
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
 from tests.service.transports.v1.harness import MSGPACK, Harness, harness, problem
 from tests.support.events import FULL_SCHEMA

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from pydantic import TypeAdapter
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from models.events.columns import canonical_bytes
 from models.events.schema import EventSchema
 from models.spec.model import ModelSpec, parse_spec

@@ -16,7 +16,8 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.decoding.forecasts import Distribution, encode_covariates
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema

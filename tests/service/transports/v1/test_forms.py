@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.artifact.artifact import write_artifact
+from models.artifact.writing import write_artifact
 from tests.service.transports.v1.harness import EVENT, EVENT_MS, harness
 from tests.support.models import random_weights, small_spec
 from tests.support.servers import RealServer

@@ -12,7 +12,8 @@ import ormsgpack
 import pytest
 from pydantic import TypeAdapter
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
 from service.access.caller import ANYONE
 from service.codec.reply_types import ChunkReply

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
 from service.access.caller import ANYONE
 from service.core.errors import StateTokenInvalid, StoreUnavailable

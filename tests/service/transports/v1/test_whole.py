@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
 from tests.service.transports.v1.harness import LIMITS, Harness, harness, problem
 from tests.support.oracle import contracting_weights, oracle_step

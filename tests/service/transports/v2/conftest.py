@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Mapping
 import pytest
 from fastapi import FastAPI
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from service.transports.v2.http_routes import add_kserve
 from service.transports.v2.inference import Inference
 from tests.service.transports.v1.harness import harness

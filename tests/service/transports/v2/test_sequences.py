@@ -12,7 +12,8 @@ import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact
+from models.artifact.writing import write_artifact
 from models.spec.model import ModelSpec
 from service.access.caller import ANYONE
 from service.core.errors import StoreUnavailable
