@@ -92,7 +92,6 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         parameters=(_FROM, _LAST_EVENT_ID, RETURN_SEQUENCES),
         problems=(*STORE, errors.ShuttingDown),
         tag="streams",
-        response_class=StreamingResponse,
     )
     app.router.routes.append(route)
 

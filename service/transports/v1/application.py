@@ -127,7 +127,7 @@ def create_application(
         openapi_url=None,
         redirect_slashes=False,
         # `include_router` would wrap each route once more, 8 us a request
-        routes=[*routes, *HEALTH, *(METRICS if metrics is not None else ())],
+        routes=[*routes, *HEALTH, *([METRICS] if metrics is not None else [])],
         # reads the environment at every request, 3 us
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )

@@ -2,8 +2,8 @@
 
 The routes are the same for every model, the bodies are not. So the components hold each model's
 event, chunk, items and sequences under its name (`flights-Event`), and the bodies of the routes
-(`Chunk`, `Many`, `Predict`) are any of them. FastAPI describes the replies by their types; the
-bodies are described by the types that decode them.
+(`Chunk`, `Many`, `Predict`) are any of them. Replies are described by their types, and bodies by
+the types that decode them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
-from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 from starlette.routing import BaseRoute
 
 from models.events.parse import event_json_schema, example_event
@@ -22,6 +22,8 @@ from service.codec.media import Media
 from service.codec.reply_types import EXAMPLE_STREAM
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ApiContext
+from service.transports.v1.reply_types import Problem
+from service.transports.v1.route import Route
 
 ACCESS_KEY = {
     "type": "http",
@@ -37,7 +39,11 @@ TAGS = [
     {"name": "models", "description": "What is served."},
     {"name": "health", "description": "For load balancers and monitoring."},
 ]
-DESCRIPTION = """\
+INFO = {
+    "title": "Carry",
+    "summary": "Stateful recurrent networks over event streams.",
+    "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    "description": """\
 Serves recurrent networks over event streams. Every stream has its own state; events arrive in
 chunks of any length, each chunk continues from the state the last one left, and every event
 gets its output.
@@ -45,7 +51,8 @@ gets its output.
 Bodies are JSON or MessagePack (`application/msgpack`), the same members in both, but for
 `inputs`: in MessagePack it is one binary string of float32, little-endian, row by row.
 Failures are [problem documents](/docs/errors) with a stable `code`.
-"""
+""",
+}
 _ONE_FEED = ("Chunk", "Item", "Sequence")
 """Bodies that have either events or inputs."""
 
@@ -54,16 +61,16 @@ def openapi_document(
     routes: Sequence[BaseRoute], api: ApiContext, models: Mapping[str, ServedModel]
 ) -> dict[str, Any]:
     """The whole document of an application's routes, for these models."""
-    document = get_openapi(
-        title="Carry",
-        version=version("carry"),
-        summary="Stateful recurrent networks over event streams.",
-        description=DESCRIPTION,
-        tags=TAGS,
-        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        routes=routes,
+    described = [route for route in routes if isinstance(route, Route)]
+    paths: dict[str, Any] = {}
+    for route in described:
+        paths.setdefault(route.path, {})[route.method.lower()] = route.describe()
+    kinds = {route.reply for route in described} - {None}
+    _, replies = TypeAdapter.json_schemas(
+        [(kind, "serialization", TypeAdapter(kind)) for kind in [*kinds, Problem]],
+        ref_template=f"{SCHEMAS}{{model}}",
     )
-    components = _with_integer_bounds(document["components"]["schemas"])
+    components: dict[str, Any] = replies["$defs"]
     components |= _schemas([ForkBody, StateBody], "")
     for name in sorted(models):
         components |= _model_schemas(api, models[name])
@@ -74,28 +81,21 @@ def openapi_document(
     if not components["Forecast"]["anyOf"]:
         no_model = {"not": {}, "description": "No model has a decoder."}
         components["Forecast"] = {"title": "Forecast", **no_model}
-    document["components"]["schemas"] = dict(sorted(components.items()))
-    document["components"]["securitySchemes"] = {"access_key": ACCESS_KEY}
-    # the empty requirement: a service without access keys is open
-    document["security"] = [{"access_key": []}, {}]
     for path, examples in _examples(models).items():
-        content = document["paths"][path]["post"]["requestBody"]["content"]
+        content = paths[path]["post"]["requestBody"]["content"]
         content[Media.JSON.value]["examples"] = examples
-    return document
-
-
-def _with_integer_bounds(schema: Any) -> Any:
-    """The schema with whole bounds of integers: FastAPI writes every bound as a float, which tools
-    reject for an integer, and which is rounded above 2^53."""
-    if isinstance(schema, list):
-        return [_with_integer_bounds(inner) for inner in schema]
-    if not isinstance(schema, dict):
-        return schema
-    converted = {name: _with_integer_bounds(inner) for name, inner in schema.items()}
-    if schema.get("type") == "integer":
-        bounds = {"minimum", "maximum"} & schema.keys()
-        converted.update({name: int(schema[name]) for name in bounds})
-    return converted
+    return {
+        "openapi": "3.1.0",
+        "info": INFO | {"version": version("carry")},
+        "tags": TAGS,
+        # the empty requirement: a service without access keys is open
+        "security": [{"access_key": []}, {}],
+        "paths": paths,
+        "components": {
+            "schemas": dict(sorted(components.items())),
+            "securitySchemes": {"access_key": ACCESS_KEY},
+        },
+    }
 
 
 def _model_schemas(api: ApiContext, served: ServedModel) -> dict[str, Any]:

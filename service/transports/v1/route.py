@@ -1,24 +1,27 @@
 """One route of the API: how it is served, and what the OpenAPI document says of it.
 
-FastAPI matches requests to routes and writes the document. What a request says is read by `Call`:
-FastAPI would use the first of several If-Match lines and the last of duplicate query parameters,
-ignore unknown ones, and take 27 to 60 us a request, of the 71 us that a chunk of 16 events takes on
-the slow path without engine and store (docs/decisions/http.md).
+Starlette matches requests to routes, and `Call` reads what a request says. FastAPI's routes would
+use the first of several If-Match lines and the last of duplicate query parameters, ignore unknown
+ones, and take 27 to 60 us a request, of the 71 us that a chunk of 16 events takes on the slow path
+without engine and store (docs/decisions/http.md).
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi.routing import APIRoute
+from starlette import routing
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from service.access.caller import Verb
-from service.codec.media import SERVED, Media
+from service.codec.media import SERVED
 from service.codec.reply_types import EXAMPLE_STREAM
 from service.core import errors
 from service.core.errors import CarryError, leaf_errors
@@ -97,12 +100,13 @@ _REQUEST_ID = parameter(
 )
 
 
-class Route(APIRoute):
+@dataclass(eq=False, repr=False)
+class Route(routing.Route):
     """One route. The docstring of its endpoint is its summary and its description.
 
-    Args:
-        endpoint: called with the `Call`, or with the request if the path names no model; the name
-            of its module is the tag, if there is no other.
+    Attributes:
+        answer: the endpoint, called with the `Call`, or with the request if the path names no
+            model; the name of its module is the tag, if there is no other.
         verbs: of an access key, each of which allows the route.
         replies: what each status of success means.
         reply: the type of their body; None if it is not one of the API's, or there is none.
@@ -111,97 +115,86 @@ class Route(APIRoute):
         parameters: besides those of the path and the request's id, which every route has.
         body: the component of its body.
         problems: its errors besides those that follow from the rest: a body may be malformed.
-        is_health: whether it is one of health, which answers in JSON.
-        options: further arguments of FastAPI.
+        is_health: whether it is one of health: it answers in JSON, and probes use HEAD.
     """
 
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        endpoint: Endpoint,
-        *,
-        verbs: tuple[Verb, ...] = (),
-        replies: Mapping[int, str] | None = None,
-        reply: Any = None,
-        content: Mapping[str, Any] | None = None,
-        headers: Mapping[str, Any] | None = None,
-        parameters: tuple[Parameter, ...] = (),
-        body: str | None = None,
-        problems: tuple[type[CarryError], ...] = (),
-        is_health: bool = False,
-        tag: str = "",
-        **options: Any,
-    ):
-        self.verbs = verbs
-        self.body = body
-        self.reply = reply
-        self.query_names = [each["name"] for each in parameters if each["in"] == "query"]
-        self.header_names = {each["name"] for each in parameters if each["in"] == "header"}
-        self._call_endpoint = endpoint
-        extra: dict[str, Any] = {"security": _security(verbs, is_health=is_health)}
-        if not is_health:
-            of_path = [each for each in _OF_PATH if f"{{{each['name']}}}" in path]
-            extra["parameters"] = [*of_path, *parameters, _REQUEST_ID]
-        if body is not None:
-            contents = {media: {"schema": _reference(body)} for media in SERVED}
-            extra["requestBody"] = {"required": True, "content": contents}
-        described: dict[str, Any] = {} if content is None else {"content": content}
-        if reply is not None:
-            described["model"] = reply
-            if not is_health:
-                packed = {"schema": _reference(reply.__name__)}
-                described["content"] = {Media.MSGPACK.value: packed}
-        if headers:
-            described["headers"] = headers
-        responses: dict[int | str, Any] = {
-            status: {"description": meaning, **described}
-            for status, meaning in (replies or {}).items()
+    method: str
+    path: str
+    answer: Endpoint
+    verbs: tuple[Verb, ...] = ()
+    replies: Mapping[int, str] = field(default_factory=dict)
+    reply: Any = None
+    content: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    parameters: tuple[Parameter, ...] = ()
+    body: str | None = None
+    problems: tuple[type[CarryError], ...] = ()
+    is_health: bool = False
+    tag: str = ""
+
+    def __post_init__(self) -> None:
+        endpoint = self._answer_call if "{model}" in self.path else self.answer
+        super().__init__(self.path, endpoint)
+        self.methods = {self.method, "HEAD"} if self.is_health else {self.method}
+        self.query_names = [each["name"] for each in self.parameters if each["in"] == "query"]
+        self.header_names = {each["name"] for each in self.parameters if each["in"] == "header"}
+
+    def matches(self, scope: Scope) -> tuple[routing.Match, Scope]:
+        """Match a request, which then names the route, for its line in the log."""
+        match, child_scope = super().matches(scope)
+        child_scope["route"] = self
+        return match, child_scope
+
+    async def _answer_call(self, request: Request) -> Response:
+        return await self.answer(Call(request, self))
+
+    def describe(self) -> dict[str, Any]:
+        """The operation in the API document."""
+        name, module = self.answer.__name__, self.answer.__module__
+        summary, _, description = (inspect.getdoc(self.answer) or "").partition("\n\n")
+        operation: dict[str, Any] = {
+            "tags": [self.tag or module.rpartition(".")[2]],
+            "summary": summary.removesuffix("."),
+            "description": description,
+            "operationId": re.sub(r"\W", "_", f"{name}{self.path}_{self.method.lower()}"),
+            "security": _security(self.verbs, is_health=self.is_health),
+            "responses": {str(status): self._reply(text) for status, text in self.replies.items()},
         }
-        if not is_health:
-            responses = _problems(self._errors(path, problems)) | responses
-        summary, _, description = (inspect.getdoc(endpoint) or "").partition("\n\n")
-        super().__init__(
-            path,
-            _read_by_call,
-            name=endpoint.__name__,
-            methods=[method],
-            summary=summary.removesuffix("."),
-            description=description,
-            tags=[tag or endpoint.__module__.rpartition(".")[2]],
-            responses=responses,
-            openapi_extra=extra,
-            **options,
-        )
+        if self.body is not None:
+            content = {media: {"schema": _reference(self.body)} for media in SERVED}
+            operation["requestBody"] = {"required": True, "content": content}
+        if not self.is_health:
+            of_path = [each for each in _OF_PATH if f"{{{each['name']}}}" in self.path]
+            operation["parameters"] = [*of_path, *self.parameters, _REQUEST_ID]
+            operation["responses"] |= _problems(self._errors())
+        return operation
 
-    def get_route_handler(self) -> Endpoint:
-        """The handler of a request, without FastAPI's dependency resolution and exit stacks."""
-        endpoint = self._call_endpoint
-        if "{model}" not in self.path:
-            return endpoint
+    def _reply(self, description: str) -> dict[str, Any]:
+        """A response, in JSON and in MessagePack."""
+        content = dict(self.content)
+        if self.reply is not None:
+            schema = {"schema": _reference(self.reply.__name__)}
+            content |= dict.fromkeys(SERVED[:1] if self.is_health else SERVED, schema)
+        reply: dict[str, Any] = {"description": description}
+        if content:
+            reply["content"] = content
+        if self.headers:
+            reply["headers"] = self.headers
+        return reply
 
-        async def handle(request: Request) -> Response:
-            return await endpoint(Call(request, self))
-
-        return handle
-
-    def _errors(self, path: str, problems: Iterable[type[CarryError]]) -> set[type[CarryError]]:
-        kinds: set[type[CarryError]] = {*_ANY, *problems}
+    def _errors(self) -> set[type[CarryError]]:
+        kinds: set[type[CarryError]] = {*_ANY, *self.problems}
         if self.body is not None:
             kinds.update(_OF_BODY)
         if self.reply is not None:
             kinds.add(errors.NotAcceptable)
-        if "{model}" in path:
+        if "{model}" in self.path:
             kinds.add(errors.ModelNotFound)
-        if "{stream}" in path:
+        if "{stream}" in self.path:
             kinds.add(errors.InvalidName)
         if IF_MATCH["name"] in self.header_names:
             kinds.update((errors.InvalidPrecondition, errors.StateChanged))
         return kinds
-
-
-async def _read_by_call(request: Request) -> None:
-    """What FastAPI is told of an endpoint."""
 
 
 def _security(verbs: Iterable[Verb], *, is_health: bool) -> list[dict[str, list[str]]]:
@@ -214,14 +207,14 @@ def _reference(component: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{component}"}
 
 
-def _problems(kinds: set[type[CarryError]]) -> dict[int | str, Any]:
+def _problems(kinds: set[type[CarryError]]) -> dict[str, Any]:
     """The problem responses of a route, one per status, with an example per code."""
     by_status: defaultdict[int, list[type[CarryError]]] = defaultdict(list)
     for kind in leaf_errors():
         if kind in kinds:
             by_status[STATUS[kind]].append(kind)
     return {
-        status: {
+        str(status): {
             "description": ", ".join(f"`{kind.code}`: {kind.title}" for kind in of_status),
             **({"headers": _RETRY_AFTER} if status in LATER else {}),
             "content": {

@@ -1,6 +1,6 @@
 """The routes of version 1 of the API, as one table.
 
-FastAPI's routes, what each reads of a request, `/openapi.json`, and the tests of access and of the
+The routes, what each reads of a request, `/openapi.json`, and the tests of access and of the
 reference pages come from it. A route's place in the API is a row here, its endpoint a function in
 `routes/`.
 """
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from fastapi.responses import PlainTextResponse
-
 from service.access.caller import DESCRIBE, PREDICT, Verb
 from service.codec.reply_types import EXAMPLE_EPOCH, EXAMPLE_TAG, ChunkReply, ForecastReply
 from service.core import errors
 from service.transports.v1 import reply_types
 from service.transports.v1.call import SECONDS
-from service.transports.v1.route import IF_MATCH, Endpoint, Route, parameter
+from service.transports.v1.route import IF_MATCH, Route, parameter
 from service.transports.v1.routes import chunks, health, models, streams
 
 _MODEL: Final = "/v1/models/{model}"
@@ -103,12 +101,6 @@ _OVERWRITING: Final = (
 )
 
 
-def _probe(path: str, endpoint: Endpoint, **row: Any) -> tuple[Route, Route]:
-    """A route of health and monitoring; probes use HEAD too."""
-    head = Route("HEAD", path, endpoint, is_health=True, include_in_schema=False)
-    return head, Route("GET", path, endpoint, is_health=True, **row)
-
-
 ROUTES: Final = (
     Route(
         "POST",
@@ -192,7 +184,6 @@ ROUTES: Final = (
         replies={204: "Deleted."},
         parameters=(IF_MATCH,),
         problems=(*_STORED, *_COMMIT, errors.Conflict),
-        status_code=204,
     ),
     Route(
         "GET",
@@ -287,31 +278,39 @@ ROUTES: Final = (
 )
 
 HEALTH: Final = (
-    *_probe(
+    Route(
+        "GET",
         "/health/live",
         health.get_live,
         replies={200: "The process answers."},
         reply=reply_types.Live,
+        is_health=True,
     ),
-    *_probe(
+    Route(
+        "GET",
         "/health/ready",
         health.get_ready,
         replies={200: "Every check passes.", 503: "A check fails."},
         reply=reply_types.Ready,
+        is_health=True,
     ),
-    *_probe(
+    Route(
+        "GET",
         "/health/store",
         health.get_store,
         verbs=(Verb.METRICS,),
         replies={200: "The condition of the store."},
         reply=reply_types.StoreReport,
+        is_health=True,
     ),
 )
 
-METRICS: Final = _probe(
+METRICS: Final = Route(
+    "GET",
     "/metrics",
     health.get_metrics,
     verbs=(Verb.METRICS,),
-    response_class=PlainTextResponse,
-    response_description="The metrics.",
+    replies={200: "The metrics."},
+    content={"text/plain": {"schema": {"type": "string"}}},
+    is_health=True,
 )

@@ -276,3 +276,22 @@ async def test_lines_of_several_threads_keep_their_order(capsys: Capture) -> Non
     for name in "abc":
         assert [text for text in found if text[0] == name] == [f"{name}{at}" for at in range(200)]
     assert len(found) == 600
+
+
+async def test_failure_after_the_response_started_is_left_to_the_server() -> None:
+    answered: list[Exception] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        raise ZeroDivisionError
+
+    async def answer(error: Exception, *_: Any) -> None:
+        answered.append(error)
+
+    async def ignore(_: Any) -> None:
+        pass
+
+    middleware = RequestLogMiddleware(app, answer)
+    with pytest.raises(ZeroDivisionError):
+        await middleware({"type": "http", "method": "GET", "headers": []}, ignore, ignore)
+    assert not answered

@@ -108,3 +108,14 @@ def test_outcome_after_a_disconnect_is_dropped() -> None:
     connection.order.clear()
     connection.order.answer(first, "outcome")
     assert connection.events == ["+a1"]
+
+
+def test_an_appended_chunk_does_not_forgive_the_failure_of_a_later_one() -> None:
+    connection = Connection(overlaps=True)
+    appended = connection.receive("a1")
+    later = connection.receive("a2", appends=False)
+    last = connection.receive("a3")
+    connection.answer(later, failed=True)
+    connection.answer(appended)
+    assert connection.events == ["+a1", "+a2", ">a1", ">a2", "-a3", ">a3"]
+    assert last.outcome is not None
