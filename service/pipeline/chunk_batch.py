@@ -36,6 +36,7 @@ from service.pipeline.chunk_load import ChunkLoader, StoreResponsiveness
 from service.pipeline.inference import Inference
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
+from service.pipeline.settings import BatchingSettings
 from service.pipeline.shards import Shards
 from service.pipeline.state_cache import StateCache
 from service.store.base import COMMITTED, CommitColumns, CommitResult, Conflicted, StateStore
@@ -61,11 +62,9 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
     Afterwards its outcome is unknown until the store answers.
 
     Args:
+        settings: of batches; as many chunks as half a queue may wait outside of batches for
+            unresponsive shards.
         now_ms: wall clock in epoch milliseconds.
-        attempts: how often a chunk is tried while other writers change its stream.
-        max_detached: most chunks that may wait outside of batches for unresponsive shards.
-        resets_on_model_change: whether a stream whose state another version of the model wrote
-            starts over; otherwise its chunks are rejected.
         tracer: records the batches of traced requests; None records none.
     """
 
@@ -79,10 +78,8 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         compute: Compute,
         recorder: Recorder,
         *,
+        settings: BatchingSettings,
         now_ms: Callable[[], int],
-        attempts: int,
-        max_detached: int,
-        resets_on_model_change: bool = False,
         tracer: Tracer | None = None,
     ):
         self._served = served
@@ -91,9 +88,9 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         self._cache = cache
         self._recorder = recorder
         self._now_ms = now_ms
-        self._attempts = attempts
+        self._attempts = settings.conflict_attempts
         self._tracer = tracer
-        self._shards = Shards(store, max_detached)
+        self._shards = Shards(store, settings.max_queue // 2)
         self._responsiveness = StoreResponsiveness()
         self._loader = ChunkLoader(
             served,
@@ -102,7 +99,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             self._shards,
             recorder,
             self._responsiveness,
-            resets_on_model_change=resets_on_model_change,
+            resets_on_model_change=settings.on_model_change == "reset",
         )
         self._infer = Inference(served, compute, recorder)
 

@@ -142,10 +142,8 @@ class Pipeline:
                 self.cache,
                 self._compute,
                 recorder,
+                settings=settings,
                 now_ms=now_ms,
-                attempts=settings.conflict_attempts,
-                max_detached=settings.max_queue // 2,
-                resets_on_model_change=settings.on_model_change == "reset",
                 tracer=tracer,
             )
             predict = PredictRunner(served, self._compute, recorder)

@@ -123,12 +123,11 @@ class ServedModel:
             InvalidInput
         """
         if self.spec.chunking == "whole" or self.blocks is not None:
-            expected = "none"
             raise InvalidInput(
-                f"{at}: expected {expected}, since model {self.name!r} computes each sequence to "
-                "its end, and no other continues it",
+                f"{at}: expected none, since model {self.name!r} computes each sequence to its "
+                "end, and no other continues it",
                 at=at,
-                expected=expected,
+                expected="none",
             )
 
     def check_alarm_rate(self, rate: float, at: str) -> None:

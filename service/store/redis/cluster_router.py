@@ -9,8 +9,6 @@ is answered by every version of Redis and Valkey.
     CLUSTERDOWN        no majority, or a slot without a primary: retried with backoff
     node unavailable   as soon as the topology names another primary, pending commands of the lost
                        node go there, marked as retries
-
-Use from one event loop. Errors of the client library do not leave this module.
 """
 
 from __future__ import annotations
@@ -39,11 +37,7 @@ TOPOLOGY_TIMEOUT_S: Final = 1.0
 
 
 class ClusterRouter(Router):
-    """Router of a cluster; its startup nodes are the nodes of the address.
-
-    Raises:
-        StoreRefused: the address cannot be used.
-    """
+    """Router of a cluster; its startup nodes are the nodes of the address."""
 
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)

@@ -406,9 +406,6 @@ class RedisServer:
         redirect_handler: takes over redirected commands, if the server is a node of a cluster.
         telemetry: what the connection for chunks counts, of the whole store.
         on_connect: of `ConnectionFactory`.
-
-    Raises:
-        StoreRefused: the address cannot be used.
     """
 
     def __init__(

@@ -102,6 +102,9 @@ class Layout(NamedTuple):
 class Router(ABC):
     """Sends commands to the servers of an address; opens no connection before the first call.
 
+    Raises:
+        StoreRefused: the address cannot be used.
+
     Attributes:
         redacted_url: the address without secrets.
         telemetry: what its connections count.
@@ -432,11 +435,7 @@ class Router(ABC):
 
 
 class SingleServerRouter(Router):
-    """Router of a single server, which the address names.
-
-    Raises:
-        StoreRefused: the address cannot be used.
-    """
+    """Router of a single server, which the address names."""
 
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)

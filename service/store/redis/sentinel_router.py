@@ -38,11 +38,7 @@ MAX_TIMEOUT_S: Final = 1.0
 
 
 class SentinelRouter(Router):
-    """Router of the primary that the Sentinels of an address know.
-
-    Raises:
-        StoreRefused: the address cannot be used.
-    """
+    """Router of the primary that the Sentinels of an address know."""
 
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
