@@ -1,4 +1,4 @@
-"""Every kind of model over HTTP, with kills of service and store.
+"""Every kind of network over HTTP, with kills of service and store.
 
 ONNX Runtime serves all of them at once: what is stored does not depend on the runtime, and
 `tests/service/engine` compares the outputs of every kind. Each model has a scenario, a generator
@@ -23,9 +23,7 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
 from models.spec.model import ModelSpec, parse_spec
-from tests.support.decoders import decoder_spec, future_of, hourly_events
 from tests.support.oracle import contracting_weights, joined, oracle_in_blocks, oracle_step
-from tests.support.pipelines import SPEC, oracle_outputs, rows_of
 from tests.support.service import running
 
 KILLS = (False, True)
@@ -190,58 +188,6 @@ class BlockStream:
         return client.post(self.url, json=body).raise_for_status().json()
 
 
-def forecast_scenario(client: httpx.Client) -> Iterator[None]:
-    """A forecast depends on the stored state only."""
-    stream = "/v1/models/weather/streams/EWR"
-    question = {"horizon": 6, "samples": 5, "seed": 2, "future": future_of(6)}
-
-    def append(first: int, count: int) -> None:
-        body = {"position": first, "events": hourly_events(count, first=first)}
-        client.post(f"{stream}/chunks", json=body).raise_for_status()
-
-    def forecast() -> Any:
-        return client.post(f"{stream}/forecast", json=question).raise_for_status().json()
-
-    append(0, 7)
-    append(7, 7)
-    before = forecast()
-    for _ in KILLS:
-        yield
-        assert forecast() == before
-    append(14, 1)
-    assert forecast()["forecast"] != before["forecast"]
-
-
-def session_scenario(artifact: Artifact, client: httpx.Client) -> Iterator[None]:
-    """A stream that is reset within a chunk, and the same rows as a sequence with a state token."""
-    model = "/v1/models/probe"
-    rows = rows_of(np.random.default_rng(7), 6)
-
-    def send(path: str, **body: Any) -> Any:
-        return client.post(f"{model}/{path}", json=body).raise_for_status().json()
-
-    def equals(reply: Any, first: int) -> None:
-        """The last outputs are those of one call from row `first` on."""
-        expected = oracle_outputs(artifact, rows[first:]).astype(np.float32)
-        found = reply["outputs"]["out"]
-        wanted = artifact.outputs.by_name(expected)["out"][4 - first :]
-        np.testing.assert_allclose(found, wanted, **CLOSE)
-
-    session = {"position": 0, "inputs": rows[:4].tolist(), "resets": [2]}
-    reply = send("streams/sessions/chunks", **session)
-    predicted = send("predict?return_state_token=true", sequences=[{"inputs": rows[:4].tolist()}])
-    (token,) = [each["state_token"] for each in predicted["predictions"]]
-    yield
-    assert send("streams/sessions/chunks", **session) == {**reply, "replayed": True}
-    rest = {"position": 4, "inputs": rows[4:].tolist()}
-    reply = send("streams/sessions/chunks", **rest)
-    equals(reply, 2)
-    sequence = {"inputs": rows[4:].tolist(), "state_token": token}
-    equals(send("predict", sequences=[sequence])["predictions"][0], 0)
-    yield
-    assert send("streams/sessions/chunks", **rest) == {**reply, "replayed": True}
-
-
 def network_spec(name: str) -> ModelSpec:
     return parse_spec({"name": name, "features": FEATURES, **NETWORKS[name]})
 
@@ -253,11 +199,8 @@ def test_every_model_continues_after_kills(tmp_path: Path) -> None:
         return write_artifact(tmp_path / "models" / spec.name, spec, weights)
 
     client = httpx.Client(timeout=60)
-    write(decoder_spec(), 3)
     stream = partial(BlockStream, write(BLOCKS, 5))
     scenarios = [
-        forecast_scenario(client),
-        session_scenario(write(SPEC, 1), client),
         stream("pending").scenario(client, BlockStream.PENDING, killed_final=False),
         stream("final").scenario(client, (), killed_final=True),
     ]
