@@ -19,11 +19,11 @@ import structlog
 from hypothesis import HealthCheck, settings
 from structlog.dev import ConsoleRenderer, plain_traceback
 
-import models
 from models.artifact.writing import write_artifact
 from service.telemetry.access_log import access_log
 from tests.support.browser import running_browser
 from tests.support.event_loop import EventLoop
+from tests.support.models import PRETRAINED
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
 
@@ -86,7 +86,7 @@ def access_log_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pretrained flights model and the post's layers."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "flights").symlink_to(Path(models.__file__).parent / "pretrained" / "flights")
+    (folder / "flights").symlink_to(PRETRAINED / "flights")
     for kind in ("lstm", "gru"):
         write_artifact(folder / kind, *post_model(kind))
     return folder

@@ -22,7 +22,6 @@ import ormsgpack
 import polars as pl
 from numpy.typing import NDArray
 
-import models
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.writing import write_artifact
 from models.events.encode import Clock, encode
@@ -33,6 +32,7 @@ from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import open_runtime, open_runtimes
 from tests.bench.traffic import Media, TrafficSpec, WrongReplyError, read_grpc_reply, read_v2_reply
 from tests.support.detection import sensor_model
+from tests.support.models import PRETRAINED
 from tests.support.oracle import contracting_weights, oracle_step
 
 FEATURES, STEPS, UNITS = 16, 16, 64
@@ -112,7 +112,7 @@ def standard_model(folder: Path, units: int = UNITS) -> Artifact:
 
 def flights_model(folder: Path) -> Artifact:
     """The pretrained model as `folder/flights`, packaged again: a graph for every runtime."""
-    shipped = load_artifact(Path(models.__file__).parent / "pretrained" / "flights")
+    shipped = load_artifact(PRETRAINED / "flights")
     return write_artifact(folder / "flights", shipped.spec, shipped.weights)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-import models
 from carry_client import Carry, Progress
 from models.artifact.artifact import load_artifact
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
 from models.pretrained.departures import EVENT_COLUMNS, flight_events
+from tests.support.models import PRETRAINED
 from tests.support.oracle import oracle_step
 from tests.support.servers import free_port
 from tests.support.service import Service, running
@@ -27,7 +27,7 @@ EVENTS = 1500
 
 
 def test_killed_service_and_store_lose_and_double_nothing(tmp_path: Path, model_dir: Path) -> None:
-    artifact = load_artifact(Path(models.__file__).parent / "pretrained" / "flights")
+    artifact = load_artifact(PRETRAINED / "flights")
     departures = flight_events().sort("departed", maintain_order=True)
     frame = departures.head(EVENTS).select(EVENT_COLUMNS)
     restarts: list[threading.Thread] = []

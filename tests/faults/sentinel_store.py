@@ -8,7 +8,7 @@ from typing import Any, Final
 import redis
 
 from tests.faults.history import Loss
-from tests.faults.stores import DOWN_S, LAG_S, NO_REWRITE, SERVES_S, Store
+from tests.faults.stores import DOWN_S, LAG_S, NO_REWRITE, SERVES_S, ReplicatedStore
 from tests.faults.traffic import Traffic
 from tests.support.sentinels import NAME, Sentinel, has_replica
 from tests.support.servers import RealServer, until
@@ -34,7 +34,7 @@ class MonitoredServer(RealServer):
         return [str(file)]
 
 
-class SentinelStore(Store):
+class SentinelStore(ReplicatedStore):
     """A primary and a replica behind three Sentinels.
 
     Sentinels name the ports of proxies instead of the servers' own, and the replica follows its
@@ -82,32 +82,9 @@ class SentinelStore(Store):
         with self._primary().client() as client:
             return client.execute_command(*command)
 
-    def fail_over(self, _: int, __: float) -> Loss:
-        """Kill the primary until its replica is promoted; it comes back as a replica."""
-        primary, struck_s = self._primary(), time.monotonic()
-        primary.kill()
-        until(self._replica_of(primary).is_primary, "the promotion", SERVES_S)
-        primary.start()
-        return self._find_loss("lost", struck_s)
-
-    def prepare_rollback(self, _: int) -> float:
-        """Stop the replica of the primary that is to be lost, and end its connection to it."""
-        primary = self._primary()
-        replica, since_s = self._replica_of(primary), time.monotonic() - LAG_S
-        self._down = [primary]
-        replica.pause()
-        self._abort_connections(primary, replica.pid)
-        return since_s
-
-    def roll_back(self, since_s: float) -> Loss:
-        """Kill the primary, continue its replica, which is promoted with the data it had."""
-        [primary] = self._down
-        replica = self._replica_of(primary)
-        primary.kill()
-        replica.resume()
-        until(replica.is_primary, "the promotion", SERVES_S)
-        primary.start()
-        return self._find_loss("lost before its replica followed", since_s + LAG_S)
+    def _find_rollback(self, since_s: float, struck_s: float, ended_s: float) -> Loss:
+        # the primary that was killed acts as one until the Sentinels demote it
+        return Loss("lost before its replica followed", since_s, since_s + LAG_S)
 
     def stop_sentinels(self) -> None:
         """Kill all Sentinels, and restart the primary, so that its connections break."""
@@ -129,6 +106,9 @@ class SentinelStore(Store):
         if len(primaries) != 1:
             raise OSError("expected one primary; after a failover there are two for a while")
         return primaries[0]
+
+    def _choose_primary(self, _: int) -> MonitoredServer:
+        return self._primary()
 
     def _replica_of(self, primary: MonitoredServer) -> MonitoredServer:
         return next(server for server in self.servers if server is not primary)

@@ -214,7 +214,45 @@ class SingleStore(Store):
         return Loss(what, struck_s - LATE_WRITES_S, struck_s)
 
 
-class ClusterStore(Store):
+class ReplicatedStore(Store):
+    """Primaries and replicas: a replica is promoted where its primary is down, and may lack the
+    last writes."""
+
+    def fail_over(self, pick: int, _: float) -> Loss | None:
+        """Kill a primary until its replica is promoted; it comes back as a replica."""
+        primary, struck_s = self._choose_primary(pick), time.monotonic()
+        replica = self._replica_of(primary)
+        primary.kill()
+        until(replica.is_primary, "the promotion", SERVES_S)
+        primary.start()
+        return self._find_loss("lost", struck_s)
+
+    def prepare_rollback(self, pick: int) -> float:
+        """Stop the replica of a primary that is to be lost, and end its connection to it."""
+        primary = self._choose_primary(pick)
+        replica, since_s = self._replica_of(primary), time.monotonic() - LAG_S
+        self._down = [primary, replica]
+        replica.pause()
+        self._abort_connections(primary, replica.pid)
+        return since_s
+
+    def roll_back(self, since_s: float) -> Loss:
+        """Kill the primary, continue its replica, which is promoted with the data it had."""
+        primary, replica = self._down
+        struck_s = time.monotonic()
+        primary.kill()
+        ended_s = time.monotonic()
+        replica.resume()
+        until(replica.is_primary, "the promotion", SERVES_S)
+        primary.start()
+        self._wait_until_whole()
+        return self._find_rollback(since_s, struck_s, ended_s)
+
+    def _find_rollback(self, since_s: float, struck_s: float, ended_s: float) -> Loss:
+        return Loss("lossy failover", since_s, struck_s, ended_s)
+
+
+class ClusterStore(ReplicatedStore):
     """Three primaries and their replicas.
 
     Every node announces the port of a proxy instead of its own, so all that workers ask of it
@@ -241,42 +279,16 @@ class ClusterStore(Store):
             node.options = (*node.options, "--cluster-announce-port", str(proxy.port))
         self._cluster.form()
 
-    def fail_over(self, pick: int, _: float) -> Loss | None:
-        """Kill a primary until its replica is promoted; it comes back as a replica."""
-        node = self._choose(pick)
-        replica, struck_s = self._cluster.replica_of(node), time.monotonic()
-        node.kill()
-        until(replica.is_primary, "the promotion", SERVES_S)
-        node.start()
-        return self._find_loss("lost", struck_s)
-
-    def prepare_rollback(self, pick: int) -> float:
-        """Stop the replica of a primary that is to be lost, and end its connection to it."""
-        primary = self._choose(pick)
-        replica = self._cluster.replica_of(primary)
-        self._down = [primary, replica]
-        since_s = time.monotonic() - LAG_S
-        replica.pause()
-        self._abort_connections(primary, replica.pid)
-        return since_s
-
-    def roll_back(self, since_s: float) -> Loss:
-        """Kill the primary, continue its replica, which is promoted with the data it had."""
-        primary, replica = self._down
-        struck_s = time.monotonic()
-        primary.kill()
-        ended_s = time.monotonic()
-        replica.resume()
-        until(replica.is_primary, "the promotion", SERVES_S)
-        primary.start()
-        self._wait_until_whole()
-        return Loss("lossy failover", since_s, struck_s, ended_s)
-
     def _choose(self, pick: int) -> ClusterNode:
         """A primary that is about to be down."""
         primaries = [node for node in self.servers if node.is_primary()]
         self._down = [primaries[pick % len(primaries)]]
         return self._down[0]
+
+    _choose_primary = _choose
+
+    def _replica_of(self, primary: ClusterNode) -> ClusterNode:
+        return self._cluster.replica_of(primary)
 
     def _find_loss(self, what: str, struck_s: float) -> Loss | None:
         until_s = time.monotonic() + STALE_S

@@ -33,12 +33,12 @@ import orjson
 import uvloop
 from numpy.typing import NDArray
 
-import models
 from service.access.caller import Verb
 from service.access.keys import KeyText
 from service.access.tokens import TokenClaims, sign_token
 from tests.support.access import new_authorization
 from tests.support.machine import describe_run, read_usage
+from tests.support.models import PRETRAINED
 from tests.support.servers import opened, real_server
 from tests.support.service import Service, running
 from tests.support.v2_messages import callable_of, infer_request, message_class
@@ -337,11 +337,10 @@ def main() -> int:
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    pretrained = Path(models.__file__).parent / "pretrained"
     with (
         tempfile.TemporaryDirectory() as folder,
         real_server("valkey") as store,
-        running(Path(folder), pretrained, redis_url=store.url, CARRY_GRPC_PORT="0") as service,
+        running(Path(folder), PRETRAINED, redis_url=store.url, CARRY_GRPC_PORT="0") as service,
     ):
         return uvloop.run(measure(service, store.url, options))
 

@@ -27,9 +27,9 @@ import uvloop
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-import models
 from carry_client import AsyncCarry, model_path, stream_path
 from tests.support.machine import read_usage
+from tests.support.models import PRETRAINED
 from tests.support.service import Service, running
 
 OPENED_AT_ONCE = 100
@@ -146,11 +146,10 @@ def main() -> None:
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    pretrained = Path(models.__file__).parent / "pretrained"
     connections = str(options.idle + options.active + 100)
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(Path(folder), pretrained, CARRY_MAX_CONNECTIONS=connections) as service,
+        running(Path(folder), PRETRAINED, CARRY_MAX_CONNECTIONS=connections) as service,
     ):
         result = uvloop.run(measure(service, options))
         print(json.dumps(result, indent=2, default=lambda number: round(float(number), 3)))

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import httpx
 
-import models
 from tests.monitoring.pictures import Curve, draw
+from tests.support.models import PRETRAINED
 from tests.support.monitoring import DASHBOARDS, Panel, filled, panels_of, prometheus, query
 from tests.support.service import COMMAND, running
 
@@ -72,9 +72,8 @@ def main() -> int:
 
 def observe(folder: Path, seconds: float) -> list[Result]:
     """Replay events for some time, and run every query over it."""
-    artifacts = Path(models.__file__).parent / "pretrained"
     with (
-        running(folder, artifacts) as service,
+        running(folder, PRETRAINED) as service,
         prometheus(folder, service.url, "1s") as url,
         httpx.Client(base_url=url, timeout=30) as database,
     ):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
+from tests.support.models import PRETRAINED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SWITCHES = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI", "XDG_CACHE_HOME")
@@ -25,7 +25,7 @@ OnnxRuntime(load_artifact(Path(sys.argv[1]))).warm()
 def test_a_loaded_model_leaves_no_telemetry_files(tmp_path: Path) -> None:
     """With telemetry the library keeps a database and an identifier below the home directory."""
     kept = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-    artifact = Path(models.__file__).parent / "pretrained" / "flights"
+    artifact = PRETRAINED / "flights"
     subprocess.run(
         [sys.executable, "-c", LOAD, str(artifact)],
         cwd=REPOSITORY,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+import models
 from models.spec.layout import weight_shapes
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.events import FULL_SCHEMA
+
+PRETRAINED = Path(models.__file__).parent / "pretrained"
+"""The models that `make run` serves."""
 
 SMALL: dict[str, Any] = {
     "name": "small",

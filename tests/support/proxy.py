@@ -183,7 +183,7 @@ class LossyPath(Proxy):
         super().__init__(self._accept)
         self.url = f"unix://{socket}"
         self.losses = self.holds = self.accepted = 0
-        self.halves = self.dead = self.dead_after_loss = False
+        self.halves = self.dead = False
         self.after_loss: Hook | None = None
         self.holding = asyncio.Event()
         self._delivery = asyncio.Event()
@@ -204,7 +204,6 @@ class LossyPath(Proxy):
         if direction == "reply" and connection.notes == "losing":
             if self.after_loss is not None:
                 await self.after_loss()
-            self.dead = self.dead or self.dead_after_loss
             raise CutError(data[: len(data) // 2] if self.halves else b"")
         if direction == "request" and b"EVAL" in data:
             if self.holds > 0:
