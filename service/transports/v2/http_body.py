@@ -21,7 +21,12 @@ from service.core.errors import BodyTooLarge, CarryError, MalformedBody
 from service.transports.v1.problems import problem, problem_headers
 from service.transports.v1.replies import Answer, Header
 from service.transports.v2.inference import InferReply
-from service.transports.v2.request import BinaryOutputs, InferRequest, Parameter, parse_parameters
+from service.transports.v2.request import (
+    InferRequest,
+    Parameter,
+    RequestedOutput,
+    parse_parameters,
+)
 from service.transports.v2.tensors import MAX_RANK, InputTensor, OutputTensor
 
 HEADER_LENGTH: Final = "inference-header-content-length"
@@ -32,53 +37,44 @@ COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 _FEW: Final = Meta(max_length=256)
 """Bounds the lists of tensors and parameters."""
 
-Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
-class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """Base of a request's objects."""
 
 
-class InputParameters(Body, frozen=True):
-    """The parameters of a request's tensor."""
-
+class _InputParameters(_Body, frozen=True):
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
 
-class _OutputParameters(Body, frozen=True):
+class _OutputParameters(_Body, frozen=True):
     binary_data: bool | None = None
 
 
-class _Input(Body, frozen=True):
+class _Input(_Body, frozen=True):
     name: str
     datatype: str
-    shape: Annotated[tuple[Dimension, ...], Meta(max_length=MAX_RANK)]
-    parameters: InputParameters | None = None
+    shape: Annotated[tuple[_Dimension, ...], Meta(max_length=MAX_RANK)]
+    parameters: _InputParameters | None = None
     data: list[Any] | None = None
 
 
-class RequestedOutput(Body, frozen=True):
-    """An output that a request names."""
-
+class _Output(_Body, frozen=True):
     name: str
     parameters: _OutputParameters | None = None
 
 
-class _Request(Body, frozen=True):
+class _Request(_Body, frozen=True):
     inputs: Annotated[list[_Input], _FEW]
-    outputs: Annotated[list[RequestedOutput], _FEW] = []
+    outputs: Annotated[list[_Output], _FEW] = []
     id: str = ""
     parameters: Annotated[dict[str, Parameter], _FEW] = {}
 
 
-def binary_outputs(outputs: Iterable[RequestedOutput], by_default: bool) -> BinaryOutputs:
-    """Which outputs are binary, by the outputs that a request names and its parameter."""
-    by_name = {
-        output.name: output.parameters.binary_data
-        for output in outputs
-        if output.parameters is not None and output.parameters.binary_data is not None
-    }
-    return BinaryOutputs(by_name, by_default)
+_DECODER: Final = msgspec.json.Decoder(_Request)
+MAX_SHORT_BYTES: Final = 4096
+"""Longer JSON is not decoded by msgspec, which may take 15 us for a hostile number."""
 
 
 def decompress(body: bytes, encoding: str, limit_bytes: int) -> bytes:
@@ -121,16 +117,16 @@ def decode_request(body: bytes, json_bytes: int | None, model: str, version: str
         expected = f"at most {len(body)}, the length of the body"
         raise invalid("Inference-Header-Content-Length", expected, json_bytes)
     begin = len(body) if json_bytes is None else json_bytes
-    decoded = decode(Media.JSON, body[:begin], _Request)
+    decoded = _decode_json(body[:begin])
     end = begin
     inputs: list[InputTensor] = []
     for index, each in enumerate(decoded.inputs):
-        at = f"inputs[{index}]"
         size = each.parameters.binary_data_size if each.parameters else None
         data: bytes | list[Any] | None = each.data
         if (size is None) == (data is None):
             got = "none" if size is None else "both"
-            raise invalid(at, "either data or parameters.binary_data_size", got)
+            expected = "either data or parameters.binary_data_size"
+            raise invalid(f"inputs[{index}]", expected, got)
         if size is not None:
             data = body[end : end + size]
             end += size
@@ -139,9 +135,21 @@ def decode_request(body: bytes, json_bytes: int | None, model: str, version: str
         expected = f"{end - begin} bytes after the JSON, all the binary_data_size together"
         raise invalid("body", expected, len(body) - begin)
     parameters = parse_parameters(decoded.parameters)
-    binary = binary_outputs(decoded.outputs, parameters.binary_by_default)
-    names = tuple([output.name for output in decoded.outputs])
-    return InferRequest(model, inputs, parameters, names, version, decoded.id, binary)
+    outputs = []
+    for output in decoded.outputs:
+        binary = None if output.parameters is None else output.parameters.binary_data
+        is_binary = parameters.binary_by_default if binary is None else binary
+        outputs.append(RequestedOutput(output.name, is_binary))
+    return InferRequest(model, inputs, parameters, tuple(outputs), version, decoded.id)
+
+
+def _decode_json(text: bytes) -> _Request:
+    if len(text) <= MAX_SHORT_BYTES:
+        try:
+            return _DECODER.decode(text)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            pass  # `decode` makes the error
+    return decode(Media.JSON, text, _Request)
 
 
 def reply_document(reply: InferReply) -> dict[str, Any]:
@@ -151,24 +159,23 @@ def reply_document(reply: InferReply) -> dict[str, Any]:
         document["id"] = reply.id
     if reply.parameters:
         document["parameters"] = reply.parameters
-    document["outputs"] = [
-        _output(tensor, reply.binary.has(tensor.name)) for tensor in reply.outputs
-    ]
+    document["outputs"] = [output_document(output) for output in reply.outputs]
     return document
 
 
-def _output(tensor: OutputTensor, is_binary: bool) -> dict[str, Any]:
-    name, values = tensor
-    data: dict[str, Any] = {"data": values.ravel()}
+def output_document(output: OutputTensor) -> dict[str, Any]:
+    """The JSON of an output."""
+    name, values, is_binary = output
+    document = {"name": name, "datatype": output.datatype, "shape": list(values.shape)}
     if is_binary:
-        data = {"parameters": {"binary_data_size": values.nbytes}}
-    return {"name": name, "datatype": tensor.datatype, "shape": list(values.shape), **data}
+        return {**document, "parameters": {"binary_data_size": values.nbytes}}
+    return {**document, "data": values.ravel()}
 
 
 def encode_reply(reply: InferReply) -> tuple[bytes, int]:
     """The body of a reply with binary outputs, and the length of its JSON."""
     text = encode_json(reply_document(reply))
-    data = [output.data for output in reply.outputs if reply.binary.has(output.name)]
+    data = [output.data for output in reply.outputs if output.is_binary]
     return b"".join((text, *data)), len(text)
 
 

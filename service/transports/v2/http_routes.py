@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -13,12 +12,10 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.access.caller import PREDICT, Caller, Verb
+from service.access.caller import PREDICT, Caller
 from service.codec.decoding import invalid
 from service.codec.media import Media
 from service.core.errors import UnsupportedMediaType
-from service.pipeline.recorder import ModelStatistics
-from service.pipeline.served_model import ServedModel
 from service.server.interface import HttpState
 from service.telemetry.logs import RequestIds
 from service.transports.common.disconnects import cancel_on_disconnect
@@ -37,21 +34,11 @@ from service.transports.v2.http_body import (
 )
 from service.transports.v2.http_fast_path import FastInferPath
 from service.transports.v2.inference import InferCall, Inference, InferReply
-from service.transports.v2.metadata import (
-    model_config,
-    model_metadata,
-    model_statistics,
-    repository_index,
-    server_metadata,
-)
+from service.transports.v2.metadata import Document, Metadata, Statistics
 
-Statistics = Callable[[], Mapping[str, ModelStatistics]]
-"""Returns the totals of every model; called in a thread."""
-
-Endpoint = Callable[..., Coroutine[Any, Any, Response]]
+Endpoint = Callable[[Any], Coroutine[Any, Any, Response]]
 
 _BINARY: Final = (b"content-type", b"application/octet-stream")
-MODELS: Final = (Verb.MODELS,)
 PREFIX: Final = "/v2"
 IDENTITY: Final = "identity"
 _is_length = re.compile(r"[0-9]{1,10}", re.ASCII).fullmatch
@@ -59,8 +46,8 @@ _is_length = re.compile(r"[0-9]{1,10}", re.ASCII).fullmatch
 
 def add_kserve(app: FastAPI, inference: Inference, statistics: Statistics) -> None:
     """Add the routes to an application of `create_api`; once, before it serves."""
-    app.state.kserve = inference
-    app.state.kserve_statistics = statistics
+    app.state.v2_inference = inference
+    app.state.v2_metadata = Metadata(inference, statistics)
     app.state.error_answers[PREFIX] = error_answer
     app.router.routes.extend(_ROUTES)
     state: HttpState = app.state.http
@@ -70,72 +57,48 @@ def add_kserve(app: FastAPI, inference: Inference, statistics: Statistics) -> No
 
 
 class _Route(APIRoute):
-    """Calls its endpoint with the request and the path parameters, without FastAPI's dependency
-    resolution and exit stacks."""
+    """Calls its endpoint with the request, without FastAPI's dependency resolution."""
+
+    def __init__(self, methods: list[str], path: str, endpoint: Endpoint):
+        self._answer = endpoint
+        super().__init__(path, _read_by_endpoint, methods=methods, include_in_schema=False)
 
     def get_route_handler(self) -> Endpoint:
         """The handler of a request."""
-        endpoint: Endpoint = self.endpoint
-
-        async def handle(request: Request) -> Response:
-            return await endpoint(request, **request.path_params)
-
-        return handle
+        return self._answer
 
 
-async def get_server(request: Request) -> Response:
-    """Name, version and extensions."""
-    _described_models(request)
-    return json_answer(server_metadata())
+async def _read_by_endpoint(request: Request) -> None:
+    """What FastAPI is told of an endpoint."""
 
 
-async def get_live(request: Request) -> Response:
-    """Whether the process answers."""
-    return json_answer({"live": True})
+def _describe(
+    describe: Callable[..., Awaitable[Document]], *, member: str = "", is_open: bool = False
+) -> Endpoint:
+    """The endpoint of what `Metadata` answers: 200, or 503 for what is not ready.
+
+    Args:
+        member: the one that is returned, instead of all.
+        is_open: whether it needs no key.
+    """
+
+    async def endpoint(request: Request) -> Response:
+        callers = [] if is_open else [caller_of(request)]
+        metadata: Metadata = request.app.state.v2_metadata
+        document = await describe(metadata, *callers, **request.path_params)
+        query(request)
+        await read_encoded_body(request, api_of(request).limits.max_body_bytes)
+        status = 200 if document.get("ready", True) else 503
+        return json_answer(document[member] if member else document, status)
+
+    return endpoint
 
 
-async def get_ready(request: Request) -> Response:
-    """Whether requests should be sent here: 200, or 503."""
-    return await _readiness(request, {})
-
-
-async def get_all_statistics(request: Request) -> Response:
-    """Totals of every model, of all workers together."""
-    return await _statistics(request, _described_models(request))
-
-
-async def get_model(request: Request, model: str, version: str = "") -> Response:
-    """The tensors of a model."""
-    return json_answer(model_metadata(_described_model(request, model, version)))
-
-
-async def get_model_ready(request: Request, model: str, version: str = "") -> Response:
-    """Whether a model can be used: 200, or 503."""
-    served = _described_model(request, model, version)
-    return await _readiness(request, {"name": served.name})
-
-
-async def get_config(request: Request, model: str, version: str = "") -> Response:
-    """The configuration of a model."""
-    served = _described_model(request, model, version)
-    return json_answer(model_config(served, api_of(request).limits.max_items))
-
-
-async def get_statistics(request: Request, model: str, version: str = "") -> Response:
-    """Totals of a model, of all workers together."""
-    return await _statistics(request, [_described_model(request, model, version)])
-
-
-async def post_index(request: Request) -> Response:
-    """The served models; all of them are ready."""
-    models = _described_models(request)
-    await read_encoded_body(request, api_of(request).limits.max_body_bytes)
-    return json_answer(repository_index(models))
-
-
-async def post_infer(request: Request, model: str, version: str = "") -> Response:
+async def post_infer(request: Request) -> Response:
     """A chunk of a stream, or without a sequence id a stateless prediction."""
-    caller, inference = caller_of(request), _inference(request)
+    model, version = request.path_params["model"], request.path_params.get("version", "")
+    inference: Inference = request.app.state.v2_inference
+    caller = caller_of(request)
     inference.served(caller, PREDICT, model, version)
     query(request)
     deadline_s = deadline(request, inference.api.limits)
@@ -148,7 +111,7 @@ async def post_infer(request: Request, model: str, version: str = "") -> Respons
 
     inferring = _infer(inference, caller, len(body), deadline_s, read)
     result = await cancel_on_disconnect(request, inferring)
-    if not result.binary.has_any(output.name for output in result.outputs):
+    if not any(output.is_binary for output in result.outputs):
         return reply(Media.JSON, reply_document(result))
     content, json_length = encode_reply(result)
     return Answer(content, _BINARY, 200, [(HEADER_LENGTH.encode(), b"%d" % json_length)])
@@ -163,44 +126,6 @@ async def _infer(
 ) -> InferReply:
     call = await inference.api.long_bodies.read(size, deadline_s, read)
     return await inference.answer(caller, call)
-
-
-def _inference(request: Request) -> Inference:
-    inference: Inference = request.app.state.kserve
-    return inference
-
-
-def _described_model(request: Request, model: str, version: str) -> ServedModel:
-    """The model of a request for what describes it; the request has no query.
-
-    Raises:
-        Unauthenticated, Forbidden, ModelNotFound, InvalidInput
-    """
-    served = _inference(request).served(caller_of(request), MODELS, model, version)
-    query(request)
-    return served
-
-
-def _described_models(request: Request) -> Iterable[ServedModel]:
-    """The models that the caller may use; the request has no query.
-
-    Raises:
-        Unauthenticated, Forbidden, InvalidInput
-    """
-    models = api_of(request).pipeline.describe(caller_of(request))
-    query(request)
-    return models.values()
-
-
-async def _readiness(request: Request, names: Mapping[str, str]) -> Response:
-    query(request)
-    is_ready = all(check.ok for check in await api_of(request).pipeline.readiness())
-    return json_answer({**names, "ready": is_ready}, 200 if is_ready else 503)
-
-
-async def _statistics(request: Request, models: Iterable[ServedModel]) -> Response:
-    statistics: Statistics = request.app.state.kserve_statistics
-    return json_answer(model_statistics(models, await asyncio.to_thread(statistics)))
 
 
 def _json_bytes(request: Request) -> int | None:
@@ -240,31 +165,23 @@ async def _receive(request: Request, api: ApiContext, deadline_s: float) -> byte
 
 
 _MODEL: Final = f"{PREFIX}/models/{{model}}"
-_VERSION: Final = f"{_MODEL}/versions/{{version}}"
+_BASES: Final = (_MODEL, f"{_MODEL}/versions/{{version}}")
 _GET: Final[Mapping[str, Endpoint]] = {
-    PREFIX: get_server,
-    f"{PREFIX}/": get_server,
-    f"{PREFIX}/health/live": get_live,
-    f"{PREFIX}/health/ready": get_ready,
-    f"{PREFIX}/models/stats": get_all_statistics,
-    **{
-        f"{base}{path}": endpoint
-        for base in (_MODEL, _VERSION)
-        for path, endpoint in (
-            ("", get_model),
-            ("/ready", get_model_ready),
-            ("/config", get_config),
-            ("/stats", get_statistics),
-        )
-    },
+    PREFIX: _describe(Metadata.server),
+    f"{PREFIX}/": _describe(Metadata.server),
+    f"{PREFIX}/health/live": _describe(Metadata.live, is_open=True),
+    f"{PREFIX}/health/ready": _describe(Metadata.ready, is_open=True),
+    f"{PREFIX}/models/stats": _describe(Metadata.statistics),
+    **{base: _describe(Metadata.model) for base in _BASES},
+    **{f"{base}/ready": _describe(Metadata.model_ready) for base in _BASES},
+    **{f"{base}/config": _describe(Metadata.config, member="config") for base in _BASES},
+    **{f"{base}/stats": _describe(Metadata.statistics) for base in _BASES},
 }
 _POST: Final[Mapping[str, Endpoint]] = {
-    f"{PREFIX}/repository/index": post_index,
-    f"{_MODEL}/infer": post_infer,
-    f"{_VERSION}/infer": post_infer,
+    f"{PREFIX}/repository/index": _describe(Metadata.index, member="models"),
+    **{f"{base}/infer": post_infer for base in _BASES},
 }
 _ROUTES: Final = [
-    _Route(path, endpoint, methods=methods, include_in_schema=False)
-    for methods, endpoints in ((["GET", "HEAD"], _GET), (["POST"], _POST))
-    for path, endpoint in endpoints.items()
+    *(_Route(["GET", "HEAD"], path, endpoint) for path, endpoint in _GET.items()),
+    *(_Route(["POST"], path, endpoint) for path, endpoint in _POST.items()),
 ]

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 import structlog
 from msgspec.structs import replace
@@ -47,10 +48,8 @@ from service.pipeline.served_model import ServedModel
 from service.telemetry.access_log import note_stream
 from service.transports.v1.context import ApiContext, ModelCodec
 from service.transports.v2.request import (
-    NOT_BINARY,
     RESET,
     STATE,
-    BinaryOutputs,
     InferParameters,
     InferRequest,
     Parameter,
@@ -71,39 +70,31 @@ the beginning of its fingerprint, is accepted as well."""
 log = structlog.get_logger(__name__)
 
 
-class InferCall(NamedTuple):
+class InferCall(msgspec.Struct, frozen=True, gc=False):
     """A request that was read: without its tensors.
 
     Attributes:
         id: returned in the reply.
-        binary: which outputs are returned in the binary format.
         work: the chunk, or the sequences to predict.
         deadline_s: when the client stops waiting, on the monotonic clock.
         deletes: whether the stream is deleted after the chunk.
     """
 
-    codec: ModelCodec
-    id: str
     signature: Signature
-    binary: BinaryOutputs
-    work: Chunk | Sequence[SequenceInput] = ()
-    deadline_s: float = 0.0
-    deletes: bool = False
+    id: str
+    work: Chunk | Sequence[SequenceInput]
+    deadline_s: float
+    deletes: bool
 
 
 class InferReply(NamedTuple):
-    """A reply of the V2 protocol.
-
-    Attributes:
-        binary: over HTTP, which outputs are in the binary format.
-    """
+    """A reply of the V2 protocol."""
 
     model: str
     version: str
     id: str
     parameters: Mapping[str, Parameter]
     outputs: Sequence[OutputTensor]
-    binary: BinaryOutputs = NOT_BINARY
 
 
 class Inference:
@@ -160,15 +151,20 @@ class Inference:
             raise invalid("inputs", expected, len(inputs))
         tensor = inputs[0]
         signature = self._signature(
-            codec, tensor.name, tensor.datatype, tensor.shape, request.outputs
+            codec,
+            tensor.name,
+            tensor.datatype,
+            tensor.shape,
+            request.outputs,
+            parameters.binary_by_default,
         )
-        deletes = self.deletes(parameters)
+        deletes = self._delete_at_end and parameters.ends and not parameters.dry_run
         if stream is not None:
             if deletes:
                 self._pipeline.model(caller, (Verb.DELETE,), served.name, stream)
             if signature.has_state:
                 self._pipeline.model(caller, (Verb.READ_STATE,), served.name, stream)
-            check_chunk(codec, signature)
+            check_chunk(signature)
         elif (signature.batch or 0) > self.api.limits.max_items:
             expected = f"at most {self.api.limits.max_items} sequences"
             raise invalid("inputs[0].shape", expected, signature.batch)
@@ -179,34 +175,13 @@ class Inference:
             # before the values are read, which may be millions
             error = limit.exceeded(tensor.name, steps)
             raise error if stream is None else with_stream(stream, error)
-        resets = read_resets(inputs[1:], signature)
+        resets = read_resets(inputs[1], signature) if len(inputs) > 1 else []
         work: Chunk | Sequence[SequenceInput]
         if stream is None:
-            work = _read_sequences(codec, parameters, signature, tensor, resets)
+            work = _read_sequences(signature, parameters, tensor, resets)
         else:
-            work = read_chunk(codec, parameters, stream, tensor, resets[0] if resets else None)
-        return InferCall(codec, request.id, signature, request.binary, work, deadline_s, deletes)
-
-    def chunk_signature(
-        self,
-        codec: ModelCodec,
-        version: str,
-        tensor: tuple[str, str, tuple[int, ...]],
-        outputs: tuple[str, ...],
-    ) -> Signature:
-        """The signature of requests for chunks with this tensor (name, datatype, shape).
-
-        Raises:
-            ModelNotFound, InvalidInput, ChunksUnsupported
-        """
-        _check_version(codec.served, version)
-        signature = self._signature(codec, *tensor, outputs)
-        check_chunk(codec, signature)
-        return signature
-
-    def deletes(self, parameters: InferParameters) -> bool:
-        """Whether the stream is deleted after the chunk."""
-        return self._delete_at_end and parameters.ends and not parameters.dry_run
+            work = _read_chunk(codec, parameters, stream, tensor, resets[0] if resets else None)
+        return InferCall(signature, request.id, work, deadline_s, deletes)
 
     async def answer(self, caller: Caller, call: InferCall) -> InferReply:
         """Answer a request that was read.
@@ -216,7 +191,7 @@ class Inference:
         """
         work, deadline_s = call.work, call.deadline_s
         if not isinstance(work, Chunk):
-            name = call.codec.served.name
+            name = call.signature.codec.served.name
             predictions = await self._pipeline.predict(caller, name, work, deadline_s)
             return _reply(call, {}, predictions)
         reply = await self._pipeline.process(caller, work, deadline_s)
@@ -250,7 +225,7 @@ def _check_version(served: ServedModel, version: str) -> None:
         )
 
 
-def read_chunk(
+def _read_chunk(
     codec: ModelCodec,
     parameters: InferParameters,
     stream: str,
@@ -278,9 +253,8 @@ def read_chunk(
 
 
 def _read_sequences(
-    codec: ModelCodec,
-    parameters: InferParameters,
     signature: Signature,
+    parameters: InferParameters,
     tensor: InputTensor,
     resets: Sequence[Sequence[int]],
 ) -> list[SequenceInput]:
@@ -289,7 +263,7 @@ def _read_sequences(
     Raises:
         InvalidInput, ChunkTooLong
     """
-    reader, rate = codec.reader, parameters.false_alarms_per_day
+    reader, rate = signature.codec.reader, parameters.false_alarms_per_day
     count = 1 if signature.batch is None else signature.batch
     sequences = []
     for at, steps in enumerate(read_steps(reader, tensor, count, reader.limits.sequence)):
@@ -326,21 +300,21 @@ def _reply(
     call: InferCall, parameters: dict[str, Parameter], results: Sequence[Reply | Prediction]
 ) -> InferReply:
     """The reply with the results of each sequence, which have packed outputs [T, O]."""
-    served, signature = call.codec.served, call.signature
+    signature, served = call.signature, call.signature.codec.served
     has_batch = signature.batch is not None
     rows = _stack([result.outputs for result in results], has_batch)
     states: list[Mapping[str, NDArray[Any]]] = []
     if signature.has_state:
         states = [served.state.by_name(result.state) for result in results]
     tensors = []
-    for name, output, columns in signature.outputs:
+    for name, is_binary, output, columns in signature.outputs:
         if output is None:
             part = name.removeprefix(STATE)
             values = np.ascontiguousarray(_stack([state[part] for state in states], has_batch))
         else:
             values = _output_values(output, rows[..., columns])
-        tensors.append(OutputTensor(name, values))
-    return InferReply(served.name, VERSION, call.id, parameters, tensors, call.binary)
+        tensors.append(OutputTensor(name, values, is_binary))
+    return InferReply(served.name, VERSION, call.id, parameters, tensors)
 
 
 def _stack(values: Sequence[NDArray[Any]], has_batch: bool) -> NDArray[Any]:

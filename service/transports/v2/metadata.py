@@ -1,4 +1,4 @@
-"""What V2 clients read about the server and its models, as JSON values.
+"""What V2 clients read about the server and its models, as JSON values, for HTTP and gRPC alike.
 
 The members are those of Triton's messages (`ModelMetadataResponse`, `ModelConfig`, ...), so that
 `google.protobuf.json_format.ParseDict` makes the gRPC messages from them. 64-bit integers are
@@ -7,16 +7,23 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from importlib.metadata import version as importlib_version
 from typing import Any, Final
 
 from models.spec.layout import Output
+from service.access.caller import Caller, Verb
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
-from service.transports.v2.inference import VERSION
+from service.transports.v2.inference import VERSION, Inference
 from service.transports.v2.request import EVENTS, INPUTS, input_names, output_shape
 from service.transports.v2.tensors import BYTES, FP32
+
+Document = dict[str, Any]
+Statistics = Callable[[], Mapping[str, ModelStatistics]]
+"""Returns the totals of every model."""
 
 NAME: Final = "carry"
 
@@ -34,85 +41,112 @@ _CONFIG_TYPES: Final = {FP32: "TYPE_FP32", BYTES: "TYPE_STRING"}
 _NS: Final = 10**9
 
 
-def server_metadata() -> dict[str, Any]:
-    """Name, version and extensions of the server."""
-    return {"name": NAME, "version": version("carry"), "extensions": [*EXTENSIONS]}
-
-
-def model_metadata(served: ServedModel) -> dict[str, Any]:
-    """The tensors of a model: `ModelMetadataResponse`. The first axis is that of the batch."""
-    return {
-        "name": served.name,
-        "versions": [VERSION],
-        "platform": NAME,
-        "inputs": [
-            {"name": name, "datatype": datatype, "shape": [-1, *dims]}
-            for name, datatype, dims in _inputs(served)
-        ],
-        "outputs": [
-            {"name": output.name, "datatype": FP32, "shape": [-1, *_output_dims(output)]}
-            for output in served.outputs.outputs
-        ],
-    }
-
-
-def model_config(served: ServedModel, max_batch_size: int) -> dict[str, Any]:
-    """The configuration of a model: `ModelConfig`.
-
-    `sequence_batching` makes clients send sequence ids; a model that takes whole sequences only has
-    none.
+class Metadata:
+    """Answers what clients ask about the server and its models; of all workers together.
 
     Args:
-        max_batch_size: most sequences of one stateless prediction.
+        statistics: returns the totals of every model; called in a thread.
+
+    Raises:
+        Forbidden, ModelNotFound: each method that takes a caller.
     """
-    inputs = _inputs(served)
-    config: dict[str, Any] = {
-        "name": served.name,
-        "platform": NAME,
-        "backend": NAME,
-        "version_policy": {"latest": {"num_versions": 1}},
-        "max_batch_size": max_batch_size,
-        "input": [
-            {
-                "name": name,
-                "data_type": _CONFIG_TYPES[datatype],
-                "dims": dims,
-                "optional": len(inputs) > 1,
-            }
-            for name, datatype, dims in inputs
-        ],
-        "output": [
-            {"name": output.name, "data_type": "TYPE_FP32", "dims": _output_dims(output)}
-            for output in served.outputs.outputs
-        ],
-        "parameters": {
-            "carry_version": {"string_value": served.version},
-            "carry_fingerprint": {"string_value": served.fingerprint.hex()},
-        },
-    }
-    if served.artifact.spec.chunking != "whole":
-        config["sequence_batching"] = {"oldest": {}}
-    return config
 
+    def __init__(self, inference: Inference, statistics: Statistics):
+        self._served = partial(inference.served, verbs=(Verb.MODELS,))
+        self._pipeline = inference.api.pipeline
+        self._max_items = inference.api.limits.max_items
+        self._statistics = statistics
 
-def model_statistics(
-    models: Iterable[ServedModel], statistics: Mapping[str, ModelStatistics]
-) -> dict[str, Any]:
-    """Totals of models since the start: `ModelStatisticsResponse`."""
-    return {
-        "model_stats": [
-            _statistics_of(served, statistics.get(served.name, ModelStatistics()))
-            for served in models
-        ]
-    }
+    async def live(self) -> Document:
+        """That the process answers."""
+        return {"live": True}
 
+    async def ready(self) -> Document:
+        """Whether requests should be sent here."""
+        return {"ready": all(check.ok for check in await self._pipeline.readiness())}
 
-def repository_index(models: Iterable[ServedModel]) -> list[dict[str, Any]]:
-    """The served models: the elements of `RepositoryIndexResponse`."""
-    return [
-        {"name": served.name, "version": VERSION, "state": "READY", "reason": ""}
-        for served in models
-    ]
+    async def server(self, caller: Caller) -> Document:
+        """Name, version and extensions of the server."""
+        self._pipeline.describe(caller)
+        return {"name": NAME, "version": importlib_version("carry"), "extensions": [*EXTENSIONS]}
+
+    async def model(self, caller: Caller, model: str, version: str = "") -> Document:
+        """The tensors of a model: `ModelMetadataResponse`. The first axis is that of the batch."""
+        served = self._served(caller, model=model, version=version)
+        return {
+            "name": served.name,
+            "versions": [VERSION],
+            "platform": NAME,
+            "inputs": [
+                {"name": name, "datatype": datatype, "shape": [-1, *dims]}
+                for name, datatype, dims in _inputs(served)
+            ],
+            "outputs": [
+                {"name": output.name, "datatype": FP32, "shape": [-1, *_output_dims(output)]}
+                for output in served.outputs.outputs
+            ],
+        }
+
+    async def model_ready(self, caller: Caller, model: str, version: str = "") -> Document:
+        """Whether a model can be used."""
+        served = self._served(caller, model=model, version=version)
+        return {"name": served.name, **await self.ready()}
+
+    async def config(self, caller: Caller, model: str, version: str = "") -> Document:
+        """The configuration of a model: `ModelConfigResponse`.
+
+        `sequence_batching` makes clients send sequence ids; a model that takes whole sequences
+        only has none. `max_batch_size` is the most sequences of one stateless prediction.
+        """
+        served = self._served(caller, model=model, version=version)
+        inputs = _inputs(served)
+        config: Document = {
+            "name": served.name,
+            "platform": NAME,
+            "backend": NAME,
+            "version_policy": {"latest": {"num_versions": 1}},
+            "max_batch_size": self._max_items,
+            "input": [
+                {
+                    "name": name,
+                    "data_type": _CONFIG_TYPES[datatype],
+                    "dims": dims,
+                    "optional": len(inputs) > 1,
+                }
+                for name, datatype, dims in inputs
+            ],
+            "output": [
+                {"name": output.name, "data_type": "TYPE_FP32", "dims": _output_dims(output)}
+                for output in served.outputs.outputs
+            ],
+            "parameters": {
+                "carry_version": {"string_value": served.version},
+                "carry_fingerprint": {"string_value": served.fingerprint.hex()},
+            },
+        }
+        if served.artifact.spec.chunking != "whole":
+            config["sequence_batching"] = {"oldest": {}}
+        return {"config": config}
+
+    async def statistics(self, caller: Caller, model: str = "", version: str = "") -> Document:
+        """Totals of a model, or of every model, since the start: `ModelStatisticsResponse`."""
+        models: Iterable[ServedModel] = self._pipeline.describe(caller).values()
+        if model:
+            models = [self._served(caller, model=model, version=version)]
+        totals = await asyncio.to_thread(self._statistics)
+        none = ModelStatistics()
+        return {
+            "model_stats": [_statistics_of(each, totals.get(each.name, none)) for each in models]
+        }
+
+    async def index(self, caller: Caller) -> Document:
+        """The served models, all of them ready: `RepositoryIndexResponse`."""
+        return {
+            "models": [
+                {"name": name, "version": VERSION, "state": "READY", "reason": ""}
+                for name in self._pipeline.describe(caller)
+            ]
+        }
 
 
 def _inputs(served: ServedModel) -> list[tuple[str, str, list[int]]]:

@@ -8,7 +8,7 @@ here is pure: no I/O, no waiting, no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -88,40 +88,28 @@ class InferParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, g
 _NO_PARAMETERS: Final = InferParameters()
 
 
-class BinaryOutputs(NamedTuple):
-    """Which outputs a client of HTTP wants in the binary format; gRPC has no other."""
+class RequestedOutput(NamedTuple):
+    """An output that a request names, and over HTTP whether it is returned in the binary format."""
 
-    by_name: Mapping[str, bool]
-    by_default: bool = False
-
-    def has(self, name: str) -> bool:
-        """Whether it wants this one so."""
-        return self.by_name.get(name, self.by_default)
-
-    def has_any(self, names: Iterable[str]) -> bool:
-        """Whether it wants any of these so."""
-        return any(map(self.has, names)) if self.by_name else self.by_default
+    name: str
+    is_binary: bool = True
 
 
-NOT_BINARY: Final = BinaryOutputs({})
-
-
-class InferRequest(NamedTuple):
+class InferRequest(msgspec.Struct, frozen=True, gc=False):
     """A request, the values of its tensors not yet read.
 
     Attributes:
         version: the model's version; empty for the one that is served.
         id: returned in the reply.
-        outputs: names of the outputs to return; empty for all.
+        outputs: the outputs to return; empty for all.
     """
 
     model: str
     inputs: Sequence[InputTensor]
     parameters: InferParameters = _NO_PARAMETERS
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[RequestedOutput, ...] = ()
     version: str = ""
     id: str = ""
-    binary: BinaryOutputs = NOT_BINARY
 
 
 class SelectedOutput(NamedTuple):
@@ -133,24 +121,29 @@ class SelectedOutput(NamedTuple):
     """
 
     name: str
-    output: Output | None = None
-    columns: slice = slice(0)
+    is_binary: bool
+    output: Output | None
+    columns: slice
 
 
-class Signature(NamedTuple):
-    """What follows from a tensor's name and shape, and from the names of the outputs.
+class Signature(msgspec.Struct, frozen=True, eq=False):
+    """What follows from a tensor's name and shape, and from the requested outputs; equal to itself
+    only, since requests share it.
 
     Attributes:
         outputs: the outputs to return.
         steps: T.
         batch: length of the leading axis of the outputs; None if there is none.
         has_state: whether parts of the state are among the outputs.
+        has_binary: whether an output is returned in the binary format.
     """
 
+    codec: ModelCodec
     outputs: Sequence[SelectedOutput]
     steps: int
     batch: int | None
     has_state: bool
+    has_binary: bool
 
 
 def parse_parameters(parameters: Mapping[str, Parameter]) -> InferParameters:
@@ -210,42 +203,53 @@ def output_shape(output: Output) -> tuple[int, ...]:
 
 
 def make_signature(
-    codec: ModelCodec, name: str, datatype: str, shape: tuple[int, ...], outputs: tuple[str, ...]
+    codec: ModelCodec,
+    name: str,
+    datatype: str,
+    shape: tuple[int, ...],
+    outputs: tuple[RequestedOutput, ...],
+    binary_by_default: bool,
 ) -> Signature:
     """The signature of a request.
 
     Raises:
         InvalidInput: the model has no such tensor, or no such output.
     """
-    selected = _select_outputs(codec.served, outputs)
+    selected = _select_outputs(codec.served, outputs, binary_by_default)
     _check_tensor(codec.served, name, datatype, shape)
     rank = 2 if name == INPUTS else 1
-    batch = None if len(shape) == rank else shape[0]
-    has_state = any(output.output is None for output in selected)
-    return Signature(selected, shape[-rank], batch, has_state)
+    return Signature(
+        codec,
+        selected,
+        shape[-rank],
+        None if len(shape) == rank else shape[0],
+        any(output.output is None for output in selected),
+        any(output.is_binary for output in selected),
+    )
 
 
-def _select_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[SelectedOutput]:
-    """The outputs with these names, in this order; without names all outputs of the model."""
+def _select_outputs(
+    served: ServedModel, requested: Sequence[RequestedOutput], binary_by_default: bool
+) -> Sequence[SelectedOutput]:
+    """The requested outputs, in their order; if there are none, all outputs of the model."""
     layout = served.outputs
-    known = {
-        output.name: SelectedOutput(output.name, output, layout.slices[output.name])
-        for output in layout.outputs
+    known: dict[str, tuple[Output | None, slice]] = {
+        output.name: (output, layout.slices[output.name]) for output in layout.outputs
     }
-    if not names:
-        return list(known.values())
+    if not requested:
+        return [SelectedOutput(name, binary_by_default, *each) for name, each in known.items()]
     first = layout.size - len(layout.attention)
     for at, layer in enumerate(layout.attention, start=first):
-        name = f"{ATTENTION}{layer}"
-        known.setdefault(name, SelectedOutput(name, Output(name, ()), slice(at, at + 1)))
+        known.setdefault(f"{ATTENTION}{layer}", (Output(layer, ()), slice(at, at + 1)))
     for part in served.state.parts:
-        name = f"{STATE}{part.name}"
-        known.setdefault(name, SelectedOutput(name))
-    for at, name in enumerate(names):
-        if name not in known or name in names[:at]:
+        known.setdefault(f"{STATE}{part.name}", (None, slice(0)))
+    selected: dict[str, SelectedOutput] = {}
+    for at, (name, is_binary) in enumerate(requested):
+        if name not in known or name in selected:
             expected = f"each once of {', '.join(known)}"
             raise invalid(f"outputs[{at}].name", expected, repr(name[:100]))
-    return [known[name] for name in names]
+        selected[name] = SelectedOutput(name, is_binary, *known[name])
+    return [*selected.values()]
 
 
 def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[int, ...]) -> None:
@@ -264,24 +268,22 @@ def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[in
         raise invalid(f"{at}.shape", " or ".join(shapes), list(shape)[:16])
 
 
-def check_chunk(codec: ModelCodec, signature: Signature) -> None:
+def check_chunk(signature: Signature) -> None:
     """Reject a tensor of several sequences, and chunks for a model that needs whole sequences."""
-    codec.reader.check_accepts_chunks()
+    signature.codec.reader.check_accepts_chunks()
     if signature.batch not in (None, 1):
         expected = "1 in front, since a chunk of a sequence is of one stream"
         raise invalid("inputs[0].shape", expected, signature.batch)
 
 
-def read_resets(tensors: Sequence[InputTensor], signature: Signature) -> list[list[int]]:
+def read_resets(tensor: InputTensor, signature: Signature) -> list[list[int]]:
     """The ascending indexes of the steps before which the chunk, or each sequence, is reset: those
-    that the tensor after the first one marks, if there is one.
+    that the second tensor marks.
 
     Raises:
         InvalidInput: it is not the tensor of resets.
     """
-    if not tensors:
-        return []
-    at, tensor = "inputs[1]", tensors[0]
+    at = "inputs[1]"
     if tensor.name != RESET:
         raise invalid(f"{at}.name", RESET, repr(tensor.name[:100]))
     if tensor.datatype != BOOL:

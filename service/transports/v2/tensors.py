@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,7 +43,7 @@ _LENGTH: Final = struct.Struct("<I")
 MAX_RANK: Final = 8
 
 
-class InputTensor(NamedTuple):
+class InputTensor(msgspec.Struct, frozen=True, gc=False):
     """An input of a request.
 
     Attributes:
@@ -58,10 +58,12 @@ class InputTensor(NamedTuple):
 
 
 class OutputTensor(NamedTuple):
-    """An output of a reply: values of any shape, in C order."""
+    """An output of a reply: values of any shape, in C order; over HTTP, whether it is returned in
+    the binary format."""
 
     name: str
     values: NDArray[Any]
+    is_binary: bool = True
 
     @property
     def datatype(self) -> str:
@@ -153,19 +155,13 @@ def _flatten(values: Any, kind: Any, shape: Sequence[int], at: str) -> list[Any]
             expected = f"at most {max_lists} lists of values for shape {list(shape)}"
             raise invalid(at, expected, len(lists))
         lists = [each for part in lists if isinstance(part, list) for each in part]
-    values = decode_element(Media.JSON, values, _nested(kind, max(depth, 1)), at)
+    for _ in range(max(depth, 1)):
+        kind = list[kind]
+    values = decode_element(Media.JSON, values, kind, at)
     for _ in range(depth - 1):
         values = list(chain.from_iterable(values))
     flat: list[Any] = values
     return flat
-
-
-@cache
-def _nested(kind: Any, depth: int) -> Any:
-    """The type of lists of one depth."""
-    for _ in range(depth):
-        kind = list[kind]
-    return kind
 
 
 def _wrong_count(tensor: InputTensor, at: str, got: int | str) -> InvalidInput:

@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from grpc import StatusCode
+from msgspec.structs import replace
 
 from service.access.caller import PREDICT, Caller
 from service.codec.decoding import detached, invalid
@@ -28,6 +29,7 @@ from service.transports.v2.inference import InferCall, Inference, InferReply
 from service.transports.v2.request import (
     InferRequest,
     Parameter,
+    RequestedOutput,
     parse_parameters,
     parse_sequence_id,
 )
@@ -121,7 +123,7 @@ class InferMessage(PendingChunk):
 
         def read() -> InferCall:
             inputs = _inputs(parse(pb.ModelInferRequest, data))
-            return inference.read(caller, request._replace(inputs=inputs), deadline_s)
+            return inference.read(caller, replace(request, inputs=inputs), deadline_s)
 
         return await inference.api.long_bodies.read(self.size, deadline_s, read)
 
@@ -232,7 +234,7 @@ def _decode_request(message: pb.ModelInferRequest, inputs: list[InputTensor]) ->
         message.model_name,
         inputs,
         parse_parameters(parameters),
-        tuple([output.name for output in message.outputs]),
+        tuple([RequestedOutput(output.name) for output in message.outputs]),
         message.model_version,
         message.id,
     )

@@ -18,8 +18,9 @@ from service.server.settings import ConnectionSettings
 from service.telemetry.sampler import TransportLoad
 from service.transports.common.failure_log import log_client_disconnect
 from service.transports.v2.grpc.admission import Admission
-from service.transports.v2.grpc.servicer import InferenceServicer, Statistics
+from service.transports.v2.grpc.servicer import InferenceServicer
 from service.transports.v2.inference import Inference
+from service.transports.v2.metadata import Statistics
 from service.transports.v2.settings import V2Settings
 
 MAX_METADATA_BYTES: Final = 16 * 1024

@@ -24,12 +24,10 @@ from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
-from service.access.caller import ANYONE, Caller, Verb
+from service.access.caller import Caller
 from service.codec.decoding import detached
 from service.core.errors import CarryError, MalformedBody, ShuttingDown
 from service.core.tracing import PROPAGATED
-from service.pipeline.recorder import ModelStatistics
-from service.pipeline.served_model import ServedModel
 from service.server.errors import DuplicateField
 from service.telemetry.access_log import GRPC, RequestFacts, log_request, note_key, request_facts
 from service.telemetry.logs import RequestIds, current_request_id
@@ -47,27 +45,36 @@ from service.transports.v2.grpc.messages import (
     trailing_metadata,
 )
 from service.transports.v2.inference import Inference, InferReply
-from service.transports.v2.metadata import (
-    model_config,
-    model_metadata,
-    model_statistics,
-    repository_index,
-    server_metadata,
-)
+from service.transports.v2.metadata import Document, Metadata, Statistics
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 SERVICES: Final = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 REQUEST_ID: Final = "x-request-id"
-MODELS: Final = (Verb.MODELS,)
 AUTHORIZATION: Final = "authorization"
+Describe = Callable[..., Awaitable[Document]]
 OPEN: Final = ("ServerLive", "ServerReady")
 """Methods that need no key."""
+
+DESCRIPTIONS: Final[Mapping[str, tuple[type[Message], type[Message], Describe]]] = {
+    "ServerLive": (pb.ServerLiveRequest, pb.ServerLiveResponse, Metadata.live),
+    "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse, Metadata.ready),
+    "ServerMetadata": (pb.ServerMetadataRequest, pb.ServerMetadataResponse, Metadata.server),
+    "ModelReady": (pb.ModelReadyRequest, pb.ModelReadyResponse, Metadata.model_ready),
+    "ModelMetadata": (pb.ModelMetadataRequest, pb.ModelMetadataResponse, Metadata.model),
+    "ModelConfig": (pb.ModelConfigRequest, pb.ModelConfigResponse, Metadata.config),
+    "ModelStatistics": (
+        pb.ModelStatisticsRequest,
+        pb.ModelStatisticsResponse,
+        Metadata.statistics,
+    ),
+    "RepositoryIndex": (pb.RepositoryIndexRequest, pb.RepositoryIndexResponse, Metadata.index),
+}
+"""The messages of the methods that describe the server or its models, and what answers them."""
 
 PROBES: Final = (*OPEN, "ModelReady")
 """Methods that probes call every few seconds; logged at `debug`."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Statistics = Callable[[], Mapping[str, ModelStatistics]]
 M = TypeVar("M", bound=Message)
 Work = Callable[[RequestFacts], Awaitable[M]]
 """Answers a request, whose facts it notes."""
@@ -100,7 +107,7 @@ class InferenceServicer:
         self._stream_window = stream_window
         self._inference = inference
         self._api = inference.api
-        self._statistics = statistics
+        self._metadata = Metadata(inference, statistics)
         self._ids = RequestIds()
         self._health = health.aio.HealthServicer()
         self._reflection = reflection.aio.ReflectionServicer(SERVICES)
@@ -110,18 +117,8 @@ class InferenceServicer:
 
     def handlers(self) -> dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]]:
         """The handlers of each service's methods."""
-        short: dict[str, tuple[type[Message], Callable[[Caller, Any], Awaitable[Message]]]] = {
-            "ServerLive": (pb.ServerLiveRequest, self._server_live),
-            "ServerReady": (pb.ServerReadyRequest, self._server_ready),
-            "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
-            "ModelReady": (pb.ModelReadyRequest, self._model_ready),
-            "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
-            "ModelConfig": (pb.ModelConfigRequest, self._model_config),
-            "ModelStatistics": (pb.ModelStatisticsRequest, self._model_statistics),
-            "RepositoryIndex": (pb.RepositoryIndexRequest, self._repository_index),
-        }
         unary: dict[str, CallWork] = {
-            **{name: partial(self._answer_short, name, *each) for name, each in short.items()},
+            **{name: partial(self._describe, name, *each) for name, each in DESCRIPTIONS.items()},
             "ModelInfer": self._model_infer,
         }
         return {
@@ -153,23 +150,29 @@ class InferenceServicer:
                 return await _abort(context, result)
             return result
 
-    async def _answer_short(
+    async def _describe(
         self,
         method: str,
         kind: type[Message],
-        answer: Callable[[Caller, Any], Awaitable[Message]],
+        response: type[M],
+        describe: Describe,
         context: Context,
         facts: RequestFacts,
-    ) -> Message:
+    ) -> M:
         """Answer a call for what describes the server or its models."""
         if method in OPEN:
-            message = parse_short(kind, await self._admission.receive_probe(context))
-            return await answer(ANYONE, message)
-        caller = self._admit(context)
-        async with self._admission.messages.receive(context.read) as [data]:
-            message = parse_short(kind, data)
-            self._note(facts, getattr(message, "name", ""), len(data))
-            return await answer(caller, message)
+            parse_short(kind, await self._admission.receive_probe(context))
+            document = await describe(self._metadata)
+        else:
+            caller = self._admit(context)
+            async with self._admission.messages.receive(context.read) as [data]:
+                message: Any = parse_short(kind, data)
+                names: dict[str, str] = {}
+                if "version" in kind.DESCRIPTOR.fields_by_name:
+                    names = {"model": message.name, "version": message.version}
+                self._note(facts, names.get("model", ""), len(data))
+                document = await describe(self._metadata, caller, **names)
+        return ParseDict(document, response(), ignore_unknown_fields=True)
 
     async def _model_infer(self, context: Context, facts: RequestFacts) -> pb.ModelInferResponse:
         caller = self._admit(context)
@@ -328,64 +331,13 @@ class InferenceServicer:
             return {}
         return {name: str(each[0]) for name, each in values.items() if each}
 
-    async def _server_live(self, caller: Caller, message: Message) -> pb.ServerLiveResponse:
-        return pb.ServerLiveResponse(live=True)
-
-    async def _server_ready(self, caller: Caller, message: Message) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=await self._is_ready())
-
-    async def _server_metadata(self, caller: Caller, message: Message) -> pb.ServerMetadataResponse:
-        self._api.pipeline.describe(caller)
-        return ParseDict(server_metadata(), pb.ServerMetadataResponse())
-
-    async def _model_ready(
-        self, caller: Caller, message: pb.ModelReadyRequest
-    ) -> pb.ModelReadyResponse:
-        self._described(caller, message)
-        return pb.ModelReadyResponse(ready=await self._is_ready())
-
-    async def _model_metadata(
-        self, caller: Caller, message: pb.ModelMetadataRequest
-    ) -> pb.ModelMetadataResponse:
-        served = self._described(caller, message)
-        return ParseDict(model_metadata(served), pb.ModelMetadataResponse())
-
-    async def _model_config(
-        self, caller: Caller, message: pb.ModelConfigRequest
-    ) -> pb.ModelConfigResponse:
-        served = self._described(caller, message)
-        config = model_config(served, self._api.limits.max_items)
-        return ParseDict({"config": config}, pb.ModelConfigResponse())
-
-    async def _model_statistics(
-        self, caller: Caller, message: pb.ModelStatisticsRequest
-    ) -> pb.ModelStatisticsResponse:
-        if message.name:
-            served = [self._described(caller, message)]
-        else:
-            served = [*self._api.pipeline.describe(caller).values()]
-        totals = await asyncio.to_thread(self._statistics)
-        return ParseDict(model_statistics(served, totals), pb.ModelStatisticsResponse())
-
-    async def _repository_index(
-        self, caller: Caller, message: pb.RepositoryIndexRequest
-    ) -> pb.RepositoryIndexResponse:
-        index = repository_index(self._api.pipeline.describe(caller).values())
-        return ParseDict({"models": index}, pb.RepositoryIndexResponse())
-
-    def _described(self, caller: Caller, message: Any) -> ServedModel:
-        """The model that a message names."""
-        return self._inference.served(caller, MODELS, message.name, message.version)
-
-    async def _is_ready(self) -> bool:
-        return all(check.ok for check in await self._api.pipeline.readiness())
-
     async def _check(self, context: Context) -> health_pb2.HealthCheckResponse:
         """Whether calls should be sent here; watchers get a change at the next check."""
         data = await self._admission.receive_probe(context)
         request = parse_short(health_pb2.HealthCheckRequest, data)
+        is_ready = (await self._metadata.ready())["ready"]
         status = health_pb2.HealthCheckResponse.ServingStatus.Value(
-            "SERVING" if await self._is_ready() else "NOT_SERVING"
+            "SERVING" if is_ready else "NOT_SERVING"
         )
         for name in ("", SERVICE):
             await self._health.set(name, status)

@@ -74,10 +74,10 @@ FAST: dict[str, bytes] = {
         outputs=[{"name": "steep"}, {"name": "last", "parameters": {"binary_data": False}}]
     ),
     "without the leading axis": infer(rows=ROWS[0]),
+    "long JSON": infer(change=lambda text: text + b" " * 4096),
     "duplicate member": infer(change=lambda text: text.replace(b"{", b'{"id":"a","id":"b",', 1)),
 }
 SLOW: dict[str, bytes] = {
-    "long JSON": infer(change=lambda text: text + b" " * 4096),
     "stateless": infer(sequence_id=0),
     "JSON outputs": infer(binary_data_output=False),
     "JSON input": request(orjson.dumps(json_body(ROWS, parameters=SEQUENCE)), first=FIRST),

@@ -77,12 +77,15 @@ class Inference:
         self.size = size
         self.rejected: list[weakref.ref[Any]] | None = None
         self.api = SimpleNamespace(
-            limits=SimpleNamespace(effective_timeout_s=lambda remaining_s: WAIT_S),
+            limits=SimpleNamespace(effective_timeout_s=lambda remaining_s: WAIT_S, max_items=1),
             access=Access(),
             recorder=SimpleNamespace(record_error=lambda model, code: None),
             tracer=None,
             pipeline=SimpleNamespace(readiness=self.readiness, models={}),
         )
+
+    def served(self, *names: object, **more: object) -> None:
+        raise AssertionError("only requests for inference are sent")
 
     async def readiness(self) -> list[Any]:
         return [SimpleNamespace(ok=True)]
