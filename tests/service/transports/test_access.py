@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -38,7 +37,6 @@ from tests.service.transports.v1.harness import Harness, harness, problem, rows
 from tests.service.transports.v2.v2 import binary_body
 from tests.support.access import revoke
 from tests.support.models import random_weights, small_spec
-from tests.support.pages import ROOT
 from tests.support.pipelines import chunk_of, make_artifact
 from tests.support.servers import RealServer, until_async
 
@@ -179,12 +177,6 @@ async def status(api: Harness, method: str, path: str, authorization: str | None
             challenge = response.headers.get("www-authenticate")
             assert challenge == ('Bearer realm="carry"' if code == "unauthenticated" else None)
         return response.status_code
-
-
-def test_access_tests_cover_every_part_of_the_application() -> None:
-    code = (ROOT / "service" / "app.py").read_text(encoding="utf-8")
-    parts = {"add_kserve", "add_live_sockets", "add_watching", "add_console"}
-    assert set(re.findall(r"^    +(add_\w+)\(", code, re.MULTILINE)) == parts
 
 
 async def test_every_route_needs_a_valid_key(api: Harness, lines: list[RequestLine]) -> None:

@@ -25,6 +25,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from models.artifact.artifact import Artifact
 from service import app
 from service.access.caller import ANYONE
+from service.core.errors import Overloaded
 from service.server.framing import MAX_HEADERS, check_head
 from service.server.http_protocol import HttpProtocol
 from service.server.interface import HttpState
@@ -307,6 +308,16 @@ async def test_overload_responses_are_those_of_the_slow_path(
     ids = [re.findall(rb"request[-_]id[^0-9a-z]*([0-9a-z-]+)", reply) for reply in replies]
     assert all(len(set(found)) == 1 for found in ids), "the id of the head is the body's"
     assert len(set(map(tuple, ids))) == (1 if "X-Request-Id" in str(lines) else 3)
+
+
+async def test_an_overload_response_closes_the_connection_of_a_stopping_service(
+    api: Harness,
+) -> None:
+    [fast_path] = api.http_state().fast_routes
+    for closes in (False, True):
+        parsed = fast_path.parse(request(chunk()))
+        response = fast_path.response(parsed, Overloaded("full"), closes=closes)
+        assert (b"\r\nconnection: close\r\n" in response) == closes
 
 
 async def test_an_overload_response_has_the_current_drain_rate(

@@ -163,6 +163,12 @@ async def test_a_model_without_a_decoder_rejects_forecasts(api: Harness) -> None
     assert detail["forecast"]["max_horizon"] == 12
     assert detail["limits"]["max_forecast_samples"] == 20
     assert (await api.client.get("/v1/models/probe")).json()["forecast"] is None
+    schemas = (await api.client.get("/openapi.json")).json()["components"]["schemas"]
+    assert schemas["Forecast"]["anyOf"] == [{"$ref": "#/components/schemas/weather-Forecast"}]
+    members = schemas["weather-Forecast"]["properties"]
+    assert [members[name]["maximum"] for name in ("horizon", "samples")] == [12, 20]
+    assert members["future"]["items"] == {"$ref": "#/components/schemas/weather-Coming"}
+    assert schemas["weather-Coming"]["properties"].keys() == {"holiday", "tariff", "wind", "at"}
 
 
 def changed(**members: Any) -> dict[str, Any]:

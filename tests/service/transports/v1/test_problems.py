@@ -146,6 +146,7 @@ async def test_unexpected_exceptions_reveal_no_internals(
     response = await api.client.get("/v1/models/probe/streams/s")
     document = problem(response, 500, "internal_error")
     assert document["retryable"] is True
+    assert "retry_after_s" not in document
     assert "secret" not in response.text
     assert "ZeroDivisionError" not in response.text
     logged = capsys.readouterr().out
