@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -73,32 +73,6 @@ def _service(url: str) -> Iterator[Carry]:
         raise OperatorError(line) from problem
 
 
-def _request(
-    client: Carry,
-    method: str,
-    path: str,
-    *,
-    accept: Collection[str] = (),
-    if_match: str | None = None,
-    **params: str | int,
-) -> Any:
-    """Send a request and return its reply.
-
-    Args:
-        accept: codes of problems whose documents are returned to the caller.
-        if_match: value of the If-Match header.
-    """
-    from carry_client import Problem
-
-    headers = {} if if_match is None else {"if-match": if_match}
-    try:
-        return client.request(method, path, headers=headers, params=params)
-    except Problem as problem:
-        if problem.code not in accept:
-            raise
-        return problem.document
-
-
 def _path(model: str, stream: str | None = None) -> str:
     from carry_client import model_path, stream_path
 
@@ -110,7 +84,7 @@ def _names(client: Carry, model: str, prefix: str) -> Iterator[str]:
     seen: set[str] = set()
     cursor: str | None = ""
     while cursor is not None:
-        page = _request(client, "GET", _path(model), prefix=prefix, cursor=cursor)
+        page: Any = client.request("GET", _path(model), params={"prefix": prefix, "cursor": cursor})
         for name in page["streams"]:
             if name not in seen:
                 seen.add(name)
@@ -141,7 +115,7 @@ def show_stream(
     """Print a stream's position, epoch and tag as JSON."""
     with _service(url) as client:
         path = _path(model, stream) + ("/state" if state else "")
-        typer.echo(json.dumps(_request(client, "GET", path), indent=2))
+        typer.echo(json.dumps(client.request("GET", path), indent=2))
 
 
 @streams_app.command("delete")
@@ -156,19 +130,15 @@ def delete_streams(
     _confirm(model, stream, prefix, yes, "Delete {}?")
     with _service(url) as client:
         if stream is not None:
-            _request(client, "DELETE", _path(model, stream))
+            client.request("DELETE", _path(model, stream))
             typer.echo(f"deleted {stream}")
             return
         deleted: int = 0
         cursor: str | None = ""
         with show_progress("deleting") as show:
             while cursor is not None:
-                page = _request(
-                    *(client, "DELETE", _path(model)),
-                    prefix=prefix or "",
-                    limit=DELETE_LIMIT,
-                    cursor=cursor,
-                )
+                options: Any = {"prefix": prefix or "", "limit": DELETE_LIMIT, "cursor": cursor}
+                page: Any = client.request("DELETE", _path(model), params=options)
                 deleted, cursor = deleted + page["deleted"], page["cursor"]
                 show(deleted)
         typer.echo(f"deleted {deleted:,} streams")
@@ -191,7 +161,7 @@ def reset_streams(
     outcomes: Counter[str] = Counter()
     # a failure ends the command; run again, it continues from there
     with _service(url) as client, ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        served = _request(client, "GET", _path(model).removesuffix("/streams"))
+        served: Any = client.request("GET", _path(model).removesuffix("/streams"))
 
         def reset(name: str) -> str:
             return _reset(client, _path(model, name), served["fingerprint"])
@@ -229,17 +199,19 @@ def _confirm(model: str, stream: str | None, prefix: str | None, yes: bool, ques
 
 def _reset(client: Carry, path: str, fingerprint: str) -> str:
     """Delete a stream unless its state has this fingerprint; returns the outcome."""
+    from carry_client.errors import StateChanged, StateDamaged, StreamNotFound
+
     while True:
-        stream = _request(client, "GET", path, accept=("stream_not_found", "state_damaged"))
-        if stream.get("code") == "stream_not_found":
+        try:
+            stream: Any = client.request("GET", path)
+            if stream["fingerprint"] == fingerprint:
+                return KEPT
+            etag = f'"{stream["epoch"]}-{stream["tag"]}"'
+            client.request("DELETE", path, headers={"if-match": etag})
+        except StateChanged:
+            continue
+        except StreamNotFound:
             return NOT_FOUND
-        if stream.get("code") == "state_damaged":
+        except StateDamaged:
             return DAMAGED
-        if stream["fingerprint"] == fingerprint:
-            return KEPT
-        etag = f'"{stream["epoch"]}-{stream["tag"]}"'
-        problem = _request(
-            client, "DELETE", path, accept=("stream_not_found", "state_changed"), if_match=etag
-        )
-        if problem is None:
-            return DELETED
+        return DELETED
