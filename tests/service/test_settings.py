@@ -10,11 +10,18 @@ import pytest
 from service.settings import GROUP_OF, Settings, SettingsError, service_links
 from service.store.redis.address import check_address
 
+Environment = dict[str, str]
+
 
 @pytest.fixture(autouse=True)
 def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in GROUP_OF:
         monkeypatch.delenv(f"CARRY_{name.upper()}", raising=False)
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, environment: Environment) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
 
 def origins(settings: Settings) -> dict[str, str]:
@@ -36,47 +43,67 @@ def test_defaults_listen_on_loopback_and_need_no_redis() -> None:
     assert directory.is_absolute()
 
 
-def test_flags_override_environment_overrides_defaults(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CARRY_PORT", "8001")
-    monkeypatch.setenv("CARRY_WORKERS", "3")
+def test_flags_override_environment_overrides_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {"CARRY_PORT": "8001", "CARRY_WORKERS": "3", "CARRY_REDIS_URL": ""})
+    set_all(monkeypatch, {"PORT": "x", "CARRYING_PORT": "x"})  # not ours
     settings = Settings.load({"port": 8002, "host": None})
     assert (settings.http.port, settings.processes.workers) == (8002, 3)
-    found = origins(settings)
-    assert (found["port"], found["workers"], found["host"]) == ("flag", "env", "default")
-
-
-def test_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CARRY_REDIS_URL", "")
-    monkeypatch.setenv("PORT", "x")  # not one of ours
-    monkeypatch.setenv("CARRYING_PORT", "x")
-    settings = Settings.load()
     assert settings.store.redis_url is None
-    assert origins(settings)["redis_url"] == "default"
+    found = origins(settings)
+    assert (found["port"], found["workers"]) == ("flag", "env")
+    assert (found["host"], found["redis_url"]) == ("default", "default")
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [
-        ("CARRY_REDIS_URI", "CARRY_REDIS_URL"),
-        ("CARRY_MAX_BATCH_ROW", "CARRY_MAX_BATCH_ROWS"),
-        ("CARRY_PROT", "CARRY_PORT"),
-        ("carry_wrokers", "CARRY_WORKERS"),
-    ],
-)
-def test_unknown_variable_is_rejected_with_a_suggestion(
-    monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
+REJECTED: list[tuple[Environment, str]] = [
+    *(
+        ({name: "1"}, f"^{name} is not a setting; did you mean {nearest}\\?$")
+        for name, nearest in (
+            ("CARRY_REDIS_URI", "CARRY_REDIS_URL"),
+            ("CARRY_MAX_BATCH_ROW", "CARRY_MAX_BATCH_ROWS"),
+            ("CARRY_PROT", "CARRY_PORT"),
+            ("carry_wrokers", "CARRY_WORKERS"),
+        )
+    ),
+    *(
+        ({name: value}, name)
+        for name, value in (
+            ("CARRY_NAMESPACE", "no spaces"),
+            ("CARRY_NAMESPACE", "{tag}"),
+            ("CARRY_PARTITIONS", "0"),
+            ("CARRY_WORKERS", "0"),
+            ("CARRY_MAX_QUEUE", "-1"),
+            ("CARRY_STORE_WAIT_S", "0"),
+            ("CARRY_REDIS_URL", "http://example.test"),
+            ("CARRY_RUNTIME", "onnx"),
+            ("CARRY_PORT", "80.5"),
+            # they resemble variables that Kubernetes sets
+            ("CARRY_PORT", "8001x"),
+            ("CARRY_PROT", "tcp://10.96.12.7:8000"),
+            ("CARRY_REDIS_PORT", "6379"),
+            ("CARRY_SERVICE_PORT", "http"),
+            ("CARRY_SERVICE_HOSTS", "10.96.12.7"),
+        )
+    ),
+    ({"CARRY_TIMEOUT_S": "301"}, r"CARRY_MAX_TIMEOUT_S: .*CARRY_TIMEOUT_S, which is 301"),
+    ({"CARRY_MAX_TIMEOUT_S": "29"}, r"CARRY_TIMEOUT_S, which is 30\.0, got '29'"),
+    ({"CARRY_MAX_BODY_BYTES": "300000000"}, r"CARRY_MAX_PENDING_BODY_BYTES: .*300000000"),
+]
+
+
+@pytest.mark.parametrize(("environment", "message"), REJECTED)
+def test_unknown_and_invalid_settings_are_rejected(
+    monkeypatch: pytest.MonkeyPatch, environment: Environment, message: str
 ) -> None:
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(SettingsError) as caught:
+    set_all(monkeypatch, environment)
+    with pytest.raises(SettingsError, match=message):
         Settings.load()
-    assert str(caught.value) == f"{name} is not a setting; did you mean {nearest}?"
 
 
-def test_invalid_values_are_reported_with_their_source(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_setting_may_equal_its_maximum() -> None:
+    Settings.load({"timeout_s": 40, "max_timeout_s": 40, "max_body_bytes": 1 << 28})
+
+
+def test_invalid_values_are_reported_with_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CARRY_LOG_LEVEL", "loud")
     with pytest.raises(SettingsError) as caught:
         Settings.load({"port": 70000})
@@ -87,56 +114,12 @@ def test_invalid_values_are_reported_with_their_source(
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("namespace", "no spaces"),
-        ("namespace", "{tag}"),
-        ("partitions", "0"),
-        ("workers", "0"),
-        ("max_queue", "-1"),
-        ("store_wait_s", "0"),
-        ("redis_url", "http://example.test"),
-        ("runtime", "onnx"),
-        ("port", "80.5"),
-    ],
-)
-def test_values_out_of_range_are_rejected(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
-    monkeypatch.setenv(f"CARRY_{name.upper()}", value)
-    with pytest.raises(SettingsError, match=f"CARRY_{name.upper()}"):
-        Settings.load()
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"CARRY_TIMEOUT_S": "301"}, r"CARRY_MAX_TIMEOUT_S: .*CARRY_TIMEOUT_S, which is 301"),
-        ({"CARRY_MAX_TIMEOUT_S": "29"}, r"CARRY_TIMEOUT_S, which is 30\.0, got '29'"),
-        ({"CARRY_MAX_BODY_BYTES": "300000000"}, r"CARRY_MAX_PENDING_BODY_BYTES: .*300000000"),
-    ],
-)
-def test_a_setting_above_its_maximum_is_rejected(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match=message):
-        Settings.load()
-    Settings.load({"timeout_s": 40, "max_timeout_s": 40, "max_body_bytes": 1 << 28})
-
-
-def test_no_representation_shows_the_password() -> None:
+def test_no_password_is_shown() -> None:
     url = "redis://ann:s3cr3t@cache.test:6379/0?password=s3cr3t"
     settings = Settings.load({"redis_url": url})
     assert settings.store.url == url
-    assert "s3cr3t" not in repr(settings)
-    assert "s3cr3t" not in str(settings)
+    assert "s3cr3t" not in repr(settings) + str(settings)
     assert values(settings)["redis_url"] == "redis://ann:***@cache.test:6379/0?password=***"
-
-
-def test_error_for_a_malformed_url_hides_the_password() -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({"redis_url": "http://:s3cr3t@cache.test"})
     assert "s3cr3t" not in str(caught.value)
@@ -148,10 +131,7 @@ def test_error_for_a_malformed_url_hides_the_password() -> None:
     ("url", "expected"),
     [
         ("redis://cache.test:6379/0", "redis://:a%2Fb%3F@cache.test:6379/0"),
-        (
-            "rediss://ann@cache.test?ssl_ca_certs=ca",
-            "rediss://ann:a%2Fb%3F@cache.test?ssl_ca_certs=ca",
-        ),
+        ("rediss://ann@a?ssl_ca_certs=ca", "rediss://ann:a%2Fb%3F@a?ssl_ca_certs=ca"),
         ("redis+cluster://ann@a:1,b:2", "redis+cluster://ann:a%2Fb%3F@a:1,b:2"),
         ("unix://ann@/run/store?db=1", "unix://ann:a%2Fb%3F@/run/store?db=1"),
     ],
@@ -161,8 +141,8 @@ def test_password_file_completes_the_address(tmp_path: Path, url: str, expected:
     settings = Settings.load({"redis_url": url, "redis_password_file": tmp_path / "password"})
     assert settings.store.url == expected
     check_address(expected)
-    assert "a/b" not in repr(settings) + str(values(settings))
-    assert "a%2Fb" not in repr(settings) + str(values(settings))
+    for secret in ("a/b", "a%2Fb"):
+        assert secret not in repr(settings) + str(values(settings))
 
 
 def test_file_of_the_sentinels_password_completes_their_address(tmp_path: Path) -> None:
@@ -210,40 +190,24 @@ def test_unusable_password_file_is_rejected(
     assert "s3cr3t" not in str(caught.value)
 
 
-SERVICE_LINKS = {
-    "CARRY_SERVICE_HOST": "10.96.12.7",
-    "CARRY_SERVICE_PORT": "8000",
-    "CARRY_SERVICE_PORT_HTTP": "8000",
-    "CARRY_PORT": "tcp://10.96.12.7:8000",
-    "CARRY_PORT_8000_TCP_PROTO": "tcp",
-    "CARRY_PORT_8000_TCP_PORT": "8000",
-    "CARRY_PORT_8000_TCP_ADDR": "10.96.12.7",
-    "CARRY_REDIS_SERVICE_HOST": "fd00::7",
-    "CARRY_REDIS_PORT": "tcp://[fd00::7]:6379",
-}
-"""What Kubernetes sets in every pod of a namespace with the Services `carry` and `carry-redis`."""
-
-RESEMBLING = {
-    "CARRY_PORT": "8001x",
-    "CARRY_PROT": "tcp://10.96.12.7:8000",
-    "CARRY_REDIS_PORT": "6379",
-    "CARRY_SERVICE_PORT": "http",
-    "CARRY_SERVICE_HOSTS": "10.96.12.7",
-}
-
-
 def test_kubernetes_service_links_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in SERVICE_LINKS.items():
-        monkeypatch.setenv(name, value)
+    """Those in every pod of a namespace with the Services `carry` and `carry-redis`."""
+    links = {
+        "CARRY_SERVICE_HOST": "10.96.12.7",
+        "CARRY_SERVICE_PORT": "8000",
+        "CARRY_SERVICE_PORT_HTTP": "8000",
+        "CARRY_PORT": "tcp://10.96.12.7:8000",
+        "CARRY_PORT_8000_TCP_PROTO": "tcp",
+        "CARRY_PORT_8000_TCP_PORT": "8000",
+        "CARRY_PORT_8000_TCP_ADDR": "10.96.12.7",
+        "CARRY_REDIS_SERVICE_HOST": "fd00::7",
+        "CARRY_REDIS_PORT": "tcp://[fd00::7]:6379",
+    }
+    set_all(monkeypatch, links)
     settings = Settings.load()
     assert settings.http.port == 8000
     assert set(origins(settings).values()) == {"default"}
-    assert service_links(os.environ) == sorted(SERVICE_LINKS)
-    for name, value in RESEMBLING.items():
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            with pytest.raises(SettingsError, match=name):
-                Settings.load()
+    assert service_links(os.environ) == sorted(links)
 
 
 def test_workers_get_the_settings_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +215,6 @@ def test_workers_get_the_settings_through_the_environment(monkeypatch: pytest.Mo
     settings = Settings.load({"port": 0, "data_dir": Path("there"), "metrics": False})
     settings = settings.changed(port=1234, redis_url="redis://:a@b")
     assert origins(settings)["port"] == "flag"
-    for name, value in settings.environment().items():
-        monkeypatch.setenv(name, value)
+    set_all(monkeypatch, settings.environment())
     assert values(Settings.load()) == values(settings)
     assert Settings.load().store.url == "redis://:a@b"
