@@ -215,7 +215,7 @@ def plot(
     from models.artifact.files import replace_file
     from models.spec.model import schema_of
     from models.training.files import read_data
-    from models.training.stream_plot import FORMATS, plot_stream
+    from models.training.stream_plot import FORMATS, plot_streams
 
     kind = out.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
@@ -223,8 +223,8 @@ def plot(
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out}: exists; expected a new path, or --overwrite")
     loaded = load_artifact(artifact)
-    content = plot_stream(
-        *(loaded, read_data(data, schema_of(loaded.spec)), stream),
+    (content,) = plot_streams(
+        *(loaded, read_data(data, schema_of(loaded.spec)), [stream]),
         kind=kind,
         since=since,
         until=until,

@@ -13,11 +13,12 @@ block, each with its lookahead and no more, and the last one ends where the stre
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from models.artifact.artifact import Artifact
 from models.detection.detector import Detector
@@ -50,26 +51,26 @@ DETECTION_STEPS = 256
 MS_PER_DAY = 86_400_000
 
 
-def run_chunks(
-    artifact: Artifact,
-    streams: Streams,
-    *,
-    chunk: int = 64,
-    seed: int = 0,
-    batch: int = 64,
-    advance: Advance | None = None,
-) -> NDArray[np.float32]:
-    """Run every stream from its beginning in chunks of 1 to `chunk` events.
+class Cuts(TypedDict, total=False):
+    """How streams are cut and batched.
 
-    Args:
-        artifact: the model.
-        streams: its events.
-        chunk: maximum events of a chunk; lengths are drawn uniformly from 1 to it. A network that
-            depends on the chunk gets the windows of its training, one that takes whole sequences
-            gets whole streams, and one in blocks its own windows.
-        seed: of the lengths.
-        batch: most streams in a batch.
+    Attributes:
+        chunk: maximum events of a chunk, 64 by default; lengths are drawn uniformly from 1 to it. A
+            network that depends on the chunk gets the windows of its training, one that takes whole
+            sequences gets whole streams, and one in blocks its own windows.
+        seed: of the lengths, 0 by default.
+        batch: most streams in a batch, 64 by default.
         advance: called with the number of events done, after every batch.
+    """
+
+    chunk: int
+    seed: int
+    batch: int
+    advance: Advance
+
+
+def run_chunks(artifact: Artifact, streams: Streams, **cuts: Unpack[Cuts]) -> NDArray[np.float32]:
+    """Run every stream of a model from its beginning in chunks.
 
     Returns:
         Packed outputs, float32 [rows, O], as `models.spec.layout.output_spec` says.
@@ -77,15 +78,7 @@ def run_chunks(
     Raises:
         DataError: a stream is longer than a sequence that the network takes as a whole.
     """
-    outputs = run_network(
-        artifact.spec,
-        artifact.weights,
-        streams,
-        chunk=chunk,
-        seed=seed,
-        batch=batch,
-        advance=advance,
-    )
+    outputs = run_network(artifact.spec, artifact.weights, streams, **cuts)
     return outputs if artifact.spec.detection is None else detect(artifact.spec, streams, outputs)
 
 
@@ -119,15 +112,11 @@ def run_network(
     spec: ModelSpec,
     weights: Mapping[str, NDArray[np.float32]],
     streams: Streams,
-    *,
-    chunk: int = 64,
-    seed: int = 0,
-    batch: int = 64,
-    advance: Advance | None = None,
+    **cuts: Unpack[Cuts],
 ) -> NDArray[np.float32]:
-    """The network's outputs alone, as `models.spec.layout.network_outputs` says; arguments as for
-    `run_chunks`."""
+    """The network's outputs alone, as `models.spec.layout.network_outputs` says."""
     step = open_step(spec, weights)
+    batch, advance = cuts.get("batch", 64), cuts.get("advance")
     if spec.blocks is not None:
         return _run_blocks(spec, spec.blocks, step, streams, batch, advance)
     fixed = _fixed_steps(spec, streams)
@@ -140,8 +129,8 @@ def run_network(
         sequences,
         states,
         width,
-        chunk=fixed or chunk,
-        random=None if fixed else np.random.default_rng(seed),
+        chunk=fixed or cuts.get("chunk", 64),
+        random=None if fixed else np.random.default_rng(cuts.get("seed", 0)),
         batch=batch,
         advance=advance,
     )
@@ -203,11 +192,11 @@ def _run_blocks(
     return outputs
 
 
-def chunk_settings(spec: ModelSpec, chunk: int, seed: int) -> dict[str, Any]:
+def chunk_settings(spec: ModelSpec, cuts: Cuts) -> dict[str, Any]:
     """How `run_chunks` split the streams, as plain data: `blocks`, or `chunk` and `seed`."""
     if spec.blocks is not None:
         return {"blocks": spec.blocks.model_dump()}
-    return {"chunk": chunk, "seed": seed}
+    return {"chunk": cuts.get("chunk", 64), "seed": cuts.get("seed", 0)}
 
 
 def scored_rows(
@@ -246,21 +235,17 @@ def evaluate(
     artifact: Artifact,
     frame: pl.DataFrame,
     *,
-    chunk: int = 64,
-    seed: int = 0,
-    batch: int = 64,
     since: str | None = None,
     held_out: bool = False,
     anomalies: str | None = None,
     source: str = "data",
-    advance: Advance | None = None,
+    **cuts: Unpack[Cuts],
 ) -> dict[str, Any]:
     """Run the artifact over a table and score each head that has targets.
 
     Args:
         artifact: a model with `events` and `training` (which names the stream's column).
         frame: one row per event, as `read_data` gives it.
-        chunk, seed, batch, advance: as for `run_chunks`.
         since: RFC 3339 moment from which events are scored; earlier ones only move the
             states. All events by default.
         held_out: without `since`, score the events of the test set, which the artifact's split
@@ -293,11 +278,11 @@ def evaluate(
             expected=f"{source}: events to score, each after another of its stream or labelled",
             got="none",
         )
-    outputs = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch, advance=advance)
+    outputs = run_chunks(artifact, streams, **cuts)
     decoded: dict[str, Any] = {}
     if labelled is not None:
         of_streams = detection_scores(spec, streams, outputs, labelled, from_key)
-        decoded["detection"] = with_intervals(of_streams, seed)
+        decoded["detection"] = with_intervals(of_streams, cuts.get("seed", 0))
     if spec.decoder is not None:
         from models.training.horizon import horizon_report
 
@@ -308,7 +293,7 @@ def evaluate(
         "streams": len(streams.names),
         "scored": scored,
         "since": since,
-        **chunk_settings(spec, chunk, seed),
+        **chunk_settings(spec, cuts),
         "heads": head_metrics(spec, outputs, streams, labels, from_key),
         **decoded,
     }

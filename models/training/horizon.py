@@ -14,6 +14,7 @@ of the horizon by itself. All three are scored on the same steps: those where ea
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,19 +128,21 @@ def horizon_lines(report: dict[str, Any]) -> list[str]:
     horizon = report["horizon"]
     steps = sorted({1, *(horizon * part // 4 for part in (1, 2, 3, 4))} - {0})
     for name, target in report["targets"].items():
-        lines += [
-            "",
-            f"{name}, by step ahead ({report['forecasts']:,} forecasts), MAE (lower is better)",
-            "",
-        ]
-        lines.append("| | " + " | ".join(map(str, steps)) + " | all |")
-        lines.append("| --- |" + " --- |" * (len(steps) + 1))
+        rows = {}
         for model, values in target["mae"].items():
-            cells = [_cell(values[step - 1]) for step in steps]
             present = [value for value in values if value is not None]
-            cells.append(_cell(float(np.mean(present)) if present else None))
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+            mean = float(np.mean(present)) if present else None
+            rows[model] = [_cell(value) for value in (*(values[at - 1] for at in steps), mean)]
+        forecasts = f"{report['forecasts']:,} forecasts"
+        title = f"{name}, by step ahead ({forecasts}), MAE (lower is better)"
+        lines += table_lines(title, [*map(str, steps), "all"], rows)
     return lines
+
+
+def table_lines(title: str, headers: Sequence[str], rows: Mapping[str, Sequence[str]]) -> list[str]:
+    """A Markdown table of named rows, below its title."""
+    lines = ["", title, "", f"| | {' | '.join(headers)} |", "| --- |" + " --- |" * len(headers)]
+    return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
 
 
 def _cell(value: float | None) -> str:

@@ -44,7 +44,7 @@ from models.training.evaluate import (
     run_chunks,
     target_rows,
 )
-from models.training.horizon import horizon_lines, horizon_report
+from models.training.horizon import horizon_lines, horizon_report, table_lines
 from models.training.plan import trained_network
 from models.training.scores import (
     DayDraws,
@@ -306,7 +306,7 @@ def make_report(
             "seed": seed,
             "draws": draws,
             "resampled": "days" if units is days else f"{BLOCKS} blocks of time",
-            **chunk_settings(spec, chunk, seed),
+            **chunk_settings(spec, {"chunk": chunk, "seed": seed}),
         },
         "heads": head_reports,
         **detection,
@@ -417,18 +417,16 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     ]
     for name, head in report["heads"].items():
         metrics = list(head["scores"][MODEL])
-        titles = " | ".join(map(direction, metrics))
-        lines += ["", f"{name} ({head['kind']})", "", f"| | {titles} |"]
-        lines.append("| --- |" + " --- |" * len(metrics))
-        for model, scores in head["scores"].items():
-            cells = [_cell(scores.get(metric)) for metric in metrics]
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
-        lines += ["", f"baseline minus model; {_sign_that_is_better(metrics)}:"]
-        lines += ["", "| | " + " | ".join(metrics) + " |"]
-        lines.append("| --- |" + " --- |" * len(metrics))
-        for model, scores in head["difference"].items():
-            cells = [_cell(scores.get(metric), "+") for metric in metrics]
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        titles = list(map(direction, metrics))
+        for kind, sign, headers in (("scores", "", titles), ("difference", "+", metrics)):
+            title = f"{name} ({head['kind']})"
+            if sign:
+                title = f"baseline minus model; {_sign_that_is_better(metrics)}:"
+            rows = {
+                model: [_cell(scores.get(metric), sign) for metric in metrics]
+                for model, scores in head[kind].items()
+            }
+            lines += table_lines(title, headers, rows)
     return lines + horizon_lines(report.get("decoder", {}))
 
 

@@ -84,54 +84,6 @@ class _Run(NamedTuple):
     forecasts: dict[str, _Forecast]
 
 
-def plot_stream(
-    artifact: Artifact,
-    frame: pl.DataFrame,
-    stream: str,
-    *,
-    kind: str = "svg",
-    since: str | None = None,
-    until: str | None = None,
-    anomalies: str | None = None,
-    source: str = "data",
-) -> bytes:
-    """The plot as a file of one of `FORMATS`.
-
-    Args:
-        artifact: a model with `events` and `training`, which names the stream's column.
-        frame: one row per event, of this stream and possibly of others.
-        stream: its name.
-        since, until: RFC 3339 moments between which events are shown; earlier ones move the state.
-        anomalies: boolean column that labels anomalous events.
-        source: what errors call the table.
-
-    Raises:
-        DataError: there are no such events.
-    """
-    column = unresolved_training_of(artifact.spec).stream
-    if column not in frame.columns:
-        raise DataError(
-            field=column, expected=f"{source}: a column of that name", got=f"{frame.columns}"
-        )
-    if not (frame[column].cast(pl.String) == stream).any():
-        some = frame[column].unique().sort().head(3).to_list()
-        raise DataError(
-            field=column, expected=f"{source}: events of stream {stream!r}", got=f"{some}, ..."
-        )
-    return next(
-        plot_streams(
-            artifact,
-            frame,
-            [stream],
-            kind=kind,
-            since=since,
-            until=until,
-            anomalies=anomalies,
-            source=source,
-        )
-    )
-
-
 def plot_streams(
     artifact: Artifact,
     frame: pl.DataFrame,
@@ -144,17 +96,35 @@ def plot_streams(
     anomalies: str | None = None,
     source: str = "data",
 ) -> Iterator[bytes]:
-    """The plots of several streams of the table; arguments as for `plot_stream`.
+    """The plots of streams of a table, each as a file of one of `FORMATS`.
 
     Args:
+        artifact: a model with `events` and `training`, which names the stream's column.
+        frame: one row per event, of these streams and possibly of others.
+        names: the streams.
+        since, until: RFC 3339 moments between which events are shown; earlier ones move the state.
         held_out: without `since`, show the events of the test set.
+        anomalies: boolean column that labels anomalous events.
+        source: what errors call the table.
+
+    Raises:
+        DataError: there are no such events.
     """
     if not names:
         return
     spec = artifact.spec
-    schema = schema_of(spec)
-    column = pl.col(unresolved_training_of(spec).stream).cast(pl.String)
-    streams = streams_of(spec, frame.filter(column.is_in(names)), source)
+    schema, column = schema_of(spec), unresolved_training_of(spec).stream
+    if column not in frame.columns:
+        raise DataError(
+            field=column, expected=f"{source}: a column of that name", got=f"{frame.columns}"
+        )
+    chosen = frame.filter(pl.col(column).cast(pl.String).is_in(names))
+    for name in set(names) - set(chosen[column].cast(pl.String)):
+        some = frame[column].unique().sort().head(3).to_list()
+        raise DataError(
+            field=column, expected=f"{source}: events of stream {name!r}", got=f"{some}, ..."
+        )
+    streams = streams_of(spec, chosen, source)
     shown = np.ones(streams.events, np.bool_)
     if since is not None:
         shown &= streams.moments_ms >= moment_ms(schema, since, "--since")

@@ -6,8 +6,7 @@ import pytest
 
 from examples.flights.__main__ import SPEC
 from models.events.encode import Clock, encode
-from models.events.fit import fit_schema
-from models.events.frame import columns_from_frame
+from models.events.frame import columns_from_frame, fit_schema
 from models.pretrained import departures as data
 from models.pretrained.departures import EVENT_COLUMNS, flight_events, with_weather
 from models.spec.spec_file import read_spec

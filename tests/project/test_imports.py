@@ -31,7 +31,7 @@ LIGHT: list[tuple[set[str], list[str]]] = [
             *("service.access.*", "service.core.*", "service.engine.*", "service.pipeline.*"),
         ],
     ),
-    (NETWORKS | WEB | STORES, ["models.events.frame", "models.events.fit"]),
+    (NETWORKS | WEB | STORES, ["models.events.frame"]),
     (NETWORKS | TABLES | WEB, ["service.store.*"]),
     (NETWORKS | TABLES | STORES, ["service.transports.v1.*"]),
     (NETWORKS | TABLES, ["service.app"]),
