@@ -176,6 +176,8 @@ def test_the_server_listens_on_no_port_never_evicts_and_inherits_only_its_lock(
         held = {os.readlink(fd) for fd in Path(f"/proc/{pid_of(data_dir)}/fd").iterdir()}
         assert str(data_dir.resolve() / "valkey.lock") in held
         assert str(data_dir.resolve() / "lock") not in held
+        streams = (data_dir / "appendonlydir").iterdir()
+        assert not any(file.stat().st_mode & 0o077 for file in streams)
 
 
 def test_an_unresponsive_server_is_killed_at_the_end(data_dir: Path) -> None:
