@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,21 +67,16 @@ class WorkerLoad:
         self.loads[self.index] = load
 
     def is_next(self) -> bool:
-        """Whether this worker is to accept the next connection."""
-        return is_next(self.index, self.loads, self.fill)
+        """Whether this worker is to accept the next connection.
 
-
-def is_next(index: int, loads: Sequence[int], fill: int) -> bool:
-    """Whether the worker with this index is to accept the next connection.
-
-    Of the workers that are not filled the one with the most load is next; once all are filled,
-    each whose load exceeds the least by at most one in `SLACK_SHARE`.
-    """
-    own = loads[index]
-    others = [(load, at) for at, load in enumerate(loads) if load >= 0 and at != index]
-    if own < fill:
-        return all((own, -index) > (load, -at) for load, at in others if load < fill)
-    return all(load >= fill and own <= load + own // SLACK_SHARE for load, _ in others)
+        Of the workers that are not filled the one with the most load is next; once all are filled,
+        each whose load exceeds the least by at most one in `SLACK_SHARE`.
+        """
+        index, fill, own = self.index, self.fill, self.loads[self.index]
+        others = [(load, at) for at, load in enumerate(self.loads) if load >= 0 and at != index]
+        if own < fill:
+            return all((own, -index) > (load, -at) for load, at in others if load < fill)
+        return all(load >= fill and own <= load + own // SLACK_SHARE for load, _ in others)
 
 
 class Acceptor:

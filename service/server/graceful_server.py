@@ -99,22 +99,22 @@ class GracefulServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the application, and accept connections."""
-        # the event loops of Windows do not watch a socket
-        if self._worker_load is None or sockets is None or os.name == "nt":
-            await super().startup(sockets)
+        load = self._worker_load
+        # uvicorn's own servers would accept whatever the kernel offers; the event loops of Windows
+        # do not watch a socket
+        balanced = [] if load is None or os.name == "nt" else sockets or []
+        await super().startup([] if balanced else sockets)
+        self._lifecycle: Lifecycle = self.lifespan.state[LIFECYCLE]
+        if load is None or not balanced:
             return
-        # uvicorn's own servers would accept whatever the kernel offers
-        await super().startup([])
         create_protocol: Callable[[], asyncio.Protocol] = partial(
             cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class),
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
-        for listener in sockets:
-            acceptor = Acceptor(
-                listener, create_protocol, self._worker_load, self._lifecycle.measure_load
-            )
+        for listener in balanced:
+            acceptor = Acceptor(listener, create_protocol, load, self._lifecycle.measure_load)
             acceptor.start(self.config.backlog)
             self._acceptors.append(acceptor)
         self.servers = cast("list[asyncio.Server]", self._acceptors)
@@ -163,11 +163,6 @@ class GracefulServer(uvicorn.Server):
         log.info("lame_duck", duration_s=duration_s)
         _notify(self._lifecycle.on_lame_duck)
         asyncio.get_running_loop().call_later(duration_s, super().handle_exit, signal.SIGTERM, None)
-
-    @property
-    def _lifecycle(self) -> Lifecycle:
-        lifecycle: Lifecycle = self.lifespan.state[LIFECYCLE]
-        return lifecycle
 
 
 def _notify(listeners: Sequence[Callable[[], None]]) -> None:

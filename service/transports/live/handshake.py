@@ -30,8 +30,7 @@ from structlog.contextvars import bound_contextvars
 from service.access.caller import PREDICT, Caller, Verb
 from service.codec.field_rules import stream_name
 from service.codec.media import Media, dumps
-from service.core.errors import CarryError, InvalidInput, StreamNotFound
-from service.core.tracing import PROPAGATED
+from service.core.errors import CarryError, StreamNotFound
 from service.core.values import StreamKey
 from service.server.errors import DuplicateField, UpgradeRequired
 from service.server.interface import HttpState, WebSockets
@@ -44,13 +43,15 @@ from service.transports.common.failure_log import log_failure, log_unexpected_fa
 from service.transports.live.session import Session
 from service.transports.v1.call import (
     REPLY_PARAMETERS,
+    TIMEOUT_EXPECTED,
+    invalid_value,
     parse_query,
     parse_timeout,
     reply_options,
 )
 from service.transports.v1.context import ApiContext, caller_of
 from service.transports.v1.problems import CLOSE, error_response, status_of
-from service.transports.v1.request_log import REQUEST_ID_HEADER, is_request_id
+from service.transports.v1.request_log import REQUEST_ID_HEADER, request_id_of, trace_headers
 
 STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"
 MODEL_ROUTE: Final = "/v1/models/{model}/live"
@@ -102,8 +103,7 @@ class LiveSockets:
         """Answer a handshake, and serve the socket until it is closed."""
         scope = socket.scope
         headers = [*scope["headers"]]
-        sent_ids = [value for name, value in headers if name == REQUEST_ID_HEADER]
-        request_id = next(filter(is_request_id, reversed(sent_ids)), None) or self.ids.next()
+        request_id = request_id_of(headers, self.ids)
         address = _ADDRESS.fullmatch(socket.request.path.encode())
         if address is None:
             raise RuntimeError("expected the address of a live socket")
@@ -115,8 +115,8 @@ class LiveSockets:
                 caller = self._caller(headers)
                 facts.key = caller.key_id
                 check_origin(headers, self.api.origins)
-                traced = (request_id.decode(), route, _propagated(headers))
-                opened, hello = await self._open(caller, address, facts, traced)
+                of_request = (request_id.decode(), route, trace_headers(headers))
+                opened, hello = await self._open(caller, address, facts, of_request)
                 accepted = SUBPROTOCOL if SUBPROTOCOL in scope["subprotocols"] else None
                 await socket.accept(accepted, [(REQUEST_ID_HEADER, request_id)])
                 socket.send_now(dumps(Media.JSON, {"hello": hello}), is_text=True)
@@ -151,13 +151,13 @@ class LiveSockets:
         caller: Caller,
         address: re.Match[bytes],
         facts: RequestFacts,
-        traced: tuple[str, str, Mapping[str, str]],
+        of_request: tuple[str, str, Mapping[str, str]],
     ) -> tuple[Session, Mapping[str, Any]]:
         """Read what an address names; returns its session, and what the client has to know first:
         where its stream is, and what it may send.
 
         Args:
-            traced: the session's `request_id`, `route` and `propagated`.
+            of_request: the session's `request_id`, `route` and `propagated`.
 
         Raises:
             ModelNotFound, InvalidName, InvalidInput, DuplicateField, ChunksUnsupported, Forbidden,
@@ -172,8 +172,10 @@ class LiveSockets:
             stream_name(stream)
         codec.reader.check_accepts_chunks()
         parameters = parse_query(address[3] or b"", (*REPLY_PARAMETERS, TIMEOUT_PARAMETER))
-        text = parameters.pop(TIMEOUT_PARAMETER, None)
-        timeout_s = api.limits.effective_timeout_s(None if text is None else _seconds(text))
+        text, requested_s = parameters.pop(TIMEOUT_PARAMETER, None), None
+        if text is not None and (requested_s := parse_timeout(text)) is None:
+            raise invalid_value(f"?{TIMEOUT_PARAMETER}", TIMEOUT_EXPECTED, text)
+        timeout_s = api.limits.effective_timeout_s(requested_s)
         options = reply_options(parameters, codec.writer)
         if options.return_state:
             api.pipeline.model(caller, (Verb.READ_STATE,), model, stream)
@@ -189,19 +191,8 @@ class LiveSockets:
                 tag, epoch = head.tag.hex(), head.epoch.hex()
                 hello |= {"position": head.position, "epoch": epoch, "tag": tag}
         hello |= {"window": self.window, "max_frame_bytes": api.limits.max_body_bytes}
-        session = Session(api, caller, model, stream, self.window, options, timeout_s, *traced)
+        session = Session(api, caller, model, stream, self.window, options, timeout_s, *of_request)
         return session, hello
-
-
-def _propagated(headers: Headers) -> dict[str, str]:
-    """The headers that carry the trace of the caller; none if they are repeated."""
-    lines = [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in headers
-        if name.decode("latin-1") in PROPAGATED
-    ]
-    propagated = dict(lines)
-    return propagated if len(propagated) == len(lines) else {}
 
 
 def _authorization(headers: Headers) -> bytes | None:
@@ -223,13 +214,3 @@ def _authorization(headers: Headers) -> bytes | None:
 def _text(part: bytes) -> str:
     """A part of a path, without its percent encoding."""
     return unquote(part.decode("latin-1"))
-
-
-def _seconds(text: str) -> float:
-    seconds = parse_timeout(text)
-    if seconds is None:
-        at, expected = f"?{TIMEOUT_PARAMETER}", "decimal seconds above 0, such as 2.5"
-        raise InvalidInput(
-            f"{at}: expected {expected}, got {text[:300]!r}", at=at, expected=expected, got=text
-        )
-    return seconds

@@ -24,11 +24,10 @@ from service.codec.reply_writer import (
     ReplyOptions,
 )
 from service.core import errors
-from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.server.interface import HttpState
-from service.transports.v1.call import Call
+from service.transports.v1.call import Call, invalid_value
 from service.transports.v1.context import ModelCodec
 from service.transports.v1.route import Route, parameter
 from service.transports.v1.table import RETURN_SEQUENCES, STORE
@@ -122,13 +121,7 @@ def _start(parameter: str | None, last_event_id: str | None) -> int | None:
     for at, text in (("Last-Event-ID", last_event_id), ("?from", parameter)):
         if text:
             if not _is_position(text) or int(text) > MAX_POSITION:
-                expected = "a position"
-                raise InvalidInput(
-                    f"{at}: expected {expected}, got {text[:300]!r}",
-                    at=at,
-                    expected=expected,
-                    got=text[:300],
-                )
+                raise invalid_value(at, "a position", text)
             return int(text)
     return None
 

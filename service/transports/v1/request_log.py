@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, reset_contextvars
 
-from service.core.tracing import PROPAGATED, RequestSpan, Tracer
+from service.core.tracing import PROPAGATED
 from service.telemetry.access_log import RequestFacts, log_request, request_facts
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_client_disconnect
@@ -58,12 +58,12 @@ class RequestLogMiddleware:
             await self._app(scope, receive, send)
             return
         began_s = time.monotonic()
-        request_id = self._request_id(scope)
+        request_id = request_id_of(scope["headers"], self._ids)
         status: int = 0
         facts = RequestFacts()
         api = getattr(getattr(scope.get("app"), "state", None), "api", None)
         if api is not None and api.tracer is not None:
-            facts.span = _start_span(api.tracer, scope, began_s)
+            facts.span = api.tracer.start_request(trace_headers(scope["headers"]), began_s)
 
         async def count_received() -> Message:
             message = await receive()
@@ -107,19 +107,21 @@ class RequestLogMiddleware:
             request_facts.reset(facts_outside)
             reset_contextvars(**outside)
 
-    def _request_id(self, scope: Scope) -> bytes:
-        for name, value in scope["headers"]:
-            if name == REQUEST_ID_HEADER and is_request_id(value):
-                return bytes(value)
-        return self._ids.next()
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]], ids: RequestIds) -> bytes:
+    """The id that a request names in its headers, or else a new one."""
+    for name, value in headers:
+        if name == REQUEST_ID_HEADER and is_request_id(value):
+            return bytes(value)
+    return ids.next()
 
 
-def _start_span(tracer: Tracer, scope: Scope, began_s: float) -> RequestSpan | None:
-    """The span of a request; a repeated header of the caller's trace is not valid."""
+def trace_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """The headers that carry the trace of the caller; none if one is repeated, which is invalid."""
     lines = [
-        (name.decode(), value.decode("latin-1"))
-        for name, value in scope["headers"]
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in headers
         if name.decode("latin-1") in PROPAGATED
     ]
-    propagated = dict(lines)
-    return tracer.start_request(propagated if len(propagated) == len(lines) else {}, began_s)
+    by_name = dict(lines)
+    return by_name if len(by_name) == len(lines) else {}

@@ -21,7 +21,6 @@ from service.server.connection_balance import (
     NOT_ACCEPTING,
     Acceptor,
     WorkerLoad,
-    is_next,
 )
 from tests.service.transports.v1.raw_http import becomes
 
@@ -31,7 +30,7 @@ FILL = 4
 def turns(loads: list[int]) -> list[int]:
     """The workers that may accept the next connection."""
     accepting = [index for index, load in enumerate(loads) if load != NOT_ACCEPTING]
-    return [index for index in accepting if is_next(index, loads, FILL)]
+    return [index for index in accepting if WorkerLoad(loads, index, FILL).is_next()]
 
 
 @pytest.mark.parametrize(

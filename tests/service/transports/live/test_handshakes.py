@@ -187,6 +187,9 @@ async def test_pages_of_other_origins_may_not_open_a_socket(api: Harness) -> Non
             [(status, response)] = await exchange(sockets, request)
             assert status == (101 if opens else 403), origin
             assert opens or code_of(response) == "origin_not_allowed"
+        # which a page cannot set, and which a proxy does not change
+        marked = ("Origin: https://public.example", "Sec-Fetch-Site: same-origin")
+        assert (await exchange(sockets, handshake(*UPGRADE, *SECURITY, *marked)))[0][0] == 101
 
 
 async def test_a_socket_of_an_unavailable_store_is_a_problem(api: Harness) -> None:
