@@ -64,21 +64,6 @@ class Call:
         precondition: If-Match; None if there is none, or the route does not read it.
     """
 
-    __slots__ = (
-        "_key",
-        "_media",
-        "_request",
-        "answer_media",
-        "api",
-        "caller",
-        "codec",
-        "deadline_s",
-        "key",
-        "parameters",
-        "precondition",
-        "served",
-    )
-
     def __init__(self, request: Request, route: Route):
         path = request.path_params
         stream = path.get("stream")
