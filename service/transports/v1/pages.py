@@ -18,71 +18,14 @@ import re
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Final
 
 from service.core.errors import CarryError, leaf_errors
 from service.transports.v1.problems import STATUS
 
+FOLDER: Final = Path(__file__).parent
 ASSETS: Final = "/docs/assets"
-
-_PAGE: Final = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Carry: HTTP API</title>
-<link rel="stylesheet" href=".ASSETS/swagger-ui.css">
-<link rel="icon" href=".ASSETS/favicon.png">
-<style>
-#access { font: 16px system-ui, sans-serif; margin: 2rem auto; max-width: 40rem; }
-</style>
-</head>
-<body>
-<form id="access" hidden>
-<p role="alert"></p>
-<label>Access key <input type="password" autocomplete="off" required size="50"></label>
-<button>Open</button>
-</form>
-<div id="swagger-ui"></div>
-<script src=".ASSETS/swagger-ui-bundle.js"></script>
-<script>
-const STORED_KEY = "carry.access-key";
-const form = document.querySelector("#access");
-const input = form.querySelector("input");
-
-async function open() {
-  const key = sessionStorage.getItem(STORED_KEY);
-  const headers = key === null ? {} : { authorization: `Bearer ${key}` };
-  const response = await fetch("./openapi.json", { headers, cache: "no-store" });
-  const body = await response.json();
-  form.hidden = response.ok;
-  if (response.ok) {
-    const ui = SwaggerUIBundle({
-      ...PARAMETERS,
-      spec: body,
-      presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset],
-      onComplete: () => key !== null && ui.preauthorizeApiKey("access_key", key),
-    });
-    return;
-  }
-  sessionStorage.removeItem(STORED_KEY);
-  const isFirst = response.status === 401 && key === null;
-  form.querySelector("p").textContent = isFirst ? "An access key is needed." : body.detail;
-  input.focus();
-}
-
-form.addEventListener("submit", (event) => {
-  event.preventDefault();
-  sessionStorage.setItem(STORED_KEY, input.value.trim());
-  input.value = "";
-  open();
-});
-open();
-</script>
-</body>
-</html>
-"""
-
 
 _HEADINGS: Final = {
     "BadRequest": "Invalid requests",
@@ -91,16 +34,6 @@ _HEADINGS: Final = {
     "StreamRejection": "Rejections by the stream",
     "ServiceFailure": "Failures of the service",
 }
-_ERRORS_PAGE: Final = """\
-<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Carry: errors</title>\
-<style>body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;\
-padding:0 1rem;color-scheme:light dark}table{border-collapse:collapse}td,th{padding:\
-.4rem .8rem;border-bottom:1px solid #8886;text-align:left;vertical-align:top}\
-tr:target{background:#fd83}</style></head><body><h1>Errors</h1><p>Every failure is a \
-problem document (RFC 9457). Decide by <code>code</code>.</p><table><thead><tr>\
-<th>code</th><th>status</th><th>retry</th><th>meaning</th><th>remedy</th>\
-</tr></thead><tbody>ROWS</tbody></table></body></html>
-"""
 
 
 def documentation_html(parameters: Mapping[str, Any]) -> str:
@@ -117,7 +50,8 @@ def documentation_html(parameters: Mapping[str, Any]) -> str:
         "showCommonExtensions": True,
         **parameters,
     }
-    return _PAGE.replace("ASSETS", ASSETS).replace("PARAMETERS", json.dumps(shown))
+    page = (FOLDER / "docs.html").read_text("utf-8")
+    return page.replace("ASSETS", ASSETS).replace("PARAMETERS", json.dumps(shown))
 
 
 def page_headers(page: str = "", directives: Sequence[str] = ()) -> dict[str, str]:
@@ -174,7 +108,8 @@ def reference_html() -> str:
     for code, status, *texts in _entries(CarryError):
         cells = "".join([f"<td>{html.escape(text)}</td>" for text in texts])
         rows.append(f'<tr id="{code}"><td><code>{code}</code></td><td>{status}</td>{cells}</tr>')
-    return _ERRORS_PAGE.replace("ROWS", "".join(rows))
+    page = (FOLDER / "errors.html").read_text("utf-8")
+    return page.replace("ROWS", "".join(rows))
 
 
 def _entries(branch: type[CarryError]) -> Iterator[tuple[str, int, str, str, str]]:
