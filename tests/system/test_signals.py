@@ -219,12 +219,3 @@ def _is_refused(address: tuple[str, int]) -> bool:
     except ConnectionRefusedError:
         return True
     return False
-
-
-def test_lame_duck_drains_after_its_time(
-    tmp_path: Path, probe: Artifact, store: RealServer
-) -> None:
-    environment = {"CARRY_LAME_DUCK_S": "0.2"}
-    with running(tmp_path, probe.path, redis_url=store.url, **environment) as service:
-        assert service.stop() == 0
-        assert len(service.lines("lame_duck")) == 1
