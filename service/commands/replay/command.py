@@ -6,6 +6,7 @@ The summary goes to standard output, progress and errors to standard error.
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -16,8 +17,9 @@ from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
     from carry_client import ModelDescription
+    from models.artifact.artifact import Artifact
+    from models.offline.verification import Verification
     from service.commands.replay.send import Replay
-    from service.commands.replay.verify import Verification
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 EXIT_FAILED: Final = 1
@@ -110,17 +112,17 @@ def replay(
 
     from carry_client import AsyncCarry, Problem
     from models.errors import ModelsError
+    from models.offline.verification import Received, keras_runner, verify_outputs
     from models.pretrained.departures import flight_events
     from models.training.files import read_data
     from service.commands.replay.send import Replay, event_schema, split_streams
-    from service.commands.replay.verify import keras_runner, open_reference, verify_outputs
 
     async def run() -> dict[str, Any]:
         async with AsyncCarry(
             url or DEFAULT_URL, encoding=encoding, timeout_s=TIMEOUT_S, deadline_s=patience_s
         ) as carry:
             served = await carry.model(model).describe()
-            reference = open_reference(served, artifact) if verify else None
+            reference = _open_reference(served, artifact) if verify else None
             schema = event_schema(served)
             frame = flight_events(by) if data is None else read_data(data, schema)
             column = "stream" if data is None else stream_column
@@ -130,7 +132,10 @@ def replay(
                 await replay.run()
         verification = None
         if reference is not None:
-            received = [(each.events, each.outputs) for each in replay.streams]
+            received = [
+                Received(each.events.name, each.events.columns, each.outputs)
+                for each in replay.streams
+            ]
             verification = verify_outputs(reference.spec, keras_runner(reference), received)
         return _summary(served, replay, verification)
 
@@ -148,6 +153,39 @@ def replay(
         typer.echo(line)
     if summary["failed"]:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _open_reference(served: ModelDescription, path: Path | None) -> Artifact:
+    """The artifact of the model that the service serves, to verify with its Keras layers.
+
+    Args:
+        path: its directory; None for the pretrained model of that name.
+
+    Raises:
+        OperatorError: its outputs depend on the chunks, TensorFlow is not installed, or the model
+            is of another version.
+        ArtifactError: there is no such artifact.
+    """
+    import models
+    from models.artifact.artifact import load_artifact
+
+    if not served.is_cut_invariant:
+        raise OperatorError(
+            f"--verify compares with one call per whole stream, and the outputs of model "
+            f"{served.name!r} depend on how a stream is cut into chunks"
+        )
+    if find_spec("tensorflow") is None:
+        raise OperatorError(
+            "--verify compares with Keras and needs TensorFlow, whatever runtime serves: "
+            "pip install ./client '.[tensorflow]'"
+        )
+    artifact = load_artifact(path or Path(models.__file__).parent / "pretrained" / served.name)
+    if artifact.version != served.version:
+        raise OperatorError(
+            f"--artifact: expected the model that is served, version {served.version}, "
+            f"got {artifact.version} at {artifact.path}"
+        )
+    return artifact
 
 
 def _parse_chunk(text: str) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -43,14 +43,10 @@ from carry_client.steps import to_steps
 from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
+from models.offline.runner import FloatArray
+from models.offline.verification import ABSOLUTE, excess
 from service.core.errors import OperatorError
 from service.core.values import STREAM_NAME_RULE, is_stream_name
-
-FloatRows = NDArray[np.float32]
-
-ABSOLUTE: Final = 1e-5
-RELATIVE: Final = 1e-5
-"""The contract's bounds: |a - b| <= ABSOLUTE + RELATIVE |b|."""
 
 
 class ReplayError(OperatorError):
@@ -135,12 +131,6 @@ def split_streams(
     return streams
 
 
-def excess(actual: FloatRows, expected: FloatRows) -> NDArray[np.float64]:
-    """|a - b| - RELATIVE |b| in float64; the contract holds if it is at most ABSOLUTE."""
-    a, b = actual.astype(np.float64), expected.astype(np.float64)
-    return np.asarray(np.abs(a - b) - RELATIVE * np.abs(b))
-
-
 @dataclass(slots=True)
 class Tally:
     """Counts of one replay.
@@ -179,7 +169,7 @@ class StreamReplay:
 
     events: StreamEvents
     client: AsyncStream
-    outputs: FloatRows
+    outputs: FloatArray
     random: Random
     position: int = 0
     start: int = 0

@@ -12,13 +12,12 @@ import pytest
 from models.artifact.writing import write_artifact
 from models.events.encode import Clock, encode
 from models.offline.runner import Runner
+from models.offline.verification import Received, verify_outputs
 from models.spec.layout import network_state
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import Streams, fitted_spec, streams_of
 from models.training.evaluate import run_chunks
 from models.training.plan import plan_of
-from service.commands.replay.send import StreamEvents
-from service.commands.replay.verify import verify_outputs
 from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
 
@@ -126,15 +125,12 @@ def test_replays_are_verified_session_by_session(frame: pl.DataFrame) -> None:
 
     runner = Runner(spec, weights, step)
     received = [
-        (
-            StreamEvents(name, streams.columns[start:stop], streams.moments_ms[start:stop]),
-            outputs[start:stop],
-        )
+        Received(name, streams.columns[start:stop], outputs[start:stop])
         for name, (start, stop) in zip(streams.names, streams.spans, strict=True)
     ]
     verification = verify_outputs(spec, runner, received)
     assert verification.holds
     assert verification.compared == streams.events
-    received[1][1][13] += 1e-2
+    received[1].outputs[13] += 1e-2
     wrong = verify_outputs(spec, runner, received)
     assert {(check.stream, check.step) for check in wrong.outputs} == {(streams.names[1], 13)}

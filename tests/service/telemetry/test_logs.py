@@ -21,7 +21,7 @@ import structlog
 from fastapi import FastAPI
 
 from service.telemetry import logs
-from service.telemetry.access_log import access_log
+from service.telemetry.access_log import RequestFacts, access_log
 from service.telemetry.logs import (
     MAX_BUFFERED_LINES,
     StderrWriter,
@@ -115,6 +115,10 @@ def test_logging_never_raises(capsys: Capture, monkeypatch: pytest.MonkeyPatch) 
     assert line["path"] == "\udcff"
     assert line["number"] == 2**70
     assert line["thing"].startswith("<object")
+    monkeypatch.setattr(access_log, "name_stream", str)
+    access_log.log("id", "GET", "/", 200, 1.0, RequestFacts(stream="\udcff"))
+    (line,) = lines(capsys)
+    assert (line["stream"], "code" in line) == ("\udcff", False)
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", closed)

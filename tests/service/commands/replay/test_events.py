@@ -14,15 +14,9 @@ from carry.cli import app
 from carry_client import ModelDescription, Output, read_description
 from models.errors import DataError
 from models.events.parse import event_json_schema
+from models.offline.verification import ABSOLUTE, excess
 from models.training.files import read_data
-from service.commands.replay.send import (
-    ABSOLUTE,
-    ReplayError,
-    StreamEvents,
-    event_schema,
-    excess,
-    split_streams,
-)
+from service.commands.replay.send import ReplayError, StreamEvents, event_schema, split_streams
 from tests.service.commands.replay.standin import SPEC
 from tests.support.events import FULL_SCHEMA
 from tests.support.strict_events import event_adapter

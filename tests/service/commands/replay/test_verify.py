@@ -14,10 +14,10 @@ import typer
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
 from models.offline.runner import Runner
-from service.commands.replay import verify as verify_module
+from models.offline.verification import Received, keras_runner, verify_outputs
+from service.commands.replay import command
 from service.commands.replay.command import EXIT_UNFINISHED, replay
 from service.commands.replay.send import StreamEvents
-from service.commands.replay.verify import Received, keras_runner, verify_outputs
 from tests.service.commands.replay.conftest import LENGTHS, STANDIN_SEED, Replayed
 from tests.service.commands.replay.standin import SPEC, Standin
 from tests.support.oracle import contracting_weights
@@ -40,7 +40,7 @@ def whole(artifact: Artifact) -> Runner:
 
 async def received(replayed: Replayed) -> list[Received]:
     replay = await replayed(chunk=(1, 5))
-    return [(stream.events, stream.outputs) for stream in replay.streams]
+    return [Received(s.events.name, s.events.columns, s.outputs) for s in replay.streams]
 
 
 async def test_chunked_outputs_equal_the_whole_sequence(replayed: Replayed, whole: Runner) -> None:
@@ -51,14 +51,14 @@ async def test_chunked_outputs_equal_the_whole_sequence(replayed: Replayed, whol
     assert (found.compared, found.missing) == (EVENTS, 0)
     assert 0 < found.outputs[1].difference < 1e-4
     # a resumed run is verified from the first event on
-    for events, outputs in streams:
-        outputs[: len(events) // 2] = np.nan
+    for stream in streams:
+        stream.outputs[: len(stream.outputs) // 2] = np.nan
     found = verify_outputs(SPEC, whole, streams)
     assert found.holds
     assert found.missing == sum(length // 2 for length in LENGTHS.values())
     assert found.compared == EVENTS - found.missing
-    for _, outputs in streams:
-        outputs[:] = np.nan
+    for stream in streams:
+        stream.outputs[:] = np.nan
     found = verify_outputs(SPEC, whole, streams)
     assert (found.compared, found.missing) == (0, EVENTS)
 
@@ -80,15 +80,15 @@ async def test_one_wrong_number_is_detected(
 async def test_outputs_of_another_stream_or_state_are_detected(
     replayed: Replayed, whole: Runner, swap: str
 ) -> None:
-    streams = {events.name: (events, outputs) for events, outputs in await received(replayed)}
-    wrong = streams["s1"][1].copy()
+    streams = {stream.name: stream for stream in await received(replayed)}
+    wrong = streams["s1"].outputs.copy()
     if swap == "streams":
-        wrong[5:20] = streams["s2"][1][5:20]
+        wrong[5:20] = streams["s2"].outputs[5:20]
     elif swap == "time":
         wrong[1:] = wrong[:-1].copy()
     else:
         wrong[3] = np.inf
-    found = verify_outputs(SPEC, whole, [(streams["s1"][0], wrong), streams["s2"]])
+    found = verify_outputs(SPEC, whole, [streams["s1"]._replace(outputs=wrong), streams["s2"]])
     assert not found.holds
     assert {check.stream for check in found.outputs} == {"s1"}
 
@@ -104,10 +104,7 @@ def test_long_and_short_streams_are_not_padded_together(streams: list[StreamEven
 
     (longest,) = (stream for stream in streams if len(stream) == 61)
     lengths = [1, 1, 30, 31, 40, 60, 61]
-    parts = [
-        (StreamEvents(str(n), longest.columns[:n], longest.times_ms[:n]), np.zeros((n, 4), "f4"))
-        for n in lengths
-    ]
+    parts = [Received(str(n), longest.columns[:n], np.zeros((n, 4), np.float32)) for n in lengths]
     assert verify_outputs(SPEC, Runner(SPEC, {}, step), parts).compared == sum(lengths)
     assert sizes == [[1, 1], [30, 31, 40], [60, 61]]
 
@@ -164,12 +161,12 @@ def test_a_model_that_cannot_be_verified_is_sent_nothing(
         assert run(**options) == EXIT_UNFINISHED
         return capsys.readouterr().err
 
-    assert "--artifact: " in fails(artifact=tmp_path / "none")
+    assert str(tmp_path / "none") in fails(artifact=tmp_path / "none")
     standin.version = "f" * 12
     assert "is served, version ffffffffffff" in fails()
     standin.chunking = "per_chunk"
     assert "'small' depend on how a stream is cut into chunks" in fails()
     standin.chunking = "invisible"
-    monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert "needs TensorFlow, whatever runtime serves: pip install" in fails()
     assert standin.seen == []

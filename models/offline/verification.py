@@ -12,33 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
+from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-import models
-from carry_client import ModelDescription
-from models.artifact.artifact import Artifact, load_artifact
-from models.errors import ArtifactError
-from models.offline.runner import OrderedEvents, Runner, open_keras_step
+from models.artifact.artifact import Artifact
+from models.events.columns import EventColumns
+from models.offline.runner import FloatArray, OrderedEvents, Runner, open_keras_step
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec
-from service.commands.replay.send import (
-    ABSOLUTE,
-    FloatRows,
-    ReplayError,
-    StreamEvents,
-    excess,
-)
+
+ABSOLUTE: Final = 1e-5
+RELATIVE: Final = 1e-5
+"""The contract's bounds: |a - b| <= ABSOLUTE + RELATIVE |b|."""
 
 MAX_PADDED_STEPS = 65_536
 """Rows times steps of one call; a longer stream goes alone."""
 PADDING_SHARE = 1.5
 """A stream joins a call while the longest is at most this much longer."""
 
-Received = tuple[StreamEvents, FloatRows]
-"""A stream's events, and its outputs [T, O]; NaN where the replay received none."""
+
+class Received(NamedTuple):
+    """A stream's T events, and its outputs, float32 [T, O]; NaN where none were received."""
+
+    name: str
+    columns: EventColumns
+    outputs: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,37 +74,10 @@ class Verification:
         return not any(output.beyond for output in self.outputs)
 
 
-def open_reference(served: ModelDescription, path: Path | None) -> Artifact:
-    """The artifact of the model that the service serves.
-
-    Args:
-        path: its directory; None for the pretrained model of that name.
-
-    Raises:
-        ReplayError: its outputs depend on the chunks, TensorFlow is not installed, or there is no
-            such artifact of the served version.
-    """
-    if not served.is_cut_invariant:
-        raise ReplayError(
-            f"--verify compares with one call per whole stream, and the outputs of model "
-            f"{served.name!r} depend on how a stream is cut into chunks"
-        )
-    if find_spec("tensorflow") is None:
-        raise ReplayError(
-            "--verify compares with Keras and needs TensorFlow, whatever runtime serves: "
-            "pip install ./client '.[tensorflow]'"
-        )
-    path = path or Path(models.__file__).parent / "pretrained" / served.name
-    try:
-        artifact = load_artifact(path)
-    except ArtifactError as error:
-        raise ReplayError(f"--artifact: {error}") from error
-    if artifact.version != served.version:
-        raise ReplayError(
-            f"--artifact: expected the model that is served, version {served.version}, "
-            f"got {artifact.version} at {path}"
-        )
-    return artifact
+def excess(actual: FloatArray, expected: FloatArray) -> NDArray[np.float64]:
+    """|a - b| - RELATIVE |b| in float64; the contract holds if it is at most ABSOLUTE."""
+    a, b = actual.astype(np.float64), expected.astype(np.float64)
+    return np.asarray(np.abs(a - b) - RELATIVE * np.abs(b))
 
 
 def keras_runner(artifact: Artifact) -> Runner:
@@ -125,24 +98,24 @@ def verify_outputs(spec: ModelSpec, runner: Runner, streams: Sequence[Received])
     expected = actual.copy()
     places: list[tuple[str, int]] = []
     for group in _groups(streams):
-        ordered = [OrderedEvents(events.name, events.columns, initial) for events, _ in group]
+        ordered = [OrderedEvents(each.name, each.columns, initial) for each in group]
         whole, _ = runner.run(ordered, chunk=None, batch=len(group))
-        for (events, outputs), rows in zip(group, whole, strict=True):
-            steps = np.flatnonzero(~np.isnan(outputs).any(axis=1))
-            actual.append(outputs[steps])
-            expected.append(rows[steps])
-            places += [(events.name, int(step)) for step in steps]
+        for stream, outputs in zip(group, whole, strict=True):
+            steps = np.flatnonzero(~np.isnan(stream.outputs).any(axis=1))
+            actual.append(stream.outputs[steps])
+            expected.append(outputs[steps])
+            places += [(stream.name, int(step)) for step in steps]
     received, computed = np.concatenate(actual), np.concatenate(expected)
     checks = tuple(
         _check(name, received[:, columns], computed[:, columns], places)
         for name, columns in layout.slices.items()
     )
-    total = sum(len(events) for events, _ in streams)
+    total = sum(len(each.outputs) for each in streams)
     return Verification(checks, len(places), total - len(places))
 
 
 def _check(
-    name: str, actual: FloatRows, expected: FloatRows, places: Sequence[tuple[str, int]]
+    name: str, actual: FloatArray, expected: FloatArray, places: Sequence[tuple[str, int]]
 ) -> OutputCheck:
     if not places:
         return OutputCheck(name, 0.0, 0.0, "", 0, 0)
@@ -158,12 +131,12 @@ def _check(
 def _groups(streams: Sequence[Received]) -> Iterator[list[Received]]:
     """Streams with received outputs, similar lengths together, within `MAX_PADDED_STEPS`."""
     group: list[Received] = []
-    useful = [each for each in streams if not np.isnan(each[1]).any(axis=1).all()]
-    for each in sorted(useful, key=lambda each: len(each[0])):
-        longest = len(each[0])
+    useful = [each for each in streams if not np.isnan(each.outputs).any(axis=1).all()]
+    for each in sorted(useful, key=lambda each: len(each.outputs)):
+        longest = len(each.outputs)
         if group and (
             (len(group) + 1) * longest > MAX_PADDED_STEPS
-            or longest > PADDING_SHARE * len(group[0][0]) + 1
+            or longest > PADDING_SHARE * len(group[0].outputs) + 1
         ):
             yield group
             group = []
