@@ -117,15 +117,17 @@ def open_router(settings: StoreSettings) -> Router:
 
 @dataclass(slots=True)
 class _Deletion:
-    """The deletion of one stream, whatever its head is.
+    """The deletion of one stream.
 
     Attributes:
+        expected: deletes it only at this head; None at any.
         condition: the first bytes of the head that the next attempt expects; none if nothing may be
             stored.
-        is_stream: whether the last attempt found a stream.
+        is_stream: whether that is the head of a stream.
         may_have_deleted: whether an earlier attempt, whose reply was lost, may have deleted it.
     """
 
+    expected: StreamHead | None = None
     condition: bytes = b""
     is_stream: bool = False
     may_have_deleted: bool = False
@@ -279,74 +281,62 @@ class RedisStore(Store):
     async def delete(
         self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float = math.inf
     ) -> CommitResult:
-        if expected is None:
-            (result,) = await self.delete_many([key], deadline_s)
-            if isinstance(result, StoreUnavailable | StoreRefused):
-                raise result
-            return result
-        deadline_s = self._deletion_deadline_s(deadline_s)
-        condition = {key: pack_head(expected)[COMPARED]}
-        outcome = (await self._write_tombstones(condition, deadline_s))[key]
-        if isinstance(outcome, ReplyLost):
-            return outcome_unknown_error(key, expected, outcome)
-        if isinstance(outcome, CarryError):
-            raise outcome
-        if outcome.value == WRITTEN:
-            return self._deleted(key, outcome)
-        result = parse_result(self._router, key, outcome.value)
-        if outcome.is_retry and isinstance(result, Conflicted):
-            result = resolve_retried_deletion(key, expected, result)
-            if result is COMMITTED:
-                result = await self._ensure_durable(key, deadline_s)
+        deletion = _Deletion(expected, pack_head(expected)[COMPARED], expected is not None)
+        result = (await self._delete({key: deletion}, deadline_s))[key]
+        if isinstance(result, StoreUnavailable | StoreRefused):
+            raise result
         return result
 
-    async def delete_many(
-        self, keys: Sequence[StreamKey], deadline_s: float = math.inf
-    ) -> list[CommitResult]:
-        deadline_s = self._deletion_deadline_s(deadline_s)
+    async def delete_many(self, keys: Sequence[StreamKey]) -> list[CommitResult]:
+        results = await self._delete({key: _Deletion() for key in keys})
+        return [results[key] for key in keys]
+
+    async def _delete(
+        self, pending: dict[StreamKey, _Deletion], deadline_s: float = math.inf
+    ) -> dict[StreamKey, CommitResult]:
+        if deadline_s == math.inf:
+            deadline_s = time.monotonic() + self._settings.store_wait_s
         results: dict[StreamKey, CommitResult] = {}
-        pending = {key: _Deletion() for key in keys}
         for attempts_left in reversed(range(DELETE_ATTEMPTS)):
             if not pending:
                 break
             conditions = {key: deletion.condition for key, deletion in pending.items()}
             for key, outcome in (await self._write_tombstones(conditions, deadline_s)).items():
-                result = self._deletion_result(key, pending[key], outcome)
+                result = await self._deletion_result(key, pending[key], outcome, deadline_s)
                 if result is not None:
                     results[key] = result
                     del pending[key]
                 elif attempts_left <= DELETE_ATTEMPTS // 2:
                     pending[key].condition = pending[key].condition[:EPOCH_BYTES]
-        reason = f"concurrent writes changed it {DELETE_ATTEMPTS} times in a row"
         for key, deletion in pending.items():
-            conflict = Conflict(
-                f"stream {key.stream!r} is not deleted: {reason}", stream=key.stream
-            )
+            reason = f"concurrent writes changed it {DELETE_ATTEMPTS} times in a row"
+            error = Conflict(f"stream {key.stream!r} is not deleted: {reason}", stream=key.stream)
             unknown = outcome_unknown_error(key, None, reason)
-            results[key] = unknown if deletion.may_have_deleted else conflict
-        return [results[key] for key in keys]
+            results[key] = unknown if deletion.may_have_deleted else error
+        return results
 
-    def _deletion_deadline_s(self, deadline_s: float) -> float:
-        """The end of a deletion's attempts, of which each waits for a reply."""
-        wait_s = self._settings.store_wait_s
-        return time.monotonic() + wait_s if deadline_s == math.inf else deadline_s
-
-    def _deletion_result(
-        self, key: StreamKey, deletion: _Deletion, outcome: Outcome
+    async def _deletion_result(
+        self, key: StreamKey, deletion: _Deletion, outcome: Outcome, deadline_s: float
     ) -> CommitResult | None:
         """The result of a deletion; None if it has to be tried again, expecting what was found."""
         if isinstance(outcome, ReplyLost):
-            return outcome_unknown_error(key, None, outcome)
+            return outcome_unknown_error(key, deletion.expected, outcome)
         if isinstance(outcome, CarryError):
-            return (
-                outcome_unknown_error(key, None, outcome.detail)
-                if deletion.may_have_deleted
-                else outcome
-            )
+            unknown = outcome_unknown_error(key, None, outcome.detail)
+            return unknown if deletion.may_have_deleted else outcome
         if outcome.value == WRITTEN:
-            result = self._deleted(key, outcome)
+            self.outputs.publish(key, 0, b"")
+            if not outcome.is_durable:
+                return not_durable_error(self._settings, key)
             is_deleted = deletion.is_stream or deletion.may_have_deleted
-            return result if is_deleted or result is not COMMITTED else Conflicted(None)
+            return COMMITTED if is_deleted else Conflicted(None)
+        if deletion.expected is not None:
+            result = parse_result(self._router, key, outcome.value)
+            if outcome.is_retry and isinstance(result, Conflicted):
+                result = resolve_retried_deletion(key, deletion.expected, result)
+                if result is COMMITTED:
+                    result = await self._ensure_durable(key, deadline_s)
+            return result
         # an earlier attempt may have deleted a stream and left a tombstone, which is replaced
         deletion.may_have_deleted = deletion.may_have_deleted or outcome.is_retry
         header = outcome.value[1] if len(outcome.value) > 1 else None
@@ -354,15 +344,10 @@ class RedisStore(Store):
         deletion.is_stream = header is not None and not header.startswith(TOMBSTONE_PREFIX)
         return None
 
-    def _deleted(self, key: StreamKey, outcome: ServerReply) -> CommitResult:
-        """The result of an attempt that wrote a tombstone, which is published."""
-        self.outputs.publish(key, 0, b"")
-        return COMMITTED if outcome.is_durable else not_durable_error(self._settings, key)
-
     async def _fence(self, keys: Sequence[StreamKey]) -> set[StreamKey]:
         """Write a tombstone for each stream that does not exist, so that no commit that was sent
         before can create it; returns for which it was written."""
-        deadline_s = self._deletion_deadline_s(math.inf)
+        deadline_s = time.monotonic() + self._settings.store_wait_s
         outcomes = await self._write_tombstones(dict.fromkeys(keys, b""), deadline_s)
         tombstones = {
             key: read_packed_head(outcome.value[1])[COMPARED]
