@@ -6,7 +6,6 @@ Each request is sent to two servers of one application, with the fast path and w
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +15,6 @@ import orjson
 import pytest
 
 from models.artifact.artifact import Artifact
-from service.access.caller import ANYONE
-from service.store.redis.redis_store import RedisStore
 from service.transports.v1.fast_path import FastRequest
 from service.transports.v2.http_fast_path import FastInferPath
 from tests.service.engine.batching import patch_admission
@@ -25,7 +22,6 @@ from tests.service.transports.v1.harness import Harness, harness
 from tests.service.transports.v1.raw_http import (
     HOST,
     answer,
-    becomes,
     converse,
     port_of,
     request,
@@ -34,7 +30,6 @@ from tests.service.transports.v1.raw_http import (
 from tests.service.transports.v1.test_fast_path import steady
 from tests.service.transports.v2.conftest import add_v2
 from tests.service.transports.v2.v2 import binary_body, json_body
-from tests.support.pipelines import chunk_of
 from tests.support.servers import RealServer
 
 ROWS = np.arange(12, dtype=np.float32).reshape(1, 4, 3) / 7
@@ -155,38 +150,6 @@ async def test_overload_responses_are_those_of_the_slow_path(
     assert ports.api.counts.seen["overloaded"] == 2
 
 
-async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
-    ports: Ports, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those in a batch are applied, those that wait behind it are not."""
-    gate = asyncio.Event()
-    commit = RedisStore.commit
-
-    async def held(store: RedisStore, commits: Any, deadline_s: float = math.inf) -> Any:
-        await gate.wait()
-        return await commit(store, commits, deadline_s)
-
-    monkeypatch.setattr(RedisStore, "commit", held)
-    cancelled: list[FastRequest] = []
-    cancel = FastInferPath.cancel
-
-    def watched(path: FastInferPath, request: FastRequest) -> None:
-        cancelled.append(request)
-        cancel(path, request)
-
-    monkeypatch.setattr(FastInferPath, "cancel", watched)
-    for _ in range(5):
-        _, writer = await asyncio.open_connection(HOST, ports.fast)
-        writer.write(infer())
-        await becomes(lambda: bool(ports.parsed), "a request")
-        ports.parsed.clear()
-        writer.transport.abort()
-    await becomes(lambda: len(cancelled) == 5, "no connection")
-    gate.set()
-    reply = await ports.api.pipeline.process(ANYONE, chunk_of("1000", ROWS[0]))
-    assert reply.head.position < 6 * len(ROWS[0])
-
-
 async def test_requests_of_both_protocols_share_a_connection_and_a_stream(ports: Ports) -> None:
     chunk = request(orjson.dumps({"inputs": ROWS[0].tolist()}), stream="1000")
     probe = request(b"", first="GET /v2/health/live HTTP/1.1", length="")
@@ -202,16 +165,3 @@ async def test_requests_of_both_protocols_share_a_connection_and_a_stream(ports:
     writer.close()
     await writer.wait_closed()
     assert len(ports.parsed) == 2
-
-
-async def test_reply_is_lost_and_its_retry_is_replayed(ports: Ports) -> None:
-    reader, writer = await asyncio.open_connection(HOST, ports.fast)
-    writer.write(infer(position=0))
-    first = await answer(reader)
-    writer.close()
-    await writer.wait_closed()
-    [again] = await converse(ports.fast, infer(position=0))
-    assert (
-        again.replace(b'"replayed":true', b'"replayed":false').split(b"\r\n\r\n", 1)[1]
-        == (first.split(b"\r\n\r\n", 1)[1])
-    )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http
-import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
 from tests.support.post_tables import INPUT, LSTM_OUTPUTS, PRINTED
@@ -44,10 +43,10 @@ def sequence() -> str:
     return f"triton-{uuid.uuid4().hex}"
 
 
-def tensor(values: Any = INPUT, *, binary: bool = True, kind: Any = tritonclient.http) -> Any:
+def tensor(values: Any = INPUT, *, binary: bool = True) -> Any:
     """Values of the one feature as a tensor [1, T, 1]."""
     array = np.array(values, np.float32).reshape(1, -1, 1)
-    given = kind.InferInput("inputs", array.shape, "FP32")
+    given = tritonclient.http.InferInput("inputs", array.shape, "FP32")
     given.set_data_from_numpy(array, binary_data=binary)
     return given
 
@@ -111,31 +110,6 @@ def test_sequence_gives_the_outputs_of_the_whole(
     np.testing.assert_allclose(np.concatenate(found), LSTM_OUTPUTS, atol=PRINTED)
 
 
-def test_retried_duplicates_with_a_position_are_applied_once(
-    triton: tritonclient.http.InferenceServerClient, sequence: str
-) -> None:
-    """Also those of the start, and with numbers as ids."""
-    identity = uuid.uuid4().int % 2**64
-    for chosen in (sequence, identity):
-        found = []
-        for first, last in ((0, 2), (2, 5)):
-            replies = [
-                triton.infer(
-                    LSTM,
-                    [tensor(INPUT[first:last])],
-                    sequence_id=chosen,
-                    sequence_start=first == 0,
-                    parameters={"position": first},
-                )
-                for _ in range(3)
-            ]
-            assert [parameters_of(each)["replayed"] for each in replies] == [False, True, True]
-            assert len({outputs_of(each).tobytes() for each in replies}) == 1
-            assert {parameters_of(each)["position"] for each in replies} == {last}
-            found.append(outputs_of(replies[-1]))
-        np.testing.assert_allclose(np.concatenate(found), LSTM_OUTPUTS, atol=PRINTED)
-
-
 def test_rejection_names_the_code_and_the_position(
     triton: tritonclient.http.InferenceServerClient, sequence: str
 ) -> None:
@@ -177,15 +151,3 @@ def test_statistics_count_the_requests(
     assert successes[1]["count"] - successes[0]["count"] == 3
     assert successes[1]["ns"] > successes[0]["ns"]
     assert len(triton.get_inference_statistics()["model_stats"]) == 3
-
-
-async def test_asynchronous_client_sends_sequences(service: Service, sequence: str) -> None:
-    kind = tritonclient.http.aio
-    client = kind.InferenceServerClient(service.url.removeprefix("http://"))
-    async with client:
-        first = await client.infer(
-            LSTM, [tensor(INPUT[:2], kind=kind)], sequence_id=sequence, sequence_start=True
-        )
-        rest = await client.infer(LSTM, [tensor(INPUT[2:], kind=kind)], sequence_id=sequence)
-    found = np.concatenate([outputs_of(first), outputs_of(rest)])
-    np.testing.assert_allclose(found, LSTM_OUTPUTS, atol=PRINTED)

@@ -6,7 +6,6 @@ import gc
 import gzip
 import weakref
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -44,11 +43,9 @@ def with_parameters(**parameters: Any) -> dict[str, Any]:
 
 BODIES: dict[str, tuple[Any, str]] = {
     "an unknown tensor": (changed(name="x"), "inputs[0].name: expected inputs, got 'x'"),
-    "another dtype": (changed(datatype="FP64"), "inputs[0].datatype: expected FP32, got 'FP64'"),
     "events": (changed(datatype="BYTES"), "inputs[0].datatype: expected FP32, got 'BYTES'"),
     "strings": (changed(data=["a"] * 12), "inputs[0].data[0]: expected a valid number, got"),
     "another width": (changed(shape=[3, 4]), "inputs[0].shape: expected [T, 3] or [B, T, 3]"),
-    "one axis": (changed(shape=[12]), "inputs[0].shape: expected [T, 3]"),
     "four axes": (changed(shape=[1, 1, 4, 3]), "inputs[0].shape: expected [T, 3]"),
     "a negative axis": (
         changed(shape=[-4, 3]),
@@ -67,31 +64,21 @@ BODIES: dict[str, tuple[Any, str]] = {
         "shape: expected list of at most 8 values, got a list of 9",
     ),
     "a list as a parameter": (with_parameters(a=[1]), "parameters.a: expected a valid boolean or"),
-    "a list as body": ([], "body: expected an object, got a list"),
     "no steps": (changed(shape=[0, 3], data=[]), "inputs: expected at least one step"),
     "too many steps": (json_body(rows(21), parameters=SEQUENCE), "at most 20 steps"),
     "a ragged list": (
         changed(data=[[1.0, 2.0], 3.0]),
         "data[1]: expected a list, got 3.0",
     ),
-    "a flag as a number": (
-        changed(data=[True] * 12),
-        "data[0]: expected a valid number, got true",
-    ),
     "an overflow": (changed(data=[1e39] * 12), "inputs[0][0] (feature_0): expected a finite"),
     "shared memory": (
         changed(parameters={"shared_memory_region": "r"}, data=None),
         'shared_memory_region: expected one of the members binary_data_size, got "r"',
     ),
-    "two tensors": (
-        json_body(ROWS) | {"inputs": json_body(ROWS)["inputs"] * 2},
-        "inputs[1].name: expected reset",
-    ),
     "no tensor": (
         {"inputs": []},
         "inputs: expected one tensor, inputs, optionally followed by reset, got 0",
     ),
-    "no inputs": ({}, "inputs: expected a list, got nothing"),
     "an unknown member": (
         json_body(ROWS, input=1),
         "input: expected one of the members inputs, outputs, id, parameters, got 1",
@@ -116,17 +103,10 @@ BODIES: dict[str, tuple[Any, str]] = {
         with_parameters(sequence_id=-1),
         f"sequence_id: expected a whole number up to {2**64 - 1}, or a string, got -1",
     ),
-    "too large an id": (with_parameters(sequence_id=2**64), "sequence_id"),
-    "an id with a fraction": (with_parameters(sequence_id=1.5), "sequence_id: expected a whole"),
-    "a flag as an id": (with_parameters(sequence_id=True), "sequence_id: expected a whole"),
     "a number as a flag": (with_parameters(sequence_start=1), "expected a valid boolean, got 1"),
     "a start in the middle": (
         with_parameters(sequence_start=True, position=4),
         "parameters.position: expected 0, since the sequence starts, got 4",
-    ),
-    "a string as position": (
-        with_parameters(position="4"),
-        "parameters.position: expected a valid integer",
     ),
     "a bad epoch": (with_parameters(epoch="xyz"), "parameters.epoch: expected 16 hex digits"),
     "a negative timeout": (with_parameters(timeout=-1), "parameters.timeout: expected greater"),
@@ -190,48 +170,26 @@ async def test_text_that_is_no_stream_name_is_rejected(v2: V2) -> None:
         assert "parameters.sequence_id" in error_of(response, 400, "invalid_name")["error"]
 
 
-def cut_off(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
-    return body[:-1], headers
-
-
-def too_long(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
-    return body + b"\x00", headers
-
-
-def without_length(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
-    return body, {}
-
-
-def beyond_the_body(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
-    return body, {HEADER: str(len(body) + 1)}
-
-
-def in_words(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
-    return body, {HEADER: "many"}
-
-
-def in_the_json(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
-    return body, {HEADER: str(int(headers[HEADER]) - 3)}
-
-
-def other_size(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
-    return body.replace(b'_size":48', b'_size":44'), headers
-
-
 async def test_damaged_binary_bodies_are_rejected(v2: V2) -> None:
-    for damage, code, expected in (
-        (cut_off, "invalid_input", "expected 48 bytes after the JSON"),
-        (too_long, "invalid_input", "expected 48 bytes after the JSON"),
-        (without_length, "malformed_body", "expected one JSON document"),
-        (beyond_the_body, "invalid_input", "Inference-Header-Content-Length: expected at most"),
-        (in_words, "invalid_input", "Inference-Header-Content-Length: expected a number"),
-        (in_the_json, "malformed_body", "expected one JSON document"),
-        (other_size, "invalid_input", "expected 44 bytes after the JSON"),
+    body, headers = binary_body(ROWS, SEQUENCE)
+    json_bytes = int(headers[HEADER])
+    for damaged, length, code, expected in (
+        (body[:-1], json_bytes, "invalid_input", "expected 48 bytes after the JSON"),
+        (body + b"\x00", json_bytes, "invalid_input", "expected 48 bytes after the JSON"),
+        (body, None, "malformed_body", "expected one JSON document"),
+        (body, len(body) + 1, "invalid_input", "Content-Length: expected at most"),
+        (body, "many", "invalid_input", "Content-Length: expected a number"),
+        (body, json_bytes - 3, "malformed_body", "expected one JSON document"),
+        (
+            body.replace(b'_size":48', b'_size":44'),
+            json_bytes,
+            "invalid_input",
+            "expected 44 bytes after the JSON",
+        ),
     ):
-        body, headers = damage(*binary_body(ROWS, SEQUENCE))
-        response = await v2.post(body, headers)
+        response = await v2.post(damaged, {} if length is None else {HEADER: str(length)})
         error = error_of(response, 422 if code == "invalid_input" else 400, code)
-        assert expected in error["error"], damage
+        assert expected in error["error"], length
     assert not v2.api.store.states
 
 
