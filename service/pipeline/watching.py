@@ -295,7 +295,7 @@ class Watch:
                 if reply is None:
                     events += await self._read()
                 elif reply.head.epoch != self._epoch:
-                    events += await self._enter_epoch(reply.head.epoch)
+                    events += await self._read(reply.head.epoch)
             except CarryError as error:
                 events.append(Ended(error.code))
             if events and isinstance(events[-1], Ended):
@@ -304,23 +304,20 @@ class Watch:
                 events += self._deliver(start, reply, encoded)
         return events
 
-    async def _enter_epoch(self, epoch: bytes) -> list[WatchEvent]:
-        """Enter the epoch of an output if it is the stream's, and read the stream otherwise: the
-        output was published late by another worker."""
-        stored, _ = await self._store.load_with_reply(self._key)
-        if stored is None or stored.head.epoch != epoch:
-            return await self._read()
-        return [self._enter(stored.head)]
+    async def _read(self, epoch: bytes | None = None) -> list[WatchEvent]:
+        """Compare with the stream in the store.
 
-    async def _read(self) -> list[WatchEvent]:
-        """Compare with the stream in the store."""
+        Args:
+            epoch: that of an output, which follows if it is the stream's; otherwise the output was
+                published late by another worker.
+        """
         stored, reply = await self._store.load_with_reply(self._key)
         if stored is None:
             return [] if self._epoch is None else [Ended("deleted")]
         events: list[WatchEvent] = []
         if stored.head.epoch != self._epoch:
             events.append(self._enter(stored.head))
-        return events + self._catch_up(stored, reply)
+        return events if stored.head.epoch == epoch else events + self._catch_up(stored, reply)
 
     def _enter(self, head: StreamHead) -> WatchEvent:
         """Go on in another epoch, whose positions begin again."""
