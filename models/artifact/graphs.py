@@ -11,19 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.errors import ArtifactError, GraphUnsupportedError
-from models.onnx.bounded_work import find_unbounded_work
+from models.errors import GraphUnsupportedError
 from models.onnx.graph import write_graph
-from models.onnx.messages import (
-    DecodingError,
-    TensorProto,
-    inner_messages,
-    is_external,
-    parse_model,
-)
 from models.spec.decoder import strip_decoder_prefix
 from models.spec.model import ModelSpec
-from models.spec.onnx_network import OnnxNetwork
 from models.spec.state import FloatArray
 
 ONNXRUNTIME = "onnxruntime"
@@ -75,25 +66,3 @@ def write_graphs(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Graphs:
         return Graphs(write_graph(spec, weights), decoder)
     except GraphUnsupportedError as error:
         return Graphs(rejection=str(error))
-
-
-def check_imported_graph(data: bytes, network: OnnxNetwork, where: str) -> None:
-    """Reject a graph that refers to other files, or whose work depends on values.
-
-    Raises:
-        ArtifactError: it does, or it is no ONNX file.
-    """
-    try:
-        model = parse_model(data)
-    except DecodingError as error:
-        raise ArtifactError(f"{where}: expected an ONNX file, got other bytes: {error}") from error
-    for tensor in inner_messages(model, TensorProto):
-        if is_external(tensor):
-            file = next((each.value for each in tensor.external_data if each.key == "location"), "")
-            raise ArtifactError(
-                f"{where}: expected a graph that contains its weights, got one that refers to the "
-                f"file {file!r}; `carry import` packages both"
-            )
-    sizes = None if network.steps is None else network.steps.name
-    if reason := find_unbounded_work(model, network.value_inputs, sizes):
-        raise ArtifactError(f"{where}: {reason}")

@@ -60,7 +60,7 @@ from models.spec.heads import (
     SequenceHead,
 )
 from models.spec.layout import anomaly_width, event_field, gives_parameters
-from models.spec.model import ModelSpec
+from models.spec.model import ModelSpec, schema_of
 
 Tensor: TypeAlias = Any
 """A float32 tf.Tensor; TensorFlow ships no types."""
@@ -160,7 +160,7 @@ def anomaly_nats(
     for name in head.targets:
         field = event_field(spec, name)
         stop = start + anomaly_width(field)
-        present = _present(_schema(spec), field, rows)
+        present = _present(schema_of(spec), field, rows)
         nats += present * field_nats(field, parameters[..., start:stop], _value(spec, name, rows))
         scored += present
         start = stop
@@ -232,7 +232,7 @@ def _regression(
 ) -> tuple[Tensor, Tensor]:
     truth = tf.stack([_value(spec, name, next_rows) for name in targets], axis=-1)
     present = tf.stack(
-        [_present(_schema(spec), event_field(spec, name), next_rows) for name in targets], axis=-1
+        [_present(schema_of(spec), event_field(spec, name), next_rows) for name in targets], axis=-1
     )
     error = truth[..., tf.newaxis] - values
     if quantiles:
@@ -257,7 +257,7 @@ def _classification(
         loss = tf.nn.sigmoid_cross_entropy_with_logits(labels=value, logits=raw[..., 0])
     else:
         loss = field_nats(field, raw, value)
-    present = _present(_schema(spec), field, next_rows)
+    present = _present(schema_of(spec), field, next_rows)
     return loss * present, present
 
 
@@ -332,14 +332,8 @@ def build_head(head: Head, units: int, width: int) -> keras.layers.Dense | None:
     return layer
 
 
-def _schema(spec: ModelSpec) -> EventSchema:
-    if spec.events is None:
-        raise SpecError(f"model {spec.name!r}: expected `events`, targets are event fields")
-    return spec.events
-
-
 def _value(spec: ModelSpec, name: str, rows: Tensor) -> Tensor:
-    return rows[..., _schema(spec).column_index[name]]
+    return rows[..., schema_of(spec).column_index[name]]
 
 
 def _present(schema: EventSchema, field: EventField, rows: Tensor) -> Tensor:

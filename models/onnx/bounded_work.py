@@ -18,7 +18,16 @@ from collections import ChainMap
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
-from models.onnx.messages import operator_name
+from models.errors import ArtifactError
+from models.onnx.messages import (
+    DecodingError,
+    TensorProto,
+    inner_messages,
+    is_external,
+    operator_name,
+    parse_model,
+)
+from models.spec.onnx_network import OnnxNetwork
 
 MAX_NAMES: Final = 1_000_000
 """Most names of tensors to analyse, which takes seconds; the names of a loop or function count once
@@ -295,3 +304,25 @@ def _dependent(node: Any, what: str, tensor: str) -> _UnboundedError:
         f"{_describe(node)} takes its {what} ({tensor!r}) from the values of inputs or states, so "
         f"that one request could make a call endless, or exhaust the memory; {hint}"
     )
+
+
+def check_imported_graph(data: bytes, network: OnnxNetwork, where: str) -> None:
+    """Reject a graph that refers to other files, or whose work depends on values.
+
+    Raises:
+        ArtifactError: it does, or it is no ONNX file.
+    """
+    try:
+        model = parse_model(data)
+    except DecodingError as error:
+        raise ArtifactError(f"{where}: expected an ONNX file, got other bytes: {error}") from error
+    for tensor in inner_messages(model, TensorProto):
+        if is_external(tensor):
+            file = next((each.value for each in tensor.external_data if each.key == "location"), "")
+            raise ArtifactError(
+                f"{where}: expected a graph that contains its weights, got one that refers to the "
+                f"file {file!r}; `carry import` packages both"
+            )
+    sizes = None if network.steps is None else network.steps.name
+    if reason := find_unbounded_work(model, network.value_inputs, sizes):
+        raise ArtifactError(f"{where}: {reason}")

@@ -20,7 +20,6 @@ from models.events.schema import (
     BooleanField,
     CategoricalField,
     EventField,
-    EventSchema,
     NumericField,
 )
 from models.onnx.cells import activation
@@ -38,7 +37,7 @@ from models.spec.heads import (
     SequenceHead,
 )
 from models.spec.layout import anomaly_width, event_field, gives_parameters
-from models.spec.model import ModelSpec
+from models.spec.model import ModelSpec, schema_of
 
 
 def head_output(
@@ -108,7 +107,7 @@ def _forecast(nodes: Nodes, spec: ModelSpec, head: ForecastHead, raw: Value, row
             value = nodes.add("Mul", value, nodes.number(field.std))
             value = nodes.add("Add", value, nodes.number(field.mean))
         else:
-            columns_of = _schema(spec).column_index
+            columns_of = schema_of(spec).column_index
             at = [columns_of[f"{name}.{each}"] for each in STATISTICS]
             mean, std = (nodes.part(rows, index, index + 1, axis=2) for index in at)
             value = nodes.add("Add", nodes.add("Mul", value, std), mean)
@@ -129,7 +128,7 @@ def _rising(nodes: Nodes, values: Value) -> Value:
 
 def _nats(nodes: Nodes, spec: ModelSpec, head: AnomalyHead, before: Value, rows: Value) -> Value:
     """-log p of each row under the parameters at the same place: [T, B, 1]."""
-    schema = _schema(spec)
+    schema = schema_of(spec)
     fields = [event_field(spec, name) for name in head.targets]
     pieces = nodes.split(before, [anomaly_width(field) for field in fields], axis=2)
     total: Value | None = None
@@ -172,12 +171,6 @@ def _field_nats(nodes: Nodes, field: EventField, parameters: Value, value: Value
 
 def _clip(nodes: Nodes, value: Value, limit: float) -> Value:
     return nodes.add("Clip", value, nodes.number(-limit), nodes.number(limit))
-
-
-def _schema(spec: ModelSpec) -> EventSchema:
-    if spec.events is None:
-        raise SpecError(f"model {spec.name!r}: expected `events`, targets are event fields")
-    return spec.events
 
 
 def last_observed(nodes: Nodes, spec: ModelSpec, rows: Value, lengths: Value, part: Value) -> Value:

@@ -33,7 +33,7 @@ from models.spec.heads import (
 )
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
-from models.training.label_baselines import label_baselines, label_trees
+from models.training.label_baselines import for_all_classes, label_baselines, label_trees
 from models.training.scores import (
     Floats,
     Scored,
@@ -44,7 +44,7 @@ from models.training.scores import (
     truth_of,
 )
 from models.training.table import Baseline, Table, gaussian_nats
-from models.training.trees import OutOfTimeError, TimeBudget, Trees
+from models.training.trees import OutOfTimeError, TimeBudget
 
 HALF_LIVES = (None, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Events after which a running mean has forgotten half; None forgets nothing."""
@@ -91,8 +91,6 @@ def _plain_baselines(table: Table, head: Head) -> list[Baseline]:
 
 def _tree_baselines(table: Table, head: Head, budget: TimeBudget) -> list[Baseline]:
     match head:
-        case ClassificationHead() if is_binary(table.spec, head):
-            return [_binary_trees(table, head, budget)]
         case ClassificationHead():
             return _classes_trees(table, head, budget)
         case ForecastHead() | DenseHead():
@@ -146,15 +144,6 @@ def _binary(table: Table, head: ClassificationHead) -> list[Baseline]:
     )
     running, running_settings = _best(table, candidates, fit, "log_loss")
     return [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
-
-
-def _binary_trees(table: Table, head: ClassificationHead, budget: TimeBudget) -> Baseline:
-    truth = _everywhere(table, head)
-    model = Trees.tune(
-        "log_loss", table.features, truth, table.train, table.validate, budget=budget
-    )
-    probability = model.probabilities(table.test)[:, 1]
-    return Baseline(TREES, score_binary(probability, truth[table.test]), model.settings)
 
 
 def _isotonic(
@@ -216,13 +205,14 @@ def _classes_trees(table: Table, head: ClassificationHead, budget: TimeBudget) -
     if count > MAX_TREE_CLASSES:
         return []
     truth = _everywhere(table, head)
-    model = Trees.tune(
-        "log_loss", table.features, truth, table.train, table.validate, budget=budget
-    )
-    probability = np.full((len(table.test), count), 1e-6)
-    probability[:, model.classes] = model.probabilities(table.test)
-    probability /= probability.sum(axis=1, keepdims=True)
-    return [Baseline(TREES, score_classes(probability, truth[table.test]), model.settings)]
+    model = table.tune_trees("log_loss", truth, budget)
+    probability = model.probabilities(table.test)
+    if is_binary(table.spec, head):
+        scored = score_binary(probability[:, 1], truth[table.test])
+    else:
+        every = for_all_classes(probability, model.classes, count)
+        scored = score_classes(every, truth[table.test])
+    return [Baseline(TREES, scored, model.settings)]
 
 
 def _forecast(table: Table, head: ForecastHead | DenseHead) -> list[Baseline]:
@@ -277,14 +267,7 @@ def _forecast_trees(table: Table, head: ForecastHead | DenseHead, budget: TimeBu
     values = []
     for target, name in enumerate(head.targets):
         own = budget.part(len(head.targets) - target, name)
-        model = Trees.tune(
-            "quantile",
-            table.features,
-            table.encoded(name),
-            table.train,
-            table.validate,
-            budget=own.part(2) if quantiles else own,
-        )
+        model = table.tune_trees("quantile", table.encoded(name), own.part(2) if quantiles else own)
         settings[name] = model.settings
         fitted = [model.refit(level, own) for level in quantiles or (0.5,)]
         predicted = np.stack([each.values(table.test) for each in fitted], axis=1)
@@ -349,20 +332,14 @@ def _anomaly_trees(table: Table, head: AnomalyHead, budget: TimeBudget) -> Basel
     settings: dict[str, Any] = {}
     for at, name in enumerate(numeric):
         own = budget.part(len(numeric) - at, name)
-
-        def tune(series: Floats, budget: TimeBudget) -> Trees:
-            return Trees.tune(
-                "squared_error", table.features, series, table.train, table.validate, budget=budget
-            )
-
         truth = table.encoded(name)
-        mean = tune(truth, own.part(2))
+        mean = table.tune_trees("squared_error", truth, own.part(2))
         every = np.flatnonzero(np.append(False, table.streams.has_next[:-1]))
         predicted = np.full(table.streams.events, np.nan)
         predicted[every] = mean.values(every)
         # A second ensemble says how far off the first one is, as log squared error.
         error = np.log(np.square(truth - predicted) + 1e-4)
-        spread = tune(error, own.part(1, "spread"))
+        spread = table.tune_trees("squared_error", error, own.part(1, "spread"))
         log_deviation = np.full(table.streams.events, np.nan)
         log_deviation[every] = 0.5 * spread.values(every)
         # The training errors that both were fitted on are smaller than those to come.

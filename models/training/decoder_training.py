@@ -38,7 +38,6 @@ from models.networks.heads import Tensor, field_nats, forecast_standardised
 from models.spec.decoder import DISTRIBUTION, LAST, MEDIAN, DecoderTraining, known_columns
 from models.spec.heads import ForecastHead
 from models.spec.layout import state_spec
-from models.spec.model import ModelSpec
 from models.spec.training import ResolvedTraining
 from models.training.plan import Plan, Window
 
@@ -120,7 +119,9 @@ class DecoderTrainer:
         self._known = [index[name] for name in known_columns(spec, decoder)]
         self._starts = start_parts(spec)
         self._last = state_spec(spec).slices[LAST]
-        self._unroller = Unroller(spec, self._step_network, self.horizon)
+        [self._head] = self._step_network.spec.heads
+        self._fields = [events.field(name) for name in decoder.targets]
+        self._median = decoder.head.quantiles.index(MEDIAN)
         self._ahead = {
             trained: steps_ahead(side, plan.moments_ms, decoder.step_ms)
             for trained, side in ((True, plan.trained), (False, plan.validated))
@@ -205,29 +206,10 @@ class DecoderTrainer:
             tf.zeros((tf.shape(states)[0], part)) if isinstance(part, int) else states[:, part]
             for part in self._starts
         ]
-        return self._unroller.losses(
-            tf.concat(pieces, axis=-1), states[:, self._last], anchors, training
-        )
-
-
-class Unroller:
-    """A decoder's steps over a horizon, and their losses."""
-
-    def __init__(self, spec: ModelSpec, network: StepNetwork, horizon: int):
-        """Take over the step network of the model's decoder."""
-        self._decoder, step, events = decoder_of(spec)
-        self._network, self._horizon = network, horizon
-        [self._head] = step.heads
-        self._fields = [events.field(name) for name in self._decoder.targets]
-        self._median = self._decoder.head.quantiles.index(MEDIAN)
-
-    def losses(
-        self, state: Tensor, previous: Tensor, anchors: Anchors, training: bool
-    ) -> tuple[Tensor, Tensor]:
-        """As `DecoderTrainer.losses`, from states [A, M] and previous values [A, D]."""
+        state = tf.concat(pieces, axis=-1)
         ones = tf.ones((tf.shape(state)[0],), tf.int32)
         coins = tf.random.stateless_uniform(
-            tf.stack([tf.shape(state)[0], self._horizon]), anchors.seed
+            tf.stack([tf.shape(state)[0], self.horizon]), anchors.seed
         )
         values = tf.convert_to_tensor(anchors.values)
         present = tf.convert_to_tensor(anchors.there)
@@ -235,7 +217,7 @@ class Unroller:
 
         def one(step: Tensor, state: Tensor, previous: Tensor, sums: Any, counts: Any) -> Any:
             row = tf.concat([previous, covariates[:, step]], axis=-1)
-            result = self._network.forward(row[:, tf.newaxis], ones, state, training)
+            result = self._step_network.forward(row[:, tf.newaxis], ones, state, training)
             truth, there = values[:, step], present[:, step]
             loss, point = self._loss_and_point(result.raw[DISTRIBUTION], truth)
             total = tf.reduce_sum(tf.where(there, loss, 0.0))
@@ -252,23 +234,23 @@ class Unroller:
 
         # A loop in the graph, traced once, since horizons are long.
         *_, sums, counts = tf.while_loop(
-            lambda step, *_: step < self._horizon,
+            lambda step, *_: step < self.horizon,
             one,
             (
                 tf.constant(0),
-                tf.ensure_shape(state, [None, self._network.state_size]),
-                tf.ensure_shape(previous, [None, len(self._fields)]),
-                tf.TensorArray(tf.float32, self._horizon),
-                tf.TensorArray(tf.float32, self._horizon),
+                tf.ensure_shape(state, [None, self._step_network.state_size]),
+                tf.ensure_shape(states[:, self._last], [None, len(self._fields)]),
+                tf.TensorArray(tf.float32, self.horizon),
+                tf.TensorArray(tf.float32, self.horizon),
             ),
             shape_invariants=(
                 tf.TensorShape([]),
-                tf.TensorShape([None, self._network.state_size]),
+                tf.TensorShape([None, self._step_network.state_size]),
                 tf.TensorShape([None, len(self._fields)]),
                 tf.TensorShape(None),
                 tf.TensorShape(None),
             ),
-            maximum_iterations=self._horizon,
+            maximum_iterations=self.horizon,
         )
         return sums.stack(), counts.stack()
 

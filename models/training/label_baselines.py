@@ -81,7 +81,7 @@ def _logistic(table: Table, truth: Floats, count: int, score: Score) -> Baseline
         model.fit(features[table.train], truth[table.train])
         classes = model.classes_.astype(np.int64)
         validated, tested = (
-            _for_all_classes(model.predict_proba(features[at]), classes, count)
+            for_all_classes(model.predict_proba(features[at]), classes, count)
             for at in (table.validate, table.test)
         )
         loss = float(score(validated, table.validate).losses["log_loss"].mean())
@@ -120,11 +120,11 @@ def _trees(
         return np.roll(around, -1, axis=0), [False] * around.shape[1]
 
     model = Trees.tune("log_loss", features, truth, table.train, table.validate, grid, budget)
-    probabilities = _for_all_classes(model.probabilities(table.test), model.classes, count)
+    probabilities = for_all_classes(model.probabilities(table.test), model.classes, count)
     return Baseline(name, score(probabilities, table.test), model.settings)
 
 
-def _for_all_classes(probabilities: Floats, classes: NDArray[np.int64], count: int) -> Floats:
+def for_all_classes(probabilities: Floats, classes: NDArray[np.int64], count: int) -> Floats:
     """Probabilities of all classes, those that training never saw included."""
     all_probabilities = np.full((len(probabilities), count), 1e-6)
     all_probabilities[:, classes] = probabilities

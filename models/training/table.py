@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from models.spec.model import ModelSpec
 from models.training.data import Labels, Streams
 from models.training.scores import Floats, Scored
-from models.training.trees import tree_features
+from models.training.trees import TimeBudget, Trees, tree_features
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Table:
     def features(self, events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
         """The last events at every row, for trees: see `tree_features`."""
         return tree_features(self.spec, self.rows, self.streams.spans, events, categorical)
+
+    def tune_trees(self, kind: str, truth: Floats, budget: TimeBudget) -> Trees:
+        """Trees that predict a target [rows], tuned on the validation events."""
+        return Trees.tune(kind, self.features, truth, self.train, self.validate, budget=budget)
 
     def last_known(self, series: Floats) -> Floats:
         """The latest value of each stream up to each row that is not absent; NaN before any."""

@@ -111,11 +111,18 @@ FIRST_TREES = 60
 class Trees:
     """A fitted ensemble with the settings chosen for it."""
 
-    def __init__(self, kind: str, features: Features, level: float, grid: Grid | None = None):
-        """Use `tune`."""
+    def __init__(
+        self,
+        kind: str,
+        features: Features,
+        truth: NDArray[np.float64],
+        train: NDArray[np.int64],
+        grid: Grid | None = None,
+        level: float = 0.5,
+    ):
+        """Use `tune`, which has the arguments; `level` is that of a quantile."""
         self._kind, self._features, self._level = kind, features, level
-        self._truth: NDArray[np.float64] = np.zeros(0)
-        self._train: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._truth, self._train = truth, train[~np.isnan(truth[train])]
         self._model: Any = None
         self._grid = grid or (FULL if kind == "log_loss" else SHORT)
         self.settings: dict[str, Any] = {}
@@ -144,8 +151,7 @@ class Trees:
                 of the first setting.
         """
         budget = budget or TimeBudget()
-        trees_model = cls(kind, features, 0.5, grid)
-        trees_model._truth, trees_model._train = truth, train[~np.isnan(truth[train])]
+        trees_model = cls(kind, features, truth, train, grid)
         validation_rows = validate[~np.isnan(truth[validate])]
         tried = trees_model._grid.options
         best_settings = {name: options[0] for name, options in tried.items()}
@@ -179,8 +185,9 @@ class Trees:
             budget.note(f"quantile {level:g}")
             if budget.is_expired:
                 raise OutOfTimeError
-        trees = Trees(self._kind, self._features, level, self._grid)
-        trees._truth, trees._train, trees.settings = self._truth, self._train, dict(self.settings)
+        own = self._kind, self._features, self._truth, self._train, self._grid
+        trees = Trees(*own, level)
+        trees.settings = dict(self.settings)
         trees._fit(trees.settings, int(trees.settings["trees"]))
         return trees
 

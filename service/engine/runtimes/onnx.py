@@ -20,7 +20,6 @@ from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
 from models.onnx.library import onnxruntime, open_session
 from models.onnx.messages import LENGTHS, OUTPUTS, ROWS, STATES, STATES_AFTER
-from models.onnx.stateful_graph import StatefulGraph
 from service.core.errors import InferenceTimeout
 from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths
@@ -60,6 +59,8 @@ class OnnxRuntime:
         self._session = open_session(graph, threads, where)
         self._run = self._run_layers
         if spec.onnx is not None:
+            from models.onnx.stateful_graph import StatefulGraph  # for imported graphs alone
+
             self._run = StatefulGraph(spec.onnx, self._state, self._session, self._options).step
 
     def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:

@@ -126,7 +126,7 @@ def test_a_graph_whose_work_depends_on_values_is_rejected_when_it_is_loaded(
             with pytest.raises(ArtifactError, match=message):
                 write_artifact(tmp_path / "bad", spec, {}, network=graph)
             return
-        other_version.setattr("models.artifact.graphs.find_unbounded_work", lambda *_: None)
+        other_version.setattr("models.onnx.bounded_work.find_unbounded_work", lambda *_: None)
         write_artifact(tmp_path / "bad", spec, {}, network=graph)
     with pytest.raises(ArtifactError, match=message):
         load_artifact(tmp_path / "bad")

@@ -125,8 +125,8 @@ def test_an_ensemble_grows_to_its_best_size(monkeypatch):
         grid,
         TimeBudget(note=notes.append),
     )
-    whole = Trees("squared_error", lambda k, categorical: (x, [False, False]), 0.5, grid)
-    whole._truth, whole._train = truth, rows[:400]
+    features = lambda k, categorical: (x, [False, False])  # noqa: E731
+    whole = Trees("squared_error", features, truth, rows[:400], grid)
     losses = whole._stage_losses(whole._fit({**model.settings}, 320), rows[400:])
     assert model.settings["trees"] == min(losses, key=losses.__getitem__)
     assert model.settings["validation"] == pytest.approx(min(losses.values()))
