@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.manifest import MANIFEST_NAME
@@ -31,7 +31,9 @@ from service.store.redis.redis_store import RedisStore
 from service.telemetry.access_log import access_log, audit
 from service.telemetry.metrics import PrometheusRecorder
 from service.telemetry.sampler import Sampler, TransportLoad
-from service.telemetry.tracing import OtelTracer, open_tracer
+
+if TYPE_CHECKING:
+    from service.telemetry.tracing import OtelTracer
 
 
 @dataclass
@@ -114,7 +116,12 @@ def build_pipeline(settings: Settings, drain_s: float | None = None) -> Pipeline
     recorder = PrometheusRecorder()
     access_log.observe = recorder.record_request
     access_log.success_ratio = settings.telemetry.log_success_ratio
-    tracer = open_tracer() if settings.telemetry.tracing else None
+    tracer = None
+    if settings.telemetry.tracing:
+        # needs packages that are not installed without the extra
+        from service.telemetry.tracing import open_tracer
+
+        tracer = open_tracer()
     served = open_models(settings.models)
     store = RedisStore(settings.store)
     pipeline = Pipeline(

@@ -16,7 +16,7 @@ import threading
 from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,26 +70,19 @@ _STATISTICS = (
 """The samples that `statistics` adds up."""
 
 
-class Metrics(CollectorRegistry):
-    """The metrics of one process."""
+MODEL = ("model",)
 
-    def counter(self, name: str, text: str, *labels: str) -> Counter:
-        """A new counter."""
-        return Counter(name, text, labels, registry=self)
+Makers = tuple[Callable[..., Counter], Callable[..., Gauge], Callable[..., Histogram]]
 
-    def gauge(self, name: str, text: str, *labels: str, of_workers: Any = "livesum") -> Gauge:
-        """A new gauge.
 
-        Args:
-            of_workers: how those of several workers become one.
-        """
-        return Gauge(name, text, labels, registry=self, multiprocess_mode=of_workers)
-
-    def histogram(
-        self, name: str, text: str, *labels: str, buckets: Sequence[float] = SECONDS
-    ) -> Histogram:
-        """A new histogram."""
-        return Histogram(name, text, labels, registry=self, buckets=buckets)
+def makers_of(registry: CollectorRegistry) -> Makers:
+    """Functions that make counters, gauges and histograms of times in a registry. The gauges of
+    several workers are summed, unless their `multiprocess_mode` is another one."""
+    return (
+        partial(Counter, registry=registry),
+        partial(Gauge, registry=registry, multiprocess_mode="livesum"),
+        partial(Histogram, registry=registry, buckets=SECONDS),
+    )
 
 
 class PrometheusRecorder:
@@ -108,68 +101,57 @@ class PrometheusRecorder:
 
     def __init__(self) -> None:
         disable_created_metrics()
-        self.registry = registry = Metrics()
-        counter, gauge, histogram = registry.counter, registry.gauge, registry.histogram
+        self.registry = registry = CollectorRegistry()
+        counter, gauge, histogram = makers_of(registry)
         self._served: set[str] = set()
-        self._chunks = counter("carry_chunks", "Chunks processed and committed.", "model")
-        self._events = counter("carry_events", "Events of the chunks committed.", "model")
-        self._replays = counter("carry_replays", "Retries answered from the stored reply.", "model")
-        self._conflicts = counter("carry_conflicts", "Version conflicts of commits.", "model")
+        self._chunks = counter("carry_chunks", "Chunks processed and committed.", MODEL)
+        self._events = counter("carry_events", "Events of the chunks committed.", MODEL)
+        self._replays = counter("carry_replays", "Retries answered from the stored reply.", MODEL)
+        self._conflicts = counter("carry_conflicts", "Version conflicts of commits.", MODEL)
         self._problems = counter(
             "carry_refusals",
             "Requests, or items of a request, answered with a problem.",
-            "model",
-            "code",
+            ("model", "code"),
         )
         self.rejections = KeyRejections(registry)
-        self._cache_hits = counter(
-            "carry_cache_hits", "States found in a worker's memory.", "model"
-        )
-        self._cache_misses = counter("carry_cache_misses", "States loaded from the store.", "model")
-        self._websockets = gauge("carry_websocket_connections", "Open WebSockets.", "model")
+        self._cache_hits = counter("carry_cache_hits", "States found in a worker's memory.", MODEL)
+        self._cache_misses = counter("carry_cache_misses", "States loaded from the store.", MODEL)
+        self._websockets = gauge("carry_websocket_connections", "Open WebSockets.", MODEL)
         self._watchers = gauge(
-            "carry_watchers", "Clients that watch the outputs of a stream.", "model"
+            "carry_watchers", "Clients that watch the outputs of a stream.", MODEL
         )
-        self._batch_rows = histogram(
-            "carry_batch_rows", "Streams in a batch.", "model", buckets=ROWS
-        )
+        self._batch_rows = histogram("carry_batch_rows", "Streams in a batch.", MODEL, buckets=ROWS)
         self._batch_seconds = histogram(
-            "carry_batch_seconds", "Duration of one inference call.", "model"
+            "carry_batch_seconds", "Duration of one inference call.", MODEL
         )
-        self._batch_steps = counter("carry_batch_steps", "Steps of the chunks in a batch.", "model")
+        self._batch_steps = counter("carry_batch_steps", "Steps of the chunks in a batch.", MODEL)
         self._padded_steps = counter(
-            "carry_batch_padded_steps",
-            "Steps computed by the network, including padding.",
-            "model",
+            "carry_batch_padded_steps", "Steps computed by the network, including padding.", MODEL
         )
         self._stages = histogram(
             "carry_chunk_stage_seconds",
             "Time of a committed chunk in each stage.",
-            "model",
-            "stage",
+            ("model", "stage"),
         )
         self._request_seconds = histogram(
-            "carry_request_seconds", "Duration of requests.", "method", "route", "status"
+            "carry_request_seconds", "Duration of requests.", ("method", "route", "status")
         )
         self._models = gauge(
             "carry_model_info",
             "The models served; always 1.",
-            "model",
-            "version",
-            "runtime",
-            of_workers="livemax",
+            ("model", "version", "runtime"),
+            multiprocess_mode="livemax",
         )
         self._max_rows = gauge(
-            "carry_batch_max_rows", "Most streams in a batch.", "model", of_workers="livemax"
+            "carry_batch_max_rows", "Most streams in a batch.", MODEL, multiprocess_mode="livemax"
         )
         # the parent process counts them
         counter(RESTARTS, RESTARTS_HELP)
         build = gauge(
             "carry_build_info",
             "The service's build; always 1.",
-            "version",
-            "python",
-            of_workers="livemax",
+            ("version", "python"),
+            multiprocess_mode="livemax",
         )
         build.labels(version("carry"), platform.python_version()).set(1)
         if not os.environ.get(MULTIPROCESS_DIR):

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Final, NamedTuple
 
 import structlog
+from prometheus_client import CollectorRegistry
 
 from service.core.errors import CarryError, StoreRefused
 from service.pipeline.state_cache import StateCache
 from service.store.capabilities import StoreMonitor, StreamCount
-from service.telemetry.metrics import UNKNOWN, Metrics, observe_all
+from service.telemetry.metrics import MODEL, UNKNOWN, makers_of, observe_all
 
 SAMPLE_INTERVAL_S: Final = 1.0
 COUNT_INTERVAL_S: Final = 30.0
@@ -44,7 +45,7 @@ class Sampler:
 
     def __init__(
         self,
-        metrics: Metrics,
+        registry: CollectorRegistry,
         models: Collection[str],
         store: StoreMonitor,
         cache: StateCache,
@@ -61,26 +62,28 @@ class Sampler:
         self._may_count = True
         self._evictions: Tally[str] = Tally()
         self._reconnects = 0
-        gauge, counter = metrics.gauge, metrics.counter
-        self._connections = gauge("carry_connections", "Open connections of clients.", "transport")
-        self._requests = gauge(
-            "carry_requests_in_flight", "Requests that are being answered.", "transport"
+        counter, gauge, histogram = makers_of(registry)
+        self._connections = gauge(
+            "carry_connections", "Open connections of clients.", ("transport",)
         )
-        self._queue = gauge("carry_queue_depth", "Chunks waiting for a batch.", "model")
+        self._requests = gauge(
+            "carry_requests_in_flight", "Requests that are being answered.", ("transport",)
+        )
+        self._queue = gauge("carry_queue_depth", "Chunks waiting for a batch.", MODEL)
         self._cache_bytes = gauge(
             "carry_cache_bytes", "Memory of the states in the workers' caches."
         )
         self._cache_evictions = counter(
-            "carry_cache_evictions", "States evicted from a worker's cache.", "model"
+            "carry_cache_evictions", "States evicted from a worker's cache.", MODEL
         )
         self._store_up = gauge(
-            "carry_store_up", "Whether the store accepts commits.", of_workers="livemin"
+            "carry_store_up", "Whether the store accepts commits.", multiprocess_mode="livemin"
         )
-        latest = partial(gauge, of_workers="livemostrecent")
+        latest = partial(gauge, multiprocess_mode="livemostrecent")
         self._store_servers = latest(
             "carry_store_servers",
             "Primaries of the store, by whether they accept commits.",
-            "state",
+            ("state",),
         )
         self._store_memory = latest(
             "carry_store_memory_ratio",
@@ -89,13 +92,13 @@ class Sampler:
         self._store_reconnects = counter(
             "carry_store_reconnects", "Connections to the store opened again."
         )
-        self._round_trips = metrics.histogram(
+        self._round_trips = histogram(
             "carry_store_round_trip_seconds", "Time between a command to the store and its reply."
         )
         self._counts = (
-            latest("carry_streams", "Streams in the store.", "model"),
-            latest("carry_live_streams", "Streams with a chunk in the last five minutes.", "model"),
-            latest("carry_state_bytes", "Bytes of the states in the store.", "model"),
+            latest("carry_streams", "Streams in the store.", MODEL),
+            latest("carry_live_streams", "Streams with a chunk in the last five minutes.", MODEL),
+            latest("carry_state_bytes", "Bytes of the states in the store.", MODEL),
         )
         for model in models:
             self._cache_evictions.labels(model)

@@ -8,7 +8,8 @@ A batch serves many requests, so its span cannot be a child of each: it has link
 the trace of one of them, so that with little sampling every traced request shows its batch. Its
 spans are made when it has ended, from times that it takes anyway: an untraced batch costs nothing.
 
-Sampling, exporter and resource are those of the standard variables `OTEL_...`.
+Sampling, exporter and resource are those of the standard variables `OTEL_...`. The packages are of
+the extra `otel`: only a service that traces imports this module.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from service.core.tracing import Period, RequestSpan
 from service.telemetry.access_log import GRPC, GRPC_ERRORS, request_facts
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
 
 SCOPE: Final = "carry"
 ERROR_STATUS: Final = 500
@@ -41,12 +47,6 @@ _ATTRIBUTES: Final = {
 
 def open_tracer() -> OtelTracer:
     """The tracer that exports by OTLP over HTTP, in a thread of its own."""
-    # of an extra: not installed with the service
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
     attributes = {"service.name": SCOPE, "service.version": version("carry")}
     provider = TracerProvider(resource=Resource(attributes).merge(OTELResourceDetector().detect()))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -56,7 +56,6 @@ def open_tracer() -> OtelTracer:
 class _Request(NamedTuple):
     """The span of a request (`RequestSpan`)."""
 
-    tracer: OtelTracer
     span: Any
     trace_id: str
 
@@ -84,26 +83,17 @@ class _Request(NamedTuple):
         attributes |= {_ATTRIBUTES[name]: value for name, value in facts.items() if value}
         span.set_attributes(attributes)
         if is_error:
-            span.set_status(self.tracer.error_status)
+            span.set_status(trace.StatusCode.ERROR)
         span.end()
 
 
 class OtelTracer:
-    """A `Tracer` over a provider of spans.
-
-    Attributes:
-        error_status: of a span whose request failed by the service's fault.
-    """
+    """A `Tracer` over a provider of spans."""
 
     def __init__(self, provider: TracerProvider):
-        from opentelemetry import trace
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        self._trace = trace
         self._provider = provider
         self._tracer = provider.get_tracer(SCOPE, version("carry"))
         self._extract = TraceContextTextMapPropagator().extract
-        self.error_status = trace.StatusCode.ERROR
 
     def close(self) -> None:
         """Export what is left; once, and waits for it."""
@@ -111,16 +101,14 @@ class OtelTracer:
 
     def start_request(self, headers: Mapping[str, str], began_s: float) -> RequestSpan | None:
         """Start the span of a request; None if it is not sampled."""
-        from opentelemetry.context import Context
-
         parent = self._extract(headers, Context()) if headers else Context()
         span = self._tracer.start_span(
-            "request", parent, kind=self._trace.SpanKind.SERVER, start_time=_epoch_ns(began_s)
+            "request", parent, kind=trace.SpanKind.SERVER, start_time=_epoch_ns(began_s)
         )
         context = span.get_span_context()
         if not span.is_recording():
             return None
-        return _Request(self, span, f"{context.trace_id:032x}")
+        return _Request(span, f"{context.trace_id:032x}")
 
     def current_span(self) -> RequestSpan | None:
         """The span of the request that is being served in this context."""
@@ -139,12 +127,12 @@ class OtelTracer:
         spans: list[Any] = [each.span for each in requests if isinstance(each, _Request)]
         whole = self._tracer.start_span(
             "batch",
-            self._trace.set_span_in_context(spans[0]),
+            trace.set_span_in_context(spans[0]),
             attributes={"carry.model": model, "carry.batch.chunks": chunks},
-            links=[self._trace.Link(span.get_span_context()) for span in spans],
+            links=[trace.Link(span.get_span_context()) for span in spans],
             start_time=_epoch_ns(batch[0]),
         )
-        inside = self._trace.set_span_in_context(whole)
+        inside = trace.set_span_in_context(whole)
         for name, (began_s, ended_s) in stages.items():
             span = self._tracer.start_span(name, inside, start_time=_epoch_ns(began_s))
             span.end(_epoch_ns(ended_s))
