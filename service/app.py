@@ -129,16 +129,7 @@ def _grpc_server(service: PipelineService, inference: Inference) -> GrpcServer:
     # needs packages that are not installed without the extra
     from service.transports.v2.grpc.server import GrpcServer
 
-    settings = service.settings
-    server = GrpcServer(
-        inference,
-        service.recorder.statistics,
-        settings.v2,
-        settings.connections,
-        stream_window=settings.websocket.pipelining_window,
-        drain_s=settings.processes.drain_s,
-        host=settings.http.host,
-    )
+    server = GrpcServer(inference, service.recorder.statistics, service.settings)
     service.loads.append(lambda: {"grpc": server.load()})
     return server
 

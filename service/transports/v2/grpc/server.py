@@ -14,14 +14,13 @@ import grpc
 import msgspec
 import structlog
 
-from service.server.settings import ConnectionSettings
+from service.settings import Settings
 from service.telemetry.sampler import TransportLoad
 from service.transports.common.failure_log import log_client_disconnect
 from service.transports.v2.grpc.admission import Admission
 from service.transports.v2.grpc.servicer import InferenceServicer
 from service.transports.v2.inference import Inference
 from service.transports.v2.metadata import Statistics
-from service.transports.v2.settings import V2Settings
 
 MAX_METADATA_BYTES: Final = 16 * 1024
 MAX_STREAMS_PER_CONNECTION: Final = 1024
@@ -42,33 +41,18 @@ _library_log: Final = logging.getLogger("grpc._cython.cygrpc")
 class GrpcServer:
     """One worker's server.
 
-    Args:
-        connections: bound the bytes and the time of arriving messages.
-        stream_window: most unanswered requests of a stream.
-        drain_s: how long calls may take to finish when the server stops.
-        host: address to listen on.
-
     Attributes:
         port: after `start`, the one that it listens on.
     """
 
-    def __init__(
-        self,
-        inference: Inference,
-        statistics: Statistics,
-        settings: V2Settings,
-        connections: ConnectionSettings,
-        *,
-        stream_window: int,
-        drain_s: float,
-        host: str,
-    ):
-        admission = Admission(settings, connections)
-        self._servicer = InferenceServicer(inference, statistics, admission, stream_window)
-        self._max_message_bytes = settings.grpc_max_message_bytes
-        self._drain_s = drain_s
+    def __init__(self, inference: Inference, statistics: Statistics, settings: Settings):
+        admission = Admission(settings.v2, settings.connections)
+        window, host = settings.websocket.pipelining_window, settings.http.host
+        self._servicer = InferenceServicer(inference, statistics, admission, window)
+        self._max_message_bytes = settings.v2.grpc_max_message_bytes
+        self._drain_s = settings.processes.drain_s
         self._host = f"[{host}]" if ":" in host else host
-        self.port = settings.grpc_port or 0
+        self.port = settings.v2.grpc_port or 0
         self._server: grpc.aio.Server | None = None
         self._stopped: asyncio.Task[None] | None = None
 

@@ -22,7 +22,8 @@ from structlog.testing import capture_logs
 
 from service.access.caller import ANYONE, Caller
 from service.core.errors import Conflict, Unauthenticated
-from service.server.settings import ConnectionSettings
+from service.server.settings import ConnectionSettings, WorkerSettings
+from service.settings import Settings
 from service.transports.v2.grpc import admission
 from service.transports.v2.grpc.admission import MAX_RECEIVING, MAX_STREAMS
 from service.transports.v2.grpc.server import GrpcServer
@@ -35,8 +36,11 @@ from tests.service.transports.v2.grpc.call_checks import request_of
 from tests.support.servers import until_async
 
 MAX_CALLS, MANY = 20, 200
-SETTINGS = V2Settings(grpc_port=0, grpc_max_calls=MAX_CALLS, grpc_max_message_bytes=2**20)
-CONNECTIONS = ConnectionSettings(max_pending_body_bytes=2**24)
+SETTINGS = Settings(
+    v2=V2Settings(grpc_port=0, grpc_max_calls=MAX_CALLS, grpc_max_message_bytes=2**20),
+    connections=ConnectionSettings(max_pending_body_bytes=2**24),
+    processes=WorkerSettings(drain_s=0.0),
+)
 KEY = (("authorization", "Bearer good"),)
 WAIT_S = 20.0
 
@@ -106,15 +110,7 @@ class Inference:
 @asynccontextmanager
 async def serving(inference: Any = None) -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
     """A client of a server whose calls need a key, and the server's port."""
-    server = GrpcServer(
-        inference or Inference(),
-        dict,
-        SETTINGS,
-        CONNECTIONS,
-        stream_window=1,
-        drain_s=0.0,
-        host="127.0.0.1",
-    )
+    server = GrpcServer(inference or Inference(), dict, SETTINGS)
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
