@@ -143,6 +143,7 @@ async def post_forecast(call: Call) -> Response:
     the same state. With a `position` the stream has to be at that position, with
     `If-Match` in the state that it names.
     """
+    call.served.require_decoder()
     parameters = await call.read(call.codec.reader.forecast_request, call.key.stream)
     parameters = parameters._replace(precondition=call.precondition)
     forecasting = call.api.pipeline.forecast(call.caller, call.key, parameters, call.deadline_s)

@@ -17,7 +17,7 @@ from tests.support.models import random_weights, small_spec
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer
 
-BOTH_PATHS = (".test_chunks", ".test_streams", ".test_problems", ".test_media", ".test_resets")
+BOTH_PATHS = (".test_chunks", ".test_problems", ".test_resets")
 """Modules whose tests run with and without the fast path; the others as `FAST_PATH` says."""
 
 
