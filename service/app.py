@@ -19,10 +19,9 @@ from service.build import PipelineService, build_pipeline
 from service.console.page import add_console
 from service.pipeline.watching import Watches
 from service.server.connection_balance import FULL
-from service.server.connections import Connections
-from service.server.graceful_server import LATE_S
+from service.server.connections import Connections, limit_connections_to_open_files
 from service.server.interface import HTTP_STATE, LIFECYCLE, Lifecycle
-from service.server.open_files import limit_connections_to_open_files
+from service.server.worker import LATE_S
 from service.settings import Settings
 from service.telemetry.logs import configure_logs
 from service.telemetry.sampler import TransportLoad

@@ -29,9 +29,8 @@ from service.access.key_cache import requires_keys
 from service.core.errors import CarryError, OperatorError
 from service.core.settings import PREFIX
 from service.engine.runtimes.loading import AUTO, import_runtime
-from service.server.graceful_server import SIGHUP
-from service.server.open_files import raise_open_files_limit
-from service.server.worker_process import CAN_FORK, WithoutThreads, WorkerConfig
+from service.server.connections import raise_open_files_limit
+from service.server.worker import CAN_FORK, SIGHUP, WithoutThreads, WorkerConfig
 from service.server.workers import SingleWorker, WorkerPool, WorkersFailedError
 from service.settings import Settings, service_links
 from service.start_checks import (

@@ -23,7 +23,7 @@ from service.access.key_cache import requires_keys
 from service.build import open_models
 from service.core.errors import CarryError, OperatorError, StoreRefused, StoreUnavailable
 from service.server.connections import CHECK_INTERVAL_S
-from service.server.graceful_server import LATE_S, Periods
+from service.server.worker import LATE_S, Periods
 from service.server.workers import KILL_MARGIN_S
 from service.settings import Settings
 from service.store.embedded import find_running, server_binary

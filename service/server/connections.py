@@ -8,6 +8,7 @@ as the time between the checks. So every timeout may be exceeded by up to a seco
 from __future__ import annotations
 
 import asyncio
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,9 @@ BODY_BYTES_PER_S: Final = 16 * 1024
 
 MAX_REJECTED: Final = 64
 """Connections over a limit that get an error; further ones are closed at once."""
+
+RESERVED_FILES: Final = 256
+"""Descriptors reserved for models, logs and store connections; at most a quarter of the limit."""
 
 LINGER_S: Final = 2.0
 """How long a closing connection is still read (lingering close), so that the last reply is not lost
@@ -355,3 +359,34 @@ class Connections:
                 return LINGER_S
             case Phase.SERVICE:
                 return float("inf")
+
+
+def raise_open_files_limit() -> None:
+    """Raise the soft limit of this process, and of those that it starts, to the hard limit."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError) as error:
+        # Some systems allow less than the hard limit.
+        log.warning("open_files_limit_not_raised", limit=soft, hard_limit=hard, reason=str(error))
+
+
+def limit_connections_to_open_files(wanted: int) -> int:
+    """Reduce a number of connections to what the limit on open files allows, with a warning."""
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    allowed = limit - min(RESERVED_FILES, limit // 4)
+    if allowed < wanted:
+        log.warning("connections_limited_by_open_files", limit=limit, max_connections=allowed)
+    return min(wanted, allowed)

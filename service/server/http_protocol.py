@@ -27,7 +27,7 @@ from service.core.errors import CarryError, Overloaded
 from service.core.values import Reply
 from service.server.connections import Connection, Phase
 from service.server.errors import HeadTooLarge, MalformedRequest, RequestTimeout
-from service.server.framing import (
+from service.server.heads import (
     BODY_HEADERS,
     MAX_DRAIN_BYTES,
     MAX_HEAD_BYTES,

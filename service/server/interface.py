@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from service.core.errors import CarryError
 from service.core.values import Reply
 from service.server.connections import Connections
-from service.server.origins import AcceptsHost, accept_any_host
+from service.server.heads import AcceptsHost, accept_any_host
 
 if TYPE_CHECKING:
     from service.server.websocket_protocol import WebSocketProtocol

@@ -1,7 +1,7 @@
 """The workers of a service: started, monitored, restarted and drained.
 
 With several workers, a `WorkerPool` keeps that many processes on one listening socket. The parent
-reads the heartbeats of every worker (`worker_process`), and also waits on the process itself, so
+reads the heartbeats of every worker (`worker`), and also waits on the process itself, so
 that an exit is noticed at once, even during start-up. A worker that exits is restarted, with
 exponential backoff while it keeps failing. The pool ends on a signal, or when no worker was ever
 ready: then every start would fail in the same way, and the operator should know.
@@ -36,10 +36,12 @@ from typing import Any, Final, NoReturn
 import structlog
 
 from service.server.connection_balance import NOT_ACCEPTING, WorkerLoad
-from service.server.graceful_server import SIGHUP, SIGRETIRE, GracefulServer
-from service.server.worker_process import (
+from service.server.worker import (
     HEARTBEAT_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
+    SIGHUP,
+    SIGRETIRE,
+    GracefulServer,
     Worker,
     WorkerConfig,
     start_worker,

@@ -83,8 +83,8 @@ embedded.BACKOFF_BASE_S = 3.0
 
 BACKOFF_S = 0.2
 IMPATIENT = f"""
-from service.server import worker_process, workers
-workers.HEARTBEAT_TIMEOUT_S = worker_process.HEARTBEAT_TIMEOUT_S = 8
+from service.server import worker, workers
+workers.HEARTBEAT_TIMEOUT_S = worker.HEARTBEAT_TIMEOUT_S = 8
 workers.BACKOFF_BASE_S = {BACKOFF_S}
 """
 """A `sitecustomize` that shortens the parent's heartbeat timeout, and the pause before restarts."""

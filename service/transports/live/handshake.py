@@ -33,8 +33,8 @@ from service.codec.media import Media, dumps
 from service.core.errors import CarryError, StreamNotFound
 from service.core.values import StreamKey
 from service.server.errors import DuplicateField, UpgradeRequired
+from service.server.heads import check_origin
 from service.server.interface import HttpState, WebSockets
-from service.server.origins import check_origin
 from service.server.settings import WebSocketSettings
 from service.server.websocket_protocol import WebSocketProtocol
 from service.telemetry.access_log import RequestFacts, log_request

@@ -15,9 +15,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.server.connections import Connections
+from service.server.heads import host_rule
 from service.server.http_protocol import HttpProtocol
 from service.server.interface import HTTP_STATE, HttpState
-from service.server.origins import host_rule
 from service.settings import Settings
 from service.telemetry.logs import RequestIds
 from service.transports.v1.application import RenderMetrics, add_documentation, create_application

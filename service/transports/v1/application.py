@@ -29,8 +29,8 @@ from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.server.connections import Connections
 from service.server.errors import MethodNotAllowed, RouteNotFound
+from service.server.heads import host_rule, parse_origins
 from service.server.interface import HttpState
-from service.server.origins import host_rule, parse_origins
 from service.settings import Settings
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_failure, log_unexpected_failure

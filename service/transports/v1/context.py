@@ -18,7 +18,7 @@ from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.server.errors import DuplicateField
-from service.server.origins import AcceptsHost, accept_any_host, check_origin
+from service.server.heads import AcceptsHost, accept_any_host, check_origin
 from service.telemetry.access_log import note_key
 from service.transports.common.long_bodies import LongBodies
 

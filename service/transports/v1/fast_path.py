@@ -33,7 +33,7 @@ from service.core.memo import Memo
 from service.core.tracing import PROPAGATED, RequestSpan
 from service.core.values import STREAM_NAME, Chunk, Precondition, Reply, StreamKey
 from service.pipeline.pipeline import EnqueuedChunk, OnReply
-from service.server.framing import MAX_HEADERS, is_host
+from service.server.heads import MAX_HEADERS, is_host
 from service.server.interface import MAX_FAST_REQUEST_BYTES, FastRoute, IncompleteRequest
 from service.telemetry.access_log import CLIENT_DISCONNECTED, RequestFacts, log_request
 from service.telemetry.logs import RequestIds

@@ -29,11 +29,11 @@ from service.server.connections import (
     Connections,
     Phase,
     client_network,
+    limit_connections_to_open_files,
 )
-from service.server.framing import MAX_DRAIN_BYTES
+from service.server.heads import MAX_DRAIN_BYTES
 from service.server.http_protocol import HttpProtocol
 from service.server.interface import MAX_FAST_REQUEST_BYTES
-from service.server.open_files import limit_connections_to_open_files
 from service.server.settings import ConnectionSettings
 from tests.service.transports.v1.harness import Harness
 from tests.service.transports.v1.raw_http import (
@@ -477,7 +477,7 @@ def test_connections_are_limited_by_open_files(monkeypatch: pytest.MonkeyPatch) 
 def test_the_limit_on_open_files_is_raised() -> None:
     code = (
         "import resource\n"
-        "from service.server.open_files import raise_open_files_limit\n"
+        "from service.server.connections import raise_open_files_limit\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))\n"
         "raise_open_files_limit()\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"

@@ -17,7 +17,7 @@ from service.core.values import StreamKey
 from service.engine.policy import Admission
 from service.server import connections
 from service.server.connections import Connections
-from service.server.framing import MAX_HEAD_BYTES, PIECE_BYTES
+from service.server.heads import MAX_HEAD_BYTES, PIECE_BYTES
 from service.server.http_protocol import HttpProtocol
 from service.server.interface import MAX_FAST_REQUEST_BYTES
 from service.server.settings import ConnectionSettings

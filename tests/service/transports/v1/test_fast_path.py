@@ -26,7 +26,7 @@ from models.artifact.artifact import Artifact
 from service import app
 from service.access.caller import ANYONE
 from service.core.errors import Overloaded
-from service.server.framing import MAX_HEADERS, check_head
+from service.server.heads import MAX_HEADERS, check_head
 from service.server.http_protocol import HttpProtocol
 from service.server.interface import HttpState
 from service.transports.v1.fast_path import FastPath, FastRequest

@@ -8,7 +8,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from service.server.origins import host_rule
+from service.server.heads import host_rule
 from tests.service.transports.v1.harness import Harness, problem, rows
 from tests.support.service import Service
 
