@@ -2,12 +2,6 @@
 
 Whoever needs one takes its protocol as an argument.
 
-    StoredKeys      the access keys' records, and the secret that signs state tokens
-    StreamUsage     the streams that access keys with quotas have created
-    RateLeases      token buckets that limit access keys
-    OutputChannel   the outputs of watched streams
-    StoreMonitor    readiness, telemetry and the number of streams
-
 Every call may raise StoreUnavailable and StoreRefused, unless it says otherwise. A `deadline_s` is
 one of `service.store.base`.
 """

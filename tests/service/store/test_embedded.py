@@ -21,10 +21,8 @@ import redis
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store import embedded
-from service.store.base import Committed
 from service.store.embedded import MAX_SOCKET_PATH_BYTES, EmbeddedValkey, find_running
-from tests.support.servers import opened, until, written
-from tests.support.streams import Streams, assert_stored, columns, key
+from tests.support.servers import until, written
 
 OWNER = """
 import signal, sys
@@ -136,16 +134,6 @@ def kill_server(data_dir: Path, url: str) -> None:
 
 
 # Start and stop
-
-
-async def test_streams_survive_a_restart_of_the_service(data_dir: Path) -> None:
-    commit = Streams().creation(key("a"))
-    with running(data_dir) as valkey:
-        async with opened(valkey.url) as store:
-            assert await store.commit(columns(commit)) == [Committed()]
-    with running(data_dir) as valkey:
-        async with opened(valkey.url) as store:
-            await assert_stored(store, commit)
 
 
 def test_a_stopped_server_leaves_no_process_and_no_socket(data_dir: Path) -> None:
@@ -313,21 +301,6 @@ def test_a_server_that_exits_is_restarted_on_the_same_socket(data_dir: Path) -> 
             kill_server(data_dir, valkey.url)
             assert has(valkey.url, "kept")
         assert [process.pid for process in servers(data_dir)] == [pid_of(data_dir)]
-
-
-async def test_commits_wait_for_a_restart(data_dir: Path) -> None:
-    streams = Streams()
-    commit = streams.creation(key("a"))
-    with running(data_dir) as valkey:
-        async with opened(valkey.url, store_wait_s=30) as store:
-            assert await store.commit(columns(commit)) == [Committed()]
-            for _ in range(3):
-                with redis.Redis.from_url(valkey.url) as client:
-                    written(client)
-                os.kill(until(lambda: pid_of(data_dir)), signal.SIGKILL)
-                commit = streams.next(commit)
-                assert await store.commit(columns(commit)) == [Committed()]
-                await assert_stored(store, commit)
 
 
 def test_a_failed_restart_is_retried(data_dir: Path) -> None:
