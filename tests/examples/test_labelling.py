@@ -25,8 +25,6 @@ def test_labels_are_not_fields_of_their_events(events):
     fields = {field.name for field in read_spec(SPEC).events.fields}
     assert not fields & {"rain", "gusts", "precipitation"}
     assert fields < set(events.columns)
-    assert events["rain"].mean() == pytest.approx(0.067, abs=0.002)
-    assert events["gusts"].mean() == pytest.approx(0.204, abs=0.002)
 
 
 @pytest.mark.parametrize("spec", [SPEC, ONE_WAY], ids=["both ways", "one way"])

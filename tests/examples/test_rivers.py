@@ -8,10 +8,9 @@ import pytest
 
 from examples.rivers import data
 from examples.rivers.data import K2, Catchments, discharge, rivers
-from examples.rivers.networks import LSTM, SPEC, WINDOWS, spec_of
+from examples.rivers.networks import WINDOWS, spec_of
 from examples.rivers.windows import AGGREGATED_DAYS, tree_features
-from models.spec.layers import Conv1dLayer, LstmLayer
-from models.spec.spec_file import read_spec
+from models.spec.layers import Conv1dLayer
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +76,3 @@ def test_trees_see_no_later_event_and_no_other_stream(frame) -> None:
 def test_convolutions_see_their_window(method) -> None:
     layers = [one for one in spec_of(method).layers if isinstance(one, Conv1dLayer)]
     assert 1 + sum(layer.past_steps for layer in layers) == WINDOWS[method]
-
-
-def test_the_network_is_stacked() -> None:
-    spec = read_spec(SPEC)
-    assert spec == spec_of(LSTM)
-    lower, upper = spec.layers
-    assert isinstance(lower, LstmLayer)
-    assert isinstance(upper, LstmLayer)
-    assert upper.inputs in ((), (lower.name,))

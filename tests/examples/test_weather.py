@@ -29,23 +29,10 @@ def table(events) -> Table:
 
 def test_streams_are_airports_in_the_order_of_their_hours(events):
     assert events.columns == ["airport", *WEATHER_COLUMNS]
-    assert events.height == 26_115
-    assert events["airport"].unique().sort().to_list() == ["EWR", "JFK", "LGA"]
-    step = events.select(pl.col("observed").diff().over("airport").dt.total_hours().alias("step"))[
-        "step"
-    ]
-    assert step.min() == 1
-    assert (step - 1).sum() == 75
-
-
-def test_values_are_plausible_and_only_pressure_may_be_absent(events):
+    assert set(events["airport"]) == {"EWR", "JFK", "LGA"}
+    for part in events.partition_by("airport"):
+        assert part["observed"].diff().dt.total_hours().min() == 1
     assert events.drop("pressure").null_count().sum_horizontal()[0] == 0
-    assert events["pressure"].null_count() == 2729
-    assert events["temperature"].is_between(-15, 40).all()
-    # At saturation both are the same, to the tenth of a degree that the source rounds to.
-    assert (events["dew_point"] <= events["temperature"] + 0.2).mean() > 0.999
-    speed = (events["wind_east"].pow(2) + events["wind_north"].pow(2)).sqrt()
-    assert speed.max() < 25
 
 
 def test_wind_components_point_downwind(events):
