@@ -16,6 +16,7 @@ import threading
 from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +38,10 @@ from prometheus_client import values as prometheus_values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.values import MultiProcessValue, MutexValue
 
-from service.core.errors import CarryError, ServiceFailure
+from service.core.errors import CarryError, ServiceFailure, Unauthenticated
 from service.core.values import Timing
 from service.pipeline.recorder import ModelStatistics
-from service.telemetry.access_log import GRPC, WEBSOCKET
-from service.telemetry.rejections import KeyRejections
+from service.telemetry.access_log import GRPC, WEBSOCKET, audit
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 UNKNOWN = "-"
@@ -57,6 +57,14 @@ SECONDS = (
 )  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STAGES = ("queue", "load", "infer", "commit")
+
+REJECTIONS_INTERVAL_S = 60.0
+MAX_KEYS = 100
+MAX_ENTRIES = 50
+UNPROVEN = "unknown"
+"""For requests that have not proved to hold a key of this service."""
+
+OTHER = "other"
 
 RESTARTS = "carry_worker_restarts"
 RESTARTS_HELP = "Workers that exited and were started again."
@@ -381,3 +389,56 @@ def _drop_gauges_of_dead_workers(directory: Path) -> None:
             mark_process_dead(pid, str(directory))
         except PermissionError:
             continue
+
+
+class KeyRejections:
+    """Counts the rejected access keys of one process, and writes their audit lines.
+
+    Use from the event loop only. Series and lines are bounded, whatever clients send. The first
+    `MAX_KEYS` keys of the store that are rejected have series of their own. Each combination of
+    key, code and reason has a line at once, and another one with the number of further rejections
+    at the end of the minute; combinations beyond `MAX_ENTRIES` in a minute share one.
+    """
+
+    def __init__(self, registry: CollectorRegistry):
+        self._counter = Counter(
+            "carry_key_rejections",
+            "Requests, or items of a request, rejected because of their access key.",
+            ("key", "code"),
+            registry=registry,
+        )
+        # an alert on an increase does not see one from no series to 1
+        self._counter.labels(UNPROVEN, Unauthenticated.code)
+        self._keys: set[str] = set()
+        self._tally: Tally[tuple[str, str, str]] = Tally()
+
+    def record(self, error: CarryError) -> None:
+        """Record a rejection: a key that is not valid, does not allow the request, or has reached
+        a limit."""
+        key = error.key_id if error.key_id is not None and error.is_key_proven else UNPROVEN
+        if key != UNPROVEN and len(self._keys) < MAX_KEYS:
+            self._keys.add(key)
+        label = key if key == UNPROVEN or key in self._keys else OTHER
+        self._counter.labels(label, error.code).inc()
+        entry = key, error.code, str(error.reason)
+        if entry not in self._tally and len(self._tally) >= MAX_ENTRIES:
+            entry = OTHER, OTHER, OTHER
+        if not self._tally:
+            # without the request's context, whose id the lines of the minute would have
+            loop = asyncio.get_running_loop()
+            loop.call_later(REJECTIONS_INTERVAL_S, self.flush, context=Context())
+        self._tally[entry] += 1
+        if self._tally[entry] == 1:
+            _write_rejection(entry, 1)
+
+    def flush(self) -> None:
+        """Write the lines of repeated rejections; also call it before the process ends."""
+        tally, self._tally = self._tally, Tally()
+        for entry, count in tally.items():
+            if count > 1:
+                _write_rejection(entry, count - 1)
+
+
+def _write_rejection(entry: tuple[str, str, str], count: int) -> None:
+    key, code, reason = entry
+    audit("access_rejected", key=key, code=code, reason=reason, count=count)

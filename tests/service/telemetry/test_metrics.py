@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from service.core.errors import ModelNotFound, Overloaded, PositionAhead
+from service.core.errors import (
+    CarryError,
+    Forbidden,
+    LimitExceeded,
+    ModelNotFound,
+    Overloaded,
+    PositionAhead,
+    Unauthenticated,
+)
 from service.core.values import Timing
 from service.pipeline.recorder import Recorder
 from service.telemetry import metrics
-from service.telemetry.metrics import MULTIPROCESS_DIR, SECONDS, PrometheusRecorder, observe_all
+from service.telemetry.access_log import access_log
+from service.telemetry.logs import json_line
+from service.telemetry.metrics import (
+    MAX_ENTRIES,
+    MAX_KEYS,
+    MULTIPROCESS_DIR,
+    REJECTIONS_INTERVAL_S,
+    SECONDS,
+    PrometheusRecorder,
+    observe_all,
+)
 from tests.support.metrics import read, series
 from tests.support.servers import until_async
 
@@ -215,3 +237,68 @@ def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> N
     totals = recorder.statistics()["flights"]
     assert totals[:3] == (3, 1, 2)
     assert totals[3:] == pytest.approx((0.004, 0.06, 0.8, 10.0))
+
+
+REJECTIONS = "carry_key_rejections_total"
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The lines of the audit log."""
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(access_log, "render", json_line)
+    monkeypatch.setattr(access_log, "write", lambda text: lines.append(json.loads(text)))
+    return lines
+
+
+def unproven(index: int) -> CarryError:
+    return Unauthenticated("").with_key("unknown_key", f"{index:012x}", is_proven=False)
+
+
+async def test_repeated_rejections_share_a_line_and_unproven_ids_a_series(
+    written: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "REJECTIONS_INTERVAL_S", 0.01)
+    recorder = PrometheusRecorder()
+    for error in (Forbidden("").with_key("model", "a"), LimitExceeded("").with_key("streams", "a")):
+        for _ in range(3):
+            recorder.record_error("flights", error)
+    for index in range(3):
+        recorder.record_error("flights", unproven(index))
+    recorder.record_error("flights", CarryError("no matter of a key"))
+    assert [line["count"] for line in written] == [1, 1, 1]
+    await until_async(lambda: asyncio.sleep(0, len(written) == 6), "the lines of the minute")
+    kept = ("message", "logger", "key", "code", "reason", "count")
+    assert [tuple(line[name] for name in kept) for line in written[3:]] == [
+        ("access_rejected", "service.audit", "a", "forbidden", "model", 2),
+        ("access_rejected", "service.audit", "a", "limit_exceeded", "streams", 2),
+        ("access_rejected", "service.audit", "unknown", "unauthenticated", "unknown_key", 2),
+    ]
+    found = {
+        k: v for k, v in read(generate_latest(recorder.registry)).items() if k[0] == REJECTIONS
+    }
+    assert found == {
+        series(REJECTIONS, key="a", code="forbidden"): 3,
+        series(REJECTIONS, key="a", code="limit_exceeded"): 3,
+        series(REJECTIONS, key="unknown", code="unauthenticated"): 3,
+    }
+
+
+async def test_a_flood_writes_a_bounded_number_of_lines_and_series(
+    written: list[dict[str, Any]],
+) -> None:
+    recorder, keys = PrometheusRecorder(), 2 * MAX_KEYS
+    for index in range(10 * keys):
+        recorder.record_error("flights", unproven(index))
+        recorder.record_error("flights", Forbidden("").with_key("stream", f"key{index % keys}"))
+    recorder.rejections.flush()
+    assert len(written) == 2 * (MAX_ENTRIES + 1)
+    assert REJECTIONS_INTERVAL_S >= 60
+    assert sum(line["count"] for line in written) == 20 * keys
+    found = {
+        k: v for k, v in read(generate_latest(recorder.registry)).items() if k[0] == REJECTIONS
+    }
+    assert len(found) == MAX_KEYS + 2
+    of_label = Counter(dict(found))
+    assert of_label[series(REJECTIONS, key="unknown", code="unauthenticated")] == 10 * keys
+    assert of_label[series(REJECTIONS, key="other", code="forbidden")] == 10 * (keys - MAX_KEYS)
