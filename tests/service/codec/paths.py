@@ -31,6 +31,7 @@ from service.transports.v2.http_body import decode_request
 from service.transports.v2.inference import Inference
 from service.transports.v2.request import InferRequest, parse_parameters
 from service.transports.v2.tensors import InputTensor
+from tests.service.transports.v1.harness import EVENT
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.strict_events import columns_from_events, event_adapter
 from tests.support.v2_messages import message_class
@@ -223,7 +224,10 @@ def in_frame(codec: ModelCodec, body: Mapping[str, Any]) -> Any:
 
 
 def as_item(codec: ModelCodec, body: Mapping[str, Any]) -> Any:
-    other = {"stream": "other", "inputs": [[0.0] * codec.served.input_features]}
+    # both are read together if they are valid, and of one feed
+    other: dict[str, Any] = {"stream": "other", "inputs": [[0.0] * codec.served.input_features]}
+    if body.get("events") is not None and codec.served.events is not None:
+        other = {"stream": "other", "events": [EVENT]}
     many = dumps({"chunks": [other, {"stream": "s", **body}]})
     found = result(lambda: codec.reader.items(many, Media.JSON))
     assert isinstance(found, list), found

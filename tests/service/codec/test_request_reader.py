@@ -199,6 +199,9 @@ def test_every_path_gives_what_the_oracle_says_of_each_odd_value(
     for member in (*LATER, "more", "reset"):
         for value in ODD_VALUES:
             check_every_path(codecs["small"], {"events": [event, {**event, member: value}]})
+    marked = [{**event, "reset": True}, LATER, event]
+    for resets in ({}, {"resets": [1]}, {"resets": [0, 2]}):
+        check_every_path(codecs["small"], {"events": marked, **resets})
     for events in ([], [event] * 4, [event] * 5, [None], [1], {}, "x", [{}]):
         check_every_path(codecs["small"], {"events": events})
     wide = codecs["small"].served.input_features
@@ -510,6 +513,25 @@ def test_rejected_body_is_not_kept_by_its_error(
         gc.enable()
 
 
+@pytest.mark.parametrize(
+    "members",
+    [
+        '"id":true,"stream":"a"',
+        '"id":1.5,"stream":"a"',
+        '"id":9223372036854775808,"stream":"a"',
+        f'"id":"{"x" * 129}","stream":"a"',
+        '"id":1,"stream":7',
+        '"id":1',
+    ],
+)
+def test_frame_is_named_as_without_simdjson(codecs: Mapping[str, ModelCodec], members: str) -> None:
+    body = b'{%b,"inputs":[[1,2,3]]}' % members.encode()
+    reader = codecs["probe"].reader
+    fast, slow = [reader.frame(text, Media.JSON, None) for text in (body, b" " + body)]
+    assert isinstance(fast.result, CarryError)
+    assert (fast[:2], shown(fast.result)) == (slow[:2], shown(slow.result))
+
+
 @pytest.mark.parametrize("packed_id", [b"\xa2id\x08", b"\xa2id\xa18"])
 def test_wrong_frame_has_its_id_and_stream(
     codecs: Mapping[str, ModelCodec], packed_id: bytes
@@ -523,5 +545,5 @@ def test_wrong_frame_has_its_id_and_stream(
     assert reader.frame(b'{"id": [1], "inputs": []}', Media.JSON, "s").id is None
     assert reader.frame(b'{"id": 1', Media.JSON, "s").id is None
     frame = reader.frame(b'{"id": 1, "inputs": [[NaN, 0, 0]], "stream": "a"}', Media.JSON, None)
-    assert (frame.id, frame.stream) == (1, "a")
+    assert (frame.id, frame.stream, frame.result.facts["got"]) == (1, "a", "NaN")  # type: ignore[union-attr]
     assert reader.frame(b'{"id": 1, "inputs": NaN', Media.JSON, None)[:2] == (None, None)
