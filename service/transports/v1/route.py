@@ -100,8 +100,18 @@ _REQUEST_ID = parameter(
 )
 
 
+class NamedRoute(routing.Route):
+    """A route that its requests name, for their lines in the log."""
+
+    def matches(self, scope: Scope) -> tuple[routing.Match, Scope]:
+        """Match a request, which then names the route."""
+        match, child_scope = super().matches(scope)
+        child_scope["route"] = self
+        return match, child_scope
+
+
 @dataclass(eq=False, repr=False)
-class Route(routing.Route):
+class Route(NamedRoute):
     """One route. The docstring of its endpoint is its summary and its description.
 
     Attributes:
@@ -138,12 +148,6 @@ class Route(routing.Route):
         self.methods = {self.method, "HEAD"} if self.is_health else {self.method}
         self.query_names = [each["name"] for each in self.parameters if each["in"] == "query"]
         self.header_names = {each["name"] for each in self.parameters if each["in"] == "header"}
-
-    def matches(self, scope: Scope) -> tuple[routing.Match, Scope]:
-        """Match a request, which then names the route, for its line in the log."""
-        match, child_scope = super().matches(scope)
-        child_scope["route"] = self
-        return match, child_scope
 
     async def _answer_call(self, request: Request) -> Response:
         return await self.answer(Call(request, self))

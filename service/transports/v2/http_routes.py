@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Final
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,6 +21,7 @@ from service.transports.common.disconnects import cancel_on_disconnect
 from service.transports.v1.call import deadline, query, read_encoded_body
 from service.transports.v1.context import ApiContext, api_of, caller_of
 from service.transports.v1.replies import Answer, reply
+from service.transports.v1.route import NamedRoute
 from service.transports.v2.http_body import (
     COMPRESSIONS,
     HEADER_LENGTH,
@@ -54,22 +54,6 @@ def add_kserve(app: FastAPI, inference: Inference, statistics: Statistics) -> No
     if state.fast_routes:
         fast = FastInferPath(inference, RequestIds())
         app.state.http = state._replace(fast_routes=(*state.fast_routes, fast))
-
-
-class _Route(APIRoute):
-    """Calls its endpoint with the request, without FastAPI's dependency resolution."""
-
-    def __init__(self, methods: list[str], path: str, endpoint: Endpoint):
-        self._answer = endpoint
-        super().__init__(path, _read_by_endpoint, methods=methods, include_in_schema=False)
-
-    def get_route_handler(self) -> Endpoint:
-        """The handler of a request."""
-        return self._answer
-
-
-async def _read_by_endpoint(request: Request) -> None:
-    """What FastAPI is told of an endpoint."""
 
 
 def _describe(
@@ -182,6 +166,6 @@ _POST: Final[Mapping[str, Endpoint]] = {
     **{f"{base}/infer": post_infer for base in _BASES},
 }
 _ROUTES: Final = [
-    *(_Route(["GET", "HEAD"], path, endpoint) for path, endpoint in _GET.items()),
-    *(_Route(["POST"], path, endpoint) for path, endpoint in _POST.items()),
+    *(NamedRoute(path, endpoint) for path, endpoint in _GET.items()),
+    *(NamedRoute(path, endpoint, methods=["POST"]) for path, endpoint in _POST.items()),
 ]
