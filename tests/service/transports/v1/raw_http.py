@@ -56,7 +56,6 @@ async def serving(
     config = uvicorn.Config(
         api.app, http=protocol, ws="none", lifespan="off", log_config=None,
         access_log=False, server_header=False, date_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=5,
     )  # fmt: skip
     with socket.socket() as listener:
         listener.bind((HOST, 0))
@@ -65,13 +64,18 @@ async def serving(
         server.lifespan = config.lifespan_class(config)
         server.lifespan.state |= {HTTP_STATE: api.http_state(fast_path=fast_path)}
         await server.startup(sockets=[listener])
-        ticking = asyncio.create_task(server.main_loop())
         try:
             yield server
         finally:
-            server.should_exit = True
-            await ticking
-            await server.shutdown(sockets=[listener])
+            # not by its own shutdown, which sleeps
+            for each in server.servers:
+                each.close()
+            state = server.server_state
+            for connection in list(state.connections):
+                connection.transport.abort()
+            for task in state.tasks:
+                task.cancel()
+            await asyncio.gather(*state.tasks, return_exceptions=True)
 
 
 def port_of(server: uvicorn.Server) -> int:

@@ -80,7 +80,7 @@ documents = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(documents, st.integers(1, 20), st.sampled_from(Media))
 def test_any_document_is_encoded_in_pieces_of_any_size(
     document: Any, size: int, media: Media
