@@ -353,7 +353,7 @@ class SingleWorker(GracefulServer):
             if (pool := self._pool) is not None:
                 try:
                     pool.check()
-                except (WorkersFailedError, OSError) as error:
+                except Exception as error:
                     log.error("replacement_failed", reason=str(error), kept=1)
                     pool.close()
                     self._pool = None

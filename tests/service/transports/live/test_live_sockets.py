@@ -155,33 +155,6 @@ async def test_a_chunk_without_a_position_is_not_applied_in_place_of_a_failed_on
                 assert (await reply(client))["position"] == expected, members
 
 
-async def test_dry_runs_and_resets_are_those_of_http(api: Harness) -> None:
-    inputs = rows(6)
-    expected = (await api.chunk({"inputs": inputs.tolist(), "resets": [2]}, stream="t")).json()
-    async with live(api) as sockets, sockets.open() as (client, _):
-        await client.send(text(inputs, 0, resets=[2], dry_run=True))
-        await client.send(text(inputs, resets=[7], dry_run=True))
-        await client.send(binary(inputs, 0, resets=[2]))
-        dry = await reply(client)
-        assert (dry["dry_run"], dry["position"], dry["epoch"]) == (True, 0, None)
-        await error(client, "invalid_input")
-        applied = await reply(client)
-        assert applied["position"] == 6
-        for each in (dry, applied):
-            np.testing.assert_allclose(
-                each["outputs"][OUTPUT], expected["outputs"][OUTPUT], rtol=1e-5, atol=1e-6
-            )
-
-
-async def test_a_dry_run_admits_an_item_without_a_position(api: Harness) -> None:
-    items = [
-        {"stream": "s", "inputs": rows(1).tolist(), "position": 7, "dry_run": True},
-        {"stream": "s", "inputs": rows(1).tolist()},
-    ]
-    many = await api.client.post("/v1/models/probe/chunks", json={"chunks": items})
-    assert [each["status"] for each in many.json()["results"]] == [409, 200]
-
-
 async def test_a_chunk_without_a_position_waits_for_the_one_before_it(api: Harness) -> None:
     failures = [StoreRefused("the store is full")]
     api.store.on_commit = lambda _: failures.pop() if failures else None
