@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from websockets.frames import Close, CloseCode, Frame, Opcode
 from service.codec.request_reader import RequestReader
 from service.core.errors import Unauthenticated
 from service.pipeline.pipeline import Pipeline
+from service.server import connections as connections_module
 from service.server import websocket_protocol
 from service.server.connections import LINGER_S, Phase
 from service.server.settings import ConnectionSettings
@@ -267,18 +269,24 @@ async def test_a_client_that_never_reads_is_disconnected(api: Harness) -> None:
         client.transport.abort()
 
 
-async def test_connections_expire_a_silent_socket(api: Harness) -> None:
+async def test_a_socket_is_closed_once_a_ping_is_not_answered(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections_module, "CHECK_INTERVAL_S", 3600.0)
     connections = api.http_state().connections
     connections.limits = ConnectionSettings(websocket_ping_s=0.001)
     async with live(api) as sockets, sockets.open() as (client, _):
         [served] = sockets.served()
-        now_s = asyncio.get_running_loop().time()
-        check(connections, now_s + 1)
-        received = served.received_bytes
-        await becomes(lambda: served.received_bytes > received, "the pong")
+        times = itertools.count(asyncio.get_running_loop().time())
+        check(connections, next(times))
+        for _ in range(3):
+            received = served.received_bytes
+            check(connections, next(times))
+            await becomes(lambda seen=received: served.received_bytes > seen, "the pong")
+            check(connections, next(times))
         client.transport.pause_reading()
-        for seconds in range(2, 8):
-            check(connections, now_s + seconds)
+        for _ in range(3):
+            check(connections, next(times))
         client.transport.resume_reading()
         assert "ping" in await closed(client, 1011)
 
