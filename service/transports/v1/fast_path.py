@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from binascii import hexlify
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 from msgspec.structs import replace
@@ -83,15 +83,10 @@ class FastRequest(msgspec.Struct):
     """A complete request for one chunk.
 
     Attributes:
-        route: which parsed it.
-        caller: whose chunk it is.
-        received_s: when it was complete, on the monotonic clock.
-        deadline_s: until when its client waits, on the monotonic clock.
-        body_bytes: the length of its body.
+        received_s, deadline_s: when it was complete, and until when its client waits, on the
+            monotonic clock.
         total_bytes: its length, head and body.
-        stream: the chunk's.
         chunk: None if admission control rejected the request.
-        rejection: why it did.
         reply_media: of the reply, and of an error.
         details: further values that the route needs for the reply.
         job: the chunk in the pipeline, once it is started.
@@ -198,20 +193,11 @@ class FastChunkRoute(FastRoute, ABC):
     @abstractmethod
     def _read(self, request: FastRequest, line: re.Match[bytes], details: Any, body: bytes) -> bool:
         """Set the stream of a request, and its chunk or rejection; False leaves it to the slow
-        path.
-
-        Args:
-            line: the request line.
-            details: from the headers.
-        """
+        path. `details` are those of its headers."""
 
     @abstractmethod
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
-        """The whole response to a request.
-
-        Args:
-            header_lines: further lines of its head.
-        """
+        """The whole response to a request, with further lines in its head."""
 
     def start(self, request: FastRequest, on_result: OnReply) -> bytes | None:
         """Hand the chunk to the pipeline, at once after `parse`, which checked its admission.
@@ -256,12 +242,7 @@ class FastChunkRoute(FastRoute, ABC):
     def _log(
         self, request: FastRequest, status: int, response: bytes, error: CarryError | None = None
     ) -> None:
-        """Log that a request was answered, and end its span.
-
-        Args:
-            response: the whole one.
-            error: the one that answers it.
-        """
+        """Log that a request was answered, and end its span."""
         code = key = reason = None
         if error is not None:
             code, reason, key = error.code, error.reason, request.caller.key_id
@@ -306,16 +287,8 @@ def split_trace_headers(block: bytes) -> tuple[bytes, dict[str, str]]:
     return _TRACE_HEADER.sub(b"", block)[2:], propagated if is_valid else {}
 
 
-class _Details(NamedTuple):
-    """What a request's headers say about its chunk and its reply.
-
-    Attributes:
-        precondition: If-Match; None if there is no such header.
-    """
-
-    media: Media
-    reply_media: Media
-    precondition: Precondition | None
+_Details = tuple[Media, Media, Precondition | None]
+"""The media types of a body and of its reply, and If-Match; None if there is no such header."""
 
 
 class FastPath(FastChunkRoute):
@@ -372,7 +345,7 @@ def _read_details(values: dict[bytes, bytes]) -> _Details | None:
             precondition = parse_if_match(etags, "If-Match")
     except CarryError:
         return None
-    return _Details(media, reply_media, precondition)
+    return media, reply_media, precondition
 
 
 class Headers(msgspec.Struct, frozen=True, gc=False):

@@ -43,17 +43,6 @@ class Answer(Response):
         self.background = None
         self.raw_headers = [*headers, (b"content-length", b"%d" % len(body)), content_type]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-        )
-        await send({"type": "http.response.body", "body": self.body})
-
 
 VALUE_BYTES: Final = 4
 """Memory of one value of a reply before it is encoded."""
