@@ -61,12 +61,13 @@ def create_app() -> FastAPI:
     )
     limited = replace(settings, connections=connections)
     servers: list[GrpcServer | AdminServer] = []
+    watches = Watches(service.store, service.store.outputs, recorder)
     api = create_api(
         service.pipeline,
         recorder,
         service.keys,
         limited,
-        lifespan=lambda api: _serve(api, service, servers),
+        lifespan=lambda api: _serve(api, service, watches, servers),
         metrics=None if has_admin else metrics,
         tracer=service.tracer,
     )
@@ -74,7 +75,7 @@ def create_app() -> FastAPI:
     inference = Inference(api.state.api, delete_at_end=settings.v2.sequence_end == "delete")
     add_kserve(api, inference, recorder.statistics)
     add_live_sockets(api, settings.websocket)
-    add_watching(api, Watches(service.store, service.store.outputs, recorder))
+    add_watching(api, watches)
     if api.state.has_documentation if http.console is None else http.console:
         add_console(api)
     if settings.v2.grpc_port is not None:
@@ -86,7 +87,10 @@ def create_app() -> FastAPI:
 
 @asynccontextmanager
 async def _serve(
-    api: FastAPI, service: PipelineService, servers: list[GrpcServer | AdminServer]
+    api: FastAPI,
+    service: PipelineService,
+    watches: Watches,
+    servers: list[GrpcServer | AdminServer],
 ) -> AsyncIterator[Mapping[str, object]]:
     """Run the pipeline and the servers of other ports."""
     pipeline = service.pipeline
@@ -109,8 +113,13 @@ async def _serve(
                 LIFECYCLE: Lifecycle(
                     measure_load,
                     on_lame_duck=[pipeline.announce_stop, connections.announce_close],
-                    on_retire=[connections.retire, *(server.retire for server in servers)],
-                    on_drain=[server.begin_stop for server in servers],
+                    # responses without an end are ended first
+                    on_retire=[
+                        watches.drain,
+                        connections.retire,
+                        *(server.retire for server in servers),
+                    ],
+                    on_drain=[watches.drain, *(server.begin_stop for server in servers)],
                 ),
             }
         finally:

@@ -11,7 +11,7 @@ import asyncio
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Network, ip_address
 from typing import ClassVar, Final
@@ -162,7 +162,6 @@ class Connections:
         limits: the limits.
         turns: in which connections read long bodies.
         body_bytes: bytes of request bodies that all of them buffer.
-        on_drain: called when the graceful shutdown begins, to end responses without an end.
         loads: open connections and unanswered requests of each transport at the last check.
         close_after_response: whether each connection is closed after its next response.
     """
@@ -179,26 +178,16 @@ class Connections:
         self._rejected_networks: Counter[str] = Counter()
         self._logged_s = -LOG_INTERVAL_S
         self._checks: asyncio.Task[None] | None = None
-        self._is_draining = False
-        self.on_drain: list[Callable[[], None]] = []
         self.loads: Mapping[str, tuple[int, int]] = {}
         self.close_after_response = False
-
-    def drain(self) -> None:
-        """Begin the graceful shutdown; each connection calls it."""
-        if not self._is_draining:
-            self._is_draining = True
-            for begin in self.on_drain:
-                begin()
 
     def announce_close(self) -> None:
         """Close each connection after its next response from now on."""
         self.close_after_response = True
 
     def retire(self) -> None:
-        """As `announce_close`, and end live sockets and endless responses (watches) now."""
+        """As `announce_close`, and end live sockets now."""
         self.announce_close()
-        self.drain()
         for connection in list(self._seen):
             connection.retire()
 

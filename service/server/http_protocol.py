@@ -449,7 +449,6 @@ class HttpProtocol(HttpToolsProtocol, Connection):
 
     def shutdown(self) -> None:
         """Graceful shutdown: finish the current request, then close."""
-        self._connections.drain()
         if self._is_lingering:
             self.transport.close()
         elif self._pending is None:

@@ -26,7 +26,6 @@ from service.codec.reply_writer import (
 from service.core import errors
 from service.core.values import StreamHead, StreamKey
 from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
-from service.server.interface import HttpState
 from service.transports.v1.call import Call, invalid_value
 from service.transports.v1.context import ModelCodec
 from service.transports.v1.route import Route, parameter
@@ -61,8 +60,6 @@ _is_position = re.compile(r"[0-9]{1,19}", re.ASCII).fullmatch
 
 def add_watching(app: FastAPI, watches: Watches) -> None:
     """Serve the outputs of streams to watchers, in an application that `create_api` made."""
-    state: HttpState = app.state.http
-    state.connections.on_drain.append(watches.drain)
     encoding = asyncio.Lock()
 
     async def watch_outputs(call: Call) -> Response:

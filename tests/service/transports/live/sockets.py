@@ -45,7 +45,8 @@ async def live_application(
         api = app.state.api = replace(app.state.api, origins=frozenset([ORIGINS]))
         add_live_sockets(app, SOCKETS)
         store = api.pipeline._store
-        add_watching(app, Watches(store, store.outputs, api.recorder))
+        app.state.watches = Watches(store, store.outputs, api.recorder)
+        add_watching(app, app.state.watches)
 
     async with harness(server, models, limits=limits, extend=extend_all, **options) as running:
         await running.store.outputs.start()

@@ -173,7 +173,7 @@ async def test_a_watch_ends_when_its_stream_is_deleted(api: Harness) -> None:
 async def test_a_watch_ends_when_the_service_drains(api: Harness) -> None:
     async with watched(api) as events:
         await events.expect("stream")
-        api.http_state().connections.drain()
+        api.app.state.watches.drain()
         assert await events.expect("end") == {"reason": "draining"}
     path = "/v1/models/probe/streams/s/outputs"
     problem(await api.client.get(path), 503, "shutting_down")
