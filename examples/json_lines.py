@@ -38,8 +38,10 @@ class JsonLines:
         self._pipeline, self._keys = service.pipeline, service.keys
         self._requests = service.settings.requests
         models = service.pipeline.models.values()
-        self._readers = {served.name: RequestReader(served, self._requests) for served in models}
-        self._writers = {served.name: ReplyWriter(served) for served in models}
+        self._readers = {
+            served.name: RequestReader(served.artifact, self._requests) for served in models
+        }
+        self._writers = {served.name: ReplyWriter(served.artifact) for served in models}
 
     async def serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         """Answer one connection until its client closes it, or sends a line that is too long."""

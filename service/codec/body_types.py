@@ -21,10 +21,10 @@ from models.events.reader import EXPECTED, EventReader
 from models.events.schema import EventSchema
 from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
+from models.spec.model import ModelSpec
 from service.codec.decoding import WRONG_LENGTH, invalid, undecoded_type
 from service.codec.field_rules import EPOCH, FINGERPRINT, MAX_FRAME_ID_CHARS, MAX_POSITION
 from service.codec.media import Media
-from service.codec.model import CodecModel
 from service.codec.reply_types import (
     BY_PART,
     EXAMPLE_EPOCH,
@@ -265,16 +265,16 @@ class BodyTypes(NamedTuple):
     """A `ForecastBody`; None for a model without a decoder."""
 
 
-def known_future_schema(model: CodecModel) -> EventSchema | None:
+def known_future_schema(spec: ModelSpec) -> EventSchema | None:
     """The schema of the known future covariates of a step; None if the model has none."""
-    decoder = model.spec.decoder
-    if decoder is None or model.events is None:
+    decoder = spec.decoder
+    if decoder is None or spec.events is None:
         return None
-    return known_schema(model.events, decoder, timed=False)
+    return known_schema(spec.events, decoder, timed=False)
 
 
 def build_body_types(
-    model: CodecModel,
+    spec: ModelSpec,
     limits: ModelLimits,
     media: Media,
     events: EventReader | None,
@@ -286,12 +286,12 @@ def build_body_types(
         events, future: the readers of its events and of the known future covariates; None if it
             has none.
     """
-    chunk = _steps_types(model, limits.chunk, media, events)
+    chunk = _steps_types(spec, limits.chunk, media, events)
     item = _concrete(ItemBody, *chunk)
-    sequence = _concrete(SequenceBody, *_steps_types(model, limits.sequence, media, events))
+    sequence = _concrete(SequenceBody, *_steps_types(spec, limits.sequence, media, events))
     undecoded: Any = undecoded_type(media)
     forecast = None
-    if (decoder := model.spec.decoder) is not None:
+    if (decoder := spec.decoder) is not None:
         known: Any = None
         if future is not None:
             about = "The known future covariates of each step, as many as `horizon`."
@@ -310,11 +310,11 @@ def build_body_types(
 
 
 def _steps_types(
-    model: CodecModel, limit: Limit, media: Media, events: EventReader | None
+    spec: ModelSpec, limit: Limit, media: Media, events: EventReader | None
 ) -> tuple[Any, Any, Any]:
     """The types of events, inputs and resets."""
     wrong_length = {WRONG_LENGTH: limit.exceeded}
-    no_schema = f"nothing, since model {model.name} has no event schema (send inputs)"
+    no_schema = f"nothing, since model {spec.name} has no event schema (send inputs)"
     of_events: Any = Annotated[None, Meta(extra={EXPECTED: no_schema})]
     if events is not None:
         about = "Events under the model's schema."
@@ -322,11 +322,11 @@ def _steps_types(
         of_events = Annotated[list[events.event], bounded]  # type: ignore[name-defined]
     inputs: Any = bytes
     if media is Media.JSON:
-        features = model.spec.input_features
+        features = spec.input_features
         width = Meta(
-            min_length=features, max_length=features, extra={WRONG_LENGTH: wrong_width(model)}
+            min_length=features, max_length=features, extra={WRONG_LENGTH: wrong_width(spec)}
         )
-        columns = ", ".join(column.name for column in model.spec.columns[:64])
+        columns = ", ".join(column.name for column in spec.columns[:64])
         bounded = Meta(
             max_length=limit.steps,
             description=f"Rows of {features} values, in place of events: {columns}. In MessagePack "
@@ -357,9 +357,9 @@ def _concrete(body: Any, *parameters: Any) -> Any:
     return new_class(name, (body[parameters],), exec_body=lambda own: own.update(documented))
 
 
-def wrong_width(model: CodecModel) -> Callable[[str, int | str], InvalidInput]:
+def wrong_width(spec: ModelSpec) -> Callable[[str, int | str], InvalidInput]:
     """Makes the error for a row of the wrong width, at a place."""
-    names = [column.name for column in model.spec.columns]
+    names = [column.name for column in spec.columns]
     more = ", ..." if len(names) > NAMED_COLUMNS else ""
     expected = f"rows of {len(names)} values ({', '.join(names[:NAMED_COLUMNS])}{more})"
     return lambda at, got: invalid(at, expected, str(got))

@@ -13,10 +13,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from models.artifact.artifact import Artifact
 from models.spec.state import State
 from service.codec import reply_types
 from service.codec.media import Media
-from service.codec.model import CodecModel
 from service.core.errors import InvalidInput
 from service.core.values import (
     NO_STREAM,
@@ -72,13 +72,16 @@ server_timing: Final = ServerTiming().value
 class ReplyWriter:
     """Writes the replies of one model."""
 
-    def __init__(self, model: CodecModel):
-        self._model = model
-        self._name = model.name
-        self._version = model.version
-        outputs = model.outputs.outputs
+    def __init__(self, artifact: Artifact):
+        self._artifact = artifact
+        self._name = artifact.spec.name
+        self._version = artifact.version
+        decoder = artifact.spec.decoder
+        self._targets = () if decoder is None else decoder.targets
+        self._levels = [] if decoder is None else list(decoder.head.quantiles)
+        outputs = artifact.outputs.outputs
         one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
-        is_usual = one_axis and outputs[0].per == "step" and not model.outputs.attention
+        is_usual = one_axis and outputs[0].per == "step" and not artifact.outputs.attention
         self._only = outputs[0].name if is_usual else None
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
 
@@ -130,19 +133,19 @@ class ReplyWriter:
         if there is no step); [...] of an output that holds once for the whole chunk."""
         if not len(rows) and not options.return_sequences:
             # in blocks a chunk may bring no output, and so no last one
-            return dict.fromkeys(self._model.outputs.slices)
+            return dict.fromkeys(self._artifact.outputs.slices)
         shown_rows = rows if options.return_sequences else rows[-1]
         if self._only is not None:
             # the packed rows are its values as they are
             return {self._only: np.ascontiguousarray(shown_rows)}
-        named = self._model.outputs.by_name(shown_rows)
+        named = self._artifact.outputs.by_name(shown_rows)
         if self._once and options.return_sequences:
             named = {n: values[-1] if n in self._once else values for n, values in named.items()}
         return _writable(named)
 
     def attention(self, rows: FloatRows) -> dict[str, Any]:
         """By layer that attends over the chunk, the weight of each step [T]."""
-        return _writable(self._model.outputs.attention_by_name(rows))
+        return _writable(self._artifact.outputs.attention_by_name(rows))
 
     def check_options(self, options: ReplyOptions) -> None:
         """Reject options that the model does not support.
@@ -150,7 +153,7 @@ class ReplyWriter:
         Raises:
             InvalidInput
         """
-        if options.return_attention and not self._model.outputs.attention:
+        if options.return_attention and not self._artifact.outputs.attention:
             expected = "a model with attention over the chunk"
             raise InvalidInput(
                 f"?return_attention: expected {expected}, model {self._name!r} has none",
@@ -161,13 +164,13 @@ class ReplyWriter:
 
     def state(self, state: State) -> dict[str, Any]:
         """A state by name."""
-        return _writable(self._model.state.by_name(state))
+        return _writable(self._artifact.state.by_name(state))
 
     def forecast(self, reply: ForecastReply, request: ForecastRequest) -> reply_types.ForecastReply:
         """The reply to a forecast."""
-        decoder, head, values = self._model.require_decoder(), reply.head, reply.forecast
+        head, values = reply.head, reply.forecast
         targets: dict[str, reply_types.TargetForecast] = {}
-        for at, name in enumerate(decoder.targets):
+        for at, name in enumerate(self._targets):
             targets[name] = {
                 "point": np.ascontiguousarray(values.point[:, at]),
                 "quantiles": np.ascontiguousarray(values.quantiles[:, at]),
@@ -182,7 +185,7 @@ class ReplyWriter:
             "position": head.position,
             "tag": head.tag.hex(),
             "times_ms": list(reply.times_ms or ()),
-            "levels": list(decoder.head.quantiles),
+            "levels": self._levels,
             "forecast": targets,
         }
         if reply.times_ms is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from models.artifact.artifact import Artifact
 from models.events.columns import EventColumns
 from models.events.reader import EventReader
 from service.codec.body_types import (
@@ -37,7 +38,6 @@ from service.codec.field_rules import parse_if_match, stream_name
 from service.codec.frames import Frame, read_envelope, stream_of_item
 from service.codec.json_rows import FRAME_MEMBERS, JsonRowsDecoder, RowsChunk
 from service.codec.media import Media
-from service.codec.model import CodecModel
 from service.codec.settings import ModelLimits, RequestSettings
 from service.codec.steps import StepsReader, check_count, member_place, read_columns
 from service.core.delivery import chunk_digest, new_nonce
@@ -71,28 +71,32 @@ class RequestReader:
     """
 
     def __init__(
-        self, model: CodecModel, settings: RequestSettings, nonce: Callable[[], bytes] = new_nonce
+        self,
+        artifact: Artifact,
+        settings: RequestSettings,
+        nonce: Callable[[], bytes] = new_nonce,
     ):
-        self.limits = limits = ModelLimits.of(settings, model.chunk_limit)
-        self._model = model
+        spec = artifact.spec
+        self.limits = limits = ModelLimits.of(settings, spec.chunk_limit)
         self._nonce = nonce
-        self._name = model.name
-        self._schema = model.events
-        self._is_whole = model.spec.chunking == "whole"
+        self._name = spec.name
+        self._schema = spec.events
+        self._is_whole = spec.chunking == "whole"
+        self._has_blocks = spec.blocks is not None
         events = None
         if self._schema is not None:
             events = EventReader(self._schema, marks_resets=True)
-        future = known_future_schema(model)
+        future = known_future_schema(spec)
         self._future = None if future is None else EventReader(future)
-        self.steps = StepsReader(model, events)
-        self._json_rows = JsonRowsDecoder(model.spec.input_features, limits.chunk.steps)
+        self.steps = StepsReader(spec, events)
+        self._json_rows = JsonRowsDecoder(spec.input_features, limits.chunk.steps)
         self.types = {
-            media: build_body_types(model, limits, media, events, self._future) for media in Media
+            media: build_body_types(spec, limits, media, events, self._future) for media in Media
         }
         self._state_bytes = {
             # a number takes at most 9 bytes, the header of a list 5
             part.name: 16 + (9 + 5) * part.size
-            for part in model.state.parts
+            for part in artifact.state.parts
         }
 
     def key(self, stream: str) -> StreamKey:
@@ -283,13 +287,12 @@ class RequestReader:
         check_count(steps, "sequences", self.limits.predict)
 
     def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:
-        """The forecast that a body asks for.
+        """The forecast that a body asks for, of a model with a decoder.
 
         Raises:
-            ForecastUnsupported, MalformedBody, InvalidInput: with the fact `stream`.
+            MalformedBody, InvalidInput: with the fact `stream`.
         """
         try:
-            self._model.require_decoder()
             decoded = decode(media, body, self.types[media].forecast)
             max_samples = self.limits.samples
             if decoded.samples > max_samples:
@@ -390,7 +393,7 @@ class RequestReader:
         Raises:
             FinalUnsupported
         """
-        if self._model.spec.blocks is None:
+        if not self._has_blocks:
             raise FinalUnsupported(
                 f"{at}: expected none, since model {self._name!r} has no `blocks` and "
                 "answers every event at once",

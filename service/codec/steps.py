@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.reader import EventReader, ReadEvents
+from models.spec.model import ModelSpec
 from service.codec.body_types import StepsBody, wrong_width
 from service.codec.decoding import decode_element, format_value, invalid
 from service.codec.media import Media
-from service.codec.model import CodecModel
 from service.codec.settings import Limit
 from service.core.errors import InvalidInput, ResetsUnsupported
 from service.core.values import Feed, FloatRows, Steps
@@ -41,14 +41,16 @@ class StepsReader:
         has_codes: whether a column has codes of categories, which finite rows may violate.
     """
 
-    def __init__(self, model: CodecModel, events: EventReader | None):
-        self._model = model
-        self._columns = model.spec.columns
+    def __init__(self, spec: ModelSpec, events: EventReader | None):
+        self._name = spec.name
+        self._columns = spec.columns
         self._features = len(self._columns)
         self.has_codes = any(column.codes is not None for column in self._columns)
-        self._has_blocks = model.spec.blocks is not None
+        self._has_blocks = spec.blocks is not None
         self._events = events
-        self._wrong_width = wrong_width(model)
+        self._wrong_width = wrong_width(spec)
+        detection = spec.detection
+        self._max_alarm_rate = detection.fit.rates[-1] if detection and detection.fit else None
 
     def read(self, body: StepsBody, inside: str, limit: Limit, min_steps: int = 1) -> Steps:
         """The steps of a decoded chunk or sequence, without its options.
@@ -223,7 +225,7 @@ class StepsReader:
         """
         if false_alarms_per_day is not None:
             at = member_place(inside, "false_alarms_per_day")
-            self._model.check_alarm_rate(false_alarms_per_day, at)
+            self._check_alarm_rate(false_alarms_per_day, at)
             steps = replace(steps, false_alarms_per_day=false_alarms_per_day)
         at = member_place(inside, "resets")
         if resets:
@@ -240,12 +242,26 @@ class StepsReader:
             steps = replace(steps, resets=tuple(sorted({*resets, *steps.resets})))
         if steps.resets and is_chunk and self._has_blocks:
             raise ResetsUnsupported(
-                f"{at}: expected none, since model {self._model.name!r} has `blocks`, whose "
+                f"{at}: expected none, since model {self._name!r} has `blocks`, whose "
                 "windows would extend across a reset",
                 at=at,
                 expected="no resets",
             )
         return steps
+
+    def _check_alarm_rate(self, rate: float, at: str) -> None:
+        limit, expected = self._max_alarm_rate, ""
+        if limit is None:
+            expected = f"none, since model {self._name!r} has no `detection`"
+        elif rate > limit:
+            expected = (
+                f"at most {limit:g}, the highest rate that the alarms of model {self._name!r} have "
+                "on the data that they are calibrated on"
+            )
+        if expected:
+            raise InvalidInput(
+                f"{at}: expected {expected}; got {rate}", at=at, expected=limit or "none", got=rate
+            )
 
     def _invalid_row(
         self, at: str, error: DataError, sent: NDArray[np.float64] | None

@@ -75,8 +75,6 @@ class ServedModel:
             modified.
         runtime_state: the layout of the parts that the runtime reads and writes.
         blocks: the parts of the state that hold waiting rows; None for a model without blocks.
-        max_alarm_rate: the highest rate of false alarms that a chunk may ask for; None without
-            `detection`.
     """
 
     def __init__(self, artifact: Artifact, runtime: Runtime, decoder: Runtime | None = None):
@@ -97,7 +95,6 @@ class ServedModel:
         self.runtime_state = artifact.runtime_state
         self.blocks = None if spec.blocks is None else BlockStateLayout(spec.blocks, layout)
         detection = spec.detection
-        self.max_alarm_rate = detection.fit.rates[-1] if detection and detection.fit else None
         self._alarm_rate_at: int | None = None
         if detection is not None:
             self._alarm_rate_at = layout.slices[f"{detection.head}.{ALARM_RATE}"].start
@@ -129,26 +126,6 @@ class ServedModel:
                 at=at,
                 expected="none",
             )
-
-    def check_alarm_rate(self, rate: float, at: str) -> None:
-        """Reject a rate of false alarms that the model's alarms cannot have.
-
-        Raises:
-            InvalidInput
-        """
-        limit = self.max_alarm_rate
-        if limit is None:
-            expected = f"none, since model {self.name!r} has no `detection`"
-        elif rate > limit:
-            expected = (
-                f"at most {limit:g}, the highest rate that the alarms of model {self.name!r} have "
-                "on the data that they are calibrated on"
-            )
-        else:
-            return
-        raise InvalidInput(
-            f"{at}: expected {expected}; got {rate}", at=at, expected=limit or "none", got=rate
-        )
 
     def states_before(self, steps: Sequence[Steps], states: State) -> State:
         """The states that chunks continue, with the rates that their alarms follow.

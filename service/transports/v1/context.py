@@ -38,8 +38,8 @@ class ModelCodec:
 
     def __init__(self, served: ServedModel, limits: RequestSettings):
         self.served = served
-        self.reader = RequestReader(served, limits)
-        self.writer = ReplyWriter(served)
+        self.reader = RequestReader(served.artifact, limits)
+        self.writer = ReplyWriter(served.artifact)
 
 
 @dataclass(frozen=True, slots=True)

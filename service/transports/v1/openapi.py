@@ -122,7 +122,7 @@ def _model_schemas(api: ApiContext, served: ServedModel) -> dict[str, Any]:
     members = forecast["properties"]
     members["horizon"]["maximum"] = decoder.max_horizon
     members["samples"]["maximum"] = reader.limits.samples
-    if (future := known_future_schema(served)) is not None:
+    if (future := known_future_schema(served.spec)) is not None:
         name = f"{lead}Coming"
         components[name] = event_json_schema(future, name, marks_resets=False)
         members["future"]["items"] = {"$ref": SCHEMAS + name}

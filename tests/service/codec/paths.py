@@ -50,7 +50,7 @@ class Wrong(NamedTuple):
 
 def codec_of(artifact: Artifact, limits: RequestSettings = LIMITS) -> ModelCodec:
     codec = ModelCodec(ServedModel(artifact, NumpyRuntime(artifact)), limits)
-    codec.reader = RequestReader(codec.served, limits, lambda: NONCE)
+    codec.reader = RequestReader(artifact, limits, lambda: NONCE)
     return codec
 
 

@@ -169,10 +169,12 @@ async def test_every_transport_accepts_the_rate(
 
 
 def test_rate_is_read_with_rows_and_events(sensors: Artifact, rows: Floats) -> None:
-    served = ServedModel(sensors, open_runtimes("onnxruntime", [sensors], 1)[0])
-    reader = RequestReader(served, LIMITS)
+    reader = RequestReader(sensors, LIMITS)
     event = {"time": 1_700_000_000_000, "value": 1.5}
-    most = served.max_alarm_rate
+    detection = sensors.spec.detection
+    assert detection is not None
+    assert detection.fit is not None
+    most = detection.fit.rates[-1]
     for rate, is_valid in ((RATE, True), (1, most >= 1), (most, True), (None, True), (2e3, False)):
         for members in (body(rows), {"events": [event] * 3, "resets": [1]}):
             content = orjson.dumps({**members, "false_alarms_per_day": rate})
