@@ -76,7 +76,7 @@ async def test_one_wrong_number_is_detected(
     assert forecast.difference == pytest.approx(1e-3, rel=0.1)
 
 
-@pytest.mark.parametrize("swap", ["streams", "time", "nan"])
+@pytest.mark.parametrize("swap", ["streams", "time"])
 async def test_outputs_of_another_stream_or_state_are_detected(
     replayed: Replayed, whole: Runner, swap: str
 ) -> None:
@@ -84,10 +84,8 @@ async def test_outputs_of_another_stream_or_state_are_detected(
     wrong = streams["s1"].outputs.copy()
     if swap == "streams":
         wrong[5:20] = streams["s2"].outputs[5:20]
-    elif swap == "time":
-        wrong[1:] = wrong[:-1].copy()
     else:
-        wrong[3] = np.inf
+        wrong[1:] = wrong[:-1].copy()
     found = verify_outputs(SPEC, whole, [streams["s1"]._replace(outputs=wrong), streams["s2"]])
     assert not found.holds
     assert {check.stream for check in found.outputs} == {"s1"}
@@ -95,18 +93,23 @@ async def test_outputs_of_another_stream_or_state_are_detected(
 
 def test_long_and_short_streams_are_not_padded_together(streams: list[StreamEvents]) -> None:
     sizes: list[list[int]] = []
+    output = 0.0
 
     def step(
         rows: np.ndarray, lengths: np.ndarray, states: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         sizes.append(sorted(lengths.tolist()))
-        return np.zeros((*rows.shape[:2], 4), np.float32), states
+        return np.full((*rows.shape[:2], 4), output, np.float32), states
 
     (longest,) = (stream for stream in streams if len(stream) == 61)
     lengths = [1, 1, 30, 31, 40, 60, 61]
     parts = [Received(str(n), longest.columns[:n], np.zeros((n, 4), np.float32)) for n in lengths]
-    assert verify_outputs(SPEC, Runner(SPEC, {}, step), parts).compared == sum(lengths)
+    found = verify_outputs(SPEC, Runner(SPEC, {}, step), parts)
+    assert (found.compared, found.holds) == (sum(lengths), True)
     assert sizes == [[1, 1], [30, 31, 40], [60, 61]]
+    # what is not a number is equal to nothing
+    output = float("nan")
+    assert not verify_outputs(SPEC, Runner(SPEC, {}, step), parts).holds
 
 
 Run = Callable[..., int]
