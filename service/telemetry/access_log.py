@@ -160,13 +160,19 @@ class AccessLog:
         self.name_stream: Callable[[str], str] | None = None
 
     def name_streams(self, how: LogStreams, key: bytes) -> None:
-        """Set how lines name streams.
+        """Set how lines name streams: by a hash of 16 hexadecimal digits, for one.
 
         Args:
             key: secret of the store; with it nobody can compute the hashes of guessed names.
         """
-        names = {"none": None, "clear": str, "hashed": stream_hash(key)}
-        self.name_stream = names[how]
+
+        def hash_name(stream: str) -> str:
+            name = stream.encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(name, digest_size=HASH_BYTES, key=key, person=b"carry-log")
+            return digest.hexdigest()
+
+        hashes = Memo(hash_name, CACHED_STREAMS)
+        self.name_stream = {"none": None, "clear": str, "hashed": hashes.__getitem__}[how]
 
     def named(self, stream: str) -> str | None:
         """How lines and spans name a stream."""
@@ -244,17 +250,6 @@ class AccessLog:
             ratio if ratio < 1.0 else None,
         )
         self.write(self.render(line))
-
-
-def stream_hash(key: bytes) -> Callable[[str], str]:
-    """A function from names of streams to 16 hexadecimal digits: BLAKE2b, keyed."""
-
-    def hash_name(stream: str) -> str:
-        name = stream.encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(name, digest_size=HASH_BYTES, key=key, person=b"carry-log")
-        return digest.hexdigest()
-
-    return Memo(hash_name, CACHED_STREAMS).__getitem__
 
 
 def _ignore(*_: Any) -> None:
