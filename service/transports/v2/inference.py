@@ -125,7 +125,13 @@ class Inference:
             ModelNotFound, Forbidden
         """
         served = self._pipeline.model(caller, verbs, model, stream)
-        _check_version(served, version)
+        if version and version != VERSION and version != served.version:
+            raise ModelNotFound(
+                f"expected version {VERSION} (or {served.version}) of model {served.name!r}, got "
+                f"{version[:100]!r}",
+                expected=[VERSION, served.version],
+                got=version[:100],
+            )
         return served
 
     def read(self, caller: Caller, request: InferRequest, deadline_s: float) -> InferCall:
@@ -208,21 +214,6 @@ class Inference:
             log.warning("stream_not_deleted", model=reply.key.model, code=error.code)
             return False
         return True
-
-
-def _check_version(served: ServedModel, version: str) -> None:
-    """Reject another version of a model.
-
-    Raises:
-        ModelNotFound
-    """
-    if version not in ("", VERSION, served.version):
-        raise ModelNotFound(
-            f"expected version {VERSION} (or {served.version}) of model {served.name!r}, got "
-            f"{version[:100]!r}",
-            expected=[VERSION, served.version],
-            got=version[:100],
-        )
 
 
 def _read_chunk(

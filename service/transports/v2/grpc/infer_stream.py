@@ -116,6 +116,7 @@ class InferStream:
         response = result = await self._answer(message, error)
         if isinstance(response, CarryError):
             response = error_response(response, message.head)
+        message.drop()
         self._count(-message.size)
         if not message.stream:
             message.outcome = response

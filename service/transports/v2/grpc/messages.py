@@ -42,6 +42,7 @@ _CONTENTS: Final = {FP32: "fp32_contents", BYTES: "bytes_contents", BOOL: "bool_
 _INPUTS: Final = pb.ModelInferRequest.INPUTS_FIELD_NUMBER
 _RAW: Final = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _NO_HEAD: Final = pb.ModelInferRequest()
+_NO_REQUEST: Final = InferRequest("", ())
 
 STATUS_CODES: Final[Mapping[type[CarryError], StatusCode]] = {
     errors.BadRequest: StatusCode.INVALID_ARGUMENT,
@@ -113,7 +114,8 @@ class InferMessage(PendingChunk):
         Raises:
             CarryError
         """
-        request, data, self._data = self._request, self._data, None
+        request, data = self._request, self._data
+        self._request, self._data = _NO_REQUEST, None
         if isinstance(request, CarryError):
             raise request
         if data is None:
@@ -126,6 +128,10 @@ class InferMessage(PendingChunk):
             return inference.read(caller, replace(request, inputs=inputs), deadline_s)
 
         return await inference.api.long_bodies.read(self.size, deadline_s, read)
+
+    def drop(self) -> None:
+        """Drop what was received: the request is answered, and waits for earlier ones."""
+        self.head, self._request = _NO_HEAD, _NO_REQUEST
 
 
 def parse(kind: type[M], data: bytes) -> M:

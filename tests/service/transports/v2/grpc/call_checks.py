@@ -95,6 +95,27 @@ async def test_every_request_of_a_full_window_is_answered_when_the_service_stops
     assert call.ids == [str(at) for at in range(WINDOW)]
 
 
+async def test_answered_request_that_waits_for_an_earlier_one_is_freed() -> None:
+    received: list[InferMessage] = []
+    first = asyncio.Event()
+
+    async def answer(message: InferMessage, error: CarryError | None) -> Any:
+        received.append(message)
+        if len(received) == 1:
+            await first.wait()
+        return pb.ModelStreamInferResponse()
+
+    call = Call(2, 4)
+    stream = InferStream(call, answer, UNLIMITED, WINDOW)
+    running = asyncio.create_task(stream.run())
+    await becomes(lambda: len(received) == 2 and not received[1].head.inputs, "a freed request")
+    assert received[0].head.inputs
+    assert not call.ids
+    first.set()
+    await running
+    assert len(call.ids) == 2
+
+
 def varint(value: int) -> bytes:
     """A number in the wire format of messages."""
     low, value = value & 0x7F, value >> 7
