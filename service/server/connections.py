@@ -91,6 +91,7 @@ class Connection(ABC):
 
     transport_name: ClassVar[str]
     transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
     progress = 0
     body_bytes = 0
     body_began_s = 0.0
@@ -203,21 +204,18 @@ class Connections:
         """Whether another connection would be rejected."""
         return len(self._seen) >= self.limits.max_connections
 
-    def add(
-        self, connection: Connection, loop: asyncio.AbstractEventLoop, peer: object = None
-    ) -> TooManyConnections | None:
+    def add(self, connection: Connection) -> TooManyConnections | None:
         """Register a new connection; returns the error to answer it with if it exceeds a limit.
 
         Far beyond the limit it is aborted.
-
-        Args:
-            peer: the client's address, as a transport gives it.
         """
+        loop = connection.loop
         self._seen[connection] = (connection.phase, connection.progress, loop.time())
         if self._checks is None:
             self._checks = loop.create_task(self._check_periodically(loop))
         count, limit, scope = len(self._seen), self.limits.max_connections, ""
         event = "rejected"
+        peer = connection.transport.get_extra_info("peername")
         if self.limits.max_connections_per_address and (network := client_network(peer)):
             self._networks[connection] = network
             self._per_network[network] += 1

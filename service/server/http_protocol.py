@@ -81,7 +81,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         """A client connected."""
         super().connection_made(transport)
         self._flow = self.flow = ReadingFlow(transport)
-        error = self._connections.add(self, self.loop, transport.get_extra_info("peername"))
+        error = self._connections.add(self)
         if error is not None and not transport.is_closing():
             self._send_error(error)
 

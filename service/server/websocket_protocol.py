@@ -116,8 +116,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         socket = cls(websockets, config=http.config, **state)
         socket.connection_made(http.transport)
         http.transport.set_protocol(socket)
-        peer = http.transport.get_extra_info("peername")
-        socket._connections.add(socket, socket.loop, peer)
+        socket._connections.add(socket)
         # nothing is read before the handshake is answered
         socket._set_reading()
         socket.conn.receive_data(head)

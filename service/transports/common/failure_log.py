@@ -29,3 +29,8 @@ def log_unexpected_failure(error: Exception) -> InternalError:
     internal = InternalError("the request failed unexpectedly; the service's log has the reason")
     note_error(internal)
     return internal
+
+
+def as_carry_error(error: Exception) -> CarryError:
+    """The error that answers an exception, which is logged if it is unexpected."""
+    return error if isinstance(error, CarryError) else log_unexpected_failure(error)

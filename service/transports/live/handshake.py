@@ -30,7 +30,7 @@ from structlog.contextvars import bound_contextvars
 from service.access.caller import PREDICT, Caller, Verb
 from service.codec.field_rules import stream_name
 from service.codec.media import Media, dumps
-from service.core.errors import CarryError, StreamNotFound
+from service.core.errors import StreamNotFound
 from service.core.values import StreamKey
 from service.server.errors import DuplicateField, UpgradeRequired
 from service.server.heads import check_origin
@@ -39,7 +39,7 @@ from service.server.settings import WebSocketSettings
 from service.server.websocket_protocol import WebSocketProtocol
 from service.telemetry.access_log import RequestFacts, log_request
 from service.telemetry.logs import RequestIds
-from service.transports.common.failure_log import log_failure, log_unexpected_failure
+from service.transports.common.failure_log import as_carry_error, log_failure
 from service.transports.live.session import Session
 from service.transports.v1.call import (
     REPLY_PARAMETERS,
@@ -122,9 +122,7 @@ class LiveSockets:
                 socket.send_now(dumps(Media.JSON, {"hello": hello}), is_text=True)
                 session = opened
             except Exception as failure:
-                error = (
-                    failure if isinstance(failure, CarryError) else log_unexpected_failure(failure)
-                )
+                error = as_carry_error(failure)
                 status = status_of(error)
                 log_failure(error)
                 facts.note_error(error)

@@ -39,7 +39,7 @@ from service.telemetry.access_log import (
     access_log,
     log_request,
 )
-from service.transports.common.failure_log import log_failure, log_unexpected_failure
+from service.transports.common.failure_log import as_carry_error, log_failure
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.common.stream_order import PendingChunk, StreamOrder
 from service.transports.v1.context import ApiContext
@@ -212,7 +212,7 @@ class Session:
                     return
                 frame = reading.result()
         except Exception as error:
-            frame = Frame(*read_envelope(media, body), _as_carry_error(error))
+            frame = Frame(*read_envelope(media, body), as_carry_error(error))
         if entry is None and frame.stream is not None:
             entry = self._order.add(Entry(frame.stream, media, deadline_s, len(body)))
         self._start(entry, frame, media)
@@ -272,7 +272,7 @@ class Session:
                 self.caller, entry.chunk, entry.deadline_s, on_result
             )
         except Exception as error:
-            self._resolve(entry, _as_carry_error(error))
+            self._resolve(entry, as_carry_error(error))
 
     def _on_result(self, entry: Entry, result: Reply | CarryError) -> None:
         entry.job = None
@@ -360,10 +360,6 @@ class Session:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _as_carry_error(error: Exception) -> CarryError:
-    return error if isinstance(error, CarryError) else log_unexpected_failure(error)
 
 
 def _outcome(frame_id: str | int | None, status: int, **document: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import orjson
 import pytest
@@ -493,6 +494,7 @@ class IdleConnection:
     transport_name, requests = "http", 1
 
     def __init__(self) -> None:
+        self.loop, self.transport = asyncio.get_running_loop(), Mock()
         self.expired = 0
         self.then: Callable[[], object] = int
 
@@ -509,7 +511,7 @@ async def test_many_connections_are_checked_in_several_turns_of_the_loop(
     loop = asyncio.get_running_loop()
     many = [IdleConnection() for _ in range(3 * CHECKED_AT_ONCE + 1)]
     for each in many:
-        connections.add(each, loop)
+        connections.add(each)
     between: list[int] = []
 
     def see_last() -> None:
@@ -536,7 +538,7 @@ async def test_connections_are_checked_again_after_a_check_failed(
     failing, other = IdleConnection(), IdleConnection()
     failing.then = lambda: connections.remove(failing) or 1 / 0
     for each in (failing, other):
-        connections.add(each, asyncio.get_running_loop())
+        connections.add(each)
     with capture_logs() as logs:
         await becomes(lambda: other.expired > 0, "the next check")
     assert [line["event"] for line in logs] == ["connection_check_failed"]
