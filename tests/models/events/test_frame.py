@@ -134,6 +134,8 @@ def test_strings_with_and_without_offset_are_read() -> None:
 
     assert moments == [MOMENT_MS, MOMENT_MS, 1_372_651_200_000, 0]
     assert present == [True, True, True, False]
+    alike = ["2013-07-01T12:00:00.001Z", None, "2013-07-01T12:00:00.002Z"]
+    assert one("timestamp", alike, optional=True)[0] == [MOMENT_MS, 0, MOMENT_MS + 1]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from models.events.parse import (
     epoch_ms,
     event_json_schema,
     example_event,
-    parse_uniform_strings,
     value_converter,
 )
 from models.events.reader import EventReader
@@ -124,7 +123,7 @@ def test_long_texts_are_not_cached() -> None:
 def test_common_formats_are_parsed_vectorized(ending: str) -> None:
     strings = [f"2013-01-01T05:17:0{second}{ending}" for second in range(3)]
 
-    found = parse_uniform_strings(strings)
+    found = epoch_ms(strings)
 
     assert found is not None
     assert found.tolist() == one_by_one(list(strings), strict_ms)

@@ -121,6 +121,12 @@ def test_a_slice_equals_decoding_its_events(
     assert_same(schema, found[start:stop], columns_from_events(schema, chunk[start:stop]))
 
 
+def test_no_events_are_columns_without_values() -> None:
+    found = EventReader(FULL_SCHEMA, marks_resets=True).read([])
+    assert found.resets == ()
+    assert_same(FULL_SCHEMA, found.columns, columns_from_events(FULL_SCHEMA, []))
+
+
 def test_decoded_columns_are_not_copied() -> None:
     # one equal to it has been met before
     layout_of(FULL_SCHEMA)

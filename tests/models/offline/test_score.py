@@ -168,6 +168,11 @@ def test_unsupported_models_and_data_are_rejected_with_the_place(
     data.write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"events.csv, row 251: a stream's name"):
         score_file(small, data, out, stream="stream", rows_per_piece=40)
+    is_long = pl.int_range(pl.len()) == 250
+    long = pl.when(is_long).then(pl.lit("x" * 257)).otherwise("carrier")
+    frame.with_columns(long.alias("carrier")).write_csv(data)
+    with pytest.raises(DataError, match=r"events.csv, row 251: a category"):
+        score_file(small, data, out, stream="stream", rows_per_piece=40)
     plain = frame.with_columns(pl.col("stream").reverse())
     plain.write_csv(data)
     assert score_file(small, data, out, stream="stream").events == 300

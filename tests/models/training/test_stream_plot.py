@@ -112,6 +112,9 @@ def test_plot_errors_name_the_cause(artifact: Artifact, data: Path, tmp_path: Pa
     ):
         with pytest.raises(DataError, match=message):
             plot(artifact.path, data, stream, path, **options)
+    pl.DataFrame({"at": [0]}).write_parquet(tmp_path / "nameless.parquet")
+    with pytest.raises(DataError, match="a column of that name"):
+        plot(artifact.path, tmp_path / "nameless.parquet", "t1", out)
     done = carry("plot", artifact.path, data, "t2", out)
     assert done.exit_code == 1
     assert "events of stream 't2'" in done.stderr

@@ -15,6 +15,7 @@ def test_features_absent_from_training_are_ignored() -> None:
     random = np.random.default_rng(1)
     features = random.normal(size=(300, 2)).astype(np.float32)
     truth = np.append(0.0, features[:-1, 0] > 0).astype(np.float64)
+    truth[7] = np.nan  # absent: not trained on
     train, validate, test = (np.arange(*span) for span in ((1, 200), (200, 250), (250, 300)))
     grid = Grid((0,), (1,), (7,), (5,), 0.3, 20)
 

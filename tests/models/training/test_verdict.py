@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from models.training.horizon import horizon_lines
 from models.training.progress import LINE_EVERY_S, Progress
 from models.training.report import direction, report_lines, verdict_lines, verdicts
 from models.training.trees import TimeBudget
@@ -47,6 +48,20 @@ def test_a_decoder_is_compared_over_its_horizon() -> None:
     assert found["head"] == "decoder.x"
     assert found["worse_than_naive"] == "last value"
     assert found["better_than"] == ["seasonal naive"]
+
+
+def test_the_table_of_a_decoder_has_quarters_of_its_horizon() -> None:
+    mae = {"model": [1.0, 2.0, 3.0, 4.0, 5.0, None, None, 8.0], "last value": [9.0] * 8}
+    report = {"horizon": 8, "forecasts": 1200, "targets": {"x": {"mae": mae}}}
+    assert horizon_lines(report) == [
+        "",
+        "x, by step ahead (1,200 forecasts), MAE (lower is better)",
+        "",
+        "| | 1 | 2 | 4 | 6 | 8 | all |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | 1.0000 | 2.0000 | 4.0000 |  | 8.0000 | 3.8333 |",
+        "| last value | 9.0000 | 9.0000 | 9.0000 | 9.0000 | 9.0000 | 9.0000 |",
+    ]
 
 
 def test_every_table_states_whether_lower_or_higher_is_better() -> None:
