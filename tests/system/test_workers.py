@@ -26,15 +26,10 @@ from tests.support.feeders import feeding
 from tests.support.servers import RealServer, real_server, until
 from tests.support.service import POLL_S, READY_S, SLOW_WARM_UP, Service, customise, running
 
-CHUNKS = "/v1/models/probe/streams/held/chunks"
-
 FILL = 4
 ATTEMPTS = 3
 UNUSED_S = 2.5
 """After which an unused connection does not count."""
-
-LIVE = "/v1/models/probe/streams/live/live"
-CHUNKED = "Transfer-Encoding: chunked"
 
 FIRST_FAILS = """
 import os, pathlib, time
