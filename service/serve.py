@@ -107,7 +107,8 @@ def serve(settings: Settings) -> None:
         if settings.processes.workers > 1:
             share_metrics(stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-")))
         os.environ.update(settings.environment())
-        if asyncio.run(_requires_keys(settings)) or not may_be_open(settings, settings.http.host):
+        requires_keys = asyncio.run(store_requires_keys(settings))
+        if requires_keys or not may_be_open(settings, settings.http.host):
             # a worker that starts later requires them too, even if the keys are lost
             os.environ[f"{PREFIX}REQUIRE_KEYS"] = "True"
 
@@ -193,7 +194,7 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _requires_keys(settings: Settings) -> bool:
+async def store_requires_keys(settings: Settings) -> bool:
     """Whether requests need an access key; fails the start, in one line, on a store that the
     workers would reject."""
     store = RedisStore(settings.store)

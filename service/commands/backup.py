@@ -70,7 +70,7 @@ def backup(
         info = BackupInfo(round(time.time() * 1000), namespace, model, prefix, stored)
         return await write_backup(store, target, info, lambda done: show(done.streams))
 
-    with _open_output(file, is_secret=keys) as target, show_progress("backing up") as show:
+    with open_output(file, is_secret=keys) as target, show_progress("backing up") as show:
         progress = run_on_store(redis_url, data_dir, write)
     # another namespace would look like an empty store, and its backup like a good one
     what = "none of these is" if model is not None or prefix else "none is"
@@ -177,7 +177,7 @@ def _count(streams: int) -> str:
 
 
 @contextmanager
-def _open_output(file: str, *, is_secret: bool = False) -> Iterator[BinaryIO]:
+def open_output(file: str, *, is_secret: bool = False) -> Iterator[BinaryIO]:
     """Open a file for writing, which replaces an earlier one only when it is complete.
 
     A secret one may be read by its owner only. Its temporary name is random, since another backup

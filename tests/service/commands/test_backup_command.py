@@ -12,8 +12,8 @@ import pytest
 import redis
 
 from service.access.key_cache import AccessKeys
-from service.commands.backup import _open_output
-from service.serve import _requires_keys
+from service.commands.backup import open_output
+from service.serve import store_requires_keys
 from service.settings import Settings
 from service.store.backup import BackupInfo, BackupReader, write_backup
 from service.store.codec import HEADER_BYTES
@@ -79,7 +79,7 @@ async def is_open(url: str) -> bool:
         keys = AccessKeys(store.keys, store.rates, store.usage, required=required)
         await keys.refresh()
     is_open = keys.open_caller is not None
-    assert is_open == (not await _requires_keys(settings))
+    assert is_open == (not await store_requires_keys(settings))
     return is_open
 
 
@@ -221,10 +221,10 @@ async def test_failed_backup_keeps_the_earlier_file(
 
 def test_backups_into_one_file_do_not_mix(tmp_path: Path) -> None:
     target = tmp_path / "file"
-    with _open_output(str(target)) as first:
+    with open_output(str(target)) as first:
         first.write(b"1" * 10_000)
         first.flush()
-        with _open_output(str(target)) as second:
+        with open_output(str(target)) as second:
             second.write(b"22")
         assert target.read_bytes() == b"22"
     assert target.read_bytes() == b"1" * 10_000
