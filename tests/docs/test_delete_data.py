@@ -31,8 +31,13 @@ def rewrite_files(server: RealServer) -> None:
 
 
 def in_files(server: RealServer, content: bytes) -> bool:
-    files = [each for each in Path(server.folder).rglob("*") if each.is_file()]
-    return any(content in each.read_bytes() for each in files)
+    while True:
+        files = [each for each in Path(server.folder).rglob("*") if each.is_file()]
+        try:
+            return any(content in each.read_bytes() for each in files)
+        except FileNotFoundError:
+            # the server renamed one since they were listed
+            continue
 
 
 def values(state: StreamState) -> bytes:
