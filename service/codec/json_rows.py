@@ -180,8 +180,8 @@ class JsonRowsDecoder:
         if len(body) - len(body.replace(b"[", b"")) != brackets:
             raise ValueError("lists within rows")
         rows = self._ignoring_overflow.run(np.frombuffer(numbers, _F8).astype, _F4)
-        # takes half the time of `all()`
-        if np.count_nonzero(np.isfinite(rows)) != rows.size:
+        # takes a third of the time of `all()`
+        if b"\0" in np.isfinite(rows).tobytes():
             raise ValueError("a number is too large")
         return rows.reshape(-1, self._features)
 

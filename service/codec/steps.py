@@ -199,8 +199,8 @@ class StepsReader:
         Raises:
             InvalidInput: a value is not finite, or not a code of its column.
         """
-        # takes half the time of `all()`
-        if self.has_codes or np.count_nonzero(np.isfinite(rows)) != rows.size:
+        # takes a third of the time of `all()`
+        if self.has_codes or b"\0" in np.isfinite(rows).tobytes():
             try:
                 check_rows(self._columns, rows)
             except DataError as error:

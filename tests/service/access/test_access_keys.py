@@ -80,6 +80,7 @@ def test_record_has_the_hash_of_the_secret_only() -> None:
     text, record = new_key(AccessKey(**SCOPE))
     assert parse_key(str(text)) == text
     assert len(bytes.fromhex(text.secret)) == 32
+    assert len({text.secret[at : at + 8] for at in range(0, 64, 8)}) == 8
     stored = encode_key(record)
     assert text.secret.encode() not in stored
     assert json.loads(stored)["secret_sha256"] == hashlib.sha256(text.secret.encode()).hexdigest()
