@@ -1,4 +1,4 @@
-"""Triton's own client, unmodified, over gRPC against a running service."""
+"""Messages, streams and statuses of gRPC, by Triton's client and its stub, on a running service."""
 
 from __future__ import annotations
 
@@ -79,81 +79,12 @@ def request_of(sequence: str = "", raw: bytes | None = None, **parameters: int) 
     return message
 
 
-def test_server_and_models_describe_themselves(client: triton.InferenceServerClient) -> None:
-    assert client.is_server_live()
-    assert client.is_server_ready()
-    assert client.is_model_ready(LSTM, "1")
-    with pytest.raises(InferenceServerException, match="model_not_found"):
-        client.is_model_ready("nothing")
-    assert "sequence(string_id)" in client.get_server_metadata().extensions
-    metadata = client.get_model_metadata("flights")
-    assert [each.name for each in metadata.inputs] == ["events", "inputs"]
-    assert list(metadata.outputs[1].shape) == [-1, -1, 1, 3]
-    config = client.get_model_config("flights").config
-    assert config.HasField("sequence_batching")
-    assert [each.data_type for each in config.input] == [13, 11]
-    index = client.get_model_repository_index().models
-    assert {each.name for each in index} == {"flights", "post-lstm", "post-gru"}
-    assert client.get_inference_statistics("flights").model_stats[0].name == "flights"
-
-
-def test_sequence_gives_the_outputs_of_the_whole(
-    client: triton.InferenceServerClient, sequence: str
-) -> None:
-    outputs = []
-    for first, last in ((0, 2), (2, 3), (3, 5)):
-        result = client.infer(
-            LSTM,
-            [tensor(INPUT[first:last])],
-            outputs=[triton.InferRequestedOutput("output")],
-            sequence_id=sequence,
-            sequence_start=first == 0,
-            sequence_end=last == 5,
-            request_id=f"r{first}",
-        )
-        assert result.get_response().id == f"r{first}"
-        outputs.append(result.as_numpy("output").ravel())
-    np.testing.assert_allclose(np.concatenate(outputs), LSTM_OUTPUTS, atol=PRINTED)
-
-
-def test_retried_duplicates_with_a_position_are_applied_once(
-    client: triton.InferenceServerClient, sequence: str
-) -> None:
-    for chosen in (sequence, uuid.uuid4().int % 2**63):
-        outputs = []
-        for first, last in ((0, 2), (2, 5)):
-            results = [
-                client.infer(
-                    LSTM,
-                    [tensor(INPUT[first:last])],
-                    sequence_id=chosen,
-                    sequence_start=first == 0,
-                    parameters={"position": first},
-                )
-                for _ in range(3)
-            ]
-            replies = [parameters_of(each.get_response()) for each in results]
-            assert [each["replayed"] for each in replies] == [False, True, True]
-            assert {each["position"] for each in replies} == {last}
-            outputs.append(results[-1].as_numpy("output").ravel())
-        np.testing.assert_allclose(np.concatenate(outputs), LSTM_OUTPUTS, atol=PRINTED)
-
-
 def test_unsigned_sequence_id_is_that_of_its_digits(stub: Any) -> None:
     identity = uuid.uuid4().int % 2**63 + 2**63
     number, digits = request_of(), request_of(str(identity))
     number.parameters["sequence_id"].uint64_param = identity
     assert parameters_of(stub.ModelInfer(number))["position"] == 5
     assert parameters_of(stub.ModelInfer(digits))["position"] == 10
-
-
-def test_events_are_sent_as_json(client: triton.InferenceServerClient, sequence: str) -> None:
-    events = np.array([json.dumps(FLIGHT).encode()] * 2, object)
-    given = triton.InferInput("events", events.shape, "BYTES")
-    given.set_data_from_numpy(events)
-    result = client.infer("flights", [given], sequence_id=sequence)
-    assert parameters_of(result.get_response())["position"] == 2
-    assert result.as_numpy("delay").shape == (2, 1, 3)
 
 
 def test_values_are_accepted_as_contents(stub: Any) -> None:
@@ -370,20 +301,3 @@ def test_workers_share_the_port_and_drain(tmp_path: Path, model_dir: Path, seque
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         for each in channels:
             each.close()
-
-
-def test_resets_and_dry_runs(client: triton.InferenceServerClient, sequence: str) -> None:
-    given = tensor()
-    marks = np.zeros((1, len(INPUT)), np.bool_)
-    marks[0, 2] = True
-    reset = triton.InferInput("reset", marks.shape, "BOOL")
-    reset.set_data_from_numpy(marks)
-    parts = [client.infer(LSTM, [tensor(part)]) for part in (INPUT[:2], INPUT[2:])]
-    (name,) = [output.name for output in parts[0].get_response().outputs]
-    expected = np.concatenate([part.as_numpy(name) for part in parts], axis=1)
-    dry = client.infer(LSTM, [given, reset], sequence_id=sequence, parameters={"dry_run": True})
-    assert parameters_of(dry.get_response()) == {"dry_run": True, "position": 0, "replayed": False}
-    found = client.infer(LSTM, [given, reset], sequence_id=sequence)
-    assert parameters_of(found.get_response())["created"]
-    for each in (dry, found):
-        np.testing.assert_allclose(each.as_numpy(name), expected, rtol=1e-5, atol=1e-6)
