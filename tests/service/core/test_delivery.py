@@ -16,13 +16,17 @@ from models.spec.state import State
 from service.core.delivery import (
     Process,
     Replay,
+    Resolution,
     chunk_digest,
     evaluate_chunk,
     is_continuation,
     next_tag,
+    resolve_conflict,
+    resolve_duplicate,
     start_epoch,
 )
 from service.core.errors import (
+    AlreadyApplied,
     EpochMismatch,
     InputKindMismatch,
     PositionAhead,
@@ -36,6 +40,7 @@ from service.core.values import (
     LastChunk,
     Precondition,
     Steps,
+    StoredReply,
     StreamHead,
     StreamKey,
     StreamState,
@@ -199,3 +204,29 @@ def test_applied_chunk_changes_position_tag_and_last_chunk() -> None:
 def test_chunk_certainly_continues_a_cached_state(options: dict[str, Any], continues: bool) -> None:
     assert is_continuation(chunk(**options), STREAM.head, STREAM.feed) == continues
     assert not is_continuation(chunk(**options), STREAM.head, Feed.EVENTS)
+
+
+@pytest.mark.parametrize(
+    ("sent", "current", "resolution"),
+    [
+        (SECOND, STREAM.head, Resolution.STORED_REPLY),
+        (APPEND, STREAM.head, Resolution.OWN_REPLY),
+        (SECOND, BEGUN.head, Resolution.RE_EVALUATE),
+        (APPEND, None, Resolution.RE_EVALUATE),
+    ],
+)
+def test_version_conflict_is_resolved_by_the_head_that_was_met(
+    sent: Chunk, current: StreamHead | None, resolution: Resolution
+) -> None:
+    assert resolve_conflict(sent, STREAM.head, current) is resolution
+
+
+def test_retry_is_answered_by_the_reply_of_its_own_chunk() -> None:
+    outputs = np.zeros((4, 1), np.float32)
+    kept, other = StoredReply(STREAM.head, outputs), StoredReply(BEGUN.head, outputs)
+    assert resolve_duplicate(FIRST, STREAM, kept, None) is Resolution.STORED_REPLY
+    assert resolve_duplicate(FIRST, STREAM, other, STREAM.head) is Resolution.OWN_REPLY
+    assert resolve_duplicate(SECOND, STREAM, kept, None) is Resolution.RE_EVALUATE
+    for no_reply in (None, other):
+        with pytest.raises(AlreadyApplied):
+            resolve_duplicate(FIRST, STREAM, no_reply, BEGUN.head)
