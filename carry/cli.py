@@ -55,7 +55,8 @@ class Commands(TyperGroup):
                     f"pip install ./client '.[{extra}]' (in a clone: scripts/setup dev)"
                 )
             typer.echo(f"carry: {line}", err=True)
-            raise typer.Exit(1) from error
+            # 1 would say of a replay that the service broke a guarantee
+            raise typer.Exit(2 if ctx.invoked_subcommand == "replay" else 1) from error
 
 
 app = typer.Typer(

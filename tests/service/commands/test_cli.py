@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from carry import cli
 
@@ -13,8 +15,32 @@ def test_commands_keep_the_start_of_tensorflow_off_stderr(monkeypatch: pytest.Mo
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "")  # so that it is removed again
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
     seen: list[tuple[str | None, ...]] = []
     names = ("TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
     monkeypatch.setattr(cli, "app", lambda prog_name: seen.append(tuple(map(os.getenv, names))))
     cli.main()
     assert seen == [("2", "1")], "a variable that is set already is kept"
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "status"),
+    [
+        ("models.training.train_frame", ["train", "spec.yaml", "data.csv", "out"], 1),
+        ("carry_client", ["replay"], 2),
+    ],
+)
+def test_a_missing_package_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, module: str, words: list[str], status: int
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == status
+    assert result.stderr.startswith("carry: ")
+    assert f"`carry {words[0]}` needs the extra `{words[0]}`: pip install" in result.stderr
+
+
+def test_an_error_that_is_not_expected_has_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "version", lambda name: 1 / 0)
+    result = CliRunner().invoke(cli.app, ["version"])
+    assert isinstance(result.exception, ZeroDivisionError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from carry_client import ModelDescription, Output, read_description
 from models.errors import DataError
 from models.events.parse import event_json_schema
 from models.offline.verification import ABSOLUTE, excess
-from models.training.files import read_data
-from service.commands.replay.send import ReplayError, StreamEvents, event_schema, split_streams
+from service.commands.replay.send import ReplayError, event_schema, split_streams
 from tests.service.commands.replay.standin import SPEC
 from tests.support.events import FULL_SCHEMA
-from tests.support.strict_events import event_adapter
 
 assert SPEC.events is not None
 SCHEMA = SPEC.events
@@ -55,13 +52,15 @@ def table(**columns: list[Any]) -> pl.DataFrame:
 
 
 def test_streams_contain_the_earliest_events_in_order() -> None:
-    found = split_streams(SCHEMA, table(), limit=4, prefix="p:")
+    names = [7, 8, 7, 7, 8]
+    frame = table(stream=names, wind=[None, None, 1.5, None, None], other=names)
+    found = split_streams(SCHEMA, frame, limit=4, prefix="p:")
     by_name = {stream.name: stream for stream in found}
-    assert by_name["p:x"].events(0, 2) == [
+    assert by_name["p:7"].events(0, 2) == [
         {"at": 10, "delay": 10.0, "kind": "a"},
-        {"at": 40, "delay": 40.0, "kind": "a"},
+        {"at": 40, "delay": 40.0, "kind": "a", "wind": 1.5},
     ]
-    assert by_name["p:y"].events(1, 2) == [{"at": 20, "delay": 20.0, "kind": "a"}]
+    assert by_name["p:8"].events(1, 2) == [{"at": 20, "delay": 20.0, "kind": "a"}]
 
 
 def test_streams_that_cannot_be_sent_are_rejected() -> None:
@@ -72,30 +71,6 @@ def test_streams_that_cannot_be_sent_are_rejected() -> None:
         split_streams(SCHEMA, table(), stream="who")
     with pytest.raises(DataError, match="'delay'"):
         split_streams(SCHEMA, table().drop("delay"))
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_events_are_read_from_files(tmp_path: Path, suffix: str) -> None:
-    frame = pl.DataFrame(
-        {
-            "who": [7, 8, 7],
-            "at": ["2013-01-01T00:00:01Z", "2013-01-01T00:00:02Z", "2013-01-01T00:00:03Z"],
-            "delay": [1.5, 2.0, -3.25],
-            "kind": ["a", "b", "a"],
-            "wind": [None, 1.0, None],
-            "other": [1, 2, 3],
-        }
-    )
-    path = tmp_path / f"data.{suffix}"
-    writers = {"csv": "write_csv", "jsonl": "write_ndjson", "parquet": "write_parquet"}
-    getattr(frame, writers[suffix])(path)
-    first, second = split_streams(SCHEMA, read_data(path, SCHEMA), stream="who")
-    assert (first.name, second.name) == ("7", "8")
-    assert first.events(0, 2) == [
-        {"at": 1_356_998_401_000, "delay": 1.5, "kind": "a"},
-        {"at": 1_356_998_403_000, "delay": -3.25, "kind": "a"},
-    ]
-    assert second.events(0, 1)[0]["wind"] == 1.0
 
 
 def test_description_gives_fields_and_outputs() -> None:
@@ -143,13 +118,6 @@ def test_outputs_are_packed_by_the_description() -> None:
     ):
         with pytest.raises(ValueError, match=error):
             model.pack({**good, **wrong}, 2)
-
-
-def test_sent_events_pass_the_schema(streams: list[StreamEvents]) -> None:
-    adapter = event_adapter(SCHEMA)
-    for stream in streams:
-        for event in stream.events(0, len(stream)):
-            adapter.validate_python(event)
 
 
 def test_bound_of_outputs_is_absolute_and_relative() -> None:
