@@ -43,9 +43,10 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (CarryError, ModelsError, OperatorError, OSError, ModuleNotFoundError) as error:
+            is_of_service = isinstance(error, OSError) and ctx.invoked_subcommand == "serve"
+            if is_of_service or isinstance(error, BrokenPipeError):
+                raise  # not expected, or handled by Typer
             line = error.detail if isinstance(error, CarryError) else str(error)
-            if isinstance(error, OSError) and ctx.invoked_subcommand == "serve":
-                raise  # of the service: not expected
             if isinstance(error, ModuleNotFoundError):
                 extra = EXTRAS.get(ctx.invoked_subcommand or "")
                 if extra is None:
