@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.artifact.writing import write_artifact
 from models.spec.model import ModelSpec
-from service.access.caller import ANYONE
+from service.access.caller import ANYONE, Verb
 from service.core.errors import StoreUnavailable
 from service.core.values import Reply
 from service.transports.v2.http_routes import add_kserve
@@ -97,6 +97,21 @@ async def test_end_leaves_a_stream_that_others_continued(
         reply = await V2(api).infer(ROWS, sequence_id=5, sequence_end=True)
         assert "deleted" not in reply.parameters
         assert api.position("5") == 8
+
+
+async def test_end_that_deletes_needs_the_verb_of_deletions(
+    pipeline_server: RealServer, models: dict[str, Artifact]
+) -> None:
+    """Before the chunk is applied, on both paths; without the end the chunk is."""
+    deleting = harness(pipeline_server, models, requires_keys=True, extend=add_deleting)
+    async with deleting as api:
+        headers = {"authorization": await api.key(verbs=(Verb.PREDICT,))}
+        for expected in (403, 403, 200):
+            parameters: dict[str, Any] = {"sequence_id": 5, "sequence_end": expected == 403}
+            body, lengths = binary_body(ROWS, {**parameters, "binary_data_output": True})
+            response = await V2(api).post(body, headers | lengths)
+            assert response.status_code == expected
+        assert api.position("5") == len(ROWS)
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])

@@ -57,6 +57,7 @@ BODIES: dict[str, tuple[Any, str]] = {
         "inputs[0].shape: expected at most 5 sequences, got 2147483647",
     ),
     "too few values": (changed(data=[1.0] * 11), "inputs[0].data: expected 12 values"),
+    "too many lists": (changed(data=[[1.0]] * 12), "inputs[0].data: expected at most 4 lists"),
     "no values": (changed(data=None), "inputs[0]: expected either data or"),
     "a decimal axis": (changed(shape=[4.5, 3]), "shape[0]: expected a valid integer, got 4.5"),
     "nine axes": (
