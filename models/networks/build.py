@@ -24,7 +24,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from models.errors import ArtifactError, SpecError
+from models.artifact.weights import check_weights
+from models.errors import SpecError
 from models.networks.cells import recurrent_layer
 from models.networks.heads import (
     Tensor,
@@ -306,33 +307,16 @@ class StepNetwork:
             name: np.array(variable.value.numpy()) for name, variable in self._variables.items()
         }
 
-    def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+    def set_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
         """Set all weights by name; nothing changes unless all of them are valid.
 
         Raises:
-            ArtifactError: a name is missing or unknown, a shape differs, or a value is not a
-                finite float32.
+            ArtifactError: a name is missing or unknown, or an array is not finite float32 of its
+                shape.
         """
-        missing = [name for name in self._variables if name not in weights]
-        unknown = [name for name in weights if name not in self._variables]
-        if missing or unknown:
-            raise ArtifactError(
-                f"model {self.spec.name!r}: weights missing {missing}, unknown {unknown}"
-            )
-        accepted: dict[str, NDArray[np.float32]] = {}
+        check_weights(self.spec, weights, f"model {self.spec.name!r}")
         for name, variable in self._variables.items():
-            value = np.asarray(weights[name])
-            if value.shape != tuple(variable.shape) or value.dtype.kind != "f":
-                raise ArtifactError(
-                    f"weight {name!r}: expected float32 of shape {list(variable.shape)}, "
-                    f"got {value.dtype} {list(value.shape)}"
-                )
-            with np.errstate(over="ignore"):
-                accepted[name] = value.astype(np.float32)
-            if not np.isfinite(accepted[name]).all():
-                raise ArtifactError(f"weight {name!r}: expected finite float32 values")
-        for name, variable in self._variables.items():
-            variable.assign(accepted[name])
+            variable.assign(weights[name])
 
     def initialise(self, seed: int) -> None:
         """Initialise the weights; equal seeds give equal weights."""
