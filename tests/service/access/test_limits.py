@@ -239,7 +239,10 @@ async def test_long_chunk_is_accepted_and_delays_later_requests(start: Start) ->
     accepted(second)
     await processes.renew()
     await processes.renew()
-    assert not accepted(second)
+    rejection = second.rejection()
+    assert rejection is not None
+    # of two processes, each gets half of the rate
+    assert 3 < rejection.facts["retry_after_s"] < 4.5
     processes.advance(2)
     await processes.renew()
     assert not accepted(first)
@@ -253,6 +256,7 @@ async def test_leases_of_idle_and_crashed_processes_return_to_the_bucket(start: 
     processes = start(2)
     first, second = (processes.limiter(at, requests_per_s=100) for at in range(2))
     accepted(first)
+    assert first.is_active
     await processes.renew()
     # one half is leased to the first; it crashes
     processes.all, crashed = processes.all[1:], processes.all[0]
