@@ -165,12 +165,12 @@ async def _check_store(settings: Settings) -> list[CheckResult]:
 
 
 async def _check_servers(router: Router, settings: Settings) -> str:
-    servers = await check_servers(router, settings.store, initialise=False)
+    servers = await check_servers(router, initialise=False)
     return f"{router.redacted_url}: {servers}"
 
 
 async def _check_permissions(router: Router, settings: Settings) -> str:
-    missing = await find_missing_permissions(router, settings.store)
+    missing = await find_missing_permissions(router)
     lines = [f"{', '.join(names)} (for {purpose})" for purpose, names in missing.items()]
     if ALWAYS in missing:
         raise StoreRefused(
@@ -181,7 +181,7 @@ async def _check_permissions(router: Router, settings: Settings) -> str:
 
 
 async def _check_stored_access(router: Router, settings: Settings) -> str:
-    return _check_access(settings, await RedisStoredKeys(router, settings.store.keys).read(None))
+    return _check_access(settings, await RedisStoredKeys(router).read(None))
 
 
 _STORE_CHECKS: Final = {

@@ -106,12 +106,13 @@ class OutputBuffer:
 
     Attributes:
         watches: the watches that read it.
+        turns: shared by all watches of the worker.
         end: sequence number of the next output.
     """
 
     def __init__(self, turns: Turns):
         self.watches: set[Watch] = set()
-        self._turns = turns
+        self.turns = turns
         self._buffered: deque[BufferedOutput] = deque()
         self._bytes = 0
         self.end = 0
@@ -126,7 +127,7 @@ class OutputBuffer:
         while len(self._buffered) > MAX_BUFFERED or self._bytes > MAX_BUFFERED_BYTES:
             self._bytes -= _size(self._buffered.popleft().output)
         for turn in self._idle:
-            self._turns.request(turn)
+            self.turns.request(turn)
         self._idle.clear()
 
     def resynchronize(self) -> None:
@@ -150,7 +151,7 @@ class OutputBuffer:
     async def wait(self, start: int, turn: asyncio.Future[None]) -> None:
         """Wait for a turn, which is requested once there is an output from `start` on."""
         if start < self.end:
-            self._turns.request(turn)
+            self.turns.request(turn)
         else:
             self._idle[turn] = None
         try:
@@ -164,24 +165,15 @@ class Watch:
 
     Args:
         buffer: the outputs of the stream.
-        turns: shared by all watches of the worker.
         start: the position up to which the watcher has all outputs; None for the current one.
     """
 
-    def __init__(
-        self,
-        store: StateStore,
-        key: StreamKey,
-        start: int | None,
-        buffer: OutputBuffer,
-        turns: Turns,
-    ):
+    def __init__(self, store: StateStore, key: StreamKey, start: int | None, buffer: OutputBuffer):
         self._store = store
         self._key = key
         self._start = start
         self._buffer = buffer
         self._next_output = buffer.end
-        self._turns = turns
         self._turn: asyncio.Future[None] | None = None
         self._epoch: bytes | None = None
         self._position = 0
@@ -229,8 +221,8 @@ class Watch:
         loop = asyncio.get_running_loop()
         self._turn = turn = loop.create_future()
         if self._must_read or self._is_draining or self._error is not None:
-            self._turns.request(turn)
-        timer = loop.call_later(interval_s, self._turns.request, turn)
+            self._buffer.turns.request(turn)
+        timer = loop.call_later(interval_s, self._buffer.turns.request, turn)
         try:
             await self._buffer.wait(self._next_output, turn)
         finally:
@@ -239,7 +231,7 @@ class Watch:
 
     def _wake(self) -> None:
         if self._turn is not None:
-            self._turns.request(self._turn)
+            self._buffer.turns.request(self._turn)
 
     async def _next(self) -> list[WatchEvent]:
         if self._error is not None:
@@ -374,7 +366,7 @@ class Watches:
         if self._is_draining:
             raise ShuttingDown("the service is stopping")
         buffer = self._buffers.setdefault(key, OutputBuffer(self._turns))
-        watch = Watch(self._store, key, start, buffer, self._turns)
+        watch = Watch(self._store, key, start, buffer)
         buffer.watches.add(watch)
         self._watches.add(watch)
         self._recorder.record_watchers(key.model, 1)

@@ -25,7 +25,7 @@ from service.store.capabilities import (
     StoredKeys,
     StreamUsage,
 )
-from service.store.keys import KeySpace, join_name, split_name
+from service.store.keys import join_name, split_name
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import Outcome, ServerReply, read_value
 from service.store.redis.router import Router
@@ -43,9 +43,9 @@ _TOTAL: Final = b"total"
 class RedisStoredKeys(StoredKeys):
     """The records of access keys in a store."""
 
-    def __init__(self, router: Router, keys: KeySpace):
+    def __init__(self, router: Router):
         self._router = router
-        self._keys = keys
+        self._keys = router.settings.keys
 
     async def read(
         self, version: bytes | None, deadline_s: float = math.inf
@@ -88,9 +88,9 @@ class RedisStoredKeys(StoredKeys):
 class RedisRateLeases(RateLeases):
     """The token buckets of a store, for one process."""
 
-    def __init__(self, router: Router, keys: KeySpace):
+    def __init__(self, router: Router):
         self._router = router
-        self._keys = keys
+        self._keys = router.settings.keys
         self._process = secrets.token_hex(4)
         self._script = Script.load("lease")
 
@@ -122,13 +122,10 @@ class RedisStreamUsage(StreamUsage):
     """
 
     def __init__(
-        self,
-        router: Router,
-        keys: KeySpace,
-        fence: Callable[[Sequence[StreamKey]], Awaitable[set[StreamKey]]],
+        self, router: Router, fence: Callable[[Sequence[StreamKey]], Awaitable[set[StreamKey]]]
     ) -> None:
         self._router = router
-        self._keys = keys
+        self._keys = router.settings.keys
         self._fence = fence
         self._register_script = Script.load("register")
         self._release_script = Script.load("release")

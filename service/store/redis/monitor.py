@@ -48,7 +48,6 @@ from service.store.redis.server_checks import (
     memory_ratio,
     parse_info,
 )
-from service.store.settings import StoreSettings
 
 RECHECK_INTERVAL_S: Final = 30.0
 """Interval of checks when no client asks for readiness."""
@@ -66,10 +65,10 @@ class RedisMonitor(StoreMonitor):
         commit_script: the script that writes streams.
     """
 
-    def __init__(self, router: Router, settings: StoreSettings, commit_script: Script):
+    def __init__(self, router: Router, commit_script: Script):
         self.telemetry = router.telemetry
         self._router = router
-        self._settings = settings
+        self._settings = router.settings
         self._commit_script = commit_script
         self._checking: asyncio.Task[Check] | None = None
         self._watcher: asyncio.Task[None] | None = None

@@ -29,7 +29,6 @@ from service.store.codec import CodecError, decode_reply
 from service.store.keys import join_name, split_name
 from service.store.redis.connections import RETRY_AFTER_S, describe_error
 from service.store.redis.router import Router
-from service.store.settings import StoreSettings
 
 ANNOUNCE_INTERVAL_S: Final = 5.0
 LEASE_S: Final = 3 * ANNOUNCE_INTERVAL_S
@@ -55,11 +54,11 @@ class RedisOutputChannel(OutputChannel):
         watched: the streams that any worker watches, and until when, on the monotonic clock.
     """
 
-    def __init__(self, router: Router, settings: StoreSettings):
+    def __init__(self, router: Router):
         self.watched: dict[StreamKey, float] = {}
-        self._wait_s = settings.store_wait_s
-        self._control = f"{settings.namespace}:watched"
-        self._prefix = f"{settings.namespace}:outputs:"
+        self._wait_s = router.settings.store_wait_s
+        self._control = f"{router.settings.namespace}:watched"
+        self._prefix = f"{router.settings.namespace}:outputs:"
         self._router = router
         self._receivers: dict[StreamKey, set[Receiver]] = {}
         self._requested: set[StreamKey] = set()

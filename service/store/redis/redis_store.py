@@ -157,15 +157,15 @@ class RedisStore(Store):
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
         self._delete_script = Script.load("delete")
-        self.outputs = RedisOutputChannel(self._router, settings)
-        self.usage = RedisStreamUsage(self._router, self._keys, self._fence)
-        self.rates = RedisRateLeases(self._router, self._keys)
-        self.keys = RedisStoredKeys(self._router, self._keys)
-        self.monitor = RedisMonitor(self._router, settings, self._commit_script)
+        self.outputs = RedisOutputChannel(self._router)
+        self.usage = RedisStreamUsage(self._router, self._fence)
+        self.rates = RedisRateLeases(self._router)
+        self.keys = RedisStoredKeys(self._router)
+        self.monitor = RedisMonitor(self._router, self._commit_script)
 
     async def start(self) -> None:
         await self._router.start()
-        server = await check_servers(self._router, self._settings)
+        server = await check_servers(self._router)
         self.monitor.start()
         log.info("store_ready", store=self._router.redacted_url, server=server)
 
@@ -381,7 +381,7 @@ class RedisStore(Store):
     async def streams(
         self, model: str | None, prefix: str, cursor: str | None, limit: int
     ) -> StreamPage:
-        return await list_streams(self._router, self._settings, model, prefix, cursor, limit)
+        return await list_streams(self._router, model, prefix, cursor, limit)
 
     def _slot(self, key: StreamKey) -> int:
         return 0 if self._slots is None else self._slots[self._keys.partition(key)]

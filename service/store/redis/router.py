@@ -106,6 +106,7 @@ class Router(ABC):
         StoreRefused: the address cannot be used.
 
     Attributes:
+        settings: of the whole store.
         redacted_url: the address without secrets.
         telemetry: what its connections count.
         on_connect: prepares each connection (`ConnectionFactory`).
@@ -116,7 +117,7 @@ class Router(ABC):
 
     def __init__(self, settings: StoreSettings):
         self.telemetry = StoreTelemetry()
-        self._settings = settings
+        self.settings = settings
         self._waiting: dict[PendingCommand, tuple[float, float]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = math.inf
@@ -420,8 +421,8 @@ class Router(ABC):
     def _server(self, address: Address) -> RedisServer:
         server = self._servers.get(address)
         if server is None:
-            url = StoreAddress.parse(self._settings.url).server_url(address)
-            settings = self._settings.at(url)
+            url = StoreAddress.parse(self.settings.url).server_url(address)
+            settings = self.settings.at(url)
             server = RedisServer(settings, self, self.telemetry, self.on_connect)
             self._servers[address] = server
         return server

@@ -18,7 +18,6 @@ from service.store.codec import TOMBSTONE_PREFIX
 from service.store.keys import KeySpace
 from service.store.redis.pipelined_connection import RedisServer
 from service.store.redis.router import Router
-from service.store.settings import StoreSettings
 
 MAX_STEPS: Final = 100
 SCAN_COUNT: Final = 1000
@@ -67,12 +66,7 @@ class ScanCursor(NamedTuple):
 
 
 async def list_streams(
-    router: Router,
-    settings: StoreSettings,
-    model: str | None,
-    prefix: str,
-    cursor: str | None,
-    limit: int,
+    router: Router, model: str | None, prefix: str, cursor: str | None, limit: int
 ) -> StreamPage:
     """Read one page of streams (`StateStore.streams`).
 
@@ -87,8 +81,7 @@ async def list_streams(
             f"cursor: expected the `cursor` of the previous page, or none, got {cursor!r}",
             at="cursor",
         ) from error
-    keys = settings.keys
-    layout = await router.layout()
+    keys, layout = router.settings.keys, await router.layout()
     start = start.or_restart(layout.version, len(layout.servers))
     server = layout.servers[start.server]
 

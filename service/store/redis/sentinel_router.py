@@ -69,7 +69,7 @@ class SentinelRouter(Router):
             replicas = await sentinels.discover_replicas(self._address.primary_name)
         for host, port in replicas:
             url = self._address.server_url(Address(str(host), int(port)))
-            self._replicas_at_start.append(RedisServer(self._settings.at(url)))
+            self._replicas_at_start.append(RedisServer(self.settings.at(url)))
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:

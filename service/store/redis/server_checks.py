@@ -77,7 +77,7 @@ class ServerFault(NamedTuple):
     is_unsafe: bool = False
 
 
-async def check_servers(router: Router, settings: StoreSettings, *, initialise: bool = True) -> str:
+async def check_servers(router: Router, *, initialise: bool = True) -> str:
     """Check every server.
 
     Args:
@@ -90,7 +90,7 @@ async def check_servers(router: Router, settings: StoreSettings, *, initialise: 
         StoreUnavailable: no server answers, or the one that stores `meta` does not.
         StoreRefused: a server is not configured as required.
     """
-    layout = await router.layout()
+    layout, settings = await router.layout(), router.settings
     checks = [_check_server(server, settings) for server in layout.servers]
     descriptions: list[str] = []
     unavailable: list[StoreUnavailable] = []
@@ -113,7 +113,7 @@ async def check_servers(router: Router, settings: StoreSettings, *, initialise: 
             log.warning("replica_unavailable", store=server.redacted_url, reason=error.detail)
         else:
             await _check_server(server, settings)
-    await _check_partitions(router, settings, initialise=initialise)
+    await _check_partitions(router, initialise=initialise)
     telemetry = router.telemetry
     telemetry.is_up = True
     telemetry.servers_up, telemetry.servers_down = len(descriptions), len(unavailable)
@@ -189,9 +189,9 @@ async def find_fault(
     return None
 
 
-async def _check_partitions(router: Router, settings: StoreSettings, *, initialise: bool) -> None:
+async def _check_partitions(router: Router, *, initialise: bool) -> None:
     """Compare the `meta` key with the settings; write that of a new store."""
-    key = settings.keys.meta
+    settings, key = router.settings, router.settings.keys.meta
     expected = {"format": META_FORMAT, "partitions": settings.partitions}
     value: bytes | None = None
     commands = [("SET", key, json.dumps(expected), "NX"), ("GET", key)]
@@ -213,12 +213,13 @@ async def _check_partitions(router: Router, settings: StoreSettings, *, initiali
         )
 
 
-async def find_missing_permissions(router: Router, settings: StoreSettings) -> dict[str, list[str]]:
+async def find_missing_permissions(router: Router) -> dict[str, list[str]]:
     """Find the commands that the store's user may not run, by what needs them; runs none of them.
 
     Raises:
         StoreUnavailable, StoreRefused: a server does not answer, or the user may not run scripts.
     """
+    settings = router.settings
     key, channel = settings.keys.probe(0, "permissions"), f"{settings.namespace}:watched"
     needed = {
         command.format(key=key, channel=channel): purpose

@@ -128,7 +128,7 @@ async def test_permission_error_names_the_commands_that_watching_needs(
         admin.execute_command("ACL", "SETUSER", "watcher", *everything, missing)
         path = pipeline_server.url.partition("://")[2]
         settings = StoreSettings(f"unix://watcher:any@{path}", store_wait_s=30)
-        channel = RedisOutputChannel(open_router(settings), settings)
+        channel = RedisOutputChannel(open_router(settings))
         await channel.start()
         try:
             for recorder in (Recorder(), Recorder()):
