@@ -56,6 +56,7 @@ def test_streams_contain_the_earliest_events_in_order() -> None:
     frame = table(stream=names, wind=[None, None, 1.5, None, None], other=names)
     found = split_streams(SCHEMA, frame, limit=4, prefix="p:")
     by_name = {stream.name: stream for stream in found}
+    assert {name: len(stream) for name, stream in by_name.items()} == {"p:7": 2, "p:8": 2}
     assert by_name["p:7"].events(0, 2) == [
         {"at": 10, "delay": 10.0, "kind": "a"},
         {"at": 40, "delay": 40.0, "kind": "a", "wind": 1.5},
