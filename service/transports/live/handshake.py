@@ -101,6 +101,13 @@ class LiveSockets:
 
     async def serve(self, socket: WebSocketProtocol) -> None:
         """Answer a handshake, and serve the socket until it is closed."""
+        # a call of its own, whose values are not kept as long as the socket is open
+        session = await self._answer(socket)
+        if session is not None:
+            await session.serve(socket)
+
+    async def _answer(self, socket: WebSocketProtocol) -> Session | None:
+        """Answer a handshake; returns the session of a socket that it opened."""
         scope = socket.scope
         headers = [*scope["headers"]]
         request_id = request_id_of(headers, self.ids)
@@ -130,10 +137,7 @@ class LiveSockets:
                 socket.reject(error_response(error, Media.JSON, request_id, CLOSE))
         ms = round((time.monotonic() - began_s) * 1000, 2)
         log_request(request_id.decode(), "GET", route, status, ms, facts)
-        if session is not None:
-            # it would be kept as long as the socket is open
-            scope.clear()  # type: ignore[attr-defined]
-            await session.serve(socket)
+        return session
 
     def _caller(self, headers: Headers) -> Caller:
         """The caller who opens a socket.

@@ -171,6 +171,15 @@ async def test_graceful_shutdown_starts_no_request_that_it_would_not_answer(
     assert api.position("stopped") == 4 * owed
 
 
+async def test_an_announced_close_follows_the_last_pipelined_request(api: Harness) -> None:
+    async with connected(api) as client:
+        client.connections.announce_close()
+        client.deliver(request(chunk(None)) * 3)
+        replies = [(await answer(client.reader)).lower() for _ in range(3)]
+        assert [b"connection: close" in each for each in replies] == [False, False, True]
+        await client.is_cut_off()
+
+
 async def test_a_request_that_is_queued_in_uvicorn_is_answered_in_order(
     api: Harness, held_back: Callable[[], None], reject_short: str
 ) -> None:
