@@ -138,8 +138,6 @@ class Session:
             await self._receive(*message)
             if self.unanswered >= self.window:
                 await self._wait_until(lambda: self.unanswered < self.window)
-            if not socket.writable.is_set():
-                await socket.writable.wait()
             if self._order.is_cleared:
                 return
         await self._wait_until(lambda: not self.unanswered)
@@ -204,13 +202,9 @@ class Session:
             if len(body) < LONG_BYTES:
                 frame = reader.frame(body, media, self.stream)
             else:
-                # a task of its own, so that a disconnect ends it
+                # a task of its own, so that a disconnect ends it, and then this one
                 decode = partial(reader.frame, body, media, self.stream)
-                reading = self._run(self.api.long_bodies.read(len(body), deadline_s, decode))
-                await asyncio.wait([reading])
-                if reading.cancelled():
-                    return
-                frame = reading.result()
+                frame = await self._run(self.api.long_bodies.read(len(body), deadline_s, decode))
         except Exception as error:
             frame = Frame(*read_envelope(media, body), as_carry_error(error))
         if entry is None and frame.stream is not None:

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import Close, CloseCode, Frame, Opcode
 
 from service.codec.request_reader import RequestReader
-from service.core.errors import Unauthenticated
+from service.core.errors import StoreUnavailable, Unauthenticated
 from service.pipeline.pipeline import Pipeline
 from service.server import connections as connections_module
 from service.server import websocket_protocol
@@ -360,6 +360,21 @@ async def test_connection_whose_client_half_closed_ends_with_its_socket(
         assert reason.encode() in await reader.read()
     held_back()
     assert not failures
+
+
+async def test_frames_that_are_not_parsed_at_a_half_close_are_answered(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        served.data_received(Frame(Opcode.TEXT, text(rows(1), 0).encode()).serialize(mask=True))
+        assert served.eof_received(), "the connection is closed"
+        assert (await reply(client))["position"] == 1
+
+
+async def test_a_socket_whose_key_cannot_be_checked_may_be_opened_later(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        served.session.revoke(StoreUnavailable("no answer"))
+        assert await closed(client, CloseCode.TRY_AGAIN_LATER) == "no answer"
 
 
 @pytest.mark.parametrize("how", ["write_eof", "abort"])
