@@ -68,6 +68,7 @@ FAST: dict[str, bytes] = {
     "chosen outputs": infer(
         outputs=[{"name": "steep"}, {"name": "last", "parameters": {"binary_data": False}}]
     ),
+    "one of the outputs": infer(outputs=[{"name": "steep"}]),
     "without the leading axis": infer(rows=ROWS[0]),
     "long JSON": infer(change=lambda text: text + b" " * 4096),
     "duplicate member": infer(change=lambda text: text.replace(b"{", b'{"id":"a","id":"b",', 1)),
