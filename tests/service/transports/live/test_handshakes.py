@@ -166,7 +166,6 @@ OPENS = {
     "http://{host}": True,
     "https://{host}": True,
     ORIGINS: True,
-    "http://{host}\r\nOrigin: https://evil.example.com": False,
     "http://{host}#evil": False,
     "http://{host}/": False,
     "http://evil@{host}": False,

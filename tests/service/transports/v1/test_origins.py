@@ -40,6 +40,9 @@ async def test_pages_of_the_service_itself_may_change_streams(api: Harness) -> N
         reply = await api.client.post(f"{PATH}/chunks", json=CHUNK, headers=headers)
         assert reply.status_code == 200
         assert api.position("s") == position
+    two = [("origin", own["origin"]), ("origin", OTHERS[0])]
+    reply = await api.client.post(f"{PATH}/chunks", json=CHUNK, headers=two)
+    problem(reply, 403, "origin_not_allowed")
 
 
 HOSTS = {
