@@ -192,6 +192,17 @@ async def test_the_oldest_incomplete_bodies_are_rejected_over_the_limit(
         assert connections.body_bytes == 0
 
 
+async def test_a_connection_whose_body_was_shed_is_still_read(api: Harness) -> None:
+    """Bytes that are not read would reset its reply."""
+    limit(api, max_pending_body_bytes=70_000)
+    head = request(b"", "Transfer-Encoding: chunked", first=PREDICT, length="")
+    async with connected(api) as client:
+        client.deliver(head + b"400\r\n%b\r\n" % (b" " * 1024) * 80)
+        assert client.connection.phase is Phase.LINGER
+        assert client.connection.transport.is_reading()
+        assert await problem_of(client) == (b"429", "overloaded")
+
+
 async def test_a_complete_body_is_not_rejected_for_incomplete_ones(
     api: Harness, held_back: Callable[[], None]
 ) -> None:
