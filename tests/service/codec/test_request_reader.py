@@ -330,6 +330,19 @@ def test_item_with_a_wrong_name_fails_alone(
     assert [isinstance(each, Chunk) for each in found] == [True, False, True]
     assert isinstance(found[1], CarryError)
     assert (found[1].code, found[1].facts["at"]) == ("invalid_name", "chunks[1].stream")
+    # a wrong name is no stream, whatever else is wrong
+    [error] = reader.items(encode({"chunks": [{"stream": name, "odd": 1}]}), media)
+    assert isinstance(error, CarryError)
+    assert "stream" not in error.facts
+    assert reader.frame(encode({"stream": name, "odd": 1}), media, None).stream is None
+
+
+def test_events_of_a_model_without_a_schema_are_rejected(
+    codecs: Mapping[str, ModelCodec],
+) -> None:
+    error = read_chunk(codecs["probe"], dumps({"events": [EVENT]}))
+    assert (error.code, error.facts["at"]) == ("invalid_input", "events")
+    assert "no event schema" in error.facts["expected"]
 
 
 TWICE = {
