@@ -20,7 +20,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return load_artifact(network.write(tmp_path_factory.mktemp("models")) / MODEL)
 
 
-def test_runtime_equals_the_reference_bit_by_bit_in_any_cuts(artifact: Artifact) -> None:
+def test_runtime_equals_the_reference_bit_by_bit_for_any_chunks(artifact: Artifact) -> None:
     runtime, random = OnnxRuntime(artifact), np.random.default_rng(5)
     rows = random_events(random, 600)
     expected = compute(ZERO, rows)

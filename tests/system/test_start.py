@@ -77,7 +77,7 @@ def test_a_data_directory_in_use_is_reported(service: Service) -> None:
     ],
     ids=["setting", "models", "workers", "store"],
 )
-def test_a_start_that_fails_says_what_is_wrong(
+def test_failed_start_reports_its_cause(
     options: tuple[str, ...], environment: dict[str, str], parts: tuple[str, ...], tmp_path: Path
 ) -> None:
     words = [word.format(folder=tmp_path) for word in options]

@@ -121,7 +121,7 @@ def test_a_slice_equals_decoding_its_events(
     assert_same(schema, found[start:stop], columns_from_events(schema, chunk[start:stop]))
 
 
-def test_no_events_are_columns_without_values() -> None:
+def test_an_empty_list_of_events_gives_empty_columns() -> None:
     found = EventReader(FULL_SCHEMA, marks_resets=True).read([])
     assert found.resets == ()
     assert_same(FULL_SCHEMA, found.columns, columns_from_events(FULL_SCHEMA, []))

@@ -211,7 +211,7 @@ async def test_each_unusable_key_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(("required", "is_open"), [(None, False), (True, False), (False, True)])
-async def test_store_that_has_had_keys_is_opened_by_the_setting_only(
+async def test_store_that_lost_its_keys_is_open_only_by_the_setting(
     required: bool | None, is_open: bool
 ) -> None:
     """A restored one may have none; one that was never closed is open by default."""

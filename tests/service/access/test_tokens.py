@@ -163,7 +163,7 @@ def test_tokens_that_the_key_did_not_sign_are_rejected(made: tuple[KeyText, Acce
             verified(made, token)
 
 
-def test_answer_does_not_tell_whether_the_id_of_a_token_exists(
+def test_answer_does_not_reveal_whether_the_id_of_a_token_exists(
     made: tuple[KeyText, AccessKey],
 ) -> None:
     key, record = made

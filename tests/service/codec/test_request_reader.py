@@ -286,7 +286,7 @@ def items(codec: ModelCodec) -> Callable[[bytes], Any]:
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), model=st.sampled_from(["probe", "small"]))
-def test_items_and_sequences_are_what_each_is_alone(
+def test_items_and_sequences_equal_single_requests(
     codecs: Mapping[str, ModelCodec], data: st.DataObject, model: str
 ) -> None:
     codec = codecs[model]
@@ -447,7 +447,7 @@ MEMBERS_TWICE = b"\x83\xa8position\xa1x\xa8position\x02"
         (b"\xde\x27\x11" + b"\xa1x\xc0" * 10_001, "invalid_input", "body"),
     ],
 )
-def test_messagepack_that_json_cannot_say_is_rejected(
+def test_messagepack_that_json_cannot_represent_is_rejected(
     codecs: Mapping[str, ModelCodec], body: bytes, code: str, at: str
 ) -> None:
     error = read_chunk(codecs["small"], body, Media.MSGPACK)
@@ -537,7 +537,9 @@ def test_rejected_body_is_not_kept_by_its_error(
         '"id":1',
     ],
 )
-def test_frame_is_named_as_without_simdjson(codecs: Mapping[str, ModelCodec], members: str) -> None:
+def test_both_readers_report_the_same_frame_id(
+    codecs: Mapping[str, ModelCodec], members: str
+) -> None:
     body = b'{%b,"inputs":[[1,2,3]]}' % members.encode()
     reader = codecs["probe"].reader
     fast, slow = [reader.frame(text, Media.JSON, None) for text in (body, b" " + body)]

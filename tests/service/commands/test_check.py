@@ -59,7 +59,7 @@ def permit(client: redis.Redis, *denied: str) -> None:
     client.execute_command("ACL", "SETUSER", "carry", "on", ">hush", *rules)
 
 
-def test_a_usable_store_is_not_written_to_and_no_port_listened_on(
+def test_check_writes_nothing_and_listens_on_no_port(
     check: Check, server: RealServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket.socket, "listen", None)

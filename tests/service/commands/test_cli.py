@@ -41,7 +41,7 @@ def test_a_missing_package_names_its_extra(
     assert f"`carry {words[0]}` needs the extra `{words[0]}`: pip install" in result.stderr
 
 
-def test_other_errors_are_left_to_typer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_errors_are_left_to_typer(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> str:
         raise error
 

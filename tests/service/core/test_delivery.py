@@ -153,7 +153,7 @@ def test_chunk_is_rejected_with_the_stream_head(
         assert (facts["expected"], facts["got"]) == (position, sent.position)
 
 
-def test_closed_stream_takes_no_further_chunk() -> None:
+def test_closed_stream_rejects_further_chunks() -> None:
     with pytest.raises(StreamFinal):
         evaluate_chunk(SECOND, STREAM, closed=True)
 
@@ -215,7 +215,7 @@ def test_chunk_certainly_continues_a_cached_state(options: dict[str, Any], conti
         (APPEND, None, Resolution.RE_EVALUATE),
     ],
 )
-def test_version_conflict_is_resolved_by_the_head_that_was_met(
+def test_version_conflict_is_resolved_by_the_current_head(
     sent: Chunk, current: StreamHead | None, resolution: Resolution
 ) -> None:
     assert resolve_conflict(sent, STREAM.head, current) is resolution

@@ -199,7 +199,7 @@ async def test_restores_and_forks_count_if_they_create_a_stream(
     assert await stored(workers[0]) == {"a", "c"}
 
 
-async def test_a_quota_counts_every_stream_that_exists_whatever_happens_together(
+async def test_a_quota_counts_existing_streams_under_concurrency(
     workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both workers create and delete the same streams, and remove what does not exist."""

@@ -44,7 +44,7 @@ async def test_memory_ratio_is_observed(store: Store, server: RealServer) -> Non
     assert store.monitor.telemetry.memory_ratio == 0
 
 
-async def test_a_server_that_is_gone_fails_the_check_at_once(
+async def test_an_unavailable_server_fails_the_check_at_once(
     own_server: RealServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "PROBE_TIMEOUT_S", 60)

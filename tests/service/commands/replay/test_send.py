@@ -168,7 +168,7 @@ async def test_expired_reply_is_skipped_and_counted(replayed: Replayed, standin:
     assert np.flatnonzero(missing).tolist() == list(range(position, position + steps))
 
 
-async def test_replies_and_positions_that_cannot_be_right_are_faults(
+async def test_impossible_replies_and_positions_are_faults(
     replayed: Replayed, standin: Standin
 ) -> None:
     apply = standin._apply

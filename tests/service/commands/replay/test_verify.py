@@ -153,7 +153,7 @@ def test_exit_status_is_the_result_of_the_verification(
     assert report["retries"] == {"store_unavailable": 1}
 
 
-def test_a_model_that_cannot_be_verified_is_sent_nothing(
+def test_replay_sends_nothing_to_a_model_that_it_cannot_verify(
     run: Run,
     standin: Standin,
     tmp_path: Path,

@@ -110,7 +110,7 @@ def test_outcome_after_a_disconnect_is_dropped() -> None:
     assert connection.events == ["+a1"]
 
 
-def test_an_appended_chunk_does_not_forgive_the_failure_of_a_later_one() -> None:
+def test_success_of_an_append_does_not_clear_a_later_failure() -> None:
     connection = Connection(overlaps=True)
     appended = connection.receive("a1")
     later = connection.receive("a2", appends=False)

@@ -88,7 +88,7 @@ async def test_a_wrong_handshake_is_rejected_and_the_connection_closed(api: Harn
             assert (b"sec-websocket-version: 13" in response) == (status == 426)
 
 
-async def test_a_request_without_an_upgrade_is_told_what_the_address_is(api: Harness) -> None:
+async def test_a_request_without_an_upgrade_is_rejected_with_426(api: Harness) -> None:
     problem(await api.client.get(PATH), 426, "upgrade_required")
     problem(await api.client.get("/v1/models/probe/live"), 426, "upgrade_required")
     problem(await api.client.post(PATH), 405, "method_not_allowed")

@@ -291,7 +291,7 @@ async def test_a_socket_is_closed_once_a_ping_is_not_answered(
         assert "ping" in await closed(client, 1011)
 
 
-async def test_only_connections_ping_a_socket(api: Harness) -> None:
+async def test_pings_of_uvicorn_are_disabled(api: Harness) -> None:
     """uvicorn would, too, and close a socket whose pong waits behind unread chunks."""
     async with live(api) as sockets, sockets.open():
         [served] = sockets.served()

@@ -67,7 +67,7 @@ async def test_request_without_a_sequence_is_a_stateless_prediction(
     np.testing.assert_allclose(packed(alone), expected, rtol=1e-4, atol=1e-5)
 
 
-async def test_start_begins_again_from_the_zero_state(v2: V2, expected: np.ndarray) -> None:
+async def test_start_resets_to_the_zero_state(v2: V2, expected: np.ndarray) -> None:
     before = await v2.infer(rows(4, seed=2), sequence_id=1)
     again = await v2.infer(ROWS, sequence_id=1, sequence_start=True)
     np.testing.assert_allclose(packed(again), expected, rtol=1e-4, atol=1e-5)
