@@ -36,7 +36,7 @@ EXTRAS = {"replay": "replay", **dict.fromkeys(COMMANDS, "train")}
 
 
 class Commands(TyperGroup):
-    """The commands, of which an expected error is one line."""
+    """Command group that reports an expected error as one line."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command of the command line."""
@@ -56,7 +56,7 @@ class Commands(TyperGroup):
                     f"pip install ./client '.[{extra}]' (in a clone: scripts/setup dev)"
                 )
             typer.echo(f"carry: {line}", err=True)
-            # 1 would say of a replay that the service broke a guarantee
+            # status 1 of a replay means that the service broke a guarantee
             raise typer.Exit(2 if ctx.invoked_subcommand == "replay" else 1) from error
 
 

@@ -368,8 +368,8 @@ def write_graphs(
         typer.echo(f"{path}: the graph of {artifact.spec.name}, {size:,} bytes")
 
 
-def _printed(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
-    """The command of a function: prints what it returns as JSON."""
+def _printing_command(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """Make a command of a function, which prints the result as JSON."""
 
     @wraps(function)
     def command(**options: Any) -> None:
@@ -381,7 +381,7 @@ def _printed(function: Callable[..., dict[str, Any]]) -> Callable[..., None]:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "init": initialise,
     "train": train,
-    "evaluate": _printed(evaluate),
+    "evaluate": _printing_command(evaluate),
     "plot": plot,
     "score": score,
     "import": import_model,

@@ -61,6 +61,10 @@ class DataError(ModelsError):
         super().__init__(f"{where}{what}expected {expected}, got {got}")
 
     def in_table(self, source: str, first_row: int = 0) -> DataError:
-        """The same error, whose index is that of a row of a table behind others, named from 1."""
+        """The error as one of a table: `source` and its row, from 1, in place of the index.
+
+        Args:
+            first_row: number of rows before those that the index counts.
+        """
         at = "" if self.index is None else f", row {first_row + self.index + 1}"
         return DataError(field=self.field, expected=f"{source}{at}: {self.expected}", got=self.got)

@@ -1,4 +1,4 @@
-"""The HTTP application of one worker: the pipeline of the settings, with a transport on it each.
+"""Composes the application of one worker: the pipeline of its settings, and the transports on it.
 
 Models are loaded before the event loop runs; the application's lifespan starts the pipeline and the
 servers of other ports, and at shutdown stops these before the pipeline drains.

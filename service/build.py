@@ -1,4 +1,4 @@
-"""Builds the pipeline of one process by its settings, without a transport.
+"""Builds the pipeline of one process from its settings, without a transport.
 
     async with build_pipeline(Settings.load()) as service:
         caller = service.keys.caller(authorization)

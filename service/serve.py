@@ -84,8 +84,8 @@ def serve(settings: Settings) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(bind_port(settings.http.host, settings.http.port))
         log.info("port_bound", url=_url(listener), answers="when the models are ready")
-        # the address itself: gRPC would listen on every address of a name, also on those that
-        # `may_be_open` does not check
+        # the address instead of a name: gRPC would listen on every address of the name, also on
+        # those that `may_be_open` does not check
         settings = settings.changed(host=listener.getsockname()[0])
         if settings.v2.grpc_port is not None:
             port = reserve_port(settings.http.host, settings.v2.grpc_port, "grpc")

@@ -1,4 +1,4 @@
-"""Checks of the start: `carry serve` runs those that it needs, `carry check` all of them.
+"""Start-up checks: `carry serve` runs those that it needs, `carry check` all of them.
 
 Each returns what it found, or raises an error with the reason and its remedy. `run_checks` listens
 on no port and writes nothing to the store; an embedded Valkey is not started.

@@ -89,7 +89,7 @@ def _in_range(moment_ms: int) -> int:
 
 
 def value_converter(schema: EventSchema, field: EventField) -> Callable[[Any], bool | int]:
-    """What converts one value of a timestamp or a boolean in any of its forms.
+    """Make the function that converts a timestamp or a boolean from any of its forms.
 
     Timestamps become epoch milliseconds; a value in none of the forms raises ValueError.
     """

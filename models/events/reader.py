@@ -125,7 +125,7 @@ class EventReader:
         if self._coerced:
             by_field = list(by_field)
             for at in self._coerced:
-                by_field[at] = self._converted(at, by_field[at])
+                by_field[at] = self._convert_values(at, by_field[at])
         times_ms = None
         if self._time_at is not None:
             times_ms = self._times_ms(by_field[self._time_at])
@@ -187,12 +187,12 @@ class EventReader:
         present = moments if None not in moments else [each for each in moments if each is not None]
         found = epoch_ms(present)
         if found is None:
-            converted = [each for each in self._converted(at, moments) if each is not None]
+            converted = [each for each in self._convert_values(at, moments) if each is not None]
             found = np.array(converted, np.int64)
         return found
 
-    def _converted(self, at: int, values: Sequence[Any]) -> Sequence[Any]:
-        """Values of a field, each in one of several forms, as `value_converter` converts them.
+    def _convert_values(self, at: int, values: Sequence[Any]) -> Sequence[Any]:
+        """Convert the values of a field by `value_converter`, each from any of its forms.
 
         Raises:
             DataError

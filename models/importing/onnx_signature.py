@@ -1,10 +1,10 @@
-"""What an ONNX file declares, and the pairs of its state inputs and state outputs.
+"""Reads what an ONNX file declares, and pairs its state inputs with its state outputs.
 
 The file is parsed here and by ONNX Runtime, in the importing process only. Nothing is run.
 
 Pairs are given (`--state`, Triton's configuration), or inferred where nothing else is possible: by
 names that differ only in words such as `in` and `out`, else by shape and element type. What is not
-certain is not guessed: the error lists inputs and outputs, and the options that settle it.
+certain is not guessed: the error lists inputs and outputs, and the options that decide it.
 """
 
 from __future__ import annotations

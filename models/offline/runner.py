@@ -66,8 +66,8 @@ def _on_onnxruntime(graph: bytes, spec: ModelSpec) -> Step:
         output_steps = rows.shape[1] if spec.blocks is None else spec.blocks.size
         outputs = np.zeros((len(rows), output_steps, width), np.float32)
         states_after = states.copy()
-        # the graph takes neither a row of length 0 nor padding other than zero, and ends the
-        # process if there is no row
+        # the graph accepts neither a row of length 0 nor padding other than zero; without any row
+        # it ends the process
         running = np.flatnonzero(lengths)
         if not running.size:
             return outputs, states_after

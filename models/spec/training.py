@@ -103,7 +103,7 @@ class TrainingSpec(Frozen):
 
     @model_serializer(mode="wrap")
     def _omit_later_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Options that are open are left out too."""
+        """Leave out options that are None as well."""
         data: dict[str, Any] = serialize(self)
         return {name: value for name, value in data.items() if value is not None}
 

@@ -300,7 +300,7 @@ def _past_moments(values: Floats, window: int | None) -> tuple[Floats, Floats]:
     """Mean and standard deviation of the events before each, of the last `window` or all of them;
     NaN with fewer than two."""
     present = ~np.isnan(values)
-    # relative to the first, lest squares of a large level lose their digits
+    # relative to the first, so that squares of a large level keep digits
     first = values[np.argmax(present, axis=0), np.arange(values.shape[1])]
     kept = np.where(present, values - first, 0.0)
     sums = [

@@ -287,24 +287,24 @@ def build_body_types(
             has none.
     """
     chunk = _steps_types(spec, limits.chunk, media, events)
-    item = _concrete(ItemBody, *chunk)
-    sequence = _concrete(SequenceBody, *_steps_types(spec, limits.sequence, media, events))
+    item = _bind_parameters(ItemBody, *chunk)
+    sequence = _bind_parameters(SequenceBody, *_steps_types(spec, limits.sequence, media, events))
     undecoded: Any = undecoded_type(media)
     forecast = None
     if (decoder := spec.decoder) is not None:
         known: Any = None
         if future is not None:
             about = "The known future covariates of each step, as many as `horizon`."
-            known = _bounded(future.event, decoder.max_horizon, description=about)
-        forecast = _concrete(ForecastBody, known)
+            known = _bounded_list(future.event, decoder.max_horizon, description=about)
+        forecast = _bind_parameters(ForecastBody, known)
     return BodyTypes(
-        _concrete(ChunkBody, *chunk),
+        _bind_parameters(ChunkBody, *chunk),
         item,
-        _concrete(FrameBody, *chunk),
-        _concrete(ManyBody, _bounded(item, limits.items)),
-        _concrete(ManyBody, _bounded(undecoded, limits.items)),
-        _concrete(PredictBody, _bounded(sequence, limits.items)),
-        _concrete(StateBody, undecoded),
+        _bind_parameters(FrameBody, *chunk),
+        _bind_parameters(ManyBody, _bounded_list(item, limits.items)),
+        _bind_parameters(ManyBody, _bounded_list(undecoded, limits.items)),
+        _bind_parameters(PredictBody, _bounded_list(sequence, limits.items)),
+        _bind_parameters(StateBody, undecoded),
         forecast,
     )
 
@@ -337,7 +337,7 @@ def _steps_types(
     return of_events, inputs, Annotated[list[NonNegativeInt], Meta(max_length=limit.steps)]
 
 
-def _bounded(element: Any, limit: int, **described: Any) -> Any:
+def _bounded_list(element: Any, limit: int, **described: Any) -> Any:
     """The type of a list of at most `limit` elements."""
 
     def too_many(at: str, got: int) -> InvalidInput:
@@ -350,7 +350,7 @@ def _bounded(element: Any, limit: int, **described: Any) -> Any:
     ]
 
 
-def _concrete(body: Any, *parameters: Any) -> Any:
+def _bind_parameters(body: Any, *parameters: Any) -> Any:
     """A body with its parameters as a type of its own, for which msgspec is faster."""
     name = body.__name__.removesuffix("Body")
     documented = {"__doc__": body.__doc__}

@@ -1,4 +1,4 @@
-"""Decoding of bodies, JSON and MessagePack alike, to typed values, and every error of it.
+"""Decodes bodies in JSON and MessagePack to typed values, and reports every error in them.
 
 A body is decoded once. orjson parses JSON, since hostile numbers would take msgspec's parser
 seconds, and msgspec checks the objects against the type. msgspec decodes MessagePack straight into
@@ -136,15 +136,15 @@ def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T
         value: T = _msgpack_decoder(kind).decode(element)  # type: ignore[arg-type]
         return value
     except msgspec.ValidationError:
-        # raised below: with this one as its cause, the error would keep the body
+        # the error is raised below: with this exception as its cause, it would keep the body
         pass
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise malformed(media, str(error)) from error
     try:
-        # in no variable: a frame that keeps its error would keep the body too
-        raise _combined(_errors(element if media is Media.JSON else msgspec.Raw(element), kind, at))
+        # without a variable for the error: with one, the frame would keep the body
+        raise _combine(_errors(element if media is Media.JSON else msgspec.Raw(element), kind, at))
     except (msgspec.MsgspecError, ValueError, RecursionError) as damage:
-        # behind the first value that does not fit
+        # damaged after the first value that does not fit
         raise malformed(media, str(damage)) from damage
 
 
@@ -186,10 +186,10 @@ def _msgpack_decoder(kind: Any) -> Any:
     return msgspec.msgpack.Decoder(kind)
 
 
-def _combined(errors: list[CarryError]) -> CarryError:
+def _combine(errors: list[CarryError]) -> CarryError:
     """One error that reports the first few; another than InvalidInput is reported alone."""
     if not errors:
-        # a member of MessagePack does not fit, and fits where it comes again
+        # of a member that MessagePack has twice, the first value is wrong and the last one fits
         return invalid("body", "each member once", "one twice")
     if not isinstance(errors[0], InvalidInput):
         return errors[0]
@@ -213,7 +213,7 @@ def _errors(value: Any, kind: Any, at: str) -> list[CarryError]:
     reason = _reason(value, kind)
     if reason is None:
         return []
-    extra, kind = _described(kind)
+    extra, kind = _split_type(kind)
     origin, fields = get_origin(kind), _fields(kind)
     if fields is not None or origin is dict:
         members = _members(value, at)
@@ -222,7 +222,7 @@ def _errors(value: Any, kind: Any, at: str) -> list[CarryError]:
                 fields = dict.fromkeys(members, (get_args(kind)[1], True))
             return _errors_of_members(members, fields, at)
     elif origin in (list, tuple):
-        # the last one: names of the client come before it
+        # the last match: names that the client chose come before it
         _, has_index, path = reason.rpartition(" - at `$[")
         if has_index:
             index = int(path[: path.index("]")])
@@ -232,7 +232,7 @@ def _errors(value: Any, kind: Any, at: str) -> list[CarryError]:
     wrong_length = extra.get(WRONG_LENGTH)
     if wrong_length is not None and _LENGTH.match(reason):
         return [wrong_length(at, _length(value))]
-    return [invalid(at or "body", extra.get(EXPECTED) or _expected(reason), _shown(value))]
+    return [invalid(at or "body", extra.get(EXPECTED) or _expected(reason), _format(value))]
 
 
 def _errors_of_members(
@@ -244,7 +244,7 @@ def _errors_of_members(
         if name in members:
             errors += _errors(members[name], kind, f"{lead}{name}")
         elif is_required:
-            extra, bare = _described(kind)
+            extra, bare = _split_type(kind)
             expected = extra.get(EXPECTED) or _expected(_reason(None, bare) or "a value")
             errors.append(invalid(f"{lead}{name}", expected, "nothing"))
     for name, value in members.items():
@@ -252,7 +252,7 @@ def _errors_of_members(
             break
         if name not in fields:
             expected = f"one of the members {', '.join(fields)}"
-            errors.append(invalid(f"{lead}{name[:MAX_NAME_CHARS]}", expected, _shown(value)))
+            errors.append(invalid(f"{lead}{name[:MAX_NAME_CHARS]}", expected, _format(value)))
     return errors
 
 
@@ -268,7 +268,7 @@ def _reason(value: Any, kind: Any) -> str | None:
     return None
 
 
-def _described(kind: Any) -> tuple[dict[str, Any], Any]:
+def _split_type(kind: Any) -> tuple[dict[str, Any], Any]:
     """The `extra` of a type, and the type without `Meta` and None."""
     extra: dict[str, Any] = {}
     while True:
@@ -324,8 +324,8 @@ def _length(value: Any) -> int:
     return int.from_bytes(header[1:3] if header[0] in (0xDC, 0xDE) else header[1:5], "big")
 
 
-def _shown(value: Any) -> str:
-    """A wrong value as its error shows it; a long one of MessagePack is not decoded."""
+def _format(value: Any) -> str:
+    """Format a wrong value for its error; a long one of MessagePack is not decoded."""
     if isinstance(value, msgspec.Raw):
         first = memoryview(value)[0]
         if first in _MAPS:

@@ -32,7 +32,7 @@ class Frame(NamedTuple):
 
 
 class _Envelope(msgspec.Struct, gc=False):
-    """The members of a frame by which its error is answered, undecoded."""
+    """The members of a frame that its error names, undecoded."""
 
     id: msgspec.Raw = msgspec.Raw()
     stream: msgspec.Raw = msgspec.Raw()
@@ -68,7 +68,7 @@ def stream_of_item(media: Media, element: Any) -> str | None:
 
 
 def _members_with_nan(body: bytes) -> Any:
-    """What msgspec does not read: numbers that are not finite; None if the body is malformed."""
+    """Decode a body with NaN or infinities, which msgspec rejects; None if it is malformed."""
     try:
         return load_json(body)
     except CarryError:

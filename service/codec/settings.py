@@ -1,4 +1,4 @@
-"""Settings of requests: their limits, whatever transport carries them, and those of one model."""
+"""Limits of requests, for every transport: as settings, and as they apply to one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`carry capacity`: what a number of streams of a model needs, by `capacity_formula`."""
+"""`carry capacity`: prints the resources that streams of a model need, by `capacity_formula`."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def run_on_store(
 def show_progress(
     description: str, total: int | None = None, *, quiet: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr if that is a terminal; yields what takes the number done so far."""
+    """Show a bar on stderr if that is a terminal; yields the function that updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 

@@ -49,7 +49,7 @@ DELETED, KEPT, NOT_FOUND, DAMAGED = "deleted", "kept", "not_found", "damaged"
 
 @contextmanager
 def _service(url: str) -> Iterator[Carry]:
-    """Open a client; a problem is one line."""
+    """Open a client; its errors become `OperatorError`, one line for people."""
     # Imported here: it would take a third of the start-up time of every other command.
     from carry_client import Carry, Problem
 
@@ -159,7 +159,7 @@ def reset_streams(
     """
     _confirm(model, stream, prefix, yes, "Delete {}, if another version wrote the state?")
     outcomes: Counter[str] = Counter()
-    # a failure ends the command; run again, it continues from there
+    # a failure ends the command; a second run continues from there
     with _service(url) as client, ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
         served: Any = client.request("GET", _path(model).removesuffix("/streams"))
 

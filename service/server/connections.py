@@ -80,7 +80,7 @@ def client_network(peer: object) -> str:
 
 
 class Connection(ABC):
-    """One client's connection: what its limits are enforced by, and how it is closed.
+    """One client's connection: its phase, what it buffers, and how it is closed.
 
     Attributes:
         transport_name: its transport, as metrics name it.
@@ -110,7 +110,7 @@ class Connection(ABC):
         """What it is waiting for now."""
 
     def _closing_phase(self, *, write_paused: bool) -> Phase | None:
-        """The phase of a connection whose client has to read first, or that is closing."""
+        """The phase while the client has to read or the connection closes; None otherwise."""
         ends = self._is_lingering or self.transport.is_closing()
         if write_paused or (ends and self.transport.get_write_buffer_size()):
             return Phase.SEND
@@ -131,7 +131,7 @@ class Connection(ABC):
 
     @abstractmethod
     def shed_body(self) -> None:
-        """Reject the body that it is receiving, because all together exceed the limit."""
+        """Reject the body that it is receiving, because all bodies together exceed the limit."""
 
     def abort(self) -> None:
         """Close it at once and drop what is buffered."""
@@ -187,7 +187,7 @@ class Connections:
         self.close_after_response = True
 
     def retire(self) -> None:
-        """As `announce_close`, and end live sockets now."""
+        """Close each connection after its next response, and live sockets as soon as possible."""
         self.announce_close()
         for connection in list(self._seen):
             connection.retire()

@@ -54,7 +54,7 @@ log = structlog.get_logger(__name__)
 
 
 class HttpProtocol(HttpToolsProtocol, Connection):
-    """One HTTP connection."""
+    """One HTTP connection: offers received bytes to the fast routes, then to uvicorn's parser."""
 
     transport_name = "http"
 
@@ -69,7 +69,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         self._unsent = UnsentReply()
         self._closes_after_reply = False
         self._deferred_error: CarryError | None = None
-        # of the request that uvicorn's parser is reading
+        # these describe the request that uvicorn's parser is reading
         self._message_complete = True
         self._head_complete = False
         self._ignores_upgrade = False
@@ -274,7 +274,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
             self.transport.close()
 
     def shed_body(self) -> None:
-        """Reject the body that it is receiving, because all together exceed the limit."""
+        """Reject the body that it is receiving, because all bodies together exceed the limit."""
         limit = self._connections.limits.max_pending_body_bytes
         self._fail(Overloaded(f"bodies of more than {limit} bytes together are on their way"))
 
@@ -391,7 +391,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         super().on_headers_complete()
         self._head_complete = True
         if self.expect_100_continue or self._connections.close_after_response:
-            # of an expected body, which may never come, the next bytes would be ambiguous
+            # the body may never come, so it is unknown whether the next bytes belong to it
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
@@ -409,7 +409,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         super().on_body(body)
         self._connections.set_body_bytes(self, self.body_bytes + len(body))
         if self._is_lingering:
-            # it was shed just now; any exception stops the parser
+            # the body was shed just now; any exception stops the parser
             raise Overloaded("this body was shed")
         if self.body_bytes > LONG_BODY_BYTES and self.cycle.more_body:
             self._connections.turns.wait(self._flow)
@@ -440,7 +440,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running_cycle = cycle
-        # the cycle only writes and closes, which this object does in its own way
+        # the cycle uses the transport only to write and to close; `_close` is this protocol's own
         transport = self.transport
         cycle.transport = SimpleNamespace(
             write=transport.write, is_closing=transport.is_closing, close=self._close

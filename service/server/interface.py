@@ -1,4 +1,4 @@
-"""What the server and its application give each other.
+"""The interface between the server and its application.
 
 The application is an ASGI application; its lifespan's state has an `HttpState` and a `Lifecycle`.
 `FastRoute` answers requests that can be read without uvicorn and FastAPI (the slow path), and
@@ -79,7 +79,7 @@ class FastRoute(Protocol):
 
 
 class Session(Protocol):
-    """What the protocol asks of the application."""
+    """The session of a live socket, as the protocol uses it."""
 
     @property
     def unanswered(self) -> int:
@@ -123,7 +123,7 @@ class HttpState(NamedTuple):
 
 
 class Lifecycle(NamedTuple):
-    """What a server asks of its application, and notifies it of.
+    """Functions of the application that its server calls: the load, and the phases of a shutdown.
 
     Attributes:
         measure_load: returns the load that new connections are balanced by.

@@ -1,4 +1,4 @@
-"""Whether the socket of a connection is read; long bodies are read round robin.
+"""Pauses and resumes the reading of sockets; long bodies are read round robin.
 
 In one turn of the event loop, every socket with input is read. With a hundred uploads, a turn
 processes megabytes, and a chunk that arrived meanwhile waits for all of it. So a connection whose
@@ -19,7 +19,6 @@ LONG_BODY_BYTES: Final = 64 * 1024
 
 PAUSE_S: Final = 0.002
 """Time between two reads, of at most 256 KiB, while several connections wait: 128 MiB a second."""
-
 
 UNCONSUMED: Final = 1
 """Reason not to read: the application has not consumed what was received."""

@@ -361,7 +361,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         self._flush()
 
     def shed_body(self) -> None:
-        """Reject the message that it is receiving, because all together exceed the limit."""
+        """Reject the message that it is receiving, because all bodies together exceed the limit."""
         self.fail(CloseCode.TRY_AGAIN_LATER, "too many bytes of incomplete messages")
 
     def resume_writing(self) -> None:

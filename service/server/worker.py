@@ -1,4 +1,4 @@
-"""One worker: its server, which stops gracefully; its process, and what the parent sees of it.
+"""One worker: its server with a graceful shutdown, its process, and the parent's handle of it.
 
 A graceful shutdown has phases:
 
@@ -133,8 +133,8 @@ class GracefulServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the application, and accept connections."""
         load = self._worker_load
-        # uvicorn's own servers would accept whatever the kernel offers; the event loops of Windows
-        # do not watch a socket
+        # uvicorn accepts every connection that the kernel offers; on Windows the event loop cannot
+        # watch a socket, so uvicorn accepts there
         balanced = [] if load is None or os.name == "nt" else sockets or []
         await super().startup([] if balanced else sockets)
         self._lifecycle: Lifecycle = self.lifespan.state[LIFECYCLE]

@@ -84,8 +84,8 @@ Makers = tuple[Callable[..., Counter], Callable[..., Gauge], Callable[..., Histo
 
 
 def makers_of(registry: CollectorRegistry) -> Makers:
-    """Functions that make counters, gauges and histograms of times in a registry. The gauges of
-    several workers are summed, unless their `multiprocess_mode` is another one."""
+    """Make functions that create counters, gauges and histograms of times in a registry. The gauges
+    of several workers are summed, unless their `multiprocess_mode` is another one."""
     return (
         partial(Counter, registry=registry),
         partial(Gauge, registry=registry, multiprocess_mode="livesum"),

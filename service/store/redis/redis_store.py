@@ -117,7 +117,7 @@ def open_router(settings: StoreSettings) -> Router:
 
 @dataclass(slots=True)
 class _Deletion:
-    """The deletion of one stream.
+    """The state of a deletion between its attempts.
 
     Attributes:
         expected: deletes it only at this head; None at any.
@@ -318,7 +318,7 @@ class RedisStore(Store):
     async def _deletion_result(
         self, key: StreamKey, deletion: _Deletion, outcome: Outcome, deadline_s: float
     ) -> CommitResult | None:
-        """The result of a deletion; None if it has to be tried again, expecting what was found."""
+        """The result of a deletion; None if it has to be retried at the head that it met."""
         if isinstance(outcome, ReplyLost):
             return outcome_unknown_error(key, deletion.expected, outcome)
         if isinstance(outcome, CarryError):

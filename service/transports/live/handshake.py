@@ -101,7 +101,7 @@ class LiveSockets:
 
     async def serve(self, socket: WebSocketProtocol) -> None:
         """Answer a handshake, and serve the socket until it is closed."""
-        # a call of its own, whose values are not kept as long as the socket is open
+        # a separate call, so that its values are freed while the socket is open
         session = await self._answer(socket)
         if session is not None:
             await session.serve(socket)

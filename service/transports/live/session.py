@@ -202,7 +202,7 @@ class Session:
             if len(body) < LONG_BYTES:
                 frame = reader.frame(body, media, self.stream)
             else:
-                # a task of its own, so that a disconnect ends it, and then this one
+                # a separate task, so that a disconnect cancels it, and thereby ends this one
                 decode = partial(reader.frame, body, media, self.stream)
                 frame = await self._run(self.api.long_bodies.read(len(body), deadline_s, decode))
         except Exception as error:
@@ -244,7 +244,7 @@ class Session:
             if entry is not None:
                 self._resolve(entry, chunk)
             else:
-                # nothing says which stream it is for
+                # without an entry: the frame names no stream
                 self._send(media, self._error_frame(media, frame.id, chunk, None))
         elif entry is not None:
             if self.api.tracer is not None:

@@ -1,4 +1,4 @@
-"""A request for a model, read as its route declares it; and its body, when it is its turn.
+"""Reads a request for a model: what its route declares, and the body, long ones in turns.
 
 Names, preconditions and query parameters are validated here, before anything is looked up. An
 unknown query parameter is rejected, so that a misspelt one is noticed.

@@ -91,7 +91,7 @@ def caller_of(request: Request) -> Caller:
     access = api.access
     if access.open_caller is not None:
         if request.method not in SAFE_METHODS:
-            # the key that the service does not have would keep a page of another site from it
+            # no key keeps the pages of other sites out: check the origin instead
             check_origin(request.scope["headers"], api.origins)
         return access.open_caller
     values = [value for name, value in request.scope["headers"] if name == b"authorization"]

@@ -172,7 +172,10 @@ def problem_answer(error: CarryError, media: Media) -> Answer:
 
 
 def problem_response(error: CarryError, request: Request) -> Answer:
-    """The same, in the media type of the reply: by Accept, else that of the body, else JSON."""
+    """The response to a request that failed as a whole.
+
+    Its media type is that of the reply: by Accept, else that of the body, else JSON.
+    """
     try:
         media = reply_media(request, body_media(request))
     except (NotAcceptable, UnsupportedMediaType):
@@ -194,7 +197,11 @@ def error_response(
 
 
 def response_bytes(answer: Answer, request_id: bytes, header_lines: bytes = b"") -> bytes:
-    """A whole response, as for `error_response`."""
+    """The bytes of a whole response, with the id of its request.
+
+    Args:
+        header_lines: further lines of its head, each with its line end.
+    """
     headers = [*answer.raw_headers, (REQUEST_ID_HEADER, request_id)]
     lines = b"".join([b"%b: %b\r\n" % header for header in headers])
     return _STATUS_LINES[answer.status_code] + lines + header_lines + b"\r\n" + answer.body
@@ -215,7 +222,7 @@ class OverloadResponses:
         self._templates: dict[tuple[Media, int], list[bytes]] = {}
 
     def response(self, error: Overloaded, media: Media, request_id: bytes) -> bytes:
-        """The same bytes as `serialize` makes."""
+        """A whole response: the bytes that `serialize` makes."""
         length = len(request_id)
         if length < MIN_ID_BYTES:
             return self._serialize(error, media, request_id)

@@ -1,4 +1,4 @@
-"""Around every request of the slow path: its id, its line in the log, and the answer of its error.
+"""Middleware of the slow path: ids of requests, the access log, responses to unexpected errors.
 
 A line names the route, never the requested path: names of streams may be names of people.
 """

@@ -59,7 +59,7 @@ def add_kserve(app: FastAPI, inference: Inference, statistics: Statistics) -> No
 def _describe(
     describe: Callable[..., Awaitable[Document]], *, member: str = "", is_open: bool = False
 ) -> Endpoint:
-    """The endpoint of what `Metadata` answers: 200, or 503 for what is not ready.
+    """Make the endpoint of a method of `Metadata`: 200, or 503 for what is not ready.
 
     Args:
         member: the one that is returned, instead of all.

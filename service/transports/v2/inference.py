@@ -178,7 +178,7 @@ class Inference:
         limit = limits.predict if stream is None else limits.chunk
         steps = signature.steps * (1 if signature.batch is None else signature.batch)
         if steps > limit.steps:
-            # before the values are read, which may be millions
+            # checked before the values are read, which may be millions
             error = limit.exceeded(tensor.name, steps)
             raise error if stream is None else with_stream(stream, error)
         resets = read_resets(inputs[1], signature) if len(inputs) > 1 else []

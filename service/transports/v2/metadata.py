@@ -42,7 +42,7 @@ _NS: Final = 10**9
 
 
 class Metadata:
-    """Answers what clients ask about the server and its models; of all workers together.
+    """Documents about the server and its models; totals are those of all workers.
 
     Args:
         statistics: returns the totals of every model; called in a thread.
@@ -58,7 +58,7 @@ class Metadata:
         self._statistics = statistics
 
     async def live(self) -> Document:
-        """That the process answers."""
+        """Whether the process answers: always."""
         return {"live": True}
 
     async def ready(self) -> Document:

@@ -127,8 +127,9 @@ class SelectedOutput(NamedTuple):
 
 
 class Signature(msgspec.Struct, frozen=True, eq=False):
-    """What follows from a tensor's name and shape, and from the requested outputs; equal to itself
-    only, since requests share it.
+    """What a tensor's name and shape and the requested outputs determine; shared by such requests.
+
+    It is equal to itself only.
 
     Attributes:
         outputs: the outputs to return.

@@ -137,7 +137,7 @@ def _elements(tensor: InputTensor, kind: Any, at: str) -> list[Any]:
     values: Any = tensor.data
     if isinstance(values, list):
         values = _flatten(values, kind, tensor.shape, f"{at}.data")
-    # those of a message of gRPC have their type, and are counted before they are copied
+    # values of a gRPC message have their type; they are counted before they are copied
     if len(values) != math.prod(tensor.shape):
         raise _wrong_count(tensor, at, len(values))
     return list(values)

@@ -98,7 +98,11 @@ class Admission:
             raise RequestTimeout(f"a stream without a key may last {STREAM_S:g} s") from error
 
     async def receive_public(self, context: Any) -> bytes:
-        """Receive a message of a call that needs no key; raises as `MessageRoom.receive`."""
+        """Receive a message of a call that needs no key.
+
+        Raises:
+            Overloaded, RequestTimeout, MalformedBody: as `MessageRoom.receive`.
+        """
         async with self._public.receive(context.read) as [message]:
             return message
 
@@ -110,7 +114,7 @@ class Slots:
         self._limit = self._free = limit
 
     def acquire(self, context: Any) -> None:
-        """Count a call.
+        """Take a slot until the call ends.
 
         Raises:
             Overloaded: there are too many.
@@ -126,7 +130,7 @@ class Slots:
 
 
 class MessageRoom:
-    """Counts messages, and receives those that there is room for.
+    """Bounds the bytes of messages: receives one only while there is room for it.
 
     Args:
         limit_bytes: most bytes of all messages together.

@@ -279,7 +279,7 @@ class InferenceServicer:
         """Count and log a request that was answered."""
         status = grpc.StatusCode.OK
         if isinstance(result, CarryError):
-            # it and its causes refer to frames that refer to it
+            # the error and its causes would be cycles: they refer to frames that refer to them
             detached(result)
             facts.note_error(result)
             self._api.recorder.record_error(facts.model or "-", result)
@@ -383,7 +383,7 @@ def _stream(answer: Callable[[Context], Awaitable[None]]) -> grpc.RpcMethodHandl
 
 
 def _with_status(answer: Callable[[Context], Awaitable[Any]]) -> Any:
-    """A call's errors end it with their status."""
+    """Wrap a method, so that its errors end the call with their status."""
 
     async def handle(requests: object, context: Context) -> Any:
         try:
