@@ -129,7 +129,7 @@ def by_catchment(frame: pl.DataFrame, predicted: Floats) -> Floats:
 
 
 def table(rows: list[Row]) -> str:
-    """In Markdown; intervals are 95%, by resampling catchments, differences paired."""
+    """Markdown table; intervals are 95%, by resampling catchments, differences paired."""
     reference = rows[0].losses
     random = np.random.default_rng(0)
     drawn = random.integers(len(reference), size=(DRAWS, len(reference)))

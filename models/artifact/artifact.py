@@ -102,7 +102,7 @@ class Artifact:
         return write_graphs(self.spec, self.weights)
 
     def with_alarm_rate(self, rate: float) -> Artifact:
-        """The same model, with the same fingerprint, whose alarms follow another rate.
+        """A copy of the model, with the same fingerprint, whose alarms follow another rate.
 
         Args:
             rate: expected false alarms of one stream in a day.

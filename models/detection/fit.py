@@ -110,7 +110,7 @@ def fit_detection(spec: ModelSpec, streams: Sequence[Stream]) -> DetectionFit:
 
 
 def _usual_spreads(spec: ModelSpec, states: FloatRows) -> Floats:
-    """By channel, the median of the streams' spreads, from their last states [streams, S]."""
+    """Median over streams of each channel's spread, from their last states [streams, S]."""
     detection, head, events = detection_of(spec)
     slices = detection_state(spec).slices
     targets = [head.targets.index(c.target) for c in detection.channels_of(head.targets, events)]
@@ -122,7 +122,7 @@ def _usual_spreads(spec: ModelSpec, states: FloatRows) -> Floats:
 
 
 def _usual_squares(deviations: Floats) -> Floats:
-    """By channel, the mean square of its deviations [C, n], each limited as in the statistics."""
+    """Mean square of each channel's deviations [C, n], each limited as in the statistics."""
     has = np.maximum((deviations > 0).sum(axis=1), 1)
     squares = np.minimum(np.square(deviations), ENERGY_LIMIT).sum(axis=1) / has
     return np.asarray(np.maximum(squares, SMALLEST_SQUARE))

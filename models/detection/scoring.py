@@ -138,12 +138,12 @@ class AlarmScores:
 
 @dataclass(frozen=True, slots=True)
 class StreamScores:
-    """What `AlarmScores` are computed from, for one stream: numbers of anomalies, of those found,
-    of alarms and of true ones; days without an anomaly; and each found anomaly's delay."""
+    """Counts of one stream, from which `AlarmScores` are computed: anomalies, detected ones, alarms
+    and true ones; days without an anomaly; and each found anomaly's delay."""
 
     stream: str
     anomalies: int
-    found: int
+    detected: int
     alarms: int
     true: int
     normal_days: float
@@ -201,14 +201,14 @@ def score_streams(
 
 def summarise(streams: Sequence[StreamScores]) -> AlarmScores:
     """The scores of streams together."""
-    anomalies, found = sum(s.anomalies for s in streams), sum(s.found for s in streams)
+    anomalies, detected = sum(s.anomalies for s in streams), sum(s.detected for s in streams)
     alarms, true = sum(s.alarms for s in streams), sum(s.true for s in streams)
     days = sum(s.normal_days for s in streams)
     delays = [delay for stream in streams for delay in stream.delays]
     labelled = [stream for stream in streams if stream.anomalies]
     return AlarmScores(
         anomalies,
-        found / anomalies if anomalies else np.nan,
+        detected / anomalies if anomalies else np.nan,
         alarms,
         true / alarms if alarms else np.nan,
         (alarms - true) / days if days else np.nan,
@@ -233,9 +233,9 @@ def with_intervals(streams: Sequence[StreamScores], seed: int = 0) -> dict[str, 
         intervals[name] = np.quantile(known, [0.025, 0.975]).tolist() if len(known) else None
     plain = {name: None if np.isnan(value) else value for name, value in scores.items()}
     wrong = [
-        {"stream": s.stream, "missed": s.anomalies - s.found, "false_alarms": s.alarms - s.true}
-        for s in sorted(streams, key=lambda s: s.found - s.anomalies + s.true - s.alarms)
-        if s.anomalies > s.found or s.alarms > s.true
+        {"stream": s.stream, "missed": s.anomalies - s.detected, "false_alarms": s.alarms - s.true}
+        for s in sorted(streams, key=lambda s: s.detected - s.anomalies + s.true - s.alarms)
+        if s.anomalies > s.detected or s.alarms > s.true
     ]
     return {
         **plain,

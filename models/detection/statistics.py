@@ -388,7 +388,7 @@ class Channels:
         )
 
     def _by_channel(self, by_target: NDArray[Any]) -> NDArray[Any]:
-        """By target [D, ...], by channel [C, ...]; or, of a single target, [1, ...]."""
+        """Repeat values of targets [D, ...] by channel [C, ...]; of a single target [1, ...]."""
         return by_target if self._targets == 1 else by_target[self._target]
 
     def _values(
@@ -433,8 +433,8 @@ class Channels:
         return values, has, season
 
     def _past(self, length: int, latest: Floats, count: Floats, parts: StateParts) -> _Season:
-        """What the season remembers at the phases of the next events; in the first one nothing,
-        in place of which it has the latest value."""
+        """Values of the last season at the phases of the next events; in the first season, the
+        latest value."""
         steps, batch = count.shape[1], len(count)
         memory = parts.before("season").reshape(-1, length, batch).transpose(0, 2, 1)
         known = count >= length

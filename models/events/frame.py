@@ -108,7 +108,7 @@ def resolve_forms(schema: EventSchema, frame: pl.DataFrame) -> EventSchema:
 
 
 def _local_times(column: pl.Series) -> pl.Series:
-    """Which times have no offset."""
+    """Whether each time has no offset."""
     dtype = column.dtype
     if dtype == pl.String:
         return (~column.str.contains(_HAS_OFFSET)).fill_null(False)

@@ -162,7 +162,7 @@ class EventReader:
         return ReadEvents(columns, resets)
 
     def _absent(self, by_field: Sequence[Sequence[Any]], numbers: DoubleArray) -> BoolArray:
-        """What is absent, bool [optionals, T], and `numbers` told so; NaN in them becomes 0."""
+        """Find absent values, bool [optionals, T]; NaN in `numbers` marks them, and becomes 0."""
         layout, marked = self._layout, len(self._layout.blanked)
         unknown = np.isnan(numbers)
         np.copyto(numbers, 0.0, where=unknown)

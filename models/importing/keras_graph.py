@@ -158,7 +158,7 @@ def functional_of(model: Any) -> Any:
 
 
 class _Walk:
-    """What the nodes that were visited so far became.
+    """State of the walk over the nodes: the layers that they have become so far.
 
     Attributes:
         layers: layers as plain spec data.

@@ -119,7 +119,7 @@ def _with_triton(options: OnnxOptions) -> tuple[OnnxOptions, Arrays, Sequence[Tr
 def _find_roles(
     signature: Signature, options: OnnxOptions, controls: Sequence[TritonControl]
 ) -> Roles:
-    """What the tensors are for: as given, or by name and shape."""
+    """Find the roles of the tensors: from the options, or by name and shape."""
     by_name = {tensor.name: tensor for tensor in signature.inputs}
     steps = _steps_input(signature, by_name, options)
     control_inputs = [_control(signature, by_name.get(each.name), each) for each in controls]

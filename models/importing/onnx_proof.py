@@ -297,7 +297,7 @@ class Prover:
         return max(_distance(mine[0], expected[0]), self._difference(mine[1], expected[1]))
 
     def _difference(self, mine: Floats, expected: Floats) -> float:
-        """The same of states, each part in its own element type."""
+        """Largest |a - b| / (1 + |b|) of states, each part in its own element type."""
         gaps = [0.0]
         for row, other in zip(mine, expected, strict=True):
             own, foreign = self._values(row), self._values(other)

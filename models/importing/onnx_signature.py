@@ -184,7 +184,7 @@ def _check_operators(model: Any) -> None:
 
 
 def _rejection(message: str) -> str:
-    """What to do about a rejection by ONNX Runtime."""
+    """The message for a graph that ONNX Runtime rejects, with a remedy."""
     hint = "check the file with `python -m onnx.checker`, or export it again"
     if re.search(r"[Oo]pset|IR version|ir_version", message):
         hint = "export the model for an older opset, in PyTorch `opset_version=18`"
@@ -374,13 +374,13 @@ def _pairs_by_shape(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict
 
 
 def _marker_key(name: str) -> tuple[str, ...]:
-    """The words of a name without those that tell before from after: `h_in`, `h_out`."""
+    """The words of a name without those for before and after: of `h_in` and `h_out`, `h`."""
     words = tuple(word.lower() for word in _WORD.findall(name))
     return tuple(word for word in words if word not in _MARKERS) or words
 
 
 def _step_key(name: str) -> tuple[str, ...]:
-    """Likewise without the signs of first and last: `h0`, `hn`; `initial_h`, `Y_h`."""
+    """The key of a name also without marks of first and last: `h0`, `hn`; `initial_h`, `Y_h`."""
     words = [word for word in _marker_key(name) if word != "y"] or [name]
     last = words[-1]
     if len(words) > 1 and last in ("0", "n", "t", "1"):

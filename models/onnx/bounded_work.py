@@ -292,7 +292,7 @@ class _Analysis:
 
 
 def _union(carried: Sequence[bool], after: Sequence[bool]) -> list[bool]:
-    """Which values depend before or after an iteration."""
+    """Whether each value depends before or after an iteration."""
     return [a or b for a, b in zip(carried, after[: len(carried)], strict=True)]
 
 

@@ -163,7 +163,7 @@ def _constants(nodes: Nodes, layer: Cell, weights: Weights, order: tuple[int, ..
 
 
 def _gates(weight: NDArray[np.float32], order: tuple[int, ...]) -> NDArray[np.float32]:
-    """The same gates in ONNX' order: [..., gates * H] -> [..., gates * H]."""
+    """Reorder gates as ONNX has them: [..., gates * H] -> [..., gates * H]."""
     blocks = weight.reshape(*weight.shape[:-1], len(order), -1)
     return blocks[..., order, :].reshape(weight.shape)
 

@@ -397,7 +397,7 @@ class _Step:
         return x
 
     def _initial(self, layer: Recurrent) -> list[Value]:
-        """What a recurrent layer starts from: its own state, or what another returned."""
+        """Initial states of a recurrent layer: its own, or those that another returned."""
         source, states = layer.starts_from, self._before
         if source is not None:
             states = self._after

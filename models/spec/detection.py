@@ -201,7 +201,7 @@ class DetectionSpec(Frozen):
         )
 
     def with_alarm_rate(self, rate: float) -> DetectionSpec:
-        """The same detection with another expected number of false alarms."""
+        """A copy with another expected number of false alarms."""
         alarm = self.alarm.model_copy(update={"false_alarms_per_day": rate})
         return self.model_copy(update={"alarm": alarm})
 
@@ -247,7 +247,7 @@ def detection_parts(
 
 
 def parse_alarm_rates(value: str) -> dict[str, float]:
-    """By model, its rate of false alarms per stream and day, from `MODEL=RATE,MODEL=RATE`.
+    """Parse rates of false alarms per stream and day by model: `MODEL=RATE,MODEL=RATE`.
 
     Raises:
         ValueError: a part is no such pair, or names a model again.

@@ -83,7 +83,7 @@ class Streams:
         return self.frame.height
 
     def by_moment(self) -> Streams:
-        """The same, split by moments."""
+        """A copy that is split by moments."""
         return replace(self, split_keys=self.moments_ms)
 
     def name_of(self, row: int) -> str:
@@ -271,7 +271,7 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before: int) -> ModelSpec:
 
 
 def _order(schema: EventSchema, name: str, columns: EventColumns, frame: pl.DataFrame) -> pl.Series:
-    """What sorts a stream's rows: moments and numbers by value, also if they are text."""
+    """The column that sorts a stream's rows: moments and numbers by value, also as strings."""
     if schema.timestamp is not None and name == schema.timestamp.name:
         present = columns.present[name]
         if not present.all():

@@ -64,7 +64,7 @@ def fitted_detection(
 def fitted_to_outputs(
     spec: ModelSpec, streams: Streams, outputs: NDArray[np.float32], from_key: int, to_key: int
 ) -> ModelSpec:
-    """As `fitted_detection`, given the network's outputs from each stream's beginning."""
+    """Fit the detection of a spec, given the network's outputs from each stream's start."""
     detection, head, _ = detection_of(spec)
     first = network_outputs(spec).slices[head.name].stop
     parameters = outputs[:, first : first + anomaly_size(spec, head)]
@@ -216,7 +216,7 @@ def _detect(own: ModelSpec, run: Run, values: Floats) -> Scored:
 
 
 def scored_by(head: str, outputs: Mapping[str, NDArray[np.float32]]) -> Scored:
-    """What the detection of a head finds, given the outputs by name."""
+    """Scores and alarms of a head with detection, from the outputs by name."""
     return Scored(
         -outputs[f"{head}.probability"].astype(np.float64),
         outputs[f"{head}.alarm"].astype(np.float64),
@@ -253,7 +253,7 @@ def _raw_nats(
 
 
 def _series(spec: ModelSpec, run: Run, forest_of: Run | None, from_key: int) -> dict[str, Floats]:
-    """By baseline, its numbers [rows, targets]; NaN where an event has none."""
+    """The numbers of each baseline [rows, targets]; NaN where an event has none."""
     detection, head, events = detection_of(spec)
     numeric = [name for name in head.targets if isinstance(events.field(name), NumericField)]
     series = {"nats": run.nats[:, np.newaxis].astype(np.float64)}

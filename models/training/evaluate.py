@@ -93,7 +93,7 @@ def detect_rows(
     rows: NDArray[np.float32],
     outputs: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """As `detect`, for encoded rows."""
+    """The outputs of a fitted detection for encoded rows, from those of the network."""
     detector = Detector(spec)
     found = np.zeros((len(outputs), output_spec(spec).size), np.float32)
     for start, stop in sessions:
@@ -164,7 +164,7 @@ def _run_blocks(
     batch: int,
     advance: Advance | None,
 ) -> NDArray[np.float32]:
-    """As `run_chunks`, block by block, for streams whose ends are known."""
+    """Run every stream block by block, as a service that knows their ends."""
     rows = streams.encoded(schema_of(spec))
     outputs = np.zeros((streams.events, network_outputs(spec).size), np.float32)
     longest_first = sorted(streams.spans, key=lambda span: span[0] - span[1])

@@ -205,7 +205,7 @@ class Loop:
         return counts
 
     def _share(self, name: str, mask: Any, labels: Any) -> Any:
-        """What a head's mean loss over a window counts for."""
+        """Weight of a head's mean loss over a window."""
         if not self._typical:
             return self._weights[name]
         counted = tf.math.is_finite(labels[name]) if name in labels else mask

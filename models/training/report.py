@@ -71,7 +71,7 @@ def direction(metric: str) -> str:
 
 
 def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """By head, and by target of a decoder, what the model is better and worse than.
+    """Baselines that the model is better and worse than, by head and by target of a decoder.
 
     Returns:
         Dicts with `head`, `metric` (the first of the head's), `better_than` and `worse_than`

@@ -224,7 +224,7 @@ def _figure(
 def _anomaly_forecasts(
     spec: ModelSpec, streams: Streams, network: NDArray[np.float32]
 ) -> dict[str, _Forecast]:
-    """By numeric target of detection's head, its mean and 95% interval."""
+    """Mean and 95% interval of each numeric target of detection's head."""
     _, head, _ = detection_of(spec)
     forecasts = {}
     start = network_outputs(spec).slices[head.name].stop
@@ -260,8 +260,8 @@ def by_field(spec: ModelSpec, streams: Streams, field: NumericField, values: Flo
 def _forecasts(
     spec: ModelSpec, streams: Streams, outputs: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, _Forecast]:
-    """By target of forecast heads, the median and the outer quantiles, moved to the event that
-    they are about."""
+    """Median and outer quantiles of each target of forecast heads, moved to the event that they
+    forecast."""
     forecasts = {}
     for head in spec.heads:
         if not isinstance(head, ForecastHead):

@@ -174,7 +174,7 @@ class Trees:
         return np.asarray(self._model.classes_, np.int64)
 
     def refit(self, level: float, budget: TimeBudget | None = None) -> Trees:
-        """The same settings fitted to another quantile.
+        """Fit trees with these settings to another quantile.
 
         Raises:
             OutOfTimeError: the time is over already.

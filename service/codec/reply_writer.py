@@ -144,7 +144,7 @@ class ReplyWriter:
         return _writable(named)
 
     def attention(self, rows: FloatRows) -> dict[str, Any]:
-        """By layer that attends over the chunk, the weight of each step [T]."""
+        """Attention weights of each step [T], by layer that attends over the chunk."""
         return _writable(self._artifact.outputs.attention_by_name(rows))
 
     def check_options(self, options: ReplyOptions) -> None:

@@ -71,7 +71,7 @@ class ModelLimits(NamedTuple):
 
     @classmethod
     def of(cls, settings: RequestSettings, chunk_limit: int | None) -> ModelLimits:
-        """Those of a model that computes chunks of at most `chunk_limit` steps (None: any)."""
+        """The limits of a model that computes chunks of at most `chunk_limit` steps (None: any)."""
         predict = Limit(settings.max_predict_steps, "max_predict_steps")
         longest = [] if chunk_limit is None else [Limit(chunk_limit, "max_chunk_steps")]
         chunk = Limit(settings.max_chunk_steps, "max_chunk_steps")

@@ -52,7 +52,7 @@ class CarryError(Exception):
         self.facts: Mapping[str, Any] = facts
 
     def with_key(self, reason: str | None, key_id: str | None, *, is_proven: bool = True) -> Self:
-        """The same error, with the facts about the access key that the service logs."""
+        """Set the facts about the access key that the service logs; returns the error."""
         self.reason, self.key_id, self.is_key_proven = reason, key_id, is_proven
         return self
 
@@ -62,8 +62,8 @@ class CarryError(Exception):
         return error.with_key(self.reason, self.key_id, is_proven=self.is_key_proven)
 
     def without_position(self) -> Self:
-        """The same error for a chunk without a position, which must not be sent again if it may
-        have been applied."""
+        """The error for a chunk without a position, which must not be sent again if it may have
+        been applied."""
         if not self.needs_position:
             return self
         facts = {name: fact for name, fact in self.facts.items() if name != "retry_after_s"}

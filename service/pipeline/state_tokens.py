@@ -142,7 +142,7 @@ class StateTokens:
 def state_after(
     served: ServedModel, steps: Steps, before: StreamState | None, state: State
 ) -> StreamState:
-    """What a token holds after a sequence.
+    """The state that a token holds after a sequence.
 
     Args:
         before: what the token held that it continues; None if it starts from the initial state.

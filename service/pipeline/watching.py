@@ -197,8 +197,9 @@ class Watch:
         self._wake()
 
     async def follow(self, interval_s: float) -> AsyncIterator[list[WatchEvent]]:
-        """What happens to the stream, some events at a time, until it is deleted or the service
-        stops.
+        """Yield what happens to the stream, some events at a time.
+
+        Ends when the stream is deleted or the service stops.
 
         Args:
             interval_s: time between two `Idle` if nothing happens.

@@ -86,7 +86,7 @@ class Session(Protocol):
         """Messages that have not been answered."""
 
     def cancel(self) -> None:
-        """Drop them: nobody waits for the answers any more."""
+        """Drop the unanswered messages: the client disconnected."""
 
 
 class WebSockets(NamedTuple):

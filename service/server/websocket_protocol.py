@@ -374,7 +374,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol, Connection):
         self._end(CloseCode.SERVICE_RESTART)
 
     def retire(self) -> None:
-        """As `shutdown`; the client then reconnects to the process that replaces this one."""
+        """Close gracefully; the client then reconnects to the process that replaces this one."""
         self.shutdown()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]

@@ -31,7 +31,7 @@ _LIVE_SOCKET: Final = re.compile(rb"^GET /v1/models/[^/ ]+/streams/[^/ ]+/live")
 _LOAD: Final = re.compile(rb"GET\r\n\$\d+\r\n[^\r]+\}:s:")
 _COMMIT: Final = re.compile(rb"EVAL.*CRRY\x01[^\x04]", re.DOTALL)
 """A script that writes a state, by docs/reference/store.md; a deletion writes a tombstone."""
-_WRITTEN, _REFUSED = b"*1\r\n:1\r\n", b"*2\r\n:0\r\n"  # of one stream in the answer to a commit
+_WRITTEN, _CONFLICT = b"*1\r\n:1\r\n", b"*2\r\n:0\r\n"  # of one stream in the answer to a commit
 Watch = Callable[[Connection, Direction, bytes], None]
 """Receives all bytes before they are forwarded."""
 
@@ -98,7 +98,7 @@ class Traffic:
         if command == "load" and data[:1] != b"-":
             self.hook(worker, COMPUTING)
         elif command == "commit":
-            self.conflicts += data.count(_REFUSED)
+            self.conflicts += data.count(_CONFLICT)
             if _WRITTEN in data:
                 self.hook(worker, REPLY_UNSENT)
 

@@ -230,7 +230,7 @@ class Grpc(ConnectionPool):
 
 
 class GrpcStream(Grpc):
-    """The same, by a call with a stream of requests."""
+    """V2 over gRPC by a call with a stream of requests."""
 
     async def infer(self, channel: Any, request: Any, timeout_s: float | None) -> Any:
         call = callable_of(channel, "ModelStreamInfer")(iter([request]), timeout=timeout_s)

@@ -103,7 +103,7 @@ def reference_markdown() -> str:
 
 
 def reference_html() -> str:
-    """The same entries as a page; each code is an anchor."""
+    """The page of all errors; each code is an anchor."""
     rows = []
     for code, status, *texts in _entries(CarryError):
         cells = "".join([f"<td>{html.escape(text)}</td>" for text in texts])

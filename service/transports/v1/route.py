@@ -202,7 +202,7 @@ class Route(NamedRoute):
 
 
 def _security(verbs: Iterable[Verb], *, is_health: bool) -> list[dict[str, list[str]]]:
-    """Each verb alone is enough, and a service without access keys is open."""
+    """Security requirements of an operation: any one verb, or none in a service without keys."""
     allowed = [{"access_key": [verb.value]} for verb in verbs]
     return [] if is_health and not allowed else [*allowed, {}]
 

@@ -29,14 +29,14 @@ def schema_of(**options: Any) -> EventSchema:
 
 
 def read(schema: EventSchema, values: list[Any]) -> EventColumns:
-    """As the service reads them."""
+    """Columns as the service reads them."""
     reader = EventReader(schema)
     events = [{"x": value} for value in values]
     return reader.read(msgspec.convert(events, list[reader.event])).columns
 
 
 def served(schema: EventSchema, values: list[Any]) -> EventColumns:
-    """As the service reads them, which the pydantic type confirms."""
+    """Columns as the service reads them, checked against the pydantic type."""
     adapter = event_adapter(schema)
     events = [adapter.validate_python({"x": value}) for value in values]
     found, expected = read(schema, values), columns_from_events(schema, events)

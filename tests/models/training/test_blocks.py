@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Pat
 
 @pytest.fixture(scope="module")
 def whole_artifact(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Artifact:
-    """The same specification without blocks, trained."""
+    """A trained model of the specification without blocks."""
     out = tmp_path_factory.mktemp("whole") / "model"
     return train(both_ways_spec(layers=1), frame, out, quiet=True).artifact
 

@@ -341,7 +341,7 @@ def status_details(error: CarryError) -> str:
 
 
 def trailing_metadata(error: CarryError) -> tuple[tuple[str, str | bytes], ...]:
-    """What a client reads besides status and details."""
+    """Trailing metadata of an error: its code, and its problem document."""
     document = problem(error)
     content = dumps(Media.JSON, document)
     metadata: tuple[tuple[str, str | bytes], ...] = (

@@ -57,7 +57,7 @@ class GrpcServer:
         self._stopped: asyncio.Task[None] | None = None
 
     def load(self) -> TransportLoad:
-        """Its connections and requests; the connections are those of the process."""
+        """Open connections, of all gRPC servers in the process, and unanswered requests."""
         return TransportLoad(count_connections(), self._servicer.requests)
 
     async def start(self) -> None:
@@ -92,11 +92,11 @@ class GrpcServer:
             self._stopped = asyncio.get_running_loop().create_task(self._stop(self._server))
 
     def retire(self) -> None:
-        """As `begin_stop`: another process accepts calls on the port."""
+        """Begin to stop: another process accepts calls on the port."""
         self.begin_stop()
 
     async def stop(self) -> None:
-        """The same, and wait for it."""
+        """Reject new calls, and wait until the other calls have finished."""
         self.begin_stop()
         if self._stopped is not None:
             await self._stopped

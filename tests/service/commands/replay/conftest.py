@@ -50,7 +50,7 @@ def streams(table: pl.DataFrame) -> list[StreamEvents]:
 
 @pytest.fixture
 def data(tmp_path: Path, table: pl.DataFrame) -> Path:
-    """The same events as a file."""
+    """The events of `table` as a file."""
     path = tmp_path / "events.jsonl"
     table.write_ndjson(path)
     return path

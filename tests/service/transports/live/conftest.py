@@ -29,7 +29,7 @@ async def api(
 async def large_api(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> AsyncIterator[Harness]:
-    """The same with limits that allow long frames and replies."""
+    """An application with limits that allow long frames and replies."""
     limits = RequestSettings(max_body_bytes=2**20)
     async with live_application(pipeline_server, models, limits) as running:
         yield running
