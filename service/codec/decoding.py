@@ -38,7 +38,7 @@ MAX_REPORTED: Final = 5
 """Most errors that are reported."""
 
 MAX_MEMBERS: Final = 10_000
-"""Most members of an object in MessagePack that are searched for wrong ones."""
+"""Most members of an object that are searched for wrong ones."""
 
 _MAPS: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
 _ARRAYS: Final = frozenset([*range(0x90, 0xA0), 0xDC, 0xDD])
@@ -61,6 +61,7 @@ _BOUNDS: Final = {
     "<=": "less than or equal to",
 }
 _LENGTHS: Final = {">=": "at least", "<=": "at most"}
+_PARTS: Final = {"str": ("string", "characters"), "object": ("object", "members")}
 _FINITE: Final = "a finite number"
 _OUT_OF_RANGE: Final = {
     "Number out of range": _FINITE,
@@ -215,7 +216,7 @@ def _errors(value: Any, kind: Any, at: str) -> list[CarryError]:
         return []
     extra, kind = _split_type(kind)
     origin, fields = get_origin(kind), _fields(kind)
-    if fields is not None or origin is dict:
+    if fields is not None or (origin is dict and not _LENGTH.match(reason)):
         members = _members(value, at)
         if members is not None:
             if fields is None:
@@ -241,6 +242,8 @@ def _errors_of_members(
     errors: list[CarryError] = []
     lead = f"{at}." if at else ""
     for name, (kind, is_required) in fields.items():
+        if len(errors) > MAX_REPORTED:
+            break
         if name in members:
             errors += _errors(members[name], kind, f"{lead}{name}")
         elif is_required:
@@ -296,12 +299,14 @@ def _fields(kind: Any) -> dict[str, tuple[Any, bool]] | None:
 
 def _members(value: Any, at: str) -> Mapping[str, Any] | None:
     """The members of an object; None for another value."""
-    if not isinstance(value, msgspec.Raw):
-        return value if isinstance(value, dict) else None
-    if memoryview(value)[0] not in _MAPS:
+    is_raw = isinstance(value, msgspec.Raw)
+    if not (memoryview(value)[0] in _MAPS if is_raw else isinstance(value, dict)):
         return None
     if _length(value) > MAX_MEMBERS:
         raise invalid(at or "body", f"at most {MAX_MEMBERS} members", _length(value))
+    if not is_raw:
+        members: Mapping[str, Any] = value
+        return members
     try:
         return msgspec.msgpack.decode(value, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError as error:
@@ -346,6 +351,6 @@ def _expected(reason: str) -> str:
         return f"{_BOUNDS[match[1]]} {match[2].removesuffix('.0')}" if is_bound else _FINITE
     if match := _LENGTH.fullmatch(reason):
         kind, bound, length = match.groups()
-        noun, unit = ("string", "characters") if kind == "str" else ("list", "values")
+        noun, unit = _PARTS.get(kind, ("list", "values"))
         return f"{noun} of {_LENGTHS[bound]} {length} {unit}"
     return _OUT_OF_RANGE.get(reason, reason[:300])

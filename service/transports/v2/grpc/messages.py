@@ -33,7 +33,7 @@ from service.transports.v2.request import (
     parse_parameters,
     parse_sequence_id,
 )
-from service.transports.v2.tensors import BOOL, BYTES, FP32, InputTensor
+from service.transports.v2.tensors import BOOL, BYTES, FP32, MAX_RANK, InputTensor
 
 MAX_FIELDS: Final = 1000
 """Most fields of a long message, besides the elements of its tensors."""
@@ -258,6 +258,10 @@ def _inputs(message: pb.ModelInferRequest) -> list[InputTensor]:
     tensors = []
     for index, tensor in enumerate(message.inputs):
         _reject_parameters(f"inputs[{index}]", tensor.parameters)
+        if len(tensor.shape) > MAX_RANK:
+            # not copied: each of its bytes may be a number
+            expected, got = f"list of at most {MAX_RANK} values", f"a list of {len(tensor.shape)}"
+            raise invalid(f"inputs[{index}].shape", expected, got)
         if raw and tensor.HasField("contents"):
             expected = "none, since raw_input_contents has the values"
             raise invalid(f"inputs[{index}].contents", expected, "some")

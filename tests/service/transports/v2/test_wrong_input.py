@@ -65,6 +65,10 @@ BODIES: dict[str, tuple[Any, str]] = {
         "shape: expected list of at most 8 values, got a list of 9",
     ),
     "a list as a parameter": (with_parameters(a=[1]), "parameters.a: expected a valid boolean or"),
+    "too many parameters": (
+        with_parameters(**{f"p{at}": [] for at in range(300)}),
+        "parameters: expected object of at most 256 members, got an object",
+    ),
     "no steps": (changed(shape=[0, 3], data=[]), "inputs: expected at least one step"),
     "too many steps": (json_body(rows(21), parameters=SEQUENCE), "at most 20 steps"),
     "a ragged list": (

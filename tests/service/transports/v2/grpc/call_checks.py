@@ -13,7 +13,7 @@ import pytest
 
 from service.access.caller import ANYONE
 from service.core import errors
-from service.core.errors import BadRequest, CarryError, Conflict, ShuttingDown
+from service.core.errors import BadRequest, CarryError, Conflict, InvalidInput, ShuttingDown
 from service.transports.v1.problems import STATUS
 from service.transports.v2.grpc import messages
 from service.transports.v2.grpc import v2_pb2 as pb
@@ -153,6 +153,15 @@ async def test_long_message_is_rejected_before_objects_are_made_of_its_fields(
     with pytest.raises(BadRequest, match=expected):
         await InferMessage(data).read(inference, ANYONE, 0.0)
     assert sum(parsed) < LONG
+
+
+async def test_tensor_of_too_many_axes_is_rejected_as_over_http() -> None:
+    message = request_of(4)
+    message.inputs[0].shape.extend([1] * 8)
+    inference: Any = None
+    expected = r"inputs\[0\].shape: expected list of at most 8 values, got a list of 9"
+    with pytest.raises(InvalidInput, match=expected):
+        await InferMessage(message.SerializeToString()).read(inference, ANYONE, 0.0)
 
 
 def test_head_of_a_long_message_has_all_but_its_tensors() -> None:

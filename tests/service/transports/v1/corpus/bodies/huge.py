@@ -78,6 +78,12 @@ def _state(value: bytes) -> bytes:
     return _filled(lead + b'{"lstm_1_m1.hidden":[', value, b"]}}")
 
 
+def _members(lead: bytes, value: bytes, tail: bytes) -> Callable[[], bytes]:
+    """An object of as many members as fit, each with a name of its own and this value."""
+    count = (MAX_BYTES - len(lead) - len(tail)) // (len(value) + 11)
+    return lambda: lead + b",".join([b'"m%06d":%b' % (at, value) for at in range(count)]) + tail
+
+
 def _items(part: bytes) -> bytes:
     """A thousand items, each with a list of as many parts as fit."""
     inputs = b",".join([part] * (2_000 // (len(part) + 1)))
@@ -179,6 +185,13 @@ def _json() -> Iterator[HugeBody]:
     yield body("a tensor of deep lists", _tensor(b"[1,17]", b"[[[[[[[0]]]]]]]"), path=INFER)
     yield body("a tensor of short lists", _tensor(b"[1000,58,17]", b"[0]"), path=INFER)
     yield body("a tensor of short lists in one", _tensor(b"[1000,58,17]", b"[[0],[0]]"), path=INFER)
+    parameters = b'{"inputs":[],"parameters":{'
+    for value in (b"[]", b"{}", b"0"):
+        title = f"parameters that are each {value.decode()}"
+        yield body(title, _members(parameters, value, b"}}"), path=INFER)
+    parameters = b'{"inputs":[{"name":"inputs","datatype":"FP32","shape":[],"parameters":{'
+    yield body("parameters of a tensor", _members(parameters, b"[]", b"}}]}"), path=INFER)
+    yield body("parts of a state", _members(b'{"state":{', b"{}", b"}}"), path=STATE, method="PUT")
     yield body("a state of lists", lambda: _state(b"[]"), 409, "state_incompatible", STATE, "PUT")
     yield body("a state of numbers", lambda: _state(b"0"), 409, "state_incompatible", STATE, "PUT")
 
