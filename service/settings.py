@@ -133,7 +133,7 @@ class Settings:
         """Every setting in force and where it comes from, secrets hidden; for the start."""
         return [
             EffectiveSetting(
-                name, _shown(name, self.value(name)), self.origins.get(name, "default")
+                name, _format_value(name, self.value(name)), self.origins.get(name, "default")
             )
             for name in GROUP_OF
         ]
@@ -197,7 +197,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _shown(name: str, value: object) -> str:
+def _format_value(name: str, value: object) -> str:
     if value is None:
         return "not set"
     return redact_url(str(value)) if name == "redis_url" else str(value)
@@ -211,21 +211,21 @@ def _explain(error: ValidationError, origins: Mapping[str, Origin]) -> list[str]
         message = problem["msg"].removeprefix("Value error, ")
         # the password of a malformed address cannot be found, so none of it is shown
         got = "" if name == "redis_url" else f", got {str(problem['input'])!r}"
-        sentences.append(f"{_named(name, origins)}: {message[0].lower()}{message[1:]}{got}.")
+        sentences.append(f"{_source_name(name, origins)}: {message[0].lower()}{message[1:]}{got}.")
     return sentences
 
 
 def _check_order(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     """One sentence for each value that is less than another one that it must reach."""
     return [
-        f"{_named(name, settings.origins)}: expected at least {PREFIX}{other.upper()}, "
+        f"{_source_name(name, settings.origins)}: expected at least {PREFIX}{other.upper()}, "
         f"which is {settings.value(other)}, got {str(values.get(name, settings.value(name)))!r}."
         for name, other in AT_LEAST.items()
         if settings.value(name) < settings.value(other)
     ]
 
 
-def _named(name: str, origins: Mapping[str, Origin]) -> str:
+def _source_name(name: str, origins: Mapping[str, Origin]) -> str:
     if origins.get(name) == "flag":
         return f"--{name.replace('_', '-')}"
     return PREFIX + name.upper()

@@ -74,7 +74,7 @@ def vus_pr(
     ]
     areas = []
     for buffer in range(buffer_events + 1):
-        weights, extended = _buffered(anomalies, anomalous, buffer)
+        weights, extended = _add_buffers(anomalies, anomalous, buffer)
         beside = np.cumsum(weights[order])[last]
         highest = np.sort([float(np.max(score[first:end])) for first, end in extended])
         touched = len(extended) - np.searchsorted(highest, ordered[last], side="left")
@@ -84,7 +84,7 @@ def vus_pr(
     return float(np.mean(areas))
 
 
-def _buffered(
+def _add_buffers(
     anomalies: list[tuple[int, int, int, int]], anomalous: NDArray[np.bool_], buffer: int
 ) -> tuple[Floats, Spans]:
     """The weights [n] of events that are in no anomaly, and the anomalies with their buffers:

@@ -179,7 +179,7 @@ def encode(
     Raises:
         DataError: a numeric value that is not finite as a float32 once standardised.
     """
-    rows, clocks = _encoded([block_of(schema, columns)], [clock], resets)
+    rows, clocks = _encode_blocks([block_of(schema, columns)], [clock], resets)
     if not np.isfinite(rows).all():
         raise _not_finite(schema, columns, rows)
     return rows, clocks[0]
@@ -203,7 +203,7 @@ def encode_many(
             to get the other rows.
     """
     blocks = [block_of(schema, chunk) for chunk in columns]
-    rows, after = _encoded(blocks, clocks)
+    rows, after = _encode_blocks(blocks, clocks)
     cuts = list(accumulate([block.steps for block in blocks], initial=0))
     parts = [rows[start:stop] for start, stop in pairwise(cuts)]
     if not np.isfinite(rows).all():
@@ -212,7 +212,7 @@ def encode_many(
     return parts, after
 
 
-def _encoded(
+def _encode_blocks(
     blocks: Sequence[Block], clocks: Sequence[Clock], resets: Sequence[int] = ()
 ) -> tuple[FloatArray, list[Clock]]:
     """Encode blocks of one layout into consecutive rows, which may contain infinities.

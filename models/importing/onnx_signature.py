@@ -262,13 +262,13 @@ def find_pairs(
     for key in (_marker_key, _step_key):
         groups: dict[tuple[str, ...], tuple[list[Tensor], list[Tensor]]]
         groups = defaultdict(lambda: ([], []))
-        for side, tensors in enumerate(_unpaired(signature, pairs, others)):
+        for side, tensors in enumerate(_find_unpaired(signature, pairs, others)):
             for tensor in tensors:
                 groups[key(tensor.name)][side].append(tensor)
         for before, after in groups.values():
             if len(before) == len(after) == 1 and compatible(before[0], after[0]):
                 pairs[before[0].name] = after[0].name
-    inputs, outputs = _unpaired(signature, pairs, others)
+    inputs, outputs = _find_unpaired(signature, pairs, others)
     if len(inputs) > 1:
         pairs.update(_pairs_by_shape(inputs, outputs))
     if not pairs:
@@ -297,7 +297,7 @@ def require_one_input(
         )
     if len(remaining) > 1:
         names = [tensor.name for tensor in remaining]
-        _, outputs = _unpaired(signature, pairs, ())
+        _, outputs = _find_unpaired(signature, pairs, ())
         raise ImportedModelError(
             f"expected one input of features, got {names} besides the states ({known}). Name the "
             f"missing pairs ({_suggestion(remaining, outputs)}), or if all of them take features, "
@@ -342,7 +342,7 @@ def _check_known(signature: Signature, known: Mapping[str, str]) -> None:
         )
 
 
-def _unpaired(
+def _find_unpaired(
     signature: Signature, pairs: Mapping[str, str], others: Collection[str]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs and outputs that are in no pair yet, and may be."""

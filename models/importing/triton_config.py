@@ -160,7 +160,7 @@ def _read_message(tokens: list[str], end: str) -> Message:
     fields: Message = {}
     while (name := tokens.pop()) != end:
         if not re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            raise _unexpected(f"the name of a field or {end!r}", name)
+            raise _unexpected_error(f"the name of a field or {end!r}", name)
         values = fields.setdefault(name, [])
         _skip(tokens, ":")
         if _skip(tokens, "["):
@@ -179,11 +179,11 @@ def _read_value(tokens: list[str]) -> Message | str:
     if value in ("{", "<"):
         return _read_message(tokens, "}" if value == "{" else ">")
     if value in "}>[]:,;-":
-        raise _unexpected("a value", value)
+        raise _unexpected_error("a value", value)
     try:
         return str(ast.literal_eval(value)) if value[0] in "\"'" else value
     except (SyntaxError, ValueError) as error:
-        raise _unexpected("a string", value) from error
+        raise _unexpected_error("a string", value) from error
 
 
 def _skip(tokens: list[str], marks: str) -> bool:
@@ -194,7 +194,7 @@ def _skip(tokens: list[str], marks: str) -> bool:
     return is_there
 
 
-def _unexpected(expected: str, got: str) -> ImportedModelError:
+def _unexpected_error(expected: str, got: str) -> ImportedModelError:
     found = f", got {got!r}" if got else " before the end"
     return ImportedModelError(f"config.pbtxt: expected {expected}{found}")
 

@@ -229,25 +229,25 @@ class AccessKeys:
         if (stale := self._stale()) is not None:
             raise stale
         if authorization is None:
-            raise _rejected(f"{_EXPECTED}, got none", "no_key")
+            raise _rejection(f"{_EXPECTED}, got none", "no_key")
         if authorization[: len(SCHEME)].lower() != SCHEME:
-            raise _rejected(f"{_EXPECTED}, got another scheme")
+            raise _rejection(f"{_EXPECTED}, got another scheme")
         if len(authorization) > MAX_AUTHORIZATION_BYTES:
             most = f"at most {MAX_AUTHORIZATION_BYTES} bytes"
-            raise _rejected(f"{_EXPECTED}, of {most}, got {len(authorization)}")
+            raise _rejection(f"{_EXPECTED}, of {most}, got {len(authorization)}")
         bearer = authorization[len(SCHEME) :].strip(b" ").decode("latin-1")
         if is_token(bearer):
             return verify_token(bearer, self._keys, self._now_ms(), self._holder)
         text = parse_key(bearer)
         if text is None:
-            raise _rejected(_UNKNOWN)
+            raise _rejection(_UNKNOWN)
         key = self._keys.get(text.key_id)
         if key is None or not key.matches(text.secret):
             reason = "unknown_key" if key is None else "wrong_secret"
             raise Unauthenticated(_UNKNOWN).with_key(reason, text.key_id, is_proven=False)
         status = key.status(self._now_ms())
         if status != "active":
-            raise _rejected(f"the key {text.key_id} is {status}", status, text.key_id)
+            raise _rejection(f"the key {text.key_id} is {status}", status, text.key_id)
         return self._holder(text.key_id, key)
 
     def _holder(self, key_id: str, key: AccessKey) -> Caller:
@@ -288,5 +288,7 @@ class AccessKeys:
         return is_same and (caller.expires_ms is None or caller.expires_ms > now_ms)
 
 
-def _rejected(detail: str, reason: str = "malformed", key_id: str | None = None) -> Unauthenticated:
+def _rejection(
+    detail: str, reason: str = "malformed", key_id: str | None = None
+) -> Unauthenticated:
     return Unauthenticated(detail).with_key(reason, key_id)

@@ -199,13 +199,13 @@ class KeyLimiter:
         """The error with which a request would be rejected now; None if it would be accepted."""
         maximum = self.limits.concurrent_requests
         if maximum is not None and self._concurrent >= maximum:
-            return _exceeded(self._key_id, "concurrent_requests", maximum, RETRY_AFTER_S)
+            return _limit_exceeded(self._key_id, "concurrent_requests", maximum, RETRY_AFTER_S)
         for share in self.shares:
             if share.level < 1.0:
                 now_s = self._clock()
                 if not share.borrow(now_s, is_active=self.is_active):
                     wait_s = share.wait_s(now_s)
-                    return _exceeded(self._key_id, share.limit, share.rate_per_s, wait_s)
+                    return _limit_exceeded(self._key_id, share.limit, share.rate_per_s, wait_s)
         return None
 
     def begin(self, events: int) -> None:
@@ -414,7 +414,7 @@ class StreamQuota:
         if allowed is None or streams < allowed:
             limit, allowed, used = "state_bytes", self.quota.state_bytes, state_bytes
             needed = f", and the stream needs {size}"
-        return _exceeded(
+        return _limit_exceeded(
             self.key_id,
             limit,
             allowed or 0,
@@ -425,7 +425,7 @@ class StreamQuota:
         )
 
 
-def _exceeded(
+def _limit_exceeded(
     key_id: str, limit: str, allowed: float, retry_after_s: float, usage: str = "", **facts: Any
 ) -> LimitExceeded:
     shown = allowed if isinstance(allowed, int) else f"{allowed:g}"

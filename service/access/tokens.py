@@ -83,27 +83,27 @@ def verify_token(
     known_id = None
     try:
         if len(text) > MAX_TOKEN_CHARACTERS:
-            raise _rejected(f"expected at most {MAX_TOKEN_CHARACTERS} characters, got {len(text)}")
+            raise _rejection(f"expected at most {MAX_TOKEN_CHARACTERS} characters, got {len(text)}")
         key_id = jwt.get_unverified_header(text).get("kid")
         key = keys.get(key_id) if isinstance(key_id, str) else None
         known_id = None if key is None else key_id
         digest = b"" if key is None else bytes.fromhex(key.secret_sha256)
         if key is None or key_id is None or len(digest) != DIGEST_BYTES:
-            raise _rejected(_NOT_SIGNED, "unknown_key")
+            raise _rejection(_NOT_SIGNED, "unknown_key")
         payload = _JWS.decode(text, digest, algorithms=[ALGORITHM])
         claims = _DECODER.decode(payload)
     except jwt.InvalidSignatureError as error:
-        rejected = _rejected(_NOT_SIGNED)
+        rejected = _rejection(_NOT_SIGNED)
         raise rejected.with_key("wrong_secret", known_id, is_proven=False) from error
     except (jwt.PyJWTError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _rejected(str(error)).with_key("malformed", known_id, is_proven=False) from error
+        raise _rejection(str(error)).with_key("malformed", known_id, is_proven=False) from error
     status = key.status(now_ms)
     if status != "active":
-        raise _rejected(f"its key {key_id} is {status}", status, key_id)
+        raise _rejection(f"its key {key_id} is {status}", status, key_id)
     if claims.exp * 1000 <= now_ms:
-        raise _rejected("it has expired", "expired", key_id)
+        raise _rejection("it has expired", "expired", key_id)
     if claims.nbf is not None and claims.nbf * 1000 > now_ms:
-        raise _rejected("it is not valid yet (nbf)", "not_valid_yet", key_id)
+        raise _rejection("it is not valid yet (nbf)", "not_valid_yet", key_id)
     return _narrow(holder(key_id, key), claims)
 
 
@@ -125,10 +125,10 @@ def _narrow(holder: Caller, claims: TokenClaims) -> Caller:
     for claim, exceeds in exceeding.items():
         if exceeds:
             detail = f"`{claim}` claims more than its key {holder.key_id} allows"
-            raise _rejected(detail, f"exceeds_{claim}", holder.key_id)
+            raise _rejection(detail, f"exceeds_{claim}", holder.key_id)
     if not verbs or not models:
         detail = "expected at least one of `verbs` and one of `models`"
-        raise _rejected(detail, "malformed", holder.key_id)
+        raise _rejection(detail, "malformed", holder.key_id)
     expires_ms = round(claims.exp * 1000)
     if holder.expires_ms is not None:
         expires_ms = min(expires_ms, holder.expires_ms)
@@ -150,5 +150,7 @@ _JWS: Final = jwt.PyJWS()
 _DECODER: Final = msgspec.json.Decoder(TokenClaims)
 
 
-def _rejected(detail: str, reason: str = "malformed", key_id: str | None = None) -> Unauthenticated:
+def _rejection(
+    detail: str, reason: str = "malformed", key_id: str | None = None
+) -> Unauthenticated:
     return Unauthenticated(f"the token is not accepted: {detail}").with_key(reason, key_id)

@@ -149,9 +149,12 @@ def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T
         raise malformed(media, str(damage)) from damage
 
 
-def detached(error: CarryError) -> CarryError:
-    """The error without traceback and causes, whose frames keep the body: if a frame keeps the
-    error too, it would stay in memory until the garbage collector runs."""
+def detach_error(error: CarryError) -> CarryError:
+    """Drop the traceback and the causes of an error; returns the error.
+
+    Their frames keep the body: if a frame keeps the error too, the body would stay in memory until
+    the garbage collector runs.
+    """
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 

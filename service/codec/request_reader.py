@@ -29,7 +29,7 @@ from service.codec.body_types import (
 from service.codec.decoding import (
     decode,
     decode_element,
-    detached,
+    detach_error,
     invalid,
     load_document,
     load_json,
@@ -433,7 +433,7 @@ class RequestReader:
 
 def item_error(error: CarryError, stream: str | None) -> CarryError:
     """The error as the outcome of an item or a frame; a thousand may be in memory at a time."""
-    error = detached(error)
+    error = detach_error(error)
     return error if stream is None else with_stream(stream, error)
 
 

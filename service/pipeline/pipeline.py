@@ -273,7 +273,7 @@ class Pipeline:
         limiter = caller.limiter
         if limiter is not None:
             limiter.begin(chunk.steps.length)
-            on_result = _then(limiter.end, on_result)
+            on_result = _call_both(limiter.end, on_result)
         if caller.quota is not None:
             chunk = replace(chunk, quota=caller.quota)
         key, steps = chunk.key, chunk.steps.length
@@ -456,7 +456,7 @@ def _model_not_found(name: str, models: Iterable[str]) -> ModelNotFound:
     )
 
 
-def _then(first: Callable[[], None], on_result: OnReply) -> OnReply:
+def _call_both(first: Callable[[], None], on_result: OnReply) -> OnReply:
     def on_both(result: Reply | CarryError) -> None:
         first()
         on_result(result)

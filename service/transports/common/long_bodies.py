@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from service.codec.decoding import detached
+from service.codec.decoding import detach_error
 from service.core.errors import CarryError, DeadlineExceeded, Overloaded
 from service.pipeline.turns import Turns
 
@@ -106,7 +106,7 @@ def _decode_uncollected(decode: Callable[[], T]) -> T:
         return decode()
     except CarryError as error:
         # frees the objects before the next collection
-        detached(error)
+        detach_error(error)
         raise
     finally:
         if is_enabled:

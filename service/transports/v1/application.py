@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from service.access.key_cache import AccessKeys
-from service.codec.decoding import detached
+from service.codec.decoding import detach_error
 from service.core.errors import CarryError
 from service.core.tracing import Tracer
 from service.pipeline.pipeline import Pipeline
@@ -145,7 +145,7 @@ async def _answer_error(request: Request, error: Any) -> Response:
     log_failure(error)
     response = _error_response(request, error)
     # a frame of its traceback may refer to it, and another one to the body
-    detached(error)
+    detach_error(error)
     return response
 
 

@@ -16,7 +16,7 @@ from grpc import StatusCode
 from msgspec.structs import replace
 
 from service.access.caller import PREDICT, Caller
-from service.codec.decoding import detached, invalid
+from service.codec.decoding import detach_error, invalid
 from service.codec.media import Media, dumps
 from service.core import errors
 from service.core.errors import BodyTooLarge, CarryError, MalformedBody
@@ -102,7 +102,7 @@ class InferMessage(PendingChunk):
             stream, self.is_dry_run = parameters.stream, parameters.dry_run
             appends = parameters.position is None and not parameters.starts_over
         except CarryError as error:
-            self._request, sent = detached(error), self.head.parameters
+            self._request, sent = detach_error(error), self.head.parameters
             stream, appends = _stream_of(self.head), True
             self.is_dry_run = "dry_run" in sent and sent["dry_run"].bool_param
         super().__init__("" if stream is None else f"{self.head.model_name}/{stream}")

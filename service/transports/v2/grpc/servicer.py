@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from service.access.caller import Caller
-from service.codec.decoding import detached
+from service.codec.decoding import detach_error
 from service.core.errors import CarryError, MalformedBody, ShuttingDown
 from service.core.tracing import PROPAGATED
 from service.server.errors import DuplicateField
@@ -145,7 +145,9 @@ class InferenceServicer:
     ) -> Message:
         """Answer a call with one request; an error ends it with a status."""
         with bound_contextvars(request_id=self._request_id(context)):
-            result = await self._answer(method, partial(work, context), self._propagated(context))
+            result = await self._answer(
+                method, partial(work, context), self._read_trace_headers(context)
+            )
             if isinstance(result, CarryError):
                 return await _abort(context, result)
             return result
@@ -192,7 +194,7 @@ class InferenceServicer:
         except CarryError as error:
             self._finish("ModelStreamInfer", RequestFacts(), began_s, error)
             raise
-        answer = partial(self._answer_in_stream, authorization, self._propagated(context))
+        answer = partial(self._answer_in_stream, authorization, self._read_trace_headers(context))
         stream = InferStream(context, answer, self._admission.messages, self._stream_window)
         forget = self._api.access.notify_end(caller, stream.end)
         self._streams.add(stream)
@@ -280,7 +282,7 @@ class InferenceServicer:
         status = grpc.StatusCode.OK
         if isinstance(result, CarryError):
             # the error and its causes would be cycles: they refer to frames that refer to them
-            detached(result)
+            detach_error(result)
             facts.note_error(result)
             self._api.recorder.record_error(facts.model or "-", result)
             status = status_code(result)
@@ -322,7 +324,7 @@ class InferenceServicer:
         context.set_trailing_metadata(((REQUEST_ID, request_id),))
         return request_id
 
-    def _propagated(self, context: Context) -> dict[str, str]:
+    def _read_trace_headers(self, context: Context) -> dict[str, str]:
         """The metadata that carries the trace of the caller; none if it is repeated."""
         if self._api.tracer is None:
             return {}
