@@ -4,9 +4,10 @@ A body is decoded once. orjson parses JSON, since hostile numbers would take msg
 seconds, and msgspec checks the objects against the type. msgspec decodes MessagePack straight into
 the type, since a byte of it can be an object. Of duplicate members the last one counts.
 
-If a document does not fit, it and its type are walked together down to the values that do not fit
-alone. Paths in msgspec's messages would not do: the messages have names of the client in them. Of
-MessagePack only what is on the way is decoded. A place is written as in `events[3].dep_delay`.
+If a document does not fit, it and its type are walked together down to the values that do not fit.
+Paths in msgspec's messages would not do: the messages have names of the client in them. Of
+MessagePack only the values on that path are decoded. A place is written as
+`events[3].dep_delay`.
 
 A type describes what its errors say, in the `extra` of its `Meta`: `EXPECTED` is a description of
 valid values, `WRONG_LENGTH` makes the error of a list whose length does not fit.

@@ -6,7 +6,7 @@ compare-and-set of the commit verifies it. Chunks are rejected and replayed only
 says, never from the cache.
 
 A chunk that creates its stream under a quota registers it here, after the load and before its
-commit (`quota`).
+commit (`service.access.limits`).
 
 A load waits until the first deadline of its jobs, and again for the jobs with later ones. Jobs
 of shards that do not answer are detached from the batch (`shards`).

@@ -8,7 +8,7 @@ requests, and a connection's memory is bounded: buffered requests, one piece in 
 responses, and one head.
 
 A request with ambiguous framing (request smuggling) is rejected and the connection closed, so that
-no byte after it is parsed as a request (`framing`); trailers and bytes after an early response are
+no byte after it is parsed as a request (`heads`); trailers and bytes after an early response are
 bounded. `Upgrade` is ignored, as RFC 9110 (7.8) allows, and its request is framed as one without
 it, except for a WebSocket: a GET without a body, and with nothing received after it.
 """

@@ -164,8 +164,8 @@ class StateStore(Protocol):
 
 
 class Store(StateStore, Protocol):
-    """A store whose streams can be listed, and deleted in bulk, with its other capabilities, which
-    whoever needs one takes by itself.
+    """A store whose streams can be listed and deleted in bulk, with its other capabilities, each of
+    which its user takes by itself.
 
     Attributes:
         outputs: not started by `start`.

@@ -160,7 +160,7 @@ class AccessLog:
         self.name_stream: Callable[[str], str] | None = None
 
     def name_streams(self, how: LogStreams, key: bytes) -> None:
-        """Set how lines name streams: by a hash of 16 hexadecimal digits, for one.
+        """Set how lines name streams: for example by a hash of 16 hex digits.
 
         Args:
             key: secret of the store; with it nobody can compute the hashes of guessed names.
@@ -174,8 +174,8 @@ class AccessLog:
         hashes = Memo(hash_name, CACHED_STREAMS)
         self.name_stream = {"none": None, "clear": str, "hashed": hashes.__getitem__}[how]
 
-    def named(self, stream: str) -> str | None:
-        """How lines and spans name a stream."""
+    def stream_name(self, stream: str) -> str | None:
+        """The name of a stream in lines and spans; None if they do not name it."""
         return None if self.name_stream is None else self.name_stream(stream)
 
     def log(
@@ -278,6 +278,6 @@ def audit(change: str, /, *, stream: str | None = None, **facts: Any) -> None:
         **get_contextvars(),
         **facts,
     }
-    if stream is not None and (name := access_log.named(stream)) is not None:
+    if stream is not None and (name := access_log.stream_name(stream)) is not None:
         line["stream"] = name
     access_log.write(access_log.render(line))

@@ -145,7 +145,7 @@ class Session:
         socket.close(code, STOPPING if code == CloseCode.SERVICE_RESTART else "")
 
     def _log_closed(self, opened_s: float) -> None:
-        stream = self.stream and access_log.named(self.stream)
+        stream = self.stream and access_log.stream_name(self.stream)
         close = self.socket.conn.close_sent or self.socket.conn.close_rcvd
         log.info(
             "websocket_closed",

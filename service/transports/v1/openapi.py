@@ -130,7 +130,7 @@ def _model_schemas(api: ApiContext, served: ServedModel) -> dict[str, Any]:
 
 
 def _schemas(kinds: Sequence[type[msgspec.Struct]], lead: str) -> dict[str, Any]:
-    """The components that describe types of bodies, by name with a lead."""
+    """The components that describe types of bodies, by name with a prefix."""
     _, described = msgspec.json.schema_components(kinds, ref_template=f"{SCHEMAS}{lead}{{name}}")
     for name, schema in described.items():
         schema["title"] = lead + name

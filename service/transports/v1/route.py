@@ -101,10 +101,10 @@ _REQUEST_ID = parameter(
 
 
 class NamedRoute(routing.Route):
-    """A route that its requests name, for their lines in the log."""
+    """A route that is put in the scope of its requests, so that their log lines name it."""
 
     def matches(self, scope: Scope) -> tuple[routing.Match, Scope]:
-        """Match a request, which then names the route."""
+        """Match a request, and put the route in its scope."""
         match, child_scope = super().matches(scope)
         child_scope["route"] = self
         return match, child_scope

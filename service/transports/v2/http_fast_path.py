@@ -54,7 +54,7 @@ _RESPONSE_HEAD: Final = (
 
 
 class FastInferPath(FastChunkRoute):
-    """Parses and answers the requests of one application; the details of one are its call."""
+    """Parses and answers requests of one application; the `details` of one are its `InferCall`."""
 
     def __init__(self, inference: Inference, ids: RequestIds):
         super().__init__(

@@ -72,7 +72,7 @@ M = TypeVar("M", bound=Message)
 
 
 class InferMessage(PendingChunk):
-    """One received request, decoded, unless it is long: then when it is its turn.
+    """One received request: decoded at once, a long one when it is its turn.
 
     Its `stream` is model and stream; empty if it names no valid stream.
 
