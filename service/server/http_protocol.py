@@ -7,10 +7,9 @@ buffered, and beyond a bound not even read (backpressure). So responses keep the
 requests, and a connection's memory is bounded: buffered requests, one piece in the parser, unsent
 responses, and one head.
 
-A request with ambiguous framing (request smuggling) is rejected and the connection closed, so that
-no byte after it is parsed as a request (`heads`); trailers and bytes after an early response are
-bounded. `Upgrade` is ignored, as RFC 9110 (7.8) allows, and its request is framed as one without
-it, except for a WebSocket: a GET without a body, and with nothing received after it.
+A request with ambiguous framing (request smuggling) is rejected and the connection closed
+(`heads`); trailers and bytes after an early response are bounded. `Upgrade` is ignored (RFC 9110,
+7.8), and its request is framed as one without it, except for a WebSocket: a GET without a body.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from service.server.interface import (
     IncompleteRequest,
     UnsentReply,
 )
-from service.server.reading import BUFFER_FULL, LONG_BODY_BYTES, ReadingFlow
+from service.server.reading import BUFFER_FULL, LONG_BODY_BYTES, MAX_CHUNKS, ReadingFlow
 from service.server.websocket_protocol import PROBE_S, WebSocketProtocol
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -75,6 +74,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         self._ignores_upgrade = False
         self._parser_bytes = 0
         self._drained_bytes = 0
+        self._chunks = 0
         self._framing_error: CarryError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -222,8 +222,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
             self._connections.set_body_bytes(self, 0)
 
     def _fail(self, error: CarryError) -> None:
-        """Answer the request that is being read with an error, after those before it, and close the
-        connection: where the next one begins is not known."""
+        """Answer the request that is being read with an error, after those before it, and close."""
         if self._is_lingering or self._deferred_error:
             return
         self._buffered = b""
@@ -241,8 +240,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
             self.cycle.message_event.set()
             self._send_error(error)
         else:
-            # it has been answered, or is being answered: there is no second response
-            self._linger()
+            self._linger()  # there is no second response
 
     def _send_error(self, error: CarryError) -> None:
         """Send an error and close the connection."""
@@ -286,11 +284,8 @@ class HttpProtocol(HttpToolsProtocol, Connection):
             self._process_buffered()
 
     def _switch_protocols(self, *, has_more: bool) -> bool:
-        """Become a WebSocket, if the request is certainly for one and the only one.
-
-        A client must not send anything before the response to its upgrade; bytes after it are
-        rejected, since a proxy could have framed them as another request.
-        """
+        """Become a WebSocket, if the request is certainly for one and the only one; bytes after it
+        are rejected, since a proxy could have framed them as another request."""
         is_alone = not (self._has_cycle or self._pending is not None or self._half_closed)
         has_body = any(name in BODY_HEADERS for name, _ in self.headers)
         is_get = self.parser.get_method() == b"GET" and self.parser.get_http_version() == "1.1"
@@ -323,6 +318,12 @@ class HttpProtocol(HttpToolsProtocol, Connection):
                 break
             if self._message_complete or self._is_blocked:
                 return data[start + PIECE_BYTES :]
+            if self._chunks > MAX_CHUNKS:
+                # the rest is processed when it is this connection's turn
+                self._chunks = 0
+                self._buffer(data[start + PIECE_BYTES :])
+                self._connections.turns.wait(self._flow, self._process_buffered)
+                break
         return b""
 
     def _feed(self, data: bytes, *, has_more: bool) -> None:
@@ -343,9 +344,8 @@ class HttpProtocol(HttpToolsProtocol, Connection):
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         except httptools.HttpParserError as error:
             # without `from error`: the application may be handling another exception
-            self._fail(
-                self._framing_error or MalformedRequest(f"expected an HTTP/1.1 request: {error}")
-            )
+            malformed = MalformedRequest(f"expected an HTTP/1.1 request: {error}")
+            self._fail(self._framing_error or malformed)
 
     def _serialize_head(self, *, without: bytes) -> bytes:
         parser = self.parser
@@ -393,6 +393,10 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         if self.expect_100_continue or self._connections.close_after_response:
             # the body may never come, so it is unknown whether the next bytes belong to it
             self.cycle.keep_alive = False
+
+    def on_chunk_header(self) -> None:
+        """Parser callback: a chunk of a body begins."""
+        self._chunks += 1
 
     def on_body(self, body: bytes) -> None:
         """Parser callback: a part of a body, which is counted if its request is unanswered."""
@@ -457,8 +461,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
             self._closes_after_reply = True
 
     def retire(self) -> None:
-        """Close after the current response, or the next one: on an idle connection a request may be
-        arriving."""
+        """Close after the current response, or the next: one may be arriving while it is idle."""
         if self._has_cycle:
             self.cycle.keep_alive = False
 
@@ -471,8 +474,7 @@ class HttpProtocol(HttpToolsProtocol, Connection):
         return True
 
     def _probe(self) -> None:
-        """Write an interim response: a client that disconnected resets the connection upon the
-        first one, so that the next write fails."""
+        """Write an interim response: a client that disconnected resets the connection upon it."""
         if self.transport.is_closing() or not self.requests:
             return
         if self._pending is not None or not (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.server import reading
 from service.server.connections import Connections
+from service.server.heads import PIECE_BYTES
 from service.server.reading import LONG_BODY_BYTES, UNCONSUMED, ReadingFlow, ReadingTurns
 from tests.service.transports.v1.harness import LIMITS, harness
 from tests.service.transports.v1.raw_http import answer, becomes, serving
@@ -61,6 +62,47 @@ async def test_long_bodies_are_read_one_per_turn_of_the_loop(
     assert len(read_in) > UPLOADS
     # those in which the bodies got long
     assert len(crowded) <= 2
+
+
+@pytest.mark.parametrize("length", ["1", "1;x=y"])
+async def test_tiny_chunks_of_a_body_are_parsed_over_several_turns_of_the_loop(
+    pipeline_server: RealServer,
+    models: Mapping[str, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+    length: str,
+) -> None:
+    """A read of 256 KiB has up to forty thousand."""
+    loop, turn, count = asyncio.get_running_loop(), 0, 60_000
+    parsed_in: Counter[int] = Counter()
+    set_body_bytes = Connections.set_body_bytes
+
+    def counted(self: Connections, connection: Any, size: int) -> None:
+        parsed_in[turn] += 1
+        set_body_bytes(self, connection, size)
+        assert connection.body_bytes >= 0
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+        loop.call_soon(next_turn)
+
+    monkeypatch.setattr(Connections, "set_body_bytes", counted)
+    async with (
+        harness(pipeline_server, models, limits=replace(LIMITS, max_body_bytes=SIZE)) as api,
+        serving(api) as server,
+        several(server) as open_one,
+    ):
+        reader, writer = await open_one()
+        next_turn()
+        head = f"{PREDICT}\r\nHost: h\r\nContent-Type: application/json"
+        writer.write(f"{head}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        writer.write(f"{length}\r\n \r\n".encode() * count + b"1\r\n]\r\n0\r\n\r\n")
+        # the next request is behind it in the same bytes
+        writer.write(b"GET /health/live HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert (await answer(reader)).startswith(b"HTTP/1.1 400 ")
+        assert (await answer(reader)).startswith(b"HTTP/1.1 200 ")
+    assert parsed_in.total() > count
+    assert max(parsed_in.values()) < 2 * PIECE_BYTES // 6
 
 
 class Flow(ReadingFlow):
