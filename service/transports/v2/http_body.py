@@ -27,7 +27,7 @@ from service.transports.v2.request import (
     RequestedOutput,
     parse_parameters,
 )
-from service.transports.v2.tensors import MAX_RANK, InputTensor, OutputTensor
+from service.transports.v2.tensors import InputTensor, OutputTensor, Shape
 
 HEADER_LENGTH: Final = "inference-header-content-length"
 
@@ -36,8 +36,6 @@ COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 
 _FEW: Final = Meta(max_length=256)
 """Bounds the lists of tensors and parameters."""
-
-_Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class _Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -55,7 +53,7 @@ class _OutputParameters(_Body, frozen=True):
 class _Input(_Body, frozen=True):
     name: str
     datatype: str
-    shape: Annotated[tuple[_Dimension, ...], Meta(max_length=MAX_RANK)]
+    shape: Shape
     parameters: _InputParameters | None = None
     data: list[Any] | None = None
 

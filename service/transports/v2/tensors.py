@@ -10,10 +10,11 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from service.codec.decoding import decode_element, invalid
@@ -41,6 +42,9 @@ _F4: Final = np.dtype("<f4")
 _LENGTH: Final = struct.Struct("<I")
 
 MAX_RANK: Final = 8
+
+Shape = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=MAX_RANK)]
+"""The shape of an input, of HTTP and gRPC alike."""
 
 
 class InputTensor(msgspec.Struct, frozen=True, gc=False):

@@ -16,7 +16,7 @@ from grpc import StatusCode
 from msgspec.structs import replace
 
 from service.access.caller import PREDICT, Caller
-from service.codec.decoding import detach_error, invalid
+from service.codec.decoding import decode_element, detach_error, invalid
 from service.codec.media import Media, dumps
 from service.core import errors
 from service.core.errors import BodyTooLarge, CarryError, MalformedBody
@@ -33,7 +33,7 @@ from service.transports.v2.request import (
     parse_parameters,
     parse_sequence_id,
 )
-from service.transports.v2.tensors import BOOL, BYTES, FP32, MAX_RANK, InputTensor
+from service.transports.v2.tensors import BOOL, BYTES, FP32, MAX_RANK, InputTensor, Shape
 
 MAX_FIELDS: Final = 1000
 """Most fields of a long message, besides the elements of its tensors."""
@@ -258,10 +258,9 @@ def _inputs(message: pb.ModelInferRequest) -> list[InputTensor]:
     tensors = []
     for index, tensor in enumerate(message.inputs):
         _reject_parameters(f"inputs[{index}]", tensor.parameters)
-        if len(tensor.shape) > MAX_RANK:
-            # not copied: each of its bytes may be a number
-            expected, got = f"list of at most {MAX_RANK} values", f"a list of {len(tensor.shape)}"
-            raise invalid(f"inputs[{index}].shape", expected, got)
+        # the rest is not copied: each of its bytes may be a number
+        axes = list(tensor.shape[: MAX_RANK + 1])
+        shape = decode_element(Media.JSON, axes, Shape, f"inputs[{index}].shape")
         if raw and tensor.HasField("contents"):
             expected = "none, since raw_input_contents has the values"
             raise invalid(f"inputs[{index}].contents", expected, "some")
@@ -269,7 +268,7 @@ def _inputs(message: pb.ModelInferRequest) -> list[InputTensor]:
         values = () if field is None else getattr(tensor.contents, field)
         # not a list: its length is checked before its values are copied
         data = raw[index] if raw else values
-        tensors.append(InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+        tensors.append(InputTensor(tensor.name, tensor.datatype, shape, data))
     return tensors
 
 

@@ -155,12 +155,19 @@ async def test_long_message_is_rejected_before_objects_are_made_of_its_fields(
     assert sum(parsed) < LONG
 
 
-async def test_tensor_of_too_many_axes_is_rejected_as_over_http() -> None:
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        ([1] * 9, "shape: expected list of at most 8 values, got a list of 9"),
+        ([-1, 1], r"shape\[0\]: expected greater than or equal to 0, got -1"),
+        ([2**31, 1], r"shape\[0\]: expected less than or equal to 2147483647, got 2147483648"),
+    ],
+)
+async def test_shape_of_a_tensor_is_rejected_as_over_http(axes: list[int], expected: str) -> None:
     message = request_of(4)
-    message.inputs[0].shape.extend([1] * 8)
+    message.inputs[0].shape[:] = axes
     inference: Any = None
-    expected = r"inputs\[0\].shape: expected list of at most 8 values, got a list of 9"
-    with pytest.raises(InvalidInput, match=expected):
+    with pytest.raises(InvalidInput, match=rf"inputs\[0\].{expected}"):
         await InferMessage(message.SerializeToString()).read(inference, ANYONE, 0.0)
 
 
