@@ -135,16 +135,17 @@ def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T
     try:
         if media is Media.JSON:
             return msgspec.convert(element, kind)
-        value: T = _msgpack_decoder(kind).decode(element)  # type: ignore[arg-type]
-        return value
-    except msgspec.ValidationError:
+        decoded: T = _msgpack_decoder(kind).decode(element)  # type: ignore[arg-type]
+        return decoded
+    except msgspec.ValidationError as error:
         # the error is raised below: with this exception as its cause, it would keep the body
-        pass
+        reason = str(error)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise malformed(media, str(error)) from error
     try:
         # without a variable for the error: with one, the frame would keep the body
-        raise _combine(_errors(element if media is Media.JSON else msgspec.Raw(element), kind, at))
+        value: Any = element if media is Media.JSON else msgspec.Raw(element)
+        raise _combine(_errors(value, kind, at, reason))
     except (msgspec.MsgspecError, ValueError, RecursionError) as damage:
         # damaged after the first value that does not fit
         raise malformed(media, str(damage)) from damage
@@ -207,15 +208,18 @@ def _combine(errors: list[CarryError]) -> CarryError:
     return InvalidInput(detail, **facts[0], **({"errors": facts} if facts[1:] else {}))
 
 
-def _errors(value: Any, kind: Any, at: str) -> list[CarryError]:
+def _errors(value: Any, kind: Any, at: str, reason: str | None = None) -> list[CarryError]:
     """The errors of a value: those of its first few wrong members, of its first wrong element, or
     its own; none if it fits.
+
+    Args:
+        reason: why it does not fit, in msgspec's words, if that is known.
 
     Raises:
         ValueError: it is MessagePack that JSON cannot express.
         MsgspecError, RecursionError: it is damaged.
     """
-    reason = _reason(value, kind)
+    reason = reason or _reason(value, kind)
     if reason is None:
         return []
     extra, kind = _split_type(kind)
