@@ -115,7 +115,7 @@ async def test_streams_are_named_by_the_setting(
         assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in names)
         other = AccessLog()
         other.name_streams("hashed", b"another store")
-        assert other.named("ann") != names[0]
+        assert other.stream_name("ann") != names[0]
 
 
 async def test_log_lines_contain_no_text_of_clients(api: Harness, lines: Lines) -> None:
