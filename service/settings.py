@@ -38,6 +38,9 @@ CLIENT_VARIABLES: Final = ("CARRY_API_KEY", "CARRY_API_KEY_FILE")
 AT_LEAST: Final = {"max_pending_body_bytes": "max_body_bytes", "max_timeout_s": "timeout_s"}
 """Settings that must not be less than another one."""
 
+_EXPECTED: Final = {"bool_parsing": "expected true or false", "bool_type": "expected true or false"}
+"""What is said in place of Pydantic's message, by the type of its error."""
+
 Origin = Literal["flag", "env", "default"]
 
 _is_service_link = re.compile(
@@ -208,7 +211,7 @@ def _explain(error: ValidationError, origins: Mapping[str, Origin]) -> list[str]
     sentences = []
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = _EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
         # the password of a malformed address cannot be found, so none of it is shown
         got = "" if name == "redis_url" else f", got {str(problem['input'])!r}"
         sentences.append(f"{_source_name(name, origins)}: {message[0].lower()}{message[1:]}{got}.")

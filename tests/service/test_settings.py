@@ -84,6 +84,10 @@ REJECTED: list[tuple[Environment, str]] = [
             ("CARRY_SERVICE_HOSTS", "10.96.12.7"),
         )
     ),
+    *(
+        ({name: "maybe"}, f"^{name}: expected true or false, got 'maybe'\\.$")
+        for name in ("CARRY_TRACING", "CARRY_REQUIRE_KEYS")
+    ),
     ({"CARRY_TIMEOUT_S": "301"}, r"CARRY_MAX_TIMEOUT_S: .*CARRY_TIMEOUT_S, which is 301"),
     ({"CARRY_MAX_TIMEOUT_S": "29"}, r"CARRY_TIMEOUT_S, which is 30\.0, got '29'"),
     ({"CARRY_MAX_BODY_BYTES": "300000000"}, r"CARRY_MAX_PENDING_BODY_BYTES: .*300000000"),
