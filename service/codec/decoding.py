@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import islice
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
 
@@ -197,9 +198,11 @@ def _combine(errors: list[CarryError]) -> CarryError:
     if not errors:
         # of a member that MessagePack has twice, the first value is wrong and the last one fits
         return invalid("body", "each member once", "one twice")
-    if not isinstance(errors[0], InvalidInput):
-        return errors[0]
-    several = [error for error in errors if isinstance(error, InvalidInput)]
+    several: list[InvalidInput] = []
+    for error in errors:
+        if not isinstance(error, InvalidInput):
+            return error
+        several.append(error)
     reported = several[:MAX_REPORTED]
     detail = "; ".join([error.detail for error in reported])
     if len(several) > len(reported):
@@ -247,8 +250,17 @@ def _errors(value: Any, kind: Any, at: str, reason: str | None = None) -> list[C
 def _errors_of_members(
     members: Mapping[str, Any], fields: Mapping[str, tuple[Any, bool]], at: str
 ) -> list[CarryError]:
-    errors: list[CarryError] = []
+    """The errors of an object's members, unknown ones first.
+
+    A misspelt name explains why a required one is missing.
+    """
     lead = f"{at}." if at else ""
+    unknown = list(islice((name for name in members if name not in fields), MAX_REPORTED + 1))
+    expected = f"one of the members {', '.join(fields)}"
+    errors: list[CarryError] = [
+        invalid(f"{lead}{name[:MAX_NAME_CHARS]}", expected, _format(members[name]))
+        for name in unknown
+    ]
     for name, (kind, is_required) in fields.items():
         if len(errors) > MAX_REPORTED:
             break
@@ -258,12 +270,6 @@ def _errors_of_members(
             extra, bare = _split_type(kind)
             expected = extra.get(EXPECTED) or _expected(_reason(None, bare) or "a value")
             errors.append(invalid(f"{lead}{name}", expected, "nothing"))
-    for name, value in members.items():
-        if len(errors) > MAX_REPORTED:
-            break
-        if name not in fields:
-            expected = f"one of the members {', '.join(fields)}"
-            errors.append(invalid(f"{lead}{name[:MAX_NAME_CHARS]}", expected, _format(value)))
     return errors
 
 

@@ -420,16 +420,29 @@ def test_lone_surrogate_is_malformed_whatever_is_beside_it(
     assert error.code == "malformed_body"
 
 
-def test_all_errors_of_an_object_are_reported(codecs: Mapping[str, ModelCodec]) -> None:
+def test_errors_of_an_object_are_reported_with_unknown_members_first(
+    codecs: Mapping[str, ModelCodec],
+) -> None:
     body = {"position": -1, "events": [{"load": "x", "carrier": 3, "other": 1}], "odd": True}
     for media, content in ((Media.JSON, dumps(body)), (Media.MSGPACK, ormsgpack.packb(body))):
         error = read_chunk(codecs["small"], content, media)
         places = [each["at"] for each in error.facts["errors"]]
-        wrong = ("load", "at", "carrier", "heavy", "other")
-        assert places[:5] == [f"events[0].{name}" for name in wrong]
-        missing = error.facts["errors"][1]
+        wrong = ("other", "load", "at", "carrier")
+        assert places == ["odd", *(f"events[0].{name}" for name in wrong)]
+        missing = error.facts["errors"][3]
         assert missing["expected"].startswith("an RFC 3339 timestamp")
         assert missing["got"] == "nothing"
+
+
+def test_chunk_that_is_too_long_is_reported_before_unknown_members(
+    codecs: Mapping[str, ModelCodec],
+) -> None:
+    too_long = {"odd": 1, "events": [EVENT] * 5}
+    for media, content in (
+        (Media.JSON, dumps(too_long)),
+        (Media.MSGPACK, ormsgpack.packb(too_long)),
+    ):
+        assert read_chunk(codecs["small"], content, media).code == "chunk_too_long"
 
 
 MEMBERS_TWICE = b"\x83\xa8position\xa1x\xa8position\x02"
