@@ -20,6 +20,7 @@ produce the same bits.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -447,7 +448,8 @@ def check_rows(columns: tuple[Column, ...], rows: FloatArray) -> None:
             index=int(step),
             field=columns[at].name,
             expected="a finite float32",
-            got=str(rows[step, at]),
+            # as JSON writes it: NaN, Infinity
+            got=json.dumps(float(rows[step, at])),
         )
     for at, column in enumerate(columns):
         if column.codes is None:
