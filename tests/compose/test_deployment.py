@@ -139,7 +139,7 @@ def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_
     report = tmp_path / "report.json"
     command = [
         *(sys.executable, "-m", "carry.cli", "replay"),
-        *("--url", deployment.url, "--prefix", "replay-", "--events", "20000"),
+        *("--url", deployment.url, "--prefix", "replay-", "--events", "80000"),
         *("--chunk", "1..16", "--verify"),
         *("--patience-s", "300"),
         *("--report", str(report), "--quiet"),
@@ -167,7 +167,7 @@ def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_
             replay.communicate()
     assert replay.returncode == 0, output + errors
     assert report.exists()
-    say("replayed 20,000 events while both containers restarted; verified:")
+    say("replayed 80,000 events while both containers restarted; verified:")
     for line in output.splitlines():
         say(f"  {line}")
 
