@@ -74,7 +74,7 @@ def after(last: Chunk, base: StreamState | None = None) -> StreamState:
 FIRST, SECOND, APPEND = chunk(0), chunk(4, seed=1), chunk(None)
 STREAM = after(FIRST)
 BEGIN = chunk(0, seed=7, starts_over=True)
-BEGUN = after(BEGIN)
+AFTER_BEGIN = after(BEGIN)
 RESTORED = start_epoch(STREAM, fingerprint=FINGERPRINT, now_ms=9)
 AT_0 = start_epoch(STREAM, fingerprint=FINGERPRINT, now_ms=9, position=0)
 ANY, STALE = Precondition(any_state=True), Precondition(("other",))
@@ -105,8 +105,8 @@ EVENTS = Chunk(
         (BEGIN, STREAM._replace(feed=Feed.EVENTS), Process(None)),
         (replace(BEGIN, position=None), STREAM, Process(None)),
         (replace(BEGIN, epoch=EPOCH), STREAM, Process(None)),
-        (BEGIN, BEGUN, Replay(BEGUN)),
-        (replace(BEGIN, position=None), BEGUN, Process(None)),
+        (BEGIN, AFTER_BEGIN, Replay(AFTER_BEGIN)),
+        (replace(BEGIN, position=None), AFTER_BEGIN, Process(None)),
         # no retry: the chunk continued a restored state
         (BEGIN, after(BEGIN, AT_0), Process(None)),
     ],
@@ -211,7 +211,7 @@ def test_chunk_certainly_continues_a_cached_state(options: dict[str, Any], conti
     [
         (SECOND, STREAM.head, Resolution.STORED_REPLY),
         (APPEND, STREAM.head, Resolution.OWN_REPLY),
-        (SECOND, BEGUN.head, Resolution.RE_EVALUATE),
+        (SECOND, AFTER_BEGIN.head, Resolution.RE_EVALUATE),
         (APPEND, None, Resolution.RE_EVALUATE),
     ],
 )
@@ -223,10 +223,10 @@ def test_version_conflict_is_resolved_by_the_current_head(
 
 def test_retry_is_answered_by_the_reply_of_its_own_chunk() -> None:
     outputs = np.zeros((4, 1), np.float32)
-    kept, other = StoredReply(STREAM.head, outputs), StoredReply(BEGUN.head, outputs)
+    kept, other = StoredReply(STREAM.head, outputs), StoredReply(AFTER_BEGIN.head, outputs)
     assert resolve_duplicate(FIRST, STREAM, kept, None) is Resolution.STORED_REPLY
     assert resolve_duplicate(FIRST, STREAM, other, STREAM.head) is Resolution.OWN_REPLY
     assert resolve_duplicate(SECOND, STREAM, kept, None) is Resolution.RE_EVALUATE
     for no_reply in (None, other):
         with pytest.raises(AlreadyApplied):
-            resolve_duplicate(FIRST, STREAM, no_reply, BEGUN.head)
+            resolve_duplicate(FIRST, STREAM, no_reply, AFTER_BEGIN.head)
