@@ -78,7 +78,8 @@ def read_report(output: str) -> dict[str, dict[str, str]]:
 
 def test_every_scenario_passes_against_a_correct_service(url: str, tmp_path: Path) -> None:
     status, output, errors = load(
-        *("--url", url, "--model", "small", "--users", "8", "--duration-s", "1"),
+        # Locust asks for the number of users once a second: two seconds have a burst
+        *("--url", url, "--model", "small", "--users", "8", "--duration-s", "2"),
         *("--json-file", str(tmp_path / "statistics"), *PATIENT),
     )
     assert status == 0, output + errors
