@@ -98,6 +98,9 @@ class RedisOutputChannel(OutputChannel):
                     self._requested.add(key)
                     with suppress(RedisError, OSError):
                         await self._pubsub.subscribe(self._prefix + join_name(key))
+                elif key in self._confirmed and not announced.is_set():
+                    # received since an earlier subscription that ended
+                    self._announce([key])
                 if self._rejection is None:
                     await announced.wait()
         except TimeoutError:

@@ -10,6 +10,7 @@ import pytest
 from service.core.errors import StoreRefused
 from service.store.base import Conflicted, Store
 from service.store.capabilities import PublishedOutput
+from service.store.redis import output_channel
 from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.redis_store import open_router
 from service.store.settings import StoreSettings
@@ -89,6 +90,27 @@ async def test_workers_publish_what_they_commit_to_watched_streams(
     watching.outputs.unsubscribe(first.key, recorder)
     await committed(committing, streams.creation(key("third")))
     assert len(recorder.outputs) == 3
+
+
+@pytest.fixture
+def announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announcements are not repeated."""
+    monkeypatch.setattr(output_channel, "ANNOUNCE_INTERVAL_S", 3600.0)
+
+
+async def test_a_stream_is_watched_again_at_once_after_its_last_watch_ended(
+    announced_once: None, stores: list[Store], streams: Streams
+) -> None:
+    watching, committing = stores
+    first, recorder = streams.creation(key("a")), Recorder()
+    for _ in range(3):
+        async with asyncio.timeout(10):
+            await watching.outputs.subscribe(first.key, recorder)
+        watching.outputs.unsubscribe(first.key, recorder)
+    await watching.outputs.subscribe(first.key, recorder)
+    await becomes(lambda: first.key in committing.outputs.watched, "the announcement")
+    await committed(committing, first)
+    await becomes(lambda: recorder.outputs, "an output")
 
 
 async def test_a_worker_that_starts_later_learns_what_is_watched(
