@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,23 @@ from models.errors import StateError
 
 STATISTICS_PREFIX = "events."
 """Prefix of the parts that hold the statistics of the encoder (`models.events.statistics`)."""
+
+MAX_REPORTED: Final = 5
+"""Unknown parts that an error names."""
+
+MAX_NAME_CHARS: Final = 100
+
+MAX_DIMENSIONS: Final = 8
+"""Dimensions of a client's lists that an error names."""
+
+_TYPE_NAMES: Final = {
+    bool: "true or false",
+    int: "integers",
+    float: "fractions",
+    str: "strings",
+    dict: "objects",
+    type(None): "null",
+}
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -177,7 +194,10 @@ class StateSpec:
         missing = [name for name in names if name not in values]
         unknown = [name for name in values if name not in self.slices]
         if missing or unknown:
-            raise StateError(f"expected the parts {names}, missing {missing}, unknown {unknown}")
+            # a client chooses the unknown ones
+            few = [name[:MAX_NAME_CHARS] for name in unknown[:MAX_REPORTED]]
+            more = f" and {len(unknown) - len(few)} more" if len(unknown) > len(few) else ""
+            raise StateError(f"expected the parts {names}, missing {missing}, unknown {few}{more}")
         state = self.zero()
         for part in self.parts:
             self._set(state, part, _part_values(part, values[part.name]))
@@ -229,20 +249,16 @@ class StateSpec:
 
 
 def _part_values(part: StatePart, value: Any) -> NDArray[Any]:
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise StateError(
-            f"part {part.name!r}: expected shape {list(part.shape)}, got {error}"
-        ) from error
+    """The values of a part in its shape and dtype; of an array, or of nested lists of a client."""
+    if not isinstance(value, np.ndarray):
+        _check_nested(part, value)
+    array = np.asarray(value)
     if array.size == 0 and part.size == 0:
         array = array.astype(part.dtype)
     if array.shape != part.shape:
         raise StateError(
             f"part {part.name!r}: expected shape {list(part.shape)}, got {list(array.shape)}"
         )
-    if part.dtype != "bool" and _has_booleans(value):
-        raise StateError(f"part {part.name!r}: expected {part.dtype} values, got true or false")
     kinds = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}[np.dtype(part.dtype).kind]
     if array.dtype.kind not in kinds:
         raise StateError(f"part {part.name!r}: expected {part.dtype} values, got {array.dtype}")
@@ -256,8 +272,40 @@ def _part_values(part: StatePart, value: Any) -> NDArray[Any]:
     return cast
 
 
-def _has_booleans(value: Any) -> bool:
-    """Whether nested lists contain booleans; among numbers, NumPy converts them to numbers."""
-    if isinstance(value, list | tuple):
-        return any(_has_booleans(item) for item in value)
-    return isinstance(value, bool)
+def _check_nested(part: StatePart, value: Any) -> None:
+    """Reject nested lists of another shape, or of values that are no numbers, before NumPy reads
+    them: it would copy lists that are far larger than the part, and make an array of strings as
+    wide as the longest one. It would also convert booleans to numbers."""
+    types = _types(value, part.shape)
+    if types is None:
+        expected, lengths = list(part.shape), _first_lengths(value)
+        got = "lists of several lengths" if lengths == expected else str(lengths)
+        raise StateError(f"part {part.name!r}: expected shape {expected}, got {got}")
+    wrong = types - ({bool} if part.dtype == "bool" else {int, float})
+    if wrong:
+        got = ", ".join(sorted(_TYPE_NAMES.get(each, each.__name__) for each in wrong))
+        raise StateError(f"part {part.name!r}: expected {part.dtype} values, got {got}")
+
+
+def _types(value: Any, shape: tuple[int, ...]) -> set[type] | None:
+    """The types of the values in nested lists; None if these have another shape."""
+    if not shape:
+        return None if isinstance(value, list) else {type(value)}
+    if not isinstance(value, list) or len(value) != shape[0]:
+        return None
+    types: set[type] = set()
+    for item in value:
+        inner = _types(item, shape[1:])
+        if inner is None:
+            return None
+        types |= inner
+    return types
+
+
+def _first_lengths(value: Any) -> list[int]:
+    """The lengths of nested lists along their first elements, of the outermost few."""
+    lengths: list[int] = []
+    while isinstance(value, list) and len(lengths) < MAX_DIMENSIONS:
+        lengths.append(len(value))
+        value = value[0] if value else None
+    return lengths

@@ -22,7 +22,7 @@ from models.events.schema import EventSchema
 from models.spec.decoder import known_schema
 from models.spec.detection import MAX_ALARM_RATE
 from models.spec.model import ModelSpec
-from service.codec.decoding import WRONG_LENGTH, invalid, undecoded_type
+from service.codec.decoding import MAX_MEMBERS, WRONG_LENGTH, invalid, undecoded_type
 from service.codec.field_rules import EPOCH, FINGERPRINT, MAX_FRAME_ID_CHARS, MAX_POSITION
 from service.codec.media import Media
 from service.codec.reply_types import (
@@ -229,7 +229,10 @@ class StateBody(Body, Generic[Part]):
         ),
     ]
     position: Annotated[int, Meta(ge=0, le=2**62, description="Events consumed.", examples=[48])]
-    state: Annotated[dict[str, Part], Meta(description=BY_PART, examples=[EXAMPLE_STATE])]
+    state: Annotated[
+        dict[str, Part],
+        Meta(max_length=MAX_MEMBERS, description=BY_PART, examples=[EXAMPLE_STATE]),
+    ]
     model: str | None = None
     version: str | None = None
     stream: str | None = None

@@ -40,7 +40,7 @@ MAX_REPORTED: Final = 5
 """Most errors that are reported."""
 
 MAX_MEMBERS: Final = 10_000
-"""Most members of an object that are searched for wrong ones."""
+"""Most members of a state, and of an object that is searched for wrong ones."""
 
 _MAPS: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
 _ARRAYS: Final = frozenset([*range(0x90, 0xA0), 0xDC, 0xDD])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,10 @@ def test_a_float_part_accepts_integers() -> None:
     [
         ("a.hidden", [1.0], r"expected shape \[2\], got \[1\]"),
         ("a.hidden", 1.0, r"expected shape \[2\], got \[\]"),
-        ("b.memory", [[1.0, 2.0], [3.0]], r"expected shape \[2, 3\]"),
+        ("b.memory", [[1.0, 2.0], [3.0]], r"expected shape \[2, 3\], got \[2, 2\]"),
+        ("b.memory", [[1.0] * 3, [3.0]], r"expected shape \[2, 3\], got lists of several lengths"),
+        ("b.memory", [[1.0] * 3, [[3.0]] * 3], r"shape \[2, 3\], got lists of several lengths"),
+        ("b.memory", [[[[]]] * 3] * 2, r"expected shape \[2, 3\], got \[2, 3, 1, 0\]"),
         ("b.memory", [[1.0] * 2] * 3, r"expected shape \[2, 3\], got \[3, 2\]"),
         ("a.hidden", ["1", "2"], "expected float32 values"),
         ("a.hidden", [True, False], "expected float32 values"),
@@ -95,6 +99,36 @@ def test_missing_and_unknown_parts_are_named() -> None:
     del named["clock"]
     with pytest.raises(StateError, match=r"missing \['clock'\], unknown \[\]"):
         SPEC.from_names(named)
+
+
+def test_errors_name_few_of_many_unknown_parts() -> None:
+    given = values(**{f"{at}{'x' * 1000}": 1 for at in range(10_000)})
+    with pytest.raises(StateError, match=r"'0x+', .*'4x+'\] and 9995 more\Z") as rejected:
+        SPEC.from_names(given)
+    assert len(str(rejected.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("a.hidden", ["x" * 2**21, 1.0], "expected float32 values, got strings"),
+        ("a.hidden", [[0.0]] * 300_000, r"expected shape \[2\], got \[300000, 1\]"),
+        ("b.memory", [[0.0] * 3, [0.0] * 300_000], "got lists of several lengths"),
+        ("clock", "1" * 2**21, "expected int64 values, got strings"),
+    ],
+)
+def test_an_invalid_part_is_rejected_without_an_array_of_it(
+    part: str, value: Any, message: str
+) -> None:
+    """NumPy would make every string as wide as the longest."""
+    given = values(**{part: value})
+    tracemalloc.start()
+    try:
+        with pytest.raises(StateError, match=message):
+            SPEC.from_names(given)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 MIXED = StateSpec(
@@ -173,7 +207,7 @@ def test_non_finite_values_are_detected_in_every_float_dtype(part: str, value: f
         ("count", 2**31, "expected int32 values, got one out of range"),
         ("count", 0.5, "expected int32 values, got float64"),
         ("half", [1e5, 0], "expected finite float16 values"),
-        ("flags", [0, 1], "expected bool values, got int64"),
+        ("flags", [0, 1], "expected bool values, got integers"),
         ("double", [True, 0.5], "expected float64 values, got true or false"),
     ],
 )

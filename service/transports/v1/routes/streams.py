@@ -16,6 +16,7 @@ from models.spec.blocks import WAITING
 from models.spec.state import State
 from service.codec.decoding import invalid
 from service.codec.field_rules import stream_name, stream_prefix
+from service.codec.media import Media
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, StreamKey, StreamState
 from service.pipeline.served_model import ServedModel
@@ -77,41 +78,14 @@ async def put_state(call: Call) -> Response:
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
     created, 200 if it was overwritten.
     """
-    served, stream = call.served, call.key.stream
     call.codec.reader.check_accepts_chunks()
-    body = await call.read(call.codec.reader.state)
-    fingerprint = bytes.fromhex(body.fingerprint)
-    if fingerprint != served.fingerprint:
-        expected = served.fingerprint.hex()
-        raise StateIncompatible(
-            f"fingerprint: expected {expected} of the served version {served.version}, got "
-            f"{body.fingerprint}",
-            at="fingerprint",
-            expected=expected,
-            got=body.fingerprint,
-            stream=stream,
-        )
-    try:
-        state = served.state.from_names(body.state)
-        Clock.from_ints(served.state, state.ints, MAX_RESTORED_SEEN)
-        _check_waiting(served, state, body.position)
-    except StateError as error:
-        raise InvalidInput(f"state: {error}", at="state", stream=stream) from error
-    feed = Feed(body.feed)
-    if feed is Feed.EVENTS and served.events is None:
-        raise InvalidInput(
-            f"feed: expected inputs, since model {served.name!r} has no event schema, got events",
-            at="feed",
-            expected="inputs",
-            got="events",
-            stream=stream,
-        )
+    feed, position, state = await call.read(_read_state, call)
     record = await call.api.pipeline.streams.restore(
         call.caller,
         call.key,
         feed=feed,
-        position=body.position,
-        fingerprint=fingerprint,
+        position=position,
+        fingerprint=call.served.fingerprint,
         state=state,
         precondition=call.precondition,
     )
@@ -225,6 +199,43 @@ def _created_or_overwritten(call: Call, key: StreamKey, record: StreamState) -> 
         return call.reply(document, 200, headers)
     location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
     return call.reply(document, 201, [*headers, (b"location", location.encode())])
+
+
+def _read_state(content: bytes, media: Media, call: Call) -> tuple[Feed, int, State]:
+    """Feed, position and state of a body, whose objects end here, before the garbage collector
+    would traverse them.
+
+    Raises:
+        MalformedBody, InvalidInput, StateIncompatible
+    """
+    served, stream = call.served, call.key.stream
+    body = call.codec.reader.state(content, media)
+    expected = served.fingerprint.hex()
+    if body.fingerprint != expected:
+        raise StateIncompatible(
+            f"fingerprint: expected {expected} of the served version {served.version}, got "
+            f"{body.fingerprint}",
+            at="fingerprint",
+            expected=expected,
+            got=body.fingerprint,
+            stream=stream,
+        )
+    try:
+        state = served.state.from_names(body.state)
+        Clock.from_ints(served.state, state.ints, MAX_RESTORED_SEEN)
+        _check_waiting(served, state, body.position)
+    except StateError as error:
+        raise InvalidInput(f"state: {error}", at="state", stream=stream) from error
+    feed = Feed(body.feed)
+    if feed is Feed.EVENTS and served.events is None:
+        raise InvalidInput(
+            f"feed: expected inputs, since model {served.name!r} has no event schema, got events",
+            at="feed",
+            expected="inputs",
+            got="events",
+            stream=stream,
+        )
+    return feed, body.position, state
 
 
 def _check_waiting(served: ServedModel, state: State, position: int) -> None:

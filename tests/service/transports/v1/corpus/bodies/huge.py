@@ -73,9 +73,11 @@ def _tensor(shape: bytes, part: bytes) -> Callable[[], bytes]:
     return lambda: _filled(lead, part, b"]}]}")
 
 
+STATE_LEAD = b'{"fingerprint":"%b","feed":"inputs","position":0,"state":{' % (b"0" * 32)
+
+
 def _state(value: bytes) -> bytes:
-    lead = b'{"fingerprint":"%b","feed":"inputs","position":0,"state":' % (b"0" * 32)
-    return _filled(lead + b'{"lstm_1_m1.hidden":[', value, b"]}}")
+    return _filled(STATE_LEAD + b'"lstm_1_m1.hidden":[', value, b"]}}")
 
 
 def _members(lead: bytes, value: bytes, tail: bytes) -> Callable[[], bytes]:
@@ -192,6 +194,7 @@ def _json() -> Iterator[HugeBody]:
     parameters = b'{"inputs":[{"name":"inputs","datatype":"FP32","shape":[],"parameters":{'
     yield body("parameters of a tensor", _members(parameters, b"[]", b"}}]}"), path=INFER)
     yield body("parts of a state", _members(b'{"state":{', b"{}", b"}}"), path=STATE, method="PUT")
+    yield body("a state of many parts", _members(STATE_LEAD, b"0", b"}}"), path=STATE, method="PUT")
     yield body("a state of lists", lambda: _state(b"[]"), 409, "state_incompatible", STATE, "PUT")
     yield body("a state of numbers", lambda: _state(b"0"), 409, "state_incompatible", STATE, "PUT")
 
