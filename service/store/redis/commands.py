@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import hiredis
 import msgspec
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from service.store.redis.pipelined_connection import PipelinedConnection
 
 Command = tuple[str | bytes | int, ...]
+
+_SHARED: Final = {"commit": "compare_and_set", "topic_commit": "compare_and_set"}
+"""The Lua file with the functions that a script shares with others."""
 
 
 def pack_command(command: Command) -> bytes:
@@ -46,8 +49,10 @@ class Script:
 
     @classmethod
     def load(cls, name: str) -> Script:
-        """Read `lua/{name}.lua` of this package."""
-        text = files("service.store.redis").joinpath("lua", f"{name}.lua").read_bytes()
+        """Read `lua/{name}.lua` of this package, behind what it shares with other scripts."""
+        names = [_SHARED[name], name] if name in _SHARED else [name]
+        folder = files("service.store.redis").joinpath("lua")
+        text = b"".join([folder.joinpath(f"{each}.lua").read_bytes() for each in names])
         return cls(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
 
     @cached_property

@@ -84,6 +84,7 @@ from service.store.redis.router import Router, SingleServerRouter
 from service.store.redis.scan import list_streams
 from service.store.redis.sentinel_router import SentinelRouter
 from service.store.redis.server_checks import check_servers
+from service.store.redis.topics import RedisTopics
 from service.store.settings import Durability, StoreSettings
 
 CACHED_NAMES: Final = 4096
@@ -162,6 +163,7 @@ class RedisStore(Store):
         self.rates = RedisRateLeases(self._router)
         self.keys = RedisStoredKeys(self._router)
         self.monitor = RedisMonitor(self._router, self._commit_script)
+        self.topics = RedisTopics(self._router, self._keys.pair)
 
     async def start(self) -> None:
         await self._router.start()

@@ -1,0 +1,106 @@
+-- Commit items of a topic for its owner: states, outputs and acknowledgements together.
+--
+-- KEYS[1]  the topic
+-- KEYS[2]  its lease (`topic_lease.lua`)
+-- KEYS[3]  the streams that halt: a hash of names to times
+-- KEYS[4]  the output topic
+-- KEYS[5]  the dead-letter topic
+-- KEYS[6..] for each chunk: its state key, its reply key
+-- ARGV[1], ARGV[2]  as of `compare_and_set.lua`, which precedes this text
+-- ARGV[3]  the consumer group
+-- ARGV[4]  the consumer of the group that all owners are
+-- ARGV[5]  the fence of the owner
+-- ARGV[6]  the number of this commit under the fence, from 1
+-- ARGV[7]  about how many entries the output topic keeps; "0": all
+-- ARGV[8]  "1": acknowledged entries are deleted
+-- ARGV[9..] for each item:
+--            "1", expected, state, reply, as of `compare_and_set`; or "0" without a chunk
+--            a stream that halts; "": none
+--            number of entries that are acknowledged, and their ids
+--            number of entries that are written, and of each: the index of its key, the number of
+--            its fields and values, and these
+--
+-- Returns the stored fence and number if they are not the owner's and the one before, and changes
+-- nothing; otherwise {results}, of each item: that of `compare_and_set` ({1} without a chunk), or
+--   {-1, text}   failed with this error; nothing of the item was changed
+--
+-- Topics of another type are errors before the first write, and a full server rejects the first
+-- write, so an item is written whole or not at all.
+
+local topic, group, consumer, kept = KEYS[1], ARGV[3], ARGV[4], ARGV[7]
+local stored = redis.call('HMGET', KEYS[2], 'fence', 'number')
+if stored[1] ~= ARGV[5] or tonumber(stored[2]) ~= ARGV[6] - 1 then
+  return {stored[1] or '', stored[2] or ''}
+end
+for index = 4, 5 do
+  redis.call('XLEN', KEYS[index])
+end
+redis.call('HSET', KEYS[2], 'number', ARGV[6])
+
+local function acknowledge(first, last)
+  for index = first, last do
+    if redis.call('XACK', topic, group, ARGV[index]) == 0 then
+      if index > first then
+        local claim = {'XCLAIM', topic, group, consumer, 0}
+        for earlier = first, index - 1 do
+          claim[#claim + 1] = ARGV[earlier]
+        end
+        claim[#claim + 1] = 'FORCE'
+        claim[#claim + 1] = 'JUSTID'
+        redis.call(unpack(claim))
+      end
+      error('NOTPENDING entry ' .. ARGV[index], 0)
+    end
+  end
+end
+
+local at, pair, results = 9, 6, {}
+while at <= #ARGV do
+  local has_chunk, chunk = ARGV[at] == '1', at + 1
+  at = at + (has_chunk and 4 or 1)
+  local halted, first = ARGV[at], at + 2
+  local last = at + 1 + ARGV[at + 1]
+  local entries = last + 1
+  at = entries + 1
+  for _ = 1, tonumber(ARGV[entries]) do
+    at = at + 2 + ARGV[at + 1]
+  end
+
+  local function write_entries()
+    acknowledge(first, last)
+    local from = entries + 1
+    for _ = 1, tonumber(ARGV[entries]) do
+      local key, start, stop = tonumber(ARGV[from]), from + 2, from + 1 + ARGV[from + 1]
+      if key == 4 and kept ~= '0' then
+        redis.call('XADD', KEYS[key], 'MAXLEN', '~', kept, '*', unpack(ARGV, start, stop))
+      else
+        redis.call('XADD', KEYS[key], '*', unpack(ARGV, start, stop))
+      end
+      from = stop + 1
+    end
+    if halted ~= '' then
+      redis.call('HSET', KEYS[3], halted, redis.call('TIME')[1])
+    end
+    if ARGV[8] == '1' and last >= first then
+      redis.call('XDEL', topic, unpack(ARGV, first, last))
+    end
+  end
+
+  local ok, result
+  if has_chunk then
+    ok, result = pcall(compare_and_set, KEYS[pair], KEYS[pair + 1], ARGV[chunk], ARGV[chunk + 1],
+      ARGV[chunk + 2], write_entries)
+    pair = pair + 2
+  else
+    ok, result = pcall(write_entries)
+    result = ok and {1} or result
+  end
+  if not ok then
+    if type(result) == 'table' then
+      result = result.err
+    end
+    result = {-1, tostring(result)}
+  end
+  results[#results + 1] = result
+end
+return {results}

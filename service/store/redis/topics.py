@@ -1,0 +1,195 @@
+"""The topics of a store on Redis or Valkey: streams that are read and committed by scripts.
+
+Every call goes through the pipelined connections of the store, so the calls of a topic are executed
+in their order. A call that was sent again has no result (`Unclear`): nobody can tell what its first
+execution read or wrote, and the list of pending entries says it for certain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import structlog
+
+from service.core.errors import StoreRefused
+from service.core.values import StreamKey
+from service.store.base import COMMITTED
+from service.store.redis.commands import PendingCommand, Script
+from service.store.redis.outcomes import (
+    WRITTEN,
+    Outcome,
+    ReplyLost,
+    ServerReply,
+    parse_result,
+    read_value,
+)
+from service.store.redis.router import Router
+from service.store.topics import (
+    CONSUMER,
+    NOT_PENDING,
+    Entry,
+    ItemResult,
+    Ownership,
+    TopicItem,
+    TopicKeys,
+    Topics,
+    Unclear,
+)
+
+CLAIMED_AT_ONCE: Final = 1000
+_NO_STREAM: Final = StreamKey("", "")
+
+Argument = str | bytes | int
+
+log = structlog.get_logger(__name__)
+
+
+class RedisTopics(Topics):
+    """The topics of a store.
+
+    Args:
+        pair: returns the keys of a stream's state and reply.
+    """
+
+    def __init__(self, router: Router, pair: Callable[[StreamKey], tuple[str, str]]):
+        self._router = router
+        self._pair = pair
+        settings = router.settings
+        self._members = f"{settings.namespace}:consumers:"
+        self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
+        self._max_reply_bytes = settings.reply_max_bytes
+        self._lease_script = Script.load("topic_lease")
+        self._read_script = Script.load("topic_read")
+        self._commit_script = Script.load("topic_commit")
+        self._join_script = Script.load("topic_join")
+
+    async def acquire(
+        self, keys: TopicKeys, owner: str, fence: str, lease_s: float, start: str
+    ) -> Ownership:
+        # a commit whose script is unknown would be overtaken by the next one
+        text, slot = self._commit_script.text, self._router.slot(keys.topic)
+        loading = PendingCommand.of("SCRIPT", "LOAD", text, slot=slot)
+        read_value((await self._router.execute(loading))[0])
+        return await self._lease(keys, "acquire", fence, owner, lease_s, start)
+
+    async def renew(
+        self, keys: TopicKeys, owner: str, fence: str, lease_s: float, floor: bytes
+    ) -> Ownership:
+        action = "renew" if lease_s else "release"
+        return await self._lease(keys, action, fence, owner, lease_s, floor)
+
+    async def _lease(
+        self,
+        keys: TopicKeys,
+        action: str,
+        fence: str,
+        owner: str,
+        lease_s: float,
+        entry_id: str | bytes,
+    ) -> Ownership:
+        arguments = (action, fence, owner, round(1000 * lease_s), keys.group, entry_id)
+        outcome = await self._call(self._lease_script, [keys.topic, keys.lease], arguments)
+        is_held, stored, left_ms, has_new_group = read_value(outcome)
+        return Ownership(bool(is_held), stored.decode(), left_ms / 1000, bool(has_new_group))
+
+    async def claim(self, keys: TopicKeys) -> int:
+        consumers = await self._execute(keys.topic, "XINFO", "CONSUMERS", keys.topic, keys.group)
+        others = [each for each in map(_members_of, consumers) if each["name"] != CONSUMER.encode()]
+        claimed, cursor = 0, b"0-0"
+        while any(each["pending"] for each in others):
+            cursor, ids, *_ = await self._execute(
+                keys.topic, "XAUTOCLAIM", keys.topic, keys.group, CONSUMER, 0, cursor,
+                "COUNT", CLAIMED_AT_ONCE, "JUSTID",
+            )  # fmt: skip
+            claimed += len(ids)
+            if cursor == b"0-0":
+                break
+        return claimed
+
+    async def read(
+        self, keys: TopicKeys, fence: str, after: str, count: int
+    ) -> Sequence[Entry] | Unclear:
+        arguments = (keys.group, CONSUMER, fence, after, count)
+        outcome = await self._call(self._read_script, [keys.topic, keys.lease], arguments)
+        value = read_value(outcome)
+        if isinstance(outcome, ServerReply) and outcome.is_retry:
+            return Unclear.REPLY_LOST
+        if isinstance(value, bytes):
+            return Unclear.FENCED
+        return [Entry(*each) for each in value]
+
+    async def commit(
+        self,
+        keys: TopicKeys,
+        fence: str,
+        number: int,
+        items: Sequence[TopicItem],
+        deadline_s: float = math.inf,
+    ) -> Sequence[ItemResult] | Unclear:
+        names = [keys.topic, keys.lease, keys.halted, keys.outputs, keys.dead_letters]
+        arguments: list[Argument] = [
+            *self._ttls, keys.group, CONSUMER, fence, number, keys.kept, int(keys.deletes)
+        ]  # fmt: skip
+        for item in items:
+            self._add_item(item, names, arguments)
+        outcome = await self._call(self._commit_script, names, arguments, deadline_s)
+        if isinstance(outcome, ReplyLost):
+            return Unclear.REPLY_LOST
+        value = read_value(outcome)
+        if isinstance(outcome, ServerReply) and outcome.is_retry:
+            return Unclear.REPLY_LOST
+        if len(value) == 2:
+            return Unclear.FENCED if value[0] != fence.encode() else Unclear.COMMIT_MISSING
+        return [self._result(item, each) for item, each in zip(items, value[0], strict=True)]
+
+    def _add_item(self, item: TopicItem, names: list[str], arguments: list[Argument]) -> None:
+        """Add the keys and arguments of an item to those of a call of `topic_commit.lua`."""
+        if item.chunk is None:
+            arguments.append(0)
+        else:
+            key, expected, state, reply = item.chunk
+            names += self._pair(key)
+            reply = reply if len(reply) <= self._max_reply_bytes else b""
+            arguments += (1, expected, state, reply)
+        arguments += (item.halted, len(item.ids), *item.ids, len(item.entries))
+        for destination, fields in item.entries:
+            arguments += (destination.value, len(fields), *fields)
+
+    def _result(self, item: TopicItem, reply: list[Any]) -> ItemResult:
+        if reply == WRITTEN:
+            return COMMITTED
+        if reply[0] == -1 and reply[1].startswith(NOT_PENDING.encode()):
+            return StoreRefused(reply[1].decode("utf-8", "replace"))
+        return parse_result(self._router, item.chunk.key if item.chunk else _NO_STREAM, reply)
+
+    async def halted(self, keys: TopicKeys) -> set[str]:
+        return {name.decode() for name in await self._execute(keys.halted, "HKEYS", keys.halted)}
+
+    async def join(self, group: str, member: str, valid_s: float) -> Sequence[str]:
+        names, arguments = [self._members + group], (member, round(1000 * valid_s))
+        members = read_value(await self._call(self._join_script, names, arguments))
+        return [each.decode() for each in members]
+
+    async def _call(
+        self,
+        script: Script,
+        names: Sequence[str],
+        arguments: Sequence[Argument],
+        deadline_s: float = math.inf,
+    ) -> Outcome:
+        command = PendingCommand.for_script(script, names, arguments, self._router.slot(names[0]))
+        (outcome,) = await self._router.execute(command, deadline_s=deadline_s)
+        return outcome
+
+    async def _execute(self, key: str, *command: Argument) -> Any:
+        pending = PendingCommand.of(*command, slot=self._router.slot(key))
+        (outcome,) = await self._router.execute(pending)
+        return read_value(outcome)
+
+
+def _members_of(reply: Any) -> dict[str, Any]:
+    """An object that a server returned as names and values in turns."""
+    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+    return {name.decode(): value for name, value in pairs}

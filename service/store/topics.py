@@ -1,0 +1,210 @@
+"""Interface of a store's topics: streams of Redis from which a consumer reads events, exactly once.
+
+A topic is read by one owner at a time, through a consumer group. The owner has a lease, which its
+fence identifies: each call of an owner names its fence, and changes nothing if that is not the
+stored one. A commit writes states, outputs and acknowledgements in one step. The rules are in
+`docs/decisions/consumers.md`.
+
+Every call may raise StoreUnavailable and StoreRefused. Whenever a caller does not know what a call
+did (`Unclear`, or one of these errors), it acquires the topic again and reads what is pending.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import Enum
+from typing import Final, NamedTuple, Protocol
+
+from service.core.errors import CarryError
+from service.core.values import StreamKey
+from service.store.base import CommitResult
+
+CONSUMER: Final = "carry"
+"""The consumer of the group that every owner is, so that what one leaves pending is the next
+one's."""
+
+NEW: Final = ">"
+"""Reads entries that were never delivered."""
+
+FIRST_PENDING: Final = "0"
+"""Reads pending entries, from the first one on."""
+
+
+class TopicKeys(NamedTuple):
+    """The keys of a topic, which are in one slot of a cluster, and how they are read.
+
+    Attributes:
+        topic: where events are read.
+        lease: the lease of its owner.
+        halted: the streams that halt.
+        outputs, dead_letters: the topics that are written.
+        group: the consumer group.
+        kept: about how many entries the output topic keeps; 0 for all.
+        deletes: whether acknowledged entries are deleted from the topic.
+    """
+
+    topic: str
+    lease: str
+    halted: str
+    outputs: str
+    dead_letters: str
+    group: str
+    kept: int = 0
+    deletes: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        topic: str,
+        outputs: str,
+        dead_letters: str,
+        group: str,
+        kept: int = 0,
+        *,
+        deletes: bool = False,
+    ) -> TopicKeys:
+        """The keys of a topic that is read by a group."""
+        lease, halted = f"{topic}:lease:{group}", f"{topic}:halted:{group}"
+        return cls(topic, lease, halted, outputs, dead_letters, group, kept, deletes)
+
+
+class Entry(NamedTuple):
+    """An entry of a topic.
+
+    Attributes:
+        fields: names and values in turns; None if it was deleted before it was acknowledged.
+    """
+
+    id: bytes
+    fields: Sequence[bytes] | None
+
+
+class Destination(Enum):
+    """Where an entry is written; the value is the index of its key in `topic_commit.lua`."""
+
+    OUTPUTS = 4
+    DEAD_LETTERS = 5
+
+
+class NewEntry(NamedTuple):
+    """An entry to write.
+
+    Attributes:
+        fields: names and values in turns.
+    """
+
+    destination: Destination
+    fields: Sequence[str | bytes | int]
+
+
+class ChunkCommit(NamedTuple):
+    """The compare-and-set of one stream, a row of `CommitColumns`."""
+
+    key: StreamKey
+    expected: bytes
+    state: bytes
+    reply: bytes
+
+
+class TopicItem(NamedTuple):
+    """What is committed together or not at all.
+
+    Attributes:
+        ids: entries that are acknowledged.
+        entries: entries that are written.
+        chunk: the stream that changes, if one does.
+        halted: name of a stream that halts from now on; empty if none does.
+    """
+
+    ids: Sequence[bytes]
+    entries: Sequence[NewEntry] = ()
+    chunk: ChunkCommit | None = None
+    halted: str = ""
+
+
+class Ownership(NamedTuple):
+    """The result of an attempt to acquire, renew or release a lease.
+
+    Attributes:
+        is_held: whether the caller owns the topic now; after a release, whether it did.
+        owner: who owns it, or did last.
+        left_s: seconds until the lease expires.
+        has_new_group: whether the consumer group was missing, and was created.
+    """
+
+    is_held: bool
+    owner: str
+    left_s: float
+    has_new_group: bool
+
+
+class Unclear(Enum):
+    """Why a call of an owner has no result; the owner then has to acquire the topic again."""
+
+    FENCED = "another owner has acquired the topic"
+    COMMIT_MISSING = "the store has lost a commit, or executed this one before"
+    REPLY_LOST = "the reply was lost, or the call was sent again"
+
+
+NOT_PENDING: Final = "NOTPENDING"
+"""An item's error: one of its entries is not pending, so nothing of the item was changed."""
+
+ItemResult = CommitResult
+"""Committed, Conflicted (the stream has another head), or an error; nothing was changed then."""
+
+
+class Topics(Protocol):
+    """Reads topics, and commits what comes of their entries."""
+
+    async def acquire(
+        self, keys: TopicKeys, owner: str, fence: str, lease_s: float, start: str
+    ) -> Ownership:
+        """Acquire a topic under a new fence, if it is free, expired or the owner's; create what is
+        missing of topic and group.
+
+        Args:
+            start: the id behind which a new group starts.
+        """
+
+    async def renew(
+        self, keys: TopicKeys, owner: str, fence: str, lease_s: float, floor: bytes
+    ) -> Ownership:
+        """Renew a lease; after 0 seconds it is free.
+
+        Args:
+            floor: an id up to which every entry is acknowledged; empty if none is known.
+        """
+
+    async def claim(self, keys: TopicKeys) -> int:
+        """Take over what other consumers of the group left pending; returns how many entries."""
+
+    async def read(
+        self, keys: TopicKeys, fence: str, after: str, count: int
+    ) -> Sequence[Entry] | Unclear:
+        """Read entries: `NEW` ones, or pending ones behind an id."""
+
+    async def commit(
+        self,
+        keys: TopicKeys,
+        fence: str,
+        number: int,
+        items: Sequence[TopicItem],
+        deadline_s: float = math.inf,
+    ) -> Sequence[ItemResult] | Unclear:
+        """Commit items; each succeeds or fails alone. Calls are executed in order.
+
+        Args:
+            number: of this commit under the fence, from 1 on.
+        """
+
+    async def halted(self, keys: TopicKeys) -> set[str]:
+        """The streams that halt."""
+
+    async def join(self, group: str, member: str, valid_s: float) -> Sequence[str]:
+        """Announce a consumer for some time (0: it leaves); returns those of the group."""
+
+
+def is_not_pending(result: ItemResult) -> bool:
+    """Whether an item failed since one of its entries is not pending."""
+    return isinstance(result, CarryError) and NOT_PENDING in result.detail
