@@ -424,7 +424,7 @@ def test_stream_of_another_history_does_not_keep_many_from_being_sent(
 def test_slow_source_sends_what_has_waited_long_enough(small: Stream, events: Events) -> None:
     def slow() -> Iterator[dict[str, Any]]:
         yield from events[:3]
-        assert has_reply.wait(20), "the first events wait for the next"
+        assert has_reply.wait(60), "the first events wait for the next"
         yield from events[3:5]
 
     has_reply = threading.Event()

@@ -168,9 +168,9 @@ class Long(ScenarioUser):
     limits: ClassVar = {**DEFAULTS, "max_p99_ms": 750.0, "min_rate_share": 0.9}
 
     def next_kind(self) -> str:
-        """Every fiftieth chunk is long."""
+        """Every fiftieth chunk is long, from the second on."""
         Long.chunks += 1
-        return "long" if Long.chunks % 50 == 10 else "short"
+        return "long" if Long.chunks % 50 == 2 else "short"
 
 
 class InTurn(LoadTestShape):

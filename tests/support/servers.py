@@ -33,7 +33,7 @@ from service.store.settings import StoreSettings
 from tests.support.needs import find_program
 
 KINDS = ("valkey", "redis")
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 _POLL_S = 0.005
 
 

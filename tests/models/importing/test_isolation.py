@@ -151,7 +151,7 @@ def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
 def test_the_worker_process_ends_with_its_parent() -> None:
     child = (
         "import os, time; from models.importing.isolation import end_with_parent; "
-        "end_with_parent(os.getppid()); print('ready', flush=True); time.sleep(3); print('alive')"
+        "end_with_parent(os.getppid()); print('ready', flush=True); time.sleep(30); print('alive')"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:

@@ -39,12 +39,16 @@ class Runs(BatchRunner[str, str]):
         self.seen: dict[str, Job[str, str]] = {}
         self._began = asyncio.Condition()
 
-    async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
-        """One batch."""
+    async def record(self, jobs: Jobs) -> None:
+        """Add a batch to those that `wait_for_batches` counts."""
         async with self._began:
             self.batches.append([job.payload for job in jobs])
             self._began.notify_all()
         self.seen |= {job.payload: job for job in jobs}
+
+    async def __call__(self, jobs: Jobs, batch: RunningBatch) -> Jobs:
+        """One batch."""
+        await self.record(jobs)
         if self.releasing:
             await asyncio.sleep(0)
             for job in jobs:
@@ -60,7 +64,7 @@ class Runs(BatchRunner[str, str]):
 
     async def wait_for_batches(self, count: int) -> None:
         """Wait until this many batches have started."""
-        async with asyncio.timeout(5), self._began:
+        async with asyncio.timeout(60), self._began:
             await self._began.wait_for(lambda: len(self.batches) >= count)
 
 

@@ -169,7 +169,7 @@ async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
 
 async def test_a_cancelled_request_queues_no_more_parts() -> None:
     runs = Runs()
-    async with batching(runs) as batcher, asyncio.timeout(5):
+    async with batching(runs) as batcher, asyncio.timeout(60):
         many = start_items(batcher, "s", 5 * ITEMS_PER_PART)
         await runs.wait_for_batches(1)
         many.cancel()

@@ -75,7 +75,7 @@ def no_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_linger_ends_with_the_batch_in_flight_or_with_as_many_jobs_as_the_last(
     runs: Runs, by: str
 ) -> None:
-    async with batching(runs, in_flight=2) as batcher, asyncio.timeout(5):
+    async with batching(runs, in_flight=2) as batcher, asyncio.timeout(60):
         many = start_each(batcher, "abcd")
         await runs.wait_for_batches(1)
         late = []
@@ -106,7 +106,7 @@ async def test_linger_is_bounded(runs: Runs) -> None:
 async def test_no_linger_for_a_long_job_in_flight(runs: Runs) -> None:
     runs.gates["long"] = asyncio.Event()
     runs.gate.set()
-    async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher, asyncio.timeout(5):
+    async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher, asyncio.timeout(60):
         long = start(batcher, "long", steps=1000)
         await runs.wait_for_batches(1)
         await asyncio.gather(*start_each(batcher, "bc"))
@@ -349,7 +349,7 @@ async def test_retried_short_job_runs_beside_a_long_one(runs: Runs) -> None:
     runs.retries = {"s": 1}
     runs.gates = {"a": asyncio.Event()}
     runs.gate.set()
-    async with batching(runs, in_flight=2, limits=LONG_BEYOND_64) as batcher, asyncio.timeout(5):
+    async with batching(runs, in_flight=2, limits=LONG_BEYOND_64) as batcher, asyncio.timeout(60):
         long = start(batcher, "a", steps=1000)
         await runs.wait_for_batches(1)
         assert await submit(batcher, "s") == "S"

@@ -177,7 +177,7 @@ class FailingStore(RedisStore):
         if any(fails):
             self.position = -1
             # answered in its turn: before the stream's next commit, which is on its way
-            await asyncio.wait_for(self.next_commit.wait(), 10)
+            await asyncio.wait_for(self.next_commit.wait(), 60)
         elif self.position == -1:
             self.next_commit.set()
         going = commits.select([at for at, failed in enumerate(fails) if not failed])

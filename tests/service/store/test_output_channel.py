@@ -104,7 +104,7 @@ async def test_a_stream_is_watched_again_at_once_after_its_last_watch_ended(
     watching, committing = stores
     first, recorder = streams.creation(key("a")), Recorder()
     for _ in range(3):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await watching.outputs.subscribe(first.key, recorder)
         watching.outputs.unsubscribe(first.key, recorder)
     await watching.outputs.subscribe(first.key, recorder)
@@ -156,7 +156,7 @@ async def test_permission_error_names_the_commands_that_watching_needs(
         try:
             for recorder in (Recorder(), Recorder()):
                 with pytest.raises(StoreRefused, match="SUBSCRIBE, UNSUBSCRIBE and PUBLISH"):
-                    async with asyncio.timeout(10):
+                    async with asyncio.timeout(60):
                         await channel.subscribe(key("a"), recorder)
                 channel.unsubscribe(key("a"), recorder)
             admin.execute_command("ACL", "SETUSER", "watcher", *everything)
@@ -183,4 +183,4 @@ async def test_publications_beyond_the_bound_are_dropped(
     for _ in range(5000):
         channel.publish(first.key, 0, encode_reply(first.reply))
     assert len(channel._unsent) == 1024
-    await asyncio.wait_for(committed(stores[0], first), 10)
+    await asyncio.wait_for(committed(stores[0], first), 60)

@@ -59,7 +59,7 @@ async def test_resending_an_abandoned_request_keeps_replies_matched(
             for other in others:
                 connection.send([other])
                 # The first follows the error, the last follows the fallback.
-                await asyncio.wait({other.future}, timeout=10)
+                await asyncio.wait({other.future}, timeout=60)
             for number, other in enumerate(others):
                 assert other.future.result() == ServerReply(f"{round_}.{number}".encode(), False)
         assert connection.is_idle
@@ -145,7 +145,7 @@ def test_writes_to_a_closed_transport_do_not_break_the_next_connection(
             with server.client() as client:
                 client.client_kill_filter(_type="normal", skipme=True)
             reads = asyncio.gather(*(load(store, [key(name)]) for name in "abc"))
-            done, _ = await asyncio.wait({reads}, timeout=10)
+            done, _ = await asyncio.wait({reads}, timeout=60)
             assert done, failures
             assert await reads == [[None]] * 3
 

@@ -98,7 +98,7 @@ async def test_commits_and_listings_follow_a_failover_of_a_primary_that_is_up(
         try:
             servers.sentinel.ask("SENTINEL", "FAILOVER", NAME)
             await asyncio.to_thread(until, servers.has_failed_over, "the failover")
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(60):
                 assert await owed == [Committed()]
         finally:
             servers.primary.resume()

@@ -30,7 +30,7 @@ from tests.support.pipelines import chunk_of, make_artifact, oracle_outputs, row
 
 PARTITIONS = 16
 DOWN = 2
-WITHIN_S = 20
+WITHIN_S = 60
 """Far less than the chunks' deadlines, and far more than a chunk of a healthy shard takes."""
 
 

@@ -171,7 +171,7 @@ async def test_an_unavailable_server_times_out(own_server: RealServer, streams: 
             store.commit(columns(streams.creation(key("a")))),
             store.streams("flights", "", None, 10),
         ):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 with pytest.raises(StoreUnavailable) as caught:
                     await call
             assert caught.value.facts["retry_after_s"] > 0
@@ -190,7 +190,7 @@ async def test_all_commits_to_an_unresponsive_server_have_unknown_outcomes(
         commits = [streams.creation(key(f"s{i}")) for i in range(6)]
         own_server.signal(signal.SIGSTOP)
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 end_s = time.monotonic() + 0.3
                 calls = [store.commit(columns(*commits[at : at + 2]), end_s) for at in (0, 2, 4)]
                 outcomes = [each for part in await asyncio.gather(*calls) for each in part]
@@ -290,7 +290,7 @@ async def test_a_call_ends_at_its_deadline_while_an_earlier_call_waits_longer() 
     waiting = asyncio.create_task(store.load([key], time.monotonic() + 60))
     try:
         await asyncio.sleep(0)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             with pytest.raises(StoreUnavailable):
                 await store.load([key], time.monotonic() + 0.02)
         assert not waiting.done()

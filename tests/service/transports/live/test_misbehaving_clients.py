@@ -44,7 +44,7 @@ UNREAD = 300
 async def closed(client: ClientConnection, code: int) -> str:
     """Wait until the socket is closed with that code; the reason."""
     with suppress(ConnectionClosed):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for _ in client:
                 pass
     assert client.close_code == code
@@ -89,7 +89,7 @@ async def raw(sockets: Sockets) -> AsyncIterator[tuple[asyncio.StreamReader, asy
     writer.write(handshake(*UPGRADE, *SECURITY))
     assert b" 101 " in await reader.readline()
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             yield reader, writer
     finally:
         writer.close()

@@ -38,7 +38,7 @@ class Events:
     async def next(self) -> tuple[str, int | None, Any]:
         """Name, id and data of the next event."""
         fields: dict[str, str] = {}
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for line in self._lines:
                 if not line and "event" in fields:
                     break
@@ -241,7 +241,7 @@ async def test_watchers_that_do_not_read_take_bounded_memory_and_get_a_gap(
             await send(api, 20)
         assert max(each.get_write_buffer_size() for each in served) <= 4096 + sse.WRITE_BYTES
         got = b""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while b'"position":%d' % (20 * chunks) not in got:
                 got += await loop.sock_recv(clients[0], 2**16)
     assert b"event: gap" in got
@@ -403,6 +403,6 @@ async def test_a_client_that_disconnects_before_the_first_event_leaves_no_watch(
     async def send(message: Any) -> None:
         await asyncio.sleep(3600)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await api.app(scope, receive, send)
     assert not api.counts.seen["watchers"]

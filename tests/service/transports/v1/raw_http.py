@@ -111,7 +111,7 @@ async def converse(port: int, *parts: bytes, answers: int = 1) -> list[bytes]:
 
 async def answer(reader: asyncio.StreamReader) -> bytes:
     """One complete response."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         head = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
         return head + (await reader.readexactly(int(length[1])) if length else b"")

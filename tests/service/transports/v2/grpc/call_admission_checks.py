@@ -42,7 +42,7 @@ SETTINGS = Settings(
     processes=WorkerSettings(drain_s=0.0),
 )
 KEY = (("authorization", "Bearer good"),)
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"

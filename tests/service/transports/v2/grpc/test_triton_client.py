@@ -25,7 +25,7 @@ from tests.support.service import Service, running
 
 LSTM = "post-lstm"
 SERVICE = "inference.GRPCInferenceService"
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
