@@ -21,6 +21,10 @@ from tests.support.servers import until_async
 
 HOST = "127.0.0.1"
 PATH = "/v1/models/probe/streams/{}/chunks"
+QUERY = f"POST {PATH.format('s')}?return_state=false HTTP/1.1"
+"""The request line of a chunk for the slow path."""
+
+PREDICT = "POST /v1/models/probe/predict HTTP/1.1"
 INPUTS = rows(4)
 
 

@@ -26,9 +26,11 @@ from service.transports.v1.fast_path import (
     FastRequest,
 )
 from tests.service.engine.batching import no_room, patch_admission
+from tests.service.transports.v1.corpus.requests import FAST, SLOW
 from tests.service.transports.v1.harness import Harness
 from tests.service.transports.v1.raw_http import (
-    PATH,
+    PREDICT,
+    QUERY,
     answer,
     becomes,
     check,
@@ -38,7 +40,6 @@ from tests.service.transports.v1.raw_http import (
     request,
     serving,
 )
-from tests.service.transports.v1.test_fast_path import FAST, SLOW
 
 UNREAD = 1500
 """Requests whose responses exceed what a connection buffers for its client."""
@@ -48,8 +49,6 @@ KEEP_ALIVE_S = ConnectionSettings().keep_alive_s
 SEND_TIMEOUT_S = ConnectionSettings().send_timeout_s
 GET = request(b"", first="GET /health/live HTTP/1.1", length="")
 PATHS = ("fast path", "slow path")
-QUERY = f"POST {PATH.format('s')}?return_state=true HTTP/1.1"
-"""The request line of a request for the slow path."""
 CHUNKED = request(b"", "Transfer-Encoding: chunked", length="")
 
 
@@ -226,7 +225,7 @@ async def test_the_body_of_a_pipelined_request_may_arrive_later(
 async def test_a_body_that_looks_like_a_request_is_not_one(api: Harness) -> None:
     """It arrives after its head, and by itself would be a request for the fast path."""
     body = request(chunk(), stream="hidden")
-    head = request(body, first="POST /v1/models/probe/predict HTTP/1.1").removesuffix(body)
+    head = request(body, first=PREDICT).removesuffix(body)
     async with connected(api) as client:
         client.deliver(head)
         client.deliver(body + GET)
