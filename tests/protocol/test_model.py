@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from service.store.redis.redis_store import Script
+from tests.protocol.chunks import ChunkSpace
 from tests.protocol.explorer import explore, format_trace
 from tests.protocol.scenarios import PLANTED_BUGS, SCENARIOS, PlantedBug
 from tests.protocol.script_comparison import ScriptMismatch, compare_script_calls
@@ -30,17 +31,17 @@ def valkey() -> Iterator[RealServer]:
 async def test_invariants_hold_and_scripts_match_the_model(
     scenario: Scenario, valkey: RealServer
 ) -> None:
-    result = explore(scenario)
+    result = explore(ChunkSpace(scenario), scenario.depth)
     assert result.violation is None, format_trace(result)
     assert result.states >= MIN_STATES
     with valkey.client() as client:
-        assert await compare_script_calls(result.model, valkey.url, client) > 0
+        assert await compare_script_calls(result.space.model, valkey.url, client) > 0
 
 
 @pytest.mark.harness
 @pytest.mark.parametrize("bug", PLANTED_BUGS, ids=lambda bug: bug.name)
 def test_planted_bug_is_found_with_a_trace(bug: PlantedBug) -> None:
-    result = explore(bug.scenario, bug.rules)
+    result = explore(ChunkSpace(bug.scenario, bug.rules), bug.scenario.depth)
     assert result.violation is not None
     assert bug.violation in result.violation
     trace = format_trace(result)
@@ -60,8 +61,8 @@ async def test_changed_script_differs_from_the_model(
     assert original.text.count(old.encode()) == 1
     text = original.text.replace(old.encode(), new.encode())
     changed = Script(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
-    correct = explore(bug.scenario, depth=8).model
-    buggy = explore(bug.scenario, bug.rules).model
+    correct = explore(ChunkSpace(bug.scenario), 8).space.model
+    buggy = explore(ChunkSpace(bug.scenario, bug.rules), bug.scenario.depth).space.model
     with valkey.client() as client:
         await compare_script_calls(correct, valkey.url, client)
         with pytest.raises(ScriptMismatch):

@@ -1,0 +1,234 @@
+"""Producers, consumers, an HTTP client and the store while one action changes them.
+
+A worker that owns the topic reads the pending entries first, page by page, then new ones. It has
+at most one chunk of a stream in progress; entries that arrive meanwhile are merged into the next
+one. Chunks that continue cached states are committed at once and together, others after a load.
+Whenever it does not know what a command did, or one is rejected, it forgets its entries and
+acquires the topic again, under another fence.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from service.core.delivery import Process, Replay, evaluate_chunk, is_continuation
+from service.core.errors import PositionBehind, StreamRejection
+from tests.protocol.consumer import invariants, scripts
+from tests.protocol.consumer.scripts import ConsumerModel
+from tests.protocol.consumer.state import Command, ConsumerState, Entry, HttpClient, Item, Worker
+from tests.protocol.invariants import Violation
+from tests.protocol.state import NOTHING, Version
+from tests.protocol.system import replace_at
+
+
+class ConsumerSystem:
+    """A mutable copy of a system state; its methods are what actions consist of."""
+
+    def __init__(self, state: ConsumerState, model: ConsumerModel):
+        self.model, self.scenario, self.rules = model, model.scenario, model.rules
+        self.before, self.state = state.store, state
+        self.store, self.older, self.faults = state.store, state.older, state.faults
+        self.appended, self.http = state.appended, state.http
+        self.workers: list[Worker] = list(state.workers)
+        self.in_transit = list(state.in_transit)
+        self.answers: list[tuple[str, str]] = []  # for traces
+
+    def freeze(self) -> ConsumerState:
+        """The system state after an action; raises Violation."""
+        if self.store != self.before:
+            invariants.check_store(self.store)
+            if self.faults.rollbacks and self.store not in self.older:
+                self.older = (*self.older, self.store)
+        if not self.faults.rollbacks:
+            self.older = ()
+        return ConsumerState(
+            self.store,
+            self.older,
+            self.appended,
+            tuple(self.workers),
+            self.http,
+            self.faults,
+            tuple(sorted(self.in_transit)),
+        )
+
+    def update(self, number: int, /, **changes: Any) -> Worker:
+        """Change a worker."""
+        self.workers[number] = self.workers[number]._replace(**changes)
+        return self.workers[number]
+
+    def send(self, number: int, kind: Any, /, **fields: Any) -> None:
+        """Send a command under the worker's fence."""
+        worker = self.workers[number]
+        command = Command(kind, worker.fence, **fields)
+        self.update(number, connection=(*worker.connection, command))
+
+    def acquire(self, number: int) -> None:
+        """The worker acquires the topic, and asks for its pending entries."""
+        fence = scripts.next_fence(self.store, largest_fence(self.state), self.rules)
+        lease = self.store.lease._replace(owner=number, fence=fence, number=0, is_held=True)
+        self.store = self.store._replace(lease=lease)
+        self.update(number, fence=fence, number=0, is_recovering=self.rules.recovers)
+        if self.rules.recovers:
+            self.send(number, "recover")
+
+    def renew(self, number: int) -> None:
+        """The worker renews its lease, if that is as it knows it."""
+        worker, lease = self.workers[number], self.store.lease
+        is_current = worker.number == lease.number or not self.rules.renewals_compare
+        if worker.fence == lease.fence and is_current:
+            self.store = self.store._replace(lease=lease._replace(is_held=True))
+        else:
+            self.resync(number)
+
+    def resync(self, number: int) -> None:
+        """The worker forgets its entries and that it owns the topic; what it cached stays."""
+        self.update(number, fence=0, number=0, is_recovering=False, waiting=())
+
+    # The store's side of a command, and the worker's
+
+    def run(self, command: Command) -> Any:
+        """Execute a command in the store; its answer, None if the scripts reject it."""
+        if command.kind == "load":
+            return self.store.states[command.items[0].entries[0].stream]
+        if scripts.is_rejected(command, self.store, self.rules):
+            return None
+        page = self.scenario.page
+        if command.kind == "recover":
+            return scripts.read_pending(self.store, command.after, page)
+        if command.kind == "read":
+            self.store, entries = scripts.deliver_new(self.store, page)
+            return entries
+        if command.kind == "acknowledge":
+            self.store = scripts.acknowledge(self.store, command.items[0].entries)
+            return "done"
+        lease, outcomes = self.store.lease, []
+        self.store = self.store._replace(lease=lease._replace(number=command.number))
+        for item in command.items:
+            stored = self.store.states[item.entries[0].stream]
+            self.store, outcome = scripts.commit_item(self.store, item, self.rules)
+            invariants.check_item(item, stored, outcome)
+            outcomes.append(outcome)
+        return outcomes
+
+    def receive(self, number: int, command: Command, answer: Any) -> None:
+        """The worker gets the answer to a command, unless it has abandoned it."""
+        worker = self.workers[number]
+        if not worker.awaits(command):
+            return
+        said = ", ".join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer)
+        self.answers.append((str(command), "rejected" if answer is None else said or "nothing"))
+        is_unknown = command.is_repeated and command.has_effects
+        if answer is None or (is_unknown and self.rules.resyncs_after_repeats):
+            self.resync(number)
+            return
+        if command.kind in ("recover", "read"):
+            self.receive_entries(number, command, answer)
+        items = []
+        if command.kind == "load":
+            items = self.evaluate(number, command.items[0].entries, answer)
+        if command.kind == "commit" and not self.receive_outcomes(number, command, answer):
+            return
+        self.start_chunks(number, items)
+
+    def receive_entries(self, number: int, command: Command, entries: Sequence[Entry]) -> None:
+        """Entries wait; behind a full page of pending ones there may be more."""
+        worker = self.workers[number]
+        self.update(number, waiting=(*worker.waiting, *entries))
+        if command.kind == "recover" and len(entries) == self.scenario.page:
+            self.send(number, "recover", after=entries[-1:])
+        elif command.kind == "recover":
+            self.update(number, is_recovering=False)
+
+    def receive_outcomes(self, number: int, command: Command, outcomes: Sequence[str]) -> bool:
+        """Entries of a conflict come first again; whether the worker still owns the topic."""
+        if "not_pending" in outcomes:
+            self.resync(number)
+            return False
+        for item, outcome in zip(command.items, outcomes, strict=True):
+            worker, stream = self.workers[number], item.entries[0].stream
+            if outcome == "conflict":
+                cache = replace_at(worker.cache, stream, NOTHING)
+                self.update(number, cache=cache, waiting=(*item.entries, *worker.waiting))
+            elif item.kind == "chunk":
+                self.update(number, cache=replace_at(worker.cache, stream, item.new))
+        return True
+
+    # Chunks
+
+    def start_chunks(self, number: int, items: list[Item]) -> None:
+        """Start a chunk of each stream that has none in progress, and commit what is computed."""
+        worker, loads = self.workers[number], []
+        busy = {item.entries[0].stream for item in (*items, *worker.in_progress)}
+        waiting = list(worker.waiting)
+        for stream in sorted({entry.stream for entry in waiting} - busy):
+            entries = [entry for entry in waiting if entry.stream == stream]
+            merged = scripts.merge(entries, self.scenario.page)
+            for entry in merged:
+                waiting.remove(entry)
+            cached = worker.cache[stream]
+            if cached and self.continues(merged, cached):
+                items.append(self.model.advance(merged, cached, worker.fence))
+            else:
+                loads.append(Item("chunk", merged))
+        self.update(number, waiting=tuple(waiting))
+        for load in loads:
+            self.send(number, "load", items=(load,))
+        if items and self.rules.acknowledges_first:
+            for item in items:
+                self.send(number, "acknowledge", items=(item,))
+        if items:
+            self.update(number, number=worker.number + 1)
+            self.send(number, "commit", number=worker.number + 1, items=tuple(items))
+
+    def continues(self, entries: tuple[Entry, ...], cached: Version) -> bool:
+        """Whether the chunk can be computed from the cached state."""
+        return is_continuation(self.model.chunk(entries), cached.stream.head, cached.stream.feed)
+
+    def evaluate(self, number: int, entries: tuple[Entry, ...], stored: Version) -> list[Item]:
+        """What to commit of a chunk whose stream was loaded; the rest of it waits again."""
+        worker = self.workers[number]
+        try:
+            evaluation = evaluate_chunk(self.model.chunk(entries), stored.stream)
+        except PositionBehind as error:
+            expected, behind = error.facts["expected"], entries
+            if self.rules.splits_duplicates:
+                behind = tuple(e for e in entries if e.operation.position < expected)
+            self.update(number, waiting=(*entries[len(behind) :], *worker.waiting))
+            return [Item("duplicates", behind, stored)]
+        except StreamRejection as error:
+            raise Violation(f"{entries[0]} is rejected: {error}") from error
+        if isinstance(evaluation, Process):
+            return [self.model.advance(entries, stored, worker.fence)]
+        assert isinstance(evaluation, Replay)
+        return [Item("duplicates", entries, stored)]
+
+    # The HTTP client
+
+    def load_for_http(self) -> None:
+        """The HTTP client's next chunk is computed, or rejected."""
+        operation = self.scenario.chunks[self.http.index]
+        entries, stored = (Entry(operation, 0),), self.store.states[operation.stream]
+        try:
+            evaluate_chunk(self.model.chunk(entries), stored.stream)
+        except StreamRejection:
+            self.http = HttpClient(self.http.index + 1)
+            return
+        item = self.model.advance(entries, stored, 0)
+        self.http = self.http._replace(computed=item)
+
+    def commit_for_http(self) -> None:
+        """The HTTP client's chunk is committed, or has to be evaluated again."""
+        item = self.http.computed
+        stream = item.entries[0].stream
+        self.http = self.http._replace(computed=None)
+        if self.store.states[stream].compared == item.base.compared:
+            self.store = scripts.write_state(self.store, stream, item.new)
+            self.http = HttpClient(self.http.index + 1)
+
+
+def largest_fence(state: ConsumerState) -> int:
+    """The largest fence that occurs anywhere."""
+    fences = [store.lease.fence for store in (state.store, *state.older)]
+    for worker in state.workers:
+        fences += [worker.fence, *(command.fence for command in worker.connection)]
+    fences += [command.fence for commands in state.in_transit for command in commands]
+    return max(fences)
