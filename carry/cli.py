@@ -25,6 +25,7 @@ from models.commands import COMMANDS, add_model_commands  # noqa: E402
 from models.errors import ModelsError  # noqa: E402
 from service.commands.backup import backup, restore  # noqa: E402
 from service.commands.capacity import capacity  # noqa: E402
+from service.commands.consume import consume  # noqa: E402
 from service.commands.keys import keys_app  # noqa: E402
 from service.commands.replay.command import replay  # noqa: E402
 from service.commands.serve import check, serve  # noqa: E402
@@ -70,6 +71,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve)
 app.command("check")(check)
+app.command("consume")(consume)
 add_model_commands(app)
 app.command("replay")(replay)
 app.command("backup")(backup)

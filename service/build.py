@@ -102,11 +102,14 @@ class PipelineService:
         await self._stack.aclose()
 
 
-def build_pipeline(settings: Settings, drain_s: float | None = None) -> PipelineService:
+def build_pipeline(
+    settings: Settings, drain_s: float | None = None, store: Store | None = None
+) -> PipelineService:
     """Load the models and make the pipeline and what it needs; nothing is started yet.
 
     Args:
         drain_s: longest graceful shutdown of the pipeline, if not that of the settings.
+        store: if not that of the settings; not started yet.
 
     Raises:
         ArtifactError: a model cannot be loaded, or its alarms cannot have the configured rate.
@@ -123,7 +126,7 @@ def build_pipeline(settings: Settings, drain_s: float | None = None) -> Pipeline
 
         tracer = open_tracer()
     served = open_models(settings.models)
-    store = RedisStore(settings.store)
+    store = store or RedisStore(settings.store)
     pipeline = Pipeline(
         served,
         store,

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
 from service.core.errors import CarryError
-from service.core.values import StreamKey
+from service.core.values import StreamHead, StreamKey
 from service.store.base import CommitResult
 
 CONSUMER: Final = "carry"
@@ -114,12 +114,15 @@ class TopicItem(NamedTuple):
         ids: entries that are acknowledged.
         entries: entries that are written.
         chunk: the stream that changes, if one does.
+        condition: a stream that has to be at a head, if the rest depends on it; None as the head
+            if it must not exist.
         halted: name of a stream that halts from now on; empty if none does.
     """
 
     ids: Sequence[bytes]
     entries: Sequence[NewEntry] = ()
     chunk: ChunkCommit | None = None
+    condition: tuple[StreamKey, StreamHead | None] | None = None
     halted: str = ""
 
 
@@ -137,6 +140,26 @@ class Ownership(NamedTuple):
     owner: str
     left_s: float
     has_new_group: bool
+
+
+class TopicStatus(NamedTuple):
+    """How far a group has read a topic.
+
+    Attributes:
+        owner: who owns it now; empty if nobody does.
+        entries: in the topic.
+        pending: entries that were delivered and are not acknowledged.
+        lag: entries that were not delivered yet; None if the server does not know (Redis before
+            7.0).
+        oldest_ms: time of the first entry that is not acknowledged, of its id; None if there is
+            none.
+    """
+
+    owner: str
+    entries: int
+    pending: int
+    lag: int | None
+    oldest_ms: int | None
 
 
 class Unclear(Enum):
@@ -168,11 +191,13 @@ class Topics(Protocol):
         """
 
     async def renew(
-        self, keys: TopicKeys, owner: str, fence: str, lease_s: float, floor: bytes
+        self, keys: TopicKeys, owner: str, fence: str, lease_s: float, number: int, floor: bytes
     ) -> Ownership:
         """Renew a lease; after 0 seconds it is free.
 
         Args:
+            number: of the last commit whose result is known; the lease is not held any more if
+                the store has lost it.
             floor: an id up to which every entry is acknowledged; empty if none is known.
         """
 
@@ -197,6 +222,12 @@ class Topics(Protocol):
         Args:
             number: of this commit under the fence, from 1 on.
         """
+
+    async def status(self, keys: TopicKeys) -> TopicStatus | None:
+        """How far the group has read a topic; None if topic or group do not exist."""
+
+    async def type_of(self, name: str) -> str:
+        """The type of a key of the store, such as `stream`; `none` if there is none."""
 
     async def halted(self, keys: TopicKeys) -> set[str]:
         """The streams that halt."""

@@ -175,6 +175,11 @@ class RedisStore(Store):
         await self.monitor.close()
         await self._router.close()
 
+    @property
+    def is_cluster(self) -> bool:
+        """Whether it is a cluster."""
+        return self._slots is not None
+
     def shard(self, key: StreamKey) -> Hashable:
         return None if self._slots is None else self._router.node_of(self._slot(key))
 

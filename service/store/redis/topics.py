@@ -16,6 +16,7 @@ import structlog
 from service.core.errors import StoreRefused
 from service.core.values import StreamKey
 from service.store.base import COMMITTED
+from service.store.codec import COMPARED, pack_head
 from service.store.redis.commands import PendingCommand, Script
 from service.store.redis.outcomes import (
     WRITTEN,
@@ -35,6 +36,7 @@ from service.store.topics import (
     TopicItem,
     TopicKeys,
     Topics,
+    TopicStatus,
     Unclear,
 )
 
@@ -75,10 +77,10 @@ class RedisTopics(Topics):
         return await self._lease(keys, "acquire", fence, owner, lease_s, start)
 
     async def renew(
-        self, keys: TopicKeys, owner: str, fence: str, lease_s: float, floor: bytes
+        self, keys: TopicKeys, owner: str, fence: str, lease_s: float, number: int, floor: bytes
     ) -> Ownership:
         action = "renew" if lease_s else "release"
-        return await self._lease(keys, action, fence, owner, lease_s, floor)
+        return await self._lease(keys, action, fence, owner, lease_s, floor, number)
 
     async def _lease(
         self,
@@ -88,8 +90,10 @@ class RedisTopics(Topics):
         owner: str,
         lease_s: float,
         entry_id: str | bytes,
+        number: int = 0,
     ) -> Ownership:
-        arguments = (action, fence, owner, round(1000 * lease_s), keys.group, entry_id)
+        lease_ms = round(1000 * lease_s)
+        arguments = (action, fence, owner, lease_ms, keys.group, entry_id, number)
         outcome = await self._call(self._lease_script, [keys.topic, keys.lease], arguments)
         is_held, stored, left_ms, has_new_group = read_value(outcome)
         return Ownership(bool(is_held), stored.decode(), left_ms / 1000, bool(has_new_group))
@@ -146,13 +150,17 @@ class RedisTopics(Topics):
 
     def _add_item(self, item: TopicItem, names: list[str], arguments: list[Argument]) -> None:
         """Add the keys and arguments of an item to those of a call of `topic_commit.lua`."""
-        if item.chunk is None:
+        if item.condition is not None:
+            key, head = item.condition
+            names += self._pair(key)
+            arguments += (2, pack_head(head)[COMPARED])
+        elif item.chunk is None:
             arguments.append(0)
         else:
             key, expected, state, reply = item.chunk
             names += self._pair(key)
             reply = reply if len(reply) <= self._max_reply_bytes else b""
-            arguments += (1, expected, state, reply)
+            arguments += (1, expected[COMPARED], state, reply)
         arguments += (item.halted, len(item.ids), *item.ids, len(item.entries))
         for destination, fields in item.entries:
             arguments += (destination.value, len(fields), *fields)
@@ -163,6 +171,35 @@ class RedisTopics(Topics):
         if reply[0] == -1 and reply[1].startswith(NOT_PENDING.encode()):
             return StoreRefused(reply[1].decode("utf-8", "replace"))
         return parse_result(self._router, item.chunk.key if item.chunk else _NO_STREAM, reply)
+
+    async def status(self, keys: TopicKeys) -> TopicStatus | None:
+        if await self.type_of(keys.topic) != "stream":
+            return None
+        groups = await self._execute(keys.topic, "XINFO", "GROUPS", keys.topic)
+        name = keys.group.encode()
+        group = next((each for each in map(_members_of, groups) if each["name"] == name), None)
+        if group is None:
+            return None
+        # a renewal without a fence is rejected, and returns who holds the lease
+        held = await self._lease(keys, "renew", "", "", 0, "")
+        entries = await self._execute(keys.topic, "XLEN", keys.topic)
+        pending = await self._execute(keys.topic, "XPENDING", keys.topic, keys.group)
+        delivered = group["last-delivered-id"].decode()
+        following = await self._execute(
+            keys.topic, "XRANGE", keys.topic, f"({delivered}", "+", "COUNT", 1
+        )
+        oldest = pending[1] if pending[0] else following[0][0] if following else None
+        return TopicStatus(
+            held.owner if held.left_s else "",
+            entries,
+            pending[0],
+            group.get("lag"),
+            None if oldest is None else int(oldest.partition(b"-")[0]),
+        )
+
+    async def type_of(self, name: str) -> str:
+        kind: bytes = await self._execute(name, "TYPE", name)
+        return kind.decode()
 
     async def halted(self, keys: TopicKeys) -> set[str]:
         return {name.decode() for name in await self._execute(keys.halted, "HKEYS", keys.halted)}

@@ -99,6 +99,10 @@ async def test_a_commit_writes_state_and_outputs_and_acknowledges(
     await assert_stored(store, commit)
     assert entries(server, KEYS.outputs) == [{b"output": b"x"}, {b"output": b"y"}]
     assert pending(server) == [third]
+    following = streams.next(commit)
+    assert await store.topics.commit(KEYS, "f1", 2, [item(following, [third], "z")]) == [COMMITTED]
+    await assert_stored(store, following)
+    assert pending(server) == []
 
 
 async def test_items_of_a_commit_succeed_or_fail_alone(
@@ -110,7 +114,7 @@ async def test_items_of_a_commit_succeed_or_fail_alone(
     existing, stale = streams.creation(STREAM), streams.creation(STREAM)
     assert await store.commit(columns(existing)) == [COMMITTED]
     other = streams.creation(key("b"))
-    letter = TopicItem([ids[2]], [NewEntry(Destination.DEAD_LETTERS, ("code", "bad"))], None, "c")
+    letter = TopicItem([ids[2]], [NewEntry(Destination.DEAD_LETTERS, ("code", "bad"))], halted="c")
     results = await store.topics.commit(
         KEYS, "f1", 1, [item(stale, ids[:1], "x"), item(other, ids[1:2], "y"), letter]
     )
@@ -129,12 +133,12 @@ async def test_an_earlier_owner_writes_and_reads_nothing(
     ids = add(server, "1")
     await own(store)
     assert await read(store) == ids
-    await store.topics.renew(KEYS, "me", "f1", 0, b"")
+    await store.topics.renew(KEYS, "me", "f1", 0, 0, b"")
     await own(store, "f2", "other")
     commit = item(streams.creation(STREAM), ids, "x")
     assert await store.topics.commit(KEYS, "f1", 1, [commit]) is Unclear.FENCED
     assert await store.topics.read(KEYS, "f1", NEW, 10) is Unclear.FENCED
-    assert not (await store.topics.renew(KEYS, "me", "f1", LONG_S, b"")).is_held
+    assert not (await store.topics.renew(KEYS, "me", "f1", LONG_S, 0, b"")).is_held
     assert await load(store, [STREAM]) == [None]
     assert entries(server, KEYS.outputs) == []
     # the next owner gets what the earlier one left
@@ -174,6 +178,36 @@ async def test_an_entry_that_is_not_pending_fails_its_item(
     assert await read(store) == ids[2:]
 
 
+async def test_an_item_with_a_condition_needs_the_stream_at_its_head(
+    server: RealServer, store: RedisStore, streams: Streams
+) -> None:
+    ids = add(server, "1", "2", "3", "4", "5")
+    await own(store)
+    await read(store)
+    absent, deleted, commit = key("absent"), key("deleted"), streams.creation(STREAM)
+    await store.commit(columns(commit))
+    await store.delete(deleted)
+    head, other = commit.new.head, streams.creation(STREAM).new.head
+    conditions = [(STREAM, head), (STREAM, other), (STREAM, None), (absent, None), (deleted, None)]
+    items = [TopicItem([each], condition=met) for each, met in zip(ids, conditions, strict=True)]
+    results = await store.topics.commit(KEYS, "f1", 1, items)
+    assert results == [COMMITTED, Conflicted(head), Conflicted(head), COMMITTED, COMMITTED]
+    assert pending(server) == ids[1:3]
+
+
+async def test_a_lease_whose_commits_were_lost_is_not_renewed(
+    server: RealServer, store: RedisStore
+) -> None:
+    ids = add(server, "1")
+    await own(store)
+    await read(store)
+    await store.topics.commit(KEYS, "f1", 1, [item(None, ids)])
+    assert (await store.topics.renew(KEYS, "me", "f1", LONG_S, 1, b"")).is_held
+    with server.client() as client:
+        client.hset(KEYS.lease, "number", 0)
+    assert not (await store.topics.renew(KEYS, "me", "f1", LONG_S, 1, b"")).is_held
+
+
 async def test_a_topic_has_one_owner_until_its_lease_expires(
     server: RealServer, store: RedisStore
 ) -> None:
@@ -206,7 +240,7 @@ async def test_a_lost_group_is_made_again_behind_the_floor(
     await own(store)
     await read(store)
     await store.topics.commit(KEYS, "f1", 1, [item(None, ids[:1])])
-    await store.topics.renew(KEYS, "me", "f1", LONG_S, ids[0])
+    await store.topics.renew(KEYS, "me", "f1", LONG_S, 1, ids[0])
     with server.client() as client:
         client.xgroup_destroy(KEYS.topic, KEYS.group)
     with pytest.raises(StoreRefused, match="NOGROUP"):

@@ -5,7 +5,7 @@
 -- KEYS[3]  the streams that halt: a hash of names to times
 -- KEYS[4]  the output topic
 -- KEYS[5]  the dead-letter topic
--- KEYS[6..] for each chunk: its state key, its reply key
+-- KEYS[6..] for each chunk and each condition: its state key, its reply key
 -- ARGV[1], ARGV[2]  as of `compare_and_set.lua`, which precedes this text
 -- ARGV[3]  the consumer group
 -- ARGV[4]  the consumer of the group that all owners are
@@ -14,18 +14,22 @@
 -- ARGV[7]  about how many entries the output topic keeps; "0": all
 -- ARGV[8]  "1": acknowledged entries are deleted
 -- ARGV[9..] for each item:
---            "1", expected, state, reply, as of `compare_and_set`; or "0" without a chunk
+--            "1", expected, state, reply, as of `compare_and_set`; or "2", expected: a condition
+--            without a write, "" also meets a tombstone; or "0"
 --            a stream that halts; "": none
 --            number of entries that are acknowledged, and their ids
 --            number of entries that are written, and of each: the index of its key, the number of
 --            its fields and values, and these
 --
 -- Returns the stored fence and number if they are not the owner's and the one before, and changes
--- nothing; otherwise {results}, of each item: that of `compare_and_set` ({1} without a chunk), or
+-- nothing; otherwise {results}, of each item: as of `compare_and_set`, or
 --   {-1, text}   failed with this error; nothing of the item was changed
 --
 -- Topics of another type are errors before the first write, and a full server rejects the first
 -- write, so an item is written whole or not at all.
+
+-- the flags of a tombstone
+local DELETED = 4
 
 local topic, group, consumer, kept = KEYS[1], ARGV[3], ARGV[4], ARGV[7]
 local stored = redis.call('HMGET', KEYS[2], 'fence', 'number')
@@ -56,8 +60,8 @@ end
 
 local at, pair, results = 9, 6, {}
 while at <= #ARGV do
-  local has_chunk, chunk = ARGV[at] == '1', at + 1
-  at = at + (has_chunk and 4 or 1)
+  local kind, chunk = ARGV[at], at + 1
+  at = at + (kind == '1' and 4 or kind == '2' and 2 or 1)
   local halted, first = ARGV[at], at + 2
   local last = at + 1 + ARGV[at + 1]
   local entries = last + 1
@@ -86,10 +90,23 @@ while at <= #ARGV do
     end
   end
 
+  local function write_if_met()
+    local header = redis.call('GETRANGE', KEYS[pair], 0, 95)
+    local is_stream = header ~= '' and string.byte(header, 6) ~= DELETED
+    if (is_stream and string.sub(header, 33, 56) or '') ~= ARGV[chunk] then
+      return {0, header}
+    end
+    write_entries()
+    return {1}
+  end
+
   local ok, result
-  if has_chunk then
+  if kind == '1' then
     ok, result = pcall(compare_and_set, KEYS[pair], KEYS[pair + 1], ARGV[chunk], ARGV[chunk + 1],
       ARGV[chunk + 2], write_entries)
+    pair = pair + 2
+  elseif kind == '2' then
+    ok, result = pcall(write_if_met)
     pair = pair + 2
   else
     ok, result = pcall(write_entries)

@@ -10,16 +10,18 @@
 -- ARGV[4]  duration of the lease in milliseconds
 -- ARGV[5]  the consumer group
 -- ARGV[6]  acquire: the id behind which a new group starts; else the new floor, "": unknown
+-- ARGV[7]  renew: a number that the commits under the fence have reached
 --
 -- Returns {acquired or held, owner, remaining milliseconds, whether the group was created}
 --
 -- Times are milliseconds of the server's clock. A repeated acquisition changes nothing. A group that
--- is missing is created behind the floor, and in a new topic at its start.
+-- is missing is created behind the floor, and in a new topic at its start. A lease whose commits were
+-- lost is not held any more: their entries are pending again.
 
 local action, fence, owner, group = ARGV[1], ARGV[2], ARGV[3], ARGV[5]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local stored = redis.call('HMGET', KEYS[2], 'fence', 'owner', 'until', 'floor')
+local stored = redis.call('HMGET', KEYS[2], 'fence', 'owner', 'until', 'floor', 'number')
 local left = math.max(0, tonumber(stored[3] or '0') - now)
 local is_held = stored[1] == fence
 
@@ -44,7 +46,7 @@ if action == 'acquire' then
     'until', string.format('%d', now + ARGV[4]))
   return {1, owner, tonumber(ARGV[4]), created.err and 0 or 1}
 end
-if not is_held then
+if not is_held or tonumber(stored[5]) < tonumber(ARGV[7]) then
   return {0, stored[2] or '', left, 0}
 end
 if ARGV[6] ~= '' then

@@ -1,0 +1,133 @@
+"""`carry consume`: events of a topic become outputs of another, exactly once."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.commands.common import DataDir, RedisUrl, run_on_store
+from service.commands.serve import Models
+from service.core.errors import OperatorError
+
+if TYPE_CHECKING:
+    from service.consumers.config import ConsumerConfig
+    from service.store.base import Store
+
+STATUS = "status"
+
+
+def consume(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[status] [CONFIG.yaml]",
+            help="The configuration of the consumer; `status` shows how far its topics were read.",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[str | None, typer.Option("--from", help="The topic with the events.")] = None,
+    sink: Annotated[str | None, typer.Option("--to", help="The topic for the outputs.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model that computes them.")] = None,
+    group: Annotated[str | None, typer.Option(help="The consumer group.")] = None,
+    partitioned: Annotated[
+        bool | None,
+        typer.Option(
+            "--partitioned", help="A topic for each partition of the store; default on a cluster."
+        ),
+    ] = None,
+    create: Annotated[
+        bool | None, typer.Option("--create", help="Create the topic if it does not exist.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of health and metrics; 0: any. Default: none."),
+    ] = None,
+    redis_url: RedisUrl = None,
+    models: Models = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Consume a topic: run a model on the events of its entries, and write outputs to another.
+
+    Every setting of the service is a CARRY_ variable; options take precedence over the file.
+    """
+    words = list(words or ())
+    shows_status = words[:1] == [STATUS]
+    paths = words[1:] if shows_status else words
+    if len(paths) > 1:
+        raise typer.BadParameter(f"expected one CONFIG.yaml, got {len(paths)}")
+    overrides = {
+        "from": source,
+        "to": sink,
+        "model": model,
+        "group": group,
+        "partitioned": partitioned,
+        "create": create,
+    }
+    if shows_status:
+        # a status reads the source alone
+        overrides |= {name: overrides[name] or "-" for name in ("to", "model") if not paths}
+    config = _read(paths, overrides)
+    if shows_status:
+        run_on_store(redis_url, data_dir, lambda store: _show_status(store, config))
+        return
+    _run(config, port, {"redis_url": redis_url, "models_dir": models, "data_dir": data_dir})
+
+
+def _read(paths: list[str], overrides: dict[str, Any]) -> ConsumerConfig:
+    from service.consumers.config import make_config, read_config
+
+    if paths:
+        return read_config(Path(paths[0]), overrides)
+    if overrides["from"] is None:
+        raise OperatorError("expected CONFIG.yaml, or --from, --to and --model")
+    return make_config({}, "options", overrides)
+
+
+def _run(config: ConsumerConfig, port: int | None, flags: dict[str, Any]) -> None:
+    import uvloop
+
+    from service.consume import consume as consume_until_stopped
+    from service.settings import Settings
+    from service.store.embedded import running_valkey
+    from service.telemetry.logs import configure_logs
+
+    settings = Settings.load(flags)
+    configure_logs(settings.telemetry.log_level, settings.telemetry.log_format)
+    with ExitStack() as stack:
+        store = settings.store
+        if store.redis_url is None:
+            valkey = running_valkey(store.data_dir, fsync=store.durability == "fsync")
+            settings = settings.changed(redis_url=stack.enter_context(valkey))
+        if port is None:
+            port = settings.http.admin_port
+        uvloop.run(consume_until_stopped(settings, config, port))
+
+
+async def _show_status(store: Store, config: ConsumerConfig) -> None:
+    from service.settings import Settings
+    from service.store.redis.redis_store import RedisStore
+
+    assert isinstance(store, RedisStore)  # noqa: S101
+    settings = Settings.load().store
+    topics = config.topics(settings.keys, is_cluster=store.is_cluster)
+    typer.echo(f"{'topic':40} {'owner':32} {'entries':>9} {'lag':>9} {'pending':>9} {'oldest':>9}")
+    for keys in topics:
+        status = await store.topics.status(keys)
+        if status is None:
+            if len(topics) == 1:
+                raise OperatorError(
+                    f"nobody has read {keys.topic!r} as group {keys.group!r}, or it does not exist"
+                )
+            continue
+        lag = "?" if status.lag is None else status.lag
+        oldest = "-"
+        if status.oldest_ms is not None:
+            oldest = f"{max(0.0, time.time() - status.oldest_ms / 1000):.1f} s"
+        typer.echo(
+            f"{keys.topic:40} {status.owner or '-':32} {status.entries:9} {lag:>9} "
+            f"{status.pending:9} {oldest:>9}"
+        )

@@ -1,0 +1,56 @@
+"""`carry consume`: the process of a consumer, with a port for health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+import structlog
+
+from service.build import build_pipeline
+from service.consumers.config import ConsumerConfig
+from service.consumers.consumer import Consumer
+from service.consumers.metrics import ConsumerMetrics
+from service.consumers.store import TopicStore
+from service.core.values import Check
+from service.settings import Settings
+from service.transports.common.health_port import health_port
+
+log = structlog.get_logger(__name__)
+
+
+async def consume(settings: Settings, config: ConsumerConfig, port: int | None) -> None:
+    """Consume until SIGTERM or SIGINT.
+
+    Args:
+        port: of health and metrics; 0 for any that is free, None for none.
+
+    Raises:
+        OperatorError, StoreUnavailable, StoreRefused, ArtifactError, OSError: it cannot start.
+    """
+    store = TopicStore(settings.store)
+    service = build_pipeline(settings, store=store)
+    consumer, recorder = Consumer(service, store, config), service.recorder
+
+    async def checks() -> Sequence[Check]:
+        return [*await service.pipeline.readiness(), consumer.check()]
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, consumer.stop)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(service)
+        await consumer.check_topics()
+        if port is not None:
+            host = settings.http.admin_host or settings.http.host
+            serving = health_port(
+                host, port, checks, lambda: (recorder.render(), recorder.content_type)
+            )
+            log.info("port_bound", host=host, port=await stack.enter_async_context(serving))
+        sampling = asyncio.create_task(ConsumerMetrics(recorder.registry, consumer).run())
+        stack.callback(sampling.cancel)
+        log.info("ready", model=config.model, source=config.source, sink=config.sink)
+        await consumer.run()
+    log.info("stopped", **consumer.counts)

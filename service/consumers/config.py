@@ -1,0 +1,177 @@
+"""Configuration of a consumer: where events come from, how they are read, where outputs go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from service.core.errors import OperatorError
+from service.store.keys import KeySpace
+from service.store.topics import TopicKeys
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+NamePart = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class StreamSource(_Part):
+    """Where the name of an entry's stream is: in a field, or constant. One of them."""
+
+    field: Name | None = None
+    """The field of the entry with the name."""
+
+    constant: Name | None = None
+    """The one stream of all entries."""
+
+    def model_post_init(self, _: Any) -> None:
+        if (self.field is None) == (self.constant is None):
+            raise ValueError("expected `field` or `constant`, and not both")
+
+
+class EventSource(_Part):
+    """Where an entry's event is."""
+
+    field: Name | None = "event"
+    """The field with the event; null: each other field of the entry is a member of the event."""
+
+    format: Literal["json", "msgpack"] = "json"
+    """How the field is encoded. Values of flat fields are JSON numbers, true, false or null,
+    and otherwise strings."""
+
+
+class ConsumerConfig(_Part):
+    """What `carry consume` reads and writes."""
+
+    model: Name
+    """The model that computes the outputs."""
+
+    source: Annotated[Name, Field(alias="from")]
+    """The topic with the events: a stream of Redis; with `partitioned`, the last part of the names
+    `carry{p0017}:in:NAME`."""
+
+    sink: Annotated[Name, Field(alias="to")]
+    """The topic for the outputs; with `partitioned`, of the names `carry{p0017}:out:NAME`."""
+
+    dead_letters: Name | None = None
+    """The topic for entries that cannot be processed; by default the source's name and `:dead`,
+    with `partitioned` `carry{p0017}:dead:NAME` of the source's name."""
+
+    partitioned: bool | None = None
+    """Whether there is a topic for each partition of the store; by default on a cluster only,
+    where there must be."""
+
+    group: NamePart = "carry"
+    """The consumer group; services that each process all events need different ones."""
+
+    stream: StreamSource = StreamSource(field="stream")
+    event: EventSource = EventSource()
+
+    position: Name | None = "position"
+    """The field with the event's position in its stream, which makes a repeated event a
+    duplicate; entries without the field are appended. null: no entry has one."""
+
+    start: Literal["beginning", "end"] = "beginning"
+    """Where a new group starts to read a topic."""
+
+    create: bool = False
+    """Whether to create a topic that does not exist; topics of partitions are always created."""
+
+    on_error: Literal["continue", "halt"] = "continue"
+    """What a stream does after an event that cannot be processed: go on with the next one, or halt:
+    its later events become dead letters too, until they are replayed in order."""
+
+    outputs: Literal["json", "msgpack"] = "json"
+    """How the outputs are encoded."""
+
+    keep: Annotated[int, Field(ge=0)] = 0
+    """About how many entries the output topic keeps; 0 for all."""
+
+    delete: bool = False
+    """Whether acknowledged entries are deleted from the source."""
+
+    lease_s: Annotated[float, Field(ge=0.2, le=300)] = 5.0
+    """How long a topic of a consumer that died waits for another one, in seconds. Longer than any
+    pause of a process or of the network that should not move a topic."""
+
+    def topics(self, space: KeySpace, *, is_cluster: bool) -> list[TopicKeys]:
+        """The keys of each topic.
+
+        Raises:
+            OperatorError: a cluster needs partitions.
+        """
+        partitioned = is_cluster if self.partitioned is None else self.partitioned
+        if is_cluster and not partitioned:
+            raise OperatorError(
+                "partitioned: expected true, since the keys of a topic and of its streams must be "
+                "in one slot of the cluster; `carry produce` writes to the right partition"
+            )
+        names = [(self.source, self.sink, self.dead_letters or f"{self.source}:dead")]
+        if partitioned:
+            dead_letters = self.dead_letters or self.source
+            prefixes = map(space.partition_prefix, range(space.partitions))
+            names = [
+                (
+                    f"{each}:in:{self.source}",
+                    f"{each}:out:{self.sink}",
+                    f"{each}:dead:{dead_letters}",
+                )
+                for each in prefixes
+            ]
+        return [TopicKeys.of(*each, self.group, self.keep, deletes=self.delete) for each in names]
+
+
+def read_config(path: Path, overrides: Mapping[str, Any]) -> ConsumerConfig:
+    """Read the configuration of a YAML file; values that are not None override it.
+
+    Raises:
+        OperatorError: naming the file, the place, what was expected and what came.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise OperatorError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise OperatorError(f"{path}: expected YAML: {reason}") from error
+    if not isinstance(document, dict):
+        raise OperatorError(f"{path}: expected a mapping, got {type(document).__name__}")
+    return make_config(document, str(path), overrides)
+
+
+def make_config(
+    document: Mapping[str, Any], origin: str, overrides: Mapping[str, Any] | None = None
+) -> ConsumerConfig:
+    """Validate a configuration.
+
+    Args:
+        origin: names the configuration in errors.
+
+    Raises:
+        OperatorError: as for `read_config`.
+    """
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    try:
+        return ConsumerConfig.model_validate({**document, **given})
+    except ValidationError as error:
+        raise OperatorError("; ".join(_explain(error, origin))) from error
+
+
+def _explain(error: ValidationError, origin: str) -> list[str]:
+    known = {field.alias or name for name, field in ConsumerConfig.model_fields.items()}
+    sentences = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            among = f" among {', '.join(sorted(known))}" if len(problem["loc"]) == 1 else ""
+            message = f"expected a member{among}"
+        got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+        sentences.append(f"{origin}: {place}: {message[0].lower()}{message[1:]}{got}")
+    return sentences

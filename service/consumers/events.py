@@ -1,0 +1,177 @@
+"""Reads the entries of topics: from their fields to events, and from events to chunks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from models.artifact.artifact import Artifact
+from service.codec.field_rules import MAX_POSITION
+from service.codec.media import Media
+from service.codec.request_reader import RequestReader
+from service.codec.settings import RequestSettings
+from service.consumers.config import ConsumerConfig
+from service.core.errors import InvalidInput, InvalidName, MalformedBody
+from service.core.values import STREAM_NAME_RULE, Chunk, StreamKey, is_stream_name
+from service.store.topics import Entry
+
+MAX_MERGED_EVENTS: Final = 256
+"""Most events of a stream that are merged into one chunk."""
+
+_IS_INTEGER: Final = re.compile(rb"\d{1,19}").fullmatch
+_IS_CONSTANT: Final = re.compile(rb"-?\d.*|true|false|null").fullmatch
+_read_json: Final = msgspec.json.Decoder(msgspec.Raw).decode
+_encode_json: Final = msgspec.json.Encoder().encode
+
+
+class Event(msgspec.Struct, eq=False):
+    """An event of an entry.
+
+    Attributes:
+        value: the event, one complete value of JSON.
+        position: in its stream; None to append it.
+        fields: of its entry.
+        is_alone: whether it is processed alone: a chunk with it failed.
+    """
+
+    id: bytes
+    stream: str
+    value: msgspec.Raw
+    position: int | None
+    fields: Sequence[bytes]
+    is_alone: bool = False
+
+
+class EventReader:
+    """Reads the entries for one model.
+
+    Attributes:
+        max_events: most events of a chunk; a model that sees chunks as a whole gets single events.
+    """
+
+    def __init__(self, artifact: Artifact, config: ConsumerConfig, settings: RequestSettings):
+        self._reader = RequestReader(artifact, settings)
+        self._reader.check_accepts_chunks()
+        self._stream, self._constant = _bytes_of(config.stream.field), config.stream.constant
+        self._event = _bytes_of(config.event.field)
+        self._position = _bytes_of(config.position)
+        self._is_json = config.event.format == "json"
+        schema = artifact.spec.events
+        fields = () if schema is None else schema.fields
+        self._texts = {each.name.encode() for each in fields if each.kind == "categorical"}
+        invisible = artifact.spec.chunking == "invisible"
+        self.max_events = min(MAX_MERGED_EVENTS, self._reader.limits.chunk.steps)
+        if not invisible:
+            self.max_events = 1
+
+    def key(self, stream: str) -> StreamKey:
+        """The key of a stream of the model."""
+        return self._reader.key(stream)
+
+    def stream(self, fields: Sequence[bytes]) -> str | None:
+        """The name of an entry's stream; None if it names none that is allowed."""
+        if self._constant is not None:
+            return self._constant
+        name = dict(zip(fields[::2], fields[1::2], strict=False)).get(self._stream or b"")
+        text = None if name is None else name.decode("latin-1")
+        return text if text is not None and is_stream_name(text) else None
+
+    def read(self, entry: Entry) -> Event:
+        """Read an entry.
+
+        Raises:
+            InvalidName, InvalidInput, MalformedBody: naming the field.
+        """
+        fields = entry.fields or ()
+        values = dict(zip(fields[::2], fields[1::2], strict=False))
+        stream = self._constant
+        if stream is None:
+            name = values.get(self._stream or b"")
+            if name is None:
+                raise _missing(self._stream, values)
+            stream = name.decode("latin-1")
+            if not is_stream_name(stream):
+                place = (self._stream or b"").decode()
+                raise InvalidName(f"{place}: expected {STREAM_NAME_RULE}, got {stream[:300]!r}")
+        position = None
+        if self._position is not None and (digits := values.get(self._position)) is not None:
+            position = _parse_position(self._position, digits)
+        return Event(entry.id, stream, self._value(values), position, fields)
+
+    def _value(self, values: Mapping[bytes, bytes]) -> msgspec.Raw:
+        if self._event is None:
+            names = (self._stream, self._position)
+            flat = {
+                name.decode(): _flat_value(value, is_text=name in self._texts)
+                for name, value in values.items()
+                if name not in names
+            }
+            return msgspec.Raw(_encode_json(flat))
+        value = values.get(self._event)
+        if value is None:
+            raise _missing(self._event, values)
+        try:
+            # complete, so that no event closes the list that it is put into
+            return _read_json(value) if self._is_json else _transcode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError, ValueError, TypeError) as error:
+            kind = "JSON" if self._is_json else "MessagePack"
+            place = self._event.decode()
+            raise MalformedBody(f"{place}: expected one {kind} document: {error}") from error
+
+    def chunk(self, events: Sequence[Event]) -> Chunk:
+        """Make the chunk of consecutive events of one stream.
+
+        Raises:
+            BadRequest: one of them is invalid.
+        """
+        first = events[0]
+        is_row = memoryview(first.value)[0] == ord("[")
+        body: dict[str, Any] = {"inputs" if is_row else "events": [each.value for each in events]}
+        if first.position is not None:
+            body["position"] = first.position
+        key = self._reader.key(first.stream)
+        return self._reader.chunk(_encode_json(body), Media.JSON, key)
+
+
+def _bytes_of(name: str | None) -> bytes | None:
+    return None if name is None else name.encode()
+
+
+def _transcode(value: bytes) -> msgspec.Raw:
+    """MessagePack as JSON; bytes are a row of float32 values."""
+    decoded = msgspec.msgpack.decode(value)
+    if isinstance(decoded, bytes):
+        decoded = np.frombuffer(decoded, "<f4").tolist()
+    return msgspec.Raw(_encode_json(decoded))
+
+
+def _flat_value(value: bytes, *, is_text: bool) -> Any:
+    """The value of a flat field: a number, true, false or null, or a string."""
+    if not is_text and _IS_CONSTANT(value):
+        try:
+            return msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            pass
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedBody(f"expected fields in UTF-8, got {value[:100]!r}") from error
+
+
+def _parse_position(name: bytes, digits: bytes) -> int:
+    if not _IS_INTEGER(digits) or int(digits) > MAX_POSITION:
+        place = name.decode()
+        raise InvalidInput(
+            f"{place}: expected an integer from 0 to {MAX_POSITION}, got {digits[:100]!r}", at=place
+        )
+    return int(digits)
+
+
+def _missing(name: bytes | None, values: Mapping[bytes, bytes]) -> InvalidInput:
+    place = (name or b"").decode()
+    names = ", ".join(each.decode("utf-8", "replace") for each in [*values][:20]) or "none"
+    return InvalidInput(f"{place}: expected this field, got the fields {names}", at=place)

@@ -1,0 +1,59 @@
+"""Writes the entries of output topics and of dead-letter topics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from models.artifact.artifact import Artifact
+from service.codec.media import Media, dumps
+from service.codec.reply_writer import ReplyOptions, ReplyWriter
+from service.core.errors import CarryError
+from service.core.values import FloatRows, StreamHead
+from service.store.topics import Destination, NewEntry
+
+OF_ONE_EVENT: Final = ReplyOptions(return_sequences=False)
+
+
+class OutputWriter:
+    """Writes the outputs of one model, an entry for each event."""
+
+    def __init__(self, artifact: Artifact, media: Media):
+        self._writer = ReplyWriter(artifact)
+        self._media = media
+        self._name, self._version = artifact.spec.name, artifact.version
+
+    def entries(self, stream: str, head: StreamHead, start: int, rows: FloatRows) -> list[NewEntry]:
+        """The entries for the outputs of a chunk.
+
+        Args:
+            head: of the stream after the chunk.
+            start: position of the event of the first output.
+        """
+        common = (
+            "stream", stream, "epoch", head.epoch.hex(), "tag", head.tag.hex(), "model", self._name,
+            "version", self._version, "time", time.time_ns() // 1_000_000,
+        )  # fmt: skip
+        return [
+            NewEntry(
+                Destination.OUTPUTS,
+                (*common, "position", start + at, "outputs", self._encode(rows[at : at + 1])),
+            )
+            for at in range(len(rows))
+        ]
+
+    def _encode(self, row: FloatRows) -> bytes:
+        return dumps(self._media, self._writer.outputs(row, OF_ONE_EVENT))
+
+
+def dead_letter(
+    entry_id: bytes, fields: Sequence[bytes], error: CarryError, stream: str | None
+) -> NewEntry:
+    """The dead letter of an entry: code and reason of the error, and the original fields."""
+    now_ms = time.time_ns() // 1_000_000
+    added = (
+        "carry-code", error.code, "carry-reason", error.detail, "carry-stream", stream or "",
+        "carry-entry", entry_id, "carry-time", now_ms,
+    )  # fmt: skip
+    return NewEntry(Destination.DEAD_LETTERS, (*added, *fields))

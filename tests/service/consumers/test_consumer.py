@@ -1,0 +1,251 @@
+"""Consumers on real servers: events of a topic become outputs of another, exactly once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from service.core.errors import OperatorError
+from tests.support.consumers import (
+    add,
+    assert_outputs,
+    consuming,
+    fields_of,
+    interleaved,
+    outputs_of,
+    until_count,
+    until_true,
+)
+from tests.support.pipelines import rows_of
+from tests.support.servers import RealServer, own_server, server, shared_server
+
+__all__ = ["own_server", "server", "shared_server"]
+
+RANDOM = np.random.default_rng(3)
+
+
+@pytest.fixture
+def client(server: RealServer) -> Iterator[Any]:
+    with server.client() as client:
+        yield client
+
+
+def pending(client: Any) -> int:
+    return client.xpending("events", "carry")["pending"]
+
+
+def letters(client: Any) -> list[dict[str, str]]:
+    return [
+        {name.decode(): value.decode() for name, value in fields.items()}
+        for _, fields in client.xrange("events:dead")
+    ]
+
+
+async def test_each_event_has_its_output_once_and_in_order(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = {f"s{number}": rows_of(RANDOM, 40) for number in range(20)}
+    entries = interleaved(rows)
+    add(client, "events", *entries[:300])
+    async with consuming(server.url, artifact) as consumer:
+        add(client, "events", *entries[300:])
+        await until_count(client, "scores", 800)
+        await until_true(lambda: consumer.counts["committed"] == 800, "all results")
+    found = outputs_of(client, "scores")
+    for name, each in rows.items():
+        assert_outputs(artifact, found[name], each)
+    assert pending(client) == 0
+    assert consumer.counts == {"committed": 800}
+
+
+async def test_an_output_names_stream_epoch_tag_model_and_version(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    add(client, "events", fields_of("a", rows_of(RANDOM, 1)[0]))
+    async with consuming(server.url, artifact):
+        await until_count(client, "scores", 1)
+    [(_, fields)] = client.xrange("scores")
+    assert {*fields} == {
+        b"stream", b"position", b"epoch", b"tag", b"model", b"version", b"time", b"outputs"
+    }  # fmt: skip
+    assert (fields[b"stream"], fields[b"position"], fields[b"model"]) == (b"a", b"0", b"probe")
+    assert {*json.loads(fields[b"outputs"])} == {"last", "out", "steep"}
+
+
+async def test_a_stopped_consumer_continues_where_it_stopped(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = {"a": rows_of(RANDOM, 60), "b": rows_of(RANDOM, 60)}
+    entries = interleaved(rows)
+    for part in (entries[:40], entries[40:41], entries[41:]):
+        add(client, "events", *part)
+        # released at the stop, or the next one would wait
+        async with consuming(server.url, artifact, lease_s=300):
+            await until_count(client, "scores", client.xlen("events"))
+    found = outputs_of(client, "scores")
+    for name, each in rows.items():
+        assert_outputs(artifact, found[name], each)
+
+
+async def test_pending_entries_come_before_new_ones(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = rows_of(RANDOM, 30)
+    add(client, "events", *[fields_of("a", row) for row in rows[:20]])
+    client.xgroup_create("events", "carry", "0")
+    # an owner that died, and a plain consumer of the same group
+    client.xreadgroup("carry", "carry", {"events": ">"}, count=5)
+    client.xreadgroup("carry", "plain", {"events": ">"}, count=5)
+    async with consuming(server.url, artifact):
+        add(client, "events", *[fields_of("a", row) for row in rows[20:]])
+        await until_count(client, "scores", 30)
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+
+
+async def test_repeated_positions_are_duplicates_without_outputs(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = rows_of(RANDOM, 12)
+    entries = [fields_of("a", row, position=at) for at, row in enumerate(rows)]
+    # a producer that retries: single ones, overlapping and whole
+    sent = [*entries[:5], entries[4], entries[3], *entries[2:9], *entries]
+    async with consuming(server.url, artifact) as consumer:
+        add(client, "events", *sent)
+        await until_true(
+            lambda: sum(consumer.counts.values()) == len(sent) and not pending(client), "all"
+        )
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+    assert consumer.counts == {"committed": 12, "duplicates": len(sent) - 12}
+    assert client.xlen("events:dead") == 0
+
+
+BAD = [
+    ({"event": "[1, 2, 3]"}, "invalid_input", "stream"),
+    ({"stream": "a/b", "event": "[1, 2, 3]"}, "invalid_name", "stream"),
+    ({"stream": "a"}, "invalid_input", "event"),
+    ({"stream": "a", "event": "[1, 2"}, "malformed_body", "event"),
+    ({"stream": "a", "event": '[1, 2, 3]],"dry_run":true,"x":[[]'}, "malformed_body", "event"),
+    ({"stream": "a", "event": "[1, 2]"}, "invalid_input", "inputs"),
+    ({"stream": "a", "event": "7"}, "invalid_input", "events"),
+    ({"stream": "a", "event": "[1, 2, 3]", "position": "-1"}, "invalid_input", "position"),
+    ({"stream": "a", "event": "[1, 2, 3]", "position": "99"}, "position_ahead", "position"),
+]
+
+
+@pytest.mark.parametrize(("fields", "code", "place"), BAD, ids=lambda value: str(value)[:40])
+async def test_an_event_that_cannot_be_read_is_a_dead_letter_and_its_stream_goes_on(
+    server: RealServer, client: Any, artifact: Artifact, fields: Any, code: str, place: str
+) -> None:
+    rows = rows_of(RANDOM, 6)
+    good = [fields_of("a", row) for row in rows]
+    bad_id = add(client, "events", *good[:3], fields, *good[3:])[3]
+    async with consuming(server.url, artifact):
+        await until_count(client, "scores", 6)
+        await until_count(client, "events:dead", 1)
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+    [letter] = letters(client)
+    assert letter["carry-code"] == code
+    assert place in letter["carry-reason"]
+    assert letter["carry-entry"] == bad_id.decode()
+    assert {name: letter[name] for name in fields} == fields
+    assert pending(client) == 0
+
+
+async def test_a_stream_halts_behind_an_event_that_cannot_be_read(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = rows_of(RANDOM, 4)
+    bad = {"stream": "a", "event": "[1]"}
+    async with consuming(server.url, artifact, on_error="halt"):
+        add(client, "events", fields_of("a", rows[0]), bad, fields_of("a", rows[1]))
+        add(client, "events", fields_of("b", rows[0]))
+        await until_count(client, "scores", 2)
+        await until_count(client, "events:dead", 2)
+    add(client, "events", fields_of("a", rows[2]), fields_of("b", rows[1]))
+    async with consuming(server.url, artifact, on_error="halt"):
+        await until_count(client, "scores", 3)
+        await until_count(client, "events:dead", 3)
+    found = outputs_of(client, "scores")
+    assert_outputs(artifact, found["a"], rows[:1])
+    assert_outputs(artifact, found["b"], rows[:2])
+    codes = [letter["carry-code"] for letter in letters(client)]
+    assert codes == ["invalid_input", "previous_failed", "previous_failed"]
+    assert letters(client)[1]["event"] == json.dumps(rows[1].tolist())
+
+
+async def test_the_store_is_killed_while_events_are_consumed(
+    own_server: RealServer, artifact: Artifact
+) -> None:
+    rows = {f"s{number}": rows_of(RANDOM, 50) for number in range(10)}
+    with own_server.client() as client:
+        add(client, "events", *interleaved(rows))
+    async with consuming(own_server.url, artifact, {"store_wait_s": 20}) as consumer:
+        for goal in (100, 250):
+            await until_true(lambda goal=goal: consumer.counts["committed"] >= goal, "progress")
+            own_server.kill()
+            own_server.start()
+        with own_server.client() as client:
+            await until_count(client, "scores", 500)
+            found = outputs_of(client, "scores")
+    for name, each in rows.items():
+        assert_outputs(artifact, found[name], each)
+
+
+async def test_commits_that_the_store_lost_are_made_again(
+    own_server: RealServer, artifact: Artifact
+) -> None:
+    """Streams, outputs and acknowledgements go back together, while the consumer goes on."""
+    rows = rows_of(RANDOM, 30)
+    entries = [fields_of("a", row) for row in rows]
+    with own_server.client() as client:
+        add(client, "events", *entries[:10])
+        async with consuming(own_server.url, artifact) as consumer:
+            await until_count(client, "scores", 10)
+            keys = client.keys("*")
+            before = {key: client.dump(key) for key in keys}
+            add(client, "events", *entries[10:20])
+            await until_count(client, "scores", 20)
+            await until_true(lambda: consumer.counts["committed"] == 20, "results")
+            pipe = client.pipeline(transaction=True)
+            for key in keys:
+                pipe.restore(key, 0, before[key], replace=True)
+            pipe.execute()
+            # the producer sends again what was lost, and goes on
+            add(client, "events", *entries[10:])
+            await until_count(client, "scores", 30)
+    assert_outputs(artifact, outputs_of(own_server.client(), "scores")["a"], rows)
+
+
+async def test_flat_fields_and_messagepack_are_read(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    import ormsgpack
+
+    rows = rows_of(RANDOM, 8)
+    packed = [{"name": "a", "row": ormsgpack.packb(row.tolist())} for row in rows]
+    add(client, "events", *packed)
+    config = {"stream": {"field": "name"}, "event": {"field": "row", "format": "msgpack"}}
+    async with consuming(server.url, artifact, **config, outputs="msgpack"):
+        await until_count(client, "scores", 8)
+    outputs = [ormsgpack.unpackb(fields[b"outputs"]) for _, fields in client.xrange("scores")]
+    found = [(at, each) for at, each in enumerate(outputs)]
+    assert_outputs(artifact, found, rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(None, "got nothing"), ("text", "got a string")],
+)
+async def test_a_topic_that_is_no_stream_fails_the_start(
+    server: RealServer, client: Any, artifact: Artifact, value: str | None, message: str
+) -> None:
+    if value is not None:
+        client.set("events", value)
+    with pytest.raises(OperatorError, match=message):
+        async with consuming(server.url, artifact, create=False):
+            pass

@@ -1,0 +1,170 @@
+"""`carry consume` as its users run it: processes that are stopped, suspended and killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from tests.support.command import carry
+from tests.support.consumers import add, assert_outputs, fields_of, interleaved, outputs_of
+from tests.support.forks import COMMAND, Fork
+from tests.support.metrics import read, series
+from tests.support.pipelines import rows_of
+from tests.support.servers import RealServer, real_server, until
+
+RANDOM = np.random.default_rng(7)
+
+
+class ConsumerProcess:
+    """A `carry consume` process and its log."""
+
+    def __init__(self, log: Path, *words: str):
+        self._log = log
+        with log.open("wb") as stderr:
+            files = [subprocess.DEVNULL, stderr, stderr]
+            with open(os.devnull, "rb") as nothing:
+                files[0] = nothing
+                self.fork = Fork([COMMAND, "consume", *words], dict(os.environ), files)
+
+    def lines(self) -> list[dict[str, Any]]:
+        lines = self._log.read_bytes().splitlines()
+        return [msgspec.json.decode(line) for line in lines if line.startswith(b"{")]
+
+    def wait_for(self, message: str, count: int = 1) -> dict[str, Any]:
+        """Wait for a log line."""
+
+        def found() -> list[dict[str, Any]]:
+            assert self.fork.poll() in (None, 0), self._log.read_text()
+            lines = [each for each in self.lines() if each["message"] == message]
+            return lines if len(lines) >= count else []
+
+        return until(found, message, 60, 0.02)[count - 1]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RealServer]:
+    with real_server("valkey") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RealServer) -> Iterator[Any]:
+    with server.client() as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def start(server: RealServer, artifact: Artifact, tmp_path: Path) -> Iterator[Any]:
+    """Starts consumers, with a short lease."""
+    config = tmp_path / "consumer.yaml"
+    config.write_text("model: probe\nfrom: events\nto: scores\nlease_s: 0.5\n")
+    started: list[ConsumerProcess] = []
+
+    def start_one(*options: str) -> ConsumerProcess:
+        words = ("--redis-url", server.url, "--models", str(artifact.path), *options)
+        log = tmp_path / f"consumer-{len(started)}.log"
+        started.append(ConsumerProcess(log, str(config), *words))
+        return started[-1]
+
+    yield start_one
+    for each in started:
+        each.fork.send_signal(signal.SIGCONT)
+        each.fork.kill()
+
+
+def test_health_metrics_status_and_graceful_stop(
+    server: RealServer, client: Any, start: Any
+) -> None:
+    add(client, "events", *[fields_of("a", row) for row in rows_of(RANDOM, 5)])
+    consumer = start("--port", "0")
+    port = consumer.wait_for("port_bound")["port"]
+    consumer.wait_for("topic_acquired")
+    until(lambda: client.xlen("scores") == 5, "the outputs")
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+        assert http.get("/v1/health/live").status_code == 200
+        ready = http.get("/v1/health/ready")
+        assert (ready.status_code, ready.json()["failing"]) == (200, [])
+        committed = series("carry_consumer_events_total", result="committed")
+        until(lambda: read(http.get("/metrics").content).get(committed) == 5, "the metric", 60, 0.1)
+    shown = carry("consume", "status", "--from", "events", "--redis-url", server.url)
+    assert shown.exit_code == 0
+    columns = shown.stdout.decode().splitlines()[1].split()
+    assert (columns[0], columns[2:]) == ("events", ["5", "0", "0", "-"])
+    consumer.fork.send_signal(signal.SIGTERM)
+    assert consumer.fork.wait(60) == 0
+    assert consumer.lines()[-1]["message"] == "stopped"
+
+
+def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
+    server: RealServer, client: Any, artifact: Artifact, start: Any
+) -> None:
+    rows = {f"s{number}": rows_of(RANDOM, 40) for number in range(6)}
+    entries = interleaved(rows)
+    add(client, "events", *entries[:60])
+    consumers = [start(), start()]
+
+    def owner() -> ConsumerProcess:
+        """The process that owns the topic now."""
+        name = until(lambda: client.hget("events:lease:carry", "owner"), "an owner").decode()
+        return next(each for each in consumers if f":{each.fork.pid}:" in name)
+
+    for each in consumers:
+        each.wait_for("consumer_joined")
+    until(lambda: client.xlen("scores") >= 60, "the first outputs")
+    suspended = owner()
+    add(client, "events", *entries[60:90])
+    suspended.fork.send_signal(signal.SIGSTOP)
+    add(client, "events", *entries[90:120])
+    until(lambda: client.xlen("scores") >= 120, "a takeover")
+    suspended.fork.send_signal(signal.SIGCONT)
+    add(client, "events", *entries[120:150])
+    until(lambda: client.xlen("scores") >= 150, "progress")
+    consumers.append(start())
+    consumers[-1].wait_for("consumer_joined")
+    killed = owner()
+    add(client, "events", *entries[150:180])
+    killed.fork.kill()
+    add(client, "events", *entries[180:])
+    until(lambda: client.xlen("scores") >= 240, "all outputs", 60)
+    assert client.xlen("scores") == 240
+    assert client.xpending("events", "carry")["pending"] == 0
+    found = outputs_of(client, "scores")
+    for name, each in rows.items():
+        assert_outputs(artifact, found[name], each)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: probe\nfrom: events\nto: scores\nfrm: x\n", "frm: expected a member among"),
+        ("model: probe\nfrom: events\n", "to: field required"),
+        ("model: probe\nfrom: events\nto: scores\nlease_s: 0\n", "lease_s: input should be"),
+        ("model: other\nfrom: events\nto: scores\n", "model: expected one of probe"),
+        ("- a\n", "expected a mapping, got list"),
+        ("a: [", "expected YAML"),
+        ("model: probe\nfrom: events\nto: scores\nstream: {}\n", "stream: expected `field`"),
+        ("model: probe\nfrom: nothing\nto: scores\n", "expected a stream 'nothing'"),
+    ],
+)
+def test_an_invalid_configuration_is_an_error_with_its_place(
+    server: RealServer, client: Any, artifact: Artifact, tmp_path: Path, text: str, message: str
+) -> None:
+    config = tmp_path / "consumer.yaml"
+    config.write_text(text)
+    words = ("--redis-url", server.url, "--models", str(artifact.path))
+    result = carry("consume", str(config), *words)
+    assert result.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("carry: ")
+    assert message in error

@@ -1,0 +1,100 @@
+"""Consumers in this process, the entries that they read, and what they write."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact.artifact import Artifact
+from service.build import build_pipeline
+from service.consumers.config import make_config
+from service.consumers.consumer import Consumer
+from service.consumers.store import TopicStore
+from service.settings import Settings
+from tests.support.pipelines import oracle_outputs
+from tests.support.servers import until_async
+
+PROBE: dict[str, Any] = {"model": "probe", "from": "events", "to": "scores", "create": True}
+
+
+@asynccontextmanager
+async def consuming(
+    url: str, artifact: Artifact, settings: dict[str, Any] | None = None, **config: Any
+) -> AsyncIterator[Consumer]:
+    """A consumer that runs; it is stopped at the end."""
+    flags = {"redis_url": url, "models_dir": artifact.path, **(settings or {})}
+    loaded = Settings.load(flags)
+    store = TopicStore(loaded.store)
+    async with build_pipeline(loaded, store=store) as service:
+        consumer = Consumer(service, store, make_config(PROBE | config, "test"))
+        await consumer.check_topics()
+        task = asyncio.create_task(consumer.run())
+        try:
+            yield consumer
+        finally:
+            consumer.stop()
+            await task
+
+
+def fields_of(stream: str, row: NDArray[np.float32], **others: Any) -> dict[str, Any]:
+    """The fields of an entry with a row of the probe model."""
+    return {"stream": stream, "event": json.dumps(row.tolist()), **others}
+
+
+def add(client: Any, topic: str, *entries: dict[str, Any]) -> list[bytes]:
+    """Add entries to a topic; returns their ids."""
+    pipe = client.pipeline(transaction=False)
+    for fields in entries:
+        pipe.xadd(topic, fields)
+    return pipe.execute()
+
+
+def outputs_of(client: Any, topic: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """The positions and outputs of each stream in an output topic, in order."""
+    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for _, fields in client.xrange(topic):
+        values = found.setdefault(fields[b"stream"].decode(), [])
+        values.append((int(fields[b"position"]), json.loads(fields[b"outputs"])))
+    return found
+
+
+def assert_outputs(
+    artifact: Artifact,
+    found: list[tuple[int, dict[str, Any]]],
+    rows: NDArray[np.float32],
+) -> None:
+    """The outputs of a stream are each event's exactly once, in order, and equal the oracle."""
+    assert [position for position, _ in found] == [*range(len(rows))]
+    packed = [np.concatenate([np.ravel(value) for value in each.values()]) for _, each in found]
+    np.testing.assert_allclose(packed, oracle_outputs(artifact, rows), rtol=1e-5, atol=1e-5)
+
+
+async def until_count(client: Any, topic: str, count: int) -> None:
+    """Wait until a topic has as many entries, and no more."""
+
+    async def has_entries() -> bool:
+        return bool(client.xlen(topic) >= count)
+
+    await until_async(has_entries, f"{count} entries in {topic}")
+    assert client.xlen(topic) == count
+
+
+async def until_true(condition: Callable[[], object], what: str) -> None:
+    """Wait until a condition holds."""
+
+    async def holds() -> bool:
+        return bool(condition())
+
+    await until_async(holds, what)
+
+
+def interleaved(rows: dict[str, NDArray[np.float32]]) -> Sequence[dict[str, Any]]:
+    """Entries of several streams in turns, of as many rows each."""
+    count = len(next(iter(rows.values())))
+    return [fields_of(name, each[at]) for at in range(count) for name, each in rows.items()]
