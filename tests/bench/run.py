@@ -128,6 +128,8 @@ class Bench:
 
     def start_store(self, *options: str) -> RealServer:
         """An empty store."""
+        # the tests' servers leave the sync to the kernel, but a service's store does not
+        options = ("--appendfsync", "everysec", *options)
         server = real_server("valkey", *options, prepare=pin_child(self.cores.others))
         store: RealServer = self.start(server)
         return store
