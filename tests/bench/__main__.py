@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
+from tests.bench.curves import CURVE
 from tests.bench.results import MISSED, Results, check_targets, show, write_lines
 from tests.bench.run import Bench, Options
 from tests.bench.sections import BESIDE, BESIDE_LOADS, SECTIONS, run_section
@@ -48,7 +49,7 @@ def read_options(arguments: Sequence[str] | None) -> Options:
     names = partial(str.split, sep=",")
     parser = argparse.ArgumentParser(prog="make bench", description="Measures Carry.")
     add = parser.add_argument
-    add("--only", type=names, help="sections; all by default")
+    add("--only", type=names, help="sections, `curves` for all curves; all by default")
     add("--beside", type=Path, help="another checkout of Carry, measured in turns")
     add("--loads", type=names, help="of the comparison: " + ",".join(BESIDE_LOADS))
     add("--rounds", type=int, help="of every row")
@@ -56,11 +57,17 @@ def read_options(arguments: Sequence[str] | None) -> Options:
     add("--many-streams", type=int)
     add("--runtimes", type=names, help="of Carry")
     add("--no-instructions", dest="instructions", action="store_false", help="count none: quick")
+    add("--v2-peer", help="host and port of a running server of the V2 protocol, for `peer`")
+    add("--v2-peer-grpc", help="its host and port of gRPC, if it has one")
+    add("--v2-peer-model", help="the name of the standard network there")
     add("--lines", type=Path, help="write the results to this file too, in lines of JSON")
     add("--strict", action="store_true", help="fail where a target is not reached")
     options = parser.parse_args(arguments, Options())
     if options.only is None:
         options.only = [name for name in SECTIONS if (name == BESIDE) == bool(options.beside)]
+    if "curves" in options.only:
+        curves = [name for name in SECTIONS if name.startswith(CURVE)]
+        options.only = [*(set(options.only) - {"curves", *curves}), *curves]
     if unknown := set(options.only) - set(SECTIONS):
         parser.error(f"--only: expected some of {','.join(SECTIONS)}, got {','.join(unknown)}")
     if unknown := set(options.loads) - set(BESIDE_LOADS):

@@ -121,6 +121,47 @@ class Connection:
         self._pieces.clear()
 
 
+class SocketConnection(Connection):
+    """A WebSocket with at most one frame in flight, after its handshake and hello."""
+
+    def __init__(self, port: int, path: str):
+        super().__init__(port)
+        self._received = b""
+        head = f"GET {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\nUpgrade: websocket\r\n"
+        head += "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        self.sock.sendall(f"{head}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
+        while b"\r\n\r\n" not in self._received:
+            if not (data := self.sock.recv(READ_BYTES)):
+                raise WrongReplyError(f"expected a handshake, got {self._received!r}")
+            self._received += data
+        answer, _, self._received = self._received.partition(b"\r\n\r\n")
+        if not answer.startswith(b"HTTP/1.1 101"):
+            raise WrongReplyError(f"expected status 101, got {answer!r}")
+        while self._take_message() is None:
+            self._received += self.sock.recv(READ_BYTES)
+
+    def read(self) -> bytes | None:
+        """Read once: the message that is whole now, or None; raises as for a reply of HTTP."""
+        if not (data := self.sock.recv(READ_BYTES)):
+            raise WrongReplyError(f"expected a message, got {self._received!r} and the end")
+        self._received += data
+        return self._take_message()
+
+    def _take_message(self) -> bytes | None:
+        """The first message, if it is whole; its frame is not masked, since a server sent it."""
+        received, start = self._received, 2
+        size = received[1] if len(received) > 1 else 0
+        if size > 125:
+            start = 4 if size == 126 else 10
+            size = int.from_bytes(received[2:start])
+        if len(received) < start + size:
+            return None
+        if received[0] not in (0x81, 0x82):  # one whole message of text or bytes
+            raise WrongReplyError(f"expected a message, got {received[:300]!r}")
+        self._received = received[start + size :]
+        return received[start : start + size]
+
+
 def try_connect(port: int, timeout_s: float = GRACE_S) -> Connection | None:
     """A connection, if anything listens."""
     try:
@@ -137,8 +178,13 @@ class Run:
         traffic.sampled, traffic.events = [], 0
         # first, because select takes descriptors below 1024 only
         self._selector = selectors.DefaultSelector()
-        may_reject = traffic.spec.may_reject
-        self.connections = [Connection(port, may_reject=may_reject) for _ in range(connections)]
+        spec = traffic.spec
+        self.connections = [
+            SocketConnection(port, spec.path)
+            if spec.media == "websocket"
+            else Connection(port, may_reject=spec.may_reject)
+            for _ in range(connections)
+        ]
         self.latencies, self.rejected = array("d"), 0
         for connection in self.connections:
             self._selector.register(connection.sock, selectors.EVENT_READ, connection)

@@ -50,8 +50,8 @@ TARGETS = (
     ("peak/p50 at 1, carry-onnxruntime over fastapi", "<=", 4),
     ("latency/carry-onnxruntime p99 at 50 % over unloaded p50", "<=", 8),
     ("latency/carry-onnxruntime p99 beside long chunks over without", "<=", 2),
-    (f"streams/{MANY} over {FEW}", ">=", 0.9),
-    ("streams/bytes over bound", "<=", 1),
+    (f"curve-streams/{MANY} over {FEW}, cold", ">=", 0.9),
+    ("curve-streams/bytes over bound", "<=", 1),
     ("cold/carry-onnxruntime s", "<=", 2),
     ("peak/carry-onnxruntime MiB", "<=", 150),
     ("cold/carry-tensorflow s", "<=", 12),
@@ -60,6 +60,8 @@ TARGETS = (
     ("workers/carry-onnxruntime 2 over 1, 128 connections", ">=", 1.5),
     ("workers/carry-onnxruntime lost", "<=", 0),
     ("events/carry-onnxruntime events over inputs", ">=", 0.5),
+    *((f"peer/http {n}: carry-onnxruntime over peer", ">=", 1.5) for n in (1, 16, 32, 64)),
+    *((f"peer/grpc {n}: carry-onnxruntime over its HTTP", ">=", 1.0) for n in (1, 16, 32, 64)),
     ("overload/carry-onnxruntime goodput over peak", ">=", 0.9),
     ("overload/carry-onnxruntime p99 of accepted chunks, s", "<=", 1.0),
     ("overload/carry-onnxruntime rejected share", ">=", 0.1),
@@ -90,6 +92,11 @@ class Sample(NamedTuple):
         store's."""
         server = self.cpu_us_per_chunk * 1e-6 * self.chunks_per_s
         return server / (server + self.generator_cpu + self.store_cpu)
+
+    @property
+    def store_cpu_us_per_chunk(self) -> float:
+        """The store's processor time of a chunk."""
+        return max(self.store_cpu, CPU_STEP_S) / self.chunks_per_s * 1e6
 
     @classmethod
     def of(cls, load: Load, cpu_s: float, store_cpu_s: float, memory_bytes: int) -> Sample:
@@ -156,8 +163,8 @@ def show_section(results: Results, section: str) -> str:
         if name.startswith(f"{section}/")
     ]
     tables = (
-        _table(["load/server", *COLUMNS], rows),
-        _table(["figure", "median (over the rounds)"], figures),
+        write_table(["load/server", *COLUMNS], rows),
+        write_table(["figure", "median (over the rounds)"], figures),
     )
     return "\n".join(filter(None, tables))
 
@@ -191,7 +198,7 @@ def read_figures(path: Path) -> dict[str, float]:
 
 def show(results: Results) -> str:
     """Every table, and the notes."""
-    targets = _table(["target", "bound", "measured", "verdict"], check_targets(results))
+    targets = write_table(["target", "bound", "measured", "verdict"], check_targets(results))
     sections = dict.fromkeys(name.partition("/")[0] for name in [*results.rows, *results.figures])
     tables = [f"{section}\n\n{show_section(results, section)}" for section in sections]
     about = "".join(f"- {name}: {text}\n" for name, text in results.about.items())
@@ -199,7 +206,7 @@ def show(results: Results) -> str:
     return "\n".join(filter(None, [about, *tables, targets, notes]))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def write_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, in columns for the terminal; empty without rows."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

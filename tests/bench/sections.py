@@ -15,23 +15,20 @@ from typing import Any
 import numpy as np
 from scipy.stats import sem
 
-from models.artifact.artifact import Artifact
 from models.artifact.graphs import GRAPH_NAME
-from service.core.values import Feed, StreamKey
-from service.store.codec import encode_state
-from service.store.settings import StoreSettings
 from tests.bench import workloads
 from tests.bench.cost import counted_server
+from tests.bench.curves import CURVE, CURVES, measure_curve
 from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
+from tests.bench.peer import measure_peer
 from tests.bench.results import MIB
 from tests.bench.run import CONNECTIONS, Bench, Row, Server, helper_process
-from tests.bench.traffic import Media, Traffic, read_positions, write_request
-from tests.bench.workloads import FEW, PLAIN, STEPS, Bodies, make_traffic
+from tests.bench.traffic import Traffic, read_positions, write_request
+from tests.bench.workloads import PLAIN, STEPS, Bodies, make_traffic
 from tests.support.machine import REPOSITORY, Cores, pin_child, read_usage
 from tests.support.onnx_graphs import import_here
 from tests.support.servers import free_port, until
 from tests.support.service import Service
-from tests.support.streams import Streams
 
 BASELINES = ("fastapi", "competent")
 BESIDE_CONNECTIONS = (1, 8, 16, 32, 64)
@@ -49,22 +46,16 @@ MANY_LOADS: dict[str, dict[str, Any]] = {
 BESIDE_LONG = "open-50-long"
 OPEN_LOADS = {"open-50": 50, "open-80": 80, BESIDE_LONG: 50}  # shares of the peak, in percent
 LONG_STEPS = 10_000
-CACHES = {"uncached": {"CARRY_STATE_CACHE_BYTES": "0"}, "cached": {}}
-"""The two servers on each store; each has half of its streams, named by its own prefix."""
-
-FILL_BATCH = 2_000
-STATE_BYTES = (256, 512, 1024, 2048, 4096, 16384)
 FIRST_REPLY_WITHIN_S = 180.0
 DETECTION_SEASON, DETECTION_CALLS = 96, 400  # events, calls of each shape
 WORKER_CONNECTIONS = (8, 32, 128)
 """One of two workers gets all of the first two; of the last each gets half."""
 
 RACERS, RACES = 16, 20
-WIDTHS, LENGTHS = (workloads.UNITS, 256), (1, 16, 128)
-MEDIA: tuple[Media, ...] = ("json", "msgpack")
+LENGTHS = (1, 16, 128)
 MOST_ITEMS = 1000  # of one request, by Carry's default
 OVERLOAD_QUEUE_WAIT_S, OVERLOAD_TIMES, OVERLOAD_PARTS = 0.5, 2.0, 6
-OVERLOAD_STREAMS, OVERLOAD_STEPS = 4096, 64
+OVERLOAD_STREAMS, OVERLOAD_STEPS, OVERLOAD_UNITS = 4096, 64, 256
 
 
 def measure_servers(bench: Bench, _: str, *, section: str, steps: int) -> None:
@@ -236,53 +227,6 @@ def measure_latency(bench: Bench, kind: str) -> None:
     results.ratio(name, rows[BESIDE_LONG], rows["open-50"], "p99_ms")
 
 
-def measure_streams(bench: Bench, kind: str) -> None:
-    """Few and very many streams in the store, cached or not, and the bytes of each."""
-    many, results, rows = bench.options.many_streams, bench.results, {}
-    for count in (FEW, many):
-        # the file is not rewritten while it is measured
-        store = bench.start_store("--auto-aof-rewrite-percentage", "0")
-        state = _random_state(bench.artifact.state.float_size, bench.artifact)
-        for cache, environment in CACHES.items():
-            key = f"{count}-{cache}"
-            server = bench.start_server(kind, store=store, environment=environment, name=key)
-            spec = make_traffic(bench.artifact, bench.bodies, cache, count // 2, position=STEPS)
-            print(f"filling the store with {spec.streams:,} streams")
-            keys = [_state_key(spec.name(number)) for number in range(spec.streams)]
-            with store.client() as client:
-                for first in range(0, len(keys), FILL_BATCH):
-                    client.mset(dict.fromkeys(keys[first : first + FILL_BATCH], state))
-            bench.warm(server, key, spec)
-            rows[key] = Row(f"streams/{key}/{kind}", server, key)
-    measured = dict(zip(rows, bench.measure_rounds([*rows.values()]), strict=True))
-    for name, above, below in (
-        (f"{many} over {FEW}", f"{many}-uncached", f"{FEW}-uncached"),
-        (f"{FEW}, cache on over off", f"{FEW}-cached", f"{FEW}-uncached"),
-        (f"{many}, cache on over off", f"{many}-cached", f"{many}-uncached"),
-    ):
-        results.ratio(f"streams/{name}", measured[above], measured[below], "chunks_per_s")
-    shares = []
-    with store.client() as client:
-        for raw in STATE_BYTES:
-            key = _state_key(f"size-{raw}")
-            client.set(key, _random_state(raw // 4, bench.artifact))
-            used = client.memory_usage(key, samples=0)
-            results.figure(f"streams/bytes of a stream with {raw} bytes of state", [used])
-            shares.append(used / (1.25 * raw + 200))
-    results.figure("streams/bytes over bound", [max(shares)])
-
-
-def _random_state(floats: int, artifact: Artifact) -> bytes:
-    """A stream as the service leaves it after a first chunk."""
-    streams = Streams()
-    stream = streams.after(streams.begin(floats=floats, ints=0), STEPS)
-    return encode_state(stream._replace(fingerprint=artifact.fingerprint, feed=Feed.INPUTS))
-
-
-def _state_key(stream: str) -> Any:
-    return StoreSettings("unix:///nowhere").keys.state(StreamKey("bench", stream))
-
-
 def measure_cold_start(bench: Bench, kind: str) -> None:
     """From `carry serve` on an empty folder, its own store included, to the first answer."""
     starts = [_start_cold(bench, kind, f"cold-{n}") for n in range(bench.options.rounds)]
@@ -369,19 +313,6 @@ def measure_events(bench: Bench, kind: str) -> None:
     bench.results.ratio(f"events/{kind} events over inputs", *measured, "chunks_per_s")
 
 
-def measure_widths(bench: Bench, kind: str) -> None:
-    """Chunks of 1, 16 and 128 events, networks of width 64 and 256, JSON and MessagePack."""
-    rows = []
-    for units in WIDTHS:
-        artifact = workloads.standard_model(bench.folder / f"models-{units}-{kind}", units)
-        server = bench.start_server(kind, artifact)
-        for steps, media in product(LENGTHS, MEDIA):
-            key = f"{units}-T{steps}-{media}"
-            bench.prepare(server, key, Bodies.random(steps), media=media)
-            rows.append(Row(f"widths/{key}/{kind}", server, key))
-    bench.measure_rounds(rows)
-
-
 def measure_kinds(bench: Bench, kind: str) -> None:
     """Every kind of network in turns with the plain stacked LSTM of the same size, in one server;
     then each at one connection. `imported` is the plain one's graph, imported again."""
@@ -410,7 +341,10 @@ def measure_overload(bench: Bench, kind: str) -> None:
     chunk must not have been applied: the stream's next one has the same position and other events,
     so that a wrong position ends the section, as does another status than 200 and 429.
     """
-    results, model = bench.results, workloads.standard_model(bench.folder / "overload", WIDTHS[-1])
+    results, model = (
+        bench.results,
+        workloads.standard_model(bench.folder / "overload", OVERLOAD_UNITS),
+    )
     limit = {"CARRY_MAX_QUEUE_WAIT_S": str(OVERLOAD_QUEUE_WAIT_S)}
     server = bench.start_server(kind, model, environment=limit)
     options: dict[str, Any] = {"media": "msgpack", "may_reject": True}
@@ -448,21 +382,23 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     "compute": measure_compute,
     "detection": measure_detection,
     "latency": measure_latency,
-    "streams": measure_streams,
     "cold": measure_cold_start,
     "workers": measure_workers,
     "events": measure_events,
-    "widths": measure_widths,
     "kinds": measure_kinds,
     "overload": measure_overload,
+    **{f"{CURVE}{name}": partial(measure_curve, name=name) for name in CURVES},
+    "peer": measure_peer,
     BESIDE: measure_beside,
 }
 """In the order in which they are run."""
-ONCE = ("cost", "peak", "single", "detection", "streams", "overload", BESIDE)
+ONCE = ("cost", "peak", "single", "detection", "overload", "peer", BESIDE)
+"""The sections, beside the curves, that are not run for each runtime."""
 
 
 def run_section(bench: Bench, name: str) -> None:
     """Run a section for each runtime, or once for the last one, and end what it started."""
-    for runtime in bench.options.runtimes[-1:] if name in ONCE else bench.options.runtimes:
+    is_once = name in ONCE or name.startswith(CURVE)
+    for runtime in bench.options.runtimes[-1:] if is_once else bench.options.runtimes:
         with bench.scope:
             SECTIONS[name](bench, f"carry-{runtime}")

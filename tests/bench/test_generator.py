@@ -15,7 +15,7 @@ import pytest
 
 from tests.bench import generator
 from tests.bench.generator import Load, draw_arrivals, make_streams
-from tests.bench.traffic import TrafficSpec, WrongReplyError
+from tests.bench.traffic import Traffic, TrafficSpec, WrongReplyError
 from tests.bench.workloads import Bodies
 
 pytestmark = pytest.mark.harness
@@ -107,6 +107,27 @@ def test_rejected_chunk_is_followed_by_another_at_its_position(
         assert sent[at][1] != sent[at + 1][1]
     with pytest.raises(WrongReplyError, match="got status 429"):
         run_closed(answer, traffic(1), 1)
+
+
+@pytest.mark.parametrize(("is_sticky", "expected"), [(True, [0, 3, 6, 9]), (False, [0, 0, 3, 3])])
+def test_sticky_connection_keeps_its_stream(is_sticky: bool, expected: list[int]) -> None:
+    positions: list[int] = []
+
+    def answer(body: bytes) -> bytes:
+        positions.append(orjson.loads(body)["position"])
+        return accept_chunk(body)
+
+    while len(positions) < len(expected):
+        positions.clear()
+        run_closed(answer, replace(traffic(2), is_sticky=is_sticky), 0.1)
+    assert positions[: len(expected)] == expected
+
+
+def test_streams_are_spread_over_models() -> None:
+    spec = replace(traffic(2), path="/bench-{1}/{0}", models=2)
+    sent = Traffic(spec)
+    paths = {sent.request()[0].split()[1] for _ in range(2)}
+    assert paths == {b"/bench-0/a-0000000", b"/bench-1/a-0000001"}
 
 
 def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:

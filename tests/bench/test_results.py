@@ -8,7 +8,8 @@ import numpy as np
 import orjson
 import pytest
 
-from tests.bench.results import Results, Sample, check_targets, show
+from tests.bench.pictures import main, read_curves
+from tests.bench.results import Results, Sample, check_targets, show, write_lines
 from tests.bench.traffic import WrongReplyError
 from tests.bench.workloads import Bodies, check_answers, make_traffic, standard_model
 from tests.support.oracle import oracle_step
@@ -48,6 +49,30 @@ def test_targets_are_checked_and_shown() -> None:
     shown = show(results)
     for part in ("abc123", f"32/{CARRY}", "0.9 (0.8 to 1.25)", "not reached", "was left out"):
         assert part in shown
+
+
+def test_curves_are_drawn_from_the_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Results(ABOUT)
+    for steps, cpu_us in ((1, (50, 70, 60)), (1000, (900, 900, 900))):
+        rounds = [BASE._replace(cpu_us_per_chunk=each) for each in cpu_us]
+        results.rows[f"curve-steps/{steps}/{CARRY}"] = rounds
+        results.figure(f"curve-steps/{steps}/compute", [steps])
+    results.rows[f"curve-media/grpc/{CARRY}"] = results.rows[f"peak/32/{CARRY}"] = [BASE]
+    write_lines(results, tmp_path / "lines")
+    curves = read_curves(tmp_path / "lines")
+    assert curves["steps"][CARRY]["1"].spread == (60, 50, 70)
+    assert curves["steps"]["compute"]["1000"].spread == (1000, 1000, 1000)
+    main([str(tmp_path / "lines"), str(tmp_path / "pictures")])
+    drawn = {path.name: path.read_text() for path in (tmp_path / "pictures").iterdir()}
+    assert drawn.keys() == {"steps.svg", "media.svg"}
+    assert "network alone" in drawn["steps.svg"]
+    assert "1,000" in drawn["steps.svg"]
+    assert "grpc" in drawn["media.svg"]
+    rows = [line.replace(" ", "") for line in capsys.readouterr().out.splitlines()]
+    assert "|1|1,000|60|1.0|" in rows
+    assert "|grpc|1,000|50|" in rows
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
 """Each section of the benchmark runs, for a moment, with everything it starts."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.bench import run, sections, workloads
+from tests.bench import curves, peer, run, sections, workloads
 from tests.bench.__main__ import main
 from tests.bench.results import MISSED, Results, check_targets
 from tests.bench.run import UNANSWERED, Bench, Options
@@ -29,7 +31,11 @@ FIGURES = {
     "compute": {"onnxruntime 8 x 16, us CPU/chunk"},
     "detection": {"32 x 16, a season, us/stream more"},
     "latency": {f"{CARRY} p99 beside long chunks over without"},
-    "streams": {"2000 over 1000"},
+    "curve-steps": {"1/compute", "16/compute"},
+    "curve-units": {"8/compute"},
+    "curve-layers": {"1/compute"},
+    "curve-streams": {"10000 over 1000, cold", "bytes over bound"},
+    "curve-workers": {"CPU of a chunk, 2 workers over 1, own", "16 cores, estimated chunks/s, own"},
     "cold": {f"{CARRY} s"},
     "workers": {f"{CARRY} lost", f"{CARRY} 2 over 1, 2 connections, at most"},
     "events": {f"{CARRY} events over inputs"},
@@ -44,6 +50,7 @@ FIGURES = {
 """Figures of the sections that have any."""
 
 KINDS = ("lstm", "bidirectional-blocks", "bidirectional-predict", "forecast")
+SMALL = {"layers": [{"kind": "lstm", "units": 8}]}
 BRIEF = {
     run: {"WARM_S": 0.05, "REST_S": 0.02, "RESTS_WITHIN_S": 0.0},
     sections: {
@@ -56,9 +63,19 @@ BRIEF = {
         "OVERLOAD_QUEUE_WAIT_S": 0.1,
         "BESIDE_CONNECTIONS": (2,),
         "WORKER_CONNECTIONS": (2,),
-        "WIDTHS": (8,),
         "LENGTHS": (1, 16),
         "LONG_STEPS": 500,
+    },
+    curves: {
+        "CURVES": {
+            **curves.CURVES,
+            "units": partial(curves.measure_networks, networks={8: SMALL}),
+            "layers": partial(curves.measure_networks, networks={1: SMALL}),
+        },
+        "LENGTHS": (1, 16),
+        "MODELS": (1, 2),
+        "CONNECTION_COUNTS": (1, 40),
+        "WORKERS": (1, 2),
     },
     workloads: {
         "COMPUTE_S": 0.01,
@@ -90,12 +107,12 @@ def bench(
         finally:
             helpers.append(helper)
 
-    for module in (run, sections):
+    for module in (run, sections, curves):
         monkeypatch.setattr(module, "helper_process", shared_helper)
     for module, values in BRIEF.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
-    options = Options(rounds=2, streams=64, many_streams=2000, beside=REPOSITORY)
+    options = Options(rounds=2, streams=64, many_streams=10_000, beside=REPOSITORY)
     options.instructions = False
     options.runtimes = ("onnxruntime",)
     # without cores to choose, only the end of a run that is killed needs a `preexec_fn`
@@ -132,6 +149,60 @@ def test_section_runs(section: str, bench: Bench) -> None:
         # chunk costs is bounded by tests/service/transports/v1/test_chunk_path.py
         assert results.figures[f"overload/{CARRY} rejected share"].high > 0
         assert not [note for note in results.notes if UNANSWERED in note]
+
+
+def test_store_syncs_its_file_every_second_as_in_a_service(bench: Bench) -> None:
+    with bench.scope:
+        reply = bench.start_store().ask("CONFIG", "GET", "appendfsync")
+    assert reply == [b"appendfsync", b"everysec"]
+
+
+TOOL = """#!{python}
+import json, sys
+from urllib.request import Request, urlopen
+
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if options["-i"] == "grpc":
+    sys.exit("no gRPC here")
+name, _, shape = options["--shape"].partition(":")
+assert shape == "16,16", shape
+tensor = {{"name": name, "datatype": "FP32", "shape": [1, 16, 16], "data": [0.5] * 256}}
+content = {{"inputs": [tensor], "parameters": {{"sequence_id": "tool"}}}}
+for _ in range(4):
+    url = f"http://{{options['-u']}}/v2/models/{{options['-m']}}/infer"
+    urlopen(Request(url, json.dumps(content).encode(), {{"Content-Type": "application/json"}}))
+rate = 1000 if options["-u"] == "{peer}" else 2000
+with open(options["-f"], "w") as file:
+    file.write(f"Inferences/Second,p50 latency,p99 latency\\n{{rate}},800,2000\\n")
+"""
+"""Stands for `perf_analyzer`, which is not among the dependencies: four requests, made-up rates."""
+
+
+def test_peer_is_compared_over_http_although_grpc_fails(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer, "IN_FLIGHT", (1,))
+    with bench.scope:
+        address = f"127.0.0.1:{bench.start_server(CARRY).port}"
+        tool = tmp_path / peer.TOOL
+        tool.write_text(TOOL.format(python=sys.executable, peer=address))
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        bench.options.v2_peer, bench.options.v2_peer_grpc = address, address
+        sections.run_section(bench, "peer")
+    results = bench.results
+    assert results.figures[f"peer/http 1: {CARRY} over peer"] == (2, 2, 2)
+    assert results.rows[f"peer/http 1/{CARRY}"][0].p50_ms == 0.8
+    assert all(row[0].cpu_us_per_chunk > 0 for row in results.rows.values())
+    failures = [note for note in results.notes if "no gRPC here" in note]
+    assert [note.partition(" FAILED")[0] for note in failures] == [
+        *(f"peer/grpc 1/{CARRY}", "peer/grpc 1/peer")
+    ]
+
+
+def test_peer_is_skipped_where_none_is_named(bench: Bench) -> None:
+    sections.run_section(bench, "peer")
+    assert "no server is named by --v2-peer" in bench.results.notes[0]
 
 
 @pytest.mark.parametrize("package", ["carry", "service"])

@@ -26,8 +26,9 @@ from tests.support.v2_messages import infer_request, message_class, read_outputs
 SAMPLED_CHUNKS = 24
 """Chunks of the sampled stream whose replies are kept; the oracle that checks them is slow."""
 
-Media = Literal["json", "msgpack", "v2", "grpc"]
-"""`v2` and `grpc` are the V2 protocol with binary tensors, over HTTP and in streams of gRPC."""
+Media = Literal["json", "msgpack", "v2", "grpc", "websocket"]
+"""`v2` and `grpc` are the V2 protocol with binary tensors, over HTTP and in streams of gRPC;
+`websocket` is MessagePack in frames of sockets for many streams."""
 Ticket = tuple[tuple[int, int], ...]
 """The streams of a request, each with the position that its reply must give."""
 
@@ -52,6 +53,7 @@ _ENCODE: dict[Media, Callable[[Any], bytes]] = {"json": orjson.dumps, "msgpack":
 _DECODE: dict[Media, Callable[[bytes], Reply]] = {
     "json": msgspec.json.Decoder(Reply).decode,
     "msgpack": msgspec.msgpack.Decoder(Reply).decode,
+    "websocket": msgspec.msgpack.Decoder(Reply).decode,
 }
 
 
@@ -73,6 +75,12 @@ def write_v2_request(path: str, stream: str, position: int, rows: bytes, steps: 
     head += f"Inference-Header-Content-Length: {len(header)}\r\n"
     head += f"Content-Length: {len(header) + len(rows)}\r\n\r\n"
     return b"%b%b%b" % (head.encode(), header, rows)
+
+
+def write_frame(content: Any) -> bytes:
+    """A frame of a WebSocket, with MessagePack; its mask is zero, which leaves it as it is."""
+    payload = ormsgpack.packb(content)
+    return b"\x82\xff%b%b%b" % (len(payload).to_bytes(8), bytes(4), payload)
 
 
 def write_message(model: str, stream: str, position: int, rows: bytes, steps: int) -> bytes:
@@ -120,14 +128,14 @@ def read_positions(body: bytes, media: Media) -> list[int | None]:
         raise WrongReplyError(f"{error}: {body[:300]!r}") from error
     if reply.results:
         return [result.reply and result.reply.position for result in reply.results]
-    return [reply.position]
+    return [(reply.reply or reply).position]
 
 
 @dataclass(frozen=True)
 class TrafficSpec:
     """Everything a generator needs to know; sent to its process."""
 
-    path: str  # `{}` stands for the stream's name in a request for one stream; gRPC: the model
+    path: str  # `{0}`, `{1}`: name of the stream, number of its model; gRPC: name of the model
     media: Media
     member: Literal["inputs", "events", "sequences", "horizon"]  # of a body
     values: tuple[bytes, ...]  # the member's in each body: JSON, or the bytes of a tensor
@@ -136,6 +144,8 @@ class TrafficSpec:
     streams: int  # how many there are
     position: int = 0  # of every stream at the start
     items: int = 0  # chunks per request; 0 for the route of one stream
+    models: int = 1  # that the streams are spread over
+    is_sticky: bool = False  # whether each connection sends the chunks of one stream
     moves: bool = True  # whether a request advances its stream; a forecast does not
     positions: bool = True  # whether replies give the position (the floor's, predictions do not)
     may_reject: bool = False  # whether the server may answer 429; otherwise that ends the run
@@ -193,7 +203,9 @@ class Traffic:
         if spec.media == "grpc":
             name = content["stream"]
             return write_message(spec.path, name, position, value, spec.steps[body]), tuple(ticket)
-        path = spec.path.format(content.pop("stream"))
+        if spec.media == "websocket":
+            return write_frame(content), tuple(ticket)
+        path = spec.path.format(content.pop("stream"), stream % spec.models)
         if spec.member == "sequences":
             content = {"sequences": [value]}
         return write_request(path, spec.media, content), tuple(ticket)
@@ -215,7 +227,8 @@ class Traffic:
             self.events += spec.steps[spec.body(stream, chunk)]
             self._position[stream] = after
             self._chunks[stream] = chunk + 1
-            self._free.append(stream)
+            # in a closed loop, the connection that was just answered takes the first one
+            (self._free.appendleft if spec.is_sticky else self._free.append)(stream)
 
     def reject(self, ticket: Ticket) -> None:
         """Let the streams of a rejected request continue at their positions, with other bodies: if

@@ -167,10 +167,13 @@ def _open(name: str, path: Path) -> tuple[Artifact, Runtime]:
 
 
 def measure_step(name: str, path: Path, batch: int, steps: int = STEPS) -> Rate | None:
-    """A runtime's own step on random rows and states; None where it takes no such batch."""
+    """A runtime's own step on random rows and states; None where it takes no such batch. Chunks
+    that are longer than a call are as many calls, of which one is measured."""
     artifact, runtime = _open(name, path)
-    if batch > runtime.max_batch or steps > runtime.max_steps:
+    if batch > runtime.max_batch:
         return None
+    calls_per_chunk = max(1.0, steps / runtime.max_steps)
+    steps = min(steps, runtime.max_steps)
     random, (padded, length) = np.random.default_rng(1), runtime.padded_shape(batch, steps)
     rows = random.normal(size=(padded, length, artifact.spec.input_features)).astype(np.float32)
     states = random.uniform(-1, 1, (padded, artifact.state.float_size)).astype(np.float32)
@@ -181,7 +184,8 @@ def measure_step(name: str, path: Path, batch: int, steps: int = STEPS) -> Rate 
         runtime.step(*arguments)
         calls += 1
     cpu_s = time.process_time() - cpu_before_s
-    return Rate(calls * batch / passed_s, cpu_s / (calls * batch) * 1e6)
+    chunks = calls * batch / calls_per_chunk
+    return Rate(chunks / passed_s, cpu_s / chunks * 1e6)
 
 
 @dataclass(frozen=True)
@@ -239,21 +243,25 @@ def make_traffic(
     """What a model is sent: chunks, sequences to predict, or forecasts of streams with one chunk;
     further arguments as in `TrafficSpec`."""
     values, steps = bodies.values(media), tuple(map(len, bodies.rows))
-    route, member = "streams/{}/chunks", "inputs" if bodies.events is None else "events"
+    route, member = "streams/{0}/chunks", "inputs" if bodies.events is None else "events"
     if items:
         route = "chunks"
     elif artifact.spec.decoder is not None:
-        route, member = "streams/{}/forecast", "horizon"
+        route, member = "streams/{0}/forecast", "horizon"
         values, steps = (b"%d" % HORIZON,), (HORIZON,)
         rest |= {"position": STEPS, "moves": False}
     elif artifact.spec.chunking == "whole":
         route, member, values = "predict", "sequences", tuple(b'{"inputs":%b}' % v for v in values)
         rest |= {"positions": False}
-    path = f"/v1/models/{artifact.spec.name}/{route}"
+    # of several models `NAME-0`, `NAME-1` and so on
+    model = artifact.spec.name if "models" not in rest else f"{artifact.spec.name[:-2]}-{{1}}"
+    path = f"/v1/models/{model}/{route}"
     if media == "v2":
         path = f"/v2/models/{artifact.spec.name}/infer"
     elif media == "grpc":
         path = artifact.spec.name
+    elif media == "websocket":
+        path = f"/v1/models/{artifact.spec.name}/live"
     return TrafficSpec(path, media, member, values, steps, prefix, streams, items=items, **rest)
 
 
@@ -262,6 +270,7 @@ _READ: Mapping[Media, Callable[[bytes], Any]] = {
     "msgpack": ormsgpack.unpackb,
     "v2": read_v2_reply,
     "grpc": read_grpc_reply,
+    "websocket": lambda body: ormsgpack.unpackb(body)["reply"],
 }
 
 
