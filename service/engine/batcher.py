@@ -174,14 +174,16 @@ class Batcher(Generic[P, R]):
         left_s, keys = deadline_s - now_s, [spec.key for spec in specs]
         all_admitted = self._drained is not None or self.admission.admits_all(keys, left_s)
         job_type = self._runner.job_type
-        for index, (payload, key, steps) in enumerate(specs):
+        for index, spec in enumerate(specs):
             if not all_admitted:
-                rejection = self.admission.check_admission(key, left_s, index, len(jobs))
+                rejection = self.admission.check_admission(spec.key, left_s, index, len(jobs))
                 if rejection is not None:
                     resolve(index, rejection.error())
                     continue
             on_result = partial(resolve, index)
-            jobs.append(job_type(payload, key, steps, now_s, deadline_s, on_result, request))
+            jobs.append(
+                job_type(spec.payload, spec.key, spec.steps, now_s, deadline_s, on_result, request)
+            )
         self._push(jobs, deadline_s, now_s)
         try:
             await is_done

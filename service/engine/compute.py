@@ -244,7 +244,10 @@ def _call(
     outputs, stepped = runtime.step(batch, padded_lengths, states)
     # for a few hundred numbers cheaper than a dot product, or `all`, which NumPy wraps in Python
     is_finite = b"\0" not in np.isfinite(outputs).tobytes() + np.isfinite(stepped).tobytes()
-    parts = [outputs[index, :length] for index, length in enumerate(lengths)]
+    if min(lengths) == outputs.shape[1]:
+        parts = list(outputs[: len(rows)])
+    else:
+        parts = [outputs[index, :length] for index, length in enumerate(lengths)]
     result = InferenceResult(parts, stepped[: len(rows)], is_finite)
     return result, time.monotonic() - began_s, clock() - clock_began_s
 

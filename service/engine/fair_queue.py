@@ -84,7 +84,7 @@ class DrainRate(msgspec.Struct, eq=False):
         self.since_s, self.before = now_s, self.done
 
 
-class JobSpec(NamedTuple, Generic[P]):
+class JobSpec(msgspec.Struct, Generic[P]):
     """Specification of a job, which a caller submits.
 
     Attributes:

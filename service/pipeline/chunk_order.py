@@ -21,6 +21,13 @@ async def apply_in_order(
     items: Sequence[Chunk | CarryError], submit: Submit
 ) -> list[Reply | CarryError]:
     """Apply items, as `Pipeline.process_many` does; returns their outcomes."""
+    chunks = [item for item in items if isinstance(item, Chunk)]
+    if len({chunk.key.stream for chunk in chunks}) == len(items):
+        # no item waits for another one
+        return [
+            _locate(result, index) if isinstance(result, CarryError) else result
+            for index, result in enumerate(await submit(chunks))
+        ]
     results: dict[int, Reply | CarryError] = {}
     blocking: dict[str | None, CarryError] = {}
     waiting = list(enumerate(items))
@@ -51,13 +58,17 @@ async def apply_in_order(
         applied = await submit(chunks) if chunks else []
         for (index, item), result in zip(runnable.values(), applied, strict=True):
             if isinstance(result, CarryError):
-                if isinstance(result, InvalidInput):
-                    result = result.within(f"chunks[{index}]")
+                result = _locate(result, index)
                 if not item.dry_run:
                     blocking[item.key.stream] = result
             results[index] = result
         waiting = behind
     return [results[index] for index in range(len(items))]
+
+
+def _locate(error: CarryError, index: int) -> CarryError:
+    """The error of an item; one about its values gets the item's place in the request."""
+    return error.within(f"chunks[{index}]") if isinstance(error, InvalidInput) else error
 
 
 def _blocked_by(chunk: Chunk, failed: CarryError) -> PreviousFailed | None:

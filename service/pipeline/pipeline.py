@@ -321,7 +321,9 @@ class Pipeline:
         if not chunks:
             return [item for item in items if isinstance(item, CarryError)]
         model = chunks[0].key.model
-        covered = [chunk for chunk in chunks if chunk.key.stream.startswith(caller.prefix)]
+        covered = chunks
+        if caller.prefix:
+            covered = [chunk for chunk in chunks if chunk.key.stream.startswith(caller.prefix)]
         if len(covered) < len(chunks):
             items = [
                 caller.forbidden(PREDICT, model, item.key.stream)
@@ -329,7 +331,7 @@ class Pipeline:
                 else item
                 for item in items
             ]
-        with caller.admit(PREDICT, model, None, sum(chunk.steps.length for chunk in covered)):
+        with caller.admit(PREDICT, model, None, sum([chunk.steps.length for chunk in covered])):
             submit = partial(self._submit, caller, model, deadline_s)
             return await apply_in_order(items, submit)
 

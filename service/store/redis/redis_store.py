@@ -95,7 +95,6 @@ DELETE_ATTEMPTS: Final = 6
 T = TypeVar("T")
 
 _CALL: Final = b"*%d\r\n%b$%d\r\n%b\r\n"
-_STREAM: Final = b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
 
 log = structlog.get_logger(__name__)
 
@@ -156,6 +155,7 @@ class RedisStore(Store):
         )
         self._max_reply_bytes = settings.reply_max_bytes
         self._packed_names = Memo(self._pack_names, CACHED_NAMES)
+        self._packed_lengths = Memo(_pack_lengths, CACHED_NAMES)
         self._confirm_script = Script.load("confirm")
         self._delete_script = Script.load("delete")
         self.outputs = RedisOutputChannel(self._router)
@@ -266,6 +266,7 @@ class RedisStore(Store):
         )  # fmt: skip
         packed_names, numkeys = self._packed_names, b"%d" % (2 * len(keys))
         script, max_bytes = self._commit_script, self._max_reply_bytes
+        lengths = self._packed_lengths
         packed = [
             _CALL % (5 + 5 * len(keys), script.by_hash, len(numkeys), numkeys),
             *[packed_names[key][1] for key in keys],
@@ -273,7 +274,9 @@ class RedisStore(Store):
         ]
         for head, state, reply in zip(expected, states, replies, strict=True):
             head, reply = head[COMPARED], reply if len(reply) <= max_bytes else b""
-            packed.append(_STREAM % (len(head), head, len(state), state, len(reply), reply))
+            # joined once: formatting them would copy states and replies twice
+            of_head, of_state, of_reply = lengths[len(head), len(state), len(reply)]
+            packed += (of_head, head, of_state, state, of_reply, reply, b"\r\n")
         future = asyncio.get_running_loop().create_future()
         return PendingCommand(b"".join(packed), future, script, keys, slot)
 
@@ -453,6 +456,12 @@ class RedisStore(Store):
         if isinstance(outcome, ServerReply) and not outcome.is_durable and values[0] is not None:
             raise not_durable_error(self._settings, key)
         return values
+
+
+def _pack_lengths(lengths: tuple[int, int, int]) -> tuple[bytes, bytes, bytes]:
+    """What precedes the head, the state and the reply of a stream in the call of the script."""
+    of_head, of_state, of_reply = [b"$%d\r\n" % length for length in lengths]
+    return of_head, b"\r\n" + of_state, b"\r\n" + of_reply
 
 
 def _check_executed(outcomes: Sequence[Outcome]) -> None:

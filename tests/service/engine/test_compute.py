@@ -100,6 +100,20 @@ def compute() -> Any:
     compute.close()
 
 
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 1, 3], [2, 3, 2]])
+async def test_padding_is_cut_from_the_results(
+    compute: Compute, monkeypatch: pytest.MonkeyPatch, lengths: list[int]
+) -> None:
+    runtime = Summing()
+    monkeypatch.setattr(runtime, "padded_shape", lambda rows, steps: (8, 4))
+    rows = [np.full((length, 1), at + 1, np.float32) for at, length in enumerate(lengths)]
+    states = np.zeros((len(rows), 1), np.float32)
+    result = await compute.infer(runtime, rows, states, lambda *_: None)  # type: ignore[arg-type]
+    sums = [np.cumsum(row, axis=0).tolist() for row in rows]
+    assert [each.tolist() for each in result.outputs] == sums
+    assert result.states.tolist() == [each[-1] for each in sums]
+
+
 async def test_lone_long_chunk_never_pauses(compute: Compute, sleeps: list[float]) -> None:
     rows, states = inputs(4 * SLICES)
     result = await compute.infer(Summing(), rows, states, lambda *_: None)  # type: ignore[arg-type]

@@ -133,15 +133,17 @@ async def test_events_of_many_streams_get_their_own_outputs(api: Harness) -> Non
         {"stream": "a", "events": [EVENT]},
         {"stream": "b", "events": [{**EVENT, "load": 1e39}]},
     ]
-    results = await send(api, [*chunks, {"stream": "a", "events": [LATER]}], model="small")
-    assert codes(results) == [1, "invalid_input", 2]
-    error = results[1]["error"]
-    assert (error["at"], error["stream"]) == ("chunks[1].events[0].load", "b")
-    assert error["detail"].startswith("chunks[1].events[0].load: expected ")
+    later = {"stream": "a", "events": [LATER]}
+    for items, positions in ((chunks, [1]), ([*chunks, later], [2, 3])):
+        results = await send(api, items, model="small")
+        assert codes(results) == [positions[0], "invalid_input", *positions[1:]]
+        error = results[1]["error"]
+        assert (error["at"], error["stream"]) == ("chunks[1].events[0].load", "b")
+        assert error["detail"].startswith("chunks[1].events[0].load: expected ")
     broken = [{"stream": "c", "events": [{"load": 1}]}, *chunks]
     results = await send(api, broken, model="small")
     assert results[0]["error"]["errors"][0]["at"] == "chunks[0].events[0].at"
-    assert codes(results[1:]) == [3, "invalid_input"]
+    assert codes(results[1:]) == [4, "invalid_input"]
 
 
 async def test_a_whole_request_can_be_retried(api: Harness) -> None:
