@@ -53,6 +53,7 @@ WORKER_CONNECTIONS = (8, 32, 128)
 
 RACERS, RACES = 16, 20
 LENGTHS = (1, 16, 128)
+THREADS_UNITS, THREADS_BATCHES = (workloads.UNITS, 256, 1024), (1, 32)
 MOST_ITEMS = 1000  # of one request, by Carry's default
 OVERLOAD_QUEUE_WAIT_S, OVERLOAD_TIMES, OVERLOAD_PARTS = 0.5, 2.0, 6
 OVERLOAD_STREAMS, OVERLOAD_STEPS, OVERLOAD_UNITS = 4096, 64, 256
@@ -182,6 +183,23 @@ def measure_compute(bench: Bench, kind: str) -> None:
         if None not in rates:
             name = f"compute/{runtime} {batch} x {steps}, us CPU/chunk"
             bench.results.figure(name, [rate.cpu_us_per_chunk for rate in rates])
+
+
+def measure_threads(bench: Bench, kind: str) -> None:
+    """The runtime's own step on two threads over that on one, by units and batch, in turns."""
+    runtime, cores = kind.removeprefix("carry-"), bench.cores.everything
+    processes = {threads: bench.start(helper_process(cores)) for threads in (1, 2)}
+    for units in THREADS_UNITS:
+        path = workloads.standard_model(bench.folder / f"threads-{units}-{kind}", units).path
+        for batch in THREADS_BATCHES:
+            pairs = []
+            for _ in range(bench.options.rounds):
+                arguments = workloads.measure_step, runtime, path, batch, STEPS
+                pairs.append([of.submit(*arguments, n).result() for n, of in processes.items()])
+            name = f"threads/{runtime} {units} units, {batch} x {STEPS}: "
+            for shown, of in (("chunks/s", "chunks_per_s"), ("CPU", "cpu_us_per_chunk")):
+                ratios = [getattr(two, of) / getattr(one, of) for one, two in pairs]
+                bench.results.figure(f"{name}{shown} of two over one", ratios)
 
 
 def measure_detection(bench: Bench, kind: str) -> None:
@@ -380,6 +398,7 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     "single": partial(measure_servers, section="single", steps=1),
     "many": measure_many,
     "compute": measure_compute,
+    "threads": measure_threads,
     "detection": measure_detection,
     "latency": measure_latency,
     "cold": measure_cold_start,

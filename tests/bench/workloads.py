@@ -158,18 +158,20 @@ class Rate(NamedTuple):
 
 
 @cache
-def _open(name: str, path: Path) -> tuple[Artifact, Runtime]:
-    """An artifact, and a runtime of it on one thread, with everything compiled."""
+def _open(name: str, path: Path, threads: int) -> tuple[Artifact, Runtime]:
+    """An artifact, and a runtime of it, with everything compiled."""
     artifact = load_artifact(path)
-    runtime = open_runtime(name, artifact, 1)
+    runtime = open_runtime(name, artifact, threads)
     runtime.warm()
     return artifact, runtime
 
 
-def measure_step(name: str, path: Path, batch: int, steps: int = STEPS) -> Rate | None:
+def measure_step(
+    name: str, path: Path, batch: int, steps: int = STEPS, threads: int = 1
+) -> Rate | None:
     """A runtime's own step on random rows and states; None where it takes no such batch. Chunks
     that are longer than a call are as many calls, of which one is measured."""
-    artifact, runtime = _open(name, path)
+    artifact, runtime = _open(name, path, threads)
     if batch > runtime.max_batch:
         return None
     calls_per_chunk = max(1.0, steps / runtime.max_steps)
