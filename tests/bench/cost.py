@@ -33,6 +33,9 @@ TOGETHER, STEPS = (1, 8, 32, 64), (16, 1)
 ITEMS: Final = 64
 """The chunks of one request for many streams."""
 
+LONG_SEQUENCE: Final = 1_000_000
+"""Chunks of a sequence that does not end while it is counted."""
+
 LEAST_ROUNDS = 1
 ANSWERED_S = 300.0
 NETWORK_LIBRARIES = ("onnxruntime", "tensorflow")
@@ -70,6 +73,10 @@ class CountedServer:
             f"{together} x {steps}": (steps, together, {})
             for steps, together in product(STEPS, TOGETHER)
         }
+        for together in (1, 32):
+            for name, sequence in (("V2", LONG_SEQUENCE), ("V2 start", 1)):
+                options = {"media": "perf", "sequence": sequence}
+                loads[f"{together} x {STEPS[0]}, {name}"] = (STEPS[0], together, options)
         for media in ("msgpack", "json"):
             name = f"{ITEMS} x {STEPS[0]} in one request, {media}"
             loads[name] = (STEPS[0], 1, {"media": media, "items": ITEMS})

@@ -1,5 +1,6 @@
 """The load generator: what it sends, what it rejects, and how an open loop counts."""
 
+import re
 import socketserver
 import threading
 import time
@@ -148,3 +149,20 @@ def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
     assert load.unanswered == 0
     assert during > 5
     assert (load.latencies_s > STALL_S / 2).sum() >= during
+
+
+def test_perf_traffic_has_sequences_of_new_numbers_that_start_at_position_0() -> None:
+    values, steps = BODIES.values("perf"), (3, 3, 3, 3)
+    spec = TrafficSpec("/v2/models/m/infer", "perf", "inputs", values, steps, "a", 1, sequence=2)
+    traffic, sent = Traffic(spec), []
+    for position in (3, 6, 3):
+        request, ticket = traffic.request()
+        head, _, body = request.partition(b"\r\n\r\n")
+        json_bytes = int(re.search(rb"\r\nInference-Header-Content-Length: (\d+)\r\n", head)[1])
+        assert len(body) - json_bytes == len(values[0])
+        parameters = orjson.loads(body[:json_bytes])["parameters"]
+        sent.append((parameters["sequence_start"], parameters["sequence_end"]))
+        with pytest.raises(WrongReplyError, match=rf"expected positions \[{position}\]"):
+            traffic.accept(ticket, b'{"parameters":{"position":4}}')
+        traffic.accept(ticket, b'{"parameters":{"position":%d}}' % position)
+    assert sent == [(True, False), (False, True), (True, False)]

@@ -258,7 +258,7 @@ def make_traffic(
     # of several models `NAME-0`, `NAME-1` and so on
     model = artifact.spec.name if "models" not in rest else f"{artifact.spec.name[:-2]}-{{1}}"
     path = f"/v1/models/{model}/{route}"
-    if media == "v2":
+    if media in ("v2", "perf"):
         path = f"/v2/models/{artifact.spec.name}/infer"
     elif media == "grpc":
         path = artifact.spec.name
@@ -271,6 +271,7 @@ _READ: Mapping[Media, Callable[[bytes], Any]] = {
     "json": orjson.loads,
     "msgpack": ormsgpack.unpackb,
     "v2": read_v2_reply,
+    "perf": read_v2_reply,
     "grpc": read_grpc_reply,
     "websocket": lambda body: ormsgpack.unpackb(body)["reply"],
 }
