@@ -410,6 +410,7 @@ class RequestReader:
         precondition: Precondition | None,
         *,
         final: bool = False,
+        starts_over: bool = False,
         dry_run: bool = False,
     ) -> Chunk:
         """Build a chunk.
@@ -427,7 +428,8 @@ class RequestReader:
             None if epoch is None else bytes.fromhex(epoch),
             precondition,
             final,
-            dry_run=dry_run,
+            starts_over,
+            dry_run,
         )
 
 

@@ -8,6 +8,7 @@ beside it.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable
 from typing import Annotated, Any, Final
@@ -22,9 +23,11 @@ from service.transports.v1.problems import problem, problem_headers
 from service.transports.v1.replies import Answer, Header
 from service.transports.v2.inference import InferReply
 from service.transports.v2.request import (
+    InferOptions,
     InferRequest,
     Parameter,
     RequestedOutput,
+    decode_sequence_parameters,
     parse_parameters,
 )
 from service.transports.v2.tensors import InputTensor, OutputTensor, Shape
@@ -33,6 +36,9 @@ HEADER_LENGTH: Final = "inference-header-content-length"
 
 COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 """The arguments of zlib by Content-Encoding."""
+
+_ID_AT_START: Final = re.compile(rb'\{"id": ?"([ !#-\[\]-~]*)(?=")').match
+"""An id without escapes, where clients send it."""
 
 _FEW: Final = Meta(max_length=256)
 """Bounds the lists of tensors and parameters."""
@@ -139,6 +145,55 @@ def decode_request(body: bytes, json_bytes: int | None, model: str, version: str
         is_binary = parameters.binary_by_default if binary is None else binary
         outputs.append(RequestedOutput(output.name, is_binary))
     return InferRequest(model, inputs, parameters, tuple(outputs), version, decoded.id)
+
+
+class CutRequest(msgspec.Struct, frozen=True, gc=False):
+    """The JSON of a request of a sequence, cut at its id and its parameters: the rest is the same
+    in all requests of most clients, so that it need not be decoded again.
+
+    Attributes:
+        before: what precedes the parameters; without the beginning up to the id, if that is first.
+        after: what follows the parameters.
+    """
+
+    before: bytes
+    after: bytes
+    id: str
+    stream: str
+    options: InferOptions
+
+    def is_correct(self) -> bool:
+        """Whether the cuts are at the id and the parameters of a valid request.
+
+        They are if other values there become the id and the parameters: up to a cut the parser of
+        JSON has read the same, so that any value there has the same effect.
+        """
+        has_id = not self.before.startswith(b"{")
+        for number in (1, 2):
+            lead = b'{"id":"%d' % number if has_id else b""
+            text = b'%b%b{"sequence_id":%d}%b' % (lead, self.before, number, self.after)
+            try:
+                decoded = _decode_json(text)
+            except CarryError:
+                return False
+            request_id = str(number) if has_id else ""
+            if decoded.id != request_id or decoded.parameters != {"sequence_id": number}:
+                return False
+        return True
+
+
+def cut_request(text: bytes) -> CutRequest | None:
+    """Cut the JSON of a request; None if it is unusual or invalid. The cuts may be wrong."""
+    start = _ID_AT_START(text)
+    begin = 0 if start is None else start.end()
+    named = text.find(b'"sequence_id"', begin)
+    first, end = text.rfind(b"{", begin, named), text.find(b"}", named) + 1
+    if named < 0 or first < 0 or not end:
+        return None
+    if (decoded := decode_sequence_parameters(text[first:end])) is None:
+        return None
+    request_id = "" if start is None else start[1].decode()
+    return CutRequest(text[begin:first], text[end:], request_id, *decoded)
 
 
 def _decode_json(text: bytes) -> _Request:

@@ -9,6 +9,7 @@ the slow path's.
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from typing import Final
 
 import numpy as np
@@ -24,14 +25,20 @@ from service.transports.v1.fast_path import FastChunkRoute, FastRequest
 from service.transports.v1.problems import response_bytes
 from service.transports.v2.http_body import (
     HEADER_LENGTH,
+    CutRequest,
+    cut_request,
     decode_request,
     encode_reply,
     error_answer,
     output_document,
 )
 from service.transports.v2.inference import VERSION, InferCall, Inference, reply_to_chunk
-from service.transports.v2.request import Signature, output_shape
-from service.transports.v2.tensors import OutputTensor
+from service.transports.v2.request import (
+    InferOptions,
+    Signature,
+    output_shape,
+)
+from service.transports.v2.tensors import OutputTensor, binary_values
 
 ROUTE: Final = "/v2/models/{model}/infer"
 
@@ -54,40 +61,104 @@ _RESPONSE_HEAD: Final = (
 
 
 class FastInferPath(FastChunkRoute):
-    """Parses and answers requests of one application; the `details` of one are its `InferCall`."""
+    """Parses and answers requests of one application; the `details` of one are its `InferCall`.
+
+    The first request of a shape is decoded as a whole, the next ones only where they differ.
+    """
 
     def __init__(self, inference: Inference, ids: RequestIds):
         super().__init__(
             inference.api, ids, ROUTE, _REQUEST_LINE, _read_json_length, _error_response
         )
         self._inference = inference
+        self._signatures: dict[Hashable, Signature] = {}
         self._outputs_json = Memo(_constant_outputs, CACHED_SIGNATURES)
 
     def _read(self, request: FastRequest, line: re.Match[bytes], details: int, body: bytes) -> bool:
-        caller, model = request.caller, request.codec.served.name
-        version = "" if line[2] is None else line[2].decode()
         try:
-            decoded = decode_request(body, details, model, version)
-            parameters, stream = decoded.parameters, decoded.parameters.stream
-            if stream is None or parameters.dry_run:
-                return False
-            request.stream = stream
-            left_s = request.deadline_s - request.received_s
-            if parameters.timeout_us:
-                left_s = min(left_s, parameters.timeout_us / 1e6)
-            key = StreamKey(model, stream)
-            request.rejection = self._pipeline.check_admission(caller, model, key, left_s)
-            if request.rejection is not None:
-                return True
-            call = self._inference.read(caller, decoded, request.received_s + left_s)
+            cut = cut_request(body[:details])
+            if cut is None or cut.options.false_alarms_per_day is not None:
+                return self._read_whole(request, line, details, body)
+            shape = request.codec, line[2], cut.before, cut.after, cut.options.binary_by_default
+            signature = self._signatures.get(shape)
+            if signature is not None:
+                return self._read_rows(request, cut, signature, body[details:])
+            is_read = self._read_whole(request, line, details, body)
         except CarryError:
             return False
-        signature, chunk = call.signature, call.work
-        if call.deletes or not signature.has_binary or not isinstance(chunk, Chunk):
+        if request.chunk is not None and cut.is_correct():
+            self._learn(shape, request, len(body) - details)
+        return is_read
+
+    def _read_rows(
+        self, request: FastRequest, cut: CutRequest, signature: Signature, rows: bytes
+    ) -> bool:
+        """Read a request of a known shape."""
+        reader, options = request.codec.reader, cut.options
+        if len(rows) != _rows_bytes(signature) or not self._admit(request, cut.stream, options):
             return False
-        request.chunk, request.deadline_s, request.details = chunk, call.deadline_s, call
-        size = request.codec.served.outputs.size
-        return signature.steps * size <= LONG_VALUES[Media.JSON]
+        if request.rejection is None:
+            request.chunk = chunk = reader.build_chunk(
+                options.position,
+                options.epoch,
+                reader.steps.packed_rows(rows, "", reader.limits.chunk),
+                reader.key(cut.stream),
+                None,
+                starts_over=options.starts_over,
+            )
+            request.details = InferCall(signature, cut.id, chunk, request.deadline_s, False)
+        return True
+
+    def _read_whole(
+        self, request: FastRequest, line: re.Match[bytes], json_bytes: int, body: bytes
+    ) -> bool:
+        """Read a request of any shape."""
+        served, version = request.codec.served, "" if line[2] is None else line[2].decode()
+        decoded = decode_request(body, json_bytes, served.name, version)
+        parameters = decoded.parameters
+        if not self._admit(request, parameters.stream, parameters):
+            return False
+        if request.rejection is not None:
+            return True
+        call = self._inference.read(request.caller, decoded, request.deadline_s)
+        signature, chunk = call.signature, call.work
+        if not signature.has_binary or not isinstance(chunk, Chunk):
+            return False
+        if signature.steps * served.outputs.size > LONG_VALUES[Media.JSON]:
+            return False
+        request.chunk, request.details = chunk, call
+        return True
+
+    def _admit(self, request: FastRequest, stream: str | None, options: InferOptions) -> bool:
+        """Set the stream, the deadline and perhaps the rejection of a request; False leaves it to
+        the slow path."""
+        deletes = options.ends and self._inference.delete_at_end
+        if stream is None or options.dry_run or deletes:
+            return False
+        left_s = request.deadline_s - request.received_s
+        if options.timeout_us:
+            left_s = min(left_s, options.timeout_us / 1e6)
+            request.deadline_s = request.received_s + left_s
+        request.stream, model = stream, request.codec.served.name
+        request.rejection = self._pipeline.check_admission(
+            request.caller, model, StreamKey(model, stream), left_s
+        )
+        return True
+
+    def _learn(self, shape: Hashable, request: FastRequest, data_bytes: int) -> None:
+        """Cache the signature of a request's shape, if its rows are all of it."""
+        signature, chunk = request.details.signature, request.chunk
+        if (
+            chunk is not None
+            and chunk.steps.rows is not None
+            and not chunk.steps.resets
+            and data_bytes == _rows_bytes(signature)
+            and request.codec.served.blocks is None
+            and not signature.has_state
+        ):
+            if len(self._signatures) >= CACHED_SIGNATURES:
+                self._signatures.clear()
+            self._signatures[shape] = signature
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         body, json_bytes = self._encode(request.details, reply)
@@ -110,7 +181,12 @@ class FastInferPath(FastChunkRoute):
             b',"created":true' if reply.created else b"",
             outputs_json,
         )
-        return text + OutputTensor("", reply.outputs).data, len(text)
+        return text + binary_values(reply.outputs), len(text)
+
+
+def _rows_bytes(signature: Signature) -> int:
+    """The length of the rows of a chunk in the binary format."""
+    return 4 * signature.steps * signature.codec.served.input_features
 
 
 def _constant_outputs(signature: Signature) -> bytes | None:

@@ -27,7 +27,6 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import numpy as np
 import structlog
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from models.spec.layout import Output
@@ -107,7 +106,7 @@ class Inference:
     def __init__(self, api: ApiContext, *, delete_at_end: bool = False):
         self.api = api
         self._pipeline = api.pipeline
-        self._delete_at_end = delete_at_end
+        self.delete_at_end = delete_at_end
         # cached, since clients repeat their shapes
         self._signature = lru_cache(maxsize=1024)(make_signature)
 
@@ -164,7 +163,7 @@ class Inference:
             request.outputs,
             parameters.binary_by_default,
         )
-        deletes = self._delete_at_end and parameters.ends and not parameters.dry_run
+        deletes = self.delete_at_end and parameters.ends and not parameters.dry_run
         if stream is not None:
             if deletes:
                 self._pipeline.model(caller, (Verb.DELETE,), served.name, stream)
@@ -239,8 +238,16 @@ def _read_chunk(
         raise
     key, dry_run = reader.key(stream), parameters.dry_run
     position, epoch = parameters.position, parameters.epoch
-    chunk = reader.build_chunk(position, epoch, steps, key, None, final=is_final, dry_run=dry_run)
-    return replace(chunk, starts_over=True) if parameters.starts_over else chunk
+    return reader.build_chunk(
+        position,
+        epoch,
+        steps,
+        key,
+        None,
+        final=is_final,
+        starts_over=parameters.starts_over,
+        dry_run=dry_run,
+    )
 
 
 def _read_sequences(

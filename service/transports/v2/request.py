@@ -26,7 +26,7 @@ from service.codec.media import Media
 from service.codec.request_reader import RequestReader
 from service.codec.settings import Limit
 from service.core.errors import MalformedBody
-from service.core.values import Steps
+from service.core.values import Steps, is_stream_name
 from service.pipeline.served_model import ServedModel
 from service.transports.v1.context import ModelCodec
 from service.transports.v2.tensors import (
@@ -57,11 +57,10 @@ STATE: Final = "state."
 """Before the name of a part of the state: the output of its values after the chunk."""
 
 
-class InferParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """The parameters of one request: Triton's sequence extension, and Carry's own.
+class InferOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The parameters of one request besides its stream: Triton's sequence extension, and Carry's.
 
     Attributes:
-        stream: name of the stream; None for a stateless prediction.
         starts_over: whether the stream starts over with this request.
         ends: whether no request of this sequence follows.
         position: index of the first event in the stream; None to append.
@@ -74,7 +73,6 @@ class InferParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, g
             format.
     """
 
-    stream: str | None = msgspec.field(default=None, name="sequence_id")
     starts_over: bool = msgspec.field(default=False, name="sequence_start")
     ends: bool = msgspec.field(default=False, name="sequence_end")
     position: NonNegativeInt | None = None
@@ -85,6 +83,19 @@ class InferParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, g
     binary_by_default: bool = msgspec.field(default=False, name="binary_data_output")
 
 
+class InferParameters(InferOptions, frozen=True):
+    """The parameters of one request; its stream is None for a stateless prediction."""
+
+    stream: str | None = msgspec.field(default=None, name="sequence_id")
+
+
+class _SequenceParameters(InferOptions, frozen=True, kw_only=True):
+    """The parameters of a request of a sequence, as they are sent."""
+
+    sequence_id: int | str
+
+
+_SEQUENCE_DECODER: Final = msgspec.json.Decoder(_SequenceParameters)
 _NO_PARAMETERS: Final = InferParameters()
 
 
@@ -173,6 +184,26 @@ def parse_parameters(parameters: Mapping[str, Parameter]) -> InferParameters:
     if parsed.starts_over and parsed.position:
         raise invalid("parameters.position", "0, since the sequence starts", parsed.position)
     return parsed
+
+
+def decode_sequence_parameters(text: bytes) -> tuple[str, InferOptions] | None:
+    """The stream and the options in an object of parameters in JSON; None if it is unusual or
+    invalid, and `parse_parameters` tells."""
+    if b"null" in text:
+        return None  # no parameter is null, but None is the default of some
+    try:
+        options = _SEQUENCE_DECODER.decode(text)
+    except (msgspec.MsgspecError, ValueError):
+        return None
+    sequence_id = options.sequence_id
+    if isinstance(sequence_id, int):
+        stream = str(sequence_id)
+        is_valid = 0 < sequence_id <= MAX_SEQUENCE_ID
+    else:
+        stream = sequence_id
+        is_valid = is_stream_name(stream) is not None
+    is_valid = is_valid and not (options.starts_over and options.position)
+    return (stream, options) if is_valid else None
 
 
 def parse_sequence_id(value: Parameter) -> str | None:

@@ -77,7 +77,14 @@ class OutputTensor(NamedTuple):
     @property
     def data(self) -> bytes:
         """The binary format."""
-        return self.values.astype(self.values.dtype.newbyteorder("<"), copy=False).tobytes()
+        return binary_values(self.values)
+
+
+def binary_values(values: NDArray[Any]) -> bytes:
+    """Numbers of any shape, in C order, in the binary format."""
+    if values.dtype is not _F4:
+        values = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return values.tobytes()
 
 
 def float_values(tensor: InputTensor, at: str) -> NDArray[np.float64] | bytes:

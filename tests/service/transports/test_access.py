@@ -289,6 +289,7 @@ async def test_chunks_of_both_protocols_are_limited_to_the_scope_until_the_key_i
     both = await api.key(verbs=(Verb.PREDICT, Verb.READ_STATE))
     for _ in range(2):
         assert await send_tensor(api, both, "s", outputs=STATE) == 200
+    assert await send_tensor(api, key, "acme:2", outputs=STATE) == 403
     await revoke(api.store.keys, key)
     await api.refresh_keys()
     assert await send_chunk(api, key, "acme:1", 6) == 401

@@ -16,6 +16,8 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.transports.v1.fast_path import FastRequest
+from service.transports.v2 import http_fast_path
+from service.transports.v2.http_body import decode_request
 from service.transports.v2.http_fast_path import FastInferPath
 from tests.service.engine.batching import patch_admission
 from tests.service.transports.v1.harness import Harness, harness
@@ -34,6 +36,8 @@ from tests.support.servers import RealServer
 
 ROWS = np.arange(12, dtype=np.float32).reshape(1, 4, 3) / 7
 FIRST = "POST /v2/models/probe/infer HTTP/1.1"
+RESETS = b'{"name":"reset","datatype":"BOOL","shape":[1,4],"data":[false,true,false,false]}'
+NO_RESETS = RESETS.replace(b"true", b"false")
 SEQUENCE = {"sequence_id": 1000, "binary_data_output": True}
 ID = b"1000"
 
@@ -44,15 +48,17 @@ def infer(
     rows: np.ndarray = ROWS,
     change: Callable[[bytes], bytes] = lambda text: text,
     outputs: Any = (),
+    data_bytes: int | None = None,
     **parameters: Any,
 ) -> bytes:
-    """A request with a binary tensor of four rows; `change` edits its JSON."""
+    """A request with a binary tensor of four rows; `change` edits its JSON, and only the first
+    `data_bytes` of the tensor are sent."""
     members = {"outputs": outputs} if outputs else {}
     body, headers = binary_body(rows, SEQUENCE | parameters, **members)
     end = int(headers["inference-header-content-length"])
     text = change(body[:end])
     length = f"Inference-Header-Content-Length: {len(text)}"
-    return request(text + body[end:], length, *lines, first=first)
+    return request(text + body[end:][:data_bytes], length, *lines, first=first)
 
 
 FAST: dict[str, bytes] = {
@@ -70,11 +76,14 @@ FAST: dict[str, bytes] = {
     ),
     "one of the outputs": infer(outputs=[{"name": "steep"}]),
     "without the leading axis": infer(rows=ROWS[0]),
+    "resets": infer(change=lambda text: text.replace(b"}}]", b"}}," + RESETS + b"]", 1)),
+    "no resets": infer(change=lambda text: text.replace(b"}}]", b"}}," + NO_RESETS + b"]", 1)),
     "long JSON": infer(change=lambda text: text + b" " * 4096),
     "duplicate member": infer(change=lambda text: text.replace(b"{", b'{"id":"a","id":"b",', 1)),
 }
 SLOW: dict[str, bytes] = {
     "stateless": infer(sequence_id=0),
+    "dry run": infer(dry_run=True),
     "JSON outputs": infer(binary_data_output=False),
     "JSON input": request(orjson.dumps(json_body(ROWS, parameters=SEQUENCE)), first=FIRST),
     "no model": infer(first="POST /v2/models/none/infer HTTP/1.1"),
@@ -86,6 +95,8 @@ SLOW: dict[str, bytes] = {
     "not JSON": infer(change=lambda text: text[:-1] + b"]"),
     "wrong width": infer(rows=ROWS.reshape(1, 6, 2)),
     "not finite": infer(rows=np.full((1, 1, 3), np.nan, np.float32)),
+    "too few bytes": infer(data_bytes=36),
+    "rate of alarms": infer(false_alarms_per_day=0.5),
     "no timeout": infer("Carry-Timeout: 0"),
     "bad length": infer().replace(b"Inference-Header-Content-Length: ", b"\\0x"),
     "compressed": infer("Content-Encoding: gzip"),
@@ -137,6 +148,55 @@ async def test_both_paths_send_the_same_responses(ports: Ports) -> None:
         assert len(ports.parsed) == (name in FAST), name
     errors = ports.api.counts.seen
     assert errors["position_ahead"] == errors["epoch_mismatch"] == 2
+
+
+INVALID_REPETITIONS = {
+    "not finite": infer(rows=ROWS[:, :1]),
+    "other version": infer(),
+    "unknown parameter": infer(),
+    "stateless": infer(),
+    "dry run": infer(),
+    "too few bytes": infer(),
+    "rate of alarms": infer(),
+}
+"""Requests of SLOW, each with a valid one before it."""
+
+
+async def test_repeated_requests_are_cut_and_get_the_responses_of_the_slow_path(
+    ports: Ports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request follows another one of its shape, of another stream."""
+    decoded: list[bytes] = []
+
+    def watched(body: bytes, *arguments: Any) -> Any:
+        decoded.append(body)
+        return decode_request(body, *arguments)
+
+    monkeypatch.setattr(http_fast_path, "decode_request", watched)
+    whole = set()
+    for number, (name, first) in enumerate((FAST | INVALID_REPETITIONS).items()):
+        sent = FAST.get(name) or SLOW[name]
+        await converse(ports.fast, first.replace(ID, b"%d" % (4000 + number)))
+        decoded.clear()
+        replies = []
+        for port, thousands in ((ports.fast, 5000), (ports.slow, 6000)):
+            identity = b"%d" % (thousands + number)
+            [reply] = await converse(port, sent.replace(ID, identity))
+            replies.append(steady(reply.replace(identity, ID)))
+        assert replies[0] == replies[1], name
+        if decoded:
+            whole.add(name)
+    cut = {"not finite", "too few bytes", "dry run"}
+    assert whole == {"duplicate member", "resets", *INVALID_REPETITIONS} - cut
+
+
+async def test_repeated_start_starts_its_stream_over(ports: Ports) -> None:
+    reader, writer = await asyncio.open_connection(HOST, ports.fast)
+    for starts, position in ((False, 4), (False, 8), (True, 4), (True, 4), (False, 8)):
+        writer.write(infer(sequence_start=starts))
+        assert b'"position":%d,' % position in await answer(reader)
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_overload_responses_are_those_of_the_slow_path(

@@ -165,6 +165,7 @@ async def test_end_closes_a_stream_of_blocks_and_computes_what_is_pending(
                     "sequence_id": 4,
                     "sequence_start": first == 0,
                     "sequence_end": last == 14,
+                    "binary_data_output": True,
                 }
                 body, headers = binary_body(sent[first:last], parameters)
                 reply = reply_of(await v2.post(body, headers, model="tagger"))
