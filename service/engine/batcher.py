@@ -4,10 +4,11 @@ Jobs wait in a fair queue (`fair_queue`): FIFO within a stream, round robin betw
 Whenever fewer batches are in flight than allowed, the next one is formed from the jobs that are
 ready: small batches at low load, full ones at high load. A batch that would be smaller than the
 last one is delayed briefly (batching delay, `policy`). Each batch runs as a task of its own, so
-that consecutive batches overlap in loading, computing and committing. A stream has at most one job
-in flight until its batch releases the stream; a job that has to be retried returns to its old place
-in the queue. Jobs whose caller cancelled, or whose deadline passed, are dropped while a batch is
-formed. A failing batch fails only its own jobs. Each job is resolved exactly once.
+that consecutive batches overlap in loading, computing and committing; many jobs that are ready at
+once are split into two batches, so that one is computed while the other commits. A stream has at
+most one job in flight until its batch releases the stream; a job that has to be retried returns to
+its old place in the queue. Jobs whose caller cancelled, or whose deadline passed, are dropped while
+a batch is formed. A failing batch fails only its own jobs. Each job is resolved exactly once.
 
 Jobs that would wait too long are rejected at once (`policy`). One timer, set to the earliest
 deadline, enforces all deadlines.
@@ -46,7 +47,7 @@ from service.engine.fair_queue import (
     RunningBatch,
     Work,
 )
-from service.engine.policy import Admission, BatchingDelay
+from service.engine.policy import MIN_SPLIT_REQUESTS, Admission, BatchingDelay
 
 DEADLINE_GRACE_S: Final = 0.05
 """How long after its deadline a job in a batch fails. The store call that its batch waits for ends
@@ -70,9 +71,12 @@ class BatchRunner(ABC, Generic[P, R]):
 
     Attributes:
         job_type: the type of its jobs, with the fields that it needs besides those of `Job`.
+        may_split: whether two batches of half the size compute at about the cost of one, and one
+            of them may compute while the other waits for the store.
     """
 
     job_type: type[Job[P, R]] = Job
+    may_split: bool = False
 
     @abstractmethod
     async def __call__(self, jobs: list[Any], batch: RunningBatch) -> Sequence[Job[P, R]]:
@@ -120,6 +124,7 @@ class Batcher(Generic[P, R]):
             self._queue, max_queue=max_queue, max_wait_s=max_wait_s, on_shedding=on_shedding
         )
         self._delay = BatchingDelay()
+        self._may_split = runner.may_split and max_in_flight > 1
         self._next_batch = _Timer(self._form)
         self._next_deadline_s = math.inf
         self._deadline = _Timer(self._expire_jobs)
@@ -338,12 +343,14 @@ class Batcher(Generic[P, R]):
 
     def _start_batch(self, now_s: float) -> None:
         """Start one batch of ready jobs, if there are any."""
-        before = self._queue.long_batches
-        jobs, expired = self._queue.take(now_s)
+        queue = self._queue
+        before, most_rows = queue.long_batches, queue.ready
+        is_split = self._may_split and not self._in_flight and queue.requests >= MIN_SPLIT_REQUESTS
+        jobs, expired = queue.take(now_s, most_rows // 2 if is_split else most_rows)
         if jobs:
             self._delay.last_rows = len(jobs)
             held = {job.key for job in jobs if job.key is not None}
-            is_long = self._queue.long_batches > before
+            is_long = queue.long_batches > before
             batch = RunningBatch(
                 jobs, held, self._release_streams, self._detach, has_slot=True, is_long=is_long
             )

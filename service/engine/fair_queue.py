@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Coroutine, Hashable, Iterable, Iterator, Sequence
@@ -370,13 +371,19 @@ class FairQueue(Generic[P, R]):
             has_next = True
         return has_next
 
-    def take(self, now_s: float) -> tuple[list[Job[P, R]], list[Job[P, R]]]:
+    def take(
+        self, now_s: float, most_rows: int = sys.maxsize
+    ) -> tuple[list[Job[P, R]], list[Job[P, R]]]:
         """Take the jobs of the next batch and hold their streams.
+
+        Args:
+            most_rows: most jobs of the batch, where the limits allow more.
 
         Returns:
             The jobs, none if none may start, and the expired ones before them, which are dropped.
         """
         max_rows, max_padded, long_steps = self._limits
+        max_rows = min(max_rows, most_rows)
         is_long = self._long.ready > 0 and self._starts_with_long()
         queue = self._long if is_long else self._short
         jobs: list[Job[P, R]] = []
@@ -416,7 +423,7 @@ class FairQueue(Generic[P, R]):
         if jobs:
             self.long_batches += is_long
         elif has_moved:
-            jobs, more = self.take(now_s)
+            jobs, more = self.take(now_s, most_rows)
             expired += more
         return jobs, expired
 

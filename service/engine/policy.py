@@ -1,4 +1,4 @@
-"""Policies of a batcher: batching delay and admission control.
+"""Policies of a batcher: batching delay, splitting and admission control.
 
 Admission control accepts a job into the queue or rejects it (backpressure, load shedding). The
 queue is bounded by its length and by waiting time: at the current drain rate, a new job must start
@@ -37,6 +37,12 @@ time: a batch that blocks the event loop may swallow one."""
 NO_LINGER_ROWS: Final = 32
 """A batch of this many rows never lingers: its fixed cost is spread well enough, and with the batch
 in flight it keeps both the event loop and the store busy."""
+
+MIN_SPLIT_REQUESTS: Final = 24
+"""If so many requests are ready and no batch is in flight, the next batch takes half of the jobs
+(double buffering): it commits while the others compute, and its clients send their next requests
+meanwhile. If all waited for one batch, the core would be idle during its commit. Fewer requests pay
+the fixed cost of a second batch with more than the store's time that it hides."""
 
 MAX_RETRY_AFTER_S: Final = 60.0
 

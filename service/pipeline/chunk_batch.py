@@ -31,6 +31,7 @@ from service.core.values import NO_STREAM, Chunk, Reply, Timing
 from service.engine.batcher import BatchRunner
 from service.engine.compute import Compute
 from service.engine.fair_queue import RunningBatch
+from service.engine.policy import MIN_SPLIT_REQUESTS
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
 from service.pipeline.chunk_load import ChunkLoader, StoreResponsiveness
 from service.pipeline.inference import Inference
@@ -84,6 +85,9 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
     ):
         self._served = served
         self._has_blocks = served.blocks is not None
+        half = MIN_SPLIT_REQUESTS // 2
+        # not if rows are padded to a fixed shape, whose call costs about as much for half of them
+        self.may_split = served.runtime.padded_shape(half, 1)[0] == half
         self._store = store
         self._cache = cache
         self._recorder = recorder

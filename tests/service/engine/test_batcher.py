@@ -14,9 +14,10 @@ import structlog
 
 from service.core.errors import CarryError, InternalError, ShuttingDown
 from service.engine.fair_queue import BatchLimits, DrainRate, FairQueue, JobSpec
-from service.engine.policy import MAX_DELAY_TURNS
+from service.engine.policy import MAX_DELAY_TURNS, MIN_SPLIT_REQUESTS
 from tests.service.engine.batching import Runs, batching, start, start_each, submit, turns
 
+HALF = MIN_SPLIT_REQUESTS // 2
 LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)
 
 
@@ -137,6 +138,58 @@ async def test_small_batch_waits_a_few_loop_turns_if_none_is_in_flight(runs: Run
         await turns()
         assert alone.done()
     assert runs.batches == [["a", "b"], ["c", "d"], ["e"]]
+
+
+class Splitting(Runs):
+    """Batches that may be split."""
+
+    may_split = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_flight", "jobs", "expected"),
+    [
+        (Splitting, 2, MIN_SPLIT_REQUESTS, [HALF, HALF]),
+        (Splitting, 2, MIN_SPLIT_REQUESTS + 1, [HALF, HALF + 1]),
+        (Splitting, 2, MIN_SPLIT_REQUESTS - 1, [MIN_SPLIT_REQUESTS - 1]),
+        (Splitting, 1, MIN_SPLIT_REQUESTS, [MIN_SPLIT_REQUESTS]),
+        (Runs, 2, MIN_SPLIT_REQUESTS, [MIN_SPLIT_REQUESTS]),
+    ],
+)
+async def test_many_jobs_are_split_into_a_batch_that_commits_and_one_that_computes(
+    kind: type[Runs], in_flight: int, jobs: int, expected: list[int]
+) -> None:
+    runs = kind()
+    limits = BatchLimits(100, 1000)
+    async with batching(runs, in_flight=in_flight, limits=limits) as batcher:
+        tasks = start_each(batcher, map(str, range(jobs)))
+        await turns()
+        assert [len(batch) for batch in runs.batches] == expected
+        runs.gate.set()
+        await asyncio.gather(*tasks)
+
+
+async def test_jobs_are_not_split_while_a_batch_is_in_flight() -> None:
+    runs = Splitting()
+    async with batching(runs, in_flight=3, limits=BatchLimits(100, 1000)) as batcher:
+        first = start(batcher, "first")
+        await runs.wait_for_batches(1)
+        tasks = start_each(batcher, map(str, range(2 * MIN_SPLIT_REQUESTS)))
+        await turns()
+        assert [len(batch) for batch in runs.batches] == [1, 2 * MIN_SPLIT_REQUESTS]
+        runs.gate.set()
+        await asyncio.gather(first, *tasks)
+
+
+async def test_request_of_many_jobs_is_not_split() -> None:
+    runs = Splitting()
+    async with batching(runs, in_flight=2, limits=BatchLimits(100, 1000)) as batcher:
+        specs = [JobSpec(str(at), at, 1) for at in range(2 * MIN_SPLIT_REQUESTS)]
+        request = asyncio.create_task(batcher.submit(specs))
+        await turns()
+        assert [len(batch) for batch in runs.batches] == [len(specs)]
+        runs.gate.set()
+        await request
 
 
 async def test_a_stream_has_one_job_in_flight_until_its_batch_releases_it(runs: Runs) -> None:
@@ -316,9 +369,9 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
     take = FairQueue.take
 
-    def counted(queue: FairQueue[Any, Any], now_s: float) -> Any:
+    def counted(queue: FairQueue[Any, Any], *arguments: Any) -> Any:
         counts["take"] += 1
-        return take(queue, now_s)
+        return take(queue, *arguments)
 
     monkeypatch.setattr(FairQueue, "take", counted)
     return counts
