@@ -6,7 +6,7 @@ At most one job of a stream is ready, its oldest, and none while a batch holds t
 takes ready jobs round robin, one of each request at a time, as a router serves its flows. So a
 stream with a long backlog, or a request of many items, gets no larger share of a batch than any
 other waiting request. Taking a job and releasing a stream cost the same whatever the length of the
-backlogs; only `remove_expired` and `clear` visit all jobs.
+backlogs, but for moving the pointers of one; only `remove_expired` and `clear` visit all jobs.
 
 Invariants: at most one job of a stream is ready or held; the jobs of a stream keep their order,
 even if one is put back; the request at the front gives the first job of the next batch, so no
@@ -19,7 +19,7 @@ import asyncio
 import math
 import sys
 from bisect import insort
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Container, Coroutine, Hashable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
@@ -192,7 +192,7 @@ class Backlog(msgspec.Struct, Generic[P, R], eq=False):
     """
 
     key: Hashable
-    jobs: deque[Job[P, R]]
+    jobs: list[Job[P, R]]
     is_held: bool = False
     is_shedding: bool = False
     rate: DrainRate | None = None
@@ -221,22 +221,23 @@ class RoundRobin(Generic[P, R]):
         ready: number of streams.
     """
 
-    __slots__ = ("_requests", "ready")
+    __slots__ = ("_order", "_requests", "ready")
 
     def __init__(self) -> None:
         self.ready = 0
-        # in service order; the key is the backlog for a job that came alone
-        self._requests: OrderedDict[Hashable, list[Backlog[P, R]]] = OrderedDict()
+        # in service order: a stream whose job came alone, or a request of `_requests`
+        self._order: deque[Hashable] = deque()
+        self._requests: dict[Hashable, list[Backlog[P, R]]] = {}
 
     @property
     def requests(self) -> int:
         """Number of requests with a ready stream."""
-        return len(self._requests)
+        return len(self._order)
 
     @property
     def front(self) -> Job[P, R]:
         """The job that is taken next, if there is one."""
-        return next(iter(self._requests.values()))[0].jobs[0]
+        return self._streams(self._order[0])[0].jobs[0]
 
     def add(self, *backlogs: Backlog[P, R], first: bool = False) -> None:
         """Add ready streams of a request behind its others, and a new request behind all others.
@@ -245,33 +246,51 @@ class RoundRobin(Generic[P, R]):
             first: add them in front, and move their request in front of all others.
         """
         self.ready += len(backlogs)
+        entries: Sequence[Hashable] = backlogs
         request = backlogs[0].jobs[0].request
-        key = backlogs[0] if request is None else request
-        others = self._requests.setdefault(key, [])
+        if request is not None:
+            others = self._requests.get(request)
+            if others is None:
+                self._requests[request] = [*backlogs]
+            elif first:
+                others[:0] = backlogs
+                self._order.remove(request)
+            else:
+                others += backlogs
+                return
+            entries = (request,)
         if first:
-            others[:0] = backlogs
-            self._requests.move_to_end(key, last=False)
+            self._order.extendleft(entries)
         else:
-            others += backlogs
+            self._order += entries
 
     def pop(self) -> Backlog[P, R]:
         """Take the next stream; its request then moves behind all others."""
         self.ready -= 1
-        key, backlogs = next(iter(self._requests.items()))
+        entry = self._order.popleft()
+        if isinstance(entry, Backlog):
+            return entry
+        backlogs = self._requests[entry]
         backlog = backlogs.pop(0)
         if backlogs:
-            self._requests.move_to_end(key)
+            self._order.append(entry)
         else:
-            del self._requests[key]
+            del self._requests[entry]
         return backlog
 
     def prune(self) -> None:
         """Drop the streams that have no job left."""
-        requests, self._requests = self._requests, OrderedDict()
+        backlogs = [*chain.from_iterable(map(self._streams, self._order))]
+        self._order.clear()
+        self._requests.clear()
         self.ready = 0
-        for backlog in chain.from_iterable(requests.values()):
+        for backlog in backlogs:
             if backlog.jobs:
                 self.add(backlog)
+
+    def _streams(self, entry: Hashable) -> Sequence[Backlog[P, R]]:
+        """The streams of an entry of the order."""
+        return (entry,) if isinstance(entry, Backlog) else self._requests[entry]
 
 
 class FairQueue(Generic[P, R]):
@@ -334,7 +353,7 @@ class FairQueue(Generic[P, R]):
             key = job if job.key is None else job.key
             backlog = backlogs.get(key)
             if backlog is None:
-                backlog = backlogs[key] = Backlog(key, deque((job,)))
+                backlog = backlogs[key] = Backlog(key, [job])
             else:
                 backlog.jobs.append(job)
                 if backlog.is_held or len(backlog.jobs) > 1:
@@ -349,7 +368,7 @@ class FairQueue(Generic[P, R]):
         """Requeue a job at its old place."""
         self.waiting += 1
         key = job if job.key is None else job.key
-        backlog = self._backlogs.setdefault(key, Backlog(key, deque()))
+        backlog = self._backlogs.setdefault(key, Backlog(key, []))
         backlog.insert(job)
         if not backlog.is_held and len(backlog.jobs) == 1:
             self._queue_of(job).add(backlog, first=True)
@@ -394,7 +413,7 @@ class FairQueue(Generic[P, R]):
             backlog = queue.pop()
             waiting = backlog.jobs
             while waiting and (waiting[0].is_cancelled or waiting[0].deadline_s <= now_s):
-                expired.append(waiting.popleft())
+                expired.append(waiting.pop(0))
             if not waiting:
                 del self._backlogs[backlog.key]
                 continue
@@ -411,7 +430,7 @@ class FairQueue(Generic[P, R]):
                     continue
                 longest = steps
                 max_rows = min(max_rows, max_padded // longest)
-            waiting.popleft()
+            del waiting[0]
             if job.key is None:
                 del self._backlogs[job]
             else:
@@ -431,7 +450,7 @@ class FairQueue(Generic[P, R]):
         """Drop the jobs that were cancelled or whose deadline passed, and return them."""
         expired: list[Job[P, R]] = []
         for backlog in list(self._backlogs.values()):
-            live: deque[Job[P, R]] = deque()
+            live: list[Job[P, R]] = []
             for job in backlog.jobs:
                 (expired if job.is_cancelled or job.deadline_s <= now_s else live).append(job)
             backlog.jobs = live
