@@ -26,6 +26,7 @@ from models.errors import ModelsError  # noqa: E402
 from service.commands.backup import backup, restore  # noqa: E402
 from service.commands.capacity import capacity  # noqa: E402
 from service.commands.consume import consume  # noqa: E402
+from service.commands.dlq import dlq_app  # noqa: E402
 from service.commands.keys import keys_app  # noqa: E402
 from service.commands.replay.command import replay  # noqa: E402
 from service.commands.serve import check, serve  # noqa: E402
@@ -72,6 +73,7 @@ app = typer.Typer(
 app.command("serve")(serve)
 app.command("check")(check)
 app.command("consume")(consume)
+app.add_typer(dlq_app, name="dlq")
 add_model_commands(app)
 app.command("replay")(replay)
 app.command("backup")(backup)

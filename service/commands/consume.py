@@ -15,7 +15,7 @@ from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
     from service.consumers.config import ConsumerConfig
-    from service.store.base import Store
+    from service.store.topics import TopicStatus
 
 STATUS = "status"
 
@@ -68,12 +68,9 @@ def consume(
         "create": create,
     }
     if shows_status:
-        # a status reads the source alone
-        overrides |= {name: overrides[name] or "-" for name in ("to", "model") if not paths}
-    config = _read(paths, overrides)
-    if shows_status:
-        run_on_store(redis_url, data_dir, lambda store: _show_status(store, config))
+        _show_status(Path(paths[0]) if paths else None, source, group, redis_url, data_dir)
         return
+    config = _read(paths, overrides)
     _run(config, port, {"redis_url": redis_url, "models_dir": models, "data_dir": data_dir})
 
 
@@ -107,27 +104,37 @@ def _run(config: ConsumerConfig, port: int | None, flags: dict[str, Any]) -> Non
         uvloop.run(consume_until_stopped(settings, config, port))
 
 
-async def _show_status(store: Store, config: ConsumerConfig) -> None:
+def _show_status(
+    path: Path | None,
+    source: str | None,
+    group: str | None,
+    redis_url: str | None,
+    data_dir: Path | None,
+) -> None:
+    from service.consumers.config import read_any_config
     from service.settings import Settings
-    from service.store.redis.redis_store import RedisStore
 
-    assert isinstance(store, RedisStore)  # noqa: S101
-    settings = Settings.load().store
-    topics = config.topics(settings.keys, is_cluster=store.is_cluster)
-    typer.echo(f"{'topic':40} {'owner':32} {'entries':>9} {'lag':>9} {'pending':>9} {'oldest':>9}")
-    for keys in topics:
-        status = await store.topics.status(keys)
-        if status is None:
-            if len(topics) == 1:
+    config, space = read_any_config(path, source, group), Settings.load().store.keys
+
+    async def show(store: Any) -> None:
+        topics = config.topics(space, is_cluster=store.is_cluster)
+        columns = f"{'entries':>9} {'lag':>9} {'pending':>9} {'oldest':>9}"
+        typer.echo(f"{'topic':40} {'owner':32} {columns}")
+        for keys in topics:
+            status = await store.topics.status(keys)
+            if status is not None:
+                typer.echo(_status_line(keys.topic, status))
+            elif len(topics) == 1:
                 raise OperatorError(
-                    f"nobody has read {keys.topic!r} as group {keys.group!r}, or it does not exist"
+                    f"there is no topic {keys.topic!r}, or no group {keys.group!r} that reads it"
                 )
-            continue
-        lag = "?" if status.lag is None else status.lag
-        oldest = "-"
-        if status.oldest_ms is not None:
-            oldest = f"{max(0.0, time.time() - status.oldest_ms / 1000):.1f} s"
-        typer.echo(
-            f"{keys.topic:40} {status.owner or '-':32} {status.entries:9} {lag:>9} "
-            f"{status.pending:9} {oldest:>9}"
-        )
+
+    run_on_store(redis_url, data_dir, show)
+
+
+def _status_line(name: str, status: TopicStatus) -> str:
+    lag, oldest = "?" if status.lag is None else str(status.lag), "-"
+    if status.oldest_ms is not None:
+        oldest = f"{max(0.0, time.time() - status.oldest_ms / 1000):.1f} s"
+    columns = f"{status.entries:9} {lag:>9} {status.pending:9} {oldest:>9}"
+    return f"{name:40} {status.owner or '-':32} {columns}"

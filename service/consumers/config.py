@@ -145,6 +145,21 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> ConsumerConfig:
     return make_config(document, str(path), overrides)
 
 
+def read_any_config(path: Path | None, source: str | None, group: str | None) -> ConsumerConfig:
+    """The configuration of a command that reads topics and computes nothing: of a file, or of the
+    name of the source.
+
+    Raises:
+        OperatorError: as for `read_config`, or neither is given.
+    """
+    overrides = {"from": source, "group": group}
+    if path is not None:
+        return read_config(path, overrides)
+    if source is None:
+        raise OperatorError("expected a configuration, or --from TOPIC")
+    return make_config({"model": "-", "to": "-"}, "options", overrides)
+
+
 def make_config(
     document: Mapping[str, Any], origin: str, overrides: Mapping[str, Any] | None = None
 ) -> ConsumerConfig:

@@ -283,7 +283,7 @@ class OwnedTopic:
 
     def _accept(self, entry: Entry) -> None:
         """Queue the event of an entry behind those of its stream, or reject it."""
-        self._last_read = max(self._last_read, entry.id, key=_order_of)
+        self._last_read = entry.id
         self._unacknowledged[entry.id] = None
         if entry.fields is None:
             # deleted before it was processed
@@ -426,14 +426,18 @@ class OwnedTopic:
             code=error.code,
             reason=error.detail,
         )
-        halts = self._config.on_error == "halt" and stream is not None
         letter = dead_letter(entry_id, fields, error, stream)
-        condition = self._condition(stream or "", error)
-        halted = stream or "" if halts else ""
-        self._write(TopicItem([entry_id], [letter], None, condition, halted))
-        if halts and stream not in self._halted:
-            self._halted.add(stream or "")
-            for event in self._waiting.take_all(stream or ""):
+        if self._config.on_error == "continue" or stream is None:
+            condition = self._condition(stream or "", error)
+            self._write(TopicItem([entry_id], [letter], condition=condition))
+        elif stream in self._halted:
+            # another process may have let it go on: then the topic is lost, and read again
+            self._write(TopicItem([entry_id], [letter], halted=stream))
+        else:
+            condition = self._condition(stream, error)
+            self._write(TopicItem([entry_id], [letter], condition=condition, halts=stream))
+            self._halted.add(stream)
+            for event in self._waiting.take_all(stream):
                 self._reject(event.id, event.fields, _halts(stream), stream)
 
     def _condition(self, stream: str, error: CarryError) -> Condition | None:
@@ -487,15 +491,9 @@ def _halts(stream: str | None) -> PreviousFailed:
     return PreviousFailed(f"stream {stream!r} halts after an event that failed")
 
 
-def _order_of(entry_id: bytes) -> tuple[int, int]:
-    """The order of an id among others."""
-    time_ms, _, sequence = (entry_id or b"0-0").partition(b"-")
-    return int(time_ms), int(sequence)
-
-
 def _id_before(entry_id: bytes) -> bytes:
     """The greatest id below another one."""
-    time_ms, sequence = _order_of(entry_id)
+    time_ms, sequence = map(int, entry_id.split(b"-"))
     if sequence:
         return b"%d-%d" % (time_ms, sequence - 1)
     return b"%d-%d" % (time_ms - 1, 2**64 - 1) if time_ms else b"0-0"

@@ -116,13 +116,15 @@ class TopicItem(NamedTuple):
         chunk: the stream that changes, if one does.
         condition: a stream that has to be at a head, if the rest depends on it; None as the head
             if it must not exist.
-        halted: name of a stream that halts from now on; empty if none does.
+        halts: name of a stream that halts from now on; empty if none does.
+        halted: name of a stream that must halt, or the item fails as `is_not_pending`.
     """
 
     ids: Sequence[bytes]
     entries: Sequence[NewEntry] = ()
     chunk: ChunkCommit | None = None
     condition: tuple[StreamKey, StreamHead | None] | None = None
+    halts: str = ""
     halted: str = ""
 
 
@@ -231,6 +233,26 @@ class Topics(Protocol):
 
     async def halted(self, keys: TopicKeys) -> set[str]:
         """The streams that halt."""
+
+    async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
+        """Read dead letters behind an id, in order; "-" is in front of all."""
+
+    async def replay(
+        self,
+        keys: TopicKeys,
+        ids: Sequence[bytes],
+        *,
+        adds: bool = True,
+        resumed: str = "",
+        last: bytes = b"",
+    ) -> int | None:
+        """Move dead letters back to their topic as new entries; returns how many there were.
+
+        Args:
+            adds: otherwise they are deleted.
+            resumed: a stream that goes on behind them; None is returned, and nothing changed, if
+                there are dead letters behind `last`.
+        """
 
     async def join(self, group: str, member: str, valid_s: float) -> Sequence[str]:
         """Announce a consumer for some time (0: it leaves); returns those of the group."""

@@ -66,6 +66,7 @@ class RedisTopics(Topics):
         self._read_script = Script.load("topic_read")
         self._commit_script = Script.load("topic_commit")
         self._join_script = Script.load("topic_join")
+        self._replay_script = Script.load("topic_replay")
 
     async def acquire(
         self, keys: TopicKeys, owner: str, fence: str, lease_s: float, start: str
@@ -161,7 +162,8 @@ class RedisTopics(Topics):
             names += self._pair(key)
             reply = reply if len(reply) <= self._max_reply_bytes else b""
             arguments += (1, expected[COMPARED], state, reply)
-        arguments += (item.halted, len(item.ids), *item.ids, len(item.entries))
+        halt = f"+{item.halts}" if item.halts else f"={item.halted}" if item.halted else ""
+        arguments += (halt, len(item.ids), *item.ids, len(item.entries))
         for destination, fields in item.entries:
             arguments += (destination.value, len(fields), *fields)
 
@@ -203,6 +205,25 @@ class RedisTopics(Topics):
 
     async def halted(self, keys: TopicKeys) -> set[str]:
         return {name.decode() for name in await self._execute(keys.halted, "HKEYS", keys.halted)}
+
+    async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
+        name, start = keys.dead_letters, after if after == "-" else f"({after}"
+        found = await self._execute(name, "XRANGE", name, start, "+", "COUNT", count)
+        return [Entry(*each) for each in found]
+
+    async def replay(
+        self,
+        keys: TopicKeys,
+        ids: Sequence[bytes],
+        *,
+        adds: bool = True,
+        resumed: str = "",
+        last: bytes = b"",
+    ) -> int | None:
+        names = [keys.topic, keys.dead_letters, keys.halted]
+        arguments: list[Argument] = [int(adds), resumed, last, *ids]
+        count: int = read_value(await self._call(self._replay_script, names, arguments))
+        return None if count < 0 else count
 
     async def join(self, group: str, member: str, valid_s: float) -> Sequence[str]:
         names, arguments = [self._members + group], (member, round(1000 * valid_s))

@@ -221,6 +221,31 @@ async def test_commits_that_the_store_lost_are_made_again(
     assert_outputs(artifact, outputs_of(own_server.client(), "scores")["a"], rows)
 
 
+async def test_commits_that_the_store_lost_are_made_again_without_new_events(
+    own_server: RealServer, artifact: Artifact
+) -> None:
+    """The lost commits' entries are pending again, and nothing else ever arrives."""
+    rows = rows_of(RANDOM, 20)
+    entries = [fields_of("a", row) for row in rows]
+    with own_server.client() as client:
+        add(client, "events", *entries[:10])
+        async with consuming(own_server.url, artifact, lease_s=0.3) as consumer:
+            await until_count(client, "scores", 10)
+            before = {key: client.dump(key) for key in client.keys("*")}
+            add(client, "events", *entries[10:])
+            await until_count(client, "scores", 20)
+            await until_true(lambda: consumer.counts["committed"] == 20, "results")
+            pipe = client.pipeline(transaction=True)
+            for key, value in before.items():
+                pipe.restore(key, 0, value, replace=True)
+            for fields in entries[10:]:
+                pipe.xadd("events", fields)
+            pipe.xreadgroup("carry", "carry", {"events": ">"})
+            pipe.execute()
+            await until_count(client, "scores", 20)
+    assert_outputs(artifact, outputs_of(own_server.client(), "scores")["a"], rows)
+
+
 async def test_flat_fields_and_messagepack_are_read(
     server: RealServer, client: Any, artifact: Artifact
 ) -> None:

@@ -114,7 +114,7 @@ async def test_items_of_a_commit_succeed_or_fail_alone(
     existing, stale = streams.creation(STREAM), streams.creation(STREAM)
     assert await store.commit(columns(existing)) == [COMMITTED]
     other = streams.creation(key("b"))
-    letter = TopicItem([ids[2]], [NewEntry(Destination.DEAD_LETTERS, ("code", "bad"))], halted="c")
+    letter = TopicItem([ids[2]], [NewEntry(Destination.DEAD_LETTERS, ("code", "bad"))], halts="c")
     results = await store.topics.commit(
         KEYS, "f1", 1, [item(stale, ids[:1], "x"), item(other, ids[1:2], "y"), letter]
     )

@@ -16,7 +16,7 @@
 -- ARGV[9..] for each item:
 --            "1", expected, state, reply, as of `compare_and_set`; or "2", expected: a condition
 --            without a write, "" also meets a tombstone; or "0"
---            a stream that halts; "": none
+--            a stream: "+" and its name halts it, "=" and its name: it must halt; "": none
 --            number of entries that are acknowledged, and their ids
 --            number of entries that are written, and of each: the index of its key, the number of
 --            its fields and values, and these
@@ -71,6 +71,10 @@ while at <= #ARGV do
   end
 
   local function write_entries()
+    local halt, stream = string.sub(halted, 1, 1), string.sub(halted, 2)
+    if halt == '=' and redis.call('HEXISTS', KEYS[3], stream) == 0 then
+      error('NOTPENDING stream ' .. stream .. ' does not halt', 0)
+    end
     acknowledge(first, last)
     local from = entries + 1
     for _ = 1, tonumber(ARGV[entries]) do
@@ -82,8 +86,8 @@ while at <= #ARGV do
       end
       from = stop + 1
     end
-    if halted ~= '' then
-      redis.call('HSET', KEYS[3], halted, redis.call('TIME')[1])
+    if halt == '+' then
+      redis.call('HSET', KEYS[3], stream, redis.call('TIME')[1])
     end
     if ARGV[8] == '1' and last >= first then
       redis.call('XDEL', topic, unpack(ARGV, first, last))

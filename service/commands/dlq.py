@@ -1,0 +1,173 @@
+"""`carry dlq list|show|replay`: the events of topics that could not be processed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.commands.common import DataDir, RedisUrl, run_on_store
+from service.core.errors import OperatorError
+
+if TYPE_CHECKING:
+    from service.store.redis.redis_store import RedisStore
+    from service.store.topics import Entry, TopicKeys
+
+PAGE: int = 500
+"""Dead letters that are read, and moved, together."""
+
+dlq_app = typer.Typer(
+    help="List, show and replay the events of topics that could not be processed.",
+    no_args_is_help=True,
+)
+
+Config = Annotated[Path | None, typer.Option(help="The configuration of the consumer.")]
+Source = Annotated[
+    str | None, typer.Option("--from", help="The topic of the events, instead of a configuration.")
+]
+Group = Annotated[str | None, typer.Option(help="The consumer group.")]
+Stream = Annotated[str | None, typer.Option(help="Of this stream only.")]
+
+
+@dlq_app.command("list")
+def list_letters(
+    config: Config = None,
+    source: Source = None,
+    stream: Stream = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most dead letters.")] = 100,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+) -> None:
+    """List dead letters, oldest first: id, time, code, stream and reason."""
+
+    async def show(store: RedisStore, topics: list[TopicKeys]) -> None:
+        shown = 0
+        for keys in topics:
+            async for letter in _letters(store, keys, stream):
+                values = _values(letter)
+                time_s = int(values.get("carry-time", "0")) / 1000
+                time = datetime.fromtimestamp(time_s, UTC).isoformat(timespec="seconds")
+                code, name = values.get("carry-code", "-"), values.get("carry-stream") or "-"
+                reason = " ".join(values.get("carry-reason", "").split())[:120]
+                typer.echo(f"{letter.id.decode():22} {time:26} {code:18} {name:24} {reason}")
+                shown += 1
+                if shown == limit:
+                    return
+
+    _run(config, source, None, redis_url, data_dir, show)
+
+
+@dlq_app.command("show")
+def show_letter(
+    letter_id: Annotated[str, typer.Argument(metavar="ID", help="The id of a dead letter.")],
+    config: Config = None,
+    source: Source = None,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Show the fields of a dead letter: code and reason, and those of the original entry."""
+
+    async def show(store: RedisStore, topics: list[TopicKeys]) -> None:
+        for keys in topics:
+            async for letter in _letters(store, keys, None):
+                if letter.id.decode() == letter_id:
+                    document = {"topic": keys.dead_letters, **_values(letter)}
+                    typer.echo(json.dumps(document, indent=2))
+                    return
+        raise OperatorError(f"there is no dead letter {letter_id!r}")
+
+    _run(config, source, None, redis_url, data_dir, show)
+
+
+@dlq_app.command("replay")
+def replay_letters(
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of dead letters.")
+    ] = None,
+    config: Config = None,
+    source: Source = None,
+    group: Group = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(help="All of this stream, in order; the stream goes on if it had halted."),
+    ] = None,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Delete them instead of adding them again.")
+    ] = False,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Add dead letters to their topic again, as new entries behind all others."""
+    chosen = {each.encode() for each in ids or ()}
+    if bool(chosen) == (stream is not None):
+        raise OperatorError("expected ids of dead letters, or --stream NAME")
+
+    async def replay(store: RedisStore, topics: list[TopicKeys]) -> None:
+        moved = 0
+        for keys in topics:
+            if stream is not None:
+                moved += await _replay_stream(store, keys, stream, adds=not discard)
+                continue
+            found = [each.id async for each in _letters(store, keys, None) if each.id in chosen]
+            for at in range(0, len(found), PAGE):
+                part = found[at : at + PAGE]
+                moved += await store.topics.replay(keys, part, adds=not discard) or 0
+        typer.echo(f"{moved} dead letters {'deleted' if discard else 'replayed'}")
+
+    _run(config, source, group, redis_url, data_dir, replay)
+
+
+async def _replay_stream(store: RedisStore, keys: TopicKeys, stream: str, *, adds: bool) -> int:
+    """Replay a stream's dead letters, and let it go on behind the last one."""
+    moved = 0
+    while True:
+        last, ids = b"", list[bytes]()
+        async for letter in _letters(store, keys, None):
+            last = letter.id
+            if _values(letter).get("carry-stream") == stream:
+                ids.append(letter.id)
+        for at in range(0, max(0, len(ids) - PAGE), PAGE):
+            moved += await store.topics.replay(keys, ids[at : at + PAGE], adds=adds) or 0
+        rest = ids[-(len(ids) % PAGE or PAGE) :] if ids else []
+        done = await store.topics.replay(keys, rest, adds=adds, resumed=stream, last=last)
+        if done is not None:
+            return moved + done
+
+
+async def _letters(store: RedisStore, keys: TopicKeys, stream: str | None) -> AsyncIterator[Entry]:
+    """The dead letters of a topic, in order."""
+    after = "-"
+    while page := await store.topics.dead_letters(keys, after, PAGE):
+        for letter in page:
+            if stream is None or _values(letter).get("carry-stream") == stream:
+                yield letter
+        after = page[-1].id.decode()
+
+
+def _values(letter: Entry) -> dict[str, str]:
+    fields = [field.decode("utf-8", "backslashreplace") for field in letter.fields or ()]
+    return dict(zip(fields[::2], fields[1::2], strict=True))
+
+
+def _run(
+    path: Path | None,
+    source: str | None,
+    group: str | None,
+    redis_url: str | None,
+    data_dir: Path | None,
+    action: Any,
+) -> None:
+    from service.consumers.config import read_any_config
+    from service.settings import Settings
+
+    config = read_any_config(path, source, group)
+    space = Settings.load().store.keys
+
+    async def act(store: Any) -> None:
+        await action(store, config.topics(space, is_cluster=store.is_cluster))
+
+    run_on_store(redis_url, data_dir, act)

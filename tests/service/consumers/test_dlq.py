@@ -1,0 +1,86 @@
+"""`carry dlq`: dead letters are listed, shown, and replayed in the order of their stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from tests.support.command import Result, carry
+from tests.support.consumers import (
+    add,
+    assert_outputs,
+    consuming,
+    fields_of,
+    outputs_of,
+    until_count,
+)
+from tests.support.pipelines import rows_of
+from tests.support.servers import RealServer, real_server
+
+RANDOM = np.random.default_rng(9)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RealServer]:
+    with real_server("valkey") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RealServer) -> Iterator[Any]:
+    with server.client() as client:
+        client.flushall()
+        yield client
+
+
+async def dlq(server: RealServer, *words: str) -> Result:
+    options = ("--from", "events", "--redis-url", server.url)
+    return await asyncio.to_thread(carry, "dlq", *words, *options)
+
+
+async def test_a_halted_stream_goes_on_in_order_after_a_replay(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = rows_of(RANDOM, 6)
+    good = [fields_of("a", row) for row in rows]
+    async with consuming(server.url, artifact, on_error="halt"):
+        add(client, "events", *good[:2], {"stream": "a", "event": "[1]"}, *good[2:5])
+        await until_count(client, "events:dead", 4)
+        listed = (await dlq(server, "list")).stdout.decode().splitlines()
+        assert [line.split()[2] for line in listed] == ["invalid_input", *["previous_failed"] * 3]
+        bad_id = listed[0].split()[0]
+        shown = json.loads((await dlq(server, "show", bad_id)).stdout)
+        assert (shown["stream"], shown["event"], shown["topic"]) == ("a", "[1]", "events:dead")
+        discarded = await dlq(server, "replay", bad_id, "--discard")
+        assert discarded.stdout == b"1 dead letters deleted\n"
+        replayed = await dlq(server, "replay", "--stream", "a")
+        assert replayed.stdout == b"3 dead letters replayed\n"
+        add(client, "events", good[5])
+        await until_count(client, "scores", 6)
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+    assert client.xlen("events:dead") == 0
+
+
+async def test_single_dead_letters_are_replayed_with_their_fields(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    async with consuming(server.url, artifact):
+        add(client, "events", {"stream": "a", "event": "[1]", "extra": "x"}, {"other": "y"})
+        await until_count(client, "events:dead", 2)
+    [(first, _), _] = client.xrange("events:dead")
+    assert (await dlq(server, "replay", first.decode())).stdout == b"1 dead letters replayed\n"
+    assert client.xlen("events:dead") == 1
+    [(_, fields)] = client.xrevrange("events", count=1)
+    assert fields == {b"stream": b"a", b"event": b"[1]", b"extra": b"x"}
+
+
+async def test_what_is_missing_is_an_error(server: RealServer, client: Any) -> None:
+    assert "no dead letter" in (await dlq(server, "show", "1-1")).stderr
+    assert "--stream NAME" in (await dlq(server, "replay")).stderr
+    assert carry("dlq", "list").stderr == "carry: expected a configuration, or --from TOPIC\n"
