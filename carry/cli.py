@@ -28,6 +28,7 @@ from service.commands.capacity import capacity  # noqa: E402
 from service.commands.consume import consume  # noqa: E402
 from service.commands.dlq import dlq_app  # noqa: E402
 from service.commands.keys import keys_app  # noqa: E402
+from service.commands.produce import produce  # noqa: E402
 from service.commands.replay.command import replay  # noqa: E402
 from service.commands.serve import check, serve  # noqa: E402
 from service.commands.streams import streams_app  # noqa: E402
@@ -74,6 +75,7 @@ app.command("serve")(serve)
 app.command("check")(check)
 app.command("consume")(consume)
 app.add_typer(dlq_app, name="dlq")
+app.command("produce")(produce)
 add_model_commands(app)
 app.command("replay")(replay)
 app.command("backup")(backup)

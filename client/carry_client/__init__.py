@@ -13,6 +13,7 @@ from carry_client.errors import (
     StreamRolledBack,
     read_problem,
 )
+from carry_client.producer import Producer
 from carry_client.replies import (
     Forecast,
     Prediction,
@@ -59,6 +60,7 @@ __all__ = [
     "Output",
     "Prediction",
     "Problem",
+    "Producer",
     "Progress",
     "Reply",
     "Retry",

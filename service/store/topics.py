@@ -98,6 +98,18 @@ class NewEntry(NamedTuple):
     fields: Sequence[str | bytes | int]
 
 
+class TopicEntry(NamedTuple):
+    """An entry that a producer adds to a topic.
+
+    Attributes:
+        topic: its key.
+        fields: names and values in turns.
+    """
+
+    topic: str
+    fields: Sequence[str | bytes | int]
+
+
 class ChunkCommit(NamedTuple):
     """The compare-and-set of one stream, a row of `CommitColumns`."""
 
@@ -233,6 +245,13 @@ class Topics(Protocol):
 
     async def halted(self, keys: TopicKeys) -> set[str]:
         """The streams that halt."""
+
+    async def add(self, entries: Sequence[TopicEntry]) -> None:
+        """Add entries to topics, those of one topic in order.
+
+        Raises:
+            StoreUnavailable, StoreRefused: some may have been added, or added twice.
+        """
 
     async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
         """Read dead letters behind an id, in order; "-" is in front of all."""

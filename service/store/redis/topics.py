@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import structlog
 
-from service.core.errors import StoreRefused
+from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.base import COMMITTED
 from service.store.codec import COMPARED, pack_head
@@ -33,6 +33,7 @@ from service.store.topics import (
     Entry,
     ItemResult,
     Ownership,
+    TopicEntry,
     TopicItem,
     TopicKeys,
     Topics,
@@ -205,6 +206,19 @@ class RedisTopics(Topics):
 
     async def halted(self, keys: TopicKeys) -> set[str]:
         return {name.decode() for name in await self._execute(keys.halted, "HKEYS", keys.halted)}
+
+    async def add(self, entries: Sequence[TopicEntry]) -> None:
+        commands = [
+            PendingCommand.of("XADD", name, "*", *fields, slot=self._router.slot(name))
+            for name, fields in entries
+        ]
+        for outcome in await self._router.execute(*commands):
+            read_value(outcome)
+            if isinstance(outcome, ServerReply) and outcome.is_retry:
+                raise StoreUnavailable(
+                    "the connection to the store broke: some events may have been written twice, "
+                    "which are duplicates if they have positions"
+                )
 
     async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
         name, start = keys.dead_letters, after if after == "-" else f"({after}"

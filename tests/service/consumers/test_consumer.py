@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import ormsgpack
 import pytest
 
-from models.artifact.artifact import Artifact
+from models.artifact.artifact import Artifact, load_artifact
 from service.core.errors import OperatorError
 from tests.support.consumers import (
     add,
@@ -21,6 +22,7 @@ from tests.support.consumers import (
     until_count,
     until_true,
 )
+from tests.support.models import PRETRAINED
 from tests.support.pipelines import rows_of
 from tests.support.servers import RealServer, own_server, server, shared_server
 
@@ -246,11 +248,37 @@ async def test_commits_that_the_store_lost_are_made_again_without_new_events(
     assert_outputs(artifact, outputs_of(own_server.client(), "scores")["a"], rows)
 
 
-async def test_flat_fields_and_messagepack_are_read(
+DEPARTURE = {
+    "departed": "2013-01-01T09:00:00-05:00",
+    "dep_delay": 1,
+    "scheduled": "09:00",
+    "origin": "EWR",
+    "carrier": "UA",
+    "destination": "ORD",
+    "distance": 719,
+}
+
+
+async def test_fields_of_an_entry_are_the_members_of_its_event(
+    server: RealServer, client: Any
+) -> None:
+    """Also names of categories that could be numbers."""
+    flights = load_artifact(PRETRAINED / "flights")
+    event = DEPARTURE | {"carrier": "9E"}
+    add(client, "events", {"stream": "a", "event": json.dumps(event)}, {"stream": "b", **event})
+    async with consuming(server.url, flights, model="flights"):
+        await until_count(client, "events:dead", 1)
+    client.delete("events:dead")
+    config = {"model": "flights", "event": {"field": None}, "group": "flat"}
+    async with consuming(server.url, flights, **config):
+        await until_count(client, "scores", 2)
+    found = outputs_of(client, "scores")
+    assert found["a"] == found["b"]
+
+
+async def test_messagepack_is_read_and_written(
     server: RealServer, client: Any, artifact: Artifact
 ) -> None:
-    import ormsgpack
-
     rows = rows_of(RANDOM, 8)
     packed = [{"name": "a", "row": ormsgpack.packb(row.tolist())} for row in rows]
     add(client, "events", *packed)

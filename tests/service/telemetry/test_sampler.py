@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
 from models.spec.state import State
+from service.consumers.consumer import Consumer
+from service.consumers.metrics import ConsumerMetrics
 from service.core.errors import Conflict, StoreRefused
 from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
 from service.pipeline.state_cache import OVERHEAD_BYTES, StateCache
@@ -129,6 +132,8 @@ def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     sampler = sampler_of(recorder, ObservedStore(), StateCache(0))
     sampler.sample()
     sampler.record_streams({})
+    consumer = SimpleNamespace(counts={}, count_owned=lambda: 0)
+    ConsumerMetrics(recorder.registry, cast(Consumer, consumer)).sample()
     page = (ROOT / "docs/reference/metrics.md").read_text()
     documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
     suffix = re.compile(r"_(bucket|sum|count)$")
