@@ -411,7 +411,7 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     BESIDE: measure_beside,
 }
 """In the order in which they are run."""
-ONCE = ("cost", "peak", "single", "detection", "overload", "peer", BESIDE)
+ONCE = ("cost", "peak", "single", "threads", "detection", "overload", "peer", BESIDE)
 """The sections, beside the curves, that are not run for each runtime."""
 
 
