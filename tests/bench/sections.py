@@ -43,8 +43,8 @@ MANY_LOADS: dict[str, dict[str, Any]] = {
     "json-64": {"media": "json", "items": 64},
     "msgpack-1": {"media": "msgpack"},
 }
-BESIDE_LONG = "open-50-long"
-OPEN_LOADS = {"open-50": 50, "open-80": 80, BESIDE_LONG: 50}  # shares of the peak, in percent
+HALF_LOAD, BESIDE_LONG = "open-50", "open-50-long"
+OPEN_LOADS = {HALF_LOAD: 50, "open-80": 80, BESIDE_LONG: 50}  # shares of the peak, in percent
 LONG_STEPS = 10_000
 FIRST_REPLY_WITHIN_S = 180.0
 DETECTION_SEASON, DETECTION_CALLS = 96, 400  # events, calls of each shape
@@ -220,29 +220,41 @@ def measure_detection(bench: Bench, kind: str) -> None:
 
 
 def measure_latency(bench: Bench, kind: str) -> None:
-    """Open loop at shares of the peak, alone and beside a stream of long chunks."""
+    """Open loop at shares of the peak, alone and beside a stream of long chunks; and the echo at
+    half of its own peak, whose tail the machine makes."""
     seconds, results = bench.options.seconds * 2, bench.results
     server, long_driver = bench.start_server(kind), bench.start(helper_process(bench.cores.others))
-    bench.prepare(server, kind)
+    echo = bench.start_server("fastapi")
+    for each in (server, echo):
+        bench.prepare(each, each.name)
     long_bodies = Bodies.random(LONG_STEPS, count=1)
     long_driver.submit(make_streams, "long", make_traffic(server.artifact, long_bodies, "long", 1))
     for seed in range(1, bench.options.rounds + 1):
-        bench.measure_closed(Row(f"latency/unloaded/{kind}", server, kind, 1))
-        peak = bench.measure_closed(Row(f"latency/peak/{kind}", server, kind)).chunks_per_s
-        for name, percent in OPEN_LOADS.items():
-            load = (run_open, kind, server.port, peak * percent / 100, seconds, seed)
-            if name == BESIDE_LONG:
-                long = long_driver.submit(run_closed, "long", server.port, 1, seconds)
-            bench.measure(f"latency/{name}/{kind}", server, partial(bench.run, *load))
+        for each, loads in ((echo, [HALF_LOAD]), (server, OPEN_LOADS)):
+            key = each.name
+            bench.measure_closed(Row(f"latency/unloaded/{key}", each, key, 1))
+            peak = bench.measure_closed(Row(f"latency/peak/{key}", each, key)).chunks_per_s
+            for name in loads:
+                rate = peak * OPEN_LOADS[name] / 100
+                load = (run_open, key, each.port, rate, seconds, seed)
+                if name == BESIDE_LONG:
+                    long = long_driver.submit(run_closed, "long", server.port, 1, seconds)
+                bench.measure(f"latency/{name}/{key}", each, partial(bench.run, *load))
         print(f"  {long.result().chunks} chunks of {LONG_STEPS} events beside it")
-    rows = {name: results.rows[f"latency/{name}/{kind}"] for name in ("unloaded", *OPEN_LOADS)}
-    unloaded = [sample.p50_ms for sample in rows["unloaded"]]
-    for percent in (50, 80):
-        loaded = zip(rows[f"open-{percent}"], unloaded, strict=True)
-        name = f"latency/{kind} p99 at {percent} % over unloaded p50"
-        results.figure(name, [sample.p99_ms / p50_ms for sample, p50_ms in loaded])
-    name = f"latency/{kind} p99 beside long chunks over without"
-    results.ratio(name, rows[BESIDE_LONG], rows["open-50"], "p99_ms")
+
+    def over_unloaded(key: str, percent: int) -> list[float]:
+        names = (f"latency/open-{percent}/{key}", f"latency/unloaded/{key}")
+        pairs = zip(*[results.rows[name][-bench.options.rounds :] for name in names], strict=True)
+        ratios = [loaded.p99_ms / unloaded.p50_ms for loaded, unloaded in pairs]
+        results.figure(f"latency/{key} p99 at {percent} % over unloaded p50", ratios)
+        return ratios
+
+    halves = zip(over_unloaded(kind, 50), over_unloaded("fastapi", 50), strict=True)
+    name = f"latency/{kind} p99 at 50 % over unloaded p50, over the echo's"
+    results.figure(name, [ours / theirs for ours, theirs in halves])
+    over_unloaded(kind, 80)
+    rows = [results.rows[f"latency/{name}/{kind}"] for name in (BESIDE_LONG, HALF_LOAD)]
+    results.ratio(f"latency/{kind} p99 beside long chunks over without", *rows, "p99_ms")
 
 
 def measure_cold_start(bench: Bench, kind: str) -> None:

@@ -31,7 +31,10 @@ FIGURES = {
     "compute": {"onnxruntime 8 x 16, us CPU/chunk"},
     "threads": {"onnxruntime 8 units, 1 x 16: CPU of two over one"},
     "detection": {"32 x 16, a season, us/stream more"},
-    "latency": {f"{CARRY} p99 beside long chunks over without"},
+    "latency": {
+        f"{CARRY} p99 beside long chunks over without",
+        f"{CARRY} p99 at 50 % over unloaded p50, over the echo's",
+    },
     "curve-steps": {"1/compute", "16/compute"},
     "curve-units": {"8/compute"},
     "curve-layers": {"1/compute"},
