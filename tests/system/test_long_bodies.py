@@ -1,6 +1,6 @@
 """Expensive bodies are rejected in bounded memory, while other requests are answered.
 
-Bounds are wide, for machines that are shared: alone, the slowest health check takes some 40 ms.
+A health check waits for at most the work on one body: alone, some 40 ms of processor time.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import pytest
 
 from tests.service.transports.v1.corpus.bodies.huge import ATTACK, HUGE, MAX_BYTES, HugeBody
 from tests.support.responsiveness import Health, Memory
+from tests.support.servers import until
 from tests.support.service import Service, running
 
-SLOWEST_S = 1.0
+MOST_WORK_S = 0.2
+"""Processor time that a health check may wait for; on a busy machine the same work takes more."""
+
 MOST_MEMORY = 96 * 2**20
 """Bytes that a rejected body of 2 MiB may take while it is decoded: a list of two characters is an
 object of 56 bytes."""
@@ -50,11 +53,11 @@ def test_a_huge_body_is_rejected_while_other_requests_are_served(
     assert 0.9 * MAX_BYTES < len(content) <= MAX_BYTES
     assert service.process is not None
     memory = Memory(service.process.pid)
-    with Health(service.url).watched() as health:
+    with Health(service.url, [service.process.pid]).watched() as health:
         status, answer = send(service.url, body, content)
     assert (status, rejected(answer)) == (body.status, {body.code})
     assert not health.failures
-    assert health.slowest_s < SLOWEST_S
+    assert health.most_work_s < MOST_WORK_S
     assert memory.growth <= MOST_MEMORY
 
 
@@ -74,15 +77,16 @@ def test_rejected_bodies_do_not_stay_in_memory(service: Service, name: str) -> N
 def test_eight_concurrent_huge_bodies_are_rejected(tmp_path: Path, model_dir: Path) -> None:
     bodies = [*ATTACK, *ATTACK][:8]
     contents = {body.name: body.make() for body in ATTACK}
-    with (
-        running(tmp_path, model_dir, "--workers", "2") as service,
-        Health(service.url).watched() as health,
-        ThreadPoolExecutor(len(bodies)) as pool,
-    ):
-        sent = [pool.submit(send, service.url, body, contents[body.name]) for body in bodies]
-        answers = [each.result() for each in sent]
+    with running(tmp_path, model_dir, "--workers", "2") as service:
+        workers = until(lambda: service.ready_workers()[1:] and service.ready_workers(), "both")
+        with (
+            Health(service.url, workers).watched() as health,
+            ThreadPoolExecutor(len(bodies)) as pool,
+        ):
+            sent = [pool.submit(send, service.url, body, contents[body.name]) for body in bodies]
+            answers = [each.result() for each in sent]
     for body, (status, answer) in zip(bodies, answers, strict=True):
         assert (status, rejected(answer)) == (body.status, {body.code})
     assert not health.failures
     assert health.answers > 0
-    assert health.slowest_s < 4 * SLOWEST_S
+    assert health.most_work_s < 4 * MOST_WORK_S
