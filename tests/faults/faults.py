@@ -34,9 +34,9 @@ KILL = {stage: f"kill of a worker at {stage!r}" for stage in STAGES}
 KILLED = {stage: f"worker killed at the stage {stage!r}" for stage in STAGES}
 """What is tried, and what happened: the worker may get on before it ends."""
 WARM_ROLLBACKS = "rollbacks with warm caches"
-_TRIGGER_S = 5.0  # how long a fault that waits for a moment waits for it
 _LONGEST_WAIT_S = 60.0
 """How long a fault waits for something to break: workers and store serve again by then."""
+_MORE_S = 5.0  # how long a fault that has broken something waits for more
 _SUSPENDED_SHARE = 3
 """One client of this many is suspended during a rollback, and its stream advanced by others."""
 _SUSPEND_S = 4.0  # how long a client may take to be suspended: more than it waits for a reply
@@ -129,7 +129,7 @@ class FaultInjector:
 
         quiet, traffic.hook = traffic.hook, reach
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(reached.wait(), _TRIGGER_S)
+            await asyncio.wait_for(reached.wait(), _LONGEST_WAIT_S)
             self.history.seen[KILLED[stage]] += 1
         traffic.hook = quiet
         kill()
@@ -154,8 +154,16 @@ class FaultInjector:
         store = self.deployment.store
         await self.deployment.wait_until_up()
         since_s = await asyncio.to_thread(store.prepare_rollback, fault.pick)
-        await asyncio.sleep(0.3 + min(fault.seconds, 1.5))
         chosen = self.clients[-fault.pick % _SUSPENDED_SHARE :: _SUSPENDED_SHARE]
+        before = [client.applied for client in chosen]
+        await asyncio.sleep(0.3 + min(fault.seconds, 1.5))
+        deadline_s = time.monotonic() + _LONGEST_WAIT_S
+        while time.monotonic() < deadline_s:
+            # on a busy machine it takes longer until there is something to roll back
+            moved = [each.applied > old for each, old in zip(chosen, before, strict=True)]
+            if sum(moved) > len(chosen) // 2:
+                break
+            await asyncio.sleep(0.01)
         attempts = (asyncio.wait_for(each.lock.acquire(), _SUSPEND_S) for each in chosen)
         results = await asyncio.gather(*attempts, return_exceptions=True)
         idle = [each for each, result in zip(chosen, results, strict=True) if result is True]
@@ -234,7 +242,7 @@ class FaultInjector:
         try:
             await asyncio.wait_for(done.acquire(), _LONGEST_WAIT_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_TRIGGER_S):
+                async with asyncio.timeout(_MORE_S):
                     while count < _CUTS:
                         await done.acquire()
                         count += 1

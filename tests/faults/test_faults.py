@@ -37,6 +37,9 @@ seven per core too."""
 BUSY = {"events": 3_000, "appenders": 3, "append_pause_s": 0.05, "short_lived": 0, "removals": 0.0}
 APPENDING = {"events": 1_500, "streams": 6, "appenders": 12, "append_pause_s": 0.01}
 BRIEF = {"events": 4_000, "appenders": 0, "short_lived": 1}
+MOST_RUNS = 3
+"""A bug shows where a race is lost, of which a run has many; on a busy machine perhaps none."""
+
 PLANTED: dict[str, tuple[set[str], dict[str, Any], tuple[Fault, ...]]] = {
     "position-only": ({LOST, MIXED}, BUSY, (ROLLBACK,)),
     "equal-tags": ({LOST}, APPENDING, ()),
@@ -107,6 +110,11 @@ def test_short_runs_send_by_all_transports() -> None:
 async def test_planted_bug_is_detected(bug: str) -> None:
     kinds, how, plan = PLANTED[bug]
     how = {"streams": 24, **how}
-    options = RunOptions("redis", transports=FASTEST, plant=bug, faults=0, **how)
-    _, findings = await run(options, plan)
-    assert {kind for kind, _ in findings} & kinds
+    found: set[str] = set()
+    for _ in range(MOST_RUNS):
+        options = RunOptions("redis", transports=FASTEST, plant=bug, faults=0, **how)
+        _, findings = await run(options, plan)
+        found |= {kind for kind, _ in findings}
+        if found & kinds:
+            return
+    pytest.fail(f"expected one of {kinds}, got {found}")
