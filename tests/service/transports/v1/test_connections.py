@@ -48,7 +48,6 @@ FEW = 150
 KEEP_ALIVE_S = ConnectionSettings().keep_alive_s
 SEND_TIMEOUT_S = ConnectionSettings().send_timeout_s
 GET = request(b"", first="GET /health/live HTTP/1.1", length="")
-PATHS = ("fast path", "slow path")
 CHUNKED = request(b"", "Transfer-Encoding: chunked", length="")
 
 
