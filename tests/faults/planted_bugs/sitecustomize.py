@@ -11,7 +11,7 @@ from typing import Any
 
 SCRIPTS = {
     # A late commit of a worker that caches a removed stream brings it back.
-    "raised-stream": (("commit", "if expected ~= '' then", "if false then"),),
+    "raised-stream": (("compare_and_set", "if expected ~= '' then", "if false then"),),
     # A deletion from an abandoned connection deletes a stream that was created since its retry.
     "unconditional-delete": (
         (
@@ -25,7 +25,7 @@ SCRIPTS = {
     # After a rollback a stream may come to the same position with other events; a worker that
     # caches the old state there continues from it.
     "position-only": (
-        ("commit", "string.sub(header, 33, 56)", "string.sub(header, 57, 64)"),
+        ("compare_and_set", "string.sub(header, 33, 56)", "string.sub(header, 57, 64)"),
         ("delete", "string.sub(header, 33, 56)", "string.sub(header, 57, 64)"),
     ),
 }
