@@ -15,6 +15,11 @@ from service.store.topics import Destination, NewEntry
 
 OF_ONE_EVENT: Final = ReplyOptions(return_sequences=False)
 
+MAX_FIELDS: Final = 100
+PACKED_FIELDS: Final = b"carry-fields"
+"""The field of a dead letter with all names and values of an entry of more than `MAX_FIELDS`, as an
+array of MessagePack (strings with any bytes): a script cannot write thousands of fields."""
+
 
 class OutputWriter:
     """Writes the outputs of one model, an entry for each event."""
@@ -52,8 +57,18 @@ def dead_letter(
 ) -> NewEntry:
     """The dead letter of an entry: code and reason of the error, and the original fields."""
     now_ms = time.time_ns() // 1_000_000
+    if len(fields) > 2 * MAX_FIELDS:
+        fields = (PACKED_FIELDS, _pack(fields))
     added = (
         "carry-code", error.code, "carry-reason", error.detail, "carry-stream", stream or "",
         "carry-entry", entry_id, "carry-time", now_ms,
     )  # fmt: skip
     return NewEntry(Destination.DEAD_LETTERS, (*added, *fields))
+
+
+def _pack(values: Sequence[bytes]) -> bytes:
+    """An array of MessagePack. The servers' own decoder knows no bytes, and no short lengths."""
+    packed = [b"\xdd", len(values).to_bytes(4, "big")]
+    for value in values:
+        packed += (b"\xdb", len(value).to_bytes(4, "big"), value)
+    return b"".join(packed)

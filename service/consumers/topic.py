@@ -308,8 +308,9 @@ class OwnedTopic:
     # Chunks
 
     def submit(self, stream: str) -> None:
-        """Submit the next chunk of a stream, if events of it wait."""
-        while self.fence is not None:
+        """Submit the next chunk of a stream, if events of it wait and none is in the batcher; a
+        stream may have been queued twice, before and after the topic was lost."""
+        while self.fence is not None and self._reader.key(stream) not in self._submitted:
             events = self._waiting.take(stream, self._reader.max_events)
             if not events:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import ormsgpack
 import pytest
 
 from models.artifact.artifact import Artifact, load_artifact
+from service.consumers.consumer import Consumer
+from service.consumers.topic import OwnedTopic
 from service.core.errors import OperatorError
 from tests.support.consumers import (
     add,
@@ -63,6 +66,27 @@ async def test_each_event_has_its_output_once_and_in_order(
         assert_outputs(artifact, found[name], each)
     assert pending(client) == 0
     assert consumer.counts == {"committed": 800}
+
+
+async def test_a_stream_that_is_queued_twice_has_one_chunk_at_a_time(
+    server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a topic was lost while its streams waited for the batcher."""
+    rows = {f"s{number}": rows_of(RANDOM, 30) for number in range(5)}
+
+    def add_all(consumer: Consumer, topic: OwnedTopic, stream: str) -> None:
+        consumer._ready.extend([(topic, each) for each in (stream, *rows)])
+        consumer._submit_ready()
+
+    monkeypatch.setattr(Consumer, "add", add_all)
+    async with consuming(server.url, artifact):
+        for at in range(0, 150, 5):
+            add(client, "events", *interleaved(rows)[at : at + 5])
+            await asyncio.sleep(0)
+        await until_count(client, "scores", 150)
+    found = outputs_of(client, "scores")
+    for name, each in rows.items():
+        assert_outputs(artifact, found[name], each)
 
 
 async def test_an_output_names_stream_epoch_tag_model_and_version(

@@ -80,6 +80,20 @@ async def test_single_dead_letters_are_replayed_with_their_fields(
     assert fields == {b"stream": b"a", b"event": b"[1]", b"extra": b"x"}
 
 
+async def test_an_entry_of_thousands_of_fields_is_a_dead_letter(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    many = {f"f{number}": "x" for number in range(3_000)}
+    async with consuming(server.url, artifact):
+        add(client, "events", many, fields_of("a", rows_of(RANDOM, 1)[0]))
+        await until_count(client, "scores", 1)
+        await until_count(client, "events:dead", 1)
+    [(letter, _)] = client.xrange("events:dead")
+    assert (await dlq(server, "replay", letter.decode())).stdout == b"1 dead letters replayed\n"
+    [(_, fields)] = client.xrevrange("events", count=1)
+    assert fields == {name.encode(): b"x" for name in many}
+
+
 async def test_what_is_missing_is_an_error(server: RealServer, client: Any) -> None:
     assert "no dead letter" in (await dlq(server, "show", "1-1")).stderr
     assert "--stream NAME" in (await dlq(server, "replay")).stderr

@@ -20,6 +20,10 @@ for index = 4, #ARGV do
   local letter = redis.call('XRANGE', KEYS[2], ARGV[index], ARGV[index])[1]
   if letter then
     local fields, kept = letter[2], {}
+    if fields[#fields - 1] == 'carry-fields' then
+      -- of an entry with many fields (`service/consumers/outputs.py`)
+      fields = cmsgpack.unpack(fields[#fields])
+    end
     for at = 1, #fields, 2 do
       if string.sub(fields[at], 1, 6) ~= 'carry-' then
         kept[#kept + 1] = fields[at]
