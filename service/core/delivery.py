@@ -236,6 +236,17 @@ def is_continuation(chunk: Chunk, head: StreamHead, feed: Feed) -> bool:
     )
 
 
+def always_starts(chunk: Chunk) -> bool:
+    """Whether a chunk starts its stream over whatever is stored: it expects nothing of the stream,
+    and without a position it is no retry. `evaluate_chunk` would process it in any case."""
+    return (
+        chunk.starts_over
+        and chunk.position is None
+        and chunk.epoch is None
+        and chunk.precondition is None
+    )
+
+
 def resolve_conflict(chunk: Chunk, new: StreamHead, current: StreamHead | None) -> Resolution:
     """Resolve a version conflict: the commit of `new` met `current` instead.
 

@@ -241,6 +241,7 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
             resolution = resolve_conflict(job.payload, reply.head, result.stored)
             if resolution is Resolution.RE_EVALUATE:
                 self._recorder.record_conflict(self._served.name)
+                self._loader.note_conflict(job)
                 job.is_committing = False
                 job.expected = pack_head(result.stored)
                 return False

@@ -2,8 +2,8 @@
 
 Fast path: a chunk that continues the cached state of its stream needs no load. That state may not
 be committed yet, or another worker may have replaced it, so this is speculative execution: the
-compare-and-set of the commit verifies it. Chunks are rejected and replayed only on what the store
-says, never from the cache.
+compare-and-set of the commit verifies it. Neither does a chunk that starts its stream over whatever
+is stored. Chunks are rejected and replayed only on what the store says, never from the cache.
 
 A chunk that creates its stream under a quota registers it here, after the load and before its
 commit (`service.access.limits`).
@@ -24,6 +24,7 @@ from service.access.limits import StreamQuota
 from service.core.delivery import (
     Replay,
     Resolution,
+    always_starts,
     evaluate_chunk,
     is_continuation,
     resolve_duplicate,
@@ -55,6 +56,11 @@ from service.store.codec import (
 STORE_UNRESPONSIVE_AFTER_S: Final = 0.1
 """A deadline that expires after this much store silence is reported as `store_unavailable`,
 otherwise as `deadline_exceeded`."""
+
+
+STARTS_LOADED: Final = 64
+"""Starts over that are loaded after one whose stream existed unexpectedly, and whose first
+computation was in vain: clients that reuse the names of streams have more of them."""
 
 
 class StoreResponsiveness:
@@ -110,6 +116,7 @@ class ChunkLoader:
         self._retry_s: defaultdict[str, float] = defaultdict(float)
         self._resets_on_model_change = resets_on_model_change
         self._blocks = served.blocks
+        self._starts_to_load = 0
 
     async def evaluate(
         self, jobs: list[ChunkJob], times: StageTimes, batch: RunningBatch
@@ -120,15 +127,19 @@ class ChunkLoader:
             The jobs to compute, with `base` and `expected`, and those to retry in a later batch.
         """
         ready: list[ChunkJob] = []
+        started: list[ChunkJob] = []
         uncached: list[ChunkJob] = []
         for job in jobs:
             job.base = self._cached(job)
-            if job.base is None:
-                uncached.append(job)
-            else:
+            if job.base is not None:
                 job.expected = read_packed_head(job.base.value)
                 ready.append(job)
+            elif job.payload.starts_over and self._starts_without_load(job):
+                started.append(job)
+            else:
+                uncached.append(job)
         self._recorder.record_cache_lookups(self._served.name, len(ready), len(uncached))
+        ready += started
         if not uncached:
             return ready, []
         loaded = await self._shards.read(uncached, self._load, batch)
@@ -174,6 +185,24 @@ class ChunkLoader:
             answered = await self._shards.read(replays, self._replay_all, batch)
             to_retry += [job for job, is_answered in answered if not is_answered]
         return ready, to_retry
+
+    def _starts_without_load(self, job: ChunkJob) -> bool:
+        """Whether a stream is started over without a load: if the chunk starts it in any case, the
+        commit expects the cached stream, or else none, and verifies that."""
+        chunk = job.payload
+        if job.attempts or chunk.quota is not None or not always_starts(chunk):
+            return False
+        copy = self._cache.get(chunk.key)
+        if copy is None and self._starts_to_load:
+            self._starts_to_load -= 1
+            return False
+        job.expected = b"" if copy is None else read_packed_head(copy.value)
+        return True
+
+    def note_conflict(self, job: ChunkJob) -> None:
+        """Note that the stream of a job was another one than its commit expected."""
+        if job.payload.starts_over:
+            self._starts_to_load = STARTS_LOADED
 
     async def replay(self, job: ChunkJob, own: Reply | None = None) -> bool:
         """Answer a retry of a stream's last chunk with the stored reply.

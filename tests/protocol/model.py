@@ -98,6 +98,7 @@ class Rules:
 
     evaluate_chunk: Callable[..., Any] = delivery.evaluate_chunk
     is_continuation: Callable[..., bool] = delivery.is_continuation
+    always_starts: Callable[..., bool] = delivery.always_starts
     apply_chunk: Callable[..., StreamState] = applied
     resolve_conflict: Callable[..., Any] = delivery.resolve_conflict
     resolve_duplicate: Callable[..., Any] = delivery.resolve_duplicate

@@ -45,6 +45,7 @@ C0, C1 = _chunk("c0", 0, 5), _chunk("c1", 1, 5)
 T0, T1 = _chunk("t0", 0, 7, stream=1), _chunk("t1", 1, 6, stream=1)
 # After a0 and a1, the stream starts over.
 START, AGAIN = _chunk("the start", 0, 3, starts_over=True), _chunk("again", 1, 6)
+RESTART = _chunk("the restart", None, 3, starts_over=True)
 DELETION = Operation("delete", "the deletion of S")
 FIRST_DELETION = replace(DELETION, name="the first deletion")
 DELETION_OF_T = Operation("delete", "the deletion of T", stream=1)
@@ -119,6 +120,10 @@ SCENARIOS = (
         "started blindly: a start without an epoch meets the chunks of others",
         _client("A", START, AGAIN, resends=1), _client("B", B0),
         replies_lost=1, timeouts=1, depth=12),
+    RESTARTED := _scenario(
+        "restarted: starts without a position, never loaded first, meet other chunks of S",
+        _client("A", A0, RESTART, AGAIN, resends=1, alone=True), _client("D", DELETION),
+        replies_lost=1, timeouts=1, bytes_delayed=1, depth=11),
     _scenario(
         "late crash: bytes of a worker that died arrive after another did its work",
         _client("A", A0, A1, resends=1), _client("D", DELETION, resends=1),
@@ -253,6 +258,9 @@ PLANTED_BUGS = (
     PlantedBug(
         "a start over that is never a retry", STARTED,
         Rules(evaluate_chunk=_start_always), "twice"),
+    PlantedBug(
+        "a start over that is not loaded although it may be a retry", STARTED,
+        Rules(always_starts=lambda chunk: chunk.starts_over), "twice"),
     PlantedBug(
         "a commit repeated without the abandoned one before it", LATE_BEHIND,
         Rules(forget_abandoned=True), "was answered as not applied"),

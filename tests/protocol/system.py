@@ -73,7 +73,11 @@ class System:
         return self.rules.is_continuation(chunk, copy.head, copy.feed)
 
     def start_chunk(self, worker: Any, request: Request, cached: Version) -> None:
-        """Compute a chunk that continues the cached state, or load the stored one."""
+        """Compute a chunk that continues the cached state or starts over in any case, or load."""
+        is_first_attempt = not request.attempts
+        if is_first_attempt and self.rules.always_starts(self.model.chunk(request)):
+            self.compute(worker, request, cached)
+            return
         if cached and self._continues(request, cached.stream):
             self.compute(worker, request, cached)
             if self.rules.answer_early:

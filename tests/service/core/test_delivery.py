@@ -17,6 +17,7 @@ from service.core.delivery import (
     Process,
     Replay,
     Resolution,
+    always_starts,
     chunk_digest,
     evaluate_chunk,
     is_continuation,
@@ -204,6 +205,22 @@ def test_applied_chunk_changes_position_tag_and_last_chunk() -> None:
 def test_chunk_certainly_continues_a_cached_state(options: dict[str, Any], continues: bool) -> None:
     assert is_continuation(chunk(**options), STREAM.head, STREAM.feed) == continues
     assert not is_continuation(chunk(**options), STREAM.head, Feed.EVENTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "starts"),
+    [
+        ({"starts_over": True}, True),
+        ({}, False),
+        ({"starts_over": True, "position": 0}, False),
+        ({"starts_over": True, "epoch": EPOCH}, False),
+        ({"starts_over": True, "precondition": ANY}, False),
+    ],
+)
+def test_chunk_starts_its_stream_over_whatever_is_stored(
+    options: dict[str, Any], starts: bool
+) -> None:
+    assert always_starts(replace(APPEND, **options)) == starts
 
 
 @pytest.mark.parametrize(

@@ -177,9 +177,12 @@ async def test_streams_of_other_keys_do_not_count(workers: tuple[Worker, Worker]
     reply = await first.pipeline.process(first.caller, chunk_of("other", ROWS, 1))
     assert isinstance(reply, Reply)
     # nor if a stream that exists starts over
-    over = replace(chunk_of("other", ROWS, 0), starts_over=True)
-    assert (await first.pipeline.process(first.caller, over)).created
+    for position in (0, None):
+        over = replace(chunk_of("other", ROWS, position), starts_over=True)
+        assert (await first.pipeline.process(first.caller, over)).created
     assert not await first.create("more")
+    with pytest.raises(LimitExceeded):
+        await first.pipeline.process(first.caller, replace(over, key=StreamKey("probe", "more")))
 
 
 async def test_restores_and_forks_count_if_they_create_a_stream(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from msgspec.structs import replace
 
 from models.artifact.artifact import Artifact
 from service.access.caller import ANYONE
-from service.core.values import Chunk
+from service.core.values import Chunk, StreamKey
 from service.pipeline.pipeline import Pipeline
+from service.store.redis.redis_store import RedisStore
 from tests.support.pipelines import (
     Counts,
     chunk_of,
@@ -79,3 +82,69 @@ async def test_start_replaces_the_state_of_another_version(
         np.testing.assert_allclose(
             reply.outputs, oracle_outputs(artifact, ROWS[:4]), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The streams that are loaded."""
+    loaded: list[str] = []
+    load = RedisStore.load
+
+    def watched(store: RedisStore, keys: Sequence[StreamKey], deadline_s: float) -> Any:
+        loaded.extend(key.stream for key in keys)
+        return load(store, keys, deadline_s)
+
+    monkeypatch.setattr(RedisStore, "load", watched)
+    return loaded
+
+
+async def test_start_without_a_position_is_not_loaded(
+    store_url: str, artifact: Artifact, loads: list[str]
+) -> None:
+    counts = Counts()
+    async with worker(store_url, artifact, counts) as pipeline:
+        for stream in ("a", "b", "a"):
+            reply = await pipeline.process(ANYONE, start(None, stream))
+            assert (reply.created, reply.head.position) == (True, 4)
+        assert loads == []
+        await pipeline.process(ANYONE, start(0, "a"))
+        assert loads == ["a"]
+    assert counts.seen["conflicts"] == 0
+    assert counts.seen["chunks"] == 4
+
+
+async def test_starts_of_streams_of_another_worker_are_loaded_after_the_first(
+    store_url: str, artifact: Artifact, loads: list[str]
+) -> None:
+    """One that was deleted, too."""
+    counts, names = Counts(), [f"s-{number}" for number in range(4)]
+    async with worker(store_url, artifact) as one, worker(store_url, artifact, counts) as two:
+        for name in names:
+            await send(one, name, ROWS)
+        await one.streams.delete(ANYONE, StreamKey(artifact.spec.name, names[0]))
+        loads.clear()
+        for name in names:
+            first = await two.process(ANYONE, start(None, name))
+            rest = await send(two, name, ROWS[4:], 4)
+            outputs = np.concatenate([first.outputs, rest.outputs])
+            np.testing.assert_allclose(
+                outputs, oracle_outputs(artifact, ROWS), rtol=1e-4, atol=1e-5
+            )
+        assert loads == names
+    assert counts.seen["conflicts"] == 1
+    assert counts.seen["chunks"] == 2 * len(names)
+
+
+async def test_start_over_a_stale_cached_stream_conflicts_once(
+    store_url: str, artifact: Artifact
+) -> None:
+    counts = Counts()
+    async with worker(store_url, artifact, counts) as one, worker(store_url, artifact) as two:
+        await send(one, "s", ROWS)
+        await send(two, "s", ROWS)
+        await one.process(ANYONE, start(None))
+        rest = await send(one, "s", ROWS[4:], 4)
+    np.testing.assert_allclose(
+        rest.outputs, oracle_outputs(artifact, ROWS)[4:], rtol=1e-4, atol=1e-5
+    )
+    assert counts.seen["conflicts"] == 1
