@@ -25,8 +25,8 @@
 -- nothing; otherwise {results}, of each item: as of `compare_and_set`, or
 --   {-1, text}   failed with this error; nothing of the item was changed
 --
--- Topics of another type are errors before the first write, and a full server rejects the first
--- write, so an item is written whole or not at all.
+-- An item is written whole or not at all: a full server rejects the first write, of the number, and
+-- what an item did before any other error is taken back.
 
 -- the flags of a tombstone
 local DELETED = 4
@@ -39,22 +39,16 @@ end
 for index = 4, 5 do
   redis.call('XLEN', KEYS[index])
 end
+redis.call('HLEN', KEYS[3])
 redis.call('HSET', KEYS[2], 'number', ARGV[6])
 
-local function acknowledge(first, last)
+-- Take back what an item did before it failed.
+local function undo(first, last, added)
+  for _, entry in ipairs(added) do
+    redis.call('XDEL', entry[1], entry[2])
+  end
   for index = first, last do
-    if redis.call('XACK', topic, group, ARGV[index]) == 0 then
-      if index > first then
-        local claim = {'XCLAIM', topic, group, consumer, 0}
-        for earlier = first, index - 1 do
-          claim[#claim + 1] = ARGV[earlier]
-        end
-        claim[#claim + 1] = 'FORCE'
-        claim[#claim + 1] = 'JUSTID'
-        redis.call(unpack(claim))
-      end
-      error('NOTPENDING entry ' .. ARGV[index], 0)
-    end
+    redis.call('XCLAIM', topic, group, consumer, 0, ARGV[index], 'FORCE', 'JUSTID')
   end
 end
 
@@ -70,27 +64,37 @@ while at <= #ARGV do
     at = at + 2 + ARGV[at + 1]
   end
 
+  local acknowledged, added = first - 1, {}
   local function write_entries()
     local halt, stream = string.sub(halted, 1, 1), string.sub(halted, 2)
     if halt == '=' and redis.call('HEXISTS', KEYS[3], stream) == 0 then
       error('NOTPENDING stream ' .. stream .. ' does not halt', 0)
     end
-    acknowledge(first, last)
+    for index = first, last do
+      if redis.call('XACK', topic, group, ARGV[index]) == 0 then
+        error('NOTPENDING entry ' .. ARGV[index], 0)
+      end
+      acknowledged = index
+    end
     local from = entries + 1
     for _ = 1, tonumber(ARGV[entries]) do
       local key, start, stop = tonumber(ARGV[from]), from + 2, from + 1 + ARGV[from + 1]
+      local id
       if key == 4 and kept ~= '0' then
-        redis.call('XADD', KEYS[key], 'MAXLEN', '~', kept, '*', unpack(ARGV, start, stop))
+        id = redis.call('XADD', KEYS[key], 'MAXLEN', '~', kept, '*', unpack(ARGV, start, stop))
       else
-        redis.call('XADD', KEYS[key], '*', unpack(ARGV, start, stop))
+        id = redis.call('XADD', KEYS[key], '*', unpack(ARGV, start, stop))
       end
+      added[#added + 1] = {KEYS[key], id}
       from = stop + 1
     end
     if halt == '+' then
       redis.call('HSET', KEYS[3], stream, redis.call('TIME')[1])
     end
-    if ARGV[8] == '1' and last >= first then
-      redis.call('XDEL', topic, unpack(ARGV, first, last))
+    if ARGV[8] == '1' then
+      for index = first, last do
+        redis.call('XDEL', topic, ARGV[index])
+      end
     end
   end
 
@@ -117,6 +121,7 @@ while at <= #ARGV do
     result = ok and {1} or result
   end
   if not ok then
+    undo(first, acknowledged, added)
     if type(result) == 'table' then
       result = result.err
     end
