@@ -90,6 +90,10 @@ class ConsumerConfig(_Part):
     outputs: Literal["json", "msgpack"] = "json"
     """How the outputs are encoded."""
 
+    where: Name | None = None
+    """Which outputs are written: comparisons of outputs with numbers, such as `surprise > 4`, that
+    `and` or `or` join; a name alone, such as `alarm`, means that it is not 0."""
+
     keep: Annotated[int, Field(ge=0)] = 0
     """About how many entries the output topic keeps; 0 for all."""
 

@@ -64,7 +64,7 @@ class Consumer:
         topics: the topics that are assigned to this consumer, by name.
 
     Raises:
-        OperatorError: there is no such model, or a cluster needs partitions.
+        OperatorError: there is no such model, `where` is invalid, or a cluster needs partitions.
         ChunksUnsupported: the model needs whole sequences.
     """
 
@@ -89,7 +89,7 @@ class Consumer:
         }
         self._reader = EventReader(served.artifact, config, settings.requests)
         media = Media.JSON if config.outputs == "json" else Media.MSGPACK
-        self._writer = OutputWriter(served.artifact, media)
+        self._writer = OutputWriter(served.artifact, media, config.where)
         self._timeout_s = settings.requests.timeout_s
         self._name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._pool = f"{config.group}:{config.source}"

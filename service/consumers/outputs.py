@@ -9,6 +9,7 @@ from typing import Final
 from models.artifact.artifact import Artifact
 from service.codec.media import Media, dumps
 from service.codec.reply_writer import ReplyOptions, ReplyWriter
+from service.consumers.where import parse_condition
 from service.core.errors import CarryError
 from service.core.values import FloatRows, StreamHead
 from service.store.topics import Destination, NewEntry
@@ -22,10 +23,18 @@ array of MessagePack (strings with any bytes): a script cannot write thousands o
 
 
 class OutputWriter:
-    """Writes the outputs of one model, an entry for each event."""
+    """Writes the outputs of one model, an entry for each event.
 
-    def __init__(self, artifact: Artifact, media: Media):
+    Args:
+        where: which of them are written (`parse_condition`); all without one.
+
+    Raises:
+        OperatorError: `where` is invalid.
+    """
+
+    def __init__(self, artifact: Artifact, media: Media, where: str | None = None):
         self._writer = ReplyWriter(artifact)
+        self._where = None if where is None else parse_condition(where, artifact.outputs)
         self._media = media
         self._name, self._version = artifact.spec.name, artifact.version
 
@@ -43,9 +52,9 @@ class OutputWriter:
         return [
             NewEntry(
                 Destination.OUTPUTS,
-                (*common, "position", start + at, "outputs", self._encode(rows[at : at + 1])),
+                (*common, "position", start + int(at), "outputs", self._encode(rows[at : at + 1])),
             )
-            for at in range(len(rows))
+            for at in (range(len(rows)) if self._where is None else self._where(rows).nonzero()[0])
         ]
 
     def _encode(self, row: FloatRows) -> bytes:
