@@ -1,7 +1,7 @@
 """Plants the bug that `PLANTED_BUG` names in a worker; the service knows nothing of it.
 
-A run puts this folder on the workers' PYTHONPATH. `SCRIPTS` are changes of the store's Lua scripts;
-`CODE` calls functions of the service's modules.
+A run puts this folder on the workers' PYTHONPATH. `SCRIPTS` and `TOPIC_SCRIPTS` are changes of the
+store's Lua scripts; `CODE` calls functions of the service's modules.
 """
 
 import os
@@ -27,6 +27,23 @@ SCRIPTS = {
     "position-only": (
         ("compare_and_set", "string.sub(header, 33, 56)", "string.sub(header, 57, 64)"),
         ("delete", "string.sub(header, 33, 56)", "string.sub(header, 57, 64)"),
+    ),
+}
+
+TOPIC_SCRIPTS = {
+    # An owner that was suspended for longer than its lease goes on to read and to commit, also what
+    # the next owner has acknowledged.
+    "no-fence": (
+        ("topic_commit", "ARGV[index]) == 0 then", "ARGV[index]) == 2 then"),
+        ("topic_commit", "if stored[1] ~= ARGV[5] or ", "if "),
+        ("topic_commit", "tonumber(stored[2]) ~= ARGV[6] - 1", "false"),
+        ("topic_read", "if stored ~= ARGV[3] then", "if false then"),
+        ("topic_lease", "if not is_held", "if false"),
+    ),
+    # Entries are acknowledged when they are read.
+    "acknowledge-first": (
+        ("topic_read", "'COUNT', ARGV[5],", "'COUNT', ARGV[5], 'NOACK',"),
+        ("topic_commit", "ARGV[index]) == 0 then", "ARGV[index]) == 2 then"),
     ),
 }
 
@@ -74,7 +91,7 @@ def plant(bug: str) -> None:
 
     def read_changed(path: Path) -> bytes:
         text = read(path)
-        for script, old, new in SCRIPTS.get(bug, ()):
+        for script, old, new in (SCRIPTS | TOPIC_SCRIPTS).get(bug, ()):
             if path.name == f"{script}.lua":
                 if text.count(old.encode()) != 1:
                     raise ValueError(f"{path}: expected {old!r} once")
