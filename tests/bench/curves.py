@@ -268,7 +268,7 @@ def measure_workers(curve: Curve) -> None:
         cpu_us = [each.cpu_us_per_chunk + each.store_cpu_us_per_chunk for each in most]
         of = f"{curve.name}/{ESTIMATED_CORES} cores, estimated chunks/s, {name}"
         results.figure(of, [ESTIMATED_CORES / us * 1e6 for us in cpu_us])
-        of = f"{curve.name}/chunks/s of which one store's core is full, {name}"
+        of = f"{curve.name}/chunks/s that fill the core of one store, {name}"
         results.figure(of, [1e6 / each.store_cpu_us_per_chunk for each in most])
 
 

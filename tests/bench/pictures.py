@@ -1,7 +1,7 @@
-"""Draws the curves of a run as SVG pictures, and prints them as tables in Markdown.
+"""Writes the curves of a run into a page, as SVG pictures and tables, between two comments.
 
     make bench ARGS="--only curves --lines tests/bench/curves.jsonl"
-    python -m tests.bench.pictures tests/bench/curves.jsonl docs/reference/performance
+    python -m tests.bench.pictures tests/bench/curves.jsonl docs/reference/performance.md
 
 A picture shows the median CPU of a chunk, with the spread over the rounds; its axis is logarithmic
 where the values differ by more than ten times.
@@ -10,19 +10,19 @@ where the values differ by more than ten times.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import orjson
-from matplotlib.figure import Figure
+from matplotlib import figure as drawing
 from matplotlib.ticker import NullFormatter
 
 from tests.bench.curves import CURVE
-from tests.bench.results import write_table
+from tests.bench.results import Figure, write_table
 
 AXES = {
     "steps": "events of a chunk",
@@ -60,13 +60,14 @@ class Place(NamedTuple):
         return median(self.cpu_us), min(self.cpu_us), max(self.cpu_us)
 
 
+BEGIN, END = "<!-- curves, by tests.bench.pictures -->", "<!-- end of curves -->"
 Curves = Mapping[str, Mapping[str, Mapping[str, Place]]]
 
 
-def read_curves(path: Path) -> Curves:
-    """The places of each curve by server and place, in the order of the lines."""
+def read_curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
+    """The places of each curve by server and place, in the order of a run's lines."""
     curves: dict[str, dict[str, dict[str, Place]]] = {}
-    for line in map(orjson.loads, path.read_bytes().splitlines()):
+    for line in lines:
         name, _, rest = line.get("row", line.get("figure", "")).partition("/")
         x, _, server = rest.partition("/")
         if name.startswith(CURVE) and server in SERVERS:
@@ -82,7 +83,7 @@ def read_curves(path: Path) -> Curves:
 
 def draw(name: str, curve: Mapping[str, Mapping[str, Place]], path: Path) -> None:
     """Draw a curve: lines over numbers, or points over names."""
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure = drawing.Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     places = list(next(iter(curve.values())))
     are_numbers = places[0].isdigit()
@@ -134,19 +135,48 @@ def _format_place(x: str) -> str:
     return f"{int(x):,}" if x.isdigit() else x
 
 
+def make_figures(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """What was computed from a curve, as a table in Markdown; empty if nothing was."""
+    named = [(line["figure"].partition("/")[2], line) for line in lines if "figure" in line]
+    rows = [
+        [figure, str(Figure(*(line[each] for each in Figure._fields)))]
+        for figure, line in named
+        if line["figure"].startswith(f"{CURVE}{name}/") and not figure.endswith("/compute")
+    ]
+    return write_table(["figure", "median (over the rounds)"], rows)
+
+
+def make_block(path: Path, folder: Path) -> str:
+    """Draw every curve into a folder; the facts of the run, the pictures and tables in Markdown."""
+    about, *lines = map(orjson.loads, path.read_bytes().splitlines())
+    facts = [f"{name}: {text}" for name, text in about.items()]
+    facts += [line["note"] for line in lines if "note" in line]
+    parts = ["".join(f"- {fact}\n" for fact in facts)]
+    for name, curve in read_curves(lines).items():
+        draw(name, curve, folder / f"{name}.svg")
+        picture = f"![CPU of a chunk by {AXES[name]}]({folder.name}/{name}.svg)\n"
+        parts += [f"### By {AXES[name]}\n", picture, make_table(name, curve)]
+        parts += filter(None, [make_figures(name, lines)])
+    return "\n".join(parts)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw every curve of a file into a folder, and print its table."""
+    """Draw every curve of a file beside a page, and write their tables into it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("lines", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("page", type=Path)
     options = parser.parse_args(arguments)
-    options.folder.mkdir(parents=True, exist_ok=True)
+    page: Path = options.page
+    head, begin, rest = page.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        parser.error(f"{page}: expected {BEGIN} and {END}")
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
     style = {"svg.hashsalt": "carry", "svg.fonttype": "none", "font.size": 9}
     with mpl.rc_context(style):
-        for name, curve in read_curves(options.lines).items():
-            draw(name, curve, options.folder / f"{name}.svg")
-            picture = f"![CPU of a chunk by {AXES[name]}]({options.folder.name}/{name}.svg)"
-            print(f"### By {AXES[name]}\n\n{picture}\n\n{make_table(name, curve)}")
+        block = make_block(options.lines, folder)
+    page.write_text(f"{head}{BEGIN}\n\n{block}\n{END}{tail}")
 
 
 if __name__ == "__main__":

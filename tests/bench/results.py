@@ -122,7 +122,8 @@ class Figure(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:,.4g} ({self.low:,.4g} to {self.high:,.4g})"
+        value, low, high = (f"{each:,.0f}" if each >= 1000 else f"{each:.4g}" for each in self)
+        return f"{value} ({low} to {high})"
 
 
 @dataclass
@@ -186,10 +187,15 @@ def check_targets(results: Results) -> list[list[str]]:
 
 def write_lines(results: Results, path: Path) -> None:
     """Write the results as lines of JSON: what the run is, then its rows, figures and notes."""
-    rows = [{"row": name, **each._asdict()} for name, all in results.rows.items() for each in all]
+    rows = [{"row": name, **_round(each)} for name, all in results.rows.items() for each in all]
     figures = [{"figure": name, **each._asdict()} for name, each in results.figures.items()]
     lines = [dict(results.about), *rows, *figures, *({"note": note} for note in results.notes)]
     path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+
+
+def _round(sample: Sample) -> dict[str, float]:
+    """A sample by its fields, in five digits."""
+    return {name: float(f"{value:.5g}") for name, value in sample._asdict().items()}
 
 
 def read_figures(path: Path) -> dict[str, float]:
