@@ -44,8 +44,8 @@ WIDTHS = (32, 64, 128, 256, 512, 1024)
 DEPTHS = (1, 2, 3, 4)
 MODELS = (1, 10, 100)
 CONNECTION_COUNTS = (1, 4, 16, 64, 256, 1000)
-MEDIA: tuple[Media, ...] = ("json", "msgpack", "v2", "grpc", "websocket")
-HTTP_MEDIA = MEDIA[:3]  # those that the bare route takes
+MEDIA: tuple[Media, ...] = ("json", "msgpack", "v2", "perf", "grpc", "websocket")
+HTTP_MEDIA = MEDIA[:4]  # those that the bare route takes
 WORKERS, OWNERS = (1, 2, 4, 8), ("any", "own")
 ESTIMATED_CORES = 16
 """Of the machine whose rate is estimated."""

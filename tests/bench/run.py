@@ -54,9 +54,9 @@ class Options:
     loads: Sequence[str] = ("json",)
     strict: bool = False
     instructions: bool = True
-    v2_peer: str | None = None
-    v2_peer_grpc: str = ""
-    v2_peer_model: str = "bench"
+    peer: str | None = None
+    peer_grpc: str = ""
+    peer_model: str = "bench"
     lines: Path | None = None
 
 

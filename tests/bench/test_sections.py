@@ -193,7 +193,7 @@ def test_peer_is_compared_over_http_although_grpc_fails(
         tool.write_text(TOOL.format(python=sys.executable, peer=address))
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        bench.options.v2_peer, bench.options.v2_peer_grpc = address, address
+        bench.options.peer, bench.options.peer_grpc = address, address
         sections.run_section(bench, "peer")
     results = bench.results
     assert results.figures[f"peer/http 1: {CARRY} over peer"] == (2, 2, 2)
@@ -207,7 +207,7 @@ def test_peer_is_compared_over_http_although_grpc_fails(
 
 def test_peer_is_skipped_where_none_is_named(bench: Bench) -> None:
     sections.run_section(bench, "peer")
-    assert "no server is named by --v2-peer" in bench.results.notes[0]
+    assert "no server is named by --peer" in bench.results.notes[0]
 
 
 @pytest.mark.parametrize("package", ["carry", "service"])
