@@ -240,6 +240,10 @@ def measure_media(curve: Curve) -> None:
     for media in MEDIA:
         curve.add(server, media, has_floor=media in HTTP_MEDIA, media=media, grpc_port=port)
     curve.measure()
+    rows = {media: curve.samples(media, server.name) for media in MEDIA}
+    for media in MEDIA[1:]:
+        of = f"{curve.name}/CPU of a chunk, {media} over json"
+        curve.bench.results.ratio(of, rows[media], rows["json"], "cpu_us_per_chunk")
 
 
 def measure_workers(curve: Curve) -> None:

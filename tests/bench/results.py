@@ -40,11 +40,12 @@ COLUMNS = {
 
 TARGETS = (
     ("peak/carry-onnxruntime over fastapi", ">=", 0.8),
+    ("peak/carry-onnxruntime over fastapi, by CPU", ">=", 0.8),
     # a stretch goal
     ("peak/carry-onnxruntime over fastapi", ">=", 1.0),
     ("peak/carry-onnxruntime over competent", ">=", 5),
     ("peak/carry-tensorflow over fastapi", ">=", 0.6),
-    ("single/carry-onnxruntime over fastapi", ">=", 0.6),
+    ("single/carry-onnxruntime over fastapi", ">=", 0.9),
     ("many/carry-onnxruntime over compute", ">=", 0.5),
     ("many/carry-tensorflow over compute", ">=", 0.5),
     ("peak/p50 at 1, carry-onnxruntime over fastapi", "<=", 4),
@@ -54,6 +55,8 @@ TARGETS = (
     ("latency/carry-onnxruntime p99 beside long chunks over without", "<=", 2),
     (f"curve-streams/{MANY} over {FEW}, cold", ">=", 0.9),
     ("curve-streams/bytes over bound", "<=", 1),
+    ("curve-media/CPU of a chunk, v2 over json", "<=", 0.8),
+    ("curve-media/CPU of a chunk, perf over json", "<=", 0.8),
     ("cold/carry-onnxruntime s", "<=", 2),
     ("peak/carry-onnxruntime MiB", "<=", 150),
     ("cold/carry-tensorflow s", "<=", 12),

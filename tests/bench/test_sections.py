@@ -39,6 +39,7 @@ FIGURES = {
     "curve-units": {"8/compute"},
     "curve-layers": {"1/compute"},
     "curve-streams": {"10000 over 1000, cold", "bytes over bound"},
+    "curve-media": {"CPU of a chunk, v2 over json", "CPU of a chunk, websocket over json"},
     "curve-workers": {"CPU of a chunk, 2 workers over 1, own", "16 cores, estimated chunks/s, own"},
     "cold": {f"{CARRY} s"},
     "workers": {f"{CARRY} lost", f"{CARRY} 2 over 1, 2 connections, at most"},
