@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from random import Random
 from typing import Any
 
@@ -144,6 +143,10 @@ SCENARIOS = {
         LONG_BEYOND_16,
         "push a a:20; cancel a0; drop a0; take a1",
     ),
+    "the others of a request whose job was dropped keep their place": (
+        LIMITS,
+        "push many= a b; push c; cancel a0; drop a0; take b1 c2; push many= d; take d3",
+    ),
     "a stream whose jobs were dropped starts again": (
         LIMITS,
         "push a b; cancel a0; take b1; push a; take a2;push c; cancel c3; drop c3; push c; take c4",
@@ -208,7 +211,7 @@ async def test_a_batch_costs_the_same_however_long_a_streams_backlog_is() -> Non
     backlog = waiting.queue.backlog("hot")
     assert backlog is not None
 
-    class Untouched(deque[Any]):
+    class Untouched(list[Any]):
         def __iter__(self) -> Any:
             raise AssertionError("the backlog is looked through")
 

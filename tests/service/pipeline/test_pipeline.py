@@ -24,12 +24,14 @@ from service.core.errors import (
     StreamNotFound,
 )
 from service.core.values import Reply, Steps, StreamKey
+from service.engine.policy import MIN_SPLIT_REQUESTS
 from service.pipeline import predict
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
 from service.store.base import CommitColumns, CommitResult, Conflicted
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
+from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import (
     Counts,
     oracle_outputs,
@@ -208,6 +210,36 @@ async def test_chunks_after_a_commit_that_was_not_written_are_re_evaluated(
     assert [reply.head.position for reply in replies] == [4, 8, 12]
     outputs = [reply.outputs for reply in replies]
     assert_close(np.concatenate(outputs), oracle_outputs(artifact, rows))
+
+
+class Unbatched(NumpyRuntime):
+    """Calls of any number of rows.
+
+    Attributes:
+        rows: to which the rows of a call are padded, at least.
+    """
+
+    max_batch, rows = 128, 0
+
+    def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
+        return max(rows, self.rows), steps
+
+
+@pytest.mark.parametrize("pads", [False, True], ids=["any rows", "padded rows"])
+async def test_many_chunks_are_computed_in_two_calls_unless_the_runtime_pads_them(
+    store_url: str, artifact: Artifact, pads: bool
+) -> None:
+    rows = rows_of(np.random.default_rng(31), 4)
+    expected = oracle_outputs(artifact, rows)
+    runtime = Unbatched(artifact)
+    runtime.rows = 32 if pads else 0
+    async with worker(store_url, artifact, runtime=runtime) as pipeline:
+        streams = [str(number) for number in range(MIN_SPLIT_REQUESTS)]
+        replies = await asyncio.gather(*[send(pipeline, each, rows, 0) for each in streams])
+    half = MIN_SPLIT_REQUESTS // 2
+    assert [shape[0] for shape in runtime.shapes] == ([32] if pads else [half, half])
+    for reply in replies:
+        np.testing.assert_allclose(reply.outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 async def test_a_chunk_that_cannot_be_encoded_fails_alone(
