@@ -133,9 +133,9 @@ def find_peer(bench: Bench, address: str) -> Server:
     pids = [each.pid for each in listening if each.status == "LISTEN" and each.laddr.port == port]
     if not any(pids):
         raise OSError(f"expected a process of this machine to listen on {address}, got none")
-    cores = tuple(psutil.Process(pids[0]).cpu_affinity())
-    if cores != (bench.cores.servers or cores):
-        bench.note(f"peer: it runs on cores {cores}, Carry on {bench.cores.servers}; use taskset")
+    ours = bench.cores.servers
+    if ours and (cores := tuple(psutil.Process(pids[0]).cpu_affinity())) != ours:
+        bench.note(f"peer: it may use cores {cores}, Carry {ours}: start it by `taskset`")
     return Server("peer", port, pids[0], bench.artifact, bench.store)
 
 
