@@ -9,6 +9,10 @@ measured in every round, all of a point one after another. `pictures.py` draws t
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +20,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import orjson
+import redis
+
 from models.artifact.artifact import Artifact
 from service.core.values import Feed, StreamKey
 from service.store.codec import encode_state
 from service.store.settings import StoreSettings
 from tests.bench import workloads
+from tests.bench.generator import Load
 from tests.bench.results import Sample
 from tests.bench.run import CONNECTIONS, Bench, Row, Server, helper_process
 from tests.bench.traffic import Media, TrafficSpec
@@ -34,8 +43,9 @@ from tests.bench.workloads import (
     make_traffic,
     write_network,
 )
-from tests.support.machine import Cores, pin_process
-from tests.support.servers import RealServer, free_port
+from tests.support.forks import COMMAND
+from tests.support.machine import Cores, pin_child, pin_process
+from tests.support.servers import RealServer, free_port, until
 from tests.support.streams import Streams
 
 CURVE = "curve-"  # begins the names of the sections
@@ -234,7 +244,7 @@ def measure_connections(curve: Curve) -> None:
 
 
 def measure_media(curve: Curve) -> None:
-    """Protocols and encodings."""
+    """Protocols and encodings; after them, events of a topic."""
     port = free_port()
     server = curve.start(environment={"CARRY_GRPC_PORT": str(port)})
     for media in MEDIA:
@@ -244,6 +254,47 @@ def measure_media(curve: Curve) -> None:
     for media in MEDIA[1:]:
         of = f"{curve.name}/CPU of a chunk, {media} over json"
         curve.bench.results.ratio(of, rows[media], rows["json"], "cpu_us_per_chunk")
+    measure_topic(curve)
+
+
+def measure_topic(curve: Curve) -> None:
+    """Events of a topic as `carry consume` computes them: a thousand streams with a chunk each."""
+    bench, log = curve.bench, curve.bench.folder / "consumer.log"
+    command = [COMMAND, "consume", "--from", "in", "--to", "out", "--model", "bench", "--create"]
+    command += ["--redis-url", bench.store.url, "--models", str(bench.artifact.path)]
+    print("starting carry consume")
+    with log.open("wb") as output:
+        environment = {**os.environ, "CARRY_RUNTIME": curve.kind.removeprefix("carry-")}
+        prepare = pin_child(bench.cores.servers)
+        consumer = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, preexec_fn=prepare
+        )
+    bench.start(consumer)
+    bench.scope.callback(consumer.terminate)
+    server = Server(curve.kind, 0, consumer.pid, bench.artifact, bench.store)
+    with bench.store.client() as client:
+        run = partial(_consume, client, consumer, bench.bodies)
+        run()  # warms up
+        for _ in range(bench.options.rounds):
+            bench.measure(f"{curve.name}/topic/{curve.kind}", server, run)
+
+
+def _consume(client: redis.Redis, consumer: subprocess.Popen[bytes], bodies: Bodies) -> Load:
+    """Let a consumer compute entries that were written while it was stopped. The 16 of a stream are
+    neighbours; their latencies are not measured."""
+    outputs = client.xlen("out") + FEW * STEPS
+    consumer.send_signal(signal.SIGSTOP)
+    for number in range(FEW):
+        entries = client.pipeline(transaction=False)
+        for row in bodies.rows[number % len(bodies.rows)]:
+            entries.xadd("in", {"stream": f"topic-{number}", "event": orjson.dumps(row.tolist())})
+        entries.execute()
+    started_s = time.perf_counter()
+    consumer.send_signal(signal.SIGCONT)
+    until(lambda: consumer.poll() is not None or client.xlen("out") >= outputs, "outputs", 60)
+    assert consumer.poll() is None, "carry consume ended"
+    passed_s = time.perf_counter() - started_s
+    return Load(passed_s, np.full(1, np.nan), FEW, FEW * STEPS, 0.0)
 
 
 def measure_workers(curve: Curve) -> None:
