@@ -8,7 +8,7 @@ planted bug is not found.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import uvloop
 
 from tests.protocol.chunks import ChunkSpace
 from tests.protocol.consumer.scenarios import CONSUMER_SCENARIOS, PLANTED_CONSUMER_BUGS
+from tests.protocol.consumer.script_comparison import compare_topic_calls
 from tests.protocol.consumer.space import ConsumerSpace
 from tests.protocol.explorer import explore, format_trace
 from tests.protocol.scenarios import PLANTED_BUGS, SCENARIOS
@@ -24,9 +25,9 @@ from tests.protocol.script_comparison import compare_script_calls
 from tests.support.servers import real_server
 
 ROW = "{:18}{:>10,}{:>13,}{:>7}{:>7,}{:>7.1f}s"
-PROTOCOLS: tuple[tuple[Callable[..., Any], Sequence[Any], Sequence[Any]], ...] = (
-    (ChunkSpace, SCENARIOS, PLANTED_BUGS),
-    (ConsumerSpace, CONSUMER_SCENARIOS, PLANTED_CONSUMER_BUGS),
+PROTOCOLS: tuple[tuple[Callable[..., Any], Callable[..., Any], Any, Any], ...] = (
+    (ChunkSpace, compare_script_calls, SCENARIOS, PLANTED_BUGS),
+    (ConsumerSpace, compare_topic_calls, CONSUMER_SCENARIOS, PLANTED_CONSUMER_BUGS),
 )
 
 
@@ -47,7 +48,7 @@ def _explore_scenarios(options: argparse.Namespace) -> int:
     failures, rows = 0, []
     print(f"{'scenario':18}{'states':>10}{'transitions':>13}{'steps':>7}{'calls':>7}{'time':>8}")
     with real_server("valkey") as server, server.client() as client:
-        for space, scenarios, _ in PROTOCOLS:
+        for space, compare, scenarios, _ in PROTOCOLS:
             for scenario in scenarios:
                 if not scenario.name.startswith(options.only):
                     continue
@@ -56,10 +57,7 @@ def _explore_scenarios(options: argparse.Namespace) -> int:
                 if result.violation:
                     failures += 1
                     print(format_trace(result))
-                calls = 0
-                if space is ChunkSpace:
-                    comparison = compare_script_calls(result.space.model, server.url, client)
-                    calls = uvloop.run(comparison)
+                calls = uvloop.run(compare(result.space.model, server.url, client))
                 rows.append((result.states, result.transitions, calls, result.seconds))
                 steps = f"{result.depth}{'' if result.is_complete else '+'}"
                 name = scenario.name.partition(":")[0]
@@ -73,7 +71,7 @@ def _find_planted_bugs(options: argparse.Namespace) -> int:
     """Print a table of the planted bugs; how many are not found."""
     failures = 0
     print(f"\n{'steps':>5}  planted bug")
-    for space, _, bugs in PROTOCOLS:
+    for space, _, _, bugs in PROTOCOLS:
         for bug in bugs:
             result = explore(space(bug.scenario, bug.rules))
             failures += result.violation is None

@@ -1,7 +1,10 @@
-"""No invariant of consumers is violated in any state of the model, and each state leads to an end.
+"""No invariant of consumers is violated in any state of the model, each state leads to an end, and
+the scripts of topics do what the model says.
 
 Every planted bug is found, with a readable trace.
 """
+
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,19 +13,35 @@ from tests.protocol.consumer.scenarios import (
     PLANTED_CONSUMER_BUGS,
     PlantedConsumerBug,
 )
+from tests.protocol.consumer.script_comparison import compare_topic_calls
 from tests.protocol.consumer.space import ConsumerSpace
 from tests.protocol.consumer.state import ConsumerScenario
 from tests.protocol.explorer import explore, format_trace
+from tests.support.servers import RealServer, real_server
 
 MIN_STATES = 1_000
+COMPARED_CALLS = 150
+"""Of each scenario; `make model` compares all."""
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[RealServer]:
+    """A running Valkey; each comparison empties it."""
+    with real_server("valkey") as running:
+        yield running
 
 
 @pytest.mark.parametrize("scenario", CONSUMER_SCENARIOS, ids=lambda s: s.name.partition(":")[0])
-def test_invariants_of_consumers_hold_and_an_end_is_reachable(scenario: ConsumerScenario) -> None:
+async def test_invariants_of_consumers_hold_and_scripts_match_the_model(
+    scenario: ConsumerScenario, valkey: RealServer
+) -> None:
     result = explore(ConsumerSpace(scenario))
     assert result.violation is None, format_trace(result)
     assert result.is_complete
     assert result.states >= MIN_STATES
+    with valkey.client() as client:
+        model = result.space.model
+        assert await compare_topic_calls(model, valkey.url, client, COMPARED_CALLS) > 0
 
 
 @pytest.mark.harness

@@ -173,7 +173,12 @@ class RedisTopics(Topics):
             return COMMITTED
         if reply[0] == -1 and reply[1].startswith(NOT_PENDING.encode()):
             return StoreRefused(reply[1].decode("utf-8", "replace"))
-        return parse_result(self._router, item.chunk.key if item.chunk else _NO_STREAM, reply)
+        key = _NO_STREAM
+        if item.chunk is not None:
+            key = item.chunk.key
+        elif item.condition is not None:
+            key = item.condition[0]
+        return parse_result(self._router, key, reply)
 
     async def status(self, keys: TopicKeys) -> TopicStatus | None:
         if await self.type_of(keys.topic) != "stream":

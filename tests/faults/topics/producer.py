@@ -26,6 +26,7 @@ RETRIES, LATE_RETRIES = 0.05, 0.03
 
 PAUSE_S: Final = 0.05
 PAGE: Final = 1_000
+PAGES_BEHIND: Final = 4
 
 APPEND: Final = """
 for at = 1, #ARGV, 3 do
@@ -96,10 +97,13 @@ class Producer(threading.Thread):
         """Continue each stream with positions behind its last event in its topic: the store may
         have lost some. Called while the lock is held and the store serves."""
         client = self._connect()
-        for stream in filter(has_positions, self._next):
-            last = _last_position(client, stream)
-            self.seen["events lost by the store, appended again"] += self._next[stream] - last - 1
-            self._next[stream] = last + 1
+        streams = [stream for stream in self._next if has_positions(stream)]
+        for partition in set(map(partition_of, streams)):
+            of_topic = {stream for stream in streams if partition_of(stream) == partition}
+            for stream, last in _find_last(client, topic(partition), of_topic).items():
+                lost = self._next[stream] - last - 1
+                self.seen["events lost by the store, appended again"] += lost
+                self._next[stream] = last + 1
         client.close()
 
     def _append_again(self, burst: Burst) -> None:
@@ -129,18 +133,15 @@ class Producer(threading.Thread):
         return False
 
 
-def _last_position(client: Any, stream: str) -> int:
-    """The largest position of a stream in its topic; -1 without any."""
-    name, before = topic(partition_of(stream)), "+"
-    while entries := client.xrevrange(name, before, "-", PAGE):
-        for entry_id, fields in entries:
-            if fields[b"stream"].decode() == stream:
-                # a retry may be behind it
-                return _largest_near(client, name, stream, entry_id)
+def _find_last(client: Any, name: str, streams: set[str]) -> dict[str, int]:
+    """The largest position of each stream in a topic; -1 without any."""
+    last, before, remaining = dict.fromkeys(streams, -1), "+", PAGES_BEHIND
+    while remaining and (entries := client.xrevrange(name, before, "-", PAGE)):
+        # retries may be behind the events that they repeat
+        remaining -= min(last.values()) >= 0
+        for _, fields in entries:
+            stream = fields[b"stream"].decode()
+            if stream in streams:
+                last[stream] = max(last[stream], int(fields[b"position"]))
         before = f"({entries[-1][0].decode()}"
-    return -1
-
-
-def _largest_near(client: Any, name: str, stream: str, entry_id: bytes) -> int:
-    entries = client.xrevrange(name, entry_id, "-", 4 * PAGE)
-    return max(int(f[b"position"]) for _, f in entries if f[b"stream"].decode() == stream)
+    return last

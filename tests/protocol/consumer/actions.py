@@ -52,7 +52,7 @@ def _may_read(worker: Worker, state: ConsumerState, room: int) -> bool:
 def _is_renewal_needed(worker: Worker, lease: Lease) -> bool:
     """Whether a renewal would change anything; it is sent while no commit is in progress."""
     is_committing = any(command.kind == "commit" for command in worker.awaited)
-    is_changed = (worker.fence, worker.number) != (lease.fence, lease.number)
+    is_changed = worker.fence != lease.fence or worker.number > lease.number
     return not is_committing and (is_changed or not lease.is_held)
 
 
@@ -145,10 +145,7 @@ def expire_early(system: ConsumerSystem) -> None:
 def release(system: ConsumerSystem, number: int) -> None:
     """A worker gives the topic to another; it has no command in progress."""
     _spend(system, "releases")
-    worker = system.workers[number]
-    if worker.fence == system.store.lease.fence:
-        expire(system)
-    system.resync(number)
+    system.release(number)
 
 
 def lose_connection(system: ConsumerSystem, number: int, executed: int, delayed: int) -> None:

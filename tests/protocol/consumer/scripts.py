@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -41,13 +41,36 @@ class ConsumerRules:
     retries_under_fence: bool = False  # a commit of unknown outcome
 
 
+class TopicCall(NamedTuple):
+    """One call of a script, by an owner."""
+
+    store: Store  # before it
+    command: Command
+    owner: int
+    page: int  # entries that are read at once
+
+
+class TopicEffect(NamedTuple):
+    """What a call of a script left in the store, and its answer; None if it was rejected."""
+
+    after: Store
+    answer: Any
+
+
 class ConsumerModel:
-    """The chunks and versions of one exploration, each computed once."""
+    """The chunks and versions of one exploration, each computed once; its calls of scripts are
+    recorded, to be made on a real server."""
 
     def __init__(self, scenario: ConsumerScenario, rules: ConsumerRules):
         self.scenario, self.rules = scenario, rules
+        self.calls: dict[TopicCall, TopicEffect] = {}
         self._versions: dict[Any, Version] = {}
         self.chunk, self.advance = cache(self._chunk), cache(self._advance)
+
+    def record(self, before: Store, command: Command, owner: int, effect: TopicEffect) -> None:
+        """Record a call of a script."""
+        command = command._replace(is_repeated=False, is_abandoned=False)
+        self.calls[TopicCall(before, command, owner, self.scenario.page)] = effect
 
     def _chunk(self, entries: tuple[Entry, ...]) -> values.Chunk:
         """The chunk of merged entries; its nonce is that of its entries."""

@@ -84,9 +84,9 @@ class Item(NamedTuple):
 class Command(NamedTuple):
     """One command on a worker's connection, under the fence that its worker had."""
 
-    kind: Literal["recover", "read", "acknowledge", "load", "commit"]
+    kind: Literal["acquire", "renew", "release", "recover", "read", "acknowledge", "load", "commit"]
     fence: int
-    number: int = 0  # of a commit
+    number: int = 0  # of a commit, or of the last one that a renewal knows of
     items: tuple[Item, ...] = ()
     after: tuple[Entry, ...] = ()  # the last entry of the page before
     is_repeated: bool = False  # an earlier try may have been executed

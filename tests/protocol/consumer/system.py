@@ -13,7 +13,7 @@ from typing import Any
 from service.core.delivery import Process, Replay, evaluate_chunk, is_continuation
 from service.core.errors import PositionBehind, StreamRejection
 from tests.protocol.consumer import invariants, scripts
-from tests.protocol.consumer.scripts import ConsumerModel
+from tests.protocol.consumer.scripts import ConsumerModel, TopicEffect
 from tests.protocol.consumer.state import Command, ConsumerState, Entry, HttpClient, Item, Worker
 from tests.protocol.invariants import Violation
 from tests.protocol.state import NOTHING, Version
@@ -64,20 +64,37 @@ class ConsumerSystem:
     def acquire(self, number: int) -> None:
         """The worker acquires the topic, and asks for its pending entries."""
         fence = scripts.next_fence(self.store, largest_fence(self.state), self.rules)
-        lease = self.store.lease._replace(owner=number, fence=fence, number=0, is_held=True)
-        self.store = self.store._replace(lease=lease)
+        before = self.store
+        lease = before.lease._replace(owner=number, fence=fence, number=0, is_held=True)
+        self.store = before._replace(lease=lease)
+        self.model.record(before, Command("acquire", fence), number, TopicEffect(self.store, True))
         self.update(number, fence=fence, number=0, is_recovering=self.rules.recovers)
         if self.rules.recovers:
             self.send(number, "recover")
 
     def renew(self, number: int) -> None:
         """The worker renews its lease, if that is as it knows it."""
-        worker, lease = self.workers[number], self.store.lease
-        is_current = worker.number == lease.number or not self.rules.renewals_compare
-        if worker.fence == lease.fence and is_current:
-            self.store = self.store._replace(lease=lease._replace(is_held=True))
+        worker, before = self.workers[number], self.store
+        lease = before.lease
+        is_current = worker.number <= lease.number or not self.rules.renewals_compare
+        is_held = worker.fence == lease.fence and is_current
+        if is_held:
+            self.store = before._replace(lease=lease._replace(is_held=True))
         else:
             self.resync(number)
+        renewal = Command("renew", worker.fence, worker.number)
+        self.model.record(before, renewal, number, TopicEffect(self.store, is_held))
+
+    def release(self, number: int) -> None:
+        """The worker releases the topic, if its lease is as it knows it."""
+        worker, before = self.workers[number], self.store
+        lease = before.lease
+        is_held = worker.fence == lease.fence and worker.number <= lease.number
+        if is_held:
+            self.store = before._replace(lease=lease._replace(is_held=False))
+        release = Command("release", worker.fence, worker.number)
+        self.model.record(before, release, number, TopicEffect(self.store, is_held))
+        self.resync(number)
 
     def resync(self, number: int) -> None:
         """The worker forgets its entries and that it owns the topic; what it cached stays."""
@@ -89,6 +106,13 @@ class ConsumerSystem:
         """Execute a command in the store; its answer, None if the scripts reject it."""
         if command.kind == "load":
             return self.store.states[command.items[0].entries[0].stream]
+        before = self.store
+        answer = self.run_script(command)
+        self.model.record(before, command, before.lease.owner, TopicEffect(self.store, answer))
+        return answer
+
+    def run_script(self, command: Command) -> Any:
+        """Execute the script of a command in the store."""
         if scripts.is_rejected(command, self.store, self.rules):
             return None
         page = self.scenario.page

@@ -102,7 +102,7 @@ while at <= #ARGV do
     local header = redis.call('GETRANGE', KEYS[pair], 0, 95)
     local is_stream = header ~= '' and string.byte(header, 6) ~= DELETED
     if (is_stream and string.sub(header, 33, 56) or '') ~= ARGV[chunk] then
-      return {0, header}
+      return header == '' and {0} or {0, header}
     end
     write_entries()
     return {1}
