@@ -108,7 +108,9 @@ def test_a_misbehaving_worker_process_is_an_error(
     monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
     path = tmp_path / "m.keras"
     path.write_bytes(b"PK")
-    assert words in import_failure(path, Limits(time_s=2))
+    # on a busy machine a process may start for seconds
+    limits = Limits(time_s=2) if "longer" in words else Limits()
+    assert words in import_failure(path, limits)
 
 
 def test_processes_and_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

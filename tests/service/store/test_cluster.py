@@ -174,7 +174,7 @@ async def test_tryagain_is_retried_until_the_migration_ends(
 async def test_tryagain_until_the_timeout_applies_nothing(
     streams: Streams, cluster: Cluster
 ) -> None:
-    async with opened(cluster.url, partitions=PARTITIONS, store_wait_s=0.3) as store:
+    async with opened(cluster.url, partitions=PARTITIONS, store_wait_s=1) as store:
         first = streams.creation(key("a"))
         elsewhere = streams.creation(key("b"))
         assert cluster.owner(names("", "b")[0]) != cluster.owner(names("", "a")[0])
@@ -326,7 +326,7 @@ async def test_requests_wait_for_the_majority_and_recover(
     down = [own_cluster.primaries[i] for i in (1, 2)] + own_cluster.replicas
     left = own_cluster.primaries[0]
     async with (
-        opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=0.5) as hasty,
+        opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=1) as hasty,
         opened(own_cluster.url, partitions=PARTITIONS, store_wait_s=30) as patient,
     ):
         first = streams.creation(key("on-the-node-that-is-left"))

@@ -161,7 +161,7 @@ async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
     port = free_port()
     with real_server(kind, "--bind", "127.0.0.1", "--port", str(port)) as server:
         url = f"redis://127.0.0.1:{port}" if over_tcp else server.url
-        async with opened(url, store_wait_s=0.3) as store:
+        async with opened(url, store_wait_s=1) as store:
             known = streams.creation(key("known"))
             await store.commit(columns(known))
             server.signal(signal.SIGSTOP)

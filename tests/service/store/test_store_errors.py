@@ -106,7 +106,7 @@ async def test_busy_is_retried_until_the_timeout(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     """Another client's script does not end: calls wait, and name the reason at their timeout."""
-    patient, hasty = await open_on(store_wait_s=30), await open_on(store_wait_s=0.3)
+    patient, hasty = await open_on(store_wait_s=30), await open_on(store_wait_s=1)
     first = streams.creation(key("a"))
     await committed(patient, first)
     await committed(hasty, streams.creation(key("known")))
