@@ -18,7 +18,7 @@ from service.consumers.consumer import Consumer
 from service.consumers.store import TopicStore
 from service.settings import Settings
 from tests.support.pipelines import oracle_outputs
-from tests.support.servers import until_async
+from tests.support.servers import becomes
 
 PROBE: dict[str, Any] = {"model": "probe", "from": "events", "to": "scores", "create": True}
 
@@ -77,21 +77,13 @@ def assert_outputs(
 
 async def until_count(client: Any, topic: str, count: int) -> None:
     """Wait until a topic has as many entries, and no more."""
-
-    async def has_entries() -> bool:
-        return bool(client.xlen(topic) >= count)
-
-    await until_async(has_entries, f"{count} entries in {topic}")
+    await becomes(lambda: client.xlen(topic) >= count, f"{count} entries in {topic}")
     assert client.xlen(topic) == count
 
 
 async def until_true(condition: Callable[[], object], what: str) -> None:
     """Wait until a condition holds."""
-
-    async def holds() -> bool:
-        return bool(condition())
-
-    await until_async(holds, what)
+    await becomes(condition, what)
 
 
 def interleaved(rows: dict[str, NDArray[np.float32]]) -> Sequence[dict[str, Any]]:

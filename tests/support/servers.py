@@ -62,6 +62,15 @@ async def until_async(condition: Callable[[], Awaitable[Any]], what: str = "the 
     return value
 
 
+async def becomes(condition: Callable[[], Any], what: str) -> None:
+    """Poll like `until_async`, a condition that awaits nothing."""
+
+    async def holds() -> Any:
+        return condition()
+
+    await until_async(holds, what)
+
+
 def written(client: redis.Redis) -> None:
     """Wait until the server has written all acknowledged commands to its file."""
     until(lambda: client.info("persistence")["aof_buffer_length"] == 0, "the file's write")

@@ -14,7 +14,7 @@ from service.core.errors import CarryError, Overloaded
 from service.engine.batcher import Batcher, BatchRunner
 from service.engine.fair_queue import BatchLimits, Job, JobSpec, RunningBatch
 from service.engine.policy import MAX_DELAY_TURNS, Admission, Rejection, shared_error
-from tests.support.servers import until_async
+from tests.support.servers import becomes
 
 Jobs = list[Job[str, str]]
 UP_TO_8 = BatchLimits(8, 1000)
@@ -112,11 +112,7 @@ def check_admission(batcher: Batcher[str, str], key: str, left_s: float) -> Over
 
 async def wait_for_capacity(batcher: Batcher[str, str]) -> None:
     """Wait until admission control accepts one more job."""
-
-    async def has_capacity() -> bool:
-        return check_admission(batcher, "new", 60) is None
-
-    await until_async(has_capacity, "capacity")
+    await becomes(lambda: check_admission(batcher, "new", 60) is None, "capacity")
 
 
 async def submit(

@@ -30,7 +30,7 @@ from service.store.settings import StoreSettings
 from tests.support.clock import ManualClock
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, send, worker
-from tests.support.servers import RealServer, real_server, until_async
+from tests.support.servers import RealServer, becomes, real_server
 from tests.support.streams import rows as commit_rows
 
 
@@ -67,11 +67,7 @@ class HeldStore(RedisStore):
 
 async def wait_for_count(counter: Counter[str], stream: str, times: int = 1) -> None:
     """Wait until the counter of a stream reaches a number."""
-
-    async def is_reached() -> bool:
-        return counter[stream] >= times
-
-    await until_async(is_reached, f"{times} of {stream!r}")
+    await becomes(lambda: counter[stream] >= times, f"{times} of {stream!r}")
 
 
 def later() -> float:

@@ -22,7 +22,7 @@ from service.server.connection_balance import (
     Acceptor,
     WorkerLoad,
 )
-from tests.service.transports.v1.raw_http import becomes
+from tests.support.servers import becomes
 
 FILL = 4
 

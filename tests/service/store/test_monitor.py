@@ -18,7 +18,7 @@ from service.store.redis.monitor import SAMPLE_KEYS
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import NODE_TIMEOUT_MS, Cluster
-from tests.support.servers import RealServer, emptied, opened, real_server, until, until_async
+from tests.support.servers import RealServer, becomes, emptied, opened, real_server, until
 from tests.support.streams import Commit, OpenStore, Streams, committed, key, load, same_stream
 
 PARTITIONS = 16
@@ -112,11 +112,10 @@ async def test_the_store_is_checked_periodically(
         async with opened(server.url):
             server.configure("maxmemory-policy", "allkeys-lru")
             try:
-
-                async def is_logged() -> bool:
-                    return any("allkeys-lru" in line.get("reason", "") for line in lines)
-
-                await until_async(is_logged, "a line about the policy")
+                await becomes(
+                    lambda: any("allkeys-lru" in line.get("reason", "") for line in lines),
+                    "a line about the policy",
+                )
             finally:
                 server.configure("maxmemory-policy", "noeviction")
 
@@ -292,10 +291,9 @@ async def test_reconnects_and_round_trips_are_counted(
         await committed(store, streams.next(first))
         assert telemetry.reconnects == 1
 
-        async def is_timed_again() -> bool:
-            return len(telemetry.round_trips_s) > 1
-
-        await until_async(is_timed_again, "the round trip after the reconnect")
+        await becomes(
+            lambda: len(telemetry.round_trips_s) > 1, "the round trip after the reconnect"
+        )
         assert (await store.monitor.check()).ok
         assert (telemetry.is_up, telemetry.servers_up, telemetry.servers_down) == (True, 1, 0)
 

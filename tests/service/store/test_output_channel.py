@@ -15,7 +15,7 @@ from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.redis_store import open_router
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
-from tests.support.servers import RealServer, emptied, until_async
+from tests.support.servers import RealServer, becomes, emptied, until_async
 from tests.support.streams import (
     OpenStore,
     Streams,
@@ -58,13 +58,6 @@ async def stores(open_on: OpenStore) -> list[Store]:
     finally:
         for worker in workers:
             await worker.outputs.close()
-
-
-async def becomes(condition: object, what: str) -> None:
-    async def holds() -> bool:
-        return bool(condition())  # type: ignore[operator]
-
-    await until_async(holds, what)
 
 
 async def test_workers_publish_what_they_commit_to_watched_streams(

@@ -25,12 +25,12 @@ from tests.support.cluster import Cluster
 from tests.support.servers import (
     KINDS,
     RealServer,
+    becomes,
     emptied,
     free_port,
     opened,
     real_server,
     until,
-    until_async,
 )
 from tests.support.streams import Streams, assert_stored, committed, key, same_stream
 
@@ -121,10 +121,10 @@ async def test_start_logs_an_untrusted_certificate_immediately(
         store = RedisStore(StoreSettings(f"{scheme}://{at.partition('?')[0]}", store_wait_s=60))
         starting = asyncio.create_task(store.start())
 
-        async def is_logged() -> bool:
-            return any("certificate verify failed" in line.get("reason", "") for line in lines)
-
-        await until_async(is_logged, "the log line with the cause")
+        await becomes(
+            lambda: any("certificate verify failed" in line.get("reason", "") for line in lines),
+            "the log line with the cause",
+        )
         assert not starting.done()
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
@@ -43,7 +42,7 @@ from service.telemetry.metrics import (
     observe_all,
 )
 from tests.support.metrics import read, series
-from tests.support.servers import until_async
+from tests.support.servers import becomes
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FLIGHTS = {"model": "flights"}
@@ -80,13 +79,13 @@ async def test_clients_cannot_create_series(recorder: PrometheusRecorder) -> Non
     }
     total = series(f"{name}_count", **known)
 
-    async def is_counted(count: int) -> bool:
+    def is_counted(count: int) -> bool:
         return read(generate_latest(recorder.registry))[total] == count
 
     # in the next interval, and in the one after it
     for count in (4, 5):
         recorder.record_request("GET", route, 200, 1.0)
-        await until_async(partial(is_counted, count), "the interval")
+        await becomes(partial(is_counted, count), "the interval")
 
 
 def test_concurrent_scrapes_add_each_value_once(
@@ -267,7 +266,7 @@ async def test_repeated_rejections_share_a_line_and_unproven_ids_a_series(
         recorder.record_error("flights", unproven(index))
     recorder.record_error("flights", CarryError("no matter of a key"))
     assert [line["count"] for line in written] == [1, 1, 1]
-    await until_async(lambda: asyncio.sleep(0, len(written) == 6), "the lines of the minute")
+    await becomes(lambda: len(written) == 6, "the lines of the minute")
     kept = ("message", "logger", "key", "code", "reason", "count")
     assert [tuple(line[name] for name in kept) for line in written[3:]] == [
         ("access_rejected", "service.audit", "a", "forbidden", "model", 2),

@@ -23,7 +23,7 @@ from service.transports.v1.openapi import openapi_document
 from tests.service.transports.doors import add_all, send_chunk, send_tensor
 from tests.service.transports.v1.harness import Harness, harness, problem, rows
 from tests.support.access import revoke
-from tests.support.servers import RealServer, until_async
+from tests.support.servers import RealServer, becomes
 
 STREAM = "/v1/models/{model}/streams/{stream}"
 MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
@@ -92,11 +92,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[RequestLine]:
 
 async def written(lines: list[RequestLine], count: int) -> list[tuple[str | None, str | None]]:
     """Key and reason of so many lines, which may be written after their responses."""
-
-    async def are_written() -> bool:
-        return len(lines) >= count
-
-    await until_async(are_written, f"{count} lines")
+    await becomes(lambda: len(lines) >= count, f"{count} lines")
     found = [(line.key, line.reason) for line in lines]
     lines.clear()
     return found

@@ -18,7 +18,7 @@ from tests.service.transports.doors import send_chunk, send_tensor
 from tests.service.transports.v1.harness import Harness, problem, rows
 from tests.support.access import revoke
 from tests.support.pipelines import chunk_of
-from tests.support.servers import until_async
+from tests.support.servers import becomes
 
 
 async def test_limits_of_a_key_hold_on_every_path(api: Harness) -> None:
@@ -45,10 +45,7 @@ async def test_events_and_concurrent_requests_of_a_key_are_limited(api: Harness)
     api.store.held = asyncio.Event()
     first = asyncio.create_task(send_chunk(api, one, "c"))
 
-    async def is_held() -> bool:
-        return api.store.holds > 0
-
-    await until_async(is_held, "a load that is held")
+    await becomes(lambda: api.store.holds > 0, "a load that is held")
     assert await send_chunk(api, one, "d") == 429
     api.store.held.set()
     assert await first == 200

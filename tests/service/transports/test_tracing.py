@@ -28,7 +28,6 @@ from tests.service.transports.v1.harness import Harness, rows
 from tests.service.transports.v1.raw_http import (
     INPUTS,
     answer,
-    becomes,
     chunk,
     converse,
     port_of,
@@ -38,7 +37,7 @@ from tests.service.transports.v1.raw_http import (
 from tests.service.transports.v2.conftest import add_v2
 from tests.service.transports.v2.v2 import V2
 from tests.support.pipelines import make_artifact
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, becomes
 
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-01"

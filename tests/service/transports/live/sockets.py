@@ -23,8 +23,8 @@ from service.server.websocket_protocol import WebSocketProtocol
 from service.transports.live.handshake import add_live_sockets
 from service.transports.live.watching import add_watching
 from tests.service.transports.v1.harness import LIMITS, Harness, harness
-from tests.service.transports.v1.raw_http import HOST, becomes, port_of, serving
-from tests.support.servers import RealServer
+from tests.service.transports.v1.raw_http import HOST, port_of, serving
+from tests.support.servers import RealServer, becomes
 
 ORIGINS = "https://app.example.com"
 SOCKETS = WebSocketSettings(pipelining_window=8)

@@ -32,8 +32,7 @@ from tests.service.transports.live.sockets import (
     text,
 )
 from tests.service.transports.v1.harness import Harness, rows
-from tests.service.transports.v1.raw_http import becomes
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, becomes
 
 OUTPUT = "last"
 

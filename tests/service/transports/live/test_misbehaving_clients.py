@@ -35,7 +35,8 @@ from tests.service.transports.live.sockets import (
 )
 from tests.service.transports.live.test_handshakes import SECURITY, UPGRADE, handshake
 from tests.service.transports.v1.harness import Harness, rows
-from tests.service.transports.v1.raw_http import HOST, becomes, check, port_of
+from tests.service.transports.v1.raw_http import HOST, check, port_of
+from tests.support.servers import becomes
 
 UNREAD = 300
 """Chunks whose outcomes exceed what is buffered for a client."""

@@ -25,9 +25,9 @@ from tests.service.transports.live.sockets import (
     text,
 )
 from tests.service.transports.v1.harness import Harness, rows
-from tests.service.transports.v1.raw_http import becomes, converse, port_of
+from tests.service.transports.v1.raw_http import converse, port_of
 from tests.support.access import revoke
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, becomes
 
 STREAM, MANY = "probe/streams/acme:1/live", "probe/live"
 

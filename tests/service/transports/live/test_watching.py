@@ -21,8 +21,8 @@ from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.live import watching as sse
 from tests.service.transports.v1.harness import Harness, problem, rows
-from tests.service.transports.v1.raw_http import HOST, becomes, port_of, serving
-from tests.support.servers import RealServer
+from tests.service.transports.v1.raw_http import HOST, port_of, serving
+from tests.support.servers import RealServer, becomes
 from tests.support.streams import encode_reply
 
 OUTPUT = "last"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ from service.server.connections import Connections
 from service.server.http_protocol import HttpProtocol
 from service.server.interface import HTTP_STATE
 from tests.service.transports.v1.harness import Harness, rows
-from tests.support.servers import until_async
 
 HOST = "127.0.0.1"
 PATH = "/v1/models/probe/streams/{}/chunks"
@@ -119,12 +118,3 @@ async def answer(reader: asyncio.StreamReader) -> bytes:
         head = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
         return head + (await reader.readexactly(int(length[1])) if length else b"")
-
-
-async def becomes(condition: Callable[[], bool], what: str) -> None:
-    """Wait until a condition is true."""
-
-    async def holds() -> bool:
-        return condition()
-
-    await until_async(holds, what)

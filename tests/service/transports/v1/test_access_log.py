@@ -12,18 +12,11 @@ import pytest
 from service.telemetry.access_log import GRPC, AccessLog, RequestFacts, access_log
 from service.telemetry.logs import json_line
 from tests.service.transports.v1.harness import Harness, harness, rows
-from tests.service.transports.v1.raw_http import (
-    becomes,
-    chunk,
-    converse,
-    port_of,
-    request,
-    serving,
-)
+from tests.service.transports.v1.raw_http import chunk, converse, port_of, request, serving
 from tests.service.transports.v2.conftest import add_v2
 from tests.service.transports.v2.v2 import V2
 from tests.support.pipelines import make_artifact
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, becomes
 
 ROUTE = "/v1/models/{model}/streams/{stream}/chunks"
 KEY = b"secret of the store"

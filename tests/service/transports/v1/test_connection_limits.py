@@ -38,7 +38,6 @@ from tests.service.transports.v1.raw_http import (
     PREDICT,
     QUERY,
     answer,
-    becomes,
     check,
     chunk,
     connections_of,
@@ -47,6 +46,7 @@ from tests.service.transports.v1.raw_http import (
     serving,
 )
 from tests.service.transports.v1.test_connections import Client, connected
+from tests.support.servers import becomes
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LIMITS = ConnectionSettings()

@@ -32,7 +32,6 @@ from tests.service.transports.v1.raw_http import (
     PREDICT,
     QUERY,
     answer,
-    becomes,
     check,
     chunk,
     connections_of,
@@ -40,6 +39,7 @@ from tests.service.transports.v1.raw_http import (
     request,
     serving,
 )
+from tests.support.servers import becomes
 
 UNREAD = 1500
 """Requests whose responses exceed what a connection buffers for its client."""

@@ -38,7 +38,6 @@ from tests.service.transports.v1.raw_http import (
     HOST,
     INPUTS,
     answer,
-    becomes,
     chunk,
     connections_of,
     converse,
@@ -47,6 +46,7 @@ from tests.service.transports.v1.raw_http import (
     serving,
 )
 from tests.support.pipelines import chunk_of
+from tests.support.servers import becomes
 
 _NEW = (
     (re.compile(rb"[0-9a-f]{16}-[0-9a-f]{32}"), b"ETAG"),

@@ -18,7 +18,6 @@ from tests.service.transports.v1.raw_http import (
     PREDICT,
     QUERY,
     answer,
-    becomes,
     chunk,
     connections_of,
     port_of,
@@ -26,6 +25,7 @@ from tests.service.transports.v1.raw_http import (
     serving,
 )
 from tests.service.transports.v1.test_connections import connected
+from tests.support.servers import becomes
 
 
 @pytest.fixture

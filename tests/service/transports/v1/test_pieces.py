@@ -27,17 +27,9 @@ from service.codec.settings import RequestSettings
 from service.server.settings import ConnectionSettings
 from service.transports.v1.replies import LongAnswer, reply
 from tests.service.transports.v1.harness import harness, rows
-from tests.service.transports.v1.raw_http import (
-    PATH,
-    PREDICT,
-    becomes,
-    check,
-    port_of,
-    request,
-    serving,
-)
+from tests.service.transports.v1.raw_http import PATH, PREDICT, check, port_of, request, serving
 from tests.service.transports.v1.test_connections import connected
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, becomes
 
 LIMITS = RequestSettings(max_chunk_steps=20_000, max_predict_steps=200_000, max_body_bytes=2**24)
 STEPS = 300

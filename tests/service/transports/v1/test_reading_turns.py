@@ -18,9 +18,9 @@ from service.server.connections import Connections
 from service.server.heads import PIECE_BYTES
 from service.server.reading import LONG_BODY_BYTES, UNCONSUMED, ReadingFlow, ReadingTurns
 from tests.service.transports.v1.harness import LIMITS, harness
-from tests.service.transports.v1.raw_http import answer, becomes, serving
+from tests.service.transports.v1.raw_http import answer, serving
 from tests.service.transports.v1.test_connection_limits import PREDICT, several
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, becomes
 
 UPLOADS = 16
 SIZE = 40 * LONG_BODY_BYTES

@@ -16,9 +16,9 @@ from service.core.errors import Overloaded
 from service.core.values import StreamKey
 from service.transports.common.disconnects import WATCH_AFTER_S
 from tests.service.transports.v1.harness import LIMITS, Harness, harness, problem, rows
-from tests.service.transports.v1.raw_http import becomes, converse, port_of, request, serving
+from tests.service.transports.v1.raw_http import converse, port_of, request, serving
 from tests.support.clock import SHORT_S, ManualClock
-from tests.support.servers import RealServer, until_async
+from tests.support.servers import RealServer, becomes
 
 BODY = {"position": 0, "inputs": rows(2).tolist()}
 SHORT = {"carry-timeout": str(SHORT_S)}
@@ -33,10 +33,7 @@ async def expire_while_held(api: Harness, clock: ManualClock, answer: Coroutine[
     before = api.store.holds
     waiting = asyncio.create_task(answer)
 
-    async def holds() -> bool:
-        return api.store.holds > before
-
-    await until_async(holds, "the store")
+    await becomes(lambda: api.store.holds > before, "the store")
     clock.expire()
     answered = await waiting
     held.set()

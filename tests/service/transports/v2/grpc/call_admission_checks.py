@@ -31,9 +31,8 @@ from service.transports.v2.grpc.servicer import SERVICE
 from service.transports.v2.inference import InferReply
 from service.transports.v2.settings import V2Settings
 from service.transports.v2.tensors import OutputTensor
-from tests.service.transports.v1.raw_http import becomes
 from tests.service.transports.v2.grpc.call_checks import request_of
-from tests.support.servers import until_async
+from tests.support.servers import becomes, until_async
 
 MAX_CALLS, MANY = 20, 200
 SETTINGS = Settings(

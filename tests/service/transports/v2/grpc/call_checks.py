@@ -20,7 +20,7 @@ from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.admission import MessageRoom
 from service.transports.v2.grpc.infer_stream import WINDOW_BYTES, InferStream
 from service.transports.v2.grpc.messages import STATUS_CODES, InferMessage, parse, status_code
-from tests.service.transports.v1.raw_http import becomes
+from tests.support.servers import becomes
 
 WINDOW = 64
 UNLIMITED = MessageRoom(2**40, 2**20, 60.0)

@@ -10,7 +10,7 @@ from service.core.errors import MalformedBody, Overloaded
 from service.server.errors import RequestTimeout
 from service.transports.v2.grpc import admission
 from service.transports.v2.grpc.admission import MessageRoom
-from tests.service.transports.v1.raw_http import becomes
+from tests.support.servers import becomes
 
 LARGEST = 100
 
