@@ -23,11 +23,11 @@ from service.transports.v1.problems import problem, problem_headers
 from service.transports.v1.replies import Answer, Header
 from service.transports.v2.inference import InferReply
 from service.transports.v2.request import (
-    InferOptions,
+    InferParameters,
     InferRequest,
     Parameter,
     RequestedOutput,
-    decode_sequence_parameters,
+    decode_parameters,
     parse_parameters,
 )
 from service.transports.v2.tensors import InputTensor, OutputTensor, Shape
@@ -159,8 +159,7 @@ class CutRequest(msgspec.Struct, frozen=True, gc=False):
     before: bytes
     after: bytes
     id: str
-    stream: str
-    options: InferOptions
+    parameters: InferParameters
 
     def is_correct(self) -> bool:
         """Whether the cuts are at the id and the parameters of a valid request.
@@ -190,10 +189,10 @@ def cut_request(text: bytes) -> CutRequest | None:
     first, end = text.rfind(b"{", begin, named), text.find(b"}", named) + 1
     if named < 0 or first < 0 or not end:
         return None
-    if (decoded := decode_sequence_parameters(text[first:end])) is None:
+    if (parameters := decode_parameters(text[first:end])) is None:
         return None
     request_id = "" if start is None else start[1].decode()
-    return CutRequest(text[begin:first], text[end:], request_id, *decoded)
+    return CutRequest(text[begin:first], text[end:], request_id, parameters)
 
 
 def _decode_json(text: bytes) -> _Request:

@@ -9,6 +9,7 @@ the slow path's.
 from __future__ import annotations
 
 import re
+from binascii import hexlify
 from collections.abc import Hashable
 from typing import Final
 
@@ -34,7 +35,7 @@ from service.transports.v2.http_body import (
 )
 from service.transports.v2.inference import VERSION, InferCall, Inference, reply_to_chunk
 from service.transports.v2.request import (
-    InferOptions,
+    InferParameters,
     Signature,
     output_shape,
 )
@@ -50,13 +51,13 @@ _REQUEST_LINE = re.compile(
 )
 _HEADER_LENGTH: Final = HEADER_LENGTH.encode()
 _REPLY: Final = (
-    b'{"model_name":"%%b","model_version":"%b",%%b"parameters":{"position":%%d,"epoch":"%%b",'
-    b'"tag":"%%b","replayed":%%b%%b},"outputs":%%b}' % VERSION.encode()
+    b'{"model_name":"%b","model_version":"%b",%%b"parameters":{"position":%%d,"epoch":"%%b",'
+    b'"tag":"%%b","replayed":%%b%%b},"outputs":%b}'
 )
-_RESPONSE_HEAD: Final = (
+_RESPONSE: Final = (
     b"HTTP/1.1 200 OK\r\n"
     b"inference-header-content-length: %d\r\ncontent-length: %d\r\n"
-    b"content-type: application/octet-stream\r\nx-request-id: %b\r\n%b\r\n"
+    b"content-type: application/octet-stream\r\nx-request-id: %b\r\n%b\r\n%b"
 )
 
 
@@ -72,14 +73,15 @@ class FastInferPath(FastChunkRoute):
         )
         self._inference = inference
         self._signatures: dict[Hashable, Signature] = {}
-        self._outputs_json = Memo(_constant_outputs, CACHED_SIGNATURES)
+        self._templates = Memo(_reply_template, CACHED_SIGNATURES)
 
     def _read(self, request: FastRequest, line: re.Match[bytes], details: int, body: bytes) -> bool:
+        cut = cut_request(body[:details])
         try:
-            cut = cut_request(body[:details])
-            if cut is None or cut.options.false_alarms_per_day is not None:
+            if cut is None or cut.parameters.false_alarms_per_day is not None:
                 return self._read_whole(request, line, details, body)
-            shape = request.codec, line[2], cut.before, cut.after, cut.options.binary_by_default
+            by_default = cut.parameters.binary_by_default
+            shape = request.codec, line[2], cut.before, cut.after, by_default
             signature = self._signatures.get(shape)
             if signature is not None:
                 return self._read_rows(request, cut, signature, body[details:])
@@ -94,19 +96,20 @@ class FastInferPath(FastChunkRoute):
         self, request: FastRequest, cut: CutRequest, signature: Signature, rows: bytes
     ) -> bool:
         """Read a request of a known shape."""
-        reader, options = request.codec.reader, cut.options
-        if len(rows) != _rows_bytes(signature) or not self._admit(request, cut.stream, options):
+        reader, parameters = request.codec.reader, cut.parameters
+        if len(rows) != _rows_bytes(signature):
             return False
-        if request.rejection is None:
-            request.chunk = chunk = reader.build_chunk(
-                options.position,
-                options.epoch,
-                reader.steps.packed_rows(rows, "", reader.limits.chunk),
-                reader.key(cut.stream),
-                None,
-                starts_over=options.starts_over,
-            )
-            request.details = InferCall(signature, cut.id, chunk, request.deadline_s, False)
+        if (key := self._admit(request, parameters)) is None:
+            return request.rejection is not None
+        request.chunk = chunk = reader.build_chunk(
+            parameters.position,
+            parameters.epoch,
+            reader.steps.packed_rows(rows, "", reader.limits.chunk),
+            key,
+            None,
+            starts_over=parameters.starts_over,
+        )
+        request.details = InferCall(signature, cut.id, chunk, request.deadline_s, False)
         return True
 
     def _read_whole(
@@ -115,11 +118,8 @@ class FastInferPath(FastChunkRoute):
         """Read a request of any shape."""
         served, version = request.codec.served, "" if line[2] is None else line[2].decode()
         decoded = decode_request(body, json_bytes, served.name, version)
-        parameters = decoded.parameters
-        if not self._admit(request, parameters.stream, parameters):
-            return False
-        if request.rejection is not None:
-            return True
+        if self._admit(request, decoded.parameters) is None:
+            return request.rejection is not None
         call = self._inference.read(request.caller, decoded, request.deadline_s)
         signature, chunk = call.signature, call.work
         if not signature.has_binary or not isinstance(chunk, Chunk):
@@ -129,21 +129,21 @@ class FastInferPath(FastChunkRoute):
         request.chunk, request.details = chunk, call
         return True
 
-    def _admit(self, request: FastRequest, stream: str | None, options: InferOptions) -> bool:
-        """Set the stream, the deadline and perhaps the rejection of a request; False leaves it to
-        the slow path."""
-        deletes = options.ends and self._inference.delete_at_end
-        if stream is None or options.dry_run or deletes:
-            return False
+    def _admit(self, request: FastRequest, parameters: InferParameters) -> StreamKey | None:
+        """Set the stream and the deadline of a request; returns the key of its stream. None if it
+        is rejected, or left to the slow path."""
+        stream = parameters.stream
+        deletes = parameters.ends and self._inference.delete_at_end
+        if stream is None or parameters.dry_run or deletes:
+            return None
         left_s = request.deadline_s - request.received_s
-        if options.timeout_us:
-            left_s = min(left_s, options.timeout_us / 1e6)
+        if parameters.timeout_us:
+            left_s = min(left_s, parameters.timeout_us / 1e6)
             request.deadline_s = request.received_s + left_s
         request.stream, model = stream, request.codec.served.name
-        request.rejection = self._pipeline.check_admission(
-            request.caller, model, StreamKey(model, stream), left_s
-        )
-        return True
+        key = StreamKey(model, stream)
+        request.rejection = self._pipeline.check_admission(request.caller, model, key, left_s)
+        return key if request.rejection is None else None
 
     def _learn(self, shape: Hashable, request: FastRequest, data_bytes: int) -> None:
         """Cache the signature of a request's shape, if its rows are all of it."""
@@ -161,27 +161,21 @@ class FastInferPath(FastChunkRoute):
             self._signatures[shape] = signature
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
-        body, json_bytes = self._encode(request.details, reply)
-        head = _RESPONSE_HEAD % (json_bytes, len(body), request.request_id, header_lines)
-        return head + body
-
-    def _encode(self, call: InferCall, reply: Reply) -> tuple[bytes, int]:
-        """The body of a reply, and the length of its JSON."""
-        outputs_json = self._outputs_json[call.signature]
-        if outputs_json is None:
-            return encode_reply(reply_to_chunk(call, reply))
-        head = reply.head
-        text = _REPLY % (
-            call.signature.codec.served.name.encode(),
-            b'"id":%b,' % encode_json(call.id) if call.id else b"",
-            head.position,
-            head.epoch.hex().encode(),
-            head.tag.hex().encode(),
-            b"true" if reply.replayed else b"false",
-            b',"created":true' if reply.created else b"",
-            outputs_json,
-        )
-        return text + binary_values(reply.outputs), len(text)
+        call: InferCall = request.details
+        template, head = self._templates[call.signature], reply.head
+        if template is None:
+            body, json_bytes = encode_reply(reply_to_chunk(call, reply))
+        else:
+            text = template % (
+                b'"id":%b,' % encode_json(call.id) if call.id else b"",
+                head.position,
+                hexlify(head.epoch),
+                hexlify(head.tag),
+                b"true" if reply.replayed else b"false",
+                b',"created":true' if reply.created else b"",
+            )
+            body, json_bytes = text + binary_values(reply.outputs), len(text)
+        return _RESPONSE % (json_bytes, len(body), request.request_id, header_lines, body)
 
 
 def _rows_bytes(signature: Signature) -> int:
@@ -189,9 +183,9 @@ def _rows_bytes(signature: Signature) -> int:
     return 4 * signature.steps * signature.codec.served.input_features
 
 
-def _constant_outputs(signature: Signature) -> bytes | None:
-    """The outputs in the reply's JSON, if there is one, binary, with the same shape in every reply;
-    else None."""
+def _reply_template(signature: Signature) -> bytes | None:
+    """The JSON of a reply, to be formatted, if it has one output, binary, with the same shape in
+    every reply; else None."""
     served, [selected, *others] = signature.codec.served, signature.outputs
     output = selected.output
     if others or output is None or output.size != served.outputs.size:
@@ -200,7 +194,9 @@ def _constant_outputs(signature: Signature) -> bytes | None:
         return None
     lead = () if signature.batch is None else (1,)
     values = np.zeros((*lead, signature.steps, *output_shape(output)), np.float32)
-    return encode_json([output_document(OutputTensor(output.name, values))])
+    outputs = encode_json([output_document(OutputTensor(output.name, values))])
+    constants = (served.name.encode(), VERSION.encode(), outputs)
+    return _REPLY % tuple([each.replace(b"%", b"%%") for each in constants])
 
 
 def _error_response(

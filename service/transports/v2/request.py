@@ -57,10 +57,11 @@ STATE: Final = "state."
 """Before the name of a part of the state: the output of its values after the chunk."""
 
 
-class InferOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """The parameters of one request besides its stream: Triton's sequence extension, and Carry's.
+class InferParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """The parameters of one request: Triton's sequence extension, and Carry's own.
 
     Attributes:
+        sequence_id: number or name of the stream; 0, an empty string or None for no stream.
         starts_over: whether the stream starts over with this request.
         ends: whether no request of this sequence follows.
         position: index of the first event in the stream; None to append.
@@ -73,6 +74,7 @@ class InferOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=F
             format.
     """
 
+    sequence_id: int | str | None = None
     starts_over: bool = msgspec.field(default=False, name="sequence_start")
     ends: bool = msgspec.field(default=False, name="sequence_end")
     position: NonNegativeInt | None = None
@@ -82,20 +84,13 @@ class InferOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=F
     timeout_us: NonNegativeInt = msgspec.field(default=0, name="timeout")
     binary_by_default: bool = msgspec.field(default=False, name="binary_data_output")
 
-
-class InferParameters(InferOptions, frozen=True):
-    """The parameters of one request; its stream is None for a stateless prediction."""
-
-    stream: str | None = msgspec.field(default=None, name="sequence_id")
-
-
-class _SequenceParameters(InferOptions, frozen=True, kw_only=True):
-    """The parameters of a request of a sequence, as they are sent."""
-
-    sequence_id: int | str
+    @property
+    def stream(self) -> str | None:
+        """Name of the stream; None for a stateless prediction."""
+        return str(self.sequence_id) if self.sequence_id else None
 
 
-_SEQUENCE_DECODER: Final = msgspec.json.Decoder(_SequenceParameters)
+_DECODER: Final = msgspec.json.Decoder(InferParameters)
 _NO_PARAMETERS: Final = InferParameters()
 
 
@@ -186,24 +181,18 @@ def parse_parameters(parameters: Mapping[str, Parameter]) -> InferParameters:
     return parsed
 
 
-def decode_sequence_parameters(text: bytes) -> tuple[str, InferOptions] | None:
-    """The stream and the options in an object of parameters in JSON; None if it is unusual or
-    invalid, and `parse_parameters` tells."""
+def decode_parameters(text: bytes) -> InferParameters | None:
+    """The parameters of a request of a sequence, in JSON; None if they are unusual or invalid, and
+    `parse_parameters` reads them or makes the error."""
     if b"null" in text:
         return None  # no parameter is null, but None is the default of some
     try:
-        options = _SEQUENCE_DECODER.decode(text)
+        parsed = _DECODER.decode(text)
     except (msgspec.MsgspecError, ValueError):
         return None
-    sequence_id = options.sequence_id
-    if isinstance(sequence_id, int):
-        stream = str(sequence_id)
-        is_valid = 0 < sequence_id <= MAX_SEQUENCE_ID
-    else:
-        stream = sequence_id
-        is_valid = is_stream_name(stream) is not None
-    is_valid = is_valid and not (options.starts_over and options.position)
-    return (stream, options) if is_valid else None
+    name = parsed.sequence_id
+    is_valid = 0 < name <= MAX_SEQUENCE_ID if isinstance(name, int) else is_stream_name(name or "")
+    return parsed if is_valid and not (parsed.starts_over and parsed.position) else None
 
 
 def parse_sequence_id(value: Parameter) -> str | None:

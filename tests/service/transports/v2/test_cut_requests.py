@@ -10,7 +10,7 @@ import pytest
 
 from service.core.errors import CarryError
 from service.transports.v2.http_body import CutRequest, cut_request, decode_request
-from service.transports.v2.request import InferOptions
+from service.transports.v2.request import InferParameters
 
 TENSOR = '{"name":"inputs","datatype":"FP32","shape":[1,3],"parameters":{"binary_data_size":12}}'
 INPUTS = f'"inputs":[{TENSOR}]'
@@ -83,8 +83,9 @@ def cut(text: bytes) -> CutRequest | None:
     return request if request is not None and request.is_correct() else None
 
 
-def values(options: InferOptions) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in InferOptions.__struct_fields__}
+def values(parameters: InferParameters) -> dict[str, Any]:
+    names = InferParameters.__struct_fields__
+    return {name: getattr(parameters, name) for name in names if name != "sequence_id"}
 
 
 @pytest.mark.parametrize("text", [*USUAL, *TRAPS])
@@ -94,14 +95,14 @@ def test_cut_request_is_that_of_the_whole_decoder(text: str) -> None:
         if (request := cut(sent)) is None:
             continue
         whole = decode_request(sent + ROWS, len(sent), "probe", "")
-        assert (request.id, request.stream) == (whole.id, whole.parameters.stream), sent
-        assert values(request.options) == values(whole.parameters), sent
+        assert (request.id, request.parameters.stream) == (whole.id, whole.parameters.stream), sent
+        assert values(request.parameters) == values(whole.parameters), sent
 
 
 @pytest.mark.parametrize("text", USUAL)
 def test_usual_requests_are_cut(text: str) -> None:
     requests = [cut(fill(text, str(n), f'{{"sequence_id":{n}}}')) for n in (1, 22, 333)]
-    assert [each and each.stream for each in requests] == ["1", "22", "333"]
+    assert [each and each.parameters.stream for each in requests] == ["1", "22", "333"]
     assert len({each and (each.before, each.after) for each in requests}) == 1
 
 
