@@ -19,7 +19,7 @@ tracemalloc, rounded up)."""
 
 
 class StateCache:
-    """LRU cache of states; use from one event loop.
+    """LRU cache of states, in the order of their commits; use from one event loop.
 
     Args:
         max_bytes: bound on the memory of the states; 0 keeps none.
@@ -37,17 +37,13 @@ class StateCache:
 
     def get(self, key: StreamKey) -> EncodedStream | None:
         """The cached state of a stream, or None."""
-        stream = self._entries.get(key)
-        if stream is not None:
-            self._entries.move_to_end(key)
-        return stream
+        return self._entries.get(key)
 
     def put(self, key: StreamKey, stream: EncodedStream) -> None:
-        """Cache a stream whose commit has been sent; evicts the least recently used ones."""
+        """Cache a stream whose commit has been sent; evicts the least recently committed ones."""
         entries = self._entries
-        replaced = entries.get(key)
+        replaced = entries.pop(key, None)
         entries[key] = stream
-        entries.move_to_end(key)
         if replaced is None:
             self.size_bytes += _size_bytes(stream)
         else:
@@ -64,7 +60,7 @@ class StateCache:
             self.size_bytes -= _size_bytes(dropped)
 
     def drop_older(self, committed_ms: int) -> None:
-        """Drop the states of streams that this worker has not used since a commit before then."""
+        """Drop the states of streams that this worker has last committed before then."""
         while self._entries:
             key, oldest = next(iter(self._entries.items()))
             if StateHeader.decode(oldest.value).updated_ms >= committed_ms:

@@ -28,11 +28,11 @@ def kept(cache: StateCache, names: str) -> str:
     return "".join(name for name in names if cache.get(key(name)) is not None)
 
 
-def test_the_least_recently_used_stream_is_evicted_first() -> None:
+def test_the_least_recently_committed_stream_is_evicted_first() -> None:
     cache = StateCache(3 * SIZE_BYTES)
-    for name in "abc":
+    for name in "abca":
         cache.put(key(name), state())
-    assert cache.get(key("a")) is not None
+    assert cache.get(key("b")) is not None
     cache.put(key("d"), state())
     assert kept(cache, "abcd") == "acd"
     for number in range(100):
