@@ -72,7 +72,7 @@ class BatchRunner(ABC, Generic[P, R]):
     Attributes:
         job_type: the type of its jobs, with the fields that it needs besides those of `Job`.
         may_split: whether two batches of half the size compute at about the cost of one, and one
-            of them may compute while the other waits for the store.
+            of them may compute while the other waits for the store; may change with each batch.
     """
 
     job_type: type[Job[P, R]] = Job
@@ -124,7 +124,6 @@ class Batcher(Generic[P, R]):
             self._queue, max_queue=max_queue, max_wait_s=max_wait_s, on_shedding=on_shedding
         )
         self._delay = BatchingDelay()
-        self._may_split = runner.may_split and max_in_flight > 1
         self._next_batch = _Timer(self._form)
         self._next_deadline_s = math.inf
         self._deadline = _Timer(self._expire_jobs)
@@ -345,7 +344,8 @@ class Batcher(Generic[P, R]):
         """Start one batch of ready jobs, if there are any."""
         queue = self._queue
         before, most_rows = queue.long_batches, queue.ready
-        is_split = self._may_split and not self._in_flight and queue.requests >= MIN_SPLIT_REQUESTS
+        has_slots = self._max_in_flight > 1 and not self._in_flight
+        is_split = has_slots and self._runner.may_split and queue.requests >= MIN_SPLIT_REQUESTS
         jobs, expired = queue.take(now_s, most_rows // 2 if is_split else most_rows)
         if jobs:
             self._delay.last_rows = len(jobs)

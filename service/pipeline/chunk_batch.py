@@ -29,7 +29,7 @@ from service.core.errors import (
 from service.core.tracing import Tracer
 from service.core.values import NO_STREAM, Chunk, Reply, Timing
 from service.engine.batcher import BatchRunner
-from service.engine.compute import Compute
+from service.engine.compute import MAX_INLINE_S, Compute
 from service.engine.fair_queue import RunningBatch
 from service.engine.policy import MIN_SPLIT_REQUESTS
 from service.pipeline.chunk_job import ChunkJob, ComputedBatch, StageTimes
@@ -86,8 +86,8 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         self._served = served
         self._has_blocks = served.blocks is not None
         half = MIN_SPLIT_REQUESTS // 2
-        # not if rows are padded to a fixed shape, whose call costs about as much for half of them
-        self.may_split = served.runtime.padded_shape(half, 1)[0] == half
+        # a call that is padded to a fixed shape costs about as much for half of the rows
+        self._takes_any_rows = self.may_split = served.runtime.padded_shape(half, 1)[0] == half
         self._store = store
         self._cache = cache
         self._recorder = recorder
@@ -117,6 +117,8 @@ class ChunkBatchRunner(BatchRunner[Chunk, Reply]):
         try:
             ready, to_retry = await self._loader.evaluate(jobs, times, batch)
             computed = await self._infer(ready, times)
+            # the calls of large networks cost more than the store's time, and more for few rows
+            self.may_split = self._takes_any_rows and times.infer_s < MAX_INLINE_S
             if computed is not None and True in [job.payload.dry_run for job in computed.jobs]:
                 computed = self._answer_dry_runs(computed, times)
             if computed is not None and computed.jobs:

@@ -225,19 +225,33 @@ class Unbatched(NumpyRuntime):
         return max(rows, self.rows), steps
 
 
-@pytest.mark.parametrize("pads", [False, True], ids=["any rows", "padded rows"])
-async def test_many_chunks_are_computed_in_two_calls_unless_the_runtime_pads_them(
-    store_url: str, artifact: Artifact, pads: bool
+HALF = MIN_SPLIT_REQUESTS // 2
+
+
+@pytest.mark.parametrize(
+    ("padded", "short_s", "calls"),
+    [(0, math.inf, [HALF, HALF]), (32, math.inf, [32]), (0, 0.0, [MIN_SPLIT_REQUESTS])],
+    ids=["any rows", "padded rows", "long calls"],
+)
+async def test_many_chunks_are_computed_in_two_calls_if_calls_are_short_and_not_padded(
+    store_url: str,
+    artifact: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    padded: int,
+    short_s: float,
+    calls: list[int],
 ) -> None:
+    monkeypatch.setattr("service.pipeline.chunk_batch.MAX_INLINE_S", short_s)
     rows = rows_of(np.random.default_rng(31), 4)
     expected = oracle_outputs(artifact, rows)
     runtime = Unbatched(artifact)
-    runtime.rows = 32 if pads else 0
+    runtime.rows = padded
     async with worker(store_url, artifact, runtime=runtime) as pipeline:
+        await send(pipeline, "first", rows, 0)
+        runtime.shapes.clear()
         streams = [str(number) for number in range(MIN_SPLIT_REQUESTS)]
         replies = await asyncio.gather(*[send(pipeline, each, rows, 0) for each in streams])
-    half = MIN_SPLIT_REQUESTS // 2
-    assert [shape[0] for shape in runtime.shapes] == ([32] if pads else [half, half])
+    assert [shape[0] for shape in runtime.shapes] == calls
     for reply in replies:
         np.testing.assert_allclose(reply.outputs, expected, rtol=1e-5, atol=1e-5)
 
