@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
 import structlog
@@ -13,9 +13,11 @@ from service.build import build_pipeline
 from service.consumers.config import ConsumerConfig
 from service.consumers.consumer import Consumer
 from service.consumers.metrics import ConsumerMetrics
+from service.consumers.repartition import Repartitioner
 from service.consumers.store import TopicStore
 from service.core.values import Check
 from service.settings import Settings
+from service.store.redis.redis_store import RedisStore
 from service.transports.common.health_port import health_port
 
 log = structlog.get_logger(__name__)
@@ -37,9 +39,7 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
     async def checks() -> Sequence[Check]:
         return [*await service.pipeline.readiness(), consumer.check()]
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, consumer.stop)
+    _stop_on_signals(consumer.stop)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(service)
         await consumer.check_topics()
@@ -54,3 +54,36 @@ async def consume(settings: Settings, config: ConsumerConfig, port: int | None) 
         log.info("ready", model=config.model, source=config.source, sink=config.sink)
         await consumer.run()
     log.info("stopped", **consumer.counts)
+
+
+async def repartition(settings: Settings, config: ConsumerConfig, port: int | None) -> None:
+    """Move the events of a topic to the topics of their partitions until SIGTERM or SIGINT.
+
+    Args:
+        port: as for `consume`; without metrics.
+
+    Raises:
+        OperatorError, StoreUnavailable, StoreRefused, OSError: it cannot start.
+    """
+    store = RedisStore(settings.store)
+    await store.start()
+    mover = Repartitioner(store.topics, settings.store.keys, config)
+
+    async def checks() -> Sequence[Check]:
+        return [await store.monitor.check(), mover.check()]
+
+    _stop_on_signals(mover.stop)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(store.close)
+        if port is not None:
+            host = settings.http.admin_host or settings.http.host
+            serving = health_port(host, port, checks, lambda: (b"", "text/plain"))
+            log.info("port_bound", host=host, port=await stack.enter_async_context(serving))
+        await mover.run()
+    log.info("stopped", **mover.counts)
+
+
+def _stop_on_signals(stop: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)

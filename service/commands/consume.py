@@ -42,6 +42,12 @@ def consume(
     create: Annotated[
         bool | None, typer.Option("--create", help="Create the topic if it does not exist.")
     ] = None,
+    repartition: Annotated[
+        bool,
+        typer.Option(
+            "--repartition", help="Only move the events to the topics of their partitions."
+        ),
+    ] = False,
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help="Port of health and metrics; 0: any. Default: none."),
@@ -70,8 +76,10 @@ def consume(
     if shows_status:
         _show_status(Path(paths[0]) if paths else None, source, group, redis_url, data_dir)
         return
-    config = _read(paths, overrides)
-    _run(config, port, {"redis_url": redis_url, "models_dir": models, "data_dir": data_dir})
+    flags = {"redis_url": redis_url, "models_dir": models, "data_dir": data_dir}
+    if repartition:
+        overrides["to"] = sink or "-"
+    _run(_read(paths, overrides), port, flags, repartition=repartition)
 
 
 def _read(paths: list[str], overrides: dict[str, Any]) -> ConsumerConfig:
@@ -84,10 +92,13 @@ def _read(paths: list[str], overrides: dict[str, Any]) -> ConsumerConfig:
     return make_config({}, "options", overrides)
 
 
-def _run(config: ConsumerConfig, port: int | None, flags: dict[str, Any]) -> None:
+def _run(
+    config: ConsumerConfig, port: int | None, flags: dict[str, Any], *, repartition: bool
+) -> None:
     import uvloop
 
     from service.consume import consume as consume_until_stopped
+    from service.consume import repartition as repartition_until_stopped
     from service.settings import Settings
     from service.store.embedded import running_valkey
     from service.telemetry.logs import configure_logs
@@ -101,7 +112,8 @@ def _run(config: ConsumerConfig, port: int | None, flags: dict[str, Any]) -> Non
             settings = settings.changed(redis_url=stack.enter_context(valkey))
         if port is None:
             port = settings.http.admin_port
-        uvloop.run(consume_until_stopped(settings, config, port))
+        run = repartition_until_stopped if repartition else consume_until_stopped
+        uvloop.run(run(settings, config, port))
 
 
 def _show_status(

@@ -253,6 +253,15 @@ class Topics(Protocol):
             StoreUnavailable, StoreRefused: some may have been added, or added twice.
         """
 
+    async def append(self, name: str, source: str, entries: Sequence[Entry]) -> None:
+        """Append entries of another topic to a topic, in order, except those that were before.
+
+        Calls for one topic must not overlap.
+
+        Raises:
+            StoreUnavailable, StoreRefused: they may have been appended; the call may be repeated.
+        """
+
     async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
         """Read dead letters behind an id, in order; "-" is in front of all."""
 

@@ -67,6 +67,7 @@ class RedisTopics(Topics):
         self._read_script = Script.load("topic_read")
         self._commit_script = Script.load("topic_commit")
         self._join_script = Script.load("topic_join")
+        self._append_script = Script.load("topic_append")
         self._replay_script = Script.load("topic_replay")
 
     async def acquire(
@@ -224,6 +225,12 @@ class RedisTopics(Topics):
                     "the connection to the store broke: some events may have been written twice, "
                     "which are duplicates if they have positions"
                 )
+
+    async def append(self, name: str, source: str, entries: Sequence[Entry]) -> None:
+        arguments: list[Argument] = [source]
+        for entry_id, fields in entries:
+            arguments += (entry_id, len(fields or ()), *(fields or ()))
+        read_value(await self._call(self._append_script, [name, f"{name}:sources"], arguments))
 
     async def dead_letters(self, keys: TopicKeys, after: str, count: int) -> Sequence[Entry]:
         name, start = keys.dead_letters, after if after == "-" else f"({after}"
