@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import orjson
+import ormsgpack
 import pytest
 
 from tests.bench import generator
@@ -48,7 +49,7 @@ def stub(answer: Answer) -> Iterator[int]:
         def handle(self) -> None:
             with suppress(OSError):
                 while request := self.request.recv(1 << 16):
-                    if not (reply := answer(request.partition(b"\r\n\r\n")[2])):
+                    if not (reply := answer(request.rpartition(b"\r\n\r\n")[2])):
                         break
                     self.request.sendall(reply)
 
@@ -122,6 +123,36 @@ def test_sticky_connection_keeps_its_stream(is_sticky: bool, expected: list[int]
         positions.clear()
         run_closed(answer, replace(traffic(2), is_sticky=is_sticky), 0.1)
     assert positions[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("size", [0, 200, 70_000])
+def test_websocket_frames_of_every_length_are_read(size: int) -> None:
+    def frame(content: Any) -> bytes:
+        payload = ormsgpack.packb(content)
+        short, length = len(payload) < 126, len(payload) < 1 << 16
+        head = bytes([len(payload)]) if short else b"\x7e" if length else b"\x7f"
+        extended = b"" if short else len(payload).to_bytes(2 if length else 8)
+        return b"\x82%b%b%b" % (head, extended, payload)
+
+    def answer(data: bytes) -> bytes:
+        if not data:
+            return b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + frame({"hello": {}})
+        position = ormsgpack.unpackb(data[14:])["position"]  # behind the head and a mask of zeros
+        return frame({"reply": {"position": position + 3, "outputs": b"o" * size}})
+
+    values = BODIES.values("websocket")
+    spec = replace(traffic(2), media="websocket", path="/live", values=values, is_sampled=True)
+    load = run_closed(answer, spec, 0.05)
+    assert load.chunks > 1
+    assert {len(ormsgpack.unpackb(each)["reply"]["outputs"]) for each in load.sampled} == {size}
+
+
+def test_websocket_outcome_with_an_error_ends_the_run() -> None:
+    hello = b"HTTP/1.1 101 Switching Protocols\r\n\r\n\x81\x02{}"
+    error = ormsgpack.packb({"status": 409, "error": {}})
+    spec = replace(traffic(1), media="websocket", values=BODIES.values("websocket"))
+    with pytest.raises(WrongReplyError, match=r"got \[None\]"):
+        run_closed(lambda data: b"\x82%c%b" % (len(error), error) if data else hello, spec, 1)
 
 
 def test_streams_are_spread_over_models() -> None:

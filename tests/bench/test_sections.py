@@ -169,6 +169,8 @@ from urllib.request import Request, urlopen
 
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if options["-i"] == "grpc":
+    with open("{failures}", "a") as file:
+        print("failed", file=file)
     sys.exit("no gRPC here")
 name, _, shape = options["--shape"].partition(":")
 assert shape == "16,16", shape
@@ -191,7 +193,8 @@ def test_peer_is_compared_over_http_although_grpc_fails(
     with bench.scope:
         address = f"127.0.0.1:{bench.start_server(CARRY).port}"
         tool = tmp_path / peer.TOOL
-        tool.write_text(TOOL.format(python=sys.executable, peer=address))
+        failures = tmp_path / "failures"
+        tool.write_text(TOOL.format(python=sys.executable, peer=address, failures=failures))
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
         bench.options.peer, bench.options.peer_grpc = address, address
@@ -200,10 +203,9 @@ def test_peer_is_compared_over_http_although_grpc_fails(
     assert results.figures[f"peer/http 1: {CARRY} over peer"] == (2, 2, 2)
     assert results.rows[f"peer/http 1/{CARRY}"][0].p50_ms == 0.8
     assert all(row[0].cpu_us_per_chunk > 0 for row in results.rows.values())
-    failures = [note for note in results.notes if "no gRPC here" in note]
-    assert [note.partition(" FAILED")[0] for note in failures] == [
-        *(f"peer/grpc 1/{CARRY}", "peer/grpc 1/peer")
-    ]
+    noted = [note.partition(" FAILED")[0] for note in results.notes if "no gRPC here" in note]
+    assert noted == [f"peer/grpc 1/{CARRY}", "peer/grpc 1/peer"]
+    assert len(failures.read_text().splitlines()) == len(noted)
 
 
 def test_peer_is_skipped_where_none_is_named(bench: Bench) -> None:
