@@ -40,7 +40,7 @@ PORT_OPTIONS: Final[Mapping[PortKind, str]] = {
 }
 """How to set each port, followed by its number."""
 
-GRPC_MODULES = ("grpc", "grpc_health")
+GRPC_MODULES = ("google.protobuf", "grpc_health", "grpc_reflection", "hpack")
 TRACING_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 
 KeyRecords = tuple[bytes, Mapping[str, bytes]]

@@ -148,8 +148,12 @@ class Connection(ABC):
             return
         if self._half_closed or not self.transport.can_write_eof():
             self.transport.close()
-        else:
+            return
+        try:
             self.transport.write_eof()
+        except OSError:
+            # the client has disconnected already
+            self.transport.abort()
 
     @abstractmethod
     def _drop_received(self) -> None:
@@ -191,6 +195,11 @@ class Connections:
         self.announce_close()
         for connection in list(self._seen):
             connection.retire()
+
+    def abort(self) -> None:
+        """Close all connections at once."""
+        for connection in list(self._seen):
+            connection.abort()
 
     def __len__(self) -> int:
         return len(self._seen)

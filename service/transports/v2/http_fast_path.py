@@ -13,7 +13,6 @@ from binascii import hexlify
 from collections.abc import Hashable
 from typing import Final
 
-import numpy as np
 from structlog.contextvars import bound_contextvars
 
 from service.codec.media import Media, encode_json
@@ -33,13 +32,16 @@ from service.transports.v2.http_body import (
     error_answer,
     output_document,
 )
-from service.transports.v2.inference import VERSION, InferCall, Inference, reply_to_chunk
-from service.transports.v2.request import (
-    InferParameters,
-    Signature,
-    output_shape,
+from service.transports.v2.inference import (
+    VERSION,
+    InferCall,
+    Inference,
+    constant_output,
+    is_of_rows,
+    reply_to_chunk,
 )
-from service.transports.v2.tensors import OutputTensor, binary_values
+from service.transports.v2.request import InferParameters, Signature
+from service.transports.v2.tensors import binary_values
 
 ROUTE: Final = "/v2/models/{model}/infer"
 
@@ -96,20 +98,14 @@ class FastInferPath(FastChunkRoute):
         self, request: FastRequest, cut: CutRequest, signature: Signature, rows: bytes
     ) -> bool:
         """Read a request of a known shape."""
-        reader, parameters = request.codec.reader, cut.parameters
-        if len(rows) != _rows_bytes(signature):
-            return False
-        if (key := self._admit(request, parameters)) is None:
+        if (key := self._admit(request, cut.parameters)) is None:
             return request.rejection is not None
-        request.chunk = chunk = reader.build_chunk(
-            parameters.position,
-            parameters.epoch,
-            reader.steps.packed_rows(rows, "", reader.limits.chunk),
-            key,
-            None,
-            starts_over=parameters.starts_over,
+        request.details = call = self._inference.read_rows(
+            signature, cut.id, key, cut.parameters, rows, request.deadline_s
         )
-        request.details = InferCall(signature, cut.id, chunk, request.deadline_s, False)
+        if call is None or not isinstance(call.work, Chunk):
+            return False
+        request.chunk = call.work
         return True
 
     def _read_whole(
@@ -147,18 +143,10 @@ class FastInferPath(FastChunkRoute):
 
     def _learn(self, shape: Hashable, request: FastRequest, data_bytes: int) -> None:
         """Cache the signature of a request's shape, if its rows are all of it."""
-        signature, chunk = request.details.signature, request.chunk
-        if (
-            chunk is not None
-            and chunk.steps.rows is not None
-            and not chunk.steps.resets
-            and data_bytes == _rows_bytes(signature)
-            and request.codec.served.blocks is None
-            and not signature.has_state
-        ):
+        if is_of_rows(request.details, data_bytes):
             if len(self._signatures) >= CACHED_SIGNATURES:
                 self._signatures.clear()
-            self._signatures[shape] = signature
+            self._signatures[shape] = request.details.signature
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         call: InferCall = request.details
@@ -178,24 +166,14 @@ class FastInferPath(FastChunkRoute):
         return _RESPONSE % (json_bytes, len(body), request.request_id, header_lines, body)
 
 
-def _rows_bytes(signature: Signature) -> int:
-    """The length of the rows of a chunk in the binary format."""
-    return 4 * signature.steps * signature.codec.served.input_features
-
-
 def _reply_template(signature: Signature) -> bytes | None:
     """The JSON of a reply, to be formatted, if it has one output, binary, with the same shape in
     every reply; else None."""
-    served, [selected, *others] = signature.codec.served, signature.outputs
-    output = selected.output
-    if others or output is None or output.size != served.outputs.size:
+    output = constant_output(signature)
+    if output is None:
         return None
-    if output.per != "step" or served.blocks is not None:
-        return None
-    lead = () if signature.batch is None else (1,)
-    values = np.zeros((*lead, signature.steps, *output_shape(output)), np.float32)
-    outputs = encode_json([output_document(OutputTensor(output.name, values))])
-    constants = (served.name.encode(), VERSION.encode(), outputs)
+    outputs = encode_json([output_document(output)])
+    constants = (signature.codec.served.name.encode(), VERSION.encode(), outputs)
     return _REPLY % tuple([each.replace(b"%", b"%%") for each in constants])
 
 

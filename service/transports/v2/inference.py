@@ -42,6 +42,7 @@ from service.core.values import (
     Prediction,
     Reply,
     SequenceInput,
+    StreamKey,
 )
 from service.pipeline.served_model import ServedModel
 from service.telemetry.access_log import note_stream
@@ -188,6 +189,34 @@ class Inference:
             work = _read_chunk(codec, parameters, stream, tensor, resets[0] if resets else None)
         return InferCall(signature, request.id, work, deadline_s, deletes)
 
+    def read_rows(
+        self,
+        signature: Signature,
+        identity: str,
+        key: StreamKey,
+        parameters: InferParameters,
+        rows: bytes,
+        deadline_s: float,
+    ) -> InferCall | None:
+        """Read a chunk of rows in the binary format, as `read` does, of a signature that
+        `is_of_rows`; None if their length is not its.
+
+        Raises:
+            InvalidInput, ChunkTooLong
+        """
+        if len(rows) != _rows_bytes(signature) or parameters.false_alarms_per_day is not None:
+            return None
+        reader = signature.codec.reader
+        chunk = reader.build_chunk(
+            parameters.position,
+            parameters.epoch,
+            reader.steps.packed_rows(rows, "", reader.limits.chunk),
+            key,
+            None,
+            starts_over=parameters.starts_over,
+        )
+        return InferCall(signature, identity, chunk, deadline_s, False)
+
     async def answer(self, caller: Caller, call: InferCall) -> InferReply:
         """Answer a request that was read.
 
@@ -313,6 +342,39 @@ def _reply(
             values = _output_values(output, rows[..., columns])
         tensors.append(OutputTensor(name, values, is_binary))
     return InferReply(served.name, VERSION, call.id, parameters, tensors)
+
+
+def is_of_rows(call: InferCall, data_bytes: int) -> bool:
+    """Whether a call has rows in the binary format, of as many bytes, and nothing else, so that
+    further ones of its signature can be read by `read_rows`."""
+    signature, chunk = call.signature, call.work
+    return (
+        isinstance(chunk, Chunk)
+        and chunk.steps.rows is not None
+        and not chunk.steps.resets
+        and data_bytes == _rows_bytes(signature)
+        and signature.codec.served.blocks is None
+        and not signature.has_state
+    )
+
+
+def _rows_bytes(signature: Signature) -> int:
+    """The length of the rows of a chunk in the binary format."""
+    return 4 * signature.steps * signature.codec.served.input_features
+
+
+def constant_output(signature: Signature) -> OutputTensor | None:
+    """The output of a reply to a chunk, its values zeros, if there is one, with the same shape in
+    every reply; else None."""
+    served, [selected, *others] = signature.codec.served, signature.outputs
+    output = selected.output
+    if others or output is None or output.size != served.outputs.size:
+        return None
+    if output.per != "step" or served.blocks is not None:
+        return None
+    lead = () if signature.batch is None else (1,)
+    shape = (*lead, signature.steps, *output_shape(output))
+    return OutputTensor(output.name, np.zeros(shape, np.float32))
 
 
 def _stack(values: Sequence[NDArray[Any]], has_batch: bool) -> NDArray[Any]:

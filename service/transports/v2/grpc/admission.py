@@ -3,38 +3,28 @@
 Calls with a key have slots and room for messages of their own, and so have those that need none:
 probes, health and reflection. So neither kind keeps out the other.
 
-The library receives a message as a whole and does not say how much of it has arrived. So a message
-that is being received counts as the largest, and once it is complete as its length, until its call
-is answered. Without room for the largest, no further message is received: its call waits, with at
-most HTTP/2's first window in memory. Calls that receive slowly do not make others wait: they are
-ended, the oldest first.
-
-The messages of a stream count once they are complete, since a stream may pause for ever between
-two of them. So each stream may exceed the limit by the one message that it is receiving.
+An incomplete message counts as what has arrived of it, a complete one as its length until it is
+applied. Beyond the limit the calls whose messages are incomplete are ended, the oldest first, as
+over HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
-from service.core.errors import MalformedBody, Overloaded
+from service.core.errors import CarryError, Overloaded
 from service.server.connections import BODY_BYTES_PER_S
 from service.server.errors import RequestTimeout
 from service.server.settings import ConnectionSettings
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v2.settings import V2Settings
 
-SLOW_S: Final = 0.05
-"""A call that finds no room ends the oldest call that has been receiving for longer than this, and
-a further one each time that it has waited this long. Most messages arrive with their call, within
-milliseconds."""
-
-WAIT_S: Final = 2.0
-"""A call that has waited this long for room is rejected."""
+if TYPE_CHECKING:
+    from service.transports.v2.grpc.call import Call
 
 MAX_RECEIVING: Final = 64
 """Most calls to probes, health and reflection that receive a message at once. A further call ends
@@ -59,52 +49,33 @@ class Admission:
     Attributes:
         calls: slots of calls with a key.
         messages: room for their messages.
+        probes, streams, public: the same of calls that need no key.
     """
 
     def __init__(self, settings: V2Settings, connections: ConnectionSettings):
-        self.calls = Slots(settings.grpc_max_calls)
-        self._probes = Slots(MAX_PROBES)
-        self._streams = Slots(MAX_STREAMS)
-        max_bytes, max_pending = settings.grpc_max_message_bytes, connections.max_pending_body_bytes
+        max_bytes = settings.grpc_max_message_bytes
         receive_s = connections.body_timeout_s + max_bytes / BODY_BYTES_PER_S
-        self.messages = MessageRoom(max_pending, max_bytes, receive_s)
-        self._public = MessageRoom(MAX_RECEIVING * LONG_BYTES, LONG_BYTES, RECEIVE_S, slow_s=0.0)
-
-    async def receive_probe(self, context: Any) -> bytes:
-        """Admit a call that needs no key and has one message, and receive that.
-
-        Raises:
-            Overloaded: there are too many.
-            Overloaded, RequestTimeout, MalformedBody: as `MessageRoom.receive`.
-        """
-        self._probes.acquire(context)
-        return await self.receive_public(context)
+        self.calls = Slots(settings.grpc_max_calls)
+        self.probes = Slots(MAX_PROBES)
+        self.streams = Slots(MAX_STREAMS)
+        max_pending_bytes = max(connections.max_pending_body_bytes, max_bytes)
+        self.messages = MessageRoom(max_pending_bytes, receive_s)
+        self.public = MessageRoom(MAX_RECEIVING * LONG_BYTES, RECEIVE_S, MAX_RECEIVING)
 
     @asynccontextmanager
-    async def public_stream(self, context: Any, *, has_key: bool) -> AsyncIterator[None]:
+    async def public_stream(self, call: Call, *, has_key: bool) -> AsyncIterator[None]:
         """Admit a stream that needs no key; with one it counts as other calls with a key.
 
         Raises:
             Overloaded: there are too many.
             RequestTimeout: it has no key, and lasted as long as it may.
         """
-        (self.calls if has_key else self._streams).acquire(context)
+        (self.calls if has_key else self.streams).acquire(call)
         try:
             async with asyncio.timeout(None if has_key else STREAM_S):
-                # the library would send it twice if the first reply was cancelled
-                await context.send_initial_metadata(())
                 yield
         except TimeoutError as error:
             raise RequestTimeout(f"a stream without a key may last {STREAM_S:g} s") from error
-
-    async def receive_public(self, context: Any) -> bytes:
-        """Receive a message of a call that needs no key.
-
-        Raises:
-            Overloaded, RequestTimeout, MalformedBody: as `MessageRoom.receive`.
-        """
-        async with self._public.receive(context.read) as [message]:
-            return message
 
 
 class Slots:
@@ -113,7 +84,7 @@ class Slots:
     def __init__(self, limit: int):
         self._limit = self._free = limit
 
-    def acquire(self, context: Any) -> None:
+    def acquire(self, call: Call) -> None:
         """Take a slot until the call ends.
 
         Raises:
@@ -123,124 +94,86 @@ class Slots:
             detail = f"expected at most {self._limit} concurrent calls, got one more"
             raise Overloaded(detail, retry_after_s=1)
         self._free -= 1
-        context.add_done_callback(self._release)
+        call.on_release.append(self._release)
 
-    def _release(self, context: Any) -> None:
+    def _release(self) -> None:
         self._free += 1
 
 
 class MessageRoom:
-    """Bounds the bytes of messages: receives one only while there is room for it.
+    """Bounds the bytes of messages, and the time in which they arrive.
 
     Args:
         limit_bytes: most bytes of all messages together.
-        message_bytes: length of the largest message.
-        timeout_s: longest time in which the message of a call may arrive.
-        slow_s: how long a call may receive while others need its room.
+        timeout_s: longest time in which a message may arrive.
+        max_receiving: most calls that wait for a message or receive one.
     """
 
-    def __init__(
-        self, limit_bytes: int, message_bytes: int, timeout_s: float, slow_s: float = SLOW_S
-    ):
-        self._limit_bytes = max(limit_bytes, message_bytes)
-        self._message_bytes = message_bytes
+    def __init__(self, limit_bytes: int, timeout_s: float, max_receiving: int | None = None):
+        self._limit_bytes = limit_bytes
         self._timeout_s = timeout_s
-        self._slow_s = slow_s
+        self._max_receiving = max_receiving
         self._used_bytes = 0
-        self._receiving: dict[asyncio.Timeout, float] = {}
-        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._receiving: dict[Call, float] = {}
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
-    @asynccontextmanager
-    async def receive(self, read: Callable[[], Awaitable[object]]) -> AsyncIterator[list[bytes]]:
-        """Receive the message of a call that has one; it counts during the context.
+    @property
+    def is_full(self) -> bool:
+        """Whether no further message should be received."""
+        return self._used_bytes > self._limit_bytes
 
-        Args:
-            read: returns the bytes of the message; something else if the call has none.
+    def overloaded(self) -> Overloaded:
+        """The error of a message for which there is no room."""
+        return Overloaded(
+            f"{self._used_bytes} bytes of messages are buffered, of at most {self._limit_bytes}",
+            retry_after_s=1,
+        )
 
-        Returns:
-            A list of the message, so that the caller can take it out and drop it.
+    def notify(self, on_room: Callable[[], None]) -> None:
+        """Call this once there is room."""
+        self._waiting.append(on_room)
 
-        Raises:
-            Overloaded: there is no room, or it arrives slowly and others need the room.
-            RequestTimeout: it did not arrive in time.
-            MalformedBody: the call has no message.
-        """
-        counted = self._message_bytes
-        await self._acquire(counted)
-        try:
-            messages = [await self._receive(read)]
-            self.count(counted, len(messages[0]))
-            counted = len(messages[0])
-            yield messages
-        finally:
-            self.count(counted, 0)
-
-    async def wait_for_room(self) -> None:
-        """Wait until a stream may receive its next message."""
-        if self._waiting or not self._has_room():
-            await self._enqueue(0)
-
-    def count(self, before: int, after: int) -> None:
-        """Count `after` bytes instead of `before`."""
-        self._used_bytes += after - before
-        while self._waiting and self._has_room():
-            future, size = self._waiting.popleft()
-            if not future.done():
-                self._used_bytes += size
-                future.set_result(None)
-
-    def _has_room(self) -> bool:
-        return self._used_bytes + self._message_bytes <= self._limit_bytes
-
-    def _enqueue(self, size: int) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((future, size))
-        return future
-
-    async def _acquire(self, size: int) -> None:
-        if not self._waiting and self._has_room():
-            self._used_bytes += size
+    def begin(self, call: Call) -> None:
+        """Begin to receive a message of a call, if it has not begun."""
+        if call in self._receiving:
             return
-        loop = asyncio.get_running_loop()
-        until_s, acquired = loop.time() + WAIT_S, self._enqueue(size)
-        try:
-            while not acquired.done():
-                if loop.time() >= until_s:
-                    raise Overloaded(
-                        f"{self._used_bytes} bytes of messages are buffered, "
-                        f"of at most {self._limit_bytes}",
-                        retry_after_s=1,
-                    )
-                self._end_oldest(loop.time() - self._slow_s)
-                await asyncio.wait({acquired}, timeout=SLOW_S)
-        except BaseException:
-            if not acquired.cancel():
-                # it got the room in the same moment
-                self.count(size, 0)
-            raise
+        loop = call.connection.loop
+        self._receiving[call] = loop.time()
+        if self._max_receiving is not None and len(self._receiving) > self._max_receiving:
+            self._end_oldest()
+        if self._timer is None:
+            self._timer = loop.call_later(self._timeout_s, self._expire, loop)
 
-    async def _receive(self, read: Callable[[], Awaitable[object]]) -> bytes:
-        scope = asyncio.timeout(self._timeout_s)
-        try:
-            async with scope:
-                self._receiving[scope] = asyncio.get_running_loop().time()
-                message = await read()
-        except TimeoutError as error:
-            if scope in self._receiving:
-                raise RequestTimeout("the message of the call did not arrive in time") from error
-            detail = "the message arrived slowly, and other calls need the memory"
-            raise Overloaded(detail, retry_after_s=1) from error
-        finally:
-            self._receiving.pop(scope, None)
-        if not isinstance(message, bytes):
-            raise MalformedBody("message: expected one, got none", at="message", got="none")
-        return message
+    def end(self, call: Call) -> None:
+        """End to receive a message: it is complete, or the call has ended."""
+        self._receiving.pop(call, None)
 
-    def _end_oldest(self, since_s: float) -> None:
-        """End the oldest call if it has been receiving since this time."""
-        oldest = next(iter(self._receiving.items()), None)
-        if oldest is not None and oldest[1] <= since_s:
-            scope = oldest[0]
-            del self._receiving[scope]
-            if not scope.expired():
-                scope.reschedule(since_s)
+    def count(self, change: int) -> None:
+        """Count bytes that are held, or no longer held if the change is negative."""
+        self._used_bytes += change
+        if change > 0:
+            while self._used_bytes > self._limit_bytes and self._receiving:
+                self._end_oldest()
+        else:
+            while self._waiting and not self.is_full:
+                self._waiting.popleft()()
+
+    def _end_oldest(self) -> None:
+        detail = "the message arrived slowly, and other calls need the memory"
+        self._fail(next(iter(self._receiving)), Overloaded(detail, retry_after_s=1))
+
+    def _fail(self, call: Call, error: CarryError) -> None:
+        del self._receiving[call]
+        call.drop_received()
+        call.handler.fail(error)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the calls whose message did not arrive in time."""
+        self._timer = None
+        while self._receiving:
+            call, began_s = next(iter(self._receiving.items()))
+            if (left_s := began_s + self._timeout_s - loop.time()) > 0:
+                self._timer = loop.call_later(left_s, self._expire, loop)
+                return
+            self._fail(call, RequestTimeout("the message of the call did not arrive in time"))

@@ -8,114 +8,139 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
-from service.core.errors import CarryError
+from service.core.errors import CarryError, DeadlineExceeded
 from service.transports.common.stream_order import StreamOrder
-from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.admission import MessageRoom
+from service.transports.v2.grpc.call import Call, Handler
 from service.transports.v2.grpc.messages import InferMessage, error_response
 
 WINDOW_BYTES: Final = 1024 * 1024
 """No further request of a call is read while those that are not yet applied have as many bytes."""
 
-Answer = Callable[
-    [InferMessage, CarryError | None], Awaitable[pb.ModelStreamInferResponse | CarryError]
-]
-"""Returns the response to a request, or its error, logged and counted; a request with an error is
-rejected with it."""
+OnResponse = Callable[[bytes | CarryError], None]
+Answer = Callable[[InferMessage, CarryError | None, OnResponse], Callable[[], object]]
+"""Answers a request, or rejects one with an error: calls back with the response, or with the error
+once that is logged and counted. Returns what cancels the request; it is called back at once if it
+is rejected early."""
 
 
-class InferStream:
+class InferStream(Handler):
     """The requests of one call.
 
     Args:
-        context: the call, which receives requests and sends responses.
+        call: sends the responses.
         answer: as above.
-        messages: counts the requests.
+        room: counts the requests.
         window: maximum unanswered requests.
+        on_end: called when no more requests will be answered.
     """
 
-    def __init__(self, context: Any, answer: Answer, messages: MessageRoom, window: int):
-        self._context = context
+    def __init__(
+        self,
+        call: Call,
+        answer: Answer,
+        room: MessageRoom,
+        window: int,
+        on_end: Callable[[InferStream], None],
+    ):
+        self._call = call
         self._answer = answer
-        self._messages = messages
+        self._room = room
         self._window = window
-        self._error: CarryError | None = None
-        self._receiving: asyncio.Task[None] | None = None
+        self._on_end = on_end
         self._order: StreamOrder[InferMessage] = StreamOrder(
             self._begin, self._begin, self._release, overlaps=False
         )
-        self._tasks: set[asyncio.Task[None]] = set()
         self._unanswered: deque[InferMessage] = deque()
+        self._running: dict[InferMessage, Callable[[], object]] = {}
         self._held_bytes = 0
-        self._has_room = asyncio.Event()
-        self._progress = asyncio.Event()
+        self._is_full = False
+        self._has_all = False
+        self._has_ended = False
+        self._error: CarryError | None = None
 
-    def end(self, error: CarryError) -> None:
-        """Read no more requests, and end with this error once those that were read are answered."""
-        self._error = error
-        if self._receiving is not None:
-            self._receiving.cancel()
+    def end_after(self, timeout_s: float | None) -> None:
+        """Drop all requests once the client's deadline for the call has expired."""
+        if timeout_s is not None:
+            asyncio.get_running_loop().call_later(timeout_s, self._expire)
 
-    async def run(self) -> None:
-        """Answer the requests, in their order.
+    def _expire(self) -> None:
+        if not self._has_ended:
+            self.cancel()
+            self._call.fail(DeadlineExceeded("the deadline of the call expired"))
 
-        Raises:
-            CarryError: the one that `end` was called with.
-        """
-        self._receiving = receiving = asyncio.create_task(self._receive())
-        receiving.add_done_callback(lambda _: self._progress.set())
-        unanswered = self._unanswered
-        try:
-            while unanswered or not receiving.done():
-                if unanswered and (response := unanswered[0].outcome) is not None:
-                    await self._context.write(response)
-                    unanswered.popleft()
-                    self._has_room.set()
-                else:
-                    self._progress.clear()
-                    await self._progress.wait()
-        finally:
-            for each in (receiving, *self._tasks):
-                each.cancel()
-            self._order.clear()
-            self._messages.count(self._held_bytes, 0)
-        if self._error is not None:
-            raise self._error
-
-    async def _receive(self) -> None:
-        while True:
-            # a request that was read is always answered, so there is room for it before
-            while len(self._unanswered) >= self._window or self._held_bytes >= WINDOW_BYTES:
-                self._has_room.clear()
-                await self._has_room.wait()
-            await self._messages.wait_for_room()
-            data = await self._context.read()
-            if not isinstance(data, bytes):
-                return
-            self._add(InferMessage(data))
-
-    def _add(self, message: InferMessage) -> None:
+    def receive(self, message: bytes) -> None:
         """Start a request as soon as it is its turn."""
-        self._unanswered.append(message)
-        self._count(message.size)
-        if message.stream:
-            self._order.add(message)
-            self._order.set_ready(message)
+        request = InferMessage(message)
+        self._unanswered.append(request)
+        self._count(request.size)
+        if request.stream:
+            self._order.add(request)
+            self._order.set_ready(request)
         else:
-            self._begin(message)
+            self._begin(request)
+        if len(self._unanswered) >= self._window or not self._has_room:
+            self._is_full = True
+            self._call.stop_reading()
+            if self._room.is_full:
+                self._room.notify(self._read_on)
+
+    @property
+    def _has_room(self) -> bool:
+        within = len(self._unanswered) < self._window and self._held_bytes < WINDOW_BYTES
+        return within and not self._room.is_full
+
+    def receive_end(self) -> None:
+        """The client has sent all: the call ends once all is answered."""
+        self._has_all = True
+        self._respond()
+
+    def fail(self, error: CarryError) -> None:
+        """Read no more requests, and end with this error once those that were read are answered."""
+        if self._error is None and not self._has_ended:
+            self._error = error
+            self._call.stop_reading()
+            self._respond()
+
+    def reject(self, error: bytes | CarryError) -> None:
+        """End the call, before any request, with this error."""
+        if isinstance(error, CarryError):
+            self.fail(error)
+
+    def cancel(self) -> None:
+        """Drop the requests that are not in a batch."""
+        self._has_ended = True
+        self._order.clear()
+        for cancel in list(self._running.values()):
+            cancel()
+        self._running.clear()
+        self._count(-self._held_bytes)
+        self._on_end(self)
+
+    def resume(self) -> None:
+        """Send the responses that waited for the client to read."""
+        self._respond()
 
     def _begin(self, message: InferMessage, error: CarryError | None = None) -> None:
-        task = asyncio.create_task(self._respond(message, error))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        def answered(response: bytes | CarryError) -> None:
+            if not self._has_ended:
+                self._running.pop(message, None)
+                self._finish(message, response)
 
-    async def _respond(self, message: InferMessage, error: CarryError | None) -> None:
-        response = result = await self._answer(message, error)
-        if isinstance(response, CarryError):
-            response = error_response(response, message.head)
+        cancel = self._answer(message, error, answered)
+        if message.outcome is None:
+            self._running[message] = cancel
+
+    def _finish(self, message: InferMessage, result: bytes | CarryError) -> None:
+        is_failed = isinstance(result, CarryError)
+        response = (
+            error_response(result, message).SerializeToString()
+            if isinstance(result, CarryError)
+            else result
+        )
         message.drop()
         self._count(-message.size)
         if not message.stream:
@@ -123,14 +148,40 @@ class InferStream:
             self._release(message)
             return
         if not message.is_dry_run:
-            self._order.record_result(message, failed=isinstance(result, CarryError))
+            self._order.record_result(message, failed=is_failed)
         self._order.answer(message, response)
 
     def _release(self, message: InferMessage) -> None:
-        self._progress.set()
+        self._respond()
+
+    def _respond(self) -> None:
+        """Send the responses whose turn it is, then read on, or end the call after the last."""
+        unanswered, call = self._unanswered, self._call
+        while unanswered and unanswered[0].outcome is not None and call.can_write:
+            call.respond(unanswered.popleft().outcome)
+        if unanswered or self._has_ended:
+            self._read_on()
+        elif self._error is not None:
+            self._end(self._error)
+        elif self._has_all:
+            self._end(None)
+        else:
+            self._read_on()
+
+    def _end(self, error: CarryError | None) -> None:
+        self._has_ended = True
+        if error is None:
+            self._call.end()
+        else:
+            self._call.fail(error)
+        self._on_end(self)
+
+    def _read_on(self) -> None:
+        if self._is_full and not self._has_ended and self._error is None and self._has_room:
+            self._is_full = False
+            self._call.start_reading()
 
     def _count(self, change: int) -> None:
         """Count bytes that are not yet applied."""
-        self._messages.count(self._held_bytes, self._held_bytes + change)
         self._held_bytes += change
-        self._has_room.set()
+        self._room.count(change)

@@ -1,72 +1,77 @@
-"""Messages of V2 over gRPC: requests as they are received, replies, and the status of an error.
+"""Messages of V2 over gRPC: requests as they are received, and replies.
 
-The details of a status are `code: detail`. Its trailing metadata is `carry-error` (the code),
-`carry-problem-bin` (the problem document of the HTTP API, JSON) and, for a temporary error,
-`grpc-retry-pushback-ms`, which gRPC's own retries follow.
+Messages as clients usually write them are read and written without protobuf, which costs ten times
+as much; all others by protobuf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from binascii import hexlify
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
-from grpc import StatusCode
 from msgspec.structs import replace
 
 from service.access.caller import PREDICT, Caller
 from service.codec.decoding import decode_element, detach_error, invalid
 from service.codec.media import Media, dumps
-from service.core import errors
 from service.core.errors import BodyTooLarge, CarryError, MalformedBody
-from service.server import errors as http_errors
+from service.core.memo import Memo
+from service.core.values import Reply
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.common.stream_order import PendingChunk
 from service.transports.v1.problems import problem
 from service.transports.v2.grpc import v2_pb2 as pb
-from service.transports.v2.inference import InferCall, Inference, InferReply
+from service.transports.v2.grpc.status import status_details
+from service.transports.v2.inference import (
+    VERSION,
+    InferCall,
+    Inference,
+    InferReply,
+    constant_output,
+    reply_to_chunk,
+)
 from service.transports.v2.request import (
+    InferParameters,
     InferRequest,
     Parameter,
     RequestedOutput,
+    Signature,
     parse_parameters,
     parse_sequence_id,
 )
-from service.transports.v2.tensors import BOOL, BYTES, FP32, MAX_RANK, InputTensor, Shape
+from service.transports.v2.tensors import (
+    BOOL,
+    BYTES,
+    FP32,
+    MAX_RANK,
+    InputTensor,
+    Shape,
+    binary_values,
+)
 
 MAX_FIELDS: Final = 1000
 """Most fields of a long message, besides the elements of its tensors."""
 
+MAX_SCANNED_BYTES: Final = 512
+"""Most bytes of the parameters, tensors and outputs of a message that is not parsed by protobuf."""
+
+CACHED_HEADS: Final = 4096
+"""Most such fields that are cached with their values, since clients repeat them."""
+
 _CONTENTS: Final = {FP32: "fp32_contents", BYTES: "bytes_contents", BOOL: "bool_contents"}
 _INPUTS: Final = pb.ModelInferRequest.INPUTS_FIELD_NUMBER
 _RAW: Final = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+_LENGTH_DELIMITED: Final = 2
+_POSITION: Final = b"\n\x08position\x12"
+_INT64: Final = 2 << 3
+_PARAMETERS_TAG: Final = 4 << 3 | _LENGTH_DELIMITED
+_TENSOR_TAGS: Final = (5 << 3 | _LENGTH_DELIMITED, 6 << 3 | _LENGTH_DELIMITED)
+_RAW_TAG: Final = _RAW << 3 | _LENGTH_DELIMITED
 _NO_HEAD: Final = pb.ModelInferRequest()
 _NO_REQUEST: Final = InferRequest("", ())
-
-STATUS_CODES: Final[Mapping[type[CarryError], StatusCode]] = {
-    errors.BadRequest: StatusCode.INVALID_ARGUMENT,
-    http_errors.RequestTimeout: StatusCode.DEADLINE_EXCEEDED,
-    errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
-    errors.Forbidden: StatusCode.PERMISSION_DENIED,
-    errors.NotFound: StatusCode.NOT_FOUND,
-    http_errors.MethodNotAllowed: StatusCode.UNIMPLEMENTED,
-    errors.StreamRejection: StatusCode.FAILED_PRECONDITION,
-    errors.AlreadyApplied: StatusCode.ALREADY_EXISTS,
-    errors.StreamExists: StatusCode.ALREADY_EXISTS,
-    errors.Conflict: StatusCode.ABORTED,
-    errors.ServiceFailure: StatusCode.INTERNAL,
-    errors.StateDamaged: StatusCode.DATA_LOSS,
-    errors.StoreUnavailable: StatusCode.UNAVAILABLE,
-    errors.StoreRefused: StatusCode.UNAVAILABLE,
-    errors.OutcomeUnknown: StatusCode.UNKNOWN,
-    errors.NotDurable: StatusCode.UNKNOWN,
-    errors.DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
-    errors.Overloaded: StatusCode.RESOURCE_EXHAUSTED,
-    http_errors.TooManyConnections: StatusCode.RESOURCE_EXHAUSTED,
-    errors.ShuttingDown: StatusCode.UNAVAILABLE,
-}
-"""By the class of an error, or the nearest of its base classes."""
 
 M = TypeVar("M", bound=Message)
 
@@ -77,35 +82,49 @@ class InferMessage(PendingChunk):
     Its `stream` is model and stream; empty if it names no valid stream.
 
     Attributes:
-        head: the message; if it is long, without its tensors; empty if it cannot be parsed.
+        request: its value, without the tensors of a long one; the error of an invalid one.
+        model, version, id: of the request, as far as they could be parsed.
         size: its length in bytes.
+        is_long: whether its tensors are not decoded yet.
+        shape: the bytes that determine its tensor and outputs; None if it was parsed by protobuf.
         is_dry_run: whether it changes nothing.
         outcome: its response in a stream of requests, once it may be sent.
     """
 
-    __slots__ = ("_data", "_request", "head", "is_dry_run", "size")
+    __slots__ = (
+        "_data",
+        "id",
+        "is_dry_run",
+        "is_long",
+        "model",
+        "request",
+        "shape",
+        "size",
+        "version",
+    )
 
     def __init__(self, data: bytes):
         self.size = len(data)
-        self.head = _NO_HEAD
-        self._data: bytes | None = None
-        self._request: InferRequest | CarryError
+        self.is_long = self.size >= LONG_BYTES
+        self._data = data if self.is_long else None
+        head = _NO_HEAD
+        self.request: InferRequest | CarryError
         try:
-            if self.size < LONG_BYTES:
-                self.head = parse(pb.ModelInferRequest, data)
-                inputs = _inputs(self.head)
-            else:
-                self.head, self._data = parse(pb.ModelInferRequest, _head(data)), data
-                inputs = []
-            self._request = request = _decode_request(self.head, inputs)
+            request, self.shape = (None, None) if self.is_long else scan_request(data)
+            if request is None:
+                head = parse(pb.ModelInferRequest, _head(data) if self.is_long else data)
+                request = _decode_request(head, [] if self.is_long else _inputs(head))
+            self.request = request
+            self.model, self.version, self.id = request.model, request.version, request.id
             parameters = request.parameters
             stream, self.is_dry_run = parameters.stream, parameters.dry_run
             appends = parameters.position is None and not parameters.starts_over
         except CarryError as error:
-            self._request, sent = detach_error(error), self.head.parameters
-            stream, appends = _stream_of(self.head), True
+            self.request, sent = detach_error(error), head.parameters
+            self.model, self.version, self.id = head.model_name, head.model_version, head.id
+            stream, appends = _stream_of(head), True
             self.is_dry_run = "dry_run" in sent and sent["dry_run"].bool_param
-        super().__init__("" if stream is None else f"{self.head.model_name}/{stream}")
+        super().__init__("" if stream is None else f"{self.model}/{stream}")
         self.appends = appends
 
     async def read(self, inference: Inference, caller: Caller, deadline_s: float) -> InferCall:
@@ -114,8 +133,8 @@ class InferMessage(PendingChunk):
         Raises:
             CarryError
         """
-        request, data = self._request, self._data
-        self._request, self._data = _NO_REQUEST, None
+        request, data = self.request, self._data
+        self.drop()
         if isinstance(request, CarryError):
             raise request
         if data is None:
@@ -130,8 +149,8 @@ class InferMessage(PendingChunk):
         return await inference.api.long_bodies.read(self.size, deadline_s, read)
 
     def drop(self) -> None:
-        """Drop what was received: the request is answered, and waits for earlier ones."""
-        self.head, self._request = _NO_HEAD, _NO_REQUEST
+        """Drop what was received: the request is read, or answered."""
+        self._data, self.request = None, _NO_REQUEST
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -227,7 +246,7 @@ def _malformed(expected: str = pb.ModelInferRequest.DESCRIPTOR.full_name) -> Mal
     )
 
 
-def _decode_request(message: pb.ModelInferRequest, inputs: list[InputTensor]) -> InferRequest:
+def _decode_request(message: pb.ModelInferRequest, inputs: Sequence[InputTensor]) -> InferRequest:
     """The value of a message.
 
     Raises:
@@ -270,6 +289,84 @@ def _inputs(message: pb.ModelInferRequest) -> list[InputTensor]:
         data = raw[index] if raw else values
         tensors.append(InputTensor(tensor.name, tensor.datatype, shape, data))
     return tensors
+
+
+def scan_request(data: bytes) -> tuple[InferRequest | None, bytes | None]:
+    """The request in a short message as clients write it, and its shape: the fields in order, and
+    one tensor in the binary format at the end. None for any other, which protobuf parses.
+
+    Parameters and tensors are parsed by protobuf once for the same bytes.
+    """
+    try:
+        at, strings = 0, [b"", b"", b""]
+        for field in range(3):  # name and version of the model, and the id
+            if data[at] == (field + 1) << 3 | _LENGTH_DELIMITED:
+                end = at + 2 + data[at + 1]
+                if data[at + 1] >= 0x80:
+                    return None, None
+                strings[field], at = data[at + 2 : end], end
+        begin = position_at = position_end = at
+        while data[at] == _PARAMETERS_TAG and data[at + 1] < 0x80:
+            end = at + 2 + data[at + 1]
+            if data.startswith(_POSITION, at + 2):
+                position_at, position_end = at, end
+            at = end
+        middle = at
+        while data[at] in _TENSOR_TAGS and data[at + 1] < 0x80:
+            at += 2 + data[at + 1]
+        length, start = _varint(data, at + 1)
+        is_last = data[at] == _RAW_TAG and start + length == len(data)
+        if not is_last or at - begin > MAX_SCANNED_BYTES:
+            return None, None
+        shape = data[middle:at]
+        # a position differs from request to request, and is no part of what is cached
+        others = data[begin:position_at] + data[position_end:middle]
+        options, tensors = _SCANNED[others].parameters, _SCANNED_TENSORS[shape]
+        if position_at < position_end:
+            options = _with_position(options, data[position_at + len(_POSITION) + 2 : position_end])
+        model, version, identity = [each.decode() for each in strings]
+    except (CarryError, IndexError, UnicodeDecodeError):
+        return None, None
+    tensor = tensors.inputs[0]
+    inputs = (InputTensor(tensor.name, tensor.datatype, tensor.shape, data[start:]),)
+    return InferRequest(model, inputs, options, tensors.outputs, version, identity), shape
+
+
+def _with_position(options: InferParameters, value: bytes) -> InferParameters:
+    """The parameters with a position, the value of whose field is an integer.
+
+    Raises:
+        MalformedBody: protobuf parses it.
+    """
+    position, end = _varint(value, 2)
+    is_number = value[0] == end - 1 and value[1] == _INT64 and end == len(value)
+    if not is_number or position >= 2**63 or options.stream is None or options.starts_over:
+        raise _malformed()
+    return replace(options, position=position)
+
+
+def _parse_scanned(fields: bytes) -> InferRequest:
+    """The value of some fields of a message.
+
+    Raises:
+        MalformedBody, InvalidInput, InvalidName
+    """
+    return _decode_request(parse(pb.ModelInferRequest, fields), ())
+
+
+def _parse_scanned_tensors(fields: bytes) -> InferRequest:
+    """The value of the fields of one tensor in the binary format, and of the outputs.
+
+    Raises:
+        MalformedBody, InvalidInput
+    """
+    message = parse(pb.ModelInferRequest, fields)
+    message.raw_input_contents.append(b"")
+    return _decode_request(message, _inputs(message))
+
+
+_SCANNED: Final = Memo(_parse_scanned, CACHED_HEADS)
+_SCANNED_TENSORS: Final = Memo(_parse_scanned_tensors, CACHED_HEADS)
 
 
 def _parameter(name: str, value: pb.InferParameter) -> Parameter:
@@ -319,39 +416,78 @@ def encode_reply(reply: InferReply, message: pb.ModelInferResponse) -> pb.ModelI
     return message
 
 
-def error_response(error: CarryError, head: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+class ReplyEncoder:
+    """Encodes replies to chunks; what is the same in each reply of a signature is cached."""
+
+    def __init__(self) -> None:
+        self._constants = Memo(_constant_fields, CACHED_HEADS)
+
+    def encode(self, call: InferCall, reply: Reply, *, in_stream: bool) -> bytes:
+        """The bytes of the response to a chunk; of a stream of requests with `in_stream`."""
+        constants = self._constants[call.signature]
+        if constants is None or reply.output_position is not None:
+            response = encode_reply(reply_to_chunk(call, reply), pb.ModelInferResponse())
+            data = response.SerializeToString()
+        else:
+            before, after, values_head = constants
+            head, position = reply.head, _encode_varint(reply.head.position)
+            data = b'%b%b"%c\n\x08position\x12%c\x10%b%b%b%b%b%b%b%b%b%b' % (
+                before,
+                _field(3, call.id.encode()) if call.id else b"",
+                len(position) + 13,
+                len(position) + 1,
+                position,
+                b'"\x1b\n\x05epoch\x12\x12\x1a\x10',
+                hexlify(head.epoch),
+                b'"\x29\n\x03tag\x12\x22\x1a\x20',
+                hexlify(head.tag),
+                _REPLAYED if reply.replayed else _NOT_REPLAYED,
+                b'"\x0d\n\x07created\x12\x02\x08\x01' if reply.created else b"",
+                after,
+                values_head,
+                binary_values(reply.outputs),
+            )
+        return b"\x12%b%b" % (_encode_varint(len(data)), data) if in_stream else data
+
+
+_REPLAYED: Final = b'"\x0e\n\x08replayed\x12\x02\x08\x01'
+_NOT_REPLAYED: Final = b'"\x0e\n\x08replayed\x12\x02\x08\x00'
+
+
+def _constant_fields(signature: Signature) -> tuple[bytes, bytes, bytes] | None:
+    """The fields of a response before and after its parameters, and the head of its values, if it
+    has one output, with the same shape in every reply."""
+    output = constant_output(signature)
+    if output is None:
+        return None
+    names = pb.ModelInferResponse(model_name=signature.codec.served.name, model_version=VERSION)
+    tensor = pb.ModelInferResponse()
+    tensor.outputs.add(name=output.name, datatype=output.datatype, shape=output.values.shape)
+    values_head = b"\x32" + _encode_varint(output.values.nbytes)
+    return names.SerializeToString(), tensor.SerializeToString(), values_head
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return b"%c%b%b" % (number << 3 | _LENGTH_DELIMITED, _encode_varint(len(value)), value)
+
+
+def _encode_varint(value: int) -> bytes:
+    if value < 0x80:
+        return bytes((value,))
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def error_response(error: CarryError, message: InferMessage) -> pb.ModelStreamInferResponse:
     """The response to a request of a stream that failed; the stream continues."""
     response = pb.ModelInferResponse(
-        model_name=head.model_name, model_version=head.model_version, id=head.id
+        model_name=message.model, model_version=message.version, id=message.id
     )
     response.parameters["carry_error"].string_param = error.code
     document = dumps(Media.JSON, problem(error))
     response.parameters["carry_problem"].string_param = document.decode()
     return pb.ModelStreamInferResponse(error_message=status_details(error), infer_response=response)
-
-
-def status_code(error: CarryError) -> StatusCode:
-    """The status code of an error."""
-    for kind in type(error).__mro__:
-        if kind in STATUS_CODES:
-            return STATUS_CODES[kind]
-    return StatusCode.UNKNOWN
-
-
-def status_details(error: CarryError) -> str:
-    """The details of a status."""
-    return f"{error.code}: {error.detail}"
-
-
-def trailing_metadata(error: CarryError) -> tuple[tuple[str, str | bytes], ...]:
-    """Trailing metadata of an error: its code, and its problem document."""
-    document = problem(error)
-    content = dumps(Media.JSON, document)
-    metadata: tuple[tuple[str, str | bytes], ...] = (
-        ("carry-error", error.code),
-        ("carry-problem-bin", content),
-    )
-    if "retry_after_s" in document:
-        pushback_ms = str(round(document["retry_after_s"] * 1000))
-        metadata = (*metadata, ("grpc-retry-pushback-ms", pushback_ms))
-    return metadata

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import struct
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import numpy as np
@@ -26,8 +25,8 @@ from service.server.settings import ConnectionSettings, WorkerSettings
 from service.settings import Settings
 from service.transports.v2.grpc import admission
 from service.transports.v2.grpc.admission import MAX_RECEIVING, MAX_STREAMS
+from service.transports.v2.grpc.infer_requests import SERVICE
 from service.transports.v2.grpc.server import GrpcServer
-from service.transports.v2.grpc.servicer import SERVICE
 from service.transports.v2.inference import InferReply
 from service.transports.v2.settings import V2Settings
 from service.transports.v2.tensors import OutputTensor
@@ -58,6 +57,7 @@ class Access:
     """Access control with one key."""
 
     open_caller = None
+    cached: ClassVar[dict[bytes | None, Caller]] = {}
 
     def caller(self, authorization: bytes | None) -> Caller:
         if authorization != b"Bearer good":
@@ -300,10 +300,7 @@ def call_bytes(
     )
 
 
-async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The library's other errors are still logged."""
+async def test_client_that_disconnects_before_its_reply_is_logged_as_such() -> None:
     async with serving(Inference(2**18)) as (_, port):
         with capture_logs() as events:
             replies, client = await asyncio.open_connection("127.0.0.1", port)
@@ -312,9 +309,6 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
             client.transport.abort()
             disconnect = {"event": "client_disconnected", "method": "GRPC", "log_level": "info"}
             await becomes(lambda: disconnect in events, "the event")
-        assert not caplog.records
-        logging.getLogger("grpc._cython.cygrpc").error("another", exc_info=ValueError())
-        assert [each.message for each in caplog.records] == ["another"]
 
 
 async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> None:

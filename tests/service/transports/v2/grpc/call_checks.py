@@ -6,24 +6,37 @@ use, registers messages of the same names.
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from models.spec.layout import Output
 from service.access.caller import ANYONE
 from service.core import errors
 from service.core.errors import BadRequest, CarryError, Conflict, InvalidInput, ShuttingDown
+from service.core.values import StreamHead
 from service.transports.v1.problems import STATUS
 from service.transports.v2.grpc import messages
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.admission import MessageRoom
-from service.transports.v2.grpc.infer_stream import WINDOW_BYTES, InferStream
-from service.transports.v2.grpc.messages import STATUS_CODES, InferMessage, parse, status_code
-from tests.support.servers import becomes
+from service.transports.v2.grpc.infer_stream import WINDOW_BYTES, InferStream, OnResponse
+from service.transports.v2.grpc.messages import (
+    InferMessage,
+    ReplyEncoder,
+    encode_reply,
+    parse,
+    scan_request,
+)
+from service.transports.v2.grpc.status import STATUS_CODES, status_code
+from service.transports.v2.inference import InferCall, reply_to_chunk
+from service.transports.v2.request import SelectedOutput, Signature
 
 WINDOW = 64
-UNLIMITED = MessageRoom(2**40, 2**20, 60.0)
+UNLIMITED = MessageRoom(2**40, 60.0)
 LONG = 2**16
 
 
@@ -35,85 +48,111 @@ def request_of(size: int) -> pb.ModelInferRequest:
     return message
 
 
-class Call:
-    """A stream of requests, of different sequences, that are applied once `is_released` is set.
+class Client:
+    """A stream of requests, of different sequences, that are applied once they are released.
 
     Attributes:
-        requested: number of requests that were read.
+        sent: number of requests that the stream has received.
         ids: of the responses.
+        ended: how the call ended: an error, or None for OK.
     """
 
     def __init__(self, count: int, size: int):
-        self.requested = 0
+        self.sent = 0
         self.ids: list[str] = []
-        self.is_released = asyncio.Event()
-        self.stream = InferStream(self, self._answer, UNLIMITED, WINDOW)
+        self.ended: list[CarryError | None] = []
+        self.can_write = True
+        self.waiting: list[tuple[InferMessage, OnResponse]] = []
+        self.stream = InferStream(cast(Any, self), self._answer, UNLIMITED, WINDOW, lambda _: None)
         self._count, self._size = count, size
+        self._reads = True
 
-    async def read(self) -> bytes | None:
-        if self.requested == self._count:
-            return None
-        message = request_of(self._size)
-        message.id = str(self.requested)
-        self.requested += 1
-        message.parameters["sequence_id"].int64_param = self.requested
-        return message.SerializeToString()
+    def start_reading(self) -> None:
+        self._reads = True
+        while self._reads and self.sent < self._count:
+            message = request_of(self._size)
+            message.id = str(self.sent)
+            self.sent += 1
+            message.parameters["sequence_id"].int64_param = self.sent
+            self.stream.receive(message.SerializeToString())
+        if self._reads:
+            self.stream.receive_end()
 
-    async def write(self, response: pb.ModelStreamInferResponse) -> None:
+    def stop_reading(self) -> None:
+        self._reads = False
+
+    def respond(self, message: bytes) -> None:
+        response = pb.ModelStreamInferResponse.FromString(message)
         self.ids.append(response.infer_response.id)
 
-    async def _answer(self, message: InferMessage, error: CarryError | None) -> Any:
-        await self.is_released.wait()
-        response = pb.ModelStreamInferResponse()
-        response.infer_response.id = message.head.id
-        return response
+    def end(self) -> None:
+        self.ended.append(None)
+
+    def fail(self, error: CarryError) -> None:
+        self.ended.append(error)
+
+    def release(self, count: int) -> None:
+        """Answer as many requests, the oldest first."""
+        for _ in range(count):
+            message, on_response = self.waiting.pop(0)
+            response = pb.ModelStreamInferResponse()
+            response.infer_response.id = message.id
+            on_response(response.SerializeToString())
+
+    def _answer(
+        self, message: InferMessage, error: CarryError | None, on_response: OnResponse
+    ) -> Callable[[], object]:
+        self.waiting.append((message, on_response))
+        return lambda: None
 
 
 @pytest.mark.parametrize(("size", "window"), [(1, WINDOW), (WINDOW_BYTES // 4, 4)])
-async def test_no_more_is_read_than_a_window_of_requests_and_bytes(size: int, window: int) -> None:
-    call = Call(3 * WINDOW, size)
-    running = asyncio.create_task(call.stream.run())
-    await becomes(lambda: call.requested == window, "a full window")
-    for _ in range(100):
-        await asyncio.sleep(0)
-    assert call.requested == window
-    call.is_released.set()
-    await running
-    assert call.ids == [str(at) for at in range(3 * WINDOW)]
+def test_no_more_is_read_than_a_window_of_requests_and_bytes(size: int, window: int) -> None:
+    client = Client(3 * WINDOW, size)
+    client.start_reading()
+    assert client.sent == window
+    while client.waiting:
+        client.release(1)
+        assert client.sent <= len(client.ids) + window
+    assert client.ids == [str(at) for at in range(3 * WINDOW)]
+    assert client.ended == [None]
 
 
-async def test_every_request_of_a_full_window_is_answered_when_the_service_stops() -> None:
-    call = Call(3 * WINDOW, 1)
-    running = asyncio.create_task(call.stream.run())
-    await becomes(lambda: call.requested == WINDOW, "a full window")
-    call.stream.end(ShuttingDown("why"))
-    for _ in range(10):
-        await asyncio.sleep(0)
-    call.is_released.set()
-    with pytest.raises(ShuttingDown):
-        await running
-    assert call.ids == [str(at) for at in range(WINDOW)]
+def test_no_more_is_answered_or_read_while_the_client_does_not_read() -> None:
+    client = Client(3 * WINDOW, 1)
+    client.start_reading()
+    client.can_write = False
+    client.release(WINDOW)
+    assert (client.sent, client.ids) == (WINDOW, [])
+    client.can_write = True
+    client.stream.resume()
+    assert len(client.ids) == WINDOW
+    assert client.sent == 2 * WINDOW
 
 
-async def test_answered_request_that_waits_for_an_earlier_one_is_freed() -> None:
-    received: list[InferMessage] = []
-    first = asyncio.Event()
+def test_every_request_of_a_full_window_is_answered_when_the_service_stops() -> None:
+    client = Client(3 * WINDOW, 1)
+    client.start_reading()
+    error = ShuttingDown("why")
+    client.stream.fail(error)
+    client.release(WINDOW)
+    assert client.ids == [str(at) for at in range(WINDOW)]
+    assert client.ended == [error]
+    assert client.sent == WINDOW
 
-    async def answer(message: InferMessage, error: CarryError | None) -> Any:
-        received.append(message)
-        if len(received) == 1:
-            await first.wait()
-        return pb.ModelStreamInferResponse()
 
-    call = Call(2, 4)
-    stream = InferStream(call, answer, UNLIMITED, WINDOW)
-    running = asyncio.create_task(stream.run())
-    await becomes(lambda: len(received) == 2 and not received[1].head.inputs, "a freed request")
-    assert received[0].head.inputs
-    assert not call.ids
-    first.set()
-    await running
-    assert len(call.ids) == 2
+def test_answered_request_that_waits_for_an_earlier_one_is_freed() -> None:
+    client = Client(2, 4)
+    client.start_reading()
+    (first, on_first), (second, on_second) = client.waiting
+    on_second(b"")
+    assert not isinstance(second.request, CarryError)
+    assert not second.request.inputs
+    assert not isinstance(first.request, CarryError)
+    assert first.request.inputs
+    assert not client.ids
+    on_first(b"")
+    assert len(client.ids) == 2
 
 
 def varint(value: int) -> bytes:
@@ -177,9 +216,10 @@ def test_head_of_a_long_message_has_all_but_its_tensors() -> None:
     message.parameters["sequence_id"].int64_param = 7
     message.outputs.add(name="o")
     long = InferMessage(message.SerializeToString())
-    assert long.stream == "m/7"
-    del message.inputs[:], message.raw_input_contents[:]
-    assert long.head == message
+    assert (long.stream, long.model, long.id) == ("m/7", "m", "first")
+    assert not isinstance(long.request, CarryError)
+    assert [output.name for output in long.request.outputs] == ["o"]
+    assert not long.request.inputs
 
 
 @pytest.mark.parametrize(("dry_run", "position"), [(True, None), (False, 3)])
@@ -207,3 +247,142 @@ def test_temporary_errors_have_codes_that_clients_retry() -> None:
         assert status_code(kind("why")).name == "UNAVAILABLE"
     assert status_code(errors.Overloaded("why")).name == "RESOURCE_EXHAUSTED"
     assert status_code(Conflict("why")).name == "ABORTED"
+
+
+def messages_of_clients() -> Iterator[tuple[str, pb.ModelInferRequest]]:
+    """Messages as clients write them, and others that differ in one thing."""
+    for name, parameters, identity, version in [
+        ("plain", {}, "", ""),
+        ("of a sequence", {"sequence_id": 7, "sequence_start": True}, "id-1", "1"),
+        ("with a long sequence id", {"sequence_id": 2**62}, "x" * 127, ""),
+        ("with a position", {"sequence_id": 7, "position": 2**40, "epoch": "0" * 16}, "é", ""),
+        (
+            "with a position of a new sequence",
+            {"sequence_id": 7, "position": 0, "sequence_start": True},
+            "",
+            "",
+        ),
+        (
+            "with a later position of a new sequence",
+            {"sequence_id": 7, "position": 3, "sequence_start": True},
+            "",
+            "",
+        ),
+        ("with a position of no sequence", {"position": 1}, "", ""),
+        ("with a negative position", {"sequence_id": 7, "position": -1}, "", ""),
+        ("with a position that is a string", {"sequence_id": 7, "position": "1"}, "", ""),
+        ("with the last position", {"sequence_id": 7, "position": 2**63 - 1}, "", ""),
+        ("with a position in a string", {"sequence_id": "\n\x08position\x12\x02\x10\x01"}, "", ""),
+        ("with an empty sequence", {"sequence_id": 0}, "", "1"),
+        ("with a long id", {}, "x" * 128, ""),
+        ("with a long parameter", {"sequence_id": "s" * 200}, "", ""),
+        ("with many parameters", {f"triton_{at}": at for at in range(99)}, "", ""),
+        ("with an unknown parameter", {"misspelt": True}, "", ""),
+    ]:
+        message = request_of(40)
+        message.inputs[0].shape[:] = [5, 2]
+        message.id, message.model_version = identity, version
+        for key, value in parameters.items():
+            kind = {bool: "bool_param", int: "int64_param", str: "string_param"}[type(value)]
+            setattr(message.parameters[key], kind, value)
+        yield name, message
+        message.outputs.add(name="o")
+        yield f"{name}, and an output", message
+    for name, change in {
+        "two tensors": lambda m: (m.inputs.add(name="reset"), m.raw_input_contents.append(b"")),
+        "one of two contents": lambda m: m.inputs.add(name="reset"),
+        "two contents": lambda m: m.raw_input_contents.append(b""),
+        "no contents": lambda m: m.ClearField("raw_input_contents"),
+        "contents twice": lambda m: m.inputs[0].contents.fp32_contents.append(1),
+        "no tensor": lambda m: m.ClearField("inputs"),
+        "no model": lambda m: m.ClearField("model_name"),
+        "shared memory": lambda m: m.inputs[0].parameters["a"].MergeFrom(pb.InferParameter()),
+        "an output with parameters": lambda m: m.outputs.add().parameters["a"].SetInParent(),
+        "empty contents": lambda m: m.raw_input_contents.__setitem__(0, b""),
+        "a position that is no number": lambda m: (
+            m.parameters["sequence_id"].MergeFrom(pb.InferParameter(int64_param=7)),
+            m.parameters["position"].SetInParent(),
+        ),
+        "an unsigned position": lambda m: (
+            m.parameters["sequence_id"].MergeFrom(pb.InferParameter(int64_param=7)),
+            m.parameters["position"].MergeFrom(pb.InferParameter(uint64_param=2**64 - 1)),
+        ),
+        "no axis": lambda m: m.inputs[0].ClearField("shape"),
+        "a negative axis": lambda m: m.inputs[0].shape.append(-1),
+        "a long shape": lambda m: m.inputs[0].shape.extend([1] * 200),
+    }.items():
+        message = request_of(4)
+        change(message)
+        yield name, message
+
+
+CLIENTS = list(messages_of_clients())
+
+
+@pytest.mark.parametrize("name", [name for name, _ in CLIENTS])
+def test_message_read_without_protobuf_has_the_same_value(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in two parts, and with its fields in another order."""
+    message = dict(CLIENTS)[name]
+    data = message.SerializeToString(deterministic=True)
+    parts = [data, data + b"\x0a\x01n", b"\x3a\x00" + data, data[2:], data[:-1], data + b"\x07"]
+    scanned = [InferMessage(each).request for _ in range(2) for each in parts]
+    monkeypatch.setattr(messages, "scan_request", lambda data: (None, None))
+    for at, each in enumerate(parts):
+        expected = InferMessage(each).request
+        for got in (scanned[at], scanned[len(parts) + at]):
+            if isinstance(expected, CarryError):
+                assert type(got) is type(expected)
+                assert isinstance(got, CarryError)
+                assert got.detail == expected.detail
+            else:
+                assert not isinstance(got, CarryError)
+                assert replace(got, inputs=list(got.inputs)) == expected
+
+
+def test_usual_messages_are_read_without_protobuf() -> None:
+    names = dict(CLIENTS)
+    for name in ("plain", "of a sequence, and an output", "with a position"):
+        assert scan_request(names[name].SerializeToString(deterministic=True))[0] is not None
+
+
+def call_of(**selected: Any) -> InferCall:
+    """A call of a model with the outputs `o`, and other ones."""
+    output, other = Output("o", (2,)), Output("p", ())
+    layout = SimpleNamespace(size=2 if selected.pop("has_one", True) else 3, attention=())
+    served = SimpleNamespace(name="m", outputs=layout, blocks=selected.pop("blocks", None))
+    outputs = [SelectedOutput("o", False, output, slice(0, 2))]
+    if layout.size == 3:
+        outputs.append(SelectedOutput("p", True, other, slice(2, 3)))
+    signature = Signature(
+        cast(Any, SimpleNamespace(served=served)),
+        outputs,
+        3,
+        selected.pop("batch", None),
+        False,
+        True,
+    )
+    return InferCall(signature, selected.pop("id", ""), cast(Any, None), 0.0, False)
+
+
+CALLS = [{}, {"id": "x" * 200}, {"batch": 1}, {"has_one": False}, {"blocks": object()}]
+
+
+@pytest.mark.parametrize("at", range(len(CALLS)))
+@pytest.mark.parametrize("position", [0, 1, 127, 128, 2**62])
+def test_reply_written_without_protobuf_is_the_same_message(at: int, position: int) -> None:
+    call = call_of(**CALLS[at])
+    width = call.signature.codec.served.outputs.size
+    values = np.arange(3 * width, dtype=np.float32).reshape(3, width)
+    for created, replayed in ((False, True), (True, False)):
+        head = StreamHead(b"e" * 8, b"t" * 16, position)
+        reply: Any = SimpleNamespace(
+            head=head, outputs=values, created=created, replayed=replayed,
+            dry_run=False, output_position=5 if position == 1 else None,
+        )  # fmt: skip
+        expected = encode_reply(reply_to_chunk(call, reply), pb.ModelInferResponse())
+        data = ReplyEncoder().encode(call, reply, in_stream=False)
+        assert pb.ModelInferResponse.FromString(data) == expected
+        data = ReplyEncoder().encode(call, reply, in_stream=True)
+        assert pb.ModelStreamInferResponse.FromString(data).infer_response == expected

@@ -22,9 +22,12 @@ def test_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == name.read_text(), "run `make proto`"
 
 
-def test_calls_bound_their_number_and_memory_and_survive_disconnects() -> None:
-    """In another process; see `call_checks` and `call_admission_checks`."""
-    files = [Path(__file__).with_name(f"{name}_checks.py") for name in ("call", "call_admission")]
+def test_calls_pass_their_checks() -> None:
+    """In another process; see `call_checks`."""
+    files = [
+        Path(__file__).with_name(f"{name}_checks.py")
+        for name in ("call", "call_admission", "call_wire")
+    ]
     options = ["-q", "--noconftest", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(command, capture_output=True, text=True)

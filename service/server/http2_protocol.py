@@ -1,0 +1,524 @@
+"""HTTP/2 connections of a server: frames, header blocks, flow control and limits (RFC 9113).
+
+A server subclasses `Http2Stream`: one request and its response. The library hpack decompresses
+header blocks; a block that only refers to the table is decoded once. Blocks that are sent refer to
+no table (`encode_headers`).
+
+A client that sends what the protocol forbids, or that floods the connection with frames which carry
+no data, gets a GOAWAY, and the connection is closed. What a stream holds unread is bounded by its
+window; the server sends nothing beyond the client's windows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+import structlog
+from hpack import Decoder, HPACKError
+
+from service.server.connections import Connection, Connections, Phase
+from service.server.http2_stream import (
+    ACK,
+    END_HEADERS,
+    END_STREAM,
+    HEAD,
+    MAX_FRAME_BYTES,
+    PADDED,
+    PRIORITY,
+    STREAM_WINDOW,
+    Code,
+    Http2Error,
+    Http2Stream,
+    Kind,
+    encode_frame,
+    encode_reset,
+)
+
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+MAX_HEADERS_BYTES: Final = 16_384
+"""Longest header block, compressed and as the list of headers."""
+
+CONNECTION_WINDOW: Final = 1024 * 1024
+"""The same of a connection, whose bytes count as consumed once they are received."""
+
+MAX_STREAMS: Final = 1024
+"""Concurrent streams of one connection."""
+
+STREAMS_AT_ONCE: Final = 64
+"""Most streams that a connection opens before others are served."""
+
+MAX_CONTROL_FRAMES: Final = 1000
+CONTROL_INTERVAL_S: Final = 10.0
+"""A client may send so many frames without data in this time: pings, settings, resets, and others
+that are no progress."""
+
+CACHED_BLOCKS: Final = 64
+"""Most decoded header blocks that a connection caches."""
+
+_DEFAULT_WINDOW: Final = 65_535
+_MAX_WINDOW: Final = 2**31 - 1
+_SETTING: Final = struct.Struct(">HI")
+_MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW, _MAX_HEADER_LIST = 3, 4, 6
+
+log = structlog.get_logger(__name__)
+
+
+Accept = Callable[["Http2Connection", int, Any], Http2Stream]
+"""Opens a stream of this number, of a request with this head."""
+
+
+class Http2Connection(Connection, asyncio.Protocol):
+    """One client's connection.
+
+    Args:
+        read_head: the head of a request from its headers; cached.
+        accept: as above.
+
+    Attributes:
+        unanswered: requests that are being answered, kept by the streams.
+        window: bytes that the client still allows.
+    """
+
+    transport_name = "grpc"
+
+    def __init__(
+        self,
+        connections: Connections,
+        read_head: Callable[[list[tuple[bytes, bytes]]], Any],
+        accept: Accept,
+    ):
+        self.loop = asyncio.get_running_loop()
+        self._connections = connections
+        self._read_head = read_head
+        self._accept = accept
+        self._decoder = Decoder(max_header_list_size=MAX_HEADERS_BYTES)
+        self._heads: dict[bytes, Any] = {}
+        self._streams: dict[int, Http2Stream] = {}
+        self._unsent: dict[Http2Stream, float] = {}
+        self._last_id = 0
+        self._buffer = PREFACE[:0]
+        self._has_preface = False
+        self._block: tuple[int, int, bytearray] | None = None
+        self._opened = 0
+        self._unrestored_bytes = 0
+        self._out: list[bytes] = []
+        self._control_frames, self._control_since_s = 0, self.loop.time()
+        self._has_pinged = False
+        self._is_retiring = False
+        self.is_write_paused = False
+        self.initial_window = self.window = _DEFAULT_WINDOW
+        self.unanswered = 0
+        self._handlers: dict[int, Callable[[int, int, bytes], None]] = {
+            Kind.HEADERS: self._receive_headers,
+            Kind.PRIORITY: self._receive_other,
+            Kind.RST_STREAM: self._receive_reset,
+            Kind.SETTINGS: self._receive_settings,
+            Kind.PING: self._receive_ping,
+            Kind.GOAWAY: self._receive_other,
+            Kind.WINDOW_UPDATE: self._receive_window_update,
+            Kind.CONTINUATION: self._receive_continuation,
+        }
+
+    # what the server's limits on connections use
+
+    @property
+    def requests(self) -> int:
+        """Requests that are being answered."""
+        return self.unanswered
+
+    @property
+    def phase(self) -> Phase:
+        """What it is waiting for now; one without a request is pinged, as a WebSocket is."""
+        is_behind = self.is_write_paused or bool(self._unsent)
+        if (closing := self._closing_phase(write_paused=is_behind)) is not None:
+            return closing
+        if not self._has_preface or self._block is not None:
+            return Phase.HEAD
+        return Phase.SERVICE if self.unanswered else Phase.LIVE
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of replies that it buffers."""
+        held = sum(len(stream.unsent) for stream in self._unsent)
+        return held + self.transport.get_write_buffer_size()
+
+    def expire(self, phase: Phase) -> None:
+        """Handle the timeout of a phase: an idle client is pinged, and closed without an answer."""
+        if phase is Phase.LIVE and not self._has_pinged:
+            self._has_pinged = True
+            self.progress += 1
+            self.write(encode_frame(Kind.PING, 0, 0, bytes(8)))
+        else:
+            self.abort()
+
+    def retire(self) -> None:
+        """Accept no further streams, and close the connection once the open ones have ended."""
+        if not self._is_retiring:
+            self._is_retiring = True
+            self._write_goaway(Code.NO_ERROR)
+            self._close_if_done()
+
+    def shed_body(self) -> None:
+        """Close it; the server of the streams bounds what they buffer."""
+        self.abort()
+
+    def _drop_received(self) -> None:
+        self._buffer, self._block = b"", None
+
+    # asyncio's protocol
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client connected."""
+        self.transport = transport
+        settings = (
+            (_MAX_CONCURRENT_STREAMS, MAX_STREAMS),
+            (_INITIAL_WINDOW, STREAM_WINDOW),
+            (_MAX_HEADER_LIST, MAX_HEADERS_BYTES),
+        )
+        self.write(encode_frame(Kind.SETTINGS, 0, 0, b"".join(_SETTING.pack(*s) for s in settings)))
+        self.update_window(0, CONNECTION_WINDOW - _DEFAULT_WINDOW)
+        error = self._connections.add(self)
+        if error is not None and not transport.is_closing():
+            self._fail(Http2Error(Code.ENHANCE_YOUR_CALM, error.detail))
+
+    def data_received(self, data: bytes) -> None:
+        """Process received bytes; one that breaks the protocol is answered with GOAWAY."""
+        if self._is_lingering:
+            return
+        self._has_pinged = False
+        try:
+            self._buffer = self._process(self._buffer + data if self._buffer else data)
+        except Http2Error as error:
+            self._fail(error)
+
+    def eof_received(self) -> bool:
+        """The client has closed its side: the connection ends."""
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection ended, and with it all streams."""
+        self._cancel_streams()
+        self._connections.remove(self)
+
+    def pause_writing(self) -> None:
+        """The client does not read: read and answer no more until it does."""
+        self.is_write_paused = True
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Continue."""
+        self.is_write_paused = False
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+        self._resume(list(self._streams.values()))
+
+    # what streams use
+
+    def write(self, data: bytes) -> None:
+        """Write bytes, with all others of this turn of the event loop: each write of a transport
+        costs more than most frames."""
+        self._out.append(data)
+        if len(self._out) == 1:
+            self.loop.call_soon(self._flush)
+
+    def update_window(self, stream: int, size: int) -> None:
+        """Allow the client to send as many bytes more."""
+        self.write(encode_frame(Kind.WINDOW_UPDATE, 0, stream, struct.pack(">I", size)))
+
+    def send_later(self, stream: Http2Stream) -> None:
+        """Send what a stream has not sent once the client's windows allow it; the stream is reset
+        if that takes too long."""
+        if stream not in self._unsent:
+            self._unsent[stream] = self.loop.time()
+            if len(self._unsent) == 1:
+                self.loop.call_later(self._connections.limits.send_timeout_s, self._expire_unsent)
+
+    def remove(self, stream: Http2Stream) -> None:
+        """Forget a stream that has ended."""
+        stream.is_open = False
+        self._streams.pop(stream.id, None)
+        self._unsent.pop(stream, None)
+        stream.release()
+        self._close_if_done()
+
+    def _flush(self) -> None:
+        data = b"".join(self._out)
+        self._out.clear()
+        if data and not self._is_lingering and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def _send_unsent(self) -> None:
+        sent, now_s = [], self.loop.time()
+        for stream in list(self._unsent):
+            before = len(stream.unsent)
+            if stream.send():
+                self._unsent.pop(stream, None)
+                sent.append(stream)
+            elif len(stream.unsent) < before:
+                self._unsent[stream] = now_s
+        self._resume(sent)
+
+    def _resume(self, streams: list[Http2Stream]) -> None:
+        for stream in streams:
+            if stream.is_open and stream.can_write:
+                stream.resume()
+
+    def _expire_unsent(self) -> None:
+        timeout_s = self._connections.limits.send_timeout_s
+        since_s = self.loop.time() - timeout_s
+        for stream in [each for each, began_s in self._unsent.items() if began_s <= since_s]:
+            stream.cancel()
+            stream.reset(Code.CANCEL)
+        if self._unsent:
+            self.loop.call_later(timeout_s / 4, self._expire_unsent)
+
+    def _close_if_done(self) -> None:
+        if self._is_retiring and not self._streams and not self._is_lingering:
+            self._flush()
+            self._linger()
+
+    def _write_goaway(self, code: Code, detail: str = "") -> None:
+        payload = struct.pack(">II", self._last_id, code) + detail.encode()
+        self.write(encode_frame(Kind.GOAWAY, 0, 0, payload))
+
+    def _fail(self, error: Http2Error) -> None:
+        log.info("http2_connection_failed", code=error.code.name, detail=str(error))
+        self._write_goaway(error.code, str(error))
+        self._cancel_streams()
+        self._flush()
+        self._linger()
+
+    def _cancel_streams(self) -> None:
+        streams, self._streams = self._streams, {}
+        self._unsent.clear()
+        for stream in streams.values():
+            stream.cancel()
+            stream.is_open = False
+            stream.release()
+
+    # frames
+
+    def _process(self, data: bytes) -> bytes:
+        """Process complete frames; returns the bytes after them."""
+        at, size = 0, len(data)
+        self._opened = 0
+        if not self._has_preface:
+            if not data.startswith(PREFACE[:size]):
+                self.abort()
+                return b""
+            if size < len(PREFACE):
+                return data
+            at, self._has_preface = len(PREFACE), True
+        while size - at >= 9 and not self._is_lingering:
+            head, flags, stream_id = HEAD.unpack_from(data, at)
+            end = at + 9 + (head >> 8)
+            if head >> 8 > MAX_FRAME_BYTES:
+                raise Http2Error(Code.FRAME_SIZE_ERROR, "a frame is too long")
+            if end > size:
+                break
+            kind, stream_id = head & 255, stream_id & _MAX_WINDOW
+            payload = data[at + 9 : end]
+            if self._block is not None and kind != Kind.CONTINUATION:
+                raise Http2Error(Code.PROTOCOL_ERROR, "a header block is not continued")
+            if kind == Kind.DATA:
+                self._receive_data(flags, stream_id, payload)
+            else:
+                self._handlers.get(kind, self._receive_other)(flags, stream_id, payload)
+            at = end
+            if self._opened >= STREAMS_AT_ONCE:
+                self.transport.pause_reading()
+                self.loop.call_soon(self._continue)
+                break
+        return data[at:]
+
+    def _continue(self) -> None:
+        if self._is_lingering or self.transport.is_closing():
+            return
+        if not self.is_write_paused:
+            self.transport.resume_reading()
+        self.data_received(b"")
+
+    def _receive_data(self, flags: int, stream_id: int, payload: bytes) -> None:
+        size = len(payload)
+        self._unrestored_bytes += size
+        if self._unrestored_bytes >= CONNECTION_WINDOW // 2:
+            self.update_window(0, self._unrestored_bytes)
+            self._unrestored_bytes = 0
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.has_received_all or stream.trailers is not None:
+            self._check_was_opened(stream_id)
+            self._count_control_frame()
+            return
+        stream.unread_bytes += size
+        if stream.unread_bytes > STREAM_WINDOW:
+            raise Http2Error(Code.FLOW_CONTROL_ERROR, "more than the window of a stream was sent")
+        if flags & PADDED:
+            payload = _without_padding(payload)
+        ends = flags & END_STREAM
+        if payload:
+            stream.receive(payload)
+        elif not ends:
+            self._count_control_frame()
+        if ends:
+            self._end_request(stream)
+        elif stream.is_open:
+            stream.restore_window()
+
+    def _receive_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if flags & PADDED:
+            payload = _without_padding(payload)
+        if flags & PRIORITY:
+            payload = payload[5:]
+        if flags & END_HEADERS:
+            self._open(flags, stream_id, payload)
+        else:
+            self._block = flags, stream_id, bytearray(payload)
+
+    def _receive_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
+        self._count_control_frame()
+        if self._block is None or self._block[1] != stream_id:
+            raise Http2Error(Code.PROTOCOL_ERROR, "no header block is continued")
+        first_flags, _, block = self._block
+        block += payload
+        if len(block) > MAX_HEADERS_BYTES:
+            raise Http2Error(Code.ENHANCE_YOUR_CALM, "a header block is too long")
+        if flags & END_HEADERS:
+            self._block = None
+            self._open(first_flags, stream_id, bytes(block))
+
+    def _open(self, flags: int, stream_id: int, block: bytes) -> None:
+        """Open the stream of a header block, or end its request with trailers."""
+        head = self._decode(block)
+        stream = self._streams.get(stream_id)
+        if stream is not None and not stream.has_received_all:
+            if not flags & END_STREAM:
+                raise Http2Error(Code.PROTOCOL_ERROR, "headers follow headers")
+            self._end_request(stream)
+            return
+        if stream_id <= self._last_id or not stream_id % 2:
+            if not stream_id % 2:
+                raise Http2Error(Code.PROTOCOL_ERROR, "a client's streams have odd numbers")
+            self._count_control_frame()
+            return
+        if self._is_retiring:
+            # its number is above that of GOAWAY, so its client knows that it was not processed
+            return
+        self._last_id = stream_id
+        self._opened += 1
+        if len(self._streams) >= MAX_STREAMS:
+            self._count_control_frame()
+            self.write(encode_reset(stream_id, Code.REFUSED_STREAM))
+            return
+        stream = self._accept(self, stream_id, head)
+        if not stream.is_open:
+            return
+        self._streams[stream_id] = stream
+        if flags & END_STREAM:
+            self._end_request(stream)
+
+    def _end_request(self, stream: Http2Stream) -> None:
+        stream.has_received_all = True
+        if stream.is_open and stream.trailers is None:
+            stream.receive_end()
+
+    def _decode(self, block: bytes) -> Any:
+        """The head in a header block.
+
+        A block whose bytes all have the highest bit set refers to the table and does not change it,
+        so its head is cached until another block may change the table.
+        """
+        head = self._heads.get(block)
+        if head is not None:
+            return head
+        try:
+            head = self._read_head(list(self._decoder.decode(block, raw=True)))
+        except HPACKError as error:
+            raise Http2Error(Code.COMPRESSION_ERROR, "a header block cannot be decoded") from error
+        if not block or min(block) < 0x80 or len(self._heads) >= CACHED_BLOCKS:
+            self._heads.clear()
+        else:
+            self._heads[block] = head
+        return head
+
+    def _receive_reset(self, flags: int, stream_id: int, payload: bytes) -> None:
+        self._count_control_frame()
+        self._check_was_opened(stream_id)
+        _check_length(payload, 4)
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            stream.cancel()
+            self.remove(stream)
+
+    def _receive_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
+        self._count_control_frame()
+        if flags & ACK:
+            return
+        if len(payload) % _SETTING.size:
+            raise Http2Error(Code.FRAME_SIZE_ERROR, "settings have another length")
+        for name, value in _SETTING.iter_unpack(payload):
+            if name == _INITIAL_WINDOW:
+                if value > _MAX_WINDOW:
+                    raise Http2Error(Code.FLOW_CONTROL_ERROR, "the initial window is too large")
+                for stream in self._streams.values():
+                    _widen(stream, value - self.initial_window)
+                self.initial_window = value
+        self.write(encode_frame(Kind.SETTINGS, ACK, 0))
+        self._send_unsent()
+
+    def _receive_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
+        self._count_control_frame()
+        _check_length(payload, 8)
+        if not flags & ACK:
+            self.write(encode_frame(Kind.PING, ACK, 0, payload))
+
+    def _receive_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
+        _check_length(payload, 4)
+        size = int.from_bytes(payload) & _MAX_WINDOW
+        if stream_id == 0:
+            _widen(self, size)
+        else:
+            self._check_was_opened(stream_id)
+            stream = self._streams.get(stream_id)
+            if stream is None:
+                return
+            _widen(stream, size)
+        if self._unsent:
+            self._send_unsent()
+
+    def _receive_other(self, flags: int, stream_id: int, payload: bytes) -> None:
+        """Ignore a frame of another type, as the protocol requires."""
+        self._count_control_frame()
+
+    def _check_was_opened(self, stream_id: int) -> None:
+        """Frames of streams that have ended are ignored: they may have crossed the end."""
+        if (stream_id > self._last_id and not self._is_retiring) or not stream_id % 2:
+            raise Http2Error(Code.PROTOCOL_ERROR, "a frame of a stream that was never opened")
+
+    def _count_control_frame(self) -> None:
+        self._control_frames += 1
+        if self._control_frames <= MAX_CONTROL_FRAMES:
+            return
+        now_s = self.loop.time()
+        if now_s - self._control_since_s < CONTROL_INTERVAL_S:
+            raise Http2Error(Code.ENHANCE_YOUR_CALM, "too many frames without data")
+        self._control_frames, self._control_since_s = 1, now_s
+
+
+def _without_padding(payload: bytes) -> bytes:
+    if not payload or payload[0] >= len(payload):
+        raise Http2Error(Code.PROTOCOL_ERROR, "the padding is longer than its frame")
+    return payload[1 : len(payload) - payload[0]]
+
+
+def _check_length(payload: bytes, expected: int) -> None:
+    if len(payload) != expected:
+        raise Http2Error(Code.FRAME_SIZE_ERROR, "a frame has another length than its type")
+
+
+def _widen(target: Http2Stream | Http2Connection, size: int) -> None:
+    target.window += size
+    if target.window > _MAX_WINDOW:
+        raise Http2Error(Code.FLOW_CONTROL_ERROR, "a window is larger than the largest")

@@ -1,0 +1,522 @@
+"""HTTP/2 connections, by raw frames: flow control, limits, errors, and hostile clients."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from hpack import Encoder
+
+from service.server import http2_protocol
+from service.server.connections import Connections, Phase
+from service.server.http2_protocol import (
+    CONNECTION_WINDOW,
+    MAX_CONTROL_FRAMES,
+    MAX_HEADERS_BYTES,
+    PREFACE,
+    Http2Connection,
+)
+from service.server.http2_stream import (
+    ACK,
+    END_HEADERS,
+    END_STREAM,
+    MAX_FRAME_BYTES,
+    PADDED,
+    PRIORITY,
+    STREAM_WINDOW,
+    Code,
+    Http2Stream,
+    Kind,
+    encode_frame,
+    encode_headers,
+)
+from service.server.settings import ConnectionSettings
+from tests.support.servers import becomes
+
+WAIT_S = 20.0
+REQUEST = encode_headers([(b":method", b"POST"), (b":path", b"/echo")])
+RESPONSE = encode_headers([(b":status", b"200")])
+TRAILERS = encode_headers([(b"status", b"0")])
+INITIAL_WINDOW = 4
+LARGE_WINDOWS = struct.pack(">HI", INITIAL_WINDOW, 2**31 - 1)
+
+
+class Echo(Http2Stream):
+    """Sends back what it receives; after its end, the trailers.
+
+    Attributes:
+        opened: all streams.
+    """
+
+    opened: list[Echo]
+
+    def __init__(self, connection: Http2Connection, identity: int, head: Any):
+        super().__init__(connection, identity)
+        self.head = head
+        self.received = bytearray()
+        self.is_cancelled = False
+        self.releases = 0
+        self.opened.append(self)
+        self.write_headers(RESPONSE)
+
+    def receive(self, data: bytes) -> None:
+        self.received += data
+        self.write(data)
+
+    def receive_end(self) -> None:
+        self.finish(TRAILERS)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+    def release(self) -> None:
+        self.releases += 1
+
+    def resume(self) -> None:
+        pass
+
+
+class Client:
+    """A client that sends and receives frames."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._reader = reader
+        self.writer = writer
+
+    def send(self, kind: int, flags: int, stream: int, payload: bytes = b"") -> None:
+        head = struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream)
+        self.writer.write(head + payload)
+
+    def open(self, stream: int, block: bytes = REQUEST, flags: int = END_HEADERS) -> None:
+        self.send(Kind.HEADERS, flags, stream, block)
+
+    async def receive(self) -> tuple[int, int, int, bytes]:
+        """The next frame: its kind, flags, stream and payload."""
+        async with asyncio.timeout(WAIT_S):
+            head = await self._reader.readexactly(9)
+            payload = await self._reader.readexactly(int.from_bytes(head[:3]))
+        return head[3], head[4], int.from_bytes(head[5:]), payload
+
+    async def receive_until(
+        self, kind: Kind, *, is_found: Callable[[int, int, bytes], bool] = lambda *_: True
+    ) -> list[tuple[int, int, int, bytes]]:
+        """The frames up to the first of this kind that has what is sought."""
+        frames = [await self.receive()]
+        while not (frames[-1][0] == kind and is_found(*frames[-1][1:])):
+            frames.append(await self.receive())
+        return frames
+
+    async def receive_data(self, size: int) -> bytes:
+        """As many bytes of the response, of whatever stream."""
+        data = b""
+        while len(data) < size:
+            data += (await self.receive_until(Kind.DATA))[-1][3]
+        return data
+
+    async def expect_end(self) -> int:
+        """The code of the last frame, GOAWAY, after which the server closes the connection."""
+        code = int.from_bytes((await self.receive_until(Kind.GOAWAY))[-1][3][4:8])
+        async with asyncio.timeout(WAIT_S):
+            assert await self._reader.read() == b""
+        return code
+
+    async def settle(self) -> list[tuple[int, int, int, bytes]]:
+        """The frames up to the answer to a ping: all that came before was processed."""
+        self.send(Kind.PING, 0, 0, b"settled!")
+        return await self.receive_until(Kind.PING, is_found=lambda flags, *_: flags == ACK)
+
+
+@asynccontextmanager
+async def connected(
+    settings: bytes = b"", *, limits: ConnectionSettings | None = None
+) -> AsyncIterator[tuple[Client, Connections]]:
+    """A client, and the connections of its server."""
+    Echo.opened = []
+    connections = Connections(limits)
+    make = partial(Http2Connection, connections, tuple, Echo)
+    server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    try:
+        writer.write(PREFACE)
+        client = Client(reader, writer)
+        client.send(Kind.SETTINGS, 0, 0, settings)
+        yield client, connections
+    finally:
+        writer.transport.abort()
+        server.close()
+        await becomes(lambda: len(connections) == 0, "the end of all connections")
+
+
+async def test_response_echoes_the_request_in_frames_that_the_client_allows() -> None:
+    async with connected(LARGE_WINDOWS) as (client, _):
+        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**20))
+        client.open(1)
+        sent = random.Random(1).randbytes(3 * MAX_FRAME_BYTES)
+        for at in range(0, len(sent), MAX_FRAME_BYTES):
+            client.send(Kind.DATA, 0, 1, sent[at : at + MAX_FRAME_BYTES])
+        client.send(Kind.DATA, END_STREAM, 1)
+        is_last = lambda flags, *_: bool(flags & END_STREAM)  # noqa: E731
+        frames = await client.receive_until(Kind.HEADERS, is_found=is_last)
+        assert b"".join(payload for kind, *_, payload in frames if kind == Kind.DATA) == sent
+        assert [payload for kind, *_, payload in frames if kind == Kind.HEADERS] == [
+            RESPONSE,
+            TRAILERS,
+        ]
+        assert [each.releases for each in Echo.opened] == [1]
+
+
+async def test_bytes_are_processed_however_they_are_cut() -> None:
+    async with connected() as (client, _):
+        client.open(1)
+        client.send(Kind.DATA, 0, 1, b"abc")
+        frames = encode_frame(Kind.HEADERS, END_HEADERS, 3, REQUEST)
+        frames += encode_frame(Kind.DATA, END_STREAM, 3, b"def")
+        for byte in frames:
+            client.writer.write(bytes((byte,)))
+            await client.writer.drain()
+            await asyncio.sleep(0)
+        assert await client.receive_data(6) == b"abcdef"
+
+
+@pytest.mark.parametrize("flags", [END_HEADERS, END_HEADERS | PADDED | PRIORITY])
+async def test_header_block_may_be_continued_padded_and_have_a_priority(flags: int) -> None:
+    async with connected() as (client, _):
+        before, after = (b"\3" + bytes(5), bytes(3)) if flags & PADDED else (b"", b"")
+        client.open(1, before + REQUEST + after, flags)
+        client.open(3, before + REQUEST[:5] + after, flags & ~END_HEADERS)
+        client.send(Kind.CONTINUATION, 0, 3, REQUEST[5:9])
+        client.send(Kind.CONTINUATION, END_HEADERS, 3, REQUEST[9:])
+        client.send(Kind.DATA, PADDED, 3, b"\2abc\0\0")
+        assert await client.receive_data(3) == b"abc"
+        [first, second] = Echo.opened
+        assert first.head == second.head == ((b":method", b"POST"), (b":path", b"/echo"))
+
+
+async def test_cached_heads_are_those_that_the_table_gives() -> None:
+    """A client repeats blocks, and changes its table between them."""
+    encoder, source = Encoder(), random.Random(7)
+    names = [(b"k%d" % at, b"%d" % (at % 3)) for at in range(90)]
+    expected = []
+    async with connected() as (client, _):
+        for at in range(300):
+            headers = [names[source.randrange(90 if at % 40 == 0 else 4)] for _ in range(3)]
+            expected.append(tuple(headers))
+            client.open(2 * at + 1, encoder.encode(headers), END_HEADERS | END_STREAM)
+        await client.settle()
+    assert [each.head for each in Echo.opened] == expected
+
+
+async def test_cached_head_is_dropped_once_the_table_has_changed() -> None:
+    """A block that refers to the newest entry means another one after each."""
+    async with connected() as (client, _):
+        for at in range(3):
+            client.open(4 * at + 1, b"\x40\1k\1%d" % at)
+            client.open(4 * at + 3, b"\xbe")
+        await client.settle()
+    assert [each.head for each in Echo.opened] == [((b"k", b"%d" % (at // 2)),) for at in range(6)]
+
+
+async def test_no_more_is_sent_than_the_windows_allow() -> None:
+    async with connected(struct.pack(">HI", INITIAL_WINDOW, 10)) as (client, _):
+        client.open(1)
+        client.send(Kind.DATA, END_STREAM, 1, bytes(100))
+        data = [each for each in await client.settle() if each[0] == Kind.DATA]
+        assert [len(each[3]) for each in data] == [10]
+        client.send(Kind.WINDOW_UPDATE, 0, 1, struct.pack(">I", 30))
+        assert len(await client.receive_data(30)) == 30
+        # 60 bytes are left, and the window is 10 + 30 - 40 = 0; now it shrinks to -10, then grows
+        client.send(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 0))
+        client.send(Kind.WINDOW_UPDATE, 0, 1, struct.pack(">I", 15))
+        assert len(await client.receive_data(5)) == 5
+        assert not [each for each in await client.settle() if each[0] == Kind.DATA]
+        client.send(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 1000))
+        assert len(await client.receive_data(55)) == 55
+        assert (await client.receive())[3] == TRAILERS
+
+
+async def test_streams_share_the_window_of_the_connection() -> None:
+    async with connected(LARGE_WINDOWS) as (client, _):
+        total = 2**16 - 1
+        for stream in (1, 3):
+            client.open(stream)
+            for _ in range(3):
+                client.send(Kind.DATA, 0, stream, bytes(MAX_FRAME_BYTES))
+        frames = await client.settle()
+        assert sum(len(each[3]) for each in frames if each[0] == Kind.DATA) == total
+        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**20))
+        await client.receive_data(6 * MAX_FRAME_BYTES - total)
+
+
+async def test_window_of_a_stream_is_restored_only_while_it_reads() -> None:
+    async with connected(LARGE_WINDOWS) as (client, _):
+        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
+        client.open(1)
+        await client.settle()
+        [stream] = Echo.opened
+        stream.reads = False
+        for _ in range(STREAM_WINDOW // MAX_FRAME_BYTES):
+            client.send(Kind.DATA, 0, 1, bytes(MAX_FRAME_BYTES))
+        updates = [each for each in await client.settle() if each[0] == Kind.WINDOW_UPDATE]
+        assert [each[2] for each in updates if each[2]] == []
+        stream.reads = True
+        stream.restore_window()
+        updates = [each for each in await client.settle() if each[0] == Kind.WINDOW_UPDATE]
+        assert [each[1:] for each in updates] == [(0, 1, struct.pack(">I", STREAM_WINDOW))]
+
+
+async def test_window_of_the_connection_is_restored_whatever_its_streams_do() -> None:
+    async with connected(LARGE_WINDOWS) as (client, _):
+        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
+        frames = []
+        for stream in range(1, 31, 2):
+            client.open(stream)
+            frames += await client.settle()
+            Echo.opened[-1].reads = False
+            for _ in range(STREAM_WINDOW // MAX_FRAME_BYTES):
+                client.send(Kind.DATA, 0, stream, bytes(MAX_FRAME_BYTES))
+        frames += await client.settle()
+        restored = [each for each in frames if each[0] == Kind.WINDOW_UPDATE and each[2] == 0]
+        assert restored
+        assert sum(len(each.received) for each in Echo.opened) > 3 * CONNECTION_WINDOW
+
+
+LONGEST = bytes(MAX_FRAME_BYTES)
+
+
+def frames_of(count: int, *frame: Any) -> bytes:
+    return encode_frame(*frame) * count
+
+
+OPEN = encode_frame(Kind.HEADERS, END_HEADERS, 1, REQUEST)
+OF_SERVER = encode_frame(Kind.HEADERS, END_HEADERS, 2, REQUEST)
+MANY = MAX_CONTROL_FRAMES + 1
+HOSTILE: dict[str, tuple[bytes, Code]] = {
+    "a long frame": (
+        encode_frame(Kind.DATA, 0, 1, bytes(MAX_FRAME_BYTES + 1)),
+        Code.FRAME_SIZE_ERROR,
+    ),
+    "data of no stream": (encode_frame(Kind.DATA, 0, 0, b"x"), Code.PROTOCOL_ERROR),
+    "data of a stream that was not opened": (encode_frame(Kind.DATA, 0, 5), Code.PROTOCOL_ERROR),
+    "a reset of a stream that was not opened": (
+        encode_frame(Kind.RST_STREAM, 0, 1, bytes(4)),
+        Code.PROTOCOL_ERROR,
+    ),
+    "a stream of a server": (
+        encode_frame(Kind.HEADERS, END_HEADERS, 2, REQUEST),
+        Code.PROTOCOL_ERROR,
+    ),
+    "headers twice": (OPEN + OPEN, Code.PROTOCOL_ERROR),
+    "padding longer than its frame": (
+        OPEN + encode_frame(Kind.DATA, PADDED, 1, b"\5abc"),
+        Code.PROTOCOL_ERROR,
+    ),
+    "a block that is not continued": (
+        encode_frame(Kind.HEADERS, 0, 1, REQUEST) + encode_frame(Kind.PING, 0, 0, bytes(8)),
+        Code.PROTOCOL_ERROR,
+    ),
+    "a continuation of nothing": (encode_frame(Kind.CONTINUATION, 4, 1, b""), Code.PROTOCOL_ERROR),
+    "a continuation of another stream": (
+        encode_frame(Kind.HEADERS, 0, 1, REQUEST) + encode_frame(Kind.CONTINUATION, 4, 3, b""),
+        Code.PROTOCOL_ERROR,
+    ),
+    "a block that cannot be decoded": (
+        encode_frame(Kind.HEADERS, END_HEADERS, 1, b"\xff\xff\xff\xff"),
+        Code.COMPRESSION_ERROR,
+    ),
+    "settings of another length": (
+        encode_frame(Kind.SETTINGS, 0, 0, bytes(5)),
+        Code.FRAME_SIZE_ERROR,
+    ),
+    "a ping of another length": (encode_frame(Kind.PING, 0, 0, bytes(7)), Code.FRAME_SIZE_ERROR),
+    "too large an initial window": (
+        encode_frame(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 2**31)),
+        Code.FLOW_CONTROL_ERROR,
+    ),
+    "too large a window": (
+        encode_frame(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 1)),
+        Code.FLOW_CONTROL_ERROR,
+    ),
+    "more than the window of a stream": (
+        OPEN + frames_of(17, Kind.DATA, 0, 1, LONGEST),
+        Code.FLOW_CONTROL_ERROR,
+    ),
+    "endless continuations": (
+        encode_frame(Kind.HEADERS, 0, 1, REQUEST)
+        + frames_of(2, Kind.CONTINUATION, 0, 1, bytes(MAX_HEADERS_BYTES)),
+        Code.ENHANCE_YOUR_CALM,
+    ),
+    "empty continuations": (
+        encode_frame(Kind.HEADERS, 0, 1, REQUEST) + frames_of(MANY, Kind.CONTINUATION, 0, 1),
+        Code.ENHANCE_YOUR_CALM,
+    ),
+    "a block that inflates": (
+        encode_frame(
+            Kind.HEADERS, END_HEADERS, 1, b"\x40\x01k\x7f\x81\x1f" + bytes(4096) + b"\xbe" * 10
+        ),
+        Code.COMPRESSION_ERROR,
+    ),
+    "pings": (frames_of(MANY, Kind.PING, 0, 0, bytes(8)), Code.ENHANCE_YOUR_CALM),
+    "settings": (frames_of(MANY, Kind.SETTINGS, 0, 0), Code.ENHANCE_YOUR_CALM),
+    "priorities": (frames_of(MANY, Kind.PRIORITY, 0, 1, bytes(5)), Code.ENHANCE_YOUR_CALM),
+    "unknown frames": (frames_of(MANY, 99, 0, 1), Code.ENHANCE_YOUR_CALM),
+    "empty data": (OPEN + frames_of(MANY, Kind.DATA, 0, 1), Code.ENHANCE_YOUR_CALM),
+    "data of a stream that has ended": (
+        OPEN + frames_of(MANY, Kind.DATA, END_STREAM, 1),
+        Code.ENHANCE_YOUR_CALM,
+    ),
+    "rapid resets": (
+        b"".join(
+            encode_frame(Kind.HEADERS, END_HEADERS, stream, REQUEST)
+            + encode_frame(Kind.RST_STREAM, 0, stream, bytes(4))
+            for stream in range(1, 2 * MANY, 2)
+        ),
+        Code.ENHANCE_YOUR_CALM,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_client_gets_goaway_and_its_streams_are_cancelled(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above a stream that does not read."""
+    monkeypatch.setattr(http2_protocol, "CONTROL_INTERVAL_S", 600.0)
+    data, code = HOSTILE[name]
+    monkeypatch.setattr(Echo, "reads", False)
+    async with connected(LARGE_WINDOWS) as (client, _):
+        client.writer.write(data)
+        assert await client.expect_end() == code
+        assert all(each.is_cancelled or not each.is_open for each in Echo.opened)
+        assert all(each.releases == 1 for each in Echo.opened)
+
+
+async def test_client_of_another_protocol_is_disconnected() -> None:
+    async with connected() as (client, connections):
+        host, port = client.writer.get_extra_info("peername")
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        async with asyncio.timeout(WAIT_S):
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await reader.readexactly(2**20)
+        writer.close()
+        await becomes(lambda: len(connections) == 1, "the end of the connection")
+
+
+async def test_control_frames_are_limited_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that pings for years is not closed."""
+    monkeypatch.setattr(http2_protocol, "CONTROL_INTERVAL_S", 0.0)
+    async with connected() as (client, _):
+        client.writer.write(frames_of(3 * MANY, Kind.PING, 0, 0, bytes(8)))
+        await client.settle()
+
+
+async def test_streams_above_the_limit_are_refused() -> None:
+    async with connected() as (client, _):
+        for at in range(http2_protocol.MAX_STREAMS + 1):
+            client.open(2 * at + 1)
+        [*_, (_, _, stream, code)] = await client.receive_until(Kind.RST_STREAM)
+        assert (stream, code) == (2 * at + 1, struct.pack(">I", Code.REFUSED_STREAM))
+        client.send(Kind.DATA, 0, 1, b"x")
+        assert await client.receive_data(1) == b"x"
+
+
+async def test_reset_stream_is_cancelled_and_its_later_frames_are_ignored() -> None:
+    async with connected() as (client, _):
+        client.open(1)
+        client.send(Kind.RST_STREAM, 0, 1, struct.pack(">I", Code.CANCEL))
+        client.send(Kind.DATA, 0, 1, b"late")
+        client.send(Kind.WINDOW_UPDATE, 0, 1, struct.pack(">I", 1))
+        client.open(1, REQUEST, END_HEADERS | END_STREAM)
+        client.open(3)
+        client.send(Kind.DATA, 0, 3, b"next")
+        assert await client.receive_data(4) == b"next"
+        assert [(each.is_cancelled, each.releases) for each in Echo.opened] == [
+            (True, 1),
+            (False, 0),
+        ]
+
+
+async def test_response_that_ends_before_its_request_resets_the_rest_of_it() -> None:
+    async with connected() as (client, _):
+        client.open(1)
+        await client.settle()
+        Echo.opened[0].finish(TRAILERS)
+        [*_, (_, _, stream, code)] = await client.receive_until(Kind.RST_STREAM)
+        assert (stream, code) == (1, struct.pack(">I", Code.NO_ERROR))
+
+
+async def test_retired_connection_ends_after_its_last_stream() -> None:
+    async with connected() as (client, connections):
+        client.open(1)
+        await client.settle()
+        connections.retire()
+        [*_, (_, _, _, goaway)] = await client.receive_until(Kind.GOAWAY)
+        assert goaway == struct.pack(">II", 1, Code.NO_ERROR)
+        client.open(3)
+        client.send(Kind.DATA, END_STREAM, 3, b"not processed")
+        client.send(Kind.DATA, END_STREAM, 1, b"last")
+        assert await client.receive_data(4) == b"last"
+        assert (await client.receive())[3] == TRAILERS
+        assert len(Echo.opened) == 1
+        with pytest.raises(asyncio.IncompleteReadError):
+            await client.receive()
+
+
+async def test_connection_above_the_limit_is_told_to_go_away() -> None:
+    async with connected(limits=ConnectionSettings(max_connections=1)) as (client, _):
+        await client.settle()
+        host, port = client.writer.get_extra_info("peername")
+        other = Client(*await asyncio.open_connection(host, port))
+        assert await other.expect_end() == Code.ENHANCE_YOUR_CALM
+        other.writer.close()
+
+
+async def test_idle_client_is_pinged_and_disconnected_without_an_answer() -> None:
+    async with connected() as (client, connections):
+        await client.settle()
+        [connection] = connections._seen
+        assert connection.phase is Phase.LIVE
+        for _ in range(2):
+            connection.expire(Phase.LIVE)
+            frame = (await client.receive_until(Kind.PING))[-1]
+            client.send(Kind.PING, ACK, 0, frame[3])
+            await client.settle()
+        connection.expire(Phase.LIVE)
+        connection.expire(Phase.LIVE)
+        await becomes(lambda: len(connections) == 0, "the end of the connection")
+
+
+async def test_stream_whose_response_is_not_received_is_reset() -> None:
+    """While other streams of its connection are served."""
+    limits = ConnectionSettings(send_timeout_s=0.05)
+    async with connected(struct.pack(">HI", INITIAL_WINDOW, 0), limits=limits) as (client, _):
+        client.open(1)
+        client.send(Kind.DATA, END_STREAM, 1, b"x")
+        [*_, (_, _, stream, code)] = await client.receive_until(Kind.RST_STREAM)
+        assert (stream, code) == (1, struct.pack(">I", Code.CANCEL))
+        assert [(each.is_cancelled, each.releases) for each in Echo.opened] == [(True, 1)]
+        await client.settle()
+
+
+async def test_client_that_does_not_read_is_not_read() -> None:
+    async with connected(LARGE_WINDOWS) as (client, connections):
+        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
+        [connection] = connections._seen
+        await client.settle()
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.open(1)
+        while not connection.is_write_paused:  # type: ignore[attr-defined]
+            client.send(Kind.DATA, 0, 1, bytes(MAX_FRAME_BYTES))
+            await asyncio.sleep(0)
+        assert connection.phase is Phase.SEND
+        received = len(Echo.opened[0].received)
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        await client.settle()
+        assert len(Echo.opened[0].received) >= received
+        assert not connection.is_write_paused  # type: ignore[attr-defined]
