@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from service.core.errors import OperatorError
+from service.core.values import STREAM_NAME_RULE, is_stream_name
 from service.store.keys import KeySpace
 from service.store.topics import TopicKeys
 
@@ -33,6 +34,8 @@ class StreamSource(_Part):
     def model_post_init(self, _: Any) -> None:
         if (self.field is None) == (self.constant is None):
             raise ValueError("expected `field` or `constant`, and not both")
+        if self.constant is not None and not is_stream_name(self.constant):
+            raise ValueError(f"expected as `constant` {STREAM_NAME_RULE}")
 
 
 class EventSource(_Part):

@@ -132,20 +132,24 @@ class Consumer:
         self._stopped.set()
 
     async def check_topics(self) -> None:
-        """Check that the topic exists, unless it may be created.
+        """Check that the topics are streams, and that the source exists unless it may be created.
 
         Raises:
             OperatorError, StoreUnavailable, StoreRefused
         """
-        if self._config.create or len(self._keys) > 1:
+        if len(self._keys) > 1:
             return
-        (name,) = self._keys
-        kind = await self._store.topics.type_of(name)
-        if kind != "stream":
-            got = "nothing" if kind == "none" else f"a {kind}"
-            raise OperatorError(
-                f"from: expected a stream {name!r} in the store, or --create; got {got}"
-            )
+        (keys,) = self._keys.values()
+        names = {"from": keys.topic, "to": keys.outputs, "dead_letters": keys.dead_letters}
+        for member, name in names.items():
+            kind = await self._store.topics.type_of(name)
+            may_be_missing = member != "from" or self._config.create
+            if kind != "stream" and not (kind == "none" and may_be_missing):
+                hint = ", or --create" if kind == "none" else ""
+                got = "nothing" if kind == "none" else f"a {kind}"
+                raise OperatorError(
+                    f"{member}: expected a stream {name!r} in the store{hint}; got {got}"
+                )
 
     async def _join(self, valid_s: float) -> list[str]:
         return [*await self._store.topics.join(self._pool, self._name, valid_s)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import ormsgpack
 import pytest
 
 from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.writing import write_artifact
+from models.spec.model import parse_spec
 from service.consumers.consumer import Consumer
 from service.consumers.topic import OwnedTopic
 from service.core.errors import OperatorError
@@ -26,6 +29,7 @@ from tests.support.consumers import (
     until_true,
 )
 from tests.support.models import PRETRAINED
+from tests.support.oracle import contracting_weights
 from tests.support.pipelines import rows_of
 from tests.support.servers import RealServer, own_server, server, shared_server
 
@@ -314,15 +318,58 @@ async def test_messagepack_is_read_and_written(
     assert_outputs(artifact, found, rows)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [(None, "got nothing"), ("text", "got a string")],
-)
-async def test_a_topic_that_is_no_stream_fails_the_start(
-    server: RealServer, client: Any, artifact: Artifact, value: str | None, message: str
+async def test_a_missing_topic_fails_the_start(
+    server: RealServer, client: Any, artifact: Artifact
 ) -> None:
-    if value is not None:
-        client.set("events", value)
-    with pytest.raises(OperatorError, match=message):
+    with pytest.raises(OperatorError, match=r"from: expected a stream 'events' .*got nothing"):
         async with consuming(server.url, artifact, create=False):
             pass
+
+
+@pytest.mark.parametrize("name", ["events", "scores", "events:dead"])
+async def test_a_topic_that_is_no_stream_fails_the_start(
+    server: RealServer, client: Any, artifact: Artifact, name: str
+) -> None:
+    client.set(name, "text")
+    with pytest.raises(OperatorError, match=f"expected a stream '{name}' .*got a string"):
+        async with consuming(server.url, artifact):
+            pass
+
+
+async def test_a_full_store_is_waited_for(own_server: RealServer, artifact: Artifact) -> None:
+    rows = rows_of(RANDOM, 10)
+    with own_server.client() as client:
+        async with consuming(own_server.url, artifact) as consumer:
+            add(client, "events", fields_of("a", rows[0]))
+            await until_count(client, "scores", 1)
+            pipe = client.pipeline(transaction=True)
+            for row in rows[1:]:
+                pipe.xadd("events", fields_of("a", row))
+            pipe.config_set("maxmemory", 1)
+            pipe.execute()
+            await until_true(lambda: consumer.counts["losses"] >= 2, "attempts")
+            assert client.xlen("scores") == 1
+            own_server.configure("maxmemory", 0)
+            await until_count(client, "scores", 10)
+        assert client.xlen("events:dead") == 0
+        assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+
+
+async def test_outputs_of_blocks_have_the_positions_of_their_events(
+    server: RealServer, client: Any, tmp_path: Path
+) -> None:
+    """The outputs of a block come with the event that completes its window."""
+    spec = parse_spec(
+        {
+            "name": "probe",
+            "features": 3,
+            "blocks": {"size": 3, "lookahead": 4},
+            "layers": [{"kind": "bidirectional", "units": 3}],
+            "heads": [{"kind": "sequence", "name": "last"}],
+        }
+    )
+    blocks = write_artifact(tmp_path / "probe", spec, contracting_weights(spec, 1))
+    add(client, "events", *[fields_of("a", row) for row in rows_of(RANDOM, 15)])
+    async with consuming(server.url, blocks) as consumer:
+        await until_true(lambda: consumer.counts["committed"] == 15, "all events")
+    assert [position for position, _ in outputs_of(client, "scores")["a"]] == [*range(9)]
