@@ -38,8 +38,9 @@ TRANSPORTS = {
 survive it."""
 
 SEQUENCE_LENGTH = 20
-WINDOWS = 3
-"""The tool reports the last three of its windows, its least; a round is so many of them."""
+WINDOWS, MOST_WINDOWS = 3, "10"
+"""The tool reports the last three of its windows; a round is so many of them, and more where they
+are not stable."""
 
 TOOL_S = 60.0
 ANY_DEVIATION = "1000"  # in percent; a narrower one would measure until three windows agree
@@ -91,18 +92,20 @@ def measure_peer(bench: Bench, kind: str) -> None:
         Target(carry, carry.artifact.spec.name, f"127.0.0.1:{grpc_port}"),
         Target(find_peer(bench, address), bench.options.peer_model, bench.options.peer_grpc),
     ]
-    failed: set[tuple[str, str]] = set()
+    failed: set[str] = set()
     turns = range(-1, bench.options.rounds)  # the first one warms up
     for transport, in_flight, turn, target in product(TRANSPORTS, IN_FLIGHT, turns, targets):
-        where = transport, target.server.name
         name = f"peer/{transport} {in_flight}/{target.server.name}"
-        if where in failed or not target.address(transport):
+        if name in failed or not target.address(transport):
             continue
         try:
             sample = run_tool(bench, target, transport, in_flight)
         except FAILURES as error:
             bench.note(f"{name} FAILED, and is not measured again: {error}")
-            failed.add(where)
+            failed.add(name)
+            continue
+        if sample is None:
+            bench.note(f"{name}: not every round was stable; use longer rounds")
             continue
         print(
             f"  {name}: {sample.chunks_per_s:,.0f} requests/s, {sample.cpu_us_per_chunk:,.0f} us"
@@ -139,17 +142,20 @@ def find_peer(bench: Bench, address: str) -> Server:
     return Server("peer", port, pids[0], bench.artifact, bench.store)
 
 
-def run_tool(bench: Bench, target: Target, transport: str, in_flight: int) -> Sample:
-    """One round of the tool; raises one of `FAILURES`, with its output where it fails."""
+def run_tool(bench: Bench, target: Target, transport: str, in_flight: int) -> Sample | None:
+    """One round of the tool, None where it reports no stable windows; raises one of `FAILURES`."""
     report, milliseconds = bench.folder / "report.csv", bench.options.seconds * 1000 / WINDOWS
     options = ["--concurrency-range", str(in_flight), "--sequence-length", str(SEQUENCE_LENGTH)]
-    options += ["--measurement-interval", str(round(milliseconds)), "--max-trials", str(WINDOWS)]
+    options += ["--measurement-interval", str(round(milliseconds)), "--max-trials", MOST_WINDOWS]
     options += ["--stability-percentage", ANY_DEVIATION, "-f", str(report)]
     command = [TOOL, *target.options(transport), *options]
+    report.unlink(missing_ok=True)
     before, started_s = _read_counters(target), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_S)
     passed_s = time.perf_counter() - started_s
     assert not done.returncode, f"{command}: {(done.stdout + done.stderr)[-800:]}"
+    if not report.exists():
+        return None
     pairs = zip(_read_counters(target), before, strict=True)
     requests, server_s, store_s, tool_s = (after - earlier for after, earlier in pairs)
     [row] = csv.DictReader(report.read_text().splitlines())

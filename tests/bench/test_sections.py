@@ -180,6 +180,8 @@ for _ in range(4):
     url = f"http://{{options['-u']}}/v2/models/{{options['-m']}}/infer"
     urlopen(Request(url, json.dumps(content).encode(), {{"Content-Type": "application/json"}}))
 rate = 1000 if options["-u"] == "{peer}" else 2000
+if rate == 1000 and "--input-tensor-format" in options:
+    sys.exit()
 with open(options["-f"], "w") as file:
     file.write(f"Inferences/Second,p50 latency,p99 latency\\n{{rate}},800,2000\\n")
 """
@@ -200,12 +202,15 @@ def test_peer_is_compared_over_http_although_grpc_fails(
         bench.options.peer, bench.options.peer_grpc = address, address
         sections.run_section(bench, "peer")
     results = bench.results
+    # a run without a report is no second one of the run before it
+    assert "peer/json 1/peer" not in results.rows
+    assert any("peer/json 1/peer: not every round was stable" in each for each in results.notes)
     assert results.figures[f"peer/http 1: {CARRY} over peer"] == (2, 2, 2)
     assert results.rows[f"peer/http 1/{CARRY}"][0].p50_ms == 0.8
     assert all(row[0].cpu_us_per_chunk > 0 for row in results.rows.values())
-    noted = [note.partition(" FAILED")[0] for note in results.notes if "no gRPC here" in note]
+    noted = [note.partition(" FAILED")[0] for note in results.notes if "FAILED" in note]
     assert noted == [f"peer/grpc 1/{CARRY}", "peer/grpc 1/peer"]
-    assert len(failures.read_text().splitlines()) == len(noted)
+    assert len(failures.read_text().splitlines()) == 2
 
 
 def test_peer_is_skipped_where_none_is_named(bench: Bench) -> None:
