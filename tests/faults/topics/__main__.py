@@ -6,6 +6,7 @@ sequential run. Exits with 1 where it is not, or where a kind of fault did not o
 
 import argparse
 import secrets
+import signal
 import sys
 
 from tests.faults.planted_bugs.sitecustomize import TOPIC_SCRIPTS
@@ -31,6 +32,8 @@ def main() -> int:
     add("--verbose", action="store_true", help="print each fault before it is injected")
     options = {"seed": secrets.randbelow(1 << 31), **vars(parser.parse_args())}
     print(*(f"{name}: {value}" for name, value in describe_run().items()), sep="\n", flush=True)
+    # so that the processes of a run end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     code = 0
     for store in options.pop("store", STORES):
         print(f"{store}: seed {options['seed']}", flush=True)
