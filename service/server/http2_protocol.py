@@ -33,9 +33,12 @@ from service.server.http2_stream import (
     Http2Error,
     Http2Stream,
     Kind,
+    check_length,
     encode_frame,
     encode_reset,
+    without_padding,
 )
+from service.server.reading import LONG_BODY_BYTES, UNCONSUMED, ReadingFlow
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 MAX_HEADERS_BYTES: Final = 16_384
@@ -78,11 +81,12 @@ class Http2Connection(Connection, asyncio.Protocol):
         accept: as above.
 
     Attributes:
-        unanswered: requests that are being answered, kept by the streams.
+        requests: requests that are being answered, counted by the streams.
         window: bytes that the client still allows.
     """
 
     transport_name = "grpc"
+    requests = 0
 
     def __init__(
         self,
@@ -110,24 +114,16 @@ class Http2Connection(Connection, asyncio.Protocol):
         self._is_retiring = False
         self.is_write_paused = False
         self.initial_window = self.window = _DEFAULT_WINDOW
-        self.unanswered = 0
         self._handlers: dict[int, Callable[[int, int, bytes], None]] = {
             Kind.HEADERS: self._receive_headers,
-            Kind.PRIORITY: self._receive_other,
             Kind.RST_STREAM: self._receive_reset,
             Kind.SETTINGS: self._receive_settings,
             Kind.PING: self._receive_ping,
-            Kind.GOAWAY: self._receive_other,
             Kind.WINDOW_UPDATE: self._receive_window_update,
             Kind.CONTINUATION: self._receive_continuation,
         }
 
     # what the server's limits on connections use
-
-    @property
-    def requests(self) -> int:
-        """Requests that are being answered."""
-        return self.unanswered
 
     @property
     def phase(self) -> Phase:
@@ -137,7 +133,7 @@ class Http2Connection(Connection, asyncio.Protocol):
             return closing
         if not self._has_preface or self._block is not None:
             return Phase.HEAD
-        return Phase.SERVICE if self.unanswered else Phase.LIVE
+        return Phase.SERVICE if self.requests else Phase.LIVE
 
     @property
     def unsent_bytes(self) -> int:
@@ -172,7 +168,7 @@ class Http2Connection(Connection, asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected."""
-        self.transport = transport
+        self.transport, self._flow = transport, ReadingFlow(transport)
         settings = (
             (_MAX_CONCURRENT_STREAMS, MAX_STREAMS),
             (_INITIAL_WINDOW, STREAM_WINDOW),
@@ -189,30 +185,28 @@ class Http2Connection(Connection, asyncio.Protocol):
         if self._is_lingering:
             return
         self._has_pinged = False
+        if len(data) >= LONG_BODY_BYTES:
+            self._connections.turns.wait(self._flow)
         try:
             self._buffer = self._process(self._buffer + data if self._buffer else data)
         except Http2Error as error:
             self._fail(error)
 
-    def eof_received(self) -> bool:
-        """The client has closed its side: the connection ends."""
-        return False
-
     def connection_lost(self, error: Exception | None) -> None:
         """The connection ended, and with it all streams."""
         self._cancel_streams()
+        self._connections.turns.forget(self._flow)
         self._connections.remove(self)
 
     def pause_writing(self) -> None:
         """The client does not read: read and answer no more until it does."""
         self.is_write_paused = True
-        self.transport.pause_reading()
+        self._flow.pause_reading(UNCONSUMED)
 
     def resume_writing(self) -> None:
         """Continue."""
         self.is_write_paused = False
-        if not self.transport.is_closing():
-            self.transport.resume_reading()
+        self._flow.resume_reading(UNCONSUMED)
         self._resume(list(self._streams.values()))
 
     # what streams use
@@ -325,20 +319,18 @@ class Http2Connection(Connection, asyncio.Protocol):
                 raise Http2Error(Code.PROTOCOL_ERROR, "a header block is not continued")
             if kind == Kind.DATA:
                 self._receive_data(flags, stream_id, payload)
+            elif (receive := self._handlers.get(kind)) is not None:
+                receive(flags, stream_id, payload)
             else:
-                self._handlers.get(kind, self._receive_other)(flags, stream_id, payload)
+                # priorities, and types that are ignored, as the protocol requires
+                self._count_control_frame()
             at = end
             if self._opened >= STREAMS_AT_ONCE:
-                self.transport.pause_reading()
-                self.loop.call_soon(self._continue)
+                self._connections.turns.wait(self._flow, self._continue)
                 break
         return data[at:]
 
     def _continue(self) -> None:
-        if self._is_lingering or self.transport.is_closing():
-            return
-        if not self.is_write_paused:
-            self.transport.resume_reading()
         self.data_received(b"")
 
     def _receive_data(self, flags: int, stream_id: int, payload: bytes) -> None:
@@ -356,7 +348,7 @@ class Http2Connection(Connection, asyncio.Protocol):
         if stream.unread_bytes > STREAM_WINDOW:
             raise Http2Error(Code.FLOW_CONTROL_ERROR, "more than the window of a stream was sent")
         if flags & PADDED:
-            payload = _without_padding(payload)
+            payload = without_padding(payload)
         ends = flags & END_STREAM
         if payload:
             stream.receive(payload)
@@ -369,7 +361,7 @@ class Http2Connection(Connection, asyncio.Protocol):
 
     def _receive_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
         if flags & PADDED:
-            payload = _without_padding(payload)
+            payload = without_padding(payload)
         if flags & PRIORITY:
             payload = payload[5:]
         if flags & END_HEADERS:
@@ -446,7 +438,7 @@ class Http2Connection(Connection, asyncio.Protocol):
     def _receive_reset(self, flags: int, stream_id: int, payload: bytes) -> None:
         self._count_control_frame()
         self._check_was_opened(stream_id)
-        _check_length(payload, 4)
+        check_length(payload, 4)
         stream = self._streams.get(stream_id)
         if stream is not None:
             stream.cancel()
@@ -470,12 +462,12 @@ class Http2Connection(Connection, asyncio.Protocol):
 
     def _receive_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
         self._count_control_frame()
-        _check_length(payload, 8)
+        check_length(payload, 8)
         if not flags & ACK:
             self.write(encode_frame(Kind.PING, ACK, 0, payload))
 
     def _receive_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
-        _check_length(payload, 4)
+        check_length(payload, 4)
         size = int.from_bytes(payload) & _MAX_WINDOW
         if stream_id == 0:
             _widen(self, size)
@@ -488,10 +480,6 @@ class Http2Connection(Connection, asyncio.Protocol):
         if self._unsent:
             self._send_unsent()
 
-    def _receive_other(self, flags: int, stream_id: int, payload: bytes) -> None:
-        """Ignore a frame of another type, as the protocol requires."""
-        self._count_control_frame()
-
     def _check_was_opened(self, stream_id: int) -> None:
         """Frames of streams that have ended are ignored: they may have crossed the end."""
         if (stream_id > self._last_id and not self._is_retiring) or not stream_id % 2:
@@ -499,23 +487,11 @@ class Http2Connection(Connection, asyncio.Protocol):
 
     def _count_control_frame(self) -> None:
         self._control_frames += 1
-        if self._control_frames <= MAX_CONTROL_FRAMES:
-            return
-        now_s = self.loop.time()
-        if now_s - self._control_since_s < CONTROL_INTERVAL_S:
-            raise Http2Error(Code.ENHANCE_YOUR_CALM, "too many frames without data")
-        self._control_frames, self._control_since_s = 1, now_s
-
-
-def _without_padding(payload: bytes) -> bytes:
-    if not payload or payload[0] >= len(payload):
-        raise Http2Error(Code.PROTOCOL_ERROR, "the padding is longer than its frame")
-    return payload[1 : len(payload) - payload[0]]
-
-
-def _check_length(payload: bytes, expected: int) -> None:
-    if len(payload) != expected:
-        raise Http2Error(Code.FRAME_SIZE_ERROR, "a frame has another length than its type")
+        if self._control_frames > MAX_CONTROL_FRAMES:
+            now_s = self.loop.time()
+            if now_s - self._control_since_s < CONTROL_INTERVAL_S:
+                raise Http2Error(Code.ENHANCE_YOUR_CALM, "too many frames without data")
+            self._control_frames, self._control_since_s = 1, now_s
 
 
 def _widen(target: Http2Stream | Http2Connection, size: int) -> None:

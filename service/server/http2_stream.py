@@ -87,6 +87,27 @@ def _length(value: bytes) -> bytes:
     return bytes(encoded)
 
 
+def without_padding(payload: bytes) -> bytes:
+    """The payload of a padded frame.
+
+    Raises:
+        Http2Error
+    """
+    if not payload or payload[0] >= len(payload):
+        raise Http2Error(Code.PROTOCOL_ERROR, "the padding is longer than its frame")
+    return payload[1 : len(payload) - payload[0]]
+
+
+def check_length(payload: bytes, expected: int) -> None:
+    """Check the length of a frame whose type has one.
+
+    Raises:
+        Http2Error
+    """
+    if len(payload) != expected:
+        raise Http2Error(Code.FRAME_SIZE_ERROR, "a frame has another length than its type")
+
+
 class Http2Stream(ABC):
     """One request and its response. Nothing is received after `finish`.
 

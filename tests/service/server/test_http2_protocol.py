@@ -520,3 +520,48 @@ async def test_client_that_does_not_read_is_not_read() -> None:
         await client.settle()
         assert len(Echo.opened[0].received) >= received
         assert not connection.is_write_paused  # type: ignore[attr-defined]
+
+
+class Turns:
+    """Records the connections that wait for their turn.
+
+    Attributes:
+        on_turn: what each of them does then.
+    """
+
+    def __init__(self) -> None:
+        self.on_turn: list[Callable[[], None] | None] = []
+
+    def wait(self, flow: object, on_turn: Callable[[], None] | None = None) -> None:
+        self.on_turn.append(on_turn)
+
+    def forget(self, flow: object) -> None:
+        pass
+
+
+async def test_connection_waits_for_its_turn_after_many_bytes() -> None:
+    async with connected(LARGE_WINDOWS) as (client, connections):
+        turns: Any = Turns()
+        connections.turns = turns
+        client.open(1)
+        client.send(Kind.DATA, 0, 1, bytes(100))
+        await client.settle()
+        assert turns.on_turn == []
+        client.writer.writelines([encode_frame(Kind.DATA, 0, 1, LONGEST) for _ in range(12)])
+        await client.settle()
+        assert turns.on_turn
+
+
+async def test_connection_waits_for_its_turn_after_many_streams() -> None:
+    async with connected() as (client, connections):
+        await client.settle()
+        turns: Any = Turns()
+        connections.turns = turns
+        count = http2_protocol.STREAMS_AT_ONCE + 1
+        client.writer.writelines(
+            [encode_frame(Kind.HEADERS, END_HEADERS, 2 * at + 1, REQUEST) for at in range(count)]
+        )
+        await becomes(lambda: turns.on_turn, "the end of the turn")
+        assert len(Echo.opened) == count - 1
+        turns.on_turn[0]()
+        assert len(Echo.opened) == count

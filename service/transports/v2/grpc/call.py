@@ -272,6 +272,17 @@ class Call(Http2Stream):
         for give_back in self.on_release:
             give_back()
 
+    def end_at_deadline(self) -> None:
+        """End the call once the client's deadline has expired, if it has one."""
+        if self.head.timeout_s is not None:
+            timer = self.connection.loop.call_later(self.head.timeout_s, self._expire)
+            self.on_release.append(timer.cancel)
+
+    def _expire(self) -> None:
+        if self.trailers is None:
+            self.handler.cancel()
+            self.end(StatusCode.DEADLINE_EXCEEDED, "the deadline of the call expired")
+
     # what is sent
 
     def begin(self) -> None:
@@ -326,8 +337,7 @@ class ReadingHandler(Handler):
         self._error: CarryError | None = None
         self._has_all = False
         self._task = call.connection.loop.create_task(run(self))
-        if call.head.timeout_s is not None:
-            call.connection.loop.call_later(call.head.timeout_s, self._expire)
+        call.end_at_deadline()
 
     async def read(self) -> bytes | None:
         """The next message; None if the client has sent all.
@@ -383,8 +393,3 @@ class ReadingHandler(Handler):
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
-
-    def _expire(self) -> None:
-        if self.call.is_open and self.call.trailers is None:
-            self._task.cancel()
-            self.call.end(StatusCode.DEADLINE_EXCEEDED, "the deadline of the call expired")

@@ -247,7 +247,7 @@ class InferRequests:
 
     def _count(self, context: RequestContext, change: int) -> None:
         self.count += change
-        context.call.connection.unanswered += change
+        context.call.connection.requests += change
 
     def note(self, facts: RequestFacts, model: str, received_bytes: int) -> None:
         """Note the message of a request, and its model if that is served."""

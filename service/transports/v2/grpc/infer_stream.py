@@ -6,12 +6,11 @@ Requests of different sequences run at the same time, those of one sequence one 
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from service.core.errors import CarryError, DeadlineExceeded
+from service.core.errors import CarryError
 from service.transports.common.stream_order import StreamOrder
 from service.transports.v2.grpc.admission import MessageRoom
 from service.transports.v2.grpc.call import Call, Handler
@@ -61,16 +60,6 @@ class InferStream(Handler):
         self._has_all = False
         self._has_ended = False
         self._error: CarryError | None = None
-
-    def end_after(self, timeout_s: float | None) -> None:
-        """Drop all requests once the client's deadline for the call has expired."""
-        if timeout_s is not None:
-            asyncio.get_running_loop().call_later(timeout_s, self._expire)
-
-    def _expire(self) -> None:
-        if not self._has_ended:
-            self.cancel()
-            self._call.fail(DeadlineExceeded("the deadline of the call expired"))
 
     def receive(self, message: bytes) -> None:
         """Start a request as soon as it is its turn."""

@@ -140,7 +140,7 @@ class InferenceServicer:
         else:
             self._streams.add(stream)
             call.on_release.append(self._api.access.notify_end(caller, stream.fail))
-            stream.end_after(call.head.timeout_s)
+            call.end_at_deadline()
         return stream
 
     def _admit(self, call: Call, method: str) -> tuple[RequestContext, Caller | CarryError]:
