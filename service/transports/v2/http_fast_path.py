@@ -90,8 +90,12 @@ class FastInferPath(FastChunkRoute):
             is_read = self._read_whole(request, line, details, body)
         except CarryError:
             return False
-        if request.chunk is not None and cut.is_correct():
-            self._learn(shape, request, len(body) - details)
+        # the cuts last: to verify them takes as long as to decode the request twice
+        has_rows = request.chunk is not None and is_of_rows(request.details, len(body) - details)
+        if has_rows and cut.is_correct():
+            if len(self._signatures) >= CACHED_SIGNATURES:
+                self._signatures.clear()
+            self._signatures[shape] = request.details.signature
         return is_read
 
     def _read_rows(
@@ -140,13 +144,6 @@ class FastInferPath(FastChunkRoute):
         key = StreamKey(model, stream)
         request.rejection = self._pipeline.check_admission(request.caller, model, key, left_s)
         return key if request.rejection is None else None
-
-    def _learn(self, shape: Hashable, request: FastRequest, data_bytes: int) -> None:
-        """Cache the signature of a request's shape, if its rows are all of it."""
-        if is_of_rows(request.details, data_bytes):
-            if len(self._signatures) >= CACHED_SIGNATURES:
-                self._signatures.clear()
-            self._signatures[shape] = request.details.signature
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         call: InferCall = request.details
