@@ -29,6 +29,7 @@ import orjson
 from models.events.reader import EXPECTED, LARGEST, MAX_GOT_CHARS
 from service.codec.media import Media, malformed
 from service.core.errors import CarryError, InvalidInput
+from service.core.memo import Memo
 
 T = TypeVar("T")
 
@@ -73,6 +74,7 @@ _NOT_JSON: Final = re.compile(
     r"Expected `[a-z |]+`(?:, got `ext`|(?:, got `[a-z]+`)? - at `key` in )"
 )
 """In msgspec's messages for what MessagePack allows and JSON does not."""
+_MSGPACK_DECODERS: Final = Memo(msgspec.msgpack.Decoder, 1024)
 _NOT_FINITE: Final = re.compile(rb"NaN|Infinity")
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -136,7 +138,7 @@ def decode_element(media: Media, element: Any, kind: type[T], at: str = "") -> T
     try:
         if media is Media.JSON:
             return msgspec.convert(element, kind)
-        decoded: T = _msgpack_decoder(kind).decode(element)  # type: ignore[arg-type]
+        decoded: T = _MSGPACK_DECODERS[kind].decode(element)
         return decoded
     except msgspec.ValidationError as error:
         # the error is raised below: with this exception as its cause, it would keep the body
@@ -186,11 +188,6 @@ def format_value(value: Any) -> str:
         # an integer over 64 bits, or no value of JSON
         text = repr(value)
     return text if len(text) <= MAX_GOT_CHARS else f"{text[:MAX_GOT_CHARS]}..."
-
-
-@lru_cache(maxsize=1024)
-def _msgpack_decoder(kind: Any) -> Any:
-    return msgspec.msgpack.Decoder(kind)
 
 
 def _combine(errors: list[CarryError]) -> CarryError:
