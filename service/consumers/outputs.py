@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from models.artifact.artifact import Artifact
 from service.codec.media import Media, dumps
 from service.codec.reply_writer import ReplyOptions, ReplyWriter
@@ -37,28 +39,50 @@ class OutputWriter:
         self._where = None if where is None else parse_condition(where, artifact.outputs)
         self._media = media
         self._name, self._version = artifact.spec.name, artifact.version
+        outputs = artifact.outputs
+        only = outputs.outputs[0]
+        is_list = len(outputs.outputs) == 1 and len(only.shape) == 1 and not outputs.attention
+        # the JSON of an event's outputs in front of its numbers, if they are one list
+        self._before = (
+            b"{%b:[" % dumps(media, only.name) if is_list and media is Media.JSON else b""
+        )
 
-    def entries(self, stream: str, head: StreamHead, start: int, rows: FloatRows) -> list[NewEntry]:
-        """The entries for the outputs of a chunk.
+    def shared(self, stream: str, head: StreamHead) -> tuple[str | int, ...]:
+        """The fields that the outputs of a chunk begin with.
 
         Args:
             head: of the stream after the chunk.
-            start: position of the event of the first output.
         """
-        common = (
+        return (
             "stream", stream, "epoch", head.epoch.hex(), "tag", head.tag.hex(), "model", self._name,
             "version", self._version, "time", time.time_ns() // 1_000_000,
         )  # fmt: skip
+
+    def entries(self, start: int, rows: FloatRows) -> list[NewEntry]:
+        """The entries for the outputs of a chunk, without what they share.
+
+        Args:
+            start: position of the event of the first output.
+        """
+        positions: Sequence[int] = range(start, start + len(rows))
+        if self._where is not None:
+            chosen = self._where(rows).nonzero()[0]
+            positions, rows = (start + chosen).tolist(), rows[chosen]
         return [
-            NewEntry(
-                Destination.OUTPUTS,
-                (*common, "position", start + int(at), "outputs", self._encode(rows[at : at + 1])),
-            )
-            for at in (range(len(rows)) if self._where is None else self._where(rows).nonzero()[0])
+            NewEntry(Destination.OUTPUTS, ("position", position, "outputs", encoded))
+            for position, encoded in zip(positions, self._encode(rows), strict=True)
         ]
 
-    def _encode(self, row: FloatRows) -> bytes:
-        return dumps(self._media, self._writer.outputs(row, OF_ONE_EVENT))
+    def _encode(self, rows: FloatRows) -> list[bytes]:
+        """The outputs of each event."""
+        if self._before and len(rows):
+            # `[[1.0,2.0],[3.0,4.0]]`, whose numbers have no brackets
+            lists = dumps(self._media, np.ascontiguousarray(rows))[2:-2].split(b"],[")
+            return [b"%b%b]}" % (self._before, numbers) for numbers in lists]
+        return [
+            dumps(self._media, self._writer.outputs(rows[at : at + 1], OF_ONE_EVENT))
+            for at in range(len(rows))
+        ]
 
 
 def dead_letter(

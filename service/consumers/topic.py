@@ -334,9 +334,11 @@ class OwnedTopic:
         for key, expected, state, reply in zip(*columns, strict=True):
             submitted, stored = self._submitted[key], decode_reply(reply)
             start = self._output_start(submitted.chunk, stored.head)
-            outputs = self._writer.entries(key.stream, stored.head, start, stored.outputs)
+            chunk = ChunkCommit(key, expected, state, reply)
+            outputs = self._writer.entries(start, stored.outputs)
             ids = [event.id for event in submitted.events]
-            items.append(TopicItem(ids, outputs, ChunkCommit(key, expected, state, reply)))
+            shared = self._writer.shared(key.stream, stored.head)
+            items.append(TopicItem(ids, outputs, chunk, shared=shared))
         results = await self._commit(fence, items, deadline_s)
         return [OutcomeUnknown("the topic was lost")] * count if results is None else [*results]
 

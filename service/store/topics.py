@@ -125,6 +125,7 @@ class TopicItem(NamedTuple):
     Attributes:
         ids: entries that are acknowledged.
         entries: entries that are written.
+        shared: names and values, in turns, that each of these begins with.
         chunk: the stream that changes, if one does.
         condition: a stream that has to be at a head, if the rest depends on it; None as the head
             if it must not exist.
@@ -138,6 +139,7 @@ class TopicItem(NamedTuple):
     condition: tuple[StreamKey, StreamHead | None] | None = None
     halts: str = ""
     halted: str = ""
+    shared: Sequence[str | bytes | int] = ()
 
 
 class Ownership(NamedTuple):

@@ -165,7 +165,14 @@ class RedisTopics(Topics):
             reply = reply if len(reply) <= self._max_reply_bytes else b""
             arguments += (1, expected[COMPARED], state, reply)
         halt = f"+{item.halts}" if item.halts else f"={item.halted}" if item.halted else ""
-        arguments += (halt, len(item.ids), *item.ids, len(item.entries))
+        arguments += (
+            halt,
+            len(item.ids),
+            *item.ids,
+            len(item.shared),
+            *item.shared,
+            len(item.entries),
+        )
         for destination, fields in item.entries:
             arguments += (destination.value, len(fields), *fields)
 

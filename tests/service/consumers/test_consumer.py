@@ -107,6 +107,28 @@ async def test_an_output_names_stream_epoch_tag_model_and_version(
     assert {*json.loads(fields[b"outputs"])} == {"last", "out", "steep"}
 
 
+async def test_outputs_of_one_list_are_written_by_name(
+    server: RealServer, client: Any, tmp_path: Path
+) -> None:
+    """They are encoded for a whole chunk."""
+    spec = parse_spec(
+        {
+            "name": "probe",
+            "features": 3,
+            "layers": [{"kind": "lstm", "units": 4}],
+            "heads": [{"kind": "sequence", "name": "last"}],
+        }
+    )
+    one = write_artifact(tmp_path / "probe", spec, contracting_weights(spec, 1))
+    rows = rows_of(RANDOM, 30)
+    add(client, "events", *[fields_of("a", row) for row in rows])
+    async with consuming(server.url, one):
+        await until_count(client, "scores", 30)
+    found = outputs_of(client, "scores")["a"]
+    assert {name for _, each in found for name in each} == {"last"}
+    assert_outputs(one, found, rows)
+
+
 async def test_a_stopped_consumer_continues_where_it_stopped(
     server: RealServer, client: Any, artifact: Artifact
 ) -> None:

@@ -18,8 +18,9 @@
 --            without a write, "" also meets a tombstone; or "0"
 --            a stream: "+" and its name halts it, "=" and its name: it must halt; "": none
 --            number of entries that are acknowledged, and their ids
+--            number of fields and values that each entry that is written begins with, and these
 --            number of entries that are written, and of each: the index of its key, the number of
---            its fields and values, and these
+--            its further fields and values, and these
 --
 -- Returns the stored fence and number if they are not the owner's and the one before, and changes
 -- nothing; otherwise {results}, of each item: as of `compare_and_set`, or
@@ -58,7 +59,8 @@ while at <= #ARGV do
   at = at + (kind == '1' and 4 or kind == '2' and 2 or 1)
   local halted, first = ARGV[at], at + 2
   local last = at + 1 + ARGV[at + 1]
-  local entries = last + 1
+  local shared = last + 1
+  local entries = shared + 1 + ARGV[shared]
   at = entries + 1
   for _ = 1, tonumber(ARGV[entries]) do
     at = at + 2 + ARGV[at + 1]
@@ -76,14 +78,19 @@ while at <= #ARGV do
       end
       acknowledged = index
     end
-    local from = entries + 1
+    local from, fields = entries + 1, {unpack(ARGV, shared + 1, entries - 1)}
+    local before = #fields
     for _ = 1, tonumber(ARGV[entries]) do
-      local key, start, stop = tonumber(ARGV[from]), from + 2, from + 1 + ARGV[from + 1]
+      local key, count = tonumber(ARGV[from]), tonumber(ARGV[from + 1])
+      local stop = from + 1 + count
+      for index = 1, count do
+        fields[before + index] = ARGV[from + 1 + index]
+      end
       local id
       if key == 4 and kept ~= '0' then
-        id = redis.call('XADD', KEYS[key], 'MAXLEN', '~', kept, '*', unpack(ARGV, start, stop))
+        id = redis.call('XADD', KEYS[key], 'MAXLEN', '~', kept, '*', unpack(fields, 1, before + count))
       else
-        id = redis.call('XADD', KEYS[key], '*', unpack(ARGV, start, stop))
+        id = redis.call('XADD', KEYS[key], '*', unpack(fields, 1, before + count))
       end
       added[#added + 1] = {KEYS[key], id}
       from = stop + 1
