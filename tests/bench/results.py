@@ -70,6 +70,10 @@ TARGETS = (
     ("overload/carry-onnxruntime goodput over peak", ">=", 0.9),
     ("overload/carry-onnxruntime p99 of accepted chunks, s", "<=", 1.0),
     ("overload/carry-onnxruntime rejected share", ">=", 0.1),
+    ("consume/carry-onnxruntime 1 over http", ">=", 1.2),
+    ("consume/carry-onnxruntime 1 over loop", ">=", 5),
+    ("consume/rebalance: a consumer is killed, s", "<=", 5.5),
+    ("consume/rebalance: a consumer is added, s", "<=", 1),
     ("overload/carry-onnxruntime memory, last over first", "<=", 1.1),
 )
 """Figures and their bounds; docs/reference/performance.md explains them."""

@@ -17,6 +17,7 @@ from scipy.stats import sem
 
 from models.artifact.graphs import GRAPH_NAME
 from tests.bench import workloads
+from tests.bench.consume import measure_consume
 from tests.bench.cost import counted_server
 from tests.bench.curves import CURVE, CURVES, measure_curve
 from tests.bench.generator import Connection, make_streams, run_closed, run_open, try_connect
@@ -419,12 +420,13 @@ SECTIONS: Mapping[str, Callable[[Bench, str], None]] = {
     "events": measure_events,
     "kinds": measure_kinds,
     "overload": measure_overload,
+    "consume": measure_consume,
     **{f"{CURVE}{name}": partial(measure_curve, name=name) for name in CURVES},
     "peer": measure_peer,
     BESIDE: measure_beside,
 }
 """In the order in which they are run."""
-ONCE = ("cost", "peak", "single", "threads", "detection", "overload", "peer", BESIDE)
+ONCE = ("cost", "peak", "single", "threads", "detection", "overload", "consume", "peer", BESIDE)
 """The sections, beside the curves, that are not run for each runtime."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.bench import curves, peer, run, sections, workloads
+from tests.bench import consume, curves, peer, run, sections, workloads
 from tests.bench.__main__ import main
 from tests.bench.results import MISSED, Results, check_targets
 from tests.bench.run import UNANSWERED, Bench, Options
@@ -49,6 +49,10 @@ FIGURES = {
         *(f"{CARRY} p99 of accepted chunks, s", f"{CARRY} rejected share"),
         f"{CARRY} memory, last over first",
     },
+    "consume": {
+        *(f"{CARRY} 1 over loop", f"{CARRY} 1 over http, by CPU", f"{CARRY} 16 over loop, by CPU"),
+        *(f"rebalance: a consumer is {what}, s" for what in ("killed", "added")),
+    },
     "kinds": {f"{CARRY} forecast over lstm, by CPU"},
     "beside": {f"{load} 2: chunks/s, this over the other" for load in sections.BESIDE_LOADS},
 }
@@ -83,6 +87,7 @@ BRIEF = {
         "CONNECTION_COUNTS": (1, 40),
         "WORKERS": (1, 2),
     },
+    consume: {"LEAST_EVENTS": 100, "SAMPLED_CHUNKS": 2, "SETTLED_S": 0.1},
     workloads: {
         "COMPUTE_S": 0.01,
         "KINDS": {name: workloads.KINDS[name] for name in KINDS},
@@ -122,7 +127,8 @@ def bench(
     options.instructions = False
     options.runtimes = ("onnxruntime",)
     # without cores to choose, only the end of a run that is killed needs a `preexec_fn`
-    monkeypatch.setattr(run, "pin_child", lambda cores: None)
+    for module in (run, consume):
+        monkeypatch.setattr(module, "pin_child", lambda cores: None)
     resource_tracker.ensure_running()
     fork_server()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
