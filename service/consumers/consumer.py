@@ -40,6 +40,16 @@ MEMBER_VALID_S: Final = 2.0
 RENEWALS: Final = 3
 """How often a lease is renewed in its duration."""
 
+MOVES_AT_ONCE: Final = 64
+"""Topics that are released to other members in one `JOIN_INTERVAL_S`: none of them waits until all
+others are acquired."""
+
+ACQUIRE_PAUSE_S: Final = 0.001
+"""Pause between two attempts to acquire topics of members, for each of them."""
+
+MIN_ACQUIRE_PAUSE_S: Final = 0.2
+MAX_ACQUIRE_PAUSE_S: Final = 1.0
+
 EVENTS_PER_CHUNK: Final = 8
 """Entries in memory, for each chunk that the batcher may have."""
 
@@ -78,6 +88,7 @@ class Consumer:
         self.counts: Counter[str] = Counter()
         self.topics: dict[str, OwnedTopic] = {}
         self.longest_poll_s = MIN_IDLE_POLL_S
+        self._acquire_pause_s = MIN_ACQUIRE_PAUSE_S
         self._pipeline = pipeline
         self._store = store
         self._config = config
@@ -102,6 +113,7 @@ class Consumer:
         self._ready: deque[tuple[OwnedTopic, str]] = deque()
         self._stopped = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._members: set[str] = set()
 
     async def run(self) -> None:
         """Consume until `stop`; then commit what was submitted, and release the topics.
@@ -164,7 +176,8 @@ class Consumer:
 
     def _assign(self, members: list[str]) -> None:
         """Acquire the topics that are assigned to this consumer, and release all others."""
-        owners = assign_topics([*self._keys], {*members, self._name})
+        self._members = {*members, self._name}
+        owners, moves = assign_topics([*self._keys], self._members), 0
         for name, owner in owners.items():
             task = self._tasks.get(name)
             if task is not None and task.done():
@@ -175,9 +188,12 @@ class Consumer:
             if owner == self._name and task is None:
                 topic = self.topics[name] = self._topic(self._keys[name])
                 self._tasks[name] = asyncio.create_task(topic.run())
-            elif owner != self._name and task is not None:
+            elif owner != self._name and task is not None and moves < MOVES_AT_ONCE:
                 self.topics[name].release()
+                moves += 1
         self.longest_poll_s = max(MIN_IDLE_POLL_S, IDLE_POLL_S * len(self.topics))
+        pause_s = ACQUIRE_PAUSE_S * (len(self.topics) - self.count_owned())
+        self._acquire_pause_s = min(max(MIN_ACQUIRE_PAUSE_S, pause_s), MAX_ACQUIRE_PAUSE_S)
 
     def _topic(self, keys: TopicKeys) -> OwnedTopic:
         return OwnedTopic(
@@ -223,6 +239,13 @@ class Consumer:
         return [status for status in found if status is not None]
 
     # `service.consumers.topic.Queue`
+
+    def acquire_pause_s(self, owner: str) -> float:
+        """Longest pause between two attempts to acquire a topic of another owner: short if that is
+        a member, which releases it soon; otherwise its lease has to expire."""
+        if owner not in self._members:
+            return MAX_ACQUIRE_PAUSE_S
+        return self._acquire_pause_s
 
     async def reserve(self, most: int) -> int:
         """Wait until entries may be read; returns how many, which are reserved."""

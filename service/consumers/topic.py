@@ -48,15 +48,18 @@ from service.store.topics import (
     TopicKeys,
     Topics,
     Unclear,
+    id_before,
     is_not_pending,
 )
 
+MIN_READ: Final = 32
 MAX_READ: Final = 512
-"""Most entries of one read, so that no commit waits long behind one."""
+"""Most entries of one read, which doubles while there are more: of a topic with few entries, little
+memory is reserved, so that many topics are read at a time; no commit waits long behind a read."""
 
-ACQUIRE_INTERVAL_S: Final = 0.2
 POLL_S: Final = 0.001
-"""Pause after the first read without an entry; it doubles with each, up to `longest_poll_s`."""
+"""Shortest pause between two reads, behind one that left nothing. It doubles with each read without
+an entry, up to `longest_poll_s`, and is halved by each one with entries."""
 
 RETRY_S: Final = 0.05
 """Pause before a topic is acquired again, doubled with each failure in a row up to 32 times."""
@@ -80,6 +83,9 @@ class Queue(Protocol):
 
     counts: Counter[str]
     longest_poll_s: float
+
+    def acquire_pause_s(self, owner: str) -> float:
+        """Longest pause between two attempts to acquire a topic of another owner."""
 
     async def reserve(self, most: int) -> int:
         """Wait until entries may be read; returns how many, which are reserved."""
@@ -176,7 +182,7 @@ class OwnedTopic:
         lease_s, start = self._config.lease_s, "0" if self._config.start == "beginning" else "$"
         held = await self._topics.acquire(self.keys, self._owner, fence, lease_s, start)
         if not held.is_held:
-            await asyncio.sleep(min(held.left_s, ACQUIRE_INTERVAL_S))
+            await asyncio.sleep(min(held.left_s, self._queue.acquire_pause_s(held.owner)))
             return False
         if held.has_new_group:
             log.info("group_created", topic=self.keys.topic, group=self.keys.group)
@@ -227,7 +233,7 @@ class OwnedTopic:
     def _floor(self) -> bytes:
         """An id up to which every entry is acknowledged; empty if none is known."""
         oldest = next(iter(self._unacknowledged), None)
-        return self._last_read if oldest is None else _id_before(oldest)
+        return self._last_read if oldest is None else id_before(oldest)
 
     async def _drain(self) -> None:
         """Wait until no chunk is in the batcher and no acknowledgement is being written; forget
@@ -247,39 +253,39 @@ class OwnedTopic:
     async def _read_pending(self) -> None:
         """Read what earlier acquisitions left unacknowledged."""
         after = FIRST_PENDING
-        while entries := await self._read(after):
+        while entries := (await self._read(after, MIN_READ))[0]:
             after = entries[-1].id.decode()
 
     async def _read_new(self) -> None:
-        """Read new entries until the topic is released or lost."""
-        pause_s = POLL_S
+        """Read new entries until the topic is released or lost; pause in between, unless there are
+        more of them."""
+        pause_s, most = POLL_S, MIN_READ
         while not self._is_releasing and self.fence is not None:
-            if await self._read(NEW):
-                pause_s = POLL_S
+            entries, room = await self._read(NEW, most)
+            if len(entries) == room:
+                most = min(2 * most, MAX_READ)
             else:
+                most = max(most // 2, MIN_READ)
                 await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, self._queue.longest_poll_s)
+            pause_s = max(POLL_S, pause_s / 2) if entries else 2 * pause_s
+            pause_s = min(pause_s, self._queue.longest_poll_s)
 
-    async def _read(self, after: str) -> Sequence[Entry]:
-        """Read and accept entries, as many as memory is free for."""
-        room = await self._queue.reserve(MAX_READ)
-        count = 0
-        fence = self.fence
+    async def _read(self, after: str, most: int) -> tuple[Sequence[Entry], int]:
+        """Read and accept entries, as many as memory is free for; them, and how many that is."""
+        room = await self._queue.reserve(most)
+        entries: Sequence[Entry] = ()
         try:
-            if fence is None or self._is_releasing:
-                return ()
-            entries = await self._topics.read(self.keys, fence, after, room)
-            if isinstance(entries, Unclear):
-                self.lose(entries.value)
-                return ()
-            if self.fence is None:
-                return ()
-            count = len(entries)
+            if (fence := self.fence) is not None and not self._is_releasing:
+                read = await self._topics.read(self.keys, fence, after, room)
+                if isinstance(read, Unclear):
+                    self.lose(read.value)
+                elif self.fence is not None:
+                    entries = read
         finally:
-            self._queue.release(room - count)
+            self._queue.release(room - len(entries))
         for entry in entries:
             self._accept(entry)
-        return entries
+        return entries, room
 
     def _accept(self, entry: Entry) -> None:
         """Queue the event of an entry behind those of its stream, or reject it."""
@@ -492,11 +498,3 @@ class OwnedTopic:
 
 def _halts(stream: str | None) -> PreviousFailed:
     return PreviousFailed(f"stream {stream!r} halts after an event that failed")
-
-
-def _id_before(entry_id: bytes) -> bytes:
-    """The greatest id below another one."""
-    time_ms, sequence = map(int, entry_id.split(b"-"))
-    if sequence:
-        return b"%d-%d" % (time_ms, sequence - 1)
-    return b"%d-%d" % (time_ms - 1, 2**64 - 1) if time_ms else b"0-0"

@@ -291,3 +291,11 @@ class Topics(Protocol):
 def is_not_pending(result: ItemResult) -> bool:
     """Whether an item failed since one of its entries is not pending."""
     return isinstance(result, CarryError) and NOT_PENDING in result.detail
+
+
+def id_before(entry_id: bytes) -> bytes:
+    """The greatest id below another one."""
+    time_ms, sequence = map(int, entry_id.split(b"-"))
+    if sequence:
+        return b"%d-%d" % (time_ms, sequence - 1)
+    return b"%d-%d" % (time_ms - 1, 2**64 - 1) if time_ms else b"0-0"

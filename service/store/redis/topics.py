@@ -73,11 +73,11 @@ class RedisTopics(Topics):
     async def acquire(
         self, keys: TopicKeys, owner: str, fence: str, lease_s: float, start: str
     ) -> Ownership:
-        # a commit whose script is unknown would be overtaken by the next one
-        text, slot = self._commit_script.text, self._router.slot(keys.topic)
-        loading = PendingCommand.of("SCRIPT", "LOAD", text, slot=slot)
-        read_value((await self._router.execute(loading))[0])
-        return await self._lease(keys, "acquire", fence, owner, lease_s, start)
+        held = await self._lease(keys, "acquire", fence, owner, lease_s, start)
+        if held.is_held:
+            # a commit whose script is unknown would be overtaken by the next one
+            await self._execute(keys.topic, "SCRIPT", "LOAD", self._commit_script.text)
+        return held
 
     async def renew(
         self, keys: TopicKeys, owner: str, fence: str, lease_s: float, number: int, floor: bytes

@@ -222,6 +222,22 @@ async def test_a_topic_has_one_owner_until_its_lease_expires(
     assert (await store.topics.acquire(KEYS, "other", "f4", LONG_S, "0")).is_held
 
 
+async def test_an_attempt_to_acquire_a_held_topic_loads_no_script(
+    server: RealServer, store: RedisStore
+) -> None:
+    def loads() -> int:
+        with server.client() as client:
+            stats = client.info("commandstats")
+        return sum(
+            each["calls"] for name, each in stats.items() if name.startswith("cmdstat_script")
+        )
+
+    await store.topics.acquire(KEYS, "me", "f1", LONG_S, "0")
+    before = loads()
+    assert not (await store.topics.acquire(KEYS, "other", "f2", LONG_S, "0")).is_held
+    assert loads() == before
+
+
 async def test_a_repeated_acquisition_keeps_the_number_of_commits(
     server: RealServer, store: RedisStore
 ) -> None:
