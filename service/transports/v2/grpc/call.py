@@ -271,6 +271,9 @@ class Call(Http2Stream):
         self.room.end(self)
         for give_back in self.on_release:
             give_back()
+        # the call is freed now, not by the garbage collector: its handler refers to it
+        self.on_release.clear()
+        vars(self).pop("handler", None)
 
     def end_at_deadline(self) -> None:
         """End the call once the client's deadline has expired, if it has one."""

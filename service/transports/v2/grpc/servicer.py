@@ -112,7 +112,9 @@ class InferenceServicer:
         if method is None:
             call.end(StatusCode.UNIMPLEMENTED, "the server has no such method")
         else:
-            call.handler = method(call)
+            handler = method(call)
+            if call.is_open:
+                call.handler = handler
         return call
 
     def begin_stop(self) -> None:
@@ -257,6 +259,7 @@ class UnaryInfer(Handler):
 
     def _respond(self, response: bytes | CarryError) -> None:
         self._hold(0)
+        self._cancel = self._call.stop_reading
         if isinstance(response, CarryError):
             self._call.fail(response)
         elif self._call.is_open:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import struct
 import zlib
 from typing import Any
@@ -17,7 +18,7 @@ from structlog.testing import capture_logs
 
 from service.core.errors import CarryError, Conflict
 from service.transports.v2.grpc import v2_pb2 as pb
-from service.transports.v2.grpc.call import read_head
+from service.transports.v2.grpc.call import Call, read_head
 from tests.service.transports.v2.grpc.call_admission_checks import (
     CHECK,
     INFER,
@@ -218,6 +219,25 @@ async def test_call_ends_with_its_deadline(method: str) -> None:
         sent = call_with(method, message(data), 16_384, **{"grpc-timeout": "50m"})
         _, trailers = await exchange(port, sent)
         assert trailers[b"grpc-status"] == b"4"
+
+
+@pytest.mark.parametrize(("method", "data"), [(INFER, REQUEST), (INFER, b"?"), (CHECK, b"")])
+async def test_call_is_freed_when_it_ends_however_late_its_deadline(
+    method: str, data: bytes
+) -> None:
+    """Without the garbage collector, which is rarely run."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving() as (_, port):
+            for key in ("Bearer good", "Bearer bad"):
+                headers = {"grpc-timeout": "99999999H", "authorization": key}
+                await exchange(port, call_with(method, message(data), 16_384, **headers))
+            await becomes(
+                lambda: not any(type(each) is Call for each in gc.get_objects()), "no call"
+            )
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
