@@ -19,32 +19,48 @@ SAMPLE_INTERVAL_S: Final = 1.0
 STATUS_INTERVAL_S: Final = 5.0
 """Time between two reads of how far the topics of this consumer were read."""
 
+TOPIC: Final = ("topic",)
 RESULTS: Final = ("committed", "duplicates", "dead_letters", "deleted")
 
 log = structlog.get_logger(__name__)
 
 
 class ConsumerMetrics:
-    """Metrics of one consumer, all its topics together; `run` inside its event loop."""
+    """Metrics of one consumer, all partitions of its topic together; `run` inside its event loop.
 
-    def __init__(self, registry: CollectorRegistry, consumer: Consumer):
+    Args:
+        topic: the label of its series.
+    """
+
+    def __init__(self, registry: CollectorRegistry, consumer: Consumer, topic: str):
         counter, gauge, _ = makers_of(registry)
+        self._topic = topic
         self._consumer = consumer
         self._before: Counter[str] = Counter()
         self._events = counter(
-            "carry_consumer_events", "Events of topics, by what became of them.", ("result",)
+            "carry_consumer_events",
+            "Events of a topic, by what became of them.",
+            ("topic", "result"),
         )
         self._losses = counter(
-            "carry_consumer_topic_losses", "Times that a topic had to be acquired again."
-        )
-        self._owned = gauge("carry_consumer_topics", "Topics that this consumer owns.")
-        self._lag = gauge("carry_consumer_lag", "Entries of its topics that were not read yet.")
-        self._pending = gauge("carry_consumer_pending", "Entries that are not acknowledged yet.")
+            "carry_consumer_topic_losses", "Times that a topic had to be acquired again.", TOPIC
+        ).labels(topic)
+        self._owned = gauge(
+            "carry_consumer_topics", "Partitions of a topic that this consumer owns.", TOPIC
+        ).labels(topic)
+        self._lag = gauge(
+            "carry_consumer_lag", "Entries of a topic that were not read yet.", TOPIC
+        ).labels(topic)
+        self._pending = gauge(
+            "carry_consumer_pending", "Entries that are not acknowledged yet.", TOPIC
+        ).labels(topic)
         self._oldest = gauge(
-            "carry_consumer_oldest_seconds", "Age of the oldest entry that is not acknowledged."
-        )
+            "carry_consumer_oldest_seconds",
+            "Age of the oldest entry that is not acknowledged.",
+            TOPIC,
+        ).labels(topic)
         for result in RESULTS:
-            self._events.labels(result)
+            self._events.labels(topic, result)
 
     async def run(self) -> None:
         """Sample until it is cancelled."""
@@ -63,7 +79,7 @@ class ConsumerMetrics:
         """Copy what the consumer counts."""
         counts = Counter(self._consumer.counts)
         for result in RESULTS:
-            self._events.labels(result).inc(counts[result] - self._before[result])
+            self._events.labels(self._topic, result).inc(counts[result] - self._before[result])
         self._losses.inc(counts["losses"] - self._before["losses"])
         self._before = counts
         self._owned.set(self._consumer.count_owned())

@@ -95,7 +95,7 @@ def test_health_metrics_status_and_graceful_stop(
         assert http.get("/v1/health/live").status_code == 200
         ready = http.get("/v1/health/ready")
         assert (ready.status_code, ready.json()["failing"]) == (200, [])
-        committed = series("carry_consumer_events_total", result="committed")
+        committed = series("carry_consumer_events_total", topic="events", result="committed")
         until(lambda: read(http.get("/metrics").content).get(committed) == 5, "the metric", 60, 0.1)
     shown = carry("consume", "status", "--from", "events", "--redis-url", server.url)
     assert shown.exit_code == 0

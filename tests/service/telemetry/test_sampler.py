@@ -133,7 +133,7 @@ def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     sampler.sample()
     sampler.record_streams({})
     consumer = SimpleNamespace(counts={}, count_owned=lambda: 0)
-    ConsumerMetrics(recorder.registry, cast(Consumer, consumer)).sample()
+    ConsumerMetrics(recorder.registry, cast(Consumer, consumer), "events").sample()
     page = (ROOT / "docs/reference/metrics.md").read_text()
     documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
     suffix = re.compile(r"_(bucket|sum|count)$")
