@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -33,6 +33,9 @@ STORES: Final = ("valkey", "redis", "cluster")
 PRODUCERS: Final = 2
 LONGEST_LAG: Final = 4_000
 """Producers wait while the consumers are this many entries behind."""
+
+BACKLOG, BACKLOG_S = 200, 2.0
+"""Leases expire while so many entries wait, or after this time without."""
 
 IDLE_S: Final = 120.0
 """A run fails if nothing is committed for this long at its end."""
@@ -90,8 +93,17 @@ class TopicRun:
         suspend(self._choose_consumer().signal, layout.LEASE_S * self.random.uniform(0.1, 0.7))
 
     def expire_leases(self) -> None:
-        """Suspend a consumer until others have its topics."""
-        suspend(self._choose_consumer().signal, layout.LEASE_S * self.random.uniform(1.5, 3.0))
+        """Suspend all consumers but one, while entries wait, until it has their topics."""
+        with suppress(AssertionError):
+            until(lambda: self.lag > BACKLOG, "a backlog", BACKLOG_S, 0.01)
+        chosen = self._choose_consumer()
+
+        def send(number: int) -> None:
+            for consumer in self.consumers:
+                if consumer is not chosen:
+                    consumer.signal(number)
+
+        suspend(send, layout.LEASE_S * self.random.uniform(1.5, 3.0))
 
     def terminate_consumer(self) -> None:
         """SIGTERM to one consumer: its topics go to the others, and come back."""
@@ -214,7 +226,7 @@ FAULTS: Final[dict[str, tuple[Callable[[TopicRun], None], tuple[str, ...]]]] = {
     "consumer killed": (TopicRun.kill_consumer, STORES),
     "all consumers killed": (TopicRun.kill_all_consumers, STORES),
     "consumer suspended": (TopicRun.suspend_consumer, STORES),
-    "consumer suspended for longer than its lease": (TopicRun.expire_leases, STORES),
+    "consumers suspended for longer than their leases": (TopicRun.expire_leases, STORES),
     "consumer terminated": (TopicRun.terminate_consumer, STORES),
     "consumer removed and added": (TopicRun.remove_consumer, STORES),
     "store killed": (TopicRun.kill_store, STORES),
