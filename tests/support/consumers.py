@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,8 +21,9 @@ from service.consumers.config import make_config
 from service.consumers.consumer import Consumer
 from service.consumers.store import TopicStore
 from service.settings import Settings
+from tests.support.forks import COMMAND, Fork
 from tests.support.pipelines import oracle_outputs
-from tests.support.servers import becomes
+from tests.support.servers import becomes, until
 
 PROBE: dict[str, Any] = {"model": "probe", "from": "events", "to": "scores", "create": True}
 
@@ -90,3 +95,29 @@ def interleaved(rows: dict[str, NDArray[np.float32]]) -> Sequence[dict[str, Any]
     """Entries of several streams in turns, of as many rows each."""
     count = len(next(iter(rows.values())))
     return [fields_of(name, each[at]) for at in range(count) for name, each in rows.items()]
+
+
+class ConsumerProcess:
+    """A `carry consume` process and its log."""
+
+    def __init__(self, log: Path, *words: str):
+        self._log = log
+        with log.open("wb") as stderr:
+            files = [subprocess.DEVNULL, stderr, stderr]
+            with open(os.devnull, "rb") as nothing:
+                files[0] = nothing
+                self.fork = Fork([COMMAND, "consume", *words], dict(os.environ), files)
+
+    def lines(self) -> list[dict[str, Any]]:
+        lines = self._log.read_bytes().splitlines()
+        return [msgspec.json.decode(line) for line in lines if line.startswith(b"{")]
+
+    def wait_for(self, message: str, count: int = 1) -> dict[str, Any]:
+        """Wait for a log line."""
+
+        def found() -> list[dict[str, Any]]:
+            assert self.fork.poll() in (None, 0), self._log.read_text()
+            lines = [each for each in self.lines() if each["message"] == message]
+            return lines if len(lines) >= count else []
+
+        return until(found, message, 60, 0.02)[count - 1]

@@ -53,6 +53,9 @@ UP = 'up{job="carry",instance="a:8000"}'
 ROUTE = 'method="POST",route="%s",status="200",'
 CHUNK = ROUTE % "/v1/models/{model}/streams/{stream}/chunks"
 FLIGHTS = {"model": "flights"}
+OLDEST = 'carry_consumer_oldest_seconds{topic="events"}'
+DEAD_LETTERS = 'carry_consumer_events_total{topic="events",result="dead_letters"}'
+EVENTS = {"topic": "events"}
 
 CASES = (
     Case(
@@ -199,6 +202,22 @@ CASES = (
         11,
         FLIGHTS,
         "flights: 6% of the chunks conflict",
+    ),
+    Case(
+        "CarryConsumerBehind",
+        {OLDEST: "60x60"},
+        {OLDEST: "61x60"},
+        5,
+        EVENTS,
+        "events: the oldest event waits for 1m 1s",
+    ),
+    Case(
+        "CarryDeadLetters",
+        {DEAD_LETTERS: "3x60"},
+        {DEAD_LETTERS: "0 0 1x60"},
+        2,
+        EVENTS,
+        "events: events could not be processed",
     ),
 )
 

@@ -15,6 +15,7 @@ import yaml
 from service.core.errors import CarryError
 from service.core.values import StreamKey
 from service.store.keys import KeySpace
+from tests.support.consumers import ConsumerProcess
 from tests.support.monitoring import (
     DASHBOARDS,
     RULES,
@@ -59,8 +60,6 @@ def codes(kind: type[CarryError] = CarryError) -> set[str]:
 
 def test_queries_name_documented_metrics_and_codes_and_use_all() -> None:
     documented = set(re.findall(r"^\| `(carry_\w+)`", METRICS.read_text(), re.MULTILINE))
-    # of another process; no dashboard shows them yet
-    documented = {name for name in documented if not name.startswith("carry_consumer_")}
     used = set()
     for expression in queries():
         named = {_SUFFIX.sub("", name) for name in _METRIC.findall(expression)}
@@ -91,7 +90,7 @@ def test_every_query_returns_data_of_a_running_service(
     observed: Service, database: httpx.Client, store: RealServer
 ) -> None:
     subprocess.run(["promtool", "check", "rules", str(RULES)], check=True, capture_output=True)
-    missing = [filled(expression, "20s") for expression in queries()]
+    missing = [filled(each, "20s") for each in queries() if "carry_consumer_" not in each]
 
     with httpx.Client(base_url=observed.url) as client:
 
@@ -120,6 +119,26 @@ def test_every_query_returns_data_of_a_running_service(
             until(is_answered, "data for every query", poll_s=POLL_S)
         except AssertionError as error:
             raise AssertionError(missing) from error
+
+
+@needs_tools("prometheus")
+def test_every_query_returns_data_of_a_running_consumer(tmp_path: Path, store: RealServer) -> None:
+    artifact = make_artifact(tmp_path / "models")
+    words = ("--from", "events", "--to", "scores", "--model", "probe", "--create", "--port", "0")
+    options = ("--redis-url", store.url, "--models", str(artifact.path))
+    consumer = ConsumerProcess(tmp_path / "consumer.log", *words, *options)
+    try:
+        url = f"http://127.0.0.1:{consumer.wait_for('port_bound')['port']}"
+        with prometheus(tmp_path, url) as address, httpx.Client(base_url=address) as database:
+            missing = [filled(each, "20s") for each in queries() if "carry_consumer_" in each]
+
+            def is_answered() -> bool:
+                missing[:] = [each for each in missing if not _has_data(database, each)]
+                return not missing
+
+            until(is_answered, "data for every query", poll_s=POLL_S)
+    finally:
+        consumer.fork.kill()
 
 
 def _has_data(database: httpx.Client, expression: str) -> bool:

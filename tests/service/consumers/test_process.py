@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
 from tests.support.command import carry
-from tests.support.consumers import add, assert_outputs, fields_of, interleaved, outputs_of
-from tests.support.forks import COMMAND, Fork
+from tests.support.consumers import (
+    ConsumerProcess,
+    add,
+    assert_outputs,
+    fields_of,
+    interleaved,
+    outputs_of,
+)
 from tests.support.metrics import read, series
 from tests.support.pipelines import rows_of
 from tests.support.servers import RealServer, real_server, until
 
 RANDOM = np.random.default_rng(7)
-
-
-class ConsumerProcess:
-    """A `carry consume` process and its log."""
-
-    def __init__(self, log: Path, *words: str):
-        self._log = log
-        with log.open("wb") as stderr:
-            files = [subprocess.DEVNULL, stderr, stderr]
-            with open(os.devnull, "rb") as nothing:
-                files[0] = nothing
-                self.fork = Fork([COMMAND, "consume", *words], dict(os.environ), files)
-
-    def lines(self) -> list[dict[str, Any]]:
-        lines = self._log.read_bytes().splitlines()
-        return [msgspec.json.decode(line) for line in lines if line.startswith(b"{")]
-
-    def wait_for(self, message: str, count: int = 1) -> dict[str, Any]:
-        """Wait for a log line."""
-
-        def found() -> list[dict[str, Any]]:
-            assert self.fork.poll() in (None, 0), self._log.read_text()
-            lines = [each for each in self.lines() if each["message"] == message]
-            return lines if len(lines) >= count else []
-
-        return until(found, message, 60, 0.02)[count - 1]
 
 
 @pytest.fixture(scope="module")
