@@ -257,8 +257,8 @@ class OwnedTopic:
             after = entries[-1].id.decode()
 
     async def _read_new(self) -> None:
-        """Read new entries until the topic is released or lost; pause in between, unless there are
-        more of them."""
+        """Read new entries until the topic is released or lost. Behind the last one, pause until
+        the clock is at a multiple of the pause: one call reads all topics of that moment."""
         pause_s, most = POLL_S, MIN_READ
         while not self._is_releasing and self.fence is not None:
             entries, room = await self._read(NEW, most)
@@ -266,7 +266,7 @@ class OwnedTopic:
                 most = min(2 * most, MAX_READ)
             else:
                 most = max(most // 2, MIN_READ)
-                await asyncio.sleep(pause_s)
+                await asyncio.sleep(pause_s - time.monotonic() % pause_s)
             pause_s = max(POLL_S, pause_s / 2) if entries else 2 * pause_s
             pause_s = min(pause_s, self._queue.longest_poll_s)
 

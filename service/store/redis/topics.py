@@ -7,9 +7,10 @@ execution read or wrote, and the list of pending entries says it for certain.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -42,11 +43,24 @@ from service.store.topics import (
 )
 
 CLAIMED_AT_ONCE: Final = 1000
+READ_AT_ONCE: Final = 64
+"""Topics of one call, so that no commit waits long behind it."""
+
 _NO_STREAM: Final = StreamKey("", "")
 
 Argument = str | bytes | int
 
 log = structlog.get_logger(__name__)
+
+
+class _Read(NamedTuple):
+    """A call of `read`, and the future of its result."""
+
+    keys: TopicKeys
+    fence: str
+    after: str
+    most: int
+    future: asyncio.Future[Sequence[Entry] | Unclear]
 
 
 class RedisTopics(Topics):
@@ -63,6 +77,8 @@ class RedisTopics(Topics):
         self._members = f"{settings.namespace}:consumers:"
         self._ttls = round(1000 * settings.idle_ttl_s), round(1000 * settings.reply_ttl_s)
         self._max_reply_bytes = settings.reply_max_bytes
+        self._reads: dict[int, list[_Read]] = {}
+        self._reading: set[asyncio.Task[None]] = set()
         self._lease_script = Script.load("topic_lease")
         self._read_script = Script.load("topic_read")
         self._commit_script = Script.load("topic_commit")
@@ -118,14 +134,61 @@ class RedisTopics(Topics):
     async def read(
         self, keys: TopicKeys, fence: str, after: str, count: int
     ) -> Sequence[Entry] | Unclear:
-        arguments = (keys.group, CONSUMER, fence, after, count)
-        outcome = await self._call(self._read_script, [keys.topic, keys.lease], arguments)
-        value = read_value(outcome)
-        if isinstance(outcome, ServerReply) and outcome.is_retry:
-            return Unclear.REPLY_LOST
-        if isinstance(value, bytes):
-            return Unclear.FENCED
-        return [Entry(*each) for each in value]
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Sequence[Entry] | Unclear] = loop.create_future()
+        read = _Read(keys, fence, after, count, future)
+        slot = self._router.slot(keys.topic)
+        reads = self._reads.get(slot)
+        if reads is None:
+            reads = self._reads[slot] = [read]
+            # what else is read in this turn of the event loop becomes one call
+            loop.call_soon(self._start_reads, slot)
+        else:
+            reads.append(read)
+        return await future
+
+    def _start_reads(self, slot: int) -> None:
+        reads = self._reads.pop(slot)
+        for at in range(0, len(reads), READ_AT_ONCE):
+            task = asyncio.get_running_loop().create_task(self._read(reads[at : at + READ_AT_ONCE]))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
+
+    async def _read(self, reads: Sequence[_Read]) -> None:
+        """Read topics of one slot in one call."""
+        names: list[str] = []
+        arguments: list[Argument] = [CONSUMER]
+        for keys, fence, after, most, _ in reads:
+            names += (keys.topic, keys.lease)
+            arguments += (keys.group, fence, after, most)
+        is_retry = False
+        try:
+            outcome = await self._call(self._read_script, names, arguments)
+            is_retry = isinstance(outcome, ServerReply) and outcome.is_retry
+            values = read_value(outcome)
+        except Exception as error:  # of whatever kind: every caller waits for it
+            values = [error] * len(reads)
+        for read, value in zip(reads, values, strict=True):
+            if read.future.done():
+                # its caller was cancelled
+                continue
+            if isinstance(value, Exception):
+                read.future.set_exception(value)
+            elif is_retry:
+                read.future.set_result(Unclear.REPLY_LOST)
+            elif isinstance(value, bytes):
+                read.future.set_result(Unclear.FENCED)
+            elif value and value[0] == -1:
+                read.future.set_exception(self._refusal(read.keys.topic, value[1].decode()))
+            else:
+                read.future.set_result([Entry(*each) for each in value])
+
+    def _refusal(self, name: str, text: str) -> StoreRefused:
+        """The error of one topic in a call of a script."""
+        if text.startswith("READONLY"):
+            self._router.refresh()
+        log.error("store_refused", topic=name, reason=text)
+        return StoreRefused(f"the store at {self._router.redacted_url} refused {name!r}: {text}")
 
     async def commit(
         self,

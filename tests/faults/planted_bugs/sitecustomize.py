@@ -37,12 +37,12 @@ TOPIC_SCRIPTS = {
         ("topic_commit", "ARGV[index]) == 0 then", "ARGV[index]) == 2 then"),
         ("topic_commit", "if stored[1] ~= ARGV[5] or ", "if "),
         ("topic_commit", "tonumber(stored[2]) ~= ARGV[6] - 1", "false"),
-        ("topic_read", "if stored ~= ARGV[3] then", "if false then"),
+        ("topic_read", "if stored ~= fence then", "if false then"),
         ("topic_lease", "if not is_held", "if false"),
     ),
     # Entries are acknowledged when they are read.
     "acknowledge-first": (
-        ("topic_read", "'COUNT', ARGV[5],", "'COUNT', ARGV[5], 'NOACK',"),
+        ("topic_read", "'COUNT', most,", "'COUNT', most, 'NOACK',"),
         ("topic_commit", "ARGV[index]) == 0 then", "ARGV[index]) == 2 then"),
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,6 +145,50 @@ async def test_an_earlier_owner_writes_and_reads_nothing(
     # the next owner gets what the earlier one left
     assert await read(store, "f2", FIRST_PENDING) == ids
     assert await store.topics.commit(KEYS, "f2", 1, [commit]) == [COMMITTED]
+
+
+async def test_topics_that_are_read_together_are_one_call_and_fail_alone(
+    server: RealServer | Cluster, store: RedisStore
+) -> None:
+    names = [f"{KEYS.topic}:{kind}" for kind in ("good", "fenced", "no-group", "no-stream")]
+    topics = [TopicKeys.of(name, KEYS.outputs, KEYS.dead_letters, KEYS.group) for name in names]
+    for keys in topics:
+        assert (await store.topics.acquire(keys, "me", "f1", LONG_S, "0")).is_held
+    with server.client() as client:
+        for name in names:
+            client.xadd(name, {"event": "1"})
+        client.xgroup_destroy(names[2], KEYS.group)
+        client.set(names[3], "text")
+        fences = ["f1", "f2", "f1", "f1"]
+        reads = [
+            store.topics.read(keys, fence, NEW, 10)
+            for keys, fence in zip(topics, fences, strict=True)
+        ]
+        good, fenced, *failed = await asyncio.gather(*reads, return_exceptions=True)
+    assert isinstance(good, list)
+    assert [entry.fields for entry in good] == [[b"event", b"1"]]
+    assert fenced is Unclear.FENCED
+    assert [type(each) for each in failed] == [StoreRefused] * 2
+    assert ["NOGROUP" in str(failed[0]), "WRONGTYPE" in str(failed[1])] == [True, True]
+    assert [name in str(each) for name, each in zip(names[2:], failed, strict=True)] == [True] * 2
+
+
+async def test_topics_of_one_turn_are_read_in_one_call(own_server: RealServer) -> None:
+    topics = [TopicKeys.of(f"in-{n}", "out", "dead", "group") for n in range(10)]
+
+    def scripts() -> int:
+        with own_server.client() as client:
+            stats = client.info("commandstats")
+        return sum(each["calls"] for name, each in stats.items() if "cmdstat_eval" in name)
+
+    async with opened(own_server.url, partitions=1) as store:
+        for keys in topics:
+            await store.topics.acquire(keys, "me", "f1", LONG_S, "0")
+        await store.topics.read(topics[0], "f1", NEW, 10)
+        before = scripts()
+        found = await asyncio.gather(*[store.topics.read(keys, "f1", NEW, 10) for keys in topics])
+        assert found == [[]] * 10
+        assert scripts() == before + 1
 
 
 async def test_a_commit_behind_a_missing_one_is_rejected(

@@ -1,22 +1,31 @@
--- Read entries of a topic for its owner.
+-- Read entries of topics for their owners; each topic succeeds or fails alone.
 --
--- KEYS[1]  the topic
--- KEYS[2]  its lease (`topic_lease.lua`)
--- ARGV[1]  the consumer group
--- ARGV[2]  the consumer of the group that all owners are
--- ARGV[3]  the fence of the owner
--- ARGV[4]  ">": entries that were never delivered; an id: pending ones behind it
--- ARGV[5]  most entries
+-- KEYS     for each topic: its name, its lease (`topic_lease.lua`)
+-- ARGV[1]  the consumer of the groups that all owners are
+-- ARGV[2..] for each topic:
+--            the consumer group
+--            the fence of the owner
+--            ">": entries that were never delivered; an id: pending ones behind it
+--            most entries
 --
--- Returns the entries as of XREADGROUP; or the stored fence if that is not the owner's.
+-- Returns for each topic: the entries as of XREADGROUP; the stored fence if that is not the owner's;
+-- or {-1, text}: failed with this error.
 
-local stored = redis.call('HGET', KEYS[2], 'fence')
-if stored ~= ARGV[3] then
-  return stored or ''
+local function read(topic, lease, group, fence, after, most)
+  local stored = redis.call('HGET', lease, 'fence')
+  if stored ~= fence then
+    return stored or ''
+  end
+  local found = redis.pcall(
+    'XREADGROUP', 'GROUP', group, ARGV[1], 'COUNT', most, 'STREAMS', topic, after)
+  if found and found.err then
+    return {-1, found.err}
+  end
+  return found and found[1][2] or {}
 end
-local read = redis.call(
-  'XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', ARGV[5], 'STREAMS', KEYS[1], ARGV[4])
-if not read then
-  return {}
+
+local results = {}
+for i = 1, #KEYS / 2 do
+  results[i] = read(KEYS[2 * i - 1], KEYS[2 * i], unpack(ARGV, 4 * i - 2, 4 * i + 1))
 end
-return read[1][2]
+return results
