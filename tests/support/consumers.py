@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,6 @@ async def until_count(client: Any, topic: str, count: int) -> None:
     """Wait until a topic has as many entries, and no more."""
     await becomes(lambda: client.xlen(topic) >= count, f"{count} entries in {topic}")
     assert client.xlen(topic) == count
-
-
-async def until_true(condition: Callable[[], object], what: str) -> None:
-    """Wait until a condition holds."""
-    await becomes(condition, what)
 
 
 def interleaved(rows: dict[str, NDArray[np.float32]]) -> Sequence[dict[str, Any]]:

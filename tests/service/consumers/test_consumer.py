@@ -26,12 +26,11 @@ from tests.support.consumers import (
     interleaved,
     outputs_of,
     until_count,
-    until_true,
 )
 from tests.support.models import PRETRAINED
 from tests.support.oracle import contracting_weights
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, own_server, server, shared_server
+from tests.support.servers import RealServer, becomes, own_server, server, shared_server
 
 __all__ = ["own_server", "server", "shared_server"]
 
@@ -64,7 +63,7 @@ async def test_each_event_has_its_output_once_and_in_order(
     async with consuming(server.url, artifact) as consumer:
         add(client, "events", *entries[300:])
         await until_count(client, "scores", 800)
-        await until_true(lambda: consumer.counts["committed"] == 800, "all results")
+        await becomes(lambda: consumer.counts["committed"] == 800, "all results")
     found = outputs_of(client, "scores")
     for name, each in rows.items():
         assert_outputs(artifact, found[name], each)
@@ -168,7 +167,7 @@ async def test_repeated_positions_are_duplicates_without_outputs(
     sent = [*entries[:5], entries[4], entries[3], *entries[2:9], *entries]
     async with consuming(server.url, artifact) as consumer:
         add(client, "events", *sent)
-        await until_true(
+        await becomes(
             lambda: sum(consumer.counts.values()) == len(sent) and not pending(client), "all"
         )
     assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
@@ -238,7 +237,7 @@ async def test_the_store_is_killed_while_events_are_consumed(
         add(client, "events", *interleaved(rows))
     async with consuming(own_server.url, artifact, {"store_wait_s": 20}) as consumer:
         for goal in (100, 250):
-            await until_true(lambda goal=goal: consumer.counts["committed"] >= goal, "progress")
+            await becomes(lambda goal=goal: consumer.counts["committed"] >= goal, "progress")
             own_server.kill()
             own_server.start()
         with own_server.client() as client:
@@ -262,7 +261,7 @@ async def test_commits_that_the_store_lost_are_made_again(
             before = {key: client.dump(key) for key in keys}
             add(client, "events", *entries[10:20])
             await until_count(client, "scores", 20)
-            await until_true(lambda: consumer.counts["committed"] == 20, "results")
+            await becomes(lambda: consumer.counts["committed"] == 20, "results")
             pipe = client.pipeline(transaction=True)
             for key in keys:
                 pipe.restore(key, 0, before[key], replace=True)
@@ -286,7 +285,7 @@ async def test_commits_that_the_store_lost_are_made_again_without_new_events(
             before = {key: client.dump(key) for key in client.keys("*")}
             add(client, "events", *entries[10:])
             await until_count(client, "scores", 20)
-            await until_true(lambda: consumer.counts["committed"] == 20, "results")
+            await becomes(lambda: consumer.counts["committed"] == 20, "results")
             pipe = client.pipeline(transaction=True)
             for key, value in before.items():
                 pipe.restore(key, 0, value, replace=True)
@@ -369,7 +368,7 @@ async def test_a_full_store_is_waited_for(own_server: RealServer, artifact: Arti
                 pipe.xadd("events", fields_of("a", row))
             pipe.config_set("maxmemory", 1)
             pipe.execute()
-            await until_true(lambda: consumer.counts["losses"] >= 2, "attempts")
+            await becomes(lambda: consumer.counts["losses"] >= 2, "attempts")
             assert client.xlen("scores") == 1
             own_server.configure("maxmemory", 0)
             await until_count(client, "scores", 10)
@@ -393,5 +392,5 @@ async def test_outputs_of_blocks_have_the_positions_of_their_events(
     blocks = write_artifact(tmp_path / "probe", spec, contracting_weights(spec, 1))
     add(client, "events", *[fields_of("a", row) for row in rows_of(RANDOM, 15)])
     async with consuming(server.url, blocks) as consumer:
-        await until_true(lambda: consumer.counts["committed"] == 15, "all events")
+        await becomes(lambda: consumer.counts["committed"] == 15, "all events")
     assert [position for position, _ in outputs_of(client, "scores")["a"]] == [*range(9)]

@@ -13,9 +13,9 @@ from carry_client import Producer
 from models.artifact.artifact import Artifact
 from tests.support.cluster import Cluster, shared_cluster
 from tests.support.command import carry
-from tests.support.consumers import assert_outputs, consuming, outputs_of, until_count, until_true
+from tests.support.consumers import assert_outputs, consuming, outputs_of, until_count
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, emptied, server, shared_server
+from tests.support.servers import RealServer, becomes, emptied, server, shared_server
 
 __all__ = ["server", "shared_cluster", "shared_server"]
 
@@ -45,7 +45,7 @@ async def test_lines_of_a_file_are_written_to_partitions_of_a_cluster(
         result = carry(*words, data=lines_of(rows), CARRY_PARTITIONS=str(PARTITIONS))
         assert result.stdout == b"40 events written\n", result.stderr
     async with consuming(cluster.url, artifact, {"partitions": PARTITIONS}) as consumer:
-        await until_true(lambda: sum(consumer.counts.values()) == 80, "all events")
+        await becomes(lambda: sum(consumer.counts.values()) == 80, "all events")
     assert consumer.counts == {"committed": 40, "duplicates": 40}
     found: dict[str, Any] = {}
     with cluster.client() as client:

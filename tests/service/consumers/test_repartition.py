@@ -24,10 +24,9 @@ from tests.support.consumers import (
     fields_of,
     interleaved,
     outputs_of,
-    until_true,
 )
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, emptied, own_server, real_server
+from tests.support.servers import RealServer, becomes, emptied, own_server, real_server
 
 __all__ = ["own_server", "shared_cluster"]
 
@@ -77,7 +76,7 @@ async def test_moved_events_are_consumed_on_a_cluster(
         ):
             for fields in [{"stream": "a/b", "event": "[]"}, *entries[300:]]:
                 client.xadd("events", fields)
-            await until_true(lambda: written(client) >= 600, "all outputs")
+            await becomes(lambda: written(client) >= 600, "all outputs")
         assert written(client) == 600
         assert client.xpending("events", "carry")["pending"] == 0
         [(_, letter)] = client.xrange("{events}:dead")
@@ -96,14 +95,14 @@ async def test_what_was_moved_and_not_acknowledged_is_not_moved_again(
         client.flushall()
         add(client, "events", *[fields_of("a", row) for row in rows_of(RANDOM, 20)])
         async with moving(server.url) as mover:
-            await until_true(lambda: mover.counts["moved"] == 20, "all")
+            await becomes(lambda: mover.counts["moved"] == 20, "all")
         [name] = client.keys("carry{*}:in:events")
         assert client.xlen(name) == 20
         # as if it had died before it acknowledged the last ten, and more had come
         client.xgroup_setid("events", "carry", client.xrange("events")[9][0])
         add(client, "events", *[fields_of("a", row) for row in rows_of(RANDOM, 5)])
         async with moving(server.url) as mover:
-            await until_true(lambda: mover.counts["moved"] == 15, "all")
+            await becomes(lambda: mover.counts["moved"] == 15, "all")
         assert client.xlen(name) == 25
 
 
@@ -118,10 +117,10 @@ async def test_entries_are_moved_once_while_the_store_is_killed(
         )
     async with moving(own_server.url) as mover:
         for goal in (500, 1500):
-            await until_true(lambda goal=goal: mover.counts["moved"] >= goal, "progress")
+            await becomes(lambda goal=goal: mover.counts["moved"] >= goal, "progress")
             own_server.kill()
             own_server.start()
-        await until_true(lambda: mover.counts["moved"] >= 3000, "all")
+        await becomes(lambda: mover.counts["moved"] >= 3000, "all")
     with own_server.client() as client:
         names = client.keys("carry{*}:in:events")
         assert sum(client.xlen(name) for name in names) == 3000

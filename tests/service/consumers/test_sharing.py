@@ -22,10 +22,9 @@ from tests.support.consumers import (
     fields_of,
     outputs_of,
     until_count,
-    until_true,
 )
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, emptied, server, shared_server
+from tests.support.servers import RealServer, becomes, emptied, server, shared_server
 
 __all__ = ["server", "shared_cluster", "shared_server"]
 
@@ -77,18 +76,16 @@ async def test_several_consumers_share_the_topics_of_partitions(
         async with AsyncExitStack() as stack:
             first = await stack.enter_async_context(start())
             produce(client, rows, 0, 10)
-            await until_true(lambda: written(client) >= 100, "progress")
+            await becomes(lambda: written(client) >= 100, "progress")
             second = await stack.enter_async_context(start())
-            await until_true(
-                lambda: (len(owned(first)), len(owned(second))) == (4, 4), "a rebalance"
-            )
+            await becomes(lambda: (len(owned(first)), len(owned(second))) == (4, 4), "a rebalance")
             produce(client, rows, 10, 20)
             async with start() as third:
-                await until_true(lambda: len(owned(third)) >= 2, "a rebalance")
+                await becomes(lambda: len(owned(third)) >= 2, "a rebalance")
                 assert len(set(owned(first, second, third))) == len(owned(first, second, third))
-            await until_true(lambda: len(owned(first, second)) == 8, "a rebalance")
+            await becomes(lambda: len(owned(first, second)) == 8, "a rebalance")
             produce(client, rows, 20, 30)
-            await until_true(lambda: written(client) >= 30 * len(STREAMS), "all outputs")
+            await becomes(lambda: written(client) >= 30 * len(STREAMS), "all outputs")
         assert written(client) == 30 * len(STREAMS)
         found = found_in(client)
     for stream, each in rows.items():
@@ -107,7 +104,7 @@ async def test_partitions_on_a_cluster(shared_cluster: Cluster, artifact: Artifa
             consuming(cluster.url, artifact, settings),
             consuming(cluster.url, artifact, settings),
         ):
-            await until_true(lambda: written(client) >= 240, "all outputs")
+            await becomes(lambda: written(client) >= 240, "all outputs")
         assert written(client) == 240
         found = found_in(client)
     for stream, each in rows.items():

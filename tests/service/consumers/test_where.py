@@ -13,9 +13,9 @@ from models.artifact.artifact import Artifact
 from models.spec.layout import Output, OutputSpec
 from service.consumers.where import parse_condition
 from service.core.errors import OperatorError
-from tests.support.consumers import add, consuming, fields_of, outputs_of, until_true
+from tests.support.consumers import add, consuming, fields_of, outputs_of
 from tests.support.pipelines import oracle_outputs, rows_of
-from tests.support.servers import RealServer, real_server
+from tests.support.servers import RealServer, becomes, real_server
 
 OUTPUTS = OutputSpec(
     (
@@ -78,7 +78,7 @@ async def test_outputs_that_are_not_written_are_acknowledged(
     with server.client() as client:
         add(client, "events", *[fields_of("a", row) for row in rows])
         async with consuming(server.url, artifact, where=f"steep > {limit}") as consumer:
-            await until_true(lambda: consumer.counts["committed"] == 40, "all")
+            await becomes(lambda: consumer.counts["committed"] == 40, "all")
         found: list[Any] = outputs_of(client, "scores")["a"]
         assert [at for at, _ in found] == np.flatnonzero(expected[:, column] > limit).tolist()
         assert client.xpending("events", "carry")["pending"] == 0
