@@ -41,11 +41,14 @@ def test_ratio_is_taken_round_by_round() -> None:
 def test_targets_are_checked_and_shown() -> None:
     results = make_results()
     verdicts = {(name, bound): verdict for name, bound, _, verdict in check_targets(results)}
-    assert verdicts == {
+    expected = {
         (f"peak/{CARRY} over fastapi", ">= 0.8"): "reached",
         (f"peak/{CARRY} over fastapi", ">= 1"): "not reached",
         (f"cold/{CARRY} s", "<= 2"): "not reached",
     }
+    # there may be targets for the same figures by CPU
+    assert verdicts.items() >= expected.items()
+    assert {name.removesuffix(", by CPU") for name, _ in verdicts} == {name for name, _ in expected}
     shown = show(results)
     for part in ("abc123", f"32/{CARRY}", "0.9 (0.8 to 1.25)", "not reached", "was left out"):
         assert part in shown
