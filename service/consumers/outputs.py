@@ -13,7 +13,7 @@ from service.codec.media import Media, dumps
 from service.codec.reply_writer import ReplyOptions, ReplyWriter
 from service.consumers.where import parse_condition
 from service.core.errors import CarryError
-from service.core.values import FloatRows, StreamHead
+from service.core.values import FloatRows, StreamHead, StreamKey
 from service.store.topics import Destination, NewEntry
 
 OF_ONE_EVENT: Final = ReplyOptions(return_sequences=False)
@@ -22,6 +22,10 @@ MAX_FIELDS: Final = 100
 PACKED_FIELDS: Final = b"carry-fields"
 """The field of a dead letter with all names and values of an entry of more than `MAX_FIELDS`, as an
 array of MessagePack (strings with any bytes): a script cannot write thousands of fields."""
+
+
+Condition = tuple[StreamKey, StreamHead | None]
+"""A stream, and the head that it must have; None if it must not exist."""
 
 
 class OutputWriter:
@@ -97,6 +101,17 @@ def dead_letter(
         "carry-entry", entry_id, "carry-time", now_ms,
     )  # fmt: skip
     return NewEntry(Destination.DEAD_LETTERS, (*added, *fields))
+
+
+def condition_of(key: StreamKey, error: CarryError) -> Condition | None:
+    """The head of a stream on which the error of its chunk depends, if it depends on one."""
+    facts = error.facts
+    if "tag" not in facts:
+        return None
+    if facts["tag"] is None:
+        return key, None
+    epoch, tag = bytes.fromhex(facts["epoch"]), bytes.fromhex(facts["tag"])
+    return key, StreamHead(epoch, tag, facts["position"])
 
 
 def _pack(values: Sequence[bytes]) -> bytes:

@@ -23,7 +23,7 @@ import structlog
 
 from service.consumers.config import ConsumerConfig
 from service.consumers.events import Event, EventReader
-from service.consumers.outputs import OutputWriter, dead_letter
+from service.consumers.outputs import Condition, OutputWriter, condition_of, dead_letter
 from service.consumers.waiting import WaitingEvents
 from service.core.errors import (
     AlreadyApplied,
@@ -64,10 +64,10 @@ an entry, up to `longest_poll_s`, and is halved by each one with entries."""
 RETRY_S: Final = 0.05
 """Pause before a topic is acquired again, doubled with each failure in a row up to 32 times."""
 
+DEAD: Final = "dead_letters"
 MAX_ATTEMPTS: Final = 3
 """How often an event is computed that fails with an internal error, before it is rejected."""
 
-Condition = tuple[StreamKey, StreamHead | None]
 OnReply = Callable[[Reply | CarryError], None]
 
 log = structlog.get_logger(__name__)
@@ -149,7 +149,7 @@ class OwnedTopic:
         self._waiting = WaitingEvents()
         self._submitted: dict[StreamKey, Submitted] = {}
         self._halted: set[str] = set()
-        self._rejected: list[TopicItem] = []
+        self._rejected: list[tuple[str, TopicItem]] = []
         self._writing: asyncio.Task[None] | None = None
         self._attempts: Counter[bytes] = Counter()
 
@@ -242,7 +242,7 @@ class OwnedTopic:
         while self._submitted or self._writing is not None:
             await asyncio.sleep(POLL_S)
             self._queue.release(self._waiting.clear())
-        for item in self._rejected:
+        for _, item in self._rejected:
             self._queue.release(len(item.ids))
         self._rejected.clear()
         self._unacknowledged.clear()
@@ -293,8 +293,7 @@ class OwnedTopic:
         self._unacknowledged[entry.id] = None
         if entry.fields is None:
             # deleted before it was processed
-            self._queue.counts["deleted"] += 1
-            self._write(TopicItem([entry.id]))
+            self._write("deleted", TopicItem([entry.id]))
             return
         try:
             event = self._reader.read(entry)
@@ -395,10 +394,10 @@ class OwnedTopic:
         """Decide what follows from the error of a chunk, which the batcher no longer has."""
         first = events[0]
         if isinstance(error, AlreadyApplied):
-            self._drop_duplicates(events, self._condition(first.stream, error))
+            self._drop_duplicates(events, condition_of(self._reader.key(first.stream), error))
         elif isinstance(error, PositionBehind) and first.position is not None:
             at = min(len(events), max(1, error.facts["expected"] - first.position))
-            self._drop_duplicates(events[:at], self._condition(first.stream, error))
+            self._drop_duplicates(events[:at], condition_of(self._reader.key(first.stream), error))
             self._waiting.put_back(events[at:])
         elif isinstance(error, InternalError | InferenceTimeout):
             self._attempts[first.id] += 1
@@ -426,7 +425,6 @@ class OwnedTopic:
         self, entry_id: bytes, fields: Sequence[bytes], error: CarryError, stream: str | None
     ) -> None:
         """Write a dead letter; its stream halts, if it shall."""
-        self._queue.counts["dead_letters"] += 1
         log.warning(
             "entry_rejected",
             topic=self.keys.topic,
@@ -437,52 +435,50 @@ class OwnedTopic:
         )
         letter = dead_letter(entry_id, fields, error, stream)
         if self._config.on_error == "continue" or stream is None:
-            condition = self._condition(stream or "", error)
-            self._write(TopicItem([entry_id], [letter], condition=condition))
+            condition = condition_of(self._reader.key(stream or ""), error)
+            self._write(DEAD, TopicItem([entry_id], [letter], condition=condition))
         elif stream in self._halted:
             # another process may have let it go on: then the topic is lost, and read again
-            self._write(TopicItem([entry_id], [letter], halted=stream))
+            self._write(DEAD, TopicItem([entry_id], [letter], halted=stream))
         else:
-            condition = self._condition(stream, error)
-            self._write(TopicItem([entry_id], [letter], condition=condition, halts=stream))
+            condition = condition_of(self._reader.key(stream), error)
+            self._write(DEAD, TopicItem([entry_id], [letter], condition=condition, halts=stream))
             self._halted.add(stream)
             for event in self._waiting.take_all(stream):
                 self._reject(event.id, event.fields, _halts(stream), stream)
 
-    def _condition(self, stream: str, error: CarryError) -> Condition | None:
-        """The head of a stream on which an error depends, if it depends on one."""
-        facts = error.facts
-        if "tag" not in facts:
-            return None
-        head = None
-        if facts["tag"] is not None:
-            epoch, tag = bytes.fromhex(facts["epoch"]), bytes.fromhex(facts["tag"])
-            head = StreamHead(epoch, tag, facts["position"])
-        return self._reader.key(stream), head
-
     def _drop_duplicates(self, events: Sequence[Event], condition: Condition | None) -> None:
         """Acknowledge events that were applied before; their outputs are written already."""
-        self._queue.counts["duplicates"] += len(events)
-        self._write(TopicItem([event.id for event in events], condition=condition))
+        ids = [event.id for event in events]
+        self._write("duplicates", TopicItem(ids, condition=condition))
 
     # Acknowledgements
 
-    def _write(self, item: TopicItem) -> None:
-        """Commit an item without a chunk soon, together with others."""
-        self._rejected.append(item)
+    def _write(self, kind: str, item: TopicItem) -> None:
+        """Commit an item without a chunk soon, together with others.
+
+        Args:
+            kind: what it is counted as.
+        """
+        self._rejected.append((kind, item))
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write_rejected())
 
     async def _write_rejected(self) -> None:
         try:
             while self._rejected and self.fence is not None:
-                items, self._rejected = self._rejected, []
+                rejected, self._rejected = self._rejected, []
                 deadline_s = time.monotonic() + self._config.lease_s
+                items = [item for _, item in rejected]
                 results = await self._commit(self.fence, items, deadline_s)
-                for index, item in enumerate(items):
-                    if results is not None and results[index] is not COMMITTED:
-                        self.lose(str(results[index]))
-                    self._acknowledged(item.ids)
+                for at, (kind, item) in enumerate(rejected):
+                    if results is not None and results[at] is COMMITTED:
+                        self._queue.counts[kind] += len(item.ids)
+                        self._acknowledged(item.ids)
+                    else:
+                        self._queue.release(len(item.ids))
+                        if results is not None and self.fence is not None:
+                            self.lose(str(results[at]))
         finally:
             self._writing = None
 

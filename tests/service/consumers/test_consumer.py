@@ -376,6 +376,24 @@ async def test_a_full_store_is_waited_for(own_server: RealServer, artifact: Arti
         assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
 
 
+async def test_attempts_to_reject_events_pause_while_the_store_is_full(
+    own_server: RealServer, artifact: Artifact
+) -> None:
+    """Each attempt is later than the one before it, and what fails is not counted."""
+    with own_server.client() as client:
+        async with consuming(own_server.url, artifact) as consumer:
+            await becomes(lambda: consumer.count_owned() == 1, "the owner")
+            pipe = client.pipeline(transaction=True)
+            pipe.xadd("events", {"stream": "a", "event": "[1]"})
+            pipe.config_set("maxmemory", 1)
+            pipe.execute()
+            await becomes(lambda: consumer.topics["events"]._failures >= 4, "attempts")
+            assert consumer.counts["dead_letters"] == 0
+            own_server.configure("maxmemory", 0)
+            await until_count(client, "events:dead", 1)
+            await becomes(lambda: consumer.counts["dead_letters"] == 1, "the count")
+
+
 async def test_outputs_of_blocks_have_the_positions_of_their_events(
     server: RealServer, client: Any, tmp_path: Path
 ) -> None:
