@@ -1,8 +1,6 @@
 """HTTP/2 connections of a server: frames, header blocks, flow control and limits (RFC 9113).
 
-A server subclasses `Http2Stream`: one request and its response. The library hpack decompresses
-header blocks; a block that only refers to the table is decoded once. Blocks that are sent refer to
-no table (`encode_headers`).
+A server subclasses `Http2Stream`: one request and its response. `http2_headers` has header blocks.
 
 A client that sends what the protocol forbids, or that floods the connection with frames which carry
 no data, gets a GOAWAY, and the connection is closed. What a stream holds unread is bounded by its
@@ -17,9 +15,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
-from hpack import Decoder, HPACKError
 
 from service.server.connections import Connection, Connections, Phase
+from service.server.http2_headers import MAX_HEADERS_BYTES, HeadDecoder, Headers
 from service.server.http2_stream import (
     ACK,
     END_HEADERS,
@@ -41,25 +39,22 @@ from service.server.http2_stream import (
 from service.server.reading import LONG_BODY_BYTES, UNCONSUMED, ReadingFlow
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-MAX_HEADERS_BYTES: Final = 16_384
-"""Longest header block, compressed and as the list of headers."""
-
 CONNECTION_WINDOW: Final = 1024 * 1024
 """The same of a connection, whose bytes count as consumed once they are received."""
 
 MAX_STREAMS: Final = 1024
 """Concurrent streams of one connection."""
 
-STREAMS_AT_ONCE: Final = 64
-"""Most streams that a connection opens before others are served."""
+WORK_AT_ONCE: Final = 1024
+"""Most frames of a connection that are processed before others are served, in some 3 ms. A request,
+and every 16 bytes of a header block, count as much as `BLOCK_WORK` and one more."""
+
+BLOCK_WORK: Final = 15
 
 MAX_CONTROL_FRAMES: Final = 1000
 CONTROL_INTERVAL_S: Final = 10.0
-"""A client may send so many frames without data in this time: pings, settings, resets, and others
-that are no progress."""
-
-CACHED_BLOCKS: Final = 64
-"""Most decoded header blocks that a connection caches."""
+"""A client may send so many frames without data in this time, and one more for each response:
+pings, settings, resets, and others that are no progress."""
 
 _DEFAULT_WINDOW: Final = 65_535
 _MAX_WINDOW: Final = 2**31 - 1
@@ -91,25 +86,26 @@ class Http2Connection(Connection, asyncio.Protocol):
     def __init__(
         self,
         connections: Connections,
-        read_head: Callable[[list[tuple[bytes, bytes]]], Any],
+        read_head: Callable[[Headers], Any],
         accept: Accept,
     ):
         self.loop = asyncio.get_running_loop()
         self._connections = connections
-        self._read_head = read_head
         self._accept = accept
-        self._decoder = Decoder(max_header_list_size=MAX_HEADERS_BYTES)
-        self._heads: dict[bytes, Any] = {}
+        self._heads = HeadDecoder(read_head)
         self._streams: dict[int, Http2Stream] = {}
         self._unsent: dict[Http2Stream, float] = {}
+        self._is_window_wider = False
+        self._expiry: asyncio.TimerHandle | None = None
         self._last_id = 0
         self._buffer = PREFACE[:0]
         self._has_preface = False
         self._block: tuple[int, int, bytearray] | None = None
-        self._opened = 0
+        self._work = 0
         self._unrestored_bytes = 0
         self._out: list[bytes] = []
         self._control_frames, self._control_since_s = 0, self.loop.time()
+        self._control_progress = 0
         self._has_pinged = False
         self._is_retiring = False
         self.is_write_paused = False
@@ -189,12 +185,17 @@ class Http2Connection(Connection, asyncio.Protocol):
             self._connections.turns.wait(self._flow)
         try:
             self._buffer = self._process(self._buffer + data if self._buffer else data)
+            if self._is_window_wider:
+                self._is_window_wider = False
+                self._send_unsent(list(self._unsent))
         except Http2Error as error:
             self._fail(error)
 
     def connection_lost(self, error: Exception | None) -> None:
         """The connection ended, and with it all streams."""
         self._cancel_streams()
+        if self._expiry is not None:
+            self._expiry.cancel()
         self._connections.turns.forget(self._flow)
         self._connections.remove(self)
 
@@ -227,8 +228,9 @@ class Http2Connection(Connection, asyncio.Protocol):
         if that takes too long."""
         if stream not in self._unsent:
             self._unsent[stream] = self.loop.time()
-            if len(self._unsent) == 1:
-                self.loop.call_later(self._connections.limits.send_timeout_s, self._expire_unsent)
+            if self._expiry is None:
+                timeout_s = self._connections.limits.send_timeout_s
+                self._expiry = self.loop.call_later(timeout_s, self._expire_unsent)
 
     def remove(self, stream: Http2Stream) -> None:
         """Forget a stream that has ended."""
@@ -244,9 +246,9 @@ class Http2Connection(Connection, asyncio.Protocol):
         if data and not self._is_lingering and not self.transport.is_closing():
             self.transport.write(data)
 
-    def _send_unsent(self) -> None:
+    def _send_unsent(self, streams: list[Http2Stream]) -> None:
         sent, now_s = [], self.loop.time()
-        for stream in list(self._unsent):
+        for stream in streams:
             before = len(stream.unsent)
             if stream.send():
                 self._unsent.pop(stream, None)
@@ -266,8 +268,9 @@ class Http2Connection(Connection, asyncio.Protocol):
         for stream in [each for each, began_s in self._unsent.items() if began_s <= since_s]:
             stream.cancel()
             stream.reset(Code.CANCEL)
+        self._expiry = None
         if self._unsent:
-            self.loop.call_later(timeout_s / 4, self._expire_unsent)
+            self._expiry = self.loop.call_later(timeout_s / 4, self._expire_unsent)
 
     def _close_if_done(self) -> None:
         if self._is_retiring and not self._streams and not self._is_lingering:
@@ -298,7 +301,7 @@ class Http2Connection(Connection, asyncio.Protocol):
     def _process(self, data: bytes) -> bytes:
         """Process complete frames; returns the bytes after them."""
         at, size = 0, len(data)
-        self._opened = 0
+        self._work = 0
         if not self._has_preface:
             if not data.startswith(PREFACE[:size]):
                 self.abort()
@@ -325,7 +328,8 @@ class Http2Connection(Connection, asyncio.Protocol):
                 # priorities, and types that are ignored, as the protocol requires
                 self._count_control_frame()
             at = end
-            if self._opened >= STREAMS_AT_ONCE:
+            self._work += 1
+            if self._work >= WORK_AT_ONCE:
                 self._connections.turns.wait(self._flow, self._continue)
                 break
         return data[at:]
@@ -363,6 +367,7 @@ class Http2Connection(Connection, asyncio.Protocol):
         if flags & PADDED:
             payload = without_padding(payload)
         if flags & PRIORITY:
+            check_length(payload[:5], 5)
             payload = payload[5:]
         if flags & END_HEADERS:
             self._open(flags, stream_id, payload)
@@ -383,7 +388,8 @@ class Http2Connection(Connection, asyncio.Protocol):
 
     def _open(self, flags: int, stream_id: int, block: bytes) -> None:
         """Open the stream of a header block, or end its request with trailers."""
-        head = self._decode(block)
+        self._work += BLOCK_WORK + len(block) // 16
+        head = self._heads.decode(block)
         stream = self._streams.get(stream_id)
         if stream is not None and not stream.has_received_all:
             if not flags & END_STREAM:
@@ -399,7 +405,6 @@ class Http2Connection(Connection, asyncio.Protocol):
             # its number is above that of GOAWAY, so its client knows that it was not processed
             return
         self._last_id = stream_id
-        self._opened += 1
         if len(self._streams) >= MAX_STREAMS:
             self._count_control_frame()
             self.write(encode_reset(stream_id, Code.REFUSED_STREAM))
@@ -415,25 +420,6 @@ class Http2Connection(Connection, asyncio.Protocol):
         stream.has_received_all = True
         if stream.is_open and stream.trailers is None:
             stream.receive_end()
-
-    def _decode(self, block: bytes) -> Any:
-        """The head in a header block.
-
-        A block whose bytes all have the highest bit set refers to the table and does not change it,
-        so its head is cached until another block may change the table.
-        """
-        head = self._heads.get(block)
-        if head is not None:
-            return head
-        try:
-            head = self._read_head(list(self._decoder.decode(block, raw=True)))
-        except HPACKError as error:
-            raise Http2Error(Code.COMPRESSION_ERROR, "a header block cannot be decoded") from error
-        if not block or min(block) < 0x80 or len(self._heads) >= CACHED_BLOCKS:
-            self._heads.clear()
-        else:
-            self._heads[block] = head
-        return head
 
     def _receive_reset(self, flags: int, stream_id: int, payload: bytes) -> None:
         self._count_control_frame()
@@ -454,11 +440,9 @@ class Http2Connection(Connection, asyncio.Protocol):
             if name == _INITIAL_WINDOW:
                 if value > _MAX_WINDOW:
                     raise Http2Error(Code.FLOW_CONTROL_ERROR, "the initial window is too large")
-                for stream in self._streams.values():
-                    _widen(stream, value - self.initial_window)
                 self.initial_window = value
+                self._is_window_wider = True
         self.write(encode_frame(Kind.SETTINGS, ACK, 0))
-        self._send_unsent()
 
     def _receive_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
         self._count_control_frame()
@@ -469,16 +453,20 @@ class Http2Connection(Connection, asyncio.Protocol):
     def _receive_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
         check_length(payload, 4)
         size = int.from_bytes(payload) & _MAX_WINDOW
+        if not size:
+            raise Http2Error(Code.PROTOCOL_ERROR, "a window is widened by nothing")
         if stream_id == 0:
-            _widen(self, size)
-        else:
-            self._check_was_opened(stream_id)
-            stream = self._streams.get(stream_id)
-            if stream is None:
-                return
-            _widen(stream, size)
-        if self._unsent:
-            self._send_unsent()
+            self.window += size
+            _check_window(self.window)
+            self._is_window_wider = True
+            return
+        self._check_was_opened(stream_id)
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            stream.window += size
+            _check_window(stream.window + self.initial_window)
+            if stream in self._unsent:
+                self._send_unsent([stream])
 
     def _check_was_opened(self, stream_id: int) -> None:
         """Frames of streams that have ended are ignored: they may have crossed the end."""
@@ -487,14 +475,14 @@ class Http2Connection(Connection, asyncio.Protocol):
 
     def _count_control_frame(self) -> None:
         self._control_frames += 1
-        if self._control_frames > MAX_CONTROL_FRAMES:
+        if self._control_frames > MAX_CONTROL_FRAMES + self.progress - self._control_progress:
             now_s = self.loop.time()
             if now_s - self._control_since_s < CONTROL_INTERVAL_S:
                 raise Http2Error(Code.ENHANCE_YOUR_CALM, "too many frames without data")
             self._control_frames, self._control_since_s = 1, now_s
+            self._control_progress = self.progress
 
 
-def _widen(target: Http2Stream | Http2Connection, size: int) -> None:
-    target.window += size
-    if target.window > _MAX_WINDOW:
+def _check_window(size: int) -> None:
+    if size > _MAX_WINDOW:
         raise Http2Error(Code.FLOW_CONTROL_ERROR, "a window is larger than the largest")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
@@ -67,26 +66,6 @@ def encode_frame(kind: Kind, flags: int, stream: int, payload: bytes = b"") -> b
     return HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
 
 
-def encode_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A header block of literals, which neither uses nor changes the table of the client."""
-    return b"".join(
-        b"\0%b%b%b%b" % (_length(name), name, _length(value), value) for name, value in headers
-    )
-
-
-def _length(value: bytes) -> bytes:
-    """The length of a literal: an integer of HPACK with a prefix of 7 bits."""
-    size = len(value)
-    if size < 127:
-        return bytes((size,))
-    encoded, size = bytearray((127,)), size - 127
-    while size >= 128:
-        encoded.append(size & 127 | 128)
-        size >>= 7
-    encoded.append(size)
-    return bytes(encoded)
-
-
 def without_padding(payload: bytes) -> bytes:
     """The payload of a padded frame.
 
@@ -113,6 +92,7 @@ class Http2Stream(ABC):
 
     Attributes:
         has_received_all: whether the client has sent all.
+        window: bytes that the client allows beyond its initial window of streams; often negative.
         reads: whether received bytes are consumed; otherwise the client's window is not restored.
         is_open: whether it is neither finished, nor reset, nor cancelled.
     """
@@ -124,7 +104,7 @@ class Http2Stream(ABC):
     def __init__(self, connection: Http2Connection, identity: int):
         self.connection = connection
         self.id = identity
-        self.window = connection.initial_window
+        self.window = 0
         self.unread_bytes = 0
         self.unsent = bytearray()
         self.trailers: bytes | None = None
@@ -168,7 +148,8 @@ class Http2Stream(ABC):
         """Write bytes of the response: now, or once the client's windows allow it."""
         size, connection = len(data), self.connection
         connection.progress += 1
-        if not self.unsent and size <= min(self.window, connection.window, MAX_FRAME_BYTES):
+        window = self.window + connection.initial_window
+        if not self.unsent and size <= min(window, connection.window, MAX_FRAME_BYTES):
             self.window -= size
             connection.window -= size
             connection.write(HEAD.pack(size << 8, 0, self.id) + data)
@@ -191,14 +172,16 @@ class Http2Stream(ABC):
     def send(self) -> bool:
         """Send what is unsent as far as the windows allow; returns whether all has left."""
         unsent, connection = self.unsent, self.connection
-        while unsent and (size := min(self.window, connection.window, MAX_FRAME_BYTES)) > 0:
+        while unsent:
+            window = self.window + connection.initial_window
+            size = min(window, connection.window, MAX_FRAME_BYTES)
+            if size <= 0:
+                return False
             part = bytes(unsent[:size])
             del unsent[:size]
             self.window -= len(part)
             connection.window -= len(part)
             connection.write(encode_frame(Kind.DATA, 0, self.id, part))
-        if unsent:
-            return False
         if self.trailers is not None:
             self._write_trailers(self.trailers)
         return True

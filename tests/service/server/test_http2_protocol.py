@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,16 @@ from hpack import Encoder
 
 from service.server import http2_protocol
 from service.server.connections import Connections, Phase
+from service.server.http2_headers import (
+    CACHED_BLOCK_BYTES,
+    CACHED_BLOCKS,
+    MAX_HEADERS_BYTES,
+    HeadDecoder,
+    encode_headers,
+)
 from service.server.http2_protocol import (
     CONNECTION_WINDOW,
     MAX_CONTROL_FRAMES,
-    MAX_HEADERS_BYTES,
     PREFACE,
     Http2Connection,
 )
@@ -34,7 +41,6 @@ from service.server.http2_stream import (
     Http2Stream,
     Kind,
     encode_frame,
-    encode_headers,
 )
 from service.server.settings import ConnectionSettings
 from tests.support.servers import becomes
@@ -240,6 +246,53 @@ async def test_no_more_is_sent_than_the_windows_allow() -> None:
         assert (await client.receive())[3] == TRAILERS
 
 
+@pytest.mark.parametrize(
+    "frames",
+    [
+        encode_frame(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)),
+        encode_frame(Kind.WINDOW_UPDATE, 0, 1, struct.pack(">I", 1)),
+        encode_frame(Kind.SETTINGS, 0, 0),
+        encode_frame(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 0) * 20),
+    ],
+)
+async def test_frames_that_widen_windows_do_not_each_try_to_send_all_streams(
+    frames: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a thousand of each took the event loop for seconds."""
+    sends = []
+    monkeypatch.setattr(
+        Echo, "send", lambda self: sends.append(Http2Stream.send(self)) or sends[-1]
+    )
+    async with connected(struct.pack(">HI", INITIAL_WINDOW, 0)) as (client, _):
+        for stream in range(1, 201, 2):
+            client.open(stream)
+            client.send(Kind.DATA, 0, stream, bytes(1000))
+        await client.settle()
+        sends.clear()
+        client.writer.write(frames * 500)
+        await client.settle()
+    assert len(sends) <= 2000
+
+
+async def test_time_of_unsent_responses_is_checked_by_one_timer() -> None:
+    """However often a client lets them wait."""
+    async with connected(struct.pack(">HI", INITIAL_WINDOW, 0)) as (client, connections):
+        await client.settle()
+        [connection] = connections._seen
+        timers, loop = [], connection.loop
+        connection.loop = SimpleNamespace(  # type: ignore[assignment]
+            call_soon=loop.call_soon,
+            time=loop.time,
+            call_later=lambda *timer: timers.append(timer) or loop.call_later(*timer),
+        )
+        for stream in range(1, 21, 2):
+            client.open(stream)
+            client.send(Kind.DATA, END_STREAM, stream, b"x")
+            client.send(Kind.WINDOW_UPDATE, 0, stream, struct.pack(">I", 1))
+            await client.receive_until(Kind.HEADERS, is_found=lambda flags, *_: flags & END_STREAM)
+        assert len(timers) == 1
+
+
 async def test_streams_share_the_window_of_the_connection() -> None:
     async with connected(LARGE_WINDOWS) as (client, _):
         total = 2**16 - 1
@@ -295,7 +348,7 @@ def frames_of(count: int, *frame: Any) -> bytes:
 
 OPEN = encode_frame(Kind.HEADERS, END_HEADERS, 1, REQUEST)
 OF_SERVER = encode_frame(Kind.HEADERS, END_HEADERS, 2, REQUEST)
-MANY = MAX_CONTROL_FRAMES + 1
+MANY = MAX_CONTROL_FRAMES + 2  # one more for the response
 HOSTILE: dict[str, tuple[bytes, Code]] = {
     "a long frame": (
         encode_frame(Kind.DATA, 0, 1, bytes(MAX_FRAME_BYTES + 1)),
@@ -334,6 +387,14 @@ HOSTILE: dict[str, tuple[bytes, Code]] = {
         Code.FRAME_SIZE_ERROR,
     ),
     "a ping of another length": (encode_frame(Kind.PING, 0, 0, bytes(7)), Code.FRAME_SIZE_ERROR),
+    "a window that is widened by nothing": (
+        encode_frame(Kind.WINDOW_UPDATE, 0, 0, bytes(4)),
+        Code.PROTOCOL_ERROR,
+    ),
+    "a priority of another length": (
+        encode_frame(Kind.HEADERS, END_HEADERS | PRIORITY, 1, bytes(4)),
+        Code.FRAME_SIZE_ERROR,
+    ),
     "too large an initial window": (
         encode_frame(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 2**31)),
         Code.FLOW_CONTROL_ERROR,
@@ -414,6 +475,19 @@ async def test_control_frames_are_limited_by_time(monkeypatch: pytest.MonkeyPatc
     async with connected() as (client, _):
         client.writer.write(frames_of(3 * MANY, Kind.PING, 0, 0, bytes(8)))
         await client.settle()
+
+
+async def test_client_may_ping_for_each_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As clients do that measure the bandwidth, those in Go among them."""
+    monkeypatch.setattr(http2_protocol, "CONTROL_INTERVAL_S", 600.0)
+    async with connected(LARGE_WINDOWS) as (client, _):
+        client.open(1)
+        for _ in range(3 * MANY):
+            client.send(Kind.DATA, 0, 1, b"x")
+            client.send(Kind.PING, 0, 0, bytes(8))
+        await client.receive_data(3 * MANY)
+        client.writer.write(frames_of(2 * MANY, Kind.PING, 0, 0, bytes(8)))
+        assert await client.expect_end() == Code.ENHANCE_YOUR_CALM
 
 
 async def test_streams_above_the_limit_are_refused() -> None:
@@ -552,16 +626,46 @@ async def test_connection_waits_for_its_turn_after_many_bytes() -> None:
         assert turns.on_turn
 
 
-async def test_connection_waits_for_its_turn_after_many_streams() -> None:
-    async with connected() as (client, connections):
+@pytest.mark.parametrize(
+    ("frame", "count"),
+    [
+        (encode_frame(Kind.HEADERS, END_HEADERS, 0, REQUEST), 65),
+        (encode_frame(Kind.HEADERS, END_HEADERS, 0, b" " * MAX_HEADERS_BYTES), 2),
+        (encode_frame(Kind.DATA, 0, 0, b"x"), http2_protocol.WORK_AT_ONCE + 1),
+    ],
+    ids=["streams", "bytes of headers", "frames"],
+)
+async def test_connection_waits_for_its_turn_after_much_work(frame: bytes, count: int) -> None:
+    async with connected(LARGE_WINDOWS) as (client, connections):
+        client.open(1)
         await client.settle()
         turns: Any = Turns()
         connections.turns = turns
-        count = http2_protocol.STREAMS_AT_ONCE + 1
+        is_data = frame[3] == Kind.DATA
+        streams = [1 if is_data else 2 * at + 3 for at in range(count)]
         client.writer.writelines(
-            [encode_frame(Kind.HEADERS, END_HEADERS, 2 * at + 1, REQUEST) for at in range(count)]
+            [frame[:5] + struct.pack(">I", stream) + frame[9:] for stream in streams]
         )
         await becomes(lambda: turns.on_turn, "the end of the turn")
-        assert len(Echo.opened) == count - 1
-        turns.on_turn[0]()
-        assert len(Echo.opened) == count
+
+        def processed() -> int:
+            return len(Echo.opened[0].received) if is_data else len(Echo.opened) - 1
+
+        assert count - 5 <= processed() < count
+        while turns.on_turn:
+            if (on_turn := turns.on_turn.pop()) is not None:
+                on_turn()
+        await becomes(lambda: processed() == count, "the rest")
+
+
+def test_no_more_heads_are_cached_than_need_little_memory() -> None:
+    """Each byte of a block may be a header."""
+    read: list[int] = []
+    decoder = HeadDecoder(lambda headers: read.append(len(headers)) or tuple(headers))
+    for _ in range(3):
+        decoder.decode(b"\x82" * CACHED_BLOCK_BYTES)
+        decoder.decode(b"\x82" * (CACHED_BLOCK_BYTES + 1))
+    assert read == [CACHED_BLOCK_BYTES, *[CACHED_BLOCK_BYTES + 1] * 3]
+    for count in range(1, 10 * CACHED_BLOCKS):
+        decoder.decode(b"\x83" * (count % CACHED_BLOCK_BYTES))
+        assert len(decoder._heads) <= CACHED_BLOCKS

@@ -19,8 +19,9 @@ import msgspec
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import BodyTooLarge, CarryError, MalformedBody
+from service.server.http2_headers import encode_headers
 from service.server.http2_protocol import Http2Connection
-from service.server.http2_stream import Http2Stream, encode_headers
+from service.server.http2_stream import Http2Stream
 from service.telemetry.logs import RequestIds
 from service.transports.common.failure_log import log_client_disconnect
 from service.transports.v1.request_log import is_request_id
