@@ -44,11 +44,13 @@ MOVES_AT_ONCE: Final = 64
 """Topics that are released to other members in one `JOIN_INTERVAL_S`: none of them waits until all
 others are acquired."""
 
-ACQUIRE_PAUSE_S: Final = 0.001
-"""Pause between two attempts to acquire topics of members, for each of them."""
+ACQUIRE_PAUSE_S: Final = 0.3
+EXPIRY_PAUSE_S: Final = 1.0
+"""Longest pauses between two attempts to acquire a topic of a member, which releases it soon, and
+of an owner that died, whose lease has to expire."""
 
-MIN_ACQUIRE_PAUSE_S: Final = 0.2
-MAX_ACQUIRE_PAUSE_S: Final = 1.0
+STATUS_AT_ONCE: Final = 16
+"""Topics whose status is read at a time."""
 
 EVENTS_PER_CHUNK: Final = 8
 """Entries in memory, for each chunk that the batcher may have."""
@@ -88,7 +90,6 @@ class Consumer:
         self.counts: Counter[str] = Counter()
         self.topics: dict[str, OwnedTopic] = {}
         self.longest_poll_s = MIN_IDLE_POLL_S
-        self._acquire_pause_s = MIN_ACQUIRE_PAUSE_S
         self._pipeline = pipeline
         self._store = store
         self._config = config
@@ -192,8 +193,6 @@ class Consumer:
                 self.topics[name].release()
                 moves += 1
         self.longest_poll_s = max(MIN_IDLE_POLL_S, IDLE_POLL_S * len(self.topics))
-        pause_s = ACQUIRE_PAUSE_S * (len(self.topics) - self.count_owned())
-        self._acquire_pause_s = min(max(MIN_ACQUIRE_PAUSE_S, pause_s), MAX_ACQUIRE_PAUSE_S)
 
     def _topic(self, keys: TopicKeys) -> OwnedTopic:
         return OwnedTopic(
@@ -235,17 +234,18 @@ class Consumer:
     async def read_status(self) -> list[TopicStatus]:
         """Read how far the topics that it owns were read."""
         owned = [topic.keys for topic in self.topics.values() if topic.fence is not None]
-        found = await asyncio.gather(*map(self._store.topics.status, owned))
+        found: list[TopicStatus | None] = []
+        # no commit waits long behind them
+        for at in range(0, len(owned), STATUS_AT_ONCE):
+            topics = owned[at : at + STATUS_AT_ONCE]
+            found += await asyncio.gather(*map(self._store.topics.status, topics))
         return [status for status in found if status is not None]
 
     # `service.consumers.topic.Queue`
 
     def acquire_pause_s(self, owner: str) -> float:
-        """Longest pause between two attempts to acquire a topic of another owner: short if that is
-        a member, which releases it soon; otherwise its lease has to expire."""
-        if owner not in self._members:
-            return MAX_ACQUIRE_PAUSE_S
-        return self._acquire_pause_s
+        """Longest pause between two attempts to acquire a topic of another owner."""
+        return ACQUIRE_PAUSE_S if owner in self._members else EXPIRY_PAUSE_S
 
     async def reserve(self, most: int) -> int:
         """Wait until entries may be read; returns how many, which are reserved."""

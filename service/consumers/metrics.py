@@ -17,7 +17,8 @@ from service.telemetry.metrics import makers_of
 
 SAMPLE_INTERVAL_S: Final = 1.0
 STATUS_INTERVAL_S: Final = 5.0
-"""Time between two reads of how far the topics of this consumer were read."""
+STATUS_S_PER_TOPIC: Final = 0.02
+"""Time between two reads of how far the topics of this consumer were read, at least."""
 
 TOPIC: Final = ("topic",)
 RESULTS: Final = ("committed", "duplicates", "dead_letters", "deleted")
@@ -68,7 +69,8 @@ class ConsumerMetrics:
         while True:
             self.sample()
             if time.monotonic() >= read_at_s:
-                read_at_s = time.monotonic() + STATUS_INTERVAL_S
+                interval_s = max(STATUS_INTERVAL_S, STATUS_S_PER_TOPIC * len(self._consumer.topics))
+                read_at_s = time.monotonic() + interval_s
                 try:
                     self.show(await self._consumer.read_status())
                 except CarryError as error:
