@@ -14,11 +14,13 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from service.core.errors import CarryError, Overloaded
 from service.server.connections import BODY_BYTES_PER_S
 from service.server.errors import RequestTimeout
+from service.server.http2_stream import Code
 from service.server.settings import ConnectionSettings
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v2.settings import V2Settings
@@ -34,7 +36,8 @@ RECEIVE_S: Final = 5.0
 """Longest time until such a message has arrived."""
 
 MAX_PROBES: Final = 1000
-"""Most probes whose reply is not sent yet: a client may delay it by flow control."""
+"""Most probes whose reply is not sent yet: a client may delay it by flow control. A further one
+resets the oldest, since others take milliseconds."""
 
 MAX_STREAMS: Final = 64
 """Most streams of health and reflection without a key."""
@@ -56,7 +59,7 @@ class Admission:
         max_bytes = settings.grpc_max_message_bytes
         receive_s = connections.body_timeout_s + max_bytes / BODY_BYTES_PER_S
         self.calls = Slots(settings.grpc_max_calls)
-        self.probes = Slots(MAX_PROBES)
+        self.probes = Slots(MAX_PROBES, ends_oldest=True)
         self.streams = Slots(MAX_STREAMS)
         max_pending_bytes = max(connections.max_pending_body_bytes, max_bytes)
         self.messages = MessageRoom(max_pending_bytes, receive_s)
@@ -79,10 +82,16 @@ class Admission:
 
 
 class Slots:
-    """Bounds concurrent calls. Each counts until its reply is sent."""
+    """Bounds concurrent calls. Each counts until its reply is sent.
 
-    def __init__(self, limit: int):
-        self._limit = self._free = limit
+    Args:
+        ends_oldest: whether a further call resets the oldest one, and is not rejected.
+    """
+
+    def __init__(self, limit: int, *, ends_oldest: bool = False):
+        self._limit = limit
+        self._ends_oldest = ends_oldest
+        self._calls: dict[Call, None] = {}
 
     def acquire(self, call: Call) -> None:
         """Take a slot until the call ends.
@@ -90,14 +99,15 @@ class Slots:
         Raises:
             Overloaded: there are too many.
         """
-        if self._free == 0:
-            detail = f"expected at most {self._limit} concurrent calls, got one more"
-            raise Overloaded(detail, retry_after_s=1)
-        self._free -= 1
-        call.on_release.append(self._release)
-
-    def _release(self) -> None:
-        self._free += 1
+        if len(self._calls) >= self._limit:
+            if not self._ends_oldest:
+                detail = f"expected at most {self._limit} concurrent calls, got one more"
+                raise Overloaded(detail, retry_after_s=1)
+            oldest = next(iter(self._calls))
+            oldest.cancel()
+            oldest.reset(Code.ENHANCE_YOUR_CALM)
+        self._calls[call] = None
+        call.on_release.append(partial(self._calls.pop, call))
 
 
 class MessageRoom:
@@ -116,6 +126,7 @@ class MessageRoom:
         self._used_bytes = 0
         self._receiving: dict[Call, float] = {}
         self._waiting: deque[Callable[[], None]] = deque()
+        self._is_notifying = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -155,9 +166,14 @@ class MessageRoom:
         if change > 0:
             while self._used_bytes > self._limit_bytes and self._receiving:
                 self._end_oldest()
-        else:
-            while self._waiting and not self.is_full:
-                self._waiting.popleft()()
+        elif self._waiting and not self._is_notifying:
+            # one that gives back its bytes at once would notify the next one within itself
+            self._is_notifying = True
+            try:
+                while self._waiting and not self.is_full:
+                    self._waiting.popleft()()
+            finally:
+                self._is_notifying = False
 
     def _end_oldest(self) -> None:
         detail = "the message arrived slowly, and other calls need the memory"

@@ -109,10 +109,8 @@ class Handler(ABC):
 class Call(Http2Stream):
     """One call.
 
-    Args:
-        max_bytes: length of the longest message.
-
     Attributes:
+        max_bytes: length of the longest message.
         handler: of its method.
         room: bounds what it receives.
         request_id: the client's, if it is a token, else a new one; the trailing metadata has it.
@@ -135,7 +133,7 @@ class Call(Http2Stream):
         sent = filter(is_request_id, head.values(REQUEST_ID))
         self.request_id = (next(sent, None) or ids.next()).decode()
         self.on_release: list[Callable[[], None]] = []
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._received = bytearray()
         self._needed_bytes = 0
         self._held_bytes = 0
@@ -161,7 +159,7 @@ class Call(Http2Stream):
         needed_bytes = _PREFIX.size
         while self.reads and size - at >= _PREFIX.size:
             flag, length = _PREFIX.unpack_from(data, at)
-            if length > self._max_bytes:
+            if length > self.max_bytes:
                 return self._fail_too_long(length)
             needed_bytes = _PREFIX.size + length
             if size - at < needed_bytes:
@@ -200,7 +198,7 @@ class Call(Http2Stream):
         self._hold()
 
     def _fail_too_long(self, length: int) -> None:
-        limit = self._max_bytes
+        limit = self.max_bytes
         self.drop_received()
         detail = f"message: expected at most {limit} bytes, got {length}"
         self.handler.fail(BodyTooLarge(detail, expected=limit, got=length))
@@ -217,11 +215,12 @@ class Call(Http2Stream):
                     expected=known,
                     got=compression[:100],
                 )
-            message = await asyncio.to_thread(decompress, data, compression, self._max_bytes)
+            message = await asyncio.to_thread(decompress, data, compression, self.max_bytes)
         except CarryError as error:
             if self.is_open and self.trailers is None:
                 self.handler.fail(error)
             return
+        self._task = None
         if self.is_open and self.trailers is None:
             self.reads = True
             self.handler.receive(message)
@@ -233,7 +232,10 @@ class Call(Http2Stream):
         self.reads = False
 
     def start_reading(self) -> None:
-        """Process further messages, first those that were received meanwhile."""
+        """Process further messages, first those that were received meanwhile; later, if one is
+        being decompressed."""
+        if self._task is not None:
+            return
         self.reads = True
         data = bytes(self._received)
         self._received.clear()
@@ -314,6 +316,8 @@ class Call(Http2Stream):
         """End the call, if it has not ended."""
         if not self.is_open or self.trailers is not None:
             return
+        if self._received:
+            self.drop_received()
         trailers = [
             (b"grpc-status", str(int(status)).encode()),
             (REQUEST_ID, self.request_id.encode()),
@@ -344,7 +348,7 @@ class ReadingHandler(Handler):
         call.end_at_deadline()
 
     async def read(self) -> bytes | None:
-        """The next message; None if the client has sent all.
+        """The next message, once the client has received all responses; None if it has sent all.
 
         Raises:
             CarryError: it does not arrive in time, or there is no room for it.
@@ -352,8 +356,12 @@ class ReadingHandler(Handler):
         call, room = self.call, self.call.room
         if self._message is None and self._error is None:
             call.start_reading()
-        while self._message is None and self._error is None and not self._has_all:
-            room.begin(call)
+        while self._error is None:
+            has_next = self._message is not None or self._has_all
+            if has_next and call.can_write:
+                break
+            if not has_next:
+                room.begin(call)
             self._waiting = call.connection.loop.create_future()
             await self._waiting
         room.end(call)
@@ -383,6 +391,10 @@ class ReadingHandler(Handler):
     def receive_end(self) -> None:
         """The client has sent all."""
         self._has_all = True
+        self._wake()
+
+    def resume(self) -> None:
+        """Continue to read: the client has received all responses."""
         self._wake()
 
     def fail(self, error: CarryError) -> None:

@@ -146,7 +146,12 @@ class InferStream(Handler):
     def _respond(self) -> None:
         """Send the responses whose turn it is, then read on, or end the call after the last."""
         unanswered, call = self._unanswered, self._call
-        while unanswered and unanswered[0].outcome is not None and call.can_write:
+        while unanswered and unanswered[0].outcome is not None:
+            if not call.can_write:
+                # responses are not counted: there are those of the requests that were read
+                self._is_full = True
+                call.stop_reading()
+                return
             call.respond(unanswered.popleft().outcome)
         if unanswered or self._has_ended:
             self._read_on()

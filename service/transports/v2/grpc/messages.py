@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from service.access.caller import PREDICT, Caller
 from service.codec.decoding import decode_element, detach_error, invalid
 from service.codec.media import Media, dumps
-from service.core.errors import BodyTooLarge, CarryError, MalformedBody
+from service.core.errors import CarryError, MalformedBody
 from service.core.memo import Memo
 from service.core.values import Reply
 from service.transports.common.long_bodies import LONG_BYTES
@@ -163,21 +163,6 @@ def parse(kind: type[M], data: bytes) -> M:
         return kind.FromString(data)
     except DecodeError as error:
         raise _malformed(kind.DESCRIPTOR.full_name) from error
-
-
-def parse_short(kind: type[M], data: bytes) -> M:
-    """Parse a message of a kind that is always short.
-
-    Raises:
-        BodyTooLarge, MalformedBody
-    """
-    if len(data) >= LONG_BYTES:
-        raise BodyTooLarge(
-            f"message: expected less than {LONG_BYTES} bytes, got {len(data)}",
-            expected=LONG_BYTES,
-            got=len(data),
-        )
-    return parse(kind, data)
 
 
 def _head(data: bytes) -> bytes:

@@ -17,7 +17,7 @@ from service.transports.common.failure_log import as_carry_error
 from service.transports.v2.grpc.admission import Admission
 from service.transports.v2.grpc.call import Call, ReadingHandler
 from service.transports.v2.grpc.infer_requests import SERVICE
-from service.transports.v2.grpc.messages import parse_short
+from service.transports.v2.grpc.messages import parse
 from service.transports.v2.grpc.status import StatusCode
 from service.transports.v2.metadata import Metadata
 
@@ -63,7 +63,7 @@ class PublicServices:
     async def _check(self, handler: ReadingHandler) -> None:
         """Whether calls should be sent here; watchers get a change at the next check."""
         self._admission.probes.acquire(handler.call)
-        request = parse_short(health_pb2.HealthCheckRequest, await handler.read_only())
+        request = parse(health_pb2.HealthCheckRequest, await handler.read_only())
         status = await self._status(request.service)
         if status == _Status.SERVICE_UNKNOWN:
             handler.call.end(StatusCode.NOT_FOUND, "the server has no such service")
@@ -87,7 +87,7 @@ class PublicServices:
     async def _watch(self, handler: ReadingHandler) -> None:
         call = handler.call
         async with self._admission.public_stream(call, has_key=self._has_key(call)):
-            request = parse_short(health_pb2.HealthCheckRequest, await handler.read_only())
+            request = parse(health_pb2.HealthCheckRequest, await handler.read_only())
             sent = None
             while True:
                 changed = self._changed
@@ -103,7 +103,7 @@ class PublicServices:
         call = handler.call
         async with self._admission.public_stream(call, has_key=self._has_key(call)):
             while (data := await handler.read()) is not None:
-                request = parse_short(reflection_pb2.ServerReflectionRequest, data)
+                request = parse(reflection_pb2.ServerReflectionRequest, data)
                 call.respond(_reflection(request).SerializeToString())
             call.end()
 

@@ -22,6 +22,7 @@ from service.server.errors import DuplicateField
 from service.server.http2_protocol import Http2Connection
 from service.telemetry.access_log import RequestFacts, note_key
 from service.telemetry.logs import RequestIds
+from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.admission import Admission, MessageRoom
 from service.transports.v2.grpc.call import Call, CallHead, Handler, ReadingHandler
@@ -32,7 +33,7 @@ from service.transports.v2.grpc.infer_requests import (
     RequestContext,
 )
 from service.transports.v2.grpc.infer_stream import InferStream
-from service.transports.v2.grpc.messages import InferMessage, parse_short
+from service.transports.v2.grpc.messages import InferMessage, parse
 from service.transports.v2.grpc.public_services import PublicServices
 from service.transports.v2.grpc.status import StatusCode
 from service.transports.v2.inference import Inference
@@ -42,6 +43,9 @@ AUTHORIZATION: Final = b"authorization"
 Describe = Callable[..., Awaitable[Document]]
 OPEN: Final = ("ServerLive", "ServerReady")
 """Methods that need no key."""
+
+MAX_SHORT_BYTES: Final = LONG_BYTES - 1
+"""Length of the longest message to a method other than inference, also once it is decompressed."""
 
 DESCRIPTIONS: Final[Mapping[str, tuple[type[Message], type[Message], Describe]]] = {
     "ServerLive": (pb.ServerLiveRequest, pb.ServerLiveResponse, Metadata.live),
@@ -162,10 +166,12 @@ class InferenceServicer:
     def _start_description(self, method: str, call: Call) -> Handler:
         if method in OPEN:
             call.room = self._admission.public
+        call.max_bytes = MAX_SHORT_BYTES
         return ReadingHandler(call, partial(self._describe, method))
 
     def _start_public(self, run: Callable[[ReadingHandler], Any], call: Call) -> Handler:
         call.room = self._admission.public
+        call.max_bytes = MAX_SHORT_BYTES
         return ReadingHandler(call, run)
 
     async def _describe(self, method: str, handler: ReadingHandler) -> None:
@@ -176,14 +182,14 @@ class InferenceServicer:
         async def work(facts: RequestFacts) -> tuple[bytes, int]:
             if method in OPEN:
                 self._admission.probes.acquire(call)
-                parse_short(kind, await handler.read_only())
+                parse(kind, await handler.read_only())
                 document = await describe(self._metadata)
             else:
                 caller = self._caller(_authorization(call))
                 note_key(caller.key_id)
                 self._admission.calls.acquire(call)
                 data = await handler.read_only()
-                message: Any = parse_short(kind, data)
+                message: Any = parse(kind, data)
                 names: dict[str, str] = {}
                 if "version" in kind.DESCRIPTOR.fields_by_name:
                     names = {"model": message.name, "version": message.version}

@@ -23,7 +23,7 @@ from service.access.caller import ANYONE, Caller
 from service.core.errors import Conflict, Unauthenticated
 from service.server.settings import ConnectionSettings, WorkerSettings
 from service.settings import Settings
-from service.transports.v2.grpc import admission
+from service.transports.v2.grpc import admission, public_services
 from service.transports.v2.grpc.admission import MAX_RECEIVING, MAX_STREAMS
 from service.transports.v2.grpc.infer_requests import SERVICE
 from service.transports.v2.grpc.server import GrpcServer
@@ -231,21 +231,48 @@ async def test_call_without_a_key_that_sends_no_message_ends(
         assert await silent.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_probes_whose_replies_cannot_be_sent_are_bounded(
+async def test_probe_resets_the_oldest_whose_reply_cannot_be_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Their clients give the server no room to send; it cannot end their calls."""
+    """Else clients without a key that give the server no room to send kept out those of others."""
     monkeypatch.setattr(admission, "MAX_PROBES", 2)
     async with serving() as (channel, port):
         clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         for replies, client in clients:
             client.write(call_bytes(PROBES[0], b"", NO_WINDOW))
             await replies.readuntil(frame(1, 4, 1, b"")[3:])
-        assert await overloads(channel, CHECK)
-        assert await accepts(channel, INFER, REQUEST, KEY)
+        for _ in range(2):
+            assert await accepts(channel, CHECK)
+        async with asyncio.timeout(WAIT_S):
+            await clients[0][0].readuntil(frame(3, 0, 1, struct.pack(">I", 11)))
         for _, client in clients:
             client.transport.abort()
-        await until_async(lambda: accepts(channel, CHECK), "a slot")
+
+
+async def test_reflection_answers_no_more_than_its_client_receives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A request is shorter than its response by far."""
+    answered: list[Any] = []
+    answer = public_services._reflection
+    monkeypatch.setattr(
+        public_services, "_reflection", lambda each: (answered.append(each), answer(each))[1]
+    )
+    async with serving() as (_, port), asyncio.timeout(WAIT_S):
+        replies, client = await asyncio.open_connection("127.0.0.1", port)
+        request = STREAMS[1][1]
+        opening = call_bytes(REFLECTION, request, NO_WINDOW)
+        end = frame(0, 1, 1, message(request))
+        client.write(opening[: -len(end)] + frame(0, 0, 1, message(request) * 100))
+        client.write(frame(6, 0, 0, bytes(8)))
+        await replies.readuntil(frame(6, 1, 0, bytes(8)))
+        await becomes(lambda: answered, "the first response")
+        client.write(frame(6, 0, 0, b"settled!"))
+        await replies.readuntil(frame(6, 1, 0, b"settled!"))
+        assert len(answered) == 1
+        client.write(frame(8, 0, 1, struct.pack(">I", 2**20)))
+        await becomes(lambda: len(answered) == 100, "all responses")
+        client.transport.abort()
 
 
 async def test_stream_whose_reply_cannot_be_sent_keeps_its_slot_after_its_time(
@@ -267,6 +294,11 @@ async def test_stream_whose_reply_cannot_be_sent_keeps_its_slot_after_its_time(
         client.transport.abort()
         for each in watches:
             each.cancel()
+
+
+def message(data: bytes, flag: int = 0) -> bytes:
+    """A message of gRPC."""
+    return struct.pack(">BI", flag, len(data)) + data
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

@@ -65,21 +65,21 @@ class Client:
         self.waiting: list[tuple[InferMessage, OnResponse]] = []
         self.stream = InferStream(cast(Any, self), self._answer, UNLIMITED, WINDOW, lambda _: None)
         self._count, self._size = count, size
-        self._reads = True
+        self.reads = True
 
     def start_reading(self) -> None:
-        self._reads = True
-        while self._reads and self.sent < self._count:
+        self.reads = True
+        while self.reads and self.sent < self._count:
             message = request_of(self._size)
             message.id = str(self.sent)
             self.sent += 1
             message.parameters["sequence_id"].int64_param = self.sent
             self.stream.receive(message.SerializeToString())
-        if self._reads:
+        if self.reads:
             self.stream.receive_end()
 
     def stop_reading(self) -> None:
-        self._reads = False
+        self.reads = False
 
     def respond(self, message: bytes) -> None:
         response = pb.ModelStreamInferResponse.FromString(message)
@@ -128,6 +128,20 @@ def test_no_more_is_answered_or_read_while_the_client_does_not_read() -> None:
     client.stream.resume()
     assert len(client.ids) == WINDOW
     assert client.sent == 2 * WINDOW
+
+
+def test_no_further_request_is_read_while_the_client_does_not_read_responses() -> None:
+    """Their responses may be of any size."""
+    client = Client(WINDOW // 2, 1)
+    client.start_reading()
+    client.can_write = False
+    client.release(1)
+    assert not client.reads
+    client.can_write = True
+    client.stream.resume()
+    assert (client.reads, client.ids) == (True, ["0"])
+    client.release(WINDOW // 2 - 1)
+    assert client.ended == [None]
 
 
 def test_every_request_of_a_full_window_is_answered_when_the_service_stops() -> None:

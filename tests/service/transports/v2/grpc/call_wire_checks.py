@@ -19,16 +19,21 @@ from structlog.testing import capture_logs
 from service.core.errors import CarryError, Conflict
 from service.transports.v2.grpc import v2_pb2 as pb
 from service.transports.v2.grpc.call import Call, read_head
+from service.transports.v2.grpc.infer_requests import SERVICE
 from tests.service.transports.v2.grpc.call_admission_checks import (
     CHECK,
     INFER,
     KEY,
+    NO_WINDOW,
+    PROBES,
+    REFLECTION,
     REQUEST,
     WAIT_S,
     WATCH,
     Inference,
     call_bytes,
     frame,
+    message,
     serving,
     status,
 )
@@ -67,10 +72,6 @@ class Blocking(Inference):
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-
-
-def message(data: bytes, flag: int = 0) -> bytes:
-    return struct.pack(">BI", flag, len(data)) + data
 
 
 async def exchange(port: int, data: bytes) -> tuple[list[bytes], dict[bytes, bytes]]:
@@ -166,6 +167,40 @@ async def test_message_that_cannot_be_decompressed_ends_its_call(
             sent = call_with(method, message(data, 1), 16_384, **{"grpc-encoding": encoding})
             _, trailers = await exchange(port, sent)
             assert trailers[b"carry-error"] == code.encode()
+
+
+@pytest.mark.parametrize("method", PROBES)
+async def test_compressed_message_that_arrives_with_its_call_is_received(method: str) -> None:
+    async with serving() as (_, port):
+        data = message(zlib.compress(b""), 1)
+        _, trailers = await exchange(
+            port, call_with(method, data, 16_384, **{"grpc-encoding": "deflate"})
+        )
+    assert trailers[b"grpc-status"] == b"0"
+
+
+@pytest.mark.parametrize("method", [*PROBES, REFLECTION, f"/{SERVICE}/ModelMetadata"])
+async def test_long_message_to_other_methods_is_rejected_before_it_is_received(method: str) -> None:
+    """And before more of it is decompressed: most of them need no key."""
+    async with serving() as (_, port):
+        bomb = message(zlib.compress(bytes(2**16)), 1)
+        for data in (struct.pack(">BI", 0, 2**16), bomb):
+            sent = call_with(method, data, 16_384, **{"grpc-encoding": "deflate"})
+            _, trailers = await exchange(port, sent)
+            assert trailers[b"carry-error"] == b"body_too_large"
+
+
+async def test_received_bytes_are_dropped_when_a_call_ends_before_its_reply_is_sent() -> None:
+    async with serving() as (_, port):
+        replies, client = await asyncio.open_connection("127.0.0.1", port)
+        opening = call_bytes(PROBES[0], b"", NO_WINDOW)
+        cut = opening[: -len(frame(0, 1, 1, message(b"")))]
+        client.write(cut + frame(0, 0, 1, message(b"") + bytes(10_000)))
+        await replies.readuntil(frame(1, 4, 1, b"")[3:])
+        [call] = [each for each in gc.get_objects() if type(each) is Call and each.is_open]
+        await becomes(lambda: call.trailers is not None, "the end of the call")
+        assert len(call._received) == 0
+        client.transport.abort()
 
 
 async def test_message_above_the_limit_is_not_received() -> None:

@@ -74,6 +74,23 @@ async def test_room_that_complete_messages_take_is_full_until_they_are_applied()
     assert called == [0, 1, 2]
 
 
+async def test_any_number_of_calls_that_reject_their_messages_are_notified() -> None:
+    """Each gives back its bytes while it is notified."""
+    room, called = MessageRoom(LIMIT, 60.0), 0
+
+    def take_and_give_back() -> None:
+        nonlocal called
+        called += 1
+        room.count(1)
+        room.count(-1)
+
+    room.count(LIMIT + 1)
+    for _ in range(2000):
+        room.notify(take_and_give_back)
+    room.count(-2)
+    assert called == 2000
+
+
 async def test_message_that_does_not_arrive_in_time_ends_its_call() -> None:
     room = MessageRoom(LIMIT, 0.02)
     late, complete = Receiving(room), Receiving(room)
