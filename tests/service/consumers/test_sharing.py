@@ -94,6 +94,27 @@ async def test_several_consumers_share_the_topics_of_partitions(
     assert all(each.counts["losses"] == 0 for each in (first, second, third))
 
 
+async def test_topics_move_a_few_at_a_time(
+    server: RealServer, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.consumers.consumer.MOVES_AT_ONCE", 1)
+    released: list[int] = []
+
+    def start() -> Any:
+        return consuming(server.url, artifact, {"partitions": PARTITIONS}, partitioned=True)
+
+    async with start() as first:
+        await becomes(lambda: len(owned(first)) == PARTITIONS, "all topics")
+        async with start() as second:
+
+            def is_shared() -> bool:
+                released.append(sum(each._is_releasing for each in first.topics.values()))
+                return (len(owned(first)), len(owned(second))) == (4, 4)
+
+            await becomes(is_shared, "a rebalance")
+    assert max(released) <= 1
+
+
 async def test_partitions_on_a_cluster(shared_cluster: Cluster, artifact: Artifact) -> None:
     cluster = emptied(shared_cluster)
     rows = {stream: rows_of(RANDOM, 10) for stream in STREAMS}
