@@ -106,7 +106,7 @@ class EventReader:
         if self._event is None:
             names = (self._stream, self._position)
             flat = {
-                name.decode(): _flat_value(value, is_text=name in self._texts)
+                _decode(name): _flat_value(value, is_text=name in self._texts)
                 for name, value in values.items()
                 if name not in names
             }
@@ -117,7 +117,7 @@ class EventReader:
         try:
             # complete, so that no event closes the list that it is put into
             return _read_json(value) if self._is_json else _transcode(value)
-        except (msgspec.DecodeError, UnicodeDecodeError, ValueError, TypeError) as error:
+        except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
             kind = "JSON" if self._is_json else "MessagePack"
             place = self._event.decode()
             raise MalformedBody(f"{place}: expected one {kind} document: {error}") from error
@@ -156,6 +156,10 @@ def _flat_value(value: bytes, *, is_text: bool) -> Any:
             return msgspec.json.decode(value)
         except msgspec.DecodeError:
             pass
+    return _decode(value)
+
+
+def _decode(value: bytes) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as error:

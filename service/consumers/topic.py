@@ -357,6 +357,9 @@ class OwnedTopic:
             done = await self._topics.commit(self.keys, fence, number, items, deadline_s)
         except CarryError as error:
             reason = error.detail
+        except Exception as error:  # a defect: nobody else would see it, and the entries would wait
+            log.exception("commit_failed", topic=self.keys.topic)
+            reason = repr(error)
         else:
             if isinstance(done, Unclear):
                 reason = done.value

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import ormsgpack
 import pytest
+from structlog.testing import capture_logs
 
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.writing import write_artifact
@@ -18,6 +19,7 @@ from models.spec.model import parse_spec
 from service.consumers.consumer import Consumer
 from service.consumers.topic import OwnedTopic
 from service.core.errors import OperatorError
+from service.store.redis.topics import RedisTopics
 from tests.support.consumers import (
     add,
     assert_outputs,
@@ -180,6 +182,7 @@ BAD = [
     ({"stream": "a/b", "event": "[1, 2, 3]"}, "invalid_name", "stream"),
     ({"stream": "a"}, "invalid_input", "event"),
     ({"stream": "a", "event": "[1, 2"}, "malformed_body", "event"),
+    ({"stream": "a", "event": "[" * 100_000}, "malformed_body", "event"),
     ({"stream": "a", "event": '[1, 2, 3]],"dry_run":true,"x":[[]'}, "malformed_body", "event"),
     ({"stream": "a", "event": "[1, 2]"}, "invalid_input", "inputs"),
     ({"stream": "a", "event": "7"}, "invalid_input", "events"),
@@ -323,6 +326,38 @@ async def test_fields_of_an_entry_are_the_members_of_its_event(
         await until_count(client, "scores", 2)
     found = outputs_of(client, "scores")
     assert found["a"] == found["b"]
+
+
+async def test_a_field_whose_name_is_not_utf_8_is_a_dead_letter(
+    server: RealServer, client: Any
+) -> None:
+    flights = load_artifact(PRETRAINED / "flights")
+    add(client, "events", {"stream": "a", b"\xff": "1"}, {"stream": "a", **DEPARTURE})
+    async with consuming(server.url, flights, model="flights", event={"field": None}):
+        await until_count(client, "scores", 1)
+        await until_count(client, "events:dead", 1)
+    [(_, letter)] = client.xrange("events:dead")
+    assert letter[b"carry-code"] == b"malformed_body"
+    assert letter[b"\xff"] == b"1"
+
+
+async def test_an_unexpected_error_of_a_commit_is_logged_and_the_event_processed_again(
+    server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, failed = RedisTopics.commit, asyncio.Event()
+
+    async def fail_once(*args: Any) -> Any:
+        if failed.is_set():
+            return await commit(*args)
+        failed.set()
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(RedisTopics, "commit", fail_once)
+    with capture_logs() as logged:
+        async with consuming(server.url, artifact):
+            add(client, "events", {"stream": "a", "event": "no JSON"})
+            await until_count(client, "events:dead", 1)
+    assert [each["event"] for each in logged if each.get("exc_info")] == ["commit_failed"]
 
 
 async def test_messagepack_is_read_and_written(
