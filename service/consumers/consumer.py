@@ -128,6 +128,9 @@ class Consumer:
         try:
             while not self._stopped.is_set():
                 self._assign(members)
+                if renewing.done():
+                    # raises what ended it
+                    renewing.result()
                 try:
                     async with asyncio.timeout(JOIN_INTERVAL_S):
                         await self._stopped.wait()

@@ -161,27 +161,33 @@ class RedisTopics(Topics):
         for keys, fence, after, most, _ in reads:
             names += (keys.topic, keys.lease)
             arguments += (keys.group, fence, after, most)
-        is_retry = False
+        results: list[Sequence[Entry] | Unclear | Exception]
         try:
             outcome = await self._call(self._read_script, names, arguments)
-            is_retry = isinstance(outcome, ServerReply) and outcome.is_retry
             values = read_value(outcome)
+            if isinstance(outcome, ServerReply) and outcome.is_retry:
+                results = [Unclear.REPLY_LOST] * len(reads)
+            else:
+                pairs = zip(reads, values, strict=True)
+                results = [self._entries(read.keys.topic, value) for read, value in pairs]
         except Exception as error:  # of whatever kind: every caller waits for it
-            values = [error] * len(reads)
-        for read, value in zip(reads, values, strict=True):
+            results = [error] * len(reads)
+        for read, result in zip(reads, results, strict=True):
             if read.future.done():
                 # its caller was cancelled
                 continue
-            if isinstance(value, Exception):
-                read.future.set_exception(value)
-            elif is_retry:
-                read.future.set_result(Unclear.REPLY_LOST)
-            elif isinstance(value, bytes):
-                read.future.set_result(Unclear.FENCED)
-            elif value and value[0] == -1:
-                read.future.set_exception(self._refusal(read.keys.topic, value[1].decode()))
+            if isinstance(result, Exception):
+                read.future.set_exception(result)
             else:
-                read.future.set_result([Entry(*each) for each in value])
+                read.future.set_result(result)
+
+    def _entries(self, name: str, value: Any) -> Sequence[Entry] | Unclear | StoreRefused:
+        """What a call of `topic_read.lua` returned for one topic."""
+        if isinstance(value, bytes):
+            return Unclear.FENCED
+        if value and value[0] == -1:
+            return self._refusal(name, value[1].decode("utf-8", "replace"))
+        return [Entry(*each) for each in value]
 
     def _refusal(self, name: str, text: str) -> StoreRefused:
         """The error of one topic in a call of a script."""

@@ -360,6 +360,29 @@ async def test_an_unexpected_error_of_a_commit_is_logged_and_the_event_processed
     assert [each["event"] for each in logged if each.get("exc_info")] == ["commit_failed"]
 
 
+async def test_an_unexpected_error_of_a_renewal_ends_the_consumer(
+    server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renew, failed = RedisTopics.renew, asyncio.Event()
+
+    async def fail(topics: RedisTopics, *args: Any) -> Any:
+        if args[3] == 0:
+            # a release
+            return await renew(topics, *args)
+        failed.set()
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(RedisTopics, "renew", fail)
+
+    async def consume() -> None:
+        async with consuming(server.url, artifact, lease_s=0.3) as consumer:
+            await failed.wait()
+            await becomes(lambda: consumer.count_owned() == 0, "the end")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        await consume()
+
+
 async def test_messagepack_is_read_and_written(
     server: RealServer, client: Any, artifact: Artifact
 ) -> None:
