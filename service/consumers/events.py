@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+import structlog
 
 from models.artifact.artifact import Artifact
 from service.codec.field_rules import MAX_POSITION
@@ -15,12 +16,20 @@ from service.codec.media import Media
 from service.codec.request_reader import RequestReader
 from service.codec.settings import RequestSettings
 from service.consumers.config import ConsumerConfig
-from service.core.errors import InvalidInput, InvalidName, MalformedBody
+from service.core.errors import (
+    CarryError,
+    InternalError,
+    InvalidInput,
+    InvalidName,
+    MalformedBody,
+)
 from service.core.values import STREAM_NAME_RULE, Chunk, StreamKey, is_stream_name
 from service.store.topics import Entry
 
 MAX_MERGED_EVENTS: Final = 256
 """Most events of a stream that are merged into one chunk."""
+
+log = structlog.get_logger(__name__)
 
 _IS_INTEGER: Final = re.compile(rb"\d{1,19}").fullmatch
 _IS_CONSTANT: Final = re.compile(rb"-?\d.*|true|false|null").fullmatch
@@ -127,6 +136,7 @@ class EventReader:
 
         Raises:
             BadRequest: one of them is invalid.
+            InternalError: a defect, which is logged.
         """
         first = events[0]
         is_row = memoryview(first.value)[0] == ord("[")
@@ -134,7 +144,13 @@ class EventReader:
         if first.position is not None:
             body["position"] = first.position
         key = self._reader.key(first.stream)
-        return self._reader.chunk(_encode_json(body), Media.JSON, key)
+        try:
+            return self._reader.chunk(_encode_json(body), Media.JSON, key)
+        except CarryError:
+            raise
+        except Exception as error:
+            log.exception("chunk_failed", stream=first.stream, entry=first.id.decode())
+            raise InternalError(f"no chunk could be made: {type(error).__name__}") from error
 
 
 def _bytes_of(name: str | None) -> bytes | None:

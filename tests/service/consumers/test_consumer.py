@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from structlog.testing import capture_logs
 from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.writing import write_artifact
 from models.spec.model import parse_spec
+from service.codec.request_reader import RequestReader
 from service.consumers.consumer import Consumer
 from service.consumers.topic import OwnedTopic
 from service.core.errors import OperatorError
@@ -358,6 +360,25 @@ async def test_an_unexpected_error_of_a_commit_is_logged_and_the_event_processed
             add(client, "events", {"stream": "a", "event": "no JSON"})
             await until_count(client, "events:dead", 1)
     assert [each["event"] for each in logged if each.get("exc_info")] == ["commit_failed"]
+
+
+async def test_events_whose_chunk_failed_unexpectedly_are_processed_again_in_order(
+    server: RealServer, client: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, make, calls = rows_of(RANDOM, 30), RequestReader.chunk, itertools.count(1)
+
+    def fail_second(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise RuntimeError("planted")
+        return make(*args)
+
+    monkeypatch.setattr(RequestReader, "chunk", fail_second)
+    add(client, "events", *[fields_of("a", row) for row in rows])
+    with capture_logs() as logged:
+        async with consuming(server.url, artifact):
+            await until_count(client, "scores", 30)
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+    assert [each["event"] for each in logged if each.get("exc_info")] == ["chunk_failed"]
 
 
 async def test_an_unexpected_error_of_a_renewal_ends_the_consumer(
