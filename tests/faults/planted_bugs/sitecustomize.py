@@ -38,7 +38,7 @@ TOPIC_SCRIPTS = {
         ("topic_commit", "if stored[1] ~= ARGV[5] or ", "if "),
         ("topic_commit", "tonumber(stored[2]) ~= ARGV[6] - 1", "false"),
         ("topic_read", "if stored ~= fence then", "if false then"),
-        ("topic_lease", "if not is_held", "if false"),
+        ("topic_lease", "if not is_held or tonumber(stored[5]) < tonumber(ARGV[7])", "if false"),
     ),
     # Entries are acknowledged when they are read.
     "acknowledge-first": (

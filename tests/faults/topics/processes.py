@@ -50,6 +50,10 @@ class ConsumerProcess:
                     start_new_session=True,
                 )
 
+    def pid(self) -> int | None:
+        """The process, if one was started."""
+        return self._process and self._process.pid
+
     def signal(self, number: int) -> None:
         """Send a signal, if it runs."""
         if self._process is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import threading
 import time
@@ -20,7 +21,6 @@ from tests.faults.topics import layout
 from tests.faults.topics.check import check_topics
 from tests.faults.topics.processes import (
     DOWN_S,
-    SERVES_S,
     ClusterStore,
     ConsumerProcess,
     ServerStore,
@@ -37,10 +37,16 @@ LONGEST_LAG: Final = 4_000
 BACKLOG, BACKLOG_S = 200, 2.0
 """Leases expire while so many entries wait, or after this time without."""
 
-IDLE_S: Final = 120.0
-"""A run fails if nothing is committed for this long at its end."""
+OWNED_S: Final = 8.0
+"""How long a fault waits for consumers to acquire topics."""
+
+IDLE_S: Final = 30.0
+"""A run fails if nothing is appended or acknowledged for this long between its faults."""
 
 PLANTED_BUGS: Final = Path(__file__).parents[1] / "planted_bugs"
+PATIENT: Final = {"CARRY_STORE_WAIT_S": "30", "CARRY_TIMEOUT_S": "30"}
+"""Settings of consumers with a planted bug: one that was suspended continues where it was."""
+
 ROLLED_BACK_S: Final = (0.2, 1.0)
 
 
@@ -94,6 +100,7 @@ class TopicRun:
 
     def expire_leases(self) -> None:
         """Suspend all consumers but one, while entries wait, until it has their topics."""
+        self._await_owners(*self.consumers)
         with suppress(AssertionError):
             until(lambda: self.lag > BACKLOG, "a backlog", BACKLOG_S, 0.01)
         chosen = self._choose_consumer()
@@ -103,7 +110,19 @@ class TopicRun:
                 if consumer is not chosen:
                     consumer.signal(number)
 
-        suspend(send, layout.LEASE_S * self.random.uniform(1.5, 3.0))
+        send(signal.SIGSTOP)
+        self._await_owners(chosen)
+        send(signal.SIGCONT)
+
+    def _await_owners(self, *owners: ConsumerProcess) -> None:
+        """Wait until these consumers own all topics, and each some; not for long."""
+        with suppress(AssertionError):
+            until(
+                lambda: read_owners(self.store) == {owner.pid() for owner in owners},
+                "other owners",
+                OWNED_S,
+                0.05,
+            )
 
     def terminate_consumer(self) -> None:
         """SIGTERM to one consumer: its topics go to the others, and come back."""
@@ -196,20 +215,27 @@ class TopicRun:
                 consumer.supervise()
             self.lag = read_lag(self.store)
 
-    def wait_for_events(self, count: int) -> None:
-        """Wait until as many events were appended."""
-        until(lambda: self.appended() >= count, f"{count} events", 5 * SERVES_S, 0.05)
+    def wait_for_events(self, count: int) -> bool:
+        """Wait until as many events were appended; returns whether they were."""
+        return self._wait_until(lambda: self.appended() >= count)
 
     def wait_until_consumed(self) -> None:
-        """Wait until every entry is acknowledged; fails if nothing changes any more."""
-        before, changed_s = -1, time.monotonic()
-        while (lag := read_lag(self.store)) != 0:
-            if lag != before:
-                before, changed_s = lag, time.monotonic()
-            if time.monotonic() > changed_s + IDLE_S:
-                self.findings.append(f"{lag} entries were not processed within {IDLE_S:.0f} s")
-                return
-            time.sleep(0.1)
+        """Wait until every entry is acknowledged."""
+        self._wait_until(lambda: read_lag(self.store) == 0)
+
+    def _wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Wait until a condition is met; a run fails in which nothing changes before it is."""
+        before, changed_s = None, time.monotonic()
+        while not condition():
+            present = self.appended(), self.lag
+            if present != before:
+                before, changed_s = present, time.monotonic()
+            elif time.monotonic() > changed_s + IDLE_S:
+                stalled = f"{self.lag} entries are not acknowledged after {IDLE_S:.0f} s"
+                self.findings.append(f"stalled: {stalled} without a change")
+                return False
+            time.sleep(0.05)
+        return True
 
     def check(self) -> None:
         """Check the topics, and what the consumers logged."""
@@ -265,6 +291,19 @@ def read_lag(store: ServerStore | ClusterStore) -> int:
     return lag
 
 
+def read_owners(store: ServerStore | ClusterStore) -> set[int]:
+    """The processes that own topics, or did last; empty while that is not known."""
+    try:
+        client = store.connect()
+        names = [f"{layout.topic(each)}:lease:{layout.GROUP}" for each in range(layout.PARTITIONS)]
+        owners = {client.hget(name, "owner") for name in names} - {None}
+        client.close()
+    except UNAVAILABLE:
+        return set()
+    # a consumer's name has its host, its process and a random part
+    return {int(owner.split(b":")[1]) for owner in owners}
+
+
 def run(options: TopicOptions, plan: list[str] | None = None) -> TopicRun:
     """Run a plan of faults, by default each kind as often as the others, and check the topics."""
     random, kinds = np.random.default_rng(options.seed), kinds_of(options.store)
@@ -274,7 +313,8 @@ def run(options: TopicOptions, plan: list[str] | None = None) -> TopicRun:
         temporary = tempfile.TemporaryDirectory(prefix="carry-topics-", ignore_cleanup_errors=True)
         running = _start(options, Path(stack.enter_context(temporary)), random, stack)
         for place, kind in enumerate(plan):
-            running.wait_for_events(options.events * place // len(plan))
+            if not running.wait_for_events(options.events * place // len(plan)):
+                break
             if options.verbose:
                 now_s = time.monotonic() - began_s
                 print(f"  {now_s:7.1f} s {running.appended():9,} events  {kind}", flush=True)
@@ -305,7 +345,7 @@ def _start(
     words = [str(config), "--models", str(models), "--redis-url", store.url]
     settings = dict(layout.SETTINGS)
     if options.plant is not None:
-        settings |= {"PLANTED_BUG": options.plant, "PYTHONPATH": str(PLANTED_BUGS)}
+        settings |= {"PLANTED_BUG": options.plant, "PYTHONPATH": str(PLANTED_BUGS)} | PATIENT
     running = TopicRun(options, store, random)
     for number in range(options.consumers):
         running.consumers.append(ConsumerProcess(f"consumer{number}", folder, words, settings))
