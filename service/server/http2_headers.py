@@ -1,4 +1,7 @@
-"""Header blocks of HTTP/2 (HPACK, RFC 7541): the heads of requests, and blocks of literals."""
+"""Header blocks of HTTP/2 (HPACK, RFC 7541): decodes those of requests, encodes those of responses.
+
+RFC 9113 calls a header block a field block, and the headers or trailers in it a field section.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from typing import Any, Final
 
 from hpack import Decoder, HPACKError
 
-from service.server.http2_stream import Code, Http2Error
+from service.server.http2_stream import ErrorCode, Http2Error
 
 MAX_HEADERS_BYTES: Final = 16_384
-"""Longest header block, compressed and as the list of headers."""
+"""Longest header block, both compressed and as a list of headers."""
 
 CACHED_BLOCKS: Final = 16
 CACHED_BLOCK_BYTES: Final = 64
@@ -34,8 +37,8 @@ class HeadDecoder:
     def decode(self, block: bytes) -> Any:
         """The head in a header block.
 
-        A block whose bytes all have the highest bit set refers to the table and does not change it,
-        so its head is cached until another block may change the table.
+        A block whose bytes all have the highest bit set refers to the dynamic table and does not
+        change it, so its head is cached until another block may change the table.
 
         Raises:
             Http2Error
@@ -46,7 +49,9 @@ class HeadDecoder:
         try:
             head = self._read_head(list(self._decoder.decode(block, raw=True)))
         except HPACKError as error:
-            raise Http2Error(Code.COMPRESSION_ERROR, "a header block cannot be decoded") from error
+            raise Http2Error(
+                ErrorCode.COMPRESSION_ERROR, "a header block cannot be decoded"
+            ) from error
         if not block or min(block) < 0x80 or len(self._heads) >= CACHED_BLOCKS:
             self._heads.clear()
         elif len(block) <= CACHED_BLOCK_BYTES:
@@ -55,7 +60,7 @@ class HeadDecoder:
 
 
 def encode_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A header block of literals, which neither uses nor changes the table of the client."""
+    """A header block of literals, which neither uses nor changes the client's dynamic table."""
     return b"".join(
         b"\0%b%b%b%b" % (_length(name), name, _length(value), value) for name, value in headers
     )

@@ -2,9 +2,9 @@
 
 A server subclasses `Http2Stream`: one request and its response. `http2_headers` has header blocks.
 
-A client that sends what the protocol forbids, or that floods the connection with frames which carry
-no data, gets a GOAWAY, and the connection is closed. What a stream holds unread is bounded by its
-window; the server sends nothing beyond the client's windows.
+A client that violates the protocol, or floods the connection with control frames, gets GOAWAY, and
+the connection is closed. The unread bytes of a stream are bounded by its flow-control window; the
+server sends nothing beyond the client's windows.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from service.server.http2_stream import (
     ACK,
     END_HEADERS,
     END_STREAM,
-    HEAD,
+    FRAME_HEADER,
     MAX_FRAME_BYTES,
     PADDED,
     PRIORITY,
     STREAM_WINDOW,
-    Code,
+    ErrorCode,
+    FrameType,
     Http2Error,
     Http2Stream,
-    Kind,
     check_length,
     encode_frame,
     encode_reset,
@@ -40,21 +40,21 @@ from service.server.reading import LONG_BODY_BYTES, UNCONSUMED, ReadingFlow
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 CONNECTION_WINDOW: Final = 1024 * 1024
-"""The same of a connection, whose bytes count as consumed once they are received."""
+"""Flow-control window of the connection, whose bytes count as consumed once they are received."""
 
 MAX_STREAMS: Final = 1024
 """Concurrent streams of one connection."""
 
 WORK_AT_ONCE: Final = 1024
-"""Most frames of a connection that are processed before others are served, in some 3 ms. A request,
-and every 16 bytes of a header block, count as much as `BLOCK_WORK` and one more."""
+"""Most frames of a connection that are processed before others are served, in some 3 ms. A header
+block counts as `BLOCK_WORK` frames more, and every 16 bytes of it as one."""
 
 BLOCK_WORK: Final = 15
 
 MAX_CONTROL_FRAMES: Final = 1000
 CONTROL_INTERVAL_S: Final = 10.0
-"""A client may send so many frames without data in this time, and one more for each response:
-pings, settings, resets, and others that are no progress."""
+"""Most control frames of a client in this time, besides one for each response: PING, SETTINGS,
+RST_STREAM, CONTINUATION, empty DATA, and frames of closed streams."""
 
 _DEFAULT_WINDOW: Final = 65_535
 _MAX_WINDOW: Final = 2**31 - 1
@@ -65,7 +65,7 @@ log = structlog.get_logger(__name__)
 
 
 Accept = Callable[["Http2Connection", int, Any], Http2Stream]
-"""Opens a stream of this number, of a request with this head."""
+"""Opens the stream with this identifier, of a request with this head."""
 
 
 class Http2Connection(Connection, asyncio.Protocol):
@@ -73,11 +73,12 @@ class Http2Connection(Connection, asyncio.Protocol):
 
     Args:
         read_head: the head of a request from its headers; cached.
-        accept: as above.
+        accept: opens the stream of a request.
 
     Attributes:
         requests: requests that are being answered, counted by the streams.
-        window: bytes that the client still allows.
+        window: the client's window of the connection: bytes that it still accepts.
+        initial_window: the client's initial window of each stream.
     """
 
     transport_name = "grpc"
@@ -111,12 +112,12 @@ class Http2Connection(Connection, asyncio.Protocol):
         self.is_write_paused = False
         self.initial_window = self.window = _DEFAULT_WINDOW
         self._handlers: dict[int, Callable[[int, int, bytes], None]] = {
-            Kind.HEADERS: self._receive_headers,
-            Kind.RST_STREAM: self._receive_reset,
-            Kind.SETTINGS: self._receive_settings,
-            Kind.PING: self._receive_ping,
-            Kind.WINDOW_UPDATE: self._receive_window_update,
-            Kind.CONTINUATION: self._receive_continuation,
+            FrameType.HEADERS: self._receive_headers,
+            FrameType.RST_STREAM: self._receive_reset,
+            FrameType.SETTINGS: self._receive_settings,
+            FrameType.PING: self._receive_ping,
+            FrameType.WINDOW_UPDATE: self._receive_window_update,
+            FrameType.CONTINUATION: self._receive_continuation,
         }
 
     # what the server's limits on connections use
@@ -142,7 +143,7 @@ class Http2Connection(Connection, asyncio.Protocol):
         if phase is Phase.LIVE and not self._has_pinged:
             self._has_pinged = True
             self.progress += 1
-            self.write(encode_frame(Kind.PING, 0, 0, bytes(8)))
+            self.write(encode_frame(FrameType.PING, 0, 0, bytes(8)))
         else:
             self.abort()
 
@@ -150,7 +151,7 @@ class Http2Connection(Connection, asyncio.Protocol):
         """Accept no further streams, and close the connection once the open ones have ended."""
         if not self._is_retiring:
             self._is_retiring = True
-            self._write_goaway(Code.NO_ERROR)
+            self._write_goaway(ErrorCode.NO_ERROR)
             self._close_if_done()
 
     def shed_body(self) -> None:
@@ -170,14 +171,16 @@ class Http2Connection(Connection, asyncio.Protocol):
             (_INITIAL_WINDOW, STREAM_WINDOW),
             (_MAX_HEADER_LIST, MAX_HEADERS_BYTES),
         )
-        self.write(encode_frame(Kind.SETTINGS, 0, 0, b"".join(_SETTING.pack(*s) for s in settings)))
+        self.write(
+            encode_frame(FrameType.SETTINGS, 0, 0, b"".join(_SETTING.pack(*s) for s in settings))
+        )
         self.update_window(0, CONNECTION_WINDOW - _DEFAULT_WINDOW)
         error = self._connections.add(self)
         if error is not None and not transport.is_closing():
-            self._fail(Http2Error(Code.ENHANCE_YOUR_CALM, error.detail))
+            self._fail(Http2Error(ErrorCode.ENHANCE_YOUR_CALM, error.detail))
 
     def data_received(self, data: bytes) -> None:
-        """Process received bytes; one that breaks the protocol is answered with GOAWAY."""
+        """Process received bytes; a violation of the protocol is answered with GOAWAY."""
         if self._is_lingering:
             return
         self._has_pinged = False
@@ -200,12 +203,12 @@ class Http2Connection(Connection, asyncio.Protocol):
         self._connections.remove(self)
 
     def pause_writing(self) -> None:
-        """The client does not read: read and answer no more until it does."""
+        """Stop reading and answering: the client does not read."""
         self.is_write_paused = True
         self._flow.pause_reading(UNCONSUMED)
 
     def resume_writing(self) -> None:
-        """Continue."""
+        """Continue to read and answer."""
         self.is_write_paused = False
         self._flow.resume_reading(UNCONSUMED)
         self._resume(list(self._streams.values()))
@@ -219,13 +222,13 @@ class Http2Connection(Connection, asyncio.Protocol):
         if len(self._out) == 1:
             self.loop.call_soon(self._flush)
 
-    def update_window(self, stream: int, size: int) -> None:
-        """Allow the client to send as many bytes more."""
-        self.write(encode_frame(Kind.WINDOW_UPDATE, 0, stream, struct.pack(">I", size)))
+    def update_window(self, stream_id: int, size: int) -> None:
+        """Send WINDOW_UPDATE: the client may send as many bytes more."""
+        self.write(encode_frame(FrameType.WINDOW_UPDATE, 0, stream_id, struct.pack(">I", size)))
 
     def send_later(self, stream: Http2Stream) -> None:
-        """Send what a stream has not sent once the client's windows allow it; the stream is reset
-        if that takes too long."""
+        """Send the unsent bytes of a stream once the client's windows allow it; the stream is reset
+        if they do not in time."""
         if stream not in self._unsent:
             self._unsent[stream] = self.loop.time()
             if self._expiry is None:
@@ -267,7 +270,7 @@ class Http2Connection(Connection, asyncio.Protocol):
         since_s = self.loop.time() - timeout_s
         for stream in [each for each, began_s in self._unsent.items() if began_s <= since_s]:
             stream.cancel()
-            stream.reset(Code.CANCEL)
+            stream.reset(ErrorCode.CANCEL)
         self._expiry = None
         if self._unsent:
             self._expiry = self.loop.call_later(timeout_s / 4, self._expire_unsent)
@@ -277,9 +280,9 @@ class Http2Connection(Connection, asyncio.Protocol):
             self._flush()
             self._linger()
 
-    def _write_goaway(self, code: Code, detail: str = "") -> None:
+    def _write_goaway(self, code: ErrorCode, detail: str = "") -> None:
         payload = struct.pack(">II", self._last_id, code) + detail.encode()
-        self.write(encode_frame(Kind.GOAWAY, 0, 0, payload))
+        self.write(encode_frame(FrameType.GOAWAY, 0, 0, payload))
 
     def _fail(self, error: Http2Error) -> None:
         log.info("http2_connection_failed", code=error.code.name, detail=str(error))
@@ -310,22 +313,25 @@ class Http2Connection(Connection, asyncio.Protocol):
                 return data
             at, self._has_preface = len(PREFACE), True
         while size - at >= 9 and not self._is_lingering:
-            head, flags, stream_id = HEAD.unpack_from(data, at)
+            head, flags, stream_id = FRAME_HEADER.unpack_from(data, at)
             end = at + 9 + (head >> 8)
             if head >> 8 > MAX_FRAME_BYTES:
-                raise Http2Error(Code.FRAME_SIZE_ERROR, "a frame is too long")
+                raise Http2Error(
+                    ErrorCode.FRAME_SIZE_ERROR,
+                    f"expected frames of at most {MAX_FRAME_BYTES} bytes",
+                )
             if end > size:
                 break
             kind, stream_id = head & 255, stream_id & _MAX_WINDOW
             payload = data[at + 9 : end]
-            if self._block is not None and kind != Kind.CONTINUATION:
-                raise Http2Error(Code.PROTOCOL_ERROR, "a header block is not continued")
-            if kind == Kind.DATA:
+            if self._block is not None and kind != FrameType.CONTINUATION:
+                raise Http2Error(ErrorCode.PROTOCOL_ERROR, "expected CONTINUATION")
+            if kind == FrameType.DATA:
                 self._receive_data(flags, stream_id, payload)
             elif (receive := self._handlers.get(kind)) is not None:
                 receive(flags, stream_id, payload)
             else:
-                # priorities, and types that are ignored, as the protocol requires
+                # PRIORITY, and unknown types: they are ignored, as the protocol requires
                 self._count_control_frame()
             at = end
             self._work += 1
@@ -350,7 +356,7 @@ class Http2Connection(Connection, asyncio.Protocol):
             return
         stream.unread_bytes += size
         if stream.unread_bytes > STREAM_WINDOW:
-            raise Http2Error(Code.FLOW_CONTROL_ERROR, "more than the window of a stream was sent")
+            raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, "the window of a stream is exceeded")
         if flags & PADDED:
             payload = without_padding(payload)
         ends = flags & END_STREAM
@@ -377,11 +383,11 @@ class Http2Connection(Connection, asyncio.Protocol):
     def _receive_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
         self._count_control_frame()
         if self._block is None or self._block[1] != stream_id:
-            raise Http2Error(Code.PROTOCOL_ERROR, "no header block is continued")
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, "unexpected CONTINUATION")
         first_flags, _, block = self._block
         block += payload
         if len(block) > MAX_HEADERS_BYTES:
-            raise Http2Error(Code.ENHANCE_YOUR_CALM, "a header block is too long")
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "a header block is too long")
         if flags & END_HEADERS:
             self._block = None
             self._open(first_flags, stream_id, bytes(block))
@@ -393,21 +399,21 @@ class Http2Connection(Connection, asyncio.Protocol):
         stream = self._streams.get(stream_id)
         if stream is not None and not stream.has_received_all:
             if not flags & END_STREAM:
-                raise Http2Error(Code.PROTOCOL_ERROR, "headers follow headers")
+                raise Http2Error(ErrorCode.PROTOCOL_ERROR, "trailers without END_STREAM")
             self._end_request(stream)
             return
         if stream_id <= self._last_id or not stream_id % 2:
             if not stream_id % 2:
-                raise Http2Error(Code.PROTOCOL_ERROR, "a client's streams have odd numbers")
+                raise Http2Error(ErrorCode.PROTOCOL_ERROR, "expected an odd stream identifier")
             self._count_control_frame()
             return
         if self._is_retiring:
-            # its number is above that of GOAWAY, so its client knows that it was not processed
+            # its identifier is above that of GOAWAY, so its client knows that it was not processed
             return
         self._last_id = stream_id
         if len(self._streams) >= MAX_STREAMS:
             self._count_control_frame()
-            self.write(encode_reset(stream_id, Code.REFUSED_STREAM))
+            self.write(encode_reset(stream_id, ErrorCode.REFUSED_STREAM))
             return
         stream = self._accept(self, stream_id, head)
         if not stream.is_open:
@@ -435,26 +441,28 @@ class Http2Connection(Connection, asyncio.Protocol):
         if flags & ACK:
             return
         if len(payload) % _SETTING.size:
-            raise Http2Error(Code.FRAME_SIZE_ERROR, "settings have another length")
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "expected SETTINGS of 6 bytes each")
         for name, value in _SETTING.iter_unpack(payload):
             if name == _INITIAL_WINDOW:
                 if value > _MAX_WINDOW:
-                    raise Http2Error(Code.FLOW_CONTROL_ERROR, "the initial window is too large")
+                    raise Http2Error(
+                        ErrorCode.FLOW_CONTROL_ERROR, "the initial window is too large"
+                    )
                 self.initial_window = value
                 self._is_window_wider = True
-        self.write(encode_frame(Kind.SETTINGS, ACK, 0))
+        self.write(encode_frame(FrameType.SETTINGS, ACK, 0))
 
     def _receive_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
         self._count_control_frame()
         check_length(payload, 8)
         if not flags & ACK:
-            self.write(encode_frame(Kind.PING, ACK, 0, payload))
+            self.write(encode_frame(FrameType.PING, ACK, 0, payload))
 
     def _receive_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
         check_length(payload, 4)
         size = int.from_bytes(payload) & _MAX_WINDOW
         if not size:
-            raise Http2Error(Code.PROTOCOL_ERROR, "a window is widened by nothing")
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of 0 bytes")
         if stream_id == 0:
             self.window += size
             _check_window(self.window)
@@ -469,20 +477,21 @@ class Http2Connection(Connection, asyncio.Protocol):
                 self._send_unsent([stream])
 
     def _check_was_opened(self, stream_id: int) -> None:
-        """Frames of streams that have ended are ignored: they may have crossed the end."""
+        """Reject frames of idle streams. Those of closed streams are ignored: their client may not
+        have received the end yet."""
         if (stream_id > self._last_id and not self._is_retiring) or not stream_id % 2:
-            raise Http2Error(Code.PROTOCOL_ERROR, "a frame of a stream that was never opened")
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, "a frame of an idle stream")
 
     def _count_control_frame(self) -> None:
         self._control_frames += 1
         if self._control_frames > MAX_CONTROL_FRAMES + self.progress - self._control_progress:
             now_s = self.loop.time()
             if now_s - self._control_since_s < CONTROL_INTERVAL_S:
-                raise Http2Error(Code.ENHANCE_YOUR_CALM, "too many frames without data")
+                raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "too many control frames")
             self._control_frames, self._control_since_s = 1, now_s
             self._control_progress = self.progress
 
 
 def _check_window(size: int) -> None:
     if size > _MAX_WINDOW:
-        raise Http2Error(Code.FLOW_CONTROL_ERROR, "a window is larger than the largest")
+        raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, "a window exceeds 2^31 - 1")

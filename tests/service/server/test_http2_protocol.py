@@ -37,9 +37,9 @@ from service.server.http2_stream import (
     PADDED,
     PRIORITY,
     STREAM_WINDOW,
-    Code,
+    ErrorCode,
+    FrameType,
     Http2Stream,
-    Kind,
     encode_frame,
 )
 from service.server.settings import ConnectionSettings
@@ -62,8 +62,8 @@ class Echo(Http2Stream):
 
     opened: list[Echo]
 
-    def __init__(self, connection: Http2Connection, identity: int, head: Any):
-        super().__init__(connection, identity)
+    def __init__(self, connection: Http2Connection, stream_id: int, head: Any):
+        super().__init__(connection, stream_id)
         self.head = head
         self.received = bytearray()
         self.is_cancelled = False
@@ -100,7 +100,7 @@ class Client:
         self.writer.write(head + payload)
 
     def open(self, stream: int, block: bytes = REQUEST, flags: int = END_HEADERS) -> None:
-        self.send(Kind.HEADERS, flags, stream, block)
+        self.send(FrameType.HEADERS, flags, stream, block)
 
     async def receive(self) -> tuple[int, int, int, bytes]:
         """The next frame: its kind, flags, stream and payload."""
@@ -110,7 +110,7 @@ class Client:
         return head[3], head[4], int.from_bytes(head[5:]), payload
 
     async def receive_until(
-        self, kind: Kind, *, is_found: Callable[[int, int, bytes], bool] = lambda *_: True
+        self, kind: FrameType, *, is_found: Callable[[int, int, bytes], bool] = lambda *_: True
     ) -> list[tuple[int, int, int, bytes]]:
         """The frames up to the first of this kind that has what is sought."""
         frames = [await self.receive()]
@@ -122,20 +122,20 @@ class Client:
         """As many bytes of the response, of whatever stream."""
         data = b""
         while len(data) < size:
-            data += (await self.receive_until(Kind.DATA))[-1][3]
+            data += (await self.receive_until(FrameType.DATA))[-1][3]
         return data
 
     async def expect_end(self) -> int:
         """The code of the last frame, GOAWAY, after which the server closes the connection."""
-        code = int.from_bytes((await self.receive_until(Kind.GOAWAY))[-1][3][4:8])
+        code = int.from_bytes((await self.receive_until(FrameType.GOAWAY))[-1][3][4:8])
         async with asyncio.timeout(WAIT_S):
             assert await self._reader.read() == b""
         return code
 
     async def settle(self) -> list[tuple[int, int, int, bytes]]:
         """The frames up to the answer to a ping: all that came before was processed."""
-        self.send(Kind.PING, 0, 0, b"settled!")
-        return await self.receive_until(Kind.PING, is_found=lambda flags, *_: flags == ACK)
+        self.send(FrameType.PING, 0, 0, b"settled!")
+        return await self.receive_until(FrameType.PING, is_found=lambda flags, *_: flags == ACK)
 
 
 @asynccontextmanager
@@ -151,7 +151,7 @@ async def connected(
     try:
         writer.write(PREFACE)
         client = Client(reader, writer)
-        client.send(Kind.SETTINGS, 0, 0, settings)
+        client.send(FrameType.SETTINGS, 0, 0, settings)
         yield client, connections
     finally:
         writer.transport.abort()
@@ -161,16 +161,16 @@ async def connected(
 
 async def test_response_echoes_the_request_in_frames_that_the_client_allows() -> None:
     async with connected(LARGE_WINDOWS) as (client, _):
-        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**20))
+        client.send(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**20))
         client.open(1)
         sent = random.Random(1).randbytes(3 * MAX_FRAME_BYTES)
         for at in range(0, len(sent), MAX_FRAME_BYTES):
-            client.send(Kind.DATA, 0, 1, sent[at : at + MAX_FRAME_BYTES])
-        client.send(Kind.DATA, END_STREAM, 1)
+            client.send(FrameType.DATA, 0, 1, sent[at : at + MAX_FRAME_BYTES])
+        client.send(FrameType.DATA, END_STREAM, 1)
         is_last = lambda flags, *_: bool(flags & END_STREAM)  # noqa: E731
-        frames = await client.receive_until(Kind.HEADERS, is_found=is_last)
-        assert b"".join(payload for kind, *_, payload in frames if kind == Kind.DATA) == sent
-        assert [payload for kind, *_, payload in frames if kind == Kind.HEADERS] == [
+        frames = await client.receive_until(FrameType.HEADERS, is_found=is_last)
+        assert b"".join(payload for kind, *_, payload in frames if kind == FrameType.DATA) == sent
+        assert [payload for kind, *_, payload in frames if kind == FrameType.HEADERS] == [
             RESPONSE,
             TRAILERS,
         ]
@@ -180,9 +180,9 @@ async def test_response_echoes_the_request_in_frames_that_the_client_allows() ->
 async def test_bytes_are_processed_however_they_are_cut() -> None:
     async with connected() as (client, _):
         client.open(1)
-        client.send(Kind.DATA, 0, 1, b"abc")
-        frames = encode_frame(Kind.HEADERS, END_HEADERS, 3, REQUEST)
-        frames += encode_frame(Kind.DATA, END_STREAM, 3, b"def")
+        client.send(FrameType.DATA, 0, 1, b"abc")
+        frames = encode_frame(FrameType.HEADERS, END_HEADERS, 3, REQUEST)
+        frames += encode_frame(FrameType.DATA, END_STREAM, 3, b"def")
         for byte in frames:
             client.writer.write(bytes((byte,)))
             await client.writer.drain()
@@ -196,9 +196,9 @@ async def test_header_block_may_be_continued_padded_and_have_a_priority(flags: i
         before, after = (b"\3" + bytes(5), bytes(3)) if flags & PADDED else (b"", b"")
         client.open(1, before + REQUEST + after, flags)
         client.open(3, before + REQUEST[:5] + after, flags & ~END_HEADERS)
-        client.send(Kind.CONTINUATION, 0, 3, REQUEST[5:9])
-        client.send(Kind.CONTINUATION, END_HEADERS, 3, REQUEST[9:])
-        client.send(Kind.DATA, PADDED, 3, b"\2abc\0\0")
+        client.send(FrameType.CONTINUATION, 0, 3, REQUEST[5:9])
+        client.send(FrameType.CONTINUATION, END_HEADERS, 3, REQUEST[9:])
+        client.send(FrameType.DATA, PADDED, 3, b"\2abc\0\0")
         assert await client.receive_data(3) == b"abc"
         [first, second] = Echo.opened
         assert first.head == second.head == ((b":method", b"POST"), (b":path", b"/echo"))
@@ -231,17 +231,17 @@ async def test_cached_head_is_dropped_once_the_table_has_changed() -> None:
 async def test_no_more_is_sent_than_the_windows_allow() -> None:
     async with connected(struct.pack(">HI", INITIAL_WINDOW, 10)) as (client, _):
         client.open(1)
-        client.send(Kind.DATA, END_STREAM, 1, bytes(100))
-        data = [each for each in await client.settle() if each[0] == Kind.DATA]
+        client.send(FrameType.DATA, END_STREAM, 1, bytes(100))
+        data = [each for each in await client.settle() if each[0] == FrameType.DATA]
         assert [len(each[3]) for each in data] == [10]
-        client.send(Kind.WINDOW_UPDATE, 0, 1, struct.pack(">I", 30))
+        client.send(FrameType.WINDOW_UPDATE, 0, 1, struct.pack(">I", 30))
         assert len(await client.receive_data(30)) == 30
         # 60 bytes are left, and the window is 10 + 30 - 40 = 0; now it shrinks to -10, then grows
-        client.send(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 0))
-        client.send(Kind.WINDOW_UPDATE, 0, 1, struct.pack(">I", 15))
+        client.send(FrameType.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 0))
+        client.send(FrameType.WINDOW_UPDATE, 0, 1, struct.pack(">I", 15))
         assert len(await client.receive_data(5)) == 5
-        assert not [each for each in await client.settle() if each[0] == Kind.DATA]
-        client.send(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 1000))
+        assert not [each for each in await client.settle() if each[0] == FrameType.DATA]
+        client.send(FrameType.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 1000))
         assert len(await client.receive_data(55)) == 55
         assert (await client.receive())[3] == TRAILERS
 
@@ -249,10 +249,10 @@ async def test_no_more_is_sent_than_the_windows_allow() -> None:
 @pytest.mark.parametrize(
     "frames",
     [
-        encode_frame(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)),
-        encode_frame(Kind.WINDOW_UPDATE, 0, 1, struct.pack(">I", 1)),
-        encode_frame(Kind.SETTINGS, 0, 0),
-        encode_frame(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 0) * 20),
+        encode_frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)),
+        encode_frame(FrameType.WINDOW_UPDATE, 0, 1, struct.pack(">I", 1)),
+        encode_frame(FrameType.SETTINGS, 0, 0),
+        encode_frame(FrameType.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 0) * 20),
     ],
 )
 async def test_frames_that_widen_windows_do_not_each_try_to_send_all_streams(
@@ -266,7 +266,7 @@ async def test_frames_that_widen_windows_do_not_each_try_to_send_all_streams(
     async with connected(struct.pack(">HI", INITIAL_WINDOW, 0)) as (client, _):
         for stream in range(1, 201, 2):
             client.open(stream)
-            client.send(Kind.DATA, 0, stream, bytes(1000))
+            client.send(FrameType.DATA, 0, stream, bytes(1000))
         await client.settle()
         sends.clear()
         client.writer.write(frames * 500)
@@ -287,9 +287,11 @@ async def test_time_of_unsent_responses_is_checked_by_one_timer() -> None:
         )
         for stream in range(1, 21, 2):
             client.open(stream)
-            client.send(Kind.DATA, END_STREAM, stream, b"x")
-            client.send(Kind.WINDOW_UPDATE, 0, stream, struct.pack(">I", 1))
-            await client.receive_until(Kind.HEADERS, is_found=lambda flags, *_: flags & END_STREAM)
+            client.send(FrameType.DATA, END_STREAM, stream, b"x")
+            client.send(FrameType.WINDOW_UPDATE, 0, stream, struct.pack(">I", 1))
+            await client.receive_until(
+                FrameType.HEADERS, is_found=lambda flags, *_: flags & END_STREAM
+            )
         assert len(timers) == 1
 
 
@@ -299,42 +301,42 @@ async def test_streams_share_the_window_of_the_connection() -> None:
         for stream in (1, 3):
             client.open(stream)
             for _ in range(3):
-                client.send(Kind.DATA, 0, stream, bytes(MAX_FRAME_BYTES))
+                client.send(FrameType.DATA, 0, stream, bytes(MAX_FRAME_BYTES))
         frames = await client.settle()
-        assert sum(len(each[3]) for each in frames if each[0] == Kind.DATA) == total
-        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**20))
+        assert sum(len(each[3]) for each in frames if each[0] == FrameType.DATA) == total
+        client.send(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**20))
         await client.receive_data(6 * MAX_FRAME_BYTES - total)
 
 
 async def test_window_of_a_stream_is_restored_only_while_it_reads() -> None:
     async with connected(LARGE_WINDOWS) as (client, _):
-        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
+        client.send(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
         client.open(1)
         await client.settle()
         [stream] = Echo.opened
         stream.reads = False
         for _ in range(STREAM_WINDOW // MAX_FRAME_BYTES):
-            client.send(Kind.DATA, 0, 1, bytes(MAX_FRAME_BYTES))
-        updates = [each for each in await client.settle() if each[0] == Kind.WINDOW_UPDATE]
+            client.send(FrameType.DATA, 0, 1, bytes(MAX_FRAME_BYTES))
+        updates = [each for each in await client.settle() if each[0] == FrameType.WINDOW_UPDATE]
         assert [each[2] for each in updates if each[2]] == []
         stream.reads = True
         stream.restore_window()
-        updates = [each for each in await client.settle() if each[0] == Kind.WINDOW_UPDATE]
+        updates = [each for each in await client.settle() if each[0] == FrameType.WINDOW_UPDATE]
         assert [each[1:] for each in updates] == [(0, 1, struct.pack(">I", STREAM_WINDOW))]
 
 
 async def test_window_of_the_connection_is_restored_whatever_its_streams_do() -> None:
     async with connected(LARGE_WINDOWS) as (client, _):
-        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
+        client.send(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
         frames = []
         for stream in range(1, 31, 2):
             client.open(stream)
             frames += await client.settle()
             Echo.opened[-1].reads = False
             for _ in range(STREAM_WINDOW // MAX_FRAME_BYTES):
-                client.send(Kind.DATA, 0, stream, bytes(MAX_FRAME_BYTES))
+                client.send(FrameType.DATA, 0, stream, bytes(MAX_FRAME_BYTES))
         frames += await client.settle()
-        restored = [each for each in frames if each[0] == Kind.WINDOW_UPDATE and each[2] == 0]
+        restored = [each for each in frames if each[0] == FrameType.WINDOW_UPDATE and each[2] == 0]
         assert restored
         assert sum(len(each.received) for each in Echo.opened) > 3 * CONNECTION_WINDOW
 
@@ -346,98 +348,113 @@ def frames_of(count: int, *frame: Any) -> bytes:
     return encode_frame(*frame) * count
 
 
-OPEN = encode_frame(Kind.HEADERS, END_HEADERS, 1, REQUEST)
-OF_SERVER = encode_frame(Kind.HEADERS, END_HEADERS, 2, REQUEST)
+OPEN = encode_frame(FrameType.HEADERS, END_HEADERS, 1, REQUEST)
+OF_SERVER = encode_frame(FrameType.HEADERS, END_HEADERS, 2, REQUEST)
 MANY = MAX_CONTROL_FRAMES + 2  # one more for the response
-HOSTILE: dict[str, tuple[bytes, Code]] = {
+HOSTILE: dict[str, tuple[bytes, ErrorCode]] = {
     "a long frame": (
-        encode_frame(Kind.DATA, 0, 1, bytes(MAX_FRAME_BYTES + 1)),
-        Code.FRAME_SIZE_ERROR,
+        encode_frame(FrameType.DATA, 0, 1, bytes(MAX_FRAME_BYTES + 1)),
+        ErrorCode.FRAME_SIZE_ERROR,
     ),
-    "data of no stream": (encode_frame(Kind.DATA, 0, 0, b"x"), Code.PROTOCOL_ERROR),
-    "data of a stream that was not opened": (encode_frame(Kind.DATA, 0, 5), Code.PROTOCOL_ERROR),
+    "data of no stream": (encode_frame(FrameType.DATA, 0, 0, b"x"), ErrorCode.PROTOCOL_ERROR),
+    "data of a stream that was not opened": (
+        encode_frame(FrameType.DATA, 0, 5),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
     "a reset of a stream that was not opened": (
-        encode_frame(Kind.RST_STREAM, 0, 1, bytes(4)),
-        Code.PROTOCOL_ERROR,
+        encode_frame(FrameType.RST_STREAM, 0, 1, bytes(4)),
+        ErrorCode.PROTOCOL_ERROR,
     ),
     "a stream of a server": (
-        encode_frame(Kind.HEADERS, END_HEADERS, 2, REQUEST),
-        Code.PROTOCOL_ERROR,
+        encode_frame(FrameType.HEADERS, END_HEADERS, 2, REQUEST),
+        ErrorCode.PROTOCOL_ERROR,
     ),
-    "headers twice": (OPEN + OPEN, Code.PROTOCOL_ERROR),
+    "headers twice": (OPEN + OPEN, ErrorCode.PROTOCOL_ERROR),
     "padding longer than its frame": (
-        OPEN + encode_frame(Kind.DATA, PADDED, 1, b"\5abc"),
-        Code.PROTOCOL_ERROR,
+        OPEN + encode_frame(FrameType.DATA, PADDED, 1, b"\5abc"),
+        ErrorCode.PROTOCOL_ERROR,
     ),
     "a block that is not continued": (
-        encode_frame(Kind.HEADERS, 0, 1, REQUEST) + encode_frame(Kind.PING, 0, 0, bytes(8)),
-        Code.PROTOCOL_ERROR,
+        encode_frame(FrameType.HEADERS, 0, 1, REQUEST)
+        + encode_frame(FrameType.PING, 0, 0, bytes(8)),
+        ErrorCode.PROTOCOL_ERROR,
     ),
-    "a continuation of nothing": (encode_frame(Kind.CONTINUATION, 4, 1, b""), Code.PROTOCOL_ERROR),
+    "a continuation of nothing": (
+        encode_frame(FrameType.CONTINUATION, 4, 1, b""),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
     "a continuation of another stream": (
-        encode_frame(Kind.HEADERS, 0, 1, REQUEST) + encode_frame(Kind.CONTINUATION, 4, 3, b""),
-        Code.PROTOCOL_ERROR,
+        encode_frame(FrameType.HEADERS, 0, 1, REQUEST)
+        + encode_frame(FrameType.CONTINUATION, 4, 3, b""),
+        ErrorCode.PROTOCOL_ERROR,
     ),
     "a block that cannot be decoded": (
-        encode_frame(Kind.HEADERS, END_HEADERS, 1, b"\xff\xff\xff\xff"),
-        Code.COMPRESSION_ERROR,
+        encode_frame(FrameType.HEADERS, END_HEADERS, 1, b"\xff\xff\xff\xff"),
+        ErrorCode.COMPRESSION_ERROR,
     ),
     "settings of another length": (
-        encode_frame(Kind.SETTINGS, 0, 0, bytes(5)),
-        Code.FRAME_SIZE_ERROR,
+        encode_frame(FrameType.SETTINGS, 0, 0, bytes(5)),
+        ErrorCode.FRAME_SIZE_ERROR,
     ),
-    "a ping of another length": (encode_frame(Kind.PING, 0, 0, bytes(7)), Code.FRAME_SIZE_ERROR),
+    "a ping of another length": (
+        encode_frame(FrameType.PING, 0, 0, bytes(7)),
+        ErrorCode.FRAME_SIZE_ERROR,
+    ),
     "a window that is widened by nothing": (
-        encode_frame(Kind.WINDOW_UPDATE, 0, 0, bytes(4)),
-        Code.PROTOCOL_ERROR,
+        encode_frame(FrameType.WINDOW_UPDATE, 0, 0, bytes(4)),
+        ErrorCode.PROTOCOL_ERROR,
     ),
     "a priority of another length": (
-        encode_frame(Kind.HEADERS, END_HEADERS | PRIORITY, 1, bytes(4)),
-        Code.FRAME_SIZE_ERROR,
+        encode_frame(FrameType.HEADERS, END_HEADERS | PRIORITY, 1, bytes(4)),
+        ErrorCode.FRAME_SIZE_ERROR,
     ),
     "too large an initial window": (
-        encode_frame(Kind.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 2**31)),
-        Code.FLOW_CONTROL_ERROR,
+        encode_frame(FrameType.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 2**31)),
+        ErrorCode.FLOW_CONTROL_ERROR,
     ),
     "too large a window": (
-        encode_frame(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 1)),
-        Code.FLOW_CONTROL_ERROR,
+        encode_frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 1)),
+        ErrorCode.FLOW_CONTROL_ERROR,
     ),
     "more than the window of a stream": (
-        OPEN + frames_of(17, Kind.DATA, 0, 1, LONGEST),
-        Code.FLOW_CONTROL_ERROR,
+        OPEN + frames_of(17, FrameType.DATA, 0, 1, LONGEST),
+        ErrorCode.FLOW_CONTROL_ERROR,
     ),
     "endless continuations": (
-        encode_frame(Kind.HEADERS, 0, 1, REQUEST)
-        + frames_of(2, Kind.CONTINUATION, 0, 1, bytes(MAX_HEADERS_BYTES)),
-        Code.ENHANCE_YOUR_CALM,
+        encode_frame(FrameType.HEADERS, 0, 1, REQUEST)
+        + frames_of(2, FrameType.CONTINUATION, 0, 1, bytes(MAX_HEADERS_BYTES)),
+        ErrorCode.ENHANCE_YOUR_CALM,
     ),
     "empty continuations": (
-        encode_frame(Kind.HEADERS, 0, 1, REQUEST) + frames_of(MANY, Kind.CONTINUATION, 0, 1),
-        Code.ENHANCE_YOUR_CALM,
+        encode_frame(FrameType.HEADERS, 0, 1, REQUEST)
+        + frames_of(MANY, FrameType.CONTINUATION, 0, 1),
+        ErrorCode.ENHANCE_YOUR_CALM,
     ),
     "a block that inflates": (
         encode_frame(
-            Kind.HEADERS, END_HEADERS, 1, b"\x40\x01k\x7f\x81\x1f" + bytes(4096) + b"\xbe" * 10
+            FrameType.HEADERS, END_HEADERS, 1, b"\x40\x01k\x7f\x81\x1f" + bytes(4096) + b"\xbe" * 10
         ),
-        Code.COMPRESSION_ERROR,
+        ErrorCode.COMPRESSION_ERROR,
     ),
-    "pings": (frames_of(MANY, Kind.PING, 0, 0, bytes(8)), Code.ENHANCE_YOUR_CALM),
-    "settings": (frames_of(MANY, Kind.SETTINGS, 0, 0), Code.ENHANCE_YOUR_CALM),
-    "priorities": (frames_of(MANY, Kind.PRIORITY, 0, 1, bytes(5)), Code.ENHANCE_YOUR_CALM),
-    "unknown frames": (frames_of(MANY, 99, 0, 1), Code.ENHANCE_YOUR_CALM),
-    "empty data": (OPEN + frames_of(MANY, Kind.DATA, 0, 1), Code.ENHANCE_YOUR_CALM),
+    "pings": (frames_of(MANY, FrameType.PING, 0, 0, bytes(8)), ErrorCode.ENHANCE_YOUR_CALM),
+    "settings": (frames_of(MANY, FrameType.SETTINGS, 0, 0), ErrorCode.ENHANCE_YOUR_CALM),
+    "priorities": (
+        frames_of(MANY, FrameType.PRIORITY, 0, 1, bytes(5)),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "unknown frames": (frames_of(MANY, 99, 0, 1), ErrorCode.ENHANCE_YOUR_CALM),
+    "empty data": (OPEN + frames_of(MANY, FrameType.DATA, 0, 1), ErrorCode.ENHANCE_YOUR_CALM),
     "data of a stream that has ended": (
-        OPEN + frames_of(MANY, Kind.DATA, END_STREAM, 1),
-        Code.ENHANCE_YOUR_CALM,
+        OPEN + frames_of(MANY, FrameType.DATA, END_STREAM, 1),
+        ErrorCode.ENHANCE_YOUR_CALM,
     ),
     "rapid resets": (
         b"".join(
-            encode_frame(Kind.HEADERS, END_HEADERS, stream, REQUEST)
-            + encode_frame(Kind.RST_STREAM, 0, stream, bytes(4))
+            encode_frame(FrameType.HEADERS, END_HEADERS, stream, REQUEST)
+            + encode_frame(FrameType.RST_STREAM, 0, stream, bytes(4))
             for stream in range(1, 2 * MANY, 2)
         ),
-        Code.ENHANCE_YOUR_CALM,
+        ErrorCode.ENHANCE_YOUR_CALM,
     ),
 }
 
@@ -473,7 +490,7 @@ async def test_control_frames_are_limited_by_time(monkeypatch: pytest.MonkeyPatc
     """A client that pings for years is not closed."""
     monkeypatch.setattr(http2_protocol, "CONTROL_INTERVAL_S", 0.0)
     async with connected() as (client, _):
-        client.writer.write(frames_of(3 * MANY, Kind.PING, 0, 0, bytes(8)))
+        client.writer.write(frames_of(3 * MANY, FrameType.PING, 0, 0, bytes(8)))
         await client.settle()
 
 
@@ -483,32 +500,32 @@ async def test_client_may_ping_for_each_response(monkeypatch: pytest.MonkeyPatch
     async with connected(LARGE_WINDOWS) as (client, _):
         client.open(1)
         for _ in range(3 * MANY):
-            client.send(Kind.DATA, 0, 1, b"x")
-            client.send(Kind.PING, 0, 0, bytes(8))
+            client.send(FrameType.DATA, 0, 1, b"x")
+            client.send(FrameType.PING, 0, 0, bytes(8))
         await client.receive_data(3 * MANY)
-        client.writer.write(frames_of(2 * MANY, Kind.PING, 0, 0, bytes(8)))
-        assert await client.expect_end() == Code.ENHANCE_YOUR_CALM
+        client.writer.write(frames_of(2 * MANY, FrameType.PING, 0, 0, bytes(8)))
+        assert await client.expect_end() == ErrorCode.ENHANCE_YOUR_CALM
 
 
 async def test_streams_above_the_limit_are_refused() -> None:
     async with connected() as (client, _):
         for at in range(http2_protocol.MAX_STREAMS + 1):
             client.open(2 * at + 1)
-        [*_, (_, _, stream, code)] = await client.receive_until(Kind.RST_STREAM)
-        assert (stream, code) == (2 * at + 1, struct.pack(">I", Code.REFUSED_STREAM))
-        client.send(Kind.DATA, 0, 1, b"x")
+        [*_, (_, _, stream, code)] = await client.receive_until(FrameType.RST_STREAM)
+        assert (stream, code) == (2 * at + 1, struct.pack(">I", ErrorCode.REFUSED_STREAM))
+        client.send(FrameType.DATA, 0, 1, b"x")
         assert await client.receive_data(1) == b"x"
 
 
 async def test_reset_stream_is_cancelled_and_its_later_frames_are_ignored() -> None:
     async with connected() as (client, _):
         client.open(1)
-        client.send(Kind.RST_STREAM, 0, 1, struct.pack(">I", Code.CANCEL))
-        client.send(Kind.DATA, 0, 1, b"late")
-        client.send(Kind.WINDOW_UPDATE, 0, 1, struct.pack(">I", 1))
+        client.send(FrameType.RST_STREAM, 0, 1, struct.pack(">I", ErrorCode.CANCEL))
+        client.send(FrameType.DATA, 0, 1, b"late")
+        client.send(FrameType.WINDOW_UPDATE, 0, 1, struct.pack(">I", 1))
         client.open(1, REQUEST, END_HEADERS | END_STREAM)
         client.open(3)
-        client.send(Kind.DATA, 0, 3, b"next")
+        client.send(FrameType.DATA, 0, 3, b"next")
         assert await client.receive_data(4) == b"next"
         assert [(each.is_cancelled, each.releases) for each in Echo.opened] == [
             (True, 1),
@@ -521,8 +538,8 @@ async def test_response_that_ends_before_its_request_resets_the_rest_of_it() -> 
         client.open(1)
         await client.settle()
         Echo.opened[0].finish(TRAILERS)
-        [*_, (_, _, stream, code)] = await client.receive_until(Kind.RST_STREAM)
-        assert (stream, code) == (1, struct.pack(">I", Code.NO_ERROR))
+        [*_, (_, _, stream, code)] = await client.receive_until(FrameType.RST_STREAM)
+        assert (stream, code) == (1, struct.pack(">I", ErrorCode.NO_ERROR))
 
 
 async def test_retired_connection_ends_after_its_last_stream() -> None:
@@ -530,11 +547,11 @@ async def test_retired_connection_ends_after_its_last_stream() -> None:
         client.open(1)
         await client.settle()
         connections.retire()
-        [*_, (_, _, _, goaway)] = await client.receive_until(Kind.GOAWAY)
-        assert goaway == struct.pack(">II", 1, Code.NO_ERROR)
+        [*_, (_, _, _, goaway)] = await client.receive_until(FrameType.GOAWAY)
+        assert goaway == struct.pack(">II", 1, ErrorCode.NO_ERROR)
         client.open(3)
-        client.send(Kind.DATA, END_STREAM, 3, b"not processed")
-        client.send(Kind.DATA, END_STREAM, 1, b"last")
+        client.send(FrameType.DATA, END_STREAM, 3, b"not processed")
+        client.send(FrameType.DATA, END_STREAM, 1, b"last")
         assert await client.receive_data(4) == b"last"
         assert (await client.receive())[3] == TRAILERS
         assert len(Echo.opened) == 1
@@ -547,7 +564,7 @@ async def test_connection_above_the_limit_is_told_to_go_away() -> None:
         await client.settle()
         host, port = client.writer.get_extra_info("peername")
         other = Client(*await asyncio.open_connection(host, port))
-        assert await other.expect_end() == Code.ENHANCE_YOUR_CALM
+        assert await other.expect_end() == ErrorCode.ENHANCE_YOUR_CALM
         other.writer.close()
 
 
@@ -558,8 +575,8 @@ async def test_idle_client_is_pinged_and_disconnected_without_an_answer() -> Non
         assert connection.phase is Phase.LIVE
         for _ in range(2):
             connection.expire(Phase.LIVE)
-            frame = (await client.receive_until(Kind.PING))[-1]
-            client.send(Kind.PING, ACK, 0, frame[3])
+            frame = (await client.receive_until(FrameType.PING))[-1]
+            client.send(FrameType.PING, ACK, 0, frame[3])
             await client.settle()
         connection.expire(Phase.LIVE)
         connection.expire(Phase.LIVE)
@@ -571,22 +588,22 @@ async def test_stream_whose_response_is_not_received_is_reset() -> None:
     limits = ConnectionSettings(send_timeout_s=0.05)
     async with connected(struct.pack(">HI", INITIAL_WINDOW, 0), limits=limits) as (client, _):
         client.open(1)
-        client.send(Kind.DATA, END_STREAM, 1, b"x")
-        [*_, (_, _, stream, code)] = await client.receive_until(Kind.RST_STREAM)
-        assert (stream, code) == (1, struct.pack(">I", Code.CANCEL))
+        client.send(FrameType.DATA, END_STREAM, 1, b"x")
+        [*_, (_, _, stream, code)] = await client.receive_until(FrameType.RST_STREAM)
+        assert (stream, code) == (1, struct.pack(">I", ErrorCode.CANCEL))
         assert [(each.is_cancelled, each.releases) for each in Echo.opened] == [(True, 1)]
         await client.settle()
 
 
 async def test_client_that_does_not_read_is_not_read() -> None:
     async with connected(LARGE_WINDOWS) as (client, connections):
-        client.send(Kind.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
+        client.send(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**30))
         [connection] = connections._seen
         await client.settle()
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         client.open(1)
         while not connection.is_write_paused:  # type: ignore[attr-defined]
-            client.send(Kind.DATA, 0, 1, bytes(MAX_FRAME_BYTES))
+            client.send(FrameType.DATA, 0, 1, bytes(MAX_FRAME_BYTES))
             await asyncio.sleep(0)
         assert connection.phase is Phase.SEND
         received = len(Echo.opened[0].received)
@@ -618,10 +635,10 @@ async def test_connection_waits_for_its_turn_after_many_bytes() -> None:
         turns: Any = Turns()
         connections.turns = turns
         client.open(1)
-        client.send(Kind.DATA, 0, 1, bytes(100))
+        client.send(FrameType.DATA, 0, 1, bytes(100))
         await client.settle()
         assert turns.on_turn == []
-        client.writer.writelines([encode_frame(Kind.DATA, 0, 1, LONGEST) for _ in range(12)])
+        client.writer.writelines([encode_frame(FrameType.DATA, 0, 1, LONGEST) for _ in range(12)])
         await client.settle()
         assert turns.on_turn
 
@@ -629,9 +646,9 @@ async def test_connection_waits_for_its_turn_after_many_bytes() -> None:
 @pytest.mark.parametrize(
     ("frame", "count"),
     [
-        (encode_frame(Kind.HEADERS, END_HEADERS, 0, REQUEST), 65),
-        (encode_frame(Kind.HEADERS, END_HEADERS, 0, b" " * MAX_HEADERS_BYTES), 2),
-        (encode_frame(Kind.DATA, 0, 0, b"x"), http2_protocol.WORK_AT_ONCE + 1),
+        (encode_frame(FrameType.HEADERS, END_HEADERS, 0, REQUEST), 65),
+        (encode_frame(FrameType.HEADERS, END_HEADERS, 0, b" " * MAX_HEADERS_BYTES), 2),
+        (encode_frame(FrameType.DATA, 0, 0, b"x"), http2_protocol.WORK_AT_ONCE + 1),
     ],
     ids=["streams", "bytes of headers", "frames"],
 )
@@ -641,7 +658,7 @@ async def test_connection_waits_for_its_turn_after_much_work(frame: bytes, count
         await client.settle()
         turns: Any = Turns()
         connections.turns = turns
-        is_data = frame[3] == Kind.DATA
+        is_data = frame[3] == FrameType.DATA
         streams = [1 if is_data else 2 * at + 3 for at in range(count)]
         client.writer.writelines(
             [frame[:5] + struct.pack(">I", stream) + frame[9:] for stream in streams]

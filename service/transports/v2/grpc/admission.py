@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from service.core.errors import CarryError, Overloaded
 from service.server.connections import BODY_BYTES_PER_S
 from service.server.errors import RequestTimeout
-from service.server.http2_stream import Code
+from service.server.http2_stream import ErrorCode
 from service.server.settings import ConnectionSettings
 from service.transports.common.long_bodies import LONG_BYTES
 from service.transports.v2.settings import V2Settings
@@ -105,7 +105,7 @@ class Slots:
                 raise Overloaded(detail, retry_after_s=1)
             oldest = next(iter(self._calls))
             oldest.cancel()
-            oldest.reset(Code.ENHANCE_YOUR_CALM)
+            oldest.reset(ErrorCode.ENHANCE_YOUR_CALM)
         self._calls[call] = None
         call.on_release.append(partial(self._calls.pop, call))
 

@@ -123,12 +123,12 @@ class Call(Http2Stream):
     def __init__(
         self,
         connection: Http2Connection,
-        identity: int,
+        stream_id: int,
         head: CallHead,
         ids: RequestIds,
         max_bytes: int,
     ):
-        super().__init__(connection, identity)
+        super().__init__(connection, stream_id)
         self.head = head
         sent = filter(is_request_id, head.values(REQUEST_ID))
         self.request_id = (next(sent, None) or ids.next()).decode()

@@ -108,9 +108,9 @@ class InferenceServicer:
         """Requests that are being answered."""
         return self._infer.count
 
-    def accept(self, connection: Http2Connection, identity: int, head: CallHead) -> Call:
+    def accept(self, connection: Http2Connection, stream_id: int, head: CallHead) -> Call:
         """Begin a call."""
-        call = Call(connection, identity, head, self._ids, self._max_bytes)
+        call = Call(connection, stream_id, head, self._ids, self._max_bytes)
         call.room = self._admission.messages
         method = self._methods.get(head.path)
         if method is None:
