@@ -1,4 +1,4 @@
-"""`carry consume`: events of a topic become outputs of another, exactly once."""
+"""`carry consume`: computes the outputs of a topic's events into another topic, exactly once."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def replay_letters(
     group: Group = None,
     stream: Annotated[
         str | None,
-        typer.Option(help="All of this stream, in order; the stream goes on if it had halted."),
+        typer.Option(help="All of this stream, in order; a halted stream continues behind them."),
     ] = None,
     discard: Annotated[
         bool, typer.Option("--discard", help="Delete them instead of adding them again.")
@@ -122,7 +122,7 @@ def replay_letters(
 
 
 async def _replay_stream(store: RedisStore, keys: TopicKeys, stream: str, *, adds: bool) -> int:
-    """Replay a stream's dead letters, and let it go on behind the last one."""
+    """Replay a stream's dead letters; the stream continues behind the last one."""
     moved = 0
     while True:
         last, ids = b"", list[bytes]()

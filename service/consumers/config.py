@@ -1,4 +1,4 @@
-"""Configuration of a consumer: where events come from, how they are read, where outputs go."""
+"""Configuration of a consumer: its topics, and how their entries are read and written."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class ConsumerConfig(_Part):
     """The model that computes the outputs."""
 
     source: Annotated[Name, Field(alias="from")]
-    """The topic with the events: a stream of Redis; with `partitioned`, the last part of the names
+    """The input topic, a Redis stream with the events; with `partitioned`, the last part of
     `carry{p0017}:in:NAME`."""
 
     sink: Annotated[Name, Field(alias="to")]
-    """The topic for the outputs; with `partitioned`, of the names `carry{p0017}:out:NAME`."""
+    """The output topic; with `partitioned`, the last part of `carry{p0017}:out:NAME`."""
 
     dead_letters: Name | None = None
     """The topic for entries that cannot be processed; by default the source's name and `:dead`,
@@ -87,7 +87,7 @@ class ConsumerConfig(_Part):
     """Whether to create a topic that does not exist; topics of partitions are always created."""
 
     on_error: Literal["continue", "halt"] = "continue"
-    """What a stream does after an event that cannot be processed: go on with the next one, or halt:
+    """What a stream does after an event that cannot be processed: continue with the next, or halt:
     its later events become dead letters too, until they are replayed in order."""
 
     outputs: Literal["json", "msgpack"] = "json"
@@ -101,11 +101,11 @@ class ConsumerConfig(_Part):
     """About how many entries the output topic keeps; 0 for all."""
 
     delete: bool = False
-    """Whether acknowledged entries are deleted from the source."""
+    """Whether acknowledged entries are deleted from the input topic."""
 
     lease_s: Annotated[float, Field(ge=0.2, le=300)] = 5.0
-    """How long a topic of a consumer that died waits for another one, in seconds. Longer than any
-    pause of a process or of the network that should not move a topic."""
+    """Duration of a lease in seconds, after which another consumer acquires the topics of one that
+    died. Choose it longer than pauses of a process or the network that should not move topics."""
 
     def topics(self, space: KeySpace, *, is_cluster: bool) -> list[TopicKeys]:
         """The keys of each topic.

@@ -41,19 +41,19 @@ RENEWALS: Final = 3
 """How often a lease is renewed in its duration."""
 
 MOVES_AT_ONCE: Final = 64
-"""Topics that are released to other members in one `JOIN_INTERVAL_S`: none of them waits until all
-others are acquired."""
+"""Most topics that are released to other members in one `JOIN_INTERVAL_S`, so that none waits until
+all others are acquired."""
 
 ACQUIRE_PAUSE_S: Final = 0.3
 EXPIRY_PAUSE_S: Final = 1.0
-"""Longest pauses between two attempts to acquire a topic of a member, which releases it soon, and
-of an owner that died, whose lease has to expire."""
+"""Longest pauses between two attempts to acquire a topic: of a member, which releases it soon; of
+an owner that died, whose lease has to expire."""
 
 STATUS_AT_ONCE: Final = 16
 """Topics whose status is read at a time."""
 
 EVENTS_PER_CHUNK: Final = 8
-"""Entries in memory, for each chunk that the batcher may have."""
+"""Most entries in memory for each chunk that the batcher may have."""
 
 IDLE_POLL_S: Final = 0.0003
 """Longest pause between two reads of topics without entries, for each of them; at least
@@ -71,7 +71,7 @@ class Consumer:
         store: the store of the service.
 
     Attributes:
-        counts: events by what became of them: `committed`, `duplicates`, `dead_letters`, `deleted`;
+        counts: events by result: `committed`, `duplicates`, `dead_letters`, `deleted`;
             and `losses` of topics.
         topics: the topics that are assigned to this consumer, by name.
 

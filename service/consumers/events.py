@@ -44,7 +44,7 @@ class Event(msgspec.Struct, eq=False):
         value: the event, one complete value of JSON.
         position: in its stream; None to append it.
         fields: of its entry.
-        is_alone: whether it is processed alone: a chunk with it failed.
+        is_alone: whether it is processed in a chunk of its own, since a chunk with it failed.
     """
 
     id: bytes
@@ -56,10 +56,10 @@ class Event(msgspec.Struct, eq=False):
 
 
 class EventReader:
-    """Reads the entries for one model.
+    """Reads the entries of a topic for one model.
 
     Attributes:
-        max_events: most events of a chunk; a model that sees chunks as a whole gets single events.
+        max_events: most events of a chunk; 1 unless the model's chunking is `invisible`.
     """
 
     def __init__(self, artifact: Artifact, config: ConsumerConfig, settings: RequestSettings):

@@ -1,4 +1,4 @@
-"""Metrics of a consumer, sampled at no cost to its events."""
+"""Metrics of a consumer, sampled once a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from service.telemetry.metrics import makers_of
 SAMPLE_INTERVAL_S: Final = 1.0
 STATUS_INTERVAL_S: Final = 5.0
 STATUS_S_PER_TOPIC: Final = 0.02
-"""Time between two reads of how far the topics of this consumer were read, at least."""
+"""The status of the owned topics is read every `STATUS_INTERVAL_S`; of many topics less often, by
+this time for each."""
 
 TOPIC: Final = ("topic",)
 RESULTS: Final = ("committed", "duplicates", "dead_letters", "deleted")
@@ -27,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 class ConsumerMetrics:
-    """Metrics of one consumer, all partitions of its topic together; `run` inside its event loop.
+    """Metrics of one consumer, summed over the partitions of its topic; `run` in its event loop.
 
     Args:
         topic: the label of its series.
@@ -40,7 +41,7 @@ class ConsumerMetrics:
         self._before: Counter[str] = Counter()
         self._events = counter(
             "carry_consumer_events",
-            "Events of a topic, by what became of them.",
+            "Events of a topic, by result.",
             ("topic", "result"),
         )
         self._losses = counter(
@@ -87,7 +88,7 @@ class ConsumerMetrics:
         self._owned.set(self._consumer.count_owned())
 
     def show(self, statuses: list[TopicStatus]) -> None:
-        """Set the gauges of how far its topics were read."""
+        """Set the gauges of lag, pending entries and the oldest one."""
         self._lag.set(sum(status.lag or 0 for status in statuses))
         self._pending.set(sum(status.pending for status in statuses))
         oldest_ms = min((each.oldest_ms for each in statuses if each.oldest_ms), default=None)

@@ -1,10 +1,10 @@
 """Moves the entries of one topic to the topics of the partitions of their streams, each once.
 
 The topic and those of the partitions are in different slots of a cluster, so nothing writes both in
-one step. Instead, each topic of a partition remembers the id of the last entry that was appended,
-in the same step, and skips what it has. Entries are read in order, and appended before they are
-acknowledged, one batch at a time; whatever fails is read and appended again. So a late or repeated
-call changes nothing, also that of an earlier owner.
+one step. Instead, an append also stores the id of the last entry beside the topic of the partition,
+and skips the entries up to that id. Entries are read in order, and appended before they are
+acknowledged, one batch at a time; what fails is read and appended again. So a late or repeated call
+changes nothing, also one of an earlier owner.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _LostError(Exception):
 
 
 def _keys_of(config: ConsumerConfig) -> TopicKeys:
-    """The keys of the topic; also on a cluster all in its slot."""
+    """The keys of the topic, on a cluster all in one slot."""
     topic = config.source
     beside = topic if "{" in topic else f"{{{topic}}}"
     return TopicKeys(
@@ -66,7 +66,7 @@ class Repartitioner:
     """Moves the entries of the topic of a configuration; `run` once, `stop` at any time.
 
     Attributes:
-        counts: entries by what became of them: `moved` (some perhaps by an earlier owner),
+        counts: entries by result: `moved` (also those that an earlier owner appended),
             `dead_letters`.
     """
 
@@ -87,11 +87,11 @@ class Repartitioner:
         self._stopped.set()
 
     def check(self) -> Check:
-        """Check readiness: whether it owns the topic; another process may."""
+        """Check readiness, which does not depend on the owner of the topic."""
         return Check("topics", True, "owned" if self._is_owner else "owned by another process")
 
     async def run(self) -> None:
-        """Move entries until `stop`, while no other process does."""
+        """Move entries until `stop`, whenever this process owns the topic."""
         while not self._stopped.is_set():
             try:
                 if await self._acquire():

@@ -1,9 +1,9 @@
 """A topic that this consumer owns: from entries to chunks, from replies to acknowledgements.
 
-The rules are in `docs/decisions/consumers.md`. In memory is each entry that was read and is not yet
-acknowledged: its event waits for the chunk before it of its stream, or is in a chunk, or its
-acknowledgement is being written. Whatever goes wrong so that the store may have done something
-unknown, all of it is forgotten, and read again under a new fence (`lose`).
+The rules are in `docs/decisions/consumers.md`. Each entry that was read and is not yet acknowledged
+is in memory: its event waits for the chunk before it of its stream, or is in a chunk, or its
+acknowledgement is being written. If it is not known what the store did with a call, all of it is
+forgotten, and read again under a new fence (`lose`).
 
 Use from one event loop: `run` once; the rest from the consumer, and from the batches of its chunks.
 """
@@ -54,19 +54,19 @@ from service.store.topics import (
 
 MIN_READ: Final = 32
 MAX_READ: Final = 512
-"""Most entries of one read, which doubles while there are more: of a topic with few entries, little
-memory is reserved, so that many topics are read at a time; no commit waits long behind a read."""
+"""Most entries of one read. The number doubles while there are more; no commit waits long behind a
+read. A topic with few entries reserves little memory, so that many topics are read at a time."""
 
 POLL_S: Final = 0.001
-"""Shortest pause between two reads, behind one that left nothing. It doubles with each read without
-an entry, up to `longest_poll_s`, and is halved by each one with entries."""
+"""Shortest pause after a read that reached the end of a topic. The pause doubles with each read
+without an entry, up to `longest_poll_s`, and is halved by each one with entries."""
 
 RETRY_S: Final = 0.05
 """Pause before a topic is acquired again, doubled with each failure in a row up to 32 times."""
 
 DEAD: Final = "dead_letters"
 MAX_ATTEMPTS: Final = 3
-"""How often an event is computed that fails with an internal error, before it is rejected."""
+"""How often an event that fails with an internal error is computed before it is rejected."""
 
 OnReply = Callable[[Reply | CarryError], None]
 
@@ -77,7 +77,7 @@ class Queue(Protocol):
     """What the topics of a consumer share: memory for entries, and places in the batcher.
 
     Attributes:
-        counts: events by what became of them.
+        counts: events by result.
         longest_poll_s: longest pause between two reads of a topic without entries.
     """
 
@@ -108,14 +108,14 @@ class Submitted(msgspec.Struct, eq=False):
 
 
 class OwnedTopic:
-    """A topic that this consumer owns, or is about to.
+    """A topic that is assigned to this consumer, and which it owns while it has a `fence`.
 
     Args:
-        owner: names this consumer, in no other process.
+        owner: name of this consumer, unique among all processes.
         output_start: the position of the first output of a chunk, given the head after it.
 
     Attributes:
-        fence: of the present acquisition; None if there is none.
+        fence: of the current acquisition; None if the topic is not owned.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class OwnedTopic:
     # Ownership
 
     async def run(self) -> None:
-        """Acquire the topic, process its entries, and acquire it again whenever it was lost; until
-        it is released."""
+        """Acquire the topic and process its entries until it is released; acquire it again whenever
+        it is lost."""
         while not self._is_releasing:
             try:
                 if not await self._acquire():
@@ -196,15 +196,15 @@ class OwnedTopic:
         return True
 
     def lose(self, reason: str) -> None:
-        """Give the acquisition up: what the store has done since is not known, or it is another
-        owner's. `run` acquires it again, if it may."""
+        """End the acquisition: the outcome of a call is unknown, or there is another owner. `run`
+        acquires the topic again, unless another consumer has."""
         self._failures += 1
         self._queue.counts["losses"] += 1
         self.fence = None
         log.warning("topic_lost", topic=self.keys.topic, reason=reason)
 
     async def renew(self) -> None:
-        """Renew the lease; loses the topic if it is another owner's."""
+        """Renew the lease; lose the topic if it has another owner."""
         fence = self.fence
         if fence is None:
             return
@@ -251,14 +251,14 @@ class OwnedTopic:
     # Reading
 
     async def _read_pending(self) -> None:
-        """Read what earlier acquisitions left unacknowledged."""
+        """Read the entries that earlier acquisitions left pending."""
         after = FIRST_PENDING
         while entries := (await self._read(after, MIN_READ))[0]:
             after = entries[-1].id.decode()
 
     async def _read_new(self) -> None:
-        """Read new entries until the topic is released or lost. Behind the last one, pause until
-        the clock is at a multiple of the pause: one call reads all topics of that moment."""
+        """Read new entries until the topic is released or lost. At its end, pause until the clock
+        is at a multiple of the pause, so that one call reads many topics."""
         pause_s, most = POLL_S, MIN_READ
         while not self._is_releasing and self.fence is not None:
             entries, room = await self._read(NEW, most)
@@ -271,7 +271,7 @@ class OwnedTopic:
             pause_s = min(pause_s, self._queue.longest_poll_s)
 
     async def _read(self, after: str, most: int) -> tuple[Sequence[Entry], int]:
-        """Read and accept entries, as many as memory is free for; them, and how many that is."""
+        """Read and accept entries, as many as there is memory for; returns them and that number."""
         room = await self._queue.reserve(most)
         entries: Sequence[Entry] = ()
         try:
@@ -330,7 +330,7 @@ class OwnedTopic:
             return
 
     async def commit(self, commits: CommitColumns, deadline_s: float) -> list[CommitResult]:
-        """Commit chunks with their outputs and acknowledgements."""
+        """Commit chunks with their outputs and acknowledgements; see `Committer`."""
         fence, count = self.fence, len(commits.keys)
         if fence is None:
             return [OutcomeUnknown("the topic was lost before the commit")] * count
@@ -372,7 +372,7 @@ class OwnedTopic:
         return results
 
     def _finish(self, submitted: Submitted, result: Reply | CarryError) -> None:
-        """Take the result of a chunk."""
+        """Process the result of a chunk."""
         chunk, events = submitted.chunk, submitted.events
         del self._submitted[chunk.key]
         is_committed = isinstance(result, Reply) and not result.replayed
@@ -394,7 +394,7 @@ class OwnedTopic:
     # Failures
 
     def _fail(self, events: Sequence[Event], error: CarryError) -> None:
-        """Decide what follows from the error of a chunk, which the batcher no longer has."""
+        """Retry, divide, reject or drop the events of a chunk that failed, by its error."""
         first = events[0]
         if isinstance(error, AlreadyApplied):
             self._drop_duplicates(events, condition_of(self._reader.key(first.stream), error))
@@ -427,7 +427,7 @@ class OwnedTopic:
     def _reject(
         self, entry_id: bytes, fields: Sequence[bytes], error: CarryError, stream: str | None
     ) -> None:
-        """Write a dead letter; its stream halts, if it shall."""
+        """Write a dead letter; with `on_error: halt`, halt its stream."""
         log.warning(
             "entry_rejected",
             topic=self.keys.topic,
@@ -441,7 +441,7 @@ class OwnedTopic:
             condition = condition_of(self._reader.key(stream or ""), error)
             self._write(DEAD, TopicItem([entry_id], [letter], condition=condition))
         elif stream in self._halted:
-            # another process may have let it go on: then the topic is lost, and read again
+            # a replay may have resumed it: then the topic is lost, and read again
             self._write(DEAD, TopicItem([entry_id], [letter], halted=stream))
         else:
             condition = condition_of(self._reader.key(stream), error)

@@ -316,10 +316,7 @@ class Http2Connection(Connection, asyncio.Protocol):
             head, flags, stream_id = FRAME_HEADER.unpack_from(data, at)
             end = at + 9 + (head >> 8)
             if head >> 8 > MAX_FRAME_BYTES:
-                raise Http2Error(
-                    ErrorCode.FRAME_SIZE_ERROR,
-                    f"expected frames of at most {MAX_FRAME_BYTES} bytes",
-                )
+                raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "a frame is too long")
             if end > size:
                 break
             kind, stream_id = head & 255, stream_id & _MAX_WINDOW
@@ -444,10 +441,7 @@ class Http2Connection(Connection, asyncio.Protocol):
             raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "expected SETTINGS of 6 bytes each")
         for name, value in _SETTING.iter_unpack(payload):
             if name == _INITIAL_WINDOW:
-                if value > _MAX_WINDOW:
-                    raise Http2Error(
-                        ErrorCode.FLOW_CONTROL_ERROR, "the initial window is too large"
-                    )
+                _check_window(value)
                 self.initial_window = value
                 self._is_window_wider = True
         self.write(encode_frame(FrameType.SETTINGS, ACK, 0))

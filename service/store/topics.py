@@ -1,9 +1,9 @@
-"""Interface of a store's topics: streams of Redis from which a consumer reads events, exactly once.
+"""Interface of a store's topics: Redis streams from which a consumer reads events, exactly once.
 
-A topic is read by one owner at a time, through a consumer group. The owner has a lease, which its
-fence identifies: each call of an owner names its fence, and changes nothing if that is not the
-stored one. A commit writes states, outputs and acknowledgements in one step. The rules are in
-`docs/decisions/consumers.md`.
+A topic is read by one owner at a time, through a consumer group. The owner has a lease. Each
+acquisition of it has a fence (a fencing token): a call of an owner names its fence, and changes
+nothing if that is not the stored one. A commit writes states, outputs and acknowledgements in one
+step. The rules are in `docs/decisions/consumers.md`.
 
 Every call may raise StoreUnavailable and StoreRefused. Whenever a caller does not know what a call
 did (`Unclear`, or one of these errors), it acquires the topic again and reads what is pending.
@@ -21,8 +21,8 @@ from service.core.values import StreamHead, StreamKey
 from service.store.base import CommitResult
 
 CONSUMER: Final = "carry"
-"""The consumer of the group that every owner is, so that what one leaves pending is the next
-one's."""
+"""The consumer name in the group that every owner uses, so that the next owner has what one leaves
+pending."""
 
 NEW: Final = ">"
 """Reads entries that were never delivered."""
@@ -240,13 +240,13 @@ class Topics(Protocol):
         """
 
     async def status(self, keys: TopicKeys) -> TopicStatus | None:
-        """How far the group has read a topic; None if topic or group do not exist."""
+        """Read how far the group has read a topic; None if topic or group do not exist."""
 
     async def type_of(self, name: str) -> str:
-        """The type of a key of the store, such as `stream`; `none` if there is none."""
+        """Read the type of a key of the store, such as `stream`; `none` if there is none."""
 
     async def halted(self, keys: TopicKeys) -> set[str]:
-        """The streams that halt."""
+        """Read the names of the halted streams."""
 
     async def add(self, entries: Sequence[TopicEntry]) -> None:
         """Add entries to topics, those of one topic in order.
@@ -256,7 +256,7 @@ class Topics(Protocol):
         """
 
     async def append(self, name: str, source: str, entries: Sequence[Entry]) -> None:
-        """Append entries of another topic to a topic, in order, except those that were before.
+        """Append entries of another topic to a topic, in order, except those that it already has.
 
         Calls for one topic must not overlap.
 
@@ -280,8 +280,8 @@ class Topics(Protocol):
 
         Args:
             adds: otherwise they are deleted.
-            resumed: a stream that goes on behind them; None is returned, and nothing changed, if
-                there are dead letters behind `last`.
+            resumed: a halted stream that continues behind them; None is returned, and nothing
+                changed, if there are dead letters behind `last`.
         """
 
     async def join(self, group: str, member: str, valid_s: float) -> Sequence[str]:

@@ -1,8 +1,8 @@
-"""The topics of a store on Redis or Valkey: streams that are read and committed by scripts.
+"""The topics of a store on Redis or Valkey: Redis streams that scripts read and commit.
 
 Every call goes through the pipelined connections of the store, so the calls of a topic are executed
-in their order. A call that was sent again has no result (`Unclear`): nobody can tell what its first
-execution read or wrote, and the list of pending entries says it for certain.
+in their order. A call that was sent again has no result (`Unclear`): what its first execution read
+or wrote is unknown, and only the list of pending entries says it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 -- ARGV[1]  the topic that the entries come from
 -- ARGV[2..] for each entry, in order: its id, the number of its fields and values, and these
 --
--- Returns how many were appended; the others were before.
+-- Returns how many were appended; the topic already had the others.
 
 -- An id in a form that is ordered as text.
 local function in_order(id)

@@ -8,7 +8,7 @@
 -- KEYS[6..] for each chunk and each condition: its state key, its reply key
 -- ARGV[1], ARGV[2]  as of `compare_and_set.lua`, which precedes this text
 -- ARGV[3]  the consumer group
--- ARGV[4]  the consumer of the group that all owners are
+-- ARGV[4]  the consumer name in the group, the same for all owners
 -- ARGV[5]  the fence of the owner
 -- ARGV[6]  the number of this commit under the fence, from 1
 -- ARGV[7]  about how many entries the output topic keeps; "0": all

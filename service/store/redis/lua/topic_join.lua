@@ -1,4 +1,4 @@
--- Announce a consumer to the others of its group, or take it off.
+-- Announce a consumer to the others of its group, or remove it.
 --
 -- KEYS[1]  the members: a hash of consumers to the times of their last announcements
 -- ARGV[1]  the consumer

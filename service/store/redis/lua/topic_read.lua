@@ -1,7 +1,7 @@
 -- Read entries of topics for their owners; each topic succeeds or fails alone.
 --
 -- KEYS     for each topic: its name, its lease (`topic_lease.lua`)
--- ARGV[1]  the consumer of the groups that all owners are
+-- ARGV[1]  the consumer name in the groups, the same for all owners
 -- ARGV[2..] for each topic:
 --            the consumer group
 --            the fence of the owner

@@ -4,12 +4,12 @@
 -- KEYS[2]  the dead-letter topic
 -- KEYS[3]  the streams that halt (`topic_commit.lua`)
 -- ARGV[1]  "1": they are added to the topic, without the fields that begin with `carry-`
--- ARGV[2]  a stream that goes on from now on; "": none
+-- ARGV[2]  a halted stream that continues; "": none
 -- ARGV[3]  the id of the last dead letter, with ARGV[2]
 -- ARGV[4..] ids of dead letters
 --
 -- Returns how many there were; or -1, and changes nothing, if there are later dead letters: they may
--- be of the stream, which would go on in front of them.
+-- be of the stream, which would continue before they are replayed.
 
 local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
 if ARGV[2] ~= '' and last and last[1] ~= ARGV[3] then
