@@ -45,7 +45,8 @@ def check_topics(client: Any, seen: dict[str, int]) -> list[str]:
 
 
 def _check_group(client: Any, name: str) -> list[str]:
-    pending = client.xpending(name, GROUP)["pending"] if client.exists(name) else 0
+    groups = client.xinfo_groups(name) if client.exists(name) else []
+    pending = sum(each["pending"] for each in groups if each["name"] == GROUP.encode())
     return [f"{name}: {pending} entries are pending"] if pending else []
 
 

@@ -231,8 +231,10 @@ class TopicRun:
             if present != before:
                 before, changed_s = present, time.monotonic()
             elif time.monotonic() > changed_s + IDLE_S:
-                stalled = f"{self.lag} entries are not acknowledged after {IDLE_S:.0f} s"
-                self.findings.append(f"stalled: {stalled} without a change")
+                lag = "an unknown number of" if self.lag < 0 else self.lag
+                self.findings.append(
+                    f"stalled for {IDLE_S:.0f} s: {lag} entries are not acknowledged"
+                )
                 return False
             time.sleep(0.05)
         return True

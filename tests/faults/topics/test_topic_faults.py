@@ -6,11 +6,15 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.deployment import new_seed
+from tests.faults.planted_bugs.sitecustomize import TOPIC_SCRIPTS
 from tests.faults.topics.run import TopicOptions, TopicRun, kinds_of, report, run
 
 LONGEST_S = 0.6
 ON_A_CLUSTER = ["failover", "consumers suspended for longer than their leases", "store rolled back"]
-KILLS = ["all consumers killed"] * 4
+PLANTED = {
+    "acknowledge-first": ["all consumers killed"] * 4,
+    "no-fence": ["consumers suspended for longer than their leases"] * 3,
+}
 
 
 def run_short(store: str, plan: list[str], events: int, plant: str | None = None) -> TopicRun:
@@ -34,5 +38,6 @@ def test_each_output_is_written_once_and_in_order(store: str, plan: list[str]) -
 
 
 @pytest.mark.harness
-def test_acknowledging_before_the_commit_is_detected() -> None:
-    assert run_short("valkey", KILLS, events=20_000, plant="acknowledge-first").findings
+@pytest.mark.parametrize("bug", sorted(TOPIC_SCRIPTS))
+def test_a_planted_bug_of_topics_is_detected(bug: str) -> None:
+    assert run_short("valkey", PLANTED[bug], events=20_000, plant=bug).findings
