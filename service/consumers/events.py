@@ -16,13 +16,7 @@ from service.codec.media import Media
 from service.codec.request_reader import RequestReader
 from service.codec.settings import RequestSettings
 from service.consumers.config import ConsumerConfig
-from service.core.errors import (
-    CarryError,
-    InternalError,
-    InvalidInput,
-    InvalidName,
-    MalformedBody,
-)
+from service.core.errors import CarryError, InternalError, InvalidInput, InvalidName, MalformedBody
 from service.core.values import STREAM_NAME_RULE, Chunk, StreamKey, is_stream_name
 from service.store.topics import Entry
 
