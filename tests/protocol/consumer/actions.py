@@ -161,7 +161,7 @@ def time_out(system: ConsumerSystem, number: int) -> None:
     _spend(system, "timeouts")
     worker = system.workers[number]
     if not system.rules.retries_under_fence:
-        system.resync(number)
+        system.lose(number)
         return
     entries = [entry for item in worker.in_progress for entry in item.entries]
     abandoned = tuple(command._replace(is_abandoned=True) for command in worker.connection)

@@ -39,7 +39,7 @@ H0, HTTP_APPEND = _event("h0", 0, 1), _event("an append by HTTP", None, 3)
 # fmt: off
 CONSUMER_SCENARIOS = (
     PAUSED := _scenario(
-        "paused owner: its lease expires, and it goes on",
+        "paused owner: its lease expires, and it continues",
         B0, B1, B2, leases_expired=2),
     RETRIED := _scenario(
         "producers' retries: an event with a position is a duplicate, one without is another event",
@@ -117,7 +117,7 @@ PLANTED_CONSUMER_BUGS = (
         ConsumerRules(splits_duplicates=False), "is acknowledged"),
     PlantedConsumerBug(
         "the answer to a repeated command taken for its effect", LOST,
-        ConsumerRules(resyncs_after_repeats=False), "not in the order of their entries"),
+        ConsumerRules(loses_after_repeats=False), "not in the order of their entries"),
     PlantedConsumerBug(
         "a commit of unknown outcome tried again under the same fence", LOST,
         ConsumerRules(retries_under_fence=True), "not in the order of their entries"),

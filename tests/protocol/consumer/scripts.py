@@ -35,7 +35,7 @@ class ConsumerRules:
     compares_state: bool = True
     compares_for_duplicates: bool = True  # against what they were evaluated
     recovers: bool = True  # an owner begins with the pending entries
-    resyncs_after_repeats: bool = True  # what a repeated command did is not known
+    loses_after_repeats: bool = True  # the effect of a repeated command is unknown
     splits_duplicates: bool = True  # of a chunk only events before the position are duplicates
     acknowledges_first: bool = False  # before the commit
     retries_under_fence: bool = False  # a commit of unknown outcome

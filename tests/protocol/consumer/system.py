@@ -81,7 +81,7 @@ class ConsumerSystem:
         if is_held:
             self.store = before._replace(lease=lease._replace(is_held=True))
         else:
-            self.resync(number)
+            self.lose(number)
         renewal = Command("renew", worker.fence, worker.number)
         self.model.record(before, renewal, number, TopicEffect(self.store, is_held))
 
@@ -94,10 +94,10 @@ class ConsumerSystem:
             self.store = before._replace(lease=lease._replace(is_held=False))
         release = Command("release", worker.fence, worker.number)
         self.model.record(before, release, number, TopicEffect(self.store, is_held))
-        self.resync(number)
+        self.lose(number)
 
-    def resync(self, number: int) -> None:
-        """The worker forgets its entries and that it owns the topic; what it cached stays."""
+    def lose(self, number: int) -> None:
+        """The worker loses the topic: it forgets its entries, and keeps its cache."""
         self.update(number, fence=0, number=0, is_recovering=False, waiting=())
 
     # The store's side of a command, and the worker's
@@ -141,8 +141,8 @@ class ConsumerSystem:
         said = ", ".join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer)
         self.answers.append((str(command), "rejected" if answer is None else said or "nothing"))
         is_unknown = command.is_repeated and command.has_effects
-        if answer is None or (is_unknown and self.rules.resyncs_after_repeats):
-            self.resync(number)
+        if answer is None or (is_unknown and self.rules.loses_after_repeats):
+            self.lose(number)
             return
         if command.kind in ("recover", "read"):
             self.receive_entries(number, command, answer)
@@ -165,7 +165,7 @@ class ConsumerSystem:
     def receive_outcomes(self, number: int, command: Command, outcomes: Sequence[str]) -> bool:
         """Entries of a conflict come first again; whether the worker still owns the topic."""
         if "not_pending" in outcomes:
-            self.resync(number)
+            self.lose(number)
             return False
         for item, outcome in zip(command.items, outcomes, strict=True):
             worker, stream = self.workers[number], item.entries[0].stream

@@ -1,7 +1,7 @@
-"""Admission of calls and of their messages: bounds how many there are, and the bytes they buffer.
+"""Admits calls and their messages: bounds how many there are, and the bytes that they buffer.
 
 Calls with a key have slots and room for messages of their own, and so have those that need none:
-probes, health and reflection. So neither kind keeps out the other.
+probes, health and reflection. So neither kind blocks the other.
 
 An incomplete message counts as what has arrived of it, a complete one as its length until it is
 applied. Beyond the limit the calls whose messages are incomplete are ended, the oldest first, as
@@ -37,13 +37,13 @@ RECEIVE_S: Final = 5.0
 
 MAX_PROBES: Final = 1000
 """Most probes whose reply is not sent yet: a client may delay it by flow control. A further one
-resets the oldest, since others take milliseconds."""
+resets the oldest, since a probe usually takes milliseconds."""
 
 MAX_STREAMS: Final = 64
-"""Most streams of health and reflection without a key."""
+"""Most concurrent `Watch` and reflection calls without a key."""
 
 STREAM_S: Final = 300.0
-"""Longest duration of such a stream; a client that watches the health then opens another one."""
+"""Longest duration of such a call; a client that watches the health then begins another one."""
 
 
 class Admission:
@@ -67,7 +67,7 @@ class Admission:
 
     @asynccontextmanager
     async def public_stream(self, call: Call, *, has_key: bool) -> AsyncIterator[None]:
-        """Admit a stream that needs no key; with one it counts as other calls with a key.
+        """Admit a streaming call that needs no key; with one it counts as other calls with a key.
 
         Raises:
             Overloaded: there are too many.
@@ -146,7 +146,7 @@ class MessageRoom:
         self._waiting.append(on_room)
 
     def begin(self, call: Call) -> None:
-        """Begin to receive a message of a call, if it has not begun."""
+        """Note that a call waits for a message or receives one, since now if it has not before."""
         if call in self._receiving:
             return
         loop = call.connection.loop
@@ -157,7 +157,7 @@ class MessageRoom:
             self._timer = loop.call_later(self._timeout_s, self._expire, loop)
 
     def end(self, call: Call) -> None:
-        """End to receive a message: it is complete, or the call has ended."""
+        """Note that a call receives no message: it is complete, or the call has ended."""
         self._receiving.pop(call, None)
 
     def count(self, change: int) -> None:
@@ -167,7 +167,7 @@ class MessageRoom:
             while self._used_bytes > self._limit_bytes and self._receiving:
                 self._end_oldest()
         elif self._waiting and not self._is_notifying:
-            # one that gives back its bytes at once would notify the next one within itself
+            # a call that releases its bytes at once would notify the next one recursively
             self._is_notifying = True
             try:
                 while self._waiting and not self.is_full:

@@ -1,7 +1,8 @@
-"""A call of gRPC on a stream of HTTP/2: its metadata, messages and status.
+"""A gRPC call on an HTTP/2 stream: its metadata, messages and status.
 
-A message is a flag, its length and its bytes; messages may be compressed by gzip or deflate, and
-responses are not. A call begins with headers, and ends with trailers that have its status.
+On the wire a message is a flag, its length and its bytes. Messages of clients may be compressed by
+gzip or deflate, responses are not. A response begins with headers, and ends with trailers that have
+the status.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ class CallHead(msgspec.Struct, frozen=True):
     compression: str
 
     def values(self, name: bytes) -> list[bytes]:
-        """The values of this name."""
+        """The values of the metadata with this name."""
         return [value for key, value in self.metadata if key == name]
 
 
 def read_head(headers: list[tuple[bytes, bytes]]) -> CallHead:
-    """The head of a call."""
+    """Read the head of a call from its headers."""
     fields = dict(headers)
     is_call = fields.get(b":method") == b"POST"
     is_call = is_call and fields.get(b"content-type", b"").startswith(b"application/grpc")
@@ -84,7 +85,7 @@ def read_head(headers: list[tuple[bytes, bytes]]) -> CallHead:
 
 
 class Handler(ABC):
-    """What a method does with a call; nothing is called after the call was finished."""
+    """Handles one call of a method; nothing is called after the call has ended."""
 
     @abstractmethod
     def receive(self, message: bytes) -> None:
@@ -96,7 +97,7 @@ class Handler(ABC):
 
     @abstractmethod
     def fail(self, error: CarryError) -> None:
-        """End the call with this error: a message cannot be received."""
+        """End the call with an error: a message cannot be received."""
 
     @abstractmethod
     def cancel(self) -> None:
@@ -107,7 +108,7 @@ class Handler(ABC):
 
 
 class Call(Http2Stream):
-    """One call.
+    """One call, an HTTP/2 stream.
 
     Attributes:
         max_bytes: length of the longest message.
@@ -182,8 +183,8 @@ class Call(Http2Stream):
         return None
 
     def _hold(self) -> None:
-        """Count the bytes of an incomplete message; a call that does not read has no more than its
-        window of them."""
+        """Count the bytes of an incomplete message. A call that does not read counts none: its
+        flow-control window bounds them."""
         held_bytes = len(self._received) if self.reads else 0
         if held_bytes:
             self.room.begin(self)
@@ -228,12 +229,12 @@ class Call(Http2Stream):
                 self.start_reading()
 
     def stop_reading(self) -> None:
-        """Process no further message for now, so that the client stops at its window."""
+        """Process no further message for now: the flow-control window stops the client."""
         self.reads = False
 
     def start_reading(self) -> None:
-        """Process further messages, first those that were received meanwhile; later, if one is
-        being decompressed."""
+        """Process further messages, first those received meanwhile; after the one that is being
+        decompressed, if there is one."""
         if self._task is not None:
             return
         self.reads = True
@@ -268,12 +269,12 @@ class Call(Http2Stream):
             self.handler.resume()
 
     def release(self) -> None:
-        """Give back the room of what it received, and its slot."""
+        """Release its slot and the room of what it received."""
         self._received.clear()
         self._hold()
         self.room.end(self)
-        for give_back in self.on_release:
-            give_back()
+        for release in self.on_release:
+            release()
         # the call is freed now, not by the garbage collector: its handler refers to it
         self.on_release.clear()
         vars(self).pop("handler", None)
@@ -348,7 +349,7 @@ class ReadingHandler(Handler):
         call.end_at_deadline()
 
     async def read(self) -> bytes | None:
-        """The next message, once the client has received all responses; None if it has sent all.
+        """Read the next message, once the client has received all responses; None at the end.
 
         Raises:
             CarryError: it does not arrive in time, or there is no room for it.
@@ -371,7 +372,7 @@ class ReadingHandler(Handler):
         return message
 
     async def read_only(self) -> bytes:
-        """The message of a call that has one.
+        """Read the message of a unary call.
 
         Raises:
             CarryError: as `read`.

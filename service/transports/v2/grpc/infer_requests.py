@@ -2,7 +2,7 @@
 
 A short chunk goes straight to the pipeline, which calls back with its result, as on the fast path
 of HTTP: no task, and no context of its own. Any other request, and one that may fail before it is
-queued, is answered by a task. Either writes one line to the log.
+queued, is answered by a task. Both write one line to the log.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STREAM_INFER: Final = "ModelStreamInfer"
 
 T = TypeVar("T")
 Work = Callable[[RequestFacts], Awaitable[tuple[T, int]]]
-"""Answers a request, whose facts it notes: the result and the bytes that are sent."""
+"""Answers a request and notes its facts; returns the result and the number of bytes sent."""
 
 
 class RequestContext(NamedTuple):
@@ -53,7 +53,7 @@ class RequestContext(NamedTuple):
     Attributes:
         authorization: the access key in the metadata, which is not yet verified.
         propagated: the metadata that carries the trace of the caller.
-        timeout_s: how long the client of a request waits; a stream of requests does not say it.
+        timeout_s: how long the client of a request waits; the default in a stream of requests.
         in_stream: whether the call has many requests.
     """
 

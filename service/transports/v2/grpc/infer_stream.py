@@ -17,13 +17,13 @@ from service.transports.v2.grpc.call import Call, Handler
 from service.transports.v2.grpc.messages import InferMessage, error_response
 
 WINDOW_BYTES: Final = 1024 * 1024
-"""No further request of a call is read while those that are not yet applied have as many bytes."""
+"""No further request of a call is read while so many bytes of requests are not yet applied."""
 
 OnResponse = Callable[[bytes | CarryError], None]
 Answer = Callable[[InferMessage, CarryError | None, OnResponse], Callable[[], object]]
-"""Answers a request, or rejects one with an error: calls back with the response, or with the error
-once that is logged and counted. Returns what cancels the request; it is called back at once if it
-is rejected early."""
+"""Answers a request, or rejects it with the given error. Calls back with the response, or with the
+error once that is logged and counted; at once if the request is rejected early. Returns a function
+that cancels the request."""
 
 
 class InferStream(Handler):
@@ -31,7 +31,7 @@ class InferStream(Handler):
 
     Args:
         call: sends the responses.
-        answer: as above.
+        answer: answers one request.
         room: counts the requests.
         window: maximum unanswered requests.
         on_end: called when no more requests will be answered.
@@ -110,7 +110,7 @@ class InferStream(Handler):
         self._on_end(self)
 
     def resume(self) -> None:
-        """Send the responses that waited for the client to read."""
+        """Send the responses that could not be written before."""
         self._respond()
 
     def _begin(self, message: InferMessage, error: CarryError | None = None) -> None:

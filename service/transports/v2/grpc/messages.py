@@ -1,7 +1,7 @@
 """Messages of V2 over gRPC: requests as they are received, and replies.
 
-Messages as clients usually write them are read and written without protobuf, which costs ten times
-as much; all others by protobuf.
+Messages in the form that clients usually send are read and written without protobuf, which costs
+ten times as much; all others by protobuf.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The status of a call, and of an error.
+"""The status with which a call ends, and that of each error.
 
 The details of an error's status are `code: detail`. Its trailing metadata is `carry-error` (the
 code), `carry-problem-bin` (the problem document of the HTTP API, JSON) and, for a temporary error,
