@@ -371,7 +371,7 @@ HOSTILE: dict[str, tuple[bytes, ErrorCode]] = {
     ),
     "headers twice": (OPEN + OPEN, ErrorCode.PROTOCOL_ERROR),
     "padding longer than its frame": (
-        OPEN + encode_frame(FrameType.DATA, PADDED, 1, b"\5abc"),
+        OPEN + encode_frame(FrameType.DATA, PADDED, 1, b"\4abc"),
         ErrorCode.PROTOCOL_ERROR,
     ),
     "a block that is not continued": (
@@ -414,6 +414,10 @@ HOSTILE: dict[str, tuple[bytes, ErrorCode]] = {
     ),
     "too large a window": (
         encode_frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 1)),
+        ErrorCode.FLOW_CONTROL_ERROR,
+    ),
+    "too large a window of a stream": (
+        OPEN + encode_frame(FrameType.WINDOW_UPDATE, 0, 1, struct.pack(">I", 2**31 - 1)),
         ErrorCode.FLOW_CONTROL_ERROR,
     ),
     "more than the window of a stream": (
@@ -587,11 +591,12 @@ async def test_stream_whose_response_is_not_received_is_reset() -> None:
     """While other streams of its connection are served."""
     limits = ConnectionSettings(send_timeout_s=0.05)
     async with connected(struct.pack(">HI", INITIAL_WINDOW, 0), limits=limits) as (client, _):
-        client.open(1)
-        client.send(FrameType.DATA, END_STREAM, 1, b"x")
-        [*_, (_, _, stream, code)] = await client.receive_until(FrameType.RST_STREAM)
-        assert (stream, code) == (1, struct.pack(">I", ErrorCode.CANCEL))
-        assert [(each.is_cancelled, each.releases) for each in Echo.opened] == [(True, 1)]
+        for identity in (1, 3):
+            client.open(identity)
+            client.send(FrameType.DATA, END_STREAM, identity, b"x")
+            [*_, (_, _, stream, code)] = await client.receive_until(FrameType.RST_STREAM)
+            assert (stream, code) == (identity, struct.pack(">I", ErrorCode.CANCEL))
+        assert [(each.is_cancelled, each.releases) for each in Echo.opened] == 2 * [(True, 1)]
         await client.settle()
 
 
