@@ -28,7 +28,7 @@ RenderMetrics = Callable[[], tuple[bytes, str]]
 async def health_port(
     host: str, port: int, checks: Checks, render_metrics: RenderMetrics
 ) -> AsyncIterator[int]:
-    """Serve `/v1/health/live`, `/v1/health/ready` and `/metrics` as the API does; yields the port.
+    """Serve `/health/live`, `/health/ready` and `/metrics` as the API does; yields the port.
 
     Args:
         port: 0 for any that is free.
@@ -56,8 +56,8 @@ async def health_port(
         return Response(body, headers={"Content-Type": content_type})
 
     routes = [
-        Route("/v1/health/live", get_live),
-        Route("/v1/health/ready", get_ready),
+        Route("/health/live", get_live),
+        Route("/health/ready", get_ready),
         Route("/metrics", get_metrics),
     ]
     config = uvicorn.Config(

@@ -69,8 +69,8 @@ def test_health_metrics_status_and_graceful_stop(
     consumer.wait_for("topic_acquired")
     until(lambda: client.xlen("scores") == 5, "the outputs")
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
-        assert http.get("/v1/health/live").status_code == 200
-        ready = http.get("/v1/health/ready")
+        assert http.get("/health/live").status_code == 200
+        ready = http.get("/health/ready")
         assert (ready.status_code, ready.json()["failing"]) == (200, [])
         committed = series("carry_consumer_events_total", topic="events", result="committed")
         until(lambda: read(http.get("/metrics").content).get(committed) == 5, "the metric", 60, 0.1)
