@@ -1,10 +1,10 @@
 """The section `consume`: from the entries of a topic to their outputs, and what a rebalance takes.
 
 `carry consume`, the plain loop of `baselines/loop.py` and `carry serve` run in turns on one core;
-who is not measured is suspended. A round of a topic is a backlog, which is added beforehand; in the
-open loop events are added at moments fixed beforehand, and a latency ends with the millisecond of
-its output entry's id. Every output is checked to be there once and in order, those of one stream
-also against the oracle.
+processes that are not measured are suspended. A round of a topic is a backlog, which is added
+beforehand. In the open loop events are added at times fixed beforehand, and a latency ends with the
+millisecond in the id of the output entry. Every output is checked: once and in order, those of one
+stream also against the oracle.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Carry beside another server of the V2 protocol, in turns, loaded by Triton's own `perf_analyzer`.
 
 The other server is already running, on the core where this run pins Carry; `perf_analyzer` and the
-store are on another one. A request is a chunk of the standard workload, 20 are a sequence. Rates
-and latencies are the tool's, a request's CPU is that of all processes of the server over the
-requests that its statistics count.
+store are on another one. A request is a chunk of the standard workload, a sequence has 20. Rates
+and latencies are the tool's; the CPU of a request is that of all processes of the server over the
+number of requests in its statistics.
 """
 
 from __future__ import annotations
