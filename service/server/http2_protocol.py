@@ -54,7 +54,7 @@ BLOCK_WORK: Final = 15
 MAX_CONTROL_FRAMES: Final = 1000
 CONTROL_INTERVAL_S: Final = 10.0
 """Most control frames of a client in this time, besides one for each response: PING, SETTINGS,
-RST_STREAM, CONTINUATION, empty DATA, and frames of closed streams."""
+RST_STREAM, CONTINUATION, PRIORITY, unknown ones, empty DATA, and frames of closed streams."""
 
 _DEFAULT_WINDOW: Final = 65_535
 _MAX_WINDOW: Final = 2**31 - 1

@@ -1,6 +1,6 @@
 """The actions of the modelled consumers that are possible in a state, and their effects.
 
-A worker that takes no step is a paused one: its lease may expire, another acquires the topic, and
+A consumer that takes no step is a paused one: its lease may expire, another acquires the topic, and
 then it continues. Without faults every entry is committed in the end (`is_done`).
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.protocol.consumer.scripts import ConsumerModel
-from tests.protocol.consumer.state import Command, ConsumerState, Entry, Lease, Worker
+from tests.protocol.consumer.state import Command, Consumer, ConsumerState, Entry, Lease
 from tests.protocol.consumer.system import ConsumerSystem
 from tests.protocol.system import replace_at
 
@@ -22,17 +22,17 @@ def possible_actions(state: ConsumerState, model: ConsumerModel) -> Iterator[Act
     lease = store.lease
     if 0 in state.appended:
         yield append, (state.appended.index(0),)
-    for number, worker in enumerate(state.workers):
-        if not worker.fence and (lease.owner == number or not lease.is_held):
+    for number, consumer in enumerate(state.consumers):
+        if not consumer.fence and (lease.owner == number or not lease.is_held):
             yield acquire, (number,)
-        if _may_read(worker, state, scenario.room):
+        if _may_read(consumer, state, scenario.room):
             yield read, (number,)
-        if worker.connection:
+        if consumer.connection:
             yield execute, (number,)
-        if worker.fence and _is_renewal_needed(worker, store.lease):
+        if consumer.fence and _is_renewal_needed(consumer, store.lease):
             yield renew, (number,)
     yield from ((deliver, (place,)) for place in range(len(state.in_transit)))
-    if lease.is_held and state.workers[lease.owner].fence != lease.fence:
+    if lease.is_held and state.consumers[lease.owner].fence != lease.fence:
         yield expire, ()  # its owner does not renew it
     if state.http.computed:
         yield commit_chunk, ()
@@ -41,18 +41,18 @@ def possible_actions(state: ConsumerState, model: ConsumerModel) -> Iterator[Act
     yield from _possible_faults(state, faults)
 
 
-def _may_read(worker: Worker, state: ConsumerState, room: int) -> bool:
-    """Whether a worker reads new entries; without any it would read nothing."""
-    is_reading = any(command.kind == "read" for command in worker.awaited)
-    is_ready = worker.fence and not worker.is_recovering and not is_reading
+def _may_read(consumer: Consumer, state: ConsumerState, room: int) -> bool:
+    """Whether a consumer reads new entries; without any it would read nothing."""
+    is_reading = any(command.kind == "read" for command in consumer.awaited)
+    is_ready = consumer.fence and not consumer.is_recovering and not is_reading
     has_new = state.store.delivered < len(state.store.topic)
-    return bool(is_ready and has_new and worker.in_memory < room)
+    return bool(is_ready and has_new and consumer.in_memory < room)
 
 
-def _is_renewal_needed(worker: Worker, lease: Lease) -> bool:
+def _is_renewal_needed(consumer: Consumer, lease: Lease) -> bool:
     """Whether a renewal would change anything; it is sent while no commit is in progress."""
-    is_committing = any(command.kind == "commit" for command in worker.awaited)
-    is_changed = worker.fence != lease.fence or worker.number > lease.number
+    is_committing = any(command.kind == "commit" for command in consumer.awaited)
+    is_changed = consumer.fence != lease.fence or consumer.number > lease.number
     return not is_committing and (is_changed or not lease.is_held)
 
 
@@ -61,19 +61,23 @@ def _possible_faults(state: ConsumerState, faults: Any) -> Iterator[Action]:
     if faults.retries:
         appended = [index for index, count in enumerate(state.appended) if count]
         yield from ((append_again, (index,)) for index in appended)
-    if faults.leases_expired and lease.is_held and state.workers[lease.owner].fence == lease.fence:
+    if (
+        faults.leases_expired
+        and lease.is_held
+        and state.consumers[lease.owner].fence == lease.fence
+    ):
         yield expire_early, ()
-    for number, worker in enumerate(state.workers):
-        if faults.releases and worker.fence and not worker.connection:
+    for number, consumer in enumerate(state.consumers):
+        if faults.releases and consumer.fence and not consumer.connection:
             yield release, (number,)
-        if faults.timeouts and worker.awaited:
+        if faults.timeouts and consumer.awaited:
             yield time_out, (number,)
-        if not worker.connection:
-            if faults.crashes and worker != Worker():
+        if not consumer.connection:
+            if faults.crashes and consumer != Consumer():
                 yield crash, (number, 0, 0)
             continue
         # Losing more than the answer to an executed write leaves no further trace.
-        commands = enumerate(worker.connection, 1)
+        commands = enumerate(consumer.connection, 1)
         cuts = [0, *(place for place, command in commands if command.has_effects)]
         breaks = [(number, cut, 0) for cut in cuts]
         if faults.bytes_delayed and len(cuts) > 1:
@@ -109,23 +113,23 @@ def append_again(system: ConsumerSystem, index: int) -> None:
 
 
 def acquire(system: ConsumerSystem, number: int) -> None:
-    """A worker acquires the topic, which is free or was its own."""
+    """A consumer acquires the topic, which is free or was its own."""
     system.acquire(number)
 
 
 def renew(system: ConsumerSystem, number: int) -> None:
-    """A worker renews its lease, or learns that it lost it, or that the store lost its commits."""
+    """A consumer renews its lease, or learns that it, or one of its commits, is lost."""
     system.renew(number)
 
 
 def read(system: ConsumerSystem, number: int) -> None:
-    """A worker asks for new entries."""
+    """A consumer asks for new entries."""
     system.send(number, "read")
 
 
 def execute(system: ConsumerSystem, number: int) -> None:
-    """The store executes the first command of a connection, and the worker gets the answer."""
-    command, *connection = system.workers[number].connection
+    """The store executes the first command of a connection, and the consumer gets the answer."""
+    command, *connection = system.consumers[number].connection
     system.update(number, connection=tuple(connection))
     system.receive(number, command, system.run(command))
 
@@ -143,7 +147,7 @@ def expire_early(system: ConsumerSystem) -> None:
 
 
 def release(system: ConsumerSystem, number: int) -> None:
-    """A worker gives the topic to another; it has no command in progress."""
+    """A consumer gives the topic to another; it has no command in progress."""
     _spend(system, "releases")
     system.release(number)
 
@@ -157,23 +161,23 @@ def lose_connection(system: ConsumerSystem, number: int, executed: int, delayed:
 
 
 def time_out(system: ConsumerSystem, number: int) -> None:
-    """A worker waits no longer for its commands, which may still be executed."""
+    """A consumer waits no longer for its commands, which may still be executed."""
     _spend(system, "timeouts")
-    worker = system.workers[number]
+    consumer = system.consumers[number]
     if not system.rules.retries_under_fence:
         system.lose(number)
         return
-    entries = [entry for item in worker.in_progress for entry in item.entries]
-    abandoned = tuple(command._replace(is_abandoned=True) for command in worker.connection)
-    system.update(number, connection=abandoned, waiting=(*entries, *worker.waiting))
+    entries = [entry for item in consumer.in_progress for entry in item.entries]
+    abandoned = tuple(command._replace(is_abandoned=True) for command in consumer.connection)
+    system.update(number, connection=abandoned, waiting=(*entries, *consumer.waiting))
     system.start_chunks(number, [])
 
 
 def crash(system: ConsumerSystem, number: int, executed: int, delayed: int) -> None:
-    """A worker dies after some of its commands were executed, and starts again under its name."""
+    """A consumer dies after some of its commands were executed, and starts again under its name."""
     _spend(system, "crashes")
     _break_connection(system, number, executed, delayed)
-    system.workers[number] = Worker()
+    system.consumers[number] = Consumer()
 
 
 def deliver(system: ConsumerSystem, place: int) -> None:
@@ -191,17 +195,17 @@ def roll_back(system: ConsumerSystem, place: int) -> None:
     _spend(system, "rollbacks")
     system.store, system.older = system.older[place], system.older[: place + 1]
     system.in_transit = []
-    for number in range(len(system.workers)):
+    for number in range(len(system.consumers)):
         _repeat(system, number)
 
 
 def compute_chunk(system: ConsumerSystem) -> None:
-    """A worker of the service computes the next chunk of the HTTP client."""
+    """A consumer of the service computes the next chunk of the HTTP client."""
     system.load_for_http()
 
 
 def commit_chunk(system: ConsumerSystem) -> None:
-    """A worker of the service commits the chunk of the HTTP client."""
+    """A consumer of the service commits the chunk of the HTTP client."""
     system.commit_for_http()
 
 
@@ -216,7 +220,7 @@ def _spend(system: ConsumerSystem, fault: str) -> None:
 
 
 def _break_connection(system: ConsumerSystem, number: int, executed: int, delayed: int) -> None:
-    connection = system.workers[number].connection
+    connection = system.consumers[number].connection
     for command in connection[:executed]:
         system.run(command)
     if delayed:
@@ -226,7 +230,7 @@ def _break_connection(system: ConsumerSystem, number: int, executed: int, delaye
 
 
 def _repeat(system: ConsumerSystem, number: int) -> None:
-    """Repeat the commands of a worker that still waits for them."""
-    awaited = system.workers[number].awaited
+    """Repeat the commands of a consumer that still waits for them."""
+    awaited = system.consumers[number].awaited
     repeated = tuple(command._replace(is_repeated=True) for command in awaited)
     system.update(number, connection=repeated)

@@ -98,7 +98,7 @@ def _write(client: redis.Redis, store: Store) -> None:
     if lease.fence:
         until = int((time.time() + LEASE_S) * 1000) if lease.is_held else 0
         fields = {"fence": lease.fence, "number": lease.number, "until": until}
-        pipe.hset(KEYS.lease, mapping={**fields, "owner": f"worker {lease.owner}"})
+        pipe.hset(KEYS.lease, mapping={**fields, "owner": f"consumer {lease.owner}"})
     for stream, version in enumerate(store.states):
         if version:
             name, _ = SPACE.pair(stream_key(stream))
@@ -144,7 +144,7 @@ async def _make(redis_store: RedisStore, call: TopicCall) -> Any:
     topics, command, store = redis_store.topics, call.command, call.store
     fence = str(command.fence)
     if command.kind in ("acquire", "renew", "release"):
-        owner = f"worker {call.owner}"
+        owner = f"consumer {call.owner}"
         if command.kind == "acquire":
             return (await topics.acquire(KEYS, owner, fence, LEASE_S, "0")).is_held
         lease_s = LEASE_S if command.kind == "renew" else 0.0

@@ -41,12 +41,12 @@ class ConsumerSpace:
         return system.freeze()
 
     def canonical(self, state: ConsumerState) -> ConsumerState:
-        """The state with its workers in order: they do the same."""
-        one, two = state.workers
+        """The state with its consumers in order: they do the same."""
+        one, two = state.consumers
         if one < two or (one == two and state.store.lease.owner < 1):
             return state
         older = tuple(map(_swap_owner, state.older))
-        return state._replace(store=_swap_owner(state.store), older=older, workers=(two, one))
+        return state._replace(store=_swap_owner(state.store), older=older, consumers=(two, one))
 
     def describe(self, state: ConsumerState) -> list[str]:
         """What a state consists of, a line for each part."""
@@ -62,11 +62,11 @@ class ConsumerSpace:
         ]
         for name, version in zip(STREAMS, store.states, strict=True):
             lines.append(f"state {name}: {version}")
-        for number, worker in enumerate(state.workers):
-            lines.append(f"worker {number} fence: {worker.fence}")
-            lines.append(f"worker {number} waiting: {_join(worker.waiting)}")
-            lines.append(f"worker {number} cache: {_join(worker.cache)}")
-            lines.append(f"worker {number} connection: {_join(worker.connection)}")
+        for number, consumer in enumerate(state.consumers):
+            lines.append(f"consumer {number} fence: {consumer.fence}")
+            lines.append(f"consumer {number} waiting: {_join(consumer.waiting)}")
+            lines.append(f"consumer {number} cache: {_join(consumer.cache)}")
+            lines.append(f"consumer {number} connection: {_join(consumer.connection)}")
         return lines
 
 

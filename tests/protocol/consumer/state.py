@@ -1,6 +1,6 @@
 """The state of the modelled consumers: named tuples that hash, compare and sort.
 
-Producers append entries to one topic, which is read by one consumer group; two workers share it
+Producers append entries to one topic, which is read by one consumer group; two consumers share it
 under a lease. Beside them an HTTP client sends chunks to the same streams. Entries and chunks are
 `Operation`s; the producers are client 0, the HTTP client is client 1.
 """
@@ -82,7 +82,7 @@ class Item(NamedTuple):
 
 
 class Command(NamedTuple):
-    """One command on a worker's connection, under the fence that its worker had."""
+    """One command on a consumer's connection, under the fence that its consumer had."""
 
     kind: Literal["acquire", "renew", "release", "recover", "read", "acknowledge", "load", "commit"]
     fence: int
@@ -90,7 +90,7 @@ class Command(NamedTuple):
     items: tuple[Item, ...] = ()
     after: tuple[Entry, ...] = ()  # the last entry of the page before
     is_repeated: bool = False  # an earlier try may have been executed
-    is_abandoned: bool = False  # its worker waits no longer, under the same fence
+    is_abandoned: bool = False  # its consumer waits no longer, under the same fence
 
     @property
     def has_effects(self) -> bool:
@@ -103,8 +103,8 @@ class Command(NamedTuple):
         return f"{self.kind}{number} under fence {self.fence} {items}".rstrip()
 
 
-class Worker(NamedTuple):
-    """One worker; lists in a `ConsumerSystem`."""
+class Consumer(NamedTuple):
+    """One consumer; lists in a `ConsumerSystem`."""
 
     fence: int = 0  # 0: it does not own the topic
     number: int = 0  # commits that it sent under the fence
@@ -114,7 +114,7 @@ class Worker(NamedTuple):
     connection: tuple[Command, ...] = ()
 
     def awaits(self, command: Command) -> bool:
-        """Whether the worker waits for the answer."""
+        """Whether the consumer waits for the answer."""
         return command.fence == self.fence and not command.is_abandoned
 
     @property
@@ -144,7 +144,7 @@ class ConsumerFaults(NamedTuple):
     """How often each fault may happen."""
 
     retries: int = 0  # of producers: an event appended once more
-    leases_expired: int = 0  # of a worker that is paused, or too slow
+    leases_expired: int = 0  # of a consumer that is paused, or too slow
     releases: int = 0  # a rebalance
     replies_lost: int = 0
     timeouts: int = 0
@@ -162,7 +162,7 @@ class ConsumerScenario:
     faults: ConsumerFaults
     chunks: tuple[Operation, ...] = ()  # of the HTTP client
     page: int = 2  # entries that are read at once, and events that are merged into a chunk
-    room: int = 3  # entries in a worker's memory
+    room: int = 3  # entries in a consumer's memory
 
 
 class ConsumerState(NamedTuple):
@@ -171,7 +171,7 @@ class ConsumerState(NamedTuple):
     store: Store
     older: tuple[Store, ...]  # to which a rollback may return; oldest first
     appended: tuple[int, ...]  # how often each event was appended
-    workers: tuple[Worker, ...]
+    consumers: tuple[Consumer, ...]
     http: HttpClient
     faults: ConsumerFaults  # that may still happen
     # Of each broken connection, the commands whose bytes may still reach the store, in order.
@@ -183,4 +183,4 @@ class ConsumerState(NamedTuple):
         store = Store()
         older = (store,) if scenario.faults.rollbacks else ()
         appended = (0,) * len(scenario.events)
-        return cls(store, older, appended, (Worker(), Worker()), HttpClient(), scenario.faults)
+        return cls(store, older, appended, (Consumer(), Consumer()), HttpClient(), scenario.faults)

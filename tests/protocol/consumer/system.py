@@ -1,6 +1,6 @@
 """Producers, consumers, an HTTP client and the store while one action changes them.
 
-A worker that owns the topic reads the pending entries first, page by page, then new ones. It has
+A consumer that owns the topic reads the pending entries first, page by page, then new ones. It has
 at most one chunk of a stream in progress; entries that arrive meanwhile are merged into the next
 one. Chunks that continue cached states are committed at once and together, others after a load.
 Whenever it does not know what a command did, or one is rejected, it forgets its entries and
@@ -14,7 +14,7 @@ from service.core.delivery import Process, Replay, evaluate_chunk, is_continuati
 from service.core.errors import PositionBehind, StreamRejection
 from tests.protocol.consumer import invariants, scripts
 from tests.protocol.consumer.scripts import ConsumerModel, TopicEffect
-from tests.protocol.consumer.state import Command, ConsumerState, Entry, HttpClient, Item, Worker
+from tests.protocol.consumer.state import Command, Consumer, ConsumerState, Entry, HttpClient, Item
 from tests.protocol.invariants import Violation
 from tests.protocol.state import NOTHING, Version
 from tests.protocol.system import replace_at
@@ -28,7 +28,7 @@ class ConsumerSystem:
         self.before, self.state = state.store, state
         self.store, self.older, self.faults = state.store, state.older, state.faults
         self.appended, self.http = state.appended, state.http
-        self.workers: list[Worker] = list(state.workers)
+        self.consumers: list[Consumer] = list(state.consumers)
         self.in_transit = list(state.in_transit)
         self.answers: list[tuple[str, str]] = []  # for traces
 
@@ -44,25 +44,25 @@ class ConsumerSystem:
             self.store,
             self.older,
             self.appended,
-            tuple(self.workers),
+            tuple(self.consumers),
             self.http,
             self.faults,
             tuple(sorted(self.in_transit)),
         )
 
-    def update(self, number: int, /, **changes: Any) -> Worker:
-        """Change a worker."""
-        self.workers[number] = self.workers[number]._replace(**changes)
-        return self.workers[number]
+    def update(self, number: int, /, **changes: Any) -> Consumer:
+        """Change a consumer."""
+        self.consumers[number] = self.consumers[number]._replace(**changes)
+        return self.consumers[number]
 
     def send(self, number: int, kind: Any, /, **fields: Any) -> None:
-        """Send a command under the worker's fence."""
-        worker = self.workers[number]
-        command = Command(kind, worker.fence, **fields)
-        self.update(number, connection=(*worker.connection, command))
+        """Send a command under the consumer's fence."""
+        consumer = self.consumers[number]
+        command = Command(kind, consumer.fence, **fields)
+        self.update(number, connection=(*consumer.connection, command))
 
     def acquire(self, number: int) -> None:
-        """The worker acquires the topic, and asks for its pending entries."""
+        """The consumer acquires the topic, and asks for its pending entries."""
         fence = scripts.next_fence(self.store, largest_fence(self.state), self.rules)
         before = self.store
         lease = before.lease._replace(owner=number, fence=fence, number=0, is_held=True)
@@ -73,34 +73,34 @@ class ConsumerSystem:
             self.send(number, "recover")
 
     def renew(self, number: int) -> None:
-        """The worker renews its lease, if that is as it knows it."""
-        worker, before = self.workers[number], self.store
+        """The consumer renews its lease, if that is as it knows it."""
+        consumer, before = self.consumers[number], self.store
         lease = before.lease
-        is_current = worker.number <= lease.number or not self.rules.renewals_compare
-        is_held = worker.fence == lease.fence and is_current
+        is_current = consumer.number <= lease.number or not self.rules.renewals_compare
+        is_held = consumer.fence == lease.fence and is_current
         if is_held:
             self.store = before._replace(lease=lease._replace(is_held=True))
         else:
             self.lose(number)
-        renewal = Command("renew", worker.fence, worker.number)
+        renewal = Command("renew", consumer.fence, consumer.number)
         self.model.record(before, renewal, number, TopicEffect(self.store, is_held))
 
     def release(self, number: int) -> None:
-        """The worker releases the topic, if its lease is as it knows it."""
-        worker, before = self.workers[number], self.store
+        """The consumer releases the topic, if its lease is as it knows it."""
+        consumer, before = self.consumers[number], self.store
         lease = before.lease
-        is_held = worker.fence == lease.fence and worker.number <= lease.number
+        is_held = consumer.fence == lease.fence and consumer.number <= lease.number
         if is_held:
             self.store = before._replace(lease=lease._replace(is_held=False))
-        release = Command("release", worker.fence, worker.number)
+        release = Command("release", consumer.fence, consumer.number)
         self.model.record(before, release, number, TopicEffect(self.store, is_held))
         self.lose(number)
 
     def lose(self, number: int) -> None:
-        """The worker loses the topic: it forgets its entries, and keeps its cache."""
+        """The consumer loses the topic: it forgets its entries, and keeps its cache."""
         self.update(number, fence=0, number=0, is_recovering=False, waiting=())
 
-    # The store's side of a command, and the worker's
+    # The store's side of a command, and the consumer's
 
     def run(self, command: Command) -> Any:
         """Execute a command in the store; its answer, None if the scripts reject it."""
@@ -134,9 +134,9 @@ class ConsumerSystem:
         return outcomes
 
     def receive(self, number: int, command: Command, answer: Any) -> None:
-        """The worker gets the answer to a command, unless it has abandoned it."""
-        worker = self.workers[number]
-        if not worker.awaits(command):
+        """The consumer gets the answer to a command, unless it has abandoned it."""
+        consumer = self.consumers[number]
+        if not consumer.awaits(command):
             return
         said = ", ".join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer)
         self.answers.append((str(command), "rejected" if answer is None else said or "nothing"))
@@ -155,42 +155,42 @@ class ConsumerSystem:
 
     def receive_entries(self, number: int, command: Command, entries: Sequence[Entry]) -> None:
         """Entries wait; behind a full page of pending ones there may be more."""
-        worker = self.workers[number]
-        self.update(number, waiting=(*worker.waiting, *entries))
+        consumer = self.consumers[number]
+        self.update(number, waiting=(*consumer.waiting, *entries))
         if command.kind == "recover" and len(entries) == self.scenario.page:
             self.send(number, "recover", after=entries[-1:])
         elif command.kind == "recover":
             self.update(number, is_recovering=False)
 
     def receive_outcomes(self, number: int, command: Command, outcomes: Sequence[str]) -> bool:
-        """Entries of a conflict come first again; whether the worker still owns the topic."""
+        """Entries of a conflict come first again; whether the consumer still owns the topic."""
         if "not_pending" in outcomes:
             self.lose(number)
             return False
         for item, outcome in zip(command.items, outcomes, strict=True):
-            worker, stream = self.workers[number], item.entries[0].stream
+            consumer, stream = self.consumers[number], item.entries[0].stream
             if outcome == "conflict":
-                cache = replace_at(worker.cache, stream, NOTHING)
-                self.update(number, cache=cache, waiting=(*item.entries, *worker.waiting))
+                cache = replace_at(consumer.cache, stream, NOTHING)
+                self.update(number, cache=cache, waiting=(*item.entries, *consumer.waiting))
             elif item.kind == "chunk":
-                self.update(number, cache=replace_at(worker.cache, stream, item.new))
+                self.update(number, cache=replace_at(consumer.cache, stream, item.new))
         return True
 
     # Chunks
 
     def start_chunks(self, number: int, items: list[Item]) -> None:
         """Start a chunk of each stream that has none in progress, and commit what is computed."""
-        worker, loads = self.workers[number], []
-        busy = {item.entries[0].stream for item in (*items, *worker.in_progress)}
-        waiting = list(worker.waiting)
+        consumer, loads = self.consumers[number], []
+        busy = {item.entries[0].stream for item in (*items, *consumer.in_progress)}
+        waiting = list(consumer.waiting)
         for stream in sorted({entry.stream for entry in waiting} - busy):
             entries = [entry for entry in waiting if entry.stream == stream]
             merged = scripts.merge(entries, self.scenario.page)
             for entry in merged:
                 waiting.remove(entry)
-            cached = worker.cache[stream]
+            cached = consumer.cache[stream]
             if cached and self.continues(merged, cached):
-                items.append(self.model.advance(merged, cached, worker.fence))
+                items.append(self.model.advance(merged, cached, consumer.fence))
             else:
                 loads.append(Item("chunk", merged))
         self.update(number, waiting=tuple(waiting))
@@ -200,8 +200,8 @@ class ConsumerSystem:
             for item in items:
                 self.send(number, "acknowledge", items=(item,))
         if items:
-            self.update(number, number=worker.number + 1)
-            self.send(number, "commit", number=worker.number + 1, items=tuple(items))
+            self.update(number, number=consumer.number + 1)
+            self.send(number, "commit", number=consumer.number + 1, items=tuple(items))
 
     def continues(self, entries: tuple[Entry, ...], cached: Version) -> bool:
         """Whether the chunk can be computed from the cached state."""
@@ -209,19 +209,19 @@ class ConsumerSystem:
 
     def evaluate(self, number: int, entries: tuple[Entry, ...], stored: Version) -> list[Item]:
         """What to commit of a chunk whose stream was loaded; the rest of it waits again."""
-        worker = self.workers[number]
+        consumer = self.consumers[number]
         try:
             evaluation = evaluate_chunk(self.model.chunk(entries), stored.stream)
         except PositionBehind as error:
             expected, behind = error.facts["expected"], entries
             if self.rules.splits_duplicates:
                 behind = tuple(e for e in entries if e.operation.position < expected)
-            self.update(number, waiting=(*entries[len(behind) :], *worker.waiting))
+            self.update(number, waiting=(*entries[len(behind) :], *consumer.waiting))
             return [Item("duplicates", behind, stored)]
         except StreamRejection as error:
             raise Violation(f"{entries[0]} is rejected: {error}") from error
         if isinstance(evaluation, Process):
-            return [self.model.advance(entries, stored, worker.fence)]
+            return [self.model.advance(entries, stored, consumer.fence)]
         assert isinstance(evaluation, Replay)
         return [Item("duplicates", entries, stored)]
 
@@ -252,7 +252,7 @@ class ConsumerSystem:
 def largest_fence(state: ConsumerState) -> int:
     """The largest fence that occurs anywhere."""
     fences = [store.lease.fence for store in (state.store, *state.older)]
-    for worker in state.workers:
-        fences += [worker.fence, *(command.fence for command in worker.connection)]
+    for consumer in state.consumers:
+        fences += [consumer.fence, *(command.fence for command in consumer.connection)]
     fences += [command.fence for commands in state.in_transit for command in commands]
     return max(fences)
