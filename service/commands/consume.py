@@ -74,7 +74,7 @@ def consume(
         "create": create,
     }
     if shows_status:
-        _show_status(Path(paths[0]) if paths else None, source, group, redis_url, data_dir)
+        _show_status(Path(paths[0]) if paths else None, overrides, redis_url, data_dir)
         return
     flags = {"redis_url": redis_url, "models_dir": models, "data_dir": data_dir}
     if repartition:
@@ -118,15 +118,14 @@ def _run(
 
 def _show_status(
     path: Path | None,
-    source: str | None,
-    group: str | None,
+    overrides: dict[str, Any],
     redis_url: str | None,
     data_dir: Path | None,
 ) -> None:
     from service.consumers.config import read_any_config
     from service.settings import Settings
 
-    config, space = read_any_config(path, source, group), Settings.load().store.keys
+    config, space = read_any_config(path, overrides), Settings.load().store.keys
 
     async def show(store: Any) -> None:
         topics = config.topics(space, is_cluster=store.is_cluster)

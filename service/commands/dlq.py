@@ -14,6 +14,7 @@ from service.commands.common import DataDir, RedisUrl, run_on_store
 from service.core.errors import OperatorError
 
 if TYPE_CHECKING:
+    from service.consumers.config import ConsumerConfig
     from service.store.redis.redis_store import RedisStore
     from service.store.topics import Entry, TopicKeys
 
@@ -29,6 +30,12 @@ Config = Annotated[Path | None, typer.Option(help="The configuration of the cons
 Source = Annotated[
     str | None, typer.Option("--from", help="The topic of the events, instead of a configuration.")
 ]
+Partitioned = Annotated[
+    bool | None,
+    typer.Option(
+        "--partitioned", help="A topic for each partition of the store; default on a cluster."
+    ),
+]
 Group = Annotated[str | None, typer.Option(help="The consumer group.")]
 Stream = Annotated[str | None, typer.Option(help="Of this stream only.")]
 
@@ -37,6 +44,7 @@ Stream = Annotated[str | None, typer.Option(help="Of this stream only.")]
 def list_letters(
     config: Config = None,
     source: Source = None,
+    partitioned: Partitioned = None,
     stream: Stream = None,
     limit: Annotated[int, typer.Option(min=1, help="Most dead letters.")] = 100,
     redis_url: RedisUrl = None,
@@ -44,7 +52,7 @@ def list_letters(
 ) -> None:
     """List dead letters, oldest first: id, time, code, stream and reason."""
 
-    async def show(store: RedisStore, topics: list[TopicKeys]) -> None:
+    async def show(store: RedisStore, topics: list[TopicKeys], _: ConsumerConfig) -> None:
         shown = 0
         for keys in topics:
             async for letter in _letters(store, keys, stream):
@@ -58,7 +66,8 @@ def list_letters(
                 if shown == limit:
                     return
 
-    _run(config, source, None, redis_url, data_dir, show)
+    overrides = {"from": source, "partitioned": partitioned}
+    _run(config, overrides, redis_url, data_dir, show)
 
 
 @dlq_app.command("show")
@@ -66,12 +75,13 @@ def show_letter(
     letter_id: Annotated[str, typer.Argument(metavar="ID", help="The id of a dead letter.")],
     config: Config = None,
     source: Source = None,
+    partitioned: Partitioned = None,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
 ) -> None:
     """Show the fields of a dead letter: code and reason, and those of the original entry."""
 
-    async def show(store: RedisStore, topics: list[TopicKeys]) -> None:
+    async def show(store: RedisStore, topics: list[TopicKeys], _: ConsumerConfig) -> None:
         for keys in topics:
             async for letter in _letters(store, keys, None):
                 if letter.id.decode() == letter_id:
@@ -80,7 +90,8 @@ def show_letter(
                     return
         raise OperatorError(f"there is no dead letter {letter_id!r}")
 
-    _run(config, source, None, redis_url, data_dir, show)
+    overrides = {"from": source, "partitioned": partitioned}
+    _run(config, overrides, redis_url, data_dir, show)
 
 
 @dlq_app.command("replay")
@@ -90,10 +101,13 @@ def replay_letters(
     ] = None,
     config: Config = None,
     source: Source = None,
+    partitioned: Partitioned = None,
     group: Group = None,
     stream: Annotated[
         str | None,
-        typer.Option(help="All of this stream, in order; a halted stream continues behind them."),
+        typer.Option(
+            help="All of this stream, by position; a halted stream continues behind them."
+        ),
     ] = None,
     discard: Annotated[
         bool, typer.Option("--discard", help="Delete them instead of adding them again.")
@@ -106,30 +120,46 @@ def replay_letters(
     if bool(chosen) == (stream is not None):
         raise OperatorError("expected ids of dead letters, or --stream NAME")
 
-    async def replay(store: RedisStore, topics: list[TopicKeys]) -> None:
-        moved = 0
+    async def replay(store: RedisStore, topics: list[TopicKeys], consumer: ConsumerConfig) -> None:
+        moved, missing = 0, set(chosen)
         for keys in topics:
             if stream is not None:
-                moved += await _replay_stream(store, keys, stream, adds=not discard)
+                field = consumer.position
+                moved += await _replay_stream(store, keys, stream, field, adds=not discard)
                 continue
             found = [each.id async for each in _letters(store, keys, None) if each.id in chosen]
+            missing -= {*found}
             for at in range(0, len(found), PAGE):
                 part = found[at : at + PAGE]
                 moved += await store.topics.replay(keys, part, adds=not discard) or 0
         typer.echo(f"{moved} dead letters {'deleted' if discard else 'replayed'}")
+        if missing:
+            names = ", ".join(repr(each.decode()) for each in sorted(missing))
+            raise OperatorError(f"there is no dead letter {names}")
 
-    _run(config, source, group, redis_url, data_dir, replay)
+    overrides = {"from": source, "group": group, "partitioned": partitioned}
+    _run(config, overrides, redis_url, data_dir, replay)
 
 
-async def _replay_stream(store: RedisStore, keys: TopicKeys, stream: str, *, adds: bool) -> int:
-    """Replay a stream's dead letters; the stream continues behind the last one."""
+async def _replay_stream(
+    store: RedisStore, keys: TopicKeys, stream: str, field: str | None, *, adds: bool
+) -> int:
+    """Replay a stream's dead letters; the stream continues behind the last one.
+
+    Args:
+        field: with the position; they are in its order if all have one, since a missing event that
+            was sent while the stream halted is behind those that wait for it.
+    """
     moved = 0
     while True:
-        last, ids = b"", list[bytes]()
+        last, positions = b"", dict[bytes, str]()
         async for letter in _letters(store, keys, None):
-            last = letter.id
-            if _values(letter).get("carry-stream") == stream:
-                ids.append(letter.id)
+            last, values = letter.id, _values(letter)
+            if values.get("carry-stream") == stream:
+                positions[last] = values.get(field or "", "")
+        ids = [*positions]
+        if all(each.isdecimal() for each in positions.values()):
+            ids.sort(key=lambda each: int(positions[each]))
         for at in range(0, max(0, len(ids) - PAGE), PAGE):
             moved += await store.topics.replay(keys, ids[at : at + PAGE], adds=adds) or 0
         rest = ids[-(len(ids) % PAGE or PAGE) :] if ids else []
@@ -155,8 +185,7 @@ def _values(letter: Entry) -> dict[str, str]:
 
 def _run(
     path: Path | None,
-    source: str | None,
-    group: str | None,
+    overrides: dict[str, Any],
     redis_url: str | None,
     data_dir: Path | None,
     action: Any,
@@ -164,10 +193,10 @@ def _run(
     from service.consumers.config import read_any_config
     from service.settings import Settings
 
-    config = read_any_config(path, source, group)
+    config = read_any_config(path, overrides)
     space = Settings.load().store.keys
 
     async def act(store: Any) -> None:
-        await action(store, config.topics(space, is_cluster=store.is_cluster))
+        await action(store, config.topics(space, is_cluster=store.is_cluster), config)
 
     run_on_store(redis_url, data_dir, act)

@@ -59,7 +59,10 @@ def produce(
         with ExitStack() as stack:
             lines = sys.stdin.buffer
             if str(file) != "-":
-                lines = stack.enter_context(file.open("rb"))
+                try:
+                    lines = stack.enter_context(file.open("rb"))
+                except OSError as error:
+                    raise OperatorError(f"{file}: {error.strerror}") from error
             update = stack.enter_context(show_progress("produce"))
             entries = _entries(lines, topic, model or "", chosen)
             while part := [*islice(entries, AT_ONCE)]:
@@ -98,6 +101,8 @@ def _entries(lines: Iterable[bytes], topic: str, model: str, space: Any) -> Iter
                 f"line {number}: expected members among {', '.join(sorted(MEMBERS))}, "
                 f"got {', '.join(sorted(unknown))}"
             )
+        if event[:1] not in (b"{", b"["):
+            raise OperatorError(f"line {number}: event: expected an object or a row of numbers")
         if not is_stream_name(stream):
             raise OperatorError(
                 f"line {number}: stream: expected {STREAM_NAME_RULE}, got {stream!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,7 +111,7 @@ class ConsumerConfig(_Part):
         """The keys of each topic.
 
         Raises:
-            OperatorError: a cluster needs partitions.
+            OperatorError: a cluster needs partitions, or two topics are the same.
         """
         partitioned = is_cluster if self.partitioned is None else self.partitioned
         if is_cluster and not partitioned:
@@ -120,16 +120,15 @@ class ConsumerConfig(_Part):
                 "in one slot of the cluster; `carry produce` writes to the right partition"
             )
         names = [(self.source, self.sink, self.dead_letters or f"{self.source}:dead")]
+        if not partitioned and len({*names[0]}) < len(names[0]):
+            got = "{!r}, {!r} and {!r}".format(*names[0])
+            raise OperatorError(f"from, to, dead_letters: expected different topics, got {got}")
         if partitioned:
             dead_letters = self.dead_letters or self.source
             prefixes = map(space.partition_prefix, range(space.partitions))
             names = [
-                (
-                    f"{each}:in:{self.source}",
-                    f"{each}:out:{self.sink}",
-                    f"{each}:dead:{dead_letters}",
-                )
-                for each in prefixes
+                (f"{it}:in:{self.source}", f"{it}:out:{self.sink}", f"{it}:dead:{dead_letters}")
+                for it in prefixes
             ]
         return [TopicKeys.of(*each, self.group, self.keep, deletes=self.delete) for each in names]
 
@@ -152,17 +151,16 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> ConsumerConfig:
     return make_config(document, str(path), overrides)
 
 
-def read_any_config(path: Path | None, source: str | None, group: str | None) -> ConsumerConfig:
+def read_any_config(path: Path | None, overrides: Mapping[str, Any]) -> ConsumerConfig:
     """The configuration of a command that reads topics and computes nothing: of a file, or of the
     name of the source.
 
     Raises:
         OperatorError: as for `read_config`, or neither is given.
     """
-    overrides = {"from": source, "group": group}
     if path is not None:
         return read_config(path, overrides)
-    if source is None:
+    if overrides.get("from") is None:
         raise OperatorError("expected a configuration, or --from TOPIC")
     return make_config({"model": "-", "to": "-"}, "options", overrides)
 
@@ -182,18 +180,19 @@ def make_config(
     try:
         return ConsumerConfig.model_validate({**document, **given})
     except ValidationError as error:
-        raise OperatorError("; ".join(_explain(error, origin))) from error
+        raise OperatorError(f"{origin}: {'; '.join(_explain(error))}") from error
 
 
-def _explain(error: ValidationError, origin: str) -> list[str]:
+def _explain(error: ValidationError) -> Iterator[str]:
     known = {field.alias or name for name, field in ConsumerConfig.model_fields.items()}
-    sentences = []
     for problem in error.errors(include_url=False):
         place = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             among = f" among {', '.join(sorted(known))}" if len(problem["loc"]) == 1 else ""
             message = f"expected a member{among}"
+        elif problem["type"] == "model_type":
+            part = StreamSource if place == "stream" else EventSource
+            message = f"expected a mapping of {', '.join(part.model_fields)}"
         got = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-        sentences.append(f"{origin}: {place}: {message[0].lower()}{message[1:]}{got}")
-    return sentences
+        yield f"{place}: {message[0].lower()}{message[1:]}{got}"

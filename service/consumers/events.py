@@ -179,8 +179,9 @@ def _decode(value: bytes) -> str:
 def _parse_position(name: bytes, digits: bytes) -> int:
     if not _IS_INTEGER(digits) or int(digits) > MAX_POSITION:
         place = name.decode()
+        got = digits[:100].decode("utf-8", "backslashreplace")
         raise InvalidInput(
-            f"{place}: expected an integer from 0 to {MAX_POSITION}, got {digits[:100]!r}", at=place
+            f"{place}: expected an integer from 0 to {MAX_POSITION}, got {got!r}", at=place
         )
     return int(digits)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from carry_client import Producer
 from models.artifact.artifact import Artifact
 from tests.support.command import Result, carry
 from tests.support.consumers import (
@@ -21,7 +22,7 @@ from tests.support.consumers import (
     until_count,
 )
 from tests.support.pipelines import rows_of
-from tests.support.servers import RealServer, real_server
+from tests.support.servers import RealServer, becomes, real_server
 
 RANDOM = np.random.default_rng(9)
 
@@ -67,6 +68,23 @@ async def test_a_halted_stream_goes_on_in_order_after_a_replay(
     assert client.xlen("events:dead") == 0
 
 
+async def test_a_halted_stream_goes_on_once_its_missing_event_is_sent(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    rows = rows_of(RANDOM, 12)
+    good = [fields_of("a", row, position=at) for at, row in enumerate(rows)]
+    async with consuming(server.url, artifact, on_error="halt"):
+        add(client, "events", good[0], *good[2:])
+        await until_count(client, "events:dead", 10)
+        add(client, "events", good[1])
+        await until_count(client, "events:dead", 11)
+        replayed = await dlq(server, "replay", "--stream", "a")
+        assert replayed.stdout == b"11 dead letters replayed\n"
+        await until_count(client, "scores", 12)
+    assert_outputs(artifact, outputs_of(client, "scores")["a"], rows)
+    assert client.xlen("events:dead") == 0
+
+
 async def test_single_dead_letters_are_replayed_with_their_fields(
     server: RealServer, client: Any, artifact: Artifact
 ) -> None:
@@ -78,6 +96,24 @@ async def test_single_dead_letters_are_replayed_with_their_fields(
     assert client.xlen("events:dead") == 1
     [(_, fields)] = client.xrevrange("events", count=1)
     assert fields == {b"stream": b"a", b"event": b"[1]", b"extra": b"x"}
+    again = await dlq(server, "replay", first.decode())
+    assert again.exit_code == 1
+    assert f"there is no dead letter {first.decode()!r}" in again.stderr
+
+
+async def test_partitioned_topics_need_no_configuration(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    producer = Producer(client, "events", model="probe", partitions=256)
+    producer.send("a", [1.0])
+    async with consuming(server.url, artifact, partitioned=True) as consumer:
+        await becomes(lambda: consumer.counts["dead_letters"] == 1, "the dead letter")
+    listed = (await dlq(server, "list", "--partitioned")).stdout.decode().splitlines()
+    assert [line.split()[3] for line in listed] == ["a"]
+    words = ("--from", "events", "--partitioned", "--redis-url", server.url)
+    shown = await asyncio.to_thread(carry, "consume", "status", *words)
+    lines = shown.stdout.decode().splitlines()
+    assert any(line.split()[0] == producer.topic("a") for line in lines)
 
 
 async def test_an_entry_of_thousands_of_fields_is_a_dead_letter(

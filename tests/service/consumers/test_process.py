@@ -132,6 +132,9 @@ def test_suspended_and_killed_owners_are_replaced_and_write_nothing_after(
         ("a: [", "expected YAML"),
         ("model: probe\nfrom: events\nto: scores\nstream: {}\n", "stream: expected `field`"),
         ("model: probe\nfrom: nothing\nto: scores\n", "expected a stream 'nothing'"),
+        ("model: probe\nfrom: a\nto: a\n", "expected different topics, got 'a', 'a' and 'a:dead'"),
+        ("model: probe\nfrom: a\nto: b\ndead_letters: a\n", "expected different topics"),
+        ("model: probe\nfrom: a\nto: b\nstream: x\n", "stream: expected a mapping of field, con"),
     ],
 )
 def test_an_invalid_configuration_is_an_error_with_its_place(

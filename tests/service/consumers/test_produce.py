@@ -84,6 +84,7 @@ async def test_the_producer_of_the_client_writes_what_is_consumed(
         (b'{"stream": "a/b", "event": {}}', "line 1: stream: expected 1 to 256"),
         (b'{"stream": "a", "event": {}, "at": 1}', "line 1: expected members among"),
         (b'{"stream": "a", "event": {}, "position": 1.5}', "line 1: Expected `int`"),
+        (b'{"stream": "a", "event": "x"}', "line 1: event: expected an object or a row"),
         (b"[]", "line 1: Expected `object`"),
     ],
 )
@@ -91,3 +92,9 @@ def test_an_invalid_line_is_an_error(server: RealServer, line: bytes, message: s
     result = carry("produce", "-", "--to", "events", "--redis-url", server.url, data=line)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_a_missing_file_is_an_error(server: RealServer) -> None:
+    result = carry("produce", "no/file", "--to", "events", "--redis-url", server.url)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("carry: no/file: No such file or directory\n")
