@@ -193,12 +193,13 @@ async def _check_partitions(router: Router, *, initialise: bool) -> None:
     """Compare the `meta` key with the settings; write that of a new store."""
     settings, key = router.settings, router.settings.keys.meta
     expected = {"format": META_FORMAT, "partitions": settings.partitions}
-    value: bytes | None = None
-    commands = [("SET", key, json.dumps(expected), "NX"), ("GET", key)]
-    for arguments in commands if initialise else commands[1:]:
-        value = read_value(await router.execute_one(*arguments))
-    if value is None and not initialise:
-        return
+    value: bytes | None = read_value(await router.execute_one("GET", key))
+    if value is None:
+        # only a new store is written: a full one is started on, and read
+        if not initialise:
+            return
+        read_value(await router.execute_one("SET", key, json.dumps(expected), "NX"))
+        value = read_value(await router.execute_one("GET", key))
     try:
         stored = json.loads(value or b"")
         matches = stored["format"] == META_FORMAT and stored["partitions"] == settings.partitions

@@ -130,6 +130,22 @@ async def test_an_entry_of_thousands_of_fields_is_a_dead_letter(
     assert fields == {name.encode(): b"x" for name in many}
 
 
+async def test_dead_letters_and_status_are_shown_while_the_memory_is_full(
+    server: RealServer, client: Any, artifact: Artifact
+) -> None:
+    async with consuming(server.url, artifact):
+        add(client, "events", {"stream": "a", "event": "[1]"})
+        await until_count(client, "events:dead", 1)
+    server.configure("maxmemory", 1)
+    try:
+        listed = await dlq(server, "list")
+        words = ("consume", "status", "--from", "events", "--redis-url", server.url)
+        shown = await asyncio.to_thread(carry, *words)
+    finally:
+        server.configure("maxmemory", 0)
+    assert (listed.exit_code, shown.exit_code) == (0, 0), listed.stderr + shown.stderr
+
+
 async def test_what_is_missing_is_an_error(server: RealServer, client: Any) -> None:
     assert "no dead letter" in (await dlq(server, "show", "1-1")).stderr
     assert "--stream NAME" in (await dlq(server, "replay")).stderr
