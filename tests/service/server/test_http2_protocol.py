@@ -1,13 +1,11 @@
-"""HTTP/2 connections, by raw frames: flow control, limits, errors, and hostile clients."""
+"""HTTP/2 connections, by raw frames: flow control, limits, and the end of streams."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import struct
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,19 +13,15 @@ import pytest
 from hpack import Encoder
 
 from service.server import http2_protocol
-from service.server.connections import Connections, Phase
+from service.server.connections import Phase
 from service.server.http2_headers import (
     CACHED_BLOCK_BYTES,
     CACHED_BLOCKS,
     MAX_HEADERS_BYTES,
     HeadDecoder,
-    encode_headers,
 )
 from service.server.http2_protocol import (
     CONNECTION_WINDOW,
-    MAX_CONTROL_FRAMES,
-    PREFACE,
-    Http2Connection,
 )
 from service.server.http2_stream import (
     ACK,
@@ -43,120 +37,18 @@ from service.server.http2_stream import (
     encode_frame,
 )
 from service.server.settings import ConnectionSettings
+from tests.support.http2 import (
+    INITIAL_WINDOW,
+    LARGE_WINDOWS,
+    LONGEST,
+    REQUEST,
+    RESPONSE,
+    TRAILERS,
+    Client,
+    Echo,
+    connected,
+)
 from tests.support.servers import becomes
-
-WAIT_S = 20.0
-REQUEST = encode_headers([(b":method", b"POST"), (b":path", b"/echo")])
-RESPONSE = encode_headers([(b":status", b"200")])
-TRAILERS = encode_headers([(b"status", b"0")])
-INITIAL_WINDOW = 4
-LARGE_WINDOWS = struct.pack(">HI", INITIAL_WINDOW, 2**31 - 1)
-
-
-class Echo(Http2Stream):
-    """Sends back what it receives; after its end, the trailers.
-
-    Attributes:
-        opened: all streams.
-    """
-
-    opened: list[Echo]
-
-    def __init__(self, connection: Http2Connection, stream_id: int, head: Any):
-        super().__init__(connection, stream_id)
-        self.head = head
-        self.received = bytearray()
-        self.is_cancelled = False
-        self.releases = 0
-        self.opened.append(self)
-        self.write_headers(RESPONSE)
-
-    def receive(self, data: bytes) -> None:
-        self.received += data
-        self.write(data)
-
-    def receive_end(self) -> None:
-        self.finish(TRAILERS)
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-    def release(self) -> None:
-        self.releases += 1
-
-    def resume(self) -> None:
-        pass
-
-
-class Client:
-    """A client that sends and receives frames."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self._reader = reader
-        self.writer = writer
-
-    def send(self, kind: int, flags: int, stream: int, payload: bytes = b"") -> None:
-        head = struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream)
-        self.writer.write(head + payload)
-
-    def open(self, stream: int, block: bytes = REQUEST, flags: int = END_HEADERS) -> None:
-        self.send(FrameType.HEADERS, flags, stream, block)
-
-    async def receive(self) -> tuple[int, int, int, bytes]:
-        """The next frame: its kind, flags, stream and payload."""
-        async with asyncio.timeout(WAIT_S):
-            head = await self._reader.readexactly(9)
-            payload = await self._reader.readexactly(int.from_bytes(head[:3]))
-        return head[3], head[4], int.from_bytes(head[5:]), payload
-
-    async def receive_until(
-        self, kind: FrameType, *, is_found: Callable[[int, int, bytes], bool] = lambda *_: True
-    ) -> list[tuple[int, int, int, bytes]]:
-        """The frames up to the first of this kind that has what is sought."""
-        frames = [await self.receive()]
-        while not (frames[-1][0] == kind and is_found(*frames[-1][1:])):
-            frames.append(await self.receive())
-        return frames
-
-    async def receive_data(self, size: int) -> bytes:
-        """As many bytes of the response, of whatever stream."""
-        data = b""
-        while len(data) < size:
-            data += (await self.receive_until(FrameType.DATA))[-1][3]
-        return data
-
-    async def expect_end(self) -> int:
-        """The code of the last frame, GOAWAY, after which the server closes the connection."""
-        code = int.from_bytes((await self.receive_until(FrameType.GOAWAY))[-1][3][4:8])
-        async with asyncio.timeout(WAIT_S):
-            assert await self._reader.read() == b""
-        return code
-
-    async def settle(self) -> list[tuple[int, int, int, bytes]]:
-        """The frames up to the answer to a ping: all that came before was processed."""
-        self.send(FrameType.PING, 0, 0, b"settled!")
-        return await self.receive_until(FrameType.PING, is_found=lambda flags, *_: flags == ACK)
-
-
-@asynccontextmanager
-async def connected(
-    settings: bytes = b"", *, limits: ConnectionSettings | None = None
-) -> AsyncIterator[tuple[Client, Connections]]:
-    """A client, and the connections of its server."""
-    Echo.opened = []
-    connections = Connections(limits)
-    make = partial(Http2Connection, connections, tuple, Echo)
-    server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
-    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-    try:
-        writer.write(PREFACE)
-        client = Client(reader, writer)
-        client.send(FrameType.SETTINGS, 0, 0, settings)
-        yield client, connections
-    finally:
-        writer.transport.abort()
-        server.close()
-        await becomes(lambda: len(connections) == 0, "the end of all connections")
 
 
 async def test_response_echoes_the_request_in_frames_that_the_client_allows() -> None:
@@ -339,176 +231,6 @@ async def test_window_of_the_connection_is_restored_whatever_its_streams_do() ->
         restored = [each for each in frames if each[0] == FrameType.WINDOW_UPDATE and each[2] == 0]
         assert restored
         assert sum(len(each.received) for each in Echo.opened) > 3 * CONNECTION_WINDOW
-
-
-LONGEST = bytes(MAX_FRAME_BYTES)
-
-
-def frames_of(count: int, *frame: Any) -> bytes:
-    return encode_frame(*frame) * count
-
-
-OPEN = encode_frame(FrameType.HEADERS, END_HEADERS, 1, REQUEST)
-OF_SERVER = encode_frame(FrameType.HEADERS, END_HEADERS, 2, REQUEST)
-MANY = MAX_CONTROL_FRAMES + 2  # one more for the response
-HOSTILE: dict[str, tuple[bytes, ErrorCode]] = {
-    "a long frame": (
-        encode_frame(FrameType.DATA, 0, 1, bytes(MAX_FRAME_BYTES + 1)),
-        ErrorCode.FRAME_SIZE_ERROR,
-    ),
-    "data of no stream": (encode_frame(FrameType.DATA, 0, 0, b"x"), ErrorCode.PROTOCOL_ERROR),
-    "data of a stream that was not opened": (
-        encode_frame(FrameType.DATA, 0, 5),
-        ErrorCode.PROTOCOL_ERROR,
-    ),
-    "a reset of a stream that was not opened": (
-        encode_frame(FrameType.RST_STREAM, 0, 1, bytes(4)),
-        ErrorCode.PROTOCOL_ERROR,
-    ),
-    "a stream of a server": (
-        encode_frame(FrameType.HEADERS, END_HEADERS, 2, REQUEST),
-        ErrorCode.PROTOCOL_ERROR,
-    ),
-    "headers twice": (OPEN + OPEN, ErrorCode.PROTOCOL_ERROR),
-    "padding longer than its frame": (
-        OPEN + encode_frame(FrameType.DATA, PADDED, 1, b"\4abc"),
-        ErrorCode.PROTOCOL_ERROR,
-    ),
-    "a block that is not continued": (
-        encode_frame(FrameType.HEADERS, 0, 1, REQUEST)
-        + encode_frame(FrameType.PING, 0, 0, bytes(8)),
-        ErrorCode.PROTOCOL_ERROR,
-    ),
-    "a continuation of nothing": (
-        encode_frame(FrameType.CONTINUATION, 4, 1, b""),
-        ErrorCode.PROTOCOL_ERROR,
-    ),
-    "a continuation of another stream": (
-        encode_frame(FrameType.HEADERS, 0, 1, REQUEST)
-        + encode_frame(FrameType.CONTINUATION, 4, 3, b""),
-        ErrorCode.PROTOCOL_ERROR,
-    ),
-    "a block that cannot be decoded": (
-        encode_frame(FrameType.HEADERS, END_HEADERS, 1, b"\xff\xff\xff\xff"),
-        ErrorCode.COMPRESSION_ERROR,
-    ),
-    "settings of another length": (
-        encode_frame(FrameType.SETTINGS, 0, 0, bytes(5)),
-        ErrorCode.FRAME_SIZE_ERROR,
-    ),
-    "a ping of another length": (
-        encode_frame(FrameType.PING, 0, 0, bytes(7)),
-        ErrorCode.FRAME_SIZE_ERROR,
-    ),
-    "a window that is widened by nothing": (
-        encode_frame(FrameType.WINDOW_UPDATE, 0, 0, bytes(4)),
-        ErrorCode.PROTOCOL_ERROR,
-    ),
-    "a priority of another length": (
-        encode_frame(FrameType.HEADERS, END_HEADERS | PRIORITY, 1, bytes(4)),
-        ErrorCode.FRAME_SIZE_ERROR,
-    ),
-    "too large an initial window": (
-        encode_frame(FrameType.SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW, 2**31)),
-        ErrorCode.FLOW_CONTROL_ERROR,
-    ),
-    "too large a window": (
-        encode_frame(FrameType.WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 1)),
-        ErrorCode.FLOW_CONTROL_ERROR,
-    ),
-    "too large a window of a stream": (
-        OPEN + encode_frame(FrameType.WINDOW_UPDATE, 0, 1, struct.pack(">I", 2**31 - 1)),
-        ErrorCode.FLOW_CONTROL_ERROR,
-    ),
-    "more than the window of a stream": (
-        OPEN + frames_of(17, FrameType.DATA, 0, 1, LONGEST),
-        ErrorCode.FLOW_CONTROL_ERROR,
-    ),
-    "endless continuations": (
-        encode_frame(FrameType.HEADERS, 0, 1, REQUEST)
-        + frames_of(2, FrameType.CONTINUATION, 0, 1, bytes(MAX_HEADERS_BYTES)),
-        ErrorCode.ENHANCE_YOUR_CALM,
-    ),
-    "empty continuations": (
-        encode_frame(FrameType.HEADERS, 0, 1, REQUEST)
-        + frames_of(MANY, FrameType.CONTINUATION, 0, 1),
-        ErrorCode.ENHANCE_YOUR_CALM,
-    ),
-    "a block that inflates": (
-        encode_frame(
-            FrameType.HEADERS, END_HEADERS, 1, b"\x40\x01k\x7f\x81\x1f" + bytes(4096) + b"\xbe" * 10
-        ),
-        ErrorCode.COMPRESSION_ERROR,
-    ),
-    "pings": (frames_of(MANY, FrameType.PING, 0, 0, bytes(8)), ErrorCode.ENHANCE_YOUR_CALM),
-    "settings": (frames_of(MANY, FrameType.SETTINGS, 0, 0), ErrorCode.ENHANCE_YOUR_CALM),
-    "priorities": (
-        frames_of(MANY, FrameType.PRIORITY, 0, 1, bytes(5)),
-        ErrorCode.ENHANCE_YOUR_CALM,
-    ),
-    "unknown frames": (frames_of(MANY, 99, 0, 1), ErrorCode.ENHANCE_YOUR_CALM),
-    "empty data": (OPEN + frames_of(MANY, FrameType.DATA, 0, 1), ErrorCode.ENHANCE_YOUR_CALM),
-    "data of a stream that has ended": (
-        OPEN + frames_of(MANY, FrameType.DATA, END_STREAM, 1),
-        ErrorCode.ENHANCE_YOUR_CALM,
-    ),
-    "rapid resets": (
-        b"".join(
-            encode_frame(FrameType.HEADERS, END_HEADERS, stream, REQUEST)
-            + encode_frame(FrameType.RST_STREAM, 0, stream, bytes(4))
-            for stream in range(1, 2 * MANY, 2)
-        ),
-        ErrorCode.ENHANCE_YOUR_CALM,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile_client_gets_goaway_and_its_streams_are_cancelled(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Above a stream that does not read."""
-    monkeypatch.setattr(http2_protocol, "CONTROL_INTERVAL_S", 600.0)
-    data, code = HOSTILE[name]
-    monkeypatch.setattr(Echo, "reads", False)
-    async with connected(LARGE_WINDOWS) as (client, _):
-        client.writer.write(data)
-        assert await client.expect_end() == code
-        assert all(each.is_cancelled or not each.is_open for each in Echo.opened)
-        assert all(each.releases == 1 for each in Echo.opened)
-
-
-async def test_client_of_another_protocol_is_disconnected() -> None:
-    async with connected() as (client, connections):
-        host, port = client.writer.get_extra_info("peername")
-        reader, writer = await asyncio.open_connection(host, port)
-        writer.write(b"GET / HTTP/1.1\r\n\r\n")
-        async with asyncio.timeout(WAIT_S):
-            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-                await reader.readexactly(2**20)
-        writer.close()
-        await becomes(lambda: len(connections) == 1, "the end of the connection")
-
-
-async def test_control_frames_are_limited_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that pings for years is not closed."""
-    monkeypatch.setattr(http2_protocol, "CONTROL_INTERVAL_S", 0.0)
-    async with connected() as (client, _):
-        client.writer.write(frames_of(3 * MANY, FrameType.PING, 0, 0, bytes(8)))
-        await client.settle()
-
-
-async def test_client_may_ping_for_each_response(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As clients do that measure the bandwidth, those in Go among them."""
-    monkeypatch.setattr(http2_protocol, "CONTROL_INTERVAL_S", 600.0)
-    async with connected(LARGE_WINDOWS) as (client, _):
-        client.open(1)
-        for _ in range(3 * MANY):
-            client.send(FrameType.DATA, 0, 1, b"x")
-            client.send(FrameType.PING, 0, 0, bytes(8))
-        await client.receive_data(3 * MANY)
-        client.writer.write(frames_of(2 * MANY, FrameType.PING, 0, 0, bytes(8)))
-        assert await client.expect_end() == ErrorCode.ENHANCE_YOUR_CALM
 
 
 async def test_streams_above_the_limit_are_refused() -> None:

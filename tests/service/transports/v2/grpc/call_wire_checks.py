@@ -59,14 +59,14 @@ class Blocking(Inference):
     """Answers no request.
 
     Attributes:
-        begun, cancelled: number of requests.
+        started, cancelled: number of requests.
     """
 
-    begun = 0
+    started = 0
     cancelled = 0
 
     async def answer(self, *call: object) -> Any:
-        self.begun += 1
+        self.started += 1
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -295,7 +295,7 @@ async def test_requests_of_a_cancelled_call_are_cancelled(method: str, disconnec
             count = 1 if method == INFER else 3
             sent = call_with(method, message(REQUEST) * count, 16_384)
             client.write(sent[: -len(frame(0, 1, 1, b""))])
-            await becomes(lambda: inference.begun == count, "the requests")
+            await becomes(lambda: inference.started == count, "the requests")
             if disconnects:
                 client.transport.abort()
             else:
