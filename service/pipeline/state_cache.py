@@ -19,7 +19,7 @@ tracemalloc, rounded up)."""
 
 
 class StateCache:
-    """LRU cache of states, in the order of their commits; use from one event loop.
+    """Cache of states that evicts the least recently committed; use from one event loop.
 
     Args:
         max_bytes: bound on the memory of the states; 0 keeps none.
@@ -40,7 +40,7 @@ class StateCache:
         return self._entries.get(key)
 
     def put(self, key: StreamKey, stream: EncodedStream) -> None:
-        """Cache a stream whose commit has been sent; evicts the least recently committed ones."""
+        """Cache a stream whose commit has been sent; evicts others if there is no room."""
         entries = self._entries
         replaced = entries.pop(key, None)
         entries[key] = stream
