@@ -10,41 +10,18 @@ changes nothing, also one of an earlier owner.
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
-import socket
-from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-import structlog
-
 from service.consumers.config import ConsumerConfig
 from service.consumers.outputs import MAX_FIELDS, dead_letter
+from service.consumers.shared_topics import LeasedTopic, SharedTopics
 from service.core.errors import CarryError, InvalidInput, InvalidName
-from service.core.values import STREAM_NAME_RULE, Check, StreamKey, is_stream_name
-from service.store.base import COMMITTED
+from service.core.values import STREAM_NAME_RULE, StreamKey, is_stream_name
 from service.store.keys import KeySpace
-from service.store.topics import (
-    FIRST_PENDING,
-    NEW,
-    Entry,
-    NewEntry,
-    TopicItem,
-    TopicKeys,
-    Topics,
-    Unclear,
-)
+from service.store.topics import Entry, TopicItem, TopicKeys, Topics
 
 AT_ONCE: Final = 500
-IDLE_POLL_S: Final = 0.01
-RETRY_S: Final = 0.2
-
-log = structlog.get_logger(__name__)
-
-
-class _LostError(Exception):
-    """The topic has to be acquired again."""
 
 
 def _keys_of(config: ConsumerConfig) -> TopicKeys:
@@ -62,106 +39,63 @@ def _keys_of(config: ConsumerConfig) -> TopicKeys:
     )
 
 
-class Repartitioner:
-    """Moves the entries of the topic of a configuration; `run` once, `stop` at any time.
+class Repartitioner(SharedTopics["RepartitionedTopic"]):
+    """Moves the entries of the topic of a configuration.
 
     Attributes:
         counts: entries by result: `moved` (also those that an earlier owner appended),
-            `dead_letters`.
+            `dead_letters`, `deleted`; and `losses` of the topic.
     """
 
-    def __init__(self, topics: Topics, space: KeySpace, config: ConsumerConfig):
-        self.counts: Counter[str] = Counter()
-        self._topics = topics
+    def __init__(self, store: Topics, space: KeySpace, config: ConsumerConfig):
+        pool = f"{config.group}/repartition:{config.source}"
+        super().__init__(store, [_keys_of(config)], config, pool=pool, room=AT_ONCE)
         self._space = space
         self._config = config
-        self._keys = _keys_of(config)
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._fence = ""
-        self._number = 0
-        self._is_owner = False
-        self._stopped = asyncio.Event()
 
-    def stop(self) -> None:
-        """Shut down gracefully."""
-        self._stopped.set()
+    def _make_topic(self, keys: TopicKeys) -> RepartitionedTopic:
+        return RepartitionedTopic(keys, self, self._space, self._config)
 
-    def check(self) -> Check:
-        """Check readiness, which does not depend on the owner of the topic."""
-        return Check("topics", True, "owned" if self._is_owner else "owned by another process")
 
-    async def run(self) -> None:
-        """Move entries until `stop`, whenever this process owns the topic."""
-        while not self._stopped.is_set():
-            try:
-                if await self._acquire():
-                    await self._move_all()
-                else:
-                    await self._pause(RETRY_S)
-            except (CarryError, _LostError) as error:
-                log.warning("topic_lost", topic=self._keys.topic, reason=str(error))
-                await self._pause(RETRY_S)
-        if self._is_owner:
-            await self._renew(0)
+class RepartitionedTopic(LeasedTopic):
+    """A topic whose entries are moved, one batch at a time."""
 
-    async def _acquire(self) -> bool:
-        self._fence, self._number = secrets.token_hex(8), 0
-        start = "0" if self._config.start == "beginning" else "$"
-        lease_s = self._config.lease_s
-        held = await self._topics.acquire(self._keys, self._owner, self._fence, lease_s, start)
-        self._is_owner = held.is_held
-        if held.is_held:
-            await self._topics.claim(self._keys)
-            log.info("topic_acquired", topic=self._keys.topic)
-        return held.is_held
+    min_read = max_read = AT_ONCE
 
-    async def _move_all(self) -> None:
-        """Move what is pending, and then new entries, until it is stopped."""
-        loop = asyncio.get_running_loop()
-        after, renewed_s = FIRST_PENDING, loop.time()
-        while not self._stopped.is_set():
-            entries = await self._topics.read(self._keys, self._fence, after, AT_ONCE)
-            if isinstance(entries, Unclear):
-                raise _LostError(entries.value)
-            if entries:
-                await self._move(entries)
-                after = NEW if after == NEW else entries[-1].id.decode()
-            elif after == NEW:
-                await self._pause(IDLE_POLL_S)
-            else:
-                after = NEW
-            if loop.time() - renewed_s > self._config.lease_s / 3:
-                renewed_s = loop.time()
-                await self._renew(self._config.lease_s)
+    def __init__(
+        self,
+        keys: TopicKeys,
+        shared: Repartitioner,
+        space: KeySpace,
+        config: ConsumerConfig,
+    ):
+        super().__init__(keys, shared)
+        self._space = space
+        self._config = config
 
-    async def _move(self, entries: Sequence[Entry]) -> None:
+    async def _process(self, entries: Sequence[Entry]) -> None:
         """Append entries to the topics of their partitions, then acknowledge them."""
         parts: dict[str, list[Entry]] = {}
-        items: list[TopicItem] = []
+        items: list[tuple[str, TopicItem]] = []
         for entry in entries:
-            fields = entry.fields or ()
+            if entry.fields is None:
+                items.append(("deleted", TopicItem([entry.id])))
+                continue
             try:
-                name = self._destination(fields)
+                name = self._destination(entry.fields)
             except CarryError as error:
-                letters: list[NewEntry] = []
-                if fields:
-                    letters.append(dead_letter(entry.id, fields, error, None))
-                    self.counts["dead_letters"] += 1
-                items.append(TopicItem([entry.id], letters))
+                letter = dead_letter(entry.id, entry.fields, error, None)
+                items.append(("dead_letters", TopicItem([entry.id], [letter])))
             else:
                 parts.setdefault(name, []).append(entry)
-                items.append(TopicItem([entry.id]))
-        source = self._keys.topic
-        await asyncio.gather(
-            *[self._topics.append(name, source, part) for name, part in parts.items()]
-        )
-        self._number += 1
-        results = await self._topics.commit(self._keys, self._fence, self._number, items)
-        if isinstance(results, Unclear):
-            raise _LostError(results.value)
-        if failed := [each for each in results if each is not COMMITTED]:
-            raise _LostError(str(failed[0]))
-        self.counts["moved"] += sum(map(len, parts.values()))
+                items.append(("moved", TopicItem([entry.id])))
+        try:
+            topic, append = self.keys.topic, self._topics.append
+            await asyncio.gather(*[append(name, topic, part) for name, part in parts.items()])
+        except CarryError:
+            self._shared.release(len(entries))
+            raise
+        await self._acknowledge(items)
 
     def _destination(self, fields: Sequence[bytes]) -> str:
         """The topic of an entry's stream."""
@@ -178,16 +112,3 @@ class Repartitioner:
             raise InvalidInput(f"expected at most {MAX_FIELDS} fields, got {len(fields) // 2}")
         partition = self._space.partition(StreamKey(self._config.model, stream))
         return f"{self._space.partition_prefix(partition)}:in:{self._config.source}"
-
-    async def _renew(self, lease_s: float) -> None:
-        keys, number = self._keys, self._number
-        held = await self._topics.renew(keys, self._owner, self._fence, lease_s, number, b"")
-        if not held.is_held:
-            raise _LostError(Unclear.FENCED.value)
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._stopped.wait()
-        except TimeoutError:
-            pass

@@ -97,7 +97,7 @@ async def test_several_consumers_share_the_topics_of_partitions(
 async def test_topics_move_a_few_at_a_time(
     server: RealServer, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.consumers.consumer.MOVES_AT_ONCE", 1)
+    monkeypatch.setattr("service.consumers.shared_topics.MOVES_AT_ONCE", 1)
     released: list[int] = []
 
     def start() -> Any:
