@@ -286,17 +286,17 @@ class Session:
         if not result.dry_run:
             self._order.record_result(entry, failed=False)
         codec = self.api.codecs[self.model]
-        is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES[entry.media]
+        is_short = len(result.outputs) * codec.served.outputs.size <= LONG_VALUES
         outcome = _outcome(entry.frame_id, 200, reply=codec.writer.reply(result, self.options))
-        if is_short and self.options == EVERY_STEP:
+        if entry.media is Media.MSGPACK or (is_short and self.options == EVERY_STEP):
             self._answer(entry, dumps(entry.media, outcome))
         else:
             self._run(self._write_in_pieces(entry, outcome))
 
     async def _write_in_pieces(self, entry: Entry, outcome: Mapping[str, Any]) -> None:
-        """Encode an outcome in pieces, while the event loop runs."""
+        """Encode an outcome in JSON in pieces, while the event loop runs."""
         pieces = []
-        for piece in encode_pieces(entry.media, outcome):
+        for piece in encode_pieces(outcome):
             pieces.append(piece)
             await asyncio.sleep(0)
         self._answer(entry, b"".join(pieces))

@@ -170,7 +170,7 @@ class _EventWriter:
         async with self._lock:
             if (encoded := event.encoded.get(self._encoding)) is not None:
                 return encoded
-            for piece in encode_pieces(Media.JSON, document):
+            for piece in encode_pieces(document):
                 if pieces:
                     await asyncio.sleep(0)
                 pieces.append(piece)

@@ -317,9 +317,9 @@ class FastPath(FastChunkRoute):
             request.chunk = chunk = reader.chunk(body, media, key, precondition)
         except CarryError:
             return False
-        # the slow path encodes long replies in pieces, and answers what applies nothing
-        most = LONG_VALUES[request.reply_media]
-        return not chunk.dry_run and chunk.steps.length * served.outputs.size <= most
+        # the slow path encodes long JSON in pieces, and answers what applies nothing
+        is_long = chunk.steps.length * served.outputs.size > LONG_VALUES
+        return not chunk.dry_run and not (is_long and request.reply_media is Media.JSON)
 
     def _response(self, request: FastRequest, reply: Reply, header_lines: bytes) -> bytes:
         encode = encode_json if request.reply_media is Media.JSON else encode_msgpack

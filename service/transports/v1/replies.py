@@ -49,16 +49,15 @@ VALUE_BYTES: Final = 4
 
 
 class LongAnswer(Response):
-    """A response that is encoded in pieces as the client reads them.
+    """A response in JSON that is encoded in pieces as the client reads them.
 
     Unsent data is held as values, not as bytes, which take several times the memory.
     """
 
-    def __init__(self, media: Media, document: Any, status: int, headers: Iterable[Header]):
+    def __init__(self, document: Any, status: int, headers: Iterable[Header]):
         self.status_code = status
         self.background = None
-        self.raw_headers = [*headers, _CONTENT_TYPE[media]]
-        self._media = media
+        self.raw_headers = [*headers, _CONTENT_TYPE[Media.JSON]]
         self._document = document
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,14 +75,14 @@ class LongAnswer(Response):
         if scope["http_version"] == "1.0":
             # HTTP/1.0 has no chunked transfer coding: the length must be known first
             written: list[bytes] = []
-            for piece in encode_pieces(self._media, self._document):
+            for piece in encode_pieces(self._document):
                 written.append(piece)
                 await asyncio.sleep(0)
             body = b"".join(written)
             self.raw_headers.append((b"content-length", b"%d" % len(body)))
             parts = iter([body[at : at + WRITE_BYTES] for at in range(0, len(body), WRITE_BYTES)])
         else:
-            parts = encode_pieces(self._media, self._document)
+            parts = encode_pieces(self._document)
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
         gathered: list[bytes] = []
@@ -102,9 +101,9 @@ class LongAnswer(Response):
 def reply(
     media: Media, document: Any, status: int = 200, headers: Iterable[Header] = ()
 ) -> Response:
-    """A response with a document in the negotiated media type; a long one is sent in pieces."""
-    if count_values(document) > LONG_VALUES[media]:
-        return LongAnswer(media, document, status, headers)
+    """A response with a document in the negotiated media type; long JSON is sent in pieces."""
+    if media is Media.JSON and count_values(document) > LONG_VALUES:
+        return LongAnswer(document, status, headers)
     return Answer(dumps(media, document), _CONTENT_TYPE[media], status, headers)
 
 

@@ -124,7 +124,7 @@ class FastInferPath(FastChunkRoute):
         signature, chunk = call.signature, call.work
         if not signature.has_binary or not isinstance(chunk, Chunk):
             return False
-        if signature.steps * served.outputs.size > LONG_VALUES[Media.JSON]:
+        if signature.steps * served.outputs.size > LONG_VALUES:
             return False
         request.chunk, request.details = chunk, call
         return True
