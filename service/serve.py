@@ -13,7 +13,6 @@ import gc
 import os
 import signal
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
@@ -30,7 +29,7 @@ from service.core.errors import CarryError, OperatorError
 from service.core.settings import PREFIX
 from service.engine.runtimes.loading import AUTO, import_runtime
 from service.server.connections import raise_open_files_limit
-from service.server.worker import CAN_FORK, SIGHUP, WithoutThreads, WorkerConfig
+from service.server.worker import CAN_FORK, WithoutThreads, WorkerConfig
 from service.server.workers import SingleWorker, WorkerPool, WorkersFailedError
 from service.settings import Settings, service_links
 from service.start_checks import (
@@ -135,7 +134,7 @@ def _run(
         log_config=None,
         http="service.server.http_protocol:HttpProtocol",
         # named, so that a missing uvloop is an error and does not halve the rate
-        loop="auto" if sys.platform == "win32" else "uvloop",
+        loop="uvloop",
         ws="none",
         # nothing depends on a client's address
         proxy_headers=False,
@@ -173,9 +172,9 @@ def import_for_workers(runtime: str) -> None:
 
 def _stop_signals() -> list[signal.Signals]:
     """The signals that stop the service; without SIGHUP if it is ignored, as under `nohup`."""
-    if SIGHUP is None or signal.getsignal(SIGHUP) is signal.SIG_IGN:
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         return [*STOP_SIGNALS]
-    return [*STOP_SIGNALS, SIGHUP]
+    return [*STOP_SIGNALS, signal.SIGHUP]
 
 
 def _exit(number: int, frame: object) -> None:

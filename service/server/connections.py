@@ -8,7 +8,7 @@ as the time between the checks. So every timeout may be exceeded by up to a seco
 from __future__ import annotations
 
 import asyncio
-import sys
+import resource
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -359,10 +359,6 @@ class Connections:
 
 def raise_open_files_limit() -> None:
     """Raise the soft limit of this process, and of those that it starts, to the hard limit."""
-    if sys.platform == "win32":
-        return
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return
@@ -375,10 +371,6 @@ def raise_open_files_limit() -> None:
 
 def limit_connections_to_open_files(wanted: int) -> int:
     """Reduce a number of connections to what the limit on open files allows, with a warning."""
-    if sys.platform == "win32":
-        return wanted
-    import resource
-
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return wanted

@@ -52,11 +52,8 @@ LATE_S: Final = 2.0
 """How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
 clients disconnected, and batches in their commit may finish."""
 
-SIGHUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
-"""Begins a rolling restart; None on Windows."""
-
-SIGRETIRE: Final[signal.Signals | None] = getattr(signal, "SIGUSR1", None)
-"""Begins the retirement; None on Windows."""
+SIGRETIRE: Final = signal.SIGUSR1
+"""Begins the retirement."""
 
 CAN_FORK: Final = sys.platform == "linux"
 
@@ -121,8 +118,7 @@ class GracefulServer(uvicorn.Server):
         # uvicorn replaces these handlers while it runs, and raises the signals again once drained.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: exit_process())
-        if SIGRETIRE is not None:
-            signal.signal(SIGRETIRE, lambda number, frame: self.retire())
+        signal.signal(SIGRETIRE, lambda number, frame: self.retire())
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal, then exit the process."""
@@ -133,12 +129,11 @@ class GracefulServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Load the application, and accept connections."""
         load = self._worker_load
-        # uvicorn accepts every connection that the kernel offers; on Windows the event loop cannot
-        # watch a socket, so uvicorn accepts there
-        balanced = [] if load is None or os.name == "nt" else sockets or []
+        # uvicorn would accept every connection that the kernel offers
+        balanced = [] if load is None else sockets or []
         await super().startup([] if balanced else sockets)
         self._lifecycle: Lifecycle = self.lifespan.state[LIFECYCLE]
-        if load is None or not balanced:
+        if load is None:
             return
         create_protocol: Callable[[], asyncio.Protocol] = partial(
             cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class),
@@ -259,8 +254,7 @@ def _fork(config: WorkerConfig, heartbeats: Connection[Any, Any], load: WorkerLo
 def _mask_signals(how: int) -> None:
     """Block the signals of the service while a process forks, or receive them; a fork does too."""
     if CAN_FORK:
-        numbers = {signal.SIGTERM, signal.SIGINT, *([] if SIGHUP is None else [SIGHUP])}
-        signal.pthread_sigmask(how, numbers)
+        signal.pthread_sigmask(how, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 def _open_files() -> set[tuple[int, int, int]]:
@@ -371,9 +365,8 @@ class Worker:
 
 def _run_worker(config: WorkerConfig, heartbeats: Connection[Any, Any], load: WorkerLoad) -> None:
     """Main function of a worker process."""
-    if SIGHUP is not None:
-        # A closing terminal signals the whole process group; the parent decides what to do.
-        signal.signal(SIGHUP, signal.SIG_IGN)
+    # A closing terminal signals the whole process group; the parent decides what to do.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # The constructor has configured uvicorn's loggers in the parent process only.
     config.uvicorn.configure_logging()
     server = GracefulServer(config.uvicorn, _exit_process, config.periods, load)

@@ -39,7 +39,6 @@ from service.server.connection_balance import NOT_ACCEPTING, WorkerLoad
 from service.server.worker import (
     HEARTBEAT_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
-    SIGHUP,
     SIGRETIRE,
     GracefulServer,
     Worker,
@@ -75,8 +74,8 @@ def _handle_hangup(stop: Callable[[int], None], restart: Callable[[], None]) -> 
         else:
             restart()
 
-    if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
-        signal.signal(SIGHUP, handle)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handle)
 
 
 def _has_terminal() -> bool:
@@ -266,7 +265,7 @@ class WorkerPool:
             if not self._draining:
                 slot.replacement = self._start()
         elif slot.replacement.is_ready:
-            if slot.worker is not None and SIGRETIRE is not None:
+            if slot.worker is not None:
                 retire_s = self._config.periods.retire_s
                 slot.worker.end(SIGRETIRE, retire_s + self._kill_after_s)
                 self._draining.append(slot.worker)
