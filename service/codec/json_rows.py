@@ -7,6 +7,7 @@ for what both accept.
 
 from __future__ import annotations
 
+import re
 from contextvars import Context
 from itertools import chain, permutations
 from typing import Any, Final
@@ -19,12 +20,23 @@ from service.codec.field_rules import MAX_FRAME_ID_CHARS, MAX_POSITION, is_epoch
 from service.core.values import Feed, FloatRows, Steps, is_stream_name
 
 MAX_BYTES: Final = 256 * 1024
-"""Longest body that simdjson parses: its parser keeps its memory, and takes up to 0.5 us for a byte
-of hostile numbers."""
+"""Longest body that simdjson parses at once: its parser keeps its memory, and takes up to 0.5 us
+for a byte of hostile numbers. The rows of a longer chunk are parsed in pieces."""
+
+PIECE_BYTES: Final = 32 * 1024
+
+MAX_LONG_BYTES: Final = 2 * 2**20
+"""Longest body whose rows are parsed in pieces; longer ones are decoded in another thread."""
+
+MAX_EXPONENTS: Final = 4096
+"""Most numbers with an exponent in a long body. simdjson takes up to 6 us for one of 20 digits, and
+at most 50 ns for a byte of numbers without an exponent, however many digits they have."""
 
 _F4: Final = np.dtype("<f4")
 _F8: Final = np.dtype(np.float64)
 _INPUTS: Final = b'"inputs"'
+_INPUTS_BEGIN: Final = re.compile(rb'"inputs"[ \t\r\n]*:[ \t\r\n]*\[')
+_BETWEEN_ROWS: Final = re.compile(rb"\][ \t\r\n]*,[ \t\r\n]*\[")
 _NEAR_BEGIN: Final = 512
 """A body of rows has `inputs` within this many bytes; other bodies are not parsed by simdjson."""
 
@@ -89,13 +101,21 @@ class JsonRowsDecoder:
         """
         # simdjson would skip a byte order mark
         is_usual = body[:1] == b"{" and body.find(_INPUTS, 0, _NEAR_BEGIN) > 0
-        if not is_usual or len(body) > MAX_BYTES:
+        if not is_usual or len(body) > MAX_LONG_BYTES:
             return None
         try:
+            long_rows = None
+            if len(body) > MAX_BYTES:
+                body, long_rows = self._cut_long_rows(body)
             members: Any = self._parser.parse(body)
-            count, numbers, position, epoch = self._read(members, orders)
-            rows = self._rows(body, numbers, 1 + count)
-            chunk = RowsChunk(Steps(Feed.INPUTS, count, None, rows), position, epoch)
+            lists, position, epoch = self._read(members, orders)
+            if long_rows is None:
+                rows = self._rows(body, self._numbers(lists), 1 + len(lists))
+            elif len(lists):
+                raise ValueError("rows elsewhere")
+            else:
+                rows = long_rows
+            chunk = RowsChunk(Steps(Feed.INPUTS, len(rows), None, rows), position, epoch)
             if orders is FRAME_MEMBERS:
                 chunk.stream, chunk.id = members.get("stream"), members.get("id")
                 if not (isinstance(chunk.stream, str | None) and _is_frame_id(chunk.id)):
@@ -122,7 +142,8 @@ class JsonRowsDecoder:
             for item in chunks:
                 if not isinstance(item, simdjson.Object):
                     return None
-                read.append(self._read(item, _ITEM_MEMBERS))
+                lists, position, epoch = self._read(item, _ITEM_MEMBERS)
+                read.append((len(lists), self._numbers(lists), position, epoch))
                 stream = item["stream"]
                 if type(stream) is not str or not is_stream_name(stream):
                     return None
@@ -141,8 +162,8 @@ class JsonRowsDecoder:
 
     def _read(
         self, members: simdjson.Object, orders: frozenset[tuple[str, ...]]
-    ) -> tuple[int, memoryview, int | None, str | None]:
-        """Read a chunk: the number of rows, their values (float64), the position and the epoch.
+    ) -> tuple[simdjson.Array, int | None, str | None]:
+        """Read a chunk: its rows, the position and the epoch.
 
         Raises:
             ValueError, TypeError, KeyError: it is not in the usual form.
@@ -160,12 +181,49 @@ class JsonRowsDecoder:
         lists = members["inputs"]
         if not isinstance(lists, simdjson.Array):
             raise ValueError("no list of rows")
+        return lists, position, epoch
+
+    def _numbers(self, lists: simdjson.Array) -> memoryview:
+        """The values (float64) of the rows of a chunk, or of some of them.
+
+        Raises:
+            ValueError, TypeError: the rows have another width, or are too many.
+        """
         count, numbers = len(lists), memoryview(lists.as_buffer(of_type="d"))
         is_shaped = set(map(len, lists)) == {self._features}  # type: ignore[arg-type]
         size_bytes = count * self._features * _F8.itemsize
         if not 0 < count <= self._max_rows or not is_shaped or numbers.nbytes != size_bytes:
             raise ValueError("another shape")
-        return count, numbers, position, epoch
+        return numbers
+
+    def _cut_long_rows(self, body: bytes) -> tuple[bytes, FloatRows]:
+        """Cut the rows out of a long body and parse them in pieces; returns the body without them,
+        and the rows.
+
+        Raises:
+            ValueError, TypeError: they are not certainly rows, or may take too long.
+        """
+        begin, end = _INPUTS_BEGIN.search(body, 0, _NEAR_BEGIN), body.rfind(b"]")
+        if begin is None or end < begin.end():
+            raise ValueError("no list of rows")
+        exponents = sum([len(body) - len(body.replace(each, b"")) for each in (b"e", b"E")])
+        if exponents > MAX_EXPONENTS:
+            raise ValueError("perhaps hostile numbers")
+        parts: list[FloatRows] = []
+        at = begin.end()
+        while at < end:
+            between = _BETWEEN_ROWS.search(body, min(at + PIECE_BYTES, end), end)
+            stop = end if between is None else between.start() + 1
+            parts.append(self._piece(b"[%b]" % body[at:stop]))
+            at = end if between is None else between.end() - 1
+            if sum(map(len, parts)) > self._max_rows:
+                raise ValueError("too many rows")
+        return body[: begin.end()] + body[end:], np.concatenate(parts)
+
+    def _piece(self, text: bytes) -> FloatRows:
+        """Some of the rows of a long body; raises as `_rows`."""
+        lists: Any = self._parser.parse(text)
+        return self._rows(text, self._numbers(lists), 1 + len(lists))
 
     def _rows(self, body: bytes, numbers: bytes | memoryview, brackets: int) -> FloatRows:
         """Rows [T, F] of flattened numbers.

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from service.codec.decoding import detach_error
+from service.codec.json_rows import MAX_LONG_BYTES
 from service.core.errors import CarryError, DeadlineExceeded, Overloaded
 from service.pipeline.turns import Turns
 
@@ -23,8 +24,8 @@ T = TypeVar("T")
 LONG_BYTES: Final = 64 * 1024
 """Bodies of this length or more wait for their turn."""
 
-AT_ONCE_BYTES: Final = 2 * 2**20
-"""Longest body that is decoded on the event loop."""
+AT_ONCE_BYTES: Final = MAX_LONG_BYTES
+"""Longest body that is decoded on the event loop, whose thread alone may use the parser of rows."""
 
 MAX_WAITING_BYTES: Final = 128 * 2**20
 """Maximum bytes of all waiting bodies, unless eight of the longest are more."""

@@ -19,7 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.codec.json_rows import MAX_BYTES
+from service.codec.json_rows import (
+    FRAME_MEMBERS,
+    MAX_BYTES,
+    MAX_EXPONENTS,
+    PIECE_BYTES,
+    JsonRowsDecoder,
+)
 from service.codec.media import Media
 from service.codec.settings import RequestSettings
 from service.core.errors import CarryError
@@ -373,7 +379,7 @@ def test_incomplete_rows_are_not_completed_by_other_chunks(
 def test_number_beyond_float32_among_many_is_found(
     codecs: Mapping[str, ModelCodec], count: int, largest: float
 ) -> None:
-    """Also in a body that is too long for simdjson."""
+    """Also in a body whose rows are parsed in pieces."""
     codec = codec_of(codecs["probe"].served.artifact, RequestSettings(max_chunk_steps=30_000))
     inputs = [[0.0, 1.0, 2.0]] * count + [[largest, 0.0, 0.0]]
     body = dumps({"inputs": inputs})
@@ -384,3 +390,81 @@ def test_number_beyond_float32_among_many_is_found(
     else:
         assert found.facts["at"] == f"inputs[{count}][0]"
         assert found.facts["got"] == json.dumps(largest)
+
+
+LONG_ROWS = [[at / 8, -1.5, 2.0] for at in range(20_000)]
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" ,\n", "\t:\r\n")], ids=repr)
+@pytest.mark.parametrize("first", ["inputs", "position", "epoch"])
+def test_long_rows_are_parsed_in_pieces(first: str, separators: tuple[str, str]) -> None:
+    members = {"inputs": LONG_ROWS, "position": 7, "epoch": EPOCH}
+    body = {first: members.pop(first)} | members
+    text = json.dumps(body, separators=separators).encode()
+    assert len(text) > max(MAX_BYTES, 3 * PIECE_BYTES)
+    chunk = JsonRowsDecoder(3, len(LONG_ROWS)).decode(text)
+    assert chunk is not None
+    assert (chunk.position, chunk.epoch, chunk.steps.length) == (7, EPOCH, len(LONG_ROWS))
+    np.testing.assert_array_equal(chunk.steps.rows, np.float32(LONG_ROWS))
+    frame = json.dumps({"stream": "s", "id": "]", "inputs": LONG_ROWS}).encode()
+    found = JsonRowsDecoder(3, len(LONG_ROWS)).decode(frame, FRAME_MEMBERS)
+    assert found is not None
+    assert (found.stream, found.id, found.steps.length) == ("s", "]", len(LONG_ROWS))
+
+
+LONG_TEXT = json.dumps({"position": 7, "inputs": LONG_ROWS}, separators=(",", ":")).encode()
+BOUNDARY = LONG_TEXT.index(b"],[", LONG_TEXT.index(b"[[") + 1 + PIECE_BYTES)
+"""Where the first piece ends."""
+CUTS = [0, BOUNDARY, len(LONG_TEXT) - 2]
+
+
+@settings(max_examples=60)
+@given(
+    at=st.one_of(
+        st.integers(0, len(LONG_TEXT)),
+        st.builds(lambda cut, by: max(0, cut + by), st.sampled_from(CUTS), st.integers(-9, 40)),
+    ),
+    removed=st.integers(0, 4),
+    added=st.text('[]{},:".1e "', max_size=4),
+)
+def test_changed_long_body_means_what_it_means_in_plain_python(
+    at: int, removed: int, added: str
+) -> None:
+    text = LONG_TEXT[:at] + added.encode() + LONG_TEXT[at + removed :]
+    chunk = JsonRowsDecoder(3, len(LONG_ROWS)).decode(text)
+    if chunk is None:
+        return  # left to the other decoder
+    document = json.loads(text)
+    assert document.keys() <= {"position", "inputs"}
+    assert chunk.position == document.get("position")
+    np.testing.assert_array_equal(chunk.steps.rows, np.float32(document["inputs"]))
+
+
+UNUSUAL_PIECES = {
+    "a row of another width": (b"],[", b",1],["),
+    "a list for a number": (b",2.0],[", b",[2.0]],["),
+    "rows that complete each other": (b",2.0],[", b"],[2.0,"),
+    "no comma": (b"],[", b"]["),
+    "two commas": (b"],[", b"],,["),
+    "an empty row": (b"],[", b"],[],["),
+    "a value that is no number": (b"],[", b"],null,["),
+    "another member": (b"],[", b'],"inputs":[['),
+    "one row more": (b"],[", b"],[1,2,3],["),
+    "a number beyond float32": (b"],[", b"],[1e39,0,0],["),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL_PIECES)
+@pytest.mark.parametrize("at", [0, BOUNDARY - 9, BOUNDARY + 9])
+def test_unusual_piece_leaves_a_long_body_to_the_other_decoder(at: int, name: str) -> None:
+    found, replacement = UNUSUAL_PIECES[name]
+    text = LONG_TEXT[:at] + LONG_TEXT[at:].replace(found, replacement, 1)
+    assert text != LONG_TEXT
+    assert JsonRowsDecoder(3, len(LONG_ROWS)).decode(text) is None
+
+
+@pytest.mark.parametrize("number", [b"4.992374897329902418e28", b"5E-324"])
+def test_many_exponents_leave_a_long_body_to_the_other_decoder(number: bytes) -> None:
+    decoder = JsonRowsDecoder(3, len(LONG_ROWS))
+    assert decoder.decode(LONG_TEXT.replace(b"-1.5", number, MAX_EXPONENTS)) is not None
+    assert decoder.decode(LONG_TEXT.replace(b"-1.5", number, MAX_EXPONENTS + 1)) is None
