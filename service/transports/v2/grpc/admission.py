@@ -1,7 +1,8 @@
 """Admits calls and their messages: bounds how many there are, and the bytes that they buffer.
 
 Calls with a key have slots and room for messages of their own, and so have those that need none:
-probes, health and reflection. So neither kind blocks the other.
+probes, health and reflection. So neither kind blocks the other. A further call that needs no key
+resets the oldest one, since a probe usually takes milliseconds.
 
 An incomplete message counts as what has arrived of it, a complete one as its length until it is
 applied. Beyond the limit the calls whose messages are incomplete are ended, the oldest first, as
@@ -12,8 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -28,22 +28,14 @@ from service.transports.v2.settings import V2Settings
 if TYPE_CHECKING:
     from service.transports.v2.grpc.call import Call
 
-MAX_RECEIVING: Final = 64
-"""Most calls to probes, health and reflection that receive a message at once. A further call ends
-the oldest one: a message that is sent with its call is received within milliseconds."""
+MAX_PUBLIC: Final = 1000
+"""Most concurrent calls to probes, health and reflection."""
 
-RECEIVE_S: Final = 5.0
+PUBLIC_BYTES: Final = 64 * LONG_BYTES
+"""Most bytes of all their messages together."""
+
+PUBLIC_RECEIVE_S: Final = 5.0
 """Longest time until such a message has arrived."""
-
-MAX_PROBES: Final = 1000
-"""Most probes whose reply is not sent yet: a client may delay it by flow control. A further one
-resets the oldest, since a probe usually takes milliseconds."""
-
-MAX_STREAMS: Final = 64
-"""Most concurrent `Watch` and reflection calls without a key."""
-
-STREAM_S: Final = 300.0
-"""Longest duration of such a call; a client that watches the health then begins another one."""
 
 
 class Admission:
@@ -52,33 +44,17 @@ class Admission:
     Attributes:
         calls: slots of calls with a key.
         messages: room for their messages.
-        probes, streams, public: the same of calls that need no key.
+        public, public_messages: the same of calls that need no key.
     """
 
     def __init__(self, settings: V2Settings, connections: ConnectionSettings):
         max_bytes = settings.grpc_max_message_bytes
         receive_s = connections.body_timeout_s + max_bytes / BODY_BYTES_PER_S
-        self.calls = Slots(settings.grpc_max_calls)
-        self.probes = Slots(MAX_PROBES, ends_oldest=True)
-        self.streams = Slots(MAX_STREAMS)
         max_pending_bytes = max(connections.max_pending_body_bytes, max_bytes)
+        self.calls = Slots(settings.grpc_max_calls)
         self.messages = MessageRoom(max_pending_bytes, receive_s)
-        self.public = MessageRoom(MAX_RECEIVING * LONG_BYTES, RECEIVE_S, MAX_RECEIVING)
-
-    @asynccontextmanager
-    async def public_stream(self, call: Call, *, has_key: bool) -> AsyncIterator[None]:
-        """Admit a streaming call that needs no key; with one it counts as other calls with a key.
-
-        Raises:
-            Overloaded: there are too many.
-            RequestTimeout: it has no key, and lasted as long as it may.
-        """
-        (self.calls if has_key else self.streams).acquire(call)
-        try:
-            async with asyncio.timeout(None if has_key else STREAM_S):
-                yield
-        except TimeoutError as error:
-            raise RequestTimeout(f"a stream without a key may last {STREAM_S:g} s") from error
+        self.public = Slots(MAX_PUBLIC, ends_oldest=True)
+        self.public_messages = MessageRoom(PUBLIC_BYTES, PUBLIC_RECEIVE_S)
 
 
 class Slots:
@@ -116,13 +92,11 @@ class MessageRoom:
     Args:
         limit_bytes: most bytes of all messages together.
         timeout_s: longest time in which a message may arrive.
-        max_receiving: most calls that wait for a message or receive one.
     """
 
-    def __init__(self, limit_bytes: int, timeout_s: float, max_receiving: int | None = None):
+    def __init__(self, limit_bytes: int, timeout_s: float):
         self._limit_bytes = limit_bytes
         self._timeout_s = timeout_s
-        self._max_receiving = max_receiving
         self._used_bytes = 0
         self._receiving: dict[Call, float] = {}
         self._waiting: deque[Callable[[], None]] = deque()
@@ -151,8 +125,6 @@ class MessageRoom:
             return
         loop = call.connection.loop
         self._receiving[call] = loop.time()
-        if self._max_receiving is not None and len(self._receiving) > self._max_receiving:
-            self._end_oldest()
         if self._timer is None:
             self._timer = loop.call_later(self._timeout_s, self._expire, loop)
 
@@ -164,8 +136,9 @@ class MessageRoom:
         """Count bytes that are held, or no longer held if the change is negative."""
         self._used_bytes += change
         if change > 0:
+            detail = "the message arrived slowly, and other calls need the memory"
             while self._used_bytes > self._limit_bytes and self._receiving:
-                self._end_oldest()
+                self._fail(next(iter(self._receiving)), Overloaded(detail, retry_after_s=1))
         elif self._waiting and not self._is_notifying:
             # a call that releases its bytes at once would notify the next one recursively
             self._is_notifying = True
@@ -174,10 +147,6 @@ class MessageRoom:
                     self._waiting.popleft()()
             finally:
                 self._is_notifying = False
-
-    def _end_oldest(self) -> None:
-        detail = "the message arrived slowly, and other calls need the memory"
-        self._fail(next(iter(self._receiving)), Overloaded(detail, retry_after_s=1))
 
     def _fail(self, call: Call, error: CarryError) -> None:
         del self._receiving[call]

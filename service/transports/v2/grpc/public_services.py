@@ -14,8 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from service.core.errors import CarryError, ShuttingDown
 from service.transports.common.failure_log import as_carry_error
-from service.transports.v2.grpc.admission import Admission
-from service.transports.v2.grpc.call import Call, ReadingHandler
+from service.transports.v2.grpc.call import ReadingHandler
 from service.transports.v2.grpc.infer_requests import SERVICE
 from service.transports.v2.grpc.messages import parse
 from service.transports.v2.grpc.status import StatusCode
@@ -32,17 +31,12 @@ Run = Callable[[ReadingHandler], Awaitable[None]]
 class PublicServices:
     """Answers the calls of these services.
 
-    Args:
-        has_key: whether the caller has an access key, or needs none.
-
     Attributes:
         methods: what answers a call, by the path of its method.
     """
 
-    def __init__(self, metadata: Metadata, admission: Admission, has_key: Callable[[Call], bool]):
+    def __init__(self, metadata: Metadata):
         self._metadata = metadata
-        self._admission = admission
-        self._has_key = has_key
         self._end: CarryError | None = None
         self._is_ready = False
         self._changed = asyncio.Event()
@@ -62,7 +56,6 @@ class PublicServices:
 
     async def _check(self, handler: ReadingHandler) -> None:
         """Whether calls should be sent here; watchers get a change at the next check."""
-        self._admission.probes.acquire(handler.call)
         request = parse(health_pb2.HealthCheckRequest, await handler.read_only())
         status = await self._status(request.service)
         if status == _Status.SERVICE_UNKNOWN:
@@ -85,27 +78,23 @@ class PublicServices:
         changed.set()
 
     async def _watch(self, handler: ReadingHandler) -> None:
-        call = handler.call
-        async with self._admission.public_stream(call, has_key=self._has_key(call)):
-            request = parse(health_pb2.HealthCheckRequest, await handler.read_only())
-            sent = None
-            while True:
-                changed = self._changed
-                status = await self._status(request.service)
-                if status != sent:
-                    sent = status
-                    call.respond(_health(status))
-                if self._end is not None:
-                    raise self._end.copy()
-                await changed.wait()
+        request = parse(health_pb2.HealthCheckRequest, await handler.read_only())
+        sent = None
+        while True:
+            changed = self._changed
+            status = await self._status(request.service)
+            if status != sent:
+                sent = status
+                handler.call.respond(_health(status))
+            if self._end is not None:
+                raise self._end.copy()
+            await changed.wait()
 
     async def _reflect(self, handler: ReadingHandler) -> None:
-        call = handler.call
-        async with self._admission.public_stream(call, has_key=self._has_key(call)):
-            while (data := await handler.read()) is not None:
-                request = parse(reflection_pb2.ServerReflectionRequest, data)
-                call.respond(_reflection(request).SerializeToString())
-            call.end()
+        while (data := await handler.read()) is not None:
+            request = parse(reflection_pb2.ServerReflectionRequest, data)
+            handler.call.respond(_reflection(request).SerializeToString())
+        handler.call.end()
 
 
 async def _run(method: Run, handler: ReadingHandler) -> None:

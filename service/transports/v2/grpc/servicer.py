@@ -90,7 +90,7 @@ class InferenceServicer:
         self._ids = RequestIds()
         self._streams: set[InferStream] = set()
         self._end: CarryError | None = None
-        self._public = PublicServices(self._metadata, admission, self._has_key)
+        self._public = PublicServices(self._metadata)
         self._methods: dict[str, Callable[[Call], Handler]] = {
             f"/{SERVICE}/ModelInfer": self._model_infer,
             f"/{SERVICE}/{STREAM_INFER}": self._model_stream_infer,
@@ -164,13 +164,16 @@ class InferenceServicer:
         return context, caller if self._end is None else self._end.copy()
 
     def _start_description(self, method: str, call: Call) -> Handler:
+        run = partial(self._describe, method)
         if method in OPEN:
-            call.room = self._admission.public
+            return self._start_public(run, call)
         call.max_bytes = MAX_SHORT_BYTES
-        return ReadingHandler(call, partial(self._describe, method))
+        return ReadingHandler(call, run)
 
     def _start_public(self, run: Callable[[ReadingHandler], Any], call: Call) -> Handler:
-        call.room = self._admission.public
+        """Begin a call that needs no key."""
+        self._admission.public.acquire(call)
+        call.room = self._admission.public_messages
         call.max_bytes = MAX_SHORT_BYTES
         return ReadingHandler(call, run)
 
@@ -181,7 +184,6 @@ class InferenceServicer:
 
         async def work(facts: RequestFacts) -> tuple[bytes, int]:
             if method in OPEN:
-                self._admission.probes.acquire(call)
                 parse(kind, await handler.read_only())
                 document = await describe(self._metadata)
             else:
@@ -210,14 +212,6 @@ class InferenceServicer:
     def _caller(self, authorization: bytes | None) -> Caller:
         access = self._api.access
         return access.open_caller or access.caller(authorization)
-
-    def _has_key(self, call: Call) -> bool:
-        """Whether the caller has an access key, or needs none."""
-        try:
-            self._caller(_authorization(call))
-        except CarryError:
-            return False
-        return True
 
     def _read_trace_headers(self, call: Call) -> dict[str, str]:
         """The metadata that carries the trace of the caller; none if it is repeated."""

@@ -24,14 +24,13 @@ from service.core.errors import Conflict, Unauthenticated
 from service.server.settings import ConnectionSettings, WorkerSettings
 from service.settings import Settings
 from service.transports.v2.grpc import admission, public_services
-from service.transports.v2.grpc.admission import MAX_RECEIVING, MAX_STREAMS
 from service.transports.v2.grpc.infer_requests import SERVICE
 from service.transports.v2.grpc.server import GrpcServer
 from service.transports.v2.inference import InferReply
 from service.transports.v2.settings import V2Settings
 from service.transports.v2.tensors import OutputTensor
 from tests.service.transports.v2.grpc.call_checks import request_of
-from tests.support.servers import becomes, until_async
+from tests.support.servers import becomes
 
 MAX_CALLS, MANY = 20, 200
 SETTINGS = Settings(
@@ -157,9 +156,7 @@ async def test_streams_without_a_key_take_no_slots_of_other_calls(
 ) -> None:
     calls = [channel.stream_stream(method)() for _ in range(MANY)]
     answers = await asyncio.gather(*[ask(call, message) for call in calls])
-    served = sum(isinstance(each, bytes) for each in answers)
-    # a stream of reflection is over with its answer, unless it sends another message
-    assert 0 < served <= (MAX_STREAMS if method == WATCH else len(calls))
+    assert all(isinstance(each, bytes) for each in answers)
     await assert_others_are_served(channel)
     for call in calls:
         call.cancel()
@@ -169,11 +166,12 @@ async def test_streams_without_a_key_take_no_slots_of_other_calls(
 async def test_calls_that_send_no_message_do_not_block_other_calls(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "RECEIVE_S", 600.0)
+    monkeypatch.setattr(admission, "PUBLIC_RECEIVE_S", 600.0)
+    monkeypatch.setattr(admission, "MAX_PUBLIC", MAX_CALLS)
     async with serving() as (channel, _), asyncio.timeout(WAIT_S):
         calls = [channel.stream_stream(method)() for _ in range(MANY)]
         await becomes(
-            lambda: sum(not each.done() for each in calls) <= MAX_RECEIVING, "the others' end"
+            lambda: sum(not each.done() for each in calls) <= MAX_CALLS, "the others' end"
         )
         await assert_others_are_served(channel)
         for call in calls:
@@ -191,29 +189,20 @@ async def test_probes_are_answered_while_messages_of_clients_fill_their_buffer(
         call.cancel()
 
 
-async def overloads(channel: grpc.aio.Channel, *call: Any) -> bool:
-    """Whether a call is rejected for want of a slot."""
-    return await status(channel, *call) == "RESOURCE_EXHAUSTED"
-
-
-async def test_stream_without_a_key_ends_after_its_time_limit(
-    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+async def test_further_call_without_a_key_resets_the_oldest(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One with a key counts as the calls of clients do."""
-    monkeypatch.setattr(admission, "STREAM_S", 0.05)
-    watches = [channel.stream_stream(WATCH)(metadata=KEY) for _ in range(MAX_CALLS)]
-    assert [await ask(each, b"") for each in watches] == [b"\x08\x01"] * MAX_CALLS
-    for method, message in STREAMS:
-        ending = channel.stream_stream(method)()
-        await ask(ending, message)
-        async with asyncio.timeout(WAIT_S):
-            await ending.code()
-        assert "a stream without a key may last 0.05 s" in await ending.details()
-    assert await overloads(channel, INFER, REQUEST, KEY)
-    assert not any(each.done() for each in watches)
-    for each in watches:
-        each.cancel()
-    await until_async(lambda: accepts(channel, INFER, REQUEST, KEY), "a slot")
+    """Also a stream; calls with a key are not affected."""
+    monkeypatch.setattr(admission, "MAX_PUBLIC", 2)
+    async with serving() as (channel, _), asyncio.timeout(WAIT_S):
+        watches = [channel.stream_stream(WATCH)() for _ in range(2)]
+        assert [await ask(each, b"") for each in watches] == [b"\x08\x01"] * 2
+        assert await accepts(channel, INFER, REQUEST, KEY)
+        assert not any(each.done() for each in watches)
+        assert await accepts(channel, CHECK)
+        assert await watches[0].code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert not watches[1].done()
+        watches[1].cancel()
 
 
 async def accepts(channel: grpc.aio.Channel, *call: Any) -> bool:
@@ -225,7 +214,7 @@ async def accepts(channel: grpc.aio.Channel, *call: Any) -> bool:
 async def test_call_without_a_key_that_sends_no_message_ends(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "RECEIVE_S", 0.05)
+    monkeypatch.setattr(admission, "PUBLIC_RECEIVE_S", 0.05)
     async with serving() as (channel, _):
         silent = channel.stream_stream(method)()
         assert await silent.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -235,7 +224,7 @@ async def test_probe_resets_the_oldest_whose_reply_cannot_be_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else clients without a key that give the server no room to send kept out those of others."""
-    monkeypatch.setattr(admission, "MAX_PROBES", 2)
+    monkeypatch.setattr(admission, "MAX_PUBLIC", 2)
     async with serving() as (channel, port):
         clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         for replies, client in clients:
@@ -273,27 +262,6 @@ async def test_reflection_answers_no_more_than_its_client_receives(
         client.write(frame(8, 0, 1, struct.pack(">I", 2**20)))
         await becomes(lambda: len(answered) == 100, "all responses")
         client.transport.abort()
-
-
-async def test_stream_whose_reply_cannot_be_sent_keeps_its_slot_after_its_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It cannot be ended; without a slot there could be any number of them."""
-    monkeypatch.setattr(admission, "MAX_STREAMS", 2)
-    monkeypatch.setattr(admission, "STREAM_S", 0.05)
-    async with serving() as (channel, port), asyncio.timeout(WAIT_S):
-        replies, client = await asyncio.open_connection("127.0.0.1", port)
-        client.write(call_bytes(REFLECTION, STREAMS[1][1], NO_WINDOW))
-        await replies.readuntil(frame(1, 4, 1, b"")[3:])
-        # a later one, whose time is over after that of the first
-        assert await channel.stream_stream(WATCH)().code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        monkeypatch.setattr(admission, "STREAM_S", 600.0)
-        watches = [channel.stream_stream(WATCH)() for _ in range(2)]
-        answers = [await ask(each, b"") for each in watches]
-        assert sum(isinstance(each, bytes) for each in answers) == 1
-        client.transport.abort()
-        for each in watches:
-            each.cancel()
 
 
 def message(data: bytes, flag: int = 0) -> bytes:

@@ -102,12 +102,3 @@ async def test_message_that_does_not_arrive_in_time_ends_its_call() -> None:
     await becomes(lambda: later.error is not None, "the timeout of a later call")
     room.count(LIMIT)
     assert not room.is_full
-
-
-async def test_call_beyond_the_number_that_may_receive_ends_the_oldest() -> None:
-    room = MessageRoom(LIMIT, 60.0, max_receiving=2)
-    calls = [Receiving(room) for _ in range(4)]
-    assert [each.error is None for each in calls] == [False, False, True, True]
-    calls[2].complete()
-    Receiving(room)
-    assert calls[3].error is None
